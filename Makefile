@@ -1,0 +1,40 @@
+# Two commands for a bare clone: `make demo` and `make test`. Everything they need goes into .venv, build/ and demo/.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(shell find ace_ext csrc -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+JOBS ?= 2
+
+.PHONY: demo test test-cpp test-python lint clean
+
+demo: $(VENV)/installed
+	PYTHON=$(BIN)/python tools/demo.sh
+
+test: test-cpp test-python
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip 'setuptools>=77' wheel ninja numpy 'torch>=2.11'
+	touch $@
+
+# The same command as a user's. Not in the tree: the tests import what was installed.
+$(VENV)/installed: $(VENV)/ready $(SOURCES)
+	$(BIN)/pip install --quiet --no-build-isolation '.[test]'
+	touch $@
+
+test-python: $(VENV)/installed
+	$(BIN)/pytest
+
+# The core and the kernels' source on the host, plain, then under the sanitizers.
+test-cpp:
+	tools/system_packages.sh
+	tools/test_cpp.sh build/cpp ""
+	tools/test_cpp.sh build/cpp-asan "address,undefined"
+
+lint: $(VENV)/ready
+	$(BIN)/pip install --quiet ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build demo

@@ -1,0 +1,188 @@
+"""Models in and out: hub names, folders and GGUF files in; a folder for transformers out, whole or not at all."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .errors import InputError
+from .report import REPORT_NAME, PruneReport
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class LoadedModel:
+    model: nn.Module
+    tokenizer: object
+    source: str
+
+
+def load_model(source: str, dtype: str = "auto", device: str = "cpu") -> LoadedModel:
+    """Loads a causal language model and its tokenizer.
+
+    Args:
+        source: a folder, a ``.gguf`` file, or a hub name like ``org/model``.
+        dtype: ``auto`` (what the checkpoint says; bfloat16 for GGUF), float32, float16 or bfloat16.
+        device: where to put the weights.
+
+    Raises:
+        InputError: nothing there, or nothing that transformers can load.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if dtype != "auto" and dtype not in DTYPES:
+        raise InputError(f"dtype must be auto, {', '.join(DTYPES)} (got {dtype!r})")
+    name, options = _locate(source)
+    wanted = DTYPES.get(dtype, torch.bfloat16 if options else "auto")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, **options, **_dequantize(options))
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"model {source!r} could not be loaded: {reason[:400]}") from error
+    _drop_quantization_marks(model, bool(options))
+    return LoadedModel(model.to(device).eval(), tokenizer, source)
+
+
+def _locate(source: str) -> tuple[str, dict]:
+    """What to hand to ``from_pretrained``: a folder or hub name, and for a GGUF file its name in the folder."""
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"model {source!r} is no file; check the path")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"model folder {source!r} has no config.json; give a folder that save_pretrained wrote")
+        return str(path), {}
+    if path.is_absolute() or source.startswith(".") or source.count("/") != 1 or path.parent.is_dir():
+        raise InputError(f"model {source!r} is no folder, no .gguf file and no hub name like org/model; check the path")
+    return source, {}
+
+
+def _dequantize(options: dict) -> dict:
+    """Newer transformers keep GGUF weights packed unless asked; older ones always unpack and know no such option."""
+    if not options:
+        return {}
+    with contextlib.suppress(ImportError):
+        from transformers import GgufConfig
+
+        return {"quantization_config": GgufConfig(dequantize=True)}
+    return {}
+
+
+def _drop_quantization_marks(model: nn.Module, from_gguf: bool) -> None:
+    """An unpacked model is a plain one: left-over marks would make ``save_pretrained`` refuse it."""
+    quantized = getattr(model.config, "quantization_config", None) is not None
+    if quantized and not from_gguf:
+        method = getattr(model.config.quantization_config, "quant_method", None) or "quantized"
+        raise InputError(f"model holds {method} weights; give the unquantized checkpoint, prune it, then quantize")
+    if quantized:
+        del model.config.quantization_config
+    for mark, plain in (("hf_quantizer", None), ("is_quantized", False), ("quantization_method", None)):
+        if hasattr(model, mark):
+            setattr(model, mark, plain)
+
+
+def check_output(output: str | Path, overwrite: bool) -> Path:
+    """The output folder as a path, if it may be written; asked before the hours of work, not after.
+
+    Raises:
+        InputError: it exists and ``overwrite`` is not set, it is a file, or its parent cannot be written.
+    """
+    path = Path(output).expanduser()
+    if path.exists() and not path.is_dir():
+        raise InputError(f"output {str(output)!r} is a file; give a folder")
+    if path.exists() and not overwrite:
+        raise InputError(f"output folder {str(output)!r} exists; pass --overwrite to replace it, or give another name")
+    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
+        raise InputError(f"output folder {str(output)!r} holds something that is no model; it will not be replaced")
+    try:
+        with _temporary_sibling(path):
+            pass
+    except OSError as error:
+        raise InputError(f"output {str(output)!r} cannot be written: {error.strerror}; give another folder") from error
+    return path
+
+
+@contextlib.contextmanager
+def _temporary_sibling(path: Path):
+    """A new folder beside ``path``, removed at the end with all in it; so are parents made for it, if empty."""
+    made = []
+    for parent in [path.parent, *path.parent.parents]:
+        if parent.exists():
+            break
+        made.append(parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = None
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        yield folder
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+
+def save_pruned(loaded: LoadedModel, report: PruneReport, output: str | Path, overwrite: bool = False) -> Path:
+    """Writes safetensors, config, tokenizer and report to a temporary folder and renames it to ``output``.
+
+    Tied weights stay tied, as ``save_pretrained`` keeps them. The old folder, if there is one, goes only once the new
+    one is complete.
+
+    Raises:
+        InputError: as :func:`check_output`, or where the disk is full.
+    """
+    path = check_output(output, overwrite)
+    try:
+        with _temporary_sibling(path) as folder:
+            content = folder / "model"
+            loaded.model.save_pretrained(content, safe_serialization=True)
+            loaded.tokenizer.save_pretrained(content)
+            (content / REPORT_NAME).write_text(report.to_json(), encoding="utf-8")
+            _open_to_others(content)
+            old = folder / "old"
+            if path.exists():
+                os.replace(path, old)
+            try:
+                os.replace(content, path)
+            except OSError:
+                if old.exists():
+                    os.replace(old, path)
+                raise
+    except OSError as error:
+        raise InputError(f"output {str(output)!r} cannot be written: {error.strerror or error}") from error
+    return path
+
+
+def _open_to_others(folder: Path) -> None:
+    """Gives the files the permissions of any new file: the safetensors writer keeps its own to their owner."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
+
+
+def read_report(folder: str | Path) -> PruneReport:
+    """The report beside a pruned model.
+
+    Raises:
+        InputError: there is none, or it is not one of ours.
+    """
+    path = Path(folder) / REPORT_NAME
+    if not path.is_file():
+        raise InputError(f"{str(folder)!r} has no {REPORT_NAME}; give a folder that ace-prune run wrote")
+    try:
+        return PruneReport.from_json(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no report of ace-prune: {error!r}") from error

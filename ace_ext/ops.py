@@ -1,0 +1,107 @@
+"""The ops, one function each: the only file that names ``torch.ops.ace_ext``.
+
+Contracts in full: ``csrc/ops.h``. Weights are ``[rows, cols]`` float32, float16 or bfloat16 with contiguous columns;
+rows are output channels. Higher score = keep; among equal scores the lower column is kept first. Functions that end in
+``_`` write into their first argument; pruned entries become +0.0. All raise ``ValueError`` for bad input before anything
+is written, also where a weight, factor or score is NaN or infinite (on CUDA that check is deferred).
+
+``metric`` is a name from :data:`ace_ext.scores.METRICS` or ``"score"``, the caller's own score given as ``moment``.
+``column`` is the metric's factor of each column ``[cols]`` float32, ``moment`` a ``[rows, cols]`` float32 matrix.
+"""
+
+import torch
+from torch import Tensor
+
+from . import extension  # noqa: F401  (importing it registers the ops)
+
+_ops = torch.ops.ace_ext
+
+RADIX_BITS = (11, 11, 10)
+"""Width of the digits that :func:`score_histogram` counts, from the top of a 32-bit key."""
+
+
+@torch.no_grad()
+def update_moments_(
+    weight_sum: Tensor, mean: Tensor, m2: Tensor, x: Tensor, token_weight: Tensor | None = None
+) -> None:
+    """Merges tokens ``x [T, d]`` into a weighted Welford state: ``weight_sum []``, ``mean [d]``, ``m2 [d]``.
+
+    The state is float32 or float64; ``token_weight [T]`` float32, finite and not negative, or None for 1 each. ``m2``
+    is the weighted sum of squared deviations from the weighted mean, merged by Chan, Golub and LeVeque's rule (1983).
+    """
+    _ops.update_moments_(x, token_weight, weight_sum, mean, m2)
+
+
+@torch.no_grad()
+def inverse_square_norm(a: Tensor) -> Tensor:
+    """``r [T]`` float32 with ``r_t = 1 / ||a_t||^2`` for ``a [T, d]``; a row of zeros gives 0."""
+    return _ops.inverse_square_norm(a)
+
+
+@torch.no_grad()
+def update_cosine_moment_(moment: Tensor, x: Tensor, a: Tensor) -> None:
+    """``moment [d_out, d_in] += sum_t r_t^2 a_ti^2 x_tj^2`` for ``x [T, d_in]`` and ``a [T, d_out]``; float32."""
+    _ops.update_cosine_moment_(x, a, moment)
+
+
+@torch.no_grad()
+def score(weight: Tensor, metric: str, column: Tensor | None = None, moment: Tensor | None = None) -> Tensor:
+    """The scores ``[rows, cols]`` float32, stored: for looking at. The pruning ops recompute them on the fly."""
+    return _ops.score(weight, metric, column, moment)
+
+
+@torch.no_grad()
+def prune_topk_(
+    weight: Tensor,
+    metric: str,
+    keep_k: int,
+    column: Tensor | None = None,
+    moment: Tensor | None = None,
+    group: str = "row",
+) -> Tensor:
+    """Keeps the best ``keep_k`` of each row, or of the ``"matrix"``; returns each group's smallest kept score.
+
+    The threshold is ``[rows]`` or ``[1]`` float32, +inf where nothing is kept.
+    """
+    return _ops.prune_topk_(weight, metric, column, moment, keep_k, group)
+
+
+@torch.no_grad()
+def prune_nm_(
+    weight: Tensor,
+    metric: str,
+    keep_n: int,
+    group_m: int,
+    column: Tensor | None = None,
+    moment: Tensor | None = None,
+) -> None:
+    """Keeps the best ``keep_n`` of each ``group_m`` (at most 32) consecutive columns of every row."""
+    _ops.prune_nm_(weight, metric, column, moment, keep_n, group_m)
+
+
+@torch.no_grad()
+def prune_by_score_(weight: Tensor, score: Tensor, keep_k: int, group: str = "row") -> Tensor:
+    """:func:`prune_topk_` for a score ``[rows, cols]`` of the caller's own: float32, float16 or bfloat16."""
+    return _ops.prune_by_score_(weight, score, keep_k, group)
+
+
+@torch.no_grad()
+def prune_nm_by_score_(weight: Tensor, score: Tensor, keep_n: int, group_m: int) -> None:
+    """:func:`prune_nm_` for a score ``[rows, cols]`` of the caller's own: float32, float16 or bfloat16."""
+    _ops.prune_nm_by_score_(weight, score, keep_n, group_m)
+
+
+@torch.no_grad()
+def score_histogram(
+    weight: Tensor, metric: str, prefix: int, level: int, column: Tensor | None = None, moment: Tensor | None = None
+) -> Tensor:
+    """Counts ``[2 ** RADIX_BITS[level]]`` int64 of the keys that share ``prefix`` above this level, by their digit."""
+    return _ops.score_histogram(weight, metric, column, moment, prefix, level)
+
+
+@torch.no_grad()
+def prune_at_(
+    weight: Tensor, metric: str, key: int, ties: int, column: Tensor | None = None, moment: Tensor | None = None
+) -> None:
+    """Keeps every score whose key is above ``key``, and the first ``ties`` (row-major) whose key equals it."""
+    _ops.prune_at_(weight, metric, column, moment, key, ties)

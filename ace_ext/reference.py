@@ -1,0 +1,234 @@
+"""The oracle: every op and metric again, slow and obvious, in float64. Imports nothing of the fast path.
+
+One function a notion, written from its definition and not from the kernels: two passes where they stream, a full
+stable sort where they select by radix. Shapes as in ``csrc/ops.h``: ``weight [rows, cols]``, ``x [T, d_in]`` inputs of
+the layer, one token a row, ``a [T, d_out]`` its outputs without bias. Higher score = keep; masks are True where kept.
+Inputs may be of any floating dtype and are widened first; results are new CPU tensors; no argument is written to.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Moments(NamedTuple):
+    """A weighted Welford state, float64."""
+
+    weight_sum: Tensor  # []
+    mean: Tensor  # [d]
+    m2: Tensor  # [d], weighted sum of squared deviations from the mean
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.detach().cpu().to(torch.float64)
+
+
+# Statistics
+
+
+def moments(x: Tensor, token_weight: Tensor | None = None) -> Moments:
+    """State of tokens ``x [T, d]``, ``token_weight [T]`` (None: 1 each), in two passes. No weight at all: zeros.
+
+    ``w = sum_t w_t``, ``mean = sum_t w_t x_t / w``, ``m2 = sum_t w_t (x_t - mean)^2``.
+    """
+    x = _wide(x)
+    share = torch.ones(len(x), dtype=torch.float64) if token_weight is None else _wide(token_weight)
+    total = share.sum()
+    if total == 0:
+        return Moments(total, torch.zeros(x.shape[1]).double(), torch.zeros(x.shape[1]).double())
+    mean = (share[:, None] * x).sum(0) / total
+    return Moments(total, mean, (share[:, None] * (x - mean) ** 2).sum(0))
+
+
+def merge(state_a: Sequence[Tensor], state_b: Sequence[Tensor]) -> Moments:
+    """State of both sides' tokens together: Chan, Golub and LeVeque (1983). A side of weight 0 changes nothing.
+
+    ``w = w_a + w_b``; ``d = m_b - m_a``; ``m = m_a + d w_b / w``; ``M2 = M2_a + M2_b + d^2 w_a w_b / w``.
+    """
+    (weight_a, mean_a, m2_a), (weight_b, mean_b, m2_b) = ([_wide(t) for t in state] for state in (state_a, state_b))
+    if weight_b == 0:
+        return Moments(weight_a, mean_a, m2_a)
+    if weight_a == 0:
+        return Moments(weight_b, mean_b, m2_b)
+    weight, delta = weight_a + weight_b, mean_b - mean_a
+    return Moments(weight, mean_a + delta * weight_b / weight, m2_a + m2_b + delta**2 * weight_a * weight_b / weight)
+
+
+def inverse_square_norm(a: Tensor) -> Tensor:
+    """``r [T]`` float64, ``r_t = 1 / ||a_t||^2`` for ``a [T, d]``; 0 for a row of zeros."""
+    squares = (_wide(a) ** 2).sum(1)
+    return torch.where(squares == 0, 0.0, 1.0 / squares)
+
+
+def cosine_moment(x: Tensor, a: Tensor) -> Tensor:
+    """``[d_out, d_in]`` float64, ``q_ij = sum_t r_t^2 a_ti^2 x_tj^2``: the second sum of the cosine loss."""
+    r = inverse_square_norm(a)
+    return ((r[:, None] * _wide(a)) ** 2).T @ _wide(x) ** 2
+
+
+def exact_cosine_loss(weight: Tensor, x: Tensor) -> Tensor:
+    """``[rows, cols]`` float64, ``sum_t 1 - cos(A_t, A_t with W_ij removed)``: one weight at a time, no approximation.
+
+    Uses ``1 - cos(u, v) = ||u/|u| - v/|v| ||^2 / 2``, which does not cancel where the angle is small. A token whose
+    dense output is zero has no direction to lose and counts 0 (as ``r_t = 0`` does); one that becomes zero counts 1.
+    """
+    weight, x = _wide(weight), _wide(x)
+    dense = x @ weight.T
+    loss = torch.zeros_like(weight)
+    for i in range(weight.shape[0]):
+        for j in range(weight.shape[1]):
+            pruned = dense.clone()
+            pruned[:, i] -= weight[i, j] * x[:, j]
+            for before, after in zip(dense, pruned, strict=True):
+                if before.norm() == 0:
+                    continue
+                if after.norm() == 0:
+                    loss[i, j] += 1.0
+                else:
+                    loss[i, j] += (before / before.norm() - after / after.norm()).square().sum() / 2
+    return loss
+
+
+# Scores
+
+
+def column_factor(metric: str, x: Tensor, a: Tensor | None = None, exponent: float = 0.5) -> Tensor | None:
+    """The metric's factor of each input column, ``[d_in]`` float64, from raw activations; None for magnitude.
+
+    ``a`` is read by cosvar, ace and cosp-exact (whose factor is ``sum_t r_t x_tj^2``), ``exponent`` by ria.
+    """
+    if metric == "magnitude":
+        return None
+    norm = (_wide(x) ** 2).sum(0).sqrt()
+    deviation = (moments(x).m2 / len(x)).sqrt()
+    simple = {
+        "wanda": norm,
+        "ria": norm**exponent,
+        "stade": deviation,
+        "varp": deviation,
+        "cosp": norm,
+        "cosp+varp": norm * deviation,
+    }
+    if metric in simple:
+        return simple[metric]
+    r = inverse_square_norm(a)
+    if metric == "cosp-exact":
+        return (r[:, None] * _wide(x) ** 2).sum(0)
+    weighted_deviation = moments(x, r).m2.sqrt()
+    return {"cosvar": weighted_deviation, "ace": (norm * weighted_deviation).sqrt()}[metric]
+
+
+def _sqrt(t: Tensor) -> Tensor:
+    """Rounded correctly, as IEEE 754 and the kernels have it: torch's own float32 sqrt may be a unit off on a CPU."""
+    return torch.from_numpy(np.sqrt(t.numpy()))
+
+
+def score(
+    weight: Tensor,
+    metric: str,
+    column: Tensor | None = None,
+    moment: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """``[rows, cols]`` scores: float64, or float32 with the products in the order of ``csrc/core/score.h``.
+
+    ``column [cols]``, ``moment [rows, cols]``; formulas as in the README's table of metrics. In float32 the result has
+    the bits of the op's: each operation rounds once, and the sums of ria are accumulated in float64.
+    """
+    size = weight.detach().cpu().to(dtype).abs()
+    c = None if column is None else column.detach().cpu().to(dtype)
+    q = None if moment is None else moment.detach().cpu().to(dtype)
+    if metric == "magnitude":
+        return size
+    if metric == "score":
+        return q.clone()
+    if metric == "ria":
+        column_sum = size.to(torch.float64).sum(0, keepdim=True).to(dtype)
+        row_sum = size.to(torch.float64).sum(1, keepdim=True).to(dtype)
+        return torch.where(size == 0, 0.0 * c, (size / column_sum + size / row_sum) * c)
+    if metric in ("cosp", "cosp+varp"):
+        return (size * c) * (size * _sqrt(q))
+    if metric == "cosp-exact":  # c_j >= q_ij but for rounding, since a_ti^2 r_t <= 1
+        return size * _sqrt(0.5 * (c - q).clamp(min=0))
+    if metric in ("wanda", "stade", "varp", "cosvar", "ace"):
+        return size * c
+    raise ValueError(f"unknown metric {metric!r}")
+
+
+# Masks
+
+
+def _finite(score: Tensor) -> np.ndarray:
+    values = _wide(score).numpy()
+    if not np.isfinite(values).all():
+        raise ValueError("scores must be finite")
+    return values
+
+
+def _best(scores: np.ndarray, keep_k: int) -> np.ndarray:
+    """True at the ``keep_k`` best of ``scores [n]``: score descending, lower index first (-0.0 equals +0.0)."""
+    mask = np.zeros(len(scores), dtype=bool)
+    mask[np.argsort(-scores, kind="stable")[:keep_k]] = True
+    return mask
+
+
+def keep_mask(score: Tensor, keep_k: int, group: str = "row") -> Tensor:
+    """``[rows, cols]`` bool: the best ``keep_k`` of each row, or of the ``"matrix"`` in row-major order."""
+    values = _finite(score)
+    if group == "matrix":
+        return torch.from_numpy(_best(values.reshape(-1), keep_k).reshape(values.shape))
+    return torch.from_numpy(np.array([_best(row, keep_k) for row in values], dtype=bool).reshape(values.shape))
+
+
+def keep_mask_nm(score: Tensor, keep_n: int, group_m: int) -> Tensor:
+    """``[rows, cols]`` bool: the best ``keep_n`` of each ``group_m`` consecutive columns."""
+    return keep_mask(score.reshape(-1, group_m), keep_n).reshape(score.shape)
+
+
+def keep_mask_model(scores: Sequence[Tensor], keep_k: int) -> list[Tensor]:
+    """One mask a matrix: the best ``keep_k`` of all of them together; ties go to the earlier matrix, then row-major."""
+    flat = np.concatenate([_finite(score).reshape(-1) for score in scores])
+    parts = np.split(_best(flat, keep_k), np.cumsum([score.numel() for score in scores])[:-1])
+    return [torch.from_numpy(part.reshape(score.shape)) for part, score in zip(parts, scores, strict=True)]
+
+
+def threshold(score: Tensor, keep_k: int, group: str = "row") -> Tensor:
+    """Smallest kept score of each group, ``[rows]`` or ``[1]`` float64: +0.0 for both zeros, +inf for nothing kept."""
+    mask = keep_mask(score, keep_k, group)
+    kept = torch.where(mask, _wide(score), math.inf).reshape(1 if group == "matrix" else len(score), -1)
+    padded = torch.nn.functional.pad(kept, (0, 1), value=math.inf)  # a group of no entries has no minimum
+    return padded.amin(1) + 0.0
+
+
+def prune(weight: Tensor, mask: Tensor) -> Tensor:
+    """A copy of ``weight`` with +0.0 where ``mask`` is False; kept entries keep their bits."""
+    return torch.where(mask, weight.detach().cpu(), torch.zeros((), dtype=weight.dtype))
+
+
+# The cut over several matrices
+
+
+def order_key(score: Tensor) -> np.ndarray:
+    """Float32 scores as uint32 in the same order, -0.0 as +0.0: positives get the sign bit, others all bits flipped."""
+    bits = (score.detach().cpu().to(torch.float32) + 0.0).numpy().view(np.uint32)
+    return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
+
+
+def score_histogram(score: Tensor, prefix: int, level: int) -> Tensor:
+    """``[2048, 2048, 1024][level]`` int64: how many keys agree with ``prefix`` above the level, by their digit."""
+    shift, bits = ((21, 11), (10, 11), (0, 10))[level]
+    keys = order_key(score).reshape(-1).astype(np.int64)
+    alike = keys[keys >> (shift + bits) == prefix >> (shift + bits)]
+    return torch.from_numpy(np.bincount(alike >> shift & (2**bits - 1), minlength=2**bits))
+
+
+def keep_mask_at(score: Tensor, key: int, ties: int) -> Tensor:
+    """``[rows, cols]`` bool: keys above ``key``, and the first ``ties`` (row-major) equal to it."""
+    keys = order_key(score).astype(np.int64)
+    equal = keys == key
+    first = equal & (np.cumsum(equal).reshape(keys.shape) <= ties)
+    return torch.from_numpy((keys > key) | first)

@@ -1,0 +1,135 @@
+"""What a pruning run did, as data: kept beside the model as JSON, shown as a short table."""
+
+import json
+import platform
+import resource
+import sys
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+REPORT_NAME = "ace_report.json"
+FORMAT = 1
+
+
+@dataclass
+class MatrixReport:
+    """One pruned matrix. Errors are those of its output on up to 128 calibration tokens, dense against pruned weight.
+
+    ``relative_error`` is ``‖A' - A‖ / ‖A‖`` over all these tokens; ``cosine`` the mean over tokens of
+    ``cos(A_t, A'_t)``.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    keep: int
+    """How many weights the mask keeps."""
+    nonzero: int
+    """How many of them are not zero: fewer than ``keep`` only where the dense weight held zeros."""
+    tokens: int
+    relative_error: float
+    cosine: float
+
+    @property
+    def size(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.nonzero / self.size if self.size else 0.0
+
+
+@dataclass
+class BlockReport:
+    name: str
+    seconds: float
+    matrices: list[MatrixReport] = field(default_factory=list)
+
+
+@dataclass
+class PruneReport:
+    """The whole run. ``extra`` is for the caller (model, calibration data …)."""
+
+    config: dict
+    device: str
+    dtype: str
+    blocks: list[BlockReport] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    versions: dict = field(default_factory=dict)
+    extra: dict = field(default_factory=dict)
+
+    @property
+    def matrices(self) -> list[MatrixReport]:
+        return [matrix for block in self.blocks for matrix in block.matrices]
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over all pruned matrices."""
+        size = sum(matrix.size for matrix in self.matrices)
+        return 1 - sum(matrix.nonzero for matrix in self.matrices) / size if size else 0.0
+
+    def to_json(self) -> str:
+        data = asdict(self)
+        for block, block_data in zip(self.blocks, data["blocks"], strict=True):
+            for matrix, matrix_data in zip(block.matrices, block_data["matrices"], strict=True):
+                matrix_data["sparsity"] = matrix.sparsity
+        return json.dumps({"format": FORMAT, "sparsity": self.sparsity, **data}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "PruneReport":
+        data = json.loads(text)
+        data.pop("format"), data.pop("sparsity")
+        blocks = []
+        for block in data.pop("blocks"):
+            matrices = [
+                MatrixReport(**{**m, "shape": tuple(m["shape"])})
+                for m in ({k: v for k, v in matrix.items() if k != "sparsity"} for matrix in block.pop("matrices"))
+            ]
+            blocks.append(BlockReport(**block, matrices=matrices))
+        return cls(**data, blocks=blocks)
+
+    def table(self) -> str:
+        """A short table for people: one line for each kind of matrix, averaged over blocks, and the totals."""
+        kinds: dict[str, list[MatrixReport]] = {}
+        for block in self.blocks:
+            for matrix in block.matrices:
+                kinds.setdefault(matrix.name.removeprefix(block.name + "."), []).append(matrix)
+        width = max([len("matrix"), *map(len, kinds)])
+        lines = [f"{'matrix':<{width}}  {'shape':>14}  {'sparsity':>8}  {'rel. error':>10}  {'cosine':>7}"]
+        for kind, matrices in kinds.items():
+            count = len(matrices)
+            size = sum(m.size for m in matrices)
+            sparsity = 1 - sum(m.nonzero for m in matrices) / size if size else 0.0
+            error = sum(m.relative_error for m in matrices) / count
+            cosine = sum(m.cosine for m in matrices) / count
+            shape = "x".join(map(str, matrices[0].shape))
+            lines.append(f"{kind:<{width}}  {shape:>14}  {sparsity:>8.4f}  {error:>10.4f}  {cosine:>7.4f}")
+        lines.append(
+            f"{len(self.blocks)} blocks, {len(self.matrices)} matrices, sparsity {self.sparsity:.4f}, "
+            f"{self.seconds:.1f} s, peak memory {self.peak_memory_bytes / 2**30:.2f} GiB on {self.device}"
+        )
+        return "\n".join(lines)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The process's peak resident memory, or on a GPU the most that torch allocated there."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kibibytes but on macOS
+
+
+def versions() -> dict:
+    """The versions that a result depends on."""
+    import transformers
+
+    from .extension import build_info
+
+    return {
+        "ace_ext": build_info()["version"],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "compiler": build_info()["compiler"],
+    }

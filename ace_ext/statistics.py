@@ -1,0 +1,153 @@
+"""Streaming statistics of a block's Linear inputs, taken by forward hooks.
+
+Linears that are handed the very same tensor (q, k and v; gate and up) share one state of its moments. The weighted ones
+depend on each Linear's own output.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .scores import INPUT, MOMENT, WEIGHTED
+
+
+class MomentState:
+    """Weighted Welford state of ``[d]`` columns: ``weight_sum []``, ``mean [d]``, ``m2 [d]``, float64.
+
+    ``m2`` is the weighted sum of squared deviations from the weighted mean. See ``csrc/core/welford.h``.
+    """
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
+        self.weight_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.mean = torch.zeros(columns, dtype=torch.float64, device=device)
+        self.m2 = torch.zeros(columns, dtype=torch.float64, device=device)
+
+    def update(self, x: Tensor, token_weight: Tensor | None = None) -> None:
+        """Merges tokens ``x [T, d]``, each of weight ``token_weight [T]`` float32, or 1."""
+        ops.update_moments_(self.weight_sum, self.mean, self.m2, x, token_weight)
+
+    @property
+    def square_sum(self) -> Tensor:
+        """``Σ_t w_t X_tj²``: ``[d]`` float64."""
+        return self.m2 + self.weight_sum * self.mean.square()
+
+    @property
+    def variance(self) -> Tensor:
+        """``Σ_t w_t (X_tj - mean_j)² / Σ_t w_t``: ``[d]`` float64; 0 for an empty state."""
+        return self.m2 / self.weight_sum.clamp_min(torch.finfo(torch.float64).tiny)
+
+
+@dataclass
+class LinearStatistics:
+    """What the metrics read about one Linear. Vectors are ``[d_in]`` float64.
+
+    ``weighted`` counts each token with ``r_t = 1 / ‖A_t‖²``, ``A`` the dense output without bias. ``moment`` is
+    ``Σ_t r_t² A_ti² X_tj²``, ``[d_out, d_in]`` float32. What the metric does not need is None.
+    """
+
+    input: MomentState | None
+    weighted: MomentState | None
+    moment: Tensor | None
+    tokens: int = 0
+    probe: list[Tensor] = field(default_factory=list)
+    """A few input rows of each batch, on which the report measures what pruning did to the output."""
+
+    @property
+    def norm(self) -> Tensor:
+        """``‖X_j‖``"""
+        return self.input.square_sum.sqrt()
+
+    @property
+    def deviation(self) -> Tensor:
+        """``σ_j``, the standard deviation of ``X_j`` over tokens."""
+        return self.input.variance.sqrt()
+
+    @property
+    def weighted_square_sum(self) -> Tensor:
+        """``Σ_t r_t X_tj²``"""
+        return self.weighted.square_sum
+
+    @property
+    def weighted_deviation(self) -> Tensor:
+        """``σʳ_j = sqrt(Σ_t r_t (X_tj - m_j)²)``: a sum, not a mean, like ``‖X_j‖``."""
+        return self.weighted.m2.sqrt()
+
+
+class StatisticsCollector:
+    """Collects :class:`LinearStatistics` of the named Linears while a block runs.
+
+    ``token_mask`` (flat, bool; set it before each forward, None for all) leaves padded tokens out. Call
+    :meth:`observe` from a hook, or use the collector as a context manager that hooks all its Linears.
+    """
+
+    PROBE_TOKENS = 128
+
+    def __init__(self, linears: dict[str, nn.Linear], needs: frozenset[str], batches: int = 1) -> None:
+        self.linears = linears
+        self.needs = needs
+        self.stats: dict[str, LinearStatistics] = {}
+        self.token_mask: Tensor | None = None
+        self._probe_rows = max(1, self.PROBE_TOKENS // batches)
+        self._leader: dict[str, str] = {}  # whose input state a Linear shares
+        self._last: tuple[str, Tensor] | None = None  # who saw which tensor last
+        self._handles: list = []
+
+    def __enter__(self) -> "StatisticsCollector":
+        for name, linear in self.linears.items():
+            hook = lambda module, args, output, name=name: self.observe(name, args[0], output)  # noqa: E731
+            self._handles.append(linear.register_forward_hook(hook))
+        return self
+
+    def __exit__(self, *_) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._last = None
+
+    def observe(self, name: str, x: Tensor, output: Tensor) -> None:
+        """Adds one call of a Linear: its input ``[..., d_in]`` and output ``[..., d_out]``, bias included."""
+        leader = self._share(name, x)
+        rows = self._tokens(x)
+        stats = self.stats.get(name)
+        if stats is None:
+            stats = self.stats[name] = self._new_stats(name, leader, rows.device)
+        stats.tokens += len(rows)
+        if len(rows) == 0:
+            return
+        if leader == name:
+            step = max(1, len(rows) // self._probe_rows)
+            stats.probe.append(rows[::step][: self._probe_rows].clone())
+            if INPUT in self.needs:
+                stats.input.update(rows)
+        if self.needs & {WEIGHTED, MOMENT}:
+            bias = self.linears[name].bias
+            dense = self._tokens(output if bias is None else output - bias)
+            if WEIGHTED in self.needs:
+                stats.weighted.update(rows, ops.inverse_square_norm(dense))
+            if MOMENT in self.needs:
+                ops.update_cosine_moment_(stats.moment, rows, dense)
+
+    def _share(self, name: str, x: Tensor) -> str:
+        """The Linear whose input statistics serve this one: fixed at its first call."""
+        if name not in self._leader:
+            shared = self._last is not None and self._last[1] is x
+            self._leader[name] = self._leader[self._last[0]] if shared else name
+        self._last = (name, x)
+        return self._leader[name]
+
+    def _new_stats(self, name: str, leader: str, device: torch.device) -> LinearStatistics:
+        rows, columns = self.linears[name].weight.shape
+        moment = torch.zeros(rows, columns, device=device) if MOMENT in self.needs else None
+        weighted = MomentState(columns, device) if WEIGHTED in self.needs else None
+        if leader != name:
+            return LinearStatistics(self.stats[leader].input, weighted, moment, probe=self.stats[leader].probe)
+        return LinearStatistics(MomentState(columns, device) if INPUT in self.needs else None, weighted, moment)
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """``[T, d]`` without padded tokens. A mask that does not fit (an expert's own choice of tokens) is not used."""
+        rows = x.detach().reshape(-1, x.shape[-1])
+        if self.token_mask is not None and len(self.token_mask) == len(rows):
+            rows = rows[self.token_mask]
+        return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()

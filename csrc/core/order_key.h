@@ -1,0 +1,28 @@
+// Scores as unsigned integers in the same order, so that a selection compares and counts integers only.
+#pragma once
+
+#include "core/scalar.h"
+
+namespace ace {
+
+// a < b as floats exactly where order_key(a) < order_key(b) as unsigned. -0.0 and +0.0 get the same key, since they are
+// equal scores. 16-bit types widen exactly, so one kind of key serves them all. NaN has no place in the order: callers
+// refuse scores that are not finite first.
+ACE_HD uint32_t order_key(float score) {
+  uint32_t bits = float_bits(score);
+  bits = bits == 0x80000000u ? 0u : bits;
+  const uint32_t flip = (bits >> 31) != 0 ? 0xffffffffu : 0x80000000u;
+  return bits ^ flip;
+}
+
+ACE_HD uint32_t order_key(Half score) { return order_key(to_float(score)); }
+
+ACE_HD uint32_t order_key(BFloat16 score) { return order_key(to_float(score)); }
+
+// The score whose key this is (+0.0 for both zeros).
+ACE_HD float key_score(uint32_t key) {
+  const uint32_t flip = (key >> 31) != 0 ? 0x80000000u : 0xffffffffu;
+  return bits_float(key ^ flip);
+}
+
+}  // namespace ace

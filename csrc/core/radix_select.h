@@ -1,0 +1,101 @@
+// The k-th largest of n keys by radix: three passes of 11, 11 and 10 bits from the top. Each pass counts the keys that
+// agree with the digits found so far; it stops early when all that is left to choose from is kept.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/order_key.h"
+
+namespace ace {
+
+struct RadixDigit {
+  int shift;
+  int bits;
+};
+
+constexpr int kRadixPasses = 3;
+constexpr int kRadixBins = 2048;  // of the widest pass
+
+ACE_HD constexpr RadixDigit radix_digit(int pass) {
+  return pass == 0 ? RadixDigit{21, 11} : pass == 1 ? RadixDigit{10, 11} : RadixDigit{0, 10};
+}
+
+ACE_HD constexpr int radix_bins(int pass) { return 1 << radix_digit(pass).bits; }
+
+ACE_HD constexpr uint32_t radix_bin(uint32_t key, int pass) {
+  return (key >> radix_digit(pass).shift) & (static_cast<uint32_t>(radix_bins(pass)) - 1u);
+}
+
+// True where the key has the digits of `prefix` above this pass's digit.
+ACE_HD constexpr bool radix_matches(uint32_t key, uint32_t prefix, int pass) {
+  return pass == 0 || ((key ^ prefix) >> (radix_digit(pass).shift + radix_digit(pass).bits)) == 0;
+}
+
+// What to keep: every key above `key`, and of those equal to it the first `ties` in index order.
+struct Cut {
+  uint32_t key;
+  int64_t ties;
+};
+
+constexpr Cut kKeepNone{0xffffffffu, 0};
+
+// Keeps every key >= `key`. No finite score has key 0, so this cannot wrap.
+ACE_HD constexpr Cut keep_from(uint32_t key) { return {key - 1u, 0}; }
+
+// The smallest kept score, if the cut was made by this file's rule that some key equals its lower end; +inf for none.
+ACE_HD float cut_threshold(Cut cut) {
+  if (cut.ties > 0) return key_score(cut.key);
+  return cut.key == kKeepNone.key ? bits_float(0x7f800000u) : key_score(cut.key + 1u);
+}
+
+struct RadixBin {
+  uint32_t bin;
+  int64_t above;  // keys in higher bins
+  int64_t count;  // keys in this one
+};
+
+// The bin in which the want-th largest lies, want in [1, sum of counts].
+template <class Count>
+ACE_HD RadixBin find_bin(const Count* counts, int bins, int64_t want) {
+  int64_t above = 0;
+  int bin = bins - 1;
+  while (bin > 0 && above + static_cast<int64_t>(counts[bin]) < want) above += static_cast<int64_t>(counts[bin--]);
+  return {static_cast<uint32_t>(bin), above, static_cast<int64_t>(counts[bin])};
+}
+
+inline uint32_t smallest_key(const uint32_t* keys, int64_t n) {
+  uint32_t smallest = 0xffffffffu;
+  for (int64_t i = 0; i < n; ++i) smallest = keys[i] < smallest ? keys[i] : smallest;
+  return smallest;
+}
+
+// One thread's selection: the cut that keeps exactly keep_k of keys[0..n). `scratch` holds n keys: the candidates of
+// a pass's bin are gathered there, so that the later passes read few. `counts` holds kRadixBins.
+inline Cut select_kth(const uint32_t* keys, int64_t n, int64_t keep_k, uint32_t* scratch, uint32_t* counts) {
+  if (keep_k <= 0) return kKeepNone;
+  if (keep_k >= n) return keep_from(smallest_key(keys, n));
+  const uint32_t* from = keys;
+  uint32_t prefix = 0;
+  int64_t left = n, want = keep_k;
+  for (int pass = 0; pass < kRadixPasses; ++pass) {
+    std::memset(counts, 0, sizeof(uint32_t) * static_cast<size_t>(radix_bins(pass)));
+    for (int64_t i = 0; i < left; ++i) ++counts[radix_bin(from[i], pass)];
+    const RadixBin found = find_bin(counts, radix_bins(pass), want);
+    prefix |= found.bin << radix_digit(pass).shift;
+    want -= found.above;
+    if (pass == kRadixPasses - 1) break;
+    int64_t gathered = 0;
+    for (int64_t i = 0; i < left; ++i) {
+      const uint32_t key = from[i];
+      scratch[gathered] = key;  // gathered <= i: safe in place, once `from` is the scratch itself
+      gathered += radix_bin(key, pass) == found.bin;
+    }
+    from = scratch;
+    left = gathered;
+    if (want == left) return keep_from(smallest_key(from, left));
+  }
+  return {prefix, want};
+}
+
+}  // namespace ace

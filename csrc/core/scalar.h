@@ -1,0 +1,62 @@
+// Number types of weights, as bits. Knows neither torch nor the CUDA runtime.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define ACE_HD __host__ __device__ __forceinline__
+#else
+#define ACE_HD inline __attribute__((always_inline))
+#endif
+
+namespace ace {
+
+struct Half {  // IEEE binary16
+  uint16_t bits;
+};
+
+struct BFloat16 {  // the upper half of a binary32
+  uint16_t bits;
+};
+
+ACE_HD uint32_t float_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+ACE_HD float bits_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Widening is exact for every input, subnormal numbers included.
+ACE_HD float to_float(float value) { return value; }
+
+ACE_HD float to_float(BFloat16 value) { return bits_float(static_cast<uint32_t>(value.bits) << 16); }
+
+ACE_HD float to_float(Half value) {
+  const uint32_t exponent = value.bits & 0x7c00u;
+  const uint32_t mantissa = value.bits & 0x03ffu;
+  // Rebias the exponent from 15 to 127; infinity and NaN keep an all-ones exponent.
+  const uint32_t rebias = exponent == 0x7c00u ? 224u << 23 : 112u << 23;
+  const float normal = bits_float((static_cast<uint32_t>(value.bits & 0x7fffu) << 13) + rebias);
+  // 2^-24 a mantissa step. Through an integer conversion, since flush-to-zero modes would lose a subnormal float.
+  const float subnormal = static_cast<float>(static_cast<int32_t>(mantissa)) * 5.9604644775390625e-8f;
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
+  return bits_float(float_bits(exponent == 0 ? subnormal : normal) | sign);
+}
+
+// Rounds to nearest, ties to even; for finite values.
+ACE_HD BFloat16 to_bfloat16(float value) {
+  const uint32_t bits = float_bits(value);
+  return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+}
+
+ACE_HD float absolute(float value) { return bits_float(float_bits(value) & 0x7fffffffu); }
+
+ACE_HD bool is_finite(float value) { return (float_bits(value) & 0x7f800000u) != 0x7f800000u; }
+
+}  // namespace ace

@@ -1,0 +1,86 @@
+// Every half and bfloat16 pattern against a conversion written from the formats' definitions.
+#include "core/scalar.h"
+
+#include <cmath>
+#include <limits>
+
+#include <gtest/gtest.h>
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
+
+namespace ace {
+namespace {
+
+// The value of a small IEEE format: sign, exponent_bits, mantissa_bits. Double holds every one of them exactly.
+double decode(uint32_t bits, int exponent_bits, int mantissa_bits) {
+  const int bias = (1 << (exponent_bits - 1)) - 1;
+  const int top = (1 << exponent_bits) - 1;
+  const int mantissa = static_cast<int>(bits & ((1u << mantissa_bits) - 1u));
+  const int exponent = static_cast<int>(bits >> mantissa_bits) & top;
+  const double sign = (bits >> (exponent_bits + mantissa_bits)) != 0 ? -1.0 : 1.0;
+  if (exponent == top) {
+    return mantissa != 0 ? std::numeric_limits<double>::quiet_NaN() : sign * std::numeric_limits<double>::infinity();
+  }
+  if (exponent == 0) return sign * std::ldexp(mantissa, 1 - bias - mantissa_bits);
+  return sign * std::ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
+}
+
+template <class Scalar>
+void expect_all_patterns(int exponent_bits, int mantissa_bits) {
+  for (uint32_t bits = 0; bits < 65536; ++bits) {
+    const float value = to_float(Scalar{static_cast<uint16_t>(bits)});
+    const double expected = decode(bits, exponent_bits, mantissa_bits);
+    if (std::isnan(expected)) {
+      ASSERT_TRUE(std::isnan(value)) << "pattern " << bits;
+    } else {
+      ASSERT_EQ(static_cast<double>(value), expected) << "pattern " << bits;
+    }
+    ASSERT_EQ(std::signbit(value), bits >> 15 != 0) << "pattern " << bits;
+  }
+}
+
+TEST(Scalar, HalfWidensExactly) { expect_all_patterns<Half>(5, 10); }
+
+TEST(Scalar, BFloat16WidensExactly) { expect_all_patterns<BFloat16>(8, 7); }
+
+TEST(Scalar, FloatStaysItself) { EXPECT_EQ(float_bits(to_float(bits_float(0x12345678u))), 0x12345678u); }
+
+#if defined(__SSE2__)
+// A caller may run under flush-to-zero; a subnormal half must survive it.
+TEST(Scalar, SubnormalHalfSurvivesFlushToZero) {
+  constexpr unsigned kFlushToZero = 0x8040u;  // FTZ and DAZ
+  const unsigned before = _mm_getcsr();
+  uint32_t wrong = 0;
+  _mm_setcsr(before | kFlushToZero);
+  for (uint32_t bits = 1; bits < 0x400u; ++bits) {
+    const float value = to_float(Half{static_cast<uint16_t>(bits)});
+    wrong += value != static_cast<float>(bits) / 16777216.0f;
+  }
+  _mm_setcsr(before);
+  EXPECT_EQ(wrong, 0u);
+}
+#endif
+
+TEST(Scalar, AbsoluteClearsOnlyTheSign) {
+  EXPECT_EQ(absolute(-1.5f), 1.5f);
+  EXPECT_EQ(absolute(1.5f), 1.5f);
+  EXPECT_EQ(float_bits(absolute(-0.0f)), 0u);
+  EXPECT_EQ(absolute(-std::numeric_limits<float>::infinity()), std::numeric_limits<float>::infinity());
+  EXPECT_TRUE(std::isnan(absolute(-std::numeric_limits<float>::quiet_NaN())));
+}
+
+TEST(Scalar, IsFinite) {
+  for (float value : {0.0f, -0.0f, 1.0f, std::numeric_limits<float>::max(), std::numeric_limits<float>::lowest(),
+                      std::numeric_limits<float>::denorm_min()}) {
+    EXPECT_TRUE(is_finite(value)) << value;
+  }
+  EXPECT_FALSE(is_finite(std::numeric_limits<float>::infinity()));
+  EXPECT_FALSE(is_finite(-std::numeric_limits<float>::infinity()));
+  EXPECT_FALSE(is_finite(std::numeric_limits<float>::quiet_NaN()));
+  EXPECT_FALSE(is_finite(bits_float(0x7f800001u)));  // a signalling NaN
+  EXPECT_FALSE(is_finite(bits_float(0xffffffffu)));
+}
+
+}  // namespace
+}  // namespace ace

@@ -1,0 +1,37 @@
+"""Fixtures, one section an owner: what a single file needs stays in that file."""
+
+import pytest
+import torch
+from helpers import DTYPES
+
+# Devices, dtypes, random numbers, threads
+
+
+def _devices() -> list[str]:
+    from ace_ext import build_info
+
+    return ["cpu", "cuda"] if torch.cuda.is_available() and build_info()["cuda"] else ["cpu"]
+
+
+@pytest.fixture(params=_devices())
+def device(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def random() -> torch.Generator:
+    """The same numbers in every test, whatever ran before."""
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def threads():
+    """``torch.set_num_threads``, put back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -1,0 +1,120 @@
+"""What several test files share: cases, bit comparisons and the tolerance table."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SHAPES = ((1, 1), (1, 2), (2, 1), (31, 33), (32, 32), (33, 31), (3, 129), (129, 2), (2, 1134))
+
+COLUMN_METRICS = ("wanda", "ria", "stade", "varp", "cosvar", "ace")
+MOMENT_METRICS = ("cosp", "cosp+varp", "cosp-exact")
+METRICS = ("magnitude", *COLUMN_METRICS, *MOMENT_METRICS)
+
+# Cases
+
+
+def make_weight(rows: int, cols: int, dtype: torch.dtype, random: torch.Generator, ties: bool = False) -> Tensor:
+    """``[rows, cols]`` normal; with ``ties`` only multiples of 1/2, so that many scores are equal and some are ±0."""
+    weight = torch.randn(rows, cols, generator=random)
+    return ((weight * 2).round() / 2 if ties else weight).to(dtype)
+
+
+def metric_arguments(metric: str, weight: Tensor, random: torch.Generator, ties: bool = False) -> dict[str, Tensor]:
+    """The ``column`` and ``moment`` that the metric needs, random; with ``ties`` all equal, so that scores are too."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.full(shape, 0.25) if ties else torch.rand(*shape, generator=random) + 0.01
+
+    arguments = {}
+    if metric in COLUMN_METRICS + MOMENT_METRICS:
+        arguments["column"] = draw(weight.shape[1]) + (2.0 if metric == "cosp-exact" else 0.0)
+    if metric in MOMENT_METRICS:
+        arguments["moment"] = draw(*weight.shape)
+    return {name: value.to(weight.device) for name, value in arguments.items()}
+
+
+def places(size: int) -> list[int]:
+    """Numbers to keep out of ``size``: both ends, their neighbours and the middle."""
+    return sorted({k for k in (0, 1, size // 2, size - 1, size) if 0 <= k <= size})
+
+
+def embed(inner: Tensor) -> tuple[Tensor, Tensor]:
+    """A larger matrix and the column slice of it that holds ``inner``; all around it is 7."""
+    rows, cols = inner.shape
+    outer = torch.full((rows, cols + 5), 7.0, dtype=inner.dtype, device=inner.device)
+    view = outer[:, 3 : 3 + cols]
+    view.copy_(inner)
+    return outer, view
+
+
+def assert_only_slice_changed(outer: Tensor, view: Tensor) -> None:
+    """``view`` is what :func:`embed` gave: nothing beside it may have been written."""
+    cols = view.shape[1]
+    assert (outer[:, :3] == 7).all()
+    assert (outer[:, 3 + cols :] == 7).all()
+
+
+# Bits
+
+_INTEGERS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16}
+_INTEGERS[torch.bfloat16] = torch.int16
+
+
+def bits(t: Tensor) -> np.ndarray:
+    return t.detach().cpu().contiguous().view(_INTEGERS[t.dtype]).numpy()
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    np.testing.assert_array_equal(bits(actual), bits(expected))
+
+
+# Tolerances. u = 2^-24 is the rounding of one float32 operation; every bound is a count of such roundings, each derived
+# below, and absolute where it returns a tensor. A failing test means a wrong count or a wrong op, never a wider number.
+
+UNIT = 2.0**-24
+BLOCK = 64
+"""Tokens that an op may sum in float32 before it merges them into the state."""
+
+SCORE_ROUNDINGS = 4
+"""The longest formulas. ria: a sum rounded from float64 (1), the division by it (1), the sum of two such terms (1) and
+the product (1). cosp: ``|W| c`` (1), the square root and its product with ``|W|`` (2), the product of both (1).
+cosp-exact: the difference of given numbers (1), halved without rounding, the square root (1), the product (1)."""
+
+
+def moment_bounds(x: Tensor, token_weight: Tensor | None, state: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Absolute bounds on ``weight_sum``, ``mean`` and ``m2`` of :func:`ops.update_moments_` from an empty state.
+
+    The chain of float32 roundings a value goes through is n long: the tokens of one block, and with a float32 state one
+    more for each block merged; a float64 state adds nothing that counts. A step rounds at most 4 times.
+
+    - weight_sum: n roundings of the running sum.
+    - mean: a step rounds relative to the running sum of ``w|x|``, which the last one bounds: 4 n u (sum w|x|) / w.
+    - m2: the bound of Chan, Golub and LeVeque (1983) for updating and pairwise rules is n u kappa relative, with
+      ``kappa^2 = (sum w x^2) / M2``; its second-order term, n^2 u^2 kappa^2, is all there is where M2 vanishes. (The
+      textbook rule ``E[x^2] - E[x]^2`` has kappa^2 in first order.)
+    """
+    x = x.cpu().double()
+    w = torch.ones(len(x), dtype=torch.float64) if token_weight is None else token_weight.cpu().double()
+    total = w.sum()
+    blocks = math.ceil(len(x) / BLOCK) if state == torch.float32 else 0
+    unit = 4 * UNIT * (min(len(x), BLOCK) + blocks)
+    mean = (w[:, None] * x).sum(0) / total
+    squares = (w[:, None] * x**2).sum(0)
+    m2 = (w[:, None] * (x - mean) ** 2).sum(0)
+    return unit * total, unit * (w[:, None] * x.abs()).sum(0) / total, unit * (squares * m2).sqrt() + unit**2 * squares
+
+
+def inverse_square_norm_bound(width: int) -> float:
+    """Relative: a square (1), at worst ``width - 1`` additions in float32, the division and the result (2)."""
+    return UNIT * (width + 2)
+
+
+def cosine_moment_bound(tokens: int, d_out: int) -> float:
+    """Relative: all terms are positive, so errors do not cancel up. ``r`` as above and squared (2 of its bounds), its
+    product with ``a`` and the square of that (3), the square of ``x`` (1), the product (1), ``tokens`` additions."""
+    return 2 * inverse_square_norm_bound(d_out) + UNIT * (5 + tokens)

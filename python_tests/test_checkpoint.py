@@ -1,0 +1,143 @@
+import json
+import os
+
+import pytest
+import torch
+from tiny_models import make_model, make_tokenizer, make_tokens
+from transformers import AutoModelForCausalLM
+
+from ace_ext import InputError, PruneConfig, prune_model
+from ace_ext.checkpoint import LoadedModel, check_output, load_model, read_report, save_pruned
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A dense model on disk."""
+    path = tmp_path / "dense"
+    make_model("llama-tied", torch.bfloat16).save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+def pruned(folder, **config):
+    loaded = load_model(str(folder))
+    return loaded, prune_model(loaded.model, make_tokens(), PruneConfig(**config))
+
+
+def test_round_trip(folder, tmp_path):
+    loaded, report = pruned(folder)
+    out = save_pruned(loaded, report, tmp_path / "a" / "out")
+    again = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), loaded.model.parameters(), strict=True))
+    assert again.dtype == torch.bfloat16
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert read_report(out) == report
+    assert load_model(str(out)).tokenizer("the fox").input_ids == loaded.tokenizer("the fox").input_ids
+    assert os.listdir(tmp_path / "a") == ["out"]
+
+
+def test_files_are_as_readable_as_others(folder, tmp_path):
+    loaded, report = pruned(folder)
+    out = save_pruned(loaded, report, tmp_path / "out")
+    (tmp_path / "plain").touch()
+    assert {f.stat().st_mode for f in out.iterdir()} == {(tmp_path / "plain").stat().st_mode}
+
+
+def test_same_run_same_bytes(folder, tmp_path):
+    outs = [save_pruned(*pruned(folder), tmp_path / name) for name in ("one", "two")]
+    first, second = ((out / "model.safetensors").read_bytes() for out in outs)
+    assert first == second
+
+
+def test_existing_output_needs_overwrite(folder, tmp_path):
+    loaded, report = pruned(folder)
+    out = save_pruned(loaded, report, tmp_path / "out")
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="exists; pass --overwrite"):
+        save_pruned(loaded, report, out)
+    loaded.model.model.norm.weight.data.fill_(2)
+    save_pruned(loaded, report, out, overwrite=True)
+    assert (out / "model.safetensors").read_bytes() != before
+    assert sorted(os.listdir(tmp_path)) == ["dense", "out"]
+
+
+def test_a_failed_write_leaves_the_old_output(folder, tmp_path, monkeypatch):
+    loaded, report = pruned(folder)
+    out = save_pruned(loaded, report, tmp_path / "out")
+    before = (out / "model.safetensors").read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loaded.tokenizer, "save_pretrained", full)
+    with pytest.raises(InputError, match="cannot be written: No space left on device"):
+        save_pruned(loaded, report, out, overwrite=True)
+    assert (out / "model.safetensors").read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["dense", "out"]
+
+
+def test_check_output_refuses_and_leaves_nothing(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").touch()
+    for output, overwrite, message in [
+        (tmp_path / "file", True, "is a file"),
+        (tmp_path / "file" / "out", False, "cannot be written"),
+        (tmp_path / "photos", False, "exists; pass --overwrite"),
+        (tmp_path / "photos", True, "holds something that is no model; it will not be replaced"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            check_output(output, overwrite)
+    check_output(tmp_path / "new" / "deep" / "out", False)
+    assert sorted(os.listdir(tmp_path)) == ["file", "photos"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("/no/such/folder", "is no folder, no .gguf file and no hub name"),
+        ("./nothing", "is no folder"),
+        ("nothing", "is no folder"),
+        ("/no/such.gguf", "is no file"),
+    ],
+)
+def test_missing_models(source, message):
+    with pytest.raises(InputError, match=message):
+        load_model(source)
+
+
+def test_broken_model_folders(tmp_path):
+    with pytest.raises(InputError, match=r"has no config\.json"):
+        load_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="could not be loaded"):
+        load_model(str(tmp_path))
+    with pytest.raises(InputError, match="dtype must be auto, float32"):
+        load_model(str(tmp_path), dtype="int8")
+
+
+def test_quantized_models_are_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError):
+        load_model(str(folder))
+
+
+def test_reports_that_are_none(tmp_path):
+    with pytest.raises(InputError, match=r"has no ace_report\.json"):
+        read_report(tmp_path)
+    for text in ("{", "{}", "[]"):
+        (tmp_path / "ace_report.json").write_text(text)
+        with pytest.raises(InputError, match="is no report of ace-prune"):
+            read_report(tmp_path)
+
+
+def test_sharded_models(tmp_path):
+    dense = tmp_path / "dense"
+    make_model("llama").save_pretrained(dense, max_shard_size="20KB")
+    make_tokenizer().save_pretrained(dense)
+    assert len(list(dense.glob("*.safetensors"))) > 1
+    loaded, report = pruned(dense)
+    assert isinstance(loaded, LoadedModel)
+    assert save_pruned(loaded, report, tmp_path / "out").is_dir()

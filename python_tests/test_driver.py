@@ -1,0 +1,207 @@
+"""The loop on tiny models of several families: counts, orders, and agreement with the oracle."""
+
+import pytest
+import torch
+from tiny_models import DENSE_FAMILIES, make_model, make_tokens
+from torch.nn import functional
+
+from ace_ext import InputError, PruneConfig, prune_model, reference
+from ace_ext.config import keep_count
+from ace_ext.model_walk import capture_calls, find_blocks, run_block
+from ace_ext.scores import METRICS
+
+
+def weights_of(model):
+    return {
+        block.full_name(child): linear.weight for block in find_blocks(model) for child, linear in block.linears.items()
+    }
+
+
+def oracle_prune_first_block(model, tokens, metric, sparsity):
+    """Masks of the first block in the order block, from the dense block's inputs, all in float64."""
+    block = find_blocks(model)[0]
+    (call,) = capture_calls(model, [*find_blocks(model)], [{"input_ids": tokens}])
+    inputs = {}
+    handles = [
+        linear.register_forward_pre_hook(lambda _, args, child=child: inputs.__setitem__(child, args[0].flatten(0, 1)))
+        for child, linear in block.linears.items()
+    ]
+    with torch.no_grad():
+        run_block(block, call.hidden, call.others[0])
+    for handle in handles:
+        handle.remove()
+    masks = {}
+    for child, linear in block.linears.items():
+        x, weight = inputs[child], linear.weight.detach()
+        dense = functional.linear(x, weight)
+        column = reference.column_factor(metric, x, dense) if METRICS[metric].column else None
+        moment = reference.cosine_moment(x, dense) if metric.startswith("cosp") else None
+        score = reference.score(weight, metric, column, moment)
+        masks[block.full_name(child)] = reference.keep_mask(score, keep_count(weight.shape[1], sparsity), "row")
+    return masks
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_masks_are_the_oracles(metric):
+    model, tokens = make_model("qwen2"), make_tokens()
+    masks = oracle_prune_first_block(model, tokens, metric, 0.5)
+    dense = {name: weight.clone() for name, weight in weights_of(model).items()}
+    prune_model(model, tokens, PruneConfig(metric, order="block"))
+    for name, mask in masks.items():
+        weight = weights_of(model)[name]
+        differing = (weight != 0) != mask
+        # Float32 statistics may swap two scores that agree to six digits; anything else is a fault.
+        assert differing.float().mean() < 2e-3, name
+        assert torch.equal(weight[weight != 0], dense[name][weight != 0])
+
+
+@pytest.mark.parametrize("family", DENSE_FAMILIES)
+@pytest.mark.parametrize("order", ["block", "sequential"])
+@pytest.mark.parametrize("batch_tokens", [16, 10_000])
+def test_every_row_keeps_exactly_k(family, order, batch_tokens):
+    model = make_model(family, torch.bfloat16)
+    untouched = {
+        n: p.clone() for n, p in model.named_parameters() if n.removesuffix(".weight") not in weights_of(model)
+    }
+    report = prune_model(model, make_tokens(), PruneConfig(sparsity=0.6, order=order, batch_tokens=batch_tokens))
+    weights = weights_of(model)
+    for name, weight in weights.items():
+        assert (weight.count_nonzero(dim=1) == keep_count(weight.shape[1], 0.6)).all(), name
+    assert [matrix.name for matrix in report.matrices] == list(weights)
+    assert report.sparsity == pytest.approx(0.6, abs=0.02)
+    assert all(0 < m.relative_error < 1 and 0 < m.cosine < 1 and m.tokens == 96 for m in report.matrices)
+    parameters = dict(model.named_parameters())
+    assert all(torch.equal(parameters[name], value) for name, value in untouched.items())
+
+
+def test_one_forward_equals_stages():
+    """Sequential order: pruning inside one forward and by stages over batches see the same inputs."""
+    one, several = make_model("llama"), make_model("llama")
+    prune_model(one, make_tokens(), PruneConfig(batch_tokens=10_000))
+    prune_model(several, make_tokens(), PruneConfig(batch_tokens=32))
+    for name, weight in weights_of(one).items():
+        assert ((weight != 0) != (weights_of(several)[name] != 0)).float().mean() < 2e-3, name
+
+
+def test_sequential_order_sees_pruned_inputs():
+    """o_proj's statistics differ between the orders, q_proj's do not, in the first block."""
+    block, sequential = make_model("llama"), make_model("llama")
+    prune_model(block, make_tokens(), PruneConfig("wanda", order="block"))
+    prune_model(sequential, make_tokens(), PruneConfig("wanda", order="sequential"))
+    name = "model.layers.0.self_attn.{}_proj"
+    assert torch.equal(weights_of(block)[name.format("q")], weights_of(sequential)[name.format("q")])
+    assert not torch.equal(weights_of(block)[name.format("o")], weights_of(sequential)[name.format("o")])
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "3:16"])
+def test_patterns(pattern):
+    model = make_model("llama")
+    keep, of = map(int, pattern.split(":"))
+    prune_model(model, make_tokens(), PruneConfig(pattern=pattern))
+    for weight in weights_of(model).values():
+        assert (weight.unflatten(1, (-1, of)).count_nonzero(dim=2) == keep).all()
+
+
+@pytest.mark.parametrize("metric", ["magnitude", "ace", "cosp"])
+def test_whole_model_group(metric):
+    model = make_model("llama")
+    report = prune_model(model, make_tokens(), PruneConfig(metric, 0.37, group="model"))
+    size = sum(weight.numel() for weight in weights_of(model).values())
+    assert sum(int(w.count_nonzero()) for w in weights_of(model).values()) == keep_count(size, 0.37)
+    shares = [matrix.sparsity for matrix in report.matrices]
+    assert max(shares) - min(shares) > 0.01
+
+
+def test_matrix_group():
+    model = make_model("llama")
+    prune_model(model, make_tokens(), PruneConfig(group="matrix", sparsity=0.3))
+    for weight in weights_of(model).values():
+        assert int(weight.count_nonzero()) == keep_count(weight.numel(), 0.3)
+
+
+def test_callable_metric_equals_the_built_in_one():
+    def my_wanda(weight, stats):
+        return weight.abs().float() * stats.norm.float()
+
+    mine, built_in = make_model("llama"), make_model("llama")
+    prune_model(mine, make_tokens(), PruneConfig(my_wanda))
+    prune_model(built_in, make_tokens(), PruneConfig("wanda"))
+    assert all(torch.equal(weight, weights_of(built_in)[name]) for name, weight in weights_of(mine).items())
+
+
+def test_callable_metric_can_ask_for_the_moment():
+    def my_cosp(weight, stats):
+        return stats.moment
+
+    my_cosp.needs_moment = True
+    prune_model(make_model("llama"), make_tokens(), PruneConfig(my_cosp))
+
+
+def test_padding_does_not_count():
+    padded, plain = make_model("llama"), make_model("llama")
+    tokens = make_tokens(2, 12)
+    longer = torch.cat([tokens, torch.zeros(2, 5, dtype=torch.long)], dim=1)
+    mask = (torch.arange(17) < 12).long().expand(2, -1)
+    prune_model(padded, [{"input_ids": longer, "attention_mask": mask}])
+    prune_model(plain, tokens)
+    for name, weight in weights_of(plain).items():
+        assert ((weight != 0) != (weights_of(padded)[name] != 0)).float().mean() < 2e-3, name
+
+
+def test_same_seed_same_bits():
+    first, second = make_model("llama", torch.bfloat16), make_model("llama", torch.bfloat16)
+    prune_model(first, make_tokens())
+    prune_model(second, make_tokens())
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_callback_and_training_mode():
+    model = make_model("llama").train()
+    seen = []
+    prune_model(model, make_tokens(), callback=lambda block: seen.append(block.name))
+    assert seen == ["model.layers.0", "model.layers.1", "model.layers.2"]
+    assert model.training
+
+
+def test_zeros_are_positive():
+    model = make_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[:, :20] = -0.0  # more zeros than a tenth: the mask keeps some
+    report = prune_model(model, make_tokens(), PruneConfig(sparsity=0.1))
+    assert not any(((w == 0) & torch.signbit(w)).any() for w in weights_of(model).values())
+    (matrix,) = [m for m in report.matrices if m.name == "model.layers.0.mlp.up_proj"]
+    assert matrix.nonzero < matrix.keep
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.zeros(0, 4, dtype=torch.long), "calibration must have at least one token"),
+        ([], "calibration must have at least one token"),
+        (torch.zeros(4, dtype=torch.long), r"calibration tokens must be \[nsamples, seqlen\] \(got shape \[4\]\)"),
+    ],
+    ids=["zero-rows", "no-batch", "one-dimension"],
+)
+def test_bad_calibration_changes_nothing(tokens, message):
+    model = make_model("llama")
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(InputError, match=message):
+        prune_model(model, tokens)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+
+
+def test_pattern_must_divide_the_columns():
+    model = make_model("llama")
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(InputError, match=r"pattern 2:5 needs columns in whole groups of 5 \(got 32 in model"):
+        prune_model(model, make_tokens(), PruneConfig(pattern="2:5"))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+
+
+def test_a_linear_that_sees_no_token_is_an_error():
+    model = make_model("llama")
+    layer = model.model.layers[1]
+    layer.idle = torch.nn.Linear(32, 32)
+    for order in ("block", "sequential"):
+        with pytest.raises(InputError, match=r"model\.layers\.1\.idle saw no calibration token"):
+            prune_model(model, make_tokens(), PruneConfig(order=order))

@@ -1,0 +1,38 @@
+import pytest
+import torch
+
+import ace_ext
+from ace_ext import extension
+
+
+def test_build_info():
+    info = ace_ext.build_info()
+    assert info["version"] == ace_ext.__version__
+    assert info["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert set(info) == {"version", "torch", "cuda", "compiler", "cplusplus"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("libc10_cuda.so: cannot open shared object file", "was built for a torch with CUDA, but torch .* has none"),
+        ("_C.so: undefined symbol: _ZN3c10", "was built for another torch than"),
+        ("cannot import name '_C' from 'ace_ext'", "the compiled part of ace_ext is not here"),
+    ],
+)
+def test_import_errors_say_what_to_do(text, words):
+    message = extension._explain(ImportError(text))
+    assert text in message
+    with pytest.raises(ImportError, match=words + ".*pip install --no-build-isolation"):
+        raise ImportError(message)
+
+
+def test_another_minor_release_is_refused(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "1.13.1+cpu")
+    with pytest.raises(ImportError, match=r"was built for torch .*, but this is torch 1\.13\.1\+cpu; rebuild it"):
+        extension._load()
+
+
+def test_a_patch_release_is_fine():
+    assert extension._same_release("2.13.0+cpu", "2.13.1+cu130")
+    assert not extension._same_release("2.13.0", "2.1.0")

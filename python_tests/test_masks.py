@@ -1,0 +1,55 @@
+import pytest
+import torch
+
+from ace_ext import InputError, PruneConfig, reference
+from ace_ext.masks import ScoredWeight, keep_budget, prune_model_wide_, prune_weight_, scored_weight
+
+
+def magnitude(weight):
+    return ScoredWeight(weight, "magnitude", None, None)
+
+
+@pytest.mark.parametrize(
+    "config", [{"sparsity": 0.3}, {"group": "matrix", "sparsity": 0.7}, {"pattern": "1:4"}], ids=str
+)
+def test_budget_is_what_survives(config):
+    config = PruneConfig("magnitude", **config)
+    weight = torch.randn(7, 12)
+    prune_weight_(magnitude(weight), config)
+    assert int(weight.count_nonzero()) == keep_budget(weight, config)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.2, 0.5, 0.93, 1.0])
+@pytest.mark.parametrize("ties", [False, True])
+def test_model_wide_equals_the_oracle(sparsity, ties):
+    torch.manual_seed(1)
+    weights = [torch.randn(5, 33), torch.randn(1, 8).half(), torch.randn(40, 3).bfloat16(), torch.zeros(0, 4)]
+    if ties:
+        weights = [(w.float() * 2).round().to(w.dtype) / 2 for w in weights]
+    scores = [w.float().abs() for w in weights]
+    size = sum(w.numel() for w in weights)
+    masks = reference.keep_mask_model(scores, size - int(size * sparsity + 0.5))
+    expected = [torch.where(mask, w, torch.zeros_like(w)) for w, mask in zip(weights, masks, strict=True)]
+    prune_model_wide_([magnitude(w) for w in weights], sparsity)
+    for weight, right in zip(weights, expected, strict=True):
+        assert torch.equal(weight, right)
+
+
+def test_model_wide_meets_nan_before_it_writes():
+    weights = [torch.ones(2, 2), torch.tensor([[1.0, float("nan")]])]
+    with pytest.raises(ValueError, match="weight must be finite"):
+        prune_model_wide_([magnitude(w) for w in weights], 1.0)
+    assert (weights[0] == 1).all()
+
+
+def test_callable_metric():
+    weight = torch.tensor([[1.0, -2.0, 3.0, -4.0]])
+    config = PruneConfig(lambda weight, stats: -weight.abs(), 0.5)
+    prune_weight_(scored_weight(weight, None, config), config)
+    assert weight.tolist() == [[1.0, -2.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("answer", [None, torch.ones(2, 2), torch.ones(1, 4, dtype=torch.int64)], ids=str)
+def test_callable_metric_must_return_scores(answer):
+    with pytest.raises(InputError, match=r"metric must return a float tensor of the weight's shape \[1, 4\] \(got"):
+        scored_weight(torch.ones(1, 4), None, PruneConfig(lambda weight, stats: answer))

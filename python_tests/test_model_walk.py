@@ -1,0 +1,132 @@
+import pytest
+import torch
+from tiny_models import DENSE_FAMILIES, make_model, make_tokens
+from torch import nn
+
+from ace_ext import InputError
+from ace_ext.model_walk import capture_calls, find_blocks, run_block
+
+
+@pytest.mark.parametrize("family", DENSE_FAMILIES)
+def test_finds_every_linear_but_the_head(family):
+    model = make_model(family)
+    blocks = find_blocks(model)
+    found = {id(linear) for block in blocks for linear in block.linears.values()}
+    expected = {
+        id(module) for name, module in model.named_modules() if isinstance(module, nn.Linear) and "lm_head" not in name
+    }
+    assert len(blocks) == 3
+    assert found == expected
+
+
+@pytest.mark.parametrize("family", DENSE_FAMILIES)
+@pytest.mark.parametrize("padded", [False, True])
+def test_replayed_blocks_compute_what_the_model_does(family, padded):
+    """Hidden states after each replayed block equal the model's own, whatever its blocks are called with."""
+    model, tokens = make_model(family), make_tokens()
+    batch = {"input_ids": tokens}
+    if padded:
+        batch["attention_mask"] = torch.ones_like(tokens)
+        batch["attention_mask"][2:, 11:] = 0
+    seen = []
+    blocks = find_blocks(model)
+    handles = [
+        block.module.register_forward_hook(lambda *a: seen.append(a[2] if torch.is_tensor(a[2]) else a[2][0]))
+        for block in blocks
+    ]
+    with torch.no_grad():
+        model(**batch, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    (call,) = capture_calls(model, blocks, [batch])
+    hidden = call.hidden
+    with torch.no_grad():
+        for index, block in enumerate(blocks):
+            hidden = run_block(block, hidden, call.others[index])
+            torch.testing.assert_close(hidden, seen[index], rtol=0, atol=0)
+    assert (call.token_mask is not None) == padded
+
+
+def test_capture_leaves_the_model_as_it_was():
+    model = make_model("llama")
+    own = model.model.layers[1].forward
+    model.model.layers[1].forward = own  # as accelerate's hooks do
+    before = model(make_tokens()).logits
+    capture_calls(model, find_blocks(model), [{"input_ids": make_tokens()}])
+    assert "forward" not in model.model.layers[0].__dict__
+    assert model.model.layers[1].__dict__["forward"] is own
+    assert torch.equal(model(make_tokens()).logits, before)
+
+
+def test_real_errors_come_through_the_capture():
+    model = make_model("llama")
+
+    def broken(*args, **kwargs):
+        raise ValueError("a real error")
+
+    model.model.rotary_emb.forward = broken
+    with pytest.raises(ValueError, match="a real error"):
+        capture_calls(model, find_blocks(model), [{"input_ids": make_tokens()}])
+    assert "forward" not in model.model.layers[0].__dict__
+
+
+def test_skip_by_full_name():
+    blocks = find_blocks(make_model("llama"), skip=[r"layers\.0\.", r"down_proj$"])
+    assert not blocks[0].linears
+    assert set(blocks[1].linears) == {
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj"
+    }  # fmt: skip
+
+
+def test_weights_that_would_stay_dense_unseen_are_an_error():
+    with pytest.raises(InputError, match=r"model\.layers\.0\.mlp.*is no weight of an nn\.Linear"):
+        find_blocks(make_model("mixtral"))
+    blocks = find_blocks(make_model("mixtral"), skip=[r"mlp"])
+    assert set(blocks[0].linears) == {f"self_attn.{name}_proj" for name in "qkvo"}
+
+
+def _nan(layers):
+    layers[1].mlp.up_proj.weight.data.fill_(float("nan"))
+
+
+def _float64(layers):
+    layers[2].self_attn.q_proj.to(torch.float64)
+
+
+def _meta(layers):
+    layers[2].self_attn.q_proj.to("meta")
+
+
+def _shared(layers):
+    layers[2].mlp.up_proj.weight = layers[1].mlp.gate_proj.weight
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_nan, r"layers\.1\.mlp\.up_proj\.weight must be finite \(got nan at index \[0, 0\]\)"),
+        (_float64, r"q_proj\.weight must be loaded as float32.*float64"),
+        (_meta, r"q_proj\.weight must be loaded.*without data"),
+        (_shared, r"up_proj\.weight is the same tensor as model\.layers\.1\.mlp\.gate_proj\.weight"),
+    ],
+)
+def test_weights_that_cannot_be_pruned_are_named(spoil, message):
+    model = make_model("llama")
+    spoil(model.model.layers)
+    with pytest.raises(InputError, match=message):
+        find_blocks(model)
+
+
+def test_one_module_under_two_names_is_one_linear():
+    model = make_model("llama")
+    model.model.layers[2].mlp.up_proj = model.model.layers[2].mlp.gate_proj
+    assert len(find_blocks(model)[2].linears) == 6
+
+
+def test_nothing_to_prune_is_an_error():
+    with pytest.raises(InputError, match="skip leaves no Linear"):
+        find_blocks(make_model("llama"), skip=[""])
+    with pytest.raises(InputError, match="has no list of decoder blocks"):
+        find_blocks(nn.Linear(2, 2))
+    with pytest.raises(InputError, match="skip must be regular expressions"):
+        find_blocks(make_model("llama"), skip=["("])

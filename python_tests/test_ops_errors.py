@@ -1,0 +1,245 @@
+"""What the ops refuse: the message names op, argument and place, and nothing was written. Contracts: csrc/ops.h."""
+
+import math
+
+import pytest
+import torch
+from helpers import METRICS, MOMENT_METRICS, assert_same_bits, metric_arguments
+
+from ace_ext import ops
+
+BAD = (math.nan, math.inf, -math.inf)
+
+# Every op that scores a weight, called with (weight, metric, **arguments). The first word is the op.
+SCORED = {
+    "score": lambda w, m, **kw: ops.score(w, m, **kw),
+    "prune_topk_ by row": lambda w, m, **kw: ops.prune_topk_(w, m, 3, **kw),
+    "prune_topk_ by matrix": lambda w, m, **kw: ops.prune_topk_(w, m, 3, **kw, group="matrix"),
+    "prune_topk_ of none": lambda w, m, **kw: ops.prune_topk_(w, m, 0, **kw),
+    "prune_nm_": lambda w, m, **kw: ops.prune_nm_(w, m, 2, 4, **kw),
+    "score_histogram": lambda w, m, **kw: ops.score_histogram(w, m, 0, 0, **kw),
+    "prune_at_": lambda w, m, **kw: ops.prune_at_(w, m, 2**31, 2, **kw),
+}
+
+
+def refused(call, op, argument, *parts):
+    """The error of ``call``: one line, ``op: argument must ... (got ...)`` with the given parts in it."""
+    with pytest.raises(ValueError, match=rf"^{op.split()[0]}: {argument} must .*\(got .*\)$") as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+
+
+def refused_for(value, call, op, argument, place, weight):
+    before = weight.clone()
+    refused(call, op, argument, "finite", f"got {value} at index [{place}]")
+    assert_same_bits(weight, before)
+
+
+@pytest.fixture
+def weight(dtype, random):
+    return (torch.randn(40, 12, generator=random) + 3).to(dtype)
+
+
+# NaN and infinity
+
+
+@pytest.mark.parametrize("op", SCORED)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("value", BAD)
+def test_a_weight_that_is_not_finite(op, metric, value, weight, random):
+    arguments = metric_arguments(metric, weight, random)
+    weight[17, 5] = weight[17, 6] = weight[39, 0] = value
+    refused_for(value, lambda: SCORED[op](weight, metric, **arguments), op, "weight", "17, 5", weight)
+
+
+@pytest.mark.parametrize("op", SCORED)
+@pytest.mark.parametrize("metric", METRICS[1:])
+@pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize("zeros", [False, True], ids=["", "zeros"])
+def test_a_column_that_is_not_finite(op, metric, value, zeros, weight, random):
+    arguments = metric_arguments(metric, weight, random)
+    arguments["column"][7] = arguments["column"][11] = value
+    if zeros:
+        weight.zero_()
+    refused_for(value, lambda: SCORED[op](weight, metric, **arguments), op, "column", "7", weight)
+
+
+@pytest.mark.parametrize("op", SCORED)
+@pytest.mark.parametrize("metric", [*MOMENT_METRICS, "score"])
+@pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize("zeros", [False, True], ids=["", "zeros"])
+def test_a_moment_that_is_not_finite(op, metric, value, zeros, weight, random):
+    arguments = metric_arguments(metric, weight, random) or {"moment": torch.randn(40, 12, generator=random)}
+    arguments["moment"][3, 11] = arguments["moment"][4, 0] = value
+    if zeros:
+        weight.zero_()
+    refused_for(value, lambda: SCORED[op](weight, metric, **arguments), op, "moment", "3, 11", weight)
+
+
+@pytest.mark.parametrize("op", ["prune_by_score_", "prune_nm_by_score_"])
+@pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize("score_dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_an_own_score_or_its_weight_that_is_not_finite(op, value, score_dtype, weight):
+    score = torch.ones(40, 12, dtype=score_dtype)
+    score[0, 4] = value
+    numbers = (3, "matrix") if op == "prune_by_score_" else (2, 4)
+    refused_for(value, lambda: getattr(ops, op)(weight, score, *numbers), op, "score", "0, 4", weight)
+    weight[39, 11] = value
+    refused_for(value, lambda: getattr(ops, op)(weight, torch.ones(40, 12), *numbers), op, "weight", "39, 11", weight)
+
+
+@pytest.mark.parametrize("op", SCORED)
+def test_a_score_that_overflows(op):
+    weight = torch.ones(40, 12)
+    weight[21, 2] = 3e38
+    before = weight.clone()
+    column = torch.full((12,), 2.0)
+    refused(lambda: SCORED[op](weight, "ace", column=column), op, "score", "finite", "overflow", "index [21, 2]")
+    moment = torch.full((40, 12), 4.0)
+    refused(lambda: SCORED[op](weight, "cosp", column=column, moment=moment), op, "score", "index [21, 2]")
+    assert_same_bits(weight, before)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
+def test_token_weights(value):
+    state = [torch.zeros(()), torch.zeros(3), torch.zeros(3)]
+    weight = torch.ones(9)
+    weight[5] = weight[7] = value
+    refused(
+        lambda: ops.update_moments_(*state, torch.ones(9, 3), weight), "update_moments_", "token_weight", "index [5]"
+    )
+    assert all((t == 0).all() for t in state)
+
+
+# Shapes, dtypes, strides, names and numbers
+
+
+@pytest.mark.parametrize("op", SCORED)
+def test_weights_of_the_wrong_kind(op):
+    def refused_weight(weight, *parts):
+        refused(lambda: SCORED[op](weight, "magnitude"), op, "weight", *parts)
+
+    refused_weight(torch.ones(12), "2 dimensions", "got 1")
+    refused_weight(torch.ones(2, 3, 4), "2 dimensions", "got 3")
+    refused_weight(torch.ones(4, 12, dtype=torch.float64), "float32, float16 or bfloat16", "got Double")
+    refused_weight(torch.ones(4, 12, dtype=torch.int32), "got Int")
+    refused_weight(torch.ones(12, 4).t(), "contiguous columns", "got strides [1, 4]")
+    refused_weight(torch.ones(4, 24)[:, ::2], "contiguous columns")
+    refused_weight(torch.ones(12).expand(4, 12), "do not overlap", "got strides [0, 1]")
+    refused_weight(torch.ones(30).as_strided((4, 12), (6, 1)), "do not overlap")
+
+
+@pytest.mark.parametrize("op", SCORED)
+def test_columns_and_moments_of_the_wrong_kind(op):
+    weight, column, moment = torch.ones(4, 12), torch.ones(12), torch.ones(4, 12)
+
+    def call(metric, column=None, moment=None):
+        return lambda: SCORED[op](weight, metric, column=column, moment=moment)
+
+    for metric in METRICS[1:]:
+        needed = moment if metric in MOMENT_METRICS else None
+        refused(call(metric, None, needed), op, "column", "be given", f"'{metric}'", "got None")
+        refused(call(metric, torch.ones(11), needed), op, "column", "shape [12]", "got [11]")
+        refused(call(metric, torch.ones(1, 12), needed), op, "column", "shape [12]")
+        refused(call(metric, column.half(), needed), op, "column", "Float", "got Half")
+        refused(call(metric, torch.ones(24)[::2], needed), op, "column", "contiguous")
+        if needed is None:
+            refused(call(metric, column, moment), op, "moment", "be None", f"'{metric}'")
+        else:
+            refused(call(metric, column), op, "moment", "be given", "got None")
+            refused(call(metric, column, torch.ones(12, 4)), op, "moment", "shape [4, 12]", "got [12, 4]")
+            refused(call(metric, column, torch.ones(12, 4).t()), op, "moment", "contiguous")
+            refused(call(metric, column, moment.double()), op, "moment", "Float", "got Double")
+    refused(call("magnitude", column), op, "column", "be None")
+    refused(call("magnitude", None, moment), op, "moment", "be None")
+    refused(call("score", column, moment), op, "column", "be None")
+    refused(call("score"), op, "moment", "be given")
+    refused(call("wandaa", column), op, "metric", "one of", "magnitude", "ace", "got 'wandaa'")
+    assert (weight == 1).all()
+
+
+@pytest.mark.parametrize("call", [lambda w, k, g: ops.prune_topk_(w, "magnitude", k, group=g), None])
+def test_numbers_to_keep(call):
+    op = "prune_topk_" if call else "prune_by_score_"
+    call = call or (lambda w, k, g: ops.prune_by_score_(w, torch.ones_like(w), k, g))
+    weight = torch.ones(4, 12)
+    refused(lambda: call(weight, -1, "row"), op, "keep_k", "from 0 to 12", "got -1")
+    refused(lambda: call(weight, 13, "row"), op, "keep_k", "from 0 to 12", "got 13")
+    refused(lambda: call(weight, 49, "matrix"), op, "keep_k", "from 0 to 48", "got 49")
+    refused(lambda: call(weight, 3, "column"), op, "group", "'row' or 'matrix'", "got 'column'")
+    assert (weight == 1).all()
+
+
+@pytest.mark.parametrize("call", [lambda w, n, m: ops.prune_nm_(w, "magnitude", n, m), None])
+def test_patterns(call):
+    op = "prune_nm_" if call else "prune_nm_by_score_"
+    call = call or (lambda w, n, m: ops.prune_nm_by_score_(w, torch.ones_like(w), n, m))
+    weight = torch.ones(4, 12)
+    refused(lambda: call(weight, 3, 2), op, "keep_n", "from 0 to 2", "got 3")
+    refused(lambda: call(weight, -1, 4), op, "keep_n", "got -1")
+    refused(lambda: call(weight, 2, 8), op, "group_m", "divide the 12 columns", "got 8")
+    refused(lambda: call(weight, 0, 0), op, "group_m", "from 1 to 32", "got 0")
+    refused(lambda: call(weight, 2, -4), op, "group_m", "got -4")
+    refused(lambda: call(torch.ones(4, 33), 2, 33), op, "group_m", "from 1 to 32", "got 33")
+    assert (weight == 1).all()
+
+
+def test_own_scores_of_the_wrong_kind():
+    for op, numbers in (("prune_by_score_", (3,)), ("prune_nm_by_score_", (2, 4))):
+        call = getattr(ops, op)
+        weight = torch.ones(4, 12)
+        refused(lambda: call(weight, torch.ones(12, 4), *numbers), op, "score", "shape of weight", "got [12, 4]")  # noqa: B023
+        refused(lambda: call(weight, torch.ones(4, 12).double(), *numbers), op, "score", "got Double")  # noqa: B023
+        refused(lambda: call(weight[0], weight[0], *numbers), op, "weight", "2 dimensions")  # noqa: B023
+
+
+def test_levels_prefixes_keys_and_ties():
+    weight = torch.ones(4, 12)
+
+    def histogram(prefix, level):
+        return lambda: ops.score_histogram(weight, "magnitude", prefix, level)
+
+    refused(histogram(0, 3), "score_histogram", "level", "from 0 to 2", "got 3")
+    refused(histogram(0, -1), "score_histogram", "level", "got -1")
+    refused(histogram(-1, 0), "score_histogram", "prefix", "got -1")
+    refused(histogram(2**32, 0), "score_histogram", "prefix", "32-bit", "got 4294967296")
+    refused(lambda: ops.prune_at_(weight, "magnitude", 2**32, 0), "prune_at_", "key", "got 4294967296")
+    refused(lambda: ops.prune_at_(weight, "magnitude", -1, 0), "prune_at_", "key", "got -1")
+    refused(lambda: ops.prune_at_(weight, "magnitude", 0, -1), "prune_at_", "ties", "got -1")
+    assert (weight == 1).all()
+
+
+def test_states_of_the_wrong_kind():
+    def call(x, weight_sum, mean, m2, token_weight=None):
+        return lambda: ops.update_moments_(weight_sum, mean, m2, x, token_weight)
+
+    op, x, one, three = "update_moments_", torch.ones(5, 3), torch.zeros(()), torch.zeros(3)
+    refused(call(x[0], one, three, three), op, "x", "2 dimensions")
+    refused(call(x.double(), one, three, three), op, "x", "got Double")
+    refused(call(torch.ones(3, 5).t(), one, three, three), op, "x", "contiguous columns")
+    refused(call(x, one, three.half(), three), op, "mean", "float32 or float64", "got Half")
+    refused(call(x, one.double(), three, three), op, "weight_sum", "Float", "got Double")
+    refused(call(x, one, three, three.double()), op, "m2", "Float", "got Double")
+    refused(call(x, torch.zeros(1), three, three), op, "weight_sum", "shape []")
+    refused(call(x, one, torch.zeros(4), three), op, "mean", "shape [3]", "got [4]")
+    refused(call(x, one, three, torch.zeros(4)), op, "m2", "shape [3]", "got [4]")
+    refused(call(x, one, torch.zeros(6)[::2], three), op, "mean", "contiguous")
+    refused(call(x, one, three, three, torch.ones(4)), op, "token_weight", "shape [5]", "got [4]")
+    refused(call(x, one, three, three, torch.ones(5).double()), op, "token_weight", "got Double")
+
+
+def test_activations_of_the_wrong_kind():
+    x, a, moment = torch.ones(5, 3), torch.ones(5, 2), torch.zeros(2, 3)
+    op = "update_cosine_moment_"
+    refused(lambda: ops.inverse_square_norm(a[0]), "inverse_square_norm", "a", "2 dimensions")
+    refused(lambda: ops.inverse_square_norm(a.int()), "inverse_square_norm", "a", "got Int")
+    refused(lambda: ops.update_cosine_moment_(moment, x[0], a), op, "x", "2 dimensions")
+    refused(lambda: ops.update_cosine_moment_(moment, x, a[:4]), op, "a", "5 tokens", "got 4")
+    refused(lambda: ops.update_cosine_moment_(moment, x, a.half()), op, "a", "dtype of x", "got Half")
+    refused(lambda: ops.update_cosine_moment_(moment.t(), x, a), op, "moment", "shape [2, 3]", "got [3, 2]")
+    refused(lambda: ops.update_cosine_moment_(moment.double(), x, a), op, "moment", "Float", "got Double")
+    refused(lambda: ops.update_cosine_moment_(torch.zeros(3, 2).t(), x, a), op, "moment", "contiguous")
+    assert (moment == 0).all()

@@ -1,0 +1,95 @@
+"""The collector against the oracle, on a block of Linears that share and do not share inputs."""
+
+import pytest
+import torch
+from torch import nn
+
+from ace_ext import reference
+from ace_ext.scores import INPUT, METRICS, MOMENT, WEIGHTED, column_factor
+from ace_ext.statistics import MomentState, StatisticsCollector
+
+ALL = frozenset({INPUT, WEIGHTED, MOMENT})
+
+
+class Pair(nn.Module):
+    """q and k read one tensor, o another."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.o = nn.Linear(6, 5), nn.Linear(6, 4, bias=False), nn.Linear(5, 6)
+
+    def forward(self, x):
+        return self.o(self.q(x) + self.k(x).sum(-1, keepdim=True))
+
+
+@pytest.fixture
+def block():
+    torch.manual_seed(0)
+    return Pair().requires_grad_(False)
+
+
+def collect(block, batches, needs=ALL, mask=None):
+    linears = {name: module for name, module in block.named_children() if isinstance(module, nn.Linear)}
+    with StatisticsCollector(linears, needs, len(batches)) as collector:
+        collector.token_mask = mask
+        for x in batches:
+            block(x)
+    return collector
+
+
+@pytest.mark.parametrize("metric", [name for name, metric in METRICS.items() if metric.column])
+def test_column_factors_equal_the_oracle(block, metric):
+    x = torch.randn(4, 7, 6) + 3
+    stats = collect(block, [x[:1], x[1:]]).stats["q"]
+    dense = x.flatten(0, 1) @ block.q.weight.T
+    expected = reference.column_factor(metric, x.flatten(0, 1), dense)
+    torch.testing.assert_close(column_factor(metric, stats, 0.5).double(), expected, rtol=1e-5, atol=0)
+
+
+def test_moment_equals_the_oracle(block):
+    x = torch.randn(4, 7, 6)
+    stats = collect(block, [x]).stats["q"]
+    expected = reference.cosine_moment(x.flatten(0, 1), x.flatten(0, 1) @ block.q.weight.T)
+    torch.testing.assert_close(stats.moment.double(), expected, rtol=1e-5, atol=1e-9)
+
+
+def test_one_input_is_counted_once(block):
+    stats = collect(block, [torch.randn(2, 3, 6)]).stats
+    assert stats["q"].input is stats["k"].input
+    assert stats["q"].input is not stats["o"].input
+    assert stats["q"].weighted is not stats["k"].weighted
+    assert float(stats["k"].input.weight_sum) == 6
+    assert stats["k"].tokens == 6
+
+
+def test_padded_tokens_do_not_count(block):
+    x = torch.randn(1, 6, 6)
+    mask = torch.tensor([True, True, False, True, False, False])
+    masked = collect(block, [x], mask=mask).stats["k"]
+    alone = collect(block, [x[:, mask]]).stats["k"]
+    assert masked.tokens == 3
+    torch.testing.assert_close(masked.norm, alone.norm)
+    torch.testing.assert_close(masked.weighted_deviation, alone.weighted_deviation)
+    torch.testing.assert_close(masked.moment, alone.moment)
+
+
+def test_only_what_is_needed_is_kept(block):
+    stats = collect(block, [torch.randn(1, 2, 6)], needs=frozenset({INPUT})).stats["q"]
+    assert stats.weighted is None
+    assert stats.moment is None
+
+
+def test_probe_is_bounded(block):
+    batches = [torch.randn(2, 300, 6) for _ in range(3)]
+    probe = torch.cat(collect(block, batches).stats["q"].probe)
+    assert len(probe) == StatisticsCollector.PROBE_TOKENS // 3 * 3
+
+
+def test_hooks_are_removed_after_an_error(block):
+    with pytest.raises(RuntimeError, match="shapes"):
+        collect(block, [torch.randn(2, 3, 7)])
+    assert not block.q._forward_hooks
+
+
+def test_empty_state_has_no_variance():
+    assert (MomentState(3).variance == 0).all()

@@ -1,0 +1,77 @@
+"""Tiny random models of several families, and a tokenizer trained on the spot: real classes, no download."""
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import nn
+
+VOCABULARY = 64
+
+_SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def _opt() -> nn.Module:
+    shape = {"vocab_size": VOCABULARY, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "dropout": 0.0}
+    size = {"num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 128}
+    return transformers.OPTForCausalLM(transformers.OPTConfig(**shape, **size, pad_token_id=0))
+
+
+def _gemma3() -> nn.Module:
+    """Layers of two kinds: each gets its own mask and its own rotary embedding."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = transformers.Gemma3TextConfig(**_SMALL, head_dim=8, sliding_window=8, layer_types=kinds)
+    return transformers.Gemma3ForCausalLM(config)
+
+
+def _mixtral() -> nn.Module:
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**_SMALL, num_local_experts=4))
+
+
+FAMILIES = {
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**_SMALL)),
+    "llama-tied": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**_SMALL, tie_word_embeddings=True)),
+    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**_SMALL, sliding_window=16)),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_SMALL)),
+    "opt": _opt,
+    "gemma3": _gemma3,
+    "mixtral": _mixtral,
+}
+DENSE_FAMILIES = [name for name in FAMILIES if name != "mixtral"]
+
+
+def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+    """Random weights, the same for a seed. Biases and norms are drawn too, so that forgetting one shows."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = FAMILIES[family]().eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.2)
+    return model.to(dtype)
+
+
+def make_tokens(nsamples: int = 6, seqlen: int = 16, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (nsamples, seqlen), generator=torch.Generator().manual_seed(seed))
+
+
+def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    tokenizer.train_from_iterator(
+        ["the quick brown fox jumps over the lazy dog"], trainers.WordLevelTrainer(special_tokens=special)
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )

@@ -1,0 +1,69 @@
+"""Builds ace_ext._C. CUDA or CPU-only: ACE_CUDA=auto (default), 0 or 1. See README, "Install"."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def set_cuda_home() -> None:
+    """Names the toolkit's real folder: from a wrapper script as nvcc on PATH, torch would guess a wrong one."""
+    if os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return
+    nvcc = shutil.which("nvcc")
+    guesses = [Path(nvcc).resolve().parent.parent] if nvcc else []
+    for home in [*guesses, Path("/usr/local/cuda")]:
+        if (home / "include" / "cuda_runtime.h").exists():
+            os.environ["CUDA_HOME"] = str(home)
+            return
+
+
+set_cuda_home()  # torch.utils.cpp_extension reads CUDA_HOME once, when it is imported
+import torch  # noqa: E402
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+
+
+def want_cuda() -> bool:
+    """Never asks torch.cuda.is_available(): a build machine need not have a GPU."""
+    switch = os.environ.get("ACE_CUDA", "auto").lower()
+    if switch not in ("auto", "0", "1"):
+        raise SystemExit(f"ACE_CUDA must be auto, 0 or 1 (got {switch!r})")
+    possible = torch.version.cuda is not None and CUDA_HOME is not None
+    if switch == "1" and not possible:
+        raise SystemExit(
+            f"ACE_CUDA=1 needs a torch built for CUDA and a CUDA toolkit (got torch {torch.__version__}, built for "
+            f"CUDA {torch.version.cuda}, toolkit {CUDA_HOME}); install both, or set CUDA_HOME, or ACE_CUDA=0"
+        )
+    return possible and switch != "0"
+
+
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def extension():
+    cuda = want_cuda()
+    version = re.search(r'"(.+)"', (ROOT / "ace_ext" / "version.py").read_text()).group(1)
+    print(f"ace_ext: torch {torch.__version__}, {'CUDA ' + str(CUDA_HOME) if cuda else 'CPU-only'} build")
+    # -ffp-contract=off, --fmad=false: scores have the same bits on every instruction set and device.
+    flags = {"cxx": ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]}
+    flags["cxx"] += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]  # the last two change no value
+    macros = [("ACE_VERSION", version)]
+    files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
+    if cuda:
+        files += sources("csrc/cuda/*.cpp", "csrc/cuda/*.cu")
+        macros += [("ACE_WITH_CUDA", None), ("ACE_CUDA_VERSION", torch.version.cuda)]
+        flags["nvcc"] = ["-O3", "-lineinfo", "--fmad=false", "-Xcompiler=-ffp-contract=off"]
+        if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
+            os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0;9.0+PTX"  # without a GPU to ask, torch has no default
+    kind = CUDAExtension if cuda else CppExtension
+    return kind(
+        "ace_ext._C", sources=files, include_dirs=[str(ROOT / "csrc")], define_macros=macros, extra_compile_args=flags
+    )
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# GoogleTest for the C++ tests. Debian's package where we may install it; else CMake fetches its source.
+set -euo pipefail
+if [ -e /usr/include/gtest/gtest.h ] || ! command -v apt-get >/dev/null; then
+  exit 0
+fi
+sudo=""
+if [ "$(id -u)" != 0 ]; then
+  command -v sudo >/dev/null || exit 0
+  sudo="sudo -n"
+fi
+$sudo apt-get update -qq && $sudo apt-get install -y -qq libgtest-dev >/dev/null ||
+  echo "libgtest-dev could not be installed; CMake will fetch GoogleTest's source instead" >&2
