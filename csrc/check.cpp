@@ -19,7 +19,6 @@ bool is_weight_dtype(const at::Tensor& t) {
 void check_matrix(std::string_view op, std::string_view argument, const at::Tensor& t) {
   ACE_CHECK(t.dim() == 2, op, ": ", argument, " must have 2 dimensions (got ", t.dim(), ")");
   ACE_CHECK(is_weight_dtype(t), op, ": ", argument, " must be float32, float16 or bfloat16 (got ", t.scalar_type(), ")");
-  ACE_CHECK(t.layout() == at::kStrided, op, ": ", argument, " must be a dense tensor (got layout ", t.layout(), ")");
   ACE_CHECK(t.size(1) <= 1 || t.stride(1) == 1, op, ": ", argument,
             " must have contiguous columns, stride(1) == 1 (got strides ", t.strides(), ")");
   ACE_CHECK(t.size(0) <= 1 || t.size(1) == 0 || t.stride(0) >= t.size(1), op, ": ", argument,
@@ -119,7 +118,7 @@ Formula check_scored(std::string_view op, const at::Tensor& weight, std::string_
 
 Group check_topk(std::string_view op, const at::Tensor& weight, int64_t keep_k, std::string_view group) {
   ACE_CHECK(group == "row" || group == "matrix", op, ": group must be 'row' or 'matrix' (got '", group, "')");
-  const int64_t size = group == "row" ? weight.size(1) : weight.numel();
+  const int64_t size = group == "row" ? weight.size(1) : weight.size(0) * weight.size(1);
   ACE_CHECK(keep_k >= 0 && keep_k <= size, op, ": keep_k must be from 0 to ", size, " (got ", keep_k, ")");
   return group == "row" ? Group::row : Group::matrix;
 }
@@ -154,8 +153,8 @@ void report_not_finite(std::string_view op, const at::Tensor& weight, const Opti
   report_first(op, "weight", weight);
   if (column) report_first(op, "column", *column);
   if (moment) report_first(op, op.find("by_score") == op.npos ? "moment" : "score", *moment);
-  TORCH_CHECK_VALUE(false, op, ": score must be finite (got an overflow at index [", row, ", ", col,
-                    "]; scale the column factors down)");
+  TORCH_CHECK_VALUE(false, op, ": score must be finite (got an overflow, or the root of a negative moment, at index [",
+                    row, ", ", col, "]; check the scale of column and moment)");
 }
 
 }  // namespace ace

@@ -21,8 +21,11 @@
 //       x [T, d] float32/float16/bfloat16, contiguous columns; token_weight [T] float32, finite and >= 0, or None for 1.
 //       State: weight_sum [] , mean [d], m2 [d], contiguous, all float32 or all float64. Accumulates: merges these T
 //       tokens into the state (Chan's rule), so calls may be split anywhere up to rounding. T == 0 changes nothing.
+//       At most 64 tokens are summed in float32 before they are merged, on the CPU in float64. A token of weight 0 is not
+//       read. NaN or infinity in x makes the state so: the op that is handed a column factor made of it refuses that.
 //   inverse_square_norm(a) -> r
 //       a [T, d] as x above -> r [T] float32, r_t = 1 / sum_i a_ti^2 (sum in float32 or wider); a row of zeros gives 0.
+//       Below ||a_t||^2 = 3e-39 r is infinite, which update_moments_ refuses as token_weight.
 //   update_cosine_moment_(x, a, moment!)
 //       x [T, d_in], a [T, d_out] as above (one dtype), moment [d_out, d_in] float32 contiguous.
 //       moment += sum_t r_t^2 a_ti^2 x_tj^2, r as above, float32 sums. Products: on the CPU as precise as torch's

@@ -249,3 +249,10 @@ def test_cosine_moment_of_nothing(shape, device):
     ops.update_cosine_moment_(moment, x, a)
     # Without inputs or outputs there is no entry; without tokens none may change.
     assert_same_bits(moment, torch.full((d_out, d_in), 0.1))
+
+
+def test_moments_do_not_read_tokens_of_weight_zero():
+    x = torch.tensor([[1.0, 2.0], [float("nan"), float("inf")], [3.0, 5.0]])
+    state = [torch.zeros(()), torch.zeros(2), torch.zeros(2)]
+    ops.update_moments_(*state, x, torch.tensor([1.0, 0.0, 1.0]))
+    assert [value.tolist() for value in state] == [2.0, [2.0, 3.5], [2.0, 4.5]]

@@ -28,12 +28,14 @@ ACE_MULTIVERSION void block_moments(const T* x, int64_t stride, int64_t tokens, 
                                     int64_t cols, float* mean, float* deviation, float* m2) {
   for (int64_t j = 0; j < cols; ++j) mean[j] = deviation[j] = m2[j] = 0.0f;
   for (int64_t t = 0; t < tokens; ++t) {
+    if (token_weight[t] == 0.0f) continue;  // padding may hold anything
     const float share = token_weight[t] / weight_sum;
     const T* row = x + t * stride;
     for (int64_t j = 0; j < cols; ++j) mean[j] += share * to_float(row[j]);
   }
   for (int64_t t = 0; t < tokens; ++t) {
     const float weight = token_weight[t];
+    if (weight == 0.0f) continue;
     const T* row = x + t * stride;
     for (int64_t j = 0; j < cols; ++j) {
       const float d = to_float(row[j]) - mean[j];
