@@ -32,7 +32,7 @@ test-cpp:
 	tools/test_cpp.sh build/cpp-asan "address,undefined"
 
 lint: $(VENV)/ready
-	$(BIN)/pip install --quiet ruff
+	$(BIN)/pip install --quiet 'ruff==0.17.6'
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from . import ops
 from .config import PruneConfig
 from .errors import InputError
 from .masks import ScoredWeight, keep_budget, prune_model_wide_, prune_weight_, scored_weight
@@ -120,6 +121,7 @@ class _Loop:
                     self._prune_in_one_forward(index, block_report)
                 else:
                     self._prune_by_stages(index, block_report)
+                self._check_finite(block.name)
                 block_report.seconds = time.perf_counter() - start
                 self._finish(block_report, bar)
         return None
@@ -219,6 +221,7 @@ class _Loop:
                 bar.update()
         dense = [self._dense_output(stats, scored.weight) for _, _, stats, scored in pending]
         prune_model_wide_([scored for *_, scored in pending], self.config.sparsity)
+        self._check_finite("model")
         reports = {block.name: BlockReport(block.name, s) for block, s in zip(self.blocks, seconds, strict=True)}
         for (block, child, stats, scored), before in zip(pending, dense, strict=True):
             keep = int(scored.weight.count_nonzero())
@@ -266,6 +269,12 @@ class _Loop:
         except ValueError as error:
             raise InputError(f"{name}: {error}") from error
         return self._measure(name, weight, stats, dense, keep_budget(weight, self.config))
+
+    def _check_finite(self, where: str) -> None:
+        """Asks the GPU, once a block, whether an op met something not finite; on the CPU ops raise themselves."""
+        op = ops.take_not_finite(self.calls[0].hidden.device)
+        if op:
+            raise InputError(f"{where}: {op} met NaN, infinity or an overflow in activations or scores")
 
     @staticmethod
     def _dense_output(stats: LinearStatistics, weight: Tensor) -> Tensor:

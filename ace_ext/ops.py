@@ -2,8 +2,8 @@
 
 Contracts in full: ``csrc/ops.h``. Weights are ``[rows, cols]`` float32, float16 or bfloat16 with contiguous columns;
 rows are output channels. Higher score = keep; among equal scores the lower column is kept first. Functions that end in
-``_`` write into their first argument; pruned entries become +0.0. All raise ``ValueError`` for bad input before anything
-is written, also where a weight, factor or score is NaN or infinite (on CUDA that check is deferred).
+``_`` write into their first argument; pruned entries become +0.0. All raise ``ValueError`` for bad input before
+anything is written, also where a weight, factor or score is NaN or infinite (on CUDA that check is deferred).
 
 ``metric`` is a name from :data:`ace_ext.scores.METRICS` or ``"score"``, the caller's own score given as ``moment``.
 ``column`` is the metric's factor of each column ``[cols]`` float32, ``moment`` a ``[rows, cols]`` float32 matrix.
@@ -12,7 +12,7 @@ is written, also where a weight, factor or score is NaN or infinite (on CUDA tha
 import torch
 from torch import Tensor
 
-from . import extension  # noqa: F401  (importing it registers the ops)
+from .extension import _C  # importing it registers the ops
 
 _ops = torch.ops.ace_ext
 
@@ -105,3 +105,12 @@ def prune_at_(
 ) -> None:
     """Keeps every score whose key is above ``key``, and the first ``ties`` (row-major) whose key equals it."""
     _ops.prune_at_(weight, metric, column, moment, key, ties)
+
+
+def take_not_finite(device: torch.device) -> str:
+    """The name of an op that met NaN, infinity or an overflowed score on a GPU since the last call, or "".
+
+    Ops on a GPU cannot raise without waiting for it, so they note it there; asking waits for the current stream. On the
+    CPU ops raise by themselves.
+    """
+    return _C.take_not_finite(device.index or 0) if device.type == "cuda" else ""

@@ -18,7 +18,8 @@ bool is_weight_dtype(const at::Tensor& t) {
 // [rows, cols], one of the three dtypes, contiguous columns, rows that do not overlap.
 void check_matrix(std::string_view op, std::string_view argument, const at::Tensor& t) {
   ACE_CHECK(t.dim() == 2, op, ": ", argument, " must have 2 dimensions (got ", t.dim(), ")");
-  ACE_CHECK(is_weight_dtype(t), op, ": ", argument, " must be float32, float16 or bfloat16 (got ", t.scalar_type(), ")");
+  ACE_CHECK(is_weight_dtype(t), op, ": ", argument, " must be float32, float16 or bfloat16 (got ", t.scalar_type(),
+            ")");
   ACE_CHECK(t.size(1) <= 1 || t.stride(1) == 1, op, ": ", argument,
             " must have contiguous columns, stride(1) == 1 (got strides ", t.strides(), ")");
   ACE_CHECK(t.size(0) <= 1 || t.size(1) == 0 || t.stride(0) >= t.size(1), op, ": ", argument,
@@ -26,8 +27,8 @@ void check_matrix(std::string_view op, std::string_view argument, const at::Tens
 }
 
 void check_same_device(std::string_view op, std::string_view argument, const at::Tensor& t, const at::Tensor& like) {
-  ACE_CHECK(t.device() == like.device(), op, ": ", argument, " must be on ", like.device(), " like the first argument (got ",
-            t.device(), ")");
+  ACE_CHECK(t.device() == like.device(), op, ": ", argument, " must be on ", like.device(),
+            " like the first argument (got ", t.device(), ")");
 }
 
 void check_dense(std::string_view op, std::string_view argument, const at::Tensor& t, at::ScalarType dtype,
@@ -124,7 +125,8 @@ Group check_topk(std::string_view op, const at::Tensor& weight, int64_t keep_k, 
 }
 
 void check_nm(std::string_view op, const at::Tensor& weight, int64_t keep_n, int64_t group_m) {
-  ACE_CHECK(group_m >= 1 && group_m <= kMaxGroup, op, ": group_m must be from 1 to ", kMaxGroup, " (got ", group_m, ")");
+  ACE_CHECK(group_m >= 1 && group_m <= kMaxGroup, op, ": group_m must be from 1 to ", kMaxGroup, " (got ", group_m,
+            ")");
   ACE_CHECK(keep_n >= 0 && keep_n <= group_m, op, ": keep_n must be from 0 to ", group_m, " (got ", keep_n, ")");
   ACE_CHECK(weight.size(1) % group_m == 0, op, ": group_m must divide the ", weight.size(1), " columns of weight (got ",
             group_m, ")");
@@ -139,7 +141,8 @@ void check_given_score(std::string_view op, const at::Tensor& weight, const at::
 }
 
 void check_level(std::string_view op, int64_t prefix, int64_t level) {
-  ACE_CHECK(level >= 0 && level < kRadixPasses, op, ": level must be from 0 to ", kRadixPasses - 1, " (got ", level, ")");
+  ACE_CHECK(level >= 0 && level < kRadixPasses, op, ": level must be from 0 to ", kRadixPasses - 1, " (got ", level,
+            ")");
   ACE_CHECK(prefix >= 0 && prefix <= 0xffffffffLL, op, ": prefix must be an unsigned 32-bit number (got ", prefix, ")");
 }
 

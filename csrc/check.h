@@ -1,11 +1,11 @@
 // One check_x() an op, called first by every back end. Messages: "op: argument must be ... (got ...)", as ValueError.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
 #include <cstdint>
 #include <optional>
 #include <string_view>
-
-#include <ATen/core/Tensor.h>
 
 #include "core/score.h"
 
@@ -15,7 +15,8 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 enum class Group { row, matrix };
 
-// Shapes, dtypes, strides, devices. Values are not looked at here: a back end reports what is not finite while it reads.
+// Shapes, dtypes, strides, devices. Values are not looked at here: a back end reports what is not finite while it
+// reads.
 void check_update_moments(const at::Tensor& x, const OptionalTensor& token_weight, const at::Tensor& weight_sum,
                           const at::Tensor& mean, const at::Tensor& m2);
 void check_inverse_square_norm(const at::Tensor& a);
@@ -30,8 +31,8 @@ void check_given_score(std::string_view op, const at::Tensor& weight, const at::
 void check_level(std::string_view op, int64_t prefix, int64_t level);
 void check_cut(std::string_view op, int64_t key, int64_t ties);
 
-// Raises ValueError for the first entry that is not finite, looked for in the weight, the column and the moment, in this
-// order; if all of them are finite, the score at (row, col) overflowed. Slow: called once a fast pass has met one.
+// Raises ValueError for the first entry that is not finite, looked for in the weight, the column and the moment, in
+// this order; if all of them are finite, the score at (row, col) overflowed. Slow: called once a fast pass has met one.
 [[noreturn]] void report_not_finite(std::string_view op, const at::Tensor& weight, const OptionalTensor& column,
                                     const OptionalTensor& moment, int64_t row, int64_t col);
 

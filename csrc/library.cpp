@@ -11,7 +11,8 @@ namespace {
 
 using at::Tensor;
 
-void update_moments_meta(const Tensor& x, const OptionalTensor& token_weight, Tensor weight_sum, Tensor mean, Tensor m2) {
+void update_moments_meta(const Tensor& x, const OptionalTensor& token_weight, Tensor weight_sum, Tensor mean,
+                         Tensor m2) {
   check_update_moments(x, token_weight, weight_sum, mean, m2);
 }
 
@@ -35,8 +36,8 @@ Tensor empty_threshold(const Tensor& weight, Group group) {
                           weight.options().dtype(at::kFloat));
 }
 
-Tensor prune_topk_meta(Tensor weight, std::string_view metric, const OptionalTensor& column, const OptionalTensor& moment,
-                       int64_t keep_k, std::string_view group) {
+Tensor prune_topk_meta(Tensor weight, std::string_view metric, const OptionalTensor& column,
+                       const OptionalTensor& moment, int64_t keep_k, std::string_view group) {
   check_scored("prune_topk_", weight, metric, column, moment);
   return empty_threshold(weight, check_topk("prune_topk_", weight, keep_k, group));
 }
@@ -73,19 +74,15 @@ void prune_at_meta(Tensor weight, std::string_view metric, const OptionalTensor&
 }  // namespace
 
 TORCH_LIBRARY(ace_ext, m) {
-  m.def(
-      "update_moments_(Tensor x, Tensor? token_weight, Tensor(a!) weight_sum, Tensor(b!) mean, Tensor(c!) m2) -> ()");
+  m.def("update_moments_(Tensor x, Tensor? token_weight, Tensor(a!) weight_sum, Tensor(b!) mean, Tensor(c!) m2) -> ()");
   m.def("inverse_square_norm(Tensor a) -> Tensor");
   m.def("update_cosine_moment_(Tensor x, Tensor a, Tensor(a!) moment) -> ()");
   m.def("score(Tensor weight, str metric, Tensor? column, Tensor? moment) -> Tensor");
-  m.def(
-      "prune_topk_(Tensor(a!) weight, str metric, Tensor? column, Tensor? moment, int keep_k, str group) -> Tensor");
-  m.def(
-      "prune_nm_(Tensor(a!) weight, str metric, Tensor? column, Tensor? moment, int keep_n, int group_m) -> ()");
+  m.def("prune_topk_(Tensor(a!) weight, str metric, Tensor? column, Tensor? moment, int keep_k, str group) -> Tensor");
+  m.def("prune_nm_(Tensor(a!) weight, str metric, Tensor? column, Tensor? moment, int keep_n, int group_m) -> ()");
   m.def("prune_by_score_(Tensor(a!) weight, Tensor score, int keep_k, str group) -> Tensor");
   m.def("prune_nm_by_score_(Tensor(a!) weight, Tensor score, int keep_n, int group_m) -> ()");
-  m.def(
-      "score_histogram(Tensor weight, str metric, Tensor? column, Tensor? moment, int prefix, int level) -> Tensor");
+  m.def("score_histogram(Tensor weight, str metric, Tensor? column, Tensor? moment, int prefix, int level) -> Tensor");
   m.def("prune_at_(Tensor(a!) weight, str metric, Tensor? column, Tensor? moment, int key, int ties) -> ()");
 }
 

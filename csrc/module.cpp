@@ -1,6 +1,11 @@
-// The importable module. Importing it registers the ops with torch's dispatcher; build_info() says what it was built for.
+// The importable module. Importing it registers the ops with torch's dispatcher; build_info() says what it was built
+// for.
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
+
+#if defined(ACE_WITH_CUDA)
+#include "cuda/not_finite.h"
+#endif
 
 #define ACE_STRING_(x) #x
 #define ACE_STRING(x) ACE_STRING_(x)
@@ -25,8 +30,17 @@ pybind11::dict build_info() {
   return info;
 }
 
+#if defined(ACE_WITH_CUDA)
+std::string take_not_finite(int device_index) {
+  return ace::read_and_clear_not_finite({c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device_index)});
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What this extension was built for: version, torch, cuda (or None), compiler.");
+#if defined(ACE_WITH_CUDA)
+  m.def("take_not_finite", &take_not_finite, "Name of an op that met NaN or infinity on this GPU since the last call.");
+#endif
 }

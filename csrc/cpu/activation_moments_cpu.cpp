@@ -1,12 +1,12 @@
 // Streaming statistics of calibration inputs on the CPU.
-#include <algorithm>
-#include <cmath>
-#include <vector>
-
 #include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
 
 #include "check.h"
 #include "core/welford.h"
@@ -24,8 +24,8 @@ constexpr int64_t kStripColumns = 512;
 // first mean are small, so float32 sums of them are exact enough even where a column's mean is a thousand times its
 // spread, and the sum of the deviations corrects what the first mean lost to rounding.
 template <class T>
-ACE_MULTIVERSION void block_moments(const T* x, int64_t stride, int64_t tokens, const float* token_weight, float weight_sum,
-                                    int64_t cols, float* mean, float* deviation, float* m2) {
+ACE_MULTIVERSION void block_moments(const T* x, int64_t stride, int64_t tokens, const float* token_weight,
+                                    float weight_sum, int64_t cols, float* mean, float* deviation, float* m2) {
   for (int64_t j = 0; j < cols; ++j) mean[j] = deviation[j] = m2[j] = 0.0f;
   for (int64_t t = 0; t < tokens; ++t) {
     if (token_weight[t] == 0.0f) continue;  // padding may hold anything
@@ -61,16 +61,16 @@ ACE_MULTIVERSION void merge_strip(double weight_before, double weight_block, con
 
 // All tokens of one strip of columns, a block at a time.
 template <class T, class Real>
-void update_strip(const T* x, int64_t stride, int64_t tokens, const float* token_weight, double weight_before, int64_t cols,
-                  Real* state_mean, Real* state_m2) {
+void update_strip(const T* x, int64_t stride, int64_t tokens, const float* token_weight, double weight_before,
+                  int64_t cols, Real* state_mean, Real* state_m2) {
   float mean[kStripColumns], deviation[kStripColumns], m2[kStripColumns];
   for (int64_t t = 0; t < tokens; t += kBlockTokens) {
     const int64_t count = std::min(kBlockTokens, tokens - t);
     double weight_block = 0.0;
     for (int64_t i = t; i < t + count; ++i) weight_block += static_cast<double>(token_weight[i]);
     if (!(weight_block > 0.0)) continue;
-    block_moments(x + t * stride, stride, count, token_weight + t, static_cast<float>(weight_block), cols, mean, deviation,
-                  m2);
+    block_moments(x + t * stride, stride, count, token_weight + t, static_cast<float>(weight_block), cols, mean,
+                  deviation, m2);
     merge_strip(weight_before, weight_block, mean, deviation, m2, cols, state_mean, state_m2);
     weight_before += weight_block;
   }
@@ -82,8 +82,8 @@ std::vector<float> token_weights(const OptionalTensor& token_weight, int64_t tok
   const float* weights = data<float>(*token_weight);
   for (int64_t t = 0; t < tokens; ++t) {
     TORCH_CHECK_VALUE(weights[t] >= 0.0f && is_finite(weights[t]),
-                      "update_moments_: token_weight must be finite and not negative (got ", weights[t], " at index [", t,
-                      "])");
+                      "update_moments_: token_weight must be finite and not negative (got ", weights[t], " at index [",
+                      t, "])");
   }
   return {weights, weights + tokens};
 }
@@ -97,8 +97,8 @@ void update_moments(const at::Tensor& x, const std::vector<float>& weights, cons
   at::parallel_for(0, (cols + kStripColumns - 1) / kStripColumns, 1, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
       const int64_t j = s * kStripColumns;
-      update_strip(data<T>(x) + j, x.stride(0), tokens, weights.data(), weight_before, std::min(kStripColumns, cols - j),
-                   mutable_data<Real>(mean) + j, mutable_data<Real>(m2) + j);
+      update_strip(data<T>(x) + j, x.stride(0), tokens, weights.data(), weight_before,
+                   std::min(kStripColumns, cols - j), mutable_data<Real>(mean) + j, mutable_data<Real>(m2) + j);
     }
   });
   double total = weight_before;
@@ -139,7 +139,8 @@ at::Tensor squares(const at::Tensor& a, const float* scale) {
     using T = decltype(scalar);
     at::parallel_for(0, a.size(0), row_grain(cols), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
-        scaled_squares(data<T>(a) + t * a.stride(0), scale ? scale[t] : 1.0f, cols, mutable_data<float>(out) + t * cols);
+        scaled_squares(data<T>(a) + t * a.stride(0), scale ? scale[t] : 1.0f, cols,
+                       mutable_data<float>(out) + t * cols);
       }
     });
   });

@@ -1,6 +1,6 @@
-// One build that serves every x86: a function marked ACE_MULTIVERSION is compiled for AVX-512, for AVX2 and for the base
-// instruction set, and the loader picks. What it calls must be inlined (ACE_HD), or it would not be compiled along.
-// Results are the same in all versions: setup.py builds with -ffp-contract=off, so no multiply and add is fused.
+// One build that serves every x86: a function marked ACE_MULTIVERSION is compiled for AVX-512, for AVX2 and for the
+// base instruction set, and the loader picks. What it calls must be inlined (ACE_HD), or it would not be compiled
+// along. Results are the same in all versions: setup.py builds with -ffp-contract=off, so no multiply and add is fused.
 #pragma once
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)

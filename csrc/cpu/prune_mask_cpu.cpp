@@ -1,6 +1,6 @@
-// The pruning ops on the CPU. Two passes over the weight: the first finds the cuts and meets whatever is not finite, the
-// second recomputes the keys and writes zeros. So nothing is written before everything was checked, and no score or mask
-// is stored: the extra memory is one row of keys a thread.
+// The pruning ops on the CPU. Two passes over the weight: the first finds the cuts and meets whatever is not finite,
+// the second recomputes the keys and writes zeros. So nothing is written before everything was checked, and no score or
+// mask is stored: the extra memory is one row of keys a thread.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -134,7 +134,8 @@ void prune_groups(const Matrix& matrix, int group_m, int keep_n) {
     std::vector<uint32_t> keys(static_cast<size_t>(matrix.cols()));
     for (int64_t i = begin; i < end; ++i) {
       row_keys<F>(matrix.row(i), keys.data());
-      apply_groups_of(matrix.template mutable_row<Bits<typename Matrix::Scalar>>(i), keys.data(), matrix.cols(), group_m, keep_n);
+      apply_groups_of(matrix.template mutable_row<Bits<typename Matrix::Scalar>>(i), keys.data(), matrix.cols(),
+                      group_m, keep_n);
     }
   });
 }
@@ -156,9 +157,8 @@ at::Tensor prune_topk(std::string_view op, const at::Tensor& weight, Formula for
 void prune_nm(std::string_view op, const at::Tensor& weight, Formula formula, const OptionalTensor& column,
               const OptionalTensor& moment, int64_t keep_n, int64_t group_m) {
   check_nm(op, weight, keep_n, group_m);
-  with_scored(op, formula, weight, column, moment, [&](const auto& matrix) {
-    prune_groups(matrix, static_cast<int>(group_m), static_cast<int>(keep_n));
-  });
+  with_scored(op, formula, weight, column, moment,
+              [&](const auto& matrix) { prune_groups(matrix, static_cast<int>(group_m), static_cast<int>(keep_n)); });
 }
 
 // The kernels read float32 moments: widening a user's half scores is exact.
@@ -172,8 +172,8 @@ at::Tensor prune_topk_cpu(at::Tensor weight, std::string_view metric, const Opti
   return prune_topk("prune_topk_", weight, formula, column, moment, keep_k, group);
 }
 
-void prune_nm_cpu(at::Tensor weight, std::string_view metric, const OptionalTensor& column, const OptionalTensor& moment,
-                  int64_t keep_n, int64_t group_m) {
+void prune_nm_cpu(at::Tensor weight, std::string_view metric, const OptionalTensor& column,
+                  const OptionalTensor& moment, int64_t keep_n, int64_t group_m) {
   const Formula formula = check_scored("prune_nm_", weight, metric, column, moment);
   prune_nm("prune_nm_", weight, formula, column, moment, keep_n, group_m);
 }
@@ -188,8 +188,8 @@ void prune_nm_by_score_cpu(at::Tensor weight, const at::Tensor& score, int64_t k
   prune_nm("prune_nm_by_score_", weight, Formula::given, std::nullopt, as_moment(score), keep_n, group_m);
 }
 
-void prune_at_cpu(at::Tensor weight, std::string_view metric, const OptionalTensor& column, const OptionalTensor& moment,
-                  int64_t key, int64_t ties) {
+void prune_at_cpu(at::Tensor weight, std::string_view metric, const OptionalTensor& column,
+                  const OptionalTensor& moment, int64_t key, int64_t ties) {
   const Formula formula = check_scored("prune_at_", weight, metric, column, moment);
   check_cut("prune_at_", key, ties);
   with_scored("prune_at_", formula, weight, column, moment, [&](const auto& matrix) {

@@ -1,13 +1,13 @@
 // Scores of a weight's rows as ordered keys, recomputed whenever they are read: a row's keys live in a thread's buffer.
 #pragma once
 
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
 #include <algorithm>
 #include <atomic>
 #include <limits>
 #include <vector>
-
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 
 #include "check.h"
 #include "core/order_key.h"
@@ -74,7 +74,8 @@ class ScoredMatrix {
   using Formula = F;
   using Scalar = T;
 
-  ScoredMatrix(std::string_view op, const at::Tensor& weight, const OptionalTensor& column, const OptionalTensor& moment)
+  ScoredMatrix(std::string_view op, const at::Tensor& weight, const OptionalTensor& column,
+               const OptionalTensor& moment)
       : op_(op), weight_(weight), column_(column), moment_(moment), rows_(weight.size(0)), cols_(weight.size(1)) {
     if (F::kSums) sums_ = score_sums(weight);
   }
@@ -143,9 +144,8 @@ template <class Action>
 void with_scored(std::string_view op, Formula formula, const at::Tensor& weight, const OptionalTensor& column,
                  const OptionalTensor& moment, Action&& action) {
   with_formula(formula, [&](auto f) {
-    with_scalar(weight.scalar_type(), [&](auto scalar) {
-      action(ScoredMatrix<decltype(f), decltype(scalar)>(op, weight, column, moment));
-    });
+    with_scalar(weight.scalar_type(),
+                [&](auto scalar) { action(ScoredMatrix<decltype(f), decltype(scalar)>(op, weight, column, moment)); });
   });
 }
 

@@ -1,12 +1,12 @@
 // N:M selection of one group against a stable sort, for every N and M.
-#include "core/nm_select.h"
+#include <gtest/gtest.h>
 
 #include <algorithm>
 #include <numeric>
 #include <random>
 #include <vector>
 
-#include <gtest/gtest.h>
+#include "core/nm_select.h"
 
 namespace ace {
 namespace {

@@ -1,5 +1,5 @@
 // Keys order like the floats they stand for, zeros of both signs are one score, and a key gives its score back.
-#include "core/order_key.h"
+#include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
@@ -7,7 +7,7 @@
 #include <random>
 #include <vector>
 
-#include <gtest/gtest.h>
+#include "core/order_key.h"
 
 namespace ace {
 namespace {

@@ -1,5 +1,5 @@
 // The cut of a radix selection against std::stable_sort: over sizes, ties and every place k can fall.
-#include "core/radix_select.h"
+#include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
@@ -9,7 +9,7 @@
 #include <set>
 #include <vector>
 
-#include <gtest/gtest.h>
+#include "core/radix_select.h"
 
 namespace ace {
 namespace {

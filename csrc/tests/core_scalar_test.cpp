@@ -1,10 +1,10 @@
 // Every half and bfloat16 pattern against a conversion written from the formats' definitions.
-#include "core/scalar.h"
+#include <gtest/gtest.h>
 
 #include <cmath>
 #include <limits>
 
-#include <gtest/gtest.h>
+#include "core/scalar.h"
 #if defined(__SSE2__)
 #include <xmmintrin.h>
 #endif

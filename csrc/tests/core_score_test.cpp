@@ -1,5 +1,5 @@
 // Each formula against the same products written out, and the rule that nothing which is not finite passes unseen.
-#include "core/score.h"
+#include <gtest/gtest.h>
 
 #include <cmath>
 #include <limits>
@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include <gtest/gtest.h>
+#include "core/score.h"
 
 namespace ace {
 namespace {
@@ -95,8 +95,8 @@ TEST(Score, OverflowShows) {
 TEST(Score, EveryNameHasItsFormula) {
   const ScoreTerms terms{3.0f, 1.0f, 8.0f, 16.0f};
   const std::map<std::string, float> expected = {
-      {"magnitude", 2.0f}, {"wanda", 6.0f},  {"ria", 1.125f},     {"stade", 6.0f},  {"varp", 6.0f}, {"cosp", 12.0f},
-      {"cosp+varp", 12.0f}, {"cosp-exact", 2.0f}, {"cosvar", 6.0f}, {"ace", 6.0f}, {"score", 1.0f}};
+      {"magnitude", 2.0f},  {"wanda", 6.0f},      {"ria", 1.125f},  {"stade", 6.0f}, {"varp", 6.0f}, {"cosp", 12.0f},
+      {"cosp+varp", 12.0f}, {"cosp-exact", 2.0f}, {"cosvar", 6.0f}, {"ace", 6.0f},   {"score", 1.0f}};
   size_t names = 0;
   for (const MetricName& metric : kMetrics) {
     ASSERT_EQ(expected.count(metric.name), 1u) << metric.name;

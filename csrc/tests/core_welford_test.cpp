@@ -1,12 +1,12 @@
 // Welford states against two passes in long double, and the laws a merge must obey.
-#include "core/welford.h"
+#include <gtest/gtest.h>
 
 #include <cmath>
 #include <limits>
 #include <random>
 #include <vector>
 
-#include <gtest/gtest.h>
+#include "core/welford.h"
 
 namespace ace {
 namespace {
