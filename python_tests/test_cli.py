@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 
 import pytest
@@ -18,9 +19,12 @@ from ace_ext.scores import METRICS
 TEXT = "the quick brown fox jumps over the lazy dog " * 40
 
 
-def ace_prune(*arguments, cwd=None):
+ELSEWHERE = tempfile.gettempdir()  # in the source tree, -m would find the sources there and not what is installed
+
+
+def ace_prune(*arguments):
     command = [sys.executable, "-m", "ace_ext", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ELSEWHERE, timeout=300, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +152,7 @@ def test_progress_goes_to_a_terminal_only(place):
     reader, writer = os.openpty()
     fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
     command = [sys.executable, "-m", "ace_ext", *map(str, run_arguments(place, "terminal"))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=writer, text=True, timeout=300, check=False)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=writer, text=True, cwd=ELSEWHERE, check=False)
     os.close(writer)
     shown = b""
     while True:
