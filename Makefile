@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find ace_ext csrc -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 JOBS ?= 2
 
-.PHONY: demo test test-cpp test-python lint clean
+.PHONY: demo test test-cpp test-python check-kernels gpu lint clean
 
 demo: $(VENV)/installed
 	PYTHON=$(BIN)/python tools/demo.sh
@@ -25,11 +25,22 @@ $(VENV)/installed: $(VENV)/ready $(SOURCES)
 test-python: $(VENV)/installed
 	$(BIN)/pytest
 
-# The core and the kernels' source on the host, plain, then under the sanitizers.
+# The core and the CUDA kernels' source on the host: plain, under the sanitizers, and with a thread a CUDA thread.
 test-cpp:
 	tools/system_packages.sh
 	tools/test_cpp.sh build/cpp ""
 	tools/test_cpp.sh build/cpp-asan "address,undefined"
+	tools/test_cpp.sh build/cpp-tsan "thread"
+
+# What nvcc makes of the kernels: warnings, spills, 128-bit loads. Needs nvcc, but no GPU.
+check-kernels: $(VENV)/ready
+	tools/check_nvcc.sh build/nvcc
+	$(BIN)/pip install --quiet nvidia-cuda-nvdisasm
+	$(BIN)/python tools/check_sass.py build/nvcc
+
+# Needs a GPU, a torch built for CUDA in $(PYTHON), and nvcc.
+gpu:
+	PYTHON=$(PYTHON) tools/gpu.sh
 
 lint: $(VENV)/ready
 	$(BIN)/pip install --quiet 'ruff==0.17.6'

@@ -9,10 +9,9 @@
 //   order       Higher score = keep; among equal scores the lower column first (group "matrix": the lower row, then
 //               column). The number kept is exact on every device, whatever the ties; -0.0 equals +0.0.
 //   pruned      becomes +0.0, whatever its sign was. A kept weight keeps its bits.
-//   not finite  NaN or infinity in weight, column, moment or in a score (by overflow) raises ValueError that names the
-//   op,
-//               the argument and the first bad index, and leaves the weight unchanged. On CUDA the check is deferred:
-//               see ops_cuda.cpp.
+//   not finite  NaN or infinity in weight, column, moment or in a score (by overflow) raises ValueError that names op,
+//               argument and first bad index, and leaves the weight unchanged. On CUDA the check is deferred: see
+//               cuda/ops_cuda.cpp.
 //   empty       rows == 0 or cols == 0 is legal and changes nothing.
 //   devices     all tensors on one device. CPU results do not depend on the number of threads.
 //   errors      ValueError "op: argument must be ... (got ...)", raised before anything is written.
@@ -22,9 +21,9 @@
 //       x [T, d] float32/float16/bfloat16, contiguous columns; token_weight [T] float32, finite and >= 0, or None
 //       for 1. State: weight_sum [] , mean [d], m2 [d], contiguous, all float32 or all float64. Accumulates: merges
 //       these T tokens into the state (Chan's rule), so calls may be split anywhere up to rounding. T == 0 changes
-//       nothing. At most 64 tokens are summed in float32 before they are merged, on the CPU in float64. A token of
-//       weight 0 is not read. NaN or infinity in x makes the state so: the op that is handed a column factor made of it
-//       refuses that.
+//       nothing. On the CPU at most 64 tokens are summed in float32 before they are merged in float64; on CUDA partial
+//       states of up to 2048 tokens are float32, merged by Chan's rule. A token of weight 0 is not read. NaN or
+//       infinity in x makes the state so: the op that is handed a column factor made of it refuses that.
 //   inverse_square_norm(a) -> r
 //       a [T, d] as x above -> r [T] float32, r_t = 1 / sum_i a_ti^2 (sum in float32 or wider); a row of zeros gives 0.
 //       Below ||a_t||^2 = 3e-39 r is infinite, which update_moments_ refuses as token_weight.
@@ -32,7 +31,7 @@
 //       x [T, d_in], a [T, d_out] as above (one dtype), moment [d_out, d_in] float32 contiguous.
 //       moment += sum_t r_t^2 a_ti^2 x_tj^2, r as above, float32 sums. Products: on the CPU as precise as torch's
 //       float32 matmul setting asks (full float32 by default); on CUDA of squares rounded to bfloat16, on tensor cores.
-//       All terms are >= 0, so rounding each square to 8 bits moves the moment by at most 2^-8 of itself.
+//       All terms are >= 0, so two squares rounded to 8 bits each move the moment by at most 2^-7 of itself.
 //
 // Scores and masks
 //   score(weight, metric, column?, moment?) -> [rows, cols] float32, contiguous. For users and tests: the pruning ops
@@ -43,8 +42,8 @@
 //       threshold: the smallest kept score (+0.0 for both zeros); +inf where nothing is kept.
 //   prune_nm_(weight!, metric, column?, moment?, keep_n, group_m)
 //       keeps keep_n of each group_m consecutive columns; 0 <= keep_n <= group_m <= 32, group_m divides cols.
-//   prune_by_score_(weight!, score, keep_k, group) -> threshold, and prune_nm_by_score_(weight!, score, keep_n,
-//   group_m)
+//   prune_by_score_(weight!, score, keep_k, group) -> threshold
+//   prune_nm_by_score_(weight!, score, keep_n, group_m)
 //       the same for a score [rows, cols] float32, float16 or bfloat16.
 //
 // A group over several matrices (the whole model), without storing a score: three rounds of score_histogram, summed

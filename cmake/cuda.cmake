@@ -1,0 +1,52 @@
+# The CUDA kernels: their source run on the host by the C++ tests, and compiled by nvcc where there is one.
+# Expects the function ace_add_test, the target Threads::Threads and ACE_SANITIZE ("", "address,undefined" or "thread").
+set(ACE_CUDA_SOURCES activation_moments prune_matrix prune_nm prune_rows prune_score)
+set(ACE_SIMT_DEFINITIONS ACE_SIMT)
+if(ACE_SANITIZE STREQUAL "thread")
+  list(APPEND ACE_SIMT_DEFINITIONS ACE_SIMT_THREADS)  # one OS thread a CUDA thread, for ThreadSanitizer to watch
+endif()
+
+# The launchers and kernels as plain C++: each .cu in a file of its own, so that nvcc can have the .cu itself.
+set(ACE_HOST_SOURCES)
+foreach(name IN LISTS ACE_CUDA_SOURCES)
+  set(wrapper "${CMAKE_CURRENT_BINARY_DIR}/host_kernels/${name}.cpp")
+  configure_file(cmake/host_kernel.cpp.in "${wrapper}")
+  list(APPEND ACE_HOST_SOURCES "${wrapper}")
+endforeach()
+add_library(ace_host_kernels STATIC ${ACE_HOST_SOURCES})
+target_include_directories(ace_host_kernels PUBLIC "${CMAKE_CURRENT_SOURCE_DIR}/csrc")
+target_compile_definitions(ace_host_kernels PUBLIC ${ACE_SIMT_DEFINITIONS})
+# -ffp-contract=off: scores must have the bits that the plain C++ functors give, as on the device (--fmad=false).
+target_compile_options(ace_host_kernels PRIVATE -Wall -Wextra -Werror -ffp-contract=off)
+target_link_libraries(ace_host_kernels PUBLIC Threads::Threads)
+if(ACE_SANITIZE)
+  target_compile_options(
+    ace_host_kernels PRIVATE -fsanitize=${ACE_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer)
+endif()
+
+foreach(name IN ITEMS rows matrix nm moments barrier)
+  ace_add_test(cuda_${name}_test csrc/tests/cuda_${name}_test.cpp)
+  target_link_libraries(cuda_${name}_test PRIVATE ace_host_kernels)
+endforeach()
+
+if(ACE_SANITIZE STREQUAL "thread")
+  # The same kernel with one barrier left out: ThreadSanitizer must say so.
+  add_test(NAME cuda_dropped_barrier_is_a_race
+           COMMAND cuda_barrier_test --gtest_also_run_disabled_tests --gtest_filter=*DISABLED_OneBarrierLess*)
+  set_tests_properties(cuda_dropped_barrier_is_a_race PROPERTIES PASS_REGULAR_EXPRESSION "ThreadSanitizer: data race")
+endif()
+
+# tools/check_nvcc.sh compiles the same files and counts spills; this is for editors and for building kernels by CMake.
+option(ACE_NVCC "Compile the .cu files by nvcc too (target ace_device_kernels)" OFF)
+if(ACE_NVCC)
+  if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+    set(CMAKE_CUDA_ARCHITECTURES 80 90)
+  endif()
+  enable_language(CUDA)
+  list(TRANSFORM ACE_CUDA_SOURCES PREPEND "${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/" OUTPUT_VARIABLE ACE_DEVICE_SOURCES)
+  list(TRANSFORM ACE_DEVICE_SOURCES APPEND ".cu")
+  add_library(ace_device_kernels STATIC ${ACE_DEVICE_SOURCES})
+  target_include_directories(ace_device_kernels PUBLIC "${CMAKE_CURRENT_SOURCE_DIR}/csrc")
+  target_compile_options(ace_device_kernels PRIVATE --fmad=false -Werror=all-warnings)
+  set_target_properties(ace_device_kernels PROPERTIES CUDA_STANDARD 17)
+endif()

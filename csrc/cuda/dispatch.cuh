@@ -1,0 +1,60 @@
+// From the launchers' plain arguments to the kernels' types. Host code.
+#pragma once
+
+#include "cuda/launch.cuh"
+#include "cuda/launchers.h"
+#include "cuda/scored.cuh"
+
+namespace ace {
+
+// Calls action(T{}) with the core type.
+template <class Action>
+cudaError_t with_dtype(Dtype dtype, Action&& action) {
+  switch (dtype) {
+    case Dtype::float16: return action(Half{});
+    case Dtype::bfloat16: return action(BFloat16{});
+    default: return action(float{});
+  }
+}
+
+// The sums of the ria score, in a workspace of score_sums_bytes: the results first, then what the stages share.
+struct ScoreSums {
+  float* row;     // [rows]
+  float* column;  // [cols]
+};
+
+cudaError_t launch_score_sums(const ScoredArguments& matrix, void* workspace, ScoreSums* sums, cudaStream_t stream);
+
+template <class T>
+Scored<T> scored(const ScoredArguments& m, const ScoreSums& sums) {
+  T* weight = static_cast<T*>(m.weight);
+  return {weight,
+          m.column,
+          m.moment,
+          sums.row,
+          sums.column,
+          m.rows,
+          m.cols,
+          m.stride,
+          rows_aligned(weight, m.stride),
+          rows_aligned(m.column, 0) && rows_aligned(sums.column, 0),
+          rows_aligned(m.moment, m.cols)};
+}
+
+// Computes the sums where the formula reads them, then calls action(formula, Scored<T>). Nothing to do if it is empty.
+template <class Action>
+cudaError_t with_scored(const ScoredArguments& m, void* sums_workspace, cudaStream_t stream, Action&& action) {
+  if (m.rows == 0 || m.cols == 0) return cudaSuccess;
+  ScoreSums sums{nullptr, nullptr};
+  if (m.formula == Formula::ria) ACE_RETURN_IF_ERROR(launch_score_sums(m, sums_workspace, &sums, stream));
+  return with_formula(m.formula, [&](auto formula) {
+    return with_dtype(m.dtype, [&](auto scalar) { return action(formula, scored<decltype(scalar)>(m, sums)); });
+  });
+}
+
+template <class T>
+int64_t tile_count(const Scored<T>& matrix) {
+  return matrix.rows * tiles_per_row(matrix.cols);
+}
+
+}  // namespace ace

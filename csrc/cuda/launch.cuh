@@ -1,0 +1,59 @@
+// The one way to start a kernel, and what the device allows. Grids are capped: every kernel strides over its work in
+// 64-bit indices, so any grid does all of it.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/platform.cuh"
+
+namespace ace {
+
+struct Launch {
+  int64_t blocks;
+  int threads;
+  size_t shared_bytes;  // dynamic
+  cudaStream_t stream;
+};
+
+constexpr int64_t kMaxBlocks = 0x7fffffff;  // of a grid's x
+constexpr size_t kSharedWithoutAsking = 48 * 1024;
+
+#define ACE_RETURN_IF_ERROR(call)               \
+  do {                                          \
+    const cudaError_t status_ = (call);         \
+    if (status_ != cudaSuccess) return status_; \
+  } while (0)
+
+inline cudaError_t device_attribute(cudaDeviceAttr attribute, int64_t* value) {
+  int device = 0, result = 0;
+  ACE_RETURN_IF_ERROR(cudaGetDevice(&device));
+  ACE_RETURN_IF_ERROR(cudaDeviceGetAttribute(&result, attribute, device));
+  *value = result;
+  return cudaSuccess;
+}
+
+// Blocks for `work` units, one a block at a time: enough to fill the device `waves` times over, at most one a unit.
+inline cudaError_t blocks_for(int64_t work, int64_t waves, int64_t* blocks) {
+  int64_t processors = 0;
+  ACE_RETURN_IF_ERROR(device_attribute(cudaDevAttrMultiProcessorCount, &processors));
+  *blocks = std::max<int64_t>(1, std::min({work, waves * processors, kMaxBlocks}));
+  return cudaSuccess;
+}
+
+template <class... Params, class... Args>
+cudaError_t launch(void (*kernel)(Params...), const Launch& at, Args... args) {
+  const dim3 grid(static_cast<unsigned>(std::min(at.blocks, kMaxBlocks))), block(static_cast<unsigned>(at.threads));
+#if defined(__CUDACC__)
+  if (at.shared_bytes > kSharedWithoutAsking) {
+    ACE_RETURN_IF_ERROR(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(at.shared_bytes)));
+  }
+  kernel<<<grid, block, at.shared_bytes, at.stream>>>(args...);
+  return cudaGetLastError();
+#else
+  simt::run(grid, block, at.shared_bytes, [&] { kernel(args...); });
+  return cudaSuccess;
+#endif
+}
+
+}  // namespace ace

@@ -1,0 +1,227 @@
+// prune_topk_, group "matrix", score_histogram and prune_at_: selections whose group is larger than a row.
+//
+// Contract
+//   weight     [rows, cols], pruned in place: what the cut keeps keeps its bits, the rest becomes +0.0.
+//   ties       among equal scores the lower row, then the lower column first, whatever the order in which blocks run.
+//   not finite the whole matrix is left as it was, and the flag is raised.
+//
+// How: the first two digits (11 bits each) are found by a histogram pass each. The third pass reads the weight for the
+// last time: a tile whose keys all differ from those 22 bits is settled and written at once, of the others it counts
+// the last digit. Then only the open tiles are read again, for the cut's last digit and its ties: some per cent of the
+// tiles where scores differ, all of them where they are few and repeat. No step waits for the host.
+#pragma once
+
+#include "core/radix_select.h"
+#include "cuda/block.cuh"
+#include "cuda/scored.cuh"
+
+namespace ace {
+
+constexpr int64_t kTileSettled = -1;
+constexpr int kMaxScanThreads = 1024;
+
+// On the device, between the kernels of one selection.
+struct MatrixState {
+  Cut cut;        // digits found so far, and how many are still to be kept of the keys that have them
+  int64_t equal;  // how many keys have them; -1: not known
+  int bad;        // a score is not finite: nothing may be written
+};
+
+__global__ void __launch_bounds__(kWarpSize) begin_kernel(MatrixState* state, Cut cut) {
+  if (threadIdx.x == 0) *state = {cut, -1, 0};
+}
+
+// Adds a block's own counts to those of the device; integers, so the order of the blocks does not matter.
+ACE_DEVICE void flush_counts(const uint32_t* local, int64_t* counts, int bins) {
+  __syncthreads();
+  for (int b = static_cast<int>(threadIdx.x); b < bins; b += static_cast<int>(blockDim.x)) {
+    if (local[b] != 0) {
+      atomicAdd(reinterpret_cast<unsigned long long*>(counts + b), static_cast<unsigned long long>(local[b]));
+    }
+  }
+}
+
+ACE_DEVICE void clear_local(uint32_t* local) {
+  for (int b = static_cast<int>(threadIdx.x); b < kRadixBins; b += static_cast<int>(blockDim.x)) local[b] = 0;
+  __syncthreads();
+}
+
+// This thread's pack of a tile.
+template <class F, class T>
+struct TilePack {
+  ScoredRow<T> row;
+  int64_t first;
+  int count;  // at most 0 beyond the row's end
+  Pack<T> weight;
+  Pack<uint32_t> key;
+  bool finite;
+};
+
+template <class F, class T>
+ACE_DEVICE TilePack<F, T> load_tile(const Scored<T>& matrix, int64_t index) {
+  const Tile tile = tile_at(index, matrix.cols);
+  TilePack<F, T> pack;
+  pack.row = row_of<F>(matrix, tile.row);
+  pack.first = tile.first + static_cast<int64_t>(threadIdx.x) * kPack;
+  pack.count = pack.first < matrix.cols ? pack_count(matrix.cols, pack.first) : 0;
+  pack.weight = load_weights(pack.row, pack.first, pack.count);
+  pack.finite = pack_keys<F>(pack.row, pack.first, pack.count, pack.weight, &pack.key);
+  return pack;
+}
+
+// Writes the pack with what `kept` leaves out as zeros; untouched where nothing is pruned.
+template <class F, class T>
+ACE_DEVICE void write_tile(TilePack<F, T>& pack, uint32_t kept) {
+  if (pack.count <= 0 || kept == (1u << pack.count) - 1u) return;
+  ACE_UNROLL
+  for (int e = 0; e < kPack; ++e) {
+    if ((kept >> e & 1u) == 0) pack.weight.value[e] = T{};
+  }
+  store_pack(pack.row.weight + pack.first, pack.weight, pack.count, pack.row.weight_aligned);
+}
+
+ACE_DEVICE void report_bad(MatrixState* state, const NotFinite& report) {
+  atomicMax(&state->bad, 1);
+  raise_flag(report);
+}
+
+// counts[d] += keys that agree with the cut above this pass's digit and have the digit d.
+template <class F, class T>
+__global__ void __launch_bounds__(kTileThreads)
+    histogram_kernel(Scored<T> matrix, int64_t tiles, MatrixState* state, int pass, int64_t* counts, NotFinite report) {
+  __shared__ uint32_t local[kRadixBins];  // 32 bits: a block sees fewer than 2^32 weights
+  clear_local(local);
+  const uint32_t prefix = state->cut.key;
+  bool finite = true;
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const TilePack<F, T> pack = load_tile<F>(matrix, tile);
+    finite &= pack.finite;
+    ACE_UNROLL
+    for (int e = 0; e < kPack; ++e) {
+      const uint32_t key = pack.key.value[e];
+      if (e < pack.count && radix_matches(key, prefix, pass)) atomicAdd(&local[radix_bin(key, pass)], 1u);
+    }
+  }
+  if (!finite) report_bad(state, report);
+  flush_counts(local, counts, radix_bins(pass));
+}
+
+// One block: takes the digit from the counts, and clears them for the next pass.
+__global__ void __launch_bounds__(kMaxScanThreads) find_digit_kernel(MatrixState* state, int64_t* counts, int pass) {
+  __shared__ BlockScratch scratch;
+  const Cut before = state->cut;
+  const RadixBin found = find_bin_block(counts, radix_bins(pass), before.ties, scratch);
+  for (int b = static_cast<int>(threadIdx.x); b < kRadixBins; b += static_cast<int>(blockDim.x)) counts[b] = 0;
+  if (threadIdx.x != 0) return;
+  state->cut = {before.key | (found.bin << radix_digit(pass).shift), before.ties - found.above};
+  state->equal = found.count;
+}
+
+// The smallest kept score; NaN where the matrix was left alone.
+__global__ void __launch_bounds__(kWarpSize) threshold_kernel(const MatrixState* state, float* threshold) {
+  if (threadIdx.x == 0) *threshold = state->bad != 0 ? bits_float(0x7fc00000u) : cut_threshold(state->cut);
+}
+
+// The last pass: writes the tiles that the digits found so far settle, counts the last digit of the others.
+template <class F, class T>
+__global__ void __launch_bounds__(kTileThreads)
+    settle_kernel(Scored<T> matrix, int64_t tiles, const MatrixState* state, int64_t* tile_ties, int64_t* counts) {
+  constexpr int kLast = kRadixPasses - 1;
+  __shared__ uint32_t local[kRadixBins];
+  if (state->bad != 0) return;
+  clear_local(local);
+  const uint32_t prefix = state->cut.key;
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    TilePack<F, T> pack = load_tile<F>(matrix, tile);
+    uint32_t kept = 0, open = 0;
+    ACE_UNROLL
+    for (int e = 0; e < kPack; ++e) {
+      const uint32_t key = pack.key.value[e];
+      const bool undecided = e < pack.count && radix_matches(key, prefix, kLast);
+      open |= static_cast<uint32_t>(undecided);
+      kept |= static_cast<uint32_t>(e < pack.count && key > prefix)
+              << e;  // no undecided key: above is above all 22 bits
+      if (undecided) atomicAdd(&local[radix_bin(key, kLast)], 1u);
+    }
+    const bool settled = __syncthreads_or(static_cast<int>(open)) == 0;
+    if (settled) write_tile(pack, kept);
+    if (threadIdx.x == 0) tile_ties[tile] = settled ? kTileSettled : 0;
+  }
+  flush_counts(local, counts, radix_bins(kLast));
+}
+
+// tile_ties[tile] = how many of its keys equal the cut's. `all`: every tile is open, and none was checked before.
+template <class F, class T>
+__global__ void __launch_bounds__(kTileThreads) count_ties_kernel(Scored<T> matrix, int64_t tiles, MatrixState* state,
+                                                                  int64_t* tile_ties, bool all, NotFinite report) {
+  __shared__ BlockScratch scratch;
+  if (!all && (state->bad != 0 || state->equal == state->cut.ties)) return;
+  const uint32_t cut = state->cut.key;
+  bool finite = true;
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    if (!all && tile_ties[tile] == kTileSettled) continue;
+    const TilePack<F, T> pack = load_tile<F>(matrix, tile);
+    finite &= pack.finite;
+    int64_t mine = 0, total = 0;
+    ACE_UNROLL
+    for (int e = 0; e < kPack; ++e) mine += e < pack.count && pack.key.value[e] == cut;
+    exclusive_scan(mine, scratch, &total);
+    __syncthreads();
+    if (threadIdx.x == 0) tile_ties[tile] = total;
+  }
+  if (!finite) report_bad(state, report);
+}
+
+// One block: tile_ties becomes the number of ties in the open tiles before this one.
+__global__ void __launch_bounds__(kMaxScanThreads)
+    scan_ties_kernel(const MatrixState* state, int64_t tiles, int64_t* tile_ties) {
+  __shared__ BlockScratch scratch;
+  if (state->bad != 0 || state->equal == state->cut.ties) return;
+  const int64_t each = (tiles + blockDim.x - 1) / blockDim.x;
+  const int64_t begin = threadIdx.x * each, end = begin + each < tiles ? begin + each : tiles;
+  int64_t mine = 0, total = 0;
+  for (int64_t t = begin; t < end; ++t) mine += tile_ties[t] == kTileSettled ? 0 : tile_ties[t];
+  int64_t before = exclusive_scan(mine, scratch, &total);
+  for (int64_t t = begin; t < end; ++t) {
+    if (tile_ties[t] == kTileSettled) continue;
+    const int64_t here = tile_ties[t];
+    tile_ties[t] = before;
+    before += here;
+  }
+}
+
+// Writes the open tiles by the cut.
+template <class F, class T>
+__global__ void __launch_bounds__(kTileThreads)
+    apply_kernel(Scored<T> matrix, int64_t tiles, const MatrixState* state, const int64_t* tile_ties, bool all) {
+  __shared__ BlockScratch scratch;
+  if (state->bad != 0) return;
+  const Cut cut = state->cut;
+  const bool ranked = state->equal != cut.ties;  // else all that equal the cut are kept
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    if (!all && tile_ties[tile] == kTileSettled) continue;
+    TilePack<F, T> pack = load_tile<F>(matrix, tile);
+    uint32_t above = 0, equal = 0;
+    ACE_UNROLL
+    for (int e = 0; e < kPack; ++e) {
+      above |= static_cast<uint32_t>(e < pack.count && pack.key.value[e] > cut.key) << e;
+      equal |= static_cast<uint32_t>(e < pack.count && pack.key.value[e] == cut.key) << e;
+    }
+    uint32_t kept = above | equal;
+    if (ranked) {
+      int64_t total = 0;
+      int64_t rank = tile_ties[tile] + exclusive_scan(__popc(equal), scratch, &total);
+      kept = above;
+      ACE_UNROLL
+      for (int e = 0; e < kPack; ++e) {
+        const uint32_t bit = equal & (1u << e);
+        kept |= rank < cut.ties ? bit : 0u;
+        rank += bit != 0;
+      }
+      __syncthreads();  // the next tile's scan overwrites what this one reads
+    }
+    write_tile(pack, kept);
+  }
+}
+
+}  // namespace ace

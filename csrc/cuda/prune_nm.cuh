@@ -1,0 +1,84 @@
+// prune_nm_: keeps the best keep_n of each group of group_m consecutive columns, in one pass, in registers.
+//
+// Contract
+//   weight     [rows, cols], group_m divides cols; pruned entries become +0.0, kept ones keep their bits.
+//   ties       among equal scores the lower column first.
+//   not finite a group that holds a score that is not finite is left as it was, and the flag is raised.
+#pragma once
+
+#include "core/nm_select.h"
+#include "cuda/block.cuh"
+#include "cuda/scored.cuh"
+
+namespace ace {
+
+// Groups of 2, 4 or 8: a thread takes eight columns, whole groups, by one or two 16-byte loads.
+template <class F, class T, int kGroup>
+__global__ void __launch_bounds__(kTileThreads)
+    prune_nm_pack_kernel(Scored<T> matrix, int64_t tiles, int keep_n, NotFinite report) {
+  static_assert(kPack % kGroup == 0);
+  bool all_finite = true;
+  for (int64_t index = blockIdx.x; index < tiles; index += gridDim.x) {
+    const Tile tile = tile_at(index, matrix.cols);
+    const int64_t j = tile.first + static_cast<int64_t>(threadIdx.x) * kPack;
+    if (j >= matrix.cols) continue;
+    const ScoredRow<T> row = row_of<F>(matrix, tile.row);
+    const int count = pack_count(matrix.cols, j);
+    Pack<T> weight = load_weights(row, j, count);
+    Pack<float> score;
+    all_finite &= pack_scores<F>(row, j, count, weight, &score);
+    ACE_UNROLL
+    for (int first = 0; first < kPack; first += kGroup) {
+      uint32_t key[kGroup];
+      bool finite = true;
+      ACE_UNROLL
+      for (int g = 0; g < kGroup; ++g) {
+        finite = finite && is_finite(score.value[first + g]);
+        key[g] = order_key(score.value[first + g]);
+      }
+      const uint32_t kept = keep_best<kGroup>(key, kGroup, keep_n);
+      ACE_UNROLL
+      for (int g = 0; g < kGroup; ++g) {
+        if (finite && (kept >> g & 1u) == 0) weight.value[first + g] = T{};
+      }
+    }
+    store_pack(row.weight + j, weight, count, row.weight_aligned);
+  }
+  if (!all_finite) raise_flag(report);
+}
+
+// Columns that a warp takes at a time: whole groups, at most one column a lane.
+ACE_HD int warp_columns(int group_m) { return kWarpSize / group_m * group_m; }
+
+// Any group of up to 32: a lane a column, its rank counted by looking at the keys of its group's lanes. Lanes have no
+// array of keys that would have to be indexed, so nothing leaves the registers whatever the size.
+template <class F, class T>
+__global__ void __launch_bounds__(kTileThreads)
+    prune_nm_lane_kernel(Scored<T> matrix, int keep_n, int group_m, NotFinite report) {
+  constexpr int kWarps = kTileThreads / kWarpSize;
+  const int columns = warp_columns(group_m), lane = lane_id();
+  const int group = lane / group_m * group_m;  // the first lane of this lane's group
+  const uint32_t group_lanes = (group_m == kWarpSize ? kFullWarp : (1u << group_m) - 1u) << group;
+  const int64_t per_row = (matrix.cols + columns - 1) / columns, steps = matrix.rows * per_row;
+  bool all_finite = true;
+  for (int64_t step = static_cast<int64_t>(blockIdx.x) * kWarps + warp_id(); step < steps;
+       step += static_cast<int64_t>(gridDim.x) * kWarps) {
+    const int64_t i = step / per_row;
+    const ScoredRow<T> row = row_of<F>(matrix, i);
+    const int64_t j = (step - i * per_row) * columns + lane;
+    const bool mine = lane < columns && j < matrix.cols;
+    const float score = mine ? score_at<F>(row, j) : 0.0f;
+    const uint32_t key = order_key(score);
+    const bool group_finite = (__ballot_sync(kFullWarp, !is_finite(score)) & group_lanes) == 0;
+    int rank = 0;
+    for (int g = 0; g < group_m; ++g) {
+      const uint32_t other = __shfl_sync(kFullWarp, key, group + g);  // lanes past the last group read on; not used
+      rank += group + g < lane ? other >= key : other > key;
+    }
+    all_finite &= group_finite || !mine;
+    if (mine && group_finite && rank >= keep_n) row.weight[j] = T{};
+  }
+  if (!all_finite) raise_flag(report);
+}
+
+}  // namespace ace

@@ -1,0 +1,37 @@
+// prune_topk_, group "row".
+#include "cuda/dispatch.cuh"
+#include "cuda/prune_rows.cuh"
+
+namespace ace {
+namespace {
+
+constexpr int64_t kWaves = 8;
+constexpr size_t kStaticShared = 10 * 1024;  // the kernel's own counters and scratch, rounded up
+
+// Enough threads that each has a few packs; short rows leave room for more blocks on a multiprocessor.
+int row_threads(int64_t cols) { return cols <= 4096 ? kMaxRowThreads / 2 : kMaxRowThreads; }
+
+}  // namespace
+
+cudaError_t launch_prune_rows(const ScoredArguments& m, int64_t keep_k, float* threshold, void* sums, int code,
+                              cudaStream_t stream) {
+  if (m.cols > 0xffffffffLL) return cudaErrorInvalidValue;  // a row's counters have 32 bits
+  NotFinite report{nullptr, code};
+  ACE_RETURN_IF_ERROR(not_finite_flag(&report.flag));
+  int64_t blocks = 0, shared = 0;
+  ACE_RETURN_IF_ERROR(blocks_for(m.rows, kWaves, &blocks));
+  ACE_RETURN_IF_ERROR(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared));
+  const bool held = row_held_bytes(m.cols) + kStaticShared <= static_cast<size_t>(shared);
+  return with_scored(m, sums, stream, [&](auto formula, auto matrix) {
+    using F = decltype(formula);
+    using T = std::remove_pointer_t<decltype(matrix.weight)>;
+    if (held) {
+      return launch(prune_rows_kernel<F, T, true>, {blocks, row_threads(m.cols), row_held_bytes(m.cols), stream},
+                    matrix, keep_k, threshold, report);
+    }
+    return launch(prune_rows_kernel<F, T, false>, {blocks, kMaxRowThreads, 0, stream}, matrix, keep_k, threshold,
+                  report);
+  });
+}
+
+}  // namespace ace

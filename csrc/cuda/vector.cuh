@@ -1,0 +1,63 @@
+// Eight consecutive values at a time, in 16-byte loads and stores where the address allows it.
+#pragma once
+
+#include "cuda/platform.cuh"
+
+namespace ace {
+
+constexpr int kPack = 8;  // one 16-byte load of 16-bit values, two of 32-bit ones
+
+template <class T>
+struct alignas(16) Quad {  // what one load brings
+  static constexpr int kSize = 16 / sizeof(T);
+  T value[kSize];
+};
+
+template <class T>
+struct Pack {
+  T value[kPack];
+};
+
+// p[0..count) and T{} beyond. `aligned`: p is a multiple of 16 bytes.
+template <class T>
+ACE_DEVICE Pack<T> load_pack(const T* p, int count, bool aligned) {
+  Pack<T> pack;
+  if (aligned && count >= kPack) {
+    ACE_UNROLL
+    for (int q = 0; q < kPack / Quad<T>::kSize; ++q) {
+      const Quad<T> quad = reinterpret_cast<const Quad<T>*>(p)[q];
+      ACE_UNROLL
+      for (int e = 0; e < Quad<T>::kSize; ++e) pack.value[q * Quad<T>::kSize + e] = quad.value[e];
+    }
+  } else {
+    ACE_UNROLL
+    for (int e = 0; e < kPack; ++e) pack.value[e] = e < count ? p[e] : T{};
+  }
+  return pack;
+}
+
+template <class T>
+ACE_DEVICE void store_pack(T* p, const Pack<T>& pack, int count, bool aligned) {
+  if (aligned && count >= kPack) {
+    ACE_UNROLL
+    for (int q = 0; q < kPack / Quad<T>::kSize; ++q) {
+      Quad<T> quad;
+      ACE_UNROLL
+      for (int e = 0; e < Quad<T>::kSize; ++e) quad.value[e] = pack.value[q * Quad<T>::kSize + e];
+      reinterpret_cast<Quad<T>*>(p)[q] = quad;
+    }
+  } else {
+    ACE_UNROLL
+    for (int e = 0; e < kPack; ++e) {
+      if (e < count) p[e] = pack.value[e];
+    }
+  }
+}
+
+// Whether rows that start at p and lie `stride` values apart all start on 16 bytes.
+template <class T>
+bool rows_aligned(const T* p, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride * static_cast<int64_t>(sizeof(T)) % 16 == 0;
+}
+
+}  // namespace ace

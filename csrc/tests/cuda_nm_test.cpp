@@ -1,0 +1,72 @@
+// prune_nm_ by the CUDA kernels' source on the host, against keep_best.
+#include "tests/simt/sample.h"
+
+namespace ace {
+namespace {
+
+template <class T>
+class NmOf : public ::testing::Test {
+ protected:
+  void TearDown() override { simt::settings = simt::Settings{}; }
+};
+
+TYPED_TEST_SUITE(NmOf, Dtypes);
+
+template <class T>
+void check_nm(Shape shape, Formula formula, Values values, int keep_n, int group_m) {
+  Sample<T> got(shape, formula, values), want(shape, formula, values);
+  const std::vector<uint32_t> keys = want.keys();
+  for (int64_t n = 0; n < shape.rows * shape.cols; n += group_m) {
+    const uint32_t kept = keep_best<0>(keys.data() + n, group_m, keep_n);
+    for (int g = 0; g < group_m; ++g) {
+      if ((kept >> g & 1u) == 0) want.weight(n / shape.cols, n % shape.cols + g) = T{};
+    }
+  }
+  Workspace sums(score_sums_bytes(got.arguments()));
+  ASSERT_EQ(launch_prune_nm(got.arguments(), keep_n, group_m, sums.data(), 1, nullptr), cudaSuccess);
+  expect_same_bits(got.buffer(), want.buffer(),
+                   std::to_string(keep_n) + ":" + std::to_string(group_m) + ", cols " + std::to_string(shape.cols));
+  EXPECT_EQ(take_flag(), 0);
+}
+
+TYPED_TEST(NmOf, EqualsThePlainSelection) {
+  for (const unsigned order : orders()) {
+    simt::settings.order = order;
+    for (const int group_m : {1, 2, 3, 4, 5, 8, 12, 16, 17, 31, 32}) {
+      if (!kThorough && group_m > 4) continue;
+      for (const int keep_n : {0, 1, group_m / 2, group_m}) {
+        check_nm<TypeParam>({3, 3 * group_m}, Formula::scaled, Values::spread, keep_n, group_m);
+        check_nm<TypeParam>({2, 40 * group_m}, Formula::magnitude, Values::ties, keep_n, group_m);
+      }
+    }
+  }
+}
+
+TYPED_TEST(NmOf, TakesViewsWithoutAlignment) {
+  for (const int group_m : {2, 4, 8, 16}) {
+    check_nm<TypeParam>({3, 2064, 5}, Formula::cosp, Values::spread, group_m / 2, group_m);
+    check_nm<TypeParam>({3, 48, 8, 3}, Formula::cosp_exact, Values::ties, group_m / 2, group_m);
+  }
+}
+
+TYPED_TEST(NmOf, TakesEveryFormula) {
+  for (const Formula formula : kFormulas) {
+    check_nm<TypeParam>({5, 88}, formula, Values::spread, 2, 4);
+    check_nm<TypeParam>({5, 88}, formula, Values::spread, 5, 11);
+  }
+}
+
+TYPED_TEST(NmOf, AGroupThatIsNotFiniteIsLeftAlone) {
+  for (const int group_m : {4, 6}) {
+    Sample<TypeParam> got({2, 24}, Formula::magnitude, Values::spread);
+    got.weight(1, 13) = not_finite<TypeParam>();
+    ASSERT_EQ(launch_prune_nm(got.arguments(), 1, group_m, nullptr, 9, nullptr), cudaSuccess);
+    EXPECT_EQ(take_flag(), 9);
+    int64_t kept = 0;
+    for (int64_t n = 0; n < 48; ++n) kept += bits_of(got.weight(n / 24, n % 24)) != 0;
+    EXPECT_EQ(kept, 48 / group_m - 1 + group_m);
+  }
+}
+
+}  // namespace
+}  // namespace ace

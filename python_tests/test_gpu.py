@@ -1,0 +1,327 @@
+"""Every op on a CUDA device, against the CPU back end and float64 sums.
+
+Skipped, with the reason, without a device or a CUDA build: then nothing here has been run on a GPU.
+"""
+
+import pytest
+import torch
+from helpers import (
+    DTYPES,
+    METRICS,
+    assert_only_slice_changed,
+    assert_same_bits,
+    embed,
+    inverse_square_norm_bound,
+    make_weight,
+    metric_arguments,
+    moment_bounds,
+    places,
+)
+
+from ace_ext import build_info, ops
+from ace_ext.extension import _C
+
+
+def _missing() -> str | None:
+    if build_info()["cuda"] is None:
+        return "not run on a GPU: ace_ext was built without CUDA"
+    return None if torch.cuda.is_available() else "not run on a GPU: torch finds no CUDA device"
+
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_missing() is not None, reason=_missing() or "")]
+
+SHAPES = ((1, 1), (2, 1), (31, 33), (32, 32), (33, 31), (3, 129), (2, 1134), (65, 4096), (3, 28672), (2, 130001))
+
+
+def on_gpu(arguments: dict) -> dict:
+    return {name: value.cuda() for name, value in arguments.items()}
+
+
+@pytest.fixture(autouse=True)
+def no_flag_left():
+    """Each test starts with a clear flag and must leave one."""
+    _C.take_not_finite(torch.cuda.current_device())
+    yield
+    assert _C.take_not_finite(torch.cuda.current_device()) == ""
+
+
+def matrices(rows, cols, dtype, random, metric, ties):
+    weight = make_weight(rows, cols, dtype, random, ties)
+    return weight, metric_arguments(metric, weight, random, ties)
+
+
+# Scores and masks: the CPU's bits
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("shape", SHAPES[:8])
+def test_scores_have_the_cpu_bits(shape, metric, dtype, random):
+    weight, arguments = matrices(*shape, dtype, random, metric, ties=False)
+    expected = ops.score(weight, metric, **arguments)
+    assert_same_bits(ops.score(weight.cuda(), metric, **on_gpu(arguments)).cpu(), expected)
+
+
+@pytest.mark.parametrize("ties", [False, True], ids=["spread", "ties"])
+@pytest.mark.parametrize("group", ["row", "matrix"])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_topk_equals_the_cpu(shape, metric, group, ties, dtype, random):
+    weight, arguments = matrices(*shape, dtype, random, metric, ties)
+    size = weight.shape[1] if group == "row" else weight.numel()
+    for keep_k in places(size):
+        expected, actual = weight.clone(), weight.cuda()
+        threshold = ops.prune_topk_(expected, metric, keep_k, group=group, **arguments)
+        got = ops.prune_topk_(actual, metric, keep_k, group=group, **on_gpu(arguments))
+        assert_same_bits(actual.cpu(), expected)
+        assert_same_bits(got.cpu(), threshold)
+
+
+@pytest.mark.parametrize("ties", [False, True], ids=["spread", "ties"])
+@pytest.mark.parametrize("group_m", [1, 2, 3, 4, 8, 12, 16, 31, 32])
+def test_nm_equals_the_cpu(group_m, ties, dtype, random):
+    for metric in METRICS:
+        weight, arguments = matrices(5, group_m * 37, dtype, random, metric, ties)
+        for keep_n in places(group_m):
+            expected, actual = weight.clone(), weight.cuda()
+            ops.prune_nm_(expected, metric, keep_n, group_m, **arguments)
+            ops.prune_nm_(actual, metric, keep_n, group_m, **on_gpu(arguments))
+            assert_same_bits(actual.cpu(), expected)
+
+
+@pytest.mark.parametrize("score_dtype", DTYPES)
+def test_own_scores_equal_the_cpu(score_dtype, dtype, random):
+    weight, score = make_weight(9, 128, dtype, random), make_weight(9, 128, score_dtype, random, ties=True)
+    for group, keep_k in (("row", 50), ("matrix", 500)):
+        expected, actual = weight.clone(), weight.cuda()
+        ops.prune_by_score_(expected, score, keep_k, group)
+        ops.prune_by_score_(actual, score.cuda(), keep_k, group)
+        assert_same_bits(actual.cpu(), expected)
+    expected, actual = weight.clone(), weight.cuda()
+    ops.prune_nm_by_score_(expected, score, 2, 4)
+    ops.prune_nm_by_score_(actual, score.cuda(), 2, 4)
+    assert_same_bits(actual.cpu(), expected)
+
+
+def test_histograms_and_cuts_equal_the_cpu(dtype, random):
+    weight, arguments = matrices(70, 300, dtype, random, "ria", ties=False)
+    prefix, want = 0, 9000
+    shift = 32
+    for level, width in enumerate(ops.RADIX_BITS):
+        shift -= width
+        counts = ops.score_histogram(weight, "ria", prefix, level, **arguments)
+        got = ops.score_histogram(weight.cuda(), "ria", prefix, level, **on_gpu(arguments))
+        assert torch.equal(got.cpu(), counts)
+        above = counts.flip(0).cumsum(0).flip(0)
+        digit = int((above >= want).nonzero().max())
+        want -= int(above[digit] - counts[digit])
+        prefix |= digit << shift
+    expected, actual = weight.clone(), weight.cuda()
+    ops.prune_at_(expected, "ria", prefix, want, **arguments)
+    ops.prune_at_(actual, "ria", prefix, want, **on_gpu(arguments))
+    assert_same_bits(actual.cpu(), expected)
+    assert int((actual != 0).sum()) == 9000
+
+
+@pytest.mark.parametrize("cols", [64, 61])
+def test_column_slices(cols, dtype, random):
+    weight, arguments = matrices(17, cols, dtype, random, "cosp", ties=False)
+    expected = weight.clone()
+    ops.prune_topk_(expected, "cosp", cols // 2, **arguments)
+    outer, view = embed(weight.cuda())
+    ops.prune_topk_(view, "cosp", cols // 2, **on_gpu(arguments))
+    assert_same_bits(view.cpu(), expected)
+    assert_only_slice_changed(outer, view)
+
+
+def test_empty_matrices(dtype):
+    for shape in ((0, 8), (3, 0)):
+        weight = torch.empty(shape, dtype=dtype, device="cuda")
+        assert ops.prune_topk_(weight, "magnitude", 0).shape == (shape[0],)
+        assert ops.prune_topk_(weight, "magnitude", 0, group="matrix").shape == (1,)
+        ops.prune_nm_(weight, "magnitude", 2, 4)
+
+
+# Statistics: the float64 oracle's bounds
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("state", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (33, 31), (129, 1134), (4097, 520)])
+def test_moments_within_bounds(shape, state, weighted, dtype, random):
+    x = (torch.randn(shape, generator=random) + 3).to(dtype)
+    token_weight = torch.rand(shape[0], generator=random) if weighted else None
+    made = [torch.zeros(size, dtype=state, device="cuda") for size in ((), shape[1:], shape[1:])]
+    again = [t.clone() for t in made]
+    for tensors in (made, again):
+        ops.update_moments_(*tensors, x.cuda(), None if token_weight is None else token_weight.cuda())
+    for one, other in zip(made, again, strict=True):
+        assert_same_bits(one.cpu(), other.cpu())
+    w = (torch.ones(shape[0]) if token_weight is None else token_weight).double()
+    mean = (w[:, None] * x.double()).sum(0) / w.sum()
+    expected = (w.sum(), mean, (w[:, None] * (x.double() - mean) ** 2).sum(0))
+    bounds = moment_bounds(x, token_weight, torch.float32)  # partial states are float32 whatever the state
+    for actual, exact, bound in zip(made, expected, bounds, strict=True):
+        assert ((actual.cpu().double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (33, 31), (257, 1134)])
+def test_inverse_square_norm_within_bounds(shape, dtype, random):
+    a = torch.randn(shape, generator=random).to(dtype)
+    a[0] = 0
+    r = ops.inverse_square_norm(a.cuda()).cpu().double()
+    assert r[0] == 0
+    exact = 1 / (a[1:].double() ** 2).sum(1)
+    assert ((r[1:] - exact).abs() <= inverse_square_norm_bound(shape[1]) * exact).all()
+
+
+@pytest.mark.parametrize(("tokens", "d_in", "d_out"), [(1, 1, 1), (33, 40, 24), (5000, 129, 65)])
+def test_cosine_moment_within_bounds(tokens, d_in, d_out, dtype, random):
+    """Both squares are rounded to bfloat16, 2^-8 each; all terms are positive; the rest is float32."""
+    x, a = (torch.randn(tokens, d, generator=random).to(dtype) for d in (d_in, d_out))
+    moment = torch.full((d_out, d_in), 0.5, device="cuda")
+    ops.update_cosine_moment_(moment, x.cuda(), a.cuda())
+    r = 1 / (a.double() ** 2).sum(1, keepdim=True)
+    added = ((r * a.double()) ** 2).T @ x.double() ** 2
+    bound = (2.0**-7 + 2.0**-15) * added + 2.0**-24 * (tokens + 8) * (added + 0.5)
+    assert ((moment.cpu().double() - 0.5 - added).abs() <= bound).all()
+
+
+# How the device is used
+
+
+def test_side_stream_and_device_guard(random):
+    weight, arguments = matrices(64, 512, torch.bfloat16, random, "ace", ties=False)
+    expected = weight.clone()
+    ops.prune_topk_(expected, "ace", 256, **arguments)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        actual = weight.cuda()
+        ops.prune_topk_(actual, "ace", 256, **on_gpu(arguments))
+    stream.synchronize()
+    assert_same_bits(actual.cpu(), expected)
+
+
+@pytest.mark.parametrize("group", ["row", "matrix"])
+def test_graph_capture(group, random):
+    weight, arguments = matrices(64, 512, torch.float16, random, "ria", ties=False)
+    keep_k = 100 if group == "row" else 5000
+    expected = weight.clone()
+    ops.prune_topk_(expected, "ria", keep_k, group=group, **arguments)
+    source, arguments = weight.cuda(), on_gpu(arguments)
+    actual = torch.empty_like(source)
+
+    def work():
+        actual.copy_(source)
+        ops.prune_topk_(actual, "ria", keep_k, group=group, **arguments)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    for _ in range(2):
+        actual.zero_()
+        graph.replay()
+        assert_same_bits(actual.cpu(), expected)
+
+
+def test_statistics_under_capture(random):
+    x = torch.randn(300, 64, generator=random).cuda()
+    state = [torch.zeros(size, dtype=torch.float64, device="cuda") for size in ((), (64,), (64,))]
+    moment = torch.zeros(64, 64, device="cuda")
+
+    def work():
+        ops.update_moments_(*state, x, ops.inverse_square_norm(x))
+        ops.update_cosine_moment_(moment, x, x)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    once = [t.clone() for t in (*state[:1], moment)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    graph.replay()
+    for before, after in zip(once, (*state[:1], moment), strict=True):
+        torch.testing.assert_close(after, 2 * before)
+
+
+def test_compile(random):
+    weight, arguments = matrices(32, 256, torch.bfloat16, random, "wanda", ties=False)
+    expected = weight.clone()
+    ops.prune_topk_(expected, "wanda", 128, **arguments)
+    column = arguments["column"].cuda()
+
+    @torch.compile(fullgraph=True)
+    def step(w):
+        torch.ops.ace_ext.prune_topk_(w, "wanda", column, None, 128, "row")
+        return w
+
+    assert_same_bits(step(weight.cuda()).cpu(), expected)
+
+
+@pytest.mark.parametrize("group", ["row", "matrix"])
+def test_two_runs_have_the_same_bits(group, random):
+    weight = make_weight(512, 4096, torch.bfloat16, random).cuda()  # bfloat16 magnitudes: ties everywhere
+    first, second = weight.clone(), weight.clone()
+    keep_k = (4096 if group == "row" else weight.numel()) // 2
+    for w in (first, second):
+        ops.prune_topk_(w, "magnitude", keep_k, group=group)
+    assert_same_bits(first.cpu(), second.cpu())
+
+
+@pytest.mark.parametrize("what", ["row", "matrix", "nm"])
+def test_extra_memory_is_below_one_per_cent(what):
+    weight = torch.randn(4096, 11008, device="cuda", dtype=torch.bfloat16)
+    column = torch.rand(11008, device="cuda") + 0.1
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    if what == "nm":
+        ops.prune_nm_(weight, "ria", 2, 4, column=column)
+    else:
+        keep_k = (11008 if what == "row" else weight.numel()) // 2
+        ops.prune_topk_(weight, "ria", keep_k, column=column, group=what)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before < 0.01 * weight.numel() * weight.element_size()
+
+
+# What is not finite: deferred
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_flagged_and_left_alone(bad, dtype, random):
+    device = torch.cuda.current_device()
+    weight = make_weight(8, 64, dtype, random)
+    weight[5, 7] = bad
+    rows, matrix, groups = weight.cuda(), weight.cuda(), weight.cuda()
+    threshold = ops.prune_topk_(rows, "magnitude", 20)
+    assert _C.take_not_finite(device) == "prune_topk_"
+    assert threshold[5].isnan()
+    assert_same_bits(rows[5].cpu(), weight[5])
+    assert ((rows != 0).sum(1).cpu() == torch.tensor([20] * 5 + [64] + [20] * 2)).all()
+    assert ops.prune_topk_(matrix, "magnitude", 200, group="matrix").isnan().all()
+    assert _C.take_not_finite(device) == "prune_topk_"
+    assert_same_bits(matrix.cpu(), weight)
+    ops.prune_nm_(groups, "magnitude", 2, 4)
+    assert _C.take_not_finite(device) == "prune_nm_"
+    assert_same_bits(groups[5, 4:8].cpu(), weight[5, 4:8])
+    assert _C.take_not_finite(device) == ""
+
+
+def test_bad_token_weights_are_flagged():
+    device = torch.cuda.current_device()
+    state = [torch.zeros(size, device="cuda") for size in ((), (4,), (4,))]
+    ops.update_moments_(*state, torch.ones(3, 4, device="cuda"), torch.tensor([1.0, -1.0, 1.0], device="cuda"))
+    assert _C.take_not_finite(device) == "update_moments_"
+
+
+def test_mixed_devices_are_refused(random):
+    weight, arguments = matrices(4, 8, torch.float32, random, "wanda", ties=False)
+    with pytest.raises(ValueError, match="prune_topk_: column must be on cuda"):
+        ops.prune_topk_(weight.cuda(), "wanda", 4, **arguments)

@@ -1,0 +1,104 @@
+#!/usr/bin/env python3
+"""Reads the machine code that nvcc made and checks what a memory-bound kernel must show.
+
+- Streaming kernels load global memory 128 bits at a time (``LDG.E.128``); those that write packs store so too.
+- No kernel touches local memory (``LDL``, ``STL``): nothing was spilled, no array left the registers.
+- Histograms increment shared counters by ``ATOMS.POPC.INC``: lanes that hit one counter are added up by the hardware.
+
+Run tools/check_nvcc.sh first; it leaves the .cubin files. The disassembler comes with the CUDA toolkit, or from PyPI:
+``pip install nvidia-cuda-nvdisasm``. Not run on a GPU: this looks at instructions, not at speed.
+
+    python tools/check_sass.py [folder of .cubin files, default build/nvcc]
+"""
+
+import collections
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+# Kernel name -> instructions that each of its instances must contain.
+EXPECTED = {
+    "prune_rows_kernel": ("LDG.E.128", "STG.E.128", "ATOMS.POPC.INC"),
+    "histogram_kernel": ("LDG.E.128", "ATOMS.POPC.INC"),
+    "settle_kernel": ("LDG.E.128", "STG.E.128", "ATOMS.POPC.INC"),
+    "count_ties_kernel": ("LDG.E.128",),
+    "apply_kernel": ("LDG.E.128", "STG.E.128"),
+    "prune_nm_pack_kernel": ("LDG.E.128", "STG.E.128"),
+    "prune_nm_lane_kernel": (),
+    "partial_moments_kernel": ("LDG.E.128",),
+    "inverse_square_norm_kernel": ("LDG.E.128",),
+    "scaled_squares_kernel": ("LDG.E.128", "STG.E.128"),
+    "score_kernel": ("LDG.E.128", "STG.E.128"),
+    "row_sums_kernel": ("LDG.E.128",),
+    "column_partials_kernel": ("LDG.E.128",),
+}
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+FUNCTION = re.compile(r"^\.text\.(\S+):")
+
+
+def find_nvdisasm() -> str:
+    packages = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
+    found = shutil.which("nvdisasm") or next(map(str, sorted(packages.glob("**/bin/nvdisasm"))), None)
+    if found is None:
+        sys.exit("check_sass: no nvdisasm: put the CUDA toolkit on PATH or pip install nvidia-cuda-nvdisasm")
+    return found
+
+
+def instructions(nvdisasm: str, cubin: Path) -> dict[str, collections.Counter]:
+    """Counts by opcode for each kernel of the file, by mangled name."""
+    text = subprocess.run([nvdisasm, "-c", str(cubin)], check=True, capture_output=True, text=True).stdout
+    kernels: dict[str, collections.Counter] = {}
+    current = None
+    for line in text.splitlines():
+        if function := FUNCTION.match(line):
+            current = kernels.setdefault(function[1], collections.Counter())
+        elif current is not None and (found := INSTRUCTION.search(line)):
+            current[found[1]] += 1
+    return kernels
+
+
+def has(counts: collections.Counter, opcode: str) -> bool:
+    return any(name == opcode or name.startswith(opcode + ".") for name in counts)
+
+
+def faults(mangled: str, counts: collections.Counter) -> list[str]:
+    bad = [f"{mangled}: local memory ({name})" for name in counts if name.split(".")[0] in ("LDL", "STL")]
+    for kernel, opcodes in EXPECTED.items():
+        # The length before a mangled name keeps score_kernel from matching within another.
+        if f"{len(kernel)}{kernel}I" in mangled:
+            bad += [f"{mangled}: no {opcode}" for opcode in opcodes if not has(counts, opcode)]
+    return bad
+
+
+def main() -> int:
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "build/nvcc")
+    cubins = sorted(folder.glob("*.cubin"))
+    if not cubins:
+        sys.exit(f"check_sass: no .cubin in {folder}: run tools/check_nvcc.sh {folder} first")
+    nvdisasm = find_nvdisasm()
+    bad, seen = [], collections.Counter()
+    print(f"{'file':<28}{'kernels':>8}{'LDG.128':>9}{'STG.128':>9}{'POPC.INC':>10}{'LDL/STL':>9}")
+    for cubin in cubins:
+        kernels = instructions(nvdisasm, cubin)
+        total = sum(kernels.values(), collections.Counter())
+        row = [
+            sum(n for name, n in total.items() if name.startswith(wanted))
+            for wanted in (("LDG.E.128",), ("STG.E.128",), ("ATOMS.POPC.INC",), ("LDL", "STL"))
+        ]
+        print(f"{cubin.stem:<28}{len(kernels):>8}{row[0]:>9}{row[1]:>9}{row[2]:>10}{row[3]:>9}")
+        for mangled, counts in kernels.items():
+            bad += faults(mangled, counts)
+            seen.update(kernel for kernel in EXPECTED if f"{len(kernel)}{kernel}I" in mangled)
+    bad += [f"no instance of {kernel} was found" for kernel in EXPECTED if not seen[kernel]]
+    for fault in bad:
+        print(f"check_sass: {fault}", file=sys.stderr)
+    if not bad:
+        print("check_sass: 128-bit loads in every streaming kernel, no local memory (compiled only, not run on a GPU)")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

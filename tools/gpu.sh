@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# On a machine with a GPU: builds the extension for CUDA, runs the GPU tests, looks for races and bad accesses, measures.
+# Uses the torch of $PYTHON (built for CUDA) and the CUDA toolkit's nvcc; installs into build/gpu alone.
+#
+#   make gpu        or: PYTHON=python3 tools/gpu.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+"$python" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "gpu: torch finds no CUDA device")'
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
+
+rm -rf build/gpu
+ACE_CUDA=1 "$python" -m pip install --quiet --no-build-isolation --no-deps --target build/gpu .
+export PYTHONPATH=$PWD/build/gpu
+
+"$python" -m pytest -m gpu -q
+
+# Small cases: under these tools a kernel takes a hundred times as long.
+sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
+if [ -z "$sanitizer" ]; then
+  echo "gpu: no compute-sanitizer here: memcheck and racecheck were NOT run" >&2
+else
+  for tool in memcheck racecheck; do
+    "$sanitizer" --tool "$tool" --error-exitcode 1 "$python" -m pytest -m gpu -q -p no:cacheprovider \
+      python_tests/test_gpu.py -k "two_runs or histograms or (nm_equals and 4)"
+  done
+fi
+
+"$python" benchmarks/bench_ops.py --device cuda --json build/gpu/bench_ops.json
