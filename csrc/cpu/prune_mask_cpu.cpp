@@ -4,8 +4,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "core/nm_select.h"
 #include "cpu/histogram.h"
+#include "cpu/row_select.h"
 
 namespace ace {
 namespace {
@@ -59,11 +59,10 @@ template <class Matrix>
 void prune_rows(const Matrix& matrix, int64_t keep_k, float* threshold) {
   std::vector<Cut> cuts(static_cast<size_t>(matrix.rows()), kKeepNone);
   matrix.for_rows_or_report([&] {
-    const auto cols = static_cast<size_t>(matrix.cols());
-    return [&, keys = std::vector<uint32_t>(cols), scratch = std::vector<uint32_t>(cols),
-            counts = std::vector<uint32_t>(kRadixBins)](int64_t i) mutable {
+    return [&, keys = std::vector<uint32_t>(static_cast<size_t>(matrix.cols())),
+            hint = order_key(1.0f)](int64_t i) mutable {
       if (!row_keys<typename Matrix::Formula>(matrix.row(i), keys.data())) return false;
-      cuts[static_cast<size_t>(i)] = select_kth(keys.data(), matrix.cols(), keep_k, scratch.data(), counts.data());
+      cuts[static_cast<size_t>(i)] = search_kth(keys.data(), matrix.cols(), keep_k, &hint);
       return true;
     };
   });
@@ -107,25 +106,6 @@ void prune_matrix(const Matrix& matrix, int64_t keep_k, float* threshold) {
   *threshold = cut_threshold(cut);
 }
 
-// Keeps the best keep_n of each group of kGroup keys (0: group_m).
-template <int kGroup, class B>
-ACE_MULTIVERSION void apply_groups(B* weight, const uint32_t* keys, int64_t cols, int group_m, int keep_n) {
-  const int size = kGroup > 0 ? kGroup : group_m;
-  for (int64_t j = 0; j < cols; j += size) {
-    const uint32_t kept = keep_best<kGroup>(keys + j, group_m, keep_n);
-    for (int g = 0; g < size; ++g) weight[j + g] = (kept >> g & 1u) != 0 ? weight[j + g] : B{0};
-  }
-}
-
-template <class B>
-void apply_groups_of(B* weight, const uint32_t* keys, int64_t cols, int group_m, int keep_n) {
-  switch (group_m) {
-    case 4: return apply_groups<4>(weight, keys, cols, group_m, keep_n);
-    case 8: return apply_groups<8>(weight, keys, cols, group_m, keep_n);
-    default: return apply_groups<0>(weight, keys, cols, group_m, keep_n);
-  }
-}
-
 template <class Matrix>
 void prune_groups(const Matrix& matrix, int group_m, int keep_n) {
   using F = typename Matrix::Formula;
@@ -134,8 +114,8 @@ void prune_groups(const Matrix& matrix, int group_m, int keep_n) {
     std::vector<uint32_t> keys(static_cast<size_t>(matrix.cols()));
     for (int64_t i = begin; i < end; ++i) {
       row_keys<F>(matrix.row(i), keys.data());
-      apply_groups_of(matrix.template mutable_row<Bits<typename Matrix::Scalar>>(i), keys.data(), matrix.cols(),
-                      group_m, keep_n);
+      keep_best_of_groups(matrix.template mutable_row<Bits<typename Matrix::Scalar>>(i), keys.data(), matrix.cols(),
+                          group_m, keep_n);
     }
   });
 }

@@ -1,0 +1,77 @@
+// The vectorised selections of a row against those of the core, which define the result.
+#include <gtest/gtest.h>
+
+#include <random>
+#include <vector>
+
+#include "cpu/row_select.h"
+
+namespace ace {
+namespace {
+
+// Keys of finite scores: few distinct ones make ties; wide ones cover both signs and all exponents.
+std::vector<uint32_t> make_keys(int64_t n, uint32_t distinct, std::mt19937& random) {
+  std::vector<uint32_t> keys(static_cast<size_t>(n));
+  for (uint32_t& key : keys) {
+    float score = 0.0f;
+    do score = bits_float(random());
+    while (!is_finite(score));
+    key = order_key(distinct == 0 ? score : static_cast<float>(random() % distinct) - 1.0f);
+  }
+  return keys;
+}
+
+// What a cut keeps, one entry a key.
+std::vector<bool> kept_by(const std::vector<uint32_t>& keys, Cut cut) {
+  std::vector<bool> kept;
+  for (const uint32_t key : keys) kept.push_back(key > cut.key || (key == cut.key && cut.ties-- > 0));
+  return kept;
+}
+
+TEST(RowSelect, SearchKeepsWhatTheRadixSelectionKeeps) {
+  std::mt19937 random(5);
+  std::vector<uint32_t> counts(kRadixBins);
+  for (const int64_t n : {1, 2, 15, 16, 17, 100, 1134, 5000}) {
+    for (const uint32_t distinct : {0u, 1u, 2u, 7u, 1000u}) {
+      const std::vector<uint32_t> keys = make_keys(n, distinct, random);
+      std::vector<uint32_t> scratch(keys.size());
+      for (const int64_t keep_k : {int64_t{0}, int64_t{1}, n / 3, n / 2, n - 1, n}) {
+        const Cut expected = select_kth(keys.data(), n, keep_k, scratch.data(), counts.data());
+        for (uint32_t hint : {0u, order_key(1.0f), order_key(-1e30f), 0xffffffffu, keys[0]}) {
+          const Cut cut = search_kth(keys.data(), n, keep_k, &hint);
+          ASSERT_EQ(kept_by(keys, cut), kept_by(keys, expected)) << n << " " << distinct << " " << keep_k;
+          ASSERT_EQ(float_bits(cut_threshold(cut)), float_bits(cut_threshold(expected)));
+        }
+      }
+    }
+  }
+}
+
+template <class Bits>
+void expect_groups_as_the_core(int group_m, std::mt19937& random) {
+  const int64_t cols = int64_t{group_m} * 37;  // does not fill the last vector
+  for (const uint32_t distinct : {0u, 2u, 5u}) {
+    const std::vector<uint32_t> keys = make_keys(cols, distinct, random);
+    for (int keep_n = 0; keep_n <= group_m; ++keep_n) {
+      std::vector<Bits> weight(keys.size(), static_cast<Bits>(0x8001));
+      keep_best_of_groups(weight.data(), keys.data(), cols, group_m, keep_n);
+      for (int64_t j = 0; j < cols; j += group_m) {
+        const uint32_t kept = keep_best<0>(keys.data() + j, group_m, keep_n);
+        for (int g = 0; g < group_m; ++g) {
+          ASSERT_EQ(weight[static_cast<size_t>(j + g)], (kept >> g & 1u) != 0 ? 0x8001 : 0) << keep_n << ":" << group_m;
+        }
+      }
+    }
+  }
+}
+
+TEST(RowSelect, GroupsKeepWhatTheCoreKeeps) {
+  std::mt19937 random(6);
+  for (const int group_m : {1, 2, 3, 4, 5, 8, 16, 32}) {
+    expect_groups_as_the_core<uint16_t>(group_m, random);
+    expect_groups_as_the_core<uint32_t>(group_m, random);
+  }
+}
+
+}  // namespace
+}  // namespace ace

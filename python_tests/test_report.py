@@ -1,0 +1,43 @@
+import json
+
+import torch
+
+from ace_ext.report import BlockReport, MatrixReport, PruneReport, peak_memory_bytes, versions
+
+
+def make_report() -> PruneReport:
+    blocks = [
+        BlockReport(f"layers.{i}", 0.5, [MatrixReport(f"layers.{i}.up", (4, 8), 16, 16 - i, 96, 0.1, 0.99)])
+        for i in range(2)
+    ]
+    return PruneReport({"metric": "ace"}, "cpu", "bfloat16", blocks, 1.25, 2**30, {"torch": "2"}, {"seed": 0})
+
+
+def test_json_keeps_everything():
+    report = make_report()
+    assert PruneReport.from_json(report.to_json()) == report
+    data = json.loads(report.to_json())
+    assert data["sparsity"] == 1 - 31 / 64
+    assert data["blocks"][1]["matrices"][0]["sparsity"] == 1 - 15 / 32
+
+
+def test_table_averages_over_blocks():
+    lines = make_report().table().splitlines()
+    assert len(lines) == 3
+    assert lines[1].split() == ["up", "4x8", "0.5156", "0.1000", "0.9900"]
+    assert lines[2] == "2 blocks, 2 matrices, sparsity 0.5156, 1.2 s, peak memory 1.00 GiB on cpu"
+
+
+def test_an_empty_report_has_no_sparsity():
+    assert PruneReport({}, "cpu", "float32").sparsity == 0.0
+
+
+def test_peak_memory_sees_an_allocation():
+    before = peak_memory_bytes(torch.device("cpu"))
+    block = torch.ones(max(before, 2**28) // 2, dtype=torch.int32)  # twice as many bytes as were ever resident
+    assert peak_memory_bytes(torch.device("cpu")) > before
+    del block
+
+
+def test_versions_name_what_matters():
+    assert {"ace_ext", "torch", "transformers", "python", "compiler"} == set(versions())
