@@ -1,6 +1,7 @@
 """Models in and out: hub names, folders and GGUF files in; a folder for transformers out, whole or not at all."""
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -42,8 +43,9 @@ def load_model(source: str, dtype: str = "auto", device: str = "cpu") -> LoadedM
     name, options = _locate(source)
     wanted = DTYPES.get(dtype, torch.bfloat16 if options else "auto")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, **options, **_dequantize(options))
+        with contextlib.redirect_stderr(io.StringIO()):  # bars of unpacking, which no setting turns off
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, **options, **_dequantize(options))
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"model {source!r} could not be loaded: {reason[:400]}") from error

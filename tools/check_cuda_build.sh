@@ -15,8 +15,8 @@ root=$PWD
 work=$(mkdir -p "${1:-build/cuda}" && cd "${1:-build/cuda}" && pwd)
 python=$work/venv/bin/python
 
-# An index or a constraint in pip's configuration may pin a CPU-only torch.
-install() { PIP_CONFIG_FILE=/dev/null "$python" -m pip install --quiet "$@"; }
+# A constraint or a folder of wheels in pip's configuration may pin a CPU-only torch.
+install() { PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS='' "$python" -m pip install --quiet "$@"; }
 
 [ -x "$python" ] || "${PYTHON:-python3}" -m venv "$work/venv"
 install "${TORCH:-torch==2.11.*}" numpy ninja 'setuptools>=77' wheel pytest hypothesis \
