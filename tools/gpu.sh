@@ -11,9 +11,12 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
 
 rm -rf build/gpu
 ACE_CUDA=1 "$python" -m pip install --quiet --no-build-isolation --no-deps --target build/gpu .
-export PYTHONPATH=$PWD/build/gpu
+root=$PWD
+export PYTHONPATH=$root/build/gpu
+cd build/gpu  # in the source tree, -m would find the sources there and not what was built
+tests=("$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider -q -m gpu)
 
-"$python" -m pytest -m gpu -q
+"${tests[@]}" "$root/python_tests"
 
 # Small cases: under these tools a kernel takes a hundred times as long.
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
@@ -21,9 +24,9 @@ if [ -z "$sanitizer" ]; then
   echo "gpu: no compute-sanitizer here: memcheck and racecheck were NOT run" >&2
 else
   for tool in memcheck racecheck; do
-    "$sanitizer" --tool "$tool" --error-exitcode 1 "$python" -m pytest -m gpu -q -p no:cacheprovider \
-      python_tests/test_gpu.py -k "two_runs or histograms or (nm_equals and 4)"
+    "$sanitizer" --tool "$tool" --error-exitcode 1 "${tests[@]}" "$root/python_tests/test_gpu.py" \
+      -k "two_runs or histograms or (nm_equals and 4)"
   done
 fi
 
-"$python" benchmarks/bench_ops.py --device cuda --json build/gpu/bench_ops.json
+"$python" "$root/benchmarks/bench_ops.py" --device cuda --json "$root/build/gpu/bench_ops.json"
