@@ -39,12 +39,12 @@ def test_peak_memory_sees_an_allocation():
 import torch
 from ace_ext.report import peak_memory_bytes
 before = peak_memory_bytes(torch.device("cpu"))
-block = torch.ones(2**28, dtype=torch.uint8)
+block = torch.ones(2**30, dtype=torch.uint8)
 print(peak_memory_bytes(torch.device("cpu")) - before)
 """
     command = [sys.executable, "-c", program]
     grown = int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=tempfile.gettempdir()).stdout)
-    assert 2**28 * 0.8 < grown < 2**28 * 1.5
+    assert 2**29 < grown < 2**30 * 1.1  # the peak before, during the imports, may have been well above what is left
 
 
 def test_versions_name_what_matters():
