@@ -70,8 +70,9 @@ inline uint32_t smallest_key(const uint32_t* keys, int64_t n) {
   return smallest;
 }
 
-// One thread's selection: the cut that keeps exactly keep_k of keys[0..n). `scratch` holds n keys: the candidates of
-// a pass's bin are gathered there, so that the later passes read few. `counts` holds kRadixBins.
+// One thread's selection, plain: the cut that keeps exactly keep_k of keys[0..n). The CPU's search (cpu/row_select.h)
+// and the CUDA kernels must find the same and are tested against this. `scratch` holds n keys: the candidates of a
+// pass's bin are gathered there, so that the later passes read few. `counts` holds kRadixBins.
 inline Cut select_kth(const uint32_t* keys, int64_t n, int64_t keep_k, uint32_t* scratch, uint32_t* counts) {
   if (keep_k <= 0) return kKeepNone;
   if (keep_k >= n) return keep_from(smallest_key(keys, n));

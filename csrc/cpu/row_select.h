@@ -70,7 +70,6 @@ inline Cut search_kth(const uint32_t* keys, int64_t n, int64_t keep_k, uint32_t*
     } else {
       const double share = static_cast<double>(from_low - keep_k) / static_cast<double>(from_low - from_high);
       at = low + static_cast<uint32_t>(share * static_cast<double>(high - low));
-      at = std::min(std::max(at, low + 1), high - 1);
       halve = high - low > width / 2;
     }
     if (high - low > 1) at = std::min(std::max(at, low + 1), high - 1);
@@ -79,7 +78,7 @@ inline Cut search_kth(const uint32_t* keys, int64_t n, int64_t keep_k, uint32_t*
   return {low, keep_k - from_high};
 }
 
-#if defined(__GNUC__)
+#if defined(__GNUC__) && !defined(__clang__)  // clang shuffles by other means
 
 constexpr int kLanes = 16;
 typedef uint32_t KeyVector __attribute__((vector_size(kLanes * sizeof(uint32_t))));
@@ -121,7 +120,7 @@ ACE_MULTIVERSION void keep_best_of_each(Bits* weight, const uint32_t* keys, int6
 template <int kGroup, class Bits>
 ACE_MULTIVERSION int64_t keep_best_by_vector(Bits* weight, const uint32_t* keys, int64_t cols, int keep_n) {
   int64_t j = 0;
-#if defined(__GNUC__)
+#if defined(__GNUC__) && !defined(__clang__)  // clang shuffles by other means
   for (; j + kLanes <= cols; j += kLanes) {
     KeyVector key, kept;
     std::memcpy(&key, keys + j, sizeof key);
