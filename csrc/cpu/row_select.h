@@ -79,6 +79,7 @@ inline Cut search_kth(const uint32_t* keys, int64_t n, int64_t keep_k, uint32_t*
 }
 
 #if defined(__GNUC__) && !defined(__clang__)  // clang shuffles by other means
+#define ACE_KEY_VECTORS
 
 constexpr int kLanes = 16;
 typedef uint32_t KeyVector __attribute__((vector_size(kLanes * sizeof(uint32_t))));
@@ -105,6 +106,23 @@ ACE_HD void best_of_groups(const KeyVector& keys, uint32_t keep_n, KeyVector& ke
   kept = static_cast<KeyVector>(rank < keep_n);
 }
 
+// Zeroes all but the best keep_n of each group, 16 columns at a time; returns how many columns are done.
+template <int kGroup, class Bits>
+ACE_MULTIVERSION int64_t keep_best_by_vector(Bits* weight, const uint32_t* keys, int64_t cols, int keep_n) {
+  int64_t j = 0;
+  for (; j + kLanes <= cols; j += kLanes) {
+    KeyVector key, kept;
+    std::memcpy(&key, keys + j, sizeof key);
+    best_of_groups<kGroup>(key, static_cast<uint32_t>(keep_n), kept);
+    typedef Bits WeightVector __attribute__((vector_size(kLanes * sizeof(Bits))));
+    WeightVector kept_weight;
+    std::memcpy(&kept_weight, weight + j, sizeof kept_weight);
+    kept_weight &= __builtin_convertvector(kept, WeightVector);
+    std::memcpy(weight + j, &kept_weight, sizeof kept_weight);
+  }
+  return j;
+}
+
 #endif
 
 // Zeroes all but the best keep_n of each group of group_m keys, one group at a time.
@@ -116,28 +134,10 @@ ACE_MULTIVERSION void keep_best_of_each(Bits* weight, const uint32_t* keys, int6
   }
 }
 
-// The same for groups that fill a vector; returns how many columns are done.
-template <int kGroup, class Bits>
-ACE_MULTIVERSION int64_t keep_best_by_vector(Bits* weight, const uint32_t* keys, int64_t cols, int keep_n) {
-  int64_t j = 0;
-#if defined(__GNUC__) && !defined(__clang__)  // clang shuffles by other means
-  for (; j + kLanes <= cols; j += kLanes) {
-    KeyVector key, kept;
-    std::memcpy(&key, keys + j, sizeof key);
-    best_of_groups<kGroup>(key, static_cast<uint32_t>(keep_n), kept);
-    typedef Bits WeightVector __attribute__((vector_size(kLanes * sizeof(Bits))));
-    WeightVector kept_weight;
-    std::memcpy(&kept_weight, weight + j, sizeof kept_weight);
-    kept_weight &= __builtin_convertvector(kept, WeightVector);
-    std::memcpy(weight + j, &kept_weight, sizeof kept_weight);
-  }
-#endif
-  return j;
-}
-
 template <class Bits>
 void keep_best_of_groups(Bits* weight, const uint32_t* keys, int64_t cols, int group_m, int keep_n) {
   int64_t done = 0;
+#if defined(ACE_KEY_VECTORS)
   switch (group_m) {
     case 2: done = keep_best_by_vector<2>(weight, keys, cols, keep_n); break;
     case 4: done = keep_best_by_vector<4>(weight, keys, cols, keep_n); break;
@@ -145,6 +145,7 @@ void keep_best_of_groups(Bits* weight, const uint32_t* keys, int64_t cols, int g
     case 16: done = keep_best_by_vector<16>(weight, keys, cols, keep_n); break;
     default: break;
   }
+#endif
   keep_best_of_each(weight + done, keys + done, cols - done, group_m, keep_n);
 }
 
