@@ -1,10 +1,12 @@
 """What a pruning run did, as data: kept beside the model as JSON, shown as a short table."""
 
+import contextlib
 import json
 import platform
 import resource
 import sys
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -116,6 +118,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The process's peak resident memory, or on a GPU the most that torch allocated there."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    # Not rusage where there is a choice: a child process starts with its parent's peak there.
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kibibytes but on macOS
 
