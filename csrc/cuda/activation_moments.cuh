@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kMomentThreads)
     const int64_t end = begin + cut.tokens_each < x.tokens ? begin + cut.tokens_each : x.tokens;
     const int64_t j = strip + lane_id() * kPack;
     ColumnStates state;
-    if (!read_chunk(x, begin, end, j, x.cols - j < kPack ? static_cast<int>(x.cols - j) : kPack, state)) {
+    if (!read_chunk(x, begin, end, j, pack_count(x.cols, j), state)) {
       raise_flag(report);
     }
     if (lane_id() == 0) weights[warp_id()] = state.weight;

@@ -17,7 +17,7 @@ cudaError_t with_dtype(Dtype dtype, Action&& action) {
   }
 }
 
-// The sums of the ria score, in a workspace of score_sums_bytes: the results first, then what the stages share.
+// The sums of the ria score, in a workspace of score_sums_bytes.
 struct ScoreSums {
   float* row;     // [rows]
   float* column;  // [cols]

@@ -18,12 +18,8 @@ __global__ void __launch_bounds__(kTileThreads)
     prune_nm_pack_kernel(Scored<T> matrix, int64_t tiles, int keep_n, NotFinite report) {
   static_assert(kPack % kGroup == 0);
   bool all_finite = true;
-  for (int64_t index = blockIdx.x; index < tiles; index += gridDim.x) {
-    const Tile tile = tile_at(index, matrix.cols);
-    const int64_t j = tile.first + static_cast<int64_t>(threadIdx.x) * kPack;
-    if (j >= matrix.cols) continue;
-    const ScoredRow<T> row = row_of<F>(matrix, tile.row);
-    const int count = pack_count(matrix.cols, j);
+  for_tile_packs(tiles, matrix.cols, [&](int64_t i, int64_t j, int count) {
+    const ScoredRow<T> row = row_of<F>(matrix, i);
     Pack<T> weight = load_weights(row, j, count);
     Pack<float> score;
     all_finite &= pack_scores<F>(row, j, count, weight, &score);
@@ -43,7 +39,7 @@ __global__ void __launch_bounds__(kTileThreads)
       }
     }
     store_pack(row.weight + j, weight, count, row.weight_aligned);
-  }
+  });
   if (!all_finite) raise_flag(report);
 }
 

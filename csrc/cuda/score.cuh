@@ -10,16 +10,12 @@ template <class F, class T>
 __global__ void __launch_bounds__(kTileThreads)
     score_kernel(Scored<T> matrix, int64_t tiles, float* out, bool out_aligned, NotFinite report) {
   bool finite = true;
-  for (int64_t index = blockIdx.x; index < tiles; index += gridDim.x) {
-    const Tile tile = tile_at(index, matrix.cols);
-    const int64_t j = tile.first + static_cast<int64_t>(threadIdx.x) * kPack;
-    if (j >= matrix.cols) continue;
-    const ScoredRow<T> row = row_of<F>(matrix, tile.row);
-    const int count = pack_count(matrix.cols, j);
+  for_tile_packs(tiles, matrix.cols, [&](int64_t i, int64_t j, int count) {
+    const ScoredRow<T> row = row_of<F>(matrix, i);
     Pack<float> score;
     finite &= pack_scores<F>(row, j, count, load_weights(row, j, count), &score);
-    store_pack(out + tile.row * matrix.cols + j, score, count, out_aligned);
-  }
+    store_pack(out + i * matrix.cols + j, score, count, out_aligned);
+  });
   if (!finite) raise_flag(report);
 }
 

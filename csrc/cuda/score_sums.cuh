@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kSumThreads) row_sums_kernel(Matrix<T> matrix,
        i += static_cast<int64_t>(gridDim.x) * kSumWarps) {
     double sum = 0.0;
     for (int64_t j = static_cast<int64_t>(lane_id()) * kPack; j < matrix.cols; j += kStripColumns) {
-      const int count = matrix.cols - j < kPack ? static_cast<int>(matrix.cols - j) : kPack;
+      const int count = pack_count(matrix.cols, j);
       const Pack<T> pack = load_pack(matrix.data + i * matrix.stride + j, count, matrix.aligned);
       ACE_UNROLL
       for (int e = 0; e < kPack; ++e) sum += static_cast<double>(absolute(to_float(pack.value[e])));
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kSumThreads)
     const int64_t chunk = unit / strips, strip = (unit - chunk * strips) * kStripColumns;
     const int64_t begin = chunk * kChunkRows, end = begin + kChunkRows < matrix.rows ? begin + kChunkRows : matrix.rows;
     const int64_t j = strip + lane_id() * kPack;
-    const int count = matrix.cols - j < kPack ? static_cast<int>(matrix.cols - j) : kPack;  // below 1 past the end
+    const int count = pack_count(matrix.cols, j);
     double sum[kPack] = {};
     for (int64_t i = begin + warp_id(); i < end; i += kSumWarps) {
       const Pack<T> pack = load_pack(matrix.data + i * matrix.stride + j, count, matrix.aligned);

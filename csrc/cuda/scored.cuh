@@ -44,9 +44,6 @@ ACE_DEVICE ScoredRow<T> row_of(const Scored<T>& matrix, int64_t i) {
           matrix.moment_aligned};
 }
 
-// How many of the pack at column j lie within the row.
-ACE_DEVICE int pack_count(int64_t cols, int64_t j) { return cols - j < kPack ? static_cast<int>(cols - j) : kPack; }
-
 // Scores of columns j..j+count of a row, given their weights. False where one of them is not finite.
 template <class F, class T>
 ACE_DEVICE bool pack_scores(const ScoredRow<T>& row, int64_t j, int count, const Pack<T>& weight, Pack<float>* score) {
@@ -106,6 +103,16 @@ ACE_DEVICE Tile tile_at(int64_t tile, int64_t cols) {
   const int64_t per_row = tiles_per_row(cols);
   const int64_t row = tile / per_row;
   return {row, (tile - row * per_row) * kTileColumns};
+}
+
+// Visits this thread's packs of all tiles of a matrix of `cols` columns: body(row, first column, values in the row).
+template <class Body>
+ACE_DEVICE void for_tile_packs(int64_t tiles, int64_t cols, Body&& body) {
+  for (int64_t index = blockIdx.x; index < tiles; index += gridDim.x) {
+    const Tile tile = tile_at(index, cols);
+    const int64_t j = tile.first + static_cast<int64_t>(threadIdx.x) * kPack;
+    if (j < cols) body(tile.row, j, pack_count(cols, j));
+  }
 }
 
 // Says that an op met something that is not finite: the flag keeps the largest code seen. See not_finite.h.

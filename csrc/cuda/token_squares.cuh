@@ -42,21 +42,17 @@ template <class T>
 __global__ void __launch_bounds__(kTileThreads)
     scaled_squares_kernel(const T* v, int64_t tiles, int64_t cols, int64_t stride, bool aligned, const float* r,
                           BFloat16* out, bool out_aligned) {
-  for (int64_t index = blockIdx.x; index < tiles; index += gridDim.x) {
-    const Tile tile = tile_at(index, cols);
-    const int64_t j = tile.first + static_cast<int64_t>(threadIdx.x) * kPack;
-    if (j >= cols) continue;
-    const int count = pack_count(cols, j);
-    const float scale = r[tile.row];
-    const Pack<T> pack = load_pack(v + tile.row * stride + j, count, aligned);
+  for_tile_packs(tiles, cols, [&](int64_t t, int64_t j, int count) {
+    const float scale = r[t];
+    const Pack<T> pack = load_pack(v + t * stride + j, count, aligned);
     Pack<BFloat16> squares;
     ACE_UNROLL
     for (int e = 0; e < kPack; ++e) {
       const float value = to_float(pack.value[e]);
       squares.value[e] = to_bfloat16(scale * value * value);
     }
-    store_pack(out + tile.row * cols + j, squares, count, out_aligned);
-  }
+    store_pack(out + t * cols + j, squares, count, out_aligned);
+  });
 }
 
 }  // namespace ace

@@ -18,6 +18,9 @@ struct Pack {
   T value[kPack];
 };
 
+// How many of the pack at column j lie within the row; 0 or less beyond its end.
+ACE_DEVICE int pack_count(int64_t cols, int64_t j) { return cols - j < kPack ? static_cast<int>(cols - j) : kPack; }
+
 // p[0..count) and T{} beyond. `aligned`: p is a multiple of 16 bytes.
 template <class T>
 ACE_DEVICE Pack<T> load_pack(const T* p, int count, bool aligned) {
