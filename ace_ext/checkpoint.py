@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -51,6 +50,43 @@ def load_model(source: str, dtype: str = "auto", device: str = "cpu") -> LoadedM
         raise InputError(f"model {source!r} could not be loaded: {reason[:400]}") from error
     _drop_quantization_marks(model, bool(options))
     return LoadedModel(model.to(device).eval(), tokenizer, source)
+
+
+def load_tokenizer(folder: Path) -> object:
+    """The tokenizer of a model folder.
+
+    Raises:
+        InputError: there is none that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"tokenizer of {str(folder)!r} could not be loaded: {reason[:400]}") from error
+
+
+def local_folder(source: str) -> Path | None:
+    """The folder on this machine that holds a model: itself, or what the hub's cache has of it, fetched if need be.
+    None for a ``.gguf`` file.
+
+    Raises:
+        InputError: as :func:`load_model`, or the hub does not give it.
+    """
+    name, options = _locate(source)
+    if options:
+        return None
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"model {source!r} could not be fetched: {reason[:400]}") from error
 
 
 def _locate(source: str) -> tuple[str, dict]:
@@ -133,46 +169,6 @@ def _temporary_sibling(path: Path):
         for parent in made:
             with contextlib.suppress(OSError):
                 parent.rmdir()
-
-
-def save_pruned(loaded: LoadedModel, report: PruneReport, output: str | Path, overwrite: bool = False) -> Path:
-    """Writes safetensors, config, tokenizer and report to a temporary folder and renames it to ``output``.
-
-    Tied weights stay tied, as ``save_pretrained`` keeps them. The old folder, if there is one, goes only once the new
-    one is complete.
-
-    Raises:
-        InputError: as :func:`check_output`, or where the disk is full.
-    """
-    path = check_output(output, overwrite)
-    try:
-        with _temporary_sibling(path) as folder:
-            content = folder / "model"
-            loaded.model.save_pretrained(content, safe_serialization=True)
-            loaded.tokenizer.save_pretrained(content)
-            (content / REPORT_NAME).write_text(report.to_json(), encoding="utf-8")
-            _open_to_others(content)
-            old = folder / "old"
-            if path.exists():
-                os.replace(path, old)
-            try:
-                os.replace(content, path)
-            except OSError:
-                if old.exists():
-                    os.replace(old, path)
-                raise
-    except OSError as error:
-        raise InputError(f"output {str(output)!r} cannot be written: {error.strerror or error}") from error
-    return path
-
-
-def _open_to_others(folder: Path) -> None:
-    """Gives the files the permissions of any new file: the safetensors writer keeps its own to their owner."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for file in folder.rglob("*"):
-        if file.is_file():
-            file.chmod(0o666 & ~mask)
 
 
 def read_report(folder: str | Path) -> PruneReport:

@@ -4,20 +4,26 @@ Exit status: 0 done, 2 bad input (one line that says what and how to mend it), 1
 """
 
 import argparse
+import contextlib
 import json
+import os
 import sys
+from pathlib import Path
+from typing import TextIO
 
 import torch
 
-from .calibration import evaluation_tokens, load_windows
-from .checkpoint import DTYPES, check_output, load_model, save_pruned
+from .calibration import evaluation_tokens
+from .checkpoint import DTYPES, load_model
 from .config import GROUPS, ORDERS, PruneConfig
-from .driver import prune_model
 from .errors import InputError
 from .evaluate import perplexity
 from .extension import build_info
+from .memory import parse_bytes
+from .pipeline import OFFLOAD, Calibration, RunOptions, prune_folder
+from .progress import Progress
+from .ranks import launched
 from .scores import DEFAULT_METRIC, METRICS
-from .texts import CALIBRATION, SELF, SOURCES, load_text
 from .verify import verify
 from .version import __version__
 
@@ -55,6 +61,21 @@ def _add_run(commands) -> None:
     _add_model(parser)
     parser.add_argument("--output", required=True, help="the folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
+    _add_pruning(parser)
+    _add_calibration(parser)
+    run = parser.add_argument_group("the run")
+    run.add_argument("--resume", action="store_true", help="go on where an earlier run of the same arguments stopped")
+    _add_memory(run)
+    run.add_argument("--save-stats", metavar="FILE", type=Path, help="keep the statistics (order block)")
+    run.add_argument(
+        "--stats", metavar="FILE", type=Path, help="prune from kept statistics, without a forward pass (order block)"
+    )
+    run.add_argument("--log-json", metavar="FILE", help="a JSON line a block; - for stderr")
+    parser.set_defaults(action=_run)
+
+
+def _add_pruning(parser: argparse.ArgumentParser) -> None:
+    parser = parser.add_argument_group("pruning")
     parser.add_argument("--metric", default=DEFAULT_METRIC, choices=METRICS, metavar="NAME", help="see below")
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--sparsity", type=float, help="share of zeros (default: 0.5)")
@@ -64,6 +85,13 @@ def _add_run(commands) -> None:
     parser.add_argument("--skip", action="append", default=[], metavar="REGEX", help="weights to leave dense")
     parser.add_argument("--ria-exponent", type=float, default=0.5, help="of the input norm in ria")
     parser.add_argument(
+        "--batch-tokens", type=int, default=16384, help="tokens through a block at a time (default: %(default)s)"
+    )
+
+
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
+    parser = parser.add_argument_group("calibration")
+    parser.add_argument(
         "--calibration",
         default="self",
         help="self (the model writes it), wiki-mini, news-mini, c4, wikitext2, FILE.txt or FILE.jsonl (default: self)",
@@ -71,10 +99,16 @@ def _add_run(commands) -> None:
     parser.add_argument("--nsamples", type=int, default=128, help="calibration samples (default: %(default)s)")
     parser.add_argument("--seqlen", type=int, default=128, help="tokens of a sample (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of samples (default: %(default)s)")
+
+
+def _add_memory(parser) -> None:
     parser.add_argument(
-        "--batch-tokens", type=int, default=16384, help="tokens through a block at a time (default: %(default)s)"
+        "--offload",
+        default="auto",
+        choices=OFFLOAD,
+        help="disk: read and write one block at a time; auto: where the model does not fit (default: %(default)s)",
     )
-    parser.set_defaults(action=_run)
+    parser.add_argument("--max-memory", metavar="SIZE", help="resident memory that the run may take, e.g. 2GB")
 
 
 def _add_eval(commands) -> None:
@@ -102,7 +136,8 @@ def pick_device(name: str) -> torch.device:
     """``auto`` is the GPU where there is one and the extension was built for it, else the CPU."""
     usable = torch.cuda.is_available() and build_info()["cuda"] is not None
     if name == "auto":
-        return torch.device("cuda" if usable else "cpu")
+        local = int(os.environ.get("LOCAL_RANK", "0"))  # each process that torchrun starts has a GPU of its own
+        return torch.device("cuda", local) if usable and launched() else torch.device("cuda" if usable else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -113,8 +148,8 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _run(args: argparse.Namespace) -> int:
-    config = PruneConfig(
+def _config(args: argparse.Namespace) -> PruneConfig:
+    return PruneConfig(
         metric=args.metric,
         sparsity=args.sparsity,
         pattern=args.pattern,
@@ -124,34 +159,45 @@ def _run(args: argparse.Namespace) -> int:
         ria_exponent=args.ria_exponent,
         batch_tokens=args.batch_tokens,
     )
-    check_output(args.output, args.overwrite)
-    if args.calibration not in (SELF, *SOURCES):
-        load_text(args.calibration, CALIBRATION, args.text_field)  # a bad file shows before the model is loaded
-    device = pick_device(args.device)
-    loaded = load_model(args.model, args.dtype, device)
-    data = load_windows(
-        args.calibration,
-        loaded.tokenizer,
-        args.nsamples,
-        args.seqlen,
-        args.seed,
-        model=loaded.model,
-        text_field=args.text_field,
+
+
+def _calibration(args: argparse.Namespace) -> Calibration:
+    return Calibration(args.calibration, args.nsamples, args.seqlen, args.seed, args.text_field)
+
+
+def _run(args: argparse.Namespace) -> int:
+    options = RunOptions(
+        args.overwrite,
+        args.resume,
+        args.offload,
+        None if args.max_memory is None else parse_bytes(args.max_memory),
+        args.save_stats,
+        args.stats,
     )
-    report = prune_model(loaded.model, data.tokens, config, progress=_shows_progress(args))
-    report.extra = {
-        "model": args.model,
-        "calibration": {
-            "source": data.source,
-            "nsamples": args.nsamples,
-            "seqlen": args.seqlen,
-            "seed": data.seed,
-            "sha256": data.sha256,
-        },
-    }
-    path = save_pruned(loaded, report, args.output, args.overwrite)
-    print(report.to_json() if args.json else f"{report.table()}\nwritten to {path}")
+    with contextlib.ExitStack() as opened:
+        log = _open_log(args.log_json, opened)
+        report, path = prune_folder(
+            args.model,
+            args.output,
+            _config(args),
+            _calibration(args),
+            options,
+            pick_device(args.device),
+            args.dtype,
+            Progress(_shows_progress(args), log),
+        )
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(report.to_json() if args.json else f"{report.table()}\nwritten to {path}")
     return 0
+
+
+def _open_log(name: str | None, opened: contextlib.ExitStack) -> TextIO | None:
+    if name is None or name == "-":
+        return sys.stderr if name else None
+    try:
+        return opened.enter_context(open(name, "a", encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"log-json {name!r} cannot be written: {error.strerror}; give another file") from error
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -189,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ace-prune: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("ace-prune: interrupted; nothing was written", file=sys.stderr)
+        print("ace-prune: interrupted; run goes on with --resume where it stopped", file=sys.stderr)
         return 130
 
 

@@ -5,7 +5,7 @@ a block is called with (masks, rotary embeddings, whatever a family passes) is c
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -31,13 +31,15 @@ class Block:
 class BlockCall:
     """How one batch enters the blocks. ``others[i]`` are block i's arguments besides the hidden states."""
 
-    hidden: Tensor  # [batch, seqlen, d_model], replaced as it moves from block to block
+    hidden: Tensor | None  # [batch, seqlen, d_model], what enters the first block; None once taken
     others: list[tuple[tuple, dict]]
     token_mask: Tensor | None  # [batch * seqlen] bool, None where no token is padding
+    tokens: int = 0  # in the batch, without padding
 
 
-def find_blocks(model: nn.Module, skip: Iterable[str] = ()) -> list[Block]:
-    """The decoder layers in order, each with the Linears to prune.
+def find_blocks(model: nn.Module, skip: Iterable[str] = (), check: bool = True) -> list[Block]:
+    """The decoder layers in order, each with the Linears to prune; ``check=False`` leaves :func:`check_weights` out,
+    for a model whose weights are not loaded.
 
     Raises:
         InputError: no list of blocks is found; a block has no Linear to prune; a block keeps weights in a form that is
@@ -58,7 +60,8 @@ def find_blocks(model: nn.Module, skip: Iterable[str] = ()) -> list[Block]:
         blocks.append(Block(full, module, linears))
     if not any(block.linears for block in blocks):
         raise InputError(f"skip leaves no Linear to prune in {name} (got {', '.join(skip) or 'nothing to skip'})")
-    _check_weights(blocks)
+    if check:
+        check_weights(blocks)
     return blocks
 
 
@@ -102,7 +105,12 @@ def _refuse_other_weights(block: str, module: nn.Module, patterns: list[re.Patte
             )
 
 
-def _check_weights(blocks: list[Block]) -> None:
+def check_weights(blocks: list[Block]) -> None:
+    """That each weight is a loaded, finite matrix of a dtype that the ops take, and no other one's twin.
+
+    Raises:
+        InputError: naming the first that is not.
+    """
     seen: dict[int, str] = {}
     for block in blocks:
         for child, linear in block.linears.items():
@@ -172,12 +180,12 @@ def run_block(block: Block, hidden: Tensor, others: tuple[tuple, dict]) -> Tenso
 
 
 @torch.no_grad()
-def capture_calls(model: nn.Module, blocks: list[Block], batches: Iterable[dict[str, Tensor]]) -> list[BlockCall]:
-    """Runs the model up to its blocks and notes what each would be called with, the real first hidden states included.
+def capture_calls(model: nn.Module, blocks: list[Block], batches: Iterable[dict[str, Tensor]]) -> Iterator[BlockCall]:
+    """Runs the model up to its blocks and yields, batch by batch, what each block would be called with, the real first
+    hidden states included. The model's blocks are replaced until the last one was taken.
 
     The blocks themselves are stood in for, so this costs an embedding, not a forward pass.
     """
-    calls = []
     recorder = _Recorder(blocks)
     with ExitStack() as restore:
         for index, block in enumerate(blocks):
@@ -189,11 +197,14 @@ def capture_calls(model: nn.Module, blocks: list[Block], batches: Iterable[dict[
             try:
                 model(**batch, use_cache=False)
             except _Captured:
+                if len(recorder.others) != len(blocks):
+                    raise InputError(
+                        f"the model called only {len(recorder.others)} of its {len(blocks)} blocks"
+                    ) from None
                 mask = batch.get("attention_mask")
                 full = mask is None or bool(mask.all())
-                calls.append(BlockCall(recorder.hidden, recorder.others, None if full else mask.flatten().bool()))
+                token_mask = None if full else mask.flatten().bool()
+                tokens = batch["input_ids"].numel() if full else int(token_mask.sum())
+                yield BlockCall(recorder.hidden, recorder.others, token_mask, tokens)
             else:
                 raise InputError(f"the model did not call its blocks, {blocks[0].name} and on, up to the last")
-    if calls and any(len(call.others) != len(blocks) for call in calls):
-        raise InputError(f"the model called only {len(calls[0].others)} of its {len(blocks)} blocks")
-    return calls

@@ -1,12 +1,8 @@
 """What a pruning run did, as data: kept beside the model as JSON, shown as a short table."""
 
-import contextlib
 import json
 import platform
-import resource
-import sys
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -47,6 +43,15 @@ class BlockReport:
     seconds: float
     matrices: list[MatrixReport] = field(default_factory=list)
 
+    @classmethod
+    def from_dict(cls, data: dict) -> "BlockReport":
+        """From what ``dataclasses.asdict`` and JSON made of one."""
+        matrices = [
+            MatrixReport(**{**matrix, "shape": tuple(matrix["shape"])})
+            for matrix in ({k: v for k, v in m.items() if k != "sparsity"} for m in data["matrices"])
+        ]
+        return cls(**{**data, "matrices": matrices})
+
 
 @dataclass
 class PruneReport:
@@ -82,13 +87,7 @@ class PruneReport:
     def from_json(cls, text: str) -> "PruneReport":
         data = json.loads(text)
         data.pop("format"), data.pop("sparsity")
-        blocks = []
-        for block in data.pop("blocks"):
-            matrices = [
-                MatrixReport(**{**m, "shape": tuple(m["shape"])})
-                for m in ({k: v for k, v in matrix.items() if k != "sparsity"} for matrix in block.pop("matrices"))
-            ]
-            blocks.append(BlockReport(**block, matrices=matrices))
+        blocks = [BlockReport.from_dict(block) for block in data.pop("blocks")]
         return cls(**data, blocks=blocks)
 
     def table(self) -> str:
@@ -112,19 +111,6 @@ class PruneReport:
             f"{self.seconds:.1f} s, peak memory {self.peak_memory_bytes / 2**30:.2f} GiB on {self.device}"
         )
         return "\n".join(lines)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The process's peak resident memory, or on a GPU the most that torch allocated there."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # Not rusage where there is a choice: a child process starts with its parent's peak there.
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # kibibytes but on macOS
 
 
 def versions() -> dict:

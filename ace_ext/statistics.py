@@ -28,6 +28,25 @@ class MomentState:
         """Merges tokens ``x [T, d]``, each of weight ``token_weight [T]`` float32, or 1."""
         ops.update_moments_(self.weight_sum, self.mean, self.m2, x, token_weight)
 
+    def merge_(self, other: "MomentState") -> None:
+        """Takes the other state's tokens in, by Chan's rule (1983); a side of weight 0 changes nothing."""
+        total = self.weight_sum + other.weight_sum
+        share = other.weight_sum / total.clamp_min(torch.finfo(torch.float64).tiny)
+        shift = other.mean - self.mean
+        self.mean += shift * share
+        self.m2 += other.m2 + shift.square() * self.weight_sum * share
+        self.weight_sum.copy_(total)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state by name: what a file or another process gets."""
+        return {"weight_sum": self.weight_sum, "mean": self.mean, "m2": self.m2}
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor]) -> "MomentState":
+        state = cls(len(tensors["mean"]), tensors["mean"].device)
+        state.weight_sum, state.mean, state.m2 = tensors["weight_sum"], tensors["mean"], tensors["m2"]
+        return state
+
     @property
     def square_sum(self) -> Tensor:
         """``Σ_t w_t X_tj²``: ``[d]`` float64."""
@@ -53,6 +72,11 @@ class LinearStatistics:
     tokens: int = 0
     probe: list[Tensor] = field(default_factory=list)
     """A few input rows of each batch, on which the report measures what pruning did to the output."""
+
+    def parts(self) -> dict[str, MomentState | Tensor | list[Tensor]]:
+        """What was collected, by kind, the probe included. Linears of one input hold the very same objects."""
+        kinds = {"input": self.input, "weighted": self.weighted, "moment": self.moment, "probe": self.probe}
+        return {kind: value for kind, value in kinds.items() if value is not None}
 
     @property
     def norm(self) -> Tensor:
@@ -106,8 +130,14 @@ class StatisticsCollector:
         self._handles.clear()
         self._last = None
 
-    def observe(self, name: str, x: Tensor, output: Tensor) -> None:
-        """Adds one call of a Linear: its input ``[..., d_in]`` and output ``[..., d_out]``, bias included."""
+    @property
+    def wants_output(self) -> bool:
+        """Whether the statistics read a Linear's dense output, or its input alone."""
+        return bool(self.needs & {WEIGHTED, MOMENT})
+
+    def observe(self, name: str, x: Tensor, output: Tensor | None) -> None:
+        """Adds one call of a Linear: its input ``[..., d_in]`` and output ``[..., d_out]`` with bias, or None where
+        :attr:`wants_output` is false."""
         leader = self._share(name, x)
         rows = self._tokens(x)
         stats = self.stats.get(name)
@@ -121,13 +151,17 @@ class StatisticsCollector:
             stats.probe.append(rows[::step][: self._probe_rows].clone())
             if INPUT in self.needs:
                 stats.input.update(rows)
-        if self.needs & {WEIGHTED, MOMENT}:
+        if self.wants_output:
             bias = self.linears[name].bias
             dense = self._tokens(output if bias is None else output - bias)
             if WEIGHTED in self.needs:
                 stats.weighted.update(rows, ops.inverse_square_norm(dense))
             if MOMENT in self.needs:
                 ops.update_cosine_moment_(stats.moment, rows, dense)
+
+    def empty(self, name: str) -> LinearStatistics:
+        """Statistics of no token, of a Linear that was not called."""
+        return self._new_stats(name, name, self.linears[name].weight.device)
 
     def _share(self, name: str, x: Tensor) -> str:
         """The Linear whose input statistics serve this one: fixed at its first call."""

@@ -166,5 +166,5 @@ def test_progress_goes_to_a_terminal_only(place):
     os.close(reader)
     assert done.returncode == 0
     assert b"3/3" in shown
-    assert b"sparsity=0.500" in shown
+    assert b"sparsity 0.500" in shown
     assert "pruning" not in done.stdout

@@ -52,7 +52,7 @@ def test_capture_leaves_the_model_as_it_was():
     own = model.model.layers[1].forward
     model.model.layers[1].forward = own  # as accelerate's hooks do
     before = model(make_tokens()).logits
-    capture_calls(model, find_blocks(model), [{"input_ids": make_tokens()}])
+    list(capture_calls(model, find_blocks(model), [{"input_ids": make_tokens()}]))
     assert "forward" not in model.model.layers[0].__dict__
     assert model.model.layers[1].__dict__["forward"] is own
     assert torch.equal(model(make_tokens()).logits, before)
@@ -66,7 +66,7 @@ def test_real_errors_come_through_the_capture():
 
     model.model.rotary_emb.forward = broken
     with pytest.raises(ValueError, match="a real error"):
-        capture_calls(model, find_blocks(model), [{"input_ids": make_tokens()}])
+        list(capture_calls(model, find_blocks(model), [{"input_ids": make_tokens()}]))
     assert "forward" not in model.model.layers[0].__dict__
 
 

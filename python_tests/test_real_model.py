@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ace_ext import PruneConfig, prune_model
-from ace_ext.calibration import evaluation_tokens, load_windows
-from ace_ext.checkpoint import load_model, save_pruned
+from ace_ext import PruneConfig
+from ace_ext.calibration import evaluation_tokens
+from ace_ext.checkpoint import load_model
 from ace_ext.evaluate import perplexity
+from ace_ext.pipeline import Calibration, RunOptions, prune_folder
 from ace_ext.verify import verify
 
 ROOT = Path(__file__).parent.parent
@@ -29,9 +30,8 @@ def test_gguf_in_safetensors_out(gguf, tmp_path):
     assert loaded.model.dtype == torch.bfloat16
     held_out = evaluation_tokens("wiki-mini", loaded.tokenizer)[:2048]
     dense = perplexity(loaded.model, held_out).perplexity
-    data = load_windows("wiki-mini", loaded.tokenizer, nsamples=16, seqlen=64, seed=0)
-    report = prune_model(loaded.model, data.tokens, PruneConfig())
-    out = save_pruned(loaded, report, tmp_path / "out")
+    calibration = Calibration("wiki-mini", nsamples=16, seqlen=64)
+    _, out = prune_folder(str(gguf), tmp_path / "out", PruneConfig(), calibration, RunOptions(), torch.device("cpu"))
 
     result = verify(out)
     assert not result.problems

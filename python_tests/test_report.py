@@ -37,7 +37,7 @@ def test_peak_memory_sees_an_allocation():
     """In a process of its own: this one may have had more than it could allocate again."""
     program = """
 import torch
-from ace_ext.report import peak_memory_bytes
+from ace_ext.memory import peak_memory_bytes
 before = peak_memory_bytes(torch.device("cpu"))
 block = torch.ones(2**30, dtype=torch.uint8)
 print(peak_memory_bytes(torch.device("cpu")) - before)

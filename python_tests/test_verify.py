@@ -1,21 +1,17 @@
 """A sound folder passes; every kind of damage is named."""
 
 import pytest
-import torch
+from folders import prune, save_dense
 from safetensors.torch import load_file, save_file
-from tiny_models import make_model, make_tokenizer, make_tokens
 
-from ace_ext import InputError, PruneConfig, prune_model
-from ace_ext.checkpoint import LoadedModel, save_pruned
+from ace_ext import InputError
 from ace_ext.verify import verify
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
 
 def write(path, **config):
-    model = make_model("llama", torch.bfloat16)
-    report = prune_model(model, make_tokens(), PruneConfig(**config))
-    return save_pruned(LoadedModel(model, make_tokenizer(), "test"), report, path)
+    return prune(save_dense(path.parent / "dense"), path, **config)[1]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,351 @@
+"""From a checkpoint to a pruned folder: what ``ace-prune run`` does. Bounded in memory, resumable, distributed."""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .calibration import CalibrationData, load_windows
+from .checkpoint import LoadedModel, check_output, load_model, load_tokenizer, local_folder
+from .config import PruneConfig
+from .driver import Surroundings, check_pattern, prune_model
+from .errors import InputError
+from .memory import Estimate, available_bytes, estimate
+from .model_walk import Block, find_blocks
+from .offload import OffloadedBlocks, skeleton
+from .progress import Progress
+from .ranks import Alone, Peers, Ranks, launched, share_of
+from .report import REPORT_NAME, PruneReport
+from .scores import metric_needs
+from .shards import Shards, copy_model, has_safetensors
+from .stats_file import SavedStatistics, StatisticsWriter
+from .texts import CALIBRATION, SELF, SOURCES, load_text
+from .version import __version__
+from .workspace import Workspace, fingerprint_of_files
+
+OFFLOAD = ("auto", "disk", "none")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which text, and how much of it."""
+
+    source: str = SELF
+    nsamples: int = 128
+    seqlen: int = 128
+    seed: int = 0
+    text_field: str = "text"
+
+    def check(self) -> None:
+        """Reads a file of the user's, so that a bad one shows before a model is loaded."""
+        if self.source not in (SELF, *SOURCES):
+            load_text(self.source, CALIBRATION, self.text_field)
+
+    def load(self, tokenizer, model: nn.Module | None) -> CalibrationData:
+        return load_windows(
+            self.source, tokenizer, self.nsamples, self.seqlen, self.seed, model=model, text_field=self.text_field
+        )
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run goes about it; none of this changes the result."""
+
+    overwrite: bool = False
+    resume: bool = False
+    offload: str = "auto"
+    max_memory: int | None = None
+    """Bytes of resident memory that the run may take."""
+    save_stats: Path | None = None
+    stats: Path | None = None
+
+
+@dataclass
+class Source:
+    """A model as it will be walked over: loaded, or laid out with its weights in files."""
+
+    name: str
+    model: nn.Module
+    tokenizer: object
+    folder: Path | None
+    """Its folder on this machine, if it has one."""
+    shards: Shards | None
+    """Its files, where they hold the weights just as they will be written: they can be copied and patched."""
+    offloaded: bool
+
+    @property
+    def files(self) -> list[Path]:
+        """What the weights come from, for the fingerprint."""
+        if self.shards is not None:
+            return self.shards.files
+        if self.folder is None:
+            return [Path(self.name)]
+        return sorted(f for f in self.folder.iterdir() if f.suffix in (".safetensors", ".bin", ".gguf"))
+
+
+def prune_folder(
+    model: str,
+    output: str | Path,
+    config: PruneConfig,
+    calibration: Calibration,
+    options: RunOptions,
+    device: torch.device,
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> tuple[PruneReport, Path]:
+    """Prunes the model of a folder, ``.gguf`` file or hub name into a new folder.
+
+    After each block its pruned tensors and the state of the walk are on the disk beside the output; with
+    ``options.resume`` a run that was cut off goes on there and ends in the same bytes.
+
+    Returns:
+        The report, and the folder that was written (by the first process, where there are several).
+
+    Raises:
+        InputError: for anything wrong with the arguments, the model, the text, or the disk.
+    """
+    check_options(config, calibration, options)
+    path = check_output(output, options.overwrite)
+    calibration.check()
+    peers: Peers = Ranks(device) if launched() else Alone()
+    try:
+        with _disk_errors(path):
+            return _prune(model, path, config, calibration, options, device, dtype, progress, peers)
+    finally:
+        if isinstance(peers, Ranks):
+            peers.close()
+
+
+def check_options(config: PruneConfig, calibration: Calibration, options: RunOptions) -> None:
+    """That the options go together.
+
+    Raises:
+        InputError: naming those that do not, and what to do.
+    """
+    if options.offload not in OFFLOAD:
+        raise InputError(f"offload must be one of {', '.join(OFFLOAD)} (got {options.offload!r})")
+    if options.offload == "disk" and config.group == "model":
+        raise InputError(
+            "offload disk holds one block at a time, and group model compares all: use group row or matrix"
+        )
+    if options.offload == "disk" and calibration.source == SELF and options.stats is None:
+        raise InputError(
+            "calibration self needs the whole model in memory to write text; give another text with offload"
+        )
+    if options.save_stats and options.stats:
+        raise InputError("give save-stats or stats, not both")
+    for name, given in (("save-stats", options.save_stats), ("stats", options.stats)):
+        if given and config.order != "block":
+            raise InputError(f"{name} is for statistics of dense blocks: give order block (got {config.order!r})")
+
+
+def _prune(
+    model: str,
+    path: Path,
+    config: PruneConfig,
+    calibration: Calibration,
+    options: RunOptions,
+    device: torch.device,
+    dtype: str,
+    progress: Progress | None,
+    peers: Peers,
+) -> tuple[PruneReport, Path]:
+    source = open_source(model, config, calibration, options, device, dtype)
+    blocks = find_blocks(source.model, config.skip, check=not source.offloaded)
+    check_pattern(blocks, config)
+    names = {"files": fingerprint_of_files(source.files), "dtype": dtype}
+    known = SavedStatistics(options.stats, names, metric_needs(config.metric)) if options.stats else None
+    data = None if known else calibration.load(source.tokenizer, None if source.offloaded else source.model)
+    described = known.calibration if known else describe(data, calibration)
+    fingerprint = {"version": __version__, "model": names, "calibration": described, "config": config.to_dict()}
+    fingerprint["processes"] = peers.size
+    peers.wait()
+    workspace = Workspace(path, fingerprint, options.resume, writes=peers.rank == 0, rank=peers.rank)
+    try:
+        peers.wait()  # the folder is there, and whatever was left over is not
+        resident_hidden = _fit(blocks, source, config, calibration, options)
+        if peers.rank == 0 and not workspace.finished:
+            _lay_out_output(source, workspace.model)
+        keeper = None
+        if options.save_stats and peers.rank == 0:
+            keeper = StatisticsWriter(
+                options.save_stats, workspace.folder / "stats", {"model": names, "calibration": described}
+            )
+        around = Surroundings(
+            device=device,
+            offloaded=OffloadedBlocks(blocks, source.shards, device) if source.offloaded else None,
+            resident_hidden=resident_hidden,
+            progress=progress if peers.rank == 0 else None,
+            journal=workspace,
+            peers=peers,
+            keeper=keeper,
+            known=known,
+        )
+        tokens = torch.zeros(0, 0, dtype=torch.long) if known else share_of(data.tokens, peers)
+        report = prune_model(source.model, tokens, config, surroundings=around)
+        report.extra = {"model": model, "calibration": described}
+        if keeper is not None:
+            keeper.finish(metric_needs(config.metric))
+        if peers.rank == 0:
+            workspace.finish(report, REPORT_NAME)
+        peers.wait()
+        return report, path
+    except InputError:
+        if not workspace.finished:  # nothing to go on with
+            workspace.remove() if peers.rank == 0 else workspace.close()
+        raise
+    finally:
+        workspace.close()
+
+
+def describe(data: CalibrationData, calibration: Calibration) -> dict:
+    """What a report and a fingerprint say of the calibration tokens."""
+    return {
+        "source": data.source,
+        "nsamples": calibration.nsamples,
+        "seqlen": calibration.seqlen,
+        "seed": data.seed,
+        "sha256": data.sha256,
+    }
+
+
+def open_source(
+    model: str, config: PruneConfig, calibration: Calibration, options: RunOptions, device: torch.device, dtype: str
+) -> Source:
+    """Loads the model, or lays it out where its weights are to stay in their files.
+
+    Raises:
+        InputError: it cannot be loaded, or ``offload`` asks for what its files do not allow.
+    """
+    folder = local_folder(model)
+    if folder is not None and has_safetensors(folder):
+        shards = Shards(folder)
+        laid_out = skeleton(folder, shards)
+        stored = stored_as_loaded(laid_out, shards, dtype)
+        if stored and _wants_offload(laid_out, shards, config, calibration, options, device):
+            return Source(model, laid_out, load_tokenizer(folder), folder, shards, True)
+        if options.offload == "disk":
+            raise InputError(
+                f"offload disk reads blocks from safetensors of the model's own names, all of dtype {dtype}, which "
+                f"{model!r} does not have; save it with save_pretrained, or pass --offload none"
+            )
+        loaded = load_model(str(folder), dtype, device)
+        return Source(model, loaded.model, loaded.tokenizer, folder, shards if stored else None, False)
+    if options.offload == "disk":
+        raise InputError(
+            f"offload disk needs a folder or hub model of safetensors (got {model!r}); pass --offload none"
+        )
+    loaded: LoadedModel = load_model(model, dtype, device)
+    return Source(model, loaded.model, loaded.tokenizer, folder, None, False)
+
+
+def stored_as_loaded(laid_out: nn.Module, shards: Shards, dtype: str) -> bool:
+    """Whether every parameter lies in the files under its own name, in its shape and in the dtype that is asked for."""
+    head = laid_out.get_output_embeddings()
+    tied = {f"{n}.weight" for n, m in laid_out.named_modules() if m is head} if _is_tied(laid_out) else set()
+    wanted = getattr(laid_out.config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
+    for name, parameter in laid_out.named_parameters(remove_duplicate=False):
+        if name in tied:
+            continue
+        entry = shards.entries.get(name)
+        if entry is None or entry.shape != tuple(parameter.shape):
+            return False
+        if entry.dtype != (wanted or entry.dtype):
+            return False
+    return getattr(laid_out.config, "quantization_config", None) is None
+
+
+def _is_tied(model: nn.Module) -> bool:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", 0)
+
+
+def _wants_offload(
+    laid_out: nn.Module,
+    shards: Shards,
+    config: PruneConfig,
+    calibration: Calibration,
+    options: RunOptions,
+    device: torch.device,
+) -> bool:
+    """``disk``: yes; ``none``: no; ``auto``: where all in memory would not fit the budget, or the device."""
+    if options.offload != "auto":
+        return options.offload == "disk"
+    if config.group == "model" or (calibration.source == SELF and options.stats is None):
+        return False
+    blocks = find_blocks(laid_out, config.skip, check=False)
+    whole = estimate(blocks, shards, config, calibration.nsamples, calibration.seqlen, offload=False)
+    return whole.total > _budget(options, device)
+
+
+def _budget(options: RunOptions, device: torch.device) -> int:
+    if options.max_memory is not None:
+        return options.max_memory
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+
+
+def _fit(
+    blocks: list[Block], source: Source, config: PruneConfig, calibration: Calibration, options: RunOptions
+) -> bool:
+    """Whether the hidden states may stay in memory beside all else.
+
+    Raises:
+        InputError: the budget is too small for the run even without them.
+    """
+    if options.max_memory is None:
+        return True
+
+    def needed(resident_hidden: bool) -> Estimate:
+        return estimate(
+            blocks,
+            source.shards,
+            config,
+            calibration.nsamples,
+            calibration.seqlen,
+            offload=source.offloaded,
+            resident_hidden=resident_hidden,
+        )
+
+    if needed(True).total <= options.max_memory:
+        return True
+    least = needed(False)
+    if least.total > options.max_memory:
+        raise InputError(
+            f"max-memory must be at least {least.total / 1e9:.2f} GB here (got {options.max_memory / 1e9:.2f}): "
+            f"{least.describe()}; lower --batch-tokens{'' if source.offloaded else ', or pass --offload disk'}"
+        )
+    return False
+
+
+def _lay_out_output(source: Source, target: Path) -> None:
+    """The dense model where the pruned one will be: blocks are patched in as they are done."""
+    if source.shards is not None:
+        copy_model(source.folder, target)
+    else:
+        source.model.save_pretrained(target, safe_serialization=True)
+    source.tokenizer.save_pretrained(target)
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Errors of the disk in words. What is done stays there for ``--resume``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        why = error.strerror or os.strerror(error.errno)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        more = "make room there and go on with --resume" if full else "mend that and go on with --resume"
+        raise InputError(f"output {str(path)!r} cannot be written: {why}; {more}") from error
+    except RuntimeError as error:  # the safetensors writer's own
+        if "No space left" not in str(error):
+            raise
+        raise InputError(
+            f"output {str(path)!r} cannot be written: No space left on device; make room there and go on with --resume"
+        ) from error

@@ -1,0 +1,150 @@
+"""Statistics that are kept: a zip file with a safetensors blob a block, from which a model is pruned without a forward.
+
+They are those of the dense blocks (order ``block``), so that another sparsity, pattern or metric reads the same ones.
+"""
+
+import contextlib
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from .errors import InputError
+from .statistics import LinearStatistics, MomentState
+from .workspace import differences
+
+FORMAT = 1
+_DESCRIPTION = "statistics.json"
+
+
+class StatisticsWriter:
+    """Collects blobs in a folder beside the run's state, where a crash leaves them, and packs them at the end.
+
+    Args:
+        path: the file to write.
+        folder: for the blobs.
+        fingerprint: of the model and the calibration tokens that the statistics belong to.
+    """
+
+    def __init__(self, path: Path, folder: Path, fingerprint: dict) -> None:
+        self.path, self.folder, self.fingerprint = path, folder, fingerprint
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def block(self, name: str, stats: dict[str, LinearStatistics]) -> None:
+        tensors, shared = _flatten(stats)
+        blob = save(tensors, {"linears": json.dumps(shared)})
+        part = self.folder / f"{name}.part"
+        part.write_bytes(blob)
+        part.replace(self.folder / name)
+
+    def finish(self, needs: frozenset[str]) -> Path:
+        """Packs the file under a temporary name and renames it."""
+        part = self.path.with_name(f".{self.path.name}.part")
+        description = {"format": FORMAT, "needs": sorted(needs), **self.fingerprint}
+        try:
+            with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+                archive.writestr(_DESCRIPTION, json.dumps(description, indent=1))
+                for blob in sorted(self.folder.iterdir()):
+                    archive.write(blob, blob.name)
+            os.replace(part, self.path)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink()
+        return self.path
+
+
+class SavedStatistics:
+    """A file of :class:`StatisticsWriter`, opened for a model.
+
+    Raises:
+        InputError: it is none, another model's, or holds less than ``needs``.
+    """
+
+    def __init__(self, path: str | Path, model_fingerprint: dict, needs: frozenset[str]) -> None:
+        self.path = Path(path)
+        try:
+            self._archive = zipfile.ZipFile(self.path)
+            description = json.loads(self._archive.read(_DESCRIPTION))
+            kept = frozenset(description["needs"])
+            self.calibration: dict = description["calibration"]
+            changed = differences(description["model"], json.loads(json.dumps(model_fingerprint)))
+        except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
+            raise InputError(f"stats {str(path)!r} is no file of --save-stats: {error}") from error
+        if changed:
+            raise InputError(f"stats {str(path)!r} belongs to another model: {'; '.join(changed)}")
+        if not needs <= kept:
+            raise InputError(
+                f"stats {str(path)!r} holds {', '.join(sorted(kept)) or 'no kind'} of statistics, not "
+                f"{', '.join(sorted(needs - kept))}; save it anew with the settings that need these"
+            )
+
+    def block(self, name: str, device: torch.device | str) -> dict[str, LinearStatistics]:
+        """The statistics of a block's Linears by their name in it."""
+        try:
+            blob = self._archive.read(name)
+        except KeyError as error:
+            raise InputError(f"stats {str(self.path)!r} has no block {name}") from error
+        tensors = {key: value.to(device) for key, value in load(blob).items()}
+        length = int.from_bytes(blob[:8], "little")
+        shared = json.loads(json.loads(blob[8 : 8 + length])["__metadata__"]["linears"])
+        return _unflatten(tensors, shared)
+
+
+# One entry a state: Linears of one input share it, in the file as in memory.
+
+
+def _flatten(stats: dict[str, LinearStatistics]) -> tuple[dict[str, Tensor], dict[str, dict]]:
+    tensors: dict[str, Tensor] = {}
+    names: dict[int, str] = {}
+    linears = {}
+    for child, own in stats.items():
+        entry: dict = {"tokens": own.tokens}
+        for kind, value in own.parts().items():
+            if id(value) not in names:
+                names[id(value)] = f"{child}/{kind}"
+                tensors.update({f"{child}/{kind}/{leaf}": t.contiguous() for leaf, t in _leaves(value).items()})
+            entry[kind] = names[id(value)]
+        linears[child] = entry
+    return tensors, linears
+
+
+def _unflatten(tensors: dict[str, Tensor], linears: dict[str, dict]) -> dict[str, LinearStatistics]:
+    made: dict[str, object] = {}
+
+    def value(name: str | None) -> object:
+        if name is not None and name not in made:
+            kind = name.rpartition("/")[2]
+            made[name] = _grow(kind, {k[len(name) + 1 :]: t for k, t in tensors.items() if k.startswith(name + "/")})
+        return None if name is None else made[name]
+
+    return {
+        child: LinearStatistics(
+            input=value(entry.get("input")),
+            weighted=value(entry.get("weighted")),
+            moment=value(entry.get("moment")),
+            tokens=entry["tokens"],
+            probe=value(entry["probe"]),
+        )
+        for child, entry in linears.items()
+    }
+
+
+def _leaves(value: object) -> dict[str, Tensor]:
+    if isinstance(value, list):
+        return {"rows": torch.cat(value)}
+    return {"matrix": value} if isinstance(value, Tensor) else value.tensors()
+
+
+def _grow(kind: str, leaves: dict[str, Tensor]) -> object:
+    if kind == "probe":
+        return [leaves["rows"]]
+    if kind == "moment":
+        return leaves["matrix"]
+    return _STATES[kind].of_tensors(leaves)
+
+
+_STATES = {"input": MomentState, "weighted": MomentState}

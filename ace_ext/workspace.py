@@ -1,0 +1,245 @@
+"""The unfinished output of a run, beside its place: what is done, so that a crash costs one block and no more.
+
+``.NAME.unfinished/`` holds ``model/`` (the output, patched block by block), ``state.json`` (what the run is, how far it
+came, its report so far), ``hidden-*.bin`` (the states that enter the next block) and ``lock``.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import Tensor
+
+from .errors import InputError
+from .hidden import HiddenStates, Layout
+from .model_walk import Block
+from .report import BlockReport, PruneReport
+from .shards import Shards
+
+FORMAT = 1
+
+
+class Workspace:
+    """One run's folder. Open it, hand it to the loop as its journal, and :meth:`finish` it.
+
+    Args:
+        output: the folder that the finished model gets.
+        fingerprint: everything that the result depends on, as plain values; a run is only resumed under the same.
+        resume: go on with what an earlier run left, if one did. Without it, what it left is removed.
+        writes: whether this process writes the model and the state; other ranks only keep hidden states.
+        rank: of this process, in the names of its hidden states.
+
+    Raises:
+        InputError: another run holds the folder, or ``resume`` finds a run of another fingerprint.
+    """
+
+    def __init__(
+        self, output: Path, fingerprint: dict, resume: bool = False, writes: bool = True, rank: int = 0
+    ) -> None:
+        self.output, self.fingerprint, self.writes, self.rank = output, fingerprint, writes, rank
+        self.folder = output.parent / f".{output.name}.unfinished"
+        self.model = self.folder / "model"
+        self.finished = 0
+        self.blocks: list[BlockReport] = []
+        self._hidden: dict | None = None
+        self._shards: Shards | None = None
+        self._lock = None
+        self._made: list[Path] = []
+        if writes:
+            self._open(resume)
+        elif resume and self._has_state():
+            self._read_state()
+
+    # Opening
+
+    def _has_state(self) -> bool:
+        return (self.folder / "state.json").is_file() and self.model.is_dir()
+
+    def _open(self, resume: bool) -> None:
+        self._make_parents()
+        self.folder.mkdir(exist_ok=True)
+        self._take_lock()
+        try:
+            self._put_back_old()
+            if resume and self._has_state():
+                self._read_state()
+            else:
+                self._clear()
+        except BaseException:
+            self.close()
+            raise
+
+    def _make_parents(self) -> None:
+        for parent in [self.output.parent, *self.output.parent.parents]:
+            if parent.exists():
+                break
+            self._made.append(parent)
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+
+    def _take_lock(self) -> None:
+        """Held until the process ends, however it ends: two runs must not write one folder."""
+        self._lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            self._lock = None
+            raise InputError(f"output {str(self.output)!r} is being written by another run; wait for it") from error
+
+    def _read_state(self) -> None:
+        path = self.folder / "state.json"
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            found, self.finished, self._hidden = state["fingerprint"], state["finished"], state["hidden"]
+            self.blocks = [BlockReport.from_dict(block) for block in state["blocks"]]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise InputError(f"resume: {path} is damaged ({error!r}); start over without --resume") from error
+        changed = differences(found, json.loads(json.dumps(self.fingerprint)))
+        if changed:
+            raise InputError(
+                f"resume: the unfinished run was another one: {'; '.join(changed)}; give the same arguments, or start "
+                "over without --resume"
+            )
+
+    def _put_back_old(self) -> None:
+        """A run that died between the two renames of :meth:`finish` left the older output here, none in its place."""
+        if (self.folder / "old").is_dir() and not self.output.exists():
+            os.replace(self.folder / "old", self.output)
+
+    def _clear(self) -> None:
+        for path in self.folder.iterdir():
+            if path.name == "lock":
+                continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    # The journal of the loop
+
+    def open_hidden(self, states: Iterable[Tensor], resident: bool, device) -> HiddenStates:
+        """The states that enter the first unfinished block: those of the earlier run, or the given first ones."""
+        name = f"hidden-{self.rank}"
+        if self.finished and self._hidden is not None:
+            kept = self._hidden.get(str(self.rank))
+            if kept is None:
+                raise InputError(f"resume: no hidden states of rank {self.rank}; use as many processes as before")
+            layout = Layout(kept["shapes"], kept["dtype"])
+            return HiddenStates.reopen(layout, self.finished % 2, self.folder, resident, name, device)
+        return HiddenStates(states, self.folder, resident, name, device)
+
+    @property
+    def has_hidden(self) -> bool:
+        return self.finished > 0
+
+    def block_done(self, block: Block, report: BlockReport, layouts: dict[str, dict]) -> None:
+        """Writes a pruned block and, once it is on the disk, the state that counts it as done."""
+        self.finished += 1
+        self.blocks.append(report)
+        if not self.writes:
+            return
+        self.shards.write(block_tensors(block, self.shards))
+        self._write_state(layouts)
+
+    @property
+    def shards(self) -> Shards:
+        """The output's files."""
+        if self._shards is None:
+            self._shards = Shards(self.model)
+        return self._shards
+
+    def _write_state(self, hidden: dict[str, dict]) -> None:
+        state = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "finished": self.finished,
+            "hidden": hidden,
+            "blocks": [asdict(block) for block in self.blocks],
+        }
+        part = self.folder / "state.json.part"
+        with part.open("w", encoding="utf-8") as file:
+            json.dump(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(self.folder / "state.json")
+
+    # The end
+
+    def finish(self, report: PruneReport, report_name: str) -> Path:
+        """Writes the report and puts the model in its place; an older folder there goes only once that is done."""
+        (self.model / report_name).write_text(report.to_json(), encoding="utf-8")
+        _open_to_others(self.model)
+        old = self.folder / "old"
+        if self.output.exists():
+            os.replace(self.output, old)
+        try:
+            os.replace(self.model, self.output)
+        except OSError:
+            if old.exists():
+                os.replace(old, self.output)
+            raise
+        self.remove()
+        return self.output
+
+    def remove(self) -> None:
+        """Removes the folder with all in it, and parents that were made for it, if empty."""
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for parent in self._made:
+            if parent.exists() and not any(parent.iterdir()):
+                parent.rmdir()
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def block_tensors(block: Block, shards: Shards) -> dict[str, Tensor]:
+    """A block's parameters under their names in the files: its pruned weights, and what tuning may have moved."""
+    named = {f"{block.name}.{name}": p.detach() for name, p in block.module.named_parameters()}
+    return {name: tensor for name, tensor in named.items() if name in shards}
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """What differs between two fingerprints, one ``name: old, now new`` each."""
+    found = []
+    for key in sorted({*old, *new}):
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            found += differences(before, now, f"{prefix}{key}.")
+        elif before != now:
+            found.append(f"{prefix}{key} was {_short(before)}, now {_short(now)}")
+    return found
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def fingerprint_of_files(files: Iterable[Path]) -> dict[str, str]:
+    """For each file its size and a SHA-256 of its first and last MiB: any other checkpoint differs there, in its header
+    or its weights, and reading 100 GB to be surer would take longer than a block."""
+    found = {}
+    for path in files:
+        size = path.stat().st_size
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            digest.update(file.read(2**20))
+            if size > 2**20:
+                file.seek(max(2**20, size - 2**20))
+                digest.update(file.read(2**20))
+        found[path.name] = f"{size} bytes, {digest.hexdigest()[:16]}"
+    return found
+
+
+def _open_to_others(folder: Path) -> None:
+    """Gives the files the permissions of any new file: the safetensors writer keeps its own to their owner."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
