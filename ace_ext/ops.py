@@ -107,6 +107,35 @@ def prune_at_(
     _ops.prune_at_(weight, metric, column, moment, key, ties)
 
 
+@torch.no_grad()
+def refine_swaps_(
+    mask: Tensor, weight: Tensor, gram: Tensor, keep_n: int = 0, group_m: int = 0, max_swaps: int = 100
+) -> Tensor:
+    """Exchanges kept and removed weights, row by row, while that lowers the row's loss ``e^T G e``; ``[rows]`` int64.
+
+    ``e`` holds the row's removed weights; ``gram`` ``G [cols, cols]`` float32 is symmetric and positive semidefinite,
+    contiguous. Each swap restores the removed weight whose return lowers the loss most and removes the kept weight
+    that then costs least; each lowers the loss computed in float64. With ``keep_n`` of ``group_m`` the best pair of
+    any group is swapped, so the pattern stays; both 0 for rows without one. ``mask [rows, cols]`` bool, True where
+    kept, is written; ``weight`` is not. Returns the swaps made in each row, at most ``max_swaps``.
+    """
+    return _ops.refine_swaps_(mask, weight, gram, keep_n, group_m, max_swaps)
+
+
+@torch.no_grad()
+def obs_block_(weight: Tensor, error: Tensor, mask: Tensor, factor: Tensor, keep_n: int = 0, group_m: int = 0) -> None:
+    """SparseGPT's recursion (arXiv 2301.00774) inside one block of columns, all ``[rows, width]``, float32.
+
+    For each column c, left to right: ``d = w_c / U_cc`` where ``mask`` is False, else 0; ``w_k -= d U_ck`` for k > c;
+    ``w_c = 0`` where removed; ``error_c = d``. ``factor`` ``U [width, width]`` is the block of the upper Cholesky
+    factor of the inverse Hessian, with a positive diagonal; what lies below it is not read. With ``keep_n`` of
+    ``group_m`` columns ``mask`` is written too: at each group's first column the largest ``|w_j| / U_jj`` are kept,
+    the lower column first among equal ones. Every tensor may be a slice of columns; ``torch.linalg.cholesky`` hands
+    out a transposed factor, which ``.contiguous()`` mends.
+    """
+    _ops.obs_block_(weight, error, mask, factor, keep_n, group_m)
+
+
 def take_not_finite(device: torch.device) -> str:
     """The name of an op that met NaN, infinity or an overflowed score on a GPU since the last call, or "".
 

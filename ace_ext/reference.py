@@ -232,3 +232,80 @@ def keep_mask_at(score: Tensor, key: int, ties: int) -> Tensor:
     equal = keys == key
     first = equal & (np.cumsum(equal).reshape(keys.shape) <= ties)
     return torch.from_numpy((keys > key) | first)
+
+
+# Solvers
+
+
+def swap_loss(mask: Tensor, weight: Tensor, gram: Tensor) -> Tensor:
+    """``[rows]`` float64, ``e^T G e`` with ``e`` the removed weights of a row: what its output loses, squared."""
+    removed = torch.where(mask.cpu(), 0.0, _wide(weight))
+    return ((removed @ _wide(gram)) * removed).sum(1)
+
+
+def refine_swaps(
+    mask: Tensor, weight: Tensor, gram: Tensor, keep_n: int = 0, group_m: int = 0, max_swaps: int = 100
+) -> tuple[Tensor, Tensor]:
+    """The refined mask ``[rows, cols]`` and the swaps ``[rows]``: every loss is computed anew from its definition.
+
+    Without a pattern the removed weight is chosen whose return leaves the least loss, then the kept one whose removal
+    does; with one, the best pair of any group. Lower columns first among equals.
+    """
+    mask, weight, gram = mask.cpu().clone(), _wide(weight), _wide(gram)
+    swaps = torch.zeros(len(mask), dtype=torch.int64)
+    norms = (weight.abs() * gram.diagonal().abs().sqrt()).sum(1)
+    for i, row in enumerate(mask):
+        loss = swap_loss(row[None], weight[i : i + 1], gram)
+        while swaps[i] < max_swaps:
+            best, after = _best_swap(row, weight[i], gram, group_m)
+            if best is None or not after < loss - 2.0**-40 * norms[i] ** 2:  # less could be rounding
+                break
+            row[best[0]], row[best[1]] = True, False
+            loss = after
+            swaps[i] += 1
+    return mask, swaps
+
+
+def _best_swap(row: Tensor, weight: Tensor, gram: Tensor, group_m: int) -> tuple[tuple[int, int] | None, Tensor | None]:
+    removed, kept = (~row).nonzero().flatten().tolist(), row.nonzero().flatten().tolist()
+
+    def loss(restore: int, remove: int | None = None) -> Tensor:
+        changed = row.clone()
+        changed[restore] = True
+        if remove is not None:
+            changed[remove] = False
+        return swap_loss(changed[None], weight[None], gram)
+
+    if group_m == 0 and removed:
+        removed = [min(removed, key=loss)]  # the first of equals
+    pairs = [(j, i) for j in removed for i in kept if group_m == 0 or i // group_m == j // group_m]
+    if not pairs:
+        return None, None
+    best = min(pairs, key=lambda pair: loss(*pair))
+    return best, loss(*best)
+
+
+def obs_block(
+    weight: Tensor,
+    mask: Tensor,
+    factor: Tensor,
+    keep_n: int = 0,
+    group_m: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """SparseGPT's recursion (arXiv 2301.00774) over the columns of a block: new weight, error and mask.
+
+    In float32 the products are rounded in the order of ``csrc/core/obs.h`` and the results have the bits of the op's.
+    """
+    weight, factor = (t.detach().cpu().to(dtype).clone() for t in (weight, factor))
+    mask, error = mask.cpu().clone(), torch.zeros_like(weight)
+    for c in range(weight.shape[1]):
+        if group_m > 0 and c % group_m == 0:
+            size = weight[:, c : c + group_m].abs() / factor.diagonal()[c : c + group_m]
+            mask[:, c : c + group_m] = keep_mask(size, keep_n)
+        removed = ~mask[:, c]
+        error[removed, c] = weight[removed, c] / factor[c, c]
+        changed = error[:, c] != 0
+        weight[changed, c + 1 :] -= error[changed, c, None] * factor[c, c + 1 :]
+        weight[removed, c] = 0.0
+    return weight, error, mask

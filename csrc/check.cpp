@@ -15,15 +15,24 @@ bool is_weight_dtype(const at::Tensor& t) {
   return t.scalar_type() == at::kFloat || t.scalar_type() == at::kHalf || t.scalar_type() == at::kBFloat16;
 }
 
-// [rows, cols], one of the three dtypes, contiguous columns, rows that do not overlap.
-void check_matrix(std::string_view op, std::string_view argument, const at::Tensor& t) {
+void check_2d(std::string_view op, std::string_view argument, const at::Tensor& t) {
   ACE_CHECK(t.dim() == 2, op, ": ", argument, " must have 2 dimensions (got ", t.dim(), ")");
-  ACE_CHECK(is_weight_dtype(t), op, ": ", argument, " must be float32, float16 or bfloat16 (got ", t.scalar_type(),
-            ")");
+}
+
+// Contiguous columns, rows that do not overlap.
+void check_rows(std::string_view op, std::string_view argument, const at::Tensor& t) {
   ACE_CHECK(t.size(1) <= 1 || t.stride(1) == 1, op, ": ", argument,
             " must have contiguous columns, stride(1) == 1 (got strides ", t.strides(), ")");
   ACE_CHECK(t.size(0) <= 1 || t.size(1) == 0 || t.stride(0) >= t.size(1), op, ": ", argument,
             " must have rows that do not overlap, stride(0) >= ", t.size(1), " (got strides ", t.strides(), ")");
+}
+
+// [rows, cols], one of the three dtypes.
+void check_matrix(std::string_view op, std::string_view argument, const at::Tensor& t) {
+  check_2d(op, argument, t);
+  ACE_CHECK(is_weight_dtype(t), op, ": ", argument, " must be float32, float16 or bfloat16 (got ", t.scalar_type(),
+            ")");
+  check_rows(op, argument, t);
 }
 
 void check_same_device(std::string_view op, std::string_view argument, const at::Tensor& t, const at::Tensor& like) {
@@ -31,10 +40,23 @@ void check_same_device(std::string_view op, std::string_view argument, const at:
             " like the first argument (got ", t.device(), ")");
 }
 
-void check_dense(std::string_view op, std::string_view argument, const at::Tensor& t, at::ScalarType dtype,
-                 at::IntArrayRef shape) {
+void check_kind(std::string_view op, std::string_view argument, const at::Tensor& t, at::ScalarType dtype,
+                at::IntArrayRef shape) {
   ACE_CHECK(t.scalar_type() == dtype, op, ": ", argument, " must be ", dtype, " (got ", t.scalar_type(), ")");
   ACE_CHECK(t.sizes() == shape, op, ": ", argument, " must have shape ", shape, " (got ", t.sizes(), ")");
+}
+
+// A matrix like `weight`, of any row stride.
+void check_like(std::string_view op, std::string_view argument, const at::Tensor& t, at::ScalarType dtype,
+                at::IntArrayRef shape, const at::Tensor& weight) {
+  check_same_device(op, argument, t, weight);
+  check_kind(op, argument, t, dtype, shape);
+  check_rows(op, argument, t);
+}
+
+void check_dense(std::string_view op, std::string_view argument, const at::Tensor& t, at::ScalarType dtype,
+                 at::IntArrayRef shape) {
+  check_kind(op, argument, t, dtype, shape);
   ACE_CHECK(t.is_contiguous(), op, ": ", argument, " must be contiguous (got strides ", t.strides(), ")");
 }
 
@@ -51,21 +73,6 @@ std::string known_metrics() {
   std::string names;
   for (const MetricName& metric : kMetrics) names += (names.empty() ? "" : ", ") + std::string(metric.name);
   return names;
-}
-
-// Raises if t holds an entry that is not finite.
-void report_first(std::string_view op, std::string_view argument, const at::Tensor& t) {
-  const at::Tensor bad = at::isfinite(t).logical_not().nonzero();
-  if (bad.size(0) == 0) return;
-  const at::Tensor index = bad[0];
-  std::string place;
-  at::Tensor value = t;
-  for (int64_t d = 0; d < t.dim(); ++d) {
-    const int64_t at = index[d].item<int64_t>();
-    place += (d ? ", " : "") + std::to_string(at);
-    value = value[at];
-  }
-  ACE_CHECK(false, op, ": ", argument, " must be finite (got ", value.item<double>(), " at index [", place, "])");
 }
 
 }  // namespace
@@ -151,11 +158,52 @@ void check_cut(std::string_view op, int64_t key, int64_t ties) {
   ACE_CHECK(ties >= 0, op, ": ties must not be negative (got ", ties, ")");
 }
 
+// N:M, or both 0 for none.
+void check_optional_nm(std::string_view op, const at::Tensor& weight, int64_t keep_n, int64_t group_m) {
+  if (keep_n != 0 || group_m != 0) check_nm(op, weight, keep_n, group_m);
+}
+
+void check_refine_swaps(const at::Tensor& mask, const at::Tensor& weight, const at::Tensor& gram, int64_t keep_n,
+                        int64_t group_m, int64_t max_swaps) {
+  constexpr std::string_view op = "refine_swaps_";
+  check_matrix(op, "weight", weight);
+  check_like(op, "mask", mask, at::kBool, weight.sizes(), weight);
+  check_same_device(op, "gram", gram, weight);
+  check_dense(op, "gram", gram, at::kFloat, {weight.size(1), weight.size(1)});
+  check_optional_nm(op, weight, keep_n, group_m);
+  ACE_CHECK(max_swaps >= 0, op, ": max_swaps must not be negative (got ", max_swaps, ")");
+}
+
+void check_obs_block(const at::Tensor& weight, const at::Tensor& error, const at::Tensor& mask,
+                     const at::Tensor& factor, int64_t keep_n, int64_t group_m) {
+  constexpr std::string_view op = "obs_block_";
+  check_2d(op, "weight", weight);
+  check_like(op, "weight", weight, at::kFloat, weight.sizes(), weight);
+  check_like(op, "error", error, at::kFloat, weight.sizes(), weight);
+  check_like(op, "mask", mask, at::kBool, weight.sizes(), weight);
+  check_like(op, "factor", factor, at::kFloat, {weight.size(1), weight.size(1)}, weight);
+  check_optional_nm(op, weight, keep_n, group_m);
+}
+
+void refuse_not_finite(std::string_view op, std::string_view argument, const at::Tensor& t) {
+  const at::Tensor bad = at::isfinite(t).logical_not().nonzero();
+  if (bad.size(0) == 0) return;
+  const at::Tensor index = bad[0];
+  std::string place;
+  at::Tensor value = t;
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    const int64_t at = index[d].item<int64_t>();
+    place += (d ? ", " : "") + std::to_string(at);
+    value = value[at];
+  }
+  ACE_CHECK(false, op, ": ", argument, " must be finite (got ", value.item<double>(), " at index [", place, "])");
+}
+
 void report_not_finite(std::string_view op, const at::Tensor& weight, const OptionalTensor& column,
                        const OptionalTensor& moment, int64_t row, int64_t col) {
-  report_first(op, "weight", weight);
-  if (column) report_first(op, "column", *column);
-  if (moment) report_first(op, op.find("by_score") == op.npos ? "moment" : "score", *moment);
+  refuse_not_finite(op, "weight", weight);
+  if (column) refuse_not_finite(op, "column", *column);
+  if (moment) refuse_not_finite(op, op.find("by_score") == op.npos ? "moment" : "score", *moment);
   TORCH_CHECK_VALUE(false, op, ": score must be finite (got an overflow, or the root of a negative moment, at index [",
                     row, ", ", col, "]; check the scale of column and moment)");
 }

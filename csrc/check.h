@@ -30,10 +30,17 @@ void check_nm(std::string_view op, const at::Tensor& weight, int64_t keep_n, int
 void check_given_score(std::string_view op, const at::Tensor& weight, const at::Tensor& score);
 void check_level(std::string_view op, int64_t prefix, int64_t level);
 void check_cut(std::string_view op, int64_t key, int64_t ties);
+void check_refine_swaps(const at::Tensor& mask, const at::Tensor& weight, const at::Tensor& gram, int64_t keep_n,
+                        int64_t group_m, int64_t max_swaps);
+void check_obs_block(const at::Tensor& weight, const at::Tensor& error, const at::Tensor& mask,
+                     const at::Tensor& factor, int64_t keep_n, int64_t group_m);
 
 // Raises ValueError for the first entry that is not finite, looked for in the weight, the column and the moment, in
 // this order; if all of them are finite, the score at (row, col) overflowed. Slow: called once a fast pass has met one.
 [[noreturn]] void report_not_finite(std::string_view op, const at::Tensor& weight, const OptionalTensor& column,
                                     const OptionalTensor& moment, int64_t row, int64_t col);
+
+// Raises ValueError for the first entry of t that is not finite; returns if there is none. Slow, like the above.
+void refuse_not_finite(std::string_view op, std::string_view argument, const at::Tensor& t);
 
 }  // namespace ace

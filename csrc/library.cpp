@@ -71,6 +71,16 @@ void prune_at_meta(Tensor weight, std::string_view metric, const OptionalTensor&
   check_cut("prune_at_", key, ties);
 }
 
+Tensor refine_swaps_meta(Tensor mask, const Tensor& weight, const Tensor& gram, int64_t keep_n, int64_t group_m,
+                         int64_t max_swaps) {
+  check_refine_swaps(mask, weight, gram, keep_n, group_m, max_swaps);
+  return at::empty_symint({weight.sym_size(0)}, weight.options().dtype(at::kLong));
+}
+
+void obs_block_meta(Tensor weight, Tensor error, Tensor mask, const Tensor& factor, int64_t keep_n, int64_t group_m) {
+  check_obs_block(weight, error, mask, factor, keep_n, group_m);
+}
+
 }  // namespace
 
 TORCH_LIBRARY(ace_ext, m) {
@@ -84,6 +94,9 @@ TORCH_LIBRARY(ace_ext, m) {
   m.def("prune_nm_by_score_(Tensor(a!) weight, Tensor score, int keep_n, int group_m) -> ()");
   m.def("score_histogram(Tensor weight, str metric, Tensor? column, Tensor? moment, int prefix, int level) -> Tensor");
   m.def("prune_at_(Tensor(a!) weight, str metric, Tensor? column, Tensor? moment, int key, int ties) -> ()");
+  m.def("refine_swaps_(Tensor(a!) mask, Tensor weight, Tensor gram, int keep_n, int group_m, int max_swaps) -> Tensor");
+  m.def(
+      "obs_block_(Tensor(a!) weight, Tensor(b!) error, Tensor(c!) mask, Tensor factor, int keep_n, int group_m) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(ace_ext, Meta, m) {
@@ -97,6 +110,8 @@ TORCH_LIBRARY_IMPL(ace_ext, Meta, m) {
   m.impl("prune_nm_by_score_", &prune_nm_by_score_meta);
   m.impl("score_histogram", &score_histogram_meta);
   m.impl("prune_at_", &prune_at_meta);
+  m.impl("refine_swaps_", &refine_swaps_meta);
+  m.impl("obs_block_", &obs_block_meta);
 }
 
 }  // namespace ace

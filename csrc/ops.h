@@ -52,4 +52,22 @@
 //       how many keys (core/order_key.h) whose digits above this level's equal those of `prefix` have each digit.
 //   prune_at_(weight!, metric, column?, moment?, key, ties)
 //       keeps every key above `key` and the first `ties` (row-major) of those equal to it; the rest become +0.0.
+//
+// Solvers: both find masks and weights from second-order statistics. Column slices of a matrix work for every tensor
+// but gram. Float operations are done in one order everywhere, so CUDA gives the CPU's bits.
+//   refine_swaps_(mask!, weight, gram, keep_n, group_m, max_swaps) -> swaps
+//       mask [rows, cols] bool, true where kept; gram [cols, cols] float32, contiguous, symmetric and positive
+//       semidefinite (the caller's promise); swaps [rows] int64. Row by row a removed and a kept weight change places
+//       while the loss e^T G e of the row's removed weights e falls (core/swap.h): the removed weight whose return
+//       lowers it most goes back, then the kept one that costs least given that goes; the lower column first among
+//       equals. keep_n = group_m = 0: any two of the row. Else mask keeps keep_n of each group_m columns (refused
+//       otherwise) and the best pair within any group changes places. Ends where no swap lowers the loss by more than
+//       float64 rounding may have added, or after max_swaps a row.
+//   obs_block_(weight!, error!, mask!, factor, keep_n, group_m)
+//       SparseGPT's recursion inside one block of columns (core/obs.h). weight, error [rows, width] float32, mask
+//       [rows, width] bool, factor U [width, width] float32 with a positive diagonal; what is below it is not read.
+//       For c = 0..width-1: where mask is false d = w_c / U_cc, w_k -= d U_ck for k > c, w_c = +0.0; else d = 0 and w_c
+//       stays; error_c = d. keep_n = group_m = 0: mask is read. Else it is written: at the first column of each group
+//       of group_m the keep_n largest |w_j| / U_jj are kept, the lower column first among equals. A recursion that
+//       overflows is not refused: its results are not finite, which the next op refuses.
 #pragma once

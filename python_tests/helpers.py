@@ -118,3 +118,24 @@ def cosine_moment_bound(tokens: int, d_out: int) -> float:
     """Relative: all terms are positive, so errors do not cancel up. ``r`` as above and squared (2 of its bounds), its
     product with ``a`` and the square of that (3), the square of ``x`` (1), the product (1), ``tokens`` additions."""
     return 2 * inverse_square_norm_bound(d_out) + UNIT * (5 + tokens)
+
+
+def obs_bounds(weight: Tensor, mask: Tensor, factor: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """Absolute bounds on ``weight`` and ``error`` of :func:`ops.obs_block_`, given the exact ``error``.
+
+    A row's errors d solve ``U_PP^T d = w_P`` by forward substitution, P its removed columns, which Higham (Accuracy and
+    Stability of Numerical Algorithms, theorem 8.5) bounds: ``|delta d| <= g |U_PP^-T| |U_PP^T| |d|`` with
+    ``g = n u / (1 - n u)``, n roundings at most for each term: a product, ``width - 1`` subtractions, the division. A
+    kept weight ``w_k - sum_c d_c U_ck`` adds its own: ``g (|w_k| + sum_c |d_c U_ck|) + sum_c |delta d_c U_ck|``. The
+    second-order term, |d| computed instead of exact, is one more unit of n.
+    """
+    weight, factor, error = weight.double(), factor.double().triu(), error.double()
+    n = weight.shape[1] + 2
+    unit = n * UNIT / (1 - n * UNIT)
+    errors = torch.zeros_like(error)
+    for i, kept in enumerate(mask):
+        removed = ~kept
+        square = factor[removed][:, removed].T
+        errors[i, removed] = unit * torch.linalg.inv(square).abs() @ (square.abs() @ error[i, removed].abs())
+    weights = unit * (weight.abs() + error.abs() @ factor.abs()) + errors @ factor.abs()
+    return torch.where(mask, weights, 0.0), errors

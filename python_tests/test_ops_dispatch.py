@@ -33,6 +33,10 @@ def samples():
     yield "prune_by_score_", (torch.ones(6, 8), score.half(), 3, "row")
     yield "prune_by_score_", (torch.ones(6, 8), score, 3, "matrix")
     yield "prune_nm_by_score_", (torch.ones(6, 8), score, 2, 4)
+    for keep_n, group_m in ((0, 0), (2, 4)):
+        mask = torch.tensor([True, True, False, False]).repeat(6, 2)
+        yield "refine_swaps_", (mask, score.half(), x.T @ x, keep_n, group_m, 5)
+        yield "obs_block_", (score.clone(), torch.zeros(6, 8), mask.clone(), torch.eye(8), keep_n, group_m)
 
 
 def test_samples_cover_every_op():

@@ -243,3 +243,96 @@ def test_activations_of_the_wrong_kind():
     refused(lambda: ops.update_cosine_moment_(moment.double(), x, a), op, "moment", "Float", "got Double")
     refused(lambda: ops.update_cosine_moment_(torch.zeros(3, 2).t(), x, a), op, "moment", "contiguous")
     assert (moment == 0).all()
+
+
+# Solvers
+
+
+def swap_arguments(weight, gram=None, mask=None):
+    cols = weight.shape[-1]
+    mask = torch.tensor([True, False]).repeat(weight.shape[0], cols // 2) if mask is None else mask
+    return mask, weight, torch.eye(cols) if gram is None else gram
+
+
+@pytest.mark.parametrize("value", BAD)
+def test_swaps_of_what_is_not_finite(value, weight):
+    op, gram = "refine_swaps_", torch.eye(12)
+    mask, *_ = swap_arguments(weight)
+    gram[7, 3] = gram[9, 0] = value
+    refused(lambda: ops.refine_swaps_(mask, weight, gram), op, "gram", "finite", f"got {value} at index [7, 3]")
+    weight[17, 5] = weight[18, 0] = value
+    refused(lambda: ops.refine_swaps_(mask, weight, gram), op, "weight", "finite", f"got {value} at index [17, 5]")
+    assert torch.equal(mask, swap_arguments(weight)[0])
+
+
+def test_swaps_of_the_wrong_kind():
+    op, weight = "refine_swaps_", torch.ones(4, 12)
+    mask, _, gram = swap_arguments(weight)
+
+    def call(mask, weight, gram, *numbers):
+        return lambda: ops.refine_swaps_(mask, weight, gram, *numbers)
+
+    refused(call(mask, weight[0], gram), op, "weight", "2 dimensions")
+    refused(call(mask, weight.double(), gram), op, "weight", "got Double")
+    refused(call(mask[:3], weight, gram), op, "mask", "shape [4, 12]", "got [3, 12]")
+    refused(call(mask.float(), weight, gram), op, "mask", "Bool", "got Float")
+    refused(call(mask.t().contiguous().t(), weight, gram), op, "mask", "contiguous columns")
+    refused(call(mask[:1].expand(4, 12), weight, gram), op, "mask", "do not overlap")
+    refused(call(mask, weight, gram[:, :11]), op, "gram", "shape [12, 12]", "got [12, 11]")
+    refused(call(mask, weight, gram.double()), op, "gram", "Float", "got Double")
+    refused(call(mask, weight, torch.zeros(12, 24)[:, :12]), op, "gram", "contiguous")
+    refused(call(mask, weight, gram.to("meta")), op, "gram", "on cpu", "got meta")
+    refused(call(mask, weight, gram, 2, 8), op, "group_m", "divide the 12 columns")
+    refused(call(mask, weight, gram, 5, 4), op, "keep_n", "from 0 to 4", "got 5")
+    refused(call(mask, weight, gram, 2, 0), op, "group_m", "from 1 to 32", "got 0")
+    refused(call(mask, weight, gram, 1, 4), op, "mask", "keep 1 of each 4 columns", "got 2 from index [0, 0] on")
+    refused(call(mask, weight, gram, 0, 0, -1), op, "max_swaps", "not be negative", "got -1")
+
+
+@pytest.mark.parametrize("value", BAD)
+def test_a_recursion_over_what_is_not_finite(value):
+    op, weight, error = "obs_block_", torch.ones(40, 12), torch.ones(40, 12)
+    mask = torch.zeros(40, 12, dtype=torch.bool)
+    factor = torch.ones(12, 12).triu()
+    factor[2, 7] = value
+    for pattern in ((0, 0), (2, 4)):
+        refused(
+            lambda p=pattern: ops.obs_block_(weight, error, mask, factor, *p), op, "factor", f"{value} at index [2, 7]"
+        )
+    broken = weight.clone()
+    broken[17, 5] = broken[39, 0] = value
+    refused(lambda: ops.obs_block_(broken, error, mask, factor), op, "weight", f"{value} at index [17, 5]")
+    assert (weight == 1).all()
+    assert (error == 1).all()
+    assert not mask.any()
+
+
+def test_a_recursion_of_the_wrong_kind():
+    op = "obs_block_"
+    good = {
+        "weight": torch.ones(4, 12),
+        "error": torch.ones(4, 12),
+        "mask": torch.zeros(4, 12, dtype=torch.bool),
+        "factor": torch.eye(12),
+    }
+
+    def call(*numbers, **changed):
+        return lambda: ops.obs_block_(**{**good, **changed}, **dict(zip(("keep_n", "group_m"), numbers, strict=False)))
+
+    refused(call(weight=torch.ones(12)), op, "weight", "2 dimensions")
+    for name in ("weight", "error"):
+        refused(call(**{name: torch.ones(4, 12).half()}), op, name, "Float", "got Half")
+        refused(call(**{name: torch.ones(12, 4).t()}), op, name, "contiguous columns")
+        refused(call(**{name: torch.ones(12).expand(4, 12)}), op, name, "do not overlap")
+    refused(call(error=torch.ones(4, 11)), op, "error", "shape [4, 12]", "got [4, 11]")
+    refused(call(mask=torch.ones(4, 12)), op, "mask", "Bool", "got Float")
+    refused(call(factor=torch.eye(11)), op, "factor", "shape [12, 12]", "got [11, 11]")
+    refused(call(factor=torch.eye(12, device="meta")), op, "factor", "on cpu", "got meta")
+    for value in (0.0, -1.0):
+        factor = torch.eye(12)
+        factor[3, 3] = value
+        refused(call(factor=factor), op, "factor", "positive diagonal", f"got {value:g} at index [3, 3]")
+    refused(call(2, 8), op, "group_m", "divide the 12 columns")
+    refused(call(5, 4), op, "keep_n", "from 0 to 4")
+    refused(call(1), op, "group_m", "from 1 to 32", "got 0")
+    assert (good["weight"] == 1).all()

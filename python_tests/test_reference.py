@@ -280,3 +280,37 @@ def test_histogram_counts_digits_under_the_prefix():
 def test_keep_mask_at_deals_ties_row_major():
     score = torch.tensor([[1.0, 2.0], [1.0, 1.0]])
     assert reference.keep_mask_at(score, 0xBF800000, 2).int().tolist() == [[1, 1], [1, 0]]
+
+
+# Solvers
+
+
+def test_swaps_by_hand():
+    # Two inputs that cancel (G_01 = -1): both removed lose nothing. The third is independent.
+    gram = torch.tensor([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    weight, mask = torch.tensor([[2.0, 2.0, 1.0]]), torch.tensor([[True, False, True]])
+    assert reference.swap_loss(mask, weight, gram).tolist() == [4.0]
+    refined, swaps = reference.refine_swaps(mask, weight, gram)
+    assert refined.tolist() == [[True, True, False]]  # restore 1, remove 2: a loss of 1
+    assert swaps.tolist() == [1]
+    assert reference.swap_loss(refined, weight, gram).tolist() == [1.0]
+    assert mask.tolist() == [[True, False, True]]
+
+
+def test_swaps_stay_in_their_group():
+    weight, gram = torch.tensor([[1.0, 5.0, 2.0, 3.0]]), torch.eye(4)
+    mask = torch.tensor([[True, False, False, True]])
+    assert reference.refine_swaps(mask, weight, gram, 1, 2)[0].tolist() == [[False, True, False, True]]
+    assert reference.refine_swaps(mask, weight, gram)[0].tolist() == [[False, True, False, True]]
+    assert reference.refine_swaps(~mask, weight, gram, max_swaps=0)[0].tolist() == (~mask).tolist()
+
+
+def test_the_recursion_by_hand():
+    weight, factor = torch.tensor([[4.0, 3.0, 1.0]]), torch.tensor([[2.0, 1.0, 0.5], [9.0, 1.0, 3.0], [9.0, 9.0, 1.0]])
+    solved, error, _ = reference.obs_block(weight, torch.tensor([[False, False, True]]), factor)
+    assert error.tolist() == [[2.0, 1.0, 0.0]]  # 4 / 2; (3 - 2 * 1) / 1
+    assert solved.tolist() == [[0.0, 0.0, -3.0]]  # 1 - 2 * 0.5 - 1 * 3
+    _, _, mask = reference.obs_block(
+        torch.tensor([[4.0, 3.0]]), torch.ones(1, 2).bool(), torch.diag(factor[0, :2]), 1, 2
+    )
+    assert mask.tolist() == [[False, True]]  # 4 / 2 < 3 / 1
