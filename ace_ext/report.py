@@ -15,6 +15,22 @@ FORMAT = 1
 
 
 @dataclass
+class Solution:
+    """What a solver did to one matrix. Losses are ``Σ_i e_i G e_iᵀ / Σ_i w_i G w_iᵀ``: the squared error of the outputs
+    against the dense ones, relative, on all calibration tokens as the solver's Gram matrix ``G`` weights them."""
+
+    solver: str
+    """``"swaps"``, ``"obs"``, ``"admm"``, or two of them in order, as in ``"swaps+admm"``."""
+    damping: float
+    """What the factorisation succeeded with, relative to the mean diagonal; 0 where nothing was factorised."""
+    attempts: int
+    """Factorisations tried, each with ten times the damping of the one before; 0 where none was needed."""
+    loss_before: float
+    """With the metric's mask and the weights untouched."""
+    loss_after: float
+
+
+@dataclass
 class MatrixReport:
     """One pruned matrix. Errors are those of its output on up to 128 calibration tokens, dense against pruned weight.
 
@@ -31,6 +47,8 @@ class MatrixReport:
     tokens: int
     relative_error: float
     cosine: float
+    solution: Solution | None = None
+    """None where the metric alone decided."""
 
     @property
     def size(self) -> int:
@@ -84,10 +102,7 @@ class PruneReport:
         data.pop("format"), data.pop("sparsity")
         blocks = []
         for block in data.pop("blocks"):
-            matrices = [
-                MatrixReport(**{**m, "shape": tuple(m["shape"])})
-                for m in ({k: v for k, v in matrix.items() if k != "sparsity"} for matrix in block.pop("matrices"))
-            ]
+            matrices = [_matrix_from_dict(matrix) for matrix in block.pop("matrices")]
             blocks.append(BlockReport(**block, matrices=matrices))
         return cls(**data, blocks=blocks)
 
@@ -112,6 +127,14 @@ class PruneReport:
             f"{self.seconds:.1f} s, peak memory {self.peak_memory_bytes / 2**30:.2f} GiB on {self.device}"
         )
         return "\n".join(lines)
+
+
+def _matrix_from_dict(data: dict) -> MatrixReport:
+    fields = {key: value for key, value in data.items() if key != "sparsity"}
+    fields["shape"] = tuple(fields["shape"])
+    if fields.get("solution") is not None:  # absent from reports written before there were solvers
+        fields["solution"] = Solution(**fields["solution"])
+    return MatrixReport(**fields)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
