@@ -60,10 +60,20 @@ class MatrixReport:
 
 
 @dataclass
+class Tuning:
+    """The training of one block: the mean over tokens of ``‖output - target‖² / ‖target - input‖²``, the target being
+    the dense block's output. Equal where training did not lower it and was undone."""
+
+    loss_before: float
+    loss_after: float
+
+
+@dataclass
 class BlockReport:
     name: str
     seconds: float
     matrices: list[MatrixReport] = field(default_factory=list)
+    tuning: Tuning | None = None
 
 
 @dataclass
@@ -103,7 +113,8 @@ class PruneReport:
         blocks = []
         for block in data.pop("blocks"):
             matrices = [_matrix_from_dict(matrix) for matrix in block.pop("matrices")]
-            blocks.append(BlockReport(**block, matrices=matrices))
+            tuning = block.pop("tuning", None)
+            blocks.append(BlockReport(**block, matrices=matrices, tuning=None if tuning is None else Tuning(**tuning)))
         return cls(**data, blocks=blocks)
 
     def table(self) -> str:
