@@ -12,10 +12,10 @@ from tqdm import tqdm
 from . import ops
 from .config import PruneConfig
 from .errors import InputError
-from .masks import ScoredWeight, keep_budget, prune_model_wide_, prune_weight_, scored_weight
+from .masks import ScoredWeight, keep_budget, prune_model_wide_, scored_weight
 from .model_walk import Block, BlockCall, capture_calls, find_blocks, run_block
 from .report import BlockReport, MatrixReport, PruneReport, peak_memory_bytes, versions
-from .scores import metric_needs
+from .solvers import prune_linear_
 from .statistics import LinearStatistics, StatisticsCollector
 
 Batches = Tensor | Iterable[Tensor | dict[str, Tensor]]
@@ -106,7 +106,7 @@ class _Loop:
         callback: Callable[[BlockReport], None] | None,
     ) -> None:
         self.blocks, self.calls, self.config, self.report, self.callback = blocks, calls, config, report, callback
-        self.needs = metric_needs(config.metric)
+        self.needs = config.needs
 
     def run(self, progress: bool) -> None:
         if self.config.group == "model":
@@ -265,10 +265,12 @@ class _Loop:
         name = block.full_name(child)
         dense = self._dense_output(stats, weight)
         try:
-            prune_weight_(scored_weight(weight, stats, self.config), self.config)
+            solution = prune_linear_(weight, stats, self.config)
         except ValueError as error:
             raise InputError(f"{name}: {error}") from error
-        return self._measure(name, weight, stats, dense, keep_budget(weight, self.config))
+        report = self._measure(name, weight, stats, dense, keep_budget(weight, self.config))
+        report.solution = solution
+        return report
 
     def _check_finite(self, where: str) -> None:
         """Asks the GPU, once a block, whether an op met something not finite; on the CPU ops raise themselves."""
