@@ -5,6 +5,7 @@ Exit status: 0 done, 2 bad input (one line that says what and how to mend it), 1
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -15,12 +16,13 @@ import torch
 
 from .calibration import evaluation_tokens
 from .checkpoint import DTYPES, load_model
-from .config import GROUPS, ORDERS, PruneConfig
+from .config import ALLOCATIONS, GRAMS, GROUPS, ORDERS, REFINES, SALIENCIES, UPDATES, PruneConfig
 from .errors import InputError
 from .evaluate import perplexity
 from .extension import build_info
 from .memory import parse_bytes
 from .pipeline import OFFLOAD, Calibration, RunOptions, prune_folder
+from .presets import PRESETS, PUBLISHED, TUNE_EPOCHS, preset_config
 from .progress import Progress
 from .ranks import launched
 from .scores import DEFAULT_METRIC, METRICS
@@ -76,17 +78,41 @@ def _add_run(commands) -> None:
 
 def _add_pruning(parser: argparse.ArgumentParser) -> None:
     parser = parser.add_argument_group("pruning")
-    parser.add_argument("--metric", default=DEFAULT_METRIC, choices=METRICS, metavar="NAME", help="see below")
+    parser.add_argument(
+        "--preset", choices=[*PRESETS, *PUBLISHED], help="settings by name, which the options given here change"
+    )
+    parser.add_argument("--metric", choices=METRICS, metavar="NAME", help=f"see below (default: {DEFAULT_METRIC})")
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--sparsity", type=float, help="share of zeros (default: 0.5)")
     amount.add_argument("--pattern", help="N:M, N kept of M consecutive inputs, e.g. 2:4")
-    parser.add_argument("--group", default="row", choices=GROUPS, help="which weights compete (default: %(default)s)")
+    parser.add_argument("--group", choices=GROUPS, help="which weights compete (default: row)")
     parser.add_argument("--order", choices=ORDERS, help="of work in a block (default: sequential)")
     parser.add_argument("--skip", action="append", default=[], metavar="REGEX", help="weights to leave dense")
-    parser.add_argument("--ria-exponent", type=float, default=0.5, help="of the input norm in ria")
+    parser.add_argument("--ria-exponent", type=float, help="of the input norm in ria (default: 0.5)")
+    _add_solver(parser)
+    parser.add_argument("--batch-tokens", type=int, help="tokens through a block at a time (default: 16384)")
+
+
+def _add_solver(parser) -> None:
+    parser.add_argument("--refine", choices=REFINES, help="exchange kept and pruned weights while the error falls")
     parser.add_argument(
-        "--batch-tokens", type=int, default=16384, help="tokens through a block at a time (default: %(default)s)"
+        "--update",
+        action="append",
+        choices=[*UPDATES, "tune"],
+        help="weights that stay make up for the others: obs (SparseGPT's) or admm; tune, alone or after one of these: "
+        "train each block on the calibration tokens",
     )
+    parser.add_argument("--gram", choices=GRAMS, help="how refine and update weigh tokens (default: plain)")
+    parser.add_argument("--damping", type=float, help="of the Gram matrix (default: 0.01 for obs, 0.1 for admm)")
+    parser.add_argument("--iterations", type=int, help="of admm (default: 20)")
+    parser.add_argument("--saliency", choices=SALIENCIES, help="by what admm chooses its mask (default: obs)")
+    parser.add_argument("--max-swaps", type=int, help="in a row (default: 100)")
+    parser.add_argument("--tune-epochs", type=int, help=f"of --update tune (default: {TUNE_EPOCHS})")
+    parser.add_argument("--tune-lr", type=float, help="of --update tune (default: 2e-4)")
+    parser.add_argument(
+        "--allocation", choices=ALLOCATIONS, help="of sparsity to blocks, the total fixed (default: uniform)"
+    )
+    parser.add_argument("--allocation-range", type=float, help="how far a block may differ (default: 0.05)")
 
 
 def _add_calibration(parser: argparse.ArgumentParser) -> None:
@@ -149,16 +175,21 @@ def pick_device(name: str) -> torch.device:
 
 
 def _config(args: argparse.Namespace) -> PruneConfig:
-    return PruneConfig(
-        metric=args.metric,
-        sparsity=args.sparsity,
-        pattern=args.pattern,
-        group=args.group,
-        order=args.order,
-        skip=tuple(args.skip),
-        ria_exponent=args.ria_exponent,
-        batch_tokens=args.batch_tokens,
-    )
+    """The preset's settings, changed by every option that was given."""
+    names = [field.name for field in dataclasses.fields(PruneConfig) if field.name != "update"]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given["skip"] = tuple(args.skip)
+    updates = list(dict.fromkeys(args.update or ()))
+    if "tune" in updates:
+        updates.remove("tune")
+        given.setdefault("tune_epochs", TUNE_EPOCHS)
+    elif "tune_epochs" in given and args.preset is None:
+        raise InputError("tune-epochs is for --update tune; give both, or neither")
+    if len(updates) > 1:
+        raise InputError(f"update must be obs or admm, with or without tune (got {' and '.join(updates)})")
+    if updates:
+        given["update"] = updates[0]
+    return PruneConfig(**given) if args.preset is None else preset_config(args.preset, **given)
 
 
 def _calibration(args: argparse.Namespace) -> Calibration:

@@ -5,10 +5,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .errors import InputError
-from .scores import METRICS
+from .scores import COSINE_GRAM, GRAM, METRICS, metric_needs
 
 GROUPS = ("row", "matrix", "model")
 ORDERS = ("block", "sequential")
+REFINES = ("swaps",)
+UPDATES = ("obs", "admm")
+GRAMS = ("plain", "cosine")
+SALIENCIES = ("magnitude", "obs")
+ALLOCATIONS = ("uniform", "owl", "error")
+DAMPING = {"obs": 0.01, "admm": 0.1}
+"""Each update's own default: SparseGPT's (arXiv 2301.00774) and ADMM pruning's (arXiv 2401.02938)."""
 MAX_GROUP_M = 32
 
 
@@ -68,9 +75,28 @@ class PruneConfig:
         ria_exponent: the power of the input norm in the metric ``ria``.
         batch_tokens: how many calibration tokens go through a block at a time. All at once is fastest where they fit:
             the sequential order then needs one forward a block instead of one for each stage.
+        refine: ``"swaps"`` exchanges kept and pruned weights of a row while the error of its output falls, starting
+            from the metric's mask (arXiv 2512.10922). An ``update`` then keeps this mask.
+        update: how the weights that stay make up for the others: ``"obs"``, column by column (SparseGPT, arXiv
+            2301.00774), or ``"admm"`` (arXiv 2401.02938). Without ``refine`` it chooses the mask too, not the metric.
+        gram: what ``refine`` and ``update`` measure errors with: every token counts alike (``"plain"``), or with
+            ``1 / ‖A_t‖²``, ``A`` the dense output (``"cosine"``).
+        damping: share of the Gram matrix's mean diagonal added to its diagonal; None: 0.01 for obs, 0.1 for admm.
+        iterations: of admm; the mask tightens in the first half of them.
+        saliency: by what admm chooses its mask: the ``"magnitude"`` of a weight on normalised columns, or ``"obs"``,
+            the error left after the best update of the others.
+        max_swaps: the most swaps in a row.
+        tune_epochs: passes over the calibration tokens in which the weights that stay in a block, and its norms, are
+            trained to give the dense block's output; 0: none.
+        tune_lr: the learning rate of that training.
+        allocation: which share of each block is kept: the same of all (``"uniform"``), more where scores have more
+            outliers (``"owl"``, arXiv 2310.05175), or where pruning one more weight costs as much everywhere
+            (``"error"``). The model's total is always that of ``sparsity``.
+        allocation_range: how far a block's sparsity may lie from ``sparsity`` under ``"owl"``; under ``"error"``
+            three times as far.
 
     Raises:
-        InputError: for any value outside these.
+        InputError: for any value outside these, or settings that exclude each other.
     """
 
     metric: str | Callable = "ace"
@@ -81,17 +107,29 @@ class PruneConfig:
     skip: tuple[str, ...] = ()
     ria_exponent: float = 0.5
     batch_tokens: int = 16384
+    refine: str | None = None
+    update: str | None = None
+    gram: str = "plain"
+    damping: float | None = None
+    iterations: int = 20
+    saliency: str = "obs"
+    max_swaps: int = 100
+    tune_epochs: int = 0
+    tune_lr: float = 2e-4
+    allocation: str = "uniform"
+    allocation_range: float = 0.05
 
     def __post_init__(self) -> None:
         if isinstance(self.pattern, str):
             object.__setattr__(self, "pattern", SparsityPattern.parse(self.pattern))
         self._check_metric()
-        if self.group not in GROUPS:
-            raise InputError(f"group must be one of {', '.join(GROUPS)} (got {self.group!r})")
+        _check_choice("group", self.group, GROUPS)
         self._fill_sparsity()
         self._fill_order()
-        if self.batch_tokens < 1:
-            raise InputError(f"batch_tokens must be at least 1 (got {self.batch_tokens})")
+        _check_count("batch_tokens", self.batch_tokens, 1)
+        self._check_solver()
+        self._check_tuning()
+        self._check_allocation()
 
     def _check_metric(self) -> None:
         if not callable(self.metric) and self.metric not in METRICS:
@@ -112,11 +150,63 @@ class PruneConfig:
     def _fill_order(self) -> None:
         default = "block" if self.group == "model" else "sequential"
         order = default if self.order is None else self.order
-        if order not in ORDERS:
-            raise InputError(f"order must be one of {', '.join(ORDERS)} (got {order!r})")
+        _check_choice("order", order, ORDERS)
         if self.group == "model" and order != "block":
             raise InputError("group model compares all scores at once, so order must be block (got 'sequential')")
         object.__setattr__(self, "order", order)
+
+    def _check_solver(self) -> None:
+        _check_choice("refine", self.refine, (None, *REFINES))
+        _check_choice("update", self.update, (None, *UPDATES))
+        _check_choice("gram", self.gram, GRAMS)
+        _check_choice("saliency", self.saliency, SALIENCIES)
+        _check_count("iterations", self.iterations, 1)
+        _check_count("max_swaps", self.max_swaps, 1)
+        if self.damping is not None:
+            _check_number("damping", self.damping, self.damping >= 0, "a share of the mean diagonal, 0 or more")
+            if self.update is None:
+                raise InputError(f"damping needs update obs or admm (got {self.damping} without); leave it out")
+        if self.gram == "cosine" and not self.solver:
+            raise InputError("gram cosine weights the errors of refine or update (got neither); set one of them")
+        if self.solver and self.group != "row" and not (self.solver == "obs" and self.group == "matrix"):
+            raise InputError(
+                f"{self.solver} compares within rows or a pattern's groups, obs alone also within a matrix "
+                f"(got group {self.group!r}); use group row"
+            )
+
+    def _check_tuning(self) -> None:
+        _check_count("tune_epochs", self.tune_epochs, 0)
+        _check_number("tune_lr", self.tune_lr, self.tune_lr > 0, "more than 0")
+        if self.tune_epochs and self.group == "model":
+            raise InputError("tune_epochs trains block after block, group model prunes all at once; use group row")
+
+    def _check_allocation(self) -> None:
+        _check_choice("allocation", self.allocation, ALLOCATIONS)
+        inside = 0 < self.allocation_range < 1
+        _check_number("allocation_range", self.allocation_range, inside, "a difference in sparsity between 0 and 1")
+        if self.allocation == "uniform":
+            return
+        if self.pattern is not None:
+            raise InputError(f"allocation {self.allocation} cannot move weights between N:M groups; leave out pattern")
+        if self.group == "model":
+            raise InputError(f"group model itself allocates (got allocation {self.allocation!r} too); use group row")
+
+    @property
+    def solver(self) -> str:
+        """What follows the metric: ``"swaps"``, ``"admm"``, ``"swaps+obs"`` …, or "" for the metric alone."""
+        return "+".join(part for part in (self.refine, self.update) if part)
+
+    @property
+    def used_damping(self) -> float | None:
+        """``damping``, or the update's own default; None without an update."""
+        return DAMPING.get(self.update) if self.damping is None else self.damping
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The kinds of statistics to collect before a matrix can be pruned, as :mod:`ace_ext.scores` names them."""
+        if not self.solver:
+            return metric_needs(self.metric)
+        return metric_needs(self.metric) | {COSINE_GRAM if self.gram == "cosine" else GRAM}
 
     @property
     def metric_name(self) -> str:
@@ -133,4 +223,30 @@ class PruneConfig:
             "skip": list(self.skip),
             "ria_exponent": self.ria_exponent,
             "batch_tokens": self.batch_tokens,
+            "refine": self.refine,
+            "update": self.update,
+            "gram": self.gram,
+            "damping": self.used_damping,
+            "iterations": self.iterations,
+            "saliency": self.saliency,
+            "max_swaps": self.max_swaps,
+            "tune_epochs": self.tune_epochs,
+            "tune_lr": self.tune_lr,
+            "allocation": self.allocation,
+            "allocation_range": self.allocation_range,
         }
+
+
+def _check_choice(name: str, value: str | None, choices: tuple) -> None:
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(map(str, choices))} (got {value!r})")
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise InputError(f"{name} must be a whole number of at least {least} (got {value})")
+
+
+def _check_number(name: str, value: float, inside: bool, allowed: str) -> None:
+    if not (math.isfinite(value) and inside):
+        raise InputError(f"{name} must be {allowed} (got {value})")

@@ -77,6 +77,17 @@ class HiddenStates:
         folder = None if self._files is None else self._files[0].parent
         return HiddenStates((self[i] for i in range(len(self))), folder, self._kept is not None, name, self._device)
 
+    def sibling(self, name: str) -> "HiddenStates":
+        """States of another name that an earlier run left beside these, of the same shapes and the same turn."""
+        resident = self._kept is not None
+        return self.reopen(self.layout, self.side, self._files[0].parent, resident, name, self._device)
+
+    def remove(self) -> None:
+        """Forgets the states, their files too."""
+        self._kept = []
+        for file in self._files or ():
+            file.unlink(missing_ok=True)
+
     def __len__(self) -> int:
         return len(self.layout.shapes)
 

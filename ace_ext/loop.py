@@ -9,18 +9,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import ops
+from .allocation import allocate, measure_block, measure_needs
 from .config import PruneConfig
 from .errors import InputError
 from .hidden import HiddenStates
-from .masks import ScoredWeight, keep_budget, prune_model_wide_, prune_weight_, scored_weight
+from .masks import ScoredWeight, keep_budget, prune_model_wide_, scored_weight
 from .model_walk import Block, BlockCall, run_block
 from .offload import BlockSource
 from .progress import Progress
 from .ranks import Alone, Peers
 from .report import BlockReport, MatrixReport, PruneReport
-from .scores import metric_needs
+from .solvers import prune_linear_
 from .statistics import LinearStatistics, StatisticsCollector
 from .stats_file import SavedStatistics, StatisticsWriter
+from .tune import tune_block_
 from .workspace import Workspace
 
 
@@ -57,7 +59,8 @@ class Loop:
         self.source, self.calls, self.hidden, self.config, self.report = source, calls, hidden, config, report
         self.callback, self.progress, self.journal = callback, progress or Progress(), journal
         self.peers, self.keeper, self.known = peers or Alone(), keeper, known
-        self.needs = metric_needs(config.metric)
+        self.dense: HiddenStates | None = None  # those of the dense model, which tuning aims at
+        self.keeps: list[dict[str, int]] | None = None  # by block and Linear, how many weights of a row
 
     def run(self, device: torch.device) -> None:
         """Prunes every block that is not done yet."""
@@ -65,6 +68,10 @@ class Loop:
         done = self.journal.finished if self.journal else 0
         if self.journal:
             self.report.blocks.extend(self.journal.blocks)
+        if self.config.allocation != "uniform":
+            self.keeps = self._allocate()
+        if self.config.tune_epochs:
+            self.dense = self._open_dense()
         tokens = sum(call.tokens for call in self.calls)
         self.progress.start(len(self.source.blocks), done, tokens)
         try:
@@ -80,20 +87,27 @@ class Loop:
         start = time.perf_counter()
         with self.source.hold(index) as block:
             block_report = BlockReport(block.name, 0.0)
-            if self.known is not None:
-                self._prune_all(block, self.known.block(block.name, self.device), block_report)
-            elif self.config.order == "block":
-                self._prune_dense(block, index, block_report)
-            elif len(self.calls) == 1 and self.peers.size == 1:
-                self._prune_in_one_forward(block, index, block_report)
+            if self.dense is None:
+                self._prune_block(block, index, block_report)
             else:
-                self._prune_by_stages(block, index, block_report)
+                self._prune_and_tune(block, index, block_report)
             self._check_finite(block.name)
             self.peers.check_same([linear.weight for linear in block.linears.values()], block.name)
-            if self.hidden is not None:
-                self.hidden.turn()
+            for states in (self.hidden, self.dense):
+                if states is not None:
+                    states.turn()
             block_report.seconds = time.perf_counter() - start
             self._finish(block, block_report)
+
+    def _prune_block(self, block: Block, index: int, block_report: BlockReport) -> None:
+        if self.known is not None:
+            self._prune_all(block, index, self.known.block(block.name, self.device), block_report)
+        elif self.config.order == "block":
+            self._prune_dense(block, index, block_report)
+        elif len(self.calls) == 1 and self.peers.size == 1:
+            self._prune_in_one_forward(block, index, block_report)
+        else:
+            self._prune_by_stages(block, index, block_report)
 
     # Order block: all statistics from the dense block, then masks, then on with the pruned block.
 
@@ -101,12 +115,14 @@ class Loop:
         stats = self._collect(block, index, list(block.linears), advance=False)
         if self.keeper is not None:
             self.keeper.block(block.name, stats)
-        self._prune_all(block, stats, block_report)
+        self._prune_all(block, index, stats, block_report)
         self._advance(block, index)
 
-    def _prune_all(self, block: Block, stats: dict[str, LinearStatistics], block_report: BlockReport) -> None:
+    def _prune_all(
+        self, block: Block, index: int, stats: dict[str, LinearStatistics], block_report: BlockReport
+    ) -> None:
         for child in block.linears:
-            block_report.matrices.append(self._prune(block, child, stats[child]))
+            block_report.matrices.append(self._prune(block, index, child, stats[child]))
 
     # Order sequential, all tokens in one batch: each Linear is pruned the moment it is called and answers with its
     # pruned output, so that one forward serves statistics, masks and propagation. Where the metric does not ask for the
@@ -121,7 +137,7 @@ class Loop:
             if child in done:
                 raise InputError(f"{block.full_name(child)} is called twice in its block; use order='block'")
             if collector.stats[child].tokens:
-                done[child] = self._prune(block, child, collector.stats[child])
+                done[child] = self._prune(block, index, child, collector.stats[child])
 
         def before(child: str, x: Tensor) -> None:
             prune(child, x, None)
@@ -150,7 +166,7 @@ class Loop:
         for stage in self._stages(block, index):
             stats = self._collect(block, index, stage, advance=False)
             for child in stage:
-                done[child] = self._prune(block, child, stats[child])
+                done[child] = self._prune(block, index, child, stats[child])
         block_report.matrices.extend(done[child] for child in block.linears)
         self._advance(block, index)
 
@@ -205,19 +221,87 @@ class Loop:
         for block in self.source.blocks:
             self._finish(block, reports[block.name])
 
+    # Walks beside the pruning one, through dense blocks: to measure what each can give up, and to see what tuning aims
+    # at.
+
+    def _allocate(self) -> list[dict[str, int]]:
+        """How many weights of a row each matrix keeps; a resumed run reads what the first one found."""
+        if self.journal is not None and "keeps" in self.journal.notes:
+            return self.journal.notes["keeps"]
+        hidden = None if self.known is not None else self.hidden.fork(f"measure-{self.peers.rank}")
+        measures, shapes = [], []
+        for index in range(len(self.source.blocks)):
+            with self.source.hold(index) as block:
+                shapes.append({child: tuple(linear.weight.shape) for child, linear in block.linears.items()})
+                if self.known is not None:
+                    stats = self.known.block(block.name, self.device)
+                else:
+                    needs = measure_needs(self.config)
+                    stats = self._collect(block, index, list(block.linears), advance=True, hidden=hidden, needs=needs)
+                    hidden.turn()
+                measures.append(measure_block(block.linears, stats, self.config))
+        if hidden is not None:
+            hidden.remove()
+        keeps = allocate(measures, self.config, shapes)
+        if self.journal is not None:
+            self.journal.notes["keeps"] = keeps
+        return keeps
+
+    def _open_dense(self) -> HiddenStates:
+        """The states of the dense model: the pruned one's where nothing is pruned yet, or what a run left of them."""
+        name = f"dense-{self.peers.rank}"
+        if self.journal is not None and self.journal.finished:
+            return self.hidden.sibling(name)
+        return self.hidden.fork(name)
+
+    def _prune_and_tune(self, block: Block, index: int, block_report: BlockReport) -> None:
+        inputs = [self.hidden[i] for i in range(len(self.calls))]
+        targets = []
+        for i, call in enumerate(self.calls):
+            targets.append(run_block(block, self.dense[i], call.others[index]))
+            self.dense.put(i, targets[-1])
+        self._prune_block(block, index, block_report)
+        masks = {child: linear.weight != 0 for child, linear in block.linears.items()}
+        others = [call.others[index] for call in self.calls]
+        block_report.tuning = tune_block_(
+            block,
+            list(zip(inputs, others, strict=True)),
+            targets,
+            self.config,
+            masks,
+            [call.token_mask for call in self.calls],
+        )
+        for i, hidden in enumerate(inputs):
+            self.hidden.put(i, run_block(block, hidden, others[i]))
+
     # Shared steps
 
     def _collector(self, linears: dict[str, nn.Linear]) -> StatisticsCollector:
-        return StatisticsCollector(linears, self.needs, len(self.calls) * self.peers.size)
+        return StatisticsCollector(linears, self.config.needs, len(self.calls) * self.peers.size)
 
-    def _collect(self, block: Block, index: int, children: list[str], *, advance: bool) -> dict[str, LinearStatistics]:
-        """Statistics of the named Linears over all batches; with ``advance`` the outputs go on to the next block."""
-        with self._collector({child: block.linears[child] for child in children}) as collector:
+    def _collect(
+        self,
+        block: Block,
+        index: int,
+        children: list[str],
+        *,
+        advance: bool,
+        hidden: HiddenStates | None = None,
+        needs: frozenset[str] | None = None,
+    ) -> dict[str, LinearStatistics]:
+        """Statistics of the named Linears over all batches; with ``advance`` the outputs go on to the next block.
+
+        ``hidden`` and ``needs`` are for a walk beside the pruning one, with states and kinds of its own.
+        """
+        hidden = hidden or self.hidden
+        collector = self._collector({child: block.linears[child] for child in children})
+        collector.needs = needs or collector.needs
+        with collector:
             for i, call in enumerate(self.calls):
                 collector.token_mask = call.token_mask
-                output = run_block(block, self.hidden[i], call.others[index])
+                output = run_block(block, hidden[i], call.others[index])
                 if advance:
-                    self.hidden.put(i, output)
+                    hidden.put(i, output)
         self.peers.merge_(collector.stats, children, collector.empty)
         for child in children:
             self._check_seen(block, child, collector.stats)
@@ -236,15 +320,18 @@ class Loop:
                 f"{block.full_name(child)} saw no calibration token; give more or other calibration text, or skip it"
             )
 
-    def _prune(self, block: Block, child: str, stats: LinearStatistics) -> MatrixReport:
+    def _prune(self, block: Block, index: int, child: str, stats: LinearStatistics) -> MatrixReport:
         weight = block.linears[child].weight
         name = block.full_name(child)
+        keep = None if self.keeps is None else self.keeps[index][child]
         dense = self._dense_output(stats, weight)
         try:
-            prune_weight_(scored_weight(weight, stats, self.config), self.config)
+            solution = prune_linear_(weight, stats, self.config, keep)
         except ValueError as error:
             raise InputError(f"{name}: {error}") from error
-        return self._measure(name, weight, stats, dense, keep_budget(weight, self.config))
+        report = self._measure(name, weight, stats, dense, keep_budget(weight, self.config, keep))
+        report.solution = solution
+        return report
 
     def _check_finite(self, where: str) -> None:
         """Asks the GPU, once a block, whether an op met something not finite; on the CPU ops raise themselves."""

@@ -39,24 +39,52 @@ def _custom_score(metric: Callable, weight: Tensor, stats: LinearStatistics | No
     return score.to(weight.device, torch.float32).contiguous()
 
 
-def keep_budget(weight: Tensor, config: PruneConfig) -> int:
+def keep_of_group(shape: tuple[int, int], config: PruneConfig, keep: int | None = None) -> int:
+    """How many weights of one group, a row or a matrix, survive.
+
+    Args:
+        shape: the weight's rows and columns.
+        keep: how many of a row, in place of what ``config.sparsity`` says (see :mod:`ace_ext.allocation`).
+    """
+    rows, cols = shape
+    if config.group == "row":
+        return keep_count(cols, config.sparsity) if keep is None else keep
+    return keep_count(rows * cols, config.sparsity) if keep is None else rows * keep
+
+
+def keep_budget(weight: Tensor, config: PruneConfig, keep: int | None = None) -> int:
     """How many weights of a matrix survive (for the group ``model``: would, if each matrix had the same share)."""
     rows, cols = weight.shape
     if config.pattern is not None:
         return rows * (cols // config.pattern.group_m) * config.pattern.keep_n
-    if config.group == "row":
-        return rows * keep_count(cols, config.sparsity)
-    return keep_count(rows * cols, config.sparsity)
+    return keep_of_group((rows, cols), config, keep) * (rows if config.group == "row" else 1)
 
 
-def prune_weight_(scored: ScoredWeight, config: PruneConfig) -> None:
+def prune_weight_(scored: ScoredWeight, config: PruneConfig, keep: int | None = None) -> None:
     """Zeroes the weight's least important entries in place, compared within rows, the matrix, or N:M groups."""
     arguments = {"column": scored.column, "moment": scored.moment}
     if config.pattern is not None:
         ops.prune_nm_(scored.weight, scored.metric, config.pattern.keep_n, config.pattern.group_m, **arguments)
         return
-    size = scored.weight.shape[1] if config.group == "row" else scored.weight.numel()
-    ops.prune_topk_(scored.weight, scored.metric, keep_count(size, config.sparsity), group=config.group, **arguments)
+    keep_k = keep_of_group(tuple(scored.weight.shape), config, keep)
+    ops.prune_topk_(scored.weight, scored.metric, keep_k, group=config.group, **arguments)
+
+
+def metric_mask(scored: ScoredWeight, config: PruneConfig, keep: int | None = None) -> Tensor:
+    """``[rows, cols]`` bool, True where :func:`prune_weight_` would keep. The weight is left as it is."""
+    score = ops.score(scored.weight, scored.metric, scored.column, scored.moment)
+    if config.pattern is None:
+        return score_mask(score, keep_of_group(tuple(score.shape), config, keep), config.group)
+    kept = torch.ones_like(score, dtype=torch.bfloat16)
+    ops.prune_nm_by_score_(kept, score, config.pattern.keep_n, config.pattern.group_m)
+    return kept.bool()
+
+
+def score_mask(score: Tensor, keep_k: int, group: str = "row") -> Tensor:
+    """``[rows, cols]`` bool, True at the best ``keep_k`` of ``score [rows, cols]`` in each row or the ``"matrix"``."""
+    kept = torch.ones_like(score, dtype=torch.bfloat16)
+    ops.prune_by_score_(kept, score, keep_k, group)
+    return kept.bool()
 
 
 def prune_model_wide_(weights: list[ScoredWeight], sparsity: float) -> None:

@@ -12,7 +12,6 @@ import torch
 from .config import PruneConfig
 from .errors import InputError
 from .model_walk import Block
-from .scores import metric_needs
 from .shards import Shards
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -143,7 +142,7 @@ def estimate(
         hidden=tokens * hidden_width * itemsize if resident_hidden else 0,
         forward=batch * (4 * hidden_width + 4 * widest) * itemsize,
         statistics=count * (6 * 8 * width + 128 * width * itemsize),
-        solver=max(linear.weight.numel() for linear in linears) * 4 if "moment" in metric_needs(config.metric) else 0,
+        solver=max(linear.weight.numel() for linear in linears) * 4 if "moment" in config.needs else 0,
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .allocation import measure_needs
 from .calibration import CalibrationData, load_windows
 from .checkpoint import LoadedModel, check_output, load_model, load_tokenizer, local_folder
 from .config import PruneConfig
@@ -21,7 +22,6 @@ from .offload import OffloadedBlocks, skeleton
 from .progress import Progress
 from .ranks import Alone, Peers, Ranks, launched, share_of
 from .report import REPORT_NAME, PruneReport
-from .scores import metric_needs
 from .shards import Shards, copy_model, has_safetensors
 from .stats_file import SavedStatistics, StatisticsWriter
 from .texts import CALIBRATION, SELF, SOURCES, load_text
@@ -137,6 +137,9 @@ def check_options(config: PruneConfig, calibration: Calibration, options: RunOpt
         raise InputError(
             "calibration self needs the whole model in memory to write text; give another text with offload"
         )
+    if config.tune_epochs and (options.stats is not None or launched()):
+        what = "stats hold no inputs to train on" if options.stats is not None else "one process trains a block"
+        raise InputError(f"tune: {what}; leave out tune, or {'--stats' if options.stats else 'torchrun'}")
     if options.save_stats and options.stats:
         raise InputError("give save-stats or stats, not both")
     for name, given in (("save-stats", options.save_stats), ("stats", options.stats)):
@@ -159,7 +162,7 @@ def _prune(
     blocks = find_blocks(source.model, config.skip, check=not source.offloaded)
     check_pattern(blocks, config)
     names = {"files": fingerprint_of_files(source.files), "dtype": dtype}
-    known = SavedStatistics(options.stats, names, metric_needs(config.metric)) if options.stats else None
+    known = SavedStatistics(options.stats, names, _needs(config)) if options.stats else None
     data = None if known else calibration.load(source.tokenizer, None if source.offloaded else source.model)
     described = known.calibration if known else describe(data, calibration)
     fingerprint = {"version": __version__, "model": names, "calibration": described, "config": config.to_dict()}
@@ -190,7 +193,7 @@ def _prune(
         report = prune_model(source.model, tokens, config, surroundings=around)
         report.extra = {"model": model, "calibration": described}
         if keeper is not None:
-            keeper.finish(metric_needs(config.metric))
+            keeper.finish(config.needs)
         if peers.rank == 0:
             workspace.finish(report, REPORT_NAME)
         peers.wait()
@@ -201,6 +204,11 @@ def _prune(
         raise
     finally:
         workspace.close()
+
+
+def _needs(config: PruneConfig) -> frozenset[str]:
+    """The kinds of statistics that a run reads."""
+    return config.needs if config.allocation == "uniform" else config.needs | measure_needs(config)
 
 
 def describe(data: CalibrationData, calibration: Calibration) -> dict:

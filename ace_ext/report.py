@@ -11,6 +11,22 @@ FORMAT = 1
 
 
 @dataclass
+class Solution:
+    """What a solver did to one matrix. Losses are ``Σ_i e_i G e_iᵀ / Σ_i w_i G w_iᵀ``: the squared error of the outputs
+    against the dense ones, relative, on all calibration tokens as the solver's Gram matrix ``G`` weights them."""
+
+    solver: str
+    """``"swaps"``, ``"obs"``, ``"admm"``, or two of them in order, as in ``"swaps+admm"``."""
+    damping: float
+    """What the factorisation succeeded with, relative to the mean diagonal; 0 where nothing was factorised."""
+    attempts: int
+    """Factorisations tried, each with ten times the damping of the one before; 0 where none was needed."""
+    loss_before: float
+    """With the metric's mask and the weights untouched."""
+    loss_after: float
+
+
+@dataclass
 class MatrixReport:
     """One pruned matrix. Errors are those of its output on up to 128 calibration tokens, dense against pruned weight.
 
@@ -27,6 +43,8 @@ class MatrixReport:
     tokens: int
     relative_error: float
     cosine: float
+    solution: Solution | None = None
+    """None where the metric alone decided."""
 
     @property
     def size(self) -> int:
@@ -38,19 +56,31 @@ class MatrixReport:
 
 
 @dataclass
+class Tuning:
+    """The training of one block: the mean over tokens of ``‖output - target‖² / ‖target - input‖²``, the target being
+    the dense block's output. Equal where training did not lower it and was undone."""
+
+    loss_before: float
+    loss_after: float
+
+
+@dataclass
 class BlockReport:
     name: str
     seconds: float
     matrices: list[MatrixReport] = field(default_factory=list)
+    tuning: Tuning | None = None
 
     @classmethod
     def from_dict(cls, data: dict) -> "BlockReport":
         """From what ``dataclasses.asdict`` and JSON made of one."""
-        matrices = [
-            MatrixReport(**{**matrix, "shape": tuple(matrix["shape"])})
-            for matrix in ({k: v for k, v in m.items() if k != "sparsity"} for m in data["matrices"])
-        ]
-        return cls(**{**data, "matrices": matrices})
+        tuning = data.get("tuning")
+        return cls(
+            data["name"],
+            data["seconds"],
+            [_matrix_from_dict(matrix) for matrix in data["matrices"]],
+            None if tuning is None else Tuning(**tuning),
+        )
 
 
 @dataclass
@@ -111,6 +141,14 @@ class PruneReport:
             f"{self.seconds:.1f} s, peak memory {self.peak_memory_bytes / 2**30:.2f} GiB on {self.device}"
         )
         return "\n".join(lines)
+
+
+def _matrix_from_dict(data: dict) -> MatrixReport:
+    fields = {key: value for key, value in data.items() if key != "sparsity"}
+    fields["shape"] = tuple(fields["shape"])
+    if fields.get("solution") is not None:  # absent from reports written before there were solvers
+        fields["solution"] = Solution(**fields["solution"])
+    return MatrixReport(**fields)
 
 
 def versions() -> dict:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 INPUT, WEIGHTED, MOMENT = "input", "weighted", "moment"
 """Kinds of statistics: moments of the input; those weighted by ``r_t``; the cross moment ``Σ_t r_t² A_ti² X_tj²``."""
+GRAM, COSINE_GRAM = "gram", "cosine-gram"
+"""Two more, for the solvers: ``Σ_t X_t X_tᵀ``, and the same weighted by ``r_t``."""
 
 
 @dataclass(frozen=True)

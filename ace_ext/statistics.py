@@ -1,7 +1,7 @@
 """Streaming statistics of a block's Linear inputs, taken by forward hooks.
 
 Linears that are handed the very same tensor (q, k and v; gate and up) share one state of its moments. The weighted ones
-depend on each Linear's own output.
+depend on each Linear's own output. The plain Gram matrix is shared like the moments.
 """
 
 from dataclasses import dataclass, field
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .scores import INPUT, MOMENT, WEIGHTED
+from .gram import GramState
+from .scores import COSINE_GRAM, GRAM, INPUT, MOMENT, WEIGHTED
 
 
 class MomentState:
@@ -69,13 +70,16 @@ class LinearStatistics:
     input: MomentState | None
     weighted: MomentState | None
     moment: Tensor | None
+    gram: GramState | None = None
+    """``Σ_t X_t X_tᵀ``, or weighted by ``r_t`` for the kind ``COSINE_GRAM``."""
     tokens: int = 0
     probe: list[Tensor] = field(default_factory=list)
     """A few input rows of each batch, on which the report measures what pruning did to the output."""
 
-    def parts(self) -> dict[str, MomentState | Tensor | list[Tensor]]:
+    def parts(self) -> dict[str, MomentState | GramState | Tensor | list[Tensor]]:
         """What was collected, by kind, the probe included. Linears of one input hold the very same objects."""
-        kinds = {"input": self.input, "weighted": self.weighted, "moment": self.moment, "probe": self.probe}
+        kinds = {"input": self.input, "weighted": self.weighted, "moment": self.moment, "gram": self.gram}
+        kinds["probe"] = self.probe
         return {kind: value for kind, value in kinds.items() if value is not None}
 
     @property
@@ -133,7 +137,7 @@ class StatisticsCollector:
     @property
     def wants_output(self) -> bool:
         """Whether the statistics read a Linear's dense output, or its input alone."""
-        return bool(self.needs & {WEIGHTED, MOMENT})
+        return bool(self.needs & {WEIGHTED, MOMENT, COSINE_GRAM})
 
     def observe(self, name: str, x: Tensor, output: Tensor | None) -> None:
         """Adds one call of a Linear: its input ``[..., d_in]`` and output ``[..., d_out]`` with bias, or None where
@@ -151,13 +155,22 @@ class StatisticsCollector:
             stats.probe.append(rows[::step][: self._probe_rows].clone())
             if INPUT in self.needs:
                 stats.input.update(rows)
+            if GRAM in self.needs:
+                stats.gram.update(rows)
         if self.wants_output:
             bias = self.linears[name].bias
-            dense = self._tokens(output if bias is None else output - bias)
+            self._observe_output(stats, rows, self._tokens(output if bias is None else output - bias))
+
+    def _observe_output(self, stats: LinearStatistics, rows: Tensor, dense: Tensor) -> None:
+        """What depends on the Linear's own output ``dense [T, d_out]``, beside its input ``rows [T, d_in]``."""
+        if self.needs & {WEIGHTED, COSINE_GRAM}:
+            token_weight = ops.inverse_square_norm(dense)
             if WEIGHTED in self.needs:
-                stats.weighted.update(rows, ops.inverse_square_norm(dense))
-            if MOMENT in self.needs:
-                ops.update_cosine_moment_(stats.moment, rows, dense)
+                stats.weighted.update(rows, token_weight)
+            if COSINE_GRAM in self.needs:
+                stats.gram.update(rows, token_weight)
+        if MOMENT in self.needs:
+            ops.update_cosine_moment_(stats.moment, rows, dense)
 
     def empty(self, name: str) -> LinearStatistics:
         """Statistics of no token, of a Linear that was not called."""
@@ -175,9 +188,12 @@ class StatisticsCollector:
         rows, columns = self.linears[name].weight.shape
         moment = torch.zeros(rows, columns, device=device) if MOMENT in self.needs else None
         weighted = MomentState(columns, device) if WEIGHTED in self.needs else None
+        own_gram = COSINE_GRAM in self.needs or (GRAM in self.needs and leader == name)
+        gram = GramState(columns, device) if own_gram else None
         if leader != name:
-            return LinearStatistics(self.stats[leader].input, weighted, moment, probe=self.stats[leader].probe)
-        return LinearStatistics(MomentState(columns, device) if INPUT in self.needs else None, weighted, moment)
+            first = self.stats[leader]
+            return LinearStatistics(first.input, weighted, moment, gram or first.gram, probe=first.probe)
+        return LinearStatistics(MomentState(columns, device) if INPUT in self.needs else None, weighted, moment, gram)
 
     def _tokens(self, x: Tensor) -> Tensor:
         """``[T, d]`` without padded tokens. A mask that does not fit (an expert's own choice of tokens) is not used."""

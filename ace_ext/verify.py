@@ -43,6 +43,8 @@ def verify(folder: str | Path, load: bool = True) -> VerifyResult:
         nonzero += int(weight.count_nonzero())
         size += weight.numel()
     result.sparsity = 1 - nonzero / size if size else 0.0
+    if report.config.get("allocation", "uniform") != "uniform":
+        _check_allocation(report, result)
     if report.config["group"] == "model":
         _check_budget(nonzero, keep_count(size, report.config["sparsity"]), result)
     if load:
@@ -80,7 +82,8 @@ def _check_matrix(matrix: MatrixReport, weight: Tensor, config: dict, result: Ve
         groups = weight.unflatten(1, (-1, pattern.group_m)).count_nonzero(dim=2)
         _check_rows(matrix, groups.flatten(), pattern.keep_n, f"groups of {pattern.group_m}", result)
     elif config["group"] == "row":
-        keep = keep_count(weight.shape[1], config["sparsity"])
+        allocated = config.get("allocation", "uniform") != "uniform"
+        keep = matrix.keep // len(weight) if allocated else keep_count(weight.shape[1], config["sparsity"])
         _check_rows(matrix, weight.count_nonzero(dim=1), keep, "rows", result)
     elif config["group"] == "matrix" and total > matrix.keep:
         result.problems.append(f"{matrix.name}: {total} non-zeros, more than the {matrix.keep} to keep")
@@ -92,6 +95,16 @@ def _check_rows(matrix: MatrixReport, nonzero: Tensor, keep: int, what: str, res
     result.exact_rows += int((nonzero == keep).sum())
     if over:
         result.problems.append(f"{matrix.name}: {over} of {len(nonzero)} {what} keep more than {keep}")
+
+
+def _check_allocation(report: PruneReport, result: VerifyResult) -> None:
+    """Matrices may differ in what they keep, but not the model in all."""
+    budget = sum(
+        rows * keep_count(cols, report.config["sparsity"]) for rows, cols in (m.shape for m in report.matrices)
+    )
+    kept = sum(matrix.keep for matrix in report.matrices)
+    if kept != budget:
+        result.problems.append(f"model: keeps {kept} weights by its report, and the sparsity asks for {budget}")
 
 
 def _check_budget(nonzero: int, keep: int, result: VerifyResult) -> None:

@@ -46,6 +46,8 @@ class Workspace:
         self.model = self.folder / "model"
         self.finished = 0
         self.blocks: list[BlockReport] = []
+        self.notes: dict = {}
+        """Plain values that the loop found out and a resumed run needs again."""
         self._hidden: dict | None = None
         self._shards: Shards | None = None
         self._lock = None
@@ -96,6 +98,7 @@ class Workspace:
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
             found, self.finished, self._hidden = state["fingerprint"], state["finished"], state["hidden"]
+            self.notes = state["notes"]
             self.blocks = [BlockReport.from_dict(block) for block in state["blocks"]]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise InputError(f"resume: {path} is damaged ({error!r}); start over without --resume") from error
@@ -156,6 +159,7 @@ class Workspace:
             "fingerprint": self.fingerprint,
             "finished": self.finished,
             "hidden": hidden,
+            "notes": self.notes,
             "blocks": [asdict(block) for block in self.blocks],
         }
         part = self.folder / "state.json.part"

@@ -1,7 +1,10 @@
+from dataclasses import fields
+
 import pytest
 
 from ace_ext import InputError, PruneConfig, SparsityPattern
 from ace_ext.config import keep_count
+from ace_ext.scores import COSINE_GRAM, GRAM, INPUT, WEIGHTED
 
 
 @pytest.mark.parametrize(
@@ -45,9 +48,67 @@ def test_group_model_walks_dense_blocks():
         ({"group": "column"}, r"group must be one of row, matrix, model"),
         ({"order": "random"}, r"order must be one of block, sequential"),
         ({"group": "model", "order": "sequential"}, r"order must be block"),
-        ({"batch_tokens": 0}, r"batch_tokens must be at least 1"),
+        ({"batch_tokens": 0}, r"batch_tokens must be a whole number of at least 1 \(got 0\)"),
+        ({"refine": "greedy"}, r"refine must be one of None, swaps \(got 'greedy'\)"),
+        ({"update": "gptq"}, r"update must be one of None, obs, admm \(got 'gptq'\)"),
+        ({"update": "obs", "gram": "cos"}, r"gram must be one of plain, cosine"),
+        ({"gram": "cosine"}, r"gram cosine weights the errors of refine or update"),
+        ({"update": "admm", "damping": -0.1}, r"damping must be .* 0 or more \(got -0.1\)"),
+        ({"update": "admm", "damping": float("inf")}, r"damping must be .* \(got inf\)"),
+        ({"damping": 0.1}, r"damping needs update obs or admm"),
+        ({"refine": "swaps", "damping": 0.1}, r"damping needs update obs or admm"),
+        ({"iterations": 0}, r"iterations must be a whole number of at least 1"),
+        ({"iterations": 1.5}, r"iterations must be a whole number of at least 1 \(got 1.5\)"),
+        ({"saliency": "loss"}, r"saliency must be one of magnitude, obs"),
+        ({"max_swaps": 0}, r"max_swaps must be a whole number of at least 1"),
+        ({"refine": "swaps", "group": "matrix"}, r"swaps compares within rows .*'matrix'"),
+        ({"update": "admm", "group": "matrix"}, r"admm compares within rows .*'matrix'"),
+        ({"refine": "swaps", "update": "obs", "group": "matrix"}, r"swaps\+obs compares within rows .*'matrix'"),
+        ({"refine": "swaps", "group": "model"}, r"swaps compares within rows .*'model'"),
+        ({"update": "obs", "group": "model"}, r"obs compares within rows .*'model'"),
+        ({"tune_epochs": -1}, r"tune_epochs must be a whole number of at least 0"),
+        ({"tune_lr": 0.0}, r"tune_lr must be more than 0"),
+        ({"tune_lr": float("nan")}, r"tune_lr must be more than 0 \(got nan\)"),
+        ({"tune_epochs": 1, "group": "model"}, r"tune_epochs trains block after block"),
+        ({"allocation": "even"}, r"allocation must be one of uniform, owl, error"),
+        ({"allocation": "owl", "allocation_range": 0.0}, r"allocation_range must be .* between 0 and 1 \(got 0.0\)"),
+        ({"allocation": "owl", "pattern": "2:4"}, r"allocation owl cannot move weights between N:M groups"),
+        ({"allocation": "error", "group": "model"}, r"group model itself allocates"),
     ],
 )
 def test_bad_values_are_named(arguments, message):
     with pytest.raises(InputError, match=message):
         PruneConfig(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "solver", "damping"),
+    [
+        ({}, "", None),
+        ({"refine": "swaps", "pattern": "2:4"}, "swaps", None),
+        ({"update": "obs", "group": "matrix"}, "obs", 0.01),
+        ({"update": "admm", "metric": lambda weight, stats: weight.abs()}, "admm", 0.1),
+        ({"refine": "swaps", "update": "admm", "damping": 0.0}, "swaps+admm", 0.0),
+    ],
+    ids=str,
+)
+def test_solvers_and_their_damping(arguments, solver, damping):
+    config = PruneConfig(**arguments)
+    assert (config.solver, config.used_damping, config.to_dict()["damping"]) == (solver, damping, damping)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needs"),
+    [
+        ({"metric": "wanda"}, {INPUT}),
+        ({"metric": "wanda", "update": "admm"}, {INPUT, GRAM}),
+        ({"refine": "swaps", "gram": "cosine"}, {INPUT, WEIGHTED, COSINE_GRAM}),
+    ],
+    ids=str,
+)
+def test_only_solvers_need_a_gram_matrix(arguments, needs):
+    assert PruneConfig(**arguments).needs == needs
+
+
+def test_to_dict_holds_every_setting():
+    assert set(PruneConfig().to_dict()) == {field.name for field in fields(PruneConfig)}

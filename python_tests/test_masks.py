@@ -2,7 +2,14 @@ import pytest
 import torch
 
 from ace_ext import InputError, PruneConfig, reference
-from ace_ext.masks import ScoredWeight, keep_budget, prune_model_wide_, prune_weight_, scored_weight
+from ace_ext.masks import (
+    ScoredWeight,
+    keep_budget,
+    metric_mask,
+    prune_model_wide_,
+    prune_weight_,
+    scored_weight,
+)
 
 
 def magnitude(weight):
@@ -17,6 +24,26 @@ def test_budget_is_what_survives(config):
     weight = torch.randn(7, 12)
     prune_weight_(magnitude(weight), config)
     assert int(weight.count_nonzero()) == keep_budget(weight, config)
+
+
+@pytest.mark.parametrize("keep", [None, 0, 5, 12])
+@pytest.mark.parametrize("group", ["row", "matrix"])
+def test_keep_of_a_row_replaces_the_sparsity(group, keep):
+    config = PruneConfig("magnitude", group=group, sparsity=0.25)
+    weight = torch.randn(7, 12)
+    prune_weight_(magnitude(weight), config, keep)
+    assert int(weight.count_nonzero()) == keep_budget(weight, config, keep) == 7 * (9 if keep is None else keep)
+
+
+@pytest.mark.parametrize(
+    "config", [{"sparsity": 0.3}, {"group": "matrix", "sparsity": 0.7}, {"pattern": "1:4"}], ids=str
+)
+def test_metric_mask_is_what_pruning_keeps(config):
+    config = PruneConfig("magnitude", **config)
+    weight = (torch.randn(7, 12) * 2).round() / 2 + 0.25  # ties, no zeros
+    mask = metric_mask(magnitude(weight), config)
+    prune_weight_(magnitude(weight), config)
+    assert torch.equal(mask, weight != 0)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.2, 0.5, 0.93, 1.0])

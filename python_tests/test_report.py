@@ -3,7 +3,7 @@ import subprocess
 import sys
 import tempfile
 
-from ace_ext.report import BlockReport, MatrixReport, PruneReport, versions
+from ace_ext.report import BlockReport, MatrixReport, PruneReport, Solution, Tuning, versions
 
 
 def make_report() -> PruneReport:
@@ -20,6 +20,19 @@ def test_json_keeps_everything():
     data = json.loads(report.to_json())
     assert data["sparsity"] == 1 - 31 / 64
     assert data["blocks"][1]["matrices"][0]["sparsity"] == 1 - 15 / 32
+
+
+def test_json_keeps_a_solution():
+    report = make_report()
+    report.matrices[0].solution = Solution("swaps+admm", 0.1, 1, 0.5, 0.25)
+    assert PruneReport.from_json(report.to_json()) == report
+    assert report.matrices[1].solution is None
+
+
+def test_json_keeps_a_tuning():
+    report = make_report()
+    report.blocks[1].tuning = Tuning(0.5, 0.25)
+    assert PruneReport.from_json(report.to_json()) == report
 
 
 def test_table_averages_over_blocks():

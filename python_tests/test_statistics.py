@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from ace_ext import reference
-from ace_ext.scores import INPUT, METRICS, MOMENT, WEIGHTED, column_factor
+from ace_ext.scores import COSINE_GRAM, GRAM, INPUT, METRICS, MOMENT, WEIGHTED, column_factor
 from ace_ext.statistics import MomentState, StatisticsCollector
 
-ALL = frozenset({INPUT, WEIGHTED, MOMENT})
+ALL = frozenset({INPUT, WEIGHTED, MOMENT, COSINE_GRAM})
 
 
 class Pair(nn.Module):
@@ -62,6 +62,24 @@ def test_one_input_is_counted_once(block):
     assert stats["k"].tokens == 6
 
 
+def test_plain_gram_is_counted_once(block):
+    x = torch.randn(2, 3, 6)
+    stats = collect(block, [x], needs=frozenset({GRAM})).stats
+    assert stats["q"].gram is stats["k"].gram
+    assert stats["q"].gram is not stats["o"].gram
+    assert stats["k"].gram.tokens == 6
+    torch.testing.assert_close(stats["k"].gram.matrix, x.flatten(0, 1).T @ x.flatten(0, 1))
+
+
+def test_cosine_gram_weights_by_each_output_without_bias(block):
+    x = torch.randn(2, 3, 6)
+    stats = collect(block, [x[:1], x[1:]], needs=frozenset({COSINE_GRAM})).stats
+    rows = x.flatten(0, 1)
+    for name in ("q", "k"):
+        r = reference.inverse_square_norm(rows @ getattr(block, name).weight.T).float()
+        torch.testing.assert_close(stats[name].gram.matrix, (r[:, None] * rows).T @ rows)
+
+
 def test_padded_tokens_do_not_count(block):
     x = torch.randn(1, 6, 6)
     mask = torch.tensor([True, True, False, True, False, False])
@@ -71,12 +89,14 @@ def test_padded_tokens_do_not_count(block):
     torch.testing.assert_close(masked.norm, alone.norm)
     torch.testing.assert_close(masked.weighted_deviation, alone.weighted_deviation)
     torch.testing.assert_close(masked.moment, alone.moment)
+    torch.testing.assert_close(masked.gram.matrix, alone.gram.matrix)
 
 
 def test_only_what_is_needed_is_kept(block):
     stats = collect(block, [torch.randn(1, 2, 6)], needs=frozenset({INPUT})).stats["q"]
     assert stats.weighted is None
     assert stats.moment is None
+    assert stats.gram is None
 
 
 def test_probe_is_bounded(block):

@@ -16,7 +16,15 @@ def write(path, **config):
 
 @pytest.mark.parametrize(
     "config",
-    [{}, {"pattern": "2:4"}, {"group": "matrix"}, {"group": "model"}, {"sparsity": 0.0}, {"sparsity": 0.9}],
+    [
+        {},
+        {"pattern": "2:4"},
+        {"group": "matrix"},
+        {"group": "model"},
+        {"allocation": "error"},
+        {"sparsity": 0.0},
+        {"sparsity": 0.9},
+    ],
     ids=str,
 )
 def test_sound_folders(tmp_path, config):

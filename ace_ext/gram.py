@@ -1,0 +1,155 @@
+"""The Gram matrix of a Linear's inputs, ``G = Σ_t w_t X_t X_tᵀ``, and the factorisations that the solvers share.
+
+With it the weights ``e`` removed from a row cost ``e G eᵀ``, the squared error of that row's output. ``w_t = 1``
+counts every token alike; ``w_t = r_t = 1 / ‖A_t‖²``, ``A`` the dense output, makes it the error relative to the token's
+output.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+
+RHO = 1.0
+"""ADMM's penalty, on a Gram matrix normalised to a diagonal of ones."""
+MAX_ATTEMPTS = 8
+LEAST_DAMPING = 1e-6
+"""What a factorisation that failed undamped is tried with next."""
+
+
+@dataclass(frozen=True)
+class ObsFactor:
+    """For the column-by-column update."""
+
+    upper: Tensor  # [d, d] float32, upper triangular: (G + damping)⁻¹ = upperᵀ upper
+    dead: Tensor  # [d] bool: inputs that were never other than zero
+    damping: float  # relative to the mean diagonal, as it succeeded
+    attempts: int
+
+
+@dataclass(frozen=True)
+class AdmmFactor:
+    """For ADMM, on columns divided by ``norm``, so that G's diagonal is 1: ``H = G / norm / normᵀ + damping``."""
+
+    norm: Tensor  # [d] float32: sqrt(G_jj), 1 for a dead column
+    hessian: Tensor  # [d, d] float32: H
+    inverse: Tensor  # [d, d] float32: (H + RHO)⁻¹
+    inverse_diagonal: Tensor  # [d] float32: the diagonal of H⁻¹
+    dead: Tensor  # [d] bool
+    damping: float
+    attempts: int
+
+
+class GramState:
+    """Running ``matrix [d, d]`` float32, a sum and not a mean, of the tokens seen so far, and their number.
+
+    Linears that share a state share its factorisations too: the first to ask pays.
+
+    Products obey ``torch.backends.cuda.matmul``. With TF32 allowed there (it is not by default) factors are rounded to
+    10 bits of mantissa and still summed in float32: unweighted bfloat16 and float16 inputs lose nothing, others a
+    relative 2⁻¹¹ an entry, far below the damping.
+    """
+
+    CHUNK_TOKENS = 4096
+    """How many tokens are widened to float32 at a time."""
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
+        self.matrix = torch.zeros(columns, columns, device=device)
+        self.tokens = 0
+        self._factors: dict[tuple[str, float], ObsFactor | AdmmFactor] = {}
+
+    def update(self, x: Tensor, token_weight: Tensor | None = None) -> None:
+        """Adds tokens ``x [T, d]``, each of weight ``token_weight [T]`` float32, not negative, or 1."""
+        for start in range(0, len(x), self.CHUNK_TOKENS):
+            part = slice(start, start + self.CHUNK_TOKENS)
+            rows = x[part].float()
+            if token_weight is not None:
+                rows = rows * token_weight[part].sqrt()[:, None]
+            self.matrix.addmm_(rows.T, rows)
+        self.tokens += len(x)
+        self._factors.clear()
+
+    def merge_(self, other: "GramState") -> None:
+        """Adds another state's tokens, as those of a data-parallel rank."""
+        self.matrix += other.matrix.to(self.matrix.device)
+        self.tokens += other.tokens
+        self._factors.clear()
+
+    def relative_loss(self, dense: Tensor, pruned: Tensor) -> float:
+        """``Σ_i e_i G e_iᵀ / Σ_i w_i G w_iᵀ`` for ``w = dense [rows, d]`` float32 and ``e = pruned - dense``; 0 where
+        the dense output is zero on every token."""
+        total = self._energy(dense)
+        return self._energy(pruned - dense) / total if total > 0 else 0.0
+
+    def _energy(self, rows: Tensor) -> float:
+        return float(((rows @ self.matrix) * rows).sum(dtype=torch.float64))
+
+    def obs_factor(self, damping: float) -> ObsFactor:
+        """Raises: InputError, as :func:`_inverse_factor` does."""
+        key = ("obs", damping)
+        if key not in self._factors:
+            self._factors[key] = self._make_obs_factor(damping)
+        return self._factors[key]
+
+    def admm_factor(self, damping: float) -> AdmmFactor:
+        """Raises: InputError, as :func:`_inverse_factor` does."""
+        key = ("admm", damping)
+        if key not in self._factors:
+            self._factors[key] = self._make_admm_factor(damping)
+        return self._factors[key]
+
+    def _make_obs_factor(self, damping: float) -> ObsFactor:
+        matrix = self.matrix.double()
+        diagonal = matrix.diagonal()
+        dead = diagonal == 0
+        diagonal[dead] = 1.0 if bool(dead.all()) else diagonal[~dead].mean()
+        upper, damping, attempts = _inverse_factor(matrix, damping)
+        return ObsFactor(upper.float().contiguous(), dead, damping, attempts)
+
+    def _make_admm_factor(self, damping: float) -> AdmmFactor:
+        matrix = self.matrix.double()
+        dead = matrix.diagonal() == 0
+        norm = matrix.diagonal().sqrt().masked_fill(dead, 1.0)
+        matrix /= norm
+        matrix /= norm[:, None]
+        matrix.diagonal()[dead] = 1.0
+        upper, damping, attempts = _inverse_factor(matrix, damping)
+        inverse_diagonal = upper.square().sum(0)
+        del upper
+        matrix.diagonal().add_(damping)
+        shifted = matrix.clone()
+        shifted.diagonal().add_(RHO)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+        return AdmmFactor(
+            norm.float(), matrix.float(), inverse.float(), inverse_diagonal.float(), dead, damping, attempts
+        )
+
+
+def _inverse_factor(matrix: Tensor, damping: float) -> tuple[Tensor, float, int]:
+    """``upper [d, d]`` with ``(matrix + damping · mean diagonal)⁻¹ = upperᵀ upper``, the damping and the attempts.
+
+    Cholesky's ``L Lᵀ`` of the matrix with its order reversed is, reversed back, ``R Rᵀ`` with R upper triangular, and
+    ``upper = R⁻¹``: one factorisation, where that of an explicit inverse takes three steps and may fail at the last.
+
+    Args:
+        matrix: ``[d, d]`` float64, symmetric, its diagonal positive. Left as it is.
+
+    Raises:
+        InputError: if it is not positive definite (say by rounding, with fewer tokens than columns) with any damping
+            up to 10⁷ times the one asked for.
+    """
+    mean = matrix.diagonal().mean()
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        lower, failed = torch.linalg.cholesky_ex((matrix + damping * mean * identity).flip(0, 1))
+        if not failed:
+            upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            if torch.isfinite(upper).all():
+                return upper, damping, attempt
+        last, damping = damping, max(10 * damping, LEAST_DAMPING)
+    raise InputError(
+        f"the Gram matrix of the inputs must become positive definite by damping (got none with up to {last:g} of its "
+        f"mean diagonal of {float(mean):g}); look for NaN or overflow in the activations"
+    )

@@ -1,0 +1,117 @@
+"""The Gram matrix against float64, and its factorisations against explicit inverses."""
+
+import pytest
+import torch
+
+from ace_ext import InputError
+from ace_ext.gram import MAX_ATTEMPTS, RHO, GramState
+
+
+def make_state(tokens=40, columns=9, seed=0) -> tuple[GramState, torch.Tensor]:
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed))
+    state = GramState(columns)
+    state.update(x)
+    return state, x
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_matrix_is_the_weighted_sum(monkeypatch, dtype, weighted, random):
+    monkeypatch.setattr(GramState, "CHUNK_TOKENS", 7)  # 20 tokens: two whole chunks and a rest
+    x = torch.randn(20, 5, generator=random).to(dtype)
+    weight = torch.rand(20, generator=random) if weighted else None
+    state = GramState(5)
+    state.update(x[:1], None if weight is None else weight[:1])
+    state.update(x[1:], None if weight is None else weight[1:])
+    wide = x.double() * (1.0 if weight is None else weight.double().sqrt()[:, None])
+    torch.testing.assert_close(state.matrix.double(), wide.T @ wide, rtol=1e-5, atol=1e-5)
+    assert state.tokens == 20
+
+
+def test_merged_ranks_are_one_state():
+    whole, x = make_state()
+    first, second = GramState(9), GramState(9)
+    first.update(x[:13])
+    second.update(x[13:])
+    first.merge_(second)
+    torch.testing.assert_close(first.matrix, whole.matrix)
+    assert first.tokens == whole.tokens
+
+
+def test_relative_loss_is_that_of_the_outputs(random):
+    state, x = make_state()
+    dense, pruned = torch.randn(4, 9, generator=random), torch.randn(4, 9, generator=random)
+    expected = float((x @ (pruned - dense).T).square().sum() / (x @ dense.T).square().sum())
+    assert state.relative_loss(dense, pruned) == pytest.approx(expected, rel=1e-5)
+
+
+def test_relative_loss_of_no_output_is_nothing():
+    state, _ = make_state()
+    assert state.relative_loss(torch.zeros(2, 9), torch.zeros(2, 9)) == 0.0
+
+
+def test_obs_factor_is_that_of_the_inverse():
+    state, x = make_state()
+    factor = state.obs_factor(0.01)
+    gram = x.double().T @ x.double()
+    gram += 0.01 * gram.diagonal().mean() * torch.eye(9)
+    expected = torch.linalg.cholesky(torch.linalg.inv(gram), upper=True)
+    torch.testing.assert_close(factor.upper.double(), expected, rtol=1e-4, atol=1e-6)
+    assert (factor.damping, factor.attempts) == (0.01, 1)
+
+
+def test_admm_factor_is_of_normalised_columns():
+    state, x = make_state()
+    factor = state.admm_factor(0.1)
+    gram = x.double().T @ x.double()
+    norm = gram.diagonal().sqrt()
+    hessian = gram / norm / norm[:, None] + 0.1 * torch.eye(9)
+    torch.testing.assert_close(factor.norm.double(), norm)
+    torch.testing.assert_close(factor.hessian.double(), hessian)
+    torch.testing.assert_close(factor.inverse.double(), torch.linalg.inv(hessian + RHO * torch.eye(9)))
+    torch.testing.assert_close(factor.inverse_diagonal.double(), torch.linalg.inv(hessian).diagonal())
+
+
+def test_factors_are_shared_until_more_tokens_come():
+    state, x = make_state()
+    first = state.obs_factor(0.01), state.admm_factor(0.1)
+    assert (state.obs_factor(0.01), state.admm_factor(0.1)) == first
+    assert state.obs_factor(0.02) is not first[0]
+    state.update(x)
+    assert state.obs_factor(0.01) is not first[0]
+    assert state.admm_factor(0.1) is not first[1]
+
+
+@pytest.mark.parametrize("kind", ["obs_factor", "admm_factor"])
+def test_fewer_tokens_than_columns_are_damped_until_it_works(kind):
+    state, _ = make_state(tokens=3)
+    factor = getattr(state, kind)(0.0)
+    assert factor.attempts > 1
+    assert factor.damping == pytest.approx(1e-6 * 10 ** (factor.attempts - 2))
+
+
+@pytest.mark.parametrize("kind", ["obs_factor", "admm_factor"])
+def test_dead_columns_are_told(kind):
+    state, x = make_state()
+    x[:, 4] = 0
+    state = GramState(9)
+    state.update(x)
+    factor = getattr(state, kind)(0.01)
+    assert factor.dead.nonzero().flatten().tolist() == [4]
+    assert factor.attempts == 1
+
+
+@pytest.mark.parametrize("kind", ["obs_factor", "admm_factor"])
+def test_what_no_damping_mends_is_an_error(kind):
+    state, x = make_state()
+    x[0, 0] = float("inf")
+    state.update(x)
+    with pytest.raises(InputError, match="Gram matrix of the inputs must become positive definite"):
+        getattr(state, kind)(0.01)
+
+
+def test_attempts_are_bounded():
+    state, _ = make_state()
+    state.matrix[:] = -1.0
+    state.matrix.diagonal()[:] = 1e-30  # negative whatever the damping
+    with pytest.raises(InputError, match=rf"up to {1e-2 * 10 ** (MAX_ATTEMPTS - 1):g} of its mean diagonal"):
+        state.obs_factor(0.01)

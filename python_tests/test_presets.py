@@ -1,0 +1,31 @@
+import pytest
+
+from ace_ext import InputError, PruneConfig
+from ace_ext.presets import PRESETS, PUBLISHED, preset_config
+
+
+@pytest.mark.parametrize("name", PRESETS | PUBLISHED)
+@pytest.mark.parametrize("settings", [{}, {"sparsity": 0.6}, {"pattern": "2:4"}], ids=str)
+def test_presets_are_valid_whatever_is_pruned(name, settings):
+    config = preset_config(name, **settings)
+    assert config.sparsity == settings.get("sparsity", 0.5)
+    assert config.group == ("matrix" if name == "sparsegpt" and "pattern" not in settings else "row")
+
+
+def test_names_are_unique():
+    assert not PRESETS.keys() & PUBLISHED.keys()
+
+
+def test_the_quickest_is_the_default():
+    assert preset_config("fast") == PruneConfig()
+
+
+def test_settings_win():
+    assert preset_config("best", tune_epochs=2, order="block") == PruneConfig(
+        update="admm", tune_epochs=2, order="block"
+    )
+
+
+def test_unknown_names_are_told():
+    with pytest.raises(InputError, match=r"preset must be one of fast, balanced, best, wanda.*'turbo'"):
+        preset_config("turbo")

@@ -1,0 +1,197 @@
+"""Solvers against their definitions in float64: explicit inverses for obs, least squares for admm."""
+
+import pytest
+import torch
+
+from ace_ext import InputError, PruneConfig, ops, solvers
+from ace_ext.gram import GramState
+from ace_ext.masks import keep_budget, metric_mask, scored_weight
+from ace_ext.solvers import prune_linear_
+from ace_ext.statistics import LinearStatistics, MomentState
+
+ROWS, COLS, TOKENS = 6, 24, 50
+
+SETTINGS = [
+    {"refine": "swaps"},
+    {"update": "obs"},
+    {"update": "obs", "group": "matrix"},
+    {"update": "admm"},
+    {"update": "admm", "saliency": "magnitude"},
+    {"update": "admm", "iterations": 1},
+    {"refine": "swaps", "update": "obs"},
+    {"refine": "swaps", "update": "admm"},
+]
+PATTERNS = [{key: value for key, value in s.items() if key != "group"} | {"pattern": "2:4"} for s in SETTINGS]
+
+
+def make_case(dtype=torch.float32, columns=COLS, tokens=TOKENS, seed=0):
+    """A weight and the statistics of correlated inputs, of which some are much larger than others."""
+    random = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=random) / columns**0.5 + torch.eye(columns)
+    x = torch.randn(tokens, columns, generator=random) @ mix * (torch.rand(columns, generator=random) * 3).exp()
+    weight = torch.randn(ROWS, columns, generator=random).to(dtype)
+    return weight, x, statistics_of(x, weight)
+
+
+def statistics_of(x, weight) -> LinearStatistics:
+    token_weight = ops.inverse_square_norm(x @ weight.float().T)
+    stats = LinearStatistics(MomentState(x.shape[1]), MomentState(x.shape[1]), None, GramState(x.shape[1]), len(x))
+    stats.input.update(x)
+    stats.weighted.update(x, token_weight)
+    stats.gram.update(x)
+    return stats
+
+
+def group_counts(weight, config):
+    kept = (weight != 0).int()
+    if config.pattern:
+        return kept.view(-1, config.pattern.group_m).sum(1)
+    return kept.sum(1) if config.group == "row" else kept.sum()
+
+
+@pytest.mark.parametrize("setting", SETTINGS + PATTERNS, ids=str)
+def test_every_solver_keeps_exactly_k_and_beats_the_metric(setting, dtype):
+    weight, x, stats = make_case(dtype)
+    dense = weight.clone()
+    config = PruneConfig(**setting)
+    solution = prune_linear_(weight, stats, config)
+    assert weight.dtype == dtype
+    assert int((weight != 0).sum()) == keep_budget(weight, config)
+    if config.group == "row":
+        assert len(set(group_counts(weight, config).tolist())) == 1
+    assert not torch.signbit(weight[weight == 0]).any()
+    error = float((x @ (weight - dense).float().T).square().sum() / (x @ dense.float().T).square().sum())
+    assert solution.loss_after == pytest.approx(error, rel=1e-3)
+    assert solution.loss_after < solution.loss_before
+    assert solution.solver == config.solver
+
+
+@pytest.mark.parametrize("setting", [s for s in SETTINGS if "group" not in s], ids=str)
+@pytest.mark.parametrize("keep", [0, 1, 7, COLS])
+def test_keep_replaces_the_sparsity(setting, keep):
+    weight, _, stats = make_case()
+    dense = weight.clone()
+    prune_linear_(weight, stats, PruneConfig(**setting), keep)
+    assert ((weight != 0).sum(1) == keep).all()
+    if keep == COLS:
+        assert torch.equal(weight, dense)
+
+
+def test_keep_replaces_the_sparsity_of_the_metric_alone():
+    for group in ("row", "matrix"):
+        weight, _, stats = make_case()
+        assert prune_linear_(weight, stats, PruneConfig(group=group), 5) is None
+        assert int((weight != 0).sum()) == 5 * ROWS
+
+
+@pytest.mark.parametrize("setting", [{}, {"refine": "swaps"}], ids=str)
+def test_without_update_kept_weights_are_untouched(setting):
+    weight, _, stats = make_case()
+    dense = weight.clone()
+    prune_linear_(weight, stats, PruneConfig(**setting))
+    assert torch.equal(weight, torch.where(weight != 0, dense, torch.zeros(())))
+
+
+def explicit_obs(dense, mask, gram, damping):
+    """SparseGPT by its definition: each removed weight is compensated by the inverse over the columns from it on."""
+    weight, hessian = dense.double().clone(), gram.double()
+    hessian = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian))
+    for column in range(weight.shape[1]):
+        inverse = torch.linalg.inv(hessian[column:, column:])
+        removed = torch.where(mask[:, column], 0.0, weight[:, column])
+        weight[:, column:] -= removed[:, None] / inverse[0, 0] * inverse[0]
+        weight[~mask[:, column], column] = 0.0
+    return weight
+
+
+@pytest.mark.parametrize("columns", [8, 20])  # one block; two and a rest
+def test_obs_equals_explicit_inverses(monkeypatch, columns):
+    monkeypatch.setattr(solvers, "OBS_BLOCK", 8)
+    weight, _, stats = make_case(columns=columns)
+    dense = weight.clone()
+    prune_linear_(weight, stats, PruneConfig(update="obs"))
+    expected = explicit_obs(dense, weight != 0, stats.gram.matrix, 0.01)
+    torch.testing.assert_close(weight.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_obs_shares_of_the_blocks_add_up(monkeypatch):
+    monkeypatch.setattr(solvers, "OBS_BLOCK", 8)
+    weight, _, stats = make_case(columns=20)
+    prune_linear_(weight, stats, PruneConfig(update="obs", sparsity=0.45))
+    assert ((weight != 0).sum(1) == 11).all()
+    assert [int((part != 0).sum()) for part in weight.split(8, 1)] == [4 * ROWS, 4 * ROWS, 3 * ROWS]
+
+
+def test_obs_blocks_hold_whole_groups(monkeypatch):
+    monkeypatch.setattr(solvers, "OBS_BLOCK", 8)
+    weight, _, stats = make_case(columns=21)
+    config = PruneConfig(update="obs", pattern="1:3")
+    prune_linear_(weight, stats, config)
+    assert (group_counts(weight, config) == 1).all()
+
+
+def test_admm_with_its_mask_fixed_nears_least_squares():
+    weight, _, stats = make_case()
+    config = PruneConfig(update="admm", iterations=3000, damping=0.1)
+    factor = stats.gram.admm_factor(0.1)
+    mask = metric_mask(scored_weight(weight, stats, config), config)
+    found = solvers._admm(weight, mask, factor, config, None) * factor.norm
+    hessian, dense = factor.hessian.double(), (weight * factor.norm).double()
+    for row in range(ROWS):
+        kept = mask[row]
+        best = torch.linalg.solve(hessian[kept][:, kept], (hessian @ dense[row])[kept])
+        torch.testing.assert_close(found[row, kept].double(), best, rtol=1e-2, atol=1e-2 * float(best.abs().max()))
+
+
+def test_admm_saliency_changes_the_mask():
+    masks = []
+    for saliency in ("magnitude", "obs"):
+        weight, _, stats = make_case()
+        prune_linear_(weight, stats, PruneConfig(update="admm", saliency=saliency))
+        masks.append(weight != 0)
+    assert not torch.equal(*masks)
+
+
+@pytest.mark.parametrize("update", ["obs", "admm"])
+def test_an_update_keeps_the_refined_mask(update):
+    weight, _, stats = make_case()
+    other = weight.clone()
+    prune_linear_(weight, stats, PruneConfig(refine="swaps"))
+    prune_linear_(other, stats, PruneConfig(refine="swaps", update=update))
+    assert torch.equal(weight != 0, other != 0)
+    assert not torch.equal(weight, other)
+
+
+@pytest.mark.parametrize("update", ["obs", "admm"])
+def test_dead_inputs_get_no_weight(update):
+    weight, x, _ = make_case()
+    x[:, [0, 5]] = 0
+    prune_linear_(weight, statistics_of(x, weight), PruneConfig(update=update, sparsity=0.05))
+    assert (weight[:, [0, 5]] == 0).all()
+    assert torch.isfinite(weight).all()
+
+
+@pytest.mark.parametrize("update", ["obs", "admm"])
+def test_inputs_that_are_all_zero_lose_nothing(update):
+    weight, x, _ = make_case()
+    stats = statistics_of(torch.zeros_like(x), weight)
+    assert prune_linear_(weight, stats, PruneConfig("wanda", update=update)).loss_after == 0.0
+
+
+@pytest.mark.parametrize("update", ["obs", "admm"])
+def test_rank_deficiency_is_told_and_no_identity(update):
+    weight, _, stats = make_case(tokens=5)
+    solution = prune_linear_(weight, stats, PruneConfig(update=update, damping=0.0))
+    assert solution.attempts > 1
+    assert solution.damping > 0
+    assert solution.loss_after < solution.loss_before
+
+
+@pytest.mark.parametrize("update", ["obs", "admm"])
+def test_a_failure_leaves_the_weight(update):
+    weight, _, stats = make_case()
+    dense = weight.clone()
+    stats.gram.matrix[0, 0] = float("nan")
+    with pytest.raises(InputError, match="Gram matrix"):
+        prune_linear_(weight, stats, PruneConfig(update=update))
+    assert torch.equal(weight, dense)

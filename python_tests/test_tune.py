@@ -1,0 +1,129 @@
+"""Block training on real decoder blocks of tiny models."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import DENSE_FAMILIES, make_model, make_tokens
+
+from ace_ext import PruneConfig, tune
+from ace_ext.masks import prune_weight_, scored_weight
+from ace_ext.model_walk import capture_calls, find_blocks, run_block
+from ace_ext.tune import tune_block_
+
+CONFIG = PruneConfig("magnitude", tune_epochs=10, tune_lr=1e-2)
+
+
+def make_case(family="llama", dtype=torch.float32, skip=(), padded=False):
+    """The second block pruned to a half, its inputs, its dense outputs and its masks."""
+    model = make_model(family, dtype)
+    blocks = find_blocks(model, skip)
+    batch = {"input_ids": make_tokens()}
+    if padded:
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][0, :5] = 0
+    calls = list(capture_calls(model, blocks, [batch, {"input_ids": make_tokens(2, 16, 1)}]))
+    block = blocks[1]
+    inputs = [(call.hidden, call.others[1]) for call in calls]
+    with torch.no_grad():
+        targets = [run_block(block, *given) for given in inputs]
+        for linear in block.linears.values():
+            prune_weight_(scored_weight(linear.weight, None, CONFIG), CONFIG)
+    masks = {child: linear.weight != 0 for child, linear in block.linears.items()}
+    return block, inputs, targets, masks, [call.token_mask for call in calls]
+
+
+def state(block):
+    return {name: value.clone() for name, value in block.module.state_dict().items()}
+
+
+@pytest.mark.parametrize("family", DENSE_FAMILIES)
+def test_the_loss_falls_and_the_mask_stays(monkeypatch, family):
+    monkeypatch.setattr(tune, "STEP_TOKENS", 32)
+    block, inputs, targets, masks, _ = make_case(family)
+    before = state(block)
+    with torch.no_grad():
+        tuning = tune_block_(block, inputs, targets, CONFIG, masks)
+    assert tuning.loss_after < 0.8 * tuning.loss_before
+    for child, linear in block.linears.items():
+        assert torch.equal(linear.weight != 0, masks[child])
+        assert not torch.signbit(linear.weight[~masks[child]]).any()
+    assert all(not torch.equal(value, before[name]) for name, value in block.module.state_dict().items())
+
+
+def test_loss_is_relative_to_what_the_block_adds():
+    block, inputs, targets, masks, _ = make_case()
+    with torch.no_grad():
+        outputs = [run_block(block, *given) for given in inputs]
+        tuning = tune_block_(block, inputs, targets, PruneConfig("magnitude"), masks)  # no epoch: only measures
+    relative = [
+        (out - target).double().square().sum(-1) / (target - given[0]).double().square().sum(-1)
+        for out, target, given in zip(outputs, targets, inputs, strict=True)
+    ]
+    assert tuning.loss_before == pytest.approx(float(torch.cat(relative).mean()), rel=1e-5)
+
+
+def test_a_loss_that_rises_is_undone():
+    block, inputs, targets, masks, _ = make_case()
+    before = state(block)
+    tuning = tune_block_(block, inputs, targets, PruneConfig(tune_epochs=3, tune_lr=100.0), masks)
+    assert tuning.loss_after == tuning.loss_before
+    assert all(torch.equal(value, before[name]) for name, value in block.module.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_keeps_its_dtype(dtype):
+    block, inputs, targets, masks, _ = make_case(dtype=dtype)
+    tuning = tune_block_(block, inputs, targets, CONFIG, masks)
+    assert tuning.loss_after < tuning.loss_before
+    assert {p.dtype for p in block.module.parameters()} == {dtype}
+
+
+def test_the_same_bits_each_time(monkeypatch):
+    monkeypatch.setattr(tune, "STEP_TOKENS", 32)
+    block, inputs, targets, masks, _ = make_case()
+    start = state(block)
+    tune_block_(block, inputs, targets, CONFIG, masks)
+    first = state(block)
+    block.module.load_state_dict(start)
+    tune_block_(block, inputs, targets, CONFIG, masks)
+    assert all(torch.equal(value, first[name]) for name, value in block.module.state_dict().items())
+
+
+def test_skipped_linears_stay():
+    block, inputs, targets, masks, _ = make_case(skip=("v_proj",))
+    before = state(block)
+    tune_block_(block, inputs, targets, CONFIG, masks)
+    assert "self_attn.v_proj" not in block.linears
+    assert torch.equal(block.module.self_attn.v_proj.weight, before["self_attn.v_proj.weight"])
+    assert not torch.equal(block.module.self_attn.q_proj.weight, before["self_attn.q_proj.weight"])
+
+
+def test_gradients_are_left_as_they_were():
+    block, inputs, targets, masks, _ = make_case()
+    block.module.input_layernorm.requires_grad_(False)
+    tune_block_(block, inputs, targets, CONFIG, masks)
+    required = {name: p.requires_grad for name, p in block.module.named_parameters()}
+    assert [name for name, flag in required.items() if not flag] == ["input_layernorm.weight"]
+    assert all(p.grad is None for p in block.module.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
+def test_steps_give_what_the_batch_gives(monkeypatch, family):
+    monkeypatch.setattr(tune, "STEP_TOKENS", 32)  # two samples of six
+    block, inputs, targets, _, token_masks = make_case(family, padded=True)
+    steps = list(tune._steps(inputs, targets, token_masks))
+    assert len(steps) == 4
+    with torch.no_grad():
+        parts = torch.cat([run_block(block, step.hidden, step.others) for step in steps[:3]])
+        torch.testing.assert_close(parts, run_block(block, *inputs[0]))
+
+
+def test_padded_tokens_do_not_count():
+    block, inputs, targets, masks, token_masks = make_case(padded=True)
+    other = copy.deepcopy(targets)
+    other[0][0, :5] += 100.0  # of tokens that are padding
+    measure = PruneConfig("magnitude")
+    first = tune_block_(block, inputs, targets, measure, masks, token_masks)
+    assert tune_block_(block, inputs, other, measure, masks, token_masks) == first
+    assert tune_block_(block, inputs, other, measure, masks) != first
