@@ -10,12 +10,6 @@
 
 namespace ace {
 
-#if defined(__clang__)
-#define ACE_UNROLL _Pragma("unroll")
-#else
-#define ACE_UNROLL _Pragma("GCC unroll 16")
-#endif
-
 // [cols] reordered as [group_m][cols / group_m], so that the lanes of a vector, one a group, read side by side.
 inline std::vector<float> by_place(const float* values, int64_t cols, int group_m) {
   const int64_t groups = cols / group_m;

@@ -1,10 +1,10 @@
-// The pruning ops on the CPU. First a pass that reads: it meets whatever is not finite, so that nothing is written before
-// everything was checked. Then rows and groups are pruned in one pass; a cut over the matrix takes some more to be found.
-// No score or mask is stored: the extra memory is one row of keys a thread.
+// The pruning ops on the CPU. The first pass only reads: it meets whatever is not finite, so that nothing is written
+// before everything was checked. Then rows and groups are pruned in one pass; a cut over the matrix takes some more to
+// be found. No score or mask is stored: the extra memory is one row of keys a thread.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "cpu/histogram.h"
+#include "cpu/matrix_cut.h"
 #include "cpu/nm_rows.h"
 #include "cpu/row_pruner.h"
 
@@ -14,11 +14,17 @@ namespace {
 // Row i keeps what cut(i) says.
 template <class Matrix, class CutOfRow>
 void apply_cuts(const Matrix& matrix, CutOfRow&& cut) {
+  using F = typename Matrix::Formula;
   matrix.for_rows([&](int64_t begin, int64_t end) {
-    std::vector<uint32_t> keys(static_cast<size_t>(matrix.cols()));
+    std::vector<uint32_t> keys;
     for (int64_t i = begin; i < end; ++i) {
-      row_keys<typename Matrix::Formula>(matrix.row(i), keys.data());
-      apply_cut(matrix.mutable_row(i), keys.data(), matrix.cols(), cut(i));
+      if (const Cut at = cut(i); at.ties == 0 && at.key != kKeepNone.key) {
+        zero_below_key<F>(matrix.row(i), matrix.mutable_row(i), at.key + 1u);
+      } else {
+        keys.resize(static_cast<size_t>(matrix.cols()));
+        row_keys<F>(matrix.row(i), keys.data());
+        apply_cut(matrix.mutable_row(i), keys.data(), matrix.cols(), at);
+      }
     }
   });
 }
@@ -56,15 +62,8 @@ void prune_matrix_at(const Matrix& matrix, Cut cut) {
 
 template <class Matrix>
 void prune_matrix(const Matrix& matrix, int64_t keep_k, float* threshold) {
-  Cut cut{0u, keep_k};
-  for (int pass = 0; pass < kRadixPasses; ++pass) {
-    const std::vector<int64_t> counts = matrix_histogram(matrix, cut.key, pass);
-    if (keep_k == 0) break;  // but for the check that all is finite
-    const RadixBin found = find_bin(counts.data(), radix_bins(pass), cut.ties);
-    cut.key |= found.bin << radix_digit(pass).shift;
-    cut.ties -= found.above;
-  }
-  if (keep_k == 0) cut = kKeepNone;
+  matrix.require_finite();
+  const Cut cut = find_matrix_cut(matrix, keep_k);
   prune_matrix_at(matrix, cut);
   *threshold = cut_threshold(cut);
 }

@@ -26,7 +26,8 @@ class RowPruner {
   float prune(const ScoredRow<T>& row, Bits<T>* weight) {
     if (!has_scale_) return prune_by_keys(row, weight);
     row_places<F>(row, scale_, places_.data());
-    const PlaceCut cut = search_places(places_.data(), cols_, keep_k_, &hint_);
+    const auto count = [&](int64_t at) { return count_places(places_.data(), cols_, static_cast<uint16_t>(at)); };
+    const PlaceCut cut = search_places(count, cols_, keep_k_, 0, &hint_);
     const bool crowded = cut.kept > keep_k_ && cut.kept - cut.above > kCrowd;
     const bool outside = cut.place == 0 || cut.place == kPlaces - 1;
     return crowded || outside ? prune_by_keys(row, weight) : prune_by_places(row, weight, cut);
@@ -43,7 +44,7 @@ class RowPruner {
   float prune_by_places(const ScoredRow<T>& row, Bits<T>* weight, const PlaceCut& cut) {
     const uint16_t place = zero_below_place(weight, places_.data(), cols_, static_cast<uint16_t>(cut.place));
     candidates_.clear();
-    for (int64_t j = 0; (j = next_equal(places_.data(), j, cols_, place)) < cols_; ++j) {
+    for (int64_t j = 0; (j = next_within(places_.data(), j, cols_, place, place + 1)) < cols_; ++j) {
       candidates_.push_back({order_key(score_at<F>(row, j)), j});
     }
     // The lowest kept place holds the last that are kept, and those to drop if it holds too many.

@@ -1,4 +1,4 @@
-// A weight with what its scores are made of, visited row by row. No score is stored: each is recomputed where it is read.
+// A weight with what its scores are made of, visited row by row. No score is stored: all are recomputed where read.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -82,8 +82,8 @@ class ScoredMatrix {
   }
 
  private:
-  // True if the score of the largest weight with the largest column factor is finite: of a product that bounds them all,
-  // and NaN or infinity in either factor makes it NaN or infinity too. Reads the weight once, with no product an entry.
+  // True if the largest weight has a finite score with the largest column factor: the product bounds them all, and NaN
+  // or infinity in either shows in it. Reads the weight once, at a fraction of the work of its scores.
   bool bounds_say_finite() const {
     if constexpr (F::kMoment || F::kSums) return false;
     std::atomic<bool> finite{true};

@@ -26,10 +26,14 @@ struct ScoredRow {
 };
 
 template <class F, class T>
+ACE_HD ScoreTerms score_terms(const ScoredRow<T>& row, int64_t j) {
+  return {F::kColumn ? row.column[j] : 0.0f, F::kMoment ? row.moment[j] : 0.0f, row.row_sum,
+          F::kSums ? row.column_sum[j] : 0.0f};
+}
+
+template <class F, class T>
 ACE_HD float score_at(const ScoredRow<T>& row, int64_t j) {
-  const ScoreTerms terms{F::kColumn ? row.column[j] : 0.0f, F::kMoment ? row.moment[j] : 0.0f, row.row_sum,
-                         F::kSums ? row.column_sum[j] : 0.0f};
-  return F::value(to_float(row.weight[j]), terms);
+  return F::value(to_float(row.weight[j]), score_terms<F>(row, j));
 }
 
 // keys[j] of the whole row. False where a score is not finite.
@@ -60,9 +64,19 @@ ACE_HD uint32_t size_bits(float value) { return float_bits(value) & 0x7fffffffu;
 ACE_HD uint16_t size_bits(Half value) { return value.bits & 0x7fffu; }
 ACE_HD uint16_t size_bits(BFloat16 value) { return value.bits & 0x7fffu; }
 
-ACE_HD float from_size_bits(uint32_t bits, float) { return bits_float(bits); }
-ACE_HD float from_size_bits(uint16_t bits, Half) { return to_float(Half{bits}); }
-ACE_HD float from_size_bits(uint16_t bits, BFloat16) { return to_float(BFloat16{bits}); }
+ACE_HD float weight_from_bits(uint32_t bits, float) { return bits_float(bits); }
+ACE_HD float weight_from_bits(uint16_t bits, Half) { return to_float(Half{bits}); }
+ACE_HD float weight_from_bits(uint16_t bits, BFloat16) { return to_float(BFloat16{bits}); }
+
+// Zeroes the weights of `row` whose key is below `lowest`. The weight is read and written through one pointer, or the
+// compiler would have to expect overlap and could use no vectors; the same in nm_rows.h.
+template <class F, class T>
+ACE_MULTIVERSION void zero_below_key(ScoredRow<T> row, Bits<T>* weight, uint32_t lowest) {
+  for (int64_t j = 0; j < row.cols; ++j) {
+    const uint32_t key = order_key(F::value(weight_from_bits(weight[j], T{}), score_terms<F>(row, j)));
+    weight[j] = key >= lowest ? weight[j] : Bits<T>{0};
+  }
+}
 
 // The largest |value| of n, with infinity above all numbers and NaN above infinity: sizes order as their bits do.
 template <class T>
@@ -72,7 +86,7 @@ ACE_MULTIVERSION float largest_size(const T* values, int64_t n) {
     const Bits<T> size = size_bits(values[j]);
     largest = size > largest ? size : largest;
   }
-  return from_size_bits(largest, T{});
+  return weight_from_bits(largest, T{});
 }
 
 }  // namespace ace
