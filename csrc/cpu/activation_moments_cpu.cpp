@@ -20,29 +20,68 @@ namespace {
 constexpr int64_t kBlockTokens = 64;
 constexpr int64_t kStripColumns = 512;
 
+// The tokens of a block that count, of one strip of columns.
+template <class T>
+struct Block {
+  int64_t tokens = 0;
+  const T* row[kBlockTokens];
+  float weight[kBlockTokens];
+};
+
+// Tokens a pass adds at once: each sum is loaded and stored once for all of them. The order of the additions is that of
+// the tokens, whatever this number is.
+constexpr int kTogether = 8;
+
+// mean[j] += sum of share_t x_tj over tokens [begin, begin + kCount).
+template <int kCount, class T>
+ACE_HD void add_to_mean(const Block<T>& block, int64_t begin, float weight_sum, int64_t cols,
+                        float* ACE_RESTRICT mean) {
+  float share[kCount];
+  for (int t = 0; t < kCount; ++t) share[t] = block.weight[begin + t] / weight_sum;
+  const T* const* row = block.row + begin;
+  for (int64_t j = 0; j < cols; ++j) {
+    float sum = mean[j];
+    ACE_UNROLL
+    for (int t = 0; t < kCount; ++t) sum += share[t] * to_float(row[t][j]);
+    mean[j] = sum;
+  }
+}
+
+// deviation[j] += sum of w_t d_tj, m2[j] += sum of w_t d_tj^2 with d_tj = x_tj - mean_j, over the same.
+template <int kCount, class T>
+ACE_HD void add_deviations(const Block<T>& block, int64_t begin, int64_t cols, const float* ACE_RESTRICT mean,
+                           float* ACE_RESTRICT deviation, float* ACE_RESTRICT m2) {
+  float weight[kCount];
+  for (int t = 0; t < kCount; ++t) weight[t] = block.weight[begin + t];
+  const T* const* row = block.row + begin;
+  for (int64_t j = 0; j < cols; ++j) {
+    float sum = deviation[j], square_sum = m2[j];
+    ACE_UNROLL
+    for (int t = 0; t < kCount; ++t) {
+      const float d = to_float(row[t][j]) - mean[j];
+      sum += weight[t] * d;
+      square_sum += weight[t] * d * d;
+    }
+    deviation[j] = sum;
+    m2[j] = square_sum;
+  }
+}
+
 // Weighted mean and sum of squared deviations of a strip of one block by the corrected two-pass rule: deviations from a
 // first mean are small, so float32 sums of them are exact enough even where a column's mean is a thousand times its
 // spread, and the sum of the deviations corrects what the first mean lost to rounding.
 template <class T>
-ACE_MULTIVERSION void block_moments(const T* x, int64_t stride, int64_t tokens, const float* token_weight,
-                                    float weight_sum, int64_t cols, float* mean, float* deviation, float* m2) {
+ACE_MULTIVERSION void block_moments(const Block<T>& block, float weight_sum, int64_t cols, float* mean,
+                                    float* deviation, float* m2) {
   for (int64_t j = 0; j < cols; ++j) mean[j] = deviation[j] = m2[j] = 0.0f;
-  for (int64_t t = 0; t < tokens; ++t) {
-    if (token_weight[t] == 0.0f) continue;  // padding may hold anything
-    const float share = token_weight[t] / weight_sum;
-    const T* row = x + t * stride;
-    for (int64_t j = 0; j < cols; ++j) mean[j] += share * to_float(row[j]);
+  int64_t t = 0;
+  for (; t + kTogether <= block.tokens; t += kTogether) add_to_mean<kTogether>(block, t, weight_sum, cols, mean);
+  for (; t < block.tokens; ++t) add_to_mean<1>(block, t, weight_sum, cols, mean);
+  t = 0;
+  for (; t + kTogether <= block.tokens; t += kTogether) {
+    add_deviations<kTogether>(block, t, cols, mean, deviation, m2);
   }
-  for (int64_t t = 0; t < tokens; ++t) {
-    const float weight = token_weight[t];
-    if (weight == 0.0f) continue;
-    const T* row = x + t * stride;
-    for (int64_t j = 0; j < cols; ++j) {
-      const float d = to_float(row[j]) - mean[j];
-      deviation[j] += weight * d;
-      m2[j] += weight * d * d;
-    }
-  }
+  for (; t < block.tokens; ++t) add_deviations<1>(block, t, cols, mean, deviation, m2);
 }
 
 template <class Real>
@@ -67,10 +106,15 @@ void update_strip(const T* x, int64_t stride, int64_t tokens, const float* token
   for (int64_t t = 0; t < tokens; t += kBlockTokens) {
     const int64_t count = std::min(kBlockTokens, tokens - t);
     double weight_block = 0.0;
-    for (int64_t i = t; i < t + count; ++i) weight_block += static_cast<double>(token_weight[i]);
-    if (!(weight_block > 0.0)) continue;
-    block_moments(x + t * stride, stride, count, token_weight + t, static_cast<float>(weight_block), cols, mean,
-                  deviation, m2);
+    Block<T> block;
+    for (int64_t i = t; i < t + count; ++i) {
+      if (token_weight[i] == 0.0f) continue;  // padding may hold anything
+      block.row[block.tokens] = x + i * stride;
+      block.weight[block.tokens++] = token_weight[i];
+      weight_block += static_cast<double>(token_weight[i]);
+    }
+    if (block.tokens == 0) continue;
+    block_moments(block, static_cast<float>(weight_block), cols, mean, deviation, m2);
     merge_strip(weight_before, weight_block, mean, deviation, m2, cols, state_mean, state_m2);
     weight_before += weight_block;
   }

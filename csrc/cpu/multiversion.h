@@ -8,3 +8,13 @@
 #else
 #define ACE_MULTIVERSION
 #endif
+
+// What a pointer so marked points to is reached through no other: the compiler need not guard a vector loop against it.
+#define ACE_RESTRICT __restrict__
+
+// The loop that follows, of a few fixed turns, becomes straight code: what is around it can then be made vector code.
+#if defined(__clang__)
+#define ACE_UNROLL _Pragma("unroll")
+#else
+#define ACE_UNROLL _Pragma("GCC unroll 16")
+#endif

@@ -1,73 +1,42 @@
-// The pruning ops on the CPU. Two passes over the weight: the first finds the cuts and meets whatever is not finite,
-// the second recomputes the keys and writes zeros. So nothing is written before everything was checked, and no score or
-// mask is stored: the extra memory is one row of keys a thread.
+// The pruning ops on the CPU. The first pass only reads: it meets whatever is not finite, so that nothing is written
+// before everything was checked. Then rows and groups are pruned in one pass; a cut over the matrix takes some more to
+// be found. No score or mask is stored: the extra memory is one row of keys a thread.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "cpu/histogram.h"
-#include "cpu/row_select.h"
+#include "cpu/matrix_cut.h"
+#include "cpu/nm_rows.h"
+#include "cpu/row_pruner.h"
 
 namespace ace {
 namespace {
 
-// A weight as an integer of its size: what is kept keeps its bits, and +0.0 is 0 in every type.
-template <class T>
-using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
-
-template <class B>
-ACE_MULTIVERSION void zero_below(B* weight, const uint32_t* keys, int64_t cols, uint32_t lowest_kept) {
-  for (int64_t j = 0; j < cols; ++j) weight[j] = keys[j] >= lowest_kept ? weight[j] : B{0};
-}
-
-ACE_MULTIVERSION int64_t count_equal(const uint32_t* keys, int64_t cols, uint32_t key) {
-  int64_t count = 0;
-  for (int64_t j = 0; j < cols; ++j) count += keys[j] == key;
-  return count;
-}
-
-// Where the first `ties` keys equal to `key` end.
-int64_t end_of_ties(const uint32_t* keys, int64_t cols, uint32_t key, int64_t ties) {
-  int64_t j = 0;
-  for (; j < cols && ties > 0; ++j) ties -= keys[j] == key;
-  return j;
-}
-
-template <class B>
-void apply_cut(B* weight, const uint32_t* keys, int64_t cols, Cut cut) {
-  const int64_t split = end_of_ties(keys, cols, cut.key, cut.ties);
-  zero_below(weight, keys, split, cut.key);
-  if (cut.key == kKeepNone.key) {
-    std::fill(weight + split, weight + cols, B{0});
-  } else {
-    zero_below(weight + split, keys + split, cols - split, cut.key + 1u);
-  }
-}
-
-// Second pass: row i keeps what cut(i) says.
+// Row i keeps what cut(i) says.
 template <class Matrix, class CutOfRow>
 void apply_cuts(const Matrix& matrix, CutOfRow&& cut) {
+  using F = typename Matrix::Formula;
   matrix.for_rows([&](int64_t begin, int64_t end) {
-    std::vector<uint32_t> keys(static_cast<size_t>(matrix.cols()));
+    std::vector<uint32_t> keys;
     for (int64_t i = begin; i < end; ++i) {
-      row_keys<typename Matrix::Formula>(matrix.row(i), keys.data());
-      apply_cut(matrix.template mutable_row<Bits<typename Matrix::Scalar>>(i), keys.data(), matrix.cols(), cut(i));
+      if (const Cut at = cut(i); at.ties == 0 && at.key != kKeepNone.key) {
+        zero_below_key<F>(matrix.row(i), matrix.mutable_row(i), at.key + 1u);
+      } else {
+        keys.resize(static_cast<size_t>(matrix.cols()));
+        row_keys<F>(matrix.row(i), keys.data());
+        apply_cut(matrix.mutable_row(i), keys.data(), matrix.cols(), at);
+      }
     }
   });
 }
 
 template <class Matrix>
 void prune_rows(const Matrix& matrix, int64_t keep_k, float* threshold) {
-  std::vector<Cut> cuts(static_cast<size_t>(matrix.rows()), kKeepNone);
-  matrix.for_rows_or_report([&] {
-    return [&, keys = std::vector<uint32_t>(static_cast<size_t>(matrix.cols())),
-            hint = order_key(1.0f)](int64_t i) mutable {
-      if (!row_keys<typename Matrix::Formula>(matrix.row(i), keys.data())) return false;
-      cuts[static_cast<size_t>(i)] = search_kth(keys.data(), matrix.cols(), keep_k, &hint);
-      return true;
-    };
+  std::fill(threshold, threshold + matrix.rows(), cut_threshold(kKeepNone));
+  matrix.require_finite();
+  matrix.for_rows([&](int64_t begin, int64_t end) {
+    RowPruner<typename Matrix::Formula, typename Matrix::Scalar> pruner(matrix.cols(), keep_k);
+    for (int64_t i = begin; i < end; ++i) threshold[i] = pruner.prune(matrix.row(i), matrix.mutable_row(i));
   });
-  apply_cuts(matrix, [&](int64_t i) { return cuts[static_cast<size_t>(i)]; });
-  for (size_t i = 0; i < cuts.size(); ++i) threshold[i] = cut_threshold(cuts[i]);
 }
 
 // A cut over the whole matrix: the ties it keeps are dealt out to the rows from the top.
@@ -93,31 +62,50 @@ void prune_matrix_at(const Matrix& matrix, Cut cut) {
 
 template <class Matrix>
 void prune_matrix(const Matrix& matrix, int64_t keep_k, float* threshold) {
-  Cut cut{0u, keep_k};
-  for (int pass = 0; pass < kRadixPasses; ++pass) {
-    const std::vector<int64_t> counts = matrix_histogram(matrix, cut.key, pass);
-    if (keep_k == 0) break;  // but for the check that all is finite
-    const RadixBin found = find_bin(counts.data(), radix_bins(pass), cut.ties);
-    cut.key |= found.bin << radix_digit(pass).shift;
-    cut.ties -= found.above;
-  }
-  if (keep_k == 0) cut = kKeepNone;
+  matrix.require_finite();
+  const Cut cut = find_matrix_cut(matrix, keep_k);
   prune_matrix_at(matrix, cut);
   *threshold = cut_threshold(cut);
 }
 
-template <class Matrix>
-void prune_groups(const Matrix& matrix, int group_m, int keep_n) {
+// Groups of a size that keep_best_of_row is made for.
+template <int kGroup, class Matrix>
+void prune_small_groups(const Matrix& matrix, int keep_n) {
   using F = typename Matrix::Formula;
-  matrix.for_rows_or_report([&] { return [&](int64_t i) { return row_is_finite<F>(matrix.row(i)); }; });
+  const auto any_row = matrix.row(0);
+  const std::vector<float> column = by_place(any_row.column, matrix.cols(), kGroup);
+  const std::vector<float> column_sum = by_place(any_row.column_sum, matrix.cols(), kGroup);
+  matrix.for_rows([&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      auto row = matrix.row(i);
+      row.column = column.data();
+      row.column_sum = column_sum.data();
+      keep_best_of_row<kGroup, F>(row, matrix.mutable_row(i), keep_n);
+    }
+  });
+}
+
+template <class Matrix>
+void prune_any_groups(const Matrix& matrix, int group_m, int keep_n) {
   matrix.for_rows([&](int64_t begin, int64_t end) {
     std::vector<uint32_t> keys(static_cast<size_t>(matrix.cols()));
     for (int64_t i = begin; i < end; ++i) {
-      row_keys<F>(matrix.row(i), keys.data());
-      keep_best_of_groups(matrix.template mutable_row<Bits<typename Matrix::Scalar>>(i), keys.data(), matrix.cols(),
-                          group_m, keep_n);
+      row_keys<typename Matrix::Formula>(matrix.row(i), keys.data());
+      keep_best_of_groups(matrix.mutable_row(i), keys.data(), matrix.cols(), group_m, keep_n);
     }
   });
+}
+
+template <class Matrix>
+void prune_groups(const Matrix& matrix, int group_m, int keep_n) {
+  if (matrix.rows() == 0 || matrix.cols() == 0) return;
+  matrix.require_finite();
+  switch (group_m) {
+    case 2: return prune_small_groups<2>(matrix, keep_n);
+    case 4: return prune_small_groups<4>(matrix, keep_n);
+    case 8: return prune_small_groups<8>(matrix, keep_n);
+    default: return prune_any_groups(matrix, group_m, keep_n);
+  }
 }
 
 at::Tensor prune_topk(std::string_view op, const at::Tensor& weight, Formula formula, const OptionalTensor& column,
@@ -173,8 +161,7 @@ void prune_at_cpu(at::Tensor weight, std::string_view metric, const OptionalTens
   const Formula formula = check_scored("prune_at_", weight, metric, column, moment);
   check_cut("prune_at_", key, ties);
   with_scored("prune_at_", formula, weight, column, moment, [&](const auto& matrix) {
-    using F = typename std::decay_t<decltype(matrix)>::Formula;
-    matrix.for_rows_or_report([&] { return [&](int64_t i) { return row_is_finite<F>(matrix.row(i)); }; });
+    matrix.require_finite();
     prune_matrix_at(matrix, {static_cast<uint32_t>(key), ties});
   });
 }

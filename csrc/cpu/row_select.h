@@ -78,6 +78,36 @@ inline Cut search_kth(const uint32_t* keys, int64_t n, int64_t keep_k, uint32_t*
   return {low, keep_k - from_high};
 }
 
+template <class B>
+ACE_MULTIVERSION void zero_below(B* weight, const uint32_t* keys, int64_t cols, uint32_t lowest_kept) {
+  for (int64_t j = 0; j < cols; ++j) weight[j] = keys[j] >= lowest_kept ? weight[j] : B{0};
+}
+
+inline int64_t ACE_MULTIVERSION count_equal(const uint32_t* keys, int64_t cols, uint32_t key) {
+  int64_t count = 0;
+  for (int64_t j = 0; j < cols; ++j) count += keys[j] == key;
+  return count;
+}
+
+// Where the first `ties` keys equal to `key` end.
+inline int64_t end_of_ties(const uint32_t* keys, int64_t cols, uint32_t key, int64_t ties) {
+  int64_t j = 0;
+  for (; j < cols && ties > 0; ++j) ties -= keys[j] == key;
+  return j;
+}
+
+// Zeroes what the cut does not keep.
+template <class B>
+void apply_cut(B* weight, const uint32_t* keys, int64_t cols, Cut cut) {
+  const int64_t split = end_of_ties(keys, cols, cut.key, cut.ties);
+  zero_below(weight, keys, split, cut.key);
+  if (cut.key == kKeepNone.key) {
+    std::fill(weight + split, weight + cols, B{0});
+  } else {
+    zero_below(weight + split, keys + split, cols - split, cut.key + 1u);
+  }
+}
+
 #if defined(__GNUC__) && !defined(__clang__)  // clang shuffles by other means
 #define ACE_KEY_VECTORS
 

@@ -1,4 +1,4 @@
-// Scores of a weight's rows as ordered keys, recomputed whenever they are read: a row's keys live in a thread's buffer.
+// A weight with what its scores are made of, visited row by row. No score is stored: all are recomputed where read.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -10,10 +10,8 @@
 #include <vector>
 
 #include "check.h"
-#include "core/order_key.h"
-#include "core/score.h"
 #include "cpu/dispatch.h"
-#include "cpu/multiversion.h"
+#include "cpu/scored_row.h"
 
 namespace ace {
 
@@ -24,48 +22,6 @@ struct ScoreSums {
 };
 
 ScoreSums score_sums(const at::Tensor& weight);
-
-// One row of a scored weight, as pointers.
-template <class T>
-struct ScoredRow {
-  const T* weight;          // [cols]
-  const float* column;      // [cols] or null
-  const float* moment;      // [cols] or null
-  const float* column_sum;  // [cols] or null
-  float row_sum;
-  int64_t cols;
-};
-
-template <class F, class T>
-ACE_HD float score_at(const ScoredRow<T>& row, int64_t j) {
-  const ScoreTerms terms{F::kColumn ? row.column[j] : 0.0f, F::kMoment ? row.moment[j] : 0.0f, row.row_sum,
-                         F::kSums ? row.column_sum[j] : 0.0f};
-  return F::value(to_float(row.weight[j]), terms);
-}
-
-// keys[j] of the whole row. False where a score is not finite.
-template <class F, class T>
-ACE_MULTIVERSION bool row_keys(ScoredRow<T> row, uint32_t* keys) {
-  uint32_t bad = 0;
-  for (int64_t j = 0; j < row.cols; ++j) {
-    const float score = score_at<F>(row, j);
-    bad |= static_cast<uint32_t>(!is_finite(score));
-    keys[j] = order_key(score);
-  }
-  return bad == 0;
-}
-
-template <class F, class T>
-ACE_MULTIVERSION bool row_is_finite(ScoredRow<T> row) {
-  uint32_t bad = 0;
-  for (int64_t j = 0; j < row.cols; ++j) bad |= static_cast<uint32_t>(!is_finite(score_at<F>(row, j)));
-  return bad == 0;
-}
-
-template <class F, class T>
-ACE_MULTIVERSION void row_scores(ScoredRow<T> row, float* scores) {
-  for (int64_t j = 0; j < row.cols; ++j) scores[j] = score_at<F>(row, j);
-}
 
 // A checked weight with all that its formula reads.
 template <class F, class T>
@@ -92,17 +48,19 @@ class ScoredMatrix {
             cols_};
   }
 
-  // The row to write, seen as integers of the weight's size.
-  template <class Bits>
-  Bits* mutable_row(int64_t i) const {
-    static_assert(sizeof(Bits) == sizeof(T));
-    return mutable_data<Bits>(weight_) + i * weight_.stride(0);
-  }
+  // The row to write.
+  Bits<T>* mutable_row(int64_t i) const { return mutable_data<Bits<T>>(weight_) + i * weight_.stride(0); }
 
   // Calls body(begin, end) over ranges of rows in parallel.
   template <class Body>
   void for_rows(Body&& body) const {
     if (rows_ > 0 && cols_ > 0) at::parallel_for(0, rows_, row_grain(cols_), body);
+  }
+
+  // Raises unless all scores are finite. The pruning ops call this before they write anything.
+  void require_finite() const {
+    if (bounds_say_finite()) return;
+    for_rows_or_report([&] { return [&](int64_t i) { return row_is_finite<F>(row(i)); }; });
   }
 
   // Runs visit(i) -> bool for every row in parallel; if one returns false, raises for the first such row. A visit that
@@ -124,6 +82,22 @@ class ScoredMatrix {
   }
 
  private:
+  // True if the largest weight has a finite score with the largest column factor: the product bounds them all, and NaN
+  // or infinity in either shows in it. Reads the weight once, at a fraction of the work of its scores.
+  bool bounds_say_finite() const {
+    if constexpr (F::kMoment || F::kSums) return false;
+    std::atomic<bool> finite{true};
+    const ScoreTerms terms{F::kColumn ? largest_size(data<float>(*column_), cols_) : 0.0f, 0.0f, 0.0f, 0.0f};
+    for_rows([&](int64_t begin, int64_t end) {
+      float largest = 0.0f;
+      for (int64_t i = begin; i < end && is_finite(largest); ++i) {
+        largest = std::max(largest_size(row(i).weight, cols_), largest);
+      }
+      if (!is_finite(F::value(largest, terms))) finite = false;
+    });
+    return finite;
+  }
+
   [[noreturn]] void report(int64_t i) const {
     const ScoredRow<T> bad = row(i);
     int64_t j = 0;

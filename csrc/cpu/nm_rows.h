@@ -1,0 +1,103 @@
+// N:M selection of a whole row in one pass. Small groups are written as plain loops over groups that the compiler turns
+// into vector code, a lane a group: every pair of a group is compared once, and nothing is shuffled but the weights.
+#pragma once
+
+#include <cstring>
+#include <vector>
+
+#include "core/nm_select.h"
+#include "cpu/scored_row.h"
+
+namespace ace {
+
+// [cols] reordered as [group_m][cols / group_m], so that the lanes of a vector, one a group, read side by side.
+inline std::vector<float> by_place(const float* values, int64_t cols, int group_m) {
+  const int64_t groups = cols / group_m;
+  std::vector<float> out(static_cast<size_t>(values ? cols : 0));
+  for (size_t j = 0; j < out.size(); ++j) {
+    const int64_t g = static_cast<int64_t>(j) / group_m, place = static_cast<int64_t>(j) % group_m;
+    out[static_cast<size_t>(place * groups + g)] = values[j];
+  }
+  return out;
+}
+
+// The weights of one group. 16-bit weights go in pairs, as 32-bit words: lanes as wide as those of their scores.
+template <class T, int kGroup>
+struct GroupWeights {
+  static constexpr bool kPairs = sizeof(T) == 2;
+  static constexpr int kWords = kPairs ? kGroup / 2 : kGroup;
+  uint32_t word[kWords];
+
+  ACE_HD void load(const Bits<T>* from) {
+    ACE_UNROLL
+    for (int i = 0; i < kWords; ++i) std::memcpy(&word[i], from + i * (kPairs ? 2 : 1), sizeof(uint32_t));
+  }
+
+  ACE_HD void store(Bits<T>* to) const {
+    ACE_UNROLL
+    for (int i = 0; i < kWords; ++i) std::memcpy(to + i * (kPairs ? 2 : 1), &word[i], sizeof(uint32_t));
+  }
+
+  ACE_HD T weight(int i) const {
+    if constexpr (kPairs) {
+      return T{static_cast<uint16_t>(i % 2 == kFirst ? word[i / 2] : word[i / 2] >> 16)};
+    } else {
+      return bits_float(word[i]);
+    }
+  }
+
+  ACE_HD void zero_unless(const bool* kept) {
+    ACE_UNROLL
+    for (int i = 0; i < kWords; ++i) {
+      if constexpr (kPairs) {
+        word[i] &= (kept[2 * i + kFirst] ? 0xffffu : 0u) | (kept[2 * i + 1 - kFirst] ? 0xffff0000u : 0u);
+      } else {
+        word[i] = kept[i] ? word[i] : 0u;
+      }
+    }
+  }
+
+ private:
+  // Which of a pair is the word's low half.
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+  static constexpr int kFirst = 1;
+#else
+  static constexpr int kFirst = 0;
+#endif
+};
+
+// Zeroes all but the best keep_n of each group of kGroup. `row.column` and `row.column_sum` in by_place's order; the
+// weight is read and written through one pointer, or the compiler would have to expect overlap.
+template <int kGroup, class F, class T>
+ACE_MULTIVERSION void keep_best_of_row(ScoredRow<T> row, Bits<T>* weight, int keep_n) {
+  const int64_t groups = row.cols / kGroup;
+  for (int64_t g = 0; g < groups; ++g) {
+    GroupWeights<T, kGroup> group;
+    group.load(weight + kGroup * g);
+    float score[kGroup];
+    ACE_UNROLL
+    for (int i = 0; i < kGroup; ++i) {
+      const ScoreTerms terms{F::kColumn ? row.column[i * groups + g] : 0.0f,
+                             F::kMoment ? row.moment[kGroup * g + i] : 0.0f, row.row_sum,
+                             F::kSums ? row.column_sum[i * groups + g] : 0.0f};
+      score[i] = F::value(to_float(group.weight(i)), terms);
+    }
+    int rank[kGroup] = {};  // how many come before in the order: higher ones, and equal ones of lower columns
+    ACE_UNROLL
+    for (int i = 0; i < kGroup; ++i) {
+      ACE_UNROLL
+      for (int j = i + 1; j < kGroup; ++j) {
+        const int first = score[i] >= score[j];
+        rank[j] += first;
+        rank[i] += 1 - first;
+      }
+    }
+    bool kept[kGroup];
+    ACE_UNROLL
+    for (int i = 0; i < kGroup; ++i) kept[i] = rank[i] < keep_n;
+    group.zero_unless(kept);
+    group.store(weight + kGroup * g);
+  }
+}
+
+}  // namespace ace
