@@ -1,6 +1,6 @@
 # The CUDA kernels: their source run on the host by the C++ tests, and compiled by nvcc where there is one.
 # Expects the function ace_add_test, the target Threads::Threads and ACE_SANITIZE ("", "address,undefined" or "thread").
-set(ACE_CUDA_SOURCES activation_moments prune_matrix prune_nm prune_rows prune_score)
+set(ACE_CUDA_SOURCES activation_moments obs_block prune_matrix prune_nm prune_rows prune_score refine_swaps)
 set(ACE_SIMT_DEFINITIONS ACE_SIMT)
 if(ACE_SANITIZE STREQUAL "thread")
   list(APPEND ACE_SIMT_DEFINITIONS ACE_SIMT_THREADS)  # one OS thread a CUDA thread, for ThreadSanitizer to watch
@@ -24,7 +24,7 @@ if(ACE_SANITIZE)
     ace_host_kernels PRIVATE -fsanitize=${ACE_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer)
 endif()
 
-foreach(name IN ITEMS rows matrix nm moments barrier)
+foreach(name IN ITEMS rows matrix nm moments barrier solvers)
   ace_add_test(cuda_${name}_test csrc/tests/cuda_${name}_test.cpp)
   target_link_libraries(cuda_${name}_test PRIVATE ace_host_kernels)
 endforeach()

@@ -141,6 +141,64 @@ def test_empty_matrices(dtype):
         ops.prune_nm_(weight, "magnitude", 2, 4)
 
 
+# Solvers: the CPU's bits
+
+
+def solver_inputs(rows, cols, dtype, random, keep_n, group_m):
+    """A weight, a Gram matrix and a mask of the pattern, or of half of each row."""
+    weight, x = make_weight(rows, cols, dtype, random), torch.randn(2 * cols, cols, generator=random)
+    mask = weight.float()
+    if group_m:
+        ops.prune_nm_(mask, "magnitude", keep_n, group_m)
+    else:
+        ops.prune_topk_(mask, "magnitude", cols // 2)
+    return weight, x.T @ x, mask != 0
+
+
+@pytest.mark.parametrize(("keep_n", "group_m"), [(0, 0), (2, 4), (3, 8), (16, 32)])
+@pytest.mark.parametrize("shape", [(1, 32), (33, 288), (7, 1152)])
+def test_swaps_equal_the_cpu(shape, keep_n, group_m, dtype, random):
+    weight, gram, expected = solver_inputs(*shape, dtype, random, keep_n, group_m)
+    actual = expected.cuda()
+    swaps = ops.refine_swaps_(expected, weight, gram, keep_n, group_m)
+    got = ops.refine_swaps_(actual, weight.cuda(), gram.cuda(), keep_n, group_m)
+    assert torch.equal(got.cpu(), swaps)
+    assert torch.equal(actual.cpu(), expected)
+
+
+@pytest.mark.parametrize(("keep_n", "group_m"), [(0, 0), (2, 4), (3, 8), (16, 32)])
+@pytest.mark.parametrize("shape", [(1, 32), (33, 96), (1000, 128), (7, 288)])
+def test_obs_equals_the_cpu(shape, keep_n, group_m, random):
+    weight, gram, mask = solver_inputs(*shape, torch.float32, random, keep_n, group_m)
+    factor = torch.linalg.cholesky(torch.linalg.inv(gram.double()), upper=True).float().contiguous()
+    expected = (weight.clone(), torch.zeros_like(weight), mask.clone())
+    actual = tuple(t.cuda() for t in expected)
+    ops.obs_block_(*expected, factor, keep_n, group_m)
+    ops.obs_block_(*actual, factor.cuda(), keep_n, group_m)
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one.cpu(), other)
+
+
+def test_solvers_leave_alone_what_they_cannot_use(random):
+    device = torch.cuda.current_device()
+    weight, gram, mask = (t.cuda() for t in solver_inputs(8, 64, torch.float32, random, 2, 4))
+    error, factor = torch.zeros_like(weight), torch.eye(64, device="cuda")
+    weight[5, 7] = float("nan")
+    before, masks = weight.clone(), mask.clone()
+    swaps = ops.refine_swaps_(mask, weight, gram, 2, 4)
+    assert _C.take_not_finite(device) == "refine_swaps_"
+    assert (swaps == -1).tolist() == [i == 5 for i in range(8)]
+    assert torch.equal(mask[5], masks[5])
+    ops.obs_block_(weight, error, mask, factor)
+    assert _C.take_not_finite(device) == "obs_block_"
+    assert_same_bits(weight[5].cpu(), before[5].cpu())
+    factor[3, 3] = 0.0
+    weight.copy_(before)
+    ops.obs_block_(weight, error, mask, factor)
+    assert _C.take_not_finite(device) == "obs_block_"
+    assert_same_bits(weight.cpu(), before.cpu())
+
+
 # Statistics: the float64 oracle's bounds
 
 

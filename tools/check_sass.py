@@ -34,6 +34,7 @@ EXPECTED = {
     "score_kernel": ("LDG.E.128", "STG.E.128"),
     "row_sums_kernel": ("LDG.E.128",),
     "column_partials_kernel": ("LDG.E.128",),
+    "refine_swaps_kernel": (),
 }
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 FUNCTION = re.compile(r"^\.text\.(\S+):")

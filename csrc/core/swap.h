@@ -14,12 +14,25 @@ namespace ace {
 // c_i - w_j G_ij.
 ACE_HD double loss_change(double step, double c, double diagonal) { return step * step * diagonal + 2.0 * step * c; }
 
-// |w_j| sqrt(G_jj): the norm of what the weight adds to the row's output.
-ACE_HD double output_norm(double weight, double diagonal) { return fabs(weight) * sqrt(fabs(diagonal)); }
+ACE_HD double diagonal_root(double diagonal) { return sqrt(fabs(diagonal)); }
 
-// Partial sums in which the norms of a row are added up, column j in lane j % kNormLanes, so that the sum has the same
-// bits whether a vector or a block of threads adds.
+// |w_j| sqrt(G_jj): the norm of what the weight adds to the row's output.
+ACE_HD double output_norm(double weight, double root) { return fabs(weight) * root; }
+
+// Partial sums in which the norms of a row are added up, column j in lane j % kNormLanes.
 constexpr int kNormLanes = 256;
+
+// Their sum in the order in which a block of threads adds: 32 lanes by halves, then such sums one by one.
+inline double fold_norms(double* lane) {
+  double sum = 0.0;
+  for (int warp = 0; warp < kNormLanes; warp += 32) {
+    for (int half = 16; half > 0; half /= 2) {
+      for (int l = 0; l < half; ++l) lane[warp + l] += lane[warp + l + half];
+    }
+    sum += lane[warp];
+  }
+  return sum;
+}
 
 // What rounding may have added to the computed change of a swap of weights whose norms sum to `norms`, in a row whose
 // norms sum to `row_norm`. By Cauchy-Schwarz |G_ij| <= sqrt(G_ii G_jj), so every partial sum of c_i is at most

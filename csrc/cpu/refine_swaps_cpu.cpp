@@ -21,14 +21,16 @@ constexpr int64_t kStripColumns = 512;  // of c, held in the first cache meanwhi
 struct GramMatrix {
   const float* data;            // [cols, cols]
   std::vector<float> diagonal;  // [cols]
+  std::vector<double> root;     // [cols], of the diagonal
   std::vector<float> near;      // [cols, group_m], rows of G within the column's group; empty without groups
   int64_t cols;
 };
 
 GramMatrix gram_matrix(const at::Tensor& gram, int64_t group_m) {
-  GramMatrix g{data<float>(gram), {}, {}, gram.size(0)};
+  GramMatrix g{data<float>(gram), {}, {}, {}, gram.size(0)};
   for (int64_t j = 0; j < g.cols; ++j) {
     g.diagonal.push_back(g.data[j * g.cols + j]);
+    g.root.push_back(diagonal_root(static_cast<double>(g.diagonal.back())));
     const float* group = g.data + j * g.cols + (group_m > 0 ? j - j % group_m : 0);
     g.near.insert(g.near.end(), group, group + group_m);
   }
@@ -102,12 +104,11 @@ class Tile {
     removed_[r].clear();
     for (int64_t j = 0; j < gram_.cols; ++j) {
       wide[j] = static_cast<double>(to_float(weight[j]));
-      norm[j] = output_norm(wide[j], static_cast<double>(gram_.diagonal[static_cast<size_t>(j)]));
+      norm[j] = output_norm(wide[j], gram_.root[static_cast<size_t>(j)]);
       lane[j % kNormLanes] += norm[j];
       if (!mask[j]) removed_[r].push_back(j);
     }
-    row_norm_[r] = 0.0;
-    for (const double part : lane) row_norm_[r] += part;
+    row_norm_[r] = fold_norms(lane);
   }
 
   const GramMatrix& gram_;

@@ -35,6 +35,26 @@ struct Activations {
   Dtype dtype;
 };
 
+// refine_swaps_: what its contract in refine_swaps.cuh names.
+struct SwapArguments {
+  const void* weight;
+  bool* mask;
+  const float* gram;
+  int64_t rows, cols, weight_stride, mask_stride, max_swaps;
+  int keep_n, group_m;
+  Dtype dtype;
+};
+
+// obs_block_: what its contract in obs_block.cuh names.
+struct ObsArguments {
+  float* weight;
+  float* error;
+  bool* mask;
+  const float* factor;
+  int64_t rows, width, weight_stride, error_stride, mask_stride, factor_stride;
+  int keep_n, group_m;
+};
+
 // Workspace of every op that takes ScoredArguments, in bytes: the sums of the ria score (0 for the others).
 size_t score_sums_bytes(const ScoredArguments& matrix);
 
@@ -64,6 +84,14 @@ cudaError_t launch_inverse_square_norm(const Activations& a, float* r, int code,
 
 // out [tokens, cols] bfloat16: r_t v_tj^2
 cudaError_t launch_scaled_squares(const Activations& v, const float* r, void* out, cudaStream_t stream);
+
+// swaps [rows]
+cudaError_t refine_swaps_bytes(const SwapArguments& arguments, size_t* bytes);
+cudaError_t launch_refine_swaps(const SwapArguments& arguments, int64_t* swaps, void* workspace, int code,
+                                cudaStream_t stream);
+
+size_t obs_block_bytes();
+cudaError_t launch_obs_block(const ObsArguments& arguments, void* workspace, int code, cudaStream_t stream);
 
 // The device's flag: 0, or the largest code of an op that met something not finite.
 cudaError_t not_finite_flag(int** flag);

@@ -5,6 +5,8 @@
 //   not finite      deferred: nothing is raised, since that would have to wait for the device; a flag is raised there
 //                   (not_finite.h). A row, a matrix or an N:M group with a score that is not finite stays as it was,
 //                   and the threshold of such a row or matrix is NaN.
+//                   The solvers leave such a row alone, or all rows where gram or factor is at fault (a mask without
+//                   its pattern and a diagonal that is not positive count as well); the swaps of such a row are -1.
 //   cosine moment   products on tensor cores: r_t a_ti^2 and r_t x_tj^2 are each rounded to bfloat16, 2^-8 at most,
 //                   multiplied exactly and added in float32. All terms are positive, so each call's sum is within
 //                   2^-7 + 2^-15 of its value, plus the float32 additions. Float32 input gets no more than that.
@@ -41,12 +43,15 @@ enum OpCode {
   kPruneNmByScore,
   kScoreHistogram,
   kPruneAt,
+  kRefineSwaps,
+  kObsBlock,
   kOpCodes
 };
 
 constexpr const char* kOpNames[kOpCodes] = {
     "",          "update_moments_", "inverse_square_norm", "update_cosine_moment_", "score",    "prune_topk_",
-    "prune_nm_", "prune_by_score_", "prune_nm_by_score_",  "score_histogram",       "prune_at_"};
+    "prune_nm_", "prune_by_score_", "prune_nm_by_score_",  "score_histogram",       "prune_at_", "refine_swaps_",
+    "obs_block_"};
 
 Dtype dtype_of(const at::Tensor& t) {
   switch (t.scalar_type()) {
@@ -233,6 +238,50 @@ void prune_at_cuda(at::Tensor weight, std::string_view metric, const OptionalTen
                                  sums.mutable_data_ptr(), kPruneAt, stream()));
 }
 
+at::Tensor refine_swaps_cuda(at::Tensor mask, const at::Tensor& weight, const at::Tensor& gram, int64_t keep_n,
+                             int64_t group_m, int64_t max_swaps) {
+  check_refine_swaps(mask, weight, gram, keep_n, group_m, max_swaps);
+  const c10::cuda::CUDAGuard guard(weight.device());
+  at::Tensor swaps = at::zeros({weight.size(0)}, weight.options().dtype(at::kLong));
+  const SwapArguments arguments{weight.const_data_ptr(),
+                                mask.mutable_data_ptr<bool>(),
+                                gram.const_data_ptr<float>(),
+                                weight.size(0),
+                                weight.size(1),
+                                weight.stride(0),
+                                mask.stride(0),
+                                max_swaps,
+                                static_cast<int>(keep_n),
+                                static_cast<int>(group_m),
+                                dtype_of(weight)};
+  size_t bytes = 0;
+  C10_CUDA_CHECK(refine_swaps_bytes(arguments, &bytes));
+  const at::Tensor work = workspace(bytes, weight);
+  C10_CUDA_CHECK(launch_refine_swaps(arguments, swaps.mutable_data_ptr<int64_t>(), work.mutable_data_ptr(),
+                                     kRefineSwaps, stream()));
+  return swaps;
+}
+
+void obs_block_cuda(at::Tensor weight, at::Tensor error, at::Tensor mask, const at::Tensor& factor, int64_t keep_n,
+                    int64_t group_m) {
+  check_obs_block(weight, error, mask, factor, keep_n, group_m);
+  const c10::cuda::CUDAGuard guard(weight.device());
+  const ObsArguments arguments{weight.mutable_data_ptr<float>(),
+                               error.mutable_data_ptr<float>(),
+                               mask.mutable_data_ptr<bool>(),
+                               factor.const_data_ptr<float>(),
+                               weight.size(0),
+                               weight.size(1),
+                               weight.stride(0),
+                               error.stride(0),
+                               mask.stride(0),
+                               factor.stride(0),
+                               static_cast<int>(keep_n),
+                               static_cast<int>(group_m)};
+  const at::Tensor work = workspace(obs_block_bytes(), weight);
+  C10_CUDA_CHECK(launch_obs_block(arguments, work.mutable_data_ptr(), kObsBlock, stream()));
+}
+
 TORCH_LIBRARY_IMPL(ace_ext, CUDA, m) {
   m.impl("update_moments_", &update_moments_cuda);
   m.impl("inverse_square_norm", &inverse_square_norm_cuda);
@@ -244,6 +293,8 @@ TORCH_LIBRARY_IMPL(ace_ext, CUDA, m) {
   m.impl("prune_nm_by_score_", &prune_nm_by_score_cuda);
   m.impl("score_histogram", &score_histogram_cuda);
   m.impl("prune_at_", &prune_at_cuda);
+  m.impl("refine_swaps_", &refine_swaps_cuda);
+  m.impl("obs_block_", &obs_block_cuda);
 }
 
 }  // namespace ace
