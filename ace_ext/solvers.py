@@ -1,8 +1,8 @@
 """Refined masks and weight compensation: from one matrix's statistics to its pruned weight.
 
 Notation: ``W [rows, cols]`` the dense weight, one output channel a row; ``G [cols, cols]`` the Gram matrix of its
-inputs (:mod:`ace_ext.gram`). Every solver lowers ``Σ_i e_i G e_iᵀ``, ``e_i`` the change of row i. They compute in
-float32 and leave exactly as many weights as the metric would; pruned ones are +0.0.
+inputs (:mod:`ace_ext.gram`, also on TF32). Every solver lowers ``Σ_i e_i G e_iᵀ``, ``e_i`` the change of row i. They
+compute in float32 and leave exactly as many weights as the metric would; pruned ones are +0.0.
 """
 
 import torch
@@ -146,7 +146,7 @@ def _admm(dense: Tensor, mask: Tensor | None, factor: AdmmFactor, config: PruneC
             kept = sparse.clone()
             _keep_most_salient_(kept, (step + 1) / tightening, factor, config, keep)
             if step + 1 == tightening:
-                dropped = kept == 0
+                dropped = kept == 0  # a kept zero (a dead input's weight) stays one, too
         dual = sparse - kept
         weight = target.add(kept - dual, alpha=RHO) @ factor.inverse
     return (weight + dual).masked_fill(dropped, 0.0) / factor.norm
