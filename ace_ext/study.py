@@ -23,7 +23,9 @@ from .config import PruneConfig
 from .driver import prune_model
 from .errors import InputError
 from .evaluate import Perplexity, perplexity
+from .html_report import write_study_report
 from .methods import METHODS, Method, parse_methods
+from .plots import require_matplotlib
 from .report import versions
 from .results import BlockFigures, Cell, Journal, Results, Run
 from .tables import markdown_table, results_json, text_table
@@ -343,12 +345,13 @@ def compare(args: argparse.Namespace) -> int:
     if args.json and args.markdown:
         raise InputError("--json and --markdown exclude each other; give one")
     study = study_from(args)
-    results = run_study(
-        study,
-        pick_device(args.device),
-        Path(args.output).expanduser() if args.output else None,
-        progress=not args.quiet and sys.stderr.isatty(),
-    )
+    output = Path(args.output).expanduser() if args.output else None
+    if output is not None:
+        require_matplotlib()
+    progress = not args.quiet and sys.stderr.isatty()
+    results = run_study(study, pick_device(args.device), output, progress)
+    if output is not None:
+        write_study_report(results, output)
     if args.json:
         print(results_json(results), end="")
     else:

@@ -97,21 +97,37 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
     return {name: part if last.count(part) == 1 else name for name, part in zip(names, last, strict=True)}
 
 
+def names(results: Results) -> list[str]:
+    """The columns that say which run a line is: calibration and length only where they vary."""
+    table = rows(results)
+    varying = [name for name in ("calibration", "length") if len({getattr(row, name) for row in table}) > 1]
+    return ["method", "zeros", *varying]
+
+
 def header(results: Results) -> list[str]:
+    """Names of the columns: :func:`names`, a perplexity for each text, and what it took."""
     texts = short_names(results.settings["texts"]).values()
-    return ["method", "zeros", "calibration", "length", *texts, "seeds", "seconds", "peak GiB"]
+    return [*names(results), *texts, "seeds", "seconds", "peak GiB"]
 
 
 def cells(results: Results) -> list[list[str]]:
     """The table's body as text: the dense model first. Perplexities are mean ± standard deviation over seeds."""
     texts = list(results.settings["texts"])
-    body = [["dense", "0 %", "", "", *[f"{results.dense[text].perplexity:.2f}" for text in texts], "", "", ""]]
+    columns = names(results)
+    dense = [f"{results.dense[text].perplexity:.2f}" for text in texts]
+    body = [["dense", "0 %", *[""] * (len(columns) - 2), *dense, "", "", ""]]
     sources = short_names(run.cell.calibration for run in results.runs)
     for row in rows(results):
+        named = {
+            "method": row.method,
+            "zeros": row.amount_name,
+            "calibration": sources[row.calibration],
+            "length": row.length,
+        }
         figures = [str(row.perplexity[text]) for text in texts]
         memory = f"{row.peak_memory_bytes / 2**30:.2f}{'' if row.own_peak else '*'}"
         last = [str(len(row.runs)), f"{row.seconds:.1f}", memory]
-        body.append([row.method, row.amount_name, sources[row.calibration], row.length, *figures, *last])
+        body.append([*[named[column] for column in columns], *figures, *last])
     return body
 
 
@@ -120,9 +136,12 @@ def notes(results: Results) -> list[str]:
     settings = results.settings
     windows = {text: figures.windows for text, figures in results.dense.items()}
     counts = ", ".join(f"{count} on {text}" for text, count in windows.items())
+    sources = ", ".join(dict.fromkeys(run.cell.calibration for run in results.runs))
+    lengths = ", ".join(dict.fromkeys(run.cell.length for run in results.runs))
     kinds = "device memory" if settings["device"] == "cuda" else "resident memory, the copy of the dense weights in it"
     lines = [
         f"{settings['model']}, {', '.join(sorted({run.dtype for run in results.runs}))}, on {settings['device']}.",
+        f"Calibrated on {sources}: {lengths} (samples x tokens of each).",
         f"Perplexity (lower is better) over windows of {settings['eval_seqlen']} tokens: {counts}. "
         "Over several seeds: mean ± standard deviation.",
         f"Seconds are those of pruning (mean); peak GiB is the largest {kinds}, while pruning.",
@@ -135,19 +154,20 @@ def notes(results: Results) -> list[str]:
 def text_table(results: Results) -> str:
     """Aligned text: names to the left, numbers to the right, and the notes."""
     table = [header(results), *cells(results)]
+    count = len(names(results))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = []
     for line in table:
-        left = [f"{value:<{width}}" for value, width in zip(line[:4], widths[:4], strict=True)]
-        right = [f"{value:>{width}}" for value, width in zip(line[4:], widths[4:], strict=True)]
+        left = [f"{value:<{width}}" for value, width in zip(line[:count], widths[:count], strict=True)]
+        right = [f"{value:>{width}}" for value, width in zip(line[count:], widths[count:], strict=True)]
         lines.append("  ".join(left + right).rstrip())
     return "\n".join([*lines, "", *notes(results)])
 
 
 def markdown_table(results: Results) -> str:
     """A table in markdown, and the notes below it."""
-    head = header(results)
-    lines = [head, ["---"] * 4 + ["--:"] * (len(head) - 4), *cells(results)]
+    head, count = header(results), len(names(results))
+    lines = [head, ["---"] * count + ["--:"] * (len(head) - count), *cells(results)]
     table = ["| " + " | ".join(value.replace("|", "\\|") for value in line) + " |" for line in lines]
     return "\n".join([*table, "", *notes(results)])
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import make_model, make_tokenizer
 
-from ace_ext import InputError, PruneConfig, prune_model, study
+from ace_ext import InputError, PruneConfig, plots, prune_model, study
 from ace_ext.calibration import evaluation_tokens, load_windows
 from ace_ext.checkpoint import load_model
 from ace_ext.cli import _add_model
@@ -96,7 +96,7 @@ def test_grid_of_everything(place, tmp_path, capsys):
 def test_markdown(place, capsys):
     compare(place, "--markdown", methods="magnitude")
     table = capsys.readouterr().out.splitlines()[:4]
-    assert all(line.startswith("| ") and line.endswith(" |") and line.count("|") == 9 for line in table)
+    assert all(line.startswith("| ") and line.endswith(" |") and line.count("|") == 7 for line in table)
     assert table[3].startswith("| magnitude | 50 % |")
 
 
@@ -144,6 +144,31 @@ def test_a_crash_loses_no_finished_run(place, tmp_path, monkeypatch):
 
 def lines_until_cut(folder):
     return [json.loads(line) for line in (folder / RUNS_NAME).read_text().splitlines()[:-1]]
+
+
+def test_output_holds_report_and_plots(place, tmp_path):
+    folder = tmp_path / "out"
+    compare(place, output=folder, seeds="0,1")
+    files = {
+        "runs.jsonl",
+        "results.json",
+        "report.html",
+        "sparsity.png",
+        "calibration.png",
+        "seconds.png",
+        "blocks.png",
+    }
+    assert {file.name for file in folder.iterdir()} == files
+    data = json.loads((folder / "results.json").read_text())
+    assert [run["cell"] for run in data["runs"]] == [line["run"]["cell"] for line in lines(folder) if "run" in line]
+
+
+def test_without_matplotlib_nothing_is_begun(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "load_model", None)
+    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'ace_ext\[report\]'"):
+        compare(place, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_settings_are_refused_by_name(place, tmp_path, monkeypatch):
