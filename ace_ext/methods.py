@@ -59,6 +59,8 @@ class Method:
     def config(self, **others) -> PruneConfig:
         """The configuration, with ``others`` (sparsity or pattern, skip …) where the method itself says nothing.
 
+        With a pattern, weights compete within its groups, so a method's own ``group`` only counts without one.
+
         Raises:
             InputError: for values that :class:`ace_ext.PruneConfig` refuses; the message names the method.
         """
@@ -66,7 +68,10 @@ class Method:
         if unknown:
             raise InputError(f"method {self.label!r} needs {', '.join(unknown)}, which this PruneConfig does not have")
         try:
-            return PruneConfig(**{**others, **self.arguments})
+            arguments = {**others, **self.arguments}
+            if arguments.get("pattern") is not None:
+                arguments.pop("group", None)
+            return PruneConfig(**arguments)
         except InputError as error:
             raise InputError(f"method {self.label!r}: {error}") from error
 

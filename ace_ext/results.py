@@ -110,10 +110,10 @@ class Journal:
         if self.path is None:
             return
         if self.path.is_file():
-            self._read()
+            self.results = read_results(self.path)
+            _refuse_other_settings(self.path, self.results.settings, settings)
         else:
             _make_folder(folder)
-        if not self.path.is_file() or not self.path.stat().st_size:
             self._append({"format": FORMAT, "settings": settings})
 
     def add_dense(self, dense: dict[str, Perplexity], weights_sha256: str) -> None:
@@ -136,20 +136,29 @@ class Journal:
         except OSError as error:
             raise InputError(f"output {str(self.path)!r} cannot be written: {error.strerror}") from error
 
-    def _read(self) -> None:
-        try:
-            for line in _whole_lines(self.path):
-                if "settings" in line:
-                    _refuse_other_settings(self.path, line["settings"], self.results.settings)
-                elif "dense" in line:
-                    self.results.dense = {text: Perplexity(**figures) for text, figures in line["dense"].items()}
-                    self.results.weights_sha256 = line["weights_sha256"]
-                else:
-                    self.results.runs.append(Run.from_dict(line["run"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{self.path} is no record of ace-prune compare: {error!r}; use another folder") from error
+
+def read_results(path: Path) -> Results:
+    """What a ``runs.jsonl`` holds. A last line that a crash cut off is taken off the file.
+
+    Raises:
+        InputError: it is not there, or no record of a comparison.
+    """
+    try:
+        first, *lines = _whole_lines(path)
+        results = Results(first["settings"])
+        for line in lines:
+            if "dense" in line:
+                results.dense = {text: Perplexity(**figures) for text, figures in line["dense"].items()}
+                results.weights_sha256 = line["weights_sha256"]
+            else:
+                results.runs.append(Run.from_dict(line["run"]))
+    except OSError as error:
+        raise InputError(
+            f"{str(path)!r} cannot be read: {error.strerror}; give a folder of ace-prune compare"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no record of ace-prune compare: {error!r}; use another folder") from error
+    return results
 
 
 def _make_folder(folder: Path) -> None:
@@ -162,9 +171,8 @@ def _make_folder(folder: Path) -> None:
 
 
 def _whole_lines(path: Path) -> Iterator[dict]:
-    """The lines as JSON. A last line without its end was cut off by a crash: it is taken off the file."""
     data = path.read_bytes()
-    if data and not data.startswith(b'{"format"'):
+    if not data.startswith(b'{"format"'):
         raise ValueError("its first line has no format")
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):

@@ -24,6 +24,12 @@ def test_published_wanda_works_in_its_authors_order():
     assert method.config(pattern="2:4") == PruneConfig(metric="wanda", order="block", pattern="2:4")
 
 
+def test_a_pattern_brings_its_own_groups():
+    method = Method.parse("ria:group=matrix")
+    assert method.config(sparsity=0.5) == PruneConfig(metric="ria", group="matrix", sparsity=0.5)
+    assert method.config(pattern="2:4") == PruneConfig(metric="ria", pattern="2:4")
+
+
 def test_a_part_with_a_value_belongs_to_the_method_before_it():
     first, second, third = parse_methods("wanda, ria:order=block,ria_exponent=0.25 ,ace")
     assert (first.label, second.label, third.label) == ("wanda", "ria:order=block,ria_exponent=0.25", "ace")
