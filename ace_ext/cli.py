@@ -1,4 +1,4 @@
-"""``ace-prune run | eval | verify``. Results go to stdout, progress and errors to stderr.
+"""``ace-prune run | compare | eval | verify``. Results go to stdout, progress and errors to stderr.
 
 Exit status: 0 done, 2 bad input (one line that says what and how to mend it), 1 a fault, or a folder that fails verify.
 """
@@ -12,20 +12,19 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-import torch
-
 from .calibration import evaluation_tokens
 from .checkpoint import DTYPES, load_model
 from .config import ALLOCATIONS, GRAMS, GROUPS, ORDERS, REFINES, SALIENCIES, UPDATES, PruneConfig
+from .devices import pick_device
 from .errors import InputError
 from .evaluate import perplexity
-from .extension import build_info
+from .html_report import check_report, write_run_report
 from .memory import parse_bytes
 from .pipeline import OFFLOAD, Calibration, RunOptions, prune_folder
 from .presets import PRESETS, PUBLISHED, TUNE_EPOCHS, preset_config
 from .progress import Progress
-from .ranks import launched
 from .scores import DEFAULT_METRIC, METRICS
+from .study import add_compare
 from .verify import verify
 from .version import __version__
 
@@ -40,8 +39,9 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="ace-prune", description="One-shot pruning of Hugging Face causal language models.")
     parser.add_argument("--version", action="version", version=f"ace-prune {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run | eval | verify")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run | compare | eval | verify")
     _add_run(commands)
+    add_compare(commands, _add_model)
     _add_eval(commands)
     _add_verify(commands)
     return parser
@@ -72,6 +72,7 @@ def _add_run(commands) -> None:
     run.add_argument(
         "--stats", metavar="FILE", type=Path, help="prune from kept statistics, without a forward pass (order block)"
     )
+    run.add_argument("--report", metavar="FILE.html", type=Path, help="write a page about the run there")
     run.add_argument("--log-json", metavar="FILE", help="a JSON line a block; - for stderr")
     parser.set_defaults(action=_run)
 
@@ -158,22 +159,6 @@ def _metric_table() -> str:
     return "metrics:\n" + "\n".join(f"  {name:<{width}}  {metric.formula}" for name, metric in METRICS.items())
 
 
-def pick_device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one and the extension was built for it, else the CPU."""
-    usable = torch.cuda.is_available() and build_info()["cuda"] is not None
-    if name == "auto":
-        local = int(os.environ.get("LOCAL_RANK", "0"))  # each process that torchrun starts has a GPU of its own
-        return torch.device("cuda", local) if usable and launched() else torch.device("cuda" if usable else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device must be auto, cpu or cuda (got {name!r})") from error
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not usable):
-        why = "torch sees no GPU" if not torch.cuda.is_available() else "ace_ext was built CPU-only; see README"
-        raise InputError(f"device {name!r} cannot be used here ({why}); use --device cpu")
-    return device
-
-
 def _config(args: argparse.Namespace) -> PruneConfig:
     """The preset's settings, changed by every option that was given."""
     names = [field.name for field in dataclasses.fields(PruneConfig) if field.name != "update"]
@@ -197,6 +182,8 @@ def _calibration(args: argparse.Namespace) -> Calibration:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.report is not None:
+        check_report(args.report)
     options = RunOptions(
         args.overwrite,
         args.resume,
@@ -218,6 +205,8 @@ def _run(args: argparse.Namespace) -> int:
             Progress(_shows_progress(args), log),
         )
     if int(os.environ.get("RANK", "0")) == 0:
+        if args.report is not None:
+            write_run_report(report, args.report)
         print(report.to_json() if args.json else f"{report.table()}\nwritten to {path}")
     return 0
 

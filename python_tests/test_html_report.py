@@ -1,0 +1,145 @@
+"""Reports: that the page stands alone, escapes what it shows, and holds the figures; that plots are what they say."""
+
+import re
+from html.parser import HTMLParser
+
+import matplotlib.image
+import pytest
+from tiny_models import make_model, make_tokens
+
+from ace_ext import InputError, PruneConfig, plots, prune_model
+from ace_ext.evaluate import Perplexity
+from ace_ext.html_report import check_report, write_run_report, write_study_report
+from ace_ext.plots import blocks_plot, pareto_front, study_plots
+from ace_ext.results import BlockFigures, Cell, Results, Run
+
+NASTY = '<script>alert("x")</script>&'
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: tags, attributes, text of cells; fails on tags that are left open."""
+
+    VOID = ("meta", "img", "br")
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.cells, self.addresses, self._open = [], [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        assert not self._open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.addresses += [value for name, value in attributes if name in ("src", "href")]
+        if tag not in self.VOID:
+            self._open.append(tag)
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        if self._open and self._open[-1] in ("td", "th"):
+            self.cells[-1] += data
+
+
+def make_run(method, amount, seed, value, **changed):
+    cell = Cell(method, amount, changed.pop("calibration", "c4"), changed.pop("nsamples", 4), 16, seed)
+    share = 0.5 if ":" in amount else float(amount)
+    blocks = [BlockFigures(f"layers.{index}", share, 0.1, 0.9 + index / 100) for index in range(3)]
+    texts = {text: Perplexity(value, 1.0, 8, 16, 120) for text in ("wiki-mini", NASTY)}
+    config = {"metric": method, "sparsity": share, "pattern": None, "skip": [NASTY]}
+    return Run(cell, config, None, "0" * 64, "bfloat16", share, 2.0 + seed, 2**30, True, texts, blocks)
+
+
+@pytest.fixture
+def results():
+    settings = {"model": f"org/{NASTY}", "device": "cpu", "eval_seqlen": 16, "texts": {"wiki-mini": None, NASTY: None}}
+    dense = {text: Perplexity(10.0, 1.0, 8, 16, 120) for text in ("wiki-mini", NASTY)}
+    runs = [
+        make_run(method, amount, seed, 20.0 + seed)
+        for method in ("wanda", NASTY)
+        for amount in ("0.5", "0.6", "2:4")
+        for seed in (0, 1)
+    ]
+    return Results(settings, dense, "", runs)
+
+
+def assert_stands_alone(page):
+    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert page.addresses
+    names = [tag for tag, _ in page.tags]
+    assert "script" not in names
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
+    assert names.count("table") == sum(attributes.get("class") == "scroll" for _, attributes in page.tags)
+    assert all(attributes["alt"] for tag, attributes in page.tags if tag == "img")
+
+
+def test_study_report(results, tmp_path):
+    path = write_study_report(results, tmp_path)
+    files = {"report.html", "results.json", "sparsity.png", "calibration.png", "seconds.png", "blocks.png"}
+    assert {file.name for file in tmp_path.iterdir()} == files
+    page = Page(path)
+    assert_stands_alone(page)
+    assert not re.search(r"https?://|url\(|@import", path.read_text())
+    assert {NASTY, "wanda", "60 %", "2:4", "20.50 ± 0.71"} <= set(page.cells)
+    first = page.cells.index("wanda")
+    assert page.cells[first : first + 7] == ["wanda", "50 %", "20.50 ± 0.71", "20.50 ± 0.71", "2", "2.5", "1.00"]
+
+
+def test_run_report(tmp_path):
+    report = prune_model(make_model("llama"), make_tokens(), PruneConfig("wanda", pattern="2:4"))
+    report.extra = {"model": NASTY, "calibration": {"source": "self", "seed": 3}}
+    page = Page(write_run_report(report, tmp_path / "page.html"))
+    assert_stands_alone(page)
+    assert {NASTY, "source self, seed 3", "32×32"} <= set(page.cells)
+    assert all(matrix.name in page.cells for matrix in report.matrices)
+    assert all(f"{matrix.cosine:.4f}" in page.cells for matrix in report.matrices)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"calibration": "/some/where/text.txt"}, {"nsamples": 8}],
+    ids=["plain", "two-sources", "two-lengths"],
+)
+def test_plots_are_pictures(results, changes, tmp_path):
+    results.runs.append(make_run("wanda", "0.5", 0, 600.0, **changes) if changes else make_run("ace", "2:4", 0, 30.0))
+    for name, (png, caption) in study_plots(results).items():
+        file = tmp_path / f"{name}.png"
+        file.write_bytes(png)
+        picture = matplotlib.image.imread(file)
+        height, width = picture.shape[:2]
+        assert width == round(plots.WIDTH * plots.DPI)
+        assert height > width / 2
+        assert picture[..., :3].std() > 0.01  # not an empty sheet
+        assert caption
+
+
+def test_a_plot_shows_its_figures():
+    """Two different courses make two different pictures, the same makes the same."""
+
+    def course(*cosines):
+        return {("ace", ""): [BlockFigures(str(index), 0.5, 0.1, cosine) for index, cosine in enumerate(cosines)]}
+
+    assert blocks_plot(course(0.9, 0.8)) == blocks_plot(course(0.9, 0.8))
+    assert blocks_plot(course(0.9, 0.8, 0.7)) != blocks_plot(course(0.9, 0.7, 0.8))
+
+
+def test_pareto_front():
+    points = [(3, 5.0), (1, 9.0), (2, 9.5), (4, 5.0), (5, 1.0), (1, 10.0)]
+    assert pareto_front(points) == [(1, 9.0), (3, 5.0), (5, 1.0)]
+
+
+def test_without_matplotlib(monkeypatch, tmp_path, results):
+    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'ace_ext\[report\]'"):
+        check_report(tmp_path / "page.html")
+    with pytest.raises(InputError, match="needs matplotlib"):
+        write_study_report(results, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["", "no/such/folder/page.html"])
+def test_a_report_that_cannot_be_written(tmp_path, name):
+    with pytest.raises(InputError, match="report must be a file name in a folder that is there"):
+        check_report(tmp_path / name)

@@ -1,0 +1,288 @@
+"""Comparisons on a tiny model: the grid, the record and going on from it, the tables; through arguments as typed."""
+
+import argparse
+import json
+import math
+import statistics
+
+import pytest
+import torch
+from tiny_models import make_model, make_tokenizer
+
+from ace_ext import InputError, PruneConfig, plots, prune_model, study
+from ace_ext.calibration import evaluation_tokens, load_windows
+from ace_ext.checkpoint import load_model
+from ace_ext.cli import _add_model
+from ace_ext.evaluate import perplexity
+from ace_ext.results import RUNS_NAME
+from ace_ext.study import add_compare, restore, study_from
+from ace_ext.tables import Spread, short_names
+
+WORDS = "the quick brown fox jumps over the lazy dog"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a dense model and two texts."""
+    path = tmp_path_factory.mktemp("study")
+    make_model("llama-tied", torch.bfloat16).save_pretrained(path / "dense")
+    make_tokenizer().save_pretrained(path / "dense")
+    (path / "text.txt").write_text(f"{WORDS} " * 40)
+    (path / "other.txt").write_text(" ".join(reversed(WORDS.split())) * 40)
+    return path
+
+
+def parse(place, *arguments, **changed):
+    parser = argparse.ArgumentParser()
+    add_compare(parser.add_subparsers(), _add_model)
+    options = {"model": place / "dense", "calibration": place / "text.txt", "texts": place / "text.txt"}
+    options = {**options, "device": "cpu", "methods": "wanda,ace", "lengths": "4x16", "eval-seqlen": 16, **changed}
+    typed = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    return parser.parse_args(["compare", *typed, *arguments])
+
+
+def compare(place, *arguments, **changed):
+    args = parse(place, *arguments, **changed)
+    return args.action(args)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / RUNS_NAME).read_text().splitlines()]
+
+
+def test_figures_are_those_of_single_runs(place, capsys):
+    """Each run of the grid gives what a freshly loaded model, pruned and evaluated by hand, gives."""
+    text = str(place / "text.txt")
+    assert compare(place, "--json", sparsities="0.5", patterns="2:4", seeds="0,1") == 0
+    data = json.loads(capsys.readouterr().out)
+    assert len(data["runs"]) == 2 * 2 * 2
+    for run in data["runs"]:
+        cell = run["cell"]
+        loaded = load_model(str(place / "dense"))
+        tokens = load_windows(text, loaded.tokenizer, 4, 16, cell["seed"]).tokens
+        amount = {"pattern": "2:4"} if cell["amount"] == "2:4" else {"sparsity": 0.5}
+        report = prune_model(loaded.model, tokens, PruneConfig(cell["method"], **amount))
+        by_hand = perplexity(loaded.model, evaluation_tokens(text, loaded.tokenizer), 16, 16 * 24)
+        assert run["perplexity"][text] == by_hand.to_dict()
+        assert run["sparsity"] == report.sparsity
+        assert [block["name"] for block in run["blocks"]] == [block.name for block in report.blocks]
+        assert 0 < min(block["cosine"] for block in run["blocks"]) < 1
+        assert run["seconds"] > 0
+        assert run["peak_memory_bytes"] > 0
+
+
+def test_rows_are_mean_deviation_and_count_over_seeds(place, capsys):
+    text = str(place / "text.txt")
+    compare(place, "--json", methods="ace", seeds="0,1,2")
+    data = json.loads(capsys.readouterr().out)
+    values = [run["perplexity"][text]["perplexity"] for run in data["runs"]]
+    assert len(set(values)) > 1
+    (row,) = data["rows"]
+    expected = {"mean": statistics.fmean(values), "deviation": statistics.stdev(values), "count": 3}
+    assert row["perplexity"][text] == pytest.approx(expected)
+
+
+def test_grid_of_everything(place, tmp_path, capsys):
+    changed = {"calibration": f"{place / 'text.txt'},self", "texts": f"{place / 'text.txt'},{place / 'other.txt'}"}
+    compare(place, sparsities="0.25,0.5", patterns="2:4", lengths="2x8,4x16", **changed)
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].split()[:4] == ["method", "zeros", "calibration", "length"]
+    body = out[1 : out.index("")]
+    assert len(body) == 1 + 2 * 3 * 2 * 2
+    assert body[0].split()[:3] == ["dense", "0", "%"]
+    assert len({len(line) for line in out[: out.index("")][1:]}) == 2  # the dense line ends early, all others align
+
+
+def test_markdown(place, capsys):
+    compare(place, "--markdown", methods="magnitude")
+    table = capsys.readouterr().out.splitlines()[:4]
+    assert all(line.startswith("| ") and line.endswith(" |") and line.count("|") == 7 for line in table)
+    assert table[3].startswith("| magnitude | 50 % |")
+
+
+def test_a_repeated_command_does_only_what_is_missing(place, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "out"
+    compare(place, output=folder, methods="wanda")
+    first = lines(folder)
+    compare(place, output=folder, methods="wanda,ace", seeds="0,1")
+    second = lines(folder)
+    assert second[: len(first)] == first
+    added = [line["run"]["cell"] for line in second[len(first) :]]
+    assert sorted((cell["method"], cell["seed"]) for cell in added) == [("ace", 0), ("ace", 1), ("wanda", 1)]
+
+    def no_load(*_):
+        raise AssertionError("nothing is missing, so no model is needed")
+
+    monkeypatch.setattr(study, "load_model", no_load)
+    capsys.readouterr()
+    compare(place, "--json", output=folder, methods="wanda")
+    assert len(json.loads(capsys.readouterr().out)["runs"]) == 4
+
+
+def test_a_crash_loses_no_finished_run(place, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    done = []
+
+    def crash_at_the_second(*args, **kwargs):
+        if done:
+            raise RuntimeError("power cut")
+        done.append(1)
+        return prune_model(*args, **kwargs)
+
+    monkeypatch.setattr(study, "prune_model", crash_at_the_second)
+    with pytest.raises(RuntimeError, match="power cut"):
+        compare(place, output=folder)
+    monkeypatch.undo()
+    with (folder / RUNS_NAME).open("a") as file:
+        file.write('{"run": {"cell": {"meth')  # a line cut off in the middle
+    before = lines_until_cut(folder)
+    compare(place, output=folder)
+    after = lines(folder)
+    assert after[: len(before)] == before
+    assert [line["run"]["cell"]["method"] for line in after if "run" in line] == ["wanda", "ace"]
+
+
+def lines_until_cut(folder):
+    return [json.loads(line) for line in (folder / RUNS_NAME).read_text().splitlines()[:-1]]
+
+
+def test_output_holds_report_and_plots(place, tmp_path):
+    folder = tmp_path / "out"
+    compare(place, output=folder, seeds="0,1")
+    files = {
+        "runs.jsonl",
+        "results.json",
+        "report.html",
+        "sparsity.png",
+        "calibration.png",
+        "seconds.png",
+        "blocks.png",
+    }
+    assert {file.name for file in folder.iterdir()} == files
+    data = json.loads((folder / "results.json").read_text())
+    assert [run["cell"] for run in data["runs"]] == [line["run"]["cell"] for line in lines(folder) if "run" in line]
+
+
+def test_without_matplotlib_nothing_is_begun(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "load_model", None)
+    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'ace_ext\[report\]'"):
+        compare(place, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_settings_are_refused_by_name(place, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    compare(place, output=folder)
+    monkeypatch.setattr(study, "load_model", None)  # refused before anything is loaded
+    before = (folder / RUNS_NAME).read_bytes()
+    with pytest.raises(InputError, match=r"recorded with eval_seqlen 16 \(now 8\); use another output folder"):
+        compare(place, output=folder, **{"eval-seqlen": 8})
+    with pytest.raises(InputError, match=r"texts \{.*other.txt"):
+        compare(place, output=folder, texts=place / "other.txt")
+    assert (folder / RUNS_NAME).read_bytes() == before
+
+
+def test_other_contents_under_the_same_name_are_refused(place, tmp_path, monkeypatch):
+    folder, text, model = tmp_path / "out", tmp_path / "text.txt", tmp_path / "model"
+    text.write_text(WORDS * 20)
+    make_model("llama", seed=1).save_pretrained(model)
+    make_tokenizer().save_pretrained(model)
+    compare(place, output=folder, calibration=text, model=model)
+    monkeypatch.setitem(study.METHODS, "ace", {"metric": "cosvar"})
+    with pytest.raises(InputError, match=r"the configuration of ace on .* was .*; use another output folder"):
+        compare(place, output=folder, calibration=text, model=model)
+    monkeypatch.undo()
+    make_model("llama", seed=2).save_pretrained(model)
+    with pytest.raises(InputError, match=r"holds other weights than .* was recorded with"):
+        compare(place, output=folder, calibration=text, model=model, seeds=5)
+    text.write_text(WORDS * 21)
+    with pytest.raises(InputError, match=r"the text of wanda on .*text\.txt was"):
+        compare(place, output=folder, calibration=text, model=model)
+
+
+def test_a_strange_folder_is_left_alone(place, tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(InputError, match="exists and holds no comparison"):
+        compare(place, output=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+    (tmp_path / "letter.txt").rename(tmp_path / RUNS_NAME)
+    with pytest.raises(InputError, match="is no record of ace-prune compare"):
+        compare(place, output=tmp_path)
+    assert (tmp_path / RUNS_NAME).read_text() == "dear"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"methods": "wonda"}, "method must be one of"),
+        ({"sparsities": "half"}, r"sparsities must be numbers from 0 to 1 \(got 'half'\)"),
+        ({"sparsities": "1.5"}, "method 'wanda': sparsity must be a share of zeros"),
+        ({"sparsities": "0.5,0.5"}, "amounts must be at least one, each given once"),
+        ({"patterns": "5:4"}, "pattern must be N:M"),
+        ({"lengths": "128"}, "lengths must be nsamples x seqlen"),
+        ({"lengths": "4x1"}, "at least 1 sample of at least 2 tokens"),
+        ({"lengths": "axb"}, r"lengths must be whole numbers from 0 \(got 'a'\)"),
+        ({"lengths": ""}, "lengths must be at least one"),
+        ({"seeds": "-1"}, "seeds must be whole numbers from 0"),
+        ({"eval-windows": "0"}, "at least 1 window"),
+        ({"texts": "self"}, "neither a file nor a known name"),
+        ({"calibration": "no-such.txt"}, "no-such.txt"),
+        ({"batch-tokens": "0"}, "batch_tokens must be a whole number of at least 1"),
+    ],
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_refused_before_the_model_is_loaded(place, tmp_path, changed, message, monkeypatch):
+    monkeypatch.setattr(study, "load_model", None)
+    folder = tmp_path / "out"
+    with pytest.raises(InputError, match=message):
+        compare(place, output=folder, **changed)
+    assert not folder.exists()
+
+
+def test_json_and_markdown_exclude_each_other(place):
+    with pytest.raises(InputError, match="exclude each other"):
+        compare(place, "--json", "--markdown")
+
+
+def test_defaults(place):
+    defaults = study_from(parse(place))
+    assert defaults.amounts == ("0.5",)
+    assert (defaults.eval_windows, defaults.seeds) == (24, (0,))
+
+
+def test_restore_gives_back_every_bit():
+    model = make_model("llama-tied", torch.bfloat16)
+    dense = {name: value.detach().clone() for name, value in model.named_parameters()}
+    with torch.no_grad():
+        for value in model.parameters():
+            value.mul_(2)
+    restore(model, dense)
+    assert all(torch.equal(value, dense[name]) for name, value in model.named_parameters())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_each_run_has_its_own_peak():
+    from ace_ext.memory import peak_memory_bytes, reset_peak
+
+    device = torch.device("cpu")
+    block = torch.ones(2**29, dtype=torch.uint8)
+    high = peak_memory_bytes(device)
+    del block
+    if not reset_peak(device):
+        pytest.skip("this system does not let a process reset its peak")
+    assert peak_memory_bytes(device) < high - 2**28
+
+
+def test_paths_are_shortened_where_that_is_clear():
+    assert short_names(["c4", "/a/x.txt", "/b/y.txt"]) == {"c4": "c4", "/a/x.txt": "x.txt", "/b/y.txt": "y.txt"}
+    assert short_names(["/a/x.txt", "/b/x.txt"]) == {"/a/x.txt": "/a/x.txt", "/b/x.txt": "/b/x.txt"}
+
+
+def test_spread():
+    assert Spread.of([2.0]) == Spread(2.0, None, 1)
+    assert str(Spread.of([2.0])) == "2.00"
+    assert str(Spread.of([1.0, 3.0])) == "2.00 ± 1.41"
+    broken = Spread.of([1.0, math.nan])
+    assert math.isnan(broken.mean)
+    assert broken.deviation is None
