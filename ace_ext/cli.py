@@ -14,7 +14,7 @@ from typing import TextIO
 
 from .calibration import evaluation_tokens
 from .checkpoint import DTYPES, load_model
-from .config import ALLOCATIONS, GRAMS, GROUPS, ORDERS, REFINES, SALIENCIES, UPDATES, PruneConfig
+from .config import ALLOCATIONS, GRAMS, GROUPS, ORDERS, REFINES, SALIENCIES, TOKEN_NORMS, UPDATES, PruneConfig
 from .devices import pick_device
 from .errors import InputError
 from .evaluate import perplexity
@@ -90,6 +90,12 @@ def _add_pruning(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--order", choices=ORDERS, help="of work in a block (default: sequential)")
     parser.add_argument("--skip", action="append", default=[], metavar="REGEX", help="weights to leave dense")
     parser.add_argument("--ria-exponent", type=float, help="of the input norm in ria (default: 0.5)")
+    parser.add_argument(
+        "--token-norm",
+        choices=TOKEN_NORMS,
+        help="where the norms of outputs come from that weigh tokens: exact, or a sketch, which is faster "
+        "(default: exact)",
+    )
     _add_solver(parser)
     parser.add_argument("--batch-tokens", type=int, help="tokens through a block at a time (default: 16384)")
 

@@ -9,6 +9,7 @@ from .scores import COSINE_GRAM, GRAM, METRICS, metric_needs
 
 GROUPS = ("row", "matrix", "model")
 ORDERS = ("block", "sequential")
+TOKEN_NORMS = ("exact", "sketch")
 REFINES = ("swaps",)
 UPDATES = ("obs", "admm")
 GRAMS = ("plain", "cosine")
@@ -75,6 +76,9 @@ class PruneConfig:
         ria_exponent: the power of the input norm in the metric ``ria``.
         batch_tokens: how many calibration tokens go through a block at a time. All at once is fastest where they fit:
             the sequential order then needs one forward a block instead of one for each stage.
+        token_norm: where the ``‖A_t‖`` come from that weigh tokens: ``"exact"``, from the dense output itself, or
+            ``"sketch"``, from a random projection of it (:func:`ace_ext.statistics.sketched_output`). With a sketch the
+            sequential order computes each Linear's output once, with the pruned weight.
         refine: ``"swaps"`` exchanges kept and pruned weights of a row while the error of its output falls, starting
             from the metric's mask (arXiv 2512.10922). An ``update`` then keeps this mask.
         update: how the weights that stay make up for the others: ``"obs"``, column by column (SparseGPT, arXiv
@@ -107,6 +111,7 @@ class PruneConfig:
     skip: tuple[str, ...] = ()
     ria_exponent: float = 0.5
     batch_tokens: int = 16384
+    token_norm: str = "exact"
     refine: str | None = None
     update: str | None = None
     gram: str = "plain"
@@ -127,6 +132,7 @@ class PruneConfig:
         self._fill_sparsity()
         self._fill_order()
         _check_count("batch_tokens", self.batch_tokens, 1)
+        _check_choice("token_norm", self.token_norm, TOKEN_NORMS)
         self._check_solver()
         self._check_tuning()
         self._check_allocation()
@@ -223,6 +229,7 @@ class PruneConfig:
             "skip": list(self.skip),
             "ria_exponent": self.ria_exponent,
             "batch_tokens": self.batch_tokens,
+            "token_norm": self.token_norm,
             "refine": self.refine,
             "update": self.update,
             "gram": self.gram,

@@ -277,7 +277,8 @@ class Loop:
     # Shared steps
 
     def _collector(self, linears: dict[str, nn.Linear]) -> StatisticsCollector:
-        return StatisticsCollector(linears, self.config.needs, len(self.calls) * self.peers.size)
+        batches = len(self.calls) * self.peers.size
+        return StatisticsCollector(linears, self.config.needs, batches, self.config.token_norm)
 
     def _collect(
         self,

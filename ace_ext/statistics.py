@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from . import ops
 from .gram import GramState
@@ -112,9 +113,13 @@ class StatisticsCollector:
 
     PROBE_TOKENS = 128
 
-    def __init__(self, linears: dict[str, nn.Linear], needs: frozenset[str], batches: int = 1) -> None:
+    def __init__(
+        self, linears: dict[str, nn.Linear], needs: frozenset[str], batches: int = 1, token_norm: str = "exact"
+    ) -> None:
+        """``token_norm`` is that of :class:`ace_ext.PruneConfig`: where ``‖A_t‖`` comes from."""
         self.linears = linears
         self.needs = needs
+        self._sketched = token_norm == "sketch"
         self.stats: dict[str, LinearStatistics] = {}
         self.token_mask: Tensor | None = None
         self._probe_rows = max(1, self.PROBE_TOKENS // batches)
@@ -136,8 +141,12 @@ class StatisticsCollector:
 
     @property
     def wants_output(self) -> bool:
-        """Whether the statistics read a Linear's dense output, or its input alone."""
-        return bool(self.needs & {WEIGHTED, MOMENT, COSINE_GRAM})
+        """Whether the statistics read a Linear's dense output, or its input and weight alone."""
+        return MOMENT in self.needs or (self._weighs_tokens and not self._sketched)
+
+    @property
+    def _weighs_tokens(self) -> bool:
+        return bool(self.needs & {WEIGHTED, COSINE_GRAM})
 
     def observe(self, name: str, x: Tensor, output: Tensor | None) -> None:
         """Adds one call of a Linear: its input ``[..., d_in]`` and output ``[..., d_out]`` with bias, or None where
@@ -159,18 +168,20 @@ class StatisticsCollector:
                 stats.gram.update(rows)
         if self.wants_output:
             bias = self.linears[name].bias
-            self._observe_output(stats, rows, self._tokens(output if bias is None else output - bias))
+            dense = self._tokens(output if bias is None else output - bias)
+            if MOMENT in self.needs:
+                ops.update_cosine_moment_(stats.moment, rows, dense)
+        elif self._weighs_tokens:
+            dense = sketched_output(rows, self.linears[name].weight)
+        if self._weighs_tokens:
+            self._update_weighted(stats, rows, ops.inverse_square_norm(dense))
 
-    def _observe_output(self, stats: LinearStatistics, rows: Tensor, dense: Tensor) -> None:
-        """What depends on the Linear's own output ``dense [T, d_out]``, beside its input ``rows [T, d_in]``."""
-        if self.needs & {WEIGHTED, COSINE_GRAM}:
-            token_weight = ops.inverse_square_norm(dense)
-            if WEIGHTED in self.needs:
-                stats.weighted.update(rows, token_weight)
-            if COSINE_GRAM in self.needs:
-                stats.gram.update(rows, token_weight)
-        if MOMENT in self.needs:
-            ops.update_cosine_moment_(stats.moment, rows, dense)
+    def _update_weighted(self, stats: LinearStatistics, rows: Tensor, token_weight: Tensor) -> None:
+        """What counts tokens with ``token_weight [T]``, on the inputs ``rows [T, d_in]``."""
+        if WEIGHTED in self.needs:
+            stats.weighted.update(rows, token_weight)
+        if COSINE_GRAM in self.needs:
+            stats.gram.update(rows, token_weight)
 
     def empty(self, name: str) -> LinearStatistics:
         """Statistics of no token, of a Linear that was not called."""
@@ -201,3 +212,21 @@ class StatisticsCollector:
         if self.token_mask is not None and len(self.token_mask) == len(rows):
             rows = rows[self.token_mask]
         return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
+
+
+SKETCH_ROWS = 128
+"""Of a random projection of the outputs: each token's squared norm is then known to sqrt(2 / 128), an eighth."""
+
+
+def sketched_output(x: Tensor, weight: Tensor) -> Tensor:
+    """``[T, min(d_out, SKETCH_ROWS)]``: rows whose norms stand for those of ``x Wᵀ``, at a fraction of its cost.
+
+    ``x (S W)ᵀ`` with S random signs over ``sqrt(SKETCH_ROWS)``: the expected square of its norm is ``‖A_t‖²``
+    (Achlioptas 2003, database-friendly random projections). S depends on the shape alone, so a run can be repeated.
+    """
+    if len(weight) <= SKETCH_ROWS:
+        return functional.linear(x, weight)
+    random = torch.Generator().manual_seed(len(weight))
+    signs = torch.randint(0, 2, (SKETCH_ROWS, len(weight)), generator=random) * 2 - 1
+    projection = (signs / SKETCH_ROWS**0.5).to(weight.device, weight.dtype)
+    return functional.linear(x, projection @ weight)
