@@ -5,9 +5,9 @@
 
 For each way of working: seconds (the least of the repeats, which take turns), the ratio to Wanda's order of work, and
 the ratio to one plain forward of the same tokens through the same blocks; with ``--perplexity`` also that of the pruned
-model. Wanda's order of work is written out here: for each block a forward with hooks that sum squares of the inputs, for
-each Linear a stable sort of every row, a scatter and an index assignment, and a second forward. All tokens go through a
-block at once in every way, so that none gains by larger batches.
+model. Wanda's order of work is written out here: for each block a forward with hooks that sum squares of the inputs,
+for each Linear a stable sort of every row, a scatter and an index assignment, and a second forward. All tokens go
+through a block at once in every way, so that none gains by larger batches.
 """
 
 import argparse
