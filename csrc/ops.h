@@ -54,7 +54,8 @@
 //       keeps every key above `key` and the first `ties` (row-major) of those equal to it; the rest become +0.0.
 //
 // Solvers: both find masks and weights from second-order statistics. Column slices of a matrix work for every tensor
-// but gram. Float operations are done in one order everywhere, so CUDA gives the CPU's bits.
+// but gram. Float operations are done in one order everywhere, so that CUDA gives the CPU's bits (seen where the C++
+// tests run the kernels on the host; not run on a GPU).
 //   refine_swaps_(mask!, weight, gram, keep_n, group_m, max_swaps) -> swaps
 //       mask [rows, cols] bool, true where kept; gram [cols, cols] float32, contiguous, symmetric and positive
 //       semidefinite (the caller's promise); swaps [rows] int64. Row by row a removed and a kept weight change places

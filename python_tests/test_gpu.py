@@ -147,7 +147,7 @@ def test_empty_matrices(dtype):
 def solver_inputs(rows, cols, dtype, random, keep_n, group_m):
     """A weight, a Gram matrix and a mask of the pattern, or of half of each row."""
     weight, x = make_weight(rows, cols, dtype, random), torch.randn(2 * cols, cols, generator=random)
-    mask = weight.float()
+    mask = weight.float().clone()
     if group_m:
         ops.prune_nm_(mask, "magnitude", keep_n, group_m)
     else:

@@ -15,7 +15,7 @@
 namespace ace {
 namespace {
 
-constexpr int64_t kTileRows = 16;      // that share a read of G when their c is first computed
+constexpr int64_t kTileRows = 16;       // that share a read of G when their c is first computed
 constexpr int64_t kStripColumns = 512;  // of c, held in the first cache meanwhile
 
 struct GramMatrix {
@@ -81,13 +81,17 @@ class Tile {
     for (int64_t r = 0; r < rows; ++r) read_row(r, weight + r * weight_stride, mask + r * mask_stride);
     for (int64_t k = 0; k < cols; k += kStripColumns) {
       for (int64_t r = 0; r < rows; ++r) {
-        add_removed(c_.data() + r * cols + k, std::min(kStripColumns, cols - k), weight_.data() + r * cols,
-                    removed_[r], gram_.data + k, cols);
+        add_removed(c_.data() + r * cols + k, std::min(kStripColumns, cols - k), weight_.data() + r * cols, removed_[r],
+                    gram_.data + k, cols);
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
-      const SwapRow row{weight_.data() + r * cols, norm_.data() + r * cols, c_.data() + r * cols,
-                        gram_.diagonal.data(),     mask + r * mask_stride,  row_norm_[r],
+      const SwapRow row{weight_.data() + r * cols,
+                        norm_.data() + r * cols,
+                        c_.data() + r * cols,
+                        gram_.diagonal.data(),
+                        mask + r * mask_stride,
+                        row_norm_[r],
                         cols};
       done(r, refine_row(row, gram_.data, gram_.near.data(), static_cast<int>(group_m), max_swaps, change_.data()));
     }

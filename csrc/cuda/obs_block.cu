@@ -24,9 +24,9 @@ cudaError_t launch_obs_block(const ObsArguments& a, void* workspace, int code, c
   ACE_RETURN_IF_ERROR(
       launch(check_factor_kernel, {blocks, kObsThreads, 0, stream}, a.factor, a.width, a.factor_stride, unusable));
   const int panel = a.group_m > 0 ? kWarpSize / a.group_m * a.group_m : kWarpSize;
-  const ObsProblem problem{a.weight,       a.error,        a.mask,        a.factor,        unusable, a.rows,
-                           a.width,        a.weight_stride, a.error_stride, a.mask_stride, a.factor_stride,
-                           a.keep_n,       a.group_m,      panel};
+  const ObsProblem problem{a.weight,        a.error,  a.mask,          a.factor,       unusable,
+                           a.rows,          a.width,  a.weight_stride, a.error_stride, a.mask_stride,
+                           a.factor_stride, a.keep_n, a.group_m,       panel};
   ACE_RETURN_IF_ERROR(blocks_for((a.rows + kRowsOfBlock - 1) / kRowsOfBlock, kWaves, &blocks));
   return launch(obs_block_kernel, {blocks, kObsThreads, 0, stream}, problem, report);
 }

@@ -24,11 +24,11 @@ constexpr int kObsWarps = kObsThreads / kWarpSize;
 constexpr int kObsRows = 2;  // of a warp
 
 struct ObsProblem {
-  float* weight;         // [rows, width], rows `weight_stride` apart
-  float* error;          // [rows, width], rows `error_stride` apart
-  bool* mask;            // [rows, width], rows `mask_stride` apart
-  const float* factor;   // [width, width], rows `factor_stride` apart
-  const int* unusable;   // not 0 where the factor cannot be used
+  float* weight;        // [rows, width], rows `weight_stride` apart
+  float* error;         // [rows, width], rows `error_stride` apart
+  bool* mask;           // [rows, width], rows `mask_stride` apart
+  const float* factor;  // [width, width], rows `factor_stride` apart
+  const int* unusable;  // not 0 where the factor cannot be used
   int64_t rows, width, weight_stride, error_stride, mask_stride, factor_stride;
   int keep_n, group_m;
   int panel;  // columns of one: whole groups, at most one a lane

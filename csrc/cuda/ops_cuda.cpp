@@ -49,7 +49,7 @@ enum OpCode {
 };
 
 constexpr const char* kOpNames[kOpCodes] = {
-    "",          "update_moments_", "inverse_square_norm", "update_cosine_moment_", "score",    "prune_topk_",
+    "",          "update_moments_", "inverse_square_norm", "update_cosine_moment_", "score",     "prune_topk_",
     "prune_nm_", "prune_by_score_", "prune_nm_by_score_",  "score_histogram",       "prune_at_", "refine_swaps_",
     "obs_block_"};
 

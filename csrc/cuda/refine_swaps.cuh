@@ -262,8 +262,8 @@ __global__ void __launch_bounds__(kSwapThreads) refine_swaps_kernel(SwapProblem<
     start_row(row, scratch);
     int64_t made = 0;
     for (; made < problem.max_swaps; ++made) {
-      const Candidate swap = problem.group_m > 0 ? find_swap_in_groups(row, problem.group_m, scratch)
-                                                 : find_swap(row, scratch);
+      const Candidate swap =
+          problem.group_m > 0 ? find_swap_in_groups(row, problem.group_m, scratch) : find_swap(row, scratch);
       if (swap.restored < 0 || swap.removed < 0) break;
       const double norms = row.norm(swap.restored) + row.norm(swap.removed);
       if (!(swap.change < -swap_rounding(norms, row_norm, row.cols, made))) break;

@@ -1,9 +1,9 @@
 // What a swap does to the loss, against the loss itself.
-#include "core/swap.h"
-
 #include <gtest/gtest.h>
 
 #include <vector>
+
+#include "core/swap.h"
 
 namespace ace {
 namespace {

@@ -90,9 +90,7 @@ class PlainRow {
   double g(int64_t i, int64_t j) const { return static_cast<double>(gram_[static_cast<size_t>(i * cols_ + j)]); }
   double norm(int64_t j) const { return output_norm(w(j), diagonal_root(g(j, j))); }
   double restore(int64_t j) { return loss_change(-w(j), c(j), g(j, j)); }
-  double remove(int64_t i, int64_t restored) {
-    return loss_change(w(i), c(i) - w(restored) * g(restored, i), g(i, i));
-  }
+  double remove(int64_t i, int64_t restored) { return loss_change(w(i), c(i) - w(restored) * g(restored, i), g(i, i)); }
 
   double find(int64_t* restored, int64_t* removed) {
     double gain = 1e300, cost = 1e300;
@@ -133,7 +131,10 @@ struct SwapCase {
   int64_t max_swaps;
 
   SwapCase(Shape shape, Values values, int n, int m, int64_t most = 100)
-      : weight(shape, Formula::magnitude, values), layout{shape.rows, shape.cols, 3}, keep_n(n), group_m(m),
+      : weight(shape, Formula::magnitude, values),
+        layout{shape.rows, shape.cols, 3},
+        keep_n(n),
+        group_m(m),
         max_swaps(most) {
     std::mt19937 random(3);
     gram = random_gram(shape.cols, 9, values, random);
@@ -141,9 +142,9 @@ struct SwapCase {
   }
 
   std::vector<int64_t> launch(int code = 1) {
-    const SwapArguments arguments{&weight.weight(0, 0), mask.get(),        gram.data(), layout.rows,
-                                  layout.cols,          weight.stride(),   layout.stride(), max_swaps,
-                                  keep_n,               group_m,           dtype_of<T>()};
+    const SwapArguments arguments{&weight.weight(0, 0), mask.get(),      gram.data(), layout.rows, layout.cols,
+                                  weight.stride(),      layout.stride(), max_swaps,   keep_n,      group_m,
+                                  dtype_of<T>()};
     size_t bytes = 0;
     EXPECT_EQ(refine_swaps_bytes(arguments, &bytes), cudaSuccess);
     Workspace work(bytes);
@@ -160,8 +161,7 @@ void check_swaps(SwapCase<T>&& got) {
   for (int64_t i = 0; i < got.layout.rows; ++i) {
     std::vector<double> row;
     for (int64_t j = 0; j < got.layout.cols; ++j) row.push_back(static_cast<double>(to_float(got.weight.weight(i, j))));
-    swaps.push_back(
-        PlainRow(row, got.gram, want.get() + i * got.layout.stride()).refine(got.group_m, got.max_swaps));
+    swaps.push_back(PlainRow(row, got.gram, want.get() + i * got.layout.stride()).refine(got.group_m, got.max_swaps));
   }
   const std::string what = std::to_string(got.layout.cols) + " columns, groups of " + std::to_string(got.group_m);
   EXPECT_EQ(got.launch(), swaps) << what;
@@ -246,9 +246,9 @@ struct ObsCase {
   size_t at(int64_t i, int64_t k) const { return static_cast<size_t>(i * layout.stride() + k); }
 
   void launch(int code = 1) {
-    const ObsArguments arguments{weight.data(), error.data(),    mask.get(),      factor.data(),
-                                 layout.rows,   layout.cols,     layout.stride(), layout.stride(),
-                                 layout.stride(), square.stride(), keep_n,        group_m};
+    const ObsArguments arguments{weight.data(),   error.data(),    mask.get(),      factor.data(),
+                                 layout.rows,     layout.cols,     layout.stride(), layout.stride(),
+                                 layout.stride(), square.stride(), keep_n,          group_m};
     Workspace work(obs_block_bytes());
     ASSERT_EQ(launch_obs_block(arguments, work.data(), code, nullptr), cudaSuccess);
   }
