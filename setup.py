@@ -3,6 +3,8 @@
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import setup
@@ -45,6 +47,20 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
 
 
+def openmp() -> list[str]:
+    """The flag without which at::parallel_for, a template of torch's headers, runs on one thread.
+
+    Only for GCC: its runtime's functions are those that torch has loaded already, so nothing is linked and the process
+    keeps one pool of threads. Clang would call another runtime's.
+    """
+    compiler = os.environ.get("CXX", "c++").split()
+    macros = subprocess.run(
+        [*compiler, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=False
+    )
+    gcc = "__GNUC__" in macros.stdout and "__clang__" not in macros.stdout
+    return ["-fopenmp"] if gcc and sys.platform == "linux" else []
+
+
 def extension():
     cuda = want_cuda()
     version = re.search(r'"(.+)"', (ROOT / "ace_ext" / "version.py").read_text()).group(1)
@@ -52,6 +68,7 @@ def extension():
     # -ffp-contract=off, --fmad=false: scores have the same bits on every instruction set and device.
     flags = {"cxx": ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]}
     flags["cxx"] += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]  # the last two change no value
+    flags["cxx"] += openmp()
     macros = [("ACE_VERSION", version)]
     files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
     if cuda:
