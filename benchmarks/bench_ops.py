@@ -4,27 +4,39 @@
     python benchmarks/bench_ops.py [--device cuda|cpu] [--shapes 4096x4096,4096x11008] [--dtype bfloat16] [--json FILE]
 
 Prints one row an op and shape: microseconds (median of repeats), GB/s (the weight or the activations read once and,
-where they are written, written once), the share of a copy's bandwidth measured in the same run, the ratio to each
-baseline, and peak extra memory in per cent of the weight. Baselines: Wanda's sequence of torch calls (abs, sqrt, stable
-sort of every row, scatter, index assignment), ``torch.topk`` with a scatter, and a Python loop over N:M groups of
-columns. Each repeat prunes a fresh copy of the weight; the copy is not timed. A weight that fits the last cache
-(4096x4096 on an H100) is read from there, and so is the copy that it is compared with.
+where they are written, written once), the time in units of a ``copy_`` of as many bytes between two tensors that exist
+already, taken in turn with the op, the ratio to each baseline, and peak extra memory in per cent of the weight.
+Baselines: Wanda's sequence of torch calls (abs, sqrt, stable sort of every row, scatter, index assignment),
+``torch.topk`` with a scatter, a Python loop over N:M groups of columns, and for moments Wanda's ``torch.norm`` and
+``torch.var_mean``. Each repeat prunes a fresh copy of the weight; that copy is not timed. A weight that fits the last
+cache (4096x4096 on an H100) is read from there, and so is the copy that it is compared with.
+
+Extra memory on a GPU is the growth of the allocator's peak. On a CPU (Linux only) it is the growth of the resident peak
+(VmHWM) of a fresh process over one call, where freed memory goes back to the system at once so that nothing can be
+reused unseen; the kernel counts in batches of pages, so that is good to some 0.3 MB.
 """
 
 import argparse
+import ctypes
 import json
+import multiprocessing
+import os
 import platform
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ace_ext import ops
 
-DEFAULT_SHAPES = {"cuda": "4096x4096,4096x11008,11008x4096,8192x28672", "cpu": "1024x1024,1024x2752"}
+DEFAULT_SHAPES = {"cuda": "4096x4096,4096x11008,11008x4096,8192x28672", "cpu": "4096x4096,4096x11008"}
 TOKENS = {"cuda": 16384, "cpu": 2048}
 
 
@@ -62,54 +74,141 @@ def topk_matrix(weight: Tensor, column: Tensor, keep_k: int) -> None:
     weight.mul_(kept.view_as(weight))
 
 
+def wanda_square_sum(x: Tensor) -> None:
+    torch.norm(x.t().float(), p=2, dim=1) ** 2
+
+
 def two_pass_moments(x: Tensor) -> None:
     torch.var_mean(x.float(), dim=0, correction=0)
+
+
+# Cases
+
+
+@dataclass
+class Case:
+    op: str
+    shape: str
+    tensor: Tensor
+    """What extra memory is a share of, and what the copy it is compared with copies."""
+    written: bool
+    action: Callable[[], None]
+    prepare: Callable[[], None]
+    baselines: dict[str, Callable[[], None]]
+
+
+def prune_cases(rows: int, cols: int, dtype: torch.dtype, device: str) -> list[Case]:
+    source = torch.randn(rows, cols, device=device).to(dtype)
+    square_sum = torch.rand(cols, device=device) + 0.1
+    column = square_sum.sqrt()
+    weight = torch.empty_like(source)
+    half = cols // 2
+
+    def case(op: str, action: Callable[[], None], baselines: dict[str, Callable[[], None]]) -> Case:
+        return Case(op, f"{rows}x{cols}", weight, True, action, lambda: weight.copy_(source), baselines)
+
+    cases = [
+        case(
+            "top-k by row",
+            lambda: ops.prune_topk_(weight, "wanda", half, column=column),
+            {
+                "Wanda": lambda: wanda_rows(weight, square_sum, cols - half),
+                "torch.topk": lambda: topk_rows(weight, column, half),
+            },
+        ),
+        case(
+            "top-k by matrix",
+            lambda: ops.prune_topk_(weight, "wanda", rows * half, column=column, group="matrix"),
+            {"torch.topk": lambda: topk_matrix(weight, column, rows * half)},
+        ),
+    ]
+    for keep_n, group_m in ((2, 4), (4, 8)):
+        cases.append(
+            case(
+                f"{keep_n}:{group_m}",
+                lambda n=keep_n, m=group_m: ops.prune_nm_(weight, "wanda", n, m, column=column),
+                {"Python loop": lambda n=keep_n, m=group_m: wanda_nm(weight, square_sum, m - n, m)},
+            )
+        )
+    return cases
+
+
+def moment_cases(tokens: int, cols: int, dtype: torch.dtype, device: str) -> list[Case]:
+    x = torch.randn(tokens, cols, device=device).to(dtype)
+    state = [torch.zeros(size, device=device) for size in ((), (cols,), (cols,))]
+
+    def case(op: str, action: Callable[[], None], baselines: dict[str, Callable[[], None]]) -> Case:
+        return Case(op, f"{tokens}x{cols}", x, False, action, lambda: None, baselines)
+
+    baselines = {"torch.norm": lambda: wanda_square_sum(x), "var_mean": lambda: two_pass_moments(x)}
+    return [
+        case("moments", lambda: ops.update_moments_(*state, x), baselines),
+        case("1/|a|^2", lambda: ops.inverse_square_norm(x), {}),
+    ]
 
 
 # Measuring
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds(action: Callable[[], None], prepare: Callable[[], None], device: str, budget: float) -> float:
-    """Median over repeats, as many as the budget allows (at least 3, at most 50); one call to warm up."""
-    times: list[float] = []
+def seconds(actions: list[Callable[[], None]], prepare: Callable[[], None], device: str, budget: float) -> list[float]:
+    """Each action's median over repeats in turn, as many as the budget allows (3 to 50); one repeat to warm up."""
+    times: list[list[float]] = []
     started = time.perf_counter()
-    for repeat in range(51):
-        prepare()
-        synchronize(device)
-        if device == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            action()
-            end.record()
-            end.synchronize()
-            elapsed = begin.elapsed_time(end) / 1e3
-        else:
-            clock = time.perf_counter()
-            action()
-            elapsed = time.perf_counter() - clock
-        if repeat:
-            times.append(elapsed)
-        if len(times) >= 3 and time.perf_counter() - started > budget:
-            break
-    return statistics.median(times)
+    while len(times) < 4 or (len(times) < 51 and time.perf_counter() - started < budget):
+        times.append([])
+        for action in actions:
+            prepare()
+            if device == "cuda":
+                torch.cuda.synchronize()
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                action()
+                end.record()
+                end.synchronize()
+                times[-1].append(begin.elapsed_time(end) / 1e3)
+            else:
+                clock = time.perf_counter()
+                action()
+                times[-1].append(time.perf_counter() - clock)
+    return [statistics.median(column) for column in zip(*times[1:], strict=True)]
 
 
-def extra_bytes(action: Callable[[], None], prepare: Callable[[], None], device: str) -> int | None:
-    """What the action allocates at its peak; only CUDA's allocator counts."""
-    if device != "cuda":
-        return None
-    prepare()
+def cuda_extra_bytes(case: Case) -> int:
+    case.prepare()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    action()
+    case.action()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def resident_bytes(field: str) -> int:
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1))
+
+
+def measure_resident_growth(build: Callable, sizes: tuple[int, int], dtype: torch.dtype, index: int) -> int:
+    """Runs in a process of its own: a call on a few rows starts the threads and loads the code, the next one counts."""
+    with torch.no_grad():
+        few = build(min(sizes[0], 128), *sizes[1:], dtype, "cpu")[index]
+        few.prepare()
+        few.action()
+        case = build(*sizes, dtype, "cpu")[index]
+        case.prepare()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+        before = resident_bytes("VmRSS")
+        case.action()
+        return max(resident_bytes("VmHWM") - before, 0)
+
+
+def cpu_extra_bytes(build: Callable, sizes: tuple[int, int], dtype: torch.dtype, index: int) -> int | None:
+    if sys.platform != "linux":
+        return None
+    # glibc would keep freed blocks for later calls, more of them the larger they were.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = os.environ["MALLOC_TRIM_THRESHOLD_"] = "16384"
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure_resident_growth, build, sizes, dtype, index).result()
 
 
 class Bench:
@@ -117,97 +216,50 @@ class Bench:
         self.device, self.dtype, self.budget = device, dtype, budget
         self.rows: list[dict] = []
 
-    def copy_bandwidth(self, size: int) -> float:
-        """Bytes read and written a second by ``copy_`` of as many bytes as the op's tensor has."""
-        source = torch.empty(size, dtype=torch.uint8, device=self.device).fill_(1)
-        target = torch.empty_like(source)
-        return 2 * size / seconds(lambda: target.copy_(source), lambda: None, self.device, self.budget)
+    def run(self, build: Callable, *sizes: int) -> None:
+        """Measures and prints the cases that ``build(*sizes, dtype, device)`` makes."""
+        for index, case in enumerate(build(*sizes, self.dtype, self.device)):
+            if self.device == "cuda":
+                extra = cuda_extra_bytes(case)
+            else:
+                extra = cpu_extra_bytes(build, sizes, self.dtype, index)
+            self.report(case, extra)
 
-    def report(self, op: str, shape: str, action, prepare, moved: int, size: int, baselines: dict) -> None:
-        """``moved``: bytes that must be read or written; ``size``: the bytes that extra memory is a share of."""
-        time_s = seconds(action, prepare, self.device, self.budget)
-        copy = self.copy_bandwidth(size)
-        extra = extra_bytes(action, prepare, self.device)
+    def report(self, case: Case, extra: int | None) -> None:
+        source, target = torch.ones_like(case.tensor), torch.ones_like(case.tensor)
+        actions = [case.action, lambda: target.copy_(source)]
+        time_s, copy_s = seconds(actions, case.prepare, self.device, self.budget)
+        size = case.tensor.numel() * case.tensor.element_size()
         row = {
-            "op": op,
-            "shape": shape,
+            "op": case.op,
+            "shape": case.shape,
             "us": time_s * 1e6,
-            "gb_s": moved / time_s / 1e9,
-            "copy_gb_s": copy / 1e9,
-            "share_of_copy": moved / time_s / copy,
+            "gb_s": size * (2 if case.written else 1) / time_s / 1e9,
+            "copy_us": copy_s * 1e6,
+            "copies": time_s / copy_s,
             "extra_percent": None if extra is None else 100 * extra / size,
             "times_faster_than": {
-                name: seconds(baseline, prepare, self.device, self.budget) / time_s
-                for name, baseline in baselines.items()
+                name: seconds([baseline], case.prepare, self.device, self.budget)[0] / time_s
+                for name, baseline in case.baselines.items()
             },
         }
         self.rows.append(row)
         ratios = ", ".join(f"{ratio:.1f}x {name}" for name, ratio in row["times_faster_than"].items())
-        memory = "n/a" if extra is None else f"{row['extra_percent']:.3f} %"
+        memory = "n/a" if extra is None else f"{row['extra_percent']:.2f} %"
         print(
-            f"{op:<16}{shape:>12}{row['us']:>12.1f} us{row['gb_s']:>9.1f} GB/s"
-            f"{100 * row['share_of_copy']:>7.1f} % of copy   extra {memory}   {ratios}",
+            f"{case.op:<16}{case.shape:>12}{row['us']:>11.1f} us{row['gb_s']:>8.1f} GB/s"
+            f"{row['copies']:>7.2f} copies   extra {memory}   {ratios}",
             flush=True,
         )
 
-    def prune(self, rows: int, cols: int) -> None:
-        source = torch.randn(rows, cols, device=self.device).to(self.dtype)
-        square_sum = torch.rand(cols, device=self.device) + 0.1
-        column = square_sum.sqrt()
-        weight = torch.empty_like(source)
-        size, shape = source.numel() * source.element_size(), f"{rows}x{cols}"
 
-        def fresh() -> None:
-            weight.copy_(source)
-
-        half = cols // 2
-        self.report(
-            "top-k by row",
-            shape,
-            lambda: ops.prune_topk_(weight, "wanda", half, column=column),
-            fresh,
-            2 * size,
-            size,
-            {
-                "Wanda": lambda: wanda_rows(weight, square_sum, cols - half),
-                "torch.topk": lambda: topk_rows(weight, column, half),
-            },
-        )
-        self.report(
-            "top-k by matrix",
-            shape,
-            lambda: ops.prune_topk_(weight, "wanda", rows * half, column=column, group="matrix"),
-            fresh,
-            2 * size,
-            size,
-            {"torch.topk": lambda: topk_matrix(weight, column, rows * half)},
-        )
-        for keep_n, group_m in ((2, 4), (4, 8)):
-            self.report(
-                f"{keep_n}:{group_m}",
-                shape,
-                lambda n=keep_n, m=group_m: ops.prune_nm_(weight, "wanda", n, m, column=column),
-                fresh,
-                2 * size,
-                size,
-                {"Python loop": lambda n=keep_n, m=group_m: wanda_nm(weight, square_sum, m - n, m)},
-            )
-
-    def moments(self, cols: int) -> None:
-        tokens = TOKENS[self.device]
-        x = torch.randn(tokens, cols, device=self.device).to(self.dtype)
-        state = [torch.zeros(size, device=self.device) for size in ((), (cols,), (cols,))]
-        size, shape = x.numel() * x.element_size(), f"{tokens}x{cols}"
-        self.report(
-            "moments",
-            shape,
-            lambda: ops.update_moments_(*state, x),
-            lambda: None,
-            size,
-            size,
-            {"var_mean": lambda: two_pass_moments(x)},
-        )
-        self.report("1/|a|^2", shape, lambda: ops.inverse_square_norm(x), lambda: None, size, size, {})
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpu = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.+)", cpu.read_text()) if cpu.exists() else []
+    level = torch.backends.cpu.get_cpu_capability()
+    return f"{models[0] if models else platform.machine()} ({level}), {torch.get_num_threads()} threads"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -224,20 +276,16 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("bench_ops: --device cuda, but torch finds no CUDA device")
-    name = (
-        torch.cuda.get_device_name()
-        if args.device == "cuda"
-        else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
+    name = device_name(args.device)
     note = "" if args.device == "cuda" else "  (CPU figures: not run on a GPU)"
     print(f"device: {name}; torch {torch.__version__}; {args.dtype}{note}")
     bench = Bench(args.device, getattr(torch, args.dtype), args.budget)
     shapes = [tuple(map(int, shape.split("x"))) for shape in (args.shapes or DEFAULT_SHAPES[args.device]).split(",")]
     with torch.no_grad():
         for rows, cols in shapes:
-            bench.prune(rows, cols)
+            bench.run(prune_cases, rows, cols)
         for cols in sorted({cols for _, cols in shapes}):
-            bench.moments(cols)
+            bench.run(moment_cases, TOKENS[args.device], cols)
     if args.json:
         with open(args.json, "w") as file:
             json.dump(

@@ -251,6 +251,17 @@ def test_cosine_moment_of_nothing(shape, device):
     assert_same_bits(moment, torch.full((d_out, d_in), 0.1))
 
 
+def test_padding_between_tokens(dtype, state, device, random):
+    # However many tokens an op adds at once, the ones between them that do not count may hold anything.
+    x = torch.randn(200, 33, generator=random).to(dtype)
+    token_weight = torch.rand(200, generator=random) * (torch.rand(200, generator=random) < 0.7)
+    clean = torch.where((token_weight == 0)[:, None], torch.zeros_like(x), x)
+    x[token_weight == 0] = float("nan")
+    actual = new_state(33, state, device)
+    ops.update_moments_(*actual, x.to(device), token_weight.to(device))
+    assert_state(actual, clean, token_weight)
+
+
 def test_moments_do_not_read_tokens_of_weight_zero():
     x = torch.tensor([[1.0, 2.0], [float("nan"), float("inf")], [3.0, 5.0]])
     state = [torch.zeros(()), torch.zeros(2), torch.zeros(2)]

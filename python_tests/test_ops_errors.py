@@ -79,6 +79,16 @@ def test_a_moment_that_is_not_finite(op, metric, value, zeros, weight, random):
     refused_for(value, lambda: SCORED[op](weight, metric, **arguments), op, "moment", "3, 11", weight)
 
 
+@pytest.mark.parametrize("op", SCORED)
+@pytest.mark.parametrize("metric", ["magnitude", "wanda", "cosp"])
+def test_the_last_weight_of_many_that_is_not_finite(op, metric, dtype, random):
+    # Rows enough for every thread and block: the first ones must wait for the check of the last.
+    weight = (torch.randn(150, 1136, generator=random) + 3).to(dtype)
+    arguments = metric_arguments(metric, weight, random)
+    weight[149, 1135] = math.nan
+    refused_for(math.nan, lambda: SCORED[op](weight, metric, **arguments), op, "weight", "149, 1135", weight)
+
+
 @pytest.mark.parametrize("op", ["prune_by_score_", "prune_nm_by_score_"])
 @pytest.mark.parametrize("value", BAD)
 @pytest.mark.parametrize("score_dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -75,6 +75,52 @@ def test_topk_of_a_matrix_large_enough_for_threads(group, dtype, device, random)
     assert_topk(weight, "ria", arguments, (1134 if group == "row" else weight.numel()) // 2, group)
 
 
+@pytest.mark.parametrize("metric", ["magnitude", "wanda", "cosp"])
+@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
+def test_topk_of_rows_whose_scales_jump(metric, ties, dtype, device, random):
+    # What a search learned from one row must not matter to the next.
+    scale = torch.tensor([1.0, 1.1, 0.9, 0.0, 1.0, 60.0, 1e-3, 1.0, 1.0, 2.0, 0.5, 1.0])
+    for cols in (33, 1134, 3000):
+        weight = (make_weight(12, cols, torch.float32, random, ties) * scale[:, None]).to(dtype).to(device)
+        arguments = metric_arguments(metric, weight, random, ties)
+        for keep_k in places(cols):
+            assert_topk(weight, metric, arguments, keep_k, "row")
+
+
+@pytest.mark.parametrize("metric", ["magnitude", "wanda", "cosp"])
+@pytest.mark.parametrize("share", [0.0001, 0.3, 0.5, 0.9, 0.9999])
+def test_topk_of_a_matrix_large_enough_for_a_sample(metric, share, dtype, device, random):
+    weight = make_weight(150, 1134, dtype, random).to(device)
+    weight[:40] *= 3.0  # rows differ in scale
+    assert_topk(weight, metric, metric_arguments(metric, weight, random), int(share * weight.numel()), "matrix")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("zeros", [0.0, 0.6, 1.0])
+def test_topk_of_a_large_matrix_with_many_zeros(share, zeros, dtype, device, random):
+    weight = make_weight(150, 1134, dtype, random)
+    weight[torch.rand(150, 1134, generator=random) < zeros] = 0.0
+    weight = weight.to(device)
+    for group in GROUPS:
+        size = weight.shape[1] if group == "row" else weight.numel()
+        assert_topk(weight, "wanda", metric_arguments("wanda", weight, random), int(share * size), group)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_factors_whose_bound_overflows_but_whose_scores_do_not(sign, device, random):
+    # The largest weight meets a small factor and the largest factor a small weight.
+    weight, column = make_weight(20, 64, torch.float32, random), torch.full((64,), 1e-3)
+    weight[:, 7] = 3e38
+    column[9] = sign * 1e6
+    weight, column = weight.to(device), column.to(device)
+    for group in GROUPS:
+        assert_topk(weight, "wanda", {"column": column}, 32, group)
+    mask = reference.keep_mask_nm(float32_score(weight, "wanda", {"column": column}), 2, 4)
+    expected = reference.prune(weight, mask)
+    ops.prune_nm_(weight, "wanda", 2, 4, column=column)
+    assert_same_bits(weight, expected)
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_zeros_of_both_signs_are_one_score(group, dtype, device):
     weight = torch.tensor([[-0.0, 0.0, -0.0, 0.0]], dtype=dtype, device=device)

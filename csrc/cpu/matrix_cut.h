@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <functional>
 #include <mutex>
@@ -67,6 +66,7 @@ void for_places(const Matrix& matrix, PlaceScale scale, Body&& body, Combine&& c
   });
 }
 
+// How many entries reach `place`.
 template <class Matrix>
 int64_t count_matrix_places(const Matrix& matrix, PlaceScale scale, int64_t place) {
   int64_t total = 0;
@@ -79,6 +79,7 @@ int64_t count_matrix_places(const Matrix& matrix, PlaceScale scale, int64_t plac
   return total;
 }
 
+// The keys of the entries in the cut's bracket, in no particular order.
 template <class Matrix>
 std::vector<uint32_t> keys_within(const Matrix& matrix, PlaceScale scale, const PlaceCut& cut) {
   std::vector<uint32_t> all;

@@ -12,10 +12,10 @@ namespace ace {
 
 // Keeps the best keep_k of each row by the order of core/radix_select.h. Scores must be finite.
 //
-// The usual way: the scores become places (row_places.h) on a scale round the last cut, counts find the place of this
-// row's cut, the weights below are zeroed by the same places. Scores that share the cut's own place, one in ten rows
-// some two of them, are then told apart by their keys. A row that the scale does not suit (the first one, one whose
-// scores lie elsewhere, one with many ties at the cut) goes by its keys from the start and sets the scale anew.
+// The usual way: the scores become places (row_places.h) on a scale round an earlier cut, counts find the place of this
+// row's cut, the weights below are zeroed by the same places. Scores that share the cut's own place, few if any, are
+// then told apart by their keys. A row that the scale does not suit (the first one, one whose scores lie elsewhere, one
+// with many ties at the cut) goes by its keys from the start and sets the scale anew.
 template <class F, class T>
 class RowPruner {
  public:

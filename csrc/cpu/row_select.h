@@ -164,17 +164,12 @@ ACE_MULTIVERSION void keep_best_of_each(Bits* weight, const uint32_t* keys, int6
   }
 }
 
+// For any size of group; the sizes that cpu/nm_rows.h is made for are faster there.
 template <class Bits>
 void keep_best_of_groups(Bits* weight, const uint32_t* keys, int64_t cols, int group_m, int keep_n) {
   int64_t done = 0;
 #if defined(ACE_KEY_VECTORS)
-  switch (group_m) {
-    case 2: done = keep_best_by_vector<2>(weight, keys, cols, keep_n); break;
-    case 4: done = keep_best_by_vector<4>(weight, keys, cols, keep_n); break;
-    case 8: done = keep_best_by_vector<8>(weight, keys, cols, keep_n); break;
-    case 16: done = keep_best_by_vector<16>(weight, keys, cols, keep_n); break;
-    default: break;
-  }
+  if (group_m == 16) done = keep_best_by_vector<16>(weight, keys, cols, keep_n);
 #endif
   keep_best_of_each(weight + done, keys + done, cols - done, group_m, keep_n);
 }
