@@ -80,6 +80,7 @@ class Study:
             "model": self.model,
             "dtype": self.dtype,
             "device": device.type,
+            "threads": torch.get_num_threads() if device.type == "cpu" else None,  # moves rounding, and seconds
             "skip": list(self.skip),
             "batch_tokens": self.batch_tokens,
             "texts": {text: source_sha256(text, HELD_OUT, self.text_field) for text in self.texts},

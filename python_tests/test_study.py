@@ -172,7 +172,7 @@ def test_without_matplotlib_nothing_is_begun(place, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_other_settings_are_refused_by_name(place, tmp_path, monkeypatch):
+def test_other_settings_are_refused_by_name(place, tmp_path, monkeypatch, threads):
     folder = tmp_path / "out"
     compare(place, output=folder)
     monkeypatch.setattr(study, "load_model", None)  # refused before anything is loaded
@@ -181,6 +181,9 @@ def test_other_settings_are_refused_by_name(place, tmp_path, monkeypatch):
         compare(place, output=folder, **{"eval-seqlen": 8})
     with pytest.raises(InputError, match=r"texts \{.*other.txt"):
         compare(place, output=folder, texts=place / "other.txt")
+    threads(torch.get_num_threads() + 1)
+    with pytest.raises(InputError, match=r"recorded with threads \d+ \(now \d+\)"):
+        compare(place, output=folder)
     assert (folder / RUNS_NAME).read_bytes() == before
 
 
