@@ -6,7 +6,7 @@ there if its settings are the same, and is refused if they differ: figures that 
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -125,6 +125,21 @@ class Journal:
         self._append({"run": asdict(run)})
         self.results.runs.append(run)
 
+    def refuse_changed(self, cell: Cell, config: dict, source_sha256: str | None) -> None:
+        """A label or a file may stand for something else today than in the recorded run; that must not go unseen.
+
+        Raises:
+            InputError: the cell is recorded with another configuration or another text.
+        """
+        run = self.results.find(cell)
+        if run is None:
+            return
+        differing = list(differences(run.config, config))
+        if differing:
+            raise _changed(self.path, f"with {cell.method} as {'; '.join(differing)}")
+        if run.source_sha256 != source_sha256:
+            raise _changed(self.path, f"with another text in {cell.calibration}")
+
     def _append(self, line: dict) -> None:
         if self.path is None:
             return
@@ -181,13 +196,18 @@ def _whole_lines(path: Path) -> Iterator[dict]:
 
 
 def _refuse_other_settings(path: Path, recorded: dict, wanted: dict) -> None:
-    differing = list(differences(recorded, json.loads(json.dumps(wanted))))
+    differing = list(differences(recorded, wanted))
     if differing:
-        raise InputError(f"{path} was recorded with {'; '.join(differing)}; use another output folder")
+        raise _changed(path, f"with {'; '.join(differing)}")
 
 
-def differences(recorded: dict, wanted: dict) -> Iterable[str]:
-    """``"name 1 (now 2)"`` for each name under which the two differ."""
+def _changed(path: Path, how: str) -> InputError:
+    return InputError(f"{path} was recorded {how}; use another output folder")
+
+
+def differences(recorded: dict, wanted: dict) -> Iterator[str]:
+    """``"name 1 (now 2)"`` for each name under which the two differ; ``recorded`` has been through JSON."""
+    wanted = json.loads(json.dumps(wanted))
     for name in sorted(recorded.keys() | wanted.keys()):
         before, after = recorded.get(name), wanted.get(name)
         if before != after:

@@ -14,26 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
-from .calibration import CalibrationData, evaluation_tokens, load_windows
-from .checkpoint import LoadedModel, load_model
+from .bench import Bench, weights_sha256
+from .checkpoint import load_model
 from .config import PruneConfig
 from .devices import pick_device
-from .driver import prune_model
 from .errors import InputError
-from .evaluate import Perplexity, perplexity
 from .html_report import write_study_report
-from .memory import reset_peak
 from .methods import METHODS, Method, parse_methods
 from .plots import require_matplotlib
 from .report import versions
-from .results import BlockFigures, Cell, Journal, Results, Run
+from .results import Cell, Journal, Results
 from .tables import markdown_table, results_json, text_table
 from .texts import CALIBRATION, HELD_OUT, SELF, SOURCES, load_text
-
-_VALUES_HASHED = 4096  # of each parameter: enough to tell fine-tuned or pruned weights from others, and quick
 
 
 @dataclass(frozen=True)
@@ -87,6 +81,7 @@ class Study:
             "model": self.model,
             "dtype": self.dtype,
             "device": device.type,
+            "threads": torch.get_num_threads() if device.type == "cpu" else None,  # moves rounding, and seconds
             "skip": list(self.skip),
             "batch_tokens": self.batch_tokens,
             "texts": {text: source_sha256(text, HELD_OUT, self.text_field) for text in self.texts},
@@ -132,10 +127,11 @@ def run_study(study: Study, device: torch.device, output: Path | None = None, pr
     sources = {source: source_sha256(source, CALIBRATION, study.text_field) for source in study.calibrations}
     journal = Journal(output, study.settings(device))
     for cell, method in study.cells():
-        _refuse_changed(journal, cell, study.config(method, cell.amount).to_dict(), sources[cell.calibration])
+        journal.refuse_changed(cell, study.config(method, cell.amount).to_dict(), sources[cell.calibration])
     missing = [(cell, method) for cell, method in study.cells() if journal.results.find(cell) is None]
     if missing or not journal.results.dense:
-        bench = _Bench(study, load_model(study.model, study.dtype, device))
+        loaded = load_model(study.model, study.dtype, device)
+        bench = Bench(loaded, study.texts, study.eval_seqlen, study.eval_windows, study.text_field)
         weights = weights_sha256(bench.model)
         if not journal.results.dense:
             journal.add_dense(bench.evaluate(), weights)
@@ -146,93 +142,9 @@ def run_study(study: Study, device: torch.device, output: Path | None = None, pr
         with tqdm(total=len(missing), desc="comparing", unit="run", disable=not progress, file=sys.stderr) as bar:
             for cell, method in missing:
                 bar.set_postfix_str(f"{cell.method} {cell.amount} {cell.length} seed {cell.seed}")
-                journal.add(bench.run(cell, method, sources[cell.calibration]))
+                journal.add(bench.run(cell, study.config(method, cell.amount), sources[cell.calibration]))
                 bar.update()
     return journal.results
-
-
-def _refuse_changed(journal: Journal, cell: Cell, config: dict, source_sha256: str | None) -> None:
-    """A label or a file name may stand for something else today than in the recorded run; that must not go unseen."""
-    recorded = journal.results.find(cell)
-    if recorded is None:
-        return
-    for name, before, now in (
-        ("the configuration", recorded.config, config),
-        ("the text", recorded.source_sha256, source_sha256),
-    ):
-        if before != now:
-            raise InputError(
-                f"{journal.path}: {name} of {cell.method} on {cell.calibration} was {before}, now is {now}; "
-                "use another output folder"
-            )
-
-
-class _Bench:
-    """The loaded model, a CPU copy of its dense weights, the evaluation texts, the calibration windows last drawn."""
-
-    def __init__(self, study: Study, loaded: LoadedModel) -> None:
-        self.study, self.loaded, self.model = study, loaded, loaded.model
-        self.device = next(self.model.parameters()).device
-        self.dense = {name: _cpu_copy(value) for name, value in self.model.named_parameters()}
-        self.texts = {
-            text: evaluation_tokens(text, loaded.tokenizer, text_field=study.text_field) for text in study.texts
-        }
-        self._windows: tuple[tuple, CalibrationData] | None = None
-
-    def run(self, cell: Cell, method: Method, source_sha256: str | None) -> Run:
-        restore(self.model, self.dense)
-        data = self._draw(cell)
-        config = self.study.config(method, cell.amount)
-        own_peak = reset_peak(self.device)
-        report = prune_model(self.model, data.tokens, config)
-        return Run(
-            cell,
-            report.config,
-            source_sha256,
-            data.sha256,
-            report.dtype,
-            report.sparsity,
-            report.seconds,
-            report.peak_memory_bytes,
-            own_peak,
-            self.evaluate(),
-            [BlockFigures.of(block) for block in report.blocks],
-        )
-
-    def evaluate(self) -> dict[str, Perplexity]:
-        seqlen = self.study.eval_seqlen
-        size = seqlen * self.study.eval_windows
-        return {text: perplexity(self.model, tokens, seqlen, size) for text, tokens in self.texts.items()}
-
-    def _draw(self, cell: Cell) -> CalibrationData:
-        """Windows for the cell. The model is dense here: with the source ``self`` it is the dense model that writes."""
-        wanted = (cell.calibration, cell.nsamples, cell.seqlen, cell.seed)
-        if self._windows is None or self._windows[0] != wanted:
-            source, *numbers = wanted
-            model, field = self.model, self.study.text_field
-            data = load_windows(source, self.loaded.tokenizer, *numbers, model=model, text_field=field)
-            self._windows = (wanted, data)
-        return self._windows[1]
-
-
-def _cpu_copy(value: Tensor) -> Tensor:
-    return value.detach().to("cpu", copy=True)
-
-
-@torch.no_grad()
-def restore(model: nn.Module, dense: dict[str, Tensor]) -> None:
-    """Copies ``dense``, by name, into the model's parameters, in place. Tied parameters are there once."""
-    for name, value in model.named_parameters():
-        value.copy_(dense[name])
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """Tells models apart: SHA-256, in hex, of each parameter's name, shape and first values."""
-    digest = hashlib.sha256()
-    for name, value in model.named_parameters():
-        digest.update(f"{name} {list(value.shape)} ".encode())
-        digest.update(value.detach().flatten()[:_VALUES_HASHED].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

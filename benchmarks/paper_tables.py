@@ -39,9 +39,17 @@ LONG_CONTEXT = ("llama-2-7b", "llama-2-13b", "llama-3-8b")
 
 AMOUNTS = ("0.5", "0.6", "2:4", "4:8")
 LENGTHS = ("128x32", "128x128", "128x512", "128x2048")
-METHODS = (
-    "magnitude:group=matrix,published-sparsegpt,published-wanda,ria:group=matrix,order=block,ace,cosp+varp,"
-    "balanced,best"
+METHODS = ",".join(
+    [
+        "magnitude:group=matrix",
+        "published-sparsegpt",
+        "published-wanda",
+        "ria:group=matrix,order=block",
+        "ace",
+        "cosp+varp",
+        "balanced",
+        "best",
+    ]
 )
 ALL_WINDOWS = 10**6  # more than any text here has: the whole of it is read, as for published figures
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 from tiny_models import make_model, make_tokenizer
 
-from ace_ext import InputError, PruneConfig, plots, prune_model, study
+from ace_ext import InputError, PruneConfig, bench, plots, prune_model, study
+from ace_ext.bench import restore
 from ace_ext.calibration import evaluation_tokens, load_windows
 from ace_ext.checkpoint import load_model
 from ace_ext.cli import _add_model
 from ace_ext.evaluate import perplexity
 from ace_ext.results import RUNS_NAME
-from ace_ext.study import add_compare, restore, study_from
+from ace_ext.study import add_compare, study_from
 from ace_ext.tables import Spread, short_names
 
 WORDS = "the quick brown fox jumps over the lazy dog"
@@ -129,7 +130,7 @@ def test_a_crash_loses_no_finished_run(place, tmp_path, monkeypatch):
         done.append(1)
         return prune_model(*args, **kwargs)
 
-    monkeypatch.setattr(study, "prune_model", crash_at_the_second)
+    monkeypatch.setattr(bench, "prune_model", crash_at_the_second)
     with pytest.raises(RuntimeError, match="power cut"):
         compare(place, output=folder)
     monkeypatch.undo()
@@ -171,7 +172,7 @@ def test_without_matplotlib_nothing_is_begun(place, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_other_settings_are_refused_by_name(place, tmp_path, monkeypatch):
+def test_other_settings_are_refused_by_name(place, tmp_path, monkeypatch, threads):
     folder = tmp_path / "out"
     compare(place, output=folder)
     monkeypatch.setattr(study, "load_model", None)  # refused before anything is loaded
@@ -180,6 +181,9 @@ def test_other_settings_are_refused_by_name(place, tmp_path, monkeypatch):
         compare(place, output=folder, **{"eval-seqlen": 8})
     with pytest.raises(InputError, match=r"texts \{.*other.txt"):
         compare(place, output=folder, texts=place / "other.txt")
+    threads(torch.get_num_threads() + 1)
+    with pytest.raises(InputError, match=r"recorded with threads \d+ \(now \d+\)"):
+        compare(place, output=folder)
     assert (folder / RUNS_NAME).read_bytes() == before
 
 
@@ -190,14 +194,14 @@ def test_other_contents_under_the_same_name_are_refused(place, tmp_path, monkeyp
     make_tokenizer().save_pretrained(model)
     compare(place, output=folder, calibration=text, model=model)
     monkeypatch.setitem(study.METHODS, "ace", {"metric": "cosvar"})
-    with pytest.raises(InputError, match=r"the configuration of ace on .* was .*; use another output folder"):
+    with pytest.raises(InputError, match=r"recorded with ace as metric \"ace\" \(now \"cosvar\"\); use"):
         compare(place, output=folder, calibration=text, model=model)
     monkeypatch.undo()
     make_model("llama", seed=2).save_pretrained(model)
     with pytest.raises(InputError, match=r"holds other weights than .* was recorded with"):
         compare(place, output=folder, calibration=text, model=model, seeds=5)
     text.write_text(WORDS * 21)
-    with pytest.raises(InputError, match=r"the text of wanda on .*text\.txt was"):
+    with pytest.raises(InputError, match=r"recorded with another text in .*text\.txt; use"):
         compare(place, output=folder, calibration=text, model=model)
 
 
