@@ -1,6 +1,11 @@
 """How many weights of a row each matrix keeps, so that blocks which suffer less give up more, at the same total.
 
 Three rules give a block its sparsity; one rounding turns it into whole numbers and keeps the total (:func:`allocate`).
+
+Uniform is the default because the others lost where they were measured: SmolLM2-135M, bfloat16 on a CPU, metric ace at
+50 %, 64 x 128 tokens of wiki-mini, seed 0, ranges as by default, 12 windows of 512 tokens; perplexity on wiki-mini and
+news-mini 70.4 and 73.6 uniform, 73.0 and 74.3 owl, 83.0 and 82.8 error. The error rule takes much from the first and
+last blocks, whose own outputs suffer least; what the rest of the model makes of their errors it does not see.
 """
 
 from dataclasses import dataclass
