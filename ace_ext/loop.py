@@ -20,7 +20,7 @@ from .ranks import Alone, Peers
 from .report import BlockReport, MatrixReport, PruneReport
 from .scores import metric_needs
 from .statistics import LinearStatistics, StatisticsCollector
-from .stats_file import SavedStatistics, StatisticsWriter
+from .stats_file import SavedStatistics, StatisticsWriter, kept_kinds
 from .workspace import Workspace
 
 
@@ -35,7 +35,8 @@ class Loop:
         progress: told about every block.
         journal: written to after every block, and where an earlier run stopped.
         peers: the other processes of the run.
-        keeper: gets the statistics of every block, to be kept.
+        keeper: gets the statistics of every block, to be kept. They are the dense model's: the states that go on are
+            those of the dense blocks then.
         known: statistics of an earlier run; then nothing is run forward.
     """
 
@@ -57,7 +58,7 @@ class Loop:
         self.source, self.calls, self.hidden, self.config, self.report = source, calls, hidden, config, report
         self.callback, self.progress, self.journal = callback, progress or Progress(), journal
         self.peers, self.keeper, self.known = peers or Alone(), keeper, known
-        self.needs = metric_needs(config.metric)
+        self.needs = metric_needs(config.metric) if keeper is None else kept_kinds(config.metric)
 
     def run(self, device: torch.device) -> None:
         """Prunes every block that is not done yet."""
@@ -65,7 +66,7 @@ class Loop:
         done = self.journal.finished if self.journal else 0
         if self.journal:
             self.report.blocks.extend(self.journal.blocks)
-        tokens = sum(call.tokens for call in self.calls)
+        tokens = sum(self.peers.gather(sum(call.tokens for call in self.calls)))
         self.progress.start(len(self.source.blocks), done, tokens)
         try:
             if self.config.group == "model":
@@ -81,7 +82,7 @@ class Loop:
         with self.source.hold(index) as block:
             block_report = BlockReport(block.name, 0.0)
             if self.known is not None:
-                self._prune_all(block, self.known.block(block.name, self.device), block_report)
+                self._prune_all(block, self.known.block(block.name, block.linears, self.device), block_report)
             elif self.config.order == "block":
                 self._prune_dense(block, index, block_report)
             elif len(self.calls) == 1 and self.peers.size == 1:
@@ -95,14 +96,16 @@ class Loop:
             block_report.seconds = time.perf_counter() - start
             self._finish(block, block_report)
 
-    # Order block: all statistics from the dense block, then masks, then on with the pruned block.
+    # Order block: all statistics from the dense block, then masks, then on with the pruned block; where statistics are
+    # kept, on with the dense one, since what they say of the next block must not depend on this run's sparsity.
 
     def _prune_dense(self, block: Block, index: int, block_report: BlockReport) -> None:
-        stats = self._collect(block, index, list(block.linears), advance=False)
+        stats = self._collect(block, index, list(block.linears), advance=self.keeper is not None)
         if self.keeper is not None:
             self.keeper.block(block.name, stats)
         self._prune_all(block, stats, block_report)
-        self._advance(block, index)
+        if self.keeper is None:
+            self._advance(block, index)
 
     def _prune_all(self, block: Block, stats: dict[str, LinearStatistics], block_report: BlockReport) -> None:
         for child in block.linears:
@@ -184,7 +187,7 @@ class Loop:
         for index, block in enumerate(self.source.blocks):
             start = time.perf_counter()
             if self.known is not None:
-                stats = self.known.block(block.name, self.device)
+                stats = self.known.block(block.name, block.linears, self.device)
             else:
                 stats = self._collect(block, index, list(block.linears), advance=True)
                 self.hidden.turn()
