@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -382,9 +383,10 @@ def _fit(
         return True
     least = needed(False)
     if options.max_memory is not None and least.total > options.max_memory:
+        instead = "" if source.offloaded else ", or pass --offload disk"
         raise InputError(
-            f"max-memory must be at least {least.total / 1e9:.2f} GB here (got {options.max_memory / 1e9:.2f}): "
-            f"{least.describe()}; lower --batch-tokens{'' if source.offloaded else ', or pass --offload disk'}"
+            f"max-memory must be at least {math.ceil(least.total / 1e6)}MB here "
+            f"(got {options.max_memory / 1e6:.0f}MB): {least.describe()}; lower --batch-tokens{instead}"
         )
     return False
 
