@@ -2,14 +2,18 @@
 
 import json
 import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from folders import command, prune, save_dense, spawn, weights_bytes
 from safetensors.torch import load_file
+from torch import nn
 
 from ace_ext import InputError
-from ace_ext.ranks import Alone, share_of
+from ace_ext.ranks import Alone, Ranks, share_of
+from ace_ext.statistics import StatisticsCollector
 
 
 def free_port() -> int:
@@ -183,3 +187,58 @@ def test_shares_are_all_samples_once(size):
     shares = [share_of(tokens, Alone(rank, size)) for rank in range(size)]
     assert sorted(torch.cat(shares)[:, 0].tolist()) == tokens[:, 0].tolist()
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+# Merging, on threads in place of processes
+
+
+class Together(Ranks):
+    """A process's part in a merge, played by a thread: what it asks of torch.distributed goes over a board."""
+
+    def __init__(self, rank: int, board: list, barrier: threading.Barrier) -> None:
+        self.rank, self.size, self._device = rank, len(board), torch.device("cpu")
+        self._board, self._barrier, self._dist = board, barrier, self
+
+    def gather(self, value: object) -> list[object]:
+        self._board[self.rank] = value
+        self._barrier.wait(60)
+        values = list(self._board)
+        self._barrier.wait(60)
+        return values
+
+    def _all(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        return self.gather(tensor.clone())
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        tensor.copy_(sum(self._all(tensor)))
+
+
+def test_experts_that_only_some_processes_reach():
+    """Process 0 hands ``a`` and ``b`` the same tensor, as one expert's Linears; process 1 calls ``b`` alone, and
+    neither reaches ``c``. Both end with the bits of all tokens, and ``a`` gets none of ``b``'s."""
+    random = torch.Generator().manual_seed(0)
+    first, second = torch.randn(6, 8, generator=random), torch.randn(5, 8, generator=random)
+    linears = {name: nn.Linear(8, 8, bias=False) for name in "abc"}
+    needs = frozenset({"input", "weighted", "moment"})
+    calls = [[("a", first), ("b", first)], [("b", second)]]
+    board, barrier = [None, None], threading.Barrier(2)
+
+    @torch.no_grad()
+    def one(rank: int) -> dict:
+        collector = StatisticsCollector(linears, needs)
+        for name, x in calls[rank]:
+            collector.observe(name, x, linears[name](x))
+        Together(rank, board, barrier).merge_(collector.stats, list(linears), collector.empty)
+        return collector.stats
+
+    with ThreadPoolExecutor(2) as pool:
+        merged = list(pool.map(one, range(2)))
+    assert [merged[0][name].tokens for name in "abc"] == [6, 11, 0]
+    for name, x in (("a", first), ("b", torch.cat([first, second]))):
+        for kind in ("input", "weighted"):
+            states = [getattr(stats[name], kind).tensors() for stats in merged]
+            assert all(torch.equal(states[0][leaf], states[1][leaf]) for leaf in states[0])
+        assert torch.equal(merged[0][name].moment, merged[1][name].moment)
+        assert torch.equal(torch.cat(merged[0][name].probe), torch.cat(merged[1][name].probe))
+        torch.testing.assert_close(merged[0][name].input.mean, x.double().mean(0))
+        torch.testing.assert_close(merged[0][name].input.square_sum, x.double().square().sum(0))
