@@ -66,11 +66,22 @@ def _add_run(commands) -> None:
     _add_pruning(parser)
     _add_calibration(parser)
     run = parser.add_argument_group("the run")
-    run.add_argument("--resume", action="store_true", help="go on where an earlier run of the same arguments stopped")
-    _add_memory(run)
-    run.add_argument("--save-stats", metavar="FILE", type=Path, help="keep the statistics (order block)")
     run.add_argument(
-        "--stats", metavar="FILE", type=Path, help="prune from kept statistics, without a forward pass (order block)"
+        "--resume", action="store_true", help="go on where an earlier run of the same arguments stopped, if any"
+    )
+    _add_memory(run)
+    run.add_argument(
+        "--save-stats",
+        metavar="FILE",
+        type=Path,
+        help="keep the statistics (order block); they, and so this run, then read the dense model: blocks do not get "
+        "what pruned ones before them put out",
+    )
+    run.add_argument(
+        "--stats",
+        metavar="FILE",
+        type=Path,
+        help="prune from kept statistics at any sparsity, pattern or metric, without a forward pass (order block)",
     )
     run.add_argument("--report", metavar="FILE.html", type=Path, help="write a page about the run there")
     run.add_argument("--log-json", metavar="FILE", help="a JSON line a block; - for stderr")

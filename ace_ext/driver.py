@@ -78,7 +78,7 @@ def prune_model(
     model.eval()
     try:
         calls, hidden = _enter(model, source, batches, config, around, device)
-        weight = next(iter(source.blocks[0].linears.values())).weight
+        weight = next(linear.weight for block in source.blocks for linear in block.linears.values())
         report = PruneReport(config.to_dict(), str(device), str(weight.dtype).removeprefix("torch."))
         loop = Loop(
             source,

@@ -77,6 +77,16 @@ class GramState:
         self.tokens += other.tokens
         self._factors.clear()
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The state by name: what a file gets."""
+        return {"matrix": self.matrix, "tokens": torch.tensor(self.tokens)}
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor]) -> "GramState":
+        state = cls(0, tensors["matrix"].device)
+        state.matrix, state.tokens = tensors["matrix"], int(tensors["tokens"])
+        return state
+
     def relative_loss(self, dense: Tensor, pruned: Tensor) -> float:
         """``Σ_i e_i G e_iᵀ / Σ_i w_i G w_iᵀ`` for ``w = dense [rows, d]`` float32 and ``e = pruned - dense``; 0 where
         the dense output is zero on every token."""

@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .errors import InputError
+from .shards import flush
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -108,6 +111,7 @@ class HiddenStates:
         if self._kept is not None:
             for i, state in enumerate(self._kept):
                 self._write(i, state)
+        flush(self._files[1 - self.side])
         self.side = 1 - self.side
 
     @property
@@ -122,7 +126,9 @@ class HiddenStates:
             while view:
                 count = file.readinto(view)
                 if not count:
-                    raise OSError(f"{self._files[self.side]} ends before the states of batch {i}")
+                    raise InputError(
+                        f"{self._files[self.side]} ends before the states of batch {i}; start over without --resume"
+                    )
                 view = view[count:]
         return state
 

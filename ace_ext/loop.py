@@ -21,7 +21,7 @@ from .ranks import Alone, Peers
 from .report import BlockReport, MatrixReport, PruneReport
 from .solvers import prune_linear_
 from .statistics import LinearStatistics, StatisticsCollector
-from .stats_file import SavedStatistics, StatisticsWriter
+from .stats_file import SavedStatistics, StatisticsWriter, kept_kinds
 from .tune import tune_block_
 from .workspace import Workspace
 
@@ -37,7 +37,8 @@ class Loop:
         progress: told about every block.
         journal: written to after every block, and where an earlier run stopped.
         peers: the other processes of the run.
-        keeper: gets the statistics of every block, to be kept.
+        keeper: gets the statistics of every block, to be kept. They are the dense model's: the states that go on are
+            those of the dense blocks then.
         known: statistics of an earlier run; then nothing is run forward.
     """
 
@@ -59,6 +60,7 @@ class Loop:
         self.source, self.calls, self.hidden, self.config, self.report = source, calls, hidden, config, report
         self.callback, self.progress, self.journal = callback, progress or Progress(), journal
         self.peers, self.keeper, self.known = peers or Alone(), keeper, known
+        self.needs = config.needs if keeper is None else kept_kinds(config)
         self.dense: HiddenStates | None = None  # those of the dense model, which tuning aims at
         self.keeps: list[dict[str, int]] | None = None  # by block and Linear, how many weights of a row
 
@@ -72,7 +74,7 @@ class Loop:
             self.keeps = self._allocate()
         if self.config.tune_epochs:
             self.dense = self._open_dense()
-        tokens = sum(call.tokens for call in self.calls)
+        tokens = sum(self.peers.gather(sum(call.tokens for call in self.calls)))
         self.progress.start(len(self.source.blocks), done, tokens)
         try:
             if self.config.group == "model":
@@ -101,7 +103,8 @@ class Loop:
 
     def _prune_block(self, block: Block, index: int, block_report: BlockReport) -> None:
         if self.known is not None:
-            self._prune_all(block, index, self.known.block(block.name, self.device), block_report)
+            stats = self.known.block(block.name, block.linears, self.device)
+            self._prune_all(block, index, stats, block_report)
         elif self.config.order == "block":
             self._prune_dense(block, index, block_report)
         elif len(self.calls) == 1 and self.peers.size == 1:
@@ -109,14 +112,16 @@ class Loop:
         else:
             self._prune_by_stages(block, index, block_report)
 
-    # Order block: all statistics from the dense block, then masks, then on with the pruned block.
+    # Order block: all statistics from the dense block, then masks, then on with the pruned block; where statistics are
+    # kept, on with the dense one, since what they say of the next block must not depend on this run's sparsity.
 
     def _prune_dense(self, block: Block, index: int, block_report: BlockReport) -> None:
-        stats = self._collect(block, index, list(block.linears), advance=False)
+        stats = self._collect(block, index, list(block.linears), advance=self.keeper is not None)
         if self.keeper is not None:
             self.keeper.block(block.name, stats)
         self._prune_all(block, index, stats, block_report)
-        self._advance(block, index)
+        if self.keeper is None:
+            self._advance(block, index)
 
     def _prune_all(
         self, block: Block, index: int, stats: dict[str, LinearStatistics], block_report: BlockReport
@@ -200,7 +205,7 @@ class Loop:
         for index, block in enumerate(self.source.blocks):
             start = time.perf_counter()
             if self.known is not None:
-                stats = self.known.block(block.name, self.device)
+                stats = self.known.block(block.name, block.linears, self.device)
             else:
                 stats = self._collect(block, index, list(block.linears), advance=True)
                 self.hidden.turn()
@@ -234,7 +239,7 @@ class Loop:
             with self.source.hold(index) as block:
                 shapes.append({child: tuple(linear.weight.shape) for child, linear in block.linears.items()})
                 if self.known is not None:
-                    stats = self.known.block(block.name, self.device)
+                    stats = self.known.block(block.name, block.linears, self.device)
                 else:
                     needs = measure_needs(self.config)
                     stats = self._collect(block, index, list(block.linears), advance=True, hidden=hidden, needs=needs)
@@ -278,7 +283,7 @@ class Loop:
 
     def _collector(self, linears: dict[str, nn.Linear]) -> StatisticsCollector:
         batches = len(self.calls) * self.peers.size
-        return StatisticsCollector(linears, self.config.needs, batches, self.config.token_norm)
+        return StatisticsCollector(linears, self.needs, batches, self.config.token_norm)
 
     def _collect(
         self,

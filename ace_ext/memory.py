@@ -12,6 +12,7 @@ import torch
 from .config import PruneConfig
 from .errors import InputError
 from .model_walk import Block
+from .scores import MOMENT
 from .shards import Shards
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -67,12 +68,15 @@ def available_bytes() -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
         found.append(int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024)
     group = Path("/sys/fs/cgroup")
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for limit, used, stat, cache in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
     ):
-        with contextlib.suppress(OSError, ValueError):
-            found.append(int((group / limit).read_text()) - int((group / used).read_text()))
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            counts = dict(line.split() for line in (group / stat).read_text().splitlines())
+            # Files that were read lately count as used there, but make room for whoever asks.
+            taken = int((group / used).read_text()) - int(counts[cache])
+            found.append(int((group / limit).read_text()) - taken)
     return max(0, min(found, default=2**62))
 
 
@@ -88,16 +92,15 @@ def _status(key: str) -> int:
 class Estimate:
     """Bytes that a run holds at its peak, by what holds them."""
 
-    process: int  # the interpreter and its libraries, as measured now
-    model: int  # weights that stay: all of them, or with offload one block's
+    process: int  # the interpreter and its libraries, as measured before the model was loaded
+    model: int  # weights that are held at once: all of them; with offload one block's, or what is before them and one
     hidden: int  # hidden states that stay in memory
     forward: int  # activations of one batch in one block
-    statistics: int  # of one block's Linears, their probes included
-    solver: int  # Gram matrices and a solver's own copies, of the largest Linear
+    statistics: int  # of one block's Linears (group model: of all), their probes and cross moments included
 
     @property
     def total(self) -> int:
-        return self.process + self.model + self.hidden + self.forward + self.statistics + self.solver
+        return self.process + self.model + self.hidden + self.forward + self.statistics
 
     def describe(self) -> str:
         """The parts that count, largest first."""
@@ -112,37 +115,40 @@ def estimate(
     nsamples: int,
     seqlen: int,
     *,
+    process: int,
+    model_bytes: int,
+    head_bytes: int = 0,
     offload: bool,
     resident_hidden: bool = True,
-    model_bytes: int | None = None,
 ) -> Estimate:
     """What a run will hold at its peak, from shapes alone.
 
     Args:
         blocks: of the model or its skeleton.
-        shards: its files, None where it was loaded from others; then ``model_bytes`` says what the whole takes.
+        shards: its files, None where it was loaded from others.
+        process: what the process takes without the model.
+        model_bytes: of all parameters.
+        head_bytes: of an LM head of its own, which stays in its file with ``offload``.
     """
     itemsize = _itemsize(blocks, shards)
     per_block = [sum(p.numel() for p in block.module.parameters()) * itemsize for block in blocks]
     linears = [linear for block in blocks for linear in block.linears.values()]
+    moments = [sum(linear.weight.numel() for linear in block.linears.values()) * 4 for block in blocks]
     width = max(linear.in_features for linear in linears)
     widest = max(max(linear.weight.shape) for linear in linears)
-    hidden_width = next(iter(blocks[0].linears.values())).in_features
+    hidden_width = linears[0].in_features
     tokens = nsamples * seqlen
     batch = min(tokens, max(seqlen, config.batch_tokens // seqlen * seqlen))
-    if offload:
-        outside = sum(entry.nbytes for entry in shards.entries.values()) - sum(per_block)
-        model = max(max(per_block), outside)  # the parts before the blocks are let go before the first block
-    else:
-        model = model_bytes or sum(entry.nbytes for entry in shards.entries.values())
-    count = max(len(block.linears) for block in blocks)
+    # With offload, the parts before the blocks are let go before the second one.
+    offloaded = max(max(per_block), model_bytes - head_bytes - sum(per_block) + per_block[0])
+    count = len(linears) if config.group == "model" else max(len(block.linears) for block in blocks)
+    moment = sum(moments) if config.group == "model" else max(moments)
     return Estimate(
-        process=resident_bytes(),
-        model=model,
+        process=process,
+        model=offloaded if offload else model_bytes,
         hidden=tokens * hidden_width * itemsize if resident_hidden else 0,
         forward=batch * (4 * hidden_width + 4 * widest) * itemsize,
-        statistics=count * (6 * 8 * width + 128 * width * itemsize),
-        solver=max(linear.weight.numel() for linear in linears) * 4 if "moment" in config.needs else 0,
+        statistics=count * (6 * 8 * width + 128 * width * itemsize) + (moment if MOMENT in config.needs else 0),
     )
 
 

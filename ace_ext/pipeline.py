@@ -2,12 +2,15 @@
 
 import contextlib
 import errno
+import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from .allocation import measure_needs
@@ -16,17 +19,16 @@ from .checkpoint import LoadedModel, check_output, load_model, load_tokenizer, l
 from .config import PruneConfig
 from .driver import Surroundings, check_pattern, prune_model
 from .errors import InputError
-from .memory import Estimate, available_bytes, estimate
+from .memory import Estimate, available_bytes, estimate, resident_bytes
 from .model_walk import Block, find_blocks
 from .offload import OffloadedBlocks, skeleton
 from .progress import Progress
 from .ranks import Alone, Peers, Ranks, launched, share_of
-from .report import REPORT_NAME, PruneReport
-from .shards import Shards, copy_model, has_safetensors
-from .stats_file import SavedStatistics, StatisticsWriter
+from .report import REPORT_NAME, PruneReport, versions
+from .shards import Shards, copy_model, flush, has_safetensors
+from .stats_file import SavedStatistics, StatisticsWriter, kept_kinds
 from .texts import CALIBRATION, SELF, SOURCES, load_text
-from .version import __version__
-from .workspace import Workspace, fingerprint_of_files
+from .workspace import Workspace, fingerprint_of_files, recover
 
 OFFLOAD = ("auto", "disk", "none")
 
@@ -54,15 +56,19 @@ class Calibration:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run goes about it; none of this changes the result."""
+    """How a run goes about it; none of this changes the result but ``save_stats`` and ``stats``."""
 
     overwrite: bool = False
     resume: bool = False
+    """Go on where an earlier run stopped. The group ``model`` cuts once, at its end, and always starts over."""
     offload: str = "auto"
     max_memory: int | None = None
     """Bytes of resident memory that the run may take."""
     save_stats: Path | None = None
+    """Keep the statistics, taken from the dense model: each block's inputs then come from dense blocks before it, and
+    not from pruned ones as otherwise in order ``block``. So the file serves any sparsity, pattern and metric."""
     stats: Path | None = None
+    """Prune from such a file, without a forward pass: the bytes of a run that saves it with the same configuration."""
 
 
 @dataclass
@@ -77,15 +83,18 @@ class Source:
     shards: Shards | None
     """Its files, where they hold the weights just as they will be written: they can be copied and patched."""
     offloaded: bool
+    process: int
+    """Bytes that this process had resident before any weight was."""
 
     @property
     def files(self) -> list[Path]:
-        """What the weights come from, for the fingerprint."""
-        if self.shards is not None:
-            return self.shards.files
+        """What the model comes from, for the fingerprint."""
         if self.folder is None:
-            return [Path(self.name)]
-        return sorted(f for f in self.folder.iterdir() if f.suffix in (".safetensors", ".bin", ".gguf"))
+            return [Path(self.name).expanduser()]
+        config = self.folder / "config.json"
+        if self.shards is not None:
+            return [config, *self.shards.files]
+        return [config, *sorted(f for f in self.folder.iterdir() if f.suffix in (".safetensors", ".bin"))]
 
 
 def prune_folder(
@@ -110,11 +119,16 @@ def prune_folder(
         InputError: for anything wrong with the arguments, the model, the text, or the disk.
     """
     check_options(config, calibration, options)
-    path = check_output(output, options.overwrite)
-    calibration.check()
+    path = Path(output).expanduser()
     peers: Peers = Ranks(device) if launched() else Alone()
     try:
         with _disk_errors(path):
+            if peers.rank == 0:
+                recover(path)
+            peers.wait()
+            check_output(output, options.overwrite)
+            if options.stats is None:
+                calibration.check()
             return _prune(model, path, config, calibration, options, device, dtype, progress, peers)
     finally:
         if isinstance(peers, Ranks):
@@ -137,14 +151,29 @@ def check_options(config: PruneConfig, calibration: Calibration, options: RunOpt
         raise InputError(
             "calibration self needs the whole model in memory to write text; give another text with offload"
         )
-    if config.tune_epochs and (options.stats is not None or launched()):
-        what = "stats hold no inputs to train on" if options.stats is not None else "one process trains a block"
-        raise InputError(f"tune: {what}; leave out tune, or {'--stats' if options.stats else 'torchrun'}")
+    if config.tune_epochs:
+        _check_tuning(options)
     if options.save_stats and options.stats:
         raise InputError("give save-stats or stats, not both")
     for name, given in (("save-stats", options.save_stats), ("stats", options.stats)):
         if given and config.order != "block":
             raise InputError(f"{name} is for statistics of dense blocks: give order block (got {config.order!r})")
+    if options.save_stats and (options.save_stats.is_dir() or not options.save_stats.absolute().parent.is_dir()):
+        raise InputError(f"save-stats must be a file in a folder that exists (got {str(options.save_stats)!r})")
+
+
+def _check_tuning(options: RunOptions) -> None:
+    reasons = {
+        "stats": (options.stats is not None, "a file of statistics holds no inputs to train on"),
+        "save-stats": (
+            options.save_stats is not None,
+            "those kept are of dense blocks, and training changes them",
+        ),
+        "torchrun": (launched(), "one process trains a block"),
+    }
+    for name, (given, why) in reasons.items():
+        if given:
+            raise InputError(f"tune does not go with {name}: {why}; leave out one of them")
 
 
 def _prune(
@@ -165,19 +194,30 @@ def _prune(
     known = SavedStatistics(options.stats, names, _needs(config)) if options.stats else None
     data = None if known else calibration.load(source.tokenizer, None if source.offloaded else source.model)
     described = known.calibration if known else describe(data, calibration)
-    fingerprint = {"version": __version__, "model": names, "calibration": described, "config": config.to_dict()}
-    fingerprint["processes"] = peers.size
+    fingerprint = {
+        "versions": versions(),
+        "model": names,
+        "calibration": described,
+        "config": config.to_dict(),
+        "device": device.type,
+        "processes": peers.size,
+        "statistics": statistics_of(options),
+    }
+    resume = options.resume and config.group != "model"
     peers.wait()
-    workspace = Workspace(path, fingerprint, options.resume, writes=peers.rank == 0, rank=peers.rank)
+    workspace = Workspace(path, fingerprint, resume, writes=peers.rank == 0, rank=peers.rank)
     try:
         peers.wait()  # the folder is there, and whatever was left over is not
-        resident_hidden = _fit(blocks, source, config, calibration, options)
+        resident_hidden = _fit(blocks, source, config, calibration, options, device)
         if peers.rank == 0 and not workspace.finished:
             _lay_out_output(source, workspace.model)
         keeper = None
-        if options.save_stats and peers.rank == 0:
+        if options.save_stats:
             keeper = StatisticsWriter(
-                options.save_stats, workspace.folder / "stats", {"model": names, "calibration": described}
+                options.save_stats,
+                workspace.folder / "stats",
+                {"model": names, "calibration": described},
+                writes=peers.rank == 0,
             )
         around = Surroundings(
             device=device,
@@ -191,14 +231,15 @@ def _prune(
         )
         tokens = torch.zeros(0, 0, dtype=torch.long) if known else share_of(data.tokens, peers)
         report = prune_model(source.model, tokens, config, surroundings=around)
-        report.extra = {"model": model, "calibration": described}
+        report.extra = {"model": model, "calibration": described, "statistics": statistics_of(options)}
         if keeper is not None:
-            keeper.finish(config.needs)
+            keeper.finish(kept_kinds(config))
         if peers.rank == 0:
+            check_output(path, options.overwrite)  # another one may have written there meanwhile
             workspace.finish(report, REPORT_NAME)
         peers.wait()
         return report, path
-    except InputError:
+    except (InputError, OSError, SafetensorError):
         if not workspace.finished:  # nothing to go on with
             workspace.remove() if peers.rank == 0 else workspace.close()
         raise
@@ -209,6 +250,13 @@ def _prune(
 def _needs(config: PruneConfig) -> frozenset[str]:
     """The kinds of statistics that a run reads."""
     return config.needs if config.allocation == "uniform" else config.needs | measure_needs(config)
+
+
+def statistics_of(options: RunOptions) -> str:
+    """Whose inputs the statistics come from, in words."""
+    if options.stats:
+        return "of the dense model, from a file"
+    return "of the dense model, kept in a file" if options.save_stats else "of the run"
 
 
 def describe(data: CalibrationData, calibration: Calibration) -> dict:
@@ -235,21 +283,23 @@ def open_source(
         shards = Shards(folder)
         laid_out = skeleton(folder, shards)
         stored = stored_as_loaded(laid_out, shards, dtype)
+        process = resident_bytes()
         if stored and _wants_offload(laid_out, shards, config, calibration, options, device):
-            return Source(model, laid_out, load_tokenizer(folder), folder, shards, True)
+            return Source(model, laid_out, load_tokenizer(folder), folder, shards, True, process)
         if options.offload == "disk":
             raise InputError(
                 f"offload disk reads blocks from safetensors of the model's own names, all of dtype {dtype}, which "
                 f"{model!r} does not have; save it with save_pretrained, or pass --offload none"
             )
         loaded = load_model(str(folder), dtype, device)
-        return Source(model, loaded.model, loaded.tokenizer, folder, shards if stored else None, False)
+        return Source(model, loaded.model, loaded.tokenizer, folder, shards if stored else None, False, process)
     if options.offload == "disk":
         raise InputError(
             f"offload disk needs a folder or hub model of safetensors (got {model!r}); pass --offload none"
         )
+    process = resident_bytes()
     loaded: LoadedModel = load_model(model, dtype, device)
-    return Source(model, loaded.model, loaded.tokenizer, folder, None, False)
+    return Source(model, loaded.model, loaded.tokenizer, folder, None, False, process)
 
 
 def stored_as_loaded(laid_out: nn.Module, shards: Shards, dtype: str) -> bool:
@@ -257,13 +307,12 @@ def stored_as_loaded(laid_out: nn.Module, shards: Shards, dtype: str) -> bool:
     head = laid_out.get_output_embeddings()
     tied = {f"{n}.weight" for n, m in laid_out.named_modules() if m is head} if _is_tied(laid_out) else set()
     wanted = getattr(laid_out.config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
+    wanted = wanted or next(iter(shards.entries.values())).dtype
     for name, parameter in laid_out.named_parameters(remove_duplicate=False):
         if name in tied:
             continue
         entry = shards.entries.get(name)
-        if entry is None or entry.shape != tuple(parameter.shape):
-            return False
-        if entry.dtype != (wanted or entry.dtype):
+        if entry is None or entry.shape != tuple(parameter.shape) or entry.dtype != wanted:
             return False
     return getattr(laid_out.config, "quantization_config", None) is None
 
@@ -287,8 +336,32 @@ def _wants_offload(
     if config.group == "model" or (calibration.source == SELF and options.stats is None):
         return False
     blocks = find_blocks(laid_out, config.skip, check=False)
-    whole = estimate(blocks, shards, config, calibration.nsamples, calibration.seqlen, offload=False)
+    whole = estimate(
+        blocks,
+        shards,
+        config,
+        calibration.nsamples,
+        calibration.seqlen,
+        process=_host_share(resident_bytes(), options, device),
+        model_bytes=parameter_bytes(laid_out),
+        offload=False,
+    )
     return whole.total > _budget(options, device)
+
+
+def parameter_bytes(module: nn.Module | None) -> int:
+    """What a module's parameters take, on the meta device too."""
+    return sum(p.numel() * p.element_size() for p in module.parameters()) if module is not None else 0
+
+
+def _head_bytes(model: nn.Module) -> int:
+    """Of an LM head with weights of its own."""
+    return 0 if _is_tied(model) else parameter_bytes(model.get_output_embeddings())
+
+
+def _host_share(process: int, options: RunOptions, device: torch.device) -> int:
+    """What the process itself takes of the budget: it counts against a given one, not against what is free."""
+    return 0 if options.max_memory is None or device.type == "cuda" else process
 
 
 def _budget(options: RunOptions, device: torch.device) -> int:
@@ -298,14 +371,19 @@ def _budget(options: RunOptions, device: torch.device) -> int:
 
 
 def _fit(
-    blocks: list[Block], source: Source, config: PruneConfig, calibration: Calibration, options: RunOptions
+    blocks: list[Block],
+    source: Source,
+    config: PruneConfig,
+    calibration: Calibration,
+    options: RunOptions,
+    device: torch.device,
 ) -> bool:
     """Whether the hidden states may stay in memory beside all else.
 
     Raises:
-        InputError: the budget is too small for the run even without them.
+        InputError: the budget that was given is too small for the run even without them.
     """
-    if options.max_memory is None:
+    if options.max_memory is None and not source.offloaded:
         return True
 
     def needed(resident_hidden: bool) -> Estimate:
@@ -315,17 +393,21 @@ def _fit(
             config,
             calibration.nsamples,
             calibration.seqlen,
+            process=_host_share(source.process, options, device),
+            model_bytes=parameter_bytes(source.model),
+            head_bytes=_head_bytes(source.model),
             offload=source.offloaded,
             resident_hidden=resident_hidden,
         )
 
-    if needed(True).total <= options.max_memory:
+    if needed(True).total <= _budget(options, device):
         return True
     least = needed(False)
-    if least.total > options.max_memory:
+    if options.max_memory is not None and least.total > options.max_memory:
+        instead = "" if source.offloaded else ", or pass --offload disk"
         raise InputError(
-            f"max-memory must be at least {least.total / 1e9:.2f} GB here (got {options.max_memory / 1e9:.2f}): "
-            f"{least.describe()}; lower --batch-tokens{'' if source.offloaded else ', or pass --offload disk'}"
+            f"max-memory must be at least {math.ceil(least.total / 1e6)}MB here "
+            f"(got {options.max_memory / 1e6:.0f}MB): {least.describe()}; lower --batch-tokens{instead}"
         )
     return False
 
@@ -337,6 +419,8 @@ def _lay_out_output(source: Source, target: Path) -> None:
     else:
         source.model.save_pretrained(target, safe_serialization=True)
     source.tokenizer.save_pretrained(target)
+    for file in target.iterdir():
+        flush(file)
 
 
 @contextlib.contextmanager
@@ -347,13 +431,15 @@ def _disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
-        why = error.strerror or os.strerror(error.errno)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        more = "make room there and go on with --resume" if full else "mend that and go on with --resume"
-        raise InputError(f"output {str(path)!r} cannot be written: {why}; {more}") from error
-    except RuntimeError as error:  # the safetensors writer's own
-        if "No space left" not in str(error):
+        raise InputError(_disk_message(path, error.errno, error.filename)) from error
+    except SafetensorError as error:  # the writer hands the system's error on as text only
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
             raise
-        raise InputError(
-            f"output {str(path)!r} cannot be written: No space left on device; make room there and go on with --resume"
-        ) from error
+        raise InputError(_disk_message(path, int(number[1]), None)) from error
+
+
+def _disk_message(path: Path, number: int, name: str | bytes | None) -> str:
+    mend = "make room there" if number in (errno.ENOSPC, errno.EDQUOT) else "mend that"
+    at = "" if name is None or str(name) == str(path) else f" at {os.fsdecode(name)!r}"
+    return f"output {str(path)!r} cannot be written: {os.strerror(number)}{at}; {mend} and go on with --resume"

@@ -17,7 +17,8 @@ class Progress:
     Args:
         show: a bar on stderr.
         log: JSON lines, one a block, are written and flushed there. Their keys: ``event`` (``start``, ``block``,
-            ``end``), ``time`` (seconds since the epoch), ``block``, ``done``, ``blocks``, ``seconds`` (of the block),
+            ``end``), ``time`` (seconds since the epoch), ``tokens`` (calibration tokens of all processes, at the
+            start), ``block``, ``done``, ``blocks``, ``seconds`` (of the block; at the end, of the run),
             ``tokens_per_second``, ``sparsity`` (so far), ``memory_bytes`` (resident), ``seconds_left``.
     """
 

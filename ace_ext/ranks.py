@@ -52,6 +52,8 @@ class Ranks:
         import torch.distributed as dist
 
         self._dist, self._device = dist, device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # where NCCL puts the objects that it gathers; not run on a GPU
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         self.rank, self.size = dist.get_rank(), dist.get_world_size()

@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,13 +94,18 @@ class Shards:
                     if self.entries[name].file == path:
                         file.seek(self.entries[name].offset)
                         file.write(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
-                file.flush()
-                os.fsync(file.fileno())
+            flush(path)
 
     def _entry(self, name: str) -> Entry:
         if name not in self.entries:
             raise InputError(f"{self.folder} has no tensor {name}; save the model anew with save_pretrained")
         return self.entries[name]
+
+
+def flush(path: Path) -> None:
+    """Returns once the file is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def has_safetensors(folder: str | Path) -> bool:
@@ -114,21 +118,23 @@ def copy_model(source: Path, target: Path) -> None:
     weights = set(_files(source))
     for file in sorted(source.iterdir()):
         other_weights = file.suffix in (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".safetensors", ".onnx")
-        if file.is_file() and (file in weights or not other_weights) and file.name != "pytorch_model.bin.index.json":
+        other_index = file.name.endswith(".index.json") and (file.name != INDEX or source / SINGLE in weights)
+        if file.is_file() and (file in weights or not other_weights) and not other_index:
             shutil.copyfile(file, target / file.name)
 
 
 def _files(folder: Path) -> list[Path]:
+    """The files that transformers would load: the single one goes first there too."""
     index = folder / INDEX
-    if not index.is_file():
-        if not (folder / SINGLE).is_file():
-            raise InputError(f"{str(folder)!r} has no {SINGLE} and no {INDEX}; save the model with save_pretrained")
+    if (folder / SINGLE).is_file():
         return [folder / SINGLE]
+    if not index.is_file():
+        raise InputError(f"{str(folder)!r} has no {SINGLE} and no {INDEX}; save the model with save_pretrained")
     try:
-        names: Iterable[str] = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, AttributeError) as error:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [folder / name for name in names]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{index} is no index of safetensors: {error!r}; fetch it again") from error
-    files = [folder / name for name in names]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise InputError(f"{str(folder)!r} misses {', '.join(missing)} that its index names; fetch them again")
@@ -143,15 +149,21 @@ def _read_header(path: Path) -> dict[str, Entry]:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > size - 8:
                 raise ValueError(f"a header of {length} bytes")
-            header = json.loads(file.read(length))
+            header = dict(json.loads(file.read(length)))
         header.pop("__metadata__", None)
-        entries = {}
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            found = Entry(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin)
-            if found.nbytes != end - begin or 8 + length + end > size:
-                raise ValueError(f"{name} does not fit its place")
-            entries[name] = found
-    except (struct.error, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is no whole safetensors file: {error}; fetch it again") from error
-    return entries
+        return {name: _entry_of(path, name, entry, 8 + length, size) for name, entry in header.items()}
+    except InputError:
+        raise
+    except (struct.error, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} is no whole safetensors file: {error!r}; fetch it again") from error
+
+
+def _entry_of(path: Path, name: str, entry: dict, start: int, size: int) -> Entry:
+    """One line of a header whose tensors begin at byte ``start`` of a file of ``size`` bytes."""
+    if entry["dtype"] not in DTYPES:
+        raise InputError(f"{path} holds {name} as {entry['dtype']}; give a checkpoint that is not quantized")
+    begin, end = entry["data_offsets"]
+    found = Entry(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), start + begin)
+    if begin < 0 or min(found.shape, default=0) < 0 or found.nbytes != end - begin or start + end > size:
+        raise ValueError(f"{name} does not fit its place")
+    return found

@@ -4,6 +4,7 @@
 came, its report so far), ``hidden-*.bin`` (the states that enter the next block) and ``lock``.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -12,6 +13,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TextIO
 
 from torch import Tensor
 
@@ -50,7 +52,7 @@ class Workspace:
         """Plain values that the loop found out and a resumed run needs again."""
         self._hidden: dict | None = None
         self._shards: Shards | None = None
-        self._lock = None
+        self._lock: TextIO | None = None
         self._made: list[Path] = []
         if writes:
             self._open(resume)
@@ -64,10 +66,8 @@ class Workspace:
 
     def _open(self, resume: bool) -> None:
         self._make_parents()
-        self.folder.mkdir(exist_ok=True)
         self._take_lock()
         try:
-            self._put_back_old()
             if resume and self._has_state():
                 self._read_state()
             else:
@@ -84,35 +84,30 @@ class Workspace:
         self.output.parent.mkdir(parents=True, exist_ok=True)
 
     def _take_lock(self) -> None:
-        """Held until the process ends, however it ends: two runs must not write one folder."""
-        self._lock = (self.folder / "lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            self._lock = None
-            raise InputError(f"output {str(self.output)!r} is being written by another run; wait for it") from error
+        while self._lock is None:  # again, where the run that held it removed the folder with it meanwhile
+            self.folder.mkdir(exist_ok=True)
+            self._lock = _locked(self.folder, self.output)
 
     def _read_state(self) -> None:
         path = self.folder / "state.json"
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
-            found, self.finished, self._hidden = state["fingerprint"], state["finished"], state["hidden"]
-            self.notes = state["notes"]
-            self.blocks = [BlockReport.from_dict(block) for block in state["blocks"]]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            if state["format"] != FORMAT:
+                raise ValueError(f"format {state['format']}, not {FORMAT}")
+            found, finished, hidden = dict(state["fingerprint"]), int(state["finished"]), dict(state["hidden"])
+            self.notes = dict(state["notes"])
+            blocks = [BlockReport.from_dict(block) for block in state["blocks"]]
+            if len(blocks) != finished:
+                raise ValueError(f"{finished} blocks done, {len(blocks)} reported")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"resume: {path} is damaged ({error!r}); start over without --resume") from error
+        self.finished, self.blocks, self._hidden = finished, blocks, hidden
         changed = differences(found, json.loads(json.dumps(self.fingerprint)))
         if changed:
             raise InputError(
                 f"resume: the unfinished run was another one: {'; '.join(changed)}; give the same arguments, or start "
                 "over without --resume"
             )
-
-    def _put_back_old(self) -> None:
-        """A run that died between the two renames of :meth:`finish` left the older output here, none in its place."""
-        if (self.folder / "old").is_dir() and not self.output.exists():
-            os.replace(self.folder / "old", self.output)
 
     def _clear(self) -> None:
         for path in self.folder.iterdir():
@@ -125,7 +120,7 @@ class Workspace:
     def open_hidden(self, states: Iterable[Tensor], resident: bool, device) -> HiddenStates:
         """The states that enter the first unfinished block: those of the earlier run, or the given first ones."""
         name = f"hidden-{self.rank}"
-        if self.finished and self._hidden is not None:
+        if self.finished:
             kept = self._hidden.get(str(self.rank))
             if kept is None:
                 raise InputError(f"resume: no hidden states of rank {self.rank}; use as many processes as before")
@@ -133,18 +128,13 @@ class Workspace:
             return HiddenStates.reopen(layout, self.finished % 2, self.folder, resident, name, device)
         return HiddenStates(states, self.folder, resident, name, device)
 
-    @property
-    def has_hidden(self) -> bool:
-        return self.finished > 0
-
     def block_done(self, block: Block, report: BlockReport, layouts: dict[str, dict]) -> None:
         """Writes a pruned block and, once it is on the disk, the state that counts it as done."""
-        self.finished += 1
-        self.blocks.append(report)
-        if not self.writes:
-            return
-        self.shards.write(block_tensors(block, self.shards))
-        self._write_state(layouts)
+        blocks = [*self.blocks, report]
+        if self.writes:
+            self.shards.write(block_tensors(block, self.shards))
+            self._write_state(blocks, layouts)
+        self.finished, self.blocks = len(blocks), blocks
 
     @property
     def shards(self) -> Shards:
@@ -153,14 +143,14 @@ class Workspace:
             self._shards = Shards(self.model)
         return self._shards
 
-    def _write_state(self, hidden: dict[str, dict]) -> None:
+    def _write_state(self, blocks: list[BlockReport], hidden: dict[str, dict]) -> None:
         state = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
-            "finished": self.finished,
+            "finished": len(blocks),
             "hidden": hidden,
             "notes": self.notes,
-            "blocks": [asdict(block) for block in self.blocks],
+            "blocks": [asdict(block) for block in blocks],
         }
         part = self.folder / "state.json.part"
         with part.open("w", encoding="utf-8") as file:
@@ -189,8 +179,8 @@ class Workspace:
 
     def remove(self) -> None:
         """Removes the folder with all in it, and parents that were made for it, if empty."""
-        self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.close()  # only now: another run could take the lock and lose its folder
         for parent in self._made:
             if parent.exists() and not any(parent.iterdir()):
                 parent.rmdir()
@@ -199,6 +189,51 @@ class Workspace:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def recover(output: Path) -> None:
+    """Brings to an end what a run was at when it died within :meth:`Workspace.finish`: the output is the older folder,
+    or the new one, and never missing.
+
+    Raises:
+        InputError: another run is at it, or there are an older and a newer output and it is not ours to choose.
+    """
+    folder = output.parent / f".{output.name}.unfinished"
+    old, model = folder / "old", folder / "model"
+    in_place = (folder / "state.json").is_file() and output.is_dir() and not model.is_dir()
+    if not old.is_dir() and not in_place:
+        return
+    with _locked(folder, output) or contextlib.nullcontext():
+        if not model.is_dir() and output.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)  # the new one is in its place, only this was not removed
+        elif old.is_dir() and not output.exists():
+            os.replace(old, output)
+        elif old.is_dir():
+            raise InputError(f"output {str(output)!r} is there twice, also as {str(old)!r}: remove or move one of them")
+
+
+def _locked(folder: Path, output: Path) -> TextIO | None:
+    """The folder's lock file, held until it is closed or the process ends, however it ends: two runs must not write one
+    folder. None if the folder is gone by then.
+
+    Raises:
+        InputError: another run holds it.
+    """
+    try:
+        lock = (folder / "lock").open("w")
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(lock.fileno()), (folder / "lock").stat()):
+            return lock
+    except FileNotFoundError:
+        pass
+    except BlockingIOError as error:
+        lock.close()
+        raise InputError(f"output {str(output)!r} is being written by another run; wait for it") from error
+    lock.close()
+    return None
 
 
 def block_tensors(block: Block, shards: Shards) -> dict[str, Tensor]:
@@ -225,17 +260,18 @@ def _short(value: object) -> str:
 
 
 def fingerprint_of_files(files: Iterable[Path]) -> dict[str, str]:
-    """For each file its size and a SHA-256 of its first and last MiB: any other checkpoint differs there, in its header
-    or its weights, and reading 100 GB to be surer would take longer than a block."""
+    """For each file its size and a SHA-256 of its first MiB, with the header, and of 1024 samples of 4 KiB evenly over
+    all of it: another checkpoint differs there, also where only some matrices were tuned, and reading 100 GB to be
+    surer would take longer than a block."""
     found = {}
     for path in files:
         size = path.stat().st_size
         digest = hashlib.sha256()
         with path.open("rb") as file:
             digest.update(file.read(2**20))
-            if size > 2**20:
-                file.seek(max(2**20, size - 2**20))
-                digest.update(file.read(2**20))
+            for offset in range(2**20, size, max(2**12, (size - 2**20) // 2**10)):
+                file.seek(offset)
+                digest.update(file.read(2**12))
         found[path.name] = f"{size} bytes, {digest.hexdigest()[:16]}"
     return found
 

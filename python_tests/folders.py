@@ -1,14 +1,33 @@
 """Tiny models as folders on disk, and runs over them as the command line makes them."""
 
+import contextlib
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import torch
-from tiny_models import make_model, make_tokenizer
+from tiny_models import make_model, make_tokenizer, make_tokens
 
-from ace_ext import PruneConfig
+from ace_ext import PruneConfig, cli, pipeline
+from ace_ext.calibration import CalibrationData, tokens_sha256
 from ace_ext.pipeline import Calibration, RunOptions, prune_folder
 
 TEXT = "the quick brown fox jumps over the lazy dog " * 40
+
+
+class Tokens(Calibration):
+    """Calibration on given tokens: transformers reads some families' tokenizers as their own kind, which knows none of
+    the tiny vocabulary."""
+
+    def check(self) -> None:
+        pass
+
+    def load(self, tokenizer, model) -> CalibrationData:
+        tokens = make_tokens(self.nsamples, self.seqlen, self.seed)
+        return CalibrationData(tokens, self.source, self.seed, tokens_sha256(tokens))
 
 
 def save_dense(folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16, **save) -> Path:
@@ -22,10 +41,44 @@ def save_dense(folder: Path, family: str = "llama", dtype: torch.dtype = torch.b
 def prune(dense: Path, output: Path, run: dict | None = None, calibration: dict | None = None, **config):
     """``(report, path)`` of a run; ``run`` are RunOptions, ``calibration`` changes the 8 x 16 tokens of the text."""
     text = {"source": str(dense.parent / "text.txt"), "nsamples": 8, "seqlen": 16, **(calibration or {})}
-    return prune_folder(
-        str(dense), output, PruneConfig(**config), Calibration(**text), RunOptions(**(run or {})), torch.device("cpu")
-    )
+    dtype, progress = text.pop("dtype", "auto"), text.pop("progress", None)
+    kind = Tokens if text["source"] == "tokens" else Calibration
+    options, device = RunOptions(**(run or {})), torch.device("cpu")
+    return prune_folder(str(dense), output, PruneConfig(**config), kind(**text), options, device, dtype, progress)
 
 
 def weights_bytes(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.glob("*.safetensors"))}
+
+
+def command(dense: Path, output: Path, *options, launcher: tuple = ()) -> list[str]:
+    """``ace-prune run`` on the text beside the model, as a command line."""
+    start = [sys.executable, *launcher, "-m", "ace_ext", "run", "--device", "cpu"]
+    text = ["--calibration", dense.parent / "text.txt", "--nsamples", 8, "--seqlen", 16]
+    return [str(part) for part in (*start, "--model", dense, "--output", output, *text, *options)]
+
+
+def fork_run(arguments: list, hidden_in_files: bool = False) -> multiprocessing.Process:
+    """Starts ``ace-prune`` with these arguments, from a server that has imported all it needs: a run starts at once,
+    and is a process of its own to be killed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["folders", "ace_ext.cli", "transformers.models.llama.modeling_llama", "accelerate"])
+    child = context.Process(target=_run_child, args=([str(part) for part in arguments], hidden_in_files))
+    child.start()
+    return child
+
+
+def _run_child(arguments: list[str], hidden_in_files: bool) -> None:
+    torch.set_num_threads(1)
+    if hidden_in_files:
+        pipeline._fit = lambda *_: False
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        sys.exit(cli.main(arguments))
+
+
+def spawn(arguments: list[str], **environment) -> subprocess.Popen:
+    """Starts a command with its output caught; not in the source tree: -m would find the sources and not what is
+    installed."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(arguments, stdout=pipe, stderr=pipe, text=True, cwd=tempfile.gettempdir(), env=env)

@@ -1,0 +1,188 @@
+"""A full disk: one clear line, status 2, and a run that goes on once there is room."""
+
+import contextlib
+import errno
+import json
+import os
+import subprocess
+import uuid
+
+import pytest
+import torch
+from folders import command, prune, save_dense, weights_bytes
+
+from ace_ext import InputError, cli, hidden, pipeline, shards, workspace
+from ace_ext.workspace import Workspace
+
+
+def finished(place) -> int:
+    path = place / ".out.unfinished" / "state.json"
+    return json.loads(path.read_text())["finished"] if path.exists() else 0
+
+
+@pytest.fixture
+def dense(tmp_path):
+    return save_dense(tmp_path / "dense")
+
+
+# Wherever a write may fail, by an error in its place
+
+
+def fail_at(monkeypatch, place: str, number: int, code: int = errno.ENOSPC):
+    """The ``number``-th call of this kind of write fails."""
+    owner, name = {
+        "weights": (shards.Shards, "write"),
+        "state": (Workspace, "_write_state"),
+        "hidden": (hidden.HiddenStates, "_write"),
+        "copy": (pipeline, "copy_model"),
+        "finish": (workspace, "_open_to_others"),
+    }[place]
+    real, calls = getattr(owner, name), []
+
+    def write(*arguments):
+        calls.append(None)
+        if len(calls) == number:
+            raise OSError(code, os.strerror(code))
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, name, write)
+
+
+@pytest.mark.parametrize("offload", ["disk", "none"])
+@pytest.mark.parametrize(
+    ("place", "number", "blocks"),
+    [
+        ("copy", 1, 0),
+        ("hidden", 1, 0),
+        ("weights", 1, 0),
+        ("state", 1, 0),
+        ("weights", 3, 2),
+        ("hidden", 3, 2),
+        ("state", 3, 2),
+        ("finish", 1, 3),
+    ],
+)
+def test_each_write_may_fail(place, number, blocks, offload, dense, tmp_path, monkeypatch):
+    run = {"offload": offload, "resume": True}
+    with monkeypatch.context() as patch:
+        fail_at(patch, place, number)
+        with pytest.raises(InputError, match=r"^output '.*out' cannot be written: No space left on device; make room "):
+            prune(dense, tmp_path / "out", run)
+    assert finished(tmp_path) == blocks
+    assert (tmp_path / ".out.unfinished").exists() == (blocks > 0)  # else it would only take room
+    _, out = prune(dense, tmp_path / "out", run)
+    _, whole = prune(dense, tmp_path / "whole")
+    assert weights_bytes(out) == weights_bytes(whole)
+
+
+def test_another_error_is_named(dense, tmp_path, monkeypatch):
+    fail_at(monkeypatch, "weights", 2, errno.EIO)
+    with pytest.raises(InputError, match="cannot be written: Input/output error; mend that and go on with --resume"):
+        prune(dense, tmp_path / "out")
+
+
+def test_the_status_is_2_and_the_line_is_one(dense, tmp_path, monkeypatch, capsys):
+    fail_at(monkeypatch, "weights", 2)
+    assert cli.main(command(dense, tmp_path / "out")[3:]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("ace-prune: output ")
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+
+
+# A file system that is full
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a file system of so many bytes; only root may."""
+    mounted = []
+
+    def mount(size: int):
+        place = tmp_path / f"disk-{uuid.uuid4().hex[:4]}"
+        place.mkdir()
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            pytest.skip(f"cannot mount a small file system: {done.stderr.strip()}; the tests above simulate one")
+        mounted.append(place)
+        return place
+
+    def grow(place, size: int):
+        subprocess.run(["mount", "-o", f"remount,size={size}", place], check=True)
+
+    mount.grow = grow
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.parametrize(
+    ("offload", "dtype"), [("disk", "auto"), ("none", "auto"), ("none", "float32")], ids=["disk", "copied", "saved"]
+)
+def test_a_small_disk(offload, dtype, dense, tmp_path, small_disk):
+    """Room for the model and not for the states beside it, or not even for the model; then there is more."""
+    calibration = {"dtype": dtype, "nsamples": 64}
+    _, whole = prune(dense, tmp_path / "whole", {"offload": offload}, calibration)
+    needed = sum(file.stat().st_size for file in whole.iterdir())
+    for share in (0.5, 1.1):
+        place = small_disk(int(needed * share) // 4096 * 4096)
+        with pytest.raises(InputError, match=r"No space left on device.*; make room there and go on with --resume"):
+            prune(dense, place / "out", {"offload": offload, "resume": True}, calibration)
+        assert not (place / "out").exists()
+        small_disk.grow(place, 2**26)
+        _, out = prune(dense, place / "out", {"offload": offload, "resume": True}, calibration)
+        assert weights_bytes(out) == weights_bytes(whole)
+        assert [file.name for file in place.iterdir()] == ["out"]
+
+
+def fill(place) -> None:
+    """Takes all the room there is."""
+    with contextlib.suppress(OSError), (place / "filler").open("wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(4096))
+
+
+def test_a_disk_that_fills_up_behind_some_blocks(dense, tmp_path, small_disk, monkeypatch):
+    """Another program takes all the room after two blocks."""
+    place = small_disk(2**22)
+    real = Workspace._write_state
+
+    def write(self, *arguments):
+        real(self, *arguments)
+        if finished(place) == 2:
+            fill(place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "_write_state", write)
+        with pytest.raises(InputError, match=r"No space left on device"):
+            prune(dense, place / "out", {"offload": "disk"})
+    assert finished(place) == 2
+    (place / "filler").unlink()
+    _, out = prune(dense, place / "out", {"offload": "disk", "resume": True})
+    _, whole = prune(dense, tmp_path / "whole")
+    assert weights_bytes(out) == weights_bytes(whole)
+
+
+def test_statistics_that_do_not_fit(dense, tmp_path, small_disk):
+    place = small_disk(8192)
+    run = {"save_stats": place / "stats.zip", "resume": True}
+    with pytest.raises(InputError, match="No space left on device"):
+        prune(dense, tmp_path / "out", run, order="block")
+    assert list(place.iterdir()) == []
+    small_disk.grow(place, 2**24)
+    prune(dense, tmp_path / "out", run, order="block")
+    _, again = prune(dense, tmp_path / "again", {"stats": place / "stats.zip"}, order="block")
+    assert weights_bytes(again) == weights_bytes(tmp_path / "out")
+
+
+def test_the_process_stays_usable(dense, tmp_path, monkeypatch):
+    """Nothing of a failed run is left behind in the model or the lock: the next one starts as if it were the first."""
+    with monkeypatch.context() as patch:
+        fail_at(patch, "weights", 2)
+        with pytest.raises(InputError):
+            prune(dense, tmp_path / "out")
+    _, out = prune(dense, tmp_path / "out")
+    assert weights_bytes(out)
+    assert torch.is_grad_enabled()

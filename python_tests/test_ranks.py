@@ -1,0 +1,244 @@
+"""Several processes that prune one model, as ``torchrun`` starts them, over gloo on the CPU."""
+
+import json
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from folders import command, prune, save_dense, spawn, weights_bytes
+from safetensors.torch import load_file
+from torch import nn
+
+from ace_ext import InputError
+from ace_ext.ranks import Alone, Ranks, share_of
+from ace_ext.statistics import StatisticsCollector
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def torchrun(dense, output, *options, script: str | None = None, processes: int = 2):
+    """``(status, stdout, stderr)`` of a run by several processes; ``script`` is run in place of the command line."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", processes, "--master-port", free_port()]
+    arguments = command(dense, output, *options, launcher=tuple(launcher))
+    if script is not None:
+        path = dense.parent / "script.py"
+        path.write_text(script)
+        arguments[arguments.index("ace_ext") - 1 : arguments.index("ace_ext") + 1] = [str(path)]
+    child = spawn(arguments)
+    try:
+        out, err = child.communicate(timeout=240)
+    except BaseException:
+        child.kill()
+        raise
+    return child.returncode, out, err
+
+
+def share_differing(one, other) -> float:
+    """The share of mask entries in which two outputs differ."""
+    masks = []
+    for folder in (one, other):
+        weights = load_file(folder / "model.safetensors")
+        masks.append(torch.cat([w.flatten() != 0 for n, w in sorted(weights.items()) if n.endswith("proj.weight")]))
+    assert masks[0].float().mean() < 0.99
+    return float((masks[0] != masks[1]).double().mean())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--nsamples", 7),
+        ("--nsamples", 8, "--order", "block", "--metric", "cosp"),
+        ("--nsamples", 7, "--group", "model", "--batch-tokens", 32),
+        ("--nsamples", 7, "--offload", "disk", "--batch-tokens", 32),
+    ],
+    ids=str,
+)
+def test_two_derive_the_masks_of_one(options, tmp_path):
+    """Uneven numbers of samples too. Sums over tokens are rounded in another order, so a tie may fall otherwise."""
+    dense = save_dense(tmp_path / "dense", dtype=torch.float32)
+    status, out, err = torchrun(dense, tmp_path / "two", *options)
+    assert status == 0, err
+    assert out.count("written to") == 1
+    one = spawn(command(dense, tmp_path / "one", *options))
+    assert one.wait() == 0, one.stderr.read()
+    share = share_differing(tmp_path / "one", tmp_path / "two")
+    print(f"share of differing mask entries: {share:.2e}")
+    assert share < 1e-5
+    reports = [json.loads((tmp_path / name / "ace_report.json").read_text()) for name in ("one", "two")]
+    tokens = [{m["tokens"] for block in report["blocks"] for m in block["matrices"]} for report in reports]
+    assert tokens[0] == tokens[1] == {options[1] * 16}
+    assert not (tmp_path / ".two.unfinished").exists()
+
+
+def test_a_mixture_whose_experts_are_left_dense(tmp_path):
+    """Fused experts are skipped: what is pruned, attention, agrees."""
+    dense = save_dense(tmp_path / "dense", "mixtral", torch.float32)
+    options = ("--skip", "experts", "--skip", "gate")
+    status, _, err = torchrun(dense, tmp_path / "two", *options)
+    assert status == 0, err
+    _, one = prune(dense, tmp_path / "one", skip=("experts", "gate"))
+    assert share_differing(one, tmp_path / "two") < 1e-5
+
+
+DIES_IN_THE_THIRD_BLOCK = """
+import os, sys
+from ace_ext import cli
+from ace_ext.workspace import Workspace
+real, done = Workspace._write_state, []
+def write(self, *arguments):
+    if len(done) == 2:
+        os._exit(9)
+    done.append(None)
+    real(self, *arguments)
+Workspace._write_state = write
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_resumed_by_as_many_and_refused_by_others(tmp_path):
+    dense = save_dense(tmp_path / "dense")
+    status, _, _ = torchrun(dense, tmp_path / "out", script=DIES_IN_THE_THIRD_BLOCK)
+    assert status != 0
+    assert json.loads((tmp_path / ".out.unfinished" / "state.json").read_text())["finished"] == 2
+    with pytest.raises(InputError, match="resume: the unfinished run was another one: processes was 2, now 1"):
+        prune(dense, tmp_path / "out", {"resume": True})
+    status, _, err = torchrun(dense, tmp_path / "out", "--resume", processes=3)
+    assert status != 0
+    assert "processes was 2, now 3" in err
+    status, _, err = torchrun(dense, tmp_path / "out", "--resume")
+    assert status == 0, err
+    status, _, err = torchrun(dense, tmp_path / "whole")
+    assert status == 0, err
+    assert weights_bytes(tmp_path / "out") == weights_bytes(tmp_path / "whole")
+
+
+def test_kept_statistics_are_those_of_all(tmp_path):
+    dense = save_dense(tmp_path / "dense")
+    status, _, err = torchrun(dense, tmp_path / "two", "--order", "block", "--save-stats", tmp_path / "stats.zip")
+    assert status == 0, err
+    _, again = prune(dense, tmp_path / "again", {"stats": tmp_path / "stats.zip"}, order="block")
+    assert weights_bytes(again) == weights_bytes(tmp_path / "two")
+
+
+FAILS_ON_ONE = """
+import os, sys
+from ace_ext import cli, loop
+from ace_ext.errors import InputError
+real = loop.Loop._run_block
+def run_block(self, index):
+    if os.environ["RANK"] == "{rank}" and index == 1:
+        raise InputError("this process met something bad")
+    real(self, index)
+loop.Loop._run_block = run_block
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_one_ends_all(rank, tmp_path):
+    dense = save_dense(tmp_path / "dense")
+    status, _, err = torchrun(dense, tmp_path / "out", script=FAILS_ON_ONE.replace("{rank}", str(rank)))
+    assert status != 0
+    assert "ace-prune: this process met something bad" in err
+    assert not (tmp_path / "out").exists()
+    status, _, err = torchrun(dense, tmp_path / "out", "--resume")  # the first block was done
+    assert status == 0, err
+
+
+OTHER_MASKS = """
+import os, sys
+import torch
+from ace_ext import cli, loop
+real = loop.Loop._prune
+def prune(self, block, child, stats):
+    report = real(self, block, child, stats)
+    if os.environ["RANK"] == "1":
+        block.linears[child].weight.data[0] = 0
+    return report
+loop.Loop._prune = prune
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_processes_that_disagree_write_nothing(tmp_path):
+    dense = save_dense(tmp_path / "dense")
+    status, _, err = torchrun(dense, tmp_path / "out", script=OTHER_MASKS)
+    assert status != 0
+    assert "model.layers.0: the processes derived different masks" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_ends_all(tmp_path):
+    dense = save_dense(tmp_path / "dense")
+    status, _, err = torchrun(dense, tmp_path / "out", "--nsamples", 1)
+    assert status != 0
+    assert "nsamples must be at least the number of processes, 2 (got 1)" in err
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_shares_are_all_samples_once(size):
+    tokens = torch.arange(14).view(7, 2)
+    shares = [share_of(tokens, Alone(rank, size)) for rank in range(size)]
+    assert sorted(torch.cat(shares)[:, 0].tolist()) == tokens[:, 0].tolist()
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+# Merging, on threads in place of processes
+
+
+class Together(Ranks):
+    """A process's part in a merge, played by a thread: what it asks of torch.distributed goes over a board."""
+
+    def __init__(self, rank: int, board: list, barrier: threading.Barrier) -> None:
+        self.rank, self.size, self._device = rank, len(board), torch.device("cpu")
+        self._board, self._barrier, self._dist = board, barrier, self
+
+    def gather(self, value: object) -> list[object]:
+        self._board[self.rank] = value
+        self._barrier.wait(60)
+        values = list(self._board)
+        self._barrier.wait(60)
+        return values
+
+    def _all(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        return self.gather(tensor.clone())
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        tensor.copy_(sum(self._all(tensor)))
+
+
+def test_experts_that_only_some_processes_reach():
+    """Process 0 hands ``a`` and ``b`` the same tensor, as one expert's Linears; process 1 calls ``b`` alone, and
+    neither reaches ``c``. Both end with the bits of all tokens, and ``a`` gets none of ``b``'s."""
+    random = torch.Generator().manual_seed(0)
+    first, second = torch.randn(6, 8, generator=random), torch.randn(5, 8, generator=random)
+    linears = {name: nn.Linear(8, 8, bias=False) for name in "abc"}
+    needs = frozenset({"input", "weighted", "moment"})
+    calls = [[("a", first), ("b", first)], [("b", second)]]
+    board, barrier = [None, None], threading.Barrier(2)
+
+    @torch.no_grad()
+    def one(rank: int) -> dict:
+        collector = StatisticsCollector(linears, needs)
+        for name, x in calls[rank]:
+            collector.observe(name, x, linears[name](x))
+        Together(rank, board, barrier).merge_(collector.stats, list(linears), collector.empty)
+        return collector.stats
+
+    with ThreadPoolExecutor(2) as pool:
+        merged = list(pool.map(one, range(2)))
+    assert [merged[0][name].tokens for name in "abc"] == [6, 11, 0]
+    for name, x in (("a", first), ("b", torch.cat([first, second]))):
+        for kind in ("input", "weighted"):
+            states = [getattr(stats[name], kind).tensors() for stats in merged]
+            assert all(torch.equal(states[0][leaf], states[1][leaf]) for leaf in states[0])
+        assert torch.equal(merged[0][name].moment, merged[1][name].moment)
+        assert torch.equal(torch.cat(merged[0][name].probe), torch.cat(merged[1][name].probe))
+        torch.testing.assert_close(merged[0][name].input.mean, x.double().mean(0))
+        torch.testing.assert_close(merged[0][name].input.square_sum, x.double().square().sum(0))

@@ -1,0 +1,397 @@
+"""A run that dies goes on where it was and ends in the bytes of one that did not; nothing old is lost on the way."""
+
+import fcntl
+import json
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from folders import command, fork_run, prune, save_dense, weights_bytes
+from tiny_models import make_model
+
+from ace_ext import InputError, pipeline
+from ace_ext.workspace import Workspace, differences, fingerprint_of_files
+
+# Killed
+
+MODES = {
+    "resident": (),
+    "resident-stages": ("--batch-tokens", 256),
+    "disk": ("--offload", "disk"),
+    "disk-stages": ("--offload", "disk", "--batch-tokens", 256),
+    "block-order": ("--order", "block", "--offload", "disk"),
+}
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """A model of 8 layers, which a run takes a second or two to walk over."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    place = tmp_path_factory.mktemp("deep")
+    dense = save_dense(place / "dense")
+    (dense / "model.safetensors").unlink()
+    torch.manual_seed(0)
+    size = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 8, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=64, tie_word_embeddings=True, **size)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(dense, max_shard_size="200KB")
+    return dense
+
+
+def finished_blocks(unfinished) -> int:
+    try:
+        return json.loads((unfinished / "state.json").read_text())["finished"]
+    except FileNotFoundError:
+        return 0
+
+
+def kill_after(child, delay: float) -> bool:
+    """Kills the child after so many seconds; whether it still ran."""
+    child.join(delay)
+    child.kill()
+    child.join()
+    return child.exitcode == -signal.SIGKILL
+
+
+def wait_for_block(child, unfinished, blocks: int) -> None:
+    """Until so many blocks are done, or the child is."""
+    while child.is_alive() and finished_blocks(unfinished) < blocks:
+        time.sleep(0.001)
+
+
+def finish(child) -> None:
+    child.join(300)
+    assert child.exitcode == 0
+
+
+@pytest.mark.parametrize("hidden_in_files", [False, True], ids=["hidden-in-memory", "hidden-in-files"])
+@pytest.mark.parametrize("mode", MODES)
+def test_killed_at_random_and_resumed(mode, hidden_in_files, deep, tmp_path):
+    """Kills fall anywhere: at any time of a run, and (so that it gets on, however fast the machine) a little after a
+    block more is done."""
+    rng = random.Random(f"{mode} {hidden_in_files}")
+    options = [*command(deep, tmp_path / "out")[3:], *MODES[mode], "--nsamples", 64, "--seqlen", 64]
+    finish(fork_run(["--version"]))  # the server has imported all then
+    start = time.perf_counter()
+    finish(fork_run([*options, "--output", tmp_path / "whole"], hidden_in_files))
+    length = time.perf_counter() - start
+    unfinished = tmp_path / ".out.unfinished"
+    kills, seen = 0, [0]
+    for attempt in range(5):
+        child = fork_run([*options, "--resume"], hidden_in_files)
+        if attempt % 2:
+            kills += kill_after(child, rng.uniform(0, 0.5) * length)
+        else:
+            wait_for_block(child, unfinished, seen[-1] + 1)
+            kills += kill_after(child, rng.uniform(0, 0.1) * length)
+        if child.exitcode == 0:
+            break
+        seen.append(finished_blocks(unfinished))
+    else:
+        finish(fork_run([*options, "--resume"], hidden_in_files))
+    assert kills >= 2
+    assert seen == sorted(seen)
+    assert 1 <= seen[-1] <= 8, "no kill fell between two blocks"
+    assert weights_bytes(tmp_path / "out") == weights_bytes(tmp_path / "whole") != weights_bytes(deep)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_killed_before_the_first_block(deep, tmp_path):
+    """There is nothing to go on with then: a resumed run starts over."""
+    options = command(deep, tmp_path / "out", "--resume")[3:]
+    child = fork_run(options)
+    while not (tmp_path / ".out.unfinished").exists() and child.is_alive():
+        time.sleep(0.001)
+    assert kill_after(child, 0)
+    assert not (tmp_path / "out").exists()
+    finish(fork_run(options))
+    _, whole = prune(deep, tmp_path / "whole")
+    assert weights_bytes(tmp_path / "out") == weights_bytes(whole)
+
+
+# Stopped at a chosen place, in this process
+
+
+class Crash(BaseException):
+    """Not an Exception: nothing may tidy up after it, as nothing does after a kill."""
+
+
+def crash_after(monkeypatch, blocks: int):
+    """Dies when so many blocks are done, before the next one's state is written."""
+    real, done = Workspace._write_state, []
+
+    def write(self, *arguments):
+        if len(done) == blocks:
+            raise Crash
+        done.append(None)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Workspace, "_write_state", write)
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    """A dense model, and a run of it that died in its third block, that block's weights written and not counted."""
+    dense = save_dense(tmp_path / "dense")
+    with monkeypatch.context() as patch:
+        crash_after(patch, 2)
+        with pytest.raises(Crash):
+            prune(dense, tmp_path / "out")
+    assert finished_blocks(tmp_path / ".out.unfinished") == 2
+    return dense
+
+
+RESUME = {"resume": True}
+
+
+@pytest.mark.parametrize("offload", ["disk", "none"])
+def test_goes_on_and_reports_all_blocks(offload, stopped, tmp_path):
+    """The places where weights and states are may be others than the first run's."""
+    whole_report, whole = prune(stopped, tmp_path / "whole")
+    report, out = prune(stopped, tmp_path / "out", {**RESUME, "offload": offload})
+    assert weights_bytes(out) == weights_bytes(whole)
+    assert report.matrices == whole_report.matrices
+    assert [block.name for block in report.blocks] == [f"model.layers.{i}" for i in range(3)]
+
+
+def test_only_the_rest_is_pruned(stopped, tmp_path, monkeypatch):
+    held = []
+    real = pipeline.OffloadedBlocks.hold
+    monkeypatch.setattr(pipeline.OffloadedBlocks, "hold", lambda self, i: held.append(i) or real(self, i))
+    prune(stopped, tmp_path / "out", {**RESUME, "offload": "disk"})
+    assert held == [0, 2]  # 0: how blocks are called
+
+
+def test_without_resume_it_starts_over(stopped, tmp_path):
+    _, out = prune(stopped, tmp_path / "out", sparsity=0.25)
+    _, whole = prune(stopped, tmp_path / "whole", sparsity=0.25)
+    assert weights_bytes(out) == weights_bytes(whole)
+
+
+def change_weights(folder):
+    make_model("llama", torch.bfloat16, seed=1).save_pretrained(folder)
+
+
+def change_config(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+
+
+@pytest.mark.parametrize(
+    ("change", "calibration", "config", "named"),
+    [
+        (change_weights, {}, {}, r"model\.files\.model\.safetensors was"),
+        (change_config, {}, {}, r"model\.files\.config\.json was"),
+        (None, {"seed": 1}, {}, r"calibration\.seed was 0, now 1; calibration\.sha256 was"),
+        (None, {"nsamples": 9}, {}, r"calibration\.nsamples was 8, now 9"),
+        (None, {}, {"sparsity": 0.6}, r"config\.sparsity was 0\.5, now 0\.6"),
+        (None, {}, {"metric": "wanda"}, r'config\.metric was "ace", now "wanda"'),
+        (None, {}, {"order": "block"}, r'config\.order was "sequential", now "block"'),
+        (None, {"dtype": "float32"}, {}, r'model\.dtype was "auto", now "float32"'),
+    ],
+)
+def test_another_run_is_not_resumed(change, calibration, config, named, stopped, tmp_path):
+    if change:
+        change(stopped)
+    with pytest.raises(InputError, match=rf"resume: the unfinished run was another one: .*{named}.*start over without"):
+        prune(stopped, tmp_path / "out", RESUME, calibration, **config)
+    assert finished_blocks(tmp_path / ".out.unfinished") == 2  # what there is stays
+
+
+def test_another_version_does_not_resume(stopped, tmp_path, monkeypatch):
+    before = pipeline.versions()
+    monkeypatch.setattr(pipeline, "versions", lambda: {**before, "ace_ext": "0.0"})
+    with pytest.raises(InputError, match=rf'versions\.ace_ext was "{before["ace_ext"]}", now "0\.0"'):
+        prune(stopped, tmp_path / "out", RESUME)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "[]",
+        lambda text: "null",
+        lambda text: "{}",
+        lambda text: "\xff",
+        lambda text: text.replace('"finished": 2', '"finished": 3'),
+        lambda text: text.replace('"format": 1', '"format": 2'),
+        lambda text: text.replace('"matrices": [{', '"matrices": [7, {'),
+    ],
+)
+def test_a_damaged_state_is_named(damage, stopped, tmp_path):
+    path = tmp_path / ".out.unfinished" / "state.json"
+    text = path.read_text()
+    assert damage(text) != text
+    path.write_text(damage(text), encoding="latin-1")
+    with pytest.raises(InputError, match=r"resume: .*state\.json is damaged .*start over without --resume"):
+        prune(stopped, tmp_path / "out", RESUME)
+    _, out = prune(stopped, tmp_path / "out")
+    assert weights_bytes(out)
+
+
+def test_short_hidden_states_are_named(stopped, tmp_path):
+    (path,) = (tmp_path / ".out.unfinished").glob("hidden-0-0.bin")
+    os.truncate(path, 10)
+    with pytest.raises(InputError, match=r"hidden-0-0\.bin ends before the states of batch 0; start over"):
+        prune(stopped, tmp_path / "out", RESUME)
+
+
+def test_nothing_to_resume_simply_starts(tmp_path):
+    dense = save_dense(tmp_path / "dense")
+    _, out = prune(dense, tmp_path / "out", RESUME)
+    _, whole = prune(dense, tmp_path / "whole")
+    assert weights_bytes(out) == weights_bytes(whole)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["dense", "out", "text.txt", "whole"]
+
+
+def test_group_model_starts_over(tmp_path, monkeypatch):
+    """Its one cut is at the end: there is no half of it to go on with."""
+    dense = save_dense(tmp_path / "dense")
+    with monkeypatch.context() as patch:
+        crash_after(patch, 1)
+        with pytest.raises(Crash):
+            prune(dense, tmp_path / "out", group="model")
+    report, out = prune(dense, tmp_path / "out", RESUME, group="model")
+    whole_report, whole = prune(dense, tmp_path / "whole", group="model")
+    assert weights_bytes(out) == weights_bytes(whole)
+    assert report.matrices == whole_report.matrices
+
+
+# The end of a run, and an older output
+
+
+@pytest.fixture
+def replacing(tmp_path):
+    """A dense model and an older output that a run is to replace."""
+    dense = save_dense(tmp_path / "dense")
+    _, out = prune(dense, tmp_path / "out", sparsity=0.25)
+    return dense, weights_bytes(out)
+
+
+def crash_in_finish(monkeypatch, renames: int):
+    """Dies after so many of the two renames that put the new output in the old one's place."""
+    real, done = os.replace, []
+
+    def replace(source, target):
+        if os.path.basename(target) in ("old", "out"):
+            if len(done) == renames:
+                raise Crash
+            done.append(None)
+        real(source, target)
+
+    monkeypatch.setattr("ace_ext.workspace.os.replace", replace)
+    if renames == 2:
+        monkeypatch.setattr(Workspace, "remove", lambda self: (_ for _ in ()).throw(Crash()))
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+@pytest.mark.parametrize("then", ["resume", "over", "refused"])
+def test_a_crash_around_the_renames(renames, then, replacing, tmp_path, monkeypatch):
+    dense, old = replacing
+    with monkeypatch.context() as patch:
+        crash_in_finish(patch, renames)
+        with pytest.raises(Crash):
+            prune(dense, tmp_path / "out", {"overwrite": True})
+    _, whole = prune(dense, tmp_path / "whole")
+    if then == "refused":  # without --overwrite what is there is never replaced, and it is there
+        with pytest.raises(InputError, match="exists; pass --overwrite"):
+            prune(dense, tmp_path / "out", RESUME)
+        assert weights_bytes(tmp_path / "out") == (weights_bytes(whole) if renames == 2 else old)
+        return
+    prune(dense, tmp_path / "out", {"overwrite": True, "resume": then == "resume"})
+    assert weights_bytes(tmp_path / "out") == weights_bytes(whole)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["dense", "out", "text.txt", "whole"]
+
+
+def test_two_outputs_after_a_crash_are_left_to_the_user(replacing, tmp_path, monkeypatch):
+    dense, old = replacing
+    with monkeypatch.context() as patch:
+        crash_in_finish(patch, 1)
+        with pytest.raises(Crash):
+            prune(dense, tmp_path / "out", {"overwrite": True})
+    shutil.copytree(dense, tmp_path / "out")
+    with pytest.raises(InputError, match=r"is there twice, also as .*old'"):
+        prune(dense, tmp_path / "out", {"overwrite": True})
+    assert weights_bytes(tmp_path / ".out.unfinished" / "old") == old
+
+
+def test_an_output_that_appeared_meanwhile_stays(tmp_path, monkeypatch):
+    dense = save_dense(tmp_path / "dense")
+    real = pipeline.prune_model
+
+    def meanwhile(*arguments, **kw):
+        shutil.copytree(dense, tmp_path / "out")
+        return real(*arguments, **kw)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "prune_model", meanwhile)
+        with pytest.raises(InputError, match="exists; pass --overwrite"):
+            prune(dense, tmp_path / "out")
+    assert weights_bytes(tmp_path / "out") == weights_bytes(dense)
+    _, out = prune(dense, tmp_path / "out", {"resume": True, "overwrite": True})
+    assert weights_bytes(out) != weights_bytes(dense)
+
+
+def test_the_old_output_is_there_until_the_new_one_is(replacing, tmp_path, monkeypatch):
+    dense, old = replacing
+    crash_after(monkeypatch, 2)
+    with pytest.raises(Crash):
+        prune(dense, tmp_path / "out", {"overwrite": True})
+    assert weights_bytes(tmp_path / "out") == old
+
+
+# The lock
+
+
+def test_a_second_run_is_refused(stopped, tmp_path):
+    lock = (tmp_path / ".out.unfinished" / "lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    for options in ({}, RESUME):
+        with pytest.raises(InputError, match="is being written by another run; wait for it"):
+            prune(stopped, tmp_path / "out", options)
+    assert finished_blocks(tmp_path / ".out.unfinished") == 2
+    lock.close()
+    prune(stopped, tmp_path / "out", RESUME)
+
+
+def test_a_lock_whose_folder_went_is_none(tmp_path, monkeypatch):
+    """A run ends while another one waits at its lock: that one must not hold the lock of a folder that is gone."""
+    real, calls = fcntl.flock, []
+
+    def flock(file, how):
+        calls.append(None)
+        if len(calls) == 1:  # the other run removes its folder just now
+            shutil.rmtree(tmp_path / ".out.unfinished")
+        real(file, how)
+
+    monkeypatch.setattr("ace_ext.workspace.fcntl.flock", flock)
+    workspace = Workspace(tmp_path / "out", {})
+    assert len(calls) == 2
+    with pytest.raises(InputError, match="another run"):
+        Workspace(tmp_path / "out", {})
+    workspace.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+# Fingerprints
+
+
+def test_differences_are_named():
+    assert differences({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 2}}) == []
+    assert differences({"a": 1, "b": {"c": 2}}, {"b": {"c": [3]}}) == ["a was 1, now null", "b.c was 2, now [3]"]
+
+
+@pytest.mark.parametrize("place", [0, 2**20 + 1, 3 * 2**20, 5 * 2**20])
+def test_a_changed_matrix_anywhere_is_seen(place, tmp_path):
+    """Not only at the ends of the file: tuning may change some matrices and no others."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(6 * 2**20))
+    before = fingerprint_of_files([path])
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(b"\1" * 2**14)
+    assert fingerprint_of_files([path]) != before

@@ -1,0 +1,228 @@
+"""Kept statistics: pruning from the file is the run that kept it, and they serve any sparsity, pattern and metric."""
+
+import json
+import zipfile
+
+import pytest
+import torch
+from folders import prune, save_dense, weights_bytes
+from tiny_models import make_model
+
+from ace_ext import InputError, stats_file
+from ace_ext.scores import METRICS
+from ace_ext.workspace import Workspace
+
+
+@pytest.fixture
+def dense(tmp_path):
+    return save_dense(tmp_path / "dense")
+
+
+def keep(dense, name="stats.zip", run=None, **config):
+    """A run that keeps its statistics: ``(their file, what it wrote)``."""
+    file = dense.parent / name
+    _, out = prune(dense, dense.parent / f"{name}.out", {"save_stats": file, **(run or {})}, order="block", **config)
+    return file, out
+
+
+def from_file(dense, file, name="from-file", run=None, **config):
+    return prune(dense, dense.parent / name, {"stats": file, **(run or {})}, order="block", **config)[1]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("batch_tokens", [32, 16384])
+def test_from_the_file_as_from_the_run(metric, batch_tokens, dense):
+    file, out = keep(dense, metric=metric, batch_tokens=batch_tokens)
+    again = from_file(dense, file, metric=metric, batch_tokens=batch_tokens)
+    assert weights_bytes(again) == weights_bytes(out) != weights_bytes(dense)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"sparsity": 0.7},
+        {"pattern": "2:4"},
+        {"group": "matrix", "sparsity": 0.3},
+        {"group": "model"},
+        {"metric": "wanda"},
+        {"metric": "cosvar", "sparsity": 0.25},
+        {"metric": "stade", "pattern": "4:8"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kept", [{}, {"metric": "wanda", "sparsity": 0.9}], ids=str)
+def test_one_file_for_other_settings(kept, other, dense):
+    """Whatever the run that kept them pruned: a fresh run that keeps its own gets the very same bytes."""
+    file, _ = keep(dense, **kept)
+    _, fresh = keep(dense, "fresh.zip", **other)
+    assert weights_bytes(from_file(dense, file, **other)) == weights_bytes(fresh)
+
+
+def test_the_inputs_are_the_dense_models(dense):
+    """A plain run in order block hands each block what pruned ones put out; only its first block agrees, and the file
+    and the report say whose the statistics are."""
+    file, out = keep(dense)
+    report, plain = prune(dense, dense.parent / "plain", order="block")
+    kept, other = (stored(folder) for folder in (out, plain))
+    assert all(torch.equal(kept[n], other[n]) for n in kept if n.startswith("model.layers.0."))
+    assert not all(torch.equal(kept[n], other[n]) for n in kept)
+    assert description(file)["inputs"] == "dense model"
+    assert report.extra["statistics"] == "of the run"
+    assert (
+        json.loads((out / "ace_report.json").read_text())["extra"]["statistics"] == "of the dense model, kept in a file"
+    )
+
+
+def stored(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def description(file) -> dict:
+    return json.loads(zipfile.ZipFile(file).read("statistics.json"))
+
+
+def test_nothing_runs_forward(dense, monkeypatch):
+    file, _ = keep(dense)
+    monkeypatch.setattr("ace_ext.loop.run_block", None)
+    monkeypatch.setattr("ace_ext.driver.capture_calls", None)
+    (dense.parent / "text.txt").unlink()  # no text is read either
+    from_file(dense, file)
+
+
+@pytest.mark.parametrize("run", [{"offload": "disk"}, {"offload": "none"}], ids=str)
+def test_with_and_without_offload(run, dense):
+    file, out = keep(dense, run={"offload": "disk"})
+    other, _ = keep(dense, "other.zip", run={"offload": "none"})
+    assert weights_bytes(from_file(dense, file, "one", run, sparsity=0.6)) == weights_bytes(
+        from_file(dense, other, "two", run, sparsity=0.6)
+    )
+    assert weights_bytes(from_file(dense, other, "three", run)) == weights_bytes(out)
+
+
+def test_most_metrics_read_what_every_file_holds(dense):
+    file, _ = keep(dense, metric="magnitude")
+    assert description(file)["kinds"] == ["input", "weighted"]
+    for metric, row in METRICS.items():
+        if "moment" not in row.needs:
+            from_file(dense, file, metric, metric=metric)
+        else:
+            with pytest.raises(InputError, match=r"holds input, weighted of statistics, not moment; save it anew"):
+                from_file(dense, file, metric, metric=metric)
+    with_moment, _ = keep(dense, "moment.zip", metric="cosp")
+    assert description(with_moment)["kinds"] == ["input", "moment", "weighted"]
+    from_file(dense, with_moment, "moment", metric="cosp-exact")
+
+
+def test_kept_by_a_run_that_was_resumed(dense, monkeypatch):
+    file, out = keep(dense)
+    real, done = Workspace._write_state, []
+
+    def write(self, *arguments):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(None)
+        return real(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "_write_state", write)
+        with pytest.raises(KeyboardInterrupt):
+            keep(dense, "resumed.zip")
+    with pytest.raises(InputError, match='statistics was "of the dense model, kept in a file", now "of the run"'):
+        prune(dense, dense.parent / "resumed.zip.out", {"resume": True}, order="block")
+    resumed, again = keep(dense, "resumed.zip", {"resume": True})
+    assert weights_bytes(again) == weights_bytes(out)
+    assert resumed.read_bytes() != b""
+    assert blobs(resumed) == blobs(file)
+
+
+def blobs(file) -> dict[str, bytes]:
+    archive = zipfile.ZipFile(file)
+    assert archive.testzip() is None
+    return {name: archive.read(name) for name in archive.namelist()}
+
+
+# What is refused
+
+
+def test_order_and_place_are_checked_first(dense, tmp_path):
+    for run, config, message in [
+        ({"save_stats": tmp_path / "s"}, {}, "save-stats is for statistics of dense blocks: give order block"),
+        ({"stats": tmp_path / "s"}, {}, "stats is for statistics of dense blocks: give order block"),
+        ({"stats": tmp_path / "s", "save_stats": tmp_path / "t"}, {"order": "block"}, "not both"),
+        ({"save_stats": tmp_path / "none" / "s"}, {"order": "block"}, "must be a file in a folder that exists"),
+        ({"save_stats": tmp_path}, {"order": "block"}, "must be a file in a folder that exists"),
+        ({"stats": tmp_path / "s"}, {"order": "block"}, "is no file of --save-stats: .*No such file"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            prune(dense, tmp_path / "out", run, **config)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["dense", "text.txt"]
+
+
+def test_another_model(dense):
+    file, _ = keep(dense)
+    make_model("llama", torch.bfloat16, seed=1).save_pretrained(dense)
+    with pytest.raises(InputError, match=r"belongs to another model: files\.model\.safetensors was"):
+        from_file(dense, file)
+
+
+def test_another_skip(dense):
+    file, _ = keep(dense, skip=("down_proj",))
+    with pytest.raises(
+        InputError, match=r"has none of model\.layers\.0\.mlp\.down_proj; save it anew with the same skip"
+    ):
+        from_file(dense, file)
+    from_file(dense, file, "less", skip=("down_proj", "up_proj"))
+
+
+def rewrite(file, **changed) -> None:
+    """The archive with some members' bytes replaced; None leaves one out."""
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()} | changed
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, blob in members.items():
+            if blob is not None:
+                archive.writestr(name, blob)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: f.write_bytes(f.read_bytes()[:-100]), "is no file of --save-stats"),
+        (lambda f: f.write_text("statistics"), "is no file of --save-stats"),
+        (lambda f: rewrite(f, **{"statistics.json": b"[]"}), "is no file of --save-stats"),
+        (lambda f: rewrite(f, **{"statistics.json": b"\xff"}), "is no file of --save-stats"),
+        (lambda f: rewrite(f, **{"statistics.json": None}), "is no file of --save-stats"),
+        (
+            lambda f: rewrite(f, **{"statistics.json": json.dumps({**description(f), "format": 7})}),
+            "format is 7, not 1",
+        ),
+        (lambda f: rewrite(f, **{"model.layers.1": b"short"}), r"is damaged at model\.layers\.1"),
+        (lambda f: rewrite(f, **{"model.layers.1": None}), r"has none of model\.layers\.1\.self_attn"),
+        (lambda f: flip_a_bit(f), r"is damaged at model\.layers\.2: Bad CRC"),
+    ],
+)
+def test_damaged_files(damage, message, dense):
+    file, _ = keep(dense)
+    damage(file)
+    with pytest.raises(InputError, match=message):
+        from_file(dense, file)
+    assert not (dense.parent / "from-file").exists()
+
+
+def flip_a_bit(file) -> None:
+    blob = zipfile.ZipFile(file).read("model.layers.2")
+    whole = bytearray(file.read_bytes())
+    whole[whole.index(blob) + len(blob) - 1] ^= 1
+    file.write_bytes(whole)
+
+
+def test_linears_of_one_input_share_it_in_the_file(dense):
+    """As in memory: q, k and v read the same tensor, and so do gate and up."""
+    file, _ = keep(dense, metric="wanda")
+    stats = stats_file.SavedStatistics(file, description(file)["model"], frozenset()).block("model.layers.0", (), "cpu")
+    assert stats["self_attn.q_proj"].input is stats["self_attn.v_proj"].input
+    assert stats["mlp.gate_proj"].input is stats["mlp.up_proj"].input
+    assert stats["self_attn.q_proj"].input is not stats["self_attn.o_proj"].input
+    assert stats["self_attn.q_proj"].weighted is not stats["self_attn.v_proj"].weighted
