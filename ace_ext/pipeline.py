@@ -168,7 +168,7 @@ def _prune(
     workspace = Workspace(path, fingerprint, options.resume, writes=peers.rank == 0, rank=peers.rank)
     try:
         peers.wait()  # the folder is there, and whatever was left over is not
-        resident_hidden = _fit(blocks, source, config, calibration, options)
+        resident_hidden = fit(blocks, source, config, calibration, options, device)
         if peers.rank == 0 and not workspace.finished:
             _lay_out_output(source, workspace.model)
         keeper = None
@@ -227,7 +227,7 @@ def open_source(
         shards = Shards(folder)
         laid_out = skeleton(folder, shards)
         stored = stored_as_loaded(laid_out, shards, dtype)
-        if stored and _wants_offload(laid_out, shards, config, calibration, options, device):
+        if stored and wants_offload(laid_out, shards, config, calibration, options, device):
             return Source(model, laid_out, load_tokenizer(folder), folder, shards, True)
         if options.offload == "disk":
             raise InputError(
@@ -265,7 +265,7 @@ def _is_tied(model: nn.Module) -> bool:
     return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", 0)
 
 
-def _wants_offload(
+def wants_offload(
     laid_out: nn.Module,
     shards: Shards,
     config: PruneConfig,
@@ -279,7 +279,7 @@ def _wants_offload(
     if config.group == "model" or (calibration.source == SELF and options.stats is None):
         return False
     blocks = find_blocks(laid_out, config.skip, check=False)
-    whole = estimate(blocks, shards, config, calibration.nsamples, calibration.seqlen, offload=False)
+    whole = estimate(laid_out, blocks, shards, config, calibration.nsamples, calibration.seqlen, offload=False)
     return whole.total > _budget(options, device)
 
 
@@ -289,8 +289,13 @@ def _budget(options: RunOptions, device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
 
 
-def _fit(
-    blocks: list[Block], source: Source, config: PruneConfig, calibration: Calibration, options: RunOptions
+def fit(
+    blocks: list[Block],
+    source: Source,
+    config: PruneConfig,
+    calibration: Calibration,
+    options: RunOptions,
+    device: torch.device,
 ) -> bool:
     """Whether the hidden states may stay in memory beside all else.
 
@@ -302,6 +307,7 @@ def _fit(
 
     def needed(resident_hidden: bool) -> Estimate:
         return estimate(
+            source.model,
             blocks,
             source.shards,
             config,
@@ -309,6 +315,8 @@ def _fit(
             calibration.seqlen,
             offload=source.offloaded,
             resident_hidden=resident_hidden,
+            whole=calibration.source == SELF and options.stats is None,
+            device=device,
         )
 
     if needed(True).total <= options.max_memory:
