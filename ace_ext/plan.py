@@ -183,7 +183,9 @@ def _lay_out(
     if folder is None:
         laid_out, tokenizer, unpacking = gguf_skeleton(Path(model).expanduser(), DTYPES.get(dtype, torch.bfloat16))
         if options.offload == "disk":
-            raise InputError(f"offload disk needs a folder or hub model of safetensors (got {model!r})")
+            raise InputError(
+                f"offload disk needs a folder or hub model of safetensors (got {model!r}); pass --offload none"
+            )
         return Source(model, laid_out, tokenizer, None, None, False), unpacking
     shards = Shards(folder) if has_safetensors(folder) else None
     laid_out = skeleton(folder, shards or {})
@@ -192,7 +194,10 @@ def _lay_out(
         offload = wants_offload(laid_out, shards, config, calibration, options, device)
         return Source(model, laid_out, tokenizer, folder, shards, offload), None
     if options.offload == "disk":
-        raise InputError(f"offload disk reads safetensors as they are, all of dtype {dtype}; save {model!r} anew")
+        raise InputError(
+            f"offload disk reads safetensors of the model's own names, all of dtype {dtype}, which {model!r} does not "
+            "have; save it with save_pretrained, or pass --offload none"
+        )
     wanted = DTYPES.get(dtype, getattr(laid_out.config, "dtype", None) or torch.float32)
     for parameter in laid_out.parameters():
         parameter.data = parameter.data.to(wanted)

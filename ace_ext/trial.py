@@ -76,7 +76,7 @@ def try_block(
             forward_seconds = time.perf_counter() - start
     model.tie_weights()  # giving the entrance its weights and taking them away tore a tied embedding and head apart
     (many, longer), (few, shorter) = found
-    token_seconds = max(0.0, (longer - shorter) / (many - few))
+    token_seconds = max(0.0, (longer - shorter) / max(1, many - few))  # of two tokens in all there are no fewer
     fixed = max(0.0, longer - token_seconds * many)
     return Trial(fixed, token_seconds, forward_seconds, round((passes.count - 1) / len(calls)))
 

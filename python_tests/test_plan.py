@@ -110,6 +110,20 @@ def test_text_of_the_models_own_is_planned_not_written(dense):
     assert "text" in {phase.phase for phase in plan.phases}
 
 
+@pytest.mark.parametrize(("nsamples", "seqlen"), [(1, 2), (1, 16), (2, 3)])
+def test_the_smallest_calibration(dense, nsamples, seqlen):
+    calibration = Calibration(str(dense.parent / "text.txt"), nsamples=nsamples, seqlen=seqlen)
+    for batch_tokens in (1, 100):
+        config = PruneConfig(batch_tokens=batch_tokens)
+        plan = make_plan(str(dense), config, calibration, RunOptions(), torch.device("cpu"))
+        assert plan.seconds["blocks"] > 0
+
+
+def test_offload_needs_files_that_can_be_used_as_they_are(dense):
+    with pytest.raises(InputError, match="offload disk reads safetensors .* of dtype float32"):
+        plan_of(dense, {"offload": "disk"}, dtype="float32")
+
+
 def test_too_little_memory_is_refused_as_by_the_run(dense):
     with pytest.raises(InputError, match="max-memory must be at least"):
         plan_of(dense, {"max_memory": 1000, "offload": "disk"})
