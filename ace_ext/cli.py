@@ -1,4 +1,4 @@
-"""``ace-prune run | compare | eval | verify``. Results go to stdout, progress and errors to stderr.
+"""``ace-prune run | plan | compare | eval | verify``. Results go to stdout, progress and errors to stderr.
 
 Exit status: 0 done, 2 bad input (one line that says what and how to mend it), 1 a fault, or a folder that fails verify.
 """
@@ -21,6 +21,7 @@ from .evaluate import perplexity
 from .html_report import check_report, write_run_report
 from .memory import parse_bytes
 from .pipeline import OFFLOAD, Calibration, RunOptions, prune_folder
+from .plan import make_plan
 from .presets import PRESETS, PUBLISHED, TUNE_EPOCHS, preset_config
 from .progress import Progress
 from .scores import DEFAULT_METRIC, METRICS
@@ -39,8 +40,9 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="ace-prune", description="One-shot pruning of Hugging Face causal language models.")
     parser.add_argument("--version", action="version", version=f"ace-prune {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run | compare | eval | verify")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run | plan | compare | eval | verify")
     _add_run(commands)
+    _add_plan(commands)
     add_compare(commands, _add_model)
     _add_eval(commands)
     _add_verify(commands)
@@ -86,6 +88,15 @@ def _add_run(commands) -> None:
     run.add_argument("--report", metavar="FILE.html", type=Path, help="write a page about the run there")
     run.add_argument("--log-json", metavar="FILE", help="a JSON line a block; - for stderr")
     parser.set_defaults(action=_run)
+
+
+def _add_plan(commands) -> None:
+    parser = commands.add_parser("plan", help="what a run would prune, and the memory and time it would take")
+    _add_model(parser)
+    _add_pruning(parser)
+    _add_calibration(parser)
+    _add_memory(parser.add_argument_group("the run"))
+    parser.set_defaults(action=_plan)
 
 
 def _add_pruning(parser: argparse.ArgumentParser) -> None:
@@ -225,6 +236,14 @@ def _run(args: argparse.Namespace) -> int:
         if args.report is not None:
             write_run_report(report, args.report)
         print(report.to_json() if args.json else f"{report.table()}\nwritten to {path}")
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    budget = None if args.max_memory is None else parse_bytes(args.max_memory)
+    options = RunOptions(offload=args.offload, max_memory=budget)
+    plan = make_plan(args.model, _config(args), _calibration(args), options, pick_device(args.device), args.dtype)
+    print(plan.to_json() if args.json else plan.table())
     return 0
 
 

@@ -19,7 +19,7 @@ from .checkpoint import LoadedModel, check_output, load_model, load_tokenizer, l
 from .config import PruneConfig
 from .driver import Surroundings, check_pattern, prune_model
 from .errors import InputError
-from .memory import Estimate, available_bytes, estimate, resident_bytes
+from .memory import Estimate, available_bytes, estimate
 from .model_walk import Block, find_blocks
 from .offload import OffloadedBlocks, skeleton
 from .progress import Progress
@@ -83,8 +83,6 @@ class Source:
     shards: Shards | None
     """Its files, where they hold the weights just as they will be written: they can be copied and patched."""
     offloaded: bool
-    process: int
-    """Bytes that this process had resident before any weight was."""
 
     @property
     def files(self) -> list[Path]:
@@ -208,7 +206,7 @@ def _prune(
     workspace = Workspace(path, fingerprint, resume, writes=peers.rank == 0, rank=peers.rank)
     try:
         peers.wait()  # the folder is there, and whatever was left over is not
-        resident_hidden = _fit(blocks, source, config, calibration, options, device)
+        resident_hidden = fit(blocks, source, config, calibration, options, device)
         if peers.rank == 0 and not workspace.finished:
             _lay_out_output(source, workspace.model)
         keeper = None
@@ -283,23 +281,21 @@ def open_source(
         shards = Shards(folder)
         laid_out = skeleton(folder, shards)
         stored = stored_as_loaded(laid_out, shards, dtype)
-        process = resident_bytes()
-        if stored and _wants_offload(laid_out, shards, config, calibration, options, device):
-            return Source(model, laid_out, load_tokenizer(folder), folder, shards, True, process)
+        if stored and wants_offload(laid_out, shards, config, calibration, options, device):
+            return Source(model, laid_out, load_tokenizer(folder), folder, shards, True)
         if options.offload == "disk":
             raise InputError(
                 f"offload disk reads blocks from safetensors of the model's own names, all of dtype {dtype}, which "
                 f"{model!r} does not have; save it with save_pretrained, or pass --offload none"
             )
         loaded = load_model(str(folder), dtype, device)
-        return Source(model, loaded.model, loaded.tokenizer, folder, shards if stored else None, False, process)
+        return Source(model, loaded.model, loaded.tokenizer, folder, shards if stored else None, False)
     if options.offload == "disk":
         raise InputError(
             f"offload disk needs a folder or hub model of safetensors (got {model!r}); pass --offload none"
         )
-    process = resident_bytes()
     loaded: LoadedModel = load_model(model, dtype, device)
-    return Source(model, loaded.model, loaded.tokenizer, folder, None, False, process)
+    return Source(model, loaded.model, loaded.tokenizer, folder, None, False)
 
 
 def stored_as_loaded(laid_out: nn.Module, shards: Shards, dtype: str) -> bool:
@@ -322,7 +318,7 @@ def _is_tied(model: nn.Module) -> bool:
     return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", 0)
 
 
-def _wants_offload(
+def wants_offload(
     laid_out: nn.Module,
     shards: Shards,
     config: PruneConfig,
@@ -336,32 +332,8 @@ def _wants_offload(
     if config.group == "model" or (calibration.source == SELF and options.stats is None):
         return False
     blocks = find_blocks(laid_out, config.skip, check=False)
-    whole = estimate(
-        blocks,
-        shards,
-        config,
-        calibration.nsamples,
-        calibration.seqlen,
-        process=_host_share(resident_bytes(), options, device),
-        model_bytes=parameter_bytes(laid_out),
-        offload=False,
-    )
+    whole = estimate(laid_out, blocks, shards, config, calibration.nsamples, calibration.seqlen, offload=False)
     return whole.total > _budget(options, device)
-
-
-def parameter_bytes(module: nn.Module | None) -> int:
-    """What a module's parameters take, on the meta device too."""
-    return sum(p.numel() * p.element_size() for p in module.parameters()) if module is not None else 0
-
-
-def _head_bytes(model: nn.Module) -> int:
-    """Of an LM head with weights of its own."""
-    return 0 if _is_tied(model) else parameter_bytes(model.get_output_embeddings())
-
-
-def _host_share(process: int, options: RunOptions, device: torch.device) -> int:
-    """What the process itself takes of the budget: it counts against a given one, not against what is free."""
-    return 0 if options.max_memory is None or device.type == "cuda" else process
 
 
 def _budget(options: RunOptions, device: torch.device) -> int:
@@ -370,7 +342,7 @@ def _budget(options: RunOptions, device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
 
 
-def _fit(
+def fit(
     blocks: list[Block],
     source: Source,
     config: PruneConfig,
@@ -388,16 +360,16 @@ def _fit(
 
     def needed(resident_hidden: bool) -> Estimate:
         return estimate(
+            source.model,
             blocks,
             source.shards,
             config,
             calibration.nsamples,
             calibration.seqlen,
-            process=_host_share(source.process, options, device),
-            model_bytes=parameter_bytes(source.model),
-            head_bytes=_head_bytes(source.model),
             offload=source.offloaded,
             resident_hidden=resident_hidden,
+            whole=calibration.source == SELF and options.stats is None,
+            device=device,
         )
 
     if needed(True).total <= _budget(options, device):

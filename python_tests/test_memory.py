@@ -1,57 +1,105 @@
-"""Peak memory of runs, measured on processes of their own; and what is said of it beforehand."""
-
-import json
-import subprocess
-import sys
-from pathlib import Path
+"""Sizes in words, peaks of the process, and estimates that grow with what they are estimates of."""
 
 import pytest
 import torch
 from tiny_models import make_model
 
-from ace_ext import PruneConfig
-from ace_ext.memory import estimate
+from ace_ext import InputError, PruneConfig
+from ace_ext.memory import estimate, parse_bytes, peak_memory_bytes, reset_peak, resident_bytes, solver_bytes
 from ace_ext.model_walk import find_blocks
 
-CHECK = Path(__file__).parent.parent / "tools" / "check_memory.py"
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1", 1), ("2GB", 2 * 10**9), ("1.5GiB", 3 * 2**29), ("800 mb", 8 * 10**8), (" 4kib ", 4096), ("1TB", 10**12)],
+)
+def test_parse_bytes(text, size):
+    assert parse_bytes(text) == size
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell a process's peak")
-def test_a_run_from_the_disk_holds_no_more_than_some_blocks():
-    """A scaled-down ``make check-memory``: 0.4 GB of weights in 7 blocks, pruned both ways."""
-    done = subprocess.run([sys.executable, CHECK, "--small"], capture_output=True, text=True, timeout=570, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)["small"]
-    assert found["same"]
-    assert found["disk"]["peak"] <= found["budget"] == 2 * found["bytes"] // 7 + 10**9
-    # In memory all 7 blocks are held, and from the disk at most two: more than half of the model must have stayed out.
-    assert found["memory"]["peak"] - found["disk"]["peak"] > found["bytes"] / 2
+@pytest.mark.parametrize("text", ["", "0", "0.0GB", "GB", "-1GB", "2 G", "2GBs", "1,5GB", "nan"])
+def test_parse_bytes_refuses(text):
+    with pytest.raises(InputError, match="max-memory must be a size like 2GB or 1500MiB"):
+        parse_bytes(text)
 
 
-def blocks_of(family: str = "llama"):
-    return find_blocks(make_model(family, torch.bfloat16))
+def test_reset_starts_the_peak_anew():
+    size = 2**28
+    held = torch.ones(size, dtype=torch.uint8)
+    high = peak_memory_bytes()
+    assert high >= size
+    del held
+    if not reset_peak():
+        pytest.skip("this system cannot reset a process's peak")
+    assert peak_memory_bytes() < high - size // 2
+    assert resident_bytes() <= peak_memory_bytes() + 2**20
 
 
-def guess(config: PruneConfig, **changed):
-    given = {"process": 0, "model_bytes": 10**6, "offload": False, **changed}
-    return estimate(blocks_of(), None, config, 8, 16, **given)
+def need(config=None, nsamples=8, seqlen=16, model=None, **options):
+    model = model or make_model("llama", torch.bfloat16)
+    options = {"offload": False, "process": 0, **options}
+    return estimate(model, find_blocks(model), None, config or PruneConfig(), nsamples, seqlen, **options)
 
 
-def test_the_estimate_counts_what_is_held():
-    block = sum(p.numel() for p in blocks_of()[0].module.parameters()) * 2
-    config = PruneConfig("wanda")
-    assert guess(config).model == 10**6
-    assert guess(config, offload=True, model_bytes=3 * block + 1000).model == block + 1000
-    assert guess(config, offload=True, model_bytes=3 * block + 1000, head_bytes=400).model == block + 600
-    assert guess(config).hidden == 8 * 16 * 32 * 2
-    assert guess(config, resident_hidden=False).hidden == 0
-    assert guess(config, process=7).total - guess(config).total == 7
-    assert guess(PruneConfig("wanda", batch_tokens=16)).forward == guess(config).forward / 8
+def test_estimate_counts_what_is_there():
+    """Llama: 64 x 32 embedding and head, 3 blocks of 32 x 32 twice, 16 x 32 twice, 48 x 32 three times, and norms."""
+    block = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32 + 2 * 32
+    found = need(PruneConfig("cosp"))
+    assert found.model == 2 * (2 * 64 * 32 + 3 * block + 32)
+    assert found.hidden == 2 * 8 * 16 * 32
+    assert found.statistics > 4 * (block - 2 * 32)  # the cross moment of each Linear, float32
+    assert found.total == sum(found.parts().values())
 
 
-@pytest.mark.parametrize(("group", "blocks"), [("row", 1), ("model", 3)])
-def test_the_estimate_counts_cross_moments_of_all_that_wait(group, blocks):
-    """A block's statistics wait for its last Linear; the group model's for the last block's."""
-    numbers = sum(linear.weight.numel() for linear in blocks_of()[0].linears.values())
-    with_moment, without = (guess(PruneConfig(metric, group=group)).statistics for metric in ("cosp", "wanda"))
-    assert with_moment - without == blocks * numbers * 4
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [
+        ({"nsamples": 8}, {"nsamples": 64}),
+        ({"seqlen": 16}, {"seqlen": 64}),
+        ({"config": PruneConfig(batch_tokens=16)}, {"config": PruneConfig(batch_tokens=128)}),
+        ({"config": PruneConfig("magnitude")}, {"config": PruneConfig("wanda")}),
+        ({"config": PruneConfig("wanda")}, {"config": PruneConfig("ace")}),
+        ({"config": PruneConfig("ace")}, {"config": PruneConfig("cosp")}),
+        ({"config": PruneConfig("cosp", order="block")}, {"config": PruneConfig("cosp", group="model")}),
+        ({"resident_hidden": False}, {"resident_hidden": True}),
+        ({"offload": True}, {"offload": False}),
+    ],
+    ids=lambda value: "",
+)
+def test_estimate_grows(less, more):
+    assert need(**less).total < need(**more).total
+
+
+def test_more_samples_than_a_batch_cost_hidden_states_alone():
+    config = PruneConfig(batch_tokens=64)
+    few, many = need(config, nsamples=8), need(config, nsamples=80)
+    assert many.total - few.total == many.hidden - few.hidden == 72 * 16 * 32 * 2
+
+
+def test_a_tied_head_is_counted_once():
+    untied, tied = need(model=make_model("llama")), need(model=make_model("llama-tied"))
+    assert untied.model - tied.model == 64 * 32 * 4
+
+
+def test_offload_holds_the_embedding_only_at_the_entrance():
+    """A large vocabulary and few tokens: the entrance, with embedding and a block, holds the most."""
+    model = make_model("llama", torch.bfloat16)
+    model.resize_token_embeddings(4096)
+    block = sum(p.nbytes for p in model.model.layers[0].parameters())
+    outside = sum(p.nbytes for p in [model.model.embed_tokens.weight, model.model.norm.weight])
+    entering = need(model=model, nsamples=1, offload=True)
+    assert (entering.phase, entering.model) == ("enter", block + outside)
+    pruning = need(model=model, nsamples=4096, offload=True)
+    assert (pruning.phase, pruning.model) == ("prune", block)
+
+
+def test_the_process_is_measured_unless_given():
+    assert need(process=None).process >= 10**8
+
+
+def test_a_callables_scores_are_counted():
+    assert solver_bytes(PruneConfig(lambda weight, stats: weight.abs()), 7, 5) > solver_bytes(PruneConfig(), 7, 5)
+
+
+def test_description_names_the_largest_first():
+    assert need(process=3 * 10**9).describe().startswith("process 3.00 GB")

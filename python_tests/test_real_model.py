@@ -1,7 +1,11 @@
 """SmolLM2-135M from its GGUF file to a pruned folder and back. Fetched once, into demo/ or $ACE_MODEL_FOLDER."""
 
 import importlib.util
+import json
 import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -43,3 +47,31 @@ def test_gguf_in_safetensors_out(gguf, tmp_path):
     # Measured on these 4 windows: dense 22.9, pruned 53.6. Magnitude costs ten times the dense.
     assert 15 < dense < 30
     assert 1.5 * dense < pruned < 4 * dense
+
+
+@pytest.fixture(scope="module")
+def folder(gguf, tmp_path_factory) -> Path:
+    """The same model as safetensors."""
+    loaded = load_model(str(gguf))
+    path = tmp_path_factory.mktemp("smollm2") / "dense"
+    loaded.model.save_pretrained(path)
+    loaded.tokenizer.save_pretrained(path)
+    return path
+
+
+def peak_memory(command: str, model: Path, *options: str) -> int:
+    """What a process of its own says of its peak, planned or measured, in bytes."""
+    arguments = [command, "--model", str(model), "--calibration", "wiki-mini", "--nsamples", "16", "--seqlen", "128"]
+    call = [sys.executable, "-m", "ace_ext", *arguments, "--device", "cpu", "--json", *options]
+    done = subprocess.run(call, capture_output=True, text=True, check=True, cwd=tempfile.gettempdir())
+    return json.loads(done.stdout)["peak_memory_bytes"]
+
+
+@pytest.mark.parametrize("kind", ["gguf", "memory", "disk"])
+def test_planned_peak_is_the_runs(kind, gguf, folder, tmp_path):
+    """Within 15 %: what benchmarks/plan_accuracy.py shows for more settings."""
+    model = gguf if kind == "gguf" else folder
+    options = ["--offload", "disk", "--max-memory", "2GB"] if kind == "disk" else ["--offload", "none"]
+    planned = peak_memory("plan", model, *options)
+    measured = peak_memory("run", model, *options, "--output", str(tmp_path / "out"))
+    assert planned == pytest.approx(measured, rel=0.15)

@@ -1,0 +1,161 @@
+"""``ace-prune plan``: what it says is what the run does, and it leaves everything as it was."""
+
+import json
+
+import pytest
+import torch
+from folders import prune, save_dense
+from tiny_models import make_model
+
+from ace_ext import InputError, PruneConfig
+from ace_ext.cli import main
+from ace_ext.model_walk import find_blocks
+from ace_ext.pipeline import Calibration, RunOptions
+from ace_ext.plan import make_plan, planned_matrices
+from ace_ext.trial import RandomWeights
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return save_dense(tmp_path_factory.mktemp("plan") / "dense")
+
+
+def plan_of(dense, options=None, source=None, dtype="auto", **config):
+    calibration = Calibration(source or str(dense.parent / "text.txt"), nsamples=8, seqlen=16)
+    run = RunOptions(**(options or {}))
+    return make_plan(str(dense), PruneConfig(**config), calibration, run, torch.device("cpu"), dtype)
+
+
+def snapshot(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        ({}, {}),
+        ({"batch_tokens": 32}, {}),
+        ({"pattern": "2:4"}, {}),
+        ({"group": "model", "metric": "cosp"}, {}),
+        ({}, {"offload": "disk"}),
+        ({"batch_tokens": 32}, {"offload": "disk"}),
+    ],
+)
+def test_says_what_the_run_keeps_and_changes_nothing(dense, tmp_path, config, options):
+    before = snapshot(dense.parent)
+    plan = plan_of(dense, options, **config)
+    assert snapshot(dense.parent) == before
+    report, _ = prune(dense, tmp_path / "out", options, **config)
+    assert [m.name for m in plan.matrices] == [m.name for m in report.matrices]
+    assert [m.shape for m in plan.matrices] == [m.shape for m in report.matrices]
+    if config.get("group") == "model":
+        assert {m.keep for m in plan.matrices} == {sum(m.nonzero for m in report.matrices)}
+    else:
+        kept = [m.keep * m.shape[0] * m.shape[1] // m.group_size for m in plan.matrices]
+        assert kept == [m.keep for m in report.matrices]
+    assert plan.offload == bool(options)
+    assert plan.peak.total == max(phase.total for phase in plan.phases)
+    assert all(seconds >= 0 for seconds in plan.seconds.values())
+
+
+@pytest.mark.parametrize(
+    ("config", "group", "size", "keep"),
+    [
+        ({"sparsity": 0.25}, "row", 32, 24),
+        ({"pattern": "1:4"}, "1:4", 4, 1),
+        ({"group": "matrix"}, "matrix", 1024, 512),
+        ({"group": "model"}, "model", 3 * (2 * 1024 + 2 * 512 + 3 * 1536), 11520),
+    ],
+)
+def test_groups(config, group, size, keep):
+    first = planned_matrices(find_blocks(make_model("llama")), PruneConfig(**config))[0]
+    assert (first.group, first.group_size, first.keep) == (group, size, keep)
+
+
+def test_bytes_are_those_of_the_files(dense):
+    """Untied bfloat16: read twice (copied, then used), written once whole and once by blocks, and hidden states."""
+    plan = plan_of(dense)
+    model = make_model("llama", torch.bfloat16)
+    whole = sum(p.nbytes for p in model.parameters())
+    inside = sum(p.nbytes for p in model.model.layers.parameters())
+    (file,) = dense.glob("*.safetensors")
+    assert plan.read_bytes == file.stat().st_size + whole
+    assert plan.write_bytes == whole + inside + 4 * (8 * 16 * 32 * 2)
+
+
+@pytest.mark.parametrize(("batch_tokens", "passes"), [(128, 1), (64, 6)])
+def test_hidden_states_on_the_disk_are_read_once_a_pass(dense, monkeypatch, batch_tokens, passes):
+    """Sequential order by stages: one look at the order, 4 stages (q k v, o, gate up, down), and one to go on."""
+    resident = plan_of(dense, batch_tokens=batch_tokens)
+    monkeypatch.setattr("ace_ext.plan.fit", lambda *_: False)
+    plan = plan_of(dense, batch_tokens=batch_tokens)
+    assert plan.read_bytes - resident.read_bytes == 3 * passes * 8 * 16 * 32 * 2
+
+
+def test_auto_offloads_where_all_does_not_fit(dense, monkeypatch):
+    monkeypatch.setattr("ace_ext.pipeline.available_bytes", lambda: 1)
+    assert plan_of(dense).offload
+    assert not plan_of(dense, {"offload": "none"}).offload
+
+
+def test_a_changed_dtype_is_loaded_not_mapped(dense):
+    plan = plan_of(dense, dtype="float32")
+    assert plan.dtype == "float32"
+    assert "load" in {phase.phase for phase in plan.phases}
+    assert "load" not in {phase.phase for phase in plan_of(dense).phases}
+
+
+def test_tied_weights_stay_tied(tmp_path):
+    plan = plan_of(save_dense(tmp_path / "tied", "llama-tied"), dtype="float32")
+    model = make_model("llama-tied")
+    assert plan.peak.model == sum(p.nbytes for p in model.parameters())
+
+
+def test_text_of_the_models_own_is_planned_not_written(dense):
+    plan = plan_of(dense, source="self")
+    assert plan.seconds["text"] > 0
+    assert "text" in {phase.phase for phase in plan.phases}
+
+
+@pytest.mark.parametrize(("nsamples", "seqlen"), [(1, 2), (1, 16), (2, 3)])
+def test_the_smallest_calibration(dense, nsamples, seqlen):
+    calibration = Calibration(str(dense.parent / "text.txt"), nsamples=nsamples, seqlen=seqlen)
+    for batch_tokens in (1, 100):
+        config = PruneConfig(batch_tokens=batch_tokens)
+        plan = make_plan(str(dense), config, calibration, RunOptions(), torch.device("cpu"))
+        assert plan.seconds["blocks"] > 0
+
+
+def test_offload_needs_files_that_can_be_used_as_they_are(dense):
+    with pytest.raises(InputError, match=r"offload disk reads safetensors .* of dtype float32"):
+        plan_of(dense, {"offload": "disk"}, dtype="float32")
+
+
+def test_too_little_memory_is_refused_as_by_the_run(dense):
+    with pytest.raises(InputError, match="max-memory must be at least"):
+        plan_of(dense, {"max_memory": 1000, "offload": "disk"})
+
+
+def test_random_weights_have_the_models_shapes():
+    model = make_model("llama-tied", torch.bfloat16)
+    weights = RandomWeights(model)
+    assert "lm_head.weight" in weights
+    assert "model.rotary_emb.inv_freq" not in weights
+    found = weights.read("model.layers.0.mlp.down_proj.weight")
+    assert (found.shape, found.dtype) == ((32, 48), torch.bfloat16)
+    assert found.float().std() == pytest.approx(0.02, rel=0.1)
+
+
+def test_command(dense, capsys):
+    arguments = ["plan", "--model", str(dense), "--calibration", str(dense.parent / "text.txt")]
+    arguments += ["--nsamples", "4", "--seqlen", "16"]
+    assert main([*arguments, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["peak_memory_bytes"] == plan["phases"][plan["peak_phase"]]["total"]
+    assert len(plan["matrices"]) == 21
+    assert plan["matrices"][0]["keep"] == 16
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "model.layers.*.mlp.down_proj" in printed
+    assert "24 of 48" in printed
+    assert "3 blocks, 21 matrices; weights all in memory, hidden states in memory" in printed
