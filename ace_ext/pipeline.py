@@ -86,13 +86,18 @@ class Source:
 
     @property
     def files(self) -> list[Path]:
-        """What the model comes from, for the fingerprint."""
+        """What the weights come from."""
         if self.folder is None:
             return [Path(self.name).expanduser()]
-        config = self.folder / "config.json"
         if self.shards is not None:
-            return [config, *self.shards.files]
-        return [config, *sorted(f for f in self.folder.iterdir() if f.suffix in (".safetensors", ".bin"))]
+            return self.shards.files
+        return sorted(f for f in self.folder.iterdir() if f.suffix in (".safetensors", ".bin"))
+
+    @property
+    def described(self) -> dict:
+        """What the model comes from, for a fingerprint."""
+        config = [] if self.folder is None else [self.folder / "config.json"]
+        return fingerprint_of_files([*config, *self.files])
 
 
 def prune_folder(
@@ -188,7 +193,7 @@ def _prune(
     source = open_source(model, config, calibration, options, device, dtype)
     blocks = find_blocks(source.model, config.skip, check=not source.offloaded)
     check_pattern(blocks, config)
-    names = {"files": fingerprint_of_files(source.files), "dtype": dtype}
+    names = {"files": source.described, "dtype": dtype}
     known = SavedStatistics(options.stats, names, _needs(config)) if options.stats else None
     data = None if known else calibration.load(source.tokenizer, None if source.offloaded else source.model)
     described = known.calibration if known else describe(data, calibration)

@@ -7,7 +7,7 @@ import torch
 from folders import prune, save_dense, weights_bytes
 from tiny_models import DENSE_FAMILIES, make_model
 
-from ace_ext import InputError, pipeline
+from ace_ext import InputError, memory, pipeline
 from ace_ext.memory import available_bytes, parse_bytes, resident_bytes
 from ace_ext.model_walk import find_blocks
 from ace_ext.offload import entrance, load_, skeleton, unload_
@@ -44,7 +44,7 @@ def test_hidden_states_in_files_change_nothing(order, offload, batch_tokens, tmp
     dense = save_dense(tmp_path / "dense")
     config = {"order": order, "batch_tokens": batch_tokens}
     _, kept = prune(dense, tmp_path / "kept", {"offload": offload}, **config)
-    monkeypatch.setattr(pipeline, "_fit", lambda *_: False)
+    monkeypatch.setattr(pipeline, "fit", lambda *_: False)
     _, in_files = prune(dense, tmp_path / "files", {"offload": offload}, **config)
     assert weights_bytes(in_files) == weights_bytes(kept)
 
@@ -133,7 +133,7 @@ class Free:
     """A machine whose process takes nothing, so that the tiny model's bytes decide."""
 
     def __init__(self, monkeypatch):
-        monkeypatch.setattr(pipeline, "resident_bytes", lambda: 0)
+        monkeypatch.setattr(memory, "_process_bytes", lambda *_, **__: 0)
         self.offloaded = []
         kept = pipeline.Surroundings
         monkeypatch.setattr(pipeline, "Surroundings", lambda **kw: self.offloaded.append(kw) or kept(**kw))

@@ -156,8 +156,8 @@ import os, sys
 import torch
 from ace_ext import cli, loop
 real = loop.Loop._prune
-def prune(self, block, child, stats):
-    report = real(self, block, child, stats)
+def prune(self, block, index, child, stats):
+    report = real(self, block, index, child, stats)
     if os.environ["RANK"] == "1":
         block.linears[child].weight.data[0] = 0
     return report
