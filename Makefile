@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find ace_ext csrc -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 JOBS ?= 2
 
-.PHONY: demo test test-cpp test-python check-kernels gpu lint clean
+.PHONY: demo test test-cpp test-python check-kernels check-memory gpu lint clean
 
 demo: $(VENV)/installed
 	PYTHON=$(BIN)/python tools/demo.sh
@@ -37,6 +37,10 @@ check-kernels: $(VENV)/ready
 	tools/check_nvcc.sh build/nvcc
 	$(BIN)/pip install --quiet nvidia-cuda-nvdisasm
 	$(BIN)/python tools/check_sass.py build/nvcc
+
+# A model of over 4 GB on the disk, pruned under 2 GB of memory, and its small twin both ways. Takes some minutes.
+check-memory: $(VENV)/installed
+	$(BIN)/python tools/check_memory.py
 
 # Needs a GPU, a torch built for CUDA in $(PYTHON), and nvcc.
 gpu:

@@ -30,3 +30,4 @@ else
 fi
 
 "$python" "$root/benchmarks/bench_ops.py" --device cuda --json "$root/build/gpu/bench_ops.json"
+"$python" "$root/benchmarks/bench_solvers.py" --device cuda
