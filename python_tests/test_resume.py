@@ -24,6 +24,8 @@ MODES = {
     "disk": ("--offload", "disk"),
     "disk-stages": ("--offload", "disk", "--batch-tokens", 256),
     "block-order": ("--order", "block", "--offload", "disk"),
+    "trained": ("--update", "admm", "--update", "tune", "--tune-epochs", 1),
+    "allocated": ("--refine", "swaps", "--gram", "cosine", "--allocation", "owl", "--offload", "disk"),
 }
 
 
