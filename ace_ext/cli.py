@@ -115,8 +115,8 @@ def _add_pruning(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--token-norm",
         choices=TOKEN_NORMS,
-        help="where the norms of outputs come from that weigh tokens: exact, or a sketch, which is faster "
-        "(default: exact)",
+        help="where the norms of outputs come from that weigh tokens: exact, or a sketch, which is faster in the "
+        "sequential order and its default (block: exact)",
     )
     _add_solver(parser)
     parser.add_argument("--batch-tokens", type=int, help="tokens through a block at a time (default: 16384)")

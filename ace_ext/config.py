@@ -78,7 +78,8 @@ class PruneConfig:
             the sequential order then needs one forward a block instead of one for each stage.
         token_norm: where the ``‖A_t‖`` come from that weigh tokens: ``"exact"``, from the dense output itself, or
             ``"sketch"``, from a random projection of it (:func:`ace_ext.statistics.sketched_output`). With a sketch the
-            sequential order computes each Linear's output once, with the pruned weight.
+            sequential order computes each Linear's output once, with the pruned weight; so that is its default. In
+            the order ``"block"`` the dense output is there anyway, and ``"exact"`` the default.
         refine: ``"swaps"`` exchanges kept and pruned weights of a row while the error of its output falls, starting
             from the metric's mask (arXiv 2512.10922). An ``update`` then keeps this mask.
         update: how the weights that stay make up for the others: ``"obs"``, column by column (SparseGPT, arXiv
@@ -111,7 +112,7 @@ class PruneConfig:
     skip: tuple[str, ...] = ()
     ria_exponent: float = 0.5
     batch_tokens: int = 16384
-    token_norm: str = "exact"
+    token_norm: str | None = None
     refine: str | None = None
     update: str | None = None
     gram: str = "plain"
@@ -132,6 +133,8 @@ class PruneConfig:
         self._fill_sparsity()
         self._fill_order()
         _check_count("batch_tokens", self.batch_tokens, 1)
+        if self.token_norm is None:
+            object.__setattr__(self, "token_norm", "sketch" if self.order == "sequential" else "exact")
         _check_choice("token_norm", self.token_norm, TOKEN_NORMS)
         self._check_solver()
         self._check_tuning()

@@ -13,7 +13,7 @@ from .allocation import allocate, measure_block, measure_needs
 from .config import PruneConfig
 from .errors import InputError
 from .hidden import HiddenStates
-from .masks import ScoredWeight, keep_budget, prune_model_wide_, scored_weight
+from .masks import ScoredWeight, count_kept, keep_budget, prune_model_wide_, scored_weight
 from .model_walk import Block, BlockCall, run_block
 from .offload import BlockSource
 from .progress import Progress
@@ -220,7 +220,7 @@ class Loop:
         self.peers.check_same([scored.weight for *_, scored in pending], "model")
         reports = {block.name: BlockReport(block.name, s) for block, s in zip(self.source.blocks, seconds, strict=True)}
         for (block, child, stats, scored), before in zip(pending, dense, strict=True):
-            keep = int(scored.weight.count_nonzero())
+            keep = count_kept(scored.weight)
             matrix = self._measure(block.full_name(child), scored.weight, stats, before, keep)
             reports[block.name].matrices.append(matrix)
         for block in self.source.blocks:
@@ -352,7 +352,7 @@ class Loop:
 
     @staticmethod
     def _measure(name: str, weight: Tensor, stats: LinearStatistics, dense: Tensor, keep: int) -> MatrixReport:
-        nonzero = int(weight.count_nonzero())
+        nonzero = count_kept(weight)
         if nonzero < keep:  # the mask keeps zeros of the dense weight; +0.0 only, here too
             weight.masked_fill_(weight == 0, 0.0)
         before = dense.float()

@@ -5,6 +5,7 @@ depend on each Linear's own output. The plain Gram matrix is shared like the mom
 """
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -226,7 +227,11 @@ def sketched_output(x: Tensor, weight: Tensor) -> Tensor:
     """
     if len(weight) <= SKETCH_ROWS:
         return functional.linear(x, weight)
-    random = torch.Generator().manual_seed(len(weight))
-    signs = torch.randint(0, 2, (SKETCH_ROWS, len(weight)), generator=random) * 2 - 1
-    projection = (signs / SKETCH_ROWS**0.5).to(weight.device, weight.dtype)
-    return functional.linear(x, projection @ weight)
+    return functional.linear(x, _projection(len(weight), weight.device, weight.dtype) @ weight)
+
+
+@lru_cache(maxsize=8)  # a model's Linears have few shapes
+def _projection(rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    random = torch.Generator().manual_seed(rows)
+    signs = torch.randint(0, 2, (SKETCH_ROWS, rows), generator=random) * 2 - 1
+    return (signs / SKETCH_ROWS**0.5).to(device, dtype)
