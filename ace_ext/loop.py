@@ -348,7 +348,7 @@ class Loop:
     @staticmethod
     def _dense_output(stats: LinearStatistics, weight: Tensor) -> Tensor:
         """``[tokens, d_out]``: the dense outputs of the probe tokens, without bias."""
-        return functional.linear(torch.cat(stats.probe), weight)
+        return functional.linear(stats.probe_rows, weight)
 
     @staticmethod
     def _measure(name: str, weight: Tensor, stats: LinearStatistics, dense: Tensor, keep: int) -> MatrixReport:
@@ -356,7 +356,7 @@ class Loop:
         if nonzero < keep:  # the mask keeps zeros of the dense weight; +0.0 only, here too
             weight.masked_fill_(weight == 0, 0.0)
         before = dense.float()
-        after = functional.linear(torch.cat(stats.probe), weight).float()
+        after = functional.linear(stats.probe_rows, weight).float()
         error = float((after - before).norm() / before.norm().clamp_min(torch.finfo(torch.float32).tiny))
         cosine = float(functional.cosine_similarity(before, after, dim=1).mean())
         return MatrixReport(name, tuple(weight.shape), keep, nonzero, stats.tokens, error, cosine)

@@ -85,6 +85,11 @@ class LinearStatistics:
         return {kind: value for kind, value in kinds.items() if value is not None}
 
     @property
+    def probe_rows(self) -> Tensor:
+        """``[tokens, d_in]``: the probe in one piece."""
+        return self.probe[0] if len(self.probe) == 1 else torch.cat(self.probe)
+
+    @property
     def norm(self) -> Tensor:
         """``‖X_j‖``"""
         return self.input.square_sum.sqrt()

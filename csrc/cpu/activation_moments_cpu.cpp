@@ -16,9 +16,19 @@
 namespace ace {
 namespace {
 
-// Tokens of a block and columns of a strip: a strip of a block stays in the cache between its two passes.
+// Tokens of a block and at most so many columns of a strip: a strip of a block stays in the cache between its two passes.
 constexpr int64_t kBlockTokens = 64;
 constexpr int64_t kStripColumns = 512;
+
+// The width of strips of about equal size, as many as keep all threads busy. Columns do not meet: any width gives the
+// same bits.
+int64_t strip_columns(int64_t cols) {
+  constexpr int64_t kLine = 64;
+  const int64_t threads = at::get_num_threads();
+  const int64_t strips = ((cols + kStripColumns - 1) / kStripColumns + threads - 1) / threads * threads;
+  const int64_t width = (cols + strips - 1) / strips;
+  return (width + kLine - 1) / kLine * kLine;
+}
 
 // The tokens of a block that count, of one strip of columns.
 template <class T>
@@ -138,11 +148,12 @@ void update_moments(const at::Tensor& x, const std::vector<float>& weights, cons
   const int64_t tokens = x.size(0), cols = x.size(1);
   Real* state_weight = mutable_data<Real>(weight_sum);
   const double weight_before = static_cast<double>(*state_weight);
-  at::parallel_for(0, (cols + kStripColumns - 1) / kStripColumns, 1, [&](int64_t begin, int64_t end) {
+  const int64_t width = std::max<int64_t>(strip_columns(cols), 1);
+  at::parallel_for(0, (cols + width - 1) / width, 1, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
-      const int64_t j = s * kStripColumns;
+      const int64_t j = s * width;
       update_strip(data<T>(x) + j, x.stride(0), tokens, weights.data(), weight_before,
-                   std::min(kStripColumns, cols - j), mutable_data<Real>(mean) + j, mutable_data<Real>(m2) + j);
+                   std::min(width, cols - j), mutable_data<Real>(mean) + j, mutable_data<Real>(m2) + j);
     }
   });
   double total = weight_before;
@@ -152,7 +163,7 @@ void update_moments(const at::Tensor& x, const std::vector<float>& weights, cons
 
 template <class T>
 ACE_MULTIVERSION double square_sum(const T* row, int64_t cols) {
-  constexpr int64_t kLanes = 16;  // independent sums, so that the additions can go side by side
+  constexpr int64_t kLanes = 32;  // independent sums, side by side; 16 would be unrolled and not made vector code
   double lane[kLanes] = {};
   int64_t j = 0;
   for (; j + kLanes <= cols; j += kLanes) {
