@@ -136,7 +136,7 @@ def _first_not_finite(weight: Tensor) -> list[int] | None:
     quicker, has finite terms only."""
     step = max(1, CHECKED_AT_ONCE // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
-        part = weight[start : start + step]
+        part = weight.detach()[start : start + step]
         if math.isfinite(part.sum(dtype=torch.float32)):
             continue
         bad = (~torch.isfinite(part)).nonzero()

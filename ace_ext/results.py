@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from .differences import differences
 from .errors import InputError
 from .evaluate import Perplexity
 from .report import BlockReport
@@ -134,9 +135,9 @@ class Journal:
         run = self.results.find(cell)
         if run is None:
             return
-        differing = list(differences(run.config, config))
+        differing = differences(run.config, config)
         if differing:
-            raise _changed(self.path, f"with {cell.method} as {'; '.join(differing)}")
+            raise _changed(self.path, f"otherwise, in {cell.method}: {'; '.join(differing)}")
         if run.source_sha256 != source_sha256:
             raise _changed(self.path, f"with another text in {cell.calibration}")
 
@@ -196,19 +197,10 @@ def _whole_lines(path: Path) -> Iterator[dict]:
 
 
 def _refuse_other_settings(path: Path, recorded: dict, wanted: dict) -> None:
-    differing = list(differences(recorded, wanted))
+    differing = differences(recorded, wanted)
     if differing:
-        raise _changed(path, f"with {'; '.join(differing)}")
+        raise _changed(path, f"otherwise: {'; '.join(differing)}")
 
 
 def _changed(path: Path, how: str) -> InputError:
     return InputError(f"{path} was recorded {how}; use another output folder")
-
-
-def differences(recorded: dict, wanted: dict) -> Iterator[str]:
-    """``"name 1 (now 2)"`` for each name under which the two differ; ``recorded`` has been through JSON."""
-    wanted = json.loads(json.dumps(wanted))
-    for name in sorted(recorded.keys() | wanted.keys()):
-        before, after = recorded.get(name), wanted.get(name)
-        if before != after:
-            yield f"{name} {json.dumps(before)} (now {json.dumps(after)})"

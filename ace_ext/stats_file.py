@@ -17,12 +17,12 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from .config import PruneConfig
+from .differences import differences
 from .errors import InputError
 from .gram import GramState
 from .scores import INPUT, WEIGHTED
 from .shards import flush
 from .statistics import LinearStatistics, MomentState
-from .workspace import differences
 
 FORMAT = 1
 _DESCRIPTION = "statistics.json"
@@ -97,7 +97,7 @@ class SavedStatistics:
                 raise ValueError(f"its format is {description['format']}, not {FORMAT}")
             kept = frozenset(description["kinds"])
             self.calibration: dict = description["calibration"]
-            changed = differences(description["model"], json.loads(json.dumps(model_fingerprint)))
+            changed = differences(description["model"], model_fingerprint)
         except (OSError, *_DAMAGE) as error:
             raise InputError(f"stats {str(path)!r} is no file of --save-stats: {error}") from error
         if changed:

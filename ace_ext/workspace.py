@@ -17,6 +17,7 @@ from typing import TextIO
 
 from torch import Tensor
 
+from .differences import differences
 from .errors import InputError
 from .hidden import HiddenStates, Layout
 from .model_walk import Block
@@ -102,7 +103,7 @@ class Workspace:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"resume: {path} is damaged ({error!r}); start over without --resume") from error
         self.finished, self.blocks, self._hidden = finished, blocks, hidden
-        changed = differences(found, json.loads(json.dumps(self.fingerprint)))
+        changed = differences(found, self.fingerprint)
         if changed:
             raise InputError(
                 f"resume: the unfinished run was another one: {'; '.join(changed)}; give the same arguments, or start "
@@ -240,23 +241,6 @@ def block_tensors(block: Block, shards: Shards) -> dict[str, Tensor]:
     """A block's parameters under their names in the files: its pruned weights, and what tuning may have moved."""
     named = {f"{block.name}.{name}": p.detach() for name, p in block.module.named_parameters()}
     return {name: tensor for name, tensor in named.items() if name in shards}
-
-
-def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
-    """What differs between two fingerprints, one ``name: old, now new`` each."""
-    found = []
-    for key in sorted({*old, *new}):
-        before, now = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(now, dict):
-            found += differences(before, now, f"{prefix}{key}.")
-        elif before != now:
-            found.append(f"{prefix}{key} was {_short(before)}, now {_short(now)}")
-    return found
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "…"
 
 
 def fingerprint_of_files(files: Iterable[Path]) -> dict[str, str]:

@@ -14,7 +14,8 @@ from folders import command, fork_run, prune, save_dense, weights_bytes
 from tiny_models import make_model
 
 from ace_ext import InputError, pipeline
-from ace_ext.workspace import Workspace, differences, fingerprint_of_files
+from ace_ext.differences import differences
+from ace_ext.workspace import Workspace, fingerprint_of_files
 
 # Killed
 

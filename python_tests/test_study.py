@@ -177,12 +177,12 @@ def test_other_settings_are_refused_by_name(place, tmp_path, monkeypatch, thread
     compare(place, output=folder)
     monkeypatch.setattr(study, "load_model", None)  # refused before anything is loaded
     before = (folder / RUNS_NAME).read_bytes()
-    with pytest.raises(InputError, match=r"recorded with eval_seqlen 16 \(now 8\); use another output folder"):
+    with pytest.raises(InputError, match=r"recorded otherwise: eval_seqlen was 16, now 8; use another output folder"):
         compare(place, output=folder, **{"eval-seqlen": 8})
-    with pytest.raises(InputError, match=r"texts \{.*other.txt"):
+    with pytest.raises(InputError, match=r"texts\..*other.txt was null"):
         compare(place, output=folder, texts=place / "other.txt")
     threads(torch.get_num_threads() + 1)
-    with pytest.raises(InputError, match=r"recorded with threads \d+ \(now \d+\)"):
+    with pytest.raises(InputError, match=r"recorded otherwise: threads was \d+, now \d+"):
         compare(place, output=folder)
     assert (folder / RUNS_NAME).read_bytes() == before
 
@@ -194,7 +194,7 @@ def test_other_contents_under_the_same_name_are_refused(place, tmp_path, monkeyp
     make_tokenizer().save_pretrained(model)
     compare(place, output=folder, calibration=text, model=model)
     monkeypatch.setitem(study.METHODS, "ace", {"metric": "cosvar"})
-    with pytest.raises(InputError, match=r"recorded with ace as metric \"ace\" \(now \"cosvar\"\); use"):
+    with pytest.raises(InputError, match=r"recorded otherwise, in ace: metric was \"ace\", now \"cosvar\"; use"):
         compare(place, output=folder, calibration=text, model=model)
     monkeypatch.undo()
     make_model("llama", seed=2).save_pretrained(model)
