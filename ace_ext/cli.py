@@ -20,7 +20,8 @@ from .errors import InputError
 from .evaluate import perplexity
 from .html_report import check_report, write_run_report
 from .memory import parse_bytes
-from .pipeline import OFFLOAD, Calibration, RunOptions, prune_folder
+from .options import OFFLOAD, Calibration, RunOptions
+from .pipeline import prune_folder
 from .plan import make_plan
 from .presets import PRESETS, PUBLISHED, TUNE_EPOCHS, preset_config
 from .progress import Progress

@@ -20,8 +20,9 @@ from .errors import InputError
 from .memory import Estimate, estimate, peak_memory_bytes, reset_peak, resident_bytes
 from .model_walk import Block, find_blocks
 from .offload import skeleton
-from .pipeline import Calibration, RunOptions, Source, check_options, fit, stored_as_loaded, wants_offload
+from .options import Calibration, RunOptions, check_options
 from .shards import Shards, has_safetensors
+from .source import Source, fit, stored_as_loaded, wants_offload
 from .texts import SELF
 from .trial import Trial, try_block
 from .unpacking import Unpacking, gguf_skeleton
@@ -177,7 +178,7 @@ def planned_matrices(blocks: list[Block], config: PruneConfig) -> list[PlannedMa
 def _lay_out(
     model: str, config: PruneConfig, calibration: Calibration, options: RunOptions, device: torch.device, dtype: str
 ) -> tuple[Source, Unpacking | None]:
-    """What :func:`ace_ext.pipeline.open_source` decides, but no weight is loaded where it would load them; and how a
+    """What :func:`ace_ext.source.open_source` decides, but no weight is loaded where it would load them; and how a
     model is unpacked that is not used as it lies in its files."""
     folder = local_folder(model)
     if folder is None:

@@ -13,7 +13,8 @@ from tiny_models import make_model, make_tokenizer, make_tokens
 
 from ace_ext import PruneConfig, cli, pipeline
 from ace_ext.calibration import CalibrationData, tokens_sha256
-from ace_ext.pipeline import Calibration, RunOptions, prune_folder
+from ace_ext.options import Calibration, RunOptions
+from ace_ext.pipeline import prune_folder
 
 TEXT = "the quick brown fox jumps over the lazy dog " * 40
 
@@ -71,7 +72,7 @@ def fork_run(arguments: list, hidden_in_files: bool = False) -> multiprocessing.
 def _run_child(arguments: list[str], hidden_in_files: bool) -> None:
     torch.set_num_threads(1)
     if hidden_in_files:
-        pipeline._fit = lambda *_: False
+        pipeline.fit = lambda *_: False
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         sys.exit(cli.main(arguments))
 

@@ -10,7 +10,7 @@ from tiny_models import make_model
 from ace_ext import InputError, PruneConfig
 from ace_ext.cli import main
 from ace_ext.model_walk import find_blocks
-from ace_ext.pipeline import Calibration, RunOptions
+from ace_ext.options import Calibration, RunOptions
 from ace_ext.plan import make_plan, planned_matrices
 from ace_ext.trial import RandomWeights
 
@@ -93,7 +93,7 @@ def test_hidden_states_on_the_disk_are_read_once_a_pass(dense, monkeypatch, batc
 
 
 def test_auto_offloads_where_all_does_not_fit(dense, monkeypatch):
-    monkeypatch.setattr("ace_ext.pipeline.available_bytes", lambda: 1)
+    monkeypatch.setattr("ace_ext.source.available_bytes", lambda: 1)
     assert plan_of(dense).offload
     assert not plan_of(dense, {"offload": "none"}).offload
 

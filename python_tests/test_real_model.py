@@ -15,7 +15,8 @@ from ace_ext import PruneConfig
 from ace_ext.calibration import evaluation_tokens
 from ace_ext.checkpoint import load_model
 from ace_ext.evaluate import perplexity
-from ace_ext.pipeline import Calibration, RunOptions, prune_folder
+from ace_ext.options import Calibration, RunOptions
+from ace_ext.pipeline import prune_folder
 from ace_ext.verify import verify
 
 ROOT = Path(__file__).parent.parent

@@ -1,0 +1,164 @@
+"""The model of a run: loaded whole, or laid out with its weights left in their files; and what of it fits in memory."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .checkpoint import LoadedModel, load_model, load_tokenizer, local_folder
+from .config import PruneConfig
+from .errors import InputError
+from .memory import Estimate, available_bytes, estimate
+from .model_walk import Block, find_blocks
+from .offload import skeleton
+from .options import Calibration, RunOptions
+from .shards import Shards, has_safetensors
+from .texts import SELF
+from .workspace import fingerprint_of_files
+
+
+@dataclass
+class Source:
+    """A model as it will be walked over: loaded, or laid out with its weights in files."""
+
+    name: str
+    model: nn.Module
+    tokenizer: object
+    folder: Path | None
+    """Its folder on this machine, if it has one."""
+    shards: Shards | None
+    """Its files, where they hold the weights just as they will be written: they can be copied and patched."""
+    offloaded: bool
+
+    @property
+    def files(self) -> list[Path]:
+        """What the weights come from."""
+        if self.folder is None:
+            return [Path(self.name).expanduser()]
+        if self.shards is not None:
+            return self.shards.files
+        return sorted(f for f in self.folder.iterdir() if f.suffix in (".safetensors", ".bin"))
+
+    @property
+    def described(self) -> dict:
+        """What the model comes from, for a fingerprint."""
+        config = [] if self.folder is None else [self.folder / "config.json"]
+        return fingerprint_of_files([*config, *self.files])
+
+
+def open_source(
+    model: str, config: PruneConfig, calibration: Calibration, options: RunOptions, device: torch.device, dtype: str
+) -> Source:
+    """Loads the model, or lays it out where its weights are to stay in their files.
+
+    Raises:
+        InputError: it cannot be loaded, or ``offload`` asks for what its files do not allow.
+    """
+    folder = local_folder(model)
+    if folder is not None and has_safetensors(folder):
+        shards = Shards(folder)
+        laid_out = skeleton(folder, shards)
+        stored = stored_as_loaded(laid_out, shards, dtype)
+        if stored and wants_offload(laid_out, shards, config, calibration, options, device):
+            return Source(model, laid_out, load_tokenizer(folder), folder, shards, True)
+        if options.offload == "disk":
+            raise InputError(
+                f"offload disk reads blocks from safetensors of the model's own names, all of dtype {dtype}, which "
+                f"{model!r} does not have; save it with save_pretrained, or pass --offload none"
+            )
+        loaded = load_model(str(folder), dtype, device)
+        return Source(model, loaded.model, loaded.tokenizer, folder, shards if stored else None, False)
+    if options.offload == "disk":
+        raise InputError(
+            f"offload disk needs a folder or hub model of safetensors (got {model!r}); pass --offload none"
+        )
+    loaded: LoadedModel = load_model(model, dtype, device)
+    return Source(model, loaded.model, loaded.tokenizer, folder, None, False)
+
+
+def stored_as_loaded(laid_out: nn.Module, shards: Shards, dtype: str) -> bool:
+    """Whether every parameter lies in the files under its own name, in its shape and in the dtype that is asked for."""
+    head = laid_out.get_output_embeddings()
+    tied = {f"{n}.weight" for n, m in laid_out.named_modules() if m is head} if _is_tied(laid_out) else set()
+    wanted = getattr(laid_out.config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
+    wanted = wanted or next(iter(shards.entries.values())).dtype
+    for name, parameter in laid_out.named_parameters(remove_duplicate=False):
+        if name in tied:
+            continue
+        entry = shards.entries.get(name)
+        if entry is None or entry.shape != tuple(parameter.shape) or entry.dtype != wanted:
+            return False
+    return getattr(laid_out.config, "quantization_config", None) is None
+
+
+def _is_tied(model: nn.Module) -> bool:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", 0)
+
+
+def wants_offload(
+    laid_out: nn.Module,
+    shards: Shards,
+    config: PruneConfig,
+    calibration: Calibration,
+    options: RunOptions,
+    device: torch.device,
+) -> bool:
+    """``disk``: yes; ``none``: no; ``auto``: where all in memory would not fit the budget, or the device."""
+    if options.offload != "auto":
+        return options.offload == "disk"
+    if config.group == "model" or (calibration.source == SELF and options.stats is None):
+        return False
+    blocks = find_blocks(laid_out, config.skip, check=False)
+    whole = estimate(laid_out, blocks, shards, config, calibration.nsamples, calibration.seqlen, offload=False)
+    return whole.total > _budget(options, device)
+
+
+def _budget(options: RunOptions, device: torch.device) -> int:
+    if options.max_memory is not None:
+        return options.max_memory
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+
+
+def fit(
+    blocks: list[Block],
+    source: Source,
+    config: PruneConfig,
+    calibration: Calibration,
+    options: RunOptions,
+    device: torch.device,
+) -> bool:
+    """Whether the hidden states may stay in memory beside all else.
+
+    Raises:
+        InputError: the budget that was given is too small for the run even without them.
+    """
+    if options.max_memory is None and not source.offloaded:
+        return True
+
+    def needed(resident_hidden: bool) -> Estimate:
+        return estimate(
+            source.model,
+            blocks,
+            source.shards,
+            config,
+            calibration.nsamples,
+            calibration.seqlen,
+            offload=source.offloaded,
+            resident_hidden=resident_hidden,
+            whole=calibration.source == SELF and options.stats is None,
+            device=device,
+        )
+
+    if needed(True).total <= _budget(options, device):
+        return True
+    least = needed(False)
+    if options.max_memory is not None and least.total > options.max_memory:
+        instead = "" if source.offloaded else ", or pass --offload disk"
+        raise InputError(
+            f"max-memory must be at least {math.ceil(least.total / 1e6)}MB here "
+            f"(got {options.max_memory / 1e6:.0f}MB): {least.describe()}; lower --batch-tokens{instead}"
+        )
+    return False
