@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ace_ext.cli import pick_device
+from ace_ext.devices import pick_device
 from ace_ext.errors import InputError
 from ace_ext.html_report import write_study_report
 from ace_ext.methods import parse_methods
