@@ -17,12 +17,12 @@ from .checkpoint import DTYPES, load_tokenizer, local_folder
 from .config import PruneConfig, keep_count
 from .driver import check_pattern
 from .errors import InputError
-from .memory import Estimate, estimate, peak_memory_bytes, reset_peak, resident_bytes
+from .memory import Estimate, peak_memory_bytes, reset_peak, resident_bytes
 from .model_walk import Block, find_blocks
 from .offload import skeleton
 from .options import Calibration, RunOptions, check_options
 from .shards import Shards, has_safetensors
-from .source import Source, fit, stored_as_loaded, wants_offload
+from .source import Source, fit, peak_of, stored_as_loaded, wants_offload
 from .texts import SELF
 from .trial import Trial, try_block
 from .unpacking import Unpacking, gguf_skeleton
@@ -127,18 +127,9 @@ def make_plan(
     measured = _draw(source, calibration)
     resident_hidden = fit(blocks, source, config, calibration, options, device)
     trial = try_block(source.model, blocks, source.shards, measured.tokens, config, device)
-    pruning = estimate(
-        source.model,
-        blocks,
-        source.shards,
-        config,
-        calibration.nsamples,
-        calibration.seqlen,
-        offload=source.offloaded,
-        resident_hidden=resident_hidden,
-        whole=calibration.source == SELF,
-        process=None if device.type == "cuda" else resident_bytes(),
-        device=device,
+    process = None if device.type == "cuda" else resident_bytes()
+    pruning = peak_of(
+        blocks, source, config, calibration, options, device, resident_hidden=resident_hidden, process=process
     )
     phases = [pruning]
     if device.type == "cpu":

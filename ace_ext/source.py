@@ -122,6 +122,33 @@ def _budget(options: RunOptions, device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
 
 
+def peak_of(
+    blocks: list[Block],
+    source: Source,
+    config: PruneConfig,
+    calibration: Calibration,
+    options: RunOptions,
+    device: torch.device,
+    *,
+    resident_hidden: bool,
+    process: int | None = None,
+) -> Estimate:
+    """:func:`ace_ext.memory.estimate` of this run; ``process`` as there."""
+    return estimate(
+        source.model,
+        blocks,
+        source.shards,
+        config,
+        calibration.nsamples,
+        calibration.seqlen,
+        offload=source.offloaded,
+        resident_hidden=resident_hidden,
+        whole=calibration.source == SELF and options.stats is None,
+        process=process,
+        device=device,
+    )
+
+
 def fit(
     blocks: list[Block],
     source: Source,
@@ -138,23 +165,10 @@ def fit(
     if options.max_memory is None and not source.offloaded:
         return True
 
-    def needed(resident_hidden: bool) -> Estimate:
-        return estimate(
-            source.model,
-            blocks,
-            source.shards,
-            config,
-            calibration.nsamples,
-            calibration.seqlen,
-            offload=source.offloaded,
-            resident_hidden=resident_hidden,
-            whole=calibration.source == SELF and options.stats is None,
-            device=device,
-        )
-
-    if needed(True).total <= _budget(options, device):
+    most = peak_of(blocks, source, config, calibration, options, device, resident_hidden=True)
+    if most.total <= _budget(options, device):
         return True
-    least = needed(False)
+    least = peak_of(blocks, source, config, calibration, options, device, resident_hidden=False)
     if options.max_memory is not None and least.total > options.max_memory:
         instead = "" if source.offloaded else ", or pass --offload disk"
         raise InputError(

@@ -39,8 +39,9 @@ def verify(folder: str | Path, load: bool = True) -> VerifyResult:
     result = VerifyResult(str(folder))
     nonzero = size = 0
     for matrix, weight in _weights(Path(folder), report):
-        _check_matrix(matrix, weight, report.config, result)
-        nonzero += int(weight.count_nonzero())
+        total = int(weight.count_nonzero())
+        _check_matrix(matrix, weight, total, report.config, result)
+        nonzero += total
         size += weight.numel()
     result.sparsity = 1 - nonzero / size if size else 0.0
     if report.config.get("allocation", "uniform") != "uniform":
@@ -65,7 +66,7 @@ def _weights(folder: Path, report: PruneReport) -> Iterator[tuple[MatrixReport, 
         yield matrix, where[name].get_tensor(name)
 
 
-def _check_matrix(matrix: MatrixReport, weight: Tensor, config: dict, result: VerifyResult) -> None:
+def _check_matrix(matrix: MatrixReport, weight: Tensor, total: int, config: dict, result: VerifyResult) -> None:
     result.matrices += 1
     if tuple(weight.shape) != matrix.shape:
         result.problems.append(f"{matrix.name}: shape {tuple(weight.shape)}, but the report says {matrix.shape}")
@@ -74,7 +75,6 @@ def _check_matrix(matrix: MatrixReport, weight: Tensor, config: dict, result: Ve
         result.problems.append(f"{matrix.name}: holds NaN or infinity")
     if bool(((weight == 0) & torch.signbit(weight)).any()):
         result.problems.append(f"{matrix.name}: holds -0.0")
-    total = int(weight.count_nonzero())
     if total != matrix.nonzero:
         result.problems.append(f"{matrix.name}: {total} non-zeros, but the report says {matrix.nonzero}")
     if config["pattern"]:

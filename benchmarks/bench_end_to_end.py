@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ace_ext import PruneConfig, prune_model
+from ace_ext.bench import restore
 from ace_ext.calibration import evaluation_tokens, load_windows
 from ace_ext.checkpoint import load_model
 from ace_ext.devices import pick_device
@@ -102,9 +103,7 @@ def main() -> None:
     text = evaluation_tokens("wiki-mini", loaded.tokenizer) if args.perplexity else None
     for repeat in range(args.repeats + 1):  # the first round warms up
         for name, way in ways.items():
-            with torch.no_grad():
-                for parameter_name, value in model.named_parameters():
-                    value.copy_(dense[parameter_name])
+            restore(model, dense)
             start = time.perf_counter()
             way()
             if device.type == "cuda":

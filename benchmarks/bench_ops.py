@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from ace_ext import ops
+from ace_ext.memory import peak_memory_bytes, reset_peak, resident_bytes
 
 DEFAULT_SHAPES = {"cuda": "4096x4096,4096x11008,11008x4096,8192x28672", "cpu": "4096x4096,4096x11008"}
 TOKENS = {"cuda": 16384, "cpu": 2048}
@@ -183,10 +184,6 @@ def cuda_extra_bytes(case: Case) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def resident_bytes(field: str) -> int:
-    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1))
-
-
 def measure_resident_growth(build: Callable, sizes: tuple[int, int], dtype: torch.dtype, index: int) -> int:
     """Runs in a process of its own: a call on a few rows starts the threads and loads the code, the next one counts."""
     with torch.no_grad():
@@ -196,10 +193,11 @@ def measure_resident_growth(build: Callable, sizes: tuple[int, int], dtype: torc
         case = build(*sizes, dtype, "cpu")[index]
         case.prepare()
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
-        before = resident_bytes("VmRSS")
+        if not reset_peak():
+            sys.exit("this system does not let a process reset its peak")
+        before = resident_bytes()
         case.action()
-        return max(resident_bytes("VmHWM") - before, 0)
+        return max(peak_memory_bytes() - before, 0)
 
 
 def cpu_extra_bytes(build: Callable, sizes: tuple[int, int], dtype: torch.dtype, index: int) -> int | None:
