@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,33 +141,12 @@ def check_output(output: str | Path, overwrite: bool) -> Path:
         raise InputError(f"output folder {str(output)!r} exists; pass --overwrite to replace it, or give another name")
     if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
         raise InputError(f"output folder {str(output)!r} holds something that is no model; it will not be replaced")
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
     try:
-        with _temporary_sibling(path):
-            pass
+        tempfile.TemporaryFile(dir=nearest).close()  # without a name on Linux: nothing to leave there when killed
     except OSError as error:
         raise InputError(f"output {str(output)!r} cannot be written: {error.strerror}; give another folder") from error
     return path
-
-
-@contextlib.contextmanager
-def _temporary_sibling(path: Path):
-    """A new folder beside ``path``, removed at the end with all in it; so are parents made for it, if empty."""
-    made = []
-    for parent in [path.parent, *path.parent.parents]:
-        if parent.exists():
-            break
-        made.append(parent)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = None
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-        yield folder
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-        for parent in made:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
 
 
 def read_report(folder: str | Path) -> PruneReport:
