@@ -15,6 +15,8 @@ from .errors import InputError
 RHO = 1.0
 """ADMM's penalty, on a Gram matrix normalised to a diagonal of ones."""
 MAX_ATTEMPTS = 8
+LOSS_ROWS = 1024
+"""How many rows an error is measured on at a time, in float64."""
 LEAST_DAMPING = 1e-6
 """What a factorisation that failed undamped is tried with next."""
 
@@ -90,11 +92,14 @@ class GramState:
     def relative_loss(self, dense: Tensor, pruned: Tensor) -> float:
         """``Σ_i e_i G e_iᵀ / Σ_i w_i G w_iᵀ`` for ``w = dense [rows, d]`` float32 and ``e = pruned - dense``; 0 where
         the dense output is zero on every token."""
-        total = self._energy(dense)
-        return self._energy(pruned - dense) / total if total > 0 else 0.0
+        lost, total = torch.zeros(2, dtype=torch.float64, device=dense.device)
+        for rows, kept in zip(dense.split(LOSS_ROWS), pruned.split(LOSS_ROWS), strict=True):
+            lost += self._energy(kept - rows)
+            total += self._energy(rows)
+        return float(lost / total) if total > 0 else 0.0
 
-    def _energy(self, rows: Tensor) -> float:
-        return float(((rows @ self.matrix) * rows).sum(dtype=torch.float64))
+    def _energy(self, rows: Tensor) -> Tensor:
+        return (rows @ self.matrix).mul_(rows).sum(dtype=torch.float64)
 
     def obs_factor(self, damping: float) -> ObsFactor:
         """Raises: InputError, as :func:`_inverse_factor` does."""
@@ -126,15 +131,23 @@ class GramState:
         matrix /= norm[:, None]
         matrix.diagonal()[dead] = 1.0
         upper, damping, attempts = _inverse_factor(matrix, damping)
-        inverse_diagonal = upper.square().sum(0)
+        inverse_diagonal = upper.square_().sum(0).float()
         del upper
         matrix.diagonal().add_(damping)
-        shifted = matrix.clone()
-        shifted.diagonal().add_(RHO)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
-        return AdmmFactor(
-            norm.float(), matrix.float(), inverse.float(), inverse_diagonal.float(), dead, damping, attempts
-        )
+        hessian = matrix.float()
+        matrix.diagonal().add_(RHO)
+        lower = torch.linalg.cholesky(matrix)
+        inverse = torch.cholesky_inverse(lower, out=matrix.mT)  # as columns, which is how LAPACK takes and gives them
+        return AdmmFactor(norm.float(), hessian, inverse.float(), inverse_diagonal, dead, damping, attempts)
+
+
+def _cholesky_reversed(matrix: Tensor, added: Tensor) -> tuple[Tensor, bool]:
+    """``R [d, d]`` upper triangular with ``matrix + added · I = R Rᵀ``, and whether there is none."""
+    backwards = matrix.flip(0, 1)
+    backwards.diagonal().add_(added)
+    lower, failed = torch.linalg.cholesky_ex(backwards)
+    del backwards  # a matrix of doubles is the most that a solver holds: one less is a good deal less
+    return lower.flip(0, 1), bool(failed)
 
 
 def _inverse_factor(matrix: Tensor, damping: float) -> tuple[Tensor, float, int]:
@@ -151,12 +164,12 @@ def _inverse_factor(matrix: Tensor, damping: float) -> tuple[Tensor, float, int]
             up to 10⁷ times the one asked for.
     """
     mean = matrix.diagonal().mean()
-    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     for attempt in range(1, MAX_ATTEMPTS + 1):
-        lower, failed = torch.linalg.cholesky_ex((matrix + damping * mean * identity).flip(0, 1))
+        factor, failed = _cholesky_reversed(matrix, damping * mean)
         if not failed:
-            upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-            if torch.isfinite(upper).all():
+            upper = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device).mT  # solved in place: by columns
+            torch.linalg.solve_triangular(factor, upper, upper=True, out=upper)
+            if torch.isfinite(upper.sum()):
                 return upper, damping, attempt
         last, damping = damping, max(10 * damping, LEAST_DAMPING)
     raise InputError(

@@ -127,7 +127,7 @@ class Loop:
         self, block: Block, index: int, stats: dict[str, LinearStatistics], block_report: BlockReport
     ) -> None:
         for child in block.linears:
-            block_report.matrices.append(self._prune(block, index, child, stats[child]))
+            block_report.matrices.append(self._prune(block, index, child, stats.pop(child)))
 
     # Order sequential, all tokens in one batch: each Linear is pruned the moment it is called and answers with its
     # pruned output, so that one forward serves statistics, masks and propagation. Where the metric does not ask for the
@@ -142,7 +142,7 @@ class Loop:
             if child in done:
                 raise InputError(f"{block.full_name(child)} is called twice in its block; use order='block'")
             if collector.stats[child].tokens:
-                done[child] = self._prune(block, index, child, collector.stats[child])
+                done[child] = self._prune(block, index, child, collector.stats.pop(child))
 
         def before(child: str, x: Tensor) -> None:
             prune(child, x, None)
@@ -161,7 +161,8 @@ class Loop:
                 hooks.callback(handle.remove)
             self._advance(block, index, collector)
         for child in block.linears:
-            self._check_seen(block, child, collector.stats)
+            if child not in done:
+                self._check_seen(block, child, collector.stats)
         block_report.matrices.extend(done[child] for child in block.linears)
 
     # Order sequential, several batches: Linears that share an input make a stage; a forward of all batches for each.
@@ -171,7 +172,7 @@ class Loop:
         for stage in self._stages(block, index):
             stats = self._collect(block, index, stage, advance=False)
             for child in stage:
-                done[child] = self._prune(block, index, child, stats[child])
+                done[child] = self._prune(block, index, child, stats.pop(child))
         block_report.matrices.extend(done[child] for child in block.linears)
         self._advance(block, index)
 

@@ -17,7 +17,8 @@ from .checkpoint import DTYPES, load_tokenizer, local_folder
 from .config import PruneConfig, keep_count
 from .driver import check_pattern
 from .errors import InputError
-from .memory import Estimate, peak_memory_bytes, reset_peak, resident_bytes
+from .estimate import Estimate
+from .memory import peak_memory_bytes, reset_peak, resident_bytes
 from .model_walk import Block, find_blocks
 from .offload import skeleton
 from .options import Calibration, RunOptions, check_options

@@ -47,27 +47,30 @@ def prune_linear_(
         return Solution(config.solver, 0.0, 0, 0.0, 0.0)
     gram = stats.gram
     dense = weight.detach().to(torch.float32, copy=True)
-    mask = metric_mask(scored, config, keep)
+    mask: Tensor | None = metric_mask(scored, config, keep)
     loss_before = gram.relative_loss(dense, dense.masked_fill(~mask, 0.0))
-    if config.refine is not None:
+    if config.refine is None:
+        mask = None  # the update chooses its own
+    else:
         refine_mask_(mask, dense, gram, config)
     pruned, damping, attempts = _updated(dense, mask, gram, config, keep)
     if not torch.isfinite(pruned).all():
         raise InputError(f"the {config.solver} update overflowed with damping {damping:g}; raise damping")
     weight.copy_(pruned)
+    del pruned
     return Solution(config.solver, damping, attempts, loss_before, gram.relative_loss(dense, weight.float()))
 
 
 def _updated(
-    dense: Tensor, mask: Tensor, gram: GramState, config: PruneConfig, keep: int | None
+    dense: Tensor, mask: Tensor | None, gram: GramState, config: PruneConfig, keep: int | None
 ) -> tuple[Tensor, float, int]:
-    """The pruned weight ``[rows, cols]`` float32, and the damping and attempts of its factorisation."""
-    fixed = None if config.refine is None else mask
+    """The pruned weight ``[rows, cols]`` float32, and the damping and attempts of its factorisation. ``mask`` fixes
+    what is kept; with None the update chooses."""
     if config.update == "obs":
-        return _obs(dense, fixed, gram, config, keep)
+        return _obs(dense, mask, gram, config, keep)
     if config.update == "admm":
         factor = gram.admm_factor(config.used_damping)
-        return _admm(dense, fixed, factor, config, keep), factor.damping, factor.attempts
+        return _admm(dense, mask, factor, config, keep), factor.damping, factor.attempts
     return dense.masked_fill(~mask, 0.0), 0.0, 0
 
 
@@ -132,24 +135,24 @@ def _admm(dense: Tensor, mask: Tensor | None, factor: AdmmFactor, config: PruneC
     On columns multiplied by ``norm``, with ``H`` the normalised Gram matrix: ``Z`` is the masked ``W + U``; then
     ``U ← U + W - Z`` and ``W ← (H W₀ + ρ (Z - U)) (H + ρ)⁻¹``. The mask (None: to be chosen) tightens along a cubic
     curve in the first half of the iterations and stays from there on. Matrix products only. Returns the last ``Z``.
+
+    All in four buffers of the weight's size, for they are what a wide matrix needs most memory for.
     """
-    original = dense.masked_fill(factor.dead, 0.0) * factor.norm
-    target = original @ factor.hessian
-    weight, dual = original, torch.zeros_like(original)
+    weight = dense.masked_fill(factor.dead, 0.0).mul_(factor.norm)
+    target, dual, kept = weight @ factor.hessian, torch.zeros_like(weight), torch.empty_like(weight)
     dropped = None if mask is None else ~mask
     tightening = max(1, config.iterations // 2)
     for step in range(config.iterations):
-        sparse = weight + dual
+        kept.copy_(weight.add_(dual))
         if dropped is not None:
-            kept = sparse.masked_fill(dropped, 0.0)
+            kept.masked_fill_(dropped, 0.0)
         else:
-            kept = sparse.clone()
             _keep_most_salient_(kept, (step + 1) / tightening, factor, config, keep)
             if step + 1 == tightening:
                 dropped = kept == 0  # a kept zero (a dead input's weight) stays one, too
-        dual = sparse - kept
-        weight = target.add(kept - dual, alpha=RHO) @ factor.inverse
-    return (weight + dual).masked_fill(dropped, 0.0) / factor.norm
+        torch.sub(weight, kept, out=dual)
+        torch.mm(kept.sub_(dual).mul_(RHO).add_(target), factor.inverse, out=weight)
+    return weight.add_(dual).masked_fill_(dropped, 0.0).div_(factor.norm)
 
 
 def _keep_most_salient_(

@@ -10,7 +10,8 @@ from torch import nn
 from .checkpoint import LoadedModel, load_model, load_tokenizer, local_folder
 from .config import PruneConfig
 from .errors import InputError
-from .memory import Estimate, available_bytes, estimate
+from .estimate import Estimate, estimate
+from .memory import available_bytes
 from .model_walk import Block, find_blocks
 from .offload import skeleton
 from .options import Calibration, RunOptions
@@ -133,7 +134,7 @@ def peak_of(
     resident_hidden: bool,
     process: int | None = None,
 ) -> Estimate:
-    """:func:`ace_ext.memory.estimate` of this run; ``process`` as there."""
+    """:func:`ace_ext.estimate.estimate` of this run; ``process`` as there."""
     return estimate(
         source.model,
         blocks,

@@ -110,8 +110,19 @@ class LinearStatistics:
         return self.weighted.m2.sqrt()
 
 
+@dataclass
+class _Shared:
+    """What Linears of one input have in common."""
+
+    input: MomentState | None = None
+    gram: GramState | None = None
+    probe: list[Tensor] = field(default_factory=list)
+
+
 class StatisticsCollector:
-    """Collects :class:`LinearStatistics` of the named Linears while a block runs.
+    """Collects :class:`LinearStatistics` of the named Linears while a block runs, in :attr:`stats`.
+
+    Where one call a Linear is all, its statistics may be taken out of there after it.
 
     ``token_mask`` (flat, bool; set it before each forward, None for all) leaves padded tokens out. Call
     :meth:`observe` from a hook, or use the collector as a context manager that hooks all its Linears.
@@ -130,6 +141,7 @@ class StatisticsCollector:
         self.token_mask: Tensor | None = None
         self._probe_rows = max(1, self.PROBE_TOKENS // batches)
         self._leader: dict[str, str] = {}  # whose input state a Linear shares
+        self._shared = _Shared()  # by the Linears of the newest input
         self._last: tuple[str, Tensor] | None = None  # who saw which tensor last
         self._handles: list = []
 
@@ -203,14 +215,18 @@ class StatisticsCollector:
 
     def _new_stats(self, name: str, leader: str, device: torch.device) -> LinearStatistics:
         rows, columns = self.linears[name].weight.shape
-        moment = torch.zeros(rows, columns, device=device) if MOMENT in self.needs else None
-        weighted = MomentState(columns, device) if WEIGHTED in self.needs else None
-        own_gram = COSINE_GRAM in self.needs or (GRAM in self.needs and leader == name)
-        gram = GramState(columns, device) if own_gram else None
-        if leader != name:
-            first = self.stats[leader]
-            return LinearStatistics(first.input, weighted, moment, gram or first.gram, probe=first.probe)
-        return LinearStatistics(MomentState(columns, device) if INPUT in self.needs else None, weighted, moment, gram)
+        if leader == name:
+            self._shared = _Shared()  # what came before goes, unless a Linear's statistics still hold it
+            self._shared.input = MomentState(columns, device) if INPUT in self.needs else None
+            self._shared.gram = GramState(columns, device) if GRAM in self.needs else None
+        shared = self.stats.get(leader, self._shared)
+        return LinearStatistics(
+            shared.input,
+            MomentState(columns, device) if WEIGHTED in self.needs else None,
+            torch.zeros(rows, columns, device=device) if MOMENT in self.needs else None,
+            GramState(columns, device) if COSINE_GRAM in self.needs else shared.gram,
+            probe=shared.probe,
+        )
 
     def _tokens(self, x: Tensor) -> Tensor:
         """``[T, d]`` without padded tokens. A mask that does not fit (an expert's own choice of tokens) is not used."""

@@ -138,22 +138,23 @@ def _mean_loss(block: Block, steps: list[_Step]) -> float:
 def _train_(
     block: Block, steps: list[_Step], parameters: list[tuple[nn.Parameter, Tensor | None]], config: PruneConfig
 ) -> None:
+    trained = [parameter for parameter, _ in parameters]
     masters = [parameter.detach().float().clone() for parameter, _ in parameters]
-    adam = torch.optim.Adam(masters, lr=config.tune_lr)
+    adam = torch.optim.Adam(masters, lr=config.tune_lr, foreach=False)  # one by one: not a copy of all at a time
     count = config.tune_epochs * len(steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda done: 1 - done / max(1, count))
     order = torch.Generator().manual_seed(SEED)
     for _ in range(config.tune_epochs):
         for index in torch.randperm(len(steps), generator=order).tolist():
-            gradients = torch.autograd.grad(
-                steps[index].loss(block), [parameter for parameter, _ in parameters], allow_unused=True
-            )
-            for master, gradient, (_, mask) in zip(masters, gradients, parameters, strict=True):
+            gradients = list(torch.autograd.grad(steps[index].loss(block), trained, allow_unused=True))
+            for master, (_, mask) in zip(masters, parameters, strict=True):
+                gradient = gradients.pop(0)  # widened one by one, not all twice
                 if gradient is not None and mask is not None:
                     gradient = gradient.masked_fill(~mask, 0.0)
                 master.grad = None if gradient is None else gradient.float()
             adam.step()
             schedule.step()
+            adam.zero_grad()
             _write_(parameters, masters)
 
 

@@ -7,7 +7,7 @@ import torch
 from folders import prune, save_dense, weights_bytes
 from tiny_models import DENSE_FAMILIES, make_model
 
-from ace_ext import InputError, memory, pipeline
+from ace_ext import InputError, estimate, pipeline
 from ace_ext.memory import available_bytes, parse_bytes, resident_bytes
 from ace_ext.model_walk import find_blocks
 from ace_ext.offload import entrance, load_, skeleton, unload_
@@ -133,7 +133,7 @@ class Free:
     """A machine whose process takes nothing, so that the tiny model's bytes decide."""
 
     def __init__(self, monkeypatch):
-        monkeypatch.setattr(memory, "_process_bytes", lambda *_, **__: 0)
+        monkeypatch.setattr(estimate, "_process_bytes", lambda *_, **__: 0)
         self.offloaded = []
         kept = pipeline.Surroundings
         monkeypatch.setattr(pipeline, "Surroundings", lambda **kw: self.offloaded.append(kw) or kept(**kw))
