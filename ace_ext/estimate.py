@@ -113,6 +113,9 @@ def solver_bytes(config: PruneConfig, rows: int, cols: int) -> int:
 _FAULT_AROUND = 2**16
 """Bytes of a mapped file that Linux brings in for one page that is touched."""
 
+_HEAP_TENSOR = 2**25
+"""Smaller tensors come from glibc's heap, and what is freed there may stay with the process."""
+
 _FORWARD_LIBRARIES = 110 * 10**6
 """Measured: what the process grows by, for good, in its first forward pass (oneDNN's kernels, torch's code)."""
 
@@ -191,7 +194,10 @@ class _Run:
         statistics = max(sum(_statistics_bytes(li, needs, self.tokens) for li in some) for some in self._together())
         solver = max(solver_bytes(self.config, *linear.weight.shape) for linear in linears)
         forward = self.shape.forward_bytes(self.batch, self.seqlen, needs)
-        pending = self.shape.pending_bytes(self.batch) if self.in_one_forward else 0
+        pending = 0
+        if self.in_one_forward:
+            stays = self.batch * self.shape.widest * self.shape.itemsize < _HEAP_TENSOR
+            pending = forward if stays else self.shape.pending_bytes(self.batch)
         return [
             Estimate(hidden=self.hidden, forward=forward, statistics=statistics),
             Estimate(hidden=self.hidden, forward=pending, statistics=statistics, solver=solver),
