@@ -148,6 +148,9 @@ def notes(results: Results) -> list[str]:
     ]
     if not all(run.own_peak for run in results.runs):
         lines.append("* This system does not let a process reset its mark: the peak of the whole process so far.")
+    files = {text for text, sha256 in settings["texts"].items() if sha256 is not None}  # others come in two parts
+    for text in sorted(files & {run.cell.calibration for run in results.runs}):
+        lines.append(f"{text} was calibrated on and evaluated on, whole both times: pruning saw what it is judged by.")
     return lines
 
 

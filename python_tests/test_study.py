@@ -94,6 +94,14 @@ def test_grid_of_everything(place, tmp_path, capsys):
     assert len({len(line) for line in out[: out.index("")][1:]}) == 2  # the dense line ends early, all others align
 
 
+def test_text_that_pruning_saw_is_named(place, capsys):
+    compare(place, methods="magnitude", texts=f"{place / 'text.txt'},{place / 'other.txt'}")
+    compare(place, methods="magnitude", texts=place / "other.txt")
+    seen = [line for line in capsys.readouterr().out.splitlines() if "judged by" in line]
+    assert len(seen) == 1
+    assert seen[0].startswith(str(place / "text.txt"))
+
+
 def test_markdown(place, capsys):
     compare(place, "--markdown", methods="magnitude")
     table = capsys.readouterr().out.splitlines()[:4]
