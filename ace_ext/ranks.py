@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import importlib
 import os
 from dataclasses import dataclass
 from typing import Protocol
@@ -50,6 +51,10 @@ class Ranks:
 
     def __init__(self, device: torch.device) -> None:
         import torch.distributed as dist
+
+        # Its functions have the group as a default argument. First imported while there is one (loading a model may do
+        # so), it holds that for good: the threads outlive close(), and now and then the interpreter's end aborts.
+        importlib.import_module("torch.distributed.nn.functional")
 
         self._dist, self._device = dist, device
         if device.type == "cuda":

@@ -4,6 +4,7 @@ import json
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,6 +85,24 @@ def test_a_mixture_whose_experts_are_left_dense(tmp_path):
     assert status == 0, err
     _, one = prune(dense, tmp_path / "one", skip=("experts", "gate"))
     assert share_differing(one, tmp_path / "two") < 1e-5
+
+
+COUNTS_THREADS = """
+import sys
+from pathlib import Path
+from ace_ext import cli
+status = cli.main(sys.argv[1:])
+names = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+left = [name for name in names if "gloo" in name]
+sys.exit(status or (f"left: {left}" if left else 0))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="this system does not list a process's threads")
+def test_no_thread_is_left_to_the_end_of_the_interpreter(tmp_path):
+    """Where one that wakes up aborts the process, after all is written."""
+    status, _, err = torchrun(save_dense(tmp_path / "dense"), tmp_path / "out", script=COUNTS_THREADS)
+    assert status == 0, err
 
 
 DIES_IN_THE_THIRD_BLOCK = """
