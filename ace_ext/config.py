@@ -210,6 +210,10 @@ class PruneConfig:
         """``damping``, or the update's own default; None without an update."""
         return DAMPING.get(self.update) if self.damping is None else self.damping
 
+    def batch_samples(self, seqlen: int) -> int:
+        """How many samples of ``seqlen`` tokens go through a block at a time."""
+        return max(1, self.batch_tokens // max(1, seqlen))
+
     @property
     def needs(self) -> frozenset[str]:
         """The kinds of statistics to collect before a matrix can be pruned, as :mod:`ace_ext.scores` names them."""

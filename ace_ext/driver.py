@@ -135,7 +135,7 @@ def _enter(
     calls: list[BlockCall] = []
 
     def first_states() -> Iterator[Tensor]:
-        for call in capture_calls(model, source.blocks, _as_batches(batches, config.batch_tokens, device)):
+        for call in capture_calls(model, source.blocks, _as_batches(batches, config, device)):
             hidden, call.hidden = call.hidden, None
             calls.append(call)
             yield hidden
@@ -155,12 +155,12 @@ def _enter(
     return calls, hidden
 
 
-def _as_batches(batches: Batches, batch_tokens: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """Dicts on the device, cut to at most ``batch_tokens`` tokens each (at least one sample)."""
+def _as_batches(batches: Batches, config: PruneConfig, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """Dicts on the device, cut to at most ``config.batch_tokens`` tokens each (at least one sample)."""
     if isinstance(batches, Tensor):
         if batches.dim() != 2:
             raise InputError(f"calibration tokens must be [nsamples, seqlen] (got shape {list(batches.shape)})")
-        batches = batches.split(max(1, batch_tokens // max(1, batches.shape[1])))
+        batches = batches.split(config.batch_samples(batches.shape[1]))
     for batch in batches:
         batch = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
         if batch["input_ids"].numel():

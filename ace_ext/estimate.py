@@ -17,7 +17,7 @@ from .model_walk import Block
 from .scores import COSINE_GRAM, GRAM, MOMENT
 from .shards import Shards
 from .statistics import StatisticsCollector
-from .tune import STEP_TOKENS
+from .tune import step_samples
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,7 @@ class Estimate:
     """Bytes that a run holds at the peak of one of its phases, by what holds them."""
 
     process: int = 0  # the interpreter, its libraries, tokenizer and calibration text
-    model: int = (
-        0  # weights: all that the run touches, or with offload one block's and, at the entrance, what is before it
-    )
+    model: int = 0  # weights that the run touches; with offload one block's and, at the entrance, what is before it
     hidden: int = 0  # hidden states that stay in memory
     forward: int = 0  # activations of one batch in one block
     statistics: int = 0  # of the Linears that are looked at together, their probes and Gram matrices included
@@ -110,6 +108,8 @@ def solver_bytes(config: PruneConfig, rows: int, cols: int) -> int:
     return 5 * entries + scores + max(swaps, factorising, update)
 
 
+_GRAMS = frozenset({GRAM, COSINE_GRAM})
+
 _FAULT_AROUND = 2**16
 """Bytes of a mapped file that Linux brings in for one page that is touched."""
 
@@ -143,9 +143,6 @@ def _statistics_bytes(linear: nn.Linear, needs: frozenset[str], tokens: int) -> 
     return 2 * 8 * cols * len(needs - {MOMENT} - _GRAMS) + moment + gram + probes
 
 
-_GRAMS = frozenset({GRAM, COSINE_GRAM})
-
-
 @dataclass(frozen=True)
 class _Run:
     """The phases of a run, without its process and model."""
@@ -160,7 +157,7 @@ class _Run:
     @property
     def batch(self) -> int:
         """Tokens of a batch."""
-        return min(self.tokens, max(self.seqlen, self.config.batch_tokens // self.seqlen * self.seqlen))
+        return min(self.tokens, self.config.batch_samples(self.seqlen) * self.seqlen)
 
     @property
     def in_one_forward(self) -> bool:
@@ -230,7 +227,7 @@ class _Run:
         if not self.config.tune_epochs:
             return []
         shape = self.shape
-        step = min(self.batch, max(1, STEP_TOKENS // self.seqlen) * self.seqlen)
+        step = min(self.batch, step_samples(self.seqlen) * self.seqlen)
         activations = step * (55 * shape.hidden + 20 * shape.widest + 16 * shape.heads * self.seqlen)
         sizes = [[linear.weight.numel() for linear in block.linears.values()] for block in self.blocks]
         trained, largest = max(map(sum, sizes)), max(map(max, filter(None, sizes)))

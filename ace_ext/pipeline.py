@@ -23,7 +23,7 @@ from .progress import Progress
 from .ranks import Alone, Peers, Ranks, launched, share_of
 from .report import REPORT_NAME, PruneReport, versions
 from .shards import copy_model, flush
-from .source import Source, fit, open_source
+from .source import Demand, Source, open_source
 from .stats_file import SavedStatistics, StatisticsWriter, kept_kinds
 from .workspace import Workspace, recover
 
@@ -98,7 +98,7 @@ def _prune(
     workspace = Workspace(path, fingerprint, resume, writes=peers.rank == 0, rank=peers.rank)
     try:
         peers.wait()  # the folder is there, and whatever was left over is not
-        resident_hidden = fit(blocks, source, config, calibration, options, device)
+        resident_hidden = Demand(blocks, source, config, calibration, options, device).hidden_fits()
         if peers.rank == 0 and not workspace.finished:
             _lay_out_output(source, workspace.model)
         keeper = None

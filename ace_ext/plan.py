@@ -23,7 +23,7 @@ from .model_walk import Block, find_blocks
 from .offload import skeleton
 from .options import Calibration, RunOptions, check_options
 from .shards import Shards, has_safetensors
-from .source import Source, fit, peak_of, stored_as_loaded, wants_offload
+from .source import Demand, Source, stored_as_loaded, wants_offload
 from .texts import SELF
 from .trial import Trial, try_block
 from .unpacking import Unpacking, gguf_skeleton
@@ -126,12 +126,11 @@ def make_plan(
     blocks = find_blocks(source.model, config.skip, check=False)
     check_pattern(blocks, config)
     measured = _draw(source, calibration)
-    resident_hidden = fit(blocks, source, config, calibration, options, device)
+    demand = Demand(blocks, source, config, calibration, options, device)
+    resident_hidden = demand.hidden_fits()
     trial = try_block(source.model, blocks, source.shards, measured.tokens, config, device)
     process = None if device.type == "cuda" else resident_bytes()
-    pruning = peak_of(
-        blocks, source, config, calibration, options, device, resident_hidden=resident_hidden, process=process
-    )
+    pruning = demand.peak(resident_hidden, process)
     phases = [pruning]
     if device.type == "cpu":
         phases += _earlier_phases(source, blocks, pruning, calibration, measured, unpacking)

@@ -123,57 +123,49 @@ def _budget(options: RunOptions, device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
 
 
-def peak_of(
-    blocks: list[Block],
-    source: Source,
-    config: PruneConfig,
-    calibration: Calibration,
-    options: RunOptions,
-    device: torch.device,
-    *,
-    resident_hidden: bool,
-    process: int | None = None,
-) -> Estimate:
-    """:func:`ace_ext.estimate.estimate` of this run; ``process`` as there."""
-    return estimate(
-        source.model,
-        blocks,
-        source.shards,
-        config,
-        calibration.nsamples,
-        calibration.seqlen,
-        offload=source.offloaded,
-        resident_hidden=resident_hidden,
-        whole=calibration.source == SELF and options.stats is None,
-        process=process,
-        device=device,
-    )
+@dataclass(frozen=True)
+class Demand:
+    """What a run asks of memory."""
 
+    blocks: list[Block]
+    source: Source
+    config: PruneConfig
+    calibration: Calibration
+    options: RunOptions
+    device: torch.device
 
-def fit(
-    blocks: list[Block],
-    source: Source,
-    config: PruneConfig,
-    calibration: Calibration,
-    options: RunOptions,
-    device: torch.device,
-) -> bool:
-    """Whether the hidden states may stay in memory beside all else.
-
-    Raises:
-        InputError: the budget that was given is too small for the run even without them.
-    """
-    if options.max_memory is None and not source.offloaded:
-        return True
-
-    most = peak_of(blocks, source, config, calibration, options, device, resident_hidden=True)
-    if most.total <= _budget(options, device):
-        return True
-    least = peak_of(blocks, source, config, calibration, options, device, resident_hidden=False)
-    if options.max_memory is not None and least.total > options.max_memory:
-        instead = "" if source.offloaded else ", or pass --offload disk"
-        raise InputError(
-            f"max-memory must be at least {math.ceil(least.total / 1e6)}MB here "
-            f"(got {options.max_memory / 1e6:.0f}MB): {least.describe()}; lower --batch-tokens{instead}"
+    def peak(self, resident_hidden: bool, process: int | None = None) -> Estimate:
+        """:func:`ace_ext.estimate.estimate` of the run; ``process`` as there."""
+        return estimate(
+            self.source.model,
+            self.blocks,
+            self.source.shards,
+            self.config,
+            self.calibration.nsamples,
+            self.calibration.seqlen,
+            offload=self.source.offloaded,
+            resident_hidden=resident_hidden,
+            whole=self.calibration.source == SELF and self.options.stats is None,
+            process=process,
+            device=self.device,
         )
-    return False
+
+    def hidden_fits(self) -> bool:
+        """Whether the hidden states may stay in memory beside all else.
+
+        Raises:
+            InputError: the budget that was given is too small for the run even without them.
+        """
+        budget = self.options.max_memory
+        if budget is None and not self.source.offloaded:
+            return True
+        if self.peak(resident_hidden=True).total <= _budget(self.options, self.device):
+            return True
+        least = self.peak(resident_hidden=False)
+        if budget is not None and least.total > budget:
+            instead = "" if self.source.offloaded else ", or pass --offload disk"
+            raise InputError(
+                f"max-memory must be at least {math.ceil(least.total / 1e6)}MB here "
+                f"(got {budget / 1e6:.0f}MB): {least.describe()}; lower --batch-tokens{instead}"
+            )
+        return False

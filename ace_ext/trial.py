@@ -53,7 +53,7 @@ def try_block(
     """
     files = RandomWeights(model) if shards is None else shards
     index = next(i for i, block in enumerate(blocks) if block.linears)
-    several = config.batch_tokens // tokens.shape[1] < len(tokens)  # several batches take the loop's way by stages
+    several = config.batch_samples(tokens.shape[1]) < len(tokens)  # several batches take the loop's way by stages
     large = tokens[: 8 if several else 4]
     small = large[: 2 if several else 1, : max(2, tokens.shape[1] // 4)]
     offloaded = OffloadedBlocks([blocks[index]], files, device)

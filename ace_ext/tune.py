@@ -18,6 +18,11 @@ SEED = 0
 Others = tuple[tuple, dict]
 
 
+def step_samples(seqlen: int) -> int:
+    """Samples of one gradient step."""
+    return max(1, STEP_TOKENS // seqlen)
+
+
 def tune_block_(
     block: Block,
     inputs: Sequence[tuple[Tensor, Others]],
@@ -81,7 +86,7 @@ def _steps(
 ) -> Iterator[_Step]:
     for (hidden, others), target, token_mask in zip(inputs, targets, token_masks, strict=True):
         batch, seqlen = hidden.shape[:2]
-        samples = max(1, STEP_TOKENS // seqlen)
+        samples = step_samples(seqlen)
         for start in range(0, batch, samples):
             part = slice(start, start + samples)
             mask = None if token_mask is None else token_mask.view(batch, seqlen)[part]

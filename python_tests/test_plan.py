@@ -87,7 +87,7 @@ def test_bytes_are_those_of_the_files(dense):
 def test_hidden_states_on_the_disk_are_read_once_a_pass(dense, monkeypatch, batch_tokens, passes):
     """Sequential order by stages: one look at the order, 4 stages (q k v, o, gate up, down), and one to go on."""
     resident = plan_of(dense, batch_tokens=batch_tokens)
-    monkeypatch.setattr("ace_ext.plan.fit", lambda *_: False)
+    monkeypatch.setattr("ace_ext.source.Demand.hidden_fits", lambda _: False)
     plan = plan_of(dense, batch_tokens=batch_tokens)
     assert plan.read_bytes - resident.read_bytes == 3 * passes * 8 * 16 * 32 * 2
 
