@@ -1,6 +1,7 @@
 """Memory: what the process uses, what it used at most, and what it may have."""
 
 import contextlib
+import ctypes
 import re
 import resource
 import sys
@@ -12,6 +13,9 @@ from .errors import InputError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+_M_MMAP_THRESHOLD = -3
+"""Of malloc.h."""
 
 
 def parse_bytes(text: str) -> int:
@@ -54,6 +58,17 @@ def reset_peak(device: torch.device | str = "cpu") -> bool:
         Path("/proc/self/clear_refs").write_text("5")
         return True
     return False
+
+
+def return_freed_memory() -> None:
+    """From now on tensors of 4 MiB and more go back to the system when they are freed.
+
+    By default glibc raises that size to 32 MiB as tensors are freed, and how much of its heap then stays with the
+    process differs from run to run: measured 560 to 580 MiB instead of 500 where matrices have 5 to 13 MB. There the
+    page faults cost a fifth more CPU time; tensors of 32 MiB pay for them anyway. Other C libraries are left alone.
+    """
+    with contextlib.suppress(AttributeError, TypeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**22)
 
 
 def available_bytes() -> int:

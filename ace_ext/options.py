@@ -44,7 +44,8 @@ class RunOptions:
     """Go on where an earlier run stopped. The group ``model`` cuts once, at its end, and always starts over."""
     offload: str = "auto"
     max_memory: int | None = None
-    """Bytes of resident memory that the run may take."""
+    """Bytes of resident memory that the run may take. On the CPU this sets, for good, how much of what it frees the
+    process keeps: :func:`ace_ext.memory.return_freed_memory`."""
     save_stats: Path | None = None
     """Keep the statistics, taken from the dense model: each block's inputs then come from dense blocks before it, and
     not from pruned ones as otherwise in order ``block``. So the file serves any sparsity, pattern and metric."""

@@ -16,6 +16,7 @@ from .checkpoint import check_output
 from .config import PruneConfig
 from .driver import Surroundings, check_pattern, prune_model
 from .errors import InputError
+from .memory import return_freed_memory
 from .model_walk import find_blocks
 from .offload import OffloadedBlocks
 from .options import Calibration, RunOptions, check_options
@@ -50,6 +51,8 @@ def prune_folder(
         InputError: for anything wrong with the arguments, the model, the text, or the disk.
     """
     check_options(config, calibration, options)
+    if options.max_memory is not None and device.type == "cpu":
+        return_freed_memory()
     path = Path(output).expanduser()
     peers: Peers = Ranks(device) if launched() else Alone()
     try:
