@@ -36,8 +36,7 @@ def load_model(source: str, dtype: str = "auto", device: str = "cpu") -> LoadedM
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if dtype != "auto" and dtype not in DTYPES:
-        raise InputError(f"dtype must be auto, {', '.join(DTYPES)} (got {dtype!r})")
+    check_dtype(dtype)
     name, options = _locate(source)
     wanted = DTYPES.get(dtype, torch.bfloat16 if options else "auto")
     try:
@@ -49,6 +48,11 @@ def load_model(source: str, dtype: str = "auto", device: str = "cpu") -> LoadedM
         raise InputError(f"model {source!r} could not be loaded: {reason[:400]}") from error
     _drop_quantization_marks(model, bool(options))
     return LoadedModel(model.to(device).eval(), tokenizer, source)
+
+
+def check_dtype(dtype: str) -> None:
+    if dtype != "auto" and dtype not in DTYPES:
+        raise InputError(f"dtype must be auto, {', '.join(DTYPES)} (got {dtype!r})")
 
 
 def load_tokenizer(folder: Path) -> object:

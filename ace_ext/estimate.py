@@ -3,7 +3,8 @@
 Factors are counted from the code they stand for and compared with measured peaks: ``benchmarks/plan_accuracy.py``.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -188,7 +189,8 @@ class _Run:
         """Looking at a block's inputs, and pruning a matrix: in the forward, where that serves both."""
         needs = self.config.needs
         linears = [linear for block in self.blocks for linear in block.linears.values()]
-        statistics = max(sum(_statistics_bytes(li, needs, self.tokens) for li in some) for some in self._together())
+        counted = [self._statistics(block, some, needs) for block, some in self._together()]
+        statistics = sum(counted) if self.config.group == "model" else max(counted)
         solver = max(solver_bytes(self.config, *linear.weight.shape) for linear in linears)
         forward = self.shape.forward_bytes(self.batch, self.seqlen, needs)
         pending = 0
@@ -200,21 +202,29 @@ class _Run:
             Estimate(hidden=self.hidden, forward=pending, statistics=statistics, solver=solver),
         ]
 
-    def _together(self) -> list[list[nn.Linear]]:
-        """Sets of Linears whose statistics are in memory at a time: of the model, a block, or what reads one input,
-        which is no more than what has as many columns; of one Linear where it is pruned on the way."""
-        by_block = [list(block.linears.values()) for block in self.blocks]
-        if self.config.group == "model":
-            return [[linear for linears in by_block for linear in linears]]
-        if self.config.order == "block":
-            return by_block
-        if self.in_one_forward:
-            return [[linear] for linears in by_block for linear in linears]
-        return [
-            [linear for linear in linears if linear.weight.shape[1] == columns]
-            for linears in by_block
-            for columns in {linear.weight.shape[1] for linear in linears}
-        ]
+    def _together(self) -> Iterator[tuple[Block, list[str]]]:
+        """Linears whose statistics are in memory at a time, by name: of a block; of what reads one input, which is no
+        more than what has as many columns, or than the experts of one fused tensor; of one Linear where it is pruned on
+        the way."""
+        for block in self.blocks:
+            if self.config.order == "block" or self.config.group == "model":
+                yield block, list(block.linears)
+            elif self.in_one_forward:
+                yield from ((block, [child]) for child in block.linears)
+            else:
+                yield from ((block, [c for c in fused.linears if c in block.linears]) for fused in block.experts)
+                others = {c: linear.weight.shape[1] for c, linear in block.linears.items() if not block.is_expert(c)}
+                yield from ((block, [c for c in others if others[c] == columns]) for columns in set(others.values()))
+
+    def _statistics(self, block: Block, children: Sequence[str], needs: frozenset[str]) -> int:
+        """Bytes of these Linears' statistics. Each token is sent to few experts: theirs together see no more."""
+        total = 0
+        for child in children:
+            tokens = self.tokens
+            if block.is_expert(child) and len(children) > 1:
+                tokens = math.ceil(tokens * self.shape.experts_of_a_token / self.shape.experts)
+            total += _statistics_bytes(block.linears[child], needs, tokens)
+        return total
 
     def training(self) -> list[Estimate]:
         """:func:`ace_ext.tune.tune_block_` beside the block, its inputs and its targets.
@@ -228,7 +238,7 @@ class _Run:
             return []
         shape = self.shape
         step = min(self.batch, step_samples(self.seqlen) * self.seqlen)
-        activations = step * (55 * shape.hidden + 20 * shape.widest + 16 * shape.heads * self.seqlen)
+        activations = step * (55 * shape.hidden + 20 * shape.widest + 16 * shape.heads * self.seqlen + shape.routing)
         sizes = [[linear.weight.numel() for linear in block.linears.values()] for block in self.blocks]
         trained, largest = max(map(sum, sizes)), max(map(max, filter(None, sizes)))
         state = trained * (13 + shape.itemsize) + 12 * largest
@@ -243,7 +253,7 @@ class _Run:
         if self.config.allocation == "uniform":
             return []
         needs, linears = measure_needs(self.config), [list(block.linears.values()) for block in self.blocks]
-        statistics = max(sum(_statistics_bytes(linear, needs, self.tokens) for linear in some) for some in linears)
+        statistics = max(self._statistics(block, list(block.linears), needs) for block in self.blocks)
         scores = max(sum(4 * linear.weight.numel() for linear in some) for some in linears)
         largest = max(linear.weight.numel() for some in linears for linear in some)
         scores += (40 if self.config.allocation == "error" else 8) * largest
@@ -266,6 +276,8 @@ class _Shape:
     widest: int  # largest side of a Linear in a block
     heads: int  # attention heads whose scores are stored; 0 where attention is fused
     itemsize: int
+    experts: int  # of a mixture with fused experts; else 0
+    experts_of_a_token: int
 
     @classmethod
     def of(cls, model: nn.Module, blocks: list[Block]) -> "_Shape":
@@ -275,6 +287,7 @@ class _Shape:
         head_bytes = sum(p.nbytes for p in head.parameters()) if untied else 0
         linears = [linear for block in blocks for linear in block.linears.values()]
         text = model.config.get_text_config()
+        experts = max((len(fused.linears) for block in blocks for fused in block.experts), default=0)
         return cls(
             blocks=sizes,
             embedding=sum(p.nbytes for p in model.parameters()) - sum(sizes) - head_bytes,
@@ -283,7 +296,15 @@ class _Shape:
             widest=max(max(linear.weight.shape) for linear in linears),
             heads=text.num_attention_heads if model.config._attn_implementation == "eager" else 0,
             itemsize=linears[0].weight.dtype.itemsize,
+            experts=experts,
+            experts_of_a_token=min(experts, getattr(text, "num_experts_per_tok", None) or experts),
         )
+
+    @property
+    def routing(self) -> int:
+        """Bytes a token while experts run: an integer for each place and expert says who goes where, and the router's
+        probabilities."""
+        return 8 * self.experts_of_a_token * (self.experts + 1) + (4 + self.itemsize) * self.experts
 
     def forward_bytes(self, tokens: int, seqlen: int, needs: frozenset[str]) -> int:
         """The most that is alive at a time for one batch in a block.
@@ -301,8 +322,8 @@ class _Shape:
             observed += 8 * min(tokens, 2048) * self.widest
         if needs & _GRAMS:  # widens a chunk to float32, and weighs a copy of it
             observed += (8 if COSINE_GRAM in needs else 4) * min(tokens, GramState.CHUNK_TOKENS) * self.widest
-        return max(attention, norm, mlp, observed)
+        return max(attention, norm, mlp + tokens * self.routing, observed)
 
     def pending_bytes(self, tokens: int) -> int:
         """What a forward holds while the last, widest Linear is looked at: the residual, the norm's and its input."""
-        return tokens * (2 * self.hidden + self.widest) * self.itemsize
+        return tokens * ((2 * self.hidden + self.widest) * self.itemsize + self.routing)

@@ -13,7 +13,7 @@ from .allocation import allocate, measure_block, measure_needs
 from .config import PruneConfig
 from .errors import InputError
 from .hidden import HiddenStates
-from .masks import ScoredWeight, count_kept, keep_budget, prune_model_wide_, scored_weight
+from .masks import ScoredWeight, count_kept, keep_budget, prune_model_wide_, prune_weight_, scored_weight
 from .model_walk import Block, BlockCall, run_block
 from .offload import BlockSource
 from .progress import Progress
@@ -162,7 +162,8 @@ class Loop:
             self._advance(block, index, collector)
         for child in block.linears:
             if child not in done:
-                self._check_seen(block, child, collector.stats)
+                self._check_seen(block, child, collector)
+                done[child] = self._prune(block, index, child, collector.stats.pop(child))
         block_report.matrices.extend(done[child] for child in block.linears)
 
     # Order sequential, several batches: Linears that share an input make a stage; a forward of all batches for each.
@@ -177,12 +178,18 @@ class Loop:
         self._advance(block, index)
 
     def _stages(self, block: Block, index: int) -> list[list[str]]:
-        """The block's Linears in the order in which the first batch calls them, grouped by the tensor they read."""
+        """The block's Linears in the order in which the first batch calls them, grouped by the tensor they read. Of
+        fused experts all that lie in one tensor make a stage: none of them is behind another."""
         stages: list[list[str]] = []
         last: list[Tensor] = []
+        together = {child: list(fused.linears) for fused in block.experts for child in fused.linears}
 
         def note(child: str, x: Tensor) -> None:
-            if last and last[0] is x:
+            if child in together:
+                stage = [other for other in together[child] if other in block.linears]
+                if stage not in stages:
+                    stages.append(stage)
+            elif last and last[0] is x:
                 stages[-1].append(child)
             else:
                 stages.append([child])
@@ -311,7 +318,7 @@ class Loop:
                     hidden.put(i, output)
         self.peers.merge_(collector.stats, children, collector.empty)
         for child in children:
-            self._check_seen(block, child, collector.stats)
+            self._check_seen(block, child, collector)
         return collector.stats
 
     def _advance(self, block: Block, index: int, collector: StatisticsCollector | None = None) -> None:
@@ -320,17 +327,23 @@ class Loop:
                 collector.token_mask = call.token_mask
             self.hidden.put(i, run_block(block, self.hidden[i], call.others[index]))
 
-    @staticmethod
-    def _check_seen(block: Block, child: str, stats: dict[str, LinearStatistics]) -> None:
-        if child not in stats or stats[child].tokens == 0:
+    def _check_seen(self, block: Block, child: str, collector: StatisticsCollector) -> None:
+        """That a Linear saw a token. An expert may have seen none: it gets empty statistics and its mask from its
+        weights alone, unless these are compared with others'."""
+        if child in collector.stats and collector.stats[child].tokens:
+            return
+        if not block.is_expert(child) or self.config.group == "model" or self.config.allocation != "uniform":
             raise InputError(
                 f"{block.full_name(child)} saw no calibration token; give more or other calibration text, or skip it"
             )
+        collector.stats[child] = collector.empty(child)
 
     def _prune(self, block: Block, index: int, child: str, stats: LinearStatistics) -> MatrixReport:
         weight = block.linears[child].weight
         name = block.full_name(child)
         keep = None if self.keeps is None else self.keeps[index][child]
+        if not stats.tokens:
+            return self._prune_unseen(name, weight)
         dense = self._dense_output(stats, weight)
         try:
             solution = prune_linear_(weight, stats, self.config, keep)
@@ -339,6 +352,15 @@ class Loop:
         report = self._measure(name, weight, stats, dense, keep_budget(weight, self.config, keep))
         report.solution = solution
         return report
+
+    def _prune_unseen(self, name: str, weight: Tensor) -> MatrixReport:
+        """An expert's weight by magnitude, for want of a token that was sent there."""
+        config = PruneConfig(
+            metric="magnitude", sparsity=self.config.sparsity, pattern=self.config.pattern, group=self.config.group
+        )
+        prune_weight_(scored_weight(weight, None, config), config)
+        keep = keep_budget(weight, config)
+        return MatrixReport(name, tuple(weight.shape), keep, self._count_nonzero(weight, keep), 0, 0.0, 1.0)
 
     def _check_finite(self, where: str) -> None:
         """Asks the GPU, once a block, whether an op met something not finite; on the CPU ops raise themselves."""
@@ -353,14 +375,19 @@ class Loop:
 
     @staticmethod
     def _measure(name: str, weight: Tensor, stats: LinearStatistics, dense: Tensor, keep: int) -> MatrixReport:
-        nonzero = count_kept(weight)
-        if nonzero < keep:  # the mask keeps zeros of the dense weight; +0.0 only, here too
-            weight.masked_fill_(weight == 0, 0.0)
+        nonzero = Loop._count_nonzero(weight, keep)
         before = dense.float()
         after = functional.linear(stats.probe_rows, weight).float()
         error = float((after - before).norm() / before.norm().clamp_min(torch.finfo(torch.float32).tiny))
         cosine = float(functional.cosine_similarity(before, after, dim=1).mean())
         return MatrixReport(name, tuple(weight.shape), keep, nonzero, stats.tokens, error, cosine)
+
+    @staticmethod
+    def _count_nonzero(weight: Tensor, keep: int) -> int:
+        nonzero = count_kept(weight)
+        if nonzero < keep:  # the mask keeps zeros of the dense weight; +0.0 only, here too
+            weight.masked_fill_(weight == 0, 0.0)
+        return nonzero
 
     def _finish(self, block: Block, block_report: BlockReport) -> None:
         self.report.blocks.append(block_report)

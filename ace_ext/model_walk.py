@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError
+from .experts import FusedExperts, find_experts, through_linears
 
 CHECKED_AT_ONCE = 2**22
 """Weights that :func:`check_weights` looks at together."""
@@ -21,14 +22,20 @@ CHECKED_AT_ONCE = 2**22
 
 @dataclass(frozen=True)
 class Block:
-    """A decoder layer: its full name in the model, the module, and its prunable Linears by their name in the block."""
+    """A decoder layer: its full name in the model, the module, and its prunable Linears by their name in the block,
+    those of fused experts among them."""
 
     name: str
     module: nn.Module
     linears: dict[str, nn.Linear]
+    experts: tuple[FusedExperts, ...] = ()
 
     def full_name(self, linear: str) -> str:
         return f"{self.name}.{linear}"
+
+    def is_expert(self, linear: str) -> bool:
+        """Whether it is the matrix of a fused expert, which only the tokens reach that are sent there."""
+        return any(linear in fused.linears for fused in self.experts)
 
 
 @dataclass
@@ -47,7 +54,7 @@ def find_blocks(model: nn.Module, skip: Iterable[str] = (), check: bool = True) 
 
     Raises:
         InputError: no list of blocks is found; a block has no Linear to prune; a block keeps weights in a form that is
-            not pruned (expert weights of three dimensions, transposed ``Conv1D``) and that ``skip`` does not name; two
+            not pruned (expert weights with the output last, transposed ``Conv1D``) and that ``skip`` does not name; two
             blocks share one weight; a weight is not a plain float32, float16 or bfloat16 matrix.
     """
     patterns = [_compile(pattern) for pattern in skip]
@@ -55,13 +62,15 @@ def find_blocks(model: nn.Module, skip: Iterable[str] = (), check: bool = True) 
     blocks = []
     for index, module in enumerate(modules):
         full = f"{name}.{index}"
-        linears = {
-            child: linear
-            for child, linear in module.named_modules()
-            if isinstance(linear, nn.Linear) and not _matches(f"{full}.{child}", patterns)
-        }
-        _refuse_other_weights(full, module, patterns)
-        blocks.append(Block(full, module, linears))
+        experts = find_experts(module)
+        routers = _routers(module, experts)
+        experts = tuple(fused for fused in experts if not _matches(f"{full}.{fused.name}", patterns))
+        linears = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear) and f"{n}.weight" not in routers}
+        for fused in experts:
+            linears |= fused.linears
+        linears = {n: linear for n, linear in linears.items() if not _matches(f"{full}.{n}", patterns)}
+        _refuse_other_weights(full, module, patterns, routers | {fused.name for fused in experts})
+        blocks.append(Block(full, module, linears, experts))
     if not any(block.linears for block in blocks):
         raise InputError(f"skip leaves no Linear to prune in {name} (got {', '.join(skip) or 'nothing to skip'})")
     if check:
@@ -96,12 +105,28 @@ def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return name, outermost[name]
 
 
-def _refuse_other_weights(block: str, module: nn.Module, patterns: list[re.Pattern]) -> None:
-    """Weights that no Linear holds would be left dense without a word: say so instead."""
+def _routers(module: nn.Module, experts: Iterable[FusedExperts]) -> set[str]:
+    """Names in the block of the matrices beside fused experts that choose among them: tiny, and all hangs on what they
+    say, so they stay dense."""
+    found = set()
+    for fused in experts:
+        mixture = fused.name.rpartition(".")[0].rpartition(".")[0]
+        for child, beside in module.get_submodule(mixture).named_children():
+            for name, parameter in beside.named_parameters(recurse=False):
+                if fused.is_router(parameter):
+                    found.add(f"{mixture}.{child}.{name}".lstrip("."))
+    return found
+
+
+def _refuse_other_weights(block: str, module: nn.Module, patterns: list[re.Pattern], known: set[str]) -> None:
+    """Weights that no Linear holds would be left dense without a word: say so instead. ``known`` are parameters by
+    their names in the block that need no Linear."""
     for owner, child in module.named_modules():
         for name, parameter in child.named_parameters(recurse=False):
             full = ".".join(part for part in (block, owner, name) if part)
             if isinstance(child, nn.Linear | nn.Embedding) or parameter.dim() < 2 or _matches(full, patterns):
+                continue
+            if full.removeprefix(f"{block}.") in known:
                 continue
             raise InputError(
                 f"{full} {list(parameter.shape)} of {type(child).__name__} is no weight of an nn.Linear and cannot "
@@ -168,7 +193,8 @@ class _Recorder:
             if index == len(self.blocks) - 1:
                 raise _Captured
             if self.wrap is None:  # what a block returns is only known once one has run
-                output = original(*args, **kwargs)
+                with through_linears(self.blocks[index].experts):
+                    output = original(*args, **kwargs)
                 self.wrap = (lambda t: t) if isinstance(output, Tensor) else (lambda t, tail=output[1:]: (t, *tail))
             return self.wrap(hidden)
 
@@ -194,7 +220,8 @@ def take_hidden(args: tuple, kwargs: dict) -> tuple[Tensor, tuple[tuple, dict]]:
 
 def run_block(block: Block, hidden: Tensor, others: tuple[tuple, dict]) -> Tensor:
     """One block's output hidden states, whether it returns a tensor or a tuple that starts with one."""
-    output = block.module(hidden, *others[0], **others[1])
+    with through_linears(block.experts):
+        output = block.module(hidden, *others[0], **others[1])
     return output if isinstance(output, Tensor) else output[0]
 
 

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from .checkpoint import DTYPES, check_dtype
 from .errors import InputError
 from .model_walk import Block, check_weights
 from .shards import Shards
@@ -42,42 +43,68 @@ class OffloadedBlocks:
     def hold(self, index: int) -> Iterator[Block]:
         block = self.blocks[index]
         load_(block.module, block.name, self.shards, self.device)
+        for fused in block.experts:
+            fused.bind()
         try:
             check_weights([block])
             yield block
         finally:
             unload_(block.module)
+            for fused in block.experts:
+                fused.bind()
 
 
-def skeleton(folder: str | Path, shards: Shards) -> nn.Module:
-    """The model of a folder with every parameter on the meta device, of the dtype that the files hold; buffers, such as
-    rotary frequencies, are real.
+def skeleton(folder: str | Path, shards: Shards | None, dtype: str = "auto") -> nn.Module:
+    """The model of a folder with every parameter on the meta device; buffers, such as rotary frequencies, are real.
+    The shards are told where its parameters lie.
+
+    Dtypes are those that loading it with ``dtype`` gives (``auto``: the configuration's, or the files'), which of some
+    routers is float32 whatever is asked for.
 
     Raises:
-        InputError: the folder's configuration is none that transformers knows.
+        InputError: the folder's configuration is none that transformers knows, or the dtype is none of ours.
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    check_dtype(dtype)
     try:
         config = AutoConfig.from_pretrained(folder)
+        main = dtype_of(config, shards, dtype)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, dtype=main)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise InputError(
             f"model {str(folder)!r} could not be laid out: {' '.join(str(error).split())[:400]}"
         ) from error
     model.tie_weights()
-    for name, parameter in list(model.named_parameters()):
-        if name in shards:
-            parameter.data = parameter.data.to(shards.entries[name].dtype)
+    if shards is not None:
+        shards.adopt(model)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.dtype == main != torch.float32 and _stays_float32(model, name, main):
+            tensor.data = tensor.data.float()
     return model.eval()
+
+
+def dtype_of(config, shards: Shards | None, dtype: str) -> torch.dtype:
+    """What a model's weights are loaded in, but for a few."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    return getattr(config, "dtype", None) or (torch.float32 if shards is None else shards.dtype)
+
+
+def _stays_float32(model: nn.Module, name: str, dtype: torch.dtype) -> bool:
+    """By the lists that a model's class has for transformers to read when it loads the model in half precision."""
+    parts = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        parts |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return any(f".{part}." in f".{name}." for part in parts)
 
 
 def load_(module: nn.Module, prefix: str, shards: Shards, device: torch.device | str) -> None:
     """Gives a module of the skeleton its parameters from the shards, and its buffers where the files hold them."""
     for name, parameter in list(module.named_parameters()):
-        value = shards.read(f"{prefix}.{name}").to(device)
+        value = shards.read(f"{prefix}.{name}").to(device, parameter.dtype)
         if value.shape != parameter.shape:
             raise InputError(
                 f"{prefix}.{name} must be {list(parameter.shape)} by the configuration (got {list(value.shape)})"
@@ -85,7 +112,8 @@ def load_(module: nn.Module, prefix: str, shards: Shards, device: torch.device |
         _assign(module, name, nn.Parameter(value, requires_grad=False))
     for name, buffer in list(module.named_buffers()):
         stored = f"{prefix}.{name}" in shards
-        _assign(module, name, (shards.read(f"{prefix}.{name}") if stored else buffer).to(device), buffer=True)
+        value = shards.read(f"{prefix}.{name}") if stored else buffer
+        _assign(module, name, value.to(device, buffer.dtype), buffer=True)
 
 
 def unload_(module: nn.Module) -> None:
@@ -130,7 +158,8 @@ def entrance(model: nn.Module, blocks: list[Block], shards: Shards, device: torc
 
 
 def _load_own_(module: nn.Module, prefix: str, shards: Shards, device: torch.device | str) -> None:
-    for name, _ in list(module.named_parameters(recurse=False)):
-        module._parameters[name] = nn.Parameter(shards.read(f"{prefix}.{name}").to(device), requires_grad=False)
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        value = shards.read(f"{prefix}.{name}").to(device, parameter.dtype)
+        module._parameters[name] = nn.Parameter(value, requires_grad=False)
     for name, buffer in list(module.named_buffers(recurse=False)):
         module._buffers[name] = buffer.to(device)

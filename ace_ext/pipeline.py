@@ -17,13 +17,13 @@ from .config import PruneConfig
 from .driver import Surroundings, check_pattern, prune_model
 from .errors import InputError
 from .memory import return_freed_memory
-from .model_walk import find_blocks
+from .model_walk import Block, find_blocks
 from .offload import OffloadedBlocks
 from .options import Calibration, RunOptions, check_options
 from .progress import Progress
 from .ranks import Alone, Peers, Ranks, launched, share_of
 from .report import REPORT_NAME, PruneReport, versions
-from .shards import copy_model, flush
+from .shards import Shards, copy_model, flush
 from .source import Demand, Source, open_source
 from .stats_file import SavedStatistics, StatisticsWriter, kept_kinds
 from .workspace import Workspace, recover
@@ -102,8 +102,10 @@ def _prune(
     try:
         peers.wait()  # the folder is there, and whatever was left over is not
         resident_hidden = Demand(blocks, source, config, calibration, options, device).hidden_fits()
-        if peers.rank == 0 and not workspace.finished:
-            _lay_out_output(source, workspace.model)
+        if peers.rank == 0:
+            if not workspace.finished:
+                _lay_out_output(source, workspace.model)
+            _check_places(blocks, workspace.shards.adopt(source.model))
         keeper = None
         if options.save_stats:
             keeper = StatisticsWriter(
@@ -172,6 +174,22 @@ def _lay_out_output(source: Source, target: Path) -> None:
     source.tokenizer.save_pretrained(target)
     for file in target.iterdir():
         flush(file)
+
+
+def _check_places(blocks: list[Block], shards: Shards) -> None:
+    """That every weight to prune has a place in the output's files.
+
+    Raises:
+        InputError: naming the first that has none.
+    """
+    for block in blocks:
+        for child in block.linears:
+            name = f"{block.full_name(child)}.weight"
+            if name not in shards:
+                raise InputError(
+                    f"{name} is not in the files that save_pretrained writes of this model, nor is it put together "
+                    f"from their rows; leave it out with --skip, or prune with ace_ext.prune_model"
+                )
 
 
 @contextlib.contextmanager

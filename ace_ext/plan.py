@@ -22,6 +22,7 @@ from .memory import peak_memory_bytes, reset_peak, resident_bytes
 from .model_walk import Block, find_blocks
 from .offload import skeleton
 from .options import Calibration, RunOptions, check_options
+from .report import kind_of
 from .shards import Shards, has_safetensors
 from .source import Demand, Source, stored_as_loaded, wants_offload
 from .texts import SELF
@@ -73,8 +74,7 @@ class Plan:
         """For people: a line for each kind of matrix, then memory, bytes and time."""
         kinds: dict[tuple, int] = {}
         for matrix in self.matrices:
-            name = ".".join("*" if part.isdigit() else part for part in matrix.name.split("."))
-            kind = (name, matrix.shape, matrix.group, matrix.group_size, matrix.keep)
+            kind = (kind_of(matrix.name), matrix.shape, matrix.group, matrix.group_size, matrix.keep)
             kinds[kind] = kinds.get(kind, 0) + 1
         width = max(len(kind[0]) for kind in kinds)
         lines = [f"{'matrix':<{width}}  {'count':>5}  {'shape':>13}  {'group':>6}  kept"]
@@ -180,19 +180,16 @@ def _lay_out(
             )
         return Source(model, laid_out, tokenizer, None, None, False), unpacking
     shards = Shards(folder) if has_safetensors(folder) else None
-    laid_out = skeleton(folder, shards or {})
+    laid_out = skeleton(folder, shards, dtype)
     tokenizer = load_tokenizer(folder)
     if shards is not None and stored_as_loaded(laid_out, shards, dtype):
         offload = wants_offload(laid_out, shards, config, calibration, options, device)
         return Source(model, laid_out, tokenizer, folder, shards, offload), None
     if options.offload == "disk":
         raise InputError(
-            f"offload disk reads safetensors of the model's own names, all of dtype {dtype}, which {model!r} does not "
-            "have; save it with save_pretrained, or pass --offload none"
+            f"offload disk reads blocks from safetensors that hold every parameter as it is, all of dtype {dtype}, "
+            f"which {model!r} does not have; save it with save_pretrained, or pass --offload none"
         )
-    wanted = DTYPES.get(dtype, getattr(laid_out.config, "dtype", None) or torch.float32)
-    for parameter in laid_out.parameters():
-        parameter.data = parameter.data.to(wanted)
     source = Source(model, laid_out, tokenizer, folder, None, False)
     # Converted tensor by tensor, while the files' own pages are mapped.
     return source, Unpacking(sum(file.stat().st_size for file in source.files), 0.0)

@@ -41,6 +41,8 @@ class MatrixReport:
     nonzero: int
     """How many of them are not zero: fewer than ``keep`` only where the dense weight held zeros."""
     tokens: int
+    """That it saw in calibration. 0 for an expert that none was sent to: its mask is by magnitude then, and its errors
+    say nothing."""
     relative_error: float
     cosine: float
     solution: Solution | None = None
@@ -125,7 +127,7 @@ class PruneReport:
         kinds: dict[str, list[MatrixReport]] = {}
         for block in self.blocks:
             for matrix in block.matrices:
-                kinds.setdefault(matrix.name.removeprefix(block.name + "."), []).append(matrix)
+                kinds.setdefault(kind_of(matrix.name.removeprefix(block.name + ".")), []).append(matrix)
         width = max([len("matrix"), *map(len, kinds)])
         lines = [f"{'matrix':<{width}}  {'shape':>14}  {'sparsity':>8}  {'rel. error':>10}  {'cosine':>7}"]
         for kind, matrices in kinds.items():
@@ -136,11 +138,19 @@ class PruneReport:
             cosine = sum(m.cosine for m in matrices) / count
             shape = "x".join(map(str, matrices[0].shape))
             lines.append(f"{kind:<{width}}  {shape:>14}  {sparsity:>8.4f}  {error:>10.4f}  {cosine:>7.4f}")
+        unseen = sum(not matrix.tokens for matrix in self.matrices)
+        if unseen:
+            lines.append(f"{unseen} experts' matrices saw no calibration token and were pruned by magnitude")
         lines.append(
             f"{len(self.blocks)} blocks, {len(self.matrices)} matrices, sparsity {self.sparsity:.4f}, "
             f"{self.seconds:.1f} s, peak memory {self.peak_memory_bytes / 2**30:.2f} GiB on {self.device}"
         )
         return "\n".join(lines)
+
+
+def kind_of(name: str) -> str:
+    """A matrix's name with a star for its numbers, of blocks and of experts."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _matrix_from_dict(data: dict) -> MatrixReport:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import InputError
+from .layout import Stored, layout_of
 
 DTYPES = {
     "F64": torch.float64,
@@ -47,6 +48,8 @@ class Entry:
 class Shards:
     """The tensors of a model folder by name: one ``model.safetensors``, or several files and their index.
 
+    After :meth:`adopt` the parameters of a model can be asked for by their own names, however they are stored.
+
     Raises:
         InputError: there is none, a file of the index is missing, or a header is damaged.
     """
@@ -57,22 +60,46 @@ class Shards:
         self.entries: dict[str, Entry] = {}
         for file in self.files:
             self.entries.update(_read_header(file))
+        self._layout: dict[str, Stored] = {}
+
+    def adopt(self, model: nn.Module) -> "Shards":
+        """Learns where the parameters of a model lie that the files hold under other names (:mod:`ace_ext.layout`)."""
+        shapes = {name: entry.shape for name, entry in self.entries.items()}
+        for name, stored in layout_of(model, shapes).items():
+            if len({self.entries[piece.name].dtype for piece in stored.pieces}) == 1:
+                self._layout[name] = stored
+        return self
 
     def __contains__(self, name: str) -> bool:
-        return name in self.entries
+        return name in self.entries or name in self._layout
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first tensor."""
+        return next(iter(self.entries.values())).dtype
+
+    def describe(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """A tensor's dtype and shape."""
+        if name in self._layout:
+            stored = self._layout[name]
+            return self.entries[stored.pieces[0].name].dtype, stored.shape
+        entry = self._entry(name)
+        return entry.dtype, entry.shape
 
     def read(self, name: str) -> Tensor:
         """The tensor, on the CPU, in memory of its own."""
-        entry = self._entry(name)
-        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        dtype, shape = self.describe(name)
+        tensor = torch.empty(shape, dtype=dtype)
         view = memoryview(tensor.flatten().view(torch.uint8).numpy())
-        with entry.file.open("rb", buffering=0) as file:
-            file.seek(entry.offset)
-            while view:
-                count = file.readinto(view)
-                if not count:
-                    raise InputError(f"{entry.file} ends before its tensor {name}; fetch the file again")
-                view = view[count:]
+        for path, offset, size in self._spans(name):
+            part, view = view[:size], view[size:]
+            with path.open("rb", buffering=0) as file:
+                file.seek(offset)
+                while part:
+                    count = file.readinto(part)
+                    if not count:
+                        raise InputError(f"{path} ends before its tensor {name}; fetch the file again")
+                    part = part[count:]
         return tensor
 
     def write(self, tensors: dict[str, Tensor]) -> None:
@@ -82,19 +109,34 @@ class Shards:
             InputError: a name, dtype or shape that the files do not hold; nothing is written then.
         """
         for name, tensor in tensors.items():
-            entry = self._entry(name)
-            if entry.dtype != tensor.dtype or entry.shape != tuple(tensor.shape):
+            dtype, shape = self.describe(name)
+            if dtype != tensor.dtype or shape != tuple(tensor.shape):
                 raise InputError(
-                    f"{name} must be {entry.dtype} {list(entry.shape)} as in {entry.file.name} "
+                    f"{name} must be {dtype} {list(shape)} as in {self._spans(name)[0][0].name} "
                     f"(got {tensor.dtype} {list(tensor.shape)})"
                 )
-        for path in {self.entries[name].file for name in tensors}:
+        for path in {path for name in tensors for path, _, _ in self._spans(name)}:
             with path.open("r+b") as file:
                 for name, tensor in tensors.items():
-                    if self.entries[name].file == path:
-                        file.seek(self.entries[name].offset)
-                        file.write(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+                    view = memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+                    for where, offset, size in self._spans(name):
+                        part, view = view[:size], view[size:]
+                        if where == path:
+                            file.seek(offset)
+                            file.write(part)
             flush(path)
+
+    def _spans(self, name: str) -> list[tuple[Path, int, int]]:
+        """A tensor's bytes, in order: file, place and number."""
+        if name not in self._layout:
+            entry = self._entry(name)
+            return [(entry.file, entry.offset, entry.nbytes)]
+        spans = []
+        for piece in self._layout[name].pieces:
+            entry = self.entries[piece.name]
+            row = entry.dtype.itemsize * (entry.shape[-1] if len(entry.shape) > 1 else 1)
+            spans.append((entry.file, entry.offset + piece.start * row, piece.rows * row))
+        return spans
 
     def _entry(self, name: str) -> Entry:
         if name not in self.entries:

@@ -13,7 +13,7 @@ from .errors import InputError
 from .estimate import Estimate, estimate
 from .memory import available_bytes
 from .model_walk import Block, find_blocks
-from .offload import skeleton
+from .offload import dtype_of, skeleton
 from .options import Calibration, RunOptions
 from .shards import Shards, has_safetensors
 from .texts import SELF
@@ -60,14 +60,14 @@ def open_source(
     folder = local_folder(model)
     if folder is not None and has_safetensors(folder):
         shards = Shards(folder)
-        laid_out = skeleton(folder, shards)
+        laid_out = skeleton(folder, shards, dtype)
         stored = stored_as_loaded(laid_out, shards, dtype)
         if stored and wants_offload(laid_out, shards, config, calibration, options, device):
             return Source(model, laid_out, load_tokenizer(folder), folder, shards, True)
         if options.offload == "disk":
             raise InputError(
-                f"offload disk reads blocks from safetensors of the model's own names, all of dtype {dtype}, which "
-                f"{model!r} does not have; save it with save_pretrained, or pass --offload none"
+                f"offload disk reads blocks from safetensors that hold every parameter as it is, all of dtype {dtype}, "
+                f"which {model!r} does not have; save it with save_pretrained, or pass --offload none"
             )
         loaded = load_model(str(folder), dtype, device)
         return Source(model, loaded.model, loaded.tokenizer, folder, shards if stored else None, False)
@@ -80,16 +80,17 @@ def open_source(
 
 
 def stored_as_loaded(laid_out: nn.Module, shards: Shards, dtype: str) -> bool:
-    """Whether every parameter lies in the files under its own name, in its shape and in the dtype that is asked for."""
+    """Whether the files hold every parameter row by row, in its shape and in the dtype that is asked for."""
     head = laid_out.get_output_embeddings()
     tied = {f"{n}.weight" for n, m in laid_out.named_modules() if m is head} if _is_tied(laid_out) else set()
-    wanted = getattr(laid_out.config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
-    wanted = wanted or next(iter(shards.entries.values())).dtype
+    wanted = dtype_of(laid_out.config, shards, dtype)
     for name, parameter in laid_out.named_parameters(remove_duplicate=False):
         if name in tied:
             continue
-        entry = shards.entries.get(name)
-        if entry is None or entry.shape != tuple(parameter.shape) or entry.dtype != wanted:
+        if name not in shards:
+            return False
+        found, shape = shards.describe(name)
+        if found not in (parameter.dtype, wanted) or shape != tuple(parameter.shape):  # some are float32 once loaded
             return False
     return getattr(laid_out.config, "quantization_config", None) is None
 

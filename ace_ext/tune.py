@@ -123,7 +123,7 @@ def _trained_parameters(block: Block, masks: dict[str, Tensor]) -> list[tuple[nn
 @contextmanager
 def _only_gradients_of(module: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
     """Gradients for these parameters alone; which ones had them before is put back."""
-    before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    before = [(parameter, parameter.requires_grad) for parameter in (*module.parameters(), *parameters)]
     try:
         module.requires_grad_(False)
         for parameter in parameters:

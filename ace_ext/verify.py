@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from .checkpoint import load_model, read_report
 from .config import SparsityPattern, keep_count
 from .errors import InputError
+from .offload import skeleton
 from .report import MatrixReport, PruneReport
+from .shards import Shards, has_safetensors
 
 
 @dataclass
@@ -54,16 +55,16 @@ def verify(folder: str | Path, load: bool = True) -> VerifyResult:
 
 
 def _weights(folder: Path, report: PruneReport) -> Iterator[tuple[MatrixReport, Tensor]]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    if not has_safetensors(folder):
         raise InputError(f"{str(folder)!r} holds no safetensors; give a folder that ace-prune run wrote")
-    handles = [safe_open(file, framework="pt") for file in files]
-    where = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118
+    shards = Shards(folder)
+    if any(f"{matrix.name}.weight" not in shards for matrix in report.matrices):
+        skeleton(folder, shards)  # tells them where experts lie that transformers fuses
     for matrix in report.matrices:
         name = f"{matrix.name}.weight"
-        if name not in where:
+        if name not in shards:
             raise InputError(f"{str(folder)!r} has no tensor {name} that its report names")
-        yield matrix, where[name].get_tensor(name)
+        yield matrix, shards.read(name)
 
 
 def _check_matrix(matrix: MatrixReport, weight: Tensor, total: int, config: dict, result: VerifyResult) -> None:

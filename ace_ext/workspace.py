@@ -238,9 +238,9 @@ def _locked(folder: Path, output: Path) -> TextIO | None:
 
 
 def block_tensors(block: Block, shards: Shards) -> dict[str, Tensor]:
-    """A block's parameters under their names in the files: its pruned weights, and what tuning may have moved."""
+    """A block's parameters as the files hold them: its pruned weights, and what tuning may have moved."""
     named = {f"{block.name}.{name}": p.detach() for name, p in block.module.named_parameters()}
-    return {name: tensor for name, tensor in named.items() if name in shards}
+    return {name: tensor.to(shards.describe(name)[0]) for name, tensor in named.items() if name in shards}
 
 
 def fingerprint_of_files(files: Iterable[Path]) -> dict[str, str]:

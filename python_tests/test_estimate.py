@@ -164,3 +164,23 @@ def test_a_run_holds_no_more_than_estimated(setting, tmp_path):
     found = need(config, *tokens.shape, model=model)
     peak = peak_of(lambda: prune_model(model, tokens, config), tmp_path / "trace.json")
     assert 1 <= (found.total - found.model) / peak < 2.2
+
+
+def make_mixture():
+    """Many small experts: who goes where is then most of what a forward holds."""
+    shape = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "moe_intermediate_size": 64}
+    config = transformers.Qwen3MoeConfig(vocab_size=VOCABULARY, **shape, num_experts=64, num_experts_per_tok=8)
+    return transformers.Qwen3MoeForCausalLM(config).eval().to(torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{}, {"metric": "cosp"}, {"update": "admm"}, {"update": "admm", "batch_tokens": 256}, {"tune_epochs": 1}],
+    ids=str,
+)
+def test_a_mixture_holds_no_more_than_estimated(setting, tmp_path):
+    model = make_mixture()
+    config, tokens = PruneConfig(**setting), make_tokens(16, 64)
+    found = need(config, *tokens.shape, model=model)
+    peak = peak_of(lambda: prune_model(model, tokens, config), tmp_path / "trace.json")
+    assert 1 <= (found.total - found.model) / peak < 2.8

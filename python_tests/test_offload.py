@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from folders import prune, save_dense, weights_bytes
-from tiny_models import DENSE_FAMILIES, make_model
+from tiny_models import FAMILIES, make_model
 
 from ace_ext import InputError, estimate, pipeline
 from ace_ext.memory import available_bytes, parse_bytes, resident_bytes
@@ -18,7 +18,7 @@ ON_TOKENS = {"source": "tokens"}
 DISK, MEMORY = {"offload": "disk", "overwrite": True}, {"offload": "none", "overwrite": True}
 
 
-@pytest.mark.parametrize("family", DENSE_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("save", [{}, {"max_shard_size": "20KB"}], ids=["one-file", "sharded"])
 def test_same_bytes_as_in_memory(family, save, tmp_path):
     dense = save_dense(tmp_path / "dense", family, **save)
@@ -102,7 +102,7 @@ def as_gptq(folder):
     ("change", "calibration", "config", "message"),
     [
         (as_bin, {}, {}, "offload disk needs a folder or hub model of safetensors"),
-        (as_gptq, {}, {}, "offload disk reads blocks from safetensors of the model's own names"),
+        (as_gptq, {}, {}, "offload disk reads blocks from safetensors that hold every parameter as it is"),
         (None, {"dtype": "float32"}, {}, "all of dtype float32, which .* does not have; save it with save_pretrained"),
         (None, {"source": "self"}, {}, "calibration self needs the whole model in memory"),
         (None, {}, {"group": "model"}, "group model compares all: use group row or matrix"),

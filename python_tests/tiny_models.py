@@ -34,8 +34,20 @@ def _gemma3() -> nn.Module:
     return transformers.Gemma3ForCausalLM(config)
 
 
-def _mixtral() -> nn.Module:
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**_SMALL, num_local_experts=4))
+def _mixture(name: str, experts: str = "num_experts", **more) -> nn.Module:
+    config = getattr(transformers, f"{name}Config")(**{**_SMALL, experts: 4, "num_experts_per_tok": 2, **more})
+    return getattr(transformers, f"{name}ForCausalLM")(config)
+
+
+_DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,  # the first block is a plain one
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+}
 
 
 FAMILIES = {
@@ -45,9 +57,17 @@ FAMILIES = {
     "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_SMALL)),
     "opt": _opt,
     "gemma3": _gemma3,
-    "mixtral": _mixtral,
+    "mixtral": lambda: _mixture("Mixtral", "num_local_experts"),
+    "qwen3-moe": lambda: _mixture("Qwen3Moe", moe_intermediate_size=24),
+    "granite-moe": lambda: _mixture("GraniteMoe", "num_local_experts"),
+    "qwen2-moe": lambda: _mixture("Qwen2Moe", moe_intermediate_size=24, shared_expert_intermediate_size=24),
+    "olmoe": lambda: _mixture("Olmoe"),
+    "phimoe": lambda: _mixture("Phimoe", "num_local_experts"),
+    "deepseek-v3": lambda: _mixture("DeepseekV3", "n_routed_experts", **_DEEPSEEK),
 }
-DENSE_FAMILIES = [name for name in FAMILIES if name != "mixtral"]
+DENSE_FAMILIES = [*FAMILIES][:6]
+MIXTURES = ["mixtral", "qwen3-moe", "granite-moe"]
+"""Their fused experts are saved under names of another module, each matrix by itself, and as they are."""
 
 
 def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:

@@ -1,0 +1,249 @@
+"""Fused experts: each matrix is pruned on the tokens that are sent to its expert, and written where it came from."""
+
+import json
+
+import pytest
+import torch
+from folders import prune, save_dense, weights_bytes
+from safetensors.torch import load_file
+from tiny_models import MIXTURES, make_model, make_tokens
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from ace_ext import InputError, PruneConfig, prune_model
+from ace_ext.experts import find_experts
+from ace_ext.model_walk import capture_calls, find_blocks, run_block
+from ace_ext.plan import planned_matrices
+from ace_ext.shards import Shards
+from ace_ext.verify import verify
+
+mixtures = pytest.mark.parametrize("family", MIXTURES)
+
+
+def experts_module(model, index=0):
+    """The module that holds a block's fused tensors."""
+    return find_experts(find_blocks(model)[index].module)[0].owner
+
+
+def zeros(weight):
+    return 1 - weight.count_nonzero() / weight.numel()
+
+
+@mixtures
+def test_every_expert_is_a_linear_in_the_tensors_memory(family):
+    model = make_model(family)
+    blocks = find_blocks(model)
+    for block in blocks:
+        assert {child.split(".")[-1] for child in block.linears if block.is_expert(child)} == {
+            "gate_up_proj",
+            "down_proj",
+        }
+        for fused in block.experts:
+            assert len(fused.linears) == 4
+            for expert, linear in enumerate(fused.linears.values()):
+                assert linear.weight.data_ptr() == fused.tensor[expert].data_ptr()
+                assert torch.equal(linear.weight, fused.tensor[expert])
+        assert not any("router" in child or child.endswith("gate") for child in block.linears)
+
+
+@mixtures
+def test_their_products_go_through_the_linears(family):
+    """Once each, with the tokens that the router sends there; what the model computes otherwise is put back."""
+    model = make_model(family)
+    blocks = find_blocks(model)
+    chosen = model.config._experts_implementation
+    (call,) = capture_calls(model, blocks, [{"input_ids": make_tokens()}])
+    seen, sent = {}, []
+    owner = blocks[0].experts[0].owner
+    handles = [owner.register_forward_pre_hook(lambda _, args: sent.append(args[1]))]
+    for child, linear in blocks[0].linears.items():
+        handles.append(linear.register_forward_pre_hook(lambda _, args, child=child: seen.update({child: args[0]})))
+    run_block(blocks[0], call.hidden, call.others[0])
+    for handle in handles:
+        handle.remove()
+    assert model.config._experts_implementation == chosen
+    for fused in blocks[0].experts:
+        for expert, child in enumerate(fused.linears):
+            assert len(seen[child]) == (sent[0] == expert).sum(), child
+
+
+@mixtures
+@pytest.mark.parametrize("order", ["block", "sequential"])
+def test_masks_are_those_of_the_routed_tokens(family, order):
+    """Wanda's score of the first block's gate and up matrices, from what the dense model sends to each expert."""
+    model, tokens = make_model(family), make_tokens()
+    if order == "sequential":  # what reaches the experts has passed the pruned attention: leave that dense
+        config = PruneConfig("wanda", order=order, skip=("self_attn",))
+    else:
+        config = PruneConfig("wanda", order=order)
+    owner, sent = experts_module(model), []
+    handle = owner.register_forward_pre_hook(lambda _, args: sent.append((args[0].clone(), args[1].clone())))
+    model(tokens)
+    handle.remove()
+    x, index = sent[0]
+    dense = owner.gate_up_proj.detach().clone()
+    report = prune_model(model, tokens, config)
+    for expert in range(4):
+        routed = x[(index == expert).any(dim=1)]
+        score = dense[expert].abs() * routed.norm(dim=0)
+        kept = torch.zeros_like(score).scatter_(1, score.topk(16, dim=1).indices, 1.0).bool()
+        pruned = owner.gate_up_proj[expert]
+        assert ((pruned != 0) != kept).float().mean() < 2e-3
+        assert torch.equal(pruned[pruned != 0], dense[expert][pruned != 0])
+        matrix = next(m for m in report.matrices if m.name.endswith(f"0.{_path(model)}.{expert}.gate_up_proj"))
+        assert matrix.tokens == len(routed)
+
+
+def _path(model):
+    return find_blocks(model)[0].experts[0].name.removesuffix(".gate_up_proj")
+
+
+@mixtures
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"order": "block", "metric": "cosp"},
+        {"pattern": "2:4", "batch_tokens": 32},
+        {"update": "admm", "batch_tokens": 32},
+        {"update": "obs", "gram": "cosine"},
+        {"refine": "swaps", "group": "row"},
+        {"update": "admm", "tune_epochs": 2},
+        {"group": "matrix"},
+    ],
+    ids=str,
+)
+def test_pruned_files_are_sound(family, config, tmp_path):
+    """By the report, through ``verify``; and router, embeddings and head keep their bytes."""
+    dense = save_dense(tmp_path / "dense", family)
+    report, output = prune(dense, tmp_path / "out", calibration={"source": "tokens"}, **config)
+    result = verify(output)
+    assert not result.problems
+    assert result.loads
+    assert result.matrices == len(report.matrices) == 3 * (4 + 2 * 4)
+    assert result.sparsity == pytest.approx(0.5, abs=0.01)
+    before, after = load_file(dense / "model.safetensors"), load_file(output / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in after.items():
+        if "expert" in name or "_linear" in name or "_proj" in name:
+            assert zeros(tensor) == pytest.approx(0.5, abs=0.01 if config.get("group") != "matrix" else 0.2), name
+        elif "norm" not in name or not config.get("tune_epochs"):
+            assert torch.equal(tensor, before[name]), name
+
+
+@mixtures
+@pytest.mark.parametrize("fused", [False, True], ids=["as-published", "as-loaded"])
+def test_the_files_names_do_not_matter(family, fused, tmp_path):
+    """A checkpoint whose tensors are fused already prunes to the same weights, in memory and from the disk."""
+    dense = save_dense(tmp_path / "dense", family, save_original_format=not fused)
+    expected = AutoModelForCausalLM.from_pretrained(dense, dtype="auto")
+    prune_model(expected, make_tokens(8, 16), PruneConfig())
+    for offload in ("none", "disk"):
+        _, output = prune(dense, tmp_path / offload, {"offload": offload}, {"source": "tokens"})
+        assert load_file(output / "model.safetensors").keys() == load_file(dense / "model.safetensors").keys()
+        loaded = AutoModelForCausalLM.from_pretrained(output)
+        for name, parameter in expected.named_parameters():
+            assert torch.equal(loaded.get_parameter(name), parameter), name
+
+
+@mixtures
+def test_a_parameter_is_read_and_written_piece_by_piece(family, tmp_path):
+    model = make_model(family)
+    folder = save_dense(tmp_path / "dense", family, torch.float32, max_shard_size="20KB")
+    assert len(weights_bytes(folder)) > 1
+    shards = Shards(folder).adopt(model)
+    for name, parameter in model.named_parameters():
+        assert shards.describe(name) == (torch.float32, tuple(parameter.shape))
+        assert torch.equal(shards.read(name), parameter), name
+    owner = next(name for name, _ in model.named_parameters() if name.endswith("0.mlp.experts.down_proj")
+                 or name.endswith("0.block_sparse_moe.experts.down_proj"))  # fmt: skip
+    third = owner.replace("experts.", "experts.2.") + ".weight"
+    assert torch.equal(shards.read(third), model.get_parameter(owner)[2])
+    changed = torch.randn_like(model.get_parameter(owner))
+    shards.write({owner: changed})
+    assert torch.equal(Shards(folder).adopt(model).read(third), changed[2])
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), changed if name == owner else parameter), name
+
+
+def test_tensors_of_another_shape_are_no_part(tmp_path):
+    """Nothing is put together from files that do not hold all of it in its shape."""
+    model = make_model("mixtral")
+    shards = Shards(save_dense(tmp_path / "dense", "mixtral", torch.float32))
+    entry = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+    shards.entries[entry] = shards.entries.pop(entry.replace("2.w1", "2.w2"))  # [32, 48] in place of [48, 32]
+    shards.adopt(model)
+    assert "model.layers.1.mlp.experts.gate_up_proj" not in shards
+    assert "model.layers.1.mlp.experts.down_proj" not in shards
+    assert "model.layers.0.mlp.experts.gate_up_proj" in shards
+
+
+def test_experts_that_no_token_reaches_are_cut_by_magnitude():
+    model, tokens = make_model("qwen3-moe"), make_tokens()
+    with torch.no_grad():
+        for block in find_blocks(model):
+            gate = block.module.mlp.gate
+            gate.top_k = 1
+            gate.weight[:] = gate.weight[0] * torch.tensor([[1.0], [-1.0], [0.5], [0.0]])  # the last is never on top
+    dense = experts_module(model).down_proj.detach().clone()
+    report = prune_model(model, tokens, PruneConfig())
+    unseen = [matrix for matrix in report.matrices if not matrix.tokens]
+    assert any(matrix.name == "model.layers.0.mlp.experts.3.down_proj" for matrix in unseen)
+    assert f"{len(unseen)} experts' matrices saw no calibration token" in report.table()
+    pruned = experts_module(model).down_proj[3]
+    kept = dense[3].abs() >= dense[3].abs().topk(12, dim=1).values[:, -1:]
+    assert torch.equal(pruned != 0, kept)
+    json.loads(report.to_json())
+    for config in ({"group": "model"}, {"allocation": "owl"}):
+        with pytest.raises(InputError, match=r"experts\.\d.* saw no calibration token"):
+            prune_model(model, tokens, PruneConfig(**config))
+
+
+def test_skip_by_name():
+    model = make_model("mixtral")
+    (first, *_) = find_blocks(model, skip=[r"experts\.1\.", r"layers\.0\.self_attn"])
+    assert set(first.linears) == {f"mlp.experts.{e}.{n}" for e in (0, 2, 3) for n in ("gate_up_proj", "down_proj")}
+    (first, *_) = find_blocks(model, skip=[r"experts\.down_proj"])
+    assert not any(child.endswith("down_proj") for child in first.linears)
+    (first, *_) = find_blocks(model, skip=[r"experts"])
+    assert not first.experts
+    prune_model(model, make_tokens(), PruneConfig(skip=(r"experts\.1\.",)))
+    weight = experts_module(model).gate_up_proj
+    assert [round(float(zeros(w)), 2) for w in weight] == [0.5, 0.0, 0.5, 0.5]
+
+
+def test_a_stage_takes_all_experts():
+    """Several batches: attention's inputs, its output, all gates, all downs; and one more pass to go on."""
+    model, passes = make_model("mixtral"), []
+    handle = experts_module(model).register_forward_pre_hook(lambda *_: passes.append(1))
+    prune_model(model, make_tokens(), PruneConfig(batch_tokens=32))
+    handle.remove()
+    assert len(passes) == 2 + 3 * (4 + 1)  # two to see what a block returns and who reads what; then of three batches
+
+
+def test_statistics_and_plan_know_them(tmp_path):
+    dense = save_dense(tmp_path / "dense", "qwen3-moe")
+    planned = planned_matrices(find_blocks(make_model("qwen3-moe")), PruneConfig())
+    text = {"source": "tokens"}
+    keep = {"save_stats": tmp_path / "stats.safetensors"}
+    report, kept = prune(dense, tmp_path / "kept", keep, text, order="block")
+    assert [(m.name, m.shape, m.shape[0] * m.keep) for m in planned] == [
+        (m.name, m.shape, m.keep) for m in report.matrices
+    ]
+    _, again = prune(dense, tmp_path / "again", {"stats": tmp_path / "stats.safetensors"}, text, order="block")
+    assert weights_bytes(again) == weights_bytes(kept)
+
+
+def test_values_of_a_linear_call_are_untouched():
+    """Only products with the experts' own matrices are redirected."""
+    model = make_model("mixtral")
+    (call,) = capture_calls(model, find_blocks(model), [{"input_ids": make_tokens()}])
+    block = find_blocks(model)[0]
+    called = []
+    linear = block.linears["mlp.experts.0.down_proj"]
+    linear.register_forward_pre_hook(lambda *_: called.append(1))
+    functional.linear(torch.ones(1, 48), linear.weight)
+    assert not called
+    run_block(block, call.hidden, call.others[0])
+    assert called == [1]
