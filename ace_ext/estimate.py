@@ -81,8 +81,12 @@ def estimate(
         outside = min(outside, nsamples * seqlen * _FAULT_AROUND)
     loaded = not next(blocks[0].module.parameters()).is_meta
     resident = sum(shape.blocks) + outside
+    if mapped and not offload:
+        resident += copied_bytes(blocks, shards)
     if process is None:
         process = _process_bytes(resident if loaded else 0, text_to_come=not (loaded or offload), device=device)
+    if shape.experts and shape.itemsize < 4 and torch.device(device).type == "cpu":
+        process += _EXPERT_KERNELS
     run = _Run(blocks, config, shape, nsamples * seqlen, seqlen, resident_hidden)
     phases = [*run.pruning(), *run.training(), *run.allocating()]
     phases = [replace(phase, process=process, model=max(shape.blocks) if offload else resident) for phase in phases]
@@ -122,6 +126,16 @@ _FORWARD_LIBRARIES = 110 * 10**6
 
 _TOKENIZER_AND_TEXT = 150 * 10**6
 """Measured on wiki-mini with a vocabulary of 49 152: what it grows by for good while it draws calibration text."""
+
+
+_EXPERT_KERNELS = 100 * 10**6
+"""Measured: what it grows by for good as experts' products come in ever new numbers of rows."""
+
+
+def copied_bytes(blocks: list[Block], shards: Shards) -> int:
+    """Of fused experts that were put together from several tensors of files that stay mapped beside them."""
+    fused = ((block.name, experts) for block in blocks for experts in block.experts)
+    return sum(experts.tensor.nbytes for name, experts in fused if f"{name}.{experts.name}" not in shards.entries)
 
 
 def _process_bytes(weights: int, text_to_come: bool, device: torch.device | str) -> int:

@@ -17,7 +17,7 @@ from .checkpoint import DTYPES, load_tokenizer, local_folder
 from .config import PruneConfig, keep_count
 from .driver import check_pattern
 from .errors import InputError
-from .estimate import Estimate
+from .estimate import Estimate, copied_bytes
 from .memory import peak_memory_bytes, reset_peak, resident_bytes
 from .model_walk import Block, find_blocks
 from .offload import skeleton
@@ -228,7 +228,8 @@ def _earlier_phases(
         return phases
     held = 0 if source.offloaded else pruning.model
     if source.shards is not None and not source.offloaded:
-        held = _bytes_of(blocks)  # mapped: the check of the weights read the blocks, and nothing has read the rest yet
+        # Mapped: the check of the weights read the blocks, and nothing has read the rest yet.
+        held = _bytes_of(blocks) + copied_bytes(blocks, source.shards)
     return [*phases, Estimate(measured.before_text, held, transient=measured.text_bytes, phase="text")]
 
 

@@ -4,6 +4,7 @@ Linears that are handed the very same tensor (q, k and v; gate and up) share one
 depend on each Linear's own output. The plain Gram matrix is shared like the moments.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import ops
+from .experts import ExpertLinear, filled_linear
 from .gram import GramState
 from .scores import COSINE_GRAM, GRAM, INPUT, MOMENT, WEIGHTED
 
@@ -190,7 +192,9 @@ class StatisticsCollector:
             if MOMENT in self.needs:
                 ops.update_cosine_moment_(stats.moment, rows, dense)
         elif self._weighs_tokens:
-            dense = sketched_output(rows, self.linears[name].weight)
+            linear = self.linears[name]
+            product = filled_linear if isinstance(linear, ExpertLinear) else functional.linear
+            dense = sketched_output(rows, linear.weight, product)
         if self._weighs_tokens:
             self._update_weighted(stats, rows, ops.inverse_square_norm(dense))
 
@@ -240,15 +244,15 @@ SKETCH_ROWS = 128
 """Of a random projection of the outputs: each token's squared norm is then known to sqrt(2 / 128), an eighth."""
 
 
-def sketched_output(x: Tensor, weight: Tensor) -> Tensor:
+def sketched_output(x: Tensor, weight: Tensor, product: Callable = functional.linear) -> Tensor:
     """``[T, min(d_out, SKETCH_ROWS)]``: rows whose norms stand for those of ``x Wᵀ``, at a fraction of its cost.
 
     ``x (S W)ᵀ`` with S random signs over ``sqrt(SKETCH_ROWS)``: the expected square of its norm is ``‖A_t‖²``
     (Achlioptas 2003, database-friendly random projections). S depends on the shape alone, so a run can be repeated.
     """
     if len(weight) <= SKETCH_ROWS:
-        return functional.linear(x, weight)
-    return functional.linear(x, _projection(len(weight), weight.device, weight.dtype) @ weight)
+        return product(x, weight)
+    return product(x, _projection(len(weight), weight.device, weight.dtype) @ weight)
 
 
 @lru_cache(maxsize=8)  # a model's Linears have few shapes

@@ -183,4 +183,4 @@ def test_a_mixture_holds_no_more_than_estimated(setting, tmp_path):
     config, tokens = PruneConfig(**setting), make_tokens(16, 64)
     found = need(config, *tokens.shape, model=model)
     peak = peak_of(lambda: prune_model(model, tokens, config), tmp_path / "trace.json")
-    assert 1 <= (found.total - found.model) / peak < 2.8
+    assert 1 <= (found.total - found.model - found.process) / peak < 2.8  # the process: kernels, which are no tensors

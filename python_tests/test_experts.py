@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from ace_ext import InputError, PruneConfig, prune_model
-from ace_ext.experts import find_experts
+from ace_ext.experts import filled_linear, filled_rows, find_experts
 from ace_ext.model_walk import capture_calls, find_blocks, run_block
 from ace_ext.plan import planned_matrices
 from ace_ext.shards import Shards
@@ -247,3 +247,16 @@ def test_values_of_a_linear_call_are_untouched():
     assert not called
     run_block(block, call.hidden, call.others[0])
     assert called == [1]
+
+
+def test_few_shapes_reach_half_precision_products():
+    """Filled up by less than a quarter, beyond 256 rows; and the rows that were asked for come out."""
+    counts = [filled_rows(n) for n in range(1, 16385)]
+    assert len(set(counts)) <= 32
+    assert all(n <= filled < n + 64 or (n > 256 and filled < 1.25 * n) for n, filled in enumerate(counts, 1))
+    weight = torch.randn(24, 40)
+    for rows in (0, 1, 100, 1000):
+        x = torch.randn(rows, 40)
+        for dtype in (torch.float32, torch.bfloat16):
+            found = filled_linear(x.to(dtype), weight.to(dtype))
+            torch.testing.assert_close(found, functional.linear(x.to(dtype), weight.to(dtype)))
