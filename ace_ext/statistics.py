@@ -207,7 +207,10 @@ class StatisticsCollector:
 
     def empty(self, name: str) -> LinearStatistics:
         """Statistics of no token, of a Linear that was not called."""
-        return self._new_stats(name, name, self.linears[name].weight.device)
+        weight = self.linears[name].weight
+        stats = self._new_stats(name, name, weight.device)
+        stats.probe.append(weight.new_zeros(0, weight.shape[1]))
+        return stats
 
     def _share(self, name: str, x: Tensor) -> str:
         """The Linear whose input statistics serve this one: fixed at its first call."""

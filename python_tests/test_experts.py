@@ -222,10 +222,11 @@ def test_a_stage_takes_all_experts():
     assert len(passes) == 2 + 3 * (4 + 1)  # two to see what a block returns and who reads what; then of three batches
 
 
-def test_statistics_and_plan_know_them(tmp_path):
+@pytest.mark.parametrize("seqlen", [16, 2], ids=["all-reached", "some-reached"])
+def test_statistics_and_plan_know_them(seqlen, tmp_path):
     dense = save_dense(tmp_path / "dense", "qwen3-moe")
     planned = planned_matrices(find_blocks(make_model("qwen3-moe")), PruneConfig())
-    text = {"source": "tokens"}
+    text = {"source": "tokens", "nsamples": 1, "seqlen": seqlen}
     keep = {"save_stats": tmp_path / "stats.safetensors"}
     report, kept = prune(dense, tmp_path / "kept", keep, text, order="block")
     assert [(m.name, m.shape, m.shape[0] * m.keep) for m in planned] == [
@@ -233,6 +234,7 @@ def test_statistics_and_plan_know_them(tmp_path):
     ]
     _, again = prune(dense, tmp_path / "again", {"stats": tmp_path / "stats.safetensors"}, text, order="block")
     assert weights_bytes(again) == weights_bytes(kept)
+    assert all(matrix.tokens for matrix in report.matrices) == (seqlen == 16)
 
 
 def test_values_of_a_linear_call_are_untouched():
