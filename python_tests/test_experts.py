@@ -16,7 +16,6 @@ from ace_ext.model_walk import capture_calls, find_blocks, run_block
 from ace_ext.plan import planned_matrices
 from ace_ext.shards import Shards
 from ace_ext.verify import verify
-from ace_ext.workspace import Workspace
 
 mixtures = pytest.mark.parametrize("family", MIXTURES)
 
@@ -250,26 +249,6 @@ def test_values_of_a_linear_call_are_untouched():
     assert not called
     run_block(block, call.hidden, call.others[0])
     assert called == [1]
-
-
-@pytest.mark.parametrize("offload", ["none", "disk"])
-def test_a_run_that_stopped_goes_on(offload, tmp_path, monkeypatch):
-    dense, run, text = save_dense(tmp_path / "dense", "mixtral"), {"offload": offload}, {"source": "tokens"}
-    _, whole = prune(dense, tmp_path / "whole", run, text)
-    done = Workspace.block_done
-
-    def stop(journal, *arguments):
-        if journal.finished == 1:
-            raise KeyboardInterrupt
-        done(journal, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Workspace, "block_done", stop)
-        with pytest.raises(KeyboardInterrupt):
-            prune(dense, tmp_path / "resumed", run, text)
-    report, resumed = prune(dense, tmp_path / "resumed", {**run, "resume": True}, text)
-    assert len(report.blocks) == 3
-    assert weights_bytes(resumed) == weights_bytes(whole)
 
 
 def test_few_shapes_reach_half_precision_products():

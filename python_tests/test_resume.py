@@ -161,6 +161,19 @@ def test_goes_on_and_reports_all_blocks(offload, stopped, tmp_path):
     assert [block.name for block in report.blocks] == [f"model.layers.{i}" for i in range(3)]
 
 
+@pytest.mark.parametrize("offload", ["disk", "none"])
+def test_a_mixture_goes_on(offload, tmp_path, monkeypatch):
+    """Its fused experts lie in the files one by one."""
+    dense, run, text = save_dense(tmp_path / "dense", "mixtral"), {"offload": offload}, {"source": "tokens"}
+    _, whole = prune(dense, tmp_path / "whole", run, text)
+    with monkeypatch.context() as patch:
+        crash_after(patch, 2)
+        with pytest.raises(Crash):
+            prune(dense, tmp_path / "out", run, text)
+    _, out = prune(dense, tmp_path / "out", {**run, **RESUME}, text)
+    assert weights_bytes(out) == weights_bytes(whole)
+
+
 def test_only_the_rest_is_pruned(stopped, tmp_path, monkeypatch):
     held = []
     real = pipeline.OffloadedBlocks.hold
