@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -58,4 +59,6 @@ print(memory.resident_bytes() - before)
 
 
 def _python(program):
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    """What it prints. Not run in the source tree: it would find the sources there, and not what is installed."""
+    place = tempfile.gettempdir()
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=place).stdout
