@@ -51,6 +51,7 @@ def load_model(source: str, dtype: str = "auto", device: str = "cpu") -> LoadedM
 
 
 def check_dtype(dtype: str) -> None:
+    """Raises :class:`InputError` for a name that is none of ``auto`` and :data:`DTYPES`."""
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"dtype must be auto, {', '.join(DTYPES)} (got {dtype!r})")
 

@@ -127,7 +127,6 @@ _FORWARD_LIBRARIES = 110 * 10**6
 _TOKENIZER_AND_TEXT = 150 * 10**6
 """Measured on wiki-mini with a vocabulary of 49 152: what it grows by for good while it draws calibration text."""
 
-
 _EXPERT_KERNELS = 100 * 10**6
 """Measured: what it grows by for good as experts' products come in ever new numbers of rows."""
 
@@ -226,7 +225,7 @@ class _Run:
             elif self.in_one_forward:
                 yield from ((block, [child]) for child in block.linears)
             else:
-                yield from ((block, [c for c in fused.linears if c in block.linears]) for fused in block.experts)
+                yield from ((block, stage) for stage in block.expert_stages())
                 others = {c: linear.weight.shape[1] for c, linear in block.linears.items() if not block.is_expert(c)}
                 yield from ((block, [c for c in others if others[c] == columns]) for columns in set(others.values()))
 

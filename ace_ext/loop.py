@@ -177,17 +177,16 @@ class Loop:
         self._advance(block, index)
 
     def _stages(self, block: Block, index: int) -> list[list[str]]:
-        """The block's Linears in the order in which the first batch calls them, grouped by the tensor they read. Of
-        fused experts all that lie in one tensor make a stage: none of them is behind another."""
+        """The block's Linears in the order in which the first batch calls them, grouped by the tensor they read;
+        those of fused experts by the tensor that they lie in."""
         stages: list[list[str]] = []
         last: list[Tensor] = []
-        together = {child: list(fused.linears) for fused in block.experts for child in fused.linears}
+        together = {child: stage for stage in block.expert_stages() for child in stage}
 
         def note(child: str, x: Tensor) -> None:
             if child in together:
-                stage = [other for other in together[child] if other in block.linears]
-                if stage not in stages:
-                    stages.append(stage)
+                if together[child] not in stages:
+                    stages.append(together[child])
             elif last and last[0] is x:
                 stages[-1].append(child)
             else:

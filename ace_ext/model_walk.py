@@ -37,6 +37,10 @@ class Block:
         """Whether it is the matrix of a fused expert, which only the tokens reach that are sent there."""
         return any(linear in fused.linears for fused in self.experts)
 
+    def expert_stages(self) -> list[list[str]]:
+        """The prunable Linears of each fused tensor: none of them is behind another."""
+        return [[child for child in fused.linears if child in self.linears] for fused in self.experts]
+
 
 @dataclass
 class BlockCall:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from .checkpoint import DTYPES, load_tokenizer, local_folder
 from .config import PruneConfig, keep_count
 from .driver import check_pattern
-from .errors import InputError
 from .estimate import Estimate, copied_bytes
 from .memory import peak_memory_bytes, reset_peak, resident_bytes
 from .model_walk import Block, find_blocks
@@ -24,7 +23,7 @@ from .offload import skeleton
 from .options import Calibration, RunOptions, check_options
 from .report import kind_of
 from .shards import Shards, has_safetensors
-from .source import Demand, Source, stored_as_loaded, wants_offload
+from .source import Demand, Source, files_do_not_serve, no_safetensors, stored_as_loaded, wants_offload
 from .texts import SELF
 from .trial import Trial, try_block
 from .unpacking import Unpacking, gguf_skeleton
@@ -175,9 +174,7 @@ def _lay_out(
     if folder is None:
         laid_out, tokenizer, unpacking = gguf_skeleton(Path(model).expanduser(), DTYPES.get(dtype, torch.bfloat16))
         if options.offload == "disk":
-            raise InputError(
-                f"offload disk needs a folder or hub model of safetensors (got {model!r}); pass --offload none"
-            )
+            raise no_safetensors(model)
         return Source(model, laid_out, tokenizer, None, None, False), unpacking
     shards = Shards(folder) if has_safetensors(folder) else None
     laid_out = skeleton(folder, shards, dtype)
@@ -186,10 +183,7 @@ def _lay_out(
         offload = wants_offload(laid_out, shards, config, calibration, options, device)
         return Source(model, laid_out, tokenizer, folder, shards, offload), None
     if options.offload == "disk":
-        raise InputError(
-            f"offload disk reads blocks from safetensors that hold every parameter as it is, all of dtype {dtype}, "
-            f"which {model!r} does not have; save it with save_pretrained, or pass --offload none"
-        )
+        raise files_do_not_serve(model, dtype)
     source = Source(model, laid_out, tokenizer, folder, None, False)
     # Converted tensor by tensor, while the files' own pages are mapped.
     return source, Unpacking(sum(file.stat().st_size for file in source.files), 0.0)

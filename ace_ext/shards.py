@@ -5,8 +5,10 @@ import math
 import os
 import shutil
 import struct
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -115,15 +117,17 @@ class Shards:
                     f"{name} must be {dtype} {list(shape)} as in {self._spans(name)[0][0].name} "
                     f"(got {tensor.dtype} {list(tensor.shape)})"
                 )
-        for path in {path for name in tensors for path, _, _ in self._spans(name)}:
-            with path.open("r+b") as file:
-                for name, tensor in tensors.items():
-                    view = memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-                    for where, offset, size in self._spans(name):
-                        part, view = view[:size], view[size:]
-                        if where == path:
-                            file.seek(offset)
-                            file.write(part)
+        files: dict[Path, BinaryIO] = {}
+        with ExitStack() as opened:
+            for name, tensor in tensors.items():
+                view = memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+                for path, offset, size in self._spans(name):
+                    part, view = view[:size], view[size:]
+                    if path not in files:
+                        files[path] = opened.enter_context(path.open("r+b"))
+                    files[path].seek(offset)
+                    files[path].write(part)
+        for path in files:
             flush(path)
 
     def _spans(self, name: str) -> list[tuple[Path, int, int]]:

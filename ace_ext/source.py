@@ -65,18 +65,26 @@ def open_source(
         if stored and wants_offload(laid_out, shards, config, calibration, options, device):
             return Source(model, laid_out, load_tokenizer(folder), folder, shards, True)
         if options.offload == "disk":
-            raise InputError(
-                f"offload disk reads blocks from safetensors that hold every parameter as it is, all of dtype {dtype}, "
-                f"which {model!r} does not have; save it with save_pretrained, or pass --offload none"
-            )
+            raise files_do_not_serve(model, dtype)
         loaded = load_model(str(folder), dtype, device)
         return Source(model, loaded.model, loaded.tokenizer, folder, shards if stored else None, False)
     if options.offload == "disk":
-        raise InputError(
-            f"offload disk needs a folder or hub model of safetensors (got {model!r}); pass --offload none"
-        )
+        raise no_safetensors(model)
     loaded: LoadedModel = load_model(model, dtype, device)
     return Source(model, loaded.model, loaded.tokenizer, folder, None, False)
+
+
+def no_safetensors(model: str) -> InputError:
+    """What to raise where ``offload`` is ``disk`` and the model is no folder of safetensors."""
+    return InputError(f"offload disk needs a folder or hub model of safetensors (got {model!r}); pass --offload none")
+
+
+def files_do_not_serve(model: str, dtype: str) -> InputError:
+    """What to raise where ``offload`` is ``disk`` and :func:`stored_as_loaded` says no."""
+    return InputError(
+        f"offload disk reads blocks from safetensors that hold every parameter as it is, all of dtype {dtype}, "
+        f"which {model!r} does not have; save it with save_pretrained, or pass --offload none"
+    )
 
 
 def stored_as_loaded(laid_out: nn.Module, shards: Shards, dtype: str) -> bool:

@@ -50,13 +50,15 @@ _DEEPSEEK = {
 }
 
 
-FAMILIES = {
+_DENSE = {
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**_SMALL)),
     "llama-tied": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**_SMALL, tie_word_embeddings=True)),
     "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**_SMALL, sliding_window=16)),
     "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_SMALL)),
     "opt": _opt,
     "gemma3": _gemma3,
+}
+_MIXTURES = {
     "mixtral": lambda: _mixture("Mixtral", "num_local_experts"),
     "qwen3-moe": lambda: _mixture("Qwen3Moe", moe_intermediate_size=24),
     "granite-moe": lambda: _mixture("GraniteMoe", "num_local_experts"),
@@ -65,7 +67,8 @@ FAMILIES = {
     "phimoe": lambda: _mixture("Phimoe", "num_local_experts"),
     "deepseek-v3": lambda: _mixture("DeepseekV3", "n_routed_experts", **_DEEPSEEK),
 }
-DENSE_FAMILIES = [*FAMILIES][:6]
+FAMILIES = _DENSE | _MIXTURES
+DENSE_FAMILIES = [*_DENSE]
 MIXTURES = ["mixtral", "qwen3-moe", "granite-moe"]
 """Their fused experts are saved under names of another module, each matrix by itself, and as they are."""
 
