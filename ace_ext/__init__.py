@@ -4,11 +4,14 @@
 >>> report = prune_model(model, tokens, PruneConfig(metric="ace", sparsity=0.5))
 """
 
-from .config import PruneConfig, SparsityPattern
-from .driver import prune_model
-from .errors import InputError
-from .extension import build_info
-from .report import PruneReport
-from .version import __version__
+from ace_ext._moved import keep_old_paths
+from ace_ext.engine.api import prune_model
+from ace_ext.errors import InputError
+from ace_ext.ops._extension import build_info
+from ace_ext.pruning.config import PruneConfig, SparsityPattern
+from ace_ext.records import PruneReport
+from ace_ext.version import __version__
 
 __all__ = ["InputError", "PruneConfig", "PruneReport", "SparsityPattern", "__version__", "build_info", "prune_model"]
+
+keep_old_paths()

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from ace_ext import PruneConfig, prune_model
-from ace_ext.bench import restore
-from ace_ext.calibration import evaluation_tokens, load_windows
-from ace_ext.checkpoint import load_model
-from ace_ext.devices import pick_device
-from ace_ext.evaluate import perplexity
-from ace_ext.model_walk import capture_calls, find_blocks, run_block
+from ace_ext.compare.runner import restore
+from ace_ext.data.perplexity import perplexity
+from ace_ext.data.windows import evaluation_tokens, load_windows
+from ace_ext.engine.devices import pick_device
+from ace_ext.models.blocks import find_blocks
+from ace_ext.models.loading import load_model
+from ace_ext.models.replay import capture_calls, run_block
 
 
 @torch.no_grad()

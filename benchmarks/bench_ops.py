@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from ace_ext import ops
-from ace_ext.memory import peak_memory_bytes, reset_peak, resident_bytes
+from ace_ext.process_memory import peak_memory_bytes, reset_peak, resident_bytes
 
 DEFAULT_SHAPES = {"cuda": "4096x4096,4096x11008,11008x4096,8192x28672", "cpu": "4096x4096,4096x11008"}
 TOKENS = {"cuda": 16384, "cpu": 2048}

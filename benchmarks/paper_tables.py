@@ -15,14 +15,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ace_ext.devices import pick_device
+from ace_ext.cli.compare import parse_length
+from ace_ext.compare.grid import Study
+from ace_ext.compare.journal import RUNS_NAME, Results, read_results
+from ace_ext.compare.method_spec import parse_methods
+from ace_ext.compare.runner import run_study
+from ace_ext.compare.tables import amount_name, rows
+from ace_ext.engine.devices import pick_device
 from ace_ext.errors import InputError
-from ace_ext.html_report import write_study_report
-from ace_ext.methods import parse_methods
-from ace_ext.plots import require_matplotlib
-from ace_ext.results import RUNS_NAME, Results, read_results
-from ace_ext.study import Study, parse_length, run_study
-from ace_ext.tables import amount_name, rows
+from ace_ext.reporting.compare_page import write_study_report
+from ace_ext.reporting.plots import require_matplotlib
 
 MODELS = {
     "llama-7b": "huggyllama/llama-7b",

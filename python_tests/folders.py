@@ -12,11 +12,13 @@ from unittest.mock import patch
 import torch
 from tiny_models import make_model, make_tokenizer, make_tokens
 
-from ace_ext import PruneConfig, cli
-from ace_ext.calibration import CalibrationData, tokens_sha256
-from ace_ext.options import Calibration, RunOptions
-from ace_ext.pipeline import prune_folder
-from ace_ext.source import Demand
+from ace_ext import PruneConfig
+from ace_ext.cli import main as cli
+from ace_ext.data.windows import CalibrationData
+from ace_ext.fingerprint import tokens_sha256
+from ace_ext.runs.model_source import Demand
+from ace_ext.runs.options import Calibration, RunOptions
+from ace_ext.runs.pipeline import prune_folder
 
 TEXT = "the quick brown fox jumps over the lazy dog " * 40
 
@@ -65,7 +67,9 @@ def fork_run(arguments: list, hidden_in_files: bool = False) -> multiprocessing.
     """Starts ``ace-prune`` with these arguments, from a server that has imported all it needs: a run starts at once,
     and is a process of its own to be killed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["folders", "ace_ext.cli", "transformers.models.llama.modeling_llama", "accelerate"])
+    context.set_forkserver_preload(
+        ["folders", "ace_ext.cli.main", "transformers.models.llama.modeling_llama", "accelerate"]
+    )
     child = context.Process(target=_run_child, args=([str(part) for part in arguments], hidden_in_files))
     child.start()
     return child

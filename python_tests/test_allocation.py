@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ace_ext import PruneConfig, reference
-from ace_ext.allocation import CURVE_POINTS, BlockMeasure, allocate, measure_block, measure_needs, sparsity_grid
-from ace_ext.config import keep_count
-from ace_ext.masks import prune_weight_, scored_weight
-from ace_ext.scores import INPUT, WEIGHTED
-from ace_ext.statistics import StatisticsCollector
+from ace_ext import PruneConfig
+from ace_ext.ops import reference
+from ace_ext.pruning.allocation import CURVE_POINTS, BlockMeasure, allocate, measure_block, measure_needs, sparsity_grid
+from ace_ext.pruning.config import keep_count
+from ace_ext.pruning.kinds import INPUT, WEIGHTED
+from ace_ext.pruning.masks import prune_weight_, scored_weight
+from ace_ext.pruning.statistics import StatisticsCollector
 
 SHAPES = {"q": (64, 64), "k": (16, 64), "up": (96, 64), "down": (64, 96)}
 

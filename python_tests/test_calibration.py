@@ -10,8 +10,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ace_ext.calibration import evaluation_tokens, load_windows, self_generated, token_windows, tokens_sha256
+from ace_ext.data.generate import self_generated
+from ace_ext.data.windows import evaluation_tokens, load_windows, token_windows
 from ace_ext.errors import InputError
+from ace_ext.fingerprint import tokens_sha256
 
 BOS, EOS = 256, 257
 

@@ -6,8 +6,10 @@ import torch
 from folders import prune, save_dense, weights_bytes
 from transformers import AutoModelForCausalLM
 
-from ace_ext import InputError, pipeline
-from ace_ext.checkpoint import check_output, load_model, read_report
+from ace_ext import InputError
+from ace_ext.models.loading import load_model
+from ace_ext.runs import pipeline
+from ace_ext.runs.output import check_output, read_report
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import pytest
 import torch
 from tiny_models import make_model, make_tokenizer
 
-from ace_ext.cli import main
-from ace_ext.scores import METRICS
+from ace_ext.cli.main import main
+from ace_ext.pruning.criteria import METRICS
 
 TEXT = "the quick brown fox jumps over the lazy dog " * 40
 

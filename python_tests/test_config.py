@@ -3,8 +3,8 @@ from dataclasses import fields
 import pytest
 
 from ace_ext import InputError, PruneConfig, SparsityPattern
-from ace_ext.config import keep_count
-from ace_ext.scores import COSINE_GRAM, GRAM, INPUT, WEIGHTED
+from ace_ext.pruning.config import keep_count
+from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, WEIGHTED
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,12 @@ import torch
 from tiny_models import DENSE_FAMILIES, make_model, make_tokens
 from torch.nn import functional
 
-from ace_ext import InputError, PruneConfig, prune_model, reference
-from ace_ext.config import keep_count
-from ace_ext.model_walk import capture_calls, find_blocks, run_block
-from ace_ext.scores import METRICS
+from ace_ext import InputError, PruneConfig, prune_model
+from ace_ext.models.blocks import find_blocks
+from ace_ext.models.replay import capture_calls, run_block
+from ace_ext.ops import reference
+from ace_ext.pruning.config import keep_count
+from ace_ext.pruning.criteria import METRICS
 
 
 def weights_of(model):

@@ -9,12 +9,13 @@ import transformers
 from tiny_models import VOCABULARY, make_model, make_tokens
 from torch.profiler import ProfilerActivity, profile
 
-from ace_ext import PruneConfig, gram, prune_model
-from ace_ext.estimate import estimate, solver_bytes
-from ace_ext.gram import GramState
-from ace_ext.model_walk import find_blocks
-from ace_ext.solvers import prune_linear_
-from ace_ext.statistics import LinearStatistics, MomentState
+from ace_ext import PruneConfig, prune_model
+from ace_ext.models.blocks import find_blocks
+from ace_ext.pruning import gram
+from ace_ext.pruning.gram import GramState
+from ace_ext.pruning.solvers import prune_linear_
+from ace_ext.pruning.statistics import LinearStatistics, MomentState
+from ace_ext.runs.memory_model import estimate, solver_bytes
 
 
 def need(config=None, nsamples=8, seqlen=16, model=None, **options):

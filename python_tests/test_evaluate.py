@@ -6,7 +6,7 @@ from tiny_models import VOCABULARY, make_model, make_tokens
 from torch.nn import functional
 
 from ace_ext import InputError
-from ace_ext.evaluate import perplexity
+from ace_ext.data.perplexity import perplexity
 
 
 def test_equals_a_plain_loop():

@@ -11,11 +11,12 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from ace_ext import InputError, PruneConfig, prune_model
-from ace_ext.experts import filled_linear, filled_rows, find_experts
-from ace_ext.model_walk import capture_calls, find_blocks, run_block
-from ace_ext.plan import planned_matrices
-from ace_ext.shards import Shards
-from ace_ext.verify import verify
+from ace_ext.models.blocks import find_blocks
+from ace_ext.models.experts import filled_linear, filled_rows, find_experts
+from ace_ext.models.replay import capture_calls, run_block
+from ace_ext.models.safetensors_files import Shards
+from ace_ext.runs.plan import planned_matrices
+from ace_ext.runs.verify import verify
 
 mixtures = pytest.mark.parametrize("family", MIXTURES)
 

@@ -11,8 +11,12 @@ import pytest
 import torch
 from folders import command, prune, save_dense, weights_bytes
 
-from ace_ext import InputError, cli, hidden, pipeline, shards, workspace
-from ace_ext.workspace import Workspace
+from ace_ext import InputError
+from ace_ext.cli import main as cli
+from ace_ext.engine import hidden_states
+from ace_ext.models import safetensors_files
+from ace_ext.runs import pipeline, workspace
+from ace_ext.runs.workspace import Workspace
 
 
 def finished(place) -> int:
@@ -31,9 +35,9 @@ def dense(tmp_path):
 def fail_at(monkeypatch, place: str, number: int, code: int = errno.ENOSPC):
     """The ``number``-th call of this kind of write fails."""
     owner, name = {
-        "weights": (shards.Shards, "write"),
+        "weights": (safetensors_files.Shards, "write"),
         "state": (Workspace, "_write_state"),
-        "hidden": (hidden.HiddenStates, "_write"),
+        "hidden": (hidden_states.HiddenStates, "_write"),
         "copy": (pipeline, "copy_model"),
         "finish": (workspace, "_open_to_others"),
     }[place]

@@ -19,7 +19,7 @@ from helpers import (
 )
 
 from ace_ext import build_info, ops
-from ace_ext.extension import _C
+from ace_ext.ops._extension import compiled
 
 
 def _missing() -> str | None:
@@ -40,9 +40,9 @@ def on_gpu(arguments: dict) -> dict:
 @pytest.fixture(autouse=True)
 def no_flag_left():
     """Each test starts with a clear flag and must leave one."""
-    _C.take_not_finite(torch.cuda.current_device())
+    compiled().take_not_finite(torch.cuda.current_device())
     yield
-    assert _C.take_not_finite(torch.cuda.current_device()) == ""
+    assert compiled().take_not_finite(torch.cuda.current_device()) == ""
 
 
 def matrices(rows, cols, dtype, random, metric, ties):
@@ -186,16 +186,16 @@ def test_solvers_leave_alone_what_they_cannot_use(random):
     weight[5, 7] = float("nan")
     before, masks = weight.clone(), mask.clone()
     swaps = ops.refine_swaps_(mask, weight, gram, 2, 4)
-    assert _C.take_not_finite(device) == "refine_swaps_"
+    assert compiled().take_not_finite(device) == "refine_swaps_"
     assert (swaps == -1).tolist() == [i == 5 for i in range(8)]
     assert torch.equal(mask[5], masks[5])
     ops.obs_block_(weight, error, mask, factor)
-    assert _C.take_not_finite(device) == "obs_block_"
+    assert compiled().take_not_finite(device) == "obs_block_"
     assert_same_bits(weight[5].cpu(), before[5].cpu())
     factor[3, 3] = 0.0
     weight.copy_(before)
     ops.obs_block_(weight, error, mask, factor)
-    assert _C.take_not_finite(device) == "obs_block_"
+    assert compiled().take_not_finite(device) == "obs_block_"
     assert_same_bits(weight.cpu(), before.cpu())
 
 
@@ -359,24 +359,24 @@ def test_what_is_not_finite_is_flagged_and_left_alone(bad, dtype, random):
     weight[5, 7] = bad
     rows, matrix, groups = weight.cuda(), weight.cuda(), weight.cuda()
     threshold = ops.prune_topk_(rows, "magnitude", 20)
-    assert _C.take_not_finite(device) == "prune_topk_"
+    assert compiled().take_not_finite(device) == "prune_topk_"
     assert threshold[5].isnan()
     assert_same_bits(rows[5].cpu(), weight[5])
     assert ((rows != 0).sum(1).cpu() == torch.tensor([20] * 5 + [64] + [20] * 2)).all()
     assert ops.prune_topk_(matrix, "magnitude", 200, group="matrix").isnan().all()
-    assert _C.take_not_finite(device) == "prune_topk_"
+    assert compiled().take_not_finite(device) == "prune_topk_"
     assert_same_bits(matrix.cpu(), weight)
     ops.prune_nm_(groups, "magnitude", 2, 4)
-    assert _C.take_not_finite(device) == "prune_nm_"
+    assert compiled().take_not_finite(device) == "prune_nm_"
     assert_same_bits(groups[5, 4:8].cpu(), weight[5, 4:8])
-    assert _C.take_not_finite(device) == ""
+    assert compiled().take_not_finite(device) == ""
 
 
 def test_bad_token_weights_are_flagged():
     device = torch.cuda.current_device()
     state = [torch.zeros(size, device="cuda") for size in ((), (4,), (4,))]
     ops.update_moments_(*state, torch.ones(3, 4, device="cuda"), torch.tensor([1.0, -1.0, 1.0], device="cuda"))
-    assert _C.take_not_finite(device) == "update_moments_"
+    assert compiled().take_not_finite(device) == "update_moments_"
 
 
 def test_mixed_devices_are_refused(random):

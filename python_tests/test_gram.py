@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ace_ext import InputError
-from ace_ext.gram import MAX_ATTEMPTS, RHO, GramState
+from ace_ext.pruning.gram import MAX_ATTEMPTS, RHO, GramState
 
 
 def make_state(tokens=40, columns=9, seed=0) -> tuple[GramState, torch.Tensor]:

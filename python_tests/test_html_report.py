@@ -7,11 +7,14 @@ import matplotlib.image
 import pytest
 from tiny_models import make_model, make_tokens
 
-from ace_ext import InputError, PruneConfig, plots, prune_model
-from ace_ext.evaluate import Perplexity
-from ace_ext.html_report import check_report, write_run_report, write_study_report
-from ace_ext.plots import blocks_plot, pareto_front, study_plots
-from ace_ext.results import BlockFigures, Cell, Results, Run
+from ace_ext import InputError, PruneConfig, prune_model
+from ace_ext.compare.journal import BlockFigures, Cell, Results, Run
+from ace_ext.data.perplexity import Perplexity
+from ace_ext.reporting import plots
+from ace_ext.reporting.compare_page import write_study_report
+from ace_ext.reporting.html import check_report
+from ace_ext.reporting.plots import blocks_plot, pareto_front, study_plots
+from ace_ext.reporting.run_page import write_run_report
 
 NASTY = '<script>alert("x")</script>&'
 

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from ace_ext import InputError, PruneConfig, reference
-from ace_ext.masks import (
+from ace_ext import InputError, PruneConfig
+from ace_ext.ops import reference
+from ace_ext.pruning.masks import (
     ScoredWeight,
     keep_budget,
     metric_mask,

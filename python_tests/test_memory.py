@@ -8,7 +8,7 @@ import torch
 from folders import spawn
 
 from ace_ext import InputError
-from ace_ext.memory import parse_bytes, peak_memory_bytes, reset_peak, resident_bytes
+from ace_ext.process_memory import parse_bytes, peak_memory_bytes, reset_peak, resident_bytes
 
 
 @pytest.mark.parametrize(

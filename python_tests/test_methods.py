@@ -5,9 +5,9 @@ from dataclasses import fields
 import pytest
 
 from ace_ext import InputError, PruneConfig
-from ace_ext.methods import METHODS, Method, parse_methods
-from ace_ext.presets import PRESETS, PUBLISHED
-from ace_ext.scores import METRICS
+from ace_ext.compare.method_spec import METHODS, Method, parse_methods
+from ace_ext.pruning.criteria import METRICS
+from ace_ext.pruning.presets import PRESETS, PUBLISHED
 
 
 def test_every_metric_preset_and_published_method_has_a_name():

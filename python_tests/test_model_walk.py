@@ -5,7 +5,8 @@ from tiny_models import DENSE_FAMILIES, FAMILIES, make_model, make_tokens
 from torch import nn
 
 from ace_ext import InputError
-from ace_ext.model_walk import capture_calls, find_blocks, run_block
+from ace_ext.models.blocks import find_blocks
+from ace_ext.models.replay import capture_calls, run_block
 
 
 @pytest.mark.parametrize("family", DENSE_FAMILIES)

@@ -7,12 +7,14 @@ import torch
 from folders import prune, save_dense, weights_bytes
 from tiny_models import FAMILIES, make_model
 
-from ace_ext import InputError, estimate, pipeline
-from ace_ext.memory import available_bytes, parse_bytes, resident_bytes
-from ace_ext.model_walk import find_blocks
-from ace_ext.offload import entrance, load_, skeleton, unload_
-from ace_ext.shards import Shards
-from ace_ext.source import Demand
+from ace_ext import InputError
+from ace_ext.models.block_store import entrance, load_, unload_
+from ace_ext.models.blocks import find_blocks
+from ace_ext.models.safetensors_files import Shards
+from ace_ext.models.skeleton import skeleton
+from ace_ext.process_memory import available_bytes, parse_bytes, resident_bytes
+from ace_ext.runs import memory_model, pipeline
+from ace_ext.runs.model_source import Demand
 
 ON_TOKENS = {"source": "tokens"}
 DISK, MEMORY = {"offload": "disk", "overwrite": True}, {"offload": "none", "overwrite": True}
@@ -134,7 +136,7 @@ class Free:
     """A machine whose process takes nothing, so that the tiny model's bytes decide."""
 
     def __init__(self, monkeypatch):
-        monkeypatch.setattr(estimate, "_process_bytes", lambda *_, **__: 0)
+        monkeypatch.setattr(memory_model, "_process_bytes", lambda *_, **__: 0)
         self.offloaded = []
         kept = pipeline.Surroundings
         monkeypatch.setattr(pipeline, "Surroundings", lambda **kw: self.offloaded.append(kw) or kept(**kw))

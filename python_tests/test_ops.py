@@ -12,7 +12,8 @@ from helpers import (
     moment_bounds,
 )
 
-from ace_ext import ops, reference
+from ace_ext import ops
+from ace_ext.ops import reference
 
 TOKENS = (1, 2, 31, 32, 33, 63, 64, 65, 129, 1134)
 

@@ -17,7 +17,8 @@ from helpers import (
     metric_arguments,
 )
 
-from ace_ext import ops, reference
+from ace_ext import ops
+from ace_ext.ops import reference
 
 
 @pytest.mark.parametrize("metric", METRICS)

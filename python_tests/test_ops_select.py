@@ -19,7 +19,8 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ace_ext import ops, reference
+from ace_ext import ops
+from ace_ext.ops import reference
 
 GROUPS = ("row", "matrix")
 

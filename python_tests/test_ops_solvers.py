@@ -6,7 +6,8 @@ from helpers import assert_only_slice_changed, assert_same_bits, embed, make_wei
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ace_ext import ops, reference
+from ace_ext import ops
+from ace_ext.ops import reference
 
 PATTERNS = ((0, 0), (1, 2), (2, 4), (3, 8), (2, 6))
 

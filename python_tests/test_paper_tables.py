@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny_models import make_model, make_tokenizer
 
-from ace_ext.methods import METHODS as KNOWN
-from ace_ext.methods import parse_methods
-from ace_ext.results import RUNS_NAME, read_results
-from ace_ext.tables import rows
+from ace_ext.compare.journal import RUNS_NAME, read_results
+from ace_ext.compare.method_spec import METHODS as KNOWN
+from ace_ext.compare.method_spec import parse_methods
+from ace_ext.compare.tables import rows
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "paper_tables.py"
 

@@ -8,11 +8,11 @@ from folders import prune, save_dense
 from tiny_models import make_model
 
 from ace_ext import InputError, PruneConfig
-from ace_ext.cli import main
-from ace_ext.model_walk import find_blocks
-from ace_ext.options import Calibration, RunOptions
-from ace_ext.plan import make_plan, planned_matrices
-from ace_ext.trial import RandomWeights
+from ace_ext.cli.main import main
+from ace_ext.models.blocks import find_blocks
+from ace_ext.runs.dry_run import RandomWeights
+from ace_ext.runs.options import Calibration, RunOptions
+from ace_ext.runs.plan import make_plan, planned_matrices
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +87,13 @@ def test_bytes_are_those_of_the_files(dense):
 def test_hidden_states_on_the_disk_are_read_once_a_pass(dense, monkeypatch, batch_tokens, passes):
     """Sequential order by stages: one look at the order, 4 stages (q k v, o, gate up, down), and one to go on."""
     resident = plan_of(dense, batch_tokens=batch_tokens)
-    monkeypatch.setattr("ace_ext.source.Demand.hidden_fits", lambda _: False)
+    monkeypatch.setattr("ace_ext.runs.model_source.Demand.hidden_fits", lambda _: False)
     plan = plan_of(dense, batch_tokens=batch_tokens)
     assert plan.read_bytes - resident.read_bytes == 3 * passes * 8 * 16 * 32 * 2
 
 
 def test_auto_offloads_where_all_does_not_fit(dense, monkeypatch):
-    monkeypatch.setattr("ace_ext.source.available_bytes", lambda: 1)
+    monkeypatch.setattr("ace_ext.runs.model_source.available_bytes", lambda: 1)
     assert plan_of(dense).offload
     assert not plan_of(dense, {"offload": "none"}).offload
 

@@ -1,7 +1,7 @@
 import pytest
 
 from ace_ext import InputError, PruneConfig
-from ace_ext.presets import PRESETS, PUBLISHED, preset_config
+from ace_ext.pruning.presets import PRESETS, PUBLISHED, preset_config
 
 
 @pytest.mark.parametrize("name", PRESETS | PUBLISHED)

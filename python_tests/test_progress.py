@@ -7,9 +7,9 @@ import time
 import pytest
 from folders import command, prune, save_dense
 
-from ace_ext import cli
-from ace_ext.progress import Progress
-from ace_ext.report import BlockReport, MatrixReport, PruneReport
+from ace_ext.cli import main as cli
+from ace_ext.engine.progress import Progress
+from ace_ext.records import BlockReport, MatrixReport, PruneReport
 
 START = {"event", "time", "blocks", "done", "tokens"}
 BLOCK = {"event", "time", "block", "done", "blocks", "seconds", "tokens_per_second", "sparsity", "memory_bytes"}
@@ -87,7 +87,7 @@ def test_a_resumed_run_counts_what_is_done(dense, tmp_path):
 def test_the_time_left_shrinks_to_none(monkeypatch):
     """Blocks of two seconds each: the rest of ten takes 18, 16 … 0. One that was done before does not speed it up."""
     clock = [100.0]
-    monkeypatch.setattr("ace_ext.progress.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("ace_ext.engine.progress.time.perf_counter", lambda: clock[0])
     for done in (0, 1):
         log = io.StringIO()
         progress, report = Progress(log=log), PruneReport({}, "cpu", "float32")

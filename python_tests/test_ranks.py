@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ace_ext import InputError
-from ace_ext.ranks import Alone, Ranks, share_of
-from ace_ext.statistics import StatisticsCollector
+from ace_ext.engine.distributed import Alone, Ranks, share_of
+from ace_ext.pruning.statistics import StatisticsCollector
 
 
 def free_port() -> int:
@@ -89,7 +89,7 @@ def test_a_mixture_of_experts(tmp_path):
 COUNTS_THREADS = """
 import sys
 from pathlib import Path
-from ace_ext import cli
+from ace_ext.cli import main as cli
 status = cli.main(sys.argv[1:])
 names = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
 left = [name for name in names if "gloo" in name]
@@ -106,8 +106,8 @@ def test_no_thread_is_left_to_the_end_of_the_interpreter(tmp_path):
 
 DIES_IN_THE_THIRD_BLOCK = """
 import os, sys
-from ace_ext import cli
-from ace_ext.workspace import Workspace
+from ace_ext.cli import main as cli
+from ace_ext.runs.workspace import Workspace
 real, done = Workspace._write_state, []
 def write(self, *arguments):
     if len(done) == 2:
@@ -146,14 +146,15 @@ def test_kept_statistics_are_those_of_all(tmp_path):
 
 FAILS_ON_ONE = """
 import os, sys
-from ace_ext import cli, loop
+from ace_ext.cli import main as cli
+from ace_ext.engine import walk
 from ace_ext.errors import InputError
-real = loop.Loop._run_block
+real = walk.Loop._run_block
 def run_block(self, index):
     if os.environ["RANK"] == "{rank}" and index == 1:
         raise InputError("this process met something bad")
     real(self, index)
-loop.Loop._run_block = run_block
+walk.Loop._run_block = run_block
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -172,14 +173,15 @@ def test_an_error_of_one_ends_all(rank, tmp_path):
 OTHER_MASKS = """
 import os, sys
 import torch
-from ace_ext import cli, loop
-real = loop.Loop._prune
+from ace_ext.cli import main as cli
+from ace_ext.engine import walk
+real = walk.Loop._prune
 def prune(self, block, index, child, stats):
     report = real(self, block, index, child, stats)
     if os.environ["RANK"] == "1":
         block.linears[child].weight.data[0] = 0
     return report
-loop.Loop._prune = prune
+walk.Loop._prune = prune
 sys.exit(cli.main(sys.argv[1:]))
 """
 

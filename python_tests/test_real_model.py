@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from ace_ext import PruneConfig
-from ace_ext.calibration import evaluation_tokens
-from ace_ext.checkpoint import load_model
-from ace_ext.evaluate import perplexity
-from ace_ext.options import Calibration, RunOptions
-from ace_ext.pipeline import prune_folder
-from ace_ext.verify import verify
+from ace_ext.data.perplexity import perplexity
+from ace_ext.data.windows import evaluation_tokens
+from ace_ext.models.loading import load_model
+from ace_ext.runs.options import Calibration, RunOptions
+from ace_ext.runs.pipeline import prune_folder
+from ace_ext.runs.verify import verify
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import DTYPES, METRICS, SCORE_ROUNDINGS, UNIT
 
-from ace_ext import reference
+from ace_ext.ops import reference
 
 F64 = torch.float64
 

@@ -3,7 +3,8 @@ import subprocess
 import sys
 import tempfile
 
-from ace_ext.report import BlockReport, MatrixReport, PruneReport, Solution, Tuning, versions
+from ace_ext.fingerprint import versions
+from ace_ext.records import BlockReport, MatrixReport, PruneReport, Solution, Tuning
 
 
 def make_report() -> PruneReport:
@@ -50,7 +51,7 @@ def test_peak_memory_sees_an_allocation():
     """In a process of its own: this one may have had more than it could allocate again."""
     program = """
 import torch
-from ace_ext.memory import peak_memory_bytes
+from ace_ext.process_memory import peak_memory_bytes
 before = peak_memory_bytes(torch.device("cpu"))
 block = torch.ones(2**30, dtype=torch.uint8)
 print(peak_memory_bytes(torch.device("cpu")) - before)

@@ -13,9 +13,10 @@ import torch
 from folders import command, fork_run, prune, save_dense, weights_bytes
 from tiny_models import make_model
 
-from ace_ext import InputError, pipeline
-from ace_ext.differences import differences
-from ace_ext.workspace import Workspace, fingerprint_of_files
+from ace_ext import InputError
+from ace_ext.fingerprint import differences, fingerprint_of_files
+from ace_ext.runs import pipeline
+from ace_ext.runs.workspace import Workspace
 
 # Killed
 
@@ -299,7 +300,7 @@ def crash_in_finish(monkeypatch, renames: int):
             done.append(None)
         real(source, target)
 
-    monkeypatch.setattr("ace_ext.workspace.os.replace", replace)
+    monkeypatch.setattr("ace_ext.runs.workspace.os.replace", replace)
     if renames == 2:
         monkeypatch.setattr(Workspace, "remove", lambda self: (_ for _ in ()).throw(Crash()))
 
@@ -384,7 +385,7 @@ def test_a_lock_whose_folder_went_is_none(tmp_path, monkeypatch):
             shutil.rmtree(tmp_path / ".out.unfinished")
         real(file, how)
 
-    monkeypatch.setattr("ace_ext.workspace.fcntl.flock", flock)
+    monkeypatch.setattr("ace_ext.runs.workspace.fcntl.flock", flock)
     workspace = Workspace(tmp_path / "out", {})
     assert len(calls) == 2
     with pytest.raises(InputError, match="another run"):

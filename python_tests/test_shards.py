@@ -9,7 +9,7 @@ from folders import save_dense, weights_bytes
 from safetensors.torch import load_file, save_file
 
 from ace_ext import InputError
-from ace_ext.shards import DTYPES, INDEX, SINGLE, Shards, copy_model
+from ace_ext.models.safetensors_files import DTYPES, INDEX, SINGLE, Shards, copy_model
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from ace_ext import InputError, PruneConfig, ops, solvers
-from ace_ext.gram import GramState
-from ace_ext.masks import keep_budget, metric_mask, scored_weight
-from ace_ext.solvers import prune_linear_
-from ace_ext.statistics import LinearStatistics, MomentState
+from ace_ext import InputError, PruneConfig, ops
+from ace_ext.pruning import solvers
+from ace_ext.pruning.gram import GramState
+from ace_ext.pruning.masks import keep_budget, metric_mask, scored_weight
+from ace_ext.pruning.solvers import prune_linear_
+from ace_ext.pruning.statistics import LinearStatistics, MomentState
 
 ROWS, COLS, TOKENS = 6, 24, 50
 

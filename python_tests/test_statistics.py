@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from ace_ext import reference
-from ace_ext.scores import COSINE_GRAM, GRAM, INPUT, METRICS, MOMENT, WEIGHTED, column_factor
-from ace_ext.statistics import MomentState, StatisticsCollector
+from ace_ext.ops import reference
+from ace_ext.pruning.criteria import METRICS, column_factor
+from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, MOMENT, WEIGHTED
+from ace_ext.pruning.statistics import MomentState, StatisticsCollector
 
 ALL = frozenset({INPUT, WEIGHTED, MOMENT, COSINE_GRAM})
 

@@ -8,9 +8,10 @@ import torch
 from folders import prune, save_dense, weights_bytes
 from tiny_models import make_model
 
-from ace_ext import InputError, stats_file
-from ace_ext.scores import METRICS
-from ace_ext.workspace import Workspace
+from ace_ext import InputError
+from ace_ext.pruning.criteria import METRICS
+from ace_ext.runs import statistics_file
+from ace_ext.runs.workspace import Workspace
 
 
 @pytest.fixture
@@ -85,8 +86,8 @@ def description(file) -> dict:
 
 def test_nothing_runs_forward(dense, monkeypatch):
     file, _ = keep(dense)
-    monkeypatch.setattr("ace_ext.loop.run_block", None)
-    monkeypatch.setattr("ace_ext.driver.capture_calls", None)
+    monkeypatch.setattr("ace_ext.engine.walk.run_block", None)
+    monkeypatch.setattr("ace_ext.engine.api.capture_calls", None)
     (dense.parent / "text.txt").unlink()  # no text is read either
     from_file(dense, file)
 
@@ -221,7 +222,9 @@ def flip_a_bit(file) -> None:
 def test_linears_of_one_input_share_it_in_the_file(dense):
     """As in memory: q, k and v read the same tensor, and so do gate and up."""
     file, _ = keep(dense, metric="wanda")
-    stats = stats_file.SavedStatistics(file, description(file)["model"], frozenset()).block("model.layers.0", (), "cpu")
+    stats = statistics_file.SavedStatistics(file, description(file)["model"], frozenset()).block(
+        "model.layers.0", (), "cpu"
+    )
     assert stats["self_attn.q_proj"].input is stats["self_attn.v_proj"].input
     assert stats["mlp.gate_proj"].input is stats["mlp.up_proj"].input
     assert stats["self_attn.q_proj"].input is not stats["self_attn.o_proj"].input

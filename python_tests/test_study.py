@@ -9,15 +9,17 @@ import pytest
 import torch
 from tiny_models import make_model, make_tokenizer
 
-from ace_ext import InputError, PruneConfig, bench, plots, prune_model, study
-from ace_ext.bench import restore
-from ace_ext.calibration import evaluation_tokens, load_windows
-from ace_ext.checkpoint import load_model
-from ace_ext.cli import _add_model
-from ace_ext.evaluate import perplexity
-from ace_ext.results import RUNS_NAME
-from ace_ext.study import add_compare, study_from
-from ace_ext.tables import Spread, short_names
+from ace_ext import InputError, PruneConfig, prune_model
+from ace_ext.cli.compare import add_compare, study_from
+from ace_ext.cli.main import _add_model
+from ace_ext.compare import method_spec, runner
+from ace_ext.compare.journal import RUNS_NAME
+from ace_ext.compare.runner import restore
+from ace_ext.compare.tables import Spread, short_names
+from ace_ext.data.perplexity import perplexity
+from ace_ext.data.windows import evaluation_tokens, load_windows
+from ace_ext.models.loading import load_model
+from ace_ext.reporting import plots
 
 WORDS = "the quick brown fox jumps over the lazy dog"
 
@@ -122,7 +124,7 @@ def test_a_repeated_command_does_only_what_is_missing(place, tmp_path, capsys, m
     def no_load(*_):
         raise AssertionError("nothing is missing, so no model is needed")
 
-    monkeypatch.setattr(study, "load_model", no_load)
+    monkeypatch.setattr(runner, "load_model", no_load)
     capsys.readouterr()
     compare(place, "--json", output=folder, methods="wanda")
     assert len(json.loads(capsys.readouterr().out)["runs"]) == 4
@@ -138,7 +140,7 @@ def test_a_crash_loses_no_finished_run(place, tmp_path, monkeypatch):
         done.append(1)
         return prune_model(*args, **kwargs)
 
-    monkeypatch.setattr(bench, "prune_model", crash_at_the_second)
+    monkeypatch.setattr(runner, "prune_model", crash_at_the_second)
     with pytest.raises(RuntimeError, match="power cut"):
         compare(place, output=folder)
     monkeypatch.undo()
@@ -173,7 +175,7 @@ def test_output_holds_report_and_plots(place, tmp_path):
 
 
 def test_without_matplotlib_nothing_is_begun(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "load_model", None)
+    monkeypatch.setattr(runner, "load_model", None)
     monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'ace_ext\[report\]'"):
         compare(place, output=tmp_path / "out")
@@ -183,7 +185,7 @@ def test_without_matplotlib_nothing_is_begun(place, tmp_path, monkeypatch):
 def test_other_settings_are_refused_by_name(place, tmp_path, monkeypatch, threads):
     folder = tmp_path / "out"
     compare(place, output=folder)
-    monkeypatch.setattr(study, "load_model", None)  # refused before anything is loaded
+    monkeypatch.setattr(runner, "load_model", None)  # refused before anything is loaded
     before = (folder / RUNS_NAME).read_bytes()
     with pytest.raises(InputError, match=r"recorded otherwise: eval_seqlen was 16, now 8; use another output folder"):
         compare(place, output=folder, **{"eval-seqlen": 8})
@@ -201,7 +203,7 @@ def test_other_contents_under_the_same_name_are_refused(place, tmp_path, monkeyp
     make_model("llama", seed=1).save_pretrained(model)
     make_tokenizer().save_pretrained(model)
     compare(place, output=folder, calibration=text, model=model)
-    monkeypatch.setitem(study.METHODS, "ace", {"metric": "cosvar"})
+    monkeypatch.setitem(method_spec.METHODS, "ace", {"metric": "cosvar"})
     with pytest.raises(InputError, match=r"recorded otherwise, in ace: metric was \"ace\", now \"cosvar\"; use"):
         compare(place, output=folder, calibration=text, model=model)
     monkeypatch.undo()
@@ -245,7 +247,7 @@ def test_a_strange_folder_is_left_alone(place, tmp_path):
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
 def test_bad_input_is_refused_before_the_model_is_loaded(place, tmp_path, changed, message, monkeypatch):
-    monkeypatch.setattr(study, "load_model", None)
+    monkeypatch.setattr(runner, "load_model", None)
     folder = tmp_path / "out"
     with pytest.raises(InputError, match=message):
         compare(place, output=folder, **changed)
@@ -275,7 +277,7 @@ def test_restore_gives_back_every_bit():
 
 
 def test_each_run_has_its_own_peak():
-    from ace_ext.memory import peak_memory_bytes, reset_peak
+    from ace_ext.process_memory import peak_memory_bytes, reset_peak
 
     device = torch.device("cpu")
     block = torch.ones(2**29, dtype=torch.uint8)

@@ -9,9 +9,9 @@ import zipfile
 
 import pytest
 
-from ace_ext import texts
+from ace_ext.data import corpora
+from ace_ext.data.corpora import load_text
 from ace_ext.errors import InputError
-from ace_ext.texts import load_text
 
 
 def refusal(source, split="calibration", **kwargs):
@@ -25,12 +25,12 @@ def refusal(source, split="calibration", **kwargs):
 
 @pytest.fixture(scope="module")
 def wiki():
-    return {split: load_text("wiki-mini", split) for split in texts.SPLITS}
+    return {split: load_text("wiki-mini", split) for split in corpora.SPLITS}
 
 
 @pytest.fixture(scope="module")
 def news():
-    return {split: load_text("news-mini", split) for split in texts.SPLITS}
+    return {split: load_text("news-mini", split) for split in corpora.SPLITS}
 
 
 def joined_sha256(documents):
@@ -52,7 +52,7 @@ def test_wiki_mini_parts_are_whole_disjoint_and_fixed(wiki):
     assert load_text("wiki-mini", "held-out") == held_out
 
 
-@pytest.mark.parametrize("split", texts.SPLITS)
+@pytest.mark.parametrize("split", corpora.SPLITS)
 def test_wiki_mini_is_running_text(wiki, split):
     text = "\n\n".join(wiki[split])
     for mark in ("<ref", "</", "<!--", "'''", "{|", "|}", "&nbsp;", "&amp;", "[[Category:", "[[File:", "\n\n\n", "\n*"):
@@ -79,7 +79,7 @@ def test_wiki_mini_is_running_text(wiki, split):
     ],
 )
 def test_wiki_markup_is_stripped(page, text):
-    assert texts._strip_wiki_markup(page) == text
+    assert corpora._strip_wiki_markup(page) == text
 
 
 def test_news_mini_parts_are_disjoint_and_fixed(news):
@@ -102,7 +102,7 @@ def no_gensim(monkeypatch):
 
 @pytest.fixture(scope="module")
 def news_bytes():
-    return texts._gensim_data("news-mini", texts._NEWS_FILE, None)
+    return corpora._gensim_data("news-mini", corpora._NEWS_FILE, None)
 
 
 def write_wheel(folder, data, name="gensim-4.4.0-py3-none-any.whl"):
@@ -110,7 +110,7 @@ def write_wheel(folder, data, name="gensim-4.4.0-py3-none-any.whl"):
     folder.mkdir(exist_ok=True)
     info = "gensim-4.4.0.dist-info"
     with zipfile.ZipFile(folder / name, "w") as wheel:
-        wheel.writestr(f"gensim/test/test_data/{texts._NEWS_FILE}", data)
+        wheel.writestr(f"gensim/test/test_data/{corpora._NEWS_FILE}", data)
         wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: gensim\nVersion: 4.4.0\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
@@ -131,11 +131,11 @@ def index(monkeypatch, tmp_path):
 def test_installed_gensim_is_read_without_importing_it(monkeypatch, tmp_path, news, news_bytes):
     data = tmp_path / "site" / "gensim" / "test" / "test_data"
     data.mkdir(parents=True)
-    (data / texts._NEWS_FILE).write_bytes(news_bytes)
+    (data / corpora._NEWS_FILE).write_bytes(news_bytes)
     (tmp_path / "site" / "gensim" / "__init__.py").write_text("raise RuntimeError('imported')")
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.delitem(sys.modules, "gensim", raising=False)
-    monkeypatch.setattr(texts, "_download_gensim", lambda *_: pytest.fail("tried to download"))
+    monkeypatch.setattr(corpora, "_download_gensim", lambda *_: pytest.fail("tried to download"))
     assert load_text("news-mini", "calibration", cache_dir=tmp_path / "empty") == news["calibration"]
 
 
@@ -255,14 +255,14 @@ def test_missing_datasets_package_is_named(monkeypatch):
 # --- local files ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("split", texts.SPLITS)
+@pytest.mark.parametrize("split", corpora.SPLITS)
 def test_txt_is_one_document(tmp_path, split):
     file = tmp_path / "a.TXT"
     file.write_bytes("\ufeffGrüße,\r\n\r\nworld\n".encode())
     assert load_text(str(file), split) == ["Grüße,\n\nworld\n"]
 
 
-@pytest.mark.parametrize("split", texts.SPLITS)
+@pytest.mark.parametrize("split", corpora.SPLITS)
 def test_jsonl_is_a_document_a_line(tmp_path, split):
     file = tmp_path / "a.jsonl"
     lines = [json.dumps({"id": 1, "body": "one\u2028line"}, ensure_ascii=False), "", '{"body": "zwei\\n", "id": 2}']

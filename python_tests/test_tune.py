@@ -6,10 +6,12 @@ import pytest
 import torch
 from tiny_models import FAMILIES, make_model, make_tokens
 
-from ace_ext import PruneConfig, tune
-from ace_ext.masks import prune_weight_, scored_weight
-from ace_ext.model_walk import capture_calls, find_blocks, run_block
-from ace_ext.tune import tune_block_
+from ace_ext import PruneConfig
+from ace_ext.models.blocks import find_blocks
+from ace_ext.models.replay import capture_calls, run_block
+from ace_ext.pruning import block_tuning
+from ace_ext.pruning.block_tuning import tune_block_
+from ace_ext.pruning.masks import prune_weight_, scored_weight
 
 CONFIG = PruneConfig("magnitude", tune_epochs=10, tune_lr=1e-2)
 
@@ -39,7 +41,7 @@ def state(block):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_falls_and_the_mask_stays(monkeypatch, family):
-    monkeypatch.setattr(tune, "STEP_TOKENS", 32)
+    monkeypatch.setattr(block_tuning, "STEP_TOKENS", 32)
     block, inputs, targets, masks, _ = make_case(family)
     before = state(block)
     with torch.no_grad():
@@ -82,7 +84,7 @@ def test_half_precision_keeps_its_dtype(dtype):
 
 
 def test_the_same_bits_each_time(monkeypatch):
-    monkeypatch.setattr(tune, "STEP_TOKENS", 32)
+    monkeypatch.setattr(block_tuning, "STEP_TOKENS", 32)
     block, inputs, targets, masks, _ = make_case()
     start = state(block)
     tune_block_(block, inputs, targets, CONFIG, masks)
@@ -112,9 +114,9 @@ def test_gradients_are_left_as_they_were():
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
 def test_steps_give_what_the_batch_gives(monkeypatch, family):
-    monkeypatch.setattr(tune, "STEP_TOKENS", 32)  # two samples of six
+    monkeypatch.setattr(block_tuning, "STEP_TOKENS", 32)  # two samples of six
     block, inputs, targets, _, token_masks = make_case(family, padded=True)
-    steps = list(tune._steps(inputs, targets, token_masks))
+    steps = list(block_tuning._steps(inputs, targets, token_masks))
     assert len(steps) == 4
     with torch.no_grad():
         parts = torch.cat([run_block(block, step.hidden, step.others) for step in steps[:3]])

@@ -5,7 +5,7 @@ from folders import prune, save_dense
 from safetensors.torch import load_file, save_file
 
 from ace_ext import InputError
-from ace_ext.verify import verify
+from ace_ext.runs.verify import verify
 
 UP = "model.layers.0.mlp.up_proj.weight"
 

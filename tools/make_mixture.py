@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from ace_ext.checkpoint import load_model
+from ace_ext.models.loading import load_model
 
 
 @torch.no_grad()

@@ -1,0 +1,126 @@
+"""``ace-prune compare``: methods × sparsities × calibration lengths × sources × seeds on one model, in one table.
+
+The dense model is loaded once and its weights are put back before each run. Runs that draw the same calibration windows
+share them. Statistics are not shared: from the second block on they come from the outputs of the pruned blocks before,
+so they are each run's own (but for the group ``model``).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ace_ext.compare.grid import Study
+from ace_ext.compare.method_spec import METHODS, parse_methods
+from ace_ext.compare.runner import run_study
+from ace_ext.compare.tables import markdown_table, results_json, text_table
+from ace_ext.data.corpora import SELF
+from ace_ext.engine.devices import pick_device
+from ace_ext.errors import InputError
+from ace_ext.reporting.compare_page import write_study_report
+from ace_ext.reporting.plots import require_matplotlib
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def add_compare(commands, add_model) -> None:
+    """Adds the subcommand ``compare`` to argparse's ``commands``; ``add_model(parser)`` adds the shared arguments."""
+    parser = commands.add_parser(
+        "compare",
+        help="compare methods, sparsities and calibration on one model",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_method_table(),
+    )
+    add_model(parser)
+    parser.add_argument("--methods", default="wanda,ace", help="a list, see below (default: %(default)s)")
+    parser.add_argument("--sparsities", help="a list of shares of zeros, e.g. 0.5,0.6 (default: 0.5)")
+    parser.add_argument("--patterns", help="a list of N:M, N kept of M consecutive inputs, e.g. 2:4,4:8")
+    parser.add_argument(
+        "--lengths", default="128x128", help="a list of nsamples x seqlen, e.g. 64x128,16x512 (default: %(default)s)"
+    )
+    parser.add_argument("--calibration", default=SELF, help="a list of texts, see run --help (default: %(default)s)")
+    parser.add_argument("--seeds", default="0", help="a list, e.g. 0,1,2 (default: %(default)s)")
+    parser.add_argument("--texts", default="wiki-mini", help="a list of texts to evaluate on (default: %(default)s)")
+    parser.add_argument("--eval-seqlen", type=int, default=512, help="tokens of a window (default: %(default)s)")
+    parser.add_argument("--eval-windows", type=int, default=24, help="at most so many (default: %(default)s)")
+    parser.add_argument("--skip", action="append", default=[], metavar="REGEX", help="weights to leave dense")
+    parser.add_argument(
+        "--batch-tokens", type=int, default=16384, help="tokens through a block at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="runs.jsonl, results.json, report.html and plots go here; called again, goes on from what is there",
+    )
+    parser.add_argument("--markdown", action="store_true", help="a markdown table on stdout")
+    parser.set_defaults(action=compare)
+
+
+def _method_table() -> str:
+    width = max(map(len, METHODS))
+    lines = [f"  {name:<{width}}  {_words(arguments)}" for name, arguments in METHODS.items()]
+    changes = "any of them with changes, name:key=value,key=value, e.g. wanda:order=block"
+    return "\n".join(["methods (settings beside the defaults of run):", *lines, "", changes])
+
+
+def _words(arguments: dict) -> str:
+    return ", ".join(f"{name} {value}" for name, value in arguments.items())
+
+
+def study_from(args: argparse.Namespace) -> Study:
+    """The study that parsed arguments of ``compare`` ask for. Raises InputError for a value that is no such thing."""
+    amounts = (*_split(args.sparsities), *_split(args.patterns)) or ("0.5",)
+    return Study(
+        model=args.model,
+        methods=parse_methods(args.methods),
+        amounts=amounts,
+        lengths=tuple(parse_length(text) for text in _split(args.lengths)),
+        calibrations=_split(args.calibration),
+        seeds=tuple(_whole("seeds", text) for text in _split(args.seeds)),
+        texts=_split(args.texts),
+        eval_seqlen=args.eval_seqlen,
+        eval_windows=args.eval_windows,
+        skip=tuple(args.skip),
+        batch_tokens=args.batch_tokens,
+        text_field=args.text_field,
+        dtype=args.dtype,
+    )
+
+
+def _split(text: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+
+
+def parse_length(text: str) -> tuple[int, int]:
+    """From text like ``"64x128"`` to ``(nsamples, seqlen)``."""
+    parts = text.split("x")
+    if len(parts) != 2:
+        raise InputError(f"lengths must be nsamples x seqlen, e.g. 64x128 (got {text!r})")
+    nsamples, seqlen = (_whole("lengths", part) for part in parts)
+    if nsamples < 1 or seqlen < 2:
+        raise InputError(f"lengths must be at least 1 sample of at least 2 tokens (got {text!r})")
+    return nsamples, seqlen
+
+
+def _whole(name: str, text: str) -> int:
+    if not text.strip().isdecimal():
+        raise InputError(f"{name} must be whole numbers from 0 (got {text!r})")
+    return int(text)
+
+
+def compare(args: argparse.Namespace) -> int:
+    """The action of ``ace-prune compare``."""
+    if args.json and args.markdown:
+        raise InputError("--json and --markdown exclude each other; give one")
+    study = study_from(args)
+    output = Path(args.output).expanduser() if args.output else None
+    if output is not None:
+        require_matplotlib()
+    progress = not args.quiet and sys.stderr.isatty()
+    results = run_study(study, pick_device(args.device), output, progress)
+    if output is not None:
+        write_study_report(results, output)
+    if args.json:
+        print(results_json(results), end="")
+    else:
+        print(markdown_table(results) if args.markdown else text_table(results))
+    return 0

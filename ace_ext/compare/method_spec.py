@@ -1,0 +1,133 @@
+"""Names for what a comparison compares: metrics, solvers, presets, published methods, and any change to one of them.
+
+``ace``, ``balanced``, ``published-wanda``, ``admm:gram=cosine,damping=0.05``: a name stands for keyword arguments of
+:class:`ace_ext.PruneConfig`; what follows the colon is added to them.
+"""
+
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from ace_ext.errors import InputError
+from ace_ext.pruning.config import PruneConfig
+from ace_ext.pruning.criteria import METRICS
+from ace_ext.pruning.presets import PRESETS, PUBLISHED
+
+SOLVERS: dict[str, dict] = {
+    "swaps": {"refine": "swaps"},
+    "obs": {"update": "obs"},
+    "admm": {"update": "admm"},
+}
+
+METHODS: dict[str, dict] = {
+    **{name: {"metric": name} for name in METRICS},
+    **SOLVERS,
+    **PRESETS,
+    **{f"published-{name}": arguments for name, arguments in PUBLISHED.items()},
+}
+"""Keyword arguments of :class:`ace_ext.PruneConfig` by name. A metric's name alone keeps the default order of work;
+``published-wanda`` is the metric ``wanda`` in the order in which its authors use it."""
+
+_GIVEN_BY_THE_GRID = ("sparsity", "pattern")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of a comparison: the label that tables show, and keyword arguments of :class:`ace_ext.PruneConfig`."""
+
+    label: str
+    arguments: Mapping[str, object]
+
+    @classmethod
+    def parse(cls, text: str) -> "Method":
+        """From text like ``"ace"`` or ``"admm:gram=cosine,damping=0.05"``.
+
+        Raises:
+            InputError: an unknown name, a field that :class:`ace_ext.PruneConfig` lacks or that the grid gives, a field
+                given twice, or a value of the wrong type.
+        """
+        name, _, changes = text.partition(":")
+        if name not in METHODS:
+            raise InputError(f"method must be one of {', '.join(METHODS)} (got {name!r}); changes follow a colon")
+        arguments = dict(METHODS[name])
+        given = [_parse_change(text, change) for change in changes.split(",")] if changes else []
+        if len(dict(given)) < len(given):
+            raise InputError(f"method {text!r} gives a field twice; name each once")
+        return cls(text, {**arguments, **dict(given)})
+
+    def config(self, **others) -> PruneConfig:
+        """The configuration, with ``others`` (sparsity or pattern, skip …) where the method itself says nothing.
+
+        With a pattern, weights compete within its groups, so a method's own ``group`` only counts without one.
+
+        Raises:
+            InputError: for values that :class:`ace_ext.PruneConfig` refuses; the message names the method.
+        """
+        unknown = sorted(set(self.arguments) - _field_types().keys())
+        if unknown:
+            raise InputError(f"method {self.label!r} needs {', '.join(unknown)}, which this PruneConfig does not have")
+        try:
+            arguments = {**others, **self.arguments}
+            if arguments.get("pattern") is not None:
+                arguments.pop("group", None)
+            return PruneConfig(**arguments)
+        except InputError as error:
+            raise InputError(f"method {self.label!r}: {error}") from error
+
+
+def parse_methods(text: str) -> tuple[Method, ...]:
+    """A list like ``"wanda,admm:gram=cosine,damping=0.05,ace"``. A part ``key=value`` belongs to the method before it.
+
+    Raises:
+        InputError: as :meth:`Method.parse`, for an empty list, and for a method given twice.
+    """
+    whole: list[str] = []
+    for part in text.split(","):
+        part = part.strip()
+        continues = "=" in part and ":" not in part.partition("=")[0]
+        if continues and whole:
+            whole[-1] += ("," if ":" in whole[-1] else ":") + part
+        elif part:
+            whole.append(part)
+    if not whole:
+        raise InputError(f"methods must name at least one of {', '.join(METHODS)} (got {text!r})")
+    if len(set(whole)) < len(whole):
+        raise InputError(f"methods must each be given once (got {text!r})")
+    return tuple(Method.parse(part) for part in whole)
+
+
+def _parse_change(method: str, change: str) -> tuple[str, object]:
+    key, equals, value = change.partition("=")
+    key = key.strip()
+    known = [name for name in _field_types() if name not in _GIVEN_BY_THE_GRID]
+    if not equals or key not in known:
+        found = f"got {change!r} in {method!r}"
+        raise InputError(f"method changes must be key=value with a key of {', '.join(known)} ({found})")
+    return key, _parse_value(method, key, value.strip())
+
+
+def _parse_value(method: str, key: str, text: str) -> object:
+    """By the field's type: ``none`` where it may be None, a number where it is one, one element of a tuple, or text."""
+    accepted = _field_types()[key]
+    if text.lower() == "none" and type(None) in accepted:
+        return None
+    for kind, word in ((int, "a whole number"), (float, "a number")):
+        if kind in accepted:
+            try:
+                return kind(text)
+            except ValueError as error:
+                raise InputError(f"{key} must be {word} (got {text!r} in method {method!r})") from error
+    return (text,) if tuple in accepted else text
+
+
+def _field_types() -> dict[str, set[type]]:
+    """The plain types that each field of :class:`ace_ext.PruneConfig` accepts, by the field's name."""
+    hints = typing.get_type_hints(PruneConfig)
+    return {field.name: _plain_types(hints[field.name]) for field in fields(PruneConfig)}
+
+
+def _plain_types(hint: object) -> set[type]:
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return set().union(*map(_plain_types, typing.get_args(hint)))
+    return {typing.get_origin(hint) or hint}

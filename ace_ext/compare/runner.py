@@ -1,0 +1,133 @@
+"""One run of a comparison after another on the same loaded model, each from the dense weights, with its own peak."""
+
+import hashlib
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ace_ext.compare.grid import Study, source_sha256
+from ace_ext.compare.journal import BlockFigures, Cell, Journal, Results, Run
+from ace_ext.data.corpora import CALIBRATION
+from ace_ext.data.perplexity import Perplexity, perplexity
+from ace_ext.data.windows import CalibrationData, evaluation_tokens, load_windows
+from ace_ext.engine.api import prune_model
+from ace_ext.errors import InputError
+from ace_ext.models.loading import LoadedModel, load_model
+from ace_ext.process_memory import reset_peak
+from ace_ext.pruning.config import PruneConfig
+
+# --- the work ---------------------------------------------------------------------------------------------------------
+
+
+def run_study(study: Study, device: torch.device, output: Path | None = None, progress: bool = False) -> Results:
+    """Works through the grid, skipping what ``output`` already records, and writes each run there at once.
+
+    Args:
+        device: where the model is put.
+        output: a folder; None keeps the results in memory only.
+        progress: a bar over the runs on stderr.
+
+    Returns:
+        All runs of the folder: this grid's and those recorded before.
+
+    Raises:
+        InputError: bad input of any kind; what can be known before the model is loaded is checked before.
+    """
+    sources = {source: source_sha256(source, CALIBRATION, study.text_field) for source in study.calibrations}
+    journal = Journal(output, study.settings(device))
+    for cell, method in study.cells():
+        journal.refuse_changed(cell, study.config(method, cell.amount).to_dict(), sources[cell.calibration])
+    missing = [(cell, method) for cell, method in study.cells() if journal.results.find(cell) is None]
+    if missing or not journal.results.dense:
+        loaded = load_model(study.model, study.dtype, device)
+        bench = Bench(loaded, study.texts, study.eval_seqlen, study.eval_windows, study.text_field)
+        weights = weights_sha256(bench.model)
+        if not journal.results.dense:
+            journal.add_dense(bench.evaluate(), weights)
+        elif weights != journal.results.weights_sha256:
+            raise InputError(
+                f"{study.model} holds other weights than {journal.path} was recorded with; use another output"
+            )
+        with tqdm(total=len(missing), desc="comparing", unit="run", disable=not progress, file=sys.stderr) as bar:
+            for cell, method in missing:
+                bar.set_postfix_str(f"{cell.method} {cell.amount} {cell.length} seed {cell.seed}")
+                journal.add(bench.run(cell, study.config(method, cell.amount), sources[cell.calibration]))
+                bar.update()
+    return journal.results
+
+
+_VALUES_HASHED = 4096  # of each parameter: enough to tell fine-tuned or pruned weights from others, and quick
+
+
+class Bench:
+    """The loaded model, a CPU copy of its dense weights, the evaluation texts, the calibration windows last drawn."""
+
+    def __init__(
+        self, loaded: LoadedModel, texts: Iterable[str], eval_seqlen: int, eval_windows: int, text_field: str
+    ) -> None:
+        self.loaded, self.model = loaded, loaded.model
+        self.eval_seqlen, self.eval_windows, self.text_field = eval_seqlen, eval_windows, text_field
+        self.device = next(self.model.parameters()).device
+        self.dense = {name: _cpu_copy(value) for name, value in self.model.named_parameters()}
+        self.texts = {text: evaluation_tokens(text, loaded.tokenizer, text_field=text_field) for text in texts}
+        self._windows: tuple[tuple, CalibrationData] | None = None
+
+    def run(self, cell: Cell, config: PruneConfig, source_sha256: str | None) -> Run:
+        """Puts the dense weights back, prunes and evaluates."""
+        restore(self.model, self.dense)
+        data = self._draw(cell)
+        own_peak = reset_peak(self.device)
+        report = prune_model(self.model, data.tokens, config)
+        return Run(
+            cell=cell,
+            config=report.config,
+            source_sha256=source_sha256,
+            tokens_sha256=data.sha256,
+            dtype=report.dtype,
+            sparsity=report.sparsity,
+            seconds=report.seconds,
+            peak_memory_bytes=report.peak_memory_bytes,
+            own_peak=own_peak,
+            perplexity=self.evaluate(),
+            blocks=[BlockFigures.of(block) for block in report.blocks],
+        )
+
+    def evaluate(self) -> dict[str, Perplexity]:
+        """Perplexity of the model as it is now, by text."""
+        seqlen = self.eval_seqlen
+        size = seqlen * self.eval_windows
+        return {text: perplexity(self.model, tokens, seqlen, size) for text, tokens in self.texts.items()}
+
+    def _draw(self, cell: Cell) -> CalibrationData:
+        """Windows for the cell. The model is dense here: with the source ``self`` it is the dense model that writes."""
+        wanted = (cell.calibration, cell.nsamples, cell.seqlen, cell.seed)
+        if self._windows is None or self._windows[0] != wanted:
+            source, *numbers = wanted
+            options = {"model": self.model, "text_field": self.text_field}
+            data = load_windows(source, self.loaded.tokenizer, *numbers, **options)
+            self._windows = (wanted, data)
+        return self._windows[1]
+
+
+def _cpu_copy(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", copy=True)
+
+
+@torch.no_grad()
+def restore(model: nn.Module, dense: dict[str, Tensor]) -> None:
+    """Copies ``dense``, by name, into the model's parameters, in place. Tied parameters are there once."""
+    for name, value in model.named_parameters():
+        value.copy_(dense[name])
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Tells models apart: SHA-256, in hex, of each parameter's name, shape and first values."""
+    digest = hashlib.sha256()
+    for name, value in model.named_parameters():
+        digest.update(f"{name} {list(value.shape)} ".encode())
+        digest.update(value.detach().flatten()[:_VALUES_HASHED].float().cpu().numpy().tobytes())
+    return digest.hexdigest()

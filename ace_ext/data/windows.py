@@ -1,0 +1,88 @@
+"""From text to token windows: what a model is calibrated on and evaluated on."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ace_ext.data.corpora import CALIBRATION, HELD_OUT, SELF, load_text
+from ace_ext.data.generate import self_generated
+from ace_ext.data.requests import _check_request, _generator
+from ace_ext.errors import InputError
+from ace_ext.fingerprint import tokens_sha256
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationData:
+    """Token windows, and what a report needs to name them."""
+
+    tokens: torch.Tensor  # int64 [nsamples, seqlen], on the CPU
+    source: str
+    seed: int
+    sha256: str  # see tokens_sha256
+
+
+def load_windows(
+    source: str,
+    tokenizer,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    *,
+    model=None,
+    text_field: str = "text",
+    cache_dir: str | os.PathLike | None = None,
+) -> CalibrationData:
+    """Return calibration windows, int64 [nsamples, seqlen], of a source of texts.load_text or of the model itself.
+
+    `source="self"` needs `model`; the other sources ignore it. Raises InputError as token_windows, self_generated and
+    texts.load_text do; the numbers are checked before anything is read.
+    """
+    _check_request(nsamples, seqlen, seed)
+    if source == SELF:
+        if model is None:
+            raise InputError("source: 'self' is text the model writes, and no model was given; pass model=")
+        tokens = self_generated(model, tokenizer, nsamples, seqlen, seed)
+    else:
+        documents = load_text(source, CALIBRATION, text_field, cache_dir)
+        tokens = token_windows(documents, tokenizer, nsamples, seqlen, seed)
+    return CalibrationData(tokens, source, int(seed), tokens_sha256(tokens))
+
+
+def evaluation_tokens(
+    source: str, tokenizer, *, text_field: str = "text", cache_dir: str | os.PathLike | None = None
+) -> torch.Tensor:
+    """Return the held-out part of a source as one row of token ids, int64 [n].
+
+    Raises InputError as texts.load_text does, for `self`, and for a text without a token.
+    """
+    if source == SELF:
+        raise InputError("source: 'self' is for calibration only; evaluate on wiki-mini, another source or a file")
+    return _tokenize(load_text(source, HELD_OUT, text_field, cache_dir), tokenizer)
+
+
+def token_windows(documents: Sequence[str], tokenizer, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
+    """Return windows of the documents, joined and tokenized as one text: int64 [nsamples, seqlen].
+
+    Windows start anywhere, may overlap, and are the same for the same arguments. The global random state is untouched.
+    Raises InputError for numbers out of range and for a text shorter than one window.
+    """
+    _check_request(nsamples, seqlen, seed)
+    ids = _tokenize(documents, tokenizer)
+    if len(ids) < seqlen:
+        fit = f"use {len(ids)} or less, or give more text" if len(ids) >= 2 else "give more text"
+        raise InputError(f"seqlen: {seqlen} found, but the whole text has {len(ids)} tokens; {fit}")
+    # One start less than there are, where there are several: published figures were drawn so.
+    starts = torch.randint(0, max(1, len(ids) - seqlen - 1), (nsamples,), generator=_generator(seed))
+    return torch.stack([ids[start : start + seqlen] for start in starts.tolist()])
+
+
+def _tokenize(documents: Sequence[str], tokenizer) -> torch.Tensor:
+    """Return the ids of the documents, joined by empty lines: int64 [n]."""
+    if isinstance(documents, str):
+        raise InputError("documents: found one string; pass a list of strings, one a document")
+    ids = tokenizer("\n\n".join(documents), verbose=False)["input_ids"]  # else it warns of a text so long
+    if not ids:
+        raise InputError("documents: the tokenizer found no token in the text; give a text that is not empty")
+    return torch.tensor(ids, dtype=torch.int64)

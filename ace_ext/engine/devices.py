@@ -1,0 +1,29 @@
+"""Which device a run uses."""
+
+import os
+
+import torch
+
+from ace_ext.engine.distributed import launched
+from ace_ext.errors import InputError
+from ace_ext.ops._extension import build_info
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the GPU where there is one and the extension was built for it, else the CPU.
+
+    Raises:
+        InputError: for a name that is no device, or none that can be used here.
+    """
+    usable = torch.cuda.is_available() and build_info()["cuda"] is not None
+    if name == "auto":
+        local = int(os.environ.get("LOCAL_RANK", "0"))  # each process that torchrun starts has a GPU of its own
+        return torch.device("cuda", local) if usable and launched() else torch.device("cuda" if usable else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device must be auto, cpu or cuda (got {name!r})") from error
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not usable):
+        why = "torch sees no GPU" if not torch.cuda.is_available() else "ace_ext was built CPU-only; see README"
+        raise InputError(f"device {name!r} cannot be used here ({why}); use --device cpu")
+    return device

@@ -1,0 +1,70 @@
+"""What a run tells while it runs: a bar on a terminal, and JSON lines for programs."""
+
+import json
+import sys
+import time
+from typing import TextIO
+
+from tqdm import tqdm
+
+from ace_ext.process_memory import resident_bytes
+from ace_ext.records import BlockReport, PruneReport
+
+
+class Progress:
+    """Blocks done, calibration tokens a second, sparsity so far, memory and the time left.
+
+    Args:
+        show: a bar on stderr.
+        log: JSON lines, one a block, are written and flushed there. Their keys: ``event`` (``start``, ``block``,
+            ``end``), ``time`` (seconds since the epoch), ``tokens`` (calibration tokens of all processes, at the
+            start), ``block``, ``done``, ``blocks``, ``seconds`` (of the block; at the end, of the run),
+            ``tokens_per_second``, ``sparsity`` (so far), ``memory_bytes`` (resident), ``seconds_left``.
+    """
+
+    def __init__(self, show: bool = False, log: TextIO | None = None) -> None:
+        self._show, self._log = show, log
+        self._bar: tqdm | None = None
+        self._tokens = self._blocks = self._done = self._here = 0
+        self._began = 0.0
+
+    def start(self, blocks: int, done: int, tokens: int) -> None:
+        """``done`` blocks of an earlier run are there; ``tokens`` calibration tokens go through each block."""
+        self._tokens, self._blocks, self._done, self._began = tokens, blocks, done, time.perf_counter()
+        self._bar = tqdm(
+            total=blocks, initial=done, desc="pruning", unit="block", disable=not self._show, file=sys.stderr
+        )
+        self._write("start", blocks=blocks, done=done, tokens=tokens)
+
+    def block(self, block: BlockReport, report: PruneReport) -> None:
+        self._done += 1
+        self._here += 1
+        elapsed = time.perf_counter() - self._began
+        speed = self._here * self._tokens / max(elapsed, 1e-9)
+        memory = resident_bytes()
+        self._bar.set_postfix_str(
+            f"{speed:,.0f} tokens/s, sparsity {report.sparsity:.3f}, {memory / 2**30:.2f} GiB", refresh=False
+        )
+        self._bar.update()
+        self._write(
+            "block",
+            block=block.name,
+            done=self._done,
+            blocks=self._blocks,
+            seconds=round(block.seconds, 4),
+            tokens_per_second=round(speed, 1),
+            sparsity=round(report.sparsity, 6),
+            memory_bytes=memory,
+            seconds_left=round((self._blocks - self._done) * elapsed / self._here, 2),
+        )
+
+    def end(self, report: PruneReport) -> None:
+        self._write("end", seconds=round(report.seconds, 4), sparsity=round(report.sparsity, 6))
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _write(self, event: str, **values) -> None:
+        if self._log is not None:
+            print(json.dumps({"event": event, "time": round(time.time(), 3), **values}), file=self._log, flush=True)

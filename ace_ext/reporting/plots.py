@@ -1,0 +1,244 @@
+"""Plots of comparisons as PNG bytes. Small figures with large type, so that they can be read at a phone's width.
+
+A method is a colour; what else varies among the lines of a plot is a marker and a dash. matplotlib is optional
+(``pip install 'ace_ext[report]'``) and is only imported here, by the functions that draw.
+"""
+
+import importlib.util
+import io
+import math
+from collections.abc import Callable, Iterable
+
+from ace_ext.compare.journal import BlockFigures, Results
+from ace_ext.compare.tables import Row, rows, short_names
+from ace_ext.errors import InputError
+
+WIDTH = 4.2  # inches; at 9 pt a line holds some 55 characters
+DPI = 200
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444")  # told apart by colour-blind
+_MARKERS = ("o", "^", "s", "D", "v", "P", "X")
+_DASHES = ("-", "--", ":", "-.")
+_LOG_FROM = 4  # a range of figures by this factor or more is drawn on a logarithmic axis
+
+Key = tuple[str, str]
+"""A method, and in words what else tells its line from others; the latter is empty where nothing else varies."""
+
+
+def require_matplotlib() -> None:
+    """Asked before the work, not after.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("a report needs matplotlib, which is not installed; pip install 'ace_ext[report]'")
+
+
+def study_plots(results: Results) -> dict[str, tuple[bytes, str]]:
+    """PNG and caption by name, of a comparison with at least one run."""
+    table = rows(results)
+    source = short_names([table[0].calibration])[table[0].calibration]
+    captions = {
+        "sparsity": "Perplexity against the share of zeros.",
+        "calibration": "Perplexity against calibration: samples × tokens of each.",
+        "seconds": "Perplexity against seconds of pruning. Grey: the best to be had in that time, by share of zeros.",
+        "blocks": f"Share of zeros and output cosine by block, calibrated on {source}, {table[0].length}.",
+    }
+    dotted = " Dotted: the dense model. Bars: one standard deviation over seeds."
+    return {
+        "sparsity": (_sparsity_plot(results, table), captions["sparsity"] + dotted),
+        "calibration": (_calibration_plot(results, table), captions["calibration"] + dotted),
+        "seconds": (_seconds_plot(results, table), captions["seconds"] + dotted),
+        "blocks": (_study_blocks_plot(table), captions["blocks"]),
+    }
+
+
+def blocks_plot(series: dict[Key, list[BlockFigures]]) -> bytes:
+    """Share of zeros and mean output cosine by block, a line for each of ``series``."""
+    figure, axes = _figure(2)
+    styles = _styles(series)
+    for key, blocks in series.items():
+        style = {**styles[key], "markersize": 3, "linewidth": 1.2}
+        axes[0].plot([block.sparsity for block in blocks], **style)
+        axes[1].plot([block.cosine for block in blocks], **style)
+    axes[0].set_ylabel("share of zeros", fontsize=9)
+    axes[1].set_ylabel("output cosine", fontsize=9)
+    axes[1].set_xlabel("block", fontsize=9)
+    for one in axes:
+        one.xaxis.get_major_locator().set_params(integer=True)
+        one.ticklabel_format(axis="y", useOffset=False)
+    return _png(figure, styles)
+
+
+def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other beats in both coordinates, from left to right: each lower than all to its left."""
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(points):
+        if not front or y < front[-1][1]:
+            front.append((x, y))
+    return front
+
+
+# --- the plots of a comparison ----------------------------------------------------------------------------------------
+
+
+def _sparsity_plot(results: Results, table: list[Row]) -> bytes:
+    """Shares of zeros are joined by a line; an N:M pattern is a point of its own at its share."""
+
+    def kind(row: Row) -> str:
+        return row.amount if ":" in row.amount else ""
+
+    lines = _lines(table, ("calibration", "length"), kind)
+    for found in lines.values():
+        found.sort(key=lambda row: row.sparsity)
+    return _draw(results, lines, lambda row: row.sparsity, "share of zeros")
+
+
+def _calibration_plot(results: Results, table: list[Row]) -> bytes:
+    """One place on the axis for each length, in the order of their tokens: two lengths may have as many."""
+    lengths = sorted({(row.tokens, row.seqlen, row.nsamples) for row in table})
+
+    def place(row: Row) -> int:
+        return lengths.index((row.tokens, row.seqlen, row.nsamples))
+
+    def name_places(axes, _: str) -> None:
+        names = [f"{nsamples}×{seqlen}\n{tokens:,}" for tokens, seqlen, nsamples in lengths]
+        axes.set_xticks(range(len(names)), names, fontsize=7 if len(names) > 4 else 8)
+        axes.set_xlim(-0.5, len(names) - 0.5)
+
+    lines = _lines(table, ("amount_name", "calibration"))
+    for found in lines.values():
+        found.sort(key=place)
+    return _draw(results, lines, place, "samples × tokens of each, and tokens in all", name_places)
+
+
+def _seconds_plot(results: Results, table: list[Row]) -> bytes:
+    amounts: dict[str, list[Row]] = {}
+    for row in table:
+        amounts.setdefault(row.amount, []).append(row)
+    seconds = [row.seconds for row in table]
+
+    def draw_fronts(axes, text: str) -> None:
+        for found in amounts.values():
+            front = pareto_front([(row.seconds, row.perplexity[text].mean) for row in found])
+            axes.step(*zip(*front, strict=True), where="post", color="#bbbbbb", linewidth=1, zorder=0)
+        if max(seconds) > _LOG_FROM * min(seconds):
+            _log_axis(axes, "x")
+
+    lines = _lines(table, ("amount_name", "calibration", "length"))
+    return _draw(results, lines, lambda row: row.seconds, "seconds of pruning", draw_fronts, joined=False)
+
+
+def _study_blocks_plot(table: list[Row]) -> bytes:
+    """Of the first calibration only: the lines of others lie too close to be told apart. Averaged over seeds."""
+    first = table[0]
+    same = [row for row in table if (row.calibration, row.length) == (first.calibration, first.length)]
+    return blocks_plot({key: _mean_blocks(row) for key, (row,) in _lines(same, ("amount_name",)).items()})
+
+
+def _mean_blocks(row: Row) -> list[BlockFigures]:
+    means = []
+    for same in zip(*(run.blocks for run in row.runs), strict=True):
+        figures = [(block.sparsity, block.relative_error, block.cosine) for block in same]
+        means.append(BlockFigures(same[0].name, *(sum(values) / len(same) for values in zip(*figures, strict=True))))
+    return means
+
+
+# --- shared steps -----------------------------------------------------------------------------------------------------
+
+
+def _lines(table: list[Row], names: tuple[str, ...], kind: Callable[[Row], str] = lambda _: "") -> dict[Key, list[Row]]:
+    """Rows of the same method that agree in the named properties and in ``kind``."""
+    varying = [name for name in names if len({getattr(row, name) for row in table}) > 1]
+    sources = short_names(row.calibration for row in table)
+    lines: dict[Key, list[Row]] = {}
+    for row in table:
+        values = [getattr(row, name) for name in varying] + [kind(row)]
+        lines.setdefault((row.method, ", ".join(sources.get(v, v) for v in values if v)), []).append(row)
+    return lines
+
+
+def _styles(keys: Iterable[Key]) -> dict[Key, dict]:
+    keys = list(keys)
+    methods = list(dict.fromkeys(method for method, _ in keys))
+    others = list(dict.fromkeys(other for _, other in keys))
+
+    def style(method: str, other: str) -> dict:
+        index = others.index(other)
+        marker, dash = _MARKERS[index % len(_MARKERS)], _DASHES[index % len(_DASHES)]
+        return {"color": _COLOURS[methods.index(method) % len(_COLOURS)], "marker": marker, "linestyle": dash}
+
+    return {(method, other): style(method, other) for method, other in keys}
+
+
+def _draw(
+    results: Results,
+    lines: dict[Key, list[Row]],
+    x: Callable[[Row], float],
+    x_label: str,
+    more: Callable[..., None] = lambda axes, text: None,
+    joined: bool = True,
+) -> bytes:
+    """A plot of perplexity for each evaluation text; ``more(axes, text)`` adds to it."""
+    names = short_names(results.settings["texts"])
+    figure, axes = _figure(len(names))
+    styles = _styles(lines)
+    for (text, name), one in zip(names.items(), axes, strict=True):
+        for key, found in lines.items():
+            spreads = [row.perplexity[text] for row in found]
+            bars = [spread.deviation or 0.0 for spread in spreads]
+            style = styles[key] if joined else {**styles[key], "linestyle": "none"}
+            options = {"markersize": 5, "linewidth": 1.2, "capsize": 3, **style}
+            one.errorbar(list(map(x, found)), [spread.mean for spread in spreads], bars, **options)
+        more(one, text)
+        dense = results.dense[text].perplexity
+        one.axhline(dense, color="#444444", linestyle=":", linewidth=1)
+        one.set_ylabel("perplexity", fontsize=9)
+        one.set_title(f"evaluated on {name}", fontsize=9)
+        means = [row.perplexity[text].mean for found in lines.values() for row in found]
+        if max(filter(math.isfinite, means), default=dense) > _LOG_FROM * dense:
+            _log_axis(one, "y")
+    axes[-1].set_xlabel(x_label, fontsize=9)
+    return _png(figure, styles)
+
+
+def _figure(count: int):
+    from matplotlib.figure import Figure  # without pyplot: nothing global, no display
+
+    figure = Figure(figsize=(WIDTH, 0.4 + 2.4 * count), layout="constrained")
+    axes = figure.subplots(count, 1, squeeze=False)[:, 0]
+    for one in axes:
+        one.grid(alpha=0.3)
+        one.tick_params(labelsize=8)
+    return figure, axes
+
+
+def _log_axis(axes, which: str) -> None:
+    """Logarithmic, with plain numbers: few readers take 6×10¹ for sixty at a glance."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    getattr(axes, f"set_{which}scale")("log")
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _png(figure, styles: dict[Key, dict]) -> bytes:
+    """The figure with its legend below: methods by colour, then what else varies by marker and dash."""
+    from matplotlib.lines import Line2D
+
+    entries = {method: {"color": style["color"], "marker": "o"} for (method, _), style in styles.items()}
+    others = {other: {**style, "color": "#444444"} for (_, other), style in styles.items()}
+    if len(others) > 1:
+        entries.update({other or "shares of zeros": style for other, style in others.items()})
+    if len(styles) > 1:
+        columns = 1 if max(map(len, entries)) > 24 else 2
+        figure.set_figheight(figure.get_figheight() + 0.17 * math.ceil(len(entries) / columns))
+        handles = [
+            Line2D([], [], label=label, markersize=5, linewidth=1.2, **style) for label, style in entries.items()
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=DPI)
+    return data.getvalue()

@@ -1,0 +1,293 @@
+"""What a run would do, take and need: ``ace-prune plan``. Nothing on the disk or in a model is changed.
+
+Shapes come from the model's configuration, what the process holds beside the model from doing here what a run does
+(tokenizer, calibration text, a short walk over one block), and time from that walk, scaled up.
+"""
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ace_ext.data.corpora import SELF
+from ace_ext.engine.api import check_pattern
+from ace_ext.models.blocks import Block, find_blocks
+from ace_ext.models.gguf import Unpacking, gguf_skeleton
+from ace_ext.models.loading import DTYPES, load_tokenizer, local_folder
+from ace_ext.models.safetensors_files import Shards, has_safetensors
+from ace_ext.models.skeleton import skeleton
+from ace_ext.process_memory import peak_memory_bytes, reset_peak, resident_bytes
+from ace_ext.pruning.config import PruneConfig, keep_count
+from ace_ext.records import kind_of
+from ace_ext.runs.dry_run import Trial, try_block
+from ace_ext.runs.memory_model import Estimate, copied_bytes
+from ace_ext.runs.model_source import (
+    Demand,
+    Source,
+    files_do_not_serve,
+    no_safetensors,
+    stored_as_loaded,
+    wants_offload,
+)
+from ace_ext.runs.options import Calibration, RunOptions, check_options
+
+WRITTEN_TOGETHER = 16
+"""Rows of text that a model writes together: the default of :func:`ace_ext.data.generate.self_generated`."""
+
+
+@dataclass(frozen=True)
+class PlannedMatrix:
+    """One matrix to prune: ``keep`` of the ``group_size`` weights of each comparison group survive."""
+
+    name: str
+    shape: tuple[int, int]
+    group: str  # row, matrix, model, or N:M
+    group_size: int
+    keep: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`make_plan` found."""
+
+    model: str
+    device: str
+    dtype: str
+    matrices: list[PlannedMatrix]
+    blocks: int
+    offload: bool
+    resident_hidden: bool
+    phases: list[Estimate]
+    read_bytes: int
+    write_bytes: int
+    seconds: dict[str, float]
+
+    @property
+    def peak(self) -> Estimate:
+        return max(self.phases, key=lambda phase: phase.total)
+
+    def to_json(self) -> str:
+        phases = {phase.phase: {"total": phase.total, **phase.parts()} for phase in self.phases}
+        total = {"peak_memory_bytes": self.peak.total, "peak_phase": self.peak.phase}
+        seconds = {**self.seconds, "total": sum(self.seconds.values())}
+        return json.dumps({**asdict(self), **total, "phases": phases, "seconds": seconds}, indent=1)
+
+    def table(self) -> str:
+        """For people: a line for each kind of matrix, then memory, bytes and time."""
+        kinds: dict[tuple, int] = {}
+        for matrix in self.matrices:
+            kind = (kind_of(matrix.name), matrix.shape, matrix.group, matrix.group_size, matrix.keep)
+            kinds[kind] = kinds.get(kind, 0) + 1
+        width = max(len(kind[0]) for kind in kinds)
+        lines = [f"{'matrix':<{width}}  {'count':>5}  {'shape':>13}  {'group':>6}  kept"]
+        lines += [
+            f"{name:<{width}}  {count:>5}  {'x'.join(map(str, shape)):>13}  {group:>6}  {keep} of {size}"
+            for (name, shape, group, size, keep), count in kinds.items()
+        ]
+        weights = "one block at a time from the files" if self.offload else "all in memory"
+        states = "in memory" if self.resident_hidden else "on the disk"
+        lines.append(f"{self.blocks} blocks, {len(self.matrices)} matrices; weights {weights}, hidden states {states}")
+        for phase in sorted(self.phases, key=lambda phase: -phase.total):
+            rank = "peak" if phase is self.peak else "then"
+            lines.append(f"{rank} {phase.total / 1e9:.2f} GB in {phase.phase}: {phase.describe()}")
+        parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
+        lines.append(f"reads {self.read_bytes / 1e9:.2f} GB, writes {self.write_bytes / 1e9:.2f} GB")
+        lines.append(f"about {sum(self.seconds.values()):.0f} s: {parts}")
+        return "\n".join(lines)
+
+
+@dataclass
+class _Measured:
+    """What doing here what a run does took, in bytes and seconds."""
+
+    before_text: int = 0  # resident
+    text_bytes: int = 0  # held for a moment while text was drawn
+    text_seconds: float = 0.0
+    tokens: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
+
+
+def make_plan(
+    model: str,
+    config: PruneConfig,
+    calibration: Calibration,
+    options: RunOptions,
+    device: torch.device,
+    dtype: str = "auto",
+) -> Plan:
+    """Plans what :func:`ace_ext.runs.pipeline.prune_folder` does with the same arguments, in one process.
+
+    The peak is that of a fresh process; called from one that holds more, it says more. On a GPU it counts what torch
+    allocates there (the formulas were compared with runs on CPUs only).
+
+    Raises:
+        InputError: as the run would, but for weights that are not finite: none is looked at.
+    """
+    check_options(config, calibration, options)
+    calibration.check()
+    source, unpacking = _lay_out(model, config, calibration, options, device, dtype)
+    blocks = find_blocks(source.model, config.skip, check=False)
+    check_pattern(blocks, config)
+    measured = _draw(source, calibration)
+    demand = Demand(blocks, source, config, calibration, options, device)
+    resident_hidden = demand.hidden_fits()
+    trial = try_block(source.model, blocks, source.shards, measured.tokens, config, device)
+    process = None if device.type == "cuda" else resident_bytes()
+    pruning = demand.peak(resident_hidden, process)
+    phases = [pruning]
+    if device.type == "cpu":
+        phases += _earlier_phases(source, blocks, pruning, calibration, measured, unpacking)
+    read, written = _traffic(source, blocks, calibration, 0 if resident_hidden else trial.passes)
+    return Plan(
+        model,
+        str(device),
+        str(next(iter(blocks[0].module.parameters())).dtype).removeprefix("torch."),
+        planned_matrices(blocks, config),
+        len(blocks),
+        source.offloaded,
+        resident_hidden,
+        phases,
+        read,
+        written,
+        _seconds(source, len(blocks), calibration, trial, measured, unpacking, read + written),
+    )
+
+
+def planned_matrices(blocks: list[Block], config: PruneConfig) -> list[PlannedMatrix]:
+    """Shape, comparison group and number kept of every matrix, in the order of the run."""
+    linears = [(block.full_name(child), linear) for block in blocks for child, linear in block.linears.items()]
+    whole = sum(linear.weight.numel() for _, linear in linears)
+    found = []
+    for name, linear in linears:
+        rows, cols = linear.weight.shape
+        if config.pattern is not None:
+            group, size, keep = str(config.pattern), config.pattern.group_m, config.pattern.keep_n
+        else:
+            size = {"row": cols, "matrix": rows * cols, "model": whole}[config.group]
+            group, keep = config.group, keep_count(size, config.sparsity)
+        found.append(PlannedMatrix(name, (rows, cols), group, size, keep))
+    return found
+
+
+def _lay_out(
+    model: str, config: PruneConfig, calibration: Calibration, options: RunOptions, device: torch.device, dtype: str
+) -> tuple[Source, Unpacking | None]:
+    """What :func:`ace_ext.runs.model_source.open_source` decides, but no weight is loaded where it would load them; and
+    how a model is unpacked that is not used as it lies in its files."""
+    folder = local_folder(model)
+    if folder is None:
+        laid_out, tokenizer, unpacking = gguf_skeleton(Path(model).expanduser(), DTYPES.get(dtype, torch.bfloat16))
+        if options.offload == "disk":
+            raise no_safetensors(model)
+        return Source(model, laid_out, tokenizer, None, None, False), unpacking
+    shards = Shards(folder) if has_safetensors(folder) else None
+    laid_out = skeleton(folder, shards, dtype)
+    tokenizer = load_tokenizer(folder)
+    if shards is not None and stored_as_loaded(laid_out, shards, dtype):
+        offload = wants_offload(laid_out, shards, config, calibration, options, device)
+        return Source(model, laid_out, tokenizer, folder, shards, offload), None
+    if options.offload == "disk":
+        raise files_do_not_serve(model, dtype)
+    source = Source(model, laid_out, tokenizer, folder, None, False)
+    # Converted tensor by tensor, while the files' own pages are mapped.
+    return source, Unpacking(sum(file.stat().st_size for file in source.files), 0.0)
+
+
+def _draw(source: Source, calibration: Calibration) -> _Measured:
+    """The calibration windows of a run, and what drawing them took; random ones where the model would write them."""
+    measured = _Measured(before_text=resident_bytes())
+    if calibration.source == SELF:
+        vocabulary = source.model.get_input_embeddings().weight.shape[0]
+        measured.tokens = torch.randint(0, vocabulary, (calibration.nsamples, calibration.seqlen))
+        return measured
+    start = time.perf_counter()
+    reset_peak()
+    measured.tokens = calibration.load(source.tokenizer, None).tokens
+    measured.text_bytes = max(0, peak_memory_bytes() - measured.before_text)
+    measured.text_seconds = time.perf_counter() - start
+    return measured
+
+
+def _earlier_phases(
+    source: Source,
+    blocks: list[Block],
+    pruning: Estimate,
+    calibration: Calibration,
+    measured: _Measured,
+    unpacking: Unpacking | None,
+) -> list[Estimate]:
+    """Loading the model and drawing text, before a block is pruned."""
+    phases = []
+    if unpacking is not None:
+        phases.append(Estimate(measured.before_text, pruning.model, transient=unpacking.peak_bytes, phase="load"))
+    if calibration.source == SELF:
+        text = _writing_bytes(source.model, calibration)
+        phases.append(Estimate(pruning.process, pruning.model, transient=text, phase="text"))
+        return phases
+    held = 0 if source.offloaded else pruning.model
+    if source.shards is not None and not source.offloaded:
+        # Mapped: the check of the weights read the blocks, and nothing has read the rest yet.
+        held = _bytes_of(blocks) + copied_bytes(blocks, source.shards)
+    return [*phases, Estimate(measured.before_text, held, transient=measured.text_bytes, phase="text")]
+
+
+def _writing_bytes(model: nn.Module, calibration: Calibration) -> int:
+    """The key and value cache of the rows that are written together, and four float64 copies of their logits."""
+    text = model.config.get_text_config()
+    rows = min(WRITTEN_TOGETHER, calibration.nsamples)
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    cache = 2 * text.num_hidden_layers * heads * size * calibration.seqlen * rows
+    embedding = model.get_input_embeddings().weight
+    return cache * embedding.dtype.itemsize + 4 * 8 * rows * len(embedding)
+
+
+def _bytes_of(blocks: list[Block]) -> int:
+    return sum(p.nbytes for block in blocks for p in block.module.parameters())
+
+
+def _traffic(source: Source, blocks: list[Block], calibration: Calibration, hidden_reads: int) -> tuple[int, int]:
+    """Bytes read and written: the files, copied to the output; each block, patched in there; and the hidden states,
+    which a run keeps on the disk for ``--resume``, read there ``hidden_reads`` times a block."""
+    width = source.model.config.get_text_config().hidden_size
+    itemsize = source.model.get_input_embeddings().weight.dtype.itemsize
+    hidden = calibration.nsamples * calibration.seqlen * width * itemsize
+    whole, inside = sum(p.nbytes for p in source.model.parameters()), _bytes_of(blocks)
+    files = sum(file.stat().st_size for file in source.files)
+    loaded = whole if source.shards is not None else 0  # read again: the files were only copied
+    if source.offloaded:
+        loaded += _bytes_of(blocks[:1])  # through which the first batch goes to show what a block returns
+    return files + loaded + hidden * len(blocks) * hidden_reads, whole + inside + hidden * (len(blocks) + 1)
+
+
+def _seconds(
+    source: Source,
+    blocks: int,
+    calibration: Calibration,
+    trial: Trial,
+    measured: _Measured,
+    unpacking: Unpacking | None,
+    traffic: int,
+) -> dict[str, float]:
+    tokens = calibration.nsamples * calibration.seqlen
+    text = measured.text_seconds
+    if calibration.source == SELF:
+        steps = math.ceil(calibration.nsamples / WRITTEN_TOGETHER) * calibration.seqlen
+        text = steps * blocks * trial.forward_seconds
+    return {
+        "load": unpacking.seconds if unpacking else 0.0,
+        "text": text,
+        "blocks": blocks * (trial.fixed_seconds + tokens * trial.token_seconds),
+        "files": traffic / _bytes_per_second(source.files[0]),
+    }
+
+
+def _bytes_per_second(file: Path) -> float:
+    """How fast the model's files are read, from up to 64 MiB of one. Writing is taken to be as fast."""
+    start = time.perf_counter()
+    with file.open("rb", buffering=0) as opened:
+        count = len(opened.read(2**26))
+    return max(1, count) / max(1e-6, time.perf_counter() - start)

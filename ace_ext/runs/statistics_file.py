@@ -1,0 +1,190 @@
+"""Statistics that are kept: a zip file with a safetensors blob a block, from which a model is pruned without a forward.
+
+They are those of the dense model: a run that keeps them hands each block the output of dense ones, so that another
+sparsity, pattern or metric reads the very statistics that a run of its own would have kept.
+"""
+
+import contextlib
+import json
+import os
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+from ace_ext.errors import InputError
+from ace_ext.fingerprint import differences
+from ace_ext.models.safetensors_files import flush
+from ace_ext.pruning.config import PruneConfig
+from ace_ext.pruning.gram import GramState
+from ace_ext.pruning.kinds import INPUT, WEIGHTED
+from ace_ext.pruning.statistics import LinearStatistics, MomentState
+
+FORMAT = 1
+_DESCRIPTION = "statistics.json"
+
+
+class StatisticsWriter:
+    """Collects blobs in a folder beside the run's state, where a crash leaves them, and packs them at the end.
+
+    Args:
+        path: the file to write.
+        folder: for the blobs.
+        fingerprint: of the model and the calibration tokens that the statistics belong to.
+        writes: whether this process writes; of several, each has the same statistics.
+    """
+
+    def __init__(self, path: Path, folder: Path, fingerprint: dict, writes: bool = True) -> None:
+        self.path, self.folder, self.fingerprint, self.writes = path, folder, fingerprint, writes
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def block(self, name: str, stats: dict[str, LinearStatistics]) -> None:
+        if not self.writes:
+            return
+        tensors, shared = _flatten(stats)
+        part = self.folder / f"{name}.part"
+        save_file(tensors, part, {"linears": json.dumps(shared)})
+        flush(part)
+        part.replace(self.folder / name)
+
+    def finish(self, kinds: frozenset[str]) -> Path:
+        """Packs the file under a temporary name and renames it. ``kinds``: those that the blobs hold."""
+        if not self.writes:
+            return self.path
+        part = self.path.with_name(f".{self.path.name}.part")
+        description = {"format": FORMAT, "inputs": "dense model", "kinds": sorted(kinds), **self.fingerprint}
+        try:
+            with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+                archive.writestr(_DESCRIPTION, json.dumps(description, indent=1))
+                for blob in sorted(self.folder.iterdir()):
+                    archive.write(blob, blob.name)
+            flush(part)
+            os.replace(part, self.path)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink()
+        return self.path
+
+
+def kept_kinds(config: PruneConfig) -> frozenset[str]:
+    """The kinds of statistics that a run keeps: the two vectors serve most metrics and cost little; the cross moment
+    and the Gram matrices are as large as weights, and there only where the run itself reads them."""
+    return config.needs | {INPUT, WEIGHTED}
+
+
+_DAMAGE = (zipfile.BadZipFile, SafetensorError, KeyError, ValueError, TypeError, AttributeError, EOFError)
+"""What a file raises that is none of ours, or is not whole."""
+
+
+class SavedStatistics:
+    """A file of :class:`StatisticsWriter`, opened for a model.
+
+    Raises:
+        InputError: it is none, another model's, or holds less than ``needs``.
+    """
+
+    def __init__(self, path: str | Path, model_fingerprint: dict, needs: frozenset[str]) -> None:
+        self.path = Path(path)
+        try:
+            self._archive = zipfile.ZipFile(self.path)
+            description = json.loads(self._archive.read(_DESCRIPTION))
+            if description["format"] != FORMAT:
+                raise ValueError(f"its format is {description['format']}, not {FORMAT}")
+            kept = frozenset(description["kinds"])
+            self.calibration: dict = description["calibration"]
+            changed = differences(description["model"], model_fingerprint)
+        except (OSError, *_DAMAGE) as error:
+            raise InputError(f"stats {str(path)!r} is no file of --save-stats: {error}") from error
+        if changed:
+            raise InputError(f"stats {str(path)!r} belongs to another model: {'; '.join(changed)}")
+        if not needs <= kept:
+            raise InputError(
+                f"stats {str(path)!r} holds {', '.join(sorted(kept)) or 'no kind'} of statistics, not "
+                f"{', '.join(sorted(needs - kept))}; save it anew with the metric that needs these"
+            )
+
+    def block(self, name: str, children: Iterable[str], device: torch.device | str) -> dict[str, LinearStatistics]:
+        """The statistics of a block's Linears by their name in it.
+
+        Raises:
+            InputError: the file has none of one of ``children``, or is damaged there.
+        """
+        try:
+            blob = self._archive.read(name) if name in self._archive.namelist() else None
+            stats = {} if blob is None else _unflatten(*_unpack(blob, device))
+        except _DAMAGE as error:
+            raise InputError(f"stats {str(self.path)!r} is damaged at {name}: {error}; save it anew") from error
+        for child in children:
+            if child not in stats:
+                raise InputError(
+                    f"stats {str(self.path)!r} has none of {name}.{child}; save it anew with the same skip"
+                )
+        return stats
+
+
+def _unpack(blob: bytes, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, dict]]:
+    tensors = {key: value.to(device) for key, value in load(blob).items()}
+    length = int.from_bytes(blob[:8], "little")
+    return tensors, json.loads(json.loads(blob[8 : 8 + length])["__metadata__"]["linears"])
+
+
+# One entry a state: Linears of one input share it, in the file as in memory.
+
+
+def _flatten(stats: dict[str, LinearStatistics]) -> tuple[dict[str, Tensor], dict[str, dict]]:
+    tensors: dict[str, Tensor] = {}
+    names: dict[int, str] = {}
+    linears = {}
+    for child, own in stats.items():
+        entry: dict = {"tokens": own.tokens}
+        for kind, value in own.parts().items():
+            if id(value) not in names:
+                names[id(value)] = f"{child}/{kind}"
+                tensors.update({f"{child}/{kind}/{leaf}": t.contiguous() for leaf, t in _leaves(value).items()})
+            entry[kind] = names[id(value)]
+        linears[child] = entry
+    return tensors, linears
+
+
+def _unflatten(tensors: dict[str, Tensor], linears: dict[str, dict]) -> dict[str, LinearStatistics]:
+    made: dict[str, object] = {}
+
+    def value(name: str | None) -> object:
+        if name is not None and name not in made:
+            kind = name.rpartition("/")[2]
+            made[name] = _grow(kind, {k[len(name) + 1 :]: t for k, t in tensors.items() if k.startswith(name + "/")})
+        return None if name is None else made[name]
+
+    return {
+        child: LinearStatistics(
+            input=value(entry.get("input")),
+            weighted=value(entry.get("weighted")),
+            moment=value(entry.get("moment")),
+            gram=value(entry.get("gram")),
+            tokens=entry["tokens"],
+            probe=value(entry["probe"]),
+        )
+        for child, entry in linears.items()
+    }
+
+
+def _leaves(value: object) -> dict[str, Tensor]:
+    if isinstance(value, list):
+        return {"rows": torch.cat(value)}
+    return {"matrix": value} if isinstance(value, Tensor) else value.tensors()
+
+
+def _grow(kind: str, leaves: dict[str, Tensor]) -> object:
+    if kind == "probe":
+        return [leaves["rows"]]
+    if kind == "moment":
+        return leaves["matrix"]
+    return _STATES[kind].of_tensors(leaves)
+
+
+_STATES = {"input": MomentState, "weighted": MomentState, "gram": GramState}

@@ -1,0 +1,251 @@
+"""The unfinished output of a run, beside its place: what is done, so that a crash costs one block and no more.
+
+``.NAME.unfinished/`` holds ``model/`` (the output, patched block by block), ``state.json`` (what the run is, how far it
+came, its report so far), ``hidden-*.bin`` (the states that enter the next block) and ``lock``.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TextIO
+
+from torch import Tensor
+
+from ace_ext.engine.hidden_states import HiddenStates, Layout
+from ace_ext.errors import InputError
+from ace_ext.fingerprint import differences
+from ace_ext.models.blocks import Block
+from ace_ext.models.safetensors_files import Shards
+from ace_ext.records import BlockReport, PruneReport
+
+FORMAT = 1
+
+
+class Workspace:
+    """One run's folder. Open it, hand it to the loop as its journal, and :meth:`finish` it.
+
+    Args:
+        output: the folder that the finished model gets.
+        fingerprint: everything that the result depends on, as plain values; a run is only resumed under the same.
+        resume: go on with what an earlier run left, if one did. Without it, what it left is removed.
+        writes: whether this process writes the model and the state; other ranks only keep hidden states.
+        rank: of this process, in the names of its hidden states.
+
+    Raises:
+        InputError: another run holds the folder, or ``resume`` finds a run of another fingerprint.
+    """
+
+    def __init__(
+        self, output: Path, fingerprint: dict, resume: bool = False, writes: bool = True, rank: int = 0
+    ) -> None:
+        self.output, self.fingerprint, self.writes, self.rank = output, fingerprint, writes, rank
+        self.folder = output.parent / f".{output.name}.unfinished"
+        self.model = self.folder / "model"
+        self.finished = 0
+        self.blocks: list[BlockReport] = []
+        self.notes: dict = {}
+        """Plain values that the loop found out and a resumed run needs again."""
+        self._hidden: dict | None = None
+        self._shards: Shards | None = None
+        self._lock: TextIO | None = None
+        self._made: list[Path] = []
+        if writes:
+            self._open(resume)
+        elif resume and self._has_state():
+            self._read_state()
+
+    # Opening
+
+    def _has_state(self) -> bool:
+        return (self.folder / "state.json").is_file() and self.model.is_dir()
+
+    def _open(self, resume: bool) -> None:
+        self._make_parents()
+        self._take_lock()
+        try:
+            if resume and self._has_state():
+                self._read_state()
+            else:
+                self._clear()
+        except BaseException:
+            self.close()
+            raise
+
+    def _make_parents(self) -> None:
+        for parent in [self.output.parent, *self.output.parent.parents]:
+            if parent.exists():
+                break
+            self._made.append(parent)
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+
+    def _take_lock(self) -> None:
+        while self._lock is None:  # again, where the run that held it removed the folder with it meanwhile
+            self.folder.mkdir(exist_ok=True)
+            self._lock = _locked(self.folder, self.output)
+
+    def _read_state(self) -> None:
+        path = self.folder / "state.json"
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            if state["format"] != FORMAT:
+                raise ValueError(f"format {state['format']}, not {FORMAT}")
+            found, finished, hidden = dict(state["fingerprint"]), int(state["finished"]), dict(state["hidden"])
+            self.notes = dict(state["notes"])
+            blocks = [BlockReport.from_dict(block) for block in state["blocks"]]
+            if len(blocks) != finished:
+                raise ValueError(f"{finished} blocks done, {len(blocks)} reported")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"resume: {path} is damaged ({error!r}); start over without --resume") from error
+        self.finished, self.blocks, self._hidden = finished, blocks, hidden
+        changed = differences(found, self.fingerprint)
+        if changed:
+            raise InputError(
+                f"resume: the unfinished run was another one: {'; '.join(changed)}; give the same arguments, or start "
+                "over without --resume"
+            )
+
+    def _clear(self) -> None:
+        for path in self.folder.iterdir():
+            if path.name == "lock":
+                continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    # The journal of the loop
+
+    def open_hidden(self, states: Iterable[Tensor], resident: bool, device) -> HiddenStates:
+        """The states that enter the first unfinished block: those of the earlier run, or the given first ones."""
+        name = f"hidden-{self.rank}"
+        if self.finished:
+            kept = self._hidden.get(str(self.rank))
+            if kept is None:
+                raise InputError(f"resume: no hidden states of rank {self.rank}; use as many processes as before")
+            layout = Layout(kept["shapes"], kept["dtype"])
+            return HiddenStates.reopen(layout, self.finished % 2, self.folder, resident, name, device)
+        return HiddenStates(states, self.folder, resident, name, device)
+
+    def block_done(self, block: Block, report: BlockReport, layouts: dict[str, dict]) -> None:
+        """Writes a pruned block and, once it is on the disk, the state that counts it as done."""
+        blocks = [*self.blocks, report]
+        if self.writes:
+            self.shards.write(block_tensors(block, self.shards))
+            self._write_state(blocks, layouts)
+        self.finished, self.blocks = len(blocks), blocks
+
+    @property
+    def shards(self) -> Shards:
+        """The output's files."""
+        if self._shards is None:
+            self._shards = Shards(self.model)
+        return self._shards
+
+    def _write_state(self, blocks: list[BlockReport], hidden: dict[str, dict]) -> None:
+        state = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "finished": len(blocks),
+            "hidden": hidden,
+            "notes": self.notes,
+            "blocks": [asdict(block) for block in blocks],
+        }
+        part = self.folder / "state.json.part"
+        with part.open("w", encoding="utf-8") as file:
+            json.dump(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(self.folder / "state.json")
+
+    # The end
+
+    def finish(self, report: PruneReport, report_name: str) -> Path:
+        """Writes the report and puts the model in its place; an older folder there goes only once that is done."""
+        (self.model / report_name).write_text(report.to_json(), encoding="utf-8")
+        _open_to_others(self.model)
+        old = self.folder / "old"
+        if self.output.exists():
+            os.replace(self.output, old)
+        try:
+            os.replace(self.model, self.output)
+        except OSError:
+            if old.exists():
+                os.replace(old, self.output)
+            raise
+        self.remove()
+        return self.output
+
+    def remove(self) -> None:
+        """Removes the folder with all in it, and parents that were made for it, if empty."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.close()  # only now: another run could take the lock and lose its folder
+        for parent in self._made:
+            if parent.exists() and not any(parent.iterdir()):
+                parent.rmdir()
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def recover(output: Path) -> None:
+    """Brings to an end what a run was at when it died within :meth:`Workspace.finish`: the output is the older folder,
+    or the new one, and never missing.
+
+    Raises:
+        InputError: another run is at it, or there are an older and a newer output and it is not ours to choose.
+    """
+    folder = output.parent / f".{output.name}.unfinished"
+    old, model = folder / "old", folder / "model"
+    in_place = (folder / "state.json").is_file() and output.is_dir() and not model.is_dir()
+    if not old.is_dir() and not in_place:
+        return
+    with _locked(folder, output) or contextlib.nullcontext():
+        if not model.is_dir() and output.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)  # the new one is in its place, only this was not removed
+        elif old.is_dir() and not output.exists():
+            os.replace(old, output)
+        elif old.is_dir():
+            raise InputError(f"output {str(output)!r} is there twice, also as {str(old)!r}: remove or move one of them")
+
+
+def _locked(folder: Path, output: Path) -> TextIO | None:
+    """The folder's lock file, held until it is closed or the process ends, however it ends: two runs must not write one
+    folder. None if the folder is gone by then.
+
+    Raises:
+        InputError: another run holds it.
+    """
+    try:
+        lock = (folder / "lock").open("w")
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(lock.fileno()), (folder / "lock").stat()):
+            return lock
+    except FileNotFoundError:
+        pass
+    except BlockingIOError as error:
+        lock.close()
+        raise InputError(f"output {str(output)!r} is being written by another run; wait for it") from error
+    lock.close()
+    return None
+
+
+def block_tensors(block: Block, shards: Shards) -> dict[str, Tensor]:
+    """A block's parameters as the files hold them: its pruned weights, and what tuning may have moved."""
+    named = {f"{block.name}.{name}": p.detach() for name, p in block.module.named_parameters()}
+    return {name: tensor.to(shards.describe(name)[0]) for name, tensor in named.items() if name in shards}
+
+
+def _open_to_others(folder: Path) -> None:
+    """Gives the files the permissions of any new file: the safetensors writer keeps its own to their owner."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
