@@ -15,9 +15,13 @@ import torch
 from ace_ext.compare.journal import Cell
 from ace_ext.compare.method_spec import Method
 from ace_ext.data.corpora import CALIBRATION, HELD_OUT, SELF, SOURCES, load_text
+from ace_ext.data.perplexity import SEQLEN
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import versions
-from ace_ext.pruning.config import PruneConfig
+from ace_ext.pruning.config import BATCH_TOKENS, PruneConfig
+
+EVAL_WINDOWS = 24
+"""Windows of each text that a comparison evaluates on, at most, unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,10 @@ class Study:
     calibrations: tuple[str, ...] = (SELF,)
     seeds: tuple[int, ...] = (0,)
     texts: tuple[str, ...] = ("wiki-mini",)
-    eval_seqlen: int = 512
-    eval_windows: int = 24
+    eval_seqlen: int = SEQLEN
+    eval_windows: int = EVAL_WINDOWS
     skip: tuple[str, ...] = ()
-    batch_tokens: int = 16384
+    batch_tokens: int = BATCH_TOKENS
     text_field: str = "text"
     dtype: str = "auto"
 

@@ -8,9 +8,12 @@ import torch
 from ace_ext.data.requests import _check_int, _check_request, _generator
 from ace_ext.errors import InputError
 
+ROWS_TOGETHER = 16
+"""How many rows of text the model writes together."""
+
 
 def self_generated(
-    model, tokenizer, nsamples: int, seqlen: int, seed: int, temperature: float = 1.0, batch_size: int = 16
+    model, tokenizer, nsamples: int, seqlen: int, seed: int, temperature: float = 1.0, batch_size: int = ROWS_TOGETHER
 ) -> torch.Tensor:
     """Return text that the model writes: int64 [nsamples, seqlen], on the CPU.
 

@@ -17,7 +17,13 @@ class BlockSource(Protocol):
 
     blocks: list[Block]
 
-    def hold(self, index: int) -> contextlib.AbstractContextManager[Block]: ...
+    def hold(self, index: int) -> contextlib.AbstractContextManager[Block]:
+        """While it lasts, the block has its weights."""
+        ...
+
+    def entrance(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """While it lasts, tokens can enter the blocks of the model."""
+        ...
 
 
 class ResidentBlocks:
@@ -29,6 +35,9 @@ class ResidentBlocks:
     @contextlib.contextmanager
     def hold(self, index: int) -> Iterator[Block]:
         yield self.blocks[index]
+
+    def entrance(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
 
 class OffloadedBlocks:
@@ -50,6 +59,11 @@ class OffloadedBlocks:
             unload_(block.module)
             for fused in block.experts:
                 fused.bind()
+
+    @contextlib.contextmanager
+    def entrance(self, model: nn.Module) -> Iterator[None]:
+        with entrance(model, self.blocks, self.shards, self.device), self.hold(0):
+            yield  # the first block too: what a block returns is only known once one has run
 
 
 def load_(module: nn.Module, prefix: str, shards: Shards, device: torch.device | str) -> None:
