@@ -18,7 +18,7 @@ from ace_ext.data.windows import evaluation_tokens
 from ace_ext.engine.devices import pick_device
 from ace_ext.engine.progress import Progress
 from ace_ext.errors import InputError
-from ace_ext.models.loading import DTYPES, load_model
+from ace_ext.models.loading import WEIGHT_DTYPES, load_model
 from ace_ext.process_memory import parse_bytes
 from ace_ext.pruning.config import (
     ALLOCATIONS,
@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a folder, a .gguf file, or a hub name")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (default: %(default)s)")
-    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="of the weights")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *WEIGHT_DTYPES], help="of the weights")
     parser.add_argument("--text-field", default="text", help="the field of a .jsonl line (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")

@@ -16,7 +16,7 @@ from ace_ext.compare.journal import Cell
 from ace_ext.compare.method_spec import Method
 from ace_ext.data.corpora import CALIBRATION, HELD_OUT, SELF, SOURCES, load_text
 from ace_ext.errors import InputError
-from ace_ext.fingerprint import versions
+from ace_ext.models.versions import versions
 from ace_ext.pruning.config import PruneConfig
 
 

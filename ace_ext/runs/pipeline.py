@@ -15,10 +15,10 @@ from ace_ext.engine.api import Surroundings, check_pattern, prune_model
 from ace_ext.engine.distributed import Alone, Peers, Ranks, launched, share_of
 from ace_ext.engine.progress import Progress
 from ace_ext.errors import InputError
-from ace_ext.fingerprint import versions
 from ace_ext.models.block_store import OffloadedBlocks
 from ace_ext.models.blocks import Block, find_blocks
 from ace_ext.models.safetensors_files import Shards, copy_model, flush
+from ace_ext.models.versions import versions
 from ace_ext.process_memory import return_freed_memory
 from ace_ext.pruning.allocation import measure_needs
 from ace_ext.pruning.config import PruneConfig

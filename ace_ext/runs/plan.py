@@ -17,7 +17,7 @@ from ace_ext.data.corpora import SELF
 from ace_ext.engine.api import check_pattern
 from ace_ext.models.blocks import Block, find_blocks
 from ace_ext.models.gguf import Unpacking, gguf_skeleton
-from ace_ext.models.loading import DTYPES, load_tokenizer, local_folder
+from ace_ext.models.loading import WEIGHT_DTYPES, load_tokenizer, local_folder
 from ace_ext.models.safetensors_files import Shards, has_safetensors
 from ace_ext.models.skeleton import skeleton
 from ace_ext.process_memory import peak_memory_bytes, reset_peak, resident_bytes
@@ -179,7 +179,8 @@ def _lay_out(
     how a model is unpacked that is not used as it lies in its files."""
     folder = local_folder(model)
     if folder is None:
-        laid_out, tokenizer, unpacking = gguf_skeleton(Path(model).expanduser(), DTYPES.get(dtype, torch.bfloat16))
+        wanted = WEIGHT_DTYPES.get(dtype, torch.bfloat16)
+        laid_out, tokenizer, unpacking = gguf_skeleton(Path(model).expanduser(), wanted)
         if options.offload == "disk":
             raise no_safetensors(model)
         return Source(model, laid_out, tokenizer, None, None, False), unpacking
