@@ -1,33 +1,34 @@
-"""Names for what a comparison compares: metrics, solvers, presets, published methods, and any change to one of them.
+"""Names of the methods of a comparison: metrics, solvers, presets and published methods, and changes to them.
 
-``ace``, ``balanced``, ``published-wanda``, ``admm:gram=cosine,damping=0.05``: a name stands for keyword arguments of
-:class:`ace_ext.PruneConfig`; what follows the colon is added to them.
+A name like ``ace``, ``balanced`` or ``published-wanda`` stands for keyword arguments of :class:`ace_ext.PruneConfig`;
+changes follow a colon, as in ``admm:gram=cosine,damping=0.05``.
 """
 
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from ace_ext.errors import InputError
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.criteria import METRICS
 from ace_ext.pruning.presets import PRESETS, PUBLISHED
 
-SOLVERS: dict[str, dict] = {
+SOLVERS: dict[str, dict[str, Any]] = {
     "swaps": {"refine": "swaps"},
     "obs": {"update": "obs"},
     "admm": {"update": "admm"},
 }
 
-METHODS: dict[str, dict] = {
+METHODS: dict[str, dict[str, Any]] = {
     **{name: {"metric": name} for name in METRICS},
     **SOLVERS,
     **PRESETS,
     **{f"published-{name}": arguments for name, arguments in PUBLISHED.items()},
 }
-"""Keyword arguments of :class:`ace_ext.PruneConfig` by name. A metric's name alone keeps the default order of work;
-``published-wanda`` is the metric ``wanda`` in the order in which its authors use it."""
+"""Keyword arguments of :class:`ace_ext.PruneConfig` by name. A metric's name alone keeps the default order of pruning;
+``published-wanda`` is the metric ``wanda`` in the order that its authors use."""
 
 _GIVEN_BY_THE_GRID = ("sparsity", "pattern")
 
@@ -37,7 +38,7 @@ class Method:
     """A method of a comparison: the label that tables show, and keyword arguments of :class:`ace_ext.PruneConfig`."""
 
     label: str
-    arguments: Mapping[str, object]
+    arguments: Mapping[str, Any]
 
     @classmethod
     def parse(cls, text: str) -> "Method":
@@ -56,10 +57,10 @@ class Method:
             raise InputError(f"method {text!r} gives a field twice; name each once")
         return cls(text, {**arguments, **dict(given)})
 
-    def config(self, **others) -> PruneConfig:
-        """The configuration, with ``others`` (sparsity or pattern, skip …) where the method itself says nothing.
+    def config(self, **others: Any) -> PruneConfig:
+        """The configuration: the method's arguments, and ``others`` (sparsity or pattern, skip …) that it does not set.
 
-        With a pattern, weights compete within its groups, so a method's own ``group`` only counts without one.
+        With a pattern, weights compete within its groups, so the method's own ``group`` is ignored.
 
         Raises:
             InputError: for values that :class:`ace_ext.PruneConfig` refuses; the message names the method.
@@ -108,7 +109,7 @@ def _parse_change(method: str, change: str) -> tuple[str, object]:
 
 
 def _parse_value(method: str, key: str, text: str) -> object:
-    """By the field's type: ``none`` where it may be None, a number where it is one, one element of a tuple, or text."""
+    """The value that a text stands for, by the field's type: None for ``none``, a number, a tuple of one, or text."""
     accepted = _field_types()[key]
     if text.lower() == "none" and type(None) in accepted:
         return None
@@ -127,7 +128,7 @@ def _field_types() -> dict[str, set[type]]:
     return {field.name: _plain_types(hints[field.name]) for field in fields(PruneConfig)}
 
 
-def _plain_types(hint: object) -> set[type]:
+def _plain_types(hint: Any) -> set[type]:
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return set().union(*map(_plain_types, typing.get_args(hint)))
     return {typing.get_origin(hint) or hint}
