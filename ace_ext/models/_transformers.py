@@ -20,6 +20,9 @@ _FLOAT32_MODULES = "_keep_in_fp32_modules"
 """Of a model's class: parts of parameter names that are loaded as float32. The first list holds for float16 and
 bfloat16, the second for float16 only."""
 
+_ATTENTION = "_attn_implementation"
+"""Of a configuration: which code computes attention. ``"eager"`` keeps the attention weights of all tokens."""
+
 _CACHES = ("cache", "past_key_values")
 """Of a model's output and of its arguments: the key and value cache, by its newer and its older name."""
 
@@ -44,8 +47,13 @@ def text_config(model: nn.Module) -> Any:
     return _method(model.config, "get_text_config")()
 
 
+def attends_eagerly(model: nn.Module) -> bool:
+    """Whether a model's attention allocates its weights, ``[batch, heads, seqlen, seqlen]``."""
+    return bool(getattr(model.config, _ATTENTION) == "eager")
+
+
 def _method(owner: object, name: str) -> Callable[[], Any]:
-    """A method of transformers' classes, which are not typed alike in all versions."""
+    """A method that transformers' models and configurations have, and ``nn.Module`` does not."""
     method: Callable[[], Any] = getattr(owner, name)
     return method
 

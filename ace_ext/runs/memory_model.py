@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from ace_ext.models._transformers import attends_eagerly
 from ace_ext.models.blocks import Block
 from ace_ext.models.safetensors_files import Shards
 from ace_ext.process_memory import resident_bytes
@@ -307,7 +308,7 @@ class _Shape:
             head=head_bytes,
             hidden=text.hidden_size,
             widest=max(max(linear.weight.shape) for linear in linears),
-            heads=text.num_attention_heads if model.config._attn_implementation == "eager" else 0,
+            heads=text.num_attention_heads if attends_eagerly(model) else 0,
             itemsize=linears[0].weight.dtype.itemsize,
             experts=experts,
             experts_of_a_token=min(experts, getattr(text, "num_experts_per_tok", None) or experts),
