@@ -1,4 +1,4 @@
-"""Import paths of version 0.1, when all modules lay in one folder: they still work, and warn with the new path."""
+"""Import paths of version 0.1, when all modules were in one folder: they still work, and warn of the new path."""
 
 import sys
 import warnings
@@ -12,7 +12,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "allocation": ("pruning.allocation",),
     "bench": ("compare.runner",),
     "calibration": ("data.windows", "data.generate", "fingerprint"),
-    "checkpoint": ("models.loading", "runs.output"),
+    "checkpoint": ("models.loading", "models.location", "runs.output"),
     "config": ("pruning.config",),
     "devices": ("engine.devices",),
     "differences": ("fingerprint",),
@@ -39,7 +39,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "progress": ("engine.progress",),
     "ranks": ("engine.distributed",),
     "reference": ("ops.reference",),
-    "report": ("records", "fingerprint"),
+    "report": ("records", "models.versions"),
     "results": ("compare.journal",),
     "scores": ("pruning.criteria", "pruning.kinds"),
     "shards": ("models.safetensors_files",),
@@ -56,11 +56,11 @@ MOVED: dict[str, tuple[str, ...]] = {
     "verify": ("runs.verify",),
     "workspace": ("runs.workspace", "fingerprint"),
 }
-"""Module of 0.1 -> the modules that hold its names now."""
+"""By the module's name in 0.1: the modules that hold its names now."""
 
 
 class _OldModule(ModuleType):
-    """Hands out the names of the modules that took its place."""
+    """A module of 0.1: looks its names up in the modules that replaced it."""
 
     def __getattr__(self, name: str) -> object:
         for new in MOVED[self.__name__.removeprefix("ace_ext.")]:
@@ -71,7 +71,7 @@ class _OldModule(ModuleType):
 
 
 class _OldPaths(MetaPathFinder, Loader):
-    """Finds ``ace_ext.calibration`` and the like; asked last, so it never shadows a module that is there."""
+    """Finds the modules of :data:`MOVED`. It comes last on ``sys.meta_path`` and so hides no other module."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         package, _, old = name.partition(".")
@@ -82,7 +82,7 @@ class _OldPaths(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         now = " and ".join(f"ace_ext.{new}" for new in MOVED[module.__name__.removeprefix("ace_ext.")])
-        # Past this function and the import system's own frames, to the line that imports.
+        # Level 2 is the importing line: Python leaves out the frames of the import system.
         warnings.warn(f"{module.__name__} moved: import from {now}", DeprecationWarning, stacklevel=2)
 
 

@@ -1,10 +1,14 @@
-"""What changed between a record on the disk and what is asked for now: a refusal has to name it."""
+"""Hashes of files and token tensors, and the differences between two records by name.
+
+A run that goes on from recorded state first compares what was recorded with what is asked for now; where they differ,
+its refusal names the difference.
+"""
 
 import hashlib
 import json
-import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,9 +21,12 @@ def tokens_sha256(tokens: torch.Tensor) -> str:
 
 
 def fingerprint_of_files(files: Iterable[Path]) -> dict[str, str]:
-    """For each file its size and a SHA-256 of its first MiB, with the header, and of 1024 samples of 4 KiB evenly over
-    all of it: another checkpoint differs there, also where only some matrices were tuned, and reading 100 GB to be
-    surer would take longer than a block."""
+    """For each file, by its name, its size and a SHA-256 of its first MiB (which holds the header) and of about 1024
+    samples of 4 KiB, spread evenly over the rest.
+
+    Another checkpoint differs in the samples, even if only some matrices were tuned. Hashing 100 GB in full would take
+    longer than pruning a block.
+    """
     found = {}
     for path in files:
         size = path.stat().st_size
@@ -33,15 +40,16 @@ def fingerprint_of_files(files: Iterable[Path]) -> dict[str, str]:
     return found
 
 
-def differences(recorded: dict, wanted: dict) -> list[str]:
-    """``"name was 1, now 2"`` for each name, nested ones joined by dots, under which the two differ.
+def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """``"name was 1, now 2"`` for each name under which the two differ, the names of nested values joined by dots.
 
-    ``recorded`` has been through JSON; ``wanted`` goes through it here.
+    ``recorded`` was read from JSON; ``wanted`` is converted to JSON and back here, so that tuples and lists compare
+    equal.
     """
     return _differences(recorded, json.loads(json.dumps(wanted)), "")
 
 
-def _differences(recorded: dict, wanted: dict, prefix: str) -> list[str]:
+def _differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str) -> list[str]:
     found = []
     for key in sorted({*recorded, *wanted}):
         before, now = recorded.get(key), wanted.get(key)
@@ -55,18 +63,3 @@ def _differences(recorded: dict, wanted: dict, prefix: str) -> list[str]:
 def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "…"
-
-
-def versions() -> dict:
-    """The versions that a result depends on."""
-    import transformers
-
-    from ace_ext.ops._extension import build_info
-
-    return {
-        "ace_ext": build_info()["version"],
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "compiler": build_info()["compiler"],
-    }

@@ -1,4 +1,4 @@
-"""Memory: what the process uses, what it used at most, and what it may have."""
+"""The memory that this process uses, its peak, and what the system can still give."""
 
 import contextlib
 import ctypes
@@ -15,11 +15,11 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 _M_MMAP_THRESHOLD = -3
-"""Of malloc.h."""
+"""``M_MMAP_THRESHOLD`` of glibc's ``malloc.h``."""
 
 
 def parse_bytes(text: str) -> int:
-    """``2GB``, ``1.5GiB``, ``800MB`` or plain bytes.
+    """The number of bytes that a text like ``2GB``, ``1.5GiB``, ``800MB`` or ``4096`` names.
 
     Raises:
         InputError: for anything else.
@@ -31,25 +31,25 @@ def parse_bytes(text: str) -> int:
 
 
 def resident_bytes() -> int:
-    """The process's resident memory now; 0 where the system does not tell."""
+    """The process's resident memory now, in bytes; 0 if the system does not tell."""
     return _status("VmRSS:")
 
 
 def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
-    """The process's peak resident memory, or on a GPU the most that torch allocated there."""
+    """The process's peak resident memory in bytes, or on a GPU the most that torch allocated there."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Not rusage where there is a choice: a child process starts with its parent's peak there.
+    # Before getrusage, where a child process starts with its parent's peak.
     peak = _status("VmHWM:")
     if peak:
         return peak
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # kibibytes but on macOS
+    return peak if sys.platform == "darwin" else peak * 1024  # in kibibytes, on macOS in bytes
 
 
 def reset_peak(device: torch.device | str = "cpu") -> bool:
-    """Starts the peak anew from what is used now; False where the system has no way to."""
+    """Sets the peak back to what is used now; False if the system cannot."""
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -61,18 +61,18 @@ def reset_peak(device: torch.device | str = "cpu") -> bool:
 
 
 def return_freed_memory() -> None:
-    """From now on tensors of 4 MiB and more go back to the system when they are freed.
+    """From now on the memory of freed tensors of 4 MiB and more is returned to the system.
 
-    By default glibc raises that size to 32 MiB as tensors are freed, and how much of its heap then stays with the
-    process differs from run to run: measured 560 to 580 MiB instead of 500 where matrices have 5 to 13 MB. There the
-    page faults cost a fifth more CPU time; tensors of 32 MiB pay for them anyway. Other C libraries are left alone.
+    By default glibc raises this threshold up to 32 MiB as tensors are freed, and how much freed memory the process then
+    keeps differs from run to run: measured 560 to 580 MiB instead of 500 for matrices of 5 to 13 MB. In that case page
+    faults cost a fifth more CPU time; tensors above 32 MiB cause them anyway. No effect with other C libraries.
     """
     with contextlib.suppress(AttributeError, TypeError, OSError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**22)
 
 
 def available_bytes() -> int:
-    """Memory that the system can give, the control group's limit included; a large number where it does not tell."""
+    """Bytes that the system can still give, within the limit of the control group; 2**62 if it does not tell."""
     found = []
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -84,13 +84,14 @@ def available_bytes() -> int:
     ):
         with contextlib.suppress(OSError, ValueError, KeyError):
             counts = dict(line.split() for line in (group / stat).read_text().splitlines())
-            # Files that were read lately count as used there, but make room for whoever asks.
+            # Cached files count as used there, but are dropped when memory is needed.
             taken = int((group / used).read_text()) - int(counts[cache])
             found.append(int((group / limit).read_text()) - taken)
     return max(0, min(found, default=2**62))
 
 
 def _status(key: str) -> int:
+    """A value of ``/proc/self/status`` in bytes; 0 if it is not there."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(key):

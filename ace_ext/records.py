@@ -1,7 +1,9 @@
-"""What a pruning run did, as data: kept beside the model as JSON, shown as a short table."""
+"""What a pruning run did, as data: written beside the model as JSON, and shown as a short table."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 REPORT_NAME = "ace_report.json"
 FORMAT = 1
@@ -9,55 +11,61 @@ FORMAT = 1
 
 @dataclass
 class Solution:
-    """What a solver did to one matrix. Losses are ``Σ_i e_i G e_iᵀ / Σ_i w_i G w_iᵀ``: the squared error of the outputs
-    against the dense ones, relative, on all calibration tokens as the solver's Gram matrix ``G`` weights them."""
+    """What a solver did to one matrix ``W``.
+
+    Losses are ``Σ_i e_i G e_iᵀ / Σ_i w_i G w_iᵀ`` over the rows ``w_i`` of the dense matrix and their changes ``e_i``,
+    with the solver's Gram matrix ``G`` ``[cols, cols]`` of all calibration tokens: the relative squared error of the
+    outputs.
+    """
 
     solver: str
     """``"swaps"``, ``"obs"``, ``"admm"``, or two of them in order, as in ``"swaps+admm"``."""
     damping: float
-    """What the factorisation succeeded with, relative to the mean diagonal; 0 where nothing was factorised."""
+    """With which the factorisation succeeded, relative to the mean diagonal of ``G``; 0 if nothing was factorised."""
     attempts: int
-    """Factorisations tried, each with ten times the damping of the one before; 0 where none was needed."""
+    """Factorisations tried, each with ten times the damping of the one before; 0 if none was needed."""
     loss_before: float
-    """With the metric's mask and the weights untouched."""
+    """With the metric's mask and unchanged remaining weights."""
     loss_after: float
+    """With the solver's mask and weights."""
 
 
 @dataclass
 class MatrixReport:
-    """One pruned matrix. Errors are those of its output on up to 128 calibration tokens, dense against pruned weight.
-
-    ``relative_error`` is ``‖A' - A‖ / ‖A‖`` over all these tokens; ``cosine`` the mean over tokens of
-    ``cos(A_t, A'_t)``.
+    """One pruned matrix. Its errors compare the outputs ``A`` of the dense and ``A'`` of the pruned weight on up to 128
+    calibration tokens: ``relative_error`` is ``‖A' - A‖ / ‖A‖`` over all these tokens, ``cosine`` the mean over tokens
+    ``t`` of ``cos(A_t, A'_t)``.
     """
 
     name: str
     shape: tuple[int, int]
     keep: int
-    """How many weights the mask keeps."""
+    """Number of weights that the mask keeps."""
     nonzero: int
-    """How many of them are not zero: fewer than ``keep`` only where the dense weight held zeros."""
+    """Number of weights that are not zero: less than ``keep`` only if the dense weight had zeros."""
     tokens: int
-    """That it saw in calibration. 0 for an expert that none was sent to: its mask is by magnitude then, and its errors
-    say nothing."""
+    """Calibration tokens that it saw. 0 for an expert that the router sent none: it is pruned by magnitude, and its
+    errors mean nothing."""
     relative_error: float
     cosine: float
     solution: Solution | None = None
-    """None where the metric alone decided."""
+    """None if there was no solver."""
 
     @property
     def size(self) -> int:
+        """Number of weights."""
         return self.shape[0] * self.shape[1]
 
     @property
     def sparsity(self) -> float:
+        """Share of zeros."""
         return 1 - self.nonzero / self.size if self.size else 0.0
 
 
 @dataclass
 class Tuning:
-    """The training of one block: the mean over tokens of ``‖output - target‖² / ‖target - input‖²``, the target being
-    the dense block's output. Equal where training did not lower it and was undone."""
+    """The training of one block. Its loss is the mean over tokens of ``‖output - target‖² / ‖target - input‖²``, where
+    the target is the dense block's output. Both are equal if training did not lower the loss and was undone."""
 
     loss_before: float
     loss_after: float
@@ -65,14 +73,16 @@ class Tuning:
 
 @dataclass
 class BlockReport:
+    """One block: the time it took, its matrices, and its training if there was one."""
+
     name: str
     seconds: float
     matrices: list[MatrixReport] = field(default_factory=list)
     tuning: Tuning | None = None
 
     @classmethod
-    def from_dict(cls, data: dict) -> "BlockReport":
-        """From what ``dataclasses.asdict`` and JSON made of one."""
+    def from_dict(cls, data: Mapping[str, Any]) -> "BlockReport":
+        """The reverse of ``dataclasses.asdict``, also of one that was written as JSON."""
         tuning = data.get("tuning")
         return cls(
             data["name"],
@@ -86,17 +96,18 @@ class BlockReport:
 class PruneReport:
     """The whole run. ``extra`` is for the caller (model, calibration data …)."""
 
-    config: dict
+    config: dict[str, Any]
     device: str
     dtype: str
     blocks: list[BlockReport] = field(default_factory=list)
     seconds: float = 0.0
     peak_memory_bytes: int = 0
-    versions: dict = field(default_factory=dict)
-    extra: dict = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def matrices(self) -> list[MatrixReport]:
+        """The matrices of all blocks, in order."""
         return [matrix for block in self.blocks for matrix in block.matrices]
 
     @property
@@ -106,6 +117,7 @@ class PruneReport:
         return 1 - sum(matrix.nonzero for matrix in self.matrices) / size if size else 0.0
 
     def to_json(self) -> str:
+        """The report as JSON, with the sparsity of each matrix and of the whole."""
         data = asdict(self)
         for block, block_data in zip(self.blocks, data["blocks"], strict=True):
             for matrix, matrix_data in zip(block.matrices, block_data["matrices"], strict=True):
@@ -114,27 +126,24 @@ class PruneReport:
 
     @classmethod
     def from_json(cls, text: str) -> "PruneReport":
+        """The reverse of :meth:`to_json`. Raises KeyError or TypeError for JSON of another form."""
         data = json.loads(text)
-        data.pop("format"), data.pop("sparsity")
+        del data["format"], data["sparsity"]
         blocks = [BlockReport.from_dict(block) for block in data.pop("blocks")]
         return cls(**data, blocks=blocks)
 
     def table(self) -> str:
-        """A short table for people: one line for each kind of matrix, averaged over blocks, and the totals."""
+        """A table as text: one line for each kind of matrix, averaged over blocks, and the totals below."""
+        from tabulate import tabulate  # imported here: pruning itself does without it
+
         kinds: dict[str, list[MatrixReport]] = {}
         for block in self.blocks:
             for matrix in block.matrices:
                 kinds.setdefault(kind_of(matrix.name.removeprefix(block.name + ".")), []).append(matrix)
-        width = max([len("matrix"), *map(len, kinds)])
-        lines = [f"{'matrix':<{width}}  {'shape':>14}  {'sparsity':>8}  {'rel. error':>10}  {'cosine':>7}"]
-        for kind, matrices in kinds.items():
-            count = len(matrices)
-            size = sum(m.size for m in matrices)
-            sparsity = 1 - sum(m.nonzero for m in matrices) / size if size else 0.0
-            error = sum(m.relative_error for m in matrices) / count
-            cosine = sum(m.cosine for m in matrices) / count
-            shape = "x".join(map(str, matrices[0].shape))
-            lines.append(f"{kind:<{width}}  {shape:>14}  {sparsity:>8.4f}  {error:>10.4f}  {cosine:>7.4f}")
+        head = ["matrix", "shape", "sparsity", "rel. error", "cosine"]
+        rows = [_figures_of(kind, matrices) for kind, matrices in kinds.items()]
+        align = ["left", *["right"] * (len(head) - 1)]
+        lines = [tabulate([head, *rows], tablefmt="plain", colalign=align, disable_numparse=True)]
         unseen = sum(not matrix.tokens for matrix in self.matrices)
         if unseen:
             lines.append(f"{unseen} experts' matrices saw no calibration token and were pruned by magnitude")
@@ -146,11 +155,21 @@ class PruneReport:
 
 
 def kind_of(name: str) -> str:
-    """A matrix's name with a star for its numbers, of blocks and of experts."""
+    """A matrix's name with a star for each number in it, of a block or an expert."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def _matrix_from_dict(data: dict) -> MatrixReport:
+def _figures_of(kind: str, matrices: list[MatrixReport]) -> list[str]:
+    """A line of the table: the shape of the first of the matrices, and means over all."""
+    count = len(matrices)
+    size = sum(m.size for m in matrices)
+    sparsity = 1 - sum(m.nonzero for m in matrices) / size if size else 0.0
+    error = sum(m.relative_error for m in matrices) / count
+    cosine = sum(m.cosine for m in matrices) / count
+    return [kind, "x".join(map(str, matrices[0].shape)), f"{sparsity:.4f}", f"{error:.4f}", f"{cosine:.4f}"]
+
+
+def _matrix_from_dict(data: Mapping[str, Any]) -> MatrixReport:
     fields = {key: value for key, value in data.items() if key != "sparsity"}
     fields["shape"] = tuple(fields["shape"])
     if fields.get("solution") is not None:  # absent from reports written before there were solvers

@@ -3,7 +3,7 @@ import subprocess
 import sys
 import tempfile
 
-from ace_ext.fingerprint import versions
+from ace_ext.models.versions import versions
 from ace_ext.records import BlockReport, MatrixReport, PruneReport, Solution, Tuning
 
 

@@ -9,13 +9,13 @@ from folders import save_dense, weights_bytes
 from safetensors.torch import load_file, save_file
 
 from ace_ext import InputError
-from ace_ext.models.safetensors_files import DTYPES, INDEX, SINGLE, Shards, copy_model
+from ace_ext.models.safetensors_files import INDEX, SINGLE, STORED_DTYPES, Shards, copy_model
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
     """One of each dtype, a scalar and one without elements."""
     random = torch.Generator().manual_seed(seed)
-    drawn = {str(d): (torch.randn(3, 5, generator=random) * 50).to(d) for d in DTYPES.values()}
+    drawn = {str(d): (torch.randn(3, 5, generator=random) * 50).to(d) for d in STORED_DTYPES.values()}
     return {**drawn, "scalar": torch.tensor(2.5 + seed), "none": torch.zeros(0, 4)}
 
 
@@ -80,6 +80,11 @@ def one(**changed) -> dict:
     return {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changed}}
 
 
+def twice(first: dict, second: dict) -> bytes:
+    """A JSON object with the entries of both, whose names may be the same."""
+    return f"{json.dumps(first)[:-1]}, {json.dumps(second)[1:]}".encode()
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -99,6 +104,10 @@ def one(**changed) -> dict:
         with_header(one(shape=[3]), bytes(8)),
         with_header(one(shape=[-1, -2]), bytes(8)),
         with_header(one(shape=["x"]), bytes(8)),
+        with_header(one(), bytes(9)),  # a byte that no tensor owns
+        with_header({**one(), "v": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}, bytes(12)),  # overlap
+        with_header({**one(), "v": {"dtype": "F32", "shape": [1], "data_offsets": [12, 16]}}, bytes(16)),  # a gap
+        with_header(twice(one(), one(data_offsets=[8, 16])), bytes(16)),  # two tensors of one name
     ],
 )
 def test_damaged_files_are_named(content, tmp_path):

@@ -106,9 +106,11 @@ def test_text_that_pruning_saw_is_named(place, capsys):
 
 def test_markdown(place, capsys):
     compare(place, "--markdown", methods="magnitude")
-    table = capsys.readouterr().out.splitlines()[:4]
-    assert all(line.startswith("| ") and line.endswith(" |") and line.count("|") == 7 for line in table)
-    assert table[3].startswith("| magnitude | 50 % |")
+    head, line, dense, row = [line.split("|") for line in capsys.readouterr().out.splitlines()[:4]]
+    assert all(len(cells) == 8 and cells[0] == cells[-1] == "" for cells in (head, line, dense, row))
+    assert [set(cell) for cell in line[1:-1]] == [set(":-")] * 6
+    assert [cell.strip() for cell in dense[1:3]] == ["dense", "0 %"]
+    assert [cell.strip() for cell in row[1:3]] == ["magnitude", "50 %"]
 
 
 def test_a_repeated_command_does_only_what_is_missing(place, tmp_path, capsys, monkeypatch):

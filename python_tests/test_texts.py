@@ -128,6 +128,20 @@ def index(monkeypatch, tmp_path):
     return folder
 
 
+def test_cache_folder(monkeypatch, tmp_path):
+    """What was named, then where earlier versions kept their files, then the platform's folder."""
+    monkeypatch.delenv("ACE_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    if sys.platform == "linux":
+        assert corpora.cache_folder() == tmp_path / "xdg" / "ace_ext"
+    earlier = tmp_path / "home" / ".cache" / "ace_ext"
+    earlier.mkdir(parents=True)
+    assert corpora.cache_folder() == earlier
+    monkeypatch.setenv("ACE_CACHE", str(tmp_path / "named"))
+    assert corpora.cache_folder() == tmp_path / "named"
+
+
 def test_installed_gensim_is_read_without_importing_it(monkeypatch, tmp_path, news, news_bytes):
     data = tmp_path / "site" / "gensim" / "test" / "test_data"
     data.mkdir(parents=True)

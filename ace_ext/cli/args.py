@@ -9,7 +9,7 @@ import torch
 from ace_ext.data.corpora import SOURCES
 from ace_ext.engine.devices import pick_device
 from ace_ext.errors import InputError
-from ace_ext.models.loading import DTYPES
+from ace_ext.models.loading import WEIGHT_DTYPES
 from ace_ext.process_memory import parse_bytes
 from ace_ext.pruning.config import PruneConfig, all_settings, config_settings
 from ace_ext.pruning.criteria import DEFAULT_METRIC, METRICS
@@ -34,7 +34,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """The model and how it is loaded, and what every verb that loads one has."""
     parser.add_argument("--model", required=True, help="a folder, a .gguf file, or a hub name")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (default: %(default)s)")
-    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="of the weights")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *WEIGHT_DTYPES], help="of the weights")
     parser.add_argument("--text-field", default="text", help="the field of a .jsonl line (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")

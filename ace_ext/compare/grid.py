@@ -1,14 +1,10 @@
-"""``ace-prune compare``: methods × sparsities × calibration lengths × sources × seeds on one model, in one table.
-
-The dense model is loaded once and its weights are put back before each run. Runs that draw the same calibration windows
-share them. Statistics are not shared: from the second block on they come from the outputs of the pruned blocks before,
-so they are each run's own (but for the group ``model``).
-"""
+"""The grid of a comparison: methods × sparsities × calibration lengths × sources × seeds on one model."""
 
 import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -17,7 +13,7 @@ from ace_ext.compare.method_spec import Method
 from ace_ext.data.corpora import CALIBRATION, HELD_OUT, SELF, SOURCES, load_text
 from ace_ext.data.perplexity import SEQLEN
 from ace_ext.errors import InputError
-from ace_ext.fingerprint import versions
+from ace_ext.models.versions import versions
 from ace_ext.pruning.config import BATCH_TOKENS, PruneConfig
 
 EVAL_WINDOWS = 24
@@ -26,12 +22,12 @@ EVAL_WINDOWS = 24
 
 @dataclass(frozen=True)
 class Study:
-    """The grid and what its runs share. ``amounts`` are shares of zeros like ``"0.5"`` and patterns like ``"2:4"``;
-    ``lengths`` are pairs ``(nsamples, seqlen)``.
+    """The grid and the settings that all its runs share. ``amounts`` are shares of zeros like ``"0.5"`` and patterns
+    like ``"2:4"``; ``lengths`` are pairs ``(nsamples, seqlen)``.
 
     Raises:
-        InputError: for an empty or repeated list, and for whatever :class:`ace_ext.PruneConfig` refuses of any
-            method with any amount: all before a model is loaded.
+        InputError: for an empty list, a value given twice, and whatever :class:`ace_ext.PruneConfig` refuses of any
+            method with any amount. All is checked before a model is loaded.
     """
 
     model: str
@@ -60,22 +56,22 @@ class Study:
             self.config(method, amount)
 
     def config(self, method: Method, amount: str) -> PruneConfig:
-        """What a method with an amount stands for."""
+        """The configuration of a method with an amount."""
         return method.config(**_amount(amount), skip=self.skip, batch_tokens=self.batch_tokens)
 
     def cells(self) -> Iterator[tuple[Cell, Method]]:
-        """The grid in the order of work: runs with the same calibration windows follow one another."""
+        """The runs of the grid in order; those with the same calibration samples follow one another."""
         data = itertools.product(self.calibrations, self.lengths, self.seeds)
         for (source, (nsamples, seqlen), seed), amount, method in itertools.product(data, self.amounts, self.methods):
             yield Cell(method.label, amount, source, nsamples, seqlen, seed), method
 
-    def settings(self, device: torch.device) -> dict:
-        """What has to be the same for two runs to stand in one table; evaluation files by their content."""
+    def settings(self, device: torch.device) -> dict[str, Any]:
+        """What must be equal for two runs to be in one table. Evaluation files are recorded by their content."""
         return {
             "model": self.model,
             "dtype": self.dtype,
             "device": device.type,
-            "threads": torch.get_num_threads() if device.type == "cpu" else None,  # moves rounding, and seconds
+            "threads": torch.get_num_threads() if device.type == "cpu" else None,  # changes rounding and time
             "skip": list(self.skip),
             "batch_tokens": self.batch_tokens,
             "texts": {text: source_sha256(text, HELD_OUT, self.text_field) for text in self.texts},
@@ -85,7 +81,7 @@ class Study:
         }
 
 
-def _amount(text: str) -> dict:
+def _amount(text: str) -> dict[str, str | float]:
     if ":" in text:
         return {"pattern": text}
     try:
@@ -95,7 +91,11 @@ def _amount(text: str) -> dict:
 
 
 def source_sha256(source: str, split: str, text_field: str) -> str | None:
-    """Of a local file's documents; None for a source that its name fixes. Raises InputError for a bad file."""
+    """The SHA-256, in hex, of a local file's documents; None for a source whose name fixes its text.
+
+    Raises:
+        InputError: as :func:`ace_ext.data.corpora.load_text`.
+    """
     if (source == SELF and split == CALIBRATION) or source in SOURCES:
         return None
     return hashlib.sha256("\n\n".join(load_text(source, split, text_field)).encode("utf-8")).hexdigest()

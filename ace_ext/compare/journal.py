@@ -1,14 +1,15 @@
-"""The record of a comparison: one JSON line a finished run, written at once, so that a crash loses nothing.
+"""The record of a comparison: one JSON line for each finished run, written at once, so that a crash loses no run.
 
-The first line holds the settings that all runs share. A later comparison into the same folder goes on from what is
-there if its settings are the same, and is refused if they differ: figures that cannot be compared never share a table.
+The first line holds the settings that all runs share. A later comparison into the same folder continues it if its
+settings are the same, and is refused if they differ: figures that cannot be compared never share a table.
 """
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ace_ext.data.perplexity import Perplexity
 from ace_ext.errors import InputError
@@ -32,12 +33,13 @@ class Cell:
 
     @property
     def length(self) -> str:
+        """``"128x2048"``: samples x tokens of each."""
         return f"{self.nsamples}x{self.seqlen}"
 
 
 @dataclass(frozen=True)
 class BlockFigures:
-    """A block after pruning: its share of zeros, and error and cosine of its matrices' outputs, averaged."""
+    """A pruned block: its share of zeros, and its matrices' mean output error and mean output cosine."""
 
     name: str
     sparsity: float
@@ -46,6 +48,7 @@ class BlockFigures:
 
     @classmethod
     def of(cls, block: BlockReport) -> "BlockFigures":
+        """The figures of a block's report."""
         size = sum(matrix.size for matrix in block.matrices)
         nonzero = sum(matrix.nonzero for matrix in block.matrices)
         count = max(1, len(block.matrices))
@@ -59,23 +62,24 @@ class Run:
     """A finished run. ``perplexity`` is by evaluation text."""
 
     cell: Cell
-    config: dict
-    """Of :meth:`ace_ext.PruneConfig.to_dict`: what the method's label stood for."""
+    config: dict[str, Any]
+    """:meth:`ace_ext.PruneConfig.to_dict` of the configuration that the method's label stood for."""
     source_sha256: str | None
-    """Of the calibration file; None for a text that its name fixes."""
+    """Of the calibration file; None for a source whose name fixes its text."""
     tokens_sha256: str
     dtype: str
     sparsity: float
     seconds: float
-    """Of pruning, without loading and evaluating."""
+    """Of pruning, without loading and evaluation."""
     peak_memory_bytes: int
     own_peak: bool
-    """Whether the peak is this run's alone; else the process's so far."""
+    """Whether the peak is that of this run; otherwise it is that of the process so far."""
     perplexity: dict[str, Perplexity]
     blocks: list[BlockFigures]
 
     @classmethod
-    def from_dict(cls, data: dict) -> "Run":
+    def from_dict(cls, data: Mapping[str, Any]) -> "Run":
+        """The reverse of ``dataclasses.asdict``."""
         texts = {text: Perplexity(**figures) for text, figures in data["perplexity"].items()}
         blocks = [BlockFigures(**block) for block in data["blocks"]]
         return cls(**{**data, "cell": Cell(**data["cell"]), "perplexity": texts, "blocks": blocks})
@@ -83,33 +87,37 @@ class Run:
 
 @dataclass
 class Results:
-    """A comparison: what all runs share, the dense model's perplexity by text and a hash of its weights, the runs."""
+    """A comparison: the settings that all runs share, the dense model's perplexity by text and a hash of its weights,
+    and the runs."""
 
-    settings: dict
+    settings: dict[str, Any]
     dense: dict[str, Perplexity] = field(default_factory=dict)
     weights_sha256: str = ""
     runs: list[Run] = field(default_factory=list)
 
     def find(self, cell: Cell) -> Run | None:
+        """The run of a cell; None if it is not recorded."""
         return next((run for run in self.runs if run.cell == cell), None)
 
 
 class Journal:
-    """``runs.jsonl`` in a folder, or nothing but the results in memory where no folder is given.
+    """The results of a comparison, in memory and, if a folder is given, in its ``runs.jsonl``.
 
     Args:
-        folder: made if it is not there; None keeps everything in memory.
-        settings: plain values that every run of the folder shares.
+        folder: made if it is not there; None: nothing is written.
+        settings: JSON values that all runs of the folder share.
 
     Raises:
-        InputError: the folder holds runs under other settings, something that is no comparison, or cannot be written.
+        InputError: the folder holds runs under other settings, or other files than a comparison's, or cannot be
+            written.
     """
 
-    def __init__(self, folder: Path | None, settings: dict) -> None:
-        self.path = None if folder is None else folder / RUNS_NAME
+    def __init__(self, folder: Path | None, settings: dict[str, Any]) -> None:
+        self.path: Path | None = None
         self.results = Results(settings)
-        if self.path is None:
+        if folder is None:
             return
+        self.path = folder / RUNS_NAME
         if self.path.is_file():
             self.results = read_results(self.path)
             _refuse_other_settings(self.path, self.results.settings, settings)
@@ -118,16 +126,18 @@ class Journal:
             self._append({"format": FORMAT, "settings": settings})
 
     def add_dense(self, dense: dict[str, Perplexity], weights_sha256: str) -> None:
+        """Records the dense model: its perplexity by text, and the hash of its weights."""
         figures = {text: asdict(perplexity) for text, perplexity in dense.items()}
         self._append({"dense": figures, "weights_sha256": weights_sha256})
         self.results.dense, self.results.weights_sha256 = dense, weights_sha256
 
     def add(self, run: Run) -> None:
+        """Records a finished run."""
         self._append({"run": asdict(run)})
         self.results.runs.append(run)
 
-    def refuse_changed(self, cell: Cell, config: dict, source_sha256: str | None) -> None:
-        """A label or a file may stand for something else today than in the recorded run; that must not go unseen.
+    def refuse_changed(self, cell: Cell, config: dict[str, Any], source_sha256: str | None) -> None:
+        """Refuses a cell whose label or text file stood for something else when it was recorded.
 
         Raises:
             InputError: the cell is recorded with another configuration or another text.
@@ -141,7 +151,7 @@ class Journal:
         if run.source_sha256 != source_sha256:
             raise _changed(self.path, f"with another text in {cell.calibration}")
 
-    def _append(self, line: dict) -> None:
+    def _append(self, line: dict[str, Any]) -> None:
         if self.path is None:
             return
         try:
@@ -154,7 +164,7 @@ class Journal:
 
 
 def read_results(path: Path) -> Results:
-    """What a ``runs.jsonl`` holds. A last line that a crash cut off is taken off the file.
+    """The results in a ``runs.jsonl``. A last line that a crash cut off is removed from the file.
 
     Raises:
         InputError: it is not there, or no record of a comparison.
@@ -186,7 +196,7 @@ def _make_folder(folder: Path) -> None:
         raise InputError(f"output {str(folder)!r} cannot be written: {error.strerror}; give another folder") from error
 
 
-def _whole_lines(path: Path) -> Iterator[dict]:
+def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
     data = path.read_bytes()
     if not data.startswith(b'{"format"'):
         raise ValueError("its first line has no format")
@@ -196,11 +206,11 @@ def _whole_lines(path: Path) -> Iterator[dict]:
     return map(json.loads, whole.decode("utf-8").splitlines())
 
 
-def _refuse_other_settings(path: Path, recorded: dict, wanted: dict) -> None:
+def _refuse_other_settings(path: Path, recorded: dict[str, Any], wanted: dict[str, Any]) -> None:
     differing = differences(recorded, wanted)
     if differing:
         raise _changed(path, f"otherwise: {'; '.join(differing)}")
 
 
-def _changed(path: Path, how: str) -> InputError:
+def _changed(path: Path | None, how: str) -> InputError:
     return InputError(f"{path} was recorded {how}; use another output folder")

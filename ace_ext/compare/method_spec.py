@@ -1,11 +1,12 @@
-"""Names for what a comparison compares: metrics, solvers, presets, published methods, and any change to one of them.
+"""Names of the methods of a comparison: metrics, solvers, presets and published methods, and changes to them.
 
-``ace``, ``balanced``, ``published-wanda``, ``admm:gram=cosine,damping=0.05``: a name stands for keyword arguments of
-:class:`ace_ext.PruneConfig`; what follows the colon is added to them.
+A name like ``ace``, ``balanced`` or ``published-wanda`` stands for keyword arguments of :class:`ace_ext.PruneConfig`;
+changes follow a colon, as in ``admm:gram=cosine,damping=0.05``.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ace_ext.errors import InputError
 from ace_ext.pruning.config import PruneConfig, all_settings
@@ -13,16 +14,16 @@ from ace_ext.pruning.criteria import METRICS
 from ace_ext.pruning.presets import PRESETS, PUBLISHED
 from ace_ext.pruning.solvers import SOLVERS
 
-SOLVER_METHODS: dict[str, dict[str, object]] = {name: {solver.stage: name} for name, solver in SOLVERS.items()}
+SOLVER_METHODS: dict[str, dict[str, Any]] = {name: {solver.stage: name} for name, solver in SOLVERS.items()}
 
-METHODS: dict[str, dict] = {
+METHODS: dict[str, dict[str, Any]] = {
     **{name: {"metric": name} for name in METRICS},
     **SOLVER_METHODS,
     **PRESETS,
     **{f"published-{name}": arguments for name, arguments in PUBLISHED.items()},
 }
-"""Keyword arguments of :class:`ace_ext.PruneConfig` by name. A metric's name alone keeps the default order of work;
-``published-wanda`` is the metric ``wanda`` in the order in which its authors use it."""
+"""Keyword arguments of :class:`ace_ext.PruneConfig` by name. A metric's name alone keeps the default order of pruning;
+``published-wanda`` is the metric ``wanda`` in the order that its authors use."""
 
 _GIVEN_BY_THE_GRID = ("sparsity", "pattern")
 _SEVERAL_DEFAULTS = ("damping",)
@@ -34,7 +35,7 @@ class Method:
     """A method of a comparison: the label that tables show, and keyword arguments of :class:`ace_ext.PruneConfig`."""
 
     label: str
-    arguments: Mapping[str, object]
+    arguments: Mapping[str, Any]
 
     @classmethod
     def parse(cls, text: str) -> "Method":
@@ -53,10 +54,10 @@ class Method:
             raise InputError(f"method {text!r} gives a field twice; name each once")
         return cls(text, {**arguments, **dict(given)})
 
-    def config(self, **others) -> PruneConfig:
-        """The configuration, with ``others`` (sparsity or pattern, skip …) where the method itself says nothing.
+    def config(self, **others: Any) -> PruneConfig:
+        """The configuration: the method's arguments, and ``others`` (sparsity or pattern, skip …) that it does not set.
 
-        With a pattern, weights compete within its groups, so a method's own ``group`` only counts without one.
+        With a pattern, weights compete within its groups, so the method's own ``group`` is ignored.
 
         Raises:
             InputError: for values that :class:`ace_ext.PruneConfig` refuses; the message names the method.

@@ -1,4 +1,9 @@
-"""One run of a comparison after another on the same loaded model, each from the dense weights, with its own peak."""
+"""Carries out a comparison: one run after the other on one loaded model.
+
+The dense weights are put back before each run. Runs with the same calibration samples share them. Statistics are not
+shared: from the second block on they depend on the pruned blocks before, so each run has its own (except with the group
+``model``).
+"""
 
 import hashlib
 import sys
@@ -20,11 +25,9 @@ from ace_ext.models.loading import LoadedModel, load_model
 from ace_ext.process_memory import reset_peak
 from ace_ext.pruning.config import PruneConfig
 
-# --- the work ---------------------------------------------------------------------------------------------------------
-
 
 def run_study(study: Study, device: torch.device, output: Path | None = None, progress: bool = False) -> Results:
-    """Works through the grid, skipping what ``output`` already records, and writes each run there at once.
+    """Does the runs of the grid that ``output`` does not yet record, and writes each there as soon as it is done.
 
     Args:
         device: where the model is put.
@@ -32,10 +35,10 @@ def run_study(study: Study, device: torch.device, output: Path | None = None, pr
         progress: a bar over the runs on stderr.
 
     Returns:
-        All runs of the folder: this grid's and those recorded before.
+        All runs of the folder: those of this grid and those recorded before.
 
     Raises:
-        InputError: bad input of any kind; what can be known before the model is loaded is checked before.
+        InputError: bad input of any kind; as much as possible is checked before the model is loaded.
     """
     sources = {source: source_sha256(source, CALIBRATION, study.text_field) for source in study.calibrations}
     journal = Journal(output, study.settings(device))
@@ -60,11 +63,12 @@ def run_study(study: Study, device: torch.device, output: Path | None = None, pr
     return journal.results
 
 
-_VALUES_HASHED = 4096  # of each parameter: enough to tell fine-tuned or pruned weights from others, and quick
+_VALUES_HASHED = 4096  # of each parameter: enough to tell fine-tuned or pruned weights apart, and fast
 
 
 class Bench:
-    """The loaded model, a CPU copy of its dense weights, the evaluation texts, the calibration windows last drawn."""
+    """Runs of one model: holds it, a CPU copy of its dense weights, the evaluation tokens by text, and the calibration
+    samples drawn last."""
 
     def __init__(
         self, loaded: LoadedModel, texts: Iterable[str], eval_seqlen: int, eval_windows: int, text_field: str
@@ -74,7 +78,7 @@ class Bench:
         self.device = next(self.model.parameters()).device
         self.dense = {name: _cpu_copy(value) for name, value in self.model.named_parameters()}
         self.texts = {text: evaluation_tokens(text, loaded.tokenizer, text_field=text_field) for text in texts}
-        self._windows: tuple[tuple, CalibrationData] | None = None
+        self._drawn: tuple[tuple[str, int, int, int], CalibrationData] | None = None
 
     def run(self, cell: Cell, config: PruneConfig, source_sha256: str | None) -> Run:
         """Puts the dense weights back, prunes and evaluates."""
@@ -103,14 +107,21 @@ class Bench:
         return {text: perplexity(self.model, tokens, seqlen, size) for text, tokens in self.texts.items()}
 
     def _draw(self, cell: Cell) -> CalibrationData:
-        """Windows for the cell. The model is dense here: with the source ``self`` it is the dense model that writes."""
+        """The cell's samples. To be called while the model is dense: with the source ``self`` it writes them."""
         wanted = (cell.calibration, cell.nsamples, cell.seqlen, cell.seed)
-        if self._windows is None or self._windows[0] != wanted:
-            source, *numbers = wanted
-            options = {"model": self.model, "text_field": self.text_field}
-            data = load_windows(source, self.loaded.tokenizer, *numbers, **options)
-            self._windows = (wanted, data)
-        return self._windows[1]
+        if self._drawn is None or self._drawn[0] != wanted:
+            source, nsamples, seqlen, seed = wanted
+            data = load_windows(
+                source,
+                self.loaded.tokenizer,
+                nsamples,
+                seqlen,
+                seed,
+                model=self.model,
+                text_field=self.text_field,
+            )
+            self._drawn = (wanted, data)
+        return self._drawn[1]
 
 
 def _cpu_copy(value: Tensor) -> Tensor:
@@ -119,13 +130,13 @@ def _cpu_copy(value: Tensor) -> Tensor:
 
 @torch.no_grad()
 def restore(model: nn.Module, dense: dict[str, Tensor]) -> None:
-    """Copies ``dense``, by name, into the model's parameters, in place. Tied parameters are there once."""
+    """Copies ``dense``, by name, into the model's parameters, in place. Tied parameters occur once."""
     for name, value in model.named_parameters():
         value.copy_(dense[name])
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Tells models apart: SHA-256, in hex, of each parameter's name, shape and first values."""
+    """SHA-256, in hex, of each parameter's name, shape and first values: tells two models apart."""
     digest = hashlib.sha256()
     for name, value in model.named_parameters():
         digest.update(f"{name} {list(value.shape)} ".encode())

@@ -1,4 +1,4 @@
-"""From the runs of a comparison to rows: mean, standard deviation and count over seeds; as text, markdown and JSON."""
+"""Tables of a comparison: one row for the runs that differ only in their seed, as text, markdown or JSON."""
 
 import json
 import math
@@ -6,13 +6,15 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from ace_ext.compare.journal import FORMAT, Results, Run
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Of ``count`` values; ``deviation`` is the sample's (n - 1), None for a single value."""
+    """Mean and standard deviation of ``count`` values. ``deviation`` is that of a sample (n - 1); None for one value,
+    and where a value is not finite."""
 
     mean: float
     deviation: float | None
@@ -20,6 +22,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
+        """The spread of at least one value."""
         finite = all(map(math.isfinite, values))
         if len(values) == 1 or not finite:
             return cls(sum(values) / len(values), None, len(values))
@@ -31,7 +34,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Row:
-    """The runs that differ in their seed only."""
+    """The runs that differ only in their seed."""
 
     method: str
     amount: str
@@ -50,10 +53,12 @@ class Row:
 
     @property
     def length(self) -> str:
+        """``"128x2048"``: samples x tokens of each."""
         return f"{self.nsamples}x{self.seqlen}"
 
     @property
     def tokens(self) -> int:
+        """Calibration tokens in all."""
         return self.nsamples * self.seqlen
 
     @property
@@ -67,9 +72,12 @@ def amount_name(amount: str) -> str:
     return amount if ":" in amount else f"{float(amount) * 100:g} %"
 
 
+_Key: TypeAlias = tuple[str, str, str, int, int]  # the first five fields of a Row
+
+
 def rows(results: Results) -> list[Row]:
     """One row for each method, amount, calibration source and length, in the order in which they were first run."""
-    groups: dict[tuple, list[Run]] = {}
+    groups: dict[_Key, list[Run]] = {}
     for run in results.runs:
         cell = run.cell
         key = (cell.method, cell.amount, cell.calibration, cell.nsamples, cell.seqlen)
@@ -77,7 +85,7 @@ def rows(results: Results) -> list[Row]:
     return [_row(key, runs) for key, runs in groups.items()]
 
 
-def _row(key: tuple, runs: list[Run]) -> Row:
+def _row(key: _Key, runs: list[Run]) -> Row:
     texts = runs[0].perplexity
     return Row(
         *key,
@@ -91,27 +99,27 @@ def _row(key: tuple, runs: list[Run]) -> Row:
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
-    """The last part of each path; the whole one where two would look the same."""
-    names = list(dict.fromkeys(names))
-    last = [Path(name).name for name in names]
-    return {name: part if last.count(part) == 1 else name for name, part in zip(names, last, strict=True)}
+    """The last part of each path; the whole path where two have the same last part."""
+    whole = list(dict.fromkeys(names))
+    last = [Path(name).name for name in whole]
+    return {name: part if last.count(part) == 1 else name for name, part in zip(whole, last, strict=True)}
 
 
 def names(results: Results) -> list[str]:
-    """The columns that say which run a line is: calibration and length only where they vary."""
+    """The first columns of the table, which name a row's runs: calibration and length only if they vary."""
     table = rows(results)
     varying = [name for name in ("calibration", "length") if len({getattr(row, name) for row in table}) > 1]
     return ["method", "zeros", *varying]
 
 
 def header(results: Results) -> list[str]:
-    """Names of the columns: :func:`names`, a perplexity for each text, and what it took."""
+    """The titles of all columns: :func:`names`, a perplexity for each text, seeds, time and memory."""
     texts = short_names(results.settings["texts"]).values()
     return [*names(results), *texts, "seeds", "seconds", "peak GiB"]
 
 
 def cells(results: Results) -> list[list[str]]:
-    """The table's body as text: the dense model first. Perplexities are mean ± standard deviation over seeds."""
+    """The lines of the table, the dense model first. Perplexities are mean ± standard deviation over seeds."""
     texts = list(results.settings["texts"])
     columns = names(results)
     dense = [f"{results.dense[text].perplexity:.2f}" for text in texts]
@@ -132,13 +140,15 @@ def cells(results: Results) -> list[list[str]]:
 
 
 def notes(results: Results) -> list[str]:
-    """What a reader has to know beside the figures, one sentence a line."""
+    """What a reader must know to read the figures, one note a line."""
     settings = results.settings
     windows = {text: figures.windows for text, figures in results.dense.items()}
     counts = ", ".join(f"{count} on {text}" for text, count in windows.items())
     sources = ", ".join(dict.fromkeys(run.cell.calibration for run in results.runs))
     lengths = ", ".join(dict.fromkeys(run.cell.length for run in results.runs))
-    kinds = "device memory" if settings["device"] == "cuda" else "resident memory, the copy of the dense weights in it"
+    kinds = (
+        "device memory" if settings["device"] == "cuda" else "resident memory (it includes a copy of the dense weights)"
+    )
     lines = [
         f"{settings['model']}, {', '.join(sorted({run.dtype for run in results.runs}))}, on {settings['device']}.",
         f"Calibrated on {sources}: {lengths} (samples x tokens of each).",
@@ -147,36 +157,40 @@ def notes(results: Results) -> list[str]:
         f"Seconds are those of pruning (mean); peak GiB is the largest {kinds}, while pruning.",
     ]
     if not all(run.own_peak for run in results.runs):
-        lines.append("* This system does not let a process reset its mark: the peak of the whole process so far.")
-    files = {text for text, sha256 in settings["texts"].items() if sha256 is not None}  # others come in two parts
+        lines.append("* The peak of the whole process so far: this system does not let a process reset its peak.")
+    # The other texts have a calibration and a held-out part.
+    files = {text for text, sha256 in settings["texts"].items() if sha256 is not None}
     for text in sorted(files & {run.cell.calibration for run in results.runs}):
-        lines.append(f"{text} was calibrated on and evaluated on, whole both times: pruning saw what it is judged by.")
+        lines.append(f"{text} was used whole for calibration and for evaluation: pruning saw what it is judged by.")
     return lines
 
 
 def text_table(results: Results) -> str:
-    """Aligned text: names to the left, numbers to the right, and the notes."""
-    table = [header(results), *cells(results)]
-    count = len(names(results))
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = []
-    for line in table:
-        left = [f"{value:<{width}}" for value, width in zip(line[:count], widths[:count], strict=True)]
-        right = [f"{value:>{width}}" for value, width in zip(line[count:], widths[count:], strict=True)]
-        lines.append("  ".join(left + right).rstrip())
-    return "\n".join([*lines, "", *notes(results)])
+    """The table as aligned text, and the notes below it."""
+    from tabulate import tabulate  # imported here: a comparison itself does without it
+
+    lines = [header(results), *cells(results)]
+    table: str = tabulate(lines, tablefmt="plain", colalign=_alignment(results), disable_numparse=True)
+    return "\n".join([table, "", *notes(results)])
 
 
 def markdown_table(results: Results) -> str:
-    """A table in markdown, and the notes below it."""
-    head, count = header(results), len(names(results))
-    lines = [head, ["---"] * count + ["--:"] * (len(head) - count), *cells(results)]
-    table = ["| " + " | ".join(value.replace("|", "\\|") for value in line) + " |" for line in lines]
-    return "\n".join([*table, "", *notes(results)])
+    """The table in markdown, and the notes below it."""
+    from tabulate import tabulate
+
+    head, *body = [[value.replace("|", "\\|") for value in line] for line in (header(results), *cells(results))]
+    table: str = tabulate(body, head, tablefmt="pipe", colalign=_alignment(results), disable_numparse=True)
+    return "\n".join([table, "", *notes(results)])
+
+
+def _alignment(results: Results) -> list[str]:
+    """Of the columns: names to the left, figures to the right."""
+    count = len(names(results))
+    return ["left"] * count + ["right"] * (len(header(results)) - count)
 
 
 def results_json(results: Results) -> str:
-    """Everything: settings, dense figures, rows over seeds, each run. A figure that is not finite is null."""
+    """All results as JSON: settings, dense figures, rows, runs. A figure that is not finite is null."""
     data = {
         "format": FORMAT,
         "settings": results.settings,

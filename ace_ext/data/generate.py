@@ -1,19 +1,28 @@
-"""From text to token windows: what a model is calibrated on and evaluated on."""
+"""Calibration text that the model itself writes, one sampled token after the other."""
 
 import math
 from numbers import Real
 
 import torch
+from torch import nn
 
-from ace_ext.data.requests import _check_int, _check_request, _generator
+from ace_ext.data.requests import check_int, check_request, seeded_generator
 from ace_ext.errors import InputError
+from ace_ext.models._transformers import cache_arguments, input_embedding, text_config
+from ace_ext.models.tokenizer import Tokenizer
 
 ROWS_TOGETHER = 16
 """How many rows of text the model writes together."""
 
 
 def self_generated(
-    model, tokenizer, nsamples: int, seqlen: int, seed: int, temperature: float = 1.0, batch_size: int = ROWS_TOGETHER
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    temperature: float = 1.0,
+    batch_size: int = ROWS_TOGETHER,
 ) -> torch.Tensor:
     """Return text that the model writes: int64 [nsamples, seqlen], on the CPU.
 
@@ -21,18 +30,20 @@ def self_generated(
     own distribution to the full length, past any EOS. One random number is drawn for each token beforehand, so a seed
     gives the same text whatever the batch size or the device (up to rounding in the model's logits). The global random
     state is untouched, and so are the modules' training modes.
-    Raises InputError for numbers out of range, more tokens than the model has positions for, a start token that the
-    model does not know, and logits that are not finite.
+
+    Raises:
+        InputError: numbers out of range, more tokens than the model has positions for, a first token that the model
+            does not know, logits that are not finite.
     """
-    _check_request(nsamples, seqlen, seed)
-    _check_int("batch_size", batch_size, 1)
+    check_request(nsamples, seqlen, seed)
+    check_int("batch_size", batch_size, 1)
     if not (isinstance(temperature, Real) and math.isfinite(temperature) and temperature > 0):
         raise InputError(f"temperature: {temperature!r} found; use a finite number above 0 (1 is the model's own)")
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(text_config(model), "max_position_embeddings", None)
     if positions is not None and seqlen > positions:
         raise InputError(f"seqlen: {seqlen} found, but the model has {positions} positions; use {positions} or less")
 
-    generator = _generator(seed)
+    generator = seeded_generator(seed)
     first = _first_tokens(model, tokenizer, nsamples, generator)
     draws = torch.rand(nsamples, seqlen - 1, dtype=torch.float64, generator=generator)
     training = [module for module in model.modules() if module.training]
@@ -48,9 +59,9 @@ def self_generated(
     return torch.cat(rows)
 
 
-def _first_tokens(model, tokenizer, nsamples: int, generator: torch.Generator) -> torch.Tensor:
+def _first_tokens(model: nn.Module, tokenizer: Tokenizer, nsamples: int, generator: torch.Generator) -> torch.Tensor:
     """Return the token each row starts with, int64 [nsamples]."""
-    known = model.get_input_embeddings().weight.shape[0]
+    known = input_embedding(model).get_parameter("weight").shape[0]
     for start in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if start is not None:
             if start >= known:
@@ -63,16 +74,19 @@ def _first_tokens(model, tokenizer, nsamples: int, generator: torch.Generator) -
 
 
 @torch.no_grad()
-def _write(model, first: torch.Tensor, draws: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Continue each row's first token [rows] by one token a draw [rows, n], uniform in [0, 1): int64 [rows, n + 1]."""
-    draws = draws.to(model.device)
-    tokens = first[:, None].to(model.device)
-    news, past = tokens, {}
-    finite = torch.ones((), dtype=torch.bool, device=model.device)
-    for draw in draws.split(1, dim=1):
-        output = model(input_ids=news, use_cache=True, **past)
-        # float64: in float32 the running sum over a large vocabulary would swallow its rare tokens.
-        logits = output.logits[:, -1].to(model.device, torch.float64)
+def _write(model: nn.Module, first: torch.Tensor, draws: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Continue each row's first token [rows] by one token for each of draws [rows, n], which are uniform in [0, 1):
+    int64 [rows, n + 1]."""
+    device = next(model.parameters()).device
+    draws = draws.to(device)
+    tokens = first[:, None].to(device)
+    news = tokens
+    cache: dict[str, object] = {}
+    finite = torch.ones((), dtype=torch.bool, device=device)
+    for draw in torch.split(draws, 1, dim=1):
+        output = model(input_ids=news, use_cache=True, **cache)
+        # float64: in float32 the running sum over a large vocabulary would lose the rare tokens.
+        logits = output.logits[:, -1].to(device, torch.float64)
         probabilities = torch.softmax(logits / temperature, dim=-1)
         running = probabilities.cumsum(dim=-1)
         total = running[:, -1:]
@@ -80,17 +94,9 @@ def _write(model, first: torch.Tensor, draws: torch.Tensor, temperature: float) 
         # right=True skips tokens of probability 0; the clamp is for a product rounded up to the total, and for NaN.
         news = torch.searchsorted(running, draw * total, right=True).clamp_(max=running.shape[1] - 1)
         tokens = torch.cat([tokens, news], dim=1)
-        past = _past(output)
-        if not past:
+        cache = cache_arguments(output)
+        if not cache:
             news = tokens  # a model that returns no cache reads the whole row again
     if not finite:
         raise InputError("model: its logits hold NaN or infinity, so it cannot write text; use another source")
     return tokens.cpu()
-
-
-def _past(output) -> dict:
-    """Return the keyword under which the next call takes the model's cache, or nothing without one."""
-    for name in ("cache", "past_key_values"):  # its name today, and its name in older transformers
-        if getattr(output, name, None) is not None:
-            return {name: getattr(output, name)}
-    return {}

@@ -1,4 +1,4 @@
-"""Perplexity over fixed windows: the figure by which pruned models are compared."""
+"""Perplexity over consecutive windows of a text: the figure by which pruned models are compared."""
 
 import math
 import sys
@@ -19,17 +19,20 @@ BATCH_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Perplexity:
-    """``exp`` of the mean negative log-likelihood of each window's tokens but its first. Always quote all of it: the
-    window length alone moves the figure."""
+    """``exp`` of the mean negative log-likelihood of each window's tokens except its first. Always quote the window
+    length and the number of windows too: the figure depends on them."""
 
     perplexity: float
     nll: float
+    """Mean negative log-likelihood of a predicted token, in nats."""
     windows: int
     seqlen: int
+    """Tokens of a window."""
     tokens: int
     """Predicted tokens: ``windows * (seqlen - 1)``."""
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, float]:
+        """The fields as JSON values."""
         return asdict(self)
 
 
@@ -37,10 +40,13 @@ class Perplexity:
 def perplexity(
     model: nn.Module, tokens: Tensor, seqlen: int = SEQLEN, max_tokens: int | None = None, progress: bool = False
 ) -> Perplexity:
-    """Perplexity of ``tokens [n]`` cut into consecutive windows of ``seqlen``; a rest shorter than one is left out.
+    """Perplexity of ``tokens [n]`` cut into consecutive windows of ``seqlen`` tokens; the remainder is dropped.
 
     Args:
-        max_tokens: use whole windows of at most this many tokens from the start.
+        model: a causal language model; called with ``input_ids [batch, seqlen]``, it returns ``logits``.
+        tokens: int64 ``[n]``.
+        seqlen: tokens of a window.
+        max_tokens: use only whole windows within this many tokens from the start; None: all.
         progress: a bar on stderr.
 
     Raises:
@@ -56,7 +62,7 @@ def perplexity(
     training = model.training
     model.eval()
     total = 0.0
-    batches = tokens[: windows * seqlen].view(windows, seqlen).split(max(1, BATCH_TOKENS // seqlen))
+    batches = torch.split(tokens[: windows * seqlen].view(windows, seqlen), max(1, BATCH_TOKENS // seqlen))
     for batch in tqdm(batches, desc="perplexity", unit="batch", disable=not progress, file=sys.stderr):
         batch = batch.to(device)
         logits = model(batch, use_cache=False).logits[:, :-1].float()

@@ -1,45 +1,49 @@
-"""From text to token windows: what a model is calibrated on and evaluated on."""
+"""From text to tokens: the windows that a model is calibrated on, and the held-out tokens that it is evaluated on."""
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from ace_ext.data.corpora import CALIBRATION, HELD_OUT, SELF, load_text
 from ace_ext.data.generate import self_generated
-from ace_ext.data.requests import _check_request, _generator
+from ace_ext.data.requests import check_request, seeded_generator
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import tokens_sha256
+from ace_ext.models.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, eq=False)
 class CalibrationData:
-    """Token windows, and what a report needs to name them."""
+    """Calibration samples, and what a report says of them."""
 
     tokens: torch.Tensor  # int64 [nsamples, seqlen], on the CPU
     source: str
     seed: int
-    sha256: str  # see tokens_sha256
+    sha256: str  # of the tokens: ace_ext.fingerprint.tokens_sha256
 
 
 def load_windows(
     source: str,
-    tokenizer,
+    tokenizer: Tokenizer,
     nsamples: int,
     seqlen: int,
     seed: int,
     *,
-    model=None,
+    model: nn.Module | None = None,
     text_field: str = "text",
-    cache_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> CalibrationData:
-    """Return calibration windows, int64 [nsamples, seqlen], of a source of texts.load_text or of the model itself.
+    """Return calibration samples, int64 [nsamples, seqlen], of a source of corpora.load_text or of the model itself.
 
-    `source="self"` needs `model`; the other sources ignore it. Raises InputError as token_windows, self_generated and
-    texts.load_text do; the numbers are checked before anything is read.
+    `source="self"` needs `model`; the other sources ignore it. The numbers are checked before anything is read.
+
+    Raises:
+        InputError: as token_windows, self_generated and corpora.load_text.
     """
-    _check_request(nsamples, seqlen, seed)
+    check_request(nsamples, seqlen, seed)
     if source == SELF:
         if model is None:
             raise InputError("source: 'self' is text the model writes, and no model was given; pass model=")
@@ -51,38 +55,43 @@ def load_windows(
 
 
 def evaluation_tokens(
-    source: str, tokenizer, *, text_field: str = "text", cache_dir: str | os.PathLike | None = None
+    source: str, tokenizer: Tokenizer, *, text_field: str = "text", cache_dir: str | os.PathLike[str] | None = None
 ) -> torch.Tensor:
     """Return the held-out part of a source as one row of token ids, int64 [n].
 
-    Raises InputError as texts.load_text does, for `self`, and for a text without a token.
+    Raises:
+        InputError: as corpora.load_text; for `self`; for a text without a token.
     """
     if source == SELF:
         raise InputError("source: 'self' is for calibration only; evaluate on wiki-mini, another source or a file")
     return _tokenize(load_text(source, HELD_OUT, text_field, cache_dir), tokenizer)
 
 
-def token_windows(documents: Sequence[str], tokenizer, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
+def token_windows(
+    documents: Sequence[str], tokenizer: Tokenizer, nsamples: int, seqlen: int, seed: int
+) -> torch.Tensor:
     """Return windows of the documents, joined and tokenized as one text: int64 [nsamples, seqlen].
 
     Windows start anywhere, may overlap, and are the same for the same arguments. The global random state is untouched.
-    Raises InputError for numbers out of range and for a text shorter than one window.
+
+    Raises:
+        InputError: numbers out of range, or a text shorter than one window.
     """
-    _check_request(nsamples, seqlen, seed)
+    check_request(nsamples, seqlen, seed)
     ids = _tokenize(documents, tokenizer)
     if len(ids) < seqlen:
         fit = f"use {len(ids)} or less, or give more text" if len(ids) >= 2 else "give more text"
         raise InputError(f"seqlen: {seqlen} found, but the whole text has {len(ids)} tokens; {fit}")
-    # One start less than there are, where there are several: published figures were drawn so.
-    starts = torch.randint(0, max(1, len(ids) - seqlen - 1), (nsamples,), generator=_generator(seed))
+    # The upper bound is off by one (the last start is never drawn). Kept: published figures were drawn with it.
+    starts = torch.randint(0, max(1, len(ids) - seqlen - 1), (nsamples,), generator=seeded_generator(seed))
     return torch.stack([ids[start : start + seqlen] for start in starts.tolist()])
 
 
-def _tokenize(documents: Sequence[str], tokenizer) -> torch.Tensor:
+def _tokenize(documents: Sequence[str], tokenizer: Tokenizer) -> torch.Tensor:
     """Return the ids of the documents, joined by empty lines: int64 [n]."""
     if isinstance(documents, str):
         raise InputError("documents: found one string; pass a list of strings, one a document")
-    ids = tokenizer("\n\n".join(documents), verbose=False)["input_ids"]  # else it warns of a text so long
+    ids = tokenizer("\n\n".join(documents), verbose=False)["input_ids"]  # else it warns that the text is long
     if not ids:
         raise InputError("documents: the tokenizer found no token in the text; give a text that is not empty")
     return torch.tensor(ids, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Where blocks' weights are while a run walks over them: all in memory, or one block at a time from the files."""
+"""Where the blocks' weights are during a run: all in memory, or read from the files one block at a time."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,22 +8,21 @@ import torch
 from torch import nn
 
 from ace_ext.errors import InputError
+from ace_ext.models._transformers import output_head
 from ace_ext.models.blocks import Block, check_weights
 from ace_ext.models.safetensors_files import Shards
 
 
 class BlockSource(Protocol):
-    """Hands out blocks whose weights can be read and written while they are held."""
+    """Gives access to blocks. A block's weights can be read and written while it is held."""
 
     blocks: list[Block]
 
     def hold(self, index: int) -> contextlib.AbstractContextManager[Block]:
-        """While it lasts, the block has its weights."""
-        ...
+        """Within this context the weights of block ``index`` are in memory."""
 
     def entrance(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
-        """While it lasts, tokens can enter the blocks of the model."""
-        ...
+        """Within this context tokens can enter the blocks of ``model``."""
 
 
 class ResidentBlocks:
@@ -34,6 +33,7 @@ class ResidentBlocks:
 
     @contextlib.contextmanager
     def hold(self, index: int) -> Iterator[Block]:
+        """The block; nothing is to be done."""
         yield self.blocks[index]
 
     def entrance(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
@@ -41,13 +41,15 @@ class ResidentBlocks:
 
 
 class OffloadedBlocks:
-    """Blocks of a :func:`skeleton`: read from the shards when they are held, forgotten afterwards."""
+    """Blocks of a :func:`ace_ext.models.skeleton.skeleton`: read from the shards when they are held, dropped
+    afterwards. Writing changed weights back is the caller's work."""
 
     def __init__(self, blocks: list[Block], shards: Shards, device: torch.device | str) -> None:
         self.blocks, self.shards, self.device = blocks, shards, device
 
     @contextlib.contextmanager
     def hold(self, index: int) -> Iterator[Block]:
+        """Reads the block's weights and checks them (:func:`ace_ext.models.blocks.check_weights`)."""
         block = self.blocks[index]
         load_(block.module, block.name, self.shards, self.device)
         for fused in block.experts:
@@ -67,46 +69,54 @@ class OffloadedBlocks:
 
 
 def load_(module: nn.Module, prefix: str, shards: Shards, device: torch.device | str) -> None:
-    """Gives a module of the skeleton its parameters from the shards, and its buffers where the files hold them."""
+    """Reads a module's parameters from the shards, and those buffers that the files hold; other buffers are moved to
+    ``device``. ``prefix``: the module's name in the model.
+
+    Raises:
+        InputError: a tensor is missing, or its shape is not that of the configuration.
+    """
     for name, parameter in list(module.named_parameters()):
         value = shards.read(f"{prefix}.{name}").to(device, parameter.dtype)
         if value.shape != parameter.shape:
             raise InputError(
                 f"{prefix}.{name} must be {list(parameter.shape)} by the configuration (got {list(value.shape)})"
             )
-        _assign(module, name, nn.Parameter(value, requires_grad=False))
+        _set_parameter(module, name, value)
     for name, buffer in list(module.named_buffers()):
         stored = f"{prefix}.{name}" in shards
         value = shards.read(f"{prefix}.{name}") if stored else buffer
-        _assign(module, name, value.to(device, buffer.dtype), buffer=True)
+        _set_buffer(module, name, value.to(device, buffer.dtype))
 
 
 def unload_(module: nn.Module) -> None:
-    """Puts a module's parameters back on the meta device."""
+    """Moves a module's parameters to the meta device, which frees their memory."""
     for name, parameter in list(module.named_parameters()):
-        _assign(module, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
+        _set_parameter(module, name, parameter.detach().to("meta"))
 
 
-def _assign(module: nn.Module, name: str, value: torch.Tensor, buffer: bool = False) -> None:
+def _set_parameter(module: nn.Module, name: str, value: torch.Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
-    target = module.get_submodule(owner)
-    (target._buffers if buffer else target._parameters)[leaf] = value
+    module.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def _set_buffer(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module.get_submodule(owner)._buffers[leaf] = value
 
 
 @contextlib.contextmanager
 def entrance(model: nn.Module, blocks: list[Block], shards: Shards, device: torch.device | str) -> Iterator[None]:
-    """While it lasts, the skeleton's parts before its blocks are in memory, so that hidden states can enter them.
-
-    Everything outside the blocks is loaded but the LM head, which no forward reaches that ends at the last block.
+    """While it lasts, the skeleton's modules outside the blocks are in memory, so that a forward pass can reach the
+    blocks. The LM head is left out: a pass that ends at the last block does not use it.
     """
     inside = {id(module) for block in blocks for module in block.module.modules()}
-    head = model.get_output_embeddings()
+    head = output_head(model)
     outside = [
         (name, module)
         for name, module in model.named_modules()
         if id(module) not in inside and module is not head and name
     ]
-    loaded = []
+    loaded: list[nn.Module] = []
     try:
         for name, module in outside:
             own = {n for n, _ in module.named_parameters(recurse=False)} | {
@@ -119,12 +129,12 @@ def entrance(model: nn.Module, blocks: list[Block], shards: Shards, device: torc
     finally:
         for module in loaded:
             for name, parameter in list(module.named_parameters(recurse=False)):
-                module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+                _set_parameter(module, name, parameter.detach().to("meta"))
 
 
 def _load_own_(module: nn.Module, prefix: str, shards: Shards, device: torch.device | str) -> None:
     for name, parameter in list(module.named_parameters(recurse=False)):
         value = shards.read(f"{prefix}.{name}").to(device, parameter.dtype)
-        module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        _set_parameter(module, name, value)
     for name, buffer in list(module.named_buffers(recurse=False)):
-        module._buffers[name] = buffer.to(device)
+        _set_buffer(module, name, buffer.to(device))

@@ -1,7 +1,6 @@
-"""Finds a model's blocks and prunable weights by structure, and replays block inputs without knowing the family.
+"""Finds a model's blocks and their prunable weights by structure, without knowing the model family.
 
-A block is an element of the outermost ``nn.ModuleList`` that holds the most weight in Linears: the decoder layers. What
-a block is called with (masks, rotary embeddings, whatever a family passes) is captured whole and handed back to it.
+A block is a decoder layer: an element of the outermost ``nn.ModuleList`` that holds the most parameters.
 """
 
 import math
@@ -16,13 +15,13 @@ from ace_ext.errors import InputError
 from ace_ext.models.experts import FusedExperts, find_experts
 
 CHECKED_AT_ONCE = 2**22
-"""Weights that :func:`check_weights` looks at together."""
+"""Elements of a matrix that :func:`check_weights` reads at a time."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A decoder layer: its full name in the model, the module, and its prunable Linears by their name in the block,
-    those of fused experts among them."""
+    """A decoder layer: its full name in the model, the module, and its prunable Linears (those of fused experts
+    included) by their name in the block."""
 
     name: str
     module: nn.Module
@@ -30,14 +29,16 @@ class Block:
     experts: tuple[FusedExperts, ...] = ()
 
     def full_name(self, linear: str) -> str:
+        """The name in the model of a Linear that is named by its name in the block."""
         return f"{self.name}.{linear}"
 
     def is_expert(self, linear: str) -> bool:
-        """Whether it is the matrix of a fused expert, which only the tokens reach that are sent there."""
+        """Whether the Linear is the matrix of a fused expert, which sees only the tokens that the router sends it."""
         return any(linear in fused.linears for fused in self.experts)
 
     def expert_stages(self) -> list[list[str]]:
-        """The prunable Linears of each fused tensor: none of them is behind another."""
+        """The names of the prunable Linears, one list for each fused tensor. Linears of one list do not feed each
+        other, so they can be pruned together."""
         return [[child for child in fused.linears if child in self.linears] for fused in self.experts]
 
 
@@ -50,14 +51,15 @@ def find_blocks(model: nn.Module, skip: Iterable[str] = (), check: bool = True) 
             not pruned (expert weights with the output last, transposed ``Conv1D``) and that ``skip`` does not name; two
             blocks share one weight; a weight is not a plain float32, float16 or bfloat16 matrix.
     """
+    skip = tuple(skip)
     patterns = [_compile(pattern) for pattern in skip]
     name, modules = _block_list(model)
     blocks = []
     for index, module in enumerate(modules):
         full = f"{name}.{index}"
-        experts = find_experts(module)
-        routers = _routers(module, experts)
-        experts = tuple(fused for fused in experts if not _matches(f"{full}.{fused.name}", patterns))
+        fused_experts = find_experts(module)
+        routers = _routers(module, fused_experts)
+        experts = tuple(fused for fused in fused_experts if not _matches(f"{full}.{fused.name}", patterns))
         linears = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear) and f"{n}.weight" not in routers}
         for fused in experts:
             linears |= fused.linears
@@ -71,14 +73,14 @@ def find_blocks(model: nn.Module, skip: Iterable[str] = (), check: bool = True) 
     return blocks
 
 
-def _compile(pattern: str) -> re.Pattern:
+def _compile(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
         raise InputError(f"skip must be regular expressions (got {pattern!r}: {error})") from error
 
 
-def _matches(name: str, patterns: list[re.Pattern]) -> bool:
+def _matches(name: str, patterns: list[re.Pattern[str]]) -> bool:
     return any(pattern.search(name) for pattern in patterns)
 
 
@@ -99,8 +101,8 @@ def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def _routers(module: nn.Module, experts: Iterable[FusedExperts]) -> set[str]:
-    """Names in the block of the matrices beside fused experts that choose among them: tiny, and all hangs on what they
-    say, so they stay dense."""
+    """Names in the block of the matrices that choose among fused experts. They stay dense: they are tiny, and a wrong
+    choice of experts costs more than a wrong weight."""
     found = set()
     for fused in experts:
         mixture = fused.name.rpartition(".")[0].rpartition(".")[0]
@@ -111,9 +113,9 @@ def _routers(module: nn.Module, experts: Iterable[FusedExperts]) -> set[str]:
     return found
 
 
-def _refuse_other_weights(block: str, module: nn.Module, patterns: list[re.Pattern], known: set[str]) -> None:
-    """Weights that no Linear holds would be left dense without a word: say so instead. ``known`` are parameters by
-    their names in the block that need no Linear."""
+def _refuse_other_weights(block: str, module: nn.Module, patterns: list[re.Pattern[str]], known: set[str]) -> None:
+    """Refuses matrices that no Linear holds, which would silently stay dense. ``known``: parameters, by their names in
+    the block, that may be there."""
     for owner, child in module.named_modules():
         for name, parameter in child.named_parameters(recurse=False):
             full = ".".join(part for part in (block, owner, name) if part)
@@ -128,10 +130,10 @@ def _refuse_other_weights(block: str, module: nn.Module, patterns: list[re.Patte
 
 
 def check_weights(blocks: list[Block]) -> None:
-    """That each weight is a loaded, finite matrix of a dtype that the ops take, and no other one's twin.
+    """Checks that each weight is loaded, finite, of a dtype that the ops take, and not shared with another Linear.
 
     Raises:
-        InputError: naming the first that is not.
+        InputError: naming the first weight that is not.
     """
     seen: dict[int, str] = {}
     for block in blocks:
@@ -149,9 +151,11 @@ def check_weights(blocks: list[Block]) -> None:
 
 
 def _first_not_finite(weight: Tensor) -> list[int] | None:
-    """``[row, column]`` of the first NaN or infinity. A part at a time: ``isfinite`` needs up to five bytes a weight
-    for its own, and a whole matrix at once would be the peak of a run that holds one block. A finite sum, which is
-    quicker, has finite terms only."""
+    """``[row, column]`` of the first NaN or infinity in ``[rows, cols]``; None without one.
+
+    Some rows at a time: ``isfinite`` allocates up to five bytes an element, which for a whole matrix would set the
+    peak of a run that holds one block. The sum comes first because it is faster: if it is finite, so is each term.
+    """
     step = max(1, CHECKED_AT_ONCE // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
         part = weight.detach()[start : start + step]

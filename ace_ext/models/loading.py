@@ -1,7 +1,5 @@
-"""Models in and out: hub names, folders and GGUF files in; a folder for transformers out, whole or not at all."""
+"""Loads a model with its tokenizer, from a folder, a hub name or a GGUF file."""
 
-import contextlib
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,18 +7,24 @@ import torch
 from torch import nn
 
 from ace_ext.errors import InputError
+from ace_ext.models._transformers import dequantize_options, forget_quantization_, quantization_of, quiet_stderr
+from ace_ext.models.location import ModelLocation, as_input_error, locate
+from ace_ext.models.tokenizer import Tokenizer
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+WEIGHT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""The dtypes in which a model's weights can be loaded and pruned, by the names that ``--dtype`` takes."""
 
 
 @dataclass
 class LoadedModel:
+    """A model in evaluation mode, its tokenizer, and what the caller named it by."""
+
     model: nn.Module
-    tokenizer: object
+    tokenizer: Tokenizer
     source: str
 
 
-def load_model(source: str, dtype: str = "auto", device: str = "cpu") -> LoadedModel:
+def load_model(source: str, dtype: str = "auto", device: str | torch.device = "cpu") -> LoadedModel:
     """Loads a causal language model and its tokenizer.
 
     Args:
@@ -29,43 +33,41 @@ def load_model(source: str, dtype: str = "auto", device: str = "cpu") -> LoadedM
         device: where to put the weights.
 
     Raises:
-        InputError: nothing there, or nothing that transformers can load.
+        InputError: nothing there, or nothing that transformers can load, or quantized weights.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     check_dtype(dtype)
-    name, options = _locate(source)
-    wanted = DTYPES.get(dtype, torch.bfloat16 if options else "auto")
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # bars of unpacking, which no setting turns off
-            tokenizer = AutoTokenizer.from_pretrained(name, **options)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, **options, **_dequantize(options))
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"model {source!r} could not be loaded: {reason[:400]}") from error
-    _drop_quantization_marks(model, bool(options))
+    location = locate(source)
+    unpacks = location.gguf_file is not None
+    wanted = WEIGHT_DTYPES.get(dtype, torch.bfloat16 if unpacks else "auto")
+    options = location.options | (dequantize_options() if unpacks else {})
+    with as_input_error(f"model {source!r} could not be loaded"), quiet_stderr():
+        tokenizer = location.tokenizer()
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(location.name, dtype=wanted, **options)
+    quantization = quantization_of(model)
+    if quantization is not None and not unpacks:
+        raise InputError(
+            f"model holds {quantization} weights; give the unquantized checkpoint, prune it, then quantize"
+        )
+    forget_quantization_(model)
     return LoadedModel(model.to(device).eval(), tokenizer, source)
 
 
 def check_dtype(dtype: str) -> None:
-    """Raises :class:`InputError` for a name that is none of ``auto`` and :data:`DTYPES`."""
-    if dtype != "auto" and dtype not in DTYPES:
-        raise InputError(f"dtype must be auto, {', '.join(DTYPES)} (got {dtype!r})")
+    """Raises :class:`InputError` for a name that is none of ``auto`` and :data:`WEIGHT_DTYPES`."""
+    if dtype != "auto" and dtype not in WEIGHT_DTYPES:
+        raise InputError(f"dtype must be auto, {', '.join(WEIGHT_DTYPES)} (got {dtype!r})")
 
 
-def load_tokenizer(folder: Path) -> object:
+def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a model folder.
 
     Raises:
         InputError: there is none that transformers can load.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"tokenizer of {str(folder)!r} could not be loaded: {reason[:400]}") from error
+    with as_input_error(f"tokenizer of {str(folder)!r} could not be loaded"):
+        return ModelLocation(str(folder)).tokenizer()
 
 
 def local_folder(source: str) -> Path | None:
@@ -75,56 +77,17 @@ def local_folder(source: str) -> Path | None:
     Raises:
         InputError: as :func:`load_model`, or the hub does not give it.
     """
-    name, options = _locate(source)
-    if options:
+    location = locate(source)
+    if location.gguf_file is not None:
         return None
-    if Path(name).is_dir():
-        return Path(name)
+    if Path(location.name).is_dir():
+        return Path(location.name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+        return Path(snapshot_download(location.name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"model {source!r} could not be fetched: {reason[:400]}") from error
-
-
-def _locate(source: str) -> tuple[str, dict]:
-    """What to hand to ``from_pretrained``: a folder or hub name, and for a GGUF file its name in the folder."""
-    path = Path(source).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise InputError(f"model {source!r} is no file; check the path")
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise InputError(f"model folder {source!r} has no config.json; give a folder that save_pretrained wrote")
-        return str(path), {}
-    if path.is_absolute() or source.startswith(".") or source.count("/") != 1 or path.parent.is_dir():
-        raise InputError(f"model {source!r} is no folder, no .gguf file and no hub name like org/model; check the path")
-    return source, {}
-
-
-def _dequantize(options: dict) -> dict:
-    """Newer transformers keep GGUF weights packed unless asked; older ones always unpack and know no such option."""
-    if not options:
-        return {}
-    with contextlib.suppress(ImportError):
-        from transformers import GgufConfig
-
-        return {"quantization_config": GgufConfig(dequantize=True)}
-    return {}
-
-
-def _drop_quantization_marks(model: nn.Module, from_gguf: bool) -> None:
-    """An unpacked model is a plain one: left-over marks would make ``save_pretrained`` refuse it."""
-    quantized = getattr(model.config, "quantization_config", None) is not None
-    if quantized and not from_gguf:
-        method = getattr(model.config.quantization_config, "quant_method", None) or "quantized"
-        raise InputError(f"model holds {method} weights; give the unquantized checkpoint, prune it, then quantize")
-    if quantized:
-        del model.config.quantization_config
-    for mark, plain in (("hf_quantizer", None), ("is_quantized", False), ("quantization_method", None)):
-        if hasattr(model, mark):
-            setattr(model, mark, plain)

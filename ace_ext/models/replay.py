@@ -1,12 +1,13 @@
-"""Finds a model's blocks and prunable weights by structure, and replays block inputs without knowing the family.
+"""Records with which arguments a model calls its blocks, and calls one block with them again.
 
-A block is an element of the outermost ``nn.ModuleList`` that holds the most weight in Linears: the decoder layers. What
-a block is called with (masks, rotary embeddings, whatever a family passes) is captured whole and handed back to it.
+All arguments (masks, rotary embeddings, whatever a model family passes) are kept as they are, so the family need not be
+known.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,57 +16,73 @@ from ace_ext.errors import InputError
 from ace_ext.models.blocks import Block
 from ace_ext.models.experts import through_linears
 
+Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+"""A block's positional and keyword arguments besides its hidden states."""
+
 
 @dataclass
 class BlockCall:
     """How one batch enters the blocks. ``others[i]`` are block i's arguments besides the hidden states."""
 
-    hidden: Tensor | None  # [batch, seqlen, d_model], what enters the first block; None once taken
-    others: list[tuple[tuple, dict]]
+    hidden: Tensor | None  # [batch, seqlen, d_model], the input of the first block; the user sets it to None once read
+    others: list[Arguments]
     token_mask: Tensor | None  # [batch * seqlen] bool, None where no token is padding
     tokens: int = 0  # in the batch, without padding
 
 
 class _Captured(Exception):
-    """Ends a forward pass once the last block was reached. Never leaves this module."""
+    """Ends a forward pass when it reaches the last block. Never leaves this file."""
 
 
 class _Recorder:
-    """Stands in for the forward of every block: notes the arguments, hands the hidden states through unchanged."""
+    """Replaces the forward of every block: records the arguments, returns the hidden states unchanged."""
 
     def __init__(self, blocks: list[Block]) -> None:
         self.blocks = blocks
         self.hidden: Tensor | None = None
-        self.others: list[tuple[tuple, dict]] = []
-        self.wrap = None  # shapes a tensor like a block's output: as it is, or first of a tuple
+        self.others: list[Arguments] = []
+        # Gives a tensor the form of a block's output: the tensor itself, or a tuple that starts with it.
+        self.wrap: Callable[[Tensor], object] | None = None
 
-    def forward_of(self, index: int, original):
-        def forward(*args, **kwargs):
+    def forward_of(self, index: int, original: Callable[..., Any]) -> Callable[..., object]:
+        """The forward that replaces ``original``, that of block ``index``."""
+
+        def forward(*args: Any, **kwargs: Any) -> object:
             hidden, rest = take_hidden(args, kwargs)
             if index == 0:
                 self.hidden = hidden
             self.others.append(rest)
             if index == len(self.blocks) - 1:
                 raise _Captured
-            if self.wrap is None:  # what a block returns is only known once one has run
+            if self.wrap is None:  # what a block returns is only known after one has run
                 with through_linears(self.blocks[index].experts):
-                    output = original(*args, **kwargs)
-                self.wrap = (lambda t: t) if isinstance(output, Tensor) else (lambda t, tail=output[1:]: (t, *tail))
+                    self.wrap = _wrapper_like(original(*args, **kwargs))
             return self.wrap(hidden)
 
         return forward
 
 
-def _restore_forward(module: nn.Module, own: Callable | None) -> None:
-    """Undoes a replaced forward: the class's own comes back, or the one that stood on the instance before."""
+def _wrapper_like(output: Any) -> Callable[[Tensor], object]:
+    if isinstance(output, Tensor):
+        return lambda hidden: hidden
+    tail = output[1:]  # not the whole output, which would keep its hidden states in memory
+    return lambda hidden: (hidden, *tail)
+
+
+def _restore_forward(module: nn.Module, own: Callable[..., Any] | None) -> None:
+    """Undoes a replaced forward. ``own``: the one that the instance had before; None: the class's is used again."""
     if own is None:
         del module.forward
     else:
         module.forward = own
 
 
-def take_hidden(args: tuple, kwargs: dict) -> tuple[Tensor, tuple[tuple, dict]]:
-    """Splits a block's arguments into its hidden states and the rest."""
+def take_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Arguments]:
+    """Splits a block's arguments into its hidden states ``[batch, seqlen, d_model]`` and the rest.
+
+    Raises:
+        InputError: the block is not called with hidden states, first or by that name.
+    """
     if args:
         return args[0], (args[1:], kwargs)
     if "hidden_states" in kwargs:
@@ -73,19 +90,23 @@ def take_hidden(args: tuple, kwargs: dict) -> tuple[Tensor, tuple[tuple, dict]]:
     raise InputError(f"a block must be called with its hidden states first (got {', '.join(kwargs) or 'no argument'})")
 
 
-def run_block(block: Block, hidden: Tensor, others: tuple[tuple, dict]) -> Tensor:
-    """One block's output hidden states, whether it returns a tensor or a tuple that starts with one."""
+def run_block(block: Block, hidden: Tensor, others: Arguments) -> Tensor:
+    """One block's output hidden states ``[batch, seqlen, d_model]``, also of a block that returns a tuple."""
     with through_linears(block.experts):
         output = block.module(hidden, *others[0], **others[1])
-    return output if isinstance(output, Tensor) else output[0]
+    first: Tensor = output if isinstance(output, Tensor) else output[0]
+    return first
 
 
 @torch.no_grad()
 def capture_calls(model: nn.Module, blocks: list[Block], batches: Iterable[dict[str, Tensor]]) -> Iterator[BlockCall]:
-    """Runs the model up to its blocks and yields, batch by batch, what each block would be called with, the real first
-    hidden states included. The model's blocks are replaced until the last one was taken.
+    """Yields for each batch the arguments of each block's call, and the hidden states that enter the first block.
 
-    The blocks themselves are stood in for, so this costs an embedding, not a forward pass.
+    The blocks' forwards are replaced until the generator ends, so a batch costs an embedding, not a forward pass. Only
+    for the first batch one block runs, to see what it returns.
+
+    Raises:
+        InputError: the model does not call each of its blocks once, in order.
     """
     recorder = _Recorder(blocks)
     with ExitStack() as restore:
@@ -102,10 +123,15 @@ def capture_calls(model: nn.Module, blocks: list[Block], batches: Iterable[dict[
                     raise InputError(
                         f"the model called only {len(recorder.others)} of its {len(blocks)} blocks"
                     ) from None
-                mask = batch.get("attention_mask")
-                full = mask is None or bool(mask.all())
-                token_mask = None if full else mask.flatten().bool()
-                tokens = batch["input_ids"].numel() if full else int(token_mask.sum())
+                token_mask = _token_mask(batch.get("attention_mask"))
+                tokens = batch["input_ids"].numel() if token_mask is None else int(token_mask.sum())
                 yield BlockCall(recorder.hidden, recorder.others, token_mask, tokens)
             else:
                 raise InputError(f"the model did not call its blocks, {blocks[0].name} and on, up to the last")
+
+
+def _token_mask(attention_mask: Tensor | None) -> Tensor | None:
+    """``[batch, seqlen]`` to ``[batch * seqlen]`` bool; None where no token is padding."""
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    return attention_mask.flatten().bool()

@@ -1,22 +1,29 @@
-"""Safetensors files read and patched one tensor at a time, without mapping a file: what is read counts, and no more."""
+"""The safetensors files of a model folder, read and patched in place one tensor at a time.
+
+The header is parsed here and not by the library, which does not tell the byte offsets that patching in place needs.
+Each file is first opened by the library, so that what it refuses is refused here too. Tensors are read without mapping
+a file: the pages of a mapped file would count as the process's memory.
+"""
 
 import json
 import math
 import os
 import shutil
 import struct
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ace_ext.errors import InputError
 from ace_ext.models.tensor_map import Stored, layout_of
 
-DTYPES = {
+STORED_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -28,14 +35,14 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""The format's names of those dtypes that a causal language model's checkpoint holds."""
+"""The dtypes that a checkpoint may hold, by their names in the format. Others are those of quantized weights."""
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: its file, dtype, shape, and its bytes' place in the file."""
+    """One tensor of a file; its bytes begin at ``offset`` of the file."""
 
     file: Path
     dtype: torch.dtype
@@ -44,6 +51,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
+        """The size of the tensor in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -65,7 +73,7 @@ class Shards:
         self._layout: dict[str, Stored] = {}
 
     def adopt(self, model: nn.Module) -> "Shards":
-        """Learns where the parameters of a model lie that the files hold under other names
+        """Finds the tensors of those parameters of a model that the files hold under other names
         (:mod:`ace_ext.models.tensor_map`)."""
         shapes = {name: entry.shape for name, entry in self.entries.items()}
         for name, stored in layout_of(model, shapes).items():
@@ -90,10 +98,14 @@ class Shards:
         return entry.dtype, entry.shape
 
     def read(self, name: str) -> Tensor:
-        """The tensor, on the CPU, in memory of its own."""
+        """The tensor, on the CPU, in memory of its own.
+
+        Raises:
+            InputError: no file holds it, or its file was cut after it was opened.
+        """
         dtype, shape = self.describe(name)
         tensor = torch.empty(shape, dtype=dtype)
-        view = memoryview(tensor.flatten().view(torch.uint8).numpy())
+        view = _bytes_of(tensor)
         for path, offset, size in self._spans(name):
             part, view = view[:size], view[size:]
             with path.open("rb", buffering=0) as file:
@@ -121,7 +133,7 @@ class Shards:
         files: dict[Path, BinaryIO] = {}
         with ExitStack() as opened:
             for name, tensor in tensors.items():
-                view = memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+                view = _bytes_of(tensor.detach().cpu().contiguous())
                 for path, offset, size in self._spans(name):
                     part, view = view[:size], view[size:]
                     if path not in files:
@@ -132,7 +144,7 @@ class Shards:
             flush(path)
 
     def _spans(self, name: str) -> list[tuple[Path, int, int]]:
-        """A tensor's bytes, in order: file, place and number."""
+        """The parts of the files that hold a tensor's bytes, in order: file, offset and size in bytes."""
         if name not in self._layout:
             entry = self._entry(name)
             return [(entry.file, entry.offset, entry.nbytes)]
@@ -149,18 +161,24 @@ class Shards:
         return self.entries[name]
 
 
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, as bytes that can be written to."""
+    return tensor.flatten().view(torch.uint8).numpy().data
+
+
 def flush(path: Path) -> None:
-    """Returns once the file is on the disk."""
+    """Returns when the file's contents are on the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def has_safetensors(folder: str | Path) -> bool:
+    """Whether a model folder has weights in safetensors files."""
     return (Path(folder) / SINGLE).is_file() or (Path(folder) / INDEX).is_file()
 
 
 def copy_model(source: Path, target: Path) -> None:
-    """Copies a model folder's safetensors, configuration, tokenizer and code; other formats of its weights stay."""
+    """Copies a model folder's safetensors, configuration, tokenizer and code, but not its weights in other formats."""
     target.mkdir(parents=True, exist_ok=True)
     weights = set(_files(source))
     for file in sorted(source.iterdir()):
@@ -171,7 +189,7 @@ def copy_model(source: Path, target: Path) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files that transformers would load: the single one goes first there too."""
+    """The files that transformers would load: like there, the single file wins over an index."""
     index = folder / INDEX
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
@@ -189,9 +207,16 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _read_header(path: Path) -> dict[str, Entry]:
-    """The format: 8 bytes of length, that many bytes of JSON, then the tensors' bytes."""
+    """The tensors of a file, by name. The format: 8 bytes of length, that many bytes of JSON, then the tensors' bytes.
+
+    Raises:
+        InputError: the library refuses the file (damaged, cut, bytes that no tensor owns, tensors that overlap, a name
+            twice), or a tensor's dtype is not in :data:`STORED_DTYPES`.
+    """
     size = path.stat().st_size
     try:
+        with safe_open(path, framework="numpy"):
+            pass
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > size - 8:
@@ -201,16 +226,16 @@ def _read_header(path: Path) -> dict[str, Entry]:
         return {name: _entry_of(path, name, entry, 8 + length, size) for name, entry in header.items()}
     except InputError:
         raise
-    except (struct.error, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (SafetensorError, struct.error, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         raise InputError(f"{path} is no whole safetensors file: {error!r}; fetch it again") from error
 
 
-def _entry_of(path: Path, name: str, entry: dict, start: int, size: int) -> Entry:
-    """One line of a header whose tensors begin at byte ``start`` of a file of ``size`` bytes."""
-    if entry["dtype"] not in DTYPES:
+def _entry_of(path: Path, name: str, entry: Mapping[str, Any], start: int, size: int) -> Entry:
+    """One entry of a header whose tensors begin at byte ``start`` of a file of ``size`` bytes."""
+    if entry["dtype"] not in STORED_DTYPES:
         raise InputError(f"{path} holds {name} as {entry['dtype']}; give a checkpoint that is not quantized")
     begin, end = entry["data_offsets"]
-    found = Entry(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), start + begin)
+    found = Entry(path, STORED_DTYPES[entry["dtype"]], tuple(entry["shape"]), start + begin)
     if begin < 0 or min(found.shape, default=0) < 0 or found.nbytes != end - begin or start + end > size:
-        raise ValueError(f"{name} does not fit its place")
+        raise ValueError(f"the offsets of {name} do not fit its shape")
     return found

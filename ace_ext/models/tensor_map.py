@@ -1,7 +1,7 @@
-"""Under which names a model's parameters lie in safetensors.
+"""Which stored tensors, and which of their rows, hold a model's parameters in safetensors files.
 
-Mostly under their own. transformers 5 fuses the experts of a mixture while it loads them and takes them apart when it
-saves, so that there a parameter is put together from rows of several stored tensors.
+Most parameters are stored under their own name. transformers 5 fuses the experts of a mixture while it loads them and
+splits them when it saves, so a fused parameter is made of rows of several stored tensors.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,10 +11,13 @@ from itertools import groupby, pairwise
 import torch
 from torch import Tensor, nn
 
+from ace_ext.models._transformers import saved_as
+
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive rows of a stored tensor, seen as a matrix of as many columns as its last dimension has."""
+    """``rows`` consecutive rows of a stored tensor from row ``start`` on. The tensor is seen as a matrix: its last
+    dimension are the columns, all others the rows."""
 
     name: str
     start: int
@@ -23,17 +26,17 @@ class Piece:
 
 @dataclass(frozen=True)
 class Stored:
-    """What a parameter of this shape is put together from, in order."""
+    """A parameter's shape, and the pieces that it is made of, in order."""
 
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
 
 
 def layout_of(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
-    """Where parameters of a model lie in files that hold tensors of these names and shapes, by the parameters' names.
+    """How files with tensors of these names and shapes hold the parameters of a model, by the parameters' names.
 
-    Left out are parameters that lie there under their own name, and those that the files do not hold row by row. Every
-    expert's matrix of a fused parameter has an entry too: ``….experts.3.down_proj.weight``, a part of
+    Left out are parameters that are stored under their own name, and those that the files do not hold row by row. Each
+    expert's matrix of a fused parameter has an entry of its own: ``….experts.3.down_proj.weight`` is a part of
     ``….experts.down_proj``.
     """
     found: dict[str, Stored] = {}
@@ -48,7 +51,7 @@ def layout_of(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
 
 
 def _in_groups(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """A model's parameters by name, those of one block (of the first number in their names) at a time."""
+    """A model's parameters by name, one block at a time: those with the same first number in their names."""
 
     def number(item: tuple[str, Tensor]) -> str:
         return next((part for part in item[0].split(".") if part.isdigit()), "")
@@ -60,9 +63,10 @@ def _in_groups(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 def _renamed(
     parameters: dict[str, Tensor], model: nn.Module, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Stored]:
-    """What transformers saves these parameters as, as far as that moves rows and no more, and the files agree.
+    """The stored form of those parameters whose conversion only renames tensors and moves rows, if the files have it.
 
-    Found by letting it take apart columns that hold the numbers of their rows, counted over all parameters.
+    To find it, each parameter is replaced by one column of row numbers, counted over all parameters, and transformers
+    converts these columns as if it saved them: the numbers in the result tell where each row goes.
     """
     columns: dict[str, Tensor] = {}
     starts: list[int] = []
@@ -73,10 +77,10 @@ def _renamed(
         columns[name] = torch.arange(total, total + rows).view(shape)
         starts.append(total)
         total += rows
-    places: list[Piece | None] = [None] * total  # where the run of rows lies that begins with this one
-    for stored, column in _saved_as(model, columns).items():
+    places: list[Piece | None] = [None] * total  # at a row's number: the piece that begins with this row
+    for stored, column in saved_as(model, columns).items():
         if column.dtype != torch.int64 or (column.dim() > 1 and column.shape[-1] != 1):
-            return {}  # more than names and rows
+            return {}  # the conversion does more than rename tensors and move rows
         for first, row, count in _runs(column.flatten(), starts):
             places[first] = Piece(stored, row, count)
     found = {}
@@ -88,19 +92,8 @@ def _renamed(
     return found
 
 
-def _saved_as(model: nn.Module, columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # before version 5: all under their own names
-        return {}
-    try:
-        return dict(revert_weight_conversion(model, columns)) if columns else {}
-    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError):  # computes with shapes or values
-        return {}
-
-
 def _runs(numbers: Tensor, starts: list[int]) -> Iterator[tuple[int, int, int]]:
-    """Runs of consecutive numbers in ``[rows]``, none across one of ``starts``: first number, its row, and how many."""
+    """Runs of consecutive numbers in ``numbers [rows]``, cut at each of ``starts``: first number, its row, length."""
     if not len(numbers):
         return
     new = torch.ones_like(numbers, dtype=torch.bool)
@@ -111,7 +104,7 @@ def _runs(numbers: Tensor, starts: list[int]) -> Iterator[tuple[int, int, int]]:
 
 
 def _follow(places: list[Piece | None], row: int, end: int) -> Iterator[Piece]:
-    """The pieces of the rows from ``row`` to ``end``; none where one is missing."""
+    """The pieces of the rows from ``row`` to before ``end``; nothing if one of them is not stored."""
     found = []
     while row < end:
         piece = places[row]
@@ -123,7 +116,7 @@ def _follow(places: list[Piece | None], row: int, end: int) -> Iterator[Piece]:
 
 
 def _fits(piece: Piece, width: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether the files hold the stored tensor in a shape that has these rows; ``width`` is empty for a vector."""
+    """Whether the files hold the piece's tensor with these rows. ``width``: its columns, empty for a vector."""
     shape = shapes.get(piece.name)
     if shape is None:
         return False
@@ -132,7 +125,7 @@ def _fits(piece: Piece, width: tuple[int, ...], shapes: Mapping[str, tuple[int, 
 
 
 def _experts(name: str, whole: Stored) -> dict[str, Stored]:
-    """Each expert's matrix of a fused parameter."""
+    """The stored form of each expert's matrix of a fused parameter ``[experts, rows, columns]``."""
     experts, rows, columns = whole.shape
     owner, _, leaf = name.rpartition(".")
     found, pieces = {}, list(whole.pieces)

@@ -1,41 +1,39 @@
-"""Reports as one HTML file that needs nothing else: plots inside it, no script, no outside address."""
+"""The page of a comparison: its table, plots, runs, methods and settings."""
 
-import html
 from pathlib import Path
 
 from ace_ext.compare.journal import Results
 from ace_ext.compare.tables import amount_name, cells, header, names, notes, results_json, short_names
-from ace_ext.reporting.html import REPORT_NAME, RESULTS_NAME, _details, _page, _plain, _plot, _settings, _table, _write
+from ace_ext.reporting.html import REPORT_NAME, RESULTS_NAME, Plot, Table, plain, render, write_file
 from ace_ext.reporting.plots import require_matplotlib, study_plots
 
 
 def write_study_report(results: Results, folder: Path) -> Path:
-    """Writes ``results.json``, a PNG for each plot and ``report.html`` into a folder that is there.
+    """Writes ``results.json``, a PNG for each plot and ``report.html`` into a folder; returns the path of the page.
 
     Raises:
         InputError: matplotlib is not installed, or a file cannot be written.
     """
     require_matplotlib()
-    plots = study_plots(results)
-    body = [
-        *[f"<p>{html.escape(note)}</p>" for note in notes(results)],
-        _table(header(results), cells(results), len(names(results))),
-        "<h2>Plots</h2>",
-        f'<div class="plots">{"".join(_plot(png, caption) for png, caption in plots.values())}</div>',
-        "<h2>Runs</h2>",
-        _details("Every run", _runs_table(results)),
-        _details("What the methods stand for", _configs(results)),
-        "<h2>Settings</h2>",
-        _settings(results.settings),
-    ]
-    for name, (png, _) in plots.items():
-        _write(folder / f"{name}.png", png)
-    _write(folder / RESULTS_NAME, results_json(results))
+    plots = {name: Plot(png, caption) for name, (png, caption) in study_plots(results).items()}
     model = short_names([results.settings["model"]])[results.settings["model"]]
-    return _write(folder / REPORT_NAME, _page(f"Pruning methods compared on {model}", body))
+    page = render(
+        "compare",
+        f"Pruning methods compared on {model}",
+        notes=notes(results),
+        table=Table(header(results), cells(results), len(names(results))),
+        plots=list(plots.values()),
+        runs=_runs_table(results),
+        methods=_methods_table(results),
+        settings=Table.of_settings(results.settings),
+    )
+    for name, plot in plots.items():
+        write_file(folder / f"{name}.png", plot.png)
+    write_file(folder / RESULTS_NAME, results_json(results))
+    return write_file(folder / REPORT_NAME, page)
 
 
-def _runs_table(results: Results) -> str:
+def _runs_table(results: Results) -> Table:
     texts = short_names(results.settings["texts"])
     sources = short_names(run.cell.calibration for run in results.runs)
     lines = []
@@ -46,12 +44,12 @@ def _runs_table(results: Results) -> str:
         memory = f"{run.peak_memory_bytes / 2**30:.2f}"
         lines.append([*place, *figures, f"{run.sparsity:.4f}", f"{run.seconds:.1f}", memory, run.tokens_sha256[:12]])
     head = ["method", "zeros", "calibration", "length", "seed", *texts.values(), "sparsity", "seconds", "peak GiB"]
-    return _table([*head, "tokens' hash"], lines, 4)
+    return Table([*head, "tokens' hash"], lines, 4)
 
 
-def _configs(results: Results) -> str:
-    """Each method's configuration once, without sparsity and pattern: those are the grid's."""
+def _methods_table(results: Results) -> Table:
+    """Each method's configuration, without sparsity and pattern, which the grid gives."""
     configs = {run.cell.method: run.config for run in results.runs}
     fields = [name for name in next(iter(configs.values())) if name not in ("sparsity", "pattern")]
-    lines = [[method, *[_plain(config[name]) for name in fields]] for method, config in configs.items()]
-    return _table(["method", *fields], lines, 1)
+    lines = [[method, *[plain(config[name]) for name in fields]] for method, config in configs.items()]
+    return Table(["method", *fields], lines, 1)

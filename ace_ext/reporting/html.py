@@ -1,43 +1,54 @@
-"""Reports as one HTML file that needs nothing else: plots inside it, no script, no outside address."""
+"""Renders the templates of this package into HTML pages that need no other file, and writes them.
+
+Templates get tables and plots as the classes here; they escape all text.
+"""
 
 import base64
-import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ace_ext.errors import InputError
 from ace_ext.reporting.plots import require_matplotlib
 
 RESULTS_NAME, REPORT_NAME = "results.json", "report.html"
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fff; --line: #ccc; --soft: #f3f3f3; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #16181b; --line: #444; --soft: #22252a; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 60rem; color: var(--ink); background: var(--paper);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.4rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-.scroll { overflow-x: auto; overflow-wrap: normal; border: 1px solid var(--line); border-radius: 4px; }
-table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .6rem; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
-tr:last-child td { border-bottom: 0; }
-th { background: var(--soft); } .number { text-align: right; }
-th:first-child, td:first-child { position: sticky; left: 0; background: var(--paper); }
-th:first-child { background: var(--soft); }
-td:first-child { max-width: 10rem; white-space: normal; overflow-wrap: break-word; }
-.words td:nth-child(2) { white-space: normal; overflow-wrap: anywhere; width: 100%; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
-figure { margin: 0; } figcaption { font-size: .875rem; }
-img { display: block; width: 100%; max-width: 32rem; height: auto; background: #fff; border-radius: 4px; }
-summary { cursor: pointer; padding: .6rem 0; }
-"""
+
+@dataclass(frozen=True)
+class Table:
+    """Text in lines of as many cells as ``head`` has. Columns from ``numbers_from`` on are aligned right."""
+
+    head: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    numbers_from: int
+
+    @classmethod
+    def of_settings(cls, values: Mapping[str, object]) -> "Table":
+        """A line for each name and value."""
+        return cls(["setting", "value"], [[name, plain(value)] for name, value in values.items()], 2)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A PNG and the caption below it."""
+
+    png: bytes
+    caption: str
+
+    @property
+    def base64(self) -> str:
+        """The PNG as text, for a ``data:`` address."""
+        return base64.b64encode(self.png).decode("ascii")
 
 
 def check_report(path: str | Path) -> None:
-    """Asked before the work, not after it: can :func:`write_run_report` write there?
+    """Checks before a run that its report can be written to ``path``.
 
     Raises:
-        InputError: matplotlib is not installed, or ``path`` is a folder or in a folder that is not there.
+        InputError: matplotlib is not installed, or ``path`` is a folder or in a folder that does not exist.
     """
     require_matplotlib()
     path = Path(path).expanduser()
@@ -45,53 +56,37 @@ def check_report(path: str | Path) -> None:
         raise InputError(f"report must be a file name in a folder that is there (got {str(path)!r}); e.g. report.html")
 
 
-# --- pieces of a page -------------------------------------------------------------------------------------------------
-
-
-def _page(title: str, body: Iterable[str]) -> str:
-    head = (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>"
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("ace_ext.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    return f"{head}\n<body>\n<h1>{html.escape(title)}</h1>\n" + "\n".join(body) + "\n</body></html>\n"
 
 
-def _table(head: Sequence[str], lines: Iterable[Sequence[str]], numbers_from: int) -> str:
-    """A table that scrolls inside itself. Columns from ``numbers_from`` on stand to the right."""
-
-    def row(tag: str, values: Sequence[str]) -> str:
-        marks = ["" if index < numbers_from else ' class="number"' for index in range(len(values))]
-        return "".join(f"<{tag}{mark}>{html.escape(value)}</{tag}>" for mark, value in zip(marks, values, strict=True))
-
-    body = "\n".join(f"<tr>{row('td', line)}</tr>" for line in lines)
-    return f'<div class="scroll"><table>\n<tr>{row("th", head)}</tr>\n{body}\n</table></div>'
+def render(template: str, title: str, **values: object) -> str:
+    """The page that a template of this package makes of a title and of the values that it names."""
+    return _environment().get_template(f"{template}.html.j2").render(title=title, **values)
 
 
-def _settings(values: dict) -> str:
-    table = _table(["setting", "value"], [[name, _plain(value)] for name, value in values.items()], 2)
-    return f'<div class="words">{table}</div>'
-
-
-def _plain(value: object) -> str:
+def plain(value: object) -> str:
+    """A setting's value as text: lists and dictionaries with commas, ``none`` for None and an empty list."""
     if isinstance(value, dict):
-        return ", ".join(name if element is None else f"{name} {_plain(element)}" for name, element in value.items())
+        return ", ".join(name if element is None else f"{name} {plain(element)}" for name, element in value.items())
     if isinstance(value, list):
-        return ", ".join(map(_plain, value)) or "none"
+        return ", ".join(map(plain, value)) or "none"
     return "none" if value is None else str(value)
 
 
-def _plot(png: bytes, caption: str) -> str:
-    data = base64.b64encode(png).decode("ascii")
-    text = html.escape(caption)
-    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+def write_file(path: Path, content: str | bytes) -> Path:
+    """Writes a page or a PNG, and returns ``path``.
 
-
-def _details(summary: str, content: str) -> str:
-    return f"<details><summary>{html.escape(summary)}</summary>{content}</details>"
-
-
-def _write(path: Path, content: str | bytes) -> Path:
+    Raises:
+        InputError: it cannot be written.
+    """
     try:
         path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     except OSError as error:

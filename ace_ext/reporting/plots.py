@@ -1,31 +1,41 @@
 """Plots of comparisons as PNG bytes. Small figures with large type, so that they can be read at a phone's width.
 
-A method is a colour; what else varies among the lines of a plot is a marker and a dash. matplotlib is optional
-(``pip install 'ace_ext[report]'``) and is only imported here, by the functions that draw.
+A method has a colour; whatever else varies among the lines of a plot has a marker and a dash. matplotlib is optional
+(``pip install 'ace_ext[report]'``) and is imported only here, by the functions that draw.
 """
+
+from __future__ import annotations
 
 import importlib.util
 import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ace_ext.compare.journal import BlockFigures, Results
 from ace_ext.compare.tables import Row, rows, short_names
 from ace_ext.errors import InputError
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 WIDTH = 4.2  # inches; at 9 pt a line holds some 55 characters
 DPI = 200
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444")  # told apart by colour-blind
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444")  # distinct if colour-blind
 _MARKERS = ("o", "^", "s", "D", "v", "P", "X")
 _DASHES = ("-", "--", ":", "-.")
-_LOG_FROM = 4  # a range of figures by this factor or more is drawn on a logarithmic axis
+_LOG_FROM = 4  # figures that differ by more than this factor are drawn on a logarithmic axis
 
-Key = tuple[str, str]
-"""A method, and in words what else tells its line from others; the latter is empty where nothing else varies."""
+Key: TypeAlias = tuple[str, str]
+"""A method, and what else tells its line from others, as text; the latter is empty where nothing else varies."""
+
+_Style: TypeAlias = dict[str, Any]
+"""Keyword arguments of matplotlib's functions that draw lines."""
 
 
 def require_matplotlib() -> None:
-    """Asked before the work, not after.
+    """Checks before the work that plots can be drawn after it.
 
     Raises:
         InputError: matplotlib is not installed.
@@ -35,13 +45,13 @@ def require_matplotlib() -> None:
 
 
 def study_plots(results: Results) -> dict[str, tuple[bytes, str]]:
-    """PNG and caption by name, of a comparison with at least one run."""
+    """The plots of a comparison with at least one run: PNG and caption by name."""
     table = rows(results)
     source = short_names([table[0].calibration])[table[0].calibration]
     captions = {
         "sparsity": "Perplexity against the share of zeros.",
         "calibration": "Perplexity against calibration: samples × tokens of each.",
-        "seconds": "Perplexity against seconds of pruning. Grey: the best to be had in that time, by share of zeros.",
+        "seconds": "Perplexity against seconds of pruning. Grey: the best perplexity within a time, by share of zeros.",
         "blocks": f"Share of zeros and output cosine by block, calibrated on {source}, {table[0].length}.",
     }
     dotted = " Dotted: the dense model. Bars: one standard deviation over seeds."
@@ -54,7 +64,9 @@ def study_plots(results: Results) -> dict[str, tuple[bytes, str]]:
 
 
 def blocks_plot(series: dict[Key, list[BlockFigures]]) -> bytes:
-    """Share of zeros and mean output cosine by block, a line for each of ``series``."""
+    """The PNG of a plot with a line for each of ``series``: share of zeros and mean output cosine by block."""
+    from matplotlib.ticker import AutoLocator
+
     figure, axes = _figure(2)
     styles = _styles(series)
     for key, blocks in series.items():
@@ -65,13 +77,16 @@ def blocks_plot(series: dict[Key, list[BlockFigures]]) -> bytes:
     axes[1].set_ylabel("output cosine", fontsize=9)
     axes[1].set_xlabel("block", fontsize=9)
     for one in axes:
-        one.xaxis.get_major_locator().set_params(integer=True)
+        whole = AutoLocator()
+        whole.set_params(integer=True)
+        one.xaxis.set_major_locator(whole)
         one.ticklabel_format(axis="y", useOffset=False)
     return _png(figure, styles)
 
 
 def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other beats in both coordinates, from left to right: each lower than all to its left."""
+    """The points ``(x, y)`` for which no other has both a smaller or equal ``x`` and a smaller or equal ``y``, by
+    increasing ``x``; of equal points one."""
     front: list[tuple[float, float]] = []
     for x, y in sorted(points):
         if not front or y < front[-1][1]:
@@ -83,7 +98,7 @@ def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, flo
 
 
 def _sparsity_plot(results: Results, table: list[Row]) -> bytes:
-    """Shares of zeros are joined by a line; an N:M pattern is a point of its own at its share."""
+    """Unstructured sparsities are joined by a line; an N:M pattern is a single point at its share of zeros."""
 
     def kind(row: Row) -> str:
         return row.amount if ":" in row.amount else ""
@@ -95,13 +110,13 @@ def _sparsity_plot(results: Results, table: list[Row]) -> bytes:
 
 
 def _calibration_plot(results: Results, table: list[Row]) -> bytes:
-    """One place on the axis for each length, in the order of their tokens: two lengths may have as many."""
+    """One place on the axis for each length, ordered by number of tokens; two lengths may have the same number."""
     lengths = sorted({(row.tokens, row.seqlen, row.nsamples) for row in table})
 
     def place(row: Row) -> int:
         return lengths.index((row.tokens, row.seqlen, row.nsamples))
 
-    def name_places(axes, _: str) -> None:
+    def name_places(axes: Axes, _: str) -> None:
         names = [f"{nsamples}×{seqlen}\n{tokens:,}" for tokens, seqlen, nsamples in lengths]
         axes.set_xticks(range(len(names)), names, fontsize=7 if len(names) > 4 else 8)
         axes.set_xlim(-0.5, len(names) - 0.5)
@@ -118,10 +133,11 @@ def _seconds_plot(results: Results, table: list[Row]) -> bytes:
         amounts.setdefault(row.amount, []).append(row)
     seconds = [row.seconds for row in table]
 
-    def draw_fronts(axes, text: str) -> None:
+    def draw_fronts(axes: Axes, text: str) -> None:
         for found in amounts.values():
             front = pareto_front([(row.seconds, row.perplexity[text].mean) for row in found])
-            axes.step(*zip(*front, strict=True), where="post", color="#bbbbbb", linewidth=1, zorder=0)
+            x, y = zip(*front, strict=True)
+            axes.step(x, y, where="post", color="#bbbbbb", linewidth=1, zorder=0)
         if max(seconds) > _LOG_FROM * min(seconds):
             _log_axis(axes, "x")
 
@@ -130,7 +146,7 @@ def _seconds_plot(results: Results, table: list[Row]) -> bytes:
 
 
 def _study_blocks_plot(table: list[Row]) -> bytes:
-    """Of the first calibration only: the lines of others lie too close to be told apart. Averaged over seeds."""
+    """For the first calibration only, because the lines of others are too close to it. Averaged over seeds."""
     first = table[0]
     same = [row for row in table if (row.calibration, row.length) == (first.calibration, first.length)]
     return blocks_plot({key: _mean_blocks(row) for key, (row,) in _lines(same, ("amount_name",)).items()})
@@ -148,7 +164,7 @@ def _mean_blocks(row: Row) -> list[BlockFigures]:
 
 
 def _lines(table: list[Row], names: tuple[str, ...], kind: Callable[[Row], str] = lambda _: "") -> dict[Key, list[Row]]:
-    """Rows of the same method that agree in the named properties and in ``kind``."""
+    """The lines of a plot: rows of one method with the same values of the named properties and of ``kind``."""
     varying = [name for name in names if len({getattr(row, name) for row in table}) > 1]
     sources = short_names(row.calibration for row in table)
     lines: dict[Key, list[Row]] = {}
@@ -158,12 +174,13 @@ def _lines(table: list[Row], names: tuple[str, ...], kind: Callable[[Row], str] 
     return lines
 
 
-def _styles(keys: Iterable[Key]) -> dict[Key, dict]:
+def _styles(keys: Iterable[Key]) -> dict[Key, _Style]:
+    """Colour, marker and dash of each line."""
     keys = list(keys)
     methods = list(dict.fromkeys(method for method, _ in keys))
     others = list(dict.fromkeys(other for _, other in keys))
 
-    def style(method: str, other: str) -> dict:
+    def style(method: str, other: str) -> _Style:
         index = others.index(other)
         marker, dash = _MARKERS[index % len(_MARKERS)], _DASHES[index % len(_DASHES)]
         return {"color": _COLOURS[methods.index(method) % len(_COLOURS)], "marker": marker, "linestyle": dash}
@@ -176,7 +193,7 @@ def _draw(
     lines: dict[Key, list[Row]],
     x: Callable[[Row], float],
     x_label: str,
-    more: Callable[..., None] = lambda axes, text: None,
+    more: Callable[[Axes, str], None] = lambda axes, text: None,
     joined: bool = True,
 ) -> bytes:
     """A plot of perplexity for each evaluation text; ``more(axes, text)`` adds to it."""
@@ -188,7 +205,7 @@ def _draw(
             spreads = [row.perplexity[text] for row in found]
             bars = [spread.deviation or 0.0 for spread in spreads]
             style = styles[key] if joined else {**styles[key], "linestyle": "none"}
-            options = {"markersize": 5, "linewidth": 1.2, "capsize": 3, **style}
+            options: _Style = {"markersize": 5, "linewidth": 1.2, "capsize": 3, **style}
             one.errorbar(list(map(x, found)), [spread.mean for spread in spreads], bars, **options)
         more(one, text)
         dense = results.dense[text].perplexity
@@ -202,19 +219,20 @@ def _draw(
     return _png(figure, styles)
 
 
-def _figure(count: int):
-    from matplotlib.figure import Figure  # without pyplot: nothing global, no display
+def _figure(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure with ``count`` plots below one another."""
+    from matplotlib.figure import Figure  # not pyplot, which has global state and may ask for a display
 
     figure = Figure(figsize=(WIDTH, 0.4 + 2.4 * count), layout="constrained")
-    axes = figure.subplots(count, 1, squeeze=False)[:, 0]
+    axes: list[Axes] = list(figure.subplots(count, 1, squeeze=False)[:, 0])
     for one in axes:
         one.grid(alpha=0.3)
         one.tick_params(labelsize=8)
     return figure, axes
 
 
-def _log_axis(axes, which: str) -> None:
-    """Logarithmic, with plain numbers: few readers take 6×10¹ for sixty at a glance."""
+def _log_axis(axes: Axes, which: str) -> None:
+    """Makes the axis ``"x"`` or ``"y"`` logarithmic, labelled with plain numbers: ``60`` and not ``6×10¹``."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     getattr(axes, f"set_{which}scale")("log")
@@ -224,11 +242,13 @@ def _log_axis(axes, which: str) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _png(figure, styles: dict[Key, dict]) -> bytes:
-    """The figure with its legend below: methods by colour, then what else varies by marker and dash."""
+def _png(figure: Figure, styles: Mapping[Key, _Style]) -> bytes:
+    """The figure as PNG, with a legend below: methods by colour, then whatever else varies by marker and dash."""
     from matplotlib.lines import Line2D
 
-    entries = {method: {"color": style["color"], "marker": "o"} for (method, _), style in styles.items()}
+    entries: dict[str, _Style] = {
+        method: {"color": style["color"], "marker": "o"} for (method, _), style in styles.items()
+    }
     others = {other: {**style, "color": "#444444"} for (_, other), style in styles.items()}
     if len(others) > 1:
         entries.update({other or "shares of zeros": style for other, style in others.items()})

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ace_ext.models._transformers import attends_eagerly
 from ace_ext.models.blocks import Block
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.kinds import COSINE_GRAM, GRAMS, MOMENT
@@ -39,7 +40,7 @@ class ModelShape:
             head=head_bytes,
             hidden=text.hidden_size,
             widest=max(max(linear.weight.shape) for linear in linears),
-            heads=text.num_attention_heads if model.config._attn_implementation == "eager" else 0,
+            heads=text.num_attention_heads if attends_eagerly(model) else 0,
             itemsize=linears[0].weight.dtype.itemsize,
             experts=experts,
             experts_of_a_token=min(experts, getattr(text, "num_experts_per_tok", None) or experts),

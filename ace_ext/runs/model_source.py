@@ -16,7 +16,7 @@ from ace_ext.fingerprint import fingerprint_of_files
 from ace_ext.formats import DenseModel
 from ace_ext.models.blocks import Block, find_blocks
 from ace_ext.models.gguf import Unpacking, gguf_skeleton
-from ace_ext.models.loading import DTYPES, load_model, load_tokenizer, local_folder
+from ace_ext.models.loading import WEIGHT_DTYPES, load_model, load_tokenizer, local_folder
 from ace_ext.models.safetensors_files import Shards, has_safetensors
 from ace_ext.models.skeleton import dtype_of, skeleton
 from ace_ext.process_memory import available_bytes
@@ -106,7 +106,7 @@ def _loaded(request: RunRequest, files: ModelFiles) -> Source:
 def _planned(request: RunRequest, files: ModelFiles, laid_out: nn.Module | None = None) -> Source:
     """A model that a run loads whole, laid out without its weights."""
     if files.folder is None:
-        wanted = DTYPES.get(request.dtype, torch.bfloat16)
+        wanted = WEIGHT_DTYPES.get(request.dtype, torch.bfloat16)
         laid_out, tokenizer, unpacking = gguf_skeleton(files.paths[0], wanted)
     else:
         laid_out = laid_out or skeleton(files.folder, None, request.dtype)

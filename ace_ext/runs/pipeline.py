@@ -14,9 +14,9 @@ from ace_ext.engine.distributed import Alone, Ranks, launched, share_of
 from ace_ext.engine.progress import Progress
 from ace_ext.engine.protocols import Peers
 from ace_ext.errors import InputError
-from ace_ext.fingerprint import versions
 from ace_ext.formats import format_named
 from ace_ext.models.block_store import BlockSource, OffloadedBlocks, ResidentBlocks
+from ace_ext.models.versions import versions
 from ace_ext.process_memory import return_freed_memory
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.records import REPORT_NAME, PruneReport

@@ -1,0 +1,149 @@
+"""The names of transformers that are private or differ between its versions, each with what it is used for.
+
+The rest of ace_ext uses only the documented names of transformers. transformers is slow to import, so it is imported
+inside the functions that need it.
+"""
+
+import contextlib
+import io
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_EXPERTS = "_experts_implementation"
+"""Of a configuration, from version 5 on: which code computes fused experts. ``"eager"`` is a loop over experts."""
+
+_FLOAT32_MODULES_STRICT = "_keep_in_fp32_modules_strict"
+_FLOAT32_MODULES = "_keep_in_fp32_modules"
+"""Of a model's class: parts of parameter names that are loaded as float32. The first list holds for float16 and
+bfloat16, the second for float16 only."""
+
+_ATTENTION = "_attn_implementation"
+"""Of a configuration: which code computes attention. ``"eager"`` keeps the attention weights of all tokens."""
+
+_CACHES = ("cache", "past_key_values")
+"""Of a model's output and of its arguments: the key and value cache, by its newer and its older name."""
+
+_QUANTIZATION_MARKS = {"hf_quantizer": None, "is_quantized": False, "quantization_method": None}
+"""Of a model that was loaded from quantized weights, with the values that they have in a plain model."""
+
+
+def input_embedding(model: nn.Module) -> nn.Module:
+    """The module of a model that turns token ids into hidden states; its weight is ``[vocabulary, d_model]``."""
+    embedding: nn.Module = _method(model, "get_input_embeddings")()
+    return embedding
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module of a model that turns hidden states into logits; None in a model without one."""
+    head: nn.Module | None = _method(model, "get_output_embeddings")()
+    return head
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of a model's language part: its own, or a part of that of a model with more than text."""
+    return _method(model.config, "get_text_config")()
+
+
+def attends_eagerly(model: nn.Module) -> bool:
+    """Whether a model's attention allocates its weights, ``[batch, heads, seqlen, seqlen]``."""
+    return bool(getattr(model.config, _ATTENTION) == "eager")
+
+
+def _method(owner: object, name: str) -> Callable[[], Any]:
+    """A method that transformers' models and configurations have, and ``nn.Module`` does not."""
+    method: Callable[[], Any] = getattr(owner, name)
+    return method
+
+
+def quiet_stderr() -> contextlib.AbstractContextManager[object]:
+    """Hides the progress bars of unpacking a GGUF file, which no setting of transformers turns off."""
+    return contextlib.redirect_stderr(io.StringIO())
+
+
+def dequantize_options() -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` that unpack a GGUF file.
+
+    ``GgufConfig``: newer versions keep GGUF weights packed unless it says otherwise. Older ones always unpack, and do
+    not have it.
+    """
+    with contextlib.suppress(ImportError):
+        from transformers import GgufConfig
+
+        return {"quantization_config": GgufConfig(dequantize=True)}
+    return {}
+
+
+def quantization_of(model: nn.Module) -> str | None:
+    """The quantization method of a loaded model's weights, ``"quantized"`` where it has no name; None for plain
+    weights."""
+    quantization = getattr(model.config, "quantization_config", None)
+    if quantization is None:
+        return None
+    return getattr(quantization, "quant_method", None) or "quantized"
+
+
+def forget_quantization_(model: nn.Module) -> None:
+    """Removes the marks of quantized weights from a model that was unpacked; with them ``save_pretrained`` refuses."""
+    if quantization_of(model) is not None:
+        delattr(model.config, "quantization_config")
+    for mark, plain in _QUANTIZATION_MARKS.items():
+        if hasattr(model, mark):
+            setattr(model, mark, plain)
+
+
+def stays_float32(model: nn.Module, name: str, dtype: torch.dtype) -> bool:
+    """Whether transformers loads the parameter ``name`` as float32 although ``dtype`` (float16, bfloat16) is asked
+    for: by the lists of the model's class."""
+    parts = set(getattr(model, _FLOAT32_MODULES_STRICT, None) or ())
+    if dtype == torch.float16:
+        parts |= set(getattr(model, _FLOAT32_MODULES, None) or ())
+    return any(f".{part}." in f".{name}." for part in parts)
+
+
+def holds_output_first_experts(module: nn.Module) -> bool:
+    """Whether the fused experts ``[experts, d_out, d_in]`` of a module are used as ``x Wᵀ``, without a bias.
+
+    ``is_transposed`` and ``has_bias`` are set by the decorator ``use_experts_implementation``. Without them, or where
+    they are set as in GPT-OSS, nothing says which side is the output.
+    """
+    return not (getattr(module, "is_transposed", True) or getattr(module, "has_bias", True))
+
+
+@contextlib.contextmanager
+def eager_experts(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """While it lasts, the fused experts of these modules are computed one after the other, by ``linear(x, W[e])``."""
+    configs = {id(module.config): module.config for module in modules}
+    with contextlib.ExitStack() as stack:
+        for config in configs.values():
+            stack.callback(setattr, config, _EXPERTS, getattr(config, _EXPERTS))
+            setattr(config, _EXPERTS, "eager")
+        yield
+
+
+def saved_as(model: nn.Module, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that ``save_pretrained`` would write for these parameters, by their names in the files.
+
+    ``revert_weight_conversion``: from version 5 on, transformers renames and fuses tensors while it loads them, and
+    takes them apart when it saves. Empty where it does not have this function, and where the conversion cannot be
+    applied to ``parameters`` because it depends on their shapes or values.
+    """
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        return {}
+    try:
+        return dict(revert_weight_conversion(model, parameters)) if parameters else {}
+    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError):
+        return {}
+
+
+def cache_arguments(output: object) -> dict[str, object]:
+    """The argument that hands the cache in a model's output to its next call; empty for an output without a cache."""
+    for name in _CACHES:
+        cache = getattr(output, name, None)
+        if cache is not None:
+            return {name: cache}
+    return {}

@@ -1,0 +1,74 @@
+"""Where a model is (a folder, a ``.gguf`` file or a hub name), and its configuration and tokenizer from there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ace_ext.errors import InputError
+from ace_ext.models._transformers import quiet_stderr
+from ace_ext.models.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class ModelLocation:
+    """What ``from_pretrained`` takes: a folder or a hub name, and for a GGUF file its name in the folder."""
+
+    name: str
+    gguf_file: str | None = None
+
+    @property
+    def options(self) -> dict[str, str]:
+        """Arguments of ``from_pretrained`` beside the name."""
+        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+
+    def config(self) -> PreTrainedConfig:
+        """The model's configuration. Raises what transformers raises; see :func:`as_input_error`."""
+        from transformers import AutoConfig
+
+        with quiet_stderr():
+            return AutoConfig.from_pretrained(self.name, **self.options)
+
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises what transformers raises; see :func:`as_input_error`."""
+        from transformers import AutoTokenizer
+
+        with quiet_stderr():
+            tokenizer: Tokenizer = AutoTokenizer.from_pretrained(self.name, **self.options)
+            return tokenizer
+
+
+def locate(source: str) -> ModelLocation:
+    """The location that a user names.
+
+    Raises:
+        InputError: it is no folder with a configuration, no ``.gguf`` file and no hub name like ``org/model``. Whether
+            the hub has that name is not asked.
+    """
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"model {source!r} is no file; check the path")
+        return ModelLocation(str(path.parent), path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"model folder {source!r} has no config.json; give a folder that save_pretrained wrote")
+        return ModelLocation(str(path))
+    if path.is_absolute() or source.startswith(".") or source.count("/") != 1 or path.parent.is_dir():
+        raise InputError(f"model {source!r} is no folder, no .gguf file and no hub name like org/model; check the path")
+    return ModelLocation(source)
+
+
+@contextmanager
+def as_input_error(what: str) -> Iterator[None]:
+    """Turns what transformers raises for files that it cannot load into ``InputError("<what>: <reason>")``."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise InputError(f"{what}: {' '.join(str(error).split())[:400]}") from error
