@@ -2,8 +2,8 @@
 
     python examples/compare_methods.py MODEL --text text.txt --held-out other.txt
 
-The dense model is loaded once; its weights are put back before each run. ``ace-prune compare`` does the same from the command
-line, records each finished run in a folder, and goes on from there when it is called again.
+The dense model is loaded once; its weights are put back before each run. ``ace-prune compare`` does the same from the
+command line, records each finished run in a folder, and goes on from there when it is called again.
 """
 
 import argparse

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from folders import save_dense, weights_bytes
 from safetensors.torch import load_file
 
