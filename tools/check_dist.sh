@@ -64,8 +64,10 @@ try() {  # a run, its proof, and the examples' way in
     PYTHONPATH=$root/python_tests "$venv/bin/python" - <<'MODEL'
 from pathlib import Path
 
+import transformers
 from tiny_models import make_model, make_tokenizer
 
+transformers.logging.disable_progress_bar()
 make_model("llama").save_pretrained("dense")
 make_tokenizer().save_pretrained("dense")
 Path("text.txt").write_text("the quick brown fox jumps over the lazy dog " * 40)

@@ -13,7 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import get_plugin_logger
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+log = get_plugin_logger("docs_hook")
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = "API reference"
@@ -153,9 +157,12 @@ def on_page_markdown(markdown: str, **_) -> str:
     return re.sub(r"^\{\{ (\w+) \}\}$", lambda match: PARTS[match[1]](), markdown, flags=re.MULTILINE)
 
 
+_RULED_TABLE = re.compile(r"^(?:<p>)?={3,} +={3,}", re.MULTILINE)
 _ROLE = re.compile(r":(?:mod|class|func|meth|attr|data|exc|obj):<code>[~.]*([\w.]+)</code>")
 
 
-def on_page_content(html: str, **_) -> str:
+def on_page_content(html: str, page: Page, **_) -> str:
     """Sphinx's roles in docstrings become links; names that have no place in the reference stay code."""
+    if _RULED_TABLE.search(html):
+        log.warning("%s: a docstring's table is shown as text; indent it by four more spaces", page.file.src_uri)
     return _ROLE.sub(r'<autoref optional identifier="\1"><code>\1</code></autoref>', html)
