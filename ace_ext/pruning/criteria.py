@@ -24,26 +24,45 @@ class Metric:
     formula: str
     needs: frozenset[str]
     column: Callable[["LinearStatistics", float], Tensor] | None
+    op_formula: str = "scaled"
+    """The formula of :mod:`ace_ext.ops` that scores it."""
 
 
-def _metric(formula: str, *needs: str, column: Callable[["LinearStatistics", float], Tensor] | None = None) -> Metric:
-    return Metric(formula, frozenset(needs), column)
+def _metric(
+    formula: str,
+    *needs: str,
+    column: Callable[["LinearStatistics", float], Tensor] | None = None,
+    op_formula: str = "scaled",
+) -> Metric:
+    return Metric(formula, frozenset(needs), column, op_formula)
 
 
 METRICS: dict[str, Metric] = {
-    "magnitude": _metric("|W_ij|"),
+    "magnitude": _metric("|W_ij|", op_formula="magnitude"),
     "wanda": _metric("|W_ij| ‖X_j‖", INPUT, column=lambda s, _: s.norm),
-    "ria": _metric("(|W_ij| / Σ_i |W_ij| + |W_ij| / Σ_j |W_ij|) ‖X_j‖^a", INPUT, column=lambda s, a: s.norm**a),
+    "ria": _metric(
+        "(|W_ij| / Σ_i |W_ij| + |W_ij| / Σ_j |W_ij|) ‖X_j‖^a",
+        INPUT,
+        column=lambda s, a: s.norm**a,
+        op_formula="ria",
+    ),
     "stade": _metric("|W_ij| σ_j", INPUT, column=lambda s, _: s.deviation),
-    "cosp": _metric("|W_ij| ‖X_j‖ · |W_ij| sqrt(Σ_t (A_ti X_tj r_t)²)", INPUT, MOMENT, column=lambda s, _: s.norm),
+    "cosp": _metric(
+        "|W_ij| ‖X_j‖ · |W_ij| sqrt(Σ_t (A_ti X_tj r_t)²)",
+        INPUT,
+        MOMENT,
+        column=lambda s, _: s.norm,
+        op_formula="cosp",
+    ),
     "cosp-exact": _metric(
         "|W_ij| sqrt((Σ_t r_t X_tj² - Σ_t r_t² A_ti² X_tj²) / 2)",
         WEIGHTED,
         MOMENT,
         column=lambda s, _: s.weighted_square_sum,
+        op_formula="cosp_exact",
     ),
     "varp": _metric("|W_ij| σ_j", INPUT, column=lambda s, _: s.deviation),
-    "cosp+varp": _metric("cosp · σ_j", INPUT, MOMENT, column=lambda s, _: s.norm * s.deviation),
+    "cosp+varp": _metric("cosp · σ_j", INPUT, MOMENT, column=lambda s, _: s.norm * s.deviation, op_formula="cosp"),
     "cosvar": _metric("|W_ij| σʳ_j", WEIGHTED, column=lambda s, _: s.weighted_deviation),
     "ace": _metric(
         "|W_ij| sqrt(‖X_j‖ σʳ_j)", INPUT, WEIGHTED, column=lambda s, _: (s.norm * s.weighted_deviation).sqrt()

@@ -4,7 +4,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "tests/simt/sample.h"
+#include "tests/sample.h"
 
 namespace ace {
 namespace {

@@ -1,5 +1,5 @@
 // prune_topk_, group "matrix", prune_at_, score_histogram and score by the CUDA kernels' source on the host.
-#include "tests/simt/sample.h"
+#include "tests/sample.h"
 
 namespace ace {
 namespace {
@@ -58,7 +58,7 @@ TYPED_TEST(MatrixOf, KeepsExactlyKAmongTies) {
 }
 
 TYPED_TEST(MatrixOf, TakesEveryFormula) {
-  for (const Formula formula : kFormulas) check_matrix<TypeParam>({9, 72}, formula, Values::spread, 300);
+  for (const Formula formula : kAllFormulas) check_matrix<TypeParam>({9, 72}, formula, Values::spread, 300);
 }
 
 TYPED_TEST(MatrixOf, NegativeColumnFactors) {
@@ -133,7 +133,7 @@ TYPED_TEST(MatrixOf, WhatIsNotFiniteLeavesAllAlone) {
 }
 
 TYPED_TEST(MatrixOf, ScoresHaveTheFunctorsBits) {
-  for (const Formula formula : kFormulas) {
+  for (const Formula formula : kAllFormulas) {
     for (const Shape shape : {Shape{3, 77}, Shape{1100, 40, 8}}) {
       Sample<TypeParam> sample(shape, formula, Values::spread);
       std::vector<float> out(static_cast<size_t>(shape.rows * shape.cols));

@@ -1,6 +1,6 @@
 // update_moments_, inverse_square_norm and the squares of update_cosine_moment_ by the CUDA kernels' source on the
 // host, against float64 sums.
-#include "tests/simt/sample.h"
+#include "tests/sample.h"
 
 namespace ace {
 namespace {

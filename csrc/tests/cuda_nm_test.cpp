@@ -1,5 +1,5 @@
 // prune_nm_ by the CUDA kernels' source on the host, against keep_best.
-#include "tests/simt/sample.h"
+#include "tests/sample.h"
 
 namespace ace {
 namespace {
@@ -50,7 +50,7 @@ TYPED_TEST(NmOf, TakesViewsWithoutAlignment) {
 }
 
 TYPED_TEST(NmOf, TakesEveryFormula) {
-  for (const Formula formula : kFormulas) {
+  for (const Formula formula : kAllFormulas) {
     check_nm<TypeParam>({5, 88}, formula, Values::spread, 2, 4);
     check_nm<TypeParam>({5, 88}, formula, Values::spread, 5, 11);
   }

@@ -1,5 +1,5 @@
 // prune_topk_, group "row", by the CUDA kernels' source on the host, against select_kth.
-#include "tests/simt/sample.h"
+#include "tests/sample.h"
 
 namespace ace {
 namespace {
@@ -57,7 +57,7 @@ TYPED_TEST(RowsOf, KeepExactlyKAmongTies) {
 }
 
 TYPED_TEST(RowsOf, TakeEveryFormula) {
-  for (const Formula formula : kFormulas) check_rows<TypeParam>({5, 200}, formula, Values::spread, 71);
+  for (const Formula formula : kAllFormulas) check_rows<TypeParam>({5, 200}, formula, Values::spread, 71);
 }
 
 TYPED_TEST(RowsOf, TakeViewsWithoutAlignment) {

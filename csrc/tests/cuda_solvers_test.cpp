@@ -1,9 +1,9 @@
 // refine_swaps_ and obs_block_ by the CUDA kernels' source on the host, against plain loops over the same formulas.
 #include <memory>
 
-#include "core/obs.h"
-#include "core/swap.h"
-#include "tests/simt/sample.h"
+#include "core/obs_block.h"
+#include "core/swaps.h"
+#include "tests/sample.h"
 
 namespace ace {
 namespace {

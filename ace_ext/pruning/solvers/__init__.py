@@ -164,12 +164,12 @@ def _keep_most_salient_(
     others; ``"magnitude"`` is ``|w_j|``, which on normalised columns is the error without any.
     """
     if config.saliency == "obs":
-        metric, column = "wanda", factor.inverse_diagonal.rsqrt()  # that metric is |w_j| times a column factor
+        formula, column = "scaled", factor.inverse_diagonal.rsqrt()
     else:
-        metric, column = "magnitude", None
+        formula, column = "magnitude", None
     if config.pattern is not None:
-        ops.prune_nm_(weight, metric, config.pattern.keep_n, config.pattern.group_m, column=column)
+        ops.prune_nm_(weight, formula, config.pattern.keep_n, config.pattern.group_m, column=column)
         return
     cols = weight.shape[1]
     pruned = cols - keep_of_group(tuple(weight.shape), config, keep)
-    ops.prune_topk_(weight, metric, cols - int(pruned * (1 - (1 - progress) ** 3)), column=column)
+    ops.prune_topk_(weight, formula, cols - int(pruned * (1 - (1 - progress) ** 3)), column=column)

@@ -1,4 +1,4 @@
-// Prunes rows one after the other, each read and written once: what one thread keeps between them.
+// Selects in rows one after the other, each read and written once: what one thread keeps between them.
 #pragma once
 
 #include <algorithm>
@@ -8,29 +8,30 @@
 #include "cpu/row_places.h"
 #include "cpu/row_select.h"
 
-namespace ace {
+namespace ace::cpu {
 
 // Keeps the best keep_k of each row by the order of core/radix_select.h. Scores must be finite.
 //
 // The usual way: the scores become places (row_places.h) on a scale round an earlier cut, counts find the place of this
-// row's cut, the weights below are zeroed by the same places. Scores that share the cut's own place, few if any, are
+// row's cut, and what lies below is removed by the same places. Scores that share the cut's own place, few if any, are
 // then told apart by their keys. A row that the scale does not suit (the first one, one whose scores lie elsewhere, one
 // with many ties at the cut) goes by its keys from the start and sets the scale anew.
 template <class F, class T>
-class RowPruner {
+class RowSelector {
  public:
-  RowPruner(int64_t cols, int64_t keep_k)
+  RowSelector(int64_t cols, int64_t keep_k)
       : cols_(cols), keep_k_(keep_k), keys_(static_cast<size_t>(cols)), places_(static_cast<size_t>(cols)) {}
 
-  // Prunes `weight`, the row itself to be written; returns the smallest kept score, +inf if none is kept.
-  float prune(const ScoredRow<T>& row, Bits<T>* weight) {
-    if (!has_scale_) return prune_by_keys(row, weight);
+  // Writes `out`; returns the smallest kept score, +inf if none is kept.
+  template <class Out>
+  float select(const ScoredRow<T>& row, const Out& out) {
+    if (!has_scale_) return select_by_keys(row, out);
     row_places<F>(row, scale_, places_.data());
     const auto count = [&](int64_t at) { return count_places(places_.data(), cols_, static_cast<uint16_t>(at)); };
-    const PlaceCut cut = search_places(count, cols_, keep_k_, 0, &hint_);
-    const bool crowded = cut.kept > keep_k_ && cut.kept - cut.above > kCrowd;
-    const bool outside = cut.place == 0 || cut.place == kPlaces - 1;
-    return crowded || outside ? prune_by_keys(row, weight) : prune_by_places(row, weight, cut);
+    const Bracket cut = search_places(count, cols_, keep_k_, 0, &hint_);
+    const bool crowded = cut.from_low > keep_k_ && cut.from_low - cut.from_high > kCrowd;
+    const bool outside = cut.low == 0 || cut.low == kPlaces - 1;
+    return crowded || outside ? select_by_keys(row, out) : select_by_places(row, out, cut);
   }
 
  private:
@@ -41,28 +42,30 @@ class RowPruner {
     int64_t column;
   };
 
-  float prune_by_places(const ScoredRow<T>& row, Bits<T>* weight, const PlaceCut& cut) {
-    const uint16_t place = zero_below_place(weight, places_.data(), cols_, static_cast<uint16_t>(cut.place));
+  template <class Out>
+  float select_by_places(const ScoredRow<T>& row, const Out& out, const Bracket& cut) {
+    const uint16_t place = keep_from_place(out, places_.data(), cols_, static_cast<uint16_t>(cut.low));
     candidates_.clear();
     for (int64_t j = 0; (j = next_within(places_.data(), j, cols_, place, place + 1)) < cols_; ++j) {
       candidates_.push_back({order_key(score_at<F>(row, j)), j});
     }
     // The lowest kept place holds the last that are kept, and those to drop if it holds too many.
-    const auto last = candidates_.begin() + (cut.kept - keep_k_);
+    const auto last = candidates_.begin() + (cut.from_low - keep_k_);
     std::nth_element(candidates_.begin(), last, candidates_.end(), [](const Candidate& a, const Candidate& b) {
       return a.key != b.key ? a.key < b.key : a.column > b.column;
     });
     const float threshold = key_score(last->key);
-    for (auto dropped = candidates_.begin(); dropped != last; ++dropped) weight[dropped->column] = Bits<T>{0};
+    for (auto dropped = candidates_.begin(); dropped != last; ++dropped) out.put(dropped->column, false);
     return threshold;
   }
 
-  float prune_by_keys(const ScoredRow<T>& row, Bits<T>* weight) {
+  template <class Out>
+  float select_by_keys(const ScoredRow<T>& row, const Out& out) {
     row_keys<F>(row, keys_.data());
     const Cut cut = search_kth(keys_.data(), cols_, keep_k_, &key_hint_);
     const float threshold = cut_threshold(cut);
     if (keep_k_ > 0 && keep_k_ < cols_) set_scale(row, threshold);
-    apply_cut(weight, keys_.data(), cols_, cut);
+    apply_cut(out, keys_.data(), cols_, cut);
     return threshold;
   }
 
@@ -89,4 +92,4 @@ class RowPruner {
   std::vector<Candidate> candidates_;
 };
 
-}  // namespace ace
+}  // namespace ace::cpu

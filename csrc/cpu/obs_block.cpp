@@ -1,4 +1,6 @@
 // obs_block_ on the CPU: each row's recursion runs to its end before the next, rows in parallel.
+#include "ops/obs_block.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/ops/triu.h>
 #include <torch/library.h>
@@ -6,14 +8,13 @@
 #include <algorithm>
 #include <vector>
 
-#include "check.h"
 #include "core/nm_select.h"
-#include "core/obs.h"
+#include "core/obs_block.h"
 #include "cpu/dispatch.h"
 #include "cpu/finite.h"
 #include "cpu/multiversion.h"
 
-namespace ace {
+namespace ace::cpu {
 namespace {
 
 struct Factor {
@@ -55,10 +56,8 @@ void solve_row(const Factor& u, float* weight, float* error, bool* mask, int kee
   }
 }
 
-}  // namespace
-
-void obs_block_cpu(at::Tensor weight, at::Tensor error, at::Tensor mask, const at::Tensor& factor, int64_t keep_n,
-                   int64_t group_m) {
+void obs_block(at::Tensor weight, at::Tensor error, at::Tensor mask, const at::Tensor& factor, int64_t keep_n,
+               int64_t group_m) {
   check_obs_block(weight, error, mask, factor, keep_n, group_m);
   const int64_t rows = weight.size(0), width = weight.size(1);
   if (rows == 0 || width == 0) return;
@@ -73,6 +72,8 @@ void obs_block_cpu(at::Tensor weight, at::Tensor error, at::Tensor mask, const a
   });
 }
 
-TORCH_LIBRARY_IMPL(ace_ext, CPU, m) { m.impl("obs_block_", &obs_block_cpu); }
+}  // namespace
 
-}  // namespace ace
+TORCH_LIBRARY_IMPL(ace_ext, CPU, m) { m.impl("obs_block_", &obs_block); }
+
+}  // namespace ace::cpu

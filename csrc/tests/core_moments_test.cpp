@@ -6,7 +6,7 @@
 #include <random>
 #include <vector>
 
-#include "core/welford.h"
+#include "core/moments.h"
 
 namespace ace {
 namespace {

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "core/swap.h"
+#include "core/swaps.h"
 
 namespace ace {
 namespace {

@@ -1,4 +1,6 @@
-// Streaming statistics of calibration inputs on the CPU.
+// Statistics of activations on the CPU.
+#include "ops/moments.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
@@ -8,12 +10,11 @@
 #include <cmath>
 #include <vector>
 
-#include "check.h"
-#include "core/welford.h"
+#include "core/moments.h"
 #include "cpu/dispatch.h"
 #include "cpu/multiversion.h"
 
-namespace ace {
+namespace ace::cpu {
 namespace {
 
 // Tokens of a block and at most so many columns of a strip: a strip of a block stays in the cache between its two passes.
@@ -143,8 +144,8 @@ std::vector<float> token_weights(const OptionalTensor& token_weight, int64_t tok
 }
 
 template <class T, class Real>
-void update_moments(const at::Tensor& x, const std::vector<float>& weights, const at::Tensor& weight_sum,
-                    const at::Tensor& mean, const at::Tensor& m2) {
+void update_state(const at::Tensor& weight_sum, const at::Tensor& mean, const at::Tensor& m2, const at::Tensor& x,
+                  const std::vector<float>& weights) {
   const int64_t tokens = x.size(0), cols = x.size(1);
   Real* state_weight = mutable_data<Real>(weight_sum);
   const double weight_before = static_cast<double>(*state_weight);
@@ -202,23 +203,21 @@ at::Tensor squares(const at::Tensor& a, const float* scale) {
   return out;
 }
 
-}  // namespace
-
-void update_moments_cpu(const at::Tensor& x, const OptionalTensor& token_weight, at::Tensor weight_sum, at::Tensor mean,
-                        at::Tensor m2) {
-  check_update_moments(x, token_weight, weight_sum, mean, m2);
+void update_moments(at::Tensor weight_sum, at::Tensor mean, at::Tensor m2, const at::Tensor& x,
+                    const OptionalTensor& token_weight) {
+  check_update_moments(weight_sum, mean, m2, x, token_weight);
   const std::vector<float> weights = token_weights(token_weight, x.size(0));
   with_scalar(x.scalar_type(), [&](auto scalar) {
     using T = decltype(scalar);
     if (mean.scalar_type() == at::kDouble) {
-      update_moments<T, double>(x, weights, weight_sum, mean, m2);
+      update_state<T, double>(weight_sum, mean, m2, x, weights);
     } else {
-      update_moments<T, float>(x, weights, weight_sum, mean, m2);
+      update_state<T, float>(weight_sum, mean, m2, x, weights);
     }
   });
 }
 
-at::Tensor inverse_square_norm_cpu(const at::Tensor& a) {
+at::Tensor inverse_square_norm(const at::Tensor& a) {
   check_inverse_square_norm(a);
   const int64_t tokens = a.size(0), cols = a.size(1);
   at::Tensor out = at::empty({tokens}, a.options().dtype(at::kFloat));
@@ -235,22 +234,24 @@ at::Tensor inverse_square_norm_cpu(const at::Tensor& a) {
   return out;
 }
 
-void update_cosine_moment_cpu(const at::Tensor& x, const at::Tensor& a, at::Tensor moment) {
-  check_update_cosine_moment(x, a, moment);
+void update_cosine_moment(at::Tensor moment, const at::Tensor& x, const at::Tensor& a) {
+  check_update_cosine_moment(moment, x, a);
   // Some thousand tokens at a time bound the memory of the float32 squares.
   constexpr int64_t kTokens = 2048;
   for (int64_t t = 0; t < x.size(0); t += kTokens) {
     const int64_t count = std::min(kTokens, x.size(0) - t);
     const at::Tensor a_part = a.narrow(0, t, count);
-    const at::Tensor r = inverse_square_norm_cpu(a_part);
+    const at::Tensor r = inverse_square_norm(a_part);
     moment.addmm_(squares(a_part, data<float>(r)).t(), squares(x.narrow(0, t, count), nullptr));
   }
 }
 
+}  // namespace
+
 TORCH_LIBRARY_IMPL(ace_ext, CPU, m) {
-  m.impl("update_moments_", &update_moments_cpu);
-  m.impl("inverse_square_norm", &inverse_square_norm_cpu);
-  m.impl("update_cosine_moment_", &update_cosine_moment_cpu);
+  m.impl("update_moments_", &update_moments);
+  m.impl("inverse_square_norm", &inverse_square_norm);
+  m.impl("update_cosine_moment_", &update_cosine_moment);
 }
 
-}  // namespace ace
+}  // namespace ace::cpu

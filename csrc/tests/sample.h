@@ -196,8 +196,8 @@ inline int take_flag() {
   return code;
 }
 
-constexpr Formula kFormulas[] = {Formula::magnitude, Formula::scaled,     Formula::ria,
-                                 Formula::cosp,      Formula::cosp_exact, Formula::given};
+constexpr Formula kAllFormulas[] = {Formula::magnitude, Formula::scaled,     Formula::ria,
+                                    Formula::cosp,      Formula::cosp_exact, Formula::given};
 
 #if defined(ACE_SIMT_THREADS)
 using Dtypes = ::testing::Types<BFloat16>;  // races do not depend on the dtype, and threads are slow

@@ -1,5 +1,7 @@
 // refine_swaps_ on the CPU. Rows are independent, so they are shared among the threads; a row's result does not depend
 // on the tile it lies in.
+#include "ops/swaps.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -7,12 +9,11 @@
 #include <algorithm>
 #include <vector>
 
-#include "check.h"
 #include "cpu/dispatch.h"
 #include "cpu/finite.h"
 #include "cpu/swap_search.h"
 
-namespace ace {
+namespace ace::cpu {
 namespace {
 
 constexpr int64_t kTileRows = 16;       // that share a read of G when their c is first computed
@@ -122,10 +123,8 @@ class Tile {
   double row_norm_[kTileRows] = {};
 };
 
-}  // namespace
-
-at::Tensor refine_swaps_cpu(at::Tensor mask, const at::Tensor& weight, const at::Tensor& gram, int64_t keep_n,
-                            int64_t group_m, int64_t max_swaps) {
+at::Tensor refine_swaps(at::Tensor mask, const at::Tensor& weight, const at::Tensor& gram, int64_t keep_n,
+                        int64_t group_m, int64_t max_swaps) {
   check_refine_swaps(mask, weight, gram, keep_n, group_m, max_swaps);
   const int64_t rows = weight.size(0), cols = weight.size(1);
   at::Tensor swaps = at::zeros({rows}, weight.options().dtype(at::kLong));
@@ -149,6 +148,8 @@ at::Tensor refine_swaps_cpu(at::Tensor mask, const at::Tensor& weight, const at:
   return swaps;
 }
 
-TORCH_LIBRARY_IMPL(ace_ext, CPU, m) { m.impl("refine_swaps_", &refine_swaps_cpu); }
+}  // namespace
 
-}  // namespace ace
+TORCH_LIBRARY_IMPL(ace_ext, CPU, m) { m.impl("refine_swaps_", &refine_swaps); }
+
+}  // namespace ace::cpu
