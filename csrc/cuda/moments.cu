@@ -1,9 +1,11 @@
 // update_moments_, inverse_square_norm and the squares of update_cosine_moment_.
-#include "cuda/activation_moments.cuh"
+#include "cuda/moments.cuh"
+
 #include "cuda/dispatch.cuh"
+#include "cuda/moments.h"
 #include "cuda/token_squares.cuh"
 
-namespace ace {
+namespace ace::cuda {
 namespace {
 
 constexpr int64_t kWaves = 4;
@@ -94,4 +96,4 @@ cudaError_t launch_scaled_squares(const Activations& v, const float* r, void* ou
   });
 }
 
-}  // namespace ace
+}  // namespace ace::cuda

@@ -8,11 +8,11 @@
 //               is then of no use.
 #pragma once
 
-#include "core/welford.h"
+#include "core/moments.h"
 #include "cuda/block.cuh"
 #include "cuda/scored.cuh"
 
-namespace ace {
+namespace ace::cuda {
 
 constexpr int kMomentThreads = 256;
 constexpr int kMomentWarps = kMomentThreads / kWarpSize;
@@ -151,4 +151,4 @@ __global__ void __launch_bounds__(kWarpSize) add_weight_kernel(Partials partials
   *weight_sum = static_cast<Real>(total);
 }
 
-}  // namespace ace
+}  // namespace ace::cuda

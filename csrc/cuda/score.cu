@@ -1,9 +1,11 @@
 // score, the sums of the ria score, and the flag for what is not finite.
-#include "cuda/dispatch.cuh"
 #include "cuda/score.cuh"
+
+#include "cuda/dispatch.cuh"
+#include "cuda/score.h"
 #include "cuda/score_sums.cuh"
 
-namespace ace {
+namespace ace::cuda {
 namespace {
 
 constexpr int64_t kWaves = 8;  // blocks a multiprocessor, in tiles
@@ -77,4 +79,4 @@ cudaError_t launch_score(const ScoredArguments& m, float* out, void* sums, int c
   });
 }
 
-}  // namespace ace
+}  // namespace ace::cuda

@@ -1,8 +1,10 @@
 // refine_swaps_.
-#include "cuda/dispatch.cuh"
-#include "cuda/refine_swaps.cuh"
+#include "cuda/swaps.cuh"
 
-namespace ace {
+#include "cuda/dispatch.cuh"
+#include "cuda/swaps.h"
+
+namespace ace::cuda {
 namespace {
 
 constexpr int64_t kWaves = 4;
@@ -71,4 +73,4 @@ cudaError_t launch_refine_swaps(const SwapArguments& a, int64_t* swaps, void* wo
   });
 }
 
-}  // namespace ace
+}  // namespace ace::cuda

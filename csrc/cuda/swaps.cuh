@@ -1,4 +1,4 @@
-// refine_swaps_: a block a row exchanges kept and removed weights while the row's exact loss falls (core/swap.h).
+// refine_swaps_: a block a row exchanges kept and removed weights while the row's exact loss falls (core/swaps.h).
 //
 // Contract
 //   mask       [rows, cols], rewritten; swaps [rows] is how many were made, -1 where the row was left alone.
@@ -13,11 +13,11 @@
 // removed columns' rows of G. Compiled and run on the host only: not run on a GPU.
 #pragma once
 
-#include "core/swap.h"
+#include "core/swaps.h"
 #include "cuda/block.cuh"
 #include "cuda/scored.cuh"
 
-namespace ace {
+namespace ace::cuda {
 
 constexpr int kSwapThreads = kNormLanes;  // so that thread t is lane t of the sum of norms
 constexpr int kSwapWarps = kSwapThreads / kWarpSize;
@@ -273,4 +273,4 @@ __global__ void __launch_bounds__(kSwapThreads) refine_swaps_kernel(SwapProblem<
   }
 }
 
-}  // namespace ace
+}  // namespace ace::cuda

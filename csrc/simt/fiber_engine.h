@@ -9,7 +9,7 @@
 #include <random>
 #include <vector>
 
-#include "tests/simt/engine.h"
+#include "simt/engine.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>

@@ -14,9 +14,9 @@
 #include <cmath>
 
 #if defined(ACE_SIMT_THREADS)
-#include "tests/simt/thread_engine.h"
+#include "simt/thread_engine.h"
 #else
-#include "tests/simt/fiber_engine.h"
+#include "simt/fiber_engine.h"
 #endif
 
 #define __global__

@@ -9,7 +9,7 @@
 #include <thread>
 #include <vector>
 
-#include "tests/simt/engine.h"
+#include "simt/engine.h"
 
 namespace simt {
 

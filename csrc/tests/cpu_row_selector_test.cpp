@@ -1,16 +1,17 @@
-// Rows and groups pruned by places and by lanes of groups, against the selections of the core, which define the result.
+// Rows and groups selected by places and by lanes of groups, against the selections of the core, which define the result.
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <vector>
 
 #include "cpu/nm_rows.h"
-#include "cpu/row_pruner.h"
+#include "cpu/row_selector.h"
 
-namespace ace {
+namespace ace::cpu {
 namespace {
 
 template <class T>
@@ -61,49 +62,54 @@ std::vector<uint32_t> keys_of(const Row<T>& row) {
 }
 
 template <class F, class T>
-void expect_row_as_the_core(RowPruner<F, T>& pruner, const Row<T>& row, int64_t keep_k) {
+void expect_row_as_the_core(RowSelector<F, T>& selector, const Row<T>& row, int64_t keep_k) {
   const int64_t cols = static_cast<int64_t>(row.weight.size());
   const std::vector<uint32_t> keys = keys_of<F>(row);
   std::vector<uint32_t> scratch(keys.size()), counts(kRadixBins);
   Cut cut = select_kth(keys.data(), cols, keep_k, scratch.data(), counts.data());
   const float threshold = cut_threshold(cut);
   std::vector<Bits<T>> expected = row.bits();
+  std::vector<bool> kept;
   for (size_t j = 0; j < keys.size(); ++j) {
-    if (keys[j] < cut.key || (keys[j] == cut.key && cut.ties-- <= 0)) expected[j] = 0;
+    kept.push_back(keys[j] > cut.key || (keys[j] == cut.key && cut.ties-- > 0));
+    if (!kept[j]) expected[j] = 0;
   }
   // As a caller does: the row that is read is the row that is written.
   Row<T> pruned = row;
   std::vector<Bits<T>> written(row.weight.size());
-  const float actual = pruner.prune(pruned.scored(), reinterpret_cast<Bits<T>*>(pruned.weight.data()));
+  const float actual = selector.select(pruned.scored(), PruneRow<T>{reinterpret_cast<Bits<T>*>(pruned.weight.data())});
   std::memcpy(written.data(), pruned.weight.data(), written.size() * sizeof(Bits<T>));
   ASSERT_EQ(written, expected) << cols << " " << keep_k;
   ASSERT_EQ(float_bits(actual), float_bits(threshold)) << cols << " " << keep_k;
+  const std::unique_ptr<bool[]> mask(new bool[row.weight.size()]);
+  ASSERT_EQ(float_bits(selector.select(row.scored(), MaskRow{mask.get()})), float_bits(threshold));
+  for (size_t j = 0; j < kept.size(); ++j) ASSERT_EQ(mask[j], kept[j]) << cols << " " << keep_k;
 }
 
-// One pruner meets rows of slowly and of suddenly changing scale, with and without ties: its hints must not matter.
+// One selector meets rows of slowly and of suddenly changing scale, with and without ties: its hints must not matter.
 template <class F, class T>
 void expect_rows_as_the_core() {
   std::mt19937 random(7);
   for (const int64_t cols : {1, 2, 31, 129, 1134, 5000}) {
     for (const int64_t keep_k : {int64_t{0}, int64_t{1}, cols / 3, cols / 2, cols - 1, cols}) {
-      RowPruner<F, T> pruner(cols, keep_k);
+      RowSelector<F, T> selector(cols, keep_k);
       for (const float scale : {1.0f, 1.1f, 0.9f, 1.0f, 0.0f, 1.0f, 30.0f, 1e-3f, 1.5f, 1e-38f, 1.0f}) {
         for (const uint32_t distinct : {0u, 0u, 2u, 5u, 0u}) {
-          expect_row_as_the_core(pruner, Row<T>(cols, scale, distinct, random), keep_k);
+          expect_row_as_the_core(selector, Row<T>(cols, scale, distinct, random), keep_k);
         }
       }
     }
   }
 }
 
-TEST(RowPruner, KeepsWhatTheRadixSelectionKeeps) {
+TEST(RowSelector, KeepsWhatTheRadixSelectionKeeps) {
   expect_rows_as_the_core<MagnitudeScore, BFloat16>();  // many ties of 8-bit mantissas
   expect_rows_as_the_core<ScaledScore, BFloat16>();
   expect_rows_as_the_core<ScaledScore, float>();
   expect_rows_as_the_core<RiaScore, float>();
 }
 
-TEST(RowPruner, TakesScoresOfBothSigns) { expect_rows_as_the_core<GivenScore, BFloat16>(); }
+TEST(RowSelector, TakesScoresOfBothSigns) { expect_rows_as_the_core<GivenScore, BFloat16>(); }
 
 TEST(RowPlaces, NeverDescendWhereScoresAscend) {
   std::mt19937 random(8);
@@ -153,10 +159,13 @@ void expect_groups_as_the_core() {
       reordered.column_sum = column_sum.data();
       for (int keep_n = 0; keep_n <= kGroup; ++keep_n) {
         std::vector<Bits<T>> weight = row.bits(), expected = row.bits();
-        keep_best_of_row<kGroup, F>(reordered, weight.data(), keep_n);
+        keep_best_of_row<kGroup, F>(reordered, PruneRow<T>{weight.data()}, keep_n);
+        const std::unique_ptr<bool[]> mask(new bool[expected.size()]);
+        keep_best_of_row<kGroup, F>(reordered, MaskRow{mask.get()}, keep_n);
         for (size_t j = 0; j < expected.size(); ++j) {
           const uint32_t kept = keep_best<kGroup>(keys.data() + j / kGroup * kGroup, kGroup, keep_n);
-          if ((kept >> j % kGroup & 1u) == 0) expected[j] = 0;
+          ASSERT_EQ(mask[j], (kept >> j % kGroup & 1u) != 0) << keep_n << ":" << kGroup;
+          if (!mask[j]) expected[j] = 0;
         }
         ASSERT_EQ(weight, expected) << keep_n << ":" << kGroup;
       }
@@ -196,4 +205,4 @@ TEST(LargestSize, IsTheLargestAndShowsWhatIsNotFinite) {
 }
 
 }  // namespace
-}  // namespace ace
+}  // namespace ace::cpu

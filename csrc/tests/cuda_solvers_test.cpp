@@ -3,9 +3,11 @@
 
 #include "core/obs_block.h"
 #include "core/swaps.h"
+#include "cuda/obs_block.h"
+#include "cuda/swaps.h"
 #include "tests/sample.h"
 
-namespace ace {
+namespace ace::cuda {
 namespace {
 
 using Mask = std::unique_ptr<bool[]>;
@@ -349,4 +351,4 @@ TEST_F(Solvers, RecursionLeavesAllAloneWhereTheFactorIsAtFault) {
 }
 
 }  // namespace
-}  // namespace ace
+}  // namespace ace::cuda

@@ -12,9 +12,9 @@
 #include "core/order_key.h"
 #include "core/radix_select.h"
 #include "core/score.h"
-#include "cuda/launchers.h"
+#include "cuda/arguments.h"
 
-namespace ace {
+namespace ace::cuda {
 
 template <class T>
 constexpr Dtype dtype_of() {
@@ -179,6 +179,17 @@ class Workspace {
   std::vector<Block> memory_;
 };
 
+// The mask that launch(mask) writes: 1 where `kept`, else 0; the sample's weight must stay as it is.
+template <class T, class Launch>
+void expect_mask(Sample<T>& sample, const std::vector<uint8_t>& kept, const std::string& what, Launch&& launch) {
+  const std::vector<T> before = sample.buffer();
+  Workspace mask(kept.size());
+  ASSERT_EQ(launch(static_cast<bool*>(mask.data())), cudaSuccess) << what;
+  const uint8_t* bytes = static_cast<const uint8_t*>(mask.data());
+  expect_same_bits(std::vector<uint8_t>(bytes, bytes + kept.size()), kept, what + ": mask");
+  expect_same_bits(sample.buffer(), before, what + ": masked weight");
+}
+
 // Thread orders that a test runs in. The thread engine has one: the system's.
 inline std::vector<unsigned> orders() {
 #if defined(ACE_SIMT_THREADS)
@@ -207,4 +218,4 @@ using Dtypes = ::testing::Types<float, Half, BFloat16>;
 constexpr bool kThorough = true;
 #endif
 
-}  // namespace ace
+}  // namespace ace::cuda
