@@ -70,7 +70,7 @@ def extension():
     flags["cxx"] += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]  # the last two change no value
     flags["cxx"] += openmp()
     macros = [("ACE_VERSION", version)]
-    files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
+    files = sources("csrc/*.cpp", "csrc/ops/*.cpp", "csrc/cpu/*.cpp")
     if cuda:
         files += sources("csrc/cuda/*.cpp", "csrc/cuda/*.cu")
         macros += [("ACE_WITH_CUDA", None), ("ACE_CUDA_VERSION", torch.version.cuda)]

@@ -111,7 +111,7 @@ def prune_cases(rows: int, cols: int, dtype: torch.dtype, device: str) -> list[C
     cases = [
         case(
             "top-k by row",
-            lambda: ops.prune_topk_(weight, "wanda", half, column=column),
+            lambda: ops.prune_topk_(weight, "scaled", half, column=column),
             {
                 "Wanda": lambda: wanda_rows(weight, square_sum, cols - half),
                 "torch.topk": lambda: topk_rows(weight, column, half),
@@ -119,7 +119,7 @@ def prune_cases(rows: int, cols: int, dtype: torch.dtype, device: str) -> list[C
         ),
         case(
             "top-k by matrix",
-            lambda: ops.prune_topk_(weight, "wanda", rows * half, column=column, group="matrix"),
+            lambda: ops.prune_topk_(weight, "scaled", rows * half, column=column, group="matrix"),
             {"torch.topk": lambda: topk_matrix(weight, column, rows * half)},
         ),
     ]
@@ -127,7 +127,7 @@ def prune_cases(rows: int, cols: int, dtype: torch.dtype, device: str) -> list[C
         cases.append(
             case(
                 f"{keep_n}:{group_m}",
-                lambda n=keep_n, m=group_m: ops.prune_nm_(weight, "wanda", n, m, column=column),
+                lambda n=keep_n, m=group_m: ops.prune_nm_(weight, "scaled", n, m, column=column),
                 {"Python loop": lambda n=keep_n, m=group_m: wanda_nm(weight, square_sum, m - n, m)},
             )
         )

@@ -59,9 +59,9 @@ def make_factor(gram: Tensor) -> Tensor:
 def make_mask(weight: Tensor, gram: Tensor, keep_n: int, group_m: int) -> Tensor:
     pruned, column = weight.clone(), gram.diagonal().sqrt().contiguous()
     if group_m:
-        ops.prune_nm_(pruned, "wanda", keep_n, group_m, column=column)
+        ops.prune_nm_(pruned, "scaled", keep_n, group_m, column=column)
     else:
-        ops.prune_topk_(pruned, "wanda", weight.shape[1] // 2, column=column)
+        ops.prune_topk_(pruned, "scaled", weight.shape[1] // 2, column=column)
     return pruned != 0
 
 

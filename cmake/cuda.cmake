@@ -1,6 +1,6 @@
 # The CUDA kernels: their source run on the host by the C++ tests, and compiled by nvcc where there is one.
 # Expects the function ace_add_test, the target Threads::Threads and ACE_SANITIZE ("", "address,undefined" or "thread").
-set(ACE_CUDA_SOURCES activation_moments obs_block prune_matrix prune_nm prune_rows prune_score refine_swaps)
+file(GLOB ACE_CUDA_SOURCES CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/*.cu")
 set(ACE_SIMT_DEFINITIONS ACE_SIMT)
 if(ACE_SANITIZE STREQUAL "thread")
   list(APPEND ACE_SIMT_DEFINITIONS ACE_SIMT_THREADS)  # one OS thread a CUDA thread, for ThreadSanitizer to watch
@@ -8,7 +8,8 @@ endif()
 
 # The launchers and kernels as plain C++: each .cu in a file of its own, so that nvcc can have the .cu itself.
 set(ACE_HOST_SOURCES)
-foreach(name IN LISTS ACE_CUDA_SOURCES)
+foreach(source IN LISTS ACE_CUDA_SOURCES)
+  get_filename_component(name "${source}" NAME_WE)
   set(wrapper "${CMAKE_CURRENT_BINARY_DIR}/host_kernels/${name}.cpp")
   configure_file(cmake/host_kernel.cpp.in "${wrapper}")
   list(APPEND ACE_HOST_SOURCES "${wrapper}")
@@ -24,9 +25,11 @@ if(ACE_SANITIZE)
     ace_host_kernels PRIVATE -fsanitize=${ACE_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer)
 endif()
 
-foreach(name IN ITEMS rows matrix nm moments barrier solvers)
-  ace_add_test(cuda_${name}_test csrc/tests/cuda_${name}_test.cpp)
-  target_link_libraries(cuda_${name}_test PRIVATE ace_host_kernels)
+file(GLOB ACE_CUDA_TESTS CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/csrc/tests/cuda_*_test.cpp")
+foreach(test IN LISTS ACE_CUDA_TESTS)
+  get_filename_component(name "${test}" NAME_WE)
+  ace_add_test(${name} "${test}")
+  target_link_libraries(${name} PRIVATE ace_host_kernels)
 endforeach()
 
 if(ACE_SANITIZE STREQUAL "thread")
@@ -43,9 +46,7 @@ if(ACE_NVCC)
     set(CMAKE_CUDA_ARCHITECTURES 80 90)
   endif()
   enable_language(CUDA)
-  list(TRANSFORM ACE_CUDA_SOURCES PREPEND "${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/" OUTPUT_VARIABLE ACE_DEVICE_SOURCES)
-  list(TRANSFORM ACE_DEVICE_SOURCES APPEND ".cu")
-  add_library(ace_device_kernels STATIC ${ACE_DEVICE_SOURCES})
+  add_library(ace_device_kernels STATIC ${ACE_CUDA_SOURCES})
   target_include_directories(ace_device_kernels PUBLIC "${CMAKE_CURRENT_SOURCE_DIR}/csrc")
   target_compile_options(ace_device_kernels PRIVATE --fmad=false -Werror=all-warnings)
   set_target_properties(ace_device_kernels PROPERTIES CUDA_STANDARD 17)

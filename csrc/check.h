@@ -1,46 +1,48 @@
-// One check_x() an op, called first by every back end. Messages: "op: argument must be ... (got ...)", as ValueError.
+// What several ops check. Each op has a check_x() of its own (ops/STEM.h), called first by every back end.
+// Messages: "op: argument must be ... (got ...)", as ValueError. Checks of shapes, dtypes, strides and devices do not
+// look at values: a back end reports what is not finite while it reads.
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
 
 #include <cstdint>
-#include <optional>
 #include <string_view>
 
-#include "core/score.h"
+#include "ops.h"
+
+#define ACE_CHECK(condition, ...) TORCH_CHECK_VALUE(condition, __VA_ARGS__)
 
 namespace ace {
 
-using OptionalTensor = std::optional<at::Tensor>;
+void check_2d(std::string_view op, std::string_view argument, const at::Tensor& t);
 
-enum class Group { row, matrix };
+// [rows, cols] float32, float16 or bfloat16, contiguous columns, rows that do not overlap.
+void check_matrix(std::string_view op, std::string_view argument, const at::Tensor& t);
 
-// Shapes, dtypes, strides, devices. Values are not looked at here: a back end reports what is not finite while it
-// reads.
-void check_update_moments(const at::Tensor& x, const OptionalTensor& token_weight, const at::Tensor& weight_sum,
-                          const at::Tensor& mean, const at::Tensor& m2);
-void check_inverse_square_norm(const at::Tensor& a);
-void check_update_cosine_moment(const at::Tensor& x, const at::Tensor& a, const at::Tensor& moment);
+void check_same_device(std::string_view op, std::string_view argument, const at::Tensor& t, const at::Tensor& like);
 
-// The weight and what its metric needs. Returns the metric's formula.
-Formula check_scored(std::string_view op, const at::Tensor& weight, std::string_view metric,
-                     const OptionalTensor& column, const OptionalTensor& moment);
-Group check_topk(std::string_view op, const at::Tensor& weight, int64_t keep_k, std::string_view group);
+// Contiguous, of this dtype and shape.
+void check_dense(std::string_view op, std::string_view argument, const at::Tensor& t, at::ScalarType dtype,
+                 at::IntArrayRef shape);
+
+// Of this dtype and shape and on the device of `weight`; contiguous columns, any row stride.
+void check_like(std::string_view op, std::string_view argument, const at::Tensor& t, at::ScalarType dtype,
+                at::IntArrayRef shape, const at::Tensor& weight);
+
+// keep_n of group_m columns of the weight.
 void check_nm(std::string_view op, const at::Tensor& weight, int64_t keep_n, int64_t group_m);
-void check_given_score(std::string_view op, const at::Tensor& weight, const at::Tensor& score);
-void check_level(std::string_view op, int64_t prefix, int64_t level);
-void check_cut(std::string_view op, int64_t key, int64_t ties);
-void check_refine_swaps(const at::Tensor& mask, const at::Tensor& weight, const at::Tensor& gram, int64_t keep_n,
-                        int64_t group_m, int64_t max_swaps);
-void check_obs_block(const at::Tensor& weight, const at::Tensor& error, const at::Tensor& mask,
-                     const at::Tensor& factor, int64_t keep_n, int64_t group_m);
 
-// Raises ValueError for the first entry that is not finite, looked for in the weight, the column and the moment, in
-// this order; if all of them are finite, the score at (row, col) overflowed. Slow: called once a fast pass has met one.
+// The same, or both 0 for no pattern.
+void check_optional_nm(std::string_view op, const at::Tensor& weight, int64_t keep_n, int64_t group_m);
+
+// Raises ValueError for the first entry of t that is not finite; returns if there is none. Slow: called once a fast
+// pass has met one.
+void refuse_not_finite(std::string_view op, std::string_view argument, const at::Tensor& t);
+
+// The same for the weight, the column and the moment, in this order; if all of them are finite, the score at (row, col)
+// overflowed.
 [[noreturn]] void report_not_finite(std::string_view op, const at::Tensor& weight, const OptionalTensor& column,
                                     const OptionalTensor& moment, int64_t row, int64_t col);
-
-// Raises ValueError for the first entry of t that is not finite; returns if there is none. Slow, like the above.
-void refuse_not_finite(std::string_view op, std::string_view argument, const at::Tensor& t);
 
 }  // namespace ace

@@ -32,7 +32,7 @@ pybind11::dict build_info() {
 
 #if defined(ACE_WITH_CUDA)
 std::string take_not_finite(int device_index) {
-  return ace::read_and_clear_not_finite({c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device_index)});
+  return ace::cuda::read_and_clear_not_finite({c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device_index)});
 }
 #endif
 

@@ -6,12 +6,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ace_ext.ops._extension import registered
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = ((1, 1), (1, 2), (2, 1), (31, 33), (32, 32), (33, 31), (3, 129), (129, 2), (2, 1134))
 
-COLUMN_METRICS = ("wanda", "ria", "stade", "varp", "cosvar", "ace")
-MOMENT_METRICS = ("cosp", "cosp+varp", "cosp-exact")
-METRICS = ("magnitude", *COLUMN_METRICS, *MOMENT_METRICS)
+COLUMN_FORMULAS = ("scaled", "ria")
+MOMENT_FORMULAS = ("cosp", "cosp_exact")
+FORMULAS = ("magnitude", *COLUMN_FORMULAS, *MOMENT_FORMULAS)
+"""All but ``score``, the caller's own."""
 
 # Cases
 
@@ -22,16 +25,16 @@ def make_weight(rows: int, cols: int, dtype: torch.dtype, random: torch.Generato
     return ((weight * 2).round() / 2 if ties else weight).to(dtype)
 
 
-def metric_arguments(metric: str, weight: Tensor, random: torch.Generator, ties: bool = False) -> dict[str, Tensor]:
-    """The ``column`` and ``moment`` that the metric needs, random; with ``ties`` all equal, so that scores are too."""
+def formula_arguments(formula: str, weight: Tensor, random: torch.Generator, ties: bool = False) -> dict[str, Tensor]:
+    """The ``column`` and ``moment`` that the formula needs, random; with ``ties`` all equal, so that scores are too."""
 
     def draw(*shape: int) -> Tensor:
         return torch.full(shape, 0.25) if ties else torch.rand(*shape, generator=random) + 0.01
 
     arguments = {}
-    if metric in COLUMN_METRICS + MOMENT_METRICS:
-        arguments["column"] = draw(weight.shape[1]) + (2.0 if metric == "cosp-exact" else 0.0)
-    if metric in MOMENT_METRICS:
+    if formula in COLUMN_FORMULAS + MOMENT_FORMULAS:
+        arguments["column"] = draw(weight.shape[1]) + (2.0 if formula == "cosp_exact" else 0.0)
+    if formula in MOMENT_FORMULAS:
         arguments["moment"] = draw(*weight.shape)
     return {name: value.to(weight.device) for name, value in arguments.items()}
 
@@ -71,6 +74,41 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
     np.testing.assert_array_equal(bits(actual), bits(expected))
+
+
+# The cut over several matrices, key by key: what score_histogram and prune_at_ (csrc/ops/across.h) must give
+
+
+def score_histogram(weight: Tensor, formula: str, prefix: int, level: int, **arguments: Tensor) -> Tensor:
+    """The op: ``[2048, 2048, 1024][level]`` int64."""
+    return registered().score_histogram(weight, formula, prefix, level, **arguments)
+
+
+def prune_at_(weight: Tensor, formula: str, key: int, ties: int, **arguments: Tensor) -> None:
+    """The op."""
+    registered().prune_at_(weight, formula, key, ties, **arguments)
+
+
+def order_key(score: Tensor) -> np.ndarray:
+    """Float32 scores as uint32 in the same order, -0.0 as +0.0: positives get the sign bit, others all bits flipped."""
+    bits = (score.detach().cpu().to(torch.float32) + 0.0).numpy().view(np.uint32)
+    return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
+
+
+def expected_histogram(score: Tensor, prefix: int, level: int) -> Tensor:
+    """``[2048, 2048, 1024][level]`` int64: how many keys agree with ``prefix`` above the level, by their digit."""
+    shift, bits = ((21, 11), (10, 11), (0, 10))[level]
+    keys = order_key(score).reshape(-1).astype(np.int64)
+    alike = keys[keys >> (shift + bits) == prefix >> (shift + bits)]
+    return torch.from_numpy(np.bincount(alike >> shift & (2**bits - 1), minlength=2**bits))
+
+
+def expected_mask_at(score: Tensor, key: int, ties: int) -> Tensor:
+    """``[rows, cols]`` bool: keys above ``key``, and the first ``ties`` (row-major) equal to it."""
+    keys = order_key(score).astype(np.int64)
+    equal = keys == key
+    first = equal & (np.cumsum(equal).reshape(keys.shape) <= ties)
+    return torch.from_numpy((keys > key) | first)
 
 
 # Tolerances. u = 2^-24 is the rounding of one float32 operation; every bound is a count of such roundings, each derived

@@ -38,7 +38,7 @@ def oracle_prune_first_block(model, tokens, metric, sparsity):
         dense = functional.linear(x, weight)
         column = reference.column_factor(metric, x, dense) if METRICS[metric].column else None
         moment = reference.cosine_moment(x, dense) if metric.startswith("cosp") else None
-        score = reference.score(weight, metric, column, moment)
+        score = reference.score(weight, METRICS[metric].op_formula, column, moment)
         masks[block.full_name(child)] = reference.keep_mask(score, keep_count(weight.shape[1], sparsity), "row")
     return masks
 

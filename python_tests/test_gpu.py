@@ -7,18 +7,22 @@ import pytest
 import torch
 from helpers import (
     DTYPES,
-    METRICS,
+    FORMULAS,
     assert_only_slice_changed,
     assert_same_bits,
     embed,
+    formula_arguments,
     inverse_square_norm_bound,
     make_weight,
-    metric_arguments,
     moment_bounds,
     places,
+    prune_at_,
+    score_histogram,
 )
 
 from ace_ext import build_info, ops
+from ace_ext.ops import ScoredWeight
+from ace_ext.ops._across import RADIX_BITS
 from ace_ext.ops._extension import compiled
 
 
@@ -45,47 +49,52 @@ def no_flag_left():
     assert compiled().take_not_finite(torch.cuda.current_device()) == ""
 
 
-def matrices(rows, cols, dtype, random, metric, ties):
+def matrices(rows, cols, dtype, random, formula, ties):
     weight = make_weight(rows, cols, dtype, random, ties)
-    return weight, metric_arguments(metric, weight, random, ties)
+    return weight, formula_arguments(formula, weight, random, ties)
 
 
 # Scores and masks: the CPU's bits
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("formula", FORMULAS)
 @pytest.mark.parametrize("shape", SHAPES[:8])
-def test_scores_have_the_cpu_bits(shape, metric, dtype, random):
-    weight, arguments = matrices(*shape, dtype, random, metric, ties=False)
-    expected = ops.score(weight, metric, **arguments)
-    assert_same_bits(ops.score(weight.cuda(), metric, **on_gpu(arguments)).cpu(), expected)
+def test_scores_have_the_cpu_bits(shape, formula, dtype, random):
+    weight, arguments = matrices(*shape, dtype, random, formula, ties=False)
+    expected = ops.score(weight, formula, **arguments)
+    assert_same_bits(ops.score(weight.cuda(), formula, **on_gpu(arguments)).cpu(), expected)
 
 
 @pytest.mark.parametrize("ties", [False, True], ids=["spread", "ties"])
 @pytest.mark.parametrize("group", ["row", "matrix"])
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("formula", FORMULAS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_topk_equals_the_cpu(shape, metric, group, ties, dtype, random):
-    weight, arguments = matrices(*shape, dtype, random, metric, ties)
+def test_topk_equals_the_cpu(shape, formula, group, ties, dtype, random):
+    weight, arguments = matrices(*shape, dtype, random, formula, ties)
     size = weight.shape[1] if group == "row" else weight.numel()
     for keep_k in places(size):
         expected, actual = weight.clone(), weight.cuda()
-        threshold = ops.prune_topk_(expected, metric, keep_k, group=group, **arguments)
-        got = ops.prune_topk_(actual, metric, keep_k, group=group, **on_gpu(arguments))
+        threshold = ops.prune_topk_(expected, formula, keep_k, group=group, **arguments)
+        got = ops.prune_topk_(actual, formula, keep_k, group=group, **on_gpu(arguments))
         assert_same_bits(actual.cpu(), expected)
         assert_same_bits(got.cpu(), threshold)
+        mask = ops.topk_mask(weight, formula, keep_k, group=group, **arguments)
+        assert torch.equal(ops.topk_mask(weight.cuda(), formula, keep_k, group=group, **on_gpu(arguments)).cpu(), mask)
 
 
 @pytest.mark.parametrize("ties", [False, True], ids=["spread", "ties"])
 @pytest.mark.parametrize("group_m", [1, 2, 3, 4, 8, 12, 16, 31, 32])
 def test_nm_equals_the_cpu(group_m, ties, dtype, random):
-    for metric in METRICS:
-        weight, arguments = matrices(5, group_m * 37, dtype, random, metric, ties)
+    for formula in FORMULAS:
+        weight, arguments = matrices(5, group_m * 37, dtype, random, formula, ties)
         for keep_n in places(group_m):
             expected, actual = weight.clone(), weight.cuda()
-            ops.prune_nm_(expected, metric, keep_n, group_m, **arguments)
-            ops.prune_nm_(actual, metric, keep_n, group_m, **on_gpu(arguments))
+            ops.prune_nm_(expected, formula, keep_n, group_m, **arguments)
+            ops.prune_nm_(actual, formula, keep_n, group_m, **on_gpu(arguments))
             assert_same_bits(actual.cpu(), expected)
+            mask = ops.nm_mask(weight, formula, keep_n, group_m, **arguments)
+            got = ops.nm_mask(weight.cuda(), formula, keep_n, group_m, **on_gpu(arguments))
+            assert torch.equal(got.cpu(), mask)
 
 
 @pytest.mark.parametrize("score_dtype", DTYPES)
@@ -93,12 +102,13 @@ def test_own_scores_equal_the_cpu(score_dtype, dtype, random):
     weight, score = make_weight(9, 128, dtype, random), make_weight(9, 128, score_dtype, random, ties=True)
     for group, keep_k in (("row", 50), ("matrix", 500)):
         expected, actual = weight.clone(), weight.cuda()
-        ops.prune_by_score_(expected, score, keep_k, group)
-        ops.prune_by_score_(actual, score.cuda(), keep_k, group)
+        moment = score.float()
+        ops.prune_topk_(expected, "score", keep_k, moment=moment, group=group)
+        ops.prune_topk_(actual, "score", keep_k, moment=moment.cuda(), group=group)
         assert_same_bits(actual.cpu(), expected)
     expected, actual = weight.clone(), weight.cuda()
-    ops.prune_nm_by_score_(expected, score, 2, 4)
-    ops.prune_nm_by_score_(actual, score.cuda(), 2, 4)
+    ops.prune_nm_(expected, "score", 2, 4, moment=score.float())
+    ops.prune_nm_(actual, "score", 2, 4, moment=score.float().cuda())
     assert_same_bits(actual.cpu(), expected)
 
 
@@ -106,20 +116,29 @@ def test_histograms_and_cuts_equal_the_cpu(dtype, random):
     weight, arguments = matrices(70, 300, dtype, random, "ria", ties=False)
     prefix, want = 0, 9000
     shift = 32
-    for level, width in enumerate(ops.RADIX_BITS):
+    for level, width in enumerate(RADIX_BITS):
         shift -= width
-        counts = ops.score_histogram(weight, "ria", prefix, level, **arguments)
-        got = ops.score_histogram(weight.cuda(), "ria", prefix, level, **on_gpu(arguments))
+        counts = score_histogram(weight, "ria", prefix, level, **arguments)
+        got = score_histogram(weight.cuda(), "ria", prefix, level, **on_gpu(arguments))
         assert torch.equal(got.cpu(), counts)
         above = counts.flip(0).cumsum(0).flip(0)
         digit = int((above >= want).nonzero().max())
         want -= int(above[digit] - counts[digit])
         prefix |= digit << shift
     expected, actual = weight.clone(), weight.cuda()
-    ops.prune_at_(expected, "ria", prefix, want, **arguments)
-    ops.prune_at_(actual, "ria", prefix, want, **on_gpu(arguments))
+    prune_at_(expected, "ria", prefix, want, **arguments)
+    prune_at_(actual, "ria", prefix, want, **on_gpu(arguments))
     assert_same_bits(actual.cpu(), expected)
     assert int((actual != 0).sum()) == 9000
+
+
+def test_topk_across_equals_the_cpu(random):
+    weights = [make_weight(70, cols, dtype, random, ties=True) for cols, dtype in zip((300, 8, 1), DTYPES, strict=True)]
+    on_device = [weight.cuda() for weight in weights]
+    for each in (weights, on_device):
+        ops.prune_topk_across_([ScoredWeight(weight, "magnitude") for weight in each], 9001)
+    for actual, expected in zip(on_device, weights, strict=True):
+        assert_same_bits(actual.cpu(), expected)
 
 
 @pytest.mark.parametrize("cols", [64, 61])
@@ -248,13 +267,13 @@ def test_cosine_moment_within_bounds(tokens, d_in, d_out, dtype, random):
 
 
 def test_side_stream_and_device_guard(random):
-    weight, arguments = matrices(64, 512, torch.bfloat16, random, "ace", ties=False)
+    weight, arguments = matrices(64, 512, torch.bfloat16, random, "scaled", ties=False)
     expected = weight.clone()
-    ops.prune_topk_(expected, "ace", 256, **arguments)
+    ops.prune_topk_(expected, "scaled", 256, **arguments)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         actual = weight.cuda()
-        ops.prune_topk_(actual, "ace", 256, **on_gpu(arguments))
+        ops.prune_topk_(actual, "scaled", 256, **on_gpu(arguments))
     stream.synchronize()
     assert_same_bits(actual.cpu(), expected)
 
@@ -310,14 +329,14 @@ def test_statistics_under_capture(random):
 
 
 def test_compile(random):
-    weight, arguments = matrices(32, 256, torch.bfloat16, random, "wanda", ties=False)
+    weight, arguments = matrices(32, 256, torch.bfloat16, random, "scaled", ties=False)
     expected = weight.clone()
-    ops.prune_topk_(expected, "wanda", 128, **arguments)
+    ops.prune_topk_(expected, "scaled", 128, **arguments)
     column = arguments["column"].cuda()
 
     @torch.compile(fullgraph=True)
     def step(w):
-        torch.ops.ace_ext.prune_topk_(w, "wanda", column, None, 128, "row")
+        torch.ops.ace_ext.prune_topk_(w, "scaled", 128, column)
         return w
 
     assert_same_bits(step(weight.cuda()).cpu(), expected)
@@ -369,6 +388,11 @@ def test_what_is_not_finite_is_flagged_and_left_alone(bad, dtype, random):
     ops.prune_nm_(groups, "magnitude", 2, 4)
     assert compiled().take_not_finite(device) == "prune_nm_"
     assert_same_bits(groups[5, 4:8].cpu(), weight[5, 4:8])
+    assert ops.topk_mask(weight.cuda(), "magnitude", 20).sum(1).tolist() == [20] * 5 + [64] + [20] * 2
+    assert ops.topk_mask(weight.cuda(), "magnitude", 200, group="matrix").all()
+    assert compiled().take_not_finite(device) == "topk_mask"
+    assert ops.nm_mask(weight.cuda(), "magnitude", 2, 4)[5, 4:8].all()
+    assert compiled().take_not_finite(device) == "nm_mask"
     assert compiled().take_not_finite(device) == ""
 
 
@@ -380,6 +404,6 @@ def test_bad_token_weights_are_flagged():
 
 
 def test_mixed_devices_are_refused(random):
-    weight, arguments = matrices(4, 8, torch.float32, random, "wanda", ties=False)
+    weight, arguments = matrices(4, 8, torch.float32, random, "scaled", ties=False)
     with pytest.raises(ValueError, match="prune_topk_: column must be on cuda"):
-        ops.prune_topk_(weight.cuda(), "wanda", 4, **arguments)
+        ops.prune_topk_(weight.cuda(), "scaled", 4, **arguments)

@@ -1,8 +1,8 @@
-"""The ops as torch sees them: schemas, Meta kernels, threads. Contracts: csrc/ops.h."""
+"""The ops as torch sees them: schemas, Meta kernels, threads. Contracts: csrc/ops.h and csrc/ops/."""
 
 import pytest
 import torch
-from helpers import METRICS, assert_same_bits, make_weight, metric_arguments
+from helpers import FORMULAS, assert_same_bits, formula_arguments, make_weight, prune_at_, score_histogram
 
 from ace_ext import ops
 
@@ -16,23 +16,23 @@ def samples():
     for state in (torch.float32, torch.float64):
         for token_weight in (None, torch.ones(9)):
             sums = [torch.zeros(shape, dtype=state) for shape in ((), (8,), (8,))]
-            yield "update_moments_", (x, token_weight, *sums)
+            yield "update_moments_", (*sums, x, token_weight)
     yield "inverse_square_norm", (a.half(),)
-    yield "update_cosine_moment_", (x, a, torch.zeros(6, 8))
-    for metric in METRICS:
-        weight = make_weight(6, 8, torch.float32, random)
-        arguments = metric_arguments(metric, weight, random)
-        scored = (metric, arguments.get("column"), arguments.get("moment"))
-        yield "score", (weight, *scored)
-        yield "prune_topk_", (weight.clone(), *scored, 3, "row")
-        yield "prune_topk_", (weight.bfloat16(), *scored, 11, "matrix")
-        yield "prune_nm_", (weight.half(), *scored, 2, 4)
-        yield "score_histogram", (weight, *scored, 2**31, 1)
-        yield "prune_at_", (weight.clone(), *scored, 2**31 + 2**29, 1)
+    yield "update_cosine_moment_", (torch.zeros(6, 8), x, a)
     score = torch.randn(6, 8, generator=random)
-    yield "prune_by_score_", (torch.ones(6, 8), score.half(), 3, "row")
-    yield "prune_by_score_", (torch.ones(6, 8), score, 3, "matrix")
-    yield "prune_nm_by_score_", (torch.ones(6, 8), score, 2, 4)
+    for formula in (*FORMULAS, "score"):
+        weight = make_weight(6, 8, torch.float32, random)
+        arguments = {"moment": score} if formula == "score" else formula_arguments(formula, weight, random)
+        scored = (arguments.get("column"), arguments.get("moment"))
+        yield "score", (weight, formula, *scored)
+        yield "prune_topk_", (weight.clone(), formula, 3, *scored, "row")
+        yield "prune_topk_", (weight.bfloat16(), formula, 11, *scored, "matrix")
+        yield "prune_nm_", (weight.half(), formula, 2, 4, *scored)
+        yield "topk_mask", (weight, formula, 3, *scored, "row")
+        yield "topk_mask", (weight.bfloat16(), formula, 11, *scored, "matrix")
+        yield "nm_mask", (weight.half(), formula, 2, 4, *scored)
+        yield "score_histogram", (weight, formula, 2**31, 1, *scored)
+        yield "prune_at_", (weight.clone(), formula, 2**31 + 2**29, 1, *scored)
     for keep_n, group_m in ((0, 0), (2, 4)):
         mask = torch.tensor([True, True, False, False]).repeat(6, 2)
         yield "refine_swaps_", (mask, score.half(), x.T @ x, keep_n, group_m, 5)
@@ -68,7 +68,7 @@ def test_meta_refuses_what_the_kernels_refuse():
     with pytest.raises(ValueError, match="prune_nm_: group_m must divide"):
         ops.prune_nm_(weight, "magnitude", 2, 5)
     with pytest.raises(ValueError, match="score: column must be on meta"):
-        ops.score(weight, "wanda", column=torch.ones(12))
+        ops.score(weight, "scaled", column=torch.ones(12))
 
 
 def test_parameters_that_require_grad_can_be_pruned():
@@ -78,34 +78,36 @@ def test_parameters_that_require_grad_can_be_pruned():
     assert weight.requires_grad
 
 
-def run_everything(metric, dtype):
+def run_everything(formula, dtype):
     """Results of every op on matrices large enough to be shared among threads."""
     random = torch.Generator().manual_seed(0)
     x, a = torch.randn(700, 1134, generator=random).to(dtype), torch.randn(700, 300, generator=random).to(dtype)
     weight = make_weight(300, 1134, dtype, random)
-    arguments = metric_arguments(metric, weight, random)
+    arguments = formula_arguments(formula, weight, random)
     own = torch.randn(300, 1134, generator=random)
     state = [torch.zeros(()), torch.zeros(1134), torch.zeros(1134)]
     ops.update_moments_(*state, x, ops.inverse_square_norm(a))
     moment = torch.zeros(300, 1134)
     ops.update_cosine_moment_(moment, x, a)
-    results = [*state, moment, ops.inverse_square_norm(a), ops.score(weight, metric, **arguments)]
+    results = [*state, moment, ops.inverse_square_norm(a), ops.score(weight, formula, **arguments)]
     for group, keep_k in (("row", 567), ("matrix", 170_100)):
         pruned, by_score = weight.clone(), weight.clone()
-        results += [pruned, ops.prune_topk_(pruned, metric, keep_k, **arguments, group=group)]
-        results += [by_score, ops.prune_by_score_(by_score, own, keep_k, group)]
+        results += [pruned, ops.prune_topk_(pruned, formula, keep_k, **arguments, group=group)]
+        results += [by_score, ops.prune_topk_(by_score, "score", keep_k, moment=own, group=group)]
+        results += [ops.topk_mask(weight, formula, keep_k, **arguments, group=group).half()]
     results += [weight.clone() for _ in range(3)]
-    ops.prune_nm_(results[-1], metric, 1, 2, **arguments)
-    ops.prune_nm_by_score_(results[-2], own, 3, 7)
-    ops.prune_at_(results[-3], metric, 0xBE800000, 10, **arguments)
-    return [*results, ops.score_histogram(weight, metric, 0, 0, **arguments).double()]
+    ops.prune_nm_(results[-1], formula, 1, 2, **arguments)
+    ops.prune_nm_(results[-2], "score", 3, 7, moment=own)
+    results += [ops.nm_mask(weight, formula, n, m, **arguments).half() for n, m in ((1, 2), (3, 7))]
+    prune_at_(results[-5], formula, 0xBE800000, 10, **arguments)
+    return [*results, score_histogram(weight, formula, 0, 0, **arguments).double()]
 
 
-@pytest.mark.parametrize("metric", ["ria", "cosp-exact"])
-def test_results_do_not_depend_on_the_number_of_threads(metric, dtype, threads):
+@pytest.mark.parametrize("formula", ["ria", "cosp_exact"])
+def test_results_do_not_depend_on_the_number_of_threads(formula, dtype, threads):
     threads(1)
-    alone = run_everything(metric, dtype)
+    alone = run_everything(formula, dtype)
     for number in (1, 2, 3):
         threads(number)
-        for result, expected in zip(run_everything(metric, dtype), alone, strict=True):
+        for result, expected in zip(run_everything(formula, dtype), alone, strict=True):
             assert_same_bits(result, expected)

@@ -1,24 +1,27 @@
-"""What the ops refuse: the message names op, argument and place, and nothing was written. Contracts: csrc/ops.h."""
+"""What the ops refuse: messages name op, argument and place; nothing is written. Contracts: csrc/ops.h, csrc/ops/."""
 
 import math
 
 import pytest
 import torch
-from helpers import METRICS, MOMENT_METRICS, assert_same_bits, metric_arguments
+from helpers import FORMULAS, MOMENT_FORMULAS, assert_same_bits, formula_arguments, prune_at_, score_histogram
 
 from ace_ext import ops
 
 BAD = (math.nan, math.inf, -math.inf)
 
-# Every op that scores a weight, called with (weight, metric, **arguments). The first word is the op.
+# Every op that scores a weight, called with (weight, formula, **arguments). The first word is the op.
 SCORED = {
     "score": lambda w, m, **kw: ops.score(w, m, **kw),
     "prune_topk_ by row": lambda w, m, **kw: ops.prune_topk_(w, m, 3, **kw),
     "prune_topk_ by matrix": lambda w, m, **kw: ops.prune_topk_(w, m, 3, **kw, group="matrix"),
     "prune_topk_ of none": lambda w, m, **kw: ops.prune_topk_(w, m, 0, **kw),
     "prune_nm_": lambda w, m, **kw: ops.prune_nm_(w, m, 2, 4, **kw),
-    "score_histogram": lambda w, m, **kw: ops.score_histogram(w, m, 0, 0, **kw),
-    "prune_at_": lambda w, m, **kw: ops.prune_at_(w, m, 2**31, 2, **kw),
+    "topk_mask by row": lambda w, m, **kw: ops.topk_mask(w, m, 3, **kw),
+    "topk_mask by matrix": lambda w, m, **kw: ops.topk_mask(w, m, 3, **kw, group="matrix"),
+    "nm_mask": lambda w, m, **kw: ops.nm_mask(w, m, 2, 4, **kw),
+    "score_histogram": lambda w, m, **kw: score_histogram(w, m, 0, 0, **kw),
+    "prune_at_": lambda w, m, **kw: prune_at_(w, m, 2**31, 2, **kw),
 }
 
 
@@ -47,58 +50,61 @@ def weight(dtype, random):
 
 
 @pytest.mark.parametrize("op", SCORED)
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("formula", FORMULAS)
 @pytest.mark.parametrize("value", BAD)
-def test_a_weight_that_is_not_finite(op, metric, value, weight, random):
-    arguments = metric_arguments(metric, weight, random)
+def test_a_weight_that_is_not_finite(op, formula, value, weight, random):
+    arguments = formula_arguments(formula, weight, random)
     weight[17, 5] = weight[17, 6] = weight[39, 0] = value
-    refused_for(value, lambda: SCORED[op](weight, metric, **arguments), op, "weight", "17, 5", weight)
+    refused_for(value, lambda: SCORED[op](weight, formula, **arguments), op, "weight", "17, 5", weight)
 
 
 @pytest.mark.parametrize("op", SCORED)
-@pytest.mark.parametrize("metric", METRICS[1:])
+@pytest.mark.parametrize("formula", FORMULAS[1:])
 @pytest.mark.parametrize("value", BAD)
 @pytest.mark.parametrize("zeros", [False, True], ids=["", "zeros"])
-def test_a_column_that_is_not_finite(op, metric, value, zeros, weight, random):
-    arguments = metric_arguments(metric, weight, random)
+def test_a_column_that_is_not_finite(op, formula, value, zeros, weight, random):
+    arguments = formula_arguments(formula, weight, random)
     arguments["column"][7] = arguments["column"][11] = value
     if zeros:
         weight.zero_()
-    refused_for(value, lambda: SCORED[op](weight, metric, **arguments), op, "column", "7", weight)
+    refused_for(value, lambda: SCORED[op](weight, formula, **arguments), op, "column", "7", weight)
 
 
 @pytest.mark.parametrize("op", SCORED)
-@pytest.mark.parametrize("metric", [*MOMENT_METRICS, "score"])
+@pytest.mark.parametrize("formula", [*MOMENT_FORMULAS, "score"])
 @pytest.mark.parametrize("value", BAD)
 @pytest.mark.parametrize("zeros", [False, True], ids=["", "zeros"])
-def test_a_moment_that_is_not_finite(op, metric, value, zeros, weight, random):
-    arguments = metric_arguments(metric, weight, random) or {"moment": torch.randn(40, 12, generator=random)}
+def test_a_moment_that_is_not_finite(op, formula, value, zeros, weight, random):
+    arguments = formula_arguments(formula, weight, random) or {"moment": torch.randn(40, 12, generator=random)}
     arguments["moment"][3, 11] = arguments["moment"][4, 0] = value
     if zeros:
         weight.zero_()
-    refused_for(value, lambda: SCORED[op](weight, metric, **arguments), op, "moment", "3, 11", weight)
+    refused_for(value, lambda: SCORED[op](weight, formula, **arguments), op, "moment", "3, 11", weight)
 
 
 @pytest.mark.parametrize("op", SCORED)
-@pytest.mark.parametrize("metric", ["magnitude", "wanda", "cosp"])
-def test_the_last_weight_of_many_that_is_not_finite(op, metric, dtype, random):
+@pytest.mark.parametrize("formula", ["magnitude", "scaled", "cosp"])
+def test_the_last_weight_of_many_that_is_not_finite(op, formula, dtype, random):
     # Rows enough for every thread and block: the first ones must wait for the check of the last.
     weight = (torch.randn(150, 1136, generator=random) + 3).to(dtype)
-    arguments = metric_arguments(metric, weight, random)
+    arguments = formula_arguments(formula, weight, random)
     weight[149, 1135] = math.nan
-    refused_for(math.nan, lambda: SCORED[op](weight, metric, **arguments), op, "weight", "149, 1135", weight)
+    refused_for(math.nan, lambda: SCORED[op](weight, formula, **arguments), op, "weight", "149, 1135", weight)
 
 
 @pytest.mark.parametrize("op", ["prune_by_score_", "prune_nm_by_score_"])
 @pytest.mark.parametrize("value", BAD)
 @pytest.mark.parametrize("score_dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_an_own_score_or_its_weight_that_is_not_finite(op, value, score_dtype, weight):
     score = torch.ones(40, 12, dtype=score_dtype)
     score[0, 4] = value
     numbers = (3, "matrix") if op == "prune_by_score_" else (2, 4)
-    refused_for(value, lambda: getattr(ops, op)(weight, score, *numbers), op, "score", "0, 4", weight)
+    inner = "prune_topk_" if op == "prune_by_score_" else "prune_nm_"
+    refused_for(value, lambda: getattr(ops, op)(weight, score, *numbers), inner, "moment", "0, 4", weight)
     weight[39, 11] = value
-    refused_for(value, lambda: getattr(ops, op)(weight, torch.ones(40, 12), *numbers), op, "weight", "39, 11", weight)
+    own = torch.ones(40, 12)
+    refused_for(value, lambda: getattr(ops, op)(weight, own, *numbers), inner, "weight", "39, 11", weight)
 
 
 @pytest.mark.parametrize("op", SCORED)
@@ -107,7 +113,7 @@ def test_a_score_that_overflows(op):
     weight[21, 2] = 3e38
     before = weight.clone()
     column = torch.full((12,), 2.0)
-    refused(lambda: SCORED[op](weight, "ace", column=column), op, "score", "finite", "overflow", "index [21, 2]")
+    refused(lambda: SCORED[op](weight, "scaled", column=column), op, "score", "finite", "overflow", "index [21, 2]")
     moment = torch.full((40, 12), 4.0)
     refused(lambda: SCORED[op](weight, "cosp", column=column, moment=moment), op, "score", "index [21, 2]")
     assert_same_bits(weight, before)
@@ -146,35 +152,38 @@ def test_weights_of_the_wrong_kind(op):
 def test_columns_and_moments_of_the_wrong_kind(op):
     weight, column, moment = torch.ones(4, 12), torch.ones(12), torch.ones(4, 12)
 
-    def call(metric, column=None, moment=None):
-        return lambda: SCORED[op](weight, metric, column=column, moment=moment)
+    def call(formula, column=None, moment=None):
+        return lambda: SCORED[op](weight, formula, column=column, moment=moment)
 
-    for metric in METRICS[1:]:
-        needed = moment if metric in MOMENT_METRICS else None
-        refused(call(metric, None, needed), op, "column", "be given", f"'{metric}'", "got None")
-        refused(call(metric, torch.ones(11), needed), op, "column", "shape [12]", "got [11]")
-        refused(call(metric, torch.ones(1, 12), needed), op, "column", "shape [12]")
-        refused(call(metric, column.half(), needed), op, "column", "Float", "got Half")
-        refused(call(metric, torch.ones(24)[::2], needed), op, "column", "contiguous")
+    for formula in FORMULAS[1:]:
+        needed = moment if formula in MOMENT_FORMULAS else None
+        refused(call(formula, None, needed), op, "column", "be given", f"'{formula}'", "got None")
+        refused(call(formula, torch.ones(11), needed), op, "column", "shape [12]", "got [11]")
+        refused(call(formula, torch.ones(1, 12), needed), op, "column", "shape [12]")
+        refused(call(formula, column.half(), needed), op, "column", "Float", "got Half")
+        refused(call(formula, torch.ones(24)[::2], needed), op, "column", "contiguous")
         if needed is None:
-            refused(call(metric, column, moment), op, "moment", "be None", f"'{metric}'")
+            refused(call(formula, column, moment), op, "moment", "be None", f"'{formula}'")
         else:
-            refused(call(metric, column), op, "moment", "be given", "got None")
-            refused(call(metric, column, torch.ones(12, 4)), op, "moment", "shape [4, 12]", "got [12, 4]")
-            refused(call(metric, column, torch.ones(12, 4).t()), op, "moment", "contiguous")
-            refused(call(metric, column, moment.double()), op, "moment", "Float", "got Double")
+            refused(call(formula, column), op, "moment", "be given", "got None")
+            refused(call(formula, column, torch.ones(12, 4)), op, "moment", "shape [4, 12]", "got [12, 4]")
+            refused(call(formula, column, torch.ones(12, 4).t()), op, "moment", "contiguous")
+            refused(call(formula, column, moment.double()), op, "moment", "Float", "got Double")
     refused(call("magnitude", column), op, "column", "be None")
     refused(call("magnitude", None, moment), op, "moment", "be None")
     refused(call("score", column, moment), op, "column", "be None")
     refused(call("score"), op, "moment", "be given")
-    refused(call("wandaa", column), op, "metric", "one of", "magnitude", "ace", "got 'wandaa'")
+    refused(call("wandaa", column), op, "formula", "one of", "magnitude", "scaled", "got 'wandaa'")
     assert (weight == 1).all()
 
 
-@pytest.mark.parametrize("call", [lambda w, k, g: ops.prune_topk_(w, "magnitude", k, group=g), None])
-def test_numbers_to_keep(call):
-    op = "prune_topk_" if call else "prune_by_score_"
-    call = call or (lambda w, k, g: ops.prune_by_score_(w, torch.ones_like(w), k, g))
+@pytest.mark.parametrize("op", ["prune_topk_", "topk_mask"])
+@pytest.mark.parametrize("formula", ["magnitude", "score"])
+def test_numbers_to_keep(op, formula):
+    def call(weight, keep_k, group):
+        moment = torch.ones_like(weight) if formula == "score" else None
+        getattr(ops, op)(weight, formula, keep_k, moment=moment, group=group)
+
     weight = torch.ones(4, 12)
     refused(lambda: call(weight, -1, "row"), op, "keep_k", "from 0 to 12", "got -1")
     refused(lambda: call(weight, 13, "row"), op, "keep_k", "from 0 to 12", "got 13")
@@ -183,10 +192,13 @@ def test_numbers_to_keep(call):
     assert (weight == 1).all()
 
 
-@pytest.mark.parametrize("call", [lambda w, n, m: ops.prune_nm_(w, "magnitude", n, m), None])
-def test_patterns(call):
-    op = "prune_nm_" if call else "prune_nm_by_score_"
-    call = call or (lambda w, n, m: ops.prune_nm_by_score_(w, torch.ones_like(w), n, m))
+@pytest.mark.parametrize("op", ["prune_nm_", "nm_mask"])
+@pytest.mark.parametrize("formula", ["magnitude", "score"])
+def test_patterns(op, formula):
+    def call(weight, keep_n, group_m):
+        moment = torch.ones_like(weight) if formula == "score" else None
+        getattr(ops, op)(weight, formula, keep_n, group_m, moment=moment)
+
     weight = torch.ones(4, 12)
     refused(lambda: call(weight, 3, 2), op, "keep_n", "from 0 to 2", "got 3")
     refused(lambda: call(weight, -1, 4), op, "keep_n", "got -1")
@@ -198,27 +210,30 @@ def test_patterns(call):
 
 
 def test_own_scores_of_the_wrong_kind():
-    for op, numbers in (("prune_by_score_", (3,)), ("prune_nm_by_score_", (2, 4))):
-        call = getattr(ops, op)
+    for op, numbers in (("prune_topk_", (3,)), ("prune_nm_", (2, 4)), ("topk_mask", (3,)), ("nm_mask", (2, 4))):
+
+        def call(weight, moment, op=op, numbers=numbers):
+            return lambda: getattr(ops, op)(weight, "score", *numbers, moment=moment)
+
         weight = torch.ones(4, 12)
-        refused(lambda: call(weight, torch.ones(12, 4), *numbers), op, "score", "shape of weight", "got [12, 4]")  # noqa: B023
-        refused(lambda: call(weight, torch.ones(4, 12).double(), *numbers), op, "score", "got Double")  # noqa: B023
-        refused(lambda: call(weight[0], weight[0], *numbers), op, "weight", "2 dimensions")  # noqa: B023
+        refused(call(weight, torch.ones(12, 4)), op, "moment", "shape [4, 12]", "got [12, 4]")
+        refused(call(weight, torch.ones(4, 12).double()), op, "moment", "Float", "got Double")
+        refused(call(weight[0], weight[0]), op, "weight", "2 dimensions")
 
 
 def test_levels_prefixes_keys_and_ties():
     weight = torch.ones(4, 12)
 
     def histogram(prefix, level):
-        return lambda: ops.score_histogram(weight, "magnitude", prefix, level)
+        return lambda: score_histogram(weight, "magnitude", prefix, level)
 
     refused(histogram(0, 3), "score_histogram", "level", "from 0 to 2", "got 3")
     refused(histogram(0, -1), "score_histogram", "level", "got -1")
     refused(histogram(-1, 0), "score_histogram", "prefix", "got -1")
     refused(histogram(2**32, 0), "score_histogram", "prefix", "32-bit", "got 4294967296")
-    refused(lambda: ops.prune_at_(weight, "magnitude", 2**32, 0), "prune_at_", "key", "got 4294967296")
-    refused(lambda: ops.prune_at_(weight, "magnitude", -1, 0), "prune_at_", "key", "got -1")
-    refused(lambda: ops.prune_at_(weight, "magnitude", 0, -1), "prune_at_", "ties", "got -1")
+    refused(lambda: prune_at_(weight, "magnitude", 2**32, 0), "prune_at_", "key", "got 4294967296")
+    refused(lambda: prune_at_(weight, "magnitude", -1, 0), "prune_at_", "key", "got -1")
+    refused(lambda: prune_at_(weight, "magnitude", 0, -1), "prune_at_", "ties", "got -1")
     assert (weight == 1).all()
 
 

@@ -1,45 +1,46 @@
 """Scores against the oracle: the bits of its float32 products. Contracts: csrc/ops.h."""
 
 import math
+import re
 
 import pytest
 import torch
 from helpers import (
-    COLUMN_METRICS,
-    METRICS,
+    FORMULAS,
     SCORE_ROUNDINGS,
     SHAPES,
     UNIT,
     assert_same_bits,
-    bits,
     embed,
+    formula_arguments,
     make_weight,
-    metric_arguments,
 )
 
 from ace_ext import ops
+from ace_ext.ops import FORMULAS as FORMULAS_OF_OPS
 from ace_ext.ops import reference
+from ace_ext.ops._formulas import FORMULA_OF_OLD_NAME
 
 
-@pytest.mark.parametrize("metric", METRICS)
-def test_scores_have_the_bits_of_the_float32_oracle(metric, dtype, device, random):
+@pytest.mark.parametrize("formula", FORMULAS)
+def test_scores_have_the_bits_of_the_float32_oracle(formula, dtype, device, random):
     for rows, cols in SHAPES:
         weight = make_weight(rows, cols, dtype, random).to(device)
-        arguments = metric_arguments(metric, weight, random)
-        score = ops.score(weight, metric, **arguments)
-        assert_same_bits(score, reference.score(weight, metric, **arguments, dtype=torch.float32))
-        exact = reference.score(weight, metric, **arguments)
+        arguments = formula_arguments(formula, weight, random)
+        score = ops.score(weight, formula, **arguments)
+        assert_same_bits(score, reference.score(weight, formula, **arguments, dtype=torch.float32))
+        exact = reference.score(weight, formula, **arguments)
         torch.testing.assert_close(score.cpu().double(), exact, rtol=SCORE_ROUNDINGS * UNIT, atol=0)
-        assert_same_bits(ops.score(embed(weight)[1], metric, **arguments), score)
+        assert_same_bits(ops.score(embed(weight)[1], formula, **arguments), score)
 
 
-@pytest.mark.parametrize("metric", METRICS)
-def test_scores_of_extreme_weights_have_the_oracles_bits(metric, device):
+@pytest.mark.parametrize("formula", FORMULAS)
+def test_scores_of_extreme_weights_have_the_oracles_bits(formula, device):
     values = [0.0, -0.0, 1e-45, -1e-45, 1e-38, -3e-39, 1.0, -1.0, 1e-20, -1e10, 2.0**60, 0.1]
     weight = torch.tensor([values, values[::-1], [0.0] * 12], device=device)
-    arguments = metric_arguments(metric, weight, torch.Generator().manual_seed(1))
-    score = ops.score(weight, metric, **arguments)
-    assert_same_bits(score, reference.score(weight, metric, **arguments, dtype=torch.float32))
+    arguments = formula_arguments(formula, weight, torch.Generator().manual_seed(1))
+    score = ops.score(weight, formula, **arguments)
+    assert_same_bits(score, reference.score(weight, formula, **arguments, dtype=torch.float32))
     assert not torch.signbit(score).any()
 
 
@@ -50,11 +51,11 @@ def test_own_score_is_handed_through(dtype, device, random):
     assert_same_bits(ops.score(weight, "score", moment=own), own)
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("formula", FORMULAS)
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0)])
-def test_scores_of_nothing(metric, shape, device, random):
+def test_scores_of_nothing(formula, shape, device, random):
     weight = torch.zeros(shape, device=device)
-    assert ops.score(weight, metric, **metric_arguments(metric, weight, random)).shape == shape
+    assert ops.score(weight, formula, **formula_arguments(formula, weight, random)).shape == shape
 
 
 def test_ria_sums_do_not_lose_small_weights(device):
@@ -67,8 +68,16 @@ def test_ria_sums_do_not_lose_small_weights(device):
     assert_same_bits(score, reference.score(weight, "ria", column, dtype=torch.float32))
 
 
-def test_metrics_that_share_a_formula_share_bits(device, random):
-    weight, column = torch.randn(5, 9, generator=random).to(device), torch.rand(9, generator=random).to(device)
-    first = bits(ops.score(weight, "wanda", column=column))
-    for metric in set(COLUMN_METRICS) - {"ria"}:
-        assert (bits(ops.score(weight, metric, column=column)) == first).all()
+@pytest.mark.parametrize(("old", "formula"), FORMULA_OF_OLD_NAME.items())
+def test_metrics_names_stand_for_their_formula_with_a_warning(old, formula, device, random):
+    weight = torch.randn(5, 9, generator=random).to(device)
+    arguments = formula_arguments(formula, weight, random)
+    with pytest.warns(DeprecationWarning, match=f"'{formula}' in place of the metric '{re.escape(old)}'") as caught:
+        score = ops.score(weight, old, **arguments)
+    assert caught[0].filename == __file__
+    assert_same_bits(score, ops.score(weight, formula, **arguments))
+
+
+def test_formulas_of_the_package_are_those_of_the_kernels():
+    with pytest.raises(ValueError, match=f"formula must be one of {', '.join(FORMULAS_OF_OPS)} "):
+        ops.score(torch.ones(1, 1), "none of them")

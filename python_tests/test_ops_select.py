@@ -1,4 +1,4 @@
-"""Pruning ops against the oracle's masks, bit for bit: the order, the ties, the exact count. Contracts: csrc/ops.h."""
+"""Masks and pruning against the oracle, bit for bit: order, ties, exact count. Contracts: csrc/ops/prune.h, mask.h."""
 
 import math
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 from helpers import (
     DTYPES,
-    METRICS,
+    FORMULAS,
     SHAPES,
     assert_only_slice_changed,
     assert_same_bits,
     bits,
     embed,
+    formula_arguments,
     make_weight,
-    metric_arguments,
     places,
 )
 from hypothesis import given, settings
@@ -25,36 +25,55 @@ from ace_ext.ops import reference
 GROUPS = ("row", "matrix")
 
 
-def float32_score(weight, metric, arguments):
-    return reference.score(weight, metric, **arguments, dtype=torch.float32)
+def float32_score(weight, formula, arguments):
+    return reference.score(weight, formula, **arguments, dtype=torch.float32)
 
 
 def sizes_of(weight, group):
     return places(weight.shape[1] if group == "row" else weight.numel())
 
 
-def assert_topk(weight, metric, arguments, keep_k, group):
-    """Prunes a copy inside a larger matrix and compares it, the threshold and the surroundings with the oracle."""
-    score = float32_score(weight, metric, arguments)
+def assert_topk(weight, formula, arguments, keep_k, group):
+    """Masks and prunes a copy inside a larger matrix; compares mask, copy, threshold and what is around it."""
+    score = float32_score(weight, formula, arguments)
     outer, view = embed(weight)
-    threshold = ops.prune_topk_(view, metric, keep_k, **arguments, group=group)
-    assert_same_bits(view, reference.prune(weight, reference.keep_mask(score, keep_k, group)))
+    expected = reference.keep_mask(score, keep_k, group)
+    assert_mask(ops.topk_mask(view, formula, keep_k, **arguments, group=group), expected, view, weight)
+    threshold = ops.prune_topk_(view, formula, keep_k, **arguments, group=group)
+    assert_same_bits(view, reference.prune(weight, expected))
     assert_same_bits(threshold, reference.threshold(score, keep_k, group).float())
     assert_only_slice_changed(outer, view)
+
+
+def assert_nm(weight, formula, arguments, keep_n, group_m):
+    """The same for an N:M pattern."""
+    outer, view = embed(weight)
+    expected = reference.keep_mask_nm(float32_score(weight, formula, arguments), keep_n, group_m)
+    assert_mask(ops.nm_mask(view, formula, keep_n, group_m, **arguments), expected, view, weight)
+    ops.prune_nm_(view, formula, keep_n, group_m, **arguments)
+    assert_same_bits(view, reference.prune(weight, expected))
+    assert_only_slice_changed(outer, view)
+
+
+def assert_mask(mask, expected, view, weight):
+    """``view``, which was masked, must still be ``weight``."""
+    assert (mask.dtype, mask.device, mask.is_contiguous()) == (torch.bool, view.device, True)
+    assert torch.equal(mask.cpu(), expected)
+    assert_same_bits(view, weight)
 
 
 # prune_topk_
 
 
 @pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("formula", FORMULAS)
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
-def test_topk_matches_the_oracle(metric, group, dtype, ties, device, random):
+def test_topk_matches_the_oracle(formula, group, dtype, ties, device, random):
     for rows, cols in SHAPES:
         weight = make_weight(rows, cols, dtype, random, ties).to(device)
-        arguments = metric_arguments(metric, weight, random, ties)
+        arguments = formula_arguments(formula, weight, random, ties)
         for keep_k in sizes_of(weight, group):
-            assert_topk(weight, metric, arguments, keep_k, group)
+            assert_topk(weight, formula, arguments, keep_k, group)
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -72,28 +91,28 @@ def test_topk_keeps_exactly_k_of_equal_scores(group, kept, dtype, device):
 @pytest.mark.parametrize("group", GROUPS)
 def test_topk_of_a_matrix_large_enough_for_threads(group, dtype, device, random):
     weight = make_weight(300, 1134, dtype, random, ties=True).to(device)
-    arguments = metric_arguments("ria", weight, random)
+    arguments = formula_arguments("ria", weight, random)
     assert_topk(weight, "ria", arguments, (1134 if group == "row" else weight.numel()) // 2, group)
 
 
-@pytest.mark.parametrize("metric", ["magnitude", "wanda", "cosp"])
+@pytest.mark.parametrize("formula", ["magnitude", "scaled", "cosp"])
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
-def test_topk_of_rows_whose_scales_jump(metric, ties, dtype, device, random):
+def test_topk_of_rows_whose_scales_jump(formula, ties, dtype, device, random):
     # What a search learned from one row must not matter to the next.
     scale = torch.tensor([1.0, 1.1, 0.9, 0.0, 1.0, 60.0, 1e-3, 1.0, 1.0, 2.0, 0.5, 1.0])
     for cols in (33, 1134, 3000):
         weight = (make_weight(12, cols, torch.float32, random, ties) * scale[:, None]).to(dtype).to(device)
-        arguments = metric_arguments(metric, weight, random, ties)
+        arguments = formula_arguments(formula, weight, random, ties)
         for keep_k in places(cols):
-            assert_topk(weight, metric, arguments, keep_k, "row")
+            assert_topk(weight, formula, arguments, keep_k, "row")
 
 
-@pytest.mark.parametrize("metric", ["magnitude", "wanda", "cosp"])
+@pytest.mark.parametrize("formula", ["magnitude", "scaled", "cosp"])
 @pytest.mark.parametrize("share", [0.0001, 0.3, 0.5, 0.9, 0.9999])
-def test_topk_of_a_matrix_large_enough_for_a_sample(metric, share, dtype, device, random):
+def test_topk_of_a_matrix_large_enough_for_a_sample(formula, share, dtype, device, random):
     weight = make_weight(150, 1134, dtype, random).to(device)
     weight[:40] *= 3.0  # rows differ in scale
-    assert_topk(weight, metric, metric_arguments(metric, weight, random), int(share * weight.numel()), "matrix")
+    assert_topk(weight, formula, formula_arguments(formula, weight, random), int(share * weight.numel()), "matrix")
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
@@ -104,7 +123,7 @@ def test_topk_of_a_large_matrix_with_many_zeros(share, zeros, dtype, device, ran
     weight = weight.to(device)
     for group in GROUPS:
         size = weight.shape[1] if group == "row" else weight.numel()
-        assert_topk(weight, "wanda", metric_arguments("wanda", weight, random), int(share * size), group)
+        assert_topk(weight, "scaled", formula_arguments("scaled", weight, random), int(share * size), group)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -115,10 +134,10 @@ def test_factors_whose_bound_overflows_but_whose_scores_do_not(sign, device, ran
     column[9] = sign * 1e6
     weight, column = weight.to(device), column.to(device)
     for group in GROUPS:
-        assert_topk(weight, "wanda", {"column": column}, 32, group)
-    mask = reference.keep_mask_nm(float32_score(weight, "wanda", {"column": column}), 2, 4)
+        assert_topk(weight, "scaled", {"column": column}, 32, group)
+    mask = reference.keep_mask_nm(float32_score(weight, "scaled", {"column": column}), 2, 4)
     expected = reference.prune(weight, mask)
-    ops.prune_nm_(weight, "wanda", 2, 4, column=column)
+    ops.prune_nm_(weight, "scaled", 2, 4, column=column)
     assert_same_bits(weight, expected)
 
 
@@ -140,9 +159,9 @@ def test_nothing_kept_has_no_threshold(group, dtype, device):
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0)])
 def test_topk_of_nothing(group, shape, device, random):
-    for metric in METRICS:
+    for formula in FORMULAS:
         weight = torch.zeros(shape, device=device)
-        threshold = ops.prune_topk_(weight, metric, 0, **metric_arguments(metric, weight, random), group=group)
+        threshold = ops.prune_topk_(weight, formula, 0, **formula_arguments(formula, weight, random), group=group)
         assert threshold.tolist() == [math.inf] * (shape[0] if group == "row" else 1)
 
 
@@ -154,35 +173,35 @@ def test_topk_of_nothing(group, shape, device, random):
 def test_nm_matches_the_oracle(group_m, dtype, ties, device, random):
     for groups in (1, 3, 37):
         weight = make_weight(5, group_m * groups, dtype, random, ties).to(device)
-        arguments = metric_arguments("ria", weight, random)
-        score = float32_score(weight, "ria", arguments)
+        arguments = formula_arguments("ria", weight, random)
         for keep_n in range(group_m + 1):
-            outer, view = embed(weight)
-            ops.prune_nm_(view, "ria", keep_n, group_m, **arguments)
-            assert_same_bits(view, reference.prune(weight, reference.keep_mask_nm(score, keep_n, group_m)))
-            assert_only_slice_changed(outer, view)
+            assert_nm(weight, "ria", arguments, keep_n, group_m)
 
 
-@pytest.mark.parametrize("metric", METRICS)
-def test_nm_of_every_metric(metric, dtype, device, random):
+@pytest.mark.parametrize("formula", FORMULAS)
+def test_nm_of_every_metric(formula, dtype, device, random):
     for ties in (False, True):
         weight = make_weight(33, 132, dtype, random, ties).to(device)
-        arguments = metric_arguments(metric, weight, random, ties)
-        mask = reference.keep_mask_nm(float32_score(weight, metric, arguments), 2, 4)
-        expected = reference.prune(weight, mask)
-        ops.prune_nm_(weight, metric, 2, 4, **arguments)
-        assert_same_bits(weight, expected)
+        arguments = formula_arguments(formula, weight, random, ties)
+        assert_nm(weight, formula, arguments, 2, 4)
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (4, 0), (0, 0)])
 def test_nm_of_nothing(shape, device):
     weight = torch.zeros(shape, device=device)
     ops.prune_nm_(weight, "magnitude", 2, 4)
-    ops.prune_nm_by_score_(weight, weight.clone(), 2, 4)
+    ops.prune_nm_(weight, "score", 2, 4, moment=weight.clone())
     assert weight.shape == shape
+    assert ops.nm_mask(weight, "magnitude", 2, 4).shape == shape
+    for group in GROUPS:
+        assert ops.topk_mask(weight, "magnitude", 0, group=group).shape == shape
 
 
 # The caller's own scores
+
+
+def deprecated():
+    return pytest.warns(DeprecationWarning, match="with the formula 'score'")
 
 
 @pytest.mark.parametrize("score_dtype", DTYPES)
@@ -192,8 +211,10 @@ def test_by_score_matches_the_oracle(score_dtype, group, dtype, device, random):
         weight = make_weight(rows, cols, dtype, random).to(device)
         score = torch.randn(rows, cols, generator=random).to(score_dtype).to(device)  # half of them negative
         for keep_k in sizes_of(weight, group):
+            assert_topk(weight, "score", {"moment": score.float()}, keep_k, group)
             outer, view = embed(weight)
-            threshold = ops.prune_by_score_(view, score, keep_k, group)
+            with deprecated():
+                threshold = ops.prune_by_score_(view, score, keep_k, group)
             assert_same_bits(view, reference.prune(weight, reference.keep_mask(score, keep_k, group)))
             assert_same_bits(threshold, reference.threshold(score, keep_k, group).float())
             assert_only_slice_changed(outer, view)
@@ -205,8 +226,10 @@ def test_nm_by_score_matches_the_oracle(score_dtype, group_m, dtype, device, ran
     weight = make_weight(7, group_m * 9, dtype, random).to(device)
     score = torch.randn(7, group_m * 9, generator=random).to(score_dtype).to(device)
     for keep_n in places(group_m):
+        assert_nm(weight, "score", {"moment": score.float()}, keep_n, group_m)
         outer, view = embed(weight)
-        ops.prune_nm_by_score_(view, score, keep_n, group_m)
+        with deprecated():
+            ops.prune_nm_by_score_(view, score, keep_n, group_m)
         assert_same_bits(view, reference.prune(weight, reference.keep_mask_nm(score, keep_n, group_m)))
         assert_only_slice_changed(outer, view)
 
@@ -215,14 +238,17 @@ def test_nm_by_score_matches_the_oracle(score_dtype, group_m, dtype, device, ran
 def test_a_weight_may_be_its_own_score(group, device, random):
     weight = torch.randn(40, 33, generator=random).to(device)
     expected = reference.prune(weight, reference.keep_mask(weight, 17, group))
-    ops.prune_by_score_(weight, weight, 17, group)
+    mask = ops.topk_mask(weight, "score", 17, moment=weight, group=group)
+    ops.prune_topk_(weight, "score", 17, moment=weight, group=group)
+    assert torch.equal(mask.cpu(), expected != 0)
     assert_same_bits(weight, expected)
 
 
 def test_a_score_may_have_any_strides(device, random):
     weight, score = torch.ones(9, 12, device=device), torch.randn(12, 9, generator=random).to(device).t()
     mask = reference.keep_mask(score, 5)
-    ops.prune_by_score_(weight, score, 5)
+    with deprecated():
+        ops.prune_by_score_(weight, score, 5)
     assert torch.equal(weight.cpu() != 0, mask)
 
 
@@ -230,9 +256,10 @@ def test_by_score_is_the_metric_score(dtype, device, random):
     weight = make_weight(9, 16, dtype, random).to(device)
     score = torch.randn(9, 16, generator=random).to(device)
     twins = [weight.clone() for _ in range(4)]
-    ops.prune_by_score_(twins[0], score, 5)
+    with deprecated():
+        ops.prune_by_score_(twins[0], score, 5)
+        ops.prune_nm_by_score_(twins[2], score, 1, 4)
     ops.prune_topk_(twins[1], "score", 5, moment=score)
-    ops.prune_nm_by_score_(twins[2], score, 1, 4)
     ops.prune_nm_(twins[3], "score", 1, 4, moment=score)
     assert_same_bits(twins[0], twins[1])
     assert_same_bits(twins[2], twins[3])
@@ -263,13 +290,14 @@ def test_selection_of_arbitrary_floats(selection):
     score, group, keep_k = selection
     mask = reference.keep_mask(score, keep_k, group)
     weight = torch.full_like(score, -1.0)
-    threshold = ops.prune_by_score_(weight, score, keep_k, group)
+    assert torch.equal(ops.topk_mask(weight, "score", keep_k, moment=score, group=group), mask)
+    threshold = ops.prune_topk_(weight, "score", keep_k, moment=score, group=group)
     assert torch.equal(weight != 0, mask)
     kept = (weight != 0).sum(1) if group == "row" else (weight != 0).sum().reshape(1)
     assert (kept == keep_k).all()
     assert_same_bits(threshold, reference.threshold(score, keep_k, group).float())
     again = weight.clone()
-    assert_same_bits(ops.prune_by_score_(again, score, keep_k, group), threshold)
+    assert_same_bits(ops.prune_topk_(again, "score", keep_k, moment=score, group=group), threshold)
     assert_same_bits(again, weight)
 
 

@@ -28,7 +28,7 @@ cp -r "$root"/{ace_ext,csrc,setup.py,pyproject.toml,README.md} "$work/source"
 install --no-build-isolation --force-reinstall --no-deps "$work/source"
 
 cd "$work"  # not in the tree: import what was installed
-"$python" - "$root/csrc/library.cpp" <<'CHECK'
+"$python" - "$root"/csrc/ops/*.cpp <<'CHECK'
 import re
 import sys
 from pathlib import Path
@@ -39,8 +39,8 @@ import ace_ext
 
 info = ace_ext.build_info()
 assert info["cuda"], info
-schemas = re.findall(r'"(\w+)\(Tensor', Path(sys.argv[1]).read_text())
-assert len(schemas) >= 10, schemas
+schemas = [op for path in sys.argv[1:] for op in re.findall(r'"(\w+)\(Tensor', Path(path).read_text())]
+assert len(schemas) >= 12, schemas
 for op in schemas:
     for key in ("CPU", "CUDA", "Meta"):
         found = torch._C._dispatch_has_kernel_for_dispatch_key(f"ace_ext::{op}", key)

@@ -11,7 +11,8 @@ from ace_ext.cli import args as shared
 from ace_ext.engine.progress import Progress
 from ace_ext.errors import InputError
 from ace_ext.formats import DEFAULT_FORMAT, FORMATS
-from ace_ext.reporting.run_page import check_report, write_run_report
+from ace_ext.reporting.html import check_report
+from ace_ext.reporting.run_page import write_run_report
 from ace_ext.runs.pipeline import prune_folder
 
 

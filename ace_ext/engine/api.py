@@ -130,7 +130,7 @@ def _as_batches(batches: Batches, config: PruneConfig, device: torch.device) -> 
     if isinstance(batches, Tensor):
         if batches.dim() != 2:
             raise InputError(f"calibration tokens must be [nsamples, seqlen] (got shape {list(batches.shape)})")
-        batches = batches.split(config.batch_samples(batches.shape[1]))
+        batches = torch.split(batches, config.batch_samples(batches.shape[1]))
     for batch in batches:
         batch = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
         if batch["input_ids"].numel():

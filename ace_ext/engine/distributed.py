@@ -5,12 +5,14 @@ import hashlib
 import importlib
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ace_ext.engine.protocols import Peers
+from ace_ext.engine.protocols import Empty, Peers
 from ace_ext.errors import InputError
+from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
 
 
@@ -21,13 +23,13 @@ class Alone:
     rank: int = 0
     size: int = 1
 
-    def merge_(self, stats, names, empty) -> None:
+    def merge_(self, stats: dict[str, LinearStatistics], names: list[str], empty: Empty) -> None:
         pass
 
-    def check_same(self, weights, where) -> None:
+    def check_same(self, weights: list[Tensor], where: str) -> None:
         pass
 
-    def gather(self, value: object) -> list[object]:
+    def gather(self, value: object) -> list[Any]:
         return [value]
 
     def wait(self) -> None:
@@ -51,7 +53,7 @@ class Ranks:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
-    def merge_(self, stats: dict[str, LinearStatistics], names: list[str], empty) -> None:
+    def merge_(self, stats: dict[str, LinearStatistics], names: list[str], empty: Empty) -> None:
         """Every rank's statistics of the named Linears become those of all ranks' tokens, the same bits everywhere.
 
         States merge by Chan's rule in the order of the ranks; sums (cross moment, Gram matrix) are added up. A Linear
@@ -79,7 +81,7 @@ class Ranks:
             for name in names:
                 stats[name] = copy.deepcopy(stats[name])
 
-    def _merge_value(self, value) -> None:
+    def _merge_value(self, value: MomentState | GramState | Tensor | list[Tensor]) -> None:
         if isinstance(value, MomentState):
             parts = {key: self._all(tensor) for key, tensor in value.tensors().items()}
             total = MomentState(len(value.mean), value.mean.device)
@@ -107,13 +109,13 @@ class Ranks:
         """
         digest = hashlib.sha256()
         for weight in weights:
-            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         found = self.gather(digest.hexdigest())
         if len(set(found)) > 1:
             raise InputError(f"{where}: the processes derived different masks ({', '.join(h[:8] for h in found)})")
 
-    def gather(self, value: object) -> list[object]:
-        values: list[object] = [None] * self.size
+    def gather(self, value: object) -> list[Any]:
+        values: list[Any] = [None] * self.size
         self._dist.all_gather_object(values, value)
         return values
 

@@ -49,7 +49,8 @@ class HiddenStates:
         name: str = "hidden",
         device: torch.device | str = "cpu",
     ) -> None:
-        self._files = None if folder is None else [folder / f"{name}-{side}.bin" for side in (0, 1)]
+        self._folder = folder
+        self._files = [] if folder is None else [folder / f"{name}-{side}.bin" for side in (0, 1)]
         self.side = 0
         self._device = device
         self._kept: list[Tensor] | None = [] if resident or folder is None else None
@@ -59,14 +60,20 @@ class HiddenStates:
             dtype = state.dtype
             if self._kept is not None:
                 self._kept.append(state)
-            if self._files is not None:
+            if self._files:
                 with self._files[0].open("ab" if len(shapes) > 1 else "wb") as file:
                     file.write(_bytes(state))
         self.layout = Layout(shapes, str(dtype).removeprefix("torch."))
 
     @classmethod
     def reopen(
-        cls, layout: Layout, side: int, folder: Path, resident: bool, name: str = "hidden", device="cpu"
+        cls,
+        layout: Layout,
+        side: int,
+        folder: Path,
+        resident: bool,
+        name: str = "hidden",
+        device: torch.device | str = "cpu",
     ) -> "HiddenStates":
         """The states that a run left in its files."""
         states = cls((), folder, False, name, device)
@@ -77,18 +84,19 @@ class HiddenStates:
 
     def fork(self, name: str) -> "HiddenStates":
         """A second walk from the same states, kept in the same way."""
-        folder = None if self._files is None else self._files[0].parent
-        return HiddenStates((self[i] for i in range(len(self))), folder, self._kept is not None, name, self._device)
+        states = (self[i] for i in range(len(self)))
+        return HiddenStates(states, self._folder, self._kept is not None, name, self._device)
 
     def sibling(self, name: str) -> "HiddenStates":
         """States of another name that an earlier run left beside these, of the same shapes and the same turn."""
         resident = self._kept is not None
-        return self.reopen(self.layout, self.side, self._files[0].parent, resident, name, self._device)
+        assert self._folder is not None  # a run in memory alone leaves nothing behind
+        return self.reopen(self.layout, self.side, self._folder, resident, name, self._device)
 
     def remove(self) -> None:
         """Forgets the states, their files too."""
         self._kept = []
-        for file in self._files or ():
+        for file in self._files:
             file.unlink(missing_ok=True)
 
     def __len__(self) -> int:
@@ -106,7 +114,7 @@ class HiddenStates:
 
     def commit(self) -> None:
         """The block is done: what was put is what comes next, on the disk too where there are files."""
-        if self._files is None:
+        if not self._files:
             return
         if self._kept is not None:
             for i, state in enumerate(self._kept):
@@ -122,7 +130,7 @@ class HiddenStates:
         state = torch.empty(self.layout.shapes[i], dtype=getattr(torch, self.layout.dtype))
         with self._files[self.side].open("rb", buffering=0) as file:
             file.seek(self.layout.offsets[i])
-            view = memoryview(state.flatten().view(torch.uint8).numpy())
+            view = memoryview(state.flatten().view(torch.uint8).numpy().data)
             while view:
                 count = file.readinto(view)
                 if not count:
@@ -140,4 +148,4 @@ class HiddenStates:
 
 
 def _bytes(state: Tensor) -> memoryview:
-    return memoryview(state.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return memoryview(state.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

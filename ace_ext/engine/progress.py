@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -24,7 +24,7 @@ class Progress:
 
     def __init__(self, show: bool = False, log: TextIO | None = None) -> None:
         self._show, self._log = show, log
-        self._bar: tqdm | None = None
+        self._bar: Any = None
         self._tokens = self._blocks = self._done = self._here = 0
         self._began = 0.0
 
@@ -65,6 +65,6 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def _write(self, event: str, **values) -> None:
+    def _write(self, event: str, **values: Any) -> None:
         if self._log is not None:
             print(json.dumps({"event": event, "time": round(time.time(), 3), **values}), file=self._log, flush=True)

@@ -1,15 +1,18 @@
 """What the engine asks of its surroundings: files, other processes, whoever watches. It imports none of them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ace_ext.engine.hidden_states import HiddenStates
 from ace_ext.models.blocks import Block
 from ace_ext.pruning.statistics import LinearStatistics
 from ace_ext.records import BlockReport, PruneReport
+
+Empty = Callable[[str], LinearStatistics]
+"""Makes the statistics of no token of the Linear of this name."""
 
 
 class Journal(Protocol):
@@ -73,7 +76,7 @@ class Peers(Protocol):
     rank: int
     size: int
 
-    def merge_(self, stats: dict[str, LinearStatistics], names: list[str], empty: Any) -> None:
+    def merge_(self, stats: dict[str, LinearStatistics], names: list[str], empty: Empty) -> None:
         """Makes every rank's statistics of the named Linears those of all ranks' tokens."""
         ...
 
@@ -88,6 +91,3 @@ class Peers(Protocol):
     def wait(self) -> None:
         """Returns once every rank is here."""
         ...
-
-
-Linears = dict[str, nn.Linear]

@@ -14,7 +14,7 @@ from ace_ext.engine.steps import Steps
 from ace_ext.errors import InputError
 from ace_ext.models.blocks import Block
 from ace_ext.models.replay import run_block
-from ace_ext.pruning.criteria import ScoredWeight
+from ace_ext.ops import ScoredWeight
 from ace_ext.pruning.masks import count_kept, prune_model_wide_, scored_weight
 from ace_ext.pruning.statistics import LinearStatistics
 from ace_ext.records import BlockReport, MatrixReport

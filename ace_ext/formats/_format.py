@@ -5,18 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import nn
-
 from ace_ext.models.blocks import Block
 from ace_ext.models.safetensors_files import Shards
+from ace_ext.models.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class DenseModel:
     """The model that a run reads."""
 
-    model: nn.Module
-    tokenizer: Any
+    model: Any
+    tokenizer: Tokenizer
     blocks: list[Block]
     folder: Path | None
     """Its folder on this machine, if it has one."""

@@ -36,6 +36,12 @@ def input_embedding(model: nn.Module) -> nn.Module:
     return embedding
 
 
+def embedding_weight(model: nn.Module) -> Tensor:
+    """The weight ``[vocabulary, d_model]`` of :func:`input_embedding`."""
+    weight: Tensor = input_embedding(model).get_parameter("weight")
+    return weight
+
+
 def output_head(model: nn.Module) -> nn.Module | None:
     """The module of a model that turns hidden states into logits; None in a model without one."""
     head: nn.Module | None = _method(model, "get_output_embeddings")()

@@ -1,8 +1,13 @@
 """Loads the compiled module when an op is first called, and says in words why where that fails."""
 
 from functools import cache
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from ace_ext._C import BuildInfo
 
 _REBUILD = "rebuild it in this environment: pip install --no-build-isolation --force-reinstall --no-deps ."
 
@@ -24,7 +29,7 @@ def _explain(error: ImportError) -> str:
 
 
 @cache
-def compiled():
+def compiled() -> ModuleType:
     """The module ``ace_ext._C``, loaded at the first call; importing it registers the ops with torch.
 
     Raises:
@@ -40,6 +45,13 @@ def compiled():
     return _C
 
 
-def build_info() -> dict:
+def build_info() -> "BuildInfo":
     """What the extension was built for: ``version``, ``torch``, ``cuda`` (or None), ``compiler``, ``cplusplus``."""
-    return compiled().build_info()
+    info: BuildInfo = compiled().build_info()
+    return info
+
+
+def registered() -> Any:
+    """The ops as torch knows them, ``torch.ops.ace_ext``; loading the compiled module registers them."""
+    compiled()
+    return torch.ops.ace_ext

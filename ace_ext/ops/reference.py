@@ -7,7 +7,7 @@ Inputs may be of any floating dtype and are widened first; results are new CPU t
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +25,12 @@ class Moments(NamedTuple):
 
 def _wide(t: Tensor) -> Tensor:
     return t.detach().cpu().to(torch.float64)
+
+
+def _given(t: Tensor | None) -> Tensor:
+    if t is None:
+        raise ValueError("this needs an argument that was not given")
+    return t
 
 
 # Statistics
@@ -103,23 +109,24 @@ def column_factor(metric: str, x: Tensor, a: Tensor | None = None, exponent: flo
     """
     if metric == "magnitude":
         return None
-    norm = (_wide(x) ** 2).sum(0).sqrt()
-    deviation = (moments(x).m2 / len(x)).sqrt()
-    simple = {
-        "wanda": norm,
-        "ria": norm**exponent,
-        "stade": deviation,
-        "varp": deviation,
-        "cosp": norm,
-        "cosp+varp": norm * deviation,
+    x = _wide(x)
+    norm, deviation = (x**2).sum(0).sqrt(), (moments(x).m2 / len(x)).sqrt()
+
+    def weighted_deviation() -> Tensor:
+        return moments(x, inverse_square_norm(_given(a))).m2.sqrt()
+
+    factors: dict[str, Callable[[], Tensor]] = {
+        "wanda": lambda: norm,
+        "ria": lambda: norm**exponent,
+        "stade": lambda: deviation,
+        "varp": lambda: deviation,
+        "cosp": lambda: norm,
+        "cosp+varp": lambda: norm * deviation,
+        "cosp-exact": lambda: (inverse_square_norm(_given(a))[:, None] * x**2).sum(0),
+        "cosvar": weighted_deviation,
+        "ace": lambda: (norm * weighted_deviation()).sqrt(),
     }
-    if metric in simple:
-        return simple[metric]
-    r = inverse_square_norm(a)
-    if metric == "cosp-exact":
-        return (r[:, None] * _wide(x) ** 2).sum(0)
-    weighted_deviation = moments(x, r).m2.sqrt()
-    return {"cosvar": weighted_deviation, "ace": (norm * weighted_deviation).sqrt()}[metric]
+    return factors[metric]()
 
 
 def _sqrt(t: Tensor) -> Tensor:
@@ -129,34 +136,37 @@ def _sqrt(t: Tensor) -> Tensor:
 
 def score(
     weight: Tensor,
-    metric: str,
+    formula: str,
     column: Tensor | None = None,
     moment: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """``[rows, cols]`` scores: float64, or float32 with the products in the order of ``csrc/core/score.h``.
 
-    ``column [cols]``, ``moment [rows, cols]``; formulas as in the README's table of metrics. In float32 the result has
+    ``column [cols]``, ``moment [rows, cols]``; formulas as in :mod:`ace_ext.ops`. In float32 the result has
     the bits of the op's: each operation rounds once, and the sums of ria are accumulated in float64.
     """
     size = weight.detach().cpu().to(dtype).abs()
-    c = None if column is None else column.detach().cpu().to(dtype)
-    q = None if moment is None else moment.detach().cpu().to(dtype)
-    if metric == "magnitude":
+
+    def given(t: Tensor | None) -> Tensor:
+        return _given(t).detach().cpu().to(dtype)
+
+    if formula == "magnitude":
         return size
-    if metric == "score":
-        return q.clone()
-    if metric == "ria":
+    if formula == "scaled":
+        return size * given(column)
+    if formula == "ria":
         column_sum = size.to(torch.float64).sum(0, keepdim=True).to(dtype)
         row_sum = size.to(torch.float64).sum(1, keepdim=True).to(dtype)
+        c = given(column)
         return torch.where(size == 0, 0.0 * c, (size / column_sum + size / row_sum) * c)
-    if metric in ("cosp", "cosp+varp"):
-        return (size * c) * (size * _sqrt(q))
-    if metric == "cosp-exact":  # c_j >= q_ij but for rounding, since a_ti^2 r_t <= 1
-        return size * _sqrt(0.5 * (c - q).clamp(min=0))
-    if metric in ("wanda", "stade", "varp", "cosvar", "ace"):
-        return size * c
-    raise ValueError(f"unknown metric {metric!r}")
+    if formula == "cosp":
+        return (size * given(column)) * (size * _sqrt(given(moment)))
+    if formula == "cosp_exact":  # c_j >= q_ij but for rounding, since a_ti^2 r_t <= 1
+        return size * _sqrt(0.5 * (given(column) - given(moment)).clamp(min=0))
+    if formula == "score":
+        return given(moment).clone()
+    raise ValueError(f"unknown formula {formula!r}")
 
 
 # Masks
@@ -209,31 +219,6 @@ def prune(weight: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, weight.detach().cpu(), torch.zeros((), dtype=weight.dtype))
 
 
-# The cut over several matrices
-
-
-def order_key(score: Tensor) -> np.ndarray:
-    """Float32 scores as uint32 in the same order, -0.0 as +0.0: positives get the sign bit, others all bits flipped."""
-    bits = (score.detach().cpu().to(torch.float32) + 0.0).numpy().view(np.uint32)
-    return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
-
-
-def score_histogram(score: Tensor, prefix: int, level: int) -> Tensor:
-    """``[2048, 2048, 1024][level]`` int64: how many keys agree with ``prefix`` above the level, by their digit."""
-    shift, bits = ((21, 11), (10, 11), (0, 10))[level]
-    keys = order_key(score).reshape(-1).astype(np.int64)
-    alike = keys[keys >> (shift + bits) == prefix >> (shift + bits)]
-    return torch.from_numpy(np.bincount(alike >> shift & (2**bits - 1), minlength=2**bits))
-
-
-def keep_mask_at(score: Tensor, key: int, ties: int) -> Tensor:
-    """``[rows, cols]`` bool: keys above ``key``, and the first ``ties`` (row-major) equal to it."""
-    keys = order_key(score).astype(np.int64)
-    equal = keys == key
-    first = equal & (np.cumsum(equal).reshape(keys.shape) <= ties)
-    return torch.from_numpy((keys > key) | first)
-
-
 # Solvers
 
 
@@ -257,16 +242,18 @@ def refine_swaps(
     for i, row in enumerate(mask):
         loss = swap_loss(row[None], weight[i : i + 1], gram)
         while swaps[i] < max_swaps:
-            best, after = _best_swap(row, weight[i], gram, group_m)
-            if best is None or not after < loss - 2.0**-40 * norms[i] ** 2:  # less could be rounding
+            best = _best_swap(row, weight[i], gram, group_m)
+            if best is None or not best[2] < loss - 2.0**-40 * norms[i] ** 2:  # less could be rounding
                 break
-            row[best[0]], row[best[1]] = True, False
+            restored, removed, after = best
+            row[restored], row[removed] = True, False
             loss = after
             swaps[i] += 1
     return mask, swaps
 
 
-def _best_swap(row: Tensor, weight: Tensor, gram: Tensor, group_m: int) -> tuple[tuple[int, int] | None, Tensor | None]:
+def _best_swap(row: Tensor, weight: Tensor, gram: Tensor, group_m: int) -> tuple[int, int, Tensor] | None:
+    """The columns to restore and to remove, and the loss ``[1]`` after that."""
     removed, kept = (~row).nonzero().flatten().tolist(), row.nonzero().flatten().tolist()
 
     def loss(restore: int, remove: int | None = None) -> Tensor:
@@ -277,12 +264,12 @@ def _best_swap(row: Tensor, weight: Tensor, gram: Tensor, group_m: int) -> tuple
         return swap_loss(changed[None], weight[None], gram)
 
     if group_m == 0 and removed:
-        removed = [min(removed, key=loss)]  # the first of equals
+        removed = [min(removed, key=lambda j: float(loss(j)))]  # the first of equals
     pairs = [(j, i) for j in removed for i in kept if group_m == 0 or i // group_m == j // group_m]
     if not pairs:
-        return None, None
-    best = min(pairs, key=lambda pair: loss(*pair))
-    return best, loss(*best)
+        return None
+    best = min(pairs, key=lambda pair: float(loss(*pair)))
+    return *best, loss(*best)
 
 
 def obs_block(

@@ -9,6 +9,7 @@ last blocks, whose own outputs suffer least; what the rest of the model makes of
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ ERROR_REACH = 3.0
 curve to follow, where OWL has one number, so the bound is only there for blocks whose curve cannot be trusted."""
 CURVE_POINTS = 61
 
+FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 Shapes = dict[str, tuple[int, int]]
 
 
@@ -35,11 +37,11 @@ class BlockMeasure:
 
     outlier_share: float
     """Of all scores in the block, those above ``OUTLIER_FACTOR`` times their mean."""
-    errors: np.ndarray | None
+    errors: FloatArray | None
     """``[CURVE_POINTS]`` float64, for ``"error"``: the block's error at each sparsity of :func:`sparsity_grid`."""
 
 
-def sparsity_grid(config: PruneConfig) -> np.ndarray:
+def sparsity_grid(config: PruneConfig) -> FloatArray:
     """``[CURVE_POINTS]`` float64: the sparsities that ``"error"`` chooses from, both ends included."""
     reach = ERROR_REACH * config.allocation_range
     return np.linspace(max(0.0, config.sparsity - reach), min(1.0, config.sparsity + reach), CURVE_POINTS)
@@ -62,13 +64,12 @@ def measure_block(
     outliers = sum(int((score > OUTLIER_FACTOR * mean).sum()) for score in scores.values())
     errors = None
     if config.allocation == "error":
-        errors = sum(
-            _error_curve(linear.weight, scores[child], stats[child], config) for child, linear in linears.items()
-        )
+        curves = [_error_curve(linear.weight, scores[child], stats[child], config) for child, linear in linears.items()]
+        errors = np.sum(curves, axis=0) if curves else np.zeros(CURVE_POINTS)
     return BlockMeasure(outliers / size, errors)
 
 
-def _error_curve(weight: Tensor, score: Tensor, stats: LinearStatistics, config: PruneConfig) -> np.ndarray:
+def _error_curve(weight: Tensor, score: Tensor, stats: LinearStatistics, config: PruneConfig) -> FloatArray:
     """``[CURVE_POINTS]`` float64: the mean over tokens of ``‖A'_t - A_t‖² / ‖A_t‖²`` when the lowest scores are pruned.
 
     Of the error ``Σ_i e_i G e_iᵀ`` with ``G = Σ_t r_t X_t X_tᵀ`` only the diagonal counts, ``Σ_j e_ij² Σ_t r_t X_tj²``:
@@ -79,7 +80,8 @@ def _error_curve(weight: Tensor, score: Tensor, stats: LinearStatistics, config:
     order = score.reshape(groups, -1).argsort(dim=1)
     removed = error.reshape(groups, -1).gather(1, order).sum(0).cumsum(0).cpu().numpy()
     size = len(removed)
-    return np.interp(sparsity_grid(config) * size, np.arange(size + 1), np.concatenate([[0.0], removed]))
+    curve: FloatArray = np.interp(sparsity_grid(config) * size, np.arange(size + 1), np.concatenate([[0.0], removed]))
+    return curve
 
 
 def allocate(measures: list[BlockMeasure], config: PruneConfig, shapes: list[Shapes]) -> list[dict[str, int]]:
@@ -104,7 +106,7 @@ def allocate(measures: list[BlockMeasure], config: PruneConfig, shapes: list[Sha
     return _whole_numbers(sparsities, config, shapes)
 
 
-def _owl(outliers: np.ndarray, sizes: np.ndarray, config: PruneConfig) -> np.ndarray:
+def _owl(outliers: FloatArray, sizes: FloatArray, config: PruneConfig) -> FloatArray:
     """``[blocks]``: the more outliers the lower the sparsity, linearly over a width of twice ``allocation_range``,
     shifted so that the mean over weights is the target."""
     spread = outliers.max() - outliers.min()
@@ -113,7 +115,7 @@ def _owl(outliers: np.ndarray, sizes: np.ndarray, config: PruneConfig) -> np.nda
     return np.clip(config.sparsity + offset - np.average(offset, weights=sizes), 0.0, 1.0)
 
 
-def _equal_marginal_error(errors: np.ndarray, sizes: np.ndarray, config: PruneConfig) -> np.ndarray:
+def _equal_marginal_error(errors: FloatArray, sizes: FloatArray, config: PruneConfig) -> FloatArray:
     """``[blocks]``: minimises the sum of the blocks' errors for the total of the target (water-filling).
 
     At the minimum one more pruned weight costs the same in every block that is not at the end of its range. That level
@@ -132,11 +134,11 @@ def _equal_marginal_error(errors: np.ndarray, sizes: np.ndarray, config: PruneCo
     return _at_level(high, slopes, grid)
 
 
-def _at_level(level: float, slopes: np.ndarray, grid: np.ndarray) -> np.ndarray:
+def _at_level(level: float, slopes: FloatArray, grid: FloatArray) -> FloatArray:
     return np.array([np.interp(level, slope, grid) for slope in slopes])
 
 
-def _whole_numbers(sparsities: np.ndarray, config: PruneConfig, shapes: list[Shapes]) -> list[dict[str, int]]:
+def _whole_numbers(sparsities: FloatArray, config: PruneConfig, shapes: list[Shapes]) -> list[dict[str, int]]:
     """Rounds within each set of matrices of as many rows, so that the set keeps what it would at uniform sparsity."""
     keeps: list[dict[str, int]] = [dict.fromkeys(block, 0) for block in shapes]
     sets: dict[int, list[tuple[int, str]]] = {}
@@ -152,7 +154,7 @@ def _whole_numbers(sparsities: np.ndarray, config: PruneConfig, shapes: list[Sha
     return keeps
 
 
-def _shifted(shares: np.ndarray, cols: np.ndarray, total: int) -> np.ndarray:
+def _shifted(shares: FloatArray, cols: FloatArray, total: int) -> FloatArray:
     """Real numbers kept of a row, summing to ``total``: all shares moved by the same amount, within 0 and 1."""
     low, high = -1.0, 1.0
     for _ in range(60):
@@ -164,10 +166,10 @@ def _shifted(shares: np.ndarray, cols: np.ndarray, total: int) -> np.ndarray:
     return np.clip(shares + high, 0, 1) * cols
 
 
-def _largest_remainder(wanted: np.ndarray, total: int) -> list[int]:
+def _largest_remainder(wanted: FloatArray, total: int) -> list[int]:
     """Whole numbers that sum to ``total``: rounded down, then one more for the largest rests, the earlier first."""
     down = np.floor(wanted + 1e-6)  # what bisection left just below a whole number
     keep = down.astype(int)
     for place in np.argsort(down - wanted, kind="stable")[: total - keep.sum()]:
         keep[place] += 1
-    return keep.tolist()
+    return [int(count) for count in keep]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ STEP_TOKENS = 1024
 SEED = 0
 """Of the order in which the steps of an epoch come."""
 
-Others = tuple[tuple, dict]
+Others = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def step_samples(seqlen: int) -> int:
@@ -95,7 +96,7 @@ def _steps(
             yield _Step(hidden[part], _cut(others, batch, part), target[part], mask)
 
 
-def _cut(value, batch: int, part: slice):
+def _cut(value: Any, batch: int, part: slice) -> Any:
     """A batch's arguments for some of its samples: tensors that start with the batch are cut, nested ones too.
 
     Tensors of one dimension are positions, not samples, even where there are as many.
@@ -109,9 +110,9 @@ def _cut(value, batch: int, part: slice):
     return value
 
 
-def _trained_parameters(block: Block, masks: dict[str, Tensor]) -> list[tuple[nn.Parameter, Tensor | None]]:
+def _trained_parameters(block: Block, masks: dict[str, Tensor]) -> list[tuple[Tensor, Tensor | None]]:
     """Each trained parameter, and the mask of a weight."""
-    chosen: list[tuple[nn.Parameter, Tensor | None]] = []
+    chosen: list[tuple[Tensor, Tensor | None]] = []
     for child, linear in block.linears.items():
         chosen.append((linear.weight, masks[child]))
         if linear.bias is not None:
@@ -123,7 +124,7 @@ def _trained_parameters(block: Block, masks: dict[str, Tensor]) -> list[tuple[nn
 
 
 @contextmanager
-def _only_gradients_of(module: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
+def _only_gradients_of(module: nn.Module, parameters: list[Tensor]) -> Iterator[None]:
     """Gradients for these parameters alone; which ones had them before is put back."""
     before = [(parameter, parameter.requires_grad) for parameter in (*module.parameters(), *parameters)]
     try:
@@ -145,7 +146,7 @@ def _mean_loss(block: Block, steps: list[_Step]) -> float:
 def _train_(
     block: Block,
     steps: list[_Step],
-    parameters: list[tuple[nn.Parameter, Tensor | None]],
+    parameters: list[tuple[Tensor, Tensor | None]],
     epochs: int,
     learning_rate: float,
 ) -> None:
@@ -170,6 +171,6 @@ def _train_(
 
 
 @torch.no_grad()
-def _write_(parameters: list[tuple[nn.Parameter, Tensor | None]], values: list[Tensor]) -> None:
+def _write_(parameters: list[tuple[Tensor, Tensor | None]], values: list[Tensor]) -> None:
     for (parameter, _), value in zip(parameters, values, strict=True):
         parameter.copy_(value)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ace_ext.errors import InputError
+from ace_ext.ops import ScoredWeight
 from ace_ext.pruning.kinds import INPUT, MOMENT, WEIGHTED
 from ace_ext.pruning.statistics import LinearStatistics
 
@@ -83,16 +84,6 @@ def column_factor(metric: str, stats: LinearStatistics | None, ria_exponent: flo
     if stats is None:
         raise ValueError(f"metric {metric} needs statistics (got none)")
     return column(stats, ria_exponent).float().contiguous()
-
-
-@dataclass(frozen=True)
-class ScoredWeight:
-    """A weight and all that its score is computed from; the score itself is never stored, but for a user's callable."""
-
-    weight: Tensor  # [rows, cols]
-    formula: str  # as the ops name it
-    column: Tensor | None  # [cols] float32
-    moment: Tensor | None  # [rows, cols] float32
 
 
 def bind(

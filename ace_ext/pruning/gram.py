@@ -60,7 +60,8 @@ class GramState:
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
         self.matrix = torch.zeros(columns, columns, device=device)
         self.tokens = 0
-        self._factors: dict[tuple[str, float], ObsFactor | AdmmFactor] = {}
+        self._obs: dict[float, ObsFactor] = {}  # by damping
+        self._admm: dict[float, AdmmFactor] = {}
 
     def update(self, x: Tensor, token_weight: Tensor | None = None) -> None:
         """Adds tokens ``x [T, d]``, each of weight ``token_weight [T]`` float32, not negative, or 1."""
@@ -71,13 +72,13 @@ class GramState:
                 rows = rows * token_weight[part].sqrt()[:, None]
             self.matrix.addmm_(rows.T, rows)
         self.tokens += len(x)
-        self._factors.clear()
+        self._forget_factors()
 
     def merge_(self, other: "GramState") -> None:
         """Adds another state's tokens, as those of a data-parallel rank."""
         self.matrix += other.matrix.to(self.matrix.device)
         self.tokens += other.tokens
-        self._factors.clear()
+        self._forget_factors()
 
     def tensors(self) -> dict[str, Tensor]:
         """The state by name: what a file gets."""
@@ -93,7 +94,7 @@ class GramState:
         """``Σ_i e_i G e_iᵀ / Σ_i w_i G w_iᵀ`` for ``w = dense [rows, d]`` float32 and ``e = pruned - dense``; 0 where
         the dense output is zero on every token."""
         lost, total = torch.zeros(2, dtype=torch.float64, device=dense.device)
-        for rows, kept in zip(dense.split(LOSS_ROWS), pruned.split(LOSS_ROWS), strict=True):
+        for rows, kept in zip(torch.split(dense, LOSS_ROWS), torch.split(pruned, LOSS_ROWS), strict=True):
             lost += self._energy(kept - rows)
             total += self._energy(rows)
         return float(lost / total) if total > 0 else 0.0
@@ -103,17 +104,19 @@ class GramState:
 
     def obs_factor(self, damping: float) -> ObsFactor:
         """Raises: InputError, as :func:`_inverse_factor` does."""
-        key = ("obs", damping)
-        if key not in self._factors:
-            self._factors[key] = self._make_obs_factor(damping)
-        return self._factors[key]
+        if damping not in self._obs:
+            self._obs[damping] = self._make_obs_factor(damping)
+        return self._obs[damping]
 
     def admm_factor(self, damping: float) -> AdmmFactor:
         """Raises: InputError, as :func:`_inverse_factor` does."""
-        key = ("admm", damping)
-        if key not in self._factors:
-            self._factors[key] = self._make_admm_factor(damping)
-        return self._factors[key]
+        if damping not in self._admm:
+            self._admm[damping] = self._make_admm_factor(damping)
+        return self._admm[damping]
+
+    def _forget_factors(self) -> None:
+        self._obs.clear()
+        self._admm.clear()
 
     def _make_obs_factor(self, damping: float) -> ObsFactor:
         matrix = self.matrix.double()

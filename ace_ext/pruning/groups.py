@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from ace_ext import ops
-from ace_ext.pruning.criteria import ScoredWeight
+from ace_ext.ops import ScoredWeight
 from ace_ext.pruning.pattern import SparsityPattern, keep_count
 
 
@@ -128,7 +128,7 @@ class PatternGroup(ComparisonGroup):
         return ops.nm_mask(scored.weight, scored.formula, keep, self.pattern.group_m, scored.column, scored.moment)
 
     def counts(self, weight: Tensor) -> Tensor:
-        return weight.unflatten(1, (-1, self.pattern.group_m)).count_nonzero(dim=2).flatten()
+        return weight.reshape(len(weight), -1, self.pattern.group_m).count_nonzero(dim=2).flatten()
 
 
 GROUPS: dict[str, ComparisonGroup] = {group.name: group for group in (RowGroup(), MatrixGroup(), ModelGroup())}

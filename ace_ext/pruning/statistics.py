@@ -7,10 +7,12 @@ depend on each Linear's own output. The plain Gram matrix is shared like the mom
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 from ace_ext import ops
 from ace_ext.models.experts import ExpertLinear, filled_linear
@@ -63,6 +65,16 @@ class MomentState:
         return self.m2 / self.weight_sum.clamp_min(torch.finfo(torch.float64).tiny)
 
 
+Kept = TypeVar("Kept")
+
+
+def _there(value: Kept | None) -> Kept:
+    """A part of the statistics that is read, so its kind was asked for."""
+    if value is None:
+        raise ValueError("this kind of statistics was not collected; ask for it in the metric's needs")
+    return value
+
+
 @dataclass
 class LinearStatistics:
     """What the metrics read about one Linear. Vectors are ``[d_in]`` float64.
@@ -82,7 +94,12 @@ class LinearStatistics:
 
     def parts(self) -> dict[str, MomentState | GramState | Tensor | list[Tensor]]:
         """What was collected, by kind, the probe included. Linears of one input hold the very same objects."""
-        kinds = {"input": self.input, "weighted": self.weighted, "moment": self.moment, "gram": self.gram}
+        kinds: dict[str, MomentState | GramState | Tensor | list[Tensor] | None] = {
+            "input": self.input,
+            "weighted": self.weighted,
+            "moment": self.moment,
+            "gram": self.gram,
+        }
         kinds["probe"] = self.probe
         return {kind: value for kind, value in kinds.items() if value is not None}
 
@@ -94,22 +111,22 @@ class LinearStatistics:
     @property
     def norm(self) -> Tensor:
         """``‖X_j‖``"""
-        return self.input.square_sum.sqrt()
+        return _there(self.input).square_sum.sqrt()
 
     @property
     def deviation(self) -> Tensor:
         """``σ_j``, the standard deviation of ``X_j`` over tokens."""
-        return self.input.variance.sqrt()
+        return _there(self.input).variance.sqrt()
 
     @property
     def weighted_square_sum(self) -> Tensor:
         """``Σ_t r_t X_tj²``"""
-        return self.weighted.square_sum
+        return _there(self.weighted).square_sum
 
     @property
     def weighted_deviation(self) -> Tensor:
         """``σʳ_j = sqrt(Σ_t r_t (X_tj - m_j)²)``: a sum, not a mean, like ``‖X_j‖``."""
-        return self.weighted.m2.sqrt()
+        return _there(self.weighted).m2.sqrt()
 
 
 @dataclass
@@ -145,7 +162,7 @@ class StatisticsCollector:
         self._leader: dict[str, str] = {}  # whose input state a Linear shares
         self._shared = _Shared()  # by the Linears of the newest input
         self._last: tuple[str, Tensor] | None = None  # who saw which tensor last
-        self._handles: list = []
+        self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> "StatisticsCollector":
         for name, linear in self.linears.items():
@@ -153,7 +170,7 @@ class StatisticsCollector:
             self._handles.append(linear.register_forward_hook(hook))
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -183,14 +200,14 @@ class StatisticsCollector:
             step = max(1, len(rows) // self._probe_rows)
             stats.probe.append(rows[::step][: self._probe_rows].clone())
             if INPUT in self.needs:
-                stats.input.update(rows)
+                _there(stats.input).update(rows)
             if GRAM in self.needs:
-                stats.gram.update(rows)
+                _there(stats.gram).update(rows)
         if self.wants_output:
-            bias = self.linears[name].bias
-            dense = self._tokens(output if bias is None else output - bias)
+            bias: Tensor | None = self.linears[name].bias
+            dense = self._tokens(_there(output) if bias is None else _there(output) - bias)
             if MOMENT in self.needs:
-                ops.update_cosine_moment_(stats.moment, rows, dense)
+                ops.update_cosine_moment_(_there(stats.moment), rows, dense)
         elif self._weighs_tokens:
             linear = self.linears[name]
             product = filled_linear if isinstance(linear, ExpertLinear) else functional.linear
@@ -201,9 +218,9 @@ class StatisticsCollector:
     def _update_weighted(self, stats: LinearStatistics, rows: Tensor, token_weight: Tensor) -> None:
         """What counts tokens with ``token_weight [T]``, on the inputs ``rows [T, d_in]``."""
         if WEIGHTED in self.needs:
-            stats.weighted.update(rows, token_weight)
+            _there(stats.weighted).update(rows, token_weight)
         if COSINE_GRAM in self.needs:
-            stats.gram.update(rows, token_weight)
+            _there(stats.gram).update(rows, token_weight)
 
     def empty(self, name: str) -> LinearStatistics:
         """Statistics of no token, of a Linear that was not called."""
@@ -215,8 +232,8 @@ class StatisticsCollector:
     def _share(self, name: str, x: Tensor) -> str:
         """The Linear whose input statistics serve this one: fixed at its first call."""
         if name not in self._leader:
-            shared = self._last is not None and self._last[1] is x
-            self._leader[name] = self._leader[self._last[0]] if shared else name
+            last = self._last
+            self._leader[name] = self._leader[last[0]] if last is not None and last[1] is x else name
         self._last = (name, x)
         return self._leader[name]
 
@@ -243,11 +260,14 @@ class StatisticsCollector:
         return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
 
 
+Product = Callable[[Tensor, Tensor], Tensor]
+"""``x Wᵀ`` of ``x [T, d_in]`` and ``W [d_out, d_in]``."""
+
 SKETCH_ROWS = 128
 """Of a random projection of the outputs: each token's squared norm is then known to sqrt(2 / 128), an eighth."""
 
 
-def sketched_output(x: Tensor, weight: Tensor, product: Callable = functional.linear) -> Tensor:
+def sketched_output(x: Tensor, weight: Tensor, product: Product = functional.linear) -> Tensor:
     """``[T, min(d_out, SKETCH_ROWS)]``: rows whose norms stand for those of ``x Wᵀ``, at a fraction of its cost.
 
     ``x (S W)ᵀ`` with S random signs over ``sqrt(SKETCH_ROWS)``: the expected square of its norm is ``‖A_t‖²``
@@ -262,4 +282,5 @@ def sketched_output(x: Tensor, weight: Tensor, product: Callable = functional.li
 def _projection(rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     random = torch.Generator().manual_seed(rows)
     signs = torch.randint(0, 2, (SKETCH_ROWS, rows), generator=random) * 2 - 1
-    return (signs / SKETCH_ROWS**0.5).to(device, dtype)
+    projection: Tensor = (signs / SKETCH_ROWS**0.5).to(device, dtype)
+    return projection

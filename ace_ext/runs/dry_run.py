@@ -4,6 +4,7 @@ batches pass through it. Where the model has no files to read a block from, rand
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class RandomWeights:
 
 @torch.no_grad()
 def try_block(
-    model: nn.Module, blocks: list[Block], shards: Shards | None, tokens: Tensor, config: PruneConfig, device
+    model: Any, blocks: list[Block], shards: Shards | None, tokens: Tensor, config: PruneConfig, device: torch.device
 ) -> Trial:
     """Walks over the first block with Linears twice, with a few of the tokens ``[nsamples, seqlen]`` and with fewer.
 
@@ -53,7 +54,7 @@ def try_block(
         model: the skeleton; its block has weights while this lasts, and none afterwards.
         shards: its files, None for random weights.
     """
-    files = RandomWeights(model) if shards is None else shards
+    files: Any = RandomWeights(model) if shards is None else shards  # of which blocks only read
     index = next(i for i, block in enumerate(blocks) if block.linears)
     several = config.batch_samples(tokens.shape[1]) < len(tokens)  # several batches take the loop's way by stages
     large = tokens[: 8 if several else 4]
@@ -66,7 +67,7 @@ def try_block(
         batches = part.chunk(2 if several else 1)
         with first.entrance(model):
             calls = list(capture_calls(model, blocks, [{"input_ids": batch.to(device)} for batch in batches]))
-        hidden = HiddenStates([call.hidden for call in calls], device=device)
+        hidden = HiddenStates([call.hidden for call in calls if call.hidden is not None], device=device)
         calls = [BlockCall(None, [call.others[index]], call.token_mask, call.tokens) for call in calls]
         with offloaded.hold(0) as block, _Passes(block.module) as passes:
             report = PruneReport(config.to_dict(), str(device), "")
@@ -94,8 +95,8 @@ class _Passes:
         self._handle = self._module.register_forward_hook(self._note)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._handle.remove()
 
-    def _note(self, *_) -> None:
+    def _note(self, *_: object) -> None:
         self.count += 1

@@ -82,7 +82,7 @@ def estimate(
         outside = min(outside, nsamples * seqlen * _FAULT_AROUND)
     loaded = not next(blocks[0].module.parameters()).is_meta
     resident = sum(shape.blocks) + outside
-    if mapped and not offload:
+    if shards is not None and mapped and not offload:
         resident += copied_bytes(blocks, shards)
     if process is None:
         process = _process_bytes(resident if loaded else 0, text_to_come=not (loaded or offload), device=device)

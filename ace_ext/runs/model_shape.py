@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ace_ext.models._transformers import attends_eagerly
+from ace_ext.models._transformers import attends_eagerly, input_embedding, output_head, text_config
 from ace_ext.models.blocks import Block
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.kinds import COSINE_GRAM, GRAMS, MOMENT
@@ -28,11 +28,12 @@ class ModelShape:
     @classmethod
     def of(cls, model: nn.Module, blocks: list[Block]) -> "ModelShape":
         sizes = [sum(p.nbytes for p in block.module.parameters()) for block in blocks]
-        head, entrance = model.get_output_embeddings(), model.get_input_embeddings()
-        untied = head is not None and head.weight is not entrance.weight
-        head_bytes = sum(p.nbytes for p in head.parameters()) if untied else 0
+        head, entrance = output_head(model), input_embedding(model)
+        head_bytes = 0
+        if head is not None and head.weight is not entrance.weight:
+            head_bytes = sum(p.nbytes for p in head.parameters())
         linears = [linear for block in blocks for linear in block.linears.values()]
-        text = model.config.get_text_config()
+        text = text_config(model)
         experts = max((len(fused.linears) for block in blocks for fused in block.experts), default=0)
         return cls(
             blocks=sizes,

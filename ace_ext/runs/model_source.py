@@ -6,7 +6,6 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,11 +13,13 @@ from torch import nn
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import fingerprint_of_files
 from ace_ext.formats import DenseModel
+from ace_ext.models._transformers import input_embedding, output_head
 from ace_ext.models.blocks import Block, find_blocks
 from ace_ext.models.gguf import Unpacking, gguf_skeleton
 from ace_ext.models.loading import WEIGHT_DTYPES, load_model, load_tokenizer, local_folder
 from ace_ext.models.safetensors_files import Shards, has_safetensors
 from ace_ext.models.skeleton import dtype_of, skeleton
+from ace_ext.models.tokenizer import Tokenizer
 from ace_ext.process_memory import available_bytes
 from ace_ext.runs.memory_model import Estimate, estimate
 from ace_ext.runs.options import RunRequest
@@ -55,7 +56,7 @@ class Source:
     """A model as it will be walked over: loaded, or laid out with its weights in files."""
 
     model: nn.Module
-    tokenizer: Any
+    tokenizer: Tokenizer
     blocks: list[Block]
     files: ModelFiles
     offloaded: bool = False
@@ -132,7 +133,7 @@ def _files_do_not_serve(model: str, dtype: str) -> InputError:
 
 def _stored_as_loaded(laid_out: nn.Module, shards: Shards, dtype: str) -> bool:
     """Whether the files hold every parameter row by row, in its shape and in the dtype that is asked for."""
-    head = laid_out.get_output_embeddings()
+    head = output_head(laid_out)
     tied = {f"{n}.weight" for n, m in laid_out.named_modules() if m is head} if _is_tied(laid_out) else set()
     wanted = dtype_of(laid_out.config, shards, dtype)
     for name, parameter in laid_out.named_parameters(remove_duplicate=False):
@@ -147,7 +148,7 @@ def _stored_as_loaded(laid_out: nn.Module, shards: Shards, dtype: str) -> bool:
 
 
 def _is_tied(model: nn.Module) -> bool:
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    head, embedding = output_head(model), input_embedding(model)
     return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", 0)
 
 

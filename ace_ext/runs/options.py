@@ -11,6 +11,7 @@ from ace_ext.data.windows import CalibrationData, load_windows
 from ace_ext.engine.distributed import launched
 from ace_ext.errors import InputError
 from ace_ext.formats import DEFAULT_FORMAT, format_named
+from ace_ext.models.tokenizer import Tokenizer
 from ace_ext.pruning.config import PruneConfig
 
 OFFLOAD = ("auto", "disk", "none")
@@ -31,7 +32,7 @@ class Calibration:
         if self.source not in (SELF, *SOURCES):
             load_text(self.source, CALIBRATION, self.text_field)
 
-    def load(self, tokenizer, model: nn.Module | None) -> CalibrationData:
+    def load(self, tokenizer: Tokenizer, model: nn.Module | None) -> CalibrationData:
         return load_windows(
             self.source, tokenizer, self.nsamples, self.seqlen, self.seed, model=model, text_field=self.text_field
         )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ace_ext.data.corpora import SELF
 from ace_ext.data.generate import ROWS_TOGETHER
 from ace_ext.engine.api import check_pattern
+from ace_ext.models._transformers import embedding_weight, text_config
 from ace_ext.models.blocks import Block
 from ace_ext.process_memory import peak_memory_bytes, reset_peak, resident_bytes
 from ace_ext.pruning.config import PruneConfig
@@ -66,7 +67,7 @@ class Plan:
 
     def table(self) -> str:
         """For people: a line for each kind of matrix, then memory, bytes and time."""
-        kinds: dict[tuple, int] = {}
+        kinds: dict[tuple[str, tuple[int, int], str, int, int], int] = {}
         for matrix in self.matrices:
             kind = (kind_of(matrix.name), matrix.shape, matrix.group, matrix.group_size, matrix.keep)
             kinds[kind] = kinds.get(kind, 0) + 1
@@ -161,7 +162,7 @@ def _draw(source: Source, calibration: Calibration) -> _Measured:
     """The calibration windows of a run, and what drawing them took; random ones where the model would write them."""
     measured = _Measured(before_text=resident_bytes())
     if calibration.source == SELF:
-        vocabulary = source.model.get_input_embeddings().weight.shape[0]
+        vocabulary = embedding_weight(source.model).shape[0]
         measured.tokens = torch.randint(0, vocabulary, (calibration.nsamples, calibration.seqlen))
         return measured
     start = time.perf_counter()
@@ -191,13 +192,13 @@ def _earlier_phases(source: Source, pruning: Estimate, calibration: Calibration,
 
 def _writing_bytes(model: nn.Module, calibration: Calibration) -> int:
     """The key and value cache of the rows that are written together, and four float64 copies of their logits."""
-    text = model.config.get_text_config()
+    text = text_config(model)
     rows = min(ROWS_TOGETHER, calibration.nsamples)
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     cache = 2 * text.num_hidden_layers * heads * size * calibration.seqlen * rows
-    embedding = model.get_input_embeddings().weight
-    return cache * embedding.dtype.itemsize + 4 * 8 * rows * len(embedding)
+    embedding = embedding_weight(model)
+    return int(cache) * embedding.dtype.itemsize + 4 * 8 * rows * len(embedding)
 
 
 def _bytes_of(blocks: list[Block]) -> int:
@@ -208,8 +209,8 @@ def _traffic(source: Source, calibration: Calibration, hidden_reads: int) -> tup
     """Bytes read and written: the files, copied to the output; each block, patched in there; and the hidden states,
     which a run keeps on the disk for ``--resume``, read there ``hidden_reads`` times a block."""
     blocks = source.blocks
-    width = source.model.config.get_text_config().hidden_size
-    itemsize = source.model.get_input_embeddings().weight.dtype.itemsize
+    width = text_config(source.model).hidden_size
+    itemsize = embedding_weight(source.model).dtype.itemsize
     hidden = calibration.nsamples * calibration.seqlen * width * itemsize
     whole, inside = sum(p.nbytes for p in source.model.parameters()), _bytes_of(blocks)
     files = sum(file.stat().st_size for file in source.files.paths)

@@ -10,6 +10,7 @@ import os
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -36,7 +37,7 @@ class StatisticsWriter:
         writes: whether this process writes; of several, each has the same statistics.
     """
 
-    def __init__(self, path: Path, folder: Path, fingerprint: dict, writes: bool = True) -> None:
+    def __init__(self, path: Path, folder: Path, fingerprint: dict[str, Any], writes: bool = True) -> None:
         self.path, self.folder, self.fingerprint, self.writes = path, folder, fingerprint, writes
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +81,7 @@ class SavedStatistics:
         InputError: it is none, another model's, or holds less than ``needs``.
     """
 
-    def __init__(self, path: str | Path, model_fingerprint: dict, needs: frozenset[str]) -> None:
+    def __init__(self, path: str | Path, model_fingerprint: dict[str, Any], needs: frozenset[str]) -> None:
         self.path = Path(path)
         try:
             self._archive = zipfile.ZipFile(self.path)
@@ -88,7 +89,7 @@ class SavedStatistics:
             if description["format"] != FORMAT:
                 raise ValueError(f"its format is {description['format']}, not {FORMAT}")
             kept = frozenset(description["kinds"])
-            self.calibration: dict = description["calibration"]
+            self.calibration: dict[str, Any] = description["calibration"]
             changed = differences(description["model"], model_fingerprint)
         except (OSError, *_DAMAGE) as error:
             raise InputError(f"stats {str(path)!r} is no file of --save-stats: {error}") from error
@@ -119,7 +120,7 @@ class SavedStatistics:
         return stats
 
 
-def _unpack(blob: bytes, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, dict]]:
+def _unpack(blob: bytes, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     tensors = {key: value.to(device) for key, value in load(blob).items()}
     length = int.from_bytes(blob[:8], "little")
     return tensors, json.loads(json.loads(blob[8 : 8 + length])["__metadata__"]["linears"])
@@ -128,12 +129,12 @@ def _unpack(blob: bytes, device: torch.device | str) -> tuple[dict[str, Tensor],
 # One entry a state: Linears of one input share it, in the file as in memory.
 
 
-def _flatten(stats: dict[str, LinearStatistics]) -> tuple[dict[str, Tensor], dict[str, dict]]:
+def _flatten(stats: dict[str, LinearStatistics]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     tensors: dict[str, Tensor] = {}
     names: dict[int, str] = {}
     linears = {}
     for child, own in stats.items():
-        entry: dict = {"tokens": own.tokens}
+        entry: dict[str, Any] = {"tokens": own.tokens}
         for kind, value in own.parts().items():
             if id(value) not in names:
                 names[id(value)] = f"{child}/{kind}"
@@ -143,10 +144,10 @@ def _flatten(stats: dict[str, LinearStatistics]) -> tuple[dict[str, Tensor], dic
     return tensors, linears
 
 
-def _unflatten(tensors: dict[str, Tensor], linears: dict[str, dict]) -> dict[str, LinearStatistics]:
-    made: dict[str, object] = {}
+def _unflatten(tensors: dict[str, Tensor], linears: dict[str, dict[str, Any]]) -> dict[str, LinearStatistics]:
+    made: dict[str, Any] = {}
 
-    def value(name: str | None) -> object:
+    def value(name: str | None) -> Any:
         if name is not None and name not in made:
             kind = name.rpartition("/")[2]
             made[name] = _grow(kind, {k[len(name) + 1 :]: t for k, t in tensors.items() if k.startswith(name + "/")})
@@ -165,13 +166,13 @@ def _unflatten(tensors: dict[str, Tensor], linears: dict[str, dict]) -> dict[str
     }
 
 
-def _leaves(value: object) -> dict[str, Tensor]:
+def _leaves(value: MomentState | GramState | Tensor | list[Tensor]) -> dict[str, Tensor]:
     if isinstance(value, list):
         return {"rows": torch.cat(value)}
     return {"matrix": value} if isinstance(value, Tensor) else value.tensors()
 
 
-def _grow(kind: str, leaves: dict[str, Tensor]) -> object:
+def _grow(kind: str, leaves: dict[str, Tensor]) -> Any:
     if kind == "probe":
         return [leaves["rows"]]
     if kind == "moment":
@@ -179,4 +180,8 @@ def _grow(kind: str, leaves: dict[str, Tensor]) -> object:
     return _STATES[kind].of_tensors(leaves)
 
 
-_STATES = {"input": MomentState, "weighted": MomentState, "gram": GramState}
+_STATES: dict[str, type[MomentState] | type[GramState]] = {
+    "input": MomentState,
+    "weighted": MomentState,
+    "gram": GramState,
+}

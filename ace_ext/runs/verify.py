@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +70,9 @@ def _weights(folder: Path, report: PruneReport) -> Iterator[tuple[MatrixReport, 
         yield matrix, shards.read(name)
 
 
-def _check_matrix(matrix: MatrixReport, weight: Tensor, total: int, config: dict, result: VerifyResult) -> None:
+def _check_matrix(
+    matrix: MatrixReport, weight: Tensor, total: int, config: dict[str, Any], result: VerifyResult
+) -> None:
     result.matrices += 1
     if tuple(weight.shape) != matrix.shape:
         result.problems.append(f"{matrix.name}: shape {tuple(weight.shape)}, but the report says {matrix.shape}")
@@ -120,7 +123,7 @@ def _check_budget(nonzero: int, keep: int, result: VerifyResult) -> None:
 
 def _check_loads(folder: str, result: VerifyResult) -> None:
     try:
-        model = load_model(folder).model
+        model: Any = load_model(folder).model
     except InputError as error:
         result.problems.append(str(error))
         return

@@ -42,16 +42,16 @@ class Workspace:
     """
 
     def __init__(
-        self, output: Path, fingerprint: dict, resume: bool = False, writes: bool = True, rank: int = 0
+        self, output: Path, fingerprint: dict[str, Any], resume: bool = False, writes: bool = True, rank: int = 0
     ) -> None:
         self.output, self.fingerprint, self.writes, self.rank = output, fingerprint, writes, rank
         self.folder = output.parent / f".{output.name}.unfinished"
         self.model = self.folder / "model"
         self.finished = 0
         self.blocks: list[BlockReport] = []
-        self.notes: dict = {}
+        self.notes: dict[str, Any] = {}
         """Plain values that the loop found out and a resumed run needs again."""
-        self._hidden: dict | None = None
+        self._hidden: dict[str, Any] = {}
         self.writer: OutputWriter | None = None
         """What blocks are written with; to be set before the first one is done."""
         self.resident_hidden = True

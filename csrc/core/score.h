@@ -1,5 +1,5 @@
 // Scores of single weights: one functor a formula. Higher = keep. Float32 products in the order written, so that every
-// back end and a NumPy float32 oracle give the same bits. Formulas and names: README, table of metrics.
+// back end and a NumPy float32 oracle give the same bits. The metrics that use them: README, table of metrics.
 #pragma once
 
 #include <cmath>
@@ -10,7 +10,7 @@ namespace ace {
 
 // What a formula may read besides the weight. A formula names what it needs; the rest is left at 0.
 struct ScoreTerms {
-  float column;      // the metric's factor of column j
+  float column;      // c_j, the factor of column j
   float moment;      // entry (i, j) of a [rows, cols] matrix: the cross moment, or a score given by the caller
   float row_sum;     // sum over j of |W_ij|, rounded once from float64
   float column_sum;  // sum over i of |W_ij|, rounded once from float64
@@ -22,7 +22,7 @@ struct MagnitudeScore {
   static ACE_HD float value(float weight, const ScoreTerms&) { return absolute(weight); }
 };
 
-// |W_ij| c_j: wanda (c = ||X_j||), stade and varp (sigma_j), cosvar and ace
+// |W_ij| c_j: every metric that is a column factor, such as ||X_j|| or sigma_j
 struct ScaledScore {
   static constexpr bool kColumn = true, kMoment = false, kSums = false;
   static ACE_HD float value(float weight, const ScoreTerms& terms) { return absolute(weight) * terms.column; }
@@ -38,7 +38,7 @@ struct RiaScore {
   }
 };
 
-// (|W_ij| c_j) (|W_ij| sqrt(q_ij)), q = sum_t r_t^2 A_ti^2 X_tj^2; c = ||X_j||, times sigma_j for cosp+varp
+// (|W_ij| c_j) (|W_ij| sqrt(q_ij)), q = sum_t r_t^2 A_ti^2 X_tj^2; c = ||X_j|| or ||X_j|| sigma_j
 struct CospScore {
   static constexpr bool kColumn = true, kMoment = true, kSums = false;
   static ACE_HD float value(float weight, const ScoreTerms& terms) {
@@ -68,16 +68,15 @@ struct GivenScore {
 
 enum class Formula { magnitude, scaled, ria, cosp, cosp_exact, given };
 
-struct MetricName {
+struct FormulaName {
   const char* name;
   Formula formula;
 };
 
-constexpr MetricName kMetrics[] = {
-    {"magnitude", Formula::magnitude}, {"wanda", Formula::scaled},   {"ria", Formula::ria},
-    {"stade", Formula::scaled},        {"cosp", Formula::cosp},      {"cosp-exact", Formula::cosp_exact},
-    {"varp", Formula::scaled},         {"cosp+varp", Formula::cosp}, {"cosvar", Formula::scaled},
-    {"ace", Formula::scaled},          {"score", Formula::given},
+// The names by which the ops' argument `formula` asks for them.
+constexpr FormulaName kFormulas[] = {
+    {"magnitude", Formula::magnitude}, {"scaled", Formula::scaled},         {"ria", Formula::ria},
+    {"cosp", Formula::cosp},           {"cosp_exact", Formula::cosp_exact}, {"score", Formula::given},
 };
 
 // Calls action(functor) with the functor of the formula.

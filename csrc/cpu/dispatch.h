@@ -5,7 +5,7 @@
 
 #include "core/scalar.h"
 
-namespace ace {
+namespace ace::cpu {
 
 // Calls action(T{}) with the core type of a checked weight or activation dtype.
 template <class Action>
@@ -30,4 +30,4 @@ T* mutable_data(const at::Tensor& t) {
 // Rows a thread takes at least: enough elements that the hand-over costs little.
 inline int64_t row_grain(int64_t cols) { return 1 + (int64_t{1} << 15) / (cols > 0 ? cols : 1); }
 
-}  // namespace ace
+}  // namespace ace::cpu

@@ -10,7 +10,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/multiversion.h"
 
-namespace ace {
+namespace ace::cpu {
 
 template <class T>
 ACE_MULTIVERSION bool all_finite(const T* values, int64_t n) {
@@ -29,4 +29,4 @@ inline void check_finite_rows(std::string_view op, std::string_view argument, co
   });
 }
 
-}  // namespace ace
+}  // namespace ace::cpu

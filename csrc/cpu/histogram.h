@@ -8,7 +8,7 @@
 #include "core/radix_select.h"
 #include "cpu/score_rows.h"
 
-namespace ace {
+namespace ace::cpu {
 
 // counts[d]: keys that agree with `prefix` above this pass's digit and have the digit d. Raises where a score is not
 // finite. Counts are integers, so the order in which threads add theirs does not matter.
@@ -40,4 +40,4 @@ std::vector<int64_t> matrix_histogram(const Matrix& matrix, uint32_t prefix, int
   return total;
 }
 
-}  // namespace ace
+}  // namespace ace::cpu

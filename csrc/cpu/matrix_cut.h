@@ -10,7 +10,7 @@
 #include "cpu/histogram.h"
 #include "cpu/row_places.h"
 
-namespace ace {
+namespace ace::cpu {
 
 constexpr int64_t kSmallMatrix = 1 << 16;   // entries; below, the radix passes cost less than a sample
 constexpr int64_t kEntriesPerSample = 256;  // samples and candidates are to take less than 1 % of a 16-bit weight
@@ -81,14 +81,14 @@ int64_t count_matrix_places(const Matrix& matrix, PlaceScale scale, int64_t plac
 
 // The keys of the entries in the cut's bracket, in no particular order.
 template <class Matrix>
-std::vector<uint32_t> keys_within(const Matrix& matrix, PlaceScale scale, const PlaceCut& cut) {
+std::vector<uint32_t> keys_within(const Matrix& matrix, PlaceScale scale, const Bracket& cut) {
   std::vector<uint32_t> all;
-  all.reserve(static_cast<size_t>(cut.kept - cut.above));
+  all.reserve(static_cast<size_t>(cut.from_low - cut.from_high));
   const int64_t cols = matrix.cols();
   for_places<std::vector<uint32_t>>(
       matrix, scale,
       [&](const uint16_t* places, int64_t i, std::vector<uint32_t>& keys) {
-        for (int64_t j = 0; (j = next_within(places, j, cols, cut.place, cut.end)) < cols; ++j) {
+        for (int64_t j = 0; (j = next_within(places, j, cols, cut.low, cut.high)) < cols; ++j) {
           keys.push_back(order_key(score_at<typename Matrix::Formula>(matrix.row(i), j)));
         }
       },
@@ -121,17 +121,17 @@ Cut find_matrix_cut(const Matrix& matrix, int64_t keep_k) {
   MatrixScale sampled = sampled_scale(matrix, keep_k);
   if (!sampled.valid) return radix_matrix_cut(matrix, keep_k);
   const int64_t enough = total / kEntriesPerCandidate;
-  const PlaceCut found = search_places([&](int64_t at) { return count_matrix_places(matrix, sampled.scale, at); },
+  const Bracket found = search_places([&](int64_t at) { return count_matrix_places(matrix, sampled.scale, at); },
                                        total, keep_k, enough, &sampled.hint);
-  if (found.kept - found.above > enough) return radix_matrix_cut(matrix, keep_k);
+  if (found.from_low - found.from_high > enough) return radix_matrix_cut(matrix, keep_k);
   std::vector<uint32_t> keys = keys_within(matrix, sampled.scale, found);
-  const auto last = keys.begin() + (keep_k - found.above - 1);
+  const auto last = keys.begin() + (keep_k - found.from_high - 1);
   std::nth_element(keys.begin(), last, keys.end(), std::greater<uint32_t>());
   const uint32_t key = *last;
   const auto above = std::count_if(keys.begin(), keys.end(), [&](uint32_t other) { return other > key; });
   const auto equal = std::count(keys.begin(), keys.end(), key);
-  const int64_t ties = keep_k - found.above - above;
+  const int64_t ties = keep_k - found.from_high - above;
   return ties == equal ? keep_from(key) : Cut{key, ties};
 }
 
-}  // namespace ace
+}  // namespace ace::cpu

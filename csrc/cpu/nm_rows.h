@@ -6,9 +6,9 @@
 #include <vector>
 
 #include "core/nm_select.h"
-#include "cpu/scored_row.h"
+#include "cpu/outcome.h"
 
-namespace ace {
+namespace ace::cpu {
 
 // [cols] reordered as [group_m][cols / group_m], so that the lanes of a vector, one a group, read side by side.
 inline std::vector<float> by_place(const float* values, int64_t cols, int group_m) {
@@ -28,14 +28,14 @@ struct GroupWeights {
   static constexpr int kWords = kPairs ? kGroup / 2 : kGroup;
   uint32_t word[kWords];
 
-  ACE_HD void load(const Bits<T>* from) {
+  ACE_HD void load(const void* from) {
     ACE_UNROLL
-    for (int i = 0; i < kWords; ++i) std::memcpy(&word[i], from + i * (kPairs ? 2 : 1), sizeof(uint32_t));
+    for (int i = 0; i < kWords; ++i) std::memcpy(&word[i], static_cast<const char*>(from) + 4 * i, sizeof(uint32_t));
   }
 
-  ACE_HD void store(Bits<T>* to) const {
+  ACE_HD void store(void* to) const {
     ACE_UNROLL
-    for (int i = 0; i < kWords; ++i) std::memcpy(to + i * (kPairs ? 2 : 1), &word[i], sizeof(uint32_t));
+    for (int i = 0; i < kWords; ++i) std::memcpy(static_cast<char*>(to) + 4 * i, &word[i], sizeof(uint32_t));
   }
 
   ACE_HD T weight(int i) const {
@@ -66,14 +66,25 @@ struct GroupWeights {
 #endif
 };
 
-// Zeroes all but the best keep_n of each group of kGroup. `row.column` and `row.column_sum` in by_place's order; the
-// weight is read and written through one pointer, or the compiler would have to expect overlap.
-template <int kGroup, class F, class T>
-ACE_MULTIVERSION void keep_best_of_row(ScoredRow<T> row, Bits<T>* weight, int keep_n) {
+template <int kGroup, class T>
+ACE_HD void put_group(const PruneRow<T>& out, int64_t first, GroupWeights<T, kGroup> group, const bool* kept) {
+  group.zero_unless(kept);
+  group.store(out.weight + first);
+}
+
+template <int kGroup, class T>
+ACE_HD void put_group(const MaskRow& out, int64_t first, const GroupWeights<T, kGroup>&, const bool* kept) {
+  ACE_UNROLL
+  for (int i = 0; i < kGroup; ++i) out.put(first + i, kept[i]);
+}
+
+// Keeps the best keep_n of each group of kGroup. `row.column` and `row.column_sum` in by_place's order.
+template <int kGroup, class F, class T, class Out>
+ACE_MULTIVERSION void keep_best_of_row(ScoredRow<T> row, Out out, int keep_n) {
   const int64_t groups = row.cols / kGroup;
   for (int64_t g = 0; g < groups; ++g) {
     GroupWeights<T, kGroup> group;
-    group.load(weight + kGroup * g);
+    group.load(out.weights(row) + kGroup * g);
     float score[kGroup];
     ACE_UNROLL
     for (int i = 0; i < kGroup; ++i) {
@@ -95,9 +106,8 @@ ACE_MULTIVERSION void keep_best_of_row(ScoredRow<T> row, Bits<T>* weight, int ke
     bool kept[kGroup];
     ACE_UNROLL
     for (int i = 0; i < kGroup; ++i) kept[i] = rank[i] < keep_n;
-    group.zero_unless(kept);
-    group.store(weight + kGroup * g);
+    put_group(out, kGroup * g, group, kept);
   }
 }
 
-}  // namespace ace
+}  // namespace ace::cpu

@@ -5,9 +5,10 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cpu/scored_row.h"
+#include "cpu/outcome.h"
+#include "cpu/search.h"
 
-namespace ace {
+namespace ace::cpu {
 
 constexpr int64_t kPlaces = 1 << 16;
 
@@ -59,27 +60,23 @@ inline int64_t ACE_MULTIVERSION next_within(const uint16_t* places, int64_t begi
     }
     if (found != 0) break;
   }
-  while (begin<n&& static_cast<uint16_t>(places[begin] - lowest)> span) ++begin;
+  for (; begin < n; ++begin) {
+    if (static_cast<uint16_t>(places[begin] - lowest) <= span) break;
+  }
   return begin;
 }
 
-// Zeroes the weights whose place is below `lowest`; returns the smallest place that is not. There must be one.
-template <class B>
-ACE_MULTIVERSION uint16_t zero_below_place(B* weight, const uint16_t* places, int64_t n, uint16_t lowest) {
+// Keeps what is not below the place `lowest`; returns the smallest place kept. There must be one.
+template <class Out>
+ACE_MULTIVERSION uint16_t keep_from_place(Out out, const uint16_t* places, int64_t n, uint16_t lowest) {
   uint16_t nearest = 0xffffu;  // of the distances; places below wrap round to distances that are too large
   for (int64_t j = 0; j < n; ++j) {
     const uint16_t distance = static_cast<uint16_t>(places[j] - lowest);
     nearest = distance < nearest ? distance : nearest;
-    weight[j] = places[j] >= lowest ? weight[j] : B{0};
+    out.put(j, places[j] >= lowest);
   }
   return static_cast<uint16_t>(lowest + nearest);
 }
-
-struct PlaceCut {
-  int64_t place, end;  // of the bracket [place, end)
-  int64_t kept;        // how many reach `place`: at least keep_k
-  int64_t above;       // how many reach `end`: fewer than keep_k
-};
 
 // Where to search first, and what a search learns for the next row, since rows of a weight resemble each other.
 struct PlaceHint {
@@ -87,41 +84,29 @@ struct PlaceHint {
   double places_per_rank = 1.0;  // there
 };
 
-// A bracket round the cut that keeps keep_k of n, 0 < keep_k < n: of one place, or from a place that exactly keep_k
-// reach, or with at most `enough` entries in it. count(place) says how many reach the place.
-//
-// A count is one pass of a row in the cache or of the matrix, so few should do: from the hint by the hint's density
-// until the cut is bracketed (twice as far each time, should that fall short), then by interpolation between the counts
-// at both ends, halving the bracket wherever that did not.
-template <class Count>
-PlaceCut search_places(Count&& count, int64_t n, int64_t keep_k, int64_t enough, PlaceHint* hint) {
-  int64_t low = 0, high = kPlaces, from_low = n, from_high = 0;
-  int64_t at = std::min(std::max<int64_t>(hint->place, 1), kPlaces - 1);
+// Outward steps by the hint's density, twice as far each time; learns the density from the first bracket.
+struct PlaceSteps {
+  PlaceHint* hint;
   double stretch = 1.0;
-  bool halve = false, learned = false;
-  while (true) {
-    const int64_t width = high - low;
-    const int64_t reached = count(at);
-    (reached >= keep_k ? low : high) = at;
-    (reached >= keep_k ? from_low : from_high) = reached;
-    if (from_low == keep_k || high - low == 1 || from_low - from_high <= enough) break;
-    if (low == 0 || high == kPlaces) {  // not bracketed yet
-      const double ranks = static_cast<double>(reached - keep_k);
-      const double move = ranks * hint->places_per_rank * stretch;
-      at += static_cast<int64_t>(std::min(std::max(move, -65536.0), 65536.0)) + (ranks > 0 ? 1 : -1);
-      stretch *= 2;
-    } else {
-      const double places_per_rank = static_cast<double>(high - low) / static_cast<double>(from_low - from_high);
-      if (!learned) hint->places_per_rank += (places_per_rank - hint->places_per_rank) / 4;
-      learned = true;
-      at = halve ? low + (high - low) / 2
-                 : low + static_cast<int64_t>(static_cast<double>(from_low - keep_k) * places_per_rank);
-      halve = !halve && high - low > width / 2;
-    }
-    at = std::min(std::max(at, low + 1), high - 1);
+  bool learned = false;
+
+  int64_t outward(int64_t ranks, int64_t) {
+    const double move = static_cast<double>(ranks) * hint->places_per_rank * stretch;
+    stretch *= 2;
+    return static_cast<int64_t>(std::min(std::max(move, -65536.0), 65536.0)) + (ranks > 0 ? 1 : -1);
   }
-  hint->place = low;
-  return {low, high, from_low, from_high};
+  void bracketed(double places_per_rank) {
+    if (!learned) hint->places_per_rank += (places_per_rank - hint->places_per_rank) / 4;
+    learned = true;
+  }
+};
+
+// A bracket of places round the cut that keeps keep_k of n, 0 < keep_k < n, from the hint on.
+template <class Count>
+Bracket search_places(Count&& count, int64_t n, int64_t keep_k, int64_t enough, PlaceHint* hint) {
+  const Bracket found = search_cut(count, {0, kPlaces, n, 0}, keep_k, enough, hint->place, PlaceSteps{hint});
+  hint->place = found.low;
+  return found;
 }
 
-}  // namespace ace
+}  // namespace ace::cpu

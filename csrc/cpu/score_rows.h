@@ -12,8 +12,9 @@
 #include "check.h"
 #include "cpu/dispatch.h"
 #include "cpu/scored_row.h"
+#include "ops/score.h"
 
-namespace ace {
+namespace ace::cpu {
 
 // Sums of |W| for the ria score, float64 rounded once.
 struct ScoreSums {
@@ -123,4 +124,4 @@ void with_scored(std::string_view op, Formula formula, const at::Tensor& weight,
   });
 }
 
-}  // namespace ace
+}  // namespace ace::cpu

@@ -8,7 +8,7 @@
 #include "core/score.h"
 #include "cpu/multiversion.h"
 
-namespace ace {
+namespace ace::cpu {
 
 // A weight as an integer of its size: what is kept keeps its bits, and +0.0 is 0 in every type.
 template <class T>
@@ -60,23 +60,17 @@ ACE_MULTIVERSION void row_scores(ScoredRow<T> row, float* scores) {
   for (int64_t j = 0; j < row.cols; ++j) scores[j] = score_at<F>(row, j);
 }
 
+// The value of a weight, given as itself or as its bits.
+ACE_HD float weight_value(uint32_t bits, float) { return bits_float(bits); }
+ACE_HD float weight_value(uint16_t bits, Half) { return to_float(Half{bits}); }
+ACE_HD float weight_value(uint16_t bits, BFloat16) { return to_float(BFloat16{bits}); }
+ACE_HD float weight_value(float weight, float) { return weight; }
+ACE_HD float weight_value(Half weight, Half) { return to_float(weight); }
+ACE_HD float weight_value(BFloat16 weight, BFloat16) { return to_float(weight); }
+
 ACE_HD uint32_t size_bits(float value) { return float_bits(value) & 0x7fffffffu; }
 ACE_HD uint16_t size_bits(Half value) { return value.bits & 0x7fffu; }
 ACE_HD uint16_t size_bits(BFloat16 value) { return value.bits & 0x7fffu; }
-
-ACE_HD float weight_from_bits(uint32_t bits, float) { return bits_float(bits); }
-ACE_HD float weight_from_bits(uint16_t bits, Half) { return to_float(Half{bits}); }
-ACE_HD float weight_from_bits(uint16_t bits, BFloat16) { return to_float(BFloat16{bits}); }
-
-// Zeroes the weights of `row` whose key is below `lowest`. The weight is read and written through one pointer, or the
-// compiler would have to expect overlap and could use no vectors; the same in nm_rows.h.
-template <class F, class T>
-ACE_MULTIVERSION void zero_below_key(ScoredRow<T> row, Bits<T>* weight, uint32_t lowest) {
-  for (int64_t j = 0; j < row.cols; ++j) {
-    const uint32_t key = order_key(F::value(weight_from_bits(weight[j], T{}), score_terms<F>(row, j)));
-    weight[j] = key >= lowest ? weight[j] : Bits<T>{0};
-  }
-}
 
 // The largest |value| of n, with infinity above all numbers and NaN above infinity: sizes order as their bits do.
 template <class T>
@@ -86,7 +80,7 @@ ACE_MULTIVERSION float largest_size(const T* values, int64_t n) {
     const Bits<T> size = size_bits(values[j]);
     largest = size > largest ? size : largest;
   }
-  return weight_from_bits(largest, T{});
+  return weight_value(largest, T{});
 }
 
-}  // namespace ace
+}  // namespace ace::cpu

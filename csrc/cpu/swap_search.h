@@ -1,14 +1,14 @@
 // The search for a row's next swap, by vector instructions that the compiler makes of plain loops. Formulas:
-// core/swap.h.
+// core/swaps.h.
 #pragma once
 
 #include <cstdint>
 #include <limits>
 
-#include "core/swap.h"
+#include "core/swaps.h"
 #include "cpu/multiversion.h"
 
-namespace ace {
+namespace ace::cpu {
 
 // One row of the problem. All arrays have `cols` entries.
 struct SwapRow {
@@ -120,4 +120,4 @@ inline int64_t refine_row(const SwapRow& row, const float* gram, const float* ne
   return swaps;
 }
 
-}  // namespace ace
+}  // namespace ace::cpu

@@ -5,7 +5,7 @@
 #include "core/radix_select.h"
 #include "cuda/platform.cuh"
 
-namespace ace {
+namespace ace::cuda {
 
 struct BlockScratch {
   int64_t warp_sum[kWarpSize];
@@ -65,4 +65,4 @@ ACE_DEVICE RadixBin find_bin_block(const Count* counts, int bins, int64_t want, 
   return scratch.found;
 }
 
-}  // namespace ace
+}  // namespace ace::cuda

@@ -1,11 +1,11 @@
 // From the launchers' plain arguments to the kernels' types. Host code.
 #pragma once
 
+#include "cuda/arguments.h"
 #include "cuda/launch.cuh"
-#include "cuda/launchers.h"
 #include "cuda/scored.cuh"
 
-namespace ace {
+namespace ace::cuda {
 
 // Calls action(T{}) with the core type.
 template <class Action>
@@ -57,4 +57,4 @@ int64_t tile_count(const Scored<T>& matrix) {
   return matrix.rows * tiles_per_row(matrix.cols);
 }
 
-}  // namespace ace
+}  // namespace ace::cuda

@@ -6,7 +6,7 @@
 
 #include "cuda/platform.cuh"
 
-namespace ace {
+namespace ace::cuda {
 
 struct Launch {
   int64_t blocks;
@@ -56,4 +56,4 @@ cudaError_t launch(void (*kernel)(Params...), const Launch& at, Args... args) {
 #endif
 }
 
-}  // namespace ace
+}  // namespace ace::cuda

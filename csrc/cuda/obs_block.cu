@@ -1,9 +1,10 @@
 // obs_block_.
-#include "cuda/launch.cuh"
-#include "cuda/launchers.h"
 #include "cuda/obs_block.cuh"
 
-namespace ace {
+#include "cuda/launch.cuh"
+#include "cuda/obs_block.h"
+
+namespace ace::cuda {
 namespace {
 
 constexpr int64_t kWaves = 16;
@@ -31,4 +32,4 @@ cudaError_t launch_obs_block(const ObsArguments& a, void* workspace, int code, c
   return launch(obs_block_kernel, {blocks, kObsThreads, 0, stream}, problem, report);
 }
 
-}  // namespace ace
+}  // namespace ace::cuda

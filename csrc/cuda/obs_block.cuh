@@ -1,4 +1,4 @@
-// obs_block_: SparseGPT's recursion inside one block of columns (core/obs.h), a warp for some rows.
+// obs_block_: SparseGPT's recursion inside one block of columns (core/obs_block.h), a warp for some rows.
 //
 // Contract
 //   weight, error, mask  [rows, width] as in ops.h; with a pattern mask is written, else read.
@@ -13,11 +13,11 @@
 // first cache, once for all rows of a warp. Compiled and run on the host only: not run on a GPU.
 #pragma once
 
-#include "core/obs.h"
+#include "core/obs_block.h"
 #include "cuda/block.cuh"
 #include "cuda/scored.cuh"
 
-namespace ace {
+namespace ace::cuda {
 
 constexpr int kObsThreads = 128;
 constexpr int kObsWarps = kObsThreads / kWarpSize;
@@ -167,4 +167,4 @@ __global__ void __launch_bounds__(kObsThreads) obs_block_kernel(ObsProblem p, No
   }
 }
 
-}  // namespace ace
+}  // namespace ace::cuda

@@ -1,4 +1,5 @@
-// The ground the kernels stand on: nvcc, or the host runner of the tests. Includes nothing of torch.
+// What stands in for CUDA: nvcc's own, the host engine of csrc/simt (the C++ tests define ACE_SIMT), or for a plain
+// compiler only the runtime's types. The one header of the back end that knows of the host engine.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -8,19 +9,21 @@
   extern __shared__ __align__(16) unsigned char ace_dynamic_[]; \
   T* const name = reinterpret_cast<T*>(ace_dynamic_)
 #define ACE_UNROLL _Pragma("unroll")
-#else
-#include "tests/simt/simt.h"
+#elif defined(ACE_SIMT)
+#include "simt/simt.h"
 #define ACE_UNROLL
 #define ACE_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(simt::shared_memory())
+#else
+#include <cuda_runtime_api.h>
 #endif
 
 #include "core/scalar.h"
 
 #define ACE_DEVICE __device__ __forceinline__
 
-namespace ace {
+namespace ace::cuda {
 
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-}  // namespace ace
+}  // namespace ace::cuda

@@ -1,8 +1,12 @@
-// prune_topk_, group "matrix", score_histogram and prune_at_.
-#include "cuda/dispatch.cuh"
+// prune_topk_ and topk_mask, group "matrix", score_histogram and prune_at_.
 #include "cuda/prune_matrix.cuh"
 
-namespace ace {
+#include "cuda/across.h"
+#include "cuda/dispatch.cuh"
+#include "cuda/mask.h"
+#include "cuda/prune.h"
+
+namespace ace::cuda {
 namespace {
 
 constexpr int64_t kWaves = 8;
@@ -44,17 +48,20 @@ class Selection {
     return launch(find_digit_kernel, one(kMaxScanThreads), work_.state, work_.counts, pass);
   }
 
-  cudaError_t settle() {
-    return launch(settle_kernel<F, T>, many(), matrix_, tiles_, constant_state(), work_.tile_ties, work_.counts);
+  template <class Out>
+  cudaError_t settle(Out out) {
+    return launch(settle_kernel<F, T, Out>, many(), matrix_, tiles_, constant_state(), work_.tile_ties, work_.counts,
+                  out);
   }
 
   // Applies the cut to the open tiles, or to all.
-  cudaError_t apply(bool all) {
+  template <class Out>
+  cudaError_t apply(Out out, bool all) {
     ACE_RETURN_IF_ERROR(
         launch(count_ties_kernel<F, T>, many(), matrix_, tiles_, work_.state, work_.tile_ties, all, report_));
     ACE_RETURN_IF_ERROR(launch(scan_ties_kernel, one(kMaxScanThreads), constant_state(), tiles_, work_.tile_ties));
-    return launch(apply_kernel<F, T>, many(), matrix_, tiles_, constant_state(),
-                  static_cast<const int64_t*>(work_.tile_ties), all);
+    return launch(apply_kernel<F, T, Out>, many(), matrix_, tiles_, constant_state(),
+                  static_cast<const int64_t*>(work_.tile_ties), all, out);
   }
 
   cudaError_t write_threshold(float* threshold) {
@@ -73,20 +80,18 @@ class Selection {
   cudaStream_t stream_;
 };
 
-template <class F, class T>
-cudaError_t prune_matrix(Selection<F, T> selection, int64_t keep_k, float* threshold) {
+template <class F, class T, class Out>
+cudaError_t select_matrix(Selection<F, T>& selection, int64_t keep_k, Out out) {
   if (keep_k == 0) {
     ACE_RETURN_IF_ERROR(selection.begin(kKeepNone));
-    ACE_RETURN_IF_ERROR(selection.apply(true));
-  } else {
-    ACE_RETURN_IF_ERROR(selection.begin({0u, keep_k}));
-    for (int pass = 0; pass < kRadixPasses; ++pass) {
-      ACE_RETURN_IF_ERROR(pass < kRadixPasses - 1 ? selection.count(pass) : selection.settle());
-      ACE_RETURN_IF_ERROR(selection.find(pass));
-    }
-    ACE_RETURN_IF_ERROR(selection.apply(false));
+    return selection.apply(out, true);
   }
-  return selection.write_threshold(threshold);
+  ACE_RETURN_IF_ERROR(selection.begin({0u, keep_k}));
+  for (int pass = 0; pass < kRadixPasses; ++pass) {
+    ACE_RETURN_IF_ERROR(pass < kRadixPasses - 1 ? selection.count(pass) : selection.settle(out));
+    ACE_RETURN_IF_ERROR(selection.find(pass));
+  }
+  return selection.apply(out, false);
 }
 
 // Calls action(Selection) for the formula and dtype.
@@ -109,15 +114,24 @@ size_t prune_matrix_bytes(const ScoredArguments& m) {
 
 cudaError_t launch_prune_matrix(const ScoredArguments& m, int64_t keep_k, float* threshold, void* workspace, void* sums,
                                 int code, cudaStream_t stream) {
-  return with_selection(m, workspace, sums, code, stream,
-                        [&](auto selection) { return prune_matrix(selection, keep_k, threshold); });
+  return with_selection(m, workspace, sums, code, stream, [&](auto selection) {
+    ACE_RETURN_IF_ERROR(select_matrix(selection, keep_k, PruneOutcome{nullptr}));
+    return selection.write_threshold(threshold);
+  });
+}
+
+cudaError_t launch_mask_matrix(const ScoredArguments& m, int64_t keep_k, bool* mask, void* workspace, void* sums,
+                               int code, cudaStream_t stream) {
+  return with_selection(m, workspace, sums, code, stream, [&](auto selection) {
+    return select_matrix(selection, keep_k, mask_outcome(mask, m.cols));
+  });
 }
 
 cudaError_t launch_prune_at(const ScoredArguments& m, Cut cut, void* workspace, void* sums, int code,
                             cudaStream_t stream) {
   return with_selection(m, workspace, sums, code, stream, [&](auto selection) {
     ACE_RETURN_IF_ERROR(selection.begin(cut));
-    return selection.apply(true);
+    return selection.apply(PruneOutcome{nullptr}, true);
   });
 }
 
@@ -129,4 +143,4 @@ cudaError_t launch_score_histogram(const ScoredArguments& m, uint32_t prefix, in
   });
 }
 
-}  // namespace ace
+}  // namespace ace::cuda

@@ -1,9 +1,10 @@
-// prune_topk_, group "matrix", score_histogram and prune_at_: selections whose group is larger than a row.
+// prune_topk_ and topk_mask, group "matrix", score_histogram and prune_at_: selections whose group is larger than a row.
 //
 // Contract
-//   weight     [rows, cols], pruned in place: what the cut keeps keeps its bits, the rest becomes +0.0.
+//   weight     [rows, cols], pruned in place: what the cut keeps keeps its bits, the rest becomes +0.0. Or it is only
+//              read, and mask [rows, cols] says the same.
 //   ties       among equal scores the lower row, then the lower column first, whatever the order in which blocks run.
-//   not finite the whole matrix is left as it was, and the flag is raised.
+//   not finite the whole matrix is left as it was (mask: all True), and the flag is raised.
 //
 // How: the first two digits (11 bits each) are found by a histogram pass each. The third pass reads the weight for the
 // last time: a tile whose keys all differ from those 22 bits is settled and written at once, of the others it counts
@@ -13,9 +14,9 @@
 
 #include "core/radix_select.h"
 #include "cuda/block.cuh"
-#include "cuda/scored.cuh"
+#include "cuda/outcome.cuh"
 
-namespace ace {
+namespace ace::cuda {
 
 constexpr int64_t kTileSettled = -1;
 constexpr int kMaxScanThreads = 1024;
@@ -50,7 +51,7 @@ ACE_DEVICE void clear_local(uint32_t* local) {
 template <class F, class T>
 struct TilePack {
   ScoredRow<T> row;
-  int64_t first;
+  int64_t i, first;  // row and first column
   int count;  // at most 0 beyond the row's end
   Pack<T> weight;
   Pack<uint32_t> key;
@@ -62,6 +63,7 @@ ACE_DEVICE TilePack<F, T> load_tile(const Scored<T>& matrix, int64_t index) {
   const Tile tile = tile_at(index, matrix.cols);
   TilePack<F, T> pack;
   pack.row = row_of<F>(matrix, tile.row);
+  pack.i = tile.row;
   pack.first = tile.first + static_cast<int64_t>(threadIdx.x) * kPack;
   pack.count = pack.first < matrix.cols ? pack_count(matrix.cols, pack.first) : 0;
   pack.weight = load_weights(pack.row, pack.first, pack.count);
@@ -69,15 +71,9 @@ ACE_DEVICE TilePack<F, T> load_tile(const Scored<T>& matrix, int64_t index) {
   return pack;
 }
 
-// Writes the pack with what `kept` leaves out as zeros; untouched where nothing is pruned.
-template <class F, class T>
-ACE_DEVICE void write_tile(TilePack<F, T>& pack, uint32_t kept) {
-  if (pack.count <= 0 || kept == (1u << pack.count) - 1u) return;
-  ACE_UNROLL
-  for (int e = 0; e < kPack; ++e) {
-    if ((kept >> e & 1u) == 0) pack.weight.value[e] = T{};
-  }
-  store_pack(pack.row.weight + pack.first, pack.weight, pack.count, pack.row.weight_aligned);
+template <class F, class T, class Out>
+ACE_DEVICE void write_tile(const TilePack<F, T>& pack, const Out& out, uint32_t kept) {
+  if (pack.count > 0) out.write(pack.row, pack.i, pack.first, pack.count, kept, [&] { return pack.weight; });
 }
 
 ACE_DEVICE void report_bad(MatrixState* state, const NotFinite& report) {
@@ -123,16 +119,16 @@ __global__ void __launch_bounds__(kWarpSize) threshold_kernel(const MatrixState*
 }
 
 // The last pass: writes the tiles that the digits found so far settle, counts the last digit of the others.
-template <class F, class T>
-__global__ void __launch_bounds__(kTileThreads)
-    settle_kernel(Scored<T> matrix, int64_t tiles, const MatrixState* state, int64_t* tile_ties, int64_t* counts) {
+template <class F, class T, class Out>
+__global__ void __launch_bounds__(kTileThreads) settle_kernel(Scored<T> matrix, int64_t tiles, const MatrixState* state,
+                                                              int64_t* tile_ties, int64_t* counts, Out out) {
   constexpr int kLast = kRadixPasses - 1;
   __shared__ uint32_t local[kRadixBins];
   if (state->bad != 0) return;
   clear_local(local);
   const uint32_t prefix = state->cut.key;
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    TilePack<F, T> pack = load_tile<F>(matrix, tile);
+    const TilePack<F, T> pack = load_tile<F>(matrix, tile);
     uint32_t kept = 0, open = 0;
     ACE_UNROLL
     for (int e = 0; e < kPack; ++e) {
@@ -144,7 +140,7 @@ __global__ void __launch_bounds__(kTileThreads)
       if (undecided) atomicAdd(&local[radix_bin(key, kLast)], 1u);
     }
     const bool settled = __syncthreads_or(static_cast<int>(open)) == 0;
-    if (settled) write_tile(pack, kept);
+    if (settled) write_tile(pack, out, kept);
     if (threadIdx.x == 0) tile_ties[tile] = settled ? kTileSettled : 0;
   }
   flush_counts(local, counts, radix_bins(kLast));
@@ -191,16 +187,19 @@ __global__ void __launch_bounds__(kMaxScanThreads)
 }
 
 // Writes the open tiles by the cut.
-template <class F, class T>
-__global__ void __launch_bounds__(kTileThreads)
-    apply_kernel(Scored<T> matrix, int64_t tiles, const MatrixState* state, const int64_t* tile_ties, bool all) {
+template <class F, class T, class Out>
+__global__ void __launch_bounds__(kTileThreads) apply_kernel(Scored<T> matrix, int64_t tiles, const MatrixState* state,
+                                                             const int64_t* tile_ties, bool all, Out out) {
   __shared__ BlockScratch scratch;
-  if (state->bad != 0) return;
+  if (state->bad != 0) {
+    for_tile_packs(tiles, matrix.cols, [&](int64_t i, int64_t j, int count) { out.leave(i, j, count); });
+    return;
+  }
   const Cut cut = state->cut;
   const bool ranked = state->equal != cut.ties;  // else all that equal the cut are kept
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     if (!all && tile_ties[tile] == kTileSettled) continue;
-    TilePack<F, T> pack = load_tile<F>(matrix, tile);
+    const TilePack<F, T> pack = load_tile<F>(matrix, tile);
     uint32_t above = 0, equal = 0;
     ACE_UNROLL
     for (int e = 0; e < kPack; ++e) {
@@ -220,8 +219,8 @@ __global__ void __launch_bounds__(kTileThreads)
       }
       __syncthreads();  // the next tile's scan overwrites what this one reads
     }
-    write_tile(pack, kept);
+    write_tile(pack, out, kept);
   }
 }
 
-}  // namespace ace
+}  // namespace ace::cuda

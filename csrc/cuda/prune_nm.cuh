@@ -1,28 +1,30 @@
-// prune_nm_: keeps the best keep_n of each group of group_m consecutive columns, in one pass, in registers.
+// prune_nm_ and nm_mask: keeps the best keep_n of each group of group_m consecutive columns, in one pass, in registers.
 //
 // Contract
-//   weight     [rows, cols], group_m divides cols; pruned entries become +0.0, kept ones keep their bits.
+//   weight     [rows, cols], group_m divides cols; pruned entries become +0.0, kept ones keep their bits. Or it is
+//              only read, and mask [rows, cols] says the same.
 //   ties       among equal scores the lower column first.
-//   not finite a group that holds a score that is not finite is left as it was, and the flag is raised.
+//   not finite a group that holds a score that is not finite is left as it was (mask: all True); the flag is raised.
 #pragma once
 
 #include "core/nm_select.h"
 #include "cuda/block.cuh"
-#include "cuda/scored.cuh"
+#include "cuda/outcome.cuh"
 
-namespace ace {
+namespace ace::cuda {
 
 // Groups of 2, 4 or 8: a thread takes eight columns, whole groups, by one or two 16-byte loads.
-template <class F, class T, int kGroup>
+template <class F, class T, int kGroup, class Out>
 __global__ void __launch_bounds__(kTileThreads)
-    prune_nm_pack_kernel(Scored<T> matrix, int64_t tiles, int keep_n, NotFinite report) {
+    prune_nm_pack_kernel(Scored<T> matrix, int64_t tiles, int keep_n, Out out, NotFinite report) {
   static_assert(kPack % kGroup == 0);
   bool all_finite = true;
   for_tile_packs(tiles, matrix.cols, [&](int64_t i, int64_t j, int count) {
     const ScoredRow<T> row = row_of<F>(matrix, i);
-    Pack<T> weight = load_weights(row, j, count);
+    const Pack<T> weight = load_weights(row, j, count);
     Pack<float> score;
     all_finite &= pack_scores<F>(row, j, count, weight, &score);
+    uint32_t kept = 0;
     ACE_UNROLL
     for (int first = 0; first < kPack; first += kGroup) {
       uint32_t key[kGroup];
@@ -32,13 +34,9 @@ __global__ void __launch_bounds__(kTileThreads)
         finite = finite && is_finite(score.value[first + g]);
         key[g] = order_key(score.value[first + g]);
       }
-      const uint32_t kept = keep_best<kGroup>(key, kGroup, keep_n);
-      ACE_UNROLL
-      for (int g = 0; g < kGroup; ++g) {
-        if (finite && (kept >> g & 1u) == 0) weight.value[first + g] = T{};
-      }
+      kept |= (finite ? keep_best<kGroup>(key, kGroup, keep_n) : (1u << kGroup) - 1u) << first;
     }
-    store_pack(row.weight + j, weight, count, row.weight_aligned);
+    out.write(row, i, j, count, kept & ((1u << count) - 1u), [&] { return weight; });
   });
   if (!all_finite) raise_flag(report);
 }
@@ -48,9 +46,9 @@ ACE_HD int warp_columns(int group_m) { return kWarpSize / group_m * group_m; }
 
 // Any group of up to 32: a lane a column, its rank counted by looking at the keys of its group's lanes. Lanes have no
 // array of keys that would have to be indexed, so nothing leaves the registers whatever the size.
-template <class F, class T>
+template <class F, class T, class Out>
 __global__ void __launch_bounds__(kTileThreads)
-    prune_nm_lane_kernel(Scored<T> matrix, int keep_n, int group_m, NotFinite report) {
+    prune_nm_lane_kernel(Scored<T> matrix, int keep_n, int group_m, Out out, NotFinite report) {
   constexpr int kWarps = kTileThreads / kWarpSize;
   const int columns = warp_columns(group_m), lane = lane_id();
   const int group = lane / group_m * group_m;  // the first lane of this lane's group
@@ -72,9 +70,9 @@ __global__ void __launch_bounds__(kTileThreads)
       rank += group + g < lane ? other >= key : other > key;
     }
     all_finite &= group_finite || !mine;
-    if (mine && group_finite && rank >= keep_n) row.weight[j] = T{};
+    if (mine) out.write_one(row, i, j, !group_finite || rank < keep_n);
   }
   if (!all_finite) raise_flag(report);
 }
 
-}  // namespace ace
+}  // namespace ace::cuda

@@ -1,8 +1,11 @@
-// prune_topk_, group "row".
-#include "cuda/dispatch.cuh"
+// prune_topk_ and topk_mask, group "row".
 #include "cuda/prune_rows.cuh"
 
-namespace ace {
+#include "cuda/dispatch.cuh"
+#include "cuda/mask.h"
+#include "cuda/prune.h"
+
+namespace ace::cuda {
 namespace {
 
 constexpr int64_t kWaves = 8;
@@ -11,10 +14,8 @@ constexpr size_t kStaticShared = 10 * 1024;  // the kernel's own counters and sc
 // Enough threads that each has a few packs; short rows leave room for more blocks on a multiprocessor.
 int row_threads(int64_t cols) { return cols <= 4096 ? kMaxRowThreads / 2 : kMaxRowThreads; }
 
-}  // namespace
-
-cudaError_t launch_prune_rows(const ScoredArguments& m, int64_t keep_k, float* threshold, void* sums, int code,
-                              cudaStream_t stream) {
+template <class Out>
+cudaError_t select_rows(const ScoredArguments& m, int64_t keep_k, Out out, void* sums, int code, cudaStream_t stream) {
   if (m.cols > 0xffffffffLL) return cudaErrorInvalidValue;  // a row's counters have 32 bits
   NotFinite report{nullptr, code};
   ACE_RETURN_IF_ERROR(not_finite_flag(&report.flag));
@@ -26,12 +27,24 @@ cudaError_t launch_prune_rows(const ScoredArguments& m, int64_t keep_k, float* t
     using F = decltype(formula);
     using T = std::remove_pointer_t<decltype(matrix.weight)>;
     if (held) {
-      return launch(prune_rows_kernel<F, T, true>, {blocks, row_threads(m.cols), row_held_bytes(m.cols), stream},
-                    matrix, keep_k, threshold, report);
+      return launch(prune_rows_kernel<F, T, true, Out>, {blocks, row_threads(m.cols), row_held_bytes(m.cols), stream},
+                    matrix, keep_k, out, report);
     }
-    return launch(prune_rows_kernel<F, T, false>, {blocks, kMaxRowThreads, 0, stream}, matrix, keep_k, threshold,
+    return launch(prune_rows_kernel<F, T, false, Out>, {blocks, kMaxRowThreads, 0, stream}, matrix, keep_k, out,
                   report);
   });
 }
 
-}  // namespace ace
+}  // namespace
+
+cudaError_t launch_prune_rows(const ScoredArguments& m, int64_t keep_k, float* threshold, void* sums, int code,
+                              cudaStream_t stream) {
+  return select_rows(m, keep_k, PruneOutcome{threshold}, sums, code, stream);
+}
+
+cudaError_t launch_mask_rows(const ScoredArguments& m, int64_t keep_k, bool* mask, void* sums, int code,
+                             cudaStream_t stream) {
+  return select_rows(m, keep_k, mask_outcome(mask, m.cols), sums, code, stream);
+}
+
+}  // namespace ace::cuda

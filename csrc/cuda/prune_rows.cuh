@@ -1,10 +1,11 @@
-// prune_topk_, group "row": one block a row, the row read from memory once and written once.
+// prune_topk_ and topk_mask, group "row": one block a row, the row read from memory once and written once.
 //
 // Contract
-//   weight     [rows, cols], pruned in place: exactly keep_k of each row keep their bits, the others become +0.0.
+//   weight     [rows, cols], pruned in place: exactly keep_k of each row keep their bits, the others become +0.0; or
+//              only read, and mask [rows, cols] says the same.
 //   threshold  [rows]: the smallest kept score, +inf where keep_k == 0, NaN where the row was left alone.
 //   ties       among equal scores the lower column first.
-//   not finite a row that holds a score that is not finite is left as it was, and the flag is raised.
+//   not finite a row that holds a score that is not finite is left as it was (mask: all True); the flag is raised.
 //
 // How: the upper 16 bits of every key stay on chip, 2 bytes a column for every dtype, so the weight and the column
 // factors are read once. (Keeping 16-bit weights and recomputing keys takes the same room but reads the float32 column
@@ -16,9 +17,9 @@
 
 #include "core/radix_select.h"
 #include "cuda/block.cuh"
-#include "cuda/scored.cuh"
+#include "cuda/outcome.cuh"
 
-namespace ace {
+namespace ace::cuda {
 
 constexpr int kMaxRowThreads = 512;
 constexpr int kRowBlocks = 2;  // on a multiprocessor: one reads its row while the other selects
@@ -146,9 +147,9 @@ ACE_DEVICE int64_t end_of_ties(const RowKeys<F, T, kHeld>& keys, Cut cut, BlockS
   return *end;
 }
 
-// The one write. A pack of which nothing is pruned is not touched.
-template <class F, class T, bool kHeld>
-ACE_DEVICE void write_row(const RowKeys<F, T, kHeld>& keys, Cut cut, int64_t ties_end) {
+// The one write.
+template <class F, class T, bool kHeld, class Out>
+ACE_DEVICE void write_row(const RowKeys<F, T, kHeld>& keys, const Out& out, int64_t i, Cut cut, int64_t ties_end) {
   const uint32_t cut_upper = cut.key >> kUpperShift;
   for_packs(keys.row.cols, [&](int64_t j) {
     const int count = pack_count(keys.row.cols, j);
@@ -163,19 +164,13 @@ ACE_DEVICE void write_row(const RowKeys<F, T, kHeld>& keys, Cut cut, int64_t tie
       }
       kept |= static_cast<uint32_t>(keep) << e;
     }
-    if (kept == (1u << count) - 1u) return;
-    Pack<T> weight = load_weights(keys.row, j, count);
-    ACE_UNROLL
-    for (int e = 0; e < kPack; ++e) {
-      if ((kept >> e & 1u) == 0) weight.value[e] = T{};
-    }
-    store_pack(keys.row.weight + j, weight, count, keys.row.weight_aligned);
+    out.write(keys.row, i, j, count, kept, [&] { return load_weights(keys.row, j, count); });
   });
 }
 
-template <class F, class T, bool kHeld>
+template <class F, class T, bool kHeld, class Out>
 __global__ void __launch_bounds__(kMaxRowThreads, kHeld ? kRowBlocks : 1)
-    prune_rows_kernel(Scored<T> matrix, int64_t keep_k, float* threshold, NotFinite report) {
+    prune_rows_kernel(Scored<T> matrix, int64_t keep_k, Out out, NotFinite report) {
   ACE_DYNAMIC_SHARED(uint16_t, held);
   __shared__ uint32_t counts[kRowBins];
   __shared__ BlockScratch scratch;
@@ -183,8 +178,9 @@ __global__ void __launch_bounds__(kMaxRowThreads, kHeld ? kRowBlocks : 1)
   for (int64_t i = blockIdx.x; i < matrix.rows; i += gridDim.x) {
     const RowKeys<F, T, kHeld> keys{row_of<F>(matrix, i), held};
     if (!read_row(keys, counts)) {
+      for_packs(matrix.cols, [&](int64_t j) { out.leave(i, j, pack_count(matrix.cols, j)); });
       if (threadIdx.x == 0) {
-        threshold[i] = bits_float(0x7fc00000u);
+        out.set_threshold(i, bits_float(0x7fc00000u));
         raise_flag(report);
       }
       continue;
@@ -204,10 +200,10 @@ __global__ void __launch_bounds__(kMaxRowThreads, kHeld ? kRowBlocks : 1)
       }
       ties_end = equal == cut.ties ? matrix.cols : end_of_ties(keys, cut, scratch, &shared_end);
     }
-    write_row(keys, cut, ties_end);
-    if (threadIdx.x == 0) threshold[i] = cut_threshold(cut);
+    write_row(keys, out, i, cut, ties_end);
+    if (threadIdx.x == 0) out.set_threshold(i, cut_threshold(cut));
     // No barrier: what a thread still reads of this row are packs of its own, which no other thread overwrites.
   }
 }
 
-}  // namespace ace
+}  // namespace ace::cuda

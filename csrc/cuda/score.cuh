@@ -4,7 +4,7 @@
 
 #include "cuda/scored.cuh"
 
-namespace ace {
+namespace ace::cuda {
 
 template <class F, class T>
 __global__ void __launch_bounds__(kTileThreads)
@@ -19,4 +19,4 @@ __global__ void __launch_bounds__(kTileThreads)
   if (!finite) raise_flag(report);
 }
 
-}  // namespace ace
+}  // namespace ace::cuda

@@ -8,7 +8,7 @@
 #include "cuda/block.cuh"
 #include "cuda/vector.cuh"
 
-namespace ace {
+namespace ace::cuda {
 
 constexpr int kSumThreads = 256;
 constexpr int kSumWarps = kSumThreads / kWarpSize;
@@ -80,4 +80,4 @@ __global__ void __launch_bounds__(kSumThreads)
   }
 }
 
-}  // namespace ace
+}  // namespace ace::cuda

@@ -6,7 +6,7 @@
 #include "core/score.h"
 #include "cuda/vector.cuh"
 
-namespace ace {
+namespace ace::cuda {
 
 template <class T>
 struct Scored {
@@ -123,4 +123,4 @@ struct NotFinite {
 
 ACE_DEVICE void raise_flag(const NotFinite& report) { atomicMax(report.flag, report.code); }
 
-}  // namespace ace
+}  // namespace ace::cuda

@@ -11,7 +11,7 @@
 #include "cuda/block.cuh"
 #include "cuda/scored.cuh"
 
-namespace ace {
+namespace ace::cuda {
 
 constexpr int kNormThreads = 256;
 constexpr int kNormWarps = kNormThreads / kWarpSize;
@@ -55,4 +55,4 @@ __global__ void __launch_bounds__(kTileThreads)
   });
 }
 
-}  // namespace ace
+}  // namespace ace::cuda

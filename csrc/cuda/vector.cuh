@@ -3,7 +3,7 @@
 
 #include "cuda/platform.cuh"
 
-namespace ace {
+namespace ace::cuda {
 
 constexpr int kPack = 8;  // one 16-byte load of 16-bit values, two of 32-bit ones
 
@@ -63,4 +63,4 @@ bool rows_aligned(const T* p, int64_t stride) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride * static_cast<int64_t>(sizeof(T)) % 16 == 0;
 }
 
-}  // namespace ace
+}  // namespace ace::cuda

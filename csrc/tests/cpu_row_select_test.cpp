@@ -1,12 +1,13 @@
 // The vectorised selections of a row against those of the core, which define the result.
 #include <gtest/gtest.h>
 
+#include <memory>
 #include <random>
 #include <vector>
 
 #include "cpu/row_select.h"
 
-namespace ace {
+namespace ace::cpu {
 namespace {
 
 // Keys of finite scores: few distinct ones make ties; wide ones cover both signs and all exponents.
@@ -47,18 +48,22 @@ TEST(RowSelect, SearchKeepsWhatTheRadixSelectionKeeps) {
   }
 }
 
-template <class Bits>
+template <class T>
 void expect_groups_as_the_core(int group_m, std::mt19937& random) {
   const int64_t cols = int64_t{group_m} * 37;  // does not fill the last vector
   for (const uint32_t distinct : {0u, 2u, 5u}) {
     const std::vector<uint32_t> keys = make_keys(cols, distinct, random);
     for (int keep_n = 0; keep_n <= group_m; ++keep_n) {
-      std::vector<Bits> weight(keys.size(), static_cast<Bits>(0x8001));
-      keep_best_of_groups(weight.data(), keys.data(), cols, group_m, keep_n);
+      std::vector<Bits<T>> weight(keys.size(), 0x8001);
+      const std::unique_ptr<bool[]> mask(new bool[keys.size()]);
+      keep_best_of_groups(PruneRow<T>{weight.data()}, keys.data(), cols, group_m, keep_n);
+      keep_best_of_groups(MaskRow{mask.get()}, keys.data(), cols, group_m, keep_n);
       for (int64_t j = 0; j < cols; j += group_m) {
         const uint32_t kept = keep_best<0>(keys.data() + j, group_m, keep_n);
         for (int g = 0; g < group_m; ++g) {
-          ASSERT_EQ(weight[static_cast<size_t>(j + g)], (kept >> g & 1u) != 0 ? 0x8001 : 0) << keep_n << ":" << group_m;
+          const size_t at = static_cast<size_t>(j + g);
+          ASSERT_EQ(weight[at], (kept >> g & 1u) != 0 ? 0x8001 : 0) << keep_n << ":" << group_m;
+          ASSERT_EQ(mask[at], (kept >> g & 1u) != 0) << keep_n << ":" << group_m;
         }
       }
     }
@@ -68,10 +73,10 @@ void expect_groups_as_the_core(int group_m, std::mt19937& random) {
 TEST(RowSelect, GroupsKeepWhatTheCoreKeeps) {
   std::mt19937 random(6);
   for (const int group_m : {1, 2, 3, 4, 5, 8, 16, 32}) {
-    expect_groups_as_the_core<uint16_t>(group_m, random);
-    expect_groups_as_the_core<uint32_t>(group_m, random);
+    expect_groups_as_the_core<BFloat16>(group_m, random);
+    expect_groups_as_the_core<float>(group_m, random);
   }
 }
 
 }  // namespace
-}  // namespace ace
+}  // namespace ace::cpu

@@ -4,9 +4,10 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "tests/simt/sample.h"
+#include "cuda/prune.h"
+#include "tests/sample.h"
 
-namespace ace {
+namespace ace::cuda {
 namespace {
 
 constexpr int64_t kRows = 2, kCols = 1134;
@@ -83,4 +84,4 @@ TEST(Barriers, DISABLED_OneBarrierLess) {
 }
 
 }  // namespace
-}  // namespace ace
+}  // namespace ace::cuda

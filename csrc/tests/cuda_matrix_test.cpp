@@ -1,7 +1,11 @@
-// prune_topk_, group "matrix", prune_at_, score_histogram and score by the CUDA kernels' source on the host.
-#include "tests/simt/sample.h"
+// prune_topk_ and topk_mask, group "matrix", prune_at_, score_histogram and score by the CUDA kernels' source on the host.
+#include "cuda/across.h"
+#include "cuda/mask.h"
+#include "cuda/prune.h"
+#include "cuda/score.h"
+#include "tests/sample.h"
 
-namespace ace {
+namespace ace::cuda {
 namespace {
 
 template <class T>
@@ -22,7 +26,7 @@ void check_matrix(Shape shape, Formula formula, Values values, int64_t keep_k) {
   const std::string what = "shape " + std::to_string(shape.rows) + "x" + std::to_string(shape.cols) + ", formula " +
                            std::to_string(static_cast<int>(formula)) + ", keep_k " + std::to_string(keep_k) +
                            ", order " + std::to_string(simt::settings.order);
-  Sample<T> got(shape, formula, values), want(shape, formula, values);
+  Sample<T> got(shape, formula, values), want(shape, formula, values), masked(shape, formula, values);
   const std::vector<uint32_t> keys = want.keys();
   const Cut cut = reference_cut(keys, keep_k);
   zero_rest(want, keys, cut);
@@ -32,6 +36,11 @@ void check_matrix(Shape shape, Formula formula, Values values, int64_t keep_k) {
             cudaSuccess);
   expect_same_bits(got.buffer(), want.buffer(), what + ": weight");
   expect_same_bits(threshold, {cut_threshold(cut)}, what + ": threshold");
+  std::vector<uint8_t> kept(keys.size(), 1);
+  apply_reference(keys, cut, [&](int64_t n) { kept[static_cast<size_t>(n)] = 0; });
+  expect_mask(masked, kept, what, [&](bool* mask) {
+    return launch_mask_matrix(masked.arguments(), keep_k, mask, work.data(), sums.data(), 1, nullptr);
+  });
   EXPECT_EQ(take_flag(), 0);
 }
 
@@ -58,7 +67,7 @@ TYPED_TEST(MatrixOf, KeepsExactlyKAmongTies) {
 }
 
 TYPED_TEST(MatrixOf, TakesEveryFormula) {
-  for (const Formula formula : kFormulas) check_matrix<TypeParam>({9, 72}, formula, Values::spread, 300);
+  for (const Formula formula : kAllFormulas) check_matrix<TypeParam>({9, 72}, formula, Values::spread, 300);
 }
 
 TYPED_TEST(MatrixOf, NegativeColumnFactors) {
@@ -126,6 +135,10 @@ TYPED_TEST(MatrixOf, WhatIsNotFiniteLeavesAllAlone) {
     ASSERT_EQ(launch_prune_matrix(got.arguments(), keep_k, &threshold, work.data(), nullptr, 3, nullptr), cudaSuccess);
     EXPECT_TRUE(std::isnan(threshold));
     EXPECT_EQ(take_flag(), 3);
+    expect_mask(got, std::vector<uint8_t>(200, 1), "not finite", [&](bool* mask) {
+      return launch_mask_matrix(got.arguments(), keep_k, mask, work.data(), nullptr, 2, nullptr);
+    });
+    EXPECT_EQ(take_flag(), 2);
   }
   ASSERT_EQ(launch_prune_at(got.arguments(), {0x80000000u, 0}, work.data(), nullptr, 4, nullptr), cudaSuccess);
   EXPECT_EQ(take_flag(), 4);
@@ -133,7 +146,7 @@ TYPED_TEST(MatrixOf, WhatIsNotFiniteLeavesAllAlone) {
 }
 
 TYPED_TEST(MatrixOf, ScoresHaveTheFunctorsBits) {
-  for (const Formula formula : kFormulas) {
+  for (const Formula formula : kAllFormulas) {
     for (const Shape shape : {Shape{3, 77}, Shape{1100, 40, 8}}) {
       Sample<TypeParam> sample(shape, formula, Values::spread);
       std::vector<float> out(static_cast<size_t>(shape.rows * shape.cols));
@@ -146,4 +159,4 @@ TYPED_TEST(MatrixOf, ScoresHaveTheFunctorsBits) {
 }
 
 }  // namespace
-}  // namespace ace
+}  // namespace ace::cuda

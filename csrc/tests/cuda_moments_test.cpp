@@ -1,8 +1,10 @@
 // update_moments_, inverse_square_norm and the squares of update_cosine_moment_ by the CUDA kernels' source on the
 // host, against float64 sums.
-#include "tests/simt/sample.h"
+#include "cuda/moments.h"
 
-namespace ace {
+#include "tests/sample.h"
+
+namespace ace::cuda {
 namespace {
 
 template <class T>
@@ -173,4 +175,4 @@ TYPED_TEST(MomentsOf, ScaledSquaresAreWithinTheirRounding) {
 }
 
 }  // namespace
-}  // namespace ace
+}  // namespace ace::cuda

@@ -1,7 +1,9 @@
-// prune_nm_ by the CUDA kernels' source on the host, against keep_best.
-#include "tests/simt/sample.h"
+// prune_nm_ and nm_mask by the CUDA kernels' source on the host, against keep_best.
+#include "cuda/mask.h"
+#include "cuda/prune.h"
+#include "tests/sample.h"
 
-namespace ace {
+namespace ace::cuda {
 namespace {
 
 template <class T>
@@ -14,18 +16,24 @@ TYPED_TEST_SUITE(NmOf, Dtypes);
 
 template <class T>
 void check_nm(Shape shape, Formula formula, Values values, int keep_n, int group_m) {
-  Sample<T> got(shape, formula, values), want(shape, formula, values);
+  Sample<T> got(shape, formula, values), want(shape, formula, values), masked(shape, formula, values);
   const std::vector<uint32_t> keys = want.keys();
+  std::vector<uint8_t> all_kept;
   for (int64_t n = 0; n < shape.rows * shape.cols; n += group_m) {
     const uint32_t kept = keep_best<0>(keys.data() + n, group_m, keep_n);
     for (int g = 0; g < group_m; ++g) {
-      if ((kept >> g & 1u) == 0) want.weight(n / shape.cols, n % shape.cols + g) = T{};
+      all_kept.push_back(kept >> g & 1u);
+      if (all_kept.back() == 0) want.weight(n / shape.cols, n % shape.cols + g) = T{};
     }
   }
   Workspace sums(score_sums_bytes(got.arguments()));
   ASSERT_EQ(launch_prune_nm(got.arguments(), keep_n, group_m, sums.data(), 1, nullptr), cudaSuccess);
-  expect_same_bits(got.buffer(), want.buffer(),
-                   std::to_string(keep_n) + ":" + std::to_string(group_m) + ", cols " + std::to_string(shape.cols));
+  const std::string what =
+      std::to_string(keep_n) + ":" + std::to_string(group_m) + ", cols " + std::to_string(shape.cols);
+  expect_same_bits(got.buffer(), want.buffer(), what);
+  expect_mask(masked, all_kept, what, [&](bool* mask) {
+    return launch_mask_nm(masked.arguments(), keep_n, group_m, mask, sums.data(), 1, nullptr);
+  });
   EXPECT_EQ(take_flag(), 0);
 }
 
@@ -50,7 +58,7 @@ TYPED_TEST(NmOf, TakesViewsWithoutAlignment) {
 }
 
 TYPED_TEST(NmOf, TakesEveryFormula) {
-  for (const Formula formula : kFormulas) {
+  for (const Formula formula : kAllFormulas) {
     check_nm<TypeParam>({5, 88}, formula, Values::spread, 2, 4);
     check_nm<TypeParam>({5, 88}, formula, Values::spread, 5, 11);
   }
@@ -59,7 +67,17 @@ TYPED_TEST(NmOf, TakesEveryFormula) {
 TYPED_TEST(NmOf, AGroupThatIsNotFiniteIsLeftAlone) {
   for (const int group_m : {4, 6}) {
     Sample<TypeParam> got({2, 24}, Formula::magnitude, Values::spread);
+    const std::vector<uint32_t> keys = got.keys();
+    std::vector<uint8_t> all_kept;
+    for (int n = 0; n < 48; n += group_m) {
+      const uint32_t kept = n <= 37 && 37 < n + group_m ? ~0u : keep_best<0>(keys.data() + n, group_m, 1);
+      for (int g = 0; g < group_m; ++g) all_kept.push_back(kept >> g & 1u);
+    }
     got.weight(1, 13) = not_finite<TypeParam>();
+    expect_mask(got, all_kept, "not finite", [&](bool* mask) {
+      return launch_mask_nm(got.arguments(), 1, group_m, mask, nullptr, 8, nullptr);
+    });
+    EXPECT_EQ(take_flag(), 8);
     ASSERT_EQ(launch_prune_nm(got.arguments(), 1, group_m, nullptr, 9, nullptr), cudaSuccess);
     EXPECT_EQ(take_flag(), 9);
     int64_t kept = 0;
@@ -69,4 +87,4 @@ TYPED_TEST(NmOf, AGroupThatIsNotFiniteIsLeftAlone) {
 }
 
 }  // namespace
-}  // namespace ace
+}  // namespace ace::cuda

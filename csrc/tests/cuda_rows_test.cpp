@@ -1,7 +1,9 @@
-// prune_topk_, group "row", by the CUDA kernels' source on the host, against select_kth.
-#include "tests/simt/sample.h"
+// prune_topk_ and topk_mask, group "row", by the CUDA kernels' source on the host, against select_kth.
+#include "cuda/mask.h"
+#include "cuda/prune.h"
+#include "tests/sample.h"
 
-namespace ace {
+namespace ace::cuda {
 namespace {
 
 template <class T>
@@ -9,8 +11,9 @@ void check_rows(Shape shape, Formula formula, Values values, int64_t keep_k) {
   const std::string what = "rows " + std::to_string(shape.rows) + ", cols " + std::to_string(shape.cols) +
                            ", formula " + std::to_string(static_cast<int>(formula)) + ", keep_k " +
                            std::to_string(keep_k) + ", order " + std::to_string(simt::settings.order);
-  Sample<T> got(shape, formula, values), want(shape, formula, values);
+  Sample<T> got(shape, formula, values), want(shape, formula, values), masked(shape, formula, values);
   const std::vector<uint32_t> keys = want.keys();
+  std::vector<uint8_t> kept(keys.size(), 1);
   std::vector<float> threshold(static_cast<size_t>(shape.rows), -1.0f), expected;
   Workspace sums(score_sums_bytes(got.arguments()));
   ASSERT_EQ(launch_prune_rows(got.arguments(), keep_k, threshold.data(), sums.data(), 1, nullptr), cudaSuccess);
@@ -18,10 +21,16 @@ void check_rows(Shape shape, Formula formula, Values values, int64_t keep_k) {
     const std::vector<uint32_t> row(keys.begin() + i * shape.cols, keys.begin() + (i + 1) * shape.cols);
     const Cut cut = reference_cut(row, keep_k);
     expected.push_back(cut_threshold(cut));
-    apply_reference(row, cut, [&](int64_t j) { want.weight(i, j) = T{}; });
+    apply_reference(row, cut, [&](int64_t j) {
+      want.weight(i, j) = T{};
+      kept[static_cast<size_t>(i * shape.cols + j)] = 0;
+    });
   }
   expect_same_bits(got.buffer(), want.buffer(), what + ": weight");
   expect_same_bits(threshold, expected, what + ": threshold");
+  expect_mask(masked, kept, what, [&](bool* mask) {
+    return launch_mask_rows(masked.arguments(), keep_k, mask, sums.data(), 1, nullptr);
+  });
   EXPECT_EQ(take_flag(), 0);
 }
 
@@ -57,7 +66,7 @@ TYPED_TEST(RowsOf, KeepExactlyKAmongTies) {
 }
 
 TYPED_TEST(RowsOf, TakeEveryFormula) {
-  for (const Formula formula : kFormulas) check_rows<TypeParam>({5, 200}, formula, Values::spread, 71);
+  for (const Formula formula : kAllFormulas) check_rows<TypeParam>({5, 200}, formula, Values::spread, 71);
 }
 
 TYPED_TEST(RowsOf, TakeViewsWithoutAlignment) {
@@ -98,6 +107,18 @@ TYPED_TEST(RowsOf, ARowThatIsNotFiniteIsLeftAlone) {
     got.weight(1, 69) = not_finite<TypeParam>();
     std::vector<TypeParam> before;
     for (int64_t j = 0; j < 70; ++j) before.push_back(got.weight(1, j));
+    std::vector<uint8_t> mask_kept(3 * 70, 1);
+    Sample<TypeParam> finite({3, 70}, Formula::magnitude, Values::spread);
+    const std::vector<uint32_t> keys = finite.keys();
+    for (const size_t i : {0, 2}) {
+      const std::vector<uint32_t> row(keys.begin() + static_cast<long>(i) * 70, keys.begin() + static_cast<long>(i + 1) * 70);
+      apply_reference(row, reference_cut(row, 20),
+                      [&](int64_t j) { mask_kept[i * 70 + static_cast<size_t>(j)] = 0; });
+    }
+    expect_mask(got, mask_kept, "not finite", [&](bool* mask) {
+      return launch_mask_rows(got.arguments(), 20, mask, nullptr, 6, nullptr);
+    });
+    EXPECT_EQ(take_flag(), 6);
     std::vector<float> threshold(3);
     ASSERT_EQ(launch_prune_rows(got.arguments(), 20, threshold.data(), nullptr, 5, nullptr), cudaSuccess);
     EXPECT_EQ(take_flag(), 5);
@@ -140,4 +161,4 @@ TEST_F(Rows, NothingToDo) {
 }
 
 }  // namespace
-}  // namespace ace
+}  // namespace ace::cuda

@@ -1,11 +1,13 @@
 // refine_swaps_ and obs_block_ by the CUDA kernels' source on the host, against plain loops over the same formulas.
 #include <memory>
 
-#include "core/obs.h"
-#include "core/swap.h"
-#include "tests/simt/sample.h"
+#include "core/obs_block.h"
+#include "core/swaps.h"
+#include "cuda/obs_block.h"
+#include "cuda/swaps.h"
+#include "tests/sample.h"
 
-namespace ace {
+namespace ace::cuda {
 namespace {
 
 using Mask = std::unique_ptr<bool[]>;
@@ -349,4 +351,4 @@ TEST_F(Solvers, RecursionLeavesAllAloneWhereTheFactorIsAtFault) {
 }
 
 }  // namespace
-}  // namespace ace
+}  // namespace ace::cuda

@@ -1,0 +1,41 @@
+// What a selection does with a row: it prunes the weight in place, or writes a mask and only reads the weight. The loops
+// that select are written once for both:
+//   put(j, kept)       column j is kept or removed.
+//   from(j)            the same row without its first j columns.
+//   weights(row)       where to read the weights of `row`. What is pruned is read and written through one pointer, or
+//                      the compiler would have to expect overlap and could use no vectors.
+#pragma once
+
+#include "cpu/scored_row.h"
+
+namespace ace::cpu {
+
+template <class T>
+struct PruneRow {
+  Bits<T>* weight;  // [cols]
+
+  ACE_HD void put(int64_t j, bool kept) const { weight[j] = kept ? weight[j] : Bits<T>{0}; }
+  ACE_HD PruneRow from(int64_t j) const { return {weight + j}; }
+  ACE_HD const Bits<T>* weights(const ScoredRow<T>&) const { return weight; }
+};
+
+struct MaskRow {
+  bool* mask;  // [cols]
+
+  ACE_HD void put(int64_t j, bool kept) const { mask[j] = kept; }
+  ACE_HD MaskRow from(int64_t j) const { return {mask + j}; }
+  template <class T>
+  ACE_HD const T* weights(const ScoredRow<T>& row) const {
+    return row.weight;
+  }
+};
+
+// Keeps the scores of `row` whose key is not below `lowest`.
+template <class F, class T, class Out>
+ACE_MULTIVERSION void keep_from_key(ScoredRow<T> row, Out out, uint32_t lowest) {
+  for (int64_t j = 0; j < row.cols; ++j) {
+    out.put(j, order_key(F::value(weight_value(out.weights(row)[j], T{}), score_terms<F>(row, j))) >= lowest);
+  }
+}
+
+}  // namespace ace::cpu

@@ -1,0 +1,21 @@
+// Launchers of ops/obs_block.h.
+#pragma once
+
+#include "cuda/arguments.h"
+
+namespace ace::cuda {
+
+// What the contract in obs_block.cuh names.
+struct ObsArguments {
+  float* weight;
+  float* error;
+  bool* mask;
+  const float* factor;
+  int64_t rows, width, weight_stride, error_stride, mask_stride, factor_stride;
+  int keep_n, group_m;
+};
+
+size_t obs_block_bytes();
+cudaError_t launch_obs_block(const ObsArguments& arguments, void* workspace, int code, cudaStream_t stream);
+
+}  // namespace ace::cuda

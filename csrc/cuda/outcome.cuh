@@ -1,0 +1,78 @@
+// What a selection does with what it has decided: it prunes the weight in place, or writes a mask and only reads the
+// weight. The kernels that select are written once for both. Bit e of `kept` is column j + e of row i.
+//   write(row, i, j, count, kept, load)  decides `count` columns; load() gives their weights.
+//   write_one(row, i, j, kept)           decides one column.
+//   leave(i, j, count)                   these columns are left as they are, as a score is not finite: kept.
+//   set_threshold(group, value)          the group's smallest kept score.
+#pragma once
+
+#include "cuda/scored.cuh"
+
+namespace ace::cuda {
+
+struct PruneOutcome {
+  float* threshold;  // [groups]; null for N:M groups and for a cut that is given
+
+  // Untouched where nothing is pruned.
+  template <class T, class Load>
+  ACE_DEVICE void write(const ScoredRow<T>& row, int64_t, int64_t j, int count, uint32_t kept, Load&& load) const {
+    if (kept == (1u << count) - 1u) return;
+    Pack<T> weight = load();
+    ACE_UNROLL
+    for (int e = 0; e < kPack; ++e) {
+      if ((kept >> e & 1u) == 0) weight.value[e] = T{};
+    }
+    store_pack(row.weight + j, weight, count, row.weight_aligned);
+  }
+
+  template <class T>
+  ACE_DEVICE void write_one(const ScoredRow<T>& row, int64_t, int64_t j, bool kept) const {
+    if (!kept) row.weight[j] = T{};
+  }
+
+  ACE_DEVICE void leave(int64_t, int64_t, int) const {}
+
+  ACE_DEVICE void set_threshold(int64_t group, float value) const { threshold[group] = value; }
+};
+
+struct MaskOutcome {
+  bool* mask;  // [rows, cols]
+  int64_t cols;
+  bool aligned;  // every row starts on 8 bytes
+
+  template <class T, class Load>
+  ACE_DEVICE void write(const ScoredRow<T>&, int64_t i, int64_t j, int count, uint32_t kept, Load&&) const {
+    put(i, j, count, kept);
+  }
+
+  template <class T>
+  ACE_DEVICE void write_one(const ScoredRow<T>&, int64_t i, int64_t j, bool kept) const {
+    mask[i * cols + j] = kept;
+  }
+
+  ACE_DEVICE void leave(int64_t i, int64_t j, int count) const { put(i, j, count, (1u << kPack) - 1u); }
+
+  ACE_DEVICE void set_threshold(int64_t, float) const {}
+
+ private:
+  ACE_DEVICE void put(int64_t i, int64_t j, int count, uint32_t kept) const {
+    bool* out = mask + i * cols + j;
+    if (aligned && count >= kPack) {  // one store of eight bytes
+      uint64_t bytes = 0;
+      ACE_UNROLL
+      for (int e = 0; e < kPack; ++e) bytes |= static_cast<uint64_t>(kept >> e & 1u) << (8 * e);
+      std::memcpy(__builtin_assume_aligned(out, sizeof bytes), &bytes, sizeof bytes);
+    } else {
+      ACE_UNROLL
+      for (int e = 0; e < kPack; ++e) {
+        if (e < count) out[e] = (kept >> e & 1u) != 0;
+      }
+    }
+  }
+};
+
+inline MaskOutcome mask_outcome(bool* mask, int64_t cols) {
+  return {mask, cols, reinterpret_cast<uintptr_t>(mask) % 8 == 0 && cols % 8 == 0};
+}
+
+}  // namespace ace::cuda

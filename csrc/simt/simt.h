@@ -1,0 +1,119 @@
+// Runs CUDA C++ kernel source on the host, block by block: the kernels of csrc/cuda, untouched, under plain g++ and its
+// sanitizers. Defines the qualifiers and intrinsics that those kernels use, and as much of the CUDA runtime as their
+// launchers call; no CUDA header is needed. Not for: inline PTX, cp.async, CUB, <<<>>>, `extern __shared__` (launch.cuh
+// and platform.cuh hold the last two).
+//
+// Static shared variables become function statics: blocks run one after another, so they are a block's own, but they
+// keep what an earlier block left there.
+#pragma once
+
+#if defined(__CUDACC__)
+#error "this header stands in for nvcc"
+#endif
+
+#include <cmath>
+
+#if defined(ACE_SIMT_THREADS)
+#include "simt/thread_engine.h"
+#else
+#include "simt/fiber_engine.h"
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __shared__ static
+#define __restrict__ __restrict
+
+#define threadIdx (simt::self().index)
+#define blockIdx (simt::block_index())
+#define blockDim (simt::block_dim())
+#define gridDim (simt::grid_dim())
+
+using dim3 = simt::Dim3;
+
+// --- block barriers ---
+
+inline void __syncthreads(int line = __builtin_LINE()) {
+  if (++simt::self().barriers == simt::settings.dropped_barrier) return;
+  simt::barrier(0, line);
+}
+
+inline int __syncthreads_or(int vote, int line = __builtin_LINE()) { return simt::barrier(vote, line) != 0; }
+
+inline int __syncthreads_count(int vote, int line = __builtin_LINE()) { return simt::barrier(vote, line); }
+
+// --- warp collectives ---
+
+inline void __syncwarp(unsigned mask = 0xffffffffu, int line = __builtin_LINE()) {
+  simt::collective(simt::Op::sync, mask, {}, line);
+}
+
+inline unsigned __ballot_sync(unsigned mask, int vote, int line = __builtin_LINE()) {
+  return static_cast<unsigned>(simt::collective(simt::Op::ballot, mask, {vote != 0, 0}, line));
+}
+
+// A source lane outside the warp leaves the lane its own value, as the hardware does.
+template <class T>
+T simt_shuffle(unsigned mask, T value, int source, int line) {
+  const unsigned lane = simt::self().lane;
+  const unsigned from = source >= 0 && source < static_cast<int>(simt::kWarp) ? static_cast<unsigned>(source) : lane;
+  return simt::from_bits<T>(simt::collective(simt::Op::shuffle, mask, {simt::to_bits(value), from}, line));
+}
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int line = __builtin_LINE()) {
+  return simt_shuffle(mask, value, source & 31, line);
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int distance, int line = __builtin_LINE()) {
+  return simt_shuffle(mask, value, static_cast<int>(simt::self().lane) ^ distance, line);
+}
+
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned distance, int line = __builtin_LINE()) {
+  return simt_shuffle(mask, value, static_cast<int>(simt::self().lane) - static_cast<int>(distance), line);
+}
+
+// --- bits and atomics ---
+
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
+
+template <class T>
+T atomicAdd(T* place, T value) {
+  return __atomic_fetch_add(place, value, __ATOMIC_RELAXED);
+}
+
+inline int atomicMax(int* place, int value) {
+  int seen = __atomic_load_n(place, __ATOMIC_RELAXED);
+  while (seen < value && !__atomic_compare_exchange_n(place, &seen, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return seen;
+}
+
+// --- the CUDA runtime, as far as the launchers need it; a stream does everything at once ---
+
+using cudaStream_t = void*;
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*device*/) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? simt::settings.processors
+                                                       : static_cast<int>(simt::settings.max_shared);
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaMemsetAsync(void* place, int byte, size_t bytes, cudaStream_t) {
+  std::memset(place, byte, bytes);
+  return cudaSuccess;
+}
