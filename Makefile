@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find ace_ext csrc -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 JOBS ?= 2
 
-.PHONY: demo test test-cpp test-python check-kernels check-memory gpu lint clean
+.PHONY: demo test test-cpp test-python check-kernels check-memory gpu lint docs dist clean
 
 demo: $(VENV)/installed
 	PYTHON=$(BIN)/python tools/demo.sh
@@ -46,10 +46,23 @@ check-memory: $(VENV)/installed
 gpu:
 	PYTHON=$(PYTHON) tools/gpu.sh
 
+# Versions as in .pre-commit-config.yaml. typos passes over what .gitignore names and what pyproject.toml lists.
 lint: $(VENV)/ready
-	$(BIN)/pip install --quiet 'ruff==0.17.6'
+	$(BIN)/pip install --quiet 'ruff==0.17.6' 'clang-format==14.0.6' 'codespell==2.4.3' 'typos==1.52.0'
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/codespell
+	$(BIN)/typos
+
+# The site in build/site; a warning fails. The command line and the tables of names come from what is installed.
+docs: $(VENV)/installed
+	$(BIN)/pip install --quiet 'mkdocs-material==9.8.2' 'mkdocstrings[python]==1.0.8' 'ruff==0.17.6'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Wheel and source distribution, each installed in an empty environment and run from another folder. Takes some minutes.
+dist: $(VENV)/ready
+	PYTHON=$(BIN)/python tools/check_dist.sh build/dist
 
 clean:
 	rm -rf $(VENV) build demo

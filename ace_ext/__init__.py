@@ -8,10 +8,21 @@ from ace_ext._moved import keep_old_paths
 from ace_ext.engine.api import prune_model
 from ace_ext.errors import InputError
 from ace_ext.ops._extension import build_info
-from ace_ext.pruning.config import PruneConfig, SparsityPattern
+from ace_ext.pruning.config import PruneConfig
+from ace_ext.pruning.pattern import SparsityPattern
+from ace_ext.pruning.solver_config import SolverConfig
 from ace_ext.records import PruneReport
 from ace_ext.version import __version__
 
-__all__ = ["InputError", "PruneConfig", "PruneReport", "SparsityPattern", "__version__", "build_info", "prune_model"]
+__all__ = [
+    "InputError",
+    "PruneConfig",
+    "PruneReport",
+    "SolverConfig",
+    "SparsityPattern",
+    "__version__",
+    "build_info",
+    "prune_model",
+]
 
 keep_old_paths()

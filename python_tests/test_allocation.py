@@ -11,7 +11,7 @@ from torch import nn
 
 from ace_ext import PruneConfig
 from ace_ext.ops import reference
-from ace_ext.pruning.allocation import CURVE_POINTS, BlockMeasure, allocate, measure_block, measure_needs, sparsity_grid
+from ace_ext.pruning.allocation import CURVE_POINTS, BlockMeasure, allocate, measure_block, sparsity_grid
 from ace_ext.pruning.config import keep_count
 from ace_ext.pruning.kinds import INPUT, WEIGHTED
 from ace_ext.pruning.masks import prune_weight_, scored_weight
@@ -98,7 +98,7 @@ def measured(config: PruneConfig):
     block = Block().requires_grad_(False)
     block.up.weight[0] *= 20  # outliers
     linears = dict(block.named_children())
-    with StatisticsCollector(linears, measure_needs(config)) as collector:
+    with StatisticsCollector(linears, config.needs.measure) as collector:
         block(torch.randn(1, 300, 12))
     return linears, collector.stats, measure_block(linears, collector.stats, config)
 
@@ -133,5 +133,5 @@ def masked_error(linear, stats, group, pruned_of_row) -> float:
 
 
 def test_only_error_needs_weighted_moments():
-    assert measure_needs(PruneConfig("wanda", allocation="owl")) == {INPUT}
-    assert measure_needs(PruneConfig("wanda", allocation="error")) == {INPUT, WEIGHTED}
+    assert PruneConfig("wanda", allocation="owl").needs.measure == {INPUT}
+    assert PruneConfig("wanda", allocation="error").needs.measure == {INPUT, WEIGHTED}

@@ -13,9 +13,9 @@ from ace_ext import PruneConfig, prune_model
 from ace_ext.models.blocks import find_blocks
 from ace_ext.pruning import gram
 from ace_ext.pruning.gram import GramState
-from ace_ext.pruning.solvers import prune_linear_
+from ace_ext.pruning.prune_linear import prune_linear_, working_bytes
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
-from ace_ext.runs.memory_model import estimate, solver_bytes
+from ace_ext.runs.memory_model import estimate
 
 
 def need(config=None, nsamples=8, seqlen=16, model=None, **options):
@@ -89,7 +89,7 @@ def test_the_process_is_measured_unless_given():
 
 
 def test_a_callables_scores_are_counted():
-    assert solver_bytes(PruneConfig(lambda weight, stats: weight.abs()), 7, 5) > solver_bytes(PruneConfig(), 7, 5)
+    assert working_bytes(PruneConfig(lambda weight, stats: weight.abs()), 7, 5) > working_bytes(PruneConfig(), 7, 5)
 
 
 def test_description_names_the_largest_first():
@@ -124,7 +124,7 @@ def test_a_solver_holds_what_is_estimated(setting, shape, tmp_path, monkeypatch)
     stats.weighted.update(x, torch.ones(len(x)))
     stats.gram.update(x)
     peak = peak_of(lambda: prune_linear_(weight, stats, config), tmp_path / "trace.json")
-    assert 1 <= solver_bytes(config, *shape) / peak < 1.1
+    assert 1 <= working_bytes(config, *shape) / peak < 1.1
 
 
 def make_wide_model():

@@ -40,7 +40,7 @@ def test_a_turn_brings_what_was_put(make):
     for seed in (1, 2, 3):
         for i, tensor in enumerate(batches(seed=seed)):
             states.put(i, tensor)
-        states.turn()
+        states.commit()
         assert_states(states, batches(seed=seed))
 
 
@@ -49,7 +49,7 @@ def test_batches_may_be_put_in_any_order_and_not_contiguous(make):
     new = torch.arange(12.0).view(2, 3, 2).permute(2, 0, 1)
     for i in (1, 0):
         states.put(i, new[i])
-    states.turn()
+    states.commit()
     assert_states(states, list(new))
 
 
@@ -66,7 +66,7 @@ def test_reopened_is_what_entered_the_block_that_was_cut_off(resident, turns, tm
     for seed in range(1, turns + 1):
         for i, tensor in enumerate(batches(seed=seed)):
             states.put(i, tensor)
-        states.turn()
+        states.commit()
     for i in range(2):  # the next block was at its second batch
         states.put(i, batches(seed=9)[i])
     for again in (resident, not resident):
@@ -80,7 +80,7 @@ def test_a_fork_goes_its_own_way(resident, tmp_path):
     fork = states.fork("other")
     for i, tensor in enumerate(batches(seed=1)):
         fork.put(i, tensor)
-    fork.turn()
+    fork.commit()
     assert_states(states, batches())
     assert_states(fork, batches(seed=1))
 
@@ -105,7 +105,7 @@ def test_files_hold_no_more_than_the_states(tmp_path):
     states = HiddenStates(batches(), tmp_path, resident=False)
     for i, tensor in enumerate(batches(seed=1)):
         states.put(i, tensor)
-    states.turn()
+    states.commit()
     assert {f.name: f.stat().st_size for f in tmp_path.iterdir()} == {
         "hidden-0.bin": states.nbytes,
         "hidden-1.bin": states.nbytes,

@@ -8,7 +8,7 @@ from folders import prune, save_dense, weights_bytes
 from tiny_models import FAMILIES, make_model
 
 from ace_ext import InputError
-from ace_ext.models.block_store import entrance, load_, unload_
+from ace_ext.models.block_store import OffloadedBlocks, entrance, load_, unload_
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.safetensors_files import Shards
 from ace_ext.models.skeleton import skeleton
@@ -137,12 +137,13 @@ class Free:
 
     def __init__(self, monkeypatch):
         monkeypatch.setattr(memory_model, "_process_bytes", lambda *_, **__: 0)
-        self.offloaded = []
-        kept = pipeline.Surroundings
-        monkeypatch.setattr(pipeline, "Surroundings", lambda **kw: self.offloaded.append(kw) or kept(**kw))
+        self.contexts = []
+        kept = pipeline.RunContext
+        monkeypatch.setattr(pipeline, "RunContext", lambda **kw: self.contexts.append(kw) or kept(**kw))
 
     def last(self):
-        return self.offloaded[-1]["offloaded"] is not None, self.offloaded[-1]["resident_hidden"]
+        blocks, journal = self.contexts[-1]["blocks"], self.contexts[-1]["journal"]
+        return isinstance(blocks, OffloadedBlocks), journal.resident_hidden
 
 
 def least_of(error) -> int:

@@ -22,7 +22,7 @@ def test_the_quickest_is_the_default():
 
 def test_settings_win():
     assert preset_config("best", tune_epochs=2, order="block") == PruneConfig(
-        update="admm", tune_epochs=2, order="block"
+        update="admm+tune", tune_epochs=2, order="block"
     )
 
 

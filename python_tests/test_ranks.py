@@ -147,14 +147,14 @@ def test_kept_statistics_are_those_of_all(tmp_path):
 FAILS_ON_ONE = """
 import os, sys
 from ace_ext.cli import main as cli
-from ace_ext.engine import walk
+from ace_ext.engine.walk import Walk
 from ace_ext.errors import InputError
-real = walk.Loop._run_block
+real = Walk._run_block
 def run_block(self, index):
     if os.environ["RANK"] == "{rank}" and index == 1:
         raise InputError("this process met something bad")
     real(self, index)
-walk.Loop._run_block = run_block
+Walk._run_block = run_block
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -174,14 +174,14 @@ OTHER_MASKS = """
 import os, sys
 import torch
 from ace_ext.cli import main as cli
-from ace_ext.engine import walk
-real = walk.Loop._prune
+from ace_ext.engine.steps import Steps
+real = Steps.prune_matrix
 def prune(self, block, index, child, stats):
     report = real(self, block, index, child, stats)
     if os.environ["RANK"] == "1":
         block.linears[child].weight.data[0] = 0
     return report
-walk.Loop._prune = prune
+Steps.prune_matrix = prune
 sys.exit(cli.main(sys.argv[1:]))
 """
 

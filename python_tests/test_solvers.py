@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from ace_ext import InputError, PruneConfig, ops
-from ace_ext.pruning import solvers
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.masks import keep_budget, metric_mask, scored_weight
-from ace_ext.pruning.solvers import prune_linear_
+from ace_ext.pruning.prune_linear import prune_linear_
+from ace_ext.pruning.solvers import admm, sparsegpt
+from ace_ext.pruning.solvers._problem import Problem
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
 
 ROWS, COLS, TOKENS = 6, 24, 50
@@ -64,7 +65,7 @@ def test_every_solver_keeps_exactly_k_and_beats_the_metric(setting, dtype):
     error = float((x @ (weight - dense).float().T).square().sum() / (x @ dense.float().T).square().sum())
     assert solution.loss_after == pytest.approx(error, rel=1e-3)
     assert solution.loss_after < solution.loss_before
-    assert solution.solver == config.solver
+    assert solution.solver == config.solver.name
 
 
 @pytest.mark.parametrize("setting", [s for s in SETTINGS if "group" not in s], ids=str)
@@ -107,7 +108,7 @@ def explicit_obs(dense, mask, gram, damping):
 
 @pytest.mark.parametrize("columns", [8, 20])  # one block; two and a rest
 def test_obs_equals_explicit_inverses(monkeypatch, columns):
-    monkeypatch.setattr(solvers, "OBS_BLOCK", 8)
+    monkeypatch.setattr(sparsegpt, "OBS_BLOCK", 8)
     weight, _, stats = make_case(columns=columns)
     dense = weight.clone()
     prune_linear_(weight, stats, PruneConfig(update="obs"))
@@ -116,7 +117,7 @@ def test_obs_equals_explicit_inverses(monkeypatch, columns):
 
 
 def test_obs_shares_of_the_blocks_add_up(monkeypatch):
-    monkeypatch.setattr(solvers, "OBS_BLOCK", 8)
+    monkeypatch.setattr(sparsegpt, "OBS_BLOCK", 8)
     weight, _, stats = make_case(columns=20)
     prune_linear_(weight, stats, PruneConfig(update="obs", sparsity=0.45))
     assert ((weight != 0).sum(1) == 11).all()
@@ -124,7 +125,7 @@ def test_obs_shares_of_the_blocks_add_up(monkeypatch):
 
 
 def test_obs_blocks_hold_whole_groups(monkeypatch):
-    monkeypatch.setattr(solvers, "OBS_BLOCK", 8)
+    monkeypatch.setattr(sparsegpt, "OBS_BLOCK", 8)
     weight, _, stats = make_case(columns=21)
     config = PruneConfig(update="obs", pattern="1:3")
     prune_linear_(weight, stats, config)
@@ -136,7 +137,8 @@ def test_admm_with_its_mask_fixed_nears_least_squares():
     config = PruneConfig(update="admm", iterations=3000, damping=0.1)
     factor = stats.gram.admm_factor(0.1)
     mask = metric_mask(scored_weight(weight, stats, config), config)
-    found = solvers._admm(weight, mask, factor, config, None) * factor.norm
+    problem = Problem(weight, stats.gram, config.comparison, config.comparison.keep(ROWS, COLS, 0.5), mask)
+    found = admm.iterate(problem, factor, config.solver.options_for(admm.SOLVER)) * factor.norm
     hessian, dense = factor.hessian.double(), (weight * factor.norm).double()
     for row in range(ROWS):
         kept = mask[row]

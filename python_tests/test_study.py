@@ -10,8 +10,8 @@ import torch
 from tiny_models import make_model, make_tokenizer
 
 from ace_ext import InputError, PruneConfig, prune_model
-from ace_ext.cli.compare import add_compare, study_from
-from ace_ext.cli.main import _add_model
+from ace_ext.cli import compare as verb
+from ace_ext.cli.compare import study_from
 from ace_ext.compare import method_spec, runner
 from ace_ext.compare.journal import RUNS_NAME
 from ace_ext.compare.runner import restore
@@ -37,7 +37,7 @@ def place(tmp_path_factory):
 
 def parse(place, *arguments, **changed):
     parser = argparse.ArgumentParser()
-    add_compare(parser.add_subparsers(), _add_model)
+    verb.add(parser.add_subparsers())
     options = {"model": place / "dense", "calibration": place / "text.txt", "texts": place / "text.txt"}
     options = {**options, "device": "cpu", "methods": "wanda,ace", "lengths": "4x16", "eval-seqlen": 16, **changed}
     typed = [part for name, value in options.items() for part in (f"--{name}", str(value))]

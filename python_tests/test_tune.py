@@ -13,7 +13,8 @@ from ace_ext.pruning import block_tuning
 from ace_ext.pruning.block_tuning import tune_block_
 from ace_ext.pruning.masks import prune_weight_, scored_weight
 
-CONFIG = PruneConfig("magnitude", tune_epochs=10, tune_lr=1e-2)
+CONFIG = PruneConfig("magnitude")
+TRAINING = {"epochs": 10, "learning_rate": 1e-2}
 
 
 def make_case(family="llama", dtype=torch.float32, skip=(), padded=False):
@@ -45,7 +46,7 @@ def test_the_loss_falls_and_the_mask_stays(monkeypatch, family):
     block, inputs, targets, masks, _ = make_case(family)
     before = state(block)
     with torch.no_grad():
-        tuning = tune_block_(block, inputs, targets, CONFIG, masks)
+        tuning = tune_block_(block, inputs, targets, masks, **TRAINING)
     assert tuning.loss_after < 0.8 * tuning.loss_before
     for child, linear in block.linears.items():
         assert torch.equal(linear.weight != 0, masks[child])
@@ -59,7 +60,7 @@ def test_loss_is_relative_to_what_the_block_adds():
     block, inputs, targets, masks, _ = make_case()
     with torch.no_grad():
         outputs = [run_block(block, *given) for given in inputs]
-        tuning = tune_block_(block, inputs, targets, PruneConfig("magnitude"), masks)  # no epoch: only measures
+        tuning = tune_block_(block, inputs, targets, masks, epochs=0, learning_rate=1e-3)  # only measures
     relative = [
         (out - target).double().square().sum(-1) / (target - given[0]).double().square().sum(-1)
         for out, target, given in zip(outputs, targets, inputs, strict=True)
@@ -70,7 +71,7 @@ def test_loss_is_relative_to_what_the_block_adds():
 def test_a_loss_that_rises_is_undone():
     block, inputs, targets, masks, _ = make_case()
     before = state(block)
-    tuning = tune_block_(block, inputs, targets, PruneConfig(tune_epochs=3, tune_lr=100.0), masks)
+    tuning = tune_block_(block, inputs, targets, masks, epochs=3, learning_rate=100.0)
     assert tuning.loss_after == tuning.loss_before
     assert all(torch.equal(value, before[name]) for name, value in block.module.state_dict().items())
 
@@ -78,7 +79,7 @@ def test_a_loss_that_rises_is_undone():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_keeps_its_dtype(dtype):
     block, inputs, targets, masks, _ = make_case(dtype=dtype)
-    tuning = tune_block_(block, inputs, targets, CONFIG, masks)
+    tuning = tune_block_(block, inputs, targets, masks, **TRAINING)
     assert tuning.loss_after < tuning.loss_before
     assert {p.dtype for p in block.module.parameters()} == {dtype}
 
@@ -87,17 +88,17 @@ def test_the_same_bits_each_time(monkeypatch):
     monkeypatch.setattr(block_tuning, "STEP_TOKENS", 32)
     block, inputs, targets, masks, _ = make_case()
     start = state(block)
-    tune_block_(block, inputs, targets, CONFIG, masks)
+    tune_block_(block, inputs, targets, masks, **TRAINING)
     first = state(block)
     block.module.load_state_dict(start)
-    tune_block_(block, inputs, targets, CONFIG, masks)
+    tune_block_(block, inputs, targets, masks, **TRAINING)
     assert all(torch.equal(value, first[name]) for name, value in block.module.state_dict().items())
 
 
 def test_skipped_linears_stay():
     block, inputs, targets, masks, _ = make_case(skip=("v_proj",))
     before = state(block)
-    tune_block_(block, inputs, targets, CONFIG, masks)
+    tune_block_(block, inputs, targets, masks, **TRAINING)
     assert "self_attn.v_proj" not in block.linears
     assert torch.equal(block.module.self_attn.v_proj.weight, before["self_attn.v_proj.weight"])
     assert not torch.equal(block.module.self_attn.q_proj.weight, before["self_attn.q_proj.weight"])
@@ -106,7 +107,7 @@ def test_skipped_linears_stay():
 def test_gradients_are_left_as_they_were():
     block, inputs, targets, masks, _ = make_case()
     block.module.input_layernorm.requires_grad_(False)
-    tune_block_(block, inputs, targets, CONFIG, masks)
+    tune_block_(block, inputs, targets, masks, **TRAINING)
     required = {name: p.requires_grad for name, p in block.module.named_parameters()}
     assert [name for name, flag in required.items() if not flag] == ["input_layernorm.weight"]
     assert all(p.grad is None for p in block.module.parameters())
@@ -127,7 +128,7 @@ def test_padded_tokens_do_not_count():
     block, inputs, targets, masks, token_masks = make_case(padded=True)
     other = copy.deepcopy(targets)
     other[0][0, :5] += 100.0  # of tokens that are padding
-    measure = PruneConfig("magnitude")
-    first = tune_block_(block, inputs, targets, measure, masks, token_masks)
-    assert tune_block_(block, inputs, other, measure, masks, token_masks) == first
-    assert tune_block_(block, inputs, other, measure, masks) != first
+    measure = {"epochs": 0, "learning_rate": 1e-3}
+    first = tune_block_(block, inputs, targets, masks, token_masks, **measure)
+    assert tune_block_(block, inputs, other, masks, token_masks, **measure) == first
+    assert tune_block_(block, inputs, other, masks, **measure) != first

@@ -1,36 +1,31 @@
-"""``ace-prune compare``: methods × sparsities × calibration lengths × sources × seeds on one model, in one table.
-
-The dense model is loaded once and its weights are put back before each run. Runs that draw the same calibration windows
-share them. Statistics are not shared: from the second block on they come from the outputs of the pruned blocks before,
-so they are each run's own (but for the group ``model``).
-"""
+"""``ace-prune compare``: methods × sparsities × calibration lengths × sources × seeds on one model, in one table."""
 
 import argparse
-import sys
+import textwrap
 from pathlib import Path
 
-from ace_ext.compare.grid import Evaluation, Grid, Study
-from ace_ext.compare.method_spec import METHODS, parse_methods
+from ace_ext.cli import args as shared
+from ace_ext.compare.grid import EVAL_WINDOWS, Evaluation, Grid, Study
+from ace_ext.compare.method_spec import METHODS, parse_methods, setting_names
 from ace_ext.compare.runner import run_study
 from ace_ext.compare.tables import markdown_table, results_json, text_table
 from ace_ext.data.corpora import SELF
-from ace_ext.engine.devices import pick_device
+from ace_ext.data.perplexity import SEQLEN
 from ace_ext.errors import InputError
+from ace_ext.pruning.config import BATCH_TOKENS
 from ace_ext.reporting.compare_page import write_study_report
 from ace_ext.reporting.plots import require_matplotlib
 
-# --- the command ------------------------------------------------------------------------------------------------------
 
-
-def add_compare(commands, add_model) -> None:
-    """Adds the subcommand ``compare`` to argparse's ``commands``; ``add_model(parser)`` adds the shared arguments."""
+def add(commands: shared.Subparsers) -> None:
+    """Adds the verb to the command line."""
     parser = commands.add_parser(
         "compare",
         help="compare methods, sparsities and calibration on one model",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=_method_table(),
     )
-    add_model(parser)
+    shared.add_model(parser)
     parser.add_argument("--methods", default="wanda,ace", help="a list, see below (default: %(default)s)")
     parser.add_argument("--sparsities", help="a list of shares of zeros, e.g. 0.5,0.6 (default: 0.5)")
     parser.add_argument("--patterns", help="a list of N:M, N kept of M consecutive inputs, e.g. 2:4,4:8")
@@ -40,11 +35,14 @@ def add_compare(commands, add_model) -> None:
     parser.add_argument("--calibration", default=SELF, help="a list of texts, see run --help (default: %(default)s)")
     parser.add_argument("--seeds", default="0", help="a list, e.g. 0,1,2 (default: %(default)s)")
     parser.add_argument("--texts", default="wiki-mini", help="a list of texts to evaluate on (default: %(default)s)")
-    parser.add_argument("--eval-seqlen", type=int, default=512, help="tokens of a window (default: %(default)s)")
-    parser.add_argument("--eval-windows", type=int, default=24, help="at most so many (default: %(default)s)")
+    parser.add_argument("--eval-seqlen", type=int, default=SEQLEN, help="tokens of a window (default: %(default)s)")
+    parser.add_argument("--eval-windows", type=int, default=EVAL_WINDOWS, help="at most so many (default: %(default)s)")
     parser.add_argument("--skip", action="append", default=[], metavar="REGEX", help="weights to leave dense")
     parser.add_argument(
-        "--batch-tokens", type=int, default=16384, help="tokens through a block at a time (default: %(default)s)"
+        "--batch-tokens",
+        type=int,
+        default=BATCH_TOKENS,
+        help="tokens through a block at a time (default: %(default)s)",
     )
     parser.add_argument(
         "--output",
@@ -56,13 +54,14 @@ def add_compare(commands, add_model) -> None:
 
 
 def _method_table() -> str:
-    width = max(map(len, METHODS))
-    lines = [f"  {name:<{width}}  {_words(arguments)}" for name, arguments in METHODS.items()]
-    changes = "any of them with changes, name:key=value,key=value, e.g. wanda:order=block"
-    return "\n".join(["methods (settings beside the defaults of run):", *lines, "", changes])
+    methods = {name: _words(arguments) for name, arguments in METHODS.items()}
+    changes = "any of them with changes, name:key=value,key=value, e.g. wanda:order=block; keys:"
+    keys = textwrap.fill(", ".join(setting_names()), 100, initial_indent="  ", subsequent_indent="  ")
+    listed = shared.table("methods (settings beside the defaults of run)", methods)
+    return f"{listed}\n\n{changes}\n{keys}"
 
 
-def _words(arguments: dict) -> str:
+def _words(arguments: dict[str, object]) -> str:
     return ", ".join(f"{name} {value}" for name, value in arguments.items())
 
 
@@ -108,15 +107,14 @@ def _whole(name: str, text: str) -> int:
 
 
 def compare(args: argparse.Namespace) -> int:
-    """The action of ``ace-prune compare``."""
+    """The action of the verb."""
     if args.json and args.markdown:
         raise InputError("--json and --markdown exclude each other; give one")
     study = study_from(args)
     output = Path(args.output).expanduser() if args.output else None
     if output is not None:
         require_matplotlib()
-    progress = not args.quiet and sys.stderr.isatty()
-    results = run_study(study, pick_device(args.device), output, progress)
+    results = run_study(study, shared.device_of(args), output, shared.shows_progress(args))
     if output is not None:
         write_study_report(results, output)
     if args.json:

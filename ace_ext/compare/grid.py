@@ -11,9 +11,13 @@ import torch
 from ace_ext.compare.journal import Cell
 from ace_ext.compare.method_spec import Method
 from ace_ext.data.corpora import CALIBRATION, HELD_OUT, SELF, SOURCES, load_text
+from ace_ext.data.perplexity import SEQLEN
 from ace_ext.errors import InputError
 from ace_ext.models.versions import versions
-from ace_ext.pruning.config import PruneConfig
+from ace_ext.pruning.config import BATCH_TOKENS, PruneConfig
+
+EVAL_WINDOWS = 24
+"""Windows of each text that a comparison evaluates on, at most, unless told otherwise."""
 
 
 def _check_list(name: str, values: tuple[object, ...]) -> None:
@@ -56,8 +60,8 @@ class Evaluation:
     """
 
     texts: tuple[str, ...] = ("wiki-mini",)
-    seqlen: int = 512
-    windows: int = 24
+    seqlen: int = SEQLEN
+    windows: int = EVAL_WINDOWS
 
     def __post_init__(self) -> None:
         _check_list("texts", self.texts)
@@ -79,7 +83,7 @@ class Study:
     grid: Grid
     evaluation: Evaluation = Evaluation()
     skip: tuple[str, ...] = ()
-    batch_tokens: int = 16384
+    batch_tokens: int = BATCH_TOKENS
     text_field: str = "text"
     dtype: str = "auto"
 

@@ -4,26 +4,21 @@ A name like ``ace``, ``balanced`` or ``published-wanda`` stands for keyword argu
 changes follow a colon, as in ``admm:gram=cosine,damping=0.05``.
 """
 
-import types
-import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from ace_ext.errors import InputError
-from ace_ext.pruning.config import PruneConfig
+from ace_ext.pruning.config import PruneConfig, all_settings
 from ace_ext.pruning.criteria import METRICS
 from ace_ext.pruning.presets import PRESETS, PUBLISHED
+from ace_ext.pruning.solvers import SOLVERS
 
-SOLVERS: dict[str, dict[str, Any]] = {
-    "swaps": {"refine": "swaps"},
-    "obs": {"update": "obs"},
-    "admm": {"update": "admm"},
-}
+SOLVER_METHODS: dict[str, dict[str, Any]] = {name: {solver.stage: name} for name, solver in SOLVERS.items()}
 
 METHODS: dict[str, dict[str, Any]] = {
     **{name: {"metric": name} for name in METRICS},
-    **SOLVERS,
+    **SOLVER_METHODS,
     **PRESETS,
     **{f"published-{name}": arguments for name, arguments in PUBLISHED.items()},
 }
@@ -31,6 +26,8 @@ METHODS: dict[str, dict[str, Any]] = {
 ``published-wanda`` is the metric ``wanda`` in the order that its authors use."""
 
 _GIVEN_BY_THE_GRID = ("sparsity", "pattern")
+_SEVERAL_DEFAULTS = ("damping",)
+"""Options whose default depends on the solver; ``none`` stands for it."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ class Method:
         Raises:
             InputError: for values that :class:`ace_ext.PruneConfig` refuses; the message names the method.
         """
-        unknown = sorted(set(self.arguments) - _field_types().keys())
+        unknown = sorted(set(self.arguments) - all_settings().keys())
         if unknown:
             raise InputError(f"method {self.label!r} needs {', '.join(unknown)}, which this PruneConfig does not have")
         try:
@@ -98,37 +95,30 @@ def parse_methods(text: str) -> tuple[Method, ...]:
     return tuple(Method.parse(part) for part in whole)
 
 
+def setting_names() -> list[str]:
+    """The keys that a change may name."""
+    return [name for name in all_settings() if name not in _GIVEN_BY_THE_GRID]
+
+
 def _parse_change(method: str, change: str) -> tuple[str, object]:
     key, equals, value = change.partition("=")
     key = key.strip()
-    known = [name for name in _field_types() if name not in _GIVEN_BY_THE_GRID]
-    if not equals or key not in known:
+    if not equals or key not in setting_names():
         found = f"got {change!r} in {method!r}"
-        raise InputError(f"method changes must be key=value with a key of {', '.join(known)} ({found})")
+        raise InputError(f"method changes must be key=value with a key of {', '.join(setting_names())} ({found})")
     return key, _parse_value(method, key, value.strip())
 
 
 def _parse_value(method: str, key: str, text: str) -> object:
-    """The value that a text stands for, by the field's type: None for ``none``, a number, a tuple of one, or text."""
-    accepted = _field_types()[key]
-    if text.lower() == "none" and type(None) in accepted:
+    """By the setting's type: ``none`` where it may be left out, a number where it is one, one element of a tuple, or
+    text."""
+    setting = all_settings()[key]
+    if text.lower() == "none" and (setting.default is None or key in _SEVERAL_DEFAULTS):
         return None
     for kind, word in ((int, "a whole number"), (float, "a number")):
-        if kind in accepted:
+        if kind in setting.types:
             try:
                 return kind(text)
             except ValueError as error:
                 raise InputError(f"{key} must be {word} (got {text!r} in method {method!r})") from error
-    return (text,) if tuple in accepted else text
-
-
-def _field_types() -> dict[str, set[type]]:
-    """The plain types that each field of :class:`ace_ext.PruneConfig` accepts, by the field's name."""
-    hints = typing.get_type_hints(PruneConfig)
-    return {field.name: _plain_types(hints[field.name]) for field in fields(PruneConfig)}
-
-
-def _plain_types(hint: Any) -> set[type]:
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return set().union(*map(_plain_types, typing.get_args(hint)))
-    return {typing.get_origin(hint) or hint}
+    return (text,) if tuple in setting.types else text

@@ -11,6 +11,9 @@ from ace_ext.errors import InputError
 from ace_ext.models._transformers import cache_arguments, input_embedding, text_config
 from ace_ext.models.tokenizer import Tokenizer
 
+ROWS_TOGETHER = 16
+"""How many rows of text the model writes together."""
+
 
 def self_generated(
     model: nn.Module,
@@ -19,7 +22,7 @@ def self_generated(
     seqlen: int,
     seed: int,
     temperature: float = 1.0,
-    batch_size: int = 16,
+    batch_size: int = ROWS_TOGETHER,
 ) -> torch.Tensor:
     """Return text that the model writes: int64 [nsamples, seqlen], on the CPU.
 

@@ -11,6 +11,11 @@ from tqdm import tqdm
 
 from ace_ext.errors import InputError
 
+SEQLEN = 512
+"""Tokens of an evaluation window, unless told otherwise."""
+BATCH_TOKENS = 2048
+"""Tokens that are evaluated together, at least one window."""
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -33,7 +38,7 @@ class Perplexity:
 
 @torch.no_grad()
 def perplexity(
-    model: nn.Module, tokens: Tensor, seqlen: int = 512, max_tokens: int | None = None, progress: bool = False
+    model: nn.Module, tokens: Tensor, seqlen: int = SEQLEN, max_tokens: int | None = None, progress: bool = False
 ) -> Perplexity:
     """Perplexity of ``tokens [n]`` cut into consecutive windows of ``seqlen`` tokens; the remainder is dropped.
 
@@ -57,7 +62,7 @@ def perplexity(
     training = model.training
     model.eval()
     total = 0.0
-    batches = torch.split(tokens[: windows * seqlen].view(windows, seqlen), max(1, 2048 // seqlen))
+    batches = torch.split(tokens[: windows * seqlen].view(windows, seqlen), max(1, BATCH_TOKENS // seqlen))
     for batch in tqdm(batches, desc="perplexity", unit="batch", disable=not progress, file=sys.stderr):
         batch = batch.to(device)
         logits = model(batch, use_cache=False).logits[:, :-1].float()

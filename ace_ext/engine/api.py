@@ -3,43 +3,25 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ace_ext.engine.distributed import Peers
+from ace_ext.engine.context import RunContext
 from ace_ext.engine.hidden_states import HiddenStates
 from ace_ext.engine.progress import Progress
-from ace_ext.engine.walk import Loop
+from ace_ext.engine.walk import Walk
 from ace_ext.errors import InputError
-from ace_ext.models.block_store import BlockSource, OffloadedBlocks, ResidentBlocks, entrance
+from ace_ext.models.block_store import BlockSource, ResidentBlocks
 from ace_ext.models.blocks import Block, find_blocks
 from ace_ext.models.replay import BlockCall, capture_calls
 from ace_ext.models.versions import versions
 from ace_ext.process_memory import peak_memory_bytes
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.records import BlockReport, PruneReport
-from ace_ext.runs.statistics_file import SavedStatistics, StatisticsWriter
-from ace_ext.runs.workspace import Workspace
 
 Batches = Tensor | Iterable[Tensor | dict[str, Tensor]]
-
-
-@dataclass
-class Surroundings:
-    """What a run on files has beside model and tokens; the defaults are those of a run in memory."""
-
-    device: torch.device | None = None
-    """Where blocks are run; None: where the model is."""
-    offloaded: OffloadedBlocks | None = None
-    """Blocks that are read from files, of a model that is a skeleton."""
-    resident_hidden: bool = True
-    progress: Progress | None = None
-    journal: Workspace | None = None
-    peers: Peers | None = None
-    keeper: StatisticsWriter | None = None
-    known: SavedStatistics | None = None
 
 
 @torch.no_grad()
@@ -50,7 +32,7 @@ def prune_model(
     *,
     callback: Callable[[BlockReport], None] | None = None,
     progress: bool = False,
-    surroundings: Surroundings | None = None,
+    context: RunContext | None = None,
 ) -> PruneReport:
     """Prunes the Linears of a causal language model's decoder blocks in place.
 
@@ -61,7 +43,7 @@ def prune_model(
         config: what to prune and how; default :class:`PruneConfig`.
         callback: called after each block with its report.
         progress: a bar on stderr.
-        surroundings: for runs on files; see :mod:`ace_ext.runs.pipeline`.
+        context: optional services of a run on files; see :mod:`ace_ext.runs.pipeline`.
 
     Returns:
         A :class:`PruneReport`: for each matrix the number kept and what it did to the output.
@@ -71,38 +53,25 @@ def prune_model(
             block is checked before any weight changes.
     """
     config = config or PruneConfig()
-    around = surroundings or Surroundings(progress=Progress(progress))
+    context = context or RunContext(observer=Progress(progress))
     start = time.perf_counter()
-    source = around.offloaded or ResidentBlocks(find_blocks(model, config.skip))
-    check_pattern(source.blocks, config)
-    device = around.device or next(model.parameters()).device
+    store = context.blocks or ResidentBlocks(find_blocks(model, config.skip))
+    check_pattern(store.blocks, config)
+    device = context.device or next(model.parameters()).device
+    context = replace(context, device=device)
     training = model.training
     model.eval()
     try:
-        calls, hidden = _enter(model, source, batches, config, around, device)
-        weight = next(linear.weight for block in source.blocks for linear in block.linears.values())
+        calls, hidden = _enter(model, store, batches, config, context, device)
+        weight = next(linear.weight for block in store.blocks for linear in block.linears.values())
         report = PruneReport(config.to_dict(), str(device), str(weight.dtype).removeprefix("torch."))
-        loop = Loop(
-            source,
-            calls,
-            hidden,
-            config,
-            report,
-            callback=callback,
-            progress=around.progress,
-            journal=around.journal,
-            peers=around.peers,
-            keeper=around.keeper,
-            known=around.known,
-        )
-        loop.run(device)
+        Walk(store, calls, hidden, config, report, context, callback).run()
     finally:
         model.train(training)
     report.seconds = time.perf_counter() - start
     report.peak_memory_bytes = peak_memory_bytes(device)
     report.versions = versions()
-    if around.progress is not None:
-        around.progress.end(report)
+    context.observer.end(report)
     return report
 
 
@@ -125,31 +94,30 @@ def check_pattern(blocks: list[Block], config: PruneConfig) -> None:
 
 def _enter(
     model: nn.Module,
-    source: BlockSource,
+    store: BlockSource,
     batches: Batches,
     config: PruneConfig,
-    around: Surroundings,
+    context: RunContext,
     device: torch.device,
 ) -> tuple[list[BlockCall], HiddenStates | None]:
     """How each batch enters the blocks, and the hidden states with which it does, or those where a run stopped."""
-    if around.known is not None:
+    if context.source is not None:
         return [], None
     calls: list[BlockCall] = []
 
     def first_states() -> Iterator[Tensor]:
-        for call in capture_calls(model, source.blocks, _as_batches(batches, config, device)):
+        for call in capture_calls(model, store.blocks, _as_batches(batches, config, device)):
             hidden, call.hidden = call.hidden, None
+            assert hidden is not None  # just captured
             calls.append(call)
             yield hidden
 
     with ExitStack() as held:
-        if around.offloaded is not None:
-            held.enter_context(entrance(model, source.blocks, around.offloaded.shards, device))
-            held.enter_context(source.hold(0))  # what a block returns is only known once one has run
-        if around.journal is None:
+        held.enter_context(store.entrance(model))
+        if context.journal is None:
             hidden = HiddenStates(first_states(), device=device)
         else:
-            hidden = around.journal.open_hidden(first_states(), around.resident_hidden, device)
+            hidden = context.journal.open_hidden(first_states(), device)
             for _ in first_states() if not calls else ():  # a resumed run still asks what blocks are called with
                 pass
     if not calls:

@@ -5,25 +5,13 @@ import hashlib
 import importlib
 import os
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ace_ext.engine.protocols import Peers
 from ace_ext.errors import InputError
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
-
-
-class Peers(Protocol):
-    """What the loop asks of the other processes. ``size`` is 1 for a run of its own."""
-
-    rank: int
-    size: int
-
-    def merge_(self, stats: dict[str, LinearStatistics], names: list[str], empty) -> None: ...
-    def check_same(self, weights: list[Tensor], where: str) -> None: ...
-    def gather(self, value: object) -> list[object]: ...
-    def wait(self) -> None: ...
 
 
 @dataclass

@@ -30,7 +30,7 @@ class Layout:
 
 class HiddenStates:
     """``[batch, seqlen, d_model]`` for each calibration batch. A block reads all batches by ``states[i]``, hands in
-    what it made of them by :meth:`put`, and :meth:`turn` ends it.
+    what it made of them by :meth:`put`, and :meth:`commit` ends it.
 
     Args:
         states: the batches' first hidden states, one after the other; none is kept once it is in a file.
@@ -98,13 +98,13 @@ class HiddenStates:
         return self._read(i).to(self._device) if self._kept is None else self._kept[i]
 
     def put(self, i: int, state: Tensor) -> None:
-        """Batch ``i``'s states behind the block; in a file, the ones before it stay until :meth:`turn`."""
+        """Batch ``i``'s states behind the block; in a file, the ones before it stay until :meth:`commit`."""
         if self._kept is not None:
             self._kept[i] = state
             return
         self._write(i, state)
 
-    def turn(self) -> None:
+    def commit(self) -> None:
         """The block is done: what was put is what comes next, on the disk too where there are files."""
         if self._files is None:
             return

@@ -21,6 +21,9 @@ class BlockSource(Protocol):
     def hold(self, index: int) -> contextlib.AbstractContextManager[Block]:
         """Within this context the weights of block ``index`` are in memory."""
 
+    def entrance(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Within this context tokens can enter the blocks of ``model``."""
+
 
 class ResidentBlocks:
     """Blocks of a model that is in memory as a whole."""
@@ -32,6 +35,9 @@ class ResidentBlocks:
     def hold(self, index: int) -> Iterator[Block]:
         """The block; nothing is to be done."""
         yield self.blocks[index]
+
+    def entrance(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
 
 class OffloadedBlocks:
@@ -55,6 +61,11 @@ class OffloadedBlocks:
             unload_(block.module)
             for fused in block.experts:
                 fused.bind()
+
+    @contextlib.contextmanager
+    def entrance(self, model: nn.Module) -> Iterator[None]:
+        with entrance(model, self.blocks, self.shards, self.device), self.hold(0):
+            yield  # the first block too: what a block returns is only known once one has run
 
 
 def load_(module: nn.Module, prefix: str, shards: Shards, device: torch.device | str) -> None:

@@ -148,3 +148,59 @@ def take_not_finite(device: torch.device) -> str:
     CPU ops raise by themselves.
     """
     return compiled().take_not_finite(device.index or 0) if device.type == "cuda" else ""
+
+
+# TEMPORARY until the new ops are merged
+_OLD = {"scaled": "wanda", "cosp_exact": "cosp-exact"}
+_new = {n: globals()[n] for n in ("score", "prune_topk_", "prune_nm_", "score_histogram", "prune_at_")}
+
+
+def _renamed(function):
+    def call(weight, formula, *args, **kwargs):
+        return function(weight, _OLD.get(formula, formula), *args, **kwargs)
+
+    return call
+
+
+for _n, _f in _new.items():
+    globals()[_n] = _renamed(_f)
+
+
+def topk_mask(weight, formula, keep_k, column=None, moment=None, group="row"):
+    s = globals()["score"](weight, formula, column, moment)
+    kept = torch.ones_like(s, dtype=torch.bfloat16)
+    prune_by_score_(kept, s, keep_k, group)
+    return kept.bool()
+
+
+def nm_mask(weight, formula, keep_n, group_m, column=None, moment=None):
+    s = globals()["score"](weight, formula, column, moment)
+    kept = torch.ones_like(s, dtype=torch.bfloat16)
+    prune_nm_by_score_(kept, s, keep_n, group_m)
+    return kept.bool()
+
+
+def prune_topk_across_(weights, keep):
+    prefix, ties, equal = 0, keep, [0] * len(weights)
+    shift = sum(RADIX_BITS)
+    for level, bits in enumerate(RADIX_BITS):
+        shift -= bits
+        counts = [
+            globals()["score_histogram"](s.weight, s.formula, prefix, level, column=s.column, moment=s.moment).cpu()
+            for s in weights
+        ]
+        if keep == 0:
+            break
+        from_top = sum(counts).flip(0).cumsum(0)
+        position = int(torch.searchsorted(from_top, torch.tensor(ties)))
+        above = int(from_top[position - 1]) if position > 0 else 0
+        digit = len(from_top) - 1 - position
+        prefix |= digit << shift
+        ties -= above
+        equal = [int(count[digit]) for count in counts]
+    if keep == 0:
+        prefix, ties = 2**32 - 1, 0
+    for scored, available in zip(weights, equal, strict=True):
+        taken = min(ties, available)
+        ties -= taken
+        globals()["prune_at_"](scored.weight, scored.formula, prefix, taken, column=scored.column, moment=scored.moment)

@@ -14,10 +14,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from ace_ext import ops
-from ace_ext.pruning.config import PruneConfig, keep_count
-from ace_ext.pruning.criteria import metric_needs
-from ace_ext.pruning.kinds import WEIGHTED
+from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.masks import scored_weight
+from ace_ext.pruning.pattern import keep_count
 from ace_ext.pruning.statistics import LinearStatistics
 
 OUTLIER_FACTOR = 5.0
@@ -40,12 +39,6 @@ class BlockMeasure:
     """``[CURVE_POINTS]`` float64, for ``"error"``: the block's error at each sparsity of :func:`sparsity_grid`."""
 
 
-def measure_needs(config: PruneConfig) -> frozenset[str]:
-    """The kinds of statistics that :func:`measure_block` reads."""
-    needs = metric_needs(config.metric)
-    return needs | {WEIGHTED} if config.allocation == "error" else needs
-
-
 def sparsity_grid(config: PruneConfig) -> np.ndarray:
     """``[CURVE_POINTS]`` float64: the sparsities that ``"error"`` chooses from, both ends included."""
     reach = ERROR_REACH * config.allocation_range
@@ -55,7 +48,7 @@ def sparsity_grid(config: PruneConfig) -> np.ndarray:
 def measure_block(
     linears: dict[str, nn.Linear], stats: dict[str, LinearStatistics], config: PruneConfig
 ) -> BlockMeasure:
-    """Measures a dense block: ``stats`` of the kinds :func:`measure_needs`, by the names of ``linears``.
+    """Measures a dense block: ``stats`` of the kinds ``config.needs.measure``, by the names of ``linears``.
 
     Raises:
         ValueError: a weight, a factor or a score is not finite.
@@ -63,7 +56,7 @@ def measure_block(
     scores = {}
     for child, linear in linears.items():
         scored = scored_weight(linear.weight, stats[child], config)
-        scores[child] = ops.score(scored.weight, scored.metric, scored.column, scored.moment)
+        scores[child] = ops.score(scored.weight, scored.formula, scored.column, scored.moment)
     size = max(1, sum(score.numel() for score in scores.values()))
     mean = sum(float(score.double().sum()) for score in scores.values()) / size
     outliers = sum(int((score > OUTLIER_FACTOR * mean).sum()) for score in scores.values())

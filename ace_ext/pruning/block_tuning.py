@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from ace_ext.models.blocks import Block
 from ace_ext.models.replay import run_block
-from ace_ext.pruning.config import PruneConfig
 from ace_ext.records import Tuning
 
 STEP_TOKENS = 1024
@@ -28,11 +27,13 @@ def tune_block_(
     block: Block,
     inputs: Sequence[tuple[Tensor, Others]],
     targets: Sequence[Tensor],
-    config: PruneConfig,
     masks: dict[str, Tensor],
     token_masks: Sequence[Tensor | None] | None = None,
+    *,
+    epochs: int,
+    learning_rate: float,
 ) -> Tuning:
-    """Trains a pruned block in place on the calibration tokens, with Adam, for ``config.tune_epochs`` passes.
+    """Trains a pruned block in place on the calibration tokens, with Adam, for so many passes (``epochs``).
 
     The loss of a token is ``‖output - target‖² / ‖target - input‖²``: the squared error relative to what the dense
     block adds to its input. Weights are kept in float32 while they are trained and rounded to the model's dtype for
@@ -57,7 +58,7 @@ def tune_block_(
     dense = [parameter.detach().clone() for parameter, _ in parameters]
     with torch.enable_grad(), _only_gradients_of(block.module, [parameter for parameter, _ in parameters]):
         before = _mean_loss(block, steps)
-        _train_(block, steps, parameters, config)
+        _train_(block, steps, parameters, epochs, learning_rate)
         after = _mean_loss(block, steps)
     if not after < before:
         _write_(parameters, dense)
@@ -142,15 +143,19 @@ def _mean_loss(block: Block, steps: list[_Step]) -> float:
 
 
 def _train_(
-    block: Block, steps: list[_Step], parameters: list[tuple[nn.Parameter, Tensor | None]], config: PruneConfig
+    block: Block,
+    steps: list[_Step],
+    parameters: list[tuple[nn.Parameter, Tensor | None]],
+    epochs: int,
+    learning_rate: float,
 ) -> None:
     trained = [parameter for parameter, _ in parameters]
     masters = [parameter.detach().float().clone() for parameter, _ in parameters]
-    adam = torch.optim.Adam(masters, lr=config.tune_lr, foreach=False)  # one by one: not a copy of all at a time
-    count = config.tune_epochs * len(steps)
+    adam = torch.optim.Adam(masters, lr=learning_rate, foreach=False)  # one by one: not a copy of all at a time
+    count = epochs * len(steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda done: 1 - done / max(1, count))
     order = torch.Generator().manual_seed(SEED)
-    for _ in range(config.tune_epochs):
+    for _ in range(epochs):
         for index in torch.randperm(len(steps), generator=order).tolist():
             gradients = list(torch.autograd.grad(steps[index].loss(block), trained, allow_unused=True))
             for master, (_, mask) in zip(masters, parameters, strict=True):

@@ -1,20 +1,26 @@
-"""The table of metrics: what each reads from the statistics, and the column factor it hands to the ops.
+"""The table of metrics: what each reads from the statistics, and the column factor that it hands to the ops.
 
-The score of one weight is a functor of ``csrc/core/score.h``; here stands what is the same for a whole column.
+The score of one weight is a formula of the ops (``csrc/core/score.h``); here stands what is the same for a whole
+column. A new metric that is a column factor is one entry in :data:`METRICS`, and one line in
+:func:`ace_ext.ops.reference.column_factor`.
 Notation: ``W [d_out, d_in]``, inputs ``X [T, d_in]``, dense outputs ``A = X Wᵀ``, ``r_t = 1 / ‖A_t‖²``; ``σ_j`` is the
 standard deviation of ``X_j`` over tokens, ``σʳ_j = sqrt(Σ_t r_t (X_tj - m_j)²)`` with ``m_j`` the ``r``-weighted mean.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import cast
 
+import torch
 from torch import Tensor
 
+from ace_ext.errors import InputError
 from ace_ext.pruning.kinds import INPUT, MOMENT, WEIGHTED
+from ace_ext.pruning.statistics import LinearStatistics
 
-if TYPE_CHECKING:
-    from ace_ext.pruning.statistics import LinearStatistics
+Column = Callable[[LinearStatistics, float], Tensor]
+CustomMetric = Callable[[Tensor, LinearStatistics], Tensor]
+"""A user's own metric: ``(weight [rows, cols], stats) -> score [rows, cols]``, a float tensor, higher = keep."""
 
 
 @dataclass(frozen=True)
@@ -22,31 +28,37 @@ class Metric:
     """One row of the table. ``column(stats, ria_exponent)`` is float64 ``[d_in]``, or None where it has no factor."""
 
     formula: str
+    """As people write it."""
+    op: str
+    """The formula's name in the ops: ``scaled`` is ``|W_ij|`` times the column factor."""
     needs: frozenset[str]
-    column: Callable[["LinearStatistics", float], Tensor] | None
+    column: Column | None
 
 
-def _metric(formula: str, *needs: str, column: Callable[["LinearStatistics", float], Tensor] | None = None) -> Metric:
-    return Metric(formula, frozenset(needs), column)
+def _metric(formula: str, op: str, *needs: str, column: Column | None = None) -> Metric:
+    return Metric(formula, op, frozenset(needs), column)
 
 
 METRICS: dict[str, Metric] = {
-    "magnitude": _metric("|W_ij|"),
-    "wanda": _metric("|W_ij| ‖X_j‖", INPUT, column=lambda s, _: s.norm),
-    "ria": _metric("(|W_ij| / Σ_i |W_ij| + |W_ij| / Σ_j |W_ij|) ‖X_j‖^a", INPUT, column=lambda s, a: s.norm**a),
-    "stade": _metric("|W_ij| σ_j", INPUT, column=lambda s, _: s.deviation),
-    "cosp": _metric("|W_ij| ‖X_j‖ · |W_ij| sqrt(Σ_t (A_ti X_tj r_t)²)", INPUT, MOMENT, column=lambda s, _: s.norm),
+    "magnitude": _metric("|W_ij|", "magnitude"),
+    "wanda": _metric("|W_ij| ‖X_j‖", "scaled", INPUT, column=lambda s, _: s.norm),
+    "ria": _metric("(|W_ij| / Σ_i |W_ij| + |W_ij| / Σ_j |W_ij|) ‖X_j‖^a", "ria", INPUT, column=lambda s, a: s.norm**a),
+    "stade": _metric("|W_ij| σ_j", "scaled", INPUT, column=lambda s, _: s.deviation),
+    "cosp": _metric(
+        "|W_ij| ‖X_j‖ · |W_ij| sqrt(Σ_t (A_ti X_tj r_t)²)", "cosp", INPUT, MOMENT, column=lambda s, _: s.norm
+    ),
     "cosp-exact": _metric(
         "|W_ij| sqrt((Σ_t r_t X_tj² - Σ_t r_t² A_ti² X_tj²) / 2)",
+        "cosp_exact",
         WEIGHTED,
         MOMENT,
         column=lambda s, _: s.weighted_square_sum,
     ),
-    "varp": _metric("|W_ij| σ_j", INPUT, column=lambda s, _: s.deviation),
-    "cosp+varp": _metric("cosp · σ_j", INPUT, MOMENT, column=lambda s, _: s.norm * s.deviation),
-    "cosvar": _metric("|W_ij| σʳ_j", WEIGHTED, column=lambda s, _: s.weighted_deviation),
+    "varp": _metric("|W_ij| σ_j", "scaled", INPUT, column=lambda s, _: s.deviation),
+    "cosp+varp": _metric("cosp · σ_j", "cosp", INPUT, MOMENT, column=lambda s, _: s.norm * s.deviation),
+    "cosvar": _metric("|W_ij| σʳ_j", "scaled", WEIGHTED, column=lambda s, _: s.weighted_deviation),
     "ace": _metric(
-        "|W_ij| sqrt(‖X_j‖ σʳ_j)", INPUT, WEIGHTED, column=lambda s, _: (s.norm * s.weighted_deviation).sqrt()
+        "|W_ij| sqrt(‖X_j‖ σʳ_j)", "scaled", INPUT, WEIGHTED, column=lambda s, _: (s.norm * s.weighted_deviation).sqrt()
     ),
 }
 """Every metric by name, in the order in which they are listed to users. ``ace`` is the default."""
@@ -54,7 +66,7 @@ METRICS: dict[str, Metric] = {
 DEFAULT_METRIC = "ace"
 
 
-def metric_needs(metric: str | Callable) -> frozenset[str]:
+def metric_needs(metric: str | CustomMetric) -> frozenset[str]:
     """The statistics to collect. A user's callable gets the two vectors, and the cross moment if it sets
     ``needs_moment = True`` on itself (that one costs a matrix product as large as the layer's own)."""
     if callable(metric):
@@ -63,7 +75,39 @@ def metric_needs(metric: str | Callable) -> frozenset[str]:
     return METRICS[metric].needs
 
 
-def column_factor(metric: str, stats: "LinearStatistics", ria_exponent: float) -> Tensor | None:
+def column_factor(metric: str, stats: LinearStatistics | None, ria_exponent: float) -> Tensor | None:
     """The factor of each column as the ops take it: ``[d_in]`` float32, contiguous; None for ``magnitude``."""
     column = METRICS[metric].column
-    return None if column is None else column(stats, ria_exponent).float().contiguous()
+    if column is None:
+        return None
+    if stats is None:
+        raise ValueError(f"metric {metric} needs statistics (got none)")
+    return column(stats, ria_exponent).float().contiguous()
+
+
+@dataclass(frozen=True)
+class ScoredWeight:
+    """A weight and all that its score is computed from; the score itself is never stored, but for a user's callable."""
+
+    weight: Tensor  # [rows, cols]
+    formula: str  # as the ops name it
+    column: Tensor | None  # [cols] float32
+    moment: Tensor | None  # [rows, cols] float32
+
+
+def bind(
+    weight: Tensor, stats: LinearStatistics | None, metric: str | CustomMetric, ria_exponent: float = 0.5
+) -> ScoredWeight:
+    """Binds a weight to its metric. ``stats`` may be None for ``magnitude``."""
+    if callable(metric):
+        return ScoredWeight(weight, "score", None, _custom_score(metric, weight, stats))
+    moment = None if stats is None else stats.moment
+    return ScoredWeight(weight, METRICS[metric].op, column_factor(metric, stats, ria_exponent), moment)
+
+
+def _custom_score(metric: CustomMetric, weight: Tensor, stats: LinearStatistics | None) -> Tensor:
+    score: object = metric(weight.detach(), cast(LinearStatistics, stats))  # None only where a caller of bind says so
+    if not isinstance(score, Tensor) or score.shape != weight.shape or not score.is_floating_point():
+        found = f"{score.dtype} {list(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
+        raise InputError(f"metric must return a float tensor of the weight's shape {list(weight.shape)} (got {found})")
+    return score.to(weight.device, torch.float32).contiguous()

@@ -1,11 +1,18 @@
-"""The table of metrics: what each reads from the statistics, and the column factor it hands to the ops.
+"""The kinds of statistics that exist, by name: what criteria and solvers ask for, and collectors and files hold.
 
-The score of one weight is a functor of ``csrc/core/score.h``; here stands what is the same for a whole column.
-Notation: ``W [d_out, d_in]``, inputs ``X [T, d_in]``, dense outputs ``A = X Wᵀ``, ``r_t = 1 / ‖A_t‖²``; ``σ_j`` is the
-standard deviation of ``X_j`` over tokens, ``σʳ_j = sqrt(Σ_t r_t (X_tj - m_j)²)`` with ``m_j`` the ``r``-weighted mean.
+Notation: inputs ``X [T, d_in]`` of a Linear, dense outputs ``A [T, d_out]``, ``r_t = 1 / ‖A_t‖²``.
 """
 
-INPUT, WEIGHTED, MOMENT = "input", "weighted", "moment"
-"""Kinds of statistics: moments of the input; those weighted by ``r_t``; the cross moment ``Σ_t r_t² A_ti² X_tj²``."""
-GRAM, COSINE_GRAM = "gram", "cosine-gram"
-"""Two more, for the solvers: ``Σ_t X_t X_tᵀ``, and the same weighted by ``r_t``."""
+INPUT = "input"
+"""Welford moments of each input column."""
+WEIGHTED = "weighted"
+"""The same with token t counted ``r_t`` times."""
+MOMENT = "moment"
+"""The cross moment ``Σ_t r_t² A_ti² X_tj²``, as large as the weight."""
+GRAM = "gram"
+"""``Σ_t X_t X_tᵀ``, for the solvers."""
+COSINE_GRAM = "cosine-gram"
+"""``Σ_t r_t X_t X_tᵀ``, for the solvers."""
+
+GRAMS = frozenset({GRAM, COSINE_GRAM})
+"""Those that are ``[d_in, d_in]``."""

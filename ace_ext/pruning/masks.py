@@ -1,15 +1,11 @@
-"""From statistics to zeros: hands each weight to the op that its pattern and group ask for."""
+"""From statistics to zeros: hands each weight to its comparison group, which calls the op."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-import torch
 from torch import Tensor
 
 from ace_ext import ops
-from ace_ext.errors import InputError
-from ace_ext.pruning.config import PruneConfig, keep_count
-from ace_ext.pruning.criteria import column_factor
+from ace_ext.pruning.config import PruneConfig
+from ace_ext.pruning.criteria import ScoredWeight, bind
+from ace_ext.pruning.pattern import keep_count
 from ace_ext.pruning.statistics import LinearStatistics
 
 COUNTED_AT_ONCE = 1 << 22
@@ -22,112 +18,36 @@ def count_kept(weight: Tensor) -> int:
     return sum(int(part.bool().sum()) for part in parts)
 
 
-@dataclass(frozen=True)
-class ScoredWeight:
-    """A weight and all that its score is computed from; the score itself is never stored, but for a user's callable."""
-
-    weight: Tensor  # [rows, cols]
-    metric: str  # as the ops name it
-    column: Tensor | None  # [cols] float32
-    moment: Tensor | None  # [rows, cols] float32
-
-
 def scored_weight(weight: Tensor, stats: LinearStatistics | None, config: PruneConfig) -> ScoredWeight:
-    """Binds a weight to its metric. ``stats`` may be None for ``magnitude``."""
-    if callable(config.metric):
-        return ScoredWeight(weight, "score", None, _custom_score(config.metric, weight, stats))
-    moment = None if stats is None else stats.moment
-    return ScoredWeight(weight, config.metric, column_factor(config.metric, stats, config.ria_exponent), moment)
+    """Binds a weight to the configuration's metric. ``stats`` may be None for ``magnitude``."""
+    return bind(weight, stats, config.metric, config.ria_exponent)
 
 
-def _custom_score(metric: Callable, weight: Tensor, stats: LinearStatistics | None) -> Tensor:
-    score = metric(weight.detach(), stats)
-    if not isinstance(score, Tensor) or score.shape != weight.shape or not score.is_floating_point():
-        found = f"{score.dtype} {list(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
-        raise InputError(f"metric must return a float tensor of the weight's shape {list(weight.shape)} (got {found})")
-    return score.to(weight.device, torch.float32).contiguous()
+def keep_of_group(weight: Tensor, config: PruneConfig, keep_row: int | None = None) -> int:
+    """How many weights of one comparison group survive; ``keep_row`` of a row, in place of what ``config.sparsity``
+    says (see :mod:`ace_ext.pruning.allocation`)."""
+    rows, cols = weight.shape
+    return config.comparison.keep(rows, cols, config.sparsity, keep_row)
 
 
-def keep_of_group(shape: tuple[int, int], config: PruneConfig, keep: int | None = None) -> int:
-    """How many weights of one group, a row or a matrix, survive.
-
-    Args:
-        shape: the weight's rows and columns.
-        keep: how many of a row, in place of what ``config.sparsity`` says (see :mod:`ace_ext.pruning.allocation`).
-    """
-    rows, cols = shape
-    if config.group == "row":
-        return keep_count(cols, config.sparsity) if keep is None else keep
-    return keep_count(rows * cols, config.sparsity) if keep is None else rows * keep
-
-
-def keep_budget(weight: Tensor, config: PruneConfig, keep: int | None = None) -> int:
+def keep_budget(weight: Tensor, config: PruneConfig, keep_row: int | None = None) -> int:
     """How many weights of a matrix survive (for the group ``model``: would, if each matrix had the same share)."""
     rows, cols = weight.shape
-    if config.pattern is not None:
-        return rows * (cols // config.pattern.group_m) * config.pattern.keep_n
-    return keep_of_group((rows, cols), config, keep) * (rows if config.group == "row" else 1)
+    return config.comparison.budget(rows, cols, config.sparsity, keep_row)
 
 
-def prune_weight_(scored: ScoredWeight, config: PruneConfig, keep: int | None = None) -> None:
+def prune_weight_(scored: ScoredWeight, config: PruneConfig, keep_row: int | None = None) -> None:
     """Zeroes the weight's least important entries in place, compared within rows, the matrix, or N:M groups."""
-    arguments = {"column": scored.column, "moment": scored.moment}
-    if config.pattern is not None:
-        ops.prune_nm_(scored.weight, scored.metric, config.pattern.keep_n, config.pattern.group_m, **arguments)
-        return
-    keep_k = keep_of_group(tuple(scored.weight.shape), config, keep)
-    ops.prune_topk_(scored.weight, scored.metric, keep_k, group=config.group, **arguments)
+    config.comparison.prune_(scored, keep_of_group(scored.weight, config, keep_row))
 
 
-def metric_mask(scored: ScoredWeight, config: PruneConfig, keep: int | None = None) -> Tensor:
+def metric_mask(scored: ScoredWeight, config: PruneConfig, keep_row: int | None = None) -> Tensor:
     """``[rows, cols]`` bool, True where :func:`prune_weight_` would keep. The weight is left as it is."""
-    score = ops.score(scored.weight, scored.metric, scored.column, scored.moment)
-    if config.pattern is None:
-        return score_mask(score, keep_of_group(tuple(score.shape), config, keep), config.group)
-    kept = torch.ones_like(score, dtype=torch.bfloat16)
-    ops.prune_nm_by_score_(kept, score, config.pattern.keep_n, config.pattern.group_m)
-    return kept.bool()
-
-
-def score_mask(score: Tensor, keep_k: int, group: str = "row") -> Tensor:
-    """``[rows, cols]`` bool, True at the best ``keep_k`` of ``score [rows, cols]`` in each row or the ``"matrix"``."""
-    kept = torch.ones_like(score, dtype=torch.bfloat16)
-    ops.prune_by_score_(kept, score, keep_k, group)
-    return kept.bool()
+    return config.comparison.mask(scored, keep_of_group(scored.weight, config, keep_row))
 
 
 def prune_model_wide_(weights: list[ScoredWeight], sparsity: float) -> None:
-    """Zeroes the least important entries of all weights taken together, exactly as many as ``sparsity`` says.
-
-    The cut is found by three rounds of digit counts summed over the matrices, so no score is stored. Ties are broken by
-    the order of the list, then row, then column.
-    """
+    """Zeroes the least important entries of all weights taken together, exactly as many as ``sparsity`` says. No score
+    is stored. Ties are broken by the order of the list, then row, then column."""
     keep = keep_count(sum(scored.weight.numel() for scored in weights), sparsity)
-    prefix, ties, equal = 0, keep, [0] * len(weights)
-    shift = sum(ops.RADIX_BITS)
-    for level, bits in enumerate(ops.RADIX_BITS):
-        shift -= bits
-        counts = [
-            ops.score_histogram(s.weight, s.metric, prefix, level, column=s.column, moment=s.moment).cpu()
-            for s in weights
-        ]
-        if keep == 0:
-            break  # one round only, for its check that all scores are finite
-        digit, above = _find_digit(sum(counts), ties)
-        prefix |= digit << shift
-        ties -= above
-        equal = [int(count[digit]) for count in counts]
-    if keep == 0:
-        prefix, ties = 2**32 - 1, 0
-    for scored, available in zip(weights, equal, strict=True):
-        taken = min(ties, available)
-        ties -= taken
-        ops.prune_at_(scored.weight, scored.metric, prefix, taken, column=scored.column, moment=scored.moment)
-
-
-def _find_digit(counts: Tensor, want: int) -> tuple[int, int]:
-    """The digit in which the ``want``-th largest key lies, and how many keys have a higher one."""
-    from_top = counts.flip(0).cumsum(0)
-    position = int(torch.searchsorted(from_top, torch.tensor(want)))
-    above = int(from_top[position - 1]) if position > 0 else 0
-    return len(counts) - 1 - position, above
+    ops.prune_topk_across_(weights, keep)

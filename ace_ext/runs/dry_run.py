@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ace_ext.engine.context import RunContext
 from ace_ext.engine.hidden_states import HiddenStates
-from ace_ext.engine.walk import Loop
-from ace_ext.models.block_store import OffloadedBlocks, ResidentBlocks, entrance
+from ace_ext.engine.walk import Walk
+from ace_ext.models.block_store import OffloadedBlocks, ResidentBlocks
 from ace_ext.models.blocks import Block
 from ace_ext.models.replay import BlockCall, capture_calls, run_block
 from ace_ext.models.safetensors_files import Shards
@@ -63,14 +64,15 @@ def try_block(
     # The larger first: it also brings in what the libraries load at their first call.
     for part in (large, small):
         batches = part.chunk(2 if several else 1)
-        with entrance(model, blocks, files, device), first.hold(0):
+        with first.entrance(model):
             calls = list(capture_calls(model, blocks, [{"input_ids": batch.to(device)} for batch in batches]))
         hidden = HiddenStates([call.hidden for call in calls], device=device)
         calls = [BlockCall(None, [call.others[index]], call.token_mask, call.tokens) for call in calls]
         with offloaded.hold(0) as block, _Passes(block.module) as passes:
-            loop = Loop(ResidentBlocks([block]), calls, hidden, config, PruneReport(config.to_dict(), str(device), ""))
+            report = PruneReport(config.to_dict(), str(device), "")
+            walk = Walk(ResidentBlocks([block]), calls, hidden, config, report, RunContext(device=device))
             start = time.perf_counter()
-            loop.run(device)
+            walk.run()
             found.append((part.numel(), time.perf_counter() - start))
             start = time.perf_counter()
             run_block(block, hidden[0], calls[0].others[0])

@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from ace_ext.models._transformers import attends_eagerly
 from ace_ext.models.blocks import Block
 from ace_ext.models.safetensors_files import Shards
 from ace_ext.process_memory import resident_bytes
-from ace_ext.pruning.allocation import measure_needs
 from ace_ext.pruning.block_tuning import step_samples
 from ace_ext.pruning.config import PruneConfig
-from ace_ext.pruning.gram import GramState
-from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, MOMENT
+from ace_ext.pruning.kinds import GRAMS, MOMENT
+from ace_ext.pruning.prune_linear import working_bytes
+from ace_ext.pruning.solvers import BlockSizes
 from ace_ext.pruning.statistics import StatisticsCollector
+from ace_ext.runs.model_shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def estimate(
         process: bytes beside the model; None: from what this process holds now.
         device: where the peak is asked for.
     """
-    shape = _Shape.of(model, blocks)
+    shape = ModelShape.of(model, blocks)
     mapped = shards is not None and not whole and torch.device(device).type == "cpu"
     outside = shape.embedding + (0 if mapped or offload else shape.head)
     if mapped and not offload:  # a mapped file's pages are read around the rows that tokens ask for
@@ -95,26 +95,6 @@ def estimate(
         phases.append(replace(run.entering(), process=process, model=max(shape.blocks) + outside))
     return max(phases, key=lambda phase: phase.total)
 
-
-def solver_bytes(config: PruneConfig, rows: int, cols: int) -> int:
-    """What pruning one matrix holds for a while beside its weights and statistics, the Gram matrix one of them.
-
-    - A mask of its zeros, a byte each, and a callable's scores.
-    - A solver: the dense weight in float32 and the mask; swaps, the error's gradient and its working copies of rows.
-    - While the Gram matrix is factorised, three copies of it in float64; from then on ADMM's two factors in float32
-      (the recursion's one) beside four buffers of the weight's size (two, and what a block of columns takes).
-    """
-    entries, square = rows * cols, cols * cols
-    scores = 4 * entries if callable(config.metric) else 0
-    if not config.solver:
-        return entries + scores
-    swaps = 12 * entries if config.refine else 0
-    factorising = 25 * square if config.update else 0
-    update = {None: 0, "admm": 8 * square + 18 * entries, "obs": 4 * square + 11 * entries}[config.update]
-    return 5 * entries + scores + max(swaps, factorising, update)
-
-
-_GRAMS = frozenset({GRAM, COSINE_GRAM})
 
 _FAULT_AROUND = 2**16
 """Bytes of a mapped file that Linux brings in for one page that is touched."""
@@ -151,11 +131,11 @@ def _statistics_bytes(linear: nn.Linear, needs: frozenset[str], tokens: int) -> 
     probe: rows of its input, of its dense output, and of both outputs in float32."""
     rows, cols = linear.weight.shape
     moment = 4 * rows * cols if MOMENT in needs else 0
-    gram = 4 * cols * cols if needs & _GRAMS else 0
+    gram = 4 * cols * cols if needs & GRAMS else 0
     probes = min(tokens, StatisticsCollector.PROBE_TOKENS) * (
         cols * linear.weight.dtype.itemsize + rows * (linear.weight.dtype.itemsize + 8)
     )
-    return 2 * 8 * cols * len(needs - {MOMENT} - _GRAMS) + moment + gram + probes
+    return 2 * 8 * cols * len(needs - {MOMENT} - GRAMS) + moment + gram + probes
 
 
 @dataclass(frozen=True)
@@ -164,7 +144,7 @@ class _Run:
 
     blocks: list[Block]
     config: PruneConfig
-    shape: "_Shape"
+    shape: ModelShape
     tokens: int
     seqlen: int
     resident_hidden: bool
@@ -177,7 +157,9 @@ class _Run:
     @property
     def in_one_forward(self) -> bool:
         """Each Linear is pruned when the one batch reaches it."""
-        return self.config.order == "sequential" and self.config.group != "model" and self.batch == self.tokens
+        return (
+            self.config.order == "sequential" and not self.config.comparison.over_matrices and self.batch == self.tokens
+        )
 
     @property
     def states(self) -> int:
@@ -192,20 +174,20 @@ class _Run:
     @property
     def hidden(self) -> int:
         """While a block is pruned: training will read its inputs and the dense outputs in all its passes."""
-        return self.kept + 2 * self.states if self.config.tune_epochs else self.kept
+        return self.kept + 2 * self.states if self.config.solver.block_solver is not None else self.kept
 
     def entering(self) -> Estimate:
         """The first batch runs through a block before the later ones' states are there."""
-        forward = self.shape.forward_bytes(self.batch, self.seqlen, self.config.needs)
+        forward = self.shape.forward_bytes(self.batch, self.seqlen, self.config.needs.prune)
         return Estimate(hidden=max(0, self.kept - forward), forward=forward, phase="enter")
 
     def pruning(self) -> list[Estimate]:
         """Looking at a block's inputs, and pruning a matrix: in the forward, where that serves both."""
-        needs = self.config.needs
+        needs = self.config.needs.prune
         linears = [linear for block in self.blocks for linear in block.linears.values()]
         counted = [self._statistics(block, some, needs) for block, some in self._together()]
-        statistics = sum(counted) if self.config.group == "model" else max(counted)
-        solver = max(solver_bytes(self.config, *linear.weight.shape) for linear in linears)
+        statistics = sum(counted) if self.config.comparison.over_matrices else max(counted)
+        solver = max(working_bytes(self.config, *linear.weight.shape) for linear in linears)
         forward = self.shape.forward_bytes(self.batch, self.seqlen, needs)
         pending = 0
         if self.in_one_forward:
@@ -221,7 +203,7 @@ class _Run:
         more than what has as many columns, or than the experts of one fused tensor; of one Linear where it is pruned on
         the way."""
         for block in self.blocks:
-            if self.config.order == "block" or self.config.group == "model":
+            if self.config.order == "block" or self.config.comparison.over_matrices:
                 yield block, list(block.linears)
             elif self.in_one_forward:
                 yield from ((block, [child]) for child in block.linears)
@@ -241,22 +223,20 @@ class _Run:
         return total
 
     def training(self) -> list[Estimate]:
-        """:func:`ace_ext.pruning.block_tuning.tune_block_` beside the block, its inputs and its targets.
+        """Training a block beside its inputs and its targets: what the block solver says.
 
-        A trained weight: in float32 itself and Adam's two moments, in the model's dtype as it was before, and its mask.
-        Then its gradient and a step's activations, or the gradient in float32, whichever is more, and what Adam or the
-        backward pass computes of the largest matrix. Activations of a token, measured on Llama blocks as the process's
-        growth: 55 bytes a hidden width, 20 a width of the MLP, and 16 an attention score where attention is not fused.
+        Activations of a token, measured on Llama blocks as the process's growth: 55 bytes a hidden width, 20 a width of
+        the MLP, and 16 an attention score where attention is not fused.
         """
-        if not self.config.tune_epochs:
+        solver = self.config.solver.block_solver
+        if solver is None:
             return []
         shape = self.shape
         step = min(self.batch, step_samples(self.seqlen) * self.seqlen)
         activations = step * (55 * shape.hidden + 20 * shape.widest + 16 * shape.heads * self.seqlen + shape.routing)
         sizes = [[linear.weight.numel() for linear in block.linears.values()] for block in self.blocks]
         trained, largest = max(map(sum, sizes)), max(map(max, filter(None, sizes)))
-        state = trained * (13 + shape.itemsize) + 12 * largest
-        training = state + max(trained * shape.itemsize + activations, 4 * trained)
+        training = solver.working_bytes(BlockSizes(trained, largest, shape.itemsize, activations))
         return [Estimate(hidden=self.hidden, training=training, phase="tune")]
 
     def allocating(self) -> list[Estimate]:
@@ -266,7 +246,7 @@ class _Run:
         """
         if self.config.allocation == "uniform":
             return []
-        needs, linears = measure_needs(self.config), [list(block.linears.values()) for block in self.blocks]
+        needs, linears = self.config.needs.measure, [list(block.linears.values()) for block in self.blocks]
         statistics = max(self._statistics(block, list(block.linears), needs) for block in self.blocks)
         scores = max(sum(4 * linear.weight.numel() for linear in some) for some in linears)
         largest = max(linear.weight.numel() for some in linears for linear in some)
@@ -277,67 +257,3 @@ class _Run:
             Estimate(hidden=hidden, forward=forward, statistics=statistics, phase="allocate"),
             Estimate(hidden=hidden, statistics=statistics, solver=scores, phase="allocate"),
         ]
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """The sizes that an estimate is computed from."""
-
-    blocks: Sequence[int]  # bytes of each block's parameters
-    embedding: int  # bytes of parameters outside the blocks, an untied head's not counted
-    head: int  # bytes of an untied head
-    hidden: int  # width of the hidden states
-    widest: int  # largest side of a Linear in a block
-    heads: int  # attention heads whose scores are stored; 0 where attention is fused
-    itemsize: int
-    experts: int  # of a mixture with fused experts; else 0
-    experts_of_a_token: int
-
-    @classmethod
-    def of(cls, model: nn.Module, blocks: list[Block]) -> "_Shape":
-        sizes = [sum(p.nbytes for p in block.module.parameters()) for block in blocks]
-        head, entrance = model.get_output_embeddings(), model.get_input_embeddings()
-        untied = head is not None and head.weight is not entrance.weight
-        head_bytes = sum(p.nbytes for p in head.parameters()) if untied else 0
-        linears = [linear for block in blocks for linear in block.linears.values()]
-        text = model.config.get_text_config()
-        experts = max((len(fused.linears) for block in blocks for fused in block.experts), default=0)
-        return cls(
-            blocks=sizes,
-            embedding=sum(p.nbytes for p in model.parameters()) - sum(sizes) - head_bytes,
-            head=head_bytes,
-            hidden=text.hidden_size,
-            widest=max(max(linear.weight.shape) for linear in linears),
-            heads=text.num_attention_heads if attends_eagerly(model) else 0,
-            itemsize=linears[0].weight.dtype.itemsize,
-            experts=experts,
-            experts_of_a_token=min(experts, getattr(text, "num_experts_per_tok", None) or experts),
-        )
-
-    @property
-    def routing(self) -> int:
-        """Bytes a token while experts run: an integer for each place and expert says who goes where, and the router's
-        probabilities."""
-        return 8 * self.experts_of_a_token * (self.experts + 1) + (4 + self.itemsize) * self.experts
-
-    def forward_bytes(self, tokens: int, seqlen: int, needs: frozenset[str]) -> int:
-        """The most that is alive at a time for one batch in a block.
-
-        - attention: residual and norm, then queries, keys and values before and after rotation (6 hidden widths);
-        - a norm: residual, and three float32 copies;
-        - MLP: residual and norm, then gate, up and their product, each as wide as the widest Linear;
-        - statistics of its last Linear.
-        """
-        attention = tokens * (8 * self.hidden * self.itemsize + self.heads * seqlen * (4 + 2 * self.itemsize))
-        norm = tokens * (2 * self.itemsize + 12) * self.hidden
-        mlp = tokens * (2 * self.hidden + 3 * self.widest) * self.itemsize
-        observed = self.pending_bytes(tokens)
-        if MOMENT in needs:  # squares at most 2048 tokens at a time, in float32
-            observed += 8 * min(tokens, 2048) * self.widest
-        if needs & _GRAMS:  # widens a chunk to float32, and weighs a copy of it
-            observed += (8 if COSINE_GRAM in needs else 4) * min(tokens, GramState.CHUNK_TOKENS) * self.widest
-        return max(attention, norm, mlp + tokens * self.routing, observed)
-
-    def pending_bytes(self, tokens: int) -> int:
-        """What a forward holds while the last, widest Linear is looked at: the residual, the norm's and its input."""
-        return tokens * ((2 * self.hidden + self.widest) * self.itemsize + self.routing)

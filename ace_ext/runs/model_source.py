@@ -1,41 +1,42 @@
-"""The model of a run: loaded whole, or laid out with its weights left in their files; and what of it fits in memory."""
+"""The model of a run: loaded whole, or laid out with its weights left in their files; and what of it fits in memory.
+
+``run`` and ``plan`` open a model by the same function, so they cannot decide differently.
+"""
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from ace_ext.data.corpora import SELF
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import fingerprint_of_files
+from ace_ext.formats import DenseModel
 from ace_ext.models.blocks import Block, find_blocks
-from ace_ext.models.loading import LoadedModel, load_model, load_tokenizer, local_folder
+from ace_ext.models.gguf import Unpacking, gguf_skeleton
+from ace_ext.models.loading import WEIGHT_DTYPES, load_model, load_tokenizer, local_folder
 from ace_ext.models.safetensors_files import Shards, has_safetensors
 from ace_ext.models.skeleton import dtype_of, skeleton
 from ace_ext.process_memory import available_bytes
-from ace_ext.pruning.config import PruneConfig
 from ace_ext.runs.memory_model import Estimate, estimate
-from ace_ext.runs.options import Calibration, RunOptions
+from ace_ext.runs.options import RunRequest
 
 
-@dataclass
-class Source:
-    """A model as it will be walked over: loaded, or laid out with its weights in files."""
+@dataclass(frozen=True)
+class ModelFiles:
+    """What a model's weights come from."""
 
     name: str
-    model: nn.Module
-    tokenizer: object
     folder: Path | None
-    """Its folder on this machine, if it has one."""
+    """The model's folder on this machine, if it has one."""
     shards: Shards | None
     """Its files, where they hold the weights just as they will be written: they can be copied and patched."""
-    offloaded: bool
 
     @property
-    def files(self) -> list[Path]:
-        """What the weights come from."""
+    def paths(self) -> list[Path]:
+        """The files that hold the weights."""
         if self.folder is None:
             return [Path(self.name).expanduser()]
         if self.shards is not None:
@@ -43,51 +44,93 @@ class Source:
         return sorted(f for f in self.folder.iterdir() if f.suffix in (".safetensors", ".bin"))
 
     @property
-    def described(self) -> dict:
-        """What the model comes from, for a fingerprint."""
+    def described(self) -> dict[str, str]:
+        """The files by name with a hash each, for a fingerprint."""
         config = [] if self.folder is None else [self.folder / "config.json"]
-        return fingerprint_of_files([*config, *self.files])
+        return fingerprint_of_files([*config, *self.paths])
 
 
-def open_source(
-    model: str, config: PruneConfig, calibration: Calibration, options: RunOptions, device: torch.device, dtype: str
-) -> Source:
+@dataclass
+class Source:
+    """A model as it will be walked over: loaded, or laid out with its weights in files."""
+
+    model: nn.Module
+    tokenizer: Any
+    blocks: list[Block]
+    files: ModelFiles
+    offloaded: bool = False
+    unpacking: Unpacking | None = None
+    """What loading would take, where nothing was loaded and the weights are not used as they lie in the files."""
+
+    @property
+    def dense(self) -> DenseModel:
+        """What an output format reads."""
+        return DenseModel(self.model, self.tokenizer, self.blocks, self.files.folder, self.files.shards)
+
+
+def open_source(request: RunRequest, *, weights: bool = True) -> Source:
     """Loads the model, or lays it out where its weights are to stay in their files.
 
+    Args:
+        weights: False loads no weight: for a plan, which needs shapes alone.
+
     Raises:
-        InputError: it cannot be loaded, or ``offload`` asks for what its files do not allow.
+        InputError: it cannot be loaded, it has no blocks to prune, or ``offload`` asks for what its files do not allow.
     """
-    folder = local_folder(model)
-    if folder is not None and has_safetensors(folder):
-        shards = Shards(folder)
-        laid_out = skeleton(folder, shards, dtype)
-        stored = stored_as_loaded(laid_out, shards, dtype)
-        if stored and wants_offload(laid_out, shards, config, calibration, options, device):
-            return Source(model, laid_out, load_tokenizer(folder), folder, shards, True)
-        if options.offload == "disk":
-            raise files_do_not_serve(model, dtype)
-        loaded = load_model(str(folder), dtype, device)
-        return Source(model, loaded.model, loaded.tokenizer, folder, shards if stored else None, False)
-    if options.offload == "disk":
-        raise no_safetensors(model)
-    loaded: LoadedModel = load_model(model, dtype, device)
-    return Source(model, loaded.model, loaded.tokenizer, folder, None, False)
+    folder = local_folder(request.model)
+    if folder is None or not has_safetensors(folder):
+        if request.options.offload == "disk":
+            raise _no_safetensors(request.model)
+        files = ModelFiles(request.model, folder, None)
+        return _loaded(request, files) if weights else _planned(request, files)
+    shards = Shards(folder)
+    laid_out = skeleton(folder, shards, request.dtype)
+    stored = _stored_as_loaded(laid_out, shards, request.dtype)
+    files = ModelFiles(request.model, folder, shards if stored else None)
+    if stored:
+        blocks = find_blocks(laid_out, request.config.skip, check=False)
+        offload = _wants_offload(laid_out, blocks, shards, request)
+        if offload or not weights:
+            return Source(laid_out, load_tokenizer(folder), blocks, files, offload)
+    if request.options.offload == "disk":
+        raise _files_do_not_serve(request.model, request.dtype)
+    return _loaded(request, files) if weights else _planned(request, files, laid_out)
 
 
-def no_safetensors(model: str) -> InputError:
+def _loaded(request: RunRequest, files: ModelFiles) -> Source:
+    where = request.model if files.folder is None else str(files.folder)
+    loaded = load_model(where, request.dtype, request.device)
+    return Source(loaded.model, loaded.tokenizer, find_blocks(loaded.model, request.config.skip), files)
+
+
+def _planned(request: RunRequest, files: ModelFiles, laid_out: nn.Module | None = None) -> Source:
+    """A model that a run loads whole, laid out without its weights."""
+    if files.folder is None:
+        wanted = WEIGHT_DTYPES.get(request.dtype, torch.bfloat16)
+        laid_out, tokenizer, unpacking = gguf_skeleton(files.paths[0], wanted)
+    else:
+        laid_out = laid_out or skeleton(files.folder, None, request.dtype)
+        tokenizer = load_tokenizer(files.folder)
+        # Converted tensor by tensor, while the files' own pages are mapped.
+        unpacking = Unpacking(sum(file.stat().st_size for file in files.paths), 0.0)
+    blocks = find_blocks(laid_out, request.config.skip, check=False)
+    return Source(laid_out, tokenizer, blocks, files, unpacking=unpacking)
+
+
+def _no_safetensors(model: str) -> InputError:
     """What to raise where ``offload`` is ``disk`` and the model is no folder of safetensors."""
     return InputError(f"offload disk needs a folder or hub model of safetensors (got {model!r}); pass --offload none")
 
 
-def files_do_not_serve(model: str, dtype: str) -> InputError:
-    """What to raise where ``offload`` is ``disk`` and :func:`stored_as_loaded` says no."""
+def _files_do_not_serve(model: str, dtype: str) -> InputError:
+    """What to raise where ``offload`` is ``disk`` and :func:`_stored_as_loaded` says no."""
     return InputError(
         f"offload disk reads blocks from safetensors that hold every parameter as it is, all of dtype {dtype}, "
         f"which {model!r} does not have; save it with save_pretrained, or pass --offload none"
     )
 
 
-def stored_as_loaded(laid_out: nn.Module, shards: Shards, dtype: str) -> bool:
+def _stored_as_loaded(laid_out: nn.Module, shards: Shards, dtype: str) -> bool:
     """Whether the files hold every parameter row by row, in its shape and in the dtype that is asked for."""
     head = laid_out.get_output_embeddings()
     tied = {f"{n}.weight" for n, m in laid_out.named_modules() if m is head} if _is_tied(laid_out) else set()
@@ -108,55 +151,44 @@ def _is_tied(model: nn.Module) -> bool:
     return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", 0)
 
 
-def wants_offload(
-    laid_out: nn.Module,
-    shards: Shards,
-    config: PruneConfig,
-    calibration: Calibration,
-    options: RunOptions,
-    device: torch.device,
-) -> bool:
+def _wants_offload(laid_out: nn.Module, blocks: list[Block], shards: Shards, request: RunRequest) -> bool:
     """``disk``: yes; ``none``: no; ``auto``: where all in memory would not fit the budget, or the device."""
-    if options.offload != "auto":
-        return options.offload == "disk"
-    if config.group == "model" or (calibration.source == SELF and options.stats is None):
+    if request.options.offload != "auto":
+        return request.options.offload == "disk"
+    if request.config.comparison.over_matrices or request.writes_own_text:
         return False
-    blocks = find_blocks(laid_out, config.skip, check=False)
-    whole = estimate(laid_out, blocks, shards, config, calibration.nsamples, calibration.seqlen, offload=False)
-    return whole.total > _budget(options, device)
+    nsamples, seqlen = request.calibration.nsamples, request.calibration.seqlen
+    whole = estimate(laid_out, blocks, shards, request.config, nsamples, seqlen, offload=False)
+    return whole.total > _budget(request)
 
 
-def _budget(options: RunOptions, device: torch.device) -> int:
-    if options.max_memory is not None:
-        return options.max_memory
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+def _budget(request: RunRequest) -> int:
+    if request.options.max_memory is not None:
+        return request.options.max_memory
+    return torch.cuda.mem_get_info(request.device)[0] if request.device.type == "cuda" else available_bytes()
 
 
 @dataclass(frozen=True)
 class Demand:
     """What a run asks of memory."""
 
-    blocks: list[Block]
     source: Source
-    config: PruneConfig
-    calibration: Calibration
-    options: RunOptions
-    device: torch.device
+    request: RunRequest
 
     def peak(self, resident_hidden: bool, process: int | None = None) -> Estimate:
         """:func:`ace_ext.runs.memory_model.estimate` of the run; ``process`` as there."""
         return estimate(
             self.source.model,
-            self.blocks,
-            self.source.shards,
-            self.config,
-            self.calibration.nsamples,
-            self.calibration.seqlen,
+            self.source.blocks,
+            self.source.files.shards,
+            self.request.config,
+            self.request.calibration.nsamples,
+            self.request.calibration.seqlen,
             offload=self.source.offloaded,
             resident_hidden=resident_hidden,
-            whole=self.calibration.source == SELF and self.options.stats is None,
+            whole=self.request.writes_own_text,
             process=process,
-            device=self.device,
+            device=self.request.device,
         )
 
     def hidden_fits(self) -> bool:
@@ -165,10 +197,10 @@ class Demand:
         Raises:
             InputError: the budget that was given is too small for the run even without them.
         """
-        budget = self.options.max_memory
+        budget = self.request.options.max_memory
         if budget is None and not self.source.offloaded:
             return True
-        if self.peak(resident_hidden=True).total <= _budget(self.options, self.device):
+        if self.peak(resident_hidden=True).total <= _budget(self.request):
             return True
         least = self.peak(resident_hidden=False)
         if budget is not None and least.total > budget:

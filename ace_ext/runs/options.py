@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ace_ext.data.corpora import CALIBRATION, SELF, SOURCES, load_text
 from ace_ext.data.windows import CalibrationData, load_windows
 from ace_ext.engine.distributed import launched
 from ace_ext.errors import InputError
+from ace_ext.formats import DEFAULT_FORMAT, format_named
 from ace_ext.pruning.config import PruneConfig
 
 OFFLOAD = ("auto", "disk", "none")
@@ -51,25 +53,46 @@ class RunOptions:
     not from pruned ones as otherwise in order ``block``. So the file serves any sparsity, pattern and metric."""
     stats: Path | None = None
     """Prune from such a file, without a forward pass: the bytes of a run that saves it with the same configuration."""
+    format: str = DEFAULT_FORMAT
+    """A name of :data:`ace_ext.formats.FORMATS`."""
 
 
-def check_options(config: PruneConfig, calibration: Calibration, options: RunOptions) -> None:
+@dataclass(frozen=True)
+class RunRequest:
+    """All that ``run`` and ``plan`` are asked."""
+
+    model: str
+    config: PruneConfig
+    calibration: Calibration
+    options: RunOptions
+    device: torch.device
+    dtype: str = "auto"
+
+    @property
+    def writes_own_text(self) -> bool:
+        """Whether the model writes its calibration text, for which all of it must be in memory."""
+        return self.calibration.source == SELF and self.options.stats is None
+
+
+def check_request(request: RunRequest) -> None:
     """That the options go together.
 
     Raises:
         InputError: naming those that do not, and what to do.
     """
+    config, options = request.config, request.options
+    format_named(options.format)
     if options.offload not in OFFLOAD:
         raise InputError(f"offload must be one of {', '.join(OFFLOAD)} (got {options.offload!r})")
-    if options.offload == "disk" and config.group == "model":
+    if options.offload == "disk" and config.comparison.over_matrices:
         raise InputError(
             "offload disk holds one block at a time, and group model compares all: use group row or matrix"
         )
-    if options.offload == "disk" and calibration.source == SELF and options.stats is None:
+    if options.offload == "disk" and request.writes_own_text:
         raise InputError(
             "calibration self needs the whole model in memory to write text; give another text with offload"
         )
-    if config.tune_epochs:
+    if config.solver.block_solver is not None:
         _check_tuning(options)
     if options.save_stats and options.stats:
         raise InputError("give save-stats or stats, not both")

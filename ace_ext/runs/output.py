@@ -1,8 +1,15 @@
-"""Models in and out: hub names, folders and GGUF files in; a folder for transformers out, whole or not at all."""
+"""The output folder of a run: whether it may be written, errors of its disk in words, and the report in it."""
 
+import contextlib
+import errno
 import json
+import os
+import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from ace_ext.errors import InputError
 from ace_ext.records import REPORT_NAME, PruneReport
@@ -42,3 +49,25 @@ def read_report(folder: str | Path) -> PruneReport:
         return PruneReport.from_json(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is no report of ace-prune: {error!r}") from error
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Errors of the disk in words. What is done stays there for ``--resume``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise InputError(_disk_message(path, error.errno, error.filename)) from error
+    except SafetensorError as error:  # the writer hands the system's error on as text only
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise InputError(_disk_message(path, int(number[1]), None)) from error
+
+
+def _disk_message(path: Path, number: int, name: str | bytes | None) -> str:
+    mend = "make room there" if number in (errno.ENOSPC, errno.EDQUOT) else "mend that"
+    at = "" if name is None or str(name) == str(path) else f" at {os.fsdecode(name)!r}"
+    return f"output {str(path)!r} cannot be written: {os.strerror(number)}{at}; {mend} and go on with --resume"

@@ -1,32 +1,29 @@
 """From a checkpoint to a pruned folder: what ``ace-prune run`` does. Bounded in memory, resumable, distributed."""
 
-import contextlib
-import errno
-import os
-import re
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from ace_ext.data.windows import CalibrationData
-from ace_ext.engine.api import Surroundings, check_pattern, prune_model
-from ace_ext.engine.distributed import Alone, Peers, Ranks, launched, share_of
+from ace_ext.engine.api import check_pattern, prune_model
+from ace_ext.engine.context import RunContext
+from ace_ext.engine.distributed import Alone, Ranks, launched, share_of
 from ace_ext.engine.progress import Progress
+from ace_ext.engine.protocols import Peers
 from ace_ext.errors import InputError
-from ace_ext.models.block_store import OffloadedBlocks
-from ace_ext.models.blocks import Block, find_blocks
-from ace_ext.models.safetensors_files import Shards, copy_model, flush
+from ace_ext.formats import format_named
+from ace_ext.models.block_store import BlockSource, OffloadedBlocks, ResidentBlocks
 from ace_ext.models.versions import versions
 from ace_ext.process_memory import return_freed_memory
-from ace_ext.pruning.allocation import measure_needs
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.records import REPORT_NAME, PruneReport
 from ace_ext.runs.model_source import Demand, Source, open_source
-from ace_ext.runs.options import Calibration, RunOptions, check_options
-from ace_ext.runs.output import check_output
-from ace_ext.runs.statistics_file import SavedStatistics, StatisticsWriter, kept_kinds
+from ace_ext.runs.options import Calibration, RunOptions, RunRequest, check_request
+from ace_ext.runs.output import check_output, disk_errors
+from ace_ext.runs.statistics_file import SavedStatistics, StatisticsWriter
 from ace_ext.runs.workspace import Workspace, recover
 
 
@@ -51,90 +48,57 @@ def prune_folder(
     Raises:
         InputError: for anything wrong with the arguments, the model, the text, or the disk.
     """
-    check_options(config, calibration, options)
+    request = RunRequest(model, config, calibration, options, device, dtype)
+    check_request(request)
     if options.max_memory is not None and device.type == "cpu":
         return_freed_memory()
     path = Path(output).expanduser()
     peers: Peers = Ranks(device) if launched() else Alone()
     try:
-        with _disk_errors(path):
+        with disk_errors(path):
             if peers.rank == 0:
                 recover(path)
             peers.wait()
             check_output(output, options.overwrite)
             if options.stats is None:
                 calibration.check()
-            return _prune(model, path, config, calibration, options, device, dtype, progress, peers)
+            return _prune(request, path, progress or Progress(), peers), path
     finally:
         if isinstance(peers, Ranks):
             peers.close()
 
 
-def _prune(
-    model: str,
-    path: Path,
-    config: PruneConfig,
-    calibration: Calibration,
-    options: RunOptions,
-    device: torch.device,
-    dtype: str,
-    progress: Progress | None,
-    peers: Peers,
-) -> tuple[PruneReport, Path]:
-    source = open_source(model, config, calibration, options, device, dtype)
-    blocks = find_blocks(source.model, config.skip, check=not source.offloaded)
-    check_pattern(blocks, config)
-    names = {"files": source.described, "dtype": dtype}
-    known = SavedStatistics(options.stats, names, _needs(config)) if options.stats else None
-    data = None if known else calibration.load(source.tokenizer, None if source.offloaded else source.model)
-    described = known.calibration if known else describe(data, calibration)
-    fingerprint = {
-        "versions": versions(),
-        "model": names,
-        "calibration": described,
-        "config": config.to_dict(),
-        "device": device.type,
-        "processes": peers.size,
-        "statistics": statistics_of(options),
-    }
-    resume = options.resume and config.group != "model"
+def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) -> PruneReport:
+    source = open_source(request)
+    check_pattern(source.blocks, request.config)
+    inputs = _Inputs(request, source)
+    resume = request.options.resume and not request.config.comparison.over_matrices
     peers.wait()
-    workspace = Workspace(path, fingerprint, resume, writes=peers.rank == 0, rank=peers.rank)
+    workspace = Workspace(path, inputs.fingerprint(peers), resume, writes=peers.rank == 0, rank=peers.rank)
     try:
         peers.wait()  # the folder is there, and whatever was left over is not
-        resident_hidden = Demand(blocks, source, config, calibration, options, device).hidden_fits()
+        workspace.resident_hidden = Demand(source, request).hidden_fits()
         if peers.rank == 0:
-            if not workspace.finished:
-                _lay_out_output(source, workspace.model)
-            _check_places(blocks, workspace.shards.adopt(source.model))
-        keeper = None
-        if options.save_stats:
-            keeper = StatisticsWriter(
-                options.save_stats,
-                workspace.folder / "stats",
-                {"model": names, "calibration": described},
-                writes=peers.rank == 0,
-            )
-        around = Surroundings(
-            device=device,
-            offloaded=OffloadedBlocks(blocks, source.shards, device) if source.offloaded else None,
-            resident_hidden=resident_hidden,
-            progress=progress if peers.rank == 0 else None,
+            _open_writer(workspace, source, request)
+        sink = inputs.statistics_writer(workspace, peers)
+        context = RunContext(
+            device=request.device,
+            blocks=_block_source(source, request.device),
+            observer=progress if peers.rank == 0 else Progress(),
             journal=workspace,
             peers=peers,
-            keeper=keeper,
-            known=known,
+            sink=sink,
+            source=inputs.known,
         )
-        tokens = torch.zeros(0, 0, dtype=torch.long) if known else share_of(data.tokens, peers)
-        report = prune_model(source.model, tokens, config, surroundings=around)
-        report.extra = {"model": model, "calibration": described, "statistics": statistics_of(options)}
-        if keeper is not None:
-            keeper.finish(kept_kinds(config))
+        report = prune_model(source.model, inputs.tokens(peers), request.config, context=context)
+        report.extra = {"model": request.model, "calibration": inputs.calibration, "statistics": inputs.statistics}
+        if sink is not None:
+            sink.finish(request.config.needs.kept)
         if peers.rank == 0:
-            check_output(path, options.overwrite)  # another one may have written there meanwhile
+            check_output(path, request.options.overwrite)  # another one may have written there meanwhile
             workspace.finish(report, REPORT_NAME)
         peers.wait()
-        return report, path
+        return report
     except (InputError, OSError, SafetensorError):
         if not workspace.finished:  # nothing to go on with
             workspace.remove() if peers.rank == 0 else workspace.close()
@@ -143,19 +107,58 @@ def _prune(
         workspace.close()
 
 
-def _needs(config: PruneConfig) -> frozenset[str]:
-    """The kinds of statistics that a run reads."""
-    return config.needs if config.allocation == "uniform" else config.needs | measure_needs(config)
+class _Inputs:
+    """What a run reads beside the model: calibration tokens, or statistics of an earlier run."""
+
+    def __init__(self, request: RunRequest, source: Source) -> None:
+        self._request = request
+        self._model = {"files": source.files.described, "dtype": request.dtype}
+        self.known: SavedStatistics | None = None
+        self._data: CalibrationData | None = None
+        if request.options.stats:
+            self.known = SavedStatistics(request.options.stats, self._model, request.config.needs.read)
+            self.calibration = self.known.calibration
+        else:
+            writer = None if source.offloaded else source.model
+            self._data = request.calibration.load(source.tokenizer, writer)
+            self.calibration = describe(self._data, request.calibration)
+
+    @property
+    def statistics(self) -> str:
+        """Whose inputs the statistics come from, in words."""
+        if self._request.options.stats:
+            return "of the dense model, from a file"
+        return "of the dense model, kept in a file" if self._request.options.save_stats else "of the run"
+
+    def fingerprint(self, peers: Peers) -> dict[str, Any]:
+        """Everything that the result depends on, as plain values."""
+        return {
+            "versions": versions(),
+            "model": self._model,
+            "calibration": self.calibration,
+            "config": self._request.config.to_dict(),
+            "device": self._request.device.type,
+            "format": self._request.options.format,
+            "processes": peers.size,
+            "statistics": self.statistics,
+        }
+
+    def tokens(self, peers: Peers) -> Tensor:
+        """The calibration samples of this process, ``[nsamples, seqlen]``; none where statistics come from a file."""
+        if self._data is None:
+            return torch.zeros(0, 0, dtype=torch.long)
+        return share_of(self._data.tokens, peers)
+
+    def statistics_writer(self, workspace: Workspace, peers: Peers) -> StatisticsWriter | None:
+        """What keeps the statistics, if the run is to keep them."""
+        path = self._request.options.save_stats
+        if path is None:
+            return None
+        fingerprint = {"model": self._model, "calibration": self.calibration}
+        return StatisticsWriter(path, workspace.folder / "stats", fingerprint, writes=peers.rank == 0)
 
 
-def statistics_of(options: RunOptions) -> str:
-    """Whose inputs the statistics come from, in words."""
-    if options.stats:
-        return "of the dense model, from a file"
-    return "of the dense model, kept in a file" if options.save_stats else "of the run"
-
-
-def describe(data: CalibrationData, calibration: Calibration) -> dict:
+def describe(data: CalibrationData, calibration: Calibration) -> dict[str, Any]:
     """What a report and a fingerprint say of the calibration tokens."""
     return {
         "source": data.source,
@@ -166,50 +169,17 @@ def describe(data: CalibrationData, calibration: Calibration) -> dict:
     }
 
 
-def _lay_out_output(source: Source, target: Path) -> None:
-    """The dense model where the pruned one will be: blocks are patched in as they are done."""
-    if source.shards is not None:
-        copy_model(source.folder, target)
-    else:
-        source.model.save_pretrained(target, safe_serialization=True)
-    source.tokenizer.save_pretrained(target)
-    for file in target.iterdir():
-        flush(file)
+def _block_source(source: Source, device: torch.device) -> BlockSource:
+    if not source.offloaded:
+        return ResidentBlocks(source.blocks)
+    assert source.files.shards is not None  # offloaded blocks are read from there
+    return OffloadedBlocks(source.blocks, source.files.shards, device)
 
 
-def _check_places(blocks: list[Block], shards: Shards) -> None:
-    """That every weight to prune has a place in the output's files.
-
-    Raises:
-        InputError: naming the first that has none.
-    """
-    for block in blocks:
-        for child in block.linears:
-            name = f"{block.full_name(child)}.weight"
-            if name not in shards:
-                raise InputError(
-                    f"{name} is not in the files that save_pretrained writes of this model, nor is it put together "
-                    f"from their rows; leave it out with --skip, or prune with ace_ext.prune_model"
-                )
-
-
-@contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """Errors of the disk in words. What is done stays there for ``--resume``."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise InputError(_disk_message(path, error.errno, error.filename)) from error
-    except SafetensorError as error:  # the writer hands the system's error on as text only
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
-            raise
-        raise InputError(_disk_message(path, int(number[1]), None)) from error
-
-
-def _disk_message(path: Path, number: int, name: str | bytes | None) -> str:
-    mend = "make room there" if number in (errno.ENOSPC, errno.EDQUOT) else "mend that"
-    at = "" if name is None or str(name) == str(path) else f" at {os.fsdecode(name)!r}"
-    return f"output {str(path)!r} cannot be written: {os.strerror(number)}{at}; {mend} and go on with --resume"
+def _open_writer(workspace: Workspace, source: Source, request: RunRequest) -> None:
+    """Lays out the output, unless an earlier run did, and checks that every weight has a place in it."""
+    workspace.model.mkdir(parents=True, exist_ok=True)
+    workspace.writer = format_named(request.options.format).open(workspace.model)
+    if not workspace.finished:
+        workspace.writer.lay_out(source.dense)
+    workspace.writer.check(source.dense)

@@ -14,29 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from ace_ext.data.corpora import SELF
+from ace_ext.data.generate import ROWS_TOGETHER
 from ace_ext.engine.api import check_pattern
-from ace_ext.models.blocks import Block, find_blocks
-from ace_ext.models.gguf import Unpacking, gguf_skeleton
-from ace_ext.models.loading import WEIGHT_DTYPES, load_tokenizer, local_folder
-from ace_ext.models.safetensors_files import Shards, has_safetensors
-from ace_ext.models.skeleton import skeleton
+from ace_ext.models.blocks import Block
 from ace_ext.process_memory import peak_memory_bytes, reset_peak, resident_bytes
-from ace_ext.pruning.config import PruneConfig, keep_count
+from ace_ext.pruning.config import PruneConfig
+from ace_ext.pruning.pattern import keep_count
 from ace_ext.records import kind_of
 from ace_ext.runs.dry_run import Trial, try_block
 from ace_ext.runs.memory_model import Estimate, copied_bytes
-from ace_ext.runs.model_source import (
-    Demand,
-    Source,
-    files_do_not_serve,
-    no_safetensors,
-    stored_as_loaded,
-    wants_offload,
-)
-from ace_ext.runs.options import Calibration, RunOptions, check_options
-
-WRITTEN_TOGETHER = 16
-"""Rows of text that a model writes together: the default of :func:`ace_ext.data.generate.self_generated`."""
+from ace_ext.runs.model_source import Demand, Source, open_source
+from ace_ext.runs.options import Calibration, RunOptions, RunRequest, check_request
 
 
 @dataclass(frozen=True)
@@ -126,33 +114,32 @@ def make_plan(
     Raises:
         InputError: as the run would, but for weights that are not finite: none is looked at.
     """
-    check_options(config, calibration, options)
+    request = RunRequest(model, config, calibration, options, device, dtype)
+    check_request(request)
     calibration.check()
-    source, unpacking = _lay_out(model, config, calibration, options, device, dtype)
-    blocks = find_blocks(source.model, config.skip, check=False)
-    check_pattern(blocks, config)
+    source = open_source(request, weights=False)
+    check_pattern(source.blocks, config)
     measured = _draw(source, calibration)
-    demand = Demand(blocks, source, config, calibration, options, device)
+    demand = Demand(source, request)
     resident_hidden = demand.hidden_fits()
-    trial = try_block(source.model, blocks, source.shards, measured.tokens, config, device)
-    process = None if device.type == "cuda" else resident_bytes()
-    pruning = demand.peak(resident_hidden, process)
+    trial = try_block(source.model, source.blocks, source.files.shards, measured.tokens, config, device)
+    pruning = demand.peak(resident_hidden, None if device.type == "cuda" else resident_bytes())
     phases = [pruning]
     if device.type == "cpu":
-        phases += _earlier_phases(source, blocks, pruning, calibration, measured, unpacking)
-    read, written = _traffic(source, blocks, calibration, 0 if resident_hidden else trial.passes)
+        phases += _earlier_phases(source, pruning, calibration, measured)
+    read, written = _traffic(source, calibration, 0 if resident_hidden else trial.passes)
     return Plan(
-        model,
-        str(device),
-        str(next(iter(blocks[0].module.parameters())).dtype).removeprefix("torch."),
-        planned_matrices(blocks, config),
-        len(blocks),
-        source.offloaded,
-        resident_hidden,
-        phases,
-        read,
-        written,
-        _seconds(source, len(blocks), calibration, trial, measured, unpacking, read + written),
+        model=model,
+        device=str(device),
+        dtype=str(next(iter(source.blocks[0].module.parameters())).dtype).removeprefix("torch."),
+        matrices=planned_matrices(source.blocks, config),
+        blocks=len(source.blocks),
+        offload=source.offloaded,
+        resident_hidden=resident_hidden,
+        phases=phases,
+        read_bytes=read,
+        write_bytes=written,
+        seconds=_seconds(source, calibration, trial, measured, read + written),
     )
 
 
@@ -160,41 +147,14 @@ def planned_matrices(blocks: list[Block], config: PruneConfig) -> list[PlannedMa
     """Shape, comparison group and number kept of every matrix, in the order of the run."""
     linears = [(block.full_name(child), linear) for block in blocks for child, linear in block.linears.items()]
     whole = sum(linear.weight.numel() for _, linear in linears)
+    group = config.comparison
     found = []
     for name, linear in linears:
         rows, cols = linear.weight.shape
-        if config.pattern is not None:
-            group, size, keep = str(config.pattern), config.pattern.group_m, config.pattern.keep_n
-        else:
-            size = {"row": cols, "matrix": rows * cols, "model": whole}[config.group]
-            group, keep = config.group, keep_count(size, config.sparsity)
-        found.append(PlannedMatrix(name, (rows, cols), group, size, keep))
+        size = whole if group.over_matrices else group.size(rows, cols)
+        keep = keep_count(whole, config.sparsity) if group.over_matrices else group.keep(rows, cols, config.sparsity)
+        found.append(PlannedMatrix(name, (rows, cols), str(group), size, keep))
     return found
-
-
-def _lay_out(
-    model: str, config: PruneConfig, calibration: Calibration, options: RunOptions, device: torch.device, dtype: str
-) -> tuple[Source, Unpacking | None]:
-    """What :func:`ace_ext.runs.model_source.open_source` decides, but no weight is loaded where it would load them; and
-    how a model is unpacked that is not used as it lies in its files."""
-    folder = local_folder(model)
-    if folder is None:
-        wanted = WEIGHT_DTYPES.get(dtype, torch.bfloat16)
-        laid_out, tokenizer, unpacking = gguf_skeleton(Path(model).expanduser(), wanted)
-        if options.offload == "disk":
-            raise no_safetensors(model)
-        return Source(model, laid_out, tokenizer, None, None, False), unpacking
-    shards = Shards(folder) if has_safetensors(folder) else None
-    laid_out = skeleton(folder, shards, dtype)
-    tokenizer = load_tokenizer(folder)
-    if shards is not None and stored_as_loaded(laid_out, shards, dtype):
-        offload = wants_offload(laid_out, shards, config, calibration, options, device)
-        return Source(model, laid_out, tokenizer, folder, shards, offload), None
-    if options.offload == "disk":
-        raise files_do_not_serve(model, dtype)
-    source = Source(model, laid_out, tokenizer, folder, None, False)
-    # Converted tensor by tensor, while the files' own pages are mapped.
-    return source, Unpacking(sum(file.stat().st_size for file in source.files), 0.0)
 
 
 def _draw(source: Source, calibration: Calibration) -> _Measured:
@@ -212,33 +172,27 @@ def _draw(source: Source, calibration: Calibration) -> _Measured:
     return measured
 
 
-def _earlier_phases(
-    source: Source,
-    blocks: list[Block],
-    pruning: Estimate,
-    calibration: Calibration,
-    measured: _Measured,
-    unpacking: Unpacking | None,
-) -> list[Estimate]:
+def _earlier_phases(source: Source, pruning: Estimate, calibration: Calibration, measured: _Measured) -> list[Estimate]:
     """Loading the model and drawing text, before a block is pruned."""
     phases = []
-    if unpacking is not None:
-        phases.append(Estimate(measured.before_text, pruning.model, transient=unpacking.peak_bytes, phase="load"))
+    if source.unpacking is not None:
+        peak = source.unpacking.peak_bytes
+        phases.append(Estimate(measured.before_text, pruning.model, transient=peak, phase="load"))
     if calibration.source == SELF:
         text = _writing_bytes(source.model, calibration)
         phases.append(Estimate(pruning.process, pruning.model, transient=text, phase="text"))
         return phases
     held = 0 if source.offloaded else pruning.model
-    if source.shards is not None and not source.offloaded:
+    if source.files.shards is not None and not source.offloaded:
         # Mapped: the check of the weights read the blocks, and nothing has read the rest yet.
-        held = _bytes_of(blocks) + copied_bytes(blocks, source.shards)
+        held = _bytes_of(source.blocks) + copied_bytes(source.blocks, source.files.shards)
     return [*phases, Estimate(measured.before_text, held, transient=measured.text_bytes, phase="text")]
 
 
 def _writing_bytes(model: nn.Module, calibration: Calibration) -> int:
     """The key and value cache of the rows that are written together, and four float64 copies of their logits."""
     text = model.config.get_text_config()
-    rows = min(WRITTEN_TOGETHER, calibration.nsamples)
+    rows = min(ROWS_TOGETHER, calibration.nsamples)
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     cache = 2 * text.num_hidden_layers * heads * size * calibration.seqlen * rows
@@ -250,39 +204,35 @@ def _bytes_of(blocks: list[Block]) -> int:
     return sum(p.nbytes for block in blocks for p in block.module.parameters())
 
 
-def _traffic(source: Source, blocks: list[Block], calibration: Calibration, hidden_reads: int) -> tuple[int, int]:
+def _traffic(source: Source, calibration: Calibration, hidden_reads: int) -> tuple[int, int]:
     """Bytes read and written: the files, copied to the output; each block, patched in there; and the hidden states,
     which a run keeps on the disk for ``--resume``, read there ``hidden_reads`` times a block."""
+    blocks = source.blocks
     width = source.model.config.get_text_config().hidden_size
     itemsize = source.model.get_input_embeddings().weight.dtype.itemsize
     hidden = calibration.nsamples * calibration.seqlen * width * itemsize
     whole, inside = sum(p.nbytes for p in source.model.parameters()), _bytes_of(blocks)
-    files = sum(file.stat().st_size for file in source.files)
-    loaded = whole if source.shards is not None else 0  # read again: the files were only copied
+    files = sum(file.stat().st_size for file in source.files.paths)
+    loaded = whole if source.files.shards is not None else 0  # read again: the files were only copied
     if source.offloaded:
         loaded += _bytes_of(blocks[:1])  # through which the first batch goes to show what a block returns
     return files + loaded + hidden * len(blocks) * hidden_reads, whole + inside + hidden * (len(blocks) + 1)
 
 
 def _seconds(
-    source: Source,
-    blocks: int,
-    calibration: Calibration,
-    trial: Trial,
-    measured: _Measured,
-    unpacking: Unpacking | None,
-    traffic: int,
+    source: Source, calibration: Calibration, trial: Trial, measured: _Measured, traffic: int
 ) -> dict[str, float]:
+    blocks = len(source.blocks)
     tokens = calibration.nsamples * calibration.seqlen
     text = measured.text_seconds
     if calibration.source == SELF:
-        steps = math.ceil(calibration.nsamples / WRITTEN_TOGETHER) * calibration.seqlen
+        steps = math.ceil(calibration.nsamples / ROWS_TOGETHER) * calibration.seqlen
         text = steps * blocks * trial.forward_seconds
     return {
-        "load": unpacking.seconds if unpacking else 0.0,
+        "load": source.unpacking.seconds if source.unpacking else 0.0,
         "text": text,
         "blocks": blocks * (trial.fixed_seconds + tokens * trial.token_seconds),
-        "files": traffic / _bytes_per_second(source.files[0]),
+        "files": traffic / _bytes_per_second(source.files.paths[0]),
     }
 
 

@@ -19,9 +19,7 @@ from torch import Tensor
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import differences
 from ace_ext.models.safetensors_files import flush
-from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.gram import GramState
-from ace_ext.pruning.kinds import INPUT, WEIGHTED
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
 
 FORMAT = 1
@@ -69,12 +67,6 @@ class StatisticsWriter:
             with contextlib.suppress(OSError):
                 part.unlink()
         return self.path
-
-
-def kept_kinds(config: PruneConfig) -> frozenset[str]:
-    """The kinds of statistics that a run keeps: the two vectors serve most metrics and cost little; the cross moment
-    and the Gram matrices are as large as weights, and there only where the run itself reads them."""
-    return config.needs | {INPUT, WEIGHTED}
 
 
 _DAMAGE = (zipfile.BadZipFile, SafetensorError, KeyError, ValueError, TypeError, AttributeError, EOFError)

@@ -11,7 +11,8 @@ from ace_ext.errors import InputError
 from ace_ext.models.loading import load_model
 from ace_ext.models.safetensors_files import Shards, has_safetensors
 from ace_ext.models.skeleton import skeleton
-from ace_ext.pruning.config import SparsityPattern, keep_count
+from ace_ext.pruning.groups import ComparisonGroup, group_of
+from ace_ext.pruning.pattern import SparsityPattern, keep_count
 from ace_ext.records import MatrixReport, PruneReport
 from ace_ext.runs.output import read_report
 
@@ -48,7 +49,7 @@ def verify(folder: str | Path, load: bool = True) -> VerifyResult:
     result.sparsity = 1 - nonzero / size if size else 0.0
     if report.config.get("allocation", "uniform") != "uniform":
         _check_allocation(report, result)
-    if report.config["group"] == "model":
+    if group_of(report.config["group"], None).over_matrices:
         _check_budget(nonzero, keep_count(size, report.config["sparsity"]), result)
     if load:
         _check_loads(str(folder), result)
@@ -79,24 +80,27 @@ def _check_matrix(matrix: MatrixReport, weight: Tensor, total: int, config: dict
         result.problems.append(f"{matrix.name}: holds -0.0")
     if total != matrix.nonzero:
         result.problems.append(f"{matrix.name}: {total} non-zeros, but the report says {matrix.nonzero}")
-    if config["pattern"]:
-        pattern = SparsityPattern.parse(config["pattern"])
-        groups = weight.unflatten(1, (-1, pattern.group_m)).count_nonzero(dim=2)
-        _check_rows(matrix, groups.flatten(), pattern.keep_n, f"groups of {pattern.group_m}", result)
-    elif config["group"] == "row":
+    pattern = SparsityPattern.parse(config["pattern"]) if config["pattern"] else None
+    group = group_of(config["group"], pattern)
+    if not group.over_matrices:
+        rows, cols = weight.shape
         allocated = config.get("allocation", "uniform") != "uniform"
-        keep = matrix.keep // len(weight) if allocated else keep_count(weight.shape[1], config["sparsity"])
-        _check_rows(matrix, weight.count_nonzero(dim=1), keep, "rows", result)
-    elif config["group"] == "matrix" and total > matrix.keep:
-        result.problems.append(f"{matrix.name}: {total} non-zeros, more than the {matrix.keep} to keep")
+        keep = group.keep(rows, cols, config["sparsity"], matrix.keep // max(1, rows) if allocated else None)
+        _check_groups(matrix, group, group.counts(weight), keep, result)
 
 
-def _check_rows(matrix: MatrixReport, nonzero: Tensor, keep: int, what: str, result: VerifyResult) -> None:
+def _check_groups(
+    matrix: MatrixReport, group: ComparisonGroup, nonzero: Tensor, keep: int, result: VerifyResult
+) -> None:
     over = int((nonzero > keep).sum())
+    if not group.plural:
+        if over:
+            result.problems.append(f"{matrix.name}: {int(nonzero)} non-zeros, more than the {keep} to keep")
+        return
     result.rows += len(nonzero)
     result.exact_rows += int((nonzero == keep).sum())
     if over:
-        result.problems.append(f"{matrix.name}: {over} of {len(nonzero)} {what} keep more than {keep}")
+        result.problems.append(f"{matrix.name}: {over} of {len(nonzero)} {group.plural} keep more than {keep}")
 
 
 def _check_allocation(report: PruneReport, result: VerifyResult) -> None:

@@ -12,15 +12,16 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
+import torch
 from torch import Tensor
 
 from ace_ext.engine.hidden_states import HiddenStates, Layout
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import differences
+from ace_ext.formats import OutputWriter
 from ace_ext.models.blocks import Block
-from ace_ext.models.safetensors_files import Shards
 from ace_ext.records import BlockReport, PruneReport
 
 FORMAT = 1
@@ -51,7 +52,10 @@ class Workspace:
         self.notes: dict = {}
         """Plain values that the loop found out and a resumed run needs again."""
         self._hidden: dict | None = None
-        self._shards: Shards | None = None
+        self.writer: OutputWriter | None = None
+        """What blocks are written with; to be set before the first one is done."""
+        self.resident_hidden = True
+        """Whether hidden states stay in memory beside their files."""
         self._lock: TextIO | None = None
         self._made: list[Path] = []
         if writes:
@@ -117,9 +121,9 @@ class Workspace:
 
     # The journal of the loop
 
-    def open_hidden(self, states: Iterable[Tensor], resident: bool, device) -> HiddenStates:
+    def open_hidden(self, states: Iterable[Tensor], device: torch.device) -> HiddenStates:
         """The states that enter the first unfinished block: those of the earlier run, or the given first ones."""
-        name = f"hidden-{self.rank}"
+        name, resident = f"hidden-{self.rank}", self.resident_hidden
         if self.finished:
             kept = self._hidden.get(str(self.rank))
             if kept is None:
@@ -128,22 +132,16 @@ class Workspace:
             return HiddenStates.reopen(layout, self.finished % 2, self.folder, resident, name, device)
         return HiddenStates(states, self.folder, resident, name, device)
 
-    def block_done(self, block: Block, report: BlockReport, layouts: dict[str, dict]) -> None:
+    def block_done(self, block: Block, report: BlockReport, layouts: dict[int, Any]) -> None:
         """Writes a pruned block and, once it is on the disk, the state that counts it as done."""
         blocks = [*self.blocks, report]
         if self.writes:
-            self.shards.write(block_tensors(block, self.shards))
+            assert self.writer is not None  # set once the output is laid out
+            self.writer.write(block)
             self._write_state(blocks, layouts)
         self.finished, self.blocks = len(blocks), blocks
 
-    @property
-    def shards(self) -> Shards:
-        """The output's files."""
-        if self._shards is None:
-            self._shards = Shards(self.model)
-        return self._shards
-
-    def _write_state(self, blocks: list[BlockReport], hidden: dict[str, dict]) -> None:
+    def _write_state(self, blocks: list[BlockReport], hidden: dict[int, Any]) -> None:
         state = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
@@ -234,12 +232,6 @@ def _locked(folder: Path, output: Path) -> TextIO | None:
         raise InputError(f"output {str(output)!r} is being written by another run; wait for it") from error
     lock.close()
     return None
-
-
-def block_tensors(block: Block, shards: Shards) -> dict[str, Tensor]:
-    """A block's parameters as the files hold them: its pruned weights, and what tuning may have moved."""
-    named = {f"{block.name}.{name}": p.detach() for name, p in block.module.named_parameters()}
-    return {name: tensor.to(shards.describe(name)[0]) for name, tensor in named.items() if name in shards}
 
 
 def _open_to_others(folder: Path) -> None:

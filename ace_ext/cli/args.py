@@ -1,0 +1,166 @@
+"""Arguments that several verbs share. Pruning options come from the registries: a new solver's appear by themselves."""
+
+import argparse
+import sys
+from typing import Any, NoReturn
+
+import torch
+
+from ace_ext.data.corpora import SOURCES
+from ace_ext.engine.devices import pick_device
+from ace_ext.errors import InputError
+from ace_ext.models.loading import WEIGHT_DTYPES
+from ace_ext.process_memory import parse_bytes
+from ace_ext.pruning.config import PruneConfig, all_settings, config_settings
+from ace_ext.pruning.criteria import DEFAULT_METRIC, METRICS
+from ace_ext.pruning.presets import PRESETS, PUBLISHED, preset_config
+from ace_ext.pruning.settings import Setting
+from ace_ext.pruning.solver_config import option_help, solver_names, solver_settings
+from ace_ext.pruning.solvers import BlockSolver, MaskSolver, Solver, WeightSolver, solvers_of
+from ace_ext.runs.options import OFFLOAD, Calibration, RunOptions, RunRequest
+
+Subparsers = Any
+"""What ``add_subparsers`` returns: argparse keeps the class to itself."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, like every other error of this program."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The model and how it is loaded, and what every verb that loads one has."""
+    parser.add_argument("--model", required=True, help="a folder, a .gguf file, or a hub name")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (default: %(default)s)")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *WEIGHT_DTYPES], help="of the weights")
+    parser.add_argument("--text-field", default="text", help="the field of a .jsonl line (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def add_pruning(parser: argparse.ArgumentParser) -> None:
+    """All settings of :class:`ace_ext.PruneConfig`, by their declarations."""
+    group = parser.add_argument_group("pruning")
+    group.add_argument(
+        "--preset", choices=[*PRESETS, *PUBLISHED], help="settings by name, which the options given here change"
+    )
+    group.add_argument("--metric", choices=METRICS, metavar="NAME", help=f"see below (default: {DEFAULT_METRIC})")
+    own = config_settings()
+    amount = group.add_mutually_exclusive_group()
+    amount.add_argument("--sparsity", type=float, help=_help(own["sparsity"]))
+    amount.add_argument("--pattern", help=own["pattern"].help)
+    group.add_argument("--skip", action="append", default=[], metavar="REGEX", help=own["skip"].help)
+    for name, setting in own.items():
+        if name not in ("metric", "sparsity", "pattern", "skip"):
+            _add_setting(group, setting, _help(setting))
+    _add_solvers(parser.add_argument_group("solvers: what follows the metric (see below)"))
+
+
+def _add_solvers(group: Any) -> None:
+    names = solver_names()
+    group.add_argument("--refine", choices=[*solvers_of(MaskSolver)], help=names["refine"].help)
+    group.add_argument(
+        "--update",
+        action="append",
+        metavar="NAME",
+        help=f"{names['update'].help}: {', '.join(_update_names())}, or two of them joined by + (or given twice)",
+    )
+    _add_setting(group, names["gram"], _help(names["gram"]))
+    for name, setting in solver_settings().items():
+        if setting.flag:
+            _add_setting(group, setting, option_help(name))
+
+
+def _update_names() -> list[str]:
+    return [*solvers_of(WeightSolver), *solvers_of(BlockSolver)]
+
+
+def _add_setting(group: Any, setting: Setting, help: str) -> None:
+    """A flag whose value is None unless it is given: defaults are the configuration's."""
+    flag = f"--{setting.name.replace('_', '-')}"
+    if setting.choices:
+        group.add_argument(flag, choices=setting.choices, help=help)
+        return
+    kind = next(kind for kind in (int, float, str) if kind in setting.types)
+    group.add_argument(flag, type=kind, help=help)
+
+
+def _help(setting: Setting) -> str:
+    return setting.help if setting.default is None else f"{setting.help} (default: {setting.default})"
+
+
+def pruning_tables() -> str:
+    """The metrics and solvers by name, for the end of a help text."""
+    metrics = {name: metric.formula for name, metric in METRICS.items()}
+    tables = [("metrics", metrics)]
+    kinds: list[tuple[str, type[Solver]]] = [("refine", MaskSolver), ("update", WeightSolver), ("update", BlockSolver)]
+    for stage, kind in kinds:
+        tables.append((stage, {solver.name: solver.summary for solver in solvers_of(kind).values()}))
+    return "\n\n".join(table(title, lines) for title, lines in tables)
+
+
+def table(title: str, lines: dict[str, str]) -> str:
+    """Names and their descriptions, aligned, under a title."""
+    width = max(map(len, lines))
+    return f"{title}:\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in lines.items())
+
+
+def config_from(args: argparse.Namespace) -> PruneConfig:
+    """The preset's settings, changed by every option that was given.
+
+    Raises:
+        InputError: as :class:`ace_ext.PruneConfig`, or ``--tune-epochs`` without anything that trains.
+    """
+    given = {name: getattr(args, name) for name in all_settings() if getattr(args, name, None) is not None}
+    given["skip"] = tuple(args.skip)
+    if "update" in given:
+        given["update"] = "+".join(given["update"])
+    if "tune_epochs" in given and args.preset is None and "tune" not in given.get("update", ""):
+        raise InputError("tune-epochs is for --update tune; give both, or neither")
+    return PruneConfig(**given) if args.preset is None else preset_config(args.preset, **given)
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """The calibration text and how much of it."""
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
+        "--calibration",
+        default="self",
+        help=f"self (the model writes it), {', '.join(SOURCES)}, FILE.txt or FILE.jsonl (default: self)",
+    )
+    default = Calibration()
+    group.add_argument("--nsamples", type=int, default=default.nsamples, help="samples (default: %(default)s)")
+    group.add_argument("--seqlen", type=int, default=default.seqlen, help="tokens of a sample (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=default.seed, help="of the choice of samples (default: %(default)s)")
+
+
+def add_memory(group: Any) -> None:
+    """Where weights are kept and how much memory a run may take."""
+    group.add_argument(
+        "--offload",
+        default="auto",
+        choices=OFFLOAD,
+        help="disk: read and write one block at a time; auto: where the model does not fit (default: %(default)s)",
+    )
+    group.add_argument("--max-memory", metavar="SIZE", help="resident memory that the run may take, e.g. 2GB")
+
+
+def request_from(args: argparse.Namespace, **options: Any) -> RunRequest:
+    """What ``run`` and ``plan`` are asked; ``options`` are further fields of
+    :class:`ace_ext.runs.options.RunOptions`."""
+    budget = None if args.max_memory is None else parse_bytes(args.max_memory)
+    calibration = Calibration(args.calibration, args.nsamples, args.seqlen, args.seed, args.text_field)
+    run_options = RunOptions(offload=args.offload, max_memory=budget, **options)
+    return RunRequest(args.model, config_from(args), calibration, run_options, device_of(args), args.dtype)
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    """The device that ``--device`` names."""
+    return pick_device(args.device)
+
+
+def shows_progress(args: argparse.Namespace) -> bool:
+    """Whether a bar is shown: on a terminal, unless ``--quiet``."""
+    return not args.quiet and sys.stderr.isatty()

@@ -1,0 +1,31 @@
+"""``ace-prune plan``: what a run would prune, and the memory and time it would take."""
+
+import argparse
+
+from ace_ext.cli import args as shared
+from ace_ext.runs.plan import make_plan
+
+
+def add(commands: shared.Subparsers) -> None:
+    """Adds the verb to the command line."""
+    parser = commands.add_parser(
+        "plan",
+        help="what a run would prune, and the memory and time it would take",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=shared.pruning_tables(),
+    )
+    shared.add_model(parser)
+    shared.add_pruning(parser)
+    shared.add_calibration(parser)
+    shared.add_memory(parser.add_argument_group("the run"))
+    parser.set_defaults(action=plan)
+
+
+def plan(args: argparse.Namespace) -> int:
+    """The action of the verb."""
+    request = shared.request_from(args)
+    found = make_plan(
+        request.model, request.config, request.calibration, request.options, request.device, request.dtype
+    )
+    print(found.to_json() if args.json else found.table())
+    return 0

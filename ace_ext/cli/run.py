@@ -1,0 +1,103 @@
+"""``ace-prune run``: prune a model into a new folder."""
+
+import argparse
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from ace_ext.cli import args as shared
+from ace_ext.engine.progress import Progress
+from ace_ext.errors import InputError
+from ace_ext.formats import DEFAULT_FORMAT, FORMATS
+from ace_ext.reporting.html import check_report
+from ace_ext.reporting.run_page import write_run_report
+from ace_ext.runs.pipeline import prune_folder
+
+
+def add(commands: shared.Subparsers) -> None:
+    """Adds the verb to the command line."""
+    parser = commands.add_parser(
+        "run",
+        help="prune a model",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"{shared.pruning_tables()}\n\n{_formats()}",
+    )
+    shared.add_model(parser)
+    parser.add_argument("--output", required=True, help="the folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
+    parser.add_argument(
+        "--format", choices=FORMATS, default=DEFAULT_FORMAT, help="of the output, see below (default: %(default)s)"
+    )
+    shared.add_pruning(parser)
+    shared.add_calibration(parser)
+    group = parser.add_argument_group("the run")
+    group.add_argument(
+        "--resume", action="store_true", help="go on where an earlier run of the same arguments stopped, if any"
+    )
+    shared.add_memory(group)
+    _add_files(group)
+    parser.set_defaults(action=run)
+
+
+def _formats() -> str:
+    return shared.table("formats", {name: output_format.summary for name, output_format in FORMATS.items()})
+
+
+def _add_files(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--save-stats",
+        metavar="FILE",
+        type=Path,
+        help="keep the statistics (order block); they, and so this run, then read the dense model: blocks do not get "
+        "what pruned ones before them put out",
+    )
+    group.add_argument(
+        "--stats",
+        metavar="FILE",
+        type=Path,
+        help="prune from kept statistics at any sparsity, pattern or metric, without a forward pass (order block)",
+    )
+    group.add_argument("--report", metavar="FILE.html", type=Path, help="write a page about the run there")
+    group.add_argument("--log-json", metavar="FILE", help="a JSON line a block; - for stderr")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The action of the verb."""
+    if args.report is not None:
+        check_report(args.report)
+    request = shared.request_from(
+        args,
+        overwrite=args.overwrite,
+        resume=args.resume,
+        save_stats=args.save_stats,
+        stats=args.stats,
+        format=args.format,
+    )
+    with contextlib.ExitStack() as opened:
+        progress = Progress(shared.shows_progress(args), _open_log(args.log_json, opened))
+        report, path = prune_folder(
+            request.model,
+            args.output,
+            request.config,
+            request.calibration,
+            request.options,
+            request.device,
+            request.dtype,
+            progress,
+        )
+    if int(os.environ.get("RANK", "0")) == 0:
+        if args.report is not None:
+            write_run_report(report, args.report)
+        print(report.to_json() if args.json else f"{report.table()}\nwritten to {path}")
+    return 0
+
+
+def _open_log(name: str | None, opened: contextlib.ExitStack) -> TextIO | None:
+    if name is None or name == "-":
+        return sys.stderr if name else None
+    try:
+        return opened.enter_context(open(name, "a", encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"log-json {name!r} cannot be written: {error.strerror}; give another file") from error

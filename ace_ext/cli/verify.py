@@ -1,0 +1,27 @@
+"""``ace-prune verify``: prove the sparsity of a written folder."""
+
+import argparse
+import json
+
+from ace_ext.cli import args as shared
+from ace_ext.runs.verify import verify
+
+
+def add(commands: shared.Subparsers) -> None:
+    """Adds the verb to the command line."""
+    parser = commands.add_parser("verify", help="prove the sparsity of a written folder")
+    parser.add_argument("folder", help="what ace-prune run wrote")
+    parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
+    parser.set_defaults(action=check)
+
+
+def check(args: argparse.Namespace) -> int:
+    """The action of the verb; the status is 1 for a folder with a problem."""
+    result = verify(args.folder)
+    if args.json:
+        print(json.dumps(vars(result)))
+    else:
+        rows = f", {result.exact_rows} of {result.rows} groups with exactly k non-zeros" if result.rows else ""
+        print(f"{result.matrices} matrices, sparsity {result.sparsity:.4f}{rows}")
+        print("\n".join(f"FAULT {problem}" for problem in result.problems) or "sound: counts, zeros, finite, loads")
+    return 1 if result.problems else 0

@@ -1,0 +1,162 @@
+"""The steps of a walk over blocks, which all strategies share: collect statistics, prune a matrix, move on, report."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from ace_ext import ops
+from ace_ext.engine.context import RunContext
+from ace_ext.engine.hidden_states import HiddenStates
+from ace_ext.engine.matrix_report import count_nonzero_, dense_output, measure
+from ace_ext.errors import InputError
+from ace_ext.models.block_store import BlockSource
+from ace_ext.models.blocks import Block
+from ace_ext.models.replay import BlockCall, run_block
+from ace_ext.pruning.config import PruneConfig
+from ace_ext.pruning.masks import keep_budget, prune_weight_, scored_weight
+from ace_ext.pruning.prune_linear import prune_linear_
+from ace_ext.pruning.statistics import LinearStatistics, StatisticsCollector
+from ace_ext.records import BlockReport, MatrixReport, PruneReport
+
+
+class Steps:
+    """The state of one walk over a model's blocks, and its steps.
+
+    Args:
+        blocks: hands out the blocks with their weights.
+        calls: how each batch enters the blocks.
+        hidden: the batches' hidden states, which move from block to block; None with statistics from a file.
+        config, report, callback: as :func:`ace_ext.prune_model` has them.
+        context: the optional services of the run.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockSource,
+        calls: list[BlockCall],
+        hidden: HiddenStates | None,
+        config: PruneConfig,
+        report: PruneReport,
+        context: RunContext | None = None,
+        callback: Callable[[BlockReport], None] | None = None,
+    ) -> None:
+        self.blocks, self.calls, self.config, self.report = blocks, calls, config, report
+        self._hidden = hidden
+        self.context = context or RunContext()
+        self.callback = callback
+        self.needs = config.needs.prune if self.context.sink is None else config.needs.kept
+        self.device = self.context.device or torch.device("cpu")
+        self.keeps: list[dict[str, int]] | None = None
+        """By block and Linear, how many weights of a row survive; None: as the sparsity says."""
+        self.dense: HiddenStates | None = None
+        """The dense model's hidden states, which training aims at."""
+
+    @property
+    def hidden(self) -> HiddenStates:
+        """The batches' hidden states before the block at hand."""
+        assert self._hidden is not None  # a walk with statistics from a file runs nothing forward
+        return self._hidden
+
+    def collector(self, linears: dict[str, nn.Linear]) -> StatisticsCollector:
+        """A collector of the kinds that this run needs."""
+        batches = len(self.calls) * self.context.peers.size
+        return StatisticsCollector(linears, self.needs, batches, self.config.token_norm)
+
+    def collect(
+        self,
+        block: Block,
+        index: int,
+        children: list[str],
+        *,
+        advance: bool,
+        hidden: HiddenStates | None = None,
+        needs: frozenset[str] | None = None,
+    ) -> dict[str, LinearStatistics]:
+        """Statistics of the named Linears over all batches; with ``advance`` the outputs go on to the next block.
+
+        ``hidden`` and ``needs`` are for a walk beside the pruning one, with states and kinds of its own.
+        """
+        hidden = hidden or self.hidden
+        collector = self.collector({child: block.linears[child] for child in children})
+        collector.needs = needs or collector.needs
+        with collector:
+            for i, call in enumerate(self.calls):
+                collector.token_mask = call.token_mask
+                output = run_block(block, hidden[i], call.others[index])
+                if advance:
+                    hidden.put(i, output)
+        self.context.peers.merge_(collector.stats, children, collector.empty)
+        for child in children:
+            self.check_seen(block, child, collector)
+        return collector.stats
+
+    def statistics_of(self, block: Block, index: int, *, advance: bool) -> dict[str, LinearStatistics]:
+        """Statistics of all Linears of a dense block: from a file, or collected, and kept where the run keeps them."""
+        if self.context.source is not None:
+            return self.context.source.block(block.name, block.linears, self.device)
+        stats = self.collect(block, index, list(block.linears), advance=advance)
+        if self.context.sink is not None:
+            self.context.sink.block(block.name, stats)
+        return stats
+
+    def advance(self, block: Block, index: int, collector: StatisticsCollector | None = None) -> None:
+        """Runs every batch through the block as it is now; the outputs are what enters the next one."""
+        for i, call in enumerate(self.calls):
+            if collector is not None:
+                collector.token_mask = call.token_mask
+            self.hidden.put(i, run_block(block, self.hidden[i], call.others[index]))
+
+    def check_seen(self, block: Block, child: str, collector: StatisticsCollector) -> None:
+        """That a Linear saw a token. An expert may have seen none: it gets empty statistics and its mask from its
+        weights alone, unless these are compared with others'."""
+        if child in collector.stats and collector.stats[child].tokens:
+            return
+        compared = self.config.comparison.over_matrices or self.config.allocation != "uniform"
+        if not block.is_expert(child) or compared:
+            raise InputError(
+                f"{block.full_name(child)} saw no calibration token; give more or other calibration text, or skip it"
+            )
+        collector.stats[child] = collector.empty(child)
+
+    def prune_matrix(self, block: Block, index: int, child: str, stats: LinearStatistics) -> MatrixReport:
+        """Prunes one Linear's weight and measures what that did to its output."""
+        weight = block.linears[child].weight
+        name = block.full_name(child)
+        keep_row = None if self.keeps is None else self.keeps[index][child]
+        if not stats.tokens:
+            return self._prune_unseen(name, weight)
+        dense = dense_output(stats, weight)
+        try:
+            solution = prune_linear_(weight, stats, self.config, keep_row)
+        except ValueError as error:
+            raise InputError(f"{name}: {error}") from error
+        report = measure(name, weight, stats, dense, keep_budget(weight, self.config, keep_row))
+        report.solution = solution
+        return report
+
+    def _prune_unseen(self, name: str, weight: torch.Tensor) -> MatrixReport:
+        """Prunes an expert's weight by magnitude, for want of a token that was sent there."""
+        config = PruneConfig("magnitude", self.config.sparsity, self.config.pattern, self.config.group)
+        prune_weight_(scored_weight(weight, None, config), config)
+        keep = keep_budget(weight, config)
+        rows, cols = weight.shape
+        return MatrixReport(name, (rows, cols), keep, count_nonzero_(weight, keep), 0, 0.0, 1.0)
+
+    def check_finite(self, where: str) -> None:
+        """Asks the GPU, once a block, whether an op met something not finite; on the CPU ops raise themselves."""
+        op = ops.take_not_finite(self.device)
+        if op:
+            raise InputError(f"{where}: {op} met NaN, infinity or an overflow in activations or scores")
+
+    def finish(self, block: Block, block_report: BlockReport) -> None:
+        """Reports a block and records it as done."""
+        context = self.context
+        self.report.blocks.append(block_report)
+        if context.journal is not None:
+            layouts = context.peers.gather(None if self._hidden is None else vars(self._hidden.layout))
+            context.journal.block_done(block, block_report, dict(enumerate(layouts)))
+            context.peers.wait()  # nobody overwrites the states that the state on the disk names
+        context.observer.block(block_report, self.report)
+        if self.callback is not None:
+            self.callback(block_report)

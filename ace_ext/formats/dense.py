@@ -1,0 +1,68 @@
+"""The dense format: a folder that transformers loads like any model, in which pruned weights are stored as zeros."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from ace_ext.errors import InputError
+from ace_ext.formats._format import DenseModel, OutputFormat
+from ace_ext.models.blocks import Block
+from ace_ext.models.safetensors_files import Shards, copy_model, flush
+
+
+class DenseWriter:
+    """Copies the dense model's files, and patches each pruned block into them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._shards: Shards | None = None
+
+    @property
+    def shards(self) -> Shards:
+        """The output's files."""
+        if self._shards is None:
+            self._shards = Shards(self.folder)
+        return self._shards
+
+    def lay_out(self, dense: DenseModel) -> None:
+        """The dense model where the pruned one will be: blocks are patched in as they are done."""
+        if dense.shards is not None and dense.folder is not None:
+            copy_model(dense.folder, self.folder)
+        else:
+            dense.model.save_pretrained(self.folder, safe_serialization=True)
+        dense.tokenizer.save_pretrained(self.folder)
+        for file in self.folder.iterdir():
+            flush(file)
+
+    def check(self, dense: DenseModel) -> None:
+        """That every weight to prune has a place in the output's files.
+
+        Raises:
+            InputError: naming the first that has none.
+        """
+        shards = self.shards.adopt(dense.model)
+        for block in dense.blocks:
+            for child in block.linears:
+                name = f"{block.full_name(child)}.weight"
+                if name not in shards:
+                    raise InputError(
+                        f"{name} is not in the files that save_pretrained writes of this model, nor is it put together "
+                        f"from their rows; leave it out with --skip, or prune with ace_ext.prune_model"
+                    )
+
+    def write(self, block: Block) -> None:
+        """Overwrites the block's tensors in place: its pruned weights, and what training may have moved."""
+        self.shards.write(_tensors(block, self.shards))
+
+
+def _tensors(block: Block, shards: Shards) -> dict[str, Tensor]:
+    """A block's parameters as the files hold them."""
+    named = {f"{block.name}.{name}": p.detach() for name, p in block.module.named_parameters()}
+    return {name: tensor.to(shards.describe(name)[0]) for name, tensor in named.items() if name in shards}
+
+
+FORMAT = OutputFormat(
+    name="dense",
+    summary="safetensors as save_pretrained writes them, pruned weights stored as zeros",
+    open=DenseWriter,
+)

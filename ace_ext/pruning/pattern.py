@@ -1,0 +1,47 @@
+"""How many weights survive: N:M patterns, and the one place that rounds."""
+
+import math
+from dataclasses import dataclass
+
+from ace_ext.errors import InputError
+
+MAX_GROUP_M = 32
+
+
+def keep_count(size: int, sparsity: float) -> int:
+    """How many of ``size`` weights survive: ``size - floor(size * sparsity + 1/2)``. The only place that rounds."""
+    return size - math.floor(size * sparsity + 0.5)
+
+
+@dataclass(frozen=True)
+class SparsityPattern:
+    """N:M sparsity: ``keep_n`` of each ``group_m`` consecutive inputs of a row are kept (elsewhere often: pruned).
+
+    Raises:
+        InputError: unless ``0 < keep_n < group_m <= 32``.
+    """
+
+    keep_n: int
+    group_m: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep_n < self.group_m <= MAX_GROUP_M:
+            raise InputError(
+                f"pattern must be N:M with 0 < N < M <= {MAX_GROUP_M}, N weights kept of M (got {self}); e.g. 2:4"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> "SparsityPattern":
+        """From text like ``"2:4"``."""
+        parts = text.split(":")
+        if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+            raise InputError(f"pattern must be N:M, N weights kept of M (got {text!r}); e.g. 2:4")
+        return cls(int(parts[0]), int(parts[1]))
+
+    @property
+    def sparsity(self) -> float:
+        """The share of zeros."""
+        return 1 - self.keep_n / self.group_m
+
+    def __str__(self) -> str:
+        return f"{self.keep_n}:{self.group_m}"

@@ -1,0 +1,84 @@
+"""Prunes one matrix: by the metric alone, or by the solvers that follow it."""
+
+import torch
+from torch import Tensor
+
+from ace_ext.errors import InputError
+from ace_ext.pruning.config import PruneConfig
+from ace_ext.pruning.gram import GramState
+from ace_ext.pruning.masks import keep_budget, keep_of_group, metric_mask, prune_weight_, scored_weight
+from ace_ext.pruning.solvers._problem import Problem, Solved
+from ace_ext.pruning.statistics import LinearStatistics
+from ace_ext.records import Solution
+
+
+@torch.no_grad()
+def prune_linear_(
+    weight: Tensor, stats: LinearStatistics, config: PruneConfig, keep_row: int | None = None
+) -> Solution | None:
+    """Prunes one matrix in place, by the metric alone or by the config's solvers.
+
+    Args:
+        weight: ``[rows, cols]`` float32, float16 or bfloat16; stays in its dtype.
+        stats: of the kinds ``config.needs.prune``.
+        keep_row: how many weights of a row survive, in place of what ``config.sparsity`` says; for the group
+            ``"matrix"`` this times the rows survive in the matrix.
+
+    Returns:
+        What the solver did, or None where the metric alone decided.
+
+    Raises:
+        ValueError: the ops found something not finite, the Gram matrix cannot be factorised
+            (see :mod:`ace_ext.pruning.gram`) or the update overflowed. The weight is then as it was.
+    """
+    scored = scored_weight(weight, stats, config)
+    name = config.solver.name
+    if not name:
+        prune_weight_(scored, config, keep_row)
+        return None
+    if keep_budget(weight, config, keep_row) == weight.numel():  # nothing is pruned: nothing to compensate for
+        return Solution(name, 0.0, 0, 0.0, 0.0)
+    if stats.gram is None:
+        raise ValueError(f"{name} needs the Gram matrix of the inputs (got statistics without)")
+    dense = weight.detach().to(torch.float32, copy=True)
+    mask = metric_mask(scored, config, keep_row)
+    problem = Problem(dense, stats.gram, config.comparison, keep_of_group(weight, config, keep_row), mask)
+    loss_before = stats.gram.relative_loss(dense, dense.masked_fill(~mask, 0.0))
+    del mask  # a solver that chooses its own needs the memory
+    solved = _solve(problem, config)
+    if not torch.isfinite(solved.weight).all():
+        raise InputError(f"the {name} update overflowed with damping {solved.damping:g}; raise damping")
+    weight.copy_(solved.weight)
+    damping, attempts = solved.damping, solved.attempts
+    del solved
+    return Solution(name, damping, attempts, loss_before, _loss(stats.gram, dense, weight))
+
+
+def _solve(problem: Problem, config: PruneConfig) -> Solved:
+    """Refines the metric's mask, then updates the weights, as far as the configuration asks for either."""
+    solver = config.solver
+    if solver.mask_solver is not None:
+        solver.mask_solver.refine_(problem, solver.options_for(solver.mask_solver))
+    elif solver.weight_solver is not None:
+        problem.mask = None  # the update chooses its own
+    if solver.weight_solver is not None:
+        return solver.weight_solver.solve(problem, solver.options_for(solver.weight_solver))
+    assert problem.mask is not None
+    return Solved(problem.dense.masked_fill(~problem.mask, 0.0))
+
+
+def _loss(gram: GramState, dense: Tensor, weight: Tensor) -> float:
+    return gram.relative_loss(dense, weight.float())
+
+
+def working_bytes(config: PruneConfig, rows: int, cols: int) -> int:
+    """Bytes that pruning one matrix holds beside its weights and statistics, the Gram matrix one of them.
+
+    A mask of its zeros, a byte each, and a callable's scores; with a solver the dense weight in float32, the mask, and
+    what the solver itself says.
+    """
+    entries = rows * cols
+    scores = 4 * entries if callable(config.metric) else 0
+    if not config.solver.name:
+        return entries + scores
+    return 5 * entries + scores + max(solver.working_bytes(rows, cols) for solver in config.solver.matrix_solvers)

@@ -1,0 +1,129 @@
+"""Settings as data: each has a name, a default, its limits and a line of help, written once where it is declared.
+
+The command line, the method specs of ``ace-prune compare``, the reports and the documentation all read these entries.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ace_ext.errors import InputError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What values a setting takes. Numbers are finite, and whole where the setting's type is ``int``."""
+
+    choices: tuple[str, ...] = ()
+    at_least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    words: str = ""
+    """What is allowed, for the error message; made from the limits where empty."""
+
+
+def option(default: Any, help: str, limits: Limits | None = None, **more: Any) -> Any:
+    """A dataclass field that is a setting: its default, its line of help, its limits.
+
+    Args:
+        more: ``flag=False`` keeps it off the command line; ``unused`` is what a report shows where the solver that has
+            the setting is not used (default: the setting's default).
+    """
+    return field(default=default, metadata={"help": help, "limits": limits or Limits(), **more})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One declared setting."""
+
+    name: str
+    types: frozenset[type]
+    default: object
+    help: str
+    limits: Limits
+    flag: bool = True
+    unused: object = None
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values to choose from; empty where it is a number or free text."""
+        return self.limits.choices
+
+    def check(self, value: object) -> None:
+        """Raises :class:`InputError` for a value outside the limits; None passes where the type allows it."""
+        if value is None and type(None) in self.types:
+            return
+        if self.choices:
+            check_choice(self.name, value, self.choices)
+        elif int in self.types or float in self.types:
+            self._check_number(value)
+
+    def _check_number(self, value: object) -> None:
+        limits = self.limits
+        whole = int in self.types
+        good = isinstance(value, int | (int if whole else float)) and math.isfinite(value)
+        if good:
+            number = typing.cast(float, value)
+            good = limits.at_least is None or number >= limits.at_least
+            good = good and (limits.above is None or number > limits.above)
+            good = good and (limits.below is None or number < limits.below)
+        if not good:
+            raise InputError(f"{self.name} must be {self._allowed(whole)} (got {value})")
+
+    def _allowed(self, whole: bool) -> str:
+        if self.limits.words:
+            return self.limits.words
+        if whole:
+            return f"a whole number of at least {self.limits.at_least}"
+        return f"more than {self.limits.above}" if self.limits.above is not None else "a finite number"
+
+
+def settings_of(declared: type) -> list[Setting]:
+    """The settings that a dataclass declares by :func:`option`, in their order."""
+    hints = typing.get_type_hints(declared)
+    found = []
+    for item in fields(declared):
+        if "help" in item.metadata:
+            data = dict(item.metadata)
+            data.setdefault("unused", item.default)
+            found.append(Setting(item.name, frozenset(plain_types(hints[item.name])), item.default, **data))
+    return found
+
+
+def check_settings(declared: object) -> None:
+    """Checks every setting of a dataclass instance.
+
+    Raises:
+        InputError: naming the first that is outside its limits.
+    """
+    for setting in settings_of(type(declared)):
+        setting.check(getattr(declared, setting.name))
+
+
+def check_choice(name: str, value: object, choices: Sequence[str | None]) -> None:
+    """Raises :class:`InputError` unless the value is one of the choices."""
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(map(str, choices))} (got {value!r})")
+
+
+def plain_types(hint: object) -> set[type]:
+    """The classes that a type hint allows: ``{int, NoneType}`` for ``int | None``."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return {kind for part in typing.get_args(hint) for kind in plain_types(part)}
+    return {typing.cast(type, typing.get_origin(hint) or hint)}
+
+
+class Options:
+    """Base of a solver's options: a frozen dataclass of fields made by :func:`option`, checked when it is made."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    @classmethod
+    def settings(cls) -> list[Setting]:
+        """The options that this class declares."""
+        return settings_of(cls) if dataclasses.is_dataclass(cls) else []

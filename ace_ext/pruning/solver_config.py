@@ -1,0 +1,194 @@
+"""Which solvers follow the metric, and their options: ``SolverConfig``, nested in :class:`ace_ext.PruneConfig`."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+from ace_ext.errors import InputError
+from ace_ext.pruning.groups import ComparisonGroup
+from ace_ext.pruning.settings import Limits, Options, Setting, check_choice, option, settings_of
+from ace_ext.pruning.solvers import SOLVERS, BlockSolver, MaskSolver, Solver, WeightSolver, solvers_of
+
+GRAMS = ("plain", "cosine")
+
+Chosen = TypeVar("Chosen", bound=Solver)
+
+
+@dataclass(frozen=True)
+class SolverConfig:
+    """What follows the metric.
+
+    Args:
+        refine: a mask solver, which improves the metric's mask; no weight changes. An update then keeps this mask.
+        update: how the remaining weights compensate for the removed ones: a weight solver, ``"tune"`` (each block is
+            trained), or both, joined by ``+`` as in ``"admm+tune"``. A weight solver without ``refine`` chooses the
+            mask too, not the metric.
+        gram: how refine and update measure errors: every token counts alike (``"plain"``), or with ``1 / ‖A_t‖²``,
+            ``A`` the dense output (``"cosine"``).
+        options: values for the options that the solvers declare, by name; see :func:`solver_settings`.
+
+    Raises:
+        InputError: an unknown solver or option, a value outside its limits, or settings that exclude each other.
+    """
+
+    refine: str | None = option(None, "exchange kept and removed weights while the error falls")
+    update: str | None = option(None, "how the remaining weights compensate for the removed ones")
+    gram: str = option("plain", "how refine and update weigh tokens", Limits(choices=GRAMS))
+    options: Mapping[str, object] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        check_choice("refine", self.refine, (None, *solvers_of(MaskSolver)))
+        self._normalise_update()
+        check_choice("gram", self.gram, GRAMS)
+        known = solver_settings()
+        unknown = [name for name in self.options if name not in known]
+        if unknown:
+            raise InputError(f"solver options must be among {', '.join(known)} (got {', '.join(unknown)})")
+        for solver in SOLVERS.values():
+            self._make_options(solver)  # a bad value is an error whether or not its solver is used
+        for name, value in self.options.items():
+            users = _users_of(name)
+            if value is not None and len(users) > 1 and not any(s in self.chosen for s in users):
+                named = " or ".join(solver.name for solver in users)
+                raise InputError(f"{name} needs update {named} (got {value} without); leave it out")
+        if self.gram == "cosine" and not self.matrix_solvers:
+            raise InputError("gram cosine weights the errors of refine or update (got neither); set one of them")
+
+    def _normalise_update(self) -> None:
+        """Brings ``update`` into one spelling, and reads the older one: ``tune_epochs`` alone asked for training."""
+        weight, block = solvers_of(WeightSolver), solvers_of(BlockSolver)
+        parts = list(dict.fromkeys(part.strip() for part in (self.update or "").split("+") if part.strip()))
+        for part in parts:
+            if part not in (*weight, *block):
+                choices = ", ".join(("None", *weight, *block))
+                raise InputError(f"update must be one of {choices} (got {self.update!r}); join two by +")
+        epochs = self.options.get("tune_epochs")
+        if isinstance(epochs, int) and epochs > 0 and "tune" not in parts:
+            warnings.warn("tune_epochs alone will not train; give update='tune' too", DeprecationWarning, stacklevel=4)
+            parts.append("tune")
+        if epochs == 0 and "tune" in parts:
+            parts.remove("tune")
+        for kind in (weight, block):
+            if sum(part in kind for part in parts) > 1:
+                raise InputError(f"update must be {' or '.join(kind)}, with or without tune (got {self.update!r})")
+        parts.sort(key=lambda part: part in block)  # blocks are trained last
+        object.__setattr__(self, "update", "+".join(parts) or None)
+
+    def _make_options(self, solver: Solver) -> Options:
+        own = {setting.name for setting in solver.options.settings()}
+        return solver.options(**{n: v for n, v in self.options.items() if n in own and v is not None})
+
+    def _chosen(self, kind: type[Chosen]) -> Chosen | None:
+        names = [self.refine, *(self.update or "").split("+")]
+        return next((solver for name, solver in solvers_of(kind).items() if name in names), None)
+
+    @property
+    def mask_solver(self) -> MaskSolver | None:
+        """What ``refine`` names."""
+        return self._chosen(MaskSolver)
+
+    @property
+    def weight_solver(self) -> WeightSolver | None:
+        """What ``update`` names, training apart."""
+        return self._chosen(WeightSolver)
+
+    @property
+    def block_solver(self) -> BlockSolver | None:
+        """What trains each block, if anything does."""
+        return self._chosen(BlockSolver)
+
+    @property
+    def matrix_solvers(self) -> list[MaskSolver | WeightSolver]:
+        """Those that take one matrix and its Gram matrix, in their order."""
+        return [solver for solver in (self.mask_solver, self.weight_solver) if solver is not None]
+
+    @property
+    def chosen(self) -> list[Solver]:
+        """All that are used, in their order."""
+        block = self.block_solver
+        return [*self.matrix_solvers, *([] if block is None else [block])]
+
+    @property
+    def name(self) -> str:
+        """Of the matrix solvers: ``"swaps"``, ``"swaps+admm"`` …, or "" for the metric alone."""
+        return "+".join(solver.name for solver in self.matrix_solvers)
+
+    def options_for(self, solver: Solver) -> Options:
+        """The solver's options, with the given values in place of its defaults."""
+        return self._make_options(solver)
+
+    def check_group(self, group: ComparisonGroup) -> None:
+        """Raises :class:`InputError` where a solver does not work within this comparison group."""
+        name = "row" if group.name == "N:M" else group.name
+        if any(name not in solver.groups for solver in self.matrix_solvers):
+            raise InputError(
+                f"{self.name} compares within rows or a pattern's groups, obs alone also within a matrix "
+                f"(got group {name!r}); use group row"
+            )
+        if self.block_solver is not None and group.over_matrices:
+            raise InputError(
+                f"update {self.block_solver.name} trains block after block, group {name} prunes all at once; "
+                "use group row"
+            )
+
+    def to_dict(self) -> dict[str, object]:
+        """All settings by name, flat, as reports hold them: an option of a solver that is not used at its ``unused``
+        value, or None where several solvers have it."""
+        weight = self.weight_solver
+        update = None if weight is None else weight.name
+        values: dict[str, object] = {"refine": self.refine, "update": update, "gram": self.gram}
+        for name, setting in solver_settings().items():
+            users = [solver for solver in self.chosen if solver in _users_of(name)]
+            if users:
+                values[name] = getattr(self.options_for(users[0]), name)
+            else:
+                given = self.options.get(name)
+                alone = len(_users_of(name)) == 1
+                values[name] = given if given is not None else setting.unused if alone else None
+        return values
+
+
+def solver_settings() -> dict[str, Setting]:
+    """The options of all registered solvers by name: those of weight solvers first, then of mask and block solvers."""
+    found: dict[str, Setting] = {}
+    order = [*solvers_of(WeightSolver).values(), *solvers_of(MaskSolver).values(), *solvers_of(BlockSolver).values()]
+    for solver in order:
+        for setting in solver.options.settings():
+            found.setdefault(setting.name, setting)
+    return found
+
+
+def solver_names() -> dict[str, Setting]:
+    """The settings of :class:`SolverConfig` itself: ``refine``, ``update`` and ``gram``."""
+    return {setting.name: setting for setting in settings_of(SolverConfig)}
+
+
+def option_help(name: str) -> str:
+    """The line of help of a solver's option, with the solvers that have it and their defaults."""
+    users = _users_of(name)
+    words = {setting.help for solver in users for setting in solver.options.settings() if setting.name == name}
+    defaults = [
+        f"{setting.default} for {solver.name}" if len(users) > 1 else str(setting.default)
+        for solver in users
+        for setting in solver.options.settings()
+        if setting.name == name
+    ]
+    return f"{', '.join(solver.name for solver in users)}: {'; '.join(sorted(words))} (default: {', '.join(defaults)})"
+
+
+def _users_of(name: str) -> list[Solver]:
+    """The registered solvers that have an option of this name."""
+    return [s for s in SOLVERS.values() if any(setting.name == name for setting in s.options.settings())]
+
+
+def take_solver_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Takes what belongs to a :class:`SolverConfig` out of flat settings; returns its keyword arguments."""
+    taken: dict[str, Any] = {name: settings.pop(name) for name in list(settings) if name in solver_names()}
+    options = {name: settings.pop(name) for name in list(settings) if name in solver_settings()}
+    return {**taken, **({"options": options} if options else {})}
+
+
+def solver_options(config: SolverConfig) -> dict[str, object]:
+    """The options that were given, without those left at None."""
+    return {name: value for name, value in cast(dict[str, object], config.options).items() if value is not None}

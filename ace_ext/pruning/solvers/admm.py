@@ -1,0 +1,104 @@
+"""ADMM pruning (arXiv 2401.02938): weights and mask together, by matrix products only.
+
+Errors are measured by the Gram matrix ``G [cols, cols]`` of the inputs (:mod:`ace_ext.pruning.gram`): the change ``e``
+of a row costs ``e G eᵀ``. Computed in float32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ace_ext import ops
+from ace_ext.pruning.gram import RHO, AdmmFactor
+from ace_ext.pruning.settings import Limits, Options, option
+from ace_ext.pruning.solvers._problem import Problem, Solved, WeightSolver
+
+
+@dataclass(frozen=True)
+class AdmmOptions(Options):
+    """Options of ``update="admm"``."""
+
+    damping: float = option(
+        0.1,
+        "share of the Gram matrix's mean diagonal added to its diagonal",
+        Limits(at_least=0, words="a share of the mean diagonal, 0 or more"),
+    )
+    iterations: int = option(
+        20, "iterations; the mask tightens in the first half of them and stays from there on", Limits(at_least=1)
+    )
+    saliency: str = option(
+        "obs",
+        "what chooses the mask: magnitude, of a weight on normalised columns, or obs, the error left after the best "
+        "update of the others",
+        Limits(choices=("magnitude", "obs")),
+    )
+
+
+def solve(problem: Problem, options: AdmmOptions) -> Solved:
+    """The pruned weight after ``options.iterations``, on columns normalised by ``sqrt(G_jj)``."""
+    factor = problem.gram.admm_factor(options.damping)
+    return Solved(iterate(problem, factor, options), factor.damping, factor.attempts)
+
+
+def iterate(problem: Problem, factor: AdmmFactor, options: AdmmOptions) -> Tensor:
+    """The alternating direction method of multipliers; returns the last ``Z [rows, cols]``.
+
+    On columns multiplied by ``norm``, with ``H`` the normalised Gram matrix: ``Z`` is the masked ``W + U``; then
+    ``U ← U + W - Z`` and ``W ← (H W₀ + ρ (Z - U)) (H + ρ)⁻¹``. The mask (where none is given) tightens along a cubic
+    curve in the first half of the iterations.
+
+    All in four buffers of the weight's size, for they are what a wide matrix needs most memory for.
+    """
+    weight = problem.dense.masked_fill(factor.dead, 0.0).mul_(factor.norm)
+    target, dual, kept = weight @ factor.hessian, torch.zeros_like(weight), torch.empty_like(weight)
+    dropped = None if problem.mask is None else ~problem.mask
+    tightening = max(1, options.iterations // 2)
+    for step in range(options.iterations):
+        kept.copy_(weight.add_(dual))
+        if dropped is not None:
+            kept.masked_fill_(dropped, 0.0)
+        else:
+            _keep_most_salient_(kept, (step + 1) / tightening, factor, problem, options)
+            if step + 1 == tightening:
+                dropped = kept == 0  # a kept zero (a dead input's weight) stays one, too
+        torch.sub(weight, kept, out=dual)
+        torch.mm(kept.sub_(dual).mul_(RHO).add_(target), factor.inverse, out=weight)
+    assert dropped is not None  # given, or chosen when the tightening ended
+    return weight.add_(dual).masked_fill_(dropped, 0.0).div_(factor.norm)
+
+
+def _keep_most_salient_(
+    weight: Tensor, progress: float, factor: AdmmFactor, problem: Problem, options: AdmmOptions
+) -> None:
+    """Zeroes the entries of ``weight [rows, cols]`` that ADMM's mask leaves out when ``progress`` of it has tightened.
+
+    Saliency ``"obs"`` is ``|w_j| / sqrt((H⁻¹)_jj)``, the root of the error that stays after the best update of the
+    others; ``"magnitude"`` is ``|w_j|``, which on normalised columns is the error without any.
+    """
+    if options.saliency == "obs":
+        formula, column = "scaled", factor.inverse_diagonal.rsqrt()
+    else:
+        formula, column = "magnitude", None
+    if problem.pattern is not None:
+        ops.prune_nm_(weight, formula, problem.pattern.keep_n, problem.pattern.group_m, column=column)
+        return
+    cols = weight.shape[1]
+    pruned = cols - problem.keep
+    ops.prune_topk_(weight, formula, cols - int(pruned * (1 - (1 - progress) ** 3)), column=column)
+
+
+def working_bytes(rows: int, cols: int) -> int:
+    """Three copies of the Gram matrix in float64 while it is factorised; then two factors in float32 beside four
+    buffers of the weight's size."""
+    return max(25 * cols * cols, 8 * cols * cols + 18 * rows * cols)
+
+
+SOLVER = WeightSolver(
+    name="admm",
+    summary="weights and mask together by ADMM (arXiv 2401.02938)",
+    options=AdmmOptions,
+    groups=("row",),
+    solve=solve,
+    working_bytes=working_bytes,
+)

@@ -1,0 +1,79 @@
+"""SparseGPT's update (arXiv 2301.00774): prune columns from left to right, each compensated by the columns after it.
+
+Errors are measured by the Gram matrix ``G [cols, cols]`` of the inputs (:mod:`ace_ext.pruning.gram`): the change ``e``
+of a row costs ``e G eᵀ``. Computed in float32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ace_ext import ops
+from ace_ext.pruning.settings import Limits, Options, option
+from ace_ext.pruning.solvers._problem import Problem, Solved, WeightSolver
+
+OBS_BLOCK = 128
+"""Columns that the update works on at a time, as in SparseGPT."""
+
+
+@dataclass(frozen=True)
+class ObsOptions(Options):
+    """Options of ``update="obs"``."""
+
+    damping: float = option(
+        0.01,
+        "share of the Gram matrix's mean diagonal added to its diagonal",
+        Limits(at_least=0, words="a share of the mean diagonal, 0 or more"),
+    )
+
+
+def solve(problem: Problem, options: ObsOptions) -> Solved:
+    """Prunes columns from left to right and moves each removed weight's part of the output to the columns after it.
+
+    Without a mask each block of columns chooses its own, when it is reached, by ``w² / U_jj²``: the error left after
+    the best update of the later columns.
+    """
+    factor = problem.gram.obs_factor(options.damping)
+    upper = factor.upper
+    weight = problem.dense.masked_fill(factor.dead, 0.0)
+    rows, cols = weight.shape
+    by_pattern = problem.mask is None and problem.pattern is not None  # then the op writes the mask, group by group
+    keep_n, group_m = problem.nm if by_pattern else (0, 0)
+    width = OBS_BLOCK // group_m * group_m if by_pattern else OBS_BLOCK
+    mask = problem.mask
+    chosen = torch.empty(rows, cols, dtype=torch.bool, device=weight.device) if mask is None else mask
+    for start in range(0, cols, width):
+        end = min(start + width, cols)
+        block, inner = weight[:, start:end], upper[start:end, start:end]
+        if mask is None and not by_pattern:
+            chosen[:, start:end] = _block_mask(block, inner, (start, end), problem)
+        error = torch.empty_like(block)
+        ops.obs_block_(block, error, chosen[:, start:end], inner, keep_n, group_m)
+        weight[:, end:].addmm_(error, upper[start:end, end:], alpha=-1)
+    return Solved(weight, factor.damping, factor.attempts)
+
+
+def _block_mask(block: Tensor, inner: Tensor, columns: tuple[int, int], problem: Problem) -> Tensor:
+    """The mask of one block of columns. Each block keeps its share of what the group keeps in all: the whole part of
+    the share up to the block's end, less what the blocks before it got, so the shares add up exactly."""
+    start, end = columns
+    cols = problem.dense.shape[1]
+    share = problem.keep * end // cols - problem.keep * start // cols
+    return ops.topk_mask(block, "score", share, moment=block.abs() / inner.diagonal(), group=problem.group.name)
+
+
+def working_bytes(rows: int, cols: int) -> int:
+    """Three copies of the Gram matrix in float64 while it is factorised; then the factor, and beside it two buffers of
+    the weight's size and what a block of columns takes."""
+    return max(25 * cols * cols, 4 * cols * cols + 11 * rows * cols)
+
+
+SOLVER = WeightSolver(
+    name="obs",
+    summary="SparseGPT's update, column by column (arXiv 2301.00774)",
+    options=ObsOptions,
+    groups=("row", "matrix"),
+    solve=solve,
+    working_bytes=working_bytes,
+)

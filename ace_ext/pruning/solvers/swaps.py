@@ -1,0 +1,36 @@
+"""Swaps (arXiv 2512.10922): exchange kept and pruned weights of a row while the error of its output falls."""
+
+from dataclasses import dataclass
+
+from ace_ext import ops
+from ace_ext.pruning.settings import Limits, Options, option
+from ace_ext.pruning.solvers._problem import MaskSolver, Problem
+
+
+@dataclass(frozen=True)
+class SwapOptions(Options):
+    """Options of ``refine="swaps"``."""
+
+    max_swaps: int = option(100, "the most swaps in a row", Limits(at_least=1))
+
+
+def refine_(problem: Problem, options: SwapOptions) -> None:
+    """Swaps kept and pruned weights of each row of the mask, inside its N:M groups where there is a pattern. No weight
+    changes."""
+    assert problem.mask is not None  # a refinement starts from the metric's
+    ops.refine_swaps_(problem.mask, problem.dense, problem.gram.matrix, *problem.nm, options.max_swaps)
+
+
+def working_bytes(rows: int, cols: int) -> int:
+    """The error's gradient in float64, and working copies of rows."""
+    return 12 * rows * cols
+
+
+SOLVER = MaskSolver(
+    name="swaps",
+    summary="exchanges kept and pruned weights of a row while the error of its output falls; no weight changes",
+    options=SwapOptions,
+    groups=("row",),
+    refine_=refine_,
+    working_bytes=working_bytes,
+)

@@ -1,0 +1,51 @@
+"""Training of each pruned block on the calibration tokens, masks fixed (:mod:`ace_ext.pruning.block_tuning`)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ace_ext.models.blocks import Block
+from ace_ext.pruning.block_tuning import Others, tune_block_
+from ace_ext.pruning.settings import Limits, Options, option
+from ace_ext.pruning.solvers._problem import BlockSizes, BlockSolver
+from ace_ext.records import Tuning
+
+
+@dataclass(frozen=True)
+class TuneOptions(Options):
+    """Options of ``update="tune"``."""
+
+    tune_epochs: int = option(6, "passes over the calibration tokens", Limits(at_least=0), unused=0)
+    tune_lr: float = option(2e-4, "learning rate, which falls linearly to zero", Limits(above=0, words="more than 0"))
+
+
+def train_(
+    block: Block,
+    inputs: Sequence[tuple[Tensor, Others]],
+    targets: Sequence[Tensor],
+    options: TuneOptions,
+    masks: dict[str, Tensor],
+    token_masks: Sequence[Tensor | None],
+) -> Tuning:
+    """:func:`ace_ext.pruning.block_tuning.tune_block_` with these options."""
+    return tune_block_(
+        block, inputs, targets, masks, token_masks, epochs=options.tune_epochs, learning_rate=options.tune_lr
+    )
+
+
+def working_bytes(sizes: BlockSizes) -> int:
+    """A trained weight: in float32 itself and Adam's two moments, in the model's dtype as it was before, and its mask.
+    Then its gradient and a step's activations, or the gradient in float32, whichever is more, and what Adam or the
+    backward pass computes of the largest matrix."""
+    state = sizes.trained * (13 + sizes.itemsize) + 12 * sizes.largest
+    return state + max(sizes.trained * sizes.itemsize + sizes.activations, 4 * sizes.trained)
+
+
+SOLVER = BlockSolver(
+    name="tune",
+    summary="trains each pruned block towards the dense one's output, alone or after another update",
+    options=TuneOptions,
+    train_=train_,
+    working_bytes=working_bytes,
+)

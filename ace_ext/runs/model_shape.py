@@ -1,0 +1,75 @@
+"""The sizes of a model that the memory estimate is computed from, and what a forward pass holds at those sizes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ace_ext.models._transformers import attends_eagerly
+from ace_ext.models.blocks import Block
+from ace_ext.pruning.gram import GramState
+from ace_ext.pruning.kinds import COSINE_GRAM, GRAMS, MOMENT
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes that an estimate is computed from."""
+
+    blocks: Sequence[int]  # bytes of each block's parameters
+    embedding: int  # bytes of parameters outside the blocks, an untied head's not counted
+    head: int  # bytes of an untied head
+    hidden: int  # width of the hidden states
+    widest: int  # largest side of a Linear in a block
+    heads: int  # attention heads whose scores are stored; 0 where attention is fused
+    itemsize: int
+    experts: int  # of a mixture with fused experts; else 0
+    experts_of_a_token: int
+
+    @classmethod
+    def of(cls, model: nn.Module, blocks: list[Block]) -> "ModelShape":
+        sizes = [sum(p.nbytes for p in block.module.parameters()) for block in blocks]
+        head, entrance = model.get_output_embeddings(), model.get_input_embeddings()
+        untied = head is not None and head.weight is not entrance.weight
+        head_bytes = sum(p.nbytes for p in head.parameters()) if untied else 0
+        linears = [linear for block in blocks for linear in block.linears.values()]
+        text = model.config.get_text_config()
+        experts = max((len(fused.linears) for block in blocks for fused in block.experts), default=0)
+        return cls(
+            blocks=sizes,
+            embedding=sum(p.nbytes for p in model.parameters()) - sum(sizes) - head_bytes,
+            head=head_bytes,
+            hidden=text.hidden_size,
+            widest=max(max(linear.weight.shape) for linear in linears),
+            heads=text.num_attention_heads if attends_eagerly(model) else 0,
+            itemsize=linears[0].weight.dtype.itemsize,
+            experts=experts,
+            experts_of_a_token=min(experts, getattr(text, "num_experts_per_tok", None) or experts),
+        )
+
+    @property
+    def routing(self) -> int:
+        """Bytes a token while experts run: an integer for each place and expert says who goes where, and the router's
+        probabilities."""
+        return 8 * self.experts_of_a_token * (self.experts + 1) + (4 + self.itemsize) * self.experts
+
+    def forward_bytes(self, tokens: int, seqlen: int, needs: frozenset[str]) -> int:
+        """The most that is alive at a time for one batch in a block.
+
+        - attention: residual and norm, then queries, keys and values before and after rotation (6 hidden widths);
+        - a norm: residual, and three float32 copies;
+        - MLP: residual and norm, then gate, up and their product, each as wide as the widest Linear;
+        - statistics of its last Linear.
+        """
+        attention = tokens * (8 * self.hidden * self.itemsize + self.heads * seqlen * (4 + 2 * self.itemsize))
+        norm = tokens * (2 * self.itemsize + 12) * self.hidden
+        mlp = tokens * (2 * self.hidden + 3 * self.widest) * self.itemsize
+        observed = self.pending_bytes(tokens)
+        if MOMENT in needs:  # squares at most 2048 tokens at a time, in float32
+            observed += 8 * min(tokens, 2048) * self.widest
+        if needs & GRAMS:  # widens a chunk to float32, and weighs a copy of it
+            observed += (8 if COSINE_GRAM in needs else 4) * min(tokens, GramState.CHUNK_TOKENS) * self.widest
+        return max(attention, norm, mlp + tokens * self.routing, observed)
+
+    def pending_bytes(self, tokens: int) -> int:
+        """What a forward holds while the last, widest Linear is looked at: the residual, the norm's and its input."""
+        return tokens * ((2 * self.hidden + self.widest) * self.itemsize + self.routing)

@@ -1,0 +1,179 @@
+"""What README and the pages of ``docs/`` say can be done: commands are accepted, examples run, names exist."""
+
+import ast
+import importlib
+import re
+import shlex
+import warnings
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from folders import save_dense
+
+from ace_ext.cli.main import build_parser
+from ace_ext.compare.journal import BlockFigures, Cell, Run
+from ace_ext.data.perplexity import Perplexity
+from ace_ext.pruning import kinds
+from ace_ext.records import BlockReport, MatrixReport, PruneReport, Solution, Tuning
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples/README.md"]
+PAGES += [ROOT / "benchmarks/RESULTS.md"]
+page = pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def code_blocks(text: str, language: str = "") -> list[str]:
+    """Fenced blocks of the language; with "" also indented ones."""
+    fenced = [match[2] for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S) if match[1] == language]
+    if language:
+        return fenced
+    rest = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+    return fenced + re.findall(r"(?:^    .*\n)+", rest, re.M)
+
+
+def inline_code(text: str) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S))
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def commands(text: str) -> list[list[str]]:
+    """Arguments of each ``ace-prune`` in the code blocks, however it is started."""
+    found = []
+    for block in code_blocks(text) + code_blocks(text, "bash") + code_blocks(text, "sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            for start in (["ace-prune"], ["-m", "ace_ext"]):
+                at = next((i for i in range(len(words)) if words[i : i + len(start)] == start), None)
+                if at is not None:
+                    found.append(words[at + len(start) :])
+    return found
+
+
+def test_commands_are_found():
+    """The search itself: a page that shows none would pass every test below."""
+    text = "    A=1 ace-prune run --model M \\\n        --output D  # a remark\n\n    torchrun -m ace_ext verify D\n"
+    assert commands(text) == [["run", "--model", "M", "--output", "D"], ["verify", "D"]]
+    assert len(commands((ROOT / "README.md").read_text())) >= 6
+    assert len(commands((ROOT / "docs/getting-started.md").read_text())) >= 9
+
+
+def parse(arguments: list[str]) -> object:
+    """0, or the status with which the parser ends the program."""
+    try:
+        build_parser().parse_args(arguments)
+    except SystemExit as end:  # --help and --version end so too, with status 0
+        return end.code
+    return 0
+
+
+@page
+def test_parser_accepts_every_command(path, capsys):
+    for arguments in commands(path.read_text()):
+        assert parse(arguments) == 0, f"ace-prune {shlex.join(arguments)}: {capsys.readouterr().err}"
+
+
+OF_OTHERS = {"--no-build-isolation", "--nproc-per-node"}
+"""Options of pip and torchrun."""
+
+
+def known_options() -> set[str]:
+    verbs = next(action.choices for action in build_parser()._actions if action.dest == "command")
+    parsers = [build_parser(), *verbs.values()]
+    return {option for parser in parsers for action in parser._actions for option in action.option_strings}
+
+
+@page
+def test_options_in_the_text_exist(path):
+    """``--option value`` in running text and tables, beside those in whole commands."""
+    for code in inline_code(path.read_text()):
+        if code.startswith(("--", "ace-prune ")) and code not in OF_OTHERS and not code.startswith("--8<--"):
+            unknown = set(re.findall(r"(?<!\S)--[a-z][\w-]*", code)) - known_options()
+            assert not unknown, code
+
+
+# --- Python -----------------------------------------------------------------------------------------------------------
+
+
+@page
+def test_python_blocks_parse(path):
+    for block in code_blocks(path.read_text(), "python"):
+        ast.parse(block)
+
+
+def test_readme_example_runs(tmp_path, monkeypatch):
+    """As it stands, but on a text on the disk instead of one that is fetched."""
+    save_dense(tmp_path / "folder")
+    monkeypatch.chdir(tmp_path)
+    (block,) = code_blocks((ROOT / "README.md").read_text(), "python")
+    assert '"wiki-mini"' in block
+    names: dict = {}
+    exec(block.replace('"wiki-mini"', '"text.txt"').replace("nsamples=128, seqlen=128", "nsamples=8, seqlen=16"), names)
+    assert names["report"].sparsity == 0.5
+    assert (tmp_path / "pruned" / "model.safetensors").is_file()
+
+
+# --- names and files --------------------------------------------------------------------------------------------------
+
+
+@page
+def test_named_objects_exist(path):
+    """``ace_ext.module.name`` in code. Pages of the documentation use no path that is deprecated."""
+    for code in inline_code(path.read_text()):
+        match = re.fullmatch(r"(ace_ext(?:\.\w+)+)(?:\(.*\))?", code)
+        if match and not match[1].endswith((".py", ".md")):
+            with warnings.catch_warnings():
+                if path.parent.name == "docs":
+                    warnings.simplefilter("error", DeprecationWarning)
+                assert resolve(match[1]) is not None
+
+
+def resolve(name: str) -> object:
+    """The object of a dotted name. Raises ImportError or AttributeError if there is none."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:count]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[count:]:
+            found = getattr(found, part)
+        return found
+    raise ImportError(name)
+
+
+@page
+def test_named_files_exist(path):
+    """``folder/file.ext`` in code, for the folders of the repository."""
+    folders = {child.name for child in ROOT.iterdir() if child.is_dir()} - {"build", "demo"}
+    for code in inline_code(path.read_text()):
+        for word in code.split():
+            if word.split("/")[0] in folders and re.search(r"/\S*\.\w+$", word):
+                assert (ROOT / word).exists(), code
+
+
+@pytest.mark.parametrize(
+    "record",
+    [PruneReport, BlockReport, MatrixReport, Solution, Tuning, Run, Cell, BlockFigures, Perplexity],
+    ids=lambda record: record.__name__,
+)
+def test_file_formats_name_every_key(record):
+    named = set(inline_code((ROOT / "docs/file-formats.md").read_text()))
+    assert {field.name for field in fields(record)} <= named
+
+
+def test_file_formats_name_every_kind_of_statistics():
+    named = set(inline_code((ROOT / "docs/file-formats.md").read_text()))
+    assert {kinds.INPUT, kinds.WEIGHTED, kinds.MOMENT, kinds.GRAM, kinds.COSINE_GRAM} <= named
+
+
+# --- the package ------------------------------------------------------------------------------------------------------
+
+
+def test_each_folder_of_modules_is_a_package():
+    """setuptools finds packages by their ``__init__.py``: a folder without one would be missing from a wheel."""
+    folders = {path.parent for path in (ROOT / "ace_ext").rglob("*.py")}
+    assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").is_file()] == []
+    assert (ROOT / "ace_ext/py.typed").is_file()
