@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ace_ext.cli.compare import parse_length
-from ace_ext.compare.grid import Study
+from ace_ext.compare.grid import Evaluation, Grid, Study
 from ace_ext.compare.journal import RUNS_NAME, Results, read_results
 from ace_ext.compare.method_spec import parse_methods
 from ace_ext.compare.runner import run_study
@@ -121,14 +121,14 @@ def study_of(experiment: Experiment, args: argparse.Namespace) -> Study:
     """The experiment's grid, on the weights and texts of the command line."""
     return Study(
         model=args.model,
-        methods=parse_methods(args.methods),
-        amounts=tuple(args.amounts.split(",")),
-        lengths=tuple(map(parse_length, args.lengths.split(","))),
-        calibrations=(args.calibration,),
-        seeds=tuple(map(int, args.seeds.split(","))),
-        texts=(args.text,),
-        eval_seqlen=args.context or experiment.context,
-        eval_windows=args.eval_windows,
+        grid=Grid(
+            methods=parse_methods(args.methods),
+            amounts=tuple(args.amounts.split(",")),
+            lengths=tuple(map(parse_length, args.lengths.split(","))),
+            calibrations=(args.calibration,),
+            seeds=tuple(map(int, args.seeds.split(","))),
+        ),
+        evaluation=Evaluation((args.text,), args.context or experiment.context, args.eval_windows),
         dtype=args.dtype,
     )
 

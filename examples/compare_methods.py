@@ -10,7 +10,7 @@ import argparse
 
 import torch
 
-from ace_ext.compare.grid import Study
+from ace_ext.compare.grid import Evaluation, Grid, Study
 from ace_ext.compare.method_spec import parse_methods
 from ace_ext.compare.runner import run_study
 from ace_ext.compare.tables import rows, text_table
@@ -29,13 +29,14 @@ def main() -> None:
 
     study = Study(
         model=args.model,
-        methods=parse_methods(args.methods),
-        amounts=("0.5", "0.6"),
-        lengths=((args.nsamples, args.seqlen),),
-        calibrations=(args.text,),
-        seeds=(0, 1, 2),
-        texts=(args.held_out,),
-        eval_seqlen=args.eval_seqlen,
+        grid=Grid(
+            methods=parse_methods(args.methods),
+            amounts=("0.5", "0.6"),
+            lengths=((args.nsamples, args.seqlen),),
+            calibrations=(args.text,),
+            seeds=(0, 1, 2),
+        ),
+        evaluation=Evaluation(texts=(args.held_out,), seqlen=args.eval_seqlen),
     )
     results = run_study(study, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     print(text_table(results))

@@ -263,8 +263,8 @@ def test_json_and_markdown_exclude_each_other(place):
 
 def test_defaults(place):
     defaults = study_from(parse(place))
-    assert defaults.amounts == ("0.5",)
-    assert (defaults.eval_windows, defaults.seeds) == (24, (0,))
+    assert defaults.grid.amounts == ("0.5",)
+    assert (defaults.evaluation.windows, defaults.grid.seeds) == (24, (0,))
 
 
 def test_restore_gives_back_every_bit():

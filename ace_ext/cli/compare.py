@@ -5,7 +5,7 @@ import textwrap
 from pathlib import Path
 
 from ace_ext.cli import args as shared
-from ace_ext.compare.grid import EVAL_WINDOWS, Study
+from ace_ext.compare.grid import EVAL_WINDOWS, Evaluation, Grid, Study
 from ace_ext.compare.method_spec import METHODS, parse_methods, setting_names
 from ace_ext.compare.runner import run_study
 from ace_ext.compare.tables import markdown_table, results_json, text_table
@@ -70,14 +70,14 @@ def study_from(args: argparse.Namespace) -> Study:
     amounts = (*_split(args.sparsities), *_split(args.patterns)) or ("0.5",)
     return Study(
         model=args.model,
-        methods=parse_methods(args.methods),
-        amounts=amounts,
-        lengths=tuple(parse_length(text) for text in _split(args.lengths)),
-        calibrations=_split(args.calibration),
-        seeds=tuple(_whole("seeds", text) for text in _split(args.seeds)),
-        texts=_split(args.texts),
-        eval_seqlen=args.eval_seqlen,
-        eval_windows=args.eval_windows,
+        grid=Grid(
+            methods=parse_methods(args.methods),
+            amounts=amounts,
+            lengths=tuple(parse_length(text) for text in _split(args.lengths)),
+            calibrations=_split(args.calibration),
+            seeds=tuple(_whole("seeds", text) for text in _split(args.seeds)),
+        ),
+        evaluation=Evaluation(_split(args.texts), args.eval_seqlen, args.eval_windows),
         skip=tuple(args.skip),
         batch_tokens=args.batch_tokens,
         text_field=args.text_field,

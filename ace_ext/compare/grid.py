@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -20,50 +20,80 @@ EVAL_WINDOWS = 24
 """Windows of each text that a comparison evaluates on, at most, unless told otherwise."""
 
 
+def _check_list(name: str, values: tuple[object, ...]) -> None:
+    if not values or len(set(map(str, values))) < len(values):
+        raise InputError(f"{name} must be at least one, each given once (got {', '.join(map(str, values))})")
+
+
 @dataclass(frozen=True)
-class Study:
-    """The grid and the settings that all its runs share. ``amounts`` are shares of zeros like ``"0.5"`` and patterns
-    like ``"2:4"``; ``lengths`` are pairs ``(nsamples, seqlen)``.
+class Grid:
+    """What the runs of a comparison vary. ``amounts`` are shares of zeros like ``"0.5"`` and patterns like ``"2:4"``;
+    ``lengths`` are pairs ``(nsamples, seqlen)``.
 
     Raises:
-        InputError: for an empty list, a value given twice, and whatever :class:`ace_ext.PruneConfig` refuses of any
-            method with any amount. All is checked before a model is loaded.
+        InputError: an empty list, or a value given twice.
     """
 
-    model: str
     methods: tuple[Method, ...]
     amounts: tuple[str, ...] = ("0.5",)
     lengths: tuple[tuple[int, int], ...] = ((128, 128),)
     calibrations: tuple[str, ...] = (SELF,)
     seeds: tuple[int, ...] = (0,)
-    texts: tuple[str, ...] = ("wiki-mini",)
-    eval_seqlen: int = SEQLEN
-    eval_windows: int = EVAL_WINDOWS
-    skip: tuple[str, ...] = ()
-    batch_tokens: int = BATCH_TOKENS
-    text_field: str = "text"
-    dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("methods", "amounts", "lengths", "calibrations", "seeds", "texts"):
-            values = getattr(self, name)
-            if not values or len(set(map(str, values))) < len(values):
-                raise InputError(f"{name} must be at least one, each given once (got {', '.join(map(str, values))})")
-        if self.eval_seqlen < 2 or self.eval_windows < 1:
-            found = f"got {self.eval_windows} windows of {self.eval_seqlen}"
-            raise InputError(f"evaluation must have at least 1 window of at least 2 tokens ({found})")
-        for method, amount in itertools.product(self.methods, self.amounts):
-            self.config(method, amount)
-
-    def config(self, method: Method, amount: str) -> PruneConfig:
-        """The configuration of a method with an amount."""
-        return method.config(**_amount(amount), skip=self.skip, batch_tokens=self.batch_tokens)
+        for field in fields(self):
+            _check_list(field.name, getattr(self, field.name))
 
     def cells(self) -> Iterator[tuple[Cell, Method]]:
         """The runs of the grid in order; those with the same calibration samples follow one another."""
         data = itertools.product(self.calibrations, self.lengths, self.seeds)
         for (source, (nsamples, seqlen), seed), amount, method in itertools.product(data, self.amounts, self.methods):
             yield Cell(method.label, amount, source, nsamples, seqlen, seed), method
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The held-out texts on which perplexity is measured: ``windows`` of ``seqlen`` tokens at most of each.
+
+    Raises:
+        InputError: no text, one given twice, or too few windows or tokens.
+    """
+
+    texts: tuple[str, ...] = ("wiki-mini",)
+    seqlen: int = SEQLEN
+    windows: int = EVAL_WINDOWS
+
+    def __post_init__(self) -> None:
+        _check_list("texts", self.texts)
+        if self.seqlen < 2 or self.windows < 1:
+            found = f"got {self.windows} windows of {self.seqlen}"
+            raise InputError(f"evaluation must have at least 1 window of at least 2 tokens ({found})")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A comparison: its grid, and what all its runs share.
+
+    Raises:
+        InputError: for whatever :class:`ace_ext.PruneConfig` refuses of any method with any amount. All is checked
+            before a model is loaded.
+    """
+
+    model: str
+    grid: Grid
+    evaluation: Evaluation = Evaluation()
+    skip: tuple[str, ...] = ()
+    batch_tokens: int = BATCH_TOKENS
+    text_field: str = "text"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        for method, amount in itertools.product(self.grid.methods, self.grid.amounts):
+            self.config(method, amount)
+
+    def config(self, method: Method, amount: str) -> PruneConfig:
+        """The configuration of a method with an amount."""
+        return method.config(**_amount(amount), skip=self.skip, batch_tokens=self.batch_tokens)
 
     def settings(self, device: torch.device) -> dict[str, Any]:
         """What must be equal for two runs to be in one table. Evaluation files are recorded by their content."""
@@ -74,9 +104,9 @@ class Study:
             "threads": torch.get_num_threads() if device.type == "cpu" else None,  # changes rounding and time
             "skip": list(self.skip),
             "batch_tokens": self.batch_tokens,
-            "texts": {text: source_sha256(text, HELD_OUT, self.text_field) for text in self.texts},
-            "eval_seqlen": self.eval_seqlen,
-            "eval_windows": self.eval_windows,
+            "texts": {text: source_sha256(text, HELD_OUT, self.text_field) for text in self.evaluation.texts},
+            "eval_seqlen": self.evaluation.seqlen,
+            "eval_windows": self.evaluation.windows,
             "versions": versions(),
         }
 

@@ -7,14 +7,13 @@ shared: from the second block on they depend on the pruned blocks before, so eac
 
 import hashlib
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ace_ext.compare.grid import Study, source_sha256
+from ace_ext.compare.grid import Evaluation, Study, source_sha256
 from ace_ext.compare.journal import BlockFigures, Cell, Journal, Results, Run
 from ace_ext.data.corpora import CALIBRATION
 from ace_ext.data.perplexity import Perplexity, perplexity
@@ -40,14 +39,14 @@ def run_study(study: Study, device: torch.device, output: Path | None = None, pr
     Raises:
         InputError: bad input of any kind; as much as possible is checked before the model is loaded.
     """
-    sources = {source: source_sha256(source, CALIBRATION, study.text_field) for source in study.calibrations}
+    sources = {source: source_sha256(source, CALIBRATION, study.text_field) for source in study.grid.calibrations}
     journal = Journal(output, study.settings(device))
-    for cell, method in study.cells():
+    for cell, method in study.grid.cells():
         journal.refuse_changed(cell, study.config(method, cell.amount).to_dict(), sources[cell.calibration])
-    missing = [(cell, method) for cell, method in study.cells() if journal.results.find(cell) is None]
+    missing = [(cell, method) for cell, method in study.grid.cells() if journal.results.find(cell) is None]
     if missing or not journal.results.dense:
         loaded = load_model(study.model, study.dtype, device)
-        bench = Bench(loaded, study.texts, study.eval_seqlen, study.eval_windows, study.text_field)
+        bench = Bench(loaded, study.evaluation, study.text_field)
         weights = weights_sha256(bench.model)
         if not journal.results.dense:
             journal.add_dense(bench.evaluate(), weights)
@@ -70,14 +69,14 @@ class Bench:
     """Runs of one model: holds it, a CPU copy of its dense weights, the evaluation tokens by text, and the calibration
     samples drawn last."""
 
-    def __init__(
-        self, loaded: LoadedModel, texts: Iterable[str], eval_seqlen: int, eval_windows: int, text_field: str
-    ) -> None:
+    def __init__(self, loaded: LoadedModel, evaluation: Evaluation, text_field: str) -> None:
         self.loaded, self.model = loaded, loaded.model
-        self.eval_seqlen, self.eval_windows, self.text_field = eval_seqlen, eval_windows, text_field
+        self.evaluation, self.text_field = evaluation, text_field
         self.device = next(self.model.parameters()).device
         self.dense = {name: _cpu_copy(value) for name, value in self.model.named_parameters()}
-        self.texts = {text: evaluation_tokens(text, loaded.tokenizer, text_field=text_field) for text in texts}
+        self.texts = {
+            text: evaluation_tokens(text, loaded.tokenizer, text_field=text_field) for text in evaluation.texts
+        }
         self._drawn: tuple[tuple[str, int, int, int], CalibrationData] | None = None
 
     def run(self, cell: Cell, config: PruneConfig, source_sha256: str | None) -> Run:
@@ -102,8 +101,8 @@ class Bench:
 
     def evaluate(self) -> dict[str, Perplexity]:
         """Perplexity of the model as it is now, by text."""
-        seqlen = self.eval_seqlen
-        size = seqlen * self.eval_windows
+        seqlen = self.evaluation.seqlen
+        size = seqlen * self.evaluation.windows
         return {text: perplexity(self.model, tokens, seqlen, size) for text, tokens in self.texts.items()}
 
     def _draw(self, cell: Cell) -> CalibrationData:

@@ -4,11 +4,11 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any
 
-from ace_ext.compare.journal import FORMAT, Results, Run
+from ace_ext.compare.journal import FORMAT, Cell, Results, Run
 
 
 @dataclass(frozen=True)
@@ -34,37 +34,85 @@ class Spread:
 
 @dataclass(frozen=True)
 class Row:
-    """The runs that differ only in their seed."""
+    """The runs, at least one, that differ only in their seed."""
 
-    method: str
-    amount: str
-    calibration: str
-    nsamples: int
-    seqlen: int
-    sparsity: float
-    perplexity: dict[str, Spread]
-    """By evaluation text."""
-    seconds: float
-    """Of pruning: mean."""
-    peak_memory_bytes: int
-    """The largest of the runs."""
-    own_peak: bool
     runs: list[Run]
 
     @property
-    def length(self) -> str:
-        """``"128x2048"``: samples x tokens of each."""
-        return f"{self.nsamples}x{self.seqlen}"
+    def cell(self) -> Cell:
+        """The first run's place in the grid."""
+        return self.runs[0].cell
 
     @property
-    def tokens(self) -> int:
-        """Calibration tokens in all."""
-        return self.nsamples * self.seqlen
+    def method(self) -> str:
+        """The method's label."""
+        return self.cell.method
+
+    @property
+    def amount(self) -> str:
+        """A share of zeros like ``"0.5"``, or a pattern like ``"2:4"``."""
+        return self.cell.amount
 
     @property
     def amount_name(self) -> str:
         """``"50 %"`` or ``"2:4"``."""
         return amount_name(self.amount)
+
+    @property
+    def calibration(self) -> str:
+        """The source of the calibration samples."""
+        return self.cell.calibration
+
+    @property
+    def length(self) -> str:
+        """``"128x2048"``: samples x tokens of each."""
+        return self.cell.length
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens in all."""
+        return self.cell.nsamples * self.cell.seqlen
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros, mean over runs."""
+        return statistics.fmean(run.sparsity for run in self.runs)
+
+    @property
+    def perplexity(self) -> dict[str, Spread]:
+        """By evaluation text."""
+        texts = self.runs[0].perplexity
+        return {text: Spread.of([run.perplexity[text].perplexity for run in self.runs]) for text in texts}
+
+    @property
+    def seconds(self) -> float:
+        """Of pruning, mean over runs."""
+        return statistics.fmean(run.seconds for run in self.runs)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """The largest of the runs."""
+        return max(run.peak_memory_bytes for run in self.runs)
+
+    @property
+    def own_peak(self) -> bool:
+        """Whether each run's peak is its own."""
+        return all(run.own_peak for run in self.runs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as JSON values, without its runs."""
+        return {
+            "method": self.method,
+            "amount": self.amount,
+            "calibration": self.calibration,
+            "nsamples": self.cell.nsamples,
+            "seqlen": self.cell.seqlen,
+            "sparsity": self.sparsity,
+            "perplexity": {text: asdict(spread) for text, spread in self.perplexity.items()},
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "own_peak": self.own_peak,
+        }
 
 
 def amount_name(amount: str) -> str:
@@ -72,30 +120,12 @@ def amount_name(amount: str) -> str:
     return amount if ":" in amount else f"{float(amount) * 100:g} %"
 
 
-_Key: TypeAlias = tuple[str, str, str, int, int]  # the first five fields of a Row
-
-
 def rows(results: Results) -> list[Row]:
     """One row for each method, amount, calibration source and length, in the order in which they were first run."""
-    groups: dict[_Key, list[Run]] = {}
+    groups: dict[Cell, list[Run]] = {}
     for run in results.runs:
-        cell = run.cell
-        key = (cell.method, cell.amount, cell.calibration, cell.nsamples, cell.seqlen)
-        groups.setdefault(key, []).append(run)
-    return [_row(key, runs) for key, runs in groups.items()]
-
-
-def _row(key: _Key, runs: list[Run]) -> Row:
-    texts = runs[0].perplexity
-    return Row(
-        *key,
-        sparsity=statistics.fmean(run.sparsity for run in runs),
-        perplexity={text: Spread.of([run.perplexity[text].perplexity for run in runs]) for text in texts},
-        seconds=statistics.fmean(run.seconds for run in runs),
-        peak_memory_bytes=max(run.peak_memory_bytes for run in runs),
-        own_peak=all(run.own_peak for run in runs),
-        runs=runs,
-    )
+        groups.setdefault(replace(run.cell, seed=0), []).append(run)
+    return [Row(runs) for runs in groups.values()]
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
@@ -196,7 +226,7 @@ def results_json(results: Results) -> str:
         "settings": results.settings,
         "weights_sha256": results.weights_sha256,
         "dense": {text: asdict(figures) for text, figures in results.dense.items()},
-        "rows": [{name: value for name, value in asdict(row).items() if name != "runs"} for row in rows(results)],
+        "rows": [row.to_dict() for row in rows(results)],
         "runs": [asdict(run) for run in results.runs],
     }
     return json.dumps(_finite(data), indent=1, allow_nan=False) + "\n"

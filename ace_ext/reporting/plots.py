@@ -111,10 +111,10 @@ def _sparsity_plot(results: Results, table: list[Row]) -> bytes:
 
 def _calibration_plot(results: Results, table: list[Row]) -> bytes:
     """One place on the axis for each length, ordered by number of tokens; two lengths may have the same number."""
-    lengths = sorted({(row.tokens, row.seqlen, row.nsamples) for row in table})
+    lengths = sorted({(row.tokens, row.cell.seqlen, row.cell.nsamples) for row in table})
 
     def place(row: Row) -> int:
-        return lengths.index((row.tokens, row.seqlen, row.nsamples))
+        return lengths.index((row.tokens, row.cell.seqlen, row.cell.nsamples))
 
     def name_places(axes: Axes, _: str) -> None:
         names = [f"{nsamples}×{seqlen}\n{tokens:,}" for tokens, seqlen, nsamples in lengths]
