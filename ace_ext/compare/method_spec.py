@@ -14,11 +14,9 @@ from ace_ext.pruning.criteria import METRICS
 from ace_ext.pruning.presets import PRESETS, PUBLISHED
 from ace_ext.pruning.solvers import SOLVERS
 
-SOLVER_METHODS: dict[str, dict[str, Any]] = {name: {solver.stage: name} for name, solver in SOLVERS.items()}
-
 METHODS: dict[str, dict[str, Any]] = {
     **{name: {"metric": name} for name in METRICS},
-    **SOLVER_METHODS,
+    **{name: {solver.stage: name} for name, solver in SOLVERS.items()},
     **PRESETS,
     **{f"published-{name}": arguments for name, arguments in PUBLISHED.items()},
 }
@@ -46,9 +44,10 @@ class Method:
                 given twice, or a value of the wrong type.
         """
         name, _, changes = text.partition(":")
-        if name not in METHODS:
+        known = {**{solver: {kind.stage: solver} for solver, kind in SOLVERS.items()}, **METHODS}
+        if name not in known:
             raise InputError(f"method must be one of {', '.join(METHODS)} (got {name!r}); changes follow a colon")
-        arguments = dict(METHODS[name])
+        arguments = dict(known[name])
         given = [_parse_change(text, change) for change in changes.split(",")] if changes else []
         if len(dict(given)) < len(given):
             raise InputError(f"method {text!r} gives a field twice; name each once")

@@ -87,7 +87,7 @@ class PruneConfig:
     metric: str | CustomMetric = option(DEFAULT_METRIC, "the score by which weights are kept")
     sparsity: float = option(0.5, "share of zeros")
     pattern: SparsityPattern | None = option(None, "N:M, N kept of M consecutive inputs, e.g. 2:4")
-    group: str = option("row", "which weights compete", Limits(choices=tuple(GROUPS)))
+    group: str = option("row", "which weights compete", Limits(choices=GROUPS))
     order: str = option(None, "of work in a block (default: sequential)", Limits(choices=ORDERS))
     skip: tuple[str, ...] = option((), "weights to leave dense")
     ria_exponent: float = option(0.5, "of the input norm in ria")
@@ -138,7 +138,7 @@ class PruneConfig:
             object.__setattr__(self, "pattern", SparsityPattern.parse(self.pattern))
         if not callable(self.metric) and self.metric not in METRICS:
             raise InputError(f"metric must be one of {', '.join(METRICS)}, or a callable (got {self.metric!r})")
-        check_choice("group", self.group, tuple(GROUPS))
+        check_choice("group", self.group, [*GROUPS])
         self._fill_sparsity()
         self._fill_order()
         if self.token_norm is None:

@@ -30,14 +30,14 @@ class Metric:
 
     formula: str
     """As people write it."""
-    op: str
+    op_formula: str
     """The formula's name in the ops: ``scaled`` is ``|W_ij|`` times the column factor."""
     needs: frozenset[str]
     column: Column | None
 
 
-def _metric(formula: str, op: str, *needs: str, column: Column | None = None) -> Metric:
-    return Metric(formula, op, frozenset(needs), column)
+def _metric(formula: str, op_formula: str, *needs: str, column: Column | None = None) -> Metric:
+    return Metric(formula, op_formula, frozenset(needs), column)
 
 
 METRICS: dict[str, Metric] = {
@@ -93,7 +93,7 @@ def bind(
     if callable(metric):
         return ScoredWeight(weight, "score", None, _custom_score(metric, weight, stats))
     moment = None if stats is None else stats.moment
-    return ScoredWeight(weight, METRICS[metric].op, column_factor(metric, stats, ria_exponent), moment)
+    return ScoredWeight(weight, METRICS[metric].op_formula, column_factor(metric, stats, ria_exponent), moment)
 
 
 def _custom_score(metric: CustomMetric, weight: Tensor, stats: LinearStatistics | None) -> Tensor:

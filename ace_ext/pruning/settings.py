@@ -7,7 +7,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -18,7 +18,8 @@ from ace_ext.errors import InputError
 class Limits:
     """What values a setting takes. Numbers are finite, and whole where the setting's type is ``int``."""
 
-    choices: tuple[str, ...] = ()
+    choices: Collection[str] = ()
+    """A registry itself may stand here: what is registered later is then a choice, too."""
     at_least: float | None = None
     above: float | None = None
     below: float | None = None
@@ -49,7 +50,7 @@ class Setting:
     unused: object = None
 
     @property
-    def choices(self) -> tuple[str, ...]:
+    def choices(self) -> Collection[str]:
         """The values to choose from; empty where it is a number or free text."""
         return self.limits.choices
 
@@ -104,7 +105,7 @@ def check_settings(declared: object) -> None:
         setting.check(getattr(declared, setting.name))
 
 
-def check_choice(name: str, value: object, choices: Sequence[str | None]) -> None:
+def check_choice(name: str, value: object, choices: Collection[str | None]) -> None:
     """Raises :class:`InputError` unless the value is one of the choices."""
     if value not in choices:
         raise InputError(f"{name} must be one of {', '.join(map(str, choices))} (got {value!r})")
