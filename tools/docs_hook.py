@@ -67,6 +67,31 @@ def presets() -> str:
     return _table(("`--preset`", "settings"), rows)
 
 
+def solvers() -> str:
+    """What ``--refine`` and ``--update`` take, and the options of each."""
+    from ace_ext.pruning.solvers import SOLVERS
+
+    rows = []
+    for name, solver in SOLVERS.items():
+        options = [f"`--{setting.name.replace('_', '-')}` ({setting.default})" for setting in solver.options.settings()]
+        rows.append((f"`--{solver.stage} {name}`", solver.summary, ", ".join(options)))
+    return _table(("option", "what it does", "its options (defaults)"), rows)
+
+
+def groups() -> str:
+    """What ``--group`` takes."""
+    from ace_ext.pruning.groups import GROUPS
+
+    return _table(("`--group`", "what competes"), [(f"`{name}`", group.summary) for name, group in GROUPS.items()])
+
+
+def formats() -> str:
+    """What ``--format`` takes."""
+    from ace_ext.formats import FORMATS
+
+    return _table(("`--format`", "what is written"), [(f"`{name}`", entry.summary) for name, entry in FORMATS.items()])
+
+
 def methods() -> str:
     """What ``--methods`` of ``compare`` takes."""
     from ace_ext.compare.method_spec import METHODS
@@ -86,7 +111,7 @@ def examples() -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
-    part.__name__: part for part in (command_line, metrics, presets, methods, examples)
+    part.__name__: part for part in (command_line, metrics, presets, solvers, groups, formats, methods, examples)
 }
 
 
