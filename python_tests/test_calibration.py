@@ -105,6 +105,8 @@ def test_long_text_brings_no_warning_of_the_tokenizer():
     handler = logging.Handler(logging.WARNING)
     handler.emit = records.append
     logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # the command line, if a test before ran it, turned warnings off
     logger.addHandler(handler)
     try:
         token_windows(DOCUMENTS, tokenizer, 1, 24, seed=0)
@@ -113,6 +115,7 @@ def test_long_text_brings_no_warning_of_the_tokenizer():
         assert len(records) == 1
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 @pytest.mark.parametrize(

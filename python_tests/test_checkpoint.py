@@ -7,8 +7,8 @@ from folders import prune, save_dense, weights_bytes
 from transformers import AutoModelForCausalLM
 
 from ace_ext import InputError
+from ace_ext.formats import dense as dense_format
 from ace_ext.models.loading import load_model
-from ace_ext.runs import pipeline
 from ace_ext.runs.output import check_output, read_report
 
 
@@ -60,7 +60,7 @@ def test_a_failed_write_leaves_the_old_output(folder, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pipeline, "copy_model", full)
+    monkeypatch.setattr(dense_format, "copy_model", full)
     with pytest.raises(InputError, match="cannot be written: No space left on device"):
         prune(folder, out, {"overwrite": True})
     assert weights_bytes(out) == before

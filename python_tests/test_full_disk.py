@@ -14,8 +14,9 @@ from folders import command, prune, save_dense, weights_bytes
 from ace_ext import InputError
 from ace_ext.cli import main as cli
 from ace_ext.engine import hidden_states
+from ace_ext.formats import dense as dense_format
 from ace_ext.models import safetensors_files
-from ace_ext.runs import pipeline, workspace
+from ace_ext.runs import workspace
 from ace_ext.runs.workspace import Workspace
 
 
@@ -38,7 +39,7 @@ def fail_at(monkeypatch, place: str, number: int, code: int = errno.ENOSPC):
         "weights": (safetensors_files.Shards, "write"),
         "state": (Workspace, "_write_state"),
         "hidden": (hidden_states.HiddenStates, "_write"),
-        "copy": (pipeline, "copy_model"),
+        "copy": (dense_format, "copy_model"),
         "finish": (workspace, "_open_to_others"),
     }[place]
     real, calls = getattr(owner, name), []
