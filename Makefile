@@ -47,10 +47,11 @@ gpu:
 	PYTHON=$(PYTHON) tools/gpu.sh
 
 # Versions as in .pre-commit-config.yaml. typos passes over what .gitignore names and what pyproject.toml lists.
-lint: $(VENV)/ready
-	$(BIN)/pip install --quiet 'ruff==0.17.6' 'clang-format==14.0.6' 'codespell==2.4.3' 'typos==1.52.0'
+lint: $(VENV)/installed
+	$(BIN)/pip install --quiet 'ruff==0.17.6' 'mypy==2.4.1' 'clang-format==14.0.6' 'codespell==2.4.3' 'typos==1.52.0'
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 	$(BIN)/codespell
 	$(BIN)/typos

@@ -259,6 +259,6 @@ def test_experts_that_only_some_processes_reach():
             states = [getattr(stats[name], kind).tensors() for stats in merged]
             assert all(torch.equal(states[0][leaf], states[1][leaf]) for leaf in states[0])
         assert torch.equal(merged[0][name].moment, merged[1][name].moment)
-        assert torch.equal(torch.cat(merged[0][name].probe), torch.cat(merged[1][name].probe))
+        assert torch.equal(torch.cat(merged[0][name].sampled), torch.cat(merged[1][name].sampled))
         torch.testing.assert_close(merged[0][name].input.mean, x.double().mean(0))
         torch.testing.assert_close(merged[0][name].input.square_sum, x.double().square().sum(0))

@@ -100,10 +100,10 @@ def test_only_what_is_needed_is_kept(block):
     assert stats.gram is None
 
 
-def test_probe_is_bounded(block):
+def test_sample_rows_are_bounded(block):
     batches = [torch.randn(2, 300, 6) for _ in range(3)]
-    probe = torch.cat(collect(block, batches).stats["q"].probe)
-    assert len(probe) == StatisticsCollector.PROBE_TOKENS // 3 * 3
+    rows = torch.cat(collect(block, batches).stats["q"].sampled)
+    assert len(rows) == StatisticsCollector.SAMPLE_ROWS // 3 * 3
 
 
 def test_hooks_are_removed_after_an_error(block):

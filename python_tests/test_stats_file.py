@@ -86,7 +86,7 @@ def description(file) -> dict:
 
 def test_nothing_runs_forward(dense, monkeypatch):
     file, _ = keep(dense)
-    monkeypatch.setattr("ace_ext.engine.walk.run_block", None)
+    monkeypatch.setattr("ace_ext.engine.steps.run_block", None)
     monkeypatch.setattr("ace_ext.engine.api.capture_calls", None)
     (dense.parent / "text.txt").unlink()  # no text is read either
     from_file(dense, file)

@@ -8,6 +8,8 @@ import argparse
 import logging
 import sys
 
+import shtab
+
 from ace_ext.cli import compare, eval, plan, run, verify
 from ace_ext.cli.args import OneLineParser
 from ace_ext.errors import InputError
@@ -21,6 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     parser = OneLineParser(prog="ace-prune", description="One-shot pruning of Hugging Face causal language models.")
     parser.add_argument("--version", action="version", version=f"ace-prune {__version__}")
+    shtab.add_argument_to(parser, "--print-completion", help="print a completion script for this shell")
     names = " | ".join(verb.__name__.rpartition(".")[2] for verb in VERBS)
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
     for verb in VERBS:

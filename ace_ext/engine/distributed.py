@@ -90,7 +90,7 @@ class Ranks:
             value.weight_sum, value.mean, value.m2 = total.weight_sum, total.mean, total.m2
         elif isinstance(value, Tensor):
             self._dist.all_reduce(value)  # each part is summed once and handed to all: the same bits everywhere
-        elif isinstance(value, list):  # probe rows
+        elif isinstance(value, list):  # sample rows
             rows = self.gather([part.cpu() for part in value])
             value[:] = [part.to(self._device) for parts in rows for part in parts]
         else:

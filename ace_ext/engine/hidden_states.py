@@ -113,7 +113,7 @@ class HiddenStates:
         self._write(i, state)
 
     def commit(self) -> None:
-        """The block is done: what was put is what comes next, on the disk too where there are files."""
+        """Swaps read and write buffers: the next block reads what was put, on the disk too where there are files."""
         if not self._files:
             return
         if self._kept is not None:

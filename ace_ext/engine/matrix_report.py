@@ -1,4 +1,4 @@
-"""What pruning did to one matrix, measured on the probe tokens of its statistics."""
+"""What pruning did to one matrix, measured on the sample rows of its statistics."""
 
 import torch
 from torch import Tensor
@@ -10,8 +10,8 @@ from ace_ext.records import MatrixReport
 
 
 def dense_output(stats: LinearStatistics, weight: Tensor) -> Tensor:
-    """``[tokens, d_out]``: the dense outputs of the probe tokens, without bias."""
-    return functional.linear(stats.probe_rows, weight)
+    """``[tokens, d_out]``: the dense outputs of the sample rows, without bias."""
+    return functional.linear(stats.sample_rows, weight)
 
 
 def measure(name: str, weight: Tensor, stats: LinearStatistics, dense: Tensor, keep: int) -> MatrixReport:
@@ -19,7 +19,7 @@ def measure(name: str, weight: Tensor, stats: LinearStatistics, dense: Tensor, k
     :func:`dense_output` gave before."""
     nonzero = count_nonzero_(weight, keep)
     before = dense.float()
-    after = functional.linear(stats.probe_rows, weight).float()
+    after = functional.linear(stats.sample_rows, weight).float()
     error = float((after - before).norm() / before.norm().clamp_min(torch.finfo(torch.float32).tiny))
     cosine = float(functional.cosine_similarity(before, after, dim=1).mean())
     rows, cols = weight.shape

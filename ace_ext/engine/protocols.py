@@ -1,4 +1,4 @@
-"""What the engine asks of its surroundings: files, other processes, whoever watches. It imports none of them."""
+"""What the engine asks of files, of other processes and of progress displays. It imports none of them."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol

@@ -149,7 +149,7 @@ def _cholesky_reversed(matrix: Tensor, added: Tensor) -> tuple[Tensor, bool]:
     backwards = matrix.flip(0, 1)
     backwards.diagonal().add_(added)
     lower, failed = torch.linalg.cholesky_ex(backwards)
-    del backwards  # a matrix of doubles is the most that a solver holds: one less is a good deal less
+    del backwards  # freed now: this copy sets the peak
     return lower.flip(0, 1), bool(failed)
 
 

@@ -89,24 +89,24 @@ class LinearStatistics:
     gram: GramState | None = None
     """``Σ_t X_t X_tᵀ``, or weighted by ``r_t`` for the kind ``COSINE_GRAM``."""
     tokens: int = 0
-    probe: list[Tensor] = field(default_factory=list)
+    sampled: list[Tensor] = field(default_factory=list)
     """A few input rows of each batch, on which the report measures what pruning did to the output."""
 
     def parts(self) -> dict[str, MomentState | GramState | Tensor | list[Tensor]]:
-        """What was collected, by kind, the probe included. Linears of one input hold the very same objects."""
+        """What was collected, by kind, sample rows included. Linears of one input hold the very same objects."""
         kinds: dict[str, MomentState | GramState | Tensor | list[Tensor] | None] = {
             "input": self.input,
             "weighted": self.weighted,
             "moment": self.moment,
             "gram": self.gram,
         }
-        kinds["probe"] = self.probe
+        kinds["probe"] = self.sampled  # by the name that statistics files have for them
         return {kind: value for kind, value in kinds.items() if value is not None}
 
     @property
-    def probe_rows(self) -> Tensor:
-        """``[tokens, d_in]``: the probe in one piece."""
-        return self.probe[0] if len(self.probe) == 1 else torch.cat(self.probe)
+    def sample_rows(self) -> Tensor:
+        """``[tokens, d_in]``: the sample rows in one piece."""
+        return self.sampled[0] if len(self.sampled) == 1 else torch.cat(self.sampled)
 
     @property
     def norm(self) -> Tensor:
@@ -135,7 +135,7 @@ class _Shared:
 
     input: MomentState | None = None
     gram: GramState | None = None
-    probe: list[Tensor] = field(default_factory=list)
+    sampled: list[Tensor] = field(default_factory=list)
 
 
 class StatisticsCollector:
@@ -147,7 +147,7 @@ class StatisticsCollector:
     :meth:`observe` from a hook, or use the collector as a context manager that hooks all its Linears.
     """
 
-    PROBE_TOKENS = 128
+    SAMPLE_ROWS = 128
 
     def __init__(
         self, linears: dict[str, nn.Linear], needs: frozenset[str], batches: int = 1, token_norm: str = "exact"
@@ -158,7 +158,7 @@ class StatisticsCollector:
         self._sketched = token_norm == "sketch"
         self.stats: dict[str, LinearStatistics] = {}
         self.token_mask: Tensor | None = None
-        self._probe_rows = max(1, self.PROBE_TOKENS // batches)
+        self._sample_rows = max(1, self.SAMPLE_ROWS // batches)
         self._leader: dict[str, str] = {}  # whose input state a Linear shares
         self._shared = _Shared()  # by the Linears of the newest input
         self._last: tuple[str, Tensor] | None = None  # who saw which tensor last
@@ -197,8 +197,8 @@ class StatisticsCollector:
         if len(rows) == 0:
             return
         if leader == name:
-            step = max(1, len(rows) // self._probe_rows)
-            stats.probe.append(rows[::step][: self._probe_rows].clone())
+            step = max(1, len(rows) // self._sample_rows)
+            stats.sampled.append(rows[::step][: self._sample_rows].clone())
             if INPUT in self.needs:
                 _there(stats.input).update(rows)
             if GRAM in self.needs:
@@ -226,7 +226,7 @@ class StatisticsCollector:
         """Statistics of no token, of a Linear that was not called."""
         weight = self.linears[name].weight
         stats = self._new_stats(name, name, weight.device)
-        stats.probe.append(weight.new_zeros(0, weight.shape[1]))
+        stats.sampled.append(weight.new_zeros(0, weight.shape[1]))
         return stats
 
     def _share(self, name: str, x: Tensor) -> str:
@@ -249,7 +249,7 @@ class StatisticsCollector:
             MomentState(columns, device) if WEIGHTED in self.needs else None,
             torch.zeros(rows, columns, device=device) if MOMENT in self.needs else None,
             GramState(columns, device) if COSINE_GRAM in self.needs else shared.gram,
-            probe=shared.probe,
+            sampled=shared.sampled,
         )
 
     def _tokens(self, x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class Estimate:
     model: int = 0  # weights that the run touches; with offload one block's and, at the entrance, what is before it
     hidden: int = 0  # hidden states that stay in memory
     forward: int = 0  # activations of one batch in one block
-    statistics: int = 0  # of the Linears that are looked at together, their probes and Gram matrices included
+    statistics: int = 0  # of the Linears that are looked at together, their sample rows and Gram matrices included
     solver: int = 0  # what the largest Linear needs of the size of a matrix
     training: int = 0  # a block's weights in float32, their gradients and moments, and one step's activations
     transient: int = 0  # what loading or reading text holds for a moment
@@ -128,14 +128,14 @@ def _process_bytes(weights: int, text_to_come: bool, device: torch.device | str)
 
 def _statistics_bytes(linear: nn.Linear, needs: frozenset[str], tokens: int) -> int:
     """Bytes of one Linear's statistics: two float64 vectors a state, the float32 cross moment and Gram matrix, and the
-    probe: rows of its input, of its dense output, and of both outputs in float32."""
+    sample rows: of its input, of its dense output, and of both outputs in float32."""
     rows, cols = linear.weight.shape
     moment = 4 * rows * cols if MOMENT in needs else 0
     gram = 4 * cols * cols if needs & GRAMS else 0
-    probes = min(tokens, StatisticsCollector.PROBE_TOKENS) * (
+    samples = min(tokens, StatisticsCollector.SAMPLE_ROWS) * (
         cols * linear.weight.dtype.itemsize + rows * (linear.weight.dtype.itemsize + 8)
     )
-    return 2 * 8 * cols * len(needs - {MOMENT} - GRAMS) + moment + gram + probes
+    return 2 * 8 * cols * len(needs - {MOMENT} - GRAMS) + moment + gram + samples
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ def _unflatten(tensors: dict[str, Tensor], linears: dict[str, dict[str, Any]]) -
             moment=value(entry.get("moment")),
             gram=value(entry.get("gram")),
             tokens=entry["tokens"],
-            probe=value(entry["probe"]),
+            sampled=value(entry["probe"]),
         )
         for child, entry in linears.items()
     }
