@@ -1,11 +1,13 @@
-"""How many weights of a row each matrix keeps, so that blocks which suffer less give up more, at the same total.
+"""Sparsity allocation: how many weights of a row each matrix keeps, when blocks may differ and the total is fixed.
 
-Three rules give a block its sparsity; one rounding turns it into whole numbers and keeps the total (:func:`allocate`).
+Three rules give a block its sparsity. One rounding turns sparsities into whole numbers and keeps the total
+(:func:`allocate`).
 
-Uniform is the default because the others lost where they were measured: SmolLM2-135M, bfloat16 on a CPU, metric ace at
-50 %, 64 x 128 tokens of wiki-mini, seed 0, ranges as by default, 12 windows of 512 tokens; perplexity on wiki-mini and
-news-mini 70.4 and 73.6 uniform, 73.0 and 74.3 owl, 83.0 and 82.8 error. The error rule takes much from the first and
-last blocks, whose own outputs suffer least; what the rest of the model makes of their errors it does not see.
+Uniform is the default because the other two had a higher perplexity where they were measured: SmolLM2-135M, bfloat16 on
+a CPU, metric ace at 50 %, 64 x 128 tokens of wiki-mini, seed 0, default ranges, 12 windows of 512 tokens; perplexity on
+wiki-mini and news-mini: uniform 70.4 and 73.6, owl 73.0 and 74.3, error 83.0 and 82.8. The error rule prunes the first
+and last blocks most, because their own outputs have the smallest error. It does not measure how later blocks amplify
+that error.
 """
 
 from dataclasses import dataclass
@@ -23,9 +25,10 @@ from ace_ext.pruning.statistics import LinearStatistics
 OUTLIER_FACTOR = 5.0
 """A score is an outlier above this many times its block's mean (``M`` of OWL, arXiv 2310.05175)."""
 ERROR_REACH = 3.0
-"""Under ``"error"`` a block's sparsity may lie this many times ``allocation_range`` from the target: the rule has a
-curve to follow, where OWL has one number, so the bound is only there for blocks whose curve cannot be trusted."""
+"""Under ``"error"`` a block's sparsity may differ from the target by this many times ``allocation_range``. The rule
+reads a whole error curve, where OWL reads one number, so its bound can be wider: it only limits unreliable curves."""
 CURVE_POINTS = 61
+"""Number of sparsities at which a block's error is measured."""
 
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 Shapes = dict[str, tuple[int, int]]
@@ -36,7 +39,7 @@ class BlockMeasure:
     """What allocation reads about one dense block."""
 
     outlier_share: float
-    """Of all scores in the block, those above ``OUTLIER_FACTOR`` times their mean."""
+    """The share of the block's scores that are above ``OUTLIER_FACTOR`` times their mean."""
     errors: FloatArray | None
     """``[CURVE_POINTS]`` float64, for ``"error"``: the block's error at each sparsity of :func:`sparsity_grid`."""
 
@@ -50,7 +53,12 @@ def sparsity_grid(config: PruneConfig) -> FloatArray:
 def measure_block(
     linears: dict[str, nn.Linear], stats: dict[str, LinearStatistics], config: PruneConfig
 ) -> BlockMeasure:
-    """Measures a dense block: ``stats`` of the kinds ``config.needs.measure``, by the names of ``linears``.
+    """Measures a dense block.
+
+    Args:
+        linears: the block's Linears by name.
+        stats: their statistics by the same names, of the kinds ``config.needs.measure``.
+        config: names the metric and the allocation rule.
 
     Raises:
         ValueError: a weight, a factor or a score is not finite.
@@ -72,8 +80,8 @@ def measure_block(
 def _error_curve(weight: Tensor, score: Tensor, stats: LinearStatistics, config: PruneConfig) -> FloatArray:
     """``[CURVE_POINTS]`` float64: the mean over tokens of ``‖A'_t - A_t‖² / ‖A_t‖²`` when the lowest scores are pruned.
 
-    Of the error ``Σ_i e_i G e_iᵀ`` with ``G = Σ_t r_t X_t X_tᵀ`` only the diagonal counts, ``Σ_j e_ij² Σ_t r_t X_tj²``:
-    sums over sorted weights then give the error at every sparsity at once.
+    Approximation: of the error ``Σ_i e_i G e_iᵀ`` with ``G = Σ_t r_t X_t X_tᵀ`` only the diagonal is used,
+    ``Σ_j e_ij² Σ_t r_t X_tj²``. A cumulative sum over the sorted weights then gives the error at every sparsity.
     """
     error = weight.detach().double().square() * stats.weighted_square_sum / max(1, stats.tokens)
     groups = len(weight) if config.group == "row" else 1
@@ -87,13 +95,14 @@ def _error_curve(weight: Tensor, score: Tensor, stats: LinearStatistics, config:
 def allocate(measures: list[BlockMeasure], config: PruneConfig, shapes: list[Shapes]) -> list[dict[str, int]]:
     """How many weights of each row to keep, for each block and each of its matrices.
 
-    All matrices of a block get the block's sparsity, up to rounding. The total over the model is exactly what
-    ``group="row"`` keeps at uniform sparsity, and so is, for each number of rows, the total over the matrices that have
-    as many rows: among them one more a row here is one less there. A matrix with a number of rows of its own thus stays
-    as it is.
+    All matrices of a block get the block's sparsity, up to rounding. The model's total is exactly what ``group="row"``
+    keeps at uniform sparsity. The same holds for each set of matrices with the same number of rows: within a set, one
+    weight more per row in one matrix is one weight less per row in another. So a matrix that is the only one with its
+    number of rows keeps its uniform share.
 
     Args:
-        measures: of each block; not read for ``"uniform"``.
+        measures: one for each block; not read for ``"uniform"``.
+        config: names the rule and the target sparsity.
         shapes: rows and columns of each block's matrices, by name.
     """
     if config.allocation == "uniform":
@@ -107,8 +116,8 @@ def allocate(measures: list[BlockMeasure], config: PruneConfig, shapes: list[Sha
 
 
 def _owl(outliers: FloatArray, sizes: FloatArray, config: PruneConfig) -> FloatArray:
-    """``[blocks]``: the more outliers the lower the sparsity, linearly over a width of twice ``allocation_range``,
-    shifted so that the mean over weights is the target."""
+    """``[blocks]``: sparsity falls linearly with the share of outliers, over a width of twice ``allocation_range``. It
+    is shifted so that its mean over weights is the target."""
     spread = outliers.max() - outliers.min()
     scaled = (outliers - outliers.min()) / spread if spread > 0 else np.zeros_like(outliers)
     offset = -2 * config.allocation_range * scaled
@@ -116,10 +125,11 @@ def _owl(outliers: FloatArray, sizes: FloatArray, config: PruneConfig) -> FloatA
 
 
 def _equal_marginal_error(errors: FloatArray, sizes: FloatArray, config: PruneConfig) -> FloatArray:
-    """``[blocks]``: minimises the sum of the blocks' errors for the total of the target (water-filling).
+    """``[blocks]``: minimises the sum of the blocks' errors at the target's total (water-filling).
 
-    At the minimum one more pruned weight costs the same in every block that is not at the end of its range. That level
-    is found by bisection; the curves ``errors [blocks, CURVE_POINTS]`` are taken as convex (their slopes as rising).
+    At the minimum one more pruned weight costs the same in every block that is not at the end of its range. Bisection
+    finds that cost. The curves ``errors [blocks, CURVE_POINTS]`` are treated as convex: their slopes are made
+    non-decreasing.
     """
     grid = sparsity_grid(config)
     slopes = np.maximum.accumulate(np.gradient(errors, grid, axis=1) / sizes[:, None], axis=1)
@@ -135,11 +145,13 @@ def _equal_marginal_error(errors: FloatArray, sizes: FloatArray, config: PruneCo
 
 
 def _at_level(level: float, slopes: FloatArray, grid: FloatArray) -> FloatArray:
+    """``[blocks]``: each block's sparsity where its slope reaches ``level``."""
     return np.array([np.interp(level, slope, grid) for slope in slopes])
 
 
 def _whole_numbers(sparsities: FloatArray, config: PruneConfig, shapes: list[Shapes]) -> list[dict[str, int]]:
-    """Rounds within each set of matrices of as many rows, so that the set keeps what it would at uniform sparsity."""
+    """Rounds within each set of matrices that have the same number of rows, so that the set keeps as many weights as at
+    uniform sparsity."""
     keeps: list[dict[str, int]] = [dict.fromkeys(block, 0) for block in shapes]
     sets: dict[int, list[tuple[int, str]]] = {}
     for index, block in enumerate(shapes):
@@ -155,7 +167,8 @@ def _whole_numbers(sparsities: FloatArray, config: PruneConfig, shapes: list[Sha
 
 
 def _shifted(shares: FloatArray, cols: FloatArray, total: int) -> FloatArray:
-    """Real numbers kept of a row, summing to ``total``: all shares moved by the same amount, within 0 and 1."""
+    """Weights to keep of a row, before rounding, with the sum ``total``: all shares are shifted by the same amount and
+    clipped to 0 and 1."""
     low, high = -1.0, 1.0
     for _ in range(60):
         shift = (low + high) / 2
@@ -167,8 +180,9 @@ def _shifted(shares: FloatArray, cols: FloatArray, total: int) -> FloatArray:
 
 
 def _largest_remainder(wanted: FloatArray, total: int) -> list[int]:
-    """Whole numbers that sum to ``total``: rounded down, then one more for the largest rests, the earlier first."""
-    down = np.floor(wanted + 1e-6)  # what bisection left just below a whole number
+    """Whole numbers that sum to ``total``: rounded down, then one more for the largest remainders; ties go to the
+    earlier entry."""
+    down = np.floor(wanted + 1e-6)  # bisection may end just below a whole number
     keep = down.astype(int)
     for place in np.argsort(down - wanted, kind="stable")[: total - keep.sum()]:
         keep[place] += 1

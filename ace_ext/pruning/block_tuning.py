@@ -1,4 +1,7 @@
-"""Training of one pruned block: the weights that stay, and the norms, learn to give the dense block's output again."""
+"""Training of one pruned block: its remaining weights and its norms are trained to reproduce the dense block's output.
+
+Masks stay fixed.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,15 +15,16 @@ from ace_ext.models.replay import run_block
 from ace_ext.records import Tuning
 
 STEP_TOKENS = 1024
-"""Tokens of one gradient step, at least one sample: 8 samples of the usual 128."""
+"""Tokens of one gradient step (at least one sample): 8 samples of the default 128 tokens."""
 SEED = 0
-"""Of the order in which the steps of an epoch come."""
+"""Seed of the order of the steps in an epoch."""
 
 Others = tuple[tuple[Any, ...], dict[str, Any]]
+"""A block's arguments other than the hidden states: positional and keyword."""
 
 
 def step_samples(seqlen: int) -> int:
-    """Samples of one gradient step."""
+    """How many samples of ``seqlen`` tokens one gradient step takes."""
     return max(1, STEP_TOKENS // seqlen)
 
 
@@ -34,22 +38,24 @@ def tune_block_(
     epochs: int,
     learning_rate: float,
 ) -> Tuning:
-    """Trains a pruned block in place on the calibration tokens, with Adam, for so many passes (``epochs``).
+    """Trains a pruned block in place on the calibration tokens with Adam.
 
     The loss of a token is ``‖output - target‖² / ‖target - input‖²``: the squared error relative to what the dense
     block adds to its input. Weights are kept in float32 while they are trained and rounded to the model's dtype for
-    each forward; pruned ones stay +0.0. The learning rate falls linearly to zero. All is put back if the loss, measured
-    over all tokens before and after, did not fall.
+    each forward; pruned ones stay +0.0. The learning rate falls linearly to zero. The loss over all tokens is measured
+    before and after; if it did not fall, every parameter is restored.
 
     Args:
         block: a pruned block. Trained are the weights and biases of ``block.linears`` and all one-dimensional
-            parameters of other modules, the norms'; a Linear that ``skip`` leaves out stays as it is.
+            parameters of other modules (the norms). A Linear that ``skip`` leaves out is not trained.
         inputs: for each calibration batch the block's hidden states ``[batch, seqlen, d]`` and its other arguments, as
-            in :class:`ace_ext.models.replay.BlockCall`. Batches are cut along ``batch`` into steps of about
+            in :class:`ace_ext.models.replay.BlockCall`. Batches are split along ``batch`` into steps of about
             ``STEP_TOKENS`` tokens.
         targets: for each batch the dense block's output ``[batch, seqlen, d]``.
         masks: for each of ``block.linears`` ``[rows, cols]`` bool, True where a weight is kept.
         token_masks: for each batch ``[batch * seqlen]`` bool, True where a token counts, or None where all do.
+        epochs: passes over the calibration tokens.
+        learning_rate: Adam's, at the first step.
 
     Returns:
         The mean loss of a token before and after.
@@ -68,7 +74,7 @@ def tune_block_(
 
 
 class _Step:
-    """What one gradient step reads: some samples of a batch."""
+    """One gradient step: some samples of a batch."""
 
     def __init__(self, hidden: Tensor, others: Others, target: Tensor, token_mask: Tensor | None) -> None:
         self.hidden, self.others, self.target = hidden, others, target
@@ -79,7 +85,8 @@ class _Step:
         self.tokens = int(self.token_weight.count_nonzero())
 
     def loss(self, block: Block) -> Tensor:
-        """Summed over tokens: Adam does not see the scale, and float16 gradients do not vanish."""
+        """The loss summed over tokens, not averaged: Adam does not depend on the scale, and a sum keeps float16
+        gradients from underflowing."""
         error = run_block(block, self.hidden, self.others).float() - self.target.float()
         return (error.square().sum(-1) * self.token_weight).sum()
 
@@ -97,9 +104,10 @@ def _steps(
 
 
 def _cut(value: Any, batch: int, part: slice) -> Any:
-    """A batch's arguments for some of its samples: tensors that start with the batch are cut, nested ones too.
+    """A batch's arguments for some of its samples: tensors whose first dimension is the batch are sliced, also inside
+    tuples, lists and dicts.
 
-    Tensors of one dimension are positions, not samples, even where there are as many.
+    One-dimensional tensors hold positions, not samples, even where their length equals the batch size.
     """
     if isinstance(value, Tensor):
         return value[part] if value.dim() > 1 and value.shape[0] == batch else value
@@ -111,7 +119,7 @@ def _cut(value: Any, batch: int, part: slice) -> Any:
 
 
 def _trained_parameters(block: Block, masks: dict[str, Tensor]) -> list[tuple[Tensor, Tensor | None]]:
-    """Each trained parameter, and the mask of a weight."""
+    """Each trained parameter with its mask; None for biases and norms."""
     chosen: list[tuple[Tensor, Tensor | None]] = []
     for child, linear in block.linears.items():
         chosen.append((linear.weight, masks[child]))
@@ -125,7 +133,7 @@ def _trained_parameters(block: Block, masks: dict[str, Tensor]) -> list[tuple[Te
 
 @contextmanager
 def _only_gradients_of(module: nn.Module, parameters: list[Tensor]) -> Iterator[None]:
-    """Gradients for these parameters alone; which ones had them before is put back."""
+    """Only these parameters require gradients inside the context; afterwards ``requires_grad`` is as before."""
     before = [(parameter, parameter.requires_grad) for parameter in (*module.parameters(), *parameters)]
     try:
         module.requires_grad_(False)
@@ -152,7 +160,7 @@ def _train_(
 ) -> None:
     trained = [parameter for parameter, _ in parameters]
     masters = [parameter.detach().float().clone() for parameter, _ in parameters]
-    adam = torch.optim.Adam(masters, lr=learning_rate, foreach=False)  # one by one: not a copy of all at a time
+    adam = torch.optim.Adam(masters, lr=learning_rate, foreach=False)  # foreach would hold a copy of all at once
     count = epochs * len(steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda done: 1 - done / max(1, count))
     order = torch.Generator().manual_seed(SEED)
@@ -160,7 +168,7 @@ def _train_(
         for index in torch.randperm(len(steps), generator=order).tolist():
             gradients = list(torch.autograd.grad(steps[index].loss(block), trained, allow_unused=True))
             for master, (_, mask) in zip(masters, parameters, strict=True):
-                gradient = gradients.pop(0)  # widened one by one, not all twice
+                gradient = gradients.pop(0)  # freed one by one, so float32 copies of all never exist at once
                 if gradient is not None and mask is not None:
                     gradient = gradient.masked_fill(~mask, 0.0)
                 master.grad = None if gradient is None else gradient.float()

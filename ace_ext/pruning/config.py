@@ -1,4 +1,4 @@
-"""What to prune and how: checked when it is made, so that nothing is touched for a bad argument."""
+"""What to prune and how. Settings are checked when the configuration is made, before a model is changed."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ ORDERS = ("block", "sequential")
 TOKEN_NORMS = ("exact", "sketch")
 ALLOCATIONS = ("uniform", "owl", "error")
 BATCH_TOKENS = 16384
-"""Calibration tokens that go through a block at a time, unless another number is given."""
+"""Default number of calibration tokens that go through a block at a time."""
 
 
 class FlatSettings(TypedDict, total=False):
-    """The settings of :class:`PruneConfig` that are given by keyword only, those of its solvers among them. A solver
-    that is not listed here takes its options just so; only type checkers then ask for ``SolverConfig(options=…)``."""
+    """The keyword-only settings of :class:`PruneConfig`, with the options of the solvers of this package.
+
+    It exists for type checkers. Options of a solver that you registered work by keyword too; for a type checker, give
+    them as ``SolverConfig(options=…)``.
+    """
 
     order: str | None
     skip: Iterable[str]
@@ -50,7 +53,7 @@ class FlatSettings(TypedDict, total=False):
 
 @dataclass(frozen=True, init=False)
 class PruneConfig:
-    """How :func:`ace_ext.prune_model` scores, compares and walks.
+    """The settings of :func:`ace_ext.prune_model`: score, comparison group, solvers and order of work.
 
     Args:
         metric: a name of :data:`ace_ext.pruning.criteria.METRICS`, or a callable ``(weight, stats) -> score`` that
@@ -58,30 +61,31 @@ class PruneConfig:
             :class:`ace_ext.pruning.statistics.LinearStatistics`.
         sparsity: share of zeros in ``[0, 1]``; default 0.5. Not together with ``pattern``.
         pattern: N:M, as a :class:`SparsityPattern` or text like ``"2:4"``; N are kept.
-        group: which weights compete for survival: those of one ``"row"``, ``"matrix"``, or the whole ``"model"``.
+        group: the comparison group, that is, which weights are ranked against each other: those of one ``"row"``, one
+            ``"matrix"``, or the whole ``"model"``.
         solver: what follows the metric, as a :class:`SolverConfig`. Or give its settings here by name, as in
             ``PruneConfig(update="admm", iterations=30)``.
         order: ``"sequential"`` (default): each Linear's statistics come from inputs that already passed the pruned
-            ones before it; ``"block"``: all statistics of a block come from the dense block, as in Wanda. The group
-            ``"model"`` needs every score at once, so there it is ``"block"``, with dense blocks all the way.
-        skip: regular expressions; a Linear or expert weight whose full name matches one is left alone.
+            Linears before it. ``"block"``: all statistics of a block come from the dense block, as in Wanda. The group
+            ``"model"`` needs all scores at once, so it always uses ``"block"`` and dense blocks throughout.
+        skip: regular expressions; a Linear or expert weight whose full name matches one stays dense.
         ria_exponent: the power of the input norm in the metric ``ria``.
-        batch_tokens: how many calibration tokens go through a block at a time. All at once is fastest where they fit:
-            the sequential order then needs one forward a block instead of one for each stage.
-        token_norm: where the ``‖A_t‖`` come from that weigh tokens: ``"exact"``, from the dense output itself, or
-            ``"sketch"``, from a random projection of it
+        batch_tokens: how many calibration tokens go through a block at a time. All at once is fastest if they fit in
+            memory: the sequential order then needs one forward per block instead of one for each stage.
+        token_norm: how the norms ``‖A_t‖`` that weight the tokens are computed: ``"exact"``, from the dense output
+            itself, or ``"sketch"``, from a random projection of it
             (:func:`ace_ext.pruning.statistics.sketched_output`). With a sketch the sequential order computes each
-            Linear's output once, with the pruned weight; so that is its default. In the order ``"block"`` the dense
-            output is there anyway, and ``"exact"`` the default.
-        allocation: which share of each block is kept: the same of all (``"uniform"``), more where scores have more
-            outliers (``"owl"``, arXiv 2310.05175), or where pruning one more weight costs as much everywhere
-            (``"error"``). The model's total is always that of ``sparsity``.
-        allocation_range: how far a block's sparsity may lie from ``sparsity`` under ``"owl"``; under ``"error"``
+            Linear's output only once, with the pruned weight, so that is the default there. The order ``"block"``
+            computes the dense output anyway, so its default is ``"exact"``.
+        allocation: how sparsity is divided among blocks: the same for all (``"uniform"``), lower where scores have
+            more outliers (``"owl"``, arXiv 2310.05175), or so that one more pruned weight costs the same error in
+            every block (``"error"``). The model's total is always that of ``sparsity``.
+        allocation_range: how far a block's sparsity may differ from ``sparsity`` under ``"owl"``; under ``"error"``
             three times as far.
 
     Raises:
-        InputError: for any value outside these, or settings that exclude each other.
-        TypeError: for a setting of no such name.
+        InputError: for a value outside its limits, or settings that exclude each other.
+        TypeError: for a setting with an unknown name.
     """
 
     metric: str | CustomMetric = option(DEFAULT_METRIC, "the score by which weights are kept")
@@ -133,7 +137,7 @@ class PruneConfig:
         self._complete()
 
     def _complete(self) -> None:
-        """Fills in what follows from other settings, and checks all."""
+        """Fills in the defaults that depend on other settings, and checks all."""
         if isinstance(self.pattern, str):
             object.__setattr__(self, "pattern", SparsityPattern.parse(self.pattern))
         if not callable(self.metric) and self.metric not in METRICS:
@@ -193,21 +197,21 @@ class PruneConfig:
 
     @property
     def metric_name(self) -> str:
-        """The metric's name, or its callable's."""
+        """The metric's name; for a callable its ``__name__``."""
         return self.metric if isinstance(self.metric, str) else getattr(self.metric, "__name__", "custom")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for a report, the solver's settings among the others."""
+        """All settings as plain values for a report, with the solver's settings at the same level."""
         own = {name: getattr(self, name) for name in config_settings()}
         plain = {"metric": self.metric_name, "pattern": str(self.pattern) if self.pattern else None}
         return {**own, **plain, "skip": list(self.skip), **self.solver.to_dict()}
 
 
 def config_settings() -> dict[str, Setting]:
-    """The settings of :class:`PruneConfig` itself by name, without its solvers'."""
+    """The settings of :class:`PruneConfig` itself by name, without those of its solvers."""
     return {setting.name: setting for setting in settings_of(PruneConfig)}
 
 
 def all_settings() -> dict[str, Setting]:
-    """Every setting that :class:`PruneConfig` takes by name, those of all registered solvers included."""
+    """Every setting that :class:`PruneConfig` takes by name, including those of all registered solvers."""
     return {**config_settings(), **solver_names(), **solver_settings()}

@@ -1,8 +1,9 @@
 """The table of metrics: what each reads from the statistics, and the column factor that it hands to the ops.
 
-The score of one weight is a formula of the ops (``csrc/core/score.h``); here stands what is the same for a whole
-column. A new metric that is a column factor is one entry in :data:`METRICS`, and one line in
+The score of one weight is a formula of the ops (``csrc/core/score.h``); this file holds the factor that all weights of
+a column share. A new metric that is a column factor is one entry in :data:`METRICS`, and one line in
 :func:`ace_ext.ops.reference.column_factor`.
+
 Notation: ``W [d_out, d_in]``, inputs ``X [T, d_in]``, dense outputs ``A = X Wᵀ``, ``r_t = 1 / ‖A_t‖²``; ``σ_j`` is the
 standard deviation of ``X_j`` over tokens, ``σʳ_j = sqrt(Σ_t r_t (X_tj - m_j)²)`` with ``m_j`` the ``r``-weighted mean.
 """
@@ -20,20 +21,23 @@ from ace_ext.pruning.kinds import INPUT, MOMENT, WEIGHTED
 from ace_ext.pruning.statistics import LinearStatistics
 
 Column = Callable[[LinearStatistics, float], Tensor]
+"""A column factor: ``(stats, ria_exponent) -> [d_in]`` float64."""
 CustomMetric = Callable[[Tensor, LinearStatistics], Tensor]
 """A user's own metric: ``(weight [rows, cols], stats) -> score [rows, cols]``, a float tensor, higher = keep."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One row of the table. ``column(stats, ria_exponent)`` is float64 ``[d_in]``, or None where it has no factor."""
+    """One row of the table."""
 
     formula: str
-    """As people write it."""
+    """In mathematical notation, for help texts and documentation."""
     op_formula: str
     """The formula's name in the ops: ``scaled`` is ``|W_ij|`` times the column factor."""
     needs: frozenset[str]
+    """The kinds of statistics that it reads, of :mod:`ace_ext.pruning.kinds`."""
     column: Column | None
+    """None for a metric without a column factor."""
 
 
 def _metric(formula: str, op_formula: str, *needs: str, column: Column | None = None) -> Metric:
@@ -68,8 +72,11 @@ DEFAULT_METRIC = "ace"
 
 
 def metric_needs(metric: str | CustomMetric) -> frozenset[str]:
-    """The statistics to collect. A user's callable gets the two vectors, and the cross moment if it sets
-    ``needs_moment = True`` on itself (that one costs a matrix product as large as the layer's own)."""
+    """The kinds of statistics to collect for a metric.
+
+    A callable gets ``input`` and ``weighted``. It also gets the cross moment if it has the attribute
+    ``needs_moment = True``; that costs a matrix product as large as the Linear's own.
+    """
     if callable(metric):
         wanted = {INPUT, WEIGHTED}
         return frozenset(wanted | {MOMENT} if getattr(metric, "needs_moment", False) else wanted)
@@ -77,7 +84,11 @@ def metric_needs(metric: str | CustomMetric) -> frozenset[str]:
 
 
 def column_factor(metric: str, stats: LinearStatistics | None, ria_exponent: float) -> Tensor | None:
-    """The factor of each column as the ops take it: ``[d_in]`` float32, contiguous; None for ``magnitude``."""
+    """The factor of each column as the ops take it: ``[d_in]`` float32, contiguous; None for ``magnitude``.
+
+    Raises:
+        ValueError: the metric needs statistics and ``stats`` is None, or has not the kind that the metric reads.
+    """
     column = METRICS[metric].column
     if column is None:
         return None
@@ -89,7 +100,12 @@ def column_factor(metric: str, stats: LinearStatistics | None, ria_exponent: flo
 def bind(
     weight: Tensor, stats: LinearStatistics | None, metric: str | CustomMetric, ria_exponent: float = 0.5
 ) -> ScoredWeight:
-    """Binds a weight to its metric. ``stats`` may be None for ``magnitude``."""
+    """Binds a weight ``[rows, cols]`` to its metric. ``stats`` may be None for ``magnitude``.
+
+    Raises:
+        InputError: a callable metric returned something other than a float tensor of the weight's shape.
+        ValueError: as :func:`column_factor`.
+    """
     if callable(metric):
         return ScoredWeight(weight, "score", None, _custom_score(metric, weight, stats))
     moment = None if stats is None else stats.moment

@@ -1,8 +1,7 @@
 """The Gram matrix of a Linear's inputs, ``G = Σ_t w_t X_t X_tᵀ``, and the factorisations that the solvers share.
 
-With it the weights ``e`` removed from a row cost ``e G eᵀ``, the squared error of that row's output. ``w_t = 1``
-counts every token alike; ``w_t = r_t = 1 / ‖A_t‖²``, ``A`` the dense output, makes it the error relative to the token's
-output.
+A change ``e`` of a row has the squared output error ``e G eᵀ``. With ``w_t = 1`` all tokens count the same; with
+``w_t = r_t = 1 / ‖A_t‖²``, ``A`` the dense output, the error is relative to each token's output.
 """
 
 from dataclasses import dataclass
@@ -13,21 +12,22 @@ from torch import Tensor
 from ace_ext.errors import InputError
 
 RHO = 1.0
-"""ADMM's penalty, on a Gram matrix normalised to a diagonal of ones."""
+"""ADMM's penalty parameter, for a Gram matrix normalised to a diagonal of ones."""
 MAX_ATTEMPTS = 8
+"""How many factorisations are tried, each with ten times the damping of the one before."""
 LOSS_ROWS = 1024
-"""How many rows an error is measured on at a time, in float64."""
+"""Rows whose error is computed at a time, to bound memory."""
 LEAST_DAMPING = 1e-6
-"""What a factorisation that failed undamped is tried with next."""
+"""The damping of the second attempt, if the first one had less than a tenth of it (or none)."""
 
 
 @dataclass(frozen=True)
 class ObsFactor:
-    """For the column-by-column update."""
+    """The factor of the inverse Gram matrix for the column-by-column update."""
 
     upper: Tensor  # [d, d] float32, upper triangular: (G + damping)⁻¹ = upperᵀ upper
-    dead: Tensor  # [d] bool: inputs that were never other than zero
-    damping: float  # relative to the mean diagonal, as it succeeded
+    dead: Tensor  # [d] bool: inputs that were zero for every token
+    damping: float  # relative to the mean diagonal: the value with which the factorisation succeeded
     attempts: int
 
 
@@ -45,17 +45,17 @@ class AdmmFactor:
 
 
 class GramState:
-    """Running ``matrix [d, d]`` float32, a sum and not a mean, of the tokens seen so far, and their number.
+    """The Gram matrix of the tokens seen so far, ``matrix [d, d]`` float32 (a sum, not a mean), and their number.
 
-    Linears that share a state share its factorisations too: the first to ask pays.
+    Linears that share a state share its factorisations too: each is computed once, on first use.
 
-    Products obey ``torch.backends.cuda.matmul``. With TF32 allowed there (it is not by default) factors are rounded to
-    10 bits of mantissa and still summed in float32: unweighted bfloat16 and float16 inputs lose nothing, others a
-    relative 2⁻¹¹ an entry, far below the damping.
+    Matrix products follow ``torch.backends.cuda.matmul``. With TF32 enabled there (it is not by default) inputs are
+    rounded to 10 bits of mantissa and summed in float32. Unweighted bfloat16 and float16 inputs are exact in TF32;
+    others get a relative error of 2⁻¹¹ per entry, far below the damping.
     """
 
     CHUNK_TOKENS = 4096
-    """How many tokens are widened to float32 at a time."""
+    """Tokens that are converted to float32 at a time."""
 
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
         self.matrix = torch.zeros(columns, columns, device=device)
@@ -64,7 +64,7 @@ class GramState:
         self._admm: dict[float, AdmmFactor] = {}
 
     def update(self, x: Tensor, token_weight: Tensor | None = None) -> None:
-        """Adds tokens ``x [T, d]``, each of weight ``token_weight [T]`` float32, not negative, or 1."""
+        """Adds tokens ``x [T, d]`` with the weights ``token_weight [T]`` float32, not negative; None: 1 for each."""
         for start in range(0, len(x), self.CHUNK_TOKENS):
             part = slice(start, start + self.CHUNK_TOKENS)
             rows = x[part].float()
@@ -75,24 +75,25 @@ class GramState:
         self._forget_factors()
 
     def merge_(self, other: "GramState") -> None:
-        """Adds another state's tokens, as those of a data-parallel rank."""
+        """Adds another state's tokens, such as those of another data-parallel rank."""
         self.matrix += other.matrix.to(self.matrix.device)
         self.tokens += other.tokens
         self._forget_factors()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state by name: what a file gets."""
+        """The state's tensors by name, for a statistics file."""
         return {"matrix": self.matrix, "tokens": torch.tensor(self.tokens)}
 
     @classmethod
     def of_tensors(cls, tensors: dict[str, Tensor]) -> "GramState":
+        """The state of :meth:`tensors`; it holds the given matrix itself, not a copy."""
         state = cls(0, tensors["matrix"].device)
         state.matrix, state.tokens = tensors["matrix"], int(tensors["tokens"])
         return state
 
     def relative_loss(self, dense: Tensor, pruned: Tensor) -> float:
-        """``Σ_i e_i G e_iᵀ / Σ_i w_i G w_iᵀ`` for ``w = dense [rows, d]`` float32 and ``e = pruned - dense``; 0 where
-        the dense output is zero on every token."""
+        """``Σ_i e_i G e_iᵀ / Σ_i w_i G w_iᵀ`` for ``w = dense [rows, d]`` float32 and ``e = pruned - dense``; 0 if the
+        dense output is zero for every token."""
         lost, total = torch.zeros(2, dtype=torch.float64, device=dense.device)
         for rows, kept in zip(torch.split(dense, LOSS_ROWS), torch.split(pruned, LOSS_ROWS), strict=True):
             lost += self._energy(kept - rows)
@@ -103,13 +104,21 @@ class GramState:
         return (rows @ self.matrix).mul_(rows).sum(dtype=torch.float64)
 
     def obs_factor(self, damping: float) -> ObsFactor:
-        """Raises: InputError, as :func:`_inverse_factor` does."""
+        """The factor for the column-by-column update, computed on first use.
+
+        Raises:
+            InputError: the matrix is not positive definite with any damping that was tried.
+        """
         if damping not in self._obs:
             self._obs[damping] = self._make_obs_factor(damping)
         return self._obs[damping]
 
     def admm_factor(self, damping: float) -> AdmmFactor:
-        """Raises: InputError, as :func:`_inverse_factor` does."""
+        """The factor for ADMM, computed on first use.
+
+        Raises:
+            InputError: the matrix is not positive definite with any damping that was tried.
+        """
         if damping not in self._admm:
             self._admm[damping] = self._make_admm_factor(damping)
         return self._admm[damping]
@@ -140,12 +149,12 @@ class GramState:
         hessian = matrix.float()
         matrix.diagonal().add_(RHO)
         lower = torch.linalg.cholesky(matrix)
-        inverse = torch.cholesky_inverse(lower, out=matrix.mT)  # as columns, which is how LAPACK takes and gives them
+        inverse = torch.cholesky_inverse(lower, out=matrix.mT)  # LAPACK is column-major: .mT avoids a copy
         return AdmmFactor(norm.float(), hessian, inverse.float(), inverse_diagonal, dead, damping, attempts)
 
 
 def _cholesky_reversed(matrix: Tensor, added: Tensor) -> tuple[Tensor, bool]:
-    """``R [d, d]`` upper triangular with ``matrix + added · I = R Rᵀ``, and whether there is none."""
+    """``R [d, d]`` upper triangular with ``matrix + added · I = R Rᵀ``, and whether the factorisation failed."""
     backwards = matrix.flip(0, 1)
     backwards.diagonal().add_(added)
     lower, failed = torch.linalg.cholesky_ex(backwards)
@@ -156,21 +165,23 @@ def _cholesky_reversed(matrix: Tensor, added: Tensor) -> tuple[Tensor, bool]:
 def _inverse_factor(matrix: Tensor, damping: float) -> tuple[Tensor, float, int]:
     """``upper [d, d]`` with ``(matrix + damping · mean diagonal)⁻¹ = upperᵀ upper``, the damping and the attempts.
 
-    Cholesky's ``L Lᵀ`` of the matrix with its order reversed is, reversed back, ``R Rᵀ`` with R upper triangular, and
-    ``upper = R⁻¹``: one factorisation, where that of an explicit inverse takes three steps and may fail at the last.
+    The Cholesky factorisation of the matrix with rows and columns in reverse order gives, reversed back, ``R Rᵀ`` with
+    R upper triangular, and ``upper = R⁻¹``. This is one factorisation. Factorising an explicit inverse takes three
+    steps, and the last may fail.
 
     Args:
-        matrix: ``[d, d]`` float64, symmetric, its diagonal positive. Left as it is.
+        matrix: ``[d, d]`` float64, symmetric, with a positive diagonal. Not changed.
+        damping: relative to the mean diagonal; raised tenfold after each failed attempt.
 
     Raises:
-        InputError: if it is not positive definite (say by rounding, with fewer tokens than columns) with any damping
-            up to 10⁷ times the one asked for.
+        InputError: the matrix is not positive definite with any of ``MAX_ATTEMPTS`` dampings, up to 10⁷ times the one
+            asked for. Rounding can cause this when there are fewer tokens than columns.
     """
     mean = matrix.diagonal().mean()
     for attempt in range(1, MAX_ATTEMPTS + 1):
         factor, failed = _cholesky_reversed(matrix, damping * mean)
         if not failed:
-            upper = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device).mT  # solved in place: by columns
+            upper = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device).mT  # column-major: solved in place
             torch.linalg.solve_triangular(factor, upper, upper=True, out=upper)
             if torch.isfinite(upper.sum()):
                 return upper, damping, attempt
