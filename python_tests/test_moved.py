@@ -55,7 +55,7 @@ def test_names_are_found_under_their_old_path(old, name):
 
 
 def test_a_name_that_never_was_is_an_attribute_error():
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="moved"):
         module = importlib.import_module("ace_ext.statistics")
     with pytest.raises(AttributeError, match=r"module 'ace_ext\.statistics' has no attribute 'nothing'"):
         module.nothing  # noqa: B018
