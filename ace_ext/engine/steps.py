@@ -1,5 +1,4 @@
-"""The steps of a walk over blocks that all strategies share: collect statistics, prune a matrix, run the block, report.
-"""
+"""The steps of a walk that all strategies share: collect statistics, prune a matrix, run the block, report."""
 
 from collections.abc import Callable
 
