@@ -1,4 +1,4 @@
-"""``ace-prune compare``: methods × sparsities × calibration lengths × sources × seeds on one model, in one table."""
+"""``ace-prune compare``: a table of methods × sparsities × calibration lengths × sources × seeds on one model."""
 
 import argparse
 import textwrap
@@ -66,7 +66,7 @@ def _words(arguments: dict[str, object]) -> str:
 
 
 def study_from(args: argparse.Namespace) -> Study:
-    """The study that parsed arguments of ``compare`` ask for. Raises InputError for a value that is no such thing."""
+    """The study of the parsed arguments of ``compare``. Raises InputError for a value that is not valid."""
     amounts = (*_split(args.sparsities), *_split(args.patterns)) or ("0.5",)
     return Study(
         model=args.model,
@@ -90,7 +90,7 @@ def _split(text: str | None) -> tuple[str, ...]:
 
 
 def parse_length(text: str) -> tuple[int, int]:
-    """From text like ``"64x128"`` to ``(nsamples, seqlen)``."""
+    """``(nsamples, seqlen)`` of a text like ``"64x128"``. Raises InputError for any other text."""
     parts = text.split("x")
     if len(parts) != 2:
         raise InputError(f"lengths must be nsamples x seqlen, e.g. 64x128 (got {text!r})")
@@ -107,7 +107,7 @@ def _whole(name: str, text: str) -> int:
 
 
 def compare(args: argparse.Namespace) -> int:
-    """The action of the verb."""
+    """Runs the verb; returns the exit status."""
     if args.json and args.markdown:
         raise InputError("--json and --markdown exclude each other; give one")
     study = study_from(args)

@@ -20,7 +20,7 @@ def add(commands: shared.Subparsers) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """The action of the verb."""
+    """Runs the verb; returns the exit status."""
     loaded = load_model(args.model, args.dtype, shared.device_of(args))
     tokens = evaluation_tokens(args.text, loaded.tokenizer, text_field=args.text_field)
     result = perplexity(loaded.model, tokens, args.seqlen, args.max_tokens, progress=shared.shows_progress(args))

@@ -64,7 +64,7 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The action of the verb."""
+    """Runs the verb; returns the exit status."""
     if args.report is not None:
         check_report(args.report)
     request = shared.request_from(

@@ -1,4 +1,4 @@
-"""``ace-prune verify``: prove the sparsity of a written folder."""
+"""``ace-prune verify``: check the sparsity of a written folder."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ def add(commands: shared.Subparsers) -> None:
 
 
 def check(args: argparse.Namespace) -> int:
-    """The action of the verb; the status is 1 for a folder with a problem."""
+    """Runs the verb; returns the exit status, which is 1 for a folder with a problem."""
     result = verify(args.folder)
     if args.json:
         print(json.dumps(vars(result)))

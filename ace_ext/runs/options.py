@@ -60,8 +60,8 @@ class RunOptions:
     offload: str = "auto"
     """One of ``OFFLOAD``."""
     max_memory: int | None = None
-    """Bytes of resident memory that the run may use. On the CPU, setting it changes how the process returns freed memory
-    to the system, also after the run: :func:`ace_ext.process_memory.return_freed_memory`."""
+    """Bytes of resident memory that the run may use. On the CPU, setting it changes how the process returns freed
+    memory to the system, also after the run: :func:`ace_ext.process_memory.return_freed_memory`."""
     save_stats: Path | None = None
     """Save the statistics of the dense model to this file: each block then reads the output of dense blocks, instead of
     pruned ones as otherwise in order ``block``. So the file can be used for any sparsity, pattern and metric."""
