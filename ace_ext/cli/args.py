@@ -36,7 +36,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds the model, how it is loaded, and the options of every verb that loads one."""
     parser.add_argument("--model", required=True, help="a folder, a .gguf file, or a hub name")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (default: %(default)s)")
-    parser.add_argument("--dtype", default="auto", choices=["auto", *WEIGHT_DTYPES], help="of the weights")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *WEIGHT_DTYPES], help="dtype of the weights")
     parser.add_argument("--text-field", default="text", help="the field of a .jsonl line (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -46,7 +46,7 @@ def add_pruning(parser: argparse.ArgumentParser) -> None:
     """Adds all settings of :class:`ace_ext.PruneConfig`, from their declarations."""
     group = parser.add_argument_group("pruning")
     group.add_argument(
-        "--preset", choices=[*PRESETS, *PUBLISHED], help="settings by name, which the options given here change"
+        "--preset", choices=[*PRESETS, *PUBLISHED], help="named settings; other options given here replace them"
     )
     group.add_argument("--metric", choices=METRICS, metavar="NAME", help=f"see below (default: {DEFAULT_METRIC})")
     own = config_settings()
@@ -57,7 +57,7 @@ def add_pruning(parser: argparse.ArgumentParser) -> None:
     for name, setting in own.items():
         if name not in ("metric", "sparsity", "pattern", "skip"):
             _add_setting(group, setting, _help(setting))
-    _add_solvers(parser.add_argument_group("solvers: what follows the metric (see below)"))
+    _add_solvers(parser.add_argument_group("solvers, which follow the metric (see below)"))
 
 
 def _add_solvers(group: Any) -> None:
@@ -135,7 +135,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     default = Calibration()
     group.add_argument("--nsamples", type=int, default=default.nsamples, help="samples (default: %(default)s)")
     group.add_argument("--seqlen", type=int, default=default.seqlen, help="tokens of a sample (default: %(default)s)")
-    group.add_argument("--seed", type=int, default=default.seed, help="of the choice of samples (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=default.seed, help="seed of the sampling (default: %(default)s)")
 
 
 def add_memory(group: Any) -> None:
@@ -144,9 +144,9 @@ def add_memory(group: Any) -> None:
         "--offload",
         default="auto",
         choices=OFFLOAD,
-        help="disk: read and write one block at a time; auto: where the model does not fit (default: %(default)s)",
+        help="disk: read and write one block at a time; auto: only if the model does not fit (default: %(default)s)",
     )
-    group.add_argument("--max-memory", metavar="SIZE", help="resident memory that the run may take, e.g. 2GB")
+    group.add_argument("--max-memory", metavar="SIZE", help="limit of the process's resident memory, e.g. 2GB")
 
 
 def request_from(args: argparse.Namespace, **options: Any) -> RunRequest:

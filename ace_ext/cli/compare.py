@@ -36,18 +36,18 @@ def add(commands: shared.Subparsers) -> None:
     parser.add_argument("--seeds", default="0", help="a list, e.g. 0,1,2 (default: %(default)s)")
     parser.add_argument("--texts", default="wiki-mini", help="a list of texts to evaluate on (default: %(default)s)")
     parser.add_argument("--eval-seqlen", type=int, default=SEQLEN, help="tokens of a window (default: %(default)s)")
-    parser.add_argument("--eval-windows", type=int, default=EVAL_WINDOWS, help="at most so many (default: %(default)s)")
+    parser.add_argument("--eval-windows", type=int, default=EVAL_WINDOWS, help="windows at most (default: %(default)s)")
     parser.add_argument("--skip", action="append", default=[], metavar="REGEX", help="weights to leave dense")
     parser.add_argument(
         "--batch-tokens",
         type=int,
         default=BATCH_TOKENS,
-        help="tokens through a block at a time (default: %(default)s)",
+        help="tokens that go through a block at a time (default: %(default)s)",
     )
     parser.add_argument(
         "--output",
         metavar="DIR",
-        help="runs.jsonl, results.json, report.html and plots go here; called again, goes on from what is there",
+        help="folder for runs.jsonl, results.json, report.html and plots; a second call continues from its contents",
     )
     parser.add_argument("--markdown", action="store_true", help="a markdown table on stdout")
     parser.set_defaults(action=compare)
@@ -55,9 +55,9 @@ def add(commands: shared.Subparsers) -> None:
 
 def _method_table() -> str:
     methods = {name: _words(arguments) for name, arguments in METHODS.items()}
-    changes = "any of them with changes, name:key=value,key=value, e.g. wanda:order=block; keys:"
+    changes = "settings of a method can be changed: name:key=value,key=value, e.g. wanda:order=block; keys:"
     keys = textwrap.fill(", ".join(setting_names()), 100, initial_indent="  ", subsequent_indent="  ")
-    listed = shared.table("methods (settings beside the defaults of run)", methods)
+    listed = shared.table("methods (settings that differ from the defaults of run)", methods)
     return f"{listed}\n\n{changes}\n{keys}"
 
 

@@ -15,7 +15,7 @@ def add(commands: shared.Subparsers) -> None:
     shared.add_model(parser)
     parser.add_argument("--text", required=True, help="wiki-mini, news-mini, wikitext2, c4, FILE.txt or FILE.jsonl")
     parser.add_argument("--seqlen", type=int, default=SEQLEN, help="tokens of a window (default: %(default)s)")
-    parser.add_argument("--max-tokens", type=int, help="read at most so many tokens (default: all)")
+    parser.add_argument("--max-tokens", type=int, help="read at most this many tokens (default: all)")
     parser.set_defaults(action=evaluate)
 
 

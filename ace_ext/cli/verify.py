@@ -9,8 +9,8 @@ from ace_ext.runs.verify import verify
 
 def add(commands: shared.Subparsers) -> None:
     """Adds the verb to the command line."""
-    parser = commands.add_parser("verify", help="prove the sparsity of a written folder")
-    parser.add_argument("folder", help="what ace-prune run wrote")
+    parser = commands.add_parser("verify", help="check the sparsity of a written folder")
+    parser.add_argument("folder", help="a folder that ace-prune run wrote")
     parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
     parser.set_defaults(action=check)
 

@@ -34,7 +34,7 @@ class SolverConfig:
 
     refine: str | None = option(None, "exchange kept and removed weights while the error falls")
     update: str | None = option(None, "how the remaining weights compensate for the removed ones")
-    gram: str = option("plain", "how refine and update weigh tokens", Limits(choices=GRAMS))
+    gram: str = option("plain", "how refine and update weight tokens", Limits(choices=GRAMS))
     options: Mapping[str, object] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:

@@ -25,12 +25,12 @@ class AdmmOptions(Options):
         Limits(at_least=0, words="a share of the mean diagonal, 0 or more"),
     )
     iterations: int = option(
-        20, "iterations; the mask tightens in the first half of them and stays from there on", Limits(at_least=1)
+        20, "iterations; the mask is tightened in the first half and fixed in the second", Limits(at_least=1)
     )
     saliency: str = option(
         "obs",
-        "what chooses the mask: magnitude, of a weight on normalised columns, or obs, the error left after the best "
-        "update of the others",
+        "what chooses the mask: magnitude (of weights on normalised columns) or obs (the error that is left after the "
+        "best update of the other weights)",
         Limits(choices=("magnitude", "obs")),
     )
 
