@@ -17,7 +17,7 @@ $(VENV)/ready: pyproject.toml
 	$(BIN)/pip install --quiet --upgrade pip 'setuptools>=77' wheel ninja numpy 'torch>=2.11'
 	touch $@
 
-# The same command as a user's. Not in the tree: the tests import what was installed.
+# Installed as a user would, not in place: the tests import the installed package.
 $(VENV)/installed: $(VENV)/ready $(SOURCES)
 	$(BIN)/pip install --quiet --no-build-isolation '.[test]'
 	touch $@
@@ -25,20 +25,22 @@ $(VENV)/installed: $(VENV)/ready $(SOURCES)
 test-python: $(VENV)/installed
 	$(BIN)/pytest
 
-# The core and the CUDA kernels' source on the host: plain, under the sanitizers, and with a thread a CUDA thread.
+# The C++ core, and the CUDA kernels' source on the host: plain, with the address and undefined-behaviour sanitizers,
+# and with ThreadSanitizer and one OS thread per CUDA thread.
 test-cpp:
 	tools/system_packages.sh
 	tools/test_cpp.sh build/cpp ""
 	tools/test_cpp.sh build/cpp-asan "address,undefined"
 	tools/test_cpp.sh build/cpp-tsan "thread"
 
-# What nvcc makes of the kernels: warnings, spills, 128-bit loads. Needs nvcc, but no GPU.
+# Checks of the code that nvcc generates: warnings, spills, 128-bit loads. Needs nvcc, but no GPU.
 check-kernels: $(VENV)/ready
 	tools/check_nvcc.sh build/nvcc
 	$(BIN)/pip install --quiet nvidia-cuda-nvdisasm
 	$(BIN)/python tools/check_sass.py build/nvcc
 
-# A model of over 4 GB on the disk, pruned under 2 GB of memory, and its small twin both ways. Takes some minutes.
+# Prunes a model of over 4 GB from the disk within 2 GB of memory, and a small one from the disk and in memory, and
+# compares the bytes of the latter two. Takes some minutes.
 check-memory: $(VENV)/installed
 	$(BIN)/python tools/check_memory.py
 
@@ -46,7 +48,7 @@ check-memory: $(VENV)/installed
 gpu:
 	PYTHON=$(PYTHON) tools/gpu.sh
 
-# Versions as in .pre-commit-config.yaml. typos passes over what .gitignore names and what pyproject.toml lists.
+# Versions as in .pre-commit-config.yaml. typos skips the files of .gitignore and of pyproject.toml.
 lint: $(VENV)/installed
 	$(BIN)/pip install --quiet 'ruff==0.17.6' 'mypy==2.4.1' 'clang-format==14.0.6' 'codespell==2.4.3' 'typos==1.52.0'
 	$(BIN)/ruff check .
@@ -56,12 +58,13 @@ lint: $(VENV)/installed
 	$(BIN)/codespell
 	$(BIN)/typos
 
-# The site in build/site; a warning fails. The command line and the tables of names come from what is installed.
+# The documentation site in build/site; a warning is an error. Help texts and tables come from the installed package.
 docs: $(VENV)/installed
 	$(BIN)/pip install --quiet 'mkdocs-material==9.8.2' 'mkdocstrings[python]==1.0.8' 'ruff==0.17.6'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# Wheel and source distribution, each installed in an empty environment and run from another folder. Takes some minutes.
+# Wheel and source distribution: each is installed into an empty environment and run from another folder. Takes some
+# minutes.
 dist: $(VENV)/ready
 	PYTHON=$(BIN)/python tools/check_dist.sh build/dist
 

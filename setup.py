@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.resolve()
 
 
 def set_cuda_home() -> None:
-    """Names the toolkit's real folder: from a wrapper script as nvcc on PATH, torch would guess a wrong one."""
+    """Sets CUDA_HOME to the toolkit's real folder: if nvcc on PATH is a link or wrapper, torch guesses a wrong one."""
     if os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
         return
     nvcc = shutil.which("nvcc")
@@ -30,7 +30,7 @@ from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, C
 
 
 def want_cuda() -> bool:
-    """Never asks torch.cuda.is_available(): a build machine need not have a GPU."""
+    """Whether to build for CUDA. It does not ask torch.cuda.is_available(), because a build machine may have no GPU."""
     switch = os.environ.get("ACE_CUDA", "auto").lower()
     if switch not in ("auto", "0", "1"):
         raise SystemExit(f"ACE_CUDA must be auto, 0 or 1 (got {switch!r})")
@@ -44,14 +44,15 @@ def want_cuda() -> bool:
 
 
 def sources(*patterns: str) -> list[str]:
+    """The files that match, relative to the repository, sorted."""
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
 
 
 def openmp() -> list[str]:
-    """The flag without which at::parallel_for, a template of torch's headers, runs on one thread.
+    """The OpenMP flag: without it at::parallel_for, a template in torch's headers, runs on one thread.
 
-    Only for GCC: its runtime's functions are those that torch has loaded already, so nothing is linked and the process
-    keeps one pool of threads. Clang would call another runtime's.
+    Only for GCC: torch has already loaded GCC's OpenMP runtime, so nothing more is linked and the process has one
+    thread pool. Clang would use another runtime.
     """
     compiler = os.environ.get("CXX", "c++").split()
     macros = subprocess.run(
@@ -62,6 +63,7 @@ def openmp() -> list[str]:
 
 
 def extension():
+    """The extension module, for CUDA and CPU or for the CPU only."""
     cuda = want_cuda()
     version = re.search(r'"(.+)"', (ROOT / "ace_ext" / "version.py").read_text()).group(1)
     print(f"ace_ext: torch {torch.__version__}, {'CUDA ' + str(CUDA_HOME) if cuda else 'CPU-only'} build")
@@ -76,7 +78,7 @@ def extension():
         macros += [("ACE_WITH_CUDA", None), ("ACE_CUDA_VERSION", torch.version.cuda)]
         flags["nvcc"] = ["-O3", "-lineinfo", "--fmad=false", "-Xcompiler=-ffp-contract=off"]
         if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
-            os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0;9.0+PTX"  # without a GPU to ask, torch has no default
+            os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0;9.0+PTX"  # torch has no default on a machine without a GPU
     kind = CUDAExtension if cuda else CppExtension
     return kind(
         "ace_ext._C", sources=files, include_dirs=[str(ROOT / "csrc")], define_macros=macros, extra_compile_args=flags

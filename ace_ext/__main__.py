@@ -1,3 +1,5 @@
+"""``python -m ace_ext`` is the command line ``ace-prune``."""
+
 import sys
 
 from ace_ext.cli.main import main

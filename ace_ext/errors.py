@@ -1,8 +1,8 @@
-"""The two kinds of failure a caller may want to tell apart."""
+"""The exception for errors that the caller can correct; any other exception is an internal error."""
 
 
 class InputError(ValueError):
-    """Something the caller can mend: an argument, a file or a model. The command line ends with status 2.
+    """An error that the caller can correct: in an argument, a file or a model. The command line then exits with 2.
 
-    The message is one line: which argument, what was found, how to mend it.
+    The message is one line: which argument, what was found, how to correct it.
     """

@@ -3,11 +3,11 @@
 
     python benchmarks/bench_end_to_end.py --model MODEL [--nsamples 64 --seqlen 128] [--repeats 3] [--perplexity]
 
-For each way of working: seconds (the least of the repeats, which take turns), the ratio to Wanda's order of work, and
-the ratio to one plain forward of the same tokens through the same blocks; with ``--perplexity`` also that of the pruned
-model. Wanda's order of work is written out here: for each block a forward with hooks that sum squares of the inputs,
-for each Linear a stable sort of every row, a scatter and an index assignment, and a second forward. All tokens go
-through a block at once in every way, so that none gains by larger batches.
+For each method: seconds (the least of the repeats, which take turns), the ratio to Wanda's order of work, and the ratio
+to one plain forward of the same tokens through the same blocks; with ``--perplexity`` also the perplexity of the pruned
+model. Wanda's order of work is implemented here: for each block a forward with hooks that sum squares of the inputs,
+for each Linear a stable sort of every row, a scatter and an index assignment, and a second forward. With every method
+all tokens go through a block at once, so that no method has an advantage from larger batches.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def forward_blocks(model: nn.Module, tokens: Tensor) -> None:
 
 @torch.no_grad()
 def wanda_order(model: nn.Module, tokens: Tensor, sparsity: float) -> None:
-    """Two forwards a block and sorted masks, as Wanda works (arXiv 2306.11695), but on all samples at once."""
+    """Two forwards per block and sorted masks, as in Wanda (arXiv 2306.11695), but on all samples at once."""
     blocks = find_blocks(model)
     (call,) = capture_calls(model, blocks, [{"input_ids": tokens}])
     hidden = call.hidden

@@ -3,17 +3,18 @@
 
     python benchmarks/bench_ops.py [--device cuda|cpu] [--shapes 4096x4096,4096x11008] [--dtype bfloat16] [--json FILE]
 
-Prints one row an op and shape: microseconds (median of repeats), GB/s (the weight or the activations read once and,
-where they are written, written once), the time in units of a ``copy_`` of as many bytes between two tensors that exist
-already, taken in turn with the op, the ratio to each baseline, and peak extra memory in per cent of the weight.
+Prints one row for each op and shape: microseconds (median of repeats); GB/s (the weight or the activations read once
+and, if changed, written once); the time in units of a ``copy_`` of as many bytes between two existing tensors, measured
+in turn with the op; the ratio to each baseline; and peak extra memory in per cent of the weight.
+
 Baselines: Wanda's sequence of torch calls (abs, sqrt, stable sort of every row, scatter, index assignment),
 ``torch.topk`` with a scatter, a Python loop over N:M groups of columns, and for moments Wanda's ``torch.norm`` and
-``torch.var_mean``. Each repeat prunes a fresh copy of the weight; that copy is not timed. A weight that fits the last
-cache (4096x4096 on an H100) is read from there, and so is the copy that it is compared with.
+``torch.var_mean``. Each repeat prunes a fresh copy of the weight; making it is not timed. A weight that fits into the
+last-level cache (4096x4096 on an H100) is read from there, and so is the copy that it is compared with.
 
 Extra memory on a GPU is the growth of the allocator's peak. On a CPU (Linux only) it is the growth of the resident peak
-(VmHWM) of a fresh process over one call, where freed memory goes back to the system at once so that nothing can be
-reused unseen; the kernel counts in batches of pages, so that is good to some 0.3 MB.
+(VmHWM) of a fresh process over one call. That process returns freed memory to the system at once, so that no memory is
+reused without being counted. The kernel counts in batches of pages, so the figure is accurate to about 0.3 MB.
 """
 
 import argparse
@@ -45,7 +46,7 @@ TOKENS = {"cuda": 16384, "cpu": 2048}
 
 
 def wanda_rows(weight: Tensor, square_sum: Tensor, pruned: int) -> None:
-    """Wanda's unstructured pruning, call for call."""
+    """Wanda's unstructured pruning with the same torch calls."""
     metric = torch.abs(weight) * torch.sqrt(square_sum.reshape(1, -1))
     mask = torch.zeros_like(metric, dtype=torch.bool)
     indices = torch.sort(metric, dim=-1, stable=True)[1][:, :pruned]
@@ -91,7 +92,7 @@ class Case:
     op: str
     shape: str
     tensor: Tensor
-    """What extra memory is a share of, and what the copy it is compared with copies."""
+    """The tensor whose size extra memory is relative to, and which the reference copy copies."""
     written: bool
     action: Callable[[], None]
     prepare: Callable[[], None]
@@ -152,7 +153,8 @@ def moment_cases(tokens: int, cols: int, dtype: torch.dtype, device: str) -> lis
 
 
 def seconds(actions: list[Callable[[], None]], prepare: Callable[[], None], device: str, budget: float) -> list[float]:
-    """Each action's median over repeats in turn, as many as the budget allows (3 to 50); one repeat to warm up."""
+    """Each action's median seconds. The actions take turns, as often as the budget allows (3 to 50 repeats), after one
+    repeat to warm up."""
     times: list[list[float]] = []
     started = time.perf_counter()
     while len(times) < 4 or (len(times) < 51 and time.perf_counter() - started < budget):
@@ -185,7 +187,8 @@ def cuda_extra_bytes(case: Case) -> int:
 
 
 def measure_resident_growth(build: Callable, sizes: tuple[int, int], dtype: torch.dtype, index: int) -> int:
-    """Runs in a process of its own: a call on a few rows starts the threads and loads the code, the next one counts."""
+    """Runs in a separate process. A first call on a few rows starts the threads and loads the code; the second call is
+    measured."""
     with torch.no_grad():
         few = build(min(sizes[0], 128), *sizes[1:], dtype, "cpu")[index]
         few.prepare()
@@ -203,7 +206,7 @@ def measure_resident_growth(build: Callable, sizes: tuple[int, int], dtype: torc
 def cpu_extra_bytes(build: Callable, sizes: tuple[int, int], dtype: torch.dtype, index: int) -> int | None:
     if sys.platform != "linux":
         return None
-    # glibc would keep freed blocks for later calls, more of them the larger they were.
+    # Otherwise glibc keeps freed blocks for later calls, and more of them if they are large.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = os.environ["MALLOC_TRIM_THRESHOLD_"] = "16384"
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(measure_resident_growth, build, sizes, dtype, index).result()
@@ -265,8 +268,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", help="ROWSxCOLS, separated by commas")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--budget", type=float, default=2.0, help="seconds that one measurement may take, about")
-    parser.add_argument("--json", help="also write the rows there")
+    parser.add_argument("--budget", type=float, default=2.0, help="seconds for one measurement, about")
+    parser.add_argument("--json", help="also write the rows to this file")
     return parser.parse_args(argv)
 
 

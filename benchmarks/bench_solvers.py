@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""obs_block_ against SparseGPT's Python loop over columns, and refine_swaps_: its time and the share of loss left.
+"""obs_block_ against SparseGPT's Python loop over columns, and refine_swaps_: its time and the remaining share of loss.
 
     python benchmarks/bench_solvers.py [--device cuda|cpu] [--shapes 576x576,1536x576] [--json FILE]
 
 For each shape (rows x columns), at 50 % and 2:4: the recursion over one block of 128 columns, median of repeats, with
 the ratio to the same recursion as a loop of torch calls; then refine_swaps_ from the mask of ``|W| ||X||``, with the
-swaps a row and the loss ``sum e^T G e`` after in per cent of before. Inputs are random, correlated and of different
-scales; a real layer's differ. Each repeat starts from a fresh copy; the copy is not timed.
+swaps per row and the loss ``sum e^T G e`` after in per cent of before. Inputs are random, correlated and of different
+scales; those of a real layer differ. Each repeat starts from a fresh copy; making the copy is not timed.
 """
 
 import argparse
@@ -28,7 +28,7 @@ PATTERNS = {"50 %": (0, 0), "2:4": (2, 4)}
 
 
 def loop_over_columns(weight: Tensor, error: Tensor, mask: Tensor, factor: Tensor, keep_n: int, group_m: int) -> None:
-    """SparseGPT's inner loop: the same recursion by torch calls, a column at a time."""
+    """SparseGPT's inner loop: the same recursion by torch calls, one column at a time."""
     diagonal = factor.diagonal()
     for c in range(weight.shape[1]):
         if group_m and c % group_m == 0:
@@ -71,7 +71,7 @@ def loss(mask: Tensor, weight: Tensor, gram: Tensor) -> float:
 
 
 def seconds(action: Callable[..., object], prepare: Callable[[], tuple], device: str, budget: float) -> float:
-    """Median over repeats that fill the budget, at least 3; one more to warm up."""
+    """Median over as many repeats as fit into the budget, at least 3, after one to warm up."""
     times: list[float] = []
     started = time.perf_counter()
     while len(times) < 4 or (len(times) < 50 and time.perf_counter() - started < budget):
@@ -131,8 +131,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", help="ROWSxCOLS, separated by commas")
-    parser.add_argument("--budget", type=float, default=1.0, help="seconds that one measurement may take, about")
-    parser.add_argument("--json", help="also write the rows there")
+    parser.add_argument("--budget", type=float, default=1.0, help="seconds for one measurement, about")
+    parser.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("bench_solvers: --device cuda, but torch finds no CUDA device")

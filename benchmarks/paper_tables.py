@@ -1,13 +1,13 @@
-"""The settings of the ACE paper (arXiv 2505.21987) as named experiments, one command each, published beside measured.
+"""The settings of the ACE paper (arXiv 2505.21987) as named experiments, one command each, with the published figures.
 
     python benchmarks/paper_tables.py --list
     python benchmarks/paper_tables.py --run llama-2-7b-ctx4096 --model FOLDER --output results/llama-2-7b-ctx4096
     python benchmarks/paper_tables.py --table results
 
-For whoever has the weights, a GPU that holds them, and network access for WikiText-2 and C4 (or local files instead).
+Needs the models' weights, a GPU that holds them, and network access for WikiText-2 and C4 (or local files instead).
 An experiment is a grid of ``ace-prune compare``: all methods at 50 %, 60 %, 2:4 and 4:8, each calibrated on 128 samples
-of 32, 128, 512 and 2048 tokens. Called again, it goes on from what its output folder holds. Published figures are from
-the sources named with them; a cell without one is left empty, and so is one that was not run.
+of 32, 128, 512 and 2048 tokens. A second call continues from the contents of its output folder. Published figures are
+from the sources named with them. A cell is empty if there is no published figure, or if it was not run.
 """
 
 import argparse
@@ -34,7 +34,7 @@ MODELS = {
     "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
     **{f"opt-{size}": f"facebook/opt-{size}" for size in ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b")},
 }
-"""Short name and hub name."""
+"""The models: short name and hub name."""
 
 LONG_CONTEXT = ("llama-2-7b", "llama-2-13b", "llama-3-8b")
 """Models with positions for windows of 4096 tokens; all have 2048."""
@@ -53,7 +53,7 @@ METHODS = ",".join(
         "best",
     ]
 )
-ALL_WINDOWS = 10**6  # more than any text here has: the whole of it is read, as for published figures
+ALL_WINDOWS = 10**6  # more than any text here has, so that whole texts are read, as for published figures
 
 WANDA = "README of github.com/locuslab/wanda, context 4096"
 RIA = (
@@ -164,7 +164,7 @@ def _figure(published: Published, key: tuple[str, str]) -> str:
 
 
 def run(experiment: Experiment, args: argparse.Namespace) -> str:
-    """Works through an experiment, or what is missing of it, and returns its table."""
+    """Runs the missing cells of an experiment and returns its table."""
     if args.model is None:
         raise InputError(f"--run needs --model: a folder with {experiment.hub_name}, or that name")
     study = study_of(experiment, args)
@@ -176,13 +176,13 @@ def run(experiment: Experiment, args: argparse.Namespace) -> str:
 
 
 def tables(folder: Path) -> str:
-    """The table of every experiment: published figures, and what ``folder/NAME`` holds of it."""
+    """The table of every experiment: published figures, and the results in ``folder/NAME``."""
     found = {name: folder / name / RUNS_NAME for name in EXPERIMENTS}
     return "\n\n".join(table(name, read_results(path) if path.is_file() else None) for name, path in found.items())
 
 
 def experiment_list() -> str:
-    """A line for each experiment, and what all have in common."""
+    """A line for each experiment, and the settings that all share."""
     width = max(map(len, EXPERIMENTS))
     lines = [f"{e.name:<{width}}  {e.hub_name}, windows of {e.context}" for e in EXPERIMENTS.values()]
     zeros = ", ".join(map(amount_name, AMOUNTS))
@@ -206,7 +206,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--amounts", default=",".join(AMOUNTS))
     parser.add_argument("--lengths", default=",".join(LENGTHS))
     parser.add_argument("--context", type=int, help="tokens of an evaluation window (default: the experiment's)")
-    parser.add_argument("--eval-windows", type=int, default=ALL_WINDOWS, help="at most so many (default: all)")
+    parser.add_argument("--eval-windows", type=int, default=ALL_WINDOWS, help="windows at most (default: all)")
     return parser.parse_args(argv)
 
 

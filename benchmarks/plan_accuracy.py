@@ -2,7 +2,7 @@
 
     python benchmarks/plan_accuracy.py --model MODEL [--calibration TEXT] [--nsamples 32] [--seqlen 128]
 
-Plans and runs are processes of their own, for a peak is a process's. The models that runs write are removed.
+Each plan and each run is a separate process, because peak memory is that of a process. The pruned models are removed.
 """
 
 import argparse

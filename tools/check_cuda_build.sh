@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Builds the whole extension for CUDA and imports it, on a machine that need not have a GPU or a driver: a virtual
-# environment with a CUDA torch, nvcc for every .cu, then
-#   - the extension says that it was built for CUDA, and the dispatcher has a CUDA kernel of every op;
-#   - the CPU test suite passes on that build.
-# No kernel is run: "not run on a GPU" holds for all that this prints.
+# Builds the whole extension for CUDA and imports it; needs nvcc, but neither a GPU nor a driver. It makes a virtual
+# environment with a CUDA torch, compiles every .cu with nvcc, and checks that
+#   - the extension reports a CUDA build, and the dispatcher has a CUDA kernel of every op;
+#   - the CPU tests pass on that build.
+# No kernel is run on a GPU.
 #
 #   tools/check_cuda_build.sh [folder, default build/cuda]
 #     TORCH         what pip installs, default torch==2.11.* (built for CUDA 13; 2.7 GB to download, 4.8 GB on disk)
@@ -22,12 +22,12 @@ install() { PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS='' "$python" -m pip install
 install "${TORCH:-torch==2.11.*}" numpy ninja 'setuptools>=77' wheel pytest hypothesis \
   transformers safetensors tqdm datasets accelerate gguf
 export CUDA_HOME=${CUDA_HOME:-/usr/local/cuda} ACE_CUDA=1 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-8.0;9.0}
-# From a copy: a build in the tree would leave its objects among those of a CPU build.
+# From a copy: a build in the tree would mix its object files with those of a CPU build.
 rm -rf "$work/source" && mkdir "$work/source"
 cp -r "$root"/{ace_ext,csrc,setup.py,pyproject.toml,README.md} "$work/source"
 install --no-build-isolation --force-reinstall --no-deps "$work/source"
 
-cd "$work"  # not in the tree: import what was installed
+cd "$work"  # outside the source tree, so that the installed package is imported
 "$python" - "$root"/csrc/ops/*.cpp <<'CHECK'
 import re
 import sys

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Builds the wheel and the source distribution from a copy of the tree, looks at what is in them, installs each in an
-# environment that has nothing of ace_ext, and runs the command line from another folder on a tiny model.
+# Builds the wheel and the source distribution from a copy of the tree, checks their contents, installs each into an
+# environment without ace_ext, and runs the command line from another folder on a tiny model.
 #
 #   make dist       or: PYTHON=python3 tools/check_dist.sh [folder, default build/dist]
-#     PYTHON      has torch and what pyproject.toml names to build with, default python3; `build` is installed there
+#     PYTHON      has torch and the build requirements of pyproject.toml, default python3; `build` is installed there
 #     ACE_CUDA    default 0: an extension for the CPU
 #
-# The environment is kept in the folder for the next call; remove it to start from nothing.
+# The environment is kept in the folder for the next call; remove it to start afresh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -16,7 +16,7 @@ work=$(mkdir -p "${1:-build/dist}" && cd "${1:-build/dist}" && pwd)
 venv=$work/venv
 export ACE_CUDA=${ACE_CUDA:-0}
 
-# A copy of what git would commit: a build folder in the tree may hold modules that have moved.
+# A copy of the files that git would commit: a build folder in the tree may hold modules that were moved.
 rm -rf "$work/source" "$work/out" && mkdir "$work/source" "$work/out"
 git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do
   if [ -e "$file" ]; then cp --parents "$file" "$work/source"; fi
@@ -55,7 +55,7 @@ CHECK
 [ -x "$venv/bin/python" ] || "$base" -m venv "$venv"
 rm -rf "$work/elsewhere" && mkdir "$work/elsewhere"
 
-try() {  # a run, its proof, and the examples' way in
+try() {  # prune a tiny model, verify it, and import every module
   cd "$work/elsewhere"
   rm -rf pruned
   unset PYTHONPATH
@@ -92,7 +92,7 @@ IMPORTS
   cd "$root"
 }
 
-# Pip's own resolution of what the wheel says it depends on.
+# pip resolves the wheel's dependencies by itself.
 "$venv/bin/pip" uninstall --quiet --yes ace_ext 2>/dev/null
 "$venv/bin/pip" install --quiet "$work"/out/*.whl
 echo "check_dist: the wheel"

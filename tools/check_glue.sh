@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Syntax-checks the CUDA glue against the headers of any torch, also one without CUDA: compiled by the host's compiler,
-# nothing is linked or run.
+# Syntax-checks the CUDA glue with the host's compiler against the headers of any torch, also of a CPU-only one. Nothing
+# is linked or run.
 #
 #   tools/check_glue.sh         PYTHON names an interpreter with torch, CUDA_HOME the toolkit with cuda_runtime_api.h
 set -euo pipefail

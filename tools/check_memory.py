@@ -1,10 +1,10 @@
-"""Proves that ``--offload disk`` prunes a model larger than the memory it may take, and writes the same bytes.
+"""Checks that ``--offload disk`` prunes a model that is larger than its memory budget, and writes the same bytes.
 
-    python tools/check_memory.py            # 4.5 GB of weights under 2 GB, beside a run of a smaller one in memory
-    python tools/check_memory.py --small    # 0.4 GB of weights, both ways: what the tests run
+    python tools/check_memory.py            # 4.5 GB of weights in 2 GB of memory, and a small model as with --small
+    python tools/check_memory.py --small    # 0.4 GB of weights, from the disk and in memory: what the tests run
 
-Each run is a process of its own whose peak is read from the kernel (``VmHWM``) while it runs. Prints one JSON line;
-ends with status 1 where a run takes more than its budget or the bytes differ.
+Each run is a separate process; its peak is read from the kernel (``VmHWM``) while it runs. Prints one JSON line. Exits
+with 1 if a run exceeds its budget or the bytes differ.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def run(model: Path, output: Path, *options: str) -> dict:
     command = [sys.executable, "-m", "ace_ext", "run", "--model", model, "--output", output]
     command += ["--calibration", model / "text.txt", "--nsamples", 16, "--seqlen", 64, "--device", "cpu", "--json"]
     with tempfile.TemporaryFile("w+") as stdout:
-        # Not in the source tree: -m would find the sources there and not what is installed.
+        # Outside the source tree, so that -m finds the installed package.
         child = subprocess.Popen([*map(str, command), *options], stdout=stdout, cwd=tempfile.gettempdir())
         peak = 0
         while child.poll() is None:
@@ -41,7 +41,7 @@ def run(model: Path, output: Path, *options: str) -> dict:
 
 
 def _peak_of(pid: int) -> int:
-    """The high-water mark of a process; 0 once it is gone."""
+    """Peak resident bytes of a process so far; 0 if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -50,12 +50,13 @@ def _peak_of(pid: int) -> int:
 
 
 def same_files(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same safetensors files, byte for byte."""
     names = [sorted(file.name for file in folder.glob("*.safetensors")) for folder in (one, other)]
     return names[0] == names[1] and all((one / name).read_bytes() == (other / name).read_bytes() for name in names[0])
 
 
 def both_ways(place: Path, layers: int, hidden: int, intermediate: int) -> dict:
-    """A model pruned from the disk and in memory, under a budget of two blocks and 1 GB for the first."""
+    """Prunes a model from the disk, with a budget of two blocks and 1 GB, and in memory, and compares the outputs."""
     size = make(place / "small", layers, hidden, intermediate)
     budget = 2 * size // layers + GB
     disk = run(place / "small", place / "disk", "--offload", "disk", "--max-memory", str(budget))
@@ -70,7 +71,7 @@ def both_ways(place: Path, layers: int, hidden: int, intermediate: int) -> dict:
 
 
 def large(place: Path, layers: int = 11, budget: int = 2 * GB) -> dict:
-    """A model that does not fit the budget, from the disk."""
+    """Prunes a model that is larger than the budget from the disk."""
     size = make(place / "large", layers, 4096, 11008)
     disk = run(place / "large", place / "pruned", "--offload", "disk", "--max-memory", str(budget))
     return {"bytes": size, "budget": budget, "disk": disk}
@@ -79,7 +80,7 @@ def large(place: Path, layers: int = 11, budget: int = 2 * GB) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="only the small model")
-    parser.add_argument("--place", type=Path, help="a folder with 10 GB of room (default: the temporary one)")
+    parser.add_argument("--place", type=Path, help="a folder with 10 GB of free space (default: the temporary folder)")
     args = parser.parse_args()
     place = Path(tempfile.mkdtemp(prefix="ace-memory-", dir=args.place))
     try:

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Compiles every .cu for a device without needing one: warnings are errors, and no kernel may spill a register or use a
-# stack frame. Prints a table: for each file and architecture the kernels, their registers, shared memory and spills.
-# Not run on a GPU: this says how the code was compiled, nothing about how fast it is.
+# Compiles every .cu with nvcc; needs no GPU. Warnings are errors, and no kernel may spill a register or use a stack
+# frame. Prints a table: for each file and architecture the kernels, their registers, shared memory and spills.
+# Nothing is run on a GPU: this checks the generated code, not its speed.
 #
 #   tools/check_nvcc.sh [output folder]        ACE_CUDA_ARCHS="80 90" names the architectures
 #
-# Objects are left in the folder as NAME.sm_NN.cubin, for tools/check_sass.py.
+# The folder keeps NAME.sm_NN.cubin for tools/check_sass.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-build/nvcc}

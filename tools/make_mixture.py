@@ -1,9 +1,9 @@
-"""Makes a mixture of experts with real weights from a Llama model: each MLP becomes several copies of itself behind a
-random router (sparse upcycling, arXiv 2212.05055). It computes what the model does, each expert for its own tokens.
+"""Makes a mixture of experts with real weights from a Llama model: each MLP is copied several times, and a random
+router chooses among the copies (sparse upcycling, arXiv 2212.05055). Its output is that of the original model.
 
     python tools/make_mixture.py MODEL FOLDER [--experts 4]
 
-``MODEL`` is a folder or a ``.gguf`` file. Written as a Mixtral checkpoint, in bfloat16.
+``MODEL`` is a folder or a ``.gguf`` file. The result is a Mixtral checkpoint in bfloat16.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from ace_ext.models.loading import load_model
 
 @torch.no_grad()
 def make(model: str, folder: Path, experts: int = 4) -> None:
+    """Writes the mixture of ``model`` to ``folder``."""
     loaded = load_model(model)
     llama = loaded.model
     shared = {key: value for key, value in llama.config.to_dict().items() if key in MixtralConfig().to_dict()}

@@ -1,8 +1,8 @@
-"""Writes a sharded Llama of random weights, a shard at a time, so that making it takes the memory of one block.
+"""Writes a sharded Llama with random weights, one shard at a time, so that it needs the memory of one block only.
 
     python tools/make_synthetic_llama.py FOLDER --layers 11 --hidden 4096 --intermediate 11008
 
-A word-level tokenizer goes with it, and ``text.txt`` that it can read. Weights are bfloat16, embeddings tied.
+It also writes a word-level tokenizer and ``text.txt``, a text for it. Weights are bfloat16, embeddings are tied.
 """
 
 import argparse
@@ -21,7 +21,7 @@ VOCABULARY = 64
 
 
 def make(folder: Path, layers: int, hidden: int, intermediate: int, seed: int = 0) -> int:
-    """Returns the bytes of all weights. Layer ``i`` is shard ``i``; the embedding and the last norm are a shard too."""
+    """Writes the model; returns the bytes of all weights. Each block is a shard, embedding and last norm another."""
     folder.mkdir(parents=True, exist_ok=True)
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# GoogleTest for the C++ tests. Debian's package where we may install it; else CMake fetches its source.
+# Installs Debian's package of GoogleTest if that is allowed; otherwise CMake fetches its source.
 set -euo pipefail
 if [ -e /usr/include/gtest/gtest.h ] || ! command -v apt-get >/dev/null; then
   exit 0

@@ -1,1 +1,1 @@
-"""The command line: one file a verb, shared arguments in ``args``. May import everything; nothing imports it."""
+"""The command line: one file per verb, shared arguments in ``args``. May import everything; nothing imports it."""

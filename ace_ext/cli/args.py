@@ -1,4 +1,5 @@
-"""Arguments that several verbs share. Pruning options come from the registries: a new solver's appear by themselves."""
+"""Arguments that several verbs share. Pruning options come from the registries, so a new solver's options appear
+without a change here."""
 
 import argparse
 import sys
@@ -20,31 +21,32 @@ from ace_ext.pruning.solvers import BlockSolver, MaskSolver, Solver, WeightSolve
 from ace_ext.runs.options import OFFLOAD, Calibration, RunOptions, RunRequest
 
 Subparsers = Any
-"""What ``add_subparsers`` returns: argparse keeps the class to itself."""
+"""What ``add_subparsers`` returns; the class is private to argparse."""
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, like every other error of this program."""
+    """An argument parser that reports errors in one line, like every other error of this program."""
 
     def error(self, message: str) -> NoReturn:
+        """Prints the message and exits with 2."""
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """The model and how it is loaded, and what every verb that loads one has."""
+    """Adds the model, how it is loaded, and the options of every verb that loads one."""
     parser.add_argument("--model", required=True, help="a folder, a .gguf file, or a hub name")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (default: %(default)s)")
-    parser.add_argument("--dtype", default="auto", choices=["auto", *WEIGHT_DTYPES], help="of the weights")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *WEIGHT_DTYPES], help="dtype of the weights")
     parser.add_argument("--text-field", default="text", help="the field of a .jsonl line (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def add_pruning(parser: argparse.ArgumentParser) -> None:
-    """All settings of :class:`ace_ext.PruneConfig`, by their declarations."""
+    """Adds all settings of :class:`ace_ext.PruneConfig`, from their declarations."""
     group = parser.add_argument_group("pruning")
     group.add_argument(
-        "--preset", choices=[*PRESETS, *PUBLISHED], help="settings by name, which the options given here change"
+        "--preset", choices=[*PRESETS, *PUBLISHED], help="named settings; other options given here replace them"
     )
     group.add_argument("--metric", choices=METRICS, metavar="NAME", help=f"see below (default: {DEFAULT_METRIC})")
     own = config_settings()
@@ -55,7 +57,7 @@ def add_pruning(parser: argparse.ArgumentParser) -> None:
     for name, setting in own.items():
         if name not in ("metric", "sparsity", "pattern", "skip"):
             _add_setting(group, setting, _help(setting))
-    _add_solvers(parser.add_argument_group("solvers: what follows the metric (see below)"))
+    _add_solvers(parser.add_argument_group("solvers, which follow the metric (see below)"))
 
 
 def _add_solvers(group: Any) -> None:
@@ -78,7 +80,7 @@ def _update_names() -> list[str]:
 
 
 def _add_setting(group: Any, setting: Setting, help: str) -> None:
-    """A flag whose value is None unless it is given: defaults are the configuration's."""
+    """Adds a flag whose value is None if it is not given: the configuration knows the defaults."""
     flag = f"--{setting.name.replace('_', '-')}"
     if setting.choices:
         group.add_argument(flag, choices=setting.choices, help=help)
@@ -92,7 +94,7 @@ def _help(setting: Setting) -> str:
 
 
 def pruning_tables() -> str:
-    """The metrics and solvers by name, for the end of a help text."""
+    """The metrics and solvers by name with a description each, for the end of a help text."""
     metrics = {name: metric.formula for name, metric in METRICS.items()}
     tables = [("metrics", metrics)]
     kinds: list[tuple[str, type[Solver]]] = [("refine", MaskSolver), ("update", WeightSolver), ("update", BlockSolver)]
@@ -102,16 +104,16 @@ def pruning_tables() -> str:
 
 
 def table(title: str, lines: dict[str, str]) -> str:
-    """Names and their descriptions, aligned, under a title."""
+    """A title, then names and their descriptions in aligned columns."""
     width = max(map(len, lines))
     return f"{title}:\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in lines.items())
 
 
 def config_from(args: argparse.Namespace) -> PruneConfig:
-    """The preset's settings, changed by every option that was given.
+    """The configuration of the parsed arguments: the preset's settings, replaced by every option that was given.
 
     Raises:
-        InputError: as :class:`ace_ext.PruneConfig`, or ``--tune-epochs`` without anything that trains.
+        InputError: as :class:`ace_ext.PruneConfig`, or ``--tune-epochs`` without a solver that trains.
     """
     given = {name: getattr(args, name) for name in all_settings() if getattr(args, name, None) is not None}
     given["skip"] = tuple(args.skip)
@@ -123,7 +125,7 @@ def config_from(args: argparse.Namespace) -> PruneConfig:
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
-    """The calibration text and how much of it."""
+    """Adds the calibration text and its amount."""
     group = parser.add_argument_group("calibration")
     group.add_argument(
         "--calibration",
@@ -133,23 +135,30 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     default = Calibration()
     group.add_argument("--nsamples", type=int, default=default.nsamples, help="samples (default: %(default)s)")
     group.add_argument("--seqlen", type=int, default=default.seqlen, help="tokens of a sample (default: %(default)s)")
-    group.add_argument("--seed", type=int, default=default.seed, help="of the choice of samples (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=default.seed, help="seed of the sampling (default: %(default)s)")
 
 
 def add_memory(group: Any) -> None:
-    """Where weights are kept and how much memory a run may take."""
+    """Adds where weights are kept and how much memory a run may use."""
     group.add_argument(
         "--offload",
         default="auto",
         choices=OFFLOAD,
-        help="disk: read and write one block at a time; auto: where the model does not fit (default: %(default)s)",
+        help="disk: read and write one block at a time; auto: only if the model does not fit (default: %(default)s)",
     )
-    group.add_argument("--max-memory", metavar="SIZE", help="resident memory that the run may take, e.g. 2GB")
+    group.add_argument("--max-memory", metavar="SIZE", help="limit of the process's resident memory, e.g. 2GB")
 
 
 def request_from(args: argparse.Namespace, **options: Any) -> RunRequest:
-    """What ``run`` and ``plan`` are asked; ``options`` are further fields of
-    :class:`ace_ext.runs.options.RunOptions`."""
+    """The request of ``run`` and ``plan`` from parsed arguments.
+
+    Args:
+        args: with the arguments of :func:`add_model`, :func:`add_pruning`, :func:`add_calibration`, :func:`add_memory`.
+        options: further fields of :class:`ace_ext.runs.options.RunOptions`.
+
+    Raises:
+        InputError: a value is not valid.
+    """
     budget = None if args.max_memory is None else parse_bytes(args.max_memory)
     calibration = Calibration(args.calibration, args.nsamples, args.seqlen, args.seed, args.text_field)
     run_options = RunOptions(offload=args.offload, max_memory=budget, **options)
@@ -157,10 +166,10 @@ def request_from(args: argparse.Namespace, **options: Any) -> RunRequest:
 
 
 def device_of(args: argparse.Namespace) -> torch.device:
-    """The device that ``--device`` names."""
+    """The device that ``--device`` names. Raises InputError if it cannot be used."""
     return pick_device(args.device)
 
 
 def shows_progress(args: argparse.Namespace) -> bool:
-    """Whether a bar is shown: on a terminal, unless ``--quiet``."""
+    """Whether to show a progress bar: on a terminal, unless ``--quiet``."""
     return not args.quiet and sys.stderr.isatty()

@@ -1,4 +1,4 @@
-"""``ace-prune compare``: methods × sparsities × calibration lengths × sources × seeds on one model, in one table."""
+"""``ace-prune compare``: a table of methods × sparsities × calibration lengths × sources × seeds on one model."""
 
 import argparse
 import textwrap
@@ -36,18 +36,18 @@ def add(commands: shared.Subparsers) -> None:
     parser.add_argument("--seeds", default="0", help="a list, e.g. 0,1,2 (default: %(default)s)")
     parser.add_argument("--texts", default="wiki-mini", help="a list of texts to evaluate on (default: %(default)s)")
     parser.add_argument("--eval-seqlen", type=int, default=SEQLEN, help="tokens of a window (default: %(default)s)")
-    parser.add_argument("--eval-windows", type=int, default=EVAL_WINDOWS, help="at most so many (default: %(default)s)")
+    parser.add_argument("--eval-windows", type=int, default=EVAL_WINDOWS, help="windows at most (default: %(default)s)")
     parser.add_argument("--skip", action="append", default=[], metavar="REGEX", help="weights to leave dense")
     parser.add_argument(
         "--batch-tokens",
         type=int,
         default=BATCH_TOKENS,
-        help="tokens through a block at a time (default: %(default)s)",
+        help="tokens that go through a block at a time (default: %(default)s)",
     )
     parser.add_argument(
         "--output",
         metavar="DIR",
-        help="runs.jsonl, results.json, report.html and plots go here; called again, goes on from what is there",
+        help="folder for runs.jsonl, results.json, report.html and plots; a second call continues from its contents",
     )
     parser.add_argument("--markdown", action="store_true", help="a markdown table on stdout")
     parser.set_defaults(action=compare)
@@ -55,9 +55,9 @@ def add(commands: shared.Subparsers) -> None:
 
 def _method_table() -> str:
     methods = {name: _words(arguments) for name, arguments in METHODS.items()}
-    changes = "any of them with changes, name:key=value,key=value, e.g. wanda:order=block; keys:"
+    changes = "settings of a method can be changed: name:key=value,key=value, e.g. wanda:order=block; keys:"
     keys = textwrap.fill(", ".join(setting_names()), 100, initial_indent="  ", subsequent_indent="  ")
-    listed = shared.table("methods (settings beside the defaults of run)", methods)
+    listed = shared.table("methods (settings that differ from the defaults of run)", methods)
     return f"{listed}\n\n{changes}\n{keys}"
 
 
@@ -66,7 +66,7 @@ def _words(arguments: dict[str, object]) -> str:
 
 
 def study_from(args: argparse.Namespace) -> Study:
-    """The study that parsed arguments of ``compare`` ask for. Raises InputError for a value that is no such thing."""
+    """The study of the parsed arguments of ``compare``. Raises InputError for a value that is not valid."""
     amounts = (*_split(args.sparsities), *_split(args.patterns)) or ("0.5",)
     return Study(
         model=args.model,
@@ -90,7 +90,7 @@ def _split(text: str | None) -> tuple[str, ...]:
 
 
 def parse_length(text: str) -> tuple[int, int]:
-    """From text like ``"64x128"`` to ``(nsamples, seqlen)``."""
+    """``(nsamples, seqlen)`` of a text like ``"64x128"``. Raises InputError for any other text."""
     parts = text.split("x")
     if len(parts) != 2:
         raise InputError(f"lengths must be nsamples x seqlen, e.g. 64x128 (got {text!r})")
@@ -107,7 +107,7 @@ def _whole(name: str, text: str) -> int:
 
 
 def compare(args: argparse.Namespace) -> int:
-    """The action of the verb."""
+    """Runs the verb; returns the exit status."""
     if args.json and args.markdown:
         raise InputError("--json and --markdown exclude each other; give one")
     study = study_from(args)

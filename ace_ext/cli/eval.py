@@ -15,12 +15,12 @@ def add(commands: shared.Subparsers) -> None:
     shared.add_model(parser)
     parser.add_argument("--text", required=True, help="wiki-mini, news-mini, wikitext2, c4, FILE.txt or FILE.jsonl")
     parser.add_argument("--seqlen", type=int, default=SEQLEN, help="tokens of a window (default: %(default)s)")
-    parser.add_argument("--max-tokens", type=int, help="read at most so many tokens (default: all)")
+    parser.add_argument("--max-tokens", type=int, help="read at most this many tokens (default: all)")
     parser.set_defaults(action=evaluate)
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """The action of the verb."""
+    """Runs the verb; returns the exit status."""
     loaded = load_model(args.model, args.dtype, shared.device_of(args))
     tokens = evaluation_tokens(args.text, loaded.tokenizer, text_field=args.text_field)
     result = perplexity(loaded.model, tokens, args.seqlen, args.max_tokens, progress=shared.shows_progress(args))

@@ -1,7 +1,7 @@
 """``ace-prune run | plan | compare | eval | verify``. Results go to stdout, progress and errors to stderr.
 
-Exit status: 0 done, 2 bad input (one line that says what and how to mend it), 1 internal error, or a folder that fails
-verify.
+Exit status: 0: done; 1: internal error, or ``verify`` found a problem; 2: bad input (one line that says what is wrong
+and how to correct it); 130: interrupted.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from ace_ext.errors import InputError
 from ace_ext.version import __version__
 
 VERBS = (run, plan, compare, eval, verify)
-"""One module a verb, in the order of the help text."""
+"""One module per verb, in the order of the help text."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _quiet_libraries() -> None:
-    """The libraries' own bars and warnings would bury the one line that matters."""
+    """Turns off progress bars and warnings of libraries, so that this program's own lines are seen."""
     import transformers
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

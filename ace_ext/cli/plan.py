@@ -22,7 +22,7 @@ def add(commands: shared.Subparsers) -> None:
 
 
 def plan(args: argparse.Namespace) -> int:
-    """The action of the verb."""
+    """Runs the verb; returns the exit status."""
     request = shared.request_from(args)
     found = make_plan(
         request.model, request.config, request.calibration, request.options, request.device, request.dtype

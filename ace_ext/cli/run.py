@@ -28,13 +28,13 @@ def add(commands: shared.Subparsers) -> None:
     parser.add_argument("--output", required=True, help="the folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
     parser.add_argument(
-        "--format", choices=FORMATS, default=DEFAULT_FORMAT, help="of the output, see below (default: %(default)s)"
+        "--format", choices=FORMATS, default=DEFAULT_FORMAT, help="output format, see below (default: %(default)s)"
     )
     shared.add_pruning(parser)
     shared.add_calibration(parser)
     group = parser.add_argument_group("the run")
     group.add_argument(
-        "--resume", action="store_true", help="go on where an earlier run of the same arguments stopped, if any"
+        "--resume", action="store_true", help="continue an interrupted run with the same arguments, if there is one"
     )
     shared.add_memory(group)
     _add_files(group)
@@ -50,21 +50,21 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
         "--save-stats",
         metavar="FILE",
         type=Path,
-        help="keep the statistics (order block); they, and so this run, then read the dense model: blocks do not get "
-        "what pruned ones before them put out",
+        help="save the statistics of the dense model (order block); each block of this run then reads the output of "
+        "dense blocks, not of pruned ones",
     )
     group.add_argument(
         "--stats",
         metavar="FILE",
         type=Path,
-        help="prune from kept statistics at any sparsity, pattern or metric, without a forward pass (order block)",
+        help="prune from saved statistics at any sparsity, pattern or metric, without a forward pass (order block)",
     )
-    group.add_argument("--report", metavar="FILE.html", type=Path, help="write a page about the run there")
-    group.add_argument("--log-json", metavar="FILE", help="a JSON line a block; - for stderr")
+    group.add_argument("--report", metavar="FILE.html", type=Path, help="write an HTML page about the run")
+    group.add_argument("--log-json", metavar="FILE", help="write a JSON line for each block; - for stderr")
 
 
 def run(args: argparse.Namespace) -> int:
-    """The action of the verb."""
+    """Runs the verb; returns the exit status."""
     if args.report is not None:
         check_report(args.report)
     request = shared.request_from(

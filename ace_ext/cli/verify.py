@@ -1,4 +1,4 @@
-"""``ace-prune verify``: prove the sparsity of a written folder."""
+"""``ace-prune verify``: check the sparsity of a written folder."""
 
 import argparse
 import json
@@ -9,14 +9,14 @@ from ace_ext.runs.verify import verify
 
 def add(commands: shared.Subparsers) -> None:
     """Adds the verb to the command line."""
-    parser = commands.add_parser("verify", help="prove the sparsity of a written folder")
-    parser.add_argument("folder", help="what ace-prune run wrote")
+    parser = commands.add_parser("verify", help="check the sparsity of a written folder")
+    parser.add_argument("folder", help="a folder that ace-prune run wrote")
     parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
     parser.set_defaults(action=check)
 
 
 def check(args: argparse.Namespace) -> int:
-    """The action of the verb; the status is 1 for a folder with a problem."""
+    """Runs the verb; returns the exit status, which is 1 for a folder with a problem."""
     result = verify(args.folder)
     if args.json:
         print(json.dumps(vars(result)))

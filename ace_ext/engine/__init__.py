@@ -1,5 +1,7 @@
-"""The walk over a model's blocks: in which order statistics are taken, matrices pruned and hidden states moved on.
+"""The walk over a model's blocks: the order in which statistics are collected, matrices pruned and hidden states moved
+to the next block.
 
-Files, statistics files and whoever watches are asked through :mod:`ace_ext.engine.protocols`. May import ``pruning``,
-``models``, ``ops`` and what lies below them; nothing of ``runs``.
+The engine reaches journals, statistics files, other processes and progress displays only through
+:mod:`ace_ext.engine.protocols`. May import ``pruning``, ``models``, ``ops`` and what lies below them; nothing of
+``runs``.
 """

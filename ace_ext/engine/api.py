@@ -1,4 +1,4 @@
-"""``prune_model``: from a model and calibration tokens to a walk over its blocks."""
+"""``prune_model``: prunes a model in memory by a walk over its blocks."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +22,7 @@ from ace_ext.pruning.config import PruneConfig
 from ace_ext.records import BlockReport, PruneReport
 
 Batches = Tensor | Iterable[Tensor | dict[str, Tensor]]
+"""Calibration tokens as :func:`prune_model` takes them."""
 
 
 @torch.no_grad()
@@ -37,20 +38,20 @@ def prune_model(
     """Prunes the Linears of a causal language model's decoder blocks in place.
 
     Args:
-        model: a Hugging Face causal language model, wherever its weights are. LM head and embeddings are left alone.
+        model: a Hugging Face causal language model, on any device. LM head and embeddings are not pruned.
         batches: calibration tokens: ``[nsamples, seqlen]`` integer, or an iterable of such tensors or of dicts with
-            ``input_ids`` and ``attention_mask`` (padded tokens then do not count).
+            ``input_ids`` and ``attention_mask`` (padded tokens are then left out of the statistics).
         config: what to prune and how; default :class:`PruneConfig`.
         callback: called after each block with its report.
-        progress: a bar on stderr.
+        progress: show a progress bar on stderr.
         context: optional services of a run on files; see :mod:`ace_ext.runs.pipeline`.
 
     Returns:
-        A :class:`PruneReport`: for each matrix the number kept and what it did to the output.
+        A :class:`PruneReport`: for each matrix the number of weights kept and the change of its output.
 
     Raises:
-        InputError: for a model, tokens or weights that cannot be pruned. Everything that can be known before the first
-            block is checked before any weight changes.
+        InputError: for a model, tokens or weights that cannot be pruned. Whatever can be checked in advance is checked
+            before any weight changes.
     """
     config = config or PruneConfig()
     context = context or RunContext(observer=Progress(progress))
@@ -76,10 +77,10 @@ def prune_model(
 
 
 def check_pattern(blocks: list[Block], config: PruneConfig) -> None:
-    """That the pattern's groups divide the columns of every matrix.
+    """Checks that the pattern's group size divides the number of columns of every matrix.
 
     Raises:
-        InputError: naming the first that they do not.
+        InputError: it names the first matrix for which it does not.
     """
     if config.pattern is None:
         return
@@ -100,7 +101,7 @@ def _enter(
     context: RunContext,
     device: torch.device,
 ) -> tuple[list[BlockCall], HiddenStates | None]:
-    """How each batch enters the blocks, and the hidden states with which it does, or those where a run stopped."""
+    """The arguments with which each batch enters the blocks, and the hidden states before the first unfinished one."""
     if context.source is not None:
         return [], None
     calls: list[BlockCall] = []
@@ -118,7 +119,7 @@ def _enter(
             hidden = HiddenStates(first_states(), device=device)
         else:
             hidden = context.journal.open_hidden(first_states(), device)
-            for _ in first_states() if not calls else ():  # a resumed run still asks what blocks are called with
+            for _ in first_states() if not calls else ():  # a resumed run did not read these, but needs the calls
                 pass
     if not calls:
         raise InputError("calibration must have at least one token (got none)")
@@ -126,7 +127,8 @@ def _enter(
 
 
 def _as_batches(batches: Batches, config: PruneConfig, device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """Dicts on the device, cut to at most ``config.batch_tokens`` tokens each (at least one sample)."""
+    """Batches as dicts on the device. One tensor is split into batches of at most ``config.batch_tokens`` tokens (at
+    least one sample); empty batches are left out."""
     if isinstance(batches, Tensor):
         if batches.dim() != 2:
             raise InputError(f"calibration tokens must be [nsamples, seqlen] (got shape {list(batches.shape)})")

@@ -1,4 +1,4 @@
-"""The optional services of a run: what a walk over blocks may use beside the model and the tokens."""
+"""The optional services of a run, which a walk over blocks may use in addition to the model and the tokens."""
 
 from dataclasses import dataclass, field
 
@@ -12,16 +12,20 @@ from ace_ext.models.block_store import BlockSource
 
 @dataclass
 class RunContext:
-    """The defaults are those of a run in memory, by one process, that keeps nothing."""
+    """The optional services of a run. The defaults are for one process that prunes a model in memory."""
 
     device: torch.device | None = None
-    """Where blocks are run; None: where the model is."""
+    """Where blocks are run; None: the model's device."""
     blocks: BlockSource | None = None
-    """Hands out the blocks; None: those of the model in memory."""
+    """Loads each block's weights when it is needed; None: the model is in memory."""
     observer: Observer = field(default_factory=Progress)
+    """Is told about progress."""
     journal: Journal | None = None
+    """Records finished blocks for a resumed run; None: nothing is recorded."""
     peers: Peers = field(default_factory=Alone)
+    """The other processes of the run."""
     sink: StatisticsSink | None = None
-    """Gets the statistics of every block. They are the dense model's: dense blocks' outputs go on then."""
+    """Stores the statistics of every block. They are the dense model's: each block then reads the output of the dense
+    block before it."""
     source: StatisticsSource | None = None
-    """Statistics of an earlier run; then nothing is run forward."""
+    """Statistics of an earlier run; with them no forward pass is run."""

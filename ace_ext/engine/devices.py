@@ -10,14 +10,14 @@ from ace_ext.ops._extension import build_info
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one and the extension was built for it, else the CPU.
+    """The device of a name. ``auto`` is the GPU if there is one and the extension was built for it, else the CPU.
 
     Raises:
-        InputError: for a name that is no device, or none that can be used here.
+        InputError: the name is not a device, or the device cannot be used on this machine.
     """
     usable = torch.cuda.is_available() and build_info()["cuda"] is not None
     if name == "auto":
-        local = int(os.environ.get("LOCAL_RANK", "0"))  # each process that torchrun starts has a GPU of its own
+        local = int(os.environ.get("LOCAL_RANK", "0"))  # each process that torchrun starts uses its own GPU
         return torch.device("cuda", local) if usable and launched() else torch.device("cuda" if usable else "cpu")
     try:
         device = torch.device(name)

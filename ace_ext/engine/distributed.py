@@ -1,4 +1,5 @@
-"""Several processes that prune one model: each has a share of the calibration samples, all derive the same masks."""
+"""Several processes that prune one model: each has a share of the calibration samples, and all compute the same
+masks."""
 
 import copy
 import hashlib
@@ -18,22 +19,23 @@ from ace_ext.pruning.statistics import LinearStatistics, MomentState
 
 @dataclass
 class Alone:
-    """One process: everything is there already."""
+    """:class:`ace_ext.engine.protocols.Peers` of a single process: nothing is exchanged."""
 
     rank: int = 0
     size: int = 1
 
     def merge_(self, stats: dict[str, LinearStatistics], names: list[str], empty: Empty) -> None:
-        pass
+        """Does nothing: the statistics are complete."""
 
     def check_same(self, weights: list[Tensor], where: str) -> None:
-        pass
+        """Does nothing: there is no other process to compare with."""
 
     def gather(self, value: object) -> list[Any]:
+        """The value in a list of one."""
         return [value]
 
     def wait(self) -> None:
-        pass
+        """Does nothing: there is no other process to wait for."""
 
 
 class Ranks:
@@ -42,22 +44,23 @@ class Ranks:
     def __init__(self, device: torch.device) -> None:
         import torch.distributed as dist
 
-        # Its functions have the group as a default argument. First imported while there is one (loading a model may do
-        # so), it holds that for good: the threads outlive close(), and now and then the interpreter's end aborts.
+        # The functions of this module have the process group as a default argument. If it were first imported while a
+        # group exists (loading a model may import it), it would keep that group alive: its threads would outlive
+        # close(), and the interpreter would sometimes abort at exit.
         importlib.import_module("torch.distributed.nn.functional")
 
         self._dist, self._device = dist, device
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # where NCCL puts the objects that it gathers; not run on a GPU
+            torch.cuda.set_device(device)  # NCCL gathers objects on the current device; not tested on a GPU
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def merge_(self, stats: dict[str, LinearStatistics], names: list[str], empty: Empty) -> None:
-        """Every rank's statistics of the named Linears become those of all ranks' tokens, the same bits everywhere.
+        """Makes every rank's statistics of the named Linears those of all ranks' tokens, with the same bits on each.
 
-        States merge by Chan's rule in the order of the ranks; sums (cross moment, Gram matrix) are added up. A Linear
-        that saw no token here, as an expert may, takes the others'; ``empty(name)`` makes a state of its shape.
+        States are merged by Chan's rule in the order of the ranks; sums (cross moment, Gram matrix) are added. A Linear
+        that saw no token on this rank, as an expert may, starts from ``empty(name)``.
         """
         for name in names:
             if name not in stats:
@@ -72,7 +75,8 @@ class Ranks:
                     self._merge_value(value)
 
     def _agree_on_sharing(self, stats: dict[str, LinearStatistics], names: list[str]) -> None:
-        """Which Linears share a state is known only where they were called: where ranks differ, none share."""
+        """Copies shared statistics if the ranks differ in which Linears share them. A rank knows this only for Linears
+        that it called."""
         owners: dict[int, tuple[str, str]] = {}
         sharing = [
             owners.setdefault(id(value), (name, kind)) for name in names for kind, value in stats[name].parts().items()
@@ -89,7 +93,7 @@ class Ranks:
                 total.merge_(MomentState.of_tensors({key: tensors[rank] for key, tensors in parts.items()}))
             value.weight_sum, value.mean, value.m2 = total.weight_sum, total.mean, total.m2
         elif isinstance(value, Tensor):
-            self._dist.all_reduce(value)  # each part is summed once and handed to all: the same bits everywhere
+            self._dist.all_reduce(value)  # each part is summed by one rank and sent to all: the same bits on each
         elif isinstance(value, list):  # sample rows
             rows = self.gather([part.cpu() for part in value])
             value[:] = [part.to(self._device) for parts in rows for part in parts]
@@ -102,10 +106,10 @@ class Ranks:
         return parts
 
     def check_same(self, weights: list[Tensor], where: str) -> None:
-        """Asserts by a hash that all ranks hold the same pruned weights.
+        """Checks by a hash that all ranks hold the same pruned weights.
 
         Raises:
-            InputError: they do not; nothing of this block is written then.
+            InputError: they do not; this block is then not written.
         """
         digest = hashlib.sha256()
         for weight in weights:
@@ -115,28 +119,31 @@ class Ranks:
             raise InputError(f"{where}: the processes derived different masks ({', '.join(h[:8] for h in found)})")
 
     def gather(self, value: object) -> list[Any]:
+        """Every rank's value, in the order of the ranks. Values are pickled."""
         values: list[Any] = [None] * self.size
         self._dist.all_gather_object(values, value)
         return values
 
     def wait(self) -> None:
+        """Returns once every rank has called it."""
         self._dist.barrier()
 
     def close(self) -> None:
+        """Leaves the process group."""
         if self._dist.is_initialized():
             self._dist.destroy_process_group()
 
 
 def launched() -> bool:
-    """Whether ``torchrun`` started this process together with others."""
+    """Whether ``torchrun`` started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def share_of(tokens: Tensor, peers: Peers) -> Tensor:
-    """The samples of this rank: every ``size``-th of ``[nsamples, seqlen]``, as evenly as it goes.
+    """The samples of this rank: every ``size``-th row of ``tokens [nsamples, seqlen]``, starting at ``rank``.
 
     Raises:
-        InputError: fewer samples than processes.
+        InputError: there are fewer samples than processes.
     """
     if len(tokens) < peers.size:
         raise InputError(f"nsamples must be at least the number of processes, {peers.size} (got {len(tokens)})")

@@ -1,4 +1,4 @@
-"""The calibration batches' hidden states on their way from block to block: in memory, or in files of a bounded run."""
+"""The hidden states of the calibration batches between two blocks: in memory, or in files."""
 
 import math
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from ace_ext.models.safetensors_files import flush
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each batch's states lie in a file: raw, one after the other."""
+    """The layout of a file of hidden states: each batch's raw bytes, one batch after the other."""
 
     shapes: list[list[int]]
     dtype: str  # as torch names it, without "torch."
@@ -29,16 +29,19 @@ class Layout:
 
 
 class HiddenStates:
-    """``[batch, seqlen, d_model]`` for each calibration batch. A block reads all batches by ``states[i]``, hands in
-    what it made of them by :meth:`put`, and :meth:`commit` ends it.
+    """The hidden states of each calibration batch, ``[batch, seqlen, d_model]``.
+
+    For each block, ``states[i]`` reads the input of batch i, :meth:`put` stores its output, and :meth:`commit` makes
+    the outputs the next block's inputs.
 
     Args:
-        states: the batches' first hidden states, one after the other; none is kept once it is in a file.
-        folder: where two files take turns, so that the states that entered a block are whole until it is done: what a
-            resumed run starts from. None: no file.
+        states: the batches' first hidden states, one after the other. Without ``resident`` each is freed once it is in
+            the file.
+        folder: holds two files that are read and written in turn. So a block's inputs are complete until it is done,
+            and a resumed run can start from them. None: no files.
         resident: keep the states in memory too, and write a file only when a block is done.
-        name: what the files' names start with.
-        device: where ``states[i]`` are put that come from a file.
+        name: prefix of the files' names.
+        device: where ``states[i]`` is put if it is read from a file.
     """
 
     def __init__(
@@ -75,7 +78,7 @@ class HiddenStates:
         name: str = "hidden",
         device: torch.device | str = "cpu",
     ) -> "HiddenStates":
-        """The states that a run left in its files."""
+        """The states that an earlier run left in its files; ``side`` is the file to read, 0 or 1."""
         states = cls((), folder, False, name, device)
         states.layout, states.side = layout, side
         if resident:
@@ -83,18 +86,18 @@ class HiddenStates:
         return states
 
     def fork(self, name: str) -> "HiddenStates":
-        """A second walk from the same states, kept in the same way."""
+        """A copy for an extra pass, kept in the same way under another name."""
         states = (self[i] for i in range(len(self)))
         return HiddenStates(states, self._folder, self._kept is not None, name, self._device)
 
     def sibling(self, name: str) -> "HiddenStates":
-        """States of another name that an earlier run left beside these, of the same shapes and the same turn."""
+        """The states that an earlier run left under another name in the same folder, with the same layout and side."""
         resident = self._kept is not None
-        assert self._folder is not None  # a run in memory alone leaves nothing behind
+        assert self._folder is not None  # only a run with files can be resumed
         return self.reopen(self.layout, self.side, self._folder, resident, name, self._device)
 
     def remove(self) -> None:
-        """Forgets the states, their files too."""
+        """Frees the states and deletes their files."""
         self._kept = []
         for file in self._files:
             file.unlink(missing_ok=True)
@@ -106,14 +109,15 @@ class HiddenStates:
         return self._read(i).to(self._device) if self._kept is None else self._kept[i]
 
     def put(self, i: int, state: Tensor) -> None:
-        """Batch ``i``'s states behind the block; in a file, the ones before it stay until :meth:`commit`."""
+        """Stores the output of batch ``i``. In files, its input is kept until :meth:`commit`."""
         if self._kept is not None:
             self._kept[i] = state
             return
         self._write(i, state)
 
     def commit(self) -> None:
-        """Swaps read and write buffers: the next block reads what was put, on the disk too where there are files."""
+        """Swaps read and write buffers: the next block reads what was put. With files, the data is on the disk when
+        this returns."""
         if not self._files:
             return
         if self._kept is not None:
@@ -124,6 +128,7 @@ class HiddenStates:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the states of all batches."""
         return self.layout.offsets[-1]
 
     def _read(self, i: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What pruning did to one matrix, measured on the sample rows of its statistics."""
+"""The report of one pruned matrix: the change of its output, measured on the sample rows of its statistics."""
 
 import torch
 from torch import Tensor
@@ -15,8 +15,15 @@ def dense_output(stats: LinearStatistics, weight: Tensor) -> Tensor:
 
 
 def measure(name: str, weight: Tensor, stats: LinearStatistics, dense: Tensor, keep: int) -> MatrixReport:
-    """The report of a pruned ``weight [rows, cols]`` of which ``keep`` were to survive; ``dense`` is what
-    :func:`dense_output` gave before."""
+    """The report of a pruned ``weight [rows, cols]``.
+
+    Args:
+        name: the matrix's full name.
+        weight: the pruned weight.
+        stats: of the Linear's inputs, with sample rows.
+        dense: what :func:`dense_output` returned before pruning.
+        keep: how many weights were to be kept.
+    """
     nonzero = count_nonzero_(weight, keep)
     before = dense.float()
     after = functional.linear(stats.sample_rows, weight).float()
@@ -27,7 +34,8 @@ def measure(name: str, weight: Tensor, stats: LinearStatistics, dense: Tensor, k
 
 
 def count_nonzero_(weight: Tensor, keep: int) -> int:
-    """How many entries are not zero. Where the mask kept zeros of the dense weight, these become +0.0 too."""
+    """How many entries are not zero. If there are fewer than ``keep``, the mask kept zeros of the dense weight; some of
+    these may be -0.0 and are set to +0.0."""
     nonzero = count_kept(weight)
     if nonzero < keep:
         weight.masked_fill_(weight == 0, 0.0)

@@ -1,4 +1,4 @@
-"""What a run tells while it runs: a bar on a terminal, and JSON lines for programs."""
+"""The progress of a run: a bar on a terminal, and JSON lines for programs."""
 
 import json
 import sys
@@ -12,11 +12,11 @@ from ace_ext.records import BlockReport, PruneReport
 
 
 class Progress:
-    """Blocks done, calibration tokens a second, sparsity so far, memory and the time left.
+    """Shows finished blocks, calibration tokens per second, sparsity so far, memory and the time left.
 
     Args:
-        show: a bar on stderr.
-        log: JSON lines, one a block, are written and flushed there. Their keys: ``event`` (``start``, ``block``,
+        show: show a bar on stderr.
+        log: where to write JSON lines, one per block, each flushed. Their keys: ``event`` (``start``, ``block``,
             ``end``), ``time`` (seconds since the epoch), ``tokens`` (calibration tokens of all processes, at the
             start), ``block``, ``done``, ``blocks``, ``seconds`` (of the block; at the end, of the run),
             ``tokens_per_second``, ``sparsity`` (so far), ``memory_bytes`` (resident), ``seconds_left``.
@@ -29,7 +29,7 @@ class Progress:
         self._began = 0.0
 
     def start(self, blocks: int, done: int, tokens: int) -> None:
-        """``done`` blocks of an earlier run are there; ``tokens`` calibration tokens go through each block."""
+        """``done`` of ``blocks`` were finished by an earlier run; ``tokens`` calibration tokens go through each."""
         self._tokens, self._blocks, self._done, self._began = tokens, blocks, done, time.perf_counter()
         self._bar = tqdm(
             total=blocks, initial=done, desc="pruning", unit="block", disable=not self._show, file=sys.stderr
@@ -37,6 +37,7 @@ class Progress:
         self._write("start", blocks=blocks, done=done, tokens=tokens)
 
     def block(self, block: BlockReport, report: PruneReport) -> None:
+        """Advances the bar and writes a ``block`` line; ``report`` holds all blocks so far."""
         self._done += 1
         self._here += 1
         elapsed = time.perf_counter() - self._began
@@ -59,9 +60,11 @@ class Progress:
         )
 
     def end(self, report: PruneReport) -> None:
+        """Writes the ``end`` line."""
         self._write("end", seconds=round(report.seconds, 4), sparsity=round(report.sparsity, 6))
 
     def close(self) -> None:
+        """Closes the bar."""
         if self._bar is not None:
             self._bar.close()
 

@@ -1,4 +1,5 @@
-"""What the engine asks of files, of other processes and of progress displays. It imports none of them."""
+"""The interfaces through which the engine uses journals, statistics files, other processes and progress displays. It
+imports no implementation of them."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ from ace_ext.pruning.statistics import LinearStatistics
 from ace_ext.records import BlockReport, PruneReport
 
 Empty = Callable[[str], LinearStatistics]
-"""Makes the statistics of no token of the Linear of this name."""
+"""``empty(name)``: statistics of zero tokens for the Linear of this name."""
 
 
 class Journal(Protocol):
@@ -21,57 +22,57 @@ class Journal(Protocol):
     finished: int
     """How many blocks an earlier run finished."""
     blocks: list[BlockReport]
-    """Their reports."""
+    """The reports of these blocks."""
     notes: dict[str, Any]
-    """Plain values that the walk found out and a resumed run needs again."""
+    """Plain values that the walk computed and a resumed run needs again."""
 
     def open_hidden(self, states: Iterable[Tensor], device: torch.device) -> HiddenStates:
-        """The hidden states that enter the first unfinished block: the earlier run's, or the given first ones."""
+        """The inputs of the first unfinished block: those of the earlier run, or ``states`` if there is none."""
         ...
 
     def block_done(self, block: Block, report: BlockReport, layouts: dict[int, Any]) -> None:
-        """Stores a pruned block, then the state that counts it as done. ``layouts``: of each rank's hidden states."""
+        """Stores a pruned block, then records it as done. ``layouts``: the layout of each rank's hidden states."""
         ...
 
 
 class StatisticsSink(Protocol):
-    """Takes the statistics of every dense block, to keep them."""
+    """Stores the statistics of every dense block."""
 
     def block(self, name: str, stats: dict[str, LinearStatistics]) -> None:
-        """The statistics of a block's Linears, by their name in the block."""
+        """Stores the statistics of a block's Linears, by their names in the block."""
         ...
 
 
 class StatisticsSource(Protocol):
-    """Gives the statistics of an earlier run; then nothing is run forward."""
+    """Reads the statistics of an earlier run, so that no forward pass is run."""
 
     def block(self, name: str, children: Iterable[str], device: torch.device) -> dict[str, LinearStatistics]:
-        """The statistics of a block's Linears, by their name in the block."""
+        """The statistics of a block's Linears, by their names in the block; at least those of ``children``."""
         ...
 
 
 class Observer(Protocol):
-    """Is told how far a run is."""
+    """Is called as a run progresses."""
 
     def start(self, blocks: int, done: int, tokens: int) -> None:
-        """``done`` of the blocks are finished already; ``tokens`` calibration tokens go through each block."""
+        """Called first. ``done`` of the blocks are finished; ``tokens`` calibration tokens go through each block."""
         ...
 
     def block(self, block: BlockReport, report: PruneReport) -> None:
-        """A block is done."""
+        """Called after each block; ``report`` holds all blocks so far."""
         ...
 
     def end(self, report: PruneReport) -> None:
-        """All blocks are done."""
+        """Called when all blocks are done."""
         ...
 
     def close(self) -> None:
-        """The walk is over, also after an error."""
+        """Called when the walk ends, also after an error."""
         ...
 
 
 class Peers(Protocol):
-    """The other processes of a run. ``size`` is 1 for a run of its own."""
+    """The other processes of a run. ``size`` is 1 if there are none."""
 
     rank: int
     size: int
@@ -81,7 +82,7 @@ class Peers(Protocol):
         ...
 
     def check_same(self, weights: list[Tensor], where: str) -> None:
-        """Raises where the ranks hold different pruned weights."""
+        """Raises :class:`ace_ext.InputError` if the ranks hold different pruned weights."""
         ...
 
     def gather(self, value: object) -> list[Any]:
@@ -89,5 +90,5 @@ class Peers(Protocol):
         ...
 
     def wait(self) -> None:
-        """Returns once every rank is here."""
+        """Returns once every rank has called it."""
         ...

@@ -1,5 +1,5 @@
-"""Walks beside the pruning one, through dense blocks: to measure what each block can give up, and to see what training
-aims at."""
+"""Extra passes over the dense blocks: one measures each block for sparsity allocation, one computes the dense outputs
+that training uses as targets."""
 
 from ace_ext.engine.hidden_states import HiddenStates
 from ace_ext.engine.steps import Steps
@@ -11,7 +11,8 @@ from ace_ext.records import BlockReport
 
 
 def allocate_sparsity(walk: Steps) -> list[dict[str, int]]:
-    """How many weights of a row each matrix keeps; a resumed run reads what the first one found."""
+    """How many weights of a row each matrix keeps, by block and Linear. A resumed run reads the earlier run's result
+    from the journal."""
     journal, source, config = walk.context.journal, walk.context.source, walk.config
     if journal is not None and "keeps" in journal.notes:
         kept: list[dict[str, int]] = journal.notes["keeps"]
@@ -38,8 +39,7 @@ def allocate_sparsity(walk: Steps) -> list[dict[str, int]]:
 
 
 def open_dense(walk: Steps) -> HiddenStates:
-    """The hidden states of the dense model: the pruned one's where nothing is pruned yet, or what a run left of
-    them."""
+    """The hidden states of the dense model: a copy of the first ones, or those of the earlier run when resuming."""
     name = f"dense-{walk.context.peers.rank}"
     if walk.context.journal is not None and walk.context.journal.finished:
         return walk.hidden.sibling(name)
@@ -47,7 +47,7 @@ def open_dense(walk: Steps) -> HiddenStates:
 
 
 def prune_and_train(walk: Steps, block: Block, index: int, block_report: BlockReport) -> None:
-    """Prunes a block, then trains what is left of it towards the dense model's hidden states."""
+    """Prunes a block, then trains its remaining weights; the targets are the dense model's hidden states."""
     solver = walk.config.solver.block_solver
     assert solver is not None
     assert walk.dense is not None

@@ -1,4 +1,4 @@
-"""The steps of a walk over blocks, which all strategies share: collect statistics, prune a matrix, move on, report."""
+"""The steps of a walk that all strategies share: collect statistics, prune a matrix, run the block, report."""
 
 from collections.abc import Callable
 
@@ -24,10 +24,10 @@ class Steps:
     """The state of one walk over a model's blocks, and its steps.
 
     Args:
-        blocks: hands out the blocks with their weights.
-        calls: how each batch enters the blocks.
-        hidden: the batches' hidden states, which move from block to block; None with statistics from a file.
-        config, report, callback: as :func:`ace_ext.prune_model` has them.
+        blocks: provides the blocks with their weights.
+        calls: the arguments with which each batch enters the blocks.
+        hidden: the batches' hidden states before the current block; None with statistics from a file.
+        config, report, callback: as in :func:`ace_ext.prune_model`.
         context: the optional services of the run.
     """
 
@@ -48,18 +48,18 @@ class Steps:
         self.needs = config.needs.prune if self.context.sink is None else config.needs.kept
         self.device = self.context.device or torch.device("cpu")
         self.keeps: list[dict[str, int]] | None = None
-        """By block and Linear, how many weights of a row survive; None: as the sparsity says."""
+        """How many weights of a row to keep, by block and Linear; None: as the sparsity says."""
         self.dense: HiddenStates | None = None
-        """The dense model's hidden states, which training aims at."""
+        """The dense model's hidden states, the targets of training."""
 
     @property
     def hidden(self) -> HiddenStates:
-        """The batches' hidden states before the block at hand."""
-        assert self._hidden is not None  # a walk with statistics from a file runs nothing forward
+        """The batches' hidden states before the current block."""
+        assert self._hidden is not None  # a walk with statistics from a file never reads them
         return self._hidden
 
     def collector(self, linears: dict[str, nn.Linear]) -> StatisticsCollector:
-        """A collector of the kinds that this run needs."""
+        """A collector of the kinds of statistics that this run needs."""
         batches = len(self.calls) * self.context.peers.size
         return StatisticsCollector(linears, self.needs, batches, self.config.token_norm)
 
@@ -73,9 +73,18 @@ class Steps:
         hidden: HiddenStates | None = None,
         needs: frozenset[str] | None = None,
     ) -> dict[str, LinearStatistics]:
-        """Statistics of the named Linears over all batches; with ``advance`` the outputs go on to the next block.
+        """Statistics of the named Linears over all batches and processes, by name.
 
-        ``hidden`` and ``needs`` are for a walk beside the pruning one, with states and kinds of its own.
+        Args:
+            block: a block whose weights are in memory.
+            index: its place among the blocks.
+            children: the Linears' names in the block.
+            advance: put the outputs, as the next block's inputs.
+            hidden: other hidden states than the walk's, for an extra pass.
+            needs: other kinds of statistics than the run's, for an extra pass.
+
+        Raises:
+            InputError: a Linear saw no token (see :meth:`check_seen`).
         """
         hidden = hidden or self.hidden
         collector = self.collector({child: block.linears[child] for child in children})
@@ -92,7 +101,8 @@ class Steps:
         return collector.stats
 
     def statistics_of(self, block: Block, index: int, *, advance: bool) -> dict[str, LinearStatistics]:
-        """Statistics of all Linears of a dense block: from a file, or collected, and kept where the run keeps them."""
+        """Statistics of all Linears of a dense block: read from a file, or collected (and stored if the run saves its
+        statistics)."""
         if self.context.source is not None:
             return self.context.source.block(block.name, block.linears, self.device)
         stats = self.collect(block, index, list(block.linears), advance=advance)
@@ -101,15 +111,20 @@ class Steps:
         return stats
 
     def advance(self, block: Block, index: int, collector: StatisticsCollector | None = None) -> None:
-        """Runs every batch through the block as it is now; the outputs are what enters the next one."""
+        """Runs every batch through the block with its present weights; the outputs become the next block's inputs."""
         for i, call in enumerate(self.calls):
             if collector is not None:
                 collector.token_mask = call.token_mask
             self.hidden.put(i, run_block(block, self.hidden[i], call.others[index]))
 
     def check_seen(self, block: Block, child: str, collector: StatisticsCollector) -> None:
-        """That a Linear saw a token. An expert may have seen none: it gets empty statistics and its mask from its
-        weights alone, unless these are compared with others'."""
+        """Checks that a Linear saw a token. An expert that saw none gets empty statistics, and is then pruned by
+        magnitude.
+
+        Raises:
+            InputError: a Linear that is not an expert saw no token; or an expert did, where its scores would be
+                compared with those of other matrices.
+        """
         if child in collector.stats and collector.stats[child].tokens:
             return
         compared = self.config.comparison.over_matrices or self.config.allocation != "uniform"
@@ -120,7 +135,11 @@ class Steps:
         collector.stats[child] = collector.empty(child)
 
     def prune_matrix(self, block: Block, index: int, child: str, stats: LinearStatistics) -> MatrixReport:
-        """Prunes one Linear's weight and measures what that did to its output."""
+        """Prunes one Linear's weight and measures the change of its output.
+
+        Raises:
+            InputError: as :func:`ace_ext.pruning.prune_linear.prune_linear_`, with the matrix's name.
+        """
         weight = block.linears[child].weight
         name = block.full_name(child)
         keep_row = None if self.keeps is None else self.keeps[index][child]
@@ -136,7 +155,7 @@ class Steps:
         return report
 
     def _prune_unseen(self, name: str, weight: torch.Tensor) -> MatrixReport:
-        """Prunes an expert's weight by magnitude, for want of a token that was sent there."""
+        """Prunes an expert's weight by magnitude, because no token was routed to it."""
         config = PruneConfig("magnitude", self.config.sparsity, self.config.pattern, self.config.group)
         prune_weight_(scored_weight(weight, None, config), config)
         keep = keep_budget(weight, config)
@@ -144,7 +163,11 @@ class Steps:
         return MatrixReport(name, (rows, cols), keep, count_nonzero_(weight, keep), 0, 0.0, 1.0)
 
     def check_finite(self, where: str) -> None:
-        """Asks the GPU, once a block, whether an op met something not finite; on the CPU ops raise themselves."""
+        """Reads the GPU's flag for non-finite values, once per block. On the CPU the ops themselves raise.
+
+        Raises:
+            InputError: an op met NaN, infinity or an overflow.
+        """
         op = ops.take_not_finite(self.device)
         if op:
             raise InputError(f"{where}: {op} met NaN, infinity or an overflow in activations or scores")
@@ -156,7 +179,7 @@ class Steps:
         if context.journal is not None:
             layouts = context.peers.gather(None if self._hidden is None else vars(self._hidden.layout))
             context.journal.block_done(block, block_report, dict(enumerate(layouts)))
-            context.peers.wait()  # nobody overwrites the states that the state on the disk names
+            context.peers.wait()  # no rank may overwrite hidden states before the state on the disk is updated
         context.observer.block(block_report, self.report)
         if self.callback is not None:
             self.callback(block_report)

@@ -1,6 +1,6 @@
 """The ways to prune a block, one function each: ``strategy(walk, block, index)`` returns the report of each matrix.
 
-Each leaves the hidden states behind the block in place of those before it.
+Each also puts the block's outputs, so that they become the next block's inputs.
 """
 
 import time
@@ -20,10 +20,11 @@ from ace_ext.pruning.statistics import LinearStatistics
 from ace_ext.records import BlockReport, MatrixReport
 
 Strategy = Callable[[Steps, Block, int], dict[str, MatrixReport]]
+"""``(walk, block, index of the block) -> reports by the Linears' names in the block``."""
 
 
 def choose(walk: Steps) -> Strategy:
-    """The strategy of a run: by where its statistics come from, its order, and whether all tokens fit one batch."""
+    """The strategy of a run. It depends on the source of the statistics, the order, and the number of batches."""
     if walk.context.source is not None or walk.config.order == "block":
         return prune_dense
     if len(walk.calls) == 1 and walk.context.peers.size == 1:
@@ -32,16 +33,16 @@ def choose(walk: Steps) -> Strategy:
 
 
 def prune_block(walk: Steps, block: Block, index: int, block_report: BlockReport) -> None:
-    """Prunes a block's matrices by the strategy that the run asks for, and moves the hidden states on."""
+    """Prunes a block's matrices by the run's strategy, and puts the block's outputs."""
     matrices = choose(walk)(walk, block, index)
     block_report.matrices.extend(matrices[child] for child in block.linears)
 
 
 def prune_dense(walk: Steps, block: Block, index: int) -> dict[str, MatrixReport]:
-    """Order block: all statistics from the dense block, then masks, then on with the pruned block.
+    """Order block: collects all statistics from the dense block, prunes it, and runs the pruned block.
 
-    Where statistics are kept, on with the dense one: what they say of the next block must not depend on this run's
-    sparsity. With statistics from a file nothing is run forward.
+    If the run saves its statistics, the dense block's outputs become the next block's inputs instead: saved statistics
+    must not depend on the sparsity of the run that saved them. With statistics from a file no forward pass is run.
     """
     keeps_dense = walk.context.sink is not None
     stats = walk.statistics_of(block, index, advance=keeps_dense)
@@ -52,9 +53,12 @@ def prune_dense(walk: Steps, block: Block, index: int) -> dict[str, MatrixReport
 
 
 def prune_in_one_forward(walk: Steps, block: Block, index: int) -> dict[str, MatrixReport]:
-    """Order sequential, all tokens in one batch: each Linear is pruned the moment it is called and answers with its
-    pruned output, so that one forward serves statistics, masks and propagation. Where the metric does not ask for the
-    dense output, the Linear is pruned before it computes one."""
+    """Order sequential, all tokens in one batch: hooks prune each Linear when it is called.
+
+    The Linear returns the output of its pruned weight, so one forward pass collects statistics, prunes, and computes
+    the next block's inputs. If the statistics do not read the dense output, the Linear is pruned before its forward,
+    which then runs only once.
+    """
     collector = walk.collector(block.linears)
     done: dict[str, MatrixReport] = {}
 
@@ -70,7 +74,7 @@ def prune_in_one_forward(walk: Steps, block: Block, index: int) -> dict[str, Mat
 
     def after(child: str, x: Tensor, output: Tensor) -> Tensor:
         prune(child, x, output)
-        return block.linears[child].forward(x)  # without the hooks
+        return block.linears[child].forward(x)  # forward itself calls no hooks
 
     with ExitStack() as hooks:
         for child, linear in block.linears.items():
@@ -88,8 +92,8 @@ def prune_in_one_forward(walk: Steps, block: Block, index: int) -> dict[str, Mat
 
 
 def prune_by_stages(walk: Steps, block: Block, index: int) -> dict[str, MatrixReport]:
-    """Order sequential, several batches: Linears that share an input make a stage; a forward of all batches for
-    each."""
+    """Order sequential, several batches: Linears that read the same input form a stage. Each stage takes a forward pass
+    of all batches."""
     done: dict[str, MatrixReport] = {}
     for stage in _stages(walk, block, index):
         stats = walk.collect(block, index, stage, advance=False)
@@ -100,8 +104,8 @@ def prune_by_stages(walk: Steps, block: Block, index: int) -> dict[str, MatrixRe
 
 
 def _stages(walk: Steps, block: Block, index: int) -> list[list[str]]:
-    """The block's Linears in the order in which the first batch calls them, grouped by the tensor they read; those of
-    fused experts by the tensor that they lie in."""
+    """The block's Linears in the order in which the first batch calls them, grouped by the tensor that they read. Those
+    of fused experts are grouped by the weight tensor that they are part of."""
     stages: list[list[str]] = []
     last: list[Tensor] = []
     together = {child: stage for stage in block.expert_stages() for child in stage}
@@ -122,14 +126,14 @@ def _stages(walk: Steps, block: Block, index: int) -> list[list[str]]:
             hooks.callback(handle.remove)
         run_block(block, walk.hidden[0], walk.calls[0].others[index])
     called = {child for stage in stages for child in stage}
-    unseen = [child for child in block.linears if child not in called]  # perhaps by a later batch
+    unseen = [child for child in block.linears if child not in called]  # a later batch may call them
     stages = [*stages, unseen] if unseen else stages
-    first: list[list[str]] = walk.context.peers.gather(stages)[0]  # rank 0's, where experts make them differ
+    first: list[list[str]] = walk.context.peers.gather(stages)[0]  # with experts ranks may differ: rank 0 decides
     return first
 
 
 def prune_whole_model(walk: Steps) -> None:
-    """Group model: every block stays dense until all statistics are in, then one threshold over all weights."""
+    """Group model: collects the statistics of all dense blocks, then prunes all weights by one threshold."""
     pending: list[tuple[Block, str, LinearStatistics, ScoredWeight]] = []
     seconds = []
     for index, block in enumerate(walk.blocks.blocks):

@@ -1,6 +1,6 @@
-"""The walk over a model's blocks: each is pruned, and its output is what the next one sees.
+"""The walk over a model's blocks: each block is pruned, and its output becomes the next block's input.
 
-How a block is pruned is a strategy (:mod:`ace_ext.engine.strategies`); its steps are in :mod:`ace_ext.engine.steps`.
+The ways to prune a block are in :mod:`ace_ext.engine.strategies`, their common steps in :mod:`ace_ext.engine.steps`.
 """
 
 import time
@@ -15,7 +15,11 @@ class Walk(Steps):
     """One walk over a model's blocks; its arguments are those of :class:`ace_ext.engine.steps.Steps`."""
 
     def run(self) -> None:
-        """Prunes every block that is not done yet."""
+        """Prunes every unfinished block.
+
+        Raises:
+            InputError: as :func:`ace_ext.prune_model`.
+        """
         journal, observer = self.context.journal, self.context.observer
         done = journal.finished if journal else 0
         if journal:

@@ -1,7 +1,7 @@
 """Output formats: how a pruned model is written. One file each, which declares its name and its writer.
 
 Every file of this package that defines ``FORMAT`` is registered; a file whose name starts with ``_`` is not a format.
-Adding one is adding a file: ``ace-prune run --format`` and the documentation read the registry. May import ``models``
+To add a format, add a file: ``ace-prune run --format`` and the documentation read the registry. May import ``models``
 and what lies below it.
 """
 
@@ -15,13 +15,14 @@ FORMATS: dict[str, OutputFormat] = {}
 """Every output format by name."""
 
 DEFAULT_FORMAT = "dense"
+"""The format of ``ace-prune run`` without ``--format``."""
 
 
 def register(output_format: OutputFormat) -> None:
-    """Makes a format known, for those that are not a file of this package.
+    """Registers a format that is not a file of this package.
 
     Raises:
-        ValueError: another one has its name.
+        ValueError: the name is taken.
     """
     if output_format.name in FORMATS:
         raise ValueError(f"format {output_format.name!r} is registered already; choose another name")
@@ -32,7 +33,7 @@ def format_named(name: str) -> OutputFormat:
     """The format of this name.
 
     Raises:
-        InputError: there is none.
+        InputError: no format has this name.
     """
     if name not in FORMATS:
         raise InputError(f"format must be one of {', '.join(FORMATS)} (got {name!r})")

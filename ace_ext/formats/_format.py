@@ -1,4 +1,4 @@
-"""What an output format is: the types that every file of this package uses."""
+"""The types that every output format uses: its declaration, its writer and the model that it reads."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,23 +20,28 @@ class DenseModel:
     folder: Path | None
     """Its folder on this machine, if it has one."""
     shards: Shards | None
-    """Its files, where they hold the weights just as they will be written: they can be copied and patched."""
+    """Its safetensors files, if they hold the weights exactly as they will be written, so that they can be copied and
+    patched; else None."""
 
 
 class OutputWriter(Protocol):
-    """Writes one output folder, block by block. What it has written must survive a crash: a resumed run opens a writer
-    on the same folder, skips :meth:`lay_out`, and goes on with the first block that was not written."""
+    """Writes one output folder, block by block.
+
+    Written blocks must survive a crash: a resumed run opens a writer on the same folder, skips :meth:`lay_out`, and
+    continues with the first block that was not written.
+    """
 
     def lay_out(self, dense: DenseModel) -> None:
-        """Writes what does not depend on the pruned blocks: configuration, tokenizer, other weights."""
+        """Writes everything that does not depend on the pruned blocks: configuration, tokenizer, other weights."""
         ...
 
     def check(self, dense: DenseModel) -> None:
-        """Raises :class:`ace_ext.InputError` for a weight that this format cannot hold, before anything is pruned."""
+        """Raises :class:`ace_ext.InputError` for a weight that this format cannot hold. Called before any block is
+        pruned."""
         ...
 
     def write(self, block: Block) -> None:
-        """Writes a pruned block, and returns once it is on the disk."""
+        """Writes a pruned block; it is on the disk when this returns."""
         ...
 
 
@@ -46,5 +51,6 @@ class OutputFormat:
 
     name: str
     summary: str
+    """One line for help texts."""
     open: Callable[[Path], OutputWriter]
-    """A writer for a folder that exists."""
+    """``open(folder)``: a writer for a folder that exists."""

@@ -25,7 +25,7 @@ class DenseWriter:
         return self._shards
 
     def lay_out(self, dense: DenseModel) -> None:
-        """The dense model where the pruned one will be: blocks are patched in as they are done."""
+        """Writes the whole dense model; pruned blocks will overwrite their tensors."""
         if dense.shards is not None and dense.folder is not None:
             copy_model(dense.folder, self.folder)
         else:
@@ -35,10 +35,10 @@ class DenseWriter:
             flush(file)
 
     def check(self, dense: DenseModel) -> None:
-        """That every weight to prune has a place in the output's files.
+        """Checks that the output's files hold every weight to prune.
 
         Raises:
-            InputError: naming the first that has none.
+            InputError: it names the first weight that they do not hold.
         """
         shards = self.shards.adopt(dense.model)
         for block in dense.blocks:
@@ -51,12 +51,12 @@ class DenseWriter:
                     )
 
     def write(self, block: Block) -> None:
-        """Overwrites the block's tensors in place: its pruned weights, and what training may have moved."""
+        """Overwrites the block's tensors in the files: pruned weights, and other parameters that training changed."""
         self.shards.write(_tensors(block, self.shards))
 
 
 def _tensors(block: Block, shards: Shards) -> dict[str, Tensor]:
-    """A block's parameters as the files hold them."""
+    """A block's parameters by their names and in their dtypes in the files."""
     named = {f"{block.name}.{name}": p.detach() for name, p in block.module.named_parameters()}
     return {name: tensor.to(shards.describe(name)[0]) for name, tensor in named.items() if name in shards}
 

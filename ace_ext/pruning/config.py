@@ -91,18 +91,18 @@ class PruneConfig:
     metric: str | CustomMetric = option(DEFAULT_METRIC, "the score by which weights are kept")
     sparsity: float = option(0.5, "share of zeros")
     pattern: SparsityPattern | None = option(None, "N:M, N kept of M consecutive inputs, e.g. 2:4")
-    group: str = option("row", "which weights compete", Limits(choices=GROUPS))
-    order: str = option(None, "of work in a block (default: sequential)", Limits(choices=ORDERS))
+    group: str = option("row", "which weights are compared", Limits(choices=GROUPS))
+    order: str = option(None, "order of work in a block (default: sequential)", Limits(choices=ORDERS))
     skip: tuple[str, ...] = option((), "weights to leave dense")
-    ria_exponent: float = option(0.5, "of the input norm in ria")
-    batch_tokens: int = option(BATCH_TOKENS, "tokens through a block at a time", Limits(at_least=1))
+    ria_exponent: float = option(0.5, "exponent of the input norm in ria")
+    batch_tokens: int = option(BATCH_TOKENS, "tokens that go through a block at a time", Limits(at_least=1))
     token_norm: str = option(
         None,
-        "where the norms of outputs come from that weigh tokens: exact, or a sketch, which is faster in the sequential "
-        "order and its default (block: exact)",
+        "how the output norms that weight tokens are computed: exact, or by a sketch, which is faster in the "
+        "sequential order (default: sketch if sequential, exact if block)",
         Limits(choices=TOKEN_NORMS),
     )
-    allocation: str = option("uniform", "of sparsity to blocks, the total fixed", Limits(choices=ALLOCATIONS))
+    allocation: str = option("uniform", "how blocks share the sparsity", Limits(choices=ALLOCATIONS))
     allocation_range: float = option(
         0.05,
         "how far a block's sparsity may differ",

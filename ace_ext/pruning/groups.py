@@ -1,7 +1,7 @@
-"""The comparison groups: which weights compete with each other, and how many of a group survive.
+"""The comparison groups: which weights are ranked against each other, and how many of a group are kept.
 
-A group of :data:`GROUPS` is chosen by name; an N:M pattern brings groups of its own. To add one, write a class here and
-register it: the command line, the masks, the plan and ``verify`` read the registry.
+A group of :data:`GROUPS` is chosen by name; an N:M pattern defines its own. To add one, write a class here and register
+it: the command line, the masks, the plan and ``verify`` read the registry.
 """
 
 from abc import ABC, abstractmethod
@@ -14,14 +14,14 @@ from ace_ext.pruning.pattern import SparsityPattern, keep_count
 
 
 class ComparisonGroup(ABC):
-    """Weights that compete. Every method takes a matrix of ``rows x cols``."""
+    """A kind of comparison group. Sizes are those of a matrix of ``rows x cols``."""
 
     name: str
     summary: str
     plural = ""
-    """What a matrix's groups are called, where it has several."""
+    """The plural noun for the groups of a matrix; empty if a matrix has only one."""
     over_matrices = False
-    """Whether it spans several matrices, so that no matrix can be pruned by itself."""
+    """Whether a group spans several matrices, so that no matrix can be pruned by itself."""
 
     def __str__(self) -> str:
         return self.name
@@ -31,26 +31,28 @@ class ComparisonGroup(ABC):
         """How many weights of the matrix are in one group."""
 
     def keep(self, rows: int, cols: int, sparsity: float, keep_row: int | None = None) -> int:
-        """How many weights of one group survive; ``keep_row`` of a row replace what ``sparsity`` says."""
+        """How many weights of one group are kept. If ``keep_row`` is given, it is the number kept of each row and
+        replaces ``sparsity``."""
         size = self.size(rows, cols)
         return keep_count(size, sparsity) if keep_row is None else keep_row * size // max(1, cols)
 
     def budget(self, rows: int, cols: int, sparsity: float, keep_row: int | None = None) -> int:
-        """How many weights of the matrix survive (of a group over matrices: would, had each the same share)."""
+        """How many weights of the matrix are kept. For a group that spans matrices: how many would be if every matrix
+        kept the same share."""
         groups = rows * cols // max(1, self.size(rows, cols))
         return self.keep(rows, cols, sparsity, keep_row) * groups
 
     @abstractmethod
     def prune_(self, scored: ScoredWeight, keep: int) -> None:
-        """Zeroes all but the best ``keep`` of each group, in place."""
+        """Zeroes all but the ``keep`` weights with the highest scores of each group, in place."""
 
     @abstractmethod
     def mask(self, scored: ScoredWeight, keep: int) -> Tensor:
-        """``[rows, cols]`` bool, True where :meth:`prune_` keeps; the weight is left as it is."""
+        """``[rows, cols]`` bool, True where :meth:`prune_` keeps a weight; the weight is not changed."""
 
     @abstractmethod
     def counts(self, weight: Tensor) -> Tensor:
-        """``[groups]`` int64: the non-zeros of each group."""
+        """``[groups]`` int64: the number of non-zeros of each group."""
 
 
 class RowGroup(ComparisonGroup):
@@ -60,18 +62,23 @@ class RowGroup(ComparisonGroup):
     plural = "rows"
 
     def size(self, rows: int, cols: int) -> int:
+        """The weights of a row."""
         return cols
 
     def budget(self, rows: int, cols: int, sparsity: float, keep_row: int | None = None) -> int:
+        """The number kept of a row, times the rows; also right for rows without columns."""
         return rows * self.keep(rows, cols, sparsity, keep_row)
 
     def prune_(self, scored: ScoredWeight, keep: int) -> None:
+        """Top-k within each row."""
         ops.prune_topk_(scored.weight, scored.formula, keep, scored.column, scored.moment, "row")
 
     def mask(self, scored: ScoredWeight, keep: int) -> Tensor:
+        """The mask of top-k within each row."""
         return ops.topk_mask(scored.weight, scored.formula, keep, scored.column, scored.moment, "row")
 
     def counts(self, weight: Tensor) -> Tensor:
+        """``[rows]`` int64."""
         return weight.count_nonzero(dim=1)
 
 
@@ -81,30 +88,35 @@ class MatrixGroup(ComparisonGroup):
     name, summary = "matrix", "all weights of one matrix"
 
     def size(self, rows: int, cols: int) -> int:
+        """The weights of the matrix."""
         return rows * cols
 
     def budget(self, rows: int, cols: int, sparsity: float, keep_row: int | None = None) -> int:
+        """The matrix is one group."""
         return self.keep(rows, cols, sparsity, keep_row)
 
     def prune_(self, scored: ScoredWeight, keep: int) -> None:
+        """Top-k within the matrix."""
         ops.prune_topk_(scored.weight, scored.formula, keep, scored.column, scored.moment, "matrix")
 
     def mask(self, scored: ScoredWeight, keep: int) -> Tensor:
+        """The mask of top-k within the matrix."""
         return ops.topk_mask(scored.weight, scored.formula, keep, scored.column, scored.moment, "matrix")
 
     def counts(self, weight: Tensor) -> Tensor:
+        """``[1]`` int64."""
         return weight.count_nonzero()[None]
 
 
 class ModelGroup(MatrixGroup):
-    """All weights of the model: pruned together by :func:`ace_ext.pruning.masks.prune_model_wide_`."""
+    """All weights of the model, pruned together by :func:`ace_ext.pruning.masks.prune_model_wide_`."""
 
     name, summary = "model", "all weights of the model"
     over_matrices = True
 
 
 class PatternGroup(ComparisonGroup):
-    """``group_m`` consecutive weights of a row, of which ``keep_n`` survive."""
+    """``group_m`` consecutive weights of a row, of which ``keep_n`` are kept."""
 
     name, summary = "N:M", "consecutive weights of a row, as the pattern says"
 
@@ -116,18 +128,23 @@ class PatternGroup(ComparisonGroup):
         return str(self.pattern)
 
     def size(self, rows: int, cols: int) -> int:
+        """M of the pattern."""
         return self.pattern.group_m
 
     def keep(self, rows: int, cols: int, sparsity: float, keep_row: int | None = None) -> int:
+        """N of the pattern, whatever the sparsity."""
         return self.pattern.keep_n
 
     def prune_(self, scored: ScoredWeight, keep: int) -> None:
+        """Top-N within each group of M."""
         ops.prune_nm_(scored.weight, scored.formula, keep, self.pattern.group_m, scored.column, scored.moment)
 
     def mask(self, scored: ScoredWeight, keep: int) -> Tensor:
+        """The mask of top-N within each group of M."""
         return ops.nm_mask(scored.weight, scored.formula, keep, self.pattern.group_m, scored.column, scored.moment)
 
     def counts(self, weight: Tensor) -> Tensor:
+        """``[rows * cols / M]`` int64."""
         return weight.reshape(len(weight), -1, self.pattern.group_m).count_nonzero(dim=2).flatten()
 
 

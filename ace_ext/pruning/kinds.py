@@ -1,4 +1,4 @@
-"""The kinds of statistics that exist, by name: what criteria and solvers ask for, and collectors and files hold.
+"""The names of the kinds of statistics, which metrics and solvers request, and collectors and files hold.
 
 Notation: inputs ``X [T, d_in]`` of a Linear, dense outputs ``A [T, d_out]``, ``r_t = 1 / ‖A_t‖²``.
 """
@@ -6,7 +6,7 @@ Notation: inputs ``X [T, d_in]`` of a Linear, dense outputs ``A [T, d_out]``, ``
 INPUT = "input"
 """Welford moments of each input column."""
 WEIGHTED = "weighted"
-"""The same with token t counted ``r_t`` times."""
+"""Welford moments of each input column, token t weighted by ``r_t``."""
 MOMENT = "moment"
 """The cross moment ``Σ_t r_t² A_ti² X_tj²``, as large as the weight."""
 GRAM = "gram"
@@ -15,4 +15,4 @@ COSINE_GRAM = "cosine-gram"
 """``Σ_t r_t X_t X_tᵀ``, for the solvers."""
 
 GRAMS = frozenset({GRAM, COSINE_GRAM})
-"""Those that are ``[d_in, d_in]``."""
+"""The kinds that are ``[d_in, d_in]``."""

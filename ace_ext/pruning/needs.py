@@ -1,4 +1,4 @@
-"""Which kinds of statistics a configuration needs: decided here and nowhere else."""
+"""Which kinds of statistics a configuration needs. This is the only place that decides it."""
 
 from dataclasses import dataclass
 
@@ -9,16 +9,16 @@ from ace_ext.pruning.solver_config import SolverConfig
 
 @dataclass(frozen=True)
 class Needs:
-    """Kinds of :mod:`ace_ext.pruning.kinds`, by what reads them."""
+    """The kinds of statistics (:mod:`ace_ext.pruning.kinds`) that a run needs, by their use."""
 
     prune: frozenset[str]
     """Read when a matrix is pruned."""
     measure: frozenset[str]
-    """Read by the walk that allocates sparsity to blocks; empty where it is uniform."""
+    """Read by the extra pass that allocates sparsity to blocks; empty if allocation is uniform."""
 
     @classmethod
     def of(cls, metric: str | CustomMetric, solver: SolverConfig, allocation: str) -> "Needs":
-        """Of a configuration's parts."""
+        """The kinds that these parts of a configuration read."""
         scored = metric_needs(metric)
         gram = {COSINE_GRAM if solver.gram == "cosine" else GRAM} if solver.matrix_solvers else set()
         measure = {"uniform": frozenset(), "error": scored | {WEIGHTED}}.get(allocation, scored)
@@ -31,6 +31,9 @@ class Needs:
 
     @property
     def kept(self) -> frozenset[str]:
-        """What a run keeps in a statistics file: the two vectors serve most metrics and cost little; the cross moment
-        and the Gram matrices are as large as weights, and kept only where the run itself reads them."""
+        """What a run writes to a statistics file.
+
+        ``input`` and ``weighted`` are vectors that serve most metrics and cost little. The cross moment and the Gram
+        matrices are as large as weights and are kept only if the run itself reads them.
+        """
         return self.prune | {INPUT, WEIGHTED}

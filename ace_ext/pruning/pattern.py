@@ -1,4 +1,4 @@
-"""How many weights survive: N:M patterns, and the one place that rounds."""
+"""How many weights are kept: N:M patterns, and the rounding of a sparsity to a count."""
 
 import math
 from dataclasses import dataclass
@@ -9,13 +9,15 @@ MAX_GROUP_M = 32
 
 
 def keep_count(size: int, sparsity: float) -> int:
-    """How many of ``size`` weights survive: ``size - floor(size * sparsity + 1/2)``. The only place that rounds."""
+    """How many of ``size`` weights are kept: ``size - floor(size * sparsity + 1/2)``. The only place that rounds."""
     return size - math.floor(size * sparsity + 0.5)
 
 
 @dataclass(frozen=True)
 class SparsityPattern:
-    """N:M sparsity: ``keep_n`` of each ``group_m`` consecutive inputs of a row are kept (elsewhere often: pruned).
+    """N:M sparsity: ``keep_n`` of each ``group_m`` consecutive weights of a row are kept.
+
+    Some other work uses N for the number of pruned weights; 2:4 is the same in both.
 
     Raises:
         InputError: unless ``0 < keep_n < group_m <= 32``.
@@ -32,7 +34,11 @@ class SparsityPattern:
 
     @classmethod
     def parse(cls, text: str) -> "SparsityPattern":
-        """From text like ``"2:4"``."""
+        """The pattern of a text like ``"2:4"``.
+
+        Raises:
+            InputError: the text is not of this form, or as the class.
+        """
         parts = text.split(":")
         if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
             raise InputError(f"pattern must be N:M, N weights kept of M (got {text!r}); e.g. 2:4")

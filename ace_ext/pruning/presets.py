@@ -1,4 +1,4 @@
-"""Settings by name: keyword arguments of :class:`ace_ext.PruneConfig`, to which the sparsity or pattern is added."""
+"""Presets: named settings of :class:`ace_ext.PruneConfig`. Sparsity or pattern are given beside them."""
 
 from typing import Any
 
@@ -11,22 +11,22 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {"update": "admm"},
     "best": {"update": "admm+tune"},
 }
-"""From the quickest to the most faithful."""
+"""From the fastest to the most accurate."""
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "wanda": {"metric": "wanda", "order": "block"},
     "sparsegpt": {"update": "obs", "group": "matrix", "order": "block", "gram": "plain"},
     "admm": {"update": "admm", "saliency": "magnitude", "iterations": 30, "order": "block"},
 }
-"""Other work's methods with their own settings, to compare with: Wanda (arXiv 2306.11695), SparseGPT (arXiv 2301.00774)
-and ADMM pruning (arXiv 2401.02938)."""
+"""Published methods with their own settings, as baselines: Wanda (arXiv 2306.11695), SparseGPT (arXiv 2301.00774) and
+ADMM pruning (arXiv 2401.02938)."""
 
 
 def preset_config(name: str, **settings: Any) -> PruneConfig:
-    """The config of a preset's name, in which ``settings`` replace or complete the preset's own.
+    """The configuration of a preset; ``settings`` replace the preset's own or are added to them.
 
-    With a ``pattern`` the preset's group falls away: a pattern has groups of its own. An ``update`` replaces the weight
-    solver, the training, or both, as far as it names them.
+    A ``pattern`` drops the preset's group, because a pattern has its own groups. An ``update`` that names only a weight
+    solver, or only training, replaces only that part of the preset's.
 
     Raises:
         InputError: no such preset, or as :class:`ace_ext.PruneConfig`.
@@ -43,7 +43,7 @@ def preset_config(name: str, **settings: Any) -> PruneConfig:
 
 
 def _merged(preset: str, given: str) -> str:
-    """Both updates in one; of each kind the given one, where there is one."""
+    """Merges two updates: for each kind of solver the given one if there is one, else the preset's."""
     parts = given.split("+")
     for kind in (WeightSolver, BlockSolver):
         names = solvers_of(kind)

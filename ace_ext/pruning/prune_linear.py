@@ -19,17 +19,18 @@ def prune_linear_(
     """Prunes one matrix in place, by the metric alone or by the config's solvers.
 
     Args:
-        weight: ``[rows, cols]`` float32, float16 or bfloat16; stays in its dtype.
+        weight: ``[rows, cols]`` float32, float16 or bfloat16; keeps its dtype.
         stats: of the kinds ``config.needs.prune``.
-        keep_row: how many weights of a row survive, in place of what ``config.sparsity`` says; for the group
-            ``"matrix"`` this times the rows survive in the matrix.
+        config: metric, comparison group and solvers.
+        keep_row: how many weights of a row to keep; replaces ``config.sparsity``. For the group ``"matrix"`` the
+            matrix keeps this times the number of rows.
 
     Returns:
-        What the solver did, or None where the metric alone decided.
+        What the solver did, or None if the metric alone decided.
 
     Raises:
-        ValueError: the ops found something not finite, the Gram matrix cannot be factorised
-            (see :mod:`ace_ext.pruning.gram`) or the update overflowed. The weight is then as it was.
+        ValueError: a value is not finite, the Gram matrix cannot be factorised (see :mod:`ace_ext.pruning.gram`) or
+            the update overflowed. The weight is then unchanged.
     """
     scored = scored_weight(weight, stats, config)
     name = config.solver.name
@@ -55,7 +56,7 @@ def prune_linear_(
 
 
 def _solve(problem: Problem, config: PruneConfig) -> Solved:
-    """Refines the metric's mask, then updates the weights, as far as the configuration asks for either."""
+    """Refines the metric's mask, then updates the weights; each only if the configuration asks for it."""
     solver = config.solver
     if solver.mask_solver is not None:
         solver.mask_solver.refine_(problem, solver.options_for(solver.mask_solver))
@@ -72,10 +73,11 @@ def _loss(gram: GramState, dense: Tensor, weight: Tensor) -> float:
 
 
 def working_bytes(config: PruneConfig, rows: int, cols: int) -> int:
-    """Bytes that pruning one matrix holds beside its weights and statistics, the Gram matrix one of them.
+    """Bytes that pruning one matrix of ``rows x cols`` holds beside its weight and its statistics (with the Gram
+    matrix).
 
-    A mask of its zeros, a byte each, and a callable's scores; with a solver the dense weight in float32, the mask, and
-    what the solver itself says.
+    Without a solver: a mask of one byte per entry, and the scores of a callable metric. With a solver also the dense
+    weight in float32, and what the solver declares.
     """
     entries = rows * cols
     scores = 4 * entries if callable(config.metric) else 0

@@ -1,6 +1,6 @@
-"""Settings as data: each has a name, a default, its limits and a line of help, written once where it is declared.
+"""Settings as data: each is declared once, with a name, a default, limits and a line of help.
 
-The command line, the method specs of ``ace-prune compare``, the reports and the documentation all read these entries.
+The command line, the method specs of ``ace-prune compare``, the reports and the documentation read these declarations.
 """
 
 import dataclasses
@@ -16,23 +16,26 @@ from ace_ext.errors import InputError
 
 @dataclass(frozen=True)
 class Limits:
-    """What values a setting takes. Numbers are finite, and whole where the setting's type is ``int``."""
+    """The values that a setting accepts. Numbers must be finite, and whole if the setting's type is ``int``."""
 
     choices: Collection[str] = ()
-    """A registry itself may stand here: what is registered later is then a choice, too."""
+    """The accepted values. This may be a registry: entries that are registered later are then accepted too."""
     at_least: float | None = None
     above: float | None = None
     below: float | None = None
     words: str = ""
-    """What is allowed, for the error message; made from the limits where empty."""
+    """What is allowed, for the error message; derived from the limits if empty."""
 
 
 def option(default: Any, help: str, limits: Limits | None = None, **more: Any) -> Any:
-    """A dataclass field that is a setting: its default, its line of help, its limits.
+    """Declares a dataclass field that is a setting.
 
     Args:
-        more: ``flag=False`` keeps it off the command line; ``unused`` is what a report shows where the solver that has
-            the setting is not used (default: the setting's default).
+        default: its default value.
+        help: its line of help.
+        limits: the values that it accepts; default: no limits beyond the type.
+        more: ``flag=False`` keeps it off the command line. ``unused`` is the value that a report shows if the solver
+            that declares the setting is not used (default: the setting's default).
     """
     return field(default=default, metadata={"help": help, "limits": limits or Limits(), **more})
 
@@ -51,11 +54,11 @@ class Setting:
 
     @property
     def choices(self) -> Collection[str]:
-        """The values to choose from; empty where it is a number or free text."""
+        """The values to choose from; empty for a number or free text."""
         return self.limits.choices
 
     def check(self, value: object) -> None:
-        """Raises :class:`InputError` for a value outside the limits; None passes where the type allows it."""
+        """Raises :class:`InputError` for a value outside the limits. None is accepted if the type allows it."""
         if value is None and type(None) in self.types:
             return
         if self.choices:
@@ -84,7 +87,7 @@ class Setting:
 
 
 def settings_of(declared: type) -> list[Setting]:
-    """The settings that a dataclass declares by :func:`option`, in their order."""
+    """The settings that a dataclass declares with :func:`option`, in order of declaration."""
     hints = typing.get_type_hints(declared)
     found = []
     for item in fields(declared):
@@ -119,7 +122,8 @@ def plain_types(hint: object) -> set[type]:
 
 
 class Options:
-    """Base of a solver's options: a frozen dataclass of fields made by :func:`option`, checked when it is made."""
+    """Base class of a solver's options: a frozen dataclass whose fields are declared with :func:`option`. Values are
+    checked when an instance is made."""
 
     def __post_init__(self) -> None:
         check_settings(self)

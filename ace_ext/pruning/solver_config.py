@@ -17,15 +17,15 @@ Chosen = TypeVar("Chosen", bound=Solver)
 
 @dataclass(frozen=True)
 class SolverConfig:
-    """What follows the metric.
+    """The solvers that follow the metric, and their options.
 
     Args:
-        refine: a mask solver, which improves the metric's mask; no weight changes. An update then keeps this mask.
+        refine: a mask solver, which improves the metric's mask and changes no weight. An update then keeps this mask.
         update: how the remaining weights compensate for the removed ones: a weight solver, ``"tune"`` (each block is
-            trained), or both, joined by ``+`` as in ``"admm+tune"``. A weight solver without ``refine`` chooses the
-            mask too, not the metric.
-        gram: how refine and update measure errors: every token counts alike (``"plain"``), or with ``1 / ‖A_t‖²``,
-            ``A`` the dense output (``"cosine"``).
+            trained), or both, joined by ``+`` as in ``"admm+tune"``. Without ``refine`` a weight solver chooses the
+            mask itself.
+        gram: how refine and update weight the tokens when they measure errors: all the same (``"plain"``), or by
+            ``1 / ‖A_t‖²``, ``A`` the dense output (``"cosine"``).
         options: values for the options that the solvers declare, by name; see :func:`solver_settings`.
 
     Raises:
@@ -34,7 +34,7 @@ class SolverConfig:
 
     refine: str | None = option(None, "exchange kept and removed weights while the error falls")
     update: str | None = option(None, "how the remaining weights compensate for the removed ones")
-    gram: str = option("plain", "how refine and update weigh tokens", Limits(choices=GRAMS))
+    gram: str = option("plain", "how refine and update weight tokens", Limits(choices=GRAMS))
     options: Mapping[str, object] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -46,7 +46,7 @@ class SolverConfig:
         if unknown:
             raise InputError(f"solver options must be among {', '.join(known)} (got {', '.join(unknown)})")
         for solver in SOLVERS.values():
-            self._make_options(solver)  # a bad value is an error whether or not its solver is used
+            self._make_options(solver)  # checks the values, also of solvers that are not used
         for name, value in self.options.items():
             users = _users_of(name)
             if value is not None and len(users) > 1 and not any(s in self.chosen for s in users):
@@ -56,7 +56,8 @@ class SolverConfig:
             raise InputError("gram cosine weights the errors of refine or update (got neither); set one of them")
 
     def _normalise_update(self) -> None:
-        """Brings ``update`` into one spelling, and reads the older one: ``tune_epochs`` alone asked for training."""
+        """Brings ``update`` to its standard form. ``tune_epochs`` without ``tune`` is accepted with a warning: it asked
+        for training in version 0.1."""
         weight, block = solvers_of(WeightSolver), solvers_of(BlockSolver)
         parts = list(dict.fromkeys(part.strip() for part in (self.update or "").split("+") if part.strip()))
         for part in parts:
@@ -85,33 +86,33 @@ class SolverConfig:
 
     @property
     def mask_solver(self) -> MaskSolver | None:
-        """What ``refine`` names."""
+        """The solver that ``refine`` names."""
         return self._chosen(MaskSolver)
 
     @property
     def weight_solver(self) -> WeightSolver | None:
-        """What ``update`` names, training apart."""
+        """The weight solver that ``update`` names."""
         return self._chosen(WeightSolver)
 
     @property
     def block_solver(self) -> BlockSolver | None:
-        """What trains each block, if anything does."""
+        """The solver that trains each block, if ``update`` names one."""
         return self._chosen(BlockSolver)
 
     @property
     def matrix_solvers(self) -> list[MaskSolver | WeightSolver]:
-        """Those that take one matrix and its Gram matrix, in their order."""
+        """The solvers that work on one matrix and its Gram matrix, in the order in which they run."""
         return [solver for solver in (self.mask_solver, self.weight_solver) if solver is not None]
 
     @property
     def chosen(self) -> list[Solver]:
-        """All that are used, in their order."""
+        """All solvers that are used, in the order in which they run."""
         block = self.block_solver
         return [*self.matrix_solvers, *([] if block is None else [block])]
 
     @property
     def name(self) -> str:
-        """Of the matrix solvers: ``"swaps"``, ``"swaps+admm"`` …, or "" for the metric alone."""
+        """The names of the matrix solvers: ``"swaps"``, ``"swaps+admm"`` …, or "" for the metric alone."""
         return "+".join(solver.name for solver in self.matrix_solvers)
 
     def options_for(self, solver: Solver) -> Options:
@@ -119,7 +120,7 @@ class SolverConfig:
         return self._make_options(solver)
 
     def check_group(self, group: ComparisonGroup) -> None:
-        """Raises :class:`InputError` where a solver does not work within this comparison group."""
+        """Raises :class:`InputError` if a solver does not support this comparison group."""
         name = "row" if group.name == "N:M" else group.name
         if any(name not in solver.groups for solver in self.matrix_solvers):
             raise InputError(
@@ -150,7 +151,7 @@ class SolverConfig:
 
 
 def solver_settings() -> dict[str, Setting]:
-    """The options of all registered solvers by name: those of weight solvers first, then of mask and block solvers."""
+    """The options of all registered solvers by name: weight solvers first, then mask solvers, then block solvers."""
     found: dict[str, Setting] = {}
     order = [*solvers_of(WeightSolver).values(), *solvers_of(MaskSolver).values(), *solvers_of(BlockSolver).values()]
     for solver in order:
@@ -165,7 +166,7 @@ def solver_names() -> dict[str, Setting]:
 
 
 def option_help(name: str) -> str:
-    """The line of help of a solver's option, with the solvers that have it and their defaults."""
+    """The line of help of a solver option, with the solvers that declare it and their defaults."""
     users = _users_of(name)
     words = {setting.help for solver in users for setting in solver.options.settings() if setting.name == name}
     defaults = [
@@ -178,17 +179,17 @@ def option_help(name: str) -> str:
 
 
 def _users_of(name: str) -> list[Solver]:
-    """The registered solvers that have an option of this name."""
+    """The registered solvers that declare an option with this name."""
     return [s for s in SOLVERS.values() if any(setting.name == name for setting in s.options.settings())]
 
 
 def take_solver_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Takes what belongs to a :class:`SolverConfig` out of flat settings; returns its keyword arguments."""
+    """Removes the settings of a :class:`SolverConfig` from flat settings; returns them as its keyword arguments."""
     taken: dict[str, Any] = {name: settings.pop(name) for name in list(settings) if name in solver_names()}
     options = {name: settings.pop(name) for name in list(settings) if name in solver_settings()}
     return {**taken, **({"options": options} if options else {})}
 
 
 def solver_options(config: SolverConfig) -> dict[str, object]:
-    """The options that were given, without those left at None."""
+    """The options that were given, without those that are None."""
     return {name: value for name, value in cast(dict[str, object], config.options).items() if value is not None}

@@ -1,7 +1,7 @@
 """Streaming statistics of a block's Linear inputs, taken by forward hooks.
 
-Linears that are handed the very same tensor (q, k and v; gate and up) share one state of its moments. The weighted ones
-depend on each Linear's own output. The plain Gram matrix is shared like the moments.
+Linears that read the same tensor (q, k and v; gate and up) share one state for its moments and its plain Gram matrix.
+Weighted statistics depend on each Linear's own output and are not shared.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, MOMENT, WEIGHTED
 
 
 class MomentState:
-    """Weighted Welford state of ``[d]`` columns: ``weight_sum []``, ``mean [d]``, ``m2 [d]``, float64.
+    """Weighted Welford state of ``d`` columns: ``weight_sum []``, ``mean [d]``, ``m2 [d]``, float64.
 
     ``m2`` is the weighted sum of squared deviations from the weighted mean. See ``csrc/core/welford.h``.
     """
@@ -32,11 +32,11 @@ class MomentState:
         self.m2 = torch.zeros(columns, dtype=torch.float64, device=device)
 
     def update(self, x: Tensor, token_weight: Tensor | None = None) -> None:
-        """Merges tokens ``x [T, d]``, each of weight ``token_weight [T]`` float32, or 1."""
+        """Adds tokens ``x [T, d]`` with the weights ``token_weight [T]`` float32; None: 1 for each."""
         ops.update_moments_(self.weight_sum, self.mean, self.m2, x, token_weight)
 
     def merge_(self, other: "MomentState") -> None:
-        """Takes the other state's tokens in, by Chan's rule (1983); a side of weight 0 changes nothing."""
+        """Adds the other state's tokens by Chan's rule (1983). A state of weight 0 changes nothing."""
         total = self.weight_sum + other.weight_sum
         share = other.weight_sum / total.clamp_min(torch.finfo(torch.float64).tiny)
         shift = other.mean - self.mean
@@ -45,11 +45,12 @@ class MomentState:
         self.weight_sum.copy_(total)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state by name: what a file or another process gets."""
+        """The state's tensors by name, for a file or another process."""
         return {"weight_sum": self.weight_sum, "mean": self.mean, "m2": self.m2}
 
     @classmethod
     def of_tensors(cls, tensors: dict[str, Tensor]) -> "MomentState":
+        """The state of :meth:`tensors`; it holds the given tensors themselves, not copies."""
         state = cls(len(tensors["mean"]), tensors["mean"].device)
         state.weight_sum, state.mean, state.m2 = tensors["weight_sum"], tensors["mean"], tensors["m2"]
         return state
@@ -68,8 +69,8 @@ class MomentState:
 Kept = TypeVar("Kept")
 
 
-def _there(value: Kept | None) -> Kept:
-    """A part of the statistics that is read, so its kind was asked for."""
+def _collected(value: Kept | None) -> Kept:
+    """The value; ValueError if its kind was not collected."""
     if value is None:
         raise ValueError("this kind of statistics was not collected; ask for it in the metric's needs")
     return value
@@ -77,10 +78,10 @@ def _there(value: Kept | None) -> Kept:
 
 @dataclass
 class LinearStatistics:
-    """What the metrics read about one Linear. Vectors are ``[d_in]`` float64.
+    """The statistics of one Linear's inputs. Vectors are ``[d_in]`` float64.
 
-    ``weighted`` counts each token with ``r_t = 1 / ‖A_t‖²``, ``A`` the dense output without bias. ``moment`` is
-    ``Σ_t r_t² A_ti² X_tj²``, ``[d_out, d_in]`` float32. What the metric does not need is None.
+    ``weighted`` weights each token by ``r_t = 1 / ‖A_t‖²``, ``A`` the dense output without bias. ``moment`` is
+    ``Σ_t r_t² A_ti² X_tj²``, ``[d_out, d_in]`` float32. Kinds that were not collected are None.
     """
 
     input: MomentState | None
@@ -90,48 +91,48 @@ class LinearStatistics:
     """``Σ_t X_t X_tᵀ``, or weighted by ``r_t`` for the kind ``COSINE_GRAM``."""
     tokens: int = 0
     sampled: list[Tensor] = field(default_factory=list)
-    """A few input rows of each batch, on which the report measures what pruning did to the output."""
+    """Sample rows: a few inputs of each batch, on which the report measures the change of the output."""
 
     def parts(self) -> dict[str, MomentState | GramState | Tensor | list[Tensor]]:
-        """What was collected, by kind, sample rows included. Linears of one input hold the very same objects."""
+        """What was collected, by kind, with the sample rows. Linears with the same input hold the same objects."""
         kinds: dict[str, MomentState | GramState | Tensor | list[Tensor] | None] = {
             "input": self.input,
             "weighted": self.weighted,
             "moment": self.moment,
             "gram": self.gram,
         }
-        kinds["probe"] = self.sampled  # by the name that statistics files have for them
+        kinds["probe"] = self.sampled  # their name in statistics files
         return {kind: value for kind, value in kinds.items() if value is not None}
 
     @property
     def sample_rows(self) -> Tensor:
-        """``[tokens, d_in]``: the sample rows in one piece."""
+        """``[tokens, d_in]``: the sample rows in one tensor."""
         return self.sampled[0] if len(self.sampled) == 1 else torch.cat(self.sampled)
 
     @property
     def norm(self) -> Tensor:
         """``‖X_j‖``"""
-        return _there(self.input).square_sum.sqrt()
+        return _collected(self.input).square_sum.sqrt()
 
     @property
     def deviation(self) -> Tensor:
         """``σ_j``, the standard deviation of ``X_j`` over tokens."""
-        return _there(self.input).variance.sqrt()
+        return _collected(self.input).variance.sqrt()
 
     @property
     def weighted_square_sum(self) -> Tensor:
         """``Σ_t r_t X_tj²``"""
-        return _there(self.weighted).square_sum
+        return _collected(self.weighted).square_sum
 
     @property
     def weighted_deviation(self) -> Tensor:
         """``σʳ_j = sqrt(Σ_t r_t (X_tj - m_j)²)``: a sum, not a mean, like ``‖X_j‖``."""
-        return _there(self.weighted).m2.sqrt()
+        return _collected(self.weighted).m2.sqrt()
 
 
 @dataclass
 class _Shared:
-    """What Linears of one input have in common."""
+    """The statistics that Linears with the same input share."""
 
     input: MomentState | None = None
     gram: GramState | None = None
@@ -141,27 +142,28 @@ class _Shared:
 class StatisticsCollector:
     """Collects :class:`LinearStatistics` of the named Linears while a block runs, in :attr:`stats`.
 
-    Where one call a Linear is all, its statistics may be taken out of there after it.
+    If each Linear is called only once, its entry may be removed right after the call to free memory.
 
-    ``token_mask`` (flat, bool; set it before each forward, None for all) leaves padded tokens out. Call
+    ``token_mask`` (``[T]`` bool, None for all; set it before each forward) excludes padded tokens. Call
     :meth:`observe` from a hook, or use the collector as a context manager that hooks all its Linears.
     """
 
     SAMPLE_ROWS = 128
+    """Sample rows of a Linear, over all batches."""
 
     def __init__(
         self, linears: dict[str, nn.Linear], needs: frozenset[str], batches: int = 1, token_norm: str = "exact"
     ) -> None:
-        """``token_norm`` is that of :class:`ace_ext.PruneConfig`: where ``‖A_t‖`` comes from."""
+        """``needs``: kinds of statistics; ``batches``: how many will come; ``token_norm``: as in ``PruneConfig``."""
         self.linears = linears
         self.needs = needs
         self._sketched = token_norm == "sketch"
         self.stats: dict[str, LinearStatistics] = {}
         self.token_mask: Tensor | None = None
         self._sample_rows = max(1, self.SAMPLE_ROWS // batches)
-        self._leader: dict[str, str] = {}  # whose input state a Linear shares
-        self._shared = _Shared()  # by the Linears of the newest input
-        self._last: tuple[str, Tensor] | None = None  # who saw which tensor last
+        self._leader: dict[str, str] = {}  # the Linear whose input statistics a Linear shares
+        self._shared = _Shared()  # the statistics of the newest input
+        self._last: tuple[str, Tensor] | None = None  # the last Linear called, and its input
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> "StatisticsCollector":
@@ -178,7 +180,7 @@ class StatisticsCollector:
 
     @property
     def wants_output(self) -> bool:
-        """Whether the statistics read a Linear's dense output, or its input and weight alone."""
+        """Whether the statistics read a Linear's dense output; if not, its input and weight suffice."""
         return MOMENT in self.needs or (self._weighs_tokens and not self._sketched)
 
     @property
@@ -186,7 +188,7 @@ class StatisticsCollector:
         return bool(self.needs & {WEIGHTED, COSINE_GRAM})
 
     def observe(self, name: str, x: Tensor, output: Tensor | None) -> None:
-        """Adds one call of a Linear: its input ``[..., d_in]`` and output ``[..., d_out]`` with bias, or None where
+        """Adds one call of a Linear: its input ``[..., d_in]`` and output ``[..., d_out]`` with bias, or None if
         :attr:`wants_output` is false."""
         leader = self._share(name, x)
         rows = self._tokens(x)
@@ -200,14 +202,14 @@ class StatisticsCollector:
             step = max(1, len(rows) // self._sample_rows)
             stats.sampled.append(rows[::step][: self._sample_rows].clone())
             if INPUT in self.needs:
-                _there(stats.input).update(rows)
+                _collected(stats.input).update(rows)
             if GRAM in self.needs:
-                _there(stats.gram).update(rows)
+                _collected(stats.gram).update(rows)
         if self.wants_output:
             bias: Tensor | None = self.linears[name].bias
-            dense = self._tokens(_there(output) if bias is None else _there(output) - bias)
+            dense = self._tokens(_collected(output) if bias is None else _collected(output) - bias)
             if MOMENT in self.needs:
-                ops.update_cosine_moment_(_there(stats.moment), rows, dense)
+                ops.update_cosine_moment_(_collected(stats.moment), rows, dense)
         elif self._weighs_tokens:
             linear = self.linears[name]
             product = filled_linear if isinstance(linear, ExpertLinear) else functional.linear
@@ -216,21 +218,21 @@ class StatisticsCollector:
             self._update_weighted(stats, rows, ops.inverse_square_norm(dense))
 
     def _update_weighted(self, stats: LinearStatistics, rows: Tensor, token_weight: Tensor) -> None:
-        """What counts tokens with ``token_weight [T]``, on the inputs ``rows [T, d_in]``."""
+        """Updates the weighted statistics with the inputs ``rows [T, d_in]`` and ``token_weight [T]``."""
         if WEIGHTED in self.needs:
-            _there(stats.weighted).update(rows, token_weight)
+            _collected(stats.weighted).update(rows, token_weight)
         if COSINE_GRAM in self.needs:
-            _there(stats.gram).update(rows, token_weight)
+            _collected(stats.gram).update(rows, token_weight)
 
     def empty(self, name: str) -> LinearStatistics:
-        """Statistics of no token, of a Linear that was not called."""
+        """Statistics of zero tokens, for a Linear that was not called."""
         weight = self.linears[name].weight
         stats = self._new_stats(name, name, weight.device)
         stats.sampled.append(weight.new_zeros(0, weight.shape[1]))
         return stats
 
     def _share(self, name: str, x: Tensor) -> str:
-        """The Linear whose input statistics serve this one: fixed at its first call."""
+        """The Linear whose input statistics this one shares; fixed at its first call."""
         if name not in self._leader:
             last = self._last
             self._leader[name] = self._leader[last[0]] if last is not None and last[1] is x else name
@@ -240,7 +242,7 @@ class StatisticsCollector:
     def _new_stats(self, name: str, leader: str, device: torch.device) -> LinearStatistics:
         rows, columns = self.linears[name].weight.shape
         if leader == name:
-            self._shared = _Shared()  # what came before goes, unless a Linear's statistics still hold it
+            self._shared = _Shared()  # frees the last input's, unless a Linear's statistics still hold it
             self._shared.input = MomentState(columns, device) if INPUT in self.needs else None
             self._shared.gram = GramState(columns, device) if GRAM in self.needs else None
         shared = self.stats.get(leader, self._shared)
@@ -253,7 +255,7 @@ class StatisticsCollector:
         )
 
     def _tokens(self, x: Tensor) -> Tensor:
-        """``[T, d]`` without padded tokens. A mask that does not fit (an expert's own choice of tokens) is not used."""
+        """``[T, d]`` without padded tokens. A mask of another length is ignored: an expert sees only its own tokens."""
         rows = x.detach().reshape(-1, x.shape[-1])
         if self.token_mask is not None and len(self.token_mask) == len(rows):
             rows = rows[self.token_mask]
@@ -264,14 +266,15 @@ Product = Callable[[Tensor, Tensor], Tensor]
 """``x Wᵀ`` of ``x [T, d_in]`` and ``W [d_out, d_in]``."""
 
 SKETCH_ROWS = 128
-"""Of a random projection of the outputs: each token's squared norm is then known to sqrt(2 / 128), an eighth."""
+"""Rows of the random projection of the outputs. A token's squared norm has a relative standard error of
+``sqrt(2 / SKETCH_ROWS)``, an eighth."""
 
 
 def sketched_output(x: Tensor, weight: Tensor, product: Product = functional.linear) -> Tensor:
-    """``[T, min(d_out, SKETCH_ROWS)]``: rows whose norms stand for those of ``x Wᵀ``, at a fraction of its cost.
+    """``[T, min(d_out, SKETCH_ROWS)]``: rows whose norms estimate those of ``x Wᵀ``, at a fraction of its cost.
 
     ``x (S W)ᵀ`` with S random signs over ``sqrt(SKETCH_ROWS)``: the expected square of its norm is ``‖A_t‖²``
-    (Achlioptas 2003, database-friendly random projections). S depends on the shape alone, so a run can be repeated.
+    (Achlioptas 2003, database-friendly random projections). S depends on the shape alone, so runs are reproducible.
     """
     if len(weight) <= SKETCH_ROWS:
         return product(x, weight)

@@ -1,4 +1,4 @@
-"""Runs on files: from a checkpoint to a pruned folder, within a memory budget, resumable; plans and proofs of it.
+"""Runs on files: prune a checkpoint into a folder within a memory budget, resume, plan a run, verify its output.
 
 May import ``engine``, ``formats``, ``data`` and what lies below them.
 """

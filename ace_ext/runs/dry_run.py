@@ -1,5 +1,5 @@
-"""A short walk over one block with the run's own loop, for ``ace-prune plan``: how long a block takes, and how often
-batches pass through it. Where the model has no files to read a block from, random weights stand in for it.
+"""A trial for ``ace-prune plan``: prunes one block with a few tokens, to measure how long a block takes and how often
+batches pass through it. If the model has no safetensors files, random weights are used.
 """
 
 import time
@@ -22,16 +22,16 @@ from ace_ext.records import PruneReport
 
 @dataclass(frozen=True)
 class Trial:
-    """What the walk over one block told."""
+    """What the trial measured."""
 
-    fixed_seconds: float  # of a block, whatever the number of tokens: pruning and its checks, reading not counted
-    token_seconds: float  # of one calibration token in one block
-    forward_seconds: float  # of a forward of a few tokens through one block, which takes as long as reading its weights
+    fixed_seconds: float  # per block, independent of the tokens: pruning and its checks, without reading files
+    token_seconds: float  # per calibration token and block
+    forward_seconds: float  # forward of a few tokens through one block; dominated by reading its weights from memory
     passes: int  # how often each batch goes through a block
 
 
 class RandomWeights:
-    """Gives what :class:`Shards` gives, by name, shape and dtype, without a file."""
+    """Random weights with the interface of :class:`Shards`, in the shapes and dtypes of a model's parameters."""
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -40,6 +40,7 @@ class RandomWeights:
         return name in self._parameters
 
     def read(self, name: str) -> Tensor:
+        """Random values in the parameter's shape and dtype."""
         parameter = self._parameters[name]
         return torch.randn(parameter.shape).mul_(0.02).to(parameter.dtype)
 
@@ -48,21 +49,25 @@ class RandomWeights:
 def try_block(
     model: Any, blocks: list[Block], shards: Shards | None, tokens: Tensor, config: PruneConfig, device: torch.device
 ) -> Trial:
-    """Walks over the first block with Linears twice, with a few of the tokens ``[nsamples, seqlen]`` and with fewer.
+    """Prunes the first block that has Linears twice: with a few of the tokens, and with fewer.
 
     Args:
-        model: the skeleton; its block has weights while this lasts, and none afterwards.
+        model: the skeleton; its block has weights only during the trial.
+        blocks: its blocks.
         shards: its files, None for random weights.
+        tokens: ``[nsamples, seqlen]`` calibration tokens.
+        config: as for the run.
+        device: as for the run.
     """
-    files: Any = RandomWeights(model) if shards is None else shards  # of which blocks only read
+    files: Any = RandomWeights(model) if shards is None else shards  # blocks are only read from it
     index = next(i for i, block in enumerate(blocks) if block.linears)
-    several = config.batch_samples(tokens.shape[1]) < len(tokens)  # several batches take the loop's way by stages
+    several = config.batch_samples(tokens.shape[1]) < len(tokens)  # several batches are pruned by stages
     large = tokens[: 8 if several else 4]
     small = large[: 2 if several else 1, : max(2, tokens.shape[1] // 4)]
     offloaded = OffloadedBlocks([blocks[index]], files, device)
     first = OffloadedBlocks(blocks, files, device)
     found = []
-    # The larger first: it also brings in what the libraries load at their first call.
+    # The larger part first: it includes what libraries load at their first call.
     for part in (large, small):
         batches = part.chunk(2 if several else 1)
         with first.entrance(model):
@@ -78,15 +83,15 @@ def try_block(
             start = time.perf_counter()
             run_block(block, hidden[0], calls[0].others[0])
             forward_seconds = time.perf_counter() - start
-    model.tie_weights()  # giving the entrance its weights and taking them away tore a tied embedding and head apart
+    model.tie_weights()  # loading and freeing the embedding separated it from a tied head
     (many, longer), (few, shorter) = found
-    token_seconds = max(0.0, (longer - shorter) / max(1, many - few))  # of two tokens in all there are no fewer
+    token_seconds = max(0.0, (longer - shorter) / max(1, many - few))  # with only two tokens, many == few
     fixed = max(0.0, longer - token_seconds * many)
     return Trial(fixed, token_seconds, forward_seconds, round((passes.count - 1) / len(calls)))
 
 
 class _Passes:
-    """Counts a module's calls while it lasts."""
+    """Context manager that counts a module's calls."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module, self.count = module, 0

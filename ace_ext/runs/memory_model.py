@@ -1,6 +1,7 @@
-"""What a run will need of memory, from shapes alone.
+"""The memory that a run will need, computed from shapes alone.
 
-Factors are counted from the code they stand for and compared with measured peaks: ``benchmarks/plan_accuracy.py``.
+The factors are counted from the code that allocates the memory, and compared with measured peaks:
+``benchmarks/plan_accuracy.py``.
 """
 
 import math
@@ -24,27 +25,29 @@ from ace_ext.runs.model_shape import ModelShape
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes that a run holds at the peak of one of its phases, by what holds them."""
+    """Bytes that a run holds at the peak of one of its phases, by use."""
 
     process: int = 0  # the interpreter, its libraries, tokenizer and calibration text
-    model: int = 0  # weights that the run touches; with offload one block's and, at the entrance, what is before it
+    model: int = 0  # weights that the run reads; with offload one block's, and the embedding in the phase "enter"
     hidden: int = 0  # hidden states that stay in memory
     forward: int = 0  # activations of one batch in one block
-    statistics: int = 0  # of the Linears that are looked at together, their sample rows and Gram matrices included
-    solver: int = 0  # what the largest Linear needs of the size of a matrix
+    statistics: int = 0  # of the Linears that are collected together, with sample rows and Gram matrices
+    solver: int = 0  # working memory of pruning the largest Linear
     training: int = 0  # a block's weights in float32, their gradients and moments, and one step's activations
-    transient: int = 0  # what loading or reading text holds for a moment
+    transient: int = 0  # temporary memory of loading the model or of drawing text
     phase: str = "prune"
 
     @property
     def total(self) -> int:
+        """The sum of all parts, in bytes."""
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, int]:
+        """Bytes by use."""
         return {name: size for name, size in vars(self).items() if name != "phase"}
 
     def describe(self) -> str:
-        """The parts that count, largest first."""
+        """The parts of at least 1 MiB, largest first, in one line."""
         parts = {name: size for name, size in self.parts().items() if size >= 2**20}
         return ", ".join(f"{n} {s / 1e9:.2f} GB" for n, s in sorted(parts.items(), key=lambda part: -part[1]))
 
@@ -63,22 +66,25 @@ def estimate(
     process: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Estimate:
-    """What a run holds at its peak, from shapes alone: in whichever of its phases holds most.
+    """What a run holds at its peak, from shapes alone: the estimate of the phase that holds most.
 
     Args:
-        model: loaded, or its skeleton with the dtypes that it will have.
+        model: loaded, or a skeleton with the dtypes that it will have.
         blocks: its blocks.
-        shards: its files where the weights are used as they lie there, mapped into memory; else None.
-        offload: one block at a time is in memory.
-        resident_hidden: all hidden states are.
-        whole: every weight is touched, as when the model writes its own calibration text.
-        process: bytes beside the model; None: from what this process holds now.
-        device: where the peak is asked for.
+        shards: its files if the weights are mapped into memory from them without conversion; else None.
+        config: what to prune and how.
+        nsamples: calibration samples.
+        seqlen: tokens of a sample.
+        offload: only one block at a time is in memory.
+        resident_hidden: all hidden states are in memory.
+        whole: every weight is read, as when the model writes its own calibration text.
+        process: bytes that the process holds beside the model; None: estimated from this process.
+        device: whose memory is estimated.
     """
     shape = ModelShape.of(model, blocks)
     mapped = shards is not None and not whole and torch.device(device).type == "cpu"
     outside = shape.embedding + (0 if mapped or offload else shape.head)
-    if mapped and not offload:  # a mapped file's pages are read around the rows that tokens ask for
+    if mapped and not offload:  # only the pages around the tokens' embedding rows are read
         outside = min(outside, nsamples * seqlen * _FAULT_AROUND)
     loaded = not next(blocks[0].module.parameters()).is_meta
     resident = sum(shape.blocks) + outside
@@ -97,29 +103,29 @@ def estimate(
 
 
 _FAULT_AROUND = 2**16
-"""Bytes of a mapped file that Linux brings in for one page that is touched."""
+"""Bytes of a mapped file that Linux reads when one page is accessed."""
 
 _HEAP_TENSOR = 2**25
-"""Smaller tensors come from glibc's heap, and what is freed there may stay with the process."""
+"""Smaller tensors are allocated on glibc's heap, which may keep freed memory in the process."""
 
 _FORWARD_LIBRARIES = 110 * 10**6
-"""Measured: what the process grows by, for good, in its first forward pass (oneDNN's kernels, torch's code)."""
+"""Measured: lasting growth of the process in its first forward pass (oneDNN's kernels, torch's code)."""
 
 _TOKENIZER_AND_TEXT = 150 * 10**6
-"""Measured on wiki-mini with a vocabulary of 49 152: what it grows by for good while it draws calibration text."""
+"""Measured on wiki-mini with a vocabulary of 49 152: lasting growth of the process when it draws calibration text."""
 
 _EXPERT_KERNELS = 100 * 10**6
-"""Measured: what it grows by for good as experts' products come in ever new numbers of rows."""
+"""Measured: lasting growth of the process with experts, whose matrix products have many different row counts."""
 
 
 def copied_bytes(blocks: list[Block], shards: Shards) -> int:
-    """Of fused experts that were put together from several tensors of files that stay mapped beside them."""
+    """Bytes of fused experts that were assembled from several tensors; the mapped originals stay in memory too."""
     fused = ((block.name, experts) for block in blocks for experts in block.experts)
     return sum(experts.tensor.nbytes for name, experts in fused if f"{name}.{experts.name}" not in shards.entries)
 
 
 def _process_bytes(weights: int, text_to_come: bool, device: torch.device | str) -> int:
-    """What the process will hold beside the model, from what it holds now with ``weights`` bytes of the model."""
+    """What the process will hold beside the model, from what it holds now; ``weights`` bytes of that are the model."""
     if torch.device(device).type == "cuda":
         return 0
     later = _FORWARD_LIBRARIES + (_TOKENIZER_AND_TEXT if text_to_come else 0)
@@ -127,8 +133,8 @@ def _process_bytes(weights: int, text_to_come: bool, device: torch.device | str)
 
 
 def _statistics_bytes(linear: nn.Linear, needs: frozenset[str], tokens: int) -> int:
-    """Bytes of one Linear's statistics: two float64 vectors a state, the float32 cross moment and Gram matrix, and the
-    sample rows: of its input, of its dense output, and of both outputs in float32."""
+    """Bytes of one Linear's statistics: two float64 vectors per state, the cross moment and the Gram matrix in float32,
+    and the sample rows: the input, the dense output, and the outputs before and after pruning in float32."""
     rows, cols = linear.weight.shape
     moment = 4 * rows * cols if MOMENT in needs else 0
     gram = 4 * cols * cols if needs & GRAMS else 0
@@ -140,7 +146,7 @@ def _statistics_bytes(linear: nn.Linear, needs: frozenset[str], tokens: int) -> 
 
 @dataclass(frozen=True)
 class _Run:
-    """The phases of a run, without its process and model."""
+    """The phases of a run, without the parts ``process`` and ``model``."""
 
     blocks: list[Block]
     config: PruneConfig
@@ -156,33 +162,34 @@ class _Run:
 
     @property
     def in_one_forward(self) -> bool:
-        """Each Linear is pruned when the one batch reaches it."""
+        """Whether all tokens are one batch, so that each Linear is pruned when it is called."""
         return (
             self.config.order == "sequential" and not self.config.comparison.over_matrices and self.batch == self.tokens
         )
 
     @property
     def states(self) -> int:
-        """Bytes of all hidden states at one place of the model."""
+        """Bytes of all hidden states between two blocks."""
         return self.tokens * self.shape.hidden * self.shape.itemsize
 
     @property
     def kept(self) -> int:
-        """Bytes of hidden states in memory between two blocks."""
+        """Bytes of hidden states that are in memory between two blocks."""
         return self.states if self.resident_hidden else 0
 
     @property
     def hidden(self) -> int:
-        """While a block is pruned: training will read its inputs and the dense outputs in all its passes."""
+        """Bytes of hidden states while a block is pruned. Training also holds all inputs and all dense outputs."""
         return self.kept + 2 * self.states if self.config.solver.block_solver is not None else self.kept
 
     def entering(self) -> Estimate:
-        """The first batch runs through a block before the later ones' states are there."""
+        """Entering the blocks: the first batch runs through a block before the states of later batches exist."""
         forward = self.shape.forward_bytes(self.batch, self.seqlen, self.config.needs.prune)
         return Estimate(hidden=max(0, self.kept - forward), forward=forward, phase="enter")
 
     def pruning(self) -> list[Estimate]:
-        """Looking at a block's inputs, and pruning a matrix: in the forward, where that serves both."""
+        """Collecting statistics, and pruning a matrix; the latter happens during the forward if all tokens are one
+        batch."""
         needs = self.config.needs.prune
         linears = [linear for block in self.blocks for linear in block.linears.values()]
         counted = [self._statistics(block, some, needs) for block, some in self._together()]
@@ -199,9 +206,11 @@ class _Run:
         ]
 
     def _together(self) -> Iterator[tuple[Block, list[str]]]:
-        """Linears whose statistics are in memory at a time, by name: of a block; of what reads one input, which is no
-        more than what has as many columns, or than the experts of one fused tensor; of one Linear where it is pruned on
-        the way."""
+        """The sets of Linears whose statistics are in memory at the same time, by name.
+
+        Order block: all of a block. One batch: one Linear. Several batches: those with the same input; all with the
+        same number of columns, and all experts of a fused tensor, are an upper bound for these.
+        """
         for block in self.blocks:
             if self.config.order == "block" or self.config.comparison.over_matrices:
                 yield block, list(block.linears)
@@ -213,7 +222,8 @@ class _Run:
                 yield from ((block, [c for c in others if others[c] == columns]) for columns in set(others.values()))
 
     def _statistics(self, block: Block, children: Sequence[str], needs: frozenset[str]) -> int:
-        """Bytes of these Linears' statistics. Each token is sent to few experts: theirs together see no more."""
+        """Bytes of these Linears' statistics. Each token is routed to a few experts, so an expert sees only a share of
+        the tokens on average."""
         total = 0
         for child in children:
             tokens = self.tokens
@@ -223,10 +233,10 @@ class _Run:
         return total
 
     def training(self) -> list[Estimate]:
-        """Training a block beside its inputs and its targets: what the block solver says.
+        """Training a block: the block solver's own estimate, beside inputs and targets.
 
-        Activations of a token, measured on Llama blocks as the process's growth: 55 bytes a hidden width, 20 a width of
-        the MLP, and 16 an attention score where attention is not fused.
+        Activations of a token, measured on Llama blocks as growth of the process: 55 bytes per hidden column, 20 per
+        column of the MLP, and 16 per attention score if attention is not fused.
         """
         solver = self.config.solver.block_solver
         if solver is None:
@@ -240,9 +250,10 @@ class _Run:
         return [Estimate(hidden=self.hidden, training=training, phase="tune")]
 
     def allocating(self) -> list[Estimate]:
-        """The walk that measures what each block can give up, with hidden states of its own.
+        """The extra pass that measures each block for sparsity allocation, with its own hidden states.
 
-        A block's scores are held in float32; of the largest matrix, its errors in float64, sorted, with their order.
+        It holds a block's scores in float32, and for the largest matrix the errors in float64, sorted, with their
+        order.
         """
         if self.config.allocation == "uniform":
             return []

@@ -1,4 +1,4 @@
-"""The sizes of a model that the memory estimate is computed from, and what a forward pass holds at those sizes."""
+"""The sizes of a model from which its memory is estimated, and what a forward pass holds at these sizes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,20 +13,21 @@ from ace_ext.pruning.kinds import COSINE_GRAM, GRAMS, MOMENT
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes that an estimate is computed from."""
+    """The sizes from which an estimate is computed."""
 
     blocks: Sequence[int]  # bytes of each block's parameters
-    embedding: int  # bytes of parameters outside the blocks, an untied head's not counted
+    embedding: int  # bytes of parameters outside the blocks, without an untied head
     head: int  # bytes of an untied head
     hidden: int  # width of the hidden states
     widest: int  # largest side of a Linear in a block
     heads: int  # attention heads whose scores are stored; 0 where attention is fused
-    itemsize: int
-    experts: int  # of a mixture with fused experts; else 0
+    itemsize: int  # bytes of one weight
+    experts: int  # of a block with fused experts; else 0
     experts_of_a_token: int
 
     @classmethod
     def of(cls, model: nn.Module, blocks: list[Block]) -> "ModelShape":
+        """The sizes of a model, or of a skeleton without weights."""
         sizes = [sum(p.nbytes for p in block.module.parameters()) for block in blocks]
         head, entrance = output_head(model), input_embedding(model)
         head_bytes = 0
@@ -49,12 +50,12 @@ class ModelShape:
 
     @property
     def routing(self) -> int:
-        """Bytes a token while experts run: an integer for each place and expert says who goes where, and the router's
+        """Bytes per token while experts run: int64 one-hot indices of the chosen experts, and the router's
         probabilities."""
         return 8 * self.experts_of_a_token * (self.experts + 1) + (4 + self.itemsize) * self.experts
 
     def forward_bytes(self, tokens: int, seqlen: int, needs: frozenset[str]) -> int:
-        """The most that is alive at a time for one batch in a block.
+        """The most bytes that one batch of ``tokens`` holds at a time in a block: the largest of
 
         - attention: residual and norm, then queries, keys and values before and after rotation (6 hidden widths);
         - a norm: residual, and three float32 copies;
@@ -72,5 +73,6 @@ class ModelShape:
         return max(attention, norm, mlp + tokens * self.routing, observed)
 
     def pending_bytes(self, tokens: int) -> int:
-        """What a forward holds while the last, widest Linear is looked at: the residual, the norm's and its input."""
+        """Bytes that a forward holds while the last, widest Linear is called: the residual, the norm's output and the
+        Linear's input."""
         return tokens * ((2 * self.hidden + self.widest) * self.itemsize + self.routing)

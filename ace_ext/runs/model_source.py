@@ -1,6 +1,7 @@
-"""The model of a run: loaded whole, or laid out with its weights left in their files; and what of it fits in memory.
+"""Opens the model of a run: loads it whole, or builds a skeleton whose weights stay in their files; and decides what
+stays in memory.
 
-``run`` and ``plan`` open a model by the same function, so they cannot decide differently.
+``run`` and ``plan`` use the same function, so they decide the same.
 """
 
 import math
@@ -27,13 +28,14 @@ from ace_ext.runs.options import RunRequest
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """What a model's weights come from."""
+    """The files of a model's weights."""
 
     name: str
     folder: Path | None
     """The model's folder on this machine, if it has one."""
     shards: Shards | None
-    """Its files, where they hold the weights just as they will be written: they can be copied and patched."""
+    """Its safetensors files, if they hold the weights exactly as they will be written, so that they can be copied and
+    patched; else None."""
 
     @property
     def paths(self) -> list[Path]:
@@ -46,37 +48,39 @@ class ModelFiles:
 
     @property
     def described(self) -> dict[str, str]:
-        """The files by name with a hash each, for a fingerprint."""
+        """The files' hashes by name, for a fingerprint."""
         config = [] if self.folder is None else [self.folder / "config.json"]
         return fingerprint_of_files([*config, *self.paths])
 
 
 @dataclass
 class Source:
-    """A model as it will be walked over: loaded, or laid out with its weights in files."""
+    """The model of a run: loaded, or a skeleton whose weights stay in files."""
 
     model: nn.Module
     tokenizer: Tokenizer
     blocks: list[Block]
     files: ModelFiles
     offloaded: bool = False
+    """Whether one block at a time is read from the files."""
     unpacking: Unpacking | None = None
-    """What loading would take, where nothing was loaded and the weights are not used as they lie in the files."""
+    """The cost of loading, if nothing was loaded (for a plan) and the files' weights must be converted."""
 
     @property
     def dense(self) -> DenseModel:
-        """What an output format reads."""
+        """The parts that an output format reads."""
         return DenseModel(self.model, self.tokenizer, self.blocks, self.files.folder, self.files.shards)
 
 
 def open_source(request: RunRequest, *, weights: bool = True) -> Source:
-    """Loads the model, or lays it out where its weights are to stay in their files.
+    """Loads the model, or builds its skeleton if its weights stay in their files.
 
     Args:
-        weights: False loads no weight: for a plan, which needs shapes alone.
+        request: names the model, and whether to offload.
+        weights: False loads no weight: a plan needs only shapes.
 
     Raises:
-        InputError: it cannot be loaded, it has no blocks to prune, or ``offload`` asks for what its files do not allow.
+        InputError: it cannot be loaded, it has no blocks to prune, or its files do not allow ``offload``.
     """
     folder = local_folder(request.model)
     if folder is None or not has_safetensors(folder):
@@ -105,26 +109,26 @@ def _loaded(request: RunRequest, files: ModelFiles) -> Source:
 
 
 def _planned(request: RunRequest, files: ModelFiles, laid_out: nn.Module | None = None) -> Source:
-    """A model that a run loads whole, laid out without its weights."""
+    """The skeleton of a model that a run would load whole."""
     if files.folder is None:
         wanted = WEIGHT_DTYPES.get(request.dtype, torch.bfloat16)
         laid_out, tokenizer, unpacking = gguf_skeleton(files.paths[0], wanted)
     else:
         laid_out = laid_out or skeleton(files.folder, None, request.dtype)
         tokenizer = load_tokenizer(files.folder)
-        # Converted tensor by tensor, while the files' own pages are mapped.
+        # Tensors are converted one at a time while the files are mapped.
         unpacking = Unpacking(sum(file.stat().st_size for file in files.paths), 0.0)
     blocks = find_blocks(laid_out, request.config.skip, check=False)
     return Source(laid_out, tokenizer, blocks, files, unpacking=unpacking)
 
 
 def _no_safetensors(model: str) -> InputError:
-    """What to raise where ``offload`` is ``disk`` and the model is no folder of safetensors."""
+    """The error for ``offload="disk"`` if the model is not a folder of safetensors."""
     return InputError(f"offload disk needs a folder or hub model of safetensors (got {model!r}); pass --offload none")
 
 
 def _files_do_not_serve(model: str, dtype: str) -> InputError:
-    """What to raise where ``offload`` is ``disk`` and :func:`_stored_as_loaded` says no."""
+    """The error for ``offload="disk"`` if :func:`_stored_as_loaded` is False."""
     return InputError(
         f"offload disk reads blocks from safetensors that hold every parameter as it is, all of dtype {dtype}, "
         f"which {model!r} does not have; save it with save_pretrained, or pass --offload none"
@@ -132,7 +136,7 @@ def _files_do_not_serve(model: str, dtype: str) -> InputError:
 
 
 def _stored_as_loaded(laid_out: nn.Module, shards: Shards, dtype: str) -> bool:
-    """Whether the files hold every parameter row by row, in its shape and in the dtype that is asked for."""
+    """Whether the files hold every parameter as it is: contiguous, in its shape and in the requested dtype."""
     head = output_head(laid_out)
     tied = {f"{n}.weight" for n, m in laid_out.named_modules() if m is head} if _is_tied(laid_out) else set()
     wanted = dtype_of(laid_out.config, shards, dtype)
@@ -142,7 +146,7 @@ def _stored_as_loaded(laid_out: nn.Module, shards: Shards, dtype: str) -> bool:
         if name not in shards:
             return False
         found, shape = shards.describe(name)
-        if found not in (parameter.dtype, wanted) or shape != tuple(parameter.shape):  # some are float32 once loaded
+        if found not in (parameter.dtype, wanted) or shape != tuple(parameter.shape):  # some load as float32 always
             return False
     return getattr(laid_out.config, "quantization_config", None) is None
 
@@ -153,7 +157,7 @@ def _is_tied(model: nn.Module) -> bool:
 
 
 def _wants_offload(laid_out: nn.Module, blocks: list[Block], shards: Shards, request: RunRequest) -> bool:
-    """``disk``: yes; ``none``: no; ``auto``: where all in memory would not fit the budget, or the device."""
+    """``disk``: yes; ``none``: no; ``auto``: yes if the whole run would not fit into the budget or the device."""
     if request.options.offload != "auto":
         return request.options.offload == "disk"
     if request.config.comparison.over_matrices or request.writes_own_text:
@@ -171,13 +175,13 @@ def _budget(request: RunRequest) -> int:
 
 @dataclass(frozen=True)
 class Demand:
-    """What a run asks of memory."""
+    """The memory that a run needs."""
 
     source: Source
     request: RunRequest
 
     def peak(self, resident_hidden: bool, process: int | None = None) -> Estimate:
-        """:func:`ace_ext.runs.memory_model.estimate` of the run; ``process`` as there."""
+        """:func:`ace_ext.runs.memory_model.estimate` for this run; ``process`` as there."""
         return estimate(
             self.source.model,
             self.source.blocks,
@@ -193,10 +197,10 @@ class Demand:
         )
 
     def hidden_fits(self) -> bool:
-        """Whether the hidden states may stay in memory beside all else.
+        """Whether the hidden states fit into memory together with the rest of the run.
 
         Raises:
-            InputError: the budget that was given is too small for the run even without them.
+            InputError: ``max_memory`` is too small for the run even with hidden states in files.
         """
         budget = self.request.options.max_memory
         if budget is None and not self.source.offloaded:

@@ -1,4 +1,5 @@
-"""What ``ace-prune run`` and ``plan`` are told beside the configuration: which text, and how to go about it."""
+"""The arguments of ``ace-prune run`` and ``plan`` other than the pruning configuration: calibration text and options of
+the run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,12 @@ from ace_ext.models.tokenizer import Tokenizer
 from ace_ext.pruning.config import PruneConfig
 
 OFFLOAD = ("auto", "disk", "none")
+"""``disk``: one block at a time is read from the files; ``auto``: if the whole model does not fit."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Which text, and how much of it."""
+    """The calibration text: its source, ``nsamples`` samples of ``seqlen`` tokens, and the seed of their choice."""
 
     source: str = SELF
     nsamples: int = 128
@@ -28,11 +30,20 @@ class Calibration:
     text_field: str = "text"
 
     def check(self) -> None:
-        """Reads a file of the user's, so that a bad one shows before a model is loaded."""
+        """Reads the text if it is a user's file, so that an error shows before the model is loaded.
+
+        Raises:
+            InputError: the file cannot be read.
+        """
         if self.source not in (SELF, *SOURCES):
             load_text(self.source, CALIBRATION, self.text_field)
 
     def load(self, tokenizer: Tokenizer, model: nn.Module | None) -> CalibrationData:
+        """Draws the samples; ``model`` writes the text if the source is ``self``.
+
+        Raises:
+            InputError: the text cannot be read or is too short.
+        """
         return load_windows(
             self.source, tokenizer, self.nsamples, self.seqlen, self.seed, model=model, text_field=self.text_field
         )
@@ -40,27 +51,30 @@ class Calibration:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run goes about it; none of this changes the result but ``save_stats`` and ``stats``."""
+    """Options of a run on files. They do not change the pruned weights, except ``save_stats`` and ``stats``."""
 
     overwrite: bool = False
+    """Replace the output folder if it exists."""
     resume: bool = False
-    """Go on where an earlier run stopped. The group ``model`` cuts once, at its end, and always starts over."""
+    """Go on where an earlier run stopped. The group ``model`` prunes only at its end, so it always starts over."""
     offload: str = "auto"
+    """One of ``OFFLOAD``."""
     max_memory: int | None = None
-    """Bytes of resident memory that the run may take. On the CPU this sets, for good, how much of what it frees the
-    process keeps: :func:`ace_ext.process_memory.return_freed_memory`."""
+    """Bytes of resident memory that the run may use. On the CPU, setting it changes how the process returns freed
+    memory to the system, also after the run: :func:`ace_ext.process_memory.return_freed_memory`."""
     save_stats: Path | None = None
-    """Keep the statistics, taken from the dense model: each block's inputs then come from dense blocks before it, and
-    not from pruned ones as otherwise in order ``block``. So the file serves any sparsity, pattern and metric."""
+    """Save the statistics of the dense model to this file: each block then reads the output of dense blocks, instead of
+    pruned ones as otherwise in order ``block``. So the file can be used for any sparsity, pattern and metric."""
     stats: Path | None = None
-    """Prune from such a file, without a forward pass: the bytes of a run that saves it with the same configuration."""
+    """Prune from such a file, without a forward pass. The output has the same bytes as that of the run with
+    ``save_stats`` and the same configuration."""
     format: str = DEFAULT_FORMAT
     """A name of :data:`ace_ext.formats.FORMATS`."""
 
 
 @dataclass(frozen=True)
 class RunRequest:
-    """All that ``run`` and ``plan`` are asked."""
+    """All arguments of ``run`` and ``plan``."""
 
     model: str
     config: PruneConfig
@@ -71,15 +85,15 @@ class RunRequest:
 
     @property
     def writes_own_text(self) -> bool:
-        """Whether the model writes its calibration text, for which all of it must be in memory."""
+        """Whether the model writes its calibration text; for this the whole model must be in memory."""
         return self.calibration.source == SELF and self.options.stats is None
 
 
 def check_request(request: RunRequest) -> None:
-    """That the options go together.
+    """Checks that the options can be combined.
 
     Raises:
-        InputError: naming those that do not, and what to do.
+        InputError: it names those that cannot, and what to do.
     """
     config, options = request.config, request.options
     format_named(options.format)

@@ -1,4 +1,4 @@
-"""The output folder of a run: whether it may be written, errors of its disk in words, and the report in it."""
+"""The output folder of a run: checks that it may be written, error messages for disk errors, and its report."""
 
 import contextlib
 import errno
@@ -16,10 +16,11 @@ from ace_ext.records import REPORT_NAME, PruneReport
 
 
 def check_output(output: str | Path, overwrite: bool) -> Path:
-    """The output folder as a path, if it may be written; asked before the hours of work, not after.
+    """The output folder as a path. It is checked before the run starts, so that hours of work are not lost.
 
     Raises:
-        InputError: it exists and ``overwrite`` is not set, it is a file, or its parent cannot be written.
+        InputError: it exists and ``overwrite`` is not set, it is a file, it holds something other than a model, or its
+            parent cannot be written.
     """
     path = Path(output).expanduser()
     if path.exists() and not path.is_dir():
@@ -30,17 +31,17 @@ def check_output(output: str | Path, overwrite: bool) -> Path:
         raise InputError(f"output folder {str(output)!r} holds something that is no model; it will not be replaced")
     nearest = next(parent for parent in path.absolute().parents if parent.exists())
     try:
-        tempfile.TemporaryFile(dir=nearest).close()  # without a name on Linux: nothing to leave there when killed
+        tempfile.TemporaryFile(dir=nearest).close()  # has no name on Linux, so a killed process leaves no file
     except OSError as error:
         raise InputError(f"output {str(output)!r} cannot be written: {error.strerror}; give another folder") from error
     return path
 
 
 def read_report(folder: str | Path) -> PruneReport:
-    """The report beside a pruned model.
+    """The report in the folder of a pruned model.
 
     Raises:
-        InputError: there is none, or it is not one of ours.
+        InputError: there is none, or the file is not a report of this program.
     """
     path = Path(folder) / REPORT_NAME
     if not path.is_file():
@@ -53,14 +54,15 @@ def read_report(folder: str | Path) -> PruneReport:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Errors of the disk in words. What is done stays there for ``--resume``."""
+    """Context manager that turns disk errors into :class:`InputError` with a message. Finished blocks stay on the disk
+    for ``--resume``."""
     try:
         yield
     except OSError as error:
         if error.errno is None:
             raise
         raise InputError(_disk_message(path, error.errno, error.filename)) from error
-    except SafetensorError as error:  # the writer hands the system's error on as text only
+    except SafetensorError as error:  # safetensors reports a system error only as text
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number is None:
             raise

@@ -1,4 +1,5 @@
-"""From a checkpoint to a pruned folder: what ``ace-prune run`` does. Bounded in memory, resumable, distributed."""
+"""``ace-prune run``: prunes a checkpoint into a new folder, within a memory budget, resumable, on one or several
+processes."""
 
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,24 @@ def prune_folder(
 ) -> tuple[PruneReport, Path]:
     """Prunes the model of a folder, ``.gguf`` file or hub name into a new folder.
 
-    After each block its pruned tensors and the state of the walk are on the disk beside the output; with
-    ``options.resume`` a run that was cut off goes on there and ends in the same bytes.
+    After each block its pruned tensors and the state of the run are on the disk. With ``options.resume`` an interrupted
+    run continues from there, and its output has the same bytes as an uninterrupted one.
+
+    Args:
+        model: a folder, a ``.gguf`` file or a hub name.
+        output: the folder to write.
+        config: what to prune and how.
+        calibration: the calibration text.
+        options: of the run.
+        device: where blocks are run.
+        dtype: of the weights; ``"auto"``: as the model's configuration says.
+        progress: what is shown while it runs; default: nothing.
 
     Returns:
-        The report, and the folder that was written (by the first process, where there are several).
+        The report, and the folder that was written (by rank 0, if there are several processes).
 
     Raises:
-        InputError: for anything wrong with the arguments, the model, the text, or the disk.
+        InputError: for an error in the arguments, the model, the text, or the disk.
     """
     request = RunRequest(model, config, calibration, options, device, dtype)
     check_request(request)
@@ -76,7 +87,7 @@ def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) ->
     peers.wait()
     workspace = Workspace(path, inputs.fingerprint(peers), resume, writes=peers.rank == 0, rank=peers.rank)
     try:
-        peers.wait()  # the folder is there, and whatever was left over is not
+        peers.wait()  # rank 0 has made the folder, and removed old files from it
         workspace.resident_hidden = Demand(source, request).hidden_fits()
         if peers.rank == 0:
             _open_writer(workspace, source, request)
@@ -95,12 +106,12 @@ def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) ->
         if sink is not None:
             sink.finish(request.config.needs.kept)
         if peers.rank == 0:
-            check_output(path, request.options.overwrite)  # another one may have written there meanwhile
+            check_output(path, request.options.overwrite)  # another program may have written there meanwhile
             workspace.finish(report, REPORT_NAME)
         peers.wait()
         return report
     except (InputError, OSError, SafetensorError):
-        if not workspace.finished:  # nothing to go on with
+        if not workspace.finished:  # nothing to resume from
             workspace.remove() if peers.rank == 0 else workspace.close()
         raise
     finally:
@@ -108,7 +119,7 @@ def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) ->
 
 
 class _Inputs:
-    """What a run reads beside the model: calibration tokens, or statistics of an earlier run."""
+    """The other input of a run: calibration tokens, or statistics of an earlier run."""
 
     def __init__(self, request: RunRequest, source: Source) -> None:
         self._request = request
@@ -125,13 +136,13 @@ class _Inputs:
 
     @property
     def statistics(self) -> str:
-        """Whose inputs the statistics come from, in words."""
+        """Which model's inputs the statistics describe, for the report."""
         if self._request.options.stats:
             return "of the dense model, from a file"
         return "of the dense model, kept in a file" if self._request.options.save_stats else "of the run"
 
     def fingerprint(self, peers: Peers) -> dict[str, Any]:
-        """Everything that the result depends on, as plain values."""
+        """Everything that the output depends on, as plain values."""
         return {
             "versions": versions(),
             "model": self._model,
@@ -144,13 +155,13 @@ class _Inputs:
         }
 
     def tokens(self, peers: Peers) -> Tensor:
-        """The calibration samples of this process, ``[nsamples, seqlen]``; none where statistics come from a file."""
+        """The calibration samples of this process, ``[nsamples, seqlen]``; empty with statistics from a file."""
         if self._data is None:
             return torch.zeros(0, 0, dtype=torch.long)
         return share_of(self._data.tokens, peers)
 
     def statistics_writer(self, workspace: Workspace, peers: Peers) -> StatisticsWriter | None:
-        """What keeps the statistics, if the run is to keep them."""
+        """The writer of the statistics file, if the run saves one."""
         path = self._request.options.save_stats
         if path is None:
             return None
@@ -159,7 +170,7 @@ class _Inputs:
 
 
 def describe(data: CalibrationData, calibration: Calibration) -> dict[str, Any]:
-    """What a report and a fingerprint say of the calibration tokens."""
+    """The description of the calibration tokens in a report and a fingerprint."""
     return {
         "source": data.source,
         "nsamples": calibration.nsamples,
@@ -177,7 +188,8 @@ def _block_source(source: Source, device: torch.device) -> BlockSource:
 
 
 def _open_writer(workspace: Workspace, source: Source, request: RunRequest) -> None:
-    """Lays out the output, unless an earlier run did, and checks that every weight has a place in it."""
+    """Opens the output's writer. Writes what does not depend on pruning, unless an earlier run did, and checks that
+    the format can hold every pruned weight."""
     workspace.model.mkdir(parents=True, exist_ok=True)
     workspace.writer = format_named(request.options.format).open(workspace.model)
     if not workspace.finished:

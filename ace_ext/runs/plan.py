@@ -1,7 +1,8 @@
-"""What a run would do, take and need: ``ace-prune plan``. Nothing on the disk or in a model is changed.
+"""``ace-prune plan``: what a run would prune, and the memory and time it would take. It changes no file and no model.
 
-Shapes come from the model's configuration, what the process holds beside the model from doing here what a run does
-(tokenizer, calibration text, a short walk over one block), and time from that walk, scaled up.
+Shapes come from the model's configuration. What the process needs beside the model is measured: the plan loads the
+tokenizer, draws the calibration text and prunes one block with a few tokens, as a run would. The time is that trial's,
+scaled up.
 """
 
 import json
@@ -30,7 +31,7 @@ from ace_ext.runs.options import Calibration, RunOptions, RunRequest, check_requ
 
 @dataclass(frozen=True)
 class PlannedMatrix:
-    """One matrix to prune: ``keep`` of the ``group_size`` weights of each comparison group survive."""
+    """One matrix to prune: ``keep`` of the ``group_size`` weights of each comparison group are kept."""
 
     name: str
     shape: tuple[int, int]
@@ -41,7 +42,7 @@ class PlannedMatrix:
 
 @dataclass(frozen=True)
 class Plan:
-    """What :func:`make_plan` found."""
+    """The result of :func:`make_plan`. Sizes are in bytes; ``seconds`` are by part of the run."""
 
     model: str
     device: str
@@ -57,16 +58,18 @@ class Plan:
 
     @property
     def peak(self) -> Estimate:
+        """The phase that holds most memory."""
         return max(self.phases, key=lambda phase: phase.total)
 
     def to_json(self) -> str:
+        """All fields as JSON, with totals."""
         phases = {phase.phase: {"total": phase.total, **phase.parts()} for phase in self.phases}
         total = {"peak_memory_bytes": self.peak.total, "peak_phase": self.peak.phase}
         seconds = {**self.seconds, "total": sum(self.seconds.values())}
         return json.dumps({**asdict(self), **total, "phases": phases, "seconds": seconds}, indent=1)
 
     def table(self) -> str:
-        """For people: a line for each kind of matrix, then memory, bytes and time."""
+        """Text for a terminal: a line for each kind of matrix, then memory, bytes read and written, and time."""
         kinds: dict[tuple[str, tuple[int, int], str, int, int], int] = {}
         for matrix in self.matrices:
             kind = (kind_of(matrix.name), matrix.shape, matrix.group, matrix.group_size, matrix.keep)
@@ -91,10 +94,10 @@ class Plan:
 
 @dataclass
 class _Measured:
-    """What doing here what a run does took, in bytes and seconds."""
+    """What drawing the calibration text took, in bytes and seconds."""
 
-    before_text: int = 0  # resident
-    text_bytes: int = 0  # held for a moment while text was drawn
+    before_text: int = 0  # resident bytes before
+    text_bytes: int = 0  # additional bytes at the peak
     text_seconds: float = 0.0
     tokens: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
 
@@ -107,13 +110,13 @@ def make_plan(
     device: torch.device,
     dtype: str = "auto",
 ) -> Plan:
-    """Plans what :func:`ace_ext.runs.pipeline.prune_folder` does with the same arguments, in one process.
+    """Plans the run of :func:`ace_ext.runs.pipeline.prune_folder` with the same arguments, in one process.
 
-    The peak is that of a fresh process; called from one that holds more, it says more. On a GPU it counts what torch
-    allocates there (the formulas were compared with runs on CPUs only).
+    The peak includes what the calling process already holds, so call it from a fresh process. On a GPU the peak is that
+    of torch's allocations there (the formulas were compared with measurements on CPUs only).
 
     Raises:
-        InputError: as the run would, but for weights that are not finite: none is looked at.
+        InputError: as the run would, except for weights that are not finite: no weight is checked.
     """
     request = RunRequest(model, config, calibration, options, device, dtype)
     check_request(request)
@@ -145,7 +148,7 @@ def make_plan(
 
 
 def planned_matrices(blocks: list[Block], config: PruneConfig) -> list[PlannedMatrix]:
-    """Shape, comparison group and number kept of every matrix, in the order of the run."""
+    """Shape, comparison group and number of weights to keep of every matrix, in the order of the run."""
     linears = [(block.full_name(child), linear) for block in blocks for child, linear in block.linears.items()]
     whole = sum(linear.weight.numel() for _, linear in linears)
     group = config.comparison
@@ -159,7 +162,8 @@ def planned_matrices(blocks: list[Block], config: PruneConfig) -> list[PlannedMa
 
 
 def _draw(source: Source, calibration: Calibration) -> _Measured:
-    """The calibration windows of a run, and what drawing them took; random ones where the model would write them."""
+    """Draws the calibration samples as a run does and measures the cost. If the model would write them itself, random
+    tokens are used."""
     measured = _Measured(before_text=resident_bytes())
     if calibration.source == SELF:
         vocabulary = embedding_weight(source.model).shape[0]
@@ -174,7 +178,7 @@ def _draw(source: Source, calibration: Calibration) -> _Measured:
 
 
 def _earlier_phases(source: Source, pruning: Estimate, calibration: Calibration, measured: _Measured) -> list[Estimate]:
-    """Loading the model and drawing text, before a block is pruned."""
+    """The phases before pruning: loading the model and drawing text."""
     phases = []
     if source.unpacking is not None:
         peak = source.unpacking.peak_bytes
@@ -185,13 +189,14 @@ def _earlier_phases(source: Source, pruning: Estimate, calibration: Calibration,
         return phases
     held = 0 if source.offloaded else pruning.model
     if source.files.shards is not None and not source.offloaded:
-        # Mapped: the check of the weights read the blocks, and nothing has read the rest yet.
+        # With mapped files, only the blocks have been read by then (to check their weights).
         held = _bytes_of(source.blocks) + copied_bytes(source.blocks, source.files.shards)
     return [*phases, Estimate(measured.before_text, held, transient=measured.text_bytes, phase="text")]
 
 
 def _writing_bytes(model: nn.Module, calibration: Calibration) -> int:
-    """The key and value cache of the rows that are written together, and four float64 copies of their logits."""
+    """Bytes of the key and value cache for the samples that are generated together, and four float64 copies of their
+    logits."""
     text = text_config(model)
     rows = min(ROWS_TOGETHER, calibration.nsamples)
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -206,17 +211,17 @@ def _bytes_of(blocks: list[Block]) -> int:
 
 
 def _traffic(source: Source, calibration: Calibration, hidden_reads: int) -> tuple[int, int]:
-    """Bytes read and written: the files, copied to the output; each block, patched in there; and the hidden states,
-    which a run keeps on the disk for ``--resume``, read there ``hidden_reads`` times a block."""
+    """Bytes read and written: the model's files, which are copied; each pruned block; and the hidden states, which a
+    run writes for ``--resume`` and reads ``hidden_reads`` times per block."""
     blocks = source.blocks
     width = text_config(source.model).hidden_size
     itemsize = embedding_weight(source.model).dtype.itemsize
     hidden = calibration.nsamples * calibration.seqlen * width * itemsize
     whole, inside = sum(p.nbytes for p in source.model.parameters()), _bytes_of(blocks)
     files = sum(file.stat().st_size for file in source.files.paths)
-    loaded = whole if source.files.shards is not None else 0  # read again: the files were only copied
+    loaded = whole if source.files.shards is not None else 0  # copying the files does not load them
     if source.offloaded:
-        loaded += _bytes_of(blocks[:1])  # through which the first batch goes to show what a block returns
+        loaded += _bytes_of(blocks[:1])  # read once more to capture the blocks' arguments
     return files + loaded + hidden * len(blocks) * hidden_reads, whole + inside + hidden * (len(blocks) + 1)
 
 
@@ -238,7 +243,7 @@ def _seconds(
 
 
 def _bytes_per_second(file: Path) -> float:
-    """How fast the model's files are read, from up to 64 MiB of one. Writing is taken to be as fast."""
+    """Read speed of the model's files, measured on up to 64 MiB of one. Writing is assumed to be as fast."""
     start = time.perf_counter()
     with file.open("rb", buffering=0) as opened:
         count = len(opened.read(2**26))

@@ -1,7 +1,8 @@
-"""Statistics that are kept: a zip file with a safetensors blob a block, from which a model is pruned without a forward.
+"""The statistics file: a zip file with one safetensors blob per block, from which a model is pruned without a forward
+pass.
 
-They are those of the dense model: a run that keeps them hands each block the output of dense ones, so that another
-sparsity, pattern or metric reads the very statistics that a run of its own would have kept.
+It holds statistics of the dense model: in a run that saves them, each block reads the output of dense blocks. So the
+same file is right for every sparsity, pattern and metric.
 """
 
 import contextlib
@@ -28,13 +29,13 @@ _DESCRIPTION = "statistics.json"
 
 
 class StatisticsWriter:
-    """Collects blobs in a folder beside the run's state, where a crash leaves them, and packs them at the end.
+    """Writes one blob per block to a folder, which survives a crash, and packs them into the file at the end.
 
     Args:
         path: the file to write.
         folder: for the blobs.
         fingerprint: of the model and the calibration tokens that the statistics belong to.
-        writes: whether this process writes; of several, each has the same statistics.
+        writes: whether this process writes; all processes have the same statistics, so one suffices.
     """
 
     def __init__(self, path: Path, folder: Path, fingerprint: dict[str, Any], writes: bool = True) -> None:
@@ -43,6 +44,7 @@ class StatisticsWriter:
             folder.mkdir(parents=True, exist_ok=True)
 
     def block(self, name: str, stats: dict[str, LinearStatistics]) -> None:
+        """Writes a block's statistics; they are on the disk when this returns."""
         if not self.writes:
             return
         tensors, shared = _flatten(stats)
@@ -52,7 +54,7 @@ class StatisticsWriter:
         part.replace(self.folder / name)
 
     def finish(self, kinds: frozenset[str]) -> Path:
-        """Packs the file under a temporary name and renames it. ``kinds``: those that the blobs hold."""
+        """Packs the blobs into the file and returns its path. ``kinds``: the kinds of statistics that they hold."""
         if not self.writes:
             return self.path
         part = self.path.with_name(f".{self.path.name}.part")
@@ -71,14 +73,19 @@ class StatisticsWriter:
 
 
 _DAMAGE = (zipfile.BadZipFile, SafetensorError, KeyError, ValueError, TypeError, AttributeError, EOFError)
-"""What a file raises that is none of ours, or is not whole."""
+"""Exceptions that a damaged file, or one of another kind, may raise."""
 
 
 class SavedStatistics:
     """A file of :class:`StatisticsWriter`, opened for a model.
 
+    Args:
+        path: the file.
+        model_fingerprint: of the model to prune, as the writer got it.
+        needs: the kinds of statistics that the run will read.
+
     Raises:
-        InputError: it is none, another model's, or holds less than ``needs``.
+        InputError: it is not such a file, it belongs to another model, or it does not hold all kinds of ``needs``.
     """
 
     def __init__(self, path: str | Path, model_fingerprint: dict[str, Any], needs: frozenset[str]) -> None:
@@ -102,10 +109,10 @@ class SavedStatistics:
             )
 
     def block(self, name: str, children: Iterable[str], device: torch.device | str) -> dict[str, LinearStatistics]:
-        """The statistics of a block's Linears by their name in it.
+        """The statistics of a block's Linears, by their names in the block, on ``device``.
 
         Raises:
-            InputError: the file has none of one of ``children``, or is damaged there.
+            InputError: the file lacks one of ``children``, or is damaged.
         """
         try:
             blob = self._archive.read(name) if name in self._archive.namelist() else None
@@ -126,7 +133,7 @@ def _unpack(blob: bytes, device: torch.device | str) -> tuple[dict[str, Tensor],
     return tensors, json.loads(json.loads(blob[8 : 8 + length])["__metadata__"]["linears"])
 
 
-# One entry a state: Linears of one input share it, in the file as in memory.
+# Each state is stored once: Linears with the same input share it, in the file as in memory.
 
 
 def _flatten(stats: dict[str, LinearStatistics]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:

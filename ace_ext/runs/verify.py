@@ -1,4 +1,4 @@
-"""Proof on the written files: sparsity of every matrix, row by row, and that the folder is a model."""
+"""Verification of a written folder: the sparsity of every row of every matrix, and that transformers can load it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,24 +20,29 @@ from ace_ext.runs.output import read_report
 
 @dataclass
 class VerifyResult:
-    """``problems`` is empty for a sound folder; each entry is one line that names a matrix."""
+    """The result of :func:`verify`."""
 
     folder: str
     matrices: int = 0
     rows: int = 0
+    """Groups that were checked: rows, or the groups of a pattern."""
     exact_rows: int = 0
-    """Rows with exactly k non-zeros (group row): the others kept zeros that the dense weight already held."""
+    """Groups with exactly k non-zeros. Others have fewer, because the dense weight already had zeros there."""
     sparsity: float = 0.0
     loads: bool = False
+    """Whether transformers loaded the folder and computed finite logits."""
     problems: list[str] = field(default_factory=list)
+    """One line each, with the name of the matrix; empty if the folder is valid."""
 
 
 def verify(folder: str | Path, load: bool = True) -> VerifyResult:
-    """Checks every matrix that the report names against the files: exact counts a row (or group, matrix, model), N:M
-    validity, no -0.0, no NaN or infinity; and that transformers loads the folder and computes finite logits.
+    """Checks the files of a pruned folder against its report.
+
+    For every matrix of the report: the number of non-zeros per row (or N:M group, matrix, model), no -0.0, no NaN or
+    infinity. With ``load`` also that transformers loads the folder and computes finite logits.
 
     Raises:
-        InputError: the folder holds no report or no safetensors.
+        InputError: the folder has no report, no safetensors, or lacks a tensor of the report.
     """
     report = read_report(folder)
     result = VerifyResult(str(folder))
@@ -62,7 +67,7 @@ def _weights(folder: Path, report: PruneReport) -> Iterator[tuple[MatrixReport, 
         raise InputError(f"{str(folder)!r} holds no safetensors; give a folder that ace-prune run wrote")
     shards = Shards(folder)
     if any(f"{matrix.name}.weight" not in shards for matrix in report.matrices):
-        skeleton(folder, shards)  # tells them where experts lie that transformers fuses
+        skeleton(folder, shards)  # maps the experts that transformers fuses to their tensors in the files
     for matrix in report.matrices:
         name = f"{matrix.name}.weight"
         if name not in shards:
@@ -107,7 +112,7 @@ def _check_groups(
 
 
 def _check_allocation(report: PruneReport, result: VerifyResult) -> None:
-    """Matrices may differ in what they keep, but not the model in all."""
+    """Checks that the matrices keep together what the sparsity asks for; each matrix may keep more or less."""
     budget = sum(
         rows * keep_count(cols, report.config["sparsity"]) for rows, cols in (m.shape for m in report.matrices)
     )

@@ -1,7 +1,7 @@
-"""The unfinished output of a run, beside its place: what is done, so that a crash costs one block and no more.
+"""The folder of an unfinished run, next to its output. It records finished blocks, so that a crash loses at most one.
 
-``.NAME.unfinished/`` holds ``model/`` (the output, patched block by block), ``state.json`` (what the run is, how far it
-came, its report so far), ``hidden-*.bin`` (the states that enter the next block) and ``lock``.
+``.NAME.unfinished/`` holds ``model/`` (the output, patched block by block), ``state.json`` (the run's fingerprint, its
+progress and its report so far), ``hidden-*.bin`` (the hidden states before the next block) and ``lock``.
 """
 
 import contextlib
@@ -28,17 +28,18 @@ FORMAT = 1
 
 
 class Workspace:
-    """One run's folder. Open it, hand it to the loop as its journal, and :meth:`finish` it.
+    """The folder of one unfinished run: the engine's :class:`ace_ext.engine.protocols.Journal`. :meth:`finish` moves
+    the model to its output folder.
 
     Args:
-        output: the folder that the finished model gets.
-        fingerprint: everything that the result depends on, as plain values; a run is only resumed under the same.
-        resume: go on with what an earlier run left, if one did. Without it, what it left is removed.
-        writes: whether this process writes the model and the state; other ranks only keep hidden states.
-        rank: of this process, in the names of its hidden states.
+        output: the output folder.
+        fingerprint: everything that the output depends on, as plain values. Only a run with the same one is resumed.
+        resume: go on with what an earlier run left, if anything. Without it, that is removed.
+        writes: whether this process writes the model and the state; other ranks only store hidden states.
+        rank: of this process; part of the names of its hidden states.
 
     Raises:
-        InputError: another run holds the folder, or ``resume`` finds a run of another fingerprint.
+        InputError: another run holds the folder, or ``resume`` finds a run with another fingerprint.
     """
 
     def __init__(
@@ -50,12 +51,12 @@ class Workspace:
         self.finished = 0
         self.blocks: list[BlockReport] = []
         self.notes: dict[str, Any] = {}
-        """Plain values that the loop found out and a resumed run needs again."""
+        """Plain values that the walk computed and a resumed run needs again."""
         self._hidden: dict[str, Any] = {}
         self.writer: OutputWriter | None = None
-        """What blocks are written with; to be set before the first one is done."""
+        """Writes the blocks; must be set before the first block is done."""
         self.resident_hidden = True
-        """Whether hidden states stay in memory beside their files."""
+        """Whether hidden states stay in memory in addition to their files."""
         self._lock: TextIO | None = None
         self._made: list[Path] = []
         if writes:
@@ -88,7 +89,7 @@ class Workspace:
         self.output.parent.mkdir(parents=True, exist_ok=True)
 
     def _take_lock(self) -> None:
-        while self._lock is None:  # again, where the run that held it removed the folder with it meanwhile
+        while self._lock is None:  # None: a run that ended meanwhile removed the folder; then try again
             self.folder.mkdir(exist_ok=True)
             self._lock = _locked(self.folder, self.output)
 
@@ -119,10 +120,14 @@ class Workspace:
                 continue
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    # The journal of the loop
+    # The journal of the walk
 
     def open_hidden(self, states: Iterable[Tensor], device: torch.device) -> HiddenStates:
-        """The states that enter the first unfinished block: those of the earlier run, or the given first ones."""
+        """The inputs of the first unfinished block: those of the earlier run, or ``states`` if there is none.
+
+        Raises:
+            InputError: the earlier run had no hidden states for this rank.
+        """
         name, resident = f"hidden-{self.rank}", self.resident_hidden
         if self.finished:
             kept = self._hidden.get(str(self.rank))
@@ -133,10 +138,10 @@ class Workspace:
         return HiddenStates(states, self.folder, resident, name, device)
 
     def block_done(self, block: Block, report: BlockReport, layouts: dict[int, Any]) -> None:
-        """Writes a pruned block and, once it is on the disk, the state that counts it as done."""
+        """Writes a pruned block and, once it is on the disk, the state that records it as done."""
         blocks = [*self.blocks, report]
         if self.writes:
-            assert self.writer is not None  # set once the output is laid out
+            assert self.writer is not None  # set before the walk starts
             self.writer.write(block)
             self._write_state(blocks, layouts)
         self.finished, self.blocks = len(blocks), blocks
@@ -160,7 +165,7 @@ class Workspace:
     # The end
 
     def finish(self, report: PruneReport, report_name: str) -> Path:
-        """Writes the report and puts the model in its place; an older folder there goes only once that is done."""
+        """Writes the report and moves the model to the output folder. An older folder is deleted only after that."""
         (self.model / report_name).write_text(report.to_json(), encoding="utf-8")
         _open_to_others(self.model)
         old = self.folder / "old"
@@ -176,25 +181,26 @@ class Workspace:
         return self.output
 
     def remove(self) -> None:
-        """Removes the folder with all in it, and parents that were made for it, if empty."""
+        """Removes the folder, and the parent folders that were made for it if they are empty."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.close()  # only now: another run could take the lock and lose its folder
+        self.close()  # last: after an earlier close another run could take the lock, and then lose its folder
         for parent in self._made:
             if parent.exists() and not any(parent.iterdir()):
                 parent.rmdir()
 
     def close(self) -> None:
+        """Releases the lock; the files stay."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
 
 def recover(output: Path) -> None:
-    """Brings to an end what a run was at when it died within :meth:`Workspace.finish`: the output is the older folder,
-    or the new one, and never missing.
+    """Completes or undoes the move of a run that was killed during :meth:`Workspace.finish`, so that the output is the
+    older folder or the new one, and never missing.
 
     Raises:
-        InputError: another run is at it, or there are an older and a newer output and it is not ours to choose.
+        InputError: another run holds the folder, or both an older and a newer output exist: the user must choose.
     """
     folder = output.parent / f".{output.name}.unfinished"
     old, model = folder / "old", folder / "model"
@@ -203,7 +209,7 @@ def recover(output: Path) -> None:
         return
     with _locked(folder, output) or contextlib.nullcontext():
         if not model.is_dir() and output.is_dir():
-            shutil.rmtree(folder, ignore_errors=True)  # the new one is in its place, only this was not removed
+            shutil.rmtree(folder, ignore_errors=True)  # the model was moved; only this folder was left
         elif old.is_dir() and not output.exists():
             os.replace(old, output)
         elif old.is_dir():
@@ -211,8 +217,8 @@ def recover(output: Path) -> None:
 
 
 def _locked(folder: Path, output: Path) -> TextIO | None:
-    """The folder's lock file, held until it is closed or the process ends, however it ends: two runs must not write one
-    folder. None if the folder is gone by then.
+    """The folder's lock file, locked, so that two runs cannot write one folder. The lock is held until the file is
+    closed or the process ends, also by a crash. None if the folder was removed meanwhile.
 
     Raises:
         InputError: another run holds it.
@@ -235,7 +241,7 @@ def _locked(folder: Path, output: Path) -> TextIO | None:
 
 
 def _open_to_others(folder: Path) -> None:
-    """Gives the files the permissions of any new file: the safetensors writer keeps its own to their owner."""
+    """Gives the files the permissions of any new file; safetensors makes its files readable only by their owner."""
     mask = os.umask(0)
     os.umask(mask)
     for file in folder.rglob("*"):

@@ -1,9 +1,10 @@
-"""Solvers: what can follow the metric. One file each, which declares the solver's name, options, memory and code.
+"""Solvers, which follow the metric. One file each, which declares the solver's name, options, memory and code.
 
 Every file of this package that defines ``SOLVER`` is registered; a file whose name starts with ``_`` is not a solver.
-Adding one is adding a file: the configuration, ``--help``, the method specs of ``ace-prune compare``, the memory
-estimate and the documentation read the registry. All lower ``Σ_i e_i G e_iᵀ``, ``e_i`` the change of row i and ``G``
-the Gram matrix of the inputs; all leave exactly as many weights as the metric would, and pruned ones are +0.0.
+To add a solver, add a file: the configuration, ``--help``, the method specs of ``ace-prune compare``, the memory
+estimate and the documentation read the registry. Solvers of a matrix lower ``Σ_i e_i G e_iᵀ``, ``e_i`` the change of
+row i and ``G`` the Gram matrix of the inputs. All keep exactly as many weights as the metric would; pruned weights are
++0.0.
 """
 
 import pkgutil
@@ -27,10 +28,10 @@ SOLVERS: dict[str, Solver] = {}
 
 
 def register(solver: Solver) -> None:
-    """Makes a solver known, for those that are not a file of this package.
+    """Registers a solver that is not a file of this package.
 
     Raises:
-        ValueError: another one has its name.
+        ValueError: the name is taken.
     """
     if solver.name in SOLVERS:
         raise ValueError(f"solver {solver.name!r} is registered already; choose another name")

@@ -25,12 +25,12 @@ class AdmmOptions(Options):
         Limits(at_least=0, words="a share of the mean diagonal, 0 or more"),
     )
     iterations: int = option(
-        20, "iterations; the mask tightens in the first half of them and stays from there on", Limits(at_least=1)
+        20, "iterations; the mask is tightened in the first half and fixed in the second", Limits(at_least=1)
     )
     saliency: str = option(
         "obs",
-        "what chooses the mask: magnitude, of a weight on normalised columns, or obs, the error left after the best "
-        "update of the others",
+        "what chooses the mask: magnitude (of weights on normalised columns) or obs (the error that is left after the "
+        "best update of the other weights)",
         Limits(choices=("magnitude", "obs")),
     )
 
@@ -48,7 +48,7 @@ def iterate(problem: Problem, factor: AdmmFactor, options: AdmmOptions) -> Tenso
     ``U ← U + W - Z`` and ``W ← (H W₀ + ρ (Z - U)) (H + ρ)⁻¹``. The mask (where none is given) tightens along a cubic
     curve in the first half of the iterations.
 
-    All in four buffers of the weight's size, for they are what a wide matrix needs most memory for.
+    It uses four buffers of the weight's size and no more, because these buffers set the peak memory of a wide matrix.
     """
     weight = problem.dense.masked_fill(factor.dead, 0.0).mul_(factor.norm)
     target, dual, kept = weight @ factor.hessian, torch.zeros_like(weight), torch.empty_like(weight)
@@ -61,7 +61,7 @@ def iterate(problem: Problem, factor: AdmmFactor, options: AdmmOptions) -> Tenso
         else:
             _keep_most_salient_(kept, (step + 1) / tightening, factor, problem, options)
             if step + 1 == tightening:
-                dropped = kept == 0  # a kept zero (a dead input's weight) stays one, too
+                dropped = kept == 0  # also keeps a dead input's weight at zero
         torch.sub(weight, kept, out=dual)
         torch.mm(kept.sub_(dual).mul_(RHO).add_(target), factor.inverse, out=weight)
     assert dropped is not None  # given, or chosen when the tightening ended
@@ -71,10 +71,10 @@ def iterate(problem: Problem, factor: AdmmFactor, options: AdmmOptions) -> Tenso
 def _keep_most_salient_(
     weight: Tensor, progress: float, factor: AdmmFactor, problem: Problem, options: AdmmOptions
 ) -> None:
-    """Zeroes the entries of ``weight [rows, cols]`` that ADMM's mask leaves out when ``progress`` of it has tightened.
+    """Zeroes the entries of ``weight [rows, cols]`` that ADMM's mask drops at ``progress`` (0 to 1) of the tightening.
 
-    Saliency ``"obs"`` is ``|w_j| / sqrt((H⁻¹)_jj)``, the root of the error that stays after the best update of the
-    others; ``"magnitude"`` is ``|w_j|``, which on normalised columns is the error without any.
+    Saliency ``"obs"`` is ``|w_j| / sqrt((H⁻¹)_jj)``, the root of the error that is left after the best update of the
+    other weights. ``"magnitude"`` is ``|w_j|``; on normalised columns this is the root of the error without an update.
     """
     if options.saliency == "obs":
         formula, column = "scaled", factor.inverse_diagonal.rsqrt()
@@ -89,8 +89,8 @@ def _keep_most_salient_(
 
 
 def working_bytes(rows: int, cols: int) -> int:
-    """Three copies of the Gram matrix in float64 while it is factorised; then two factors in float32 beside four
-    buffers of the weight's size."""
+    """The larger of two phases: three copies of the Gram matrix in float64 while it is factorised; then two factors in
+    float32 and four buffers of the weight's size."""
     return max(25 * cols * cols, 8 * cols * cols + 18 * rows * cols)
 
 

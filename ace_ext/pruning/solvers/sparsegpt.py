@@ -14,7 +14,7 @@ from ace_ext.pruning.settings import Limits, Options, option
 from ace_ext.pruning.solvers._problem import Problem, Solved, WeightSolver
 
 OBS_BLOCK = 128
-"""Columns that the update works on at a time, as in SparseGPT."""
+"""Columns that the update processes at a time, as in SparseGPT."""
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,16 @@ class ObsOptions(Options):
 
 
 def solve(problem: Problem, options: ObsOptions) -> Solved:
-    """Prunes columns from left to right and moves each removed weight's part of the output to the columns after it.
+    """Prunes columns from left to right and updates the later columns to compensate for each removed weight.
 
-    Without a mask each block of columns chooses its own, when it is reached, by ``w² / U_jj²``: the error left after
-    the best update of the later columns.
+    Without a mask, each block of columns chooses its own when it is reached, by ``w² / U_jj²``: the error that is left
+    after the best update of the later columns.
     """
     factor = problem.gram.obs_factor(options.damping)
     upper = factor.upper
     weight = problem.dense.masked_fill(factor.dead, 0.0)
     rows, cols = weight.shape
-    by_pattern = problem.mask is None and problem.pattern is not None  # then the op writes the mask, group by group
+    by_pattern = problem.mask is None and problem.pattern is not None  # then the op chooses each N:M group's mask
     keep_n, group_m = problem.nm if by_pattern else (0, 0)
     width = OBS_BLOCK // group_m * group_m if by_pattern else OBS_BLOCK
     mask = problem.mask
@@ -55,8 +55,8 @@ def solve(problem: Problem, options: ObsOptions) -> Solved:
 
 
 def _block_mask(block: Tensor, inner: Tensor, columns: tuple[int, int], problem: Problem) -> Tensor:
-    """The mask of one block of columns. Each block keeps its share of what the group keeps in all: the whole part of
-    the share up to the block's end, less what the blocks before it got, so the shares add up exactly."""
+    """The mask of one block of columns ``[start, end)``. The block keeps ``keep * end // cols`` less what the blocks
+    before it got, so the blocks' numbers add up to ``keep`` exactly."""
     start, end = columns
     cols = problem.dense.shape[1]
     share = problem.keep * end // cols - problem.keep * start // cols
@@ -64,8 +64,8 @@ def _block_mask(block: Tensor, inner: Tensor, columns: tuple[int, int], problem:
 
 
 def working_bytes(rows: int, cols: int) -> int:
-    """Three copies of the Gram matrix in float64 while it is factorised; then the factor, and beside it two buffers of
-    the weight's size and what a block of columns takes."""
+    """The larger of two phases: three copies of the Gram matrix in float64 while it is factorised; then the factor in
+    float32, two buffers of the weight's size, and the buffers of one block of columns."""
     return max(25 * cols * cols, 4 * cols * cols + 11 * rows * cols)
 
 

@@ -15,14 +15,14 @@ class SwapOptions(Options):
 
 
 def refine_(problem: Problem, options: SwapOptions) -> None:
-    """Swaps kept and pruned weights of each row of the mask, inside its N:M groups where there is a pattern. No weight
-    changes."""
-    assert problem.mask is not None  # a refinement starts from the metric's
+    """Swaps kept and pruned entries of each row of ``problem.mask`` in place; with a pattern, within its N:M groups. No
+    weight changes."""
+    assert problem.mask is not None  # a mask solver always gets the metric's mask
     ops.refine_swaps_(problem.mask, problem.dense, problem.gram.matrix, *problem.nm, options.max_swaps)
 
 
 def working_bytes(rows: int, cols: int) -> int:
-    """The error's gradient in float64, and working copies of rows."""
+    """The gradient of the error in float64, and working copies of rows."""
     return 12 * rows * cols
 
 

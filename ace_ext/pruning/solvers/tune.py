@@ -1,4 +1,4 @@
-"""Training of each pruned block on the calibration tokens, masks fixed (:mod:`ace_ext.pruning.block_tuning`)."""
+"""Training of each pruned block on the calibration tokens with fixed masks (:mod:`ace_ext.pruning.block_tuning`)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,9 +35,11 @@ def train_(
 
 
 def working_bytes(sizes: BlockSizes) -> int:
-    """A trained weight: in float32 itself and Adam's two moments, in the model's dtype as it was before, and its mask.
-    Then its gradient and a step's activations, or the gradient in float32, whichever is more, and what Adam or the
-    backward pass computes of the largest matrix."""
+    """For each trained entry: the weight and Adam's two moments in float32, a copy in the model's dtype, and the mask.
+
+    Added to that is the larger of two: gradients in the model's dtype with a step's activations, or gradients in
+    float32; and for the largest matrix the temporaries of Adam or the backward pass.
+    """
     state = sizes.trained * (13 + sizes.itemsize) + 12 * sizes.largest
     return state + max(sizes.trained * sizes.itemsize + sizes.activations, 4 * sizes.trained)
 
