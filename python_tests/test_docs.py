@@ -177,3 +177,42 @@ def test_each_folder_of_modules_is_a_package():
     folders = {path.parent for path in (ROOT / "ace_ext").rglob("*.py")}
     assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").is_file()] == []
     assert (ROOT / "ace_ext/py.typed").is_file()
+
+
+# --- CONTRIBUTING -----------------------------------------------------------------------------------------------------
+
+
+def added_lines(path: str) -> list[str]:
+    """What the diffs of CONTRIBUTING add to a file."""
+    text = "\n".join(code_blocks((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), "diff"))
+    part = re.search(rf"^\+\+\+ b/{re.escape(path)}\b.*?\n(.*?)(?=^(?:\+\+\+|---) |\Z)", text, re.M | re.S)
+    assert part, f"CONTRIBUTING shows no diff of {path}"
+    return [line[1:] for line in part[1].splitlines() if line.startswith("+")]
+
+
+def test_the_diff_of_a_solver_is_the_whole_file():
+    path = "ace_ext/pruning/solvers/swaps.py"
+    assert added_lines(path) == (ROOT / path).read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "ace_ext/pruning/criteria.py",
+        "ace_ext/ops/reference.py",
+        "csrc/ops/mask.h",
+        "csrc/ops/mask.cpp",
+        "csrc/cpu/mask.cpp",
+        "csrc/cuda/mask.h",
+        "csrc/cuda/mask_glue.cpp",
+        "ace_ext/ops/__init__.py",
+    ],
+)
+def test_lines_of_the_diffs_are_in_the_files(path):
+    found = " ".join((ROOT / path).read_text(encoding="utf-8").split())
+    for line in added_lines(path):
+        shown = " ".join(line.removesuffix("...").split())
+        spaced = shown.replace("( ", "(")
+        assert any(
+            text in found or text in found.replace('( "', '("').replace("( ", "(") for text in (shown, spaced)
+        ), line
