@@ -38,6 +38,7 @@ check-kernels: $(VENV)/ready
 	tools/check_nvcc.sh build/nvcc
 	$(BIN)/pip install --quiet nvidia-cuda-nvdisasm
 	$(BIN)/python tools/check_sass.py build/nvcc
+	PYTHON=$(BIN)/python tools/check_glue.sh
 
 # Prunes a model of over 4 GB from the disk within 2 GB of memory, and a small one from the disk and in memory, and
 # compares the bytes of the latter two. Takes some minutes.
