@@ -65,7 +65,7 @@ def openmp() -> list[str]:
 def extension():
     """The extension module, for CUDA and CPU or for the CPU only."""
     cuda = want_cuda()
-    version = re.search(r'"(.+)"', (ROOT / "ace_ext" / "version.py").read_text()).group(1)
+    version = re.search(r'__version__ = "(.+)"', (ROOT / "ace_ext" / "version.py").read_text()).group(1)
     print(f"ace_ext: torch {torch.__version__}, {'CUDA ' + str(CUDA_HOME) if cuda else 'CPU-only'} build")
     # -ffp-contract=off, --fmad=false: scores have the same bits on every instruction set and device.
     flags = {"cxx": ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]}

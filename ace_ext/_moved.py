@@ -43,7 +43,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "results": ("compare.journal",),
     "scores": ("pruning.criteria", "pruning.kinds"),
     "shards": ("models.safetensors_files",),
-    "solvers": ("pruning.solvers",),
+    "solvers": ("pruning.solvers", "pruning.prune_linear"),
     "source": ("runs.model_source",),
     "statistics": ("pruning.statistics",),
     "stats_file": ("runs.statistics_file",),

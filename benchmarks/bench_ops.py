@@ -106,8 +106,8 @@ def prune_cases(rows: int, cols: int, dtype: torch.dtype, device: str) -> list[C
     weight = torch.empty_like(source)
     half = cols // 2
 
-    def case(op: str, action: Callable[[], None], baselines: dict[str, Callable[[], None]]) -> Case:
-        return Case(op, f"{rows}x{cols}", weight, True, action, lambda: weight.copy_(source), baselines)
+    def case(op: str, action: Callable, baselines: dict[str, Callable[[], None]], written: bool = True) -> Case:
+        return Case(op, f"{rows}x{cols}", weight, written, action, lambda: weight.copy_(source), baselines)
 
     cases = [
         case(
@@ -123,6 +123,8 @@ def prune_cases(rows: int, cols: int, dtype: torch.dtype, device: str) -> list[C
             lambda: ops.prune_topk_(weight, "scaled", rows * half, column=column, group="matrix"),
             {"torch.topk": lambda: topk_matrix(weight, column, rows * half)},
         ),
+        case("mask by row", lambda: ops.topk_mask(weight, "scaled", half, column=column), {}, written=False),
+        case("mask 2:4", lambda: ops.nm_mask(weight, "scaled", 2, 4, column=column), {}, written=False),
     ]
     for keep_n, group_m in ((2, 4), (4, 8)):
         cases.append(

@@ -17,7 +17,8 @@
 //   devices     all tensors on one device. CPU results do not depend on the number of threads. On CUDA every op can be
 //               captured in a CUDA graph: it neither waits for the device nor allocates but by torch's allocator.
 //   errors      ValueError "op: argument must be ... (got ...)", raised before anything is written.
-//   order of arguments: the same in the schema, in ace_ext.ops and in the C++ functions; what is mutated (!) comes first.
+//   order of arguments: the same in the schema, in ace_ext.ops and in the C++ functions; what is mutated (!) comes
+//   first.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -147,6 +147,14 @@ def test_help_lists_every_metric():
     assert all(f"\n  {name} " in helped.stdout for name in METRICS)
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_completion_script_knows_every_verb_and_option(shell):
+    printed = ace_prune("--print-completion", shell)
+    assert printed.returncode == 0
+    assert all(verb in printed.stdout for verb in ("run", "plan", "compare", "eval", "verify"))
+    assert all(option in printed.stdout for option in ("--sparsity", "--max-swaps", "--tune-epochs", "--format"))
+
+
 def test_progress_goes_to_a_terminal_only(place):
     """With a terminal on stderr the bar shows blocks, sparsity and time left; stdout stays clean."""
     reader, writer = os.openpty()

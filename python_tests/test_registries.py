@@ -20,7 +20,7 @@ from ace_ext.pruning.criteria import METRICS, Metric
 from ace_ext.pruning.groups import GROUPS, RowGroup
 from ace_ext.pruning.kinds import INPUT
 from ace_ext.pruning.settings import Limits, Options, option
-from ace_ext.pruning.solvers._problem import Problem, Solved, WeightSolver
+from ace_ext.pruning.solvers import Problem, Solved, WeightSolver
 from ace_ext.runs.memory_model import estimate
 
 

@@ -7,8 +7,7 @@ from ace_ext import InputError, PruneConfig, ops
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.masks import keep_budget, metric_mask, scored_weight
 from ace_ext.pruning.prune_linear import prune_linear_
-from ace_ext.pruning.solvers import admm, sparsegpt
-from ace_ext.pruning.solvers._problem import Problem
+from ace_ext.pruning.solvers import Problem, admm, sparsegpt
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
 
 ROWS, COLS, TOKENS = 6, 24, 50

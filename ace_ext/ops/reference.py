@@ -282,7 +282,7 @@ def obs_block(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """SparseGPT's recursion (arXiv 2301.00774) over the columns of a block: new weight, error and mask.
 
-    In float32 the products are rounded in the order of ``csrc/core/obs.h`` and the results have the bits of the op's.
+    In float32 the products are rounded in the order of ``csrc/core/obs_block.h``: the results have the op's bits.
     """
     weight, factor = (t.detach().cpu().to(dtype).clone() for t in (weight, factor))
     mask, error = mask.cpu().clone(), torch.zeros_like(weight)

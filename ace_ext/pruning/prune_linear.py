@@ -7,7 +7,7 @@ from ace_ext.errors import InputError
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.masks import keep_budget, keep_of_group, metric_mask, prune_weight_, scored_weight
-from ace_ext.pruning.solvers._problem import Problem, Solved
+from ace_ext.pruning.solvers import Problem, Solved
 from ace_ext.pruning.statistics import LinearStatistics
 from ace_ext.records import Solution
 

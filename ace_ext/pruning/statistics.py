@@ -23,7 +23,7 @@ from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, MOMENT, WEIGHTED
 class MomentState:
     """Weighted Welford state of ``d`` columns: ``weight_sum []``, ``mean [d]``, ``m2 [d]``, float64.
 
-    ``m2`` is the weighted sum of squared deviations from the weighted mean. See ``csrc/core/welford.h``.
+    ``m2`` is the weighted sum of squared deviations from the weighted mean. See ``csrc/core/moments.h``.
     """
 
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:

@@ -23,19 +23,10 @@ struct Welford {
   Real mean = 0;
   Real m2 = 0;
 
-  // Adds one value of the given weight (>= 0).
-  ACE_HD void update(Real value, Real value_weight) { merge(Welford{value_weight, value, Real(0)}); }
-
   ACE_HD void merge(const Welford& other) {
     merge_moments(weight, mean, m2, other.weight, other.mean, other.m2);
     weight += other.weight;
   }
-
-  // Population variance; 0 for an empty state.
-  ACE_HD Real variance() const { return weight > Real(0) ? m2 / weight : Real(0); }
-
-  // Weighted sum of squares about zero.
-  ACE_HD Real square_sum() const { return m2 + weight * mean * mean; }
 };
 
 }  // namespace ace

@@ -15,10 +15,6 @@ ACE_HD uint32_t order_key(float score) {
   return bits ^ flip;
 }
 
-ACE_HD uint32_t order_key(Half score) { return order_key(to_float(score)); }
-
-ACE_HD uint32_t order_key(BFloat16 score) { return order_key(to_float(score)); }
-
 // The score whose key this is (+0.0 for both zeros).
 ACE_HD float key_score(uint32_t key) {
   const uint32_t flip = (key >> 31) != 0 ? 0x80000000u : 0xffffffffu;

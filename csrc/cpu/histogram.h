@@ -10,6 +10,31 @@
 
 namespace ace::cpu {
 
+// counts[d] += keys[0..n) that agree with `prefix` above this pass's digit and have the digit d. One function for all
+// formulas and dtypes: inlined in each, GCC made some of the loops half as fast as others.
+inline void ACE_MULTIVERSION count_digits(const uint32_t* keys, int64_t n, uint32_t prefix, int pass, int64_t* counts) {
+  const RadixDigit digit = radix_digit(pass);
+  if (pass == 0) {
+    for (int64_t i = 0; i < n; ++i) ++counts[keys[i] >> digit.shift];
+    return;
+  }
+  // Keys that agree with the prefix are those of a range, [low, low + span]. Stretches with none of them are common.
+  const uint32_t span = (1u << (digit.shift + digit.bits)) - 1u, low = prefix & ~span;
+  constexpr int64_t kStretch = 32;
+  int64_t i = 0;
+  for (; i + kStretch <= n; i += kStretch) {
+    uint32_t found = 0;
+    for (int64_t j = i; j < i + kStretch; ++j) found |= static_cast<uint32_t>(keys[j] - low <= span);
+    if (found == 0) continue;
+    for (int64_t j = i; j < i + kStretch; ++j) {
+      if (keys[j] - low <= span) ++counts[(keys[j] - low) >> digit.shift];
+    }
+  }
+  for (; i < n; ++i) {
+    if (keys[i] - low <= span) ++counts[(keys[i] - low) >> digit.shift];
+  }
+}
+
 // counts[d]: keys that agree with `prefix` above this pass's digit and have the digit d. Raises where a score is not
 // finite. Counts are integers, so the order in which threads add theirs does not matter.
 template <class Matrix>
@@ -31,9 +56,7 @@ std::vector<int64_t> matrix_histogram(const Matrix& matrix, uint32_t prefix, int
                                            std::vector<int64_t>(total.size())});
     return [&matrix, prefix, pass, local = std::move(local)](int64_t i) {
       const bool finite = row_keys<typename Matrix::Formula>(matrix.row(i), local->keys.data());
-      for (const uint32_t key : local->keys) {
-        if (radix_matches(key, prefix, pass)) ++local->counts[radix_bin(key, pass)];
-      }
+      count_digits(local->keys.data(), matrix.cols(), prefix, pass, local->counts.data());
       return finite;
     };
   });

@@ -121,8 +121,8 @@ Cut find_matrix_cut(const Matrix& matrix, int64_t keep_k) {
   MatrixScale sampled = sampled_scale(matrix, keep_k);
   if (!sampled.valid) return radix_matrix_cut(matrix, keep_k);
   const int64_t enough = total / kEntriesPerCandidate;
-  const Bracket found = search_places([&](int64_t at) { return count_matrix_places(matrix, sampled.scale, at); },
-                                       total, keep_k, enough, &sampled.hint);
+  const Bracket found = search_places([&](int64_t at) { return count_matrix_places(matrix, sampled.scale, at); }, total,
+                                      keep_k, enough, &sampled.hint);
   if (found.from_low - found.from_high > enough) return radix_matrix_cut(matrix, keep_k);
   std::vector<uint32_t> keys = keys_within(matrix, sampled.scale, found);
   const auto last = keys.begin() + (keep_k - found.from_high - 1);

@@ -17,7 +17,8 @@
 namespace ace::cpu {
 namespace {
 
-// Tokens of a block and at most so many columns of a strip: a strip of a block stays in the cache between its two passes.
+// Tokens of a block and at most so many columns of a strip: a strip of a block stays in the cache between its two
+// passes.
 constexpr int64_t kBlockTokens = 64;
 constexpr int64_t kStripColumns = 512;
 
@@ -153,8 +154,8 @@ void update_state(const at::Tensor& weight_sum, const at::Tensor& mean, const at
   at::parallel_for(0, (cols + width - 1) / width, 1, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
       const int64_t j = s * width;
-      update_strip(data<T>(x) + j, x.stride(0), tokens, weights.data(), weight_before,
-                   std::min(width, cols - j), mutable_data<Real>(mean) + j, mutable_data<Real>(m2) + j);
+      update_strip(data<T>(x) + j, x.stride(0), tokens, weights.data(), weight_before, std::min(width, cols - j),
+                   mutable_data<Real>(mean) + j, mutable_data<Real>(m2) + j);
     }
   });
   double total = weight_before;

@@ -1,5 +1,5 @@
-// What a selection does with a row: it prunes the weight in place, or writes a mask and only reads the weight. The loops
-// that select are written once for both:
+// What a selection does with a row: it prunes the weight in place, or writes a mask and only reads the weight. The
+// loops that select are written once for both:
 //   put(j, kept)       column j is kept or removed.
 //   from(j)            the same row without its first j columns.
 //   weights(row)       where to read the weights of `row`. What is pruned is read and written through one pointer, or

@@ -49,9 +49,9 @@ struct KeySteps {
   void bracketed(double) {}
 };
 
-// The cut that keeps exactly keep_k of keys[0..n), by a search over the values of the keys. It starts at `hint`, the last
-// row's cut, since rows of a weight resemble each other. Rows whose scales differ by a fifth took some twelve passes,
-// half the time of a histogram's dependent increments.
+// The cut that keeps exactly keep_k of keys[0..n), by a search over the values of the keys. It starts at `hint`, the
+// last row's cut, since rows of a weight resemble each other. Rows whose scales differ by a fifth took some twelve
+// passes, half the time of a histogram's dependent increments.
 inline Cut search_kth(const uint32_t* keys, int64_t n, int64_t keep_k, uint32_t* hint) {
   if (keep_k <= 0) return kKeepNone;
   if (keep_k >= n) return keep_from(smallest_from(keys, n, 0u));

@@ -17,9 +17,9 @@ struct Bracket {
 // entries lie in it. count(value) says how many entries reach the value; `at` is the value to ask for first.
 //
 // A count is a pass over a row in the cache or over the matrix, so few should do. Until the cut is bracketed by counted
-// values, steps.outward(ranks, room) says how far to go: `ranks` is how many entries too many (> 0) or too few reach the
-// value, `room` what is left on that side. Then the search interpolates between the counts at both ends and halves the
-// bracket wherever that did not. steps.bracketed(values_per_rank) is told the density found.
+// values, steps.outward(ranks, room) says how far to go: `ranks` is how many entries too many (> 0) or too few reach
+// the value, `room` what is left on that side. Then the search interpolates between the counts at both ends and halves
+// the bracket wherever that did not. steps.bracketed(values_per_rank) is told the density found.
 template <class Count, class Steps>
 Bracket search_cut(Count&& count, Bracket bracket, int64_t keep_k, int64_t enough, int64_t at, Steps&& steps) {
   const Bracket all = bracket;
@@ -37,8 +37,8 @@ Bracket search_cut(Count&& count, Bracket bracket, int64_t keep_k, int64_t enoug
     }
     const double values_per_rank = static_cast<double>(high - low) / static_cast<double>(from_low - from_high);
     steps.bracketed(values_per_rank);
-    at = low + (halve ? (high - low) / 2
-                      : static_cast<int64_t>(static_cast<double>(from_low - keep_k) * values_per_rank));
+    at = low +
+         (halve ? (high - low) / 2 : static_cast<int64_t>(static_cast<double>(from_low - keep_k) * values_per_rank));
     halve = !halve && high - low > width / 2;
   }
 }

@@ -12,9 +12,7 @@
 namespace ace::cuda {
 namespace {
 
-at::Tensor empty_mask(const at::Tensor& weight) {
-  return at::empty(weight.sizes(), weight.options().dtype(at::kBool));
-}
+at::Tensor empty_mask(const at::Tensor& weight) { return at::empty(weight.sizes(), weight.options().dtype(at::kBool)); }
 
 at::Tensor topk_mask(const at::Tensor& weight, std::string_view formula, int64_t keep_k, const OptionalTensor& column,
                      const OptionalTensor& moment, std::string_view group_name) {

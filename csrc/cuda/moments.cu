@@ -1,7 +1,6 @@
 // update_moments_, inverse_square_norm and the squares of update_cosine_moment_.
-#include "cuda/moments.cuh"
-
 #include "cuda/dispatch.cuh"
+#include "cuda/moments.cuh"
 #include "cuda/moments.h"
 #include "cuda/token_squares.cuh"
 

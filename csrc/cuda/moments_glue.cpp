@@ -1,8 +1,8 @@
 // Statistics of activations on CUDA.
 //
-// update_cosine_moment_: products on tensor cores. r_t a_ti^2 and r_t x_tj^2 are each rounded to bfloat16, 2^-8 at most,
-// multiplied exactly and added in float32. All terms are positive, so each call's sum is within 2^-7 + 2^-15 of its
-// value, plus the float32 additions. Float32 input gets no more than that.
+// update_cosine_moment_: products on tensor cores. r_t a_ti^2 and r_t x_tj^2 are each rounded to bfloat16, 2^-8 at
+// most, multiplied exactly and added in float32. All terms are positive, so each call's sum is within 2^-7 + 2^-15 of
+// its value, plus the float32 additions. Float32 input gets no more than that.
 #include <ATen/ops/addmm.h>
 #include <torch/library.h>
 

@@ -3,7 +3,8 @@
 //
 //   - A row, a matrix or an N:M group with a score that is not finite stays as it was (a mask is True there), and the
 //     threshold of such a row or matrix is NaN.
-//   - The solvers leave such a row alone, or all rows where gram or factor is at fault (a mask without its pattern and a
+//   - The solvers leave such a row alone, or all rows where gram or factor is at fault (a mask without its pattern and
+//   a
 //     diagonal that is not positive count as well); the swaps of such a row are -1.
 #pragma once
 

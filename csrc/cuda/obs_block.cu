@@ -1,7 +1,6 @@
 // obs_block_.
-#include "cuda/obs_block.cuh"
-
 #include "cuda/launch.cuh"
+#include "cuda/obs_block.cuh"
 #include "cuda/obs_block.h"
 
 namespace ace::cuda {

@@ -1,10 +1,9 @@
 // prune_topk_ and topk_mask, group "matrix", score_histogram and prune_at_.
-#include "cuda/prune_matrix.cuh"
-
 #include "cuda/across.h"
 #include "cuda/dispatch.cuh"
 #include "cuda/mask.h"
 #include "cuda/prune.h"
+#include "cuda/prune_matrix.cuh"
 
 namespace ace::cuda {
 namespace {
@@ -122,9 +121,8 @@ cudaError_t launch_prune_matrix(const ScoredArguments& m, int64_t keep_k, float*
 
 cudaError_t launch_mask_matrix(const ScoredArguments& m, int64_t keep_k, bool* mask, void* workspace, void* sums,
                                int code, cudaStream_t stream) {
-  return with_selection(m, workspace, sums, code, stream, [&](auto selection) {
-    return select_matrix(selection, keep_k, mask_outcome(mask, m.cols));
-  });
+  return with_selection(m, workspace, sums, code, stream,
+                        [&](auto selection) { return select_matrix(selection, keep_k, mask_outcome(mask, m.cols)); });
 }
 
 cudaError_t launch_prune_at(const ScoredArguments& m, Cut cut, void* workspace, void* sums, int code,

@@ -1,4 +1,5 @@
-// prune_topk_ and topk_mask, group "matrix", score_histogram and prune_at_: selections whose group is larger than a row.
+// prune_topk_ and topk_mask, group "matrix", score_histogram and prune_at_: selections whose group is larger than a
+// row.
 //
 // Contract
 //   weight     [rows, cols], pruned in place: what the cut keeps keeps its bits, the rest becomes +0.0. Or it is only
@@ -52,7 +53,7 @@ template <class F, class T>
 struct TilePack {
   ScoredRow<T> row;
   int64_t i, first;  // row and first column
-  int count;  // at most 0 beyond the row's end
+  int count;         // at most 0 beyond the row's end
   Pack<T> weight;
   Pack<uint32_t> key;
   bool finite;

@@ -1,9 +1,8 @@
 // prune_nm_ and nm_mask.
-#include "cuda/prune_nm.cuh"
-
 #include "cuda/dispatch.cuh"
 #include "cuda/mask.h"
 #include "cuda/prune.h"
+#include "cuda/prune_nm.cuh"
 
 namespace ace::cuda {
 namespace {

@@ -1,9 +1,8 @@
 // prune_topk_ and topk_mask, group "row".
-#include "cuda/prune_rows.cuh"
-
 #include "cuda/dispatch.cuh"
 #include "cuda/mask.h"
 #include "cuda/prune.h"
+#include "cuda/prune_rows.cuh"
 
 namespace ace::cuda {
 namespace {

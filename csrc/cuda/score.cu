@@ -1,7 +1,6 @@
 // score, the sums of the ria score, and the flag for what is not finite.
-#include "cuda/score.cuh"
-
 #include "cuda/dispatch.cuh"
+#include "cuda/score.cuh"
 #include "cuda/score.h"
 #include "cuda/score_sums.cuh"
 

@@ -1,7 +1,6 @@
 // refine_swaps_.
-#include "cuda/swaps.cuh"
-
 #include "cuda/dispatch.cuh"
+#include "cuda/swaps.cuh"
 #include "cuda/swaps.h"
 
 namespace ace::cuda {

@@ -17,8 +17,8 @@ void check_key(std::string_view op, std::string_view argument, int64_t key) {
 }  // namespace
 
 void check_score_histogram(int64_t prefix, int64_t level) {
-  ACE_CHECK(level >= 0 && level < kRadixPasses, "score_histogram: level must be from 0 to ", kRadixPasses - 1,
-            " (got ", level, ")");
+  ACE_CHECK(level >= 0 && level < kRadixPasses, "score_histogram: level must be from 0 to ", kRadixPasses - 1, " (got ",
+            level, ")");
   check_key("score_histogram", "prefix", prefix);
 }
 
@@ -36,8 +36,8 @@ at::Tensor score_histogram_meta(const at::Tensor& weight, std::string_view formu
   return at::empty({radix_bins(static_cast<int>(level))}, weight.options().dtype(at::kLong));
 }
 
-void prune_at_meta(at::Tensor weight, std::string_view formula, int64_t key, int64_t ties,
-                   const OptionalTensor& column, const OptionalTensor& moment) {
+void prune_at_meta(at::Tensor weight, std::string_view formula, int64_t key, int64_t ties, const OptionalTensor& column,
+                   const OptionalTensor& moment) {
   check_scored("prune_at_", weight, formula, column, moment);
   check_prune_at(key, ties);
 }
@@ -48,8 +48,7 @@ TORCH_LIBRARY_FRAGMENT(ace_ext, m) {
   m.def(
       "score_histogram(Tensor weight, str formula, int prefix, int level, Tensor? column=None, Tensor? moment=None)"
       " -> Tensor");
-  m.def(
-      "prune_at_(Tensor(a!) weight, str formula, int key, int ties, Tensor? column=None, Tensor? moment=None) -> ()");
+  m.def("prune_at_(Tensor(a!) weight, str formula, int key, int ties, Tensor? column=None, Tensor? moment=None) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(ace_ext, Meta, m) {

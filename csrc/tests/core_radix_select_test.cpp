@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/radix_select.h"
+#include "tests/select_kth.h"
 
 namespace ace {
 namespace {

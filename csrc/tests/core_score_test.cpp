@@ -94,8 +94,8 @@ TEST(Score, OverflowShows) {
 
 TEST(Score, EveryNameHasItsFormula) {
   const ScoreTerms terms{3.0f, 1.0f, 8.0f, 16.0f};
-  const std::map<std::string, float> expected = {
-      {"magnitude", 2.0f}, {"scaled", 6.0f}, {"ria", 1.125f}, {"cosp", 12.0f}, {"cosp_exact", 2.0f}, {"score", 1.0f}};
+  const std::map<std::string, float> expected = {{"magnitude", 2.0f}, {"scaled", 6.0f},     {"ria", 1.125f},
+                                                 {"cosp", 12.0f},     {"cosp_exact", 2.0f}, {"score", 1.0f}};
   size_t names = 0;
   for (const FormulaName& known : kFormulas) {
     ASSERT_EQ(expected.count(known.name), 1u) << known.name;

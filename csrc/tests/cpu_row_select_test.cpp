@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/row_select.h"
+#include "tests/select_kth.h"
 
 namespace ace::cpu {
 namespace {

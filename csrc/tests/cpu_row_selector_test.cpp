@@ -1,4 +1,5 @@
-// Rows and groups selected by places and by lanes of groups, against the selections of the core, which define the result.
+// Rows and groups selected by places and by lanes of groups, against the selections of the core, which define the
+// result.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 
 #include "cpu/nm_rows.h"
 #include "cpu/row_selector.h"
+#include "tests/select_kth.h"
 
 namespace ace::cpu {
 namespace {

@@ -1,4 +1,5 @@
-// prune_topk_ and topk_mask, group "matrix", prune_at_, score_histogram and score by the CUDA kernels' source on the host.
+// prune_topk_ and topk_mask, group "matrix", prune_at_, score_histogram and score by the CUDA kernels' source on the
+// host.
 #include "cuda/across.h"
 #include "cuda/mask.h"
 #include "cuda/prune.h"

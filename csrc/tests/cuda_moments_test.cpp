@@ -1,7 +1,6 @@
 // update_moments_, inverse_square_norm and the squares of update_cosine_moment_ by the CUDA kernels' source on the
 // host, against float64 sums.
 #include "cuda/moments.h"
-
 #include "tests/sample.h"
 
 namespace ace::cuda {

@@ -74,9 +74,8 @@ TYPED_TEST(NmOf, AGroupThatIsNotFiniteIsLeftAlone) {
       for (int g = 0; g < group_m; ++g) all_kept.push_back(kept >> g & 1u);
     }
     got.weight(1, 13) = not_finite<TypeParam>();
-    expect_mask(got, all_kept, "not finite", [&](bool* mask) {
-      return launch_mask_nm(got.arguments(), 1, group_m, mask, nullptr, 8, nullptr);
-    });
+    expect_mask(got, all_kept, "not finite",
+                [&](bool* mask) { return launch_mask_nm(got.arguments(), 1, group_m, mask, nullptr, 8, nullptr); });
     EXPECT_EQ(take_flag(), 8);
     ASSERT_EQ(launch_prune_nm(got.arguments(), 1, group_m, nullptr, 9, nullptr), cudaSuccess);
     EXPECT_EQ(take_flag(), 9);

@@ -28,9 +28,8 @@ void check_rows(Shape shape, Formula formula, Values values, int64_t keep_k) {
   }
   expect_same_bits(got.buffer(), want.buffer(), what + ": weight");
   expect_same_bits(threshold, expected, what + ": threshold");
-  expect_mask(masked, kept, what, [&](bool* mask) {
-    return launch_mask_rows(masked.arguments(), keep_k, mask, sums.data(), 1, nullptr);
-  });
+  expect_mask(masked, kept, what,
+              [&](bool* mask) { return launch_mask_rows(masked.arguments(), keep_k, mask, sums.data(), 1, nullptr); });
   EXPECT_EQ(take_flag(), 0);
 }
 
@@ -111,13 +110,12 @@ TYPED_TEST(RowsOf, ARowThatIsNotFiniteIsLeftAlone) {
     Sample<TypeParam> finite({3, 70}, Formula::magnitude, Values::spread);
     const std::vector<uint32_t> keys = finite.keys();
     for (const size_t i : {0, 2}) {
-      const std::vector<uint32_t> row(keys.begin() + static_cast<long>(i) * 70, keys.begin() + static_cast<long>(i + 1) * 70);
-      apply_reference(row, reference_cut(row, 20),
-                      [&](int64_t j) { mask_kept[i * 70 + static_cast<size_t>(j)] = 0; });
+      const std::vector<uint32_t> row(keys.begin() + static_cast<long>(i) * 70,
+                                      keys.begin() + static_cast<long>(i + 1) * 70);
+      apply_reference(row, reference_cut(row, 20), [&](int64_t j) { mask_kept[i * 70 + static_cast<size_t>(j)] = 0; });
     }
-    expect_mask(got, mask_kept, "not finite", [&](bool* mask) {
-      return launch_mask_rows(got.arguments(), 20, mask, nullptr, 6, nullptr);
-    });
+    expect_mask(got, mask_kept, "not finite",
+                [&](bool* mask) { return launch_mask_rows(got.arguments(), 20, mask, nullptr, 6, nullptr); });
     EXPECT_EQ(take_flag(), 6);
     std::vector<float> threshold(3);
     ASSERT_EQ(launch_prune_rows(got.arguments(), 20, threshold.data(), nullptr, 5, nullptr), cudaSuccess);

@@ -13,6 +13,7 @@
 #include "core/radix_select.h"
 #include "core/score.h"
 #include "cuda/arguments.h"
+#include "tests/select_kth.h"
 
 namespace ace::cuda {
 

@@ -11,7 +11,15 @@ import pkgutil
 from importlib import import_module
 from typing import TypeVar
 
-from ace_ext.pruning.solvers._problem import BlockSizes, BlockSolver, MaskSolver, Solver, WeightSolver
+from ace_ext.pruning.solvers._problem import (
+    BlockSizes,
+    BlockSolver,
+    MaskSolver,
+    Problem,
+    Solved,
+    Solver,
+    WeightSolver,
+)
 
 Kind = TypeVar("Kind", bound=Solver)
 
@@ -39,4 +47,15 @@ for _module in pkgutil.iter_modules(__path__):
     if not _module.name.startswith("_"):
         register(import_module(f"{__name__}.{_module.name}").SOLVER)
 
-__all__ = ["SOLVERS", "BlockSizes", "BlockSolver", "MaskSolver", "Solver", "WeightSolver", "register", "solvers_of"]
+__all__ = [
+    "SOLVERS",
+    "BlockSizes",
+    "BlockSolver",
+    "MaskSolver",
+    "Problem",
+    "Solved",
+    "Solver",
+    "WeightSolver",
+    "register",
+    "solvers_of",
+]
