@@ -3,7 +3,7 @@
 file(GLOB ACE_CUDA_SOURCES CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/*.cu")
 set(ACE_SIMT_DEFINITIONS ACE_SIMT)
 if(ACE_SANITIZE STREQUAL "thread")
-  list(APPEND ACE_SIMT_DEFINITIONS ACE_SIMT_THREADS)  # one OS thread per CUDA thread, so that ThreadSanitizer sees races
+  list(APPEND ACE_SIMT_DEFINITIONS ACE_SIMT_THREADS)  # one OS thread per CUDA thread, for ThreadSanitizer
 endif()
 
 # Launchers and kernels as plain C++: a generated .cpp includes each .cu, so that nvcc can still compile the .cu.

@@ -1,4 +1,4 @@
-"""Fixtures, one section an owner: what a single file needs stays in that file."""
+"""Fixtures that several test files share; a fixture for one file stays in that file."""
 
 import pytest
 import torch
@@ -25,13 +25,13 @@ def dtype(request) -> torch.dtype:
 
 @pytest.fixture
 def random() -> torch.Generator:
-    """The same numbers in every test, whatever ran before."""
+    """Seeds the random numbers before each test, so that they do not depend on other tests."""
     return torch.Generator().manual_seed(0)
 
 
 @pytest.fixture
 def threads():
-    """``torch.set_num_threads``, put back afterwards."""
+    """``torch.set_num_threads``; the old number is restored afterwards."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

@@ -24,8 +24,8 @@ TEXT = "the quick brown fox jumps over the lazy dog " * 40
 
 
 class Tokens(Calibration):
-    """Calibration on given tokens: transformers reads some families' tokenizers as their own kind, which knows none of
-    the tiny vocabulary."""
+    """Calibration on given tokens. For some families transformers replaces the tiny tokenizer by another class, which
+    does not know the tiny vocabulary."""
 
     def check(self) -> None:
         pass
@@ -57,15 +57,15 @@ def weights_bytes(folder: Path) -> dict[str, bytes]:
 
 
 def command(dense: Path, output: Path, *options, launcher: tuple = ()) -> list[str]:
-    """``ace-prune run`` on the text beside the model, as a command line."""
+    """The command line of ``ace-prune run`` with the text in the model's folder."""
     start = [sys.executable, *launcher, "-m", "ace_ext", "run", "--device", "cpu"]
     text = ["--calibration", dense.parent / "text.txt", "--nsamples", 8, "--seqlen", 16]
     return [str(part) for part in (*start, "--model", dense, "--output", output, *text, *options)]
 
 
 def fork_run(arguments: list, hidden_in_files: bool = False) -> multiprocessing.Process:
-    """Starts ``ace-prune`` with these arguments, from a server that has imported all it needs: a run starts at once,
-    and is a process of its own to be killed."""
+    """Starts ``ace-prune`` with these arguments as a process that can be killed. It is forked from a server that has
+    imported everything, so it starts at once."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["folders", "ace_ext.cli.main", "transformers.models.llama.modeling_llama", "accelerate"]
@@ -84,8 +84,8 @@ def _run_child(arguments: list[str], hidden_in_files: bool) -> None:
 
 
 def spawn(arguments: list[str], **environment) -> subprocess.Popen:
-    """Starts a command with its output caught; not in the source tree: -m would find the sources and not what is
-    installed."""
+    """Starts a command and captures its output. It runs outside the source tree, so that -m finds the installed
+    package."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     pipe = subprocess.PIPE
     return subprocess.Popen(arguments, stdout=pipe, stderr=pipe, text=True, cwd=tempfile.gettempdir(), env=env)

@@ -40,7 +40,7 @@ def formula_arguments(formula: str, weight: Tensor, random: torch.Generator, tie
 
 
 def places(size: int) -> list[int]:
-    """Numbers to keep out of ``size``: both ends, their neighbours and the middle."""
+    """Numbers of weights to keep, for groups of ``size``: both ends, their neighbours and the middle."""
     return sorted({k for k in (0, 1, size // 2, size - 1, size) if 0 <= k <= size})
 
 
@@ -54,7 +54,7 @@ def embed(inner: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def assert_only_slice_changed(outer: Tensor, view: Tensor) -> None:
-    """``view`` is what :func:`embed` gave: nothing beside it may have been written."""
+    """Checks that nothing outside ``view``, a result of :func:`embed`, was written."""
     cols = view.shape[1]
     assert (outer[:, :3] == 7).all()
     assert (outer[:, 3 + cols :] == 7).all()

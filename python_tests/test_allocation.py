@@ -1,4 +1,4 @@
-"""Totals are exact whatever the shapes; the rules do what their papers and curves say."""
+"""Totals are exact for all shapes; the rules follow their papers and error curves."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The command line as a user runs it, on models and texts on disk; in a process of its own but for the bad inputs."""
+"""The command line on models and texts on disk, as a separate process except for bad inputs."""
 
 import fcntl
 import json

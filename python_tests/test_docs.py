@@ -1,4 +1,4 @@
-"""What README and the pages of ``docs/`` say can be done: commands are accepted, examples run, names exist."""
+"""README and the pages of ``docs/`` are correct: commands are accepted, examples run, names exist."""
 
 import ast
 import importlib
@@ -40,7 +40,7 @@ def inline_code(text: str) -> list[str]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """Arguments of each ``ace-prune`` in the code blocks, however it is started."""
+    """Arguments of each ``ace-prune`` command in the code blocks, also if started by ``-m ace_ext``."""
     found = []
     for block in code_blocks(text) + code_blocks(text, "bash") + code_blocks(text, "sh"):
         for line in block.replace("\\\n", " ").splitlines():
@@ -53,7 +53,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def test_commands_are_found():
-    """The search itself: a page that shows none would pass every test below."""
+    """Tests the search for commands: without it, a search that finds none would pass every test below."""
     text = "    A=1 ace-prune run --model M \\\n        --output D  # a remark\n\n    torchrun -m ace_ext verify D\n"
     assert commands(text) == [["run", "--model", "M", "--output", "D"], ["verify", "D"]]
     assert len(commands((ROOT / "README.md").read_text())) >= 6
@@ -87,7 +87,7 @@ def known_options() -> set[str]:
 
 @page
 def test_options_in_the_text_exist(path):
-    """``--option value`` in running text and tables, beside those in whole commands."""
+    """``--option value`` in running text and tables exists."""
     for code in inline_code(path.read_text()):
         if code.startswith(("--", "ace-prune ")) and code not in OF_OTHERS and not code.startswith("--8<--"):
             unknown = set(re.findall(r"(?<!\S)--[a-z][\w-]*", code)) - known_options()
@@ -104,7 +104,7 @@ def test_python_blocks_parse(path):
 
 
 def test_readme_example_runs(tmp_path, monkeypatch):
-    """As it stands, but on a text on the disk instead of one that is fetched."""
+    """The README's example, with a local text instead of one that is fetched."""
     save_dense(tmp_path / "folder")
     monkeypatch.chdir(tmp_path)
     (block,) = code_blocks((ROOT / "README.md").read_text(), "python")

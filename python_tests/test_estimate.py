@@ -1,4 +1,4 @@
-"""Estimates grow with what they are estimates of, and are what solvers and runs then hold."""
+"""Estimates of memory grow with the sizes, and agree with what solvers and runs hold."""
 
 import itertools
 import json
@@ -73,7 +73,7 @@ def test_a_tied_head_is_counted_once():
 
 
 def test_offload_holds_the_embedding_only_at_the_entrance():
-    """A large vocabulary and few tokens: the entrance, with embedding and a block, holds the most."""
+    """With a large vocabulary and few tokens the phase "enter", with embedding and a block, holds most."""
     model = make_model("llama", torch.bfloat16)
     model.resize_token_embeddings(4096)
     block = sum(p.nbytes for p in model.model.layers[0].parameters())
@@ -100,7 +100,7 @@ def test_description_names_the_largest_first():
 
 
 def peak_of(work, path) -> int:
-    """The most bytes of tensors that ``work()`` holds at a time beside those that were there."""
+    """The peak of bytes of tensors that ``work()`` allocates."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     profiler.export_chrome_trace(str(path))
@@ -115,7 +115,7 @@ SOLVERS = [{"update": "obs"}, {"update": "admm"}, {"update": "admm", "pattern": 
 @pytest.mark.parametrize("shape", [(128, 512), (2048, 256)], ids=["wide", "tall"])
 @pytest.mark.parametrize("setting", [*SOLVERS, {"refine": "swaps", "update": "admm"}], ids=str)
 def test_a_solver_holds_what_is_estimated(setting, shape, tmp_path, monkeypatch):
-    """Tensors alone: what swaps copy of a row is not among them."""
+    """Counts tensors only, so not the rows that swaps copies."""
     monkeypatch.setattr(gram, "LOSS_ROWS", 16)  # of a real matrix it is a small part
     config = PruneConfig(**setting, max_swaps=2)
     weight, x = torch.randn(shape).bfloat16(), torch.randn(512, shape[1])
@@ -128,7 +128,7 @@ def test_a_solver_holds_what_is_estimated(setting, shape, tmp_path, monkeypatch)
 
 
 def make_wide_model():
-    """Wide enough for matrices to count for more than their probes."""
+    """So wide that matrices take more memory than sample rows."""
     shape = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=VOCABULARY, **shape)).eval()
     return model.to(torch.bfloat16)
@@ -158,8 +158,8 @@ RUNS = [
 
 @pytest.mark.parametrize("setting", RUNS, ids=str)
 def test_a_run_holds_no_more_than_estimated(setting, tmp_path):
-    """And not far less. Which Linears read the same input is not known beforehand, so shared Gram matrices count each;
-    what training holds was measured as the growth of processes, which is more than its tensors."""
+    """And not far less. The estimate does not know which Linears read the same input, so it counts a shared Gram matrix
+    several times. What training holds was measured as the growth of processes, which is more than its tensors."""
     model = make_wide_model()
     config, tokens = PruneConfig(**setting), make_tokens(16, 64)
     found = need(config, *tokens.shape, model=model)
@@ -168,7 +168,7 @@ def test_a_run_holds_no_more_than_estimated(setting, tmp_path):
 
 
 def make_mixture():
-    """Many small experts: who goes where is then most of what a forward holds."""
+    """Many small experts: the routing is then most of what a forward holds."""
     shape = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "moe_intermediate_size": 64}
     config = transformers.Qwen3MoeConfig(vocab_size=VOCABULARY, **shape, num_experts=64, num_experts_per_tok=8)
     return transformers.Qwen3MoeForCausalLM(config).eval().to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The scripts of ``examples/`` run as they stand, each in a process of its own, on a tiny random model."""
+"""The scripts of ``examples/`` run unchanged, each as a separate process, on a tiny random model."""
 
 import ast
 import os
@@ -26,8 +26,8 @@ def place(tmp_path_factory) -> Path:
 
 
 def run_example(place: Path, name: str, *options: str) -> str:
-    """What the example prints. It runs in ``place``: in the source tree, Python would find the sources and not what is
-    installed."""
+    """The example's output. It runs in ``place``, outside the source tree, so that Python finds the installed
+    package."""
     command = [sys.executable, "-W", "error::DeprecationWarning:__main__", str(EXAMPLES / name), "dense"]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # a process more beside the tests'
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Fused experts: each matrix is pruned on the tokens that are sent to its expert, and written where it came from."""
+"""Fused experts: each matrix is pruned on the tokens that are routed to its expert, and written to its own tensor."""
 
 import json
 
@@ -49,7 +49,7 @@ def test_every_expert_is_a_linear_in_the_tensors_memory(family):
 
 @mixtures
 def test_their_products_go_through_the_linears(family):
-    """Once each, with the tokens that the router sends there; what the model computes otherwise is put back."""
+    """Each expert's Linear is called once, with the tokens that are routed to it; afterwards the model is unchanged."""
     model = make_model(family)
     blocks = find_blocks(model)
     chosen = model.config._experts_implementation
@@ -169,7 +169,7 @@ def test_a_parameter_is_read_and_written_piece_by_piece(family, tmp_path):
 
 
 def test_tensors_of_another_shape_are_no_part(tmp_path):
-    """Nothing is put together from files that do not hold all of it in its shape."""
+    """Tensors are not combined if the files do not hold all parts in the right shape."""
     model = make_model("mixtral")
     shards = Shards(save_dense(tmp_path / "dense", "mixtral", torch.float32))
     entry = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
@@ -253,7 +253,7 @@ def test_values_of_a_linear_call_are_untouched():
 
 
 def test_few_shapes_reach_half_precision_products():
-    """Filled up by less than a quarter, beyond 256 rows; and the rows that were asked for come out."""
+    """Row counts are padded by less than a quarter beyond 256 rows, and the padding is removed from the result."""
     counts = [filled_rows(n) for n in range(1, 16385)]
     assert len(set(counts)) <= 32
     assert all(n <= filled < n + 64 or (n > 256 and filled < 1.25 * n) for n, filled in enumerate(counts, 1))

@@ -1,4 +1,4 @@
-"""A full disk: one clear line, status 2, and a run that goes on once there is room."""
+"""A full disk: a one-line error, status 2, and the run can be resumed once there is space."""
 
 import contextlib
 import errno
@@ -100,7 +100,7 @@ def test_the_status_is_2_and_the_line_is_one(dense, tmp_path, monkeypatch, capsy
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Mounts a file system of so many bytes; only root may."""
+    """Mounts a file system of a given size; needs root."""
     mounted = []
 
     def mount(size: int):
@@ -127,7 +127,7 @@ def small_disk(tmp_path):
     ("offload", "dtype"), [("disk", "auto"), ("none", "auto"), ("none", "float32")], ids=["disk", "copied", "saved"]
 )
 def test_a_small_disk(offload, dtype, dense, tmp_path, small_disk):
-    """Room for the model and not for the states beside it, or not even for the model; then there is more."""
+    """Space for the model but not for the hidden states, or not even for the model; then more space."""
     calibration = {"dtype": dtype, "nsamples": 64}
     _, whole = prune(dense, tmp_path / "whole", {"offload": offload}, calibration)
     needed = sum(file.stat().st_size for file in whole.iterdir())
@@ -143,14 +143,14 @@ def test_a_small_disk(offload, dtype, dense, tmp_path, small_disk):
 
 
 def fill(place) -> None:
-    """Takes all the room there is."""
+    """Fills the disk."""
     with contextlib.suppress(OSError), (place / "filler").open("wb", buffering=0) as filler:
         while True:
             filler.write(bytes(4096))
 
 
 def test_a_disk_that_fills_up_behind_some_blocks(dense, tmp_path, small_disk, monkeypatch):
-    """Another program takes all the room after two blocks."""
+    """Another program fills the disk after two blocks."""
     place = small_disk(2**22)
     real = Workspace._write_state
 

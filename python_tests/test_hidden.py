@@ -1,4 +1,4 @@
-"""Hidden states in memory and in files: the same to read, and whole on the disk whenever a state could name them."""
+"""Hidden states in memory and in files read the same, and are complete on the disk before a state refers to them."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ KINDS = {"memory": (False, True), "both": (True, True), "files": (True, False)}
 
 
 def batches(dtype=torch.bfloat16, seed: int = 0) -> list[torch.Tensor]:
-    """Of unequal length, as the last one of a run is."""
+    """Batches of unequal size, like the last one of a run."""
     random = torch.Generator().manual_seed(seed)
     return [torch.randn(rows, 5, 4, generator=random).to(dtype) for rows in (3, 3, 1)]
 

@@ -1,4 +1,4 @@
-"""Reports: that the page stands alone, escapes what it shows, and holds the figures; that plots are what they say."""
+"""HTML reports: the page needs no other file, escapes its text and has the figures; plots show their data."""
 
 import re
 from html.parser import HTMLParser
@@ -20,7 +20,7 @@ NASTY = '<script>alert("x")</script>&'
 
 
 class Page(HTMLParser):
-    """What a browser would make of a page: tags, attributes, text of cells; fails on tags that are left open."""
+    """Parses a page: tags, attributes, text of cells; fails on tags that are not closed."""
 
     VOID = ("meta", "img", "br")
 
@@ -119,7 +119,7 @@ def test_plots_are_pictures(results, changes, tmp_path):
 
 
 def test_a_plot_shows_its_figures():
-    """Two different courses make two different pictures, the same makes the same."""
+    """Different data give different images, the same data the same image."""
 
     def course(*cosines):
         return {("ace", ""): [BlockFigures(str(index), 0.5, 0.1, cosine) for index, cosine in enumerate(cosines)]}

@@ -1,4 +1,4 @@
-"""Sizes in words, and peaks of the process."""
+"""Parsing of sizes, and peak memory of the process."""
 
 import platform
 import sys

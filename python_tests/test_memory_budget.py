@@ -1,4 +1,4 @@
-"""Peak memory of runs, measured on processes of their own."""
+"""Peak memory of runs, measured on separate processes."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ CHECK = Path(__file__).parent.parent / "tools" / "check_memory.py"
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell a process's peak")
 def test_a_run_from_the_disk_holds_no_more_than_some_blocks():
-    """A scaled-down ``make check-memory``: 0.4 GB of weights in 7 blocks, pruned both ways."""
+    """A scaled-down ``make check-memory``: 0.4 GB of weights in 7 blocks, pruned from the disk and in memory."""
     done = subprocess.run([sys.executable, CHECK, "--small"], capture_output=True, text=True, timeout=570, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["small"]

@@ -1,4 +1,4 @@
-"""Names of methods and their inline changes: what they stand for, and what is refused."""
+"""Method specs: the settings that they stand for, and the errors."""
 
 import pytest
 

@@ -13,7 +13,7 @@ from ace_ext._moved import MOVED
 
 @pytest.fixture(autouse=True)
 def forget():
-    """Each test imports anew, so that each sees the warning."""
+    """Removes the modules, so that each test imports them again and sees the warning."""
     yield
     for old in MOVED:
         sys.modules.pop(f"ace_ext.{old}", None)

@@ -1,4 +1,4 @@
-"""Runs that hold one block at a time: the bytes are those of the run in memory, and what cannot be done is said."""
+"""Runs that hold one block at a time write the same bytes as runs in memory; impossible requests are errors."""
 
 import json
 
@@ -121,7 +121,7 @@ def test_what_cannot_be_offloaded_is_said(change, calibration, config, message, 
 
 @pytest.mark.parametrize("change", [as_bin, None], ids=["bin", "other-dtype"])
 def test_other_checkpoints_run_in_memory_under_a_budget(change, tmp_path):
-    """Whose size is not in safetensors of the dtype to be written: the loaded parameters tell it."""
+    """Models that are not in safetensors of the output dtype: their size is that of the loaded parameters."""
     dense = save_dense(tmp_path / "dense")
     if change:
         change(dense)
@@ -147,7 +147,7 @@ class Free:
 
 
 def least_of(error) -> int:
-    """The size that the message names: what one gives next must be enough."""
+    """The size that the error message names; it must then be enough."""
     return parse_bytes(str(error.value).split("at least ")[1].split(" ")[0])
 
 

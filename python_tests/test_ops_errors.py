@@ -1,4 +1,4 @@
-"""What the ops refuse: messages name op, argument and place; nothing is written. Contracts: csrc/ops.h, csrc/ops/."""
+"""Errors of the ops: messages name op, argument and index; nothing is written. Contracts: csrc/ops.h, csrc/ops/."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""``ace-prune plan``: what it says is what the run does, and it leaves everything as it was."""
+"""``ace-prune plan`` says what the run does, and changes nothing."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What a run tells while it runs: a bar for people on a terminal, JSON lines for programs."""
+"""The progress of a run: a bar on a terminal, JSON lines for programs."""
 
 import io
 import json
@@ -85,7 +85,7 @@ def test_a_resumed_run_counts_what_is_done(dense, tmp_path):
 
 
 def test_the_time_left_shrinks_to_none(monkeypatch):
-    """Blocks of two seconds each: the rest of ten takes 18, 16 … 0. One that was done before does not speed it up."""
+    """Ten blocks of two seconds each: 18, 16 … 0 seconds are left. Blocks of an earlier run are not counted as fast."""
     clock = [100.0]
     monkeypatch.setattr("ace_ext.engine.progress.time.perf_counter", lambda: clock[0])
     for done in (0, 1):

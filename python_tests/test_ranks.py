@@ -61,7 +61,7 @@ def share_differing(one, other) -> float:
     ids=str,
 )
 def test_two_derive_the_masks_of_one(options, tmp_path):
-    """Uneven numbers of samples too. Sums over tokens are rounded in another order, so a tie may fall otherwise."""
+    """Also with uneven numbers of samples. Sums over tokens are rounded in another order, so near-ties may differ."""
     dense = save_dense(tmp_path / "dense", dtype=torch.float32)
     status, out, err = torchrun(dense, tmp_path / "two", *options)
     assert status == 0, err
@@ -78,7 +78,7 @@ def test_two_derive_the_masks_of_one(options, tmp_path):
 
 
 def test_a_mixture_of_experts(tmp_path):
-    """Each process sends other tokens to an expert, and perhaps none."""
+    """Each process routes other tokens to an expert, or none."""
     dense = save_dense(tmp_path / "dense", "qwen3-moe", torch.float32)
     status, _, err = torchrun(dense, tmp_path / "two")
     assert status == 0, err
@@ -99,7 +99,7 @@ sys.exit(status or (f"left: {left}" if left else 0))
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="this system does not list a process's threads")
 def test_no_thread_is_left_to_the_end_of_the_interpreter(tmp_path):
-    """Where one that wakes up aborts the process, after all is written."""
+    """Such a thread may abort the process at exit, after everything is written."""
     status, _, err = torchrun(save_dense(tmp_path / "dense"), tmp_path / "out", script=COUNTS_THREADS)
     assert status == 0, err
 
@@ -213,7 +213,7 @@ def test_shares_are_all_samples_once(size):
 
 
 class Together(Ranks):
-    """A process's part in a merge, played by a thread: what it asks of torch.distributed goes over a board."""
+    """One process of a merge, simulated by a thread; calls of torch.distributed go through shared memory."""
 
     def __init__(self, rank: int, board: list, barrier: threading.Barrier) -> None:
         self.rank, self.size, self._device = rank, len(board), torch.device("cpu")

@@ -61,7 +61,7 @@ def folder(gguf, tmp_path_factory) -> Path:
 
 
 def peak_memory(command: str, model: Path, *options: str) -> int:
-    """What a process of its own says of its peak, planned or measured, in bytes."""
+    """Peak memory in bytes, planned or measured, from a separate process."""
     arguments = [command, "--model", str(model), "--calibration", "wiki-mini", "--nsamples", "16", "--seqlen", "128"]
     call = [sys.executable, "-m", "ace_ext", *arguments, "--device", "cpu", "--json", *options]
     done = subprocess.run(call, capture_output=True, text=True, check=True, cwd=tempfile.gettempdir())

@@ -1,4 +1,4 @@
-"""What it costs to add a metric, a solver, a comparison group or an output format: one entry, read everywhere."""
+"""A metric, a solver, a comparison group or an output format is added by one entry, which everything else reads."""
 
 import argparse
 import json

@@ -48,7 +48,7 @@ def test_an_empty_report_has_no_sparsity():
 
 
 def test_peak_memory_sees_an_allocation():
-    """In a process of its own: this one may have had more than it could allocate again."""
+    """In a separate process: the peak of this one may already be higher."""
     program = """
 import torch
 from ace_ext.process_memory import peak_memory_bytes

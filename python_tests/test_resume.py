@@ -1,4 +1,4 @@
-"""A run that dies goes on where it was and ends in the bytes of one that did not; nothing old is lost on the way."""
+"""A killed run is resumed and writes the same bytes as an uninterrupted one; an older output is never lost."""
 
 import fcntl
 import json
@@ -54,7 +54,7 @@ def finished_blocks(unfinished) -> int:
 
 
 def kill_after(child, delay: float) -> bool:
-    """Kills the child after so many seconds; whether it still ran."""
+    """Kills the child after a number of seconds; returns whether it was still running."""
     child.join(delay)
     child.kill()
     child.join()
@@ -62,7 +62,7 @@ def kill_after(child, delay: float) -> bool:
 
 
 def wait_for_block(child, unfinished, blocks: int) -> None:
-    """Until so many blocks are done, or the child is."""
+    """Waits until a number of blocks are done, or the child has ended."""
     while child.is_alive() and finished_blocks(unfinished) < blocks:
         time.sleep(0.001)
 
@@ -105,7 +105,7 @@ def test_killed_at_random_and_resumed(mode, hidden_in_files, deep, tmp_path):
 
 
 def test_killed_before_the_first_block(deep, tmp_path):
-    """There is nothing to go on with then: a resumed run starts over."""
+    """Nothing is recorded then, so a resumed run starts over."""
     options = command(deep, tmp_path / "out", "--resume")[3:]
     child = fork_run(options)
     while not (tmp_path / ".out.unfinished").exists() and child.is_alive():
@@ -121,11 +121,11 @@ def test_killed_before_the_first_block(deep, tmp_path):
 
 
 class Crash(BaseException):
-    """Not an Exception: nothing may tidy up after it, as nothing does after a kill."""
+    """Not a subclass of Exception, so that no handler cleans up, as after a kill."""
 
 
 def crash_after(monkeypatch, blocks: int):
-    """Dies when so many blocks are done, before the next one's state is written."""
+    """Crashes when a number of blocks are done, before the state of the next one is written."""
     real, done = Workspace._write_state, []
 
     def write(self, *arguments):
@@ -154,7 +154,7 @@ RESUME = {"resume": True}
 
 @pytest.mark.parametrize("offload", ["disk", "none"])
 def test_goes_on_and_reports_all_blocks(offload, stopped, tmp_path):
-    """The places where weights and states are may be others than the first run's."""
+    """A resumed run may keep weights and hidden states elsewhere (memory or disk) than the first run."""
     whole_report, whole = prune(stopped, tmp_path / "whole")
     report, out = prune(stopped, tmp_path / "out", {**RESUME, "offload": offload})
     assert weights_bytes(out) == weights_bytes(whole)
@@ -266,7 +266,7 @@ def test_nothing_to_resume_simply_starts(tmp_path):
 
 
 def test_group_model_starts_over(tmp_path, monkeypatch):
-    """Its one cut is at the end: there is no half of it to go on with."""
+    """The group ``model`` prunes only at the end, so there is nothing to resume."""
     dense = save_dense(tmp_path / "dense")
     with monkeypatch.context() as patch:
         crash_after(patch, 1)
@@ -290,7 +290,7 @@ def replacing(tmp_path):
 
 
 def crash_in_finish(monkeypatch, renames: int):
-    """Dies after so many of the two renames that put the new output in the old one's place."""
+    """Crashes after ``renames`` of the two renames that replace the old output."""
     real, done = os.replace, []
 
     def replace(source, target):

@@ -1,4 +1,4 @@
-"""Kept statistics: pruning from the file is the run that kept it, and they serve any sparsity, pattern and metric."""
+"""Saved statistics: pruning from the file equals the run that saved it; it serves all sparsities and metrics."""
 
 import json
 import zipfile
@@ -20,7 +20,7 @@ def dense(tmp_path):
 
 
 def keep(dense, name="stats.zip", run=None, **config):
-    """A run that keeps its statistics: ``(their file, what it wrote)``."""
+    """A run that saves its statistics: ``(their file, its output folder)``."""
     file = dense.parent / name
     _, out = prune(dense, dense.parent / f"{name}.out", {"save_stats": file, **(run or {})}, order="block", **config)
     return file, out
@@ -53,15 +53,15 @@ def test_from_the_file_as_from_the_run(metric, batch_tokens, dense):
 )
 @pytest.mark.parametrize("kept", [{}, {"metric": "wanda", "sparsity": 0.9}], ids=str)
 def test_one_file_for_other_settings(kept, other, dense):
-    """Whatever the run that kept them pruned: a fresh run that keeps its own gets the very same bytes."""
+    """A file saved by a run with other settings gives the same bytes as a new run that saves its own."""
     file, _ = keep(dense, **kept)
     _, fresh = keep(dense, "fresh.zip", **other)
     assert weights_bytes(from_file(dense, file, **other)) == weights_bytes(fresh)
 
 
 def test_the_inputs_are_the_dense_models(dense):
-    """A plain run in order block hands each block what pruned ones put out; only its first block agrees, and the file
-    and the report say whose the statistics are."""
+    """In a run of order block that saves no statistics, blocks read the output of pruned blocks, so only the first
+    block agrees. File and report say which model the statistics describe."""
     file, out = keep(dense)
     report, plain = prune(dense, dense.parent / "plain", order="block")
     kept, other = (stored(folder) for folder in (out, plain))

@@ -1,4 +1,4 @@
-"""Comparisons on a tiny model: the grid, the record and going on from it, the tables; through arguments as typed."""
+"""Comparisons on a tiny model, from command-line arguments: the grid, the record and resuming, the tables."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Where text comes from: gensim's test data, the hub through a local data set, local files, and every refusal."""
+"""Sources of text: gensim's test data, the hub through a local data set, local files; and their errors."""
 
 import hashlib
 import importlib.util
@@ -129,7 +129,7 @@ def index(monkeypatch, tmp_path):
 
 
 def test_cache_folder(monkeypatch, tmp_path):
-    """What was named, then where earlier versions kept their files, then the platform's folder."""
+    """The folder that was named, else the one of earlier versions, else the platform's."""
     monkeypatch.delenv("ACE_CACHE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))

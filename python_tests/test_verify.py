@@ -1,4 +1,4 @@
-"""A sound folder passes; every kind of damage is named."""
+"""A valid folder passes; every kind of damage is reported."""
 
 import pytest
 from folders import prune, save_dense

@@ -1,4 +1,4 @@
-"""Tiny random models of several families, and a tokenizer trained on the spot: real classes, no download."""
+"""Tiny random models of several families and a tokenizer, made from the real classes without a download."""
 
 import torch
 import transformers

@@ -37,6 +37,7 @@ class ResidentBlocks:
         yield self.blocks[index]
 
     def entrance(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Does nothing: all weights are in memory."""
         return contextlib.nullcontext()
 
 
@@ -64,6 +65,7 @@ class OffloadedBlocks:
 
     @contextlib.contextmanager
     def entrance(self, model: nn.Module) -> Iterator[None]:
+        """Holds the weights before the blocks, and those of the first block."""
         with entrance(model, self.blocks, self.shards, self.device), self.hold(0):
             yield  # the first block too: what a block returns is only known once one has run
 

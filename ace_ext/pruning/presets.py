@@ -1,4 +1,4 @@
-"""Presets: named settings of :class:`ace_ext.PruneConfig`. Sparsity or pattern are given beside them."""
+"""Presets: named settings of :class:`ace_ext.PruneConfig`. Sparsity or pattern are given in addition."""
 
 from typing import Any
 

@@ -73,7 +73,7 @@ def _loss(gram: GramState, dense: Tensor, weight: Tensor) -> float:
 
 
 def working_bytes(config: PruneConfig, rows: int, cols: int) -> int:
-    """Bytes that pruning one matrix of ``rows x cols`` holds beside its weight and its statistics (with the Gram
+    """Bytes that pruning one matrix of ``rows x cols`` holds in addition to its weight and statistics (with the Gram
     matrix).
 
     Without a solver: a mask of one byte per entry, and the scores of a callable metric. With a solver also the dense

@@ -78,7 +78,7 @@ def estimate(
         offload: only one block at a time is in memory.
         resident_hidden: all hidden states are in memory.
         whole: every weight is read, as when the model writes its own calibration text.
-        process: bytes that the process holds beside the model; None: estimated from this process.
+        process: bytes that the process holds besides the model; None: estimated from this process.
         device: whose memory is estimated.
     """
     shape = ModelShape.of(model, blocks)
@@ -125,7 +125,7 @@ def copied_bytes(blocks: list[Block], shards: Shards) -> int:
 
 
 def _process_bytes(weights: int, text_to_come: bool, device: torch.device | str) -> int:
-    """What the process will hold beside the model, from what it holds now; ``weights`` bytes of that are the model."""
+    """What the process will hold besides the model, from what it holds now; ``weights`` bytes of that are the model."""
     if torch.device(device).type == "cuda":
         return 0
     later = _FORWARD_LIBRARIES + (_TOKENIZER_AND_TEXT if text_to_come else 0)
@@ -233,7 +233,7 @@ class _Run:
         return total
 
     def training(self) -> list[Estimate]:
-        """Training a block: the block solver's own estimate, beside inputs and targets.
+        """Training a block: the block solver's own estimate, and the inputs and targets.
 
         Activations of a token, measured on Llama blocks as growth of the process: 55 bytes per hidden column, 20 per
         column of the MLP, and 16 per attention score if attention is not fused.

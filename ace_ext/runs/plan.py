@@ -1,6 +1,6 @@
 """``ace-prune plan``: what a run would prune, and the memory and time it would take. It changes no file and no model.
 
-Shapes come from the model's configuration. What the process needs beside the model is measured: the plan loads the
+Shapes come from the model's configuration. The memory needed besides the model is measured: the plan loads the
 tokenizer, draws the calibration text and prunes one block with a few tokens, as a run would. The time is that trial's,
 scaled up.
 """

@@ -75,7 +75,7 @@ class MaskSolver(Solver):
     refine_: Callable[[Problem, Any], None]
     """``refine_(problem, options)`` writes to ``problem.mask``."""
     working_bytes: Callable[[int, int], int]
-    """``working_bytes(rows, cols)``: what it holds beside the weight, its float32 copy, the mask and the statistics."""
+    """``working_bytes(rows, cols)``: bytes besides the weight, its float32 copy, the mask and the statistics."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class WeightSolver(Solver):
     solve: Callable[[Problem, Any], Solved]
     """``solve(problem, options)``."""
     working_bytes: Callable[[int, int], int]
-    """``working_bytes(rows, cols)``: what it holds beside the weight, its float32 copy, the mask and the statistics."""
+    """``working_bytes(rows, cols)``: bytes besides the weight, its float32 copy, the mask and the statistics."""
 
 
 @dataclass(frozen=True)
@@ -101,4 +101,4 @@ class BlockSolver(Solver):
     train_: Callable[..., Any]
     """``train_(block, inputs, targets, options, masks, token_masks)``: see :mod:`ace_ext.pruning.block_tuning`."""
     working_bytes: Callable[[BlockSizes], int]
-    """Bytes that it holds beside the block, its inputs and its targets."""
+    """Bytes that it holds in addition to the block, its inputs and its targets."""
