@@ -27,8 +27,10 @@ class Steps:
         blocks: provides the blocks with their weights.
         calls: the arguments with which each batch enters the blocks.
         hidden: the batches' hidden states before the current block; None with statistics from a file.
-        config, report, callback: as in :func:`ace_ext.prune_model`.
+        config: the configuration of the run.
+        report: gets the report of each block.
         context: the optional services of the run.
+        callback: called after each block with its report.
     """
 
     def __init__(

@@ -65,23 +65,26 @@ class PruneConfig:
             ``"matrix"``, or the whole ``"model"``.
         solver: what follows the metric, as a :class:`SolverConfig`. Or give its settings here by name, as in
             ``PruneConfig(update="admm", iterations=30)``.
-        order: ``"sequential"`` (default): each Linear's statistics come from inputs that already passed the pruned
-            Linears before it. ``"block"``: all statistics of a block come from the dense block, as in Wanda. The group
-            ``"model"`` needs all scores at once, so it always uses ``"block"`` and dense blocks throughout.
-        skip: regular expressions; a Linear or expert weight whose full name matches one stays dense.
-        ria_exponent: the power of the input norm in the metric ``ria``.
-        batch_tokens: how many calibration tokens go through a block at a time. All at once is fastest if they fit in
-            memory: the sequential order then needs one forward per block instead of one for each stage.
-        token_norm: how the norms ``‖A_t‖`` that weight the tokens are computed: ``"exact"``, from the dense output
-            itself, or ``"sketch"``, from a random projection of it
-            (:func:`ace_ext.pruning.statistics.sketched_output`). With a sketch the sequential order computes each
-            Linear's output only once, with the pruned weight, so that is the default there. The order ``"block"``
-            computes the dense output anyway, so its default is ``"exact"``.
-        allocation: how sparsity is divided among blocks: the same for all (``"uniform"``), lower where scores have
-            more outliers (``"owl"``, arXiv 2310.05175), or so that one more pruned weight costs the same error in
-            every block (``"error"``). The model's total is always that of ``sparsity``.
-        allocation_range: how far a block's sparsity may differ from ``sparsity`` under ``"owl"``; under ``"error"``
-            three times as far.
+        **settings: the settings below, and those of the solvers, by keyword.
+
+    Settings by keyword:
+
+    - ``order``: ``"sequential"`` (default): each Linear's statistics come from inputs that already passed the pruned
+      Linears before it. ``"block"``: all statistics of a block come from the dense block, as in Wanda. The group
+      ``"model"`` needs all scores at once, so it always uses ``"block"`` and dense blocks throughout.
+    - ``skip``: regular expressions; a Linear or expert weight whose full name matches one stays dense.
+    - ``ria_exponent``: the power of the input norm in the metric ``ria``.
+    - ``batch_tokens``: how many calibration tokens go through a block at a time. All at once is fastest if they fit in
+      memory: the sequential order then needs one forward per block instead of one for each stage.
+    - ``token_norm``: how the norms ``‖A_t‖`` that weight the tokens are computed: ``"exact"``, from the dense output
+      itself, or ``"sketch"``, from a random projection of it (:func:`ace_ext.pruning.statistics.sketched_output`).
+      With a sketch the sequential order computes each Linear's output only once, with the pruned weight, so that is
+      the default there. The order ``"block"`` computes the dense output anyway, so its default is ``"exact"``.
+    - ``allocation``: how sparsity is divided among blocks: the same for all (``"uniform"``), lower where scores have
+      more outliers (``"owl"``, arXiv 2310.05175), or so that one more pruned weight costs the same error in every
+      block (``"error"``). The model's total is always that of ``sparsity``.
+    - ``allocation_range``: how far a block's sparsity may differ from ``sparsity`` under ``"owl"``; under ``"error"``
+      three times as far.
 
     Raises:
         InputError: for a value outside its limits, or settings that exclude each other.
