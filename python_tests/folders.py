@@ -67,11 +67,14 @@ def fork_run(arguments: list, hidden_in_files: bool = False) -> multiprocessing.
     """Starts ``ace-prune`` with these arguments as a process that can be killed. It is forked from a server that has
     imported everything, so it starts at once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["folders", "ace_ext.cli.main", "transformers.models.llama.modeling_llama", "accelerate"]
-    )
+    context.set_forkserver_preload(["ace_ext.cli.main", "transformers.models.llama.modeling_llama", "accelerate"])
     child = context.Process(target=_run_child, args=([str(part) for part in arguments], hidden_in_files))
-    child.start()
+    here = os.getcwd()
+    os.chdir(tempfile.gettempdir())  # the server looks for modules where it was started: not in the source tree
+    try:
+        child.start()
+    finally:
+        os.chdir(here)
     return child
 
 

@@ -5,6 +5,7 @@ from tiny_models import DENSE_FAMILIES, FAMILIES, make_model, make_tokens
 from torch import nn
 
 from ace_ext import InputError
+from ace_ext.models._transformers import eager_experts
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.replay import capture_calls, run_block
 
@@ -36,7 +37,8 @@ def test_replayed_blocks_compute_what_the_model_does(family, padded):
         block.module.register_forward_hook(lambda *a: seen.append(a[2] if torch.is_tensor(a[2]) else a[2][0]))
         for block in blocks
     ]
-    with torch.no_grad():
+    experts = [fused.owner for block in blocks for fused in block.experts]
+    with torch.no_grad(), eager_experts(experts):  # transformers' other implementations add in another order
         model(**batch, use_cache=False)
     for handle in handles:
         handle.remove()
