@@ -30,12 +30,9 @@ RECORDS = {
     "MatrixReport": "a row of the report",
     "PruneReport": "the report",
     "Run": "a line of runs.jsonl",
-    "Row": "a row of a table",
-    "Study": "the grid's arguments",
     "Estimate": "a row of the memory estimate",
     "Plan": "what ace-prune plan prints",
     "ModelShape": "sizes of a model",
-    "PruneConfig": "its fields; the constructor takes five and the rest by name",
 }
 """Dataclasses that hold data and do nothing with it; they may have more fields."""
 
@@ -141,14 +138,15 @@ def test_classes_take_few_arguments():
                 assert constructor_arguments(node) <= MAX_ARGUMENTS, f"{name}.{node.name}"
 
 
-def test_records_are_still_there():
-    names = {
-        node.name
+def test_only_records_are_excepted():
+    """Each exception is still needed."""
+    counted = {
+        node.name: constructor_arguments(node)
         for path in modules().values()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.ClassDef)
     }
-    assert set(RECORDS) <= names
+    assert not {name: counted.get(name) for name in RECORDS if counted.get(name, 0) <= MAX_ARGUMENTS}
 
 
 def test_the_public_names():
