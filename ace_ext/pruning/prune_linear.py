@@ -5,7 +5,6 @@ from torch import Tensor
 
 from ace_ext.errors import InputError
 from ace_ext.pruning.config import PruneConfig
-from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.masks import keep_budget, keep_of_group, metric_mask, prune_weight_, scored_weight
 from ace_ext.pruning.solvers import Problem, Solved
 from ace_ext.pruning.statistics import LinearStatistics
@@ -52,7 +51,7 @@ def prune_linear_(
     weight.copy_(solved.weight)
     damping, attempts = solved.damping, solved.attempts
     del solved
-    return Solution(name, damping, attempts, loss_before, _loss(stats.gram, dense, weight))
+    return Solution(name, damping, attempts, loss_before, stats.gram.relative_loss(dense, weight.float()))
 
 
 def _solve(problem: Problem, config: PruneConfig) -> Solved:
@@ -66,10 +65,6 @@ def _solve(problem: Problem, config: PruneConfig) -> Solved:
         return solver.weight_solver.solve(problem, solver.options_for(solver.weight_solver))
     assert problem.mask is not None
     return Solved(problem.dense.masked_fill(~problem.mask, 0.0))
-
-
-def _loss(gram: GramState, dense: Tensor, weight: Tensor) -> float:
-    return gram.relative_loss(dense, weight.float())
 
 
 def working_bytes(config: PruneConfig, rows: int, cols: int) -> int:

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from ace_ext.errors import InputError
 from ace_ext.pruning.groups import ComparisonGroup
@@ -46,7 +46,7 @@ class SolverConfig:
         if unknown:
             raise InputError(f"solver options must be among {', '.join(known)} (got {', '.join(unknown)})")
         for solver in SOLVERS.values():
-            self._make_options(solver)  # checks the values, also of solvers that are not used
+            self.options_for(solver)  # checks the values, also of solvers that are not used
         for name, value in self.options.items():
             users = _users_of(name)
             if value is not None and len(users) > 1 and not any(s in self.chosen for s in users):
@@ -75,10 +75,6 @@ class SolverConfig:
                 raise InputError(f"update must be {' or '.join(kind)}, with or without tune (got {self.update!r})")
         parts.sort(key=lambda part: part in block)  # blocks are trained last
         object.__setattr__(self, "update", "+".join(parts) or None)
-
-    def _make_options(self, solver: Solver) -> Options:
-        own = {setting.name for setting in solver.options.settings()}
-        return solver.options(**{n: v for n, v in self.options.items() if n in own and v is not None})
 
     def _chosen(self, kind: type[Chosen]) -> Chosen | None:
         names = [self.refine, *(self.update or "").split("+")]
@@ -117,7 +113,8 @@ class SolverConfig:
 
     def options_for(self, solver: Solver) -> Options:
         """The solver's options, with the given values in place of its defaults."""
-        return self._make_options(solver)
+        own = {setting.name for setting in solver.options.settings()}
+        return solver.options(**{n: v for n, v in self.options.items() if n in own and v is not None})
 
     def check_group(self, group: ComparisonGroup) -> None:
         """Raises :class:`InputError` if a solver does not support this comparison group."""
@@ -188,8 +185,3 @@ def take_solver_settings(settings: dict[str, Any]) -> dict[str, Any]:
     taken: dict[str, Any] = {name: settings.pop(name) for name in list(settings) if name in solver_names()}
     options = {name: settings.pop(name) for name in list(settings) if name in solver_settings()}
     return {**taken, **({"options": options} if options else {})}
-
-
-def solver_options(config: SolverConfig) -> dict[str, object]:
-    """The options that were given, without those that are None."""
-    return {name: value for name, value in cast(dict[str, object], config.options).items() if value is not None}

@@ -9,7 +9,16 @@ from torch import Tensor
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.groups import ComparisonGroup, PatternGroup
 from ace_ext.pruning.pattern import SparsityPattern
-from ace_ext.pruning.settings import Options
+from ace_ext.pruning.settings import Limits, Options, option
+
+
+def damping_option(default: float) -> Any:
+    """The option ``damping``, which every solver that factorises the Gram matrix has with its own default."""
+    return option(
+        default,
+        "share of the Gram matrix's mean diagonal added to its diagonal",
+        Limits(at_least=0, words="a share of the mean diagonal, 0 or more"),
+    )
 
 
 @dataclass

@@ -12,18 +12,14 @@ from torch import Tensor
 from ace_ext import ops
 from ace_ext.pruning.gram import RHO, AdmmFactor
 from ace_ext.pruning.settings import Limits, Options, option
-from ace_ext.pruning.solvers._problem import Problem, Solved, WeightSolver
+from ace_ext.pruning.solvers._problem import Problem, Solved, WeightSolver, damping_option
 
 
 @dataclass(frozen=True)
 class AdmmOptions(Options):
     """Options of ``update="admm"``."""
 
-    damping: float = option(
-        0.1,
-        "share of the Gram matrix's mean diagonal added to its diagonal",
-        Limits(at_least=0, words="a share of the mean diagonal, 0 or more"),
-    )
+    damping: float = damping_option(0.1)
     iterations: int = option(
         20, "iterations; the mask is tightened in the first half and fixed in the second", Limits(at_least=1)
     )

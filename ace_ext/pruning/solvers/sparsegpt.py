@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ace_ext import ops
-from ace_ext.pruning.settings import Limits, Options, option
-from ace_ext.pruning.solvers._problem import Problem, Solved, WeightSolver
+from ace_ext.pruning.settings import Options
+from ace_ext.pruning.solvers._problem import Problem, Solved, WeightSolver, damping_option
 
 OBS_BLOCK = 128
 """Columns that the update processes at a time, as in SparseGPT."""
@@ -21,11 +21,7 @@ OBS_BLOCK = 128
 class ObsOptions(Options):
     """Options of ``update="obs"``."""
 
-    damping: float = option(
-        0.01,
-        "share of the Gram matrix's mean diagonal added to its diagonal",
-        Limits(at_least=0, words="a share of the mean diagonal, 0 or more"),
-    )
+    damping: float = damping_option(0.01)
 
 
 def solve(problem: Problem, options: ObsOptions) -> Solved:
