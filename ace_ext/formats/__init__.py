@@ -5,9 +5,7 @@ To add a format, add a file: ``ace-prune run --format`` and the documentation re
 and what lies below it.
 """
 
-import pkgutil
-from importlib import import_module
-
+from ace_ext._registry import add, discover
 from ace_ext.errors import InputError
 from ace_ext.formats._format import DenseModel, OutputFormat, OutputWriter
 
@@ -24,9 +22,7 @@ def register(output_format: OutputFormat) -> None:
     Raises:
         ValueError: the name is taken.
     """
-    if output_format.name in FORMATS:
-        raise ValueError(f"format {output_format.name!r} is registered already; choose another name")
-    FORMATS[output_format.name] = output_format
+    add(FORMATS, output_format, "format")
 
 
 def format_named(name: str) -> OutputFormat:
@@ -40,8 +36,7 @@ def format_named(name: str) -> OutputFormat:
     return FORMATS[name]
 
 
-for _module in pkgutil.iter_modules(__path__):
-    if not _module.name.startswith("_"):
-        register(import_module(f"{__name__}.{_module.name}").FORMAT)
+for _format in discover(__name__, __path__, "FORMAT"):
+    register(_format)
 
 __all__ = ["DEFAULT_FORMAT", "FORMATS", "DenseModel", "OutputFormat", "OutputWriter", "format_named", "register"]

@@ -7,10 +7,9 @@ row i and ``G`` the Gram matrix of the inputs. All keep exactly as many weights 
 +0.0.
 """
 
-import pkgutil
-from importlib import import_module
 from typing import TypeVar
 
+from ace_ext._registry import add, discover
 from ace_ext.pruning.solvers._problem import (
     BlockSizes,
     BlockSolver,
@@ -33,9 +32,7 @@ def register(solver: Solver) -> None:
     Raises:
         ValueError: the name is taken.
     """
-    if solver.name in SOLVERS:
-        raise ValueError(f"solver {solver.name!r} is registered already; choose another name")
-    SOLVERS[solver.name] = solver
+    add(SOLVERS, solver, "solver")
 
 
 def solvers_of(kind: type[Kind]) -> dict[str, Kind]:
@@ -43,9 +40,8 @@ def solvers_of(kind: type[Kind]) -> dict[str, Kind]:
     return {name: solver for name, solver in SOLVERS.items() if isinstance(solver, kind)}
 
 
-for _module in pkgutil.iter_modules(__path__):
-    if not _module.name.startswith("_"):
-        register(import_module(f"{__name__}.{_module.name}").SOLVER)
+for _solver in discover(__name__, __path__, "SOLVER"):
+    register(_solver)
 
 __all__ = [
     "SOLVERS",
