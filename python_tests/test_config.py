@@ -51,7 +51,12 @@ def test_group_model_walks_dense_blocks():
         ({"refine": "greedy"}, r"refine must be one of None, swaps \(got 'greedy'\)"),
         ({"update": "gptq"}, r"update must be one of None, admm, obs, tune \(got 'gptq'\)"),
         ({"update": "obs", "gram": "cos"}, r"gram must be one of plain, cosine"),
-        ({"gram": "cosine"}, r"gram cosine weights the errors of refine or update"),
+        ({"gram": "cosine"}, r"gram cosine is how refine or update measure errors"),
+        ({"gram": "sketch"}, r"gram sketch is how refine or update measure errors"),
+        (
+            {"gram": "sketch", "refine": "swaps"},
+            r"gram sketch serves admm, not solvers of a whole one \(got swaps\)",
+        ),
         ({"update": "admm", "damping": -0.1}, r"damping must be .* 0 or more \(got -0.1\)"),
         ({"update": "admm", "damping": float("inf")}, r"damping must be .* \(got inf\)"),
         ({"damping": 0.1}, r"damping needs update admm or obs"),

@@ -43,6 +43,14 @@ class AdmmFactor:
     damping: float
     attempts: int
 
+    def times_hessian(self, weight: Tensor) -> Tensor:
+        """``weight H`` for ``[rows, d]``."""
+        return weight @ self.hessian
+
+    def solve_(self, right: Tensor, out: Tensor) -> None:
+        """``out = right (H + RHO)⁻¹`` for ``[rows, d]``; ``out`` is not ``right``."""
+        torch.mm(right, self.inverse, out=out)
+
 
 class GramState:
     """The Gram matrix of the tokens seen so far, ``matrix [d, d]`` float32 (a sum, not a mean), and their number.
@@ -79,6 +87,10 @@ class GramState:
         self.matrix += other.matrix.to(self.matrix.device)
         self.tokens += other.tokens
         self._forget_factors()
+
+    def sums(self) -> list[Tensor]:
+        """The tensors that add up over data-parallel ranks."""
+        return [self.matrix]
 
     def tensors(self) -> dict[str, Tensor]:
         """The state's tensors by name, for a statistics file."""

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 from ace_ext.pruning.criteria import CustomMetric, metric_needs
-from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, WEIGHTED
+from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, SKETCH, WEIGHTED
 from ace_ext.pruning.solver_config import SolverConfig
+
+_KIND_OF_GRAM = {"plain": GRAM, "cosine": COSINE_GRAM, "sketch": SKETCH}
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Needs:
     def of(cls, metric: str | CustomMetric, solver: SolverConfig, allocation: str) -> "Needs":
         """The kinds that these parts of a configuration read."""
         scored = metric_needs(metric)
-        gram = {COSINE_GRAM if solver.gram == "cosine" else GRAM} if solver.matrix_solvers else set()
+        gram = {_KIND_OF_GRAM[solver.gram]} if solver.matrix_solvers else set()
         measure = {"uniform": frozenset(), "error": scored | {WEIGHTED}}.get(allocation, scored)
         return cls(scored | gram, measure)
 

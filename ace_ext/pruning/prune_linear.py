@@ -38,12 +38,13 @@ def prune_linear_(
         return None
     if keep_budget(weight, config, keep_row) == weight.numel():  # nothing is pruned: nothing to compensate for
         return Solution(name, 0.0, 0, 0.0, 0.0)
-    if stats.gram is None:
-        raise ValueError(f"{name} needs the Gram matrix of the inputs (got statistics without)")
+    gram = stats.gram if stats.sketch is None else stats.sketch
+    if gram is None:
+        raise ValueError(f"{name} needs the Gram matrix of the inputs or its sketch (got statistics without)")
     dense = weight.detach().to(torch.float32, copy=True)
     mask = metric_mask(scored, config, keep_row)
-    problem = Problem(dense, stats.gram, config.comparison, keep_of_group(weight, config, keep_row), mask)
-    loss_before = stats.gram.relative_loss(dense, dense.masked_fill(~mask, 0.0))
+    problem = Problem(dense, gram, config.comparison, keep_of_group(weight, config, keep_row), mask)
+    loss_before = gram.relative_loss(dense, dense.masked_fill(~mask, 0.0))
     del mask  # a solver that chooses its own needs the memory
     solved = _solve(problem, config)
     if not torch.isfinite(solved.weight).all():
@@ -51,7 +52,7 @@ def prune_linear_(
     weight.copy_(solved.weight)
     damping, attempts = solved.damping, solved.attempts
     del solved
-    return Solution(name, damping, attempts, loss_before, stats.gram.relative_loss(dense, weight.float()))
+    return Solution(name, damping, attempts, loss_before, gram.relative_loss(dense, weight.float()))
 
 
 def _solve(problem: Problem, config: PruneConfig) -> Solved:
@@ -78,4 +79,8 @@ def working_bytes(config: PruneConfig, rows: int, cols: int) -> int:
     scores = 4 * entries if callable(config.metric) else 0
     if not config.solver.name:
         return entries + scores
-    return 5 * entries + scores + max(solver.working_bytes(rows, cols) for solver in config.solver.matrix_solvers)
+    held = [
+        solver.sketch_working_bytes if config.solver.gram == "sketch" else solver.working_bytes
+        for solver in config.solver.matrix_solvers
+    ]
+    return 5 * entries + scores + max(count(rows, cols) for count in held if count is not None)

@@ -10,7 +10,7 @@ from ace_ext.pruning.groups import ComparisonGroup
 from ace_ext.pruning.settings import Limits, Options, Setting, check_choice, option, settings_of
 from ace_ext.pruning.solvers import SOLVERS, BlockSolver, MaskSolver, Solver, WeightSolver, solvers_of
 
-GRAMS = ("plain", "cosine")
+GRAMS = ("plain", "cosine", "sketch")
 
 Chosen = TypeVar("Chosen", bound=Solver)
 
@@ -25,7 +25,8 @@ class SolverConfig:
             trained), or both, joined by ``+`` as in ``"admm+tune"``. Without ``refine`` a weight solver chooses the
             mask itself.
         gram: how refine and update weight the tokens when they measure errors: all the same (``"plain"``), or by
-            ``1 / ‖A_t‖²``, ``A`` the dense output (``"cosine"``).
+            ``1 / ‖A_t‖²``, ``A`` the dense output (``"cosine"``). ``"sketch"`` is plain, but keeps only a diagonal and
+            a few directions of the Gram matrix (:mod:`ace_ext.pruning.sketch`): less memory, and less work.
         options: values for the options that the solvers declare, by name; see :func:`solver_settings`.
 
     Raises:
@@ -34,7 +35,12 @@ class SolverConfig:
 
     refine: str | None = option(None, "exchange kept and removed weights while the error falls")
     update: str | None = option(None, "how the remaining weights compensate for the removed ones")
-    gram: str = option("plain", "how refine and update weight tokens", Limits(choices=GRAMS))
+    gram: str = option(
+        "plain",
+        "how refine and update measure errors: all tokens alike, weighted by cosine, or by a sketch that needs vectors "
+        "only",
+        Limits(choices=GRAMS),
+    )
     options: Mapping[str, object] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -52,8 +58,18 @@ class SolverConfig:
             if value is not None and len(users) > 1 and not any(s in self.chosen for s in users):
                 named = " or ".join(solver.name for solver in users)
                 raise InputError(f"{name} needs update {named} (got {value} without); leave it out")
-        if self.gram == "cosine" and not self.matrix_solvers:
-            raise InputError("gram cosine weights the errors of refine or update (got neither); set one of them")
+        if self.gram != "plain" and not self.matrix_solvers:
+            raise InputError(
+                f"gram {self.gram} is how refine or update measure errors (got neither); set one of them, or gram plain"
+            )
+        self._check_sketch()
+
+    def _check_sketch(self) -> None:
+        if self.gram == "sketch" and any(solver.sketch_working_bytes is None for solver in self.matrix_solvers):
+            able = [name for name, solver in SOLVERS.items() if getattr(solver, "sketch_working_bytes", None)]
+            raise InputError(
+                f"gram sketch serves {', '.join(able)}, not solvers of a whole one (got {self.name}); use gram plain"
+            )
 
     def _normalise_update(self) -> None:
         """Brings ``update`` to its standard form. ``tune_epochs`` without ``tune`` is accepted with a warning: it asked

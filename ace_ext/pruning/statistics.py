@@ -17,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from ace_ext import ops
 from ace_ext.models.experts import ExpertLinear, filled_linear
 from ace_ext.pruning.gram import GramState
-from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, MOMENT, WEIGHTED
+from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, MOMENT, SKETCH, WEIGHTED
+from ace_ext.pruning.sketch import SketchState
 
 
 class MomentState:
@@ -92,14 +93,17 @@ class LinearStatistics:
     tokens: int = 0
     sampled: list[Tensor] = field(default_factory=list)
     """Sample rows: a few inputs of each batch, on which the report measures the change of the output."""
+    sketch: SketchState | None = None
+    """The kind ``SKETCH``: takes the place of the Gram matrix."""
 
-    def parts(self) -> dict[str, MomentState | GramState | Tensor | list[Tensor]]:
+    def parts(self) -> dict[str, MomentState | GramState | SketchState | Tensor | list[Tensor]]:
         """What was collected, by kind, with the sample rows. Linears with the same input hold the same objects."""
-        kinds: dict[str, MomentState | GramState | Tensor | list[Tensor] | None] = {
+        kinds: dict[str, MomentState | GramState | SketchState | Tensor | list[Tensor] | None] = {
             "input": self.input,
             "weighted": self.weighted,
             "moment": self.moment,
             "gram": self.gram,
+            "sketch": self.sketch,
         }
         kinds["probe"] = self.sampled  # their name in statistics files
         return {kind: value for kind, value in kinds.items() if value is not None}
@@ -136,6 +140,7 @@ class _Shared:
 
     input: MomentState | None = None
     gram: GramState | None = None
+    sketch: SketchState | None = None
     sampled: list[Tensor] = field(default_factory=list)
 
 
@@ -205,6 +210,8 @@ class StatisticsCollector:
                 _collected(stats.input).update(rows)
             if GRAM in self.needs:
                 _collected(stats.gram).update(rows)
+            if SKETCH in self.needs:
+                _collected(stats.sketch).update(rows)
         if self.wants_output:
             bias: Tensor | None = self.linears[name].bias
             dense = self._tokens(_collected(output) if bias is None else _collected(output) - bias)
@@ -245,6 +252,7 @@ class StatisticsCollector:
             self._shared = _Shared()  # frees the last input's, unless a Linear's statistics still hold it
             self._shared.input = MomentState(columns, device) if INPUT in self.needs else None
             self._shared.gram = GramState(columns, device) if GRAM in self.needs else None
+            self._shared.sketch = SketchState(columns, device) if SKETCH in self.needs else None
         shared = self.stats.get(leader, self._shared)
         return LinearStatistics(
             shared.input,
@@ -252,6 +260,7 @@ class StatisticsCollector:
             torch.zeros(rows, columns, device=device) if MOMENT in self.needs else None,
             GramState(columns, device) if COSINE_GRAM in self.needs else shared.gram,
             sampled=shared.sampled,
+            sketch=shared.sketch,
         )
 
     def _tokens(self, x: Tensor) -> Tensor:

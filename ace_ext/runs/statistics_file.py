@@ -22,6 +22,7 @@ from ace_ext.errors import InputError
 from ace_ext.fingerprint import differences
 from ace_ext.models.safetensors_files import flush
 from ace_ext.pruning.gram import GramState
+from ace_ext.pruning.sketch import SketchState
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
 
 FORMAT = 1
@@ -166,6 +167,7 @@ def _unflatten(tensors: dict[str, Tensor], linears: dict[str, dict[str, Any]]) -
             weighted=value(entry.get("weighted")),
             moment=value(entry.get("moment")),
             gram=value(entry.get("gram")),
+            sketch=value(entry.get("sketch")),
             tokens=entry["tokens"],
             sampled=value(entry["probe"]),
         )
@@ -173,7 +175,7 @@ def _unflatten(tensors: dict[str, Tensor], linears: dict[str, dict[str, Any]]) -
     }
 
 
-def _leaves(value: MomentState | GramState | Tensor | list[Tensor]) -> dict[str, Tensor]:
+def _leaves(value: MomentState | GramState | SketchState | Tensor | list[Tensor]) -> dict[str, Tensor]:
     if isinstance(value, list):
         return {"rows": torch.cat(value)}
     return {"matrix": value} if isinstance(value, Tensor) else value.tensors()
@@ -187,8 +189,9 @@ def _grow(kind: str, leaves: dict[str, Tensor]) -> Any:
     return _STATES[kind].of_tensors(leaves)
 
 
-_STATES: dict[str, type[MomentState] | type[GramState]] = {
+_STATES: dict[str, type[MomentState] | type[GramState] | type[SketchState]] = {
     "input": MomentState,
     "weighted": MomentState,
     "gram": GramState,
+    "sketch": SketchState,
 }

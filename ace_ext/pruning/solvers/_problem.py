@@ -10,6 +10,7 @@ from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.groups import ComparisonGroup, PatternGroup
 from ace_ext.pruning.pattern import SparsityPattern
 from ace_ext.pruning.settings import Limits, Options, option
+from ace_ext.pruning.sketch import SketchState
 
 
 def damping_option(default: float) -> Any:
@@ -26,11 +27,17 @@ class Problem:
     """One matrix to solve. A solver may write to ``mask`` if it is given, and to nothing else."""
 
     dense: Tensor  # [rows, cols] float32: the dense weight
-    gram: GramState  # of the inputs, [cols, cols]
+    gram: GramState | SketchState  # of the inputs, [cols, cols]; a sketch only for solvers that take one
     group: ComparisonGroup
     keep: int
     """How many weights of one group are kept."""
     mask: Tensor | None = None  # [rows, cols] bool: what is kept; None: the solver chooses
+
+    @property
+    def whole_gram(self) -> GramState:
+        """The Gram matrix, for solvers that a sketch does not serve."""
+        assert isinstance(self.gram, GramState)  # SolverConfig refuses a sketch for such solvers
+        return self.gram
 
     @property
     def pattern(self) -> SparsityPattern | None:
@@ -85,6 +92,8 @@ class MaskSolver(Solver):
     """``refine_(problem, options)`` writes to ``problem.mask``."""
     working_bytes: Callable[[int, int], int]
     """``working_bytes(rows, cols)``: bytes besides the weight, its float32 copy, the mask and the statistics."""
+    sketch_working_bytes: Callable[[int, int], int] | None = None
+    """The same where a sketch takes the place of the Gram matrix; None for a solver that cannot use one."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,8 @@ class WeightSolver(Solver):
     """``solve(problem, options)``."""
     working_bytes: Callable[[int, int], int]
     """``working_bytes(rows, cols)``: bytes besides the weight, its float32 copy, the mask and the statistics."""
+    sketch_working_bytes: Callable[[int, int], int] | None = None
+    """The same where a sketch takes the place of the Gram matrix; None for a solver that cannot use one."""
 
 
 @dataclass(frozen=True)
