@@ -104,8 +104,10 @@ def estimate(
     if offload:
         phases.append(replace(run.entering(), process=process, model=max(shape.blocks) + outside))
     if measures_bos:
+        forward, judging = run.measuring()
         largest = max(*shape.blocks, shape.embedding, shape.head)
-        phases.append(replace(run.measuring(), process=process, model=largest if offload else resident))
+        phases.append(replace(forward, process=process, model=largest if offload else resident))
+        phases.append(replace(judging, process=process, model=0 if offload else resident))
     return max(phases, key=lambda phase: phase.total)
 
 
@@ -194,13 +196,17 @@ class _Run:
         forward = self.shape.forward_bytes(self.batch, self.seqlen, self.config.needs.prune)
         return Estimate(hidden=max(0, self.kept - forward), forward=forward, phase="enter")
 
-    def measuring(self) -> Estimate:
-        """The forward pass that decides about the BOS token: logits of all its tokens, and of one window twice in
-        float32."""
+    def measuring(self) -> tuple[Estimate, Estimate]:
+        """Deciding about the BOS token: the forward pass up to the logits of all its tokens, and then the loss of one
+        window, which holds its logits twice in float32."""
         seqlen = WINDOW_TOKENS + 1
         tokens = 2 * WINDOWS * seqlen
-        logits = self.shape.vocabulary * (tokens * self.shape.itemsize + seqlen * 8)
-        return Estimate(forward=self.shape.forward_bytes(tokens, seqlen, frozenset()), transient=logits, phase="bos")
+        logits = self.shape.vocabulary * tokens * self.shape.itemsize
+        forward = self.shape.forward_bytes(tokens, seqlen, frozenset())
+        return (
+            Estimate(forward=forward, transient=logits, phase="bos"),
+            Estimate(transient=logits + self.shape.vocabulary * seqlen * 8, phase="bos"),
+        )
 
     def pruning(self) -> list[Estimate]:
         """Collecting statistics, and pruning a matrix; the latter happens during the forward if all tokens are one
