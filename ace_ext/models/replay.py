@@ -5,7 +5,7 @@ known.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -69,12 +69,18 @@ def _wrapper_like(output: Any) -> Callable[[Tensor], object]:
     return lambda hidden: (hidden, *tail)
 
 
-def _restore_forward(module: nn.Module, own: Callable[..., Any] | None) -> None:
-    """Undoes a replaced forward. ``own``: the one that the instance had before; None: the class's is used again."""
-    if own is None:
-        del module.forward
-    else:
-        module.forward = own
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """While it lasts, calling the module calls ``forward``; its hooks run as before."""
+    own = module.__dict__.get("forward")  # None: the class's
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 def take_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Arguments]:
@@ -111,9 +117,7 @@ def capture_calls(model: nn.Module, blocks: list[Block], batches: Iterable[dict[
     recorder = _Recorder(blocks)
     with ExitStack() as restore:
         for index, block in enumerate(blocks):
-            original = block.module.forward
-            restore.callback(_restore_forward, block.module, block.module.__dict__.get("forward"))
-            block.module.forward = recorder.forward_of(index, original)
+            restore.enter_context(replaced_forward(block.module, recorder.forward_of(index, block.module.forward)))
         for batch in batches:
             recorder.others = []
             try:

@@ -46,7 +46,7 @@ class Workspace:
         self, output: Path, fingerprint: dict[str, Any], resume: bool = False, writes: bool = True, rank: int = 0
     ) -> None:
         self.output, self.fingerprint, self.writes, self.rank = output, fingerprint, writes, rank
-        self.folder = output.parent / f".{output.name}.unfinished"
+        self.folder = _folder_of(output)
         self.model = self.folder / "model"
         self.finished = 0
         self.blocks: list[BlockReport] = []
@@ -195,6 +195,19 @@ class Workspace:
             self._lock = None
 
 
+def _folder_of(output: Path) -> Path:
+    return output.parent / f".{output.name}.unfinished"
+
+
+def recorded_fingerprint(output: Path) -> dict[str, Any]:
+    """The fingerprint of an unfinished run; empty without one, and where its state is damaged (to resume it is then
+    refused by :class:`Workspace`)."""
+    try:
+        return dict(json.loads((_folder_of(output) / "state.json").read_text(encoding="utf-8"))["fingerprint"])
+    except (OSError, KeyError, TypeError, ValueError):
+        return {}
+
+
 def recover(output: Path) -> None:
     """Completes or undoes the move of a run that was killed during :meth:`Workspace.finish`, so that the output is the
     older folder or the new one, and never missing.
@@ -202,7 +215,7 @@ def recover(output: Path) -> None:
     Raises:
         InputError: another run holds the folder, or both an older and a newer output exist: the user must choose.
     """
-    folder = output.parent / f".{output.name}.unfinished"
+    folder = _folder_of(output)
     old, model = folder / "old", folder / "model"
     in_place = (folder / "state.json").is_file() and output.is_dir() and not model.is_dir()
     if not old.is_dir() and not in_place:
