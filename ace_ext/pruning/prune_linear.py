@@ -38,7 +38,7 @@ def prune_linear_(
         return None
     if keep_budget(weight, config, keep_row) == weight.numel():  # nothing is pruned: nothing to compensate for
         return Solution(name, 0.0, 0, 0.0, 0.0)
-    gram = stats.gram if stats.sketch is None else stats.sketch
+    gram = stats.gram
     if gram is None:
         raise ValueError(f"{name} needs the Gram matrix of the inputs or its sketch (got statistics without)")
     dense = weight.detach().to(torch.float32, copy=True)

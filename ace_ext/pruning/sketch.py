@@ -23,28 +23,38 @@ _SHIFT = 1e-6  # of the product's norm: far above its float32 rounding, far belo
 
 
 @dataclass(frozen=True)
-class SketchFactor:
-    """For ADMM, on columns divided by ``norm``: ``H = diag(diagonal) + Fᵀ F``, with damping, and
-    ``(H + RHO)⁻¹ = diag(1 / shifted) - Bᵀ B`` (Woodbury)."""
+class LowRank:
+    """``diag(diagonal) + sign · Fᵀ F``, ``F`` the directions."""
 
-    norm: Tensor  # [d] float32: sqrt(g_j), 1 for a dead column
-    dead: Tensor  # [d] bool
     diagonal: Tensor  # [d] float32
     directions: Tensor  # F [p, d] float32
-    inverse_shifted: Tensor  # [d] float32
-    inverse_directions: Tensor  # B [p, d] float32
+    sign: int = 1
+
+    def times(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """Its product with ``rows [n, d]`` from the left; ``out`` is not ``rows``."""
+        product = torch.mul(rows, self.diagonal, out=out)
+        return product.addmm_(rows @ self.directions.T, self.directions, alpha=self.sign)
+
+
+@dataclass(frozen=True)
+class SketchFactor:
+    """For ADMM, on columns divided by ``norm``: H is the sketched Gram matrix with damping, its diagonal about 1."""
+
+    norm: Tensor  # [d] float32: sqrt(g_j), 1 for a dead column
+    hessian: LowRank  # H
+    inverse: LowRank  # (H + RHO)⁻¹
     inverse_diagonal: Tensor  # [d] float32: the diagonal of H⁻¹
+    dead: Tensor  # [d] bool
     damping: float
     attempts: int = 1
 
     def times_hessian(self, weight: Tensor) -> Tensor:
         """``weight H`` for ``[rows, d]``."""
-        return (weight * self.diagonal).addmm_(weight @ self.directions.T, self.directions)
+        return self.hessian.times(weight)
 
     def solve_(self, right: Tensor, out: Tensor) -> None:
         """``out = right (H + RHO)⁻¹`` for ``[rows, d]``; ``out`` is not ``right``."""
-        torch.mul(right, self.inverse_shifted, out=out)
-        out.addmm_(right @ self.inverse_directions.T, self.inverse_directions, alpha=-1)
+        self.inverse.times(right, out)
 
 
 class SketchState:
@@ -64,11 +74,14 @@ class SketchState:
         self._factors: tuple[Tensor, Tensor] | None = None
         self._admm: dict[float, SketchFactor] = {}
 
-    def update(self, x: Tensor) -> None:
-        """Adds tokens ``x [T, d]``."""
+    def update(self, x: Tensor, token_weight: Tensor | None = None) -> None:
+        """Adds tokens ``x [T, d]`` with the weights ``token_weight [T]`` float32, not negative; None: 1 for each."""
         random = _directions(x.shape[1], x.device)
-        for rows in torch.split(x, self.CHUNK_TOKENS):
-            rows = rows.float()
+        for start in range(0, len(x), self.CHUNK_TOKENS):
+            part = slice(start, start + self.CHUNK_TOKENS)
+            rows = x[part].float()
+            if token_weight is not None:
+                rows = rows * token_weight[part].sqrt()[:, None]
             self.product.addmm_(rows.T, rows @ random)
             self.squares += rows.square().sum(0)
         self.tokens += len(x)
@@ -157,10 +170,9 @@ class SketchState:
         damped = (diagonal / norm.square()).masked_fill(dead, 1.0) + damping
         inverse_diagonal = 1 / damped - _woodbury(damped, directions).square().sum(0)
         shifted = damped + RHO
-        inverse = _woodbury(shifted, directions)
-        vectors = (norm, damped, directions, 1 / shifted, inverse, inverse_diagonal)
-        n, h, f, s, b, i = (part.float() for part in vectors)
-        return SketchFactor(n, dead, h, f, s, b, i, damping)
+        inverse = LowRank((1 / shifted).float(), _woodbury(shifted, directions).float(), -1)
+        hessian = LowRank(damped.float(), directions.float())
+        return SketchFactor(norm.float(), hessian, inverse, inverse_diagonal.float(), dead, damping)
 
     def _forget_factors(self) -> None:
         self._factors = None

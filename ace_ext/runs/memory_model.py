@@ -148,8 +148,7 @@ def _statistics_bytes(linear: nn.Linear, needs: frozenset[str], tokens: int) -> 
     rows, cols = linear.weight.shape
     moment = 4 * rows * cols if MOMENT in needs else 0
     gram = 4 * cols * cols if needs & GRAMS else 0
-    # product, directions and factors in float32, and three copies in float64 while these are made
-    sketch = 48 * cols * DIRECTIONS if SKETCH in needs else 0
+    sketch = 4 * cols * min(cols, DIRECTIONS) + 8 * cols if SKETCH in needs else 0
     samples = min(tokens, StatisticsCollector.SAMPLE_ROWS) * (
         cols * linear.weight.dtype.itemsize + rows * (linear.weight.dtype.itemsize + 8)
     )

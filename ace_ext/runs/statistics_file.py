@@ -167,7 +167,6 @@ def _unflatten(tensors: dict[str, Tensor], linears: dict[str, dict[str, Any]]) -
             weighted=value(entry.get("weighted")),
             moment=value(entry.get("moment")),
             gram=value(entry.get("gram")),
-            sketch=value(entry.get("sketch")),
             tokens=entry["tokens"],
             sampled=value(entry["probe"]),
         )
@@ -186,12 +185,13 @@ def _grow(kind: str, leaves: dict[str, Tensor]) -> Any:
         return [leaves["rows"]]
     if kind == "moment":
         return leaves["matrix"]
+    if kind == "gram" and "product" in leaves:
+        return SketchState.of_tensors(leaves)
     return _STATES[kind].of_tensors(leaves)
 
 
-_STATES: dict[str, type[MomentState] | type[GramState] | type[SketchState]] = {
+_STATES: dict[str, type[MomentState] | type[GramState]] = {
     "input": MomentState,
     "weighted": MomentState,
     "gram": GramState,
-    "sketch": SketchState,
 }

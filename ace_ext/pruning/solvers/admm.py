@@ -12,7 +12,7 @@ from torch import Tensor
 from ace_ext import ops
 from ace_ext.pruning.gram import RHO, AdmmFactor
 from ace_ext.pruning.settings import Limits, Options, option
-from ace_ext.pruning.sketch import SketchFactor
+from ace_ext.pruning.sketch import DIRECTIONS, SketchFactor
 from ace_ext.pruning.solvers._problem import Problem, Solved, WeightSolver, damping_option
 
 
@@ -92,8 +92,10 @@ def working_bytes(rows: int, cols: int) -> int:
 
 
 def sketch_working_bytes(rows: int, cols: int) -> int:
-    """Four buffers of the weight's size, and masks; the factors are counted with the sketch."""
-    return 18 * rows * cols
+    """The larger of two phases: copies of the sketch in float64 while it is factorised; then three factors in float32,
+    four buffers of the weight's size, and a product with the directions."""
+    directions = min(cols, DIRECTIONS)
+    return max(56 * cols * directions, 12 * cols * directions + 18 * rows * cols + 4 * rows * directions)
 
 
 SOLVER = WeightSolver(
