@@ -5,7 +5,7 @@ known.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -28,6 +28,7 @@ class BlockCall:
     others: list[Arguments]
     token_mask: Tensor | None  # [batch * seqlen] bool, None where no token is padding
     tokens: int = 0  # in the batch, without padding
+    wrap: Callable[[Tensor], object] = lambda hidden: hidden  # gives hidden states the form of a block's output
 
 
 class _Captured(Exception):
@@ -52,11 +53,11 @@ class _Recorder:
             if index == 0:
                 self.hidden = hidden
             self.others.append(rest)
-            if index == len(self.blocks) - 1:
-                raise _Captured
             if self.wrap is None:  # what a block returns is only known after one has run
                 with through_linears(self.blocks[index].experts):
                     self.wrap = _wrapper_like(original(*args, **kwargs))
+            if index == len(self.blocks) - 1:
+                raise _Captured
             return self.wrap(hidden)
 
         return forward
@@ -69,12 +70,18 @@ def _wrapper_like(output: Any) -> Callable[[Tensor], object]:
     return lambda hidden: (hidden, *tail)
 
 
-def _restore_forward(module: nn.Module, own: Callable[..., Any] | None) -> None:
-    """Undoes a replaced forward. ``own``: the one that the instance had before; None: the class's is used again."""
-    if own is None:
-        del module.forward
-    else:
-        module.forward = own
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """While it lasts, calling the module calls ``forward``; its hooks run as before."""
+    own = module.__dict__.get("forward")  # None: the class's
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 def take_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Arguments]:
@@ -111,9 +118,7 @@ def capture_calls(model: nn.Module, blocks: list[Block], batches: Iterable[dict[
     recorder = _Recorder(blocks)
     with ExitStack() as restore:
         for index, block in enumerate(blocks):
-            original = block.module.forward
-            restore.callback(_restore_forward, block.module, block.module.__dict__.get("forward"))
-            block.module.forward = recorder.forward_of(index, original)
+            restore.enter_context(replaced_forward(block.module, recorder.forward_of(index, block.module.forward)))
         for batch in batches:
             recorder.others = []
             try:
@@ -125,7 +130,8 @@ def capture_calls(model: nn.Module, blocks: list[Block], batches: Iterable[dict[
                     ) from None
                 token_mask = _token_mask(batch.get("attention_mask"))
                 tokens = batch["input_ids"].numel() if token_mask is None else int(token_mask.sum())
-                yield BlockCall(recorder.hidden, recorder.others, token_mask, tokens)
+                assert recorder.wrap is not None  # set by the first block
+                yield BlockCall(recorder.hidden, recorder.others, token_mask, tokens, recorder.wrap)
             else:
                 raise InputError(f"the model did not call its blocks, {blocks[0].name} and on, up to the last")
 
