@@ -143,6 +143,7 @@ def entrance(model: nn.Module, blocks: list[Block], shards: Shards, device: torc
         for module in loaded:
             for name, parameter in list(module.named_parameters(recurse=False)):
                 _set_parameter(module, name, parameter.detach().to("meta"))
+        tie_weights_(model)  # loading and freeing the embedding separated it from a tied head
 
 
 def _load_own_(module: nn.Module, prefix: str, shards: Shards, device: torch.device | str) -> None:
@@ -170,4 +171,3 @@ def way_out(model: nn.Module, blocks: list[Block], shards: Shards, device: torch
             yield
         finally:
             unload_(head)
-    tie_weights_(model)

@@ -83,7 +83,6 @@ def try_block(
             start = time.perf_counter()
             run_block(block, hidden[0], calls[0].others[0])
             forward_seconds = time.perf_counter() - start
-    model.tie_weights()  # loading and freeing the embedding separated it from a tied head
     (many, longer), (few, shorter) = found
     token_seconds = max(0.0, (longer - shorter) / max(1, many - few))  # with only two tokens, many == few
     fixed = max(0.0, longer - token_seconds * many)
