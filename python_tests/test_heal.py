@@ -319,7 +319,8 @@ def test_where_weights_and_states_are_changes_no_bit(larger, tmp_path, monkeypat
         for states in (True, False):
             division = heal.Division(2, resident, states)
             monkeypatch.setattr(heal.HealDemand, "divide", lambda *_, d=division: (d, heal.Estimate()))
-            _, path = heal_folder(request(larger / "pruned", tmp_path / f"{resident}-{states}", SMALLER))
+            out = tmp_path / f"{resident}-{states}"
+            _, path = heal_folder(request(larger / "pruned", out, SMALLER, tokens=256))
             outputs.append(weights_bytes(path))
     assert all(output == outputs[0] for output in outputs)
 
@@ -355,22 +356,23 @@ def progress(unfinished):
 def test_killed_and_resumed(division, larger, tmp_path):
     """Killed again and again, each time a little after more was done, until it is finished."""
     whole, out = tmp_path / "whole", tmp_path / "out"
-    child = start(command(larger, whole, rate=3e-4), division)
+    options = ("--tokens", 512)  # 8 steps
+    child = start(command(larger, whole, *options, rate=3e-4), division)
     child.join(300)
     assert child.exitcode == 0
     rng = random.Random(0)
     kills, seen = 0, [0]
     while not out.exists():
-        child = start(command(larger, out, "--resume", rate=3e-4), division)
-        aim = seen[-1] + rng.randrange(1, 6)
+        child = start(command(larger, out, *options, "--resume", rate=3e-4), division)
+        aim = seen[-1] + rng.randrange(1, 5)
         while child.is_alive() and progress(tmp_path / ".out.unfinished") < aim and not out.exists():
             time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.1))
+        time.sleep(rng.uniform(0, 0.05))
         child.kill()
         child.join()
         kills += child.exitcode == -signal.SIGKILL
         seen.append(progress(tmp_path / ".out.unfinished"))
-    assert kills >= 3
+    assert kills >= 2
     assert seen[:-1] == sorted(seen[:-1])
     assert weights_bytes(out) == weights_bytes(whole) != weights_bytes(larger / "pruned")
     reports = [read_report(folder).healing for folder in (out, whole)]

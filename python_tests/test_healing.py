@@ -7,13 +7,13 @@ import torch
 from tiny_models import FAMILIES, MIXTURES, make_model, make_tokens
 
 from ace_ext import InputError, PruneConfig, prune_model
-from ace_ext.engine.hidden_states import HiddenStates
 from ace_ext.healing import HealSettings, distill_, loss
 from ace_ext.healing.batches import Batches, windows_needed
 from ace_ext.healing.context import HealContext, windows_of
 from ace_ext.healing.part import schedule
 from ace_ext.healing.trainer import BlockTrainer
 from ace_ext.models.blocks import find_blocks
+from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.replay import capture_calls, run_block
 from ace_ext.models.tail import Tail
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ace_ext.engine.hidden_states import HiddenStates
 from ace_ext.errors import InputError
 from ace_ext.healing.pinned import PinnedBlocks
 from ace_ext.healing.settings import HealSettings
 from ace_ext.models.block_store import BlockSource
+from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.replay import BlockCall, capture_calls, run_block
 
 SHARED = 16

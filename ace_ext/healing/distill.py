@@ -7,7 +7,6 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from ace_ext.engine.hidden_states import HiddenStates
 from ace_ext.errors import InputError
 from ace_ext.healing.batches import Batches, advance, enter, rebatched
 from ace_ext.healing.context import HealContext, windows_of
@@ -18,6 +17,7 @@ from ace_ext.healing.teacher import NAME, teacher_states
 from ace_ext.healing.trainer import BlockTrainer
 from ace_ext.models.block_store import ResidentBlocks
 from ace_ext.models.blocks import Block, find_blocks
+from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.tail import Tail
 from ace_ext.records import Healing
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ace_ext.engine.hidden_states import HiddenStates
 from ace_ext.healing.batches import Batches
 from ace_ext.healing.context import HealContext
 from ace_ext.healing.pinned import PinnedBlocks
 from ace_ext.healing.settings import WARM_UP, HealSettings
 from ace_ext.healing.trainer import BlockTrainer
 from ace_ext.healing.window import Window
+from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.replay import BlockCall
 from ace_ext.models.tail import Tail
 

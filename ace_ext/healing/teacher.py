@@ -2,10 +2,10 @@
 
 from torch import Tensor, nn
 
-from ace_ext.engine.hidden_states import HiddenStates, Layout
 from ace_ext.healing.batches import Placement, advance, enter
 from ace_ext.healing.protocols import Journal, Observer
 from ace_ext.models.block_store import BlockSource
+from ace_ext.models.hidden_states import HiddenStates, Layout
 
 NAME = "teacher"
 """Of the states' files, and of the number of finished blocks in the journal."""

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ace_ext.engine.context import RunContext
-from ace_ext.engine.hidden_states import HiddenStates
 from ace_ext.engine.walk import Walk
 from ace_ext.models.block_store import OffloadedBlocks, ResidentBlocks
 from ace_ext.models.blocks import Block
+from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.replay import BlockCall, capture_calls, run_block
 from ace_ext.models.safetensors_files import Shards
 from ace_ext.pruning.config import PruneConfig

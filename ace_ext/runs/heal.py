@@ -12,7 +12,6 @@ from torch import nn
 
 from ace_ext.data.corpora import SELF
 from ace_ext.data.windows import CalibrationData
-from ace_ext.engine.hidden_states import HiddenStates
 from ace_ext.errors import InputError
 from ace_ext.formats import DEFAULT_FORMAT, format_named
 from ace_ext.healing.batches import Batches, Placement, windows_needed
@@ -23,6 +22,7 @@ from ace_ext.healing.protocols import Observer
 from ace_ext.healing.settings import HealSettings
 from ace_ext.healing.teacher import NAME, earlier_states, teacher_states
 from ace_ext.models.block_store import OffloadedBlocks
+from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.loading import load_model
 from ace_ext.models.safetensors_files import Shards
 from ace_ext.models.versions import versions

@@ -17,11 +17,11 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from ace_ext.engine.hidden_states import HiddenStates, Layout
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import differences
 from ace_ext.formats import OutputWriter
 from ace_ext.models.blocks import Block
+from ace_ext.models.hidden_states import HiddenStates, Layout
 from ace_ext.records import BlockReport, PruneReport
 
 FORMAT = 1
