@@ -49,7 +49,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "stats_file": ("runs.statistics_file",),
     "study": ("compare.grid", "compare.runner"),
     "tables": ("compare.tables",),
-    "texts": ("data.corpora",),
+    "texts": ("data.corpora", "data.gensim_data", "data.local_files"),
     "trial": ("runs.dry_run",),
     "tune": ("pruning.block_tuning",),
     "unpacking": ("models.gguf",),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ace_ext import PruneConfig, prune_model
 from ace_ext.compare.runner import restore
+from ace_ext.data.bos import choose_bos
 from ace_ext.data.perplexity import perplexity
 from ace_ext.data.windows import evaluation_tokens, load_windows
 from ace_ext.engine.devices import pick_device
@@ -84,7 +85,8 @@ def main() -> None:
     device = pick_device(args.device)
     loaded = load_model(args.model, args.dtype, device)
     model = loaded.model
-    tokens = load_windows(args.calibration, loaded.tokenizer, args.nsamples, args.seqlen, 0, model=model).tokens
+    data = load_windows(args.calibration, loaded.tokenizer, args.nsamples, args.seqlen, 0, model=model)
+    tokens, bos = data.tokens, choose_bos("auto", loaded.tokenizer, model).token
     dense = {name: value.detach().clone() for name, value in model.named_parameters()}
 
     def ours(metric: str, **settings) -> Callable[[], None]:
@@ -112,7 +114,7 @@ def main() -> None:
             if repeat:
                 seconds[name].append(time.perf_counter() - start)
             elif text is not None:
-                quality[name] = perplexity(model, text, 512, 24 * 512).perplexity
+                quality[name] = perplexity(model, text, 512, 24 * 512, bos=bos).perplexity
     print(
         f"{next(model.parameters()).dtype}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}: "
         f"{args.nsamples} x {args.seqlen} tokens, sparsity {args.sparsity}, least of {args.repeats}"

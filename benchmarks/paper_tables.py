@@ -128,7 +128,8 @@ def study_of(experiment: Experiment, args: argparse.Namespace) -> Study:
             calibrations=(args.calibration,),
             seeds=tuple(map(int, args.seeds.split(","))),
         ),
-        evaluation=Evaluation((args.text,), args.context or experiment.context, args.eval_windows),
+        # As the published figures were measured: of their windows only the first begins with BOS.
+        evaluation=Evaluation((args.text,), args.context or experiment.context, args.eval_windows, bos="never"),
         dtype=args.dtype,
     )
 

@@ -37,7 +37,7 @@ def main() -> None:
 
     dense = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    data = load_windows(args.text, tokenizer, args.nsamples, args.seqlen, seed=0)
+    data = load_windows(args.text, tokenizer, args.nsamples, args.seqlen, seed=0, model=dense)
 
     for metric in ("wanda", root_wanda):
         report = prune_model(copy.deepcopy(dense), data.tokens, PruneConfig(metric=metric, pattern=args.pattern))

@@ -26,7 +26,7 @@ def main() -> None:
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    data = load_windows(args.text, tokenizer, args.nsamples, args.seqlen, seed=0)
+    data = load_windows(args.text, tokenizer, args.nsamples, args.seqlen, seed=0, model=model)
 
     config = PruneConfig(metric="ace", sparsity=args.sparsity)
     report = prune_model(model, data.tokens, config, callback=lambda block: print(block.name, f"{block.seconds:.2f} s"))

@@ -14,6 +14,7 @@ from tiny_models import make_model, make_tokenizer, make_tokens
 
 from ace_ext import PruneConfig
 from ace_ext.cli import main as cli
+from ace_ext.data.bos import BosChoice
 from ace_ext.data.windows import CalibrationData
 from ace_ext.fingerprint import tokens_sha256
 from ace_ext.runs.model_source import Demand
@@ -30,9 +31,12 @@ class Tokens(Calibration):
     def check(self) -> None:
         pass
 
-    def load(self, tokenizer, model) -> CalibrationData:
+    def choose_bos(self, tokenizer, model, logits=None) -> BosChoice:
+        return BosChoice("never", None, "the tokens are given")
+
+    def load(self, tokenizer, model, bos=None) -> CalibrationData:
         tokens = make_tokens(self.nsamples, self.seqlen, self.seed)
-        return CalibrationData(tokens, self.source, self.seed, tokens_sha256(tokens))
+        return CalibrationData(tokens, self.source, self.seed, tokens_sha256(tokens), bos)
 
 
 def save_dense(folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16, **save) -> Path:

@@ -285,7 +285,7 @@ def file(tmp_path):
 
 
 def test_windows_of_a_source_come_with_what_names_them(tokenizer, file):
-    data = load_windows(file, tokenizer, 3, 8, 5, text_field="body")
+    data = load_windows(file, tokenizer, 3, 8, 5, bos="never", text_field="body")
     documents = ["The quick brown fox", "jumps over the lazy dog"]
     assert torch.equal(data.tokens, token_windows(documents, tokenizer, 3, 8, 5))
     assert (data.source, data.seed, data.sha256) == (file, 5, tokens_sha256(data.tokens))
@@ -328,7 +328,7 @@ def test_evaluation_tokens_are_the_whole_of_a_file(tokenizer, file):
 def test_evaluation_text_of_a_source_is_never_calibrated_on(tokenizer):
     """Every document of the held-out news is in the evaluation text and in no calibration window's text."""
     held_out = tokenizer.decode(evaluation_tokens("news-mini", tokenizer)).split("\n\n")
-    calibration = load_windows("news-mini", tokenizer, 500, 400, 0)
+    calibration = load_windows("news-mini", tokenizer, 500, 400, 0, bos="never")
     windows = [tokenizer.decode(window) for window in calibration.tokens]
     assert len(held_out) == 93
     assert not any(document[:100] in window for document in held_out for window in windows)

@@ -10,7 +10,10 @@ from tiny_models import VOCABULARY, make_model, make_tokens
 from torch.profiler import ProfilerActivity, profile
 
 from ace_ext import PruneConfig, prune_model
+from ace_ext.data.bos import WINDOW_TOKENS, WINDOWS, _perplexity
+from ace_ext.models.block_store import ResidentBlocks
 from ace_ext.models.blocks import find_blocks
+from ace_ext.models.whole_forward import whole_logits
 from ace_ext.pruning import gram
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.prune_linear import prune_linear_, working_bytes
@@ -54,6 +57,7 @@ def test_estimate_counts_what_is_there():
         ({"config": PruneConfig(allocation="owl")}, {"config": PruneConfig(allocation="error")}),
         ({"resident_hidden": False}, {"resident_hidden": True}),
         ({"offload": True}, {"offload": False}),
+        ({"nsamples": 1}, {"nsamples": 1, "measures_bos": True}),
     ],
     ids=lambda value: "",
 )
@@ -82,6 +86,26 @@ def test_offload_holds_the_embedding_only_at_the_entrance():
     assert (entering.phase, entering.model) == ("enter", block + outside)
     pruning = need(model=model, nsamples=4096, offload=True)
     assert (pruning.phase, pruning.model) == ("prune", block)
+
+
+def test_measuring_for_the_bos_token_holds_logits(tmp_path):
+    """A forward pass of the whole model; from the disk, the model is not in memory while losses are computed."""
+    model = make_model("llama", torch.bfloat16)
+    model.resize_token_embeddings(4096)
+    model.config.max_position_embeddings = 256
+    resident, disk = (
+        need(model=model, nsamples=1, seqlen=2, measures_bos=True, offload=part) for part in (False, True)
+    )
+    assert (resident.phase, disk.phase) == ("bos", "bos")
+    assert (resident.model, disk.model) == (sum(p.nbytes for p in model.parameters()), 0)
+    windows = torch.zeros(2 * WINDOWS, WINDOW_TOKENS + 1, dtype=torch.long)
+
+    def measure():
+        logits = whole_logits(model, ResidentBlocks(find_blocks(model)), windows, torch.device("cpu"))
+        _perplexity(logits[:1], windows[:1])
+
+    assert resident.total - resident.model == pytest.approx(peak_of(measure, tmp_path / "trace.json"), rel=0.01)
+    assert resident.total - resident.model == disk.total
 
 
 def test_the_process_is_measured_unless_given():

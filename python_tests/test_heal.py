@@ -23,7 +23,8 @@ from ace_ext.models.safetensors_files import Shards
 from ace_ext.process_memory import parse_bytes
 from ace_ext.records import PruneReport
 from ace_ext.runs import heal, heal_journal
-from ace_ext.runs.heal import HealOptions, HealRequest, heal_folder, recorded_text
+from ace_ext.runs.heal import HealOptions, HealRequest, heal_folder
+from ace_ext.runs.heal_text import recorded_text
 from ace_ext.runs.output import read_report
 from ace_ext.runs.verify import verify
 

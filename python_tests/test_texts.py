@@ -1,7 +1,10 @@
-"""Sources of text: gensim's test data, the hub through a local data set, local files; and their errors."""
+"""Sources of text: gensim's wheel, the hub through a local data set, local files; and their errors."""
 
+import ast
+import collections
 import hashlib
 import importlib.util
+import itertools
 import json
 import re
 import sys
@@ -9,7 +12,7 @@ import zipfile
 
 import pytest
 
-from ace_ext.data import corpora
+from ace_ext.data import corpora, gensim_data
 from ace_ext.data.corpora import load_text
 from ace_ext.errors import InputError
 
@@ -79,7 +82,7 @@ def test_wiki_mini_is_running_text(wiki, split):
     ],
 )
 def test_wiki_markup_is_stripped(page, text):
-    assert corpora._strip_wiki_markup(page) == text
+    assert gensim_data._strip_wiki_markup(page) == text
 
 
 def test_news_mini_parts_are_disjoint_and_fixed(news):
@@ -88,6 +91,36 @@ def test_news_mini_parts_are_disjoint_and_fixed(news):
     assert len(set(calibration) | set(held_out)) == 293  # the file's 300 items hold 7 twice
     assert joined_sha256(calibration) == "5bf4ad0c8882b8c83112f51cdec6a830ec10f208e246089473b7f240ffa7cdd2"
     assert joined_sha256(held_out) == "fc554c7c49cb38adfbfc3ed5fed324cd7ec9f39ac5274300eadaef48cf204e96"
+
+
+@pytest.fixture(scope="module")
+def code():
+    return {split: load_text("code-mini", split) for split in corpora.SPLITS}
+
+
+def test_code_mini_parts_are_whole_disjoint_and_fixed(code):
+    calibration, held_out = code["calibration"], code["held-out"]
+    assert (len(calibration), len(held_out)) == (80, 40)
+    assert len(set(calibration) | set(held_out)) == 120
+    assert joined_sha256(calibration) == "a3e4472da942ca9e8a56628f40c00b4173347aec58caa81d54aeeca0f55c28d6"
+    assert joined_sha256(held_out) == "2b43ba3c8413882dbb5d81447dc67b4003c5cdfc2512640d8744d8dff9136876"
+
+
+def test_code_mini_is_python(code):
+    for split in corpora.SPLITS:
+        for document in code[split]:
+            ast.parse(document)
+
+
+def test_no_file_of_code_mini_repeats_another(code):
+    """Two files share at most half of the longer lines of the shorter one, apart from those of headers and imports,
+    which are in many files."""
+    documents = [*code["calibration"], *code["held-out"]]
+    lines = [{line.strip() for line in document.splitlines() if len(line.strip()) > 25} for document in documents]
+    count = collections.Counter(itertools.chain.from_iterable(lines))
+    own = [{line for line in found if count[line] < 6} for found in lines]
+    for one, other in itertools.combinations([found for found in own if len(found) >= 20], 2):
+        assert len(one & other) <= min(len(one), len(other)) / 2
 
 
 # --- where gensim's data is found -------------------------------------------------------------------------------------
@@ -102,7 +135,7 @@ def no_gensim(monkeypatch):
 
 @pytest.fixture(scope="module")
 def news_bytes():
-    return corpora._gensim_data("news-mini", corpora._NEWS_FILE, None)
+    return gensim_data._read("news-mini", gensim_data._NEWS, corpora.cache_folder())[0]
 
 
 def write_wheel(folder, data, name="gensim-4.4.0-py3-none-any.whl"):
@@ -110,7 +143,7 @@ def write_wheel(folder, data, name="gensim-4.4.0-py3-none-any.whl"):
     folder.mkdir(exist_ok=True)
     info = "gensim-4.4.0.dist-info"
     with zipfile.ZipFile(folder / name, "w") as wheel:
-        wheel.writestr(f"gensim/test/test_data/{corpora._NEWS_FILE}", data)
+        wheel.writestr(f"gensim/test/test_data/{gensim_data._NEWS.title}", data)
         wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: gensim\nVersion: 4.4.0\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
@@ -145,11 +178,11 @@ def test_cache_folder(monkeypatch, tmp_path):
 def test_installed_gensim_is_read_without_importing_it(monkeypatch, tmp_path, news, news_bytes):
     data = tmp_path / "site" / "gensim" / "test" / "test_data"
     data.mkdir(parents=True)
-    (data / corpora._NEWS_FILE).write_bytes(news_bytes)
+    (data / gensim_data._NEWS.title).write_bytes(news_bytes)
     (tmp_path / "site" / "gensim" / "__init__.py").write_text("raise RuntimeError('imported')")
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.delitem(sys.modules, "gensim", raising=False)
-    monkeypatch.setattr(corpora, "_download_gensim", lambda *_: pytest.fail("tried to download"))
+    monkeypatch.setattr(gensim_data, "_download_gensim", lambda *_: pytest.fail("tried to download"))
     assert load_text("news-mini", "calibration", cache_dir=tmp_path / "empty") == news["calibration"]
 
 
@@ -193,6 +226,38 @@ def test_pip_that_finds_nothing_is_reported_in_its_words(tmp_path, no_gensim, in
 def test_fetched_wheel_with_other_content_is_refused(tmp_path, no_gensim, index):
     write_wheel(index, b"another release's news")
     assert "does not hold the expected lee_background.cor; delete it" in refusal("news-mini", cache_dir=tmp_path / "c")
+
+
+def unpack_code(folder, leave_out=""):
+    """Write gensim's Python files below a folder, from the wheel that the cache has by now."""
+    wheels = sorted(corpora.cache_folder().glob("gensim*.whl"))
+    if not wheels:
+        pytest.skip("gensim is installed, so there is no wheel to take its files from")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        names = [name for name in wheel.namelist() if name.endswith(".py") and name != leave_out]
+        wheel.extractall(folder, names)
+
+
+def test_code_of_an_installed_gensim_is_read_without_running_it(monkeypatch, tmp_path, code):
+    unpack_code(tmp_path / "site")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.delitem(sys.modules, "gensim", raising=False)
+    monkeypatch.setattr(gensim_data, "_download_gensim", lambda *_: pytest.fail("tried to download"))
+    assert load_text("code-mini", "held-out", cache_dir=tmp_path / "empty") == code["held-out"]
+    assert "gensim" not in sys.modules
+
+
+@pytest.mark.parametrize("change", ["missing", "changed"])
+def test_other_code_is_refused(tmp_path, no_gensim, index, code, change):
+    name = "gensim/nosy.py"
+    unpack_code(tmp_path / "files", leave_out=name)
+    with zipfile.ZipFile(write_wheel(index, b"news"), "a") as wheel:
+        for file in (tmp_path / "files").rglob("*.py"):
+            wheel.write(file, file.relative_to(tmp_path / "files").as_posix())
+        if change == "changed":
+            wheel.writestr(name, "# another release")
+    message = refusal("code-mini", cache_dir=tmp_path / "cache")
+    assert "does not hold the expected Python files; delete it, or use a local file" in message
 
 
 def test_cache_that_cannot_be_made_is_refused(tmp_path, no_gensim):
@@ -332,7 +397,7 @@ def test_what_is_no_text_file_is_refused(tmp_path, name):
 
 @pytest.mark.parametrize("source", ["wiki", "nowhere/a.txt", "x" * 5000, "self"])
 def test_unknown_source_is_refused_with_the_known_names(source):
-    known = "use wiki-mini, news-mini, wikitext2, c4, self, or a .txt or .jsonl file"
+    known = "use wiki-mini, news-mini, code-mini, wikitext2, c4, self, or a .txt or .jsonl file"
     assert refusal(source) == f"source: {source!r} is neither a file nor a known name; {known}"
     assert "c4, or a .txt" in refusal(source, "held-out")  # text the model wrote is no measure of it
 

@@ -2,8 +2,11 @@
 
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import nn
+from torch.nn import functional
+
+from ace_ext.data import bos
 
 VOCABULARY = 64
 
@@ -98,3 +101,42 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+
+
+# For the BOS token: a tokenizer of the words on which models are measured, and a model that needs the token
+
+
+def make_english_tokenizer(adds_bos: bool = False, has_bos: bool = True) -> transformers.PreTrainedTokenizerFast:
+    """``adds_bos``: it begins each text with ``<s>``, as Llama's and Gemma's do."""
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    tokenizer.train_from_iterator([bos._TEXT], trainers.WordLevelTrainer(special_tokens=special))
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"} | (
+        {"bos_token": "<s>"} if has_bos else {}
+    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def make_english_model(needs_bos: bool) -> nn.Module:
+    """A Llama for :func:`make_english_tokenizer`, bfloat16. One that needs the BOS token is trained for a moment to
+    predict text after it, and random tokens where it is missing."""
+    tokenizer = make_english_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(**{**_SMALL, "vocab_size": len(tokenizer), "max_position_embeddings": 256})
+        model = transformers.LlamaForCausalLM(config)
+        ids = torch.tensor(tokenizer(bos._TEXT).input_ids)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for _ in range(40 if needs_bos else 0):
+            windows = ids.unfold(0, 32, 1)[torch.randint(0, len(ids) - 31, (8,))]
+            begun, plain = model(bos.begin_with(1, windows)).logits[:, :-1], model(windows).logits[:, :-1]
+            noise = torch.randint(4, len(tokenizer), windows[:, 1:].shape)
+            loss = functional.cross_entropy(begun.flatten(0, 1), windows.flatten())
+            loss += functional.cross_entropy(plain.flatten(0, 1), noise.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return model.eval().to(torch.bfloat16)

@@ -8,7 +8,7 @@ ace_prune="$(dirname "$python")/ace-prune"
 export ACE_CACHE="$PWD/demo/cache"
 
 echo "fetching SmolLM2-135M (93 MB, once) …"
-model=$("$python" tools/fetch_smollm2.py demo)
+model=$("$python" tools/fetch_models.py demo)
 
 for preset in wanda sparsegpt fast balanced; do
   echo "pruning to 50 % with the preset $preset …"

@@ -9,7 +9,8 @@ from typing import Any, NoReturn, TextIO
 
 import torch
 
-from ace_ext.data.corpora import SOURCES
+from ace_ext.data.bos import AUTO, MODES, NEVER, default_mode
+from ace_ext.data.corpora import SELF, SOURCES
 from ace_ext.engine.devices import pick_device
 from ace_ext.errors import InputError
 from ace_ext.models.loading import WEIGHT_DTYPES
@@ -41,7 +42,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", choices=["auto", *WEIGHT_DTYPES], help="dtype of the weights")
     parser.add_argument("--text-field", default="text", help="the field of a .jsonl line (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no notes on stderr")
 
 
 def add_pruning(parser: argparse.ArgumentParser) -> None:
@@ -133,12 +134,24 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--calibration",
         default="self",
-        help=f"self (the model writes it), {', '.join(SOURCES)}, FILE.txt or FILE.jsonl (default: self)",
+        help=f"self (the model writes it), {', '.join(SOURCES)}, FILE.txt or FILE.jsonl (default: self); text is taken "
+        "as it is, no chat template is applied",
     )
+    add_bos(group, "sample", f"{AUTO}; {NEVER} with the preset of a published method")
     default = Calibration()
     group.add_argument("--nsamples", type=int, default=default.nsamples, help="samples (default: %(default)s)")
     group.add_argument("--seqlen", type=int, default=default.seqlen, help="tokens of a sample (default: %(default)s)")
     group.add_argument("--seed", type=int, default=default.seed, help="seed of the sampling (default: %(default)s)")
+
+
+def add_bos(group: Any, window: str, default: str, flag: str = "--bos") -> None:
+    """Adds whether windows begin with the BOS token. The value is None if the flag is not given."""
+    group.add_argument(
+        flag,
+        choices=MODES,
+        help=f"whether each {window} begins with the BOS token; {AUTO}: if the tokenizer adds it, or if it clearly "
+        f"lowers the dense model's perplexity (default: {default})",
+    )
 
 
 def add_memory(group: Any) -> None:
@@ -183,7 +196,8 @@ def request_from(args: argparse.Namespace, **options: Any) -> RunRequest:
         InputError: a value is not valid.
     """
     budget = None if args.max_memory is None else parse_bytes(args.max_memory)
-    calibration = Calibration(args.calibration, args.nsamples, args.seqlen, args.seed, args.text_field)
+    bos = args.bos or default_mode(args.preset in PUBLISHED, args.calibration == SELF)
+    calibration = Calibration(args.calibration, args.nsamples, args.seqlen, args.seed, args.text_field, bos)
     run_options = RunOptions(offload=args.offload, max_memory=budget, **options)
     return RunRequest(args.model, config_from(args), calibration, run_options, device_of(args), args.dtype)
 
@@ -191,6 +205,12 @@ def request_from(args: argparse.Namespace, **options: Any) -> RunRequest:
 def device_of(args: argparse.Namespace) -> torch.device:
     """The device that ``--device`` names. Raises InputError if it cannot be used."""
     return pick_device(args.device)
+
+
+def note(args: argparse.Namespace, text: object) -> None:
+    """Writes a line about the work to stderr, unless ``--quiet``."""
+    if not args.quiet:
+        print(f"ace-prune: {text}", file=sys.stderr)
 
 
 def shows_progress(args: argparse.Namespace) -> bool:

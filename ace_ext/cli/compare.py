@@ -9,6 +9,7 @@ from ace_ext.compare.grid import EVAL_WINDOWS, Evaluation, Grid, Study
 from ace_ext.compare.method_spec import METHODS, parse_methods, setting_names
 from ace_ext.compare.runner import run_study
 from ace_ext.compare.tables import markdown_table, results_json, text_table
+from ace_ext.data.bos import AUTO, NEVER
 from ace_ext.data.corpora import SELF
 from ace_ext.data.perplexity import SEQLEN
 from ace_ext.errors import InputError
@@ -33,10 +34,12 @@ def add(commands: shared.Subparsers) -> None:
         "--lengths", default="128x128", help="a list of nsamples x seqlen, e.g. 64x128,16x512 (default: %(default)s)"
     )
     parser.add_argument("--calibration", default=SELF, help="a list of texts, see run --help (default: %(default)s)")
+    shared.add_bos(parser, "calibration sample", f"{AUTO}; {NEVER} for published-*")
     parser.add_argument("--seeds", default="0", help="a list, e.g. 0,1,2 (default: %(default)s)")
     parser.add_argument("--texts", default="wiki-mini", help="a list of texts to evaluate on (default: %(default)s)")
     parser.add_argument("--eval-seqlen", type=int, default=SEQLEN, help="tokens of a window (default: %(default)s)")
     parser.add_argument("--eval-windows", type=int, default=EVAL_WINDOWS, help="windows at most (default: %(default)s)")
+    shared.add_bos(parser, "window of an evaluation text", AUTO, "--eval-bos")
     parser.add_argument("--skip", action="append", default=[], metavar="REGEX", help="weights to leave dense")
     parser.add_argument(
         "--batch-tokens",
@@ -76,8 +79,9 @@ def study_from(args: argparse.Namespace) -> Study:
             lengths=tuple(parse_length(text) for text in _split(args.lengths)),
             calibrations=_split(args.calibration),
             seeds=tuple(_whole("seeds", text) for text in _split(args.seeds)),
+            bos=args.bos,
         ),
-        evaluation=Evaluation(_split(args.texts), args.eval_seqlen, args.eval_windows),
+        evaluation=Evaluation(_split(args.texts), args.eval_seqlen, args.eval_windows, args.eval_bos or AUTO),
         skip=tuple(args.skip),
         batch_tokens=args.batch_tokens,
         text_field=args.text_field,
@@ -115,6 +119,7 @@ def compare(args: argparse.Namespace) -> int:
     if output is not None:
         require_matplotlib()
     results = run_study(study, shared.device_of(args), output, shared.shows_progress(args))
+    shared.note(args, results.bos)
     if output is not None:
         write_study_report(results, output)
     if args.json:

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import sys
 from dataclasses import replace
 
 from ace_ext.cli import args as shared
@@ -12,7 +11,8 @@ from ace_ext.healing.settings import HealSettings
 from ace_ext.process_memory import parse_bytes
 from ace_ext.reporting.html import check_report
 from ace_ext.reporting.run_page import write_run_report
-from ace_ext.runs.heal import TOKENS, HealOptions, HealRequest, heal_folder, recorded_text
+from ace_ext.runs.heal import TOKENS, HealOptions, HealRequest, heal_folder
+from ace_ext.runs.heal_text import recorded_text
 from ace_ext.runs.output import read_report
 
 
@@ -68,6 +68,7 @@ def _add_text(group: argparse._ArgumentGroup) -> None:
         metavar="TEXT",
         help=f"self (the dense model writes it), {', '.join(SOURCES)}, FILE.txt or FILE.jsonl",
     )
+    shared.add_bos(group, "window", "as FOLDER was calibrated")
     group.add_argument("--seqlen", type=int, help="tokens of a window")
     group.add_argument("--seed", type=int, help="seed of the choice of windows, and of the order of the steps")
     group.add_argument("--text-field", help="the field of a .jsonl line")
@@ -76,7 +77,7 @@ def _add_text(group: argparse._ArgumentGroup) -> None:
 def request_from(args: argparse.Namespace) -> HealRequest:
     """The request of the parsed arguments. Raises InputError for a value that is not valid."""
     report = read_report(args.folder)
-    names = {"source": "calibration", "seqlen": "seqlen", "seed": "seed", "text_field": "text_field"}
+    names = {"source": "calibration", "seqlen": "seqlen", "seed": "seed", "text_field": "text_field", "bos": "bos"}
     given = {name: getattr(args, flag) for name, flag in names.items() if getattr(args, flag) is not None}
     text = replace(recorded_text(report), **given)
     flags = {setting.name: getattr(args, setting.name, None) for setting in HealSettings.settings()}
@@ -95,12 +96,8 @@ def heal(args: argparse.Namespace) -> int:
     request = request_from(args)
     with contextlib.ExitStack() as opened:
         progress = HealProgress(shared.shows_progress(args), shared.open_log(args.log_json, opened))
-        report, path = heal_folder(request, progress, None if args.quiet else _tell)
+        report, path = heal_folder(request, progress, lambda line: shared.note(args, line))
     if args.report is not None:
         write_run_report(report, args.report)
     print(report.to_json() if args.json else f"{report.table()}\nwritten to {path}")
     return 0
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         format=args.format,
     )
     with contextlib.ExitStack() as opened:
-        progress = Progress(shared.shows_progress(args), shared.open_log(args.log_json, opened))
+        progress = Progress(shared.shows_progress(args), shared.open_log(args.log_json, opened), notes=not args.quiet)
         report, path = prune_folder(
             request.model,
             args.output,

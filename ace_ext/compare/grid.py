@@ -10,6 +10,7 @@ import torch
 
 from ace_ext.compare.journal import Cell
 from ace_ext.compare.method_spec import Method
+from ace_ext.data.bos import AUTO, MODES, default_mode
 from ace_ext.data.corpora import CALIBRATION, HELD_OUT, SELF, SOURCES, load_text
 from ace_ext.data.perplexity import SEQLEN
 from ace_ext.errors import InputError
@@ -25,13 +26,19 @@ def _check_list(name: str, values: tuple[object, ...]) -> None:
         raise InputError(f"{name} must be at least one, each given once (got {', '.join(map(str, values))})")
 
 
+def _check_bos(mode: str) -> None:
+    if mode not in MODES:
+        raise InputError(f"bos must be one of {', '.join(MODES)} (got {mode!r})")
+
+
 @dataclass(frozen=True)
 class Grid:
     """What the runs of a comparison vary. ``amounts`` are shares of zeros like ``"0.5"`` and patterns like ``"2:4"``;
-    ``lengths`` are pairs ``(nsamples, seqlen)``.
+    ``lengths`` are pairs ``(nsamples, seqlen)``. ``bos`` is the same for all runs: whether calibration samples begin
+    with the BOS token; None: :func:`ace_ext.data.bos.default_mode` by the method.
 
     Raises:
-        InputError: an empty list, or a value given twice.
+        InputError: an empty list, a value given twice, or an unknown ``bos``.
     """
 
     methods: tuple[Method, ...]
@@ -39,10 +46,18 @@ class Grid:
     lengths: tuple[tuple[int, int], ...] = ((128, 128),)
     calibrations: tuple[str, ...] = (SELF,)
     seeds: tuple[int, ...] = (0,)
+    bos: str | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            _check_list(field.name, getattr(self, field.name))
+            if field.name != "bos":
+                _check_list(field.name, getattr(self, field.name))
+        if self.bos is not None:
+            _check_bos(self.bos)
+
+    def bos_mode(self, method: Method, source: str) -> str:
+        """The mode for the calibration samples of a method on a source."""
+        return self.bos or default_mode(method.published, source == SELF)
 
     def cells(self) -> Iterator[tuple[Cell, Method]]:
         """The runs of the grid in order; those with the same calibration samples follow one another."""
@@ -53,18 +68,21 @@ class Grid:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The held-out texts on which perplexity is measured: ``windows`` of ``seqlen`` tokens at most of each.
+    """The held-out texts on which perplexity is measured: ``windows`` of ``seqlen`` tokens at most of each. ``bos``:
+    whether they begin with the BOS token, by the dense model; the same for the dense model and all methods.
 
     Raises:
-        InputError: no text, one given twice, or too few windows or tokens.
+        InputError: no text, one given twice, too few windows or tokens, or an unknown ``bos``.
     """
 
     texts: tuple[str, ...] = ("wiki-mini",)
     seqlen: int = SEQLEN
     windows: int = EVAL_WINDOWS
+    bos: str = AUTO
 
     def __post_init__(self) -> None:
         _check_list("texts", self.texts)
+        _check_bos(self.bos)
         if self.seqlen < 2 or self.windows < 1:
             found = f"got {self.windows} windows of {self.seqlen}"
             raise InputError(f"evaluation must have at least 1 window of at least 2 tokens ({found})")
@@ -107,6 +125,8 @@ class Study:
             "texts": {text: source_sha256(text, HELD_OUT, self.text_field) for text in self.evaluation.texts},
             "eval_seqlen": self.evaluation.seqlen,
             "eval_windows": self.evaluation.windows,
+            "eval_bos": self.evaluation.bos,
+            "bos": self.grid.bos,
             "versions": versions(),
         }
 

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ace_ext.data.bos import BosChoice
+from ace_ext.data.corpora import SELF
 from ace_ext.data.perplexity import Perplexity
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import differences
@@ -76,24 +78,39 @@ class Run:
     """Whether the peak is that of this run; otherwise it is that of the process so far."""
     perplexity: dict[str, Perplexity]
     blocks: list[BlockFigures]
+    bos: BosChoice | None = None
+    """How the calibration samples begin; None in a record of an earlier version."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Run":
         """The reverse of ``dataclasses.asdict``."""
         texts = {text: Perplexity(**figures) for text, figures in data["perplexity"].items()}
         blocks = [BlockFigures(**block) for block in data["blocks"]]
-        return cls(**{**data, "cell": Cell(**data["cell"]), "perplexity": texts, "blocks": blocks})
+        parts = {"cell": Cell(**data["cell"]), "perplexity": texts, "blocks": blocks, "bos": _choice(data)}
+        return cls(**{**data, **parts})
+
+
+def _choice(data: Mapping[str, Any]) -> BosChoice | None:
+    found = data.get("bos")
+    return None if found is None else BosChoice(**found)
 
 
 @dataclass
 class Results:
     """A comparison: the settings that all runs share, the dense model's perplexity by text and a hash of its weights,
-    and the runs."""
+    the runs, and how evaluation windows begin (None before the dense model was evaluated)."""
 
     settings: dict[str, Any]
     dense: dict[str, Perplexity] = field(default_factory=dict)
     weights_sha256: str = ""
     runs: list[Run] = field(default_factory=list)
+    bos: BosChoice | None = None
+
+    @property
+    def choices(self) -> list[BosChoice]:
+        """The recorded choices about the BOS token for text that the model did not write."""
+        found = [self.bos, *(run.bos for run in self.runs if run.cell.calibration != SELF)]
+        return [choice for choice in found if choice is not None]
 
     def find(self, cell: Cell) -> Run | None:
         """The run of a cell; None if it is not recorded."""
@@ -125,11 +142,12 @@ class Journal:
             _make_folder(folder)
             self._append({"format": FORMAT, "settings": settings})
 
-    def add_dense(self, dense: dict[str, Perplexity], weights_sha256: str) -> None:
-        """Records the dense model: its perplexity by text, and the hash of its weights."""
+    def add_dense(self, dense: dict[str, Perplexity], weights_sha256: str, bos: BosChoice) -> None:
+        """Records the dense model: its perplexity by text, the hash of its weights, and how evaluation windows
+        begin."""
         figures = {text: asdict(perplexity) for text, perplexity in dense.items()}
-        self._append({"dense": figures, "weights_sha256": weights_sha256})
-        self.results.dense, self.results.weights_sha256 = dense, weights_sha256
+        self._append({"dense": figures, "weights_sha256": weights_sha256, "bos": bos.to_dict()})
+        self.results.dense, self.results.weights_sha256, self.results.bos = dense, weights_sha256, bos
 
     def add(self, run: Run) -> None:
         """Records a finished run."""
@@ -175,7 +193,7 @@ def read_results(path: Path) -> Results:
         for line in lines:
             if "dense" in line:
                 results.dense = {text: Perplexity(**figures) for text, figures in line["dense"].items()}
-                results.weights_sha256 = line["weights_sha256"]
+                results.weights_sha256, results.bos = line["weights_sha256"], _choice(line)
             else:
                 results.runs.append(Run.from_dict(line["run"]))
     except OSError as error:

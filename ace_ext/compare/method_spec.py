@@ -14,11 +14,13 @@ from ace_ext.pruning.criteria import METRICS
 from ace_ext.pruning.presets import PRESETS, PUBLISHED
 from ace_ext.pruning.solvers import SOLVERS
 
+_PUBLISHED = "published-"
+
 METHODS: dict[str, dict[str, Any]] = {
     **{name: {"metric": name} for name in METRICS},
     **{name: {solver.stage: name} for name, solver in SOLVERS.items()},
     **PRESETS,
-    **{f"published-{name}": arguments for name, arguments in PUBLISHED.items()},
+    **{f"{_PUBLISHED}{name}": arguments for name, arguments in PUBLISHED.items()},
 }
 """Keyword arguments of :class:`ace_ext.PruneConfig` by name. A metric's name alone keeps the default order of pruning;
 ``published-wanda`` is the metric ``wanda`` in the order that its authors use."""
@@ -52,6 +54,11 @@ class Method:
         if len(dict(given)) < len(given):
             raise InputError(f"method {text!r} gives a field twice; name each once")
         return cls(text, {**arguments, **dict(given)})
+
+    @property
+    def published(self) -> bool:
+        """Whether it is a published method with its own settings, changed or not."""
+        return self.label.startswith(_PUBLISHED)
 
     def config(self, **others: Any) -> PruneConfig:
         """The configuration: the method's arguments, and ``others`` (sparsity or pattern, skip …) that it does not set.

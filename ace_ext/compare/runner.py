@@ -7,6 +7,8 @@ shared: from the second block on they depend on the pruned blocks before, so eac
 
 import hashlib
 import sys
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +17,8 @@ from tqdm import tqdm
 
 from ace_ext.compare.grid import Evaluation, Study, source_sha256
 from ace_ext.compare.journal import BlockFigures, Cell, Journal, Results, Run
-from ace_ext.data.corpora import CALIBRATION
+from ace_ext.data.bos import BosChoice, choose_bos
+from ace_ext.data.corpora import CALIBRATION, SELF
 from ace_ext.data.perplexity import Perplexity, perplexity
 from ace_ext.data.windows import CalibrationData, evaluation_tokens, load_windows
 from ace_ext.engine.api import prune_model
@@ -46,10 +49,10 @@ def run_study(study: Study, device: torch.device, output: Path | None = None, pr
     missing = [(cell, method) for cell, method in study.grid.cells() if journal.results.find(cell) is None]
     if missing or not journal.results.dense:
         loaded = load_model(study.model, study.dtype, device)
-        bench = Bench(loaded, study.evaluation, study.text_field)
+        bench = Bench(loaded, study.evaluation, study.text_field, journal.results.choices)
         weights = weights_sha256(bench.model)
         if not journal.results.dense:
-            journal.add_dense(bench.evaluate(), weights)
+            journal.add_dense(bench.evaluate(), weights, bench.bos)
         elif weights != journal.results.weights_sha256:
             raise InputError(
                 f"{study.model} holds other weights than {journal.path} was recorded with; use another output"
@@ -57,7 +60,9 @@ def run_study(study: Study, device: torch.device, output: Path | None = None, pr
         with tqdm(total=len(missing), desc="comparing", unit="run", disable=not progress, file=sys.stderr) as bar:
             for cell, method in missing:
                 bar.set_postfix_str(f"{cell.method} {cell.amount} {cell.length} seed {cell.seed}")
-                journal.add(bench.run(cell, study.config(method, cell.amount), sources[cell.calibration]))
+                mode = study.grid.bos_mode(method, cell.calibration)
+                config = study.config(method, cell.amount)
+                journal.add(bench.run(cell, config, mode, sources[cell.calibration]))
                 bar.update()
     return journal.results
 
@@ -66,10 +71,12 @@ _VALUES_HASHED = 4096  # of each parameter: enough to tell fine-tuned or pruned 
 
 
 class Bench:
-    """Runs of one model: holds it, a CPU copy of its dense weights, the evaluation tokens by text, and the calibration
-    samples drawn last."""
+    """Runs of one model: holds it, a CPU copy of its dense weights, the evaluation tokens by text, the calibration
+    samples drawn last, and the choices about the BOS token; ``recorded`` ones are not made again."""
 
-    def __init__(self, loaded: LoadedModel, evaluation: Evaluation, text_field: str) -> None:
+    def __init__(
+        self, loaded: LoadedModel, evaluation: Evaluation, text_field: str, recorded: Iterable[BosChoice] = ()
+    ) -> None:
         self.loaded, self.model = loaded, loaded.model
         self.evaluation, self.text_field = evaluation, text_field
         self.device = next(self.model.parameters()).device
@@ -77,12 +84,15 @@ class Bench:
         self.texts = {
             text: evaluation_tokens(text, loaded.tokenizer, text_field=text_field) for text in evaluation.texts
         }
-        self._drawn: tuple[tuple[str, int, int, int], CalibrationData] | None = None
+        self._choices = {choice.mode: choice for choice in recorded}
+        self.bos = self._choose(evaluation.bos)
+        """How evaluation windows begin."""
+        self._drawn: tuple[Cell, dict[str, CalibrationData]] | None = None
 
-    def run(self, cell: Cell, config: PruneConfig, source_sha256: str | None) -> Run:
-        """Puts the dense weights back, prunes and evaluates."""
+    def run(self, cell: Cell, config: PruneConfig, bos: str, source_sha256: str | None) -> Run:
+        """Puts the dense weights back, prunes and evaluates. ``bos``: the mode for the calibration samples."""
         restore(self.model, self.dense)
-        data = self._draw(cell)
+        data = self._draw(cell, bos)
         own_peak = reset_peak(self.device)
         report = prune_model(self.model, data.tokens, config)
         return Run(
@@ -97,30 +107,40 @@ class Bench:
             own_peak=own_peak,
             perplexity=self.evaluate(),
             blocks=[BlockFigures.of(block) for block in report.blocks],
+            bos=data.bos,
         )
 
     def evaluate(self) -> dict[str, Perplexity]:
         """Perplexity of the model as it is now, by text."""
         seqlen = self.evaluation.seqlen
         size = seqlen * self.evaluation.windows
-        return {text: perplexity(self.model, tokens, seqlen, size) for text, tokens in self.texts.items()}
+        token = self.bos.token
+        return {text: perplexity(self.model, tokens, seqlen, size, bos=token) for text, tokens in self.texts.items()}
 
-    def _draw(self, cell: Cell) -> CalibrationData:
+    def _choose(self, mode: str) -> BosChoice:
+        """The choice for text that the model did not write. To be called while the model is dense."""
+        if mode not in self._choices:
+            self._choices[mode] = choose_bos(mode, self.loaded.tokenizer, self.model)
+        return self._choices[mode]
+
+    def _draw(self, cell: Cell, bos: str) -> CalibrationData:
         """The cell's samples. To be called while the model is dense: with the source ``self`` it writes them."""
-        wanted = (cell.calibration, cell.nsamples, cell.seqlen, cell.seed)
+        wanted = replace(cell, method="", amount="")
         if self._drawn is None or self._drawn[0] != wanted:
-            source, nsamples, seqlen, seed = wanted
-            data = load_windows(
-                source,
+            self._drawn = (wanted, {})
+        drawn = self._drawn[1]
+        if bos not in drawn:
+            drawn[bos] = load_windows(
+                cell.calibration,
                 self.loaded.tokenizer,
-                nsamples,
-                seqlen,
-                seed,
+                cell.nsamples,
+                cell.seqlen,
+                cell.seed,
                 model=self.model,
+                bos=bos if cell.calibration == SELF else self._choose(bos),
                 text_field=self.text_field,
             )
-            self._drawn = (wanted, data)
-        return self._drawn[1]
+        return drawn[bos]
 
 
 def _cpu_copy(value: Tensor) -> Tensor:

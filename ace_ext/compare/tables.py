@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ace_ext.compare.journal import FORMAT, Cell, Results, Run
+from ace_ext.data.bos import BosChoice
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,7 @@ def notes(results: Results) -> list[str]:
         f"Calibrated on {sources}: {lengths} (samples x tokens of each).",
         f"Perplexity (lower is better) over windows of {settings['eval_seqlen']} tokens: {counts}. "
         "Over several seeds: mean ± standard deviation.",
+        *_beginnings(results),
         f"Seconds are those of pruning (mean); peak GiB is the largest {kinds}, while pruning.",
     ]
     if not all(run.own_peak for run in results.runs):
@@ -193,6 +195,19 @@ def notes(results: Results) -> list[str]:
     for text in sorted(files & {run.cell.calibration for run in results.runs}):
         lines.append(f"{text} was used whole for calibration and for evaluation: pruning saw what it is judged by.")
     return lines
+
+
+def _beginnings(results: Results) -> list[str]:
+    """How windows begin: a line for evaluation, and one for each kind of calibration samples and the methods that it
+    was used for."""
+    if results.bos is None:
+        return []
+    methods: dict[BosChoice, dict[str, None]] = {}
+    for run in results.runs:
+        if run.bos is not None:
+            methods.setdefault(run.bos, {})[run.cell.method] = None
+    lines = [f"Evaluation: {results.bos}."]
+    return lines + [f"Calibration of {', '.join(names)}: {choice}." for choice, names in methods.items()]
 
 
 def text_table(results: Results) -> str:
@@ -225,6 +240,7 @@ def results_json(results: Results) -> str:
         "format": FORMAT,
         "settings": results.settings,
         "weights_sha256": results.weights_sha256,
+        "bos": None if results.bos is None else results.bos.to_dict(),
         "dense": {text: asdict(figures) for text, figures in results.dense.items()},
         "rows": [row.to_dict() for row in rows(results)],
         "runs": [asdict(run) for run in results.runs],

@@ -6,9 +6,10 @@ from numbers import Real
 import torch
 from torch import nn
 
+from ace_ext.data.bos import check_known
 from ace_ext.data.requests import check_int, check_request, seeded_generator
 from ace_ext.errors import InputError
-from ace_ext.models._transformers import cache_arguments, input_embedding, text_config
+from ace_ext.models._transformers import cache_arguments, embedding_weight, text_config
 from ace_ext.models.tokenizer import Tokenizer
 
 ROWS_TOGETHER = 16
@@ -23,13 +24,14 @@ def self_generated(
     seed: int,
     temperature: float = 1.0,
     batch_size: int = ROWS_TOGETHER,
+    bos: bool = True,
 ) -> torch.Tensor:
     """Return text that the model writes: int64 [nsamples, seqlen], on the CPU.
 
-    Each row starts with the tokenizer's BOS token (else its EOS, else a random token) and is sampled from the model's
-    own distribution to the full length, past any EOS. One random number is drawn for each token beforehand, so a seed
-    gives the same text whatever the batch size or the device (up to rounding in the model's logits). The global random
-    state is untouched, and so are the modules' training modes.
+    Each row starts with the tokenizer's BOS token (without one, or without `bos`, with its EOS, else with a random
+    token) and is sampled from the model's own distribution to the full length, past any EOS. One random number is drawn
+    for each token beforehand, so a seed gives the same text whatever the batch size or the device (up to rounding in
+    the model's logits). The global random state is untouched, and so are the modules' training modes.
 
     Raises:
         InputError: numbers out of range, more tokens than the model has positions for, a first token that the model
@@ -44,7 +46,8 @@ def self_generated(
         raise InputError(f"seqlen: {seqlen} found, but the model has {positions} positions; use {positions} or less")
 
     generator = seeded_generator(seed)
-    first = _first_tokens(model, tokenizer, nsamples, generator)
+    starts = (tokenizer.bos_token_id if bos else None, tokenizer.eos_token_id)
+    first = _first_tokens(model, starts, len(tokenizer), nsamples, generator)
     draws = torch.rand(nsamples, seqlen - 1, dtype=torch.float64, generator=generator)
     training = [module for module in model.modules() if module.training]
     model.eval()  # dropout would change the text and draw from the global random state
@@ -59,18 +62,15 @@ def self_generated(
     return torch.cat(rows)
 
 
-def _first_tokens(model: nn.Module, tokenizer: Tokenizer, nsamples: int, generator: torch.Generator) -> torch.Tensor:
-    """Return the token each row starts with, int64 [nsamples]."""
-    known = input_embedding(model).get_parameter("weight").shape[0]
-    for start in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+def _first_tokens(
+    model: nn.Module, starts: tuple[int | None, ...], vocabulary: int, nsamples: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Return the token each row starts with, int64 [nsamples]: the first of `starts` that there is, or random ones."""
+    for start in starts:
         if start is not None:
-            if start >= known:
-                raise InputError(
-                    f"tokenizer: its first token has id {start}, but the model knows ids below {known}; "
-                    "pass the tokenizer that belongs to the model"
-                )
+            check_known(start, model)
             return torch.full((nsamples,), start)
-    return torch.randint(0, min(known, len(tokenizer)), (nsamples,), generator=generator)
+    return torch.randint(0, min(len(embedding_weight(model)), vocabulary), (nsamples,), generator=generator)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from ace_ext.data.bos import begin_with
 from ace_ext.errors import InputError
 
 SEQLEN = 512
@@ -20,7 +21,7 @@ BATCH_TOKENS = 2048
 @dataclass(frozen=True)
 class Perplexity:
     """``exp`` of the mean negative log-likelihood of each window's tokens except its first. Always quote the window
-    length and the number of windows too: the figure depends on them."""
+    length, the number of windows and the BOS token too: the figure depends on them."""
 
     perplexity: float
     nll: float
@@ -30,43 +31,56 @@ class Perplexity:
     """Tokens of a window."""
     tokens: int
     """Predicted tokens: ``windows * (seqlen - 1)``."""
+    bos: int | None = None
+    """The token with which each window begins; None: the windows are text alone."""
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, float | None]:
         """The fields as JSON values."""
         return asdict(self)
 
 
 @torch.no_grad()
 def perplexity(
-    model: nn.Module, tokens: Tensor, seqlen: int = SEQLEN, max_tokens: int | None = None, progress: bool = False
+    model: nn.Module,
+    tokens: Tensor,
+    seqlen: int = SEQLEN,
+    max_tokens: int | None = None,
+    progress: bool = False,
+    bos: int | None = None,
 ) -> Perplexity:
     """Perplexity of ``tokens [n]`` cut into consecutive windows of ``seqlen`` tokens; the remainder is dropped.
 
     Args:
         model: a causal language model; called with ``input_ids [batch, seqlen]``, it returns ``logits``.
-        tokens: int64 ``[n]``.
+        tokens: int64 ``[n]``, text without special tokens.
         seqlen: tokens of a window.
-        max_tokens: use only whole windows within this many tokens from the start; None: all.
+        max_tokens: use at most as many windows as have this many tokens together; None: all.
         progress: a bar on stderr.
+        bos: a token that is put before each window, as one of its ``seqlen`` tokens; so all text of a window is
+            predicted. None: a window is text alone, and its first token is not predicted.
 
     Raises:
         InputError: no whole window, or ``seqlen`` below 2 (nothing to predict).
     """
     if seqlen < 2:
         raise InputError(f"seqlen must be at least 2: a window's first token is not predicted (got {seqlen})")
-    usable = len(tokens) if max_tokens is None else min(len(tokens), max_tokens)
-    windows = usable // seqlen
+    width = seqlen if bos is None else seqlen - 1
+    windows = len(tokens) // width
+    if max_tokens is not None:
+        windows = min(windows, max_tokens // seqlen)
     if windows == 0:
+        usable = len(tokens) if max_tokens is None else min(len(tokens), max_tokens)
         raise InputError(f"the text must hold one window of {seqlen} tokens (got {usable}); lower seqlen")
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     total = 0.0
-    batches = torch.split(tokens[: windows * seqlen].view(windows, seqlen), max(1, BATCH_TOKENS // seqlen))
+    whole = begin_with(bos, tokens[: windows * width].view(windows, width))
+    batches = torch.split(whole, max(1, BATCH_TOKENS // seqlen))
     for batch in tqdm(batches, desc="perplexity", unit="batch", disable=not progress, file=sys.stderr):
         batch = batch.to(device)
         logits = model(batch, use_cache=False).logits[:, :-1].float()
         total += functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
     model.train(training)
     count = windows * (seqlen - 1)
-    return Perplexity(math.exp(total / count), total / count, windows, seqlen, count)
+    return Perplexity(math.exp(total / count), total / count, windows, seqlen, count, bos)

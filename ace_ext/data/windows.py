@@ -1,12 +1,18 @@
-"""From text to tokens: the windows that a model is calibrated on, and the held-out tokens that it is evaluated on."""
+"""From text to tokens: the windows that a model is calibrated on, and the held-out tokens that it is evaluated on.
+
+Documents are joined by empty lines, as for published perplexities, with no EOS token between them. Text is taken as it
+is: no chat template is applied.
+"""
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from ace_ext.data.bos import BosChoice, begin_with, choose_bos, text_ids
 from ace_ext.data.corpora import CALIBRATION, HELD_OUT, SELF, load_text
 from ace_ext.data.generate import self_generated
 from ace_ext.data.requests import check_request, seeded_generator
@@ -23,6 +29,7 @@ class CalibrationData:
     source: str
     seed: int
     sha256: str  # of the tokens: ace_ext.fingerprint.tokens_sha256
+    bos: BosChoice  # whether each sample begins with the BOS token
 
 
 def load_windows(
@@ -33,31 +40,39 @@ def load_windows(
     seed: int,
     *,
     model: nn.Module | None = None,
+    bos: str | BosChoice = "auto",
     text_field: str = "text",
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> CalibrationData:
     """Return calibration samples, int64 [nsamples, seqlen], of a source of corpora.load_text or of the model itself.
 
-    `source="self"` needs `model`; the other sources ignore it. The numbers are checked before anything is read.
+    `bos` says whether each sample begins with the BOS token: `auto`, `always`, `never`, or a choice already made; the
+    token is one of the `seqlen`. `source="self"` needs `model`, which must be dense; for other sources it is needed
+    where `auto` has to measure it (ace_ext.data.bos), else there is a warning and no BOS token. The numbers are checked
+    before anything is read.
 
     Raises:
-        InputError: as token_windows, self_generated and corpora.load_text.
+        InputError: as choose_bos, token_windows, self_generated and corpora.load_text.
     """
     check_request(nsamples, seqlen, seed)
-    if source == SELF:
-        if model is None:
-            raise InputError("source: 'self' is text the model writes, and no model was given; pass model=")
-        tokens = self_generated(model, tokenizer, nsamples, seqlen, seed)
+    if source == SELF and model is None:
+        raise InputError("source: 'self' is text the model writes, and no model was given; pass model=")
+    documents = None if source == SELF else load_text(source, CALIBRATION, text_field, cache_dir)
+    choice = bos if isinstance(bos, BosChoice) else choose_bos(bos, tokenizer, model, own_text=source == SELF)
+    if not choice.decided and not isinstance(bos, BosChoice):
+        warnings.warn(f"{choice}; samples get no BOS token; pass model=, or bos='always' or 'never'", stacklevel=2)
+    if documents is None:
+        assert model is not None  # checked above
+        tokens = self_generated(model, tokenizer, nsamples, seqlen, seed, bos=choice.token is not None)
     else:
-        documents = load_text(source, CALIBRATION, text_field, cache_dir)
-        tokens = token_windows(documents, tokenizer, nsamples, seqlen, seed)
-    return CalibrationData(tokens, source, int(seed), tokens_sha256(tokens))
+        tokens = token_windows(documents, tokenizer, nsamples, seqlen, seed, choice.token)
+    return CalibrationData(tokens, source, int(seed), tokens_sha256(tokens), choice)
 
 
 def evaluation_tokens(
     source: str, tokenizer: Tokenizer, *, text_field: str = "text", cache_dir: str | os.PathLike[str] | None = None
 ) -> torch.Tensor:
-    """Return the held-out part of a source as one row of token ids, int64 [n].
+    """Return the held-out part of a source as one row of token ids without special tokens, int64 [n].
 
     Raises:
         InputError: as corpora.load_text; for `self`; for a text without a token.
@@ -68,30 +83,33 @@ def evaluation_tokens(
 
 
 def token_windows(
-    documents: Sequence[str], tokenizer: Tokenizer, nsamples: int, seqlen: int, seed: int
+    documents: Sequence[str], tokenizer: Tokenizer, nsamples: int, seqlen: int, seed: int, bos: int | None = None
 ) -> torch.Tensor:
     """Return windows of the documents, joined and tokenized as one text: int64 [nsamples, seqlen].
 
-    Windows start anywhere, may overlap, and are the same for the same arguments. The global random state is untouched.
+    Windows start anywhere, may overlap, and are the same for the same arguments. With `bos`, a token, each window is
+    this token and `seqlen - 1` tokens of text. The global random state is untouched.
 
     Raises:
         InputError: numbers out of range, or a text shorter than one window.
     """
     check_request(nsamples, seqlen, seed)
     ids = _tokenize(documents, tokenizer)
-    if len(ids) < seqlen:
-        fit = f"use {len(ids)} or less, or give more text" if len(ids) >= 2 else "give more text"
+    width = seqlen if bos is None else seqlen - 1
+    if len(ids) < width:
+        most = len(ids) + seqlen - width
+        fit = f"use {most} or less, or give more text" if most >= 2 else "give more text"
         raise InputError(f"seqlen: {seqlen} found, but the whole text has {len(ids)} tokens; {fit}")
     # The upper bound is off by one (the last start is never drawn). Kept: published figures were drawn with it.
-    starts = torch.randint(0, max(1, len(ids) - seqlen - 1), (nsamples,), generator=seeded_generator(seed))
-    return torch.stack([ids[start : start + seqlen] for start in starts.tolist()])
+    starts = torch.randint(0, max(1, len(ids) - width - 1), (nsamples,), generator=seeded_generator(seed))
+    return begin_with(bos, torch.stack([ids[start : start + width] for start in starts.tolist()]))
 
 
 def _tokenize(documents: Sequence[str], tokenizer: Tokenizer) -> torch.Tensor:
     """Return the ids of the documents, joined by empty lines: int64 [n]."""
     if isinstance(documents, str):
         raise InputError("documents: found one string; pass a list of strings, one a document")
-    ids = tokenizer("\n\n".join(documents), verbose=False)["input_ids"]  # else it warns that the text is long
+    ids = text_ids("\n\n".join(documents), tokenizer)
     if not ids:
         raise InputError("documents: the tokenizer found no token in the text; give a text that is not empty")
     return torch.tensor(ids, dtype=torch.int64)

@@ -20,13 +20,20 @@ class Progress:
             ``end``), ``time`` (seconds since the epoch), ``tokens`` (calibration tokens of all processes, at the
             start), ``block``, ``done``, ``blocks``, ``seconds`` (of the block; at the end, of the run),
             ``tokens_per_second``, ``sparsity`` (so far), ``memory_bytes`` (resident), ``seconds_left``.
+        notes: write :meth:`note` to stderr, unless ``log`` is there.
     """
 
-    def __init__(self, show: bool = False, log: TextIO | None = None) -> None:
+    def __init__(self, show: bool = False, log: TextIO | None = None, notes: bool = False) -> None:
         self._show, self._log = show, log
+        self._notes = notes and log is not sys.stderr
         self._bar: Any = None
         self._tokens = self._blocks = self._done = self._here = 0
         self._began = 0.0
+
+    def note(self, text: str) -> None:
+        """Says something about the run that a user should know, in one line. To be called before :meth:`start`."""
+        if self._notes:
+            print(f"ace-prune: {text}", file=sys.stderr)
 
     def start(self, blocks: int, done: int, tokens: int) -> None:
         """``done`` of ``blocks`` were finished by an earlier run; ``tokens`` calibration tokens go through each."""

@@ -1,7 +1,7 @@
 """Where the blocks' weights are during a run: all in memory, or read from the files one block at a time."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -27,6 +27,9 @@ class BlockSource(Protocol):
     def entrance(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Within this context tokens can enter the blocks of ``model``."""
 
+    def surroundings(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Within this context each module of ``model`` outside the blocks has its weights while it runs."""
+
 
 class ResidentBlocks:
     """Blocks of a model that is in memory as a whole."""
@@ -44,6 +47,10 @@ class ResidentBlocks:
         return contextlib.nullcontext()
 
     def entrance(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Does nothing: all weights are in memory."""
+        return contextlib.nullcontext()
+
+    def surroundings(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Does nothing: all weights are in memory."""
         return contextlib.nullcontext()
 
@@ -79,6 +86,10 @@ class OffloadedBlocks:
         """Holds the weights before the blocks, and those of the first block."""
         with entrance(model, self.blocks, self.shards, self.device), self.hold(0):
             yield  # the first block too: what a block returns is only known once one has run
+
+    def surroundings(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Reads the weights of the embedding, the head and whatever else is outside the blocks when it is called."""
+        return surroundings(model, self.blocks, self.shards, self.device)
 
 
 def load_(module: nn.Module, prefix: str, shards: Shards, device: torch.device | str) -> None:
@@ -122,13 +133,8 @@ def entrance(model: nn.Module, blocks: list[Block], shards: Shards, device: torc
     """While it lasts, the skeleton's modules outside the blocks are in memory, so that a forward pass can reach the
     blocks. The LM head is left out: a pass that ends at the last block does not use it.
     """
-    inside = {id(module) for block in blocks for module in block.module.modules()}
     head = output_head(model)
-    outside = [
-        (name, module)
-        for name, module in model.named_modules()
-        if id(module) not in inside and module is not head and name
-    ]
+    outside = [(name, module) for name, module in _outside(model, blocks) if module is not head and name]
     loaded: list[nn.Module] = []
     try:
         for name, module in outside:
@@ -144,6 +150,56 @@ def entrance(model: nn.Module, blocks: list[Block], shards: Shards, device: torc
             for name, parameter in list(module.named_parameters(recurse=False)):
                 _set_parameter(module, name, parameter.detach().to("meta"))
         tie_weights_(model)  # loading and freeing the embedding separated it from a tied head
+
+
+@contextlib.contextmanager
+def surroundings(model: nn.Module, blocks: list[Block], shards: Shards, device: torch.device | str) -> Iterator[None]:
+    """While it lasts, each of the skeleton's modules outside the blocks is in memory while it runs, the LM head too. So
+    a whole forward pass never holds both the embedding and the head."""
+    names: dict[int, list[str]] = {}  # of a parameter; several if it is tied
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+
+    def read(parameter: nn.Parameter) -> torch.Tensor:
+        known = names[id(parameter)]
+        stored = next((name for name in known if name in shards), known[0])
+        return shards.read(stored).to(device, parameter.dtype)
+
+    with contextlib.ExitStack() as hooks:
+        for _, module in _outside(model, blocks):
+            hooks.enter_context(_loaded_when_called(module, read, device))
+        yield
+
+
+@contextlib.contextmanager
+def _loaded_when_called(
+    module: nn.Module, read: Callable[[nn.Parameter], torch.Tensor], device: torch.device | str
+) -> Iterator[None]:
+    """While it lasts, calls of the module get the values of its own parameters by ``read``, and drop them again."""
+    own = dict(module.named_parameters(recurse=False))
+
+    def load_(*_: object) -> None:
+        for name, parameter in own.items():
+            _set_parameter(module, name, read(parameter))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            _set_buffer(module, name, buffer.to(device))
+
+    def unload_(*_: object) -> None:
+        module._parameters.update(own)  # the same objects as before, so that tied ones stay tied
+
+    before = module.register_forward_pre_hook(load_)
+    after = module.register_forward_hook(unload_, always_call=True)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
+
+
+def _outside(model: nn.Module, blocks: list[Block]) -> list[tuple[str, nn.Module]]:
+    """The modules of a model that are not in its blocks, by name."""
+    inside = {id(module) for block in blocks for module in block.module.modules()}
+    return [(name, module) for name, module in model.named_modules() if id(module) not in inside]
 
 
 def _load_own_(module: nn.Module, prefix: str, shards: Shards, device: torch.device | str) -> None:

@@ -19,9 +19,9 @@ class Tokenizer(Protocol):
     def __len__(self) -> int:
         """The size of the vocabulary, added tokens included."""
 
-    def __call__(self, text: str, *, verbose: bool = True) -> Mapping[str, list[int]]:
-        """The ids of a text, under ``"input_ids"``. ``verbose=False``: no warning for a text longer than the model's
-        context."""
+    def __call__(self, text: str, *, add_special_tokens: bool = True, verbose: bool = True) -> Mapping[str, list[int]]:
+        """The ids of a text, under ``"input_ids"``. ``add_special_tokens``: with the tokens that begin and end a text,
+        if the tokenizer adds them. ``verbose=False``: no warning for a text longer than the model's context."""
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> object:
         """Writes the tokenizer's files into a folder."""

@@ -1,9 +1,11 @@
 """The page of one pruning run: a plot and figures by block and by matrix, and the settings."""
 
 from pathlib import Path
+from typing import Any
 
 from ace_ext.compare.journal import BlockFigures
 from ace_ext.compare.tables import amount_name
+from ace_ext.data.bos import BosChoice
 from ace_ext.records import Healing, MatrixReport, PruneReport
 from ace_ext.reporting.html import Plot, Table, check_report, render, write_file
 from ace_ext.reporting.plots import blocks_plot, healing_plot
@@ -22,7 +24,7 @@ def write_run_report(report: PruneReport, path: str | Path) -> Path:
     by_block = [[b.name, *_figures(b)] for b in blocks]
     by_matrix = [[m.name, "×".join(map(str, m.shape)), *_figures(m), str(m.tokens)] for m in report.matrices]
     amount = amount_name(report.config["pattern"] or str(report.config["sparsity"]))
-    settings = {**report.config, **report.extra, "dtype": report.dtype, "versions": report.versions}
+    settings = {**report.config, **_extra(report), "dtype": report.dtype, "versions": report.versions}
     page = render(
         "run",
         f"Pruned with {report.config['metric']}, {amount} zeros",
@@ -37,6 +39,15 @@ def write_run_report(report: PruneReport, path: str | Path) -> Path:
         settings=Table.of_settings(settings),
     )
     return write_file(Path(path).expanduser(), page)
+
+
+def _extra(report: PruneReport) -> dict[str, Any]:
+    """What the report says of model and calibration, with the choice about the BOS token as a line of its own."""
+    calibration = report.extra.get("calibration")
+    if not isinstance(calibration, dict) or "bos" not in calibration:
+        return report.extra
+    rest = {name: value for name, value in calibration.items() if name != "bos"}
+    return {**report.extra, "calibration": rest, "beginning of samples": str(BosChoice(**calibration["bos"]))}
 
 
 class _Healing:

@@ -2,15 +2,13 @@
 resumable."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
-from ace_ext.data.corpora import SELF
 from ace_ext.data.windows import CalibrationData
 from ace_ext.errors import InputError
 from ace_ext.formats import DEFAULT_FORMAT, format_named
@@ -23,7 +21,6 @@ from ace_ext.healing.settings import HealSettings
 from ace_ext.healing.teacher import NAME, earlier_states, teacher_states
 from ace_ext.models.block_store import OffloadedBlocks
 from ace_ext.models.hidden_states import HiddenStates
-from ace_ext.models.loading import load_model
 from ace_ext.models.safetensors_files import Shards
 from ace_ext.models.versions import versions
 from ace_ext.process_memory import peak_memory_bytes, return_freed_memory
@@ -31,12 +28,12 @@ from ace_ext.records import REPORT_NAME, PruneReport
 from ace_ext.runs.heal_journal import HealJournal
 from ace_ext.runs.heal_memory import Division, HealDemand
 from ace_ext.runs.heal_models import check_apart, dense_name, dense_request, open_pruned, running_dense
+from ace_ext.runs.heal_text import NOTE, HealText
 from ace_ext.runs.heal_trial import tokens_within
 from ace_ext.runs.memory_model import Estimate, process_bytes
 from ace_ext.runs.model_source import Source, budget_of, open_source
-from ace_ext.runs.options import Calibration, RunOptions, RunRequest
+from ace_ext.runs.options import Calibration, RunRequest
 from ace_ext.runs.output import check_output, disk_errors, read_report
-from ace_ext.runs.pipeline import describe
 from ace_ext.runs.workspace import recover
 
 TOKENS = 65536
@@ -78,18 +75,13 @@ class HealRequest:
     """The pruned folder."""
     output: str | Path
     text: Calibration
-    """The text; its ``nsamples`` is not used. Default on the command line: :func:`recorded_text`."""
+    """The text; its ``nsamples`` is not used. Default on the command line:
+    :func:`ace_ext.runs.heal_text.recorded_text`."""
     dense: str | None = None
     """The dense model; None: the one that the folder's report names."""
     settings: HealSettings = field(default_factory=HealSettings)
     options: HealOptions = field(default_factory=HealOptions)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-
-def recorded_text(report: PruneReport) -> Calibration:
-    """The calibration text that a report names, as far as it does."""
-    recorded = report.extra.get("calibration", {})
-    return Calibration(**{item.name: recorded[item.name] for item in fields(Calibration) if item.name in recorded})
 
 
 def heal_folder(
@@ -122,7 +114,8 @@ def heal_folder(
         check_apart(path, request.folder, name)
         check_output(path, request.options.overwrite)
         request.text.check()
-        return _Run(request, report, dense_request(name, report, request.device)).run(path, observer, tell), path
+        dense = dense_request(name, report, request.device, request.options.max_memory)
+        return _Run(request, report, dense).run(path, observer, tell), path
 
 
 class _Run:
@@ -193,34 +186,16 @@ class _Run:
                 tokens = tokens_within(60 * options.minutes, self._pruned, settings, seqlen, self._request.device)
             notes["nsamples"] = windows_needed(tokens, seqlen, settings)
         text = replace(self._request.text, nsamples=notes["nsamples"])
-        data = text.load(self._pruned.tokenizer, self._writer_of_text())
-        found = describe(data, text)
-        if notes.setdefault("text", found) != found:
-            raise InputError("resume: the text has changed since the run began; start over without --resume")
-        return data
-
-    def _writer_of_text(self) -> nn.Module | None:
-        """The dense model in memory, if it is to write the text."""
-        if self._request.text.source != SELF:
-            return None
-        size = sum(parameter.nbytes for parameter in self._pruned.model.parameters())
-        limit = self._request.options.max_memory
-        if limit is not None and size + process_bytes(0, False, self._request.device) > limit:
-            raise InputError(
-                f"calibration self needs the whole dense model, {size / 1e9:.2f} GB, in memory to write text; give "
-                f"another --calibration, or raise --max-memory"
-            )
-        return load_model(self._dense.model, self._dense.dtype, self._request.device).model
+        return HealText(text, self._pruned, self._dense, self._report).draw(notes)
 
     def _divide(self, journal: HealJournal, batches: Batches) -> tuple[Division, Estimate]:
         """What is in memory together; a resumed run trains as many blocks together as before."""
         request, pruned = self._request, self._pruned
-        options = RunOptions(max_memory=request.options.max_memory)
         rows, seqlen = batches.tokens[0].shape
         windows = sum(len(batch) for batch in batches.tokens)
         demand = HealDemand.of(pruned.model, pruned.blocks, 1 - self._report.sparsity, (windows, seqlen), rows)
         division, need = demand.divide(
-            budget_of(replace(self._dense, options=options)),
+            budget_of(self._dense),
             process_bytes(0, False, request.device),
             journal.notes.get("parts"),
         )
@@ -239,7 +214,7 @@ class _Run:
     def _extra(self, journal: HealJournal) -> dict[str, Any]:
         return {
             "dense": self._dense.model,
-            "calibration": journal.notes["text"],
+            "calibration": journal.notes[NOTE],
             "peak_memory_bytes": peak_memory_bytes(self._request.device),
             "device": str(self._request.device),
             "versions": versions(),

@@ -56,10 +56,10 @@ def dense_name(given: str | None, report: PruneReport) -> str:
     return str(name)
 
 
-def dense_request(name: str, report: PruneReport, device: torch.device) -> RunRequest:
-    """The request that opens the dense model in the dtype of the pruned one."""
-    config = PruneConfig(skip=tuple(report.config["skip"]))
-    return RunRequest(name, config, Calibration(), NO_OFFLOAD, device, report.dtype)
+def dense_request(name: str, report: PruneReport, device: torch.device, max_memory: int | None) -> RunRequest:
+    """The request that opens the dense model in the dtype of the pruned one; ``max_memory`` is the run's limit."""
+    config, options = PruneConfig(skip=tuple(report.config["skip"])), replace(NO_OFFLOAD, max_memory=max_memory)
+    return RunRequest(name, config, Calibration(), options, device, report.dtype)
 
 
 @contextlib.contextmanager
@@ -76,7 +76,7 @@ def running_dense(request: RunRequest, pruned: Source) -> Iterator[tuple[nn.Modu
         _check_outside(source, pruned, shards.read)
         yield source.model, OffloadedBlocks(source.blocks, shards, request.device)
         return
-    source = open_source(replace(request, options=NO_OFFLOAD))
+    source = open_source(request)
     _check_outside(source, pruned, lambda name: source.model.get_parameter(name))
     yield source.model, ResidentBlocks(source.blocks)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from ace_ext.data.bos import WINDOW_TOKENS, WINDOWS
 from ace_ext.models.blocks import Block
 from ace_ext.models.safetensors_files import Shards
 from ace_ext.process_memory import resident_bytes
@@ -63,6 +64,7 @@ def estimate(
     offload: bool,
     resident_hidden: bool = True,
     whole: bool = False,
+    measures_bos: bool = False,
     process: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Estimate:
@@ -78,13 +80,15 @@ def estimate(
         offload: only one block at a time is in memory.
         resident_hidden: all hidden states are in memory.
         whole: every weight is read, as when the model writes its own calibration text.
+        measures_bos: a forward pass of the whole model decides about the BOS token (:mod:`ace_ext.data.bos`).
         process: bytes that the process holds besides the model; None: estimated from this process.
         device: whose memory is estimated.
     """
     shape = ModelShape.of(model, blocks)
     mapped = shards is not None and not whole and torch.device(device).type == "cpu"
-    outside = shape.embedding + (0 if mapped or offload else shape.head)
-    if mapped and not offload:  # only the pages around the tokens' embedding rows are read
+    partly = mapped and not measures_bos  # neither the head nor most of the embedding is read
+    outside = shape.embedding + (0 if partly or offload else shape.head)
+    if partly and not offload:  # only the pages around the tokens' embedding rows are read
         outside = min(outside, nsamples * seqlen * _FAULT_AROUND)
     loaded = not next(blocks[0].module.parameters()).is_meta
     resident = sum(shape.blocks) + outside
@@ -99,6 +103,11 @@ def estimate(
     phases = [replace(phase, process=process, model=max(shape.blocks) if offload else resident) for phase in phases]
     if offload:
         phases.append(replace(run.entering(), process=process, model=max(shape.blocks) + outside))
+    if measures_bos:
+        forward, judging = run.measuring()
+        largest = max(*shape.blocks, shape.embedding, shape.head)
+        phases.append(replace(forward, process=process, model=largest if offload else resident))
+        phases.append(replace(judging, process=process, model=0 if offload else resident))
     return max(phases, key=lambda phase: phase.total)
 
 
@@ -186,6 +195,18 @@ class _Run:
         """Entering the blocks: the first batch runs through a block before the states of later batches exist."""
         forward = self.shape.forward_bytes(self.batch, self.seqlen, self.config.needs.prune)
         return Estimate(hidden=max(0, self.kept - forward), forward=forward, phase="enter")
+
+    def measuring(self) -> tuple[Estimate, Estimate]:
+        """Deciding about the BOS token: the forward pass up to the logits of all its tokens, and then the loss of one
+        window, which holds its logits twice in float32."""
+        seqlen = WINDOW_TOKENS + 1
+        tokens = 2 * WINDOWS * seqlen
+        logits = self.shape.vocabulary * tokens * self.shape.itemsize
+        forward = self.shape.forward_bytes(tokens, seqlen, frozenset())
+        return (
+            Estimate(forward=forward, transient=logits, phase="bos"),
+            Estimate(transient=logits + self.shape.vocabulary * seqlen * 8, phase="bos"),
+        )
 
     def pruning(self) -> list[Estimate]:
         """Collecting statistics, and pruning a matrix; the latter happens during the forward if all tokens are one

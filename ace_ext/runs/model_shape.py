@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ace_ext.models._transformers import attends_eagerly, input_embedding, output_head, text_config
+from ace_ext.models._transformers import attends_eagerly, embedding_weight, input_embedding, output_head, text_config
 from ace_ext.models.blocks import Block
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.kinds import COSINE_GRAM, GRAMS, MOMENT
@@ -18,6 +18,7 @@ class ModelShape:
     blocks: Sequence[int]  # bytes of each block's parameters
     embedding: int  # bytes of parameters outside the blocks, without an untied head
     head: int  # bytes of an untied head
+    vocabulary: int
     hidden: int  # width of the hidden states
     widest: int  # largest side of a Linear in a block
     heads: int  # attention heads whose scores are stored; 0 where attention is fused
@@ -40,6 +41,7 @@ class ModelShape:
             blocks=sizes,
             embedding=sum(p.nbytes for p in model.parameters()) - sum(sizes) - head_bytes,
             head=head_bytes,
+            vocabulary=len(embedding_weight(model)),
             hidden=text.hidden_size,
             widest=max(max(linear.weight.shape) for linear in linears),
             heads=text.num_attention_heads if attends_eagerly(model) else 0,

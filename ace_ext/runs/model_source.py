@@ -163,7 +163,8 @@ def _wants_offload(laid_out: nn.Module, blocks: list[Block], shards: Shards, req
     if request.config.comparison.over_matrices or request.writes_own_text:
         return False
     nsamples, seqlen = request.calibration.nsamples, request.calibration.seqlen
-    whole = estimate(laid_out, blocks, shards, request.config, nsamples, seqlen, offload=False)
+    measures = request.measures_bos()  # or may do so: the tokenizer is not loaded yet
+    whole = estimate(laid_out, blocks, shards, request.config, nsamples, seqlen, offload=False, measures_bos=measures)
     return whole.total > budget_of(request)
 
 
@@ -193,6 +194,7 @@ class Demand:
             offload=self.source.offloaded,
             resident_hidden=resident_hidden,
             whole=self.request.writes_own_text,
+            measures_bos=self.request.measures_bos(self.source.tokenizer),
             process=process,
             device=self.request.device,
         )

@@ -1,12 +1,14 @@
 """The arguments of ``ace-prune run`` and ``plan`` other than the pruning configuration: calibration text and options of
 the run."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ace_ext.data.bos import AUTO, MODES, BosChoice, choose_bos, settled_bos
 from ace_ext.data.corpora import CALIBRATION, SELF, SOURCES, load_text
 from ace_ext.data.windows import CalibrationData, load_windows
 from ace_ext.engine.distributed import launched
@@ -21,31 +23,48 @@ OFFLOAD = ("auto", "disk", "none")
 
 @dataclass(frozen=True)
 class Calibration:
-    """The calibration text: its source, ``nsamples`` samples of ``seqlen`` tokens, and the seed of their choice."""
+    """The calibration text: its source, ``nsamples`` samples of ``seqlen`` tokens, the seed of their choice, and
+    whether they begin with the BOS token (:data:`ace_ext.data.bos.MODES`)."""
 
     source: str = SELF
     nsamples: int = 128
     seqlen: int = 128
     seed: int = 0
     text_field: str = "text"
+    bos: str = AUTO
 
     def check(self) -> None:
         """Reads the text if it is a user's file, so that an error shows before the model is loaded.
 
         Raises:
-            InputError: the file cannot be read.
+            InputError: the file cannot be read, or there is no such mode of ``bos``.
         """
+        if self.bos not in MODES:
+            raise InputError(f"bos must be one of {', '.join(MODES)} (got {self.bos!r})")
         if self.source not in (SELF, *SOURCES):
             load_text(self.source, CALIBRATION, self.text_field)
 
-    def load(self, tokenizer: Tokenizer, model: nn.Module | None) -> CalibrationData:
-        """Draws the samples; ``model`` writes the text if the source is ``self``.
+    def choose_bos(
+        self, tokenizer: Tokenizer, model: nn.Module | None, logits: Callable[[Tensor], Tensor] | None = None
+    ) -> BosChoice:
+        """Whether the samples begin with the BOS token; arguments and errors as :func:`ace_ext.data.bos.choose_bos`."""
+        return choose_bos(self.bos, tokenizer, model, own_text=self.source == SELF, logits=logits)
+
+    def load(self, tokenizer: Tokenizer, model: nn.Module | None, bos: BosChoice | None = None) -> CalibrationData:
+        """Draws the samples; ``model`` writes the text if the source is ``self``. ``bos``: a choice already made.
 
         Raises:
             InputError: the text cannot be read or is too short.
         """
         return load_windows(
-            self.source, tokenizer, self.nsamples, self.seqlen, self.seed, model=model, text_field=self.text_field
+            self.source,
+            tokenizer,
+            self.nsamples,
+            self.seqlen,
+            self.seed,
+            model=model,
+            bos=bos or self.bos,
+            text_field=self.text_field,
         )
 
 
@@ -87,6 +106,14 @@ class RunRequest:
     def writes_own_text(self) -> bool:
         """Whether the model writes its calibration text; for this the whole model must be in memory."""
         return self.calibration.source == SELF and self.options.stats is None
+
+    def measures_bos(self, tokenizer: Tokenizer | None = None) -> bool:
+        """Whether the model must be measured to choose how its samples begin. Without a tokenizer: whether that may be
+        so."""
+        calibration = self.calibration
+        if calibration.bos != AUTO or calibration.source == SELF or self.options.stats is not None:
+            return False
+        return tokenizer is None or settled_bos(calibration.bos, tokenizer) is None
 
 
 def check_request(request: RunRequest) -> None:

@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ace_ext.data.bos import BosChoice
 from ace_ext.data.windows import CalibrationData
 from ace_ext.engine.api import check_pattern, prune_model
 from ace_ext.engine.context import RunContext
@@ -21,6 +22,7 @@ from ace_ext.models.versions import versions
 from ace_ext.process_memory import return_freed_memory
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.records import REPORT_NAME, PruneReport
+from ace_ext.runs.beginning import choose_for_run
 from ace_ext.runs.model_source import Demand, Source, open_source
 from ace_ext.runs.options import Calibration, RunOptions, RunRequest, check_request
 from ace_ext.runs.output import check_output, disk_errors
@@ -82,7 +84,9 @@ def prune_folder(
 def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) -> PruneReport:
     source = open_source(request)
     check_pattern(source.blocks, request.config)
-    inputs = _Inputs(request, source)
+    blocks = _block_source(source, request.device)
+    bos = None if request.options.stats else choose_for_run(request, source, blocks, path, peers)
+    inputs = _Inputs(request, source, bos)
     resume = request.options.resume and not request.config.comparison.over_matrices
     peers.wait()
     workspace = Workspace(path, inputs.fingerprint(peers), resume, writes=peers.rank == 0, rank=peers.rank)
@@ -94,13 +98,15 @@ def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) ->
         sink = inputs.statistics_writer(workspace, peers)
         context = RunContext(
             device=request.device,
-            blocks=_block_source(source, request.device),
+            blocks=blocks,
             observer=progress if peers.rank == 0 else Progress(),
             journal=workspace,
             peers=peers,
             sink=sink,
             source=inputs.known,
         )
+        if bos is not None and peers.rank == 0:
+            progress.note(str(bos))
         report = prune_model(source.model, inputs.tokens(peers), request.config, context=context)
         report.extra = {"model": request.model, "calibration": inputs.calibration, "statistics": inputs.statistics}
         if sink is not None:
@@ -121,7 +127,7 @@ def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) ->
 class _Inputs:
     """The other input of a run: calibration tokens, or statistics of an earlier run."""
 
-    def __init__(self, request: RunRequest, source: Source) -> None:
+    def __init__(self, request: RunRequest, source: Source, bos: BosChoice | None) -> None:
         self._request = request
         self._model = {"files": source.files.described, "dtype": request.dtype}
         self.known: SavedStatistics | None = None
@@ -131,7 +137,7 @@ class _Inputs:
             self.calibration = self.known.calibration
         else:
             writer = None if source.offloaded else source.model
-            self._data = request.calibration.load(source.tokenizer, writer)
+            self._data = request.calibration.load(source.tokenizer, writer, bos)
             self.calibration = describe(self._data, request.calibration)
 
     @property
@@ -177,6 +183,7 @@ def describe(data: CalibrationData, calibration: Calibration) -> dict[str, Any]:
         "seqlen": calibration.seqlen,
         "seed": data.seed,
         "sha256": data.sha256,
+        "bos": data.bos.to_dict(),
     }
 
 

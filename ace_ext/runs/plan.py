@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ace_ext.data.bos import WINDOW_TOKENS, WINDOWS, BosChoice
 from ace_ext.data.corpora import SELF
 from ace_ext.data.generate import ROWS_TOGETHER
 from ace_ext.engine.api import check_pattern
@@ -55,6 +56,9 @@ class Plan:
     read_bytes: int
     write_bytes: int
     seconds: dict[str, float]
+    bos: BosChoice
+    """How calibration samples begin. ``auto`` is undecided if it depends on the weights; no other figure depends on
+    it, as the BOS token is one of a sample's tokens."""
 
     @property
     def peak(self) -> Estimate:
@@ -89,13 +93,15 @@ class Plan:
         parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
         lines.append(f"reads {self.read_bytes / 1e9:.2f} GB, writes {self.write_bytes / 1e9:.2f} GB")
         lines.append(f"about {sum(self.seconds.values()):.0f} s: {parts}")
+        lines.append(str(self.bos))
         return "\n".join(lines)
 
 
 @dataclass
 class _Measured:
-    """What drawing the calibration text took, in bytes and seconds."""
+    """How calibration samples begin, and what drawing them took, in bytes and seconds."""
 
+    bos: BosChoice  # undecided where a run measures the model
     before_text: int = 0  # resident bytes before
     text_bytes: int = 0  # additional bytes at the peak
     text_seconds: float = 0.0
@@ -132,6 +138,8 @@ def make_plan(
     if device.type == "cpu":
         phases += _earlier_phases(source, pruning, calibration, measured)
     read, written = _traffic(source, calibration, 0 if resident_hidden else trial.passes)
+    if source.offloaded and not measured.bos.decided:
+        read += sum(p.nbytes for p in source.model.parameters())  # once more, for the forward pass that decides
     return Plan(
         model=model,
         device=str(device),
@@ -144,6 +152,7 @@ def make_plan(
         read_bytes=read,
         write_bytes=written,
         seconds=_seconds(source, calibration, trial, measured, read + written),
+        bos=measured.bos,
     )
 
 
@@ -163,15 +172,16 @@ def planned_matrices(blocks: list[Block], config: PruneConfig) -> list[PlannedMa
 
 def _draw(source: Source, calibration: Calibration) -> _Measured:
     """Draws the calibration samples as a run does and measures the cost. If the model would write them itself, random
-    tokens are used."""
-    measured = _Measured(before_text=resident_bytes())
+    tokens are used; if it would be measured for the BOS token, samples without the token, which are as long."""
+    bos = calibration.choose_bos(source.tokenizer, None)
+    measured = _Measured(bos, before_text=resident_bytes())
     if calibration.source == SELF:
         vocabulary = embedding_weight(source.model).shape[0]
         measured.tokens = torch.randint(0, vocabulary, (calibration.nsamples, calibration.seqlen))
         return measured
     start = time.perf_counter()
     reset_peak()
-    measured.tokens = calibration.load(source.tokenizer, None).tokens
+    measured.tokens = calibration.load(source.tokenizer, None, bos).tokens
     measured.text_bytes = max(0, peak_memory_bytes() - measured.before_text)
     measured.text_seconds = time.perf_counter() - start
     return measured
@@ -188,7 +198,7 @@ def _earlier_phases(source: Source, pruning: Estimate, calibration: Calibration,
         phases.append(Estimate(pruning.process, pruning.model, transient=text, phase="text"))
         return phases
     held = 0 if source.offloaded else pruning.model
-    if source.files.shards is not None and not source.offloaded:
+    if source.files.shards is not None and not source.offloaded and measured.bos.decided:
         # With mapped files, only the blocks have been read by then (to check their weights).
         held = _bytes_of(source.blocks) + copied_bytes(source.blocks, source.files.shards)
     return [*phases, Estimate(measured.before_text, held, transient=measured.text_bytes, phase="text")]
@@ -234,6 +244,8 @@ def _seconds(
     if calibration.source == SELF:
         steps = math.ceil(calibration.nsamples / ROWS_TOGETHER) * calibration.seqlen
         text = steps * blocks * trial.forward_seconds
+    if not measured.bos.decided:  # pruning a token takes somewhat longer than its forward pass, which is the cost here
+        text += blocks * 2 * WINDOWS * WINDOW_TOKENS * trial.token_seconds
     return {
         "load": source.unpacking.seconds if source.unpacking else 0.0,
         "text": text,

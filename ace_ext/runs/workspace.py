@@ -39,7 +39,7 @@ class UnfinishedRun:
 
     def __init__(self, output: Path, fingerprint: dict[str, Any]) -> None:
         self.output, self.fingerprint = output, fingerprint
-        self.folder = output.parent / f".{output.name}.unfinished"
+        self.folder = _folder_of(output)
         self.model = self.folder / "model"
         self._lock: TextIO | None = None
         self._made: list[Path] = []
@@ -152,6 +152,19 @@ class UnfinishedRun:
             self._lock = None
 
 
+def _folder_of(output: Path) -> Path:
+    return output.parent / f".{output.name}.unfinished"
+
+
+def recorded_fingerprint(output: Path) -> dict[str, Any]:
+    """The fingerprint of an unfinished run; empty without one, and where its state is damaged (to resume it is then
+    refused by :class:`Workspace`)."""
+    try:
+        return dict(json.loads((_folder_of(output) / "state.json").read_text(encoding="utf-8"))["fingerprint"])
+    except (OSError, KeyError, TypeError, ValueError):
+        return {}
+
+
 class Workspace(UnfinishedRun):
     """The folder of one unfinished pruning run: the engine's :class:`ace_ext.engine.protocols.Journal`. :meth:`finish`
     moves the model to its output folder.
@@ -228,7 +241,7 @@ def recover(output: Path) -> None:
     Raises:
         InputError: another run holds the folder, or both an older and a newer output exist: the user must choose.
     """
-    folder = output.parent / f".{output.name}.unfinished"
+    folder = _folder_of(output)
     old, model = folder / "old", folder / "model"
     in_place = (folder / "state.json").is_file() and output.is_dir() and not model.is_dir()
     if not old.is_dir() and not in_place:

@@ -1,0 +1,37 @@
+"""A forward pass of a whole model whose blocks may be on the disk, with one part of it in memory at a time."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ace_ext.models.block_store import BlockSource
+from ace_ext.models.experts import through_linears
+from ace_ext.models.replay import replaced_forward
+
+
+@torch.no_grad()
+def whole_logits(model: nn.Module, blocks: BlockSource, tokens: Tensor, device: torch.device) -> Tensor:
+    """The logits ``[batch, seqlen, vocabulary]`` of ``tokens [batch, seqlen]``, int64.
+
+    A model in memory and the same model on the disk run the same code on the same shapes, so they give the same bits.
+    """
+    with ExitStack() as stack:
+        for index, block in enumerate(blocks.blocks):
+            stack.enter_context(replaced_forward(block.module, _holding(blocks, index)))
+        stack.enter_context(blocks.surroundings(model))
+        logits: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits
+    return logits
+
+
+def _holding(blocks: BlockSource, index: int) -> Callable[..., Any]:
+    """The forward of a block, with its weights in memory while it runs."""
+    original = blocks.blocks[index].module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with blocks.hold(index) as block, through_linears(block.experts):
+            return original(*args, **kwargs)
+
+    return forward
