@@ -22,7 +22,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "experts": ("models.experts",),
     "extension": ("ops._extension",),
     "gram": ("pruning.gram",),
-    "hidden": ("engine.hidden_states",),
+    "hidden": ("models.hidden_states",),
     "html_report": ("reporting.run_page", "reporting.compare_page", "reporting.html"),
     "layout": ("models.tensor_map",),
     "loop": ("engine.walk",),

@@ -20,6 +20,11 @@ def tokens_sha256(tokens: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
+def tensor_sha256(tensor: torch.Tensor) -> str:
+    """Return the SHA-256, in hex, of a tensor's values as they are in memory, of any dtype."""
+    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
+
+
 def fingerprint_of_files(files: Iterable[Path]) -> dict[str, str]:
     """For each file, by its name, its size and a SHA-256 of its first MiB (which holds the header) and of about 1024
     samples of 4 KiB, spread evenly over the rest.

@@ -93,6 +93,47 @@ class BlockReport:
 
 
 @dataclass
+class Healing:
+    """A distillation of the pruned model from the dense one. Losses are means over tokens of ``KL(dense ‖ pruned)``,
+    the Kullback-Leibler divergence of the distributions of the next token, in nats."""
+
+    settings: dict[str, Any]
+    """The fields of :class:`ace_ext.healing.HealSettings`."""
+    tokens: int
+    """Tokens trained on, those of every pass counted."""
+    steps: int
+    parts: int
+    """Into how many windows the blocks were divided that were trained one after the other; 1: all together."""
+    held_back: int
+    """Tokens that were only measured on."""
+    loss_before: float
+    """On the held-back tokens."""
+    loss_after: float
+    """Of the weights that were kept: the best that were measured, so never more than ``loss_before``."""
+    zeros: int
+    """Pruned weights, which were checked to be zero before and after."""
+    seconds: float
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    """The loss over time: the number of a step, and the mean of the losses since the entry before, each on the tokens
+    of its step."""
+    checks: list[tuple[int, float]] = field(default_factory=list)
+    """The loss on the held-back tokens after a number of steps."""
+
+    def summary(self) -> str:
+        """One line."""
+        return (
+            f"distilled on {self.tokens:,} tokens in {self.steps} steps, {self.seconds:.1f} s: KL on "
+            f"{self.held_back:,} held-back tokens {self.loss_before:.4f} before, {self.loss_after:.4f} after"
+        )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Healing":
+        """The reverse of ``dataclasses.asdict``, also of one that was written as JSON."""
+        pairs = {name: [(int(step), float(loss)) for step, loss in data[name]] for name in ("losses", "checks")}
+        return cls(**{**data, **pairs})
+
+
+@dataclass
 class PruneReport:
     """The whole run. ``extra`` is for the caller (model, calibration data …)."""
 
@@ -104,6 +145,8 @@ class PruneReport:
     peak_memory_bytes: int = 0
     versions: dict[str, str] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    healing: Healing | None = None
+    """The distillation that followed, if there was one. The errors of matrices and blocks are those before it."""
 
     @property
     def matrices(self) -> list[MatrixReport]:
@@ -130,7 +173,8 @@ class PruneReport:
         data = json.loads(text)
         del data["format"], data["sparsity"]
         blocks = [BlockReport.from_dict(block) for block in data.pop("blocks")]
-        return cls(**data, blocks=blocks)
+        healing = data.pop("healing", None)  # absent from reports written before there was any
+        return cls(**data, blocks=blocks, healing=None if healing is None else Healing.from_dict(healing))
 
     def table(self) -> str:
         """A table as text: one line for each kind of matrix, averaged over blocks, and the totals below."""
@@ -151,6 +195,8 @@ class PruneReport:
             f"{len(self.blocks)} blocks, {len(self.matrices)} matrices, sparsity {self.sparsity:.4f}, "
             f"{self.seconds:.1f} s, peak memory {self.peak_memory_bytes / 2**30:.2f} GiB on {self.device}"
         )
+        if self.healing is not None:
+            lines.append(self.healing.summary())
         return "\n".join(lines)
 
 

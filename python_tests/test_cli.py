@@ -152,7 +152,7 @@ def test_help_lists_every_metric():
 def test_a_completion_script_knows_every_verb_and_option(shell):
     printed = ace_prune("--print-completion", shell)
     assert printed.returncode == 0
-    assert all(verb in printed.stdout for verb in ("run", "plan", "compare", "eval", "verify"))
+    assert all(verb in printed.stdout for verb in ("run", "heal", "plan", "compare", "eval", "verify"))
     assert all(option in printed.stdout for option in ("--sparsity", "--max-swaps", "--tune-epochs", "--format"))
 
 

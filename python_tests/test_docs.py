@@ -15,7 +15,7 @@ from ace_ext.cli.main import build_parser
 from ace_ext.compare.journal import BlockFigures, Cell, Run
 from ace_ext.data.perplexity import Perplexity
 from ace_ext.pruning import kinds
-from ace_ext.records import BlockReport, MatrixReport, PruneReport, Solution, Tuning
+from ace_ext.records import BlockReport, Healing, MatrixReport, PruneReport, Solution, Tuning
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples/README.md"]
@@ -156,7 +156,7 @@ def test_named_files_exist(path):
 
 @pytest.mark.parametrize(
     "record",
-    [PruneReport, BlockReport, MatrixReport, Solution, Tuning, Run, Cell, BlockFigures, Perplexity],
+    [PruneReport, BlockReport, MatrixReport, Solution, Tuning, Healing, Run, Cell, BlockFigures, Perplexity],
     ids=lambda record: record.__name__,
 )
 def test_file_formats_name_every_key(record):

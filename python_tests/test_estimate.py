@@ -11,14 +11,18 @@ from torch.profiler import ProfilerActivity, profile
 
 from ace_ext import PruneConfig, prune_model
 from ace_ext.data.bos import WINDOW_TOKENS, WINDOWS, _perplexity
+from ace_ext.healing import HealSettings, distill_
+from ace_ext.healing.context import HealContext
 from ace_ext.models.block_store import ResidentBlocks
 from ace_ext.models.blocks import find_blocks
+from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.whole_forward import whole_logits
 from ace_ext.pruning import gram
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.prune_linear import prune_linear_, working_bytes
 from ace_ext.pruning.sketch import SketchState
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
+from ace_ext.runs.heal_memory import Division, HealDemand
 from ace_ext.runs.memory_model import estimate
 
 
@@ -217,3 +221,19 @@ def test_a_mixture_holds_no_more_than_estimated(setting, tmp_path):
     found = need(config, *tokens.shape, model=model)
     peak = peak_of(lambda: prune_model(model, tokens, config), tmp_path / "trace.json")
     assert 1 <= (found.total - found.model - found.process) / peak < 2.8  # the process: kernels, which are no tensors
+
+
+@pytest.mark.parametrize("make", [make_wide_model, make_mixture])
+@pytest.mark.parametrize("division", [Division(), Division(graphs=2), Division(parts=2)], ids=str)
+def test_a_distillation_holds_no_more_than_estimated(make, division, tmp_path):
+    """What a block stores for its backward pass was measured as the growth of processes, which is more than its
+    tensors."""
+    model, tokens, settings = make(), make_tokens(17, 64), HealSettings(step_tokens=512, held_back=1)
+    prune_model(model, tokens, PruneConfig("magnitude"))
+    blocks = find_blocks(model)
+    found = HealDemand.of(model, blocks, 0.5, tuple(tokens.shape), 8).peak(division, 0)
+    states = HiddenStates([torch.zeros(len(part), 64, 128, dtype=torch.bfloat16) for part in tokens.split(8)])
+    context = HealContext(parts=division.parts, graphs=division.graphs)
+    peak = peak_of(lambda: distill_(model, states, tokens, settings, context=context), tmp_path / "trace.json")
+    assert found.phase == "train"
+    assert 1 <= (found.total - found.model - states.nbytes) / peak < 2.8

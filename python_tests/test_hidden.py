@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ace_ext import InputError
-from ace_ext.engine.hidden_states import HiddenStates
+from ace_ext.models.hidden_states import HiddenStates
 
 KINDS = {"memory": (False, True), "both": (True, True), "files": (True, False)}
 

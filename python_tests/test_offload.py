@@ -136,7 +136,7 @@ class Free:
     """A machine whose process takes nothing, so that the tiny model's bytes decide."""
 
     def __init__(self, monkeypatch):
-        monkeypatch.setattr(memory_model, "_process_bytes", lambda *_, **__: 0)
+        monkeypatch.setattr(memory_model, "process_bytes", lambda *_, **__: 0)
         self.contexts = []
         kept = pipeline.RunContext
         monkeypatch.setattr(pipeline, "RunContext", lambda **kw: self.contexts.append(kw) or kept(**kw))

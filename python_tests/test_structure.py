@@ -16,6 +16,7 @@ LAYERS = [
     {"models"},
     {"data"},
     {"pruning"},
+    {"healing"},
     {"engine", "formats"},
     {"runs", "compare"},
     {"reporting"},
@@ -29,6 +30,7 @@ MAX_ARGUMENTS = 7
 RECORDS = {
     "MatrixReport": "a row of the report",
     "PruneReport": "the report",
+    "Healing": "a part of the report",
     "Run": "a line of runs.jsonl",
     "Estimate": "a row of the memory estimate",
     "Plan": "what ace-prune plan prints",

@@ -2,8 +2,10 @@
 without a change here."""
 
 import argparse
+import contextlib
 import sys
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
 
 import torch
 
@@ -57,12 +59,12 @@ def add_pruning(parser: argparse.ArgumentParser) -> None:
         "--metric", choices=[*METRICS, *RENAMED], metavar="NAME", help=f"{own['metric'].help}; see below"
     )
     amount = group.add_mutually_exclusive_group()
-    amount.add_argument("--sparsity", type=float, help=_help(own["sparsity"]))
+    amount.add_argument("--sparsity", type=float, help=setting_help(own["sparsity"]))
     amount.add_argument("--pattern", help=own["pattern"].help)
     group.add_argument("--skip", action="append", default=[], metavar="REGEX", help=own["skip"].help)
     for name, setting in own.items():
         if name not in ("metric", "sparsity", "pattern", "skip"):
-            _add_setting(group, setting, _help(setting))
+            add_setting(group, setting, setting_help(setting))
     _add_solvers(parser.add_argument_group("solvers, which follow the metric (see below)"))
 
 
@@ -75,17 +77,17 @@ def _add_solvers(group: Any) -> None:
         metavar="NAME",
         help=f"{names['update'].help}: {', '.join(_update_names())}, or two of them joined by + (or given twice)",
     )
-    _add_setting(group, names["gram"], _help(names["gram"]))
+    add_setting(group, names["gram"], setting_help(names["gram"]))
     for name, setting in solver_settings().items():
         if setting.flag:
-            _add_setting(group, setting, option_help(name))
+            add_setting(group, setting, option_help(name))
 
 
 def _update_names() -> list[str]:
     return [*solvers_of(WeightSolver), *solvers_of(BlockSolver)]
 
 
-def _add_setting(group: Any, setting: Setting, help: str) -> None:
+def add_setting(group: Any, setting: Setting, help: str) -> None:
     """Adds a flag whose value is None if it is not given: the configuration knows the defaults."""
     flag = f"--{setting.name.replace('_', '-')}"
     if setting.choices:
@@ -95,7 +97,8 @@ def _add_setting(group: Any, setting: Setting, help: str) -> None:
     group.add_argument(flag, type=kind, help=help)
 
 
-def _help(setting: Setting) -> str:
+def setting_help(setting: Setting) -> str:
+    """A setting's help with its default."""
     return setting.help if setting.default is None else f"{setting.help} (default: {setting.default})"
 
 
@@ -168,6 +171,26 @@ def add_memory(group: Any) -> None:
         help="disk: read and write one block at a time; auto: only if the model does not fit (default: %(default)s)",
     )
     group.add_argument("--max-memory", metavar="SIZE", help="limit of the process's resident memory, e.g. 2GB")
+
+
+def add_reports(group: Any, each: str) -> None:
+    """Adds the page and the log; ``each``: of what the log has a line."""
+    group.add_argument("--report", metavar="FILE.html", type=Path, help="write an HTML page about the run")
+    group.add_argument("--log-json", metavar="FILE", help=f"write a JSON line for each {each}; - for stderr")
+
+
+def open_log(name: str | None, opened: contextlib.ExitStack) -> TextIO | None:
+    """The file of ``--log-json``, which ``opened`` closes; None without one.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    if name is None or name == "-":
+        return sys.stderr if name else None
+    try:
+        return opened.enter_context(open(name, "a", encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"log-json {name!r} cannot be written: {error.strerror}; give another file") from error
 
 
 def request_from(args: argparse.Namespace, **options: Any) -> RunRequest:

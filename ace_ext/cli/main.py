@@ -1,4 +1,4 @@
-"""``ace-prune run | plan | compare | eval | verify``. Results go to stdout, progress and errors to stderr.
+"""``ace-prune run | heal | plan | compare | eval | verify``. Results go to stdout, progress and errors to stderr.
 
 Exit status: 0: done; 1: internal error, or ``verify`` found a problem; 2: bad input (one line that says what is wrong
 and how to correct it); 130: interrupted.
@@ -10,12 +10,12 @@ import sys
 
 import shtab
 
-from ace_ext.cli import compare, eval, plan, run, verify
+from ace_ext.cli import compare, eval, heal, plan, run, verify
 from ace_ext.cli.args import OneLineParser
 from ace_ext.errors import InputError
 from ace_ext.version import __version__
 
-VERBS = (run, plan, compare, eval, verify)
+VERBS = (run, heal, plan, compare, eval, verify)
 """One module per verb, in the order of the help text."""
 
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ace-prune: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("ace-prune: interrupted; run goes on with --resume where it stopped", file=sys.stderr)
+        print("ace-prune: interrupted; run and heal go on with --resume where it stopped", file=sys.stderr)
         return 130
     return status
 

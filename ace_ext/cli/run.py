@@ -3,13 +3,10 @@
 import argparse
 import contextlib
 import os
-import sys
 from pathlib import Path
-from typing import TextIO
 
 from ace_ext.cli import args as shared
 from ace_ext.engine.progress import Progress
-from ace_ext.errors import InputError
 from ace_ext.formats import DEFAULT_FORMAT, FORMATS
 from ace_ext.reporting.html import check_report
 from ace_ext.reporting.run_page import write_run_report
@@ -59,8 +56,7 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
         type=Path,
         help="prune from saved statistics at any sparsity, pattern or metric, without a forward pass (order block)",
     )
-    group.add_argument("--report", metavar="FILE.html", type=Path, help="write an HTML page about the run")
-    group.add_argument("--log-json", metavar="FILE", help="write a JSON line for each block; - for stderr")
+    shared.add_reports(group, "block")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         format=args.format,
     )
     with contextlib.ExitStack() as opened:
-        progress = Progress(shared.shows_progress(args), _open_log(args.log_json, opened), notes=not args.quiet)
+        progress = Progress(shared.shows_progress(args), shared.open_log(args.log_json, opened), notes=not args.quiet)
         report, path = prune_folder(
             request.model,
             args.output,
@@ -92,12 +88,3 @@ def run(args: argparse.Namespace) -> int:
             write_run_report(report, args.report)
         print(report.to_json() if args.json else f"{report.table()}\nwritten to {path}")
     return 0
-
-
-def _open_log(name: str | None, opened: contextlib.ExitStack) -> TextIO | None:
-    if name is None or name == "-":
-        return sys.stderr if name else None
-    try:
-        return opened.enter_context(open(name, "a", encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"log-json {name!r} cannot be written: {error.strerror}; give another file") from error

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ace_ext.engine.context import RunContext
-from ace_ext.engine.hidden_states import HiddenStates
 from ace_ext.engine.progress import Progress
 from ace_ext.engine.walk import Walk
 from ace_ext.errors import InputError
 from ace_ext.models.block_store import BlockSource, ResidentBlocks
 from ace_ext.models.blocks import Block, find_blocks
+from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.replay import BlockCall, capture_calls
 from ace_ext.models.versions import versions
 from ace_ext.process_memory import peak_memory_bytes

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ace_ext.engine.hidden_states import HiddenStates
 from ace_ext.models.blocks import Block
+from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.pruning.statistics import LinearStatistics
 from ace_ext.records import BlockReport, PruneReport
 

@@ -1,10 +1,10 @@
 """Extra passes over the dense blocks: one measures each block for sparsity allocation, one computes the dense outputs
 that training uses as targets."""
 
-from ace_ext.engine.hidden_states import HiddenStates
 from ace_ext.engine.steps import Steps
 from ace_ext.engine.strategies import prune_block
 from ace_ext.models.blocks import Block
+from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.replay import run_block
 from ace_ext.pruning.allocation import allocate, measure_block
 from ace_ext.records import BlockReport

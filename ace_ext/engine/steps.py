@@ -7,11 +7,11 @@ from torch import nn
 
 from ace_ext import ops
 from ace_ext.engine.context import RunContext
-from ace_ext.engine.hidden_states import HiddenStates
 from ace_ext.engine.matrix_report import count_nonzero_, dense_output, measure
 from ace_ext.errors import InputError
 from ace_ext.models.block_store import BlockSource
 from ace_ext.models.blocks import Block
+from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.replay import BlockCall, run_block
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.masks import keep_budget, prune_weight_, scored_weight

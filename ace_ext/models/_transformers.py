@@ -48,6 +48,11 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return head
 
 
+def tie_weights_(model: nn.Module) -> None:
+    """Makes weights that a model shares the same parameters again, the LM head's and the embedding's if it does."""
+    _method(model, "tie_weights")()
+
+
 def text_config(model: nn.Module) -> Any:
     """The configuration of a model's language part: its own, or a part of that of a model with more than text."""
     return _method(model.config, "get_text_config")()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ace_ext.errors import InputError
-from ace_ext.models._transformers import output_head
+from ace_ext.models._transformers import input_embedding, output_head, tie_weights_
 from ace_ext.models.blocks import Block, check_weights
 from ace_ext.models.safetensors_files import Shards
 
@@ -20,6 +20,9 @@ class BlockSource(Protocol):
 
     def hold(self, index: int) -> contextlib.AbstractContextManager[Block]:
         """Within this context the weights of block ``index`` are in memory."""
+
+    def way_out(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Within this context the last block's outputs can become logits (:class:`ace_ext.models.tail.Tail`)."""
 
     def entrance(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Within this context tokens can enter the blocks of ``model``."""
@@ -38,6 +41,10 @@ class ResidentBlocks:
     def hold(self, index: int) -> Iterator[Block]:
         """The block; nothing is to be done."""
         yield self.blocks[index]
+
+    def way_out(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Does nothing: all weights are in memory."""
+        return contextlib.nullcontext()
 
     def entrance(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Does nothing: all weights are in memory."""
@@ -69,6 +76,10 @@ class OffloadedBlocks:
             unload_(block.module)
             for fused in block.experts:
                 fused.bind()
+
+    def way_out(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Holds the weights after the blocks."""
+        return way_out(model, self.blocks, self.shards, self.device)
 
     @contextlib.contextmanager
     def entrance(self, model: nn.Module) -> Iterator[None]:
@@ -138,6 +149,7 @@ def entrance(model: nn.Module, blocks: list[Block], shards: Shards, device: torc
         for module in loaded:
             for name, parameter in list(module.named_parameters(recurse=False)):
                 _set_parameter(module, name, parameter.detach().to("meta"))
+        tie_weights_(model)  # loading and freeing the embedding separated it from a tied head
 
 
 @contextlib.contextmanager
@@ -196,3 +208,22 @@ def _load_own_(module: nn.Module, prefix: str, shards: Shards, device: torch.dev
         _set_parameter(module, name, value)
     for name, buffer in list(module.named_buffers(recurse=False)):
         _set_buffer(module, name, buffer.to(device))
+
+
+@contextlib.contextmanager
+def way_out(model: nn.Module, blocks: list[Block], shards: Shards, device: torch.device | str) -> Iterator[None]:
+    """While it lasts, the skeleton's modules outside the blocks are in memory, so that the last block's outputs can
+    become logits. The embedding is left out, unless the LM head is tied to it."""
+    head, embedding = output_head(model), input_embedding(model)
+    assert head is not None  # a causal language model has one
+    name = next(name for name, module in model.named_modules() if module is head)
+    tied = head.weight is embedding.weight
+    with entrance(model, blocks, shards, device):
+        if not tied:
+            unload_(embedding)
+            load_(head, name, shards, device)
+        tie_weights_(model)
+        try:
+            yield
+        finally:
+            unload_(head)

@@ -28,6 +28,7 @@ class BlockCall:
     others: list[Arguments]
     token_mask: Tensor | None  # [batch * seqlen] bool, None where no token is padding
     tokens: int = 0  # in the batch, without padding
+    wrap: Callable[[Tensor], object] = lambda hidden: hidden  # gives hidden states the form of a block's output
 
 
 class _Captured(Exception):
@@ -52,11 +53,11 @@ class _Recorder:
             if index == 0:
                 self.hidden = hidden
             self.others.append(rest)
-            if index == len(self.blocks) - 1:
-                raise _Captured
             if self.wrap is None:  # what a block returns is only known after one has run
                 with through_linears(self.blocks[index].experts):
                     self.wrap = _wrapper_like(original(*args, **kwargs))
+            if index == len(self.blocks) - 1:
+                raise _Captured
             return self.wrap(hidden)
 
         return forward
@@ -129,7 +130,8 @@ def capture_calls(model: nn.Module, blocks: list[Block], batches: Iterable[dict[
                     ) from None
                 token_mask = _token_mask(batch.get("attention_mask"))
                 tokens = batch["input_ids"].numel() if token_mask is None else int(token_mask.sum())
-                yield BlockCall(recorder.hidden, recorder.others, token_mask, tokens)
+                assert recorder.wrap is not None  # set by the first block
+                yield BlockCall(recorder.hidden, recorder.others, token_mask, tokens, recorder.wrap)
             else:
                 raise InputError(f"the model did not call its blocks, {blocks[0].name} and on, up to the last")
 

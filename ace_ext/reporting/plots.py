@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from ace_ext.compare.journal import BlockFigures, Results
 from ace_ext.compare.tables import Row, rows, short_names
 from ace_ext.errors import InputError
+from ace_ext.records import Healing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,6 +82,19 @@ def blocks_plot(series: dict[Key, list[BlockFigures]]) -> bytes:
         whole.set_params(integer=True)
         one.xaxis.set_major_locator(whole)
         one.ticklabel_format(axis="y", useOffset=False)
+    return _png(figure, styles)
+
+
+def healing_plot(healing: Healing) -> bytes:
+    """The PNG of a plot of a distillation's loss over its steps: on the text it trains on, and on held-back text."""
+    figure, (axes,) = _figure(1)
+    named = {("training text", ""): healing.losses, ("held-back text", ""): healing.checks}
+    styles = _styles(named)
+    for key, points in named.items():
+        steps, losses = zip(*points, strict=True) if points else ((), ())
+        axes.plot(steps, losses, **{**styles[key], "markersize": 3, "linewidth": 1.2})
+    axes.set_ylabel("KL per token", fontsize=9)
+    axes.set_xlabel("step", fontsize=9)
     return _png(figure, styles)
 
 

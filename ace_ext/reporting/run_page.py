@@ -6,9 +6,9 @@ from typing import Any
 from ace_ext.compare.journal import BlockFigures
 from ace_ext.compare.tables import amount_name
 from ace_ext.data.bos import BosChoice
-from ace_ext.records import MatrixReport, PruneReport
+from ace_ext.records import Healing, MatrixReport, PruneReport
 from ace_ext.reporting.html import Plot, Table, check_report, render, write_file
-from ace_ext.reporting.plots import blocks_plot
+from ace_ext.reporting.plots import blocks_plot, healing_plot
 
 _FIGURES = ["sparsity", "rel. error", "cosine"]
 
@@ -32,6 +32,7 @@ def write_run_report(report: PruneReport, path: str | Path) -> Path:
         seconds=report.seconds,
         peak_gib=report.peak_memory_bytes / 2**30,
         device=report.device,
+        healing=None if report.healing is None else _Healing(report.healing),
         plot=Plot(blocks_plot({("pruned", ""): blocks}), "Share of zeros and output cosine by block."),
         blocks=Table(["block", *_FIGURES], by_block, 1),
         matrices=Table(["matrix", "shape", *_FIGURES, "tokens"], by_matrix, 1),
@@ -47,6 +48,20 @@ def _extra(report: PruneReport) -> dict[str, Any]:
         return report.extra
     rest = {name: value for name, value in calibration.items() if name != "bos"}
     return {**report.extra, "calibration": rest, "beginning of samples": str(BosChoice(**calibration["bos"]))}
+
+
+class _Healing:
+    """What the page shows of a distillation."""
+
+    def __init__(self, healing: Healing) -> None:
+        self.summary = healing.summary()
+        self.plot = Plot(
+            healing_plot(healing), "Loss over the steps of the distillation, on training and held-back text."
+        )
+        lines = [[str(step), f"{loss:.4f}"] for step, loss in healing.checks]
+        self.checks = Table(["steps", "KL on held-back text"], lines, 0)
+        counted = {"zeros, checked": healing.zeros, "windows of blocks": healing.parts}
+        self.settings = Table.of_settings({**healing.settings, **counted})
 
 
 def _figures(found: BlockFigures | MatrixReport) -> list[str]:

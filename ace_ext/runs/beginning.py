@@ -35,7 +35,7 @@ def choose_for_run(request: RunRequest, source: Source, blocks: BlockSource, out
     if peers.rank == 0:
         calibration = request.calibration
         recorded = recorded_fingerprint(output).get("calibration") if request.options.resume else None
-        choice = _from_record(recorded, calibration.bos)
+        choice = from_record(recorded, calibration.bos)
         choice = choice or calibration.choose_bos(source.tokenizer, source.model, logits)
     agreed: BosChoice = peers.gather(choice)[0]
     return agreed
@@ -50,10 +50,10 @@ def recorded_in_report(folder: str, mode: str) -> BosChoice | None:
         calibration = read_report(folder).extra.get("calibration") or {}
     except InputError:
         return None  # a damaged report is no reason not to evaluate the model
-    return None if calibration.get("source") == SELF else _from_record(calibration, mode)
+    return None if calibration.get("source") == SELF else from_record(calibration, mode)
 
 
-def _from_record(calibration: Mapping[str, Any] | None, mode: str) -> BosChoice | None:
+def from_record(calibration: Mapping[str, Any] | None, mode: str) -> BosChoice | None:
     """The choice in a record of calibration samples, if it was made for the same mode."""
     found = (calibration or {}).get("bos")
     choice = BosChoice(**found) if isinstance(found, dict) else None

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ace_ext.engine.context import RunContext
-from ace_ext.engine.hidden_states import HiddenStates
 from ace_ext.engine.walk import Walk
 from ace_ext.models.block_store import OffloadedBlocks, ResidentBlocks
 from ace_ext.models.blocks import Block
+from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.replay import BlockCall, capture_calls, run_block
 from ace_ext.models.safetensors_files import Shards
 from ace_ext.pruning.config import PruneConfig
@@ -83,7 +83,6 @@ def try_block(
             start = time.perf_counter()
             run_block(block, hidden[0], calls[0].others[0])
             forward_seconds = time.perf_counter() - start
-    model.tie_weights()  # loading and freeing the embedding separated it from a tied head
     (many, longer), (few, shorter) = found
     token_seconds = max(0.0, (longer - shorter) / max(1, many - few))  # with only two tokens, many == few
     fixed = max(0.0, longer - token_seconds * many)

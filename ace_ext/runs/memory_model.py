@@ -96,7 +96,7 @@ def estimate(
     if shards is not None and mapped and not offload:
         resident += copied_bytes(blocks, shards)
     if process is None:
-        process = _process_bytes(resident if loaded else 0, text_to_come=not (loaded or offload), device=device)
+        process = process_bytes(resident if loaded else 0, text_to_come=not (loaded or offload), device=device)
     if shape.experts and shape.itemsize < 4 and torch.device(device).type == "cpu":
         process += _EXPERT_KERNELS
     run = _Run(blocks, config, shape, nsamples * seqlen, seqlen, resident_hidden)
@@ -134,7 +134,7 @@ def copied_bytes(blocks: list[Block], shards: Shards) -> int:
     return sum(experts.tensor.nbytes for name, experts in fused if f"{name}.{experts.name}" not in shards.entries)
 
 
-def _process_bytes(weights: int, text_to_come: bool, device: torch.device | str) -> int:
+def process_bytes(weights: int, text_to_come: bool, device: torch.device | str) -> int:
     """What the process will hold besides the model, from what it holds now; ``weights`` bytes of that are the model."""
     if torch.device(device).type == "cuda":
         return 0
@@ -256,17 +256,13 @@ class _Run:
         return total
 
     def training(self) -> list[Estimate]:
-        """Training a block: the block solver's own estimate, and the inputs and targets.
-
-        Activations of a token, measured on Llama blocks as growth of the process: 55 bytes per hidden column, 20 per
-        column of the MLP, and 16 per attention score if attention is not fused.
-        """
+        """Training a block: the block solver's own estimate, and the inputs and targets."""
         solver = self.config.solver.block_solver
         if solver is None:
             return []
         shape = self.shape
         step = min(self.batch, step_samples(self.seqlen) * self.seqlen)
-        activations = step * (55 * shape.hidden + 20 * shape.widest + 16 * shape.heads * self.seqlen + shape.routing)
+        activations = shape.training_bytes(step, self.seqlen)
         sizes = [[linear.weight.numel() for linear in block.linears.values()] for block in self.blocks]
         trained, largest = max(map(sum, sizes)), max(map(max, filter(None, sizes)))
         training = solver.working_bytes(BlockSizes(trained, largest, shape.itemsize, activations))

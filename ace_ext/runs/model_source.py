@@ -165,10 +165,11 @@ def _wants_offload(laid_out: nn.Module, blocks: list[Block], shards: Shards, req
     nsamples, seqlen = request.calibration.nsamples, request.calibration.seqlen
     measures = request.measures_bos()  # or may do so: the tokenizer is not loaded yet
     whole = estimate(laid_out, blocks, shards, request.config, nsamples, seqlen, offload=False, measures_bos=measures)
-    return whole.total > _budget(request)
+    return whole.total > budget_of(request)
 
 
-def _budget(request: RunRequest) -> int:
+def budget_of(request: RunRequest) -> int:
+    """Bytes that a run may use: its limit, or what the device or the system can give."""
     if request.options.max_memory is not None:
         return request.options.max_memory
     return torch.cuda.mem_get_info(request.device)[0] if request.device.type == "cuda" else available_bytes()
@@ -207,7 +208,7 @@ class Demand:
         budget = self.request.options.max_memory
         if budget is None and not self.source.offloaded:
             return True
-        if self.peak(resident_hidden=True).total <= _budget(self.request):
+        if self.peak(resident_hidden=True).total <= budget_of(self.request):
             return True
         least = self.peak(resident_hidden=False)
         if budget is not None and least.total > budget:

@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,52 +17,32 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from ace_ext.engine.hidden_states import HiddenStates, Layout
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import differences
 from ace_ext.formats import OutputWriter
 from ace_ext.models.blocks import Block
+from ace_ext.models.hidden_states import HiddenStates, Layout
 from ace_ext.records import BlockReport, PruneReport
 
 FORMAT = 1
 
 
-class Workspace:
-    """The folder of one unfinished run: the engine's :class:`ace_ext.engine.protocols.Journal`. :meth:`finish` moves
-    the model to its output folder.
+class UnfinishedRun:
+    """The folder of one unfinished run: its lock, its state, and the output until it is complete.
+
+    A kind of run extends :meth:`_take_state`, which reads its own values of the state.
 
     Args:
         output: the output folder.
         fingerprint: everything that the output depends on, as plain values. Only a run with the same one is resumed.
-        resume: go on with what an earlier run left, if anything. Without it, that is removed.
-        writes: whether this process writes the model and the state; other ranks only store hidden states.
-        rank: of this process; part of the names of its hidden states.
-
-    Raises:
-        InputError: another run holds the folder, or ``resume`` finds a run with another fingerprint.
     """
 
-    def __init__(
-        self, output: Path, fingerprint: dict[str, Any], resume: bool = False, writes: bool = True, rank: int = 0
-    ) -> None:
-        self.output, self.fingerprint, self.writes, self.rank = output, fingerprint, writes, rank
+    def __init__(self, output: Path, fingerprint: dict[str, Any]) -> None:
+        self.output, self.fingerprint = output, fingerprint
         self.folder = _folder_of(output)
         self.model = self.folder / "model"
-        self.finished = 0
-        self.blocks: list[BlockReport] = []
-        self.notes: dict[str, Any] = {}
-        """Plain values that the walk computed and a resumed run needs again."""
-        self._hidden: dict[str, Any] = {}
-        self.writer: OutputWriter | None = None
-        """Writes the blocks; must be set before the first block is done."""
-        self.resident_hidden = True
-        """Whether hidden states stay in memory in addition to their files."""
         self._lock: TextIO | None = None
         self._made: list[Path] = []
-        if writes:
-            self._open(resume)
-        elif resume and self._has_state():
-            self._read_state()
 
     # Opening
 
@@ -70,6 +50,11 @@ class Workspace:
         return (self.folder / "state.json").is_file() and self.model.is_dir()
 
     def _open(self, resume: bool) -> None:
+        """Makes and locks the folder, and reads the state of an earlier run, or removes what it left.
+
+        Raises:
+            InputError: another run holds the folder, or ``resume`` finds a run with another fingerprint.
+        """
         self._make_parents()
         self._take_lock()
         try:
@@ -94,25 +79,30 @@ class Workspace:
             self._lock = _locked(self.folder, self.output)
 
     def _read_state(self) -> None:
-        path = self.folder / "state.json"
-        try:
-            state = json.loads(path.read_text(encoding="utf-8"))
+        with self._damage_told():
+            state = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
             if state["format"] != FORMAT:
                 raise ValueError(f"format {state['format']}, not {FORMAT}")
-            found, finished, hidden = dict(state["fingerprint"]), int(state["finished"]), dict(state["hidden"])
-            self.notes = dict(state["notes"])
-            blocks = [BlockReport.from_dict(block) for block in state["blocks"]]
-            if len(blocks) != finished:
-                raise ValueError(f"{finished} blocks done, {len(blocks)} reported")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"resume: {path} is damaged ({error!r}); start over without --resume") from error
-        self.finished, self.blocks, self._hidden = finished, blocks, hidden
-        changed = differences(found, self.fingerprint)
+            changed = differences(dict(state["fingerprint"]), self.fingerprint)
         if changed:
             raise InputError(
                 f"resume: the unfinished run was another one: {'; '.join(changed)}; give the same arguments, or start "
                 "over without --resume"
             )
+        with self._damage_told():
+            self._take_state(state)
+
+    @contextlib.contextmanager
+    def _damage_told(self) -> Iterator[None]:
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            path = self.folder / "state.json"
+            raise InputError(f"resume: {path} is damaged ({error!r}); start over without --resume") from error
+
+    def _take_state(self, state: dict[str, Any]) -> None:
+        """Reads a state's own values. Raises KeyError, TypeError or ValueError if it is damaged."""
+        raise NotImplementedError
 
     def _clear(self) -> None:
         for path in self.folder.iterdir():
@@ -120,44 +110,11 @@ class Workspace:
                 continue
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    # The journal of the walk
-
-    def open_hidden(self, states: Iterable[Tensor], device: torch.device) -> HiddenStates:
-        """The inputs of the first unfinished block: those of the earlier run, or ``states`` if there is none.
-
-        Raises:
-            InputError: the earlier run had no hidden states for this rank.
-        """
-        name, resident = f"hidden-{self.rank}", self.resident_hidden
-        if self.finished:
-            kept = self._hidden.get(str(self.rank))
-            if kept is None:
-                raise InputError(f"resume: no hidden states of rank {self.rank}; use as many processes as before")
-            layout = Layout(kept["shapes"], kept["dtype"])
-            return HiddenStates.reopen(layout, self.finished % 2, self.folder, resident, name, device)
-        return HiddenStates(states, self.folder, resident, name, device)
-
-    def block_done(self, block: Block, report: BlockReport, layouts: dict[int, Any]) -> None:
-        """Writes a pruned block and, once it is on the disk, the state that records it as done."""
-        blocks = [*self.blocks, report]
-        if self.writes:
-            assert self.writer is not None  # set before the walk starts
-            self.writer.write(block)
-            self._write_state(blocks, layouts)
-        self.finished, self.blocks = len(blocks), blocks
-
-    def _write_state(self, blocks: list[BlockReport], hidden: dict[int, Any]) -> None:
-        state = {
-            "format": FORMAT,
-            "fingerprint": self.fingerprint,
-            "finished": len(blocks),
-            "hidden": hidden,
-            "notes": self.notes,
-            "blocks": [asdict(block) for block in blocks],
-        }
+    def _write_state(self, values: dict[str, Any]) -> None:
+        """Writes the state, which is on the disk when this returns; after a crash it is the old one or the new one."""
         part = self.folder / "state.json.part"
         with part.open("w", encoding="utf-8") as file:
-            json.dump(state, file)
+            json.dump({"format": FORMAT, "fingerprint": self.fingerprint, **values}, file)
             file.flush()
             os.fsync(file.fileno())
         part.replace(self.folder / "state.json")
@@ -206,6 +163,75 @@ def recorded_fingerprint(output: Path) -> dict[str, Any]:
         return dict(json.loads((_folder_of(output) / "state.json").read_text(encoding="utf-8"))["fingerprint"])
     except (OSError, KeyError, TypeError, ValueError):
         return {}
+
+
+class Workspace(UnfinishedRun):
+    """The folder of one unfinished pruning run: the engine's :class:`ace_ext.engine.protocols.Journal`. :meth:`finish`
+    moves the model to its output folder.
+
+    Args:
+        output: the output folder.
+        fingerprint: everything that the output depends on, as plain values. Only a run with the same one is resumed.
+        resume: go on with what an earlier run left, if anything. Without it, that is removed.
+        writes: whether this process writes the model and the state; other ranks only store hidden states.
+        rank: of this process; part of the names of its hidden states.
+
+    Raises:
+        InputError: another run holds the folder, or ``resume`` finds a run with another fingerprint.
+    """
+
+    def __init__(
+        self, output: Path, fingerprint: dict[str, Any], resume: bool = False, writes: bool = True, rank: int = 0
+    ) -> None:
+        super().__init__(output, fingerprint)
+        self.writes, self.rank = writes, rank
+        self.finished = 0
+        self.blocks: list[BlockReport] = []
+        self.notes: dict[str, Any] = {}
+        """Plain values that the walk computed and a resumed run needs again."""
+        self._hidden: dict[str, Any] = {}
+        self.writer: OutputWriter | None = None
+        """Writes the blocks; must be set before the first block is done."""
+        self.resident_hidden = True
+        """Whether hidden states stay in memory in addition to their files."""
+        if writes:
+            self._open(resume)
+        elif resume and self._has_state():
+            self._read_state()
+
+    def _take_state(self, state: dict[str, Any]) -> None:
+        finished, hidden = int(state["finished"]), dict(state["hidden"])
+        notes, blocks = dict(state["notes"]), [BlockReport.from_dict(block) for block in state["blocks"]]
+        if len(blocks) != finished:
+            raise ValueError(f"{finished} blocks done, {len(blocks)} reported")
+        self.finished, self.blocks, self.notes, self._hidden = finished, blocks, notes, hidden
+
+    # The journal of the walk
+
+    def open_hidden(self, states: Iterable[Tensor], device: torch.device) -> HiddenStates:
+        """The inputs of the first unfinished block: those of the earlier run, or ``states`` if there is none.
+
+        Raises:
+            InputError: the earlier run had no hidden states for this rank.
+        """
+        name, resident = f"hidden-{self.rank}", self.resident_hidden
+        if self.finished:
+            kept = self._hidden.get(str(self.rank))
+            if kept is None:
+                raise InputError(f"resume: no hidden states of rank {self.rank}; use as many processes as before")
+            layout = Layout(kept["shapes"], kept["dtype"])
+            return HiddenStates.reopen(layout, self.finished % 2, self.folder, resident, name, device)
+        return HiddenStates(states, self.folder, resident, name, device)
+
+    def block_done(self, block: Block, report: BlockReport, layouts: dict[int, Any]) -> None:
+        """Writes a pruned block and, once it is on the disk, the state that records it as done."""
+        blocks = [*self.blocks, report]
+        if self.writes:
+            assert self.writer is not None  # set before the walk starts
+            self.writer.write(block)
+            values = {"finished": len(blocks), "hidden": layouts, "notes": self.notes}
+            self._write_state({**values, "blocks": [asdict(block) for block in blocks]})
+        self.finished, self.blocks = len(blocks), blocks
 
 
 def recover(output: Path) -> None:

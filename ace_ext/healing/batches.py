@@ -1,0 +1,169 @@
+"""The text of a distillation, in batches of one gradient step each, and the hidden states of these batches."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ace_ext.errors import InputError
+from ace_ext.healing.pinned import PinnedBlocks
+from ace_ext.healing.settings import HealSettings
+from ace_ext.models.block_store import BlockSource
+from ace_ext.models.hidden_states import HiddenStates
+from ace_ext.models.replay import BlockCall, capture_calls, run_block
+
+SHARED = 16
+"""So many tokens in a row that two windows have in common show that they overlap."""
+
+
+def windows_needed(tokens: int, seqlen: int, settings: HealSettings) -> int:
+    """How many windows a text must have so that its passes are ``tokens`` tokens, rounded up to whole steps: those of
+    :class:`Batches`, which are trained on, and those that are held back."""
+    rows = max(1, settings.step_tokens // seqlen)
+    trained = rows * math.ceil(tokens / (settings.passes * rows * seqlen))
+    return trained + min(settings.held_back, max(1, trained // 3))
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Windows of text in batches; the last ``held_back`` batches are only measured on."""
+
+    tokens: list[Tensor]  # each int64 [rows, seqlen]
+    held_back: int
+
+    @classmethod
+    def of(cls, tokens: Tensor, settings: HealSettings) -> "Batches":
+        """Cuts ``[nsamples, seqlen]`` into batches. The last windows are held back. Windows that share ``SHARED``
+        tokens in a row with one of these are left out, so that no held-back text is trained on.
+
+        Raises:
+            InputError: not two dimensions, fewer than two windows, or nothing left to train on.
+        """
+        if tokens.dim() != 2 or len(tokens) < 2:
+            raise InputError(
+                f"tokens must be at least two windows [nsamples, seqlen]: one to train on, one to measure on "
+                f"(got shape {list(tokens.shape)})"
+            )
+        rows = max(1, settings.step_tokens // tokens.shape[1])
+        held = min(settings.held_back, max(1, len(tokens) // 4))
+        trained, measured = torch.split(tokens, [len(tokens) - held, held])
+        trained = trained[~_sharing(trained, measured)]
+        if not len(trained):
+            raise InputError(
+                f"tokens: each of the {len(tokens) - held} windows shares text with one of the {held} that are held "
+                f"back, so none is left to train on; give more text, or shorter windows"
+            )
+        held_back = torch.split(measured, rows)
+        return cls([*torch.split(trained, rows), *held_back], len(held_back))
+
+    @property
+    def trained(self) -> range:
+        """The batches to train on."""
+        return range(len(self.tokens) - self.held_back)
+
+    @property
+    def measured(self) -> range:
+        """The batches that are held back."""
+        return range(len(self.trained), len(self.tokens))
+
+    def order(self, step: int, seed: int) -> int:
+        """The batch of a step, counted from 0: each pass over the text has another order."""
+        done, place = divmod(step, len(self.trained))
+        random = torch.Generator().manual_seed(seed + done)
+        return int(torch.randperm(len(self.trained), generator=random)[place])
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where hidden states are kept."""
+
+    folder: Path | None = None
+    """A folder for their files; None: in memory only."""
+    resident: bool = True
+    """Whether they stay in memory, also with a folder."""
+    device: torch.device | None = None
+    """Where blocks are run; None: the model's device."""
+
+
+def enter(
+    model: nn.Module,
+    store: BlockSource,
+    tokens: list[Tensor],
+    place: Placement,
+    name: str,
+    earlier: HiddenStates | None = None,
+) -> tuple[list[BlockCall], HiddenStates]:
+    """For each batch the blocks' other arguments, and the states that enter the first block.
+
+    Args:
+        model: of the blocks.
+        store: its blocks.
+        tokens: the batches.
+        place: where the states are kept.
+        name: of their files.
+        earlier: states of an earlier run, which are then returned.
+    """
+    calls: list[BlockCall] = []
+
+    def states() -> Iterator[Tensor]:
+        for call in capture_calls(model, store.blocks, ({"input_ids": batch.to(device)} for batch in tokens)):
+            hidden, call.hidden = call.hidden, None
+            assert hidden is not None  # just captured
+            if calls:
+                call.others = _shared(call.others, calls[0].others)
+            calls.append(call)
+            yield hidden
+
+    device = place.device or next(model.parameters()).device
+    with store.entrance(model):
+        if earlier is None:
+            return calls, HiddenStates(states(), place.folder, place.resident, name, device)
+        for _ in states():
+            pass
+    return calls, earlier
+
+
+@torch.no_grad()
+def advance(store: BlockSource | PinnedBlocks, index: int, calls: list[BlockCall], states: HiddenStates) -> None:
+    """Runs every batch through a block: its outputs become the states."""
+    with store.hold(index) as block:
+        for i, call in enumerate(calls):
+            states.put(i, run_block(block, states[i], call.others[index]))
+    states.commit()
+
+
+def _shared(value: Any, known: Any) -> Any:
+    """``value`` with the tensors of ``known`` in the places where both are equal, so that rotary embeddings and masks
+    that all batches have in common are stored once."""
+    if isinstance(value, Tensor):
+        same = isinstance(known, Tensor) and value.dtype == known.dtype and torch.equal(value, known)
+        return known if same else value
+    if isinstance(value, tuple | list) and isinstance(known, tuple | list) and len(value) == len(known):
+        return type(value)(_shared(one, other) for one, other in zip(value, known, strict=True))
+    if isinstance(value, dict) and isinstance(known, dict):
+        return {key: _shared(item, known.get(key)) for key, item in value.items()}
+    return value
+
+
+def _sharing(windows: Tensor, others: Tensor) -> Tensor:
+    """``[n]`` bool: which of ``windows [n, seqlen]`` share ``SHARED`` tokens in a row with one of ``others``."""
+    length = min(SHARED, windows.shape[1])
+    factors = torch.randint(2**62, (length,), generator=torch.Generator().manual_seed(0)) | 1
+
+    def runs(tokens: Tensor) -> Tensor:
+        """A 64-bit hash of each run of ``length`` tokens, ``[n, seqlen - length + 1]``."""
+        count = tokens.shape[1] - length + 1
+        return sum((tokens[:, i : i + count] * factors[i] for i in range(length)), torch.zeros(()).long())
+
+    return torch.isin(runs(windows), runs(others)).any(1)
+
+
+def rebatched(states: HiddenStates, tokens: list[Tensor]) -> Iterator[Tensor]:
+    """States of the same samples in the batches of ``tokens``; ``[rows, seqlen, d_model]`` each."""
+    rows = (row for i in range(len(states)) for row in torch.split(states[i], 1))
+    for batch in tokens:
+        yield torch.cat([next(rows) for _ in range(len(batch))])

@@ -1,0 +1,158 @@
+"""``distill_``: trains the remaining weights of a pruned model so that it predicts what the dense model predicts."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import torch
+from torch import Tensor, nn
+
+from ace_ext.errors import InputError
+from ace_ext.healing.batches import Batches, advance, enter, rebatched
+from ace_ext.healing.context import HealContext, windows_of
+from ace_ext.healing.part import Part, Student, new_notes
+from ace_ext.healing.pinned import PinnedBlocks
+from ace_ext.healing.settings import HealSettings
+from ace_ext.healing.teacher import NAME, teacher_states
+from ace_ext.healing.trainer import BlockTrainer
+from ace_ext.models.block_store import ResidentBlocks
+from ace_ext.models.blocks import Block, find_blocks
+from ace_ext.models.hidden_states import HiddenStates
+from ace_ext.models.tail import Tail
+from ace_ext.records import Healing
+
+
+def distill_(
+    model: nn.Module,
+    teacher: nn.Module | HiddenStates,
+    tokens: Tensor,
+    settings: HealSettings | None = None,
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+    skip: Iterable[str] = (),
+    context: HealContext | None = None,
+) -> Healing:
+    """Trains the kept weights of a pruned model's matrices in place, with fixed masks.
+
+    The loss is ``KL(teacher ‖ student)`` over the vocabulary at temperature 1, a mean over all tokens of a step; the
+    optimizer is Adam on float32 copies of the weights. Embedding, LM head, norms, biases and matrices that were not
+    pruned stay as they are. A part of the windows is held back. The model ends with the weights of the measurement with
+    the lowest loss on them, which may be those that it had. The same arguments, device and number of threads give the
+    same weights.
+
+    Args:
+        model: the pruned model, or its skeleton.
+        teacher: the dense model; or, if the caller has run it already, its last block's outputs for the same tokens,
+            ``[rows, seqlen, d_model]`` for each batch. Its modules outside the blocks must be those of ``model``.
+        tokens: int64 ``[nsamples, seqlen]``, at least two windows of text without padding.
+        settings: default :class:`HealSettings`.
+        masks: by the full name of each pruned Linear ``[rows, cols]`` bool, True where a weight is kept; None: where it
+            is not zero.
+        skip: regular expressions of matrices that were not pruned, as in :class:`ace_ext.PruneConfig`. Unused if
+            ``context`` gives the blocks.
+        context: optional services of a run on files.
+
+    Returns:
+        The losses before, during and after.
+
+    Raises:
+        InputError: tokens that are no windows; a mask that is missing or leaves out a weight that is not zero.
+    """
+    settings = settings or HealSettings()
+    context = context or HealContext()
+    batches = Batches.of(tokens, settings)
+    source = context.blocks or ResidentBlocks(find_blocks(model, skip))
+    place = context.place
+    context.journal.notes.update({**new_notes(), **context.journal.notes})
+    with _frozen(model), torch.no_grad():
+        target = _states_of(teacher, skip, batches, context)
+        calls, states = enter(model, source, batches.tokens, place, "student")
+        store = PinnedBlocks(source)
+        with source.way_out(model), store.pin(range(len(source.blocks)) if context.resident else ()):
+            tail = Tail(model, source.blocks, calls[0].wrap)
+            student = Student(store, tail, calls, states, target, batches)
+            try:
+                _train_(student, masks, settings, context)
+            finally:
+                context.observer.close()
+    healing = _record(student, settings, context)
+    context.observer.end(healing)
+    return healing
+
+
+def steps_of(batches: Batches, settings: HealSettings) -> int:
+    """How many steps all passes over the text take."""
+    return settings.passes * len(batches.trained)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and no parameter requires gradients; afterwards both are as before."""
+    training, before = model.training, [(p, p.requires_grad) for p in model.parameters()]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+
+
+def _states_of(
+    teacher: nn.Module | HiddenStates, skip: Iterable[str], batches: Batches, context: HealContext
+) -> HiddenStates:
+    """The teacher's states in batches of one step each."""
+    place = context.place
+    if isinstance(teacher, nn.Module):
+        blocks = ResidentBlocks(find_blocks(teacher, skip))
+        with _frozen(teacher):
+            return teacher_states(teacher, blocks, batches.tokens, place, context.journal, context.observer)
+    if [shape[:2] for shape in teacher.layout.shapes] == [list(batch.shape) for batch in batches.tokens]:
+        return teacher
+    states = rebatched(teacher, batches.tokens)
+    return HiddenStates(states, place.folder, place.resident, f"{NAME}-steps", place.device or "cpu")
+
+
+def _train_(student: Student, masks: Mapping[str, Tensor] | None, settings: HealSettings, context: HealContext) -> None:
+    """Trains the windows that are not done, from the first block to the last."""
+    notes, blocks = context.journal.notes, student.store.blocks
+    steps = steps_of(student.batches, settings)
+    context.observer.start(notes["step"], steps, student.batches.tokens[0].numel())
+    entered = 0
+    for part, span in enumerate(windows_of(len(blocks), context.parts)):
+        for index in range(entered, span.start):
+            advance(student.store, index, student.calls, student.states)
+        entered = span.start
+        if part < notes["part"]:
+            continue
+        share = range(part * steps // context.parts, (part + 1) * steps // context.parts)
+        with student.store.pin(span):
+            trainers = {index: BlockTrainer(blocks[index], _masks_of(blocks[index], masks)) for index in span}
+            Part(student, share, trainers, steps, settings, context).train_()
+
+
+def _masks_of(block: Block, masks: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+    if masks is None:
+        return None
+    missing = [child for child in block.linears if block.full_name(child) not in masks]
+    if missing:
+        raise InputError(f"masks must have each pruned matrix (got none for {block.full_name(missing[0])})")
+    return {child: masks[block.full_name(child)] for child in block.linears}
+
+
+def _record(student: Student, settings: HealSettings, context: HealContext) -> Healing:
+    notes, batches = context.journal.notes, student.batches
+    order = (batches.order(step, settings.seed) for step in range(notes["step"]))
+    return Healing(
+        settings=asdict(settings),
+        tokens=sum(batches.tokens[i].numel() for i in order),
+        steps=notes["step"],
+        parts=context.parts,
+        held_back=sum(batches.tokens[i].numel() for i in batches.measured),
+        loss_before=notes["before"],
+        loss_after=notes["best"],
+        zeros=notes["zeros"],
+        seconds=notes["seconds"],
+        losses=[(step, loss) for step, loss in notes["losses"]],
+        checks=[(step, loss) for step, loss in notes["checks"]],
+    )

@@ -1,0 +1,163 @@
+"""Training one window of blocks: its steps, its measurements on held-back text, and the best weights found."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ace_ext.healing.batches import Batches
+from ace_ext.healing.context import HealContext
+from ace_ext.healing.pinned import PinnedBlocks
+from ace_ext.healing.settings import WARM_UP, HealSettings
+from ace_ext.healing.trainer import BlockTrainer
+from ace_ext.healing.window import Window
+from ace_ext.models.hidden_states import HiddenStates
+from ace_ext.models.replay import BlockCall
+from ace_ext.models.tail import Tail
+
+CHECKS = 8
+"""How often a window is measured on the held-back text while it is trained."""
+POINTS = 100
+"""About how many points of the loss over time a report holds."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """The model that is trained, and the text with its hidden states."""
+
+    store: PinnedBlocks
+    tail: Tail
+    calls: list[BlockCall]  # for each batch
+    states: HiddenStates  # inputs of the window's first block
+    teacher: HiddenStates  # outputs of the dense model's last block
+    batches: Batches
+
+    def measure(self, window: Window) -> float:
+        """The mean divergence of the held-back tokens."""
+        batches = self.batches.measured
+        total = sum(window.loss(i, self.states[i], self.teacher[i]) for i in batches)
+        return total / sum(self.batches.tokens[i].numel() for i in batches)
+
+
+def new_notes() -> dict[str, Any]:
+    """The notes of a journal before the first step of the first window.
+
+    ``part``: the window in training, ``step``: steps done, ``saved``: whether the journal holds tensors of this window,
+    ``before`` and ``best``: losses on the held-back text, ``losses`` and ``checks``: as in
+    :class:`ace_ext.records.Healing`, ``pending``: losses since the last point, ``zeros``: of the windows that are done.
+    """
+    notes = {"part": 0, "step": 0, "saved": False, "before": None, "best": None, "zeros": 0, "seconds": 0.0}
+    return {**notes, "losses": [], "checks": [], "pending": []}
+
+
+class Part:
+    """The training of one window of blocks.
+
+    Args:
+        student: its states are the inputs of the window's first block.
+        steps: the numbers of its steps among all.
+        trainers: of its blocks, by index.
+        total: how many steps there are in all windows.
+        settings: how it is trained.
+        context: the journal, whose notes are those of :func:`new_notes`, and the observer.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        steps: range,
+        trainers: dict[int, BlockTrainer],
+        total: int,
+        settings: HealSettings,
+        context: HealContext,
+    ) -> None:
+        self._student, self._steps, self._trainers, self._settings = student, steps, trainers, settings
+        self._journal, self._observer = context.journal, context.observer
+        self._notes = context.journal.notes
+        self._window = Window(student.store, trainers, student.calls, student.tail, context.graphs)
+        self._point = max(1, total // POINTS)
+        self._clock = time.perf_counter()
+        self._best = {i: trainer.kept() for i, trainer in trainers.items()}
+
+    def train_(self) -> None:
+        """Trains the blocks in place. They end with the best weights that were measured; those at the start count."""
+        if self._notes["saved"]:
+            self._restore_()
+        elif self._notes["before"] is None:
+            loss = self._student.measure(self._window)
+            self._notes.update(before=loss, best=loss)
+            self._note_check(loss)
+        with contextlib.ExitStack() as contexts:
+            for trainer in self._trainers.values():
+                contexts.enter_context(trainer.gradients())
+            while self._notes["step"] < self._steps.stop:
+                self._step_()
+                if self._journal.due():
+                    self._save()
+        self._save()
+        for index, trainer in self._trainers.items():
+            trainer.put_(self._best[index])
+            trainer.check_zeros(self._student.store.blocks[index])
+        for index in self._trainers:
+            self._journal.write(self._student.store.blocks[index])
+        zeros = sum(trainer.pruned for trainer in self._trainers.values())
+        self._notes.update(part=self._notes["part"] + 1, saved=False, zeros=self._notes["zeros"] + zeros)
+        self._journal.save()
+
+    def _step_(self) -> None:
+        notes, student = self._notes, self._student
+        batch = student.batches.order(notes["step"], self._settings.seed)
+        rate = self._settings.learning_rate * schedule(notes["step"] - self._steps.start, len(self._steps))
+        loss = self._window.step_(batch, student.states[batch], student.teacher[batch], rate)
+        notes["step"] += 1
+        notes["pending"].append(loss / student.batches.tokens[batch].numel())
+        self._observer.step(notes["step"], notes["pending"][-1])
+        if len(notes["pending"]) >= self._point or notes["step"] == self._steps.stop:
+            notes["losses"].append([notes["step"], sum(notes["pending"]) / len(notes["pending"])])
+            notes["pending"].clear()
+        if self._is_check(notes["step"] - self._steps.start):
+            self._check()
+
+    def _is_check(self, done: int) -> bool:
+        return done % math.ceil(len(self._steps) / CHECKS) == 0 or done == len(self._steps)
+
+    def _check(self) -> None:
+        """Measures the weights, and keeps them if they are the best so far."""
+        loss = self._student.measure(self._window)
+        self._note_check(loss)
+        if loss < self._notes["best"]:  # False for NaN
+            self._notes["best"] = loss
+            for index, trainer in self._trainers.items():  # one by one, so that old and new never exist together
+                self._best[index] = trainer.kept()
+
+    def _note_check(self, loss: float) -> None:
+        self._notes["checks"].append([self._notes["step"], loss])
+        self._observer.check(self._notes["step"], loss)
+
+    def _save(self) -> None:
+        now = time.perf_counter()
+        self._notes.update(seconds=self._notes["seconds"] + now - self._clock, saved=True)
+        self._clock = now
+        self._journal.save(self._tensors())
+
+    def _tensors(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Everything that the rest of the training depends on beside the notes, block by block."""
+        for index, trainer in self._trainers.items():
+            best = {f"{child}/best": tensor for child, tensor in self._best[index].items()}
+            yield str(index), trainer.state() | best
+
+    def _restore_(self) -> None:
+        for index, trainer in self._trainers.items():
+            saved = self._journal.tensors(str(index))
+            trainer.restore_(saved)
+            self._best[index] = {child: saved[f"{child}/best"].to(trainer.device) for child in trainer.weights}
+
+
+def schedule(step: int, steps: int) -> float:
+    """The learning rate of a step, counted from 0, as a share of its peak: a linear rise, then a half cosine to 0."""
+    rise = min(1.0, (step + 1) / max(1.0, WARM_UP * steps))
+    return rise * 0.5 * (1 + math.cos(math.pi * step / steps))

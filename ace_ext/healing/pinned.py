@@ -1,0 +1,35 @@
+"""Blocks of which some stay in memory while they are trained, and the others are held one at a time."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+from ace_ext.models.block_store import BlockSource
+from ace_ext.models.blocks import Block
+
+
+class PinnedBlocks:
+    """Blocks of another source; see :meth:`pin`."""
+
+    def __init__(self, source: BlockSource) -> None:
+        self.blocks = source.blocks
+        self._source = source
+        self.pinned: set[int] = set()
+
+    @contextlib.contextmanager
+    def hold(self, index: int) -> Iterator[Block]:
+        """As :meth:`ace_ext.models.block_store.BlockSource.hold`; a pinned block is in memory already."""
+        with contextlib.nullcontext() if index in self.pinned else self._source.hold(index):
+            yield self.blocks[index]
+
+    @contextlib.contextmanager
+    def pin(self, indices: Iterable[int]) -> Iterator[None]:
+        """Within this context these blocks stay in memory, in the same tensors."""
+        added = set(indices) - self.pinned
+        with contextlib.ExitStack() as held:
+            for index in sorted(added):
+                held.enter_context(self._source.hold(index))
+            self.pinned |= added
+            try:
+                yield
+            finally:
+                self.pinned -= added

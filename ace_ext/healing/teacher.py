@@ -1,0 +1,51 @@
+"""The teacher's part, done once and before training: the dense model's hidden states after its last block."""
+
+from torch import Tensor, nn
+
+from ace_ext.healing.batches import Placement, advance, enter
+from ace_ext.healing.protocols import Journal, Observer
+from ace_ext.models.block_store import BlockSource
+from ace_ext.models.hidden_states import HiddenStates, Layout
+
+NAME = "teacher"
+"""Of the states' files, and of the number of finished blocks in the journal."""
+
+
+def teacher_states(
+    model: nn.Module,
+    store: BlockSource,
+    tokens: list[Tensor],
+    place: Placement,
+    journal: Journal,
+    observer: Observer,
+) -> HiddenStates:
+    """The dense model's last block's outputs, ``[rows, seqlen, d_model]`` for each batch.
+
+    Each block is held once. With files, each finished block is recorded, and a resumed run continues with the next.
+
+    Args:
+        model: the dense model, or its skeleton.
+        store: its blocks.
+        tokens: the batches, each ``[rows, seqlen]``.
+        place: where the states are kept.
+        journal: records finished blocks.
+        observer: is told of them.
+    """
+    count, done = len(store.blocks), journal.notes.get(NAME, 0)
+    calls, states = enter(model, store, tokens, place, NAME, earlier_states(place, journal))
+    for index in range(done, count):
+        advance(store, index, calls, states)
+        if place.folder is not None:
+            journal.notes |= {NAME: index + 1, "layout": vars(states.layout)}
+            journal.save()
+        observer.teacher(index + 1, count)
+    return states
+
+
+def earlier_states(place: Placement, journal: Journal) -> HiddenStates | None:
+    """The states after the last block that an earlier run finished; None if it finished none."""
+    done = journal.notes.get(NAME, 0)
+    if not done or place.folder is None:
+        return None
+    layout = Layout(**journal.notes["layout"])
+    return HiddenStates.reopen(layout, done % 2, place.folder, place.resident, NAME, place.device or "cpu")

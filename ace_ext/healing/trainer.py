@@ -1,0 +1,143 @@
+"""Training of one block's remaining weights: float32 copies, Adam, and the mask."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ace_ext.errors import InputError
+from ace_ext.healing.settings import BETAS
+from ace_ext.models.blocks import Block
+
+STATE_BYTES = 13
+"""Bytes that a trained block holds for each weight beside the weight itself: a float32 copy, Adam's two moments, and
+the mask. In addition, the best weights found so far are stored in the model's dtype, as far as they are kept."""
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class BlockTrainer:
+    """The pruned matrices of one block while they are trained.
+
+    Weights are trained in float32 and rounded to the model's dtype after each step. Where the mask is False, gradients
+    are set to zero, so that weight and moments stay zero there.
+
+    Args:
+        block: its weights are in memory, and stay in the same tensors until training ends.
+        masks: for each of ``block.linears`` ``[rows, cols]`` bool, True where a weight is kept; None: where it is not
+            zero.
+    """
+
+    def __init__(self, block: Block, masks: Mapping[str, Tensor] | None = None) -> None:
+        self.weights = {child: linear.weight for child, linear in block.linears.items()}
+        if masks is None:
+            masks = {child: weight != 0 for child, weight in self.weights.items()}
+        for child, weight in self.weights.items():
+            if masks[child].shape != weight.shape or bool(weight[~masks[child]].any()):
+                raise InputError(
+                    f"masks must leave out only zeros (the one of {block.full_name(child)} does not fit its weight)"
+                )
+        self.masks = {child: masks[child] for child in self.weights}
+        self._masters = {child: weight.detach().float().clone() for child, weight in self.weights.items()}
+        self._adam = torch.optim.Adam([*self._masters.values()], betas=BETAS, fused=True) if self.weights else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next((weight.device for weight in self.weights.values()), torch.device("cpu"))
+
+    @property
+    def pruned(self) -> int:
+        """How many weights the masks leave out."""
+        return sum(int(mask.numel() - mask.count_nonzero()) for mask in self.masks.values())
+
+    @contextmanager
+    def gradients(self) -> Iterator[None]:
+        """Within this context the weights require gradients."""
+        for weight in self.weights.values():
+            weight.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for weight in self.weights.values():
+                weight.requires_grad_(False)
+
+    def backward(self, x: Tensor, output: Tensor, gradient: Tensor) -> Tensor | None:
+        """Backpropagates through the block and keeps its weights' gradients for :meth:`step_`.
+
+        Args:
+            x: the block's input, a leaf.
+            output: the block's output, computed from ``x`` with gradients.
+            gradient: of the loss with respect to ``output``.
+
+        Returns:
+            The gradient with respect to ``x``; None if ``x`` does not require one.
+        """
+        wanted = [*self.weights.values(), *([x] if x.requires_grad else [])]
+        found = list(torch.autograd.grad(output, wanted, gradient, allow_unused=True))
+        below = found.pop() if x.requires_grad else None
+        for child, master in self._masters.items():
+            own = found.pop(0)  # freed one by one: float32 copies of all never exist beside all of them
+            master.grad = None if own is None else own.float().mul_(self.masks[child])  # None: an expert without tokens
+        return below
+
+    @torch.no_grad()
+    def step_(self, learning_rate: float) -> None:
+        """One step of Adam with the gradients of :meth:`backward`, which are freed."""
+        if self._adam is None:
+            return
+        self._adam.param_groups[0]["lr"] = learning_rate
+        self._adam.step()
+        self._adam.zero_grad()
+        for child, weight in self.weights.items():
+            weight.copy_(self._masters[child])
+
+    @torch.no_grad()
+    def kept(self) -> dict[str, Tensor]:
+        """The kept weights as they are now: a vector in the model's dtype for each matrix."""
+        return {child: weight[self.masks[child]] for child, weight in self.weights.items()}
+
+    @torch.no_grad()
+    def put_(self, kept: Mapping[str, Tensor]) -> None:
+        """Writes vectors of :meth:`kept` into the weights. A kept weight that was rounded to zero gets the smallest
+        normal number of its dtype instead, with its sign, so that the zeros of the matrix are those of its mask."""
+        for child, weight in self.weights.items():
+            values = kept[child]
+            least = torch.finfo(values.dtype).tiny
+            values = torch.where(values == 0, torch.copysign(torch.full_like(values, least), values), values)
+            weight.zero_().masked_scatter_(self.masks[child], values)
+
+    def check_zeros(self, block: Block) -> None:
+        """Checks that the zeros of each matrix are exactly those of its mask.
+
+        Raises:
+            RuntimeError: they are not, which is an error in this program.
+        """
+        for child, weight in self.weights.items():
+            if not torch.equal(weight != 0, self.masks[child]):
+                raise RuntimeError(f"{block.full_name(child)}: training changed which weights are zero")
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next steps depend on; vectors of the kept weights' entries, and the number of steps."""
+        found = {}
+        for child, master in self._masters.items():
+            mask, moments = self.masks[child], self._adam.state.get(master, {}) if self._adam else {}
+            found[f"{child}/weight"] = master[mask]
+            found |= {f"{child}/{name}": moments[name][mask] for name in _MOMENTS if name in moments}
+            found |= {f"{child}/step": moments["step"]} if "step" in moments else {}
+        return found
+
+    @torch.no_grad()
+    def restore_(self, state: Mapping[str, Tensor]) -> None:
+        """Goes back to a :meth:`state`."""
+        for child, master in self._masters.items():
+            mask = self.masks[child]
+
+            def spread(name: str, child: str = child, mask: Tensor = mask) -> Tensor:
+                return torch.zeros_like(self._masters[child]).masked_scatter_(mask, state[f"{child}/{name}"])
+
+            master.copy_(spread("weight"))
+            self.weights[child].copy_(master)
+            if self._adam is not None and f"{child}/step" in state:
+                self._adam.state[master] = {"step": state[f"{child}/step"], **{name: spread(name) for name in _MOMENTS}}

@@ -1,0 +1,93 @@
+"""A window: consecutive blocks that are trained together, and the forward and backward pass through the blocks from
+there on."""
+
+import torch
+from torch import Tensor
+
+from ace_ext.healing.loss import divergence, divergence_and_gradient
+from ace_ext.healing.pinned import PinnedBlocks
+from ace_ext.healing.trainer import BlockTrainer
+from ace_ext.models.replay import BlockCall, run_block
+from ace_ext.models.tail import Tail
+
+
+class Window:
+    """Blocks ``trainers`` are trained; the blocks after them only pass gradients on.
+
+    A forward pass stores the input of each block. In the backward pass each block is run again, so that the activations
+    of only one exist at a time (gradient checkpointing by block); those of the last ``graphs`` blocks are stored and
+    not computed again, if they are pinned. The weights of a block are updated as soon as its gradients are known.
+
+    Args:
+        store: the student's blocks; those of the window are pinned.
+        trainers: by index of the block, consecutive.
+        calls: for each batch the blocks' other arguments.
+        tail: from the last block's output to logits.
+        graphs: of how many blocks activations are stored.
+    """
+
+    def __init__(
+        self,
+        store: PinnedBlocks,
+        trainers: dict[int, BlockTrainer],
+        calls: list[BlockCall],
+        tail: Tail,
+        graphs: int = 0,
+    ) -> None:
+        self._store, self.trainers, self._calls, self._tail = store, trainers, calls, tail
+        self._indices = range(min(trainers), len(store.blocks))
+        first_stored = len(store.blocks) - graphs
+        self._stored = {i for i in self._indices if i >= first_stored and i in store.pinned}
+
+    @torch.no_grad()
+    def loss(self, batch: int, hidden: Tensor, teacher: Tensor) -> float:
+        """The divergence of a batch, summed over its tokens.
+
+        Args:
+            batch: its index.
+            hidden: ``[rows, seqlen, d_model]``, the input of the window's first block.
+            teacher: the same shape, the dense model's last block's output.
+        """
+        for index in self._indices:
+            with self._store.hold(index) as block:
+                hidden = run_block(block, hidden, self._calls[batch].others[index])
+        return divergence(self._tail, hidden, teacher)
+
+    def step_(self, batch: int, hidden: Tensor, teacher: Tensor, learning_rate: float) -> float:
+        """One step of training; arguments as :meth:`loss`. Returns the divergence before the step."""
+        inputs: dict[int, Tensor] = {}
+        outputs: dict[int, Tensor] = {}
+        for index in self._indices:
+            inputs[index] = hidden.detach().requires_grad_(index != self._indices[0])
+            with torch.set_grad_enabled(index in self._stored):
+                output = self._run(index, batch, inputs[index])
+            if index in self._stored:
+                outputs[index] = output
+            hidden = output.detach()
+        loss, gradient = divergence_and_gradient(self._tail, hidden, teacher)
+        below: Tensor | None = gradient
+        for index in reversed(self._indices):
+            assert below is not None  # only the first block's input requires no gradient
+            below = self._back(index, batch, inputs.pop(index), outputs.pop(index, None), below, learning_rate)
+        return loss
+
+    def _run(self, index: int, batch: int, hidden: Tensor) -> Tensor:
+        with self._store.hold(index) as block:
+            return run_block(block, hidden, self._calls[batch].others[index])
+
+    def _back(
+        self, index: int, batch: int, x: Tensor, output: Tensor | None, gradient: Tensor, learning_rate: float
+    ) -> Tensor | None:
+        """Backpropagates through a block, and updates its weights if they are trained."""
+        with self._store.hold(index) as block:
+            if output is None:
+                with torch.enable_grad():
+                    output = run_block(block, x, self._calls[batch].others[index])
+            if not output.requires_grad:  # the first block, if it has no weight to train
+                return None
+            trainer = self.trainers.get(index)
+            if trainer is None:
+                return torch.autograd.grad(output, x, gradient)[0]
+            below = trainer.backward(x, output, gradient)
+            trainer.step_(learning_rate)
+            return below

@@ -1,0 +1,249 @@
+"""``ace-prune heal``: distils a pruned folder from its dense model into a new folder, within a memory budget,
+resumable."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from ace_ext.data.windows import CalibrationData
+from ace_ext.errors import InputError
+from ace_ext.formats import DEFAULT_FORMAT, format_named
+from ace_ext.healing.batches import Batches, Placement, windows_needed
+from ace_ext.healing.context import HealContext
+from ace_ext.healing.distill import distill_, steps_of
+from ace_ext.healing.progress import HealProgress
+from ace_ext.healing.protocols import Observer
+from ace_ext.healing.settings import HealSettings
+from ace_ext.healing.teacher import NAME, earlier_states, teacher_states
+from ace_ext.models.block_store import OffloadedBlocks
+from ace_ext.models.hidden_states import HiddenStates
+from ace_ext.models.safetensors_files import Shards
+from ace_ext.models.versions import versions
+from ace_ext.process_memory import peak_memory_bytes, return_freed_memory
+from ace_ext.records import REPORT_NAME, PruneReport
+from ace_ext.runs.heal_journal import HealJournal
+from ace_ext.runs.heal_memory import Division, HealDemand
+from ace_ext.runs.heal_models import check_apart, dense_name, dense_request, open_pruned, running_dense
+from ace_ext.runs.heal_text import NOTE, HealText
+from ace_ext.runs.heal_trial import tokens_within
+from ace_ext.runs.memory_model import Estimate, process_bytes
+from ace_ext.runs.model_source import Source, budget_of, open_source
+from ace_ext.runs.options import Calibration, RunRequest
+from ace_ext.runs.output import check_output, disk_errors, read_report
+from ace_ext.runs.workspace import recover
+
+TOKENS = 65536
+"""Tokens to train on, if neither tokens nor minutes are given."""
+
+
+@dataclass(frozen=True)
+class HealOptions:
+    """How much a run on files trains, and options that do not change what it writes (the limit of memory may: it
+    decides how many blocks are trained together)."""
+
+    tokens: int | None = None
+    """Tokens to train on, rounded up to whole steps."""
+    minutes: float | None = None
+    """Instead of tokens: about how long the run may take. Speed is measured once, and a resumed run keeps the number of
+    tokens that followed from it."""
+    overwrite: bool = False
+    """Replace the output folder if it exists."""
+    resume: bool = False
+    """Go on where an earlier run stopped."""
+    max_memory: int | None = None
+    """Bytes of resident memory that the run may use; None: what the system can give."""
+
+    def check(self) -> None:
+        """Raises :class:`ace_ext.InputError` for a budget that is none."""
+        if self.tokens is not None and self.minutes is not None:
+            raise InputError("give tokens or minutes, not both")
+        if self.tokens is not None and self.tokens < 1:
+            raise InputError(f"tokens must be at least 1 (got {self.tokens})")
+        if self.minutes is not None and not 0 < self.minutes < 1e6:
+            raise InputError(f"minutes must be more than 0 (got {self.minutes})")
+
+
+@dataclass(frozen=True)
+class HealRequest:
+    """All arguments of ``ace-prune heal``."""
+
+    folder: str
+    """The pruned folder."""
+    output: str | Path
+    text: Calibration
+    """The text; its ``nsamples`` is not used. Default on the command line:
+    :func:`ace_ext.runs.heal_text.recorded_text`."""
+    dense: str | None = None
+    """The dense model; None: the one that the folder's report names."""
+    settings: HealSettings = field(default_factory=HealSettings)
+    options: HealOptions = field(default_factory=HealOptions)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+def heal_folder(
+    request: HealRequest, observer: Observer | None = None, tell: Callable[[str], None] | None = None
+) -> tuple[PruneReport, Path]:
+    """Distils a pruned folder from its dense model into a new folder; neither input is changed.
+
+    The state of the run is on the disk at intervals. With ``options.resume`` an interrupted run continues from there,
+    and its output has the same bytes as an uninterrupted one.
+
+    Args:
+        request: what to do.
+        observer: what is shown while it runs; default: nothing.
+        tell: is given one line beforehand: how much text, how much memory.
+
+    Returns:
+        The pruned folder's report with ``healing``, and the folder that was written.
+
+    Raises:
+        InputError: for an error in the arguments, the models, the text, or the disk; or too little memory.
+    """
+    request.options.check()
+    if request.options.max_memory is not None and request.device.type == "cpu":
+        return_freed_memory()
+    path = Path(request.output).expanduser()
+    report = read_report(request.folder)
+    name = dense_name(request.dense, report)
+    with disk_errors(path):
+        recover(path)
+        check_apart(path, request.folder, name)
+        check_output(path, request.options.overwrite)
+        request.text.check()
+        dense = dense_request(name, report, request.device, request.options.max_memory)
+        return _Run(request, report, dense).run(path, observer, tell), path
+
+
+class _Run:
+    """One run, up to its report."""
+
+    def __init__(self, request: HealRequest, report: PruneReport, dense: RunRequest) -> None:
+        self._request, self._report, self._dense = request, report, dense
+        self._pruned = open_pruned(request.folder, report, request.device)
+
+    def run(self, path: Path, observer: Observer | None, tell: Callable[[str], None] | None) -> PruneReport:
+        """The whole run; ``path``: the output."""
+        journal = HealJournal(path, self._fingerprint(), self._request.options.resume)
+        try:
+            data = self._text(journal)
+            batches = Batches.of(data.tokens, self._request.settings)
+            division, need = self._divide(journal, batches)
+            if tell is not None:
+                tell(_plan(batches, self._request.settings, division, need))
+            _open_writer(journal, self._pruned)
+            place = Placement(journal.folder, division.states, self._request.device)
+            context = HealContext(place=place, journal=journal, observer=observer or HealProgress())
+            states = self._teacher(batches, context)
+            self._report.healing = distill_(
+                self._pruned.model,
+                states,
+                data.tokens,
+                self._request.settings,
+                context=replace(
+                    context,
+                    blocks=OffloadedBlocks(self._pruned.blocks, _shards(journal, self._pruned), self._request.device),
+                    parts=division.parts,
+                    resident=division.resident,
+                    graphs=division.graphs,
+                ),
+            )
+            self._report.extra["healing"] = self._extra(journal)
+            check_output(path, self._request.options.overwrite)  # another program may have written there meanwhile
+            journal.finish(self._report, REPORT_NAME)
+            return self._report
+        except (InputError, OSError, SafetensorError):
+            if NAME not in journal.notes:  # nothing to resume from
+                journal.remove()
+            raise
+        finally:
+            journal.close()
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """Everything that the output depends on, as plain values."""
+        text, options = asdict(self._request.text), self._request.options
+        del text["nsamples"]
+        return {
+            "versions": versions(),
+            "pruned": self._pruned.files.described,
+            "dense": open_source(self._dense, weights=False).files.described,
+            "settings": asdict(self._request.settings),
+            "budget": {"tokens": options.tokens, "minutes": options.minutes},
+            "text": text,
+            "device": self._request.device.type,
+            "threads": torch.get_num_threads(),
+        }
+
+    def _text(self, journal: HealJournal) -> CalibrationData:
+        """As many windows of text as the budget takes, the same when a run is resumed."""
+        notes, options, settings = journal.notes, self._request.options, self._request.settings
+        seqlen, tokens = self._request.text.seqlen, options.tokens or TOKENS
+        if "nsamples" not in notes:
+            if options.minutes is not None:
+                tokens = tokens_within(60 * options.minutes, self._pruned, settings, seqlen, self._request.device)
+            notes["nsamples"] = windows_needed(tokens, seqlen, settings)
+        text = replace(self._request.text, nsamples=notes["nsamples"])
+        return HealText(text, self._pruned, self._dense, self._report).draw(notes)
+
+    def _divide(self, journal: HealJournal, batches: Batches) -> tuple[Division, Estimate]:
+        """What is in memory together; a resumed run trains as many blocks together as before."""
+        request, pruned = self._request, self._pruned
+        rows, seqlen = batches.tokens[0].shape
+        windows = sum(len(batch) for batch in batches.tokens)
+        demand = HealDemand.of(pruned.model, pruned.blocks, 1 - self._report.sparsity, (windows, seqlen), rows)
+        division, need = demand.divide(
+            budget_of(self._dense),
+            process_bytes(0, False, request.device),
+            journal.notes.get("parts"),
+        )
+        journal.notes["parts"] = division.parts
+        return division, need
+
+    def _teacher(self, batches: Batches, context: HealContext) -> HiddenStates:
+        """The dense model's states: those of the earlier run, if it got that far."""
+        journal = context.journal
+        known = earlier_states(context.place, journal)
+        if known is not None and journal.notes[NAME] == len(self._pruned.blocks):
+            return known
+        with running_dense(self._dense, self._pruned) as (model, blocks):
+            return teacher_states(model, blocks, batches.tokens, context.place, journal, context.observer)
+
+    def _extra(self, journal: HealJournal) -> dict[str, Any]:
+        return {
+            "dense": self._dense.model,
+            "calibration": journal.notes[NOTE],
+            "peak_memory_bytes": peak_memory_bytes(self._request.device),
+            "device": str(self._request.device),
+            "versions": versions(),
+        }
+
+
+def _open_writer(journal: HealJournal, pruned: Source) -> None:
+    """Opens the output's writer, and copies the pruned folder unless an earlier run did."""
+    journal.model.mkdir(parents=True, exist_ok=True)
+    journal.writer = format_named(DEFAULT_FORMAT).open(journal.model)
+    if not journal.notes.get("laid_out"):
+        journal.writer.lay_out(pruned.dense)
+        journal.notes["laid_out"] = True
+        journal.save()
+    journal.writer.check(pruned.dense)
+
+
+def _shards(journal: HealJournal, pruned: Source) -> Shards:
+    """The output's files, from which blocks are read: those that are trained already, and the pruned ones."""
+    return Shards(journal.model).adopt(pruned.model)
+
+
+def _plan(batches: Batches, settings: HealSettings, division: Division, need: Estimate) -> str:
+    """One line about what a run will do."""
+    trained = sum(batches.tokens[i].numel() for i in batches.trained)
+    together = (
+        "all blocks together" if division.parts == 1 else f"blocks in {division.parts} windows, one after another"
+    )
+    return (
+        f"{settings.passes} x {trained:,} tokens in {steps_of(batches, settings)} steps, {together}; "
+        f"needs about {need.total / 1e9:.2f} GB: {need.describe()}"
+    )

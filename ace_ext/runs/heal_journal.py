@@ -1,0 +1,87 @@
+"""The folder of an unfinished distillation: its state, and the tensors that go with it.
+
+Beside the files of every unfinished run, ``.NAME.unfinished/`` holds ``teacher-*.bin`` and ``student-*.bin`` (hidden
+states) and ``training-N/`` (weights in float32, Adam's moments and the best weights so far, one file for each block).
+"""
+
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ace_ext.formats import OutputWriter
+from ace_ext.models.blocks import Block
+from ace_ext.models.safetensors_files import flush
+from ace_ext.runs.workspace import UnfinishedRun
+
+SAVE_SECONDS = 300
+"""The least time between two saved states, in which a crash loses work."""
+SAVE_SHARE = 20
+"""Saving takes at most about this part of the time, as 1 / ``SAVE_SHARE``."""
+
+
+class HealJournal(UnfinishedRun):
+    """The folder of one unfinished distillation: a :class:`ace_ext.healing.protocols.Journal`.
+
+    Args:
+        output: the output folder.
+        fingerprint: everything that the output depends on, as plain values. Only a run with the same one is resumed.
+        resume: go on with what an earlier run left, if anything. Without it, that is removed.
+
+    Raises:
+        InputError: another run holds the folder, or ``resume`` finds a run with another fingerprint.
+    """
+
+    def __init__(self, output: Path, fingerprint: dict[str, Any], resume: bool) -> None:
+        super().__init__(output, fingerprint)
+        self.notes: dict[str, Any] = {}
+        self.writer: OutputWriter | None = None
+        """Writes the blocks; must be set before training starts."""
+        self._training: str | None = None
+        self._saved, self._cost = time.perf_counter(), 0.0
+        self._open(resume)
+
+    def _take_state(self, state: dict[str, Any]) -> None:
+        self.notes, self._training = dict(state["notes"]), state["training"]
+
+    def due(self) -> bool:
+        """Whether ``SAVE_SECONDS`` have passed since the last save, and it took little of the time."""
+        return time.perf_counter() - self._saved >= max(SAVE_SECONDS, SAVE_SHARE * self._cost)
+
+    def save(self, tensors: Iterable[tuple[str, Mapping[str, Tensor]]] = ()) -> None:
+        """Stores notes and tensors together. Tensors of earlier calls are removed once this is done."""
+        start = time.perf_counter()
+        name: str | None = None
+        for group, values in tensors:
+            name = name or self._new_folder()
+            file = self.folder / name / f"{group}.safetensors"
+            save_file({key: value.cpu().contiguous() for key, value in values.items()}, file)
+            flush(file)
+        self._write_state({"notes": self.notes, "training": name})
+        self._training = name
+        for old in self.folder.glob("training-*"):
+            if old.name != name:
+                shutil.rmtree(old)
+        self._saved = time.perf_counter()
+        self._cost = self._saved - start
+
+    def _new_folder(self) -> str:
+        number = 0 if self._training is None else int(self._training.rpartition("-")[2]) + 1
+        name = f"training-{number}"
+        shutil.rmtree(self.folder / name, ignore_errors=True)  # of a run that was killed while it saved
+        (self.folder / name).mkdir()
+        return name
+
+    def tensors(self, group: str) -> dict[str, Tensor]:
+        """A group of tensors of the last save."""
+        assert self._training is not None  # the notes say that there are any
+        return dict(load_file(self.folder / self._training / f"{group}.safetensors"))
+
+    def write(self, block: Block) -> None:
+        """Writes a trained block to the output."""
+        assert self.writer is not None  # set before training starts
+        self.writer.write(block)

@@ -1,0 +1,136 @@
+"""The memory that a distillation will need, from shapes alone, and how it is divided to stay within a limit."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from ace_ext.errors import InputError
+from ace_ext.healing.context import windows_of
+from ace_ext.healing.loss import LOGIT_BYTES, tokens_at_once
+from ace_ext.healing.trainer import STATE_BYTES
+from ace_ext.models._transformers import embedding_weight
+from ace_ext.models.blocks import Block
+from ace_ext.runs.memory_model import Estimate
+from ace_ext.runs.model_shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Division:
+    """What is in memory together. The fields are those of :class:`ace_ext.healing.context.HealContext`, and
+    ``states``: whether hidden states are."""
+
+    parts: int = 1
+    resident: bool = True
+    states: bool = True
+    graphs: int = 0
+
+
+@dataclass(frozen=True)
+class HealDemand:
+    """The memory that a distillation needs, by phase and division."""
+
+    shape: ModelShape
+    trained: Sequence[int]  # for each block, its pruned matrices' weights
+    kept: float  # share of these that are not zero
+    tokens: int  # of all windows of text
+    seqlen: int
+    step: int  # tokens of a step
+    vocabulary: int
+
+    @classmethod
+    def of(cls, model: nn.Module, blocks: list[Block], kept: float, shape: tuple[int, int], step: int) -> "HealDemand":
+        """The demand of a pruned model, or of its skeleton.
+
+        Args:
+            model: the model.
+            blocks: its blocks.
+            kept: share of the pruned matrices' weights that are not zero.
+            shape: windows of text, and tokens of each.
+            step: windows of a step.
+        """
+        trained = [sum(linear.weight.numel() for linear in block.linears.values()) for block in blocks]
+        windows, seqlen = shape
+        vocabulary = len(embedding_weight(model))
+        return cls(ModelShape.of(model, blocks), trained, kept, windows * seqlen, seqlen, step * seqlen, vocabulary)
+
+    def divide(self, budget: int, process: int, parts: int | None = None) -> tuple[Division, Estimate]:
+        """The division that trains the most blocks together within ``budget`` bytes, and what it needs at its peak.
+
+        Args:
+            budget: bytes of the whole process.
+            process: bytes that the process holds besides the run.
+            parts: the number of windows of the run that is resumed; None: any.
+
+        Raises:
+            InputError: not even one block at a time fits.
+        """
+        for division in self._divisions(parts):
+            if self.peak(division, process).total <= budget:
+                more = next(
+                    graphs
+                    for graphs in range(len(self.trained) if division.resident else 0, -1, -1)
+                    if self.peak(replace(division, graphs=graphs), process).total <= budget
+                )
+                division = replace(division, graphs=more)
+                return division, self.peak(division, process)
+        least = self.peak(division, process)  # the last is the smallest
+        raise InputError(
+            f"max-memory must be at least {math.ceil(least.total / 1e6)}MB here (got {budget / 1e6:.0f}MB): "
+            f"{least.describe()}; lower --step-tokens"
+        )
+
+    def _divisions(self, parts: int | None) -> Iterator[Division]:
+        """From the one that needs most memory."""
+        blocks = len(self.trained)
+        for count in range(1, blocks + 1) if parts is None else [parts]:
+            for resident in (True, False):
+                for states in (True, False):
+                    yield Division(count, resident, states)
+
+    def peak(self, division: Division, process: int) -> Estimate:
+        """The estimate of the phase that holds most: running the dense model, or training."""
+        phases = [self._entering(division), self._running(division), self._training(division)]
+        return max((replace(phase, process=process) for phase in phases), key=lambda phase: phase.total)
+
+    @property
+    def _states(self) -> int:
+        return self.tokens * self.shape.hidden * self.shape.itemsize
+
+    def _entering(self, division: Division) -> Estimate:
+        """Text enters the blocks of a model: of the pruned one when the dense model's states are there already."""
+        forward = self.shape.forward_bytes(self.step, self.seqlen, frozenset())
+        hidden = 2 * self._states if division.states else 0
+        model = max(self.shape.blocks) + self.shape.embedding
+        return Estimate(model=model, hidden=hidden, forward=forward, phase="enter")
+
+    def _running(self, division: Division) -> Estimate:
+        forward = self.shape.forward_bytes(self.step, self.seqlen, frozenset())
+        hidden = self._states if division.states else 0
+        return Estimate(model=max(self.shape.blocks), hidden=hidden, forward=forward, phase="dense model")
+
+    def _training(self, division: Division) -> Estimate:
+        """A step of training.
+
+        Of the weights outside the blocks only the head is needed, which may be the embedding.
+        """
+        shape, itemsize = self.shape, self.shape.itemsize
+        largest = max(
+            windows_of(len(self.trained), division.parts), key=lambda window: sum(self.trained[i] for i in window)
+        )
+        weights = sum(self.trained[i] for i in largest)
+        block = max(self.trained)
+        model = sum(shape.blocks) if division.resident else sum(shape.blocks[i] for i in largest) + max(shape.blocks)
+        activations = shape.training_bytes(self.step, self.seqlen)
+        inputs = len(self.trained) * self.step * shape.hidden * itemsize
+        logits = LOGIT_BYTES * self.vocabulary * min(self.step, tokens_at_once(self.vocabulary))
+        # Adam's gradients of one block in float32, and in the model's dtype; or while saving, a block's packed state.
+        gradients = block * (4 + 2 * itemsize)
+        return Estimate(
+            model=model + (shape.head or shape.embedding),
+            hidden=2 * self._states if division.states else 2 * self.step * shape.hidden * itemsize,
+            forward=inputs + activations * max(1, division.graphs) + logits,
+            training=int(weights * (STATE_BYTES + self.kept * itemsize)) + gradients,
+            phase="train",
+        )

@@ -1,0 +1,122 @@
+"""The two models of a distillation: the pruned folder and its dense model."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ace_ext.errors import InputError
+from ace_ext.fingerprint import tensor_sha256
+from ace_ext.models.block_store import BlockSource, OffloadedBlocks, ResidentBlocks
+from ace_ext.models.location import locate
+from ace_ext.models.safetensors_files import has_safetensors
+from ace_ext.pruning.config import PruneConfig
+from ace_ext.records import PruneReport
+from ace_ext.runs.model_source import Source, open_source
+from ace_ext.runs.options import Calibration, RunOptions, RunRequest
+
+NO_OFFLOAD = RunOptions(offload="none")
+
+
+def open_pruned(folder: str, report: PruneReport, device: torch.device) -> Source:
+    """The skeleton of a pruned folder; its blocks have the matrices that were pruned.
+
+    Raises:
+        InputError: its weights are not in safetensors as they would be loaded.
+    """
+    config = PruneConfig(skip=tuple(report.config["skip"]))
+    if not has_safetensors(folder):
+        raise InputError(f"{folder!r} holds no safetensors; give a folder that ace-prune run wrote in the dense format")
+    source = open_source(RunRequest(folder, config, Calibration(), NO_OFFLOAD, device), weights=False)
+    if source.files.shards is None:
+        raise InputError(f"{folder!r} does not hold every parameter as it is; give a folder that ace-prune run wrote")
+    return source
+
+
+def dense_name(given: str | None, report: PruneReport) -> str:
+    """The dense model: the one that is given, or the one that the report names.
+
+    Raises:
+        InputError: it is not there.
+    """
+    name = given or report.extra.get("model")
+    if not name:
+        raise InputError("dense: the report does not name the model that was pruned; give it with --dense")
+    try:
+        locate(name)
+    except InputError as error:
+        if given:
+            raise
+        raise InputError(
+            f"dense: the report names a model that is not there ({error}); give it with --dense"
+        ) from error
+    return str(name)
+
+
+def dense_request(name: str, report: PruneReport, device: torch.device, max_memory: int | None) -> RunRequest:
+    """The request that opens the dense model in the dtype of the pruned one; ``max_memory`` is the run's limit."""
+    config, options = PruneConfig(skip=tuple(report.config["skip"])), replace(NO_OFFLOAD, max_memory=max_memory)
+    return RunRequest(name, config, Calibration(), options, device, report.dtype)
+
+
+@contextlib.contextmanager
+def running_dense(request: RunRequest, pruned: Source) -> Iterator[tuple[nn.Module, BlockSource]]:
+    """The dense model and its blocks: read from its files one at a time, or loaded if these do not allow it.
+
+    Raises:
+        InputError: it is not the model that was pruned.
+    """
+    source = open_source(request, weights=False)
+    _check_shapes(source, pruned)
+    shards = source.files.shards
+    if shards is not None:
+        _check_outside(source, pruned, shards.read)
+        yield source.model, OffloadedBlocks(source.blocks, shards, request.device)
+        return
+    source = open_source(request)
+    _check_outside(source, pruned, lambda name: source.model.get_parameter(name))
+    yield source.model, ResidentBlocks(source.blocks)
+
+
+def _shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in source.model.named_parameters()}
+
+
+def _check_shapes(dense: Source, pruned: Source) -> None:
+    found, wanted = _shapes(dense), _shapes(pruned)
+    if found == wanted:
+        return
+    name = next(name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name))
+    raise InputError(
+        f"dense must be the model that was pruned: {name} is {found.get(name)} in {dense.files.name!r}, and "
+        f"{wanted.get(name)} in {pruned.files.name!r}"
+    )
+
+
+def _check_outside(dense: Source, pruned: Source, read: Callable[[str], Tensor]) -> None:
+    """Checks that all weights outside the blocks are the same, bit for bit: pruning does not change them. One tensor is
+    in memory at a time."""
+    assert pruned.files.shards is not None  # see open_pruned
+    inside = tuple(f"{block.name}." for block in pruned.blocks)
+    for name, _ in pruned.model.named_parameters():
+        if name.startswith(inside):
+            continue
+        if tensor_sha256(pruned.files.shards.read(name)) != tensor_sha256(read(name)):
+            raise InputError(
+                f"dense must be the model that was pruned: {name} of {dense.files.name!r} differs from "
+                f"{pruned.files.name!r}, and pruning does not change it"
+            )
+
+
+def check_apart(output: Path, *inputs: str) -> None:
+    """Checks that no input would be replaced by the output.
+
+    Raises:
+        InputError: the output folder is one of the inputs.
+    """
+    for name in inputs:
+        if Path(name).expanduser().exists() and output.exists() and Path(name).expanduser().samefile(output):
+            raise InputError(f"output {str(output)!r} is an input of this run; give another name")

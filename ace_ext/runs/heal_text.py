@@ -1,0 +1,88 @@
+"""The text of a distillation: as many windows as its budget takes, drawn and begun as the pruned folder was calibrated
+unless the user says otherwise."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ace_ext.data.bos import BosChoice
+from ace_ext.data.corpora import SELF
+from ace_ext.data.windows import CalibrationData
+from ace_ext.errors import InputError
+from ace_ext.models.loading import load_model
+from ace_ext.models.whole_forward import whole_logits
+from ace_ext.records import PruneReport
+from ace_ext.runs.beginning import from_record
+from ace_ext.runs.heal_models import running_dense
+from ace_ext.runs.memory_model import process_bytes
+from ace_ext.runs.model_source import Source
+from ace_ext.runs.options import Calibration, RunRequest
+from ace_ext.runs.pipeline import describe
+
+NOTE = "text"
+"""Under this name a journal's notes have the text's description."""
+
+
+def recorded_text(report: PruneReport) -> Calibration:
+    """The calibration text that a report names, as far as it does."""
+    recorded = report.extra.get("calibration", {})
+    found = {name: recorded[name] for name in ("source", "seqlen", "seed") if name in recorded}
+    bos = recorded.get("bos")
+    return Calibration(**found, **({"bos": bos["mode"]} if isinstance(bos, dict) else {}))
+
+
+@dataclass(frozen=True)
+class HealText:
+    """What the windows of text depend on.
+
+    Args:
+        text: the source, the tokens of a window, and the seed; ``nsamples`` is the number of windows.
+        pruned: the pruned model.
+        dense: opens the dense model.
+        report: of the pruned folder.
+    """
+
+    text: Calibration
+    pruned: Source
+    dense: RunRequest
+    report: PruneReport
+
+    def draw(self, notes: dict[str, Any]) -> CalibrationData:
+        """Draws the windows. ``notes`` are those of the journal; a resumed run must draw the same.
+
+        Raises:
+            InputError: the text cannot be read, is too short, or is not that of the run that is resumed.
+        """
+        data = self.text.load(self.pruned.tokenizer, self._writer(), self._bos(notes))
+        found = describe(data, self.text)
+        if notes.setdefault(NOTE, found) != found:
+            raise InputError("resume: the text has changed since the run began; start over without --resume")
+        return data
+
+    def _bos(self, notes: dict[str, Any]) -> BosChoice:
+        """Whether windows begin with the BOS token: as recorded by this run or by that which pruned, if it was for the
+        same mode and kind of text; else the dense model decides."""
+        known = notes.get(NOTE) or self.report.extra.get("calibration") or {}
+        if (known.get("source") == SELF) == (self.text.source == SELF):
+            choice = from_record(known, self.text.bos)
+            if choice is not None:
+                return choice
+        return self.text.choose_bos(self.pruned.tokenizer, self.pruned.model, self._dense_logits)
+
+    def _dense_logits(self, tokens: Tensor) -> Tensor:
+        with running_dense(self.dense, self.pruned) as (model, blocks):
+            return whole_logits(model, blocks, tokens, self.dense.device)
+
+    def _writer(self) -> nn.Module | None:
+        """The dense model in memory, if it is to write the text."""
+        if self.text.source != SELF:
+            return None
+        size = sum(parameter.nbytes for parameter in self.pruned.model.parameters())
+        limit = self.dense.options.max_memory
+        if limit is not None and size + process_bytes(0, False, self.dense.device) > limit:
+            raise InputError(
+                f"calibration self needs the whole dense model, {size / 1e9:.2f} GB, in memory to write text; give "
+                f"another --calibration, or raise --max-memory"
+            )
+        return load_model(self.dense.model, self.dense.dtype, self.dense.device).model

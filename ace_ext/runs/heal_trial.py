@@ -1,0 +1,68 @@
+"""A trial for ``ace-prune heal --minutes``: how many tokens fit into a time."""
+
+import time
+
+import torch
+from torch import Tensor
+
+from ace_ext.healing.batches import Placement, enter
+from ace_ext.healing.loss import divergence_and_gradient
+from ace_ext.healing.part import CHECKS
+from ace_ext.healing.settings import HealSettings
+from ace_ext.healing.trainer import BlockTrainer
+from ace_ext.models._transformers import embedding_weight
+from ace_ext.models.block_store import OffloadedBlocks
+from ace_ext.models.replay import BlockCall, run_block
+from ace_ext.models.tail import Tail
+from ace_ext.runs.model_source import Source
+
+
+def tokens_within(seconds: float, source: Source, settings: HealSettings, seqlen: int, device: torch.device) -> int:
+    """How many tokens can be trained on within about this time, at least those of one step for each pass.
+
+    One step of the first block and of the loss is measured, with random tokens; all blocks are assumed to be as fast.
+    The time includes the dense model's forward pass and the measurements on held-back text. Blocks are assumed to be
+    trained all together, without stored activations.
+    """
+    assert source.files.shards is not None  # see ace_ext.runs.heal_models.open_pruned
+    rows = max(1, settings.step_tokens // seqlen)
+    tokens = torch.randint(0, len(embedding_weight(source.model)), (rows, seqlen))
+    store = OffloadedBlocks(source.blocks, source.files.shards, device)
+    with torch.no_grad():
+        calls, states = enter(source.model, store, [tokens], Placement(device=device), "trial")
+        index = next(i for i, block in enumerate(source.blocks) if block.linears)
+        forward, step = _block_seconds(store, index, calls[0], states[0])
+        with store.way_out(source.model):
+            loss = _loss_seconds(Tail(source.model, source.blocks, calls[0].wrap), states[0])
+    blocks = len(source.blocks)
+    held = max(1, settings.held_back // rows)
+    measuring = (CHECKS + 1) * held * (blocks * forward + loss)
+    a_step = blocks * (forward + step) + loss + blocks * forward / settings.passes
+    steps = max(settings.passes, int((seconds - measuring) / a_step))
+    return steps * rows * seqlen
+
+
+def _block_seconds(store: OffloadedBlocks, index: int, call: BlockCall, hidden: Tensor) -> tuple[float, float]:
+    """Seconds of a forward pass, and of a forward and backward pass with Adam. The second of two tries counts: in the
+    first one libraries load code."""
+    forward = step = 0.0
+    with store.hold(index) as block:
+        trainer = BlockTrainer(block)
+        with trainer.gradients():
+            for _ in range(2):
+                start = time.perf_counter()
+                run_block(block, hidden, call.others[index])
+                forward = time.perf_counter() - start
+                x = hidden.detach().requires_grad_(True)
+                with torch.enable_grad():
+                    output = run_block(block, x, call.others[index])
+                trainer.backward(x, output, torch.ones_like(output))
+                trainer.step_(0.0)
+                step = time.perf_counter() - start - forward
+    return forward, step
+
+
+def _loss_seconds(tail: Tail, hidden: Tensor) -> float:
+    start = time.perf_counter()
+    divergence_and_gradient(tail, hidden, hidden)
+    return time.perf_counter() - start

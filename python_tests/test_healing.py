@@ -1,0 +1,301 @@
+"""Distillation of a pruned model in memory: loss, gradients, masks, best weights, windows, determinism."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import FAMILIES, MIXTURES, make_model, make_tokens
+
+from ace_ext import InputError, PruneConfig, prune_model
+from ace_ext.healing import HealSettings, distill_, loss
+from ace_ext.healing.batches import Batches, windows_needed
+from ace_ext.healing.context import HealContext, windows_of
+from ace_ext.healing.part import schedule
+from ace_ext.healing.trainer import BlockTrainer
+from ace_ext.models.blocks import find_blocks
+from ace_ext.models.hidden_states import HiddenStates
+from ace_ext.models.replay import capture_calls, run_block
+from ace_ext.models.tail import Tail
+
+QUICK = {"learning_rate": 3e-3, "step_tokens": 64, "held_back": 4}
+TEXT = make_tokens(28, 16, 3)  # 24 windows to train on in 6 steps, 4 held back
+
+
+def pruned_model(family="llama", dtype=torch.float32, config=None):
+    model = make_model(family, dtype)
+    prune_model(model, make_tokens(), config or PruneConfig("wanda"))
+    return model
+
+
+def state(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def pruned_names(model, skip=()):
+    return {f"{b.full_name(child)}.weight" for b in find_blocks(model, skip) for child in b.linears}
+
+
+def mean_kl(student, teacher, tokens):
+    """The mean over tokens of ``KL(teacher ‖ student)``, in float64 from the models' own logits."""
+    with torch.no_grad():
+        p, q = (model(tokens, use_cache=False).logits.double().log_softmax(-1) for model in (teacher, student))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at_once", [1, 64 * 7, 2**23], ids=["one-token", "seven-tokens", "all"])
+def test_loss_and_gradient(at_once, monkeypatch):
+    """Against autograd in float64 on the whole logits. Float32 rounds a logit at 2^-24 relative, and a token's loss is
+    a sum over 64 of them: 1e-5 is far above both."""
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once)
+    model = make_model("llama")
+    blocks = find_blocks(model)
+    call = next(iter(capture_calls(model, blocks, [{"input_ids": make_tokens()}])))
+    tail = Tail(model, blocks, call.wrap)
+    random = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 9, 32, generator=random) for _ in range(2))
+    total, gradient = loss.divergence_and_gradient(tail, student, teacher)
+    assert loss.divergence(tail, student, teacher) == pytest.approx(total, rel=1e-6)
+    exact = copy.deepcopy(model).double()
+    x = student.double().requires_grad_(True)
+    q, p = (exact.lm_head(exact.model.norm(states)).log_softmax(-1) for states in (x, teacher.double()))
+    expected = (p.exp() * (p - q)).sum()
+    expected.backward()
+    assert total == pytest.approx(expected.item(), rel=1e-5)
+    assert gradient.shape == student.shape
+    torch.testing.assert_close(gradient, x.grad.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_equal_models_have_no_loss():
+    model = make_model("llama")
+    healing = distill_(copy.deepcopy(model), model, TEXT, HealSettings(**QUICK))
+    assert healing.loss_before == pytest.approx(0.0, abs=1e-6)  # the sum of both models' rounding, which is the same
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_falls_and_only_kept_weights_change(family):
+    dense, model = make_model(family), pruned_model(family)
+    before = state(model)
+    needs_gradient = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    healing = distill_(model, dense, TEXT, HealSettings(**QUICK, passes=4))
+    assert healing.loss_after < 0.95 * healing.loss_before
+    assert healing.loss_before == healing.checks[0][1]
+    assert healing.loss_after == min(loss for _, loss in healing.checks)
+    assert (healing.steps, healing.tokens, healing.held_back) == (24, 4 * 24 * 16, 4 * 16)
+    assert [step for step, _ in healing.losses] == list(range(1, 25))
+    trained = {name for name, value in state(model).items() if not torch.equal(value, before[name])}
+    matrices = {name.rpartition(".experts.")[0] if ".experts." in name else name for name in pruned_names(model)}
+    assert trained <= {name for name in before if any(name.startswith(part) for part in matrices)}
+    assert len(trained) >= 3 * 4  # each block's
+    for name in trained:
+        assert torch.equal(model.state_dict()[name] == 0, before[name] == 0)
+        assert not torch.signbit(model.state_dict()[name][before[name] == 0]).any()
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == needs_gradient
+
+
+def test_measured_losses_are_those_of_the_models():
+    dense, model = make_model("llama"), pruned_model()
+    held_back = TEXT[-4:]
+    before = mean_kl(model, dense, held_back)
+    healing = distill_(model, dense, TEXT, HealSettings(**QUICK))
+    assert healing.loss_before == pytest.approx(before, rel=1e-4)
+    assert healing.loss_after == pytest.approx(mean_kl(model, dense, held_back), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_keeps_its_dtype(dtype):
+    dense, model = make_model("llama", dtype), pruned_model("llama", dtype)
+    healing = distill_(model, dense, TEXT, HealSettings(**QUICK, passes=4))
+    assert healing.loss_after < 0.9 * healing.loss_before
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+def test_a_model_that_gets_worse_is_undone():
+    dense, model = make_model("llama"), pruned_model()
+    before = state(model)
+    healing = distill_(model, dense, TEXT, HealSettings(**{**QUICK, "learning_rate": 100.0}))
+    assert min(loss for step, loss in healing.checks if step) > healing.loss_before == healing.loss_after
+    assert all(torch.equal(value, before[name]) for name, value in state(model).items())
+
+
+def test_the_best_weights_are_kept_not_the_last():
+    """Trained for long on the same few windows, the held-back loss falls and rises again."""
+    dense, model = make_model("llama"), pruned_model()
+    healing = distill_(
+        model, dense, TEXT[-8:], HealSettings(learning_rate=0.03, step_tokens=64, held_back=2, passes=40)
+    )
+    losses = [loss for _, loss in healing.checks]
+    assert losses[-1] > min(losses) == healing.loss_after
+    assert healing.loss_after == pytest.approx(mean_kl(model, dense, TEXT[-2:]), rel=1e-4)
+
+
+def test_the_same_again_gives_the_same_bits_and_another_seed_does_not():
+    outputs = []
+    for seed in (0, 0, 1):
+        model = pruned_model()
+        distill_(model, make_model("llama"), TEXT, HealSettings(**QUICK, seed=seed))
+        outputs.append(state(model))
+    assert all(torch.equal(value, outputs[1][name]) for name, value in outputs[0].items())
+    assert not all(torch.equal(value, outputs[2][name]) for name, value in outputs[0].items())
+
+
+# --- windows, stored activations, hidden states -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", *MIXTURES])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_stored_activations_change_no_bit(family, dtype):
+    outputs = []
+    for graphs in (0, 1, 3):
+        model = pruned_model(family, dtype)
+        distill_(model, make_model(family, dtype), TEXT, HealSettings(**QUICK), context=HealContext(graphs=graphs))
+        outputs.append(state(model))
+    for other in outputs[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in outputs[0].items())
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_windows_are_trained_one_after_the_other(parts):
+    dense, model = make_model("llama"), pruned_model()
+    healing = distill_(model, dense, TEXT, HealSettings(**QUICK, passes=4), context=HealContext(parts=parts))
+    assert healing.parts == parts
+    assert healing.steps == 24
+    assert healing.loss_after == pytest.approx(mean_kl(model, dense, TEXT[-4:]), rel=1e-4)
+    assert healing.loss_after < 0.9 * healing.loss_before
+    assert healing.zeros == sum(int((p == 0).sum()) for n, p in model.named_parameters() if n in pruned_names(model))
+
+
+def test_windows_of_blocks():
+    assert windows_of(7, 3) == [range(0, 2), range(2, 4), range(4, 7)]
+    assert windows_of(4, 1) == [range(4)]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 28])
+def test_states_of_the_dense_model_may_come_in_any_batches(rows):
+    dense = make_model("llama")
+    blocks = find_blocks(dense)
+    outputs = []
+    with torch.no_grad():
+        for call in list(capture_calls(dense, blocks, [{"input_ids": part} for part in TEXT.split(rows)])):
+            hidden = call.hidden
+            for index, block in enumerate(blocks):
+                hidden = run_block(block, hidden, call.others[index])
+            outputs.append(hidden)
+    model, other = pruned_model(), pruned_model()
+    healing = distill_(model, HiddenStates(outputs), TEXT, HealSettings(**QUICK))
+    expected = distill_(other, dense, TEXT, HealSettings(**QUICK))
+    assert healing.loss_after == pytest.approx(expected.loss_after, rel=1e-3)  # other batches round differently
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+def test_skipped_matrices_are_not_trained():
+    skip = (r"\.down_proj$", r"layers\.0\.")
+    dense = make_model("llama")
+    model = pruned_model(config=PruneConfig("wanda", skip=skip))
+    before = state(model)
+    distill_(model, dense, TEXT, HealSettings(**QUICK), skip=skip)
+    trained = {name for name, value in state(model).items() if not torch.equal(value, before[name])}
+    assert trained == pruned_names(model, skip)
+
+
+def test_given_masks_hold():
+    """A mask may keep a weight that is zero; it is then trained."""
+    dense, model = make_model("llama"), pruned_model()
+    masks = {name.removesuffix(".weight"): model.get_parameter(name) != 0 for name in pruned_names(model)}
+    name = next(iter(masks))
+    weight = model.get_parameter(f"{name}.weight")
+    place = tuple(masks[name].nonzero()[0].tolist())
+    weight.data[place] = 0.0
+    distill_(model, dense, TEXT, HealSettings(**QUICK), masks=masks)
+    assert weight[place] != 0
+    assert all(torch.equal(model.get_parameter(f"{child}.weight") != 0, mask) for child, mask in masks.items())
+
+
+@pytest.mark.parametrize("change", [lambda masks, name: masks.pop(name), lambda masks, name: masks[name].zero_()])
+def test_masks_that_do_not_fit_are_refused(change):
+    dense, model = make_model("llama"), pruned_model()
+    masks = {name.removesuffix(".weight"): model.get_parameter(name) != 0 for name in pruned_names(model)}
+    change(masks, "model.layers.1.mlp.up_proj")
+    before = state(model)
+    with pytest.raises(InputError, match=r"masks must .*model\.layers\.1\.mlp\.up_proj"):
+        distill_(model, dense, TEXT, HealSettings(**QUICK), masks=masks)
+    assert all(torch.equal(value, before[name]) for name, value in state(model).items())
+
+
+def test_a_kept_weight_that_rounds_to_zero_stays_kept():
+    block = find_blocks(pruned_model("llama", torch.float16))[0]
+    trainer = BlockTrainer(block)
+    kept = trainer.kept()
+    kept["mlp.up_proj"][0], kept["mlp.up_proj"][1] = 0.0, -0.0
+    trainer.put_(kept)
+    trainer.check_zeros(block)
+    found = trainer.kept()["mlp.up_proj"]
+    least = torch.finfo(torch.float16).tiny
+    assert found[:2].tolist() == [least, -least]
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def test_windows_that_share_text_with_a_held_back_one_are_left_out():
+    text = make_tokens(1, 400, 5)[0]
+    windows = text[:384].view(12, 32).clone()
+    windows[3] = text[384 - 32 - 16 : 384 - 16]  # ends with the first 16 tokens of the last window
+    batches = Batches.of(windows, HealSettings(step_tokens=32, held_back=1))
+    assert [batch[0].tolist() for batch in batches.tokens] == [windows[i].tolist() for i in range(12) if i != 3]
+    assert list(batches.measured) == [10]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (make_tokens()[0], r"at least two windows \[nsamples, seqlen\].*got shape \[16\]"),
+        (make_tokens(1), r"got shape \[1, 16\]"),
+        (make_tokens(1).repeat(9, 1), "each of the 7 windows shares text with one of the 2 that are held back"),
+    ],
+)
+def test_text_that_does_not_serve(tokens, message):
+    with pytest.raises(InputError, match=message):
+        distill_(pruned_model(), make_model("llama"), tokens, HealSettings(**QUICK))
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 65, 640, 5000])
+@pytest.mark.parametrize("passes", [1, 3])
+def test_windows_needed_for_a_budget(tokens, passes):
+    settings = HealSettings(step_tokens=64, held_back=8, passes=passes)
+    count = windows_needed(tokens, 16, settings)
+    batches = Batches.of(make_tokens(count, 16, 7), settings)
+    trained = passes * sum(batches.tokens[i].numel() for i in batches.trained)
+    assert tokens <= trained < tokens + passes * 64
+    assert sum(len(batches.tokens[i]) for i in batches.measured) <= 8
+
+
+def test_each_pass_has_each_batch_once_in_another_order():
+    batches = Batches.of(TEXT, HealSettings(**QUICK))
+    orders = [[batches.order(step, 0) for step in range(6 * done, 6 * done + 6)] for done in range(3)]
+    assert [sorted(order) for order in orders] == [list(range(6))] * 3
+    assert len({tuple(order) for order in orders}) > 1
+
+
+def test_schedule():
+    rates = [schedule(step, 100) for step in range(100)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0], rel=0.01)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert 0 < rates[-1] < 0.001
+    assert schedule(0, 1) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("learning_rate", 0.0), ("step_tokens", 0), ("passes", 0), ("held_back", 0), ("seed", -1), ("passes", 1.5)],
+)
+def test_settings_have_limits(name, value):
+    with pytest.raises(InputError, match=name):
+        HealSettings(**{name: value})
