@@ -19,7 +19,7 @@ DIRECTIONS = 64
 """Random directions of a sketch, or the number of columns if that is less."""
 LEAST_RESIDUAL = 1e-3
 """The least share of a column's square sum that is left to the diagonal, so that no column seems free to change."""
-_SHIFT = 1e-6  # of the product's norm: far above its float32 rounding, far below the directions that are used
+_SHIFT = 1e-6  # of the product's norm: above its float32 rounding, far below the directions that are used
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class SketchState:
 
     def _make_factors(self) -> tuple[Tensor, Tensor]:
         product, random = self.product.double(), _directions(len(self.product), self.product.device).double()
-        shift = _SHIFT * product.norm() / product.shape[1] ** 0.5
+        shift = _SHIFT * product.norm()
         if not torch.isfinite(shift):
             raise InputError("the sketch of the inputs is not finite; look for NaN or overflow in the activations")
         if shift == 0:  # no token, or all inputs zero
