@@ -6,6 +6,9 @@ from ace_ext.pruning.criteria import CustomMetric, metric_needs
 from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, WEIGHTED
 from ace_ext.pruning.solver_config import SolverConfig
 
+WEIGHTED_KIND = {GRAM: COSINE_GRAM, INPUT: WEIGHTED}
+"""What the setting ``gram="cosine"`` puts in place of the kinds that solvers need."""
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -20,9 +23,11 @@ class Needs:
     def of(cls, metric: str | CustomMetric, solver: SolverConfig, allocation: str) -> "Needs":
         """The kinds that these parts of a configuration read."""
         scored = metric_needs(metric)
-        gram = {COSINE_GRAM if solver.gram == "cosine" else GRAM} if solver.matrix_solvers else set()
+        solved = {kind for chosen in solver.matrix_solvers for kind in chosen.needs}
+        if solver.gram == "cosine":
+            solved = {WEIGHTED_KIND.get(kind, kind) for kind in solved}
         measure = {"uniform": frozenset(), "error": scored | {WEIGHTED}}.get(allocation, scored)
-        return cls(scored | gram, measure)
+        return cls(scored | solved, measure)
 
     @property
     def read(self) -> frozenset[str]:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from ace_ext.errors import InputError
 from ace_ext.pruning.groups import ComparisonGroup
 from ace_ext.pruning.settings import Limits, Options, Setting, check_choice, option, settings_of
-from ace_ext.pruning.solvers import SOLVERS, BlockSolver, MaskSolver, Solver, WeightSolver, solvers_of
+from ace_ext.pruning.solvers import BlockSolver, MaskSolver, Solver, WeightSolver, all_solvers, solvers_of
 
 GRAMS = ("plain", "cosine")
 
@@ -45,7 +45,7 @@ class SolverConfig:
         unknown = [name for name in self.options if name not in known]
         if unknown:
             raise InputError(f"solver options must be among {', '.join(known)} (got {', '.join(unknown)})")
-        for solver in SOLVERS.values():
+        for solver in all_solvers():
             self.options_for(solver)  # checks the values, also of solvers that are not used
         for name, value in self.options.items():
             users = _users_of(name)
@@ -77,7 +77,7 @@ class SolverConfig:
         object.__setattr__(self, "update", "+".join(parts) or None)
 
     def _chosen(self, kind: type[Chosen]) -> Chosen | None:
-        names = [self.refine, *(self.update or "").split("+")]
+        names = [self.refine] if kind.stage == "refine" else (self.update or "").split("+")
         return next((solver for name, solver in solvers_of(kind).items() if name in names), None)
 
     @property
@@ -97,7 +97,7 @@ class SolverConfig:
 
     @property
     def matrix_solvers(self) -> list[MaskSolver | WeightSolver]:
-        """The solvers that work on one matrix and its Gram matrix, in the order in which they run."""
+        """The solvers that work on one matrix, in the order in which they run."""
         return [solver for solver in (self.mask_solver, self.weight_solver) if solver is not None]
 
     @property
@@ -108,8 +108,8 @@ class SolverConfig:
 
     @property
     def name(self) -> str:
-        """The names of the matrix solvers: ``"swaps"``, ``"swaps+admm"`` …, or "" for the metric alone."""
-        return "+".join(solver.name for solver in self.matrix_solvers)
+        """The names of the matrix solvers: ``"swaps"``, ``"swaps+admm"`` …, each once, or "" for the metric alone."""
+        return "+".join(dict.fromkeys(solver.name for solver in self.matrix_solvers))
 
     def options_for(self, solver: Solver) -> Options:
         """The solver's options, with the given values in place of its defaults."""
@@ -177,7 +177,7 @@ def option_help(name: str) -> str:
 
 def _users_of(name: str) -> list[Solver]:
     """The registered solvers that declare an option with this name."""
-    return [s for s in SOLVERS.values() if any(setting.name == name for setting in s.options.settings())]
+    return [s for s in all_solvers() if any(setting.name == name for setting in s.options.settings())]
 
 
 def take_solver_settings(settings: dict[str, Any]) -> dict[str, Any]:
