@@ -30,6 +30,7 @@ from ace_ext.ops._formulas import FORMULAS, formula_name
 __all__ = [
     "FORMULAS",
     "ScoredWeight",
+    "balance_mean_",
     "inverse_square_norm",
     "nm_mask",
     "obs_block_",
@@ -158,6 +159,23 @@ def refine_swaps_(
     kept, is written; ``weight`` is not. Returns the swaps made in each row, at most ``max_swaps``.
     """
     swaps: Tensor = registered().refine_swaps_(mask, weight, gram, keep_n, group_m, max_swaps)
+    return swaps
+
+
+@torch.no_grad()
+def balance_mean_(
+    mask: Tensor, weight: Tensor, variance: Tensor, mean: Tensor, group_m: int = 0, rounds: int = 1
+) -> Tensor:
+    """Exchanges kept and removed weights, row by row, so that the removed ones shift the output's mean less.
+
+    With ``variance [cols]`` and ``mean [cols]`` float32 of the inputs, a row's removed weights cost
+    ``Σ w_j² variance_j + (Σ w_j mean_j)²``; each swap lowers that in float64. Each of at most ``rounds`` scans finds up
+    to 32 candidates on either side, which are swapped while that gains (``csrc/ops/balance.h``). A row keeps as many
+    weights as before, with ``group_m`` also each of its groups of as many columns, so an N:M pattern stays. ``mask
+    [rows, cols]`` bool, True where kept, is written; ``weight`` is not. Returns the swaps of each row, ``[rows]``
+    int64.
+    """
+    swaps: Tensor = registered().balance_mean_(mask, weight, variance, mean, group_m, rounds)
     return swaps
 
 

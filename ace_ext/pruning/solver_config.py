@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 
 from ace_ext.errors import InputError
 from ace_ext.pruning.groups import ComparisonGroup
+from ace_ext.pruning.kinds import GRAM
 from ace_ext.pruning.settings import Limits, Options, Setting, check_choice, option, settings_of
-from ace_ext.pruning.solvers import SOLVERS, BlockSolver, MaskSolver, Solver, WeightSolver, solvers_of
+from ace_ext.pruning.solvers import BlockSolver, MaskSolver, Solver, WeightSolver, all_solvers, solvers_of
 
 GRAMS = ("plain", "cosine", "sketch")
 
@@ -51,7 +52,7 @@ class SolverConfig:
         unknown = [name for name in self.options if name not in known]
         if unknown:
             raise InputError(f"solver options must be among {', '.join(known)} (got {', '.join(unknown)})")
-        for solver in SOLVERS.values():
+        for solver in all_solvers():
             self.options_for(solver)  # checks the values, also of solvers that are not used
         for name, value in self.options.items():
             users = _users_of(name)
@@ -62,14 +63,17 @@ class SolverConfig:
             raise InputError(
                 f"gram {self.gram} is how refine or update measure errors (got neither); set one of them, or gram plain"
             )
-        self._check_sketch()
+        if self.gram == "sketch":
+            self._check_sketch()
 
     def _check_sketch(self) -> None:
-        if self.gram == "sketch" and any(solver.sketch_working_bytes is None for solver in self.matrix_solvers):
-            able = [name for name, solver in SOLVERS.items() if getattr(solver, "sketch_working_bytes", None)]
-            raise InputError(
-                f"gram sketch serves {', '.join(able)}, not solvers of a whole one (got {self.name}); use gram plain"
-            )
+        """A sketch serves solvers that declare it, and those that read no Gram matrix."""
+        for solver in self.matrix_solvers:
+            if GRAM in solver.needs and getattr(solver, "sketch_working_bytes", None) is None:
+                able = [other.name for other in all_solvers() if getattr(other, "sketch_working_bytes", None)]
+                raise InputError(
+                    f"gram sketch serves {', '.join(able)}, not {solver.name}, which reads a whole one; use gram plain"
+                )
 
     def _normalise_update(self) -> None:
         """Brings ``update`` to its standard form. ``tune_epochs`` without ``tune`` is accepted with a warning: it asked
@@ -93,7 +97,7 @@ class SolverConfig:
         object.__setattr__(self, "update", "+".join(parts) or None)
 
     def _chosen(self, kind: type[Chosen]) -> Chosen | None:
-        names = [self.refine, *(self.update or "").split("+")]
+        names = [self.refine] if kind.stage == "refine" else (self.update or "").split("+")
         return next((solver for name, solver in solvers_of(kind).items() if name in names), None)
 
     @property
@@ -113,7 +117,7 @@ class SolverConfig:
 
     @property
     def matrix_solvers(self) -> list[MaskSolver | WeightSolver]:
-        """The solvers that work on one matrix and its Gram matrix, in the order in which they run."""
+        """The solvers that work on one matrix, in the order in which they run."""
         return [solver for solver in (self.mask_solver, self.weight_solver) if solver is not None]
 
     @property
@@ -124,8 +128,8 @@ class SolverConfig:
 
     @property
     def name(self) -> str:
-        """The names of the matrix solvers: ``"swaps"``, ``"swaps+admm"`` …, or "" for the metric alone."""
-        return "+".join(solver.name for solver in self.matrix_solvers)
+        """The names of the matrix solvers: ``"swaps"``, ``"swaps+admm"`` …, each once, or "" for the metric alone."""
+        return "+".join(dict.fromkeys(solver.name for solver in self.matrix_solvers))
 
     def options_for(self, solver: Solver) -> Options:
         """The solver's options, with the given values in place of its defaults."""
@@ -193,7 +197,7 @@ def option_help(name: str) -> str:
 
 def _users_of(name: str) -> list[Solver]:
     """The registered solvers that declare an option with this name."""
-    return [s for s in SOLVERS.values() if any(setting.name == name for setting in s.options.settings())]
+    return [s for s in all_solvers() if any(setting.name == name for setting in s.options.settings())]
 
 
 def take_solver_settings(settings: dict[str, Any]) -> dict[str, Any]:
