@@ -8,8 +8,9 @@ and, if changed, written once); the time in units of a ``copy_`` of as many byte
 in turn with the op; the ratio to each baseline; and peak extra memory in per cent of the weight.
 
 Baselines: Wanda's sequence of torch calls (abs, sqrt, stable sort of every row, scatter, index assignment),
-``torch.topk`` with a scatter, a Python loop over N:M groups of columns, and for moments Wanda's ``torch.norm`` and
-``torch.var_mean``. Each repeat prunes a fresh copy of the weight; making it is not timed. A weight that fits into the
+``torch.topk`` with a scatter, a Python loop over N:M groups of columns, for moments Wanda's ``torch.norm`` and
+``torch.var_mean``, and for the ops that keep a row's mean output the selection whose mask they improve (``0.5x
+selection``: they take twice its time). Each repeat prunes a fresh copy of the weight; making it is not timed. A weight that fits into the
 last-level cache (4096x4096 on an H100) is read from there, and so is the copy that it is compared with.
 
 Extra memory on a GPU is the growth of the allocator's peak. On a CPU (Linux only) it is the growth of the resident peak
@@ -135,6 +136,32 @@ def prune_cases(rows: int, cols: int, dtype: torch.dtype, device: str) -> list[C
             )
         )
     return cases
+
+
+def mean_cases(rows: int, cols: int, dtype: torch.dtype, device: str) -> list[Case]:
+    """The ops that keep a row's mean output, after a selection of the same matrix, which is their baseline."""
+    weight = (torch.randn(rows, cols, device=device) * 0.02).to(dtype)
+    variance = torch.rand(cols, device=device) + 0.1
+    mean = torch.randn(cols, device=device) * variance.sqrt() / 2
+    column = variance.sqrt()
+
+    def case(name: str, select: Callable[[], Tensor], group_m: int) -> Case:
+        start = select()
+        mask = start.clone()
+        return Case(
+            f"balance {name}",
+            f"{rows}x{cols}",
+            weight,
+            False,
+            lambda: ops.balance_mean_(mask, weight, variance, mean, group_m),
+            lambda: mask.copy_(start),
+            {"selection": select},
+        )
+
+    return [
+        case("by row", lambda: ops.topk_mask(weight, "scaled", cols // 2, column=column), 0),
+        case("2:4", lambda: ops.nm_mask(weight, "scaled", 2, 4, column=column), 4),
+    ]
 
 
 def moment_cases(tokens: int, cols: int, dtype: torch.dtype, device: str) -> list[Case]:
@@ -287,6 +314,7 @@ def main(argv: list[str] | None = None) -> int:
     with torch.no_grad():
         for rows, cols in shapes:
             bench.run(prune_cases, rows, cols)
+            bench.run(mean_cases, rows, cols)
         for cols in sorted({cols for _, cols in shapes}):
             bench.run(moment_cases, TOKENS[args.device], cols)
     if args.json:

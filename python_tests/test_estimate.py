@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from ace_ext import PruneConfig, prune_model
 from ace_ext.data.bos import WINDOW_TOKENS, WINDOWS, _perplexity
 from ace_ext.healing import HealSettings, distill_
+from ace_ext.healing.batches import Batches
 from ace_ext.healing.context import HealContext
 from ace_ext.models.block_store import ResidentBlocks
 from ace_ext.models.blocks import find_blocks
@@ -231,7 +232,7 @@ def test_a_distillation_holds_no_more_than_estimated(make, division, tmp_path):
     model, tokens, settings = make(), make_tokens(17, 64), HealSettings(step_tokens=512, held_back=1)
     prune_model(model, tokens, PruneConfig("magnitude"))
     blocks = find_blocks(model)
-    found = HealDemand.of(model, blocks, 0.5, tuple(tokens.shape), 8).peak(division, 0)
+    found = HealDemand.of(model, blocks, 0.5, Batches.of(tokens, settings).tokens).peak(division, 0)
     states = HiddenStates([torch.zeros(len(part), 64, 128, dtype=torch.bfloat16) for part in tokens.split(8)])
     context = HealContext(parts=division.parts, graphs=division.graphs)
     peak = peak_of(lambda: distill_(model, states, tokens, settings, context=context), tmp_path / "trace.json")

@@ -19,11 +19,14 @@ from tiny_models import make_model
 from ace_ext import InputError
 from ace_ext.cli.main import main
 from ace_ext.healing import HealSettings
+from ace_ext.models.blocks import find_blocks
 from ace_ext.models.safetensors_files import Shards
 from ace_ext.process_memory import parse_bytes
 from ace_ext.records import PruneReport
 from ace_ext.runs import heal, heal_journal
 from ace_ext.runs.heal import HealOptions, HealRequest, heal_folder
+from ace_ext.runs.heal_memory import HealDemand
+from ace_ext.runs.heal_models import dense_request, whole_bytes
 from ace_ext.runs.heal_text import recorded_text
 from ace_ext.runs.output import read_report
 from ace_ext.runs.verify import verify
@@ -312,6 +315,23 @@ def test_a_limit_decides_how_many_blocks_are_trained_together(larger, tmp_path, 
     assert not found[0].resident
     assert not found[0].states
     assert 1 < found[1].parts < 6
+
+
+def test_a_dense_model_that_must_be_loaded_whole_counts(place, tmp_path):
+    report = read_report(place / "pruned")
+    shutil.copytree(place / "dense", tmp_path / "bin")
+    (tmp_path / "bin/model.safetensors").unlink()
+    model = make_model("llama", torch.bfloat16)
+    torch.save(model.state_dict(), tmp_path / "bin/pytorch_model.bin")
+    sizes = [
+        whole_bytes(dense_request(str(folder), report, torch.device("cpu"), None))
+        for folder in (place / "dense", tmp_path / "bin")
+    ]
+    assert sizes[0] == 0
+    assert sizes[1] >= sum(parameter.nbytes for parameter in model.parameters())
+    demand = HealDemand.of(model, find_blocks(model), 0.5, [torch.zeros(4, 16)], dense=10**9)
+    peak = demand.peak(heal.Division(), 0)
+    assert (peak.phase, peak.model) == ("dense model", 10**9)
 
 
 def test_where_weights_and_states_are_changes_no_bit(larger, tmp_path, monkeypatch):

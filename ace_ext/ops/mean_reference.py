@@ -56,15 +56,15 @@ class _Row:
                 break
         return self.swaps
 
-    def _search_terms(self) -> tuple[list[float], list[float], Tensor]:
-        """The change by restoring and by removing each weight, and its shift; float32."""
+    def _search_terms(self) -> tuple[list[float], list[float]]:
+        """The change by restoring and by removing each weight; float32."""
         shift = self.weight * self.mean
         pull = self.weight * self.weight * self.variance + torch.tensor(2.0 * self.s).float() * shift
-        return (shift * shift - pull).tolist(), (shift * shift + pull).tolist(), shift
+        return (shift * shift - pull).tolist(), (shift * shift + pull).tolist()
 
     def _sides(self) -> tuple[list[int], list[int]]:
         """The columns that the lanes offer: removed ones, then kept ones."""
-        restore, remove, _ = self._search_terms()
+        restore, remove = self._search_terms()
         sides: tuple[list[int], list[int]] = ([], [])
         for lane in range(min(LANES, len(self.mask))):
             columns = range(lane, len(self.mask), LANES)
@@ -75,7 +75,7 @@ class _Row:
 
     def _pairs(self, group_m: int) -> list[_Pair]:
         """The pairs that the lanes offer."""
-        restore, remove, shift = self._search_terms()
+        restore, remove = self._search_terms()
         best: dict[int, tuple[float, _Pair]] = {}
         for group in range(len(self.mask) // group_m):
             columns = range(group * group_m, (group + 1) * group_m)
@@ -84,8 +84,7 @@ class _Row:
             if not back or not out:
                 continue
             pair = _Pair(min(back, key=restore.__getitem__), min(out, key=remove.__getitem__))
-            alone = torch.tensor(restore[pair.restored]) + torch.tensor(remove[pair.removed])
-            change = float(alone - 2.0 * shift[pair.restored] * shift[pair.removed])
+            change = float(torch.tensor(restore[pair.restored]) + torch.tensor(remove[pair.removed]))
             if change < best.get(group % LANES, (torch.inf,))[0]:
                 best[group % LANES] = change, pair
         return [pair for _, pair in best.values()]

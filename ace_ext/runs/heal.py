@@ -27,7 +27,7 @@ from ace_ext.process_memory import peak_memory_bytes, return_freed_memory
 from ace_ext.records import REPORT_NAME, PruneReport
 from ace_ext.runs.heal_journal import HealJournal
 from ace_ext.runs.heal_memory import Division, HealDemand
-from ace_ext.runs.heal_models import check_apart, dense_name, dense_request, open_pruned, running_dense
+from ace_ext.runs.heal_models import check_apart, dense_name, dense_request, open_pruned, running_dense, whole_bytes
 from ace_ext.runs.heal_text import NOTE, HealText
 from ace_ext.runs.heal_trial import tokens_within
 from ace_ext.runs.memory_model import Estimate, process_bytes
@@ -191,9 +191,8 @@ class _Run:
     def _divide(self, journal: HealJournal, batches: Batches) -> tuple[Division, Estimate]:
         """What is in memory together; a resumed run trains as many blocks together as before."""
         request, pruned = self._request, self._pruned
-        rows, seqlen = batches.tokens[0].shape
-        windows = sum(len(batch) for batch in batches.tokens)
-        demand = HealDemand.of(pruned.model, pruned.blocks, 1 - self._report.sparsity, (windows, seqlen), rows)
+        kept = 1 - self._report.sparsity
+        demand = HealDemand.of(pruned.model, pruned.blocks, kept, batches.tokens, whole_bytes(self._dense))
         division, need = demand.divide(
             budget_of(self._dense),
             process_bytes(0, False, request.device),

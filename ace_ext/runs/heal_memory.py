@@ -4,13 +4,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from ace_ext.errors import InputError
 from ace_ext.healing.context import windows_of
 from ace_ext.healing.loss import LOGIT_BYTES, tokens_at_once
 from ace_ext.healing.trainer import STATE_BYTES
-from ace_ext.models._transformers import embedding_weight
 from ace_ext.models.blocks import Block
 from ace_ext.runs.memory_model import Estimate
 from ace_ext.runs.model_shape import ModelShape
@@ -37,23 +36,24 @@ class HealDemand:
     tokens: int  # of all windows of text
     seqlen: int
     step: int  # tokens of a step
-    vocabulary: int
+    dense: int = 0  # bytes of loading the dense model whole; 0: one block at a time is read
 
     @classmethod
-    def of(cls, model: nn.Module, blocks: list[Block], kept: float, shape: tuple[int, int], step: int) -> "HealDemand":
+    def of(
+        cls, model: nn.Module, blocks: list[Block], kept: float, tokens: list[Tensor], dense: int = 0
+    ) -> "HealDemand":
         """The demand of a pruned model, or of its skeleton.
 
         Args:
             model: the model.
             blocks: its blocks.
             kept: share of the pruned matrices' weights that are not zero.
-            shape: windows of text, and tokens of each.
-            step: windows of a step.
+            tokens: the batches of text, each ``[windows, seqlen]``; the first is as large as a step.
+            dense: bytes of loading the dense model, if it must be loaded whole.
         """
         trained = [sum(linear.weight.numel() for linear in block.linears.values()) for block in blocks]
-        windows, seqlen = shape
-        vocabulary = len(embedding_weight(model))
-        return cls(ModelShape.of(model, blocks), trained, kept, windows * seqlen, seqlen, step * seqlen, vocabulary)
+        total = sum(batch.numel() for batch in tokens)
+        return cls(ModelShape.of(model, blocks), trained, kept, total, tokens[0].shape[1], tokens[0].numel(), dense)
 
     def divide(self, budget: int, process: int, parts: int | None = None) -> tuple[Division, Estimate]:
         """The division that trains the most blocks together within ``budget`` bytes, and what it needs at its peak.
@@ -108,7 +108,8 @@ class HealDemand:
     def _running(self, division: Division) -> Estimate:
         forward = self.shape.forward_bytes(self.step, self.seqlen, frozenset())
         hidden = self._states if division.states else 0
-        return Estimate(model=max(self.shape.blocks), hidden=hidden, forward=forward, phase="dense model")
+        model = self.dense or max(self.shape.blocks)
+        return Estimate(model=model, hidden=hidden, forward=forward, phase="dense model")
 
     def _training(self, division: Division) -> Estimate:
         """A step of training.
@@ -124,7 +125,7 @@ class HealDemand:
         model = sum(shape.blocks) if division.resident else sum(shape.blocks[i] for i in largest) + max(shape.blocks)
         activations = shape.training_bytes(self.step, self.seqlen)
         inputs = len(self.trained) * self.step * shape.hidden * itemsize
-        logits = LOGIT_BYTES * self.vocabulary * min(self.step, tokens_at_once(self.vocabulary))
+        logits = LOGIT_BYTES * shape.vocabulary * min(self.step, tokens_at_once(shape.vocabulary))
         # Adam's gradients of one block in float32, and in the model's dtype; or while saving, a block's packed state.
         gradients = block * (4 + 2 * itemsize)
         return Estimate(

@@ -62,6 +62,15 @@ def dense_request(name: str, report: PruneReport, device: torch.device, max_memo
     return RunRequest(name, config, Calibration(), options, device, report.dtype)
 
 
+def whole_bytes(request: RunRequest) -> int:
+    """Bytes that the dense model takes while it is loaded whole; 0 if its blocks can be read one at a time."""
+    source = open_source(request, weights=False)
+    if source.files.shards is not None:
+        return 0
+    unpacking = 0 if source.unpacking is None else source.unpacking.peak_bytes
+    return unpacking + sum(parameter.nbytes for parameter in source.model.parameters())
+
+
 @contextlib.contextmanager
 def running_dense(request: RunRequest, pruned: Source) -> Iterator[tuple[nn.Module, BlockSource]]:
     """The dense model and its blocks: read from its files one at a time, or loaded if these do not allow it.

@@ -18,19 +18,13 @@ constexpr int kBalanceLanes = 32;
 struct SearchTerms {
   float square;  // b^2
   float pull;    // a + 2 s b
-  float shift;   // b
   ACE_HD float if_removed() const { return square + pull; }
   ACE_HD float if_restored() const { return square - pull; }
 };
 
 ACE_HD SearchTerms search_terms(float weight, float variance, float mean, float twice_shift) {
   const float shift = weight * mean;
-  return {shift * shift, weight * weight * variance + twice_shift * shift, shift};
-}
-
-// The change of removing one and restoring another weight of a group.
-ACE_HD float pair_change(float if_restored, float restored_shift, float if_removed, float removed_shift) {
-  return if_restored + if_removed - 2.0f * restored_shift * removed_shift;
+  return {shift * shift, weight * weight * variance + twice_shift * shift};
 }
 
 // What one weight adds to the removed ones, or an exchange to them: the removed one's less the restored one's.

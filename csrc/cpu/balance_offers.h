@@ -44,8 +44,17 @@ struct Offers {
     shift[l] = value.shift;
     order[l] = static_cast<double>(column * kLanes + l);
   }
-  void drop(int l) { put(l, {kNever, 0.0}, 0); }
 };
+
+// No lane offers; every lane may be put.
+inline void clear(Offers* offers) {
+  for (int l = 0; l < kLanes; ++l) offers->put(l, {kNever, 0.0}, 0);
+}
+
+// Takes back an offer. By whole vectors: what is read next is then not still on its way to the cache in pieces.
+ACE_HD void drop(Offers* offers, int lane) {
+  for (int l = 0; l < kLanes; ++l) offers->spread[l] = l == lane ? kNever : offers->spread[l];
+}
 
 constexpr int kMinima = 8;  // a vector of them
 
@@ -97,8 +106,8 @@ ACE_MULTIVERSION void swap_offers(const BalanceRow<T>& row, Offers& restored, Of
     const Removal added{removed.spread[out] + restored.spread[back], removed.shift[out] + restored.shift[back]};
     if (!lowers_cost(added, removed.spread[out] - restored.spread[back], *state, row.cols)) return;
     swap_columns(row, restored.column(back), removed.column(out), added.shift, state);
-    restored.drop(back);
-    removed.drop(out);
+    drop(&restored, back);
+    drop(&removed, out);
   }
 }
 
@@ -110,7 +119,7 @@ ACE_MULTIVERSION void swap_pairs(const BalanceRow<T>& row, Offers& pairs, const 
     const int best = least_offer(pairs, state->shift);
     if (best < 0 || !lowers_cost(pairs.added(best), spreads[best], *state, row.cols)) return;
     swap_columns(row, pairs.column(best), removed[best], pairs.shift[best], state);
-    pairs.drop(best);
+    drop(&pairs, best);
   }
 }
 

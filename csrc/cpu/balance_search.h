@@ -100,7 +100,7 @@ ACE_MULTIVERSION void scan_groups(const BalanceRow<T>& row, const PlacedMoments&
   int32_t best_places[kLanes] = {};
   clear(&best);
   const auto offer = [&](int64_t group, int l, int32_t stretch) __attribute__((always_inline)) {
-    float back = kNoChange, out = kNoChange, back_shift = 0.0f, out_shift = 0.0f;
+    float back = kNoChange, out = kNoChange;
     int32_t back_at = 0, out_at = 0;
     ACE_UNROLL
     for (int32_t k = 0; k < m; ++k) {
@@ -109,12 +109,10 @@ ACE_MULTIVERSION void scan_groups(const BalanceRow<T>& row, const PlacedMoments&
       const uint32_t kept = all_bits(mask[j]);
       const float if_restored = choose(kept, kNoChange, terms.if_restored());
       const float if_removed = choose(kept, terms.if_removed(), kNoChange);
-      back_shift = choose(all_bits(if_restored < back), terms.shift, back_shift);
-      out_shift = choose(all_bits(if_removed < out), terms.shift, out_shift);
       keep_least(if_restored, k, &back, &back_at);
       keep_least(if_removed, k, &out, &out_at);
     }
-    const float change = pair_change(back, back_shift, out, out_shift);
+    const float change = back + out;
     float least = best.change[l];
     keep_least(change, back_at * kMaxGroup + out_at, &least, &best_places[l]);
     keep_least(change, stretch, &best.change[l], &best.stretch[l]);

@@ -11,12 +11,11 @@
 //       weight whose removal lowers the cost most, by itself. Then, in float64, the best removed weight goes back
 //       and the kept one that costs least given that is removed, until the best no longer gains; each candidate is used
 //       once. With groups, group g is of lane g % 32, each lane offers the best pair of a group (its best return and
-//       its best removal), and the best pair of all is swapped. Lower columns first among equals. A row ends with a
-//       round that swaps nothing, or after `rounds` (not negative).
-//       Each swap lowers the cost for certain: by more than float64 rounding may have added (core/balance.h).
-//       Column slices of a matrix work for mask and weight. Float operations are done in one order everywhere, so that
-//       CUDA gives the CPU's bits. On CUDA swaps is -1 for a row that was refused, as it holds or meets what is not
-//       finite or a variance below 0.
+//       its best removal, whose changes are added), and the best pair of all is swapped. Lower columns first among
+//       equals. A row ends with a round that swaps nothing, or after `rounds` (not negative). Each swap lowers the cost
+//       for certain: by more than float64 rounding may have added (core/balance.h). Column slices of a matrix work for
+//       mask and weight. Float operations are done in one order everywhere, so that CUDA gives the CPU's bits. On CUDA
+//       swaps is -1 for a row that was refused, as it holds or meets what is not finite or a variance below 0.
 #pragma once
 
 #include <cstdint>
