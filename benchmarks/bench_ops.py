@@ -9,9 +9,10 @@ in turn with the op; the ratio to each baseline; and peak extra memory in per ce
 
 Baselines: Wanda's sequence of torch calls (abs, sqrt, stable sort of every row, scatter, index assignment),
 ``torch.topk`` with a scatter, a Python loop over N:M groups of columns, for moments Wanda's ``torch.norm`` and
-``torch.var_mean``, and for the ops that keep a row's mean output the selection whose mask they improve (``0.5x
-selection``: they take twice its time). Each repeat prunes a fresh copy of the weight; making it is not timed. A weight that fits into the
-last-level cache (4096x4096 on an H100) is read from there, and so is the copy that it is compared with.
+``torch.var_mean``, and for the op that keeps a row's mean output the selection whose mask it improves (``0.5x
+selection``: it takes twice its time). Each repeat prunes a fresh copy of the weight; making it is not timed. A weight
+that fits into the last-level cache (4096x4096 on an H100) is read from there, and so is the copy that it is compared
+with.
 
 Extra memory on a GPU is the growth of the allocator's peak. On a CPU (Linux only) it is the growth of the resident peak
 (VmHWM) of a fresh process over one call. That process returns freed memory to the system at once, so that no memory is
