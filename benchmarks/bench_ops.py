@@ -8,11 +8,11 @@ and, if changed, written once); the time in units of a ``copy_`` of as many byte
 in turn with the op; the ratio to each baseline; and peak extra memory in per cent of the weight.
 
 Baselines: Wanda's sequence of torch calls (abs, sqrt, stable sort of every row, scatter, index assignment),
-``torch.topk`` with a scatter, a Python loop over N:M groups of columns, for moments Wanda's ``torch.norm`` and
-``torch.var_mean``, and for the op that keeps a row's mean output the selection whose mask it improves (``0.5x
-selection``: it takes twice its time). Each repeat prunes a fresh copy of the weight; making it is not timed. A weight
-that fits into the last-level cache (4096x4096 on an H100) is read from there, and so is the copy that it is compared
-with.
+``torch.topk`` with a scatter, a Python loop over N:M groups of columns, and for moments Wanda's ``torch.norm`` and
+``torch.var_mean``. For ``balance`` it is the selection of the mask that it starts from: at ``0.5x selection`` it takes
+twice its time. Each repeat prunes a fresh copy of the weight, or balances one of the mask; making it is not timed. A
+weight that fits into the last-level cache (4096x4096 on an H100) is read from there, and so is the copy that it is
+compared with.
 
 Extra memory on a GPU is the growth of the allocator's peak. On a CPU (Linux only) it is the growth of the resident peak
 (VmHWM) of a fresh process over one call. That process returns freed memory to the system at once, so that no memory is
@@ -140,7 +140,7 @@ def prune_cases(rows: int, cols: int, dtype: torch.dtype, device: str) -> list[C
 
 
 def mean_cases(rows: int, cols: int, dtype: torch.dtype, device: str) -> list[Case]:
-    """The ops that keep a row's mean output, after a selection of the same matrix, which is their baseline."""
+    """Balancing the mask of a selection, which is the baseline."""
     weight = (torch.randn(rows, cols, device=device) * 0.02).to(dtype)
     variance = torch.rand(cols, device=device) + 0.1
     mean = torch.randn(cols, device=device) * variance.sqrt() / 2
@@ -275,7 +275,7 @@ class Bench:
             },
         }
         self.rows.append(row)
-        ratios = ", ".join(f"{ratio:.1f}x {name}" for name, ratio in row["times_faster_than"].items())
+        ratios = ", ".join(f"{ratio:.3g}x {name}" for name, ratio in row["times_faster_than"].items())
         memory = "n/a" if extra is None else f"{row['extra_percent']:.2f} %"
         print(
             f"{case.op:<16}{case.shape:>12}{row['us']:>11.1f} us{row['gb_s']:>8.1f} GB/s"

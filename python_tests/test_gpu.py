@@ -197,6 +197,16 @@ def test_balancing_equals_the_cpu(shape, keep_n, group_m, dtype, random):
     assert torch.equal(actual.cpu(), expected)
 
 
+@pytest.mark.parametrize("shape", [(1, 32), (33, 288), (1000, 96), (7, 1152)])
+def test_restoring_equals_the_cpu(shape, random):
+    expected, gram, mask = solver_inputs(*shape, torch.float32, random, 0, 0)
+    mean = torch.randn(shape[1], generator=random)
+    direction, actual = mean / gram.diagonal(), expected.cuda()
+    ops.restore_mean_(expected, mask, mean, direction)
+    ops.restore_mean_(actual, mask.cuda(), mean.cuda(), direction.cuda())
+    assert_same_bits(actual.cpu(), expected)
+
+
 @pytest.mark.parametrize(("keep_n", "group_m"), [(0, 0), (2, 4), (3, 8), (16, 32)])
 @pytest.mark.parametrize("shape", [(1, 32), (33, 96), (1000, 128), (7, 288)])
 def test_obs_equals_the_cpu(shape, keep_n, group_m, random):

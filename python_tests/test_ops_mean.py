@@ -1,4 +1,4 @@
-"""balance_mean_ against its oracle, the loss it lowers and refine_swaps_. Contract: csrc/ops/balance.h."""
+"""balance_mean_ and restore_mean_ against oracles and what defines them: csrc/ops/balance.h, csrc/ops/restore.h."""
 
 import pytest
 import torch
@@ -146,7 +146,106 @@ def test_balancing_does_not_depend_on_threads(group_m, threads, random):
         assert torch.equal(shared[1], alone[1])
 
 
+# restore_mean_
+
+
+def restore(weight, mask, mean, direction, device="cpu"):
+    weight = weight.clone().to(device)
+    ops.restore_mean_(weight, mask.to(device), mean.to(device), direction.to(device))
+    return weight.cpu()
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_restoring_matches_the_oracle(ties, device, random):
+    for rows, cols in ((1, 1), (3, 8), (17, 31), (2, 33), (5, 1134)):
+        weight = make_weight(rows, cols, torch.float32, random, ties)
+        variance, mean = make_moments(cols, random, ties)
+        direction, mask = mean / (variance + 0.01), make_mask(weight, 0, 0)
+        restored = restore(weight, mask, mean, direction, device)
+        assert_same_bits(restored, mean_reference.restore_mean(weight, mask, mean, direction))
+        assert_same_bits(restored[~mask], torch.zeros(int((~mask).sum())))
+
+
+def test_restoring_solves_the_normal_equations(device, random):
+    """The change ``δ`` of the kept weights is the least-squares one for ``diag(σ²) + m mᵀ``, found by a dense solve."""
+    weight, mask = make_weight(6, 40, torch.float32, random), torch.rand(6, 40, generator=random) < 0.5
+    variance, mean = torch.rand(40, generator=random) + 0.1, torch.randn(40, generator=random)
+    restored = restore(weight, mask, mean, mean / variance, device)
+    gram = (variance.diag() + mean.outer(mean)).double()
+    for i, row in enumerate(mask):
+        target = gram[row][:, ~row] @ weight[i, ~row].double()
+        change = torch.linalg.solve(gram[row][:, row], target)
+        torch.testing.assert_close(restored[i, row].double(), weight[i, row] + change, rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_without_removed_or_kept_weights(device, random):
+    weight, mean = make_weight(2, 8, torch.float32, random), torch.randn(8, generator=random)
+    mask = torch.tensor([[True], [False]]).expand(2, 8).contiguous()
+    restored = restore(weight, mask, mean, mean, device)
+    assert torch.equal(restored[0], weight[0])
+    assert_same_bits(restored[1], torch.zeros(8))
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0, 0)])
+def test_restoring_nothing(shape, device):
+    weight, vector = torch.zeros(shape, device=device), torch.zeros(shape[1], device=device)
+    ops.restore_mean_(weight, weight.bool(), vector, vector)
+
+
+def test_restoring_a_column_slice(device, random):
+    weight, mean = make_weight(7, 24, torch.float32, random), torch.randn(24, generator=random)
+    mask = make_mask(weight, 2, 4)
+    outer, view = embed(weight.to(device))
+    ops.restore_mean_(view, mask.to(device), mean.to(device), mean.to(device))
+    assert_same_bits(view.cpu(), mean_reference.restore_mean(weight, mask, mean, mean))
+    assert_only_slice_changed(outer, view)
+
+
+def test_restoring_does_not_depend_on_threads(threads, random):
+    weight, mean = make_weight(200, 1136, torch.float32, random), torch.randn(1136, generator=random)
+    mask = make_mask(weight, 2, 4)
+    threads(1)
+    alone = restore(weight, mask, mean, mean)
+    threads(3)
+    assert_same_bits(restore(weight, mask, mean, mean), alone)
+
+
 # Errors
+
+
+@pytest.mark.parametrize("value", BAD)
+def test_restoring_what_is_not_finite(value, random):
+    op, weight = "restore_mean_", make_weight(40, 12, torch.float32, random)
+    mask, mean, direction = torch.tensor([True, False]).repeat(40, 6), torch.ones(12), torch.ones(12)
+    before = weight.clone()
+    for argument, vector in (("mean", mean), ("direction", direction)):
+        vector[7] = vector[9] = value
+        refused(lambda: ops.restore_mean_(weight, mask, mean, direction), op, argument, f"got {value} at index [7]")
+        vector[7] = vector[9] = 0.5
+    assert_same_bits(weight, before)
+    for column in (4, 5):
+        bad = weight.clone()
+        bad[17, column] = bad[39, 0] = value
+        found = f"got {value} at index [17, {column}]"
+        refused(lambda w=bad: ops.restore_mean_(w, mask, mean, direction), op, "weight", found)
+        assert_same_bits(bad[:17], before[:17])
+
+
+def test_restoring_the_wrong_kind():
+    op, weight, vector = "restore_mean_", torch.ones(4, 12), torch.ones(12)
+    mask = torch.tensor([True, False]).repeat(4, 6)
+
+    def call(weight, mask, mean, direction):
+        return lambda: ops.restore_mean_(weight, mask, mean, direction)
+
+    refused(call(weight[0], mask, vector, vector), op, "weight", "2 dimensions")
+    refused(call(weight.half(), mask, vector, vector), op, "weight", "Float", "got Half")
+    refused(call(weight, mask[:3], vector, vector), op, "mask", "shape [4, 12]", "got [3, 12]")
+    refused(call(weight, mask.float(), vector, vector), op, "mask", "Bool", "got Float")
+    refused(call(weight, mask, vector[:11], vector), op, "mean", "shape [12]", "got [11]")
+    refused(call(weight, mask, vector, vector.double()), op, "direction", "Float", "got Double")
+    refused(call(weight, mask, vector, vector.to("meta")), op, "direction", "on cpu", "got meta")
+    refused(call(weight, mask, vector, -vector), op, "direction", "sign of mean", "got -1 for 1 at index [0]")
 
 
 @pytest.mark.parametrize("value", BAD)

@@ -40,6 +40,7 @@ __all__ = [
     "prune_topk_",
     "prune_topk_across_",
     "refine_swaps_",
+    "restore_mean_",
     "score",
     "take_not_finite",
     "topk_mask",
@@ -177,6 +178,18 @@ def balance_mean_(
     """
     swaps: Tensor = registered().balance_mean_(mask, weight, variance, mean, group_m, rounds)
     return swaps
+
+
+@torch.no_grad()
+def restore_mean_(weight: Tensor, mask: Tensor, mean: Tensor, direction: Tensor) -> None:
+    """Zeroes what ``mask`` removes and moves what remains, so that each row's mean output nearly stays.
+
+    With ``s`` the sum of ``w_j mean_j`` over a row's removed weights, ``w_j += s direction_j / (1 + Σ_kept mean
+    direction)`` for the kept ones. ``direction_j = mean_j / variance_j`` is the best if columns are uncorrelated
+    (``csrc/ops/restore.h``). ``weight [rows, cols]`` float32 is written, ``mask [rows, cols]`` bool is True where kept;
+    ``mean`` and ``direction`` ``[cols]`` float32, their products not negative.
+    """
+    registered().restore_mean_(weight, mask, mean, direction)
 
 
 @torch.no_grad()

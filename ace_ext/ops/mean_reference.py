@@ -28,6 +28,18 @@ def balance_mean(
     return mask, torch.tensor(swaps, dtype=torch.int64)
 
 
+def restore_mean(weight: Tensor, mask: Tensor, mean: Tensor, direction: Tensor) -> Tensor:
+    """``[rows, cols]`` float32: +0.0 where removed, ``w_j + s d_j / (1 + Σ_kept m_j d_j)`` where kept, ``s`` the sum of
+    ``w_j m_j`` over the removed."""
+    mask, weight, mean, direction = mask.cpu(), _wide(weight), _wide(mean), _wide(direction)
+    restored = torch.zeros(weight.shape, dtype=torch.float32)
+    for i, kept in enumerate(mask):
+        shift = _sum_by_lanes(torch.where(kept, 0.0, weight[i]) * mean)
+        gain = _sum_by_lanes(torch.where(kept, direction, 0.0) * mean)
+        restored[i, kept] = (weight[i] + shift / (1.0 + gain) * direction)[kept].float()
+    return restored
+
+
 class _Pair(NamedTuple):
     restored: int
     removed: int

@@ -7,11 +7,10 @@
 
 #include <cmath>
 
+#include "core/lanes.h"
 #include "core/scalar.h"
 
 namespace ace {
-
-constexpr int kBalanceLanes = 32;
 
 // What column j's weight changes by itself, at a shift of half `twice_shift`: removed if it is kept, else restored.
 // With the sign of b turned a restored weight is a removed one of cost -a.
@@ -62,17 +61,6 @@ ACE_HD double balance_rounding(double spreads, double shift, double shifts, int6
 ACE_HD double shifts_bound(float sum, int64_t cols) {
   const double count = static_cast<double>(cols);
   return static_cast<double>(sum) * (1.0 + count * 2.384185791015625e-07) + count * 1.1754943508222875e-38;
-}
-
-// The sum of a value a lane, in the order in which a warp adds: by halves.
-template <class Real>
-Real fold_lanes(const Real* lane) {
-  Real sum[kBalanceLanes];
-  for (int l = 0; l < kBalanceLanes; ++l) sum[l] = lane[l];
-  for (int half = kBalanceLanes / 2; half > 0; half /= 2) {
-    for (int l = 0; l < half; ++l) sum[l] += sum[l + half];
-  }
-  return sum[0];
 }
 
 }  // namespace ace

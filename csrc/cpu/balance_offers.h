@@ -10,7 +10,6 @@
 
 namespace ace::cpu {
 
-constexpr int kLanes = kBalanceLanes;
 constexpr double kNever = std::numeric_limits<double>::infinity();
 
 // One row of the problem.

@@ -30,7 +30,9 @@ cudaError_t launch_balance_mean(const BalanceArguments& a, int64_t* swaps, int c
                                     a.rounds,
                                     static_cast<int>(a.cols),
                                     a.group_m};
-    return launch(balance_mean_kernel<T>, {blocks, kBalanceWarps * kWarpSize, 0, stream}, problem, report);
+    const Launch at{blocks, kBalanceWarps * kWarpSize, 0, stream};
+    return a.group_m > 0 ? launch(balance_mean_kernel<T, true>, at, problem, report)
+                         : launch(balance_mean_kernel<T, false>, at, problem, report);
   });
 }
 

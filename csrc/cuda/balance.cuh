@@ -20,7 +20,7 @@
 
 namespace ace::cuda {
 
-static_assert(kBalanceLanes == kWarpSize, "a lane of the contract is a lane of a warp");
+static_assert(kLanes == kWarpSize, "a lane of the contract is a lane of a warp");
 constexpr int kBalanceWarps = 4;   // rows of a block at a time
 constexpr int kNone = 0x7fffffff;  // comes after every column
 
@@ -75,12 +75,11 @@ ACE_DEVICE int least_offer(const Offer& mine, double s) {
     const double other = __shfl_xor_sync(kFullWarp, change, distance);
     const int other_column = __shfl_xor_sync(kFullWarp, column, distance);
     const int other_lane = __shfl_xor_sync(kFullWarp, lane, distance);
-    if (other_column == kNone) continue;
-    if (column == kNone || other < change || (other == change && other_column < column)) {
-      change = other;
-      column = other_column;
-      lane = other_lane;
-    }
+    const bool before = other < change || (other == change && other_column < column);
+    const bool better = other_column != kNone && (column == kNone || before);
+    change = better ? other : change;
+    column = better ? other_column : column;
+    lane = better ? other_lane : lane;
   }
   return column == kNone ? -1 : lane;
 }
@@ -126,14 +125,11 @@ ACE_DEVICE void offer_columns(const WarpRow<T>& row, float twice_shift, Offer* r
   for (int j = lane_id(); j < row.cols; j += kWarpSize) {
     const SearchTerms terms = row.terms(j, twice_shift);
     const bool kept = row.mask[j];
-    if (!kept && terms.if_restored() < back) {
-      back = terms.if_restored();
-      back_at = j;
-    }
-    if (kept && terms.if_removed() < out) {
-      out = terms.if_removed();
-      out_at = j;
-    }
+    const bool better_back = !kept && terms.if_restored() < back, better_out = kept && terms.if_removed() < out;
+    back = better_back ? terms.if_restored() : back;
+    back_at = better_back ? j : back_at;
+    out = better_out ? terms.if_removed() : out;
+    out_at = better_out ? j : out_at;
   }
   *restored = {{0.0, 0.0}, back_at};
   *removed = {{0.0, 0.0}, out_at};
@@ -186,15 +182,12 @@ ACE_DEVICE GroupPair best_of_group(const WarpRow<T>& row, int first, int group_m
   int back_at = kNone, out_at = kNone;
   for (int j = first; j < first + group_m; ++j) {
     const SearchTerms terms = row.terms(j, twice_shift);
-    if (row.mask[j]) {
-      if (!(terms.if_removed() < out)) continue;
-      out = terms.if_removed();
-      out_at = j;
-    } else {
-      if (!(terms.if_restored() < back)) continue;
-      back = terms.if_restored();
-      back_at = j;
-    }
+    const bool kept = row.mask[j];
+    const bool better_back = !kept && terms.if_restored() < back, better_out = kept && terms.if_removed() < out;
+    back = better_back ? terms.if_restored() : back;
+    back_at = better_back ? j : back_at;
+    out = better_out ? terms.if_removed() : out;
+    out_at = better_out ? j : out_at;
   }
   if (back_at == kNone || out_at == kNone) return {no_change(), kNone, kNone};
   return {back + out, back_at, out_at};
@@ -230,7 +223,7 @@ ACE_DEVICE void swap_in_groups(const WarpRow<T>& row, int group_m, WarpState* st
   }
 }
 
-template <class T>
+template <class T, bool kGroups>
 __global__ void __launch_bounds__(kBalanceWarps* kWarpSize)
     balance_mean_kernel(BalanceProblem<T> problem, NotFinite report) {
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kBalanceWarps + warp_id();
@@ -247,7 +240,7 @@ __global__ void __launch_bounds__(kBalanceWarps* kWarpSize)
     }
     for (int64_t round = 0; round < problem.rounds; ++round) {
       const int64_t before = state.swaps;
-      if (problem.group_m > 0) {
+      if constexpr (kGroups) {
         swap_in_groups(row, problem.group_m, &state);
       } else {
         swap_in_row(row, &state);

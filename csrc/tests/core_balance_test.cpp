@@ -45,9 +45,9 @@ TEST(Balance, RoundingGrowsWithColumnsAndSwaps) {
 }
 
 TEST(Balance, SumsOfLanes) {
-  std::vector<double> lane(kBalanceLanes);
-  for (int l = 0; l < kBalanceLanes; ++l) lane[static_cast<size_t>(l)] = l;
-  EXPECT_EQ(fold_lanes(lane.data()), kBalanceLanes * (kBalanceLanes - 1) / 2);
+  std::vector<double> lane(kLanes);
+  for (int l = 0; l < kLanes; ++l) lane[static_cast<size_t>(l)] = l;
+  EXPECT_EQ(fold_lanes(lane.data()), kLanes * (kLanes - 1) / 2);
   EXPECT_EQ(shifts_bound(0.0f, 4), 4.0 * std::ldexp(1.0, -126));
   EXPECT_EQ(shifts_bound(2.0f, 1 << 22), 4.0 + std::ldexp(1.0, -104));
 }

@@ -89,7 +89,7 @@ TYPED_TEST(BalanceOf, SwapsAndEnds) {
   const std::vector<int64_t> first = one.launch(), last = all.launch();
   for (size_t i = 0; i < first.size(); ++i) {
     EXPECT_GT(first[i], 1);
-    EXPECT_LE(first[i], kBalanceLanes);
+    EXPECT_LE(first[i], kLanes);
     EXPECT_GT(last[i], first[i]);
     EXPECT_LT(last[i], 200);
   }

@@ -14,11 +14,11 @@ class PlainRow {
  public:
   PlainRow(std::vector<float> weight, const std::vector<float>& variance, const std::vector<float>& mean, bool* mask)
       : weight_(std::move(weight)), variance_(variance), mean_(mean), mask_(mask), cols_(size(weight_)) {
-    double shift[kBalanceLanes] = {};
-    float sizes[kBalanceLanes] = {};
+    double shift[kLanes] = {};
+    float sizes[kLanes] = {};
     for (int64_t j = 0; j < cols_; ++j) {
-      shift[j % kBalanceLanes] += mask_[j] ? 0.0 : of(j).shift;
-      sizes[j % kBalanceLanes] += absolute(weight_[at(j)] * mean_[at(j)]);
+      shift[j % kLanes] += mask_[j] ? 0.0 : of(j).shift;
+      sizes[j % kLanes] += absolute(weight_[at(j)] * mean_[at(j)]);
     }
     s_ = fold_lanes(shift);
     shifts_ = shifts_bound(fold_lanes(sizes), cols_);
@@ -58,14 +58,14 @@ class PlainRow {
 
   void find_candidates(int group_m) {
     pairs_.clear();
-    for (int64_t lane = 0; lane < kBalanceLanes; ++lane) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
       Pair best;
       if (group_m == 0) {
         Pair back, out;
-        offer(lane, cols_, kBalanceLanes, &back, &out);
+        offer(lane, cols_, kLanes, &back, &out);
         best = {0.0f, back.restored, out.removed};
       }
-      for (int64_t g = lane; group_m > 0 && g < cols_ / group_m; g += kBalanceLanes) {
+      for (int64_t g = lane; group_m > 0 && g < cols_ / group_m; g += kLanes) {
         Pair back, out;
         offer(g * group_m, (g + 1) * group_m, 1, &back, &out);
         if (back.restored < 0 || out.removed < 0) continue;

@@ -16,7 +16,7 @@ from ace_ext.pruning.solvers._problem import MaskSolver, Problem
 class MeanSwapOptions(Options):
     """Options of ``refine="mean"``."""
 
-    rounds: int = option(
+    mean_rounds: int = option(
         1, "scans of each row, after each of which up to 32 of its weights are swapped", Limits(at_least=1)
     )
 
@@ -26,7 +26,7 @@ def refine_(problem: Problem, options: MeanSwapOptions) -> None:
     weight changes."""
     assert problem.mask is not None  # a mask solver always gets the metric's mask
     moments, group_m = problem.moments, problem.nm[1]
-    ops.balance_mean_(problem.mask, problem.dense, moments.variance, moments.mean, group_m, options.rounds)
+    ops.balance_mean_(problem.mask, problem.dense, moments.variance, moments.mean, group_m, options.mean_rounds)
 
 
 def working_bytes(rows: int, cols: int) -> int:
