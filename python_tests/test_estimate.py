@@ -109,7 +109,13 @@ def peak_of(work, path) -> int:
     return max(itertools.accumulate(size for _, size in changes))
 
 
-SOLVERS = [{"update": "obs"}, {"update": "admm"}, {"update": "admm", "pattern": "2:4"}]
+SOLVERS = [
+    {"update": "obs"},
+    {"update": "admm"},
+    {"update": "admm", "pattern": "2:4"},
+    {"refine": "mean"},
+    {"update": "mean"},
+]
 
 
 @pytest.mark.parametrize("shape", [(128, 512), (2048, 256)], ids=["wide", "tall"])
@@ -142,6 +148,7 @@ RUNS = [
     {"group": "matrix"},
     {"group": "model"},
     {"refine": "swaps"},
+    {"refine": "mean", "update": "mean"},
     {"update": "obs"},
     {"update": "admm"},
     {"update": "admm", "gram": "cosine"},
