@@ -144,6 +144,8 @@ SOLVERS = [
     {"update": "admm"},
     {"update": "admm", "pattern": "2:4"},
     {"update": "admm", "gram": "sketch"},
+    {"refine": "mean"},
+    {"update": "mean"},
 ]
 
 
@@ -178,6 +180,7 @@ RUNS = [
     {"group": "matrix"},
     {"group": "model"},
     {"refine": "swaps"},
+    {"refine": "mean", "update": "mean"},
     {"update": "obs"},
     {"update": "admm"},
     {"update": "admm", "gram": "cosine"},

@@ -141,7 +141,7 @@ class SolverConfig:
         name = "row" if group.name == "N:M" else group.name
         if any(name not in solver.groups for solver in self.matrix_solvers):
             raise InputError(
-                f"{self.name} compares within rows or a pattern's groups, obs alone also within a matrix "
+                f"{self.name} compares within rows or a pattern's groups, obs and mean alone also within a matrix "
                 f"(got group {name!r}); use group row"
             )
         if self.block_solver is not None and group.over_matrices:

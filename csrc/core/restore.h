@@ -12,17 +12,18 @@ struct RestoreTerms {
   double gain;   // m d, of a kept one
 };
 
-ACE_HD RestoreTerms restore_terms(bool kept, float weight, float mean, float direction) {
+// `removed`: the weight, 0 where it is kept; `direction`: 0 where it is removed.
+ACE_HD RestoreTerms restore_terms(float removed, float mean, float direction) {
   const double m = static_cast<double>(mean);
-  return {static_cast<double>(kept ? 0.0f : weight) * m, static_cast<double>(kept ? direction : 0.0f) * m};
+  return {static_cast<double>(removed) * m, static_cast<double>(direction) * m};
 }
 
 // By what the direction is multiplied, given the sums.
 ACE_HD double restore_scale(double shift, double gain) { return shift / (1.0 + gain); }
 
-ACE_HD float restored_weight(bool kept, float weight, float direction, double scale) {
-  const double moved = static_cast<double>(weight) + scale * static_cast<double>(direction);
-  return kept ? static_cast<float>(moved) : 0.0f;
+// A kept weight's new value.
+ACE_HD float restored_weight(float weight, float direction, double scale) {
+  return static_cast<float>(static_cast<double>(weight) + scale * static_cast<double>(direction));
 }
 
 // Whether a column's direction does not point away from its mean: then no denominator is below 1.

@@ -4,6 +4,7 @@
 
 #include "core/nm_select.h"
 #include "cpu/balance_offers.h"
+#include "cpu/choose.h"
 
 namespace ace::cpu {
 
@@ -18,16 +19,6 @@ struct LaneBest {
 ACE_HD void clear(LaneBest* best) {
   for (int l = 0; l < kLanes; ++l) best->change[l] = kNoChange, best->stretch[l] = 0;
 }
-
-// Zeros and ones: GCC makes no vector code of loads of bool.
-inline const uint8_t* bytes(const bool* mask) { return reinterpret_cast<const uint8_t*>(mask); }
-
-// `if_true` or `if_false`, without the branch that would keep a loop from becoming vector code.
-ACE_HD float choose(uint32_t all_bits_if_true, float if_true, float if_false) {
-  return bits_float((float_bits(if_true) & all_bits_if_true) | (float_bits(if_false) & ~all_bits_if_true));
-}
-
-ACE_HD uint32_t all_bits(uint32_t zero_or_one) { return 0u - zero_or_one; }
 
 // s, and a bound of the sum of |b|, which is not finite if a weight is not. `mean` [cols] is the row's in float64.
 template <class T>

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include "core/restore.h"
+#include "cpu/choose.h"
 #include "cpu/dispatch.h"
 #include "cpu/finite.h"
 #include "cpu/multiversion.h"
@@ -17,7 +18,8 @@ ACE_MULTIVERSION void restore_row(float* ACE_RESTRICT weight, const uint8_t* ACE
                                   const float* ACE_RESTRICT mean, const float* ACE_RESTRICT direction, int64_t cols) {
   double shift[kLanes] = {}, gain[kLanes] = {};
   const auto add = [&](int64_t j, int l) __attribute__((always_inline)) {
-    const RestoreTerms terms = restore_terms(mask[j] != 0, weight[j], mean[j], direction[j]);
+    const uint32_t kept = all_bits(mask[j]);
+    const RestoreTerms terms = restore_terms(choose(kept, 0.0f, weight[j]), mean[j], choose(kept, direction[j], 0.0f));
     shift[l] += terms.shift;
     gain[l] += terms.gain;
   };
@@ -27,7 +29,9 @@ ACE_MULTIVERSION void restore_row(float* ACE_RESTRICT weight, const uint8_t* ACE
   }
   for (int l = 0; j + l < cols; ++l) add(j + l, l);
   const double scale = restore_scale(fold_lanes(shift), fold_lanes(gain));
-  for (j = 0; j < cols; ++j) weight[j] = restored_weight(mask[j] != 0, weight[j], direction[j], scale);
+  for (j = 0; j < cols; ++j) {
+    weight[j] = choose(all_bits(mask[j]), restored_weight(weight[j], direction[j], scale), 0.0f);
+  }
 }
 
 void check_direction(const at::Tensor& mean, const at::Tensor& direction) {
@@ -48,10 +52,8 @@ void restore_mean(at::Tensor weight, const at::Tensor& mask, const at::Tensor& m
   check_direction(mean, direction);
   at::parallel_for(0, rows, row_grain(cols), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      // As bytes, zeros and ones: GCC makes no vector code of loads of bool.
-      const auto* kept = reinterpret_cast<const uint8_t*>(data<bool>(mask) + i * mask.stride(0));
-      restore_row(mutable_data<float>(weight) + i * weight.stride(0), kept, data<float>(mean), data<float>(direction),
-                  cols);
+      restore_row(mutable_data<float>(weight) + i * weight.stride(0), bytes(data<bool>(mask) + i * mask.stride(0)),
+                  data<float>(mean), data<float>(direction), cols);
     }
   });
 }

@@ -26,7 +26,7 @@ ACE_DEVICE void restore_row(float* weight, const bool* mask, const RestoreArgume
   bool usable = true;
   for (int64_t j = lane_id(); j < of.cols; j += kWarpSize) {
     usable &= is_finite(weight[j]) && is_restorable(of.mean[j], of.direction[j]);
-    const RestoreTerms terms = restore_terms(mask[j], weight[j], of.mean[j], of.direction[j]);
+    const RestoreTerms terms = restore_terms(mask[j] ? 0.0f : weight[j], of.mean[j], mask[j] ? of.direction[j] : 0.0f);
     shift += terms.shift;
     gain += terms.gain;
   }
@@ -36,7 +36,7 @@ ACE_DEVICE void restore_row(float* weight, const bool* mask, const RestoreArgume
   }
   const double scale = restore_scale(warp_sum(shift), warp_sum(gain));
   for (int64_t j = lane_id(); j < of.cols; j += kWarpSize) {
-    weight[j] = restored_weight(mask[j], weight[j], of.direction[j], scale);
+    weight[j] = mask[j] ? restored_weight(weight[j], of.direction[j], scale) : 0.0f;
   }
 }
 

@@ -33,14 +33,15 @@ struct RestoreCase {
     const bool* kept = mask.get() + i * layout.stride();
     const auto at = [](int64_t j) { return static_cast<size_t>(j); };
     for (int64_t j = 0; j < layout.cols; ++j) {
-      const RestoreTerms terms = restore_terms(kept[j], weight.weight(i, j), mean[at(j)], direction[at(j)]);
+      const RestoreTerms terms =
+          restore_terms(kept[j] ? 0.0f : weight.weight(i, j), mean[at(j)], kept[j] ? direction[at(j)] : 0.0f);
       shift[j % kLanes] += terms.shift;
       gain[j % kLanes] += terms.gain;
     }
     const double scale = restore_scale(fold_lanes(shift), fold_lanes(gain));
     std::vector<float> row;
     for (int64_t j = 0; j < layout.cols; ++j) {
-      row.push_back(restored_weight(kept[j], weight.weight(i, j), direction[at(j)], scale));
+      row.push_back(kept[j] ? restored_weight(weight.weight(i, j), direction[at(j)], scale) : 0.0f);
     }
     return row;
   }

@@ -30,8 +30,8 @@ def refine_(problem: Problem, options: MeanSwapOptions) -> None:
 
 
 def working_bytes(rows: int, cols: int) -> int:
-    """Three numbers a row, and copies of the vectors."""
-    return 32 * rows + 24 * cols
+    """The pruned weight and the check that it is finite; three numbers a row, and copies of the vectors."""
+    return 11 * rows * cols + 32 * rows + 24 * cols
 
 
 SOLVER = MaskSolver(

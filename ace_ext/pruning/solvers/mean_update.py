@@ -42,8 +42,8 @@ def solve(problem: Problem, options: MeanUpdateOptions) -> Solved:
 
 
 def working_bytes(rows: int, cols: int) -> int:
-    """The new weight, and copies of the vectors."""
-    return 4 * rows * cols + 24 * cols
+    """The new weight and the check that it is finite, and copies of the vectors."""
+    return 11 * rows * cols + 24 * cols
 
 
 SOLVER = WeightSolver(
