@@ -1,7 +1,7 @@
 """ace_ext: one-shot pruning of Hugging Face causal language models.
 
->>> from ace_ext import PruneConfig, prune_model
->>> report = prune_model(model, tokens, PruneConfig(metric="ace", sparsity=0.5))
+>>> from ace_ext import preset_config, prune_model
+>>> report = prune_model(model, tokens, preset_config("fast", sparsity=0.5))
 """
 
 from ace_ext._moved import keep_old_paths
@@ -10,6 +10,7 @@ from ace_ext.errors import InputError
 from ace_ext.ops._extension import build_info
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.pattern import SparsityPattern
+from ace_ext.pruning.presets import preset_config
 from ace_ext.pruning.solver_config import SolverConfig
 from ace_ext.records import PruneReport
 from ace_ext.version import __version__
@@ -22,6 +23,7 @@ __all__ = [
     "SparsityPattern",
     "__version__",
     "build_info",
+    "preset_config",
     "prune_model",
 ]
 

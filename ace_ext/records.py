@@ -15,7 +15,7 @@ class Solution:
 
     Losses are ``Σ_i e_i G e_iᵀ / Σ_i w_i G w_iᵀ`` over the rows ``w_i`` of the dense matrix and their changes ``e_i``,
     with the solver's Gram matrix ``G`` ``[cols, cols]`` of all calibration tokens: the relative squared error of the
-    outputs.
+    outputs. For solvers that read only moments ``G`` is ``diag(σ²) + m mᵀ`` (:mod:`ace_ext.pruning.moment_gram`).
     """
 
     solver: str

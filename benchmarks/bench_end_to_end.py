@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ace_ext import PruneConfig, prune_model
+from ace_ext import PruneConfig, preset_config, prune_model
 from ace_ext.compare.runner import restore
 from ace_ext.data.bos import choose_bos
 from ace_ext.data.perplexity import perplexity
@@ -98,9 +98,12 @@ def main() -> None:
         "Wanda's order of work": lambda: wanda_order(model, tokens.to(device), args.sparsity),
         "wanda, block": ours("wanda", order="block"),
         "wanda, sequential": ours("wanda"),
-        "ace, sequential, exact norms": ours("ace", token_norm="exact"),
-        "ace, sequential, sketched norms": ours("ace", token_norm="sketch"),
+        "norm-cosvar, exact norms": ours("norm-cosvar", token_norm="exact"),
+        "norm-cosvar, sketched norms": ours("norm-cosvar", token_norm="sketch"),
     }
+    for preset in ("fast", "balanced"):
+        config = preset_config(preset, sparsity=args.sparsity, batch_tokens=tokens.numel())
+        ways[preset] = lambda config=config: prune_model(model, tokens, config)
     seconds = {name: [] for name in ways}
     quality: dict[str, float] = {}
     text = evaluation_tokens("wiki-mini", loaded.tokenizer) if args.perplexity else None

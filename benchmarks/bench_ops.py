@@ -9,8 +9,10 @@ in turn with the op; the ratio to each baseline; and peak extra memory in per ce
 
 Baselines: Wanda's sequence of torch calls (abs, sqrt, stable sort of every row, scatter, index assignment),
 ``torch.topk`` with a scatter, a Python loop over N:M groups of columns, and for moments Wanda's ``torch.norm`` and
-``torch.var_mean``. Each repeat prunes a fresh copy of the weight; making it is not timed. A weight that fits into the
-last-level cache (4096x4096 on an H100) is read from there, and so is the copy that it is compared with.
+``torch.var_mean``. For ``balance`` it is the selection of the mask that it starts from: at ``0.5x selection`` it takes
+twice its time. Each repeat prunes a fresh copy of the weight, or balances one of the mask; making it is not timed. A
+weight that fits into the last-level cache (4096x4096 on an H100) is read from there, and so is the copy that it is
+compared with.
 
 Extra memory on a GPU is the growth of the allocator's peak. On a CPU (Linux only) it is the growth of the resident peak
 (VmHWM) of a fresh process over one call. That process returns freed memory to the system at once, so that no memory is
@@ -137,6 +139,32 @@ def prune_cases(rows: int, cols: int, dtype: torch.dtype, device: str) -> list[C
     return cases
 
 
+def mean_cases(rows: int, cols: int, dtype: torch.dtype, device: str) -> list[Case]:
+    """Balancing the mask of a selection, which is the baseline."""
+    weight = (torch.randn(rows, cols, device=device) * 0.02).to(dtype)
+    variance = torch.rand(cols, device=device) + 0.1
+    mean = torch.randn(cols, device=device) * variance.sqrt() / 2
+    column = variance.sqrt()
+
+    def case(name: str, select: Callable[[], Tensor], group_m: int) -> Case:
+        start = select()
+        mask = start.clone()
+        return Case(
+            f"balance {name}",
+            f"{rows}x{cols}",
+            weight,
+            False,
+            lambda: ops.balance_mean_(mask, weight, variance, mean, group_m),
+            lambda: mask.copy_(start),
+            {"selection": select},
+        )
+
+    return [
+        case("by row", lambda: ops.topk_mask(weight, "scaled", cols // 2, column=column), 0),
+        case("2:4", lambda: ops.nm_mask(weight, "scaled", 2, 4, column=column), 4),
+    ]
+
+
 def moment_cases(tokens: int, cols: int, dtype: torch.dtype, device: str) -> list[Case]:
     x = torch.randn(tokens, cols, device=device).to(dtype)
     state = [torch.zeros(size, device=device) for size in ((), (cols,), (cols,))]
@@ -247,7 +275,7 @@ class Bench:
             },
         }
         self.rows.append(row)
-        ratios = ", ".join(f"{ratio:.1f}x {name}" for name, ratio in row["times_faster_than"].items())
+        ratios = ", ".join(f"{ratio:.3g}x {name}" for name, ratio in row["times_faster_than"].items())
         memory = "n/a" if extra is None else f"{row['extra_percent']:.2f} %"
         print(
             f"{case.op:<16}{case.shape:>12}{row['us']:>11.1f} us{row['gb_s']:>8.1f} GB/s"
@@ -287,6 +315,7 @@ def main(argv: list[str] | None = None) -> int:
     with torch.no_grad():
         for rows, cols in shapes:
             bench.run(prune_cases, rows, cols)
+            bench.run(mean_cases, rows, cols)
         for cols in sorted({cols for _, cols in shapes}):
             bench.run(moment_cases, TOKENS[args.device], cols)
     if args.json:

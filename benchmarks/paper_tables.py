@@ -48,7 +48,8 @@ METHODS = ",".join(
         "published-wanda",
         "ria:group=matrix,order=block",
         "ace",
-        "cosp+varp",
+        "norm-cosvar",
+        "fast",
         "balanced",
         "best",
     ]

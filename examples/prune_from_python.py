@@ -10,7 +10,7 @@ import argparse
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ace_ext import PruneConfig, prune_model
+from ace_ext import preset_config, prune_model
 from ace_ext.data.windows import load_windows
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     data = load_windows(args.text, tokenizer, args.nsamples, args.seqlen, seed=0, model=model)
 
-    config = PruneConfig(metric="ace", sparsity=args.sparsity)
+    config = preset_config("fast", sparsity=args.sparsity)
     report = prune_model(model, data.tokens, config, callback=lambda block: print(block.name, f"{block.seconds:.2f} s"))
 
     print(report.table())

@@ -31,7 +31,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     statistics = args.output / "statistics.zip"
     # Statistics of the dense model serve every sparsity; the order "sequential" would take them from pruned Linears.
-    common = ["--model", args.model, "--order", "block", "--metric", "ace"]
+    common = ["--model", args.model, "--order", "block", "--preset", "fast"]
     text = ["--calibration", args.text, "--nsamples", args.nsamples, "--seqlen", args.seqlen]
 
     run(*common, *text, "--sparsity", 0.5, "--save-stats", statistics, "--output", args.output / "sparsity-0.5")

@@ -17,6 +17,7 @@ from ace_ext.cli import main as cli
 from ace_ext.data.bos import BosChoice
 from ace_ext.data.windows import CalibrationData
 from ace_ext.fingerprint import tokens_sha256
+from ace_ext.pruning.criteria import DEFAULT_METRIC
 from ace_ext.runs.model_source import Demand
 from ace_ext.runs.options import Calibration, RunOptions
 from ace_ext.runs.pipeline import prune_folder
@@ -61,10 +62,12 @@ def weights_bytes(folder: Path) -> dict[str, bytes]:
 
 
 def command(dense: Path, output: Path, *options, launcher: tuple = ()) -> list[str]:
-    """The command line of ``ace-prune run`` with the text in the model's folder."""
+    """The command line of ``ace-prune run`` with the text in the model's folder. It prunes by the metric alone, as
+    :func:`prune` does, unless ``options`` name a preset or a solver."""
     start = [sys.executable, *launcher, "-m", "ace_ext", "run", "--device", "cpu"]
     text = ["--calibration", dense.parent / "text.txt", "--nsamples", 8, "--seqlen", 16]
-    return [str(part) for part in (*start, "--model", dense, "--output", output, *text, *options)]
+    alone = () if {"--preset", "--update", "--refine"} & set(options) else ("--metric", DEFAULT_METRIC)
+    return [str(part) for part in (*start, "--model", dense, "--output", output, *text, *alone, *options)]
 
 
 def fork_run(arguments: list, hidden_in_files: bool = False) -> multiprocessing.Process:

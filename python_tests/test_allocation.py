@@ -40,6 +40,12 @@ shape = st.tuples(st.sampled_from([1, 3, 8]), st.integers(1, 40))
 blocks = st.lists(st.dictionaries(st.sampled_from("abcd"), shape, min_size=1), min_size=1, max_size=6)
 
 
+def test_errors_may_be_tiny():
+    config = PruneConfig(sparsity=0.6, allocation="error", allocation_range=0.1)
+    keeps = [allocate(measures_of(config, scale * np.array([1.0, 3.0])), config, [SHAPES] * 2) for scale in (1, 1e-308)]
+    assert keeps[0] == keeps[1]
+
+
 @given(blocks, st.sampled_from(["owl", "error"]), st.floats(0, 1), st.floats(0.001, 0.4), st.data())
 @settings(deadline=None, max_examples=200)
 def test_totals_are_exact(shapes, allocation, sparsity, reach, data):

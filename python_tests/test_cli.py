@@ -58,7 +58,7 @@ def test_run_verify_eval(place):
     report = json.loads((place / "out" / "ace_report.json").read_text())
     assert report["extra"]["calibration"]["source"].endswith("text.txt")
     assert len(report["extra"]["calibration"]["sha256"]) == 64
-    assert report["config"]["metric"] == "ace"
+    assert report["config"]["gram"] == "sketch"  # the preset fast
     assert {"torch", "transformers", "ace_ext"} <= set(report["versions"])
     assert report["peak_memory_bytes"] > 0
 

@@ -2,7 +2,7 @@ import pytest
 
 from ace_ext import InputError, PruneConfig, SparsityPattern
 from ace_ext.pruning.config import all_settings
-from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, WEIGHTED
+from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, SKETCH, WEIGHTED
 from ace_ext.pruning.pattern import keep_count
 
 
@@ -16,7 +16,7 @@ def test_keep_count_rounds_the_pruned_half_up(size, sparsity, keep):
 
 def test_defaults():
     config = PruneConfig()
-    assert (config.metric, config.sparsity, config.group, config.order) == ("ace", 0.5, "row", "sequential")
+    assert (config.metric, config.sparsity, config.group, config.order) == ("wanda", 0.5, "row", "sequential")
 
 
 def test_pattern_sets_sparsity():
@@ -48,10 +48,15 @@ def test_group_model_walks_dense_blocks():
         ({"order": "random"}, r"order must be one of block, sequential"),
         ({"group": "model", "order": "sequential"}, r"order must be block"),
         ({"batch_tokens": 0}, r"batch_tokens must be a whole number of at least 1 \(got 0\)"),
-        ({"refine": "greedy"}, r"refine must be one of None, swaps \(got 'greedy'\)"),
-        ({"update": "gptq"}, r"update must be one of None, admm, obs, tune \(got 'gptq'\)"),
+        ({"refine": "greedy"}, r"refine must be one of None, mean, swaps \(got 'greedy'\)"),
+        ({"update": "gptq"}, r"update must be one of None, admm, mean, obs, tune \(got 'gptq'\)"),
         ({"update": "obs", "gram": "cos"}, r"gram must be one of plain, cosine"),
-        ({"gram": "cosine"}, r"gram cosine weights the errors of refine or update"),
+        ({"gram": "cosine"}, r"gram cosine is how refine or update measure errors"),
+        ({"gram": "sketch"}, r"gram sketch is how refine or update measure errors"),
+        (
+            {"gram": "sketch", "refine": "swaps"},
+            r"gram sketch serves admm, not swaps, which reads a whole one",
+        ),
         ({"update": "admm", "damping": -0.1}, r"damping must be .* 0 or more \(got -0.1\)"),
         ({"update": "admm", "damping": float("inf")}, r"damping must be .* \(got inf\)"),
         ({"damping": 0.1}, r"damping needs update admm or obs"),
@@ -101,12 +106,19 @@ def test_solvers_and_their_damping(arguments, solver, damping):
     [
         ({"metric": "wanda"}, {INPUT}),
         ({"metric": "wanda", "update": "admm"}, {INPUT, GRAM}),
-        ({"refine": "swaps", "gram": "cosine"}, {INPUT, WEIGHTED, COSINE_GRAM}),
+        ({"update": "admm", "gram": "sketch"}, {INPUT, SKETCH}),
+        ({"metric": "cosvar", "refine": "swaps", "gram": "cosine"}, {WEIGHTED, COSINE_GRAM}),
     ],
     ids=str,
 )
 def test_only_solvers_need_a_gram_matrix(arguments, needs):
     assert PruneConfig(**arguments).needs.prune == needs
+
+
+def test_a_metrics_old_name_warns():
+    with pytest.warns(DeprecationWarning, match=r"'cosp\+varp' is now called 'ace'"):
+        config = PruneConfig("cosp+varp")
+    assert config == PruneConfig("ace")
 
 
 def test_to_dict_holds_every_setting():

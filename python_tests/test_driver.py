@@ -11,6 +11,7 @@ from ace_ext.models.replay import capture_calls, run_block
 from ace_ext.ops import reference
 from ace_ext.pruning.config import keep_count
 from ace_ext.pruning.criteria import METRICS
+from ace_ext.pruning.kinds import MOMENT
 
 
 def weights_of(model):
@@ -37,7 +38,7 @@ def oracle_prune_first_block(model, tokens, metric, sparsity):
         x, weight = inputs[child], linear.weight.detach()
         dense = functional.linear(x, weight)
         column = reference.column_factor(metric, x, dense) if METRICS[metric].column else None
-        moment = reference.cosine_moment(x, dense) if metric.startswith("cosp") else None
+        moment = reference.cosine_moment(x, dense) if MOMENT in METRICS[metric].needs else None
         score = reference.score(weight, METRICS[metric].op_formula, column, moment)
         masks[block.full_name(child)] = reference.keep_mask(score, keep_count(weight.shape[1], sparsity), "row")
     return masks
@@ -104,7 +105,7 @@ def test_patterns(pattern):
         assert (weight.unflatten(1, (-1, of)).count_nonzero(dim=2) == keep).all()
 
 
-@pytest.mark.parametrize("metric", ["magnitude", "ace", "cosp"])
+@pytest.mark.parametrize("metric", ["magnitude", "norm-cosvar", "cosp"])
 def test_whole_model_group(metric):
     model = make_model("llama")
     report = prune_model(model, make_tokens(), PruneConfig(metric, 0.37, group="model"))

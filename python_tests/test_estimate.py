@@ -21,6 +21,7 @@ from ace_ext.models.whole_forward import whole_logits
 from ace_ext.pruning import gram
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.prune_linear import prune_linear_, working_bytes
+from ace_ext.pruning.sketch import SketchState
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
 from ace_ext.runs.heal_memory import Division, HealDemand
 from ace_ext.runs.memory_model import estimate
@@ -49,8 +50,8 @@ def test_estimate_counts_what_is_there():
         ({"seqlen": 16}, {"seqlen": 64}),
         ({"config": PruneConfig(batch_tokens=16)}, {"config": PruneConfig(batch_tokens=64)}),
         ({"config": PruneConfig("magnitude")}, {"config": PruneConfig("wanda")}),
-        ({"config": PruneConfig("wanda")}, {"config": PruneConfig("ace")}),
-        ({"config": PruneConfig("ace")}, {"config": PruneConfig("cosp")}),
+        ({"config": PruneConfig("wanda")}, {"config": PruneConfig("norm-cosvar")}),
+        ({"config": PruneConfig("norm-cosvar")}, {"config": PruneConfig("cosp")}),
         ({"config": PruneConfig("cosp")}, {"config": PruneConfig("cosp", order="block")}),
         ({"config": PruneConfig("cosp", order="block")}, {"config": PruneConfig("cosp", group="model")}),
         ({"config": PruneConfig()}, {"config": PruneConfig(refine="swaps")}),
@@ -138,7 +139,12 @@ def peak_of(work, path) -> int:
     return max(itertools.accumulate(size for _, size in changes))
 
 
-SOLVERS = [{"update": "obs"}, {"update": "admm"}, {"update": "admm", "pattern": "2:4"}]
+SOLVERS = [
+    {"update": "obs"},
+    {"update": "admm"},
+    {"update": "admm", "pattern": "2:4"},
+    {"update": "admm", "gram": "sketch"},
+]
 
 
 @pytest.mark.parametrize("shape", [(128, 512), (2048, 256)], ids=["wide", "tall"])
@@ -148,7 +154,8 @@ def test_a_solver_holds_what_is_estimated(setting, shape, tmp_path, monkeypatch)
     monkeypatch.setattr(gram, "LOSS_ROWS", 16)  # of a real matrix it is a small part
     config = PruneConfig(**setting, max_swaps=2)
     weight, x = torch.randn(shape).bfloat16(), torch.randn(512, shape[1])
-    stats = LinearStatistics(*(MomentState(shape[1]) for _ in range(2)), None, GramState(shape[1]), 512, [x])
+    state = (SketchState if config.solver.gram == "sketch" else GramState)(shape[1])
+    stats = LinearStatistics(*(MomentState(shape[1]) for _ in range(2)), None, state, 512, [x])
     stats.input.update(x)
     stats.weighted.update(x, torch.ones(len(x)))
     stats.gram.update(x)
@@ -174,6 +181,7 @@ RUNS = [
     {"update": "obs"},
     {"update": "admm"},
     {"update": "admm", "gram": "cosine"},
+    {"update": "admm", "gram": "sketch"},
     {"update": "admm", "batch_tokens": 256},
     {"update": "admm", "gram": "cosine", "batch_tokens": 256},
     {"update": "admm", "order": "block"},

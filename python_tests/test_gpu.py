@@ -186,6 +186,28 @@ def test_swaps_equal_the_cpu(shape, keep_n, group_m, dtype, random):
 
 
 @pytest.mark.parametrize(("keep_n", "group_m"), [(0, 0), (2, 4), (3, 8), (16, 32)])
+@pytest.mark.parametrize("shape", [(1, 32), (33, 288), (1000, 96), (7, 1152)])
+def test_balancing_equals_the_cpu(shape, keep_n, group_m, dtype, random):
+    weight, gram, expected = solver_inputs(*shape, dtype, random, keep_n, group_m)
+    variance, mean = gram.diagonal().contiguous(), torch.randn(shape[1], generator=random)
+    actual = expected.cuda()
+    swaps = ops.balance_mean_(expected, weight, variance, mean, group_m, 3)
+    got = ops.balance_mean_(actual, weight.cuda(), variance.cuda(), mean.cuda(), group_m, 3)
+    assert torch.equal(got.cpu(), swaps)
+    assert torch.equal(actual.cpu(), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (33, 288), (1000, 96), (7, 1152)])
+def test_restoring_equals_the_cpu(shape, random):
+    expected, gram, mask = solver_inputs(*shape, torch.float32, random, 0, 0)
+    mean = torch.randn(shape[1], generator=random)
+    direction, actual = mean / gram.diagonal(), expected.cuda()
+    ops.restore_mean_(expected, mask, mean, direction)
+    ops.restore_mean_(actual, mask.cuda(), mean.cuda(), direction.cuda())
+    assert_same_bits(actual.cpu(), expected)
+
+
+@pytest.mark.parametrize(("keep_n", "group_m"), [(0, 0), (2, 4), (3, 8), (16, 32)])
 @pytest.mark.parametrize("shape", [(1, 32), (33, 96), (1000, 128), (7, 288)])
 def test_obs_equals_the_cpu(shape, keep_n, group_m, random):
     weight, gram, mask = solver_inputs(*shape, torch.float32, random, keep_n, group_m)
@@ -208,6 +230,9 @@ def test_solvers_leave_alone_what_they_cannot_use(random):
     assert compiled().take_not_finite(device) == "refine_swaps_"
     assert (swaps == -1).tolist() == [i == 5 for i in range(8)]
     assert torch.equal(mask[5], masks[5])
+    swaps = ops.balance_mean_(mask, weight, gram.diagonal().contiguous(), gram[0].contiguous(), 4)
+    assert compiled().take_not_finite(device) == "balance_mean_"
+    assert (swaps == -1).tolist() == [i == 5 for i in range(8)]
     ops.obs_block_(weight, error, mask, factor)
     assert compiled().take_not_finite(device) == "obs_block_"
     assert_same_bits(weight[5].cpu(), before[5].cpu())

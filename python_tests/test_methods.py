@@ -38,13 +38,13 @@ def test_a_part_with_a_value_belongs_to_the_method_before_it():
 
 def test_values_get_the_type_of_their_field():
     method = Method.parse("ace:order=none,batch_tokens=128,ria_exponent=1,skip=down_proj")
-    assert method.config() == PruneConfig(order=None, batch_tokens=128, ria_exponent=1.0, skip=("down_proj",))
+    assert method.config() == PruneConfig("ace", order=None, batch_tokens=128, ria_exponent=1.0, skip=("down_proj",))
     assert isinstance(method.arguments["ria_exponent"], float)
 
 
 def test_what_the_method_says_wins_over_what_all_share():
     assert Method.parse("ace:batch_tokens=32").config(batch_tokens=64, skip=("a",)) == PruneConfig(
-        batch_tokens=32, skip=("a",)
+        "ace", batch_tokens=32, skip=("a",)
     )
 
 

@@ -36,6 +36,8 @@ def samples():
     for keep_n, group_m in ((0, 0), (2, 4)):
         mask = torch.tensor([True, True, False, False]).repeat(6, 2)
         yield "refine_swaps_", (mask, score.half(), x.T @ x, keep_n, group_m, 5)
+        yield "balance_mean_", (mask.clone(), score.half(), torch.ones(8), torch.ones(8), group_m, 2)
+        yield "restore_mean_", (score.clone(), mask.clone(), torch.ones(8), torch.ones(8))
         yield "obs_block_", (score.clone(), torch.zeros(6, 8), mask.clone(), torch.eye(8), keep_n, group_m)
 
 

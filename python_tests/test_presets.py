@@ -1,6 +1,8 @@
 import pytest
+import torch
+from tiny_models import make_model
 
-from ace_ext import InputError, PruneConfig
+from ace_ext import InputError, PruneConfig, prune_model
 from ace_ext.pruning.presets import PRESETS, PUBLISHED, preset_config
 
 
@@ -16,8 +18,9 @@ def test_names_are_unique():
     assert not PRESETS.keys() & PUBLISHED.keys()
 
 
-def test_the_quickest_is_the_default():
-    assert preset_config("fast") == PruneConfig()
+def test_the_quickest_is_what_prunes_by_default():
+    report = prune_model(make_model("llama"), torch.randint(0, 64, (2, 16)))
+    assert report.config == preset_config("fast").to_dict()
 
 
 def test_settings_win():

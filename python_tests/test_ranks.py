@@ -54,6 +54,7 @@ def share_differing(one, other) -> float:
     "options",
     [
         ("--nsamples", 7),
+        ("--nsamples", 7, "--preset", "fast"),
         ("--nsamples", 8, "--order", "block", "--metric", "cosp"),
         ("--nsamples", 7, "--group", "model", "--batch-tokens", 32),
         ("--nsamples", 7, "--offload", "disk", "--batch-tokens", 32),

@@ -170,10 +170,10 @@ def test_column_factors_by_hand():
         "stade": [1, 0],
         "varp": [1, 0],
         "cosp": [math.sqrt(10), math.sqrt(8)],
-        "cosp+varp": [math.sqrt(10), 0],
+        "ace": [math.sqrt(10), 0],
         "cosp-exact": [0.25 + 9, 1 + 4],
         "cosvar": [math.sqrt(weighted), 0],
-        "ace": [math.sqrt(math.sqrt(10) * math.sqrt(weighted)), 0],
+        "norm-cosvar": [math.sqrt(math.sqrt(10) * math.sqrt(weighted)), 0],
     }
     assert {*expected, "magnitude"} == set(METRICS)
     assert reference.column_factor("magnitude", x) is None

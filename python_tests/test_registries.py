@@ -64,8 +64,7 @@ def shrink(problem: Problem, options: ShrinkOptions) -> Solved:
 
 @pytest.fixture
 def shrinking(monkeypatch):
-    monkeypatch.setattr(solvers, "SOLVERS", solvers.SOLVERS)
-    before = dict(solvers.SOLVERS)
+    monkeypatch.setitem(solvers.SOLVERS, "update", dict(solvers.SOLVERS["update"]))
     solvers.register(
         WeightSolver(
             name="shrink",
@@ -76,9 +75,6 @@ def shrinking(monkeypatch):
             working_bytes=lambda rows, cols: 1000 * rows * cols,
         )
     )
-    yield
-    solvers.SOLVERS.clear()
-    solvers.SOLVERS.update(before)
 
 
 def test_a_solver_is_one_file(shrinking):
@@ -122,7 +118,7 @@ def test_a_solver_without_memory_is_no_solver():
 
 def test_names_are_taken_once(shrinking):
     with pytest.raises(ValueError, match="solver 'shrink' is registered already"):
-        solvers.register(solvers.SOLVERS["shrink"])
+        solvers.register(solvers.SOLVERS["update"]["shrink"])
 
 
 def test_every_solver_is_a_file_of_its_own():

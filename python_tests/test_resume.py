@@ -207,7 +207,7 @@ def change_config(folder):
         (None, {"seed": 1}, {}, r"calibration\.seed was 0, now 1; calibration\.sha256 was"),
         (None, {"nsamples": 9}, {}, r"calibration\.nsamples was 8, now 9"),
         (None, {}, {"sparsity": 0.6}, r"config\.sparsity was 0\.5, now 0\.6"),
-        (None, {}, {"metric": "wanda"}, r'config\.metric was "ace", now "wanda"'),
+        (None, {}, {"metric": "stade"}, r'config\.metric was "wanda", now "stade"'),
         (None, {}, {"order": "block"}, r'config\.order was "sequential", now "block"'),
         (None, {"dtype": "float32"}, {}, r'model\.dtype was "auto", now "float32"'),
     ],

@@ -38,6 +38,12 @@ def test_from_the_file_as_from_the_run(metric, batch_tokens, dense):
     assert weights_bytes(again) == weights_bytes(out) != weights_bytes(dense)
 
 
+@pytest.mark.parametrize("gram", ["plain", "cosine", "sketch"])
+def test_a_solvers_statistics_are_kept(gram, dense):
+    file, out = keep(dense, update="admm", gram=gram)
+    assert weights_bytes(from_file(dense, file, update="admm", gram=gram)) == weights_bytes(out)
+
+
 @pytest.mark.parametrize(
     "other",
     [

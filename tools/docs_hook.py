@@ -69,12 +69,12 @@ def presets() -> str:
 
 def solvers() -> str:
     """The table of solvers (``--refine`` and ``--update``) and their options."""
-    from ace_ext.pruning.solvers import SOLVERS
+    from ace_ext.pruning.solvers import all_solvers
 
     rows = []
-    for name, solver in SOLVERS.items():
+    for solver in all_solvers():
         options = [f"`--{setting.name.replace('_', '-')}` ({setting.default})" for setting in solver.options.settings()]
-        rows.append((f"`--{solver.stage} {name}`", solver.summary, ", ".join(options)))
+        rows.append((f"`--{solver.stage} {solver.name}`", solver.summary, ", ".join(options)))
     return _table(("option", "what it does", "its options (defaults)"), rows)
 
 

@@ -16,8 +16,8 @@ from ace_ext.errors import InputError
 from ace_ext.models.loading import WEIGHT_DTYPES
 from ace_ext.process_memory import parse_bytes
 from ace_ext.pruning.config import PruneConfig, all_settings, config_settings
-from ace_ext.pruning.criteria import DEFAULT_METRIC, METRICS
-from ace_ext.pruning.presets import PRESETS, PUBLISHED, preset_config
+from ace_ext.pruning.criteria import METRICS, RENAMED
+from ace_ext.pruning.presets import DEFAULT_PRESET, PRESETS, PUBLISHED, preset_config
 from ace_ext.pruning.settings import Setting
 from ace_ext.pruning.solver_config import option_help, solver_names, solver_settings
 from ace_ext.pruning.solvers import BlockSolver, MaskSolver, Solver, WeightSolver, solvers_of
@@ -49,10 +49,15 @@ def add_pruning(parser: argparse.ArgumentParser) -> None:
     """Adds all settings of :class:`ace_ext.PruneConfig`, from their declarations."""
     group = parser.add_argument_group("pruning")
     group.add_argument(
-        "--preset", choices=[*PRESETS, *PUBLISHED], help="named settings; other options given here replace them"
+        "--preset",
+        choices=[*PRESETS, *PUBLISHED],
+        help="named settings; other options given here replace them (default: "
+        f"{DEFAULT_PRESET}, unless metric, group or a solver are given)",
     )
-    group.add_argument("--metric", choices=METRICS, metavar="NAME", help=f"see below (default: {DEFAULT_METRIC})")
     own = config_settings()
+    group.add_argument(
+        "--metric", choices=[*METRICS, *RENAMED], metavar="NAME", help=f"{own['metric'].help}; see below"
+    )
     amount = group.add_mutually_exclusive_group()
     amount.add_argument("--sparsity", type=float, help=setting_help(own["sparsity"]))
     amount.add_argument("--pattern", help=own["pattern"].help)
@@ -125,7 +130,10 @@ def config_from(args: argparse.Namespace) -> PruneConfig:
         given["update"] = "+".join(given["update"])
     if "tune_epochs" in given and args.preset is None and "tune" not in given.get("update", ""):
         raise InputError("tune-epochs is for --update tune; give both, or neither")
-    return PruneConfig(**given) if args.preset is None else preset_config(args.preset, **given)
+    own_way = {"metric", "group", *solver_names(), *solver_settings()} & given.keys()
+    if args.preset is None and own_way:
+        return PruneConfig(**given)
+    return preset_config(args.preset or DEFAULT_PRESET, **given)
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:

@@ -27,7 +27,7 @@ def add(commands: shared.Subparsers) -> None:
         epilog=_method_table(),
     )
     shared.add_model(parser)
-    parser.add_argument("--methods", default="wanda,ace", help="a list, see below (default: %(default)s)")
+    parser.add_argument("--methods", default="published-wanda,fast", help="a list, see below (default: %(default)s)")
     parser.add_argument("--sparsities", help="a list of shares of zeros, e.g. 0.5,0.6 (default: 0.5)")
     parser.add_argument("--patterns", help="a list of N:M, N kept of M consecutive inputs, e.g. 2:4,4:8")
     parser.add_argument(

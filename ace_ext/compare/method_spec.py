@@ -12,13 +12,22 @@ from ace_ext.errors import InputError
 from ace_ext.pruning.config import PruneConfig, all_settings
 from ace_ext.pruning.criteria import METRICS
 from ace_ext.pruning.presets import PRESETS, PUBLISHED
-from ace_ext.pruning.solvers import SOLVERS
+from ace_ext.pruning.solvers import all_solvers
+
+
+def _solver_methods() -> dict[str, dict[str, Any]]:
+    """A method for each solver's name; where a mask solver and an update share one, it stands for both."""
+    methods: dict[str, dict[str, Any]] = {}
+    for solver in all_solvers():
+        methods.setdefault(solver.name, {})[solver.stage] = solver.name
+    return methods
+
 
 _PUBLISHED = "published-"
 
 METHODS: dict[str, dict[str, Any]] = {
     **{name: {"metric": name} for name in METRICS},
-    **{name: {solver.stage: name} for name, solver in SOLVERS.items()},
+    **_solver_methods(),
     **PRESETS,
     **{f"{_PUBLISHED}{name}": arguments for name, arguments in PUBLISHED.items()},
 }
@@ -46,7 +55,7 @@ class Method:
                 given twice, or a value of the wrong type.
         """
         name, _, changes = text.partition(":")
-        known = {**{solver: {kind.stage: solver} for solver, kind in SOLVERS.items()}, **METHODS}
+        known = {**_solver_methods(), **METHODS}
         if name not in known:
             raise InputError(f"method must be one of {', '.join(METHODS)} (got {name!r}); changes follow a colon")
         arguments = dict(known[name])

@@ -19,6 +19,7 @@ from ace_ext.models.replay import BlockCall, capture_calls
 from ace_ext.models.versions import versions
 from ace_ext.process_memory import peak_memory_bytes
 from ace_ext.pruning.config import PruneConfig
+from ace_ext.pruning.presets import DEFAULT_PRESET, preset_config
 from ace_ext.records import BlockReport, PruneReport
 
 Batches = Tensor | Iterable[Tensor | dict[str, Tensor]]
@@ -41,7 +42,7 @@ def prune_model(
         model: a Hugging Face causal language model, on any device. LM head and embeddings are not pruned.
         batches: calibration tokens: ``[nsamples, seqlen]`` integer, or an iterable of such tensors or of dicts with
             ``input_ids`` and ``attention_mask`` (padded tokens are then left out of the statistics).
-        config: what to prune and how; default :class:`PruneConfig`.
+        config: what to prune and how; default: the preset ``fast``.
         callback: called after each block with its report.
         progress: show a progress bar on stderr.
         context: optional services of a run on files; see :mod:`ace_ext.runs.pipeline`.
@@ -53,7 +54,7 @@ def prune_model(
         InputError: for a model, tokens or weights that cannot be pruned. Whatever can be checked in advance is checked
             before any weight changes.
     """
-    config = config or PruneConfig()
+    config = config or preset_config(DEFAULT_PRESET)
     context = context or RunContext(observer=Progress(progress))
     start = time.perf_counter()
     store = context.blocks or ResidentBlocks(find_blocks(model, config.skip))

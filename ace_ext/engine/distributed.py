@@ -14,6 +14,7 @@ from torch import Tensor
 from ace_ext.engine.protocols import Empty, Peers
 from ace_ext.errors import InputError
 from ace_ext.pruning.gram import GramState
+from ace_ext.pruning.sketch import SketchState
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
 
 
@@ -85,7 +86,7 @@ class Ranks:
             for name in names:
                 stats[name] = copy.deepcopy(stats[name])
 
-    def _merge_value(self, value: MomentState | GramState | Tensor | list[Tensor]) -> None:
+    def _merge_value(self, value: MomentState | GramState | SketchState | Tensor | list[Tensor]) -> None:
         if isinstance(value, MomentState):
             parts = {key: self._all(tensor) for key, tensor in value.tensors().items()}
             total = MomentState(len(value.mean), value.mean.device)
@@ -98,7 +99,8 @@ class Ranks:
             rows = self.gather([part.cpu() for part in value])
             value[:] = [part.to(self._device) for parts in rows for part in parts]
         else:
-            self._dist.all_reduce(value.matrix)
+            for part in value.sums():
+                self._dist.all_reduce(part)
 
     def _all(self, tensor: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(tensor) for _ in range(self.size)]

@@ -30,6 +30,7 @@ from ace_ext.ops._formulas import FORMULAS, formula_name
 __all__ = [
     "FORMULAS",
     "ScoredWeight",
+    "balance_mean_",
     "inverse_square_norm",
     "nm_mask",
     "obs_block_",
@@ -39,6 +40,7 @@ __all__ = [
     "prune_topk_",
     "prune_topk_across_",
     "refine_swaps_",
+    "restore_mean_",
     "score",
     "take_not_finite",
     "topk_mask",
@@ -159,6 +161,35 @@ def refine_swaps_(
     """
     swaps: Tensor = registered().refine_swaps_(mask, weight, gram, keep_n, group_m, max_swaps)
     return swaps
+
+
+@torch.no_grad()
+def balance_mean_(
+    mask: Tensor, weight: Tensor, variance: Tensor, mean: Tensor, group_m: int = 0, rounds: int = 1
+) -> Tensor:
+    """Exchanges kept and removed weights, row by row, so that the removed ones shift the output's mean less.
+
+    With ``variance [cols]`` and ``mean [cols]`` float32 of the inputs, a row's removed weights cost
+    ``Σ w_j² variance_j + (Σ w_j mean_j)²``; each swap lowers that in float64. Each of at most ``rounds`` scans finds up
+    to 32 candidates on either side, which are swapped while that gains (``csrc/ops/balance.h``). A row keeps as many
+    weights as before, with ``group_m`` also each of its groups of as many columns, so an N:M pattern stays. ``mask
+    [rows, cols]`` bool, True where kept, is written; ``weight`` is not. Returns the swaps of each row, ``[rows]``
+    int64.
+    """
+    swaps: Tensor = registered().balance_mean_(mask, weight, variance, mean, group_m, rounds)
+    return swaps
+
+
+@torch.no_grad()
+def restore_mean_(weight: Tensor, mask: Tensor, mean: Tensor, direction: Tensor) -> None:
+    """Zeroes what ``mask`` removes and moves what remains, so that each row's mean output nearly stays.
+
+    With ``s`` the sum of ``w_j mean_j`` over a row's removed weights, ``w_j += s direction_j / (1 + Σ_kept mean
+    direction)`` for the kept ones. ``direction_j = mean_j / variance_j`` is the best if columns are uncorrelated
+    (``csrc/ops/restore.h``). ``weight [rows, cols]`` float32 is written, ``mask [rows, cols]`` bool is True where kept;
+    ``mean`` and ``direction`` ``[cols]`` float32, their products not negative.
+    """
+    registered().restore_mean_(weight, mask, mean, direction)
 
 
 @torch.no_grad()

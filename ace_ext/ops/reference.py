@@ -121,10 +121,10 @@ def column_factor(metric: str, x: Tensor, a: Tensor | None = None, exponent: flo
         "stade": lambda: deviation,
         "varp": lambda: deviation,
         "cosp": lambda: norm,
-        "cosp+varp": lambda: norm * deviation,
+        "ace": lambda: norm * deviation,
         "cosp-exact": lambda: (inverse_square_norm(_given(a))[:, None] * x**2).sum(0),
         "cosvar": weighted_deviation,
-        "ace": lambda: (norm * weighted_deviation()).sqrt(),
+        "norm-cosvar": lambda: (norm * weighted_deviation()).sqrt(),
     }
     return factors[metric]()
 

@@ -132,6 +132,7 @@ def _equal_marginal_error(errors: FloatArray, sizes: FloatArray, config: PruneCo
     non-decreasing.
     """
     grid = sparsity_grid(config)
+    errors = np.ldexp(errors, -np.frexp(errors.max())[1])  # exact; tiny ones would lose their digits in the slopes
     slopes = np.maximum.accumulate(np.gradient(errors, grid, axis=1) / sizes[:, None], axis=1)
     low, high = slopes.min(), slopes.max()
     target = config.sparsity * sizes.sum()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from ace_ext.errors import InputError
-from ace_ext.pruning.criteria import DEFAULT_METRIC, METRICS, CustomMetric
+from ace_ext.pruning.criteria import DEFAULT_METRIC, METRICS, CustomMetric, metric_name
 from ace_ext.pruning.groups import GROUPS, ComparisonGroup, group_of
 from ace_ext.pruning.needs import Needs
 from ace_ext.pruning.pattern import SparsityPattern, keep_count
@@ -143,6 +143,8 @@ class PruneConfig:
         """Fills in the defaults that depend on other settings, and checks all."""
         if isinstance(self.pattern, str):
             object.__setattr__(self, "pattern", SparsityPattern.parse(self.pattern))
+        if isinstance(self.metric, str):
+            object.__setattr__(self, "metric", metric_name(self.metric))
         if not callable(self.metric) and self.metric not in METRICS:
             raise InputError(f"metric must be one of {', '.join(METRICS)}, or a callable (got {self.metric!r})")
         check_choice("group", self.group, [*GROUPS])

@@ -8,6 +8,7 @@ Notation: ``W [d_out, d_in]``, inputs ``X [T, d_in]``, dense outputs ``A = X W�
 standard deviation of ``X_j`` over tokens, ``σʳ_j = sqrt(Σ_t r_t (X_tj - m_j)²)`` with ``m_j`` the ``r``-weighted mean.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -59,16 +60,29 @@ METRICS: dict[str, Metric] = {
         MOMENT,
         column=lambda s, _: s.weighted_square_sum,
     ),
-    "varp": _metric("|W_ij| σ_j", "scaled", INPUT, column=lambda s, _: s.deviation),
-    "cosp+varp": _metric("cosp · σ_j", "cosp", INPUT, MOMENT, column=lambda s, _: s.norm * s.deviation),
     "cosvar": _metric("|W_ij| σʳ_j", "scaled", WEIGHTED, column=lambda s, _: s.weighted_deviation),
-    "ace": _metric(
+    "norm-cosvar": _metric(
         "|W_ij| sqrt(‖X_j‖ σʳ_j)", "scaled", INPUT, WEIGHTED, column=lambda s, _: (s.norm * s.weighted_deviation).sqrt()
     ),
+    "ace": _metric("cosp · σ_j", "cosp", INPUT, MOMENT, column=lambda s, _: s.norm * s.deviation),
 }
-"""Every metric by name, in the order in which they are listed to users. ``ace`` is the default."""
+"""Every metric by name, in the order in which they are listed to users. ``ace`` is the paper's method (arXiv
+2505.21987), the product of its two metrics, as near as its public record tells."""
+METRICS["varp"] = METRICS["stade"]  # the paper's name of the same formula
 
-DEFAULT_METRIC = "ace"
+DEFAULT_METRIC = "wanda"
+"""The cheapest that holds on every model measured. What prunes best is a preset, not a metric."""
+RENAMED = {"cosp+varp": "ace"}
+"""Names of version 0.1 that have another one now. What 0.1 called ``ace`` is ``norm-cosvar``."""
+
+
+def metric_name(name: str) -> str:
+    """``name``, or with a warning its present one."""
+    present = RENAMED.get(name)
+    if present is None:
+        return name
+    warnings.warn(f"the metric {name!r} is now called {present!r}", DeprecationWarning, stacklevel=5)
+    return present
 
 
 def metric_needs(metric: str | CustomMetric) -> frozenset[str]:

@@ -4,6 +4,7 @@ A change ``e`` of a row has the squared output error ``e G eᵀ``. With ``w_t = 
 ``w_t = r_t = 1 / ‖A_t‖²``, ``A`` the dense output, the error is relative to each token's output.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,14 @@ class AdmmFactor:
     damping: float
     attempts: int
 
+    def times_hessian(self, weight: Tensor) -> Tensor:
+        """``weight H`` for ``[rows, d]``."""
+        return weight @ self.hessian
+
+    def solve_(self, right: Tensor, out: Tensor) -> None:
+        """``out = right (H + RHO)⁻¹`` for ``[rows, d]``; ``out`` is not ``right``."""
+        torch.mm(right, self.inverse, out=out)
+
 
 class GramState:
     """The Gram matrix of the tokens seen so far, ``matrix [d, d]`` float32 (a sum, not a mean), and their number.
@@ -80,6 +89,10 @@ class GramState:
         self.tokens += other.tokens
         self._forget_factors()
 
+    def sums(self) -> list[Tensor]:
+        """The tensors that add up over data-parallel ranks."""
+        return [self.matrix]
+
     def tensors(self) -> dict[str, Tensor]:
         """The state's tensors by name, for a statistics file."""
         return {"matrix": self.matrix, "tokens": torch.tensor(self.tokens)}
@@ -94,11 +107,7 @@ class GramState:
     def relative_loss(self, dense: Tensor, pruned: Tensor) -> float:
         """``Σ_i e_i G e_iᵀ / Σ_i w_i G w_iᵀ`` for ``w = dense [rows, d]`` float32 and ``e = pruned - dense``; 0 if the
         dense output is zero for every token."""
-        lost, total = torch.zeros(2, dtype=torch.float64, device=dense.device)
-        for rows, kept in zip(torch.split(dense, LOSS_ROWS), torch.split(pruned, LOSS_ROWS), strict=True):
-            lost += self._energy(kept - rows)
-            total += self._energy(rows)
-        return float(lost / total) if total > 0 else 0.0
+        return relative_loss(self._energy, dense, pruned)
 
     def _energy(self, rows: Tensor) -> Tensor:
         return (rows @ self.matrix).mul_(rows).sum(dtype=torch.float64)
@@ -151,6 +160,16 @@ class GramState:
         lower = torch.linalg.cholesky(matrix)
         inverse = torch.cholesky_inverse(lower, out=matrix.mT)  # LAPACK is column-major: .mT avoids a copy
         return AdmmFactor(norm.float(), hessian, inverse.float(), inverse_diagonal, dead, damping, attempts)
+
+
+def relative_loss(energy: Callable[[Tensor], Tensor], dense: Tensor, pruned: Tensor) -> float:
+    """``energy(pruned - dense) / energy(dense)``, ``energy`` the sum over rows ``e [n, d]`` of ``e G eᵀ``; 0 if the
+    dense output is zero for every token."""
+    lost, total = torch.zeros(2, dtype=torch.float64, device=dense.device)
+    for rows, kept in zip(torch.split(dense, LOSS_ROWS), torch.split(pruned, LOSS_ROWS), strict=True):
+        lost += energy(kept - rows)
+        total += energy(rows)
+    return float(lost / total) if total > 0 else 0.0
 
 
 def _cholesky_reversed(matrix: Tensor, added: Tensor) -> tuple[Tensor, bool]:

@@ -14,5 +14,8 @@ GRAM = "gram"
 COSINE_GRAM = "cosine-gram"
 """``Σ_t r_t X_t X_tᵀ``, for the solvers."""
 
+SKETCH = "sketch"
+"""The same as ``GRAM``, as a diagonal and a few directions (:mod:`ace_ext.pruning.sketch`)."""
+
 GRAMS = frozenset({GRAM, COSINE_GRAM})
 """The kinds that are ``[d_in, d_in]``."""

@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 
 from ace_ext.pruning.criteria import CustomMetric, metric_needs
-from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, WEIGHTED
+from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, SKETCH, WEIGHTED
 from ace_ext.pruning.solver_config import SolverConfig
+
+EXCHANGED = {"plain": {}, "cosine": {GRAM: COSINE_GRAM, INPUT: WEIGHTED}, "sketch": {GRAM: SKETCH}}
+"""What the setting ``gram`` puts in place of the kinds that solvers need."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +23,10 @@ class Needs:
     def of(cls, metric: str | CustomMetric, solver: SolverConfig, allocation: str) -> "Needs":
         """The kinds that these parts of a configuration read."""
         scored = metric_needs(metric)
-        gram = {COSINE_GRAM if solver.gram == "cosine" else GRAM} if solver.matrix_solvers else set()
+        exchanged = EXCHANGED[solver.gram]
+        solved = {exchanged.get(kind, kind) for chosen in solver.matrix_solvers for kind in chosen.needs}
         measure = {"uniform": frozenset(), "error": scored | {WEIGHTED}}.get(allocation, scored)
-        return cls(scored | gram, measure)
+        return cls(scored | solved, measure)
 
     @property
     def read(self) -> frozenset[str]:

@@ -6,6 +6,7 @@ from torch import Tensor
 from ace_ext.errors import InputError
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.masks import keep_budget, keep_of_group, metric_mask, prune_weight_, scored_weight
+from ace_ext.pruning.moment_gram import MomentGram
 from ace_ext.pruning.solvers import Problem, Solved
 from ace_ext.pruning.statistics import LinearStatistics
 from ace_ext.records import Solution
@@ -38,12 +39,13 @@ def prune_linear_(
         return None
     if keep_budget(weight, config, keep_row) == weight.numel():  # nothing is pruned: nothing to compensate for
         return Solution(name, 0.0, 0, 0.0, 0.0)
-    if stats.gram is None:
-        raise ValueError(f"{name} needs the Gram matrix of the inputs (got statistics without)")
     dense = weight.detach().to(torch.float32, copy=True)
     mask = metric_mask(scored, config, keep_row)
-    problem = Problem(dense, stats.gram, config.comparison, keep_of_group(weight, config, keep_row), mask)
-    loss_before = stats.gram.relative_loss(dense, dense.masked_fill(~mask, 0.0))
+    moments = stats.weighted if config.solver.gram == "cosine" else stats.input
+    vectors = None if moments is None else MomentGram.of(moments)
+    keep = keep_of_group(weight, config, keep_row)
+    problem = Problem(dense, stats.gram, config.comparison, keep, mask, vectors)
+    loss_before = problem.measure.relative_loss(dense, dense.masked_fill(~mask, 0.0))
     del mask  # a solver that chooses its own needs the memory
     solved = _solve(problem, config)
     if not torch.isfinite(solved.weight).all():
@@ -51,7 +53,7 @@ def prune_linear_(
     weight.copy_(solved.weight)
     damping, attempts = solved.damping, solved.attempts
     del solved
-    return Solution(name, damping, attempts, loss_before, stats.gram.relative_loss(dense, weight.float()))
+    return Solution(name, damping, attempts, loss_before, problem.measure.relative_loss(dense, weight.float()))
 
 
 def _solve(problem: Problem, config: PruneConfig) -> Solved:
@@ -59,8 +61,8 @@ def _solve(problem: Problem, config: PruneConfig) -> Solved:
     solver = config.solver
     if solver.mask_solver is not None:
         solver.mask_solver.refine_(problem, solver.options_for(solver.mask_solver))
-    elif solver.weight_solver is not None:
-        problem.mask = None  # the update chooses its own
+    elif solver.weight_solver is not None and solver.weight_solver.chooses_mask:
+        problem.mask = None
     if solver.weight_solver is not None:
         return solver.weight_solver.solve(problem, solver.options_for(solver.weight_solver))
     assert problem.mask is not None
@@ -68,8 +70,7 @@ def _solve(problem: Problem, config: PruneConfig) -> Solved:
 
 
 def working_bytes(config: PruneConfig, rows: int, cols: int) -> int:
-    """Bytes that pruning one matrix of ``rows x cols`` holds in addition to its weight and statistics (with the Gram
-    matrix).
+    """Bytes that pruning one matrix of ``rows x cols`` holds in addition to its weight and statistics.
 
     Without a solver: a mask of one byte per entry, and the scores of a callable metric. With a solver also the dense
     weight in float32, and what the solver declares.
@@ -78,4 +79,9 @@ def working_bytes(config: PruneConfig, rows: int, cols: int) -> int:
     scores = 4 * entries if callable(config.metric) else 0
     if not config.solver.name:
         return entries + scores
-    return 5 * entries + scores + max(solver.working_bytes(rows, cols) for solver in config.solver.matrix_solvers)
+    sketch = config.solver.gram == "sketch"
+    held = [
+        (sketch and getattr(solver, "sketch_working_bytes", None)) or solver.working_bytes
+        for solver in config.solver.matrix_solvers
+    ]
+    return 5 * entries + scores + max(count(rows, cols) for count in held)

@@ -7,10 +7,11 @@ from typing import Any, TypeVar
 
 from ace_ext.errors import InputError
 from ace_ext.pruning.groups import ComparisonGroup
+from ace_ext.pruning.kinds import GRAM
 from ace_ext.pruning.settings import Limits, Options, Setting, check_choice, option, settings_of
-from ace_ext.pruning.solvers import SOLVERS, BlockSolver, MaskSolver, Solver, WeightSolver, solvers_of
+from ace_ext.pruning.solvers import BlockSolver, MaskSolver, Solver, WeightSolver, all_solvers, solvers_of
 
-GRAMS = ("plain", "cosine")
+GRAMS = ("plain", "cosine", "sketch")
 
 Chosen = TypeVar("Chosen", bound=Solver)
 
@@ -25,7 +26,8 @@ class SolverConfig:
             trained), or both, joined by ``+`` as in ``"admm+tune"``. Without ``refine`` a weight solver chooses the
             mask itself.
         gram: how refine and update weight the tokens when they measure errors: all the same (``"plain"``), or by
-            ``1 / ‖A_t‖²``, ``A`` the dense output (``"cosine"``).
+            ``1 / ‖A_t‖²``, ``A`` the dense output (``"cosine"``). ``"sketch"`` is plain, but keeps only a diagonal and
+            a few directions of the Gram matrix (:mod:`ace_ext.pruning.sketch`): less memory, and less work.
         options: values for the options that the solvers declare, by name; see :func:`solver_settings`.
 
     Raises:
@@ -34,7 +36,12 @@ class SolverConfig:
 
     refine: str | None = option(None, "exchange kept and removed weights while the error falls")
     update: str | None = option(None, "how the remaining weights compensate for the removed ones")
-    gram: str = option("plain", "how refine and update weight tokens", Limits(choices=GRAMS))
+    gram: str = option(
+        "plain",
+        "how refine and update measure errors: all tokens alike, weighted by cosine, or by a sketch that needs vectors "
+        "only",
+        Limits(choices=GRAMS),
+    )
     options: Mapping[str, object] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -45,15 +52,28 @@ class SolverConfig:
         unknown = [name for name in self.options if name not in known]
         if unknown:
             raise InputError(f"solver options must be among {', '.join(known)} (got {', '.join(unknown)})")
-        for solver in SOLVERS.values():
+        for solver in all_solvers():
             self.options_for(solver)  # checks the values, also of solvers that are not used
         for name, value in self.options.items():
             users = _users_of(name)
             if value is not None and len(users) > 1 and not any(s in self.chosen for s in users):
                 named = " or ".join(solver.name for solver in users)
                 raise InputError(f"{name} needs update {named} (got {value} without); leave it out")
-        if self.gram == "cosine" and not self.matrix_solvers:
-            raise InputError("gram cosine weights the errors of refine or update (got neither); set one of them")
+        if self.gram != "plain" and not self.matrix_solvers:
+            raise InputError(
+                f"gram {self.gram} is how refine or update measure errors (got neither); set one of them, or gram plain"
+            )
+        if self.gram == "sketch":
+            self._check_sketch()
+
+    def _check_sketch(self) -> None:
+        """A sketch serves solvers that declare it, and those that read no Gram matrix."""
+        for solver in self.matrix_solvers:
+            if GRAM in solver.needs and getattr(solver, "sketch_working_bytes", None) is None:
+                able = [other.name for other in all_solvers() if getattr(other, "sketch_working_bytes", None)]
+                raise InputError(
+                    f"gram sketch serves {', '.join(able)}, not {solver.name}, which reads a whole one; use gram plain"
+                )
 
     def _normalise_update(self) -> None:
         """Brings ``update`` to its standard form. ``tune_epochs`` without ``tune`` is accepted with a warning: it asked
@@ -77,7 +97,7 @@ class SolverConfig:
         object.__setattr__(self, "update", "+".join(parts) or None)
 
     def _chosen(self, kind: type[Chosen]) -> Chosen | None:
-        names = [self.refine, *(self.update or "").split("+")]
+        names = [self.refine] if kind.stage == "refine" else (self.update or "").split("+")
         return next((solver for name, solver in solvers_of(kind).items() if name in names), None)
 
     @property
@@ -97,7 +117,7 @@ class SolverConfig:
 
     @property
     def matrix_solvers(self) -> list[MaskSolver | WeightSolver]:
-        """The solvers that work on one matrix and its Gram matrix, in the order in which they run."""
+        """The solvers that work on one matrix, in the order in which they run."""
         return [solver for solver in (self.mask_solver, self.weight_solver) if solver is not None]
 
     @property
@@ -108,8 +128,8 @@ class SolverConfig:
 
     @property
     def name(self) -> str:
-        """The names of the matrix solvers: ``"swaps"``, ``"swaps+admm"`` …, or "" for the metric alone."""
-        return "+".join(solver.name for solver in self.matrix_solvers)
+        """The names of the matrix solvers: ``"swaps"``, ``"swaps+admm"`` …, each once, or "" for the metric alone."""
+        return "+".join(dict.fromkeys(solver.name for solver in self.matrix_solvers))
 
     def options_for(self, solver: Solver) -> Options:
         """The solver's options, with the given values in place of its defaults."""
@@ -177,7 +197,7 @@ def option_help(name: str) -> str:
 
 def _users_of(name: str) -> list[Solver]:
     """The registered solvers that declare an option with this name."""
-    return [s for s in SOLVERS.values() if any(setting.name == name for setting in s.options.settings())]
+    return [s for s in all_solvers() if any(setting.name == name for setting in s.options.settings())]
 
 
 def take_solver_settings(settings: dict[str, Any]) -> dict[str, Any]:

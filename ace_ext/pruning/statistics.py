@@ -17,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from ace_ext import ops
 from ace_ext.models.experts import ExpertLinear, filled_linear
 from ace_ext.pruning.gram import GramState
-from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, MOMENT, WEIGHTED
+from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, MOMENT, SKETCH, WEIGHTED
+from ace_ext.pruning.sketch import SketchState
 
 
 class MomentState:
@@ -87,15 +88,15 @@ class LinearStatistics:
     input: MomentState | None
     weighted: MomentState | None
     moment: Tensor | None
-    gram: GramState | None = None
-    """``Σ_t X_t X_tᵀ``, or weighted by ``r_t`` for the kind ``COSINE_GRAM``."""
+    gram: GramState | SketchState | None = None
+    """``Σ_t X_t X_tᵀ``, or weighted by ``r_t`` for the kind ``COSINE_GRAM``, or its sketch for the kind ``SKETCH``."""
     tokens: int = 0
     sampled: list[Tensor] = field(default_factory=list)
     """Sample rows: a few inputs of each batch, on which the report measures the change of the output."""
 
-    def parts(self) -> dict[str, MomentState | GramState | Tensor | list[Tensor]]:
+    def parts(self) -> dict[str, MomentState | GramState | SketchState | Tensor | list[Tensor]]:
         """What was collected, by kind, with the sample rows. Linears with the same input hold the same objects."""
-        kinds: dict[str, MomentState | GramState | Tensor | list[Tensor] | None] = {
+        kinds: dict[str, MomentState | GramState | SketchState | Tensor | list[Tensor] | None] = {
             "input": self.input,
             "weighted": self.weighted,
             "moment": self.moment,
@@ -135,7 +136,7 @@ class _Shared:
     """The statistics that Linears with the same input share."""
 
     input: MomentState | None = None
-    gram: GramState | None = None
+    gram: GramState | SketchState | None = None
     sampled: list[Tensor] = field(default_factory=list)
 
 
@@ -203,8 +204,9 @@ class StatisticsCollector:
             stats.sampled.append(rows[::step][: self._sample_rows].clone())
             if INPUT in self.needs:
                 _collected(stats.input).update(rows)
-            if GRAM in self.needs:
-                _collected(stats.gram).update(rows)
+            if self.needs & {GRAM, SKETCH}:
+                assert stats.gram is not None
+                stats.gram.update(rows)
         if self.wants_output:
             bias: Tensor | None = self.linears[name].bias
             dense = self._tokens(_collected(output) if bias is None else _collected(output) - bias)
@@ -222,7 +224,8 @@ class StatisticsCollector:
         if WEIGHTED in self.needs:
             _collected(stats.weighted).update(rows, token_weight)
         if COSINE_GRAM in self.needs:
-            _collected(stats.gram).update(rows, token_weight)
+            assert stats.gram is not None
+            stats.gram.update(rows, token_weight)
 
     def empty(self, name: str) -> LinearStatistics:
         """Statistics of zero tokens, for a Linear that was not called."""
@@ -244,7 +247,8 @@ class StatisticsCollector:
         if leader == name:
             self._shared = _Shared()  # frees the last input's, unless a Linear's statistics still hold it
             self._shared.input = MomentState(columns, device) if INPUT in self.needs else None
-            self._shared.gram = GramState(columns, device) if GRAM in self.needs else None
+            if self.needs & {GRAM, SKETCH}:
+                self._shared.gram = (GramState if GRAM in self.needs else SketchState)(columns, device)
         shared = self.stats.get(leader, self._shared)
         return LinearStatistics(
             shared.input,

@@ -22,6 +22,7 @@ from ace_ext.errors import InputError
 from ace_ext.fingerprint import differences
 from ace_ext.models.safetensors_files import flush
 from ace_ext.pruning.gram import GramState
+from ace_ext.pruning.sketch import SketchState
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
 
 FORMAT = 1
@@ -173,7 +174,7 @@ def _unflatten(tensors: dict[str, Tensor], linears: dict[str, dict[str, Any]]) -
     }
 
 
-def _leaves(value: MomentState | GramState | Tensor | list[Tensor]) -> dict[str, Tensor]:
+def _leaves(value: MomentState | GramState | SketchState | Tensor | list[Tensor]) -> dict[str, Tensor]:
     if isinstance(value, list):
         return {"rows": torch.cat(value)}
     return {"matrix": value} if isinstance(value, Tensor) else value.tensors()
@@ -184,6 +185,8 @@ def _grow(kind: str, leaves: dict[str, Tensor]) -> Any:
         return [leaves["rows"]]
     if kind == "moment":
         return leaves["matrix"]
+    if kind == "gram" and "product" in leaves:
+        return SketchState.of_tensors(leaves)
     return _STATES[kind].of_tensors(leaves)
 
 

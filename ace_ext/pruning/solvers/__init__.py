@@ -22,22 +22,27 @@ from ace_ext.pruning.solvers._problem import (
 
 Kind = TypeVar("Kind", bound=Solver)
 
-SOLVERS: dict[str, Solver] = {}
-"""Every solver by name."""
+SOLVERS: dict[str, dict[str, Solver]] = {"refine": {}, "update": {}}
+"""The solvers of each stage by name."""
 
 
 def register(solver: Solver) -> None:
     """Registers a solver that is not a file of this package.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is taken by another solver of its stage.
     """
-    add(SOLVERS, solver, "solver")
+    add(SOLVERS[solver.stage], solver, "solver")
+
+
+def all_solvers() -> list[Solver]:
+    """Every registered solver."""
+    return [solver for stage in SOLVERS.values() for solver in stage.values()]
 
 
 def solvers_of(kind: type[Kind]) -> dict[str, Kind]:
     """The registered solvers of a kind, by name."""
-    return {name: solver for name, solver in SOLVERS.items() if isinstance(solver, kind)}
+    return {solver.name: solver for solver in all_solvers() if isinstance(solver, kind)}
 
 
 for _solver in discover(__name__, __path__, "SOLVER"):
@@ -52,6 +57,7 @@ __all__ = [
     "Solved",
     "Solver",
     "WeightSolver",
+    "all_solvers",
     "register",
     "solvers_of",
 ]

@@ -8,8 +8,11 @@ from torch import Tensor
 
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.groups import ComparisonGroup, PatternGroup
+from ace_ext.pruning.kinds import GRAM
+from ace_ext.pruning.moment_gram import MomentGram
 from ace_ext.pruning.pattern import SparsityPattern
 from ace_ext.pruning.settings import Limits, Options, option
+from ace_ext.pruning.sketch import SketchState
 
 
 def damping_option(default: float) -> Any:
@@ -26,11 +29,37 @@ class Problem:
     """One matrix to solve. A solver may write to ``mask`` if it is given, and to nothing else."""
 
     dense: Tensor  # [rows, cols] float32: the dense weight
-    gram: GramState  # of the inputs, [cols, cols]
+    matrix: GramState | SketchState | None  # the Gram matrix of the inputs, or its sketch, if a solver needs it
     group: ComparisonGroup
     keep: int
     """How many weights of one group are kept."""
     mask: Tensor | None = None  # [rows, cols] bool: what is kept; None: the solver chooses
+    vectors: MomentGram | None = None  # mean and variance of each input column, if a solver needs them
+
+    @property
+    def gram(self) -> GramState | SketchState:
+        """The Gram matrix or its sketch; ValueError if it was not collected."""
+        if self.matrix is None:
+            raise ValueError("the solver needs the Gram matrix of the inputs (got statistics without)")
+        return self.matrix
+
+    @property
+    def moments(self) -> MomentGram:
+        """Mean and variance of the input columns; ValueError if they were not collected."""
+        if self.vectors is None:
+            raise ValueError("the solver needs the moments of the inputs (got statistics without)")
+        return self.vectors
+
+    @property
+    def measure(self) -> GramState | SketchState | MomentGram:
+        """By what the report's losses are measured: the Gram matrix where it was collected."""
+        return self.moments if self.matrix is None else self.matrix
+
+    @property
+    def whole_gram(self) -> GramState:
+        """The Gram matrix, for solvers that a sketch does not serve."""
+        assert isinstance(self.gram, GramState)  # SolverConfig refuses a sketch for such solvers
+        return self.gram
 
     @property
     def pattern(self) -> SparsityPattern | None:
@@ -85,12 +114,15 @@ class MaskSolver(Solver):
     """``refine_(problem, options)`` writes to ``problem.mask``."""
     working_bytes: Callable[[int, int], int]
     """``working_bytes(rows, cols)``: bytes besides the weight, its float32 copy, the mask and the statistics."""
+    needs: frozenset[str] = frozenset({GRAM})
+    """The kinds of statistics that it reads (:mod:`ace_ext.pruning.kinds`), named without token weights: the setting
+    ``gram`` exchanges them for weighted ones, or for a sketch (:mod:`ace_ext.pruning.needs`)."""
 
 
 @dataclass(frozen=True)
 class WeightSolver(Solver):
-    """Updates the remaining weights to compensate for the removed ones, and chooses the mask if none is given
-    (``update``)."""
+    """Updates the remaining weights to compensate for the removed ones, and chooses the mask if none is given and
+    ``chooses_mask`` (``update``)."""
 
     stage = "update"
     groups: tuple[str, ...]
@@ -99,6 +131,13 @@ class WeightSolver(Solver):
     """``solve(problem, options)``."""
     working_bytes: Callable[[int, int], int]
     """``working_bytes(rows, cols)``: bytes besides the weight, its float32 copy, the mask and the statistics."""
+    needs: frozenset[str] = frozenset({GRAM})
+    """The kinds of statistics that it reads (:mod:`ace_ext.pruning.kinds`), named without token weights: the setting
+    ``gram`` exchanges them for weighted ones, or for a sketch (:mod:`ace_ext.pruning.needs`)."""
+    chooses_mask: bool = True
+    """Whether it chooses the mask if no mask solver ran; if not, it always gets the metric's."""
+    sketch_working_bytes: Callable[[int, int], int] | None = None
+    """The same where a sketch takes the place of the Gram matrix; None if one cannot serve it."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ace_ext import ops
 from ace_ext.pruning.gram import RHO, AdmmFactor
 from ace_ext.pruning.settings import Limits, Options, option
+from ace_ext.pruning.sketch import DIRECTIONS, SketchFactor
 from ace_ext.pruning.solvers._problem import Problem, Solved, WeightSolver, damping_option
 
 
@@ -37,7 +38,7 @@ def solve(problem: Problem, options: AdmmOptions) -> Solved:
     return Solved(iterate(problem, factor, options), factor.damping, factor.attempts)
 
 
-def iterate(problem: Problem, factor: AdmmFactor, options: AdmmOptions) -> Tensor:
+def iterate(problem: Problem, factor: AdmmFactor | SketchFactor, options: AdmmOptions) -> Tensor:
     """The alternating direction method of multipliers; returns the last ``Z [rows, cols]``.
 
     On columns multiplied by ``norm``, with ``H`` the normalised Gram matrix: ``Z`` is the masked ``W + U``; then
@@ -47,7 +48,7 @@ def iterate(problem: Problem, factor: AdmmFactor, options: AdmmOptions) -> Tenso
     It uses four buffers of the weight's size and no more, because these buffers set the peak memory of a wide matrix.
     """
     weight = problem.dense.masked_fill(factor.dead, 0.0).mul_(factor.norm)
-    target, dual, kept = weight @ factor.hessian, torch.zeros_like(weight), torch.empty_like(weight)
+    target, dual, kept = factor.times_hessian(weight), torch.zeros_like(weight), torch.empty_like(weight)
     dropped = None if problem.mask is None else ~problem.mask
     tightening = max(1, options.iterations // 2)
     for step in range(options.iterations):
@@ -59,13 +60,13 @@ def iterate(problem: Problem, factor: AdmmFactor, options: AdmmOptions) -> Tenso
             if step + 1 == tightening:
                 dropped = kept == 0  # also keeps a dead input's weight at zero
         torch.sub(weight, kept, out=dual)
-        torch.mm(kept.sub_(dual).mul_(RHO).add_(target), factor.inverse, out=weight)
+        factor.solve_(kept.sub_(dual).mul_(RHO).add_(target), out=weight)
     assert dropped is not None  # given, or chosen when the tightening ended
     return weight.add_(dual).masked_fill_(dropped, 0.0).div_(factor.norm)
 
 
 def _keep_most_salient_(
-    weight: Tensor, progress: float, factor: AdmmFactor, problem: Problem, options: AdmmOptions
+    weight: Tensor, progress: float, factor: AdmmFactor | SketchFactor, problem: Problem, options: AdmmOptions
 ) -> None:
     """Zeroes the entries of ``weight [rows, cols]`` that ADMM's mask drops at ``progress`` (0 to 1) of the tightening.
 
@@ -90,6 +91,13 @@ def working_bytes(rows: int, cols: int) -> int:
     return max(25 * cols * cols, 8 * cols * cols + 18 * rows * cols)
 
 
+def sketch_working_bytes(rows: int, cols: int) -> int:
+    """The larger of two phases: copies of the sketch in float64 while it is factorised; then three factors in float32,
+    four buffers of the weight's size, and a product with the directions."""
+    directions = min(cols, DIRECTIONS)
+    return max(56 * cols * directions, 12 * cols * directions + 18 * rows * cols + 4 * rows * directions)
+
+
 SOLVER = WeightSolver(
     name="admm",
     summary="weights and mask together by ADMM (arXiv 2401.02938)",
@@ -97,4 +105,5 @@ SOLVER = WeightSolver(
     groups=("row",),
     solve=solve,
     working_bytes=working_bytes,
+    sketch_working_bytes=sketch_working_bytes,
 )

@@ -30,7 +30,7 @@ def solve(problem: Problem, options: ObsOptions) -> Solved:
     Without a mask, each block of columns chooses its own when it is reached, by ``w² / U_jj²``: the error that is left
     after the best update of the later columns.
     """
-    factor = problem.gram.obs_factor(options.damping)
+    factor = problem.whole_gram.obs_factor(options.damping)
     upper = factor.upper
     weight = problem.dense.masked_fill(factor.dead, 0.0)
     rows, cols = weight.shape

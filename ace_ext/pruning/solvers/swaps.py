@@ -18,7 +18,7 @@ def refine_(problem: Problem, options: SwapOptions) -> None:
     """Swaps kept and pruned entries of each row of ``problem.mask`` in place; with a pattern, within its N:M groups. No
     weight changes."""
     assert problem.mask is not None  # a mask solver always gets the metric's mask
-    ops.refine_swaps_(problem.mask, problem.dense, problem.gram.matrix, *problem.nm, options.max_swaps)
+    ops.refine_swaps_(problem.mask, problem.dense, problem.whole_gram.matrix, *problem.nm, options.max_swaps)
 
 
 def working_bytes(rows: int, cols: int) -> int:

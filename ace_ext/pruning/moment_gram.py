@@ -1,0 +1,33 @@
+"""The Gram matrix of a Linear's inputs as far as two vectors tell it: ``G ≈ diag(σ²) + m mᵀ``, a token's share.
+
+``m_j`` is the mean and ``σ_j²`` the variance of input column j. This is the Gram matrix, divided by the number of
+tokens, of inputs whose columns are uncorrelated. A change ``e`` of a row costs ``Σ e_j² σ_j² + (Σ e_j m_j)²``: what it
+adds to the variance of the row's output, and the square of what it adds to its mean.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ace_ext.pruning.gram import relative_loss
+from ace_ext.pruning.statistics import MomentState
+
+
+@dataclass(frozen=True)
+class MomentGram:
+    """The two vectors, ``[d]`` float32."""
+
+    variance: Tensor  # of each input column, not negative
+    mean: Tensor
+
+    @classmethod
+    def of(cls, state: MomentState) -> "MomentGram":
+        """From a Welford state. Its token weights, if any, are those of the mean and the variance."""
+        return cls(state.variance.float(), state.mean.float())
+
+    def relative_loss(self, dense: Tensor, pruned: Tensor) -> float:
+        """:func:`ace_ext.pruning.gram.relative_loss` with this Gram matrix."""
+        return relative_loss(self._energy, dense, pruned)
+
+    def _energy(self, rows: Tensor) -> Tensor:
+        return (rows.square() @ self.variance).double().sum() + (rows @ self.mean).double().square().sum()

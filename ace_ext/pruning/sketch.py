@@ -1,0 +1,197 @@
+"""A Gram matrix as a diagonal and a few directions, from one pass over the tokens and without the matrix itself.
+
+With fixed random directions ``Ω [d, p]`` the state adds up ``Y = G Ω``, ``G = Σ_t X_t X_tᵀ``. Nyström's approximation
+``Y (Ωᵀ Y)⁻¹ Yᵀ = Fᵀ F`` then holds G's leading directions, the mean of the inputs among them (stabilised as in Tropp,
+Yurtsever, Udell and Cevher 2017, arXiv 1706.05736, algorithm 3); what it leaves of the diagonal is added:
+``G ≈ diag(g - Σ_k F_kj²) + Fᵀ F``. All that is stored or computed is ``[d, p]``.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ace_ext.errors import InputError
+from ace_ext.pruning.gram import LOSS_ROWS, RHO
+
+DIRECTIONS = 64
+"""Random directions of a sketch, or the number of columns if that is less."""
+LEAST_RESIDUAL = 1e-3
+"""The least share of a column's square sum that is left to the diagonal, so that no column seems free to change."""
+_SHIFT = 1e-6  # of the product's norm: above its float32 rounding, far below the directions that are used
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """``diag(diagonal) + sign · Fᵀ F``, ``F`` the directions."""
+
+    diagonal: Tensor  # [d] float32
+    directions: Tensor  # F [p, d] float32
+    sign: int = 1
+
+    def times(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """Its product with ``rows [n, d]`` from the left; ``out`` is not ``rows``."""
+        product = torch.mul(rows, self.diagonal, out=out)
+        return product.addmm_(rows @ self.directions.T, self.directions, alpha=self.sign)
+
+
+@dataclass(frozen=True)
+class SketchFactor:
+    """For ADMM, on columns divided by ``norm``: H is the sketched Gram matrix with damping, its diagonal about 1."""
+
+    norm: Tensor  # [d] float32: sqrt(g_j), 1 for a dead column
+    hessian: LowRank  # H
+    inverse: LowRank  # (H + RHO)⁻¹
+    inverse_diagonal: Tensor  # [d] float32: the diagonal of H⁻¹
+    dead: Tensor  # [d] bool
+    damping: float
+    attempts: int = 1
+
+    def times_hessian(self, weight: Tensor) -> Tensor:
+        """``weight H`` for ``[rows, d]``."""
+        return self.hessian.times(weight)
+
+    def solve_(self, right: Tensor, out: Tensor) -> None:
+        """``out = right (H + RHO)⁻¹`` for ``[rows, d]``; ``out`` is not ``right``."""
+        self.inverse.times(right, out)
+
+
+class SketchState:
+    """The sketch of the tokens seen so far: ``product [d, p]`` float32, ``squares [d]`` float64 (G's diagonal).
+
+    It takes the place of a :class:`ace_ext.pruning.gram.GramState` in solvers that declare ``sketch_working_bytes``.
+    Linears that share a state share its factors too.
+    """
+
+    CHUNK_TOKENS = 4096
+    """Tokens that are converted to float32 at a time."""
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
+        self.product = torch.zeros(columns, min(columns, DIRECTIONS), device=device)
+        self.squares = torch.zeros(columns, dtype=torch.float64, device=device)
+        self.tokens = 0
+        self._factors: tuple[Tensor, Tensor] | None = None
+        self._admm: dict[float, SketchFactor] = {}
+
+    def update(self, x: Tensor, token_weight: Tensor | None = None) -> None:
+        """Adds tokens ``x [T, d]`` with the weights ``token_weight [T]`` float32, not negative; None: 1 for each."""
+        random = _directions(x.shape[1], x.device)
+        for start in range(0, len(x), self.CHUNK_TOKENS):
+            part = slice(start, start + self.CHUNK_TOKENS)
+            rows = x[part].float()
+            if token_weight is not None:
+                rows = rows * token_weight[part].sqrt()[:, None]
+            self.product.addmm_(rows.T, rows @ random)
+            self.squares += rows.square().sum(0)
+        self.tokens += len(x)
+        self._forget_factors()
+
+    def merge_(self, other: "SketchState") -> None:
+        """Adds another state's tokens."""
+        self.product += other.product.to(self.product.device)
+        self.squares += other.squares.to(self.squares.device)
+        self.tokens += other.tokens
+        self._forget_factors()
+
+    def sums(self) -> list[Tensor]:
+        """The tensors that add up over data-parallel ranks."""
+        return [self.product, self.squares]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state's tensors by name, for a statistics file."""
+        return {"product": self.product, "squares": self.squares, "tokens": torch.tensor(self.tokens)}
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor]) -> "SketchState":
+        """The state of :meth:`tensors`; it holds the given tensors themselves, not copies."""
+        state = cls(0, tensors["product"].device)
+        state.product, state.squares, state.tokens = tensors["product"], tensors["squares"], int(tensors["tokens"])
+        return state
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """``(d [d], F [p, d])`` float32 with ``G ≈ diag(d) + Fᵀ F``, whose diagonal is G's (computed on first use).
+
+        Raises:
+            InputError: the sums are not finite.
+        """
+        if self._factors is None:
+            self._factors = self._make_factors()
+        return self._factors
+
+    def _make_factors(self) -> tuple[Tensor, Tensor]:
+        product, random = self.product.double(), _directions(len(self.product), self.product.device).double()
+        shift = _SHIFT * product.norm()
+        if not torch.isfinite(shift):
+            raise InputError("the sketch of the inputs is not finite; look for NaN or overflow in the activations")
+        if shift == 0:  # no token, or all inputs zero
+            return self.squares.float(), torch.zeros_like(self.product.T)
+        product = product + shift * random
+        core = random.T @ product
+        lower = torch.linalg.cholesky((core + core.T) / 2)
+        found = torch.linalg.solve_triangular(lower, product.T, upper=False)
+        # The shift is taken off again, and no direction may claim more of a column than the column has.
+        values, vectors = torch.linalg.eigh(found @ found.T)
+        share = ((values - shift) / values.clamp_min(shift)).clamp_min(0.0).sqrt()
+        found = (vectors * share).T @ found
+        claimed = found.square().sum(0)
+        most = (1 - LEAST_RESIDUAL) * self.squares
+        found *= (most / claimed.clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(1.0).sqrt()
+        return (self.squares - found.square().sum(0)).float(), found.float()
+
+    def relative_loss(self, dense: Tensor, pruned: Tensor) -> float:
+        """As :meth:`ace_ext.pruning.gram.GramState.relative_loss`, as far as the sketch tells."""
+        lost, total = torch.zeros(2, dtype=torch.float64, device=dense.device)
+        for rows, kept in zip(torch.split(dense, LOSS_ROWS), torch.split(pruned, LOSS_ROWS), strict=True):
+            lost += self._energy(kept - rows)
+            total += self._energy(rows)
+        return float(lost / total) if total > 0 else 0.0
+
+    def _energy(self, rows: Tensor) -> Tensor:
+        diagonal, directions = self.factors()
+        along = (rows @ directions.T).square_().sum(dtype=torch.float64)
+        return along + (rows.square().mul_(diagonal)).sum(dtype=torch.float64)
+
+    def admm_factor(self, damping: float) -> SketchFactor:
+        """The factor for ADMM, computed on first use.
+
+        Raises:
+            InputError: as :meth:`factors`.
+        """
+        if damping not in self._admm:
+            self._admm[damping] = self._make_admm_factor(damping)
+        return self._admm[damping]
+
+    def _make_admm_factor(self, damping: float) -> SketchFactor:
+        diagonal, directions = (part.double() for part in self.factors())
+        dead = self.squares == 0
+        norm = self.squares.sqrt().masked_fill(dead, 1.0)
+        directions = directions / norm
+        damped = (diagonal / norm.square()).masked_fill(dead, 1.0) + damping
+        inverse_diagonal = 1 / damped - _woodbury(damped, directions).square().sum(0)
+        shifted = damped + RHO
+        inverse = LowRank((1 / shifted).float(), _woodbury(shifted, directions).float(), -1)
+        hessian = LowRank(damped.float(), directions.float())
+        return SketchFactor(norm.float(), hessian, inverse, inverse_diagonal.float(), dead, damping)
+
+    def _forget_factors(self) -> None:
+        self._factors = None
+        self._admm.clear()
+
+
+def _woodbury(diagonal: Tensor, directions: Tensor) -> Tensor:
+    """``B [p, d]`` with ``(diag + Fᵀ F)⁻¹ = diag⁻¹ - Bᵀ B``, for a positive ``diagonal [d]`` and ``F [p, d]``."""
+    scaled = directions / diagonal
+    core = scaled @ directions.T
+    core.diagonal().add_(1.0)
+    solved: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(core), scaled, upper=False)
+    return solved
+
+
+@lru_cache(maxsize=8)  # a model's Linears have few widths
+def _directions(columns: int, device: torch.device) -> Tensor:
+    """Ω ``[d, p]`` float32: orthonormal random columns. They depend on d alone: runs and ranks have the same ones."""
+    random = torch.Generator().manual_seed(columns)
+    normal = torch.randn(columns, min(columns, DIRECTIONS), generator=random, dtype=torch.float64)
+    orthonormal: Tensor = torch.linalg.qr(normal)[0].float().contiguous().to(device)
+    return orthonormal

@@ -1,0 +1,45 @@
+"""Mean-balanced swaps: exchange kept and pruned weights of a row so that pruning shifts the mean of its output less.
+
+Reads the mean and the variance of each input column and no Gram matrix: a row's pruned weights cost
+``Σ w_j² σ_j² + (Σ w_j m_j)²`` (:mod:`ace_ext.pruning.moment_gram`).
+"""
+
+from dataclasses import dataclass
+
+from ace_ext import ops
+from ace_ext.pruning.kinds import INPUT
+from ace_ext.pruning.settings import Limits, Options, option
+from ace_ext.pruning.solvers._problem import MaskSolver, Problem
+
+
+@dataclass(frozen=True)
+class MeanSwapOptions(Options):
+    """Options of ``refine="mean"``."""
+
+    mean_rounds: int = option(
+        1, "scans of each row, after each of which up to 32 of its weights are swapped", Limits(at_least=1)
+    )
+
+
+def refine_(problem: Problem, options: MeanSwapOptions) -> None:
+    """Swaps kept and pruned entries of each row of ``problem.mask`` in place; with a pattern, within its N:M groups. No
+    weight changes."""
+    assert problem.mask is not None  # a mask solver always gets the metric's mask
+    moments, group_m = problem.moments, problem.nm[1]
+    ops.balance_mean_(problem.mask, problem.dense, moments.variance, moments.mean, group_m, options.mean_rounds)
+
+
+def working_bytes(rows: int, cols: int) -> int:
+    """Three numbers a row, and copies of the vectors."""
+    return 32 * rows + 24 * cols
+
+
+SOLVER = MaskSolver(
+    name="mean",
+    summary="exchanges kept and pruned weights of a row so that its mean output shifts less; needs no Gram matrix",
+    options=MeanSwapOptions,
+    groups=("row", "matrix"),
+    refine_=refine_,
+    working_bytes=working_bytes,
+    needs=frozenset({INPUT}),
+)
