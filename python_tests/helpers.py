@@ -1,6 +1,7 @@
 """What several test files share: cases, bit comparisons and the tolerance table."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -58,6 +59,22 @@ def assert_only_slice_changed(outer: Tensor, view: Tensor) -> None:
     cols = view.shape[1]
     assert (outer[:, :3] == 7).all()
     assert (outer[:, 3 + cols :] == 7).all()
+
+
+def check_column_slices(
+    refine: Callable[[Tensor, Tensor], object], weight: Tensor, mask: Tensor, expected: Tensor, device: str
+) -> None:
+    """Checks that ``refine(mask, weight)`` on column slices of larger matrices writes ``expected`` and nothing else."""
+    outer, view = embed(weight.to(device))
+    cols = mask.shape[1]
+    outer_mask = torch.ones(len(mask), cols + 6, dtype=torch.bool, device=device)
+    outer_mask[:, 2 : 2 + cols] = mask.to(device)
+    refine(outer_mask[:, 2 : 2 + cols], view)
+    assert torch.equal(outer_mask[:, 2 : 2 + cols].cpu(), expected)
+    assert outer_mask[:, :2].all()
+    assert outer_mask[:, 2 + cols :].all()
+    assert_same_bits(view.cpu(), weight)
+    assert_only_slice_changed(outer, view)
 
 
 # Bits

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ace_ext import InputError
+from ace_ext.pruning import gram
 from ace_ext.pruning.gram import MAX_ATTEMPTS, RHO, GramState
 
 
@@ -16,7 +17,7 @@ def make_state(tokens=40, columns=9, seed=0) -> tuple[GramState, torch.Tensor]:
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_matrix_is_the_weighted_sum(monkeypatch, dtype, weighted, random):
-    monkeypatch.setattr(GramState, "CHUNK_TOKENS", 7)  # 20 tokens: two whole chunks and a rest
+    monkeypatch.setattr(gram, "CHUNK_TOKENS", 7)  # 20 tokens: two whole chunks and a rest
     x = torch.randn(20, 5, generator=random).to(dtype)
     weight = torch.rand(20, generator=random) if weighted else None
     state = GramState(5)

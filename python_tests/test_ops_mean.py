@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_only_slice_changed, assert_same_bits, embed, make_weight
+from helpers import assert_only_slice_changed, assert_same_bits, check_column_slices, embed, make_weight
 from test_ops_errors import BAD, refused
 from test_ops_solvers import kept, make_mask
 
@@ -122,15 +122,8 @@ def test_balancing_column_slices(dtype, device, random):
     weight, moments = make_weight(7, 24, dtype, random), make_moments(24, random)
     mask = make_mask(weight, 2, 4)
     expected, _ = mean_reference.balance_mean(mask, weight, *moments, 4)
-    outer, view = embed(weight.to(device))
-    outer_mask = torch.ones(7, 30, dtype=torch.bool, device=device)
-    outer_mask[:, 2:26] = mask.to(device)
-    ops.balance_mean_(outer_mask[:, 2:26], view, *(t.to(device) for t in moments), 4)
-    assert torch.equal(outer_mask[:, 2:26].cpu(), expected)
-    assert outer_mask[:, :2].all()
-    assert outer_mask[:, 26:].all()
-    assert_same_bits(view.cpu(), weight)
-    assert_only_slice_changed(outer, view)
+    there = [moment.to(device) for moment in moments]
+    check_column_slices(lambda m, w: ops.balance_mean_(m, w, *there, 4), weight, mask, expected, device)
 
 
 @pytest.mark.parametrize("group_m", [0, 4])

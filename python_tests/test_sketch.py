@@ -34,7 +34,7 @@ def approximation(sketch: SketchState) -> torch.Tensor:
 
 
 def test_product_and_squares_are_those_of_the_gram_matrix(monkeypatch, dtype):
-    monkeypatch.setattr(SketchState, "CHUNK_TOKENS", 7)
+    monkeypatch.setattr("ace_ext.pruning.gram.CHUNK_TOKENS", 7)
     x = correlated(20).to(dtype)
     kept = x.clone()
     sketch, _ = states(x)

@@ -4,7 +4,7 @@ A change ``e`` of a row has the squared output error ``e G eᵀ``. With ``w_t = 
 ``w_t = r_t = 1 / ‖A_t‖²``, ``A`` the dense output, the error is relative to each token's output.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ MAX_ATTEMPTS = 8
 """How many factorisations are tried, each with ten times the damping of the one before."""
 LOSS_ROWS = 1024
 """Rows whose error is computed at a time, to bound memory."""
+CHUNK_TOKENS = 4096
+"""Tokens that are converted to float32 at a time."""
 LEAST_DAMPING = 1e-6
 """The damping of the second attempt, if the first one had less than a tenth of it (or none)."""
 
@@ -63,9 +65,6 @@ class GramState:
     others get a relative error of 2⁻¹¹ per entry, far below the damping.
     """
 
-    CHUNK_TOKENS = 4096
-    """Tokens that are converted to float32 at a time."""
-
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
         self.matrix = torch.zeros(columns, columns, device=device)
         self.tokens = 0
@@ -74,11 +73,7 @@ class GramState:
 
     def update(self, x: Tensor, token_weight: Tensor | None = None) -> None:
         """Adds tokens ``x [T, d]`` with the weights ``token_weight [T]`` float32, not negative; None: 1 for each."""
-        for start in range(0, len(x), self.CHUNK_TOKENS):
-            part = slice(start, start + self.CHUNK_TOKENS)
-            rows = x[part].float()
-            if token_weight is not None:
-                rows = rows * token_weight[part].sqrt()[:, None]
+        for rows in weighted_rows(x, token_weight):
             self.matrix.addmm_(rows.T, rows)
         self.tokens += len(x)
         self._forget_factors()
@@ -160,6 +155,15 @@ class GramState:
         lower = torch.linalg.cholesky(matrix)
         inverse = torch.cholesky_inverse(lower, out=matrix.mT)  # LAPACK is column-major: .mT avoids a copy
         return AdmmFactor(norm.float(), hessian, inverse.float(), inverse_diagonal, dead, damping, attempts)
+
+
+def weighted_rows(x: Tensor, token_weight: Tensor | None) -> Iterator[Tensor]:
+    """``x [T, d]`` in chunks, float32, each row times the root of its ``token_weight [T]`` (None: 1): the sum of
+    ``rowsᵀ rows`` is the Gram matrix. A chunk may be a view of ``x``."""
+    for start in range(0, len(x), CHUNK_TOKENS):
+        part = slice(start, start + CHUNK_TOKENS)
+        rows = x[part].float()
+        yield rows if token_weight is None else rows * token_weight[part].sqrt()[:, None]
 
 
 def relative_loss(energy: Callable[[Tensor], Tensor], dense: Tensor, pruned: Tensor) -> float:

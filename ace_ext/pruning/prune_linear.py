@@ -79,9 +79,5 @@ def working_bytes(config: PruneConfig, rows: int, cols: int) -> int:
     scores = 4 * entries if callable(config.metric) else 0
     if not config.solver.name:
         return entries + scores
-    sketch = config.solver.gram == "sketch"
-    held = [
-        (sketch and getattr(solver, "sketch_working_bytes", None)) or solver.working_bytes
-        for solver in config.solver.matrix_solvers
-    ]
-    return 5 * entries + scores + max(count(rows, cols) for count in held)
+    solver = config.solver
+    return 5 * entries + scores + max(held.held_bytes(rows, cols, solver.gram) for held in solver.matrix_solvers)

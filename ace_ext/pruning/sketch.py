@@ -13,13 +13,18 @@ import torch
 from torch import Tensor
 
 from ace_ext.errors import InputError
-from ace_ext.pruning.gram import LOSS_ROWS, RHO
+from ace_ext.pruning.gram import RHO, relative_loss, weighted_rows
 
 DIRECTIONS = 64
-"""Random directions of a sketch, or the number of columns if that is less."""
+"""Random directions of a sketch, or the number of columns if that is less: :func:`direction_count`."""
 LEAST_RESIDUAL = 1e-3
 """The least share of a column's square sum that is left to the diagonal, so that no column seems free to change."""
 _SHIFT = 1e-6  # of the product's norm: above its float32 rounding, far below the directions that are used
+
+
+def direction_count(columns: int) -> int:
+    """How many random directions a sketch of so many columns has."""
+    return min(columns, DIRECTIONS)
 
 
 @dataclass(frozen=True)
@@ -60,15 +65,12 @@ class SketchFactor:
 class SketchState:
     """The sketch of the tokens seen so far: ``product [d, p]`` float32, ``squares [d]`` float64 (G's diagonal).
 
-    It takes the place of a :class:`ace_ext.pruning.gram.GramState` in solvers that declare ``sketch_working_bytes``.
-    Linears that share a state share its factors too.
+    It takes the place of a :class:`ace_ext.pruning.gram.GramState` in solvers that declare
+    ``sketch_working_bytes``. Linears that share a state share its factors too.
     """
 
-    CHUNK_TOKENS = 4096
-    """Tokens that are converted to float32 at a time."""
-
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
-        self.product = torch.zeros(columns, min(columns, DIRECTIONS), device=device)
+        self.product = torch.zeros(columns, direction_count(columns), device=device)
         self.squares = torch.zeros(columns, dtype=torch.float64, device=device)
         self.tokens = 0
         self._factors: tuple[Tensor, Tensor] | None = None
@@ -77,11 +79,7 @@ class SketchState:
     def update(self, x: Tensor, token_weight: Tensor | None = None) -> None:
         """Adds tokens ``x [T, d]`` with the weights ``token_weight [T]`` float32, not negative; None: 1 for each."""
         random = _directions(x.shape[1], x.device)
-        for start in range(0, len(x), self.CHUNK_TOKENS):
-            part = slice(start, start + self.CHUNK_TOKENS)
-            rows = x[part].float()
-            if token_weight is not None:
-                rows = rows * token_weight[part].sqrt()[:, None]
+        for rows in weighted_rows(x, token_weight):
             self.product.addmm_(rows.T, rows @ random)
             self.squares += rows.square().sum(0)
         self.tokens += len(x)
@@ -140,12 +138,8 @@ class SketchState:
         return (self.squares - found.square().sum(0)).float(), found.float()
 
     def relative_loss(self, dense: Tensor, pruned: Tensor) -> float:
-        """As :meth:`ace_ext.pruning.gram.GramState.relative_loss`, as far as the sketch tells."""
-        lost, total = torch.zeros(2, dtype=torch.float64, device=dense.device)
-        for rows, kept in zip(torch.split(dense, LOSS_ROWS), torch.split(pruned, LOSS_ROWS), strict=True):
-            lost += self._energy(kept - rows)
-            total += self._energy(rows)
-        return float(lost / total) if total > 0 else 0.0
+        """:func:`ace_ext.pruning.gram.relative_loss`, as far as the sketch tells."""
+        return relative_loss(self._energy, dense, pruned)
 
     def _energy(self, rows: Tensor) -> Tensor:
         diagonal, directions = self.factors()
@@ -192,6 +186,6 @@ def _woodbury(diagonal: Tensor, directions: Tensor) -> Tensor:
 def _directions(columns: int, device: torch.device) -> Tensor:
     """Ω ``[d, p]`` float32: orthonormal random columns. They depend on d alone: runs and ranks have the same ones."""
     random = torch.Generator().manual_seed(columns)
-    normal = torch.randn(columns, min(columns, DIRECTIONS), generator=random, dtype=torch.float64)
+    normal = torch.randn(columns, direction_count(columns), generator=random, dtype=torch.float64)
     orthonormal: Tensor = torch.linalg.qr(normal)[0].float().contiguous().to(device)
     return orthonormal

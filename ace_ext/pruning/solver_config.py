@@ -7,9 +7,8 @@ from typing import Any, TypeVar
 
 from ace_ext.errors import InputError
 from ace_ext.pruning.groups import ComparisonGroup
-from ace_ext.pruning.kinds import GRAM
 from ace_ext.pruning.settings import Limits, Options, Setting, check_choice, option, settings_of
-from ace_ext.pruning.solvers import BlockSolver, MaskSolver, Solver, WeightSolver, all_solvers, solvers_of
+from ace_ext.pruning.solvers import BlockSolver, MaskSolver, MatrixSolver, Solver, WeightSolver, all_solvers, solvers_of
 
 GRAMS = ("plain", "cosine", "sketch")
 
@@ -67,10 +66,9 @@ class SolverConfig:
             self._check_sketch()
 
     def _check_sketch(self) -> None:
-        """A sketch serves solvers that declare it, and those that read no Gram matrix."""
         for solver in self.matrix_solvers:
-            if GRAM in solver.needs and getattr(solver, "sketch_working_bytes", None) is None:
-                able = [other.name for other in all_solvers() if getattr(other, "sketch_working_bytes", None)]
+            if not solver.takes_sketch:
+                able = [name for name, other in solvers_of(MatrixSolver).items() if other.sketch_working_bytes]
                 raise InputError(
                     f"gram sketch serves {', '.join(able)}, not {solver.name}, which reads a whole one; use gram plain"
                 )
@@ -116,7 +114,7 @@ class SolverConfig:
         return self._chosen(BlockSolver)
 
     @property
-    def matrix_solvers(self) -> list[MaskSolver | WeightSolver]:
+    def matrix_solvers(self) -> list[MatrixSolver]:
         """The solvers that work on one matrix, in the order in which they run."""
         return [solver for solver in (self.mask_solver, self.weight_solver) if solver is not None]
 

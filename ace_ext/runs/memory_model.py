@@ -19,7 +19,7 @@ from ace_ext.pruning.block_tuning import step_samples
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.kinds import GRAMS, MOMENT, SKETCH
 from ace_ext.pruning.prune_linear import working_bytes
-from ace_ext.pruning.sketch import DIRECTIONS
+from ace_ext.pruning.sketch import direction_count
 from ace_ext.pruning.solvers import BlockSizes
 from ace_ext.pruning.statistics import StatisticsCollector
 from ace_ext.runs.model_shape import ModelShape
@@ -148,7 +148,7 @@ def _statistics_bytes(linear: nn.Linear, needs: frozenset[str], tokens: int) -> 
     rows, cols = linear.weight.shape
     moment = 4 * rows * cols if MOMENT in needs else 0
     gram = 4 * cols * cols if needs & GRAMS else 0
-    sketch = 4 * cols * min(cols, DIRECTIONS) + 8 * cols if SKETCH in needs else 0
+    sketch = 4 * cols * direction_count(cols) + 8 * cols if SKETCH in needs else 0
     samples = min(tokens, StatisticsCollector.SAMPLE_ROWS) * (
         cols * linear.weight.dtype.itemsize + rows * (linear.weight.dtype.itemsize + 8)
     )

@@ -7,7 +7,7 @@ from torch import nn
 
 from ace_ext.models._transformers import attends_eagerly, embedding_weight, input_embedding, output_head, text_config
 from ace_ext.models.blocks import Block
-from ace_ext.pruning.gram import GramState
+from ace_ext.pruning.gram import CHUNK_TOKENS
 from ace_ext.pruning.kinds import COSINE_GRAM, GRAMS, MOMENT, SKETCH
 
 
@@ -71,7 +71,7 @@ class ModelShape:
         if MOMENT in needs:  # squares at most 2048 tokens at a time, in float32
             observed += 8 * min(tokens, 2048) * self.widest
         if needs & (GRAMS | {SKETCH}):  # widens a chunk to float32, and weighs a copy of it
-            observed += (8 if COSINE_GRAM in needs else 4) * min(tokens, GramState.CHUNK_TOKENS) * self.widest
+            observed += (8 if COSINE_GRAM in needs else 4) * min(tokens, CHUNK_TOKENS) * self.widest
         return max(attention, norm, mlp + tokens * self.routing, observed)
 
     def pending_bytes(self, tokens: int) -> int:

@@ -6,6 +6,7 @@
 
 #include <cmath>
 
+#include "core/lanes.h"
 #include "core/scalar.h"
 
 namespace ace {
@@ -23,14 +24,9 @@ ACE_HD double output_norm(double weight, double root) { return fabs(weight) * ro
 constexpr int kNormLanes = 256;
 
 // Their sum in the order in which a block of threads adds: 32 lanes by halves, then such sums one by one.
-inline double fold_norms(double* lane) {
+inline double fold_norms(const double* lane) {
   double sum = 0.0;
-  for (int warp = 0; warp < kNormLanes; warp += 32) {
-    for (int half = 16; half > 0; half /= 2) {
-      for (int l = 0; l < half; ++l) lane[warp + l] += lane[warp + l + half];
-    }
-    sum += lane[warp];
-  }
+  for (int warp = 0; warp < kNormLanes; warp += kLanes) sum += fold_lanes(lane + warp);
   return sum;
 }
 

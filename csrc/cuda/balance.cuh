@@ -116,25 +116,37 @@ ACE_DEVICE void take_over(const WarpRow<T>& row, int column, bool kept, int lane
   if (lane_id() == lane) row.mask[column] = kept;
 }
 
+// The least change seen so far, and its column; the first among equals.
+struct Least {
+  float change = no_change();
+  int column = kNone;
+  ACE_DEVICE void offer(bool able, float other, int j) {
+    const bool better = able && other < change;
+    change = better ? other : change;
+    column = better ? j : column;
+  }
+};
+
+template <class T>
+ACE_DEVICE void offer_column(const WarpRow<T>& row, int j, float twice_shift, Least* back, Least* out) {
+  const SearchTerms terms = row.terms(j, twice_shift);
+  const bool kept = row.mask[j];
+  back->offer(!kept, terms.if_restored(), j);
+  out->offer(kept, terms.if_removed(), j);
+}
+
 // --- any two of a row ---
 
 template <class T>
 ACE_DEVICE void offer_columns(const WarpRow<T>& row, float twice_shift, Offer* restored, Offer* removed) {
-  float back = no_change(), out = no_change();
-  int back_at = kNone, out_at = kNone;
+  Least back, out;
   for (int j = lane_id(); j < row.cols; j += kWarpSize) {
-    const SearchTerms terms = row.terms(j, twice_shift);
-    const bool kept = row.mask[j];
-    const bool better_back = !kept && terms.if_restored() < back, better_out = kept && terms.if_removed() < out;
-    back = better_back ? terms.if_restored() : back;
-    back_at = better_back ? j : back_at;
-    out = better_out ? terms.if_removed() : out;
-    out_at = better_out ? j : out_at;
+    offer_column(row, j, twice_shift, &back, &out);
   }
-  *restored = {{0.0, 0.0}, back_at};
-  *removed = {{0.0, 0.0}, out_at};
-  if (back_at != kNone) restored->added = exchange({0.0, 0.0}, row.at(back_at));
-  if (out_at != kNone) removed->added = row.at(out_at);
+  *restored = {{0.0, 0.0}, back.column};
+  *removed = {{0.0, 0.0}, out.column};
+  if (back.column != kNone) restored->added = exchange({0.0, 0.0}, row.at(back.column));
+  if (out.column != kNone) removed->added = row.at(out.column);
 }
 
 // Swaps the best of both sides, each once, while that gains.
@@ -178,19 +190,12 @@ struct GroupPair {
 
 template <class T>
 ACE_DEVICE GroupPair best_of_group(const WarpRow<T>& row, int first, int group_m, float twice_shift) {
-  float back = no_change(), out = no_change();
-  int back_at = kNone, out_at = kNone;
+  Least back, out;
   for (int j = first; j < first + group_m; ++j) {
-    const SearchTerms terms = row.terms(j, twice_shift);
-    const bool kept = row.mask[j];
-    const bool better_back = !kept && terms.if_restored() < back, better_out = kept && terms.if_removed() < out;
-    back = better_back ? terms.if_restored() : back;
-    back_at = better_back ? j : back_at;
-    out = better_out ? terms.if_removed() : out;
-    out_at = better_out ? j : out_at;
+    offer_column(row, j, twice_shift, &back, &out);
   }
-  if (back_at == kNone || out_at == kNone) return {no_change(), kNone, kNone};
-  return {back + out, back_at, out_at};
+  if (back.column == kNone || out.column == kNone) return {no_change(), kNone, kNone};
+  return {back.change + out.change, back.column, out.column};
 }
 
 template <class T>

@@ -91,7 +91,7 @@ class BlockSizes:
     activations: int  # bytes of one gradient step's activations
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Solver:
     """What all solvers declare. ``options`` is a dataclass of :func:`ace_ext.pruning.settings.option` fields, and
     ``stage`` the setting by which the solver is chosen."""
@@ -103,44 +103,53 @@ class Solver:
     options: type[Options]
 
 
-@dataclass(frozen=True)
-class MaskSolver(Solver):
-    """Improves the metric's mask in place and does not change weights (``refine``)."""
+@dataclass(frozen=True, kw_only=True)
+class MatrixSolver(Solver):
+    """What the solvers of one matrix declare."""
 
-    stage = "refine"
     groups: tuple[str, ...]
     """The comparison groups that it supports; a pattern counts as ``row``."""
-    refine_: Callable[[Problem, Any], None]
-    """``refine_(problem, options)`` writes to ``problem.mask``."""
     working_bytes: Callable[[int, int], int]
     """``working_bytes(rows, cols)``: bytes besides the weight, its float32 copy, the mask and the statistics."""
+    sketch_working_bytes: Callable[[int, int], int] | None = None
+    """The same where a sketch takes the place of the Gram matrix; None if one cannot serve it."""
     needs: frozenset[str] = frozenset({GRAM})
     """The kinds of statistics that it reads (:mod:`ace_ext.pruning.kinds`), named without token weights: the setting
     ``gram`` exchanges them for weighted ones, or for a sketch (:mod:`ace_ext.pruning.needs`)."""
 
+    @property
+    def takes_sketch(self) -> bool:
+        """Whether ``gram="sketch"`` serves it: it declares so, or reads no Gram matrix."""
+        return GRAM not in self.needs or self.sketch_working_bytes is not None
 
-@dataclass(frozen=True)
-class WeightSolver(Solver):
+    def held_bytes(self, rows: int, cols: int, gram: str) -> int:
+        """The working bytes with the setting ``gram``."""
+        count = self.sketch_working_bytes if gram == "sketch" else None
+        return (count or self.working_bytes)(rows, cols)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskSolver(MatrixSolver):
+    """Improves the metric's mask in place and does not change weights (``refine``)."""
+
+    stage = "refine"
+    refine_: Callable[[Problem, Any], None]
+    """``refine_(problem, options)`` writes to ``problem.mask``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSolver(MatrixSolver):
     """Updates the remaining weights to compensate for the removed ones, and chooses the mask if none is given and
     ``chooses_mask`` (``update``)."""
 
     stage = "update"
-    groups: tuple[str, ...]
-    """The comparison groups that it supports; a pattern counts as ``row``."""
     solve: Callable[[Problem, Any], Solved]
     """``solve(problem, options)``."""
-    working_bytes: Callable[[int, int], int]
-    """``working_bytes(rows, cols)``: bytes besides the weight, its float32 copy, the mask and the statistics."""
-    needs: frozenset[str] = frozenset({GRAM})
-    """The kinds of statistics that it reads (:mod:`ace_ext.pruning.kinds`), named without token weights: the setting
-    ``gram`` exchanges them for weighted ones, or for a sketch (:mod:`ace_ext.pruning.needs`)."""
     chooses_mask: bool = True
     """Whether it chooses the mask if no mask solver ran; if not, it always gets the metric's."""
-    sketch_working_bytes: Callable[[int, int], int] | None = None
-    """The same where a sketch takes the place of the Gram matrix; None if one cannot serve it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BlockSolver(Solver):
     """Trains a block once all its matrices are pruned, with fixed masks (``update``, alone or after a weight
     solver)."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from ace_ext import ops
 from ace_ext.pruning.gram import RHO, AdmmFactor
 from ace_ext.pruning.settings import Limits, Options, option
-from ace_ext.pruning.sketch import DIRECTIONS, SketchFactor
+from ace_ext.pruning.sketch import SketchFactor, direction_count
 from ace_ext.pruning.solvers._problem import Problem, Solved, WeightSolver, damping_option
 
 
@@ -94,8 +94,8 @@ def working_bytes(rows: int, cols: int) -> int:
 def sketch_working_bytes(rows: int, cols: int) -> int:
     """The larger of two phases: copies of the sketch in float64 while it is factorised; then three factors in float32,
     four buffers of the weight's size, and a product with the directions."""
-    directions = min(cols, DIRECTIONS)
-    return max(56 * cols * directions, 12 * cols * directions + 18 * rows * cols + 4 * rows * directions)
+    directions = direction_count(cols)
+    return max(48 * cols * directions, 12 * cols * directions + 18 * rows * cols + 4 * rows * directions)
 
 
 SOLVER = WeightSolver(
