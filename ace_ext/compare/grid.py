@@ -16,6 +16,7 @@ from ace_ext.data.perplexity import SEQLEN
 from ace_ext.errors import InputError
 from ace_ext.models.versions import versions
 from ace_ext.pruning.config import BATCH_TOKENS, PruneConfig
+from ace_ext.pruning.settings import check_choice
 
 EVAL_WINDOWS = 24
 """Windows of each text that a comparison evaluates on, at most, unless told otherwise."""
@@ -24,11 +25,6 @@ EVAL_WINDOWS = 24
 def _check_list(name: str, values: tuple[object, ...]) -> None:
     if not values or len(set(map(str, values))) < len(values):
         raise InputError(f"{name} must be at least one, each given once (got {', '.join(map(str, values))})")
-
-
-def _check_bos(mode: str) -> None:
-    if mode not in MODES:
-        raise InputError(f"bos must be one of {', '.join(MODES)} (got {mode!r})")
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ class Grid:
             if field.name != "bos":
                 _check_list(field.name, getattr(self, field.name))
         if self.bos is not None:
-            _check_bos(self.bos)
+            check_choice("bos", self.bos, MODES)
 
     def bos_mode(self, method: Method, source: str) -> str:
         """The mode for the calibration samples of a method on a source."""
@@ -82,7 +78,7 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         _check_list("texts", self.texts)
-        _check_bos(self.bos)
+        check_choice("bos", self.bos, MODES)
         if self.seqlen < 2 or self.windows < 1:
             found = f"got {self.windows} windows of {self.seqlen}"
             raise InputError(f"evaluation must have at least 1 window of at least 2 tokens ({found})")

@@ -16,6 +16,7 @@ from ace_ext.errors import InputError
 from ace_ext.formats import DEFAULT_FORMAT, format_named
 from ace_ext.models.tokenizer import Tokenizer
 from ace_ext.pruning.config import PruneConfig
+from ace_ext.pruning.settings import check_choice
 
 OFFLOAD = ("auto", "disk", "none")
 """``disk``: one block at a time is read from the files; ``auto``: if the whole model does not fit."""
@@ -39,8 +40,7 @@ class Calibration:
         Raises:
             InputError: the file cannot be read, or there is no such mode of ``bos``.
         """
-        if self.bos not in MODES:
-            raise InputError(f"bos must be one of {', '.join(MODES)} (got {self.bos!r})")
+        check_choice("bos", self.bos, MODES)
         if self.source not in (SELF, *SOURCES):
             load_text(self.source, CALIBRATION, self.text_field)
 
