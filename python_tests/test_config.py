@@ -49,7 +49,7 @@ def test_group_model_walks_dense_blocks():
         ({"group": "model", "order": "sequential"}, r"order must be block"),
         ({"batch_tokens": 0}, r"batch_tokens must be a whole number of at least 1 \(got 0\)"),
         ({"refine": "greedy"}, r"refine must be one of None, mean, swaps \(got 'greedy'\)"),
-        ({"update": "gptq"}, r"update must be one of None, admm, mean, obs, tune \(got 'gptq'\)"),
+        ({"update": "gptq"}, r"update must be one of None, admm, mean, obs, tune, distill \(got 'gptq'\)"),
         ({"update": "obs", "gram": "cos"}, r"gram must be one of plain, cosine"),
         ({"gram": "cosine"}, r"gram cosine is how refine or update measure errors"),
         ({"gram": "sketch"}, r"gram sketch is how refine or update measure errors"),

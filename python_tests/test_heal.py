@@ -221,7 +221,7 @@ def test_a_dense_model_that_has_gone(tmp_path):
     ("options", "message"),
     [
         ({"tokens": 0}, "tokens must be at least 1"),
-        ({"tokens": 9, "minutes": 1.0}, "give tokens or minutes, not both"),
+        ({"tokens": 9, "minutes": 1.0}, "give tokens, minutes or windows, only one of them"),
         ({"minutes": 0.0}, "minutes must be more than 0"),
         ({"minutes": float("nan")}, "minutes must be more than 0"),
     ],

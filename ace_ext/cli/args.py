@@ -19,8 +19,8 @@ from ace_ext.pruning.config import PruneConfig, all_settings, config_settings
 from ace_ext.pruning.criteria import METRICS, RENAMED
 from ace_ext.pruning.presets import DEFAULT_PRESET, PRESETS, PUBLISHED, preset_config
 from ace_ext.pruning.settings import Setting
-from ace_ext.pruning.solver_config import option_help, solver_names, solver_settings
-from ace_ext.pruning.solvers import BlockSolver, MaskSolver, Solver, WeightSolver, solvers_of
+from ace_ext.pruning.solver_config import UPDATES, option_help, solver_names, solver_settings, update_names
+from ace_ext.pruning.solvers import MaskSolver, Solver, solvers_of
 from ace_ext.runs.options import OFFLOAD, Calibration, RunOptions, RunRequest
 
 Subparsers = Any
@@ -75,16 +75,12 @@ def _add_solvers(group: Any) -> None:
         "--update",
         action="append",
         metavar="NAME",
-        help=f"{names['update'].help}: {', '.join(_update_names())}, or two of them joined by + (or given twice)",
+        help=f"{names['update'].help}: {', '.join(update_names())}, or several joined by + (or given several times)",
     )
     add_setting(group, names["gram"], setting_help(names["gram"]))
     for name, setting in solver_settings().items():
         if setting.flag:
             add_setting(group, setting, option_help(name))
-
-
-def _update_names() -> list[str]:
-    return [*solvers_of(WeightSolver), *solvers_of(BlockSolver)]
 
 
 def add_setting(group: Any, setting: Setting, help: str) -> None:
@@ -106,9 +102,9 @@ def pruning_tables() -> str:
     """The metrics and solvers by name with a description each, for the end of a help text."""
     metrics = {name: metric.formula for name, metric in METRICS.items()}
     tables = [("metrics", metrics)]
-    kinds: list[tuple[str, type[Solver]]] = [("refine", MaskSolver), ("update", WeightSolver), ("update", BlockSolver)]
-    for stage, kind in kinds:
-        tables.append((stage, {solver.name: solver.summary for solver in solvers_of(kind).values()}))
+    kinds: list[type[Solver]] = [MaskSolver, *UPDATES]
+    for kind in kinds:
+        tables.append((kind.stage, {solver.name: solver.summary for solver in solvers_of(kind).values()}))
     return "\n\n".join(table(title, lines) for title, lines in tables)
 
 

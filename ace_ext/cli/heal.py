@@ -85,7 +85,7 @@ def request_from(args: argparse.Namespace) -> HealRequest:
         **{name: value for name, value in (flags | {"seed": text.seed}).items() if value is not None}
     )
     budget = None if args.max_memory is None else parse_bytes(args.max_memory)
-    options = HealOptions(args.tokens, args.minutes, args.overwrite, args.resume, budget)
+    options = HealOptions(args.tokens, args.minutes, overwrite=args.overwrite, resume=args.resume, max_memory=budget)
     return HealRequest(args.folder, args.output, text, args.dense, settings, options, shared.device_of(args))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ace_ext.engine.context import RunContext
+from ace_ext.engine.distillation import Distillation
 from ace_ext.engine.progress import Progress
 from ace_ext.engine.walk import Walk
 from ace_ext.errors import InputError
@@ -65,9 +66,13 @@ def prune_model(
     model.eval()
     try:
         calls, hidden = _enter(model, store, batches, config, context, device)
+        trained = config.solver.model_solver is not None
+        distillation = Distillation(model, store, batches, config, context) if trained else None
         weight = next(linear.weight for block in store.blocks for linear in block.linears.values())
         report = PruneReport(config.to_dict(), str(device), str(weight.dtype).removeprefix("torch."))
         Walk(store, calls, hidden, config, report, context, callback).run()
+        if distillation is not None:
+            report.healing = distillation.train_()
     finally:
         model.train(training)
     report.seconds = time.perf_counter() - start

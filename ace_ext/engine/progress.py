@@ -7,6 +7,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from ace_ext.healing.progress import HealProgress
 from ace_ext.process_memory import resident_bytes
 from ace_ext.records import BlockReport, PruneReport
 
@@ -19,13 +20,15 @@ class Progress:
         log: where to write JSON lines, one per block, each flushed. Their keys: ``event`` (``start``, ``block``,
             ``end``), ``time`` (seconds since the epoch), ``tokens`` (calibration tokens of all processes, at the
             start), ``block``, ``done``, ``blocks``, ``seconds`` (of the block; at the end, of the run),
-            ``tokens_per_second``, ``sparsity`` (so far), ``memory_bytes`` (resident), ``seconds_left``.
+            ``tokens_per_second``, ``sparsity`` (so far), ``memory_bytes`` (resident), ``seconds_left``. A distillation
+            writes the lines of :class:`ace_ext.healing.progress.HealProgress`, with a ``start`` and an ``end`` too.
         notes: write :meth:`note` to stderr, unless ``log`` is there.
     """
 
     def __init__(self, show: bool = False, log: TextIO | None = None, notes: bool = False) -> None:
         self._show, self._log = show, log
         self._notes = notes and log is not sys.stderr
+        self.healing = HealProgress(show, log)
         self._bar: Any = None
         self._tokens = self._blocks = self._done = self._here = 0
         self._began = 0.0

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ace_ext.healing.protocols import Observer as HealObserver
 from ace_ext.models.blocks import Block
 from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.pruning.statistics import LinearStatistics
@@ -53,6 +54,11 @@ class StatisticsSource(Protocol):
 
 class Observer(Protocol):
     """Is called as a run progresses."""
+
+    @property
+    def healing(self) -> HealObserver:
+        """Is called as the distillation progresses, if ``update`` names it."""
+        ...
 
     def start(self, blocks: int, done: int, tokens: int) -> None:
         """Called first. ``done`` of the blocks are finished; ``tokens`` calibration tokens go through each block."""

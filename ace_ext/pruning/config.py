@@ -49,6 +49,8 @@ class FlatSettings(TypedDict, total=False):
     max_swaps: int
     tune_epochs: int
     tune_lr: float
+    distill_passes: int
+    distill_lr: float
 
 
 @dataclass(frozen=True, init=False)
@@ -194,6 +196,14 @@ class PruneConfig:
     def batch_samples(self, seqlen: int) -> int:
         """How many samples of ``seqlen`` tokens go through a block at a time."""
         return max(1, self.batch_tokens // max(1, seqlen))
+
+    def without_distillation(self) -> PruneConfig:
+        """The same without the solver that trains the whole model."""
+        solver = self.solver.model_solver
+        if solver is None:
+            return self
+        own = {name: getattr(self, name) for name in config_settings()}
+        return PruneConfig(**own, solver=self.solver.without(solver))
 
     @property
     def needs(self) -> Needs:

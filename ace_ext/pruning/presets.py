@@ -4,12 +4,13 @@ from typing import Any
 
 from ace_ext.errors import InputError
 from ace_ext.pruning.config import PruneConfig
-from ace_ext.pruning.solvers import BlockSolver, WeightSolver, solvers_of
+from ace_ext.pruning.solver_config import UPDATES
+from ace_ext.pruning.solvers import solvers_of
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"update": "admm", "gram": "sketch", "iterations": 10},
     "balanced": {"update": "admm"},
-    "best": {"update": "admm+tune"},
+    "best": {"update": "admm+distill"},
 }
 """From the fastest to the most accurate: ``fast`` needs vectors, ``balanced`` Gram matrices, ``best`` gradients."""
 
@@ -48,7 +49,7 @@ def preset_config(name: str, **settings: Any) -> PruneConfig:
 def _merged(preset: str, given: str) -> str:
     """Merges two updates: for each kind of solver the given one if there is one, else the preset's."""
     parts = given.split("+")
-    for kind in (WeightSolver, BlockSolver):
+    for kind in UPDATES:
         names = solvers_of(kind)
         if not any(part in names for part in parts):
             parts += [part for part in preset.split("+") if part in names]

@@ -2,15 +2,27 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from ace_ext.errors import InputError
 from ace_ext.pruning.groups import ComparisonGroup
 from ace_ext.pruning.settings import Limits, Options, Setting, check_choice, option, settings_of
-from ace_ext.pruning.solvers import BlockSolver, MaskSolver, MatrixSolver, Solver, WeightSolver, all_solvers, solvers_of
+from ace_ext.pruning.solvers import (
+    BlockSolver,
+    MaskSolver,
+    MatrixSolver,
+    ModelSolver,
+    Solver,
+    WeightSolver,
+    all_solvers,
+    solvers_of,
+)
 
 GRAMS = ("plain", "cosine", "sketch")
+
+UPDATES: tuple[type[Solver], ...] = (WeightSolver, BlockSolver, ModelSolver)
+"""The kinds of solvers that ``update`` names, at most one of each, in the order in which they run."""
 
 Chosen = TypeVar("Chosen", bound=Solver)
 
@@ -22,8 +34,8 @@ class SolverConfig:
     Args:
         refine: a mask solver, which improves the metric's mask and changes no weight. An update then keeps this mask.
         update: how the remaining weights compensate for the removed ones: a weight solver, ``"tune"`` (each block is
-            trained), or both, joined by ``+`` as in ``"admm+tune"``. Without ``refine`` a weight solver chooses the
-            mask itself.
+            trained), ``"distill"`` (the whole model is), or several, joined by ``+`` as in ``"admm+distill"``. Without
+            ``refine`` a weight solver chooses the mask itself.
         gram: how refine and update weight the tokens when they measure errors: all the same (``"plain"``), or by
             ``1 / ‖A_t‖²``, ``A`` the dense output (``"cosine"``). ``"sketch"`` is plain, but keeps only a diagonal and
             a few directions of the Gram matrix (:mod:`ace_ext.pruning.sketch`): less memory, and less work.
@@ -76,22 +88,24 @@ class SolverConfig:
     def _normalise_update(self) -> None:
         """Brings ``update`` to its standard form. ``tune_epochs`` without ``tune`` is accepted with a warning: it asked
         for training in version 0.1."""
-        weight, block = solvers_of(WeightSolver), solvers_of(BlockSolver)
+        known = update_names()
         parts = list(dict.fromkeys(part.strip() for part in (self.update or "").split("+") if part.strip()))
         for part in parts:
-            if part not in (*weight, *block):
-                choices = ", ".join(("None", *weight, *block))
-                raise InputError(f"update must be one of {choices} (got {self.update!r}); join two by +")
+            if part not in known:
+                raise InputError(
+                    f"update must be one of {', '.join(('None', *known))} (got {self.update!r}); join several by +"
+                )
         epochs = self.options.get("tune_epochs")
         if isinstance(epochs, int) and epochs > 0 and "tune" not in parts:
             warnings.warn("tune_epochs alone will not train; give update='tune' too", DeprecationWarning, stacklevel=4)
             parts.append("tune")
         if epochs == 0 and "tune" in parts:
             parts.remove("tune")
-        for kind in (weight, block):
-            if sum(part in kind for part in parts) > 1:
-                raise InputError(f"update must be {' or '.join(kind)}, with or without tune (got {self.update!r})")
-        parts.sort(key=lambda part: part in block)  # blocks are trained last
+        for kind in UPDATES:
+            names = solvers_of(kind)
+            if sum(part in names for part in parts) > 1:
+                raise InputError(f"update takes only one of {', '.join(names)} (got {self.update!r})")
+        parts.sort(key=list(known).index)
         object.__setattr__(self, "update", "+".join(parts) or None)
 
     def _chosen(self, kind: type[Chosen]) -> Chosen | None:
@@ -114,6 +128,11 @@ class SolverConfig:
         return self._chosen(BlockSolver)
 
     @property
+    def model_solver(self) -> ModelSolver | None:
+        """The solver that trains the whole model, if ``update`` names one."""
+        return self._chosen(ModelSolver)
+
+    @property
     def matrix_solvers(self) -> list[MatrixSolver]:
         """The solvers that work on one matrix, in the order in which they run."""
         return [solver for solver in (self.mask_solver, self.weight_solver) if solver is not None]
@@ -121,8 +140,8 @@ class SolverConfig:
     @property
     def chosen(self) -> list[Solver]:
         """All solvers that are used, in the order in which they run."""
-        block = self.block_solver
-        return [*self.matrix_solvers, *([] if block is None else [block])]
+        trained = (self.block_solver, self.model_solver)
+        return [*self.matrix_solvers, *(solver for solver in trained if solver is not None)]
 
     @property
     def name(self) -> str:
@@ -133,6 +152,13 @@ class SolverConfig:
         """The solver's options, with the given values in place of its defaults."""
         own = {setting.name for setting in solver.options.settings()}
         return solver.options(**{n: v for n, v in self.options.items() if n in own and v is not None})
+
+    def without(self, solver: Solver) -> "SolverConfig":
+        """The same without a solver of ``update``, and without its options."""
+        parts = [part for part in (self.update or "").split("+") if part != solver.name]
+        own = {setting.name for setting in solver.options.settings()}
+        options = {name: value for name, value in self.options.items() if name not in own}
+        return replace(self, update="+".join(parts) or None, options=options)
 
     def check_group(self, group: ComparisonGroup) -> None:
         """Raises :class:`InputError` if a solver does not support this comparison group."""
@@ -166,13 +192,18 @@ class SolverConfig:
 
 
 def solver_settings() -> dict[str, Setting]:
-    """The options of all registered solvers by name: weight solvers first, then mask solvers, then block solvers."""
+    """The options of all registered solvers by name, weight solvers first."""
     found: dict[str, Setting] = {}
-    order = [*solvers_of(WeightSolver).values(), *solvers_of(MaskSolver).values(), *solvers_of(BlockSolver).values()]
-    for solver in order:
-        for setting in solver.options.settings():
-            found.setdefault(setting.name, setting)
+    for kind in (WeightSolver, MaskSolver, BlockSolver, ModelSolver):
+        for solver in solvers_of(kind).values():
+            for setting in solver.options.settings():
+                found.setdefault(setting.name, setting)
     return found
+
+
+def update_names() -> list[str]:
+    """The names that ``update`` takes, in the order in which they run."""
+    return [name for kind in UPDATES for name in solvers_of(kind)]
 
 
 def solver_names() -> dict[str, Setting]:

@@ -50,6 +50,8 @@ class HealOptions:
     minutes: float | None = None
     """Instead of tokens: about how long the run may take. Speed is measured once, and a resumed run keeps the number of
     tokens that followed from it."""
+    windows: int | None = None
+    """Instead of both: windows of text, those that are held back included."""
     overwrite: bool = False
     """Replace the output folder if it exists."""
     resume: bool = False
@@ -59,8 +61,8 @@ class HealOptions:
 
     def check(self) -> None:
         """Raises :class:`ace_ext.InputError` for a budget that is none."""
-        if self.tokens is not None and self.minutes is not None:
-            raise InputError("give tokens or minutes, not both")
+        if sum(budget is not None for budget in (self.tokens, self.minutes, self.windows)) > 1:
+            raise InputError("give tokens, minutes or windows, only one of them")
         if self.tokens is not None and self.tokens < 1:
             raise InputError(f"tokens must be at least 1 (got {self.tokens})")
         if self.minutes is not None and not 0 < self.minutes < 1e6:
@@ -171,7 +173,7 @@ class _Run:
             "pruned": self._pruned.files.described,
             "dense": open_source(self._dense, weights=False).files.described,
             "settings": asdict(self._request.settings),
-            "budget": {"tokens": options.tokens, "minutes": options.minutes},
+            "budget": {"tokens": options.tokens, "minutes": options.minutes, "windows": options.windows},
             "text": text,
             "device": self._request.device.type,
             "threads": torch.get_num_threads(),
@@ -184,7 +186,7 @@ class _Run:
         if "nsamples" not in notes:
             if options.minutes is not None:
                 tokens = tokens_within(60 * options.minutes, self._pruned, settings, seqlen, self._request.device)
-            notes["nsamples"] = windows_needed(tokens, seqlen, settings)
+            notes["nsamples"] = options.windows or windows_needed(tokens, seqlen, settings)
         text = replace(self._request.text, nsamples=notes["nsamples"])
         return HealText(text, self._pruned, self._dense, self._report).draw(notes)
 

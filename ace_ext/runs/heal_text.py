@@ -18,7 +18,6 @@ from ace_ext.runs.heal_models import running_dense
 from ace_ext.runs.memory_model import process_bytes
 from ace_ext.runs.model_source import Source
 from ace_ext.runs.options import Calibration, RunRequest
-from ace_ext.runs.pipeline import describe
 
 NOTE = "text"
 """Under this name a journal's notes have the text's description."""
@@ -55,7 +54,7 @@ class HealText:
             InputError: the text cannot be read, is too short, or is not that of the run that is resumed.
         """
         data = self.text.load(self.pruned.tokenizer, self._writer(), self._bos(notes))
-        found = describe(data, self.text)
+        found = self.text.describe(data)
         if notes.setdefault(NOTE, found) != found:
             raise InputError("resume: the text has changed since the run began; start over without --resume")
         return data

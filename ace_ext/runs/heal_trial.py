@@ -1,6 +1,8 @@
-"""A trial for ``ace-prune heal --minutes``: how many tokens fit into a time."""
+"""A trial that measures how long the steps of a distillation take: for ``ace-prune heal --minutes``, and for a plan."""
 
 import time
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,20 +16,34 @@ from ace_ext.models._transformers import embedding_weight
 from ace_ext.models.block_store import OffloadedBlocks
 from ace_ext.models.replay import BlockCall, run_block
 from ace_ext.models.tail import Tail
+from ace_ext.runs.dry_run import RandomWeights
 from ace_ext.runs.model_source import Source
 
 
-def tokens_within(seconds: float, source: Source, settings: HealSettings, seqlen: int, device: torch.device) -> int:
-    """How many tokens can be trained on within about this time, at least those of one step for each pass.
+@dataclass(frozen=True)
+class StepTrial:
+    """What a trial measured, in seconds."""
 
-    One step of the first block and of the loss is measured, with random tokens; all blocks are assumed to be as fast.
-    The time includes the dense model's forward pass and the measurements on held-back text. Blocks are assumed to be
-    trained all together, without stored activations.
+    step: float
+    """For a step, with the dense model's forward pass for its tokens."""
+    measuring: float
+    """For all measurements on held-back text."""
+
+    def seconds(self, steps: int) -> float:
+        """For a distillation of so many steps."""
+        return self.measuring + steps * self.step
+
+
+def try_step(source: Source, settings: HealSettings, seqlen: int, device: torch.device) -> StepTrial:
+    """Measures one step of the first block and of the loss, with random tokens; all blocks are assumed to be as fast.
+
+    Blocks are assumed to be trained all together, without stored activations. Without safetensors files, random weights
+    are used.
     """
-    assert source.files.shards is not None  # see ace_ext.runs.heal_models.open_pruned
     rows = max(1, settings.step_tokens // seqlen)
     tokens = torch.randint(0, len(embedding_weight(source.model)), (rows, seqlen))
-    store = OffloadedBlocks(source.blocks, source.files.shards, device)
+    files: Any = source.files.shards or RandomWeights(source.model)  # blocks are only read from it
+    store = OffloadedBlocks(source.blocks, files, device)
     with torch.no_grad():
         calls, states = enter(source.model, store, [tokens], Placement(device=device), "trial")
         index = next(i for i, block in enumerate(source.blocks) if block.linears)
@@ -37,9 +53,14 @@ def tokens_within(seconds: float, source: Source, settings: HealSettings, seqlen
     blocks = len(source.blocks)
     held = max(1, settings.held_back // rows)
     measuring = (CHECKS + 1) * held * (blocks * forward + loss)
-    a_step = blocks * (forward + step) + loss + blocks * forward / settings.passes
-    steps = max(settings.passes, int((seconds - measuring) / a_step))
-    return steps * rows * seqlen
+    return StepTrial(blocks * (forward + step) + loss + blocks * forward / settings.passes, measuring)
+
+
+def tokens_within(seconds: float, source: Source, settings: HealSettings, seqlen: int, device: torch.device) -> int:
+    """How many tokens can be trained on within about this time, at least those of one step for each pass."""
+    trial = try_step(source, settings, seqlen, device)
+    steps = max(settings.passes, int((seconds - trial.measuring) / trial.step))
+    return steps * max(1, settings.step_tokens // seqlen) * seqlen
 
 
 def _block_seconds(store: OffloadedBlocks, index: int, call: BlockCall, hidden: Tensor) -> tuple[float, float]:

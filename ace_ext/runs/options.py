@@ -4,6 +4,7 @@ the run."""
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,17 @@ class Calibration:
             bos=bos or self.bos,
             text_field=self.text_field,
         )
+
+    def describe(self, data: CalibrationData) -> dict[str, Any]:
+        """The description of the samples in a report and a fingerprint."""
+        return {
+            "source": data.source,
+            "nsamples": self.nsamples,
+            "seqlen": self.seqlen,
+            "seed": data.seed,
+            "sha256": data.sha256,
+            "bos": data.bos.to_dict(),
+        }
 
 
 @dataclass(frozen=True)
@@ -134,8 +146,11 @@ def check_request(request: RunRequest) -> None:
         raise InputError(
             "calibration self needs the whole model in memory to write text; give another text with offload"
         )
-    if config.solver.block_solver is not None:
-        _check_tuning(options)
+    for solver in (config.solver.block_solver, config.solver.model_solver):
+        if solver is not None:
+            _check_training(solver.name, options)
+    if config.solver.model_solver is not None and options.format != DEFAULT_FORMAT:
+        raise InputError(f"update distill writes format {DEFAULT_FORMAT} (got {options.format}); leave out one of them")
     if options.save_stats and options.stats:
         raise InputError("give save-stats or stats, not both")
     for name, given in (("save-stats", options.save_stats), ("stats", options.stats)):
@@ -145,15 +160,15 @@ def check_request(request: RunRequest) -> None:
         raise InputError(f"save-stats must be a file in a folder that exists (got {str(options.save_stats)!r})")
 
 
-def _check_tuning(options: RunOptions) -> None:
+def _check_training(solver: str, options: RunOptions) -> None:
     reasons = {
         "stats": (options.stats is not None, "a file of statistics holds no inputs to train on"),
         "save-stats": (
             options.save_stats is not None,
-            "those kept are of dense blocks, and training changes them",
+            "those kept are of dense blocks, and training changes blocks",
         ),
-        "torchrun": (launched(), "one process trains a block"),
+        "torchrun": (launched(), "one process trains"),
     }
     for name, (given, why) in reasons.items():
         if given:
-            raise InputError(f"tune does not go with {name}: {why}; leave out one of them")
+            raise InputError(f"update {solver} does not go with {name}: {why}; leave out one of them")

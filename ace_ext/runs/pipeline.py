@@ -26,6 +26,7 @@ from ace_ext.runs.beginning import choose_for_run
 from ace_ext.runs.model_source import Demand, Source, open_source
 from ace_ext.runs.options import Calibration, RunOptions, RunRequest, check_request
 from ace_ext.runs.output import check_output, disk_errors
+from ace_ext.runs.prune_and_heal import prune_and_heal
 from ace_ext.runs.statistics_file import SavedStatistics, StatisticsWriter
 from ace_ext.runs.workspace import Workspace, recover
 
@@ -65,17 +66,29 @@ def prune_folder(
     check_request(request)
     if options.max_memory is not None and device.type == "cpu":
         return_freed_memory()
-    path = Path(output).expanduser()
-    peers: Peers = Ranks(device) if launched() else Alone()
+    path, progress = Path(output).expanduser(), progress or Progress()
+    if config.solver.model_solver is None:
+        return _prune_on_ranks(request, path, progress), path
+    with disk_errors(path):
+        recover(path)
+        check_output(path, options.overwrite)
+        calibration.check()
+        return prune_and_heal(request, path, progress, _prune_on_ranks), path
+
+
+def _prune_on_ranks(request: RunRequest, path: Path, progress: Progress) -> PruneReport:
+    """Prunes into a folder, as one of the processes of the run."""
+    options = request.options
+    peers: Peers = Ranks(request.device) if launched() else Alone()
     try:
         with disk_errors(path):
             if peers.rank == 0:
                 recover(path)
             peers.wait()
-            check_output(output, options.overwrite)
+            check_output(path, options.overwrite)
             if options.stats is None:
-                calibration.check()
-            return _prune(request, path, progress or Progress(), peers), path
+                request.calibration.check()
+            return _prune(request, path, progress, peers)
     finally:
         if isinstance(peers, Ranks):
             peers.close()
@@ -138,7 +151,7 @@ class _Inputs:
         else:
             writer = None if source.offloaded else source.model
             self._data = request.calibration.load(source.tokenizer, writer, bos)
-            self.calibration = describe(self._data, request.calibration)
+            self.calibration = request.calibration.describe(self._data)
 
     @property
     def statistics(self) -> str:
@@ -173,18 +186,6 @@ class _Inputs:
             return None
         fingerprint = {"model": self._model, "calibration": self.calibration}
         return StatisticsWriter(path, workspace.folder / "stats", fingerprint, writes=peers.rank == 0)
-
-
-def describe(data: CalibrationData, calibration: Calibration) -> dict[str, Any]:
-    """The description of the calibration tokens in a report and a fingerprint."""
-    return {
-        "source": data.source,
-        "nsamples": calibration.nsamples,
-        "seqlen": calibration.seqlen,
-        "seed": data.seed,
-        "sha256": data.sha256,
-        "bos": data.bos.to_dict(),
-    }
 
 
 def _block_source(source: Source, device: torch.device) -> BlockSource:

@@ -8,7 +8,7 @@ scaled up.
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from ace_ext.data.bos import WINDOW_TOKENS, WINDOWS, BosChoice
 from ace_ext.data.corpora import SELF
 from ace_ext.data.generate import ROWS_TOGETHER
 from ace_ext.engine.api import check_pattern
+from ace_ext.engine.distillation import heal_settings
 from ace_ext.models._transformers import embedding_weight, text_config
 from ace_ext.models.blocks import Block
 from ace_ext.process_memory import peak_memory_bytes, reset_peak, resident_bytes
@@ -25,9 +26,11 @@ from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.pattern import keep_count
 from ace_ext.records import kind_of
 from ace_ext.runs.dry_run import Trial, try_block
+from ace_ext.runs.heal_trial import try_step
 from ace_ext.runs.memory_model import Estimate, copied_bytes
 from ace_ext.runs.model_source import Demand, Source, open_source
 from ace_ext.runs.options import Calibration, RunOptions, RunRequest, check_request
+from ace_ext.runs.prune_and_heal import needed_memory
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,8 @@ def make_plan(
     phases = [pruning]
     if device.type == "cpu":
         phases += _earlier_phases(source, pruning, calibration, measured)
+    if config.solver.model_solver is not None:
+        phases.append(replace(needed_memory(request, source), phase="distill"))
     read, written = _traffic(source, calibration, 0 if resident_hidden else trial.passes)
     if source.offloaded and not measured.bos.decided:
         read += sum(p.nbytes for p in source.model.parameters())  # once more, for the forward pass that decides
@@ -151,7 +156,7 @@ def make_plan(
         phases=phases,
         read_bytes=read,
         write_bytes=written,
-        seconds=_seconds(source, calibration, trial, measured, read + written),
+        seconds=_seconds(request, source, trial, measured, read + written),
         bos=measured.bos,
     )
 
@@ -235,10 +240,8 @@ def _traffic(source: Source, calibration: Calibration, hidden_reads: int) -> tup
     return files + loaded + hidden * len(blocks) * hidden_reads, whole + inside + hidden * (len(blocks) + 1)
 
 
-def _seconds(
-    source: Source, calibration: Calibration, trial: Trial, measured: _Measured, traffic: int
-) -> dict[str, float]:
-    blocks = len(source.blocks)
+def _seconds(request: RunRequest, source: Source, trial: Trial, measured: _Measured, traffic: int) -> dict[str, float]:
+    blocks, calibration = len(source.blocks), request.calibration
     tokens = calibration.nsamples * calibration.seqlen
     text = measured.text_seconds
     if calibration.source == SELF:
@@ -246,12 +249,17 @@ def _seconds(
         text = steps * blocks * trial.forward_seconds
     if not measured.bos.decided:  # pruning a token takes somewhat longer than its forward pass, which is the cost here
         text += blocks * 2 * WINDOWS * WINDOW_TOKENS * trial.token_seconds
-    return {
+    found = {
         "load": source.unpacking.seconds if source.unpacking else 0.0,
         "text": text,
         "blocks": blocks * (trial.fixed_seconds + tokens * trial.token_seconds),
         "files": traffic / _bytes_per_second(source.files.paths[0]),
     }
+    if request.config.solver.model_solver is not None:
+        settings = heal_settings(request.config)
+        steps = math.ceil(tokens / settings.step_tokens) * settings.passes
+        found["distill"] = try_step(source, settings, calibration.seqlen, request.device).seconds(steps)
+    return found
 
 
 def _bytes_per_second(file: Path) -> float:

@@ -159,3 +159,11 @@ class BlockSolver(Solver):
     """``train_(block, inputs, targets, options, masks, token_masks)``: see :mod:`ace_ext.pruning.block_tuning`."""
     working_bytes: Callable[[BlockSizes], int]
     """Bytes that it holds in addition to the block, its inputs and its targets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSolver(Solver):
+    """Trains the whole model once all its blocks are pruned, with fixed masks (``update``, alone or after other
+    solvers). Only declared here: :mod:`ace_ext.engine.distillation` does it."""
+
+    stage = "update"

@@ -1,0 +1,23 @@
+"""Distillation of the whole pruned model from the dense one with fixed masks (:mod:`ace_ext.healing`)."""
+
+from dataclasses import dataclass
+
+from ace_ext.pruning.settings import Limits, Options, option
+from ace_ext.pruning.solvers._problem import ModelSolver
+
+
+@dataclass(frozen=True)
+class DistillOptions(Options):
+    """Options of ``update="distill"``."""
+
+    distill_passes: int = option(6, "passes over the calibration tokens", Limits(at_least=1), unused=0)
+    distill_lr: float = option(
+        3e-4, "learning rate at its peak; it rises, then falls as a cosine", Limits(above=0, words="more than 0")
+    )
+
+
+SOLVER = ModelSolver(
+    name="distill",
+    summary="trains the whole pruned model to predict like the dense one, alone or after other updates",
+    options=DistillOptions,
+)

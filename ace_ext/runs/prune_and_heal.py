@@ -1,0 +1,128 @@
+"""``ace-prune run --update …+distill``: a run that prunes into a folder of its own, then one that distills that folder
+into the output."""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ace_ext.engine.distillation import heal_settings
+from ace_ext.engine.progress import Progress
+from ace_ext.healing.batches import Batches
+from ace_ext.models.versions import versions
+from ace_ext.records import REPORT_NAME, PruneReport
+from ace_ext.runs.heal import HealOptions, HealRequest, heal_folder
+from ace_ext.runs.heal_memory import HealDemand
+from ace_ext.runs.heal_models import whole_bytes
+from ace_ext.runs.memory_model import Estimate, process_bytes
+from ace_ext.runs.model_source import Source, budget_of, open_source
+from ace_ext.runs.options import RunRequest
+from ace_ext.runs.output import read_report
+from ace_ext.runs.workspace import UnfinishedRun
+
+Prune = Callable[[RunRequest, Path, Progress], PruneReport]
+
+
+def prune_and_heal(request: RunRequest, path: Path, progress: Progress, prune: Prune) -> PruneReport:
+    """Prunes and distills. With ``options.resume`` an interrupted run continues, in either part.
+
+    Args:
+        request: what to do; its ``update`` names ``distill``.
+        path: the output folder.
+        progress: of both parts.
+        prune: carries out the first part, a request without distillation, into a folder.
+
+    Raises:
+        InputError: for an error in the arguments, the model, the text, or the disk.
+    """
+    needed_memory(request, open_source(request, weights=False))
+    runs = _TwoRuns(path, request)
+    try:
+        if not runs.model.is_dir():
+            options = replace(request.options, overwrite=False)
+            first = replace(request, config=request.config.without_distillation(), options=options)
+            prune(first, runs.model, progress)
+        _record_config(runs.model, request)
+        report = heal_folder(_second(request, runs.model, path), progress.healing)[0]
+        runs.remove()
+        return report
+    finally:
+        if not runs.begun:
+            runs.remove()
+        runs.close()
+
+
+def needed_memory(request: RunRequest, source: Source) -> Estimate:
+    """What the second part will need at its peak; ``source`` may be a skeleton.
+
+    Raises:
+        InputError: more than the run may use.
+    """
+    nsamples, seqlen = request.calibration.nsamples, request.calibration.seqlen
+    tokens = Batches.of(torch.arange(nsamples * seqlen).view(nsamples, seqlen), heal_settings(request.config)).tokens
+    demand = HealDemand.of(source.model, source.blocks, 1 - request.config.sparsity, tokens, whole_bytes(request))
+    return demand.divide(budget_of(request), process_bytes(0, False, request.device))[1]
+
+
+def _record_config(pruned: Path, request: RunRequest) -> None:
+    """Makes the report name the configuration of both parts."""
+    report, part = read_report(pruned), pruned / f"{REPORT_NAME}.part"
+    report.config = request.config.to_dict()
+    part.write_text(report.to_json(), encoding="utf-8")
+    part.replace(pruned / REPORT_NAME)
+
+
+class _TwoRuns(UnfinishedRun):
+    """The folder of both parts, ``.NAME.pruned.unfinished/``. Once the first is done, ``model/`` in it is the pruned
+    model; the second part has the folder of any distillation, beside it.
+
+    Args:
+        output: the folder that the second part writes.
+        request: what to do.
+
+    Raises:
+        InputError: another run holds the folder, or ``resume`` finds a run with other arguments.
+    """
+
+    def __init__(self, output: Path, request: RunRequest) -> None:
+        super().__init__(output.with_name(f"{output.name}.pruned"), _fingerprint(request))
+        self._open(request.options.resume)
+        self._write_state({})
+
+    def _has_state(self) -> bool:
+        return (self.folder / "state.json").is_file()
+
+    def _take_state(self, state: dict[str, Any]) -> None:
+        """There are no values but the fingerprint."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether a part has written anything."""
+        return self.folder.is_dir() and any(path.is_dir() for path in self.folder.iterdir())
+
+
+def _fingerprint(request: RunRequest) -> dict[str, Any]:
+    """What both parts depend on, as plain values; each has a fingerprint of its own too."""
+    return {
+        "versions": versions(),
+        "model": open_source(request, weights=False).files.described,
+        "calibration": asdict(request.calibration),
+        "config": request.config.to_dict(),
+        "dtype": request.dtype,
+        "device": request.device.type,
+    }
+
+
+def _second(request: RunRequest, pruned: Path, path: Path) -> HealRequest:
+    """The second part: a distillation on the calibration samples."""
+    given = request.options
+    options = HealOptions(
+        windows=request.calibration.nsamples,
+        overwrite=given.overwrite,
+        resume=given.resume,
+        max_memory=given.max_memory,
+    )
+    settings = heal_settings(request.config)
+    return HealRequest(str(pruned), path, request.calibration, request.model, settings, options, request.device)

@@ -1,0 +1,246 @@
+"""``update="distill"``: the pruned model is distilled from the dense one, in memory and on files, resumable."""
+
+import copy
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from folders import prune, save_dense, weights_bytes
+from tiny_models import make_model
+
+from ace_ext import InputError, PruneConfig, preset_config, prune_model
+from ace_ext.cli.main import main
+from ace_ext.engine.distillation import heal_settings
+from ace_ext.engine.progress import Progress
+from ace_ext.healing import distill_
+from ace_ext.models.blocks import find_blocks
+from ace_ext.runs import heal_journal
+from ace_ext.runs.heal import HealOptions, HealRequest, heal_folder
+from ace_ext.runs.heal_text import recorded_text
+from ace_ext.runs.options import Calibration, RunOptions
+from ace_ext.runs.output import read_report
+from ace_ext.runs.plan import make_plan
+from ace_ext.runs.verify import verify
+
+TOKENS = torch.randint(0, 64, (12, 16), generator=torch.Generator().manual_seed(0))
+DISTILL = {"update": "admm+distill", "distill_passes": 3, "distill_lr": 5e-4}
+MANY = {"nsamples": 64}
+"""Samples, so that several steps are trained."""
+
+
+def weights(model):
+    return {
+        block.full_name(child): linear.weight for block in find_blocks(model) for child, linear in block.linears.items()
+    }
+
+
+# --- in memory --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "mixtral"])
+@pytest.mark.parametrize("config", [{"update": "distill"}, {}, {"pattern": "2:4"}, {"update": "admm+tune+distill"}])
+def test_is_pruning_and_then_distillation(family, config):
+    dense = make_model(family)
+    config = PruneConfig(**{**DISTILL, **config})
+    expected, model = copy.deepcopy(dense), copy.deepcopy(dense)
+    prune_model(expected, TOKENS, config.without_distillation())
+    zeros = {name: weight == 0 for name, weight in weights(expected).items()}
+    healing = distill_(expected, dense, TOKENS, heal_settings(config))
+
+    report = prune_model(model, TOKENS, config)
+    assert report.healing == replace(healing, seconds=report.healing.seconds)
+    assert report.healing.steps == 3
+    if config.solver.update == "distill":  # what solvers leave is hard to lower on so few tokens
+        assert report.healing.loss_after < report.healing.loss_before
+    assert report.config == config.to_dict()
+    for name, weight in weights(model).items():
+        assert torch.equal(weight, weights(expected)[name])
+        assert torch.equal(weight == 0, zeros[name])
+
+
+def test_best_does_it():
+    assert preset_config("best") == PruneConfig(update="admm+distill")
+    assert preset_config("best", update="tune").solver.update == "admm+tune+distill"
+    assert preset_config("best").without_distillation() == preset_config("balanced")
+
+
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+def test_without_it_the_configuration_is_the_same(pattern):
+    config = PruneConfig("cosvar", pattern=pattern, skip=("k_proj",), update="distill", gram="plain", distill_passes=2)
+    assert config.without_distillation() == PruneConfig("cosvar", pattern=pattern, skip=("k_proj",))
+    assert PruneConfig().without_distillation() == PruneConfig()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([{"input_ids": TOKENS}], r"update distill trains on windows .*one tensor \[nsamples, seqlen\] \(got list\)"),
+        (TOKENS[:1], r"tokens must be at least two windows"),
+    ],
+)
+def test_refuses_before_any_weight_changes(tokens, message):
+    model = make_model("llama")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match=message):
+        prune_model(model, tokens, PruneConfig(**DISTILL))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"distill_passes": 0}, r"distill_passes must be a whole number of at least 1 \(got 0\)"),
+        ({"distill_lr": 0}, r"distill_lr must be more than 0"),
+        ({"update": "obs+admm+distill"}, r"update takes only one of admm, mean, obs"),
+    ],
+)
+def test_refuses_settings(config, message):
+    with pytest.raises(InputError, match=message):
+        PruneConfig(**config)
+
+
+# --- on files ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    folder = save_dense(tmp_path_factory.mktemp("distill") / "dense")
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog"]
+    (folder.parent / "text.txt").write_text(" ".join(random.Random(0).choices(words, k=4000)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(dense):
+    """The output of a run that is not interrupted."""
+    _, path = prune(dense, dense.parent / "whole", calibration=MANY, **DISTILL)
+    return path
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_run_is_two_runs(dense, whole, tmp_path):
+    prune(dense, tmp_path / "pruned", calibration=MANY, update="admm")
+    text = recorded_text(read_report(tmp_path / "pruned"))
+    settings = heal_settings(PruneConfig(**DISTILL))
+    request = HealRequest(
+        str(tmp_path / "pruned"), tmp_path / "healed", text, None, settings, HealOptions(windows=MANY["nsamples"])
+    )
+    heal_folder(request)
+    assert weights_bytes(whole) == weights_bytes(tmp_path / "healed") != weights_bytes(tmp_path / "pruned")
+    report = read_report(whole)
+    assert report.config == PruneConfig(**DISTILL).to_dict()
+    assert report.extra["model"] == str(dense)
+    assert report.healing.loss_after < report.healing.loss_before
+    assert not verify(str(whole)).problems
+    assert ".whole" not in "".join(names(whole.parent))
+
+
+class Stops(Exception):
+    """Where a test ends a run."""
+
+
+def stop_pruning(patch):
+    def stopping(self, block, report):
+        raise Stops
+
+    patch.setattr(Progress, "block", stopping)
+
+
+def stop_between(patch):
+    def stopping(self, *arguments):
+        raise Stops
+
+    patch.setattr(heal_journal.HealJournal, "__init__", stopping)
+
+
+def stop_training(patch):
+    save = heal_journal.HealJournal.save
+
+    def stopping(self, tensors=()):
+        save(self, tensors)
+        if self.notes.get("step") == 2:
+            raise Stops
+
+    patch.setattr(heal_journal, "SAVE_SECONDS", 0)
+    patch.setattr(heal_journal, "SAVE_SHARE", 0)
+    patch.setattr(heal_journal.HealJournal, "save", stopping)
+
+
+@pytest.mark.parametrize("stop", [stop_pruning, stop_between, stop_training])
+def test_stopped_and_resumed(stop, dense, whole, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop(patch)
+        with pytest.raises(Stops):
+            prune(dense, out, calibration=MANY, **DISTILL)
+    assert not out.exists()
+    assert ".out.pruned.unfinished" in names(tmp_path)
+    with pytest.raises(InputError, match=r"resume: the unfinished run was another one: .*distill_passes was 3, now 2"):
+        prune(dense, out, {"resume": True}, MANY, **DISTILL | {"distill_passes": 2})
+    walked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "start", lambda self, *_: walked.append(1))
+        patch.setattr(Progress, "block", lambda *_: None)
+        prune(dense, out, {"resume": True}, MANY, **DISTILL)
+    assert len(walked) == (stop is stop_pruning), "a part that was done is not done again"
+    assert weights_bytes(out) == weights_bytes(whole)
+    assert names(tmp_path) == ["out"]
+
+
+def test_an_older_output_stays_until_the_new_one_is_there(dense, whole, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    prune(dense, out)
+    before = weights_bytes(out)
+    with pytest.raises(InputError, match=r"output folder .* exists; pass --overwrite"):
+        prune(dense, out, calibration=MANY, **DISTILL)
+    with monkeypatch.context() as patch:
+        stop_training(patch)
+        with pytest.raises(Stops):
+            prune(dense, out, {"overwrite": True}, MANY, **DISTILL)
+    assert weights_bytes(out) == before
+    prune(dense, out, {"overwrite": True}, MANY, **DISTILL)
+    assert weights_bytes(out) == weights_bytes(whole)
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("run", "calibration", "config", "message"),
+    [
+        ({}, {"nsamples": 1}, {}, r"tokens must be at least two windows"),
+        ({"max_memory": 1000}, {}, {}, r"max-memory must be at least \d+MB here \(got 0MB\)"),
+        ({"stats": "x"}, {}, {"order": "block"}, r"update distill does not go with stats"),
+        ({}, {"source": "nowhere.txt"}, {}, r"nowhere.txt"),
+    ],
+)
+def test_refuses_before_anything_is_written(run, calibration, config, message, dense, tmp_path):
+    with pytest.raises(InputError, match=message):
+        prune(dense, tmp_path / "out", run, MANY | calibration, **DISTILL, **config)
+    assert names(tmp_path) == []
+
+
+def test_the_plan_counts_it(dense):
+    text = Calibration(str(dense.parent / "text.txt"), 64, 16)
+    with_it, without = (
+        make_plan(str(dense), config, text, RunOptions(), torch.device("cpu"))
+        for config in (PruneConfig(**DISTILL), PruneConfig(update="admm"))
+    )
+    assert "distill" in {phase.phase for phase in with_it.phases}
+    assert with_it.seconds["distill"] > 0
+    assert "distill" not in without.seconds
+
+
+def test_from_the_command_line(dense, whole, tmp_path, capsys):
+    log = tmp_path / "log"
+    flags = ["--update", "admm", "--update", "distill", "--distill-passes", "3", "--distill-lr", "5e-4"]
+    text = ["--calibration", str(dense.parent / "text.txt"), "--nsamples", "64", "--seqlen", "16"]
+    files = ["--model", str(dense), "--output", str(tmp_path / "out"), "--log-json", str(log)]
+    assert main(["run", *files, *text, *flags, "--device", "cpu"]) == 0
+    assert "distilled on" in capsys.readouterr().out
+    assert weights_bytes(tmp_path / "out") == weights_bytes(whole)
+    events = [json.loads(line)["event"] for line in log.read_text().splitlines()]
+    assert events.index("block") < events.index("step")
