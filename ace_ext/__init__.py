@@ -4,6 +4,11 @@
 >>> report = prune_model(model, tokens, preset_config("fast", sparsity=0.5))
 """
 
+# ruff: noqa: E402
+from ace_ext.process_threads import wait_passively
+
+wait_passively()  # before the imports that load torch
+
 from ace_ext._moved import keep_old_paths
 from ace_ext.engine.api import prune_model
 from ace_ext.errors import InputError

@@ -11,7 +11,7 @@ import ace_ext
 SOURCES = Path(__file__).parent.parent / "ace_ext"
 
 LAYERS = [
-    {"errors", "version", "fingerprint", "process_memory", "records", "_registry"},
+    {"errors", "version", "fingerprint", "process_memory", "process_threads", "records", "_registry"},
     {"ops"},
     {"models"},
     {"data"},

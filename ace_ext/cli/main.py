@@ -6,13 +6,16 @@ and how to correct it); 130: interrupted.
 
 import argparse
 import logging
+import os
 import sys
 
 import shtab
+import torch
 
 from ace_ext.cli import compare, eval, heal, plan, run, verify
 from ace_ext.cli.args import OneLineParser
 from ace_ext.errors import InputError
+from ace_ext.process_threads import allowed_cpus
 from ace_ext.version import __version__
 
 VERBS = (run, heal, plan, compare, eval, verify)
@@ -35,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns its exit status."""
     args = build_parser().parse_args(argv)
     _quiet_libraries()
+    _limit_threads()
     try:
         status: int = args.action(args)
     except InputError as error:
@@ -44,6 +48,13 @@ def main(argv: list[str] | None = None) -> int:
         print("ace-prune: interrupted; run and heal go on with --resume where it stopped", file=sys.stderr)
         return 130
     return status
+
+
+def _limit_threads() -> None:
+    """No more threads than CPUs that the process may use, unless the user chose; more would wait for each other."""
+    cpus = allowed_cpus()
+    if "OMP_NUM_THREADS" not in os.environ and cpus < torch.get_num_threads():
+        torch.set_num_threads(cpus)
 
 
 def _quiet_libraries() -> None:

@@ -1,0 +1,47 @@
+"""OpenMP threads of this process: how they wait, and how many there should be.
+
+It imports nothing, so that it can run before torch loads its OpenMP library, which reads the environment once.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""Variables by which a user says how threads wait."""
+
+
+def wait_passively() -> None:
+    """Makes threads that wait for work sleep, where by default they spin.
+
+    On CPUs that other processes use too, spinning threads keep each other from working. Does nothing if the environment
+    says how to wait, or torch is loaded already.
+    """
+    if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+
+
+def allowed_cpus(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """How many CPUs this process may keep busy: those that it may run on, and no more than its control group's share
+    of time (``docker run --cpus``), rounded up."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = _share_of_version_2(cgroups) or _share_of_version_1(cgroups / "cpu")
+    return cpus if share is None else min(cpus, max(1, -int(-share // 1)))
+
+
+def _share_of_version_2(folder: Path) -> float | None:
+    """The CPUs of ``cpu.max``, which holds ``max`` or a quota, and a period."""
+    quota, _, period = _read(folder / "cpu.max").partition(" ")
+    return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() and int(period) else None
+
+
+def _share_of_version_1(folder: Path) -> float | None:
+    quota, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
+    return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() and int(period) else None
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
+        return ""
