@@ -35,9 +35,17 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
+def add_remote_code(parser: argparse.ArgumentParser) -> None:
+    """Adds the permission to run code that comes with a model; :func:`ace_ext.cli.main.main` reads it."""
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code among the model's files, if it needs any"
+    )
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds the model, how it is loaded, and the options of every verb that loads one."""
     parser.add_argument("--model", required=True, help="a folder, a .gguf file, or a hub name")
+    add_remote_code(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", choices=["auto", *WEIGHT_DTYPES], help="dtype of the weights")
     parser.add_argument("--text-field", default="text", help="the field of a .jsonl line (default: %(default)s)")

@@ -27,6 +27,7 @@ def add(commands: shared.Subparsers) -> None:
     parser.add_argument(
         "--dense", metavar="MODEL", help="the dense model (default: the one that FOLDER's report names)"
     )
+    shared.add_remote_code(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no line about what will be done")

@@ -13,6 +13,7 @@ import shtab
 from ace_ext.cli import compare, eval, heal, plan, run, verify
 from ace_ext.cli.args import OneLineParser
 from ace_ext.errors import InputError
+from ace_ext.models.location import remote_code
 from ace_ext.version import __version__
 
 VERBS = (run, heal, plan, compare, eval, verify)
@@ -36,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     _quiet_libraries()
     try:
-        status: int = args.action(args)
+        with remote_code(args.trust_remote_code):
+            status: int = args.action(args)
     except InputError as error:
         print(f"ace-prune: {error}", file=sys.stderr)
         return 2

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import quiet_stderr
@@ -14,6 +15,26 @@ from ace_ext.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+
+_REMOTE_CODE: ContextVar[bool] = ContextVar("remote_code", default=False)
+
+
+@contextmanager
+def remote_code(allowed: bool) -> Iterator[None]:
+    """While it lasts, whether Python code among a model's files may run, in this thread. Outside it never does; what
+    loads a model asks :func:`remote_code_allowed`, so none can forget to pass the answer on."""
+    token = _REMOTE_CODE.set(allowed)
+    try:
+        yield
+    finally:
+        _REMOTE_CODE.reset(token)
+
+
+def remote_code_allowed() -> bool:
+    """The value of ``trust_remote_code`` for each call of transformers. Never None: then transformers would ask on the
+    terminal, and take a ``y`` from a pipe for an answer."""
+    return _REMOTE_CODE.get()
 
 
 @dataclass(frozen=True)
@@ -24,9 +45,10 @@ class ModelLocation:
     gguf_file: str | None = None
 
     @property
-    def options(self) -> dict[str, str]:
+    def options(self) -> dict[str, Any]:
         """Arguments of ``from_pretrained`` beside the name."""
-        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+        file = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+        return {**file, "trust_remote_code": remote_code_allowed()}
 
     def config(self) -> PreTrainedConfig:
         """The model's configuration. Raises what transformers raises; see :func:`as_input_error`."""
@@ -71,4 +93,9 @@ def as_input_error(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        if "trust_remote_code" in str(error) and not remote_code_allowed():
+            raise InputError(
+                f"{what}: it needs Python code that comes with it, which does not run unless you ask for it; read that "
+                "code, then pass --trust-remote-code"
+            ) from error
         raise InputError(f"{what}: {' '.join(str(error).split())[:400]}") from error
