@@ -9,7 +9,6 @@ from ace_ext.data.corpora import SOURCES
 from ace_ext.healing.progress import HealProgress
 from ace_ext.healing.settings import HealSettings
 from ace_ext.process_memory import parse_bytes
-from ace_ext.reporting.html import check_report
 from ace_ext.reporting.run_page import write_run_report
 from ace_ext.runs.heal import TOKENS, HealOptions, HealRequest, heal_folder
 from ace_ext.runs.heal_text import recorded_text
@@ -92,8 +91,7 @@ def request_from(args: argparse.Namespace) -> HealRequest:
 
 def heal(args: argparse.Namespace) -> int:
     """Runs the verb; returns the exit status."""
-    if args.report is not None:
-        check_report(args.report)
+    shared.check_written(args)
     request = request_from(args)
     with contextlib.ExitStack() as opened:
         progress = HealProgress(shared.shows_progress(args), shared.open_log(args.log_json, opened))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ace_ext.errors import InputError
+from ace_ext.errors import InputError, one_line
 from ace_ext.models._transformers import quiet_stderr
 from ace_ext.models.tokenizer import Tokenizer
 
@@ -89,13 +89,23 @@ def locate(source: str) -> ModelLocation:
 
 @contextmanager
 def as_input_error(what: str) -> Iterator[None]:
-    """Turns what transformers raises for files that it cannot load into ``InputError("<what>: <reason>")``."""
+    """Turns what transformers raises for files that it cannot load into ``InputError("<what>: <reason>")``.
+
+    That can be anything: a configuration of wrong types ends wherever its values are first used, and a tokenizer in an
+    error of a Rust library, which is not even an ``Exception``.
+    """
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except InputError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # an interruption
         if "trust_remote_code" in str(error) and not remote_code_allowed():
             raise InputError(
                 f"{what}: it needs Python code that comes with it, which does not run unless you ask for it; read that "
                 "code, then pass --trust-remote-code"
             ) from error
-        raise InputError(f"{what}: {' '.join(str(error).split())[:400]}") from error
+        known = isinstance(error, (OSError, ValueError, ImportError))  # these say what is wrong
+        kind = "" if known else f"{type(error).__name__}: "
+        raise InputError(f"{what}: {kind}{one_line(error)}; check its files, or fetch them again") from error
