@@ -54,7 +54,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "tune": ("pruning.block_tuning",),
     "unpacking": ("models.gguf",),
     "verify": ("runs.verify",),
-    "workspace": ("runs.workspace", "fingerprint"),
+    "workspace": ("runs.workspace", "runs.unfinished", "fingerprint"),
 }
 """By the module's name in 0.1: the modules that hold its names now."""
 

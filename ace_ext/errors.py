@@ -6,3 +6,9 @@ class InputError(ValueError):
 
     The message is one line: which argument, what was found, how to correct it.
     """
+
+
+def one_line(error: BaseException, longest: int = 400) -> str:
+    """An exception's message without line breaks, cut to ``longest`` characters; its type where it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"

@@ -84,6 +84,7 @@ class BlockReport:
     def from_dict(cls, data: Mapping[str, Any]) -> "BlockReport":
         """The reverse of ``dataclasses.asdict``, also of one that was written as JSON."""
         tuning = data.get("tuning")
+        _check_kinds(data, name=str, seconds=float)
         return cls(
             data["name"],
             data["seconds"],
@@ -217,7 +218,17 @@ def _figures_of(kind: str, matrices: list[MatrixReport]) -> list[str]:
 
 def _matrix_from_dict(data: Mapping[str, Any]) -> MatrixReport:
     fields = {key: value for key, value in data.items() if key != "sparsity"}
-    fields["shape"] = tuple(fields["shape"])
+    rows, cols = fields["shape"]
+    fields["shape"] = (rows, cols)
+    _check_kinds(fields, name=str, keep=int, nonzero=int, tokens=int, relative_error=float, cosine=float)
+    _check_kinds({"rows": rows, "columns": cols}, rows=int, columns=int)
     if fields.get("solution") is not None:  # absent from reports written before there were solvers
         fields["solution"] = Solution(**fields["solution"])
     return MatrixReport(**fields)
+
+
+def _check_kinds(data: Mapping[str, Any], **kinds: type) -> None:
+    """Raises TypeError for a value read from JSON that is not of its kind; a whole number is a float too."""
+    for name, kind in kinds.items():
+        if type(data[name]) is not kind and not (kind is float and type(data[name]) is int):
+            raise TypeError(f"{name} must be {kind.__name__} (got {data[name]!r})")

@@ -1,6 +1,7 @@
 """Tiny models as folders on disk, and runs over them as the command line makes them."""
 
 import contextlib
+import hashlib
 import multiprocessing
 import os
 import subprocess
@@ -99,3 +100,46 @@ def spawn(arguments: list[str], **environment) -> subprocess.Popen:
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     pipe = subprocess.PIPE
     return subprocess.Popen(arguments, stdout=pipe, stderr=pipe, text=True, cwd=tempfile.gettempdir(), env=env)
+
+
+def tree(place: Path) -> dict[str, str]:
+    """Everything below a folder: each file's hash, where links lead, and folders."""
+    found = {}
+    for path in sorted(place.rglob("*")):
+        name = str(path.relative_to(place))
+        if path.is_symlink():
+            found[name] = f"link to {os.readlink(path)}"
+        elif path.is_file():
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        else:
+            found[name] = "folder" if path.is_dir() else "other"
+    return found
+
+
+def bad_input(capsys, verb: str, model: Path, *options, output: str | Path = "bad") -> str:
+    """The error of a call of the command line in this process, which must be one line with status 2 and no result.
+    ``verb``: ``run`` writes to ``output`` beside the model; ``eval`` and ``verify`` take no pruning options."""
+    text = ("--calibration", model.parent / "text.txt", "--nsamples", 4, "--seqlen", 8)
+    arguments = {
+        "run": ("run", "--model", model, "--output", model.parent / output, *text, *options),
+        "plan": ("plan", "--model", model, *text, *options),
+        "eval": ("eval", "--model", model, "--text", model.parent / "text.txt", "--seqlen", 8),
+        "verify": ("verify", model),
+    }[verb]
+    status, out, error = call(capsys, *arguments)
+    assert status == 2, (status, error)
+    assert error.count("\n") == 1, error
+    assert error.startswith("ace-prune"), error
+    assert out == ""
+    return error
+
+
+def call(capsys, *arguments) -> tuple[int, str, str]:
+    """Status, stdout and stderr of a call of the command line in this process."""
+    capsys.readouterr()
+    try:
+        status = cli.main([str(part) for part in arguments])
+    except SystemExit as end:  # argparse's own way out
+        status = int(end.code or 0)
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err

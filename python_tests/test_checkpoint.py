@@ -74,7 +74,7 @@ def test_check_output_refuses_and_leaves_nothing(tmp_path):
         (tmp_path / "file", True, "is a file"),
         (tmp_path / "file" / "out", False, "cannot be written"),
         (tmp_path / "photos", False, "exists; pass --overwrite"),
-        (tmp_path / "photos", True, "holds something that is no model; it will not be replaced"),
+        (tmp_path / "photos", True, "has no ace_manifest.json, so ace-prune did not write it"),
     ]:
         with pytest.raises(InputError, match=message):
             check_output(output, overwrite)

@@ -190,6 +190,9 @@ def test_stopped_and_resumed(stop, dense, whole, tmp_path, monkeypatch):
     assert len(walked) == (stop is stop_pruning), "a part that was done is not done again"
     assert weights_bytes(out) == weights_bytes(whole)
     assert names(tmp_path) == ["out"]
+    again, _ = prune(dense, out, {"resume": True}, MANY, **DISTILL)
+    assert again.healing == read_report(out).healing, "what had finished is not done again"
+    assert names(tmp_path) == ["out"]
 
 
 def test_an_older_output_stays_until_the_new_one_is_there(dense, whole, tmp_path, monkeypatch):

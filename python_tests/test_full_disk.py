@@ -13,10 +13,9 @@ from folders import command, prune, save_dense, weights_bytes
 
 from ace_ext import InputError
 from ace_ext.cli import main as cli
-from ace_ext.engine import hidden_states
 from ace_ext.formats import dense as dense_format
-from ace_ext.models import safetensors_files
-from ace_ext.runs import workspace
+from ace_ext.models import hidden_states, safetensors_files
+from ace_ext.runs import unfinished
 from ace_ext.runs.workspace import Workspace
 
 
@@ -40,7 +39,7 @@ def fail_at(monkeypatch, place: str, number: int, code: int = errno.ENOSPC):
         "state": (Workspace, "_write_state"),
         "hidden": (hidden_states.HiddenStates, "_write"),
         "copy": (dense_format, "copy_model"),
-        "finish": (workspace, "_open_to_others"),
+        "finish": (unfinished, "_open_to_others"),
     }[place]
     real, calls = getattr(owner, name), []
 
@@ -88,7 +87,7 @@ def test_another_error_is_named(dense, tmp_path, monkeypatch):
 
 def test_the_status_is_2_and_the_line_is_one(dense, tmp_path, monkeypatch, capsys):
     fail_at(monkeypatch, "weights", 2)
-    assert cli.main(command(dense, tmp_path / "out")[3:]) == 2
+    assert cli.main([*command(dense, tmp_path / "out")[3:], "--quiet"]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("ace-prune: output ")
     assert printed.err.count("\n") == 1

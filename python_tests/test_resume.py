@@ -16,7 +16,8 @@ from tiny_models import make_model
 from ace_ext import InputError
 from ace_ext.fingerprint import differences, fingerprint_of_files
 from ace_ext.runs import pipeline
-from ace_ext.runs.workspace import Workspace, recover
+from ace_ext.runs.unfinished import recover
+from ace_ext.runs.workspace import Workspace
 
 # Killed
 
@@ -301,7 +302,7 @@ def crash_in_finish(monkeypatch, renames: int):
             done.append(None)
         real(source, target)
 
-    monkeypatch.setattr("ace_ext.runs.workspace.os.replace", replace)
+    monkeypatch.setattr("ace_ext.runs.unfinished.os.replace", replace)
     if renames == 2:
         monkeypatch.setattr(Workspace, "remove", lambda self: (_ for _ in ()).throw(Crash()))
 
@@ -316,8 +317,12 @@ def test_a_crash_around_the_renames(renames, then, replacing, tmp_path, monkeypa
             prune(dense, tmp_path / "out", {"overwrite": True})
     _, whole = prune(dense, tmp_path / "whole")
     if then == "refused":  # without --overwrite what is there is never replaced, and it is there
-        with pytest.raises(InputError, match="exists; pass --overwrite"):
+        if renames == 2:  # it is the new one: the run was done
             prune(dense, tmp_path / "out", RESUME)
+            assert sorted(f.name for f in tmp_path.iterdir()) == ["dense", "out", "text.txt", "whole"]
+        else:
+            with pytest.raises(InputError, match="exists; pass --overwrite"):
+                prune(dense, tmp_path / "out", RESUME)
         assert weights_bytes(tmp_path / "out") == (weights_bytes(whole) if renames == 2 else old)
         return
     prune(dense, tmp_path / "out", {"overwrite": True, "resume": then == "resume"})
@@ -386,7 +391,7 @@ def test_a_lock_whose_folder_went_is_none(tmp_path, monkeypatch):
             shutil.rmtree(tmp_path / ".out.unfinished")
         real(file, how)
 
-    monkeypatch.setattr("ace_ext.runs.workspace.fcntl.flock", flock)
+    monkeypatch.setattr("ace_ext.runs.unfinished.fcntl.flock", flock)
     workspace = Workspace(tmp_path / "out", {})
     assert len(calls) == 2
     with pytest.raises(InputError, match="another run"):

@@ -1,10 +1,13 @@
 """A valid folder passes; every kind of damage is reported."""
 
+import json
+import shutil
+
 import pytest
-from folders import prune, save_dense
+import torch
+from folders import call, prune, save_dense
 from safetensors.torch import load_file, save_file
 
-from ace_ext import InputError
 from ace_ext.runs.verify import verify
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -65,16 +68,128 @@ def test_damage_is_found(tmp_path, config, damage, message):
     assert message in problems
 
 
-def test_missing_pieces(tmp_path):
-    out = write(tmp_path / "out")
-    tensors = load_file(out / "model.safetensors")
-    del tensors[UP]
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=f"has no tensor {UP}"):
-        verify(out)
-    (out / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="holds no safetensors"):
-        verify(out)
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    place = tmp_path_factory.mktemp("sound")
+    return write(place / "out")
+
+
+@pytest.fixture
+def out(sound, tmp_path):
+    return shutil.copytree(sound, tmp_path / "out")
+
+
+def edit_report(out, change):
+    data = json.loads((out / "ace_report.json").read_text())
+    change(data)
+    (out / "ace_report.json").write_text(json.dumps(data))
+
+
+def drop(name):
+    def change(out):
+        tensors = {n: t for n, t in load_file(out / "model.safetensors").items() if not n.startswith(name)}
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
+def put(name, value):
+    def change(out):
+        tensors = load_file(out / "model.safetensors")
+        tensors[name] = value(tensors[name])
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
+def configure(**values):
+    def change(out):
+        config = json.loads((out / "config.json").read_text())
+        (out / "config.json").write_text(json.dumps(config | values))
+
+    return change
+
+
+def report(change):
+    return lambda out: edit_report(out, change)
+
+
+DENSE_UP = lambda w: torch.ones_like(w)  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (report(lambda r: r.update(blocks=[])), "model.layers.0.self_attn.q_proj: not in the report"),
+        (report(lambda r: r["blocks"].pop(1)), "model.layers.1.self_attn.q_proj: not in the report"),
+        (report(lambda r: r["blocks"][0]["matrices"].pop(0)), "model.layers.0.self_attn.q_proj: not in the report"),
+        (report(lambda r: r["blocks"][0]["matrices"][0].update(name="lm_head")), "lm_head: in the report, but no"),
+        (report(lambda r: r["blocks"][0]["matrices"][0].update(shape=[1, 2])), "but the report says [1, 2]"),
+        (report(lambda r: r["config"].update(sparsity=0.75)), "rows keep more than 8"),
+        (report(lambda r: r["config"].update(skip=["q_proj"])), "q_proj: in the report, but no matrix that the run"),
+        (report(lambda r: r["config"].update(pattern="2:4", sparsity=0.5)), "groups of 4 keep more than 2"),
+        (report(lambda r: r["config"].update(pattern="2:5")), "not in whole groups of 5"),
+        (drop("model.embed_tokens"), "model.embed_tokens.weight: missing"),
+        (drop("model.norm"), "model.norm.weight: missing"),
+        (drop(UP), f"{UP}: missing"),
+        (drop("model.layers.1."), "model.layers.1.self_attn.q_proj.weight: missing"),
+        (put("model.norm.weight", lambda w: w * float("nan")), "model.norm.weight: holds NaN or infinity"),
+        (
+            put("model.norm.weight", lambda w: w[:-1].clone()),
+            "model.norm.weight: shape [31], but config.json says [32]",
+        ),
+        (put(UP, lambda w: w[:-1].clone()), "[47, 32], but it should be [48, 32]"),
+        (put(UP, DENSE_UP), "48 of 48 rows keep more than 16"),
+        (configure(num_hidden_layers=2), "model.layers.2.self_attn.q_proj.weight: not in the model"),
+        (configure(num_hidden_layers=4), "model.layers.3.self_attn.q_proj.weight: missing"),
+        (configure(hidden_size=64), "but config.json says"),
+        (configure(vocab_size=60), "model.embed_tokens.weight: shape [64, 32], but config.json says [60, 32]"),
+        (configure(num_hidden_layers=None), "could not be"),
+        (configure(model_type="bert"), "is an encoder"),
+        (lambda out: (out / "config.json").write_text("null"), "could not be"),
+        (lambda out: (out / "tokenizer.json").write_text("{}"), "could not be loaded"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_should_be_there_follows_from_the_configuration(change, message, out, capsys):
+    change(out)
+    status, printed, error = call(capsys, "verify", out)
+    assert status == 1, error
+    assert error == ""
+    assert message in printed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda out: (out / "ace_report.json").write_text("[" * 100000), "is no report"),
+        (lambda out: (out / "ace_report.json").write_bytes(b"\xff"), "is no report"),
+        (lambda out: (out / "ace_report.json").write_text("null"), "is no report"),
+        (report(lambda r: r.update(config=None)), "is no report"),
+        (report(lambda r: r["config"].update(sparsity="x")), "is no report"),
+        (report(lambda r: r["config"].update(group="cells")), "is no report"),
+        (report(lambda r: r["config"].update(skip=5)), "is no report"),
+        (report(lambda r: r["config"].pop("pattern")), "is no report"),
+        (report(lambda r: r["blocks"][0]["matrices"][0].update(name=5)), "is no report"),
+        (report(lambda r: r["blocks"][0]["matrices"][0].update(shape="ab")), "is no report"),
+        (report(lambda r: r["blocks"][0]["matrices"][0].update(nonzero="many")), "is no report"),
+        (report(lambda r: r["blocks"][0].update(matrices=None)), "is no report"),
+        (lambda out: (out / "model.safetensors").unlink(), "holds no safetensors"),
+        (lambda out: (out / "model.safetensors").write_bytes(b"short"), "is no whole safetensors file"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_folders_that_cannot_be_checked(change, message, out, capsys):
+    change(out)
+    status, printed, error = call(capsys, "verify", out)
+    assert status == 2, printed
+    assert printed == ""
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_skipped_matrices_stay_dense(tmp_path):
+    assert not verify(write(tmp_path / "out", skip=["q_proj", r"layers\.1\."])).problems
 
 
 def test_a_folder_that_does_not_load(tmp_path):

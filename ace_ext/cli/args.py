@@ -3,6 +3,8 @@ without a change here."""
 
 import argparse
 import contextlib
+import io
+import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -21,7 +23,10 @@ from ace_ext.pruning.presets import DEFAULT_PRESET, PRESETS, PUBLISHED, preset_c
 from ace_ext.pruning.settings import Setting
 from ace_ext.pruning.solver_config import UPDATES, option_help, solver_names, solver_settings, update_names
 from ace_ext.pruning.solvers import MaskSolver, Solver, solvers_of
+from ace_ext.reporting.html import check_report
 from ace_ext.runs.options import OFFLOAD, Calibration, RunOptions, RunRequest
+from ace_ext.runs.output import check_outside, output_path
+from ace_ext.runs.own_files import check_replaceable, is_log
 
 Subparsers = Any
 """What ``add_subparsers`` returns; the class is private to argparse."""
@@ -35,9 +40,17 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
+def add_remote_code(parser: argparse.ArgumentParser) -> None:
+    """Adds the permission to run code that comes with a model; :func:`ace_ext.cli.main.main` reads it."""
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code among the model's files, if it needs any"
+    )
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds the model, how it is loaded, and the options of every verb that loads one."""
     parser.add_argument("--model", required=True, help="a folder, a .gguf file, or a hub name")
+    add_remote_code(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", choices=["auto", *WEIGHT_DTYPES], help="dtype of the weights")
     parser.add_argument("--text-field", default="text", help="the field of a .jsonl line (default: %(default)s)")
@@ -175,6 +188,29 @@ def add_reports(group: Any, each: str) -> None:
     group.add_argument("--log-json", metavar="FILE", help=f"write a JSON line for each {each}; - for stderr")
 
 
+class LogFile(io.TextIOWrapper):
+    """The file of ``--log-json``. A disk error names it, and not the output."""
+
+    def write(self, text: str) -> int:
+        """As of any text file. Raises InputError if it cannot be written."""
+        try:
+            return super().write(text)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def flush(self) -> None:
+        """As of any text file. Raises InputError if it cannot be written."""
+        try:
+            super().flush()
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> InputError:
+        return InputError(
+            f"log-json {self.name!r} cannot be written: {error.strerror}; mend that and go on with --resume"
+        )
+
+
 def open_log(name: str | None, opened: contextlib.ExitStack) -> TextIO | None:
     """The file of ``--log-json``, which ``opened`` closes; None without one.
 
@@ -184,9 +220,33 @@ def open_log(name: str | None, opened: contextlib.ExitStack) -> TextIO | None:
     if name is None or name == "-":
         return sys.stderr if name else None
     try:
-        return opened.enter_context(open(name, "a", encoding="utf-8"))
+        return opened.enter_context(LogFile(open(name, "ab", opener=_open_own), encoding="utf-8"))
     except OSError as error:
         raise InputError(f"log-json {name!r} cannot be written: {error.strerror}; give another file") from error
+
+
+def _open_own(name: str, flags: int) -> int:
+    return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)  # follows no link and waits for no pipe
+
+
+def check_written(args: argparse.Namespace) -> None:
+    """Checks the files that a run writes beside its output, before it starts.
+
+    Raises:
+        InputError: one of them is in the output folder, cannot be written, or would replace a file of another kind; or
+            two are the same.
+    """
+    output = output_path(args.output)
+    if args.report is not None:
+        check_report(args.report)
+        check_outside(output, "report", args.report)
+    if args.log_json not in (None, "-"):
+        check_replaceable("log-json", Path(args.log_json), "log of ace-prune", is_log)
+        check_outside(output, "log-json", Path(args.log_json))
+    files = [args.report, args.log_json, getattr(args, "save_stats", None)]
+    given = [os.path.realpath(file) for file in files if file not in (None, "-")]
+    if len(set(given)) < len(given):
+        raise InputError(f"report, log-json and save-stats must be different files (got {', '.join(given)})")
 
 
 def request_from(args: argparse.Namespace, **options: Any) -> RunRequest:

@@ -9,7 +9,6 @@ from ace_ext.data.corpora import SOURCES
 from ace_ext.healing.progress import HealProgress
 from ace_ext.healing.settings import HealSettings
 from ace_ext.process_memory import parse_bytes
-from ace_ext.reporting.html import check_report
 from ace_ext.reporting.run_page import write_run_report
 from ace_ext.runs.heal import TOKENS, HealOptions, HealRequest, heal_folder
 from ace_ext.runs.heal_text import recorded_text
@@ -27,6 +26,7 @@ def add(commands: shared.Subparsers) -> None:
     parser.add_argument(
         "--dense", metavar="MODEL", help="the dense model (default: the one that FOLDER's report names)"
     )
+    shared.add_remote_code(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no line about what will be done")
@@ -91,8 +91,7 @@ def request_from(args: argparse.Namespace) -> HealRequest:
 
 def heal(args: argparse.Namespace) -> int:
     """Runs the verb; returns the exit status."""
-    if args.report is not None:
-        check_report(args.report)
+    shared.check_written(args)
     request = request_from(args)
     with contextlib.ExitStack() as opened:
         progress = HealProgress(shared.shows_progress(args), shared.open_log(args.log_json, opened))

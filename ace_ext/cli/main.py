@@ -15,6 +15,7 @@ import torch
 from ace_ext.cli import compare, eval, heal, plan, run, verify
 from ace_ext.cli.args import OneLineParser
 from ace_ext.errors import InputError
+from ace_ext.models.location import remote_code
 from ace_ext.process_threads import allowed_cpus
 from ace_ext.version import __version__
 
@@ -40,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     _quiet_libraries()
     _limit_threads()
     try:
-        status: int = args.action(args)
+        with remote_code(args.trust_remote_code):
+            status: int = args.action(args)
     except InputError as error:
         print(f"ace-prune: {error}", file=sys.stderr)
         return 2

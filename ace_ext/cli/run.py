@@ -8,7 +8,6 @@ from pathlib import Path
 from ace_ext.cli import args as shared
 from ace_ext.engine.progress import Progress
 from ace_ext.formats import DEFAULT_FORMAT, FORMATS
-from ace_ext.reporting.html import check_report
 from ace_ext.reporting.run_page import write_run_report
 from ace_ext.runs.pipeline import prune_folder
 
@@ -61,8 +60,7 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the verb; returns the exit status."""
-    if args.report is not None:
-        check_report(args.report)
+    shared.check_written(args)
     request = shared.request_from(
         args,
         overwrite=args.overwrite,

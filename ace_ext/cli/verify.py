@@ -11,6 +11,7 @@ def add(commands: shared.Subparsers) -> None:
     """Adds the verb to the command line."""
     parser = commands.add_parser("verify", help="check the sparsity of a written folder")
     parser.add_argument("folder", help="a folder that ace-prune run wrote")
+    shared.add_remote_code(parser)
     parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
     parser.set_defaults(action=check)
 

@@ -6,6 +6,7 @@ inside the functions that need it.
 
 import contextlib
 import io
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -22,6 +23,12 @@ bfloat16, the second for float16 only."""
 
 _ATTENTION = "_attn_implementation"
 """Of a configuration: which code computes attention. ``"eager"`` keeps the attention weights of all tokens."""
+
+_LEFT_OUT = "_keys_to_ignore_on_load_unexpected"
+"""Of a model: patterns of stored tensors that a model of its class leaves out."""
+
+_STORED_ONCE = ("rotary_emb.inv_freq", "position_ids")
+"""Buffers that older versions stored, and newer ones compute."""
 
 _CACHES = ("cache", "past_key_values")
 """Of a model's output and of its arguments: the key and value cache, by its newer and its older name."""
@@ -61,6 +68,22 @@ def text_config(model: nn.Module) -> Any:
 def attends_eagerly(model: nn.Module) -> bool:
     """Whether a model's attention allocates its weights, ``[batch, heads, seqlen, seqlen]``."""
     return bool(getattr(model.config, _ATTENTION) == "eager")
+
+
+def is_encoder(model: nn.Module) -> bool:
+    """Whether each token of a model also sees those after it, so that it does not predict the next one: its attention
+    says ``is_causal``, and nowhere that it is. Attention that does not say is taken to be causal."""
+    causal = [bool(module.is_causal) for module in model.modules() if hasattr(module, "is_causal")]
+    return bool(causal) and not any(causal)
+
+
+def is_left_out(model: nn.Module, name: str) -> bool:
+    """Whether transformers leaves a stored tensor out without a word, because a model of this class has no use for it:
+    by the list of the class, or because it is a buffer that older versions stored."""
+    patterns = set(getattr(model, _LEFT_OUT, None) or ())
+    buffers = [buffer for buffer, _ in model.named_buffers()]
+    patterns |= {rf"{own}$" for own in _STORED_ONCE if any(buffer.endswith(own) for buffer in buffers)}
+    return any(re.search(pattern, name) for pattern in patterns)
 
 
 def _method(owner: object, name: str) -> Callable[[], Any]:

@@ -1,5 +1,6 @@
 """Loads a model with its tokenizer, from a folder, a hub name or a GGUF file."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,7 +8,13 @@ import torch
 from torch import nn
 
 from ace_ext.errors import InputError
-from ace_ext.models._transformers import dequantize_options, forget_quantization_, quantization_of, quiet_stderr
+from ace_ext.models._transformers import (
+    dequantize_options,
+    forget_quantization_,
+    is_encoder,
+    quantization_of,
+    quiet_stderr,
+)
 from ace_ext.models.location import ModelLocation, as_input_error, locate
 from ace_ext.models.tokenizer import Tokenizer
 
@@ -33,7 +40,8 @@ def load_model(source: str, dtype: str = "auto", device: str | torch.device = "c
         device: where to put the weights.
 
     Raises:
-        InputError: nothing there, or nothing that transformers can load, or quantized weights.
+        InputError: nothing there, or nothing that transformers can load; quantized weights; weights that do not fit
+            the configuration; a model that does not predict the next token.
     """
     from transformers import AutoModelForCausalLM
 
@@ -44,7 +52,12 @@ def load_model(source: str, dtype: str = "auto", device: str | torch.device = "c
     options = location.options | (dequantize_options() if unpacks else {})
     with as_input_error(f"model {source!r} could not be loaded"), quiet_stderr():
         tokenizer = location.tokenizer()
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(location.name, dtype=wanted, **options)
+        model: nn.Module
+        model, found = AutoModelForCausalLM.from_pretrained(
+            location.name, dtype=wanted, output_loading_info=True, **options
+        )
+    check_fit(source, found["missing_keys"], found["unexpected_keys"])
+    check_causal(source, model)
     quantization = quantization_of(model)
     if quantization is not None and not unpacks:
         raise InputError(
@@ -52,6 +65,42 @@ def load_model(source: str, dtype: str = "auto", device: str | torch.device = "c
         )
     forget_quantization_(model)
     return LoadedModel(model.to(device).eval(), tokenizer, source)
+
+
+def check_fit(source: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Checks that the files hold what the configuration asks for. transformers would fill a parameter that they lack
+    with random numbers, and leave out a tensor that it does not know.
+
+    Args:
+        source: the model, as the user named it.
+        missing: parameters that the files lack.
+        unexpected: tensors of the files that the model does not read.
+
+    Raises:
+        InputError: there are any; it names the first of them.
+    """
+    kinds = (("missing", missing), ("not in the model", unexpected))
+    found = [f"{kind}: {_some(sorted(names))}" for kind, names in kinds if names]
+    if found:
+        raise InputError(
+            f"model {source!r}: its weights do not fit its configuration ({'; '.join(found)}); correct config.json "
+            "(model_type, num_hidden_layers), or fetch the files again"
+        )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(name[:200] for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def check_causal(source: str, model: nn.Module) -> None:
+    """Raises :class:`InputError` for a model that does not predict the next token, of which no perplexity means
+    anything."""
+    if is_encoder(model):
+        raise InputError(
+            f"model {source!r} is an encoder: each token sees those after it, so it does not predict the next one; if "
+            'it was trained to, set "is_decoder": true in config.json; else prune it with ace_ext.prune_model'
+        )
 
 
 def check_dtype(dtype: str) -> None:

@@ -4,16 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ace_ext.errors import InputError
+from ace_ext.errors import InputError, one_line
 from ace_ext.models._transformers import quiet_stderr
 from ace_ext.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+
+_REMOTE_CODE: ContextVar[bool] = ContextVar("remote_code", default=False)
+
+
+@contextmanager
+def remote_code(allowed: bool) -> Iterator[None]:
+    """While it lasts, whether Python code among a model's files may run, in this thread. Outside it never does; what
+    loads a model asks :func:`remote_code_allowed`, so none can forget to pass the answer on."""
+    token = _REMOTE_CODE.set(allowed)
+    try:
+        yield
+    finally:
+        _REMOTE_CODE.reset(token)
+
+
+def remote_code_allowed() -> bool:
+    """The value of ``trust_remote_code`` for each call of transformers. Never None: then transformers would ask on the
+    terminal, and take a ``y`` from a pipe for an answer."""
+    return _REMOTE_CODE.get()
 
 
 @dataclass(frozen=True)
@@ -24,9 +45,10 @@ class ModelLocation:
     gguf_file: str | None = None
 
     @property
-    def options(self) -> dict[str, str]:
+    def options(self) -> dict[str, Any]:
         """Arguments of ``from_pretrained`` beside the name."""
-        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+        file = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+        return {**file, "trust_remote_code": remote_code_allowed()}
 
     def config(self) -> PreTrainedConfig:
         """The model's configuration. Raises what transformers raises; see :func:`as_input_error`."""
@@ -67,8 +89,23 @@ def locate(source: str) -> ModelLocation:
 
 @contextmanager
 def as_input_error(what: str) -> Iterator[None]:
-    """Turns what transformers raises for files that it cannot load into ``InputError("<what>: <reason>")``."""
+    """Turns what transformers raises for files that it cannot load into ``InputError("<what>: <reason>")``.
+
+    That can be anything: a configuration of wrong types ends wherever its values are first used, and a tokenizer in an
+    error of a Rust library, which is not even an ``Exception``.
+    """
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise InputError(f"{what}: {' '.join(str(error).split())[:400]}") from error
+    except InputError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # an interruption
+        if "trust_remote_code" in str(error) and not remote_code_allowed():
+            raise InputError(
+                f"{what}: it needs Python code that comes with it, which does not run unless you ask for it; read that "
+                "code, then pass --trust-remote-code"
+            ) from error
+        known = isinstance(error, (OSError, ValueError, ImportError))  # these say what is wrong
+        kind = "" if known else f"{type(error).__name__}: "
+        raise InputError(f"{what}: {kind}{one_line(error)}; check its files, or fetch them again") from error

@@ -84,6 +84,12 @@ class Shards:
     def __contains__(self, name: str) -> bool:
         return name in self.entries or name in self._layout
 
+    def unread(self, model: nn.Module) -> list[str]:
+        """The names of stored tensors that no parameter or buffer of an adopted model is read from, sorted."""
+        own = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        pieces = {piece.name for stored in self._layout.values() for piece in stored.pieces}
+        return sorted(self.entries.keys() - {name for name, _ in own} - pieces)
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the first tensor."""
@@ -197,13 +203,22 @@ def _files(folder: Path) -> list[Path]:
         raise InputError(f"{str(folder)!r} has no {SINGLE} and no {INDEX}; save the model with save_pretrained")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [folder / name for name in names]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        for name in names:
+            _check_name(name)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(f"{index} is no index of safetensors: {error!r}; fetch it again") from error
+    files = [folder / name for name in names]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise InputError(f"{str(folder)!r} misses {', '.join(missing)} that its index names; fetch them again")
     return files
+
+
+def _check_name(name: str) -> None:
+    """Raises ValueError for a name in an index that leads out of the model's folder, or is none of safetensors: what it
+    names is copied, and patched in the copy."""
+    if name != Path(name).name or "\\" in name or "\0" in name or not name.endswith(".safetensors"):
+        raise ValueError(f"{name[:200]!r} is no name of a .safetensors file in the same folder")
 
 
 def _read_header(path: Path) -> dict[str, Entry]:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ace_ext.models._transformers import stays_float32
-from ace_ext.models.loading import WEIGHT_DTYPES, check_dtype
-from ace_ext.models.location import ModelLocation, as_input_error
+from ace_ext.models._transformers import is_left_out, stays_float32
+from ace_ext.models.loading import WEIGHT_DTYPES, check_causal, check_dtype, check_fit
+from ace_ext.models.location import ModelLocation, as_input_error, remote_code_allowed
 from ace_ext.models.safetensors_files import Shards
 
 if TYPE_CHECKING:
@@ -25,20 +25,36 @@ def skeleton(folder: str | Path, shards: Shards | None, dtype: str = "auto") -> 
     are float32 whatever ``dtype`` is.
 
     Raises:
-        InputError: transformers does not know the folder's configuration, or ``dtype`` is none of
-            :data:`ace_ext.models.loading.WEIGHT_DTYPES`.
+        InputError: transformers does not know the folder's configuration, it is that of an encoder, or ``dtype`` is
+            none of :data:`ace_ext.models.loading.WEIGHT_DTYPES`.
     """
     check_dtype(dtype)
     with as_input_error(f"model {str(folder)!r} could not be laid out"):
         config = ModelLocation(str(folder)).config()
         main = dtype_of(config, shards, dtype)
         model = empty_model(config, main)
+    check_causal(str(folder), model)
     if shards is not None:
         shards.adopt(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.dtype == main != torch.float32 and stays_float32(model, name, main):
             tensor.data = tensor.data.float()
     return model
+
+
+def check_all_read(model: nn.Module, shards: Shards, source: str) -> None:
+    """Checks a skeleton as :func:`ace_ext.models.loading.load_model` does a model: that its shards hold all parameters,
+    and nothing else. Where some parameters and some tensors are left, transformers may know how to make the former of
+    the latter; that is for ``load_model`` to find out.
+
+    Raises:
+        InputError: a parameter has no tensor, or no parameter or buffer is read from some tensor.
+    """
+    unread = [name for name in shards.unread(model) if not is_left_out(model, name)]
+    held = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in shards}
+    missing = [name for name, p in model.named_parameters() if id(p) not in held]  # a tied one has several names
+    if not (missing and unread):
+        check_fit(source, missing, unread)
 
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
@@ -50,7 +66,7 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=remote_code_allowed())
     model.tie_weights()
     laid_out: nn.Module = model.eval()
     return laid_out

@@ -4,6 +4,7 @@ Templates get tables and plots as the classes here; they escape all text.
 """
 
 import base64
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ace_ext.errors import InputError
 from ace_ext.reporting.plots import require_matplotlib
+from ace_ext.runs.own_files import PAGE_MARK, check_replaceable, is_page, written_whole
 
 RESULTS_NAME, REPORT_NAME = "results.json", "report.html"
 
@@ -48,12 +50,11 @@ def check_report(path: str | Path) -> None:
     """Checks before a run that its report can be written to ``path``.
 
     Raises:
-        InputError: matplotlib is not installed, or ``path`` is a folder or in a folder that does not exist.
+        InputError: matplotlib is not installed, ``path`` is in a folder that does not exist, or there is something
+            else than a page of this program.
     """
     require_matplotlib()
-    path = Path(path).expanduser()
-    if path.is_dir() or not path.parent.is_dir():
-        raise InputError(f"report must be a file name in a folder that is there (got {str(path)!r}); e.g. report.html")
+    check_replaceable("report", Path(os.path.expanduser(path)), "page of ace-prune", is_page)
 
 
 @cache
@@ -69,7 +70,7 @@ def _environment() -> Environment:
 
 def render(template: str, title: str, **values: object) -> str:
     """The page that a template of this package makes of a title and of the values that it names."""
-    return _environment().get_template(f"{template}.html.j2").render(title=title, **values)
+    return _environment().get_template(f"{template}.html.j2").render(title=title, mark=PAGE_MARK, **values)
 
 
 def plain(value: object) -> str:
@@ -88,7 +89,8 @@ def write_file(path: Path, content: str | bytes) -> Path:
         InputError: it cannot be written.
     """
     try:
-        path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        with written_whole(path) as part:
+            part.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     except OSError as error:
         raise InputError(f"report {str(path)!r} cannot be written: {error.strerror}; give another name") from error
     return path

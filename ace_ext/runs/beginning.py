@@ -17,7 +17,7 @@ from ace_ext.records import REPORT_NAME
 from ace_ext.runs.model_source import Source
 from ace_ext.runs.options import RunRequest
 from ace_ext.runs.output import read_report
-from ace_ext.runs.workspace import recorded_fingerprint
+from ace_ext.runs.unfinished import recorded_fingerprint
 
 
 def choose_for_run(request: RunRequest, source: Source, blocks: BlockSource, output: Path, peers: Peers) -> BosChoice:

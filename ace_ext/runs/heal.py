@@ -27,14 +27,21 @@ from ace_ext.process_memory import peak_memory_bytes, return_freed_memory
 from ace_ext.records import REPORT_NAME, PruneReport
 from ace_ext.runs.heal_journal import HealJournal
 from ace_ext.runs.heal_memory import Division, HealDemand
-from ace_ext.runs.heal_models import check_apart, dense_name, dense_request, open_pruned, running_dense, whole_bytes
+from ace_ext.runs.heal_models import dense_name, dense_request, open_pruned, running_dense, whole_bytes
 from ace_ext.runs.heal_text import NOTE, HealText
 from ace_ext.runs.heal_trial import tokens_within
 from ace_ext.runs.memory_model import Estimate, process_bytes
 from ace_ext.runs.model_source import Source, budget_of, open_source
 from ace_ext.runs.options import Calibration, RunRequest
-from ace_ext.runs.output import check_output, disk_errors, read_report
-from ace_ext.runs.workspace import recover
+from ace_ext.runs.output import (
+    check_apart,
+    check_output,
+    disk_errors,
+    finished_report,
+    output_path,
+    read_report,
+)
+from ace_ext.runs.unfinished import discard, recover
 
 TOKENS = 65536
 """Tokens to train on, if neither tokens nor minutes are given."""
@@ -58,6 +65,8 @@ class HealOptions:
     """Go on where an earlier run stopped."""
     max_memory: int | None = None
     """Bytes of resident memory that the run may use; None: what the system can give."""
+    fingerprint: dict[str, Any] | None = None
+    """Of a longer run that this is the last part of: everything that the output depends on, as plain values."""
 
     def check(self) -> None:
         """Raises :class:`ace_ext.InputError` for a budget that is none."""
@@ -108,13 +117,13 @@ def heal_folder(
     request.options.check()
     if request.options.max_memory is not None and request.device.type == "cpu":
         return_freed_memory()
-    path = Path(request.output).expanduser()
+    path = output_path(request.output)
     report = read_report(request.folder)
     name = dense_name(request.dense, report)
     with disk_errors(path):
+        check_apart(path, request.folder, name, request.text.source)
         recover(path)
-        check_apart(path, request.folder, name)
-        check_output(path, request.options.overwrite)
+        check_output(path, request.options.overwrite, request.options.resume)
         request.text.check()
         dense = dense_request(name, report, request.device, request.options.max_memory)
         return _Run(request, report, dense).run(path, observer, tell), path
@@ -129,7 +138,13 @@ class _Run:
 
     def run(self, path: Path, observer: Observer | None, tell: Callable[[str], None] | None) -> PruneReport:
         """The whole run; ``path``: the output."""
-        journal = HealJournal(path, self._fingerprint(), self._request.options.resume)
+        options = self._request.options
+        fingerprint = options.fingerprint or self._fingerprint()
+        done = finished_report(path, fingerprint, options.overwrite) if options.resume else None
+        if done is not None:
+            discard(path)
+            return done
+        journal = HealJournal(path, fingerprint, options.resume)
         try:
             data = self._text(journal)
             batches = Batches.of(data.tokens, self._request.settings)

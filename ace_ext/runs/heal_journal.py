@@ -16,7 +16,7 @@ from torch import Tensor
 from ace_ext.formats import OutputWriter
 from ace_ext.models.blocks import Block
 from ace_ext.models.safetensors_files import flush
-from ace_ext.runs.workspace import UnfinishedRun
+from ace_ext.runs.unfinished import UnfinishedRun
 
 SAVE_SECONDS = 300
 """The least time between two saved states, in which a crash loses work."""

@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -118,14 +117,3 @@ def _check_outside(dense: Source, pruned: Source, read: Callable[[str], Tensor])
                 f"dense must be the model that was pruned: {name} of {dense.files.name!r} differs from "
                 f"{pruned.files.name!r}, and pruning does not change it"
             )
-
-
-def check_apart(output: Path, *inputs: str) -> None:
-    """Checks that no input would be replaced by the output.
-
-    Raises:
-        InputError: the output folder is one of the inputs.
-    """
-    for name in inputs:
-        if Path(name).expanduser().exists() and output.exists() and Path(name).expanduser().samefile(output):
-            raise InputError(f"output {str(output)!r} is an input of this run; give another name")

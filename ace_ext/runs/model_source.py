@@ -19,7 +19,7 @@ from ace_ext.models.blocks import Block, find_blocks
 from ace_ext.models.gguf import Unpacking, gguf_skeleton
 from ace_ext.models.loading import WEIGHT_DTYPES, load_model, load_tokenizer, local_folder
 from ace_ext.models.safetensors_files import Shards, has_safetensors
-from ace_ext.models.skeleton import dtype_of, skeleton
+from ace_ext.models.skeleton import check_all_read, dtype_of, skeleton
 from ace_ext.models.tokenizer import Tokenizer
 from ace_ext.process_memory import available_bytes
 from ace_ext.runs.memory_model import Estimate, estimate
@@ -90,6 +90,7 @@ def open_source(request: RunRequest, *, weights: bool = True) -> Source:
         return _loaded(request, files) if weights else _planned(request, files)
     shards = Shards(folder)
     laid_out = skeleton(folder, shards, request.dtype)
+    check_all_read(laid_out, shards, request.model)
     stored = _stored_as_loaded(laid_out, shards, request.dtype)
     files = ModelFiles(request.model, folder, shards if stored else None)
     if stored:

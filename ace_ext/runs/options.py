@@ -18,6 +18,7 @@ from ace_ext.formats import DEFAULT_FORMAT, format_named
 from ace_ext.models.tokenizer import Tokenizer
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.settings import check_choice
+from ace_ext.runs.own_files import check_replaceable, is_statistics
 
 OFFLOAD = ("auto", "disk", "none")
 """``disk``: one block at a time is read from the files; ``auto``: if the whole model does not fit."""
@@ -156,8 +157,8 @@ def check_request(request: RunRequest) -> None:
     for name, given in (("save-stats", options.save_stats), ("stats", options.stats)):
         if given and config.order != "block":
             raise InputError(f"{name} is for statistics of dense blocks: give order block (got {config.order!r})")
-    if options.save_stats and (options.save_stats.is_dir() or not options.save_stats.absolute().parent.is_dir()):
-        raise InputError(f"save-stats must be a file in a folder that exists (got {str(options.save_stats)!r})")
+    if options.save_stats:
+        check_replaceable("save-stats", options.save_stats, "file of --save-stats", is_statistics)
 
 
 def _check_training(solver: str, options: RunOptions) -> None:

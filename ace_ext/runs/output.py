@@ -2,39 +2,136 @@
 
 import contextlib
 import errno
-import json
 import os
 import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-from ace_ext.errors import InputError
+from ace_ext.errors import InputError, one_line
+from ace_ext.fingerprint import differences
 from ace_ext.records import REPORT_NAME, PruneReport
+from ace_ext.runs.own_files import MANIFEST_NAME, foreign_files, read_manifest
+from ace_ext.runs.unfinished import folder_of
 
 
-def check_output(output: str | Path, overwrite: bool) -> Path:
-    """The output folder as a path. It is checked before the run starts, so that hours of work are not lost.
+def output_path(output: str | Path) -> Path:
+    """The output folder as a path.
 
     Raises:
-        InputError: it exists and ``overwrite`` is not set, it is a file, it holds something other than a model, or its
-            parent cannot be written.
+        InputError: it does not end in a name that a folder can get, or is a link.
     """
-    path = Path(output).expanduser()
+    path = Path(os.path.expanduser(output))
+    if path.name in ("", "..") or "\0" in str(path) or (str(output).startswith("~") and str(path) == str(output)):
+        raise InputError(f"output must end in the name of a folder (got {str(output)!r}); e.g. pruned")
+    if os.path.islink(path):
+        raise InputError(f"output {str(output)!r} is a link; give a folder's own name")
+    with disk_errors(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.lstat(folder_of(path))  # its name is longer
+    return path
+
+
+def check_output(output: str | Path, overwrite: bool, resume: bool = False) -> Path:
+    """The output folder as a path. It is checked before the run starts, so that hours of work are not lost.
+
+    Args:
+        output: the folder.
+        overwrite: it may be replaced if it is an earlier output.
+        resume: it may be there if it is an earlier output: perhaps of this very run (:func:`finished_report`).
+
+    Raises:
+        InputError: it is there and must not be replaced, or its parent cannot be written.
+    """
+    path = output_path(output)
     if path.exists() and not path.is_dir():
         raise InputError(f"output {str(output)!r} is a file; give a folder")
-    if path.exists() and not overwrite:
-        raise InputError(f"output folder {str(output)!r} exists; pass --overwrite to replace it, or give another name")
-    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
-        raise InputError(f"output folder {str(output)!r} holds something that is no model; it will not be replaced")
+    if path.exists() and not (overwrite or (resume and read_manifest(path) is not None)):
+        raise _exists(path)
+    if path.is_dir():
+        _check_own_output(path)
     nearest = next(parent for parent in path.absolute().parents if parent.exists())
     try:
         tempfile.TemporaryFile(dir=nearest).close()  # has no name on Linux, so a killed process leaves no file
     except OSError as error:
         raise InputError(f"output {str(output)!r} cannot be written: {error.strerror}; give another folder") from error
     return path
+
+
+def _exists(path: Path) -> InputError:
+    return InputError(f"output folder {str(path)!r} exists; pass --overwrite to replace it, or give another name")
+
+
+def _check_own_output(path: Path) -> None:
+    foreign = foreign_files(path)
+    if foreign and read_manifest(path) is None:
+        raise InputError(
+            f"output folder {str(path)!r} has no {MANIFEST_NAME}, so ace-prune did not write it (or an earlier version "
+            "did); it will not be replaced: move it away, or give another name"
+        )
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise InputError(
+            f"output folder {str(path)!r} holds {foreign[0]!r}{more}, which ace-prune did not write or which has "
+            "changed; it will not be replaced: move that away, or give another name"
+        )
+
+
+def finished_report(output: Path, fingerprint: dict[str, Any], overwrite: bool) -> PruneReport | None:
+    """For a run that is resumed: the report of its output, if it had finished already; None if there is no output, or
+    one that may be replaced.
+
+    Raises:
+        InputError: there is the output of another run, and ``overwrite`` is not set.
+    """
+    manifest = read_manifest(output) if output.is_dir() else None
+    if manifest is not None and not foreign_files(output) and not differences(manifest["fingerprint"], fingerprint):
+        return read_report(output)
+    if output.exists() and not overwrite:
+        raise _exists(output)
+    return None
+
+
+def check_apart(output: Path, *inputs: str | Path | None) -> None:
+    """Checks that a run will not replace what it reads, nor write into it.
+
+    Args:
+        output: the output folder; beside it the run makes the folder of :func:`ace_ext.runs.unfinished.folder_of`.
+        inputs: files and folders that the run reads; names of what is not on this machine, and None, are left out.
+
+    Raises:
+        InputError: an input is in one of these folders, or they are in it.
+    """
+    places = [_real(output), _real(folder_of(output))]
+    for name in inputs:
+        if name is None or not os.path.exists(os.path.expanduser(name)):
+            continue
+        real = _real(name)
+        if any(place in (real, *real.parents) for place in places):
+            raise InputError(
+                f"output {str(output)!r} is or holds an input of this run, {str(name)!r}; give another name"
+            )
+        if real in places[0].parents and real.is_dir():
+            raise InputError(
+                f"output {str(output)!r} lies in an input of this run, {str(name)!r}, which is never changed; give a "
+                "folder elsewhere"
+            )
+
+
+def check_outside(output: Path, option: str, file: Path | None) -> None:
+    """Checks that a file which a run writes for itself is not in a folder that the run replaces.
+
+    Raises:
+        InputError: it is.
+    """
+    if file is not None and {_real(output), _real(folder_of(output))} & {*_real(file).parents}:
+        raise InputError(f"{option} {str(file)!r} is in the output folder, which is replaced; give a file elsewhere")
+
+
+def _real(path: str | Path) -> Path:
+    return Path(os.path.realpath(os.path.expanduser(path)))
 
 
 def read_report(folder: str | Path) -> PruneReport:
@@ -44,12 +141,12 @@ def read_report(folder: str | Path) -> PruneReport:
         InputError: there is none, or the file is not a report of this program.
     """
     path = Path(folder) / REPORT_NAME
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{str(folder)!r} has no {REPORT_NAME}; give a folder that ace-prune run wrote")
     try:
         return PruneReport.from_json(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no report of ace-prune: {error!r}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path} is no report of ace-prune: {one_line(error)}") from error
 
 
 @contextlib.contextmanager

@@ -25,10 +25,18 @@ from ace_ext.records import REPORT_NAME, PruneReport
 from ace_ext.runs.beginning import choose_for_run
 from ace_ext.runs.model_source import Demand, Source, open_source
 from ace_ext.runs.options import Calibration, RunOptions, RunRequest, check_request
-from ace_ext.runs.output import check_output, disk_errors
+from ace_ext.runs.output import (
+    check_apart,
+    check_output,
+    check_outside,
+    disk_errors,
+    finished_report,
+    output_path,
+)
 from ace_ext.runs.prune_and_heal import prune_and_heal
 from ace_ext.runs.statistics_file import SavedStatistics, StatisticsWriter
-from ace_ext.runs.workspace import Workspace, recover
+from ace_ext.runs.unfinished import discard, recover
+from ace_ext.runs.workspace import Workspace
 
 
 def prune_folder(
@@ -66,12 +74,14 @@ def prune_folder(
     check_request(request)
     if options.max_memory is not None and device.type == "cpu":
         return_freed_memory()
-    path, progress = Path(output).expanduser(), progress or Progress()
-    if config.solver.model_solver is None:
-        return _prune_on_ranks(request, path, progress), path
+    path, progress = output_path(output), progress or Progress()
     with disk_errors(path):
+        check_apart(path, model, calibration.source, options.stats)
+        check_outside(path, "save-stats", options.save_stats)
+        if config.solver.model_solver is None:
+            return _prune_on_ranks(request, path, progress), path
         recover(path)
-        check_output(path, options.overwrite)
+        check_output(path, options.overwrite, options.resume)
         calibration.check()
         return prune_and_heal(request, path, progress, _prune_on_ranks), path
 
@@ -85,7 +95,7 @@ def _prune_on_ranks(request: RunRequest, path: Path, progress: Progress) -> Prun
             if peers.rank == 0:
                 recover(path)
             peers.wait()
-            check_output(path, options.overwrite)
+            check_output(path, options.overwrite, options.resume)
             if options.stats is None:
                 request.calibration.check()
             return _prune(request, path, progress, peers)
@@ -101,8 +111,14 @@ def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) ->
     bos = None if request.options.stats else choose_for_run(request, source, blocks, path, peers)
     inputs = _Inputs(request, source, bos)
     resume = request.options.resume and not request.config.comparison.over_matrices
+    fingerprint = inputs.fingerprint(peers)
+    done = finished_report(path, fingerprint, request.options.overwrite) if request.options.resume else None
     peers.wait()
-    workspace = Workspace(path, inputs.fingerprint(peers), resume, writes=peers.rank == 0, rank=peers.rank)
+    if done is not None:
+        if peers.rank == 0:
+            discard(path)
+        return done
+    workspace = Workspace(path, fingerprint, resume, writes=peers.rank == 0, rank=peers.rank)
     try:
         peers.wait()  # rank 0 has made the folder, and removed old files from it
         workspace.resident_hidden = Demand(source, request).hidden_fits()

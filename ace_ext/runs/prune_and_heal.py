@@ -19,8 +19,8 @@ from ace_ext.runs.heal_models import whole_bytes
 from ace_ext.runs.memory_model import Estimate, process_bytes
 from ace_ext.runs.model_source import Source, budget_of, open_source
 from ace_ext.runs.options import RunRequest
-from ace_ext.runs.output import read_report
-from ace_ext.runs.workspace import UnfinishedRun
+from ace_ext.runs.output import finished_report, read_report
+from ace_ext.runs.unfinished import UnfinishedRun, discard
 
 Prune = Callable[[RunRequest, Path, Progress], PruneReport]
 
@@ -38,14 +38,20 @@ def prune_and_heal(request: RunRequest, path: Path, progress: Progress, prune: P
         InputError: for an error in the arguments, the model, the text, or the disk.
     """
     needed_memory(request, open_source(request, weights=False))
-    runs = _TwoRuns(path, request)
+    fingerprint, given = _fingerprint(request), request.options
+    done = finished_report(path, fingerprint, given.overwrite) if given.resume else None
+    runs = _TwoRuns(path, fingerprint, given.resume)
     try:
+        if done is not None:
+            runs.remove()
+            discard(path)
+            return done
         if not runs.model.is_dir():
             options = replace(request.options, overwrite=False)
             first = replace(request, config=request.config.without_distillation(), options=options)
             prune(first, runs.model, progress)
         _record_config(runs.model, request)
-        report = heal_folder(_second(request, runs.model, path), progress.healing)[0]
+        report = heal_folder(_second(request, runs.model, path, fingerprint), progress.healing)[0]
         runs.remove()
         return report
     finally:
@@ -80,15 +86,16 @@ class _TwoRuns(UnfinishedRun):
 
     Args:
         output: the folder that the second part writes.
-        request: what to do.
+        fingerprint: everything that the output depends on, as plain values.
+        resume: go on with what an earlier run left, if anything.
 
     Raises:
         InputError: another run holds the folder, or ``resume`` finds a run with other arguments.
     """
 
-    def __init__(self, output: Path, request: RunRequest) -> None:
-        super().__init__(output.with_name(f"{output.name}.pruned"), _fingerprint(request))
-        self._open(request.options.resume)
+    def __init__(self, output: Path, fingerprint: dict[str, Any], resume: bool) -> None:
+        super().__init__(output.with_name(f"{output.name}.pruned"), fingerprint)
+        self._open(resume)
         self._write_state({})
 
     def _has_state(self) -> bool:
@@ -104,7 +111,7 @@ class _TwoRuns(UnfinishedRun):
 
 
 def _fingerprint(request: RunRequest) -> dict[str, Any]:
-    """What both parts depend on, as plain values; each has a fingerprint of its own too."""
+    """Everything that the output depends on, as plain values. The first part has a fingerprint of its own too."""
     return {
         "versions": versions(),
         "model": open_source(request, weights=False).files.described,
@@ -112,10 +119,11 @@ def _fingerprint(request: RunRequest) -> dict[str, Any]:
         "config": request.config.to_dict(),
         "dtype": request.dtype,
         "device": request.device.type,
+        "threads": torch.get_num_threads(),
     }
 
 
-def _second(request: RunRequest, pruned: Path, path: Path) -> HealRequest:
+def _second(request: RunRequest, pruned: Path, path: Path, fingerprint: dict[str, Any]) -> HealRequest:
     """The second part: a distillation on the calibration samples."""
     given = request.options
     options = HealOptions(
@@ -123,6 +131,7 @@ def _second(request: RunRequest, pruned: Path, path: Path) -> HealRequest:
         overwrite=given.overwrite,
         resume=given.resume,
         max_memory=given.max_memory,
+        fingerprint=fingerprint,
     )
     settings = heal_settings(request.config)
     return HealRequest(str(pruned), path, request.calibration, request.model, settings, options, request.device)

@@ -5,9 +5,7 @@ It holds statistics of the dense model: in a run that saves them, each block rea
 same file is right for every sparsity, pattern and metric.
 """
 
-import contextlib
 import json
-import os
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +22,7 @@ from ace_ext.models.safetensors_files import flush
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.sketch import SketchState
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
+from ace_ext.runs.own_files import written_whole
 
 FORMAT = 1
 _DESCRIPTION = "statistics.json"
@@ -58,18 +57,14 @@ class StatisticsWriter:
         """Packs the blobs into the file and returns its path. ``kinds``: the kinds of statistics that they hold."""
         if not self.writes:
             return self.path
-        part = self.path.with_name(f".{self.path.name}.part")
         description = {"format": FORMAT, "inputs": "dense model", "kinds": sorted(kinds), **self.fingerprint}
-        try:
-            with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-                archive.writestr(_DESCRIPTION, json.dumps(description, indent=1))
-                for blob in sorted(self.folder.iterdir()):
-                    archive.write(blob, blob.name)
-            flush(part)
-            os.replace(part, self.path)
-        finally:
-            with contextlib.suppress(OSError):
-                part.unlink()
+        with (
+            written_whole(self.path) as part,
+            zipfile.ZipFile(part, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+        ):
+            archive.writestr(_DESCRIPTION, json.dumps(description, indent=1))
+            for blob in sorted(self.folder.iterdir()):
+                archive.write(blob, blob.name)
         return self.path
 
 

@@ -1,6 +1,6 @@
 """Verification of a written folder: the sparsity of every row of every matrix, and that transformers can load it."""
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ace_ext.errors import InputError
+from ace_ext.errors import InputError, one_line
+from ace_ext.models._transformers import embedding_weight, is_left_out
+from ace_ext.models.blocks import find_blocks
 from ace_ext.models.loading import load_model
 from ace_ext.models.safetensors_files import Shards, has_safetensors
 from ace_ext.models.skeleton import skeleton
-from ace_ext.pruning.groups import ComparisonGroup, group_of
-from ace_ext.pruning.pattern import SparsityPattern, keep_count
-from ace_ext.records import MatrixReport, PruneReport
+from ace_ext.pruning.config import PruneConfig
+from ace_ext.pruning.groups import ComparisonGroup
+from ace_ext.pruning.pattern import keep_count
+from ace_ext.records import REPORT_NAME, MatrixReport, PruneReport
 from ace_ext.runs.output import read_report
 
 
@@ -36,87 +39,159 @@ class VerifyResult:
 
 
 def verify(folder: str | Path, load: bool = True) -> VerifyResult:
-    """Checks the files of a pruned folder against its report.
+    """Checks the files of a pruned folder against what should be there by its configuration, its weights and the
+    settings of its run.
 
-    For every matrix of the report: the number of non-zeros per row (or N:M group, matrix, model), no -0.0, no NaN or
-    infinity. With ``load`` also that transformers loads the folder and computes finite logits.
+    From the configuration follow the parameters, their shapes, and with the run's ``skip`` the matrices that were
+    pruned: the files must hold these parameters and nothing else, all finite. Every matrix must have the zeros that the
+    settings ask for per row (or N:M group, matrix, model), none of them -0.0, and as many as the report says. With
+    ``load`` also that transformers loads the folder and computes finite logits.
 
     Raises:
-        InputError: the folder has no report, no safetensors, or lacks a tensor of the report.
+        InputError: the folder has no report that can be read, or no safetensors.
     """
     report = read_report(folder)
+    config = _settings_of(report, folder)
+    if not has_safetensors(folder):
+        raise InputError(f"{str(folder)!r} holds no safetensors; give a folder that ace-prune run wrote")
+    shards = Shards(folder)
     result = VerifyResult(str(folder))
+    expected = _expected(Path(folder), shards, config, result)
+    reported = {matrix.name: matrix for matrix in report.matrices}
+    if expected is None:  # the configuration tells nothing; what can be read is checked all the same
+        expected = {name: matrix.shape for name, matrix in reported.items()}
+    _check_named(expected, reported, result)
     nonzero = size = 0
-    for matrix, weight in _weights(Path(folder), report):
+    for name, shape in expected.items():
+        if f"{name}.weight" not in shards:
+            continue  # said already
+        weight = shards.read(f"{name}.weight")
+        if tuple(weight.shape) != tuple(shape) or weight.dim() != 2 or not weight.is_floating_point():
+            result.problems.append(f"{name}: {weight.dtype} {list(weight.shape)}, but it should be {list(shape)}")
+            continue
         total = int(weight.count_nonzero())
-        _check_matrix(matrix, weight, total, report.config, result)
+        _check_matrix(name, reported.get(name), weight, total, config, result)
         nonzero += total
         size += weight.numel()
     result.sparsity = 1 - nonzero / size if size else 0.0
-    if report.config.get("allocation", "uniform") != "uniform":
-        _check_allocation(report, result)
-    if group_of(report.config["group"], None).over_matrices:
-        _check_budget(nonzero, keep_count(size, report.config["sparsity"]), result)
+    if not result.matrices:
+        result.problems.append("model: no pruned matrix was found")
+    if config.allocation != "uniform":
+        _check_allocation(expected, reported, config, result)
+    if config.comparison.over_matrices:
+        _check_budget(nonzero, keep_count(size, config.sparsity), result)
     if load:
         _check_loads(str(folder), result)
     return result
 
 
-def _weights(folder: Path, report: PruneReport) -> Iterator[tuple[MatrixReport, Tensor]]:
-    if not has_safetensors(folder):
-        raise InputError(f"{str(folder)!r} holds no safetensors; give a folder that ace-prune run wrote")
-    shards = Shards(folder)
-    if any(f"{matrix.name}.weight" not in shards for matrix in report.matrices):
-        skeleton(folder, shards)  # maps the experts that transformers fuses to their tensors in the files
-    for matrix in report.matrices:
-        name = f"{matrix.name}.weight"
-        if name not in shards:
-            raise InputError(f"{str(folder)!r} has no tensor {name} that its report names")
-        yield matrix, shards.read(name)
+def _settings_of(report: PruneReport, folder: str | Path) -> PruneConfig:
+    """The settings of a run on which the zeros of its output depend."""
+    try:
+        found = {name: report.config[name] for name in ("pattern", "group", "allocation", "skip")}
+        amount = {} if found["pattern"] else {"sparsity": report.config["sparsity"]}
+        return PruneConfig(**found, **amount)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{Path(folder) / REPORT_NAME} is no report of ace-prune: {error!r}") from error
+
+
+def _expected(
+    folder: Path, shards: Shards, config: PruneConfig, result: VerifyResult
+) -> dict[str, tuple[int, int]] | None:
+    """Name and shape of every matrix that the run pruned, by the folder's configuration; None if that cannot be read.
+    Checks that the files hold the parameters of the configuration, and that these are finite."""
+    try:
+        model = skeleton(folder, shards)
+        blocks = find_blocks(model, config.skip, check=False)
+    except InputError as error:
+        result.problems.append(str(error))
+        return None
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for own in names.values():
+        stored = next((name for name in own if name in shards), None)
+        if stored is None:
+            result.problems.append(f"{own[0]}: missing")
+        else:
+            _check_parameter(stored, tuple(model.get_parameter(stored).shape), shards, result)
+    for name in shards.unread(model):
+        if not is_left_out(model, name):
+            result.problems.append(f"{name}: not in the model that config.json describes")
+    linears = {block.full_name(child): linear for block in blocks for child, linear in block.linears.items()}
+    return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+
+
+def _check_parameter(name: str, shape: tuple[int, ...], shards: Shards, result: VerifyResult) -> None:
+    value = shards.read(name)
+    if tuple(value.shape) != shape:
+        result.problems.append(f"{name}: shape {list(value.shape)}, but config.json says {list(shape)}")
+    elif not bool(torch.isfinite(value).all()):
+        result.problems.append(f"{name}: holds NaN or infinity")
+
+
+def _check_named(
+    expected: Mapping[str, tuple[int, int]], reported: Mapping[str, MatrixReport], result: VerifyResult
+) -> None:
+    """Checks that the report has an entry for each pruned matrix, and for no other."""
+    for name in sorted(expected.keys() - reported.keys()):
+        result.problems.append(f"{name}: not in the report")
+    for name in sorted(reported.keys() - expected.keys()):
+        result.problems.append(f"{name}: in the report, but no matrix that the run pruned")
+    for name in sorted(expected.keys() & reported.keys()):
+        if tuple(expected[name]) != tuple(reported[name].shape):
+            result.problems.append(f"{name}: {list(expected[name])}, but the report says {list(reported[name].shape)}")
 
 
 def _check_matrix(
-    matrix: MatrixReport, weight: Tensor, total: int, config: dict[str, Any], result: VerifyResult
+    name: str,
+    reported: MatrixReport | None,
+    weight: Tensor,
+    total: int,
+    config: PruneConfig,
+    result: VerifyResult,
 ) -> None:
     result.matrices += 1
-    if tuple(weight.shape) != matrix.shape:
-        result.problems.append(f"{matrix.name}: shape {tuple(weight.shape)}, but the report says {matrix.shape}")
-        return
-    if not bool(torch.isfinite(weight).all()):
-        result.problems.append(f"{matrix.name}: holds NaN or infinity")
     if bool(((weight == 0) & torch.signbit(weight)).any()):
-        result.problems.append(f"{matrix.name}: holds -0.0")
-    if total != matrix.nonzero:
-        result.problems.append(f"{matrix.name}: {total} non-zeros, but the report says {matrix.nonzero}")
-    pattern = SparsityPattern.parse(config["pattern"]) if config["pattern"] else None
-    group = group_of(config["group"], pattern)
-    if not group.over_matrices:
-        rows, cols = weight.shape
-        allocated = config.get("allocation", "uniform") != "uniform"
-        keep = group.keep(rows, cols, config["sparsity"], matrix.keep // max(1, rows) if allocated else None)
-        _check_groups(matrix, group, group.counts(weight), keep, result)
+        result.problems.append(f"{name}: holds -0.0")
+    if reported is not None and total != reported.nonzero:
+        result.problems.append(f"{name}: {total} non-zeros, but the report says {reported.nonzero}")
+    group = config.comparison
+    if group.over_matrices:
+        return
+    rows, cols = weight.shape
+    if config.pattern is not None and cols % config.pattern.group_m:
+        result.problems.append(f"{name}: its {cols} columns are not in whole groups of {config.pattern.group_m}")
+        return
+    allocated = None
+    if config.allocation != "uniform":
+        if reported is None:
+            return  # how many it was to keep stands nowhere else
+        allocated = reported.keep // max(1, rows)
+    _check_groups(name, group, group.counts(weight), group.keep(rows, cols, config.sparsity, allocated), result)
 
 
-def _check_groups(
-    matrix: MatrixReport, group: ComparisonGroup, nonzero: Tensor, keep: int, result: VerifyResult
-) -> None:
+def _check_groups(name: str, group: ComparisonGroup, nonzero: Tensor, keep: int, result: VerifyResult) -> None:
     over = int((nonzero > keep).sum())
     if not group.plural:
         if over:
-            result.problems.append(f"{matrix.name}: {int(nonzero)} non-zeros, more than the {keep} to keep")
+            result.problems.append(f"{name}: {int(nonzero)} non-zeros, more than the {keep} to keep")
         return
     result.rows += len(nonzero)
     result.exact_rows += int((nonzero == keep).sum())
     if over:
-        result.problems.append(f"{matrix.name}: {over} of {len(nonzero)} {group.plural} keep more than {keep}")
+        result.problems.append(f"{name}: {over} of {len(nonzero)} {group.plural} keep more than {keep}")
 
 
-def _check_allocation(report: PruneReport, result: VerifyResult) -> None:
+def _check_allocation(
+    expected: Mapping[str, tuple[int, int]],
+    reported: Mapping[str, MatrixReport],
+    config: PruneConfig,
+    result: VerifyResult,
+) -> None:
     """Checks that the matrices keep together what the sparsity asks for; each matrix may keep more or less."""
-    budget = sum(
-        rows * keep_count(cols, report.config["sparsity"]) for rows, cols in (m.shape for m in report.matrices)
-    )
-    kept = sum(matrix.keep for matrix in report.matrices)
+    budget = sum(rows * keep_count(cols, config.sparsity) for rows, cols in expected.values())
+    kept = sum(matrix.keep for matrix in reported.values())
     if kept != budget:
         result.problems.append(f"model: keeps {kept} weights by its report, and the sparsity asks for {budget}")
 
@@ -132,8 +207,13 @@ def _check_loads(folder: str, result: VerifyResult) -> None:
     except InputError as error:
         result.problems.append(str(error))
         return
-    with torch.no_grad():
-        logits = model(torch.arange(8)[None] % model.config.vocab_size).logits
+    tokens = torch.arange(8)[None] % len(embedding_weight(model))
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=tokens).logits
+    except Exception as error:  # whatever the model's code raises, the folder does not work
+        result.problems.append(f"model: a forward pass ends in {type(error).__name__}: {one_line(error)}")
+        return
     result.loads = bool(torch.isfinite(logits).all())
     if not result.loads:
         result.problems.append("model: logits are not finite")

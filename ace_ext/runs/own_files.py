@@ -1,0 +1,150 @@
+"""Files that this program may replace: those that it wrote itself.
+
+A run never replaces or follows anything else: not a file of another kind under the same name, not a link, a device or a
+pipe. The output folder holds a manifest, the names and sizes of the files that a run wrote; a folder with other files
+is not replaced.
+"""
+
+import contextlib
+import json
+import os
+import stat
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ace_ext.errors import InputError
+
+MANIFEST_NAME = "ace_manifest.json"
+FORMAT = 1
+
+
+# Folders
+
+
+def write_manifest(folder: Path, fingerprint: dict[str, Any]) -> None:
+    """Writes the manifest of a folder that is complete: the fingerprint of its run, and its files' names and sizes."""
+    files = {name: path.stat().st_size for name, path in _files(folder).items()}
+    text = json.dumps({"format": FORMAT, "fingerprint": fingerprint, "files": files}, indent=1)
+    (folder / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder; None if there is none that this version reads."""
+    path = folder / MANIFEST_NAME
+    try:
+        if path.is_symlink() or not path.is_file():
+            return None
+        found = json.loads(path.read_text(encoding="utf-8"))
+        whole = (
+            found["format"] == FORMAT and isinstance(found["files"], dict) and isinstance(found["fingerprint"], dict)
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return found if whole else None
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """The names of what is in a folder and not in its manifest, or has another size; sorted. Without a manifest this is
+    everything."""
+    manifest = read_manifest(folder)
+    own = {} if manifest is None else manifest["files"]
+    found = _files(folder)
+    if manifest is not None:
+        found.pop(MANIFEST_NAME, None)
+    return [name for name, path in found.items() if path.is_symlink() or own.get(name) != path.stat().st_size]
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Everything below a folder that is no folder itself, by its name relative to it, sorted."""
+    found = {}
+    for place, folders, names in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        for name in (*names, *links):
+            path = Path(place, name)
+            found[path.relative_to(folder).as_posix()] = path
+    return dict(sorted(found.items()))
+
+
+# Single files
+
+
+def check_replaceable(option: str, path: Path, what: str, is_own: Callable[[Path], bool]) -> None:
+    """Checks that a file may be written: its folder is there, and what has its name now, if anything, is an empty file
+    or one of the same kind.
+
+    Args:
+        option: that names the file.
+        path: the file.
+        what: the kind, for the message.
+        is_own: whether a regular file is of this kind.
+
+    Raises:
+        InputError: it may not.
+    """
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        if not path.absolute().parent.is_dir():
+            raise InputError(f"{option} must be a file in a folder that exists (got {str(path)!r})") from None
+        return
+    except (OSError, ValueError) as error:
+        raise InputError(f"{option} {str(path)[:200]!r} is no usable name: {error}; give another") from error
+    if not stat.S_ISREG(found.st_mode):
+        kind = "folder" if stat.S_ISDIR(found.st_mode) else "link" if stat.S_ISLNK(found.st_mode) else "device or pipe"
+        raise InputError(f"{option} must be a file (got {str(path)!r}, a {kind}); give another name")
+    if found.st_size and not is_own(path):
+        raise InputError(f"{option} {str(path)!r} exists and is no {what}; it will not be replaced: give another name")
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A new file beside ``path``, which takes its place when the block ends without an error; else it is removed."""
+    part = path.with_name(f".{path.name}.part")
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(part.lstat().st_mode):
+            raise InputError(f"{str(part)!r} is in the way and no file; remove it")
+        part.unlink()  # of a run that was killed
+    os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    try:
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def is_statistics(path: Path) -> bool:
+    """Whether a file is one of ``--save-stats``: an archive whose description has a format and kinds."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = json.loads(archive.read("statistics.json"))
+    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile):
+        return False
+    return isinstance(found, dict) and {"format", "kinds"} <= found.keys()
+
+
+def is_log(path: Path) -> bool:
+    """Whether a file is one of ``--log-json``: its first line is an event."""
+    try:
+        with path.open("rb") as file:
+            found = json.loads(file.readline(2**16))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and {"event", "time"} <= found.keys()
+
+
+PAGE_MARK = '<meta name="generator" content="ace-prune">'
+"""In the head of each page of this program."""
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page of this program."""
+    try:
+        with path.open("rb") as file:
+            return PAGE_MARK.encode() in file.read(1024)
+    except OSError:
+        return False

@@ -1,0 +1,263 @@
+"""The folder of an unfinished run, next to its output: its lock, its state, and how the output gets its name.
+
+``.NAME.unfinished/`` holds ``model/`` (the output, patched block by block), ``state.json`` (the run's fingerprint, its
+progress and its report so far), hidden states (``*.bin``), what a kind of run adds, and ``lock``. A folder of this name
+with anything else in it, or that is a link, was not made by this program and is left alone.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from ace_ext.errors import InputError
+from ace_ext.fingerprint import differences
+from ace_ext.records import PruneReport
+from ace_ext.runs.own_files import write_manifest
+
+FORMAT = 1
+
+
+class UnfinishedRun:
+    """The folder of one unfinished run: its lock, its state, and the output until it is complete.
+
+    A kind of run extends :meth:`_take_state`, which reads its own values of the state.
+
+    Args:
+        output: the output folder.
+        fingerprint: everything that the output depends on, as plain values. Only a run with the same one is resumed.
+    """
+
+    def __init__(self, output: Path, fingerprint: dict[str, Any]) -> None:
+        self.output, self.fingerprint = output, fingerprint
+        self.folder = folder_of(output)
+        self.model = self.folder / "model"
+        self._lock: TextIO | None = None
+        self._made: list[Path] = []
+
+    # Opening
+
+    def _has_state(self) -> bool:
+        return (self.folder / "state.json").is_file() and self.model.is_dir()
+
+    def _open(self, resume: bool) -> None:
+        """Makes and locks the folder, and reads the state of an earlier run, or removes what it left.
+
+        Raises:
+            InputError: another run holds the folder, or ``resume`` finds a run with another fingerprint.
+        """
+        self._make_parents()
+        self._take_lock()
+        try:
+            if resume and self._has_state():
+                self._read_state()
+            else:
+                self._clear()
+        except BaseException:
+            self.close()
+            raise
+
+    def _make_parents(self) -> None:
+        for parent in [self.output.parent, *self.output.parent.parents]:
+            if parent.exists():
+                break
+            self._made.append(parent)
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+
+    def _take_lock(self) -> None:
+        while self._lock is None:  # None: a run that ended meanwhile removed the folder; then try again
+            check_own(self.folder)
+            self.folder.mkdir(exist_ok=True)
+            self._lock = _locked(self.folder, self.output)
+
+    def _read_state(self) -> None:
+        with self._damage_told():
+            state = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+            if state["format"] != FORMAT:
+                raise ValueError(f"format {state['format']}, not {FORMAT}")
+            changed = differences(dict(state["fingerprint"]), self.fingerprint)
+        if changed:
+            raise InputError(
+                f"resume: the unfinished run was another one: {'; '.join(changed)}; give the same arguments, or start "
+                "over without --resume"
+            )
+        with self._damage_told():
+            self._take_state(state)
+
+    @contextlib.contextmanager
+    def _damage_told(self) -> Iterator[None]:
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            path = self.folder / "state.json"
+            raise InputError(f"resume: {path} is damaged ({error!r}); start over without --resume") from error
+
+    def _take_state(self, state: dict[str, Any]) -> None:
+        """Reads a state's own values. Raises KeyError, TypeError or ValueError if it is damaged."""
+        raise NotImplementedError
+
+    def _clear(self) -> None:
+        for path in self.folder.iterdir():
+            if path.name == "lock":
+                continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _write_state(self, values: dict[str, Any]) -> None:
+        """Writes the state, which is on the disk when this returns; after a crash it is the old one or the new one."""
+        part = self.folder / "state.json.part"
+        with part.open("w", encoding="utf-8") as file:
+            json.dump({"format": FORMAT, "fingerprint": self.fingerprint, **values}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(self.folder / "state.json")
+
+    # The end
+
+    def finish(self, report: PruneReport, report_name: str) -> Path:
+        """Writes the report and the manifest, and moves the model to the output folder. An older folder is deleted only
+        after that."""
+        (self.model / report_name).write_text(report.to_json(), encoding="utf-8")
+        write_manifest(self.model, self.fingerprint)
+        _open_to_others(self.model)
+        old = self.folder / "old"
+        if self.output.exists():
+            os.replace(self.output, old)
+        try:
+            os.replace(self.model, self.output)
+        except OSError:
+            if old.exists():
+                os.replace(old, self.output)
+            raise
+        self.remove()
+        return self.output
+
+    def remove(self) -> None:
+        """Removes the folder, and the parent folders that were made for it if they are empty."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.close()  # last: after an earlier close another run could take the lock, and then lose its folder
+        for parent in self._made:
+            if parent.exists() and not any(parent.iterdir()):
+                parent.rmdir()
+
+    def close(self) -> None:
+        """Releases the lock; the files stay."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def folder_of(output: Path) -> Path:
+    """The folder of the unfinished run that writes ``output``."""
+    return output.parent / f".{output.name}.unfinished"
+
+
+_OWN = re.compile(
+    r"lock|state\.json(\.part)?|model|old|stats|[a-z]+(-[a-z0-9]+)*\.bin|training-\d+|\.model\.unfinished"
+)
+"""What such a folder may hold."""
+
+
+def check_own(folder: Path) -> None:
+    """Checks that the folder of an unfinished run is one, if it is there at all, before anything in it is removed.
+
+    Raises:
+        InputError: it is a link or a file, or holds a link or something that no run puts there.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise InputError(f"{str(folder)!r} is in the way: a link or a file, not the folder of a run; remove it")
+    for path in sorted(folder.iterdir()) if folder.exists() else ():
+        if path.is_symlink() or not (path.is_file() or path.is_dir()) or not _OWN.fullmatch(path.name):
+            raise InputError(f"{str(path)!r} was not made by ace-prune, and its folder is needed; move it away")
+
+
+def recorded_fingerprint(output: Path) -> dict[str, Any]:
+    """The fingerprint of an unfinished run; empty without one, and where its state is damaged (to resume it is then
+    refused by :class:`Workspace`)."""
+    try:
+        return dict(json.loads((folder_of(output) / "state.json").read_text(encoding="utf-8"))["fingerprint"])
+    except (OSError, KeyError, TypeError, ValueError):
+        return {}
+
+
+def recover(output: Path) -> None:
+    """Completes or undoes the move of a run that was killed during :meth:`UnfinishedRun.finish`, so that the output is
+    the older folder or the new one, and never missing.
+
+    Raises:
+        InputError: the folder is not that of a run; another run holds it; or both an older and a newer output exist, of
+            which the user must choose.
+    """
+    folder = folder_of(output)
+    check_own(folder)
+    old, model = folder / "old", folder / "model"
+    in_place = folder.is_dir() and output.is_dir() and not model.is_dir()
+    if not old.is_dir() and not in_place:
+        return
+    with _locked(folder, output) or contextlib.nullcontext():
+        if not model.is_dir() and output.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)  # the model was moved; only this folder was left
+        elif old.is_dir() and not output.exists():
+            os.replace(old, output)
+        elif old.is_dir():
+            raise InputError(f"output {str(output)!r} is there twice, also as {str(old)!r}: remove or move one of them")
+
+
+def discard(output: Path) -> None:
+    """Removes the folder of an unfinished run whose output is complete, if there is one.
+
+    Raises:
+        InputError: as :func:`recover`.
+    """
+    folder = folder_of(output)
+    check_own(folder)
+    if folder.is_dir():
+        with _locked(folder, output) or contextlib.nullcontext():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _locked(folder: Path, output: Path) -> TextIO | None:
+    """The folder's lock file, locked, so that two runs cannot write one folder. The lock is held until the file is
+    closed or the process ends, also by a crash. None if the folder was removed meanwhile.
+
+    Raises:
+        InputError: another run holds it.
+    """
+    try:
+        lock = os.fdopen(_open_lock(folder / "lock"), "w", encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(lock.fileno()), (folder / "lock").stat()):
+            return lock
+    except FileNotFoundError:
+        pass
+    except BlockingIOError as error:
+        lock.close()
+        raise InputError(f"output {str(output)!r} is being written by another run; wait for it") from error
+    lock.close()
+    return None
+
+
+def _open_lock(path: Path) -> int:
+    """Opens a lock file or makes it, but follows no link and waits for no pipe."""
+    number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise InputError(f"{str(path)!r} is no file; remove it")
+    return number
+
+
+def _open_to_others(folder: Path) -> None:
+    """Gives the files the permissions of any new file; safetensors makes its files readable only by their owner."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
