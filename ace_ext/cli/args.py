@@ -205,6 +205,13 @@ class LogFile(io.TextIOWrapper):
         except OSError as error:
             raise self._failed(error) from error
 
+    def close(self) -> None:
+        """As of any text file. Raises InputError if what is left cannot be written."""
+        try:
+            super().close()
+        except OSError as error:
+            raise self._failed(error) from error
+
     def _failed(self, error: OSError) -> InputError:
         return InputError(
             f"log-json {self.name!r} cannot be written: {error.strerror}; mend that and go on with --resume"

@@ -1,20 +1,22 @@
 """``ace-prune run | heal | plan | compare | eval | verify``. Results go to stdout, progress and errors to stderr.
 
-Exit status: 0: done; 1: internal error, or ``verify`` found a problem; 2: bad input (one line that says what is wrong
-and how to correct it); 130: interrupted.
+Exit status: 0: done; 1: internal error (one line; ``--debug`` shows where), or ``verify`` found a problem; 2: bad input
+(one line that says what is wrong and how to correct it); 130: interrupted.
 """
 
 import argparse
+import io
 import logging
 import os
 import sys
+import traceback
 
 import shtab
 import torch
 
 from ace_ext.cli import compare, eval, heal, plan, run, verify
 from ace_ext.cli.args import OneLineParser
-from ace_ext.errors import InputError
+from ace_ext.cli.endings import ending
 from ace_ext.models.location import remote_code
 from ace_ext.process_threads import allowed_cpus
 from ace_ext.version import __version__
@@ -32,23 +34,26 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
     for verb in VERBS:
         verb.add(commands)
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns its exit status."""
-    args = build_parser().parse_args(argv)
-    _quiet_libraries()
-    _limit_threads()
+    """Runs the command line; returns its exit status. No exception leaves it but argparse's ``SystemExit``."""
+    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     try:
+        _replace_unprintable()
+        args = build_parser().parse_args(argv)
+        _quiet_libraries()
+        _limit_threads()
         with remote_code(args.trust_remote_code):
             status: int = args.action(args)
-    except InputError as error:
-        print(f"ace-prune: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("ace-prune: interrupted; run and heal go on with --resume where it stopped", file=sys.stderr)
-        return 130
+        sys.stdout.flush()  # here, where an error can still be told
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        status = ending(error)
     return status
 
 
@@ -57,6 +62,13 @@ def _limit_threads() -> None:
     cpus = allowed_cpus()
     if "OMP_NUM_THREADS" not in os.environ and cpus < torch.get_num_threads():
         torch.set_num_threads(cpus)
+
+
+def _replace_unprintable() -> None:
+    """Writes characters that a stream's encoding does not have as escapes; a report must not end in an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _quiet_libraries() -> None:

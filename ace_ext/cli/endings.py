@@ -1,0 +1,60 @@
+"""How a call of the command line ends that did not get through: one line on stderr, and an exit status."""
+
+import contextlib
+import os
+import sys
+
+from ace_ext.errors import InputError, one_line
+
+BAD_INPUT, INTERNAL, INTERRUPTED = 2, 1, 130
+
+
+def ending(error: BaseException) -> int:
+    """Says in one line on stderr what ended the program, and returns the exit status.
+
+    What input can cause has status 2: an :class:`ace_ext.InputError`; a file that cannot be read or written; too little
+    memory. Everything else is a fault of this program.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return _say("interrupted; run and heal go on with --resume where it stopped", INTERRUPTED)
+    if isinstance(error, InputError):
+        return _say(one_line(error, 2000), BAD_INPUT)
+    if isinstance(error, BrokenPipeError):
+        return _closed_early()
+    if isinstance(error, OSError):
+        return _say(_of_system(error), BAD_INPUT)
+    if _is_memory(error):
+        return _say(
+            f"not enough memory ({one_line(error, 200)}); lower --nsamples, --seqlen or --batch-tokens, or pass "
+            "--offload disk",
+            BAD_INPUT,
+        )
+    return _say(
+        f"internal error: {type(error).__name__}: {one_line(error)}; please report it with what --debug shows", INTERNAL
+    )
+
+
+def _say(text: str, status: int) -> int:
+    with contextlib.suppress(OSError, ValueError):  # stderr may be closed
+        print(f"ace-prune: {text}", file=sys.stderr, flush=True)
+    return status
+
+
+def _of_system(error: OSError) -> str:
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    where = f"{', '.join(repr(name[:300]) for name in names)}: " if names else ""
+    return f"{where}{error.strerror or one_line(error)}; check the path, its permissions, and the space that is left"
+
+
+def _is_memory(error: BaseException) -> bool:
+    words = ("allocate memory", "out of memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
+
+
+def _closed_early() -> int:
+    """Whoever read the output has gone. What the interpreter writes when it ends would fail too, so it goes nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+    return _say("whoever read the output closed it early", INTERNAL)
