@@ -10,15 +10,15 @@ from ace_ext.ops._extension import build_info
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a name. ``auto`` is the GPU if there is one and the extension was built for it, else the CPU.
+    """The device of a name. ``auto`` is the GPU if there is one and the extension was built for it, else the CPU. A GPU
+    without a number is, in a process that ``torchrun`` started, the GPU of the process's local rank.
 
     Raises:
         InputError: the name is not a device, or the device cannot be used on this machine.
     """
     usable = torch.cuda.is_available() and build_info()["cuda"] is not None
     if name == "auto":
-        local = int(os.environ.get("LOCAL_RANK", "0"))  # each process that torchrun starts uses its own GPU
-        return torch.device("cuda", local) if usable and launched() else torch.device("cuda" if usable else "cpu")
+        name = "cuda" if usable else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -26,4 +26,6 @@ def pick_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not usable):
         why = "torch sees no GPU" if not torch.cuda.is_available() else "ace_ext was built CPU-only; see README"
         raise InputError(f"device {name!r} cannot be used here ({why}); use --device cpu")
+    if device == torch.device("cuda") and launched():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return device

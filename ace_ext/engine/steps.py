@@ -1,9 +1,9 @@
 """The steps of a walk that all strategies share: collect statistics, prune a matrix, run the block, report."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ace_ext import ops
 from ace_ext.engine.context import RunContext
@@ -164,14 +164,19 @@ class Steps:
         rows, cols = weight.shape
         return MatrixReport(name, (rows, cols), keep, count_nonzero_(weight, keep), 0, 0.0, 1.0)
 
-    def check_finite(self, where: str) -> None:
-        """Reads the GPU's flag for non-finite values, once per block. On the CPU the ops themselves raise.
+    def check_finite(self, where: str, weights: Iterable[Tensor]) -> None:
+        """Reads the GPUs' flags for non-finite values, once per block. On the CPU the ops themselves raise.
+
+        Args:
+            where: what was pruned, for the message.
+            weights: its weights; with a ``device_map`` they may lie on other GPUs than the run's.
 
         Raises:
             InputError: an op met NaN, infinity or an overflow.
         """
-        op = ops.take_not_finite(self.device)
-        if op:
+        devices = dict.fromkeys([self.device, *(weight.device for weight in weights)])
+        # Every flag is read, and so cleared, before the first is reported.
+        for op in filter(None, [ops.take_not_finite(device) for device in devices]):
             raise InputError(f"{where}: {op} met NaN, infinity or an overflow in activations or scores")
 
     def finish(self, block: Block, block_report: BlockReport) -> None:

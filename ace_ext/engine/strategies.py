@@ -146,8 +146,9 @@ def prune_whole_model(walk: Steps) -> None:
         seconds.append(time.perf_counter() - start)
     dense = [dense_output(stats, scored.weight) for _, _, stats, scored in pending]
     prune_model_wide_([scored for *_, scored in pending], walk.config.sparsity)
-    walk.check_finite("model")
-    walk.context.peers.check_same([scored.weight for *_, scored in pending], "model")
+    weights = [scored.weight for *_, scored in pending]
+    walk.check_finite("model", weights)
+    walk.context.peers.check_same(weights, "model")
     blocks = walk.blocks.blocks
     reports = {block.name: BlockReport(block.name, s) for block, s in zip(blocks, seconds, strict=True)}
     for (block, child, stats_of_child, scored), before in zip(pending, dense, strict=True):

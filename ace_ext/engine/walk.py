@@ -47,8 +47,9 @@ class Walk(Steps):
                 prune_block(self, block, index, block_report)
             else:
                 prune_and_train(self, block, index, block_report)
-            self.check_finite(block.name)
-            self.context.peers.check_same([linear.weight for linear in block.linears.values()], block.name)
+            weights = [linear.weight for linear in block.linears.values()]
+            self.check_finite(block.name, weights)
+            self.context.peers.check_same(weights, block.name)
             for states in (self._hidden, self.dense):
                 if states is not None:
                     states.commit()

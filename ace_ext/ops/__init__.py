@@ -217,7 +217,7 @@ def take_not_finite(device: torch.device) -> str:
     """
     if device.type != "cuda":
         return ""
-    name: str = compiled().take_not_finite(device.index or 0)
+    name: str = compiled().take_not_finite(torch.cuda.current_device() if device.index is None else device.index)
     return name
 
 

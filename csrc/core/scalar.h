@@ -38,6 +38,11 @@ ACE_HD float to_float(float value) { return value; }
 ACE_HD float to_float(BFloat16 value) { return bits_float(static_cast<uint32_t>(value.bits) << 16); }
 
 ACE_HD float to_float(Half value) {
+#if defined(__CUDA_ARCH__)
+  float wide;  // one instruction
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
+  return wide;
+#else
   const uint32_t exponent = value.bits & 0x7c00u;
   const uint32_t mantissa = value.bits & 0x03ffu;
   // Rebias the exponent from 15 to 127; infinity and NaN keep an all-ones exponent.
@@ -47,12 +52,20 @@ ACE_HD float to_float(Half value) {
   const float subnormal = static_cast<float>(static_cast<int32_t>(mantissa)) * 5.9604644775390625e-8f;
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   return bits_float(float_bits(exponent == 0 ? subnormal : normal) | sign);
+#endif
 }
 
-// Rounds to nearest, ties to even; for finite values.
+// Rounds to nearest, ties to even; every NaN becomes 0x7fff, a GPU's.
 ACE_HD BFloat16 to_bfloat16(float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint16_t narrow;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(narrow) : "f"(value));
+  return {narrow};
+#else
   const uint32_t bits = float_bits(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fffu};  // the carry below would turn it into a zero
   return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+#endif
 }
 
 ACE_HD float absolute(float value) { return bits_float(float_bits(value) & 0x7fffffffu); }

@@ -16,7 +16,6 @@ struct Launch {
 };
 
 constexpr int64_t kMaxBlocks = 0x7fffffff;  // of a grid's x
-constexpr size_t kSharedWithoutAsking = 48 * 1024;
 
 #define ACE_RETURN_IF_ERROR(call)               \
   do {                                          \
@@ -40,19 +39,27 @@ inline cudaError_t blocks_for(int64_t work, int64_t waves, int64_t* blocks) {
   return cudaSuccess;
 }
 
+// Lets a kernel have all the dynamic shared memory that its own leaves. Without asking, both together are held to 48
+// KiB. Always the same number, so that two threads that launch it with different sizes do not undo each other's.
+template <class... Params>
+cudaError_t allow_shared(void (*kernel)(Params...)) {
+  int64_t most = 0;
+  cudaFuncAttributes own;
+  ACE_RETURN_IF_ERROR(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &most));
+  ACE_RETURN_IF_ERROR(cudaFuncGetAttributes(&own, kernel));
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(most - static_cast<int64_t>(own.sharedSizeBytes)));
+}
+
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), const Launch& at, Args... args) {
   const dim3 grid(static_cast<unsigned>(std::min(at.blocks, kMaxBlocks))), block(static_cast<unsigned>(at.threads));
+  if (at.shared_bytes > 0) ACE_RETURN_IF_ERROR(allow_shared(kernel));
 #if defined(__CUDACC__)
-  if (at.shared_bytes > kSharedWithoutAsking) {
-    ACE_RETURN_IF_ERROR(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(at.shared_bytes)));
-  }
   kernel<<<grid, block, at.shared_bytes, at.stream>>>(args...);
   return cudaGetLastError();
 #else
-  simt::run(grid, block, at.shared_bytes, [&] { kernel(args...); });
-  return cudaSuccess;
+  return simt::launch(kernel, grid, block, at.shared_bytes, args...);
 #endif
 }
 

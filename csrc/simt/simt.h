@@ -13,11 +13,7 @@
 
 #include <cmath>
 
-#if defined(ACE_SIMT_THREADS)
-#include "simt/thread_engine.h"
-#else
-#include "simt/fiber_engine.h"
-#endif
+#include "simt/launch.h"
 
 #define __global__
 #define __device__
@@ -98,8 +94,6 @@ inline int atomicMax(int* place, int value) {
 
 using cudaStream_t = void*;
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
-
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 
 inline cudaError_t cudaGetDevice(int* device) {
@@ -110,6 +104,29 @@ inline cudaError_t cudaGetDevice(int* device) {
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*device*/) {
   *value = attribute == cudaDevAttrMultiProcessorCount ? simt::settings.processors
                                                        : static_cast<int>(simt::settings.max_shared);
+  return cudaSuccess;
+}
+
+// What a kernel may have of shared memory, by its address.
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;  // its own
+  int maxDynamicSharedSizeBytes;
+};
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel* kernel) {
+  const simt::SharedLimit& limit = simt::shared_limit(reinterpret_cast<const void*>(kernel));
+  *attributes = {limit.fixed, static_cast<int>(limit.dynamic)};
+  return cudaSuccess;
+}
+
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+  simt::SharedLimit& limit = simt::shared_limit(reinterpret_cast<const void*>(kernel));
+  if (bytes < 0 || limit.fixed + static_cast<size_t>(bytes) > simt::settings.max_shared) return cudaErrorInvalidValue;
+  limit.dynamic = static_cast<size_t>(bytes);
   return cudaSuccess;
 }
 

@@ -62,6 +62,17 @@ TEST(Scalar, SubnormalHalfSurvivesFlushToZero) {
 }
 #endif
 
+TEST(Scalar, ToBFloat16RoundsToNearestAndKeepsNaN) {
+  const auto rounded = [](uint32_t bits) { return to_bfloat16(bits_float(bits)).bits; };
+  EXPECT_EQ(rounded(0x3f808000u), 0x3f80u);  // ties to even
+  EXPECT_EQ(rounded(0x3f818000u), 0x3f82u);
+  EXPECT_EQ(rounded(0x3f808001u), 0x3f81u);
+  EXPECT_EQ(rounded(0x7f7fffffu), 0x7f80u);  // overflow
+  EXPECT_EQ(rounded(0xff800000u), 0xff80u);
+  EXPECT_EQ(rounded(0x80000001u), 0x8000u);
+  for (const uint32_t nan : {0x7fffffffu, 0xffffffffu, 0x7fc00000u, 0x7f800001u}) EXPECT_EQ(rounded(nan), 0x7fffu);
+}
+
 TEST(Scalar, AbsoluteClearsOnlyTheSign) {
   EXPECT_EQ(absolute(-1.5f), 1.5f);
   EXPECT_EQ(absolute(1.5f), 1.5f);

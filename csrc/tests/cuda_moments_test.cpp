@@ -173,5 +173,14 @@ TYPED_TEST(MomentsOf, ScaledSquaresAreWithinTheirRounding) {
   }
 }
 
+// inverse_square_norm raises the flag for it; the product must not take it for a zero in the meantime.
+TYPED_TEST(MomentsOf, ASquareThatIsNaNStaysOne) {
+  Sample<TypeParam> v({1, 8}, Formula::magnitude, Values::spread);
+  const float r = bits_float(0x7fffffffu);  // a GPU's NaN
+  std::vector<BFloat16> out(8);
+  ASSERT_EQ(launch_scaled_squares(activations(v), &r, out.data(), nullptr), cudaSuccess);
+  for (const BFloat16 square : out) EXPECT_TRUE(std::isnan(to_float(square)));
+}
+
 }  // namespace
 }  // namespace ace::cuda

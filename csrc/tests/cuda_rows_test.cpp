@@ -94,6 +94,15 @@ TYPED_TEST(RowsOf, LongRowsUseMoreThreads) {
   check_rows<TypeParam>({1, 17001}, Formula::magnitude, Values::ties, 8000);
 }
 
+// Widths of real models. Between 20337 and 24576 columns the kernel's own shared memory and the row together exceed
+// what a kernel gets without asking, while the row alone does not.
+TYPED_TEST(RowsOf, TakeTheWidthsOfLargeModels) {
+  if (!kThorough) GTEST_SKIP() << "hundreds of system threads";
+  for (const int64_t cols : {20480, 22016, 24576, 28672, 53248}) {
+    check_rows<TypeParam>({1, cols}, Formula::scaled, Values::spread, cols / 2);
+  }
+}
+
 TYPED_TEST(RowsOf, MoreRowsThanBlocks) {
   simt::settings.processors = 1;
   check_rows<TypeParam>({19, 40}, Formula::ria, Values::ties, 13);
