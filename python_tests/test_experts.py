@@ -47,6 +47,38 @@ def test_every_expert_is_a_linear_in_the_tensors_memory(family):
         assert not any("router" in child or child.endswith("gate") for child in block.linears)
 
 
+ROUTERS = {
+    "qwen2-moe": {"mlp.gate.weight", "mlp.shared_expert_gate.weight"},
+    "deepseek-v3": {"mlp.gate.weight"},
+    "hunyuan-moe": {"mlp.gate.wg.weight"},
+    "afmoe": {"mlp.router.gate.weight"},
+}
+
+
+@pytest.mark.parametrize("family", ROUTERS)
+def test_what_chooses_experts_stays_dense(family):
+    model = make_model(family)
+    block = find_blocks(model)[-1]  # where only some blocks are mixtures, the last one is
+    pruned = {f"{child}.weight" for child in block.linears}
+    left = {n for n, p in block.module.named_parameters() if p.dim() == 2 and n not in pruned}
+    assert left == ROUTERS[family]
+    before = {name: block.module.get_parameter(name).clone() for name in left}
+    prune_model(model, make_tokens(), PruneConfig())
+    assert all(torch.equal(block.module.get_parameter(name), value) for name, value in before.items())
+
+
+def test_so_does_what_chooses_experts_that_are_modules():
+    """As in transformers 4, and in code of one's own."""
+    block = torch.nn.Module()
+    block.proj, block.mlp = torch.nn.Linear(8, 8), torch.nn.Module()
+    block.mlp.experts = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
+    block.mlp.gate, block.mlp.scale = torch.nn.Linear(8, 3), torch.nn.Linear(8, 1)
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([block])
+    names = {"proj", *(f"mlp.experts.{i}" for i in range(3))}
+    assert set(find_blocks(model)[0].linears) == names
+
+
 @mixtures
 def test_their_products_go_through_the_linears(family):
     """Each expert's Linear is called once, with the tokens that are routed to it; afterwards the model is unchanged."""

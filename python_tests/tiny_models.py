@@ -42,6 +42,16 @@ def _mixture(name: str, experts: str = "num_experts", **more) -> nn.Module:
     return getattr(transformers, f"{name}ForCausalLM")(config)
 
 
+def _hunyuan() -> nn.Module:
+    config = transformers.HunYuanMoEV1Config(**_SMALL, num_experts=4, moe_topk=2, head_dim=8)
+    return transformers.HunYuanMoEV1ForCausalLM(config)
+
+
+def _afmoe() -> nn.Module:
+    """The first block is a plain one."""
+    return _mixture("Afmoe", moe_intermediate_size=24, num_dense_layers=1, num_shared_experts=1, head_dim=8)
+
+
 _DEEPSEEK = {
     "num_key_value_heads": 4,
     "moe_intermediate_size": 24,
@@ -69,6 +79,8 @@ _MIXTURES = {
     "olmoe": lambda: _mixture("Olmoe"),
     "phimoe": lambda: _mixture("Phimoe", "num_local_experts"),
     "deepseek-v3": lambda: _mixture("DeepseekV3", "n_routed_experts", **_DEEPSEEK),
+    "hunyuan-moe": lambda: _hunyuan(),
+    "afmoe": lambda: _afmoe(),
 }
 FAMILIES = _DENSE | _MIXTURES
 DENSE_FAMILIES = [*_DENSE]

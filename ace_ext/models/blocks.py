@@ -101,15 +101,19 @@ def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def _routers(module: nn.Module, experts: Iterable[FusedExperts]) -> set[str]:
-    """Names in the block of the matrices that choose among fused experts. They stay dense: they are tiny, and a wrong
-    choice of experts costs more than a wrong weight."""
+    """Names in the block of the matrices that choose among experts, or scale what a shared one adds. They stay dense:
+    they are tiny, and a wrong choice of experts costs more than a wrong weight.
+
+    They are found by shape, beside the experts: as many rows as there are experts, or one.
+    """
+    counts = {fused.name.rpartition(".")[0]: len(fused.tensor) for fused in experts}
+    counts |= {name: len(m) for name, m in module.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
     found = set()
-    for fused in experts:
-        mixture = fused.name.rpartition(".")[0].rpartition(".")[0]
-        for child, beside in module.get_submodule(mixture).named_children():
-            for name, parameter in beside.named_parameters(recurse=False):
-                if fused.is_router(parameter):
-                    found.add(f"{mixture}.{child}.{name}".lstrip("."))
+    for holder, count in counts.items():
+        mixture = holder.rpartition(".")[0]
+        for name, parameter in module.get_submodule(mixture).named_parameters(prefix=mixture):
+            if not name.startswith(f"{holder}.") and parameter.dim() == 2 and parameter.shape[0] in (1, count):
+                found.add(name)
     return found
 
 

@@ -71,10 +71,6 @@ class FusedExperts:
         for weight, linear in zip(self.tensor.detach(), self.linears.values(), strict=True):
             linear.weight = nn.Parameter(weight, requires_grad=False)
 
-    def is_router(self, parameter: Tensor) -> bool:
-        """Whether a matrix has the shape ``[experts, d_in]`` of the router that chooses among these experts."""
-        return tuple(parameter.shape) == (self.tensor.shape[0], self.tensor.shape[2])
-
 
 def find_experts(module: nn.Module) -> list[FusedExperts]:
     """The fused tensors of a block whose experts' matrices ``W`` are used as ``x Wᵀ``."""
