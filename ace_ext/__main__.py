@@ -1,17 +1,25 @@
 """``python -m ace_ext`` and ``ace-prune``: the command line. Loading it takes seconds, and may be interrupted."""
 
+import os
+import signal
 import sys
+from types import FrameType
 
 
 def main() -> int:
     """Runs the command line; returns its exit status."""
-    try:
-        from ace_ext.cli.main import main as command_line
+    before = signal.signal(signal.SIGINT, _stop)
+    from ace_ext.cli.main import main as command_line
 
-        return command_line()
-    except KeyboardInterrupt:
-        print("ace-prune: interrupted", file=sys.stderr)
-        return 130
+    signal.signal(signal.SIGINT, before)
+    return command_line()
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Ends the program at once while modules are imported, where an exception may be swallowed or told as another;
+    there is nothing to clean up yet."""
+    os.write(2, b"ace-prune: interrupted\n")
+    os._exit(130)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,11 @@ def test_uniform_model():
 
 @pytest.mark.parametrize(
     ("seqlen", "length", "message"),
-    [(1, 50, "seqlen must be at least 2"), (64, 50, r"one window of 64 tokens \(got 50\)"), (16, 0, r"\(got 0\)")],
+    [
+        (1, 50, "use a whole number of at least 2"),
+        (64, 50, r"one window of 64 tokens \(got 50\)"),
+        (16, 0, r"\(got 0\)"),
+    ],
 )
 def test_too_little_text(seqlen, length, message):
     with pytest.raises(InputError, match=message):

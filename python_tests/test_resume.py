@@ -421,3 +421,13 @@ def test_a_changed_matrix_anywhere_is_seen(place, tmp_path):
         file.seek(place)
         file.write(b"\1" * 2**14)
     assert fingerprint_of_files([path]) != before
+
+
+def test_another_number_of_threads_is_refused(stopped, tmp_path, threads):
+    """Sums in float32 depend on it, so the rest would have bytes of neither run."""
+    before = torch.get_num_threads()
+    threads(before + 1)
+    with pytest.raises(InputError, match=rf"threads was {before}, now {before + 1}"):
+        prune(stopped, tmp_path / "out", RESUME)
+    threads(before)
+    prune(stopped, tmp_path / "out", RESUME)

@@ -35,6 +35,14 @@ Subparsers = Any
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser that reports errors in one line, like every other error of this program."""
 
+    def parse_args(self, *arguments: Any, **more: Any) -> Any:
+        """As in argparse, whose older versions take ``--option=--`` for an empty list."""
+        found = super().parse_args(*arguments, **more)
+        for name, value in vars(found).items():
+            if (value == [] and name != "skip") or (isinstance(value, list) and [] in value):
+                self.error(f"argument --{name.replace('_', '-')}: expected a value (got '--')")
+        return found
+
     def error(self, message: str) -> NoReturn:
         """Prints the message and exits with 2."""
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
@@ -135,6 +143,8 @@ def config_from(args: argparse.Namespace) -> PruneConfig:
     """
     given = {name: getattr(args, name) for name in all_settings() if getattr(args, name, None) is not None}
     given["skip"] = tuple(args.skip)
+    if "" in given.get("update", ()):
+        raise InputError("update must be the name of a solver (got ''); see --help")
     if "update" in given:
         given["update"] = "+".join(given["update"])
     if "tune_epochs" in given and args.preset is None and "tune" not in given.get("update", ""):

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 
 import shtab
 import torch
@@ -75,6 +76,7 @@ def _quiet_libraries() -> None:
     """Turns off progress bars and warnings of libraries, so that this program's own lines are seen."""
     import transformers
 
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|transformers)(\.|$)")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -2,10 +2,10 @@
 
 import argparse
 import contextlib
-import os
 from pathlib import Path
 
 from ace_ext.cli import args as shared
+from ace_ext.engine.distributed import launched, number_of
 from ace_ext.engine.progress import Progress
 from ace_ext.formats import DEFAULT_FORMAT, FORMATS
 from ace_ext.reporting.run_page import write_run_report
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
             request.dtype,
             progress,
         )
-    if int(os.environ.get("RANK", "0")) == 0:
+    if not launched() or number_of("RANK", 0) == 0:
         if args.report is not None:
             write_run_report(report, args.report)
         print(report.to_json() if args.json else f"{report.table()}\nwritten to {path}")

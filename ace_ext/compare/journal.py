@@ -219,6 +219,8 @@ def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
     if not data.startswith(b'{"format"'):
         raise ValueError("its first line has no format")
     whole = data[: data.rfind(b"\n") + 1]
+    if not whole:
+        raise ValueError("its first line has no end")
     if len(whole) < len(data):
         os.truncate(path, len(whole))
     return map(json.loads, whole.decode("utf-8").splitlines())

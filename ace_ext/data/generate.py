@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from ace_ext.data.bos import check_known
-from ace_ext.data.requests import check_int, check_request, seeded_generator
+from ace_ext.data.requests import check_int, check_positions, check_request, seeded_generator
 from ace_ext.errors import InputError
-from ace_ext.models._transformers import cache_arguments, embedding_weight, text_config
+from ace_ext.models._transformers import cache_arguments, embedding_weight
 from ace_ext.models.tokenizer import Tokenizer
 
 ROWS_TOGETHER = 16
@@ -41,10 +41,7 @@ def self_generated(
     check_int("batch_size", batch_size, 1)
     if not (isinstance(temperature, Real) and math.isfinite(temperature) and temperature > 0):
         raise InputError(f"temperature: {temperature!r} found; use a finite number above 0 (1 is the model's own)")
-    positions = getattr(text_config(model), "max_position_embeddings", None)
-    if positions is not None and seqlen > positions:
-        raise InputError(f"seqlen: {seqlen} found, but the model has {positions} positions; use {positions} or less")
-
+    check_positions(model, seqlen)
     generator = seeded_generator(seed)
     starts = (tokenizer.bos_token_id if bos else None, tokenizer.eos_token_id)
     first = _first_tokens(model, starts, len(tokenizer), nsamples, generator)

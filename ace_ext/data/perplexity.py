@@ -10,6 +10,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from ace_ext.data.bos import begin_with
+from ace_ext.data.requests import check_int, check_positions, check_tokens
 from ace_ext.errors import InputError
 
 SEQLEN = 512
@@ -60,10 +61,14 @@ def perplexity(
             predicted. None: a window is text alone, and its first token is not predicted.
 
     Raises:
-        InputError: no whole window, or ``seqlen`` below 2 (nothing to predict).
+        InputError: no whole window; ``seqlen`` below 2 (nothing to predict) or above the model's positions; tokens that
+            the model does not know; logits that are not finite.
     """
-    if seqlen < 2:
-        raise InputError(f"seqlen must be at least 2: a window's first token is not predicted (got {seqlen})")
+    check_int("seqlen", seqlen, 2, ": a window's first token is not predicted")
+    check_positions(model, seqlen)
+    if max_tokens is not None:
+        check_int("max_tokens", max_tokens, seqlen, ", a whole window")
+    check_tokens(model, tokens)
     width = seqlen if bos is None else seqlen - 1
     windows = len(tokens) // width
     if max_tokens is not None:
@@ -82,5 +87,8 @@ def perplexity(
         logits = model(batch, use_cache=False).logits[:, :-1].float()
         total += functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
     model.train(training)
+    if not math.isfinite(total):
+        raise InputError("model: its logits hold NaN or infinity, so it has no perplexity; check its weights")
     count = windows * (seqlen - 1)
-    return Perplexity(math.exp(total / count), total / count, windows, seqlen, count, bos)
+    mean = total / count
+    return Perplexity(math.exp(mean) if mean < 700 else math.inf, total / count, windows, seqlen, count, bos)

@@ -3,8 +3,14 @@
 from numbers import Integral
 
 import torch
+from torch import nn
 
 from ace_ext.errors import InputError
+from ace_ext.models._transformers import embedding_weight, text_config
+from ace_ext.process_memory import available_bytes
+
+BYTES_OF_A_SAMPLE = 200
+"""About what a sample takes beside its tokens while it is drawn."""
 
 
 def seeded_generator(seed: int) -> torch.Generator:
@@ -22,10 +28,40 @@ def check_request(nsamples: int, seqlen: int, seed: int) -> None:
     check_int("seqlen", seqlen, 2, "; a window of one token attends to nothing but itself and predicts nothing")
     check_int("seed", seed, 0)
     if seed >= 2**63:
-        raise InputError(f"seed: {seed} found; use a whole number from 0 to 2**63 - 1")
+        raise InputError(f"seed: {str(seed)[:100]} found; use a whole number from 0 to 2**63 - 1")
+    needed = nsamples * (8 * seqlen + BYTES_OF_A_SAMPLE)
+    if needed > available_bytes():
+        raise InputError(
+            f"nsamples: {_short(nsamples)} samples of {_short(seqlen)} tokens do not fit into memory; lower one of them"
+        )
 
 
 def check_int(name: str, value: int, least: int, why: str = "") -> None:
     """Raises :class:`InputError` for a value that is no whole number from ``least`` on; ``why`` ends the message."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise InputError(f"{name}: {value!r} found; use a whole number of at least {least}{why}")
+        raise InputError(f"{name}: {_short(value)} found; use a whole number of at least {least}{why}")
+
+
+def check_positions(model: nn.Module, seqlen: int) -> None:
+    """Raises :class:`InputError` if a model has fewer positions than ``seqlen`` tokens need: there some models end in
+    an error of an index, and others go on with positions that they never saw."""
+    positions = getattr(text_config(model), "max_position_embeddings", None)
+    if isinstance(positions, int) and seqlen > positions:
+        raise InputError(
+            f"seqlen: {_short(seqlen)} found, but the model has {positions} positions; use {positions} or less"
+        )
+
+
+def check_tokens(model: nn.Module, tokens: torch.Tensor) -> None:
+    """Raises :class:`InputError` for tokens, of any shape, that a model's embedding does not know."""
+    known = len(embedding_weight(model))
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < known:
+        raise InputError(
+            f"tokens: ids from {int(tokens.min())} to {int(tokens.max())} found, but the model knows those from 0 to "
+            f"{known - 1}; use the tokenizer that belongs to the model"
+        )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}…"

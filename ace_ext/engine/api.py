@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ace_ext.data.requests import check_tokens
 from ace_ext.engine.context import RunContext
 from ace_ext.engine.distillation import Distillation
 from ace_ext.engine.progress import Progress
@@ -113,7 +114,7 @@ def _enter(
     calls: list[BlockCall] = []
 
     def first_states() -> Iterator[Tensor]:
-        for call in capture_calls(model, store.blocks, _as_batches(batches, config, device)):
+        for call in capture_calls(model, store.blocks, _as_batches(model, batches, config, device)):
             hidden, call.hidden = call.hidden, None
             assert hidden is not None  # just captured
             calls.append(call)
@@ -132,7 +133,9 @@ def _enter(
     return calls, hidden
 
 
-def _as_batches(batches: Batches, config: PruneConfig, device: torch.device) -> Iterator[dict[str, Tensor]]:
+def _as_batches(
+    model: nn.Module, batches: Batches, config: PruneConfig, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
     """Batches as dicts on the device. One tensor is split into batches of at most ``config.batch_tokens`` tokens (at
     least one sample); empty batches are left out."""
     if isinstance(batches, Tensor):
@@ -141,5 +144,6 @@ def _as_batches(batches: Batches, config: PruneConfig, device: torch.device) -> 
         batches = torch.split(batches, config.batch_samples(batches.shape[1]))
     for batch in batches:
         batch = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+        check_tokens(model, batch["input_ids"])
         if batch["input_ids"].numel():
             yield {name: value.to(device) for name, value in batch.items()}

@@ -1,10 +1,8 @@
 """Which device a run uses."""
 
-import os
-
 import torch
 
-from ace_ext.engine.distributed import launched
+from ace_ext.engine.distributed import launched, number_of
 from ace_ext.errors import InputError
 from ace_ext.ops._extension import build_info
 
@@ -27,5 +25,5 @@ def pick_device(name: str) -> torch.device:
         why = "torch sees no GPU" if not torch.cuda.is_available() else "ace_ext was built CPU-only; see README"
         raise InputError(f"device {name!r} cannot be used here ({why}); use --device cpu")
     if device == torch.device("cuda") and launched():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", number_of("LOCAL_RANK", 0))
     return device

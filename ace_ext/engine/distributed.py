@@ -54,6 +54,7 @@ class Ranks:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # NCCL gathers objects on the current device; not tested on a GPU
         if not dist.is_initialized():
+            _check_environment()
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
@@ -136,9 +137,34 @@ class Ranks:
             self._dist.destroy_process_group()
 
 
+def _check_environment() -> None:
+    """Raises :class:`InputError` unless the environment is one that ``torchrun`` makes."""
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise InputError(
+            f"WORLD_SIZE is in the environment and {', '.join(missing)} not; start with torchrun, or unset it"
+        )
+    if number_of("RANK", 0) >= number_of("WORLD_SIZE", 1):
+        raise InputError(f"RANK in the environment must be below WORLD_SIZE (got {os.environ['RANK']}); use torchrun")
+
+
 def launched() -> bool:
     """Whether ``torchrun`` started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return number_of("WORLD_SIZE", 1) > 1
+
+
+def number_of(name: str, default: int) -> int:
+    """A number that ``torchrun`` puts into the environment of each process.
+
+    Raises:
+        InputError: there is something else.
+    """
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise InputError(
+            f"{name} in the environment must be a number as torchrun sets it (got {text[:100]!r}); unset it"
+        )
+    return int(text)
 
 
 def share_of(tokens: Tensor, peers: Peers) -> Tensor:

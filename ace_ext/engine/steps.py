@@ -96,6 +96,7 @@ class Steps:
                 collector.token_mask = call.token_mask
                 output = run_block(block, hidden[i], call.others[index])
                 if advance:
+                    check_finite_output(block, output, call)
                     hidden.put(i, output)
         self.context.peers.merge_(collector.stats, children, collector.empty)
         for child in children:
@@ -117,7 +118,9 @@ class Steps:
         for i, call in enumerate(self.calls):
             if collector is not None:
                 collector.token_mask = call.token_mask
-            self.hidden.put(i, run_block(block, self.hidden[i], call.others[index]))
+            output = run_block(block, self.hidden[i], call.others[index])
+            check_finite_output(block, output, call)
+            self.hidden.put(i, output)
 
     def check_seen(self, block: Block, child: str, collector: StatisticsCollector) -> None:
         """Checks that a Linear saw a token. An expert that saw none gets empty statistics, and is then pruned by
@@ -190,3 +193,18 @@ class Steps:
         context.observer.block(block_report, self.report)
         if self.callback is not None:
             self.callback(block_report)
+
+
+def check_finite_output(block: Block, output: torch.Tensor, call: BlockCall) -> None:
+    """Raises :class:`InputError` if a block's output ``[batch, seqlen, d_model]`` holds NaN or infinity in a token that
+    is no padding: all that follows would."""
+    rows = output.flatten(0, 1)
+    finite = torch.isfinite(rows).all(dim=1)
+    if call.token_mask is not None:
+        finite = finite[call.token_mask.to(finite.device)]
+    if not bool(finite.all()):
+        dtype = str(output.dtype).removeprefix("torch.")
+        raise InputError(
+            f"{block.name}: its output holds NaN or infinity; a weight in or before it is damaged, or its numbers are "
+            f"too large for {dtype}: pass --dtype float32 or bfloat16"
+        )

@@ -111,6 +111,8 @@ def _stages(walk: Steps, block: Block, index: int) -> list[list[str]]:
     together = {child: stage for stage in block.expert_stages() for child in stage}
 
     def note(child: str, x: Tensor) -> None:
+        if child not in together and any(child in stage for stage in stages):
+            raise InputError(f"{block.full_name(child)} is called twice in its block; use order='block'")
         if child in together:
             if together[child] not in stages:
                 stages.append(together[child])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ace_ext.errors import InputError
 from ace_ext.models.experts import FusedExperts, find_experts
@@ -64,20 +65,72 @@ def find_blocks(model: nn.Module, skip: Iterable[str] = (), check: bool = True) 
         for fused in experts:
             linears |= fused.linears
         linears = {n: linear for n, linear in linears.items() if not _matches(f"{full}.{n}", patterns)}
+        _refuse_derived(full, module, linears)
         _refuse_other_weights(full, module, patterns, routers | {fused.name for fused in experts})
         blocks.append(Block(full, module, linears, experts))
+    unused = [pattern.pattern for pattern in patterns if not any(map(pattern.search, _weights_of(blocks)))]
+    if unused:
+        raise InputError(f"skip {unused[0][:100]!r} matches no weight of the blocks; ace-prune plan shows their names")
     if not any(block.linears for block in blocks):
         raise InputError(f"skip leaves no Linear to prune in {name} (got {', '.join(skip) or 'nothing to skip'})")
+    _refuse_tied(model, name, blocks)
     if check:
         check_weights(blocks)
     return blocks
 
 
+def _refuse_derived(block: str, module: nn.Module, linears: dict[str, nn.Linear]) -> None:
+    """Refuses Linears whose weight is computed from other tensors, as by ``weight_norm``, ``torch.nn.utils.prune`` or
+    an adapter: what is pruned would not be what is used.
+
+    Raises:
+        InputError: naming the first.
+    """
+    for child, linear in linears.items():
+        if is_parametrized(linear) or not isinstance(linear._parameters.get("weight"), nn.Parameter):
+            raise InputError(
+                f"{block}.{child}: its weight is computed from other tensors (parametrization, weight_norm or "
+                "torch.nn.utils.prune); make it a plain parameter first (remove_parametrizations, prune.remove)"
+            )
+    for name, part in module.named_modules():
+        if isinstance(getattr(part, "base_layer", None), nn.Module):
+            raise InputError(f"{block}.{name} is a layer with an adapter; merge it first (merge_and_unload of PEFT)")
+
+
+def _refuse_tied(model: nn.Module, name: str, blocks: Iterable[Block]) -> None:
+    """Refuses Linears that share their weight with a module outside the blocks, such as the embedding, which is not
+    pruned.
+
+    Raises:
+        InputError: naming the first.
+    """
+    named = model.named_parameters(remove_duplicate=False)
+    outside = {id(parameter): other for other, parameter in named if not other.startswith(f"{name}.")}
+    for block in blocks:
+        for child, linear in block.linears.items():
+            if id(linear.weight) in outside:
+                raise InputError(
+                    f"{block.full_name(child)}.weight is the same tensor as {outside[id(linear.weight)]}, which is not "
+                    "pruned; pass it in skip"
+                )
+
+
+def _weights_of(blocks: Iterable[Block]) -> list[str]:
+    """The names that ``skip`` is compared with: of Linears and experts, and of matrices that no Linear holds."""
+    found = []
+    for block in blocks:
+        names = [name for name, _ in block.module.named_modules()]
+        names += [name for name, parameter in block.module.named_parameters() if parameter.dim() > 1]
+        names += [child for fused in find_experts(block.module) for child in fused.linears]
+        found += [block.full_name(name) for name in names]
+    return found
+
+
 def _compile(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
-    except re.error as error:
-        raise InputError(f"skip must be regular expressions (got {pattern!r}: {error})") from error
+    except (re.error, OverflowError, RecursionError, TypeError) as error:
+        raise InputError(f"skip must be regular expressions (got {str(pattern)[:100]!r}: {error})") from error
 
 
 def _matches(name: str, patterns: list[re.Pattern[str]]) -> bool:
@@ -152,6 +205,9 @@ def check_weights(blocks: list[Block]) -> None:
             where = _first_not_finite(weight)
             if where is not None:
                 raise InputError(f"{name}.weight must be finite (got {weight[tuple(where)].item()} at index {where})")
+        for name, vector in block.module.named_parameters():  # norms and biases
+            if vector.dim() == 1 and not vector.is_meta and not bool(torch.isfinite(vector).all()):
+                raise InputError(f"{block.name}.{name} must be finite (it holds NaN or infinity)")
 
 
 def _first_not_finite(weight: Tensor) -> list[int] | None:

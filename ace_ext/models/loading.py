@@ -51,6 +51,7 @@ def load_model(source: str, dtype: str = "auto", device: str | torch.device = "c
     wanted = WEIGHT_DTYPES.get(dtype, torch.bfloat16 if unpacks else "auto")
     options = location.options | (dequantize_options() if unpacks else {})
     with as_input_error(f"model {source!r} could not be loaded"), quiet_stderr():
+        location.config()  # is checked
         tokenizer = location.tokenizer()
         model: nn.Module
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -58,13 +59,19 @@ def load_model(source: str, dtype: str = "auto", device: str | torch.device = "c
         )
     check_fit(source, found["missing_keys"], found["unexpected_keys"])
     check_causal(source, model)
+    if not unpacks:
+        check_plain(model)
+    forget_quantization_(model)
+    return LoadedModel(model.to(device).eval(), tokenizer, source)
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raises :class:`InputError` for a model whose weights are quantized."""
     quantization = quantization_of(model)
-    if quantization is not None and not unpacks:
+    if quantization is not None:
         raise InputError(
             f"model holds {quantization} weights; give the unquantized checkpoint, prune it, then quantize"
         )
-    forget_quantization_(model)
-    return LoadedModel(model.to(device).eval(), tokenizer, source)
 
 
 def check_fit(source: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:

@@ -55,7 +55,9 @@ class ModelLocation:
         from transformers import AutoConfig
 
         with quiet_stderr():
-            return AutoConfig.from_pretrained(self.name, **self.options)
+            config = AutoConfig.from_pretrained(self.name, **self.options)
+        _check_counts(config)
+        return config
 
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises what transformers raises; see :func:`as_input_error`."""
@@ -85,6 +87,19 @@ def locate(source: str) -> ModelLocation:
     if path.is_absolute() or source.startswith(".") or source.count("/") != 1 or path.parent.is_dir():
         raise InputError(f"model {source!r} is no folder, no .gguf file and no hub name like org/model; check the path")
     return ModelLocation(source)
+
+
+_MOST = {"num_hidden_layers": 10_000, "num_experts": 100_000, "num_local_experts": 100_000, "n_routed_experts": 100_000}
+"""More than any model has. A module is made for each layer, which for a number out of a damaged file would not end."""
+
+
+def _check_counts(config: PreTrainedConfig) -> None:
+    """Raises ValueError for a configuration that asks for more modules than any model has."""
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name, most in _MOST.items():
+            count = getattr(part, name, None)
+            if isinstance(count, int) and count > most:
+                raise ValueError(f"{name} must be at most {most} (got {str(count)[:40]})")
 
 
 @contextmanager

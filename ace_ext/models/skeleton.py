@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ace_ext.errors import InputError
 from ace_ext.models._transformers import is_left_out, stays_float32
 from ace_ext.models.loading import WEIGHT_DTYPES, check_causal, check_dtype, check_fit
 from ace_ext.models.location import ModelLocation, as_input_error, remote_code_allowed
@@ -55,6 +56,13 @@ def check_all_read(model: nn.Module, shards: Shards, source: str) -> None:
     missing = [name for name, p in model.named_parameters() if id(p) not in held]  # a tied one has several names
     if not (missing and unread):
         check_fit(source, missing, unread)
+    for name, parameter in model.named_parameters():
+        found = shards.describe(name)[1] if name in shards else tuple(parameter.shape)
+        if found != tuple(parameter.shape):
+            raise InputError(
+                f"model {source!r}: its weights do not fit its configuration ({name} is {list(found)} in the files, "
+                f"and {list(parameter.shape)} by config.json); correct config.json, or fetch the files again"
+            )
 
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:

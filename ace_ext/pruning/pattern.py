@@ -1,6 +1,7 @@
 """How many weights are kept: N:M patterns, and the rounding of a sparsity to a count."""
 
 import math
+import re
 from dataclasses import dataclass
 
 from ace_ext.errors import InputError
@@ -40,8 +41,8 @@ class SparsityPattern:
             InputError: the text is not of this form, or as the class.
         """
         parts = text.split(":")
-        if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
-            raise InputError(f"pattern must be N:M, N weights kept of M (got {text!r}); e.g. 2:4")
+        if len(parts) != 2 or not all(re.fullmatch(r"\s*[0-9]{1,9}\s*", part) for part in parts):
+            raise InputError(f"pattern must be N:M, N weights kept of M (got {text[:100]!r}); e.g. 2:4")
         return cls(int(parts[0]), int(parts[1]))
 
     @property

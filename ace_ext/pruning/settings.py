@@ -4,7 +4,6 @@ The command line, the method specs of ``ace-prune compare``, the reports and the
 """
 
 import dataclasses
-import math
 import types
 import typing
 from collections.abc import Collection
@@ -25,6 +24,10 @@ class Limits:
     below: float | None = None
     words: str = ""
     """What is allowed, for the error message; derived from the limits if empty."""
+
+
+_TOO_LARGE = 2**63
+"""No number is as large: ops take 64-bit integers."""
 
 
 def option(default: Any, help: str, limits: Limits | None = None, **more: Any) -> Any:
@@ -69,14 +72,17 @@ class Setting:
     def _check_number(self, value: object) -> None:
         limits = self.limits
         whole = int in self.types
-        good = isinstance(value, int | (int if whole else float)) and math.isfinite(value)
+        good = isinstance(value, int | (int if whole else float)) and not isinstance(value, bool)
+        good = (
+            good and abs(typing.cast(float, value)) < _TOO_LARGE
+        )  # which NaN is not, and a whole number compares exactly
         if good:
             number = typing.cast(float, value)
             good = limits.at_least is None or number >= limits.at_least
             good = good and (limits.above is None or number > limits.above)
             good = good and (limits.below is None or number < limits.below)
         if not good:
-            raise InputError(f"{self.name} must be {self._allowed(whole)} (got {value})")
+            raise InputError(f"{self.name} must be {self._allowed(whole)} (got {str(value)[:100]})")
 
     def _allowed(self, whole: bool) -> str:
         if self.limits.words:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
+from ace_ext.data.requests import check_positions
+from ace_ext.data.requests import check_request as check_numbers
 from ace_ext.data.windows import CalibrationData
 from ace_ext.errors import InputError
 from ace_ext.formats import DEFAULT_FORMAT, format_named
@@ -72,8 +73,8 @@ class HealOptions:
         """Raises :class:`ace_ext.InputError` for a budget that is none."""
         if sum(budget is not None for budget in (self.tokens, self.minutes, self.windows)) > 1:
             raise InputError("give tokens, minutes or windows, only one of them")
-        if self.tokens is not None and self.tokens < 1:
-            raise InputError(f"tokens must be at least 1 (got {self.tokens})")
+        if self.tokens is not None and not 1 <= self.tokens < 2**40:
+            raise InputError(f"tokens must be at least 1 and below 2**40 (got {str(self.tokens)[:100]})")
         if self.minutes is not None and not 0 < self.minutes < 1e6:
             raise InputError(f"minutes must be more than 0 (got {self.minutes})")
 
@@ -172,7 +173,7 @@ class _Run:
             check_output(path, self._request.options.overwrite)  # another program may have written there meanwhile
             journal.finish(self._report, REPORT_NAME)
             return self._report
-        except (InputError, OSError, SafetensorError):
+        except Exception:
             if NAME not in journal.notes:  # nothing to resume from
                 journal.remove()
             raise
@@ -203,6 +204,8 @@ class _Run:
                 tokens = tokens_within(60 * options.minutes, self._pruned, settings, seqlen, self._request.device)
             notes["nsamples"] = options.windows or windows_needed(tokens, seqlen, settings)
         text = replace(self._request.text, nsamples=notes["nsamples"])
+        check_numbers(text.nsamples, text.seqlen, text.seed)
+        check_positions(self._pruned.model, text.seqlen)
         return HealText(text, self._pruned, self._dense, self._report).draw(notes)
 
     def _divide(self, journal: HealJournal, batches: Batches) -> tuple[Division, Estimate]:

@@ -17,7 +17,7 @@ from ace_ext.formats import DenseModel
 from ace_ext.models._transformers import input_embedding, output_head
 from ace_ext.models.blocks import Block, find_blocks
 from ace_ext.models.gguf import Unpacking, gguf_skeleton
-from ace_ext.models.loading import WEIGHT_DTYPES, load_model, load_tokenizer, local_folder
+from ace_ext.models.loading import WEIGHT_DTYPES, check_plain, load_model, load_tokenizer, local_folder
 from ace_ext.models.safetensors_files import Shards, has_safetensors
 from ace_ext.models.skeleton import check_all_read, dtype_of, skeleton
 from ace_ext.models.tokenizer import Tokenizer
@@ -44,7 +44,7 @@ class ModelFiles:
             return [Path(self.name).expanduser()]
         if self.shards is not None:
             return self.shards.files
-        return sorted(f for f in self.folder.iterdir() if f.suffix in (".safetensors", ".bin"))
+        return sorted(f for f in self.folder.iterdir() if f.suffix in (".safetensors", ".bin") and f.is_file())
 
     @property
     def described(self) -> dict[str, str]:
@@ -87,6 +87,8 @@ def open_source(request: RunRequest, *, weights: bool = True) -> Source:
         if request.options.offload == "disk":
             raise _no_safetensors(request.model)
         files = ModelFiles(request.model, folder, None)
+        if not files.paths:
+            raise InputError(f"model {request.model!r} holds no weights; give a folder with safetensors files")
         return _loaded(request, files) if weights else _planned(request, files)
     shards = Shards(folder)
     laid_out = skeleton(folder, shards, request.dtype)
@@ -116,6 +118,7 @@ def _planned(request: RunRequest, files: ModelFiles, laid_out: nn.Module | None 
         laid_out, tokenizer, unpacking = gguf_skeleton(files.paths[0], wanted)
     else:
         laid_out = laid_out or skeleton(files.folder, None, request.dtype)
+        check_plain(laid_out)
         tokenizer = load_tokenizer(files.folder)
         # Tensors are converted one at a time while the files are mapped.
         unpacking = Unpacking(sum(file.stat().st_size for file in files.paths), 0.0)

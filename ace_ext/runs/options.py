@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ace_ext.data.bos import AUTO, MODES, BosChoice, choose_bos, settled_bos
 from ace_ext.data.corpora import CALIBRATION, SELF, SOURCES, load_text
+from ace_ext.data.requests import check_request as check_numbers
 from ace_ext.data.windows import CalibrationData, load_windows
 from ace_ext.engine.distributed import launched
 from ace_ext.errors import InputError
@@ -43,6 +44,7 @@ class Calibration:
             InputError: the file cannot be read, or there is no such mode of ``bos``.
         """
         check_choice("bos", self.bos, MODES)
+        check_numbers(self.nsamples, self.seqlen, self.seed)
         if self.source not in (SELF, *SOURCES):
             load_text(self.source, CALIBRATION, self.text_field)
 

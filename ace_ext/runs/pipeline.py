@@ -5,17 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ace_ext.data.bos import BosChoice
+from ace_ext.data.requests import check_positions
 from ace_ext.data.windows import CalibrationData
 from ace_ext.engine.api import check_pattern, prune_model
 from ace_ext.engine.context import RunContext
 from ace_ext.engine.distributed import Alone, Ranks, launched, share_of
 from ace_ext.engine.progress import Progress
 from ace_ext.engine.protocols import Peers
-from ace_ext.errors import InputError
 from ace_ext.formats import format_named
 from ace_ext.models.block_store import BlockSource, OffloadedBlocks, ResidentBlocks
 from ace_ext.models.versions import versions
@@ -107,6 +106,8 @@ def _prune_on_ranks(request: RunRequest, path: Path, progress: Progress) -> Prun
 def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) -> PruneReport:
     source = open_source(request)
     check_pattern(source.blocks, request.config)
+    if request.options.stats is None:
+        check_positions(source.model, request.calibration.seqlen)
     blocks = _block_source(source, request.device)
     bos = None if request.options.stats else choose_for_run(request, source, blocks, path, peers)
     inputs = _Inputs(request, source, bos)
@@ -145,7 +146,7 @@ def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) ->
             workspace.finish(report, REPORT_NAME)
         peers.wait()
         return report
-    except (InputError, OSError, SafetensorError):
+    except Exception:
         if not workspace.finished:  # nothing to resume from
             workspace.remove() if peers.rank == 0 else workspace.close()
         raise
@@ -184,6 +185,7 @@ class _Inputs:
             "calibration": self.calibration,
             "config": self._request.config.to_dict(),
             "device": self._request.device.type,
+            "threads": torch.get_num_threads(),  # on which sums in float32 depend
             "format": self._request.options.format,
             "processes": peers.size,
             "statistics": self.statistics,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ace_ext.data.bos import WINDOW_TOKENS, WINDOWS, BosChoice
 from ace_ext.data.corpora import SELF
 from ace_ext.data.generate import ROWS_TOGETHER
+from ace_ext.data.requests import check_positions
 from ace_ext.engine.api import check_pattern
 from ace_ext.engine.distillation import heal_settings
 from ace_ext.models._transformers import embedding_weight, text_config
@@ -132,6 +133,7 @@ def make_plan(
     calibration.check()
     source = open_source(request, weights=False)
     check_pattern(source.blocks, config)
+    check_positions(source.model, calibration.seqlen)
     measured = _draw(source, calibration)
     demand = Demand(source, request)
     resident_hidden = demand.hidden_fits()

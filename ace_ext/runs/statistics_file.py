@@ -68,7 +68,16 @@ class StatisticsWriter:
         return self.path
 
 
-_DAMAGE = (zipfile.BadZipFile, SafetensorError, KeyError, ValueError, TypeError, AttributeError, EOFError)
+_DAMAGE = (
+    zipfile.BadZipFile,
+    SafetensorError,
+    KeyError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    RecursionError,
+)
 """Exceptions that a damaged file, or one of another kind, may raise."""
 
 
@@ -87,6 +96,8 @@ class SavedStatistics:
     def __init__(self, path: str | Path, model_fingerprint: dict[str, Any], needs: frozenset[str]) -> None:
         self.path = Path(path)
         try:
+            if not self.path.is_file():
+                raise FileNotFoundError("No such file")
             self._archive = zipfile.ZipFile(self.path)
             description = json.loads(self._archive.read(_DESCRIPTION))
             if description["format"] != FORMAT:

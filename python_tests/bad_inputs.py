@@ -1,0 +1,315 @@
+"""The catalogue of bad inputs: for each a name, the command line, and what it does to a copy of a sound place before.
+
+A case is ``(name, verb, options, damage)``. ``verb`` is ``run``, ``plan``, ``eval``, ``verify``, ``heal`` or
+``compare``; ``options`` replace those of :func:`arguments` or are added; ``damage(place)`` changes files or the
+environment first. Names without a folder are relative to the place.
+"""
+
+import json
+import os
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+Case = tuple[str, str, dict[str, object], Callable[[Path], object] | None]
+
+DEFAULTS: dict[str, dict[str, object]] = {
+    "run": {"model": "dense", "output": "new", "calibration": "text.txt", "nsamples": 4, "seqlen": 8},
+    "plan": {"model": "dense", "calibration": "text.txt", "nsamples": 4, "seqlen": 8},
+    "eval": {"model": "dense", "text": "text.txt", "seqlen": 8},
+    "verify": {"": "out"},
+    "heal": {"": "out", "output": "new", "tokens": 64, "seqlen": 8},
+    "compare": {"model": "dense", "methods": "wanda", "texts": "text.txt", "calibration": "text.txt"},
+}
+"""What a sound call of each verb is given; the empty name stands for the positional argument."""
+
+
+def arguments(verb: str, options: dict[str, object]) -> list[str]:
+    """The command line. A value of None leaves an option out, True gives it without a value."""
+    found = [verb]
+    for name, value in {**DEFAULTS[verb], **options}.items():
+        if value is None:
+            continue
+        flag = [] if name == "" else [f"--{name}"]
+        found += flag if value is True else [*flag, str(value)] if name == "" else [f"{flag[0]}={value}"]
+    return found
+
+
+NO_NUMBERS = ["", " ", "x", "-", "1e", "0x10", "1,5", "NaN", "½", "²", "None", "[]", "--"]
+NOT_WHOLE = [*NO_NUMBERS, "1.5", "inf", "nan", "-inf", "1e3"]
+TOO_SMALL = ["0", "-1", "-9999999999999999999", f"-{'9' * 400}"]
+TOO_LARGE = [str(2**31), str(2**63), str(10**12), str(10**30), "9" * 400]
+PATTERNS = [
+    "",
+    ":",
+    "2",
+    "2:",
+    ":4",
+    "4:2",
+    "0:4",
+    "4:4",
+    "2:4:8",
+    "-2:4",
+    "2.0:4",
+    "²:4",
+    "a:b",
+    "2:0",
+    " 2 : 5 ",
+    "1:7",
+]
+PATTERNS += [f"2:{'9' * 5000}", f"{'9' * 5000}:4", "2;4", "２:5", "2:1000000000000"]
+NOWHERE = ["nowhere", "./nowhere", "/nowhere/at/all", "org/name/more", "~nobody/x", "x" * 300, "a/" * 3000, "..", "."]
+NOWHERE += [
+    "text.txt",
+    "out/model.safetensors",
+    "/dev/null",
+    "/proc/self/mem",
+    "pipe",
+    "loop",
+    "dangling",
+    "nowhere.gguf",
+]
+NO_TEXT = [
+    "nowhere.txt",
+    "x" * 300,
+    "/dev/null",
+    ".",
+    "",
+    "dense/config.json",
+    "pipe",
+    "loop",
+    "dangling",
+    "a\nb",
+    "~nobody/x",
+]
+NO_TEXT += [
+    "latin.txt",
+    "empty.txt",
+    "blank.txt",
+    "list.jsonl",
+    "cut.jsonl",
+    "number.jsonl",
+    "half.jsonl",
+    "nested.jsonl",
+]
+CHOICES = ["", "nothing", "WANDA", "wanda ", "ﬁne", "--"]
+
+
+def cases() -> Iterator[Case]:
+    """Every case; names are unique."""
+    yield from _options()
+    yield from _files()
+    yield from _environment()
+
+
+def _each(verb: str, option: str, values: list[str], **others: object) -> Iterator[Case]:
+    for number, value in enumerate(values):
+        shown = value if len(value) <= 12 and value.isascii() and value.isprintable() else f"#{number}"
+        given = {**others, option: value}
+        yield f"{verb} --{option} {shown!r} {'+'.join(others)}", verb, given, None
+
+
+def _options() -> Iterator[Case]:
+    for verb in ("run", "plan"):
+        for option in ("nsamples", "seqlen"):
+            yield from _each(verb, option, [*NOT_WHOLE, *TOO_SMALL, *TOO_LARGE])
+        yield from _each(verb, "seed", [*NOT_WHOLE, "-1", *TOO_LARGE[1:2], *TOO_LARGE[3:]])
+        yield from _each(verb, "sparsity", [*NO_NUMBERS, "inf", "nan", "-0.1", "1.0001", "50", "1e400", "9" * 400])
+        yield from _each(verb, "pattern", PATTERNS)
+        yield from _each(verb, "batch-tokens", [*NOT_WHOLE, *TOO_SMALL])
+        for option in ("metric", "group", "order", "token-norm", "allocation", "refine", "update", "gram", "preset"):
+            yield from _each(verb, option, CHOICES)
+        for option in ("device", "dtype", "offload", "bos"):
+            yield from _each(
+                verb, option, [*CHOICES, "cuda:99", "cpu:x", "float8", "meta"][: 6 if option != "device" else 10]
+            )
+        yield from _each(verb, "max-memory", [*NO_NUMBERS, "0", "-1GB", "1", "1KB", "9" * 400 + "x", "1e3GB", "1 G B"])
+        yield from _each(verb, "skip", ["(", "[", "*", "(?P<x", "proj", "x{99999999999}", "no-such-layer"])
+        for option, metric in (("ria-exponent", "ria"),):
+            yield from _each(verb, option, [*NO_NUMBERS, "nan", "inf"], metric=metric)
+        for option in ("damping", "iterations"):
+            yield from _each(verb, option, [*NO_NUMBERS, "nan", "-1"], update="admm")
+        yield from _each(verb, "max-swaps", [*NOT_WHOLE, "0", "-1"], refine="swaps")
+        yield from _each(verb, "allocation-range", [*NO_NUMBERS, "nan", "-1", "0", "1", "2"], allocation="owl")
+        yield from _each(verb, "model", NOWHERE)
+        yield from _each(verb, "calibration", NO_TEXT)
+        yield from _each(verb, "seqlen", ["129", "1000"])
+    yield from _each(
+        "run", "output", ["", ".", "..", "dense", "dense/x", "out", "text.txt", "text.txt/x", "/", "x" * 250]
+    )
+    yield from _each(
+        "run", "output", ["out", "dense", "photos", "text.txt", "dangling", "loop", "pipe"], overwrite=True
+    )
+    for option in ("report", "log-json"):
+        yield from _each(
+            "run", option, ["", ".", "text.txt", "pipe", "dangling", "dense/config.json", "no/x", "x" * 300]
+        )
+    for option in ("save-stats", "stats"):
+        names = ["", ".", "text.txt", "pipe", "dangling", "dense/model.safetensors", "no/x", "x" * 300, "/dev/null"]
+        yield from _each("run", option, names, order="block")
+    yield from _each("eval", "seqlen", [*NOT_WHOLE, *TOO_SMALL, "1", *TOO_LARGE, "129"])
+    yield from _each("eval", "max-tokens", [*NOT_WHOLE, *TOO_SMALL, "7"])
+    yield from _each("eval", "model", NOWHERE)
+    yield from _each("eval", "text", [*NO_TEXT, "self"])
+    yield from _each("eval", "bos", CHOICES)
+    yield from _each("verify", "", [*NOWHERE, "dense", "photos"])
+    yield from _each("heal", "", [*NOWHERE, "dense", "photos"])
+    yield from _each("heal", "dense", NOWHERE)
+    yield from _each("heal", "tokens", [*NOT_WHOLE, *TOO_SMALL, *TOO_LARGE[1:]])
+    yield from _each("heal", "minutes", [*NO_NUMBERS, "nan", "-1", "0", "inf"], tokens=None)
+    yield from _each("heal", "seqlen", [*NOT_WHOLE, *TOO_SMALL, "1"])
+    yield from _each("heal", "output", ["", "out", "dense", "text.txt", "dangling"])
+    yield from _each(
+        "compare", "methods", ["", ",", "nothing", "wanda:", "wanda:x=1", "wanda:order", "wanda:order=x", "a:b:c"]
+    )
+    yield from _each("compare", "methods", ["wanda:batch_tokens=x", "wanda:sparsity=0.5", "wanda:="])
+    yield from _each("compare", "sparsities", ["x", "1.5", "nan", "0.5;0.6", "-1", "inf"])
+    yield from _each("compare", "patterns", [value for value in PATTERNS if value.strip()])
+    yield from _each(
+        "compare",
+        "lengths",
+        ["", "x", "8", "8x", "x8", "8x8x8", "0x8", "8x1", "-1x8", "²x8", "8x" + "9" * 400, "1.5x8"],
+    )
+    yield from _each("compare", "seeds", ["", "x", "-1", "1.5", "²", "9" * 400])
+    yield from _each("compare", "texts", ["", "nowhere.txt", "self", "latin.txt", "empty.txt"])
+    yield from _each("compare", "eval-seqlen", [*NOT_WHOLE, *TOO_SMALL, "1"])
+    yield from _each("compare", "eval-windows", [*NOT_WHOLE, *TOO_SMALL])
+    yield from _each("compare", "output", ["text.txt", "dense", "photos", "text.txt/x"])
+
+
+# Files
+
+
+def write(name: str, content: str | bytes) -> Callable[[Path], object]:
+    """Replaces a file."""
+    data = content.encode() if isinstance(content, str) else content
+    return lambda place: (place / name).write_bytes(data)
+
+
+def change(name: str, **values: object) -> Callable[[Path], object]:
+    """Changes keys of a JSON file; a value of ``...`` removes one."""
+
+    def damage(place: Path) -> None:
+        data = {**json.loads((place / name).read_text()), **values}
+        (place / name).write_text(json.dumps({key: value for key, value in data.items() if value is not ...}))
+
+    return damage
+
+
+def replace_by(name: str, make: Callable[[Path], object]) -> Callable[[Path], object]:
+    """Removes a file and puts something else in its place."""
+
+    def damage(place: Path) -> None:
+        (place / name).unlink()
+        make(place / name)
+
+    return damage
+
+
+JSON_DAMAGE = {
+    "empty": "", "null": "null", "list": "[]", "number": "5", "text": '"x"', "cut": '{"a": ', "deep": "[" * 100_000,
+    "bytes": b"\xff\xfe\x00", "object": "{}", "nan": "NaN", "big": '{"format": ' + "9" * 5000 + "}",
+}  # fmt: skip
+CONFIG: dict[str, list[object]] = {
+    "hidden_size": [None, 0, -1, "x", 1.5, [], 10**12, 33, 64],
+    "num_hidden_layers": [None, -1, "x", 1.5, 10**12, 0, 2, 4],
+    "num_attention_heads": [None, 0, -1, "x", 5, 10**9],
+    "num_key_value_heads": [0, -1, "x", 3],
+    "vocab_size": [None, 0, -1, "x", 10**13],
+    "intermediate_size": [None, 0, -1, "x", 10**13],
+    "model_type": [None, "", "x", 5, [], "bert", "gpt2", "t5"],
+    "hidden_act": [None, "x", 5],
+    "rms_norm_eps": [None, "x"],
+    "dtype": ["x", 5, "float8"],
+    "rope_parameters": ["x", 5, {"rope_type": "x"}],
+    "auto_map": [5, {"AutoConfig": 5}],
+    "quantization_config": [5, "x", {"quant_method": "x"}],
+    "max_position_embeddings": ["x"],
+    "head_dim": ["x", -1, 3],
+}
+HEADERS = {
+    "empty": b"",
+    "short": b"short",
+    "huge": struct.pack("<Q", 2**60) + b"{}",
+    "array": struct.pack("<Q", 2) + b"[]",
+    "null": struct.pack("<Q", 4) + b"null",
+    "no tensors": struct.pack("<Q", 2) + b"{}",
+    "cut": struct.pack("<Q", 9) + b"{",
+    "deep": struct.pack("<Q", 20000) + b"[" * 20000,
+}
+
+
+def _files() -> Iterator[Case]:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        for kind, text in JSON_DAMAGE.items():
+            harmless = (name != "config.json" and kind in ("object", "null")) or name == "generation_config.json"
+            for verb in ("plan", "eval") if not harmless else ():
+                if name == "tokenizer_config.json" and kind in ("nan", "big"):
+                    continue
+                yield f"{name} {kind} {verb}", verb, {}, write(f"dense/{name}", text)
+    for key, values in CONFIG.items():
+        for value in values:
+            for verb in ("plan", "eval"):
+                yield f"config {key}={str(value)[:20]} {verb}", verb, {}, change("dense/config.json", **{key: value})
+    for kind, data in HEADERS.items():
+        for verb in ("run", "plan", "eval"):
+            yield f"safetensors {kind} {verb}", verb, {}, write("dense/model.safetensors", data)
+        yield f"safetensors {kind} verify", "verify", {}, write("out/model.safetensors", data)
+        yield f"gguf {kind} plan", "plan", {"model": "m.gguf"}, write("m.gguf", data)
+        yield f"gguf {kind} eval", "eval", {"model": "m.gguf"}, write("m.gguf", b"GGUF" + data)
+    for kind, text in JSON_DAMAGE.items():
+        for verb in ("verify", "heal"):
+            yield f"report {kind} {verb}", verb, {}, write("out/ace_report.json", text)
+        yield f"manifest {kind}", "run", {"output": "out", "overwrite": True}, write("out/ace_manifest.json", text)
+        yield f"stats {kind}", "run", {"stats": "s.zip", "order": "block"}, write("s.zip", text)
+        yield f"stats description {kind}", "run", {"stats": "s.zip", "order": "block"}, _archive("s.zip", text)
+        yield f"runs.jsonl {kind}", "compare", {"output": "results"}, _put("results/runs.jsonl", text)
+        if kind != "empty":
+            yield f"index {kind}", "plan", {}, _index(text)
+    for name in ("config.json", "model.safetensors"):
+        for kind, make in {"pipe": os.mkfifo, "folder": Path.mkdir, "nothing": lambda path: None}.items():
+            for verb in ("run", "plan", "eval"):
+                yield f"{name} is {kind} {verb}", verb, {}, replace_by(f"dense/{name}", make)
+    for name in ("/etc/hostname", "../text.txt", "..", "", "a/b.safetensors", "x" * 300 + ".safetensors"):
+        text = json.dumps({"weight_map": {"w": name}})
+        yield f"index names {name[:20]!r}", "run", {}, _index(text)
+
+
+def _put(name: str, content: str | bytes) -> Callable[[Path], object]:
+    def damage(place: Path) -> None:
+        (place / name).parent.mkdir(exist_ok=True)
+        write(name, content)(place)
+
+    return damage
+
+
+def _archive(name: str, text: str | bytes) -> Callable[[Path], object]:
+    def damage(place: Path) -> None:
+        with zipfile.ZipFile(place / name, "w") as archive:
+            archive.writestr("statistics.json", text)
+
+    return damage
+
+
+def _index(text: str | bytes) -> Callable[[Path], object]:
+    def damage(place: Path) -> None:
+        (place / "dense" / "model.safetensors").unlink()
+        write("dense/model.safetensors.index.json", text)(place)
+
+    return damage
+
+
+# The environment
+
+
+def _environment() -> Iterator[Case]:
+    for value in ("", "abc", "-1", "1.5", "²", "9" * 9, "9" * 400, "2"):
+        yield f"WORLD_SIZE={value[:9]} {len(value)}", "run", {}, _set(WORLD_SIZE=value)
+    torchrun = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for value in ("", "abc", "-1", "1.5", "2", "9" * 400):
+        yield f"RANK={value[:9]} {len(value)}", "run", {}, _set(**torchrun, RANK=value)
+
+
+def _set(**values: str) -> Callable[[Path], object]:
+    return lambda place: os.environ.update(values)
