@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find ace_ext csrc -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 JOBS ?= 2
 
-.PHONY: demo test test-cpp test-python check-kernels check-memory gpu lint docs dist clean
+.PHONY: demo test test-cpp test-python check-kernels check-memory fuzz gpu lint docs dist clean
 
 demo: $(VENV)/installed
 	PYTHON=$(BIN)/python tools/demo.sh
@@ -44,6 +44,11 @@ check-kernels: $(VENV)/ready
 # compares the bytes of the latter two. Takes some minutes.
 check-memory: $(VENV)/installed
 	$(BIN)/python tools/check_memory.py
+
+# Mutates a model's files and runs the command line on them, for FUZZ_SECONDS.
+FUZZ_SECONDS ?= 30
+fuzz: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tools/fuzz.py --seconds $(FUZZ_SECONDS)
 
 # Needs a GPU, a torch built for CUDA in $(PYTHON), and nvcc.
 gpu:
