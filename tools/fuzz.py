@@ -3,10 +3,10 @@
     python tools/fuzz.py --seconds 30 [--seed 0]
 
 Headers, an index, configurations, a tokenizer, a report, a manifest, statistics, a journal of a comparison, the state
-of an unfinished run and the header of a GGUF file are changed at random. A run may succeed, or end with status 2 (1 for
-a fault that ``verify`` finds) and one line; a traceback, an internal error, a run of more than ten seconds, or an input that changed
-is a finding: its bytes are kept in ``build/fuzz/`` and the exit status is 1. Each run is a process of its own, forked
-from one that has imported everything, with at most 4 GB of memory more than that.
+of an unfinished run and the header of a GGUF file are changed at random. A run may succeed, or end with status 2 and
+one line (``verify`` with 1 for a fault that it finds). A traceback, an internal error, a run of more than ten seconds,
+or an input that changed is a finding: its bytes are kept in ``build/fuzz/``, and the exit status is 1. Each run is a
+process of its own, forked from one that has imported everything, with at most 4 GB of memory more than that.
 """
 
 import argparse
