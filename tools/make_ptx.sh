@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compiles every .cu to PTX: OUT/sm_NN/NAME.ptx, only where a source of the kernels is newer. Warnings are errors. The C++
+# Compiles every .cu to PTX: OUT/sm_NN/NAME.ptx, only where its source or a header is newer. Warnings are errors. The C++
 # tests run these files on the host (tools/test_cpp.sh), and tools/check_nvcc.sh makes machine code of them.
 #
 #   tools/make_ptx.sh [output folder, default build/ptx]        ACE_CUDA_ARCHS="80 90" names the architectures
@@ -12,7 +12,10 @@ nvcc=${NVCC:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
 
 compile() {  # name arch
   local file="$out/sm_$2/$1.ptx"
-  if [ -e "$file" ] && [ -z "$(find csrc/core csrc/cuda -newer "$file" -name '*.[hc]*' -print -quit)" ]; then return; fi
+  # Its own source and every header; of other .cu files it knows nothing.
+  if [ -e "$file" ] && [ -z "$(find "csrc/cuda/$1.cu" csrc/core/*.h csrc/cuda/*.h csrc/cuda/*.cuh -newer "$file")" ]; then
+    return
+  fi
   "$nvcc" -std=c++17 -O3 --fmad=false -Werror all-warnings -arch="compute_$2" -ptx -I csrc "csrc/cuda/$1.cu" -o "$file.new" &&
     mv "$file.new" "$file" || return 255  # xargs stops
 }
