@@ -25,8 +25,8 @@ $(VENV)/installed: $(VENV)/ready $(SOURCES)
 test-python: $(VENV)/installed
 	$(BIN)/pytest
 
-# The C++ core, and the CUDA kernels' source on the host: plain, with the address and undefined-behaviour sanitizers,
-# and with ThreadSanitizer and one OS thread per CUDA thread.
+# The C++ core, and the CUDA kernels on the host, their source and (with nvcc) its PTX: plain, with the address and
+# undefined-behaviour sanitizers, and with ThreadSanitizer and one OS thread per CUDA thread.
 test-cpp:
 	tools/system_packages.sh
 	tools/test_cpp.sh build/cpp ""

@@ -6,6 +6,14 @@ if(ACE_SANITIZE STREQUAL "thread")
   list(APPEND ACE_SIMT_DEFINITIONS ACE_SIMT_THREADS)  # one OS thread per CUDA thread, for ThreadSanitizer
 endif()
 
+# The host engine's part that runs PTX.
+file(GLOB ACE_PTX_SOURCES CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/csrc/simt/ptx/*.cpp")
+add_library(ace_simt STATIC ${ACE_PTX_SOURCES})
+target_include_directories(ace_simt PUBLIC "${CMAKE_CURRENT_SOURCE_DIR}/csrc")
+target_compile_definitions(ace_simt PUBLIC ${ACE_SIMT_DEFINITIONS})
+target_compile_options(ace_simt PRIVATE -O2 -Wall -Wextra -Werror -ffp-contract=off)
+target_link_libraries(ace_simt PUBLIC Threads::Threads ${CMAKE_DL_LIBS})
+
 # Launchers and kernels as plain C++: a generated .cpp includes each .cu, so that nvcc can still compile the .cu.
 set(ACE_HOST_SOURCES)
 foreach(source IN LISTS ACE_CUDA_SOURCES)
@@ -19,18 +27,41 @@ target_include_directories(ace_host_kernels PUBLIC "${CMAKE_CURRENT_SOURCE_DIR}/
 target_compile_definitions(ace_host_kernels PUBLIC ${ACE_SIMT_DEFINITIONS})
 # -ffp-contract=off: scores must have the same bits as the plain C++ functors, as on the device (--fmad=false).
 target_compile_options(ace_host_kernels PRIVATE -Wall -Wextra -Werror -ffp-contract=off)
-target_link_libraries(ace_host_kernels PUBLIC Threads::Threads)
+target_link_libraries(ace_host_kernels PUBLIC ace_simt)
 if(ACE_SANITIZE)
   target_compile_options(
     ace_host_kernels PRIVATE -fsanitize=${ACE_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer)
 endif()
+
+# Folders of .ptx files, one an architecture (tools/make_ptx.sh makes them): the tests of the kernels run a second time
+# on each of them.
+set(ACE_PTX_FOLDERS "" CACHE STRING "Folders of .ptx files on which the CUDA tests run as well")
+function(ace_test_on_ptx name)
+  foreach(folder IN LISTS ACE_PTX_FOLDERS)
+    get_filename_component(arch "${folder}" NAME)
+    add_test(NAME ${name}.${arch} COMMAND ${name})
+    set_tests_properties(${name}.${arch} PROPERTIES ENVIRONMENT "ACE_PTX=${folder}")
+  endforeach()
+endfunction()
 
 file(GLOB ACE_CUDA_TESTS CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/csrc/tests/cuda_*_test.cpp")
 foreach(test IN LISTS ACE_CUDA_TESTS)
   get_filename_component(name "${test}" NAME_WE)
   ace_add_test(${name} "${test}")
   target_link_libraries(${name} PRIVATE ace_host_kernels)
+  set_target_properties(${name} PROPERTIES ENABLE_EXPORTS ON)  # a kernel's PTX is found by its symbol
+  ace_test_on_ptx(${name})
 endforeach()
+
+# Not a test: counts instructions for benchmarks/predict.py. It takes its inputs from the tests' headers.
+add_executable(count_instructions csrc/tests/count_instructions.cpp)
+target_include_directories(count_instructions PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/csrc")
+target_compile_options(count_instructions PRIVATE -Wall -Wextra -Werror -ffp-contract=off)
+target_link_libraries(count_instructions PRIVATE ace_host_kernels GTest::gtest Threads::Threads)
+set_target_properties(count_instructions PROPERTIES ENABLE_EXPORTS ON)
+
+ace_add_test(simt_ptx_test csrc/tests/simt_ptx_test.cpp)
+target_link_libraries(simt_ptx_test PRIVATE ace_simt)
 
 if(ACE_SANITIZE STREQUAL "thread")
   # A kernel with one barrier removed on purpose: ThreadSanitizer must report the race.

@@ -5,7 +5,7 @@
 #
 #   tools/check_nvcc.sh [output folder]        ACE_CUDA_ARCHS="80 90" names the architectures
 #
-# The folder keeps NAME.sm_NN.cubin for tools/check_sass.py.
+# The folder keeps NAME.sm_NN.cubin for tools/check_sass.py. PTX is made by tools/make_ptx.sh, in build/ptx.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-build/nvcc}
@@ -15,11 +15,12 @@ nvcc=${NVCC:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
 mkdir -p "$out"
 
 compile() {  # name arch
-  "$nvcc" -std=c++17 -O3 --fmad=false -Werror all-warnings -Xptxas -v -arch="sm_$2" -cubin \
-    -I csrc "csrc/cuda/$1.cu" -o "$out/$1.sm_$2.cubin" >"$out/$1.sm_$2.log" 2>&1 && return
+  "$nvcc" -O3 -Werror all-warnings -Xptxas -v -arch="sm_$2" -cubin \
+    "build/ptx/sm_$2/$1.ptx" -o "$out/$1.sm_$2.cubin" >"$out/$1.sm_$2.log" 2>&1 && return
   cat "$out/$1.sm_$2.log" >&2
   return 255  # xargs stops
 }
+ACE_CUDA_ARCHS=$archs NVCC=$nvcc tools/make_ptx.sh build/ptx
 export -f compile
 export nvcc out
 

@@ -9,10 +9,15 @@ namespace ace {
 // equal scores. 16-bit types widen exactly, so one kind of key serves them all. NaN has no place in the order: callers
 // refuse scores that are not finite first.
 ACE_HD uint32_t order_key(float score) {
+#if defined(__CUDA_ARCH__)  // the same in fewer instructions; not for a host, which may flush subnormal numbers to zero
+  const uint32_t own = float_bits(score + 0.0f);  // -0 becomes +0
+  return own ^ (static_cast<uint32_t>(static_cast<int32_t>(own) >> 31) | 0x80000000u);
+#else
   uint32_t bits = float_bits(score);
   bits = bits == 0x80000000u ? 0u : bits;
   const uint32_t flip = (bits >> 31) != 0 ? 0xffffffffu : 0x80000000u;
   return bits ^ flip;
+#endif
 }
 
 // The score whose key this is (+0.0 for both zeros).

@@ -13,32 +13,38 @@
 
 namespace ace::cuda {
 
-// Groups of 2, 4 or 8: a thread takes eight columns, whole groups, by one or two 16-byte loads.
+// A thread's eight columns of a row, whole groups. False where a score is not finite.
+template <class F, int kGroup, class T, class Out>
+ACE_DEVICE bool prune_nm_pack(const ScoredRow<T>& row, int64_t i, int64_t j, int count, int keep_n, const Out& out) {
+  const Pack<T> weight = load_weights(row, j, count);
+  Pack<float> score;
+  pack_scores<F>(row, j, count, weight, &score);
+  uint32_t kept = 0;
+  bool every_finite = true;
+  ACE_UNROLL
+  for (int first = 0; first < kPack; first += kGroup) {
+    const bool finite = all_finite<kGroup>(score.value + first);
+    every_finite &= finite;
+    const uint32_t best = keep_best<kGroup>(score.value + first, kGroup, keep_n);
+    kept |= (finite ? best : (1u << kGroup) - 1u) << first;
+  }
+  out.write(row, i, j, count, kept & ((1u << count) - 1u), [&] { return weight; });
+  return every_finite;
+}
+
+// Groups of 2, 4 or 8: a thread takes eight columns by one or two 16-byte loads. Scores are compared as floats: of two
+// zeros neither is less, as of their order keys.
 template <class F, class T, int kGroup, class Out>
 __global__ void __launch_bounds__(kTileThreads)
     prune_nm_pack_kernel(Scored<T> matrix, int64_t tiles, int keep_n, Out out, NotFinite report) {
   static_assert(kPack % kGroup == 0);
-  bool all_finite = true;
+  bool every_finite = true;
   for_tile_packs(tiles, matrix.cols, [&](int64_t i, int64_t j, int count) {
     const ScoredRow<T> row = row_of<F>(matrix, i);
-    const Pack<T> weight = load_weights(row, j, count);
-    Pack<float> score;
-    all_finite &= pack_scores<F>(row, j, count, weight, &score);
-    uint32_t kept = 0;
-    ACE_UNROLL
-    for (int first = 0; first < kPack; first += kGroup) {
-      uint32_t key[kGroup];
-      bool finite = true;
-      ACE_UNROLL
-      for (int g = 0; g < kGroup; ++g) {
-        finite = finite && is_finite(score.value[first + g]);
-        key[g] = order_key(score.value[first + g]);
-      }
-      kept |= (finite ? keep_best<kGroup>(key, kGroup, keep_n) : (1u << kGroup) - 1u) << first;
-    }
-    out.write(row, i, j, count, kept & ((1u << count) - 1u), [&] { return weight; });
+    every_finite &= is_whole<F>(row, count) ? prune_nm_pack<F, kGroup>(as_whole(row), i, j, kPack, keep_n, out)
+                                            : prune_nm_pack<F, kGroup>(row, i, j, count, keep_n, out);
   });
-  if (!all_finite) raise_flag(report);
+  if (!every_finite) raise_flag(report);
 }
 
 // Columns that a warp takes at a time: whole groups, at most one column a lane.

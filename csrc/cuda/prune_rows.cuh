@@ -86,14 +86,21 @@ template <class F, class T, bool kHeld>
 ACE_DEVICE bool read_row(const RowKeys<F, T, kHeld>& keys, uint32_t* counts) {
   clear_counts(counts, kRowBins);
   bool finite = true;
-  for_packs(keys.row.cols, [&](int64_t j) {
-    const int count = pack_count(keys.row.cols, j);
+  const auto read = [&](const ScoredRow<T>& row, int64_t j, int count) {
     Pack<uint32_t> key;
-    finite &= pack_keys<F>(keys.row, j, count, load_weights(keys.row, j, count), &key);
+    finite &= pack_keys<F>(row, j, count, load_weights(row, j, count), &key);
     if constexpr (kHeld) store_pack(keys.held + j, keys.upper_of(key), kPack, true);
     ACE_UNROLL
     for (int e = 0; e < kPack; ++e) {
       if (e < count) atomicAdd(&counts[key.value[e] >> row_digit(0).shift], 1u);
+    }
+  };
+  for_packs(keys.row.cols, [&](int64_t j) {
+    const int count = pack_count(keys.row.cols, j);
+    if (is_whole<F>(keys.row, count)) {
+      read(as_whole(keys.row), j, kPack);
+    } else {
+      read(keys.row, j, count);
     }
   });
   return __syncthreads_or(!finite) == 0;

@@ -44,14 +44,37 @@ ACE_DEVICE ScoredRow<T> row_of(const Scored<T>& matrix, int64_t i) {
           matrix.moment_aligned};
 }
 
-// Scores of columns j..j+count of a row, given their weights. False where one of them is not finite.
+// Whether a pack of `count` columns is full and all that the formula reads is aligned: what as_whole(row) says to the
+// compiler, so that no branch remains around its loads.
+template <class F, class T>
+ACE_DEVICE bool is_whole(const ScoredRow<T>& row, int count) {
+  return count >= kPack && row.weight_aligned && (!(F::kColumn || F::kSums) || row.column_aligned) &&
+         (!F::kMoment || row.moment_aligned);
+}
+
+template <class T>
+ACE_DEVICE ScoredRow<T> as_whole(ScoredRow<T> row) {
+  row.weight_aligned = row.column_aligned = row.moment_aligned = true;
+  return row;
+}
+
+// Whether all are finite: the product of such a number and 0 is a zero, of any other NaN.
+template <int kCount>
+ACE_DEVICE bool all_finite(const float* value) {
+  float zero = 0.0f;
+  ACE_UNROLL
+  for (int n = 0; n < kCount; ++n) zero = fmaf(value[n], 0.0f, zero);
+  return zero == 0.0f;
+}
+
+// Scores of columns j..j+count of a row, given their weights; finite ones beyond. False where one of them is not
+// finite.
 template <class F, class T>
 ACE_DEVICE bool pack_scores(const ScoredRow<T>& row, int64_t j, int count, const Pack<T>& weight, Pack<float>* score) {
   Pack<float> column, moment, column_sum;
   if constexpr (F::kColumn) column = load_pack(row.column + j, count, row.column_aligned);
   if constexpr (F::kMoment) moment = load_pack(row.moment + j, count, row.moment_aligned);
   if constexpr (F::kSums) column_sum = load_pack(row.column_sum + j, count, row.column_aligned);
-  bool finite = true;
   ACE_UNROLL
   for (int e = 0; e < kPack; ++e) {
     ScoreTerms terms{0.0f, 0.0f, row.row_sum, 0.0f};
@@ -59,9 +82,8 @@ ACE_DEVICE bool pack_scores(const ScoredRow<T>& row, int64_t j, int count, const
     if constexpr (F::kMoment) terms.moment = moment.value[e];
     if constexpr (F::kSums) terms.column_sum = column_sum.value[e];
     score->value[e] = F::value(to_float(weight.value[e]), terms);
-    finite = finite && (e >= count || is_finite(score->value[e]));
   }
-  return finite;
+  return all_finite<kPack>(score->value);
 }
 
 // Keys of the same; 0, which no finite score has, beyond the row's end.
@@ -106,12 +128,17 @@ ACE_DEVICE Tile tile_at(int64_t tile, int64_t cols) {
 }
 
 // Visits this thread's packs of all tiles of a matrix of `cols` columns: body(row, first column, values in the row).
+// Divides once, not for every tile.
 template <class Body>
 ACE_DEVICE void for_tile_packs(int64_t tiles, int64_t cols, Body&& body) {
+  const int64_t end = tiles_per_row(cols) * kTileColumns;  // of a row, in whole tiles
+  Tile tile = tile_at(blockIdx.x, cols);
+  const Tile step = tile_at(gridDim.x, cols);
   for (int64_t index = blockIdx.x; index < tiles; index += gridDim.x) {
-    const Tile tile = tile_at(index, cols);
     const int64_t j = tile.first + static_cast<int64_t>(threadIdx.x) * kPack;
     if (j < cols) body(tile.row, j, pack_count(cols, j));
+    tile = {tile.row + step.row, tile.first + step.first};
+    if (tile.first >= end) tile = {tile.row + 1, tile.first - end};
   }
 }
 

@@ -104,6 +104,7 @@ inline const Dim3& block_index() { return runtime.block_index; }
 inline const Dim3& block_dim() { return runtime.block; }
 inline const Dim3& grid_dim() { return runtime.grid; }
 inline void* shared_memory() { return runtime.shared.data(); }
+inline size_t shared_size() { return runtime.shared.size(); }
 
 // Returns how many threads came with vote != 0.
 inline int barrier(int vote, int line) {

@@ -1,15 +1,10 @@
-// Starts a kernel under the rules that a GPU has for it.
+// Starts a kernel under the rules that a GPU has for it: its source, or the PTX that nvcc made of it (ptx/kernel.h).
 #pragma once
 
-#include <functional>
 #include <map>
 #include <tuple>
 
-#if defined(ACE_SIMT_THREADS)
-#include "simt/thread_engine.h"
-#else
-#include "simt/fiber_engine.h"
-#endif
+#include "simt/ptx/kernel.h"
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 
@@ -26,18 +21,34 @@ inline SharedLimit& shared_limit(const void* kernel) {
   static std::map<const void*, SharedLimit> limits;
   const auto found = limits.find(kernel);
   if (found != limits.end()) return found->second;
-  const size_t fixed = 0;  // a function's statics, in the source
+  const ptx::Kernel* compiled = ptx::kernel_at(kernel);
+  const size_t fixed = compiled != nullptr ? compiled->dynamic_at : 0;  // the source's are statics of a function
   return limits.emplace(kernel, SharedLimit{fixed, kSharedWithoutAsking - fixed}).first->second;
 }
 
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), Dim3 grid, Dim3 block, size_t shared_bytes, Args... args) {
-  const SharedLimit& limit = shared_limit(reinterpret_cast<const void*>(kernel));
+  const void* address = reinterpret_cast<const void*>(kernel);
+  const SharedLimit& limit = shared_limit(address);
   const unsigned threads = block.x * block.y * block.z;
   if (grid.x == 0 || threads == 0 || threads > kMaxThreads || shared_bytes > limit.dynamic) {
     return cudaErrorInvalidValue;
   }
-  run(grid, block, shared_bytes, [&] { kernel(args...); });
+  const ptx::Kernel* compiled = ptx::kernel_at(address);
+  if (compiled == nullptr) {
+    run(grid, block, shared_bytes, [&] { kernel(args...); });
+    return cudaSuccess;
+  }
+  if (compiled->max_threads != 0 && threads > compiled->max_threads) return cudaErrorInvalidValue;
+  const std::tuple<Params...> parameters(args...);
+  const void* places[sizeof...(Params)];
+  std::apply(
+      [&](const auto&... parameter) {
+        size_t n = 0;
+        ((places[n++] = &parameter), ...);
+      },
+      parameters);
+  run(grid, block, compiled->dynamic_at + shared_bytes, [&] { compiled->run(places); });
   return cudaSuccess;
 }
 

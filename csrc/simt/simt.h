@@ -32,10 +32,7 @@ using dim3 = simt::Dim3;
 
 // --- block barriers ---
 
-inline void __syncthreads(int line = __builtin_LINE()) {
-  if (++simt::self().barriers == simt::settings.dropped_barrier) return;
-  simt::barrier(0, line);
-}
+inline void __syncthreads(int line = __builtin_LINE()) { simt::sync_threads(line); }
 
 inline int __syncthreads_or(int vote, int line = __builtin_LINE()) { return simt::barrier(vote, line) != 0; }
 

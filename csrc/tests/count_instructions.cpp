@@ -1,0 +1,79 @@
+// Instructions that the memory-bound kernels take, counted on nvcc's PTX: one line a case, tab-separated: op, columns,
+// elements, instructions (a warp's counts once). benchmarks/predict.py runs this. The environment's ACE_PTX names the
+// folder of .ptx files.
+#include <cstdio>
+
+#include "cuda/moments.h"
+#include "cuda/prune.h"
+#include "tests/sample.h"
+
+namespace ace::cuda {
+namespace {
+
+void check(cudaError_t status) {
+  if (status != cudaSuccess) simt::die("a launch failed");
+}
+
+void print_counts(const char* op, int64_t rows, int64_t cols) {
+  uint64_t instructions = 0;
+  for (const simt::ptx::Count& count : simt::ptx::take_counts()) instructions += count.instructions;
+  std::printf("%s\t%lld\t%lld\t%llu\n", op, static_cast<long long>(cols), static_cast<long long>(rows * cols),
+              static_cast<unsigned long long>(instructions));
+}
+
+// Bfloat16 weights of many sizes with a factor a column, half of them kept.
+template <class Launch>
+void count_selection(const char* op, int64_t rows, int64_t cols, Launch&& launch) {
+  Sample<BFloat16> sample({rows, cols}, Formula::scaled, Values::spread);
+  Workspace work(prune_matrix_bytes(sample.arguments()));
+  std::vector<float> threshold(static_cast<size_t>(rows));
+  simt::ptx::take_counts();
+  check(launch(sample.arguments(), threshold.data(), work.data()));
+  print_counts(op, rows, cols);
+}
+
+void count_moments(int64_t tokens, int64_t cols, bool weighted) {
+  Sample<BFloat16> sample({tokens, cols}, Formula::magnitude, Values::spread);
+  const Activations x{&sample.weight(0, 0), tokens, cols, cols, Dtype::bfloat16};
+  const std::vector<float> token_weight(static_cast<size_t>(tokens), 0.5f);
+  size_t bytes = 0;
+  check(update_moments_bytes(x, &bytes));
+  Workspace work(bytes);
+  std::vector<double> mean(static_cast<size_t>(cols)), m2(static_cast<size_t>(cols));
+  double weight = 0.0;
+  simt::ptx::take_counts();
+  check(launch_update_moments(x, weighted ? token_weight.data() : nullptr, true, &weight, mean.data(), m2.data(),
+                              work.data(), 1, nullptr));
+  print_counts(weighted ? "moments, weighted" : "moments", tokens, cols);
+  if (weighted) return;
+  std::vector<float> r(static_cast<size_t>(tokens));
+  check(launch_inverse_square_norm(x, r.data(), 1, nullptr));
+  print_counts("inverse_square_norm", tokens, cols);
+}
+
+void count_all() {
+  simt::settings.processors = 1;
+  for (const int64_t cols : {4096, 11008, 28672}) {
+    count_selection("row top-k", 2, cols, [&](const ScoredArguments& m, float* threshold, void*) {
+      return launch_prune_rows(m, cols / 2, threshold, nullptr, 1, nullptr);
+    });
+  }
+  count_selection("2:4", 8, 4096, [](const ScoredArguments& m, float*, void*) {
+    return launch_prune_nm(m, 2, 4, nullptr, 1, nullptr);
+  });
+  count_selection("matrix top-k", 64, 4096, [](const ScoredArguments& m, float* threshold, void* work) {
+    return launch_prune_matrix(m, m.rows * m.cols / 2, threshold, work, nullptr, 1, nullptr);
+  });
+  simt::settings.processors = 4;  // chunks of as many tokens as a large device cuts many tokens into
+  count_moments(1024, 1024, false);
+  count_moments(1024, 1024, true);
+}
+
+}  // namespace
+}  // namespace ace::cuda
+
+int main() {
+  if (std::getenv("ACE_PTX") == nullptr) simt::die("ACE_PTX names no folder of .ptx files");
+  ace::cuda::count_all();
+  return 0;
+}
