@@ -25,7 +25,7 @@ $(VENV)/installed: $(VENV)/ready $(SOURCES)
 test-python: $(VENV)/installed
 	$(BIN)/pytest
 
-# The C++ core, and the CUDA kernels on the host, their source and (with nvcc) its PTX: plain, with the address and
+# The C++ core, and the CUDA kernels on the host: plain, where (with nvcc) their PTX is run too, with the address and
 # undefined-behaviour sanitizers, and with ThreadSanitizer and one OS thread per CUDA thread.
 test-cpp:
 	tools/system_packages.sh

@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # Configures, builds and runs the C++ tests: tools/test_cpp.sh BUILD_FOLDER "" | address,undefined | thread
 # Those of the CUDA kernels run on the kernels' source, and again on the PTX that nvcc makes of it, if there is an nvcc.
-# ACE_CUDA_ARCHS="80 90" names the architectures.
+# ACE_CUDA_ARCHS="80 90" names the architectures; with sanitizers the PTX is run only if it is set, as that takes long.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-folders=""
-if [ -x "${NVCC:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}" ]; then
-  tools/make_ptx.sh build/ptx
-  for arch in ${ACE_CUDA_ARCHS:-80 90}; do folders+="$PWD/build/ptx/sm_$arch;"; done
+folders="" archs=${ACE_CUDA_ARCHS-}
+[ -n "$2" ] || archs=${archs:-80 90}
+if [ -z "$archs" ]; then
+  echo "test_cpp: with sanitizers the kernels are tested as source only; ACE_CUDA_ARCHS=80 runs their PTX too" >&2
+elif [ -x "${NVCC:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}" ]; then
+  ACE_CUDA_ARCHS=$archs tools/make_ptx.sh build/ptx
+  for arch in $archs; do folders+="$PWD/build/ptx/sm_$arch;"; done
 else
   echo "test_cpp: no nvcc, so the kernels are tested as source only, NOT as PTX" >&2
 fi
