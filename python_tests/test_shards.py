@@ -9,7 +9,8 @@ from folders import save_dense, weights_bytes
 from safetensors.torch import load_file, save_file
 
 from ace_ext import InputError
-from ace_ext.models.safetensors_files import INDEX, SINGLE, STORED_DTYPES, Shards, copy_model
+from ace_ext.models.safetensors_files import INDEX, SINGLE, Shards, copy_model
+from ace_ext.models.safetensors_header import STORED_DTYPES
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:

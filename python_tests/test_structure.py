@@ -14,6 +14,7 @@ LAYERS = [
     {"errors", "version", "fingerprint", "process_memory", "process_threads", "records", "_registry"},
     {"ops"},
     {"models"},
+    {"packed"},
     {"data"},
     {"pruning"},
     {"healing"},

@@ -1,58 +1,23 @@
 """The safetensors files of a model folder, read and patched in place one tensor at a time.
 
-The header is parsed here and not by the library, which does not tell the byte offsets that patching in place needs.
-Each file is first opened by the library, so that what it refuses is refused here too. Tensors are read without mapping
-a file: the pages of a mapped file would count as the process's memory.
+Tensors are read without mapping a file: the pages of a mapped file would count as the process's memory.
 """
 
 import json
-import math
 import os
 import shutil
-import struct
-from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ace_ext.errors import InputError
+from ace_ext.models.safetensors_header import Entry, read_header
 from ace_ext.models.tensor_map import Stored, layout_of
 
-STORED_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""The dtypes that a checkpoint may hold, by their names in the format. Others are those of quantized weights."""
-
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a file; its bytes begin at ``offset`` of the file."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        """The size of the tensor in the file."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Shards:
@@ -69,7 +34,7 @@ class Shards:
         self.files = _files(self.folder)
         self.entries: dict[str, Entry] = {}
         for file in self.files:
-            self.entries.update(_read_header(file))
+            self.entries.update(read_header(file).entries)
         self._layout: dict[str, Stored] = {}
 
     def adopt(self, model: nn.Module) -> "Shards":
@@ -111,7 +76,7 @@ class Shards:
         """
         dtype, shape = self.describe(name)
         tensor = torch.empty(shape, dtype=dtype)
-        view = _bytes_of(tensor)
+        view = bytes_of(tensor)
         for path, offset, size in self._spans(name):
             part, view = view[:size], view[size:]
             with path.open("rb", buffering=0) as file:
@@ -139,7 +104,7 @@ class Shards:
         files: dict[Path, BinaryIO] = {}
         with ExitStack() as opened:
             for name, tensor in tensors.items():
-                view = _bytes_of(tensor.detach().cpu().contiguous())
+                view = bytes_of(tensor.detach().cpu().contiguous())
                 for path, offset, size in self._spans(name):
                     part, view = view[:size], view[size:]
                     if path not in files:
@@ -167,7 +132,7 @@ class Shards:
         return self.entries[name]
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, as bytes that can be written to."""
     return tensor.flatten().view(torch.uint8).numpy().data
 
@@ -183,14 +148,15 @@ def has_safetensors(folder: str | Path) -> bool:
     return (Path(folder) / SINGLE).is_file() or (Path(folder) / INDEX).is_file()
 
 
-def copy_model(source: Path, target: Path) -> None:
-    """Copies a model folder's safetensors, configuration, tokenizer and code, but not its weights in other formats."""
+def copy_model(source: Path, target: Path, weights: bool = True) -> None:
+    """Copies a model folder's configuration, tokenizer and code, and its safetensors unless ``weights`` is False, but
+    not its weights in other formats."""
     target.mkdir(parents=True, exist_ok=True)
-    weights = set(_files(source))
+    files = set(_files(source))
     for file in sorted(source.iterdir()):
         other_weights = file.suffix in (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".safetensors", ".onnx")
-        other_index = file.name.endswith(".index.json") and (file.name != INDEX or source / SINGLE in weights)
-        if file.is_file() and (file in weights or not other_weights) and not other_index:
+        other_index = file.name.endswith(".index.json") and (file.name != INDEX or source / SINGLE in files)
+        if file.is_file() and ((file in files and weights) or not other_weights) and not other_index:
             shutil.copyfile(file, target / file.name)
 
 
@@ -219,38 +185,3 @@ def _check_name(name: str) -> None:
     names is copied, and patched in the copy."""
     if name != Path(name).name or "\\" in name or "\0" in name or not name.endswith(".safetensors"):
         raise ValueError(f"{name[:200]!r} is no name of a .safetensors file in the same folder")
-
-
-def _read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of a file, by name. The format: 8 bytes of length, that many bytes of JSON, then the tensors' bytes.
-
-    Raises:
-        InputError: the library refuses the file (damaged, cut, bytes that no tensor owns, tensors that overlap, a name
-            twice), or a tensor's dtype is not in :data:`STORED_DTYPES`.
-    """
-    size = path.stat().st_size
-    try:
-        with safe_open(path, framework="numpy"):
-            pass
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > size - 8:
-                raise ValueError(f"a header of {length} bytes")
-            header = dict(json.loads(file.read(length)))
-        header.pop("__metadata__", None)
-        return {name: _entry_of(path, name, entry, 8 + length, size) for name, entry in header.items()}
-    except InputError:
-        raise
-    except (SafetensorError, struct.error, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
-        raise InputError(f"{path} is no whole safetensors file: {error!r}; fetch it again") from error
-
-
-def _entry_of(path: Path, name: str, entry: Mapping[str, Any], start: int, size: int) -> Entry:
-    """One entry of a header whose tensors begin at byte ``start`` of a file of ``size`` bytes."""
-    if entry["dtype"] not in STORED_DTYPES:
-        raise InputError(f"{path} holds {name} as {entry['dtype']}; give a checkpoint that is not quantized")
-    begin, end = entry["data_offsets"]
-    found = Entry(path, STORED_DTYPES[entry["dtype"]], tuple(entry["shape"]), start + begin)
-    if begin < 0 or min(found.shape, default=0) < 0 or found.nbytes != end - begin or start + end > size:
-        raise ValueError(f"the offsets of {name} do not fit its shape")
-    return found

@@ -1,0 +1,58 @@
+"""``ace-prune pack``: a smaller copy of a pruned folder, without its zeros."""
+
+import argparse
+import json
+from pathlib import Path
+
+from ace_ext.cli import args as shared
+from ace_ext.packed import CODECS, DEFAULT_CODEC
+from ace_ext.packed.packing import pack
+from ace_ext.pruning.pattern import SparsityPattern
+from ace_ext.records import REPORT_NAME
+from ace_ext.runs.output import read_report
+
+
+def add(commands: shared.Subparsers) -> None:
+    """Adds the verb to the command line."""
+    parser = commands.add_parser(
+        "pack",
+        help="write a smaller copy of a pruned folder, without its zeros",
+        epilog=shared.table("formats", {name: codec.summary for name, codec in CODECS.items()}),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", help="a folder that ace-prune run wrote; it is not changed")
+    parser.add_argument("--output", required=True, help="the folder to write; it must not exist")
+    parser.add_argument("--format", default=DEFAULT_CODEC, choices=[*CODECS], help="see below (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
+    parser.set_defaults(action=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the verb; returns the exit status."""
+    result = pack(args.folder, args.output, args.format, _pattern(args.folder))
+    if args.json:
+        print(json.dumps(vars(result)))
+        return 0
+    share, matrices = (
+        packed / dense
+        for packed, dense in (
+            (result.packed_bytes, result.dense_bytes),
+            (result.matrix_packed_bytes, result.matrix_dense_bytes),
+        )
+    )
+    print(
+        f"{result.matrices} matrices, {result.packed_bytes / 1e6:.1f} MB: {share:.3f} of the dense files, "
+        f"{matrices:.3f} of the matrices alone; unpacked again, the same bytes\nwritten to {result.folder}"
+    )
+    return 0
+
+
+def _pattern(folder: str) -> tuple[int, int] | None:
+    """N and M of the report; None without a report or a pattern."""
+    if not (Path(folder) / REPORT_NAME).is_file():
+        return None
+    text = read_report(folder).config.get("pattern")
+    if not text:
+        return None
+    pattern = SparsityPattern.parse(text)
+    return pattern.keep_n, pattern.group_m

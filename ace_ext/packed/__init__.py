@@ -1,0 +1,42 @@
+"""Packed model folders: the files of a pruned model without its zeros, and back, byte for byte.
+
+``matrix.py`` is the form from which is computed; each other form is a codec, one file that defines ``CODEC``; a file
+whose name starts with ``_`` is none. ``docs/formats.md`` describes the files. May import ``models`` and what lies below
+it.
+"""
+
+from ace_ext._registry import add, discover
+from ace_ext.errors import InputError
+from ace_ext.packed._codec import Codec
+
+CODECS: dict[str, Codec] = {}
+"""Every packed format by name."""
+
+DEFAULT_CODEC = "bitmap"
+"""The format of ``ace-prune pack`` without ``--format``."""
+
+
+def register(codec: Codec) -> None:
+    """Registers a packed format that is not a file of this package.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    add(CODECS, codec, "packed format")
+
+
+def codec_named(name: str) -> Codec:
+    """The packed format of this name.
+
+    Raises:
+        InputError: no packed format has this name.
+    """
+    if name not in CODECS:
+        raise InputError(f"format must be one of {', '.join(CODECS)} (got {name!r})")
+    return CODECS[name]
+
+
+for _codec in discover(f"{__name__}.codecs", [f"{__path__[0]}/codecs"], "CODEC"):
+    register(_codec)
+
+__all__ = ["CODECS", "DEFAULT_CODEC", "Codec", "codec_named", "register"]

@@ -1,0 +1,69 @@
+"""What a packed format is: how a tensor becomes parts in a file, and a matrix or a tensor again."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ace_ext.packed.matrix import BITS, PackedMatrix
+
+Parts = dict[str, Tensor]
+"""The tensors that stand in a file for one tensor of the model, by the last part of their names."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A tensor of the model as a file holds it."""
+
+    parts: Parts
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pattern: tuple[int, int] | None
+    """N and M of the file's N:M pattern."""
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """The rows and columns of the tensor, seen as a matrix of its last dimension.
+
+        Raises:
+            ValueError: it is none of weights, or empty: such a tensor is stored as it is.
+        """
+        if self.dtype not in BITS or len(self.shape) < 2 or 0 in self.shape:
+            raise ValueError(f"{self.dtype} {list(self.shape)} is no matrix of weights")
+        return math.prod(self.shape[:-1]), self.shape[-1]
+
+    def part(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        """A part that must have this dtype and shape.
+
+        Raises:
+            ValueError: it is missing, or has others.
+        """
+        if name not in self.parts:
+            raise ValueError(f"part {name} is missing")
+        found = self.parts[name]
+        if found.dtype != dtype or tuple(found.shape) != shape:
+            raise ValueError(f"part {name} must be {dtype} {list(shape)} (got {found.dtype} {list(found.shape)})")
+        return found
+
+
+@dataclass(frozen=True)
+class Codec:
+    """One format of ``ace-prune pack --format``."""
+
+    name: str
+    summary: str
+    """One line for help texts."""
+    parts: frozenset[str]
+    """The names of all parts that it writes."""
+    encode: Callable[[Tensor, tuple[int, int] | None], Mapping[str, Tensor] | None]
+    """``encode(tensor, pattern)``: the tensor's parts; None if it stays as it is."""
+    decode: Callable[[Packed], PackedMatrix | Tensor]
+    """The matrix, or the tensor, of parts that have been read; it checks sizes and counts and raises ValueError."""
+    needs_pattern: bool = False
+    """Whether it holds only models that were pruned to an N:M pattern."""
+
+    def removes_zeros(self, parts: Mapping[str, Tensor]) -> bool:
+        """Whether these parts are those of a matrix whose zeros are not stored."""
+        return not {"bitmap", "indices"}.isdisjoint(parts)

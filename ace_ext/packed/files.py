@@ -1,0 +1,214 @@
+"""The files of a packed folder: recognised, checked and read."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ace_ext.errors import InputError
+from ace_ext.models.safetensors_files import Shards
+from ace_ext.models.safetensors_header import Entry, Header, parse_header, read_header
+from ace_ext.packed import CODECS, Codec
+from ace_ext.packed._codec import Packed, Parts
+from ace_ext.packed._writer import PADDING
+from ace_ext.packed.matrix import PackedMatrix
+
+SUFFIX = ".packed.safetensors"
+"""How the name of a packed file ends, in place of ``.safetensors``: no other program takes it for a dense one."""
+
+VERSION = "1"
+
+KEY = "ace_packed"
+"""The key of the metadata that holds, as JSON, the fields of :class:`Origin`."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a packed file comes from, and how it was packed."""
+
+    version: str
+    codec: str
+    """The name of the packed format."""
+    pattern: tuple[int, int] | None
+    files: list[str]
+    """The names of all dense files of the model."""
+    header: str
+    """The dense file's header, as it was."""
+    sha256: str
+    """Of the whole dense file."""
+
+    def to_json(self) -> str:
+        """As it stands in the file."""
+        return json.dumps(vars(self))
+
+    @classmethod
+    def of(cls, path: Path, metadata: dict[str, str]) -> "Origin":
+        """Of a file's metadata.
+
+        Raises:
+            InputError: the file was not written by ``ace-prune pack``, or by a newer one.
+        """
+        if KEY not in metadata:
+            raise InputError(f"{path} was not written by ace-prune pack; pack the model again")
+        try:
+            fields = dict(json.loads(metadata[KEY]))
+            if fields["version"] != VERSION or fields["codec"] not in CODECS:
+                raise InputError(
+                    f"{path} has version {fields['version']!r}, format {fields['codec']!r}; "
+                    f"this program reads version {VERSION}: {', '.join(CODECS)}"
+                )
+            pattern = fields["pattern"]
+            if pattern is not None:
+                pattern = (int(pattern[0]), int(pattern[1]))
+                if not 1 <= pattern[0] <= pattern[1] <= 32:
+                    raise ValueError(f"pattern {pattern}")
+            texts = [fields[name] for name in ("header", "sha256")]
+            if not all(isinstance(text, str) for text in (*texts, *fields["files"])):
+                raise ValueError("header, sha256 and files must be texts")
+            return cls(VERSION, fields["codec"], pattern, list(fields["files"]), *texts)
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise InputError(f"{path} has damaged metadata: {error!r}; pack the model again") from error
+
+
+def is_packed(folder: str | Path) -> bool:
+    """Whether a folder holds files of ``ace-prune pack``."""
+    return any(Path(folder).expanduser().glob(f"*{SUFFIX}"))
+
+
+def packed_name(dense: str) -> str:
+    """The name of the packed file of a dense one."""
+    return dense.removesuffix(".safetensors") + SUFFIX
+
+
+class PackedFile:
+    """One packed file. Tensors are mapped: they take memory when they are read, which the system can take back.
+
+    Raises:
+        InputError: it is cut, foreign, or its header contradicts itself.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        header = read_header(path)
+        self.origin = Origin.of(path, header.metadata)
+        self.codec: Codec = CODECS[self.origin.codec]
+        with self._damaged("dense header"):
+            self.dense = self._dense_header()
+        with self._damaged("header"):
+            self._parts = self._divide(header)
+        self._file: Any = safe_open(path, framework="pt")
+
+    @contextlib.contextmanager
+    def _damaged(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except InputError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            text = str(error) or repr(error)
+            raise InputError(f"{self.path} is damaged ({what}: {text}); pack the model again") from error
+
+    def _dense_header(self) -> Header:
+        """Checks that the dense file's tensors lie one after the other, with no holes."""
+        start = 8 + len(self.origin.header.encode("utf-8"))
+        header = parse_header(self.origin.header, self.path, 2**62)
+        end = start
+        for entry in sorted(header.entries.values(), key=lambda entry: (entry.offset, entry.nbytes)):
+            if entry.offset != end:
+                raise ValueError(f"tensors overlap or leave holes at byte {end}")
+            end += entry.nbytes
+        return header
+
+    def _divide(self, header: Header) -> dict[str, list[str]]:
+        """The parts of every dense tensor; empty for one that is stored as it is. Every tensor of the file is used."""
+        known = {name for name in header.entries if not name.startswith(PADDING)}
+        found: dict[str, list[str]] = {}
+        for name, dense in self.dense.entries.items():
+            parts = [part for part in sorted(self.codec.parts) if f"{name}.{part}" in known]
+            stored = header.entries.get(name)
+            if stored is None and not parts:
+                raise ValueError(f"{name} is missing")
+            if stored is not None and (stored.dtype, stored.shape) != (dense.dtype, dense.shape):
+                raise ValueError(f"{name} must be {dense.dtype} {list(dense.shape)}")
+            found[name] = [] if stored is not None else parts
+            known -= {name} if stored is not None else {f"{name}.{part}" for part in parts}
+        if known:
+            raise ValueError(f"{min(known)} belongs to no tensor")
+        return found
+
+    def load(self, name: str) -> PackedMatrix | Tensor:
+        """A dense tensor by its name: as a matrix if it is packed.
+
+        Raises:
+            InputError: its parts contradict each other.
+        """
+        with self._damaged(name):
+            parts: Parts = {part: self._file.get_tensor(f"{name}.{part}") for part in self._parts[name]}
+            if not parts:
+                tensor: Tensor = self._file.get_tensor(name)
+                return tensor
+            entry = self.dense.entries[name]
+            return self.codec.decode(Packed(parts, entry.dtype, entry.shape, self.origin.pattern))
+
+    def tensor(self, name: str) -> Tensor:
+        """A dense tensor by its name, unpacked."""
+        found = self.load(name)
+        return found if isinstance(found, Tensor) else found.dense().view(self.dense.entries[name].shape)
+
+
+class PackedShards(Shards):
+    """A packed folder, read like the dense one that it was made from.
+
+    Raises:
+        InputError: as :class:`PackedFile`, or a file is missing.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+        self.files = sorted(self.folder.glob(f"*{SUFFIX}"))
+        if not self.files:
+            raise InputError(f"{str(folder)!r} holds no {SUFFIX[1:]} files; give a folder that ace-prune pack wrote")
+        self.packed = [PackedFile(path) for path in self.files]
+        self.entries: dict[str, Entry] = {}
+        self._owner: dict[str, PackedFile] = {}
+        for packed in self.packed:
+            self.entries.update(packed.dense.entries)
+            self._owner |= dict.fromkeys(packed.dense.entries, packed)
+        self._check_complete()
+        self._layout = {}
+
+    def _check_complete(self) -> None:
+        there = {path.name for path in self.files}
+        for packed in self.packed:
+            wanted = {packed_name(name) for name in packed.origin.files}
+            if wanted != there:
+                names = ", ".join(sorted(wanted ^ there))
+                raise InputError(f"{str(self.folder)!r} misses, or has besides, {names}; pack the model again")
+
+    def load(self, name: str) -> PackedMatrix | Tensor:
+        """A stored tensor by its own name, as a matrix if it is packed."""
+        self._entry(name)
+        return self._owner[name].load(name)
+
+    def read(self, name: str) -> Tensor:
+        """The dense tensor, unpacked; that of a parameter which is stored in pieces is put together."""
+        if name not in self._layout:
+            self._entry(name)
+            return self._owner[name].tensor(name)
+        stored = self._layout[name]
+        rows = []
+        for piece in stored.pieces:
+            tensor = self._owner[piece.name].tensor(piece.name)
+            matrix = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor
+            rows.append(matrix[piece.start : piece.start + piece.rows].flatten())
+        return torch.cat(rows).view(stored.shape)
+
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        """Refuses: a packed folder is not changed in place."""
+        raise InputError(f"{str(self.folder)!r} is packed; unpack it first")

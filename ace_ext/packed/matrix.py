@@ -1,0 +1,114 @@
+"""A matrix whose zeros are not stored: the form that the op ``packed_linear`` reads (``csrc/ops/packed.h``)."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+WORD = 64
+"""Columns of one word of a bitmap."""
+
+BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+"""The dtypes of weights, each with an integer dtype that shows its bits."""
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A bit for each weight, and the survivors: weights whose bits are not all 0, so -0.0 is one."""
+
+    bitmap: Tensor
+    """``[rows, 8 ceil(cols / 64)]`` uint8: bit ``j % 8`` of byte ``j // 8`` is set where column j is stored."""
+    values: Tensor
+    """``[rows, k]`` if each row has k survivors, else ``[survivors]``; float32, float16 or bfloat16."""
+    row_start: Tensor | None
+    """``[rows + 1]`` int64, or None if each row has k survivors: where each row begins in ``values``."""
+    cols: int
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "PackedMatrix":
+        """Packs ``weight [rows, cols]``.
+
+        If rows have nearly the same number of survivors, all get that of the longest one: a few zeros are stored, the
+        lowest columns first, where they take less room than ``row_start``.
+        """
+        kept = weight.view(BITS[weight.dtype]) != 0
+        counts = kept.sum(dim=1)
+        most, total = int(counts.max()) if len(counts) else 0, int(counts.sum())
+        missing = most * len(counts) - total
+        if missing * weight.element_size() > 8 * (len(counts) + 1):
+            row_start = torch.zeros(len(counts) + 1, dtype=torch.int64)
+            torch.cumsum(counts, 0, out=row_start[1:])
+            return cls(pack_bits(kept), weight[kept], row_start, weight.shape[1])
+        if missing:
+            zeros = ~kept
+            kept |= zeros & (zeros.cumsum(dim=1) <= (most - counts)[:, None])
+        return cls(pack_bits(kept), weight[kept].view(len(counts), most), None, weight.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all its tensors."""
+        return sum(t.nbytes for t in (self.bitmap, self.values, self.row_start) if t is not None)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the dense matrix."""
+        return len(self.bitmap), self.cols
+
+    def check(self) -> "PackedMatrix":
+        """Checks everything that a product relies on, and returns the matrix.
+
+        Raises:
+            ValueError: shapes that do not fit, bits beyond the columns, or bits that disagree with the survivors.
+        """
+        rows, words = len(self.bitmap), math.ceil(self.cols / WORD)
+        if self.bitmap.dtype != torch.uint8 or tuple(self.bitmap.shape) != (rows, 8 * words):
+            raise ValueError(f"bitmap must be uint8 [rows, {8 * words}] (got {list(self.bitmap.shape)})")
+        if self.values.dtype not in BITS or self.values.dim() != (2 if self.row_start is None else 1):
+            raise ValueError(f"values have dtype {self.values.dtype} and {self.values.dim()} dimensions")
+        bits = self.bitmap.numpy()
+        if self.cols % WORD and rows:
+            beyond = np.ones((1, 8 * words * 8), np.uint8)
+            beyond[:, : self.cols] = 0
+            if (bits & np.packbits(beyond, axis=1, bitorder="little")).any():
+                raise ValueError("bitmap has bits beyond the last column")
+        counts = row_counts(bits)
+        if self.row_start is None:
+            if len(self.values) != rows or (counts != self.values.shape[1]).any():
+                raise ValueError(f"bitmap does not have {self.values.shape[-1]} survivors in every row")
+            return self
+        if self.row_start.dtype != torch.int64 or tuple(self.row_start.shape) != (rows + 1,):
+            raise ValueError(f"row_start must be int64 [{rows + 1}] (got {list(self.row_start.shape)})")
+        start = self.row_start.numpy()
+        if start[0] != 0 or start[-1] != len(self.values) or (np.diff(start) != counts).any():
+            raise ValueError("row_start does not agree with bitmap and values")
+        return self
+
+    def dense(self) -> Tensor:
+        """The matrix ``[rows, cols]``, every weight with the bits that it had. On any device, by torch alone."""
+        eight = torch.arange(8, dtype=torch.uint8, device=self.bitmap.device)
+        kept = (self.bitmap[:, :, None] >> eight & 1).flatten(1)[:, : self.cols].bool()
+        weight = torch.zeros(self.shape, dtype=self.values.dtype, device=self.values.device)
+        weight[kept] = self.values.flatten()
+        return weight
+
+
+def pack_bits(kept: Tensor) -> Tensor:
+    """The bitmap of a bool matrix ``[rows, cols]``, in whole words."""
+    rows, cols = kept.shape
+    bitmap = np.zeros((rows, 8 * math.ceil(cols / WORD)), np.uint8)
+    bitmap[:, : math.ceil(cols / 8)] = np.packbits(kept.numpy(), axis=1, bitorder="little")
+    return torch.from_numpy(bitmap)
+
+
+def row_counts(bitmap: Bytes) -> NDArray[np.int64]:
+    """``[rows]``: how many bits are set in each row of ``bitmap [rows, bytes]``."""
+    counts: NDArray[np.int64] = _SET_BITS[bitmap].sum(axis=1, dtype=np.int64)
+    return counts
+
+
+_SET_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)

@@ -1,0 +1,186 @@
+"""Packs the files of a model folder, and unpacks them: ``ace-prune pack`` and ``ace-prune unpack``.
+
+Both write under a temporary name, check the result against hashes of the dense files, and rename it only then.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ace_ext.errors import InputError
+from ace_ext.models.safetensors_files import Shards, bytes_of, copy_model, flush
+from ace_ext.models.safetensors_header import read_header
+from ace_ext.packed import codec_named
+from ace_ext.packed._writer import StreamWriter, header_room
+from ace_ext.packed.files import KEY, SUFFIX, VERSION, Origin, PackedFile, PackedShards, is_packed, packed_name
+
+
+@dataclass
+class PackResult:
+    """What :func:`pack` wrote."""
+
+    folder: str
+    format: str
+    matrices: int = 0
+    """How many tensors of the model became matrices without zeros."""
+    dense_bytes: int = 0
+    """Of the weight files; :attr:`packed_bytes` of the packed ones."""
+    packed_bytes: int = 0
+    matrix_dense_bytes: int = 0
+    """Of the packed matrices alone, without embeddings, norms and biases."""
+    matrix_packed_bytes: int = 0
+
+
+def pack(folder: str | Path, output: str | Path, codec: str, pattern: tuple[int, int] | None = None) -> PackResult:
+    """Writes a packed copy of a model folder, and checks that it gives back every byte of the dense files.
+
+    Args:
+        folder: a folder that ``save_pretrained`` or ``ace-prune run`` wrote. It is not changed.
+        output: a folder that does not exist yet.
+        codec: the name of a packed format, of :data:`ace_ext.packed.CODECS`.
+        pattern: N and M, if the model was pruned to N:M.
+
+    Raises:
+        InputError: the folder holds no safetensors or is packed already, the format needs a pattern, no matrix becomes
+            smaller, or the output cannot be written.
+    """
+    chosen = codec_named(codec)
+    if chosen.needs_pattern and pattern is None:
+        raise InputError(
+            f"format {codec} needs a model pruned with --pattern N:M, by its report; use bitmap or archive"
+        )
+    if is_packed(folder):
+        raise InputError(f"{str(folder)!r} is packed already; give the dense folder")
+    shards = Shards(Path(folder).expanduser())
+    result = PackResult(str(output), codec)
+    with new_folder(output) as target:
+        copy_model(shards.folder, target, weights=False)
+        for path in shards.files:
+            origin = Origin(VERSION, codec, pattern, [file.name for file in shards.files], "", _file_sha256(path))
+            _pack_file(shards, path, target / packed_name(path.name), origin, result)
+        if not result.matrices:
+            raise InputError(f"no matrix of {str(folder)!r} has enough zeros for format {codec}; prune it first")
+        packed = PackedShards(target)
+        check_hashes(packed)
+        result.dense_bytes, result.packed_bytes = (
+            sum(file.stat().st_size for file in files) for files in (shards.files, packed.files)
+        )
+    return result
+
+
+def unpack(folder: str | Path, output: str | Path) -> int:
+    """Restores the dense folder that was packed, byte for byte; returns the bytes of its weight files.
+
+    Raises:
+        InputError: the folder is damaged or was changed since it was packed, or the output cannot be written.
+    """
+    packed = PackedShards(folder)
+    written = 0
+    with new_folder(output) as target:
+        for file in sorted(packed.folder.iterdir()):
+            if file.is_file() and file not in packed.files:
+                shutil.copyfile(file, target / file.name)
+        for one in packed.packed:
+            path = target / (one.path.name.removesuffix(SUFFIX) + ".safetensors")
+            with path.open("xb") as writing:
+                _check_hash(one, writing.write)
+            flush(path)
+            written += path.stat().st_size
+    return written
+
+
+def check_hashes(packed: PackedShards) -> None:
+    """Checks that a packed folder still holds every byte of its dense files.
+
+    Raises:
+        InputError: it names the first file that does not.
+    """
+    for one in packed.packed:
+        _check_hash(one, lambda _: None)
+
+
+def _pack_file(shards: Shards, path: Path, target: Path, origin: Origin, result: PackResult) -> None:
+    """Writes the packed form of one dense file, and counts in ``result``."""
+    header, codec = read_header(path), codec_named(origin.codec)
+    metadata = {"format": "pt", KEY: replace(origin, header=header.text).to_json()}
+    with StreamWriter(target, header_room(metadata, [*header.entries], len(codec.parts))) as writer:
+        for name in sorted(header.entries, key=lambda name: header.entries[name].offset):
+            tensor = shards.read(name)
+            parts = codec.encode(tensor, origin.pattern)
+            for part, value in (parts or {}).items():
+                writer.add(f"{name}.{part}", value)
+            if parts is None:
+                writer.add(name, tensor)
+            elif codec.removes_zeros(parts):
+                result.matrices += 1
+                result.matrix_dense_bytes += tensor.nbytes
+                result.matrix_packed_bytes += sum(value.nbytes for value in parts.values())
+        writer.finish(metadata)
+    flush(target)
+
+
+def _file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _dense_bytes(packed: PackedFile) -> Iterator[bytes | memoryview]:
+    """The dense file of a packed one, in parts."""
+    text = packed.dense.text.encode("utf-8")
+    yield len(text).to_bytes(8, "little") + text
+    entries = packed.dense.entries
+    for name in sorted(entries, key=lambda name: (entries[name].offset, entries[name].nbytes)):
+        if entries[name].nbytes:
+            yield bytes_of(packed.tensor(name).contiguous())
+
+
+def _check_hash(packed: PackedFile, write: Callable[[bytes | memoryview], object]) -> None:
+    """Hands the dense file's bytes to ``write``, and compares their hash at the end."""
+    digest = hashlib.sha256()
+    for part in _dense_bytes(packed):
+        digest.update(part)
+        write(part)
+    if digest.hexdigest() != packed.origin.sha256:
+        raise InputError(
+            f"{packed.path} does not give back the file that was packed; fetch it, or pack the model again"
+        )
+
+
+@contextlib.contextmanager
+def new_folder(output: str | Path) -> Iterator[Path]:
+    """A folder under a temporary name beside ``output``, which gets its name at the end, or is removed by an error.
+
+    Raises:
+        InputError: ``output`` exists, or cannot be written.
+    """
+    path = Path(output).expanduser()
+    if path.exists():
+        raise InputError(f"output {str(output)!r} exists; give another name")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        target = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield target
+            target.chmod(0o777 & ~_umask())
+            target.rename(path)
+        finally:
+            shutil.rmtree(target, ignore_errors=True)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise InputError(f"output {str(output)!r} cannot be written: {os.strerror(error.errno)}") from error
+
+
+def _umask() -> int:
+    """The process's mask of file permissions, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
