@@ -38,6 +38,18 @@ def samples():
         yield "refine_swaps_", (mask, score.half(), x.T @ x, keep_n, group_m, 5)
         yield "balance_mean_", (mask.clone(), score.half(), torch.ones(8), torch.ones(8), group_m, 2)
         yield "restore_mean_", (score.clone(), mask.clone(), torch.ones(8), torch.ones(8))
+    bitmap = torch.tensor([[0b10110], [0b01011]], dtype=torch.uint8).repeat(1, 8)
+    bitmap[:, 1:] = 0
+    uniform, ragged = torch.randn(2, 3, generator=random), torch.randn(6, generator=random)
+    starts = torch.tensor([0, 3, 6])
+    for tokens in (1, 20):
+        row = torch.randn(tokens, 5, generator=random)
+        yield "packed_linear", (row, bitmap, uniform, None, None)
+        yield "packed_linear", (row.half(), bitmap, ragged.half(), starts, torch.ones(2).half())
+    yield "unpack_bitmap", (bitmap, ragged, starts, 5)
+    yield "unpack_bitmap", (bitmap, uniform.bfloat16(), None, 5)
+    for keep_n, group_m in ((0, 0), (2, 4)):
+        mask = torch.tensor([True, True, False, False]).repeat(6, 2)
         yield "obs_block_", (score.clone(), torch.zeros(6, 8), mask.clone(), torch.eye(8), keep_n, group_m)
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from ace_ext.ops._across import ScoredWeight, prune_topk_across_
 from ace_ext.ops._extension import compiled, registered
 from ace_ext.ops._formulas import FORMULAS, formula_name
+from ace_ext.ops._packed import packed_linear, unpack_bitmap
 
 __all__ = [
     "FORMULAS",
@@ -34,6 +35,7 @@ __all__ = [
     "inverse_square_norm",
     "nm_mask",
     "obs_block_",
+    "packed_linear",
     "prune_by_score_",
     "prune_nm_",
     "prune_nm_by_score_",
@@ -44,6 +46,7 @@ __all__ = [
     "score",
     "take_not_finite",
     "topk_mask",
+    "unpack_bitmap",
     "update_cosine_moment_",
     "update_moments_",
 ]

@@ -1,0 +1,51 @@
+"""Products with a matrix whose zeros are not stored. Contract: ``csrc/ops/packed.h``."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ace_ext.ops._extension import registered
+
+
+def packed_linear(
+    x: Tensor, bitmap: Tensor, values: Tensor, row_start: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """``x Wᵀ + bias``, ``[tokens, rows]`` in the dtype of ``x [tokens, cols]``; products are summed in float32.
+
+    ``bitmap [rows, 8 ceil(cols / 64)]`` uint8 has a bit for each weight (the lowest of the first byte is column 0), set
+    where ``values`` has it: ``[rows, k]`` if each row has k, else ``[survivors]`` and ``row_start [rows + 1]`` int64.
+    ``bias [rows]``. Whether bits and counts agree is not checked: use a matrix that
+    :meth:`ace_ext.packed.matrix.PackedMatrix.check` has seen. Gradients flow to ``x`` and ``bias``. CPU only.
+    """
+    out: Tensor = _differentiable().packed_linear(x, bitmap, values, row_start, bias)
+    return out
+
+
+@torch.no_grad()
+def unpack_bitmap(bitmap: Tensor, values: Tensor, row_start: Tensor | None, cols: int) -> Tensor:
+    """The dense matrix ``[rows, cols]`` of :func:`packed_linear`'s tensors, with the bits of its finite weights."""
+    weight: Tensor = registered().unpack_bitmap(bitmap, values, row_start, cols)
+    return weight
+
+
+@cache
+def _differentiable() -> Any:
+    """The ops, of which :func:`packed_linear` has a gradient."""
+    ops = registered()
+    torch.library.register_autograd("ace_ext::packed_linear", _backward, setup_context=_keep)
+    return ops
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, bitmap, values, row_start, _ = inputs
+    ctx.save_for_backward(bitmap, values, row_start)
+    ctx.cols = x.shape[1]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    bitmap, values, row_start = ctx.saved_tensors
+    wants_x, *_, wants_bias = ctx.needs_input_grad
+    grad_x = grad @ registered().unpack_bitmap(bitmap, values, row_start, ctx.cols) if wants_x else None
+    return grad_x, None, None, None, grad.sum(0) if wants_bias else None

@@ -1,0 +1,136 @@
+// packed_linear and unpack_bitmap on the CPU. A few tokens: weights are expanded in registers, row by row. Many: rows
+// are unpacked a panel at a time, which stays in the cache while torch multiplies with it.
+#include "ops/packed.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <torch/library.h>
+
+#include <type_traits>
+
+#include "cpu/dispatch.h"
+#include "cpu/packed_level.h"
+
+namespace ace::cpu {
+namespace {
+
+// Up to so many tokens are multiplied in registers. Measured: docs/payoff.md.
+constexpr int64_t kFewTokens = 8;
+constexpr int64_t kPanelBytes = int64_t{1} << 20;
+
+// The processor's, or less if ATEN_CPU_CAPABILITY tells torch to use less.
+PackedLevel packed_level() {
+  static const PackedLevel level = [] {
+    const std::string torch = at::get_cpu_capability();
+    const PackedLevel most = torch == "DEFAULT" ? PackedLevel::portable
+                             : torch == "AVX2"  ? PackedLevel::avx2
+                                                : PackedLevel::avx512_bf16;
+    return std::min(most, highest_packed_level());
+  }();
+  return level;
+}
+
+template <class T>
+PackedMatrix<T> matrix_of(const at::Tensor& bitmap, const at::Tensor& values, const OptionalTensor& row_start) {
+  return {data<uint8_t>(bitmap),
+          bitmap.size(1) / 8,
+          data<T>(values),
+          values.numel(),
+          row_start ? data<int64_t>(*row_start) : nullptr,
+          values.size(-1)};
+}
+
+template <class T>
+using Torch = std::conditional_t<std::is_same_v<T, Half>, c10::Half,
+                                 std::conditional_t<std::is_same_v<T, BFloat16>, c10::BFloat16, float>>;
+
+// x [tokens, 64 words] of the core type X, zero beyond the columns.
+template <class X>
+at::Tensor padded(const at::Tensor& x, int64_t words) {
+  const at::ScalarType dtype = std::is_same_v<X, float> ? at::kFloat : at::kBFloat16;
+  at::Tensor wide = at::empty({x.size(0), words * kBitmapColumns}, x.options().dtype(dtype));
+  wide.narrow(1, 0, x.size(1)).copy_(x);
+  wide.narrow(1, x.size(1), wide.size(1) - x.size(1)).zero_();
+  return wide;
+}
+
+template <class T>
+void few_tokens(const PackedMatrix<T>& matrix, const at::Tensor& x, const OptionalTensor& bias, at::Tensor& out) {
+  const int64_t tokens = x.size(0), rows = out.size(1);
+  const at::Tensor sums = at::empty({tokens, rows}, x.options().dtype(at::kFloat));
+  const Torch<T>* shift = bias ? data<Torch<T>>(*bias) : nullptr;
+  Torch<T>* result = mutable_data<Torch<T>>(out);
+  with_packed_loops<T>(packed_level(), [&](auto* loop, auto*, auto input) {
+    using X = decltype(input);
+    const bool ready = std::is_same_v<X, T> && x.is_contiguous() && x.size(1) == matrix.words * kBitmapColumns;
+    const at::Tensor wide = ready ? x : padded<X>(x, matrix.words);
+    const PackedProduct<T, X> product{matrix, data<X>(wide), mutable_data<float>(sums), rows};
+    at::parallel_for(0, rows, row_grain(tokens * x.size(1)), [&](int64_t begin, int64_t end) {
+      loop(product, tokens, begin, end);
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t i = t * rows + begin; i < t * rows + end; ++i)
+          result[i] = static_cast<Torch<T>>(product.out[i] + (shift ? static_cast<float>(shift[i - t * rows]) : 0.0f));
+    });
+  });
+}
+
+template <class T>
+void unpack(const PackedMatrix<T>& matrix, int64_t begin, int64_t end, at::Tensor& out) {
+  const int64_t cols = out.size(1);
+  T* target = mutable_data<T>(out);
+  with_packed_loops<T>(packed_level(), [&](auto*, auto* loop, auto) {
+    at::parallel_for(begin, end, row_grain(cols), [&](int64_t first, int64_t last) {
+      loop(matrix, first, last, cols, target + (first - begin) * cols);
+    });
+  });
+}
+
+template <class T>
+void many_tokens(const PackedMatrix<T>& matrix, const at::Tensor& x, const OptionalTensor& bias, at::Tensor& out) {
+  const int64_t rows = out.size(1), cols = x.size(1);
+  const int64_t height = std::min(rows, 64 + kPanelBytes / std::max<int64_t>(1, cols * x.element_size()) / 64 * 64);
+  at::Tensor panel = at::empty({height, cols}, x.options());
+  for (int64_t begin = 0; begin < rows; begin += height) {
+    const int64_t count = std::min(height, rows - begin);
+    at::Tensor part = panel.narrow(0, 0, count);
+    unpack(matrix, begin, begin + count, part);
+    const OptionalTensor shift = bias ? OptionalTensor(bias->narrow(0, begin, count)) : std::nullopt;
+    out.narrow(1, begin, count).copy_(at::linear(x, part, shift));
+  }
+}
+
+at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& bitmap, const at::Tensor& values,
+                         const OptionalTensor& row_start, const OptionalTensor& bias) {
+  check_packed_linear(x, bitmap, values, row_start, bias);
+  at::Tensor out = at::empty({x.size(0), bitmap.size(0)}, x.options());
+  if (out.numel() == 0) return out;
+  with_scalar(x.scalar_type(), [&](auto type) {
+    const auto matrix = matrix_of<decltype(type)>(bitmap, values, row_start);
+    if (x.size(0) <= kFewTokens) {
+      few_tokens(matrix, x, bias, out);
+    } else {
+      many_tokens(matrix, x, bias, out);
+    }
+  });
+  return out;
+}
+
+at::Tensor unpack_bitmap(const at::Tensor& bitmap, const at::Tensor& values, const OptionalTensor& row_start,
+                         int64_t cols) {
+  check_packed("unpack_bitmap", bitmap, values, row_start, cols);
+  at::Tensor out = at::empty({bitmap.size(0), cols}, values.options());
+  with_scalar(values.scalar_type(),
+              [&](auto type) { unpack(matrix_of<decltype(type)>(bitmap, values, row_start), 0, out.size(0), out); });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(ace_ext, CPU, m) {
+  m.impl("packed_linear", &packed_linear);
+  m.impl("unpack_bitmap", &unpack_bitmap);
+}
+
+}  // namespace ace::cpu

@@ -1,0 +1,85 @@
+// The product with a packed matrix for AVX2, FMA and F16C: eight values are widened to float, and a table of 256
+// permutations puts them at their columns.
+#pragma once
+
+#include "cpu/packed_matrix.h"
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
+
+#include <array>
+#include <type_traits>
+
+namespace ace::cpu::avx2 {
+
+// Entry `bits` has at byte c how many bits are set below bit c: the place of column c's value.
+constexpr std::array<uint64_t, 256> make_places() {
+  std::array<uint64_t, 256> table{};
+  for (unsigned bits = 0; bits < 256; ++bits) {
+    uint64_t place = 0;
+    for (unsigned c = 0; c < 8; ++c) {
+      table[bits] |= place << (8 * c);
+      place += bits >> c & 1u;
+    }
+  }
+  return table;
+}
+alignas(64) inline constexpr std::array<uint64_t, 256> kPlaces = make_places();
+
+}  // namespace ace::cpu::avx2
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,popcnt,bmi2")
+namespace ace::cpu::avx2 {
+
+template <class Value>
+struct Avx2 {
+  using T = Value;
+  using X = float;
+  static constexpr int kWidth = 8;
+  using Weights = __m256;
+  using Sums = __m256;
+
+  static ACE_HD Sums zero() { return _mm256_setzero_ps(); }
+  static ACE_HD __m256 widen(const T* values) {
+    if constexpr (std::is_same_v<T, float>) {
+      return _mm256_loadu_ps(values);
+    } else {
+      const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+      if constexpr (std::is_same_v<T, Half>) return _mm256_cvtph_ps(halves);
+      return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+    }
+  }
+  static ACE_HD Weights expand(const T* values, uint64_t bits) {
+    const __m256i places = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(kPlaces[bits])));
+    const __m256i columns = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), columns);
+    const __m256 stored = _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, columns));
+    return _mm256_and_ps(_mm256_permutevar8x32_ps(widen(values), places), stored);
+  }
+  static ACE_HD Sums add(Sums sums, Weights weights, const float* x) {
+    return _mm256_fmadd_ps(weights, _mm256_loadu_ps(x), sums);
+  }
+  static ACE_HD void store(T* out, Weights weights) {
+    if constexpr (std::is_same_v<T, float>) {
+      _mm256_storeu_ps(out, weights);
+    } else {
+      const __m256i upper = _mm256_srli_epi32(_mm256_castps_si256(weights), 16);
+      const __m128i halves = std::is_same_v<T, Half>
+                                 ? _mm256_cvtps_ph(weights, _MM_FROUND_TO_NEAREST_INT)
+                                 : _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out), halves);
+    }
+  }
+  static ACE_HD float total(Sums sums) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+  }
+};
+
+#include "cpu/packed_loop.inc"
+
+}  // namespace ace::cpu::avx2
+#pragma GCC pop_options
+#endif

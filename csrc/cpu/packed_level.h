@@ -1,0 +1,53 @@
+// Which of the loops over a packed matrix this processor can run, and calling it.
+#pragma once
+
+#include <type_traits>
+
+#include "cpu/packed_avx2.h"
+#include "cpu/packed_avx512.h"
+#include "cpu/packed_portable.h"
+
+namespace ace::cpu {
+
+enum class PackedLevel { portable, avx2, avx512, avx512_bf16 };
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define ACE_PACKED_X86 1
+#else
+#define ACE_PACKED_X86 0
+#endif
+
+inline PackedLevel highest_packed_level() {
+#if ACE_PACKED_X86
+  const auto has_all = [](auto... has) { return (has && ...); };
+#define ACE_HAS(feature) (__builtin_cpu_supports(feature) != 0)
+  if (!has_all(ACE_HAS("avx2"), ACE_HAS("fma"), ACE_HAS("f16c"), ACE_HAS("popcnt"), ACE_HAS("bmi2")))
+    return PackedLevel::portable;
+  if (!has_all(ACE_HAS("avx512f"), ACE_HAS("avx512bw"), ACE_HAS("avx512vl"), ACE_HAS("avx512dq")))
+    return PackedLevel::avx2;
+  if (!has_all(ACE_HAS("avx512vbmi2"), ACE_HAS("avx512bf16"))) return PackedLevel::avx512;
+#undef ACE_HAS
+  return PackedLevel::avx512_bf16;
+#else
+  return PackedLevel::portable;
+#endif
+}
+
+// Calls action(product, unpack, X{}) with the loops for weights of type T and their type of inputs.
+template <class T, class Action>
+void with_packed_loops(PackedLevel level, Action&& action) {
+#if ACE_PACKED_X86
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (level == PackedLevel::avx512_bf16)
+      return action(&avx512bf16::packed_product<avx512bf16::Avx512Bf16>,
+                    &avx512bf16::packed_unpack<avx512bf16::Avx512Bf16>, BFloat16{});
+  }
+  if (level >= PackedLevel::avx512)
+    return action(&avx512::packed_product<avx512::Avx512<T>>, &avx512::packed_unpack<avx512::Avx512<T>>, float{});
+  if (level == PackedLevel::avx2)
+    return action(&avx2::packed_product<avx2::Avx2<T>>, &avx2::packed_unpack<avx2::Avx2<T>>, float{});
+#endif
+  action(&portable::packed_product<portable::Plain<T>>, &portable::unpack_bits<T>, float{});
+}
+
+}  // namespace ace::cpu

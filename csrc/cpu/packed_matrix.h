@@ -1,0 +1,54 @@
+// A matrix with a bit for each weight, and one product with it: what the loops of every instruction set read and write.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "core/scalar.h"
+
+namespace ace::cpu {
+
+constexpr int64_t kBitmapColumns = 64;  // of one word of a row's bitmap
+
+// The layout of ops/packed.h. A wrong bitmap or row_start must not make a reader leave the tensors: a row begins inside
+// `values`, and whoever takes `width` values from a place asks `whole` first.
+template <class T>
+struct PackedMatrix {
+  const uint8_t* bitmap;  // [rows, 8 words]
+  int64_t words;
+  const T* values;  // [survivors]
+  int64_t survivors;
+  const int64_t* row_start;  // [rows + 1], or null: row i begins at i * keep
+  int64_t keep;
+
+  ACE_HD uint64_t word(int64_t row, int64_t index) const {
+    uint64_t bits;
+    std::memcpy(&bits, bitmap + 8 * (row * words + index), sizeof bits);
+    return bits;
+  }
+  ACE_HD int64_t start(int64_t row) const {
+    const int64_t place = row_start ? row_start[row] : row * keep;
+    return place < 0 ? 0 : place > survivors ? survivors : place;
+  }
+  // Whether `width` values can be read from this place.
+  ACE_HD bool whole(int64_t place, int width) const { return place + width <= survivors; }
+  // Copies those of `width` values that are there; the others become 0.
+  ACE_HD void copy(int64_t place, int width, T* target) const {
+    const int64_t left = survivors - place < width ? survivors - place : width;
+    std::memset(static_cast<void*>(target), 0, sizeof(T) * static_cast<size_t>(width));
+    if (left > 0) std::memcpy(static_cast<void*>(target), values + place, sizeof(T) * static_cast<size_t>(left));
+  }
+};
+
+// One product: x [tokens, 64 words], zero beyond the columns; out [tokens, rows].
+template <class T, class X>
+struct PackedProduct {
+  PackedMatrix<T> matrix;
+  const X* x;
+  float* out;
+  int64_t rows;
+  ACE_HD const X* token(int64_t t) const { return x + t * matrix.words * kBitmapColumns; }
+};
+
+}  // namespace ace::cpu

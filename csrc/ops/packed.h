@@ -1,0 +1,41 @@
+// Matrices whose zeros are not stored: a bit for each weight, and the survivors in order. docs/formats.md describes how
+// they are stored in files.
+//
+//   packed_linear(x, bitmap, values, row_start=None, bias=None) -> out
+//       out [tokens, rows] = x W^T + bias, contiguous, in the dtype of x.
+//   unpack_bitmap(bitmap, values, row_start, cols) -> weight
+//       weight [rows, cols] contiguous, in the dtype of values: survivors with their bits, +0.0 elsewhere.
+//
+//   x          [tokens, cols] float32, float16 or bfloat16; contiguous columns, any row stride >= cols.
+//   bitmap     [rows, 8 ceil(cols / 64)] uint8, contiguous. Bit j % 8 (the lowest first) of byte j / 8 belongs to
+//   column
+//              j; set where W_ij is stored. Bits of columns >= cols are 0.
+//   values     of the dtype of x, contiguous; the survivors, row after row, in a row by column. [rows, k] if every row
+//              has k of them; else [survivors].
+//   row_start  [rows + 1] int64, contiguous: row i has values[row_start[i]] to before values[row_start[i + 1]]. Needed
+//              if values has one dimension, else refused.
+//   bias       [rows] of the dtype of x, contiguous, or None.
+//   accuracy   Products are summed in float32, at least two sums a row, in an order that depends on the processor and
+//              on the number of tokens; then the bias is added and the sum is rounded once. So
+//                |out - exact| <= u |exact| + (cols + 8) 2^-24 (sum_j |x_j W_ij| + |bias|)
+//              with u the rounding unit of the dtype of x (2^-24, 2^-11, 2^-8), as long as nothing over- or underflows:
+//              bfloat16 numbers below 2^-126 may count as 0. With many tokens (kFewTokens, cpu/packed.cpp) rows are
+//              unpacked a panel at a time and torch multiplies: then its accuracy and its use of threads hold.
+//   not finite Is not looked for. With an x that is not finite, a zero of W may give NaN or nothing.
+//   counts     Whether the bits agree with k or row_start is not checked here but when a file is read
+//              (ace_ext.packed): it would cost a pass over the bitmap in each call. If they do not, results are wrong
+//              numbers; nothing outside the tensors is read.
+//   devices    CPU and Meta.
+#pragma once
+
+#include "ops.h"
+
+namespace ace {
+
+// Raises ValueError for shapes, dtypes and strides that the contract does not allow.
+void check_packed(std::string_view op, const at::Tensor& bitmap, const at::Tensor& values,
+                  const OptionalTensor& row_start, int64_t cols);
+void check_packed_linear(const at::Tensor& x, const at::Tensor& bitmap, const at::Tensor& values,
+                         const OptionalTensor& row_start, const OptionalTensor& bias);
+
+}  // namespace ace

@@ -1,0 +1,135 @@
+// The loops over a packed matrix, of every instruction set that this processor has, against plain sums. Buffers have
+// exactly their size, so that the address sanitizer sees a read beyond them.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "cpu/packed_level.h"
+
+namespace ace::cpu {
+namespace {
+
+std::vector<PackedLevel> levels() {
+  std::vector<PackedLevel> found;
+  for (int level = 0; level <= static_cast<int>(highest_packed_level()); ++level)
+    found.push_back(static_cast<PackedLevel>(level));
+  return found;
+}
+
+// A number of size 1/2 to 4 with few digits, exact in every type.
+template <class T>
+T draw(std::mt19937& random) {
+  const uint32_t sign = random() & 1u, step = random() % 3, mantissa = random() % 8;
+  if constexpr (std::is_same_v<T, float>) {
+    return bits_float(sign << 31 | (126u + step) << 23 | mantissa << 20);
+  } else if constexpr (std::is_same_v<T, Half>) {
+    return {static_cast<uint16_t>(sign << 15 | (14u + step) << 10 | mantissa << 7)};
+  } else {
+    return {static_cast<uint16_t>(sign << 15 | (126u + step) << 7 | mantissa << 4)};
+  }
+}
+
+template <class T>
+bool same_bits(const T& a, const T& b) {
+  return std::memcmp(&a, &b, sizeof(T)) == 0;
+}
+
+template <class T>
+struct Sample {
+  Sample(int64_t rows, int64_t cols, unsigned share, std::mt19937& random)
+      : rows(rows), cols(cols), words((cols + 63) / 64), bitmap(static_cast<size_t>(8 * rows * words)) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t column = 0; column < cols; ++column) {
+        const bool stored = random() % 100 < share;
+        dense.push_back(stored ? draw<T>(random) : T{});
+        if (!stored) continue;
+        values.push_back(dense.back());
+        bitmap[static_cast<size_t>(8 * row * words + column / 8)] |= static_cast<uint8_t>(1u << (column % 8));
+      }
+      row_start.push_back(static_cast<int64_t>(values.size()));
+    }
+    values.shrink_to_fit();
+  }
+  PackedMatrix<T> matrix() const {
+    return {bitmap.data(), words, values.data(), static_cast<int64_t>(values.size()), row_start.data(), 0};
+  }
+  int64_t rows, cols, words;
+  std::vector<uint8_t> bitmap;
+  std::vector<T> dense, values;
+  std::vector<int64_t> row_start{0};
+};
+
+template <class T>
+class Packed : public testing::Test {};
+using Types = testing::Types<float, Half, BFloat16>;
+TYPED_TEST_SUITE(Packed, Types);
+
+TYPED_TEST(Packed, ProductsAreThoseOfTheDenseMatrix) {
+  std::mt19937 random(3);
+  for (const int64_t cols : {1, 31, 64, 65, 200, 1134}) {
+    for (const unsigned share : {0u, 3u, 50u, 100u}) {
+      const Sample<TypeParam> sample(5, cols, share, random);
+      for (const PackedLevel level : levels()) {
+        with_packed_loops<TypeParam>(level, [&](auto* loop, auto*, auto input) {
+          using X = decltype(input);
+          for (const int64_t tokens : {1, 2, 3, 4, 8, 15}) {
+            std::vector<X> x(static_cast<size_t>(tokens * sample.words * 64));
+            for (int64_t t = 0; t < tokens; ++t)
+              for (int64_t j = 0; j < cols; ++j) x[static_cast<size_t>(t * sample.words * 64 + j)] = draw<X>(random);
+            std::vector<float> out(static_cast<size_t>(tokens * sample.rows));
+            loop(PackedProduct<TypeParam, X>{sample.matrix(), x.data(), out.data(), sample.rows}, tokens, 0,
+                 sample.rows);
+            for (int64_t t = 0; t < tokens; ++t) {
+              for (int64_t i = 0; i < sample.rows; ++i) {
+                double sum = 0.0;  // products and sums of these numbers are exact in float, so the order is free
+                for (int64_t j = 0; j < cols; ++j)
+                  sum += static_cast<double>(to_float(sample.dense[static_cast<size_t>(i * cols + j)])) *
+                         static_cast<double>(to_float(x[static_cast<size_t>(t * sample.words * 64 + j)]));
+                ASSERT_EQ(static_cast<double>(out[static_cast<size_t>(t * sample.rows + i)]), sum)
+                    << "level " << static_cast<int>(level) << " cols " << cols << " tokens " << tokens;
+              }
+            }
+          }
+        });
+      }
+    }
+  }
+}
+
+TYPED_TEST(Packed, UnpackingGivesTheDenseMatrix) {
+  std::mt19937 random(4);
+  for (const int64_t cols : {1, 7, 64, 100, 1134}) {
+    const Sample<TypeParam> sample(4, cols, 50, random);
+    for (const PackedLevel level : levels()) {
+      with_packed_loops<TypeParam>(level, [&](auto*, auto* unpack, auto) {
+        std::vector<TypeParam> out(static_cast<size_t>(2 * cols));
+        unpack(sample.matrix(), 1, 3, cols, out.data());
+        for (size_t j = 0; j < out.size(); ++j)
+          ASSERT_TRUE(same_bits(out[j], sample.dense[static_cast<size_t>(cols) + j])) << "level " << int(level);
+      });
+    }
+  }
+}
+
+TYPED_TEST(Packed, WrongCountsReadNothingOutside) {
+  std::mt19937 random(5);
+  Sample<TypeParam> sample(4, 128, 10, random);
+  std::fill(sample.bitmap.begin(), sample.bitmap.end(), uint8_t{255});
+  for (const int64_t start : {int64_t{0}, int64_t{1} << 60, -(int64_t{1} << 60)}) {
+    sample.row_start[1] = start;
+    for (const PackedLevel level : levels()) {
+      with_packed_loops<TypeParam>(level, [&](auto* loop, auto* unpack, auto input) {
+        std::vector<decltype(input)> x(3 * 128);
+        std::vector<float> out(3 * 4);
+        loop(PackedProduct<TypeParam, decltype(input)>{sample.matrix(), x.data(), out.data(), 4}, 3, 0, 4);
+        std::vector<TypeParam> dense(4 * 128);
+        unpack(sample.matrix(), 0, 4, 128, dense.data());
+      });
+    }
+  }
+}
+
+}  // namespace
+}  // namespace ace::cpu
