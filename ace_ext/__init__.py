@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ace_ext.pruning.presets import preset_config
     from ace_ext.pruning.solver_config import SolverConfig
     from ace_ext.records import PruneReport
+    from ace_ext.runtime.loading import load_packed
 
 __all__ = [
     "InputError",
@@ -30,6 +31,7 @@ __all__ = [
     "SparsityPattern",
     "__version__",
     "build_info",
+    "load_packed",
     "preset_config",
     "prune_model",
 ]
@@ -40,6 +42,7 @@ _HOMES = {
     "SolverConfig": "pruning.solver_config",
     "SparsityPattern": "pruning.pattern",
     "build_info": "ops._extension",
+    "load_packed": "runtime.loading",
     "preset_config": "pruning.presets",
     "prune_model": "engine.api",
 }

@@ -1,4 +1,4 @@
-"""``packed_linear`` and ``unpack_bitmap`` against their oracle, within the bound of the contract (csrc/ops/packed.h)."""
+"""``packed_linear`` and ``unpack_bitmap`` against their oracle, within the bound of csrc/ops/packed.h."""
 
 import os
 import subprocess

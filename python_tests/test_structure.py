@@ -16,6 +16,7 @@ LAYERS = [
     {"models"},
     {"packed"},
     {"data"},
+    {"runtime"},
     {"pruning"},
     {"healing"},
     {"engine", "formats"},
@@ -162,6 +163,7 @@ def test_the_public_names():
         "SparsityPattern",
         "__version__",
         "build_info",
+        "load_packed",
         "preset_config",
         "prune_model",
     }

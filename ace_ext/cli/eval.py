@@ -8,8 +8,8 @@ from ace_ext.data.bos import AUTO, choose_bos
 from ace_ext.data.corpora import SOURCES
 from ace_ext.data.evaluation import text_perplexity
 from ace_ext.data.perplexity import SEQLEN
-from ace_ext.models.loading import load_model
 from ace_ext.runs.beginning import recorded_in_report
+from ace_ext.runtime import open_model
 
 
 def add(commands: shared.Subparsers) -> None:
@@ -25,7 +25,7 @@ def add(commands: shared.Subparsers) -> None:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Runs the verb; returns the exit status."""
-    loaded = load_model(args.model, args.dtype, shared.device_of(args))
+    loaded = open_model(args.model, args.dtype, shared.device_of(args))
     mode = args.bos or AUTO
     choice = recorded_in_report(args.model, mode) or choose_bos(mode, loaded.tokenizer, loaded.model)
     result = text_perplexity(

@@ -60,6 +60,16 @@ def tie_weights_(model: nn.Module) -> None:
     _method(model, "tie_weights")()
 
 
+def take_generation_config_(model: nn.Module, folder: str) -> None:
+    """Gives a model the settings of its folder's ``generation_config.json``, if there is one, and the folder's name, as
+    ``from_pretrained`` does."""
+    from transformers import GenerationConfig
+
+    with contextlib.suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.config.name_or_path = model.name_or_path = folder  # type: ignore[assignment,union-attr]
+
+
 def text_config(model: nn.Module) -> Any:
     """The configuration of a model's language part: its own, or a part of that of a model with more than text."""
     return _method(model.config, "get_text_config")()

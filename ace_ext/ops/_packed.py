@@ -19,7 +19,9 @@ def packed_linear(
     ``bias [rows]``. Whether bits and counts agree is not checked: use a matrix that
     :meth:`ace_ext.packed.matrix.PackedMatrix.check` has seen. Gradients flow to ``x`` and ``bias``. CPU only.
     """
-    out: Tensor = _differentiable().packed_linear(x, bitmap, values, row_start, bias)
+    if not torch.compiler.is_compiling():  # which cannot trace the loading of the compiled module
+        register_packed()
+    out: Tensor = torch.ops.ace_ext.packed_linear(x, bitmap, values, row_start, bias)
     return out
 
 
@@ -31,11 +33,11 @@ def unpack_bitmap(bitmap: Tensor, values: Tensor, row_start: Tensor | None, cols
 
 
 @cache
-def _differentiable() -> Any:
-    """The ops, of which :func:`packed_linear` has a gradient."""
-    ops = registered()
+def register_packed() -> None:
+    """Makes :func:`packed_linear` known to torch, with its gradient. Calling it does so; ``torch.compile`` needs it
+    before."""
+    registered()
     torch.library.register_autograd("ace_ext::packed_linear", _backward, setup_context=_keep)
-    return ops
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

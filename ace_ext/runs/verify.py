@@ -11,14 +11,16 @@ from torch import Tensor
 from ace_ext.errors import InputError, one_line
 from ace_ext.models._transformers import embedding_weight, is_left_out
 from ace_ext.models.blocks import find_blocks
-from ace_ext.models.loading import load_model
 from ace_ext.models.safetensors_files import Shards, has_safetensors
 from ace_ext.models.skeleton import skeleton
+from ace_ext.packed.files import PackedShards, is_packed
+from ace_ext.packed.packing import check_hashes
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.groups import ComparisonGroup
 from ace_ext.pruning.pattern import keep_count
 from ace_ext.records import REPORT_NAME, MatrixReport, PruneReport
 from ace_ext.runs.output import read_report
+from ace_ext.runtime import open_model
 
 
 @dataclass
@@ -48,13 +50,17 @@ def verify(folder: str | Path, load: bool = True) -> VerifyResult:
     ``load`` also that transformers loads the folder and computes finite logits.
 
     Raises:
-        InputError: the folder has no report that can be read, or no safetensors.
+        InputError: the folder has no report that can be read, or no safetensors, or is packed and gives back other bytes
+            than were packed.
     """
     report = read_report(folder)
     config = _settings_of(report, folder)
-    if not has_safetensors(folder):
+    packed = is_packed(folder)
+    if not packed and not has_safetensors(folder):
         raise InputError(f"{str(folder)!r} holds no safetensors; give a folder that ace-prune run wrote")
-    shards = Shards(folder)
+    shards = PackedShards(folder) if packed else Shards(folder)
+    if isinstance(shards, PackedShards):
+        check_hashes(shards)
     result = VerifyResult(str(folder))
     expected = _expected(Path(folder), shards, config, result)
     reported = {matrix.name: matrix for matrix in report.matrices}
@@ -203,7 +209,7 @@ def _check_budget(nonzero: int, keep: int, result: VerifyResult) -> None:
 
 def _check_loads(folder: str, result: VerifyResult) -> None:
     try:
-        model: Any = load_model(folder).model
+        model: Any = open_model(folder).model
     except InputError as error:
         result.problems.append(str(error))
         return

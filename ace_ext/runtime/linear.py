@@ -1,0 +1,94 @@
+"""A Linear whose weight is kept without its zeros."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ace_ext import ops
+from ace_ext.ops._packed import register_packed
+from ace_ext.packed.matrix import BITS, PackedMatrix
+
+
+class PackedLinear(nn.Module):
+    """``x Wᵀ + bias`` of a packed ``W [out_features, in_features]``; on a CPU the weight is never dense in memory.
+
+    To the outside it is a Linear: its ``state_dict`` has ``weight``, dense, which is made while it is asked for, and
+    ``bias``; so ``save_pretrained`` writes an ordinary checkpoint, and ``load_state_dict`` takes one. The packed weight
+    is not trained, but gradients flow through it. Other devices than the CPU have no kernel: there each call unpacks
+    the weight, and nothing is gained.
+
+    Args:
+        matrix: the weight; checked already (:meth:`ace_ext.packed.matrix.PackedMatrix.check`).
+        bias: ``[out_features]`` of the dtype of the weight, or None.
+    """
+
+    bitmap: Tensor
+    values: Tensor
+    row_start: Tensor | None
+
+    def __init__(self, matrix: PackedMatrix, bias: Tensor | None = None) -> None:
+        super().__init__()
+        register_packed()
+        self.out_features, self.in_features = matrix.shape
+        self._take(matrix)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def _take(self, matrix: PackedMatrix) -> None:
+        self.register_buffer("bitmap", matrix.bitmap, persistent=False)
+        self.register_buffer("values", matrix.values, persistent=False)
+        self.register_buffer("row_start", matrix.row_start, persistent=False)
+
+    @property
+    def matrix(self) -> PackedMatrix:
+        """The packed weight."""
+        return PackedMatrix(self.bitmap, self.values, self.row_start, self.in_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight ``[out_features, in_features]``, unpacked anew each time."""
+        if self.bitmap.device.type in ("cpu", "meta"):
+            return ops.unpack_bitmap(self.bitmap, self.values, self.row_start, self.in_features)
+        return self.matrix.dense()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in_features]`` to ``[..., out_features]``."""
+        if x.device.type not in ("cpu", "meta"):
+            return functional.linear(x, self.weight, self.bias)
+        flat = x.reshape(-1, self.in_features)
+        out = ops.packed_linear(flat, self.bitmap, self.values, self.row_start, self.bias)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows: both sizes and the share of zeros."""
+        sparsity = 1 - self.values.numel() / max(1, self.out_features * self.in_features)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"sparsity={sparsity:.3f}"
+        )
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.weight
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        name = f"{prefix}weight"
+        _, strict, missing, unexpected, errors = rest
+        own: Iterable[str] = [name] if name in state_dict else []
+        for key in own:
+            weight = state_dict[key]
+            if tuple(weight.shape) != self.matrix.shape or weight.dtype not in BITS:
+                errors.append(f"{key} must be [{self.out_features}, {self.in_features}] (got {list(weight.shape)})")
+                continue
+            with torch.no_grad():
+                packed = PackedMatrix.of(weight.detach().cpu().to(self.values.dtype).contiguous())
+                device = self.bitmap.device
+                start = None if packed.row_start is None else packed.row_start.to(device)
+                self._take(PackedMatrix(packed.bitmap.to(device), packed.values.to(device), start, packed.cols))
+        found: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, rest[0], strict, missing, found, errors)
+        unexpected.extend(key for key in found if key != name)
+        if strict and name not in state_dict:
+            missing.append(name)

@@ -1,0 +1,90 @@
+"""Loads a packed folder as a model of transformers whose Linears multiply from packed weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ace_ext.errors import InputError
+from ace_ext.models._transformers import take_generation_config_, tie_weights_
+from ace_ext.models.loading import LoadedModel, load_model, load_tokenizer
+from ace_ext.models.skeleton import skeleton
+from ace_ext.packed.files import PackedShards, is_packed
+from ace_ext.packed.matrix import PackedMatrix
+from ace_ext.runtime.linear import PackedLinear
+
+
+def load_packed(folder: str | Path) -> nn.Module:
+    """The model of a folder that ``ace-prune pack`` wrote, in evaluation mode, on the CPU.
+
+    The weights of its Linears stay packed (:class:`PackedLinear`), those of a ``bitmap`` folder mapped from the file;
+    formats ``nm`` and ``archive`` are turned into this form in memory. Everything else is as ``from_pretrained`` loads
+    it, with ``dtype="auto"``. Experts that transformers fuses into one tensor are unpacked.
+
+    Raises:
+        InputError: the folder is not packed, damaged, or transformers cannot build its model.
+    """
+    shards = PackedShards(folder)
+    model = skeleton(shards.folder, shards)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and f"{name}.weight" in shards.entries:
+            weight = _fitting(f"{name}.weight", shards.load(f"{name}.weight"), module)
+            if isinstance(weight, PackedMatrix) and weight.values.dtype == module.weight.dtype:
+                bias = None if module.bias is None else _read(f"{name}.bias", module.bias, shards)
+                _replace(model, name, PackedLinear(weight, bias))
+    _load_rest(model, shards)
+    take_generation_config_(model, str(shards.folder))
+    return model.eval()
+
+
+def open_model(source: str, dtype: str = "auto", device: str | torch.device = "cpu") -> LoadedModel:
+    """:func:`ace_ext.models.loading.load_model`, and of a packed folder :func:`load_packed`.
+
+    Raises:
+        InputError: as these, or another dtype than the folder's is asked for.
+    """
+    if not is_packed(source):
+        return load_model(source, dtype, device)
+    if dtype != "auto":
+        raise InputError(f"dtype must be auto for a packed folder (got {dtype}); unpack it first")
+    folder = Path(source).expanduser()
+    return LoadedModel(load_packed(folder).to(device), load_tokenizer(folder), source)
+
+
+def _fitting(name: str, found: PackedMatrix | Tensor, module: nn.Linear) -> PackedMatrix | Tensor:
+    wanted = (module.out_features, module.in_features)
+    if tuple(found.shape) != wanted:
+        raise InputError(f"{name} must be {list(wanted)} by the configuration (got {list(found.shape)})")
+    return found
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, module)
+
+
+def _load_rest(model: nn.Module, shards: PackedShards) -> None:
+    """Gives every parameter that is still on the meta device its values, and buffers those that the files hold."""
+    names: dict[int, list[str]] = {}  # of a parameter; several if it is tied
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta:
+            stored = next((known for known in names[id(parameter)] if known in shards), name)
+            owner, _, leaf = name.rpartition(".")
+            value = nn.Parameter(_read(stored, parameter, shards), requires_grad=False)
+            model.get_submodule(owner)._parameters[leaf] = value
+    tie_weights_(model)
+    for name, buffer in list(model.named_buffers()):
+        if name in shards.entries:
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner)._buffers[leaf] = shards.read(name).to(buffer.dtype)
+
+
+def _read(name: str, like: Tensor, shards: PackedShards) -> Tensor:
+    value = shards.read(name).to(like.dtype)
+    if value.shape != like.shape:
+        raise InputError(f"{name} must be {list(like.shape)} by the configuration (got {list(value.shape)})")
+    return value

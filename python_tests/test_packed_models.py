@@ -1,0 +1,187 @@
+"""Packed folders as models: logits, generation, saving, loading, gradients, the command line."""
+
+import json
+
+import pytest
+import torch
+from folders import prune, save_dense
+from helpers import assert_same_bits
+from tiny_models import make_tokens
+from torch import nn
+from transformers import AutoModelForCausalLM, pipeline
+
+from ace_ext import InputError, load_packed
+from ace_ext.cli.main import main
+from ace_ext.packed.files import SUFFIX
+from ace_ext.packed.matrix import PackedMatrix
+from ace_ext.packed.packing import pack
+from ace_ext.runtime import PackedLinear, open_model
+
+FAMILIES = ["llama", "llama-tied", "qwen2", "opt", "gemma3", "mixtral", "granite-moe"]
+
+
+def make_folders(folder, family="llama", dtype=torch.float32, codec="bitmap", **config):
+    dense = save_dense(folder / "dense", family, dtype)
+    prune(dense, folder / "pruned", calibration={"source": "tokens"}, metric="magnitude", **config)
+    keep_n, _, group_m = config.get("pattern", "").partition(":")
+    pack(folder / "pruned", folder / "packed", codec, (int(keep_n), int(group_m)) if group_m else None)
+    return folder / "pruned", folder / "packed"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return make_folders(tmp_path_factory.mktemp("llama"))
+
+
+def dense_model(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+
+def packed_linears(model) -> list[PackedLinear]:
+    return [module for module in model.modules() if isinstance(module, PackedLinear)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_of_every_kind(family, tmp_path):
+    pruned, packed = make_folders(tmp_path, family)
+    dense, model = dense_model(pruned), load_packed(packed)
+    tokens = make_tokens(2, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, dense(tokens).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(tokens[:1, :3]).logits, dense(tokens[:1, :3]).logits, rtol=1e-4, atol=1e-5)
+    assert len(packed_linears(model)) >= 12
+    expected, found = dense.state_dict(), model.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert_same_bits(found[name], tensor)
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved/model.safetensors").read_bytes() == (pruned / "model.safetensors").read_bytes()
+    assert type(model.get_output_embeddings()) is nn.Linear
+    tied = dense.get_output_embeddings().weight is dense.get_input_embeddings().weight
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+
+
+@pytest.mark.parametrize("codec", ["bitmap", "nm", "archive"])
+def test_every_format_and_dtype(codec, dtype, tmp_path):
+    pruned, packed = make_folders(tmp_path, dtype=dtype, codec=codec, pattern="2:4")
+    dense, model = dense_model(pruned), load_packed(packed)
+    assert len(packed_linears(model)) == 21
+    assert model.dtype == dtype
+    for linear in packed_linears(model):
+        assert linear.row_start is None
+        assert linear.values.shape[1] * 2 == linear.in_features
+    for name, tensor in dense.state_dict().items():
+        assert_same_bits(model.state_dict()[name], tensor)
+
+
+def test_generation_and_pipelines(llama):
+    pruned, packed = llama
+    dense, model = dense_model(pruned), load_packed(packed)
+    tokens = make_tokens(3, 5)
+    options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
+    assert torch.equal(model.generate(tokens, **options), dense.generate(tokens, **options))
+    assert model.generation_config.to_dict() == dense.generation_config.to_dict()
+    loaded = open_model(str(packed))
+    text = pipeline("text-generation", model=loaded.model, tokenizer=loaded.tokenizer)
+    assert text("the quick", max_new_tokens=3, do_sample=False)[0]["generated_text"].startswith("the quick")
+
+
+def test_torch_compile_takes_a_packed_linear(random):
+    weight = torch.randn(24, 70, generator=random) * (torch.rand(24, 70, generator=random) < 0.5)
+    linear = PackedLinear(PackedMatrix.of(weight), torch.randn(24, generator=random))
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    for tokens in (1, 4):
+        x = torch.randn(2, tokens, 70, generator=random)
+        torch.testing.assert_close(compiled(x), linear(x))
+
+
+def test_moves_casts_and_new_weights(random):
+    weight = torch.randn(6, 70, generator=random) * (torch.rand(6, 70, generator=random) < 0.5)
+    linear = PackedLinear(PackedMatrix.of(weight), torch.zeros(6))
+    x = torch.randn(3, 70, generator=random)
+    assert_same_bits(linear.weight, weight)
+    half = PackedLinear(PackedMatrix.of(weight), torch.zeros(6)).to(torch.bfloat16)
+    assert_same_bits(half.weight, weight.bfloat16())
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+    assert linear.to("meta")(x.to("meta")).shape == (3, 6)
+    linear = PackedLinear(PackedMatrix.of(weight), torch.zeros(6))
+    other = torch.randn(6, 70, generator=random)
+    linear.load_state_dict({"weight": other, "bias": torch.ones(6)})
+    assert_same_bits(linear.weight, other)
+    torch.testing.assert_close(linear(x), x @ other.T + 1)
+    with pytest.raises(RuntimeError, match=r"weight must be \[6, 70\]"):
+        linear.load_state_dict({"weight": other.T, "bias": torch.ones(6)})
+    with pytest.raises(RuntimeError, match=r"Missing key.*weight"):
+        linear.load_state_dict({"bias": torch.ones(6)})
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*other"):
+        linear.load_state_dict({"weight": other, "bias": torch.ones(6), "other": other})
+
+
+def test_gradients_reach_the_input(llama):
+    pruned, packed = llama
+    dense, model = dense_model(pruned), load_packed(packed)
+    gradients = []
+    for one in (dense, model):
+        embedded = one.get_input_embeddings()(make_tokens(1, 6)).detach().requires_grad_()
+        one(inputs_embeds=embedded).logits.square().mean().backward()
+        gradients.append(embedded.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+
+
+def test_weights_are_mapped(llama):
+    """A write into a loaded weight goes to no file, and what is mapped lies in the file's order."""
+    _, packed = llama
+    (path,) = packed.glob(f"*{SUFFIX}")
+    before = path.read_bytes()
+    model = load_packed(packed)
+    first, *_ = packed_linears(model)
+    with open("/proc/self/maps") as maps:
+        lines = [line.split()[0].split("-") for line in maps if str(path) in line]
+    spans = [(int(start, 16), int(end, 16)) for start, end in lines]
+    for linear in packed_linears(model):
+        for tensor in (linear.bitmap, linear.values):
+            assert any(start <= tensor.data_ptr() < end for start, end in spans)
+            assert tensor.data_ptr() % 64 == 0
+    first.values.fill_(1.0)
+    assert path.read_bytes() == before
+
+
+def test_eval_and_verify_take_packed_folders(llama, capsys):
+    pruned, packed = llama
+    results = []
+    for folder in (pruned, packed):
+        text = str(pruned.parent / "text.txt")
+        assert main(["eval", "--model", str(folder), "--text", text, "--seqlen", "16", "--json", "--quiet"]) == 0
+        results.append(json.loads(capsys.readouterr().out)["perplexity"])
+    assert results[1] == pytest.approx(results[0], abs=5e-4)
+    assert main(["verify", str(packed), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["loads"]
+    assert found["exact_rows"] == found["rows"] > 0
+
+
+def test_changed_values_are_found_by_verify(tmp_path, capsys):
+    _, packed = make_folders(tmp_path)
+    (path,) = packed.glob(f"*{SUFFIX}")
+    data = bytearray(path.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    name = next(name for name in header if name.endswith(".values"))
+    data[8 + length + header[name]["data_offsets"][0]] ^= 1
+    path.write_bytes(data)
+    assert main(["verify", str(packed)]) == 2
+    assert "does not give back the file" in capsys.readouterr().err
+
+
+def test_what_cannot_be_loaded_is_refused(llama, tmp_path, capsys):
+    pruned, packed = llama
+    with pytest.raises(InputError, match="holds no packed"):
+        load_packed(pruned)
+    assert main(["eval", "--model", str(packed), "--text", "x.txt", "--dtype", "float16"]) == 2
+    assert "dtype must be auto for a packed folder" in capsys.readouterr().err
+    config = json.loads((packed / "config.json").read_text())
+    for file in packed.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
+    with pytest.raises(InputError, match=r"must be \[40, 32\] by the configuration \(got \[48, 32\]\)"):
+        load_packed(tmp_path)
