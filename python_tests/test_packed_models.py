@@ -11,11 +11,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, pipeline
 
 from ace_ext import InputError, load_packed
+from ace_ext.cli.bench import table
 from ace_ext.cli.main import main
 from ace_ext.packed.files import SUFFIX
 from ace_ext.packed.matrix import PackedMatrix
 from ace_ext.packed.packing import pack
 from ace_ext.runtime import PackedLinear, open_model
+from ace_ext.runtime.bench import BenchResult, Pair
 
 FAMILIES = ["llama", "llama-tied", "qwen2", "opt", "gemma3", "mixtral", "granite-moe"]
 
@@ -185,3 +187,29 @@ def test_what_cannot_be_loaded_is_refused(llama, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
     with pytest.raises(InputError, match=r"must be \[40, 32\] by the configuration \(got \[48, 32\]\)"):
         load_packed(tmp_path)
+
+
+def test_bench_measures_both(llama, capsys):
+    pruned, packed = llama
+    options = ["--tokens", "2", "--rounds", "1", "--prefill", "20", "--quiet"]
+    before = sorted(packed.parent.iterdir())
+    assert main(["bench", str(packed), *options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert sorted(packed.parent.iterdir()) == before  # the dense folder that it unpacked is gone
+    assert list(found["decode"]) == ["1", "4", "16"]
+    for pair in (*found["decode"].values(), found["prefill"], found["load"]):
+        assert pair["dense"] > 0
+        assert pair["packed"] > 0
+    assert found["files"]["dense"] == (pruned / "model.safetensors").stat().st_size
+    assert found["files"]["packed"] == next(packed.glob(f"*{SUFFIX}")).stat().st_size
+    assert 0 <= found["logits_difference"] < 1e-4 < found["logits_size"]
+    shown = table(BenchResult(str(pruned), str(packed), "float32", 1, "AVX2", 1, {16: Pair(10.0, 15.0, 1.5)}))
+    assert shown.splitlines()[2].split() == ["decode,", "batch", "16:", "tokens/s", "10", "15", "1.50", "x"]
+
+
+def test_bench_refuses_what_it_cannot_measure(llama, capsys):
+    pruned, packed = llama
+    assert main(["bench", str(pruned)]) == 2
+    assert "is not packed" in capsys.readouterr().err
+    assert main(["bench", str(packed), "--dense", str(pruned), "--tokens", "0"]) == 2
+    assert "tokens must be positive" in capsys.readouterr().err

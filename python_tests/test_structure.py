@@ -37,6 +37,7 @@ RECORDS = {
     "Estimate": "a row of the memory estimate",
     "Plan": "what ace-prune plan prints",
     "ModelShape": "sizes of a model",
+    "BenchResult": "what ace-prune bench prints",
 }
 """Dataclasses that hold data and do nothing with it; they may have more fields."""
 

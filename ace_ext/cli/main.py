@@ -1,5 +1,5 @@
-"""``ace-prune run | heal | plan | compare | eval | verify | pack | unpack``. Results go to stdout, progress and errors
-to stderr.
+"""``ace-prune run | heal | plan | compare | eval | verify | pack | unpack | bench``. Results go to stdout, progress
+and errors to stderr.
 
 Exit status: 0: done; 1: internal error (one line; ``--debug`` shows where), or ``verify`` found a problem; 2: bad input
 (one line that says what is wrong and how to correct it); 130: interrupted.
@@ -16,14 +16,14 @@ import warnings
 import shtab
 import torch
 
-from ace_ext.cli import compare, eval, heal, pack, plan, run, unpack, verify
+from ace_ext.cli import bench, compare, eval, heal, pack, plan, run, unpack, verify
 from ace_ext.cli.args import OneLineParser
 from ace_ext.cli.endings import ending
 from ace_ext.models.location import remote_code
 from ace_ext.process_threads import allowed_cpus
 from ace_ext.version import __version__
 
-VERBS = (run, heal, plan, compare, eval, verify, pack, unpack)
+VERBS = (run, heal, plan, compare, eval, verify, pack, unpack, bench)
 """One module per verb, in the order of the help text."""
 
 

@@ -1,0 +1,73 @@
+"""``ace-prune bench``: a packed folder beside the dense one: speed, memory, size."""
+
+import argparse
+import contextlib
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from tabulate import tabulate
+
+from ace_ext.cli import args as shared
+from ace_ext.errors import InputError
+from ace_ext.packed.files import is_packed
+from ace_ext.packed.packing import unpack
+from ace_ext.runtime.bench import BenchResult, BenchSettings, Pair, bench
+
+
+def add(commands: shared.Subparsers) -> None:
+    """Adds the verb to the command line."""
+    default = BenchSettings()
+    parser = commands.add_parser("bench", help="measure a packed folder beside the dense one, on the CPU")
+    parser.add_argument("folder", help="a folder that ace-prune pack wrote")
+    parser.add_argument("--dense", metavar="DIR", help="the dense folder (default: unpacked beside it for the time)")
+    parser.add_argument("--tokens", type=int, default=default.tokens, help="tokens to decode (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=default.rounds, help="runs of each model (default: %(default)s)")
+    parser.add_argument(
+        "--prefill", type=int, default=default.prefill, help="tokens of a prefill (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
+    parser.add_argument("--quiet", action="store_true", help="no notes on stderr")
+    parser.set_defaults(action=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the verb; returns the exit status."""
+    if not is_packed(args.folder):
+        raise InputError(f"{args.folder!r} is not packed; give a folder that ace-prune pack wrote")
+    settings = BenchSettings(tokens=args.tokens, rounds=args.rounds, prefill=args.prefill)
+    with contextlib.ExitStack() as opened:
+        dense = args.dense
+        if dense is None:
+            parent = Path(args.folder).expanduser().absolute().parent
+            try:
+                dense = str(Path(opened.enter_context(tempfile.TemporaryDirectory(dir=parent))) / "dense")
+            except OSError as error:
+                raise InputError(f"no room beside {args.folder!r} ({error.strerror}); pass --dense") from error
+            unpack(args.folder, dense)
+        result = bench(dense, args.folder, settings, lambda line: shared.note(args, line))
+    print(json.dumps(asdict(result)) if args.json else table(result))
+    return 0
+
+
+def table(result: BenchResult) -> str:
+    """The figures as a table, with what they were measured on."""
+    rows = [_row(f"decode, batch {batch}: tokens/s", pair, 1) for batch, pair in result.decode.items()]
+    for name, pair, unit in (
+        (f"prefill of {result.prefill_tokens} tokens: s", result.prefill, 1),
+        ("load: s", result.load, 1),
+        ("resident memory: MB", result.memory, 10**6),
+        ("weight files: MB", result.files, 10**6),
+    ):
+        if pair is not None:
+            rows.append(_row(name, pair, unit))
+    text = tabulate(rows, headers=["", "dense", "packed", "packed is better by"], disable_numparse=True)
+    return (
+        f"{text}\nlargest difference of logits {result.logits_difference:.3g} (largest logit {result.logits_size:.3g})"
+        f"\n{result.dtype}, {result.threads} threads, {result.capability}; medians of {result.rounds} runs by turns"
+    )
+
+
+def _row(name: str, pair: Pair, unit: int) -> list[str]:
+    return [name, f"{pair.dense / unit:.4g}", f"{pair.packed / unit:.4g}", f"{pair.ratio:.2f} x"]
