@@ -13,7 +13,7 @@ from ace_ext.ops import packed_reference as reference
 from ace_ext.packed.matrix import PackedMatrix
 
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-TOKENS = (1, 2, 3, 7, 8, 9, 16, 17, 40)
+TOKENS = (1, 2, 3, 7, 8, 9, 16, 17, 40, 64, 65, 70)
 """Each kind of block of tokens in the loops, and both sides of the change to panels."""
 
 

@@ -6,6 +6,7 @@
 #include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <type_traits>
@@ -16,8 +17,9 @@
 namespace ace::cpu {
 namespace {
 
-// Up to so many tokens are multiplied in registers. Measured: docs/payoff.md.
+// Up to so many tokens are multiplied in registers, or with AMX in tiles. Measured: docs/payoff.md.
 constexpr int64_t kFewTokens = 8;
+constexpr int64_t kLeastTileTokens = 3, kTileTokens = 64;
 constexpr int64_t kPanelBytes = int64_t{1} << 20;
 
 // The processor's, or less if ATEN_CPU_CAPABILITY tells torch to use less.
@@ -56,12 +58,39 @@ at::Tensor padded(const at::Tensor& x, int64_t words) {
   return wide;
 }
 
+// out [tokens, rows], entries of rows begin to end: sums + bias, rounded once.
+template <class T>
+void finish(const float* sums, const OptionalTensor& bias, int64_t begin, int64_t end, at::Tensor& out) {
+  const int64_t rows = out.size(1);
+  const Torch<T>* shift = bias ? data<Torch<T>>(*bias) : nullptr;
+  Torch<T>* result = mutable_data<Torch<T>>(out);
+  for (int64_t t = 0; t < out.size(0); ++t)
+    for (int64_t i = begin; i < end; ++i)
+      result[t * rows + i] = static_cast<Torch<T>>(sums[t * rows + i] + (shift ? static_cast<float>(shift[i]) : 0.0f));
+}
+
+#if ACE_PACKED_X86
+// With AMX: x in pairs of columns, [blocks of 16 tokens, 32 words, 16, 2].
+void tile_tokens(const PackedMatrix<BFloat16>& matrix, const at::Tensor& x, const OptionalTensor& bias,
+                 at::Tensor& out) {
+  const int64_t blocks = (x.size(0) + 15) / 16;
+  const at::Tensor wide = at::zeros({16 * blocks, matrix.words * kBitmapColumns}, x.options());
+  wide.narrow(0, 0, x.size(0)).narrow(1, 0, x.size(1)).copy_(x);
+  const at::Tensor pairs =
+      wide.view(at::kInt).view({blocks, 16, matrix.words * kBitmapColumns / 2}).transpose(1, 2).contiguous();
+  const at::Tensor sums = at::empty(out.sizes(), x.options().dtype(at::kFloat));
+  const amx::Product product{matrix, data<BFloat16>(pairs), x.size(0), out.size(1), mutable_data<float>(sums)};
+  at::parallel_for(0, out.size(1), row_grain(x.size(1)), [&](int64_t begin, int64_t end) {
+    amx::packed_product(product, begin, end);
+    finish<BFloat16>(product.out, bias, begin, end, out);
+  });
+}
+#endif
+
 template <class T>
 void few_tokens(const PackedMatrix<T>& matrix, const at::Tensor& x, const OptionalTensor& bias, at::Tensor& out) {
   const int64_t tokens = x.size(0), rows = out.size(1);
   const at::Tensor sums = at::empty({tokens, rows}, x.options().dtype(at::kFloat));
-  const Torch<T>* shift = bias ? data<Torch<T>>(*bias) : nullptr;
-  Torch<T>* result = mutable_data<Torch<T>>(out);
   with_packed_loops<T>(packed_level(), [&](auto* loop, auto*, auto input) {
     using X = decltype(input);
     const bool ready = std::is_same_v<X, T> && x.is_contiguous() && x.size(1) == matrix.words * kBitmapColumns;
@@ -69,9 +98,7 @@ void few_tokens(const PackedMatrix<T>& matrix, const at::Tensor& x, const Option
     const PackedProduct<T, X> product{matrix, data<X>(wide), mutable_data<float>(sums), rows};
     at::parallel_for(0, rows, row_grain(tokens * x.size(1)), [&](int64_t begin, int64_t end) {
       loop(product, tokens, begin, end);
-      for (int64_t t = 0; t < tokens; ++t)
-        for (int64_t i = t * rows + begin; i < t * rows + end; ++i)
-          result[i] = static_cast<Torch<T>>(product.out[i] + (shift ? static_cast<float>(shift[i - t * rows]) : 0.0f));
+      finish<T>(product.out, bias, begin, end, out);
     });
   });
 }
@@ -108,6 +135,12 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& bitmap, const at
   if (out.numel() == 0) return out;
   with_scalar(x.scalar_type(), [&](auto type) {
     const auto matrix = matrix_of<decltype(type)>(bitmap, values, row_start);
+#if ACE_PACKED_X86
+    if constexpr (std::is_same_v<decltype(type), BFloat16>) {
+      const bool tiles = matrix.words > 0 && packed_level() == PackedLevel::avx512_bf16 && amx::available();
+      if (tiles && x.size(0) >= kLeastTileTokens && x.size(0) <= kTileTokens) return tile_tokens(matrix, x, bias, out);
+    }
+#endif
     if (x.size(0) <= kFewTokens) {
       few_tokens(matrix, x, bias, out);
     } else {

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "cpu/packed_amx.h"
 #include "cpu/packed_avx2.h"
 #include "cpu/packed_avx512.h"
 #include "cpu/packed_portable.h"

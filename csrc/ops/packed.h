@@ -15,8 +15,8 @@
 //   row_start  [rows + 1] int64, contiguous: row i has values[row_start[i]] to before values[row_start[i + 1]]. Needed
 //              if values has one dimension, else refused.
 //   bias       [rows] of the dtype of x, contiguous, or None.
-//   accuracy   Products are summed in float32, at least two sums a row, in an order that depends on the processor and
-//              on the number of tokens; then the bias is added and the sum is rounded once. So
+//   accuracy   Products are summed in float32, in an order that depends on the processor and on the number of tokens;
+//              then the bias is added and the sum is rounded once. So
 //                |out - exact| <= u |exact| + (cols + 8) 2^-24 (sum_j |x_j W_ij| + |bias|)
 //              with u the rounding unit of the dtype of x (2^-24, 2^-11, 2^-8), as long as nothing over- or underflows:
 //              bfloat16 numbers below 2^-126 may count as 0. With many tokens (kFewTokens, cpu/packed.cpp) rows are

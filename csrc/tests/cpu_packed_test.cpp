@@ -99,6 +99,51 @@ TYPED_TEST(Packed, ProductsAreThoseOfTheDenseMatrix) {
   }
 }
 
+#if ACE_PACKED_X86
+TEST(PackedTiles, ProductsAreThoseOfTheDenseMatrix) {
+  if (!amx::available()) GTEST_SKIP() << "this processor has no AMX";
+  std::mt19937 random(6);
+  for (const int64_t cols : {1, 64, 65, 600, 1134}) {
+    const Sample<BFloat16> sample(37, cols, 50, random);  // the last tile has few rows
+    for (const int64_t tokens : {1, 16, 20, 47, 64, 70}) {
+      const int64_t blocks = (tokens + 15) / 16;
+      std::vector<BFloat16> x(static_cast<size_t>(tokens * cols)),
+          pairs(static_cast<size_t>(blocks * sample.words * 1024));
+      for (int64_t t = 0; t < tokens; ++t) {
+        for (int64_t j = 0; j < cols; ++j) {
+          const size_t place = static_cast<size_t>(((t / 16 * 32 * sample.words + j / 2) * 16 + t % 16) * 2 + j % 2);
+          x[static_cast<size_t>(t * cols + j)] = pairs[place] = draw<BFloat16>(random);
+        }
+      }
+      std::vector<float> out(static_cast<size_t>(tokens * sample.rows));
+      const amx::Product product{sample.matrix(), pairs.data(), tokens, sample.rows, out.data()};
+      amx::packed_product(product, 0, 20);
+      amx::packed_product(product, 20, sample.rows);
+      for (int64_t t = 0; t < tokens; ++t) {
+        for (int64_t i = 0; i < sample.rows; ++i) {
+          double sum = 0.0;
+          for (int64_t j = 0; j < cols; ++j)
+            sum += static_cast<double>(to_float(sample.dense[static_cast<size_t>(i * cols + j)])) *
+                   static_cast<double>(to_float(x[static_cast<size_t>(t * cols + j)]));
+          ASSERT_EQ(static_cast<double>(out[static_cast<size_t>(t * sample.rows + i)]), sum) << cols << " " << tokens;
+        }
+      }
+    }
+  }
+}
+
+TEST(PackedTiles, WrongCountsReadNothingOutside) {
+  if (!amx::available()) GTEST_SKIP() << "this processor has no AMX";
+  std::mt19937 random(7);
+  Sample<BFloat16> sample(4, 128, 10, random);
+  std::fill(sample.bitmap.begin(), sample.bitmap.end(), uint8_t{255});
+  sample.row_start[1] = int64_t{1} << 60;
+  const std::vector<BFloat16> pairs(2 * 1024);
+  std::vector<float> out(3 * 4);
+  amx::packed_product({sample.matrix(), pairs.data(), 3, 4, out.data()}, 0, 4);
+}
+#endif
+
 TYPED_TEST(Packed, UnpackingGivesTheDenseMatrix) {
   std::mt19937 random(4);
   for (const int64_t cols : {1, 7, 64, 100, 1134}) {
