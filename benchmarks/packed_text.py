@@ -1,0 +1,78 @@
+"""Compares what a packed model and its dense one write, word for word, and how far each is from float32.
+
+    python benchmarks/packed_text.py DENSE PACKED
+
+Greedy decoding of 48 tokens from six beginnings, in the dtype of the folder and in float32 (both models cast). Then the
+error of the logits of a sentence, read at once and token by token, relative to the dense model in float32.
+"""
+
+import argparse
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import ace_ext
+from ace_ext.models._transformers import cache_arguments
+
+BEGINNINGS = (
+    "The history of bridges begins with",
+    "In 1969 the first people landed on the",
+    "Water is a molecule that",
+    "def fibonacci(n):",
+    "The capital of France is",
+    "Once upon a time there was a",
+)
+SENTENCE = (
+    "The old river in the north of the country, where people have lived for a long time, is known for its bridges."
+)
+
+
+def token_by_token(model: nn.Module, ids: Tensor) -> Tensor:
+    output = model(ids[:, :1], use_cache=True)
+    logits = [output.logits]
+    for at in range(1, ids.shape[1]):
+        output = model(ids[:, at : at + 1], use_cache=True, **cache_arguments(output))
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("dense")
+    parser.add_argument("packed")
+    args = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(args.dense)
+    dense = AutoModelForCausalLM.from_pretrained(args.dense, dtype="auto").eval()
+    packed = ace_ext.load_packed(args.packed)
+    ids = tokenizer(SENTENCE, return_tensors="pt").input_ids
+    name = str(dense.dtype).removeprefix("torch.")
+    with torch.inference_mode():
+        logits = {
+            f"{kind} {name}, {how}": read(ids)
+            for kind, model in (("dense", dense), ("packed", packed))
+            for how, read in (
+                ("at once", lambda x, m=model: m(x).logits.float()),
+                ("token by token", lambda x, m=model: token_by_token(m, x).float()),
+            )
+        }
+        print(f"{name}: {same_texts(dense, packed, tokenizer)} of {len(BEGINNINGS)} texts are the same")
+        dense, packed = dense.float(), packed.float()
+        print(f"float32: {same_texts(dense, packed, tokenizer)} of {len(BEGINNINGS)} texts are the same")
+        exact = dense(ids).logits
+        logits["packed float32, token by token"] = token_by_token(packed, ids)
+        for what, found in logits.items():
+            print(f"{what:32} error of logits {((found - exact).square().mean().sqrt() / exact.std()).item():.2e}")
+
+
+def same_texts(dense: nn.Module, packed: nn.Module, tokenizer) -> int:
+    count = 0
+    for text in BEGINNINGS:
+        inputs = tokenizer(text, return_tensors="pt")
+        written = [m.generate(**inputs, max_new_tokens=48, do_sample=False) for m in (dense, packed)]
+        count += torch.equal(*written)
+    return count
+
+
+if __name__ == "__main__":
+    main()
