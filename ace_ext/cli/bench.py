@@ -27,6 +27,7 @@ def add(commands: shared.Subparsers) -> None:
     parser.add_argument(
         "--prefill", type=int, default=default.prefill, help="tokens of a prefill (default: %(default)s)"
     )
+    shared.add_remote_code(parser)
     parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
     parser.add_argument("--quiet", action="store_true", help="no notes on stderr")
     parser.set_defaults(action=run)

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         _quiet_libraries()
         _limit_threads()
-        with remote_code(args.trust_remote_code):
+        with remote_code(getattr(args, "trust_remote_code", False)):
             status: int = args.action(args)
         sys.stdout.flush()  # here, where an error can still be told
     except (Exception, KeyboardInterrupt) as error:

@@ -50,8 +50,8 @@ def verify(folder: str | Path, load: bool = True) -> VerifyResult:
     ``load`` also that transformers loads the folder and computes finite logits.
 
     Raises:
-        InputError: the folder has no report that can be read, or no safetensors, or is packed and gives back other bytes
-            than were packed.
+        InputError: the folder has no report that can be read, or no safetensors, or does not give back what was
+            packed.
     """
     report = read_report(folder)
     config = _settings_of(report, folder)

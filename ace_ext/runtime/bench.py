@@ -8,6 +8,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import cache_arguments, embedding_weight, text_config
 from ace_ext.models.loading import load_model
+from ace_ext.models.location import remote_code, remote_code_allowed
 from ace_ext.packed.files import SUFFIX
 from ace_ext.process_memory import resident_bytes
 from ace_ext.runtime.loading import open_model
@@ -195,22 +197,22 @@ def _bytes(folder: str, packed: bool) -> int:
 
 def _in_a_process(folder: str) -> tuple[float, float]:
     """Seconds and bytes of :func:`_load` in a new process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        found: tuple[float, float] = pool.apply(_load, (folder, torch.get_num_threads()))
-    return found
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_load, folder, torch.get_num_threads(), remote_code_allowed()).result()
 
 
-def _load(folder: str, threads: int) -> tuple[float, float]:
+def _load(folder: str, threads: int, allowed: bool) -> tuple[float, float]:
     """Seconds of loading a model, and the resident bytes that it and one token add. Another model of the same kind has
     been made before, so that the libraries are there."""
     from ace_ext.models.skeleton import skeleton
 
     torch.set_num_threads(threads)
-    skeleton(folder, None)
-    before = resident_bytes()
-    start = time.perf_counter()
-    model: Any = open_model(folder).model
-    seconds = time.perf_counter() - start
+    with remote_code(allowed):
+        skeleton(folder, None)
+        before = resident_bytes()
+        start = time.perf_counter()
+        model: Any = open_model(folder).model
+        seconds = time.perf_counter() - start
     with torch.inference_mode():
         model(torch.zeros(1, 1, dtype=torch.int64))
     return seconds, float(resident_bytes() - before)
