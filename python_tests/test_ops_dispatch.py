@@ -5,8 +5,9 @@ import torch
 from helpers import FORMULAS, assert_same_bits, formula_arguments, make_weight, prune_at_, score_histogram
 
 from ace_ext import ops
+from ace_ext.ops._extension import registered
 
-NAMESPACE = torch.ops.ace_ext
+NAMESPACE = registered()
 
 
 def samples():
