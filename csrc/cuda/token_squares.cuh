@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kTileThreads)
       const float value = to_float(pack.value[e]);
       squares.value[e] = to_bfloat16(scale * value * value);
     }
-    store_pack(out + t * cols + j, squares, count, out_aligned);
+    store_converted(out + t * cols + j, squares, count, out_aligned);
   });
 }
 

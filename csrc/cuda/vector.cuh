@@ -57,6 +57,20 @@ ACE_DEVICE void store_pack(T* p, const Pack<T>& pack, int count, bool aligned) {
   }
 }
 
+// store_pack of values that inline assembly made (to_bfloat16): nvcc stores such values one by one.
+ACE_DEVICE void store_converted(BFloat16* p, const Pack<BFloat16>& pack, int count, bool aligned) {
+#if defined(__CUDA_ARCH__)
+  if (aligned && count >= kPack) {
+    const auto word = [&](int i) { return pack.value[i].bits | static_cast<uint32_t>(pack.value[i + 1].bits) << 16; };
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(word(0)),
+                 "r"(word(2)), "r"(word(4)), "r"(word(6))
+                 : "memory");
+    return;
+  }
+#endif
+  store_pack(p, pack, count, aligned);
+}
+
 // Whether rows that start at p and lie `stride` values apart all start on 16 bytes.
 template <class T>
 bool rows_aligned(const T* p, int64_t stride) {
