@@ -248,6 +248,10 @@ def _files() -> Iterator[Case]:
                 if name == "tokenizer_config.json" and kind in ("nan", "big"):
                     continue
                 yield f"{name} {kind} {verb}", verb, {}, write(f"dense/{name}", text)
+    for value in ({}, "x"):
+        for verb in ("plan", "eval"):
+            files = change("dense/tokenizer_config.json", model_max_length=value)
+            yield f"tokenizer model_max_length={value} {verb}", verb, {}, files
     for key, values in CONFIG.items():
         for value in values:
             for verb in ("plan", "eval"):

@@ -60,11 +60,13 @@ class ModelLocation:
         return config
 
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer. Raises what transformers raises; see :func:`as_input_error`."""
+        """The model's tokenizer, tried on a word: its settings are checked where they are first used. Raises what
+        transformers raises; see :func:`as_input_error`."""
         from transformers import AutoTokenizer
 
         with quiet_stderr():
             tokenizer: Tokenizer = AutoTokenizer.from_pretrained(self.name, **self.options)
+            tokenizer("word")
             return tokenizer
 
 
