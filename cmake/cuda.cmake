@@ -54,11 +54,13 @@ foreach(test IN LISTS ACE_CUDA_TESTS)
 endforeach()
 
 # Not a test: counts instructions for benchmarks/predict.py. It takes its inputs from the tests' headers.
-add_executable(count_instructions csrc/tests/count_instructions.cpp)
-target_include_directories(count_instructions PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/csrc")
-target_compile_options(count_instructions PRIVATE -Wall -Wextra -Werror -ffp-contract=off)
-target_link_libraries(count_instructions PRIVATE ace_host_kernels GTest::gtest Threads::Threads)
-set_target_properties(count_instructions PROPERTIES ENABLE_EXPORTS ON)
+if(NOT ACE_SANITIZE)
+  add_executable(count_instructions csrc/tests/count_instructions.cpp)
+  target_include_directories(count_instructions PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/csrc")
+  target_compile_options(count_instructions PRIVATE -Wall -Wextra -Werror -ffp-contract=off)
+  target_link_libraries(count_instructions PRIVATE ace_host_kernels GTest::gtest Threads::Threads)
+  set_target_properties(count_instructions PROPERTIES ENABLE_EXPORTS ON)
+endif()
 
 ace_add_test(simt_ptx_test csrc/tests/simt_ptx_test.cpp)
 target_link_libraries(simt_ptx_test PRIVATE ace_simt)
