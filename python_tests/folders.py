@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -74,9 +75,14 @@ def command(dense: Path, output: Path, *options, launcher: tuple = ()) -> list[s
 def fork_run(arguments: list, hidden_in_files: bool = False) -> multiprocessing.Process:
     """Starts ``ace-prune`` with these arguments as a process that can be killed. It is forked from a server that has
     imported everything, so it starts at once."""
+    return fork(_run_child, [str(part) for part in arguments], hidden_in_files)
+
+
+def fork(target: Callable[..., None], *arguments) -> multiprocessing.Process:
+    """Starts a function in a process forked from a server that has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ace_ext.cli.main", "transformers.models.llama.modeling_llama", "accelerate"])
-    child = context.Process(target=_run_child, args=([str(part) for part in arguments], hidden_in_files))
+    child = context.Process(target=target, args=arguments)
     here = os.getcwd()
     os.chdir(tempfile.gettempdir())  # the server looks for modules where it was started: not in the source tree
     try:

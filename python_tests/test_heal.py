@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -13,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from folders import prune, save_dense, weights_bytes
+from folders import fork, prune, save_dense, weights_bytes
 from tiny_models import make_model
 
 from ace_ext import InputError
@@ -358,11 +357,7 @@ def _child(arguments, parts, resident, states):
 
 
 def start(arguments, division):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ace_ext.cli.main", "transformers.models.llama.modeling_llama", "accelerate"])
-    child = context.Process(target=_child, args=([*arguments, "--quiet"], *division))
-    child.start()
-    return child
+    return fork(_child, [*arguments, "--quiet"], *division)
 
 
 def progress(unfinished):

@@ -155,11 +155,11 @@ def test_wrong_arguments_are_refused(changed, words):
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_slower_loops_on_request(capability):
+def test_slower_loops_on_request(capability, tmp_path):
     """torch's variable chooses the loops of older processors, too; the same tests hold."""
     env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     tests = ["-k", "within_the_bound or every_bit or nothing_outside", "-p", "no:cacheprovider", "-q", __file__]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *tests], env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "pytest", *tests], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
