@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import random
 import re
 import shutil
@@ -12,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from children import heal_saving_often
 from folders import fork, prune, save_dense, weights_bytes
 from tiny_models import make_model
 
@@ -348,16 +348,8 @@ def test_where_weights_and_states_are_changes_no_bit(larger, tmp_path, monkeypat
 # --- killed and resumed -----------------------------------------------------------------------------------------------
 
 
-def _child(arguments, parts, resident, states):
-    torch.set_num_threads(1)
-    heal_journal.SAVE_SECONDS = heal_journal.SAVE_SHARE = 0  # after each step
-    heal.HealDemand.divide = lambda *_: (heal.Division(parts, resident, states), heal.Estimate())
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        raise SystemExit(main(arguments))
-
-
 def start(arguments, division):
-    return fork(_child, [*arguments, "--quiet"], *division)
+    return fork(heal_saving_often, [*arguments, "--quiet"], *division)
 
 
 def progress(unfinished):
