@@ -91,4 +91,4 @@ def perplexity(
         raise InputError("model: its logits hold NaN or infinity, so it has no perplexity; check its weights")
     count = windows * (seqlen - 1)
     mean = total / count
-    return Perplexity(math.exp(mean) if mean < 700 else math.inf, total / count, windows, seqlen, count, bos)
+    return Perplexity(math.exp(mean) if mean < 700 else math.inf, mean, windows, seqlen, count, bos)

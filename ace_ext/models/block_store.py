@@ -10,7 +10,7 @@ from torch import nn
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import input_embedding, output_head, tie_weights_
 from ace_ext.models.blocks import Block, check_weights
-from ace_ext.models.safetensors_files import Shards
+from ace_ext.models.safetensors_files import Shards, all_names
 
 
 class BlockSource(Protocol):
@@ -156,14 +156,11 @@ def entrance(model: nn.Module, blocks: list[Block], shards: Shards, device: torc
 def surroundings(model: nn.Module, blocks: list[Block], shards: Shards, device: torch.device | str) -> Iterator[None]:
     """While it lasts, each of the skeleton's modules outside the blocks is in memory while it runs, the LM head too. So
     a whole forward pass never holds both the embedding and the head."""
-    names: dict[int, list[str]] = {}  # of a parameter; several if it is tied
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+    names = all_names(model)
 
     def read(parameter: nn.Parameter) -> torch.Tensor:
         known = names[id(parameter)]
-        stored = next((name for name in known if name in shards), known[0])
-        return shards.read(stored).to(device, parameter.dtype)
+        return shards.read(shards.held(known) or known[0]).to(device, parameter.dtype)
 
     with contextlib.ExitStack() as hooks:
         for _, module in _outside(model, blocks):

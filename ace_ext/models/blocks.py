@@ -55,10 +55,12 @@ def find_blocks(model: nn.Module, skip: Iterable[str] = (), check: bool = True) 
     skip = tuple(skip)
     patterns = [_compile(pattern) for pattern in skip]
     name, modules = _block_list(model)
-    blocks = []
+    blocks: list[Block] = []
+    names: list[str] = []
     for index, module in enumerate(modules):
         full = f"{name}.{index}"
         fused_experts = find_experts(module)
+        names += [f"{full}.{weight}" for weight in _weights_of(module, fused_experts)]
         routers = _routers(module, fused_experts)
         experts = tuple(fused for fused in fused_experts if not _matches(f"{full}.{fused.name}", patterns))
         linears = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear) and f"{n}.weight" not in routers}
@@ -68,7 +70,7 @@ def find_blocks(model: nn.Module, skip: Iterable[str] = (), check: bool = True) 
         _refuse_derived(full, module, linears)
         _refuse_other_weights(full, module, patterns, routers | {fused.name for fused in experts})
         blocks.append(Block(full, module, linears, experts))
-    unused = [pattern.pattern for pattern in patterns if not any(map(pattern.search, _weights_of(blocks)))]
+    unused = [pattern.pattern for pattern in patterns if not any(map(pattern.search, names))]
     if unused:
         raise InputError(f"skip {unused[0][:100]!r} matches no weight of the blocks; ace-prune plan shows their names")
     if not any(block.linears for block in blocks):
@@ -115,15 +117,12 @@ def _refuse_tied(model: nn.Module, name: str, blocks: Iterable[Block]) -> None:
                 )
 
 
-def _weights_of(blocks: Iterable[Block]) -> list[str]:
-    """The names that ``skip`` is compared with: of Linears and experts, and of matrices that no Linear holds."""
-    found = []
-    for block in blocks:
-        names = [name for name, _ in block.module.named_modules()]
-        names += [name for name, parameter in block.module.named_parameters() if parameter.dim() > 1]
-        names += [child for fused in find_experts(block.module) for child in fused.linears]
-        found += [block.full_name(name) for name in names]
-    return found
+def _weights_of(module: nn.Module, experts: Iterable[FusedExperts]) -> list[str]:
+    """The names in the block that ``skip`` is compared with: of Linears and experts, and of matrices that no Linear
+    holds."""
+    names = [name for name, _ in module.named_modules()]
+    names += [name for name, parameter in module.named_parameters() if parameter.dim() > 1]
+    return names + [child for fused in experts for child in fused.linears]
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

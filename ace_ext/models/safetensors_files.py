@@ -6,6 +6,7 @@ Tensors are read without mapping a file: the pages of a mapped file would count 
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
@@ -48,6 +49,10 @@ class Shards:
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries or name in self._layout
+
+    def held(self, names: Iterable[str]) -> str | None:
+        """The first of a parameter's names that the files hold it by; None if they do not hold it."""
+        return next((name for name in names if name in self), None)
 
     def unread(self, model: nn.Module) -> list[str]:
         """The names of stored tensors that no parameter or buffer of an adopted model is read from, sorted."""
@@ -132,6 +137,14 @@ class Shards:
         return self.entries[name]
 
 
+def all_names(model: nn.Module) -> dict[int, list[str]]:
+    """The names of each parameter of a model, by the parameter's id; several if it is tied."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names
+
+
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, as bytes that can be written to."""
     return tensor.flatten().view(torch.uint8).numpy().data
@@ -185,3 +198,10 @@ def _check_name(name: str) -> None:
     names is copied, and patched in the copy."""
     if name != Path(name).name or "\\" in name or "\0" in name or not name.endswith(".safetensors"):
         raise ValueError(f"{name[:200]!r} is no name of a .safetensors file in the same folder")
+
+
+def umask() -> int:
+    """The process's mask of permissions of new files, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ace_ext.errors import InputError
-from ace_ext.models.safetensors_files import Shards, bytes_of, copy_model, flush
+from ace_ext.models.safetensors_files import Shards, bytes_of, copy_model, flush, umask
 from ace_ext.models.safetensors_header import read_header
 from ace_ext.packed import codec_named
 from ace_ext.packed._writer import StreamWriter, header_room
@@ -169,7 +169,7 @@ def new_folder(output: str | Path) -> Iterator[Path]:
         target = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
             yield target
-            target.chmod(0o777 & ~_umask())
+            target.chmod(0o777 & ~umask())
             target.rename(path)
         finally:
             shutil.rmtree(target, ignore_errors=True)
@@ -177,10 +177,3 @@ def new_folder(output: str | Path) -> Iterator[Path]:
         if error.errno is None:
             raise
         raise InputError(f"output {str(output)!r} cannot be written: {os.strerror(error.errno)}") from error
-
-
-def _umask() -> int:
-    """The process's mask of file permissions, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -3,6 +3,7 @@ resumable."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,11 @@ class _Run:
         finally:
             journal.close()
 
+    @cached_property
+    def _skeleton(self) -> Source:
+        """The dense model without its weights."""
+        return open_source(self._dense, weights=False)
+
     def _fingerprint(self) -> dict[str, Any]:
         """Everything that the output depends on, as plain values."""
         text, options = asdict(self._request.text), self._request.options
@@ -187,7 +193,7 @@ class _Run:
         return {
             "versions": versions(),
             "pruned": self._pruned.files.described,
-            "dense": open_source(self._dense, weights=False).files.described,
+            "dense": self._skeleton.files.described,
             "settings": asdict(self._request.settings),
             "budget": {"tokens": options.tokens, "minutes": options.minutes, "windows": options.windows},
             "text": text,
@@ -212,7 +218,7 @@ class _Run:
         """What is in memory together; a resumed run trains as many blocks together as before."""
         request, pruned = self._request, self._pruned
         kept = 1 - self._report.sparsity
-        demand = HealDemand.of(pruned.model, pruned.blocks, kept, batches.tokens, whole_bytes(self._dense))
+        demand = HealDemand.of(pruned.model, pruned.blocks, kept, batches.tokens, whole_bytes(self._skeleton))
         division, need = demand.divide(
             budget_of(self._dense),
             process_bytes(0, False, request.device),

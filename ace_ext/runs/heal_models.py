@@ -61,9 +61,9 @@ def dense_request(name: str, report: PruneReport, device: torch.device, max_memo
     return RunRequest(name, config, Calibration(), options, device, report.dtype)
 
 
-def whole_bytes(request: RunRequest) -> int:
-    """Bytes that the dense model takes while it is loaded whole; 0 if its blocks can be read one at a time."""
-    source = open_source(request, weights=False)
+def whole_bytes(source: Source) -> int:
+    """Bytes that a model takes while it is loaded whole; 0 if its blocks can be read one at a time. ``source``: its
+    skeleton."""
     if source.files.shards is not None:
         return 0
     unpacking = 0 if source.unpacking is None else source.unpacking.peak_bytes

@@ -20,6 +20,7 @@ from ace_ext.runs.memory_model import Estimate, process_bytes
 from ace_ext.runs.model_source import Source, budget_of, open_source
 from ace_ext.runs.options import RunRequest
 from ace_ext.runs.output import finished_report, read_report
+from ace_ext.runs.own_files import written_whole
 from ace_ext.runs.unfinished import UnfinishedRun, discard
 
 Prune = Callable[[RunRequest, Path, Progress], PruneReport]
@@ -37,8 +38,9 @@ def prune_and_heal(request: RunRequest, path: Path, progress: Progress, prune: P
     Raises:
         InputError: for an error in the arguments, the model, the text, or the disk.
     """
-    needed_memory(request, open_source(request, weights=False))
-    fingerprint, given = _fingerprint(request), request.options
+    source = open_source(request, weights=False)
+    needed_memory(request, source)
+    fingerprint, given = _fingerprint(request, source), request.options
     done = finished_report(path, fingerprint, given.overwrite) if given.resume else None
     runs = _TwoRuns(path, fingerprint, given.resume)
     try:
@@ -47,8 +49,8 @@ def prune_and_heal(request: RunRequest, path: Path, progress: Progress, prune: P
             discard(path)
             return done
         if not runs.model.is_dir():
-            options = replace(request.options, overwrite=False)
-            first = replace(request, config=request.config.without_distillation(), options=options)
+            config, options = request.config.without_distillation(), replace(given, overwrite=False)
+            first = replace(request, config=config, options=options)
             prune(first, runs.model, progress)
         _record_config(runs.model, request)
         report = heal_folder(_second(request, runs.model, path, fingerprint), progress.healing)[0]
@@ -68,16 +70,16 @@ def needed_memory(request: RunRequest, source: Source) -> Estimate:
     """
     nsamples, seqlen = request.calibration.nsamples, request.calibration.seqlen
     tokens = Batches.of(torch.arange(nsamples * seqlen).view(nsamples, seqlen), heal_settings(request.config)).tokens
-    demand = HealDemand.of(source.model, source.blocks, 1 - request.config.sparsity, tokens, whole_bytes(request))
+    demand = HealDemand.of(source.model, source.blocks, 1 - request.config.sparsity, tokens, whole_bytes(source))
     return demand.divide(budget_of(request), process_bytes(0, False, request.device))[1]
 
 
 def _record_config(pruned: Path, request: RunRequest) -> None:
     """Makes the report name the configuration of both parts."""
-    report, part = read_report(pruned), pruned / f"{REPORT_NAME}.part"
+    report = read_report(pruned)
     report.config = request.config.to_dict()
-    part.write_text(report.to_json(), encoding="utf-8")
-    part.replace(pruned / REPORT_NAME)
+    with written_whole(pruned / REPORT_NAME) as part:
+        part.write_text(report.to_json(), encoding="utf-8")
 
 
 class _TwoRuns(UnfinishedRun):
@@ -110,11 +112,11 @@ class _TwoRuns(UnfinishedRun):
         return self.folder.is_dir() and any(path.is_dir() for path in self.folder.iterdir())
 
 
-def _fingerprint(request: RunRequest) -> dict[str, Any]:
+def _fingerprint(request: RunRequest, source: Source) -> dict[str, Any]:
     """Everything that the output depends on, as plain values. The first part has a fingerprint of its own too."""
     return {
         "versions": versions(),
-        "model": open_source(request, weights=False).files.described,
+        "model": source.files.described,
         "calibration": asdict(request.calibration),
         "config": request.config.to_dict(),
         "dtype": request.dtype,

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import differences
+from ace_ext.models.safetensors_files import umask
 from ace_ext.records import PruneReport
 from ace_ext.runs.own_files import write_manifest
 
@@ -256,8 +257,7 @@ def _open_lock(path: Path) -> int:
 
 def _open_to_others(folder: Path) -> None:
     """Gives the files the permissions of any new file; safetensors makes its files readable only by their owner."""
-    mask = os.umask(0)
-    os.umask(mask)
+    mask = umask()
     for file in folder.rglob("*"):
         if file.is_file():
             file.chmod(0o666 & ~mask)

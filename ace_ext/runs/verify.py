@@ -11,7 +11,7 @@ from torch import Tensor
 from ace_ext.errors import InputError, one_line
 from ace_ext.models._transformers import embedding_weight, is_left_out
 from ace_ext.models.blocks import find_blocks
-from ace_ext.models.safetensors_files import Shards, has_safetensors
+from ace_ext.models.safetensors_files import Shards, all_names, has_safetensors
 from ace_ext.models.skeleton import skeleton
 from ace_ext.packed.files import PackedShards, is_packed
 from ace_ext.packed.packing import check_hashes
@@ -112,11 +112,8 @@ def _expected(
     except InputError as error:
         result.problems.append(str(error))
         return None
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    for own in names.values():
-        stored = next((name for name in own if name in shards), None)
+    for own in all_names(model).values():
+        stored = shards.held(own)
         if stored is None:
             result.problems.append(f"{own[0]}: missing")
         else:

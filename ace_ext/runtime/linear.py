@@ -1,9 +1,7 @@
 """A Linear whose weight is kept without its zeros."""
 
-from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -76,19 +74,16 @@ class PackedLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         name = f"{prefix}weight"
         _, strict, missing, unexpected, errors = rest
-        own: Iterable[str] = [name] if name in state_dict else []
-        for key in own:
-            weight = state_dict[key]
-            if tuple(weight.shape) != self.matrix.shape or weight.dtype not in BITS:
-                errors.append(f"{key} must be [{self.out_features}, {self.in_features}] (got {list(weight.shape)})")
-                continue
-            with torch.no_grad():
-                packed = PackedMatrix.of(weight.detach().cpu().to(self.values.dtype).contiguous())
-                device = self.bitmap.device
-                start = None if packed.row_start is None else packed.row_start.to(device)
-                self._take(PackedMatrix(packed.bitmap.to(device), packed.values.to(device), start, packed.cols))
+        weight = state_dict.get(name)
+        if weight is None and strict:
+            missing.append(name)
+        elif weight is not None and (tuple(weight.shape) != self.matrix.shape or weight.dtype not in BITS):
+            errors.append(f"{name} must be [{self.out_features}, {self.in_features}] (got {list(weight.shape)})")
+        elif weight is not None:
+            packed = PackedMatrix.of(weight.detach().cpu().to(self.values.dtype).contiguous())
+            device = self.bitmap.device
+            start = None if packed.row_start is None else packed.row_start.to(device)
+            self._take(PackedMatrix(packed.bitmap.to(device), packed.values.to(device), start, packed.cols))
         found: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, rest[0], strict, missing, found, errors)
         unexpected.extend(key for key in found if key != name)
-        if strict and name not in state_dict:
-            missing.append(name)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import take_generation_config_, tie_weights_
 from ace_ext.models.loading import LoadedModel, load_model, load_tokenizer
+from ace_ext.models.safetensors_files import all_names
 from ace_ext.models.skeleton import skeleton
 from ace_ext.packed.files import PackedShards, is_packed
 from ace_ext.packed.matrix import PackedMatrix
@@ -67,12 +68,10 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _load_rest(model: nn.Module, shards: PackedShards) -> None:
     """Gives every parameter that is still on the meta device its values, and buffers those that the files hold."""
-    names: dict[int, list[str]] = {}  # of a parameter; several if it is tied
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+    names = all_names(model)
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
-            stored = next((known for known in names[id(parameter)] if known in shards), name)
+            stored = shards.held(names[id(parameter)]) or name
             owner, _, leaf = name.rpartition(".")
             value = nn.Parameter(_read(stored, parameter, shards), requires_grad=False)
             model.get_submodule(owner)._parameters[leaf] = value
