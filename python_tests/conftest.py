@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import DTYPES
+from network_guard import pytest_configure, pytest_runtest_call, pytest_runtest_setup, pytest_unconfigure  # noqa: F401
 
 # Devices, dtypes, random numbers, threads
 

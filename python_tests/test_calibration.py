@@ -325,6 +325,7 @@ def test_evaluation_tokens_are_the_whole_of_a_file(tokenizer, file):
     assert tokenizer.decode(tokens) == "The quick brown fox\n\njumps over the lazy dog"
 
 
+@pytest.mark.network
 def test_evaluation_text_of_a_source_is_never_calibrated_on(tokenizer):
     """Every document of the held-out news is in the evaluation text and in no calibration window's text."""
     held_out = tokenizer.decode(evaluation_tokens("news-mini", tokenizer)).split("\n\n")

@@ -22,6 +22,9 @@ from ace_ext.runs.verify import verify
 ROOT = Path(__file__).parent.parent
 
 
+pytestmark = pytest.mark.network
+
+
 @pytest.fixture(scope="module")
 def gguf() -> Path:
     spec = importlib.util.spec_from_file_location("fetch_models", ROOT / "tools" / "fetch_models.py")

@@ -16,6 +16,9 @@ from ace_ext.data import corpora, gensim_data
 from ace_ext.data.corpora import load_text
 from ace_ext.errors import InputError
 
+pytestmark = pytest.mark.network
+"""pip fetches gensim's wheel once, by whichever test comes first."""
+
 
 def refusal(source, split="calibration", **kwargs):
     """Return the one-line message with which a source is refused."""
