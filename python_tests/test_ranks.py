@@ -2,13 +2,16 @@
 
 import json
 import socket
+import tempfile
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from folders import command, prune, save_dense, spawn, weights_bytes
+from children import one_of_ranks
+from folders import command, fork, fork_run, prune, save_dense, spawn, weights_bytes
 from safetensors.torch import load_file
 from torch import nn
 
@@ -40,6 +43,23 @@ def torchrun(dense, output, *options, script: str | None = None, processes: int 
     return child.returncode, out, err
 
 
+def ranks(dense, output, *options, script: str | None = None, processes: int = 2):
+    """As :func:`torchrun`, in processes that are forked from one that has imported everything. If one fails, the others
+    are ended."""
+    arguments, port = command(dense, output, *options)[3:], free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        children = [fork(one_of_ranks, arguments, rank, processes, port, place, script) for rank in range(processes)]
+        deadline = time.monotonic() + 240
+        while any(child.is_alive() for child in children):
+            if any(child.exitcode for child in children) or time.monotonic() > deadline:
+                for child in children:
+                    child.terminate()
+            time.sleep(0.05)
+        printed = ["".join(file.read_text() for file in sorted(place.glob(f"*-{stream}"))) for stream in (1, 2)]
+    return next((child.exitcode for child in children if child.exitcode), 0), *printed
+
+
 def share_differing(one, other) -> float:
     """The share of mask entries in which two outputs differ."""
     masks = []
@@ -64,11 +84,12 @@ def share_differing(one, other) -> float:
 def test_two_derive_the_masks_of_one(options, tmp_path):
     """Also with uneven numbers of samples. Sums over tokens are rounded in another order, so near-ties may differ."""
     dense = save_dense(tmp_path / "dense", dtype=torch.float32)
-    status, out, err = torchrun(dense, tmp_path / "two", *options)
+    status, out, err = ranks(dense, tmp_path / "two", *options)
     assert status == 0, err
     assert out.count("written to") == 1
-    one = spawn(command(dense, tmp_path / "one", *options))
-    assert one.wait() == 0, one.stderr.read()
+    one = fork_run(command(dense, tmp_path / "one", *options)[3:])
+    one.join()
+    assert one.exitcode == 0
     share = share_differing(tmp_path / "one", tmp_path / "two")
     print(f"share of differing mask entries: {share:.2e}")
     assert share < 1e-5
@@ -81,10 +102,20 @@ def test_two_derive_the_masks_of_one(options, tmp_path):
 def test_a_mixture_of_experts(tmp_path):
     """Each process routes other tokens to an expert, or none."""
     dense = save_dense(tmp_path / "dense", "qwen3-moe", torch.float32)
-    status, _, err = torchrun(dense, tmp_path / "two")
+    status, _, err = ranks(dense, tmp_path / "two")
     assert status == 0, err
     _, one = prune(dense, tmp_path / "one")
     assert share_differing(one, tmp_path / "two") < 1e-5
+
+
+def test_torchrun_writes_what_two_processes_write(tmp_path):
+    """The other tests start the processes themselves, which is quicker."""
+    dense = save_dense(tmp_path / "dense")
+    for start, name in ((torchrun, "torchrun"), (ranks, "forked")):
+        status, out, err = start(dense, tmp_path / name)
+        assert status == 0, err
+        assert out.count("written to") == 1
+    assert weights_bytes(tmp_path / "torchrun") == weights_bytes(tmp_path / "forked")
 
 
 COUNTS_THREADS = """
@@ -122,24 +153,24 @@ sys.exit(cli.main(sys.argv[1:]))
 
 def test_resumed_by_as_many_and_refused_by_others(tmp_path):
     dense = save_dense(tmp_path / "dense")
-    status, _, _ = torchrun(dense, tmp_path / "out", script=DIES_IN_THE_THIRD_BLOCK)
+    status, _, _ = ranks(dense, tmp_path / "out", script=DIES_IN_THE_THIRD_BLOCK)
     assert status != 0
     assert json.loads((tmp_path / ".out.unfinished" / "state.json").read_text())["finished"] == 2
     with pytest.raises(InputError, match="resume: the unfinished run was another one: processes was 2, now 1"):
         prune(dense, tmp_path / "out", {"resume": True})
-    status, _, err = torchrun(dense, tmp_path / "out", "--resume", processes=3)
+    status, _, err = ranks(dense, tmp_path / "out", "--resume", processes=3)
     assert status != 0
     assert "processes was 2, now 3" in err
-    status, _, err = torchrun(dense, tmp_path / "out", "--resume")
+    status, _, err = ranks(dense, tmp_path / "out", "--resume")
     assert status == 0, err
-    status, _, err = torchrun(dense, tmp_path / "whole")
+    status, _, err = ranks(dense, tmp_path / "whole")
     assert status == 0, err
     assert weights_bytes(tmp_path / "out") == weights_bytes(tmp_path / "whole")
 
 
 def test_kept_statistics_are_those_of_all(tmp_path):
     dense = save_dense(tmp_path / "dense")
-    status, _, err = torchrun(dense, tmp_path / "two", "--order", "block", "--save-stats", tmp_path / "stats.zip")
+    status, _, err = ranks(dense, tmp_path / "two", "--order", "block", "--save-stats", tmp_path / "stats.zip")
     assert status == 0, err
     _, again = prune(dense, tmp_path / "again", {"stats": tmp_path / "stats.zip"}, order="block")
     assert weights_bytes(again) == weights_bytes(tmp_path / "two")
@@ -160,14 +191,14 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_an_error_of_one_ends_all(rank, tmp_path):
+@pytest.mark.parametrize(("start", "rank"), [(torchrun, 0), (ranks, 0), (ranks, 1)], ids=["torchrun-0", "0", "1"])
+def test_an_error_of_one_ends_all(start, rank, tmp_path):
     dense = save_dense(tmp_path / "dense")
-    status, _, err = torchrun(dense, tmp_path / "out", script=FAILS_ON_ONE.replace("{rank}", str(rank)))
+    status, _, err = start(dense, tmp_path / "out", script=FAILS_ON_ONE.replace("{rank}", str(rank)))
     assert status != 0
     assert "ace-prune: this process met something bad" in err
     assert not (tmp_path / "out").exists()
-    status, _, err = torchrun(dense, tmp_path / "out", "--resume")  # the first block was done
+    status, _, err = ranks(dense, tmp_path / "out", "--resume")  # the first block was done
     assert status == 0, err
 
 
@@ -189,7 +220,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 def test_processes_that_disagree_write_nothing(tmp_path):
     dense = save_dense(tmp_path / "dense")
-    status, _, err = torchrun(dense, tmp_path / "out", script=OTHER_MASKS)
+    status, _, err = ranks(dense, tmp_path / "out", script=OTHER_MASKS)
     assert status != 0
     assert "model.layers.0: the processes derived different masks" in err
     assert not (tmp_path / "out").exists()
@@ -197,7 +228,7 @@ def test_processes_that_disagree_write_nothing(tmp_path):
 
 def test_bad_input_ends_all(tmp_path):
     dense = save_dense(tmp_path / "dense")
-    status, _, err = torchrun(dense, tmp_path / "out", "--nsamples", 1)
+    status, _, err = ranks(dense, tmp_path / "out", "--nsamples", 1)
     assert status != 0
     assert "nsamples must be at least the number of processes, 2 (got 1)" in err
 
