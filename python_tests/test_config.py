@@ -94,7 +94,6 @@ def test_bad_values_are_named(arguments, message):
         ({"update": "admm", "metric": lambda weight, stats: weight.abs()}, "admm", 0.1),
         ({"refine": "swaps", "update": "admm", "damping": 0.0}, "swaps+admm", 0.0),
     ],
-    ids=str,
 )
 def test_solvers_and_their_damping(arguments, solver, damping):
     config = PruneConfig(**arguments)
@@ -109,7 +108,6 @@ def test_solvers_and_their_damping(arguments, solver, damping):
         ({"update": "admm", "gram": "sketch"}, {INPUT, SKETCH}),
         ({"metric": "cosvar", "refine": "swaps", "gram": "cosine"}, {WEIGHTED, COSINE_GRAM}),
     ],
-    ids=str,
 )
 def test_only_solvers_need_a_gram_matrix(arguments, needs):
     assert PruneConfig(**arguments).needs.prune == needs
