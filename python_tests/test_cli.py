@@ -1,4 +1,4 @@
-"""The command line on models and texts on disk, as a separate process except for bad inputs."""
+"""The command line on models and texts on disk; as a separate process where that makes a difference."""
 
 import fcntl
 import json
@@ -12,6 +12,7 @@ import termios
 
 import pytest
 import torch
+from folders import call
 from tiny_models import make_model, make_tokenizer
 
 from ace_ext.cli.main import main
@@ -71,21 +72,21 @@ def test_run_verify_eval(place):
     assert json.loads(evaluated.stdout)["perplexity"] > 1
 
 
-def test_json_report_on_stdout(place):
-    done = ace_prune(*run_arguments(place, "json", pattern="2:4", calibration="self"), "--json")
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+def test_json_report_on_stdout(place, capsys):
+    status, out, error = call(capsys, *run_arguments(place, "json", pattern="2:4", calibration="self"), "--json")
+    assert status == 0, error
+    report = json.loads(out)
     assert report["config"]["pattern"] == "2:4"
     assert report["sparsity"] == 0.5
 
 
-def test_damage_fails_verify(place):
-    assert ace_prune(*run_arguments(place, "damaged")).returncode == 0
+def test_damage_fails_verify(place, capsys):
+    assert call(capsys, *run_arguments(place, "damaged"))[0] == 0
     report = place / "damaged" / "ace_report.json"
     report.write_text(report.read_text().replace('"sparsity": 0.5,', '"sparsity": 0.75,'))
-    verified = ace_prune("verify", place / "damaged")
-    assert verified.returncode == 1
-    assert "FAULT model.layers.0.self_attn.q_proj: 32 of 32 rows keep more than 8" in verified.stdout
+    status, out, _ = call(capsys, "verify", place / "damaged")
+    assert status == 1
+    assert "FAULT model.layers.0.self_attn.q_proj: 32 of 32 rows keep more than 8" in out
 
 
 @pytest.mark.parametrize(
@@ -142,18 +143,18 @@ def test_sparsity_and_pattern_exclude_each_other(place, capsys):
     assert "not allowed with" in error
 
 
-def test_help_lists_every_metric():
-    helped = ace_prune("run", "--help")
-    assert helped.returncode == 0
-    assert all(f"\n  {name} " in helped.stdout for name in METRICS)
+def test_help_lists_every_metric(capsys):
+    status, out, _ = call(capsys, "run", "--help")
+    assert status == 0
+    assert all(f"\n  {name} " in out for name in METRICS)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
-def test_a_completion_script_knows_every_verb_and_option(shell):
-    printed = ace_prune("--print-completion", shell)
-    assert printed.returncode == 0
-    assert all(verb in printed.stdout for verb in ("run", "heal", "plan", "compare", "eval", "verify"))
-    assert all(option in printed.stdout for option in ("--sparsity", "--max-swaps", "--tune-epochs", "--format"))
+def test_a_completion_script_knows_every_verb_and_option(shell, capsys):
+    status, out, _ = call(capsys, "--print-completion", shell)
+    assert status == 0
+    assert all(verb in out for verb in ("run", "heal", "plan", "compare", "eval", "verify"))
+    assert all(option in out for option in ("--sparsity", "--max-swaps", "--tune-epochs", "--format"))
 
 
 def test_progress_goes_to_a_terminal_only(place):
