@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find ace_ext csrc -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 JOBS ?= 2
 
-.PHONY: demo test test-cpp test-python check-kernels check-memory fuzz gpu lint docs dist clean
+.PHONY: demo test test-cpp test-python check-kernels check-memory fuzz gpu lint docs dist clean \
+	nightly nightly-python nightly-cpp nightly-fuzz coverage coverage-python coverage-cpp mutation licenses
 
 demo: $(VENV)/installed
 	PYTHON=$(BIN)/python tools/demo.sh
@@ -22,8 +23,11 @@ $(VENV)/installed: $(VENV)/ready $(SOURCES)
 	$(BIN)/pip install --quiet --no-build-isolation '.[test]'
 	touch $@
 
+# Each process of pytest computes with one thread: the tests' tensors are small, and JOBS processes are quicker.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist worksteal
+
 test-python: $(VENV)/installed
-	$(BIN)/pytest
+	$(PYTEST)
 
 # The C++ core, and the CUDA kernels on the host: plain, where (with nvcc) their PTX is run too, with the address and
 # undefined-behaviour sanitizers, and with ThreadSanitizer and one OS thread per CUDA thread.
@@ -34,9 +38,8 @@ test-cpp:
 	tools/test_cpp.sh build/cpp-tsan "thread"
 
 # Checks of the code that nvcc generates: warnings, spills, 128-bit loads. Needs nvcc, but no GPU.
-check-kernels: $(VENV)/ready
+check-kernels: $(VENV)/tools
 	tools/check_nvcc.sh build/nvcc
-	$(BIN)/pip install --quiet nvidia-cuda-nvdisasm
 	$(BIN)/python tools/check_sass.py build/nvcc
 	PYTHON=$(BIN)/python tools/check_glue.sh
 
@@ -50,13 +53,51 @@ FUZZ_SECONDS ?= 30
 fuzz: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tools/fuzz.py --seconds $(FUZZ_SECONDS)
 
+# What takes hours, or would rarely find what `make test` does not; docs/trust.md has the figures. Each part can be run
+# alone.
+nightly: nightly-python nightly-cpp check-memory coverage mutation licenses nightly-fuzz
+
+# The tests that `make test` leaves out (pyproject.toml, addopts).
+nightly-python: $(VENV)/installed
+	$(PYTEST) -m nightly
+
+# The kernels' PTX under sanitizers; `make test` runs their source there, and the PTX without sanitizers.
+nightly-cpp:
+	tools/system_packages.sh
+	ACE_CUDA_ARCHS="80 90" tools/test_cpp.sh build/cpp-asan "address,undefined"
+	ACE_CUDA_ARCHS="80" tools/test_cpp.sh build/cpp-tsan "thread"
+
+nightly-fuzz:
+	$(MAKE) fuzz FUZZ_SECONDS=3600
+
+# Lines and branches that the tests reach: of ace_ext by the Python tests, of csrc by the C++ tests.
+coverage: coverage-python coverage-cpp
+
+coverage-python: $(VENV)/installed $(VENV)/tools
+	$(PYTEST) -m "" --cov=ace_ext --cov-branch --cov-report=term:skip-covered
+
+coverage-cpp: $(VENV)/tools
+	tools/system_packages.sh
+	PATH="$$PWD/$(BIN):$$PATH" tools/coverage_cpp.sh build/cpp-coverage
+
+# Changes operators of csrc/core one at a time and counts how many changes the tests notice.
+mutation: $(VENV)/ready
+	tools/system_packages.sh
+	$(BIN)/python tools/mutate.py
+
+licenses: $(VENV)/installed
+	$(BIN)/python tools/licenses.py
+
 # Needs a GPU, a torch built for CUDA in $(PYTHON), and nvcc.
 gpu:
 	PYTHON=$(PYTHON) tools/gpu.sh
 
-# Versions as in .pre-commit-config.yaml. typos skips the files of .gitignore and of pyproject.toml.
-lint: $(VENV)/installed
-	$(BIN)/pip install --quiet 'ruff==0.17.6' 'mypy==2.4.1' 'clang-format==14.0.6' 'codespell==2.4.3' 'typos==1.52.0'
+$(VENV)/tools: $(VENV)/ready .ci/tools.txt
+	$(BIN)/pip install --quiet -r .ci/tools.txt
+	touch $@
+
+# typos skips the files of .gitignore and of pyproject.toml.
+lint: $(VENV)/installed $(VENV)/tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -65,8 +106,7 @@ lint: $(VENV)/installed
 	$(BIN)/typos
 
 # The documentation site in build/site; a warning is an error. Help texts and tables come from the installed package.
-docs: $(VENV)/installed
-	$(BIN)/pip install --quiet 'mkdocs-material==9.8.2' 'mkdocstrings[python]==1.0.8' 'ruff==0.17.6'
+docs: $(VENV)/installed $(VENV)/tools
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Wheel and source distribution: each is installed into an empty environment and run from another folder. Takes some

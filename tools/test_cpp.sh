@@ -14,7 +14,7 @@ elif [ -x "${NVCC:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}" ]; then
 else
   echo "test_cpp: no nvcc, so the kernels are tested as source only, NOT as PTX" >&2
 fi
-cmake -S . -B "$1" -DACE_SANITIZE="$2" -DACE_PTX_FOLDERS="${folders%;}" --log-level=WARNING >/dev/null
+cmake -S . -B "$1" ${ACE_CMAKE_OPTIONS-} -DACE_SANITIZE="$2" -DACE_PTX_FOLDERS="${folders%;}" --log-level=WARNING >/dev/null
 cmake --build "$1" --parallel "${JOBS:-2}"
 # The emulator runs kernels on fibres; with the use-after-return check of their stacks the tests take 20 times as long.
 ASAN_OPTIONS="${ASAN_OPTIONS:-detect_stack_use_after_return=0}" \
