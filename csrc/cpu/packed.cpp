@@ -48,11 +48,12 @@ template <class T>
 using Torch = std::conditional_t<std::is_same_v<T, Half>, c10::Half,
                                  std::conditional_t<std::is_same_v<T, BFloat16>, c10::BFloat16, float>>;
 
-// x [tokens, 64 words] of the core type X, zero beyond the columns.
+// x [tokens, 64 words + 32] of the core type X, zero beyond the columns. Without the 32, tokens of a power of two of
+// columns would be read from the same few places of the first cache.
 template <class X>
 at::Tensor padded(const at::Tensor& x, int64_t words) {
   const at::ScalarType dtype = std::is_same_v<X, float> ? at::kFloat : at::kBFloat16;
-  at::Tensor wide = at::empty({x.size(0), words * kBitmapColumns}, x.options().dtype(dtype));
+  at::Tensor wide = at::empty({x.size(0), words * kBitmapColumns + 32}, x.options().dtype(dtype));
   wide.narrow(1, 0, x.size(1)).copy_(x);
   wide.narrow(1, x.size(1), wide.size(1) - x.size(1)).zero_();
   return wide;
@@ -93,9 +94,9 @@ void few_tokens(const PackedMatrix<T>& matrix, const at::Tensor& x, const Option
   const at::Tensor sums = at::empty({tokens, rows}, x.options().dtype(at::kFloat));
   with_packed_loops<T>(packed_level(), [&](auto* loop, auto*, auto input) {
     using X = decltype(input);
-    const bool ready = std::is_same_v<X, T> && x.is_contiguous() && x.size(1) == matrix.words * kBitmapColumns;
+    const bool ready = std::is_same_v<X, T> && tokens == 1 && x.size(1) == matrix.words * kBitmapColumns;
     const at::Tensor wide = ready ? x : padded<X>(x, matrix.words);
-    const PackedProduct<T, X> product{matrix, data<X>(wide), mutable_data<float>(sums), rows};
+    const PackedProduct<T, X> product{matrix, data<X>(wide), wide.size(1), mutable_data<float>(sums), rows};
     at::parallel_for(0, rows, row_grain(tokens * x.size(1)), [&](int64_t begin, int64_t end) {
       loop(product, tokens, begin, end);
       finish<T>(product.out, bias, begin, end, out);

@@ -3,6 +3,7 @@
 // weights need not be transposed.
 #pragma once
 
+#include "cpu/packed_avx512.h"
 #include "cpu/packed_matrix.h"
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
@@ -11,7 +12,7 @@
 #include <unistd.h>
 
 #pragma GCC push_options
-#pragma GCC target("popcnt,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,amx-tile,amx-bf16")
+#pragma GCC target("avx2,fma,f16c,popcnt,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,amx-tile,amx-bf16")
 namespace ace::cpu::amx {
 
 constexpr int kRows = 16;     // of a tile
@@ -77,7 +78,7 @@ inline void expand_tiles(const PackedMatrix<BFloat16>& matrix, int64_t first, in
           matrix.copy(place, kColumns, last);
           from = last;
         }
-        _mm512_storeu_si512(target, _mm512_maskz_expand_epi16(bits, _mm512_loadu_si512(from)));
+        _mm512_storeu_si512(target, _mm512_mask_expand_epi16(avx512::new_zero(), bits, avx512::in_register(from)));
         place += __builtin_popcount(bits);
       }
     }
