@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ace_ext.ops._extension import registered
+from ace_ext.ops._extension import build_info, registered
 
 
 def packed_linear(
@@ -17,7 +17,8 @@ def packed_linear(
     ``bitmap [rows, 8 ceil(cols / 64)]`` uint8 has a bit for each weight (the lowest of the first byte is column 0), set
     where ``values`` has it: ``[rows, k]`` if each row has k, else ``[survivors]`` and ``row_start [rows + 1]`` int64.
     ``bias [rows]``. Whether bits and counts agree is not checked: use a matrix that
-    :meth:`ace_ext.packed.matrix.PackedMatrix.check` has seen. Gradients flow to ``x`` and ``bias``. CPU only.
+    :meth:`ace_ext.packed.matrix.PackedMatrix.check` has seen. Gradients flow to ``x`` and ``bias``. CPU, and CUDA
+    if the extension was built for it (:func:`has_kernel`; not run on a GPU).
     """
     if not torch.compiler.is_compiling():  # which cannot trace the loading of the compiled module
         register_packed()
@@ -30,6 +31,16 @@ def unpack_bitmap(bitmap: Tensor, values: Tensor, row_start: Tensor | None, cols
     """The dense matrix ``[rows, cols]`` of :func:`packed_linear`'s tensors, with the bits of its finite weights."""
     weight: Tensor = registered().unpack_bitmap(bitmap, values, row_start, cols)
     return weight
+
+
+def has_kernel(device_type: str) -> bool:
+    """Whether :func:`packed_linear` and :func:`unpack_bitmap` run on devices of this type."""
+    return device_type in ("cpu", "meta") or (device_type == "cuda" and _built_for_cuda())
+
+
+@cache
+def _built_for_cuda() -> bool:
+    return build_info()["cuda"] is not None
 
 
 @cache

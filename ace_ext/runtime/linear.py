@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ace_ext import ops
-from ace_ext.ops._packed import register_packed
+from ace_ext.ops._packed import has_kernel, register_packed
 from ace_ext.packed.matrix import BITS, PackedMatrix
 
 
@@ -15,7 +15,8 @@ class PackedLinear(nn.Module):
 
     To the outside it is a Linear: its ``state_dict`` has ``weight``, dense, which is made while it is asked for, and
     ``bias``; so ``save_pretrained`` writes an ordinary checkpoint, and ``load_state_dict`` takes one. The packed weight
-    is not trained, but gradients flow through it. Other devices than the CPU have no kernel: there each call unpacks
+    is not trained, but gradients flow through it. On a GPU up to 16 tokens are multiplied from the packed weight, and
+    for more it is unpacked (compiled for CUDA; not run on a GPU). Other devices have no kernel: there each call unpacks
     the weight, and nothing is gained.
 
     Args:
@@ -47,13 +48,13 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight ``[out_features, in_features]``, unpacked anew each time."""
-        if self.bitmap.device.type in ("cpu", "meta"):
+        if has_kernel(self.bitmap.device.type):
             return ops.unpack_bitmap(self.bitmap, self.values, self.row_start, self.in_features)
         return self.matrix.dense()
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features]`` to ``[..., out_features]``."""
-        if x.device.type not in ("cpu", "meta"):
+        if not has_kernel(x.device.type):
             return functional.linear(x, self.weight, self.bias)
         flat = x.reshape(-1, self.in_features)
         out = ops.packed_linear(flat, self.bitmap, self.values, self.row_start, self.bias)

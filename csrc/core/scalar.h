@@ -68,6 +68,29 @@ ACE_HD BFloat16 to_bfloat16(float value) {
 #endif
 }
 
+// Rounds to nearest, ties to even; overflow is infinite, a NaN stays one.
+ACE_HD Half to_half(float value) {
+#if defined(__CUDA_ARCH__)
+  uint16_t narrow;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(narrow) : "f"(value));
+  return {narrow};
+#else
+  const uint32_t bits = float_bits(value), sign = bits >> 16 & 0x8000u, size = bits & 0x7fffffffu;
+  if (size > 0x7f800000u) return {0x7fffu};
+  if (size >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // from 65520 on
+  if (size < 0x38800000u) {                                                 // below 2^-14: steps of 2^-24
+    const float steps = bits_float(size) * 16777216.0f + 8388608.0f;        // 2^23, where a step is 1: rounds
+    return {static_cast<uint16_t>(sign | (float_bits(steps) - 0x4b000000u))};
+  }
+  const uint32_t rounded = size - (112u << 23) + 0xfffu + (size >> 13 & 1u);
+  return {static_cast<uint16_t>(sign | rounded >> 13)};
+#endif
+}
+
+ACE_HD void round_to(float value, float* out) { *out = value; }
+ACE_HD void round_to(float value, Half* out) { *out = to_half(value); }
+ACE_HD void round_to(float value, BFloat16* out) { *out = to_bfloat16(value); }
+
 ACE_HD float absolute(float value) { return bits_float(float_bits(value) & 0x7fffffffu); }
 
 ACE_HD bool is_finite(float value) { return (float_bits(value) & 0x7f800000u) != 0x7f800000u; }

@@ -25,7 +25,7 @@
 //   counts     Whether the bits agree with k or row_start is not checked here but when a file is read
 //              (ace_ext.packed): it would cost a pass over the bitmap in each call. If they do not, results are wrong
 //              numbers; nothing outside the tensors is read.
-//   devices    CPU and Meta.
+//   devices    CPU, CUDA (not run on a GPU) and Meta.
 #pragma once
 
 #include "ops.h"

@@ -93,5 +93,21 @@ TEST(Scalar, IsFinite) {
   EXPECT_FALSE(is_finite(bits_float(0xffffffffu)));
 }
 
+TEST(Scalar, HalfOfAFloatIsTheNearest) {
+  for (uint32_t n = 0; n < 0x7c00u; ++n) {  // every finite half, and what lies between it and the next
+    const float here = to_float(Half{static_cast<uint16_t>(n)});
+    const float next = n + 1 < 0x7c00u ? to_float(Half{static_cast<uint16_t>(n + 1)}) : 65536.0f;
+    const float middle = (here + next) / 2;
+    ASSERT_EQ(to_half(here).bits, n);
+    ASSERT_EQ(to_half(-here).bits, n | 0x8000u);
+    ASSERT_EQ(to_half(middle).bits, n % 2 ? n + 1 : n);  // ties to even
+    ASSERT_EQ(to_half(bits_float(float_bits(middle) - 1)).bits, n);
+    ASSERT_EQ(to_half(bits_float(float_bits(middle) + 1)).bits, n + 1);
+  }
+  EXPECT_EQ(to_half(bits_float(0x7f800000u)).bits, 0x7c00u);
+  EXPECT_EQ(to_half(bits_float(0x7fc00000u)).bits, 0x7fffu);
+  EXPECT_EQ(to_half(1e-12f).bits, 0u);
+}
+
 }  // namespace
 }  // namespace ace

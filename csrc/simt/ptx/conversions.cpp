@@ -89,6 +89,7 @@ To convert(From value) {
 float widen_half(uint16_t bits) { return canonical(ace::to_float(ace::Half{bits})); }
 float widen_bfloat16(uint16_t bits) { return canonical(ace::to_float(ace::BFloat16{bits})); }
 uint16_t narrow_bfloat16(float value) { return ace::to_bfloat16(value).bits; }
+uint16_t narrow_half(float value) { return ace::to_half(value).bits; }
 
 template <class To, class From>
 void add_conversion(Table& table) {
@@ -128,6 +129,7 @@ void add_conversions(Table& table) {
   table["cvt.f32.f16"] = Lift<widen_half>::run;
   table["cvt.f32.bf16"] = Lift<widen_bfloat16>::run;
   table["cvt.rn.bf16.f32"] = Lift<narrow_bfloat16>::run;
+  table["cvt.rn.f16.f32"] = Lift<narrow_half>::run;
 }
 
 }  // namespace simt::ptx
