@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ace_ext._moved import keep_old_paths
+from ace_ext._plugin import register_when_loaded
 from ace_ext.errors import InputError
 from ace_ext.process_threads import wait_passively
 from ace_ext.version import __version__
@@ -60,3 +61,4 @@ def __getattr__(name: str) -> object:
 
 wait_passively()  # before torch is loaded, which no import above does
 keep_old_paths()
+register_when_loaded()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ace_ext.errors import InputError
-from ace_ext.models._transformers import take_generation_config_, tie_weights_
+from ace_ext.models._transformers import forget_quantization_, take_generation_config_, tie_weights_
 from ace_ext.models.loading import LoadedModel, load_model, load_tokenizer
-from ace_ext.models.safetensors_files import all_names
+from ace_ext.models.safetensors_files import Shards, all_names
 from ace_ext.models.skeleton import skeleton
 from ace_ext.packed.files import PackedShards, is_packed
 from ace_ext.packed.matrix import PackedMatrix
@@ -27,16 +28,34 @@ def load_packed(folder: str | Path) -> nn.Module:
     Raises:
         InputError: the folder is not packed, damaged, or transformers cannot build its model.
     """
+    model = build_packed(folder)
+    take_generation_config_(model, str(Path(folder).expanduser()))
+    return model
+
+
+def build_packed(folder: str | Path, empty: Callable[[], nn.Module] | None = None) -> nn.Module:
+    """:func:`load_packed` without the settings of generation.
+
+    Args:
+        folder: that ``ace-prune pack`` wrote.
+        empty: makes the model with its parameters on the meta device, in the dtypes that it shall have; default: as the
+            folder's configuration says. Weights of another dtype are converted, and then not mapped.
+
+    Raises:
+        InputError: as :func:`load_packed`.
+    """
     shards = PackedShards(folder)
-    model = skeleton(shards.folder, shards)
+    model = skeleton(shards.folder, shards) if empty is None else empty()
+    if empty is not None:
+        _check_held(model, shards.adopt(model))
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and f"{name}.weight" in shards.entries:
             weight = _fitting(f"{name}.weight", shards.load(f"{name}.weight"), module)
-            if isinstance(weight, PackedMatrix) and weight.values.dtype == module.weight.dtype:
+            if isinstance(weight, PackedMatrix):
                 bias = None if module.bias is None else _read(f"{name}.bias", module.bias, shards)
-                _replace(model, name, PackedLinear(weight, bias))
+                _replace(model, name, PackedLinear(weight.to(module.weight.dtype), bias))
     _load_rest(model, shards)
-    take_generation_config_(model, str(shards.folder))
+    forget_quantization_(model)
     return model.eval()
 
 
@@ -52,6 +71,17 @@ def open_model(source: str, dtype: str = "auto", device: str | torch.device = "c
         raise InputError(f"dtype must be auto for a packed folder (got {dtype}); unpack it first")
     folder = Path(source).expanduser()
     return LoadedModel(load_packed(folder).to(device), load_tokenizer(folder), source)
+
+
+def _check_held(model: nn.Module, shards: Shards) -> None:
+    """Raises :class:`InputError` for a parameter that the files do not hold under any of its names."""
+    held = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in shards}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in held:
+            raise InputError(
+                f"{str(shards.folder)!r} does not hold {name} of {type(model).__name__}; load a packed folder with "
+                "AutoModelForCausalLM"
+            )
 
 
 def _fitting(name: str, found: PackedMatrix | Tensor, module: nn.Linear) -> PackedMatrix | Tensor:

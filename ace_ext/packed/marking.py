@@ -1,0 +1,37 @@
+"""The line of a packed folder's ``config.json`` by which transformers knows it, and the text without that line.
+
+``{"quantization_config": {"quant_method": "ace_ext"}`` makes ``from_pretrained`` ask the quantizer that ``import
+ace_ext`` registers (:mod:`ace_ext.runtime.quantizer`). Where it is not registered, transformers says that it does not
+know the type ``ace_ext``, finds no weight file of a name that it knows, and stops.
+"""
+
+import json
+from pathlib import Path
+
+CONFIG = "config.json"
+
+METHOD = "ace_ext"
+"""The ``quant_method`` of a packed folder."""
+
+_LINE = f'\n  "quantization_config": {{"quant_method": "{METHOD}"}},'
+
+
+def mark(path: Path) -> None:
+    """Adds the line to a configuration after its first brace. One that cannot be read, or has a
+    ``quantization_config``, stays as it is."""
+    text = _text(path)
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return
+    if isinstance(found, dict) and found and "quantization_config" not in found:
+        path.write_bytes(text.replace("{", "{" + _LINE, 1).encode("utf-8"))
+
+
+def unmarked(path: Path) -> bytes:
+    """A configuration without the line: the bytes that :func:`mark` found."""
+    return _text(path).replace(_LINE, "", 1).encode("utf-8", "surrogateescape")
+
+
+def _text(path: Path) -> str:
+    return path.read_bytes().decode("utf-8", "surrogateescape")

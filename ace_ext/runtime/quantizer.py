@@ -1,0 +1,131 @@
+"""``AutoModelForCausalLM.from_pretrained`` of a packed folder: a quantizer of transformers.
+
+transformers builds the model without weights and would then read its files. This quantizer takes the model's parts away
+before that and puts in those of :func:`ace_ext.runtime.loading.build_packed` after it, so that no weight is ever dense
+and both ways of loading give the same model. Importing this module needs transformers, and not much else.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ace_ext.errors import InputError
+from ace_ext.models._transformers import no_init_weights, tie_weights_
+from ace_ext.packed.marking import METHOD
+
+_UNEXPECTED = "_keys_to_ignore_on_load_unexpected"
+_TIED = "all_tied_weights_keys"
+_WEIGHTS = "transformers_weights"
+"""Of a configuration: the name of the weight file, which transformers reads after it has made the quantizer."""
+
+
+class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What ``config.json`` of a packed folder says: only that it is one."""
+
+    def __init__(self, quant_method: str = METHOD, **_: Any) -> None:
+        self.quant_method = quant_method
+
+
+class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Loads packed folders; see the module."""
+
+    requires_calibration = False
+    _folder: Path | None = None
+    _device: str | int | torch.device = "cpu"
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **_: Any) -> None:
+        """Refuses what this cannot do.
+
+        Raises:
+            InputError: a model to pack while it is loaded, weights on several devices, or transformers before 5.
+        """
+        if not self.pre_quantized:
+            raise InputError(
+                "a model is packed by ace-prune pack, not while it is loaded; leave out quantization_config"
+            )
+        if isinstance(device_map, dict) and len(set(device_map.values())) > 1:
+            raise InputError("device_map must name one device for a packed folder; leave it out")
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """Names the weight file. Called before it is looked for, in transformers 5.0 and later."""
+        return _name_weights(config)
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """As :meth:`update_tp_plan`, in newer versions."""
+        return _name_weights(config)
+
+    def _process_model_before_weight_loading(
+        self,
+        model: Any,
+        checkpoint_files: list[str] | None = None,
+        device_map: Any = None,
+        **_: Any,
+    ) -> Any:
+        if not checkpoint_files:
+            raise InputError("from_pretrained reads packed folders from transformers 5 on; use ace_ext.load_packed")
+        self._folder = Path(checkpoint_files[0]).parent
+        self._device = next(iter(device_map.values()), "cpu") if isinstance(device_map, dict) else "cpu"
+        model._modules.clear()
+        setattr(model, _UNEXPECTED, {"."})  # every tensor of the file: none is read there
+        setattr(model, _TIED, {})
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        from ace_ext.runtime.loading import build_packed
+
+        assert self._folder is not None  # set before
+        self.remove_quantization_config(model)
+        for name in (_UNEXPECTED, _TIED):
+            delattr(model, name)
+        model.config.__dict__.pop(_WEIGHTS, None)
+        found: Any = build_packed(self._folder, lambda: _empty(model))
+        for name, part in found.to(self._device).named_children():
+            setattr(model, name, part)
+        model.config = found.config
+        model.__dict__.update({_TIED: getattr(found, _TIED)} if hasattr(found, _TIED) else {})
+        return model
+
+    def is_serializable(self, *args: Any, **_: Any) -> bool:
+        """The loaded model is an ordinary one: ``save_pretrained`` writes a dense folder, to be packed again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights are not trained."""
+        return False
+
+
+def register() -> None:
+    """Makes transformers know packed folders. Done once."""
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(METHOD)(PackedConfig)
+        register_quantizer(METHOD)(PackedQuantizer)
+
+
+def _name_weights(config: Any) -> Any:
+    from ace_ext.packed.files import SUFFIX
+
+    folder = Path(config.name_or_path)
+    names = sorted(path.name for path in folder.glob(f"*{SUFFIX}")) if folder.is_dir() else []
+    setattr(config, _WEIGHTS, names[0] if names else f"model{SUFFIX}")
+    return config
+
+
+def _empty(model: Any) -> nn.Module:
+    """Another model of the same class and configuration, which has the dtype that was asked for, with parameters on the
+    meta device and real buffers."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        found: nn.Module = type(model)._from_config(model.config)
+    tie_weights_(found)
+    return found
