@@ -173,6 +173,9 @@ class ListOfBlocks:
     def write(self, block):
         self.file.write_text(json.dumps([*json.loads(self.file.read_text()), block.name]))
 
+    def finish(self, report):
+        self.file.write_text(json.dumps({"sparsity": report.sparsity, "blocks": json.loads(self.file.read_text())}))
+
 
 def test_a_format_is_one_file(tmp_path, monkeypatch, capsys):
     before = dict(FORMATS)
@@ -184,7 +187,8 @@ def test_a_format_is_one_file(tmp_path, monkeypatch, capsys):
     finally:
         FORMATS.clear()
         FORMATS.update(before)
-    assert json.loads((tmp_path / "out" / "blocks.json").read_text()) == [f"model.layers.{i}" for i in range(3)]
+    written = json.loads((tmp_path / "out" / "blocks.json").read_text())
+    assert written == {"sparsity": 0.5, "blocks": [f"model.layers.{i}" for i in range(3)]}
     assert (tmp_path / "out" / "ace_report.json").is_file()
 
 

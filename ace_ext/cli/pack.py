@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 from ace_ext.cli import args as shared
+from ace_ext.formats import pattern_of
 from ace_ext.packed import CODECS, DEFAULT_CODEC
 from ace_ext.packed.packing import pack
-from ace_ext.pruning.pattern import SparsityPattern
 from ace_ext.records import REPORT_NAME
 from ace_ext.runs.output import read_report
 
@@ -51,8 +51,4 @@ def _pattern(folder: str) -> tuple[int, int] | None:
     """N and M of the report; None without a report or a pattern."""
     if not (Path(folder) / REPORT_NAME).is_file():
         return None
-    text = read_report(folder).config.get("pattern")
-    if not text:
-        return None
-    pattern = SparsityPattern.parse(text)
-    return pattern.keep_n, pattern.group_m
+    return pattern_of(read_report(folder))

@@ -3,6 +3,7 @@
 import argparse
 
 from ace_ext.cli import args as shared
+from ace_ext.formats import DEFAULT_FORMAT, FORMATS
 from ace_ext.runs.plan import make_plan
 
 
@@ -15,6 +16,7 @@ def add(commands: shared.Subparsers) -> None:
         epilog=shared.pruning_tables(),
     )
     shared.add_model(parser)
+    parser.add_argument("--format", choices=FORMATS, default=DEFAULT_FORMAT, help="as for run (default: %(default)s)")
     shared.add_pruning(parser)
     shared.add_calibration(parser)
     shared.add_memory(parser.add_argument_group("the run"))
@@ -23,7 +25,7 @@ def add(commands: shared.Subparsers) -> None:
 
 def plan(args: argparse.Namespace) -> int:
     """Runs the verb; returns the exit status."""
-    request = shared.request_from(args)
+    request = shared.request_from(args, format=args.format)
     found = make_plan(
         request.model, request.config, request.calibration, request.options, request.device, request.dtype
     )

@@ -1,13 +1,15 @@
 """Output formats: how a pruned model is written. One file each, which declares its name and its writer.
 
 Every file of this package that defines ``FORMAT`` is registered; a file whose name starts with ``_`` is not a format.
-To add a format, add a file: ``ace-prune run --format`` and the documentation read the registry. May import ``models``
-and what lies below it.
+To add a format, add a file: ``ace-prune run --format`` and the documentation read the registry. Each packed format
+(``ace_ext.packed.CODECS``) is one, too. May import ``packed``, the settings of ``pruning``, and what lies below them.
 """
 
 from ace_ext._registry import add, discover
 from ace_ext.errors import InputError
 from ace_ext.formats._format import DenseModel, OutputFormat, OutputWriter
+from ace_ext.formats._packed import complete, exchanging, packed_format, pattern_of
+from ace_ext.packed import CODECS
 
 FORMATS: dict[str, OutputFormat] = {}
 """Every output format by name."""
@@ -38,5 +40,18 @@ def format_named(name: str) -> OutputFormat:
 
 for _format in discover(__name__, __path__, "FORMAT"):
     register(_format)
+for _codec in CODECS.values():
+    register(packed_format(_codec))
 
-__all__ = ["DEFAULT_FORMAT", "FORMATS", "DenseModel", "OutputFormat", "OutputWriter", "format_named", "register"]
+__all__ = [
+    "DEFAULT_FORMAT",
+    "FORMATS",
+    "DenseModel",
+    "OutputFormat",
+    "OutputWriter",
+    "complete",
+    "exchanging",
+    "format_named",
+    "pattern_of",
+    "register",
+]

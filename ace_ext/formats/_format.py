@@ -8,6 +8,9 @@ from typing import Any, Protocol
 from ace_ext.models.blocks import Block
 from ace_ext.models.safetensors_files import Shards
 from ace_ext.models.tokenizer import Tokenizer
+from ace_ext.packed import Codec
+from ace_ext.pruning.config import PruneConfig
+from ace_ext.records import PruneReport
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,10 @@ class OutputWriter(Protocol):
         """Writes a pruned block; it is on the disk when this returns."""
         ...
 
+    def finish(self, report: PruneReport) -> None:
+        """Called when every block has been written. A resumed run may call it again."""
+        ...
+
 
 @dataclass(frozen=True)
 class OutputFormat:
@@ -54,3 +61,7 @@ class OutputFormat:
     """One line for help texts."""
     open: Callable[[Path], OutputWriter]
     """``open(folder)``: a writer for a folder that exists."""
+    check: Callable[[PruneConfig], None] = lambda config: None
+    """Raises :class:`ace_ext.InputError` for settings whose result this format cannot hold."""
+    codec: Codec | None = None
+    """The packed format that is written at the end, if it is one."""

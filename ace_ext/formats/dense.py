@@ -8,6 +8,7 @@ from ace_ext.errors import InputError
 from ace_ext.formats._format import DenseModel, OutputFormat
 from ace_ext.models.blocks import Block
 from ace_ext.models.safetensors_files import Shards, copy_model, flush
+from ace_ext.records import PruneReport
 
 
 class DenseWriter:
@@ -53,6 +54,9 @@ class DenseWriter:
     def write(self, block: Block) -> None:
         """Overwrites the block's tensors in the files: pruned weights, and other parameters that training changed."""
         self.shards.write(_tensors(block, self.shards))
+
+    def finish(self, report: PruneReport) -> None:
+        """There is nothing left to do."""
 
 
 def _tensors(block: Block, shards: Shards) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ it.
 
 from ace_ext._registry import add, discover
 from ace_ext.errors import InputError
-from ace_ext.packed._codec import Codec
+from ace_ext.packed._codec import Codec, Kept
 
 CODECS: dict[str, Codec] = {}
 """Every packed format by name."""
@@ -39,4 +39,4 @@ def codec_named(name: str) -> Codec:
 for _codec in discover(f"{__name__}.codecs", [f"{__path__[0]}/codecs"], "CODEC"):
     register(_codec)
 
-__all__ = ["CODECS", "DEFAULT_CODEC", "Codec", "codec_named", "register"]
+__all__ = ["CODECS", "DEFAULT_CODEC", "Codec", "Kept", "codec_named", "register"]

@@ -49,6 +49,17 @@ class Packed:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """How much of a matrix is stored, for :attr:`Codec.size`."""
+
+    rows: int
+    cols: int
+    survivors: int
+    dtype: torch.dtype
+    pattern: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
 class Codec:
     """One format of ``ace-prune pack --format``."""
 
@@ -61,8 +72,15 @@ class Codec:
     """``encode(tensor, pattern)``: the tensor's parts; None if it stays as it is."""
     decode: Callable[[Packed], PackedMatrix | Tensor]
     """The matrix, or the tensor, of parts that have been read; it checks sizes and counts and raises ValueError."""
+    size: Callable[["Kept"], int]
+    """The bytes of the parts that ``encode`` makes of such a matrix; of a compressed one about."""
     needs_pattern: bool = False
     """Whether it holds only models that were pruned to an N:M pattern."""
+
+    @property
+    def compresses(self) -> bool:
+        """Whether numbers are not stored as they are, so that tensors without zeros become smaller, too."""
+        return "values" not in self.parts
 
     def removes_zeros(self, parts: Mapping[str, Tensor]) -> bool:
         """Whether these parts are those of a matrix whose zeros are not stored."""

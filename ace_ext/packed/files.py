@@ -14,6 +14,7 @@ from torch import Tensor
 from ace_ext.errors import InputError
 from ace_ext.models.safetensors_files import Shards
 from ace_ext.models.safetensors_header import Entry, Header, parse_header, read_header
+from ace_ext.ops import unpack_bitmap
 from ace_ext.packed import CODECS, Codec
 from ace_ext.packed._codec import Packed, Parts
 from ace_ext.packed._writer import PADDING
@@ -159,7 +160,12 @@ class PackedFile:
     def tensor(self, name: str) -> Tensor:
         """A dense tensor by its name, unpacked."""
         found = self.load(name)
-        return found if isinstance(found, Tensor) else found.dense().view(self.dense.entries[name].shape)
+        if isinstance(found, Tensor):
+            return found
+        dtype = found.values.dtype
+        as_stored = torch.bfloat16 if dtype == torch.float16 else dtype  # float16 is converted, which changes some NaN
+        weight = unpack_bitmap(found.bitmap, found.values.view(as_stored), found.row_start, found.cols)
+        return weight.view(dtype).view(self.dense.entries[name].shape)
 
 
 class PackedShards(Shards):

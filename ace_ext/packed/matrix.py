@@ -1,7 +1,7 @@
 """A matrix whose zeros are not stored: the form that the op ``packed_linear`` reads (``csrc/ops/packed.h``)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -45,8 +45,9 @@ class PackedMatrix:
             torch.cumsum(counts, 0, out=row_start[1:])
             return cls(pack_bits(kept), weight[kept], row_start, weight.shape[1])
         if missing:
-            zeros = ~kept
-            kept |= zeros & (zeros.cumsum(dim=1) <= (most - counts)[:, None])
+            short = (counts < most).nonzero()[:, 0]
+            zeros = ~kept[short]
+            kept[short] |= zeros & (zeros.cumsum(dim=1) <= (most - counts[short])[:, None])
         return cls(pack_bits(kept), weight[kept].view(len(counts), most), None, weight.shape[1])
 
     @property
@@ -58,6 +59,10 @@ class PackedMatrix:
     def shape(self) -> tuple[int, int]:
         """Of the dense matrix."""
         return len(self.bitmap), self.cols
+
+    def to(self, dtype: torch.dtype) -> "PackedMatrix":
+        """The matrix with its survivors in another dtype; those that become 0 stay stored."""
+        return self if self.values.dtype == dtype else replace(self, values=self.values.to(dtype))
 
     def check(self) -> "PackedMatrix":
         """Checks everything that a product relies on, and returns the matrix.

@@ -15,9 +15,10 @@ from pathlib import Path
 from ace_ext.errors import InputError
 from ace_ext.models.safetensors_files import Shards, bytes_of, copy_model, flush, umask
 from ace_ext.models.safetensors_header import read_header
-from ace_ext.packed import codec_named
+from ace_ext.packed import Codec, codec_named
 from ace_ext.packed._writer import StreamWriter, header_room
 from ace_ext.packed.files import KEY, SUFFIX, VERSION, Origin, PackedFile, PackedShards, is_packed, packed_name
+from ace_ext.packed.marking import CONFIG, mark, unmarked
 
 
 @dataclass
@@ -56,20 +57,34 @@ def pack(folder: str | Path, output: str | Path, codec: str, pattern: tuple[int,
         )
     if is_packed(folder):
         raise InputError(f"{str(folder)!r} is packed already; give the dense folder")
-    shards = Shards(Path(folder).expanduser())
-    result = PackResult(str(output), codec)
     with new_folder(output) as target:
-        copy_model(shards.folder, target, weights=False)
-        for path in shards.files:
-            origin = Origin(VERSION, codec, pattern, [file.name for file in shards.files], "", _file_sha256(path))
-            _pack_file(shards, path, target / packed_name(path.name), origin, result)
+        result = pack_into(Path(folder).expanduser(), target, chosen, pattern)
         if not result.matrices:
             raise InputError(f"no matrix of {str(folder)!r} has enough zeros for format {codec}; prune it first")
-        packed = PackedShards(target)
-        check_hashes(packed)
-        result.dense_bytes, result.packed_bytes = (
-            sum(file.stat().st_size for file in files) for files in (shards.files, packed.files)
-        )
+    result.folder = str(output)
+    return result
+
+
+def pack_into(folder: Path, target: Path, codec: Codec, pattern: tuple[int, int] | None) -> PackResult:
+    """Packs a model folder into an empty folder, as :func:`pack` does; all is on the disk when this returns.
+
+    Raises:
+        InputError: the folder holds no safetensors, or a written file does not give back its bytes.
+    """
+    shards = Shards(folder)
+    result = PackResult(str(target), codec.name)
+    copy_model(folder, target, weights=False)
+    mark(target / CONFIG)
+    for path in shards.files:
+        origin = Origin(VERSION, codec.name, pattern, [file.name for file in shards.files], "", _file_sha256(path))
+        _pack_file(shards, path, target / packed_name(path.name), origin, result)
+    for file in target.iterdir():
+        flush(file)
+    packed = PackedShards(target)
+    check_hashes(packed)
+    result.dense_bytes, result.packed_bytes = (
+        sum(file.stat().st_size for file in files) for files in (shards.files, packed.files)
+    )
     return result
 
 
@@ -83,7 +98,9 @@ def unpack(folder: str | Path, output: str | Path) -> int:
     written = 0
     with new_folder(output) as target:
         for file in sorted(packed.folder.iterdir()):
-            if file.is_file() and file not in packed.files:
+            if file.is_file() and file.name == CONFIG:
+                (target / CONFIG).write_bytes(unmarked(file))
+            elif file.is_file() and file not in packed.files:
                 shutil.copyfile(file, target / file.name)
         for one in packed.packed:
             path = target / (one.path.name.removesuffix(SUFFIX) + ".safetensors")
@@ -121,7 +138,6 @@ def _pack_file(shards: Shards, path: Path, target: Path, origin: Origin, result:
                 result.matrix_dense_bytes += tensor.nbytes
                 result.matrix_packed_bytes += sum(value.nbytes for value in parts.values())
         writer.finish(metadata)
-    flush(target)
 
 
 def _file_sha256(path: Path) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import fingerprint_of_files
-from ace_ext.formats import DenseModel
+from ace_ext.formats import DenseModel, format_named
 from ace_ext.models._transformers import input_embedding, output_head
 from ace_ext.models.blocks import Block, find_blocks
 from ace_ext.models.gguf import Unpacking, gguf_skeleton
@@ -179,6 +179,10 @@ def budget_of(request: RunRequest) -> int:
     return torch.cuda.mem_get_info(request.device)[0] if request.device.type == "cuda" else available_bytes()
 
 
+PACKING_COPIES = 6
+"""Of the largest tensor, while it is packed and while what was written is compared: counted from the archive."""
+
+
 @dataclass(frozen=True)
 class Demand:
     """The memory that a run needs."""
@@ -188,7 +192,7 @@ class Demand:
 
     def peak(self, resident_hidden: bool, process: int | None = None) -> Estimate:
         """:func:`ace_ext.runs.memory_model.estimate` for this run; ``process`` as there."""
-        return estimate(
+        pruning = estimate(
             self.source.model,
             self.source.blocks,
             self.source.files.shards,
@@ -202,6 +206,11 @@ class Demand:
             process=process,
             device=self.request.device,
         )
+        if format_named(self.request.options.format).codec is None or self.request.device.type != "cpu":
+            return pruning
+        largest = max(p.nbytes for p in self.source.model.parameters())
+        packing = Estimate(pruning.process, pruning.model, transient=PACKING_COPIES * largest, phase="pack")
+        return max(pruning, packing, key=lambda phase: phase.total)
 
     def hidden_fits(self) -> bool:
         """Whether the hidden states fit into memory together with the rest of the run.

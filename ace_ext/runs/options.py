@@ -138,7 +138,7 @@ def check_request(request: RunRequest) -> None:
         InputError: it names those that cannot, and what to do.
     """
     config, options = request.config, request.options
-    format_named(options.format)
+    format_named(options.format).check(config)
     if options.offload not in OFFLOAD:
         raise InputError(f"offload must be one of {', '.join(OFFLOAD)} (got {options.offload!r})")
     if options.offload == "disk" and config.comparison.over_matrices:

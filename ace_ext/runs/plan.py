@@ -20,6 +20,7 @@ from ace_ext.data.generate import ROWS_TOGETHER
 from ace_ext.data.requests import check_positions
 from ace_ext.engine.api import check_pattern
 from ace_ext.engine.distillation import heal_settings
+from ace_ext.formats import DEFAULT_FORMAT
 from ace_ext.models._transformers import embedding_weight, text_config
 from ace_ext.models.blocks import Block
 from ace_ext.process_memory import peak_memory_bytes, reset_peak, resident_bytes
@@ -31,18 +32,8 @@ from ace_ext.runs.heal_trial import try_step
 from ace_ext.runs.memory_model import Estimate, copied_bytes
 from ace_ext.runs.model_source import Demand, Source, open_source
 from ace_ext.runs.options import Calibration, RunOptions, RunRequest, check_request
+from ace_ext.runs.output_size import PlannedMatrix, bytes_of_all, output_bytes
 from ace_ext.runs.prune_and_heal import needed_memory
-
-
-@dataclass(frozen=True)
-class PlannedMatrix:
-    """One matrix to prune: ``keep`` of the ``group_size`` weights of each comparison group are kept."""
-
-    name: str
-    shape: tuple[int, int]
-    group: str  # row, matrix, model, or N:M
-    group_size: int
-    keep: int
 
 
 @dataclass(frozen=True)
@@ -59,6 +50,8 @@ class Plan:
     phases: list[Estimate]
     read_bytes: int
     write_bytes: int
+    output_bytes: int
+    """Of the weights in the output; about, if they are compressed."""
     seconds: dict[str, float]
     bos: BosChoice
     """How calibration samples begin. ``auto`` is undecided if it depends on the weights; no other figure depends on
@@ -96,6 +89,7 @@ class Plan:
             lines.append(f"{rank} {phase.total / 1e9:.2f} GB in {phase.phase}: {phase.describe()}")
         parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
         lines.append(f"reads {self.read_bytes / 1e9:.2f} GB, writes {self.write_bytes / 1e9:.2f} GB")
+        lines.append(f"weights in the output: {self.output_bytes / 1e9:.3f} GB")
         lines.append(f"about {sum(self.seconds.values()):.0f} s: {parts}")
         lines.append(str(self.bos))
         return "\n".join(lines)
@@ -146,18 +140,23 @@ def make_plan(
         phases.append(replace(needed_memory(request, source), phase="distill"))
     read, written = _traffic(source, calibration, 0 if resident_hidden else trial.passes)
     if source.offloaded and not measured.bos.decided:
-        read += sum(p.nbytes for p in source.model.parameters())  # once more, for the forward pass that decides
+        read += bytes_of_all(source)  # once more, for the forward pass that decides
+    matrices = planned_matrices(source.blocks, config)
+    output = output_bytes(source, matrices, options.format, config)
+    if options.format != DEFAULT_FORMAT:  # the dense files are hashed and packed, and what they became is compared
+        read, written = read + 2 * bytes_of_all(source) + output, written + output
     return Plan(
         model=model,
         device=str(device),
         dtype=str(next(iter(source.blocks[0].module.parameters())).dtype).removeprefix("torch."),
-        matrices=planned_matrices(source.blocks, config),
+        matrices=matrices,
         blocks=len(source.blocks),
         offload=source.offloaded,
         resident_hidden=resident_hidden,
         phases=phases,
         read_bytes=read,
         write_bytes=written,
+        output_bytes=output,
         seconds=_seconds(request, source, trial, measured, read + written),
         bos=measured.bos,
     )

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import differences
+from ace_ext.formats import complete, exchanging
 from ace_ext.models.safetensors_files import umask
 from ace_ext.records import PruneReport
 from ace_ext.runs.own_files import write_manifest
@@ -159,7 +160,7 @@ def folder_of(output: Path) -> Path:
 
 
 _OWN = re.compile(
-    r"lock|state\.json(\.part)?|model|old|stats|[a-z]+(-[a-z0-9]+)*\.bin|training-\d+|\.model\.unfinished"
+    r"lock|state\.json(\.part)?|model|packed|dense|old|stats|[a-z]+(-[a-z0-9]+)*\.bin|training-\d+|\.model\.unfinished"
 )
 """What such a folder may hold."""
 
@@ -196,6 +197,9 @@ def recover(output: Path) -> None:
     """
     folder = folder_of(output)
     check_own(folder)
+    if exchanging(folder):
+        with _locked(folder, output) or contextlib.nullcontext():
+            complete(folder)
     old, model = folder / "old", folder / "model"
     in_place = folder.is_dir() and output.is_dir() and not model.is_dir()
     if not old.is_dir() and not in_place:

@@ -12,7 +12,7 @@ from ace_ext.errors import InputError
 from ace_ext.formats import OutputWriter
 from ace_ext.models.blocks import Block
 from ace_ext.models.hidden_states import HiddenStates, Layout
-from ace_ext.records import BlockReport
+from ace_ext.records import BlockReport, PruneReport
 from ace_ext.runs.unfinished import UnfinishedRun
 
 
@@ -56,6 +56,12 @@ class Workspace(UnfinishedRun):
         if len(blocks) != finished:
             raise ValueError(f"{finished} blocks done, {len(blocks)} reported")
         self.finished, self.blocks, self.notes, self._hidden = finished, blocks, notes, hidden
+
+    def finish(self, report: PruneReport, report_name: str) -> Path:
+        """Ends the writing of the model, and then as :meth:`UnfinishedRun.finish`."""
+        assert self.writer is not None  # set before the walk starts
+        self.writer.finish(report)
+        return super().finish(report, report_name)
 
     # The journal of the walk
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ace_ext.packed._codec import Codec, Packed
+from ace_ext.packed._codec import Codec, Kept, Packed
 from ace_ext.packed.matrix import BITS, WORD, PackedMatrix
 
 
@@ -40,10 +40,16 @@ def decode(packed: Packed) -> PackedMatrix:
     return PackedMatrix(bitmap, values, row_start, cols).check()
 
 
+def size(kept: Kept) -> int:
+    """A bit for each weight, and the survivors."""
+    return kept.rows * 8 * math.ceil(kept.cols / WORD) + kept.survivors * kept.dtype.itemsize
+
+
 CODEC = Codec(
     name="bitmap",
     summary="a bit for each weight, then the kept ones; to compute from",
     parts=frozenset({"bitmap", "values", "row_start"}),
     encode=encode,
     decode=decode,
+    size=size,
 )

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ace_ext.packed._codec import Codec, Packed
+from ace_ext.packed._codec import Codec, Kept, Packed
 from ace_ext.packed.matrix import BITS, Bytes, PackedMatrix, pack_bits
 
 
@@ -66,11 +66,20 @@ def _places(indices: Bytes, count: int, width: int) -> Bytes:
     return numbers
 
 
+def size(kept: Kept) -> int:
+    """The survivors, and the bits of their places."""
+    assert kept.pattern is not None  # `needs_pattern`
+    in_row = kept.survivors // max(1, kept.rows)
+    places = kept.rows * math.ceil(in_row * index_bits(kept.pattern[1]) / 8)
+    return places + kept.survivors * kept.dtype.itemsize
+
+
 CODEC = Codec(
     name="nm",
     summary="of a model pruned with --pattern N:M: the kept values of each group and their places",
     parts=frozenset({"values", "indices"}),
     encode=encode,
     decode=decode,
+    size=size,
     needs_pattern=True,
 )

@@ -1,0 +1,45 @@
+"""How large the weights of a run's output will be, in each format."""
+
+import math
+from dataclasses import dataclass
+
+from ace_ext.formats import format_named
+from ace_ext.models._transformers import embedding_weight
+from ace_ext.packed import Kept
+from ace_ext.pruning.config import PruneConfig
+from ace_ext.runs.model_source import Source
+
+
+@dataclass(frozen=True)
+class PlannedMatrix:
+    """One matrix to prune: ``keep`` of the ``group_size`` weights of each comparison group are kept."""
+
+    name: str
+    shape: tuple[int, int]
+    group: str  # row, matrix, model, or N:M
+    group_size: int
+    keep: int
+
+
+def bytes_of_all(source: Source) -> int:
+    """Bytes of all weights of a model, dense."""
+    return sum(p.nbytes for p in source.model.parameters())
+
+
+def output_bytes(source: Source, matrices: list[PlannedMatrix], format_name: str, config: PruneConfig) -> int:
+    """Bytes of the weights in the output, by shapes alone; about, where they are compressed."""
+    codec = format_named(format_name).codec
+    if codec is None:
+        return bytes_of_all(source)
+    dtype = embedding_weight(source.model).dtype
+    pattern = None if config.pattern is None else (config.pattern.keep_n, config.pattern.group_m)
+    others, found = bytes_of_all(source), 0
+    for matrix in matrices:
+        (rows, cols), dense = matrix.shape, math.prod(matrix.shape) * dtype.itemsize
+        survivors = round(matrix.keep / matrix.group_size * rows * cols)
+        found += min(codec.size(Kept(rows, cols, survivors, dtype, pattern)), dense)
+        others -= dense
+    if codec.compresses:
+        count = others // dtype.itemsize
+        others = codec.size(Kept(1, count, count, dtype, pattern))
+    return found + others

@@ -1,0 +1,125 @@
+"""``ace-prune run --format``: the bytes of ``run`` and ``pack``, within the memory, after a crash, and by the plan."""
+
+import os
+import shutil
+
+import pytest
+from folders import bad_input, prune, save_dense, tree
+from test_plan import plan_of
+
+from ace_ext import InputError
+from ace_ext.formats import _packed
+from ace_ext.packed import CODECS
+from ace_ext.packed.files import PackedShards, is_packed
+from ace_ext.packed.packing import check_hashes, pack
+from ace_ext.records import REPORT_NAME
+from ace_ext.runs.own_files import MANIFEST_NAME, foreign_files
+from ace_ext.runs.unfinished import recover
+from ace_ext.runs.verify import verify
+
+SETTINGS = {"nm": {"pattern": "2:4"}}
+DIFFER = (REPORT_NAME, MANIFEST_NAME)  # seconds and memory; names, and the format in the fingerprint
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return save_dense(tmp_path_factory.mktemp("run") / "dense", max_shard_size="40KB")
+
+
+def files(folder):
+    return {name: value for name, value in tree(folder).items() if name not in DIFFER}
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("offload", ["none", "disk"])
+def test_the_bytes_are_those_of_run_and_pack(name, offload, dense, tmp_path):
+    settings = SETTINGS.get(name, {})
+    prune(dense, tmp_path / "plain", {"offload": offload}, **settings)
+    pack(tmp_path / "plain", tmp_path / "packed", name, (2, 4) if settings else None)
+    _, path = prune(dense, tmp_path / "out", {"format": name, "offload": offload}, **settings)
+    assert files(path) == files(tmp_path / "packed")
+    assert len(PackedShards(path).files) > 1
+    assert not foreign_files(path)
+    assert not (tmp_path / ".out.unfinished").exists()
+    result = verify(path)
+    assert not result.problems
+    assert result.exact_rows == result.rows > 0
+
+
+PLACES = {
+    "before packing": (_packed, "pack_into"),
+    "before the exchange": (_packed.Path, "rename"),
+    "in the exchange": (_packed.Path, "rename"),
+    "after it": (os, "replace"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_run_that_ends_while_it_packs_is_resumed(place, dense, tmp_path, monkeypatch):
+    _, expected = prune(dense, tmp_path / "whole", {"format": "bitmap"})
+    owner, name = PLACES[place]
+    real, calls = getattr(owner, name), []
+
+    def fail(*arguments, **options):
+        ours = name != "replace" or str(arguments[-1]).endswith("out")
+        calls.extend([None] * ours)
+        if ours and len(calls) == (2 if place == "in the exchange" else 1):
+            raise OSError(28, os.strerror(28))
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, fail)
+        with pytest.raises(InputError, match="go on with --resume"):
+            prune(dense, tmp_path / "out", {"format": "bitmap"})
+    place_of_run = tmp_path / ".out.unfinished"
+    assert (place_of_run / "model").is_dir() == (place != "in the exchange")
+    assert is_packed(place_of_run / "model") == (place == "after it")
+    _, path = prune(dense, tmp_path / "out", {"format": "bitmap", "resume": True})
+    assert files(path) == files(expected)
+    check_hashes(PackedShards(path))
+    assert not place_of_run.exists()
+
+
+def test_a_killed_exchange_is_completed_only_with_a_whole_folder(dense, tmp_path):
+    folder = tmp_path / ".out.unfinished"
+    for name in ("packed", "dense"):
+        shutil.copytree(dense, folder / name)
+    recover(tmp_path / "out")
+    assert (folder / "model").is_dir()
+    assert not (folder / "packed").exists()
+    (folder / "packed").mkdir()
+    recover(tmp_path / "out")  # nothing to exchange: the packed folder may be incomplete
+    assert (folder / "packed").is_dir()
+
+
+def test_the_plan_knows_the_size(dense, tmp_path):
+    for name, settings in (("dense", {}), ("bitmap", {}), ("nm", {"pattern": "2:4"})):
+        planned = plan_of(dense, {"format": name}, **settings)
+        _, path = prune(dense, tmp_path / name, {"format": name}, **settings)
+        if name == "dense":
+            weights = planned.output_bytes
+            assert weights == sum(p.stat().st_size for p in path.glob("*.safetensors")) - headers(path)
+        else:
+            stored = sum(t.nbytes for one in PackedShards(path).packed for t in parts(one))
+            assert planned.output_bytes == stored < weights
+        assert f"weights in the output: {planned.output_bytes / 1e9:.3f} GB" in planned.table()
+    archive = plan_of(dense, {"format": "archive"})
+    assert archive.output_bytes < weights / 2
+    assert archive.write_bytes > plan_of(dense).write_bytes
+
+
+def headers(folder) -> int:
+    return sum(8 + int.from_bytes(p.read_bytes()[:8], "little") for p in folder.glob("*.safetensors"))
+
+
+def parts(one):
+    """Every stored tensor but padding."""
+    return (one._file.get_tensor(name) for name in one._file.keys() if not name.startswith("pad."))  # noqa: SIM118
+
+
+def test_bad_formats_are_refused_before_anything_is_written(dense, capsys):
+    assert "format nm is for N:M patterns" in bad_input(capsys, "run", dense, "--format", "nm")
+    error = bad_input(capsys, "run", dense, "--format", "bitmap", "--update", "distill")
+    assert "writes format dense" in error
+    error = bad_input(capsys, "run", dense, "--format", "archive", "--max-memory", "10MB")
+    assert "max-memory must be at least" in error
