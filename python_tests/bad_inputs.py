@@ -19,6 +19,7 @@ DEFAULTS: dict[str, dict[str, object]] = {
     "plan": {"model": "dense", "calibration": "text.txt", "nsamples": 4, "seqlen": 8},
     "eval": {"model": "dense", "text": "text.txt", "seqlen": 8},
     "verify": {"": "out"},
+    "unpack": {"": "packed", "output": "new"},
     "heal": {"": "out", "output": "new", "tokens": 64, "seqlen": 8},
     "compare": {"model": "dense", "methods": "wanda", "texts": "text.txt", "calibration": "text.txt"},
 }

@@ -10,6 +10,7 @@ from helpers import SHAPES, UNIT, assert_same_bits, make_weight
 
 from ace_ext import ops
 from ace_ext.ops import packed_reference as reference
+from ace_ext.ops._packed import register_packed
 from ace_ext.packed.matrix import PackedMatrix
 
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -116,6 +117,21 @@ def test_gradients_flow_to_input_and_bias(random):
         (ops.packed_linear(x, *arguments(matrix), bias) * factor).sum().backward()
         torch.testing.assert_close(x.grad, factor @ weight)
         torch.testing.assert_close(bias.grad, factor.sum(0))
+
+
+def test_torch_knows_the_ops(dtype, random):
+    """``opcheck``: schema, Meta kernel, gradients and tracing, with and without row_start and bias."""
+    _, even = make(6, 70, dtype, random)
+    _, ragged = make(6, 70, dtype, random, ragged=True)
+    x = torch.randn(3, 70, generator=random).to(dtype)
+    bias = torch.randn(6, generator=random).to(dtype)
+    register_packed()
+    for matrix in (even, ragged):
+        torch.library.opcheck(torch.ops.ace_ext.unpack_bitmap.default, (*arguments(matrix), 70))
+        for given in (None, bias):
+            torch.library.opcheck(torch.ops.ace_ext.packed_linear.default, (x, *arguments(matrix), given))
+    wants = (x.requires_grad_(), *arguments(even), bias.requires_grad_())
+    torch.library.opcheck(torch.ops.ace_ext.packed_linear.default, wants)
 
 
 def test_wrong_counts_read_nothing_outside(dtype):

@@ -1,7 +1,10 @@
 """Packed folders as models: logits, generation, saving, loading, gradients, the command line."""
 
+import io
 import json
 
+import matplotlib.colors
+import matplotlib.image
 import pytest
 import torch
 from folders import prune, save_dense
@@ -16,6 +19,8 @@ from ace_ext.cli.main import main
 from ace_ext.packed.files import SUFFIX
 from ace_ext.packed.matrix import PackedMatrix
 from ace_ext.packed.packing import pack
+from ace_ext.reporting.bench_plot import _pairs, bench_plot, check_plot
+from ace_ext.reporting.plots import DPI, WIDTH
 from ace_ext.runtime import PackedLinear, open_model
 from ace_ext.runtime.bench import BenchResult, Pair
 
@@ -95,6 +100,28 @@ def test_torch_compile_takes_a_packed_linear(random):
     for tokens in (1, 4):
         x = torch.randn(2, tokens, 70, generator=random)
         torch.testing.assert_close(compiled(x), linear(x))
+
+
+def test_generating_with_a_static_cache_and_a_compiled_model(llama, monkeypatch):
+    """``generate`` with a static cache, and a compiled forward pass of a whole model without a break in its graph."""
+    pruned, packed = llama
+    dense, model = dense_model(pruned), load_packed(packed)
+    tokens = make_tokens(2, 5)
+    options = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
+    expected = dense.generate(tokens, **options)
+    assert torch.equal(model.generate(tokens, cache_implementation="static", **options), expected)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(tokens, use_cache=False).logits, model(tokens, use_cache=False).logits)
+
+
+@pytest.mark.nightly
+def test_inductor_compiles_a_packed_model(llama):
+    _, packed = llama
+    model, tokens = load_packed(packed), make_tokens(2, 5)
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+        torch.testing.assert_close(torch.compile(model)(tokens, use_cache=False).logits, expected)
 
 
 def test_moves_casts_and_new_weights(random):
@@ -189,9 +216,9 @@ def test_what_cannot_be_loaded_is_refused(llama, tmp_path, capsys):
         load_packed(tmp_path)
 
 
-def test_bench_measures_both(llama, capsys):
+def test_bench_measures_both(llama, tmp_path, capsys):
     pruned, packed = llama
-    options = ["--tokens", "2", "--rounds", "1", "--prefill", "20", "--quiet"]
+    options = ["--tokens", "2", "--rounds", "1", "--prefill", "20", "--quiet", "--plot", str(tmp_path / "plot.png")]
     before = sorted(packed.parent.iterdir())
     assert main(["bench", str(packed), *options, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -203,13 +230,35 @@ def test_bench_measures_both(llama, capsys):
     assert found["files"]["dense"] == (pruned / "model.safetensors").stat().st_size
     assert found["files"]["packed"] == next(packed.glob(f"*{SUFFIX}")).stat().st_size
     assert 0 <= found["logits_difference"] < 1e-4 < found["logits_size"]
+    check_plot(tmp_path / "plot.png")  # may be replaced
+    assert matplotlib.image.imread(tmp_path / "plot.png").shape[1] == round(WIDTH * DPI)
     shown = table(BenchResult(str(pruned), str(packed), "float32", 1, "AVX2", 1, {16: Pair(10.0, 15.0, 1.5)}))
     assert shown.splitlines()[2].split() == ["decode,", "batch", "16:", "tokens/s", "10", "15", "1.50", "x"]
 
 
-def test_bench_refuses_what_it_cannot_measure(llama, capsys):
+def test_bench_refuses_what_it_cannot_measure(llama, tmp_path, capsys):
     pruned, packed = llama
     assert main(["bench", str(pruned)]) == 2
     assert "is not packed" in capsys.readouterr().err
     assert main(["bench", str(packed), "--dense", str(pruned), "--tokens", "0"]) == 2
     assert "tokens must be positive" in capsys.readouterr().err
+    (tmp_path / "other.png").write_bytes(b"\x89PNG of someone else")
+    assert main(["bench", str(packed), "--plot", str(tmp_path / "other.png")]) == 2
+    assert "is no plot of ace-prune bench" in capsys.readouterr().err
+
+
+def test_the_plot_shows_every_figure():
+    worse, better = Pair(1.0, 2.0, 0.5), Pair(2.0, 1.0, 2.0)
+    result = BenchResult("d", "p", "bfloat16", 1, "AVX2", 3, {1: better, 16: worse}, 512, worse, better, better, better)
+    assert list(_pairs(result)) == [
+        "decode, batch 1",
+        "decode, batch 16",
+        "prefill, 512 tokens",
+        "time to load",
+        "resident memory",
+        "weight files",
+    ]
+    image = matplotlib.image.imread(io.BytesIO(bench_plot(result)))[..., :3]
+    for colour in ("#0072b2", "#d55e00"):  # bars of both kinds
+        found = abs(image - matplotlib.colors.to_rgb(colour)).max(axis=2) < 0.01
+        assert found.mean() > 0.01

@@ -23,7 +23,7 @@ LAYERS = [
     {"runs", "compare"},
     {"reporting"},
     {"cli"},
-    {"_moved"},
+    {"_moved", "_plugin"},
 ]
 """From the bottom: a part may import those of the layers below it, and of its own layer what :data:`BESIDE` says."""
 BESIDE = {("process_memory", "errors"), ("records", "errors"), ("fingerprint", "errors")}

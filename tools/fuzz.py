@@ -3,10 +3,11 @@
     python tools/fuzz.py --seconds 30 [--seed 0]
 
 Headers, an index, configurations, a tokenizer, a report, a manifest, statistics, a journal of a comparison, the state
-of an unfinished run and the header of a GGUF file are changed at random. A run may succeed, or end with status 2 and
-one line (``verify`` with 1 for a fault that it finds). A traceback, an internal error, a run of more than ten seconds,
-or an input that changed is a finding: its bytes are kept in ``build/fuzz/``, and the exit status is 1. Each run is a
-process of its own, forked from one that has imported everything, with at most 4 GB of memory more than that.
+of an unfinished run, packed files and the header of a GGUF file are changed at random. A run may succeed, or end with
+status 2 and one line (``verify`` with 1 for a fault that it finds). A traceback, an internal error, a run of more than
+ten seconds, or an input that changed is a finding: its bytes are kept in ``build/fuzz/``, and the exit status is 1.
+Each run is a process of its own, forked from one that has imported everything, with at most 4 GB of memory more than
+that.
 """
 
 import argparse
@@ -32,8 +33,11 @@ from bad_inputs import arguments  # noqa: E402
 from folders import prune, save_dense  # noqa: E402
 
 from ace_ext.cli import main as cli  # noqa: E402
+from ace_ext.packed.packing import pack  # noqa: E402
 
 SECONDS, MEMORY = 10, 4 * 2**30
+LOUD = ("verify", "unpack")
+"""Verbs that have no ``--quiet``."""
 TARGETS: dict[str, list[tuple[str, dict[str, object]]]] = {
     "dense/model.safetensors": [("run", {}), ("plan", {}), ("eval", {})],
     "dense/config.json": [("plan", {}), ("eval", {})],
@@ -45,6 +49,14 @@ TARGETS: dict[str, list[tuple[str, dict[str, object]]]] = {
     "s.zip": [("run", {"stats": "s.zip", "order": "block", "metric": "wanda"})],
     "results/runs.jsonl": [("compare", {"output": "results"})],
     ".new.unfinished/state.json": [("run", {"resume": True})],
+    "packed/model.packed.safetensors": [
+        ("eval", {"model": "packed"}),
+        ("verify", {"": "packed"}),
+        ("unpack", {}),
+        ("run", {"model": "packed"}),
+    ],
+    "archive/model.packed.safetensors": [("unpack", {"": "archive"}), ("eval", {"model": "archive"})],
+    "packed/config.json": [("eval", {"model": "packed"}), ("unpack", {})],
     "m.gguf": [("plan", {"model": "m.gguf"})],
 }
 """The file that is changed, and the runs that read it."""
@@ -57,6 +69,8 @@ def make_place(place: Path) -> None:
     prune(dense, place / "out", metric="magnitude")
     prune(dense, place / "other", {"save_stats": place / "s.zip"}, order="block")
     shutil.rmtree(place / "other")
+    for codec, folder in (("bitmap", "packed"), ("archive", "archive")):
+        pack(place / "out", place / folder, codec)
     (place / "results").mkdir()
     (place / "results" / "runs.jsonl").write_text('{"format": 1, "settings": {"model": "dense", "dtype": "auto"}}\n')
     unfinished = place / ".new.unfinished"
@@ -117,7 +131,7 @@ def run(place: Path, verb: str, options: dict[str, object]) -> str | None:
         out, error = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
             try:
-                status: object = cli.main(arguments(verb, {**options, **({"quiet": True} if verb != "verify" else {})}))
+                status: object = cli.main(arguments(verb, {**options, **({} if verb in LOUD else {"quiet": True})}))
             except SystemExit as end:
                 status = end.code
             except BaseException as found:

@@ -13,6 +13,7 @@ from ace_ext.cli import args as shared
 from ace_ext.errors import InputError
 from ace_ext.packed.files import is_packed
 from ace_ext.packed.packing import unpack
+from ace_ext.reporting.bench_plot import check_plot, write_plot
 from ace_ext.runtime.bench import BenchResult, BenchSettings, Pair, bench
 
 
@@ -27,6 +28,7 @@ def add(commands: shared.Subparsers) -> None:
     parser.add_argument(
         "--prefill", type=int, default=default.prefill, help="tokens of a prefill (default: %(default)s)"
     )
+    parser.add_argument("--plot", metavar="FILE.png", type=Path, help="also draw the figures (needs matplotlib)")
     shared.add_remote_code(parser)
     parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
     parser.add_argument("--quiet", action="store_true", help="no notes on stderr")
@@ -37,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
     """Runs the verb; returns the exit status."""
     if not is_packed(args.folder):
         raise InputError(f"{args.folder!r} is not packed; give a folder that ace-prune pack wrote")
+    if args.plot is not None:
+        check_plot(args.plot)
     settings = BenchSettings(tokens=args.tokens, rounds=args.rounds, prefill=args.prefill)
     with contextlib.ExitStack() as opened:
         dense = args.dense
@@ -48,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
                 raise InputError(f"no room beside {args.folder!r} ({error.strerror}); pass --dense") from error
             unpack(args.folder, dense)
         result = bench(dense, args.folder, settings, lambda line: shared.note(args, line))
+    if args.plot is not None:
+        write_plot(result, args.plot)
     print(json.dumps(asdict(result)) if args.json else table(result))
     return 0
 

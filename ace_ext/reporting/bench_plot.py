@@ -1,0 +1,70 @@
+"""The plot of ``ace-prune bench``: by how much the packed model is better than the dense one, figure by figure."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from ace_ext.reporting.plots import DPI, WIDTH, require_matplotlib
+from ace_ext.runs.own_files import check_replaceable, written_whole
+from ace_ext.runtime.bench import BenchResult, Pair
+
+_MARK = "ace-prune bench"
+"""Stands in the file, so that it is known as one of this program."""
+
+
+def check_plot(path: Path) -> None:
+    """Checks before the work that the plot can be written.
+
+    Raises:
+        InputError: matplotlib is not installed, ``path`` is in a folder that does not exist, or there is something
+            else than such a plot.
+    """
+    require_matplotlib()
+    check_replaceable("plot", path, "plot of ace-prune bench", _is_plot)
+
+
+def write_plot(result: BenchResult, path: Path) -> None:
+    """Writes the plot as PNG."""
+    with written_whole(path) as part:
+        part.write_bytes(bench_plot(result))
+
+
+def bench_plot(result: BenchResult) -> bytes:
+    """The PNG: a bar for each figure, from 1 (as good as dense) to the right where the packed model is better."""
+    from matplotlib.figure import Figure
+
+    pairs = _pairs(result)
+    figure = Figure(figsize=(WIDTH, 0.9 + 0.34 * len(pairs)), layout="constrained")
+    axes = figure.subplots()
+    ratios = [pair.ratio for pair in pairs.values()]
+    colours = ["#0072b2" if ratio >= 1 else "#d55e00" for ratio in ratios]
+    bars = axes.barh(list(pairs), [ratio - 1 for ratio in ratios], left=1, color=colours)
+    axes.bar_label(bars, labels=[f"{ratio:.2f} ×" for ratio in ratios], padding=3, fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(1, color="#444444", linewidth=1)
+    axes.margins(x=0.25)
+    axes.grid(axis="x", alpha=0.3)
+    axes.tick_params(labelsize=8)
+    axes.set_xlabel("packed is better by", fontsize=9)
+    axes.set_title(f"{result.dtype}, {result.threads} threads, {result.capability}", fontsize=9)
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=DPI, metadata={"Software": _MARK})
+    return data.getvalue()
+
+
+def _pairs(result: BenchResult) -> dict[str, Pair]:
+    """What was measured, by what it is called in the plot."""
+    others = {
+        f"prefill, {result.prefill_tokens} tokens": result.prefill,
+        "time to load": result.load,
+        "resident memory": result.memory,
+        "weight files": result.files,
+    }
+    decode = {f"decode, batch {batch}": pair for batch, pair in result.decode.items()}
+    return decode | {name: pair for name, pair in others.items() if pair is not None}
+
+
+def _is_plot(path: Path) -> bool:
+    with path.open("rb") as file:
+        return _MARK.encode() in file.read(512)
