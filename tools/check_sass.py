@@ -36,6 +36,8 @@ EXPECTED = {
     "row_sums_kernel": ("LDG.E.128",),
     "column_partials_kernel": ("LDG.E.128",),
     "refine_swaps_kernel": (),
+    "packed_linear_kernel": ("LDG.E.128",),
+    "unpack_bitmap_kernel": ("LDG.E.128",),
 }
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 FUNCTION = re.compile(r"^\.text\.(\S+):")
