@@ -11,7 +11,11 @@ file(GLOB ACE_PTX_SOURCES CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/csrc/si
 add_library(ace_simt STATIC ${ACE_PTX_SOURCES})
 target_include_directories(ace_simt PUBLIC "${CMAKE_CURRENT_SOURCE_DIR}/csrc")
 target_compile_definitions(ace_simt PUBLIC ${ACE_SIMT_DEFINITIONS})
-target_compile_options(ace_simt PRIVATE -O2 -Wall -Wextra -Werror -ffp-contract=off)
+set(ACE_RUNNER_OPTIMIZE -O2)
+if(ACE_SANITIZE AND NOT ACE_PTX_FOLDERS)
+  set(ACE_RUNNER_OPTIMIZE -O1)  # then it runs little, and the compiler is what takes time
+endif()
+target_compile_options(ace_simt PRIVATE ${ACE_RUNNER_OPTIMIZE} -Wall -Wextra -Werror -ffp-contract=off)
 target_link_libraries(ace_simt PUBLIC Threads::Threads ${CMAKE_DL_LIBS})
 
 # Launchers and kernels as plain C++: a generated .cpp includes each .cu, so that nvcc can still compile the .cu.

@@ -26,6 +26,8 @@ WORK = ROOT / "build" / "mutation"
 SECONDS = 60
 """A test that takes longer is taken to notice the change: it does not end."""
 CXX = [os.environ.get("CXX", "c++"), "-std=c++17", "-O0", "-w", "-ffp-contract=off", "-DACE_SIMT"]
+FLAG = ROOT / "csrc" / "cuda" / "score.cu"
+"""Holds the flag by which every kernel reports values that are not finite."""
 LIBRARIES = ["-lgtest_main", "-lgtest", "-pthread", "-ldl"]
 
 # As clang-format writes them: a binary operator has spaces around it, a template's bracket has not.
@@ -100,17 +102,17 @@ def tests_of(header: Path) -> list[list[Path]]:
         ROOT / "csrc" / "tests" / f"cuda_{header.stem}_test.cpp",
     )
     if kernel.exists() and test.exists():
-        runner = ROOT.glob("csrc/simt/ptx/*.cpp")
+        runner = [*ROOT.glob("csrc/simt/ptx/*.cpp"), FLAG]
         found.append([test, kernel, *runner])
     return found
 
 
 def compiled_once(source: Path) -> Path:
-    """The object file of what no change concerns: the runner of PTX, with which the kernels' tests are linked."""
+    """The object file of what no change concerns, but the kernels' tests are linked with."""
     built = WORK / "objects" / f"{source.stem}.o"
     if not built.exists():
         built.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([*CXX, "-I", ROOT / "csrc", "-c", source, "-o", built], check=True)
+        subprocess.run([*CXX, "-I", ROOT / "csrc", "-c", "-x", "c++", source, "-o", built], check=True)
     return built
 
 
@@ -123,8 +125,9 @@ def notice(mutant: Mutant | None, tests: list[list[Path]], place: Path) -> str:
         lines[mutant.line] = mutant.after
         (place / mutant.header.relative_to(ROOT)).write_text("\n".join(lines) + "\n")
     for sources in tests:
-        objects = [compiled_once(source) for source in sources if "simt" in source.parts]
-        changed = [place / source.relative_to(ROOT) for source in sources if "simt" not in source.parts]
+        fixed = [source for source in sources if "simt" in source.parts or source == FLAG]
+        objects = [compiled_once(source) for source in fixed]
+        changed = [place / source.relative_to(ROOT) for source in sources if source not in fixed]
         command = [*CXX, "-I", place / "csrc", "-x", "c++", *changed, "-x", "none", *objects, *LIBRARIES, "-rdynamic"]
         if subprocess.run([*command, "-o", place / "test"], capture_output=True, check=False).returncode:
             return "does not compile"
