@@ -9,6 +9,6 @@ build=${1:-build/cpp-coverage}
 command -v gcovr >/dev/null || { echo "coverage_cpp: no gcovr: pip install gcovr" >&2; exit 2; }
 find "$build" -name '*.gcda' -delete 2>/dev/null || true
 ACE_CMAKE_OPTIONS=-DACE_COVERAGE=ON tools/test_cpp.sh "$build" ""
-gcovr --root . --object-directory "$build" --filter csrc/ --exclude csrc/tests/ --gcov-executable "${GCOV:-gcov}" \
+gcovr "$build" --root . --filter csrc/ --exclude csrc/tests/ --gcov-executable "${GCOV:-gcov}" \
   --exclude-throw-branches --exclude-unreachable-branches --merge-mode-functions=merge-use-line-min \
-  --gcov-ignore-parse-errors=negative_hits.warn_once_per_file --txt - --txt-metric branch --print-summary
+  --gcov-ignore-parse-errors=negative_hits.warn_once_per_file --txt - --txt-metric line --txt-metric branch --txt-summary
