@@ -19,8 +19,8 @@ from helpers import (
     prune_at_,
     score_histogram,
 )
-
-from test_ops_packed import arguments, bound
+from test_ops_packed import arguments as packed_arguments
+from test_ops_packed import bound as packed_bound
 from test_ops_packed import make as make_packed
 
 from ace_ext import build_info, ops
@@ -64,14 +64,14 @@ def matrices(rows, cols, dtype, random, formula, ties):
 @pytest.mark.parametrize("shape", SHAPES[:8])
 def test_packed_products_and_unpacking(shape, ragged, dtype, random):
     weight, matrix = make_packed(*shape, dtype, random, ragged=ragged)
-    place = [None if part is None else part.cuda() for part in arguments(matrix)]
+    place = [None if part is None else part.cuda() for part in packed_arguments(matrix)]
     assert_same_bits(ops.unpack_bitmap(*place, shape[1]).cpu(), weight)
     for tokens in (1, 2, 7, 16, 17, 40):
         x = torch.randn(tokens, shape[1], generator=random).to(dtype)
         bias = torch.randn(shape[0], generator=random).to(dtype) if tokens % 2 else None
-        exact = packed_reference.packed_linear(x, *arguments(matrix), bias)
+        exact = packed_reference.packed_linear(x, *packed_arguments(matrix), bias)
         found = ops.packed_linear(x.cuda(), *place, None if bias is None else bias.cuda()).cpu()
-        assert ((found.double() - exact).abs() <= bound(x, weight, bias, exact)).all()
+        assert ((found.double() - exact).abs() <= packed_bound(x, weight, bias, exact)).all()
 
 
 # Scores and masks: the CPU's bits
