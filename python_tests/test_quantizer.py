@@ -137,6 +137,11 @@ def test_ace_ext_may_be_imported_before_and_after_transformers(order, llama, tmp
 
 def test_the_marked_configuration_comes_back(tmp_path):
     path = tmp_path / CONFIG
+    mark(path)
+    assert not path.exists()
+    path.write_bytes(b'{"name": "\xff"}')  # no UTF-8
+    mark(path)
+    assert unmarked(path) == b'{"name": "\xff"}'
     for text in (
         '{"a": 1}',
         '{\r\n  "a": {"b": "\u00fc"}\r\n}\r\n',

@@ -84,13 +84,7 @@ class Shards:
         view = bytes_of(tensor)
         for path, offset, size in self._spans(name):
             part, view = view[:size], view[size:]
-            with path.open("rb", buffering=0) as file:
-                file.seek(offset)
-                while part:
-                    count = file.readinto(part)
-                    if not count:
-                        raise InputError(f"{path} ends before its tensor {name}; fetch the file again")
-                    part = part[count:]
+            _read_into(part, path, offset, name)
         return tensor
 
     def write(self, tensors: dict[str, Tensor]) -> None:
@@ -135,6 +129,27 @@ class Shards:
         if name not in self.entries:
             raise InputError(f"{self.folder} has no tensor {name}; save the model anew with save_pretrained")
         return self.entries[name]
+
+
+def read_entry(entry: Entry, name: str) -> Tensor:
+    """One tensor of a file, in memory of its own.
+
+    Raises:
+        InputError: the file was cut after its header was read.
+    """
+    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    _read_into(bytes_of(tensor), entry.file, entry.offset, name)
+    return tensor
+
+
+def _read_into(part: memoryview, path: Path, offset: int, name: str) -> None:
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while part:
+            count = file.readinto(part)
+            if not count:
+                raise InputError(f"{path} ends before its tensor {name}; fetch the file again")
+            part = part[count:]
 
 
 def all_names(model: nn.Module) -> dict[int, list[str]]:

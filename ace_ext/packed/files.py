@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ace_ext.errors import InputError
-from ace_ext.models.safetensors_files import Shards
+from ace_ext.models.safetensors_files import Shards, read_entry
 from ace_ext.models.safetensors_header import Entry, Header, parse_header, read_header
 from ace_ext.ops import unpack_bitmap
 from ace_ext.packed import CODECS, Codec
@@ -88,13 +88,18 @@ def packed_name(dense: str) -> str:
 
 
 class PackedFile:
-    """One packed file. Tensors are mapped: they take memory when they are read, which the system can take back.
+    """One packed file.
+
+    Args:
+        path: of the file.
+        mapped: tensors take memory when they are used, which the system can take back; but to it this is memory of the
+            process. Else each is read into memory of its own.
 
     Raises:
         InputError: it is cut, foreign, or its header contradicts itself.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, mapped: bool = True) -> None:
         self.path = path
         header = read_header(path)
         self.origin = Origin.of(path, header.metadata)
@@ -103,7 +108,8 @@ class PackedFile:
             self.dense = self._dense_header()
         with self._damaged("header"):
             self._parts = self._divide(header)
-        self._file: Any = safe_open(path, framework="pt")
+        self._entries = header.entries
+        self._file: Any = safe_open(path, framework="pt") if mapped else None
 
     @contextlib.contextmanager
     def _damaged(self, what: str) -> Iterator[None]:
@@ -150,12 +156,17 @@ class PackedFile:
             InputError: its parts contradict each other.
         """
         with self._damaged(name):
-            parts: Parts = {part: self._file.get_tensor(f"{name}.{part}") for part in self._parts[name]}
+            parts: Parts = {part: self._stored(f"{name}.{part}") for part in self._parts[name]}
             if not parts:
-                tensor: Tensor = self._file.get_tensor(name)
-                return tensor
+                return self._stored(name)
             entry = self.dense.entries[name]
             return self.codec.decode(Packed(parts, entry.dtype, entry.shape, self.origin.pattern))
+
+    def _stored(self, name: str) -> Tensor:
+        if self._file is None:
+            return read_entry(self._entries[name], name)
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
 
     def tensor(self, name: str) -> Tensor:
         """A dense tensor by its name, unpacked."""
@@ -169,18 +180,18 @@ class PackedFile:
 
 
 class PackedShards(Shards):
-    """A packed folder, read like the dense one that it was made from.
+    """A packed folder, read like the dense one that it was made from; ``mapped`` as for :class:`PackedFile`.
 
     Raises:
         InputError: as :class:`PackedFile`, or a file is missing.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, mapped: bool = True) -> None:
         self.folder = Path(folder).expanduser()
         self.files = sorted(self.folder.glob(f"*{SUFFIX}"))
         if not self.files:
             raise InputError(f"{str(folder)!r} holds no {SUFFIX[1:]} files; give a folder that ace-prune pack wrote")
-        self.packed = [PackedFile(path) for path in self.files]
+        self.packed = [PackedFile(path, mapped) for path in self.files]
         self.entries: dict[str, Entry] = {}
         self._owner: dict[str, PackedFile] = {}
         for packed in self.packed:

@@ -17,15 +17,17 @@ _LINE = f'\n  "quantization_config": {{"quant_method": "{METHOD}"}},'
 
 
 def mark(path: Path) -> None:
-    """Adds the line to a configuration after its first brace. One that cannot be read, or has a
+    """Adds the line to a configuration after its first brace. One that is not there, cannot be read, or has a
     ``quantization_config``, stays as it is."""
+    if not path.is_file():
+        return
     text = _text(path)
     try:
         found = json.loads(text)
     except ValueError:
         return
     if isinstance(found, dict) and found and "quantization_config" not in found:
-        path.write_bytes(text.replace("{", "{" + _LINE, 1).encode("utf-8"))
+        path.write_bytes(text.replace("{", "{" + _LINE, 1).encode("utf-8", "surrogateescape"))
 
 
 def unmarked(path: Path) -> bytes:

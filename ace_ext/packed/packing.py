@@ -80,7 +80,7 @@ def pack_into(folder: Path, target: Path, codec: Codec, pattern: tuple[int, int]
         _pack_file(shards, path, target / packed_name(path.name), origin, result)
     for file in target.iterdir():
         flush(file)
-    packed = PackedShards(target)
+    packed = PackedShards(target, mapped=False)  # a run has a limit of memory
     check_hashes(packed)
     result.dense_bytes, result.packed_bytes = (
         sum(file.stat().st_size for file in files) for files in (shards.files, packed.files)
@@ -94,7 +94,7 @@ def unpack(folder: str | Path, output: str | Path) -> int:
     Raises:
         InputError: the folder is damaged or was changed since it was packed, or the output cannot be written.
     """
-    packed = PackedShards(folder)
+    packed = PackedShards(folder, mapped=False)
     written = 0
     with new_folder(output) as target:
         for file in sorted(packed.folder.iterdir()):

@@ -179,8 +179,9 @@ def budget_of(request: RunRequest) -> int:
     return torch.cuda.mem_get_info(request.device)[0] if request.device.type == "cuda" else available_bytes()
 
 
-PACKING_COPIES = 6
-"""Of the largest tensor, while it is packed and while what was written is compared: counted from the archive."""
+PACKING_COPIES = 4
+"""Of the largest tensor, while it is packed and while what was written is compared (measured on SmolLM2-135M: 3.6 for
+the archive, 1.2 for the bitmap)."""
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def verify(folder: str | Path, load: bool = True) -> VerifyResult:
     packed = is_packed(folder)
     if not packed and not has_safetensors(folder):
         raise InputError(f"{str(folder)!r} holds no safetensors; give a folder that ace-prune run wrote")
-    shards = PackedShards(folder) if packed else Shards(folder)
+    shards = PackedShards(folder, mapped=False) if packed else Shards(folder)
     if isinstance(shards, PackedShards):
         check_hashes(shards)
     result = VerifyResult(str(folder))

@@ -75,7 +75,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         self._folder = Path(checkpoint_files[0]).parent
         self._device = next(iter(device_map.values()), "cpu") if isinstance(device_map, dict) else "cpu"
         model._modules.clear()
-        setattr(model, _UNEXPECTED, {"."})  # every tensor of the file: none is read there
+        setattr(model, _UNEXPECTED, _Patterns({"."}))  # every tensor of the file: none is read there
         setattr(model, _TIED, {})
         return model
 
@@ -102,6 +102,13 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         """Packed weights are not trained."""
         return False
+
+
+class _Patterns(set[str]):
+    """Patterns that versions 5.0 to 5.24 can join with their own, of which some have lists and some sets."""
+
+    def __add__(self, others: list[str]) -> list[str]:
+        return [*self, *others]
 
 
 def register() -> None:
