@@ -19,15 +19,18 @@ _M_MMAP_THRESHOLD = -3
 
 
 def parse_bytes(text: str) -> int:
-    """The number of bytes that a text like ``2GB``, ``1.5GiB``, ``800MB`` or ``4096`` names.
+    """The number of bytes that a text like ``2GB``, ``1.5GiB``, ``800MB`` or ``4000000`` names.
 
     Raises:
-        InputError: for anything else.
+        InputError: for anything else, and for a number without a unit that is less than a mebibyte.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)?\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) == 0:
         raise InputError(f"max-memory must be a size like 2GB or 1500MiB (got {text!r})")
-    return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+    size, unit = float(match[1]), (match[2] or "").upper()
+    if not unit and size < 2**20:
+        raise InputError(f"max-memory without a unit is a number of bytes (got {text!r}); did you mean {match[1]}GB?")
+    return int(size * _UNITS[unit])
 
 
 def resident_bytes() -> int:

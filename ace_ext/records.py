@@ -1,8 +1,10 @@
 """What a pruning run did, as data: written beside the model as JSON, and shown as a short table."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 REPORT_NAME = "ace_report.json"
@@ -135,6 +137,32 @@ class Healing:
 
 
 @dataclass
+class HeldBackPerplexity:
+    """Perplexity on a little text that the model was not calibrated on. The windows are few: a first impression, not a
+    result to quote. None: not finite."""
+
+    text: str
+    windows: int
+    seqlen: int
+    """Tokens of a window; the first is not predicted."""
+    dense: float | None
+    pruned: float | None
+    healed: float | None = None
+    """After a distillation that belongs to the run; None also if there was none."""
+
+    def summary(self) -> str:
+        """One line."""
+        after = {"pruned": self.pruned, "distilled": self.healed}
+        figures = [f"{_figure(value)} {name}" for name, value in after.items() if name == "pruned" or value is not None]
+        place = f"{self.windows} windows of {self.seqlen} tokens of {self.text}"
+        return f"perplexity {_figure(self.dense)} dense, {', '.join(figures)} ({place})"
+
+
+def _figure(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+@dataclass
 class PruneReport:
     """The whole run. ``extra`` is for the caller (model, calibration data …)."""
 
@@ -148,6 +176,8 @@ class PruneReport:
     extra: dict[str, Any] = field(default_factory=dict)
     healing: Healing | None = None
     """The distillation that followed, if there was one. The errors of matrices and blocks are those before it."""
+    perplexity: HeldBackPerplexity | None = None
+    """Before and after, if the run measured it."""
 
     @property
     def matrices(self) -> list[MatrixReport]:
@@ -175,7 +205,22 @@ class PruneReport:
         del data["format"], data["sparsity"]
         blocks = [BlockReport.from_dict(block) for block in data.pop("blocks")]
         healing = data.pop("healing", None)  # absent from reports written before there was any
-        return cls(**data, blocks=blocks, healing=None if healing is None else Healing.from_dict(healing))
+        measured = data.pop("perplexity", None)
+        return cls(
+            **data,
+            blocks=blocks,
+            healing=None if healing is None else Healing.from_dict(healing),
+            perplexity=None if measured is None else HeldBackPerplexity(**measured),
+        )
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the report into the folder of the model that it describes, for ``ace-prune verify``, ``heal`` and
+        ``pack``.
+
+        Raises:
+            OSError: the folder is not there, or cannot be written.
+        """
+        (Path(folder) / REPORT_NAME).write_text(self.to_json(), encoding="utf-8")
 
     def table(self) -> str:
         """A table as text: one line for each kind of matrix, averaged over blocks, and the totals below."""
@@ -198,6 +243,8 @@ class PruneReport:
         )
         if self.healing is not None:
             lines.append(self.healing.summary())
+        if self.perplexity is not None:
+            lines.append(self.perplexity.summary())
         return "\n".join(lines)
 
 

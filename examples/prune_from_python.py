@@ -2,7 +2,8 @@
 
     python examples/prune_from_python.py MODEL --text text.txt --output pruned
 
-MODEL is a folder or a hub name. The output is a folder that ``transformers`` loads like any other model. The command
+MODEL is a folder or a hub name. The output is a folder that ``transformers`` loads like any other model
+and ``ace-prune verify`` checks. The command
 ``ace-prune run`` does the same and more (resume, memory limit, GGUF); use Python where the model is in memory already.
 """
 
@@ -36,6 +37,7 @@ def main() -> None:
     print(f"largest relative error: {worst.relative_error:.3f} in {worst.name}")
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
+    report.save(args.output)  # for ace-prune verify, heal and pack
 
 
 if __name__ == "__main__":

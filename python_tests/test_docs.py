@@ -15,7 +15,8 @@ from ace_ext.cli.main import build_parser
 from ace_ext.compare.journal import BlockFigures, Cell, Run
 from ace_ext.data.perplexity import Perplexity
 from ace_ext.pruning import kinds
-from ace_ext.records import BlockReport, Healing, MatrixReport, PruneReport, Solution, Tuning
+from ace_ext.records import BlockReport, Healing, HeldBackPerplexity, MatrixReport, PruneReport, Solution, Tuning
+from ace_ext.runs.verify import verify
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples/README.md"]
@@ -112,7 +113,7 @@ def test_readme_example_runs(tmp_path, monkeypatch):
     names: dict = {}
     exec(block.replace('"wiki-mini"', '"text.txt"').replace("nsamples=128, seqlen=128", "nsamples=8, seqlen=16"), names)
     assert names["report"].sparsity == 0.5
-    assert (tmp_path / "pruned" / "model.safetensors").is_file()
+    assert verify(tmp_path / "pruned").problems == []
 
 
 # --- names and files --------------------------------------------------------------------------------------------------
@@ -156,7 +157,19 @@ def test_named_files_exist(path):
 
 @pytest.mark.parametrize(
     "record",
-    [PruneReport, BlockReport, MatrixReport, Solution, Tuning, Healing, Run, Cell, BlockFigures, Perplexity],
+    [
+        PruneReport,
+        BlockReport,
+        MatrixReport,
+        Solution,
+        Tuning,
+        Healing,
+        HeldBackPerplexity,
+        Run,
+        Cell,
+        BlockFigures,
+        Perplexity,
+    ],
     ids=lambda record: record.__name__,
 )
 def test_file_formats_name_every_key(record):

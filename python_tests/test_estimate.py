@@ -63,7 +63,7 @@ def test_estimate_counts_what_is_there():
         ({"config": PruneConfig(allocation="owl")}, {"config": PruneConfig(allocation="error")}),
         ({"resident_hidden": False}, {"resident_hidden": True}),
         ({"offload": True}, {"offload": False}),
-        ({"nsamples": 1}, {"nsamples": 1, "measures_bos": True}),
+        ({"nsamples": 1}, {"nsamples": 1, "measures": True}),
     ],
     ids=lambda value: "",
 )
@@ -99,9 +99,7 @@ def test_measuring_for_the_bos_token_holds_logits(tmp_path):
     model = make_model("llama", torch.bfloat16)
     model.resize_token_embeddings(4096)
     model.config.max_position_embeddings = 256
-    resident, disk = (
-        need(model=model, nsamples=1, seqlen=2, measures_bos=True, offload=part) for part in (False, True)
-    )
+    resident, disk = (need(model=model, nsamples=1, seqlen=2, measures=True, offload=part) for part in (False, True))
     assert (resident.phase, disk.phase) == ("bos", "bos")
     assert (resident.model, disk.model) == (sum(p.nbytes for p in model.parameters()), 0)
     windows = torch.zeros(2 * WINDOWS, WINDOW_TOKENS + 1, dtype=torch.long)

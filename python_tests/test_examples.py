@@ -11,6 +11,7 @@ from folders import save_dense, weights_bytes
 from safetensors.torch import load_file
 
 from ace_ext import PruneReport
+from ace_ext.runs.verify import verify
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = ("--nsamples", "4", "--seqlen", "16")
@@ -60,6 +61,7 @@ def test_prune_from_python(place):
     assert "3 blocks, 21 matrices, sparsity 0.5000" in printed
     assert "largest relative error: " in printed
     assert zeros(place / "pruned") == 0.5
+    assert verify(place / "pruned").problems == []
 
 
 def test_own_metric(place):

@@ -11,7 +11,7 @@ from ace_ext.pruning.presets import PRESETS, PUBLISHED, preset_config
 def test_presets_are_valid_whatever_is_pruned(name, settings):
     config = preset_config(name, **settings)
     assert config.sparsity == settings.get("sparsity", 0.5)
-    assert config.group == ("matrix" if name == "sparsegpt" and "pattern" not in settings else "row")
+    assert config.group == ("matrix" if name == "published-sparsegpt" and "pattern" not in settings else "row")
 
 
 def test_names_are_unique():
@@ -30,5 +30,5 @@ def test_settings_win():
 
 
 def test_unknown_names_are_told():
-    with pytest.raises(InputError, match=r"preset must be one of fast, balanced, best, wanda.*'turbo'"):
+    with pytest.raises(InputError, match=r"preset must be one of fast, balanced, best, published-wanda.*'turbo'"):
         preset_config("turbo")

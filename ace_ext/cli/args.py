@@ -2,12 +2,10 @@
 without a change here."""
 
 import argparse
-import contextlib
-import io
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 import torch
 
@@ -19,12 +17,12 @@ from ace_ext.models.loading import WEIGHT_DTYPES
 from ace_ext.process_memory import parse_bytes
 from ace_ext.pruning.config import PruneConfig, all_settings, config_settings
 from ace_ext.pruning.criteria import METRICS, RENAMED
-from ace_ext.pruning.presets import DEFAULT_PRESET, PRESETS, PUBLISHED, preset_config
+from ace_ext.pruning.presets import DEFAULT_PRESET, PRESETS, PUBLISHED, RENAMED_PRESETS, preset_config
 from ace_ext.pruning.settings import Setting
 from ace_ext.pruning.solver_config import UPDATES, option_help, solver_names, solver_settings, update_names
 from ace_ext.pruning.solvers import MaskSolver, Solver, solvers_of
 from ace_ext.reporting.html import check_report
-from ace_ext.runs.options import OFFLOAD, Calibration, RunOptions, RunRequest
+from ace_ext.runs.options import EVALUATE_AUTO, EVALUATE_NEVER, OFFLOAD, Calibration, RunOptions, RunRequest
 from ace_ext.runs.output import check_outside, output_path
 from ace_ext.runs.own_files import check_replaceable, is_log
 
@@ -71,8 +69,9 @@ def add_pruning(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("pruning")
     group.add_argument(
         "--preset",
-        choices=[*PRESETS, *PUBLISHED],
-        help="named settings; other options given here replace them (default: "
+        choices=[*PRESETS, *PUBLISHED, *RENAMED_PRESETS],
+        metavar="NAME",
+        help=f"named settings: {', '.join((*PRESETS, *PUBLISHED))}; other options given here replace them (default: "
         f"{DEFAULT_PRESET}, unless metric, group or a solver are given)",
     )
     own = config_settings()
@@ -129,6 +128,11 @@ def pruning_tables() -> str:
     return "\n\n".join(table(title, lines) for title, lines in tables)
 
 
+def examples(*commands: str) -> str:
+    """Commands to start from, for the end of a help text."""
+    return "examples:\n" + "\n".join(f"  ace-prune {command}" for command in commands)
+
+
 def table(title: str, lines: dict[str, str]) -> str:
     """A title, then names and their descriptions in aligned columns."""
     width = max(map(len, lines))
@@ -166,6 +170,13 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     )
     add_bos(group, "sample", f"{AUTO}; {NEVER} with the preset of a published method")
     default = Calibration()
+    group.add_argument(
+        "--evaluate",
+        default=EVALUATE_AUTO,
+        metavar="TEXT",
+        help=f"measure perplexity before and after on a few windows of this text; {EVALUATE_NEVER}: not at all; "
+        f"{EVALUATE_AUTO}: of text that was held back (default: %(default)s)",
+    )
     group.add_argument("--nsamples", type=int, default=default.nsamples, help="samples (default: %(default)s)")
     group.add_argument("--seqlen", type=int, default=default.seqlen, help="tokens of a sample (default: %(default)s)")
     group.add_argument("--seed", type=int, default=default.seed, help="seed of the sampling (default: %(default)s)")
@@ -196,54 +207,6 @@ def add_reports(group: Any, each: str) -> None:
     """Adds the page and the log; ``each``: of what the log has a line."""
     group.add_argument("--report", metavar="FILE.html", type=Path, help="write an HTML page about the run")
     group.add_argument("--log-json", metavar="FILE", help=f"write a JSON line for each {each}; - for stderr")
-
-
-class LogFile(io.TextIOWrapper):
-    """The file of ``--log-json``. A disk error names it, and not the output."""
-
-    def write(self, text: str) -> int:
-        """As of any text file. Raises InputError if it cannot be written."""
-        try:
-            return super().write(text)
-        except OSError as error:
-            raise self._failed(error) from error
-
-    def flush(self) -> None:
-        """As of any text file. Raises InputError if it cannot be written."""
-        try:
-            super().flush()
-        except OSError as error:
-            raise self._failed(error) from error
-
-    def close(self) -> None:
-        """As of any text file. Raises InputError if what is left cannot be written."""
-        try:
-            super().close()
-        except OSError as error:
-            raise self._failed(error) from error
-
-    def _failed(self, error: OSError) -> InputError:
-        return InputError(
-            f"log-json {self.name!r} cannot be written: {error.strerror}; mend that and go on with --resume"
-        )
-
-
-def open_log(name: str | None, opened: contextlib.ExitStack) -> TextIO | None:
-    """The file of ``--log-json``, which ``opened`` closes; None without one.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    if name is None or name == "-":
-        return sys.stderr if name else None
-    try:
-        return opened.enter_context(LogFile(open(name, "ab", opener=_open_own), encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"log-json {name!r} cannot be written: {error.strerror}; give another file") from error
-
-
-def _open_own(name: str, flags: int) -> int:
-    return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)  # follows no link and waits for no pipe
 
 
 def check_written(args: argparse.Namespace) -> None:
@@ -277,9 +240,9 @@ def request_from(args: argparse.Namespace, **options: Any) -> RunRequest:
         InputError: a value is not valid.
     """
     budget = None if args.max_memory is None else parse_bytes(args.max_memory)
-    bos = args.bos or default_mode(args.preset in PUBLISHED, args.calibration == SELF)
+    bos = args.bos or default_mode(args.preset in (*PUBLISHED, *RENAMED_PRESETS), args.calibration == SELF)
     calibration = Calibration(args.calibration, args.nsamples, args.seqlen, args.seed, args.text_field, bos)
-    run_options = RunOptions(offload=args.offload, max_memory=budget, **options)
+    run_options = RunOptions(offload=args.offload, max_memory=budget, evaluate=args.evaluate, **options)
     return RunRequest(args.model, config_from(args), calibration, run_options, device_of(args), args.dtype)
 
 

@@ -16,6 +16,12 @@ from ace_ext.packed.packing import unpack
 from ace_ext.reporting.bench_plot import check_plot, write_plot
 from ace_ext.runtime.bench import BenchResult, BenchSettings, Pair, bench
 
+EXAMPLES = (
+    "bench packed",
+    "bench packed --dense pruned --tokens 32",
+)
+"""Commands that ``--help`` shows."""
+
 
 def add(commands: shared.Subparsers) -> None:
     """Adds the verb to the command line."""

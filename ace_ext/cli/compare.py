@@ -16,6 +16,13 @@ from ace_ext.errors import InputError
 from ace_ext.pruning.config import BATCH_TOKENS
 from ace_ext.reporting.compare_page import write_study_report
 from ace_ext.reporting.plots import require_matplotlib
+from ace_ext.runs.options import Calibration
+
+EXAMPLES = (
+    "compare --model MODEL --methods published-wanda,fast,balanced --calibration wiki-mini",
+    "compare --model MODEL --methods wanda,ace --sparsities 0.5,0.6 --patterns 2:4 --seeds 0,1,2 --output comparison",
+)
+"""Commands that ``--help`` shows."""
 
 
 def add(commands: shared.Subparsers) -> None:
@@ -23,20 +30,22 @@ def add(commands: shared.Subparsers) -> None:
     parser = commands.add_parser(
         "compare",
         help="compare methods, sparsities and calibration on one model",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=_method_table(),
     )
     shared.add_model(parser)
     parser.add_argument("--methods", default="published-wanda,fast", help="a list, see below (default: %(default)s)")
-    parser.add_argument("--sparsities", help="a list of shares of zeros, e.g. 0.5,0.6 (default: 0.5)")
-    parser.add_argument("--patterns", help="a list of N:M, N kept of M consecutive inputs, e.g. 2:4,4:8")
-    parser.add_argument(
-        "--lengths", default="128x128", help="a list of nsamples x seqlen, e.g. 64x128,16x512 (default: %(default)s)"
-    )
+    parser.add_argument("--sparsities", "--sparsity", help="a list of shares of zeros, e.g. 0.5,0.6 (default: 0.5)")
+    parser.add_argument("--patterns", "--pattern", help="a list of N:M, N kept of M consecutive inputs, e.g. 2:4,4:8")
+    parser.add_argument("--lengths", help="a list of nsamples x seqlen, e.g. 64x128,16x512 (default: 128x128)")
+    default = Calibration()
+    parser.add_argument("--nsamples", type=int, help=f"instead of --lengths, as run (default: {default.nsamples})")
+    parser.add_argument("--seqlen", type=int, help=f"instead of --lengths, as run (default: {default.seqlen})")
     parser.add_argument("--calibration", default=SELF, help="a list of texts, see run --help (default: %(default)s)")
     shared.add_bos(parser, "calibration sample", f"{AUTO}; {NEVER} for published-*")
-    parser.add_argument("--seeds", default="0", help="a list, e.g. 0,1,2 (default: %(default)s)")
-    parser.add_argument("--texts", default="wiki-mini", help="a list of texts to evaluate on (default: %(default)s)")
+    parser.add_argument("--seeds", "--seed", default="0", help="a list, e.g. 0,1,2 (default: %(default)s)")
+    parser.add_argument(
+        "--texts", "--text", default="wiki-mini", help="a list of texts to evaluate on (default: %(default)s)"
+    )
     parser.add_argument("--eval-seqlen", type=int, default=SEQLEN, help="tokens of a window (default: %(default)s)")
     parser.add_argument("--eval-windows", type=int, default=EVAL_WINDOWS, help="windows at most (default: %(default)s)")
     shared.add_bos(parser, "window of an evaluation text", AUTO, "--eval-bos")
@@ -76,7 +85,7 @@ def study_from(args: argparse.Namespace) -> Study:
         grid=Grid(
             methods=parse_methods(args.methods),
             amounts=amounts,
-            lengths=tuple(parse_length(text) for text in _split(args.lengths)),
+            lengths=_lengths(args),
             calibrations=_split(args.calibration),
             seeds=tuple(_whole("seeds", text) for text in _split(args.seeds)),
             bos=args.bos,
@@ -91,6 +100,20 @@ def study_from(args: argparse.Namespace) -> Study:
 
 def _split(text: str | None) -> tuple[str, ...]:
     return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+
+
+def _lengths(args: argparse.Namespace) -> tuple[tuple[int, int], ...]:
+    """Those of ``--lengths``, or the one that ``--nsamples`` and ``--seqlen`` give."""
+    default = Calibration()
+    if args.lengths is None:
+        nsamples, seqlen = (
+            own if given is None else given
+            for given, own in ((args.nsamples, default.nsamples), (args.seqlen, default.seqlen))
+        )
+        return (parse_length(f"{nsamples}x{seqlen}"),)
+    if args.nsamples is not None or args.seqlen is not None:
+        raise InputError(f"give lengths, or nsamples and seqlen, not both (got lengths {args.lengths!r})")
+    return tuple(parse_length(text) for text in _split(args.lengths))
 
 
 def parse_length(text: str) -> tuple[int, int]:

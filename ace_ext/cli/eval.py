@@ -11,12 +11,18 @@ from ace_ext.data.perplexity import SEQLEN
 from ace_ext.runs.beginning import recorded_in_report
 from ace_ext.runtime import open_model
 
+EXAMPLES = (
+    "eval --model MODEL --text wiki-mini",
+    "eval --model pruned --text text.txt --seqlen 1024 --max-tokens 65536",
+)
+"""Commands that ``--help`` shows."""
+
 
 def add(commands: shared.Subparsers) -> None:
     """Adds the verb to the command line."""
     parser = commands.add_parser("eval", help="perplexity of a model on held-out text")
     shared.add_model(parser)
-    parser.add_argument("--text", required=True, help=f"{', '.join(SOURCES)}, FILE.txt or FILE.jsonl")
+    parser.add_argument("--text", "--texts", required=True, help=f"{', '.join(SOURCES)}, FILE.txt or FILE.jsonl")
     parser.add_argument("--seqlen", type=int, default=SEQLEN, help="tokens of a window (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, help="read at most this many tokens (default: all)")
     shared.add_bos(parser, "window", f"{AUTO}; of a pruned folder, as its run chose for the dense model")

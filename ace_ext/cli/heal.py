@@ -5,6 +5,7 @@ import contextlib
 from dataclasses import replace
 
 from ace_ext.cli import args as shared
+from ace_ext.cli.log_file import open_log
 from ace_ext.data.corpora import SOURCES
 from ace_ext.healing.progress import HealProgress
 from ace_ext.healing.settings import HealSettings
@@ -13,6 +14,12 @@ from ace_ext.reporting.run_page import write_run_report
 from ace_ext.runs.heal import TOKENS, HealOptions, HealRequest, heal_folder
 from ace_ext.runs.heal_text import recorded_text
 from ace_ext.runs.output import read_report
+
+EXAMPLES = (
+    "heal pruned --output healed --tokens 65536",
+    "heal pruned --output healed --minutes 30 --max-memory 8GB --resume",
+)
+"""Commands that ``--help`` shows."""
 
 
 def add(commands: shared.Subparsers) -> None:
@@ -94,7 +101,7 @@ def heal(args: argparse.Namespace) -> int:
     shared.check_written(args)
     request = request_from(args)
     with contextlib.ExitStack() as opened:
-        progress = HealProgress(shared.shows_progress(args), shared.open_log(args.log_json, opened))
+        progress = HealProgress(shared.shows_progress(args), open_log(args.log_json, opened))
         report, path = heal_folder(request, progress, lambda line: shared.note(args, line))
     if args.report is not None:
         write_run_report(report, args.report)

@@ -6,18 +6,20 @@ Exit status: 0: done; 1: internal error (one line; ``--debug`` shows where), or 
 """
 
 import argparse
+import contextlib
 import io
 import logging
 import os
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
 
 import shtab
 import torch
 
 from ace_ext.cli import bench, compare, eval, heal, pack, plan, run, unpack, verify
-from ace_ext.cli.args import OneLineParser
+from ace_ext.cli.args import OneLineParser, examples
 from ace_ext.cli.endings import ending
 from ace_ext.models.location import remote_code
 from ace_ext.process_threads import allowed_cpus
@@ -36,7 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
     for verb in VERBS:
         verb.add(commands)
-    for command in commands.choices.values():
+    for verb, command in zip(VERBS, commands.choices.values(), strict=True):
+        command.epilog = "\n\n".join(filter(None, (examples(*verb.EXAMPLES), command.epilog)))
+        command.formatter_class = argparse.RawDescriptionHelpFormatter
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -49,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         _quiet_libraries()
         _limit_threads()
-        with remote_code(getattr(args, "trust_remote_code", False)):
+        with remote_code(getattr(args, "trust_remote_code", False)), _warnings_in_a_line(getattr(args, "quiet", False)):
             status: int = args.action(args)
         sys.stdout.flush()  # here, where an error can still be told
     except (Exception, KeyboardInterrupt) as error:
@@ -64,6 +68,20 @@ def _limit_threads() -> None:
     cpus = allowed_cpus()
     if "OMP_NUM_THREADS" not in os.environ and cpus < torch.get_num_threads():
         torch.set_num_threads(cpus)
+
+
+@contextlib.contextmanager
+def _warnings_in_a_line(quiet: bool) -> Iterator[None]:
+    """Shows warnings as this program's other notes; ``quiet``: not at all."""
+
+    def say(message: Warning | str, *_: object, **__: object) -> None:
+        print(f"ace-prune: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        if quiet:
+            warnings.simplefilter("ignore")
+        warnings.showwarning = say
+        yield
 
 
 def _replace_unprintable() -> None:

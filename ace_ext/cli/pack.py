@@ -11,6 +11,12 @@ from ace_ext.packed.packing import pack
 from ace_ext.records import REPORT_NAME
 from ace_ext.runs.output import read_report
 
+EXAMPLES = (
+    "pack pruned --output packed",
+    "pack pruned --output small --format archive",
+)
+"""Commands that ``--help`` shows."""
+
 
 def add(commands: shared.Subparsers) -> None:
     """Adds the verb to the command line."""
@@ -18,7 +24,6 @@ def add(commands: shared.Subparsers) -> None:
         "pack",
         help="write a smaller copy of a pruned folder, without its zeros",
         epilog=shared.table("formats", {name: codec.summary for name, codec in CODECS.items()}),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", help="a folder that ace-prune run wrote; it is not changed")
     parser.add_argument("--output", required=True, help="the folder to write; it must not exist")

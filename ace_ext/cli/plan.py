@@ -6,13 +6,18 @@ from ace_ext.cli import args as shared
 from ace_ext.formats import DEFAULT_FORMAT, FORMATS
 from ace_ext.runs.plan import make_plan
 
+EXAMPLES = (
+    "plan --model MODEL --preset balanced",
+    "plan --model MODEL --pattern 2:4 --calibration wiki-mini --max-memory 8GB",
+)
+"""Commands that ``--help`` shows."""
+
 
 def add(commands: shared.Subparsers) -> None:
     """Adds the verb to the command line."""
     parser = commands.add_parser(
         "plan",
         help="what a run would prune, and the memory and time it would take",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=shared.pruning_tables(),
     )
     shared.add_model(parser)

@@ -5,11 +5,20 @@ import contextlib
 from pathlib import Path
 
 from ace_ext.cli import args as shared
+from ace_ext.cli.log_file import open_log
 from ace_ext.engine.distributed import launched, number_of
 from ace_ext.engine.progress import Progress
 from ace_ext.formats import DEFAULT_FORMAT, FORMATS
 from ace_ext.reporting.run_page import write_run_report
 from ace_ext.runs.pipeline import prune_folder
+
+EXAMPLES = (
+    "run --model MODEL --output pruned",
+    "run --model MODEL --output pruned --preset balanced --calibration wiki-mini",
+    "run --model MODEL --output pruned --pattern 2:4 --calibration text.jsonl --text-field content",
+    "run --model MODEL --output pruned --calibration wiki-mini --max-memory 8GB --resume",
+)
+"""Commands that ``--help`` shows."""
 
 
 def add(commands: shared.Subparsers) -> None:
@@ -17,7 +26,6 @@ def add(commands: shared.Subparsers) -> None:
     parser = commands.add_parser(
         "run",
         help="prune a model",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"{shared.pruning_tables()}\n\n{_formats()}",
     )
     shared.add_model(parser)
@@ -70,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         format=args.format,
     )
     with contextlib.ExitStack() as opened:
-        progress = Progress(shared.shows_progress(args), shared.open_log(args.log_json, opened), notes=not args.quiet)
+        progress = Progress(shared.shows_progress(args), open_log(args.log_json, opened), notes=not args.quiet)
         report, path = prune_folder(
             request.model,
             args.output,

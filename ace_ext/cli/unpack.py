@@ -5,6 +5,9 @@ import argparse
 from ace_ext.cli import args as shared
 from ace_ext.packed.packing import unpack
 
+EXAMPLES = ("unpack packed --output pruned",)
+"""Commands that ``--help`` shows."""
+
 
 def add(commands: shared.Subparsers) -> None:
     """Adds the verb to the command line."""

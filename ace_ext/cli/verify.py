@@ -6,6 +6,9 @@ import json
 from ace_ext.cli import args as shared
 from ace_ext.runs.verify import verify
 
+EXAMPLES = ("verify pruned",)
+"""Commands that ``--help`` shows."""
+
 
 def add(commands: shared.Subparsers) -> None:
     """Adds the verb to the command line."""

@@ -23,13 +23,11 @@ def _solver_methods() -> dict[str, dict[str, Any]]:
     return methods
 
 
-_PUBLISHED = "published-"
-
 METHODS: dict[str, dict[str, Any]] = {
     **{name: {"metric": name} for name in METRICS},
     **_solver_methods(),
     **PRESETS,
-    **{f"{_PUBLISHED}{name}": arguments for name, arguments in PUBLISHED.items()},
+    **PUBLISHED,
 }
 """Keyword arguments of :class:`ace_ext.PruneConfig` by name. A metric's name alone keeps the default order of pruning;
 ``published-wanda`` is the metric ``wanda`` in the order that its authors use."""
@@ -67,7 +65,7 @@ class Method:
     @property
     def published(self) -> bool:
         """Whether it is a published method with its own settings, changed or not."""
-        return self.label.startswith(_PUBLISHED)
+        return self.label.partition(":")[0] in PUBLISHED
 
     def config(self, **others: Any) -> PruneConfig:
         """The configuration: the method's arguments, and ``others`` (sparsity or pattern, skip …) that it does not set.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ace_ext.errors import InputError
-from ace_ext.models._transformers import embedding_weight, text_config
+from ace_ext.models._transformers import embedding_weight, output_head, text_config
 from ace_ext.models.tokenizer import Tokenizer
 
 AUTO, ALWAYS, NEVER = MODES = ("auto", "always", "never")
@@ -49,6 +49,7 @@ years. A decision is expected in the spring, after the people of both towns have
 # One text for all runs: the choice is then the model's, whatever it is calibrated and evaluated on.
 
 _NO_ENGLISH = "the tokenizer does not add it, and knows too few English words for the model to be measured"
+_NO_HEAD = "the tokenizer does not add it, and a model without an LM head cannot be measured"
 _MEASURING = "its tokenizer has a BOS token and does not add it, so the model must be measured"
 
 
@@ -110,6 +111,8 @@ def choose_bos(
     choice = settled_bos(mode, tokenizer, own_text)
     if model is None:
         return choice or BosChoice(mode, None, _MEASURING)
+    if choice is None and output_head(model) is None:
+        return BosChoice(mode, None, _NO_HEAD)
     if choice is None:
         return _measured(tokenizer, model, logits or _logits_of(model))
     if choice.token is not None:
@@ -135,12 +138,17 @@ def settled_bos(mode: str, tokenizer: Tokenizer, own_text: bool = False) -> BosC
         return BosChoice(mode, token, "text that the model writes begins with it")
     if tokenizer(_TEXT, verbose=False)["input_ids"][:1] == [token]:
         return BosChoice(mode, token, "the tokenizer begins each text with it")
-    return None if _knows_english(tokenizer) else BosChoice(mode, None, _NO_ENGLISH)
+    return None if knows_english(tokenizer) else BosChoice(mode, None, _NO_ENGLISH)
 
 
-def _knows_english(tokenizer: Tokenizer) -> bool:
-    """Whether most of the text is made of tokens that the tokenizer knows."""
-    ids = text_ids(_TEXT, tokenizer)
+def short_text_ids(tokenizer: Tokenizer) -> list[int]:
+    """The ids, without special tokens, of the English text on which ``auto`` measures a model."""
+    return text_ids(_TEXT, tokenizer)
+
+
+def knows_english(tokenizer: Tokenizer) -> bool:
+    """Whether most of that text is made of tokens that the tokenizer knows."""
+    ids = short_text_ids(tokenizer)
     unknown = sum(token == getattr(tokenizer, "unk_token_id", None) for token in ids)
     return len(ids) >= 2 * WINDOWS and 2 * unknown <= len(ids)
 
@@ -174,7 +182,7 @@ def _measured(tokenizer: Tokenizer, model: nn.Module, logits: Callable[[Tensor],
     token = tokenizer.bos_token_id
     assert token is not None  # else it was settled
     check_known(token, model)
-    ids = text_ids(_TEXT, tokenizer)
+    ids = short_text_ids(tokenizer)
     check_known(max(ids), model)
     positions = getattr(text_config(model), "max_position_embeddings", None) or WINDOW_TOKENS + 1
     size = min(WINDOW_TOKENS, len(ids) // WINDOWS, positions - 1)
@@ -186,8 +194,8 @@ def _measured(tokenizer: Tokenizer, model: nn.Module, logits: Callable[[Tensor],
     model.eval()
     found = logits(batch)
     model.train(training)
-    with_token = _perplexity(found[:WINDOWS, 1:-1], windows[:, 1:])
-    without = _perplexity(found[WINDOWS:, :-2], windows[:, 1:])
+    with_token = perplexity_of(found[:WINDOWS, 1:-1], windows[:, 1:])
+    without = perplexity_of(found[WINDOWS:, :-2], windows[:, 1:])
     helps = without > HELPS * with_token  # False with NaN
     why = f"perplexity {with_token:.2f} with it and {without:.2f} without it, on a short text"
     return BosChoice(AUTO, token if helps else None, why)
@@ -201,8 +209,9 @@ def _logits_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _perplexity(logits: Tensor, targets: Tensor) -> float:
-    """Of ``targets [windows, tokens]``, window by window: float32 logits of a large vocabulary take much memory."""
+def perplexity_of(logits: Tensor, targets: Tensor) -> float:
+    """The perplexity of ``targets [windows, tokens]`` by ``logits [windows, tokens, vocabulary]``, window by window:
+    float32 logits of a large vocabulary take much memory."""
     losses = [
         functional.cross_entropy(row.float(), target.to(row.device)).item()
         for row, target in zip(logits, targets, strict=True)

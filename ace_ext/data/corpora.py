@@ -103,4 +103,6 @@ def _load_dataset(source: str, *path: str, **options: Any) -> Dataset:
 
 _GENSIM_TEXTS = {"wiki-mini": wiki_mini, "news-mini": news_mini, "code-mini": code_mini}
 _HUB_TEXTS: dict[str, Callable[[str], list[str]]] = {"wikitext2": _wikitext2, "c4": _c4}
-SOURCES = (*_GENSIM_TEXTS, *_HUB_TEXTS)
+SMALL_SOURCES = (*_GENSIM_TEXTS,)
+"""Those of which both splits are read from one small file."""
+SOURCES = (*SMALL_SOURCES, *_HUB_TEXTS)

@@ -1,13 +1,16 @@
 """Calibration text that the model itself writes, one sampled token after the other."""
 
 import math
+import sys
+from collections.abc import Callable
 from numbers import Real
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from ace_ext.data.bos import check_known
-from ace_ext.data.requests import check_int, check_positions, check_request, seeded_generator
+from ace_ext.data.requests import check_int, check_positions, check_predicts, check_request, seeded_generator
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import cache_arguments, embedding_weight
 from ace_ext.models.tokenizer import Tokenizer
@@ -25,13 +28,15 @@ def self_generated(
     temperature: float = 1.0,
     batch_size: int = ROWS_TOGETHER,
     bos: bool = True,
+    progress: bool = False,
 ) -> torch.Tensor:
     """Return text that the model writes: int64 [nsamples, seqlen], on the CPU.
 
     Each row starts with the tokenizer's BOS token (without one, or without `bos`, with its EOS, else with a random
     token) and is sampled from the model's own distribution to the full length, past any EOS. One random number is drawn
     for each token beforehand, so a seed gives the same text whatever the batch size or the device (up to rounding in
-    the model's logits). The global random state is untouched, and so are the modules' training modes.
+    the model's logits). `progress`: a bar on stderr. The global random state is untouched, and so are the modules'
+    training modes.
 
     Raises:
         InputError: numbers out of range, more tokens than the model has positions for, a first token that the model
@@ -42,17 +47,20 @@ def self_generated(
     if not (isinstance(temperature, Real) and math.isfinite(temperature) and temperature > 0):
         raise InputError(f"temperature: {temperature!r} found; use a finite number above 0 (1 is the model's own)")
     check_positions(model, seqlen)
+    check_predicts(model, "it cannot write its own text: give another --calibration, such as a file")
     generator = seeded_generator(seed)
     starts = (tokenizer.bos_token_id if bos else None, tokenizer.eos_token_id)
     first = _first_tokens(model, starts, len(tokenizer), nsamples, generator)
     draws = torch.rand(nsamples, seqlen - 1, dtype=torch.float64, generator=generator)
     training = [module for module in model.modules() if module.training]
     model.eval()  # dropout would change the text and draw from the global random state
+    bar = tqdm(total=draws.numel(), desc="writing text", unit="token", disable=not progress, file=sys.stderr)
     try:
-        rows = [
-            _write(model, first[i : i + batch_size], draws[i : i + batch_size], temperature)
-            for i in range(0, nsamples, batch_size)
-        ]
+        with bar:
+            rows = [
+                _write(model, first[i : i + batch_size], draws[i : i + batch_size], temperature, bar.update)
+                for i in range(0, nsamples, batch_size)
+            ]
     finally:
         for module in training:
             module.training = True
@@ -71,9 +79,15 @@ def _first_tokens(
 
 
 @torch.no_grad()
-def _write(model: nn.Module, first: torch.Tensor, draws: torch.Tensor, temperature: float) -> torch.Tensor:
+def _write(
+    model: nn.Module,
+    first: torch.Tensor,
+    draws: torch.Tensor,
+    temperature: float,
+    written: Callable[[int], object] = lambda _: None,
+) -> torch.Tensor:
     """Continue each row's first token [rows] by one token for each of draws [rows, n], which are uniform in [0, 1):
-    int64 [rows, n + 1]."""
+    int64 [rows, n + 1]. `written` is told how many tokens came last."""
     device = next(model.parameters()).device
     draws = draws.to(device)
     tokens = first[:, None].to(device)
@@ -91,6 +105,7 @@ def _write(model: nn.Module, first: torch.Tensor, draws: torch.Tensor, temperatu
         # right=True skips tokens of probability 0; the clamp is for a product rounded up to the total, and for NaN.
         news = torch.searchsorted(running, draw * total, right=True).clamp_(max=running.shape[1] - 1)
         tokens = torch.cat([tokens, news], dim=1)
+        written(len(news))
         cache = cache_arguments(output)
         if not cache:
             news = tokens  # a model that returns no cache reads the whole row again

@@ -10,7 +10,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from ace_ext.data.bos import begin_with
-from ace_ext.data.requests import check_int, check_positions, check_tokens
+from ace_ext.data.requests import check_int, check_positions, check_predicts, check_tokens
 from ace_ext.errors import InputError
 
 SEQLEN = 512
@@ -66,6 +66,7 @@ def perplexity(
     """
     check_int("seqlen", seqlen, 2, ": a window's first token is not predicted")
     check_positions(model, seqlen)
+    check_predicts(model, "it has no perplexity: evaluate it on its own task")
     if max_tokens is not None:
         check_int("max_tokens", max_tokens, seqlen, ", a whole window")
     check_tokens(model, tokens)

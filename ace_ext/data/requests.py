@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ace_ext.errors import InputError
-from ace_ext.models._transformers import embedding_weight, text_config
+from ace_ext.models._transformers import embedding_weight, output_head, text_config
 from ace_ext.process_memory import available_bytes
 
 BYTES_OF_A_SAMPLE = 200
@@ -50,6 +50,13 @@ def check_positions(model: nn.Module, seqlen: int) -> None:
         raise InputError(
             f"seqlen: {_short(seqlen)} found, but the model has {positions} positions; use {positions} or less"
         )
+
+
+def check_predicts(model: nn.Module, what: str) -> None:
+    """Raises :class:`InputError` for a model without an LM head, such as a classifier. ``what`` ends the message: what
+    needs one, and what to do."""
+    if output_head(model) is None:
+        raise InputError(f"model: {type(model).__name__} has no LM head, so it predicts no token; {what}")
 
 
 def check_tokens(model: nn.Module, tokens: torch.Tensor) -> None:

@@ -43,13 +43,14 @@ def load_windows(
     bos: str | BosChoice = "auto",
     text_field: str = "text",
     cache_dir: str | os.PathLike[str] | None = None,
+    progress: bool = False,
 ) -> CalibrationData:
     """Return calibration samples, int64 [nsamples, seqlen], of a source of corpora.load_text or of the model itself.
 
     `bos` says whether each sample begins with the BOS token: `auto`, `always`, `never`, or a choice already made; the
     token is one of the `seqlen`. `source="self"` needs `model`, which must be dense; for other sources it is needed
     where `auto` has to measure it (ace_ext.data.bos), else there is a warning and no BOS token. The numbers are checked
-    before anything is read.
+    before anything is read. `progress`: a bar on stderr while the model writes.
 
     Raises:
         InputError: as choose_bos, token_windows, self_generated and corpora.load_text.
@@ -63,7 +64,9 @@ def load_windows(
         warnings.warn(f"{choice}; samples get no BOS token; pass model=, or bos='always' or 'never'", stacklevel=2)
     if documents is None:
         assert model is not None  # checked above
-        tokens = self_generated(model, tokenizer, nsamples, seqlen, seed, bos=choice.token is not None)
+        tokens = self_generated(
+            model, tokenizer, nsamples, seqlen, seed, bos=choice.token is not None, progress=progress
+        )
     else:
         tokens = token_windows(documents, tokenizer, nsamples, seqlen, seed, choice.token)
     return CalibrationData(tokens, source, int(seed), tokens_sha256(tokens), choice)
@@ -100,9 +103,30 @@ def token_windows(
         most = len(ids) + seqlen - width
         fit = f"use {most} or less, or give more text" if most >= 2 else "give more text"
         raise InputError(f"seqlen: {seqlen} found, but the whole text has {len(ids)} tokens; {fit}")
+    starts = _starts(len(ids), width, nsamples, seed)
+    return begin_with(bos, torch.stack([ids[start : start + width] for start in starts]))
+
+
+def tokens_between_samples(
+    documents: Sequence[str], tokenizer: Tokenizer, nsamples: int, seqlen: int, seed: int, bos: int | None = None
+) -> torch.Tensor:
+    """Return the longest stretch of the text that no sample of token_windows with the same arguments reads: int64 [n],
+    empty if there is none."""
+    ids = _tokenize(documents, tokenizer)
+    width = seqlen if bos is None else seqlen - 1
+    best, end = range(0), 0
+    for start in [*sorted(_starts(len(ids), width, nsamples, seed)), len(ids)]:
+        best = max(best, range(end, start), key=len)
+        end = max(end, start + width)
+    return ids[best.start : best.stop]
+
+
+def _starts(length: int, width: int, nsamples: int, seed: int) -> list[int]:
+    """The first token of each sample of a text of `length` tokens."""
     # The upper bound is off by one (the last start is never drawn). Kept: published figures were drawn with it.
-    starts = torch.randint(0, max(1, len(ids) - width - 1), (nsamples,), generator=seeded_generator(seed))
-    return begin_with(bos, torch.stack([ids[start : start + width] for start in starts.tolist()]))
+    last = max(1, length - width - 1)
+    starts: list[int] = torch.randint(0, last, (nsamples,), generator=seeded_generator(seed)).tolist()
+    return starts
 
 
 def _tokenize(documents: Sequence[str], tokenizer: Tokenizer) -> torch.Tensor:

@@ -3,6 +3,7 @@ its predictions after it."""
 
 from torch import Tensor, nn
 
+from ace_ext.data.requests import check_predicts
 from ace_ext.engine.context import RunContext
 from ace_ext.errors import InputError
 from ace_ext.healing.batches import Batches, Placement
@@ -44,9 +45,10 @@ class Distillation:
     ) -> None:
         if not isinstance(tokens, Tensor):
             raise InputError(
-                f"update distill trains on windows of text without padding: give calibration as one tensor "
+                "update distill trains on windows of text without padding: give calibration as one tensor "
                 f"[nsamples, seqlen] (got {type(tokens).__name__})"
             )
+        check_predicts(model, "update distill trains on its predictions: leave it out")
         self._model, self._tokens, self._settings = model, tokens.to("cpu"), heal_settings(config)
         batches = Batches.of(self._tokens, self._settings)
         place, observer = Placement(device=context.device), context.observer.healing

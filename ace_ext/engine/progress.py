@@ -26,7 +26,8 @@ class Progress:
     """
 
     def __init__(self, show: bool = False, log: TextIO | None = None, notes: bool = False) -> None:
-        self._show, self._log = show, log
+        self.shown, self._log = show, log
+        """Whether bars are shown."""
         self._notes = notes and log is not sys.stderr
         self.healing = HealProgress(show, log)
         self._bar: Any = None
@@ -38,11 +39,16 @@ class Progress:
         if self._notes:
             print(f"ace-prune: {text}", file=sys.stderr)
 
+    def step(self, text: str) -> None:
+        """Says, where bars are shown, what is being done now; for work that may take seconds and has no bar."""
+        if self.shown:
+            print(f"ace-prune: {text}", file=sys.stderr)
+
     def start(self, blocks: int, done: int, tokens: int) -> None:
         """``done`` of ``blocks`` were finished by an earlier run; ``tokens`` calibration tokens go through each."""
         self._tokens, self._blocks, self._done, self._began = tokens, blocks, done, time.perf_counter()
         self._bar = tqdm(
-            total=blocks, initial=done, desc="pruning", unit="block", disable=not self._show, file=sys.stderr
+            total=blocks, initial=done, desc="pruning", unit="block", disable=not self.shown, file=sys.stderr
         )
         self._write("start", blocks=blocks, done=done, tokens=tokens)
 

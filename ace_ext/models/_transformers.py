@@ -37,10 +37,46 @@ _QUANTIZATION_MARKS = {"hf_quantizer": None, "is_quantized": False, "quantizatio
 """Of a model that was loaded from quantized weights, with the values that they have in a plain model."""
 
 
+def model_class(config: Any) -> Any:
+    """The class whose ``from_pretrained`` loads the checkpoint of a configuration: the one that its ``architectures``
+    names, so that a classifier or a model without an LM head stays what it is. ``AutoModelForCausalLM`` where
+    transformers has no such class for this configuration, as for one that comes with the checkpoint."""
+    import transformers
+
+    for name in getattr(config, "architectures", None) or ():
+        found = getattr(transformers, str(name), None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            own = getattr(found, "config_class", None)
+            if own is not None and isinstance(config, own):
+                return found
+    return transformers.AutoModelForCausalLM
+
+
+def model_of(config: Any, dtype: torch.dtype, remote_code: bool) -> nn.Module:
+    """A model of :func:`model_class` with random weights of ``dtype``. ``remote_code``: code of the checkpoint may
+    run."""
+    from transformers import AutoModelForCausalLM
+
+    kind = model_class(config)
+    if kind is AutoModelForCausalLM:
+        model: nn.Module = kind.from_config(config, dtype=dtype, trust_remote_code=remote_code)
+    else:
+        model = kind._from_config(config, dtype=dtype)  # what from_config of AutoModelForCausalLM calls
+    return model
+
+
 def input_embedding(model: nn.Module) -> nn.Module:
     """The module of a model that turns token ids into hidden states; its weight is ``[vocabulary, d_model]``."""
     embedding: nn.Module = _method(model, "get_input_embeddings")()
     return embedding
+
+
+def token_embedding(model: nn.Module) -> nn.Module | None:
+    """:func:`input_embedding`, or None for a module that does not tell."""
+    try:
+        return input_embedding(model)
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def embedding_weight(model: nn.Module) -> Tensor:
@@ -78,6 +114,16 @@ def text_config(model: nn.Module) -> Any:
 def attends_eagerly(model: nn.Module) -> bool:
     """Whether a model's attention allocates its weights, ``[batch, heads, seqlen, seqlen]``."""
     return bool(getattr(model.config, _ATTENTION) == "eager")
+
+
+def main_input(model: nn.Module) -> str:
+    """The name of the argument that a model's forward is about: ``input_ids`` for text."""
+    return str(getattr(model, "main_input_name", "input_ids"))
+
+
+def has_encoder(model: nn.Module) -> bool:
+    """Whether a model is an encoder and a decoder."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
 def is_encoder(model: nn.Module) -> bool:

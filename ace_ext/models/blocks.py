@@ -1,6 +1,7 @@
 """Finds a model's blocks and their prunable weights by structure, without knowing the model family.
 
-A block is a decoder layer: an element of the outermost ``nn.ModuleList`` that holds the most parameters.
+A block is a decoder layer: an element of the outermost ``nn.ModuleList`` that holds the most parameters, among those
+beside the embedding of the tokens.
 """
 
 import math
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ace_ext.errors import InputError
+from ace_ext.models._transformers import token_embedding
 from ace_ext.models.experts import FusedExperts, find_experts
 
 CHECKED_AT_ONCE = 2**22
@@ -148,8 +150,21 @@ def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     }
     if not outermost:
         raise InputError(f"model has no list of decoder blocks (nn.ModuleList) to prune (got {type(model).__name__})")
-    name = max(outermost, key=lambda key: size(outermost[key]))
+    name = max(_beside_embedding(model, outermost) or outermost, key=lambda key: size(outermost[key]))
     return name, outermost[name]
+
+
+def _beside_embedding(model: nn.Module, lists: Iterable[str]) -> list[str]:
+    """Those of the named lists that are in the smallest part of a model that also holds the embedding of its tokens: a
+    model that sees has more blocks than those of its language part, which may be larger. Empty if there are none."""
+    embedding = token_embedding(model)
+    place = next((name for name, module in model.named_modules() if module is embedding), "")
+    while place:
+        place = place.rpartition(".")[0]
+        found = [name for name in lists if name.startswith(f"{place}." if place else "")]
+        if found:
+            return found
+    return []
 
 
 def _routers(module: nn.Module, experts: Iterable[FusedExperts]) -> set[str]:

@@ -11,7 +11,10 @@ from ace_ext.errors import InputError
 from ace_ext.models._transformers import (
     dequantize_options,
     forget_quantization_,
+    has_encoder,
     is_encoder,
+    main_input,
+    model_class,
     quantization_of,
     quiet_stderr,
 )
@@ -32,7 +35,7 @@ class LoadedModel:
 
 
 def load_model(source: str, dtype: str = "auto", device: str | torch.device = "cpu") -> LoadedModel:
-    """Loads a causal language model and its tokenizer.
+    """Loads a language model and its tokenizer. The model is of the class that its checkpoint names.
 
     Args:
         source: a folder, a ``.gguf`` file, or a hub name like ``org/model``.
@@ -43,22 +46,18 @@ def load_model(source: str, dtype: str = "auto", device: str | torch.device = "c
         InputError: nothing there, or nothing that transformers can load; quantized weights; weights that do not fit
             the configuration; a model that does not predict the next token.
     """
-    from transformers import AutoModelForCausalLM
-
     check_dtype(dtype)
     location = locate(source)
     unpacks = location.gguf_file is not None
     wanted = WEIGHT_DTYPES.get(dtype, torch.bfloat16 if unpacks else "auto")
     options = location.options | (dequantize_options() if unpacks else {})
     with as_input_error(f"model {source!r} could not be loaded"), quiet_stderr():
-        location.config()  # is checked
+        kind = model_class(location.config())
         tokenizer = location.tokenizer()
         model: nn.Module
-        model, found = AutoModelForCausalLM.from_pretrained(
-            location.name, dtype=wanted, output_loading_info=True, **options
-        )
-    check_fit(source, found["missing_keys"], found["unexpected_keys"])
+        model, found = kind.from_pretrained(location.name, dtype=wanted, output_loading_info=True, **options)
     check_causal(source, model)
+    check_fit(source, found["missing_keys"], found["unexpected_keys"])
     if not unpacks:
         check_plain(model)
     forget_quantization_(model)
@@ -101,8 +100,14 @@ def _some(names: list[str]) -> str:
 
 
 def check_causal(source: str, model: nn.Module) -> None:
-    """Raises :class:`InputError` for a model that does not predict the next token, of which no perplexity means
-    anything."""
+    """Raises :class:`InputError` for a model that reads something else than text, or not from left to right: its blocks
+    are not found, or no perplexity means anything."""
+    if main_input(model) != "input_ids":
+        raise InputError(f"model {source!r} is no language model: {type(model).__name__} reads {main_input(model)}")
+    if has_encoder(model):
+        raise InputError(
+            f"model {source!r} is an encoder and a decoder ({type(model).__name__}); give a model that is a decoder"
+        )
     if is_encoder(model):
         raise InputError(
             f"model {source!r} is an encoder: each token sees those after it, so it does not predict the next one; if "

@@ -51,6 +51,7 @@ class _Recorder:
         def forward(*args: Any, **kwargs: Any) -> object:
             hidden, rest = take_hidden(args, kwargs)
             if index == 0:
+                _check_hidden(self.blocks[0].name, hidden)
                 self.hidden = hidden
             self.others.append(rest)
             if self.wrap is None:  # what a block returns is only known after one has run
@@ -61,6 +62,14 @@ class _Recorder:
             return self.wrap(hidden)
 
         return forward
+
+
+def _check_hidden(block: str, hidden: Tensor) -> None:
+    if hidden.dim() != 3:
+        raise InputError(
+            f"{block} is called with hidden states {list(hidden.shape)}, not [batch, seqlen, d_model]; such a model "
+            "cannot be pruned"
+        )
 
 
 def _wrapper_like(output: Any) -> Callable[[Tensor], object]:
@@ -113,7 +122,8 @@ def capture_calls(model: nn.Module, blocks: list[Block], batches: Iterable[dict[
     for the first batch one block runs, to see what it returns.
 
     Raises:
-        InputError: the model does not call each of its blocks once, in order.
+        InputError: the model does not call each of its blocks once, in order, or calls them with hidden states of
+            another form than ``[batch, seqlen, d_model]``.
     """
     recorder = _Recorder(blocks)
     with ExitStack() as restore:

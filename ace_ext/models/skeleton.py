@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ace_ext.errors import InputError
-from ace_ext.models._transformers import is_left_out, no_init_weights, stays_float32
+from ace_ext.models._transformers import is_left_out, model_of, no_init_weights, stays_float32, tie_weights_
 from ace_ext.models.loading import WEIGHT_DTYPES, check_causal, check_dtype, check_fit
 from ace_ext.models.location import ModelLocation, as_input_error, remote_code_allowed
 from ace_ext.models.safetensors_files import Shards
@@ -71,11 +71,10 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
     Raises what transformers raises for a configuration that it cannot build.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=remote_code_allowed())
-    model.tie_weights()
+        model = model_of(config, dtype, remote_code_allowed())
+    tie_weights_(model)
     laid_out: nn.Module = model.eval()
     return laid_out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -34,7 +35,7 @@ class FlatSettings(TypedDict, total=False):
     """
 
     order: str | None
-    skip: Iterable[str]
+    skip: str | Iterable[str]
     ria_exponent: float
     batch_tokens: int
     token_norm: str | None
@@ -58,9 +59,9 @@ class PruneConfig:
     """The settings of :func:`ace_ext.prune_model`: score, comparison group, solvers and order of work.
 
     Args:
-        metric: a name of :data:`ace_ext.pruning.criteria.METRICS`, or a callable ``(weight, stats) -> score`` that
-            returns a float tensor of the weight's shape, higher = keep; ``stats`` is a
-            :class:`ace_ext.pruning.statistics.LinearStatistics`.
+        metric: a name of :data:`ace_ext.pruning.criteria.METRICS` (default: ``"wanda"``), or a callable
+            ``(weight, stats) -> score`` that returns a float tensor of the weight's shape, higher = keep; ``stats`` is
+            a :class:`ace_ext.pruning.statistics.LinearStatistics`.
         sparsity: share of zeros in ``[0, 1]``; default 0.5. Not together with ``pattern``.
         pattern: N:M, as a :class:`SparsityPattern` or text like ``"2:4"``; N are kept.
         group: the comparison group, that is, which weights are ranked against each other: those of one ``"row"``, one
@@ -74,7 +75,7 @@ class PruneConfig:
     - ``order``: ``"sequential"`` (default): each Linear's statistics come from inputs that already passed the pruned
       Linears before it. ``"block"``: all statistics of a block come from the dense block, as in Wanda. The group
       ``"model"`` needs all scores at once, so it always uses ``"block"`` and dense blocks throughout.
-    - ``skip``: regular expressions; a Linear or expert weight whose full name matches one stays dense.
+    - ``skip``: regular expressions, or a single one; a Linear or expert weight whose full name matches one stays dense.
     - ``ria_exponent``: the power of the input norm in the metric ``ria``.
     - ``batch_tokens``: how many calibration tokens go through a block at a time. All at once is fastest if they fit in
       memory: the sequential order then needs one forward per block instead of one for each stage.
@@ -117,7 +118,7 @@ class PruneConfig:
 
     def __init__(
         self,
-        metric: str | CustomMetric = DEFAULT_METRIC,
+        metric: str | CustomMetric | None = None,
         sparsity: float | None = None,
         pattern: SparsityPattern | str | None = None,
         group: str = "row",
@@ -134,12 +135,27 @@ class PruneConfig:
         unknown = [name for name in flat if name not in own]
         if unknown:
             raise TypeError(f"PruneConfig got an unexpected setting {unknown[0]!r}; known are {', '.join(own)}")
-        given = {"metric": metric, "sparsity": sparsity, "pattern": pattern, "group": group, **flat}
+        if isinstance(flat.get("skip"), str):
+            flat["skip"] = (flat["skip"],)
+        given = {
+            "metric": DEFAULT_METRIC if metric is None else metric,
+            "sparsity": sparsity,
+            "pattern": pattern,
+            "group": group,
+            **flat,
+        }
         for name, setting in own.items():
             object.__setattr__(self, name, given.get(name, setting.default))
         object.__setattr__(self, "skip", tuple(self.skip))
         object.__setattr__(self, "solver", solver or SolverConfig(**by_name))
         self._complete()
+        if metric is not None and not self.metric_decides:
+            warnings.warn(
+                f"metric {self.metric_name} has no effect: update {self.solver.name} chooses the mask itself; give a "
+                f"refine too (then it keeps the metric's mask, refined), or leave out the metric",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _complete(self) -> None:
         """Fills in the defaults that depend on other settings, and checks all."""
@@ -203,7 +219,17 @@ class PruneConfig:
         if solver is None:
             return self
         own = {name: getattr(self, name) for name in config_settings()}
+        if not self.metric_decides:
+            del own["metric"]
         return PruneConfig(**own, solver=self.solver.without(solver))
+
+    @property
+    def metric_decides(self) -> bool:
+        """Whether the metric decides which weights are kept: not where a solver chooses the mask, unless the metric's
+        scores divide the sparsity among blocks."""
+        solver = self.solver.weight_solver
+        chosen = self.solver.mask_solver is None and solver is not None and solver.chooses_mask
+        return not chosen or self.allocation != "uniform"
 
     @property
     def needs(self) -> Needs:

@@ -1,5 +1,6 @@
 """Presets: named settings of :class:`ace_ext.PruneConfig`. Sparsity or pattern are given in addition."""
 
+import warnings
 from typing import Any
 
 from ace_ext.errors import InputError
@@ -18,12 +19,24 @@ DEFAULT_PRESET = "fast"
 """What prunes where neither a metric nor a solver is asked for."""
 
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "wanda": {"metric": "wanda", "order": "block"},
-    "sparsegpt": {"update": "obs", "group": "matrix", "order": "block", "gram": "plain"},
-    "admm": {"update": "admm", "saliency": "magnitude", "iterations": 30, "order": "block"},
+    "published-wanda": {"metric": "wanda", "order": "block"},
+    "published-sparsegpt": {"update": "obs", "group": "matrix", "order": "block", "gram": "plain"},
+    "published-admm": {"update": "admm", "saliency": "magnitude", "iterations": 30, "order": "block"},
 }
 """Published methods with their own settings, as baselines: Wanda (arXiv 2306.11695), SparseGPT (arXiv 2301.00774) and
 ADMM pruning (arXiv 2401.02938)."""
+
+RENAMED_PRESETS = {name.removeprefix("published-"): name for name in PUBLISHED}
+"""Their names in version 0.1, which are those of a metric and a solver too."""
+
+
+def preset_name(name: str) -> str:
+    """``name``, or with a warning its present one."""
+    present = RENAMED_PRESETS.get(name)
+    if present is None:
+        return name
+    warnings.warn(f"the preset {name!r} is now called {present!r}", FutureWarning, stacklevel=3)
+    return present
 
 
 def preset_config(name: str, **settings: Any) -> PruneConfig:
@@ -35,7 +48,7 @@ def preset_config(name: str, **settings: Any) -> PruneConfig:
     Raises:
         InputError: no such preset, or as :class:`ace_ext.PruneConfig`.
     """
-    known = PRESETS | PUBLISHED
+    known, name = PRESETS | PUBLISHED, preset_name(name)
     if name not in known:
         raise InputError(f"preset must be one of {', '.join(known)} (got {name!r})")
     chosen = dict(known[name])

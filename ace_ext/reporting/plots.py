@@ -1,7 +1,7 @@
 """Plots of comparisons as PNG bytes. Small figures with large type, so that they can be read at a phone's width.
 
 A method has a colour; whatever else varies among the lines of a plot has a marker and a dash. matplotlib is optional
-(``pip install 'ace_ext[report]'``) and is imported only here, by the functions that draw.
+(``pip install matplotlib``) and is imported only here, by the functions that draw.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def require_matplotlib() -> None:
         InputError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("a report needs matplotlib, which is not installed; pip install 'ace_ext[report]'")
+        raise InputError("a report needs matplotlib, which is not installed; pip install matplotlib")
 
 
 def study_plots(results: Results) -> dict[str, tuple[bytes, str]]:

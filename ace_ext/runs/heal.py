@@ -32,6 +32,7 @@ from ace_ext.runs.heal_memory import Division, HealDemand
 from ace_ext.runs.heal_models import dense_name, dense_request, open_pruned, running_dense, whole_bytes
 from ace_ext.runs.heal_text import NOTE, HealText
 from ace_ext.runs.heal_trial import tokens_within
+from ace_ext.runs.held_back import HeldBackText, logits_of_folder
 from ace_ext.runs.memory_model import Estimate, process_bytes
 from ace_ext.runs.model_source import Source, budget_of, open_source
 from ace_ext.runs.options import Calibration, RunRequest
@@ -67,6 +68,8 @@ class HealOptions:
     """Go on where an earlier run stopped."""
     max_memory: int | None = None
     """Bytes of resident memory that the run may use; None: what the system can give."""
+    held_back: HeldBackText | None = None
+    """The text on which the longer run measures perplexity."""
     fingerprint: dict[str, Any] | None = None
     """Of a longer run that this is the last part of: everything that the output depends on, as plain values."""
 
@@ -171,6 +174,7 @@ class _Run:
                 ),
             )
             self._report.extra["healing"] = self._extra(journal)
+            self._measure(journal)
             check_output(path, self._request.options.overwrite)  # another program may have written there meanwhile
             journal.finish(self._report, REPORT_NAME)
             return self._report
@@ -235,6 +239,14 @@ class _Run:
             return known
         with running_dense(self._dense, self._pruned) as (model, blocks):
             return teacher_states(model, blocks, batches.tokens, context.place, journal, context.observer)
+
+    def _measure(self, journal: HealJournal) -> None:
+        """Adds the perplexity of what was written to that of the dense and of the pruned model."""
+        text, found = self._request.options.held_back, self._report.perplexity
+        if text is None or found is None:
+            self._report.perplexity = None  # it would not be that of the written model
+        else:
+            found.healed = text.measure(logits_of_folder(self._pruned, journal.model, self._request.device))
 
     def _extra(self, journal: HealJournal) -> dict[str, Any]:
         return {

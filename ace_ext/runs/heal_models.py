@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ace_ext.data.requests import check_predicts
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import tensor_sha256
 from ace_ext.models.block_store import BlockSource, OffloadedBlocks, ResidentBlocks
@@ -30,6 +31,7 @@ def open_pruned(folder: str, report: PruneReport, device: torch.device) -> Sourc
     if not has_safetensors(folder):
         raise InputError(f"{folder!r} holds no safetensors; give a folder that ace-prune run wrote in the dense format")
     source = open_source(RunRequest(folder, config, Calibration(), NO_OFFLOAD, device), weights=False)
+    check_predicts(source.model, "healing trains on its predictions: train it on its own task")
     if source.files.shards is None:
         raise InputError(f"{folder!r} does not hold every parameter as it is; give a folder that ace-prune run wrote")
     return source

@@ -65,7 +65,7 @@ def estimate(
     offload: bool,
     resident_hidden: bool = True,
     whole: bool = False,
-    measures_bos: bool = False,
+    measures: bool = False,
     process: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Estimate:
@@ -81,13 +81,14 @@ def estimate(
         offload: only one block at a time is in memory.
         resident_hidden: all hidden states are in memory.
         whole: every weight is read, as when the model writes its own calibration text.
-        measures_bos: a forward pass of the whole model decides about the BOS token (:mod:`ace_ext.data.bos`).
+        measures: there is a forward pass of the whole model, to decide about the BOS token (:mod:`ace_ext.data.bos`) or
+            to measure perplexity (:mod:`ace_ext.runs.held_back`).
         process: bytes that the process holds besides the model; None: estimated from this process.
         device: whose memory is estimated.
     """
     shape = ModelShape.of(model, blocks)
     mapped = shards is not None and not whole and torch.device(device).type == "cpu"
-    partly = mapped and not measures_bos  # neither the head nor most of the embedding is read
+    partly = mapped and not measures  # neither the head nor most of the embedding is read
     outside = shape.embedding + (0 if partly or offload else shape.head)
     if partly and not offload:  # only the pages around the tokens' embedding rows are read
         outside = min(outside, nsamples * seqlen * _FAULT_AROUND)
@@ -104,7 +105,7 @@ def estimate(
     phases = [replace(phase, process=process, model=max(shape.blocks) if offload else resident) for phase in phases]
     if offload:
         phases.append(replace(run.entering(), process=process, model=max(shape.blocks) + outside))
-    if measures_bos:
+    if measures:
         forward, judging = run.measuring()
         largest = max(*shape.blocks, shape.embedding, shape.head)
         phases.append(replace(forward, process=process, model=largest if offload else resident))

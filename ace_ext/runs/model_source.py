@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ace_ext.data.requests import check_positions, check_predicts
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import fingerprint_of_files
 from ace_ext.formats import DenseModel, format_named
@@ -167,9 +168,24 @@ def _wants_offload(laid_out: nn.Module, blocks: list[Block], shards: Shards, req
     if request.config.comparison.over_matrices or request.writes_own_text:
         return False
     nsamples, seqlen = request.calibration.nsamples, request.calibration.seqlen
-    measures = request.measures_bos()  # or may do so: the tokenizer is not loaded yet
-    whole = estimate(laid_out, blocks, shards, request.config, nsamples, seqlen, offload=False, measures_bos=measures)
+    measures = request.evaluates or request.measures_bos()  # or may do so: the tokenizer is not loaded yet
+    whole = estimate(laid_out, blocks, shards, request.config, nsamples, seqlen, offload=False, measures=measures)
     return whole.total > budget_of(request)
+
+
+def check_serves(source: Source, request: RunRequest) -> None:
+    """Checks before the work that the model can do what the run asks of it.
+
+    Raises:
+        InputError: it has too few positions for the samples, or no LM head although it is to write text or to be
+            distilled.
+    """
+    if request.options.stats is None:
+        check_positions(source.model, request.calibration.seqlen)
+    if request.writes_own_text:
+        check_predicts(source.model, "it cannot write calibration text: give another --calibration, such as a file")
+    if request.config.solver.model_solver is not None:
+        check_predicts(source.model, "update distill trains on its predictions: leave it out")
 
 
 def budget_of(request: RunRequest) -> int:
@@ -203,7 +219,7 @@ class Demand:
             offload=self.source.offloaded,
             resident_hidden=resident_hidden,
             whole=self.request.writes_own_text,
-            measures_bos=self.request.measures_bos(self.source.tokenizer),
+            measures=self.request.evaluates or self.request.measures_bos(self.source.tokenizer),
             process=process,
             device=self.request.device,
         )

@@ -21,6 +21,9 @@ from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.settings import check_choice
 from ace_ext.runs.own_files import check_replaceable, is_statistics
 
+EVALUATE_AUTO, EVALUATE_NEVER = "auto", "never"
+"""What :attr:`RunOptions.evaluate` may be besides a text."""
+
 OFFLOAD = ("auto", "disk", "none")
 """``disk``: one block at a time is read from the files; ``auto``: if the whole model does not fit."""
 
@@ -54,8 +57,11 @@ class Calibration:
         """Whether the samples begin with the BOS token; arguments and errors as :func:`ace_ext.data.bos.choose_bos`."""
         return choose_bos(self.bos, tokenizer, model, own_text=self.source == SELF, logits=logits)
 
-    def load(self, tokenizer: Tokenizer, model: nn.Module | None, bos: BosChoice | None = None) -> CalibrationData:
+    def load(
+        self, tokenizer: Tokenizer, model: nn.Module | None, bos: BosChoice | None = None, progress: bool = False
+    ) -> CalibrationData:
         """Draws the samples; ``model`` writes the text if the source is ``self``. ``bos``: a choice already made.
+        ``progress``: a bar on stderr while it does.
 
         Raises:
             InputError: the text cannot be read or is too short.
@@ -69,6 +75,7 @@ class Calibration:
             model=model,
             bos=bos or self.bos,
             text_field=self.text_field,
+            progress=progress,
         )
 
     def describe(self, data: CalibrationData) -> dict[str, Any]:
@@ -102,6 +109,9 @@ class RunOptions:
     stats: Path | None = None
     """Prune from such a file, without a forward pass. The output has the same bytes as that of the run with
     ``save_stats`` and the same configuration."""
+    evaluate: str = EVALUATE_NEVER
+    """The text on which perplexity is measured before and after, ``auto`` or ``never``
+    (:mod:`ace_ext.runs.held_back`)."""
     format: str = DEFAULT_FORMAT
     """A name of :data:`ace_ext.formats.FORMATS`."""
 
@@ -121,6 +131,11 @@ class RunRequest:
     def writes_own_text(self) -> bool:
         """Whether the model writes its calibration text; for this the whole model must be in memory."""
         return self.calibration.source == SELF and self.options.stats is None
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether perplexity is measured before and after. A run from statistics does no forward pass."""
+        return self.options.evaluate != EVALUATE_NEVER and self.options.stats is None
 
     def measures_bos(self, tokenizer: Tokenizer | None = None) -> bool:
         """Whether the model must be measured to choose how its samples begin. Without a tokenizer: whether that may be

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ace_ext.data.bos import BosChoice
-from ace_ext.data.requests import check_positions
 from ace_ext.data.windows import CalibrationData
 from ace_ext.engine.api import check_pattern, prune_model
 from ace_ext.engine.context import RunContext
@@ -22,7 +21,8 @@ from ace_ext.process_memory import return_freed_memory
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.records import REPORT_NAME, PruneReport
 from ace_ext.runs.beginning import choose_for_run
-from ace_ext.runs.model_source import Demand, Source, open_source
+from ace_ext.runs.held_back import measurement_for
+from ace_ext.runs.model_source import Demand, Source, check_serves, open_source
 from ace_ext.runs.options import Calibration, RunOptions, RunRequest, check_request
 from ace_ext.runs.output import (
     check_apart,
@@ -104,13 +104,16 @@ def _prune_on_ranks(request: RunRequest, path: Path, progress: Progress) -> Prun
 
 
 def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) -> PruneReport:
+    progress.step(f"opening {request.model}")
     source = open_source(request)
     check_pattern(source.blocks, request.config)
-    if request.options.stats is None:
-        check_positions(source.model, request.calibration.seqlen)
+    check_serves(source, request)
+    if request.options.max_memory is not None:
+        Demand(source, request).hidden_fits()  # refuses what cannot fit before the model writes text, which may be long
     blocks = _block_source(source, request.device)
     bos = None if request.options.stats else choose_for_run(request, source, blocks, path, peers)
-    inputs = _Inputs(request, source, bos)
+    measured = measurement_for(request, source, blocks, bos, progress.note) if peers.rank == 0 else None
+    inputs = _Inputs(request, source, bos, progress.shown)
     resume = request.options.resume and not request.config.comparison.over_matrices
     fingerprint = inputs.fingerprint(peers)
     done = finished_report(path, fingerprint, request.options.overwrite) if request.options.resume else None
@@ -137,7 +140,12 @@ def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) ->
         )
         if bos is not None and peers.rank == 0:
             progress.note(str(bos))
+        if measured is not None:
+            measured.before()
+        whole = not source.offloaded and not workspace.finished  # the pruned model is then in memory
         report = prune_model(source.model, inputs.tokens(peers), request.config, context=context)
+        if measured is not None:
+            report.perplexity = measured.after(None if whole else workspace.model)
         report.extra = {"model": request.model, "calibration": inputs.calibration, "statistics": inputs.statistics}
         if sink is not None:
             sink.finish(request.config.needs.kept)
@@ -157,7 +165,7 @@ def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) ->
 class _Inputs:
     """The other input of a run: calibration tokens, or statistics of an earlier run."""
 
-    def __init__(self, request: RunRequest, source: Source, bos: BosChoice | None) -> None:
+    def __init__(self, request: RunRequest, source: Source, bos: BosChoice | None, shown: bool) -> None:
         self._request = request
         self._model = {"files": source.files.described, "dtype": request.dtype}
         self.known: SavedStatistics | None = None
@@ -167,7 +175,7 @@ class _Inputs:
             self.calibration = self.known.calibration
         else:
             writer = None if source.offloaded else source.model
-            self._data = request.calibration.load(source.tokenizer, writer, bos)
+            self._data = request.calibration.load(source.tokenizer, writer, bos, shown)
             self.calibration = request.calibration.describe(self._data)
 
     @property

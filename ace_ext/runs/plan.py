@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ace_ext.data.bos import WINDOW_TOKENS, WINDOWS, BosChoice
 from ace_ext.data.corpora import SELF
 from ace_ext.data.generate import ROWS_TOGETHER
-from ace_ext.data.requests import check_positions
 from ace_ext.engine.api import check_pattern
 from ace_ext.engine.distillation import heal_settings
 from ace_ext.formats import DEFAULT_FORMAT
@@ -27,10 +26,11 @@ from ace_ext.process_memory import peak_memory_bytes, reset_peak, resident_bytes
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.pattern import keep_count
 from ace_ext.records import kind_of
+from ace_ext.runs import held_back
 from ace_ext.runs.dry_run import Trial, try_block
 from ace_ext.runs.heal_trial import try_step
 from ace_ext.runs.memory_model import Estimate, copied_bytes
-from ace_ext.runs.model_source import Demand, Source, open_source
+from ace_ext.runs.model_source import Demand, Source, check_serves, open_source
 from ace_ext.runs.options import Calibration, RunOptions, RunRequest, check_request
 from ace_ext.runs.output_size import PlannedMatrix, bytes_of_all, output_bytes
 from ace_ext.runs.prune_and_heal import needed_memory
@@ -127,7 +127,7 @@ def make_plan(
     calibration.check()
     source = open_source(request, weights=False)
     check_pattern(source.blocks, config)
-    check_positions(source.model, calibration.seqlen)
+    check_serves(source, request)
     measured = _draw(source, calibration)
     demand = Demand(source, request)
     resident_hidden = demand.hidden_fits()
@@ -139,8 +139,8 @@ def make_plan(
     if config.solver.model_solver is not None:
         phases.append(replace(needed_memory(request, source), phase="distill"))
     read, written = _traffic(source, calibration, 0 if resident_hidden else trial.passes)
-    if source.offloaded and not measured.bos.decided:
-        read += bytes_of_all(source)  # once more, for the forward pass that decides
+    if source.offloaded:  # for each forward pass of the whole model
+        read += (2 * request.evaluates + (not measured.bos.decided)) * bytes_of_all(source)
     matrices = planned_matrices(source.blocks, config)
     output = output_bytes(source, matrices, options.format, config)
     if options.format != DEFAULT_FORMAT:  # the dense files are hashed and packed, and what they became is compared
@@ -250,6 +250,8 @@ def _seconds(request: RunRequest, source: Source, trial: Trial, measured: _Measu
         text = steps * blocks * trial.forward_seconds
     if not measured.bos.decided:  # pruning a token takes somewhat longer than its forward pass, which is the cost here
         text += blocks * 2 * WINDOWS * WINDOW_TOKENS * trial.token_seconds
+    if request.evaluates:  # before and after
+        text += 2 * blocks * held_back.WINDOWS * held_back.WINDOW_TOKENS * trial.token_seconds
     found = {
         "load": source.unpacking.seconds if source.unpacking else 0.0,
         "text": text,

@@ -13,11 +13,13 @@ from ace_ext.engine.progress import Progress
 from ace_ext.healing.batches import Batches
 from ace_ext.models.versions import versions
 from ace_ext.records import REPORT_NAME, PruneReport
+from ace_ext.runs.beginning import from_record
 from ace_ext.runs.heal import HealOptions, HealRequest, heal_folder
 from ace_ext.runs.heal_memory import HealDemand
 from ace_ext.runs.heal_models import whole_bytes
+from ace_ext.runs.held_back import HeldBackText, held_back_text
 from ace_ext.runs.memory_model import Estimate, process_bytes
-from ace_ext.runs.model_source import Source, budget_of, open_source
+from ace_ext.runs.model_source import Source, budget_of, check_serves, open_source
 from ace_ext.runs.options import RunRequest
 from ace_ext.runs.output import finished_report, read_report
 from ace_ext.runs.own_files import written_whole
@@ -39,6 +41,7 @@ def prune_and_heal(request: RunRequest, path: Path, progress: Progress, prune: P
         InputError: for an error in the arguments, the model, the text, or the disk.
     """
     source = open_source(request, weights=False)
+    check_serves(source, request)
     needed_memory(request, source)
     fingerprint, given = _fingerprint(request, source), request.options
     done = finished_report(path, fingerprint, given.overwrite) if given.resume else None
@@ -53,7 +56,8 @@ def prune_and_heal(request: RunRequest, path: Path, progress: Progress, prune: P
             first = replace(request, config=config, options=options)
             prune(first, runs.model, progress)
         _record_config(runs.model, request)
-        report = heal_folder(_second(request, runs.model, path, fingerprint), progress.healing)[0]
+        second = _second(request, source, runs.model, path, fingerprint)
+        report = heal_folder(second, progress.healing)[0]
         runs.remove()
         return report
     finally:
@@ -125,7 +129,14 @@ def _fingerprint(request: RunRequest, source: Source) -> dict[str, Any]:
     }
 
 
-def _second(request: RunRequest, pruned: Path, path: Path, fingerprint: dict[str, Any]) -> HealRequest:
+def _held_back(request: RunRequest, source: Source, pruned: Path) -> HeldBackText | None:
+    """The text on which the first part measured perplexity."""
+    report = read_report(pruned)
+    bos = from_record(report.extra.get("calibration"), request.calibration.bos)
+    return None if report.perplexity is None or bos is None else held_back_text(request, source, bos)
+
+
+def _second(request: RunRequest, source: Source, pruned: Path, path: Path, fingerprint: dict[str, Any]) -> HealRequest:
     """The second part: a distillation on the calibration samples."""
     given = request.options
     options = HealOptions(
@@ -134,6 +145,7 @@ def _second(request: RunRequest, pruned: Path, path: Path, fingerprint: dict[str
         resume=given.resume,
         max_memory=given.max_memory,
         fingerprint=fingerprint,
+        held_back=_held_back(request, source, pruned),
     )
     settings = heal_settings(request.config)
     return HealRequest(str(pruned), path, request.calibration, request.model, settings, options, request.device)

@@ -35,7 +35,7 @@ class VerifyResult:
     """Groups with exactly k non-zeros. Others have fewer, because the dense weight already had zeros there."""
     sparsity: float = 0.0
     loads: bool = False
-    """Whether transformers loaded the folder and computed finite logits."""
+    """Whether transformers loaded the folder and computed a finite output."""
     problems: list[str] = field(default_factory=list)
     """One line each, with the name of the matrix; empty if the folder is valid."""
 
@@ -47,7 +47,7 @@ def verify(folder: str | Path, load: bool = True) -> VerifyResult:
     From the configuration follow the parameters, their shapes, and with the run's ``skip`` the matrices that were
     pruned: the files must hold these parameters and nothing else, all finite. Every matrix must have the zeros that the
     settings ask for per row (or N:M group, matrix, model), none of them -0.0, and as many as the report says. With
-    ``load`` also that transformers loads the folder and computes finite logits.
+    ``load`` also that transformers loads the folder and computes a finite output.
 
     Raises:
         InputError: the folder has no report that can be read, or no safetensors, or does not give back what was
@@ -213,10 +213,10 @@ def _check_loads(folder: str, result: VerifyResult) -> None:
     tokens = torch.arange(8)[None] % len(embedding_weight(model))
     try:
         with torch.no_grad():
-            logits = model(input_ids=tokens).logits
+            output = model(input_ids=tokens)[0]  # logits, or the hidden states of a model without a head
     except Exception as error:  # whatever the model's code raises, the folder does not work
         result.problems.append(f"model: a forward pass ends in {type(error).__name__}: {one_line(error)}")
         return
-    result.loads = bool(torch.isfinite(logits).all())
+    result.loads = bool(torch.isfinite(output).all())
     if not result.loads:
-        result.problems.append("model: logits are not finite")
+        result.problems.append("model: its output is not finite")

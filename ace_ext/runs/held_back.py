@@ -1,0 +1,143 @@
+"""Perplexity before and after pruning, on a little text that the model is not calibrated on: a first answer to what
+pruning cost. ``ace-prune eval`` measures it on more."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ace_ext.data.bos import BosChoice, begin_with, knows_english, perplexity_of, short_text_ids
+from ace_ext.data.corpora import HELD_OUT, SELF, SMALL_SOURCES, SOURCES, load_text
+from ace_ext.data.requests import check_tokens
+from ace_ext.data.windows import evaluation_tokens, tokens_between_samples
+from ace_ext.errors import InputError
+from ace_ext.models._transformers import output_head, text_config
+from ace_ext.models.block_store import BlockSource, OffloadedBlocks
+from ace_ext.models.safetensors_files import Shards
+from ace_ext.models.tokenizer import Tokenizer
+from ace_ext.models.whole_forward import whole_logits
+from ace_ext.records import HeldBackPerplexity
+from ace_ext.runs.model_source import Source
+from ace_ext.runs.options import EVALUATE_AUTO, RunRequest
+
+WINDOWS, WINDOW_TOKENS = 4, 128
+"""Of the text, at most. As many tokens as :mod:`ace_ext.data.bos` measures a model on, so they cost the same memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeldBackText:
+    """Windows of text, and where they are from."""
+
+    name: str
+    windows: Tensor
+    """int64 ``[windows, tokens]``, on the CPU; each begins with the BOS token if the calibration samples do."""
+
+    def measure(self, logits: Callable[[Tensor], Tensor]) -> float | None:
+        """The perplexity of a model by its ``logits``, ``(tokens [batch, seqlen]) -> [batch, seqlen, vocabulary]``;
+        None if it is not finite."""
+        with torch.no_grad():
+            found = perplexity_of(logits(self.windows)[:, :-1], self.windows[:, 1:])
+        return found if math.isfinite(found) else None
+
+
+def held_back_text(request: RunRequest, source: Source, bos: BosChoice) -> HeldBackText:
+    """The text on which a run measures perplexity. ``auto``: the held-out part of a small named source; what no
+    calibration sample reads of a user's file; else a short English text.
+
+    Raises:
+        InputError: the model predicts no tokens, or there is not one window of text.
+    """
+    if output_head(source.model) is None:
+        raise InputError("the model has no LM head")
+    positions = getattr(text_config(source.model), "max_position_embeddings", None) or WINDOW_TOKENS
+    name, ids = _text(request, source.tokenizer, bos)
+    width = min(WINDOW_TOKENS, positions) - (bos.token is not None)
+    if len(ids) < 2 * width:
+        width = len(ids) // WINDOWS
+    if width < 2:
+        raise InputError(f"too little text ({name})")
+    count = min(WINDOWS, len(ids) // width)
+    windows = begin_with(bos.token, ids[: count * width].view(count, width))
+    check_tokens(source.model, windows)
+    return HeldBackText(name, windows)
+
+
+class Measurement:
+    """The perplexity of a run's model before and after.
+
+    Args:
+        text: on which it is measured.
+        source: the model.
+        blocks: its blocks, dense.
+        device: where they are run.
+    """
+
+    def __init__(self, text: HeldBackText, source: Source, blocks: BlockSource, device: torch.device) -> None:
+        self._text, self._source, self._blocks, self._device = text, source, blocks, device
+        self._dense: float | None = None
+
+    def before(self) -> None:
+        """Measures the dense model."""
+        self._dense = self._text.measure(logits_of(self._source, self._blocks, self._device))
+
+    def after(self, folder: Path | None) -> HeldBackPerplexity:
+        """Measures the pruned model: that in memory, or of ``folder``, where the blocks were written."""
+        if folder is None:
+            pruned = self._text.measure(logits_of(self._source, self._blocks, self._device))
+        else:
+            pruned = self._text.measure(logits_of_folder(self._source, folder, self._device))
+        windows, seqlen = self._text.windows.shape
+        return HeldBackPerplexity(self._text.name, windows, seqlen, self._dense, pruned)
+
+
+def measurement_for(
+    request: RunRequest, source: Source, blocks: BlockSource, bos: BosChoice | None, tell: Callable[[str], None]
+) -> Measurement | None:
+    """The measurement of a run, or None for one that measures nothing. Where ``auto`` finds no text, ``tell`` is given
+    a line that says why.
+
+    Raises:
+        InputError: a text was named, and cannot serve.
+    """
+    if bos is None or not request.evaluates:
+        return None
+    try:
+        return Measurement(held_back_text(request, source, bos), source, blocks, request.device)
+    except InputError as error:
+        if request.options.evaluate != EVALUATE_AUTO:
+            raise
+        tell(f"perplexity before and after is not measured: {error}")
+        return None
+
+
+def _text(request: RunRequest, tokenizer: Tokenizer, bos: BosChoice) -> tuple[str, Tensor]:
+    """The name and the ids ``[n]`` of the text."""
+    calibration, wanted = request.calibration, request.options.evaluate
+    if wanted != EVALUATE_AUTO:
+        return wanted, evaluation_tokens(wanted, tokenizer, text_field=calibration.text_field)
+    if calibration.source in SMALL_SOURCES:
+        return f"{calibration.source}, held-out part", evaluation_tokens(calibration.source, tokenizer)
+    if calibration.source not in (SELF, *SOURCES):
+        documents = load_text(calibration.source, HELD_OUT, calibration.text_field)
+        free = tokens_between_samples(
+            documents, tokenizer, calibration.nsamples, calibration.seqlen, calibration.seed, bos.token
+        )
+        if len(free) >= WINDOWS * 2:
+            return f"{Path(calibration.source).name}, between the samples", free
+    if not knows_english(tokenizer):
+        raise InputError("its tokenizer knows too few English words for the short text of this program")
+    return "a short English text", torch.tensor(short_text_ids(tokenizer))
+
+
+def logits_of(source: Source, blocks: BlockSource, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The logits of a model whose blocks may be on the disk."""
+    return lambda tokens: whole_logits(source.model, blocks, tokens, device)
+
+
+def logits_of_folder(source: Source, folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The logits of a written folder of safetensors with the structure of ``source``, read one block at a time.
+    Afterwards the blocks of ``source`` have no weights."""
+    return logits_of(source, OffloadedBlocks(source.blocks, Shards(folder).adopt(source.model), device), device)
