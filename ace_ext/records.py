@@ -152,13 +152,15 @@ class HeldBackPerplexity:
 
     def summary(self) -> str:
         """One line."""
-        after = {"pruned": self.pruned, "distilled": self.healed}
-        figures = [f"{_figure(value)} {name}" for name, value in after.items() if name == "pruned" or value is not None]
+        figures = [f"{figure_text(self.dense)} dense", f"{figure_text(self.pruned)} pruned"]
+        if self.healed is not None:
+            figures.append(f"{figure_text(self.healed)} distilled")
         place = f"{self.windows} windows of {self.seqlen} tokens of {self.text}"
-        return f"perplexity {_figure(self.dense)} dense, {', '.join(figures)} ({place})"
+        return f"perplexity {', '.join(figures)} ({place})"
 
 
-def _figure(value: float | None) -> str:
+def figure_text(value: float | None) -> str:
+    """A perplexity for people."""
     return "not finite" if value is None else f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
 
 

@@ -135,7 +135,7 @@ def test_pareto_front():
 
 def test_without_matplotlib(monkeypatch, tmp_path, results):
     monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'ace_ext\[report\]'"):
+    with pytest.raises(InputError, match=r"pip install matplotlib"):
         check_report(tmp_path / "page.html")
     with pytest.raises(InputError, match="needs matplotlib"):
         write_study_report(results, tmp_path)

@@ -104,6 +104,6 @@ def heal(args: argparse.Namespace) -> int:
         progress = HealProgress(shared.shows_progress(args), open_log(args.log_json, opened))
         report, path = heal_folder(request, progress, lambda line: shared.note(args, line))
     if args.report is not None:
-        write_run_report(report, args.report)
+        write_run_report(report, args.report, path)
     print(report.to_json() if args.json else f"{report.table()}\nwritten to {path}")
     return 0

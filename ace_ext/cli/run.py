@@ -91,6 +91,6 @@ def run(args: argparse.Namespace) -> int:
         )
     if not launched() or number_of("RANK", 0) == 0:
         if args.report is not None:
-            write_run_report(report, args.report)
+            write_run_report(report, args.report, path)
         print(report.to_json() if args.json else f"{report.table()}\nwritten to {path}")
     return 0

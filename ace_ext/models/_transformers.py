@@ -176,18 +176,20 @@ def dequantize_options() -> dict[str, Any]:
     return {}
 
 
-def quantization_of(model: nn.Module) -> str | None:
-    """The quantization method of a loaded model's weights, ``"quantized"`` where it has no name; None for plain
-    weights."""
-    quantization = getattr(model.config, "quantization_config", None)
+def quantization_of(config: Any) -> str | None:
+    """The quantization method of a configuration's weights, ``"quantized"`` where it has no name; None for plain
+    weights. It is a dictionary in a configuration that was read, and an object in that of a loaded model."""
+    quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return None
-    return getattr(quantization, "quant_method", None) or "quantized"
+    values = quantization if isinstance(quantization, dict) else getattr(quantization, "__dict__", {})
+    method = values.get("quant_method") or "quantized"
+    return str(getattr(method, "value", method))
 
 
 def forget_quantization_(model: nn.Module) -> None:
     """Removes the marks of quantized weights from a model that was unpacked; with them ``save_pretrained`` refuses."""
-    if quantization_of(model) is not None:
+    if quantization_of(model.config) is not None:
         delattr(model.config, "quantization_config")
     for mark, plain in _QUANTIZATION_MARKS.items():
         if hasattr(model, mark):

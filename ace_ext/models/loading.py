@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,24 +53,26 @@ def load_model(source: str, dtype: str = "auto", device: str | torch.device = "c
     wanted = WEIGHT_DTYPES.get(dtype, torch.bfloat16 if unpacks else "auto")
     options = location.options | (dequantize_options() if unpacks else {})
     with as_input_error(f"model {source!r} could not be loaded"), quiet_stderr():
-        kind = model_class(location.config())
+        config = location.config()
+        if not unpacks:
+            check_plain(source, config)
+        kind = model_class(config)
         tokenizer = location.tokenizer()
         model: nn.Module
         model, found = kind.from_pretrained(location.name, dtype=wanted, output_loading_info=True, **options)
     check_causal(source, model)
     check_fit(source, found["missing_keys"], found["unexpected_keys"])
-    if not unpacks:
-        check_plain(model)
     forget_quantization_(model)
     return LoadedModel(model.to(device).eval(), tokenizer, source)
 
 
-def check_plain(model: nn.Module) -> None:
-    """Raises :class:`InputError` for a model whose weights are quantized."""
-    quantization = quantization_of(model)
+def check_plain(source: str, config: Any) -> None:
+    """Raises :class:`InputError` for the configuration of a model whose weights are quantized."""
+    quantization = quantization_of(config)
     if quantization is not None:
         raise InputError(
-            f"model holds {quantization} weights; give the unquantized checkpoint, prune it, then quantize"
+            f"model {source!r} holds {quantization} weights; give the unquantized checkpoint, or dequantize this one "
+            "with transformers and save that; prune it, then quantize"
         )
 
 

@@ -83,6 +83,11 @@ def locate(source: str) -> ModelLocation:
             raise InputError(f"model {source!r} is no file; check the path")
         return ModelLocation(str(path.parent), path.name)
     if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            raise InputError(
+                f"model folder {source!r} holds an adapter of PEFT; merge it into its base model first "
+                "(AutoPeftModelForCausalLM.from_pretrained, merge_and_unload, save_pretrained)"
+            )
         if not (path / "config.json").is_file():
             raise InputError(f"model folder {source!r} has no config.json; give a folder that save_pretrained wrote")
         return ModelLocation(str(path))

@@ -68,7 +68,7 @@ def blocks_plot(series: dict[Key, list[BlockFigures]]) -> bytes:
     """The PNG of a plot with a line for each of ``series``: share of zeros and mean output cosine by block."""
     from matplotlib.ticker import AutoLocator
 
-    figure, axes = _figure(2)
+    figure, axes = figure_with(2)
     styles = _styles(series)
     for key, blocks in series.items():
         style = {**styles[key], "markersize": 3, "linewidth": 1.2}
@@ -82,12 +82,12 @@ def blocks_plot(series: dict[Key, list[BlockFigures]]) -> bytes:
         whole.set_params(integer=True)
         one.xaxis.set_major_locator(whole)
         one.ticklabel_format(axis="y", useOffset=False)
-    return _png(figure, styles)
+    return png_of(figure, styles)
 
 
 def healing_plot(healing: Healing) -> bytes:
     """The PNG of a plot of a distillation's loss over its steps: on the text it trains on, and on held-back text."""
-    figure, (axes,) = _figure(1)
+    figure, (axes,) = figure_with(1)
     named = {("training text", ""): healing.losses, ("held-back text", ""): healing.checks}
     styles = _styles(named)
     for key, points in named.items():
@@ -95,7 +95,7 @@ def healing_plot(healing: Healing) -> bytes:
         axes.plot(steps, losses, **{**styles[key], "markersize": 3, "linewidth": 1.2})
     axes.set_ylabel("KL per token", fontsize=9)
     axes.set_xlabel("step", fontsize=9)
-    return _png(figure, styles)
+    return png_of(figure, styles)
 
 
 def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -212,7 +212,7 @@ def _draw(
 ) -> bytes:
     """A plot of perplexity for each evaluation text; ``more(axes, text)`` adds to it."""
     names = short_names(results.settings["texts"])
-    figure, axes = _figure(len(names))
+    figure, axes = figure_with(len(names))
     styles = _styles(lines)
     for (text, name), one in zip(names.items(), axes, strict=True):
         for key, found in lines.items():
@@ -230,10 +230,10 @@ def _draw(
         if max(filter(math.isfinite, means), default=dense) > _LOG_FROM * dense:
             _log_axis(one, "y")
     axes[-1].set_xlabel(x_label, fontsize=9)
-    return _png(figure, styles)
+    return png_of(figure, styles)
 
 
-def _figure(count: int) -> tuple[Figure, list[Axes]]:
+def figure_with(count: int) -> tuple[Figure, list[Axes]]:
     """A figure with ``count`` plots below one another."""
     from matplotlib.figure import Figure  # not pyplot, which has global state and may ask for a display
 
@@ -256,7 +256,7 @@ def _log_axis(axes: Axes, which: str) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _png(figure: Figure, styles: Mapping[Key, _Style]) -> bytes:
+def png_of(figure: Figure, styles: Mapping[Key, _Style]) -> bytes:
     """The figure as PNG, with a legend below: methods by colour, then whatever else varies by marker and dash."""
     from matplotlib.lines import Line2D
 

@@ -1,20 +1,22 @@
-"""The page of one pruning run: a plot and figures by block and by matrix, and the settings."""
+"""The page of one pruning run: what it cost at a glance, plots, figures by block and by matrix, and the settings."""
 
 from pathlib import Path
 from typing import Any
 
 from ace_ext.compare.journal import BlockFigures
-from ace_ext.compare.tables import amount_name
+from ace_ext.compare.tables import amount_name, short_names
 from ace_ext.data.bos import BosChoice
-from ace_ext.records import Healing, MatrixReport, PruneReport
+from ace_ext.records import Healing, MatrixReport, PruneReport, figure_text
+from ace_ext.reporting import run_plots
 from ace_ext.reporting.html import Plot, Table, check_report, render, write_file
 from ace_ext.reporting.plots import blocks_plot, healing_plot
 
 _FIGURES = ["sparsity", "rel. error", "cosine"]
 
 
-def write_run_report(report: PruneReport, path: str | Path) -> Path:
-    """Writes the page of a run to ``path``, and returns it as a path.
+def write_run_report(report: PruneReport, path: str | Path, folder: str | Path | None = None) -> Path:
+    """Writes the page of a run to ``path``, and returns it as a path. ``folder``: the model that was written, for a
+    histogram of its weights.
 
     Raises:
         InputError: as :func:`ace_ext.reporting.html.check_report`, or the file cannot be written.
@@ -27,18 +29,56 @@ def write_run_report(report: PruneReport, path: str | Path) -> Path:
     settings = {**report.config, **_extra(report), "dtype": report.dtype, "versions": report.versions}
     page = render(
         "run",
-        f"Pruned with {report.config['metric']}, {amount} zeros",
-        sparsity=report.sparsity,
-        seconds=report.seconds,
-        peak_gib=report.peak_memory_bytes / 2**30,
+        f"{_model_name(report)}pruned by {_method(report)}, {amount} zeros",
+        glance=_glance(report),
+        perplexity=report.perplexity,
         device=report.device,
         healing=None if report.healing is None else _Healing(report.healing),
-        plot=Plot(blocks_plot({("pruned", ""): blocks}), "Share of zeros and output cosine by block."),
+        plots=_plots(report, blocks, folder),
         blocks=Table(["block", *_FIGURES], by_block, 1),
         matrices=Table(["matrix", "shape", *_FIGURES, "tokens"], by_matrix, 1),
         settings=Table.of_settings(settings),
     )
     return write_file(Path(path).expanduser(), page)
+
+
+def _model_name(report: PruneReport) -> str:
+    model = str(report.extra.get("model") or "")
+    return f"{short_names([model])[model]}: " if model else ""
+
+
+def _method(report: PruneReport) -> str:
+    """The solvers of the run; without one the metric."""
+    parts = [report.config.get("refine"), report.config.get("update")]
+    named = "+".join(part for part in parts if part)
+    return named or str(report.config["metric"])
+
+
+def _glance(report: PruneReport) -> list[tuple[str, str]]:
+    """Names and values of the figures that one looks at first."""
+    found = []
+    measured = report.perplexity
+    if measured is not None:
+        after = measured.pruned if report.healing is None else measured.healed
+        found.append(("perplexity, dense → pruned", " → ".join(map(figure_text, (measured.dense, after)))))
+    errors = [matrix.relative_error for matrix in report.matrices if matrix.tokens]
+    return [
+        *found,
+        ("share of zeros", f"{report.sparsity:.4f}"),
+        ("mean relative error", f"{sum(errors) / max(1, len(errors)):.3f}"),
+        ("seconds of pruning", f"{report.seconds:,.1f}"),
+        ("peak memory", f"{report.peak_memory_bytes / 2**30:.2f} GiB"),
+    ]
+
+
+def _plots(report: PruneReport, blocks: list[BlockFigures], folder: str | Path | None) -> list[Plot]:
+    found = [Plot(run_plots.errors_plot(report.blocks), "Relative error of each matrix's output, by kind and block.")]
+    found.append(Plot(blocks_plot({("pruned", ""): blocks}), "Share of zeros and output cosine by block."))
+    found.append(Plot(run_plots.seconds_plot(report.blocks), "Seconds of each block."))
+    kept = None if folder is None else run_plots.kept_weights(folder, report.blocks)
+    if kept is not None and len(kept):
+        found.append(Plot(run_plots.weights_plot(kept), "Kept weights; zeros are left out. A sample of each matrix."))
+    return found
 
 
 def _extra(report: PruneReport) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ace_ext.formats import DenseModel, format_named
 from ace_ext.models._transformers import input_embedding, output_head
 from ace_ext.models.blocks import Block, find_blocks
 from ace_ext.models.gguf import Unpacking, gguf_skeleton
-from ace_ext.models.loading import WEIGHT_DTYPES, check_plain, load_model, load_tokenizer, local_folder
+from ace_ext.models.loading import WEIGHT_DTYPES, load_model, load_tokenizer, local_folder
 from ace_ext.models.safetensors_files import Shards, has_safetensors
 from ace_ext.models.skeleton import check_all_read, dtype_of, skeleton
 from ace_ext.models.tokenizer import Tokenizer
@@ -119,7 +119,6 @@ def _planned(request: RunRequest, files: ModelFiles, laid_out: nn.Module | None 
         laid_out, tokenizer, unpacking = gguf_skeleton(files.paths[0], wanted)
     else:
         laid_out = laid_out or skeleton(files.folder, None, request.dtype)
-        check_plain(laid_out)
         tokenizer = load_tokenizer(files.folder)
         # Tensors are converted one at a time while the files are mapped.
         unpacking = Unpacking(sum(file.stat().st_size for file in files.paths), 0.0)
