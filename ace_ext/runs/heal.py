@@ -51,6 +51,16 @@ TOKENS = 65536
 
 
 @dataclass(frozen=True)
+class LongerRun:
+    """A run whose last part is a distillation."""
+
+    fingerprint: dict[str, Any]
+    """Everything that the output depends on, as plain values."""
+    held_back: HeldBackText | None
+    """The text on which it measures perplexity, if it does."""
+
+
+@dataclass(frozen=True)
 class HealOptions:
     """How much a run on files trains, and options that do not change what it writes (the limit of memory may: it
     decides how many blocks are trained together)."""
@@ -68,10 +78,8 @@ class HealOptions:
     """Go on where an earlier run stopped."""
     max_memory: int | None = None
     """Bytes of resident memory that the run may use; None: what the system can give."""
-    held_back: HeldBackText | None = None
-    """The text on which the longer run measures perplexity."""
-    fingerprint: dict[str, Any] | None = None
-    """Of a longer run that this is the last part of: everything that the output depends on, as plain values."""
+    longer: LongerRun | None = None
+    """The run that this is the last part of; None: it stands alone."""
 
     def check(self) -> None:
         """Raises :class:`ace_ext.InputError` for a budget that is none."""
@@ -144,7 +152,7 @@ class _Run:
     def run(self, path: Path, observer: Observer | None, tell: Callable[[str], None] | None) -> PruneReport:
         """The whole run; ``path``: the output."""
         options = self._request.options
-        fingerprint = options.fingerprint or self._fingerprint()
+        fingerprint = options.longer.fingerprint if options.longer else self._fingerprint()
         done = finished_report(path, fingerprint, options.overwrite) if options.resume else None
         if done is not None:
             discard(path)
@@ -242,7 +250,8 @@ class _Run:
 
     def _measure(self, journal: HealJournal) -> None:
         """Adds the perplexity of what was written to that of the dense and of the pruned model."""
-        text, found = self._request.options.held_back, self._report.perplexity
+        longer, found = self._request.options.longer, self._report.perplexity
+        text = None if longer is None else longer.held_back
         if text is None or found is None:
             self._report.perplexity = None  # it would not be that of the written model
         else:

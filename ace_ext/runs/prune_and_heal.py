@@ -14,7 +14,7 @@ from ace_ext.healing.batches import Batches
 from ace_ext.models.versions import versions
 from ace_ext.records import REPORT_NAME, PruneReport
 from ace_ext.runs.beginning import from_record
-from ace_ext.runs.heal import HealOptions, HealRequest, heal_folder
+from ace_ext.runs.heal import HealOptions, HealRequest, LongerRun, heal_folder
 from ace_ext.runs.heal_memory import HealDemand
 from ace_ext.runs.heal_models import whole_bytes
 from ace_ext.runs.held_back import HeldBackText, held_back_text
@@ -144,8 +144,7 @@ def _second(request: RunRequest, source: Source, pruned: Path, path: Path, finge
         overwrite=given.overwrite,
         resume=given.resume,
         max_memory=given.max_memory,
-        fingerprint=fingerprint,
-        held_back=_held_back(request, source, pruned),
+        longer=LongerRun(fingerprint, _held_back(request, source, pruned)),
     )
     settings = heal_settings(request.config)
     return HealRequest(str(pruned), path, request.calibration, request.model, settings, options, request.device)
