@@ -241,8 +241,9 @@ def request_from(args: argparse.Namespace, **options: Any) -> RunRequest:
     """
     budget = None if args.max_memory is None else parse_bytes(args.max_memory)
     bos = args.bos or default_mode(args.preset in (*PUBLISHED, *RENAMED_PRESETS), args.calibration == SELF)
-    calibration = Calibration(args.calibration, args.nsamples, args.seqlen, args.seed, args.text_field, bos)
-    run_options = RunOptions(offload=args.offload, max_memory=budget, evaluate=args.evaluate, **options)
+    numbers = (args.nsamples, args.seqlen, args.seed)
+    calibration = Calibration(args.calibration, *numbers, args.text_field, bos, args.evaluate)
+    run_options = RunOptions(offload=args.offload, max_memory=budget, **options)
     return RunRequest(args.model, config_from(args), calibration, run_options, device_of(args), args.dtype)
 
 

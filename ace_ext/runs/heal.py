@@ -201,7 +201,7 @@ class _Run:
     def _fingerprint(self) -> dict[str, Any]:
         """Everything that the output depends on, as plain values."""
         text, options = asdict(self._request.text), self._request.options
-        del text["nsamples"]
+        del text["nsamples"], text["evaluate"]
         return {
             "versions": versions(),
             "pruned": self._pruned.files.described,

@@ -107,7 +107,7 @@ def measurement_for(
     try:
         return Measurement(held_back_text(request, source, bos), source, blocks, request.device)
     except InputError as error:
-        if request.options.evaluate != EVALUATE_AUTO:
+        if request.calibration.evaluate != EVALUATE_AUTO:
             raise
         tell(f"perplexity before and after is not measured: {error}")
         return None
@@ -115,7 +115,8 @@ def measurement_for(
 
 def _text(request: RunRequest, tokenizer: Tokenizer, bos: BosChoice) -> tuple[str, Tensor]:
     """The name and the ids ``[n]`` of the text."""
-    calibration, wanted = request.calibration, request.options.evaluate
+    calibration = request.calibration
+    wanted = calibration.evaluate
     if wanted != EVALUATE_AUTO:
         return wanted, evaluation_tokens(wanted, tokenizer, text_field=calibration.text_field)
     if calibration.source in SMALL_SOURCES:

@@ -22,7 +22,7 @@ from ace_ext.pruning.settings import check_choice
 from ace_ext.runs.own_files import check_replaceable, is_statistics
 
 EVALUATE_AUTO, EVALUATE_NEVER = "auto", "never"
-"""What :attr:`RunOptions.evaluate` may be besides a text."""
+"""What :attr:`Calibration.evaluate` may be besides a text."""
 
 OFFLOAD = ("auto", "disk", "none")
 """``disk``: one block at a time is read from the files; ``auto``: if the whole model does not fit."""
@@ -39,6 +39,9 @@ class Calibration:
     seed: int = 0
     text_field: str = "text"
     bos: str = AUTO
+    evaluate: str = EVALUATE_NEVER
+    """The text on which perplexity is measured before and after, ``auto`` or ``never``
+    (:mod:`ace_ext.runs.held_back`)."""
 
     def check(self) -> None:
         """Reads the text if it is a user's file, so that an error shows before the model is loaded.
@@ -109,9 +112,6 @@ class RunOptions:
     stats: Path | None = None
     """Prune from such a file, without a forward pass. The output has the same bytes as that of the run with
     ``save_stats`` and the same configuration."""
-    evaluate: str = EVALUATE_NEVER
-    """The text on which perplexity is measured before and after, ``auto`` or ``never``
-    (:mod:`ace_ext.runs.held_back`)."""
     format: str = DEFAULT_FORMAT
     """A name of :data:`ace_ext.formats.FORMATS`."""
 
@@ -135,7 +135,7 @@ class RunRequest:
     @property
     def evaluates(self) -> bool:
         """Whether perplexity is measured before and after. A run from statistics does no forward pass."""
-        return self.options.evaluate != EVALUATE_NEVER and self.options.stats is None
+        return self.calibration.evaluate != EVALUATE_NEVER and self.options.stats is None
 
     def measures_bos(self, tokenizer: Tokenizer | None = None) -> bool:
         """Whether the model must be measured to choose how its samples begin. Without a tokenizer: whether that may be
