@@ -6,7 +6,7 @@ SOURCES := setup.py pyproject.toml $(shell find ace_ext csrc -name '*.py' -o -na
 JOBS ?= 2
 
 .PHONY: demo test test-cpp test-python check-kernels check-memory fuzz gpu lint docs dist clean \
-	nightly nightly-python nightly-cpp nightly-fuzz coverage coverage-python coverage-cpp mutation licenses
+	nightly nightly-python nightly-cpp nightly-fuzz coverage coverage-python coverage-cpp mutation licenses test-oldest
 
 demo: $(VENV)/installed
 	PYTHON=$(BIN)/python tools/demo.sh
@@ -55,11 +55,15 @@ fuzz: $(VENV)/installed
 
 # What takes hours, or would rarely find what `make test` does not; docs/trust.md has the figures. Each part can be run
 # alone.
-nightly: nightly-python nightly-cpp check-memory coverage mutation licenses nightly-fuzz
+nightly: nightly-python test-oldest nightly-cpp check-memory coverage mutation licenses nightly-fuzz
 
 # The tests that `make test` leaves out (pyproject.toml, addopts).
 nightly-python: $(VENV)/installed
 	$(PYTEST) -m nightly
+
+# The tests with the oldest transformers that pyproject.toml allows, in an environment of its own.
+test-oldest:
+	PIP_CONSTRAINT="$$PWD/.ci/oldest.txt" $(MAKE) test-python VENV=.venv-oldest
 
 # The kernels' PTX under sanitizers; `make test` runs their source there, and the PTX without sanitizers.
 nightly-cpp:

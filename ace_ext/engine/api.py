@@ -14,6 +14,7 @@ from ace_ext.engine.distillation import Distillation
 from ace_ext.engine.progress import Progress
 from ace_ext.engine.walk import Walk
 from ace_ext.errors import InputError
+from ace_ext.models._transformers import check_version
 from ace_ext.models.block_store import BlockSource, ResidentBlocks
 from ace_ext.models.blocks import Block, find_blocks
 from ace_ext.models.hidden_states import HiddenStates
@@ -56,6 +57,7 @@ def prune_model(
         InputError: for a model, tokens or weights that cannot be pruned. Whatever can be checked in advance is checked
             before any weight changes.
     """
+    check_version()
     config = config or preset_config(DEFAULT_PRESET)
     context = context or RunContext(observer=Progress(progress))
     start = time.perf_counter()

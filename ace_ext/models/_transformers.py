@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ace_ext.errors import InputError
+
 _EXPERTS = "_experts_implementation"
 """Of a configuration, from version 5 on: which code computes fused experts. ``"eager"`` is a loop over experts."""
 
@@ -35,6 +37,20 @@ _CACHES = ("cache", "past_key_values")
 
 _QUANTIZATION_MARKS = {"hf_quantizer": None, "is_quantized": False, "quantization_method": None}
 """Of a model that was loaded from quantized weights, with the values that they have in a plain model."""
+
+
+OLDEST = "5.16"
+"""The oldest release of transformers with which the tests pass; pyproject.toml and .ci/oldest.txt name it too."""
+
+
+def check_version() -> None:
+    """Raises :class:`ace_ext.InputError` if the installed transformers is older than :data:`OLDEST`."""
+    import transformers
+    from packaging.version import Version  # which transformers needs too
+
+    found = Version(transformers.__version__)
+    if found.release < Version(OLDEST).release:
+        raise InputError(f"transformers {found} is too old: ace_ext needs {OLDEST}; pip install -U transformers")
 
 
 def model_class(config: Any) -> Any:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import (
+    check_version,
     dequantize_options,
     forget_quantization_,
     has_encoder,
@@ -47,6 +48,7 @@ def load_model(source: str, dtype: str = "auto", device: str | torch.device = "c
         InputError: nothing there, or nothing that transformers can load; quantized weights; weights that do not fit
             the configuration; a model that does not predict the next token.
     """
+    check_version()
     check_dtype(dtype)
     location = locate(source)
     unpacks = location.gguf_file is not None

@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 from ace_ext.errors import InputError
-from ace_ext.models._transformers import is_left_out, model_of, no_init_weights, stays_float32, tie_weights_
+from ace_ext.models._transformers import (
+    check_version,
+    is_left_out,
+    model_of,
+    no_init_weights,
+    stays_float32,
+    tie_weights_,
+)
 from ace_ext.models.loading import WEIGHT_DTYPES, check_causal, check_dtype, check_fit, check_plain
 from ace_ext.models.location import ModelLocation, as_input_error, remote_code_allowed
 from ace_ext.models.safetensors_files import Shards
@@ -29,6 +36,7 @@ def skeleton(folder: str | Path, shards: Shards | None, dtype: str = "auto") -> 
         InputError: transformers does not know the folder's configuration, it is that of an encoder, or ``dtype`` is
             none of :data:`ace_ext.models.loading.WEIGHT_DTYPES`.
     """
+    check_version()
     check_dtype(dtype)
     with as_input_error(f"model {str(folder)!r} could not be laid out"):
         config = ModelLocation(str(folder)).config()
