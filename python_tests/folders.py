@@ -37,7 +37,7 @@ class Tokens(Calibration):
     def choose_bos(self, tokenizer, model, logits=None) -> BosChoice:
         return BosChoice("never", None, "the tokens are given")
 
-    def load(self, tokenizer, model, bos=None) -> CalibrationData:
+    def load(self, tokenizer, model, bos=None, progress=False) -> CalibrationData:
         tokens = make_tokens(self.nsamples, self.seqlen, self.seed)
         return CalibrationData(tokens, self.source, self.seed, tokens_sha256(tokens), bos)
 

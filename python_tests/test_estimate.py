@@ -10,7 +10,7 @@ from tiny_models import VOCABULARY, make_model, make_tokens
 from torch.profiler import ProfilerActivity, profile
 
 from ace_ext import PruneConfig, prune_model
-from ace_ext.data.bos import WINDOW_TOKENS, WINDOWS, _perplexity
+from ace_ext.data.bos import WINDOW_TOKENS, WINDOWS, perplexity_of
 from ace_ext.healing import HealSettings, distill_
 from ace_ext.healing.batches import Batches
 from ace_ext.healing.context import HealContext
@@ -106,7 +106,7 @@ def test_measuring_for_the_bos_token_holds_logits(tmp_path):
 
     def measure():
         logits = whole_logits(model, ResidentBlocks(find_blocks(model)), windows, torch.device("cpu"))
-        _perplexity(logits[:1], windows[:1])
+        perplexity_of(logits[:1], windows[:1])
 
     assert resident.total - resident.model == pytest.approx(peak_of(measure, tmp_path / "trace.json"), rel=0.01)
     assert resident.total - resident.model == disk.total

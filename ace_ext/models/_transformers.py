@@ -8,6 +8,7 @@ import contextlib
 import io
 import re
 from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -45,10 +46,9 @@ OLDEST = "5.16"
 
 def check_version() -> None:
     """Raises :class:`ace_ext.InputError` if the installed transformers is older than :data:`OLDEST`."""
-    import transformers
     from packaging.version import Version  # which transformers needs too
 
-    found = Version(transformers.__version__)
+    found = Version(version("transformers"))
     if found.release < Version(OLDEST).release:
         raise InputError(f"transformers {found} is too old: ace_ext needs {OLDEST}; pip install -U transformers")
 
