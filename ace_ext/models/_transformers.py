@@ -192,6 +192,10 @@ def dequantize_options() -> dict[str, Any]:
     return {}
 
 
+OWN_METHOD = "ace_ext"
+"""The ``quant_method`` of a packed folder, whose matrices are read as dense ones."""
+
+
 def quantization_of(config: Any) -> str | None:
     """The quantization method of a configuration's weights, ``"quantized"`` where it has no name; None for plain
     weights. It is a dictionary in a configuration that was read, and an object in that of a loaded model."""

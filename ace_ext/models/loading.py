@@ -10,6 +10,7 @@ from torch import nn
 
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import (
+    OWN_METHOD,
     check_version,
     dequantize_options,
     forget_quantization_,
@@ -71,6 +72,8 @@ def load_model(source: str, dtype: str = "auto", device: str | torch.device = "c
 def check_plain(source: str, config: Any) -> None:
     """Raises :class:`InputError` for the configuration of a model whose weights are quantized."""
     quantization = quantization_of(config)
+    if quantization == OWN_METHOD:
+        raise InputError(f"model {source!r} is a packed folder; give the dense one (ace-prune unpack)")
     if quantization is not None:
         raise InputError(
             f"model {source!r} holds {quantization} weights; give the unquantized checkpoint, or dequantize this one "

@@ -10,10 +10,12 @@ from torch import nn
 
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import (
+    OWN_METHOD,
     check_version,
     is_left_out,
     model_of,
     no_init_weights,
+    quantization_of,
     stays_float32,
     tie_weights_,
 )
@@ -40,7 +42,8 @@ def skeleton(folder: str | Path, shards: Shards | None, dtype: str = "auto") -> 
     check_dtype(dtype)
     with as_input_error(f"model {str(folder)!r} could not be laid out"):
         config = ModelLocation(str(folder)).config()
-        check_plain(str(folder), config)
+        if quantization_of(config) != OWN_METHOD:
+            check_plain(str(folder), config)
         main = dtype_of(config, shards, dtype)
         model = empty_model(config, main)
     check_causal(str(folder), model)

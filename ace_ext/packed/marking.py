@@ -8,12 +8,11 @@ know the type ``ace_ext``, finds no weight file of a name that it knows, and sto
 import json
 from pathlib import Path
 
+from ace_ext.models._transformers import OWN_METHOD
+
 CONFIG = "config.json"
 
-METHOD = "ace_ext"
-"""The ``quant_method`` of a packed folder."""
-
-_LINE = f'\n  "quantization_config": {{"quant_method": "{METHOD}"}},'
+_LINE = f'\n  "quantization_config": {{"quant_method": "{OWN_METHOD}"}},'
 
 
 def mark(path: Path) -> None:

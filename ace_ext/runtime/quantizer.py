@@ -19,8 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ace_ext.errors import InputError
-from ace_ext.models._transformers import no_init_weights, tie_weights_
-from ace_ext.packed.marking import METHOD
+from ace_ext.models._transformers import OWN_METHOD, no_init_weights, tie_weights_
 
 _UNEXPECTED = "_keys_to_ignore_on_load_unexpected"
 _TIED = "all_tied_weights_keys"
@@ -31,7 +30,7 @@ _WEIGHTS = "transformers_weights"
 class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """What ``config.json`` of a packed folder says: only that it is one."""
 
-    def __init__(self, quant_method: str = METHOD, **_: Any) -> None:
+    def __init__(self, quant_method: str = OWN_METHOD, **_: Any) -> None:
         self.quant_method = quant_method
 
 
@@ -113,9 +112,9 @@ class _Patterns(set[str]):
 
 def register() -> None:
     """Makes transformers know packed folders. Done once."""
-    if METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(METHOD)(PackedConfig)
-        register_quantizer(METHOD)(PackedQuantizer)
+    if OWN_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(OWN_METHOD)(PackedConfig)
+        register_quantizer(OWN_METHOD)(PackedQuantizer)
 
 
 def _name_weights(config: Any) -> Any:
