@@ -102,7 +102,7 @@ def test_torch_compile_takes_a_packed_linear(random):
         torch.testing.assert_close(compiled(x), linear(x))
 
 
-def test_generating_with_a_static_cache_and_a_compiled_model(llama, monkeypatch):
+def test_generating_with_a_static_cache_and_a_compiled_model(llama):
     """``generate`` with a static cache, and a compiled forward pass of a whole model without a break in its graph."""
     pruned, packed = llama
     dense, model = dense_model(pruned), load_packed(packed)
