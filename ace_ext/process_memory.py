@@ -74,8 +74,12 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**22)
 
 
-def available_bytes() -> int:
-    """Bytes that the system can still give, within the limit of the control group; 2**62 if it does not tell."""
+def available_bytes(device: torch.device | str = "cpu") -> int:
+    """Bytes that a GPU, or the system within the limit of the control group, can still give; 2**62 if it does not
+    tell."""
+    device = torch.device(device)
+    if device.type == "cuda":  # torch keeps freed memory for itself
+        return int(torch.cuda.mem_get_info(device)[0] + _kept_by_torch(device))
     found = []
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -91,6 +95,10 @@ def available_bytes() -> int:
             taken = int((group / used).read_text()) - int(counts[cache])
             found.append(int((group / limit).read_text()) - taken)
     return max(0, min(found, default=2**62))
+
+
+def _kept_by_torch(device: torch.device) -> int:
+    return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _status(key: str) -> int:

@@ -11,6 +11,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from ace_ext import InputError, PruneConfig, prune_model
+from ace_ext.engine.context import RunContext
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.experts import filled_linear, filled_rows, find_experts
 from ace_ext.models.replay import capture_calls, run_block
@@ -246,13 +247,16 @@ def test_skip_by_name():
     assert [round(float(zeros(w)), 2) for w in weight] == [0.5, 0.0, 0.5, 0.5]
 
 
-def test_a_stage_takes_all_experts():
-    """Several batches: attention's inputs, its output, all gates, all downs; and one more pass to go on."""
-    model, passes = make_model("mixtral"), []
-    handle = experts_module(model).register_forward_pre_hook(lambda *_: passes.append(1))
-    prune_model(model, make_tokens(), PruneConfig(batch_tokens=32))
+@pytest.mark.parametrize(("keeps_forwards", "passes"), [(True, 4 + 3), (False, 3 * 3)], ids=["lockstep", "stages"])
+def test_a_stage_takes_all_experts(keeps_forwards, passes):
+    """Three batches go through the experts once; before that, a trial of two of them, one after the other and in
+    lockstep. By stages they do for all gates, for all downs, and to go on; the stages before end before the experts."""
+    model, seen = make_model("mixtral"), []
+    handle = experts_module(model).register_forward_pre_hook(lambda *_: seen.append(1))
+    context = RunContext(keeps_forwards=keeps_forwards)
+    prune_model(model, make_tokens(), PruneConfig(batch_tokens=32), context=context)
     handle.remove()
-    assert len(passes) == 2 + 3 * (4 + 1)  # two to see what a block returns and who reads what; then of three batches
+    assert len(seen) == 2 + passes  # two to see what a block returns and who reads what
 
 
 @pytest.mark.parametrize("seqlen", [16, 2], ids=["all-reached", "some-reached"])

@@ -93,7 +93,7 @@ def test_hidden_states_on_the_disk_are_read_once_a_pass(dense, monkeypatch, batc
 
 
 def test_auto_offloads_where_all_does_not_fit(dense, monkeypatch):
-    monkeypatch.setattr("ace_ext.runs.model_source.available_bytes", lambda: 1)
+    monkeypatch.setattr("ace_ext.runs.model_source.available_bytes", lambda _: 1)
     assert plan_of(dense).offload
     assert not plan_of(dense, {"offload": "none"}).offload
 

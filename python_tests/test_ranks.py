@@ -14,9 +14,11 @@ from children import one_of_ranks
 from folders import command, fork, fork_run, prune, save_dense, spawn, weights_bytes
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from ace_ext import InputError
-from ace_ext.engine.distributed import Alone, Ranks, share_of
+from ace_ext import InputError, PruneConfig
+from ace_ext.engine.distributed import Alone, Ranks, hash_of, share_of
+from ace_ext.pruning.prune_linear import prune_linear_
 from ace_ext.pruning.statistics import StatisticsCollector
 
 
@@ -77,7 +79,7 @@ def share_differing(one, other) -> float:
         ("--nsamples", 7, "--preset", "fast"),
         ("--nsamples", 8, "--order", "block", "--metric", "cosp"),
         ("--nsamples", 7, "--group", "model", "--batch-tokens", 32),
-        ("--nsamples", 7, "--offload", "disk", "--batch-tokens", 32),
+        ("--nsamples", 7, "--offload", "disk", "--batch-tokens", 32, "--refine", "swaps"),
     ],
     ids=str,
 )
@@ -294,3 +296,78 @@ def test_experts_that_only_some_processes_reach():
         assert torch.equal(torch.cat(merged[0][name].sampled), torch.cat(merged[1][name].sampled))
         torch.testing.assert_close(merged[0][name].input.mean, x.double().mean(0))
         torch.testing.assert_close(merged[0][name].input.square_sum, x.double().square().sum(0))
+
+
+def together(size: int, work) -> list:
+    """The results of ``work(peers)`` of so many processes, each a thread."""
+    board, barrier = [None] * size, threading.Barrier(size)
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(lambda rank: work(Together(rank, board, barrier)), range(size)))
+
+
+SOLVERS = [
+    {"refine": "swaps"},
+    {"refine": "swaps", "pattern": "2:4"},
+    {"refine": "mean", "update": "mean"},
+    {"update": "obs"},
+    {"update": "admm", "iterations": 8},
+    {"update": "obs", "group": "matrix"},
+]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("setting", SOLVERS, ids=str)
+def test_rows_are_shared_by_solvers(setting, size):
+    """Each process multiplies its share of the rows, all get the same bits, and these are those of one process up to
+    the rounding of its matrix products, which depends on the number of rows. The group matrix is not shared."""
+    random = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(62, 32, generator=random), torch.randn(96, 32, generator=random)
+    config = PruneConfig("wanda", **setting)
+
+    @torch.no_grad()
+    def one(peers) -> tuple[torch.Tensor, int, float]:
+        linear = nn.Linear(32, 62, bias=False)
+        linear.weight.copy_(weight)
+        collector = StatisticsCollector({"it": linear}, config.needs.prune)
+        collector.observe("it", x, linear(x))
+        with FlopCounterMode(display=False) as flops:
+            solution = prune_linear_(linear.weight, collector.stats["it"], config, None, peers)
+        return linear.weight, flops.get_total_flops(), solution.loss_after
+
+    (whole, work, loss), *_ = together(1, one)
+    shared = together(size, one)
+    for pruned, own, found in shared:
+        assert torch.equal(pruned, shared[0][0])
+        assert found == pytest.approx(loss, rel=1e-5)
+        if setting.get("group") != "matrix":
+            assert own <= work / size * 1.1
+    torch.testing.assert_close(shared[0][0], whole, rtol=1e-4, atol=1e-4)
+    if setting.get("update") is None:  # no product of matrices decides
+        assert torch.equal(shared[0][0], whole)
+
+
+def test_a_hash_is_that_of_the_bytes_and_their_places(monkeypatch):
+    weight = torch.randn(33, 7, generator=torch.Generator().manual_seed(0)).bfloat16()
+    whole = int(hash_of(weight))
+    assert int(hash_of(weight.T.contiguous().T)) == whole, "the same values in another layout"
+    monkeypatch.setattr("ace_ext.engine.distributed.HASHED_AT_ONCE", 64)
+    assert int(hash_of(weight)) == whole
+    others = [weight.clone() for _ in range(4)]
+    others[0][32, 6] += 1
+    others[1][0, :8:4] *= -1  # the highest bits of two words
+    others[2][[0, 8]] = others[2][[8, 0]]
+    others[3][5, 5] = -others[3][5, 5]
+    assert len({whole, *(int(hash_of(other)) for other in others)}) == 5
+
+
+def test_the_hash_is_splitmix():
+    """Of one word, computed with Python's integers."""
+
+    def mixed(word: int) -> int:
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+            word = (word ^ (word >> shift)) * factor % 2**64
+        return word
+
+    word = -123456789012345
+    expected = mixed(word % 2**64 ^ mixed(0x9E3779B97F4A7C15))
+    assert int(hash_of(torch.tensor([word]))) % 2**64 == expected

@@ -35,6 +35,7 @@ RECORDS = {
     "Healing": "a part of the report",
     "Run": "a line of runs.jsonl",
     "Estimate": "a row of the memory estimate",
+    "RunContext": "the services of a run",
     "Plan": "what ace-prune plan prints",
     "ModelShape": "sizes of a model",
     "BenchResult": "what ace-prune bench prints",

@@ -29,3 +29,8 @@ class RunContext:
     block before it."""
     source: StatisticsSource | None = None
     """Statistics of an earlier run; with them no forward pass is run."""
+    keeps_forwards: bool | None = None
+    """Whether the unfinished forwards of all batches through a block fit into memory; None: as far as it is free."""
+    stateless: dict[tuple[tuple[str, type], ...], bool] = field(default_factory=dict)
+    """Of each kind of block, by its modules' names and types, whether its forwards can take turns (see
+    :func:`ace_ext.models.lockstep.keeps_no_state`), as found so far."""

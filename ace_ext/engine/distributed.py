@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import os
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor
 from ace_ext.engine.protocols import Empty, Peers
 from ace_ext.errors import InputError
 from ace_ext.pruning.gram import GramState
+from ace_ext.pruning.row_shares import AllRows
 from ace_ext.pruning.sketch import SketchState
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
 
 
 @dataclass
-class Alone:
+class Alone(AllRows):
     """:class:`ace_ext.engine.protocols.Peers` of a single process: nothing is exchanged."""
 
     rank: int = 0
@@ -108,15 +110,33 @@ class Ranks:
         self._dist.all_gather(parts, tensor.contiguous())
         return parts
 
+    def rows(self, count: int) -> slice:
+        """This rank's rows of a matrix of ``count`` rows; ranks differ by at most one row."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def gather_rows(self, part: Tensor, count: int) -> Tensor:
+        """``[count, cols]``, the same on every rank, from each one's ``part [own rows, cols]``."""
+        most = -(-count // self.size)  # parts must be of one size to be gathered
+        padded = part.new_zeros(most, part.shape[1])
+        padded[: len(part)] = part
+        ends = [count * rank // self.size for rank in range(self.size + 1)]
+        return torch.cat([p[: b - a] for p, (a, b) in zip(self._all(padded), pairwise(ends), strict=True)])
+
+    def add_up(self, part: Tensor) -> Tensor:
+        """The sum of every rank's ``part``: in the order of the ranks, so with the same bits on each."""
+        total = torch.zeros_like(part)
+        for other in self._all(part):
+            total += other
+        return total
+
     def check_same(self, weights: list[Tensor], where: str) -> None:
-        """Checks by a hash that all ranks hold the same pruned weights.
+        """Checks by hashes, computed where the weights are, that all ranks hold the same pruned weights.
 
         Raises:
             InputError: they do not; this block is then not written.
         """
-        digest = hashlib.sha256()
-        for weight in weights:
-            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        hashes = [hash_of(weight).to(weights[0].device) for weight in weights]
+        digest = hashlib.sha256(str(torch.stack(hashes).tolist() if hashes else "").encode())
         found = self.gather(digest.hexdigest())
         if len(set(found)) > 1:
             raise InputError(f"{where}: the processes derived different masks ({', '.join(h[:8] for h in found)})")
@@ -135,6 +155,38 @@ class Ranks:
         """Leaves the process group."""
         if self._dist.is_initialized():
             self._dist.destroy_process_group()
+
+
+HASHED_AT_ONCE = 2**23
+"""Bytes of a tensor that :func:`hash_of` mixes at a time."""
+
+
+def hash_of(tensor: Tensor) -> Tensor:
+    """A hash of a tensor's bytes and their places: ``[]`` int64, on its device, by integer arithmetic, so with the same
+    bits on every device.
+
+    Each word of 8 bytes is mixed with its place by the finaliser of SplitMix64 (Steele, Lea and Flood 2014, "Fast
+    splittable pseudorandom number generators"); the hash is the sum of all, modulo 2⁶⁴.
+    """
+    parts = torch.split(tensor.detach().contiguous().flatten().view(torch.uint8), HASHED_AT_ONCE)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for number, part in enumerate(parts):
+        padded = part.new_zeros(-(-len(part) // 8) * 8)
+        padded[: len(part)] = part
+        words = padded.view(torch.int64)
+        place = torch.arange(len(words), device=tensor.device) + number * (HASHED_AT_ONCE // 8) + 1
+        total += _mixed(words ^ _mixed(place * _GOLDEN)).sum()
+    return total
+
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+
+
+def _mixed(words: Tensor) -> Tensor:
+    """SplitMix64's finaliser of int64 words; ``>>`` keeps the sign in torch, so the bits that it brings are cleared."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1)):
+        words = (words ^ ((words >> shift) & (2 ** (64 - shift) - 1))) * factor
+    return words
 
 
 def _check_environment() -> None:

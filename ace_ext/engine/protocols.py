@@ -1,7 +1,7 @@
 """The interfaces through which the engine uses journals, statistics files, other processes and progress displays. It
 imports no implementation of them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from ace_ext.healing.protocols import Observer as HealObserver
 from ace_ext.models.blocks import Block
 from ace_ext.models.hidden_states import HiddenStates
+from ace_ext.pruning.row_shares import RowShares
 from ace_ext.pruning.statistics import LinearStatistics
 from ace_ext.records import BlockReport, PruneReport
 
@@ -31,8 +32,24 @@ class Journal(Protocol):
         """The inputs of the first unfinished block: those of the earlier run, or ``states`` if there is none."""
         ...
 
-    def block_done(self, block: Block, report: BlockReport, layouts: dict[int, Any]) -> None:
-        """Stores a pruned block, then records it as done. ``layouts``: the layout of each rank's hidden states."""
+    def wants_states(self) -> bool:
+        """Whether it is time to bring hidden states to the disk, so that a run can be resumed after this block."""
+        ...
+
+    def block_done(
+        self,
+        block: Block,
+        report: BlockReport,
+        layouts: dict[int, Any],
+        commits: Sequence[Callable[[], None]] | None,
+    ) -> None:
+        """Stores a pruned block; brings hidden states to the disk by calling ``commits``, then records the block as
+        done. Without ``commits`` only a later block records it. All this may happen while the next block is pruned.
+        ``layouts``: the layout of each rank's hidden states."""
+        ...
+
+    def settle(self) -> None:
+        """Returns once all blocks that are done are recorded. An error in that is raised here."""
         ...
 
 
@@ -77,7 +94,7 @@ class Observer(Protocol):
         ...
 
 
-class Peers(Protocol):
+class Peers(RowShares, Protocol):
     """The other processes of a run. ``size`` is 1 if there are none."""
 
     rank: int

@@ -51,6 +51,7 @@ def prune_and_train(walk: Steps, block: Block, index: int, block_report: BlockRe
     solver = walk.config.solver.block_solver
     assert solver is not None
     assert walk.dense is not None
+    walk.settle()  # the dense states that are replaced here may be on their way to the disk
     inputs = [walk.hidden[i] for i in range(len(walk.calls))]
     targets = []
     for i, call in enumerate(walk.calls):

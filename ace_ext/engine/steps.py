@@ -1,18 +1,21 @@
 """The steps of a walk that all strategies share: collect statistics, prune a matrix, run the block, report."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ace_ext import ops
 from ace_ext.engine.context import RunContext
-from ace_ext.engine.matrix_report import count_nonzero_, dense_output, measure
+from ace_ext.engine.matrix_report import Measurements, dense_output
 from ace_ext.errors import InputError
 from ace_ext.models.block_store import BlockSource
 from ace_ext.models.blocks import Block
 from ace_ext.models.hidden_states import HiddenStates
-from ace_ext.models.replay import BlockCall, run_block
+from ace_ext.models.lockstep import keeps_no_state
+from ace_ext.models.replay import BlockCall, run_block, run_until_called
+from ace_ext.process_memory import available_bytes
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.masks import keep_budget, prune_weight_, scored_weight
 from ace_ext.pruning.prune_linear import prune_linear_
@@ -51,6 +54,8 @@ class Steps:
         self.device = self.context.device or torch.device("cpu")
         self.keeps: list[dict[str, int]] | None = None
         """How many weights of a row to keep, by block and Linear; None: as the sparsity says."""
+        self.measurements = Measurements()
+        self._finite: list[Tensor] = []
         self.dense: HiddenStates | None = None
         """The dense model's hidden states, the targets of training."""
 
@@ -94,14 +99,46 @@ class Steps:
         with collector:
             for i, call in enumerate(self.calls):
                 collector.token_mask = call.token_mask
-                output = run_block(block, hidden[i], call.others[index])
                 if advance:
-                    check_finite_output(block, output, call)
-                    hidden.put(i, output)
+                    self.put(i, run_block(block, hidden[i], call.others[index]), hidden)
+                else:
+                    run_until_called(block, hidden[i], call.others[index], children)
+        self.check_outputs(block)
+        return self.complete(block, collector)
+
+    def complete(self, block: Block, collector: StatisticsCollector) -> dict[str, LinearStatistics]:
+        """The statistics of all of a collector's Linears over all processes, by name.
+
+        Raises:
+            InputError: a Linear saw no token (see :meth:`check_seen`).
+        """
+        children = list(collector.linears)
         self.context.peers.merge_(collector.stats, children, collector.empty)
         for child in children:
             self.check_seen(block, child, collector)
         return collector.stats
+
+    def put(self, i: int, output: Tensor, hidden: HiddenStates | None = None) -> None:
+        """Makes the output of batch ``i`` the next block's input, in the walk's hidden states or in others. Once all
+        are put, :meth:`check_outputs` is to be called."""
+        self.settle()  # the states that are replaced may be on their way to the disk
+        self._finite.append(is_finite(output, self.calls[i].token_mask))
+        (hidden or self.hidden).put(i, output)
+
+    def check_outputs(self, block: Block) -> None:
+        """Checks the outputs that were put: one read of a GPU for all batches.
+
+        Raises:
+            InputError: one of them holds NaN or infinity in a token that is no padding; all that follows would.
+        """
+        finite, self._finite = self._finite, []
+        if not finite or bool(torch.stack(finite).all()):
+            return
+        dtype = str(next(block.module.parameters()).dtype).removeprefix("torch.")
+        raise InputError(
+            f"{block.name}: its output holds NaN or infinity; a weight in or before it is damaged, or its numbers are "
+            f"too large for {dtype}: pass --dtype float32 or bfloat16"
+        )
 
     def statistics_of(self, block: Block, index: int, *, advance: bool) -> dict[str, LinearStatistics]:
         """Statistics of all Linears of a dense block: read from a file, or collected (and stored if the run saves its
@@ -118,9 +155,8 @@ class Steps:
         for i, call in enumerate(self.calls):
             if collector is not None:
                 collector.token_mask = call.token_mask
-            output = run_block(block, self.hidden[i], call.others[index])
-            check_finite_output(block, output, call)
-            self.hidden.put(i, output)
+            self.put(i, run_block(block, self.hidden[i], call.others[index]))
+        self.check_outputs(block)
 
     def check_seen(self, block: Block, child: str, collector: StatisticsCollector) -> None:
         """Checks that a Linear saw a token. An expert that saw none gets empty statistics, and is then pruned by
@@ -139,6 +175,30 @@ class Steps:
             )
         collector.stats[child] = collector.empty(child)
 
+    def can_take_turns(self, block: Block, index: int) -> bool:
+        """Whether the block can be pruned in lockstep: what the batches' unfinished forwards hold fits into memory, and
+        no module of the block keeps state of its own (tried once for each kind of block)."""
+        fits = self.context.keeps_forwards
+        if fits is None:
+            widest = max(linear.in_features for linear in block.linears.values())
+            rows = [math.prod(shape[:-1]) for shape in self.hidden.layout.shapes]
+            itemsize = block.linears[next(iter(block.linears))].weight.dtype.itemsize
+            # As ModelShape.waiting_bytes: before the widest Linear, or in attention.
+            held = max(2 * self.hidden.nbytes + sum(rows) * widest * itemsize, 6 * self.hidden.nbytes)
+            fits = held <= available_bytes(self.device) // 2
+        if not fits:
+            return False
+        kind = tuple((name, type(module)) for name, module in block.module.named_modules())
+        if kind not in self.context.stateless:
+            some = (0, len(self.calls) - 1)
+            calls, hidden = [self.calls[i] for i in some], [self.hidden[i] for i in some]
+            self.context.stateless[kind] = keeps_no_state(block, index, calls, hidden)
+        return self.context.stateless[kind]
+
+    def prune_stage(self, block: Block, index: int, stats: dict[str, LinearStatistics]) -> dict[str, MatrixReport]:
+        """Prunes the Linears of these statistics, by name; each one's statistics are freed once it is pruned."""
+        return {child: self.prune_matrix(block, index, child, stats.pop(child)) for child in list(stats)}
+
     def prune_matrix(self, block: Block, index: int, child: str, stats: LinearStatistics) -> MatrixReport:
         """Prunes one Linear's weight and measures the change of its output.
 
@@ -152,10 +212,10 @@ class Steps:
             return self._prune_unseen(name, weight)
         dense = dense_output(stats, weight)
         try:
-            solution = prune_linear_(weight, stats, self.config, keep_row)
+            solution = prune_linear_(weight, stats, self.config, keep_row, self.context.peers)
         except ValueError as error:
             raise InputError(f"{name}: {error}") from error
-        report = measure(name, weight, stats, dense, keep_budget(weight, self.config, keep_row))
+        report = self.measurements.measure(name, weight, stats, dense, keep_budget(weight, self.config, keep_row))
         report.solution = solution
         return report
 
@@ -163,9 +223,7 @@ class Steps:
         """Prunes an expert's weight by magnitude, because no token was routed to it."""
         config = PruneConfig("magnitude", self.config.sparsity, self.config.pattern, self.config.group)
         prune_weight_(scored_weight(weight, None, config), config)
-        keep = keep_budget(weight, config)
-        rows, cols = weight.shape
-        return MatrixReport(name, (rows, cols), keep, count_nonzero_(weight, keep), 0, 0.0, 1.0)
+        return self.measurements.unseen(name, weight, keep_budget(weight, config))
 
     def check_finite(self, where: str, weights: Iterable[Tensor]) -> None:
         """Reads the GPUs' flags for non-finite values, once per block. On the CPU the ops themselves raise.
@@ -182,29 +240,37 @@ class Steps:
         for op in filter(None, [ops.take_not_finite(device) for device in devices]):
             raise InputError(f"{where}: {op} met NaN, infinity or an overflow in activations or scores")
 
-    def finish(self, block: Block, block_report: BlockReport) -> None:
-        """Reports a block and records it as done."""
+    def finish(
+        self, block: Block, block_report: BlockReport, commits: Sequence[Callable[[], None]] | None = ()
+    ) -> None:
+        """Reports a block and records it as done, once ``commits`` have brought the hidden states to the disk; None:
+        they stay in memory this time."""
         context = self.context
         self.report.blocks.append(block_report)
         if context.journal is not None:
+            if context.peers.size > 1:  # first those of all ranks: the state on the disk counts on them
+                for commit in commits or ():
+                    commit()
+                commits = ()
             layouts = context.peers.gather(None if self._hidden is None else vars(self._hidden.layout))
-            context.journal.block_done(block, block_report, dict(enumerate(layouts)))
-            context.peers.wait()  # no rank may overwrite hidden states before the state on the disk is updated
+            context.journal.block_done(block, block_report, dict(enumerate(layouts)), commits)
+            if context.peers.size > 1:  # no rank may overwrite hidden states before the state on the disk is updated
+                self.settle()
+                context.peers.wait()
         context.observer.block(block_report, self.report)
         if self.callback is not None:
             self.callback(block_report)
 
+    def settle(self) -> None:
+        """Waits until all finished blocks are recorded."""
+        if self.context.journal is not None:
+            self.context.journal.settle()
 
-def check_finite_output(block: Block, output: torch.Tensor, call: BlockCall) -> None:
-    """Raises :class:`InputError` if a block's output ``[batch, seqlen, d_model]`` holds NaN or infinity in a token that
-    is no padding: all that follows would."""
-    rows = output.flatten(0, 1)
-    finite = torch.isfinite(rows).all(dim=1)
-    if call.token_mask is not None:
-        finite = finite[call.token_mask.to(finite.device)]
-    if not bool(finite.all()):
-        dtype = str(output.dtype).removeprefix("torch.")
-        raise InputError(
-            f"{block.name}: its output holds NaN or infinity; a weight in or before it is damaged, or its numbers are "
-            f"too large for {dtype}: pass --dtype float32 or bfloat16"
-        )
+
+def is_finite(output: Tensor, token_mask: Tensor | None) -> Tensor:
+    """``[]`` bool, on the device: whether ``output [batch, seqlen, d_model]`` is finite in each token of
+    ``token_mask [batch * seqlen]`` (None: in all)."""
+    finite = torch.isfinite(output.flatten(0, 1)).all(dim=1)
+    if token_mask is not None:
+        finite = finite | ~token_mask.to(finite.device)
+    return finite.all()

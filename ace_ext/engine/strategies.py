@@ -6,17 +6,19 @@ Each also puts the block's outputs, so that they become the next block's inputs.
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import groupby
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ace_ext.engine.matrix_report import dense_output, measure
+from ace_ext.engine.matrix_report import dense_output
 from ace_ext.engine.steps import Steps
 from ace_ext.errors import InputError
 from ace_ext.models.blocks import Block
+from ace_ext.models.lockstep import Lockstep
 from ace_ext.models.replay import run_block
 from ace_ext.ops import ScoredWeight
-from ace_ext.pruning.masks import count_kept, prune_model_wide_, scored_weight
-from ace_ext.pruning.statistics import LinearStatistics
+from ace_ext.pruning.masks import prune_model_wide_, scored_weight
+from ace_ext.pruning.statistics import LinearStatistics, StatisticsCollector
 from ace_ext.records import BlockReport, MatrixReport
 
 Strategy = Callable[[Steps, Block, int], dict[str, MatrixReport]]
@@ -29,12 +31,13 @@ def choose(walk: Steps) -> Strategy:
         return prune_dense
     if len(walk.calls) == 1 and walk.context.peers.size == 1:
         return prune_in_one_forward
-    return prune_by_stages
+    return prune_in_turns
 
 
 def prune_block(walk: Steps, block: Block, index: int, block_report: BlockReport) -> None:
     """Prunes a block's matrices by the run's strategy, and puts the block's outputs."""
     matrices = choose(walk)(walk, block, index)
+    walk.measurements.read_()
     block_report.matrices.extend(matrices[child] for child in block.linears)
 
 
@@ -74,7 +77,7 @@ def prune_in_one_forward(walk: Steps, block: Block, index: int) -> dict[str, Mat
 
     def after(child: str, x: Tensor, output: Tensor) -> Tensor:
         prune(child, x, output)
-        return block.linears[child].forward(x)  # forward itself calls no hooks
+        return _output_of(block.linears[child], x)
 
     with ExitStack() as hooks:
         for child, linear in block.linears.items():
@@ -91,21 +94,100 @@ def prune_in_one_forward(walk: Steps, block: Block, index: int) -> dict[str, Mat
     return done
 
 
-def prune_by_stages(walk: Steps, block: Block, index: int) -> dict[str, MatrixReport]:
-    """Order sequential, several batches: Linears that read the same input form a stage. Each stage takes a forward pass
-    of all batches."""
+def prune_in_turns(walk: Steps, block: Block, index: int) -> dict[str, MatrixReport]:
+    """Order sequential, several batches or processes: in lockstep if it can be, else by stages. The weights get the
+    same bytes either way."""
+    stages, complete = _stages(walk, block, index)
+    complete = complete and bool(stages)
+    if all(walk.context.peers.gather(complete and walk.can_take_turns(block, index))):
+        return prune_in_lockstep(walk, block, index, _one_by_one(block, stages))
+    return prune_by_stages(walk, block, index, stages)
+
+
+def prune_in_lockstep(walk: Steps, block: Block, index: int, stages: list[list[str]]) -> dict[str, MatrixReport]:
+    """All batches go on to their next Linear, the first stage that one of them has come to is pruned, and so on: one
+    forward pass of each batch in all."""
     done: dict[str, MatrixReport] = {}
-    for stage in _stages(walk, block, index):
-        stats = walk.collect(block, index, stage, advance=False)
-        for child in stage:
-            done[child] = walk.prune_matrix(block, index, child, stats.pop(child))
+    place = {child: number for number, stage in enumerate(stages) for child in stage}
+    forwards = [
+        lambda i=i, call=call: run_block(block, walk.hidden[i], call.others[index]) for i, call in enumerate(walk.calls)
+    ]
+    with Lockstep(block, forwards, walk.device) as lockstep:
+        ready = [*range(len(forwards))]
+        while True:
+            for i in ready:
+                output = lockstep.run(i)
+                if output is not None:
+                    walk.put(i, output)
+            stops = [(i, stop) for i in range(len(forwards)) if (stop := lockstep.stop_of(i)) is not None]
+            first = min((place[child] for _, (child, _) in stops), default=len(stages))
+            first = min(walk.context.peers.gather(first))
+            if first == len(stages):
+                break
+            stage = stages[first]
+            if stage[0] in done:
+                raise InputError(
+                    f"{block.full_name(stage[0])} is called twice in its block, or in another order by a later batch; "
+                    "use order='block'"
+                )
+            collector = walk.collector({child: block.linears[child] for child in stage})
+            ready = []
+            for i, (child, x) in stops:
+                if place[child] == first:
+                    ready.append(i)
+                    _observe(collector, stage, x, walk.calls[i].token_mask)
+                    lockstep.admit(i, stage, x)
+            del stops  # and so the inputs
+            done |= walk.prune_stage(block, index, walk.complete(block, collector))
+    walk.check_outputs(block)
+    for stage in stages:
+        if stage[0] not in done:  # experts that no token was routed to
+            collector = walk.collector({child: block.linears[child] for child in stage})
+            done |= walk.prune_stage(block, index, walk.complete(block, collector))
+    return done
+
+
+def _observe(collector: StatisticsCollector, stage: list[str], x: Tensor, token_mask: Tensor | None) -> None:
+    """Adds one input of the Linears of a stage, which have not run yet."""
+    collector.token_mask = token_mask
+    for child in stage:
+        collector.observe(child, x, _output_of(collector.linears[child], x) if collector.wants_output else None)
+
+
+def _output_of(linear: nn.Linear, x: Tensor) -> Tensor:
+    """The output ``[..., d_out]`` for ``x [..., d_in]``, with the present weight; no hook is called."""
+    output: Tensor = linear.forward(x)
+    return output
+
+
+def prune_by_stages(walk: Steps, block: Block, index: int, stages: list[list[str]]) -> dict[str, MatrixReport]:
+    """Each stage takes a forward pass of all batches, up to its last Linear; one more puts the outputs."""
+    done: dict[str, MatrixReport] = {}
+    for stage in stages:
+        done |= walk.prune_stage(block, index, walk.collect(block, index, stage, advance=False))
     walk.advance(block, index)
     return done
 
 
-def _stages(walk: Steps, block: Block, index: int) -> list[list[str]]:
+def _one_by_one(block: Block, stages: list[list[str]]) -> list[list[str]]:
+    """The stages with fused experts taken apart, as a forward calls them: one expert's matrices, then the next's."""
+    number = {child: expert for fused in block.experts for expert, child in enumerate(fused.linears)}
+    owner = {child: id(fused.owner) for fused in block.experts for child in fused.linears}
+    found: list[list[str]] = []
+    for mixture, group in groupby(stages, key=lambda stage: owner.get(stage[0])):
+        if mixture is None:
+            found.extend(group)
+        else:  # sorting keeps the order of one expert's matrices
+            found.extend(
+                [child] for child in sorted((child for stage in group for child in stage), key=number.__getitem__)
+            )
+    return found
+
+
+def _stages(walk: Steps, block: Block, index: int) -> tuple[list[list[str]], bool]:
     """The block's Linears in the order in which the first batch calls them, grouped by the tensor that they read. Those
-    of fused experts are grouped by the weight tensor that they are part of."""
+    of fused experts are grouped by the weight tensor that they are part of. And whether the batch called all: if not,
+    the others are the last stage."""
     stages: list[list[str]] = []
     last: list[Tensor] = []
     together = {child: stage for stage in block.expert_stages() for child in stage}
@@ -131,7 +213,7 @@ def _stages(walk: Steps, block: Block, index: int) -> list[list[str]]:
     unseen = [child for child in block.linears if child not in called]  # a later batch may call them
     stages = [*stages, unseen] if unseen else stages
     first: list[list[str]] = walk.context.peers.gather(stages)[0]  # with experts ranks may differ: rank 0 decides
-    return first
+    return first, not unseen
 
 
 def prune_whole_model(walk: Steps) -> None:
@@ -154,8 +236,8 @@ def prune_whole_model(walk: Steps) -> None:
     blocks = walk.blocks.blocks
     reports = {block.name: BlockReport(block.name, s) for block, s in zip(blocks, seconds, strict=True)}
     for (block, child, stats_of_child, scored), before in zip(pending, dense, strict=True):
-        keep = count_kept(scored.weight)
-        matrix = measure(block.full_name(child), scored.weight, stats_of_child, before, keep)
+        matrix = walk.measurements.measure(block.full_name(child), scored.weight, stats_of_child, before, None)
         reports[block.name].matrices.append(matrix)
+    walk.measurements.read_()
     for block in blocks:
         walk.finish(block, reports[block.name])

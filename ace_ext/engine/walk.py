@@ -36,11 +36,12 @@ class Walk(Steps):
             else:
                 for index in range(done, len(self.blocks.blocks)):
                     self._run_block(index)
+            self.settle()
         finally:
             observer.close()
 
     def _run_block(self, index: int) -> None:
-        start = time.perf_counter()
+        start, journal = time.perf_counter(), self.context.journal
         with self.blocks.hold(index) as block:
             block_report = BlockReport(block.name, 0.0)
             if self.dense is None:
@@ -50,8 +51,8 @@ class Walk(Steps):
             weights = [linear.weight for linear in block.linears.values()]
             self.check_finite(block.name, weights)
             self.context.peers.check_same(weights, block.name)
-            for states in (self._hidden, self.dense):
-                if states is not None:
-                    states.commit()
+            commits, last = None, index + 1 == len(self.blocks.blocks)
+            if journal is not None and (last or journal.wants_states() or self.context.peers.size > 1):
+                commits = [states.commit_later() for states in (self._hidden, self.dense) if states is not None]
             block_report.seconds = time.perf_counter() - start
-            self.finish(block, block_report)
+            self.finish(block, block_report, commits)

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import torch
@@ -61,12 +62,18 @@ class OffloadedBlocks:
 
     def __init__(self, blocks: list[Block], shards: Shards, device: torch.device | str) -> None:
         self.blocks, self.shards, self.device = blocks, shards, device
+        self._ahead: ReadAhead | None = None
+
+    def read_ahead(self) -> None:
+        """From now on, while a block is held the next one is read, so that two are in memory."""
+        self._ahead = ReadAhead(self.blocks, self.shards, torch.device(self.device))
 
     @contextlib.contextmanager
     def hold(self, index: int) -> Iterator[Block]:
         """Reads the block's weights and checks them (:func:`ace_ext.models.blocks.check_weights`)."""
         block = self.blocks[index]
-        load_(block.module, block.name, self.shards, self.device)
+        read = self.shards.read if self._ahead is None else self._ahead.take(index)
+        load_(block.module, block.name, self.shards, self.device, read)
         for fused in block.experts:
             fused.bind()
         try:
@@ -92,15 +99,59 @@ class OffloadedBlocks:
         return surroundings(model, self.blocks, self.shards, self.device)
 
 
-def load_(module: nn.Module, prefix: str, shards: Shards, device: torch.device | str) -> None:
+Read = Callable[[str], torch.Tensor]
+"""A tensor on the CPU by its name in the model."""
+
+
+class ReadAhead:
+    """Reads the next block's parameters in a thread, while the caller works with the present ones.
+
+    Args:
+        blocks: of a skeleton.
+        shards: its files.
+        device: where the parameters will go.
+    """
+
+    def __init__(self, blocks: list[Block], shards: Shards, device: torch.device) -> None:
+        self._blocks, self._shards, self._pinned = blocks, shards, device.type == "cuda"
+        self._thread = ThreadPoolExecutor(1, "read-ahead")
+        self._next: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
+
+    def take(self, index: int) -> Read:
+        """Reads block ``index``, which was read already if it is the one after the last that was taken; and starts on
+        the one after it. Each of its parameters can be read once.
+
+        Raises:
+            InputError: as :meth:`ace_ext.models.safetensors_files.Shards.read`.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        if self._next is not None and self._next[0] == index:
+            tensors = self._next[1].result()
+            self._next = None
+        if index + 1 < len(self._blocks) and (self._next is None or self._next[0] != index + 1):
+            self._next = (index + 1, self._thread.submit(self._read, index + 1))
+        return lambda name: tensors.pop(name) if name in tensors else self._shards.read(name)
+
+    def _read(self, index: int) -> dict[str, torch.Tensor]:
+        block = self._blocks[index]
+        names = [f"{block.name}.{name}" for name, _ in block.module.named_parameters()]
+        return {name: self._read_one(name) for name in names}
+
+    def _read_one(self, name: str) -> torch.Tensor:
+        tensor = self._shards.read(name)
+        return tensor.pin_memory() if self._pinned else tensor  # which a GPU copies by itself; not run on one
+
+
+def load_(module: nn.Module, prefix: str, shards: Shards, device: torch.device | str, read: Read | None = None) -> None:
     """Reads a module's parameters from the shards, and those buffers that the files hold; other buffers are moved to
-    ``device``. ``prefix``: the module's name in the model.
+    ``device``. ``prefix``: the module's name in the model; ``read``: reads parameters in place of the shards.
 
     Raises:
         InputError: a tensor is missing, or its shape is not that of the configuration.
     """
+    read = read or shards.read
     for name, parameter in list(module.named_parameters()):
-        value = shards.read(f"{prefix}.{name}").to(device, parameter.dtype)
+        value = read(f"{prefix}.{name}").to(device, parameter.dtype, non_blocking=True)
         if value.shape != parameter.shape:
             raise InputError(
                 f"{prefix}.{name} must be {list(parameter.shape)} by the configuration (got {list(value.shape)})"

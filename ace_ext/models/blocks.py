@@ -6,8 +6,9 @@ beside the embedding of the tokens.
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +40,32 @@ class Block:
         """Whether the Linear is the matrix of a fused expert, which sees only the tokens that the router sends it."""
         return any(linear in fused.linears for fused in self.experts)
 
+    def as_it_is(self) -> "Block":
+        """The block with its present parameters: it keeps them when those of the module are replaced or dropped."""
+        twins: dict[int, nn.Module] = {}
+
+        def twin_linears(linears: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
+            return {child: cast("nn.Linear", _twin(linear, twins)) for child, linear in linears.items()}
+
+        module = _twin(self.module, twins)
+        experts = [FusedExperts(_twin(e.owner, twins), e.name, twin_linears(e.linears)) for e in self.experts]
+        return Block(self.name, module, twin_linears(self.linears), tuple(experts))
+
     def expert_stages(self) -> list[list[str]]:
         """The names of the prunable Linears, one list for each fused tensor. Linears of one list do not feed each
         other, so they can be pruned together."""
         return [[child for child in fused.linears if child in self.linears] for fused in self.experts]
+
+
+def _twin(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
+    """A module that shares everything with ``module`` but the dicts of its parameters, buffers and children; the
+    children are such modules too. ``twins``: those made before, by the id of the original."""
+    if id(module) not in twins:
+        twin = module.__new__(type(module))
+        twin.__dict__ = {**module.__dict__, "_parameters": {**module._parameters}, "_buffers": {**module._buffers}}
+        twin._modules = {name: child and _twin(child, twins) for name, child in module._modules.items()}
+        twins[id(module)] = twin
+    return twins[id(module)]
 
 
 def find_blocks(model: nn.Module, skip: Iterable[str] = (), check: bool = True) -> list[Block]:

@@ -1,7 +1,7 @@
 """The hidden states of the calibration batches between two blocks: in memory, or in files."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,18 +113,28 @@ class HiddenStates:
         if self._kept is not None:
             self._kept[i] = state
             return
-        self._write(i, state)
+        self._write(i, state, self._files[1 - self.side])
 
     def commit(self) -> None:
         """Swaps read and write buffers: the next block reads what was put. With files, the data is on the disk when
         this returns."""
+        self.commit_later()()
+
+    def commit_later(self) -> Callable[[], None]:
+        """Swaps the buffers now, and returns what brings the data to the disk: a function that another thread may call.
+        Nothing may be put until it has returned."""
         if not self._files:
-            return
-        if self._kept is not None:
-            for i, state in enumerate(self._kept):
-                self._write(i, state)
-        flush(self._files[1 - self.side])
+            return lambda: None
+        file, kept = self._files[1 - self.side], [*(self._kept or ())]
         self.side = 1 - self.side
+
+        def bring() -> None:
+            for i, state in enumerate(kept):
+                self._write(i, state, file)
+            kept.clear()
+            flush(file)
+
+        return bring
 
     @property
     def nbytes(self) -> int:
@@ -145,8 +155,7 @@ class HiddenStates:
                 view = view[count:]
         return state
 
-    def _write(self, i: int, state: Tensor) -> None:
-        path = self._files[1 - self.side]
+    def _write(self, i: int, state: Tensor, path: Path) -> None:
         with path.open("r+b" if path.exists() else "w+b") as file:
             file.seek(self.layout.offsets[i])
             file.write(_bytes(state))

@@ -5,7 +5,7 @@ known.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -112,6 +112,28 @@ def run_block(block: Block, hidden: Tensor, others: Arguments) -> Tensor:
         output = block.module(hidden, *others[0], **others[1])
     first: Tensor = output if isinstance(output, Tensor) else output[0]
     return first
+
+
+class _Seen(Exception):
+    """Ends a forward once all that was wanted of it was seen. Never leaves this file."""
+
+
+def run_until_called(block: Block, hidden: Tensor, others: Arguments, children: Iterable[str]) -> None:
+    """Runs one block until each of the named Linears was called, its hooks included, and no further. Runs it to its end
+    if one of them is not called, as may be with an expert's."""
+    waiting = set(children)
+
+    def called(child: str) -> None:
+        waiting.discard(child)
+        if not waiting:
+            raise _Seen
+
+    with ExitStack() as hooks:
+        for child in tuple(waiting):
+            handle = block.linears[child].register_forward_hook(lambda *_, child=child: called(child))
+            hooks.callback(handle.remove)
+        with suppress(_Seen):
+            run_block(block, hidden, others)
 
 
 @torch.no_grad()

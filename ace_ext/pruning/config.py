@@ -77,8 +77,8 @@ class PruneConfig:
       ``"model"`` needs all scores at once, so it always uses ``"block"`` and dense blocks throughout.
     - ``skip``: regular expressions, or a single one; a Linear or expert weight whose full name matches one stays dense.
     - ``ria_exponent``: the power of the input norm in the metric ``ria``.
-    - ``batch_tokens``: how many calibration tokens go through a block at a time. All at once is fastest if they fit in
-      memory: the sequential order then needs one forward per block instead of one for each stage.
+    - ``batch_tokens``: how many calibration tokens go through a block at a time. Several batches take one forward pass
+      of a block too, as long as what they hold between its Linears fits into memory; if not, one for each Linear.
     - ``token_norm``: how the norms ``‖A_t‖`` that weight the tokens are computed: ``"exact"``, from the dense output
       itself, or ``"sketch"``, from a random projection of it (:func:`ace_ext.pruning.statistics.sketched_output`).
       With a sketch the sequential order computes each Linear's output only once, with the pruned weight, so that is

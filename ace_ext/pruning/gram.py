@@ -102,9 +102,10 @@ class GramState:
     def relative_loss(self, dense: Tensor, pruned: Tensor) -> float:
         """``Σ_i e_i G e_iᵀ / Σ_i w_i G w_iᵀ`` for ``w = dense [rows, d]`` float32 and ``e = pruned - dense``; 0 if the
         dense output is zero for every token."""
-        return relative_loss(self._energy, dense, pruned)
+        return RelativeLoss(self.energy, dense)(pruned)
 
-    def _energy(self, rows: Tensor) -> Tensor:
+    def energy(self, rows: Tensor) -> Tensor:
+        """``Σ_i e_i G e_iᵀ`` of ``rows e [n, d]`` float32: ``[]`` float64."""
         return (rows @ self.matrix).mul_(rows).sum(dtype=torch.float64)
 
     def obs_factor(self, damping: float) -> ObsFactor:
@@ -132,29 +133,41 @@ class GramState:
         self._admm.clear()
 
     def _make_obs_factor(self, damping: float) -> ObsFactor:
-        matrix = self.matrix.double()
-        diagonal = matrix.diagonal()
-        dead = diagonal == 0
-        diagonal[dead] = 1.0 if bool(dead.all()) else diagonal[~dead].mean()
+        dead = self.matrix.diagonal() == 0
+
+        def matrix() -> Tensor:
+            made = self.matrix.double()
+            diagonal = made.diagonal()
+            diagonal[dead] = 1.0 if bool(dead.all()) else diagonal[~dead].mean()
+            return made
+
         upper, damping, attempts = _inverse_factor(matrix, damping)
         return ObsFactor(upper.float().contiguous(), dead, damping, attempts)
 
     def _make_admm_factor(self, damping: float) -> AdmmFactor:
-        matrix = self.matrix.double()
-        dead = matrix.diagonal() == 0
-        norm = matrix.diagonal().sqrt().masked_fill(dead, 1.0)
-        matrix /= norm
-        matrix /= norm[:, None]
-        matrix.diagonal()[dead] = 1.0
+        dead = self.matrix.diagonal() == 0
+        norm = self.matrix.diagonal().double().sqrt().masked_fill(dead, 1.0)
+
+        def matrix() -> Tensor:
+            made = self.matrix.double()
+            made /= norm
+            made /= norm[:, None]
+            made.diagonal()[dead] = 1.0
+            return made
+
         upper, damping, attempts = _inverse_factor(matrix, damping)
         inverse_diagonal = upper.square_().sum(0).float()
         del upper
-        matrix.diagonal().add_(damping)
-        hessian = matrix.float()
-        matrix.diagonal().add_(RHO)
-        lower = torch.linalg.cholesky(matrix)
-        inverse = torch.cholesky_inverse(lower, out=matrix.mT)  # LAPACK is column-major: .mT avoids a copy
-        return AdmmFactor(norm.float(), hessian, inverse.float(), inverse_diagonal, dead, damping, attempts)
+        shifted = matrix()
+        shifted.diagonal().add_(damping).add_(RHO)
+        lower = torch.linalg.cholesky(shifted)
+        torch.cholesky_inverse(lower, out=shifted.mT)  # LAPACK is column-major: .mT avoids a copy
+        del lower
+        inverse = shifted.mT.float()
+        del shifted
+        hessian = matrix()
+        hessian.diagonal().add_(damping)
+        return AdmmFactor(norm.float(), hessian.float(), inverse, inverse_diagonal, dead, damping, attempts)
 
 
 def weighted_rows(x: Tensor, token_weight: Tensor | None) -> Iterator[Tensor]:
@@ -166,26 +179,53 @@ def weighted_rows(x: Tensor, token_weight: Tensor | None) -> Iterator[Tensor]:
         yield rows if token_weight is None else rows * token_weight[part].sqrt()[:, None]
 
 
-def relative_loss(energy: Callable[[Tensor], Tensor], dense: Tensor, pruned: Tensor) -> float:
-    """``energy(pruned - dense) / energy(dense)``, ``energy`` the sum over rows ``e [n, d]`` of ``e G eᵀ``; 0 if the
-    dense output is zero for every token."""
-    lost, total = torch.zeros(2, dtype=torch.float64, device=dense.device)
-    for rows, kept in zip(torch.split(dense, LOSS_ROWS), torch.split(pruned, LOSS_ROWS), strict=True):
-        lost += energy(kept - rows)
-        total += energy(rows)
-    return float(lost / total) if total > 0 else 0.0
+class RelativeLoss:
+    """``energy(pruned - dense) / energy(dense)`` of one dense weight and several pruned ones, ``energy`` the sum over
+    rows ``e [n, d]`` of ``e G eᵀ``; 0 if the dense output is zero for every token. The dense weight's own is computed
+    once.
+
+    Args:
+        energy: of some rows, ``[]`` float64.
+        dense: ``[rows, d]`` float32.
+        add_up: of a process's share of the rows, the sum over all processes.
+    """
+
+    def __init__(
+        self,
+        energy: Callable[[Tensor], Tensor],
+        dense: Tensor,
+        add_up: Callable[[Tensor], Tensor] = lambda part: part,
+    ) -> None:
+        self._energy, self._dense, self._add_up = energy, dense, add_up
+        self._total = self._sum(energy(rows) for rows in torch.split(dense, LOSS_ROWS))
+
+    def __call__(self, pruned: Tensor) -> float:
+        """Of ``pruned [rows, d]``, which is converted to float32 some rows at a time."""
+        parts = zip(torch.split(self._dense, LOSS_ROWS), torch.split(pruned, LOSS_ROWS), strict=True)
+        lost = self._sum(self._energy(kept.float() - rows) for rows, kept in parts)
+        return float(torch.where(self._total > 0, lost / self._total, 0.0))
+
+    def _sum(self, parts: Iterator[Tensor]) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=self._dense.device)
+        for part in parts:
+            total += part
+        return self._add_up(total)
 
 
-def _cholesky_reversed(matrix: Tensor, added: Tensor) -> tuple[Tensor, bool]:
-    """``R [d, d]`` upper triangular with ``matrix + added · I = R Rᵀ``, and whether the factorisation failed."""
+def _cholesky_reversed(make: Callable[[], Tensor], damping: float) -> tuple[Tensor, bool, float]:
+    """``R [d, d]`` upper triangular with ``matrix + damping · mean diagonal · I = R Rᵀ``, whether the factorisation
+    failed, and the mean diagonal."""
+    matrix = make()
+    mean = matrix.diagonal().mean()
     backwards = matrix.flip(0, 1)
-    backwards.diagonal().add_(added)
+    del matrix
+    backwards.diagonal().add_(damping * mean)
     lower, failed = torch.linalg.cholesky_ex(backwards)
-    del backwards  # freed now: this copy sets the peak
-    return lower.flip(0, 1), bool(failed)
+    del backwards  # freed now: two matrices are the peak
+    return lower.flip(0, 1), bool(failed), float(mean)
 
 
-def _inverse_factor(matrix: Tensor, damping: float) -> tuple[Tensor, float, int]:
+def _inverse_factor(make: Callable[[], Tensor], damping: float) -> tuple[Tensor, float, int]:
     """``upper [d, d]`` with ``(matrix + damping · mean diagonal)⁻¹ = upperᵀ upper``, the damping and the attempts.
 
     The Cholesky factorisation of the matrix with rows and columns in reverse order gives, reversed back, ``R Rᵀ`` with
@@ -193,23 +233,26 @@ def _inverse_factor(matrix: Tensor, damping: float) -> tuple[Tensor, float, int]
     steps, and the last may fail.
 
     Args:
-        matrix: ``[d, d]`` float64, symmetric, with a positive diagonal. Not changed.
+        make: makes the matrix ``[d, d]`` float64, symmetric, with a positive diagonal. It is made anew for each
+            attempt, which is cheap, so that no more than two matrices of float64 are in memory.
         damping: relative to the mean diagonal; raised tenfold after each failed attempt.
 
     Raises:
         InputError: the matrix is not positive definite with any of ``MAX_ATTEMPTS`` dampings, up to 10⁷ times the one
             asked for. Rounding can cause this when there are fewer tokens than columns.
     """
-    mean = matrix.diagonal().mean()
     for attempt in range(1, MAX_ATTEMPTS + 1):
-        factor, failed = _cholesky_reversed(matrix, damping * mean)
+        factor, failed, mean = _cholesky_reversed(make, damping)
         if not failed:
-            upper = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device).mT  # column-major: solved in place
+            # Column-major, so that it is solved in place.
+            upper = torch.eye(len(factor), dtype=factor.dtype, device=factor.device).mT
             torch.linalg.solve_triangular(factor, upper, upper=True, out=upper)
             if torch.isfinite(upper.sum()):
                 return upper, damping, attempt
+            del upper
+        del factor
         last, damping = damping, max(10 * damping, LEAST_DAMPING)
     raise InputError(
         f"the Gram matrix of the inputs must become positive definite by damping (got none with up to {last:g} of its "
-        f"mean diagonal of {float(mean):g}); look for NaN or overflow in the activations"
+        f"mean diagonal of {mean:g}); look for NaN or overflow in the activations"
     )

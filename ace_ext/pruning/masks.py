@@ -14,14 +14,14 @@ COUNTED_AT_ONCE = 1 << 22
 """Entries that :func:`count_kept` converts to bool at a time."""
 
 
-def count_kept(weight: Tensor) -> int:
-    """How many entries of ``weight [rows, cols]`` are not zero.
+def count_kept(weight: Tensor) -> Tensor:
+    """How many entries of ``weight [rows, cols]`` are not zero: ``[]`` int64, on the weight's device.
 
     Summing bools in parts is over four times as fast as ``count_nonzero`` of bfloat16 on a CPU, and needs only a few
     megabytes.
     """
     parts = torch.split(weight, max(1, COUNTED_AT_ONCE // max(1, weight.shape[1])))
-    return sum(int(part.bool().sum()) for part in parts)
+    return torch.stack([part.bool().sum() for part in parts]).sum()
 
 
 def scored_weight(weight: Tensor, stats: LinearStatistics | None, config: PruneConfig) -> ScoredWeight:

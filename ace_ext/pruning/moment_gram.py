@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ace_ext.pruning.gram import relative_loss
+from ace_ext.pruning.gram import RelativeLoss
 from ace_ext.pruning.statistics import MomentState
 
 
@@ -26,8 +26,9 @@ class MomentGram:
         return cls(state.variance.float(), state.mean.float())
 
     def relative_loss(self, dense: Tensor, pruned: Tensor) -> float:
-        """:func:`ace_ext.pruning.gram.relative_loss` with this Gram matrix."""
-        return relative_loss(self._energy, dense, pruned)
+        """:class:`ace_ext.pruning.gram.RelativeLoss` with this Gram matrix."""
+        return RelativeLoss(self.energy, dense)(pruned)
 
-    def _energy(self, rows: Tensor) -> Tensor:
+    def energy(self, rows: Tensor) -> Tensor:
+        """As :meth:`ace_ext.pruning.gram.GramState.energy`."""
         return (rows.square() @ self.variance).double().sum() + (rows @ self.mean).double().square().sum()

@@ -5,8 +5,10 @@ from torch import Tensor
 
 from ace_ext.errors import InputError
 from ace_ext.pruning.config import PruneConfig
+from ace_ext.pruning.gram import RelativeLoss
 from ace_ext.pruning.masks import keep_budget, keep_of_group, metric_mask, prune_weight_, scored_weight
 from ace_ext.pruning.moment_gram import MomentGram
+from ace_ext.pruning.row_shares import AllRows, RowShares
 from ace_ext.pruning.solvers import Problem, Solved
 from ace_ext.pruning.statistics import LinearStatistics
 from ace_ext.records import Solution
@@ -14,7 +16,11 @@ from ace_ext.records import Solution
 
 @torch.no_grad()
 def prune_linear_(
-    weight: Tensor, stats: LinearStatistics, config: PruneConfig, keep_row: int | None = None
+    weight: Tensor,
+    stats: LinearStatistics,
+    config: PruneConfig,
+    keep_row: int | None = None,
+    shares: RowShares | None = None,
 ) -> Solution | None:
     """Prunes one matrix in place, by the metric alone or by the config's solvers.
 
@@ -24,6 +30,7 @@ def prune_linear_(
         config: metric, comparison group and solvers.
         keep_row: how many weights of a row to keep; replaces ``config.sparsity``. For the group ``"matrix"`` the
             matrix keeps this times the number of rows.
+        shares: the processes that share the work; None: this one does all.
 
     Returns:
         What the solver did, or None if the metric alone decided.
@@ -39,21 +46,25 @@ def prune_linear_(
         return None
     if keep_budget(weight, config, keep_row) == weight.numel():  # nothing is pruned: nothing to compensate for
         return Solution(name, 0.0, 0, 0.0, 0.0)
+    by_rows = config.comparison.name != "matrix" and all(solver.row_wise for solver in config.solver.matrix_solvers)
+    shares = shares if shares is not None and by_rows else AllRows()
+    rows = shares.rows(len(weight))
     dense = weight.detach().to(torch.float32, copy=True)
     mask = metric_mask(scored, config, keep_row)
     moments = stats.weighted if config.solver.gram == "cosine" else stats.input
     vectors = None if moments is None else MomentGram.of(moments)
     keep = keep_of_group(weight, config, keep_row)
-    problem = Problem(dense, stats.gram, config.comparison, keep, mask, vectors)
-    loss_before = problem.measure.relative_loss(dense, dense.masked_fill(~mask, 0.0))
+    problem = Problem(dense, stats.gram, config.comparison, keep, mask, vectors).of_rows(rows)
+    loss = RelativeLoss(problem.measure.energy, problem.dense, shares.add_up)
+    loss_before = loss(problem.dense.masked_fill(~mask[rows], 0.0))
     del mask  # a solver that chooses its own needs the memory
     solved = _solve(problem, config)
     if not torch.isfinite(solved.weight).all():
         raise InputError(f"the {name} update overflowed with damping {solved.damping:g}; raise damping")
-    weight.copy_(solved.weight)
+    weight.copy_(shares.gather_rows(solved.weight.to(weight.dtype), len(weight)))
     damping, attempts = solved.damping, solved.attempts
     del solved
-    return Solution(name, damping, attempts, loss_before, problem.measure.relative_loss(dense, weight.float()))
+    return Solution(name, damping, attempts, loss_before, loss(weight[rows]))
 
 
 def _solve(problem: Problem, config: PruneConfig) -> Solved:

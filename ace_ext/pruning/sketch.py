@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ace_ext.errors import InputError
-from ace_ext.pruning.gram import RHO, relative_loss, weighted_rows
+from ace_ext.pruning.gram import RHO, RelativeLoss, weighted_rows
 
 DIRECTIONS = 64
 """Random directions of a sketch, or the number of columns if that is less: :func:`direction_count`."""
@@ -138,10 +138,11 @@ class SketchState:
         return (self.squares - found.square().sum(0)).float(), found.float()
 
     def relative_loss(self, dense: Tensor, pruned: Tensor) -> float:
-        """:func:`ace_ext.pruning.gram.relative_loss`, as far as the sketch tells."""
-        return relative_loss(self._energy, dense, pruned)
+        """:class:`ace_ext.pruning.gram.RelativeLoss`, as far as the sketch tells."""
+        return RelativeLoss(self.energy, dense)(pruned)
 
-    def _energy(self, rows: Tensor) -> Tensor:
+    def energy(self, rows: Tensor) -> Tensor:
+        """As :meth:`ace_ext.pruning.gram.GramState.energy`."""
         diagonal, directions = self.factors()
         along = (rows @ directions.T).square_().sum(dtype=torch.float64)
         return along + (rows.square().mul_(diagonal)).sum(dtype=torch.float64)

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from ace_ext.engine.context import RunContext
 from ace_ext.engine.walk import Walk
 from ace_ext.models.block_store import OffloadedBlocks, ResidentBlocks
-from ace_ext.models.blocks import Block
 from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.replay import BlockCall, capture_calls, run_block
-from ace_ext.models.safetensors_files import Shards
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.records import PruneReport
+from ace_ext.runs.model_source import Source
 
 
 @dataclass(frozen=True)
@@ -47,46 +46,51 @@ class RandomWeights:
 
 @torch.no_grad()
 def try_block(
-    model: Any, blocks: list[Block], shards: Shards | None, tokens: Tensor, config: PruneConfig, device: torch.device
+    source: Source, tokens: Tensor, config: PruneConfig, device: torch.device, *, keeps_forwards: bool
 ) -> Trial:
     """Prunes the first block that has Linears twice: with a few of the tokens, and with fewer.
 
     Args:
-        model: the skeleton; its block has weights only during the trial.
-        blocks: its blocks.
-        shards: its files, None for random weights.
+        source: a skeleton; its block has weights only during the trial.
         tokens: ``[nsamples, seqlen]`` calibration tokens.
         config: as for the run.
         device: as for the run.
+        keeps_forwards: as for the run: whether several batches are pruned in lockstep.
     """
+    model, blocks, shards = source.model, source.blocks, source.files.shards
     files: Any = RandomWeights(model) if shards is None else shards  # blocks are only read from it
     index = next(i for i, block in enumerate(blocks) if block.linears)
     several = config.batch_samples(tokens.shape[1]) < len(tokens)  # several batches are pruned by stages
     large = tokens[: 8 if several else 4]
+    parts = min(4 if several else 1, len(large))
     small = large[: 2 if several else 1, : max(2, tokens.shape[1] // 4)]
     offloaded = OffloadedBlocks([blocks[index]], files, device)
     first = OffloadedBlocks(blocks, files, device)
+    context = RunContext(device=device, keeps_forwards=keeps_forwards)
     found = []
     # The larger part first: it includes what libraries load at their first call.
     for part in (large, small):
-        batches = part.chunk(2 if several else 1)
+        batches = part.chunk(parts)
         with first.entrance(model):
             calls = list(capture_calls(model, blocks, [{"input_ids": batch.to(device)} for batch in batches]))
         hidden = HiddenStates([call.hidden for call in calls if call.hidden is not None], device=device)
         calls = [BlockCall(None, [call.others[index]], call.token_mask, call.tokens) for call in calls]
         with offloaded.hold(0) as block, _Passes(block.module) as passes:
             report = PruneReport(config.to_dict(), str(device), "")
-            walk = Walk(ResidentBlocks([block]), calls, hidden, config, report, RunContext(device=device))
+            walk = Walk(ResidentBlocks([block]), calls, hidden, config, report, context)
+            if several and config.order == "sequential":  # a run tries this once, not in each block
+                walk.can_take_turns(block, 0)
+                passes.count = 0
             start = time.perf_counter()
             walk.run()
             found.append((part.numel(), time.perf_counter() - start))
-            start = time.perf_counter()
+            count, start = passes.count, time.perf_counter()
             run_block(block, hidden[0], calls[0].others[0])
             forward_seconds = time.perf_counter() - start
     (many, longer), (few, shorter) = found
     token_seconds = max(0.0, (longer - shorter) / max(1, many - few))  # with only two tokens, many == few
     fixed = max(0.0, longer - token_seconds * many)
-    return Trial(fixed, token_seconds, forward_seconds, round((passes.count - 1) / len(calls)))
+    return Trial(fixed, token_seconds, forward_seconds, round(count / len(calls)))
 
 
 class _Passes:
@@ -96,7 +100,7 @@ class _Passes:
         self._module, self.count = module, 0
 
     def __enter__(self) -> "_Passes":
-        self._handle = self._module.register_forward_hook(self._note)
+        self._handle = self._module.register_forward_pre_hook(self._note)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -17,12 +17,9 @@ from ace_ext.models.safetensors_files import Shards
 from ace_ext.process_memory import resident_bytes
 from ace_ext.pruning.block_tuning import step_samples
 from ace_ext.pruning.config import PruneConfig
-from ace_ext.pruning.kinds import GRAMS, MOMENT, SKETCH
 from ace_ext.pruning.prune_linear import working_bytes
-from ace_ext.pruning.sketch import direction_count
 from ace_ext.pruning.solvers import BlockSizes
-from ace_ext.pruning.statistics import StatisticsCollector
-from ace_ext.runs.model_shape import ModelShape
+from ace_ext.runs.model_shape import ModelShape, statistics_bytes
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,9 @@ class Estimate:
     """Bytes that a run holds at the peak of one of its phases, by use."""
 
     process: int = 0  # the interpreter, its libraries, tokenizer and calibration text
-    model: int = 0  # weights that the run reads; with offload one block's, and the embedding in the phase "enter"
+    model: int = (
+        0  # weights that the run reads; with offload one block's or three, and the embedding in the phase "enter"
+    )
     hidden: int = 0  # hidden states that stay in memory
     forward: int = 0  # activations of one batch in one block
     statistics: int = 0  # of the Linears that are collected together, with sample rows and Gram matrices
@@ -64,6 +63,8 @@ def estimate(
     *,
     offload: bool,
     resident_hidden: bool = True,
+    keeps_forwards: bool = False,
+    overlap: bool = False,
     whole: bool = False,
     measures: bool = False,
     process: int | None = None,
@@ -80,6 +81,8 @@ def estimate(
         seqlen: tokens of a sample.
         offload: only one block at a time is in memory.
         resident_hidden: all hidden states are in memory.
+        keeps_forwards: several batches are pruned in lockstep, which keeps what their unfinished forwards hold.
+        overlap: with ``offload``, a block is pruned while the next one is read and the last one written.
         whole: every weight is read, as when the model writes its own calibration text.
         measures: there is a forward pass of the whole model, to decide about the BOS token (:mod:`ace_ext.data.bos`) or
             to measure perplexity (:mod:`ace_ext.runs.held_back`).
@@ -100,11 +103,14 @@ def estimate(
         process = process_bytes(resident if loaded else 0, text_to_come=not (loaded or offload), device=device)
     if shape.experts and shape.itemsize < 4 and torch.device(device).type == "cpu":
         process += _EXPERT_KERNELS
-    run = _Run(blocks, config, shape, nsamples * seqlen, seqlen, resident_hidden)
+    run = _Run(blocks, config, shape, nsamples * seqlen, seqlen, resident_hidden, keeps_forwards)
     phases = [*run.pruning(), *run.training(), *run.allocating()]
-    phases = [replace(phase, process=process, model=max(shape.blocks) if offload else resident) for phase in phases]
+    held = max(shape.blocks) * (3 if overlap else 1)
+    phases = [replace(phase, process=process, model=held if offload else resident) for phase in phases]
     if offload:
-        phases.append(replace(run.entering(), process=process, model=max(shape.blocks) + outside))
+        phases.append(
+            replace(run.entering(), process=process, model=max(shape.blocks) * (2 if overlap else 1) + outside)
+        )
     if measures:
         forward, judging = run.measuring()
         largest = max(*shape.blocks, shape.embedding, shape.head)
@@ -143,19 +149,6 @@ def process_bytes(weights: int, text_to_come: bool, device: torch.device | str) 
     return max(0, resident_bytes() - weights) + later
 
 
-def _statistics_bytes(linear: nn.Linear, needs: frozenset[str], tokens: int) -> int:
-    """Bytes of one Linear's statistics: two float64 vectors per state, the cross moment and the Gram matrix in float32,
-    and the sample rows: the input, the dense output, and the outputs before and after pruning in float32."""
-    rows, cols = linear.weight.shape
-    moment = 4 * rows * cols if MOMENT in needs else 0
-    gram = 4 * cols * cols if needs & GRAMS else 0
-    sketch = 4 * cols * direction_count(cols) + 8 * cols if SKETCH in needs else 0
-    samples = min(tokens, StatisticsCollector.SAMPLE_ROWS) * (
-        cols * linear.weight.dtype.itemsize + rows * (linear.weight.dtype.itemsize + 8)
-    )
-    return 2 * 8 * cols * len(needs - {MOMENT, SKETCH} - GRAMS) + moment + gram + sketch + samples
-
-
 @dataclass(frozen=True)
 class _Run:
     """The phases of a run, without the parts ``process`` and ``model``."""
@@ -166,6 +159,7 @@ class _Run:
     tokens: int
     seqlen: int
     resident_hidden: bool
+    keeps_forwards: bool
 
     @property
     def batch(self) -> int:
@@ -178,6 +172,12 @@ class _Run:
         return (
             self.config.order == "sequential" and not self.config.comparison.over_matrices and self.batch == self.tokens
         )
+
+    @property
+    def in_lockstep(self) -> bool:
+        """Whether several batches stop at each stage, and go on together."""
+        several = self.config.order == "sequential" and self.batch < self.tokens
+        return several and self.keeps_forwards and not self.config.comparison.over_matrices
 
     @property
     def states(self) -> int:
@@ -221,9 +221,12 @@ class _Run:
         solver = max(working_bytes(self.config, *linear.weight.shape) for linear in linears)
         forward = self.shape.forward_bytes(self.batch, self.seqlen, needs)
         pending = 0
-        if self.in_one_forward:
+        if self.in_one_forward or self.in_lockstep:
             stays = self.batch * self.shape.widest * self.shape.itemsize < _HEAP_TENSOR
-            pending = forward if stays else self.shape.pending_bytes(self.batch)
+            held = self.shape.waiting_bytes if self.in_lockstep else self.shape.pending_bytes
+            pending = forward * self.tokens // self.batch if stays else held(self.tokens)
+        if self.in_lockstep:  # one batch runs, the others wait
+            forward = max(forward + self.shape.waiting_bytes(self.tokens - self.batch), pending)
         return [
             Estimate(hidden=self.hidden, forward=forward, statistics=statistics),
             Estimate(hidden=self.hidden, forward=pending, statistics=statistics, solver=solver),
@@ -232,8 +235,8 @@ class _Run:
     def _together(self) -> Iterator[tuple[Block, list[str]]]:
         """The sets of Linears whose statistics are in memory at the same time, by name.
 
-        Order block: all of a block. One batch: one Linear. Several batches: those with the same input; all with the
-        same number of columns, and all experts of a fused tensor, are an upper bound for these.
+        Order block: all of a block. One batch: one Linear. Several batches: those with the same input, for which all
+        with the same number of columns are an upper bound; and all experts of a fused tensor, or in lockstep one.
         """
         for block in self.blocks:
             if self.config.order == "block" or self.config.comparison.over_matrices:
@@ -241,7 +244,9 @@ class _Run:
             elif self.in_one_forward:
                 yield from ((block, [child]) for child in block.linears)
             else:
-                yield from ((block, stage) for stage in block.expert_stages())
+                stages = block.expert_stages()
+                alone = [[child] for stage in stages for child in stage]
+                yield from ((block, stage) for stage in (alone if self.in_lockstep else stages))
                 others = {c: linear.weight.shape[1] for c, linear in block.linears.items() if not block.is_expert(c)}
                 yield from ((block, [c for c in others if others[c] == columns]) for columns in set(others.values()))
 
@@ -253,7 +258,7 @@ class _Run:
             tokens = self.tokens
             if block.is_expert(child) and len(children) > 1:
                 tokens = math.ceil(tokens * self.shape.experts_of_a_token / self.shape.experts)
-            total += _statistics_bytes(block.linears[child], needs, tokens)
+            total += statistics_bytes(block.linears[child], needs, tokens)
         return total
 
     def training(self) -> list[Estimate]:

@@ -1,4 +1,4 @@
-"""The sizes of a model from which its memory is estimated, and what a forward pass holds at these sizes."""
+"""The sizes of a model from which its memory is estimated: what a forward pass and statistics hold at these sizes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +9,8 @@ from ace_ext.models._transformers import attends_eagerly, embedding_weight, inpu
 from ace_ext.models.blocks import Block
 from ace_ext.pruning.gram import CHUNK_TOKENS
 from ace_ext.pruning.kinds import COSINE_GRAM, GRAMS, MOMENT, SKETCH
+from ace_ext.pruning.sketch import direction_count
+from ace_ext.pruning.statistics import StatisticsCollector
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,27 @@ class ModelShape:
         Linear's input."""
         return tokens * ((2 * self.hidden + self.widest) * self.itemsize + self.routing)
 
+    def waiting_bytes(self, tokens: int) -> int:
+        """Bytes that forwards hold which wait before a Linear: before the widest one, or before attention's last one,
+        when its input, the normed residual, queries, keys and values (at most 6 hidden widths) are there."""
+        return max(self.pending_bytes(tokens), tokens * 6 * self.hidden * self.itemsize)
+
     def training_bytes(self, tokens: int, seqlen: int) -> int:
         """The activations that a block stores for its backward pass. For each token, measured on Llama blocks as growth
         of the process: 55 bytes per hidden column, 20 per column of the MLP, and 16 per attention score if attention is
         not fused."""
         scores = 16 * self.heads * seqlen
         return tokens * (55 * self.hidden + 20 * self.widest + scores + self.routing)
+
+
+def statistics_bytes(linear: nn.Linear, needs: frozenset[str], tokens: int) -> int:
+    """Bytes of one Linear's statistics: two float64 vectors per state, the cross moment and the Gram matrix in float32,
+    and the sample rows: the input, the dense output, and the outputs before and after pruning in float32."""
+    rows, cols = linear.weight.shape
+    moment = 4 * rows * cols if MOMENT in needs else 0
+    gram = 4 * cols * cols if needs & GRAMS else 0
+    sketch = 4 * cols * direction_count(cols) + 8 * cols if SKETCH in needs else 0
+    samples = min(tokens, StatisticsCollector.SAMPLE_ROWS) * (
+        cols * linear.weight.dtype.itemsize + rows * (linear.weight.dtype.itemsize + 8)
+    )
+    return 2 * 8 * cols * len(needs - {MOMENT, SKETCH} - GRAMS) + moment + gram + sketch + samples

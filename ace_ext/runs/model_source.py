@@ -5,7 +5,7 @@ stays in memory.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from ace_ext.models.loading import WEIGHT_DTYPES, load_model, load_tokenizer, lo
 from ace_ext.models.safetensors_files import Shards, has_safetensors
 from ace_ext.models.skeleton import check_all_read, dtype_of, skeleton
 from ace_ext.models.tokenizer import Tokenizer
-from ace_ext.process_memory import available_bytes
+from ace_ext.process_memory import available_bytes, resident_bytes
 from ace_ext.runs.memory_model import Estimate, estimate
 from ace_ext.runs.options import RunRequest
 
@@ -191,7 +191,19 @@ def budget_of(request: RunRequest) -> int:
     """Bytes that a run may use: its limit, or what the device or the system can give."""
     if request.options.max_memory is not None:
         return request.options.max_memory
-    return torch.cuda.mem_get_info(request.device)[0] if request.device.type == "cuda" else available_bytes()
+    return available_bytes(request.device)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a run keeps in memory because it fits; each makes it faster, and none changes a byte of the output."""
+
+    hidden: bool = True
+    """All hidden states; if not, they are in files."""
+    forwards: bool = False
+    """What unfinished forwards of all batches hold, so that each block takes one forward pass."""
+    overlap: bool = False
+    """With offload, the block before and the one after: they are written and read while a block is pruned."""
 
 
 PACKING_COPIES = 4
@@ -206,7 +218,7 @@ class Demand:
     source: Source
     request: RunRequest
 
-    def peak(self, resident_hidden: bool, process: int | None = None) -> Estimate:
+    def peak(self, held: Held, process: int | None = None) -> Estimate:
         """:func:`ace_ext.runs.memory_model.estimate` for this run; ``process`` as there."""
         pruning = estimate(
             self.source.model,
@@ -216,7 +228,9 @@ class Demand:
             self.request.calibration.nsamples,
             self.request.calibration.seqlen,
             offload=self.source.offloaded,
-            resident_hidden=resident_hidden,
+            resident_hidden=held.hidden,
+            keeps_forwards=held.forwards,
+            overlap=held.overlap,
             whole=self.request.writes_own_text,
             measures=self.request.evaluates or self.request.measures_bos(self.source.tokenizer),
             process=process,
@@ -228,6 +242,27 @@ class Demand:
         packing = Estimate(pruning.process, pruning.model, transient=PACKING_COPIES * largest, phase="pack")
         return max(pruning, packing, key=lambda phase: phase.total)
 
+    def decide(self) -> Held:
+        """What fits: first the hidden states, then the neighbouring blocks, then the forwards.
+
+        Raises:
+            InputError: as :meth:`hidden_fits`.
+        """
+        held = Held(hidden=self.hidden_fits())
+        overlap = replace(held, overlap=True)
+        held = overlap if not self.source.offloaded or self._fits(overlap) else held
+        forwards = replace(held, forwards=True)
+        return forwards if held.hidden and self._fits(forwards) else held
+
+    def _fits(self, held: Held) -> bool:
+        """Whether the run fits into its limit; without one, into three quarters of what is free besides what this
+        process has already."""
+        budget, device = self.request.options.max_memory, self.request.device
+        if budget is None:
+            own = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
+            budget = own + available_bytes(device) * 3 // 4
+        return self.peak(held).total <= budget
+
     def hidden_fits(self) -> bool:
         """Whether the hidden states fit into memory together with the rest of the run.
 
@@ -237,9 +272,9 @@ class Demand:
         budget = self.request.options.max_memory
         if budget is None and not self.source.offloaded:
             return True
-        if self.peak(resident_hidden=True).total <= budget_of(self.request):
+        if self.peak(Held()).total <= budget_of(self.request):
             return True
-        least = self.peak(resident_hidden=False)
+        least = self.peak(Held(hidden=False))
         if budget is not None and least.total > budget:
             instead = "" if self.source.offloaded else ", or pass --offload disk"
             raise InputError(

@@ -125,7 +125,8 @@ def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) ->
     workspace = Workspace(path, fingerprint, resume, writes=peers.rank == 0, rank=peers.rank)
     try:
         peers.wait()  # rank 0 has made the folder, and removed old files from it
-        workspace.resident_hidden = Demand(source, request).hidden_fits()
+        held = Demand(source, request).decide()
+        workspace.resident_hidden, workspace.writes_behind = held.hidden, held.overlap
         if peers.rank == 0:
             _open_writer(workspace, source, request)
         sink = inputs.statistics_writer(workspace, peers)
@@ -137,11 +138,14 @@ def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) ->
             peers=peers,
             sink=sink,
             source=inputs.known,
+            keeps_forwards=held.forwards,
         )
         if bos is not None and peers.rank == 0:
             progress.note(str(bos))
         if measured is not None:
             measured.before()
+        if held.overlap and isinstance(blocks, OffloadedBlocks):
+            blocks.read_ahead()  # not before: then the model's head would be in memory too
         whole = not source.offloaded and not workspace.finished  # the pruned model is then in memory
         report = prune_model(source.model, inputs.tokens(peers), request.config, context=context)
         if measured is not None:
@@ -155,6 +159,7 @@ def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) ->
         peers.wait()
         return report
     except Exception:
+        workspace.stop_writing()
         if not workspace.finished:  # nothing to resume from
             workspace.remove() if peers.rank == 0 else workspace.close()
         raise

@@ -130,15 +130,15 @@ def make_plan(
     check_serves(source, request)
     measured = _draw(source, calibration)
     demand = Demand(source, request)
-    resident_hidden = demand.hidden_fits()
-    trial = try_block(source.model, source.blocks, source.files.shards, measured.tokens, config, device)
-    pruning = demand.peak(resident_hidden, None if device.type == "cuda" else resident_bytes())
+    held = demand.decide()
+    trial = try_block(source, measured.tokens, config, device, keeps_forwards=held.forwards)
+    pruning = demand.peak(held, None if device.type == "cuda" else resident_bytes())
     phases = [pruning]
     if device.type == "cpu":
         phases += _earlier_phases(source, pruning, calibration, measured)
     if config.solver.model_solver is not None:
         phases.append(replace(needed_memory(request, source), phase="distill"))
-    read, written = _traffic(source, calibration, 0 if resident_hidden else trial.passes)
+    read, written = _traffic(source, calibration, 0 if held.hidden else trial.passes)
     if source.offloaded:  # for each forward pass of the whole model
         read += (2 * request.evaluates + (not measured.bos.decided)) * bytes_of_all(source)
     matrices = planned_matrices(source.blocks, config)
@@ -152,7 +152,7 @@ def make_plan(
         matrices=matrices,
         blocks=len(source.blocks),
         offload=source.offloaded,
-        resident_hidden=resident_hidden,
+        resident_hidden=held.hidden,
         phases=phases,
         read_bytes=read,
         write_bytes=written,

@@ -1,6 +1,10 @@
-"""The folder of an unfinished pruning run. It records finished blocks, so that a crash loses at most one."""
+"""The folder of an unfinished pruning run. It records finished blocks, so that a crash loses only the last ones: the
+one that is pruned, the one that is written meanwhile, and those since hidden states were last written."""
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,11 @@ from ace_ext.models.blocks import Block
 from ace_ext.models.hidden_states import HiddenStates, Layout
 from ace_ext.records import BlockReport, PruneReport
 from ace_ext.runs.unfinished import UnfinishedRun
+
+LEAST_COST = 0.5
+"""Seconds; if hidden states take less to be written, they are after each block."""
+LEAST_WORK = 4.0
+"""If they take longer: after so many times as long since they were written last."""
 
 
 class Workspace(UnfinishedRun):
@@ -37,14 +46,22 @@ class Workspace(UnfinishedRun):
         super().__init__(output, fingerprint)
         self.writes, self.rank = writes, rank
         self.finished = 0
+        """How many blocks are recorded as done."""
         self.blocks: list[BlockReport] = []
+        """The reports of all blocks that are done."""
         self.notes: dict[str, Any] = {}
         """Plain values that the walk computed and a resumed run needs again."""
         self._hidden: dict[str, Any] = {}
+        self._side = 0
+        self._cost, self._since = 0.0, time.monotonic()
         self.writer: OutputWriter | None = None
         """Writes the blocks; must be set before the first block is done."""
         self.resident_hidden = True
         """Whether hidden states stay in memory in addition to their files."""
+        self.writes_behind = True
+        """Whether a block is written while the next one is pruned; it stays in memory for that long."""
+        self._writing: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, "write-behind")
         if writes:
             self._open(resume)
         elif resume and self._has_state():
@@ -56,6 +73,7 @@ class Workspace(UnfinishedRun):
         if len(blocks) != finished:
             raise ValueError(f"{finished} blocks done, {len(blocks)} reported")
         self.finished, self.blocks, self.notes, self._hidden = finished, blocks, notes, hidden
+        self._side = int(state["side"])
 
     def finish(self, report: PruneReport, report_name: str) -> Path:
         """Ends the writing of the model, and then as :meth:`UnfinishedRun.finish`."""
@@ -77,15 +95,76 @@ class Workspace(UnfinishedRun):
             if kept is None:
                 raise InputError(f"resume: no hidden states of rank {self.rank}; use as many processes as before")
             layout = Layout(kept["shapes"], kept["dtype"])
-            return HiddenStates.reopen(layout, self.finished % 2, self.folder, resident, name, device)
+            return HiddenStates.reopen(layout, self._side, self.folder, resident, name, device)
         return HiddenStates(states, self.folder, resident, name, device)
 
-    def block_done(self, block: Block, report: BlockReport, layouts: dict[int, Any]) -> None:
-        """Writes a pruned block and, once it is on the disk, the state that records it as done."""
-        blocks = [*self.blocks, report]
+    def wants_states(self) -> bool:
+        """Whether hidden states are to be written after this block. Those that are in files always are; others once
+        the work since the last time is worth it."""
+        waited = time.monotonic() - self._since
+        return not self.resident_hidden or self._cost < LEAST_COST or waited >= LEAST_WORK * self._cost
+
+    def block_done(
+        self,
+        block: Block,
+        report: BlockReport,
+        layouts: dict[int, Any],
+        commits: Sequence[Callable[[], None]] | None,
+    ) -> None:
+        """Writes a pruned block, calls ``commits``, and once all is on the disk, writes the state that records it as
+        done: in a thread, while the caller goes on. Without ``commits`` the state stays as it is."""
+        self.settle()
+        self.blocks = [*self.blocks, report]
+        kept = block.as_it_is() if self.writes else block
+        ready = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+
+        def write() -> None:
+            with _beside(ready):
+                if self.writes:
+                    assert self.writer is not None  # set before the walk starts
+                    self.writer.write(kept)
+                if commits is not None:
+                    self._record(layouts, commits)
+
+        if self.writes_behind:
+            self._writing = self._thread.submit(write)
+        else:
+            write()
+
+    def _record(self, layouts: dict[int, Any], commits: Sequence[Callable[[], None]]) -> None:
+        """Records all blocks that were written as done, with the hidden states after them."""
+        start = time.monotonic()
+        for commit in commits:
+            commit()
+        side, finished = 1 - self._side, len(self.blocks)
         if self.writes:
-            assert self.writer is not None  # set before the walk starts
-            self.writer.write(block)
-            values = {"finished": len(blocks), "hidden": layouts, "notes": self.notes}
-            self._write_state({**values, "blocks": [asdict(block) for block in blocks]})
-        self.finished, self.blocks = len(blocks), blocks
+            values = {"finished": finished, "side": side, "hidden": layouts, "notes": self.notes}
+            self._write_state({**values, "blocks": [asdict(block) for block in self.blocks]})
+        self.finished, self._side, self._since = finished, side, time.monotonic()
+        self._cost = self._since - start
+
+    def settle(self) -> None:
+        """Returns once the last block that is done is recorded. An error in that is raised here, once."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def stop_writing(self) -> None:
+        """Returns once nothing is being written any more; if that failed, the block is not recorded as done."""
+        self._thread.shutdown()
+
+    def close(self) -> None:
+        """Completes what is being written, and releases the lock; the files stay."""
+        self.stop_writing()
+        super().close()
+
+
+@contextmanager
+def _beside(ready: "torch.cuda.Event | None") -> Iterator[None]:
+    """On a GPU, copies in a stream of their own, which waits for the work before ``ready`` alone. Not run on a GPU."""
+    if ready is None:
+        yield
+        return
+    with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+        torch.cuda.current_stream().wait_event(ready)
+        yield

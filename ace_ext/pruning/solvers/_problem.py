@@ -1,7 +1,7 @@
 """The types that every solver uses: its declaration, its input and its result."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -35,6 +35,11 @@ class Problem:
     """How many weights of one group are kept."""
     mask: Tensor | None = None  # [rows, cols] bool: what is kept; None: the solver chooses
     vectors: MomentGram | None = None  # mean and variance of each input column, if a solver needs them
+
+    def of_rows(self, rows: slice) -> "Problem":
+        """The problem of some of the rows. Its mask is a view of this one's."""
+        mask = None if self.mask is None else self.mask[rows]
+        return replace(self, dense=self.dense[rows], mask=mask)
 
     @property
     def gram(self) -> GramState | SketchState:
@@ -113,6 +118,9 @@ class MatrixSolver(Solver):
     """``working_bytes(rows, cols)``: bytes besides the weight, its float32 copy, the mask and the statistics."""
     sketch_working_bytes: Callable[[int, int], int] | None = None
     """The same where a sketch takes the place of the Gram matrix; None if one cannot serve it."""
+    row_wise: bool = False
+    """Whether, except for the group ``matrix``, a row's result depends on no other row of the matrix. Several processes
+    then solve a share of the rows each."""
     needs: frozenset[str] = frozenset({GRAM})
     """The kinds of statistics that it reads (:mod:`ace_ext.pruning.kinds`), named without token weights: the setting
     ``gram`` exchanges them for weighted ones, or for a sketch (:mod:`ace_ext.pruning.needs`)."""

@@ -86,9 +86,9 @@ def _keep_most_salient_(
 
 
 def working_bytes(rows: int, cols: int) -> int:
-    """The larger of two phases: three copies of the Gram matrix in float64 while it is factorised; then two factors in
+    """The larger of two phases: two copies of the Gram matrix in float64 while it is factorised; then two factors in
     float32 and four buffers of the weight's size."""
-    return max(25 * cols * cols, 8 * cols * cols + 18 * rows * cols)
+    return max(17 * cols * cols, 8 * cols * cols + 18 * rows * cols)
 
 
 def sketch_working_bytes(rows: int, cols: int) -> int:
@@ -105,5 +105,6 @@ SOLVER = WeightSolver(
     groups=("row",),
     solve=solve,
     working_bytes=working_bytes,
+    row_wise=True,
     sketch_working_bytes=sketch_working_bytes,
 )

@@ -41,5 +41,6 @@ SOLVER = MaskSolver(
     groups=("row", "matrix"),
     refine_=refine_,
     working_bytes=working_bytes,
+    row_wise=True,
     needs=frozenset({INPUT}),
 )

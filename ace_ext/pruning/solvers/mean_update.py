@@ -53,6 +53,7 @@ SOLVER = WeightSolver(
     groups=("row", "matrix"),
     solve=solve,
     working_bytes=working_bytes,
+    row_wise=True,
     needs=frozenset({INPUT}),
     chooses_mask=False,
 )

@@ -60,9 +60,9 @@ def _block_mask(block: Tensor, inner: Tensor, columns: tuple[int, int], problem:
 
 
 def working_bytes(rows: int, cols: int) -> int:
-    """The larger of two phases: three copies of the Gram matrix in float64 while it is factorised; then the factor in
+    """The larger of two phases: two copies of the Gram matrix in float64 while it is factorised; then the factor in
     float32, two buffers of the weight's size, and the buffers of one block of columns."""
-    return max(25 * cols * cols, 4 * cols * cols + 11 * rows * cols)
+    return max(17 * cols * cols, 4 * cols * cols + 11 * rows * cols)
 
 
 SOLVER = WeightSolver(
@@ -72,4 +72,5 @@ SOLVER = WeightSolver(
     groups=("row", "matrix"),
     solve=solve,
     working_bytes=working_bytes,
+    row_wise=True,
 )

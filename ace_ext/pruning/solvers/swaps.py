@@ -33,4 +33,5 @@ SOLVER = MaskSolver(
     groups=("row",),
     refine_=refine_,
     working_bytes=working_bytes,
+    row_wise=True,
 )
