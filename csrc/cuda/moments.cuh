@@ -3,9 +3,9 @@
 // Contract
 //   x [tokens, cols], token_weight [tokens] or null for 1. Merges the tokens into weight_sum [], mean [cols], m2
 //   [cols]. Two stages without float atomics, so two runs give the same bits: blocks write partial states (float32),
-//   which the second stage merges in order, in float64, by Chan's rule. not finite  a token weight that is negative,
-//   NaN or infinite and a state that is not finite raise the flag; the state
-//               is then of no use.
+//   which the second stage merges in order, in float64, by Chan's rule.
+//   not finite  a token weight that is negative, NaN or infinite and a state that is not finite raise the flag; the
+//               state is then of no use.
 #pragma once
 
 #include "core/moments.h"
@@ -17,7 +17,7 @@ namespace ace::cuda {
 constexpr int kMomentThreads = 256;
 constexpr int kMomentWarps = kMomentThreads / kWarpSize;
 constexpr int64_t kMomentColumns = kWarpSize * kPack;  // of a block: a warp's width
-constexpr int kRowsInFlight = 4;                       // rows that a thread loads before it uses the first
+constexpr int kRowsInFlight = 8;                       // rows that a thread loads before it uses the first
 constexpr int64_t kRowsOfBlock = kMomentWarps * kRowsInFlight;
 
 template <class T>
@@ -46,77 +46,146 @@ struct ColumnStates {
   float m2[kPack] = {};
 };
 
-// Merges some rows at once: their mean and squared deviations are taken from registers in two passes.
+// Merges some rows at once: with S the sum of the rows' deviations from the mean so far, Q that of their squares, and W
+// the weight with them, Chan's rule is mean += S / W, M2 += Q - S^2 / W: one division for all rows and columns. A state
+// of weight 0 may hold any mean, and takes the first row's, so that nothing large cancels.
 template <class T>
-ACE_DEVICE void merge_rows(ColumnStates& state, const Pack<T>* row, const float* row_weight) {
-  float weight = 0.0f, share[kRowsInFlight];
+ACE_DEVICE void merge_rows(ColumnStates& state, const Words<T>* row, const float* row_weight) {
+  if (state.weight == 0.0f) {
+    ACE_UNROLL
+    for (int r = kRowsInFlight - 1; r >= 0; --r) {
+      if (row_weight[r] > 0.0f) {
+        ACE_UNROLL
+        for (int e = 0; e < kPack; ++e) state.mean[e] = row[r].at(e);
+      }
+    }
+  }
   ACE_UNROLL
-  for (int r = 0; r < kRowsInFlight; ++r) weight += row_weight[r];
-  ACE_UNROLL
-  for (int r = 0; r < kRowsInFlight; ++r) share[r] = weight > 0.0f ? row_weight[r] / weight : 0.0f;
+  for (int r = 0; r < kRowsInFlight; ++r) state.weight += row_weight[r];
+  const float minus_share = state.weight > 0.0f ? -1.0f / state.weight : 0.0f;
   ACE_UNROLL
   for (int e = 0; e < kPack; ++e) {
-    float mean = 0.0f, m2 = 0.0f;
-    ACE_UNROLL
-    for (int r = 0; r < kRowsInFlight; ++r) mean += share[r] * to_float(row[r].value[e]);
+    float sum = 0.0f, squares = 0.0f;
     ACE_UNROLL
     for (int r = 0; r < kRowsInFlight; ++r) {
-      const float deviation = to_float(row[r].value[e]) - mean;
-      m2 += row_weight[r] * deviation * deviation;
+      const float deviation = row[r].at(e) - state.mean[e], weighted = row_weight[r] * deviation;
+      sum = r == 0 ? weighted : sum + weighted;
+      squares = r == 0 ? weighted * deviation : fmaf(weighted, deviation, squares);
     }
-    merge_moments(state.weight, state.mean[e], state.m2[e], weight, mean, m2);
+    const float minus_shift = sum * minus_share;
+    state.m2[e] += fmaf(sum, minus_shift, squares);
+    state.mean[e] -= minus_shift;
   }
-  state.weight += weight;
 }
 
-// One warp's rows of a chunk. False where a token weight is not a weight.
+// Sets the rows of weight 0 to 0, since padding may hold anything. False where one is not a weight.
 template <class T>
-ACE_DEVICE bool read_chunk(const Tokens<T>& x, int64_t begin, int64_t end, int64_t j, int count, ColumnStates& state) {
-  bool valid = true;
-  for (int64_t first = begin + warp_id() * kRowsInFlight; first < end; first += kRowsOfBlock) {
-    Pack<T> row[kRowsInFlight];
-    float weight[kRowsInFlight];
+ACE_DEVICE bool check_weights(Words<T>* row, const float* weight) {
+  uint32_t least = ~0u, largest = 0;  // as bits: those of a number that is negative, infinite or NaN are above others
+  ACE_UNROLL
+  for (int r = 0; r < kRowsInFlight; ++r) {
+    const uint32_t bits = float_bits(weight[r] + 0.0f);  // -0 is a weight
+    least = bits < least ? bits : least;
+    largest = bits > largest ? bits : largest;
+  }
+  if (least == 0) {
     ACE_UNROLL
     for (int r = 0; r < kRowsInFlight; ++r) {
-      const int64_t t = first + r;
-      row[r] = load_pack(x.data + t * x.stride + j, t < end ? count : 0, x.aligned);
-      weight[r] = t >= end ? 0.0f : x.token_weight != nullptr ? x.token_weight[t] : 1.0f;
-      valid = valid && weight[r] >= 0.0f && is_finite(weight[r]);
-      if (weight[r] == 0.0f) row[r] = Pack<T>{};  // padding may hold anything
+      if (weight[r] == 0.0f) row[r] = Words<T>{};
     }
+  }
+  return largest < 0x7f800000u;
+}
+
+// A warp's rows of a chunk, those of one thread's columns. False where a token weight is not a weight.
+template <class T>
+ACE_DEVICE bool read_chunk(const Tokens<T>& x, int64_t begin, int64_t end, int64_t j, int count, ColumnStates& state) {
+  const bool whole = x.aligned && count >= kPack, weighted = x.token_weight != nullptr;
+  bool valid = true;
+  int64_t first = begin + warp_id() * kRowsInFlight;
+  const T* at = x.data + first * x.stride + j;
+  const auto merge = [&](auto load, auto weight_of) {
+    Words<T> row[kRowsInFlight];
+    float weight[kRowsInFlight];
+    ACE_UNROLL
+    for (int r = 0; r < kRowsInFlight; ++r) row[r] = load(r), weight[r] = weight_of(r);
+    valid &= check_weights(row, weight);
     merge_rows(state, row, weight);
+    at += kRowsOfBlock * x.stride;
+    first += kRowsOfBlock;
+  };
+  const auto load_whole = [&](int r) { return load_words(at + r * x.stride); };
+  if (whole && !weighted) {
+    while (first + kRowsInFlight <= end) merge(load_whole, [](int) { return 1.0f; });
+  } else if (whole) {
+    while (first + kRowsInFlight <= end) merge(load_whole, [&](int r) { return x.token_weight[first + r]; });
+  }
+  while (first < end) {  // the last rows, or all of them where loads cannot be whole
+    merge([&](int r) { return load_words(at + r * x.stride, first + r < end ? count : 0, whole && first + r < end); },
+          [&](int r) { return first + r >= end ? 0.0f
+                              : weighted       ? x.token_weight[first + r]
+                                               : 1.0f; });
   }
   return valid;
 }
+
+// Column `thread` of what the warps hold, a thread a column.
+struct WarpStates {
+  float weight[kMomentWarps];
+  float mean[kMomentWarps][kMomentColumns];
+  float m2[kMomentWarps][kMomentColumns];
+
+  ACE_DEVICE void put(const ColumnStates& state) {
+    if (lane_id() == 0) weight[warp_id()] = state.weight;
+    ACE_UNROLL
+    for (int e = 0; e < kPack; ++e) {  // lanes side by side, so that no two of them want the same bank
+      mean[warp_id()][e * kWarpSize + lane_id()] = state.mean[e];
+      m2[warp_id()][e * kWarpSize + lane_id()] = state.m2[e];
+    }
+  }
+
+  // The column of the strip that this thread merges, by the layout of put().
+  static ACE_DEVICE int64_t column() { return lane_id() * kPack + warp_id(); }
+
+  // All warps at once: their mean from the first's, then squares about it.
+  ACE_DEVICE Welford<float> merged() const {
+    Welford<float> all;
+    float sum = 0.0f;
+    ACE_UNROLL
+    for (int w = 0; w < kMomentWarps; ++w) {
+      all.weight += weight[w];
+      sum += weight[w] * (mean[w][threadIdx.x] - mean[0][threadIdx.x]);
+    }
+    all.mean = mean[0][threadIdx.x] + (all.weight > 0.0f ? sum / all.weight : 0.0f);
+    ACE_UNROLL
+    for (int w = 0; w < kMomentWarps; ++w) {
+      const float delta = mean[w][threadIdx.x] - all.mean;
+      all.m2 += fmaf(weight[w] * delta, delta, m2[w][threadIdx.x]);
+    }
+    return all;
+  }
+};
+static_assert(kMomentWarps == kPack, "a thread a column");
 
 // First stage.
 template <class T>
 __global__ void __launch_bounds__(kMomentThreads)
     partial_moments_kernel(Tokens<T> x, Chunks cut, Partials out, NotFinite report) {
-  __shared__ float weights[kMomentWarps];
-  __shared__ float means[kMomentWarps][kMomentColumns];
-  __shared__ float m2s[kMomentWarps][kMomentColumns];
+  __shared__ WarpStates warps;
   for (int64_t unit = blockIdx.x; unit < cut.strips * cut.chunks; unit += gridDim.x) {
     const int64_t chunk = unit / cut.strips, strip = (unit - chunk * cut.strips) * kMomentColumns;
     const int64_t begin = chunk * cut.tokens_each;
     const int64_t end = begin + cut.tokens_each < x.tokens ? begin + cut.tokens_each : x.tokens;
     const int64_t j = strip + lane_id() * kPack;
     ColumnStates state;
-    if (!read_chunk(x, begin, end, j, pack_count(x.cols, j), state)) {
-      raise_flag(report);
-    }
-    if (lane_id() == 0) weights[warp_id()] = state.weight;
-    ACE_UNROLL
-    for (int e = 0; e < kPack; ++e) {
-      means[warp_id()][lane_id() * kPack + e] = state.mean[e];
-      m2s[warp_id()][lane_id() * kPack + e] = state.m2[e];
-    }
+    if (!read_chunk(x, begin, end, j, pack_count(x.cols, j), state)) raise_flag(report);
+    warps.put(state);
     __syncthreads();
-    Welford<float> column;
-    for (int w = 0; w < kMomentWarps; ++w) column.merge({weights[w], means[w][threadIdx.x], m2s[w][threadIdx.x]});
-    if (strip + threadIdx.x < x.cols) {
-      out.mean[chunk * x.cols + strip + threadIdx.x] = column.mean;
-      out.m2[chunk * x.cols + strip + threadIdx.x] = column.m2;
+    const Welford<float> column = warps.merged();
+    const int64_t mine = strip + WarpStates::column();
+    if (mine < x.cols) {
+      out.mean[chunk * x.cols + mine] = column.mean;
+      out.m2[chunk * x.cols + mine] = column.m2;
     }
     if (strip == 0 && threadIdx.x == 0) out.weight[chunk] = column.weight;
     __syncthreads();

@@ -16,20 +16,37 @@ namespace ace::cuda {
 constexpr int kNormThreads = 256;
 constexpr int kNormWarps = kNormThreads / kWarpSize;
 
+constexpr int kNormPacks = 4;  // that a thread loads before it uses the first
+
+template <class T>
+ACE_DEVICE double sum_of_squares(const Words<T>& words) {
+  float sum = words.at(0) * words.at(0);
+  ACE_UNROLL
+  for (int e = 1; e < kPack; ++e) sum = fmaf(words.at(e), words.at(e), sum);
+  return static_cast<double>(sum);
+}
+
 // A warp a row.
 template <class T>
 __global__ void __launch_bounds__(kNormThreads)
     inverse_square_norm_kernel(const T* a, int64_t tokens, int64_t cols, int64_t stride, bool aligned, float* r,
                                NotFinite report) {
+  constexpr int64_t kStep = kWarpSize * kPack;
   for (int64_t t = static_cast<int64_t>(blockIdx.x) * kNormWarps + warp_id(); t < tokens;
        t += static_cast<int64_t>(gridDim.x) * kNormWarps) {
+    const T* row = a + t * stride;
     double sum = 0.0;
-    for (int64_t j = static_cast<int64_t>(lane_id()) * kPack; j < cols; j += kWarpSize * kPack) {
-      const Pack<T> pack = load_pack(a + t * stride + j, pack_count(cols, j), aligned);
-      float squares = 0.0f;
+    int64_t j = static_cast<int64_t>(lane_id()) * kPack;
+    for (; aligned && j + (kNormPacks - 1) * kStep + kPack <= cols; j += kNormPacks * kStep) {
+      Words<T> words[kNormPacks];
       ACE_UNROLL
-      for (int e = 0; e < kPack; ++e) squares += to_float(pack.value[e]) * to_float(pack.value[e]);
-      sum += static_cast<double>(squares);
+      for (int n = 0; n < kNormPacks; ++n) words[n] = load_words(row + j + n * kStep);
+      ACE_UNROLL
+      for (int n = 0; n < kNormPacks; ++n) sum += sum_of_squares(words[n]);
+    }
+    for (; j < cols; j += kStep) {
+      const int count = pack_count(cols, j);
+      sum += sum_of_squares(load_words(row + j, count, aligned && count >= kPack));
     }
     sum = warp_sum(sum);
     if (lane_id() != 0) continue;
@@ -44,11 +61,11 @@ __global__ void __launch_bounds__(kTileThreads)
                           BFloat16* out, bool out_aligned) {
   for_tile_packs(tiles, cols, [&](int64_t t, int64_t j, int count) {
     const float scale = r[t];
-    const Pack<T> pack = load_pack(v + t * stride + j, count, aligned);
+    const Words<T> words = load_words(v + t * stride + j, count, aligned && count >= kPack);
     Pack<BFloat16> squares;
     ACE_UNROLL
     for (int e = 0; e < kPack; ++e) {
-      const float value = to_float(pack.value[e]);
+      const float value = words.at(e);
       squares.value[e] = to_bfloat16(scale * value * value);
     }
     store_converted(out + t * cols + j, squares, count, out_aligned);

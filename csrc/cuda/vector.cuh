@@ -1,6 +1,8 @@
 // Eight consecutive values at a time, in 16-byte loads and stores where the address allows it.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/platform.cuh"
 
 namespace ace::cuda {
@@ -17,6 +19,53 @@ template <class T>
 struct Pack {
   T value[kPack];
 };
+
+// The same as a load brings them, in whole words: of two 16-bit values in a word each is widened by one instruction,
+// where it is used. Values of a type of their own cost three each.
+template <class T>
+struct Words {
+  static constexpr int kInWord = 4 / sizeof(T);
+  static constexpr int kCount = kPack / kInWord;
+  uint32_t word[kCount];
+
+  ACE_DEVICE float at(int e) const {
+    const uint32_t bits = word[e / kInWord];
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      return bits_float(e % 2 == 0 ? bits << 16 : bits & 0xffff0000u);
+    } else if constexpr (std::is_same_v<T, Half>) {
+      return to_float(Half{static_cast<uint16_t>(e % 2 == 0 ? bits : bits >> 16)});
+    } else {
+      return bits_float(bits);
+    }
+  }
+};
+
+// Sixteen bytes. On a device a type of the runtime's, which nvcc moves in one instruction.
+ACE_DEVICE void load_line(const void* p, uint32_t* word) {
+#if defined(__CUDACC__)
+  const uint4 line = *static_cast<const uint4*>(p);
+  word[0] = line.x, word[1] = line.y, word[2] = line.z, word[3] = line.w;
+#else
+  std::memcpy(word, __builtin_assume_aligned(p, 16), 16);
+#endif
+}
+
+ACE_DEVICE void store_line(void* p, const uint32_t* word) {
+#if defined(__CUDACC__)
+  *static_cast<uint4*>(p) = make_uint4(word[0], word[1], word[2], word[3]);
+#else
+  std::memcpy(__builtin_assume_aligned(p, 16), word, 16);
+#endif
+}
+
+// p[0..kPack), p a multiple of 16 bytes.
+template <class T>
+ACE_DEVICE Words<T> load_words(const T* p) {
+  Words<T> words;
+  ACE_UNROLL
+  for (int w = 0; w < Words<T>::kCount; w += 4) load_line(p + w * Words<T>::kInWord, words.word + w);
+  return words;
+}
 
 // How many of the pack at column j lie within the row; 0 or less beyond its end.
 ACE_DEVICE int pack_count(int64_t cols, int64_t j) { return cols - j < kPack ? static_cast<int>(cols - j) : kPack; }
@@ -37,6 +86,21 @@ ACE_DEVICE Pack<T> load_pack(const T* p, int count, bool aligned) {
     for (int e = 0; e < kPack; ++e) pack.value[e] = e < count ? p[e] : T{};
   }
   return pack;
+}
+
+// p[0..count) and zeros beyond. `whole`: there are kPack, and p is a multiple of 16 bytes.
+template <class T>
+ACE_DEVICE Words<T> load_words(const T* p, int count, bool whole) {
+  if (whole) return load_words(p);
+  Words<T> words{};
+  ACE_UNROLL
+  for (int e = 0; e < kPack; ++e) {
+    if (e >= count) continue;
+    uint32_t bits = 0;
+    std::memcpy(&bits, p + e, sizeof(T));
+    words.word[e / Words<T>::kInWord] |= bits << (e % Words<T>::kInWord * 16);
+  }
+  return words;
 }
 
 template <class T>

@@ -65,8 +65,8 @@ void count_all() {
     return launch_prune_matrix(m, m.rows * m.cols / 2, threshold, work, nullptr, 1, nullptr);
   });
   simt::settings.processors = 4;  // chunks of as many tokens as a large device cuts many tokens into
-  count_moments(1024, 1024, false);
-  count_moments(1024, 1024, true);
+  count_moments(2048, 1024, false);
+  count_moments(2048, 1024, true);
 }
 
 }  // namespace

@@ -105,6 +105,33 @@ TYPED_TEST(MomentsOf, SurviveALargeMean) {
   }
 }
 
+// Deviations are summed about the mean so far. A first token far from all others, as language models have, or padding
+// before a large mean must not leave one that cancels.
+TYPED_TEST(MomentsOf, TheFirstTokenIsNoGuide) {
+  for (const bool padded : {false, true}) {
+    Sample<float> x({600, 8}, Formula::magnitude, Values::spread);
+    std::vector<float> weights(600, 1.0f);
+    for (int64_t t = 0; t < 600; ++t) {
+      for (int64_t j = 0; j < 8; ++j) {
+        x.weight(t, j) = (padded ? 1000.0f : 0.0f) + static_cast<float>((t * 7 + j) % 11 - 5) * 0.25f;
+        if (t < 9) weights[static_cast<size_t>(t)] = padded ? 0.0f : 1.0f;
+        if (t == 0) x.weight(t, j) = 3000.0f;
+      }
+    }
+    State<double> state(8);
+    update(state, x, weights.data());
+    for (int64_t j = 0; j < 8; ++j) {
+      double mean = 0.0, m2 = 0.0;
+      const int64_t first = padded ? 9 : 0;
+      for (int64_t t = first; t < 600; ++t)
+        mean += static_cast<double>(x.weight(t, j)) / static_cast<double>(600 - first);
+      for (int64_t t = first; t < 600; ++t) m2 += std::pow(static_cast<double>(x.weight(t, j)) - mean, 2.0);
+      EXPECT_NEAR(state.mean[static_cast<size_t>(j)], mean, 2e-7 * mean + 1e-6);
+      EXPECT_NEAR(state.m2[static_cast<size_t>(j)], m2, 2e-6 * m2);
+    }
+  }
+}
+
 TYPED_TEST(MomentsOf, NoTokensNoColumns) {
   Sample<TypeParam> no_tokens({0, 8}, Formula::magnitude, Values::spread),
       no_columns({3, 0}, Formula::magnitude, Values::spread);

@@ -161,9 +161,11 @@ TEST(PtxDeathTest, WhatAGpuRefusesEndsTheRun) {
 TEST(Ptx, CountsInstructionsOfWarps) {
   take_counts();
   uint32_t out = 0;
-  // Three loads of parameters, then 2 instructions, 1 that half of the lanes skip by a jump, and the return.
-  const Kernel kernel =
-      kernel_of("mov.u32 %r3, %tid.x;\nsetp.lt.u32 %p1, %r3, 16;\n@%p1 bra $L_end;\nadd.s32 %r3, %r3, 1;\n$L_end:\n");
+  // Three loads of parameters, then 3 instructions, 1 that half of the lanes skip by a jump, and the return; the copy
+  // of a register is none.
+  const Kernel kernel = kernel_of(
+      "mov.u32 %r3, %tid.x;\nmov.b32 %f1, %r3;\nsetp.lt.u32 %p1, %r3, 16;\n@%p1 bra $L_end;\nadd.s32 %r3, %r3, 1;\n"
+      "$L_end:\n");
   run_kernel(kernel, &out, 0, 0, 64);
   const std::vector<Count> counts = take_counts();
   ASSERT_EQ(counts.size(), 1u);

@@ -92,7 +92,7 @@ void Kernel::run(const void* const* parameters) const {
   lane.registers[kLaneId] = self().lane;
   std::vector<uint32_t> counts(visits.wanted ? code.size() : 0);
   while (lane.next < code.size()) {
-    if (!counts.empty()) ++counts[lane.next];
+    if (!counts.empty() && !code[lane.next].copies) ++counts[lane.next];
     const Instruction& i = code[lane.next++];
     if (i.guard >= 0 && get<bool>(lane, i.guard) == i.unless) continue;
     i.run(lane, i);

@@ -23,6 +23,7 @@ struct Instruction {
   Handler run = nullptr;
   int guard = -1;                                        // register of a predicate
   bool unless = false;                                   // runs where the predicate is false
+  bool copies = false;                                   // a register to another
   int to[kMostOperands] = {}, from[kMostOperands] = {};  // registers; of a parameter its number
   int64_t offset = 0;                                    // from an address; or the place to which it jumps
   int line = 0;
@@ -70,7 +71,9 @@ const Kernel* kernel_at(const void* address);
 // --- counting ---
 
 // Instructions of warps since the last call, by kernel: of each warp and instruction the most visits of a lane, so both
-// sides of a branch count where lanes part. Nothing is counted before the first call.
+// sides of a branch count where lanes part. Copies of a register are left out: PTX needs one wherever a float is taken
+// as an integer, and machine code, whose registers have no types, has none of them. Nothing is counted before the first
+// call.
 struct Count {
   std::string kernel;
   uint64_t instructions;

@@ -228,6 +228,7 @@ class Parser {
         source(operands[n], i, &sources);
       }
     }
+    i.copies = kind == "mov" && operands[0][0] == '%' && operands[1][0] == '%' && i.from[0] >= kSpecials;
     i.run = handler_of(opcode);
     if (i.run == nullptr) fail("an instruction that is not known: " + opcode);
     kernel_.code.push_back(i);
