@@ -3,6 +3,9 @@
 #pragma once
 
 #include <algorithm>
+#include <mutex>
+#include <set>
+#include <utility>
 
 #include "cuda/platform.cuh"
 
@@ -40,15 +43,24 @@ inline cudaError_t blocks_for(int64_t work, int64_t waves, int64_t* blocks) {
 }
 
 // Lets a kernel have all the dynamic shared memory that its own leaves. Without asking, both together are held to 48
-// KiB. Always the same number, so that two threads that launch it with different sizes do not undo each other's.
+// KiB. The runtime is asked once for each kernel and device, from whichever thread comes first; it may be during the
+// capture of a graph, since no stream is involved.
 template <class... Params>
 cudaError_t allow_shared(void (*kernel)(Params...)) {
+  static std::mutex mutex;
+  static std::set<std::pair<void (*)(Params...), int>> allowed;
+  int device = 0;
+  ACE_RETURN_IF_ERROR(cudaGetDevice(&device));
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device}) != 0) return cudaSuccess;
   int64_t most = 0;
   cudaFuncAttributes own;
   ACE_RETURN_IF_ERROR(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &most));
   ACE_RETURN_IF_ERROR(cudaFuncGetAttributes(&own, kernel));
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(most - static_cast<int64_t>(own.sharedSizeBytes)));
+  ACE_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           static_cast<int>(most - static_cast<int64_t>(own.sharedSizeBytes))));
+  allowed.emplace(kernel, device);
+  return cudaSuccess;
 }
 
 template <class... Params, class... Args>

@@ -26,6 +26,7 @@ struct Settings {
   int dropped_barrier = 0;  // the n-th __syncthreads() of each thread (from 1) is left out, to see that it is missed
   size_t max_shared = kMaxShared;  // what the device claims to have, so that a test can send short rows the long way
   int processors = 2;              // multiprocessors that the device claims to have
+  int device = 0;                  // the current one
 };
 
 inline Settings settings;

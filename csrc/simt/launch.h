@@ -3,6 +3,7 @@
 
 #include <map>
 #include <tuple>
+#include <utility>
 
 #include "simt/ptx/kernel.h"
 
@@ -12,19 +13,24 @@ namespace simt {
 
 constexpr size_t kSharedWithoutAsking = 48 * 1024;
 
-// Shared memory of a block of a kernel: what the kernel itself has, and how much more a launch may ask for.
+// Shared memory of a block of a kernel: what the kernel itself has, and how much more a launch may ask for on the
+// current device.
 struct SharedLimit {
   size_t fixed, dynamic;
 };
 
 inline SharedLimit& shared_limit(const void* kernel) {
-  static std::map<const void*, SharedLimit> limits;
-  const auto found = limits.find(kernel);
+  static std::map<std::pair<const void*, int>, SharedLimit> limits;
+  const std::pair<const void*, int> key{kernel, settings.device};
+  const auto found = limits.find(key);
   if (found != limits.end()) return found->second;
   const ptx::Kernel* compiled = ptx::kernel_at(kernel);
   const size_t fixed = compiled != nullptr ? compiled->dynamic_at : 0;  // the source's are statics of a function
-  return limits.emplace(kernel, SharedLimit{fixed, kSharedWithoutAsking - fixed}).first->second;
+  return limits.emplace(key, SharedLimit{fixed, kSharedWithoutAsking - fixed}).first->second;
 }
+
+// How often the limit of any kernel was changed.
+inline int shared_limit_changes = 0;
 
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), Dim3 grid, Dim3 block, size_t shared_bytes, Args... args) {
