@@ -11,7 +11,10 @@ namespace ace {
 ACE_HD uint32_t order_key(float score) {
 #if defined(__CUDA_ARCH__)  // the same in fewer instructions; not for a host, which may flush subnormal numbers to zero
   const uint32_t own = float_bits(score + 0.0f);  // -0 becomes +0
-  return own ^ (static_cast<uint32_t>(static_cast<int32_t>(own) >> 31) | 0x80000000u);
+  const uint32_t sign = static_cast<uint32_t>(static_cast<int32_t>(own) >> 31);
+  uint32_t key;  // own ^ (sign | 0x80000000)
+  asm("lop3.b32 %0, %1, %2, 0x80000000, 0x1e;" : "=r"(key) : "r"(own), "r"(sign));
+  return key;
 #else
   uint32_t bits = float_bits(score);
   bits = bits == 0x80000000u ? 0u : bits;

@@ -1,5 +1,6 @@
 // What a selection does with what it has decided: it prunes the weight in place, or writes a mask and only reads the
-// weight. The kernels that select are written once for both. Bit e of `kept` is column j + e of row i.
+// weight. The kernels that select are written once for both. The sign bit of kept[e] says that column j + e of row i
+// stays.
 //   write(row, i, j, count, kept, load)  decides `count` columns; load() gives their weights.
 //   write_one(row, i, j, kept)           decides one column.
 //   leave(i, j, count)                   these columns are left as they are, as a score is not finite: kept.
@@ -13,16 +14,12 @@ namespace ace::cuda {
 struct PruneOutcome {
   float* threshold;  // [groups]; null for N:M groups and for a cut that is given
 
-  // Untouched where nothing is pruned.
   template <class T, class Load>
-  ACE_DEVICE void write(const ScoredRow<T>& row, int64_t, int64_t j, int count, uint32_t kept, Load&& load) const {
-    if (kept == (1u << count) - 1u) return;
-    Pack<T> weight = load();
-    ACE_UNROLL
-    for (int e = 0; e < kPack; ++e) {
-      if ((kept >> e & 1u) == 0) weight.value[e] = T{};
-    }
-    store_pack(row.weight + j, weight, count, row.weight_aligned);
+  ACE_DEVICE void write(const ScoredRow<T>& row, int64_t, int64_t j, int count, const uint32_t* kept,
+                        Load&& load) const {
+    Words<T> weight = load();
+    zero_rest(weight, kept);
+    store_words(row.weight + j, weight, count, row.weight_aligned && count >= kPack);
   }
 
   template <class T>
@@ -41,7 +38,7 @@ struct MaskOutcome {
   bool aligned;  // every row starts on 8 bytes
 
   template <class T, class Load>
-  ACE_DEVICE void write(const ScoredRow<T>&, int64_t i, int64_t j, int count, uint32_t kept, Load&&) const {
+  ACE_DEVICE void write(const ScoredRow<T>&, int64_t i, int64_t j, int count, const uint32_t* kept, Load&&) const {
     put(i, j, count, kept);
   }
 
@@ -50,24 +47,30 @@ struct MaskOutcome {
     mask[i * cols + j] = kept;
   }
 
-  ACE_DEVICE void leave(int64_t i, int64_t j, int count) const { put(i, j, count, (1u << kPack) - 1u); }
+  ACE_DEVICE void leave(int64_t i, int64_t j, int count) const {
+    constexpr uint32_t kAll[kPack] = {kSign, kSign, kSign, kSign, kSign, kSign, kSign, kSign};
+    put(i, j, count, kAll);
+  }
 
   ACE_DEVICE void set_threshold(int64_t, float) const {}
 
  private:
-  ACE_DEVICE void put(int64_t i, int64_t j, int count, uint32_t kept) const {
+  ACE_DEVICE void put(int64_t i, int64_t j, int count, const uint32_t* kept) const {
     bool* out = mask + i * cols + j;
     if (aligned && count >= kPack) {  // one store of eight bytes
-      uint64_t bytes = 0;
-      ACE_UNROLL
-      for (int e = 0; e < kPack; ++e) bytes |= static_cast<uint64_t>(kept >> e & 1u) << (8 * e);
+      const uint64_t bytes = static_cast<uint64_t>(four(kept + 4)) << 32 | four(kept);
       std::memcpy(__builtin_assume_aligned(out, sizeof bytes), &bytes, sizeof bytes);
     } else {
       ACE_UNROLL
       for (int e = 0; e < kPack; ++e) {
-        if (e < count) out[e] = (kept >> e & 1u) != 0;
+        if (e < count) out[e] = (kept[e] & kSign) != 0;
       }
     }
+  }
+
+  static ACE_DEVICE uint32_t four(const uint32_t* kept) {
+    const uint32_t signs = bytes_of<0x5410>(bytes_of<0x0073>(kept[0], kept[1]), bytes_of<0x0073>(kept[2], kept[3]));
+    return signs >> 7 & 0x01010101u;
   }
 };
 

@@ -38,7 +38,8 @@ class Selection {
   }
 
   cudaError_t count(int pass, int64_t* counts) {
-    return launch(histogram_kernel<F, T>, many(), matrix_, tiles_, work_.state, pass, counts, report_);
+    return launch(histogram_kernel<F, T>, many(), matrix_, tall_tiles(matrix_.rows, matrix_.cols), work_.state, pass,
+                  counts, report_);
   }
 
   cudaError_t count(int pass) { return count(pass, work_.counts); }

@@ -34,18 +34,18 @@ __global__ void __launch_bounds__(kWarpSize) begin_kernel(MatrixState* state, Cu
 }
 
 // Adds a block's own counts to those of the device; integers, so the order of the blocks does not matter.
-ACE_DEVICE void flush_counts(const uint32_t* local, int64_t* counts, int bins) {
+ACE_DEVICE void flush_counts(const RadixCounts& local, int64_t* counts, int bins) {
   __syncthreads();
-  for (int b = static_cast<int>(threadIdx.x); b < bins; b += static_cast<int>(blockDim.x)) {
-    if (local[b] != 0) {
-      atomicAdd(reinterpret_cast<unsigned long long*>(counts + b), static_cast<unsigned long long>(local[b]));
+  for (int b = 4 * static_cast<int>(threadIdx.x); b < bins; b += 4 * static_cast<int>(blockDim.x)) {
+    uint32_t four[4];
+    load_line(local.bin + b, four);
+    if ((four[0] | four[1] | four[2] | four[3]) == 0) continue;
+    ACE_UNROLL
+    for (int n = 0; n < 4; ++n) {
+      if (four[n] == 0) continue;
+      atomicAdd(reinterpret_cast<unsigned long long*>(counts + b + n), static_cast<unsigned long long>(four[n]));
     }
   }
-}
-
-ACE_DEVICE void clear_local(uint32_t* local) {
-  for (int b = static_cast<int>(threadIdx.x); b < kRadixBins; b += static_cast<int>(blockDim.x)) local[b] = 0;
-  __syncthreads();
 }
 
 // This thread's pack of a tile.
@@ -54,26 +54,35 @@ struct TilePack {
   ScoredRow<T> row;
   int64_t i, first;  // row and first column
   int count;         // at most 0 beyond the row's end
-  Pack<T> weight;
-  Pack<uint32_t> key;
+  Words<T> weight;
+  Pack<float> score;
+  Pack<uint32_t> key;  // 0 beyond the row's end
   bool finite;
 };
 
 template <class F, class T>
-ACE_DEVICE TilePack<F, T> load_tile(const Scored<T>& matrix, int64_t index) {
-  const Tile tile = tile_at(index, matrix.cols);
+ACE_DEVICE TilePack<F, T> load_tile(const Scored<T>& matrix, const TileWalk& walk) {
   TilePack<F, T> pack;
-  pack.row = row_of<F>(matrix, tile.row);
-  pack.i = tile.row;
-  pack.first = tile.first + static_cast<int64_t>(threadIdx.x) * kPack;
-  pack.count = pack.first < matrix.cols ? pack_count(matrix.cols, pack.first) : 0;
-  pack.weight = load_weights(pack.row, pack.first, pack.count);
-  pack.finite = pack_keys<F>(pack.row, pack.first, pack.count, pack.weight, &pack.key);
+  pack.row = row_of<F>(matrix, walk.row());
+  pack.i = walk.row();
+  pack.first = walk.column();
+  pack.count = pack_count(matrix.cols, pack.first);
+  const auto load = [&](const ScoredRow<T>& row, int count) {
+    pack.weight = load_weights(row, pack.first, count);
+    pack.finite =
+        pack_scores(row, column_terms<F>(row, pack.first, count), pack.first, count, pack.weight, &pack.score);
+    pack.key = keys_of(pack.score, count);
+  };
+  if (is_whole<F>(pack.row, pack.count)) {
+    load(as_whole(pack.row), kPack);
+  } else {
+    load(pack.row, pack.count);
+  }
   return pack;
 }
 
 template <class F, class T, class Out>
-ACE_DEVICE void write_tile(const TilePack<F, T>& pack, const Out& out, uint32_t kept) {
+ACE_DEVICE void write_tile(const TilePack<F, T>& pack, const Out& out, const uint32_t* kept) {
   if (pack.count > 0) out.write(pack.row, pack.i, pack.first, pack.count, kept, [&] { return pack.weight; });
 }
 
@@ -86,18 +95,30 @@ ACE_DEVICE void report_bad(MatrixState* state, const NotFinite& report) {
 template <class F, class T>
 __global__ void __launch_bounds__(kTileThreads)
     histogram_kernel(Scored<T> matrix, int64_t tiles, MatrixState* state, int pass, int64_t* counts, NotFinite report) {
-  __shared__ uint32_t local[kRadixBins];  // 32 bits: a block sees fewer than 2^32 weights
-  clear_local(local);
-  const uint32_t prefix = state->cut.key;
+  __shared__ RadixCounts local;  // 32 bits: a block sees fewer than 2^32 weights
+  clear_bins(local.bin, kRadixBins);
+  const uint32_t prefix = state->cut.key, mask = static_cast<uint32_t>(radix_bins(pass)) - 1u;
+  const RadixDigit digit = radix_digit(pass);
   bool finite = true;
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const TilePack<F, T> pack = load_tile<F>(matrix, tile);
-    finite &= pack.finite;
-    ACE_UNROLL
-    for (int e = 0; e < kPack; ++e) {
-      const uint32_t key = pack.key.value[e];
-      if (e < pack.count && radix_matches(key, prefix, pass)) atomicAdd(&local[radix_bin(key, pass)], 1u);
-    }
+  const auto count_all = [&](auto&& counted) {
+    for_scored_packs<F>(matrix, tiles,
+                        [&](const ScoredRow<T>& row, const ColumnTerms<F>& columns, int64_t, int64_t j, int count,
+                            const Words<T>& weight) {
+                          Pack<uint32_t> key;
+                          finite &= pack_keys(row, columns, j, count, weight, &key);
+                          ACE_UNROLL
+                          for (int e = 0; e < kPack; ++e) {
+                            if (e < count) counted(key.value[e]);
+                          }
+                        });
+  };
+  if (pass == 0) {
+    count_all([&](uint32_t key) { atomicAdd(&local.bin[radix_bin(key, 0)], 1u); });
+  } else {
+    const uint32_t others = 1u << (digit.shift + digit.bits);  // below it: the key has the prefix
+    count_all([&](uint32_t key) {
+      if ((key ^ prefix) < others) atomicAdd(&local.bin[key >> digit.shift & mask], 1u);
+    });
   }
   if (!finite) report_bad(state, report);
   flush_counts(local, counts, radix_bins(pass));
@@ -124,25 +145,31 @@ template <class F, class T, class Out>
 __global__ void __launch_bounds__(kTileThreads) settle_kernel(Scored<T> matrix, int64_t tiles, const MatrixState* state,
                                                               int64_t* tile_ties, int64_t* counts, Out out) {
   constexpr int kLast = kRadixPasses - 1;
-  __shared__ uint32_t local[kRadixBins];
+  __shared__ RadixCounts local;
   if (state->bad != 0) return;
-  clear_local(local);
+  clear_bins(local.bin, kRadixBins);
   const uint32_t prefix = state->cut.key;
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const TilePack<F, T> pack = load_tile<F>(matrix, tile);
-    uint32_t kept = 0, open = 0;
+  const float least = key_score(prefix);
+  for (TileWalk walk(tiles, matrix.cols); walk.more(); walk.next()) {
+    const TilePack<F, T> pack = load_tile<F>(matrix, walk);
+    uint32_t kept[kPack], nearest = ~0u;
     ACE_UNROLL
     for (int e = 0; e < kPack; ++e) {
-      const uint32_t key = pack.key.value[e];
-      const bool undecided = e < pack.count && radix_matches(key, prefix, kLast);
-      open |= static_cast<uint32_t>(undecided);
-      kept |= static_cast<uint32_t>(e < pack.count && key > prefix)
-              << e;  // no undecided key: above is above all 22 bits
-      if (undecided) atomicAdd(&local[radix_bin(key, kLast)], 1u);
+      const uint32_t apart = pack.key.value[e] ^ prefix;
+      kept[e] = less(least, pack.score.value[e]);  // where no key is undecided: above is above all 22 bits
+      nearest = apart < nearest ? apart : nearest;
+    }
+    const bool open = nearest < static_cast<uint32_t>(radix_bins(kLast));
+    if (open) {
+      ACE_UNROLL
+      for (int e = 0; e < kPack; ++e) {
+        const uint32_t key = pack.key.value[e];
+        if (e < pack.count && radix_matches(key, prefix, kLast)) atomicAdd(&local.bin[radix_bin(key, kLast)], 1u);
+      }
     }
     const bool settled = __syncthreads_or(static_cast<int>(open)) == 0;
     if (settled) write_tile(pack, out, kept);
-    if (threadIdx.x == 0) tile_ties[tile] = settled ? kTileSettled : 0;
+    if (threadIdx.x == 0) tile_ties[walk.index()] = settled ? kTileSettled : 0;
   }
   flush_counts(local, counts, radix_bins(kLast));
 }
@@ -155,9 +182,10 @@ __global__ void __launch_bounds__(kTileThreads) count_ties_kernel(Scored<T> matr
   if (!all && (state->bad != 0 || state->equal == state->cut.ties)) return;
   const uint32_t cut = state->cut.key;
   bool finite = true;
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+  for (TileWalk walk(tiles, matrix.cols); walk.more(); walk.next()) {
+    const int64_t tile = walk.index();
     if (!all && tile_ties[tile] == kTileSettled) continue;
-    const TilePack<F, T> pack = load_tile<F>(matrix, tile);
+    const TilePack<F, T> pack = load_tile<F>(matrix, walk);
     finite &= pack.finite;
     int64_t mine = 0, total = 0;
     ACE_UNROLL
@@ -198,25 +226,25 @@ __global__ void __launch_bounds__(kTileThreads) apply_kernel(Scored<T> matrix, i
   }
   const Cut cut = state->cut;
   const bool ranked = state->equal != cut.ties;  // else all that equal the cut are kept
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+  for (TileWalk walk(tiles, matrix.cols); walk.more(); walk.next()) {
+    const int64_t tile = walk.index();
     if (!all && tile_ties[tile] == kTileSettled) continue;
-    const TilePack<F, T> pack = load_tile<F>(matrix, tile);
-    uint32_t above = 0, equal = 0;
+    const TilePack<F, T> pack = load_tile<F>(matrix, walk);
+    uint32_t kept[kPack], equal = 0;
     ACE_UNROLL
     for (int e = 0; e < kPack; ++e) {
-      above |= static_cast<uint32_t>(e < pack.count && pack.key.value[e] > cut.key) << e;
-      equal |= static_cast<uint32_t>(e < pack.count && pack.key.value[e] == cut.key) << e;
+      const uint32_t key = pack.key.value[e];
+      kept[e] = key > cut.key || (key == cut.key && !ranked) ? kSign : 0u;
+      equal |= static_cast<uint32_t>(e < pack.count && key == cut.key) << e;
     }
-    uint32_t kept = above | equal;
     if (ranked) {
       int64_t total = 0;
-      int64_t rank = tile_ties[tile] + exclusive_scan(__popc(equal), scratch, &total);
-      kept = above;
+      int64_t rank = tile_ties[tile] + exclusive_scan(int64_t{__popc(equal)}, scratch, &total);
       ACE_UNROLL
       for (int e = 0; e < kPack; ++e) {
-        const uint32_t bit = equal & (1u << e);
-        kept |= rank < cut.ties ? bit : 0u;
-        rank += bit != 0;
+        const uint32_t tie = equal >> e & 1u;
+        if (tie != 0 && rank < cut.ties) kept[e] = kSign;
+        rank += tie;
       }
       __syncthreads();  // the next tile's scan overwrites what this one reads
     }

@@ -11,10 +11,11 @@ constexpr int64_t kWaves = 16;
 
 template <class F, int kGroup, class T, class Out>
 cudaError_t launch_pack(const Scored<T>& matrix, int keep_n, Out out, const NotFinite& report, cudaStream_t stream) {
+  const int64_t tiles = tall_tiles(matrix.rows, matrix.cols);
   int64_t blocks = 0;
-  ACE_RETURN_IF_ERROR(blocks_for(tile_count(matrix), kWaves, &blocks));
-  return launch(prune_nm_pack_kernel<F, T, kGroup, Out>, {blocks, kTileThreads, 0, stream}, matrix, tile_count(matrix),
-                keep_n, out, report);
+  ACE_RETURN_IF_ERROR(blocks_for(tiles, kWaves, &blocks));
+  return launch(prune_nm_pack_kernel<F, T, kGroup, Out>, {blocks, kTileThreads, 0, stream}, matrix, tiles, keep_n, out,
+                report);
 }
 
 template <class F, class T, class Out>

@@ -13,37 +13,89 @@
 
 namespace ace::cuda {
 
-// A thread's eight columns of a row, whole groups. False where a score is not finite.
-template <class F, int kGroup, class T, class Out>
-ACE_DEVICE bool prune_nm_pack(const ScoredRow<T>& row, int64_t i, int64_t j, int count, int keep_n, const Out& out) {
-  const Pack<T> weight = load_weights(row, j, count);
-  Pack<float> score;
-  pack_scores<F>(row, j, count, weight, &score);
-  uint32_t kept = 0;
-  bool every_finite = true;
-  ACE_UNROLL
-  for (int first = 0; first < kPack; first += kGroup) {
-    const bool finite = all_finite<kGroup>(score.value + first);
-    every_finite &= finite;
-    const uint32_t best = keep_best<kGroup>(score.value + first, kGroup, keep_n);
-    kept |= (finite ? best : (1u << kGroup) - 1u) << first;
+// How often a value may be beaten, as functions of the three comparisons with the others of its group.
+struct NeverBeaten {
+  static ACE_HD constexpr unsigned table(unsigned a, unsigned b, unsigned c) { return ~(a | b | c) & 0xffu; }
+};
+struct BeatenOnce {
+  static ACE_HD constexpr unsigned table(unsigned a, unsigned b, unsigned c) {
+    return ~((a & b) | (a & c) | (b & c)) & 0xffu;
   }
-  out.write(row, i, j, count, kept & ((1u << count) - 1u), [&] { return weight; });
-  return every_finite;
+};
+struct BeatenTwice {
+  static ACE_HD constexpr unsigned table(unsigned a, unsigned b, unsigned c) { return ~(a & b & c) & 0xffu; }
+};
+
+// The sign bit of kept[e] where value e, a number, is among the keep_n best of its group, a lower column first among
+// equal ones: where it is beaten by fewer than keep_n others. Groups of 2 or 4, in which each pair is compared once.
+template <int kGroup>
+ACE_DEVICE void keep_best_signs(const float* value, int keep_n, uint32_t* kept) {
+  static_assert(kGroup == 2 || kGroup == 4);
+  if constexpr (kGroup == 2) {
+    const uint32_t lost = less(value[0] + 0.0f, value[1]);
+    kept[0] = keep_n == 1 ? ~lost : keep_n == 2 ? kSign : 0u;
+    kept[1] = keep_n == 1 ? lost : kept[0];
+  } else {
+    const float first = value[0] + 0.0f, second = value[1] + 0.0f, third = value[2] + 0.0f;
+    const uint32_t l01 = less(first, value[1]), l02 = less(first, value[2]), l03 = less(first, value[3]);
+    const uint32_t l12 = less(second, value[2]), l13 = less(second, value[3]), l23 = less(third, value[3]);
+    const auto by = [&](auto keep) {  // turns the pairs that the value is the later of
+      using Keep = decltype(keep);
+      kept[0] = bitwise<Keep::table(kBitA, kBitB, kBitC)>(l01, l02, l03);
+      kept[1] = bitwise<Keep::table(~kBitA, kBitB, kBitC)>(l01, l12, l13);
+      kept[2] = bitwise<Keep::table(~kBitA, ~kBitB, kBitC)>(l02, l12, l23);
+      kept[3] = bitwise<Keep::table(~kBitA, ~kBitB, ~kBitC)>(l03, l13, l23);
+    };
+    switch (keep_n) {
+      case 2: by(BeatenOnce{}); break;
+      case 1: by(NeverBeaten{}); break;
+      case 3: by(BeatenTwice{}); break;
+      default: kept[0] = kept[1] = kept[2] = kept[3] = keep_n == 0 ? 0u : kSign;
+    }
+  }
 }
 
-// Groups of 2, 4 or 8: a thread takes eight columns by one or two 16-byte loads. Scores are compared as floats: of two
-// zeros neither is less, as of their order keys.
+// One row's eight columns, whole groups. False where a score is not finite.
+template <class F, int kGroup, class T, class Out>
+ACE_DEVICE bool prune_nm_pack(const ScoredRow<T>& row, const ColumnTerms<F>& columns, int64_t i, int64_t j, int count,
+                              const Words<T>& weight, int keep_n, const Out& out) {
+  Pack<float> score;
+  const bool finite = pack_scores(row, columns, j, count, weight, &score);
+  uint32_t kept[kPack];
+  if constexpr (kGroup == kPack) {
+    const uint32_t best = keep_best<kGroup>(score.value, kGroup, keep_n);
+    ACE_UNROLL
+    for (int e = 0; e < kPack; ++e) kept[e] = best << (31 - e);
+  } else {
+    ACE_UNROLL
+    for (int first = 0; first < kPack; first += kGroup) {
+      keep_best_signs<kGroup>(score.value + first, keep_n, kept + first);
+    }
+  }
+  if (!finite) {
+    ACE_UNROLL
+    for (int first = 0; first < kPack; first += kGroup) {
+      if (all_finite<kGroup>(score.value + first)) continue;
+      ACE_UNROLL
+      for (int e = 0; e < kGroup; ++e) kept[first + e] = kSign;
+    }
+  }
+  out.write(row, i, j, count, kept, [&] { return weight; });
+  return finite;
+}
+
+// Groups of 2, 4 or 8: a thread takes eight columns of some rows by 16-byte loads. Scores are compared as floats: of
+// two zeros neither is less, as of their order keys.
 template <class F, class T, int kGroup, class Out>
 __global__ void __launch_bounds__(kTileThreads)
     prune_nm_pack_kernel(Scored<T> matrix, int64_t tiles, int keep_n, Out out, NotFinite report) {
   static_assert(kPack % kGroup == 0);
   bool every_finite = true;
-  for_tile_packs(tiles, matrix.cols, [&](int64_t i, int64_t j, int count) {
-    const ScoredRow<T> row = row_of<F>(matrix, i);
-    every_finite &= is_whole<F>(row, count) ? prune_nm_pack<F, kGroup>(as_whole(row), i, j, kPack, keep_n, out)
-                                            : prune_nm_pack<F, kGroup>(row, i, j, count, keep_n, out);
-  });
+  for_scored_packs<F>(matrix, tiles,
+                      [&](const ScoredRow<T>& row, const ColumnTerms<F>& columns, int64_t i, int64_t j, int count,
+                          const Words<T>& weight) {
+                        every_finite &= prune_nm_pack<F, kGroup>(row, columns, i, j, count, weight, keep_n, out);
+                      });
   if (!every_finite) raise_flag(report);
 }
 

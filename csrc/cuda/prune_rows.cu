@@ -10,8 +10,11 @@ namespace {
 constexpr int64_t kWaves = 8;
 constexpr size_t kStaticShared = 10 * 1024;  // the kernel's own counters and scratch, rounded up
 
-// Enough threads that each has a few packs; short rows leave room for more blocks on a multiprocessor.
-int row_threads(int64_t cols) { return cols <= 4096 ? kMaxRowThreads / 2 : kMaxRowThreads; }
+// Enough packs a thread that the work on the histogram is shared by many; short rows leave room for more blocks on a
+// multiprocessor.
+int row_threads(int64_t cols) {
+  return cols <= 4096 ? kMaxRowThreads / 4 : cols <= 16384 ? kMaxRowThreads / 2 : kMaxRowThreads;
+}
 
 template <class Out>
 cudaError_t select_rows(const ScoredArguments& m, int64_t keep_k, Out out, void* sums, int code, cudaStream_t stream) {
@@ -27,9 +30,9 @@ cudaError_t select_rows(const ScoredArguments& m, int64_t keep_k, Out out, void*
     using T = std::remove_pointer_t<decltype(matrix.weight)>;
     if (held) {
       return launch(prune_rows_kernel<F, T, true, Out>, {blocks, row_threads(m.cols), row_held_bytes(m.cols), stream},
-                    matrix, keep_k, out, report);
+                    matrix, keep_k, listed_columns(m.cols), out, report);
     }
-    return launch(prune_rows_kernel<F, T, false, Out>, {blocks, kMaxRowThreads, 0, stream}, matrix, keep_k, out,
+    return launch(prune_rows_kernel<F, T, false, Out>, {blocks, kMaxRowThreads, 0, stream}, matrix, keep_k, 0, out,
                   report);
   });
 }

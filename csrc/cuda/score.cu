@@ -71,10 +71,11 @@ cudaError_t launch_score(const ScoredArguments& m, float* out, void* sums, int c
   ACE_RETURN_IF_ERROR(not_finite_flag(&report.flag));
   return with_scored(m, sums, stream, [&](auto formula, auto matrix) {
     using F = decltype(formula);
+    const int64_t tiles = tall_tiles(m.rows, m.cols);
     int64_t blocks = 0;
-    ACE_RETURN_IF_ERROR(blocks_for(tile_count(matrix), kWaves, &blocks));
+    ACE_RETURN_IF_ERROR(blocks_for(tiles, kWaves, &blocks));
     return launch(score_kernel<F, std::remove_pointer_t<decltype(matrix.weight)>>, {blocks, kTileThreads, 0, stream},
-                  matrix, tile_count(matrix), out, rows_aligned(out, m.cols), report);
+                  matrix, tiles, out, rows_aligned(out, m.cols), report);
   });
 }
 

@@ -30,9 +30,9 @@ __global__ void __launch_bounds__(kSumThreads) row_sums_kernel(Matrix<T> matrix,
     double sum = 0.0;
     for (int64_t j = static_cast<int64_t>(lane_id()) * kPack; j < matrix.cols; j += kStripColumns) {
       const int count = pack_count(matrix.cols, j);
-      const Pack<T> pack = load_pack(matrix.data + i * matrix.stride + j, count, matrix.aligned);
+      const Words<T> words = load_words(matrix.data + i * matrix.stride + j, count, matrix.aligned && count >= kPack);
       ACE_UNROLL
-      for (int e = 0; e < kPack; ++e) sum += static_cast<double>(absolute(to_float(pack.value[e])));
+      for (int e = 0; e < kPack; ++e) sum += static_cast<double>(absolute(words.at(e)));
     }
     sum = warp_sum(sum);
     if (lane_id() == 0) row_sum[i] = static_cast<float>(sum);
@@ -52,9 +52,9 @@ __global__ void __launch_bounds__(kSumThreads)
     const int count = pack_count(matrix.cols, j);
     double sum[kPack] = {};
     for (int64_t i = begin + warp_id(); i < end; i += kSumWarps) {
-      const Pack<T> pack = load_pack(matrix.data + i * matrix.stride + j, count, matrix.aligned);
+      const Words<T> words = load_words(matrix.data + i * matrix.stride + j, count, matrix.aligned && count >= kPack);
       ACE_UNROLL
-      for (int e = 0; e < kPack; ++e) sum[e] += static_cast<double>(absolute(to_float(pack.value[e])));
+      for (int e = 0; e < kPack; ++e) sum[e] += static_cast<double>(absolute(words.at(e)));
     }
     ACE_UNROLL
     for (int e = 0; e < kPack; ++e) sums[warp_id()][lane_id() * kPack + e] = sum[e];

@@ -67,38 +67,65 @@ ACE_DEVICE bool all_finite(const float* value) {
   return zero == 0.0f;
 }
 
+// What a formula reads of eight columns, whatever the row.
+template <class F>
+struct ColumnTerms {
+  Words<float> factor, sum;
+};
+
+template <class F, class T>
+ACE_DEVICE ColumnTerms<F> column_terms(const ScoredRow<T>& row, int64_t j, int count) {
+  const bool whole = row.column_aligned && count >= kPack;
+  ColumnTerms<F> terms{};
+  if constexpr (F::kColumn) terms.factor = load_words(row.column + j, count, whole);
+  if constexpr (F::kSums) terms.sum = load_words(row.column_sum + j, count, whole);
+  return terms;
+}
+
 // Scores of columns j..j+count of a row, given their weights; finite ones beyond. False where one of them is not
 // finite.
 template <class F, class T>
-ACE_DEVICE bool pack_scores(const ScoredRow<T>& row, int64_t j, int count, const Pack<T>& weight, Pack<float>* score) {
-  Pack<float> column, moment, column_sum;
-  if constexpr (F::kColumn) column = load_pack(row.column + j, count, row.column_aligned);
-  if constexpr (F::kMoment) moment = load_pack(row.moment + j, count, row.moment_aligned);
-  if constexpr (F::kSums) column_sum = load_pack(row.column_sum + j, count, row.column_aligned);
+ACE_DEVICE bool pack_scores(const ScoredRow<T>& row, const ColumnTerms<F>& columns, int64_t j, int count,
+                            const Words<T>& weight, Pack<float>* score) {
+  Words<float> moment;
+  if constexpr (F::kMoment) moment = load_words(row.moment + j, count, row.moment_aligned && count >= kPack);
   ACE_UNROLL
   for (int e = 0; e < kPack; ++e) {
     ScoreTerms terms{0.0f, 0.0f, row.row_sum, 0.0f};
-    if constexpr (F::kColumn) terms.column = column.value[e];
-    if constexpr (F::kMoment) terms.moment = moment.value[e];
-    if constexpr (F::kSums) terms.column_sum = column_sum.value[e];
-    score->value[e] = F::value(to_float(weight.value[e]), terms);
+    if constexpr (F::kColumn) terms.column = columns.factor.at(e);
+    if constexpr (F::kMoment) terms.moment = moment.at(e);
+    if constexpr (F::kSums) terms.column_sum = columns.sum.at(e);
+    score->value[e] = F::value(weight.at(e), terms);
   }
   return all_finite<kPack>(score->value);
 }
 
-// Keys of the same; 0, which no finite score has, beyond the row's end.
-template <class F, class T>
-ACE_DEVICE bool pack_keys(const ScoredRow<T>& row, int64_t j, int count, const Pack<T>& weight, Pack<uint32_t>* key) {
-  Pack<float> score;
-  const bool finite = pack_scores<F>(row, j, count, weight, &score);
+// 0, which no finite score has, beyond the row's end.
+ACE_DEVICE Pack<uint32_t> keys_of(const Pack<float>& score, int count) {
+  Pack<uint32_t> key;
   ACE_UNROLL
-  for (int e = 0; e < kPack; ++e) key->value[e] = e < count ? order_key(score.value[e]) : 0u;
+  for (int e = 0; e < kPack; ++e) key.value[e] = e < count ? order_key(score.value[e]) : 0u;
+  return key;
+}
+
+// Keys of the same.
+template <class F, class T>
+ACE_DEVICE bool pack_keys(const ScoredRow<T>& row, const ColumnTerms<F>& columns, int64_t j, int count,
+                          const Words<T>& weight, Pack<uint32_t>* key) {
+  Pack<float> score;
+  const bool finite = pack_scores(row, columns, j, count, weight, &score);
+  *key = keys_of(score, count);
   return finite;
 }
 
+template <class F, class T>
+ACE_DEVICE bool pack_keys(const ScoredRow<T>& row, int64_t j, int count, const Words<T>& weight, Pack<uint32_t>* key) {
+  return pack_keys(row, column_terms<F>(row, j, count), j, count, weight, key);
+}
+
 template <class T>
-ACE_DEVICE Pack<T> load_weights(const ScoredRow<T>& row, int64_t j, int count) {
-  return load_pack(row.weight + j, count, row.weight_aligned);
+ACE_DEVICE Words<T> load_weights(const ScoredRow<T>& row, int64_t j, int count) {
+  return load_words(row.weight + j, count, row.weight_aligned && count >= kPack);
 }
 
 template <class F, class T>
@@ -127,19 +154,73 @@ ACE_DEVICE Tile tile_at(int64_t tile, int64_t cols) {
   return {row, (tile - row * per_row) * kTileColumns};
 }
 
+// The tiles of this block, from its own number on by the grid's. Divides once, not for every tile.
+class TileWalk {
+ public:
+  ACE_DEVICE TileWalk(int64_t tiles, int64_t cols)
+      : tiles_(tiles),
+        end_(tiles_per_row(cols) * kTileColumns),
+        index_(blockIdx.x),
+        tile_(tile_at(blockIdx.x, cols)),
+        step_(tile_at(gridDim.x, cols)) {}
+
+  ACE_DEVICE bool more() const { return index_ < tiles_; }
+  ACE_DEVICE int64_t index() const { return index_; }
+  ACE_DEVICE int64_t row() const { return tile_.row; }
+  ACE_DEVICE int64_t column() const {
+    return tile_.first + static_cast<int64_t>(threadIdx.x) * kPack;
+  }  // this thread's
+
+  ACE_DEVICE void next() {
+    index_ += gridDim.x;
+    tile_ = {tile_.row + step_.row, tile_.first + step_.first};
+    if (tile_.first >= end_) tile_ = {tile_.row + 1, tile_.first - end_};
+  }
+
+ private:
+  int64_t tiles_, end_, index_;  // end_: of a row, in whole tiles
+  Tile tile_, step_;
+};
+
 // Visits this thread's packs of all tiles of a matrix of `cols` columns: body(row, first column, values in the row).
-// Divides once, not for every tile.
 template <class Body>
 ACE_DEVICE void for_tile_packs(int64_t tiles, int64_t cols, Body&& body) {
-  const int64_t end = tiles_per_row(cols) * kTileColumns;  // of a row, in whole tiles
-  Tile tile = tile_at(blockIdx.x, cols);
-  const Tile step = tile_at(gridDim.x, cols);
-  for (int64_t index = blockIdx.x; index < tiles; index += gridDim.x) {
-    const int64_t j = tile.first + static_cast<int64_t>(threadIdx.x) * kPack;
-    if (j < cols) body(tile.row, j, pack_count(cols, j));
-    tile = {tile.row + step.row, tile.first + step.first};
-    if (tile.first >= end) tile = {tile.row + 1, tile.first - end};
+  for (TileWalk walk(tiles, cols); walk.more(); walk.next()) {
+    const int64_t j = walk.column();
+    if (j < cols) body(walk.row(), j, pack_count(cols, j));
   }
+}
+
+// Where the order of packs does not matter a tile has some rows: they share the columns' terms, and their weights are
+// loaded together.
+constexpr int kTileRows = 4;
+
+ACE_HD int64_t tall_tiles(int64_t rows, int64_t cols) {
+  return (rows + kTileRows - 1) / kTileRows * tiles_per_row(cols);
+}
+
+// Visits this thread's packs of all tall tiles: body(row, columns, i, j, count, weight).
+template <class F, class T, class Body>
+ACE_DEVICE void for_scored_packs(const Scored<T>& matrix, int64_t tiles, Body&& body) {
+  for_tile_packs(tiles, matrix.cols, [&](int64_t rows, int64_t j, int count) {
+    const int64_t first = rows * kTileRows;
+    const ScoredRow<T> row = row_of<F>(matrix, first);
+    if (first + kTileRows <= matrix.rows && is_whole<F>(row, count)) {
+      Words<T> weight[kTileRows];
+      ACE_UNROLL
+      for (int r = 0; r < kTileRows; ++r) weight[r] = load_words(row.weight + r * matrix.stride + j);
+      const ColumnTerms<F> columns = column_terms<F>(as_whole(row), j, kPack);
+      ACE_UNROLL
+      for (int r = 0; r < kTileRows; ++r) {
+        body(as_whole(row_of<F>(matrix, first + r)), columns, first + r, j, kPack, weight[r]);
+      }
+      return;
+    }
+    for (int64_t i = first; i < first + kTileRows && i < matrix.rows; ++i) {
+      const ScoredRow<T> one = row_of<F>(matrix, i);
+      body(one, column_terms<F>(one, j, count), i, j, count, load_weights(one, j, count));
+    }
+  });
 }
 
 // Says that an op met something that is not finite: the flag keeps the largest code seen. See not_finite.h.

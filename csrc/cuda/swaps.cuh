@@ -146,7 +146,7 @@ ACE_DEVICE int gather_removed(const BlockRow<T>& row, int first, SwapScratch& sc
   const int j = first + static_cast<int>(threadIdx.x);
   const bool removed = j < row.cols && !row.mask[j];
   int64_t count = 0;
-  const int64_t at = exclusive_scan(removed, scratch.scan, &count);
+  const int64_t at = exclusive_scan(int64_t{removed}, scratch.scan, &count);
   if (removed) {
     scratch.weight[at] = row.value(j);
     scratch.column[at] = j;

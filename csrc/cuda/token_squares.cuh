@@ -62,13 +62,13 @@ __global__ void __launch_bounds__(kTileThreads)
   for_tile_packs(tiles, cols, [&](int64_t t, int64_t j, int count) {
     const float scale = r[t];
     const Words<T> words = load_words(v + t * stride + j, count, aligned && count >= kPack);
-    Pack<BFloat16> squares;
+    Words<BFloat16> squares;
     ACE_UNROLL
-    for (int e = 0; e < kPack; ++e) {
-      const float value = words.at(e);
-      squares.value[e] = to_bfloat16(scale * value * value);
+    for (int e = 0; e < kPack; e += 2) {
+      const auto square = [&](float value) { return static_cast<uint32_t>(to_bfloat16(scale * value * value).bits); };
+      squares.word[e / 2] = square(words.at(e)) | square(words.at(e + 1)) << 16;
     }
-    store_converted(out + t * cols + j, squares, count, out_aligned);
+    store_words(out + t * cols + j, squares, count, out_aligned && count >= kPack);
   });
 }
 

@@ -3,14 +3,14 @@
 
 #include <type_traits>
 
-#include "cuda/platform.cuh"
+#include "cuda/bits.cuh"
 
 namespace ace::cuda {
 
 constexpr int kPack = 8;  // one 16-byte load of 16-bit values, two of 32-bit ones
 
 template <class T>
-struct alignas(16) Quad {  // what one load brings
+struct alignas(16) Quad {  // 16 bytes of values
   static constexpr int kSize = 16 / sizeof(T);
   T value[kSize];
 };
@@ -50,9 +50,20 @@ ACE_DEVICE void load_line(const void* p, uint32_t* word) {
 #endif
 }
 
-ACE_DEVICE void store_line(void* p, const uint32_t* word) {
+ACE_DEVICE void store_shared_line(void* p, const uint32_t* word) {
 #if defined(__CUDACC__)
   *static_cast<uint4*>(p) = make_uint4(word[0], word[1], word[2], word[3]);
+#else
+  std::memcpy(__builtin_assume_aligned(p, 16), word, 16);
+#endif
+}
+
+// To global memory. Words that inline assembly made nvcc would store one by one.
+ACE_DEVICE void store_line(void* p, const uint32_t* word) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(word[0]),
+               "r"(word[1]), "r"(word[2]), "r"(word[3])
+               : "memory");
 #else
   std::memcpy(__builtin_assume_aligned(p, 16), word, 16);
 #endif
@@ -70,24 +81,6 @@ ACE_DEVICE Words<T> load_words(const T* p) {
 // How many of the pack at column j lie within the row; 0 or less beyond its end.
 ACE_DEVICE int pack_count(int64_t cols, int64_t j) { return cols - j < kPack ? static_cast<int>(cols - j) : kPack; }
 
-// p[0..count) and T{} beyond. `aligned`: p is a multiple of 16 bytes.
-template <class T>
-ACE_DEVICE Pack<T> load_pack(const T* p, int count, bool aligned) {
-  Pack<T> pack;
-  if (aligned && count >= kPack) {
-    ACE_UNROLL
-    for (int q = 0; q < kPack / Quad<T>::kSize; ++q) {
-      const Quad<T> quad = reinterpret_cast<const Quad<T>*>(p)[q];
-      ACE_UNROLL
-      for (int e = 0; e < Quad<T>::kSize; ++e) pack.value[q * Quad<T>::kSize + e] = quad.value[e];
-    }
-  } else {
-    ACE_UNROLL
-    for (int e = 0; e < kPack; ++e) pack.value[e] = e < count ? p[e] : T{};
-  }
-  return pack;
-}
-
 // p[0..count) and zeros beyond. `whole`: there are kPack, and p is a multiple of 16 bytes.
 template <class T>
 ACE_DEVICE Words<T> load_words(const T* p, int count, bool whole) {
@@ -103,36 +96,32 @@ ACE_DEVICE Words<T> load_words(const T* p, int count, bool whole) {
   return words;
 }
 
+// `kept`: bit 31 of word e where value e stays; the others become +0.
 template <class T>
-ACE_DEVICE void store_pack(T* p, const Pack<T>& pack, int count, bool aligned) {
-  if (aligned && count >= kPack) {
-    ACE_UNROLL
-    for (int q = 0; q < kPack / Quad<T>::kSize; ++q) {
-      Quad<T> quad;
-      ACE_UNROLL
-      for (int e = 0; e < Quad<T>::kSize; ++e) quad.value[e] = pack.value[q * Quad<T>::kSize + e];
-      reinterpret_cast<Quad<T>*>(p)[q] = quad;
-    }
-  } else {
-    ACE_UNROLL
-    for (int e = 0; e < kPack; ++e) {
-      if (e < count) p[e] = pack.value[e];
+ACE_DEVICE void zero_rest(Words<T>& words, const uint32_t* kept) {
+  ACE_UNROLL
+  for (int w = 0; w < Words<T>::kCount; ++w) {
+    if constexpr (sizeof(T) == 2) {
+      words.word[w] &= halves_of_signs(kept[2 * w], kept[2 * w + 1]);
+    } else {
+      words.word[w] &= static_cast<uint32_t>(static_cast<int32_t>(kept[w]) >> 31);
     }
   }
 }
 
-// store_pack of values that inline assembly made (to_bfloat16): nvcc stores such values one by one.
-ACE_DEVICE void store_converted(BFloat16* p, const Pack<BFloat16>& pack, int count, bool aligned) {
-#if defined(__CUDA_ARCH__)
-  if (aligned && count >= kPack) {
-    const auto word = [&](int i) { return pack.value[i].bits | static_cast<uint32_t>(pack.value[i + 1].bits) << 16; };
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(word(0)),
-                 "r"(word(2)), "r"(word(4)), "r"(word(6))
-                 : "memory");
+template <class T>
+ACE_DEVICE void store_words(T* p, const Words<T>& words, int count, bool whole) {
+  if (whole) {
+    ACE_UNROLL
+    for (int w = 0; w < Words<T>::kCount; w += 4) store_line(p + w * Words<T>::kInWord, words.word + w);
     return;
   }
-#endif
-  store_pack(p, pack, count, aligned);
+  ACE_UNROLL
+  for (int e = 0; e < kPack; ++e) {
+    if (e >= count) continue;
+    const uint32_t bits = words.word[e / Words<T>::kInWord] >> (e % Words<T>::kInWord * 16);
+    std::memcpy(p + e, &bits, sizeof(T));
+  }
 }
 
 // Whether rows that start at p and lie `stride` values apart all start on 16 bytes.

@@ -73,6 +73,8 @@ T __shfl_up_sync(unsigned mask, T value, unsigned distance, int line = __builtin
 
 // --- bits and atomics ---
 
+inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value)); }
+
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 
 template <class T>
@@ -94,7 +96,7 @@ using cudaStream_t = void*;
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = simt::settings.device;
   return cudaSuccess;
 }
 
@@ -124,6 +126,7 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
   simt::SharedLimit& limit = simt::shared_limit(reinterpret_cast<const void*>(kernel));
   if (bytes < 0 || limit.fixed + static_cast<size_t>(bytes) > simt::settings.max_shared) return cudaErrorInvalidValue;
   limit.dynamic = static_cast<size_t>(bytes);
+  ++simt::shared_limit_changes;
   return cudaSuccess;
 }
 

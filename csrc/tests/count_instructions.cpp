@@ -52,19 +52,20 @@ void count_moments(int64_t tokens, int64_t cols, bool weighted) {
 }
 
 void count_all() {
-  simt::settings.processors = 1;
+  simt::settings.processors = 1;  // four rows a block, as a large device gives to one
   for (const int64_t cols : {4096, 11008, 28672}) {
-    count_selection("row top-k", 2, cols, [&](const ScoredArguments& m, float* threshold, void*) {
+    count_selection("row top-k", 32, cols, [&](const ScoredArguments& m, float* threshold, void*) {
       return launch_prune_rows(m, cols / 2, threshold, nullptr, 1, nullptr);
     });
   }
   count_selection("2:4", 8, 4096, [](const ScoredArguments& m, float*, void*) {
     return launch_prune_nm(m, 2, 4, nullptr, 1, nullptr);
   });
-  count_selection("matrix top-k", 64, 4096, [](const ScoredArguments& m, float* threshold, void* work) {
+  simt::settings.processors = 4;  // as many weights a block as a large device gives to one
+  count_selection("matrix top-k", 256, 4096, [](const ScoredArguments& m, float* threshold, void* work) {
     return launch_prune_matrix(m, m.rows * m.cols / 2, threshold, work, nullptr, 1, nullptr);
   });
-  simt::settings.processors = 4;  // chunks of as many tokens as a large device cuts many tokens into
+  // So many tokens that they are cut into chunks as long as on a large device.
   count_moments(2048, 1024, false);
   count_moments(2048, 1024, true);
 }

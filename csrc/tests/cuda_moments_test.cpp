@@ -88,6 +88,14 @@ TYPED_TEST(MomentsOf, MatchFloat64Sums) {
   }
 }
 
+TYPED_TEST(MomentsOf, MoreStripsThanBlocks) {
+  simt::settings.processors = 1;
+  for (const unsigned order : orders()) {
+    simt::settings.order = order;
+    check_moments<TypeParam, float>({70, 1100}, false);
+  }
+}
+
 TYPED_TEST(MomentsOf, SurviveALargeMean) {
   // 1,000 times the spread; the weights of Sample only give the shape.
   Sample<float> x({300, 8}, Formula::magnitude, Values::spread);

@@ -142,6 +142,23 @@ TYPED_TEST(RowsOf, ARowThatIsNotFiniteIsLeftAlone) {
   }
 }
 
+TEST_F(Rows, AskForSharedMemoryOnceOnEachDevice) {
+  Sample<BFloat16> sample({1, 200}, Formula::cosp_exact, Values::spread);
+  const auto launches = [&](int device) {
+    simt::settings.device = device;
+    const int before = simt::shared_limit_changes;
+    float threshold = 0.0f;
+    for (int n = 0; n < 3; ++n) {
+      EXPECT_EQ(launch_prune_rows(sample.arguments(), 100, &threshold, nullptr, 1, nullptr), cudaSuccess);
+    }
+    return simt::shared_limit_changes - before;
+  };
+  launches(0);
+  EXPECT_EQ(launches(0), 0);
+  EXPECT_EQ(launches(1), 1);
+  EXPECT_EQ(launches(1), 0);
+}
+
 TEST_F(Rows, ExtremeScoresKeepTheirOrder) {
   for (const unsigned order : orders()) {
     simt::settings.order = order;

@@ -54,6 +54,9 @@ TEST(Ptx, Bits) {
   EXPECT_EQ(result_of("shr.u32 %r3, %r1, %r2;\n", 0x80000000u, 31), 1u);
   EXPECT_EQ(result_of("bfi.b32 %r3, %r1, %r2, 8, 4;\n", 0xff, 0x10000), 0x10f00u);
   EXPECT_EQ(result_of("prmt.b32 %r3, %r1, %r2, 29712;\n", 0x33221100u, 0x77665544u), 0x77441100u);  // 0x7410
+  EXPECT_EQ(result_of("prmt.b32 %r3, %r1, %r2, 65467;\n", 0x80000000u, 0x7fffffffu), 0x0000ffffu);  // 0xffbb
+  EXPECT_EQ(result_of("lop3.b32 %r3, %r1, %r2, 255, 128;\n", 0x1f0, 0x10f0), 0xf0u);                // all three
+  EXPECT_EQ(result_of("lop3.b32 %r3, %r1, %r2, 3, 150;\n", 5, 8), 14u);                             // an odd number
   EXPECT_EQ(result_of("popc.b32 %r3, %r1;\n", 0xf0f0, 0), 8u);
   EXPECT_EQ(result_of("not.b32 %r3, %r1;\n", 0xf0f0, 0), 0xffff0f0fu);
   EXPECT_EQ(result_of("mov.b32 {%rs1, %rs2}, %r1;\nmov.b32 %r3, {%rs2, %rs1};\n", 0x12345678u, 0), 0x56781234u);
@@ -136,7 +139,7 @@ TEST(Ptx, SharedMemoryOfALaunchComesBehindTheKernels) {
 }
 
 TEST(Ptx, WhatIsNotKnownIsAnError) {
-  EXPECT_THROW(kernel_of("lop3.b32 %r3, %r1, %r2, %r1, 150;\n"), std::runtime_error);
+  EXPECT_THROW(kernel_of("dp4a.u32.u32 %r3, %r1, %r2, %r1;\n"), std::runtime_error);
   EXPECT_THROW(kernel_of("mov.u32 %r3, %clock;\n"), std::runtime_error);
   EXPECT_THROW(kernel_of("bra $L_nowhere;\n"), std::runtime_error);
   EXPECT_THROW(parse(".entry other(){ret;}", "k", "test"), std::runtime_error);

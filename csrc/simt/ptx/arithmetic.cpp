@@ -160,6 +160,16 @@ uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   return result;
 }
 
+// A function of three bits, given as what it makes of 0xf0, 0xcc and 0xaa.
+uint32_t of_three(uint32_t a, uint32_t b, uint32_t c, uint32_t function) {
+  uint32_t result = 0;
+  for (unsigned bit = 0; bit < 32; ++bit) {
+    const uint32_t at = (a >> bit & 1u) << 2 | (b >> bit & 1u) << 1 | (c >> bit & 1u);
+    result |= (function >> at & 1u) << bit;
+  }
+  return result;
+}
+
 template <class T>
 void add_numbers(Table& table) {
   const std::string type = type_name<T>(), round = std::is_floating_point_v<T> ? ".rn" : "";
@@ -231,6 +241,7 @@ void add_arithmetic(Table& table) {
   table["bfi.b64"] = Lift<insert_bits<uint64_t>>::run;
   table["bfe.u32"] = Lift<extract_bits<uint32_t>>::run;
   table["bfe.u64"] = Lift<extract_bits<uint64_t>>::run;
+  table["lop3.b32"] = Lift<of_three>::run;
   table["prmt.b32"] = Lift<permute>::run;
 }
 

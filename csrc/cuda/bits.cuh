@@ -1,0 +1,56 @@
+// Logic on whole words: what the compiler does not find by itself. Decisions are kept in the sign bit of a word each,
+// since a float's difference has its comparison there.
+#pragma once
+
+#include "cuda/platform.cuh"
+
+namespace ace::cuda {
+
+// What a function of three bits looks like to the instruction for it: f applied to these.
+constexpr unsigned kBitA = 0xf0, kBitB = 0xcc, kBitC = 0xaa;
+
+// That function of each bit of three words, in one instruction.
+template <unsigned kTable>
+ACE_DEVICE uint32_t bitwise(uint32_t a, uint32_t b, uint32_t c) {
+#if defined(__CUDA_ARCH__)
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(result) : "r"(a), "r"(b), "r"(c), "n"(kTable));
+  return result;
+#else
+  uint32_t result = 0;
+  for (unsigned n = 0; n < 8; ++n) {
+    if ((kTable >> n & 1u) != 0) result |= (n & 4u ? a : ~a) & (n & 2u ? b : ~b) & (n & 1u ? c : ~c);
+  }
+  return result;
+#endif
+}
+
+// Bytes of two words, by a selector of four bits each: 0 to 3 of `low`, 4 to 7 of `high`; 8 more for the byte's sign.
+template <unsigned kSelector>
+ACE_DEVICE uint32_t bytes_of(uint32_t low, uint32_t high) {
+#if defined(__CUDA_ARCH__)
+  if constexpr ((kSelector & 0x8888u) == 0) return __byte_perm(low, high, kSelector);
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "n"(kSelector));
+  return result;
+#else
+  const uint64_t both = static_cast<uint64_t>(high) << 32 | low;
+  uint32_t result = 0;
+  for (unsigned n = 0; n < 4; ++n) {
+    const unsigned choice = kSelector >> 4 * n & 15u;
+    const auto byte = static_cast<uint32_t>(both >> 8 * (choice & 7u) & 255u);
+    result |= ((choice & 8u) == 0 ? byte : byte >= 128u ? 255u : 0u) << 8 * n;
+  }
+  return result;
+#endif
+}
+
+constexpr uint32_t kSign = 0x80000000u;
+
+// All ones in the lower half where `low` has its sign bit, in the upper half where `high` has.
+ACE_DEVICE uint32_t halves_of_signs(uint32_t low, uint32_t high) { return bytes_of<0xffbb>(low, high); }
+
+// Whether first < second, as the sign. Of two equal numbers neither is less, of two zeros neither if `first` is no -0.
+ACE_DEVICE uint32_t less(float first, float second) { return float_bits(first - second); }
+
+}  // namespace ace::cuda
