@@ -1,0 +1,121 @@
+#!/usr/bin/env python3
+"""Leaves out each barrier and each atomic of the kernels' PTX in turn, and says which removals the C++ tests notice.
+
+A removal is noticed if a test then fails, ends in a deadlock or does not end. One instance of each kernel is taken, for
+bfloat16 weights with a factor a column; a loop that the compiler unrolled has several copies of an instruction, each
+removed by itself. What is not noticed is printed with its kernel and line: either the tests lack a case, or the
+instruction is not needed for these inputs (a barrier in whose place all threads that matter are in one warp, say).
+
+    tools/test_cpp.sh build/cpp ""                    builds the tests and the PTX
+    tools/drop_ptx.py [--family moments] [--arch 80]  takes seconds to minutes a removal: for a nightly run
+
+Nothing is run on a GPU: threads run one after another here, in several orders.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# File of PTX -> its test and the filter that runs its kernels for bfloat16.
+FAMILIES = {
+    "moments": ("cuda_moments_test", "MomentsOf/2.*"),
+    "prune_nm": ("cuda_nm_test", "NmOf/2.*"),
+    "prune_rows": ("cuda_rows_test", "RowsOf/2.*"),
+    "prune_matrix": ("cuda_matrix_test", "MatrixOf/2.*"),
+}
+ENTRY = re.compile(r"\.entry (\w+)\(")
+DROPPED = re.compile(r"^\s*(bar\.sync|barrier\.sync|atom\.\S+|red\.\S+)\s+([^;]*);")
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A line of a file, counted from 0, without which the kernel is tried."""
+
+    kernel: str
+    line: int
+    text: str
+    instead: str
+
+
+def is_taken(kernel: str) -> bool:
+    """Whether this instance of a template is the one that is tried; kernels that are no templates are."""
+    if "MaskOutcome" in kernel or "Lb0" in kernel:
+        return False
+    return "ScaledScore" in kernel and "BFloat16" in kernel if "Score" in kernel else "Half" not in kernel
+
+
+def removals(lines: list[str]) -> Iterator[Removal]:
+    kernel = ""
+    for n, line in enumerate(lines):
+        if entry := ENTRY.search(line):
+            kernel = entry[1]
+        elif is_taken(kernel) and (found := DROPPED.match(line)):
+            opcode, operands = found[1], found[2]
+            instead = ""
+            if opcode.startswith("atom"):  # who waits for the old value gets 0
+                bits = re.sub(r"\D", "", opcode.split(".")[-1])
+                instead = f"\tmov.b{bits} {operands.split(',')[0].strip()}, 0;"
+            yield Removal(kernel, n, line.strip(), instead)
+
+
+def is_noticed(program: Path, tests: str, folder: Path, limit: float) -> bool:
+    """Whether the tests fail on the PTX of the folder."""
+    try:
+        run = subprocess.run(
+            [program, f"--gtest_filter={tests}", "--gtest_brief=1"],
+            env={**os.environ, "ACE_PTX": str(folder)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=limit,
+        )
+    except subprocess.TimeoutExpired:
+        return True
+    return run.returncode != 0
+
+
+def try_family(family: str, build: Path, ptx: Path, limit: float) -> tuple[int, list[Removal]]:
+    """How many removals there are, and those that the tests do not notice."""
+    test, tests = FAMILIES[family]
+    lines = (ptx / f"{family}.ptx").read_text().splitlines()
+    everything, unnoticed = list(removals(lines)), []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for other in ptx.glob("*.ptx"):
+            if other.stem != family:
+                (folder / other.name).symlink_to(other.resolve())
+        for removal in [None, *everything]:
+            changed = [removal.instead if removal and n == removal.line else line for n, line in enumerate(lines)]
+            (folder / f"{family}.ptx").write_text("\n".join(changed) + "\n")
+            noticed = is_noticed(build / test, tests, folder, limit)
+            if removal is None and noticed:
+                sys.exit(f"drop_ptx: {test} fails with nothing removed")
+            if removal is not None and not noticed:
+                unnoticed.append(removal)
+                print(f"  not noticed: {family}.ptx:{removal.line + 1} {removal.kernel}: {removal.text}", flush=True)
+    return len(everything), unnoticed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Leaves out each barrier and each atomic of the kernels' PTX in turn.")
+    parser.add_argument("--build", type=Path, default=ROOT / "build/cpp", help="folder of the C++ build")
+    parser.add_argument("--ptx", type=Path, default=ROOT / "build/ptx", help="folder of tools/make_ptx.sh")
+    parser.add_argument("--arch", default="80", help="architecture of the PTX (default: %(default)s)")
+    parser.add_argument("--family", choices=FAMILIES, action="append", help="only this file; may be repeated")
+    parser.add_argument("--limit", type=float, default=300, help="seconds for a run (default: %(default)s)")
+    args = parser.parse_args()
+    for family in args.family or FAMILIES:
+        count, unnoticed = try_family(family, args.build, args.ptx / f"sm_{args.arch}", args.limit)
+        print(f"{family}: {count - len(unnoticed)} of {count} removals noticed", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
