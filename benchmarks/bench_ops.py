@@ -5,14 +5,18 @@
 
 Prints one row for each op and shape: microseconds (median of repeats); GB/s (the weight or the activations read once
 and, if changed, written once); the time in units of a ``copy_`` of as many bytes between two existing tensors, measured
-in turn with the op; the ratio to each baseline; and peak extra memory in per cent of the weight.
+in turn with the op; the ratio to each baseline; and peak extra memory in per cent of the weight. ``copy_percent`` of
+the JSON is the op's GB/s in per cent of the copy's.
 
 Baselines: Wanda's sequence of torch calls (abs, sqrt, stable sort of every row, scatter, index assignment),
 ``torch.topk`` with a scatter, a Python loop over N:M groups of columns, and for moments Wanda's ``torch.norm`` and
 ``torch.var_mean``. For ``balance`` it is the selection of the mask that it starts from: at ``0.5x selection`` it takes
-twice its time. Each repeat prunes a fresh copy of the weight, or balances one of the mask; making it is not timed. A
-weight that fits into the last-level cache (4096x4096 on an H100) is read from there, and so is the copy that it is
-compared with.
+twice its time. Each repeat prunes a fresh copy of the weight, or balances one of the mask; making it is not timed.
+
+On a GPU the second-level cache is flushed before each measurement, so that nothing is read from it, and a kernel that
+waits keeps the device busy while the host queues the events and the op between them: launches are not timed, and
+nothing synchronises before the first event. On a CPU a weight that fits into the last-level cache is read from there,
+and so is the copy that it is compared with.
 
 Extra memory on a GPU is the growth of the allocator's peak. On a CPU (Linux only) it is the growth of the resident peak
 (VmHWM) of a fresh process over one call. That process returns freed memory to the system at once, so that no memory is
@@ -182,24 +186,41 @@ def moment_cases(tokens: int, cols: int, dtype: torch.dtype, device: str) -> lis
 # Measuring
 
 
+class CudaTimer:
+    """Times what is queued on the current stream, without what queuing it costs the host."""
+
+    WAIT_CYCLES = 4_000_000  # about two milliseconds: longer than the host takes to queue an op
+
+    def __init__(self) -> None:
+        cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self.flushed = torch.empty(4 * cache, dtype=torch.uint8, device="cuda")
+        self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+
+    def __call__(self, prepare: Callable[[], None], action: Callable[[], None]) -> float:
+        """Seconds of ``action`` after ``prepare``, which is not timed."""
+        prepare()
+        self.flushed.zero_()
+        torch.cuda._sleep(self.WAIT_CYCLES)
+        self.events[0].record()
+        action()
+        self.events[1].record()
+        self.events[1].synchronize()
+        return self.events[0].elapsed_time(self.events[1]) / 1e3
+
+
 def seconds(actions: list[Callable[[], None]], prepare: Callable[[], None], device: str, budget: float) -> list[float]:
     """Each action's median seconds. The actions take turns, as often as the budget allows (3 to 50 repeats), after one
     repeat to warm up."""
     times: list[list[float]] = []
+    timer = CudaTimer() if device == "cuda" else None
     started = time.perf_counter()
     while len(times) < 4 or (len(times) < 51 and time.perf_counter() - started < budget):
         times.append([])
         for action in actions:
-            prepare()
-            if device == "cuda":
-                torch.cuda.synchronize()
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begin.record()
-                action()
-                end.record()
-                end.synchronize()
-                times[-1].append(begin.elapsed_time(end) / 1e3)
+            if timer is not None:
+                times[-1].append(timer(prepare, action))
             else:
+                prepare()
                 clock = time.perf_counter()
                 action()
                 times[-1].append(time.perf_counter() - clock)
@@ -268,6 +289,7 @@ class Bench:
             "gb_s": size * (2 if case.written else 1) / time_s / 1e9,
             "copy_us": copy_s * 1e6,
             "copies": time_s / copy_s,
+            "copy_percent": 100 * copy_s / time_s * (2 if case.written else 1) / 2,
             "extra_percent": None if extra is None else 100 * extra / size,
             "times_faster_than": {
                 name: seconds([baseline], case.prepare, self.device, self.budget)[0] / time_s

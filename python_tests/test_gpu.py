@@ -3,6 +3,9 @@
 Skipped, with the reason, without a device or a CUDA build: then nothing here has been run on a GPU.
 """
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from helpers import (
@@ -348,6 +351,35 @@ def test_graph_capture(group, random):
         actual.zero_()
         graph.replay()
         assert_same_bits(actual.cpu(), expected)
+
+
+FIRST_CALL = """
+import torch
+from ace_ext import ops
+weight = torch.randn(2, 24576, dtype=torch.bfloat16)  # more shared memory than a kernel has without asking
+column = torch.rand(24576) + 0.1
+x, state = torch.randn(40, 64).cuda(), [torch.zeros(size, device="cuda") for size in ((), (64,), (64,))]
+rows, matrix, groups, on_device = weight.cuda(), weight.cuda(), weight.cuda(), column.cuda()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    ops.prune_topk_(rows, "scaled", 12288, column=on_device)
+    ops.prune_topk_(matrix, "scaled", 24576, column=on_device, group="matrix")
+    ops.prune_nm_(groups, "scaled", 2, 4, column=on_device)
+    ops.update_moments_(*state, x)
+graph.replay()
+expected = [weight.clone() for _ in range(3)]
+ops.prune_topk_(expected[0], "scaled", 12288, column=column)
+ops.prune_topk_(expected[1], "scaled", 24576, column=column, group="matrix")
+ops.prune_nm_(expected[2], "scaled", 2, 4, column=column)
+for got, want in zip((rows, matrix, groups), expected, strict=True):
+    assert torch.equal(got.cpu(), want)
+assert state[0].item() == 40
+"""
+
+
+def test_the_first_calls_of_a_process_may_be_captured():
+    """Each kernel's first launch sets its attributes and loads its module: neither may need a stream."""
+    subprocess.run([sys.executable, "-c", FIRST_CALL], check=True)
 
 
 def test_statistics_under_capture(random):

@@ -18,16 +18,21 @@ tests=("$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cac
 
 "${tests[@]}" "$root/python_tests"
 
-# Only small cases: these tools make a kernel a hundred times slower.
+# Every kernel by small cases: these tools make a kernel a hundred times slower. racecheck and synccheck look at shared
+# memory and barriers, initcheck at device memory that is read before it is written.
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
 if [ -z "$sanitizer" ]; then
-  echo "gpu: no compute-sanitizer here: memcheck and racecheck were NOT run" >&2
+  echo "gpu: no compute-sanitizer here: memcheck, racecheck, synccheck and initcheck were NOT run" >&2
 else
-  for tool in memcheck racecheck; do
+  small="scores_have and shape5 or topk_equals and (shape5 or shape6) or nm_equals or own_scores or histograms or across"
+  small+=" or column_slices or empty or swaps or balancing or restoring or obs_equals or leave_alone or within_bounds"
+  small+=" or flagged or two_runs"
+  for tool in memcheck racecheck synccheck initcheck; do
     "$sanitizer" --tool "$tool" --error-exitcode 1 "${tests[@]}" "$root/python_tests/test_gpu.py" \
-      -k "two_runs or histograms or (nm_equals and 4)"
+      -k "$small"
   done
 fi
 
 "$python" "$root/benchmarks/bench_ops.py" --device cuda --json "$root/build/gpu/bench_ops.json"
+"$python" "$root/benchmarks/predict.py" --measured "$root/build/gpu/bench_ops.json"
 "$python" "$root/benchmarks/bench_solvers.py" --device cuda

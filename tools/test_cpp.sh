@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Configures, builds and runs the C++ tests: tools/test_cpp.sh BUILD_FOLDER "" | address,undefined | thread
 # Those of the CUDA kernels run on the kernels' source, and again on the PTX that nvcc makes of it, if there is an nvcc.
+# Then the kernels' instructions are counted on it; more than recorded is a failure (benchmarks/predict.py).
 # ACE_CUDA_ARCHS="80 90" names the architectures; with sanitizers the PTX is run only if it is set, as that takes long.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -19,3 +20,7 @@ cmake --build "$1" --parallel "${JOBS:-2}"
 # The emulator runs kernels on fibres; with the use-after-return check of their stacks the tests take 20 times as long.
 ASAN_OPTIONS="${ASAN_OPTIONS:-detect_stack_use_after_return=0}" \
   ctest --test-dir "$1" --output-on-failure --parallel "${JOBS:-2}"
+# The kernels' instructions an element, as far as both architectures that are recorded were built.
+if [ -z "$2" ] && [[ "$folders" == *sm_80* && "$folders" == *sm_90* ]]; then
+  python3 benchmarks/predict.py --build "$1" --check
+fi
