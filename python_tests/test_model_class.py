@@ -12,6 +12,7 @@ from tiny_models import _SMALL, VOCABULARY, make_english_tokenizer, make_tokeniz
 
 from ace_ext import InputError, PruneConfig, prune_model
 from ace_ext.data.bos import choose_bos
+from ace_ext.models._transformers import model_class
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.loading import load_model
 
@@ -144,6 +145,14 @@ def test_a_class_of_another_configuration_is_not_taken(tmp_path):
     (dense / "config.json").write_text(json.dumps(values | {"architectures": ["BertForMaskedLM"]}))
     with pytest.raises(InputError, match="do not fit its configuration"):
         load_model(str(dense))
+
+
+def test_code_of_the_checkpoint_comes_first():
+    """Also if its class has a name that transformers has too."""
+    config = transformers.LlamaConfig(**_SMALL, architectures=["LlamaForCausalLM"])
+    assert model_class(config) is transformers.LlamaForCausalLM
+    config.auto_map = {"AutoModelForCausalLM": "modeling.LlamaForCausalLM"}
+    assert model_class(config) is transformers.AutoModelForCausalLM
 
 
 def test_gemma3n_is_refused_before_a_block_changes():

@@ -59,6 +59,8 @@ def model_class(config: Any) -> Any:
     transformers has no such class for this configuration, as for one that comes with the checkpoint."""
     import transformers
 
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return transformers.AutoModelForCausalLM  # which decides between that code and its own
     for name in getattr(config, "architectures", None) or ():
         found = getattr(transformers, str(name), None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
