@@ -201,7 +201,7 @@ def test_skip_may_name_the_whole_first_block(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("2GB", 2 * 10**9), ("1.5GiB", 3 * 2**29), (" 800 mb", 8 * 10**8), ("77", 77)],
+    [("2GB", 2 * 10**9), ("1.5GiB", 3 * 2**29), (" 800 mb", 8 * 10**8), ("1048576", 2**20)],
 )
 def test_sizes(text, size):
     assert parse_bytes(text) == size
