@@ -13,7 +13,14 @@ from ace_ext.process_memory import parse_bytes, peak_memory_bytes, reset_peak, r
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("2000000", 2 * 10**6), ("2GB", 2 * 10**9), ("1.5GiB", 3 * 2**29), ("800 mb", 8 * 10**8), (" 4kib ", 4096), ("1TB", 10**12)],
+    [
+        ("2000000", 2 * 10**6),
+        ("2GB", 2 * 10**9),
+        ("1.5GiB", 3 * 2**29),
+        ("800 mb", 8 * 10**8),
+        (" 4kib ", 4096),
+        ("1TB", 10**12),
+    ],
 )
 def test_parse_bytes(text, size):
     assert parse_bytes(text) == size
