@@ -29,6 +29,11 @@ def test_settings_win():
     )
 
 
+def test_options_go_with_their_solver():
+    assert preset_config("fast", update="mean") == PruneConfig(update="mean", gram="sketch")
+    assert preset_config("fast", update="tune").solver.options == {"iterations": 10, "damping": 1.0}
+
+
 def test_unknown_names_are_told():
     with pytest.raises(InputError, match=r"preset must be one of fast, balanced, best, published-wanda.*'turbo'"):
         preset_config("turbo")

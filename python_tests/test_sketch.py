@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ace_ext import InputError, PruneConfig
-from ace_ext.pruning.gram import RHO, GramState
+from ace_ext.pruning.gram import GramState, penalty
 from ace_ext.pruning.prune_linear import prune_linear_
 from ace_ext.pruning.sketch import DIRECTIONS, LEAST_RESIDUAL, SketchState
 from ace_ext.pruning.statistics import LinearStatistics
@@ -64,7 +64,7 @@ def test_of_few_columns_it_is_the_gram_matrix():
     assert difference[off].norm() < 0.01 * gram.matrix[off].norm()
 
 
-@pytest.mark.parametrize("damping", [0.0, 0.1])
+@pytest.mark.parametrize("damping", [0.0, 0.1, 1.0])
 def test_admm_factor_is_that_of_the_normalised_approximation(damping, random):
     sketch, _ = states(correlated())
     factor = sketch.admm_factor(damping)
@@ -74,7 +74,7 @@ def test_admm_factor_is_that_of_the_normalised_approximation(damping, random):
     torch.testing.assert_close(factor.times_hessian(rows).double(), rows.double() @ hessian, rtol=1e-4, atol=1e-4)
     out = torch.empty_like(rows)
     factor.solve_(rows, out)
-    expected = rows.double() @ torch.linalg.inv(hessian + RHO * torch.eye(WIDE))
+    expected = rows.double() @ torch.linalg.inv(hessian + penalty(damping) * torch.eye(WIDE))
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
     inverse = torch.linalg.inv(hessian).diagonal()
     torch.testing.assert_close(factor.inverse_diagonal.double(), inverse, rtol=2e-3, atol=1e-3)

@@ -145,6 +145,16 @@ def test_admm_with_its_mask_fixed_nears_least_squares():
         torch.testing.assert_close(found[row, kept].double(), best, rtol=1e-2, atol=1e-2 * float(best.abs().max()))
 
 
+@pytest.mark.parametrize("gram", ["plain", "sketch"])
+@pytest.mark.parametrize("saliency", ["magnitude", "obs"])
+def test_admm_with_the_largest_damping_is_wanda(gram, saliency):
+    weight, _, stats = make_case()
+    wanda = weight.clone()
+    prune_linear_(weight, stats, PruneConfig(update="admm", gram=gram, saliency=saliency, damping=1e6))
+    prune_linear_(wanda, stats, PruneConfig("wanda"))
+    torch.testing.assert_close(weight, wanda, rtol=1e-4, atol=0.0)
+
+
 def test_admm_saliency_changes_the_mask():
     masks = []
     for saliency in ("magnitude", "obs"):

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ace_ext.errors import InputError
 
-RHO = 1.0
-"""ADMM's penalty parameter, for a Gram matrix normalised to a diagonal of ones."""
+ADMM_DAMPING = 0.1
+"""The default damping of ADMM, with which its penalty parameter is 1 as in arXiv 2401.02938."""
 MAX_ATTEMPTS = 8
 """How many factorisations are tried, each with ten times the damping of the one before."""
 LOSS_ROWS = 1024
@@ -40,18 +40,23 @@ class AdmmFactor:
 
     norm: Tensor  # [d] float32: sqrt(G_jj), 1 for a dead column
     hessian: Tensor  # [d, d] float32: H
-    inverse: Tensor  # [d, d] float32: (H + RHO)⁻¹
+    inverse: Tensor  # [d, d] float32: (H + rho)⁻¹
     inverse_diagonal: Tensor  # [d] float32: the diagonal of H⁻¹
     dead: Tensor  # [d] bool
     damping: float
     attempts: int
+
+    @property
+    def rho(self) -> float:
+        """ADMM's penalty parameter: :func:`penalty`."""
+        return penalty(self.damping)
 
     def times_hessian(self, weight: Tensor) -> Tensor:
         """``weight H`` for ``[rows, d]``."""
         return weight @ self.hessian
 
     def solve_(self, right: Tensor, out: Tensor) -> None:
-        """``out = right (H + RHO)⁻¹`` for ``[rows, d]``; ``out`` is not ``right``."""
+        """``out = right (H + rho)⁻¹`` for ``[rows, d]``; ``out`` is not ``right``."""
         torch.mm(right, self.inverse, out=out)
 
 
@@ -159,7 +164,7 @@ class GramState:
         inverse_diagonal = upper.square_().sum(0).float()
         del upper
         shifted = matrix()
-        shifted.diagonal().add_(damping).add_(RHO)
+        shifted.diagonal().add_(damping).add_(penalty(damping))
         lower = torch.linalg.cholesky(shifted)
         torch.cholesky_inverse(lower, out=shifted.mT)  # LAPACK is column-major: .mT avoids a copy
         del lower
@@ -168,6 +173,16 @@ class GramState:
         hessian = matrix()
         hessian.diagonal().add_(damping)
         return AdmmFactor(norm.float(), hessian.float(), inverse, inverse_diagonal, dead, damping, attempts)
+
+
+def penalty(damping: float) -> float:
+    """ADMM's penalty parameter ρ, for a Gram matrix normalised to a diagonal of ones and this damping: in proportion to
+    the damped diagonal, and 1 with ``ADMM_DAMPING``.
+
+    Without correlations between columns the multiplier of a removed weight w ends at ``(1 + damping) / ρ · w``. With ρ
+    far below ``1 + damping`` removed weights would therefore outgrow kept ones, and the mask would not settle.
+    """
+    return (1 + damping) / (1 + ADMM_DAMPING)
 
 
 def weighted_rows(x: Tensor, token_weight: Tensor | None) -> Iterator[Tensor]:

@@ -5,11 +5,11 @@ from typing import Any
 
 from ace_ext.errors import InputError
 from ace_ext.pruning.config import PruneConfig
-from ace_ext.pruning.solver_config import UPDATES
+from ace_ext.pruning.solver_config import UPDATES, SolverConfig
 from ace_ext.pruning.solvers import solvers_of
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"update": "admm", "gram": "sketch", "iterations": 10},
+    "fast": {"update": "admm", "gram": "sketch", "iterations": 10, "damping": 1.0},
     "balanced": {"update": "admm"},
     "best": {"update": "admm+distill"},
 }
@@ -43,7 +43,7 @@ def preset_config(name: str, **settings: Any) -> PruneConfig:
     """The configuration of a preset; ``settings`` replace the preset's own or are added to them.
 
     A ``pattern`` drops the preset's group, because a pattern has its own groups. An ``update`` that names only a weight
-    solver, or only training, replaces only that part of the preset's.
+    solver, or only training, replaces only that part of the preset's, with the options that the new one does not have.
 
     Raises:
         InputError: no such preset, or as :class:`ace_ext.PruneConfig`.
@@ -56,6 +56,8 @@ def preset_config(name: str, **settings: Any) -> PruneConfig:
         chosen.pop("group", None)
     if settings.get("update") and "update" in chosen:
         settings["update"] = _merged(chosen["update"], settings["update"])
+        unused = _options(chosen["update"]) - _options(settings["update"])
+        chosen = {name: value for name, value in chosen.items() if name not in unused}
     return PruneConfig(**(chosen | settings))
 
 
@@ -67,3 +69,8 @@ def _merged(preset: str, given: str) -> str:
         if not any(part in names for part in parts):
             parts += [part for part in preset.split("+") if part in names]
     return "+".join(parts)
+
+
+def _options(update: str) -> set[str]:
+    """The names of the options of the solvers that an update names."""
+    return {setting.name for solver in SolverConfig(update=update).chosen for setting in solver.options.settings()}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ace_ext.errors import InputError
-from ace_ext.pruning.gram import RHO, RelativeLoss, weighted_rows
+from ace_ext.pruning.gram import RelativeLoss, penalty, weighted_rows
 
 DIRECTIONS = 64
 """Random directions of a sketch, or the number of columns if that is less: :func:`direction_count`."""
@@ -47,18 +47,23 @@ class SketchFactor:
 
     norm: Tensor  # [d] float32: sqrt(g_j), 1 for a dead column
     hessian: LowRank  # H
-    inverse: LowRank  # (H + RHO)⁻¹
+    inverse: LowRank  # (H + rho)⁻¹
     inverse_diagonal: Tensor  # [d] float32: the diagonal of H⁻¹
     dead: Tensor  # [d] bool
     damping: float
     attempts: int = 1
+
+    @property
+    def rho(self) -> float:
+        """ADMM's penalty parameter: :func:`ace_ext.pruning.gram.penalty`."""
+        return penalty(self.damping)
 
     def times_hessian(self, weight: Tensor) -> Tensor:
         """``weight H`` for ``[rows, d]``."""
         return self.hessian.times(weight)
 
     def solve_(self, right: Tensor, out: Tensor) -> None:
-        """``out = right (H + RHO)⁻¹`` for ``[rows, d]``; ``out`` is not ``right``."""
+        """``out = right (H + rho)⁻¹`` for ``[rows, d]``; ``out`` is not ``right``."""
         self.inverse.times(right, out)
 
 
@@ -164,7 +169,7 @@ class SketchState:
         directions = directions / norm
         damped = (diagonal / norm.square()).masked_fill(dead, 1.0) + damping
         inverse_diagonal = 1 / damped - _woodbury(damped, directions).square().sum(0)
-        shifted = damped + RHO
+        shifted = damped + penalty(damping)
         inverse = LowRank((1 / shifted).float(), _woodbury(shifted, directions).float(), -1)
         hessian = LowRank(damped.float(), directions.float())
         return SketchFactor(norm.float(), hessian, inverse, inverse_diagonal.float(), dead, damping)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ace_ext import ops
-from ace_ext.pruning.gram import RHO, AdmmFactor
+from ace_ext.pruning.gram import ADMM_DAMPING, AdmmFactor
 from ace_ext.pruning.settings import Limits, Options, option
 from ace_ext.pruning.sketch import SketchFactor, direction_count
 from ace_ext.pruning.solvers._problem import Problem, Solved, WeightSolver, damping_option
@@ -20,7 +20,7 @@ from ace_ext.pruning.solvers._problem import Problem, Solved, WeightSolver, damp
 class AdmmOptions(Options):
     """Options of ``update="admm"``."""
 
-    damping: float = damping_option(0.1)
+    damping: float = damping_option(ADMM_DAMPING)
     iterations: int = option(
         20, "iterations; the mask is tightened in the first half and fixed in the second", Limits(at_least=1)
     )
@@ -60,7 +60,7 @@ def iterate(problem: Problem, factor: AdmmFactor | SketchFactor, options: AdmmOp
             if step + 1 == tightening:
                 dropped = kept == 0  # also keeps a dead input's weight at zero
         torch.sub(weight, kept, out=dual)
-        factor.solve_(kept.sub_(dual).mul_(RHO).add_(target), out=weight)
+        factor.solve_(kept.sub_(dual).mul_(factor.rho).add_(target), out=weight)
     assert dropped is not None  # given, or chosen when the tightening ended
     return weight.add_(dual).masked_fill_(dropped, 0.0).div_(factor.norm)
 
