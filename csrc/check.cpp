@@ -1,5 +1,6 @@
 #include "check.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/ops/isfinite.h>
 
 #include <string>
@@ -8,6 +9,28 @@
 
 namespace ace {
 namespace {
+
+// The bytes from the first to behind the last element.
+struct Extent {
+  explicit Extent(const at::Tensor& t)
+      : begin(t.storage_offset() * t.element_size()),
+        end(at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.element_size(), t.storage_offset())) {}
+
+  size_t begin, end;
+};
+
+bool is_symbolic(const at::Tensor& t) { return t.is_meta(); }  // no memory behind it
+
+// Where both are slices of columns of one matrix, the columns decide: else an overlap of the extents does.
+bool share_elements(const at::Tensor& a, const at::Tensor& b) {
+  if (a.numel() == 0 || b.numel() == 0 || !a.storage().is_alias_of(b.storage())) return false;
+  const Extent x(a), y(b);
+  if (x.end <= y.begin || y.end <= x.begin) return false;
+  if (a.dim() != 2 || b.dim() != 2 || a.element_size() != b.element_size() || a.stride(0) != b.stride(0)) return true;
+  const int64_t pitch = a.stride(0), shift = b.storage_offset() - a.storage_offset();
+  const int64_t column = ((shift % pitch) + pitch) % pitch;  // of b's first, counted from a's first
+  return column < a.size(1) || column + b.size(1) > pitch;
+}
 
 void check_rows(std::string_view op, std::string_view argument, const at::Tensor& t) {
   ACE_CHECK(t.size(1) <= 1 || t.stride(1) == 1, op, ": ", argument,
@@ -18,13 +41,30 @@ void check_rows(std::string_view op, std::string_view argument, const at::Tensor
 
 void check_kind(std::string_view op, std::string_view argument, const at::Tensor& t, at::ScalarType dtype,
                 at::IntArrayRef shape) {
+  check_plain(op, argument, t);
   ACE_CHECK(t.scalar_type() == dtype, op, ": ", argument, " must be ", dtype, " (got ", t.scalar_type(), ")");
   ACE_CHECK(t.sizes() == shape, op, ": ", argument, " must have shape ", shape, " (got ", t.sizes(), ")");
 }
 
 }  // namespace
 
+void check_plain(std::string_view op, std::string_view argument, const at::Tensor& t) {
+  ACE_CHECK(!t.is_nested(), op, ": ", argument, " must be a dense tensor (got a nested one; give its parts)");
+  ACE_CHECK(t.layout() == at::kStrided, op, ": ", argument, " must be a dense tensor (got layout ", t.layout(),
+            "; call .to_dense())");
+  ACE_CHECK(!t.is_quantized(), op, ": ", argument, " must not be quantized (got ", t.scalar_type(),
+            "; call .dequantize())");
+  ACE_CHECK(!t.is_neg(), op, ": ", argument,
+            " must not be a negative view (got one, whose memory holds the opposite numbers; call .resolve_neg())");
+  ACE_CHECK(!t.is_conj(), op, ": ", argument, " must be real (got a conjugate view; call .resolve_conj())");
+  ACE_CHECK(!t._is_zerotensor(), op, ": ", argument, " must have memory (got torch's tensor of zeros without any)");
+  if (is_symbolic(t) || t.numel() == 0) return;
+  const size_t there = t.storage().nbytes(), needed = Extent(t).end;
+  ACE_CHECK(needed <= there, op, ": ", argument, " must lie within its storage, ", needed, " bytes (got ", there, ")");
+}
+
 void check_2d(std::string_view op, std::string_view argument, const at::Tensor& t) {
+  check_plain(op, argument, t);
   ACE_CHECK(t.dim() == 2, op, ": ", argument, " must have 2 dimensions (got ", t.dim(), ")");
 }
 
@@ -52,6 +92,18 @@ void check_like(std::string_view op, std::string_view argument, const at::Tensor
   check_same_device(op, argument, t, weight);
   check_kind(op, argument, t, dtype, shape);
   check_rows(op, argument, t);
+}
+
+void check_apart(std::string_view op, std::initializer_list<Named> written, std::initializer_list<Named> read) {
+  const auto check = [&](const Named& target, const Named& other) {
+    if (other.tensor == nullptr || is_symbolic(*target.tensor)) return;
+    ACE_CHECK(!share_elements(*target.tensor, *other.tensor), op, ": ", target.argument, " must not share memory with ",
+              other.argument, ", for it is written (got an overlap; clone one of them)");
+  };
+  for (const Named* target = written.begin(); target != written.end(); ++target) {
+    for (const Named* other = target + 1; other != written.end(); ++other) check(*target, *other);
+    for (const Named& other : read) check(*target, other);
+  }
 }
 
 void check_nm(std::string_view op, const at::Tensor& weight, int64_t keep_n, int64_t group_m) {

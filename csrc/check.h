@@ -7,6 +7,7 @@
 #include <c10/util/Exception.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <string_view>
 
 #include "ops.h"
@@ -15,6 +16,11 @@
 
 namespace ace {
 
+// A tensor whose memory holds the numbers it shows: strided, not quantized, no negative or conjugate view, and within
+// its storage. A back end reads memory, so that anything else would be misread.
+void check_plain(std::string_view op, std::string_view argument, const at::Tensor& t);
+
+// The same tensors are what the checks below take; each begins with check_plain.
 void check_2d(std::string_view op, std::string_view argument, const at::Tensor& t);
 
 // [rows, cols] float32, float16 or bfloat16, contiguous columns, rows that do not overlap.
@@ -29,6 +35,18 @@ void check_dense(std::string_view op, std::string_view argument, const at::Tenso
 // Of this dtype and shape and on the device of `weight`; contiguous columns, any row stride.
 void check_like(std::string_view op, std::string_view argument, const at::Tensor& t, at::ScalarType dtype,
                 at::IntArrayRef shape, const at::Tensor& weight);
+
+struct Named {
+  std::string_view argument;
+  const at::Tensor* tensor;  // null for an optional one that is not given
+};
+
+inline Named named(std::string_view argument, const at::Tensor& t) { return {argument, &t}; }
+inline Named named(std::string_view argument, const OptionalTensor& t) { return {argument, t ? &*t : nullptr}; }
+
+// Checked tensors, of which the op writes those in `written`: none of these shares an element with another one of all.
+// Column slices of one matrix that lie side by side are told apart.
+void check_apart(std::string_view op, std::initializer_list<Named> written, std::initializer_list<Named> read);
 
 // keep_n of group_m columns of the weight.
 void check_nm(std::string_view op, const at::Tensor& weight, int64_t keep_n, int64_t group_m);

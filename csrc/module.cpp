@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
+#include "ops/plain.h"
+
 #if defined(ACE_WITH_CUDA)
 #include "cuda/not_finite.h"
 #endif
@@ -39,6 +41,7 @@ std::string take_not_finite(int device_index) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  ace::refuse_other_tensors();
   m.def("build_info", &build_info, "What this extension was built for: version, torch, cuda (or None), compiler.");
 #if defined(ACE_WITH_CUDA)
   m.def("take_not_finite", &take_not_finite, "Name of an op that met NaN or infinity on this GPU since the last call.");

@@ -14,6 +14,10 @@
 //               argument and first bad index, and leaves the weight unchanged. On CUDA the check is deferred: see
 //               cuda/not_finite.h.
 //   empty       rows == 0 or cols == 0 is legal and changes nothing.
+//   tensors     strided, with their numbers in memory: negative and conjugate views, zeros without memory, sparse,
+//   nested
+//               and quantized tensors are refused (ops/plain.h), also ones that reach beyond their storage. What is
+//               written shares no element with another argument.
 //   devices     all tensors on one device. CPU results do not depend on the number of threads. On CUDA every op can be
 //               captured in a CUDA graph: it neither waits for the device nor allocates but by torch's allocator.
 //   errors      ValueError "op: argument must be ... (got ...)", raised before anything is written.

@@ -16,6 +16,7 @@ void check_balance_mean(const at::Tensor& mask, const at::Tensor& weight, const 
   check_dense(op, "variance", variance, at::kFloat, {weight.size(1)});
   check_same_device(op, "mean", mean, weight);
   check_dense(op, "mean", mean, at::kFloat, {weight.size(1)});
+  check_apart(op, {named("mask", mask)}, {named("weight", weight), named("variance", variance), named("mean", mean)});
   if (group_m != 0) check_nm(op, weight, 0, group_m);
   ACE_CHECK(rounds >= 0, op, ": rounds must not be negative (got ", rounds, ")");
 }

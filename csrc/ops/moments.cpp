@@ -23,6 +23,8 @@ void check_update_moments(const at::Tensor& weight_sum, const at::Tensor& mean, 
   check_dense(op, "weight_sum", weight_sum, dtype, {});
   check_dense(op, "mean", mean, dtype, {x.size(1)});
   check_dense(op, "m2", m2, dtype, {x.size(1)});
+  check_apart(op, {named("weight_sum", weight_sum), named("mean", mean), named("m2", m2)},
+              {named("x", x), named("token_weight", token_weight)});
 }
 
 void check_inverse_square_norm(const at::Tensor& a) { check_matrix("inverse_square_norm", "a", a); }
@@ -37,6 +39,7 @@ void check_update_cosine_moment(const at::Tensor& moment, const at::Tensor& x, c
   ACE_CHECK(a.size(0) == x.size(0), op, ": a must have the ", x.size(0), " tokens of x (got ", a.size(0), ")");
   check_same_device(op, "moment", moment, x);
   check_dense(op, "moment", moment, at::kFloat, {a.size(1), x.size(1)});
+  check_apart(op, {named("moment", moment)}, {named("x", x), named("a", a)});
 }
 
 namespace {

@@ -13,7 +13,8 @@
 //   update_cosine_moment_(moment!, x, a)
 //       x [T, d_in], a [T, d_out] as above (one dtype), moment [d_out, d_in] float32 contiguous.
 //       moment += sum_t r_t^2 a_ti^2 x_tj^2, r as above, float32 sums. Products: on the CPU as precise as torch's
-//       float32 matmul setting asks (full float32 by default); on CUDA of squares rounded to bfloat16, on tensor cores.
+//       float32 matmul setting asks (full float32 by default), and with sums whose order may depend on the number of
+//       threads, as in torch's products; on CUDA of squares rounded to bfloat16, on tensor cores.
 //       All terms are >= 0, so two squares rounded to 8 bits each move the moment by at most 2^-7 of itself.
 #pragma once
 

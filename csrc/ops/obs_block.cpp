@@ -14,6 +14,7 @@ void check_obs_block(const at::Tensor& weight, const at::Tensor& error, const at
   check_like(op, "error", error, at::kFloat, weight.sizes(), weight);
   check_like(op, "mask", mask, at::kBool, weight.sizes(), weight);
   check_like(op, "factor", factor, at::kFloat, {weight.size(1), weight.size(1)}, weight);
+  check_apart(op, {named("weight", weight), named("error", error), named("mask", mask)}, {named("factor", factor)});
   check_optional_nm(op, weight, keep_n, group_m);
 }
 

@@ -7,11 +7,14 @@
 
 namespace ace {
 
+constexpr int64_t kMostColumns = int64_t{1} << 48;  // so that no size of a row overflows
+
 void check_packed(std::string_view op, const at::Tensor& bitmap, const at::Tensor& values,
                   const OptionalTensor& row_start, int64_t cols) {
   check_2d(op, "bitmap", bitmap);
-  ACE_CHECK(cols >= 0, op, ": cols must not be negative (got ", cols, ")");
+  ACE_CHECK(cols >= 0 && cols <= kMostColumns, op, ": cols must be from 0 to ", kMostColumns, " (got ", cols, ")");
   check_dense(op, "bitmap", bitmap, at::kByte, {bitmap.size(0), 8 * ((cols + 63) / 64)});
+  check_plain(op, "values", values);
   const at::ScalarType dtype = values.scalar_type();
   ACE_CHECK(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16, op,
             ": values must be float32, float16 or bfloat16 (got ", dtype, ")");

@@ -16,6 +16,7 @@ void check_restore_mean(const at::Tensor& weight, const at::Tensor& mask, const 
   check_dense(op, "mean", mean, at::kFloat, {weight.size(1)});
   check_same_device(op, "direction", direction, weight);
   check_dense(op, "direction", direction, at::kFloat, {weight.size(1)});
+  check_apart(op, {named("weight", weight)}, {named("mask", mask), named("mean", mean), named("direction", direction)});
 }
 
 namespace {

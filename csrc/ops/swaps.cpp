@@ -14,6 +14,7 @@ void check_refine_swaps(const at::Tensor& mask, const at::Tensor& weight, const 
   check_like(op, "mask", mask, at::kBool, weight.sizes(), weight);
   check_same_device(op, "gram", gram, weight);
   check_dense(op, "gram", gram, at::kFloat, {weight.size(1), weight.size(1)});
+  check_apart(op, {named("mask", mask)}, {named("weight", weight), named("gram", gram)});
   check_optional_nm(op, weight, keep_n, group_m);
   ACE_CHECK(max_swaps >= 0, op, ": max_swaps must not be negative (got ", max_swaps, ")");
 }
