@@ -52,6 +52,8 @@ class MatrixReport:
     cosine: float
     solution: Solution | None = None
     """None if there was no solver."""
+    empty_rows: int = 0
+    """Rows that have no weight left: these outputs are constant."""
 
     @property
     def size(self) -> int:
@@ -239,6 +241,7 @@ class PruneReport:
         unseen = sum(not matrix.tokens for matrix in self.matrices)
         if unseen:
             lines.append(f"{unseen} experts' matrices saw no calibration token and were pruned by magnitude")
+        lines += self._empty_rows()
         lines.append(
             f"{len(self.blocks)} blocks, {len(self.matrices)} matrices, sparsity {self.sparsity:.4f}, "
             f"{self.seconds:.1f} s, peak memory {self.peak_memory_bytes / 2**30:.2f} GiB on {self.device}"
@@ -248,6 +251,17 @@ class PruneReport:
         if self.perplexity is not None:
             lines.append(self.perplexity.summary())
         return "\n".join(lines)
+
+    def _empty_rows(self) -> list[str]:
+        """A line about rows that have no weight left, if there are any."""
+        found = [matrix for matrix in self.matrices if matrix.empty_rows]
+        if not found:
+            return []
+        worst = max(found, key=lambda matrix: matrix.empty_rows)
+        return [
+            f"no weight is left in {sum(matrix.empty_rows for matrix in found):,} rows of {len(found)} matrices, "
+            f"{worst.empty_rows:,} of {worst.shape[0]:,} in {worst.name}: these outputs are constant now"
+        ]
 
 
 def kind_of(name: str) -> str:

@@ -127,6 +127,7 @@ def _options() -> Iterator[Case]:
             )
         yield from _each(verb, "max-memory", [*NO_NUMBERS, "0", "-1GB", "1", "1KB", "9" * 400 + "x", "1e3GB", "1 G B"])
         yield from _each(verb, "skip", ["(", "[", "*", "(?P<x", "proj", "x{99999999999}", "no-such-layer"])
+        yield from _each(verb, "skip", ["(([a-z._0-9]*)*)*!", "(a|a|[a-z_.])*$^"])
         for option, metric in (("ria-exponent", "ria"),):
             yield from _each(verb, option, [*NO_NUMBERS, "nan", "inf"], metric=metric)
         for option in ("damping", "iterations"):
@@ -276,9 +277,29 @@ def _files() -> Iterator[Case]:
         for kind, make in {"pipe": os.mkfifo, "folder": Path.mkdir, "nothing": lambda path: None}.items():
             for verb in ("run", "plan", "eval"):
                 yield f"{name} is {kind} {verb}", verb, {}, replace_by(f"dense/{name}", make)
+    for name in ("tokenizer_config.json", "generation_config.json", "notes.txt"):
+        for target in ("../text.txt", "/etc/hostname", "../dense/../text.txt"):
+            yield f"{name} leads to {target}", "run", {}, _link(f"dense/{name}", target)
+    for kind, text in RECORDS.items():
+        yield f"runs.jsonl with {kind}", "compare", {"output": "results"}, _put("results/runs.jsonl", text)
     for name in ("/etc/hostname", "../text.txt", "..", "", "a/b.safetensors", "x" * 300 + ".safetensors"):
         text = json.dumps({"weight_map": {"w": name}})
         yield f"index names {name[:20]!r}", "run", {}, _index(text)
+
+
+RECORDS = {
+    "another checksum": '{"format": 2, "settings": {}, "sha256": "00"}\n',
+    "no checksum": '{"format": 2, "settings": {}}\n',
+    "a format to come": '{"format": 3, "settings": {}}\n',
+}
+
+
+def _link(name: str, target: str) -> Callable[[Path], object]:
+    def damage(place: Path) -> None:
+        (place / name).unlink(missing_ok=True)
+        (place / name).symlink_to(target)
+
+    return damage
 
 
 def _put(name: str, content: str | bytes) -> Callable[[Path], object]:

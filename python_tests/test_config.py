@@ -19,6 +19,11 @@ def test_defaults():
     assert (config.metric, config.sparsity, config.group, config.order) == ("wanda", 0.5, "row", "sequential")
 
 
+def test_skip_may_be_one_pattern_or_none():
+    assert PruneConfig(skip="q_proj").skip == ("q_proj",)
+    assert PruneConfig(skip=None).skip == ()
+
+
 def test_pattern_sets_sparsity():
     config = PruneConfig(pattern="1:4")
     assert config.pattern == SparsityPattern(1, 4)
@@ -36,6 +41,12 @@ def test_group_model_walks_dense_blocks():
         ({"sparsity": 1.5}, r"sparsity must be a share of zeros from 0 to 1 \(got 1.5\)"),
         ({"sparsity": -0.1}, r"sparsity must be .* \(got -0.1\)"),
         ({"sparsity": float("nan")}, r"sparsity must be .* \(got nan\)"),
+        ({"sparsity": True}, r"sparsity must be .* \(got True\)"),
+        ({"sparsity": "half"}, r"sparsity must be .* \(got half\)"),
+        ({"pattern": (2, 4)}, r"pattern must be N:M, .*\(got \(2, 4\)\); e.g. \"2:4\""),
+        ({"pattern": 24}, r"pattern must be N:M, .*\(got 24\)"),
+        ({"skip": 3}, r"skip must be regular expressions \(got 3\)"),
+        ({"batch_tokens": True}, r"batch_tokens must be a whole number .*\(got True\)"),
         ({"pattern": "3:2"}, r"pattern must be N:M with 0 < N < M <= 32.*\(got 3:2\)"),
         ({"pattern": "0:4"}, r"pattern must be N:M"),
         ({"pattern": "2:64"}, r"pattern must be N:M"),

@@ -69,6 +69,70 @@ def test_weights_that_are_computed(derive, model):
     assert report.sparsity == 0.5
 
 
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class Named(nn.Linear):
+    def forward(self, x):
+        return super().forward(x)
+
+
+def with_its_weight(kind, linear):
+    made = kind(linear.in_features, linear.out_features, bias=False)
+    made.weight = linear.weight
+    return made
+
+
+def halve_input(linear, inputs):
+    return (inputs[0] / 2,)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda mlp: setattr(mlp, "up_proj", with_its_weight(Doubled, mlp.up_proj)),
+        lambda mlp: mlp.up_proj.register_forward_pre_hook(halve_input),
+        lambda mlp: mlp.up_proj.register_forward_hook(lambda linear, inputs, output: output + 1),
+        lambda mlp: nn.utils.weight_norm(mlp.up_proj),
+    ],
+    ids=["subclass", "hook before", "hook after", "old weight_norm"],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_outputs_that_are_not_those_of_the_weight(change, model):
+    change(model.model.layers[1].mlp)
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj: its (output is not that of its )?weight"):
+        prune_model(model, make_tokens(), PruneConfig("magnitude"))
+
+
+def test_hooks_that_only_look_are_fine(model):
+    seen = []
+    model.model.layers[1].mlp.up_proj = with_its_weight(Named, up(model))
+    up(model).register_forward_hook(lambda linear, inputs, output: seen.append(output.shape))
+    assert prune_model(model, make_tokens(), PruneConfig("magnitude")).sparsity == 0.5
+
+
+def test_zeros_are_those_that_the_model_computes_with(model):
+    """The product with each unit vector shows the weight that is used: it has as many zeros as the report says."""
+    report = prune_model(model, make_tokens(), PruneConfig("norm-cosvar", sparsity=0.6))
+    for matrix in report.matrices:
+        linear = model.get_submodule(matrix.name)
+        used = linear(torch.eye(linear.in_features)) - (0 if linear.bias is None else linear.bias)
+        assert int(used.count_nonzero()) == matrix.nonzero
+
+
+def test_a_second_list_of_blocks(model):
+    model.model.more_layers = nn.ModuleList([model.model.layers.pop(-1)])
+    refused(
+        model, r"second list of blocks, model\.more_layers \(1 blocks\), which would stay dense", metric="magnitude"
+    )
+    model.model.forward = type(model.model).forward.__get__(model.model)
+    model.model.config.num_hidden_layers = 2
+    report = prune_model(model, make_tokens(), PruneConfig("magnitude", skip=[r"model\.more_layers"]))
+    assert len(report.blocks) == 2
+
+
 def test_a_pruning_of_torch_that_was_made_permanent(model):
     prune.l1_unstructured(up(model), "weight", 0.25)
     prune.remove(up(model), "weight")
@@ -82,13 +146,22 @@ def test_a_linear_tied_to_the_embedding(model):
     refused(model, r"layers\.1\.mlp\.tied\.weight is the same tensor as model\.embed_tokens\.weight")
 
 
-@pytest.mark.parametrize("metric", ["magnitude", "wanda"])
-def test_numbers_that_are_not_finite_are_named(metric):
+@pytest.mark.parametrize("batch_tokens", [32, 16384])
+@pytest.mark.parametrize("metric", ["magnitude", "wanda", "norm-cosvar"])
+def test_numbers_that_are_not_finite_are_named(metric, batch_tokens):
     model = make_model("llama", torch.float16)
     model.model.layers[1].input_layernorm.weight.data[:] = 60000.0
-    with pytest.raises(InputError, match=r"model\.layers\.1"):
-        prune_model(model, make_tokens(), PruneConfig(metric))
-    assert bool((model.model.layers[2].mlp.up_proj.weight != 0).all())
+    refused(model, r"^model\.layers\.1", metric=metric, batch_tokens=batch_tokens)
+
+
+@pytest.mark.parametrize("order", ["sequential", "block"])
+@pytest.mark.parametrize("batch_tokens", [32, 16384])
+def test_the_module_that_overflows_is_named(order, batch_tokens):
+    """And the blocks before it, which were pruned by then, are as they were."""
+    model = make_model("llama", torch.float16)
+    model.model.layers[1].mlp.down_proj.weight.data.fill_(60000.0)
+    message = r"^model\.layers\.1: its output holds NaN or infinity, first in the output of .*\.1\.mlp\.down_proj; "
+    refused(model, message, metric="magnitude", order=order, batch_tokens=batch_tokens)
 
 
 def test_a_nan_in_a_norm_is_found_before_anything_changes(model):
@@ -104,6 +177,11 @@ def test_tokens_that_the_model_does_not_know(model):
     tokens[1, 2] = 64
     with pytest.raises(InputError, match=r"ids from \d+ to 64 found, but the model knows those from 0 to 63"):
         prune_model(model, tokens, PruneConfig("magnitude"))
+
+
+def test_a_pattern_that_takes_for_ever(model):
+    """Nested repeats try each way to divide a name."""
+    refused(model, r"skip '\(\(\[a-z\._0-9\]\*\)\*\)\*!' takes more than 0.25 s", skip=["(([a-z._0-9]*)*)*!"])
 
 
 def test_skip_that_matches_nothing(model):

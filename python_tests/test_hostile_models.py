@@ -57,6 +57,34 @@ def test_a_shard_outside_the_folder(name, dense, tmp_path, capsys):
 # Weights that are missing, and weights that are too many
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "tokenizer_config.json", "more.json"])
+def test_a_link_out_of_the_folder_is_not_copied(name, dense, tmp_path, capsys):
+    """What it leads to would be in the output, which may be published."""
+    (tmp_path / "secret").write_text((dense / name).read_text() if (dense / name).exists() else "{}")
+    (dense / name).unlink(missing_ok=True)
+    (dense / name).symlink_to("../secret")
+    refused(dense, capsys, "is a link out of the model's folder", verbs=("run",))
+
+
+def test_links_within_the_folder_and_of_a_hub_cache(dense, tmp_path, capsys):
+    """A snapshot of the hub's cache is a folder of links to ``blobs``. Weights may lie anywhere."""
+    _, whole = prune(dense, tmp_path / "whole")
+    snapshot = tmp_path / "cache" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "cache" / "blobs").mkdir()
+    for file in sorted(dense.iterdir()):
+        blob = file.rename(tmp_path / "cache" / "blobs" / f"blob-{file.name}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{blob.name}")
+    (tmp_path / "elsewhere").write_bytes((snapshot / SINGLE).read_bytes())
+    (snapshot / SINGLE).unlink()
+    (snapshot / SINGLE).symlink_to(tmp_path / "elsewhere")
+    (snapshot / "again.json").symlink_to("config.json")
+    shutil.copy(tmp_path / "text.txt", tmp_path / "cache" / "snapshots")
+    _, out = prune(snapshot, tmp_path / "out")
+    assert (out / SINGLE).read_bytes() == (whole / SINGLE).read_bytes()
+    assert not any(file.is_symlink() for file in out.iterdir())
+
+
 def keep_tensors(folder, keep):
     tensors = {name: tensor for name, tensor in load_file(folder / SINGLE).items() if keep(name)}
     save_file(tensors, folder / SINGLE, {"format": "pt"})

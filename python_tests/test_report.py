@@ -3,6 +3,9 @@ import subprocess
 import sys
 import tempfile
 
+from tiny_models import make_model, make_tokens
+
+from ace_ext import PruneConfig, prune_model
 from ace_ext.models.versions import versions
 from ace_ext.records import BlockReport, MatrixReport, PruneReport, Solution, Tuning
 
@@ -41,6 +44,25 @@ def test_table_averages_over_blocks():
     assert len(lines) == 3
     assert lines[1].split() == ["up", "4x8", "0.5156", "0.1000", "0.9900"]
     assert lines[2] == "2 blocks, 2 matrices, sparsity 0.5156, 1.2 s, peak memory 1.00 GiB on cpu"
+
+
+def test_rows_without_a_weight_are_told():
+    report = make_report()
+    assert "no weight is left" not in report.table()
+    report.matrices[1].empty_rows = 3
+    assert (
+        "no weight is left in 3 rows of 1 matrices, 3 of 4 in layers.1.up: these outputs are constant" in report.table()
+    )
+
+
+def test_rows_without_a_weight_are_counted():
+    model = make_model("llama")
+    report = prune_model(model, make_tokens(), PruneConfig("magnitude", sparsity=0.99))
+    for matrix in report.matrices:
+        assert matrix.empty_rows == int((model.get_submodule(matrix.name).weight == 0).all(1).sum())
+    assert sum(matrix.empty_rows for matrix in report.matrices) > 0
+    assert "no weight is left in" in report.table()
+    assert sum(m.empty_rows for m in prune_model(make_model("llama"), make_tokens(), PruneConfig()).matrices) == 0
 
 
 def test_an_empty_report_has_no_sparsity():

@@ -208,6 +208,7 @@ def rewrite(file, **changed) -> None:
         (lambda f: rewrite(f, **{"model.layers.1": b"short"}), r"is damaged at model\.layers\.1"),
         (lambda f: rewrite(f, **{"model.layers.1": None}), r"has none of model\.layers\.1\.self_attn"),
         (lambda f: flip_a_bit(f), r"is damaged at model\.layers\.2: Bad CRC"),
+        (lambda f: change_tokens(f), r"is damaged at model\.layers\.1: its checksum differs; save it anew"),
     ],
 )
 def test_damaged_files(damage, message, dense):
@@ -223,6 +224,34 @@ def flip_a_bit(file) -> None:
     whole = bytearray(file.read_bytes())
     whole[whole.index(blob) + len(blob) - 1] ^= 1
     file.write_bytes(whole)
+
+
+def change_tokens(file) -> None:
+    """Writes the archive anew with another number of tokens, so that zip's own checksums are right."""
+    blob = zipfile.ZipFile(file).read("model.layers.1")
+    changed = blob.replace(b'tokens\\": 128', b'tokens\\": 129', 1)
+    assert changed != blob
+    rewrite(file, **{"model.layers.1": changed})
+
+
+def test_a_changed_blob_of_a_stopped_run_is_named(dense, monkeypatch):
+    real = Workspace._write_state
+
+    def write(self, values):
+        if values["finished"] == 3:
+            raise KeyboardInterrupt
+        return real(self, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "_write_state", write)
+        with pytest.raises(KeyboardInterrupt):
+            keep(dense, "stopped.zip")
+    blob = dense.parent / ".stopped.zip.out.unfinished" / "stats" / "model.layers.0"
+    data = bytearray(blob.read_bytes())
+    data[-1] ^= 1
+    blob.write_bytes(data)
+    with pytest.raises(InputError, match=r"resume: .*stats/model\.layers\.0 is damaged \(its checksum differs\)"):
+        keep(dense, "stopped.zip", {"resume": True})
 
 
 def test_linears_of_one_input_share_it_in_the_file(dense):

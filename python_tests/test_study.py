@@ -155,6 +155,39 @@ def test_a_crash_loses_no_finished_run(place, tmp_path, monkeypatch):
     assert [line["run"]["cell"]["method"] for line in after if "run" in line] == ["wanda", "ace"]
 
 
+@pytest.mark.parametrize(
+    ("line", "remedy"), [(0, "use another folder"), (2, "remove that line, and its run will be made again")]
+)
+def test_changed_bytes_are_named(line, remedy, place, tmp_path):
+    folder = tmp_path / "out"
+    compare(place, output=folder)
+    whole = (folder / RUNS_NAME).read_text()
+    text = whole.splitlines()
+    changed = text[line].replace("0", "1", 1)
+    (folder / RUNS_NAME).write_text("\n".join([*text[:line], changed, *text[line + 1 :], ""]))
+    with pytest.raises(InputError, match=rf"line {line + 1} of .*runs\.jsonl has changed .*checksum differs.*{remedy}"):
+        compare(place, output=folder)
+    if line:
+        (folder / RUNS_NAME).write_text("\n".join([*text[:line], *text[line + 1 :], ""]))
+        compare(place, output=folder)
+        again = [run["run"]["perplexity"] for run in lines(folder) if "run" in run]
+        assert sorted(map(str, again)) == sorted(
+            str(json.loads(run)["run"]["perplexity"]) for run in text if '"run"' in run
+        )
+
+
+def test_a_record_of_an_earlier_version_is_continued(place, tmp_path):
+    """It has no checksums, and gets none."""
+    folder = tmp_path / "out"
+    compare(place, output=folder, methods="wanda")
+    old = [{key: value for key, value in line.items() if key != "sha256"} for line in lines(folder)]
+    old[0]["format"] = 1
+    (folder / RUNS_NAME).write_text("".join(json.dumps(line) + "\n" for line in old))
+    compare(place, output=folder)
+    assert [line.keys() for line in lines(folder)][-1] == {"run"}
+    assert lines(folder)[: len(old)] == old
+
+
 def lines_until_cut(folder):
     return [json.loads(line) for line in (folder / RUNS_NAME).read_text().splitlines()[:-1]]
 

@@ -4,6 +4,7 @@ The first line holds the settings that all runs share. A later comparison into t
 settings are the same, and is refused if they differ: figures that cannot be compared never share a table.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,9 @@ from ace_ext.records import BlockReport
 
 RUNS_NAME = "runs.jsonl"
 FORMAT = 1
+"""Of ``results.json``."""
+LINES = 2
+"""Of ``runs.jsonl``. From 2 on each line ends with a checksum; files of format 1 are read, and continued without."""
 
 
 @dataclass(frozen=True)
@@ -131,16 +135,18 @@ class Journal:
 
     def __init__(self, folder: Path | None, settings: dict[str, Any]) -> None:
         self.path: Path | None = None
+        self._sums = True
         self.results = Results(settings)
         if folder is None:
             return
         self.path = folder / RUNS_NAME
         if self.path.is_file():
             self.results = read_results(self.path)
+            self._sums = _format_of(self.path) >= LINES
             _refuse_other_settings(self.path, self.results.settings, settings)
         else:
             _make_folder(folder)
-            self._append({"format": FORMAT, "settings": settings})
+            self._append({"format": LINES, "settings": settings})
 
     def add_dense(self, dense: dict[str, Perplexity], weights_sha256: str, bos: BosChoice) -> None:
         """Records the dense model: its perplexity by text, the hash of its weights, and how evaluation windows
@@ -174,7 +180,7 @@ class Journal:
             return
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write((_with_sum(json.dumps(line)) if self._sums else json.dumps(line)) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -200,7 +206,12 @@ def read_results(path: Path) -> Results:
         raise InputError(
             f"{str(path)!r} cannot be read: {error.strerror}; give a folder of ace-prune compare"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except _Changed as error:
+        remedy = "use another folder" if error.args[0] == 1 else "remove that line, and its run will be made again"
+        raise InputError(
+            f"line {error.args[0]} of {path} has changed since it was written (its checksum differs); {remedy}"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is no record of ace-prune compare: {error!r}; use another folder") from error
     return results
 
@@ -223,7 +234,40 @@ def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
         raise ValueError("its first line has no end")
     if len(whole) < len(data):
         os.truncate(path, len(whole))
-    return map(json.loads, whole.decode("utf-8").splitlines())
+    lines = whole.decode("utf-8").splitlines()
+    return map(_checked, range(1, len(lines) + 1), lines) if _format(lines[0]) >= LINES else map(json.loads, lines)
+
+
+def _format_of(path: Path) -> int:
+    with path.open(encoding="utf-8") as file:
+        return _format(file.readline())
+
+
+def _format(line: str) -> int:
+    found = json.loads(line)["format"]
+    if found not in range(1, LINES + 1):
+        raise ValueError(f"format {found}, not {LINES}")
+    return int(found)
+
+
+_SUM = ', "sha256": "'
+
+
+def _with_sum(line: str) -> str:
+    """A JSON object with a checksum of its text as its last value."""
+    return f'{line[:-1]}{_SUM}{hashlib.sha256(line.encode()).hexdigest()}"}}'
+
+
+def _checked(number: int, line: str) -> dict[str, Any]:
+    text = line.rpartition(_SUM)[0] + "}"
+    if _with_sum(text) != line:
+        raise _Changed(number)
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+class _Changed(Exception):
+    """A line is not as it was written; its number."""
 
 
 def _refuse_other_settings(path: Path, recorded: dict[str, Any], wanted: dict[str, Any]) -> None:

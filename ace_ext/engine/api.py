@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ace_ext.data.requests import check_tokens
 from ace_ext.engine.context import RunContext
 from ace_ext.engine.distillation import Distillation
+from ace_ext.engine.finite import restored_if_float16
 from ace_ext.engine.progress import Progress
 from ace_ext.engine.walk import Walk
 from ace_ext.errors import InputError
@@ -55,7 +56,8 @@ def prune_model(
 
     Raises:
         InputError: for a model, tokens or weights that cannot be pruned. Whatever can be checked in advance is checked
-            before any weight changes.
+            before any weight changes. Of a float16 model, whose activations may overflow in any block, a copy of the
+            weights is kept in memory, and put back after an error.
     """
     check_version()
     config = config or preset_config(DEFAULT_PRESET)
@@ -73,9 +75,10 @@ def prune_model(
         distillation = Distillation(model, store, batches, config, context) if trained else None
         weight = next(linear.weight for block in store.blocks for linear in block.linears.values())
         report = PruneReport(config.to_dict(), str(device), str(weight.dtype).removeprefix("torch."))
-        Walk(store, calls, hidden, config, report, context, callback).run()
-        if distillation is not None:
-            report.healing = distillation.train_()
+        with restored_if_float16(store) if context.journal is None else nullcontext():
+            Walk(store, calls, hidden, config, report, context, callback).run()
+            if distillation is not None:
+                report.healing = distillation.train_()
     finally:
         model.train(training)
     report.seconds = time.perf_counter() - start

@@ -46,7 +46,8 @@ class Measurements:
     def _note(self, name: str, weight: Tensor, keep: int | None, tokens: int, errors: list[Tensor]) -> MatrixReport:
         rows, cols = weight.shape
         report = MatrixReport(name, (rows, cols), -1 if keep is None else keep, -1, tokens, 0.0, 0.0)
-        figures = torch.stack([figure.double() for figure in (count_kept(weight), *errors)])
+        empty = rows - weight.any(dim=1).count_nonzero() if cols else weight.new_zeros(())
+        figures = torch.stack([figure.double() for figure in (count_kept(weight), empty, *errors)])
         self._pending.append((report, weight, figures))
         return report
 
@@ -57,8 +58,9 @@ class Measurements:
             return
         device = self._pending[0][2].device  # with a device_map the others may be elsewhere
         found = torch.stack([figures.to(device) for _, _, figures in self._pending]).tolist()
-        for (report, weight, _), (nonzero, error, cosine) in zip(self._pending, found, strict=True):
-            report.nonzero, report.relative_error, report.cosine = int(nonzero), error, cosine
+        for (report, weight, _), (nonzero, empty, error, cosine) in zip(self._pending, found, strict=True):
+            report.nonzero, report.empty_rows = int(nonzero), int(empty)
+            report.relative_error, report.cosine = error, cosine
             if report.keep < 0:
                 report.keep = report.nonzero
             if report.nonzero < report.keep:

@@ -1,13 +1,15 @@
 """The steps of a walk that all strategies share: collect statistics, prune a matrix, run the block, report."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from ace_ext import ops
 from ace_ext.engine.context import RunContext
+from ace_ext.engine.finite import NOT_FINITE, is_finite, refusal
 from ace_ext.engine.matrix_report import Measurements, dense_output
 from ace_ext.errors import InputError
 from ace_ext.models.block_store import BlockSource
@@ -99,10 +101,13 @@ class Steps:
         with collector:
             for i, call in enumerate(self.calls):
                 collector.token_mask = call.token_mask
+                with self.naming(block, index, i, hidden):
+                    if advance:
+                        output = run_block(block, hidden[i], call.others[index])
+                    else:
+                        run_until_called(block, hidden[i], call.others[index], children)
                 if advance:
-                    self.put(i, run_block(block, hidden[i], call.others[index]), hidden)
-                else:
-                    run_until_called(block, hidden[i], call.others[index], children)
+                    self.put(block, index, i, output, hidden)
         self.check_outputs(block)
         return self.complete(block, collector)
 
@@ -118,12 +123,21 @@ class Steps:
             self.check_seen(block, child, collector)
         return collector.stats
 
-    def put(self, i: int, output: Tensor, hidden: HiddenStates | None = None) -> None:
-        """Makes the output of batch ``i`` the next block's input, in the walk's hidden states or in others. Once all
-        are put, :meth:`check_outputs` is to be called."""
+    def put(self, block: Block, index: int, i: int, output: Tensor, hidden: HiddenStates | None = None) -> None:
+        """Makes a block's output for batch ``i`` the next block's input, in the walk's hidden states or in others. Once
+        all are put, :meth:`check_outputs` is to be called.
+
+        Raises:
+            InputError: as :meth:`check_outputs`, on the CPU, where nothing has to be waited for. The block's input is
+                still there, so the message also names the module in which the numbers arise.
+        """
         self.settle()  # the states that are replaced may be on their way to the disk
-        self._finite.append(is_finite(output, self.calls[i].token_mask))
-        (hidden or self.hidden).put(i, output)
+        hidden, call = hidden or self.hidden, self.calls[i]
+        finite = is_finite(output, call.token_mask)
+        if finite.is_cpu and not bool(finite):
+            raise refusal(block, NOT_FINITE, (hidden[i], call.others[index]))
+        self._finite.append(finite)
+        hidden.put(i, output)
 
     def check_outputs(self, block: Block) -> None:
         """Checks the outputs that were put: one read of a GPU for all batches.
@@ -132,13 +146,19 @@ class Steps:
             InputError: one of them holds NaN or infinity in a token that is no padding; all that follows would.
         """
         finite, self._finite = self._finite, []
-        if not finite or bool(torch.stack(finite).all()):
-            return
-        dtype = str(next(block.module.parameters()).dtype).removeprefix("torch.")
-        raise InputError(
-            f"{block.name}: its output holds NaN or infinity; a weight in or before it is damaged, or its numbers are "
-            f"too large for {dtype}: pass --dtype float32 or bfloat16"
-        )
+        if finite and not bool(torch.stack(finite).all()):
+            raise refusal(block, NOT_FINITE)
+
+    @contextmanager
+    def naming(self, block: Block, index: int, i: int, hidden: HiddenStates | None = None) -> Iterator[None]:
+        """Within this context an op that refuses what a Linear of the block gets from batch ``i`` raises
+        :class:`InputError`, which names the module whose output is not finite."""
+        try:
+            yield
+        except InputError:
+            raise
+        except ValueError as error:
+            raise refusal(block, f"{error}", ((hidden or self.hidden)[i], self.calls[i].others[index])) from error
 
     def statistics_of(self, block: Block, index: int, *, advance: bool) -> dict[str, LinearStatistics]:
         """Statistics of all Linears of a dense block: read from a file, or collected (and stored if the run saves its
@@ -155,7 +175,9 @@ class Steps:
         for i, call in enumerate(self.calls):
             if collector is not None:
                 collector.token_mask = call.token_mask
-            self.put(i, run_block(block, self.hidden[i], call.others[index]))
+            with self.naming(block, index, i):
+                output = run_block(block, self.hidden[i], call.others[index])
+            self.put(block, index, i, output)
         self.check_outputs(block)
 
     def check_seen(self, block: Block, child: str, collector: StatisticsCollector) -> None:
@@ -265,12 +287,3 @@ class Steps:
         """Waits until all finished blocks are recorded."""
         if self.context.journal is not None:
             self.context.journal.settle()
-
-
-def is_finite(output: Tensor, token_mask: Tensor | None) -> Tensor:
-    """``[]`` bool, on the device: whether ``output [batch, seqlen, d_model]`` is finite in each token of
-    ``token_mask [batch * seqlen]`` (None: in all)."""
-    finite = torch.isfinite(output.flatten(0, 1)).all(dim=1)
-    if token_mask is not None:
-        finite = finite | ~token_mask.to(finite.device)
-    return finite.all()

@@ -118,7 +118,7 @@ def prune_in_lockstep(walk: Steps, block: Block, index: int, stages: list[list[s
             for i in ready:
                 output = lockstep.run(i)
                 if output is not None:
-                    walk.put(i, output)
+                    walk.put(block, index, i, output)
             stops = [(i, stop) for i in range(len(forwards)) if (stop := lockstep.stop_of(i)) is not None]
             first = min((place[child] for _, (child, _) in stops), default=len(stages))
             first = min(walk.context.peers.gather(first))
@@ -135,7 +135,8 @@ def prune_in_lockstep(walk: Steps, block: Block, index: int, stages: list[list[s
             for i, (child, x) in stops:
                 if place[child] == first:
                     ready.append(i)
-                    _observe(collector, stage, x, walk.calls[i].token_mask)
+                    with walk.naming(block, index, i):
+                        _observe(collector, stage, x, walk.calls[i].token_mask)
                     lockstep.admit(i, stage, x)
             del stops  # and so the inputs
             done |= walk.prune_stage(block, index, walk.complete(block, collector))

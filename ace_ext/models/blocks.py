@@ -12,14 +12,17 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import token_embedding
+from ace_ext.models.derived_weights import DTYPES, refuse_derived
 from ace_ext.models.experts import FusedExperts, find_experts
+from ace_ext.models.patterns import search_within
 
 CHECKED_AT_ONCE = 2**22
 """Elements of a matrix that :func:`check_weights` reads at a time."""
+MATCH_SECONDS = 0.25
+"""The most processor time that a pattern of ``skip`` may take for one name."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +95,11 @@ def find_blocks(model: nn.Module, skip: Iterable[str] = (), check: bool = True) 
         for fused in experts:
             linears |= fused.linears
         linears = {n: linear for n, linear in linears.items() if not _matches(f"{full}.{n}", patterns)}
-        _refuse_derived(full, module, linears)
+        refuse_derived(full, module, linears)
         _refuse_other_weights(full, module, patterns, routers | {fused.name for fused in experts})
         blocks.append(Block(full, module, linears, experts))
-    unused = [pattern.pattern for pattern in patterns if not any(map(pattern.search, names))]
+    names += _check_second_list(model, name, patterns)
+    unused = [pattern.pattern for pattern in patterns if not any(_matches(name, [pattern]) for name in names)]
     if unused:
         raise InputError(f"skip {unused[0][:100]!r} matches no weight of the blocks; ace-prune plan shows their names")
     if not any(block.linears for block in blocks):
@@ -104,24 +108,6 @@ def find_blocks(model: nn.Module, skip: Iterable[str] = (), check: bool = True) 
     if check:
         check_weights(blocks)
     return blocks
-
-
-def _refuse_derived(block: str, module: nn.Module, linears: dict[str, nn.Linear]) -> None:
-    """Refuses Linears whose weight is computed from other tensors, as by ``weight_norm``, ``torch.nn.utils.prune`` or
-    an adapter: what is pruned would not be what is used.
-
-    Raises:
-        InputError: naming the first.
-    """
-    for child, linear in linears.items():
-        if is_parametrized(linear) or not isinstance(linear._parameters.get("weight"), nn.Parameter):
-            raise InputError(
-                f"{block}.{child}: its weight is computed from other tensors (parametrization, weight_norm or "
-                "torch.nn.utils.prune); make it a plain parameter first (remove_parametrizations, prune.remove)"
-            )
-    for name, part in module.named_modules():
-        if isinstance(getattr(part, "base_layer", None), nn.Module):
-            raise InputError(f"{block}.{name} is a layer with an adapter; merge it first (merge_and_unload of PEFT)")
 
 
 def _refuse_tied(model: nn.Module, name: str, blocks: Iterable[Block]) -> None:
@@ -158,23 +144,48 @@ def _compile(pattern: str) -> re.Pattern[str]:
 
 
 def _matches(name: str, patterns: list[re.Pattern[str]]) -> bool:
-    return any(pattern.search(name) for pattern in patterns)
+    return any(search_within(MATCH_SECONDS, pattern, name) for pattern in patterns)
+
+
+def _check_second_list(model: nn.Module, name: str, patterns: list[re.Pattern[str]]) -> list[str]:
+    """The names of blocks of the same kind in other lists, if ``skip`` names all of them: they stay dense.
+
+    Raises:
+        InputError: naming the list, unless ``skip`` names each of its blocks.
+    """
+    lists = _outermost_lists(model)
+    kinds = {type(module) for module in lists[name]}
+    found = []
+    for other, modules in lists.items():
+        alike = [f"{other}.{i}" for i, module in enumerate(modules) if other != name and type(module) in kinds]
+        if any(not _matches(block, patterns) for block in alike):
+            raise InputError(
+                f"model has a second list of blocks, {other} ({len(alike)} blocks), which would stay dense: only "
+                f"{name} is pruned; to leave it dense on purpose, pass skip={re.escape(other)!r}"
+            )
+        found += alike
+    return found
 
 
 def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     def size(modules: nn.ModuleList) -> int:
         return sum(p.numel() for p in modules.parameters())
 
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    outermost = {
-        name: module
-        for name, module in lists.items()
-        if not any(name.startswith(other + ".") for other in lists) and name
-    }
+    outermost = _outermost_lists(model)
     if not outermost:
         raise InputError(f"model has no list of decoder blocks (nn.ModuleList) to prune (got {type(model).__name__})")
     name = max(_beside_embedding(model, outermost) or outermost, key=lambda key: size(outermost[key]))
     return name, outermost[name]
+
+
+def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The lists of modules that are in no other list, by name."""
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    return {
+        name: module
+        for name, module in lists.items()
+        if not any(name.startswith(other + ".") for other in lists) and name
+    }
 
 
 def _beside_embedding(model: nn.Module, lists: Iterable[str]) -> list[str]:
@@ -233,7 +244,7 @@ def check_weights(blocks: list[Block]) -> None:
     for block in blocks:
         for child, linear in block.linears.items():
             name, weight = block.full_name(child), linear.weight
-            if weight.is_meta or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            if weight.is_meta or weight.dtype not in DTYPES:
                 found = "a tensor without data" if weight.is_meta else str(weight.dtype)
                 raise InputError(f"{name}.weight must be loaded as float32, float16 or bfloat16 (got {found})")
             if id(weight) in seen:

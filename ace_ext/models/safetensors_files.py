@@ -82,7 +82,7 @@ class Shards:
         dtype, shape = self.describe(name)
         tensor = torch.empty(shape, dtype=dtype)
         view = bytes_of(tensor)
-        for path, offset, size in self._spans(name):
+        for path, offset, size in self.spans(name):
             part, view = view[:size], view[size:]
             _read_into(part, path, offset, name)
         return tensor
@@ -97,14 +97,14 @@ class Shards:
             dtype, shape = self.describe(name)
             if dtype != tensor.dtype or shape != tuple(tensor.shape):
                 raise InputError(
-                    f"{name} must be {dtype} {list(shape)} as in {self._spans(name)[0][0].name} "
+                    f"{name} must be {dtype} {list(shape)} as in {self.spans(name)[0][0].name} "
                     f"(got {tensor.dtype} {list(tensor.shape)})"
                 )
         files: dict[Path, BinaryIO] = {}
         with ExitStack() as opened:
             for name, tensor in tensors.items():
                 view = bytes_of(tensor.detach().cpu().contiguous())
-                for path, offset, size in self._spans(name):
+                for path, offset, size in self.spans(name):
                     part, view = view[:size], view[size:]
                     if path not in files:
                         files[path] = opened.enter_context(path.open("r+b"))
@@ -113,7 +113,7 @@ class Shards:
         for path in files:
             flush(path)
 
-    def _spans(self, name: str) -> list[tuple[Path, int, int]]:
+    def spans(self, name: str) -> list[tuple[Path, int, int]]:
         """The parts of the files that hold a tensor's bytes, in order: file, offset and size in bytes."""
         if name not in self._layout:
             entry = self._entry(name)
@@ -185,7 +185,27 @@ def copy_model(source: Path, target: Path, weights: bool = True) -> None:
         other_weights = file.suffix in (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".safetensors", ".onnx")
         other_index = file.name.endswith(".index.json") and (file.name != INDEX or source / SINGLE in files)
         if file.is_file() and ((file in files and weights) or not other_weights) and not other_index:
+            if file not in files:
+                _check_link(file)
             shutil.copyfile(file, target / file.name)
+
+
+def _check_link(file: Path) -> None:
+    """Refuses a link out of the model's folder: the output, which may be published, would hold what it leads to. Links
+    into the ``blobs`` of a hub's cache are how its folders are made. Weights may lie anywhere: that they are, is
+    checked.
+
+    Raises:
+        InputError: naming it.
+    """
+    if not file.is_symlink():
+        return
+    target, folder = file.resolve(), file.parent.resolve()
+    if target.parent not in (folder, folder.parent.parent / "blobs"):
+        raise InputError(
+            f"{str(file)!r} is a link out of the model's folder, to {str(target)!r}, and would be copied into the "
+            "output; put the file itself there, or remove the link"
+        )
 
 
 def _files(folder: Path) -> list[Path]:

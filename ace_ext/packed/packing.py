@@ -4,10 +4,10 @@ Both write under a temporary name, check the result against hashes of the dense 
 """
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -171,6 +171,30 @@ def _check_hash(packed: PackedFile, write: Callable[[bytes | memoryview], object
 
 
 @contextlib.contextmanager
+def _locked_folder(folder: Path, output: str | Path) -> Iterator[None]:
+    """Makes a folder, or takes one that a killed process left. Only one process at a time is within.
+
+    Raises:
+        InputError: another one is, or the folder is a link or holds what no process of this kind leaves.
+    """
+    if folder.is_symlink() or (folder.exists() and not all(map(_is_plain_file, folder.iterdir()))):
+        raise InputError(f"{str(folder)!r} is in the way: ace-prune did not make it; move it away")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise InputError(f"output {str(output)!r} is being written by another process; wait for it") from error
+    finally:
+        os.close(number)
+
+
+def _is_plain_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+@contextlib.contextmanager
 def new_folder(output: str | Path) -> Iterator[Path]:
     """A folder under a temporary name beside ``output``, which gets its name at the end, or is removed by an error.
 
@@ -180,15 +204,18 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     path = Path(output).expanduser()
     if path.exists():
         raise InputError(f"output {str(output)!r} exists; give another name")
+    target = path.with_name(f".{path.name}.packing")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        target = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        try:
-            yield target
-            target.chmod(0o777 & ~umask())
-            target.rename(path)
-        finally:
-            shutil.rmtree(target, ignore_errors=True)
+        with _locked_folder(target, output):
+            try:
+                for left in target.iterdir():  # by a process that was killed
+                    left.unlink()
+                yield target
+                target.chmod(0o777 & ~umask())
+                target.rename(path)
+            finally:
+                shutil.rmtree(target, ignore_errors=True)
     except OSError as error:
         if error.errno is None:
             raise

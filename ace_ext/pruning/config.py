@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -135,8 +136,6 @@ class PruneConfig:
         unknown = [name for name in flat if name not in own]
         if unknown:
             raise TypeError(f"PruneConfig got an unexpected setting {unknown[0]!r}; known are {', '.join(own)}")
-        if isinstance(flat.get("skip"), str):
-            flat["skip"] = (flat["skip"],)
         given = {
             "metric": DEFAULT_METRIC if metric is None else metric,
             "sparsity": sparsity,
@@ -146,7 +145,7 @@ class PruneConfig:
         }
         for name, setting in own.items():
             object.__setattr__(self, name, given.get(name, setting.default))
-        object.__setattr__(self, "skip", tuple(self.skip))
+        object.__setattr__(self, "skip", _patterns(self.skip))
         object.__setattr__(self, "solver", solver or SolverConfig(**by_name))
         self._complete()
         if metric is not None and not self.metric_decides:
@@ -159,6 +158,8 @@ class PruneConfig:
 
     def _complete(self) -> None:
         """Fills in the defaults that depend on other settings, and checks all."""
+        if not isinstance(self.pattern, SparsityPattern | str | None):
+            raise InputError(f'pattern must be N:M, N weights kept of M (got {str(self.pattern)[:100]}); e.g. "2:4"')
         if isinstance(self.pattern, str):
             object.__setattr__(self, "pattern", SparsityPattern.parse(self.pattern))
         if isinstance(self.metric, str):
@@ -183,8 +184,9 @@ class PruneConfig:
             object.__setattr__(self, "sparsity", self.pattern.sparsity)
         if self.sparsity is None:
             object.__setattr__(self, "sparsity", 0.5)
-        if not 0 <= self.sparsity <= 1:
-            raise InputError(f"sparsity must be a share of zeros from 0 to 1 (got {self.sparsity})")
+        is_number = isinstance(self.sparsity, numbers.Real) and not isinstance(self.sparsity, bool)
+        if not is_number or not 0 <= self.sparsity <= 1:
+            raise InputError(f"sparsity must be a share of zeros from 0 to 1 (got {str(self.sparsity)[:100]})")
 
     def _fill_order(self) -> None:
         whole_model = GROUPS[self.group].over_matrices
@@ -246,6 +248,15 @@ class PruneConfig:
         own = {name: getattr(self, name) for name in config_settings()}
         plain = {"metric": self.metric_name, "pattern": str(self.pattern) if self.pattern else None}
         return {**own, **plain, "skip": list(self.skip), **self.solver.to_dict()}
+
+
+def _patterns(skip: object) -> tuple[str, ...]:
+    """``skip`` as a tuple: one pattern stands for a list of one, None for none."""
+    if skip is None or isinstance(skip, str):
+        return () if skip is None else (skip,)
+    if not isinstance(skip, Iterable):
+        raise InputError(f"skip must be regular expressions (got {str(skip)[:100]})")
+    return tuple(skip)
 
 
 def config_settings() -> dict[str, Setting]:

@@ -5,6 +5,7 @@ It holds statistics of the dense model: in a run that saves them, each block rea
 same file is right for every sparsity, pattern and metric.
 """
 
+import hashlib
 import json
 import zipfile
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import differences
-from ace_ext.models.safetensors_files import flush
+from ace_ext.models.safetensors_files import bytes_of, flush
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.sketch import SketchState
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
@@ -40,6 +41,7 @@ class StatisticsWriter:
 
     def __init__(self, path: Path, folder: Path, fingerprint: dict[str, Any], writes: bool = True) -> None:
         self.path, self.folder, self.fingerprint, self.writes = path, folder, fingerprint, writes
+        self._own: set[str] = set()  # the names of the blobs that this process wrote
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -49,9 +51,11 @@ class StatisticsWriter:
             return
         tensors, shared = _flatten(stats)
         part = self.folder / f"{name}.part"
-        save_file(tensors, part, {"linears": json.dumps(shared)})
+        text = json.dumps(shared)
+        save_file({**tensors, _SUM: _sha256(tensors, text)}, part, {"linears": text})
         flush(part)
         part.replace(self.folder / name)
+        self._own.add(name)
 
     def finish(self, kinds: frozenset[str]) -> Path:
         """Packs the blobs into the file and returns its path. ``kinds``: the kinds of statistics that they hold."""
@@ -64,6 +68,8 @@ class StatisticsWriter:
         ):
             archive.writestr(_DESCRIPTION, json.dumps(description, indent=1))
             for blob in sorted(self.folder.iterdir()):
+                if blob.name not in self._own:
+                    _check(blob)
                 archive.write(blob, blob.name)
         return self.path
 
@@ -79,6 +85,14 @@ _DAMAGE = (
     RecursionError,
 )
 """Exceptions that a damaged file, or one of another kind, may raise."""
+
+
+def _check(blob: Path) -> None:
+    """Checks a blob that an earlier process wrote."""
+    try:
+        _unpack(blob.read_bytes(), "cpu")
+    except _DAMAGE as error:
+        raise InputError(f"resume: {blob} is damaged ({error}); start over without --resume") from error
 
 
 class SavedStatistics:
@@ -135,9 +149,25 @@ class SavedStatistics:
 
 
 def _unpack(blob: bytes, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    tensors = {key: value.to(device) for key, value in load(blob).items()}
+    tensors = load(blob)
     length = int.from_bytes(blob[:8], "little")
-    return tensors, json.loads(json.loads(blob[8 : 8 + length])["__metadata__"]["linears"])
+    text = json.loads(blob[8 : 8 + length])["__metadata__"]["linears"]
+    recorded = tensors.pop(_SUM, None)  # none in a file of version 0.1
+    if recorded is not None and not torch.equal(recorded, _sha256(tensors, text)):
+        raise ValueError("its checksum differs")
+    return {key: value.to(device) for key, value in tensors.items()}, json.loads(text)
+
+
+_SUM = "sha256"
+"""The name of a tensor of 32 bytes, the checksum of all others and of the text beside them."""
+
+
+def _sha256(tensors: dict[str, Tensor], linears: str) -> Tensor:
+    digest = hashlib.sha256(linears.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(bytes_of(tensor.detach().cpu().contiguous()))
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
 
 
 # Each state is stored once: Linears with the same input share it, in the file as in memory.

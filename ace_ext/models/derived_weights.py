@@ -1,0 +1,51 @@
+"""Linears whose output is not that of their weight: what is pruned would not be what is used."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.parametrize import is_parametrized
+
+from ace_ext.errors import InputError
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Of weights that can be pruned."""
+
+
+def refuse_derived(block: str, module: nn.Module, linears: dict[str, nn.Linear]) -> None:
+    """Refuses Linears whose weight is computed from other tensors, as by ``weight_norm``, ``torch.nn.utils.prune`` or
+    an adapter: what is pruned would not be what is used.
+
+    Raises:
+        InputError: naming the first.
+    """
+    for child, linear in linears.items():
+        if is_parametrized(linear) or not isinstance(linear._parameters.get("weight"), nn.Parameter):
+            raise InputError(
+                f"{block}.{child}: its weight is computed from other tensors (parametrization, weight_norm or "
+                "torch.nn.utils.prune); make it a plain parameter first (remove_parametrizations, prune.remove)"
+            )
+        if _computes_otherwise(linear):
+            raise InputError(
+                f"{block}.{child}: its output is not that of its weight (a hook, or a forward of its own, computes "
+                "another); remove it first, or pass it in skip"
+            )
+    for name, part in module.named_modules():
+        if isinstance(getattr(part, "base_layer", None), nn.Module):
+            raise InputError(f"{block}.{name} is a layer with an adapter; merge it first (merge_and_unload of PEFT)")
+
+
+@torch.no_grad()
+def _computes_otherwise(linear: nn.Linear) -> bool:
+    """Whether a Linear with hooks or a forward of its own gives another output than its weight and bias do, for one
+    random input. Both are rounded alike, so that they differ by little more than nothing if they are the same."""
+    own = type(linear).forward is not nn.Linear.forward or "forward" in vars(linear)
+    readable = not linear.weight.is_meta and linear.weight.dtype in DTYPES
+    if not readable or not (own or linear._forward_hooks or linear._forward_pre_hooks):
+        return False
+    x = torch.randn(1, linear.in_features, generator=torch.Generator().manual_seed(0)).to(linear.weight)
+    expected = functional.linear(x, linear.weight, linear.bias)
+    found = linear(x)
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        return True
+    difference = (found.float() - expected.float()).norm()
+    return not bool(difference <= 0.01 * expected.float().norm())
