@@ -195,6 +195,19 @@ def test_stopped_and_resumed(stop, dense, whole, tmp_path, monkeypatch):
     assert names(tmp_path) == ["out"]
 
 
+def test_a_changed_pruned_model_is_named(dense, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_training(patch)
+        with pytest.raises(Stops):
+            prune(dense, tmp_path / "out", calibration=MANY, **DISTILL)
+    file = tmp_path / ".out.pruned.unfinished" / "model" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(InputError, match=r"resume: .*model\.safetensors has changed .*start over without --resume"):
+        prune(dense, tmp_path / "out", {"resume": True}, MANY, **DISTILL)
+
+
 def test_an_older_output_stays_until_the_new_one_is_there(dense, whole, tmp_path, monkeypatch):
     out = tmp_path / "out"
     prune(dense, out)

@@ -418,6 +418,42 @@ def test_resume_refuses_another_run(place, tmp_path, monkeypatch):
     assert report.healing.steps == 16
 
 
+@pytest.mark.parametrize(
+    ("found", "named"),
+    [
+        ("model/model.safetensors", r"model\.safetensors has changed"),
+        ("model/config.json", r"config\.json has changed"),
+        ("teacher-*.bin", r"teacher-\d\.bin has changed"),
+        ("training-*/1.safetensors", r"1\.safetensors has changed"),
+    ],
+)
+def test_changed_bytes_are_named(found, named, place, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    interrupted(place, out, monkeypatch)
+    notes = json.loads((tmp_path / ".out.unfinished" / "state.json").read_text())["notes"]
+    file = sorted((tmp_path / ".out.unfinished").glob(found))[notes["teacher"] % 2 if "teacher" in found else 0]
+    data = bytearray(file.read_bytes())
+    data[-1 if "safetensors" in found else 60] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(InputError, match=rf"resume: .*{named} .*checksum differs.*start over without --resume"):
+        heal_folder(request(place / "pruned", out, resume=True))
+    heal_folder(request(place / "pruned", out))
+
+
+def test_a_trained_block_that_changes_is_named(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(heal.HealDemand, "divide", lambda *_: (heal.Division(3), heal.Estimate()))
+    out = tmp_path / "out"
+    interrupted(place, out, monkeypatch, after=8)  # in the second window
+    model = tmp_path / ".out.unfinished" / "model" / "model.safetensors"
+    length = int.from_bytes(model.read_bytes()[:8], "little")
+    header = json.loads(model.read_bytes()[8 : 8 + length])
+    data = bytearray(model.read_bytes())
+    data[8 + length + header["model.layers.0.mlp.up_proj.weight"]["data_offsets"][0]] ^= 1
+    model.write_bytes(data)
+    with pytest.raises(InputError, match=r"resume: model\.layers\.0 in .* has changed"):
+        heal_folder(request(place / "pruned", out, resume=True))
+
+
 def test_resume_refuses_another_text(tmp_path, monkeypatch):
     make_pruned(tmp_path)
     interrupted(tmp_path, tmp_path / "out", monkeypatch)

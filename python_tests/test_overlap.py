@@ -93,11 +93,14 @@ class Slow:
     """A writer of blocks that waits until it may go on."""
 
     def __init__(self) -> None:
-        self.go, self.written = threading.Event(), []
+        self.go, self.names = threading.Event(), []
 
     def write(self, block) -> None:
         assert self.go.wait(30)
-        self.written.append(block.name)
+        self.names.append(block.name)
+
+    def written(self, block) -> str:
+        return f"checksum of {block.name}"
 
 
 def finished(folder) -> int:
@@ -125,10 +128,11 @@ def test_a_block_counts_as_done_once_it_is_on_the_disk(journal, tmp_path):
     states.put(0, torch.ones(1, 2, 3))
     journal.block_done(second, BlockReport(second.name, 0.0), {}, [states.commit_later()])
     journal.stop_writing()
-    assert journal.writer.written == [first.name, second.name]
+    assert journal.writer.names == [first.name, second.name]
     assert finished(tmp_path) == 2
     state = json.loads((journal.folder / "state.json").read_text())
-    assert (journal.folder / f"hidden-{state['side']}.bin").read_bytes() == torch.ones(6).numpy().tobytes()
+    assert state["sums"]["blocks"] == {block.name: f"checksum of {block.name}" for block in (first, second)}
+    assert (journal.folder / f"hidden-{state['side']}.bin").read_bytes()[:-32] == torch.ones(6).numpy().tobytes()
 
 
 def test_an_error_in_writing_comes_with_the_next_block(journal, tmp_path):

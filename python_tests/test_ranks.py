@@ -204,6 +204,40 @@ def test_an_error_of_one_ends_all(start, rank, tmp_path):
     assert status == 0, err
 
 
+KILLED = """
+import os, signal, sys
+from ace_ext.cli import main as cli
+from ace_ext.engine.walk import Walk
+name = "{step}"
+real = getattr(Walk, name)
+def step(self, *given):
+    if os.environ["RANK"] == "{rank}" and len(self.report.blocks) == {block}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, *given)
+setattr(Walk, name, step)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("step", ["_run_block", "prune_matrix", "finish"])
+@pytest.mark.parametrize("block", [0, 1, 2])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_killed(rank, block, step, tmp_path):
+    """The others end too, and a resumed run gives the same bytes and leaves nothing."""
+    dense = save_dense(tmp_path / "dense")
+    script = KILLED.replace("{rank}", str(rank)).replace("{block}", str(block)).replace("{step}", step)
+    status, _, _ = torchrun(dense, tmp_path / "out", script=script)
+    assert status != 0
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "script.py").unlink()
+    for name in ("out", "whole"):
+        status, _, err = torchrun(dense, tmp_path / name, "--resume")
+        assert status == 0, err
+    assert weights_bytes(tmp_path / "out") == weights_bytes(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out", "text.txt", "whole"]
+
+
 OTHER_MASKS = """
 import os, sys
 import torch

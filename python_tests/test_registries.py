@@ -176,6 +176,12 @@ class ListOfBlocks:
     def finish(self, report):
         self.file.write_text(json.dumps({"sparsity": report.sparsity, "blocks": json.loads(self.file.read_text())}))
 
+    def written(self, block):
+        return str(block.name in json.loads(self.file.read_text()))
+
+    def rest(self, blocks):
+        return {"config.json": (self.file.parent / "config.json").read_text()}
+
 
 def test_a_format_is_one_file(tmp_path, monkeypatch, capsys):
     before = dict(FORMATS)

@@ -431,3 +431,63 @@ def test_another_number_of_threads_is_refused(stopped, tmp_path, threads):
         prune(stopped, tmp_path / "out", RESUME)
     threads(before)
     prune(stopped, tmp_path / "out", RESUME)
+
+
+# Bytes that change between two runs
+
+
+def flip(path, place: int) -> None:
+    """Changes one byte; a negative place counts from the end."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def place_of(folder, name: str) -> int:
+    """Where a tensor of ``model.safetensors`` begins."""
+    with (folder / "model.safetensors").open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return 8 + length + json.loads(file.read(length))[name]["data_offsets"][0]
+
+
+@pytest.mark.parametrize("offload", ["disk", "none"])
+@pytest.mark.parametrize(
+    ("file", "tensor", "named"),
+    [
+        ("model/model.safetensors", "model.layers.1.mlp.up_proj.weight", r"model\.layers\.1 in "),
+        ("model/model.safetensors", "model.layers.0.input_layernorm.weight", r"model\.layers\.0 in "),
+        ("model/model.safetensors", "model.embed_tokens.weight", r"model\.safetensors"),
+        ("model/config.json", None, r"config\.json"),
+        ("hidden-0-0.bin", None, r"hidden-0-0\.bin"),
+        ("state.json", None, r"state\.json is damaged"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_changed_bytes_are_named(offload, file, tensor, named, stopped, tmp_path):
+    unfinished = tmp_path / ".out.unfinished"
+    flip(unfinished / file, 60 if tensor is None else place_of(unfinished / "model", tensor))
+    with pytest.raises(InputError, match=rf"resume: .*{named}.*checksum differs.*start over without --resume"):
+        prune(stopped, tmp_path / "out", {**RESUME, "offload": offload})
+    assert not (tmp_path / "out").exists()
+    prune(stopped, tmp_path / "out", {"offload": offload})
+
+
+def test_what_was_not_finished_is_written_again(stopped, tmp_path):
+    """The crash left the third block's weights in the file, counted by nothing: they may be anything."""
+    model = tmp_path / ".out.unfinished" / "model"
+    flip(model / "model.safetensors", place_of(model, "model.layers.2.mlp.up_proj.weight"))
+    _, out = prune(stopped, tmp_path / "out", RESUME)
+    _, whole = prune(stopped, tmp_path / "whole")
+    assert weights_bytes(out) == weights_bytes(whole)
+
+
+def test_changed_targets_of_training_are_named(tmp_path, monkeypatch):
+    dense = save_dense(tmp_path / "dense")
+    config = {"update": "tune", "tune_epochs": 1}
+    with monkeypatch.context() as patch:
+        crash_after(patch, 1)
+        with pytest.raises(Crash):
+            prune(dense, tmp_path / "out", **config)
+    flip(tmp_path / ".out.unfinished" / "dense-0-1.bin", 5)
+    with pytest.raises(InputError, match=r"resume: .*dense-0-1\.bin has changed .*start over without --resume"):
+        prune(dense, tmp_path / "out", RESUME, **config)

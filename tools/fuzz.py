@@ -72,14 +72,28 @@ def make_place(place: Path) -> None:
     for codec, folder in (("bitmap", "packed"), ("archive", "archive")):
         pack(place / "out", place / folder, codec)
     (place / "results").mkdir()
-    (place / "results" / "runs.jsonl").write_text('{"format": 1, "settings": {"model": "dense", "dtype": "auto"}}\n')
+    first = '{"format": 1, "settings": {"model": "dense", "dtype": "auto"}}'  # of a version without checksums
+    (place / "results" / "runs.jsonl").write_text(first + "\n")
     unfinished = place / ".new.unfinished"
     (unfinished / "model").mkdir(parents=True)
     state = {"format": 1, "fingerprint": {}, "finished": 0, "hidden": {}, "notes": {}, "blocks": []}
-    (unfinished / "state.json").write_text(json.dumps(state))
+    state["sums"] = {"rest": {}, "blocks": {}}
+    (unfinished / "state.json").write_bytes(signed(json.dumps(state).encode()))
     text = [b"general.architecture", struct.pack("<IQ", 8, 5), b"llama"]
     head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", len(text[0]))
     (place / "m.gguf").write_bytes(head + b"".join(text))
+
+
+def signed(data: bytes) -> bytes:
+    """A state of a run with the checksum that fits it, so that what it holds is looked at; as it is, if it is no
+    object."""
+    try:
+        state = json.loads(data)
+        state.pop("sha256", None)
+        state["sha256"] = hashlib.sha256(json.dumps(state).encode()).hexdigest()
+        return json.dumps(state).encode()
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        return data
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
@@ -177,6 +191,8 @@ def main() -> int:
             verb, options = rng.choice(TARGETS[name])
             shutil.copytree(sound, place)
             data = mutate((sound / name).read_bytes(), rng)
+            if name.endswith("state.json") and rng.random() < 0.8:
+                data = signed(data)
             (place / name).write_bytes(data)
             before = hashes(place, place / name)
             wrong = run(place, verb, options)

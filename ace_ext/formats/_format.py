@@ -1,6 +1,6 @@
 """The types that every output format uses: its declaration, its writer and the model that it reads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,6 +49,15 @@ class OutputWriter(Protocol):
 
     def finish(self, report: PruneReport) -> None:
         """Called when every block has been written. A resumed run may call it again."""
+        ...
+
+    def written(self, block: Block) -> str:
+        """A checksum of what the folder holds of a block. Like :meth:`rest` only called after :meth:`check`."""
+        ...
+
+    def rest(self, blocks: Iterable[Block]) -> dict[str, str] | None:
+        """For each file of the folder, by its name there, a checksum of what it holds beside the blocks; None once the
+        output has its last form, which :meth:`check` compares with what it was made of."""
         ...
 
 

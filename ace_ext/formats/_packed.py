@@ -6,15 +6,17 @@ crashes; at the end these are packed beside, one tensor at a time, compared, and
 """
 
 import shutil
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 from ace_ext.errors import InputError
 from ace_ext.formats._format import DenseModel, OutputFormat
 from ace_ext.formats.dense import DenseWriter
+from ace_ext.models.blocks import Block
 from ace_ext.packed import Codec
-from ace_ext.packed.files import is_packed
-from ace_ext.packed.packing import pack_into
+from ace_ext.packed.files import PackedShards, is_packed
+from ace_ext.packed.packing import check_hashes, pack_into
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.pattern import SparsityPattern
 from ace_ext.records import PruneReport
@@ -31,9 +33,16 @@ class PackedWriter(DenseWriter):
         self._codec = codec
 
     def check(self, dense: DenseModel) -> None:
-        """As for the dense format, unless the files have been packed already, before a crash."""
-        if not is_packed(self.folder):
+        """As for the dense format. If the files have been packed already, before a crash, that each byte of the dense
+        ones comes back."""
+        if is_packed(self.folder):
+            check_hashes(PackedShards(self.folder))
+        else:
             super().check(dense)
+
+    def rest(self, blocks: Iterable[Block]) -> dict[str, str] | None:
+        """As for the dense format; None if the files have been packed."""
+        return None if is_packed(self.folder) else super().rest(blocks)
 
     def finish(self, report: PruneReport) -> None:
         """Packs the model, checks that every byte of it comes back, and puts the packed folder in its place."""

@@ -1,5 +1,6 @@
 """The dense format: a folder that transformers loads like any model, in which pruned weights are stored as zeros."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor
@@ -7,6 +8,7 @@ from torch import Tensor
 from ace_ext.errors import InputError
 from ace_ext.formats._format import DenseModel, OutputFormat
 from ace_ext.models.blocks import Block
+from ace_ext.models.checksums import rest_sha256, tensors_sha256
 from ace_ext.models.safetensors_files import Shards, copy_model, flush
 from ace_ext.records import PruneReport
 
@@ -32,8 +34,9 @@ class DenseWriter:
         else:
             dense.model.save_pretrained(self.folder, safe_serialization=True)
         dense.tokenizer.save_pretrained(self.folder)
-        for file in self.folder.iterdir():
-            flush(file)
+        for file in self.folder.rglob("*"):
+            if file.is_file():
+                flush(file)
 
     def check(self, dense: DenseModel) -> None:
         """Checks that the output's files hold every weight to prune.
@@ -58,11 +61,25 @@ class DenseWriter:
     def finish(self, report: PruneReport) -> None:
         """There is nothing left to do."""
 
+    def written(self, block: Block) -> str:
+        """A checksum of the block's tensors in the files."""
+        return tensors_sha256(self.shards, _names(block, self.shards))
+
+    def rest(self, blocks: Iterable[Block]) -> dict[str, str] | None:
+        """By file name, a checksum of the file without the blocks' tensors."""
+        return rest_sha256(self.shards, [name for block in blocks for name in _names(block, self.shards)])
+
+
+def _names(block: Block, shards: Shards) -> list[str]:
+    """The block's parameters that the files hold, by their names in the model."""
+    named = (f"{block.name}.{name}" for name, _ in block.module.named_parameters())
+    return [name for name in named if name in shards]
+
 
 def _tensors(block: Block, shards: Shards) -> dict[str, Tensor]:
     """A block's parameters by their names and in their dtypes in the files."""
     named = {f"{block.name}.{name}": p.detach() for name, p in block.module.named_parameters()}
-    return {name: tensor.to(shards.describe(name)[0]) for name, tensor in named.items() if name in shards}
+    return {name: named[name].to(shards.describe(name)[0]) for name in _names(block, shards)}
 
 
 FORMAT = OutputFormat(

@@ -66,14 +66,15 @@ class OffloadedBlocks:
 
     def read_ahead(self) -> None:
         """From now on, while a block is held the next one is read, so that two are in memory."""
-        self._ahead = ReadAhead(self.blocks, self.shards, torch.device(self.device))
+        self._ahead = ReadAhead(self.blocks, self.shards_of, torch.device(self.device))
 
     @contextlib.contextmanager
     def hold(self, index: int) -> Iterator[Block]:
         """Reads the block's weights and checks them (:func:`ace_ext.models.blocks.check_weights`)."""
         block = self.blocks[index]
-        read = self.shards.read if self._ahead is None else self._ahead.take(index)
-        load_(block.module, block.name, self.shards, self.device, read)
+        shards = self.shards_of(block)
+        read = shards.read if self._ahead is None else self._ahead.take(index)
+        load_(block.module, block.name, shards, self.device, read)
         for fused in block.experts:
             fused.bind()
         try:
@@ -83,6 +84,10 @@ class OffloadedBlocks:
             unload_(block.module)
             for fused in block.experts:
                 fused.bind()
+
+    def shards_of(self, block: Block) -> Shards:
+        """Where the block's weights are read."""
+        return self.shards
 
     def way_out(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Holds the weights after the blocks."""
@@ -108,12 +113,12 @@ class ReadAhead:
 
     Args:
         blocks: of a skeleton.
-        shards: its files.
+        shards_of: the files of a block.
         device: where the parameters will go.
     """
 
-    def __init__(self, blocks: list[Block], shards: Shards, device: torch.device) -> None:
-        self._blocks, self._shards, self._pinned = blocks, shards, device.type == "cuda"
+    def __init__(self, blocks: list[Block], shards_of: Callable[[Block], Shards], device: torch.device) -> None:
+        self._blocks, self._shards_of, self._pinned = blocks, shards_of, device.type == "cuda"
         self._thread = ThreadPoolExecutor(1, "read-ahead")
         self._next: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
 
@@ -130,15 +135,17 @@ class ReadAhead:
             self._next = None
         if index + 1 < len(self._blocks) and (self._next is None or self._next[0] != index + 1):
             self._next = (index + 1, self._thread.submit(self._read, index + 1))
-        return lambda name: tensors.pop(name) if name in tensors else self._shards.read(name)
+        shards = self._shards_of(self._blocks[index])
+        return lambda name: tensors.pop(name) if name in tensors else shards.read(name)
 
     def _read(self, index: int) -> dict[str, torch.Tensor]:
         block = self._blocks[index]
+        shards = self._shards_of(block)
         names = [f"{block.name}.{name}" for name, _ in block.module.named_parameters()]
-        return {name: self._read_one(name) for name in names}
+        return {name: self._read_one(shards, name) for name in names}
 
-    def _read_one(self, name: str) -> torch.Tensor:
-        tensor = self._shards.read(name)
+    def _read_one(self, shards: Shards, name: str) -> torch.Tensor:
+        tensor = shards.read(name)
         return tensor.pin_memory() if self._pinned else tensor  # which a GPU copies by itself; not run on one
 
 

@@ -1,5 +1,6 @@
 """The hidden states of the calibration batches between two blocks: in memory, or in files."""
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,14 +15,15 @@ from ace_ext.models.safetensors_files import flush
 
 @dataclass(frozen=True)
 class Layout:
-    """The layout of a file of hidden states: each batch's raw bytes, one batch after the other."""
+    """The layout of a file of hidden states: each batch's raw bytes, one batch after the other. Once all are written,
+    32 bytes of a checksum follow."""
 
     shapes: list[list[int]]
     dtype: str  # as torch names it, without "torch."
 
     @property
     def offsets(self) -> list[int]:
-        """Byte offsets; the last is the file's size."""
+        """Byte offsets; at the last, the checksum begins."""
         ends = [0]
         for shape in self.shapes:
             ends.append(ends[-1] + math.prod(shape) * getattr(torch, self.dtype).itemsize)
@@ -56,8 +58,9 @@ class HiddenStates:
         self._files = [] if folder is None else [folder / f"{name}-{side}.bin" for side in (0, 1)]
         self.side = 0
         self._device = device
+        self._sums: dict[int, bytes] = {}  # of the batches that were written for the next block
         self._kept: list[Tensor] | None = [] if resident or folder is None else None
-        shapes, dtype = [], torch.float32
+        shapes, sums, dtype = [], [], torch.float32
         for state in states:
             shapes.append(list(state.shape))
             dtype = state.dtype
@@ -66,6 +69,10 @@ class HiddenStates:
             if self._files:
                 with self._files[0].open("ab" if len(shapes) > 1 else "wb") as file:
                     file.write(_bytes(state))
+                sums.append(_sha256(state))
+        if sums:
+            with self._files[0].open("ab") as file:
+                file.write(_combined(sums))
         self.layout = Layout(shapes, str(dtype).removeprefix("torch."))
 
     @classmethod
@@ -78,11 +85,21 @@ class HiddenStates:
         name: str = "hidden",
         device: torch.device | str = "cpu",
     ) -> "HiddenStates":
-        """The states that an earlier run left in its files; ``side`` is the file to read, 0 or 1."""
+        """The states that an earlier run left in its files; ``side`` is the file to read, 0 or 1.
+
+        Raises:
+            InputError: the file is too short, or not as that run wrote it.
+        """
         states = cls((), folder, False, name, device)
         states.layout, states.side = layout, side
-        if resident:
-            states._kept = [states._read(i).to(device) for i in range(len(states))]
+        kept, sums = [], []
+        for i in range(len(states)):
+            state = states._read(i)
+            sums.append(_sha256(state))
+            if resident:
+                kept.append(state.to(device))
+        states._check(sums)
+        states._kept = kept if resident else None
         return states
 
     def fork(self, name: str) -> "HiddenStates":
@@ -113,7 +130,7 @@ class HiddenStates:
         if self._kept is not None:
             self._kept[i] = state
             return
-        self._write(i, state, self._files[1 - self.side])
+        self._sums[i] = self._write(i, state, self._files[1 - self.side])
 
     def commit(self) -> None:
         """Swaps read and write buffers: the next block reads what was put. With files, the data is on the disk when
@@ -125,14 +142,18 @@ class HiddenStates:
         Nothing may be put until it has returned."""
         if not self._files:
             return lambda: None
-        file, kept = self._files[1 - self.side], [*(self._kept or ())]
-        self.side = 1 - self.side
+        path, kept, sums = self._files[1 - self.side], [*(self._kept or ())], self._sums
+        self.side, self._sums = 1 - self.side, {}
 
         def bring() -> None:
             for i, state in enumerate(kept):
-                self._write(i, state, file)
+                sums[i] = self._write(i, state, path)
             kept.clear()
-            flush(file)
+            with path.open("r+b") as file:
+                file.seek(self.nbytes)
+                file.write(_combined(sums[i] for i in range(len(self))))
+                file.truncate()
+            flush(path)
 
         return bring
 
@@ -155,10 +176,31 @@ class HiddenStates:
                 view = view[count:]
         return state
 
-    def _write(self, i: int, state: Tensor, path: Path) -> None:
+    def _check(self, sums: list[bytes]) -> None:
+        path = self._files[self.side]
+        with path.open("rb") as file:
+            file.seek(self.nbytes)
+            recorded = file.read()
+        if recorded != _combined(sums):
+            raise InputError(
+                f"resume: {path} has changed since the run wrote it (its checksum differs); start over without --resume"
+            )
+
+    def _write(self, i: int, state: Tensor, path: Path) -> bytes:
+        """Writes the states of batch ``i``, and returns their checksum."""
+        data = _bytes(state)
         with path.open("r+b" if path.exists() else "w+b") as file:
             file.seek(self.layout.offsets[i])
-            file.write(_bytes(state))
+            file.write(data)
+        return hashlib.sha256(data).digest()
+
+
+def _sha256(state: Tensor) -> bytes:
+    return hashlib.sha256(_bytes(state)).digest()
+
+
+def _combined(sums: Iterable[bytes]) -> bytes:
+    return hashlib.sha256(b"".join(sums)).digest()
 
 
 def _bytes(state: Tensor) -> memoryview:

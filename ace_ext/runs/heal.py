@@ -21,7 +21,6 @@ from ace_ext.healing.progress import HealProgress
 from ace_ext.healing.protocols import Observer
 from ace_ext.healing.settings import HealSettings
 from ace_ext.healing.teacher import NAME, earlier_states, teacher_states
-from ace_ext.models.block_store import OffloadedBlocks
 from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.safetensors_files import Shards
 from ace_ext.models.versions import versions
@@ -29,7 +28,7 @@ from ace_ext.process_memory import peak_memory_bytes, return_freed_memory
 from ace_ext.records import REPORT_NAME, PruneReport
 from ace_ext.runs.heal_journal import HealJournal
 from ace_ext.runs.heal_memory import Division, HealDemand
-from ace_ext.runs.heal_models import dense_name, dense_request, open_pruned, running_dense, whole_bytes
+from ace_ext.runs.heal_models import HealedBlocks, dense_name, dense_request, open_pruned, running_dense, whole_bytes
 from ace_ext.runs.heal_text import NOTE, HealText
 from ace_ext.runs.heal_trial import tokens_within
 from ace_ext.runs.held_back import HeldBackText, logits_of_folder
@@ -175,7 +174,9 @@ class _Run:
                 self._request.settings,
                 context=replace(
                     context,
-                    blocks=OffloadedBlocks(self._pruned.blocks, _shards(journal, self._pruned), self._request.device),
+                    blocks=HealedBlocks(
+                        self._pruned, _shards(journal, self._pruned), journal.trained, self._request.device
+                    ),
                     parts=division.parts,
                     resident=division.resident,
                     graphs=division.graphs,
@@ -268,14 +269,13 @@ class _Run:
 
 
 def _open_writer(journal: HealJournal, pruned: Source) -> None:
-    """Opens the output's writer, and copies the pruned folder unless an earlier run did."""
+    """Opens the output's writer, and copies the pruned folder unless an earlier run did, whose output is checked."""
     journal.model.mkdir(parents=True, exist_ok=True)
     journal.writer = format_named(DEFAULT_FORMAT).open(journal.model)
     if not journal.notes.get("laid_out"):
         journal.writer.lay_out(pruned.dense)
-        journal.notes["laid_out"] = True
-        journal.save()
     journal.writer.check(pruned.dense)
+    journal.check_output(pruned.blocks)
 
 
 def _shards(journal: HealJournal, pruned: Source) -> Shards:

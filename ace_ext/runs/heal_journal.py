@@ -13,10 +13,13 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ace_ext.errors import InputError
 from ace_ext.formats import OutputWriter
 from ace_ext.models.blocks import Block
+from ace_ext.models.checksums import file_sha256
 from ace_ext.models.safetensors_files import flush
 from ace_ext.runs.unfinished import UnfinishedRun
+from ace_ext.runs.written_sums import check_written
 
 SAVE_SECONDS = 300
 """The least time between two saved states, in which a crash loses work."""
@@ -42,11 +45,32 @@ class HealJournal(UnfinishedRun):
         self.writer: OutputWriter | None = None
         """Writes the blocks; must be set before training starts."""
         self._training: str | None = None
+        self._sums: dict[str, str] = {}  # of the files of the last save
         self._saved, self._cost = time.perf_counter(), 0.0
         self._open(resume)
 
     def _take_state(self, state: dict[str, Any]) -> None:
-        self.notes, self._training = dict(state["notes"]), state["training"]
+        self.notes, self._training, self._sums = dict(state["notes"]), state["training"], dict(state["sums"])
+
+    @property
+    def trained(self) -> dict[str, str]:
+        """The checksums of the blocks that are trained and written, by name."""
+        found: dict[str, str] = self.notes["output"]["blocks"]
+        return found
+
+    def check_output(self, blocks: list[Block]) -> None:
+        """To be called once the writer is there, with all blocks of the model: records checksums of the output, or
+        compares it with those of the earlier run.
+
+        Raises:
+            InputError: it has changed.
+        """
+        assert self.writer is not None
+        if self.notes.get("laid_out"):
+            check_written(self.model, self.writer, blocks, self.notes["output"])
+            return
+        self.notes |= {"laid_out": True, "output": {"rest": self.writer.rest(blocks) or {}, "blocks": {}}}
+        self.save()
 
     def due(self) -> bool:
         """Whether ``SAVE_SECONDS`` have passed since the last save, and it took little of the time."""
@@ -56,13 +80,15 @@ class HealJournal(UnfinishedRun):
         """Stores notes and tensors together. Tensors of earlier calls are removed once this is done."""
         start = time.perf_counter()
         name: str | None = None
+        sums = {}
         for group, values in tensors:
             name = name or self._new_folder()
             file = self.folder / name / f"{group}.safetensors"
             save_file({key: value.cpu().contiguous() for key, value in values.items()}, file)
             flush(file)
-        self._write_state({"notes": self.notes, "training": name})
-        self._training = name
+            sums[group] = file_sha256(file)
+        self._write_state({"notes": self.notes, "training": name, "sums": sums})
+        self._training, self._sums = name, sums
         for old in self.folder.glob("training-*"):
             if old.name != name:
                 shutil.rmtree(old)
@@ -77,11 +103,21 @@ class HealJournal(UnfinishedRun):
         return name
 
     def tensors(self, group: str) -> dict[str, Tensor]:
-        """A group of tensors of the last save."""
+        """A group of tensors of the last save.
+
+        Raises:
+            InputError: its file is not as it was saved.
+        """
         assert self._training is not None  # the notes say that there are any
-        return dict(load_file(self.folder / self._training / f"{group}.safetensors"))
+        file = self.folder / self._training / f"{group}.safetensors"
+        if not file.is_file() or file_sha256(file) != self._sums.get(group):
+            raise InputError(
+                f"resume: {file} has changed since the run wrote it (its checksum differs); start over without --resume"
+            )
+        return dict(load_file(file))
 
     def write(self, block: Block) -> None:
         """Writes a trained block to the output."""
         assert self.writer is not None  # set before training starts
         self.writer.write(block)
+        self.trained[block.name] = self.writer.written(block)

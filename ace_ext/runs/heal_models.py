@@ -1,7 +1,7 @@
 """The two models of a distillation: the pruned folder and its dense model."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
 
 import torch
@@ -11,8 +11,9 @@ from ace_ext.data.requests import check_predicts
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import tensor_sha256
 from ace_ext.models.block_store import BlockSource, OffloadedBlocks, ResidentBlocks
+from ace_ext.models.blocks import Block
 from ace_ext.models.location import locate
-from ace_ext.models.safetensors_files import has_safetensors
+from ace_ext.models.safetensors_files import Shards, has_safetensors
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.records import PruneReport
 from ace_ext.runs.model_source import Source, open_source
@@ -35,6 +36,27 @@ def open_pruned(folder: str, report: PruneReport, device: torch.device) -> Sourc
     if source.files.shards is None:
         raise InputError(f"{folder!r} does not hold every parameter as it is; give a folder that ace-prune run wrote")
     return source
+
+
+class HealedBlocks(OffloadedBlocks):
+    """The blocks of a pruned folder while it is healed: trained ones are read from the output, all others from the
+    pruned folder, so that nothing is read that this run did not finish.
+
+    Args:
+        pruned: the pruned folder.
+        output: the files of the output.
+        trained: the names of trained blocks, which grows.
+        device: where they are run.
+    """
+
+    def __init__(self, pruned: Source, output: Shards, trained: Container[str], device: torch.device) -> None:
+        super().__init__(pruned.blocks, output, device)
+        assert pruned.files.shards is not None  # see open_pruned
+        self._pruned, self._trained = pruned.files.shards, trained
+
+    def shards_of(self, block: Block) -> Shards:
+        """The output's, or those of the pruned folder."""
+        return self.shards if block.name in self._trained else self._pruned
 
 
 def dense_name(given: str | None, report: PruneReport) -> str:

@@ -234,3 +234,4 @@ def _open_writer(workspace: Workspace, source: Source, request: RunRequest) -> N
     if not workspace.finished:
         workspace.writer.lay_out(source.dense)
     workspace.writer.check(source.dense)
+    workspace.check_output(source.blocks)

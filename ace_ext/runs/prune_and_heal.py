@@ -10,7 +10,9 @@ import torch
 
 from ace_ext.engine.distillation import heal_settings
 from ace_ext.engine.progress import Progress
+from ace_ext.errors import InputError
 from ace_ext.healing.batches import Batches
+from ace_ext.models.checksums import file_sha256
 from ace_ext.models.versions import versions
 from ace_ext.records import REPORT_NAME, PruneReport
 from ace_ext.runs.beginning import from_record
@@ -55,7 +57,9 @@ def prune_and_heal(request: RunRequest, path: Path, progress: Progress, prune: P
             config, options = request.config.without_distillation(), replace(given, overwrite=False)
             first = replace(request, config=config, options=options)
             prune(first, runs.model, progress)
-        _record_config(runs.model, request)
+        if not runs.files:
+            _record_config(runs.model, request)
+        runs.check_pruned()
         second = _second(request, source, runs.model, path, fingerprint)
         report = heal_folder(second, progress.healing)[0]
         runs.remove()
@@ -101,14 +105,32 @@ class _TwoRuns(UnfinishedRun):
 
     def __init__(self, output: Path, fingerprint: dict[str, Any], resume: bool) -> None:
         super().__init__(output.with_name(f"{output.name}.pruned"), fingerprint)
+        self.files: dict[str, str] = {}
+        """Checksums of the pruned model's files, by their names; empty until it is complete."""
         self._open(resume)
-        self._write_state({})
+        self._write_state({"files": self.files})
 
     def _has_state(self) -> bool:
         return (self.folder / "state.json").is_file()
 
     def _take_state(self, state: dict[str, Any]) -> None:
-        """There are no values but the fingerprint."""
+        self.files = dict(state["files"])
+
+    def check_pruned(self) -> None:
+        """Records checksums of the pruned model, or compares it with those of the earlier run.
+
+        Raises:
+            InputError: it has changed.
+        """
+        found = {path.name: file_sha256(path) for path in sorted(self.model.iterdir()) if path.is_file()}
+        for name in sorted({*found, *self.files}) if self.files else ():
+            if found.get(name) != self.files.get(name):
+                raise InputError(
+                    f"resume: {self.model / name} has changed since the run wrote it (its checksum differs); start "
+                    "over without --resume"
+                )
+        self.files = found
+        self._write_state({"files": found})
 
     @property
     def begun(self) -> bool:

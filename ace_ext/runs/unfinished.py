@@ -7,6 +7,7 @@ with anything else in it, or that is a link, was not made by this program and is
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -81,6 +82,8 @@ class UnfinishedRun:
     def _read_state(self) -> None:
         with self._damage_told():
             state = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+            if state.pop("sha256") != _sha256(state):
+                raise ValueError("its checksum differs")
             if state["format"] != FORMAT:
                 raise ValueError(f"format {state['format']}, not {FORMAT}")
             changed = differences(dict(state["fingerprint"]), self.fingerprint)
@@ -114,7 +117,8 @@ class UnfinishedRun:
         """Writes the state, which is on the disk when this returns; after a crash it is the old one or the new one."""
         part = self.folder / "state.json.part"
         with part.open("w", encoding="utf-8") as file:
-            json.dump({"format": FORMAT, "fingerprint": self.fingerprint, **values}, file)
+            state = json.loads(json.dumps({"format": FORMAT, "fingerprint": self.fingerprint, **values}))
+            json.dump({**state, "sha256": _sha256(state)}, file)
             file.flush()
             os.fsync(file.fileno())
         part.replace(self.folder / "state.json")
@@ -157,6 +161,10 @@ class UnfinishedRun:
 def folder_of(output: Path) -> Path:
     """The folder of the unfinished run that writes ``output``."""
     return output.parent / f".{output.name}.unfinished"
+
+
+def _sha256(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
 _OWN = re.compile(

@@ -18,6 +18,7 @@ from ace_ext.models.blocks import Block
 from ace_ext.models.hidden_states import HiddenStates, Layout
 from ace_ext.records import BlockReport, PruneReport
 from ace_ext.runs.unfinished import UnfinishedRun
+from ace_ext.runs.written_sums import check_written
 
 LEAST_COST = 0.5
 """Seconds; if hidden states take less to be written, they are after each block."""
@@ -54,6 +55,7 @@ class Workspace(UnfinishedRun):
         self._hidden: dict[str, Any] = {}
         self._side = 0
         self._cost, self._since = 0.0, time.monotonic()
+        self._sums: dict[str, dict[str, str]] = {"rest": {}, "blocks": {}}
         self.writer: OutputWriter | None = None
         """Writes the blocks; must be set before the first block is done."""
         self.resident_hidden = True
@@ -74,6 +76,20 @@ class Workspace(UnfinishedRun):
             raise ValueError(f"{finished} blocks done, {len(blocks)} reported")
         self.finished, self.blocks, self.notes, self._hidden = finished, blocks, notes, hidden
         self._side = int(state["side"])
+        self._sums = {"rest": dict(state["sums"]["rest"]), "blocks": dict(state["sums"]["blocks"])}
+
+    def check_output(self, blocks: list[Block]) -> None:
+        """To be called once the writer is there, with all blocks of the model: records checksums of the output, or
+        compares it with those of the earlier run.
+
+        Raises:
+            InputError: it has changed.
+        """
+        assert self.writer is not None
+        if self.finished:
+            check_written(self.model, self.writer, blocks, self._sums)
+        else:
+            self._sums = {"rest": self.writer.rest(blocks) or {}, "blocks": {}}
 
     def finish(self, report: PruneReport, report_name: str) -> Path:
         """Ends the writing of the model, and then as :meth:`UnfinishedRun.finish`."""
@@ -123,6 +139,7 @@ class Workspace(UnfinishedRun):
                 if self.writes:
                     assert self.writer is not None  # set before the walk starts
                     self.writer.write(kept)
+                    self._sums["blocks"][kept.name] = self.writer.written(kept)
                 if commits is not None:
                     self._record(layouts, commits)
 
@@ -139,6 +156,7 @@ class Workspace(UnfinishedRun):
         side, finished = 1 - self._side, len(self.blocks)
         if self.writes:
             values = {"finished": finished, "side": side, "hidden": layouts, "notes": self.notes}
+            values["sums"] = self._sums
             self._write_state({**values, "blocks": [asdict(block) for block in self.blocks]})
         self.finished, self._side, self._since = finished, side, time.monotonic()
         self._cost = self._since - start

@@ -1,0 +1,36 @@
+"""Whether the output of an unfinished run still holds what was written to it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ace_ext.errors import InputError
+from ace_ext.formats import OutputWriter
+from ace_ext.models.blocks import Block
+
+
+def check_written(model: Path, writer: OutputWriter, blocks: list[Block], sums: Mapping[str, Any]) -> None:
+    """Compares checksums of a folder with those that were recorded when it was written.
+
+    Args:
+        model: the folder.
+        writer: of it.
+        blocks: all of the model.
+        sums: ``rest`` and ``blocks``, the checksums of :class:`ace_ext.formats.OutputWriter`; only those of written
+            blocks.
+
+    Raises:
+        InputError: they differ; the message names the file or the block.
+    """
+    rest = writer.rest(blocks)
+    if rest is None:
+        return
+    changed = [str(model / name) for name, value in sums["rest"].items() if rest.get(name) != value]
+    for block in blocks:
+        if block.name in sums["blocks"] and writer.written(block) != sums["blocks"][block.name]:
+            changed.append(f"{block.name} in {model}")
+    if changed:
+        raise InputError(
+            f"resume: {changed[0]} has changed since the run wrote it (its checksum differs); start over without "
+            "--resume"
+        )
