@@ -90,6 +90,26 @@ def test_an_older_longer_file_does_not_shine_through(tmp_path):
     assert_states(HiddenStates(batches(), tmp_path, resident=False), batches())
 
 
+@pytest.mark.parametrize("resident", [True, False])
+def test_what_is_brought_to_the_disk_later_has_its_checksum(resident, tmp_path):
+    """Also over an older file that is longer; and a changed byte is named."""
+    path = tmp_path / "hidden-1.bin"
+    path.write_bytes(b"older" * 1000)
+    states = HiddenStates(batches(), tmp_path, resident)
+    for i, tensor in enumerate(batches(seed=1)):
+        states.put(i, tensor)
+    bring = states.commit_later()
+    with pytest.raises(InputError, match=r"hidden-1\.bin has changed .*checksum differs"):
+        HiddenStates.reopen(states.layout, 1, tmp_path, resident)
+    bring()
+    assert_states(HiddenStates.reopen(states.layout, 1, tmp_path, resident), batches(seed=1))
+    data = bytearray(path.read_bytes())
+    data[7] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"hidden-1\.bin has changed .*checksum differs"):
+        HiddenStates.reopen(states.layout, 1, tmp_path, resident)
+
+
 def test_a_short_file_is_named(tmp_path):
     states = HiddenStates(batches(), tmp_path, resident=False)
     path = tmp_path / "hidden-0.bin"

@@ -64,6 +64,29 @@ def test_blocks_read_ahead_are_those_of_the_files(laid_out, monkeypatch):
     assert any(name.startswith("read-ahead") for name in threads)
 
 
+def test_blocks_of_other_files_are_read_ahead_from_those(laid_out, tmp_path):
+    """As in healing, where trained blocks are in the output and all others in the pruned folder."""
+    shards, blocks = laid_out
+    others, changed = (
+        Shards(save_dense(tmp_path / "other", dtype=torch.float32)),
+        f"{blocks[1].name}.mlp.up_proj.weight",
+    )
+    others.write({changed: others.read(changed) + 1})
+
+    class Mixed(OffloadedBlocks):
+        def shards_of(self, block):
+            return others if block is blocks[1] else shards
+
+    store = Mixed(blocks, shards, "cpu")
+    store.read_ahead()
+    for index in range(3):
+        with store.hold(index) as block:
+            for name, parameter in block.module.named_parameters():
+                expected = (others if index == 1 else shards).read(f"{block.name}.{name}")
+                assert torch.equal(parameter, expected), (index, name)
+    assert not torch.equal(others.read(changed), shards.read(changed))
+
+
 def test_an_error_in_reading_ahead_is_raised_when_the_block_is_needed(laid_out):
     shards, blocks = laid_out
     store = OffloadedBlocks(blocks, shards, "cpu")
