@@ -12,6 +12,7 @@ import io
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import safetensors.torch
@@ -42,6 +43,7 @@ class Faults:
 
     def __init__(self, place: Path, kind: str | None, at: int) -> None:
         self.place, self.kind, self.at, self.count = f"{place.resolve()}{os.sep}", kind, at, 0
+        self._counting = threading.Lock()  # blocks are written in a thread of their own
 
     def event(self, what: str, path: object, tear=None) -> None:
         """One event on a path. ``tear``: writes a part of the data, for a kill in the middle of a write."""
@@ -49,10 +51,12 @@ class Faults:
             self.place
         ):
             return
-        self.count += 1
-        if self.kind == "no space" and self.count > self.at and what not in FREEING:
+        with self._counting:
+            self.count += 1
+            number = self.count
+        if self.kind == "no space" and number > self.at and what not in FREEING:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        if self.kind is None or self.count != self.at:
+        if self.kind is None or number != self.at:
             return
         if self.kind in SIGNALS:
             if tear is not None and self.kind != "interrupt":  # which Python handles after the write

@@ -76,7 +76,7 @@ def make_place(place: Path) -> None:
     (place / "results" / "runs.jsonl").write_text(first + "\n")
     unfinished = place / ".new.unfinished"
     (unfinished / "model").mkdir(parents=True)
-    state = {"format": 1, "fingerprint": {}, "finished": 0, "hidden": {}, "notes": {}, "blocks": []}
+    state = {"format": 1, "fingerprint": {}, "finished": 0, "side": 0, "hidden": {}, "notes": {}, "blocks": []}
     state["sums"] = {"rest": {}, "blocks": {}}
     (unfinished / "state.json").write_bytes(signed(json.dumps(state).encode()))
     text = [b"general.architecture", struct.pack("<IQ", 8, 5), b"llama"]
