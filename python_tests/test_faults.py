@@ -13,7 +13,10 @@ from faults import KINDS, SIGNALS, run_with_fault
 from folders import fork, prune, save_dense, tree
 from test_heal import write_text
 
+from ace_ext import InputError
 from ace_ext.compare.journal import RUNS_NAME, read_results
+from ace_ext.runs import pipeline
+from ace_ext.runs.workspace import Workspace
 
 VOLATILE = ("ace_report.json", "ace_manifest.json", "results.json", RUNS_NAME, "stats.zip")
 """Files that hold times; their contents are compared otherwise, or not."""
@@ -177,6 +180,21 @@ def test_two_processes_on_one_output(inputs, whole, tmp_path):
     message = next(p.read_text() for c, p in zip(children, told, strict=True) if c.exitcode)
     assert "is being written by another run" in message or "exists; pass --overwrite" in message
     assert settled(work) == expected
+
+
+def test_a_run_that_gets_the_lock_late_does_not_prune_in_vain(inputs, tmp_path, monkeypatch):
+    """The one that had it has finished meanwhile."""
+
+    def late(*arguments, **named):
+        monkeypatch.undo()
+        prune(inputs / "dense", tmp_path / "out")
+        monkeypatch.setattr(pipeline, "prune_model", None)
+        return Workspace(*arguments, **named)
+
+    monkeypatch.setattr(pipeline, "Workspace", late)
+    with pytest.raises(InputError, match="exists; pass --overwrite"):
+        prune(inputs / "dense", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_second_run_does_not_disturb_one_that_is_stopped(inputs, whole, tmp_path):

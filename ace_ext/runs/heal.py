@@ -158,6 +158,7 @@ class _Run:
             return done
         journal = HealJournal(path, fingerprint, options.resume)
         try:
+            check_output(path, options.overwrite, options.resume)  # of a run that had the lock before
             data = self._text(journal)
             batches = Batches.of(data.tokens, self._request.settings)
             division, need = self._divide(journal, batches)

@@ -128,6 +128,7 @@ def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) ->
         held = Demand(source, request).decide()
         workspace.resident_hidden, workspace.writes_behind = held.hidden, held.overlap
         if peers.rank == 0:
+            check_output(path, request.options.overwrite, request.options.resume)  # of a run that had the lock before
             _open_writer(workspace, source, request)
         sink = inputs.statistics_writer(workspace, peers)
         context = RunContext(
