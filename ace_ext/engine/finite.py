@@ -25,6 +25,11 @@ def is_finite(output: Tensor, token_mask: Tensor | None) -> Tensor:
     return finite.all()
 
 
+def read_at_once(finite: Tensor) -> bool:
+    """Whether what :func:`is_finite` gave may be read now: not on a GPU, where a read waits for all that was queued."""
+    return finite.is_cpu
+
+
 def refusal(block: Block, found: str, given: tuple[Tensor, Arguments] | None = None) -> InputError:
     """The error for numbers of a block that are not finite.
 

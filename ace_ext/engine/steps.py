@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ace_ext import ops
 from ace_ext.engine.context import RunContext
-from ace_ext.engine.finite import NOT_FINITE, is_finite, refusal
+from ace_ext.engine.finite import NOT_FINITE, is_finite, read_at_once, refusal
 from ace_ext.engine.matrix_report import Measurements, dense_output
 from ace_ext.errors import InputError
 from ace_ext.models.block_store import BlockSource
@@ -134,7 +134,7 @@ class Steps:
         self.settle()  # the states that are replaced may be on their way to the disk
         hidden, call = hidden or self.hidden, self.calls[i]
         finite = is_finite(output, call.token_mask)
-        if finite.is_cpu and not bool(finite):
+        if read_at_once(finite) and not bool(finite):
             raise refusal(block, NOT_FINITE, (hidden[i], call.others[index]))
         self._finite.append(finite)
         hidden.put(i, output)
