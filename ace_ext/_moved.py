@@ -19,7 +19,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "driver": ("engine.api",),
     "estimate": ("runs.memory_model",),
     "evaluate": ("data.perplexity",),
-    "experts": ("models.experts",),
+    "experts": ("models.held",),
     "extension": ("ops._extension",),
     "gram": ("pruning.gram",),
     "hidden": ("models.hidden_states",),

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ace_ext.dense_weights import DenseWeight, describe_dense, kind_of
+
 REPORT_NAME = "ace_report.json"
 FORMAT = 1
 
@@ -178,6 +180,8 @@ class PruneReport:
     peak_memory_bytes: int = 0
     versions: dict[str, str] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    dense: list[DenseWeight] = field(default_factory=list)
+    """Matrices that stayed dense. Embeddings, the LM head, biases and norms always do and are not listed."""
     healing: Healing | None = None
     """The distillation that followed, if there was one. The errors of matrices and blocks are those before it."""
     perplexity: HeldBackPerplexity | None = None
@@ -210,9 +214,11 @@ class PruneReport:
         blocks = [BlockReport.from_dict(block) for block in data.pop("blocks")]
         healing = data.pop("healing", None)  # absent from reports written before there was any
         measured = data.pop("perplexity", None)
+        dense = [DenseWeight.from_dict(weight) for weight in data.pop("dense", [])]  # absent too
         return cls(
             **data,
             blocks=blocks,
+            dense=dense,
             healing=None if healing is None else Healing.from_dict(healing),
             perplexity=None if measured is None else HeldBackPerplexity(**measured),
         )
@@ -246,6 +252,7 @@ class PruneReport:
             f"{len(self.blocks)} blocks, {len(self.matrices)} matrices, sparsity {self.sparsity:.4f}, "
             f"{self.seconds:.1f} s, peak memory {self.peak_memory_bytes / 2**30:.2f} GiB on {self.device}"
         )
+        lines += describe_dense(self.dense, sum(matrix.size for matrix in self.matrices))
         if self.healing is not None:
             lines.append(self.healing.summary())
         if self.perplexity is not None:
@@ -262,11 +269,6 @@ class PruneReport:
             f"no weight is left in {sum(matrix.empty_rows for matrix in found):,} rows of {len(found)} matrices, "
             f"{worst.empty_rows:,} of {worst.shape[0]:,} in {worst.name}: these outputs are constant now"
         ]
-
-
-def kind_of(name: str) -> str:
-    """A matrix's name with a star for each number in it, of a block or an expert."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _figures_of(kind: str, matrices: list[MatrixReport]) -> list[str]:

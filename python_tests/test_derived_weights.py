@@ -125,13 +125,19 @@ def test_zeros_are_those_that_the_model_computes_with(model):
 
 def test_a_second_list_of_blocks(model):
     model.model.more_layers = nn.ModuleList([model.model.layers.pop(-1)])
-    refused(
-        model, r"second list of blocks, model\.more_layers \(1 blocks\), which would stay dense", metric="magnitude"
-    )
+    refused(model, r"model\.more_layers\.0\..* is not used by a text call: .* would stay dense", metric="magnitude")
     model.model.forward = type(model.model).forward.__get__(model.model)
     model.model.config.num_hidden_layers = 2
     report = prune_model(model, make_tokens(), PruneConfig("magnitude", skip=[r"model\.more_layers"]))
     assert len(report.blocks) == 2
+
+
+def test_a_second_list_of_blocks_beside_the_text(model):
+    """Its name says that text does not go through it."""
+    model.model.vision_layers = nn.ModuleList([model.model.layers.pop(-1)])
+    refused(
+        model, r"second list of blocks, model\.vision_layers \(1 blocks\), which would stay dense", metric="magnitude"
+    )
 
 
 def test_a_pruning_of_torch_that_was_made_permanent(model):

@@ -201,10 +201,15 @@ def test_pattern_must_divide_the_columns():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
 
 
-def test_a_linear_that_sees_no_token_is_an_error():
-    model = make_model("llama")
-    layer = model.model.layers[1]
-    layer.idle = torch.nn.Linear(32, 32)
+def test_a_large_linear_that_text_does_not_use_is_an_error():
+    """A small one stays dense, and is listed."""
     for order in ("block", "sequential"):
-        with pytest.raises(InputError, match=r"model\.layers\.1\.idle saw no calibration token"):
+        model = make_model("llama")
+        before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        model.model.layers[1].idle = torch.nn.Linear(32, 32)
+        with pytest.raises(InputError, match=r"model\.layers\.1\.idle.* is not used by a text call: 12% of"):
             prune_model(model, make_tokens(), PruneConfig(order=order))
+        assert all(torch.equal(model.get_parameter(name), parameter) for name, parameter in before.items())
+        report = prune_model(model, make_tokens(), PruneConfig(order=order, max_dense=0.2))
+        assert [(w.name, w.reason) for w in report.dense] == [("model.layers.1.idle.weight", "not called")]
+        assert model.model.layers[1].idle.weight.all()

@@ -245,7 +245,7 @@ def test_a_linear_that_a_batch_calls_twice_is_an_error():
 
     def forward(x):
         calls.append(None)
-        again = own(x) if len(calls) > 8 else 0
+        again = own(x) if len(calls) > 11 else 0
         return own(x) + again
 
     mlp.forward = forward

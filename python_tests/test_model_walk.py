@@ -1,11 +1,12 @@
+import re
+
 import pytest
 import torch
-import transformers
 from tiny_models import DENSE_FAMILIES, FAMILIES, make_model, make_tokens
 from torch import nn
 
 from ace_ext import InputError
-from ace_ext.models._transformers import eager_experts
+from ace_ext.models._transformers_layouts import eager_experts
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.replay import capture_calls, run_block
 
@@ -82,15 +83,28 @@ def test_skip_by_full_name():
     }  # fmt: skip
 
 
-def test_weights_that_would_stay_dense_unseen_are_an_error():
-    """GPT-OSS keeps its experts' weights with the output last."""
-    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
-    config = transformers.GptOssConfig(**shape, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
-    model = transformers.GptOssForCausalLM(config)
-    with pytest.raises(InputError, match=r"model\.layers\.0\.mlp.*is no weight of an nn\.Linear"):
-        find_blocks(model)
-    blocks = find_blocks(model, skip=[r"mlp"])
-    assert set(blocks[0].linears) == {f"self_attn.{name}_proj" for name in "qkvo"}
+def test_much_that_would_stay_dense_is_an_error():
+    """A matrix that the block multiplies by in a way of its own. The hint, pasted, is a way out; a little is listed."""
+
+    def model(width):
+        block = torch.nn.Module()
+        block.proj, block.mixer = torch.nn.Linear(width, 8, bias=False), torch.nn.Module()
+        block.mixer.mix = torch.nn.Parameter(torch.ones(8, 8))
+        block.mixer.decay = torch.nn.Parameter(torch.ones(8))
+        outer = torch.nn.Module()
+        outer.layers = torch.nn.ModuleList([block])
+        return outer
+
+    error = r"layers\.0\.mixer\.mix \[8, 8\] is in no layout that can be pruned: 47% of layers\.0 would stay dense"
+    with pytest.raises(InputError, match=error) as caught:
+        find_blocks(model(8), max_dense=0.1)
+    share, pattern = re.search(r"--max-dense ([\d.]+), or --skip '([^']+)'", str(caught.value)).groups()
+    for options in ({"max_dense": float(share)}, {"max_dense": 0.1, "skip": [pattern]}):
+        (block,) = find_blocks(model(8), **options)
+        assert set(block.linears) == {"proj"}
+        assert [(weight.name, weight.shape) for weight in block.dense] == [("layers.0.mixer.mix", (8, 8))]
+    (block,) = find_blocks(model(100), max_dense=0.1)
+    assert [weight.reason for weight in block.dense] == ["no matrix"]
 
 
 def _nan(layers):

@@ -182,7 +182,7 @@ def test_only_the_rest_is_pruned(stopped, tmp_path, monkeypatch):
     real = pipeline.OffloadedBlocks.hold
     monkeypatch.setattr(pipeline.OffloadedBlocks, "hold", lambda self, i: held.append(i) or real(self, i))
     prune(stopped, tmp_path / "out", {**RESUME, "offload": "disk"})
-    assert held == [0, 2]  # 0: how blocks are called
+    assert held == [0, 0, 1, 2, 0, 2]  # the trial of the model: how blocks are called, and each once; then as before
 
 
 def test_without_resume_it_starts_over(stopped, tmp_path):

@@ -11,7 +11,7 @@ import ace_ext
 SOURCES = Path(__file__).parent.parent / "ace_ext"
 
 LAYERS = [
-    {"errors", "version", "fingerprint", "process_memory", "process_threads", "records", "_registry"},
+    {"errors", "version", "fingerprint", "process_memory", "process_threads", "dense_weights", "records", "_registry"},
     {"ops"},
     {"models"},
     {"packed"},
@@ -26,16 +26,16 @@ LAYERS = [
     {"_moved", "_plugin"},
 ]
 """From the bottom: a part may import those of the layers below it, and of its own layer what :data:`BESIDE` says."""
-BESIDE = {("process_memory", "errors"), ("records", "errors"), ("fingerprint", "errors")}
+BESIDE = {("process_memory", "errors"), ("records", "errors"), ("records", "dense_weights"), ("fingerprint", "errors")}
 MAX_LINES = 300
 MAX_ARGUMENTS = 7
 RECORDS = {
+    "RunContext": "the services of a run",
     "MatrixReport": "a row of the report",
     "PruneReport": "the report",
     "Healing": "a part of the report",
     "Run": "a line of runs.jsonl",
     "Estimate": "a row of the memory estimate",
-    "RunContext": "the services of a run",
     "Plan": "what ace-prune plan prints",
     "ModelShape": "sizes of a model",
     "BenchResult": "what ace-prune bench prints",

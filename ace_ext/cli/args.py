@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from ace_ext.cli.selection import add_selection, skip_from
 from ace_ext.data.bos import AUTO, MODES, NEVER, default_mode
 from ace_ext.data.corpora import SELF, SOURCES
 from ace_ext.engine.devices import pick_device
@@ -81,7 +82,7 @@ def add_pruning(parser: argparse.ArgumentParser) -> None:
     amount = group.add_mutually_exclusive_group()
     amount.add_argument("--sparsity", type=float, help=setting_help(own["sparsity"]))
     amount.add_argument("--pattern", help=own["pattern"].help)
-    group.add_argument("--skip", action="append", default=[], metavar="REGEX", help=own["skip"].help)
+    add_selection(group, own["skip"].help)
     for name, setting in own.items():
         if name not in ("metric", "sparsity", "pattern", "skip"):
             add_setting(group, setting, setting_help(setting))
@@ -146,7 +147,7 @@ def config_from(args: argparse.Namespace) -> PruneConfig:
         InputError: as :class:`ace_ext.PruneConfig`, or ``--tune-epochs`` without a solver that trains.
     """
     given = {name: getattr(args, name) for name in all_settings() if getattr(args, name, None) is not None}
-    given["skip"] = tuple(args.skip)
+    given["skip"] = skip_from(args)
     if "" in given.get("update", ()):
         raise InputError("update must be the name of a solver (got ''); see --help")
     if "update" in given:

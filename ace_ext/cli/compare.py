@@ -5,6 +5,7 @@ import textwrap
 from pathlib import Path
 
 from ace_ext.cli import args as shared
+from ace_ext.cli.selection import add_selection, skip_from
 from ace_ext.compare.grid import EVAL_WINDOWS, Evaluation, Grid, Study
 from ace_ext.compare.method_spec import METHODS, parse_methods, setting_names
 from ace_ext.compare.runner import run_study
@@ -49,7 +50,7 @@ def add(commands: shared.Subparsers) -> None:
     parser.add_argument("--eval-seqlen", type=int, default=SEQLEN, help="tokens of a window (default: %(default)s)")
     parser.add_argument("--eval-windows", type=int, default=EVAL_WINDOWS, help="windows at most (default: %(default)s)")
     shared.add_bos(parser, "window of an evaluation text", AUTO, "--eval-bos")
-    parser.add_argument("--skip", action="append", default=[], metavar="REGEX", help="weights to leave dense")
+    add_selection(parser, "weights to leave dense")
     parser.add_argument(
         "--batch-tokens",
         type=int,
@@ -91,7 +92,7 @@ def study_from(args: argparse.Namespace) -> Study:
             bos=args.bos,
         ),
         evaluation=Evaluation(_split(args.texts), args.eval_seqlen, args.eval_windows, args.eval_bos or AUTO),
-        skip=tuple(args.skip),
+        skip=skip_from(args),
         batch_tokens=args.batch_tokens,
         text_field=args.text_field,
         dtype=args.dtype,

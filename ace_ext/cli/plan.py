@@ -4,6 +4,7 @@ import argparse
 
 from ace_ext.cli import args as shared
 from ace_ext.formats import DEFAULT_FORMAT, FORMATS
+from ace_ext.runs.listing import as_json, as_text, list_weights
 from ace_ext.runs.plan import make_plan
 
 EXAMPLES = (
@@ -25,12 +26,17 @@ def add(commands: shared.Subparsers) -> None:
     shared.add_pruning(parser)
     shared.add_calibration(parser)
     shared.add_memory(parser.add_argument_group("the run"))
+    parser.add_argument("--list", action="store_true", help="only list all weights of the blocks, and what stays dense")
     parser.set_defaults(action=plan)
 
 
 def plan(args: argparse.Namespace) -> int:
     """Runs the verb; returns the exit status."""
     request = shared.request_from(args, format=args.format)
+    if args.list:
+        weights = list_weights(request)
+        print(as_json(weights) if args.json else as_text(weights))
+        return 0
     found = make_plan(
         request.model, request.config, request.calibration, request.options, request.device, request.dtype
     )

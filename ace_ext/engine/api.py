@@ -9,21 +9,26 @@ import torch
 from torch import Tensor, nn
 
 from ace_ext.data.requests import check_tokens
+from ace_ext.dense_weights import NOT_CALLED, DenseWeight
 from ace_ext.engine.context import RunContext
 from ace_ext.engine.distillation import Distillation
 from ace_ext.engine.finite import restored_if_float16
 from ace_ext.engine.progress import Progress
 from ace_ext.engine.walk import Walk
+from ace_ext.engine.whole_model import WholeForwards
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import check_version
 from ace_ext.models.block_store import BlockSource, ResidentBlocks
-from ace_ext.models.blocks import Block, find_blocks
+from ace_ext.models.blocks import Block, find_blocks, stay_dense
 from ace_ext.models.hidden_states import HiddenStates
+from ace_ext.models.left_dense import check_share
+from ace_ext.models.order import try_walk
 from ace_ext.models.replay import BlockCall, capture_calls
 from ace_ext.models.versions import versions
 from ace_ext.process_memory import peak_memory_bytes
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.presets import DEFAULT_PRESET, preset_config
+from ace_ext.pruning.statistics import StatisticsCollector
 from ace_ext.records import BlockReport, PruneReport
 
 Batches = Tensor | Iterable[Tensor | dict[str, Tensor]]
@@ -63,20 +68,23 @@ def prune_model(
     config = config or preset_config(DEFAULT_PRESET)
     context = context or RunContext(observer=Progress(progress))
     start = time.perf_counter()
-    store = context.blocks or ResidentBlocks(find_blocks(model, config.skip))
+    store = context.blocks or ResidentBlocks(find_blocks(model, config.skip, max_dense=config.max_dense))
     check_pattern(store.blocks, config)
     device = context.device or next(model.parameters()).device
     context = replace(context, device=device)
     training = model.training
     model.eval()
     try:
-        calls, hidden = _enter(model, store, batches, config, context, device)
+        ready = [] if context.source is not None else list(_as_batches(model, batches, config, device))
+        context = _tried(model, store, ready, config, context)
+        calls, hidden = _enter(model, store, ready, context, device)
         trained = config.solver.model_solver is not None
         distillation = Distillation(model, store, batches, config, context) if trained else None
         weight = next(linear.weight for block in store.blocks for linear in block.linears.values())
         report = PruneReport(config.to_dict(), str(device), str(weight.dtype).removeprefix("torch."))
         with restored_if_float16(store) if context.journal is None else nullcontext():
             Walk(store, calls, hidden, config, report, context, callback).run()
+            report.dense = _left_dense(model, store.blocks, report)
             if distillation is not None:
                 report.healing = distillation.train_()
     finally:
@@ -108,8 +116,7 @@ def check_pattern(blocks: list[Block], config: PruneConfig) -> None:
 def _enter(
     model: nn.Module,
     store: BlockSource,
-    batches: Batches,
-    config: PruneConfig,
+    batches: list[dict[str, Tensor]],
     context: RunContext,
     device: torch.device,
 ) -> tuple[list[BlockCall], HiddenStates | None]:
@@ -119,7 +126,7 @@ def _enter(
     calls: list[BlockCall] = []
 
     def first_states() -> Iterator[Tensor]:
-        for call in capture_calls(model, store.blocks, _as_batches(model, batches, config, device)):
+        for call in capture_calls(model, store.blocks, batches):
             hidden, call.hidden = call.hidden, None
             assert hidden is not None  # just captured
             calls.append(call)
@@ -136,6 +143,59 @@ def _enter(
     if not calls:
         raise InputError("calibration must have at least one token (got none)")
     return calls, hidden
+
+
+def _tried(
+    model: nn.Module, store: BlockSource, batches: list[dict[str, Tensor]], config: PruneConfig, context: RunContext
+) -> RunContext:
+    """The context, with what a trial of the model found; for a model that cannot be walked block by block, with
+    statistics from its whole forward passes.
+
+    Raises:
+        InputError: it is such a model, and the run needs the blocks one by one; or text uses too little of a block.
+    """
+    if not batches or context.source is not None:
+        return context
+    found = try_walk(model, store, batches[0])
+    for block in store.blocks:
+        left = [_not_called(block, child) for child in found.uncalled(block)]
+        check_share(block.name, block.module, [*block.dense, *left], config.max_dense)
+    if found.shares and context.journal is not None and context.journal.finished:
+        raise InputError("the blocks of this model share states, which no file holds; start over without --resume")
+    if found.reason is None:
+        return replace(context, uses=found.uses)
+    trained = config.solver.block_solver or config.solver.model_solver
+    hindered = {
+        "--offload disk": not isinstance(store, ResidentBlocks),
+        f"--update {trained.name if trained else ''}": trained is not None,
+        "--save-stats": context.sink is not None,
+        "--resume": context.journal is not None and context.journal.finished > 0,
+        "several processes": context.peers.size > 1,
+    }
+    for what, asked in hindered.items():
+        if asked:
+            raise InputError(f"this model cannot be walked block by block: {found.reason}; prune it without {what}")
+
+    def collector(linears: dict[str, nn.Linear]) -> StatisticsCollector:
+        return StatisticsCollector(linears, config.needs.read, len(batches), config.token_norm)
+
+    return replace(context, source=WholeForwards(model, store.blocks, batches, collector))
+
+
+def _left_dense(model: nn.Module, blocks: list[Block], report: PruneReport) -> list[DenseWeight]:
+    """The matrices that stayed dense: those known before, and Linears that saw no token."""
+    pruned = {matrix.name for matrix in report.matrices}
+    found = []
+    for block in blocks:
+        for child in block.linears:
+            if block.full_name(child) not in pruned:
+                found.append(_not_called(block, child))
+    return [*stay_dense(model, blocks), *found]
+
+
+def _not_called(block: Block, child: str) -> DenseWeight:
+    shape = tuple(block.linears[child].weight.shape)
+    return DenseWeight(f"{block.full_name(child)}.weight", shape, NOT_CALLED)
 
 
 def _as_batches(

@@ -1,5 +1,7 @@
 """The optional services of a run, which a walk over blocks may use in addition to the model and the tokens."""
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +18,8 @@ class RunContext:
 
     device: torch.device | None = None
     """Where blocks are run; None: the model's device."""
+    uses: Mapping[str, Counter[str]] = field(default_factory=dict)
+    """How often a call of each block calls its Linears, by the block's name, as far as it was tried."""
     blocks: BlockSource | None = None
     """Loads each block's weights when it is needed; None: the model is in memory."""
     observer: Observer = field(default_factory=Progress)

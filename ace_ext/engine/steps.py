@@ -1,6 +1,5 @@
 """The steps of a walk that all strategies share: collect statistics, prune a matrix, run the block, report."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -15,11 +14,12 @@ from ace_ext.errors import InputError
 from ace_ext.models.block_store import BlockSource
 from ace_ext.models.blocks import Block
 from ace_ext.models.hidden_states import HiddenStates
-from ace_ext.models.lockstep import keeps_no_state
+from ace_ext.models.left_dense import any_of
+from ace_ext.models.lockstep import forwards_fit, keeps_no_state
+from ace_ext.models.order import calls_in
 from ace_ext.models.replay import BlockCall, run_block, run_until_called
-from ace_ext.process_memory import available_bytes
 from ace_ext.pruning.config import PruneConfig
-from ace_ext.pruning.masks import keep_budget, prune_weight_, scored_weight
+from ace_ext.pruning.masks import as_rows, keep_budget, prune_weight_, scored_weight
 from ace_ext.pruning.prune_linear import prune_linear_
 from ace_ext.pruning.statistics import LinearStatistics, StatisticsCollector
 from ace_ext.records import BlockReport, MatrixReport, PruneReport
@@ -97,12 +97,14 @@ class Steps:
         """
         hidden = hidden or self.hidden
         collector = self.collector({child: block.linears[child] for child in children})
+        collector.alone = self.repeated(block, index)
+        again = collector.alone.intersection(children)  # their first call is not the last
         collector.needs = needs or collector.needs
         with collector:
             for i, call in enumerate(self.calls):
                 collector.token_mask = call.token_mask
                 with self.naming(block, index, i, hidden):
-                    if advance:
+                    if advance or again:
                         output = run_block(block, hidden[i], call.others[index])
                     else:
                         run_until_called(block, hidden[i], call.others[index], children)
@@ -180,35 +182,39 @@ class Steps:
             self.put(block, index, i, output)
         self.check_outputs(block)
 
+    def repeated(self, block: Block, index: int) -> frozenset[str]:
+        """The Linears that a call of the block calls more than once."""
+        uses = self.context.uses.get(block.name)
+        if uses is None:  # the block was not tried in its model
+            uses = calls_in(block, self.hidden[0], self.calls[0].others[index])
+            self.context.uses = {**self.context.uses, block.name: uses}
+        return frozenset(child for child, count in uses.items() if count > 1)
+
     def check_seen(self, block: Block, child: str, collector: StatisticsCollector) -> None:
-        """Checks that a Linear saw a token. An expert that saw none gets empty statistics, and is then pruned by
-        magnitude.
+        """Gives a Linear that saw no token empty statistics: an expert is then pruned by magnitude, any other stays
+        dense.
 
         Raises:
-            InputError: a Linear that is not an expert saw no token; or an expert did, where its scores would be
-                compared with those of other matrices.
+            InputError: its scores would be compared with those of other matrices.
         """
         if child in collector.stats and collector.stats[child].tokens:
             return
         compared = self.config.comparison.over_matrices or self.config.allocation != "uniform"
-        if not block.is_expert(child) or compared:
-            raise InputError(
-                f"{block.full_name(child)} saw no calibration token; give more or other calibration text, or skip it"
-            )
+        if compared:
+            found = "saw no calibration token; give more or other calibration text, or skip it"
+            if not block.is_expert(child):
+                found = f"is not used by a text call, so it has no scores; leave it dense: --skip {any_of([child])}"
+            raise InputError(f"{block.full_name(child)} {found} (skip= in Python)")
         collector.stats[child] = collector.empty(child)
 
     def can_take_turns(self, block: Block, index: int) -> bool:
-        """Whether the block can be pruned in lockstep: what the batches' unfinished forwards hold fits into memory, and
-        no module of the block keeps state of its own (tried once for each kind of block)."""
+        """Whether the block can be pruned in lockstep: what the batches' unfinished forwards hold fits into memory, it
+        calls each Linear once and with its bias, and no module of it keeps state of its own (tried once for each kind
+        of block)."""
         fits = self.context.keeps_forwards
         if fits is None:
-            widest = max(linear.in_features for linear in block.linears.values())
-            rows = [math.prod(shape[:-1]) for shape in self.hidden.layout.shapes]
-            itemsize = block.linears[next(iter(block.linears))].weight.dtype.itemsize
-            # As ModelShape.waiting_bytes: before the widest Linear, or in attention.
-            held = max(2 * self.hidden.nbytes + sum(rows) * widest * itemsize, 6 * self.hidden.nbytes)
-            fits = held <= available_bytes(self.device) // 2
-        if not fits:
+            fits = forwards_fit(block, self.hidden, self.device)
+        if not fits or block.leaves_biases or self.repeated(block, index):
             return False
         kind = tuple((name, type(module)) for name, module in block.module.named_modules())
         if kind not in self.context.stateless:
@@ -217,12 +223,15 @@ class Steps:
             self.context.stateless[kind] = keeps_no_state(block, index, calls, hidden)
         return self.context.stateless[kind]
 
-    def prune_stage(self, block: Block, index: int, stats: dict[str, LinearStatistics]) -> dict[str, MatrixReport]:
+    def prune_stage(
+        self, block: Block, index: int, stats: dict[str, LinearStatistics]
+    ) -> dict[str, MatrixReport | None]:
         """Prunes the Linears of these statistics, by name; each one's statistics are freed once it is pruned."""
         return {child: self.prune_matrix(block, index, child, stats.pop(child)) for child in list(stats)}
 
-    def prune_matrix(self, block: Block, index: int, child: str, stats: LinearStatistics) -> MatrixReport:
-        """Prunes one Linear's weight and measures the change of its output.
+    def prune_matrix(self, block: Block, index: int, child: str, stats: LinearStatistics) -> MatrixReport | None:
+        """Prunes one Linear's weight and measures the change of its output. None for one that saw no token and is no
+        expert; it stays dense.
 
         Raises:
             InputError: as :func:`ace_ext.pruning.prune_linear.prune_linear_`, with the matrix's name.
@@ -231,7 +240,7 @@ class Steps:
         name = block.full_name(child)
         keep_row = None if self.keeps is None else self.keeps[index][child]
         if not stats.tokens:
-            return self._prune_unseen(name, weight)
+            return self._prune_unseen(name, weight) if block.is_expert(child) else None
         dense = dense_output(stats, weight)
         try:
             solution = prune_linear_(weight, stats, self.config, keep_row, self.context.peers)
@@ -244,7 +253,8 @@ class Steps:
     def _prune_unseen(self, name: str, weight: torch.Tensor) -> MatrixReport:
         """Prunes an expert's weight by magnitude, because no token was routed to it."""
         config = PruneConfig("magnitude", self.config.sparsity, self.config.pattern, self.config.group)
-        prune_weight_(scored_weight(weight, None, config), config)
+        with as_rows(weight) as rows:
+            prune_weight_(scored_weight(rows, None, config), config)
         return self.measurements.unseen(name, weight, keep_budget(weight, config))
 
     def check_finite(self, where: str, weights: Iterable[Tensor]) -> None:

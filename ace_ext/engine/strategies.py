@@ -17,31 +17,32 @@ from ace_ext.models.blocks import Block
 from ace_ext.models.lockstep import Lockstep
 from ace_ext.models.replay import run_block
 from ace_ext.ops import ScoredWeight
-from ace_ext.pruning.masks import prune_model_wide_, scored_weight
+from ace_ext.pruning.masks import as_rows, prune_model_wide_, scored_weight
 from ace_ext.pruning.statistics import LinearStatistics, StatisticsCollector
 from ace_ext.records import BlockReport, MatrixReport
 
-Strategy = Callable[[Steps, Block, int], dict[str, MatrixReport]]
-"""``(walk, block, index of the block) -> reports by the Linears' names in the block``."""
+Strategy = Callable[[Steps, Block, int], dict[str, MatrixReport | None]]
+"""``(walk, block, index of the block) -> reports by the Linears' names in the block``; None: it stayed dense."""
 
 
-def choose(walk: Steps) -> Strategy:
-    """The strategy of a run. It depends on the source of the statistics, the order, and the number of batches."""
+def choose(walk: Steps, block: Block, index: int) -> Strategy:
+    """The strategy for a block. It depends on the source of the statistics, the order, the number of batches, and on
+    whether the block calls a Linear more than once."""
     if walk.context.source is not None or walk.config.order == "block":
         return prune_dense
-    if len(walk.calls) == 1 and walk.context.peers.size == 1:
+    if len(walk.calls) == 1 and walk.context.peers.size == 1 and not walk.repeated(block, index):
         return prune_in_one_forward
     return prune_in_turns
 
 
 def prune_block(walk: Steps, block: Block, index: int, block_report: BlockReport) -> None:
     """Prunes a block's matrices by the run's strategy, and puts the block's outputs."""
-    matrices = choose(walk)(walk, block, index)
+    matrices = choose(walk, block, index)(walk, block, index)
     walk.measurements.read_()
-    block_report.matrices.extend(matrices[child] for child in block.linears)
+    block_report.matrices.extend(filter(None, (matrices[child] for child in block.linears)))
 
 
-def prune_dense(walk: Steps, block: Block, index: int) -> dict[str, MatrixReport]:
+def prune_dense(walk: Steps, block: Block, index: int) -> dict[str, MatrixReport | None]:
     """Order block: collects all statistics from the dense block, prunes it, and runs the pruned block.
 
     If the run saves its statistics, the dense block's outputs become the next block's inputs instead: saved statistics
@@ -55,7 +56,7 @@ def prune_dense(walk: Steps, block: Block, index: int) -> dict[str, MatrixReport
     return done
 
 
-def prune_in_one_forward(walk: Steps, block: Block, index: int) -> dict[str, MatrixReport]:
+def prune_in_one_forward(walk: Steps, block: Block, index: int) -> dict[str, MatrixReport | None]:
     """Order sequential, all tokens in one batch: hooks prune each Linear when it is called.
 
     The Linear returns the output of its pruned weight, so one forward pass collects statistics, prunes, and computes
@@ -63,11 +64,11 @@ def prune_in_one_forward(walk: Steps, block: Block, index: int) -> dict[str, Mat
     which then runs only once.
     """
     collector = walk.collector(block.linears)
-    done: dict[str, MatrixReport] = {}
+    done: dict[str, MatrixReport | None] = {}
 
     def prune(child: str, x: Tensor, output: Tensor | None) -> None:
         collector.observe(child, x, output)
-        if child in done:
+        if child in done:  # not in the sample that repeated() tried
             raise InputError(f"{block.full_name(child)} is called twice in its block; use order='block'")
         if collector.stats[child].tokens:
             done[child] = walk.prune_matrix(block, index, child, collector.stats.pop(child))
@@ -94,7 +95,7 @@ def prune_in_one_forward(walk: Steps, block: Block, index: int) -> dict[str, Mat
     return done
 
 
-def prune_in_turns(walk: Steps, block: Block, index: int) -> dict[str, MatrixReport]:
+def prune_in_turns(walk: Steps, block: Block, index: int) -> dict[str, MatrixReport | None]:
     """Order sequential, several batches or processes: in lockstep if it can be, else by stages. The weights get the
     same bytes either way."""
     stages, complete = _stages(walk, block, index)
@@ -104,10 +105,10 @@ def prune_in_turns(walk: Steps, block: Block, index: int) -> dict[str, MatrixRep
     return prune_by_stages(walk, block, index, stages)
 
 
-def prune_in_lockstep(walk: Steps, block: Block, index: int, stages: list[list[str]]) -> dict[str, MatrixReport]:
+def prune_in_lockstep(walk: Steps, block: Block, index: int, stages: list[list[str]]) -> dict[str, MatrixReport | None]:
     """All batches go on to their next Linear, the first stage that one of them has come to is pruned, and so on: one
     forward pass of each batch in all."""
-    done: dict[str, MatrixReport] = {}
+    done: dict[str, MatrixReport | None] = {}
     place = {child: number for number, stage in enumerate(stages) for child in stage}
     forwards = [
         lambda i=i, call=call: run_block(block, walk.hidden[i], call.others[index]) for i, call in enumerate(walk.calls)
@@ -161,9 +162,9 @@ def _output_of(linear: nn.Linear, x: Tensor) -> Tensor:
     return output
 
 
-def prune_by_stages(walk: Steps, block: Block, index: int, stages: list[list[str]]) -> dict[str, MatrixReport]:
+def prune_by_stages(walk: Steps, block: Block, index: int, stages: list[list[str]]) -> dict[str, MatrixReport | None]:
     """Each stage takes a forward pass of all batches, up to its last Linear; one more puts the outputs."""
-    done: dict[str, MatrixReport] = {}
+    done: dict[str, MatrixReport | None] = {}
     for stage in stages:
         done |= walk.prune_stage(block, index, walk.collect(block, index, stage, advance=False))
     walk.advance(block, index)
@@ -192,8 +193,14 @@ def _stages(walk: Steps, block: Block, index: int) -> tuple[list[list[str]], boo
     stages: list[list[str]] = []
     last: list[Tensor] = []
     together = {child: stage for stage in block.expert_stages() for child in stage}
+    repeated = walk.repeated(block, index)
 
     def note(child: str, x: Tensor) -> None:
+        if child in repeated:
+            if [child] not in stages:
+                stages.append([child])
+            last.clear()
+            return
         if child not in together and any(child in stage for stage in stages):
             raise InputError(f"{block.full_name(child)} is called twice in its block; use order='block'")
         if child in together:
@@ -221,23 +228,26 @@ def prune_whole_model(walk: Steps) -> None:
     """Group model: collects the statistics of all dense blocks, then prunes all weights by one threshold."""
     pending: list[tuple[Block, str, LinearStatistics, ScoredWeight]] = []
     seconds = []
+    written_back = ExitStack()
     for index, block in enumerate(walk.blocks.blocks):
         start = time.perf_counter()
         stats = walk.statistics_of(block, index, advance=True)
         if walk.context.source is None:
             walk.hidden.commit()
         for child, linear in block.linears.items():
-            pending.append((block, child, stats[child], scored_weight(linear.weight, stats[child], walk.config)))
+            rows = written_back.enter_context(as_rows(linear.weight))
+            pending.append((block, child, stats[child], scored_weight(rows, stats[child], walk.config)))
         seconds.append(time.perf_counter() - start)
     dense = [dense_output(stats, scored.weight) for _, _, stats, scored in pending]
-    prune_model_wide_([scored for *_, scored in pending], walk.config.sparsity)
-    weights = [scored.weight for *_, scored in pending]
+    with written_back:
+        prune_model_wide_([scored for *_, scored in pending], walk.config.sparsity)
+    weights = [block.linears[child].weight for block, child, *_ in pending]
     walk.check_finite("model", weights)
     walk.context.peers.check_same(weights, "model")
     blocks = walk.blocks.blocks
     reports = {block.name: BlockReport(block.name, s) for block, s in zip(blocks, seconds, strict=True)}
-    for (block, child, stats_of_child, scored), before in zip(pending, dense, strict=True):
-        matrix = walk.measurements.measure(block.full_name(child), scored.weight, stats_of_child, before, None)
+    for (block, child, stats_of_child, _), weight, before in zip(pending, weights, dense, strict=True):
+        matrix = walk.measurements.measure(block.full_name(child), weight, stats_of_child, before, None)
         reports[block.name].matrices.append(matrix)
     walk.measurements.read_()
     for block in blocks:

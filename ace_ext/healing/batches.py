@@ -14,6 +14,7 @@ from ace_ext.healing.pinned import PinnedBlocks
 from ace_ext.healing.settings import HealSettings
 from ace_ext.models.block_store import BlockSource
 from ace_ext.models.hidden_states import HiddenStates
+from ace_ext.models.order import try_walk
 from ace_ext.models.replay import BlockCall, capture_calls, run_block
 
 SHARED = 16
@@ -106,6 +107,9 @@ def enter(
         place: where the states are kept.
         name: of their files.
         earlier: states of an earlier run, which are then returned.
+
+    Raises:
+        InputError: the model cannot be walked block by block.
     """
     calls: list[BlockCall] = []
 
@@ -119,6 +123,10 @@ def enter(
             yield hidden
 
     device = place.device or next(model.parameters()).device
+    first = {"input_ids": tokens[0].to(device)}
+    reason = None if earlier is not None else try_walk(model, store, first).reason
+    if reason is not None:
+        raise InputError(f"this model cannot be distilled, which goes block by block: {reason}")
     with store.entrance(model):
         if earlier is None:
             return calls, HiddenStates(states(), place.folder, place.resident, name, device)

@@ -7,7 +7,7 @@ inside the functions that need it.
 import contextlib
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -15,9 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from ace_ext.errors import InputError
-
-_EXPERTS = "_experts_implementation"
-"""Of a configuration, from version 5 on: which code computes fused experts. ``"eager"`` is a loop over experts."""
 
 _FLOAT32_MODULES_STRICT = "_keep_in_fp32_modules_strict"
 _FLOAT32_MODULES = "_keep_in_fp32_modules"
@@ -129,6 +126,17 @@ def text_config(model: nn.Module) -> Any:
     return _method(model.config, "get_text_config")()
 
 
+def text_part(model: nn.Module) -> tuple[str, nn.Module]:
+    """The part of a model that text goes through, with its name in the model: the decoder of a model with an encoder or
+    a vision tower beside it, else the model."""
+    if hasattr(model, "get_decoder"):
+        found = _method(model, "get_decoder")()
+        for name, module in model.named_modules():
+            if module is found and any(isinstance(part, nn.ModuleList) for part in module.modules()):
+                return name, module
+    return "", model
+
+
 def attends_eagerly(model: nn.Module) -> bool:
     """Whether a model's attention allocates its weights, ``[batch, heads, seqlen, seqlen]``."""
     return bool(getattr(model.config, _ATTENTION) == "eager")
@@ -225,26 +233,6 @@ def stays_float32(model: nn.Module, name: str, dtype: torch.dtype) -> bool:
     if dtype == torch.float16:
         parts |= set(getattr(model, _FLOAT32_MODULES, None) or ())
     return any(f".{part}." in f".{name}." for part in parts)
-
-
-def holds_output_first_experts(module: nn.Module) -> bool:
-    """Whether the fused experts ``[experts, d_out, d_in]`` of a module are used as ``x Wᵀ``, without a bias.
-
-    ``is_transposed`` and ``has_bias`` are set by the decorator ``use_experts_implementation``. Without them, or where
-    they are set as in GPT-OSS, nothing says which side is the output.
-    """
-    return not (getattr(module, "is_transposed", True) or getattr(module, "has_bias", True))
-
-
-@contextlib.contextmanager
-def eager_experts(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """While it lasts, the fused experts of these modules are computed one after the other, by ``linear(x, W[e])``."""
-    configs = {id(module.config): module.config for module in modules}
-    with contextlib.ExitStack() as stack:
-        for config in configs.values():
-            stack.callback(setattr, config, _EXPERTS, getattr(config, _EXPERTS))
-            setattr(config, _EXPERTS, "eager")
-        yield
 
 
 def saved_as(model: nn.Module, parameters: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -75,15 +75,15 @@ class OffloadedBlocks:
         shards = self.shards_of(block)
         read = shards.read if self._ahead is None else self._ahead.take(index)
         load_(block.module, block.name, shards, self.device, read)
-        for fused in block.experts:
-            fused.bind()
+        for held in block.held:
+            held.bind()
         try:
             check_weights([block])
             yield block
         finally:
             unload_(block.module)
-            for fused in block.experts:
-                fused.bind()
+            for held in block.held:
+                held.bind()
 
     def shards_of(self, block: Block) -> Shards:
         """Where the block's weights are read."""
@@ -230,8 +230,14 @@ def surroundings(model: nn.Module, blocks: list[Block], shards: Shards, device: 
 def _loaded_when_called(
     module: nn.Module, read: Callable[[nn.Parameter], torch.Tensor], device: torch.device | str
 ) -> Iterator[None]:
-    """While it lasts, calls of the module get the values of its own parameters by ``read``, and drop them again."""
+    """While it lasts, calls of the module get the values of its own parameters by ``read``, and drop them again.
+
+    Between calls it has stand-ins on the device: some models move tokens to the device of the embedding's weight before
+    they call it, and on the meta device the tokens would be lost. They are NaN, so that what reads them is seen.
+    """
     own = dict(module.named_parameters(recurse=False))
+    number = {name: torch.full((), torch.nan, dtype=p.dtype, device=device) for name, p in own.items()}
+    stand_ins = {name: nn.Parameter(number[name].expand(p.shape), requires_grad=False) for name, p in own.items()}
 
     def load_(*_: object) -> None:
         for name, parameter in own.items():
@@ -240,8 +246,9 @@ def _loaded_when_called(
             _set_buffer(module, name, buffer.to(device))
 
     def unload_(*_: object) -> None:
-        module._parameters.update(own)  # the same objects as before, so that tied ones stay tied
+        module._parameters.update(stand_ins)
 
+    unload_()
     before = module.register_forward_pre_hook(load_)
     after = module.register_forward_hook(unload_, always_call=True)
     try:
@@ -249,6 +256,7 @@ def _loaded_when_called(
     finally:
         before.remove()
         after.remove()
+        module._parameters.update(own)  # the same objects as before, so that tied ones stay tied
 
 
 def _outside(model: nn.Module, blocks: list[Block]) -> list[tuple[str, nn.Module]]:

@@ -1,22 +1,25 @@
 """Finds a model's blocks and their prunable weights by structure, without knowing the model family.
 
 A block is a decoder layer: an element of the outermost ``nn.ModuleList`` that holds the most parameters, among those
-beside the embedding of the tokens.
+beside the embedding of the tokens, or of another one of about its size.
 """
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from ace_ext.dense_weights import NO_MATRIX, ROUTER, SKIPPED, DenseWeight
 from ace_ext.errors import InputError
-from ace_ext.models._transformers import token_embedding
+from ace_ext.models.block_lists import block_lists
 from ace_ext.models.derived_weights import DTYPES, refuse_derived
-from ace_ext.models.experts import FusedExperts, find_experts
+from ace_ext.models.held import HeldMatrices, find_held, through_linears
+from ace_ext.models.left_dense import check_share, expert_lists, other_weights, outside, routers
 from ace_ext.models.patterns import search_within
 
 CHECKED_AT_ONCE = 2**22
@@ -27,21 +30,38 @@ MATCH_SECONDS = 0.25
 
 @dataclass(frozen=True)
 class Block:
-    """A decoder layer: its full name in the model, the module, and its prunable Linears (those of fused experts
-    included) by their name in the block."""
+    """A decoder layer: its full name in the model, the module, and its prunable Linears (those that stand for held
+    matrices included) by their name in the block."""
 
     name: str
     module: nn.Module
     linears: dict[str, nn.Linear]
-    experts: tuple[FusedExperts, ...] = ()
+    held: tuple[HeldMatrices, ...] = ()
+    dense: tuple[DenseWeight, ...] = ()
+    """The matrices that are not pruned."""
+    expert_lists: tuple[str, ...] = ()
+    """Names of lists of modules that are experts."""
 
     def full_name(self, linear: str) -> str:
         """The name in the model of a Linear that is named by its name in the block."""
         return f"{self.name}.{linear}"
 
+    @property
+    def experts(self) -> list[HeldMatrices]:
+        """The fused tensors of experts."""
+        return [held for held in self.held if held.layout.routed]
+
     def is_expert(self, linear: str) -> bool:
-        """Whether the Linear is the matrix of a fused expert, which sees only the tokens that the router sends it."""
+        """Whether the Linear is an expert's, which sees only the tokens that the router sends it."""
+        return self.is_fused(linear) or any(linear.startswith(f"{name}.") for name in self.expert_lists)
+
+    def is_fused(self, linear: str) -> bool:
+        """Whether the Linear stands for a part of a fused tensor of experts."""
         return any(linear in fused.linears for fused in self.experts)
+
+    def is_transposed(self, linear: str) -> bool:
+        """Whether the parameter with the Linear's own name is stored as ``[d_in, d_out]``."""
+        return any(linear in held.linears for held in self.held if held.layout.transposed and not held.layout.routed)
 
     def as_it_is(self) -> "Block":
         """The block with its present parameters: it keeps them when those of the module are replaced or dropped."""
@@ -50,14 +70,31 @@ class Block:
         def twin_linears(linears: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
             return {child: cast("nn.Linear", _twin(linear, twins)) for child, linear in linears.items()}
 
+        held = [replace(h, owner=_twin(h.owner, twins), linears=twin_linears(h.linears)) for h in self.held]
         module = _twin(self.module, twins)
-        experts = [FusedExperts(_twin(e.owner, twins), e.name, twin_linears(e.linears)) for e in self.experts]
-        return Block(self.name, module, twin_linears(self.linears), tuple(experts))
+        return replace(self, module=module, linears=twin_linears(self.linears), held=tuple(held))
 
     def expert_stages(self) -> list[list[str]]:
         """The names of the prunable Linears, one list for each fused tensor. Linears of one list do not feed each
         other, so they can be pruned together."""
         return [[child for child in fused.linears if child in self.linears] for fused in self.experts]
+
+    def products(self) -> AbstractContextManager[None]:
+        """While it lasts, products with the block's matrices are calls of its Linears: held ones, and those of
+        state-space layers, which multiply by a Linear's weight without calling it (they also have weights of their
+        own)."""
+        return through_linears(self.held, self._used_directly)
+
+    @property
+    def leaves_biases(self) -> bool:
+        """Whether the block may multiply by a Linear's weight without adding its bias: :meth:`products` then takes the
+        bias off the Linear while it is called."""
+        return any(linear.bias is not None for linear in self._used_directly.values())
+
+    @property
+    def _used_directly(self) -> dict[str, nn.Linear]:
+        unknown = any(weight.reason == NO_MATRIX for weight in self.dense)
+        return self.linears if unknown else {}
 
 
 def _twin(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
@@ -71,46 +108,72 @@ def _twin(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
     return twins[id(module)]
 
 
-def find_blocks(model: nn.Module, skip: Iterable[str] = (), check: bool = True) -> list[Block]:
-    """The decoder layers in order, each with the Linears to prune; ``check=False`` leaves :func:`check_weights` out,
-    for a model whose weights are not loaded.
+def find_blocks(model: nn.Module, skip: Iterable[str] = (), check: bool = True, max_dense: float = 1.0) -> list[Block]:
+    """The decoder layers in order, each with the Linears to prune, and with the weights that stay dense.
+
+    Args:
+        model: a causal language model.
+        skip: regular expressions; a weight whose full name matches one stays dense.
+        check: False leaves :func:`check_weights` out, for a model whose weights are not loaded.
+        max_dense: the share of a block's weights that may stay dense unasked, because they have no layout that is
+            known.
 
     Raises:
-        InputError: no list of blocks is found; a block has no Linear to prune; a block keeps weights in a form that is
-            not pruned (expert weights with the output last, transposed ``Conv1D``) and that ``skip`` does not name; two
-            blocks share one weight; a weight is not a plain float32, float16 or bfloat16 matrix.
+        InputError: no list of blocks is found; a block has no Linear to prune; more of a block than ``max_dense``
+            would stay dense; two blocks share one weight; a weight is not a plain float32, float16 or bfloat16 matrix.
     """
     skip = tuple(skip)
     patterns = [_compile(pattern) for pattern in skip]
-    name, modules = _block_list(model)
+    modules, names = block_lists(model, lambda name: _matches(name, patterns))
     blocks: list[Block] = []
-    names: list[str] = []
-    for index, module in enumerate(modules):
-        full = f"{name}.{index}"
-        fused_experts = find_experts(module)
-        names += [f"{full}.{weight}" for weight in _weights_of(module, fused_experts)]
-        routers = _routers(module, fused_experts)
-        experts = tuple(fused for fused in fused_experts if not _matches(f"{full}.{fused.name}", patterns))
-        linears = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear) and f"{n}.weight" not in routers}
-        for fused in experts:
-            linears |= fused.linears
-        linears = {n: linear for n, linear in linears.items() if not _matches(f"{full}.{n}", patterns)}
-        refuse_derived(full, module, linears)
-        _refuse_other_weights(full, module, patterns, routers | {fused.name for fused in experts})
-        blocks.append(Block(full, module, linears, experts))
-    names += _check_second_list(model, name, patterns)
+    for full, module in modules.items():
+        held = find_held(module)
+        names += [f"{full}.{weight}" for weight in _weights_of(module, held)]
+        blocks.append(_block(full, module, held, patterns))
+        refuse_derived(full, module, blocks[-1].linears)
+        check_share(full, module, blocks[-1].dense, max_dense)
     unused = [pattern.pattern for pattern in patterns if not any(_matches(name, [pattern]) for name in names)]
     if unused:
-        raise InputError(f"skip {unused[0][:100]!r} matches no weight of the blocks; ace-prune plan shows their names")
+        raise InputError(
+            f"skip {unused[0][:100]!r} matches no weight of the blocks; ace-prune plan --list shows their names"
+        )
     if not any(block.linears for block in blocks):
-        raise InputError(f"skip leaves no Linear to prune in {name} (got {', '.join(skip) or 'nothing to skip'})")
-    _refuse_tied(model, name, blocks)
+        raise InputError(
+            f"skip leaves no Linear to prune in {blocks[0].name} and on (got {', '.join(skip) or 'nothing to skip'})"
+        )
+    _refuse_tied(model, blocks)
     if check:
         check_weights(blocks)
     return blocks
 
 
-def _refuse_tied(model: nn.Module, name: str, blocks: Iterable[Block]) -> None:
+def _block(full: str, module: nn.Module, held: list[HeldMatrices], patterns: list[re.Pattern[str]]) -> Block:
+    """A block with the full name ``full``: what is pruned in it, and what is not."""
+    chooses = routers(module, held)
+    taken = [h for h in held if not _matches(f"{full}.{h.name}", patterns)]
+    own = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
+    for matrices in taken:
+        own |= matrices.linears
+    linears: dict[str, nn.Linear] = {}
+    dense: dict[str, tuple[Sequence[int], str]] = {}
+    for name, linear in own.items():
+        if f"{name}.weight" in chooses:
+            dense[f"{name}.weight"] = linear.weight.shape, ROUTER
+        elif _matches(f"{full}.{name}", patterns):
+            dense[f"{name}.weight"] = linear.weight.shape, SKIPPED
+        else:
+            linears[name] = linear
+    for matrices in held:
+        if matrices not in taken:
+            dense[matrices.name] = matrices.tensor.shape, SKIPPED
+    for name, parameter in other_weights(module, {matrices.name for matrices in held}):
+        skipped = SKIPPED if _matches(f"{full}.{name}", patterns) else NO_MATRIX
+        dense[name] = parameter.shape, ROUTER if name in chooses else skipped
+    listed = (DenseWeight(f"{full}.{name}", tuple(shape), reason) for name, (shape, reason) in dense.items())
+    return Block(full, module, linears, tuple(taken), tuple(listed), tuple(expert_lists(module)))
+
+
+def _refuse_tied(model: nn.Module, blocks: list[Block]) -> None:
     """Refuses Linears that share their weight with a module outside the blocks, such as the embedding, which is not
     pruned.
 
@@ -118,7 +181,8 @@ def _refuse_tied(model: nn.Module, name: str, blocks: Iterable[Block]) -> None:
         InputError: naming the first.
     """
     named = model.named_parameters(remove_duplicate=False)
-    outside = {id(parameter): other for other, parameter in named if not other.startswith(f"{name}.")}
+    inside = tuple(f"{block.name}." for block in blocks)
+    outside = {id(parameter): other for other, parameter in named if not other.startswith(inside)}
     for block in blocks:
         for child, linear in block.linears.items():
             if id(linear.weight) in outside:
@@ -128,12 +192,12 @@ def _refuse_tied(model: nn.Module, name: str, blocks: Iterable[Block]) -> None:
                 )
 
 
-def _weights_of(module: nn.Module, experts: Iterable[FusedExperts]) -> list[str]:
+def _weights_of(module: nn.Module, held: Iterable[HeldMatrices]) -> list[str]:
     """The names in the block that ``skip`` is compared with: of Linears and experts, and of matrices that no Linear
     holds."""
     names = [name for name, _ in module.named_modules()]
     names += [name for name, parameter in module.named_parameters() if parameter.dim() > 1]
-    return names + [child for fused in experts for child in fused.linears]
+    return names + [child for matrices in held for child in matrices.linears]
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
@@ -147,91 +211,9 @@ def _matches(name: str, patterns: list[re.Pattern[str]]) -> bool:
     return any(search_within(MATCH_SECONDS, pattern, name) for pattern in patterns)
 
 
-def _check_second_list(model: nn.Module, name: str, patterns: list[re.Pattern[str]]) -> list[str]:
-    """The names of blocks of the same kind in other lists, if ``skip`` names all of them: they stay dense.
-
-    Raises:
-        InputError: naming the list, unless ``skip`` names each of its blocks.
-    """
-    lists = _outermost_lists(model)
-    kinds = {type(module) for module in lists[name]}
-    found = []
-    for other, modules in lists.items():
-        alike = [f"{other}.{i}" for i, module in enumerate(modules) if other != name and type(module) in kinds]
-        if any(not _matches(block, patterns) for block in alike):
-            raise InputError(
-                f"model has a second list of blocks, {other} ({len(alike)} blocks), which would stay dense: only "
-                f"{name} is pruned; to leave it dense on purpose, pass skip={re.escape(other)!r}"
-            )
-        found += alike
-    return found
-
-
-def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    def size(modules: nn.ModuleList) -> int:
-        return sum(p.numel() for p in modules.parameters())
-
-    outermost = _outermost_lists(model)
-    if not outermost:
-        raise InputError(f"model has no list of decoder blocks (nn.ModuleList) to prune (got {type(model).__name__})")
-    name = max(_beside_embedding(model, outermost) or outermost, key=lambda key: size(outermost[key]))
-    return name, outermost[name]
-
-
-def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """The lists of modules that are in no other list, by name."""
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    return {
-        name: module
-        for name, module in lists.items()
-        if not any(name.startswith(other + ".") for other in lists) and name
-    }
-
-
-def _beside_embedding(model: nn.Module, lists: Iterable[str]) -> list[str]:
-    """Those of the named lists that are in the smallest part of a model that also holds the embedding of its tokens: a
-    model that sees has more blocks than those of its language part, which may be larger. Empty if there are none."""
-    embedding = token_embedding(model)
-    place = next((name for name, module in model.named_modules() if module is embedding), "")
-    while place:
-        place = place.rpartition(".")[0]
-        found = [name for name in lists if name.startswith(f"{place}." if place else "")]
-        if found:
-            return found
-    return []
-
-
-def _routers(module: nn.Module, experts: Iterable[FusedExperts]) -> set[str]:
-    """Names in the block of the matrices that choose among experts, or scale what a shared one adds. They stay dense:
-    they are tiny, and a wrong choice of experts costs more than a wrong weight.
-
-    They are found by shape, beside the experts: as many rows as there are experts, or one.
-    """
-    counts = {fused.name.rpartition(".")[0]: len(fused.tensor) for fused in experts}
-    counts |= {name: len(m) for name, m in module.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
-    found = set()
-    for holder, count in counts.items():
-        mixture = holder.rpartition(".")[0]
-        for name, parameter in module.get_submodule(mixture).named_parameters(prefix=mixture):
-            if not name.startswith(f"{holder}.") and parameter.dim() == 2 and parameter.shape[0] in (1, count):
-                found.add(name)
-    return found
-
-
-def _refuse_other_weights(block: str, module: nn.Module, patterns: list[re.Pattern[str]], known: set[str]) -> None:
-    """Refuses matrices that no Linear holds, which would silently stay dense. ``known``: parameters, by their names in
-    the block, that may be there."""
-    for owner, child in module.named_modules():
-        for name, parameter in child.named_parameters(recurse=False):
-            full = ".".join(part for part in (block, owner, name) if part)
-            if isinstance(child, nn.Linear | nn.Embedding) or parameter.dim() < 2 or _matches(full, patterns):
-                continue
-            if full.removeprefix(f"{block}.") in known:
-                continue
-            raise InputError(
-                f"{full} {list(parameter.shape)} of {type(child).__name__} is no weight of an nn.Linear and cannot "
-                f"be pruned; to leave it dense on purpose, pass skip={re.escape(owner)!r}"
-            )
+def stay_dense(model: nn.Module, blocks: list[Block]) -> list[DenseWeight]:
+    """The matrices of a model that are not pruned: those of its blocks, and those outside."""
+    return [weight for block in blocks for weight in block.dense] + outside(model, [block.module for block in blocks])
 
 
 def check_weights(blocks: list[Block]) -> None:

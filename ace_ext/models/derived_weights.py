@@ -44,7 +44,10 @@ def _computes_otherwise(linear: nn.Linear) -> bool:
         return False
     x = torch.randn(1, linear.in_features, generator=torch.Generator().manual_seed(0)).to(linear.weight)
     expected = functional.linear(x, linear.weight, linear.bias)
-    found = linear(x)
+    try:
+        found = linear(x)
+    except RuntimeError:  # it takes inputs of another shape, as one of several groups does
+        return True
     if not isinstance(found, Tensor) or found.shape != expected.shape:
         return True
     difference = (found.float() - expected.float()).norm()

@@ -4,6 +4,7 @@ So the Linears of a block can be pruned in their order, each from inputs that pa
 forward pass of each batch in place of one for each step.
 """
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -12,9 +13,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ace_ext.models._transformers import eager_experts
+from ace_ext.models._transformers_layouts import computes_experts, eager_experts
 from ace_ext.models.blocks import Block
+from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.replay import BlockCall, run_block
+from ace_ext.process_memory import available_bytes
 
 
 class _Abandoned(BaseException):
@@ -112,7 +115,7 @@ class Lockstep:
 
     def __enter__(self) -> "Lockstep":
         # For all of them at once: a forward that ends would otherwise restore it while others still run.
-        self._left.enter_context(eager_experts(fused.owner for fused in self._block.experts))
+        self._left.enter_context(eager_experts(held.owner for held in self._block.held if computes_experts(held.owner)))
         for child, linear in self._block.linears.items():
             hook = lambda _, args, child=child: self._arrive(child, args[0])  # noqa: E731
             self._left.callback(linear.register_forward_pre_hook(hook).remove)
@@ -142,6 +145,16 @@ class Lockstep:
     def _arrive(self, child: str, x: Tensor) -> None:
         if self._running is not None:
             self._running.arrive(child, x)
+
+
+def forwards_fit(block: Block, hidden: HiddenStates, device: torch.device) -> bool:
+    """Whether what the batches' unfinished forwards through a block hold takes at most half of the free memory."""
+    widest = max(linear.in_features for linear in block.linears.values())
+    rows = [math.prod(shape[:-1]) for shape in hidden.layout.shapes]
+    itemsize = block.linears[next(iter(block.linears))].weight.dtype.itemsize
+    # As ModelShape.waiting_bytes: before the widest Linear, or in attention.
+    held = max(2 * hidden.nbytes + sum(rows) * widest * itemsize, 6 * hidden.nbytes)
+    return held <= available_bytes(device) // 2
 
 
 def keeps_no_state(block: Block, index: int, calls: Sequence[BlockCall], hidden: Sequence[Tensor]) -> bool:

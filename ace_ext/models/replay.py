@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ace_ext.errors import InputError
 from ace_ext.models.blocks import Block
-from ace_ext.models.experts import through_linears
 
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """A block's positional and keyword arguments besides its hidden states."""
@@ -55,7 +54,7 @@ class _Recorder:
                 self.hidden = hidden
             self.others.append(rest)
             if self.wrap is None:  # what a block returns is only known after one has run
-                with through_linears(self.blocks[index].experts):
+                with self.blocks[index].products():
                     self.wrap = _wrapper_like(original(*args, **kwargs))
             if index == len(self.blocks) - 1:
                 raise _Captured
@@ -108,8 +107,13 @@ def take_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, 
 
 def run_block(block: Block, hidden: Tensor, others: Arguments) -> Tensor:
     """One block's output hidden states ``[batch, seqlen, d_model]``, also of a block that returns a tuple."""
-    with through_linears(block.experts):
+    with block.products():
         output = block.module(hidden, *others[0], **others[1])
+    return first_of(output)
+
+
+def first_of(output: Any) -> Tensor:
+    """The hidden states in a block's output: the output itself, or the first of a tuple."""
     first: Tensor = output if isinstance(output, Tensor) else output[0]
     return first
 

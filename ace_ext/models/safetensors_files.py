@@ -80,12 +80,13 @@ class Shards:
             InputError: no file holds it, or its file was cut after it was opened.
         """
         dtype, shape = self.describe(name)
-        tensor = torch.empty(shape, dtype=dtype)
+        turned = name in self._layout and self._layout[name].transposed
+        tensor = torch.empty(shape[::-1] if turned else shape, dtype=dtype)
         view = bytes_of(tensor)
         for path, offset, size in self.spans(name):
             part, view = view[:size], view[size:]
             _read_into(part, path, offset, name)
-        return tensor
+        return tensor.T if turned else tensor
 
     def write(self, tensors: dict[str, Tensor]) -> None:
         """Overwrites tensors in place, and returns once they are on the disk.
@@ -103,7 +104,8 @@ class Shards:
         files: dict[Path, BinaryIO] = {}
         with ExitStack() as opened:
             for name, tensor in tensors.items():
-                view = bytes_of(tensor.detach().cpu().contiguous())
+                turned = name in self._layout and self._layout[name].transposed
+                view = bytes_of((tensor.T if turned else tensor).detach().cpu().contiguous())
                 for path, offset, size in self.spans(name):
                     part, view = view[:size], view[size:]
                     if path not in files:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ace_ext.models._transformers import saved_as
+from ace_ext.models.held import held_parameters, names_of
+from ace_ext.models.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Stored:
-    """A parameter's shape, and the pieces that it is made of, in order."""
+    """A parameter's shape, and the pieces that it is made of, in order. ``transposed``: the pieces make the parameter's
+    transpose."""
 
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+    transposed: bool = False
 
 
 def layout_of(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
@@ -42,11 +46,13 @@ def layout_of(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
     found: dict[str, Stored] = {}
     for parameters in _in_groups(model):
         found |= _renamed({name: p for name, p in parameters.items() if name not in shapes}, model, shapes)
-        for name, parameter in parameters.items():
-            if parameter.dim() == 3 and (name in shapes or name in found):
-                rows = parameter.shape[:2].numel()
-                whole = found.get(name) or Stored(tuple(parameter.shape), (Piece(name, 0, rows),))
-                found |= _experts(name, whole)
+    for _, path, leaf, layout in held_parameters(model):
+        name = f"{path}.{leaf}"
+        if layout.routed and (name in shapes or name in found):
+            parameter = model.get_parameter(name)
+            rows = parameter.shape[:-1].numel()
+            whole = found.get(name) or Stored(tuple(parameter.shape), (Piece(name, 0, rows),))
+            found |= _experts(path, leaf, layout, whole)
     return found
 
 
@@ -124,12 +130,12 @@ def _fits(piece: Piece, width: tuple[int, ...], shapes: Mapping[str, tuple[int, 
     return tuple(own) == tuple(width) and torch.Size(rows).numel() >= piece.start + piece.rows
 
 
-def _experts(name: str, whole: Stored) -> dict[str, Stored]:
-    """The stored form of each expert's matrix of a fused parameter ``[experts, rows, columns]``."""
-    experts, rows, columns = whole.shape
-    owner, _, leaf = name.rpartition(".")
+def _experts(path: str, leaf: str, layout: Layout, whole: Stored) -> dict[str, Stored]:
+    """The stored form of each expert's matrix of a parameter. ``path``: of the module that owns it as ``leaf``."""
+    rows, columns = torch.Size(whole.shape[:-1]).numel() // layout.count, whole.shape[-1]
+    shape = (columns, rows) if layout.transposed else (rows, columns)
     found, pieces = {}, list(whole.pieces)
-    for expert in range(experts):
+    for name in names_of(path, leaf, layout):
         own, missing = [], rows
         while missing:
             piece = pieces.pop(0)
@@ -138,5 +144,5 @@ def _experts(name: str, whole: Stored) -> dict[str, Stored]:
             if taken < piece.rows:
                 pieces.insert(0, Piece(piece.name, piece.start + taken, piece.rows - taken))
             missing -= taken
-        found[f"{owner}.{expert}.{leaf}.weight"] = Stored((rows, columns), tuple(own))
+        found[f"{name}.weight"] = Stored(shape, tuple(own), layout.transposed)
     return found

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ace_ext.models.block_store import BlockSource
-from ace_ext.models.experts import through_linears
 from ace_ext.models.replay import replaced_forward
 
 
@@ -31,7 +30,7 @@ def _holding(blocks: BlockSource, index: int) -> Callable[..., Any]:
     original = blocks.blocks[index].module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with blocks.hold(index) as block, through_linears(block.experts):
+        with blocks.hold(index) as block, block.products():
             return original(*args, **kwargs)
 
     return forward

@@ -65,7 +65,7 @@ def measure_block(
     """
     scores = {}
     for child, linear in linears.items():
-        scored = scored_weight(linear.weight, stats[child], config)
+        scored = scored_weight(linear.weight.detach().contiguous(), stats[child], config)
         scores[child] = ops.score(scored.weight, scored.formula, scored.column, scored.moment)
     size = max(1, sum(score.numel() for score in scores.values()))
     mean = sum(float(score.double().sum()) for score in scores.values()) / size

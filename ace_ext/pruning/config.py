@@ -37,6 +37,7 @@ class FlatSettings(TypedDict, total=False):
 
     order: str | None
     skip: str | Iterable[str]
+    max_dense: float
     ria_exponent: float
     batch_tokens: int
     token_norm: str | None
@@ -77,6 +78,8 @@ class PruneConfig:
       Linears before it. ``"block"``: all statistics of a block come from the dense block, as in Wanda. The group
       ``"model"`` needs all scores at once, so it always uses ``"block"`` and dense blocks throughout.
     - ``skip``: regular expressions, or a single one; a Linear or expert weight whose full name matches one stays dense.
+    - ``max_dense``: convolutions, decays and other weights that no known matrix product reads stay dense and are listed
+      in the report; if they are more than this share of a block's weights, that is an error.
     - ``ria_exponent``: the power of the input norm in the metric ``ria``.
     - ``batch_tokens``: how many calibration tokens go through a block at a time. Several batches take one forward pass
       of a block too, as long as what they hold between its Linears fits into memory; if not, one for each Linear.
@@ -101,6 +104,11 @@ class PruneConfig:
     group: str = option("row", "which weights are compared", Limits(choices=GROUPS))
     order: str = option(None, "order of work in a block (default: sequential)", Limits(choices=ORDERS))
     skip: tuple[str, ...] = option((), "weights to leave dense")
+    max_dense: float = option(
+        0.1,
+        "share of a block's weights that may stay dense because they are in no layout that can be pruned",
+        Limits(at_least=0, below=1.0000001, words="a share from 0 to 1"),
+    )
     ria_exponent: float = option(0.5, "exponent of the input norm in ria")
     batch_tokens: int = option(BATCH_TOKENS, "tokens that go through a block at a time", Limits(at_least=1))
     token_norm: str = option(

@@ -1,5 +1,8 @@
 """Pruning by the metric alone: binds a weight to its scores and lets its comparison group call the op."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -22,6 +25,18 @@ def count_kept(weight: Tensor) -> Tensor:
     """
     parts = torch.split(weight, max(1, COUNTED_AT_ONCE // max(1, weight.shape[1])))
     return torch.stack([part.bool().sum() for part in parts]).sum()
+
+
+@contextmanager
+def as_rows(weight: Tensor) -> Iterator[Tensor]:
+    """``weight [rows, cols]`` as the ops take it: itself if its rows are contiguous, else a copy, which is written back
+    at the end. The matrix of a parameter that is stored transposed is such a weight."""
+    if weight.shape[1] <= 1 or weight.stride(1) == 1:
+        yield weight
+        return
+    rows = weight.detach().contiguous()
+    yield rows
+    weight.detach().copy_(rows)
 
 
 def scored_weight(weight: Tensor, stats: LinearStatistics | None, config: PruneConfig) -> ScoredWeight:

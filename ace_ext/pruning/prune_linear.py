@@ -6,7 +6,7 @@ from torch import Tensor
 from ace_ext.errors import InputError
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.gram import RelativeLoss
-from ace_ext.pruning.masks import keep_budget, keep_of_group, metric_mask, prune_weight_, scored_weight
+from ace_ext.pruning.masks import as_rows, keep_budget, keep_of_group, metric_mask, prune_weight_, scored_weight
 from ace_ext.pruning.moment_gram import MomentGram
 from ace_ext.pruning.row_shares import AllRows, RowShares
 from ace_ext.pruning.solvers import Problem, Solved
@@ -39,6 +39,18 @@ def prune_linear_(
         ValueError: a value is not finite, the Gram matrix cannot be factorised (see :mod:`ace_ext.pruning.gram`) or
             the update overflowed. The weight is then unchanged.
     """
+    with as_rows(weight) as rows:
+        return _prune_rows_(rows, stats, config, keep_row, shares)
+
+
+def _prune_rows_(
+    weight: Tensor,
+    stats: LinearStatistics,
+    config: PruneConfig,
+    keep_row: int | None,
+    shares: RowShares | None,
+) -> Solution | None:
+    """:func:`prune_linear_` of a weight with contiguous rows."""
     scored = scored_weight(weight, stats, config)
     name = config.solver.name
     if not name:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from ace_ext import ops
-from ace_ext.models.experts import ExpertLinear, filled_linear
+from ace_ext.models.held import ExpertLinear, filled_linear
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, MOMENT, SKETCH, WEIGHTED
 from ace_ext.pruning.sketch import SketchState
@@ -143,7 +143,8 @@ class _Shared:
 class StatisticsCollector:
     """Collects :class:`LinearStatistics` of the named Linears while a block runs, in :attr:`stats`.
 
-    If each Linear is called only once, its entry may be removed right after the call to free memory.
+    If each Linear is called only once, its entry may be removed right after the call to free memory. Statistics of one
+    that is called more often are those of all calls; it must be named in :attr:`alone`.
 
     ``token_mask`` (``[T]`` bool, None for all; set it before each forward) excludes padded tokens. Call
     :meth:`observe` from a hook, or use the collector as a context manager that hooks all its Linears.
@@ -166,6 +167,8 @@ class StatisticsCollector:
         self._shared = _Shared()  # the statistics of the newest input
         self._last: tuple[str, Tensor] | None = None  # the last Linear called, and its input
         self._handles: list[RemovableHandle] = []
+        self.alone: frozenset[str] = frozenset()
+        """Linears that share no statistics with others, because they are called more than once."""
 
     def __enter__(self) -> "StatisticsCollector":
         for name, linear in self.linears.items():
@@ -236,6 +239,9 @@ class StatisticsCollector:
 
     def _share(self, name: str, x: Tensor) -> str:
         """The Linear whose input statistics this one shares; fixed at its first call."""
+        if name in self.alone:
+            self._leader[name], self._last = name, None
+            return name
         if name not in self._leader:
             last = self._last
             self._leader[name] = self._leader[last[0]] if last is not None and last[1] is x else name

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ace_ext.dense_weights import kind_of
 from ace_ext.models.safetensors_files import Shards, has_safetensors
-from ace_ext.records import BlockReport, kind_of
+from ace_ext.records import BlockReport
 from ace_ext.reporting.plots import figure_with, png_of
 
 _SAMPLED = 2**16  # weights of each matrix in the histogram, at most

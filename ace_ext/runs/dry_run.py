@@ -13,6 +13,7 @@ from ace_ext.engine.context import RunContext
 from ace_ext.engine.walk import Walk
 from ace_ext.models.block_store import OffloadedBlocks, ResidentBlocks
 from ace_ext.models.hidden_states import HiddenStates
+from ace_ext.models.order import calls_in
 from ace_ext.models.replay import BlockCall, capture_calls, run_block
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.records import PruneReport
@@ -77,10 +78,12 @@ def try_block(
         calls = [BlockCall(None, [call.others[index]], call.token_mask, call.tokens) for call in calls]
         with offloaded.hold(0) as block, _Passes(block.module) as passes:
             report = PruneReport(config.to_dict(), str(device), "")
+            # A run finds these out beforehand.
+            context.uses = {block.name: calls_in(block, hidden[0], calls[0].others[0])}
             walk = Walk(ResidentBlocks([block]), calls, hidden, config, report, context)
             if several and config.order == "sequential":  # a run tries this once, not in each block
                 walk.can_take_turns(block, 0)
-                passes.count = 0
+            passes.count = 0
             start = time.perf_counter()
             walk.run()
             found.append((part.numel(), time.perf_counter() - start))

@@ -28,7 +28,7 @@ def open_pruned(folder: str, report: PruneReport, device: torch.device) -> Sourc
     Raises:
         InputError: its weights are not in safetensors as they would be loaded.
     """
-    config = PruneConfig(skip=tuple(report.config["skip"]))
+    config = PruneConfig(skip=tuple(report.config["skip"]), max_dense=1.0)
     if not has_safetensors(folder):
         raise InputError(f"{folder!r} holds no safetensors; give a folder that ace-prune run wrote in the dense format")
     source = open_source(RunRequest(folder, config, Calibration(), NO_OFFLOAD, device), weights=False)
@@ -81,7 +81,10 @@ def dense_name(given: str | None, report: PruneReport) -> str:
 
 def dense_request(name: str, report: PruneReport, device: torch.device, max_memory: int | None) -> RunRequest:
     """The request that opens the dense model in the dtype of the pruned one; ``max_memory`` is the run's limit."""
-    config, options = PruneConfig(skip=tuple(report.config["skip"])), replace(NO_OFFLOAD, max_memory=max_memory)
+    config, options = (
+        PruneConfig(skip=tuple(report.config["skip"]), max_dense=1.0),
+        replace(NO_OFFLOAD, max_memory=max_memory),
+    )
     return RunRequest(name, config, Calibration(), options, device, report.dtype)
 
 

@@ -247,7 +247,7 @@ class _Run:
                 stages = block.expert_stages()
                 alone = [[child] for stage in stages for child in stage]
                 yield from ((block, stage) for stage in (alone if self.in_lockstep else stages))
-                others = {c: linear.weight.shape[1] for c, linear in block.linears.items() if not block.is_expert(c)}
+                others = {c: linear.weight.shape[1] for c, linear in block.linears.items() if not block.is_fused(c)}
                 yield from ((block, [c for c in others if others[c] == columns]) for columns in set(others.values()))
 
     def _statistics(self, block: Block, children: Sequence[str], needs: frozenset[str]) -> int:
@@ -256,7 +256,7 @@ class _Run:
         total = 0
         for child in children:
             tokens = self.tokens
-            if block.is_expert(child) and len(children) > 1:
+            if block.is_fused(child) and len(children) > 1:
                 tokens = math.ceil(tokens * self.shape.experts_of_a_token / self.shape.experts)
             total += statistics_bytes(block.linears[child], needs, tokens)
         return total

@@ -46,7 +46,7 @@ class ModelShape:
             vocabulary=len(embedding_weight(model)),
             hidden=text.hidden_size,
             widest=max(max(linear.weight.shape) for linear in linears),
-            heads=text.num_attention_heads if attends_eagerly(model) else 0,
+            heads=getattr(text, "num_attention_heads", 0) if attends_eagerly(model) else 0,
             itemsize=linears[0].weight.dtype.itemsize,
             experts=experts,
             experts_of_a_token=min(experts, getattr(text, "num_experts_per_tok", None) or experts),

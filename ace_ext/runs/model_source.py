@@ -97,7 +97,7 @@ def open_source(request: RunRequest, *, weights: bool = True) -> Source:
     stored = _stored_as_loaded(laid_out, shards, request.dtype)
     files = ModelFiles(request.model, folder, shards if stored else None)
     if stored:
-        blocks = find_blocks(laid_out, request.config.skip, check=False)
+        blocks = find_blocks(laid_out, request.config.skip, check=False, max_dense=request.config.max_dense)
         offload = _wants_offload(laid_out, blocks, shards, request)
         if offload or not weights:
             return Source(laid_out, load_tokenizer(folder), blocks, files, offload)
@@ -109,7 +109,12 @@ def open_source(request: RunRequest, *, weights: bool = True) -> Source:
 def _loaded(request: RunRequest, files: ModelFiles) -> Source:
     where = request.model if files.folder is None else str(files.folder)
     loaded = load_model(where, request.dtype, request.device)
-    return Source(loaded.model, loaded.tokenizer, find_blocks(loaded.model, request.config.skip), files)
+    return Source(
+        loaded.model,
+        loaded.tokenizer,
+        find_blocks(loaded.model, request.config.skip, max_dense=request.config.max_dense),
+        files,
+    )
 
 
 def _planned(request: RunRequest, files: ModelFiles, laid_out: nn.Module | None = None) -> Source:
@@ -122,7 +127,7 @@ def _planned(request: RunRequest, files: ModelFiles, laid_out: nn.Module | None 
         tokenizer = load_tokenizer(files.folder)
         # Tensors are converted one at a time while the files are mapped.
         unpacking = Unpacking(sum(file.stat().st_size for file in files.paths), 0.0)
-    blocks = find_blocks(laid_out, request.config.skip, check=False)
+    blocks = find_blocks(laid_out, request.config.skip, check=False, max_dense=request.config.max_dense)
     return Source(laid_out, tokenizer, blocks, files, unpacking=unpacking)
 
 

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from ace_ext.data.bos import WINDOW_TOKENS, WINDOWS, BosChoice
 from ace_ext.data.corpora import SELF
 from ace_ext.data.generate import ROWS_TOGETHER
+from ace_ext.dense_weights import DenseWeight, describe_dense, kind_of
 from ace_ext.engine.api import check_pattern
 from ace_ext.engine.distillation import heal_settings
 from ace_ext.formats import DEFAULT_FORMAT
 from ace_ext.models._transformers import embedding_weight, text_config
-from ace_ext.models.blocks import Block
+from ace_ext.models.blocks import Block, stay_dense
 from ace_ext.process_memory import peak_memory_bytes, reset_peak, resident_bytes
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.pattern import keep_count
-from ace_ext.records import kind_of
 from ace_ext.runs import held_back
 from ace_ext.runs.dry_run import Trial, try_block
 from ace_ext.runs.heal_trial import try_step
@@ -53,6 +53,8 @@ class Plan:
     output_bytes: int
     """Of the weights in the output; about, if they are compressed."""
     seconds: dict[str, float]
+    dense: list[DenseWeight]
+    """The matrices that stay dense, and why. Whether a Linear is called only the run finds out."""
     bos: BosChoice
     """How calibration samples begin. ``auto`` is undecided if it depends on the weights; no other figure depends on
     it, as the BOS token is one of a sample's tokens."""
@@ -83,6 +85,7 @@ class Plan:
         ]
         weights = "one block at a time from the files" if self.offload else "all in memory"
         states = "in memory" if self.resident_hidden else "on the disk"
+        lines += describe_dense(self.dense, sum(math.prod(matrix.shape) for matrix in self.matrices))
         lines.append(f"{self.blocks} blocks, {len(self.matrices)} matrices; weights {weights}, hidden states {states}")
         for phase in sorted(self.phases, key=lambda phase: -phase.total):
             rank = "peak" if phase is self.peak else "then"
@@ -151,6 +154,7 @@ def make_plan(
         dtype=str(next(iter(source.blocks[0].module.parameters())).dtype).removeprefix("torch."),
         matrices=matrices,
         blocks=len(source.blocks),
+        dense=stay_dense(source.model, source.blocks),
         offload=source.offloaded,
         resident_hidden=held.hidden,
         phases=phases,
@@ -215,8 +219,9 @@ def _writing_bytes(model: nn.Module, calibration: Calibration) -> int:
     logits."""
     text = text_config(model)
     rows = min(ROWS_TOGETHER, calibration.nsamples)
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    attention = getattr(text, "num_attention_heads", 0)  # 0 in a model without attention
+    size = getattr(text, "head_dim", None) or text.hidden_size // max(1, attention)
+    heads = getattr(text, "num_key_value_heads", None) or attention
     cache = 2 * text.num_hidden_layers * heads * size * calibration.seqlen * rows
     embedding = embedding_weight(model)
     return int(cache) * embedding.dtype.itemsize + 4 * 8 * rows * len(embedding)
@@ -237,7 +242,7 @@ def _traffic(source: Source, calibration: Calibration, hidden_reads: int) -> tup
     files = sum(file.stat().st_size for file in source.files.paths)
     loaded = whole if source.files.shards is not None else 0  # copying the files does not load them
     if source.offloaded:
-        loaded += _bytes_of(blocks[:1])  # read once more to capture the blocks' arguments
+        loaded += _bytes_of(blocks[:1]) + whole  # to capture arguments, and to try the model
     return files + loaded + hidden * len(blocks) * hidden_reads, whole + inside + hidden * (len(blocks) + 1)
 
 

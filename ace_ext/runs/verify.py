@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ace_ext.dense_weights import NOT_CALLED
 from ace_ext.errors import InputError, one_line
 from ace_ext.models._transformers import embedding_weight, is_left_out
 from ace_ext.models.blocks import find_blocks
@@ -62,7 +63,7 @@ def verify(folder: str | Path, load: bool = True) -> VerifyResult:
     if isinstance(shards, PackedShards):
         check_hashes(shards)
     result = VerifyResult(str(folder))
-    expected = _expected(Path(folder), shards, config, result)
+    expected, transposed = _expected(Path(folder), shards, config, report, result)
     reported = {matrix.name: matrix for matrix in report.matrices}
     if expected is None:  # the configuration tells nothing; what can be read is checked all the same
         expected = {name: matrix.shape for name, matrix in reported.items()}
@@ -72,6 +73,8 @@ def verify(folder: str | Path, load: bool = True) -> VerifyResult:
         if f"{name}.weight" not in shards:
             continue  # said already
         weight = shards.read(f"{name}.weight")
+        if name in transposed:
+            weight = weight.T.contiguous()
         if tuple(weight.shape) != tuple(shape) or weight.dim() != 2 or not weight.is_floating_point():
             result.problems.append(f"{name}: {weight.dtype} {list(weight.shape)}, but it should be {list(shape)}")
             continue
@@ -102,16 +105,17 @@ def _settings_of(report: PruneReport, folder: str | Path) -> PruneConfig:
 
 
 def _expected(
-    folder: Path, shards: Shards, config: PruneConfig, result: VerifyResult
-) -> dict[str, tuple[int, int]] | None:
-    """Name and shape of every matrix that the run pruned, by the folder's configuration; None if that cannot be read.
-    Checks that the files hold the parameters of the configuration, and that these are finite."""
+    folder: Path, shards: Shards, config: PruneConfig, report: PruneReport, result: VerifyResult
+) -> tuple[dict[str, tuple[int, int]] | None, set[str]]:
+    """Name and shape of every matrix that the run pruned, by the folder's configuration, or None if that cannot be
+    read; and the names of those that are stored as ``[d_in, d_out]``. Checks that the files hold the parameters of the
+    configuration, and that these are finite."""
     try:
         model = skeleton(folder, shards)
         blocks = find_blocks(model, config.skip, check=False)
     except InputError as error:
         result.problems.append(str(error))
-        return None
+        return None, set()
     for own in all_names(model).values():
         stored = shards.held(own)
         if stored is None:
@@ -121,8 +125,16 @@ def _expected(
     for name in shards.unread(model):
         if not is_left_out(model, name):
             result.problems.append(f"{name}: not in the model that config.json describes")
-    linears = {block.full_name(child): linear for block in blocks for child, linear in block.linears.items()}
-    return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+    unused = {weight.name for weight in report.dense if weight.reason == NOT_CALLED}  # which only a run finds out
+    expected, transposed = {}, set()
+    for block in blocks:
+        for child, linear in block.linears.items():
+            name = block.full_name(child)
+            if f"{name}.weight" not in unused:
+                expected[name] = (linear.out_features, linear.in_features)
+            if block.is_transposed(child):
+                transposed.add(name)
+    return expected, transposed
 
 
 def _check_parameter(name: str, shape: tuple[int, ...], shards: Shards, result: VerifyResult) -> None:

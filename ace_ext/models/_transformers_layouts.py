@@ -1,0 +1,68 @@
+"""Names of transformers that say how a module's parameters hold matrices, beside those in ``_transformers.py``."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor, nn
+
+from ace_ext.models.layout import Layout
+
+_IMPLEMENTATION = "_experts_implementation"
+"""Of a configuration, from version 5 on: which code computes fused experts. ``"eager"`` is a loop over experts."""
+
+_TRANSPOSED = "is_transposed"
+"""Of a module with fused experts ``[experts, …]``, from version 5 on: whether they are stored as ``[d_in, d_out]``."""
+
+_TRANSPOSED_LINEAR = "Conv1D"
+"""The class of a Linear whose weight is ``[d_in, d_out]``."""
+
+_EXPERTS = {
+    "DbrxExpertGLU": {"w1": False, "v1": False, "w2": True},
+    "InklingSharedExperts": {"gate_proj": False, "up_proj": False, "down_proj": False},
+    "JetMoeParallelExperts": {"weight": False},
+    "Llama4TextExperts": {"gate_up_proj": True, "down_proj": True},
+    "LongcatFlashExperts": {"gate_up_proj": False, "down_proj": False},
+}
+"""Classes of modules with fused experts that say nothing of their layout: for each parameter whether its matrices are
+stored as ``[d_in, d_out]``."""
+
+_EXPERT_COUNT = "moe_num_experts"
+"""Of a module whose experts are not apart in the first dimension of a tensor: how many there are."""
+
+
+def computes_experts(module: nn.Module) -> bool:
+    """Whether a configuration chooses the code that computes the fused experts of a module: the decorator
+    ``use_experts_implementation`` has set what it says of their layout."""
+    return hasattr(module, _TRANSPOSED) and hasattr(module, "has_bias")
+
+
+def layouts_in(module: nn.Module) -> dict[str, Layout]:
+    """The module's own parameters that hold matrices, other than an ``nn.Linear``'s, by their names in it. Left out is
+    what no decorator and no name of a class says the layout of."""
+    if computes_experts(module):
+        transposed = bool(getattr(module, _TRANSPOSED))
+        own = module.named_parameters(recurse=False)
+        return {name: Layout(len(p), transposed) for name, p in own if p.dim() == 3}
+    for kind in type(module).__mro__:
+        if kind.__name__ == _TRANSPOSED_LINEAR and kind.__module__.startswith("transformers."):
+            return {"weight": Layout(transposed=True, routed=False)}
+        if kind.__name__ in _EXPERTS:
+            turned = _EXPERTS[kind.__name__]
+            owned = [(name, p) for name, p in module.named_parameters(recurse=False) if name in turned]
+            return {name: Layout(_count(module, p), turned[name]) for name, p in owned}
+    return {}
+
+
+def _count(module: nn.Module, parameter: Tensor) -> int:
+    return len(parameter) if parameter.dim() == 3 else int(getattr(module, _EXPERT_COUNT))
+
+
+@contextlib.contextmanager
+def eager_experts(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """While it lasts, the fused experts of these modules are computed one after the other, by ``linear(x, W[e])``."""
+    configs = {id(module.config): module.config for module in modules}
+    with contextlib.ExitStack() as stack:
+        for config in configs.values():
+            stack.callback(setattr, config, _IMPLEMENTATION, getattr(config, _IMPLEMENTATION))
+            setattr(config, _IMPLEMENTATION, "eager")
+        yield

@@ -1,0 +1,206 @@
+"""Matrices that no ``nn.Linear`` owns: experts fused in one tensor, and Linears that are stored transposed.
+
+Each matrix becomes an ``nn.Linear`` that shares the parameter's memory, so that statistics, masks and solvers need no
+code for layouts. While a block runs, the products with these matrices are computed by these Linears.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from ace_ext.models._transformers_layouts import computes_experts, eager_experts, layouts_in
+from ace_ext.models.layout import Layout
+
+
+class ExpertLinear(nn.Linear):
+    """A Linear without bias whose inputs ``[tokens, d_in]`` have another number of tokens in every call.
+
+    Made on the meta device with shape ``[rows, columns]``; :meth:`HeldMatrices.bind` gives it its weight.
+    """
+
+    def __init__(self, columns: int, rows: int) -> None:
+        super().__init__(columns, rows, bias=False, device="meta")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [tokens, columns]`` to ``[tokens, rows]``."""
+        return filled_linear(x, self.weight)
+
+
+def filled_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x Wᵀ`` for ``x [tokens, d_in]``, ``W [d_out, d_in]``: ``[tokens, d_out]``. In half precision on a CPU, ``x`` is
+    padded with zero rows to :func:`filled_rows`.
+
+    There torch compiles a kernel for every new shape, which takes about as long as the product, and keeps about 2 MB
+    for each of the last 1,024 shapes.
+    """
+    missing = filled_rows(len(x)) - len(x)
+    if x.device.type != "cpu" or x.dtype == torch.float32 or not missing:
+        return functional.linear(x, weight)
+    return functional.linear(functional.pad(x, (0, 0, 0, missing)), weight)[: len(x)]
+
+
+def filled_rows(count: int) -> int:
+    """``count`` rounded up to a multiple of 64, from 512 on to a multiple of an eighth to a quarter of it: four
+    different results for each doubling."""
+    step = max(64, 1 << max(0, count.bit_length() - 3))
+    return -(-count // step) * step
+
+
+@dataclass(frozen=True)
+class HeldMatrices:
+    """One parameter of a block that holds matrices, and a Linear for each of them."""
+
+    owner: nn.Module
+    name: str
+    """Of the parameter in the block, like ``mlp.experts.down_proj``."""
+    layout: Layout
+    linears: Mapping[str, nn.Linear]
+    """In the order in which they are stored, by name in the block: ``mlp.experts.3.down_proj`` for an expert, else the
+    owner's."""
+
+    @property
+    def tensor(self) -> Tensor:
+        """The parameter as it is now."""
+        return self.owner.get_parameter(self.name.rpartition(".")[2])
+
+    def bind(self) -> None:
+        """Makes the Linears share the memory of :attr:`tensor`. To be called after the parameter was replaced."""
+        for weight, linear in zip(self.layout.matrices(self.tensor.detach()), self.linears.values(), strict=True):
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def held_parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, str, Layout]]:
+    """The parameters below a module that hold matrices: owner, its name, the parameter's name in it, and layout."""
+    for path, owner in module.named_modules():
+        for leaf, layout in layouts_in(owner).items():
+            yield owner, path, leaf, layout
+
+
+def names_of(path: str, leaf: str, layout: Layout) -> list[str]:
+    """The names of a parameter's matrices, where ``path`` is that of its owner."""
+    if not layout.routed:
+        return [path]
+    return [".".join(filter(None, (path, str(expert), leaf))) for expert in range(layout.count)]
+
+
+def find_held(module: nn.Module) -> list[HeldMatrices]:
+    """The parameters of a block that hold matrices, bound to a Linear for each."""
+    found = []
+    for owner, path, leaf, layout in held_parameters(module):
+        _, rows, columns = layout.matrices(owner.get_parameter(leaf).detach()).shape
+        kind = ExpertLinear if layout.routed else _plain
+        linears = {child: kind(columns, rows) for child in names_of(path, leaf, layout)}
+        found.append(HeldMatrices(owner, ".".join(filter(None, (path, leaf))), layout, linears))
+        found[-1].bind()
+    return found
+
+
+def _plain(columns: int, rows: int) -> nn.Linear:
+    return nn.Linear(columns, rows, bias=False, device="meta")
+
+
+@contextmanager
+def through_linears(
+    held: Sequence[HeldMatrices], used_directly: Mapping[str, nn.Linear] | None = None
+) -> Iterator[None]:
+    """While it lasts, experts compute one after the other, and each product with a held matrix is a call of its Linear,
+    so that the Linear's hooks see its inputs and outputs.
+
+    ``used_directly``: other Linears whose weight the block may multiply by without calling them.
+    """
+    if not held and not used_directly:
+        yield
+        return
+    with eager_experts(h.owner for h in held if computes_experts(h.owner)), _Redirected(held, used_directly or {}):
+        yield
+
+
+_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+_BATCHED = (torch.bmm, Tensor.bmm)
+
+
+class _Redirected(TorchFunctionMode):
+    """Redirects products with known matrices to their Linears; a matrix is recognised by its address and strides.
+
+    Inside :meth:`__torch_function__` the mode is off, so the Linear's own product is the real one.
+    """
+
+    def __init__(self, held: Sequence[HeldMatrices], used_directly: Mapping[str, nn.Linear]) -> None:
+        super().__init__()
+        own = [linear for matrices in held for linear in matrices.linears.values()]
+        self._own = {linear.weight.data_ptr(): linear for linear in own}
+        self._all = self._own | {linear.weight.data_ptr(): linear for linear in used_directly.values()}
+        self._held = {matrices.tensor.data_ptr(): matrices for matrices in held}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        found = None if kwargs else self._product(func, args)
+        return func(*args, **(kwargs or {})) if found is None else found
+
+    def _product(self, func: Callable[..., Any], args: Sequence[Any]) -> Tensor | None:
+        """The result of a product with a known matrix ``W``; None for any other call."""
+        if func is functional.linear and len(args) in (2, 3):
+            linear = self._own.get(args[1].data_ptr())
+            if linear is not None and _same(args[1], linear.weight):
+                return _plus(linear(args[0]), args[2] if len(args) == 3 else None)
+        elif func in _PRODUCTS and len(args) == 2:
+            left, right = args
+            linear = self._all.get(right.data_ptr())
+            if linear is not None and _same(right, linear.weight.T):  # x Wᵀ
+                return _without_bias(linear, left)
+            linear = self._all.get(left.data_ptr())
+            if linear is not None and _same(left, linear.weight):  # W xᵀ, as state-space layers use it
+                return _without_bias(linear, right.transpose(-1, -2)).transpose(-1, -2)
+            return self._batch(left, right)
+        elif func is torch.addmm and len(args) == 3:
+            linear = self._own.get(args[2].data_ptr())
+            if linear is not None and _same(args[2], linear.weight.T):
+                return linear(args[1]) + args[0]  # type: ignore[no-any-return]
+        elif func in _BATCHED and len(args) == 2:
+            return self._batch(*args)
+        return None
+
+    def _batch(self, x: Tensor, tensor: Tensor) -> Tensor | None:
+        """``[experts, tokens, d_out]``: each expert's inputs ``[experts, tokens, d_in]`` times its matrix. Inputs of
+        zeros are those of tokens that are not routed to the expert: its Linear does not see them."""
+        held = self._held.get(tensor.data_ptr())
+        if held is None or x.dim() != 3 or not _same(tensor, held.layout.matrices(held.tensor).transpose(1, 2)):
+            return None
+        outputs = []
+        for inputs, linear in zip(x, held.linears.values(), strict=True):
+            routed = inputs.any(dim=1)
+            output = inputs.new_zeros(len(inputs), linear.out_features)
+            output[routed] = linear(inputs[routed])
+            outputs.append(output)
+        return torch.stack(outputs)
+
+
+def _same(tensor: Tensor, other: Tensor) -> bool:
+    """Whether tensors at one address are the same matrix."""
+    return tensor.shape == other.shape and tensor.stride() == other.stride()
+
+
+def _without_bias(linear: nn.Linear, x: Tensor) -> Tensor:
+    """``x Wᵀ`` by a call of the Linear: its hooks run, and its bias, which the caller did not ask for, is taken off."""
+    bias = linear.bias
+    linear.register_parameter("bias", None)
+    try:
+        output: Tensor = linear(x)
+        return output
+    finally:
+        linear.register_parameter("bias", bias)
+
+
+def _plus(output: Tensor, bias: Tensor | None) -> Tensor:
+    return output if bias is None else output + bias

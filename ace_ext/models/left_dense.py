@@ -1,0 +1,110 @@
+"""The weights of a model that are not pruned: routers, convolutions and other parameters that no matrix product reads,
+and what lies outside the blocks. They are listed; where they are a large share of a block they are refused."""
+
+import re
+from collections.abc import Collection, Iterable, Iterator
+
+from torch import nn
+
+from ace_ext.dense_weights import NO_MATRIX, NOT_CALLED, OUTSIDE, DenseWeight
+from ace_ext.errors import InputError
+from ace_ext.models._transformers import input_embedding, output_head
+from ace_ext.models.held import HeldMatrices
+
+_ROUTER = re.compile(r"(^|\.)\w*router\w*(\.|$)")
+"""Names of modules that choose, wherever they are in a block."""
+_CHOOSES = re.compile(r"(^|\.)(gate|wg|shared_expert_gate|classifier)(\.|$)")
+"""Names of modules that choose among experts, if they are in the module that holds these."""
+
+
+def expert_lists(module: nn.Module) -> dict[str, int]:
+    """Lists of modules in a block that are experts, by name, with their number: beside them is what chooses."""
+    lists = {name: len(m) for name, m in module.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
+    return {name: count for name, count in lists.items() if _choosing(module, name, count)}
+
+
+def routers(module: nn.Module, held: Iterable[HeldMatrices]) -> set[str]:
+    """Names in the block of the matrices that choose among experts, or scale what a shared one adds. They stay dense:
+    they are tiny, and a wrong choice of experts costs more than a wrong weight.
+
+    They are found by name, and beside the experts, in the smallest module that holds more than these, also by shape (as
+    many rows as there are experts, or one).
+    """
+    named = ((name, p) for name, p in module.named_parameters() if p.dim() == 2)
+    found = {name for name, _ in named if _ROUTER.search(name.rpartition(".")[0])}
+    counts = {h.name.rpartition(".")[0]: h.layout.count for h in held if h.layout.routed} | expert_lists(module)
+    for holder, count in counts.items():
+        found |= _choosing(module, holder, count)
+    return found - {h.name for h in held}
+
+
+def _choosing(module: nn.Module, holder: str, count: int) -> set[str]:
+    """The matrices beside ``count`` experts that choose among them, by name in the block."""
+    return {
+        name
+        for name, p in _beside(module, holder)
+        if p.dim() == 2 and (p.shape[0] in (1, count) or _CHOOSES.search(name.rpartition(".")[0]))
+    }
+
+
+def _beside(module: nn.Module, holder: str) -> list[tuple[str, nn.Parameter]]:
+    """The parameters beside a holder of experts, by name in the block."""
+    found: list[tuple[str, nn.Parameter]] = []
+    around = holder
+    while around and not found:
+        around = around.rpartition(".")[0]
+        own = module.get_submodule(around).named_parameters(prefix=around)
+        found = [(name, p) for name, p in own if not name.startswith(f"{holder}.")]
+    return found
+
+
+def other_weights(module: nn.Module, held: Collection[str]) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a block with two or more dimensions that are in no Linear and not in ``held``, by name in the
+    block. Embeddings and biases are left out."""
+    for owner, child in module.named_modules():
+        if isinstance(child, nn.Linear | nn.Embedding):
+            continue
+        for leaf, parameter in child.named_parameters(recurse=False):
+            name = f"{owner}.{leaf}".lstrip(".")
+            if parameter.dim() > 1 and name not in held and not leaf.endswith("bias"):
+                yield name, parameter
+
+
+def check_share(block: str, module: nn.Module, dense: Iterable[DenseWeight], limit: float) -> None:
+    """Checks how much of a block stays dense although nobody asked for it.
+
+    Raises:
+        InputError: more than ``limit``, a share of the block's weights. It names the largest.
+    """
+    unasked = [weight for weight in dense if weight.reason in (NO_MATRIX, NOT_CALLED)]
+    total = sum(p.numel() for p in module.parameters())
+    share = sum(weight.size for weight in unasked) / max(1, total)
+    if not unasked or share <= limit:
+        return
+    largest = max(unasked, key=lambda weight: weight.size)
+    why = "is in no layout that can be pruned" if largest.reason == NO_MATRIX else "is not used by a text call"
+    names = dict.fromkeys(_in_block(weight.name, block) for weight in unasked)
+    raise InputError(
+        f"{largest.name} {list(largest.shape)} {why}: {share:.0%} of {block} would stay dense; to leave that dense on "
+        f"purpose, pass --max-dense {min(1.0, int(share * 100 + 1) / 100)}, or --skip {any_of(names)} (in Python "
+        "max_dense=, skip=)"
+    )
+
+
+def _in_block(name: str, block: str) -> str:
+    return name.removeprefix(f"{block}.").removesuffix(".weight")
+
+
+def any_of(names: Iterable[str]) -> str:
+    """A regular expression for any of these names, as a shell and Python take it: each dot stands for itself."""
+    return f"'{'|'.join(names)}'"
+
+
+def outside(model: nn.Module, blocks: Iterable[nn.Module]) -> list[DenseWeight]:
+    """The matrices that are in none of the blocks. Embeddings, the LM head and biases are left out."""
+    left = {id(p) for block in blocks for p in block.parameters()}
+    ends = [end(model) for end in (output_head, input_embedding) if hasattr(model, "get_output_embeddings")]
+    for module in (*ends, *(m for m in model.modules() if isinstance(m, nn.Embedding))):
+        left |= {id(p) for p in module.parameters()} if module is not None else set()
+    named = ((name, p) for name, p in model.named_parameters() if p.dim() > 1 and id(p) not in left)
+    return [DenseWeight(name, tuple(p.shape), OUTSIDE) for name, p in named if not name.endswith("bias")]

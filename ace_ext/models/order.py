@@ -1,0 +1,176 @@
+"""Whether a model can be walked block by block: it calls each block once, in order, and a block reads nothing of the
+others but their output. It is tried on a few tokens before anything is changed."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ace_ext.errors import InputError
+from ace_ext.models._transformers import output_head
+from ace_ext.models.block_store import BlockSource
+from ace_ext.models.blocks import Block
+from ace_ext.models.replay import Arguments, BlockCall, capture_calls, first_of, replaced_forward, run_block
+
+TOKENS = 8
+"""Tokens of the first sample on which it is tried."""
+TOLERANCE = 0.05
+"""Relative difference of the last block's outputs in the model and block by block. A block that misses what another one
+hands it gives another output altogether; rounding gives about 0.01 in bfloat16."""
+
+
+class _Done(Exception):
+    """Ends a forward pass before the LM head. Never leaves this file."""
+
+
+@torch.no_grad()
+def try_walk(model: nn.Module, store: BlockSource, batch: dict[str, Tensor]) -> "Findings":
+    """Tries a forward pass and a walk on a few tokens. Reads each block once.
+
+    Args:
+        model: in evaluation mode.
+        store: its blocks.
+        batch: arguments of a call, ``[batch, seqlen]`` each; a few tokens of it are used.
+
+    Raises:
+        InputError: a text call reaches none of the blocks.
+    """
+    few = {name: value[:1, :TOKENS] for name, value in batch.items() if name != "attention_mask"}
+    with store.entrance(model):
+        call = _captured(model, store, few)
+    trial = _Trial(store, call)
+    with ExitStack() as stack:
+        for index, block in enumerate(store.blocks):
+            stack.enter_context(replaced_forward(block.module, trial.forward_of(index, block.module.forward)))
+        stack.enter_context(store.surroundings(model))  # as it is needed, so that only one block is held
+        _pass_through(model, few)
+    return Findings(trial.verdict(), trial.uses, trial.shares)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What :func:`try_walk` found."""
+
+    reason: str | None
+    """Why the model cannot be walked block by block, in words; None if it can."""
+    uses: dict[str, Counter[str]]
+    """By the name of each block that was called: how often each of its Linears was."""
+
+    shares: bool = False
+    """Whether blocks hand on more in a dict that is an argument of each, such as keys and values."""
+
+    def uncalled(self, block: Block) -> list[str]:
+        """The Linears of a block that no text call uses; experts, which other text may use, are left out."""
+        uses = self.uses.get(block.name, Counter())
+        return [child for child in block.linears if not uses[child] and not block.is_expert(child)]
+
+
+def _captured(model: nn.Module, store: BlockSource, batch: dict[str, Tensor]) -> BlockCall | None:
+    try:
+        return next(capture_calls(model, store.blocks, [batch]))
+    except Exception:  # whatever a model raises whose blocks are left out, or called in another order
+        return None
+
+
+class _Trial:
+    """One forward pass of a model, beside which each block is also called as a walk would."""
+
+    def __init__(self, store: BlockSource, call: BlockCall | None) -> None:
+        self._store, self._call = store, call
+        self._hidden = None if call is None else call.hidden
+        self.uses: dict[str, Counter[str]] = {}
+        self._calls: list[str] = []
+        self._output: Tensor | None = None
+        self._error: Exception | None = None
+
+    def forward_of(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward that replaces ``original``, that of block ``index``."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with self._store.hold(index) as block:
+                with block.products(), _counted(block, self.uses.setdefault(block.name, Counter())):
+                    output = original(*args, **kwargs)
+                if len(self._calls) == index and self._hidden is not None and self._call is not None:
+                    with replaced_forward(block.module, original):
+                        self._walk(index)
+            self._calls.append(block.name)
+            self._output = first_of(output)
+            return output
+
+        return forward
+
+    def _walk(self, index: int) -> None:
+        assert self._call is not None
+        assert self._hidden is not None
+        try:
+            self._hidden = run_block(self._store.blocks[index], self._hidden, self._call.others[index])
+        except Exception as error:  # whatever a block raises that misses something
+            self._error, self._hidden = error, None
+
+    @property
+    def shares(self) -> bool:
+        """As :attr:`Findings.shares`: such a dict is empty before the walk."""
+        calls = [] if self._call is None else self._call.others
+        return any(isinstance(value, dict) and bool(value) for _, named in calls for value in named.values())
+
+    def verdict(self) -> str | None:
+        """As :attr:`Findings.reason`."""
+        names = [block.name for block in self._store.blocks]
+        if self._calls != names:
+            return _described(self._calls, names)
+        if self._error is not None:
+            return f"its blocks need more than the output of the one before ({type(self._error).__name__})"
+        if self._hidden is None or self._output is None:
+            return "it cannot run with its blocks left out"
+        expected = self._output.float()
+        difference = (self._hidden.float() - expected).norm() / expected.norm().clamp_min(1e-30)
+        return "its blocks read more than the output of the one before" if difference > TOLERANCE else None
+
+
+@contextmanager
+def _counted(block: Block, uses: Counter[str]) -> Iterator[None]:
+    """While it lasts, calls of the block's Linears are counted."""
+    with ExitStack() as hooks:
+        for child, linear in block.linears.items():
+            handle = linear.register_forward_pre_hook(lambda *_, child=child: uses.update([child]))
+            hooks.callback(handle.remove)
+        yield
+
+
+def calls_in(block: Block, hidden: Tensor, others: Arguments) -> Counter[str]:
+    """How often a block calls each of its Linears; arguments as of :func:`ace_ext.models.replay.run_block`."""
+    uses: Counter[str] = Counter()
+    with _counted(block, uses):
+        run_block(block, hidden, others)
+    return uses
+
+
+def _pass_through(model: nn.Module, batch: dict[str, Tensor]) -> None:
+    """Calls the model up to its LM head."""
+
+    def end(*_: Any, **__: Any) -> Any:
+        raise _Done
+
+    head = output_head(model) if hasattr(model, "get_output_embeddings") else None
+    with ExitStack() as replaced:
+        if head is not None:
+            replaced.enter_context(replaced_forward(head, end))
+        try:
+            model(**batch, use_cache=False)
+        except _Done:
+            return
+
+
+def _described(calls: list[str], names: list[str]) -> str:
+    counts = Counter(calls)
+    missing = [name for name in names if not counts[name]]
+    if len(missing) == len(names):
+        raise InputError(f"a text call does not reach the blocks {names[0]} and on; prune the model's language part")
+    if missing:
+        return f"it does not call {missing[0]}"
+    most = max(names, key=lambda name: counts[name])
+    return f"it calls {most} {counts[most]} times" if counts[most] > 1 else "it calls its blocks in another order"

@@ -1,0 +1,113 @@
+"""Models that are no chain of blocks, each called once: looped ones, Linears called twice, blocks that share states."""
+
+import every_class
+import pytest
+import torch
+from folders import TEXT, prune
+from tiny_models import make_model, make_tokenizer, make_tokens
+
+from ace_ext import InputError, PruneConfig, prune_model
+from ace_ext.dense_weights import NOT_CALLED
+from ace_ext.models.block_store import ResidentBlocks
+from ace_ext.models.blocks import find_blocks
+from ace_ext.models.order import try_walk
+from ace_ext.runs.verify import verify
+
+LOOPED, SHARING, TWO_LISTS, TWICE, UNUSED = "dory", "gemma3n_text", "xlm", "prophetnet", "bart"
+
+
+def tried(model):
+    return try_walk(model.eval(), ResidentBlocks(find_blocks(model)), {"input_ids": make_tokens()})
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "opt", "deepseek-v3"])
+def test_a_chain_of_blocks_is_one(family):
+    model = make_model(family)
+    found = tried(model)
+    assert found.reason is None
+    assert list(found.uses) == [block.name for block in find_blocks(model)]
+    for block in find_blocks(model):
+        assert not found.uncalled(block)
+        assert set(found.uses[block.name].values()) == {1}
+
+
+@pytest.mark.parametrize(("kind", "reason"), [(LOOPED, r"calls \S+ \d+ times"), (TWO_LISTS, "another order")])
+def test_what_is_no_chain_is_seen_before_anything_changes(kind, reason):
+    model = every_class.build(kind)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(InputError, match=f"block by block: .*{reason}.*; prune it without --update tune"):
+        prune_model(model, make_tokens(), PruneConfig(update="tune", max_dense=0.5))
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_blocks_that_hand_on_more_than_their_output_are_no_chain():
+    """The second block reads what the first one left in its module."""
+    model = make_model("llama")
+    first, second = model.model.layers[0].mlp, model.model.layers[1].mlp
+    first.register_forward_hook(lambda m, args, out: setattr(m, "kept", out))
+    second.register_forward_pre_hook(lambda m, args: (args[0] + first.__dict__.pop("kept"),))
+    assert tried(model).reason == "its blocks need more than the output of the one before (KeyError)"
+
+
+def inputs_of(model, linear, tokens):
+    """All inputs ``[tokens, d_in]`` of a Linear in a forward pass of the model, of every call."""
+    found = []
+    handle = linear.register_forward_pre_hook(lambda _, args: found.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        for batch in tokens.split(2):
+            model(batch, use_cache=False)
+    handle.remove()
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("kind", [LOOPED, SHARING, TWO_LISTS, TWICE])
+@pytest.mark.parametrize("batch_tokens", [16384, 32], ids=["one-batch", "batches"])
+def test_masks_are_those_of_all_calls(kind, batch_tokens):
+    """Wanda's masks of the first block, whose inputs no pruned weight has changed; each by its definition."""
+    model, tokens = every_class.build(kind), make_tokens(4)
+    config = PruneConfig("wanda", order="block", batch_tokens=batch_tokens, max_dense=0.5)
+    (block, *_) = find_blocks(model)
+    uses = tried(model).uses[block.name]
+    used = {child: linear for child, linear in block.linears.items() if uses[child]}
+    dense = {child: (linear.weight.clone(), inputs_of(model, linear, tokens)) for child, linear in used.items()}
+    report = prune_model(model, tokens, config)
+    seen = {matrix.name: matrix.tokens for matrix in report.matrices}
+    for child, (weight, x) in dense.items():
+        assert seen[block.full_name(child)] == len(x)
+        if not x.any():  # all scores are 0
+            continue
+        score = weight.abs() * x.double().norm(dim=0).float()
+        kept = torch.zeros_like(score).scatter_(1, score.topk(score.shape[1] // 2, dim=1).indices, 1.0).bool()
+        assert ((block.linears[child].weight != 0) != kept).float().mean() < 2e-3, child
+
+
+def test_a_linear_that_is_called_twice_is_pruned_in_sequential_order():
+    """Its statistics are those of both calls, in one batch and in several."""
+    reports = []
+    for batch_tokens in (16384, 32):
+        model = every_class.build(TWICE)
+        config = PruneConfig("wanda", max_dense=0.5, batch_tokens=batch_tokens)
+        reports.append({m.name: m.tokens for m in prune_model(model, make_tokens(4), config).matrices})
+    name = next(name for name in reports[0] if name.endswith("layers.0.self_attn.relative_pos_embeddings"))
+    assert reports[0] == reports[1]
+    assert reports[0][name] == 64 + 2 * 64  # tokens of the main stream, and of the two that predict
+
+
+def test_a_linear_that_text_does_not_use_stays_dense_and_is_listed(tmp_path):
+    """Cross attention of a decoder alone. ``verify`` knows it by the report."""
+    model = every_class.build(UNUSED, torch.bfloat16)
+    model.save_pretrained(tmp_path / "dense")
+    make_tokenizer().save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(TEXT)
+    with pytest.raises(InputError, match=r"encoder_attn\.k_proj.* is not used by a text call: 3\d% of"):
+        prune(tmp_path / "dense", tmp_path / "out", calibration={"source": "tokens"})
+    report, output = prune(tmp_path / "dense", tmp_path / "out", calibration={"source": "tokens"}, max_dense=0.4)
+    unused = {weight.name for weight in report.dense if weight.reason == NOT_CALLED}
+    assert unused == {
+        f"model.decoder.layers.{i}.encoder_attn.{name}_proj.weight" for i in (0, 1) for name in ("k", "v", "q", "out")
+    }
+    assert "(not called)" in report.table()
+    assert not verify(output).problems
+    for config in ({"group": "model"}, {"allocation": "owl"}):
+        with pytest.raises(InputError, match=r"is not used by a text call.*--skip 'encoder_attn"):
+            prune_model(every_class.build(UNUSED), make_tokens(), PruneConfig(max_dense=0.4, **config))
