@@ -94,6 +94,11 @@ void check_like(std::string_view op, std::string_view argument, const at::Tensor
   check_rows(op, argument, t);
 }
 
+bool is_same_view(const at::Tensor& a, const at::Tensor& b) {
+  return a.storage().is_alias_of(b.storage()) && a.storage_offset() == b.storage_offset() &&
+         a.scalar_type() == b.scalar_type() && a.sizes() == b.sizes() && a.strides() == b.strides();
+}
+
 void check_apart(std::string_view op, std::initializer_list<Named> written, std::initializer_list<Named> read) {
   const auto check = [&](const Named& target, const Named& other) {
     if (other.tensor == nullptr || is_symbolic(*target.tensor)) return;

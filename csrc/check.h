@@ -44,6 +44,9 @@ struct Named {
 inline Named named(std::string_view argument, const at::Tensor& t) { return {argument, &t}; }
 inline Named named(std::string_view argument, const OptionalTensor& t) { return {argument, t ? &*t : nullptr}; }
 
+// Whether both show the same elements in the same order.
+bool is_same_view(const at::Tensor& a, const at::Tensor& b);
+
 // Checked tensors, of which the op writes those in `written`: none of these shares an element with another one of all.
 // Column slices of one matrix that lie side by side are told apart.
 void check_apart(std::string_view op, std::initializer_list<Named> written, std::initializer_list<Named> read);

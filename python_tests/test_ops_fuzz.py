@@ -2,7 +2,6 @@
 its result is the reference's. A crash ends the test run."""
 
 import random
-import time
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ from ace_ext import ops
 from ace_ext.ops import mean_reference, packed_reference, reference
 from ace_ext.ops._extension import registered
 
-SECONDS = 6.0
+CALLS = 150  # of each op
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # torch's about kinds of tensors that it will drop
 
 # Arguments as each op wants them, by the schema's names
@@ -344,6 +343,17 @@ def same(before: dict, after: dict) -> bool:
     return all(not isinstance(v, Tensor) or torch.equal(v, after[k]) for k, v in before.items())
 
 
+def keeps_contract(given: dict) -> bool:
+    """Whether the arguments are as the contract wants them in what the op does not check: it would cost too much."""
+    gram, bitmap = given.get("gram"), given.get("bitmap")
+    if gram is not None:
+        return torch.equal(gram, gram.T)
+    if bitmap is not None:
+        bits = (bitmap[..., None] >> torch.arange(8)).bitwise_and(1).sum((1, 2)).cumsum(0)
+        return len(given["values"]) == (int(bits[-1]) if len(bits) else 0) and torch.equal(given["row_start"][1:], bits)
+    return True
+
+
 def one_call(draw, op: str) -> bool:
     """One call with changed arguments; returns whether it was taken."""
     make, check = OPS[op]
@@ -361,8 +371,9 @@ def one_call(draw, op: str) -> bool:
         assert isinstance(error, ValueError), repr(error)
         assert before is None or same(before, values_of(arguments)), f"written before it was refused: {error}"
         return False
-    if before is not None:
-        check(before, values_of(arguments), result)
+    after = values_of(arguments)
+    if before is not None and after is not None and keeps_contract(before):  # after: what overflowed cannot be compared
+        check(before, after, result)
     return True
 
 
@@ -382,11 +393,8 @@ def test_the_table_has_every_op():
 
 @pytest.mark.parametrize("op", OPS)
 def test_random_calls(op):
-    end, seed, taken = time.perf_counter() + SECONDS / len(OPS), 0, 0
-    while time.perf_counter() < end or seed < 60:
-        taken += one_call(Draw(seed), op)
-        seed += 1
-    assert 0 < taken < seed
+    taken = sum(one_call(Draw(seed), op) for seed in range(CALLS))
+    assert 0 < taken < CALLS
 
 
 @pytest.mark.parametrize("op", OPS)

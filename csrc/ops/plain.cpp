@@ -29,7 +29,8 @@ void refuse_other_tensors() {
   using Key = c10::DispatchKey;
   for (const Key key : {Key::Negative, Key::Conjugate, Key::ZeroTensor, Key::SparseCPU, Key::SparseCUDA,
                         Key::SparseCsrCPU, Key::SparseCsrCUDA, Key::QuantizedCPU, Key::QuantizedCUDA,
-                        Key::NestedTensorCPU, Key::NestedTensorCUDA, Key::AutogradNestedTensor, Key::MkldnnCPU}) {
+                        Key::NestedTensorCPU, Key::NestedTensorCUDA, Key::AutogradNestedTensor, Key::MkldnnCPU,
+                        Key::SparseMeta, Key::SparseCsrMeta, Key::QuantizedMeta, Key::NestedTensorMeta}) {
     torch::Library library(torch::Library::IMPL, "ace_ext", key, __FILE__, __LINE__);
     for (const c10::OperatorName& op : c10::Dispatcher::singleton().getAllOpNames()) {
       if (op.getNamespace() != "ace_ext") continue;

@@ -39,8 +39,11 @@ Formula check_scored(std::string_view op, const at::Tensor& weight, std::string_
     check_optional(op, "column", column, functor.kColumn, formula, {weight.size(1)}, weight);
     check_optional(op, "moment", moment, functor.kMoment, formula, weight.sizes(), weight);
   });
-  if (op.back() == '_') {  // the op writes the weight
-    check_apart(op, {named("weight", weight)}, {named("column", column), named("moment", moment)});
+  if (op.back() ==
+      '_') {  // the op writes the weight, which may be its own score: an entry is read before it is written
+    const bool own = moment && is_same_view(*moment, weight);
+    check_apart(op, {named("weight", weight)},
+                {named("column", column), own ? Named{"moment", nullptr} : named("moment", moment)});
   }
   return known->formula;
 }
