@@ -10,14 +10,14 @@ export ACE_CACHE="$PWD/demo/cache"
 echo "fetching SmolLM2-135M (93 MB, once) …"
 model=$("$python" tools/fetch_models.py demo)
 
-for preset in wanda sparsegpt fast balanced; do
+for preset in published-wanda published-sparsegpt fast balanced; do
   echo "pruning to 50 % with the preset $preset …"
   "$ace_prune" run --model "$model" --output "demo/$preset" --overwrite --preset "$preset" \
     --calibration wiki-mini --nsamples 64 --seqlen 128 --seed 0 | tail -n 2
   "$ace_prune" verify "demo/$preset"
 done
 
-for name in "$model" demo/{wanda,sparsegpt,fast,balanced}; do
+for name in "$model" demo/{published-wanda,published-sparsegpt,fast,balanced}; do
   "$ace_prune" eval --model "$name" --text wiki-mini --max-tokens 12288 --json
 done >demo/perplexity.jsonl
 "$python" - demo/perplexity.jsonl <<'EOF'
