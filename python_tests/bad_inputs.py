@@ -256,7 +256,8 @@ def _files() -> Iterator[Case]:
             yield f"tokenizer model_max_length={value} {verb}", verb, {}, files
     for key, values in CONFIG.items():
         for value in values:
-            for verb in ("plan", "eval"):
+            # A plan reads shapes from the configuration; that the files hold other weights, what loads them finds.
+            for verb in ("run", "eval") if value == "gpt2" else ("plan", "eval"):
                 yield f"config {key}={str(value)[:20]} {verb}", verb, {}, change("dense/config.json", **{key: value})
     for kind, data in HEADERS.items():
         for verb in ("run", "plan", "eval"):

@@ -301,8 +301,12 @@ def test_one_part_is_in_memory_at_a_time(tmp_path):
     parts |= {str(index): block.module for index, block in enumerate(store.blocks)}
     seen = []
 
+    def held(p):
+        """Whether the parameter has memory of its own; a stand-in is one number, repeated."""
+        return not p.is_meta and p.untyped_storage().nbytes() >= p.nbytes
+
     def loaded(*_):
-        seen.append([name for name, part in parts.items() if not any(p.is_meta for p in part.parameters())])
+        seen.append([name for name, part in parts.items() if all(held(p) for p in part.parameters())])
 
     for part in parts.values():
         list(part.modules())[-1].register_forward_hook(loaded)
@@ -523,6 +527,9 @@ def test_records_of_earlier_versions_are_read(folders, tmp_path):
 
     compare(folders["plain"], tmp_path / "out", "--methods", "wanda")
     lines = [json.loads(line) for line in (tmp_path / "out" / "runs.jsonl").read_text().splitlines()]
+    lines[0]["format"] = 1
+    for line in lines:
+        del line["sha256"]
     del lines[1]["bos"], lines[2]["run"]["bos"]
     for figures in (*lines[1]["dense"].values(), *lines[2]["run"]["perplexity"].values()):
         del figures["bos"]
