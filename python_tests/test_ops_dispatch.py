@@ -6,8 +6,10 @@ from helpers import FORMULAS, assert_same_bits, formula_arguments, make_weight, 
 
 from ace_ext import ops
 from ace_ext.ops._extension import registered
+from ace_ext.ops._packed import register_packed
 
 NAMESPACE = registered()
+register_packed()  # before any op is traced: torch keeps what it found then, gradients or none
 
 
 def samples():
