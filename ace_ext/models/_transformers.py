@@ -176,10 +176,8 @@ def _method(owner: object, name: str) -> Callable[[], Any]:
 
 def no_init_weights() -> contextlib.AbstractContextManager[object]:
     """While it lasts, weights of new models are not drawn; without weights to draw this takes most of the time."""
-    try:
-        from transformers.initialization import no_init_weights as found
-    except ImportError:  # before version 5
-        from transformers.modeling_utils import no_init_weights as found
+    from transformers.initialization import no_init_weights as found
+
     manager: contextlib.AbstractContextManager[object] = found()
     return manager
 
