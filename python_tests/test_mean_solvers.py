@@ -6,7 +6,7 @@ from tiny_models import make_model, make_tokens
 
 from ace_ext import PruneConfig, ops, prune_model
 from ace_ext.ops import mean_reference
-from ace_ext.pruning.gram import GramState
+from ace_ext.pruning.gram import GramState, RelativeLoss
 from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, WEIGHTED
 from ace_ext.pruning.masks import keep_budget, metric_mask, scored_weight
 from ace_ext.pruning.moment_gram import MomentGram
@@ -96,8 +96,10 @@ def test_losses_are_those_of_the_moments():
     gram = GramState(COLS)
     gram.matrix = moments.variance.diag() + moments.mean.outer(moments.mean)
     pruned = torch.where(weight.abs() > 0.5, weight, 0.0)
-    assert moments.relative_loss(weight, pruned) == pytest.approx(gram.relative_loss(weight, pruned), rel=1e-5)
-    assert moments.relative_loss(torch.zeros(2, COLS), torch.zeros(2, COLS)) == 0.0
+    assert RelativeLoss(moments.energy, weight)(pruned) == pytest.approx(
+        RelativeLoss(gram.energy, weight)(pruned), rel=1e-5
+    )
+    assert RelativeLoss(moments.energy, torch.zeros(2, COLS))(torch.zeros(2, COLS)) == 0.0
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)

@@ -104,11 +104,6 @@ class GramState:
         state.matrix, state.tokens = tensors["matrix"], int(tensors["tokens"])
         return state
 
-    def relative_loss(self, dense: Tensor, pruned: Tensor) -> float:
-        """``Σ_i e_i G e_iᵀ / Σ_i w_i G w_iᵀ`` for ``w = dense [rows, d]`` float32 and ``e = pruned - dense``; 0 if the
-        dense output is zero for every token."""
-        return RelativeLoss(self.energy, dense)(pruned)
-
     def energy(self, rows: Tensor) -> Tensor:
         """``Σ_i e_i G e_iᵀ`` of ``rows e [n, d]`` float32: ``[]`` float64."""
         return (rows @ self.matrix).mul_(rows).sum(dtype=torch.float64)

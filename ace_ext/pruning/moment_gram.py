@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ace_ext.pruning.gram import RelativeLoss
 from ace_ext.pruning.statistics import MomentState
 
 
@@ -24,10 +23,6 @@ class MomentGram:
     def of(cls, state: MomentState) -> "MomentGram":
         """From a Welford state. Its token weights, if any, are those of the mean and the variance."""
         return cls(state.variance.float(), state.mean.float())
-
-    def relative_loss(self, dense: Tensor, pruned: Tensor) -> float:
-        """:class:`ace_ext.pruning.gram.RelativeLoss` with this Gram matrix."""
-        return RelativeLoss(self.energy, dense)(pruned)
 
     def energy(self, rows: Tensor) -> Tensor:
         """As :meth:`ace_ext.pruning.gram.GramState.energy`."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ace_ext.errors import InputError
-from ace_ext.pruning.gram import RelativeLoss, penalty, weighted_rows
+from ace_ext.pruning.gram import penalty, weighted_rows
 
 DIRECTIONS = 64
 """Random directions of a sketch, or the number of columns if that is less: :func:`direction_count`."""
@@ -141,10 +141,6 @@ class SketchState:
         most = (1 - LEAST_RESIDUAL) * self.squares
         found *= (most / claimed.clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(1.0).sqrt()
         return (self.squares - found.square().sum(0)).float(), found.float()
-
-    def relative_loss(self, dense: Tensor, pruned: Tensor) -> float:
-        """:class:`ace_ext.pruning.gram.RelativeLoss`, as far as the sketch tells."""
-        return RelativeLoss(self.energy, dense)(pruned)
 
     def energy(self, rows: Tensor) -> Tensor:
         """As :meth:`ace_ext.pruning.gram.GramState.energy`."""
