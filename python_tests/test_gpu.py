@@ -30,6 +30,7 @@ from ace_ext import build_info, ops
 from ace_ext.ops import ScoredWeight, packed_reference
 from ace_ext.ops._across import RADIX_BITS
 from ace_ext.ops._extension import compiled
+from ace_ext.pruning.gram import GramState
 
 
 def _missing() -> str | None:
@@ -309,6 +310,30 @@ def test_cosine_moment_within_bounds(tokens, d_in, d_out, dtype, random):
     added = ((r * a.double()) ** 2).T @ x.double() ** 2
     bound = (2.0**-7 + 2.0**-15) * added + 2.0**-24 * (tokens + 8) * (added + 0.5)
     assert ((moment.cpu().double() - 0.5 - added).abs() <= bound).all()
+
+
+@pytest.fixture(params=[True, False], ids=["reduced", "full"])
+def reductions(request):
+    """Reductions in reduced precision allowed, as is the default, or not."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = request.param
+    yield
+    matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction = before
+
+
+@pytest.mark.usefixtures("reductions")
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 1), (33, 40), (5000, 129), (9000, 520)])
+def test_gram_matrix_within_bounds(tokens, columns, weighted, dtype, random):
+    """Products are exact, or rounded once more with token weights; sums are float32, where tensor cores may cut off."""
+    x = torch.randn(tokens, columns, generator=random).to(dtype)
+    token_weight = torch.rand(tokens, generator=random) if weighted else None
+    state = GramState(columns, "cuda")
+    state.update(x.cuda(), None if token_weight is None else token_weight.cuda())
+    wide = x.double() * (1.0 if token_weight is None else token_weight.double().sqrt()[:, None])
+    bound = 2.0**-23 * (tokens + 8) * (wide.abs().T @ wide.abs())
+    assert ((state.matrix.cpu().double() - wide.T @ wide).abs() <= bound).all()
 
 
 # How the device is used

@@ -1,7 +1,11 @@
 """The Gram matrix against float64, and its factorisations against explicit inverses."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ace_ext import InputError
 from ace_ext.pruning import gram
@@ -26,6 +30,43 @@ def test_matrix_is_the_weighted_sum(monkeypatch, dtype, weighted, random):
     wide = x.double() * (1.0 if weight is None else weight.double().sqrt()[:, None])
     torch.testing.assert_close(state.matrix.double(), wide.T @ wide, rtol=1e-5, atol=1e-5)
     assert state.tokens == 20
+
+
+class Products(TorchDispatchMode):
+    """Notes the dtypes of the factors of each product that is added to a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket is torch.ops.aten.addmm or func.overloadpacket is torch.ops.aten.addmm_:
+            self.found.append((args[1].dtype, args[2].dtype))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("exact", [False, True])
+def test_exact_factors_are_multiplied_as_they_are(monkeypatch, exact, dtype, weighted):
+    """On the meta device, as a GPU would be asked. The sum stays float32, in place."""
+    monkeypatch.setattr(gram, "CHUNK_TOKENS", 7)
+    monkeypatch.setattr(gram, "multiplies_exactly", lambda _: exact)
+    state, x = GramState(5, "meta"), torch.empty(20, 5, dtype=dtype, device="meta")
+    matrix = state.matrix
+    with Products() as products:
+        state.update(x, torch.empty(20, device="meta") if weighted else None)
+    assert products.found == [(dtype, dtype) if exact and not weighted else (torch.float32, torch.float32)] * 3
+    assert state.matrix is matrix
+    assert matrix.dtype == torch.float32
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_tensor_cores_get_what_they_multiply_exactly(monkeypatch, device, dtype):
+    with FakeTensorMode():
+        x = torch.empty(2, 5, dtype=dtype, device=device)
+    assert gram.multiplies_exactly(x) == (device == "cuda" and dtype != torch.float32)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_fp16_accumulation=True))
+    assert gram.multiplies_exactly(x) == (device == "cuda" and dtype == torch.bfloat16)
 
 
 def test_merged_ranks_are_one_state():

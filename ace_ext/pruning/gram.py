@@ -19,7 +19,8 @@ MAX_ATTEMPTS = 8
 LOSS_ROWS = 1024
 """Rows whose error is computed at a time, to bound memory."""
 CHUNK_TOKENS = 4096
-"""Tokens that are converted to float32 at a time."""
+"""Tokens that are converted to float32 at a time; also those whose products tensor cores add up before the sum is
+rounded to nearest, as within they may cut off."""
 LEAST_DAMPING = 1e-6
 """The damping of the second attempt, if the first one had less than a tenth of it (or none)."""
 
@@ -65,9 +66,10 @@ class GramState:
 
     Linears that share a state share its factorisations too: each is computed once, on first use.
 
-    Matrix products follow ``torch.backends.cuda.matmul``. With TF32 enabled there (it is not by default) inputs are
-    rounded to 10 bits of mantissa and summed in float32. Unweighted bfloat16 and float16 inputs are exact in TF32;
-    others get a relative error of 2⁻¹¹ per entry, far below the damping.
+    On a GPU the products of unweighted bfloat16 and float16 inputs are formed by tensor cores, exactly, and summed in
+    float32 (:func:`multiplies_exactly`; not run on a GPU). Other products follow ``torch.backends.cuda.matmul``: with
+    TF32 enabled there (it is not by default) inputs are rounded to 10 bits of mantissa, a relative error of 2⁻¹¹ per
+    entry, far below the damping.
     """
 
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
@@ -78,8 +80,12 @@ class GramState:
 
     def update(self, x: Tensor, token_weight: Tensor | None = None) -> None:
         """Adds tokens ``x [T, d]`` with the weights ``token_weight [T]`` float32, not negative; None: 1 for each."""
-        for rows in weighted_rows(x, token_weight):
-            self.matrix.addmm_(rows.T, rows)
+        if token_weight is None and multiplies_exactly(x):
+            for rows in torch.split(x, CHUNK_TOKENS):
+                torch.addmm(self.matrix, rows.T, rows, out_dtype=torch.float32, out=self.matrix)
+        else:
+            for rows in weighted_rows(x, token_weight):
+                self.matrix.addmm_(rows.T, rows)
         self.tokens += len(x)
         self._forget_factors()
 
@@ -178,6 +184,23 @@ def penalty(damping: float) -> float:
     far below ``1 + damping`` removed weights would therefore outgrow kept ones, and the mask would not settle.
     """
     return (1 + damping) / (1 + ADMM_DAMPING)
+
+
+def multiplies_exactly(x: Tensor) -> bool:
+    """Whether the device multiplies these inputs as they are and sums in float32: float16 and bfloat16 on a GPU.
+
+    A product of two such numbers has at most 22 bits of mantissa, so float32 holds it. Where a matrix product is split
+    over tokens, its parts are reduced in the output's dtype, float32, whatever
+    ``allow_bf16_reduced_precision_reduction`` says (it is about outputs below the accumulator's precision: cuBLAS's
+    manual, ``CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION``). With ``allow_fp16_accumulation`` float16 would be
+    summed in float16. Inputs with token weights are not exact in 16 bits: they are converted to float32 and multiplied
+    there.
+    """
+    if x.device.type != "cuda":
+        return False
+    return x.dtype == torch.bfloat16 or (
+        x.dtype == torch.float16 and not torch.backends.cuda.matmul.allow_fp16_accumulation
+    )
 
 
 def weighted_rows(x: Tensor, token_weight: Tensor | None) -> Iterator[Tensor]:
