@@ -37,9 +37,10 @@ test-cpp:
 	tools/test_cpp.sh build/cpp-asan "address,undefined"
 	tools/test_cpp.sh build/cpp-tsan "thread"
 
-# Checks of the code that nvcc generates: warnings, spills, 128-bit loads. Needs nvcc, but no GPU.
+# Checks of the code that nvcc generates: warnings, spills, registers, 128-bit loads. Needs nvcc, but no GPU.
 check-kernels: $(VENV)/tools
 	tools/check_nvcc.sh build/nvcc
+	$(BIN)/python tools/check_registers.py build/nvcc build/ptx
 	$(BIN)/python tools/check_sass.py build/nvcc
 	PYTHON=$(BIN)/python tools/check_glue.sh
 

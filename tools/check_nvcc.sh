@@ -5,7 +5,7 @@
 #
 #   tools/check_nvcc.sh [output folder]        ACE_CUDA_ARCHS="80 90" names the architectures
 #
-# The folder keeps NAME.sm_NN.cubin for tools/check_sass.py. PTX is made by tools/make_ptx.sh, in build/ptx.
+# The folder keeps NAME.sm_NN.cubin for tools/check_sass.py, and .log for tools/check_registers.py. PTX is made by tools/make_ptx.sh, in build/ptx.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-build/nvcc}
