@@ -83,7 +83,7 @@ def main() -> int:
     for fault in bad:
         print(f"check_registers: {fault}", file=sys.stderr)
     if not bad:
-        print("check_registers: registers suffice for each launch within launch bounds (compiled only, not run on a GPU)")
+        print("check_registers: every launch within launch bounds fits (compiled only, not run on a GPU)")
     return 1 if bad else 0
 
 
