@@ -1,5 +1,6 @@
 // packed_linear and unpack_bitmap on the CPU. A few tokens: weights are expanded in registers, row by row. Many: rows
-// are unpacked a panel at a time, which stays in the cache while torch multiplies with it.
+// are unpacked a panel at a time, which stays in the cache while torch multiplies with it, or for bfloat16 our own
+// loop.
 #include "ops/packed.h"
 
 #include <ATen/Parallel.h>
@@ -18,7 +19,7 @@ namespace ace::cpu {
 namespace {
 
 // Up to so many tokens are multiplied in registers, or with AMX in tiles. Measured: docs/payoff.md.
-constexpr int64_t kFewTokens = 8;
+constexpr int64_t kFewTokens = 8, kFewTokensBf16 = 4;
 constexpr int64_t kLeastTileTokens = 3, kTileTokens = 64;
 constexpr int64_t kPanelBytes = int64_t{1} << 20;
 
@@ -86,6 +87,26 @@ void tile_tokens(const PackedMatrix<BFloat16>& matrix, const at::Tensor& x, cons
     finish<BFloat16>(product.out, bias, begin, end, out);
   });
 }
+
+// With AVX-512's bf16 instructions and no AMX.
+void panel_tokens(const PackedMatrix<BFloat16>& matrix, const at::Tensor& x, const OptionalTensor& bias,
+                  at::Tensor& out) {
+  const at::Tensor wide = padded<BFloat16>(x, matrix.words);
+  const avx512bf16::PanelProduct product{matrix,
+                                         data<BFloat16>(wide),
+                                         wide.size(1),
+                                         x.size(0),
+                                         bias ? data<BFloat16>(*bias) : nullptr,
+                                         mutable_data<BFloat16>(out),
+                                         out.size(1)};
+  const avx512bf16::PanelShape shape = avx512bf16::panel_shape(matrix.words);
+  at::parallel_for(0, out.size(1), row_grain(x.numel()), [&](int64_t begin, int64_t end) {
+    // The last tile multiplies rows that are not there, and does not store them.
+    at::Tensor panel = at::zeros({shape.rows * shape.stride}, x.options());
+    at::Tensor sums = at::empty({x.size(0), avx512bf16::kMostRows}, x.options().dtype(at::kFloat));
+    avx512bf16::panel_product(product, begin, end, shape, {mutable_data<BFloat16>(panel), mutable_data<float>(sums)});
+  });
+}
 #endif
 
 template <class T>
@@ -138,8 +159,12 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& bitmap, const at
     const auto matrix = matrix_of<decltype(type)>(bitmap, values, row_start);
 #if ACE_PACKED_X86
     if constexpr (std::is_same_v<decltype(type), BFloat16>) {
-      const bool tiles = matrix.words > 0 && packed_level() == PackedLevel::avx512_bf16 && amx::available();
-      if (tiles && x.size(0) >= kLeastTileTokens && x.size(0) <= kTileTokens) return tile_tokens(matrix, x, bias, out);
+      if (packed_level() == PackedLevel::avx512_bf16 && matrix.words > 0) {
+        const bool tiles = amx::available();
+        if (tiles && x.size(0) >= kLeastTileTokens && x.size(0) <= kTileTokens)
+          return tile_tokens(matrix, x, bias, out);
+        if (!tiles && x.size(0) > kFewTokensBf16) return panel_tokens(matrix, x, bias, out);
+      }
     }
 #endif
     if (x.size(0) <= kFewTokens) {

@@ -6,6 +6,7 @@
 #include "cpu/packed_amx.h"
 #include "cpu/packed_avx2.h"
 #include "cpu/packed_avx512.h"
+#include "cpu/packed_panel.h"
 #include "cpu/packed_portable.h"
 
 namespace ace::cpu {

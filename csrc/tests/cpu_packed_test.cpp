@@ -4,7 +4,10 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstdlib>
+#include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "cpu/packed_level.h"
@@ -143,6 +146,61 @@ TEST(PackedTiles, WrongCountsReadNothingOutside) {
   std::vector<float> out(3 * 4);
   amx::packed_product({sample.matrix(), pairs.data(), 3, 4, out.data()}, 0, 4);
 }
+
+bool has_panels() { return highest_packed_level() == PackedLevel::avx512_bf16; }
+
+struct FreeAligned {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+// A buffer as torch makes them, of exactly so many entries.
+template <class T>
+std::unique_ptr<T[], FreeAligned> aligned(int64_t entries) {
+  const size_t bytes = (static_cast<size_t>(entries) * sizeof(T) + 63) / 64 * 64;
+  void* memory = std::aligned_alloc(64, bytes);
+  std::memset(memory, 0, bytes);
+  return std::unique_ptr<T[], FreeAligned>(static_cast<T*>(memory));
+}
+
+// out = a product's result; rows 0 to `cut` and those from there are made by calls of their own.
+void multiply_panels(const PackedMatrix<BFloat16>& matrix, const BFloat16* x, int64_t tokens, const BFloat16* bias,
+                     int64_t rows, int64_t cut, BFloat16* out) {
+  const avx512bf16::PanelShape shape = avx512bf16::panel_shape(matrix.words);
+  const auto panel = aligned<BFloat16>(shape.rows * shape.stride);
+  const auto sums = aligned<float>(tokens * avx512bf16::kMostRows);
+  const avx512bf16::PanelProduct product{matrix, x, matrix.words * 64, tokens, bias, out, rows};
+  avx512bf16::panel_product(product, 0, cut, shape, {panel.get(), sums.get()});
+  avx512bf16::panel_product(product, cut, rows, shape, {panel.get(), sums.get()});
+}
+
+TEST(PackedPanels, ProductsAreThoseOfTheDenseMatrix) {
+  if (!has_panels()) GTEST_SKIP() << "this processor has no bf16 instructions of AVX-512";
+  std::mt19937 random(9);
+  // One panel; parts of one by the inputs' share of the cache; two of 65 words and of 64, and tiles that lack rows.
+  for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{37, 1}, {150, 65}, {3, 2100}, {70, 8250}}) {
+    const Sample<BFloat16> sample(rows, cols, 50, random);
+    std::vector<BFloat16> bias;
+    for (int64_t i = 0; i < rows; ++i) bias.push_back(draw<BFloat16>(random));
+    const int64_t stride = sample.words * 64;
+    for (const int64_t tokens : {1, 2, 3, 4, 5, 6, 13}) {
+      std::vector<BFloat16> x(static_cast<size_t>(tokens * stride)), out(static_cast<size_t>(tokens * rows));
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t j = 0; j < cols; ++j) x[static_cast<size_t>(t * stride + j)] = draw<BFloat16>(random);
+      multiply_panels(sample.matrix(), x.data(), tokens, tokens % 2 ? bias.data() : nullptr, rows, rows / 2,
+                      out.data());
+      for (int64_t t = 0; t < tokens; ++t) {
+        for (int64_t i = 0; i < rows; ++i) {
+          float sum = tokens % 2 ? to_float(bias[static_cast<size_t>(i)]) : 0.0f;  // exact, as above, in any order
+          for (int64_t j = 0; j < cols; ++j)
+            sum += to_float(sample.dense[static_cast<size_t>(i * cols + j)]) *
+                   to_float(x[static_cast<size_t>(t * stride + j)]);
+          ASSERT_TRUE(same_bits(out[static_cast<size_t>(t * rows + i)], to_bfloat16(sum)))
+              << rows << " x " << cols << ", " << tokens << " tokens";
+        }
+      }
+    }
+  }
+}
 #endif
 
 TYPED_TEST(Packed, UnpackingGivesTheDenseMatrix) {
@@ -231,6 +289,12 @@ TYPED_TEST(Packed, DamagedInputsReadNothingOutside) {
     }
 #if ACE_PACKED_X86
     if constexpr (std::is_same_v<TypeParam, BFloat16>) {
+      if (has_panels()) {
+        const std::vector<BFloat16> x(static_cast<size_t>(tokens * stride));
+        std::vector<BFloat16> out(static_cast<size_t>(tokens * sample.rows));
+        multiply_panels(damaged.matrix(), x.data(), tokens, nullptr, sample.rows, 0, out.data());
+        for (const BFloat16 value : out) ASSERT_EQ(to_float(value), 0.0f);
+      }
       if (!amx::available()) continue;
       const std::vector<BFloat16> pairs(static_cast<size_t>(sample.words * 1024));
       std::vector<float> out(static_cast<size_t>(tokens * sample.rows));
