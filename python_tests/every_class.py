@@ -28,6 +28,7 @@ _RULES: list[tuple[str, int]] = [
     (r"(moe_|n_|num_)?(num_|local_|routed_)?(local_|routed_)?experts|moe_num_experts|n_routed_experts", 4),
     (r".*(experts_per_tok(en)?|moe_topk|top_?k|moe_k|moe_top_k|num_selected_experts|topk_method_k)", 2),
     (r"n_group|topk_group|num_expert_group", 1),
+    (r"router_hidden_size", 16),
     (r"(n|num)_shared_experts?|moe_num_shared_experts", 1),
     (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
     (r".*(intermediate|ffn(_hidden)?|inner|feed_forward|mlp)_(size|dim|hidden_size)|d_ff|ffn_dim|n_inner", 48),

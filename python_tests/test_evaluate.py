@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -44,3 +45,20 @@ def test_uniform_model():
 def test_too_little_text(seqlen, length, message):
     with pytest.raises(InputError, match=message):
         perplexity(make_model("llama"), torch.zeros(length, dtype=torch.long), seqlen)
+
+
+def test_logits_that_are_not_finite_are_an_error():
+    model = make_model("llama")
+    model.lm_head.weight.data[3] = math.nan
+    with pytest.raises(InputError, match="its logits hold NaN or infinity, so it has no perplexity"):
+        perplexity(model, make_tokens(1, 64)[0], 16)
+
+
+def test_a_perplexity_beyond_a_float_is_null_in_json():
+    model = make_model("llama")
+    model.lm_head.weight.data *= 1e6
+    found = perplexity(model, make_tokens(1, 64)[0], 16)
+    assert found.perplexity == math.inf
+    written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert written["perplexity"] is None
+    assert written["nll"] > 700

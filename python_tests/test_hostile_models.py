@@ -213,6 +213,14 @@ def test_code_of_a_known_model_does_not_run(dense, tmp_path, capsys, says_yes):
     assert not (tmp_path / "ran").exists()
 
 
+def test_code_beside_a_pruned_model_does_not_run(dense, tmp_path, capsys, says_yes):
+    _, out = prune(dense, tmp_path / "out")
+    status, printed, _ = call(capsys, "verify", with_code(out, "own"))
+    assert status == 1
+    assert "pass --trust-remote-code" in printed
+    assert not (tmp_path / "ran").exists()
+
+
 def test_code_runs_when_asked(dense, tmp_path):
     cache = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     run = spawn(command(with_code(dense, "own"), tmp_path / "out", "--trust-remote-code"), **cache)

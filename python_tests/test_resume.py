@@ -210,6 +210,7 @@ def change_config(folder):
         (None, {}, {"sparsity": 0.6}, r"config\.sparsity was 0\.5, now 0\.6"),
         (None, {}, {"metric": "stade"}, r'config\.metric was "wanda", now "stade"'),
         (None, {}, {"order": "block"}, r'config\.order was "sequential", now "block"'),
+        (None, {}, {"batch_tokens": 32}, r"config\.batch_tokens was \d+, now 32"),
         (None, {"dtype": "float32"}, {}, r'model\.dtype was "auto", now "float32"'),
     ],
 )

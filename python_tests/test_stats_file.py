@@ -208,6 +208,8 @@ def rewrite(file, **changed) -> None:
         (lambda f: rewrite(f, **{"model.layers.1": b"short"}), r"is damaged at model\.layers\.1"),
         (lambda f: rewrite(f, **{"model.layers.1": None}), r"has none of model\.layers\.1\.self_attn"),
         (lambda f: flip_a_bit(f), r"is damaged at model\.layers\.2: Bad CRC"),
+        (lambda f: encrypt(f), r"is no file of --save-stats.*encrypted"),
+        (lambda f: compress(f), r"is no file of --save-stats: statistics\.json is compressed"),
         (lambda f: change_tokens(f), r"is damaged at model\.layers\.1: its checksum differs; save it anew"),
     ],
 )
@@ -224,6 +226,26 @@ def flip_a_bit(file) -> None:
     whole = bytearray(file.read_bytes())
     whole[whole.index(blob) + len(blob) - 1] ^= 1
     file.write_bytes(whole)
+
+
+def encrypt(file) -> None:
+    """Says of each member that it is encrypted."""
+    whole = bytearray(file.read_bytes())
+    for head, flag in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        at = whole.find(head)
+        while at >= 0:
+            whole[at + flag] |= 1
+            at = whole.find(head, at + 1)
+    file.write_bytes(whole)
+
+
+def compress(file) -> None:
+    """Packs it as other programs would; a member could then unpack to any size."""
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, blob in members.items():
+            archive.writestr(name, blob)
 
 
 def change_tokens(file) -> None:

@@ -79,9 +79,21 @@ def make_place(place: Path) -> None:
     state = {"format": 1, "fingerprint": {}, "finished": 0, "side": 0, "hidden": {}, "notes": {}, "blocks": []}
     state["sums"] = {"rest": {}, "blocks": {}}
     (unfinished / "state.json").write_bytes(signed(json.dumps(state).encode()))
-    text = [b"general.architecture", struct.pack("<IQ", 8, 5), b"llama"]
-    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", len(text[0]))
-    (place / "m.gguf").write_bytes(head + b"".join(text))
+    (place / "m.gguf").write_bytes(gguf_header())
+
+
+def gguf_header() -> bytes:
+    """That of a GGUF file with a text, an array of texts and one of numbers, and a tensor whose numbers are missing."""
+
+    def text(value: bytes) -> bytes:
+        return struct.pack("<Q", len(value)) + value
+
+    words = struct.pack("<IIQ", 9, 8, 3) + text(b"a") + text(b"the") + text(b"fox")
+    scores = struct.pack("<IIQ3f", 9, 6, 3, 0.0, -1.0, -2.0)
+    keys = [text(b"general.architecture") + struct.pack("<I", 8) + text(b"llama")]
+    keys += [text(b"tokenizer.ggml.tokens") + words, text(b"tokenizer.ggml.scores") + scores]
+    tensor = text(b"output_norm.weight") + struct.pack("<IQIQ", 1, 32, 0, 0)
+    return b"GGUF" + struct.pack("<IQQ", 3, 1, len(keys)) + b"".join(keys) + tensor
 
 
 def signed(data: bytes) -> bytes:

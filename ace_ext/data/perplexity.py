@@ -36,8 +36,8 @@ class Perplexity:
     """The token with which each window begins; None: the windows are text alone."""
 
     def to_dict(self) -> dict[str, float | None]:
-        """The fields as JSON values."""
-        return asdict(self)
+        """The fields as JSON values; a perplexity beyond a float's range is None, and ``nll`` tells it."""
+        return asdict(self) | {"perplexity": self.perplexity if math.isfinite(self.perplexity) else None}
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ace_ext.errors import InputError, one_line
 from ace_ext.models._transformers import quiet_stderr
+from ace_ext.models.gguf_header import check_gguf
 from ace_ext.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -74,13 +75,14 @@ def locate(source: str) -> ModelLocation:
     """The location that a user names.
 
     Raises:
-        InputError: it is no folder with a configuration, no ``.gguf`` file and no hub name like ``org/model``. Whether
-            the hub has that name is not asked.
+        InputError: it is no folder with a configuration, no whole ``.gguf`` file and no hub name like ``org/model``.
+            Whether the hub has that name is not asked.
     """
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"model {source!r} is no file; check the path")
+        check_gguf(path)
         return ModelLocation(str(path.parent), path.name)
     if path.is_dir():
         if (path / "adapter_config.json").is_file():

@@ -117,12 +117,25 @@ def written_whole(path: Path) -> Iterator[Path]:
             part.unlink()
 
 
+def stored_member(archive: zipfile.ZipFile, name: str) -> bytes:
+    """The bytes of a member of a file of ``--save-stats``.
+
+    Raises:
+        ValueError: it is compressed: the writer compresses none, and it could be of any size.
+        KeyError, OSError, EOFError, RuntimeError, zipfile.BadZipFile: there is none, or it cannot be read.
+    """
+    member = archive.getinfo(name)
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed")
+    return archive.read(member)
+
+
 def is_statistics(path: Path) -> bool:
     """Whether a file is one of ``--save-stats``: an archive whose description has a format and kinds."""
     try:
         with zipfile.ZipFile(path) as archive:
-            found = json.loads(archive.read("statistics.json"))
-    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile):
+            found = json.loads(stored_member(archive, "statistics.json"))
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
         return False
     return isinstance(found, dict) and {"format", "kinds"} <= found.keys()
 

@@ -23,7 +23,7 @@ from ace_ext.models.safetensors_files import bytes_of, flush
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.sketch import SketchState
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
-from ace_ext.runs.own_files import written_whole
+from ace_ext.runs.own_files import stored_member, written_whole
 
 FORMAT = 1
 _DESCRIPTION = "statistics.json"
@@ -82,7 +82,7 @@ _DAMAGE = (
     TypeError,
     AttributeError,
     EOFError,
-    RecursionError,
+    RuntimeError,  # also of a member that is encrypted, or packed in a way that is not known
 )
 """Exceptions that a damaged file, or one of another kind, may raise."""
 
@@ -113,7 +113,7 @@ class SavedStatistics:
             if not self.path.is_file():
                 raise FileNotFoundError("No such file")
             self._archive = zipfile.ZipFile(self.path)
-            description = json.loads(self._archive.read(_DESCRIPTION))
+            description = json.loads(stored_member(self._archive, _DESCRIPTION))
             if description["format"] != FORMAT:
                 raise ValueError(f"its format is {description['format']}, not {FORMAT}")
             kept = frozenset(description["kinds"])
@@ -136,7 +136,7 @@ class SavedStatistics:
             InputError: the file lacks one of ``children``, or is damaged.
         """
         try:
-            blob = self._archive.read(name) if name in self._archive.namelist() else None
+            blob = stored_member(self._archive, name) if name in self._archive.namelist() else None
             stats = {} if blob is None else _unflatten(*_unpack(blob, device))
         except _DAMAGE as error:
             raise InputError(f"stats {str(self.path)!r} is damaged at {name}: {error}; save it anew") from error

@@ -1,0 +1,84 @@
+"""The header of a GGUF file, walked before a library reads it: the library takes each count in it as it is, so that a
+damaged one may not end, or fill the memory.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import mmap
+import struct
+from pathlib import Path
+
+from ace_ext.errors import InputError
+
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Bytes of a value, by the number of its type. The other two, strings and arrays, begin with their length."""
+_STRING, _ARRAY = 8, 9
+_DEEPEST = 4
+"""Arrays in arrays; more than any file has."""
+
+
+def check_gguf(path: Path) -> None:
+    """Checks that all that the header counts is in the file.
+
+    Raises:
+        InputError: it is not, or the file is none of this format.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            _Walk(data).walk()
+    except (ValueError, OSError) as error:
+        raise InputError(f"model {str(path)!r} is no whole GGUF file: {error}; fetch it again") from error
+
+
+class _Walk:
+    """Goes through a header from its start."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        if data[:4] != b"GGUF":
+            raise ValueError("it does not begin with GGUF")
+        self._data, self._at, self._order = data, 4, "<"
+
+    def walk(self) -> None:
+        """All keys with their values, then what is said of each tensor. Raises ValueError for what does not fit."""
+        if self._number("I") & 0xFFFF == 0:  # the version, written on a machine of the other byte order
+            self._order = ">"
+        tensors, keys = self._number("Q"), self._number("Q")
+        for _ in range(self._fitting(keys, 12)):
+            self._string()
+            self._value(self._number("I"), 0)
+        for _ in range(self._fitting(tensors, 24)):
+            self._string()
+            self._skip(self._fitting(self._number("I"), 8), 8)
+            self._skip(1, 12)  # the kind of its numbers, and where they are
+
+    def _value(self, kind: int, depth: int) -> None:
+        if kind == _STRING:
+            self._string()
+        elif kind == _ARRAY and depth < _DEEPEST:
+            of, count = self._number("I"), self._number("Q")
+            if of in _SIZES:
+                self._skip(count, _SIZES[of])
+                return
+            for _ in range(self._fitting(count, 8)):
+                self._value(of, depth + 1)
+        elif kind in _SIZES:
+            self._skip(1, _SIZES[kind])
+        else:
+            raise ValueError(f"a value of type {kind} at byte {self._at}")
+
+    def _string(self) -> None:
+        self._skip(self._number("Q"), 1)
+
+    def _number(self, kind: str) -> int:
+        start = self._at
+        self._skip(1, struct.calcsize(kind))
+        return int(struct.unpack_from(self._order + kind, self._data, start)[0])
+
+    def _skip(self, count: int, size: int) -> None:
+        self._at += size * self._fitting(count, size)
+
+    def _fitting(self, count: int, size: int) -> int:
+        """The count, if so many things of at least ``size`` bytes each are left."""
+        if count * size > len(self._data) - self._at:
+            raise ValueError(f"{count} things of {size} bytes at byte {self._at} of {len(self._data)}")
+        return count
