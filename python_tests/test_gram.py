@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ace_ext import InputError
 from ace_ext.pruning import gram
+from ace_ext.pruning.damping import floor_energy
 from ace_ext.pruning.gram import MAX_ATTEMPTS, GramState, RelativeLoss
 
 
@@ -101,13 +102,20 @@ def test_obs_factor_is_that_of_the_inverse():
     assert (factor.damping, factor.attempts) == (0.01, 1)
 
 
-def test_admm_factor_is_of_normalised_columns():
+def test_floor_energy_is_of_the_columns_that_are_seen():
+    assert float(floor_energy(torch.tensor([1.0, 0.0, 100.0, 10.0]), 0.3)) == pytest.approx(3.0)
+    assert float(floor_energy(torch.zeros(3), 0.3)) == 0.0
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.2])
+def test_admm_factor_is_of_normalised_columns(floor):
     state, x = make_state()
-    factor = state.admm_factor(0.1)
+    factor = state.admm_factor(0.1, floor)
     gram = x.double().T @ x.double()
+    gram += floor * gram.diagonal().log().mean().exp() * torch.eye(9)
     norm = gram.diagonal().sqrt()
     hessian = gram / norm / norm[:, None] + 0.1 * torch.eye(9)
-    torch.testing.assert_close(factor.norm.double(), norm)
+    torch.testing.assert_close(factor.norm.double(), norm, rtol=len(x) * 2.0**-24, atol=0.0)  # a float32 sum
     torch.testing.assert_close(factor.hessian.double(), hessian)
     torch.testing.assert_close(factor.inverse.double(), torch.linalg.inv(hessian + torch.eye(9)))
     torch.testing.assert_close(factor.inverse_diagonal.double(), torch.linalg.inv(hessian).diagonal())
@@ -118,6 +126,7 @@ def test_factors_are_shared_until_more_tokens_come():
     first = state.obs_factor(0.01), state.admm_factor(0.1)
     assert (state.obs_factor(0.01), state.admm_factor(0.1)) == first
     assert state.obs_factor(0.02) is not first[0]
+    assert state.admm_factor(0.1, 0.2) is not first[1]
     state.update(x)
     assert state.obs_factor(0.01) is not first[0]
     assert state.admm_factor(0.1) is not first[1]

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ace_ext import InputError, PruneConfig
-from ace_ext.pruning.gram import GramState, RelativeLoss, penalty
+from ace_ext.pruning.damping import penalty
+from ace_ext.pruning.gram import GramState, RelativeLoss
 from ace_ext.pruning.prune_linear import prune_linear_
 from ace_ext.pruning.sketch import DIRECTIONS, LEAST_RESIDUAL, SketchState
 from ace_ext.pruning.statistics import LinearStatistics
@@ -64,12 +65,13 @@ def test_of_few_columns_it_is_the_gram_matrix():
     assert difference[off].norm() < 0.01 * gram.matrix[off].norm()
 
 
-@pytest.mark.parametrize("damping", [0.0, 0.1, 1.0])
-def test_admm_factor_is_that_of_the_normalised_approximation(damping, random):
+@pytest.mark.parametrize(("damping", "floor"), [(0.0, 0.0), (0.1, 0.2), (1.0, 0.0)])
+def test_admm_factor_is_that_of_the_normalised_approximation(damping, floor, random):
     sketch, _ = states(correlated())
-    factor = sketch.admm_factor(damping)
-    norm = sketch.squares.sqrt()
-    hessian = approximation(sketch) / norm / norm[:, None] + damping * torch.eye(WIDE)
+    factor = sketch.admm_factor(damping, floor)
+    least = floor * sketch.squares.log().mean().exp()
+    norm = (sketch.squares + least).sqrt()
+    hessian = (approximation(sketch) + least * torch.eye(WIDE)) / norm / norm[:, None] + damping * torch.eye(WIDE)
     rows = torch.randn(5, WIDE, generator=random)
     torch.testing.assert_close(factor.times_hessian(rows).double(), rows.double() @ hessian, rtol=1e-4, atol=1e-4)
     out = torch.empty_like(rows)
@@ -78,9 +80,9 @@ def test_admm_factor_is_that_of_the_normalised_approximation(damping, random):
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
     inverse = torch.linalg.inv(hessian).diagonal()
     torch.testing.assert_close(factor.inverse_diagonal.double(), inverse, rtol=2e-3, atol=1e-3)
-    assert sketch.admm_factor(damping) is factor
+    assert sketch.admm_factor(damping, floor) is factor
     sketch.update(torch.ones(1, WIDE))
-    assert sketch.admm_factor(damping) is not factor
+    assert sketch.admm_factor(damping, floor) is not factor
 
 
 def test_merged_ranks_are_one_state():

@@ -150,9 +150,19 @@ def test_admm_with_its_mask_fixed_nears_least_squares():
 def test_admm_with_the_largest_damping_is_wanda(gram, saliency):
     weight, _, stats = make_case()
     wanda = weight.clone()
-    prune_linear_(weight, stats, PruneConfig(update="admm", gram=gram, saliency=saliency, damping=1e6))
+    prune_linear_(weight, stats, PruneConfig(update="admm", gram=gram, saliency=saliency, damping=1e6, floor=0.0))
     prune_linear_(wanda, stats, PruneConfig("wanda"))
     torch.testing.assert_close(weight, wanda, rtol=1e-4, atol=0.0)
+
+
+def test_a_floor_keeps_weights_of_quiet_columns():
+    kept = []
+    for floor in (0.0, 1.0):
+        weight, x, stats = make_case()
+        quiet = x.square().sum(0).argsort()[: COLS // 2]
+        prune_linear_(weight, stats, PruneConfig(update="admm", floor=floor))
+        kept.append(int((weight[:, quiet] != 0).sum()))
+    assert kept[0] < kept[1]
 
 
 def test_admm_saliency_changes_the_mask():
@@ -190,10 +200,10 @@ def test_inputs_that_are_all_zero_lose_nothing(update):
     assert prune_linear_(weight, stats, PruneConfig("wanda", update=update)).loss_after == 0.0
 
 
-@pytest.mark.parametrize("update", ["obs", "admm"])
-def test_rank_deficiency_is_told_and_no_identity(update):
+@pytest.mark.parametrize("options", [{"update": "obs"}, {"update": "admm", "floor": 0.0}])
+def test_rank_deficiency_is_told_and_no_identity(options):
     weight, _, stats = make_case(tokens=5)
-    solution = prune_linear_(weight, stats, PruneConfig(update=update, damping=0.0))
+    solution = prune_linear_(weight, stats, PruneConfig(damping=0.0, **options))
     assert solution.attempts > 1
     assert solution.damping > 0
     assert solution.loss_after < solution.loss_before

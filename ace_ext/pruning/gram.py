@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ace_ext.errors import InputError
+from ace_ext.pruning.damping import floor_energy, penalty
 
-ADMM_DAMPING = 0.1
-"""The default damping of ADMM, with which its penalty parameter is 1 as in arXiv 2401.02938."""
 MAX_ATTEMPTS = 8
 """How many factorisations are tried, each with ten times the damping of the one before."""
 LOSS_ROWS = 1024
@@ -37,9 +36,10 @@ class ObsFactor:
 
 @dataclass(frozen=True)
 class AdmmFactor:
-    """For ADMM, on columns divided by ``norm``, so that G's diagonal is 1: ``H = G / norm / normᵀ + damping``."""
+    """For ADMM, on columns divided by ``norm``, so that the diagonal of G with its floor is 1:
+    ``H = (G + floor) / norm / normᵀ + damping``."""
 
-    norm: Tensor  # [d] float32: sqrt(G_jj), 1 for a dead column
+    norm: Tensor  # [d] float32: sqrt(G_jj + floor), 1 for a dead column
     hessian: Tensor  # [d, d] float32: H
     inverse: Tensor  # [d, d] float32: (H + rho)⁻¹
     inverse_diagonal: Tensor  # [d] float32: the diagonal of H⁻¹
@@ -49,7 +49,7 @@ class AdmmFactor:
 
     @property
     def rho(self) -> float:
-        """ADMM's penalty parameter: :func:`penalty`."""
+        """ADMM's penalty parameter: :func:`ace_ext.pruning.damping.penalty`."""
         return penalty(self.damping)
 
     def times_hessian(self, weight: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class GramState:
         self.matrix = torch.zeros(columns, columns, device=device)
         self.tokens = 0
         self._obs: dict[float, ObsFactor] = {}  # by damping
-        self._admm: dict[float, AdmmFactor] = {}
+        self._admm: dict[tuple[float, float], AdmmFactor] = {}  # by damping and floor
 
     def update(self, x: Tensor, token_weight: Tensor | None = None) -> None:
         """Adds tokens ``x [T, d]`` with the weights ``token_weight [T]`` float32, not negative; None: 1 for each."""
@@ -124,15 +124,15 @@ class GramState:
             self._obs[damping] = self._make_obs_factor(damping)
         return self._obs[damping]
 
-    def admm_factor(self, damping: float) -> AdmmFactor:
-        """The factor for ADMM, computed on first use.
+    def admm_factor(self, damping: float, floor: float = 0.0) -> AdmmFactor:
+        """The factor for ADMM, computed on first use. ``floor`` is that of :func:`ace_ext.pruning.damping.floor_energy`.
 
         Raises:
             InputError: the matrix is not positive definite with any damping that was tried.
         """
-        if damping not in self._admm:
-            self._admm[damping] = self._make_admm_factor(damping)
-        return self._admm[damping]
+        if (damping, floor) not in self._admm:
+            self._admm[damping, floor] = self._make_admm_factor(damping, floor)
+        return self._admm[damping, floor]
 
     def _forget_factors(self) -> None:
         self._obs.clear()
@@ -150,12 +150,14 @@ class GramState:
         upper, damping, attempts = _inverse_factor(matrix, damping)
         return ObsFactor(upper.float().contiguous(), dead, damping, attempts)
 
-    def _make_admm_factor(self, damping: float) -> AdmmFactor:
-        dead = self.matrix.diagonal() == 0
-        norm = self.matrix.diagonal().double().sqrt().masked_fill(dead, 1.0)
+    def _make_admm_factor(self, damping: float, floor: float) -> AdmmFactor:
+        energy = self.matrix.diagonal().double()
+        dead, least = energy == 0, floor_energy(energy, floor)
+        norm = (energy + least).sqrt().masked_fill(dead, 1.0)
 
         def matrix() -> Tensor:
             made = self.matrix.double()
+            made.diagonal().add_(least)
             made /= norm
             made /= norm[:, None]
             made.diagonal()[dead] = 1.0
@@ -174,16 +176,6 @@ class GramState:
         hessian = matrix()
         hessian.diagonal().add_(damping)
         return AdmmFactor(norm.float(), hessian.float(), inverse, inverse_diagonal, dead, damping, attempts)
-
-
-def penalty(damping: float) -> float:
-    """ADMM's penalty parameter ρ, for a Gram matrix normalised to a diagonal of ones and this damping: in proportion to
-    the damped diagonal, and 1 with ``ADMM_DAMPING``.
-
-    Without correlations between columns the multiplier of a removed weight w ends at ``(1 + damping) / ρ · w``. With ρ
-    far below ``1 + damping`` removed weights would therefore outgrow kept ones, and the mask would not settle.
-    """
-    return (1 + damping) / (1 + ADMM_DAMPING)
 
 
 def multiplies_exactly(x: Tensor) -> bool:

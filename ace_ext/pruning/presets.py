@@ -21,7 +21,7 @@ DEFAULT_PRESET = "fast"
 PUBLISHED: dict[str, dict[str, Any]] = {
     "published-wanda": {"metric": "wanda", "order": "block"},
     "published-sparsegpt": {"update": "obs", "group": "matrix", "order": "block", "gram": "plain"},
-    "published-admm": {"update": "admm", "saliency": "magnitude", "iterations": 30, "order": "block"},
+    "published-admm": {"update": "admm", "saliency": "magnitude", "iterations": 30, "floor": 0.0, "order": "block"},
 }
 """Published methods with their own settings, as baselines: Wanda (arXiv 2306.11695), SparseGPT (arXiv 2301.00774) and
 ADMM pruning (arXiv 2401.02938)."""

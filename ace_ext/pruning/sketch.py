@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ace_ext.errors import InputError
-from ace_ext.pruning.gram import penalty, weighted_rows
+from ace_ext.pruning.damping import floor_energy, penalty
+from ace_ext.pruning.gram import weighted_rows
 
 DIRECTIONS = 64
 """Random directions of a sketch, or the number of columns if that is less: :func:`direction_count`."""
@@ -45,7 +46,7 @@ class LowRank:
 class SketchFactor:
     """For ADMM, on columns divided by ``norm``: H is the sketched Gram matrix with damping, its diagonal about 1."""
 
-    norm: Tensor  # [d] float32: sqrt(g_j), 1 for a dead column
+    norm: Tensor  # [d] float32: sqrt(g_j + floor), 1 for a dead column
     hessian: LowRank  # H
     inverse: LowRank  # (H + rho)⁻¹
     inverse_diagonal: Tensor  # [d] float32: the diagonal of H⁻¹
@@ -55,7 +56,7 @@ class SketchFactor:
 
     @property
     def rho(self) -> float:
-        """ADMM's penalty parameter: :func:`ace_ext.pruning.gram.penalty`."""
+        """ADMM's penalty parameter: :func:`ace_ext.pruning.damping.penalty`."""
         return penalty(self.damping)
 
     def times_hessian(self, weight: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ class SketchState:
         self.squares = torch.zeros(columns, dtype=torch.float64, device=device)
         self.tokens = 0
         self._factors: tuple[Tensor, Tensor] | None = None
-        self._admm: dict[float, SketchFactor] = {}
+        self._admm: dict[tuple[float, float], SketchFactor] = {}  # by damping and floor
 
     def update(self, x: Tensor, token_weight: Tensor | None = None) -> None:
         """Adds tokens ``x [T, d]`` with the weights ``token_weight [T]`` float32, not negative; None: 1 for each."""
@@ -148,22 +149,22 @@ class SketchState:
         along = (rows @ directions.T).square_().sum(dtype=torch.float64)
         return along + (rows.square().mul_(diagonal)).sum(dtype=torch.float64)
 
-    def admm_factor(self, damping: float) -> SketchFactor:
-        """The factor for ADMM, computed on first use.
+    def admm_factor(self, damping: float, floor: float = 0.0) -> SketchFactor:
+        """The factor for ADMM, computed on first use. ``floor`` is that of :func:`ace_ext.pruning.damping.floor_energy`.
 
         Raises:
             InputError: as :meth:`factors`.
         """
-        if damping not in self._admm:
-            self._admm[damping] = self._make_admm_factor(damping)
-        return self._admm[damping]
+        if (damping, floor) not in self._admm:
+            self._admm[damping, floor] = self._make_admm_factor(damping, floor)
+        return self._admm[damping, floor]
 
-    def _make_admm_factor(self, damping: float) -> SketchFactor:
+    def _make_admm_factor(self, damping: float, floor: float) -> SketchFactor:
         diagonal, directions = (part.double() for part in self.factors())
-        dead = self.squares == 0
-        norm = self.squares.sqrt().masked_fill(dead, 1.0)
+        dead, least = self.squares == 0, floor_energy(self.squares, floor)
+        norm = (self.squares + least).sqrt().masked_fill(dead, 1.0)
         directions = directions / norm
-        damped = (diagonal / norm.square()).masked_fill(dead, 1.0) + damping
+        damped = ((diagonal + least) / norm.square()).masked_fill(dead, 1.0) + damping
         inverse_diagonal = 1 / damped - _woodbury(damped, directions).square().sum(0)
         shifted = damped + penalty(damping)
         inverse = LowRank((1 / shifted).float(), _woodbury(shifted, directions).float(), -1)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ace_ext import ops
-from ace_ext.pruning.gram import ADMM_DAMPING, AdmmFactor
+from ace_ext.pruning.damping import ADMM_DAMPING, ADMM_FLOOR
+from ace_ext.pruning.gram import AdmmFactor
 from ace_ext.pruning.settings import Limits, Options, option
 from ace_ext.pruning.sketch import SketchFactor, direction_count
 from ace_ext.pruning.solvers._problem import Problem, Solved, WeightSolver, damping_option
@@ -21,6 +22,12 @@ class AdmmOptions(Options):
     """Options of ``update="admm"``."""
 
     damping: float = damping_option(ADMM_DAMPING)
+    floor: float = option(
+        ADMM_FLOOR,
+        "share of a usual column's energy (the geometric mean) that is added to each column's: columns that are quiet "
+        "in the calibration text may not be so elsewhere",
+        Limits(at_least=0, words="a share of the geometric mean, 0 or more"),
+    )
     iterations: int = option(
         20, "iterations; the mask is tightened in the first half and fixed in the second", Limits(at_least=1)
     )
@@ -33,8 +40,8 @@ class AdmmOptions(Options):
 
 
 def solve(problem: Problem, options: AdmmOptions) -> Solved:
-    """The pruned weight after ``options.iterations``, on columns normalised by ``sqrt(G_jj)``."""
-    factor = problem.gram.admm_factor(options.damping)
+    """The pruned weight after ``options.iterations``, on columns normalised by ``sqrt(G_jj + floor)``."""
+    factor = problem.gram.admm_factor(options.damping, options.floor)
     return Solved(iterate(problem, factor, options), factor.damping, factor.attempts)
 
 
