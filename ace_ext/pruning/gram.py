@@ -125,7 +125,11 @@ class GramState:
         return self._obs[damping]
 
     def admm_factor(self, damping: float, floor: float = 0.0) -> AdmmFactor:
-        """The factor for ADMM, computed on first use. ``floor`` is that of :func:`ace_ext.pruning.damping.floor_energy`.
+        """The factor for ADMM, computed on first use.
+
+        Args:
+            damping: added to the diagonal of the normalised matrix.
+            floor: as in :func:`ace_ext.pruning.damping.floor_energy`.
 
         Raises:
             InputError: the matrix is not positive definite with any damping that was tried.

@@ -150,7 +150,11 @@ class SketchState:
         return along + (rows.square().mul_(diagonal)).sum(dtype=torch.float64)
 
     def admm_factor(self, damping: float, floor: float = 0.0) -> SketchFactor:
-        """The factor for ADMM, computed on first use. ``floor`` is that of :func:`ace_ext.pruning.damping.floor_energy`.
+        """The factor for ADMM, computed on first use.
+
+        Args:
+            damping: added to the diagonal of the normalised matrix.
+            floor: as in :func:`ace_ext.pruning.damping.floor_energy`.
 
         Raises:
             InputError: as :meth:`factors`.
