@@ -19,7 +19,7 @@ LAYERS = [
     {"runtime"},
     {"pruning"},
     {"healing"},
-    {"engine", "formats"},
+    {"engine", "formats", "cards"},
     {"runs", "compare"},
     {"reporting"},
     {"cli"},

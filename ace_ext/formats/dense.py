@@ -9,7 +9,7 @@ from ace_ext.errors import InputError
 from ace_ext.formats._format import DenseModel, OutputFormat
 from ace_ext.models.blocks import Block
 from ace_ext.models.checksums import rest_sha256, tensors_sha256
-from ace_ext.models.safetensors_files import Shards, copy_model, flush
+from ace_ext.models.safetensors_files import Shards, copy_model, copy_notices, flush
 from ace_ext.records import PruneReport
 
 
@@ -33,6 +33,7 @@ class DenseWriter:
             copy_model(dense.folder, self.folder)
         else:
             dense.model.save_pretrained(self.folder, safe_serialization=True)
+            copy_notices(dense.folder, self.folder)
         dense.tokenizer.save_pretrained(self.folder)
         for file in self.folder.rglob("*"):
             if file.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -96,6 +97,17 @@ def locate(source: str) -> ModelLocation:
     if path.is_absolute() or source.startswith(".") or source.count("/") != 1 or path.parent.is_dir():
         raise InputError(f"model {source!r} is no folder, no .gguf file and no hub name like org/model; check the path")
     return ModelLocation(source)
+
+
+def hub_name(source: str) -> str | None:
+    """The name by which a hub knows a model: what the user gave, or what the folder of a hub's cache is called. None
+    for any other folder or file."""
+    location = locate(source)
+    path = Path(location.name)
+    if location.gguf_file is None and not path.is_dir():
+        return location.name
+    kept = re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", path.parent.parent.name)
+    return f"{kept[1]}/{kept[2]}" if kept and path.parent.name == "snapshots" else None
 
 
 _MOST = {"num_hidden_layers": 10_000, "num_experts": 100_000, "num_local_experts": 100_000, "n_routed_experts": 100_000}

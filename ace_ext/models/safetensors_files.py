@@ -192,6 +192,14 @@ def copy_model(source: Path, target: Path, weights: bool = True) -> None:
             shutil.copyfile(file, target / file.name)
 
 
+def copy_notices(source: Path | None, target: Path) -> None:
+    """Copies a model folder's card and licence, which ``save_pretrained`` does not write."""
+    for file in sorted(source.iterdir()) if source is not None else ():
+        if file.is_file() and (file.name == "README.md" or file.name.startswith(("LICENSE", "NOTICE"))):
+            _check_link(file)
+            shutil.copyfile(file, target / file.name)
+
+
 def _check_link(file: Path) -> None:
     """Refuses a link out of the model's folder: the output, which may be published, would hold what it leads to. Links
     into the ``blobs`` of a hub's cache are how its folders are made. Weights may lie anywhere: that they are, is

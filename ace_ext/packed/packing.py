@@ -17,6 +17,7 @@ from ace_ext.models.safetensors_files import Shards, bytes_of, copy_model, flush
 from ace_ext.models.safetensors_header import read_header
 from ace_ext.packed import Codec, codec_named
 from ace_ext.packed._writer import StreamWriter, header_room
+from ace_ext.packed.card_section import CARD, add_section, without_section
 from ace_ext.packed.files import KEY, SUFFIX, VERSION, Origin, PackedFile, PackedShards, is_packed, packed_name
 from ace_ext.packed.marking import CONFIG, mark, unmarked
 
@@ -59,6 +60,7 @@ def pack(folder: str | Path, output: str | Path, codec: str, pattern: tuple[int,
         raise InputError(f"{str(folder)!r} is packed already; give the dense folder")
     with new_folder(output) as target:
         result = pack_into(Path(folder).expanduser(), target, chosen, pattern)
+        add_section(target, chosen)
         if not result.matrices:
             raise InputError(f"no matrix of {str(folder)!r} has enough zeros for format {codec}; prune it first")
     result.folder = str(output)
@@ -100,6 +102,8 @@ def unpack(folder: str | Path, output: str | Path) -> int:
         for file in sorted(packed.folder.iterdir()):
             if file.is_file() and file.name == CONFIG:
                 (target / CONFIG).write_bytes(unmarked(file))
+            elif file.is_file() and file.name == CARD:
+                (target / CARD).write_bytes(without_section(file))
             elif file.is_file() and file not in packed.files:
                 shutil.copyfile(file, target / file.name)
         for one in packed.packed:

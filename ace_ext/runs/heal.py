@@ -26,10 +26,11 @@ from ace_ext.models.safetensors_files import Shards
 from ace_ext.models.versions import versions
 from ace_ext.process_memory import peak_memory_bytes, return_freed_memory
 from ace_ext.records import REPORT_NAME, PruneReport
+from ace_ext.runs.command import heal_command
 from ace_ext.runs.heal_journal import HealJournal
 from ace_ext.runs.heal_memory import Division, HealDemand
 from ace_ext.runs.heal_models import HealedBlocks, dense_name, dense_request, open_pruned, running_dense, whole_bytes
-from ace_ext.runs.heal_text import NOTE, HealText
+from ace_ext.runs.heal_text import NOTE, HealText, recorded_text
 from ace_ext.runs.heal_trial import tokens_within
 from ace_ext.runs.held_back import HeldBackText, logits_of_folder
 from ace_ext.runs.memory_model import Estimate, process_bytes
@@ -260,8 +261,11 @@ class _Run:
             found.healed = text.measure(logits_of_folder(self._pruned, journal.model, self._request.device))
 
     def _extra(self, journal: HealJournal) -> dict[str, Any]:
+        given, options = self._request, self._request.options
+        command = heal_command(given.text, recorded_text(self._report), given.settings, options.tokens, options.minutes)
         return {
             "dense": self._dense.model,
+            "command": None if options.longer else command,
             "calibration": journal.notes[NOTE],
             "peak_memory_bytes": peak_memory_bytes(self._request.device),
             "device": str(self._request.device),

@@ -16,11 +16,13 @@ from ace_ext.engine.progress import Progress
 from ace_ext.engine.protocols import Peers
 from ace_ext.formats import format_named
 from ace_ext.models.block_store import BlockSource, OffloadedBlocks, ResidentBlocks
+from ace_ext.models.location import hub_name
 from ace_ext.models.versions import versions
 from ace_ext.process_memory import return_freed_memory
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.records import REPORT_NAME, PruneReport
 from ace_ext.runs.beginning import choose_for_run
+from ace_ext.runs.command import run_command
 from ace_ext.runs.held_back import measurement_for
 from ace_ext.runs.model_source import Demand, Source, check_serves, open_source
 from ace_ext.runs.options import Calibration, RunOptions, RunRequest, check_request
@@ -151,7 +153,13 @@ def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) ->
         report = prune_model(source.model, inputs.tokens(peers), request.config, context=context)
         if measured is not None:
             report.perplexity = measured.after(None if whole else workspace.model)
-        report.extra = {"model": request.model, "calibration": inputs.calibration, "statistics": inputs.statistics}
+        report.extra = {
+            "model": request.model,
+            "base_model": hub_name(request.model),
+            "calibration": inputs.calibration,
+            "statistics": inputs.statistics,
+            "command": run_command(request),
+        }
         if sink is not None:
             sink.finish(request.config.needs.kept)
         if peers.rank == 0:

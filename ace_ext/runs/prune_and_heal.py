@@ -16,6 +16,7 @@ from ace_ext.models.checksums import file_sha256
 from ace_ext.models.versions import versions
 from ace_ext.records import REPORT_NAME, PruneReport
 from ace_ext.runs.beginning import from_record
+from ace_ext.runs.command import run_command
 from ace_ext.runs.heal import HealOptions, HealRequest, LongerRun, heal_folder
 from ace_ext.runs.heal_memory import HealDemand
 from ace_ext.runs.heal_models import whole_bytes
@@ -83,9 +84,10 @@ def needed_memory(request: RunRequest, source: Source) -> Estimate:
 
 
 def _record_config(pruned: Path, request: RunRequest) -> None:
-    """Makes the report name the configuration of both parts."""
+    """Makes the report name the configuration and the command of both parts."""
     report = read_report(pruned)
     report.config = request.config.to_dict()
+    report.extra["command"] = run_command(request)
     with written_whole(pruned / REPORT_NAME) as part:
         part.write_text(report.to_json(), encoding="utf-8")
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from ace_ext.cards import write_card
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import differences
 from ace_ext.formats import complete, exchanging
@@ -126,9 +127,10 @@ class UnfinishedRun:
     # The end
 
     def finish(self, report: PruneReport, report_name: str) -> Path:
-        """Writes the report and the manifest, and moves the model to the output folder. An older folder is deleted only
-        after that."""
+        """Writes the report, the model card and the manifest, and moves the model to the output folder. An older folder
+        is deleted only after that."""
         (self.model / report_name).write_text(report.to_json(), encoding="utf-8")
+        write_card(self.model, report)
         write_manifest(self.model, self.fingerprint)
         _open_to_others(self.model)
         old = self.folder / "old"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ace_ext.cards import CARD, card_says
 from ace_ext.dense_weights import NOT_CALLED
 from ace_ext.errors import InputError, one_line
 from ace_ext.models._transformers import embedding_weight, is_left_out
@@ -21,6 +22,7 @@ from ace_ext.pruning.groups import ComparisonGroup
 from ace_ext.pruning.pattern import keep_count
 from ace_ext.records import REPORT_NAME, MatrixReport, PruneReport
 from ace_ext.runs.output import read_report
+from ace_ext.runs.own_files import read_manifest
 from ace_ext.runtime import open_model
 
 
@@ -85,6 +87,7 @@ def verify(folder: str | Path, load: bool = True) -> VerifyResult:
     result.sparsity = 1 - nonzero / size if size else 0.0
     if not result.matrices:
         result.problems.append("model: no pruned matrix was found")
+    _check_card(Path(folder), result)
     if config.allocation != "uniform":
         _check_allocation(expected, reported, config, result)
     if config.comparison.over_matrices:
@@ -209,6 +212,19 @@ def _check_allocation(
     kept = sum(matrix.keep for matrix in reported.values())
     if kept != budget:
         result.problems.append(f"model: keeps {kept} weights by its report, and the sparsity asks for {budget}")
+
+
+def _check_card(folder: Path, result: VerifyResult) -> None:
+    """Checks that the model card is there, if the run wrote one, and has the figures of the weights."""
+    manifest = read_manifest(folder)
+    said = card_says(folder)
+    if said is None:
+        if manifest is not None and CARD in manifest["files"] and not (folder / CARD).is_file():
+            result.problems.append(f"{CARD}: missing")
+    elif said != (result.matrices, round(result.sparsity, 6)):
+        result.problems.append(
+            f"{CARD}: says {said[0]} matrices, {said[1]:.6f} zeros; there are {result.matrices}, {result.sparsity:.6f}"
+        )
 
 
 def _check_budget(nonzero: int, keep: int, result: VerifyResult) -> None:

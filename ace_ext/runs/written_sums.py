@@ -4,9 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ace_ext.cards import BASE_CARD, CARD
 from ace_ext.errors import InputError
 from ace_ext.formats import OutputWriter
 from ace_ext.models.blocks import Block
+from ace_ext.records import REPORT_NAME
+from ace_ext.runs.own_files import MANIFEST_NAME
+
+AT_THE_END = frozenset({CARD, BASE_CARD, REPORT_NAME, MANIFEST_NAME})
+"""Files that :meth:`ace_ext.runs.unfinished.UnfinishedRun.finish` writes; those of the model that is pruned, if it has
+them, are replaced then."""
 
 
 def check_written(model: Path, writer: OutputWriter, blocks: list[Block], sums: Mapping[str, Any]) -> None:
@@ -25,7 +32,8 @@ def check_written(model: Path, writer: OutputWriter, blocks: list[Block], sums: 
     rest = writer.rest(blocks)
     if rest is None:
         return
-    changed = [str(model / name) for name, value in sums["rest"].items() if rest.get(name) != value]
+    kept = {name: value for name, value in sums["rest"].items() if name not in AT_THE_END}
+    changed = [str(model / name) for name, value in kept.items() if rest.get(name) != value]
     for block in blocks:
         if block.name in sums["blocks"] and writer.written(block) != sums["blocks"][block.name]:
             changed.append(f"{block.name} in {model}")

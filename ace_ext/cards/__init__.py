@@ -1,0 +1,9 @@
+"""The model card of a pruned folder, ``README.md``: what a hub shows of a model, from the run's report.
+
+May import ``pruning``, ``packed``, ``models`` and what lies below them.
+"""
+
+from ace_ext.cards.card import BASE_CARD, card_says, write_card
+from ace_ext.packed.card_section import CARD
+
+__all__ = ["BASE_CARD", "CARD", "card_says", "write_card"]

@@ -1,0 +1,166 @@
+"""Writes the card of a pruned folder: metadata as the hub reads it, and what was pruned, how, and at what cost.
+
+It holds no time, date or path, so equal runs write equal bytes. The card of the model that was pruned, if it had one,
+is kept beside it as :data:`BASE_CARD`; its licence and language are repeated.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from ace_ext.cards.base import BaseCard, read_base
+from ace_ext.packed import codec_named
+from ace_ext.packed.card_section import CARD, add_section
+from ace_ext.packed.files import PackedShards, is_packed
+from ace_ext.pruning.criteria import METRICS
+from ace_ext.pruning.solvers import SOLVERS, WeightSolver
+from ace_ext.records import PruneReport, figure_text
+
+BASE_CARD = "BASE_MODEL_README.md"
+"""The card of the model that was pruned, under its new name."""
+
+TAGS = ["pruned", "sparse", "ace_ext"]
+
+_MARK = re.compile(r"^<!-- ace-prune: (\d+) matrices, (\d\.\d{6}) zeros -->$", re.M)
+"""A line of each card of this program, and of no other."""
+
+
+def write_card(folder: Path, report: PruneReport) -> None:
+    """Writes the card into the folder of a pruned model. A ``README.md`` that this program did not write is that of the
+    dense model, which was copied with it: it becomes :data:`BASE_CARD`. May be called again, as by a run that was
+    killed here.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    path, beside = folder / CARD, folder / BASE_CARD
+    if path.is_file() and card_says(folder) is None:
+        path.replace(beside)
+    own = read_base(path)  # of a model that was pruned before
+    base = replace(read_base(beside), base_model=own.base_model) if beside.is_file() else own
+    path.write_text(_render(report, base, beside.is_file(), _causal(folder)), encoding="utf-8")
+    if is_packed(folder):
+        add_section(folder, codec_named(PackedShards(folder, mapped=False).packed[0].origin.codec))
+
+
+def card_says(folder: Path) -> tuple[int, float] | None:
+    """How many pruned matrices and which share of zeros in them a folder's card names; None without a card of this
+    program."""
+    try:
+        found = _MARK.search((folder / CARD).read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return None
+    return None if found is None else (int(found[1]), float(found[2]))
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(  # markdown, not HTML: names are quoted by the filter `code`
+        loader=PackageLoader("ace_ext.cards"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"code": _code, "perplexity": figure_text}
+    return environment
+
+
+def _code(value: object) -> str:
+    """A text as code in markdown, in one line and one cell of a table."""
+    plain = re.sub(r"[`|\x00-\x1f\x7f]", "_", str(value))
+    return f"`{plain}`"
+
+
+def _render(report: PruneReport, base: BaseCard, has_base: bool, causal: bool) -> str:
+    healing = report.extra.get("healing") or {}
+    metadata = ModelCardData(
+        **{**({"pipeline_tag": "text-generation"} if causal else {}), **base.kept},
+        base_model=report.extra.get("base_model") or base.base_model,
+        library_name="transformers",
+        tags=TAGS,
+    )
+    return (
+        _environment()
+        .get_template(f"{CARD}.j2")
+        .render(
+            metadata=metadata.to_yaml(),
+            mark=f"<!-- ace-prune: {len(report.matrices)} matrices, {report.sparsity:.6f} zeros -->",
+            name=_name(report),
+            hub_name=report.extra.get("base_model") or base.base_model,
+            amount=_amount(report.config),
+            kept=_kept(report.config),
+            method=_method(report.config),
+            report=report,
+            weights=sum(matrix.size for matrix in report.matrices),
+            error=_mean_error(report),
+            calibration=_calibration(report.extra.get("calibration")),
+            tuned=any(block.tuning for block in report.blocks),
+            commands=[extra["command"] for extra in (report.extra, healing) if extra.get("command")],
+            licence=base.kept.get("license_name") or base.kept.get("license"),
+            base_card=BASE_CARD if has_base else None,
+        )
+    )
+
+
+def _causal(folder: Path) -> bool:
+    """Whether a folder's configuration names a causal language model."""
+    try:
+        names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures")
+    except (OSError, ValueError, AttributeError):
+        return False
+    return isinstance(names, list) and any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+
+
+def _name(report: PruneReport) -> str:
+    """The model's name without the folders that it was in."""
+    return Path(str(report.extra.get("base_model") or report.extra.get("model") or "a model")).name
+
+
+def _amount(config: Mapping[str, Any]) -> str:
+    return str(config["pattern"]) if config.get("pattern") else f"{100 * config['sparsity']:g} %"
+
+
+def _kept(config: Mapping[str, Any]) -> str:
+    """Which weights were kept, in words."""
+    if config.get("pattern"):
+        keep, size = str(config["pattern"]).split(":")
+        return f"{keep} of each {size} consecutive weights of a row"
+    of = {"row": "each row", "matrix": "each matrix", "model": "all matrices together"}
+    shared = "" if config.get("allocation") == "uniform" else ", more or less of each block"
+    return f"the same share of {of.get(config['group'], config['group'])}{shared}"
+
+
+def _method(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and descriptions of what chose the mask and the remaining weights."""
+    update = SOLVERS["update"].get(str(config.get("update")))
+    chooses = isinstance(update, WeightSolver) and update.chooses_mask and not config.get("refine")
+    metric = METRICS.get(str(config["metric"]))
+    found = []
+    if not chooses or config.get("allocation") != "uniform":
+        found.append((str(config["metric"]), "a metric" if metric is None else f"a metric: {metric.formula}"))
+    for stage in ("refine", "update"):
+        name = config.get(stage)
+        if name:
+            solver = SOLVERS[stage].get(name)
+            found.append((name, "a solver" if solver is None else solver.summary))
+    return found
+
+
+def _mean_error(report: PruneReport) -> float | None:
+    errors = [matrix.relative_error for matrix in report.matrices if matrix.tokens]
+    return sum(errors) / len(errors) if errors else None
+
+
+def _calibration(found: object) -> dict[str, Any] | None:
+    """What the report says of the calibration text, its source without folders; None if that is not known."""
+    if not isinstance(found, dict) or not {"source", "nsamples", "seqlen", "seed"} <= found.keys():
+        return None
+    return {**found, "source": Path(str(found["source"])).name}

@@ -1,0 +1,44 @@
+"""The section of a packed folder's model card that says how to load it, and the card without that section."""
+
+from pathlib import Path
+
+from ace_ext.packed._codec import Codec
+
+CARD = "README.md"
+"""A model's card, as hubs name it."""
+
+_START, _END = "<!-- ace-prune pack -->", "<!-- end of ace-prune pack -->"
+_SECTION = """
+{start}
+## Packed
+
+The weights are stored without their zeros, in the format `{codec.name}` of `ace_ext` ({codec.summary}):
+
+```python
+import ace_ext  # tells transformers (version 5 or later) about packed folders
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+```
+
+Its Linears multiply from the packed weights on a CPU. `ace-prune unpack FOLDER --output DENSE` gives back the dense
+folder, byte for byte, and `ace-prune bench FOLDER` measures both.
+{end}
+"""
+
+
+def add_section(folder: Path, codec: Codec) -> None:
+    """Appends the section to the card of a packed folder. Without a card nothing happens."""
+    path = folder / CARD
+    if path.is_file():
+        section = _SECTION.format(start=_START, end=_END, codec=codec)
+        path.write_bytes(path.read_bytes() + section.encode("utf-8"))
+
+
+def without_section(path: Path) -> bytes:
+    """A card without the section: the bytes that :func:`add_section` found."""
+    card = path.read_bytes()
+    start, end = (mark.encode() for mark in ("\n" + _START + "\n", _END + "\n"))
+    before, found, rest = card.rpartition(start)
+    _, ended, after = rest.partition(end)
+    return before + after if found and ended else card
