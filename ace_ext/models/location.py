@@ -100,12 +100,11 @@ def locate(source: str) -> ModelLocation:
 
 
 def hub_name(source: str) -> str | None:
-    """The name by which a hub knows a model: what the user gave, or what the folder of a hub's cache is called. None
-    for any other folder or file."""
-    location = locate(source)
-    path = Path(location.name)
-    if location.gguf_file is None and not path.is_dir():
-        return location.name
+    """The name by which a hub knows a model that :func:`locate` finds: what the user gave, or what the folder of a
+    hub's cache is called. None for any other folder or file."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        return source
     kept = re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", path.parent.parent.name)
     return f"{kept[1]}/{kept[2]}" if kept and path.parent.name == "snapshots" else None
 
