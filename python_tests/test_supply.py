@@ -60,6 +60,17 @@ def test_the_table_of_licences_has_what_pyproject_names():
     assert len(table) > len(direct)
 
 
+def test_the_tests_that_it_names_exist():
+    """In its table of what the first review found."""
+    table = TRUST.partition("## What the first review found")[2].partition("\n## ")[0]
+    named = [(file, names) for row in table.splitlines() for file, names in re.findall(r"(\w+): ((?:`\w+`,? ?)+)", row)]
+    assert len(named) > 20
+    for file, names in named:
+        text = (ROOT / "python_tests" / f"test_{file}.py").read_text()
+        for name in re.findall(r"`(\w+)`", names):
+            assert f"\ndef {name}(" in text, f"{file}: {name}"
+
+
 def test_its_commands_are_targets_of_the_makefile():
     targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.M))
     named = {target for line in re.findall(r"`make ([a-z -]+)`", TRUST) for target in line.split()}
