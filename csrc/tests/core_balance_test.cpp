@@ -40,7 +40,7 @@ TEST(Balance, TheSearchSeesTheSameChanges) {
 
 TEST(Balance, RoundingGrowsWithColumnsAndSwaps) {
   const double unit = std::ldexp(1.0, -53);
-  EXPECT_EQ(balance_rounding(1.0, -2.0, 4.0, 0, 0), unit * (8.0 + 2.0 * 24.0 * 8.0));
+  EXPECT_EQ(balance_rounding(4.0, -2.0, 4.0, 0, 0), unit * (32.0 + 2.0 * 24.0 * 8.0));
   EXPECT_EQ(balance_rounding(0.0, 1.0, 1.0, 100, 7), unit * 2.0 * 152.0);
 }
 

@@ -85,6 +85,28 @@ TEST(Score, NothingBadPassesUnseen) {
   expect_bad_terms_show<GivenScore>();
 }
 
+// A term that a functor does not say it reads may be absent: it must not change the score, and each other one does.
+template <class Functor>
+void expect_reads_what_it_says() {
+  const auto value = [](float column, float moment, float row_sum, float column_sum) {
+    return Functor::value(2.0f, {column, moment, row_sum, column_sum});
+  };
+  const float score = value(3.0f, 1.0f, 8.0f, 16.0f);
+  EXPECT_EQ(Functor::kColumn, value(4.0f, 1.0f, 8.0f, 16.0f) != score);
+  EXPECT_EQ(Functor::kMoment, value(3.0f, 2.0f, 8.0f, 16.0f) != score);
+  EXPECT_EQ(Functor::kSums, value(3.0f, 1.0f, 4.0f, 16.0f) != score);
+  EXPECT_EQ(Functor::kSums, value(3.0f, 1.0f, 8.0f, 32.0f) != score);
+}
+
+TEST(Score, ReadsWhatItSays) {
+  expect_reads_what_it_says<MagnitudeScore>();
+  expect_reads_what_it_says<ScaledScore>();
+  expect_reads_what_it_says<RiaScore>();
+  expect_reads_what_it_says<CospScore>();
+  expect_reads_what_it_says<CospExactScore>();
+  expect_reads_what_it_says<GivenScore>();
+}
+
 TEST(Score, OverflowShows) {
   const float huge = std::numeric_limits<float>::max();
   EXPECT_FALSE(is_finite(ScaledScore::value(huge, {2.0f, 0.0f, 0.0f, 0.0f})));

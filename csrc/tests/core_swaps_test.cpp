@@ -31,7 +31,7 @@ TEST(Swap, NormsOfAllLanesAreAdded) {
 
 TEST(Swap, RoundingGrowsWithColumnsAndSwaps) {
   const double unit = std::ldexp(1.0, -53);
-  EXPECT_EQ(swap_rounding(1.0, 2.0, 0, 0), 32.0 * unit);
+  EXPECT_EQ(swap_rounding(4.0, 2.0, 0, 0), 128.0 * unit);
   EXPECT_EQ(swap_rounding(1.0, 2.0, 100, 7) - swap_rounding(1.0, 2.0, 0, 0), 4.0 * 114.0 * unit);
 }
 
