@@ -233,8 +233,8 @@ def test_lockstep_holds_no_more_than_estimated(stays, monkeypatch):
 
     monkeypatch.setattr(Steps, "prune_matrix", prune_matrix)
     prune_model(model, tokens, config, context=RunContext(keeps_forwards=True))
-    found = need(config, *tokens.shape, model=model, keeps_forwards=True)
-    assert 1 <= (found.total - found.model) / max(held) < 3
+    found = need(config, *tokens.shape, model=model, keeps_forwards=True)  # its process: threads, which are no tensors
+    assert 1 <= (found.total - found.model - found.process) / max(held) < 3
 
 
 def make_mixture():

@@ -1,6 +1,7 @@
 """Several batches in the sequential order: one forward's work a block, and the bytes of one forward for each stage."""
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from ace_ext.engine import steps, strategies
 from ace_ext.engine.context import RunContext
 from ace_ext.engine.walk import Walk
 from ace_ext.models.blocks import find_blocks
-from ace_ext.models.lockstep import Lockstep, keeps_no_state
+from ace_ext.models.lockstep import Lockstep, keeps_no_state, paused_bytes, threads_fit
 from ace_ext.models.replay import capture_calls, run_block
+from ace_ext.process_memory import resident_bytes
 
 
 def pruned(model, keeps_forwards: bool, tokens=None, **config):
@@ -164,6 +166,55 @@ def test_a_block_that_keeps_state_is_pruned_by_stages():
     assert sorted(context.stateless.values()) == [False, True]
     assert reports == expected
     assert_same(*models)
+
+
+@pytest.mark.parametrize(("allowed", "takes_turns"), [(12, True), (11, False), (None, True)])
+def test_more_threads_than_the_system_allows(allowed, takes_turns, monkeypatch):
+    """Six batches; half of the threads are left to others."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr("ace_ext.models.lockstep.most_threads", lambda: allowed)
+    one, other = make_model("llama"), make_model("llama")
+    (reports, context), (expected, _) = pruned(one, True), pruned(other, False)
+    assert bool(context.stateless) == takes_turns
+    assert reports == expected
+    assert_same(one, other)
+
+
+def test_each_forward_has_a_team_of_openmp_threads(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr("ace_ext.models.lockstep.most_threads", lambda: 800)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [threads_fit(n, cpu) for n in (100, 101)] == [True, False]
+    assert [threads_fit(n, gpu) for n in (400, 401)] == [True, False]
+    assert paused_bytes(100, cpu) > 100 * paused_bytes(1, gpu) == 0
+
+
+def test_a_thread_that_cannot_start(monkeypatch):
+    def start(_):
+        raise RuntimeError("can't start new thread")
+
+    model = make_model("llama")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(InputError, match=r"batch_tokens must leave so few batches .*can't start new thread"):
+        pruned(model, True)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell a process's memory")
+def test_hundreds_of_batches():
+    """Their threads hold no more than is counted, and are gone at the end."""
+    pruned(make_model("llama"), True)  # libraries are loaded
+    block, forwards, _ = enter(make_model("llama"), 300)
+    before, threads = resident_bytes(), threading.active_count()
+    with Lockstep(block, forwards, torch.device("cpu")) as steps:
+        for i in range(300):
+            assert steps.run(i) is None
+        held = resident_bytes() - before
+        assert threading.active_count() == threads + 300
+    assert held < paused_bytes(300, "cpu")
+    assert threading.active_count() == threads
 
 
 def enter(model, count: int = 3):

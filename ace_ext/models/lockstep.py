@@ -13,11 +13,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ace_ext.errors import InputError
 from ace_ext.models._transformers_layouts import computes_experts, eager_experts
 from ace_ext.models.blocks import Block
 from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.replay import BlockCall, run_block
 from ace_ext.process_memory import available_bytes
+from ace_ext.process_threads import most_threads
 
 
 class _Abandoned(BaseException):
@@ -42,7 +44,12 @@ class _Forward:
         """Runs until the forward stops or ends; its output if it ended."""
         self.stop = None
         if self._thread.ident is None:
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError as error:
+                raise InputError(
+                    f"batch_tokens must leave so few batches that each can have a thread ({error}); raise it"
+                ) from error
         self._go.release()
         self._rest.acquire()
         if self._error is not None:
@@ -147,6 +154,27 @@ class Lockstep:
             self._running.arrive(child, x)
 
 
+PAUSED_BYTES = 2**19
+"""Measured: resident memory of the thread of an unfinished forward, with 64 to 1,024 of them."""
+TEAM_BYTES = 2**17
+"""Measured: that of one more OpenMP thread in its team."""
+
+
+def paused_bytes(batches: int, device: torch.device | str) -> int:
+    """Bytes of the device's memory that the threads of unfinished forwards hold; what waits on a GPU is in tensors."""
+    if torch.device(device).type != "cpu":
+        return 0
+    return batches * (PAUSED_BYTES + (torch.get_num_threads() - 1) * TEAM_BYTES)
+
+
+def threads_fit(batches: int, device: torch.device) -> bool:
+    """Whether as many unfinished forwards as there are batches keep at most half of the threads that the system
+    allows. On the CPU each has its own team of OpenMP threads, which lasts as long as its thread."""
+    allowed = most_threads()
+    team = torch.get_num_threads() if device.type == "cpu" else 1
+    return allowed is None or batches * team <= allowed // 2
+
+
 def forwards_fit(block: Block, hidden: HiddenStates, device: torch.device) -> bool:
     """Whether what the batches' unfinished forwards through a block hold takes at most half of the free memory."""
     widest = max(linear.in_features for linear in block.linears.values())
@@ -154,7 +182,7 @@ def forwards_fit(block: Block, hidden: HiddenStates, device: torch.device) -> bo
     itemsize = block.linears[next(iter(block.linears))].weight.dtype.itemsize
     # As ModelShape.waiting_bytes: before the widest Linear, or in attention.
     held = max(2 * hidden.nbytes + sum(rows) * widest * itemsize, 6 * hidden.nbytes)
-    return held <= available_bytes(device) // 2
+    return held + paused_bytes(len(rows), device) <= available_bytes(device) // 2
 
 
 def keeps_no_state(block: Block, index: int, calls: Sequence[BlockCall], hidden: Sequence[Tensor]) -> bool:

@@ -13,6 +13,7 @@ from torch import nn
 
 from ace_ext.data.bos import WINDOW_TOKENS, WINDOWS
 from ace_ext.models.blocks import Block
+from ace_ext.models.lockstep import paused_bytes
 from ace_ext.models.safetensors_files import Shards
 from ace_ext.process_memory import resident_bytes
 from ace_ext.pruning.block_tuning import step_samples
@@ -104,6 +105,8 @@ def estimate(
     if shape.experts and shape.itemsize < 4 and torch.device(device).type == "cpu":
         process += _EXPERT_KERNELS
     run = _Run(blocks, config, shape, nsamples * seqlen, seqlen, resident_hidden, keeps_forwards)
+    if run.in_lockstep:
+        process += paused_bytes(-(-run.tokens // run.batch), device)
     phases = [*run.pruning(), *run.training(), *run.allocating()]
     held = max(shape.blocks) * (3 if overlap else 1)
     phases = [replace(phase, process=process, model=held if offload else resident) for phase in phases]
