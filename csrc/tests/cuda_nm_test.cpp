@@ -65,12 +65,15 @@ TYPED_TEST(NmOf, TakesEveryFormula) {
 }
 
 TYPED_TEST(NmOf, AGroupThatIsNotFiniteIsLeftAlone) {
-  for (const int group_m : {4, 6}) {
-    Sample<TypeParam> got({2, 24}, Formula::magnitude, Values::spread);
+  for (int n = 0; n < 8; ++n) {
+    const int group_m = 2 + n % 4 * 2;
+    const Formula formula = n < 4 ? Formula::magnitude : Formula::scaled;
+    Sample<TypeParam> got({2, 24}, formula, Values::spread);
     const std::vector<uint32_t> keys = got.keys();
     std::vector<uint8_t> all_kept;
-    for (int n = 0; n < 48; n += group_m) {
-      const uint32_t kept = n <= 37 && 37 < n + group_m ? ~0u : keep_best<0>(keys.data() + n, group_m, 1);
+    for (int first = 0; first < 48; first += group_m) {
+      const bool finite = first > 37 || 37 >= first + group_m;
+      const uint32_t kept = finite ? keep_best<0>(keys.data() + first, group_m, 1) : ~0u;
       for (int g = 0; g < group_m; ++g) all_kept.push_back(kept >> g & 1u);
     }
     got.weight(1, 13) = not_finite<TypeParam>();
@@ -80,7 +83,7 @@ TYPED_TEST(NmOf, AGroupThatIsNotFiniteIsLeftAlone) {
     ASSERT_EQ(launch_prune_nm(got.arguments(), 1, group_m, nullptr, 9, nullptr), cudaSuccess);
     EXPECT_EQ(take_flag(), 9);
     int64_t kept = 0;
-    for (int64_t n = 0; n < 48; ++n) kept += bits_of(got.weight(n / 24, n % 24)) != 0;
+    for (int64_t place = 0; place < 48; ++place) kept += bits_of(got.weight(place / 24, place % 24)) != 0;
     EXPECT_EQ(kept, 48 / group_m - 1 + group_m);
   }
 }

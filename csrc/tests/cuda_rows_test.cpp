@@ -58,7 +58,8 @@ TYPED_TEST(RowsOf, KeepExactlyKAmongTies) {
   for (const unsigned order : orders()) {
     simt::settings.order = order;
     for (const int64_t keep_k : {1, 300, 567, 1133}) {
-      check_rows<TypeParam>({3, 1134}, Formula::magnitude, Values::ties, keep_k);
+      const Formula formula = keep_k < 500 ? Formula::magnitude : Formula::scaled;
+      check_rows<TypeParam>({3, 1134}, formula, Values::ties, keep_k);
       check_rows<TypeParam>({2, 129}, Formula::given, Values::ties, keep_k % 129);
     }
   }
@@ -109,14 +110,15 @@ TYPED_TEST(RowsOf, MoreRowsThanBlocks) {
 }
 
 TYPED_TEST(RowsOf, ARowThatIsNotFiniteIsLeftAlone) {
-  for (const size_t max_shared : {size_t{0}, simt::kMaxShared}) {
-    simt::settings.max_shared = max_shared;
-    Sample<TypeParam> got({3, 70}, Formula::magnitude, Values::spread);
+  for (int n = 0; n < 4; ++n) {
+    const Formula formula = n < 2 ? Formula::magnitude : Formula::scaled;
+    simt::settings.max_shared = n % 2 == 0 ? 0 : simt::kMaxShared;
+    Sample<TypeParam> got({3, 70}, formula, Values::spread);
     got.weight(1, 69) = not_finite<TypeParam>();
     std::vector<TypeParam> before;
     for (int64_t j = 0; j < 70; ++j) before.push_back(got.weight(1, j));
     std::vector<uint8_t> mask_kept(3 * 70, 1);
-    Sample<TypeParam> finite({3, 70}, Formula::magnitude, Values::spread);
+    Sample<TypeParam> finite({3, 70}, formula, Values::spread);
     const std::vector<uint32_t> keys = finite.keys();
     for (const size_t i : {0, 2}) {
       const std::vector<uint32_t> row(keys.begin() + static_cast<long>(i) * 70,
