@@ -120,6 +120,46 @@ def test_torchrun_writes_what_two_processes_write(tmp_path):
     assert weights_bytes(tmp_path / "torchrun") == weights_bytes(tmp_path / "forked")
 
 
+COUNTS_WORK = """
+from torch.utils.flop_counter import FlopCounterMode
+from ace_ext.engine import steps, strategies
+work = {"run_block": 0, "prune_linear_": 0}
+def counted(module, name):
+    real = getattr(module, name)
+    def call(*arguments):
+        with FlopCounterMode(display=False) as counter:
+            result = real(*arguments)
+        work[name] += counter.get_total_flops()
+        return result
+    setattr(module, name, call)
+counted(strategies, "run_block")  # also in the threads of lockstep
+counted(steps, "prune_linear_")
+status = main(sys.argv[1:])
+print("work", *work.values(), flush=True)
+raise SystemExit(status)
+"""
+
+
+def test_work_is_shared(tmp_path):
+    """Each of two and of four processes runs its share of the samples, and one more with which it finds the order of
+    the Linears, and solves its share of the rows. Counted in floating point operations, those of factorisations not."""
+    dense = save_dense(tmp_path / "dense")
+    found = {}
+    for size in (1, 2, 4):
+        options = ("--nsamples", 16, "--batch-tokens", 16, "--preset", "balanced", "--gram", "plain")
+        status, out, err = ranks(dense, tmp_path / f"{size}", *options, script=COUNTS_WORK, processes=size)
+        assert status == 0, err
+        found[size] = [tuple(map(int, line.split()[1:])) for line in out.splitlines() if line.startswith("work")]
+        assert len(found[size]) == size
+    print(found)
+    ((forwards, solver),) = found[1]
+    one = forwards / 17  # a batch's forward through all blocks
+    for size in (2, 4):
+        for own_forwards, own_solver in found[size]:
+            assert own_forwards == pytest.approx((16 / size + 1) * one, rel=1e-6)
+            assert own_solver < 1.1 * solver / size
+
+
 COUNTS_THREADS = """
 import sys
 from pathlib import Path
