@@ -115,7 +115,8 @@ def forward(model: nn.Module, tokens: torch.Tensor, config: PruneConfig, device:
     """All batches through all blocks."""
     blocks = find_blocks(model)
     batches = torch.split(tokens.to(device), config.batch_samples(tokens.shape[1]))
-    for call in capture_calls(model, blocks, [{"input_ids": batch} for batch in batches]):
+    calls = list(capture_calls(model, blocks, [{"input_ids": batch} for batch in batches]))  # blocks compute again
+    for call in calls:
         hidden = call.hidden
         for index, block in enumerate(blocks):
             hidden = run_block(block, hidden, call.others[index])

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""obs_block_ against SparseGPT's Python loop over columns, and refine_swaps_: its time and the remaining share of loss.
+"""obs_block_ against SparseGPT's Python loop over columns, refine_swaps_, and factorisations one by one and as a batch.
 
     python benchmarks/bench_solvers.py [--device cuda|cpu] [--shapes 576x576,1536x576] [--json FILE]
 
@@ -7,6 +7,9 @@ For each shape (rows x columns), at 50 % and 2:4: the recursion over one block o
 the ratio to the same recursion as a loop of torch calls; then refine_swaps_ from the mask of ``|W| ||X||``, with the
 swaps per row and the loss ``sum e^T G e`` after in per cent of before. Inputs are random, correlated and of different
 scales; those of a real layer differ. Each repeat starts from a fresh copy; making the copy is not timed.
+
+Then what a solver factorises of a mixture's experts (float64): the Cholesky factors of several Gram matrices of one
+size and the inverses of the factors, one after the other as ace_ext does, and as one batch.
 """
 
 import argparse
@@ -25,6 +28,8 @@ from ace_ext import ops
 SHAPES = {"cpu": "576x576,1536x576,576x1536,192x4096", "cuda": "576x576,1536x576,576x1536,4096x4096"}
 WIDTH = 128
 PATTERNS = {"50 %": (0, 0), "2:4": (2, 4)}
+BATCHES = {"cpu": ((64, 256), (16, 768)), "cuda": ((128, 768), (64, 2048), (8, 4096))}
+"""How many matrices, of how many columns."""
 
 
 def loop_over_columns(weight: Tensor, error: Tensor, mask: Tensor, factor: Tensor, keep_n: int, group_m: int) -> None:
@@ -127,6 +132,28 @@ def bench(rows: int, cols: int, device: str, budget: float) -> list[dict]:
     return results
 
 
+def inverse_factors(grams: Tensor) -> Tensor:
+    """Of ``[..., d, d]`` float64, as :mod:`ace_ext.pruning.gram` factorises one."""
+    lower, _ = torch.linalg.cholesky_ex(grams)
+    eye = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
+    return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
+
+
+def bench_factors(count: int, cols: int, device: str, budget: float) -> dict:
+    grams = torch.stack([make_gram(cols, device) for _ in range(count)]).double()
+    grams.diagonal(dim1=1, dim2=2).add_(0.01 * grams.diagonal(dim1=1, dim2=2).mean(1, keepdim=True))
+    alone = seconds(lambda: [inverse_factors(gram) for gram in grams], tuple, device, budget)
+    batch = seconds(lambda: inverse_factors(grams), tuple, device, budget)
+    same = all(torch.equal(inverse_factors(gram), one) for gram, one in zip(grams, inverse_factors(grams), strict=True))
+    row = {"matrices": count, "columns": cols, "one_by_one_ms": alone * 1e3, "batch_ms": batch * 1e3, "same_bits": same}
+    print(
+        f"{count} matrices of {cols}: factorised one by one {alone * 1e3:.1f} ms, as a batch {batch * 1e3:.1f} ms, "
+        f"{'the same bits' if same else 'other bits'}",
+        flush=True,
+    )
+    return row
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -144,6 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     shapes = [tuple(map(int, shape.split("x"))) for shape in (args.shapes or SHAPES[args.device]).split(",")]
     with torch.no_grad():
         rows = [row for shape in shapes for row in bench(*shape, args.device, args.budget)]
+        rows += [bench_factors(*batch, args.device, args.budget) for batch in BATCHES[args.device]]
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"device": name, "torch": torch.__version__, "rows": rows}, file, indent=1)

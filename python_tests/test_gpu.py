@@ -325,7 +325,7 @@ def reductions(request):
 @pytest.mark.usefixtures("reductions")
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("tokens", "columns"), [(1, 1), (33, 40), (5000, 129), (9000, 520)])
-def test_gram_matrix_within_bounds(tokens, columns, weighted, dtype, random):
+def test_gram_matrices_are_summed_in_float32(tokens, columns, weighted, dtype, random):
     """Products are exact, or rounded once more with token weights; sums are float32, where tensor cores may cut off."""
     x = torch.randn(tokens, columns, generator=random).to(dtype)
     token_weight = torch.rand(tokens, generator=random) if weighted else None

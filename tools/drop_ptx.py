@@ -26,12 +26,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# File of PTX -> its test and the filter that runs its kernels for bfloat16.
+# File of PTX -> its test and the filter that runs its kernels for bfloat16. The kernels of packed have neither barriers
+# nor atomics.
 FAMILIES = {
     "moments": ("cuda_moments_test", "MomentsOf/2.*"),
     "prune_nm": ("cuda_nm_test", "NmOf/2.*"),
     "prune_rows": ("cuda_rows_test", "RowsOf/2.*"),
     "prune_matrix": ("cuda_matrix_test", "MatrixOf/2.*"),
+    "score": ("cuda_matrix_test", "MatrixOf/2.*"),
+    "swaps": ("cuda_swaps_test", "SwapsOf/2.*"),
+    "balance": ("cuda_balance_test", "BalanceOf/2.*"),
+    "restore": ("cuda_restore_test", "*"),
+    "obs_block": ("cuda_obs_block_test", "*"),
 }
 ENTRY = re.compile(r"\.entry (\w+)\(")
 DROPPED = re.compile(r"^\s*(bar\.sync|barrier\.sync|atom\.\S+|red\.\S+)\s+([^;]*);")
