@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find ace_ext csrc -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 JOBS ?= 2
 
-.PHONY: demo test test-cpp test-python check-kernels check-memory fuzz gpu lint docs dist clean \
+.PHONY: demo test test-cpp test-python check-kernels check-arm check-memory fuzz gpu lint docs dist clean \
 	nightly nightly-python nightly-cpp nightly-fuzz coverage coverage-python coverage-cpp mutation licenses test-oldest
 
 demo: $(VENV)/installed
@@ -44,6 +44,10 @@ check-kernels: $(VENV)/tools
 	$(BIN)/python tools/check_sass.py build/nvcc
 	PYTHON=$(BIN)/python tools/check_glue.sh
 
+# The C++ tests of what runs on a CPU, built for 64-bit ARM and run in an emulator.
+check-arm: $(VENV)/ready
+	PYTHON=$(BIN)/python tools/check_arm.sh build/arm
+
 # Prunes a model of over 4 GB from the disk within 2 GB of memory, and a small one from the disk and in memory, and
 # compares the bytes of the latter two. Takes some minutes.
 check-memory: $(VENV)/installed
@@ -56,7 +60,7 @@ fuzz: $(VENV)/installed
 
 # What takes hours, or would rarely find what `make test` does not; docs/trust.md has the figures. Each part can be run
 # alone.
-nightly: nightly-python test-oldest nightly-cpp check-memory coverage mutation licenses nightly-fuzz
+nightly: nightly-python test-oldest nightly-cpp check-arm check-memory coverage mutation licenses nightly-fuzz
 
 # The tests that `make test` leaves out (pyproject.toml, addopts).
 nightly-python: $(VENV)/installed

@@ -27,10 +27,9 @@ constexpr int64_t kPanelBytes = int64_t{1} << 20;
 PackedLevel packed_level() {
   static const PackedLevel level = [] {
     const std::string torch = at::get_cpu_capability();
-    const PackedLevel most = torch == "DEFAULT" ? PackedLevel::portable
-                             : torch == "AVX2"  ? PackedLevel::avx2
-                                                : PackedLevel::avx512_bf16;
-    return std::min(most, highest_packed_level());
+    const PackedLevel most = torch == "AVX2" ? PackedLevel::avx2 : PackedLevel::portable;
+    const bool less = ACE_PACKED_X86 != 0 && (torch == "DEFAULT" || torch == "AVX2");
+    return less ? std::min(most, highest_packed_level()) : highest_packed_level();
   }();
   return level;
 }

@@ -6,17 +6,24 @@
 #include "cpu/packed_amx.h"
 #include "cpu/packed_avx2.h"
 #include "cpu/packed_avx512.h"
+#include "cpu/packed_neon.h"
 #include "cpu/packed_panel.h"
 #include "cpu/packed_portable.h"
 
 namespace ace::cpu {
 
-enum class PackedLevel { portable, avx2, avx512, avx512_bf16 };
+// Of x86, except for the last, which is ARM's only one.
+enum class PackedLevel { portable, avx2, avx512, avx512_bf16, neon };
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define ACE_PACKED_X86 1
 #else
 #define ACE_PACKED_X86 0
+#endif
+#if defined(__aarch64__) && defined(__ARM_NEON) && !defined(__ARM_BIG_ENDIAN)
+#define ACE_PACKED_ARM 1
+#else
+#define ACE_PACKED_ARM 0
 #endif
 
 inline PackedLevel highest_packed_level() {
@@ -30,6 +37,8 @@ inline PackedLevel highest_packed_level() {
   if (!has_all(ACE_HAS("avx512vbmi2"), ACE_HAS("avx512bf16"))) return PackedLevel::avx512;
 #undef ACE_HAS
   return PackedLevel::avx512_bf16;
+#elif ACE_PACKED_ARM
+  return PackedLevel::neon;
 #else
   return PackedLevel::portable;
 #endif
@@ -48,6 +57,10 @@ void with_packed_loops(PackedLevel level, Action&& action) {
     return action(&avx512::packed_product<avx512::Avx512<T>>, &avx512::packed_unpack<avx512::Avx512<T>>, float{});
   if (level == PackedLevel::avx2)
     return action(&avx2::packed_product<avx2::Avx2<T>>, &avx2::packed_unpack<avx2::Avx2<T>>, float{});
+#endif
+#if ACE_PACKED_ARM
+  if (level == PackedLevel::neon)
+    return action(&neon::packed_product<neon::Neon<T>>, &neon::packed_unpack<neon::Neon<T>>, float{});
 #endif
   action(&portable::packed_product<portable::Plain<T>>, &portable::unpack_bits<T>, float{});
 }

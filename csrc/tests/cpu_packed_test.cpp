@@ -16,9 +16,10 @@ namespace ace::cpu {
 namespace {
 
 std::vector<PackedLevel> levels() {
-  std::vector<PackedLevel> found;
-  for (int level = 0; level <= static_cast<int>(highest_packed_level()); ++level)
-    found.push_back(static_cast<PackedLevel>(level));
+  const PackedLevel highest = highest_packed_level();
+  std::vector<PackedLevel> found{PackedLevel::portable};
+  for (const PackedLevel level : {PackedLevel::avx2, PackedLevel::avx512, PackedLevel::avx512_bf16, PackedLevel::neon})
+    if (level == highest || (level < highest && highest != PackedLevel::neon)) found.push_back(level);
   return found;
 }
 
