@@ -62,8 +62,9 @@ fuzz: $(VENV)/installed
 # alone.
 nightly: nightly-python test-oldest nightly-cpp check-arm check-memory coverage mutation licenses nightly-fuzz
 
-# The tests that `make test` leaves out (pyproject.toml, addopts).
+# The tests that `make test` leaves out (pyproject.toml, addopts), also those that need lm-eval.
 nightly-python: $(VENV)/installed
+	$(BIN)/pip install --quiet 'lm-eval[hf]>=0.4.9'
 	$(PYTEST) -m nightly
 
 # The tests with the oldest transformers that pyproject.toml allows, in an environment of its own.

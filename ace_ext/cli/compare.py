@@ -13,6 +13,7 @@ from ace_ext.compare.tables import markdown_table, results_json, text_table
 from ace_ext.data.bos import AUTO, NEVER
 from ace_ext.data.corpora import SELF
 from ace_ext.data.perplexity import SEQLEN
+from ace_ext.data.tasks import Tasks
 from ace_ext.errors import InputError
 from ace_ext.pruning.config import BATCH_TOKENS
 from ace_ext.reporting.compare_page import write_study_report
@@ -21,6 +22,7 @@ from ace_ext.runs.options import Calibration
 
 EXAMPLES = (
     "compare --model MODEL --methods published-wanda,fast,balanced --calibration wiki-mini",
+    "compare --model MODEL --calibration wiki-mini --tasks arc_easy,piqa --task-limit 200",
     "compare --model MODEL --methods wanda,ace --sparsities 0.5,0.6 --patterns 2:4 --seeds 0,1,2 --output comparison",
 )
 """Commands that ``--help`` shows."""
@@ -50,6 +52,7 @@ def add(commands: shared.Subparsers) -> None:
     parser.add_argument("--eval-seqlen", type=int, default=SEQLEN, help="tokens of a window (default: %(default)s)")
     parser.add_argument("--eval-windows", type=int, default=EVAL_WINDOWS, help="windows at most (default: %(default)s)")
     shared.add_bos(parser, "window of an evaluation text", AUTO, "--eval-bos")
+    _add_tasks(parser.add_argument_group("downstream tasks (pip install 'lm-eval[hf]')"))
     add_selection(parser, "weights to leave dense")
     parser.add_argument(
         "--batch-tokens",
@@ -64,6 +67,14 @@ def add(commands: shared.Subparsers) -> None:
     )
     parser.add_argument("--markdown", action="store_true", help="a markdown table on stdout")
     parser.set_defaults(action=compare)
+
+
+def _add_tasks(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--tasks", help="a list of tasks of lm-eval, whose scores are shown beside perplexity")
+    group.add_argument(
+        "--task-path", metavar="DIR", type=Path, help="a folder with YAML files of your own tasks; code in it is run"
+    )
+    group.add_argument("--task-limit", metavar="N", type=int, help="samples of each task at most (default: all)")
 
 
 def _method_table() -> str:
@@ -91,7 +102,13 @@ def study_from(args: argparse.Namespace) -> Study:
             seeds=tuple(_whole("seeds", text) for text in _split(args.seeds)),
             bos=args.bos,
         ),
-        evaluation=Evaluation(_split(args.texts), args.eval_seqlen, args.eval_windows, args.eval_bos or AUTO),
+        evaluation=Evaluation(
+            _split(args.texts),
+            args.eval_seqlen,
+            args.eval_windows,
+            args.eval_bos or AUTO,
+            Tasks(_split(args.tasks), args.task_path, args.task_limit),
+        ),
         skip=skip_from(args),
         batch_tokens=args.batch_tokens,
         text_field=args.text_field,

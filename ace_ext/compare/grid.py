@@ -13,6 +13,7 @@ from ace_ext.compare.method_spec import Method
 from ace_ext.data.bos import AUTO, MODES, default_mode
 from ace_ext.data.corpora import CALIBRATION, HELD_OUT, SELF, SOURCES, load_text
 from ace_ext.data.perplexity import SEQLEN
+from ace_ext.data.tasks import Tasks
 from ace_ext.errors import InputError
 from ace_ext.models.versions import versions
 from ace_ext.pruning.config import BATCH_TOKENS, PruneConfig
@@ -65,7 +66,8 @@ class Grid:
 @dataclass(frozen=True)
 class Evaluation:
     """The held-out texts on which perplexity is measured: ``windows`` of ``seqlen`` tokens at most of each. ``bos``:
-    whether they begin with the BOS token, by the dense model; the same for the dense model and all methods.
+    whether they begin with the BOS token, by the dense model; the same for the dense model and all methods. ``tasks``:
+    downstream tasks that are evaluated besides.
 
     Raises:
         InputError: no text, one given twice, too few windows or tokens, or an unknown ``bos``.
@@ -75,6 +77,7 @@ class Evaluation:
     seqlen: int = SEQLEN
     windows: int = EVAL_WINDOWS
     bos: str = AUTO
+    tasks: Tasks = Tasks()
 
     def __post_init__(self) -> None:
         _check_list("texts", self.texts)
@@ -124,6 +127,7 @@ class Study:
             "eval_bos": self.evaluation.bos,
             "bos": self.grid.bos,
             "versions": versions(),
+            **self.evaluation.tasks.settings(),
         }
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from ace_ext.data.bos import BosChoice
 from ace_ext.data.corpora import SELF
 from ace_ext.data.perplexity import Perplexity
+from ace_ext.data.tasks import TaskScore
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import differences
 from ace_ext.records import BlockReport
@@ -84,6 +85,8 @@ class Run:
     blocks: list[BlockFigures]
     bos: BosChoice | None = None
     """How the calibration samples begin; None in a record of an earlier version."""
+    tasks: dict[str, TaskScore] = field(default_factory=dict)
+    """Scores by downstream task."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Run":
@@ -91,7 +94,7 @@ class Run:
         texts = {text: Perplexity(**figures) for text, figures in data["perplexity"].items()}
         blocks = [BlockFigures(**block) for block in data["blocks"]]
         parts = {"cell": Cell(**data["cell"]), "perplexity": texts, "blocks": blocks, "bos": _choice(data)}
-        return cls(**{**data, **parts})
+        return cls(**{**data, **parts, "tasks": _scores(data)})
 
 
 def _choice(data: Mapping[str, Any]) -> BosChoice | None:
@@ -99,16 +102,21 @@ def _choice(data: Mapping[str, Any]) -> BosChoice | None:
     return None if found is None else BosChoice(**found)
 
 
+def _scores(data: Mapping[str, Any]) -> dict[str, TaskScore]:
+    return {task: TaskScore(**figures) for task, figures in data.get("tasks", {}).items()}
+
+
 @dataclass
 class Results:
-    """A comparison: the settings that all runs share, the dense model's perplexity by text and a hash of its weights,
-    the runs, and how evaluation windows begin (None before the dense model was evaluated)."""
+    """A comparison: the settings that all runs share, the dense model's perplexity by text, its scores by task and a
+    hash of its weights, the runs, and how evaluation windows begin (None before the dense model was evaluated)."""
 
     settings: dict[str, Any]
     dense: dict[str, Perplexity] = field(default_factory=dict)
     weights_sha256: str = ""
     runs: list[Run] = field(default_factory=list)
     bos: BosChoice | None = None
+    dense_tasks: dict[str, TaskScore] = field(default_factory=dict)
 
     @property
     def choices(self) -> list[BosChoice]:
@@ -148,12 +156,16 @@ class Journal:
             _make_folder(folder)
             self._append({"format": LINES, "settings": settings})
 
-    def add_dense(self, dense: dict[str, Perplexity], weights_sha256: str, bos: BosChoice) -> None:
-        """Records the dense model: its perplexity by text, the hash of its weights, and how evaluation windows
-        begin."""
+    def add_dense(
+        self, dense: dict[str, Perplexity], weights_sha256: str, bos: BosChoice, tasks: dict[str, TaskScore]
+    ) -> None:
+        """Records the dense model: its perplexity by text, the hash of its weights, how evaluation windows begin, and
+        its scores by task."""
         figures = {text: asdict(perplexity) for text, perplexity in dense.items()}
-        self._append({"dense": figures, "weights_sha256": weights_sha256, "bos": bos.to_dict()})
+        scores = {task: asdict(score) for task, score in tasks.items()}
+        self._append({"dense": figures, "weights_sha256": weights_sha256, "bos": bos.to_dict(), "tasks": scores})
         self.results.dense, self.results.weights_sha256, self.results.bos = dense, weights_sha256, bos
+        self.results.dense_tasks = tasks
 
     def add(self, run: Run) -> None:
         """Records a finished run."""
@@ -200,6 +212,7 @@ def read_results(path: Path) -> Results:
             if "dense" in line:
                 results.dense = {text: Perplexity(**figures) for text, figures in line["dense"].items()}
                 results.weights_sha256, results.bos = line["weights_sha256"], _choice(line)
+                results.dense_tasks = _scores(line)
             else:
                 results.runs.append(Run.from_dict(line["run"]))
     except OSError as error:

@@ -20,6 +20,7 @@ from ace_ext.compare.journal import BlockFigures, Cell, Journal, Results, Run
 from ace_ext.data.bos import BosChoice, choose_bos
 from ace_ext.data.corpora import CALIBRATION, SELF
 from ace_ext.data.perplexity import Perplexity, perplexity
+from ace_ext.data.tasks import TaskScore
 from ace_ext.data.windows import CalibrationData, evaluation_tokens, load_windows
 from ace_ext.engine.api import prune_model
 from ace_ext.errors import InputError
@@ -42,6 +43,7 @@ def run_study(study: Study, device: torch.device, output: Path | None = None, pr
     Raises:
         InputError: bad input of any kind; as much as possible is checked before the model is loaded.
     """
+    study.evaluation.tasks.check()
     sources = {source: source_sha256(source, CALIBRATION, study.text_field) for source in study.grid.calibrations}
     journal = Journal(output, study.settings(device))
     for cell, method in study.grid.cells():
@@ -52,7 +54,7 @@ def run_study(study: Study, device: torch.device, output: Path | None = None, pr
         bench = Bench(loaded, study.evaluation, study.text_field, journal.results.choices)
         weights = weights_sha256(bench.model)
         if not journal.results.dense:
-            journal.add_dense(bench.evaluate(), weights, bench.bos)
+            journal.add_dense(bench.evaluate(), weights, bench.bos, bench.scores())
         elif weights != journal.results.weights_sha256:
             raise InputError(
                 f"{study.model} holds other weights than {journal.path} was recorded with; use another output"
@@ -108,6 +110,7 @@ class Bench:
             perplexity=self.evaluate(),
             blocks=[BlockFigures.of(block) for block in report.blocks],
             bos=data.bos,
+            tasks=self.scores(),
         )
 
     def evaluate(self) -> dict[str, Perplexity]:
@@ -116,6 +119,10 @@ class Bench:
         size = seqlen * self.evaluation.windows
         token = self.bos.token
         return {text: perplexity(self.model, tokens, seqlen, size, bos=token) for text, tokens in self.texts.items()}
+
+    def scores(self) -> dict[str, TaskScore]:
+        """Scores of the model as it is now, by task."""
+        return self.evaluation.tasks.scores(self.model, self.loaded.tokenizer)
 
     def _choose(self, mode: str) -> BosChoice:
         """The choice for text that the model did not write. To be called while the model is dense."""

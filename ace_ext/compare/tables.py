@@ -29,8 +29,13 @@ class Spread:
             return cls(sum(values) / len(values), None, len(values))
         return cls(statistics.fmean(values), statistics.stdev(values), len(values))
 
+    def text(self, digits: int) -> str:
+        """``"0.123 ± 0.004"`` with so many digits after the point; without a deviation the mean alone."""
+        mean = f"{self.mean:.{digits}f}"
+        return mean if self.deviation is None else f"{mean} ± {self.deviation:.{digits}f}"
+
     def __str__(self) -> str:
-        return f"{self.mean:.2f}" if self.deviation is None else f"{self.mean:.2f} ± {self.deviation:.2f}"
+        return self.text(2)
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,11 @@ class Row:
         return {text: Spread.of([run.perplexity[text].perplexity for run in self.runs]) for text in texts}
 
     @property
+    def tasks(self) -> dict[str, Spread]:
+        """Scores by downstream task."""
+        return {task: Spread.of([run.tasks[task].value for run in self.runs]) for task in self.runs[0].tasks}
+
+    @property
     def seconds(self) -> float:
         """Of pruning, mean over runs."""
         return statistics.fmean(run.seconds for run in self.runs)
@@ -110,6 +120,7 @@ class Row:
             "seqlen": self.cell.seqlen,
             "sparsity": self.sparsity,
             "perplexity": {text: asdict(spread) for text, spread in self.perplexity.items()},
+            "tasks": {task: asdict(spread) for task, spread in self.tasks.items()},
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
             "own_peak": self.own_peak,
@@ -144,9 +155,11 @@ def names(results: Results) -> list[str]:
 
 
 def header(results: Results) -> list[str]:
-    """The titles of all columns: :func:`names`, a perplexity for each text, seeds, time and memory."""
+    """The titles of all columns: :func:`names`, a perplexity for each text, a score for each task, seeds, time and
+    memory."""
     texts = short_names(results.settings["texts"]).values()
-    return [*names(results), *texts, "seeds", "seconds", "peak GiB"]
+    tasks = [f"{task} ({score.metric})" for task, score in results.dense_tasks.items()]
+    return [*names(results), *texts, *tasks, "seeds", "seconds", "peak GiB"]
 
 
 def cells(results: Results) -> list[list[str]]:
@@ -154,6 +167,7 @@ def cells(results: Results) -> list[list[str]]:
     texts = list(results.settings["texts"])
     columns = names(results)
     dense = [f"{results.dense[text].perplexity:.2f}" for text in texts]
+    dense += [f"{score.value:.3f}" for score in results.dense_tasks.values()]
     body = [["dense", "0 %", *[""] * (len(columns) - 2), *dense, "", "", ""]]
     sources = short_names(run.cell.calibration for run in results.runs)
     for row in rows(results):
@@ -164,6 +178,7 @@ def cells(results: Results) -> list[list[str]]:
             "length": row.length,
         }
         figures = [str(row.perplexity[text]) for text in texts]
+        figures += [row.tasks[task].text(3) for task in results.dense_tasks]
         memory = f"{row.peak_memory_bytes / 2**30:.2f}{'' if row.own_peak else '*'}"
         last = [str(len(row.runs)), f"{row.seconds:.1f}", memory]
         body.append([*[named[column] for column in columns], *figures, *last])
@@ -185,6 +200,7 @@ def notes(results: Results) -> list[str]:
         f"Calibrated on {sources}: {lengths} (samples x tokens of each).",
         f"Perplexity (lower is better) over windows of {settings['eval_seqlen']} tokens: {counts}. "
         "Over several seeds: mean ± standard deviation.",
+        *_scored(results),
         *_beginnings(results),
         f"Seconds are those of pruning (mean); peak GiB is the largest {kinds}, while pruning.",
     ]
@@ -195,6 +211,17 @@ def notes(results: Results) -> list[str]:
     for text in sorted(files & {run.cell.calibration for run in results.runs}):
         lines.append(f"{text} was used whole for calibration and for evaluation: pruning saw what it is judged by.")
     return lines
+
+
+def _scored(results: Results) -> list[str]:
+    """What the scores of tasks are, if there are any."""
+    if not results.dense_tasks:
+        return []
+    counts = ", ".join(
+        f"{score.samples} of {task}" + ("" if score.stderr is None else f" (standard error {score.stderr:.3f}, dense)")
+        for task, score in results.dense_tasks.items()
+    )
+    return [f"Scores of tasks by lm-eval {results.settings['lm_eval']}, as many samples: {counts}."]
 
 
 def _beginnings(results: Results) -> list[str]:
@@ -242,6 +269,7 @@ def results_json(results: Results) -> str:
         "weights_sha256": results.weights_sha256,
         "bos": None if results.bos is None else results.bos.to_dict(),
         "dense": {text: asdict(figures) for text, figures in results.dense.items()},
+        "dense_tasks": {task: asdict(score) for task, score in results.dense_tasks.items()},
         "rows": [row.to_dict() for row in rows(results)],
         "runs": [asdict(run) for run in results.runs],
     }

@@ -41,9 +41,11 @@ def _runs_table(results: Results) -> Table:
         cell = run.cell
         place = [cell.method, amount_name(cell.amount), sources[cell.calibration], cell.length, str(cell.seed)]
         figures = [f"{run.perplexity[text].perplexity:.3f}" for text in texts]
+        figures += [f"{run.tasks[task].value:.3f}" for task in results.dense_tasks]
         memory = f"{run.peak_memory_bytes / 2**30:.2f}"
         lines.append([*place, *figures, f"{run.sparsity:.4f}", f"{run.seconds:.1f}", memory, run.tokens_sha256[:12]])
-    head = ["method", "zeros", "calibration", "length", "seed", *texts.values(), "sparsity", "seconds", "peak GiB"]
+    head = ["method", "zeros", "calibration", "length", "seed", *texts.values(), *results.dense_tasks]
+    head += ["sparsity", "seconds", "peak GiB"]
     return Table([*head, "tokens' hash"], lines, 4)
 
 
