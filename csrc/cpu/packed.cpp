@@ -20,6 +20,7 @@ namespace {
 
 // Up to so many tokens are multiplied in registers, or with AMX in tiles. Measured: docs/payoff.md.
 constexpr int64_t kFewTokens = 8, kFewTokensBf16 = 4;
+constexpr int64_t kFewTokensHalf = 64;  // torch multiplies float16 slowly on most processors
 constexpr int64_t kLeastTileTokens = 3, kTileTokens = 64;
 constexpr int64_t kPanelBytes = int64_t{1} << 20;
 
@@ -166,7 +167,8 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& bitmap, const at
       }
     }
 #endif
-    if (x.size(0) <= kFewTokens) {
+    constexpr int64_t few = std::is_same_v<decltype(type), Half> ? kFewTokensHalf : kFewTokens;
+    if (x.size(0) <= few) {
       few_tokens(matrix, x, bias, out);
     } else {
       many_tokens(matrix, x, bias, out);
