@@ -1,12 +1,11 @@
 """What a model card takes from the card of the model that was pruned: its licence and its language."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import metadata_load
+from huggingface_hub import ModelCard
 
 KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """Keys of its metadata that hold for the pruned model too."""
@@ -30,10 +29,11 @@ def read_base(path: Path) -> BaseCard:
     try:
         if not path.is_file() or path.stat().st_size > _MOST_BYTES:
             return BaseCard()
-        found = metadata_load(path)
+        text = path.read_text(encoding="utf-8-sig")
+        if not text.lstrip().startswith("---"):
+            return BaseCard()
+        found = vars(ModelCard(text, ignore_metadata_errors=True).data)
     except Exception:  # whatever the YAML library raises
-        return BaseCard()
-    if not isinstance(found, Mapping):
         return BaseCard()
     base_model = found.get("base_model")
     return BaseCard(
