@@ -157,21 +157,33 @@ TYPED_TEST(MatrixOf, WhatIsNotFiniteLeavesAllAlone) {
     }
     ASSERT_EQ(launch_prune_at(got.arguments(), {0x80000000u, 0}, work.data(), nullptr, 4, nullptr), cudaSuccess);
     EXPECT_EQ(take_flag(), 4);
+    std::vector<float> scores(200);
+    ASSERT_EQ(launch_score(got.arguments(), scores.data(), nullptr, 5, nullptr), cudaSuccess);
+    EXPECT_EQ(take_flag(), 5);
     expect_same_bits(got.buffer(), before, "not finite");
   }
 }
 
+template <class T>
+void check_scores(Shape shape, Formula formula) {
+  Sample<T> sample(shape, formula, Values::spread);
+  std::vector<float> out(static_cast<size_t>(shape.rows * shape.cols));
+  Workspace sums(score_sums_bytes(sample.arguments()));
+  ASSERT_EQ(launch_score(sample.arguments(), out.data(), sums.data(), 1, nullptr), cudaSuccess);
+  expect_same_bits(out, sample.scores(), "formula " + std::to_string(static_cast<int>(formula)));
+  EXPECT_EQ(take_flag(), 0);
+}
+
 TYPED_TEST(MatrixOf, ScoresHaveTheFunctorsBits) {
   for (const Formula formula : kAllFormulas) {
-    for (const Shape shape : {Shape{3, 77}, Shape{1100, 40, 8}}) {
-      Sample<TypeParam> sample(shape, formula, Values::spread);
-      std::vector<float> out(static_cast<size_t>(shape.rows * shape.cols));
-      Workspace sums(score_sums_bytes(sample.arguments()));
-      ASSERT_EQ(launch_score(sample.arguments(), out.data(), sums.data(), 1, nullptr), cudaSuccess);
-      expect_same_bits(out, sample.scores(), "formula " + std::to_string(static_cast<int>(formula)));
-      EXPECT_EQ(take_flag(), 0);
-    }
+    check_scores<TypeParam>({3, 77}, formula);
+    check_scores<TypeParam>({1100, 40, 8}, formula);
   }
+}
+
+TYPED_TEST(MatrixOf, MoreStripsThanBlocks) {
+  simt::settings.processors = 1;
+  check_scores<TypeParam>({3, 5000}, Formula::ria);
 }
 
 }  // namespace
