@@ -45,6 +45,7 @@ TEST(Score, HandComputed) {
   EXPECT_EQ(RiaScore::value(-2.0f, terms), 1.125f);                          // (2/16 + 2/8) 3
   EXPECT_EQ(CospScore::value(-2.0f, terms), 24.0f);                          // (2 * 3) (2 * 2)
   EXPECT_EQ(CospExactScore::value(-2.0f, {12.0f, 4.0f, 0.0f, 0.0f}), 4.0f);  // 2 sqrt(8 / 2)
+  EXPECT_EQ(CospExactScore::value(-2.0f, {1.0f, 0.5f, 0.0f, 0.0f}), 1.0f);   // 2 sqrt(0.5 / 2)
 }
 
 TEST(Score, ZeroWeightOfAZeroRowAndColumnScoresZero) {
