@@ -28,9 +28,9 @@ constexpr int64_t kPanelBytes = int64_t{1} << 20;
 PackedLevel packed_level() {
   static const PackedLevel level = [] {
     const std::string torch = at::get_cpu_capability();
-    const PackedLevel most = torch == "AVX2" ? PackedLevel::avx2 : PackedLevel::portable;
-    const bool less = ACE_PACKED_X86 != 0 && (torch == "DEFAULT" || torch == "AVX2");
-    return less ? std::min(most, highest_packed_level()) : highest_packed_level();
+    if (ACE_PACKED_X86 && torch == "DEFAULT") return PackedLevel::portable;
+    if (ACE_PACKED_X86 && torch == "AVX2") return std::min(PackedLevel::avx2, highest_packed_level());
+    return highest_packed_level();
   }();
   return level;
 }
@@ -101,8 +101,8 @@ void panel_tokens(const PackedMatrix<BFloat16>& matrix, const at::Tensor& x, con
                                          out.size(1)};
   const avx512bf16::PanelShape shape = avx512bf16::panel_shape(matrix.words);
   at::parallel_for(0, out.size(1), row_grain(x.numel()), [&](int64_t begin, int64_t end) {
-    // The last tile multiplies rows that are not there, and does not store them.
-    at::Tensor panel = at::zeros({shape.rows * shape.stride}, x.options());
+    // Not cleared: of rows that are not there, which the last tile multiplies too, no sum is stored.
+    at::Tensor panel = at::empty({shape.rows * shape.stride}, x.options());
     at::Tensor sums = at::empty({x.size(0), avx512bf16::kMostRows}, x.options().dtype(at::kFloat));
     avx512bf16::panel_product(product, begin, end, shape, {mutable_data<BFloat16>(panel), mutable_data<float>(sums)});
   });
