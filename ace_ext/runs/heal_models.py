@@ -28,10 +28,9 @@ def open_pruned(folder: str, report: PruneReport, device: torch.device) -> Sourc
     Raises:
         InputError: its weights are not in safetensors as they would be loaded.
     """
-    config = PruneConfig(skip=tuple(report.config["skip"]), max_dense=1.0)
     if not has_safetensors(folder):
         raise InputError(f"{folder!r} holds no safetensors; give a folder that ace-prune run wrote in the dense format")
-    source = open_source(RunRequest(folder, config, Calibration(), NO_OFFLOAD, device), weights=False)
+    source = open_source(RunRequest(folder, _config(report), Calibration(), NO_OFFLOAD, device), weights=False)
     check_predicts(source.model, "healing trains on its predictions: train it on its own task")
     if source.files.shards is None:
         raise InputError(f"{folder!r} does not hold every parameter as it is; give a folder that ace-prune run wrote")
@@ -81,11 +80,13 @@ def dense_name(given: str | None, report: PruneReport) -> str:
 
 def dense_request(name: str, report: PruneReport, device: torch.device, max_memory: int | None) -> RunRequest:
     """The request that opens the dense model in the dtype of the pruned one; ``max_memory`` is the run's limit."""
-    config, options = (
-        PruneConfig(skip=tuple(report.config["skip"]), max_dense=1.0),
-        replace(NO_OFFLOAD, max_memory=max_memory),
-    )
-    return RunRequest(name, config, Calibration(), options, device, report.dtype)
+    options = replace(NO_OFFLOAD, max_memory=max_memory)
+    return RunRequest(name, _config(report), Calibration(), options, device, report.dtype)
+
+
+def _config(report: PruneReport) -> PruneConfig:
+    """Finds the matrices that a run pruned, however much it left dense."""
+    return PruneConfig(skip=tuple(report.config["skip"]), max_dense=1.0)
 
 
 def whole_bytes(source: Source) -> int:
