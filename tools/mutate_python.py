@@ -16,7 +16,6 @@ import contextlib
 import copy
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -25,6 +24,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from mutants import add_options, drawn
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "mutation-python"
@@ -256,18 +257,13 @@ def noticed(mutant: Mutant, known: dict) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("modules", nargs="*", help="files below ace_ext; those of MODULES by default")
-    parser.add_argument("--sample", type=int, help="how many changes, drawn at random; all by default")
-    parser.add_argument("--seconds", type=float, help="begin no change after so many; they are then drawn at random")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--least", type=float, default=0.9, help="the share that must be noticed")
+    add_options(parser)
     parser.add_argument("--tests", nargs="+", default=TESTS, help="names of the files of tests; by default TESTS")
     parser.add_argument("--keep-mapping", action="store_true", help="use what an earlier call found of tests and lines")
     args = parser.parse_args()
     names = [name.removesuffix(".py") for name in args.modules] or MODULES
     modules = [path for name in names for path in sorted((ROOT / "ace_ext").glob(f"{name}.py"))]
-    mutants = [mutant for module in modules for mutant in mutants_of(module)]
-    if args.sample is not None or args.seconds is not None:
-        mutants = random.Random(args.seed).sample(mutants, min(args.sample or len(mutants), len(mutants)))
+    mutants = drawn([mutant for module in modules for mutant in mutants_of(module)], args)
     import torch
     import transformers.models.llama.modeling_llama
 
