@@ -1,18 +1,18 @@
 """``prune_model``: prunes a model in memory by a walk over its blocks."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ace_ext.data.requests import check_tokens
 from ace_ext.dense_weights import NOT_CALLED, DenseWeight
 from ace_ext.engine.context import RunContext
 from ace_ext.engine.distillation import Distillation
 from ace_ext.engine.finite import restored_if_float16
+from ace_ext.engine.inputs import Batches, model_inputs
 from ace_ext.engine.progress import Progress
 from ace_ext.engine.walk import Walk
 from ace_ext.engine.whole_model import WholeForwards
@@ -31,9 +31,6 @@ from ace_ext.pruning.presets import DEFAULT_PRESET, preset_config
 from ace_ext.pruning.statistics import StatisticsCollector
 from ace_ext.records import BlockReport, PruneReport
 
-Batches = Tensor | Iterable[Tensor | dict[str, Tensor]]
-"""Calibration tokens as :func:`prune_model` takes them."""
-
 
 @torch.no_grad()
 def prune_model(
@@ -49,8 +46,11 @@ def prune_model(
 
     Args:
         model: a Hugging Face causal language model, on any device. LM head and embeddings are not pruned.
-        batches: calibration tokens: ``[nsamples, seqlen]`` integer, or an iterable of such tensors or of dicts with
-            ``input_ids`` and ``attention_mask`` (padded tokens are then left out of the statistics).
+        batches: calibration tokens: ``[nsamples, seqlen]`` integer, or an iterable of such tensors or of dicts of the
+            model's inputs, as a tokenizer or a processor returns them: ``input_ids [batch, seqlen]``, if some are
+            padding ``attention_mask [batch, seqlen]`` (their tokens are left out of the statistics), and whatever
+            else the model reads, such as ``pixel_values``. The blocks then see the tokens of images among those of
+            text.
         config: what to prune and how; default: the preset ``fast``.
         callback: called after each block with its report.
         progress: show a progress bar on stderr.
@@ -75,7 +75,7 @@ def prune_model(
     training = model.training
     model.eval()
     try:
-        ready = [] if context.source is not None else list(_as_batches(model, batches, config, device))
+        ready = [] if context.source is not None else list(model_inputs(model, batches, config, device))
         context = _tried(model, store, ready, config, context)
         calls, hidden = _enter(model, store, ready, context, device)
         trained = config.solver.model_solver is not None
@@ -196,19 +196,3 @@ def _left_dense(model: nn.Module, blocks: list[Block], report: PruneReport) -> l
 def _not_called(block: Block, child: str) -> DenseWeight:
     shape = tuple(block.linears[child].weight.shape)
     return DenseWeight(f"{block.full_name(child)}.weight", shape, NOT_CALLED)
-
-
-def _as_batches(
-    model: nn.Module, batches: Batches, config: PruneConfig, device: torch.device
-) -> Iterator[dict[str, Tensor]]:
-    """Batches as dicts on the device. One tensor is split into batches of at most ``config.batch_tokens`` tokens (at
-    least one sample); empty batches are left out."""
-    if isinstance(batches, Tensor):
-        if batches.dim() != 2:
-            raise InputError(f"calibration tokens must be [nsamples, seqlen] (got shape {list(batches.shape)})")
-        batches = torch.split(batches, config.batch_samples(batches.shape[1]))
-    for batch in batches:
-        batch = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
-        check_tokens(model, batch["input_ids"])
-        if batch["input_ids"].numel():
-            yield {name: value.to(device) for name, value in batch.items()}

@@ -1,5 +1,5 @@
 """Whether a model can be walked block by block: it calls each block once, in order, and a block reads nothing of the
-others but their output. It is tried on a few tokens before anything is changed."""
+others but their output. It is tried on a few tokens, or on one batch with images, before anything is changed."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,17 +29,18 @@ class _Done(Exception):
 
 @torch.no_grad()
 def try_walk(model: nn.Module, store: BlockSource, batch: dict[str, Tensor]) -> "Findings":
-    """Tries a forward pass and a walk on a few tokens. Reads each block once.
+    """Tries a forward pass and a walk on a part of a batch. Reads each block once.
 
     Args:
         model: in evaluation mode.
         store: its blocks.
-        batch: arguments of a call, ``[batch, seqlen]`` each; a few tokens of it are used.
+        batch: arguments of a call. A few tokens are used; the whole batch if it has inputs of another shape than
+            ``input_ids [batch, seqlen]``, such as images.
 
     Raises:
         InputError: a text call reaches none of the blocks.
     """
-    few = {name: value[:1, :TOKENS] for name, value in batch.items() if name != "attention_mask"}
+    few = _part(batch)
     with store.entrance(model):
         call = _captured(model, store, few)
     trial = _Trial(store, call)
@@ -49,6 +50,13 @@ def try_walk(model: nn.Module, store: BlockSource, batch: dict[str, Tensor]) -> 
         stack.enter_context(store.surroundings(model))  # as it is needed, so that only one block is held
         _pass_through(model, few)
     return Findings(trial.verdict(), trial.uses, trial.shares)
+
+
+def _part(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Images belong to certain tokens, and may reach the blocks by other ways than text; so they stay with them."""
+    if any(value.shape != batch["input_ids"].shape for value in batch.values()):
+        return batch
+    return {name: value[:1, :TOKENS] for name, value in batch.items() if name != "attention_mask"}
 
 
 @dataclass(frozen=True)

@@ -164,16 +164,27 @@ def capture_calls(model: nn.Module, blocks: list[Block], batches: Iterable[dict[
                     raise InputError(
                         f"the model called only {len(recorder.others)} of its {len(blocks)} blocks"
                     ) from None
-                token_mask = _token_mask(batch.get("attention_mask"))
-                tokens = batch["input_ids"].numel() if token_mask is None else int(token_mask.sum())
-                assert recorder.wrap is not None  # set by the first block
+                assert recorder.hidden is not None  # both set by the first block
+                assert recorder.wrap is not None
+                token_mask = _token_mask(batch.get("attention_mask"), recorder.hidden)
+                tokens = recorder.hidden.shape[:2].numel() if token_mask is None else int(token_mask.sum())
                 yield BlockCall(recorder.hidden, recorder.others, token_mask, tokens, recorder.wrap)
             else:
                 raise InputError(f"the model did not call its blocks, {blocks[0].name} and on, up to the last")
 
 
-def _token_mask(attention_mask: Tensor | None) -> Tensor | None:
-    """``[batch, seqlen]`` to ``[batch * seqlen]`` bool; None where no token is padding."""
+def _token_mask(attention_mask: Tensor | None, hidden: Tensor) -> Tensor | None:
+    """``[batch, seqlen]`` to ``[batch * seqlen]`` bool; None where no token is padding. ``hidden [batch, seqlen,
+    d_model]`` enters the first block.
+
+    Raises:
+        InputError: it has another number of tokens, as of a model that adds those of an image itself.
+    """
     if attention_mask is None or bool(attention_mask.all()):
         return None
+    if attention_mask.shape != hidden.shape[:2]:
+        raise InputError(
+            f"calibration inputs with padding must have a token for each that the blocks see, {list(hidden.shape[:2])} "
+            f"(got {list(attention_mask.shape)}); give batches without padding"
+        )
     return attention_mask.flatten().bool()
