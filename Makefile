@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find ace_ext csrc -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 JOBS ?= 2
 
-.PHONY: demo test test-cpp test-python check-kernels check-arm check-memory fuzz gpu lint docs dist clean \
+.PHONY: demo test test-cpp test-python check-kernels check-arm check-memory check-pages fuzz gpu lint docs dist clean \
 	nightly nightly-python nightly-cpp nightly-fuzz coverage coverage-python coverage-cpp mutation mutation-python \
 	licenses test-oldest
 
@@ -54,6 +54,13 @@ check-arm: $(VENV)/ready
 check-memory: $(VENV)/installed
 	$(BIN)/python tools/check_memory.py
 
+# Opens what a run, a comparison and a measurement write for people in Chromium, as on a desktop and on a phone. Leaves
+# screenshots in build/pages.
+check-pages: $(VENV)/installed
+	tools/browser.sh
+	$(BIN)/pip install --quiet playwright
+	ACE_PAGES="$$PWD/build/pages" OMP_NUM_THREADS=1 $(BIN)/pytest -m browser python_tests/test_pages.py
+
 # Mutates a model's files and runs the command line on them, for FUZZ_SECONDS.
 FUZZ_SECONDS ?= 30
 fuzz: $(VENV)/installed
@@ -61,7 +68,7 @@ fuzz: $(VENV)/installed
 
 # What takes hours, or would rarely find what `make test` does not; docs/trust.md has the figures. Each part can be run
 # alone.
-nightly: nightly-python test-oldest nightly-cpp check-arm check-memory coverage mutation licenses nightly-fuzz
+nightly: nightly-python test-oldest nightly-cpp check-arm check-memory check-pages coverage mutation licenses nightly-fuzz
 
 # The tests that `make test` leaves out (pyproject.toml, addopts), also those that need lm-eval.
 nightly-python: $(VENV)/installed

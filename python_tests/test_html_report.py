@@ -10,11 +10,14 @@ from tiny_models import make_model, make_tokens
 from ace_ext import InputError, PruneConfig, prune_model
 from ace_ext.compare.journal import BlockFigures, Cell, Results, Run
 from ace_ext.data.perplexity import Perplexity
+from ace_ext.records import Healing
 from ace_ext.reporting import plots
+from ace_ext.reporting.bench_plot import bench_plot
 from ace_ext.reporting.compare_page import write_study_report
 from ace_ext.reporting.html import check_report
 from ace_ext.reporting.plots import blocks_plot, pareto_front, study_plots
 from ace_ext.reporting.run_page import write_run_report
+from ace_ext.runtime.bench import BenchResult, Pair
 
 NASTY = '<script>alert("x")</script>&'
 
@@ -116,6 +119,72 @@ def test_plots_are_pictures(results, changes, tmp_path):
         assert height > width / 2
         assert picture[..., :3].std() > 0.01  # not an empty sheet
         assert caption
+
+
+PHONE = 358
+"""Pixels that a page has for a plot on a phone of 390."""
+
+
+def sizes_of_text(figure):
+    """The sizes in points of the texts that a figure shows."""
+    from matplotlib.text import Text
+
+    return {text.get_fontsize() for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()}
+
+
+def runs_out(figure):
+    """Whether something that the figure draws is cut at its edge."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure).draw()  # which also lays it out
+    drawn, whole = figure.get_tightbbox(), figure.bbox_inches
+    return not (drawn.min >= whole.min - 0.01).all() or not (drawn.max <= whole.max + 0.01).all()
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are written while a test runs."""
+    from matplotlib.figure import Figure
+
+    found, save = [], Figure.savefig
+
+    def keep(figure, *args, **kwargs):
+        found.append(figure)
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return found
+
+
+def test_the_text_of_plots_can_be_read_on_a_phone(results, figures, tmp_path):
+    """No text is smaller than 12 pixels there, and none runs out of the picture."""
+    for nsamples in (5, 8, 16, 64, 128):
+        results.runs.append(make_run("wanda", "0.5", 0, 20.0, nsamples=nsamples))
+    study_plots(results)
+    report = prune_model(make_model("llama"), make_tokens(), PruneConfig("wanda", pattern="2:4"))
+    report.healing = Healing({}, 64, 2, 1, 16, 0.3, 0.2, 3, 0.1, [(1, 0.2), (2, 0.1)], [(0, 0.3), (2, 0.2)])
+    write_run_report(report, tmp_path / "page.html")
+    ratios = {1: Pair(1.0, 12.0, 12.0), 16: Pair(1.0, 0.2, 0.2)}
+    bench_plot(BenchResult("dense", "packed", "bfloat16", 1, "AVX512", 1, ratios, 20, Pair(1.0, 1.0, 1.0)))
+    assert len(figures) >= 9
+    for figure in figures:
+        assert min(sizes_of_text(figure)) / 72 * PHONE / figure.get_figwidth() >= 12
+        assert not runs_out(figure), [axes.get_xlabel() for axes in figure.axes]
+
+
+def test_blocks_are_counted_in_whole_numbers(figures, tmp_path):
+    write_run_report(prune_model(make_model("llama"), make_tokens(), PruneConfig("wanda")), tmp_path / "page.html")
+    by_block = [axes for figure in figures for axes in figure.axes if axes.get_xlabel() == "block"]
+    assert len(by_block) == 3
+    assert all(tick == int(tick) for axes in by_block for tick in axes.get_xticks())
+
+
+def test_an_equal_share_of_zeros_has_no_plot():
+    def shown(*shares):
+        return blocks_plot({("ace", ""): [BlockFigures(str(i), share, 0.1, 0.9) for i, share in enumerate(shares)]})[1]
+
+    assert shown(0.5, 0.5) == "Output cosine by block."
+    assert shown(0.5, 0.6) == "Output cosine and share of zeros by block."
 
 
 def test_a_plot_shows_its_figures():

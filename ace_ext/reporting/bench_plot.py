@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from ace_ext.reporting.plots import DPI, WIDTH, require_matplotlib
+from ace_ext.reporting.plots import DPI, FONT, WIDTH, log_axis, require_matplotlib
 from ace_ext.runs.own_files import check_replaceable, written_whole
 from ace_ext.runtime.bench import BenchResult, Pair
 
@@ -40,14 +40,16 @@ def bench_plot(result: BenchResult) -> bytes:
     ratios = [pair.ratio for pair in pairs.values()]
     colours = ["#0072b2" if ratio >= 1 else "#d55e00" for ratio in ratios]
     bars = axes.barh(list(pairs), [ratio - 1 for ratio in ratios], left=1, color=colours)
-    axes.bar_label(bars, labels=[f"{ratio:.2f} ×" for ratio in ratios], padding=3, fontsize=8)
+    axes.bar_label(bars, labels=[f"{ratio:.2f} ×" for ratio in ratios], padding=3, fontsize=FONT)
     axes.invert_yaxis()
     axes.axvline(1, color="#444444", linewidth=1)
-    axes.margins(x=0.25)
+    log_axis(axes, "x")  # 2 and 0.5 are as far from 1
+    axes.margins(x=0.45)  # for the labels beside the bars
     axes.grid(axis="x", alpha=0.3)
-    axes.tick_params(labelsize=8)
-    axes.set_xlabel("packed is better by", fontsize=9)
-    axes.set_title(f"{result.dtype}, {result.threads} threads, {result.capability}", fontsize=9)
+    axes.tick_params(labelsize=FONT)
+    axes.set_xlabel("packed is better by", fontsize=FONT)
+    threads = "1 thread" if result.threads == 1 else f"{result.threads} threads"
+    axes.set_title(f"{result.dtype}, {threads}, {result.capability}", fontsize=FONT)
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=DPI, metadata={"Software": _MARK})
     return data.getvalue()

@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 4.2  # inches; at 9 pt a line holds some 55 characters
-DPI = 200
+WIDTH = 3.7  # inches; a line holds some 50 characters
+FONT = 9  # points: 12 of the 358 pixels that a page has for a plot on a phone of 390
+DPI = 230
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444")  # distinct if colour-blind
 _MARKERS = ("o", "^", "s", "D", "v", "P", "X")
 _DASHES = ("-", "--", ":", "-.")
+_SHARES_DIFFER = 0.001
 _LOG_FROM = 4  # figures that differ by more than this factor are drawn on a logarithmic axis
 
 Key: TypeAlias = tuple[str, str]
@@ -53,36 +55,37 @@ def study_plots(results: Results) -> dict[str, tuple[bytes, str]]:
         "sparsity": "Perplexity against the share of zeros.",
         "calibration": "Perplexity against calibration: samples × tokens of each.",
         "seconds": "Perplexity against seconds of pruning. Grey: the best perplexity within a time, by share of zeros.",
-        "blocks": f"Share of zeros and output cosine by block, calibrated on {source}, {table[0].length}.",
     }
     dotted = " Dotted: the dense model. Bars: one standard deviation over seeds."
+    blocks, caption = _study_blocks_plot(table)
     return {
         "sparsity": (_sparsity_plot(results, table), captions["sparsity"] + dotted),
         "calibration": (_calibration_plot(results, table), captions["calibration"] + dotted),
         "seconds": (_seconds_plot(results, table), captions["seconds"] + dotted),
-        "blocks": (_study_blocks_plot(table), captions["blocks"]),
+        "blocks": (blocks, f"{caption} Calibrated on {source}, {table[0].length}."),
     }
 
 
-def blocks_plot(series: dict[Key, list[BlockFigures]]) -> bytes:
-    """The PNG of a plot with a line for each of ``series``: share of zeros and mean output cosine by block."""
-    from matplotlib.ticker import AutoLocator
-
-    figure, axes = figure_with(2)
+def blocks_plot(series: dict[Key, list[BlockFigures]]) -> tuple[bytes, str]:
+    """The PNG of a plot with a line for each of ``series``, and its caption: mean output cosine by block, and the share
+    of zeros unless it is the same in all."""
+    shares = [block.sparsity for blocks in series.values() for block in blocks]
+    differ = max(shares) - min(shares) > _SHARES_DIFFER
+    figure, axes = figure_with(1 + differ)
     styles = _styles(series)
     for key, blocks in series.items():
         style = {**styles[key], "markersize": 3, "linewidth": 1.2}
-        axes[0].plot([block.sparsity for block in blocks], **style)
-        axes[1].plot([block.cosine for block in blocks], **style)
-    axes[0].set_ylabel("share of zeros", fontsize=9)
-    axes[1].set_ylabel("output cosine", fontsize=9)
-    axes[1].set_xlabel("block", fontsize=9)
+        axes[0].plot([block.cosine for block in blocks], **style)
+        if differ:
+            axes[1].plot([block.sparsity for block in blocks], **style)
+            axes[1].set_ylabel("share of zeros", fontsize=FONT)
+    axes[0].set_ylabel("output cosine", fontsize=FONT)
+    axes[-1].set_xlabel("block", fontsize=FONT)
     for one in axes:
-        whole = AutoLocator()
-        whole.set_params(integer=True)
-        one.xaxis.set_major_locator(whole)
+        at_whole_numbers(one)
         one.ticklabel_format(axis="y", useOffset=False)
-    return png_of(figure, styles)
+    shown = "Output cosine and share of zeros" if differ else "Output cosine"
+    return png_of(figure, styles), f"{shown} by block."
 
 
 def healing_plot(healing: Healing) -> bytes:
@@ -93,8 +96,9 @@ def healing_plot(healing: Healing) -> bytes:
     for key, points in named.items():
         steps, losses = zip(*points, strict=True) if points else ((), ())
         axes.plot(steps, losses, **{**styles[key], "markersize": 3, "linewidth": 1.2})
-    axes.set_ylabel("KL per token", fontsize=9)
-    axes.set_xlabel("step", fontsize=9)
+    axes.set_ylabel("KL per token", fontsize=FONT)
+    axes.set_xlabel("step", fontsize=FONT)
+    at_whole_numbers(axes)
     return png_of(figure, styles)
 
 
@@ -132,7 +136,7 @@ def _calibration_plot(results: Results, table: list[Row]) -> bytes:
 
     def name_places(axes: Axes, _: str) -> None:
         names = [f"{nsamples}×{seqlen}\n{tokens:,}" for tokens, seqlen, nsamples in lengths]
-        axes.set_xticks(range(len(names)), names, fontsize=7 if len(names) > 4 else 8)
+        axes.set_xticks(range(len(names)), names, fontsize=FONT, rotation=60 if len(names) > 4 else 0)
         axes.set_xlim(-0.5, len(names) - 0.5)
 
     lines = _lines(table, ("amount_name", "calibration"))
@@ -153,13 +157,13 @@ def _seconds_plot(results: Results, table: list[Row]) -> bytes:
             x, y = zip(*front, strict=True)
             axes.step(x, y, where="post", color="#bbbbbb", linewidth=1, zorder=0)
         if max(seconds) > _LOG_FROM * min(seconds):
-            _log_axis(axes, "x")
+            log_axis(axes, "x")
 
     lines = _lines(table, ("amount_name", "calibration", "length"))
     return _draw(results, lines, lambda row: row.seconds, "seconds of pruning", draw_fronts, joined=False)
 
 
-def _study_blocks_plot(table: list[Row]) -> bytes:
+def _study_blocks_plot(table: list[Row]) -> tuple[bytes, str]:
     """For the first calibration only, because the lines of others are too close to it. Averaged over seeds."""
     first = table[0]
     same = [row for row in table if (row.calibration, row.length) == (first.calibration, first.length)]
@@ -224,12 +228,12 @@ def _draw(
         more(one, text)
         dense = results.dense[text].perplexity
         one.axhline(dense, color="#444444", linestyle=":", linewidth=1)
-        one.set_ylabel("perplexity", fontsize=9)
-        one.set_title(f"evaluated on {name}", fontsize=9)
+        one.set_ylabel("perplexity", fontsize=FONT)
+        one.set_title(f"evaluated on {name}", fontsize=FONT)
         means = [row.perplexity[text].mean for found in lines.values() for row in found]
         if max(filter(math.isfinite, means), default=dense) > _LOG_FROM * dense:
-            _log_axis(one, "y")
-    axes[-1].set_xlabel(x_label, fontsize=9)
+            log_axis(one, "y")
+    axes[-1].set_xlabel(x_label, fontsize=FONT)
     return png_of(figure, styles)
 
 
@@ -241,11 +245,20 @@ def figure_with(count: int) -> tuple[Figure, list[Axes]]:
     axes: list[Axes] = list(figure.subplots(count, 1, squeeze=False)[:, 0])
     for one in axes:
         one.grid(alpha=0.3)
-        one.tick_params(labelsize=8)
+        one.tick_params(labelsize=FONT)
     return figure, axes
 
 
-def _log_axis(axes: Axes, which: str) -> None:
+def at_whole_numbers(axes: Axes) -> None:
+    """Ticks of the x axis only at whole numbers, as it counts blocks or steps."""
+    from matplotlib.ticker import AutoLocator
+
+    whole = AutoLocator()
+    whole.set_params(integer=True)
+    axes.xaxis.set_major_locator(whole)
+
+
+def log_axis(axes: Axes, which: str) -> None:
     """Makes the axis ``"x"`` or ``"y"`` logarithmic, labelled with plain numbers: ``60`` and not ``6×10¹``."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -268,11 +281,11 @@ def png_of(figure: Figure, styles: Mapping[Key, _Style]) -> bytes:
         entries.update({other or "shares of zeros": style for other, style in others.items()})
     if len(styles) > 1:
         columns = 1 if max(map(len, entries)) > 24 else 2
-        figure.set_figheight(figure.get_figheight() + 0.17 * math.ceil(len(entries) / columns))
+        figure.set_figheight(figure.get_figheight() + 0.19 * math.ceil(len(entries) / columns))
         handles = [
             Line2D([], [], label=label, markersize=5, linewidth=1.2, **style) for label, style in entries.items()
         ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=FONT, frameon=False)
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=DPI)
     return data.getvalue()

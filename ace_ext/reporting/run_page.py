@@ -48,8 +48,10 @@ def _model_name(report: PruneReport) -> str:
 
 
 def _method(report: PruneReport) -> str:
-    """The solvers of the run; without one the metric."""
+    """The solvers of the run, also of a distillation after it; without one the metric."""
     parts = [report.config.get("refine"), report.config.get("update")]
+    if report.healing is not None and "distill" not in str(report.config.get("update")):
+        parts.append("distill")
     named = "+".join(part for part in parts if part)
     return named or str(report.config["metric"])
 
@@ -73,7 +75,7 @@ def _glance(report: PruneReport) -> list[tuple[str, str]]:
 
 def _plots(report: PruneReport, blocks: list[BlockFigures], folder: str | Path | None) -> list[Plot]:
     found = [Plot(run_plots.errors_plot(report.blocks), "Relative error of each matrix's output, by kind and block.")]
-    found.append(Plot(blocks_plot({("pruned", ""): blocks}), "Share of zeros and output cosine by block."))
+    found.append(Plot(*blocks_plot({("pruned", ""): blocks})))
     found.append(Plot(run_plots.seconds_plot(report.blocks), "Seconds of each block."))
     kept = None if folder is None else run_plots.kept_weights(folder, report.blocks)
     if kept is not None and len(kept):

@@ -10,7 +10,7 @@ from torch import Tensor
 from ace_ext.dense_weights import kind_of
 from ace_ext.models.safetensors_files import Shards, has_safetensors
 from ace_ext.records import BlockReport
-from ace_ext.reporting.plots import figure_with, png_of
+from ace_ext.reporting.plots import FONT, at_whole_numbers, figure_with, png_of
 
 _SAMPLED = 2**16  # weights of each matrix in the histogram, at most
 _REACH = 4.0  # of the histogram, in root mean squares
@@ -45,11 +45,12 @@ def errors_plot(blocks: Sequence[BlockReport]) -> bytes:
     known = [error for row in errors.values() for error in row if not math.isnan(error)]
     scale = Normalize(0, max(known, default=1.0) or 1.0)
     picture = axes.imshow(list(errors.values()), aspect="auto", cmap="viridis", norm=scale, interpolation="nearest")
-    axes.set_yticks(range(len(errors)), list(errors), fontsize=8)
-    axes.set_xlabel("block", fontsize=9)
+    axes.set_yticks(range(len(errors)), list(errors), fontsize=FONT)
+    axes.set_xlabel("block", fontsize=FONT)
+    at_whole_numbers(axes)
     bar = figure.colorbar(picture, ax=axes, pad=0.02)
-    bar.set_label("relative error", fontsize=8)
-    bar.ax.tick_params(labelsize=8)
+    bar.set_label("relative error", fontsize=FONT)
+    bar.ax.tick_params(labelsize=FONT)
     return png_of(figure, {})
 
 
@@ -57,8 +58,9 @@ def seconds_plot(blocks: Sequence[BlockReport]) -> bytes:
     """The PNG of a plot of the seconds that each block took."""
     figure, (axes,) = figure_with(1)
     axes.bar(range(len(blocks)), [block.seconds for block in blocks], color="#0072b2", width=0.8)
-    axes.set_xlabel("block", fontsize=9)
-    axes.set_ylabel("seconds", fontsize=9)
+    axes.set_xlabel("block", fontsize=FONT)
+    at_whole_numbers(axes)
+    axes.set_ylabel("seconds", fontsize=FONT)
     return png_of(figure, {})
 
 
@@ -84,6 +86,6 @@ def weights_plot(kept: Tensor) -> bytes:
     counts = torch.histc(kept, bins=81, min=-_REACH, max=_REACH)
     edges = torch.linspace(-_REACH, _REACH, 82)
     axes.stairs((counts / max(1, len(kept))).tolist(), edges.tolist(), fill=True, color="#009e73")
-    axes.set_xlabel("weight / root mean square of its matrix", fontsize=9)
-    axes.set_ylabel("share of kept weights", fontsize=9)
+    axes.set_xlabel("weight / root mean square of its matrix", fontsize=FONT)
+    axes.set_ylabel("share of kept weights", fontsize=FONT)
     return png_of(figure, {})
