@@ -6,8 +6,8 @@ SOURCES := setup.py pyproject.toml $(shell find ace_ext csrc -name '*.py' -o -na
 JOBS ?= 2
 
 .PHONY: demo test test-cpp test-python check-kernels check-arm check-memory check-pages fuzz gpu lint docs dist clean \
-	nightly nightly-python nightly-cpp nightly-fuzz coverage coverage-python coverage-cpp mutation mutation-python \
-	licenses test-oldest
+	nightly nightly-python nightly-cpp nightly-fuzz coverage coverage-python coverage-cpp coverage-core mutation \
+	mutation-python licenses test-oldest
 
 demo: $(VENV)/installed
 	PYTHON=$(BIN)/python tools/demo.sh
@@ -97,6 +97,11 @@ coverage-python: $(VENV)/installed $(VENV)/tools
 coverage-cpp: $(VENV)/tools
 	tools/system_packages.sh
 	PATH="$$PWD/$(BIN):$$PATH" tools/coverage_cpp.sh build/cpp-coverage
+
+# Of csrc/core alone, by its own tests: what CI prints.
+coverage-core: $(VENV)/tools
+	tools/system_packages.sh
+	PATH="$$PWD/$(BIN):$$PATH" tools/coverage_cpp.sh --core build/cpp-core-coverage
 
 # Changes operators of csrc/core one at a time and counts how many changes the tests notice.
 mutation: $(VENV)/ready

@@ -15,6 +15,7 @@ from test_heal import write_text
 
 from ace_ext import InputError
 from ace_ext.compare.journal import RUNS_NAME, read_results
+from ace_ext.packed.packing import pack
 from ace_ext.runs import pipeline
 from ace_ext.runs.workspace import Workspace
 
@@ -28,6 +29,7 @@ def inputs(tmp_path_factory):
     dense = save_dense(place / "dense")
     write_text(place / "text.txt")
     prune(dense, place / "pruned")
+    pack(place / "pruned", place / "packed", "bitmap")
     return place
 
 
@@ -43,16 +45,19 @@ def arguments(verb: str, inputs: Path, work: Path) -> list[str]:
         "run from disk": [*run, "--metric", "wanda", "--offload", "disk", "--batch-tokens", 16],
         "run over an older one": [*run, "--metric", "wanda", "--overwrite"],
         "run with statistics": [*run, "--metric", "wanda", "--order", "block", "--save-stats", work / "stats.zip"],
-        "run and distill": [*run, "--update", "admm", "--update", "distill", "--distill-passes", 1],
+        "run and distill": [*run, "--update", "admm+distill", "--distill-passes", 1],
+        "run and distill from disk": [*run, "--preset", "best", "--offload", "disk", "--distill-passes", 1],
+        "run and pack": [*run, "--metric", "wanda", "--format", "bitmap"],
         "heal": ["heal", inputs / "pruned", "--output", work / "out", "--tokens", 48, *steps, *text, "--quiet"],
         "compare": ["compare", "--model", inputs / "dense", "--output", work / "out", *grid, *text],
         "pack": ["pack", inputs / "pruned", "--output", work / "out"],
+        "unpack": ["unpack", inputs / "packed", "--output", work / "out"],
     }
     return [str(part) for part in typed[verb]]
 
 
 VERBS = ("run", "run from disk", "run over an older one", "run with statistics", "run and distill", "heal")
-VERBS += ("compare", "pack")
+VERBS += ("compare", "pack", "run and distill from disk", "run and pack", "unpack")
 RESUMES = ("run", "heal")
 SAMPLE = [(verb, KINDS[number % len(KINDS)]) for number, verb in enumerate(VERBS)]
 """What each test run tries; the rest are made with the marker ``nightly``."""
@@ -131,7 +136,7 @@ def check_fault(verb: str, kind: str, at: int, inputs: Path, expected: dict[str,
     if old is not None:
         assert (work / "out").is_dir() or (work / ".out.unfinished" / "old").is_dir(), what
     again = [*given, "--resume"] if verb.split()[0] in RESUMES else given
-    if verb == "pack" and (work / "out").exists():
+    if verb in ("pack", "unpack") and (work / "out").exists():
         assert settled(work) == expected, what
         return
     status, lines = call(again, work)
