@@ -4,6 +4,7 @@ from ace_ext import InputError, PruneConfig, SparsityPattern
 from ace_ext.pruning.config import all_settings
 from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, SKETCH, WEIGHTED
 from ace_ext.pruning.pattern import keep_count
+from ace_ext.pruning.solver_config import SolverConfig
 
 
 @pytest.mark.parametrize(
@@ -94,6 +95,13 @@ def test_group_model_walks_dense_blocks():
 def test_bad_values_are_named(arguments, message):
     with pytest.raises(InputError, match=message):
         PruneConfig(**arguments)
+
+
+def test_names_that_are_none():
+    with pytest.raises(InputError, match=r"not both \(got update\)"):
+        PruneConfig(solver=SolverConfig(), update="admm")
+    with pytest.raises(TypeError, match=r"unexpected setting 'sparsty'; known are .*sparsity"):
+        PruneConfig(sparsty=0.5)
 
 
 @pytest.mark.parametrize(

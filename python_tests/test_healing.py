@@ -275,6 +275,20 @@ def test_a_kept_weight_that_rounds_to_zero_stays_kept():
     assert found[:2].tolist() == [least, -least]
 
 
+@pytest.mark.parametrize("at_kept", [True, False])
+def test_a_zero_that_moved_is_found(at_kept):
+    """Before a window is written: a kept weight that became zero, and a pruned one that came back."""
+    block = find_blocks(pruned_model())[0]
+    trainer = BlockTrainer(block)
+    trainer.check_zeros(block)
+    weight = trainer.weights["mlp.up_proj"]
+    row, col = (weight != 0).nonzero()[0] if at_kept else (weight == 0).nonzero()[0]
+    with torch.no_grad():
+        weight[row, col] = 0.0 if at_kept else 1.0
+    with pytest.raises(RuntimeError, match=r"model\.layers\.0\.mlp\.up_proj: training changed which weights are zero"):
+        trainer.check_zeros(block)
+
+
 # --- text -------------------------------------------------------------------------------------------------------------
 
 

@@ -96,6 +96,31 @@ def test_codecs_give_back_every_bit(name, pattern, dtype, random):
     assert_same_bits(matrix.dense(), weight)
 
 
+@pytest.mark.parametrize("pattern", [(2, 4), (3, 8), (2, 5)])
+def test_indices_that_are_none_are_refused(pattern, random):
+    """Equal ones, ones beyond their group, and a file without a pattern."""
+    keep_n, group_m = pattern
+    weight = make_weight(4, 16 * group_m, torch.float32, random)
+    weight.view(4, 16, group_m)[:, :, keep_n:] = 0.0
+    parts, codec = codec_named("nm").encode(weight, pattern), codec_named("nm")
+    for byte in (0, 255):
+        damaged = {**parts, "indices": torch.full_like(parts["indices"], byte)}
+        with pytest.raises(ValueError, match=f"must rise and be less than {group_m}"):
+            codec.decode(Packed(damaged, weight.dtype, tuple(weight.shape), pattern))
+    with pytest.raises(ValueError, match="names no pattern"):
+        codec.decode(Packed(dict(parts), weight.dtype, tuple(weight.shape), None))
+    with pytest.raises(ValueError, match="no whole groups"):
+        codec.decode(Packed(dict(parts), weight.dtype, (4, 16 * group_m - 1), pattern))
+    with pytest.raises(ValueError, match="part indices is missing"):
+        codec.decode(Packed({"values": parts["values"]}, weight.dtype, tuple(weight.shape), pattern))
+
+
+def test_a_packed_folder_is_not_written_in_place(pruned, tmp_path):
+    pack(pruned, tmp_path / "packed", "bitmap")
+    with pytest.raises(InputError, match="is packed; unpack it first"):
+        PackedShards(tmp_path / "packed").write({})
+
+
 def test_the_archive_gives_back_tensors_that_are_no_matrix(random):
     archive = codec_named("archive")
     kept = (torch.rand(4096, generator=random) < 0.5).float() * torch.randn(4096, generator=random)
@@ -238,6 +263,13 @@ def damage(folder, how) -> None:
             origin["codec"] = "other"
         elif how == "shape":
             origin["header"] = origin["header"].replace('"shape":[64,32]', '"shape":[32,64]', 1)
+        elif how == "pattern":
+            origin["pattern"] = 7
+        elif how == "no text":
+            origin["sha256"] = 7
+        elif how == "part without a tensor":
+            name = next(name for name in header if name.endswith(".bitmap"))
+            header[name.replace(".bitmap", ".bitmop")] = header.pop(name)
         elif how == "second file":
             origin["files"].append("model-2.safetensors")
         header["__metadata__"][KEY] = json.dumps(origin)
@@ -258,6 +290,9 @@ def damage(folder, how) -> None:
         ("codec", "format 'other'"),
         ("shape", "is damaged"),
         ("second file", "misses"),
+        ("pattern", "has damaged metadata"),
+        ("no text", "must be texts"),
+        ("part without a tensor", ".bitmop belongs to no tensor"),
     ],
 )
 def test_damaged_files_are_refused_in_one_line(how, words, pruned, tmp_path, capsys):

@@ -15,7 +15,7 @@ from tiny_models import make_model
 
 from ace_ext import InputError
 from ace_ext.fingerprint import differences, fingerprint_of_files
-from ace_ext.runs import pipeline
+from ace_ext.runs import pipeline, unfinished
 from ace_ext.runs.unfinished import recover
 from ace_ext.runs.workspace import Workspace
 
@@ -251,6 +251,30 @@ def test_a_damaged_state_is_named(damage, stopped, tmp_path):
         prune(stopped, tmp_path / "out", RESUME)
     _, out = prune(stopped, tmp_path / "out")
     assert weights_bytes(out)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"finished": 3}, "3 blocks done, 2 reported"),
+        ({"finished": None}, "int"),
+        ({"format": 2}, "format 2, not 1"),
+        ({"fingerprint": 7}, "int"),
+        ({"blocks": [7, 7]}, "int"),
+        ({"sums": {}}, "rest"),
+    ],
+    ids=str,
+)
+def test_a_state_that_contradicts_itself_is_named(changed, message, stopped, tmp_path):
+    """Its checksum fits: it stands for a file that another version wrote."""
+    path = tmp_path / ".out.unfinished" / "state.json"
+    state = {**json.loads(path.read_text()), **changed}
+    del state["sha256"]
+    path.write_text(json.dumps({**state, "sha256": unfinished._sha256(state)}))
+    with pytest.raises(
+        InputError, match=rf"resume: .*state\.json is damaged \(.*{message}.*start over without --resume"
+    ):
+        prune(stopped, tmp_path / "out", RESUME)
 
 
 def test_short_hidden_states_are_named(stopped, tmp_path):

@@ -50,6 +50,25 @@ def group_counts(weight, config):
     return kept.sum(1) if config.group == "row" else kept.sum()
 
 
+OVERFLOWING = [s for s in SETTINGS + PATTERNS if "update" in s] + [{"update": "mean"}]
+
+
+@pytest.mark.parametrize("setting", OVERFLOWING, ids=str)
+def test_an_update_that_the_dtype_cannot_hold_is_refused(setting):
+    """Inputs are nearly equal, so the kept half of the weights takes over the other half and doubles: over 65504."""
+    random = torch.Generator().manual_seed(0)
+    x = 1 + torch.randn(200, 1, generator=random) + 0.1 * torch.randn(200, COLS, generator=random)
+    dense = (50000 + 5000 * torch.rand(ROWS, COLS, generator=random)).half()
+    stats, weight = statistics_of(x, dense * 1e-4), dense.clone()
+    with pytest.raises(InputError, match=r"update overflowed with damping .*; raise damping, or load .* as bfloat16"):
+        prune_linear_(weight, stats, PruneConfig(**setting))
+    assert torch.equal(weight, dense)
+    weight = dense.bfloat16()
+    prune_linear_(weight, stats, PruneConfig(**setting))
+    assert weight.isfinite().all()
+    assert weight.max() > torch.finfo(torch.float16).max
+
+
 @pytest.mark.parametrize("setting", SETTINGS + PATTERNS, ids=str)
 def test_every_solver_keeps_exactly_k_and_beats_the_metric(setting, dtype):
     weight, x, stats = make_case(dtype)
