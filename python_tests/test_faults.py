@@ -49,7 +49,7 @@ def arguments(verb: str, inputs: Path, work: Path) -> list[str]:
         "run and distill from disk": [*run, "--preset", "best", "--offload", "disk", "--distill-passes", 1],
         "run and pack": [*run, "--metric", "wanda", "--format", "bitmap"],
         "heal": ["heal", inputs / "pruned", "--output", work / "out", "--tokens", 48, *steps, *text, "--quiet"],
-        "compare": ["compare", "--model", inputs / "dense", "--output", work / "out", *grid, *text],
+        "compare": ["compare", "--model", inputs / "dense", "--output", work / "out", *grid, *text, "--quiet"],
         "pack": ["pack", inputs / "pruned", "--output", work / "out"],
         "unpack": ["unpack", inputs / "packed", "--output", work / "out"],
     }
