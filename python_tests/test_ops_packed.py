@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from helpers import SHAPES, UNIT, assert_same_bits, make_weight
+from torch.nn.functional import linear
 
 from ace_ext import ops
 from ace_ext.ops import packed_reference as reference
@@ -16,6 +17,16 @@ from ace_ext.packed.matrix import PackedMatrix
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 TOKENS = (1, 2, 3, 7, 8, 9, 16, 17, 40, 64, 65, 70)
 """Each kind of block of tokens in the loops, and both sides of the change to panels."""
+
+CPU = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not have it
+DENSE_ORDER = bool(
+    CPU.get("avx512_bf16")
+    and CPU.get("avx512_vbmi2")
+    and not CPU.get("amx_bf16")
+    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    and "MKL-DNN v3.12" in torch.__config__.show()
+)
+"""Whether packed_linear's panels run here, and torch's product is the one whose order they follow."""
 
 
 def make(rows, cols, dtype, random, share=0.5, ragged=False):
@@ -55,6 +66,31 @@ def test_products_are_within_the_bound(shape, ragged, dtype, random):
         x = torch.randn(tokens, shape[1], generator=random).to(dtype)
         bias = torch.randn(shape[0], generator=random).to(dtype) if tokens % 2 else None
         check(x, weight, matrix, bias)
+
+
+def cancelling(tokens, rows, cols, random):
+    """Inputs and weights, half of them 0, whose products cancel: what is left of a sum is its rounding, which another
+    order changes in nearly every entry."""
+    half = cols // 2
+    x = torch.randn(tokens, half, generator=random).bfloat16()
+    weight = torch.randn(rows, half, generator=random).bfloat16()
+    weight *= torch.rand(rows, half, generator=random) < 0.5
+    places = torch.randperm(2 * half, generator=random)
+    return torch.cat([x, x], 1)[:, places], torch.cat([weight, -weight], 1)[:, places]
+
+
+@pytest.mark.skipif(not DENSE_ORDER, reason="needs AVX-512's bf16 instructions, no AMX, and torch with oneDNN 3.12")
+@pytest.mark.parametrize("shape", [(192, 576), (100, 1024), (40, 1100), (70, 2112), (17, 8300)])
+def test_bfloat16_results_have_the_bits_of_dense_ones(shape, threads, random):
+    """From five tokens on; the order in which torch's library adds was found for this version (docs/payoff.md)."""
+    threads(2)
+    for tokens in (5, 6, 17, 64, 200):
+        x, weight = cancelling(tokens, *shape, random)
+        matrix = PackedMatrix.of(weight)
+        for bias in (None, 1e-3 * torch.randn(shape[0], generator=random).bfloat16()):
+            assert_same_bits(ops.packed_linear(x, *arguments(matrix), bias), linear(x, weight, bias))
+        few = ops.packed_linear(x[:4], *arguments(matrix))
+        assert not torch.equal(few, linear(x[:4], weight))  # in another order: so these inputs show a difference
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.98, 1.0])

@@ -93,6 +93,7 @@ void panel_tokens(const PackedMatrix<BFloat16>& matrix, const at::Tensor& x, con
                   at::Tensor& out) {
   const at::Tensor wide = padded<BFloat16>(x, matrix.words);
   const avx512bf16::PanelProduct product{matrix,
+                                         x.size(1),
                                          data<BFloat16>(wide),
                                          wide.size(1),
                                          x.size(0),
@@ -102,9 +103,12 @@ void panel_tokens(const PackedMatrix<BFloat16>& matrix, const at::Tensor& x, con
   const avx512bf16::PanelShape shape = avx512bf16::panel_shape(matrix.words);
   at::parallel_for(0, out.size(1), row_grain(x.numel()), [&](int64_t begin, int64_t end) {
     // Not cleared: of rows that are not there, which the last tile multiplies too, no sum is stored.
-    at::Tensor panel = at::empty({shape.rows * shape.stride}, x.options());
-    at::Tensor sums = at::empty({x.size(0), avx512bf16::kMostRows}, x.options().dtype(at::kFloat));
-    avx512bf16::panel_product(product, begin, end, shape, {mutable_data<BFloat16>(panel), mutable_data<float>(sums)});
+    at::Tensor panel = at::empty({avx512bf16::kPanelRows * shape.stride}, x.options());
+    at::Tensor pairs = at::empty({avx512bf16::kPanelRows * avx512bf16::kLongRun}, x.options());
+    at::Tensor sums = at::empty({x.size(0), avx512bf16::kPanelRows}, x.options().dtype(at::kFloat));
+    avx512bf16::panel_product(
+        product, begin, end, shape,
+        {mutable_data<BFloat16>(panel), mutable_data<BFloat16>(pairs), mutable_data<float>(sums)});
   });
 }
 #endif

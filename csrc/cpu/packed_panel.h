@@ -1,6 +1,10 @@
 // The product with a packed bfloat16 matrix for AVX-512 with bf16 instructions and no AMX, from some tokens on. A panel
-// of rows and columns is expanded into the second cache, once for all tokens, and multiplied in tiles of four rows and
-// six tokens, whose sums stay in registers.
+// of 64 rows is expanded into the second cache, once for all tokens, and multiplied in tiles of 64 rows and six tokens,
+// whose sums stay in registers.
+//
+// A row is a lane. Its columns are added in pairs, in order, in runs: each run's sum begins at 0, and the runs' sums
+// are added in order. So does oneDNN's product of dense bfloat16 matrices (3.12, brg_matmul:avx512_core_bf16), so that
+// the result has the bits of torch's dense one: python_tests/test_ops_packed.py, and what was tried in docs/payoff.md.
 #pragma once
 
 #include "cpu/packed_avx512.h"
@@ -10,24 +14,27 @@
 #pragma GCC target("avx2,fma,f16c,popcnt,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16")
 namespace ace::cpu::avx512bf16 {
 
-constexpr int kTileRows = 4, kTileTokens = 6, kStep = 32;  // with a weight and an input for each: 29 registers
-constexpr int64_t kMostRows = 128;                         // of a panel
-constexpr int64_t kInputWords = 32;  // of the bitmap: the inputs of six tokens for them take half of the first cache
+constexpr int kLanes = 16;                   // rows of a group
+constexpr int kGroups = 4, kTileTokens = 6;  // of a tile: with a weight of each group and an input, 29 registers
+constexpr int64_t kPanelRows = kGroups * kLanes;
+constexpr int64_t kStep = 32;  // columns of a vector
+constexpr int64_t kLongRun = 1024, kShortRun = 512;
 
-// A panel: some rows and columns, half a megabyte of weights. Fewer rows would have the inputs read more often.
+// Columns of a run: oneDNN's choice for two and more tokens.
+inline int64_t run_columns(int64_t cols) { return cols > kLongRun ? kLongRun : kShortRun; }
+
+// A panel: kPanelRows rows and some columns, up to a megabyte of weights.
 struct PanelShape {
-  int64_t rows;    // a multiple of kTileRows
-  int64_t words;   // of the bitmap, in each row
+  int64_t words;   // of the bitmap, in each row: whole runs, or all
   int64_t stride;  // from row to row. Without the 32, rows would be read from the same few places of the first cache.
 };
 
 // For rows of so many words. Long runs of values, or all of a row, because they come from memory.
 inline PanelShape panel_shape(int64_t words) {
-  constexpr int64_t kMostWords = 128, kPanelWords = 4096;
-  const int64_t parts = (words + kMostWords - 1) / kMostWords;
-  const int64_t width = (words + parts - 1) / parts;
-  const int64_t rows = std::min(kMostRows, (kPanelWords / width + kTileRows - 1) / kTileRows * kTileRows);
-  return {rows, width, width * kBitmapColumns + kStep};
+  constexpr int64_t kMostWords = 128, kRunWords = kLongRun / kBitmapColumns;
+  const int64_t parts = (words + kMostWords - 1) / kMostWords, width = (words + parts - 1) / parts;
+  const int64_t whole = parts == 1 ? width : (width + kRunWords - 1) / kRunWords * kRunWords;
+  return {whole, whole * kBitmapColumns + kStep};
 }
 
 // Words first_word to first_word + words of rows first to first + count; `places`, of each row's next value, move on.
@@ -53,97 +60,110 @@ inline void expand_panel(const PackedMatrix<BFloat16>& matrix, int64_t first, in
   }
 }
 
-// Sums of quarters: quarter q of the result is the sum of the quarters of vector q.
-ACE_HD __m512 quarter_totals(__m512 a, __m512 b, __m512 c, __m512 d) {
-  const __m512 first = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
-  const __m512 second = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
-  return _mm512_add_ps(_mm512_shuffle_f32x4(first, second, 0x88), _mm512_shuffle_f32x4(first, second, 0xdd));
-}
-
-// The totals of four tokens' sums with four rows: number 4 t + r of the result is that of token t and row r.
-ACE_HD __m512 totals(const __m512 (&a)[4], const __m512 (&b)[4], const __m512 (&c)[4], const __m512 (&d)[4]) {
-  __m512 row[4];
+// kStep columns of kLanes rows, `stride` apart: pair p of row r becomes lane r of the vector at p step.
+inline void transpose_pairs(const BFloat16* panel, int64_t stride, BFloat16* out, int64_t step) {
+  __m512i rows[kLanes], mixed[kLanes];
+#pragma GCC unroll 16
+  for (int r = 0; r < kLanes; ++r) rows[r] = _mm512_load_si512(panel + r * stride);
+    // Within quarters of vectors: quarter Q of entry 4 q + c gets pair 4 Q + c of rows 4 q to 4 q + 3.
 #pragma GCC unroll 4
-  for (int r = 0; r < 4; ++r) row[r] = quarter_totals(a[r], b[r], c[r], d[r]);
-  const __m512 low = _mm512_add_ps(_mm512_unpacklo_ps(row[0], row[1]), _mm512_unpackhi_ps(row[0], row[1]));
-  const __m512 high = _mm512_add_ps(_mm512_unpacklo_ps(row[2], row[3]), _mm512_unpackhi_ps(row[2], row[3]));
-  const __m512d even = _mm512_castps_pd(low), odd = _mm512_castps_pd(high);
-  return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(even, odd)),
-                       _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd)));
+  for (int r = 0; r < kLanes; r += 4) {
+    const __m512i a = _mm512_unpacklo_epi32(rows[r], rows[r + 1]), b = _mm512_unpackhi_epi32(rows[r], rows[r + 1]);
+    const __m512i c = _mm512_unpacklo_epi32(rows[r + 2], rows[r + 3]);
+    const __m512i d = _mm512_unpackhi_epi32(rows[r + 2], rows[r + 3]);
+    mixed[r] = _mm512_unpacklo_epi64(a, c);
+    mixed[r + 1] = _mm512_unpackhi_epi64(a, c);
+    mixed[r + 2] = _mm512_unpacklo_epi64(b, d);
+    mixed[r + 3] = _mm512_unpackhi_epi64(b, d);
+  }
+  // Then quarters change places.
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512i a = _mm512_shuffle_i32x4(mixed[c], mixed[4 + c], 0x44);
+    const __m512i b = _mm512_shuffle_i32x4(mixed[c], mixed[4 + c], 0xee);
+    const __m512i d = _mm512_shuffle_i32x4(mixed[8 + c], mixed[12 + c], 0x44);
+    const __m512i e = _mm512_shuffle_i32x4(mixed[8 + c], mixed[12 + c], 0xee);
+    _mm512_store_si512(out + c * step, _mm512_shuffle_i32x4(a, d, 0x88));
+    _mm512_store_si512(out + (4 + c) * step, _mm512_shuffle_i32x4(a, d, 0xdd));
+    _mm512_store_si512(out + (8 + c) * step, _mm512_shuffle_i32x4(b, e, 0x88));
+    _mm512_store_si512(out + (12 + c) * step, _mm512_shuffle_i32x4(b, e, 0xdd));
+  }
 }
 
-// Adds entries 4 t to 4 t + 3 of `found` to sums[t kMostRows], for kTokens tokens.
-template <int kTokens>
-ACE_HD void add_to(float* sums, __m512 found) {
-  const auto add = [&](int t, __m128 part) ACE_FOLD {
-    if (t < kTokens) _mm_store_ps(sums + t * kMostRows, _mm_add_ps(_mm_load_ps(sums + t * kMostRows), part));
-  };
-  add(0, _mm512_castps512_ps128(found));
-  add(1, _mm512_extractf32x4_ps(found, 1));
-  add(2, _mm512_extractf32x4_ps(found, 2));
-  add(3, _mm512_extractf32x4_ps(found, 3));
-}
-
-// Four rows of a panel with kTokens tokens: adds to sums [tokens, kMostRows].
-template <int kTokens>
-void multiply_tile(const BFloat16* panel, int64_t panel_stride, const BFloat16* x, int64_t stride, int64_t cols,
+// kTokens tokens with one run of a panel's first groups, as pairs [cols / 2, groups, kLanes, 2]: adds to sums [tokens,
+// kPanelRows]. Meanwhile values that come next, from `ahead`, are asked for: two lines of memory a pair, as many as
+// half of the weights take.
+template <int groups, int kTokens>
+void multiply_tile(const BFloat16* pairs, const BFloat16* x, int64_t stride, int64_t cols, const char* ahead,
                    float* sums) {
-  __m512 tile[8][kTileRows];  // those of tokens that are not there stay zero
-#pragma GCC unroll 8
-  for (int t = 0; t < 8; ++t)
+  __m512 tile[kTokens][groups];
+#pragma GCC unroll 6
+  for (int t = 0; t < kTokens; ++t)
 #pragma GCC unroll 4
-    for (int r = 0; r < kTileRows; ++r) tile[t][r] = _mm512_setzero_ps();
-  for (int64_t column = 0; column < cols; column += kStep) {
-    __m512bh weights[kTileRows];
+    for (int g = 0; g < groups; ++g) tile[t][g] = _mm512_setzero_ps();
+  for (int64_t column = 0; column < cols; column += 2, pairs += groups * kStep, ahead += 128) {
+    _mm_prefetch(ahead, _MM_HINT_T1);
+    _mm_prefetch(ahead + 64, _MM_HINT_T1);
+    __m512bh weights[groups];
 #pragma GCC unroll 4
-    for (int r = 0; r < kTileRows; ++r)
-      weights[r] = reinterpret_cast<__m512bh>(_mm512_load_si512(panel + r * panel_stride + column));
+    for (int g = 0; g < groups; ++g) weights[g] = reinterpret_cast<__m512bh>(_mm512_load_si512(pairs + g * kStep));
 #pragma GCC unroll 6
     for (int t = 0; t < kTokens; ++t) {
-      const auto input = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + t * stride + column));
+      int32_t pair;
+      std::memcpy(&pair, x + t * stride + column, sizeof pair);
+      const auto input = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
 #pragma GCC unroll 4
-      for (int r = 0; r < kTileRows; ++r) tile[t][r] = _mm512_dpbf16_ps(tile[t][r], weights[r], input);
+      for (int g = 0; g < groups; ++g) tile[t][g] = _mm512_dpbf16_ps(tile[t][g], weights[g], input);
     }
   }
-  add_to<kTokens>(sums, totals(tile[0], tile[1], tile[2], tile[3]));
-  if constexpr (kTokens > 4) add_to<kTokens - 4>(sums + 4 * kMostRows, totals(tile[4], tile[5], tile[6], tile[7]));
+#pragma GCC unroll 6
+  for (int t = 0; t < kTokens; ++t)
+#pragma GCC unroll 4
+    for (int g = 0; g < groups; ++g) {
+      float* sum = sums + t * kPanelRows + g * kLanes;
+      _mm512_store_ps(sum, _mm512_add_ps(_mm512_load_ps(sum), tile[t][g]));
+    }
 }
 
-// `rows` rows (rounded up to whole tiles) and `cols` columns of a panel with `tokens` tokens: adds to sums [tokens,
-// kMostRows].
-inline void multiply_panel(const PanelShape& shape, int64_t rows, const BFloat16* panel, const BFloat16* x,
-                           int64_t stride, int64_t tokens, int64_t cols, float* sums) {
+// What a thread works in; all at addresses that 64 divides.
+struct PanelSpace {
+  BFloat16* panel;  // [kPanelRows, stride] of its shape
+  BFloat16* pairs;  // [kLongRun / 2, kPanelRows, 2]
+  float* sums;      // [tokens, kPanelRows]
+};
+
+// One run of a panel's first groups with all tokens.
+template <int groups>
+void multiply_run(const BFloat16* panel, int64_t panel_stride, const BFloat16* x, int64_t stride, int64_t tokens,
+                  int64_t cols, uintptr_t next, const PanelSpace& space) {
+  for (int g = 0; g < groups; ++g)
+    for (int64_t column = 0; column < cols; column += kStep)
+      transpose_pairs(panel + g * kLanes * panel_stride + column, panel_stride,
+                      space.pairs + (column / 2 * groups + g) * kStep, groups * kStep);
   for (int64_t t = 0; t < tokens; t += kTileTokens) {
     const int64_t left = tokens - t;
-    for (int64_t r = 0; r < rows; r += kTileRows) {
-      const auto multiply = [&](auto* tile) ACE_FOLD {
-        tile(panel + r * shape.stride, shape.stride, x + t * stride, stride, cols, sums + t * kMostRows + r);
-      };
-      if (left >= 6) multiply(&multiply_tile<6>);
-      if (left == 5) multiply(&multiply_tile<5>);
-      if (left == 4) multiply(&multiply_tile<4>);
-      if (left == 3) multiply(&multiply_tile<3>);
-      if (left == 2) multiply(&multiply_tile<2>);
-      if (left == 1) multiply(&multiply_tile<1>);
-    }
+    const auto multiply = [&](auto* tile) ACE_FOLD {
+      tile(space.pairs, x + t * stride, stride, cols, reinterpret_cast<const char*>(next), space.sums + t * kPanelRows);
+    };
+    if (left >= 6) multiply(&multiply_tile<groups, 6>);
+    if (left == 5) multiply(&multiply_tile<groups, 5>);
+    if (left == 4) multiply(&multiply_tile<groups, 4>);
+    if (left == 3) multiply(&multiply_tile<groups, 3>);
+    if (left == 2) multiply(&multiply_tile<groups, 2>);
+    if (left == 1) multiply(&multiply_tile<groups, 1>);
   }
 }
 
-// One product: x [tokens, 64 words], zero beyond the columns, tokens `stride` inputs apart; bias [rows] or null; out
+// One product: x [tokens, 64 words], zero beyond `cols` columns, tokens `stride` inputs apart; bias [rows] or null; out
 // [tokens, rows].
 struct PanelProduct {
   PackedMatrix<BFloat16> matrix;
+  int64_t cols;
   const BFloat16* x;
   int64_t stride, tokens;
   const BFloat16* bias;
   BFloat16* out;
   int64_t rows;
-};
-
-// What a thread works in; both at addresses that 64 divides.
-struct PanelSpace {
-  BFloat16* panel;  // [rows, stride] of its shape
-  float* sums;      // [tokens, kMostRows]
 };
 
 // Columns first to first + count of the result: sums + bias, rounded once. Subnormal results become 0.
@@ -156,7 +176,7 @@ inline void store_sums(const PanelProduct& product, const float* sums, int64_t f
       shift = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(stored), 16));
     }
     for (int64_t t = 0; t < product.tokens; ++t) {
-      const __m512 sum = _mm512_add_ps(_mm512_load_ps(sums + t * kMostRows + i), shift);
+      const __m512 sum = _mm512_add_ps(_mm512_load_ps(sums + t * kPanelRows + i), shift);
       _mm256_mask_storeu_epi16(product.out + t * product.rows + first + i, mask,
                                reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(sum)));
     }
@@ -167,18 +187,28 @@ inline void store_sums(const PanelProduct& product, const float* sums, int64_t f
 inline void panel_product(const PanelProduct& product, int64_t begin, int64_t end, const PanelShape& shape,
                           const PanelSpace& space) {
   const PackedMatrix<BFloat16>& matrix = product.matrix;
-  for (int64_t first = begin; first < end; first += shape.rows) {
-    const int64_t count = std::min(shape.rows, end - first);
-    int64_t places[kMostRows];
+  const int64_t run = run_columns(product.cols);
+  for (int64_t first = begin; first < end; first += kPanelRows) {
+    const int64_t count = std::min(kPanelRows, end - first), groups = (count + kLanes - 1) / kLanes;
+    int64_t places[kPanelRows];
     for (int64_t r = 0; r < count; ++r) places[r] = matrix.start(first + r);
-    std::fill_n(space.sums, product.tokens * kMostRows, 0.0f);
+    std::fill_n(space.sums, product.tokens * kPanelRows, 0.0f);
     for (int64_t word = 0; word < matrix.words; word += shape.words) {
-      const int64_t words = std::min(shape.words, matrix.words - word);
+      const int64_t words = std::min(shape.words, matrix.words - word), width = words * kBitmapColumns;
       expand_panel(matrix, first, count, word, words, places, shape, space.panel);
-      for (int64_t part = 0; part < words; part += kInputWords) {
-        const int64_t cols = std::min(kInputWords, words - part) * kBitmapColumns;
-        multiply_panel(shape, count, space.panel + part * kBitmapColumns, product.x + (word + part) * kBitmapColumns,
-                       product.stride, product.tokens, cols, space.sums);
+      for (int64_t column = 0; column < width; column += run) {
+        const int64_t cols = std::min(run, width - column);
+        // Of the values behind this part's, each run asks for as many as half of its own weights take.
+        const auto next = reinterpret_cast<uintptr_t>(matrix.values) +
+                          sizeof(BFloat16) * static_cast<uintptr_t>(places[count - 1] + column * kPanelRows / 2);
+        const auto multiply = [&](auto* with) ACE_FOLD {
+          with(space.panel + column, shape.stride, product.x + word * kBitmapColumns + column, product.stride,
+               product.tokens, cols, next, space);
+        };
+        if (groups == 4) multiply(&multiply_run<4>);
+        if (groups == 3) multiply(&multiply_run<3>);
+        if (groups == 2) multiply(&multiply_run<2>);
+        if (groups == 1) multiply(&multiply_run<1>);
       }
     }
     store_sums(product, space.sums, first, count);

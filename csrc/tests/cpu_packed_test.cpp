@@ -3,14 +3,12 @@
 // detect_stack_use_after_return, which tools/test_cpp.sh turns off, GCC 12 misaligns vectors on the stack and crashes.)
 #include <gtest/gtest.h>
 
-#include <cmath>
-#include <cstdlib>
-#include <memory>
+#include <algorithm>
 #include <random>
 #include <utility>
 #include <vector>
 
-#include "cpu/packed_level.h"
+#include "tests/packed_sample.h"
 
 namespace ace::cpu {
 namespace {
@@ -22,49 +20,6 @@ std::vector<PackedLevel> levels() {
     if (level == highest || (level < highest && highest != PackedLevel::neon)) found.push_back(level);
   return found;
 }
-
-// A number of size 1/2 to 4 with few digits, exact in every type.
-template <class T>
-T draw(std::mt19937& random) {
-  const uint32_t sign = random() & 1u, step = random() % 3, mantissa = random() % 8;
-  if constexpr (std::is_same_v<T, float>) {
-    return bits_float(sign << 31 | (126u + step) << 23 | mantissa << 20);
-  } else if constexpr (std::is_same_v<T, Half>) {
-    return {static_cast<uint16_t>(sign << 15 | (14u + step) << 10 | mantissa << 7)};
-  } else {
-    return {static_cast<uint16_t>(sign << 15 | (126u + step) << 7 | mantissa << 4)};
-  }
-}
-
-template <class T>
-bool same_bits(const T& a, const T& b) {
-  return std::memcmp(&a, &b, sizeof(T)) == 0;
-}
-
-template <class T>
-struct Sample {
-  Sample(int64_t rows, int64_t cols, unsigned share, std::mt19937& random)
-      : rows(rows), cols(cols), words((cols + 63) / 64), bitmap(static_cast<size_t>(8 * rows * words)) {
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t column = 0; column < cols; ++column) {
-        const bool stored = random() % 100 < share;
-        dense.push_back(stored ? draw<T>(random) : T{});
-        if (!stored) continue;
-        values.push_back(dense.back());
-        bitmap[static_cast<size_t>(8 * row * words + column / 8)] |= static_cast<uint8_t>(1u << (column % 8));
-      }
-      row_start.push_back(static_cast<int64_t>(values.size()));
-    }
-    values.shrink_to_fit();
-  }
-  PackedMatrix<T> matrix() const {
-    return {bitmap.data(), words, values.data(), static_cast<int64_t>(values.size()), row_start.data(), 0};
-  }
-  int64_t rows, cols, words;
-  std::vector<uint8_t> bitmap;
-  std::vector<T> dense, values;
-  std::vector<int64_t> row_start{0};
-};
 
 template <class T>
 class Packed : public testing::Test {};
@@ -103,106 +58,6 @@ TYPED_TEST(Packed, ProductsAreThoseOfTheDenseMatrix) {
     }
   }
 }
-
-#if ACE_PACKED_X86
-TEST(PackedTiles, ProductsAreThoseOfTheDenseMatrix) {
-  if (!amx::available()) GTEST_SKIP() << "this processor has no AMX";
-  std::mt19937 random(6);
-  for (const int64_t cols : {1, 64, 65, 600, 1134}) {
-    const Sample<BFloat16> sample(37, cols, 50, random);  // the last tile has few rows
-    for (const int64_t tokens : {1, 16, 20, 47, 64, 70}) {
-      const int64_t blocks = (tokens + 15) / 16;
-      std::vector<BFloat16> x(static_cast<size_t>(tokens * cols)),
-          pairs(static_cast<size_t>(blocks * sample.words * 1024));
-      for (int64_t t = 0; t < tokens; ++t) {
-        for (int64_t j = 0; j < cols; ++j) {
-          const size_t place = static_cast<size_t>(((t / 16 * 32 * sample.words + j / 2) * 16 + t % 16) * 2 + j % 2);
-          x[static_cast<size_t>(t * cols + j)] = pairs[place] = draw<BFloat16>(random);
-        }
-      }
-      std::vector<float> out(static_cast<size_t>(tokens * sample.rows));
-      const amx::Product product{sample.matrix(), pairs.data(), tokens, sample.rows, out.data()};
-      amx::packed_product(product, 0, 20);
-      amx::packed_product(product, 20, sample.rows);
-      for (int64_t t = 0; t < tokens; ++t) {
-        for (int64_t i = 0; i < sample.rows; ++i) {
-          double sum = 0.0;
-          for (int64_t j = 0; j < cols; ++j)
-            sum += static_cast<double>(to_float(sample.dense[static_cast<size_t>(i * cols + j)])) *
-                   static_cast<double>(to_float(x[static_cast<size_t>(t * cols + j)]));
-          ASSERT_EQ(static_cast<double>(out[static_cast<size_t>(t * sample.rows + i)]), sum) << cols << " " << tokens;
-        }
-      }
-    }
-  }
-}
-
-TEST(PackedTiles, WrongCountsReadNothingOutside) {
-  if (!amx::available()) GTEST_SKIP() << "this processor has no AMX";
-  std::mt19937 random(7);
-  Sample<BFloat16> sample(4, 128, 10, random);
-  std::fill(sample.bitmap.begin(), sample.bitmap.end(), uint8_t{255});
-  sample.row_start[1] = int64_t{1} << 60;
-  const std::vector<BFloat16> pairs(2 * 1024);
-  std::vector<float> out(3 * 4);
-  amx::packed_product({sample.matrix(), pairs.data(), 3, 4, out.data()}, 0, 4);
-}
-
-bool has_panels() { return highest_packed_level() == PackedLevel::avx512_bf16; }
-
-struct FreeAligned {
-  void operator()(void* memory) const { std::free(memory); }
-};
-
-// A buffer as torch makes them, of exactly so many entries.
-template <class T>
-std::unique_ptr<T[], FreeAligned> aligned(int64_t entries) {
-  const size_t bytes = (static_cast<size_t>(entries) * sizeof(T) + 63) / 64 * 64;
-  void* memory = std::aligned_alloc(64, bytes);
-  std::memset(memory, 0, bytes);
-  return std::unique_ptr<T[], FreeAligned>(static_cast<T*>(memory));
-}
-
-// out = a product's result; rows 0 to `cut` and those from there are made by calls of their own.
-void multiply_panels(const PackedMatrix<BFloat16>& matrix, const BFloat16* x, int64_t tokens, const BFloat16* bias,
-                     int64_t rows, int64_t cut, BFloat16* out) {
-  const avx512bf16::PanelShape shape = avx512bf16::panel_shape(matrix.words);
-  const auto panel = aligned<BFloat16>(shape.rows * shape.stride);
-  const auto sums = aligned<float>(tokens * avx512bf16::kMostRows);
-  const avx512bf16::PanelProduct product{matrix, x, matrix.words * 64, tokens, bias, out, rows};
-  avx512bf16::panel_product(product, 0, cut, shape, {panel.get(), sums.get()});
-  avx512bf16::panel_product(product, cut, rows, shape, {panel.get(), sums.get()});
-}
-
-TEST(PackedPanels, ProductsAreThoseOfTheDenseMatrix) {
-  if (!has_panels()) GTEST_SKIP() << "this processor has no bf16 instructions of AVX-512";
-  std::mt19937 random(9);
-  // One panel; parts of one by the inputs' share of the cache; two of 65 words and of 64, and tiles that lack rows.
-  for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{37, 1}, {150, 65}, {3, 2100}, {70, 8250}}) {
-    const Sample<BFloat16> sample(rows, cols, 50, random);
-    std::vector<BFloat16> bias;
-    for (int64_t i = 0; i < rows; ++i) bias.push_back(draw<BFloat16>(random));
-    const int64_t stride = sample.words * 64;
-    for (const int64_t tokens : {1, 2, 3, 4, 5, 6, 13}) {
-      std::vector<BFloat16> x(static_cast<size_t>(tokens * stride)), out(static_cast<size_t>(tokens * rows));
-      for (int64_t t = 0; t < tokens; ++t)
-        for (int64_t j = 0; j < cols; ++j) x[static_cast<size_t>(t * stride + j)] = draw<BFloat16>(random);
-      multiply_panels(sample.matrix(), x.data(), tokens, tokens % 2 ? bias.data() : nullptr, rows, rows / 2,
-                      out.data());
-      for (int64_t t = 0; t < tokens; ++t) {
-        for (int64_t i = 0; i < rows; ++i) {
-          float sum = tokens % 2 ? to_float(bias[static_cast<size_t>(i)]) : 0.0f;  // exact, as above, in any order
-          for (int64_t j = 0; j < cols; ++j)
-            sum += to_float(sample.dense[static_cast<size_t>(i * cols + j)]) *
-                   to_float(x[static_cast<size_t>(t * stride + j)]);
-          ASSERT_TRUE(same_bits(out[static_cast<size_t>(t * rows + i)], to_bfloat16(sum)))
-              << rows << " x " << cols << ", " << tokens << " tokens";
-        }
-      }
-    }
-  }
-}
-#endif
 
 TYPED_TEST(Packed, UnpackingGivesTheDenseMatrix) {
   std::mt19937 random(4);
@@ -293,7 +148,7 @@ TYPED_TEST(Packed, DamagedInputsReadNothingOutside) {
       if (has_panels()) {
         const std::vector<BFloat16> x(static_cast<size_t>(tokens * stride));
         std::vector<BFloat16> out(static_cast<size_t>(tokens * sample.rows));
-        multiply_panels(damaged.matrix(), x.data(), tokens, nullptr, sample.rows, 0, out.data());
+        multiply_panels(damaged.matrix(), x.data(), tokens, nullptr, sample.rows, sample.cols, 0, out.data());
         for (const BFloat16 value : out) ASSERT_EQ(to_float(value), 0.0f);
       }
       if (!amx::available()) continue;

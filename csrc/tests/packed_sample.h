@@ -1,0 +1,94 @@
+// What the tests of packed matrices share: a random matrix, dense and packed, and products by panels.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "cpu/packed_level.h"
+
+namespace ace::cpu {
+
+// A number of size 1/2 to 4 with few digits, exact in every type.
+template <class T>
+T draw(std::mt19937& random) {
+  const uint32_t sign = random() & 1u, step = random() % 3, mantissa = random() % 8;
+  if constexpr (std::is_same_v<T, float>) {
+    return bits_float(sign << 31 | (126u + step) << 23 | mantissa << 20);
+  } else if constexpr (std::is_same_v<T, Half>) {
+    return {static_cast<uint16_t>(sign << 15 | (14u + step) << 10 | mantissa << 7)};
+  } else {
+    return {static_cast<uint16_t>(sign << 15 | (126u + step) << 7 | mantissa << 4)};
+  }
+}
+
+template <class T>
+bool same_bits(const T& a, const T& b) {
+  return std::memcmp(&a, &b, sizeof(T)) == 0;
+}
+
+template <class T>
+struct Sample {
+  Sample(int64_t rows, int64_t cols, unsigned share, std::mt19937& random)
+      : rows(rows), cols(cols), words((cols + 63) / 64), bitmap(static_cast<size_t>(8 * rows * words)) {
+    for (int64_t i = 0; i < rows * cols; ++i) dense.push_back(random() % 100 < share ? draw<T>(random) : T{});
+    pack();
+  }
+  // Bitmap, values and starts of what is not +0 in `dense`.
+  void pack() {
+    std::fill(bitmap.begin(), bitmap.end(), uint8_t{0});
+    values.clear();
+    row_start.assign(1, 0);
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t column = 0; column < cols; ++column) {
+        const T& weight = dense[static_cast<size_t>(row * cols + column)];
+        if (same_bits(weight, T{})) continue;
+        values.push_back(weight);
+        bitmap[static_cast<size_t>(8 * row * words + column / 8)] |= static_cast<uint8_t>(1u << (column % 8));
+      }
+      row_start.push_back(static_cast<int64_t>(values.size()));
+    }
+    values.shrink_to_fit();
+  }
+  PackedMatrix<T> matrix() const {
+    return {bitmap.data(), words, values.data(), static_cast<int64_t>(values.size()), row_start.data(), 0};
+  }
+  int64_t rows, cols, words;
+  std::vector<uint8_t> bitmap;
+  std::vector<T> dense, values;
+  std::vector<int64_t> row_start;
+};
+
+#if ACE_PACKED_X86
+inline bool has_panels() { return highest_packed_level() == PackedLevel::avx512_bf16; }
+
+struct FreeAligned {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+// A buffer as torch makes them, of exactly so many entries.
+template <class T>
+std::unique_ptr<T[], FreeAligned> aligned(int64_t entries) {
+  const size_t bytes = (static_cast<size_t>(entries) * sizeof(T) + 63) / 64 * 64;
+  void* memory = std::aligned_alloc(64, bytes);
+  std::memset(memory, 0, bytes);
+  return std::unique_ptr<T[], FreeAligned>(static_cast<T*>(memory));
+}
+
+// out = a product's result; rows 0 to `cut` and those from there are made by calls of their own.
+inline void multiply_panels(const PackedMatrix<BFloat16>& matrix, const BFloat16* x, int64_t tokens,
+                            const BFloat16* bias, int64_t rows, int64_t cols, int64_t cut, BFloat16* out) {
+  const avx512bf16::PanelShape shape = avx512bf16::panel_shape(matrix.words);
+  const auto panel = aligned<BFloat16>(avx512bf16::kPanelRows * shape.stride);
+  const auto pairs = aligned<BFloat16>(avx512bf16::kPanelRows * avx512bf16::kLongRun);
+  const auto sums = aligned<float>(tokens * avx512bf16::kPanelRows);
+  const avx512bf16::PanelSpace space{panel.get(), pairs.get(), sums.get()};
+  const avx512bf16::PanelProduct product{matrix, cols, x, matrix.words * 64, tokens, bias, out, rows};
+  avx512bf16::panel_product(product, 0, cut, shape, space);
+  avx512bf16::panel_product(product, cut, rows, shape, space);
+}
+#endif
+
+}  // namespace ace::cpu
