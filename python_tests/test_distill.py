@@ -25,7 +25,7 @@ from ace_ext.runs.plan import make_plan
 from ace_ext.runs.verify import verify
 
 TOKENS = torch.randint(0, 64, (12, 16), generator=torch.Generator().manual_seed(0))
-DISTILL = {"update": "admm+distill", "distill_passes": 3, "distill_lr": 5e-4}
+DISTILL = {"update": "admm+distill", "distill_passes": 3, "distill_lr": 0.0025}
 MANY = {"nsamples": 64}
 """Samples, so that several steps are trained."""
 
@@ -252,7 +252,7 @@ def test_the_plan_counts_it(dense):
 
 def test_from_the_command_line(dense, whole, tmp_path, capsys):
     log = tmp_path / "log"
-    flags = ["--update", "admm", "--update", "distill", "--distill-passes", "3", "--distill-lr", "5e-4"]
+    flags = ["--update", "admm", "--update", "distill", "--distill-passes", "3", "--distill-lr", "0.0025"]
     text = ["--calibration", str(dense.parent / "text.txt"), "--nsamples", "64", "--seqlen", "16"]
     files = ["--model", str(dense), "--output", str(tmp_path / "out"), "--log-json", str(log)]
     assert main(["run", *files, *text, *flags, "--device", "cpu"]) == 0

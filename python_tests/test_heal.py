@@ -31,8 +31,8 @@ from ace_ext.runs.model_source import open_source
 from ace_ext.runs.output import read_report
 from ace_ext.runs.verify import verify
 
-SETTINGS = HealSettings(learning_rate=3e-3, step_tokens=64, held_back=4)
-SMALLER = replace(SETTINGS, learning_rate=3e-4)
+SETTINGS = HealSettings(learning_rate=0.015, step_tokens=64, held_back=4)
+SMALLER = replace(SETTINGS, learning_rate=0.0015)
 """For the larger model, whose weights are smaller."""
 BUDGET = 1024
 """Tokens: 16 steps of 4 windows of 16."""
@@ -145,7 +145,7 @@ def test_the_model_may_write_its_text(place, tmp_path):
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def command(place, output, *more, rate=3e-3):
+def command(place, output, *more, rate=0.015):
     options = ["--step-tokens", 64, "--held-back", 4, "--learning-rate", rate, "--tokens", BUDGET, "--device", "cpu"]
     return [str(part) for part in ("heal", place / "pruned", "--output", output, *options, *more)]
 
@@ -366,13 +366,13 @@ def test_killed_and_resumed(division, larger, tmp_path):
     """Killed again and again, each time a little after more was done, until it is finished."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     options = ("--tokens", 512)  # 8 steps
-    child = start(command(larger, whole, *options, rate=3e-4), division)
+    child = start(command(larger, whole, *options, rate=0.0015), division)
     child.join(300)
     assert child.exitcode == 0
     rng = random.Random(0)
     kills, seen = 0, [0]
     while not out.exists():
-        child = start(command(larger, out, *options, "--resume", rate=3e-4), division)
+        child = start(command(larger, out, *options, "--resume", rate=0.0015), division)
         aim = seen[-1] + rng.randrange(1, 5)
         while child.is_alive() and progress(tmp_path / ".out.unfinished") < aim and not out.exists():
             time.sleep(0.001)
@@ -409,7 +409,7 @@ def test_resume_refuses_another_run(place, tmp_path, monkeypatch):
     out = tmp_path / "out"
     interrupted(place, out, monkeypatch)
     for changed, message in (
-        ({"settings": replace(SETTINGS, learning_rate=1e-3)}, r"settings.learning_rate was 0.003, now 0.001"),
+        ({"settings": replace(SETTINGS, learning_rate=0.005)}, r"settings.learning_rate was 0.015, now 0.005"),
         ({"tokens": 2048}, r"budget.tokens was 1024, now 2048"),
     ):
         with pytest.raises(InputError, match=f"resume: the unfinished run was another one: .*{message}"):

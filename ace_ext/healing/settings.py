@@ -19,7 +19,10 @@ class HealSettings(Options):
     """
 
     learning_rate: float = option(
-        3e-4, "Adam's, at its peak; it rises for a twentieth of the steps and falls as a cosine", Limits(above=0)
+        1.5e-3,
+        "Adam's, at its peak, as a share of each matrix's root mean square weight; it rises for a twentieth of the "
+        "steps and falls as a cosine",
+        Limits(above=0),
     )
     step_tokens: int = option(1024, "tokens of a gradient step, at least one window", Limits(at_least=1))
     passes: int = option(1, "how often each window of text is trained on", Limits(at_least=1))

@@ -23,6 +23,10 @@ class BlockTrainer:
     Weights are trained in float32 and rounded to the model's dtype after each step. Where the mask is False, gradients
     are set to zero, so that weight and moments stay zero there.
 
+    Adam changes each weight by about the learning rate, whatever its gradient. So each matrix has a rate of its own, in
+    proportion to the root mean square of its kept weights when training begins: between models that differs by more
+    than ten times (0.19 in SmolLM2-135M, 0.04 in gemma-3-270m, 0.015 in Qwen2.5-Coder-0.5B).
+
     Args:
         block: its weights are in memory, and stay in the same tensors until training ends.
         masks: for each of ``block.linears`` ``[rows, cols]`` bool, True where a weight is kept; None: where it is not
@@ -40,7 +44,9 @@ class BlockTrainer:
                 )
         self.masks = {child: masks[child] for child in self.weights}
         self._masters = {child: weight.detach().float().clone() for child, weight in self.weights.items()}
-        self._adam = torch.optim.Adam([*self._masters.values()], betas=BETAS, fused=True) if self.weights else None
+        self._sizes = [_root_mean_square(self._masters[child], self.masks[child]) for child in self.weights]
+        groups = [{"params": [master]} for master in self._masters.values()]
+        self._adam = torch.optim.Adam(groups, betas=BETAS, fused=True) if groups else None
 
     @property
     def device(self) -> torch.device:
@@ -84,10 +90,12 @@ class BlockTrainer:
 
     @torch.no_grad()
     def step_(self, learning_rate: float) -> None:
-        """One step of Adam with the gradients of :meth:`backward`, which are freed."""
+        """One step of Adam with the gradients of :meth:`backward`, which are freed. The rate is a share of each
+        matrix's root mean square weight."""
         if self._adam is None:
             return
-        self._adam.param_groups[0]["lr"] = learning_rate
+        for group, size in zip(self._adam.param_groups, self._sizes, strict=True):
+            group["lr"] = learning_rate * size
         self._adam.step()
         self._adam.zero_grad()
         for child, weight in self.weights.items():
@@ -141,3 +149,8 @@ class BlockTrainer:
             self.weights[child].copy_(master)
             if self._adam is not None and f"{child}/step" in state:
                 self._adam.state[master] = {"step": state[f"{child}/step"], **{name: spread(name) for name in _MOMENTS}}
+
+
+def _root_mean_square(weight: Tensor, mask: Tensor) -> float:
+    """Of the entries that the mask keeps; those that it leaves out are 0."""
+    return float(torch.linalg.vector_norm(weight) / mask.count_nonzero().clamp_min(1).sqrt())

@@ -72,12 +72,11 @@ def _prune_rows_(
     del mask  # a solver that chooses its own needs the memory
     solved = _solve(problem, config)
     damping, attempts, rounded = solved.damping, solved.attempts, solved.weight.to(weight.dtype)
-    del solved
     if not torch.isfinite(rounded).all():  # also where only the weight's dtype, as float16, is too narrow
         wider = ", or load the model as bfloat16" if weight.dtype == torch.float16 else ""
         raise InputError(f"the {name} update overflowed with damping {damping:g}; raise damping{wider}")
     weight.copy_(shares.gather_rows(rounded, len(weight)))
-    del rounded
+    del solved, rounded
     return Solution(name, damping, attempts, loss_before, loss(weight[rows]))
 
 

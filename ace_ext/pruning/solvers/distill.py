@@ -12,7 +12,9 @@ class DistillOptions(Options):
 
     distill_passes: int = option(6, "passes over the calibration tokens", Limits(at_least=1), unused=0)
     distill_lr: float = option(
-        3e-4, "learning rate at its peak; it rises, then falls as a cosine", Limits(above=0, words="more than 0")
+        1.5e-3,
+        "learning rate at its peak, a share of each matrix's root mean square weight; it rises, then falls as a cosine",
+        Limits(above=0, words="more than 0"),
     )
 
 
