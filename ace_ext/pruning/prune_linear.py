@@ -71,11 +71,12 @@ def _prune_rows_(
     loss_before = loss(problem.dense.masked_fill(~mask[rows], 0.0))
     del mask  # a solver that chooses its own needs the memory
     solved = _solve(problem, config)
-    damping, attempts, rounded = solved.damping, solved.attempts, solved.weight.to(weight.dtype)
+    rounded = solved.weight.to(weight.dtype)
     if not torch.isfinite(rounded).all():  # also where only the weight's dtype, as float16, is too narrow
         wider = ", or load the model as bfloat16" if weight.dtype == torch.float16 else ""
-        raise InputError(f"the {name} update overflowed with damping {damping:g}; raise damping{wider}")
+        raise InputError(f"the {name} update overflowed with damping {solved.damping:g}; raise damping{wider}")
     weight.copy_(shares.gather_rows(rounded, len(weight)))
+    damping, attempts = solved.damping, solved.attempts
     del solved, rounded
     return Solution(name, damping, attempts, loss_before, loss(weight[rows]))
 
