@@ -31,7 +31,7 @@ test-python: $(VENV)/installed
 	$(PYTEST)
 
 # The C++ core, and the CUDA kernels on the host: plain, where (with nvcc) their PTX is run too, with the address and
-# undefined-behaviour sanitizers, and with ThreadSanitizer and one OS thread per CUDA thread.
+# undefined-behaviour sanitizers, and with ThreadSanitizer, which takes each CUDA thread for a thread.
 test-cpp:
 	tools/system_packages.sh
 	tools/test_cpp.sh build/cpp ""

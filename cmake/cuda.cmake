@@ -1,16 +1,12 @@
 # The CUDA kernels: the C++ tests run their source on the host; nvcc compiles them if ACE_NVCC is set.
 # Expects the function ace_add_test, the target Threads::Threads and ACE_SANITIZE ("", "address,undefined" or "thread").
 file(GLOB ACE_CUDA_SOURCES CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/*.cu")
-set(ACE_SIMT_DEFINITIONS ACE_SIMT)
-if(ACE_SANITIZE STREQUAL "thread")
-  list(APPEND ACE_SIMT_DEFINITIONS ACE_SIMT_THREADS)  # one OS thread per CUDA thread, for ThreadSanitizer
-endif()
 
 # The host engine's part that runs PTX.
 file(GLOB ACE_PTX_SOURCES CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/csrc/simt/ptx/*.cpp")
 add_library(ace_simt STATIC ${ACE_PTX_SOURCES})
 target_include_directories(ace_simt PUBLIC "${CMAKE_CURRENT_SOURCE_DIR}/csrc")
-target_compile_definitions(ace_simt PUBLIC ${ACE_SIMT_DEFINITIONS})
+target_compile_definitions(ace_simt PUBLIC ACE_SIMT)
 set(ACE_RUNNER_OPTIMIZE -O2)
 if(ACE_SANITIZE AND NOT ACE_PTX_FOLDERS)
   set(ACE_RUNNER_OPTIMIZE -O1)  # then it runs little, and the compiler is what takes time
@@ -28,7 +24,7 @@ foreach(source IN LISTS ACE_CUDA_SOURCES)
 endforeach()
 add_library(ace_host_kernels STATIC ${ACE_HOST_SOURCES})
 target_include_directories(ace_host_kernels PUBLIC "${CMAKE_CURRENT_SOURCE_DIR}/csrc")
-target_compile_definitions(ace_host_kernels PUBLIC ${ACE_SIMT_DEFINITIONS})
+target_compile_definitions(ace_host_kernels PUBLIC ACE_SIMT)
 # -ffp-contract=off: scores must have the same bits as the plain C++ functors, as on the device (--fmad=false).
 target_compile_options(ace_host_kernels PRIVATE -Wall -Wextra -Werror -ffp-contract=off)
 target_link_libraries(ace_host_kernels PUBLIC ace_simt)
@@ -71,13 +67,6 @@ endif()
 
 ace_add_test(simt_ptx_test csrc/tests/simt_ptx_test.cpp)
 target_link_libraries(simt_ptx_test PRIVATE ace_simt)
-
-if(ACE_SANITIZE STREQUAL "thread")
-  # A kernel with one barrier removed on purpose: ThreadSanitizer must report the race.
-  add_test(NAME cuda_dropped_barrier_is_a_race
-           COMMAND cuda_barrier_test --gtest_also_run_disabled_tests --gtest_filter=*DISABLED_OneBarrierLess*)
-  set_tests_properties(cuda_dropped_barrier_is_a_race PROPERTIES PASS_REGULAR_EXPRESSION "ThreadSanitizer: data race")
-endif()
 
 # For editors, and to build the kernels with CMake. tools/check_nvcc.sh compiles the same files and counts spills.
 option(ACE_NVCC "Also compile the .cu files with nvcc (target ace_device_kernels)" OFF)

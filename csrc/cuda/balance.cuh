@@ -107,7 +107,9 @@ ACE_DEVICE bool start_row(const WarpRow<T>& row, WarpState* state) {
     size += absolute(w * row.mean[j]);
   }
   *state = {warp_sum(shift), shifts_bound(warp_sum(size), row.cols), 0};
-  return __ballot_sync(kFullWarp, !usable) == 0;
+  usable = __ballot_sync(kFullWarp, !usable) == 0;
+  __syncwarp();  // the mask was read by other lanes than those that will write it; shuffles and ballots order no memory
+  return usable;
 }
 
 // Writes the mask of a column by the lane that reads it.

@@ -66,6 +66,7 @@ ACE_DEVICE uint32_t usable_rows(const ObsProblem& p, int64_t first) {
     }
     usable |= static_cast<uint32_t>(__ballot_sync(kFullWarp, !finite) == 0) << r;
   }
+  __syncwarp();  // other lanes than these will write the weights; a ballot orders no memory
   return usable;
 }
 

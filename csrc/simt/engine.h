@@ -1,4 +1,4 @@
-// What both engines of the host runner share: coordinates, the launch settings and the arithmetic of a warp collective.
+// What the host runner's threads are made of: coordinates, the launch settings and the arithmetic of a warp collective.
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,6 @@
 // One fibre a CUDA thread, all in one OS thread: fast, and the order in which threads run is ours to choose. A fibre
-// runs until it waits at a barrier or a warp collective; x86-64 only (elsewhere use the thread engine).
+// runs until it waits at a barrier or a warp collective.
 #pragma once
-
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <functional>
@@ -10,21 +8,8 @@
 #include <vector>
 
 #include "simt/engine.h"
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
-#define SIMT_ASAN(...) __VA_ARGS__
-// A fibre's frames are left and entered again all the time: looking for uses after return costs 20 times the time.
-extern "C" __attribute__((used)) inline const char* __asan_default_options() {
-  return "detect_stack_use_after_return=0";
-}
-#else
-#define SIMT_ASAN(...)
-#endif
-
-#if !defined(__x86_64__)
-#error "the fibre engine switches stacks in x86-64 assembly: build with -DACE_SIMT_THREADS"
-#endif
+#include "simt/sanitizers.h"
+#include "simt/stack.h"
 
 namespace simt {
 
@@ -35,41 +20,32 @@ struct Fiber : Thread {
   Op op = Op::sync;
   uint64_t result = 0;
   int line = 0;
-  void* stack_pointer = nullptr;
-  char* stack = nullptr;
-  SIMT_ASAN(void* fake_stack = nullptr;)
+  unsigned rounds = 0, collectives = 0;  // barriers and collectives of this block that it has come to
+  Stack stack;
 };
 
 struct Runtime {
   Dim3 grid, block, block_index;
-  std::vector<Fiber> fibers;
-  std::vector<Offer> offers;  // one a fibre
+  std::vector<Fiber> fibers = std::vector<Fiber>(kMaxThreads);  // never moved: they wait inside their own functions
+  std::vector<Offer> offers = std::vector<Offer>(kMaxThreads);  // one a fibre
   std::vector<unsigned char> shared;
   std::function<void()> body;
   Fiber* current = nullptr;
   unsigned threads = 0, live = 0, waiting = 0;
   int votes = 0, result = 0;  // of __syncthreads_count
-  void* main_stack_pointer = nullptr;
-  SIMT_ASAN(void* main_fake_stack = nullptr; const void* main_bottom = nullptr; size_t main_size = 0;)
+  Stack main;
+  // Where threads meet, for ThreadSanitizer. Rounds take turns between two places: a thread may come to the next
+  // barrier before another has left this one, which orders nothing between the two.
+  char begun = 0, ended = 0, at_barrier[2] = {}, at_collective[kMaxThreads / kWarp][2] = {};
 };
 
 inline Runtime runtime;
-constexpr size_t kStackBytes = 256 * 1024;
 
-// Saves the registers that a call preserves, then continues on the other stack.
-__attribute__((naked, noinline)) inline void switch_stack(void** /*save*/, void* /*to*/) {
-  asm volatile(
-      "pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n movq %rsp,(%rdi)\n movq "
-      "%rsi,%rsp\n"
-      "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret");
-}
+inline void yield_fiber() { switch_stack(runtime.current->stack, runtime.main); }
 
-inline void yield_fiber(bool last = false) {
-  Fiber& fiber = *runtime.current;
-  SIMT_ASAN(__sanitizer_start_switch_fiber(last ? nullptr : &fiber.fake_stack, runtime.main_bottom, runtime.main_size);)
-  switch_stack(&fiber.stack_pointer, runtime.main_stack_pointer);
-  SIMT_ASAN(__sanitizer_finish_switch_fiber(fiber.fake_stack, &runtime.main_bottom, &runtime.main_size);)
-  (void)last;
+inline void resume(Fiber& fiber) {
+  runtime.current = &fiber;
+  switch_stack(runtime.main, fiber.stack);
 }
 
 inline void release_barrier() {
@@ -81,20 +57,22 @@ inline void release_barrier() {
   runtime.votes = 0;
 }
 
-inline void fiber_main() {
-  SIMT_ASAN(__sanitizer_finish_switch_fiber(nullptr, &runtime.main_bottom, &runtime.main_size);)
-  runtime.body();
+inline void finish_thread() {
+  const Unwatched engine;
   runtime.current->state = State::done;
   if (--runtime.live > 0 && runtime.waiting == runtime.live) release_barrier();
-  yield_fiber(true);
-  die("a finished fibre was resumed");
+  yield_fiber();
 }
 
-inline void resume(Fiber& fiber) {
-  runtime.current = &fiber;
-  SIMT_ASAN(__sanitizer_start_switch_fiber(&runtime.main_fake_stack, fiber.stack, kStackBytes);)
-  switch_stack(&runtime.main_stack_pointer, fiber.stack_pointer);
-  SIMT_ASAN(__sanitizer_finish_switch_fiber(runtime.main_fake_stack, nullptr, nullptr);)
+// A fibre serves one block after another.
+[[noreturn]] inline void fiber_main() {
+  arrive(runtime.main, runtime.current->stack);
+  while (true) {
+    acquire(&runtime.begun);
+    runtime.body();
+    release(&runtime.ended);
+    finish_thread();
+  }
 }
 
 // --- what the intrinsics call ---
@@ -108,61 +86,69 @@ inline size_t shared_size() { return runtime.shared.size(); }
 
 // Returns how many threads came with vote != 0.
 inline int barrier(int vote, int line) {
+  const Unwatched engine;
   Fiber& fiber = *runtime.current;
+  char* meeting = &runtime.at_barrier[fiber.rounds++ % 2];
+  release(meeting);
   fiber.state = State::at_barrier;
   fiber.line = line;
   runtime.votes += vote != 0;
   if (++runtime.waiting == runtime.live) release_barrier();
   yield_fiber();
+  acquire(meeting);
   return runtime.result;
+}
+
+// Whether all of these lanes, of the warp whose first thread is `first`, have come to a collective of this kind.
+inline bool all_lanes_wait(unsigned first, unsigned lanes, Op op) {
+  for (unsigned l = 0; l < kWarp; ++l) {
+    if ((lanes >> l & 1u) == 0) continue;
+    const Fiber& lane = runtime.fibers[first + l];
+    if (lane.state == State::done) die("a collective waits for a lane that has exited");
+    if (lane.state != State::at_collective || lane.op != op) return false;
+  }
+  return true;
+}
+
+// __syncthreads(), or nothing where a test leaves it out.
+inline void sync_threads(int line) {
+  if (++self().barriers != settings.dropped_barrier) barrier(0, line);
 }
 
 // All lanes of the warp that are in `mask` must come with the same op; the last to arrive serves them all.
 inline uint64_t collective(Op op, unsigned mask, Offer offer, int line) {
+  const Unwatched engine;
   Fiber& fiber = *runtime.current;
   const unsigned first = fiber.warp * kWarp, expected = mask & lanes_of(runtime.threads, fiber.warp);
   if ((mask >> fiber.lane & 1u) == 0) die("a lane calls a collective whose mask leaves it out");
+  char* meeting = &runtime.at_collective[fiber.warp][fiber.collectives++ % 2];
+  if (op == Op::sync) release(meeting);  // a shuffle and a ballot order no access to memory
   fiber.state = State::at_collective;
   fiber.op = op;
   fiber.line = line;
   runtime.offers[first + fiber.lane] = offer;
-  for (unsigned l = 0; l < kWarp; ++l) {
-    if ((expected >> l & 1u) == 0) continue;
-    const Fiber& other = runtime.fibers[first + l];
-    if (other.state == State::done) die("a collective waits for a lane that has exited");
-    if (other.state != State::at_collective || other.op != op) {
-      yield_fiber();
-      return fiber.result;
+  if (all_lanes_wait(first, expected, op)) {
+    for (unsigned l = 0; l < kWarp; ++l) {
+      if ((expected >> l & 1u) == 0) continue;
+      Fiber& other = runtime.fibers[first + l];
+      other.result = collect(op, &runtime.offers[first], expected, l);
+      other.state = State::ready;
     }
   }
-  for (unsigned l = 0; l < kWarp; ++l) {
-    if ((expected >> l & 1u) == 0) continue;
-    Fiber& other = runtime.fibers[first + l];
-    other.result = collect(op, &runtime.offers[first], expected, l);
-    other.state = State::ready;
-  }
   yield_fiber();  // the last to arrive yields too, so that no lane gets a head start
+  if (op == Op::sync) acquire(meeting);
   return fiber.result;
 }
 
 inline void prepare(Fiber& fiber, unsigned i) {
-  if (fiber.stack == nullptr) {
-    void* stack =
-        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (stack == MAP_FAILED) die("no memory for a fibre's stack");
-    fiber.stack = static_cast<char*>(stack);
-  }
+  if (!fiber.stack.exists()) make_stack(fiber.stack, &fiber_main);
   const Dim3& block = runtime.block;
   fiber.index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
   fiber.lane = i % kWarp;
   fiber.warp = i / kWarp;
   fiber.barriers = 0;
+  fiber.rounds = fiber.collectives = 0;
   fiber.state = State::ready;
-  void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes);
-  *--top = nullptr;
-  *--top = reinterpret_cast<void*>(&fiber_main);
-  for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
-  fiber.stack_pointer = top;
 }
 
 [[noreturn]] inline void die_of_deadlock() {
@@ -183,6 +169,7 @@ inline void run_block(size_t shared_bytes, std::vector<unsigned>& order, std::mt
   runtime.waiting = 0;
   runtime.votes = 0;
   for (unsigned i = 0; i < runtime.threads; ++i) prepare(runtime.fibers[i], i);
+  release(&runtime.begun);
   while (runtime.live > 0) {
     bool moved = false;
     if (settings.order > 1) std::shuffle(order.begin(), order.end(), random);
@@ -193,18 +180,18 @@ inline void run_block(size_t shared_bytes, std::vector<unsigned>& order, std::mt
     }
     if (!moved) die_of_deadlock();
   }
+  acquire(&runtime.ended);
 }
 
 // Runs body() as every thread of every block, block after block.
 inline void run(Dim3 grid, Dim3 block, size_t shared_bytes, std::function<void()> body) {
+  const Unwatched engine;
   const unsigned threads = block.x * block.y * block.z;
   if (threads == 0 || threads > kMaxThreads || shared_bytes > kMaxShared) die("bad launch configuration");
   runtime.grid = grid;
   runtime.block = block;
   runtime.threads = threads;
   runtime.body = std::move(body);
-  if (runtime.fibers.size() < threads) runtime.fibers.resize(threads);
-  runtime.offers.resize(runtime.fibers.size());
   std::vector<unsigned> order(threads);
   for (unsigned i = 0; i < threads; ++i) order[i] = settings.order == 1 ? threads - 1 - i : i;
   std::mt19937 random(settings.order);

@@ -90,7 +90,6 @@ TYPED_TEST(RowsOf, TooLongForTheChip) {
 }
 
 TYPED_TEST(RowsOf, LongRowsUseMoreThreads) {
-  if (!kThorough) GTEST_SKIP() << "hundreds of system threads";
   check_rows<TypeParam>({1, 5000}, Formula::scaled, Values::spread, 2500);
   check_rows<TypeParam>({1, 17001}, Formula::magnitude, Values::ties, 8000);
 }
@@ -98,7 +97,6 @@ TYPED_TEST(RowsOf, LongRowsUseMoreThreads) {
 // Widths of real models. Between 20337 and 24576 columns the kernel's own shared memory and the row together exceed
 // what a kernel gets without asking, while the row alone does not.
 TYPED_TEST(RowsOf, TakeTheWidthsOfLargeModels) {
-  if (!kThorough) GTEST_SKIP() << "hundreds of system threads";
   for (const int64_t cols : {20480, 22016, 24576, 28672, 53248}) {
     check_rows<TypeParam>({1, cols}, Formula::scaled, Values::spread, cols / 2);
   }

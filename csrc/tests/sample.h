@@ -191,14 +191,8 @@ void expect_mask(Sample<T>& sample, const std::vector<uint8_t>& kept, const std:
   expect_same_bits(sample.buffer(), before, what + ": masked weight");
 }
 
-// Thread orders that a test runs in. The thread engine has one: the system's.
-inline std::vector<unsigned> orders() {
-#if defined(ACE_SIMT_THREADS)
-  return {0};
-#else
-  return {0, 1, 7, 11};
-#endif
-}
+// Thread orders that a test runs in.
+inline std::vector<unsigned> orders() { return {0, 1, 7, 11}; }
 
 inline int take_flag() {
   int* flag = nullptr;
@@ -211,12 +205,6 @@ inline int take_flag() {
 constexpr Formula kAllFormulas[] = {Formula::magnitude, Formula::scaled,     Formula::ria,
                                     Formula::cosp,      Formula::cosp_exact, Formula::given};
 
-#if defined(ACE_SIMT_THREADS)
-using Dtypes = ::testing::Types<BFloat16>;  // races do not depend on the dtype, and threads are slow
-constexpr bool kThorough = false;
-#else
 using Dtypes = ::testing::Types<float, Half, BFloat16>;
-constexpr bool kThorough = true;
-#endif
 
 }  // namespace ace::cuda

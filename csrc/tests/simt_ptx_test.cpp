@@ -145,7 +145,6 @@ TEST(Ptx, WhatIsNotKnownIsAnError) {
   EXPECT_THROW(parse(".entry other(){ret;}", "k", "test"), std::runtime_error);
 }
 
-#if !defined(ACE_SIMT_THREADS)
 TEST(PtxDeathTest, WhatAGpuRefusesEndsTheRun) {
   alignas(16) uint32_t out[4];
   const auto dies = [&](const std::string& body, const char* why) {
@@ -175,7 +174,6 @@ TEST(Ptx, CountsInstructionsOfWarps) {
   EXPECT_EQ(counts[0].kernel, "k");
   EXPECT_EQ(counts[0].instructions, 2u * 8);
 }
-#endif
 
 }  // namespace
 }  // namespace simt::ptx

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "simt/block.h"
+#include "simt/fiber_engine.h"
 
 namespace simt::ptx {
 
