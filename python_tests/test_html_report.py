@@ -14,7 +14,7 @@ from ace_ext.records import Healing
 from ace_ext.reporting import plots
 from ace_ext.reporting.bench_plot import bench_plot
 from ace_ext.reporting.compare_page import write_study_report
-from ace_ext.reporting.html import check_report
+from ace_ext.reporting.html import Table, check_report
 from ace_ext.reporting.plots import blocks_plot, pareto_front, study_plots
 from ace_ext.reporting.run_page import write_run_report
 from ace_ext.runtime.bench import BenchResult, Pair
@@ -195,6 +195,11 @@ def test_a_plot_shows_its_figures():
 
     assert blocks_plot(course(0.9, 0.8)) == blocks_plot(course(0.9, 0.8))
     assert blocks_plot(course(0.9, 0.8, 0.7)) != blocks_plot(course(0.9, 0.7, 0.8))
+
+
+def test_settings_in_settings_have_lines_of_their_own():
+    table = Table.of_settings({"versions": {"torch": "2"}, "healing": {"text": {"source": "self"}, "tokens": 8}})
+    assert table.lines == [["versions", "torch 2"], ["healing: text", "source self"], ["healing: tokens", "8"]]
 
 
 def test_pareto_front():

@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
 """Leaves out each barrier and each atomic of the kernels' PTX in turn, and says which removals the C++ tests notice.
 
-A removal is noticed if a test then fails, ends in a deadlock or does not end. One instance of each kernel is taken, for
-bfloat16 weights with a factor a column; a loop that the compiler unrolled has several copies of an instruction, each
-removed by itself. What is not noticed is printed with its kernel and line: either the tests lack a case, or the
-instruction is not needed for these inputs (a barrier in whose place all threads that matter are in one warp, say).
-benchmarks/RESULTS.md says which.
+Barriers of a warp, too. A removal is noticed if a test then fails, ends in a deadlock or does not end. One instance of
+each kernel is taken, for bfloat16 weights with a factor a column; a loop that the compiler unrolled has several copies
+of an instruction, each removed by itself. What is not noticed is printed with its kernel and line: either the tests
+lack a case, or the instruction is not needed for these inputs. benchmarks/RESULTS.md says which.
 
-    tools/test_cpp.sh build/cpp ""                    builds the tests and the PTX
-    tools/drop_ptx.py [--family moments] [--arch 80]  takes seconds to minutes a removal: for a nightly run
+    ACE_CUDA_ARCHS=80 tools/test_cpp.sh build/cpp-tsan thread     builds the tests and the PTX
+    tools/drop_ptx.py --build build/cpp-tsan [--family moments]   takes seconds to minutes a removal: for a nightly run
 
-Nothing is run on a GPU: threads run one after another here, in several orders.
+Nothing is run on a GPU: threads run one after another here, in several orders. ThreadSanitizer sees two accesses that
+nothing separates in whatever order they happened; with the plain build (build/cpp, the default) a removal is noticed
+only where a result changes.
 """
 
 import argparse
@@ -26,8 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# File of PTX -> its test and the filter that runs its kernels for bfloat16. The kernels of packed have neither barriers
-# nor atomics.
+# File of PTX -> its test and the filter that runs its kernels for bfloat16.
 FAMILIES = {
     "moments": ("cuda_moments_test", "MomentsOf/2.*"),
     "prune_nm": ("cuda_nm_test", "NmOf/2.*"),
@@ -38,9 +38,10 @@ FAMILIES = {
     "balance": ("cuda_balance_test", "BalanceOf/2.*"),
     "restore": ("cuda_restore_test", "*"),
     "obs_block": ("cuda_obs_block_test", "*"),
+    "packed": ("cuda_packed_test", "CudaPacked/2.*"),
 }
 ENTRY = re.compile(r"\.entry (\w+)\(")
-DROPPED = re.compile(r"^\s*(bar\.sync|barrier\.sync|atom\.\S+|red\.\S+)\s+([^;]*);")
+DROPPED = re.compile(r"^\s*(bar\.sync|bar\.warp\.sync|barrier\.sync|atom\.\S+|red\.\S+)\s+([^;]*);")
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def is_noticed(program: Path, tests: str, folder: Path, limit: int) -> bool:
     """Whether the tests fail on the PTX of the folder, or take over ``limit`` seconds of CPU."""
     run = subprocess.run(
         [program, f"--gtest_filter={tests}", "--gtest_brief=1", "--gtest_fail_fast"],
-        env={**os.environ, "ACE_PTX": str(folder)},
+        env={**os.environ, "ACE_PTX": str(folder), "TSAN_OPTIONS": "halt_on_error=1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (limit, limit)),  # it waits for nobody

@@ -29,8 +29,13 @@ class Table:
 
     @classmethod
     def of_settings(cls, values: Mapping[str, object]) -> "Table":
-        """A line for each name and value."""
-        return cls(["setting", "value"], [[name, plain(value)] for name, value in values.items()], 2)
+        """A line for each name and value; of a dictionary that holds others, a line for each of its entries."""
+        lines = []
+        for name, value in values.items():
+            nested = isinstance(value, dict) and any(isinstance(entry, dict) for entry in value.values())
+            entries = {f"{name}: {key}": entry for key, entry in value.items()} if nested else {name: value}
+            lines += [[key, plain(entry)] for key, entry in entries.items()]
+        return cls(["setting", "value"], lines, 2)
 
 
 @dataclass(frozen=True)
