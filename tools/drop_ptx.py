@@ -6,12 +6,12 @@ each kernel is taken, for bfloat16 weights with a factor a column; a loop that t
 of an instruction, each removed by itself. What is not noticed is printed with its kernel and line: either the tests
 lack a case, or the instruction is not needed for these inputs. benchmarks/RESULTS.md says which.
 
-    ACE_CUDA_ARCHS=80 tools/test_cpp.sh build/cpp-tsan thread     builds the tests and the PTX
-    tools/drop_ptx.py --build build/cpp-tsan [--family moments]   takes seconds to minutes a removal: for a nightly run
+    tools/test_cpp.sh build/cpp "" && ACE_CUDA_ARCHS=80 tools/test_cpp.sh build/cpp-tsan thread
+    tools/drop_ptx.py --then build/cpp-tsan [--family moments]    takes seconds to minutes a removal: for a nightly run
 
-Nothing is run on a GPU: threads run one after another here, in several orders. ThreadSanitizer sees two accesses that
-nothing separates in whatever order they happened; with the plain build (build/cpp, the default) a removal is noticed
-only where a result changes.
+Nothing is run on a GPU: threads run one after another here, in several orders, and a removal is noticed where a result
+changes. What is left is tried with ThreadSanitizer, which sees two accesses that nothing separates in whatever order
+they happened.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def is_noticed(program: Path, tests: str, folder: Path, limit: int) -> bool:
     return run.returncode != 0
 
 
-def try_family(family: str, build: Path, ptx: Path, limit: int) -> tuple[int, list[Removal]]:
+def try_family(family: str, builds: list[Path], ptx: Path, limit: int) -> tuple[int, list[Removal]]:
     """How many removals there are, and those that the tests do not notice."""
     test, tests = FAMILIES[family]
     lines = (ptx / f"{family}.ptx").read_text().splitlines()
@@ -108,7 +108,7 @@ def try_family(family: str, build: Path, ptx: Path, limit: int) -> tuple[int, li
         for removal in [None, *everything]:
             changed = [removal.instead if removal and n == removal.line else line for n, line in enumerate(lines)]
             (folder / f"{family}.ptx").write_text("\n".join(changed) + "\n")
-            noticed = is_noticed(build / test, tests, folder, limit)
+            noticed = any(is_noticed(build / test, tests, folder, limit) for build in builds)
             if removal is None and noticed:
                 sys.exit(f"drop_ptx: {test} fails with nothing removed")
             if removal is not None and not noticed:
@@ -120,13 +120,15 @@ def try_family(family: str, build: Path, ptx: Path, limit: int) -> tuple[int, li
 def main() -> int:
     parser = argparse.ArgumentParser(description="Leaves out each barrier and each atomic of the kernels' PTX in turn.")
     parser.add_argument("--build", type=Path, default=ROOT / "build/cpp", help="folder of the C++ build")
+    parser.add_argument("--then", type=Path, help="another one, for what the first does not notice")
     parser.add_argument("--ptx", type=Path, default=ROOT / "build/ptx", help="folder of tools/make_ptx.sh")
     parser.add_argument("--arch", default="80", help="architecture of the PTX (default: %(default)s)")
     parser.add_argument("--family", choices=FAMILIES, action="append", help="only this file; may be repeated")
     parser.add_argument("--limit", type=int, default=300, help="seconds of CPU for a run (default: %(default)s)")
     args = parser.parse_args()
+    builds = [build for build in (args.build, args.then) if build]
     for family in args.family or FAMILIES:
-        count, unnoticed = try_family(family, args.build, args.ptx / f"sm_{args.arch}", args.limit)
+        count, unnoticed = try_family(family, builds, args.ptx / f"sm_{args.arch}", args.limit)
         print(f"{family}: {count - len(unnoticed)} of {count} removals noticed", flush=True)
     return 0
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from ace_ext.errors import InputError
 from ace_ext.healing.settings import BETAS
 from ace_ext.models.blocks import Block
+from ace_ext.pruning.weight_size import root_mean_square
 
 STATE_BYTES = 13
 """Bytes that a trained block holds for each weight beside the weight itself: a float32 copy, Adam's two moments, and
@@ -23,9 +24,8 @@ class BlockTrainer:
     Weights are trained in float32 and rounded to the model's dtype after each step. Where the mask is False, gradients
     are set to zero, so that weight and moments stay zero there.
 
-    Adam changes each weight by about the learning rate, whatever its gradient. So each matrix has a rate of its own, in
-    proportion to the root mean square of its kept weights when training begins: between models that differs by more
-    than ten times (0.19 in SmolLM2-135M, 0.04 in gemma-3-270m, 0.015 in Qwen2.5-Coder-0.5B).
+    Each matrix has a learning rate of its own, in proportion to the root mean square of its kept weights when training
+    begins (:mod:`ace_ext.pruning.weight_size`).
 
     Args:
         block: its weights are in memory, and stay in the same tensors until training ends.
@@ -44,7 +44,7 @@ class BlockTrainer:
                 )
         self.masks = {child: masks[child] for child in self.weights}
         self._masters = {child: weight.detach().float().clone() for child, weight in self.weights.items()}
-        self._sizes = [_root_mean_square(self._masters[child], self.masks[child]) for child in self.weights]
+        self._sizes = [root_mean_square(self._masters[child], self.masks[child]) for child in self.weights]
         groups = [{"params": [master]} for master in self._masters.values()]
         self._adam = torch.optim.Adam(groups, betas=BETAS, fused=True) if groups else None
 
@@ -149,8 +149,3 @@ class BlockTrainer:
             self.weights[child].copy_(master)
             if self._adam is not None and f"{child}/step" in state:
                 self._adam.state[master] = {"step": state[f"{child}/step"], **{name: spread(name) for name in _MOMENTS}}
-
-
-def _root_mean_square(weight: Tensor, mask: Tensor) -> float:
-    """Of the entries that the mask keeps; those that it leaves out are 0."""
-    return float(torch.linalg.vector_norm(weight) / mask.count_nonzero().clamp_min(1).sqrt())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ace_ext.models.blocks import Block
 from ace_ext.models.replay import run_block
+from ace_ext.pruning.weight_size import root_mean_square
 from ace_ext.records import Tuning
 
 STEP_TOKENS = 1024
@@ -42,7 +43,7 @@ def tune_block_(
 
     The loss of a token is ``‖output - target‖² / ‖target - input‖²``: the squared error relative to what the dense
     block adds to its input. Weights are kept in float32 while they are trained and rounded to the model's dtype for
-    each forward; pruned ones stay +0.0. The learning rate falls linearly to zero. The loss over all tokens is measured
+    each forward; pruned ones stay +0.0. Learning rates fall linearly to zero. The loss over all tokens is measured
     before and after; if it did not fall, every parameter is restored.
 
     Args:
@@ -55,7 +56,8 @@ def tune_block_(
         masks: for each of ``block.linears`` ``[rows, cols]`` bool, True where a weight is kept.
         token_masks: for each batch ``[batch * seqlen]`` bool, True where a token counts, or None where all do.
         epochs: passes over the calibration tokens.
-        learning_rate: Adam's, at the first step.
+        learning_rate: Adam's, at the first step, as a share of the root mean square of each parameter's entries
+            (:mod:`ace_ext.pruning.weight_size`). So a vector of zeros stays one.
 
     Returns:
         The mean loss of a token before and after.
@@ -160,7 +162,9 @@ def _train_(
 ) -> None:
     trained = [parameter for parameter, _ in parameters]
     masters = [parameter.detach().float().clone() for parameter, _ in parameters]
-    adam = torch.optim.Adam(masters, lr=learning_rate, foreach=False)  # foreach would hold a copy of all at once
+    sizes = [root_mean_square(master, mask) for master, (_, mask) in zip(masters, parameters, strict=True)]
+    groups = [{"params": [master], "lr": learning_rate * size} for master, size in zip(masters, sizes, strict=True)]
+    adam = torch.optim.Adam(groups, foreach=False)  # foreach would hold a copy of all at once
     count = epochs * len(steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda done: 1 - done / max(1, count))
     order = torch.Generator().manual_seed(SEED)

@@ -30,11 +30,12 @@ class Table:
     @classmethod
     def of_settings(cls, values: Mapping[str, object]) -> "Table":
         """A line for each name and value; of a dictionary that holds others, a line for each of its entries."""
-        lines = []
+        lines: list[list[str]] = []
         for name, value in values.items():
-            nested = isinstance(value, dict) and any(isinstance(entry, dict) for entry in value.values())
-            entries = {f"{name}: {key}": entry for key, entry in value.items()} if nested else {name: value}
-            lines += [[key, plain(entry)] for key, entry in entries.items()]
+            if isinstance(value, dict) and any(isinstance(entry, dict) for entry in value.values()):
+                lines += [[f"{name}: {key}", plain(entry)] for key, entry in value.items()]
+            else:
+                lines.append([name, plain(value)])
         return cls(["setting", "value"], lines, 2)
 
 

@@ -17,7 +17,11 @@ class TuneOptions(Options):
     """Options of ``update="tune"``."""
 
     tune_epochs: int = option(6, "passes over the calibration tokens", Limits(at_least=0), unused=0)
-    tune_lr: float = option(2e-4, "learning rate, which falls linearly to zero", Limits(above=0, words="more than 0"))
+    tune_lr: float = option(
+        2e-3,
+        "learning rate at first, a share of each parameter's root mean square; it falls linearly to zero",
+        Limits(above=0, words="more than 0"),
+    )
 
 
 def train_(
