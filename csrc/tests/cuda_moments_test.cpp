@@ -174,6 +174,16 @@ TYPED_TEST(MomentsOf, WrongInputRaisesTheFlag) {
   EXPECT_EQ(take_flag(), 2);
 }
 
+// Scores are float, so a float64 state that float cannot hold is of no use either.
+TYPED_TEST(MomentsOf, AStateBeyondFloatRaisesTheFlag) {
+  Sample<TypeParam> x({5, 8}, Formula::magnitude, Values::spread);
+  State<double> state(8);
+  state.weight = 1.0;
+  state.m2[3] = 1e39;
+  update(state, x, nullptr);
+  EXPECT_EQ(take_flag(), 2);
+}
+
 TYPED_TEST(MomentsOf, InverseSquareNorms) {
   for (const Shape shape : {Shape{5, 1}, Shape{9, 257}, Shape{20, 64, 3}}) {
     Sample<TypeParam> a(shape, Formula::magnitude, Values::spread);
