@@ -128,10 +128,14 @@ class Healing:
 
     def summary(self) -> str:
         """One line."""
-        return (
+        line = (
             f"distilled on {self.tokens:,} tokens in {self.steps} steps, {self.seconds:.1f} s: KL on "
             f"{self.held_back:,} held-back tokens {self.loss_before:.4f} before, {self.loss_after:.4f} after"
         )
+        if self.loss_after < self.loss_before:
+            return line
+        rate = self.settings.get("learning_rate")
+        return f"{line}: no gain, so the weights from before were kept; a learning rate below {rate} may help"
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Healing":

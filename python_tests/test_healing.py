@@ -99,6 +99,15 @@ def test_the_loss_falls_and_only_kept_weights_change(family):
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == needs_gradient
 
 
+def test_a_rate_that_is_too_high_changes_nothing_and_is_said():
+    dense, model = make_model("llama"), pruned_model()
+    before = state(model)
+    healing = distill_(model, dense, TEXT, HealSettings(**{**QUICK, "learning_rate": 1e3}))
+    assert healing.loss_after == healing.loss_before
+    assert all(torch.equal(value, before[name]) for name, value in state(model).items())
+    assert "no gain, so the weights from before were kept; a learning rate below 1000.0 may help" in healing.summary()
+
+
 def test_measured_losses_are_those_of_the_models():
     dense, model = make_model("llama"), pruned_model()
     held_back = TEXT[-4:]
