@@ -5,9 +5,6 @@ from dataclasses import dataclass
 from ace_ext.pruning.settings import Limits, Options, option
 from ace_ext.pruning.solvers._problem import ModelSolver
 
-LEARNING_RATE = 1.5e-3
-"""Adam's, at its peak, as a share of each matrix's root mean square weight."""
-
 
 @dataclass(frozen=True)
 class DistillOptions(Options):
@@ -15,7 +12,7 @@ class DistillOptions(Options):
 
     distill_passes: int = option(6, "passes over the calibration tokens", Limits(at_least=1), unused=0)
     distill_lr: float = option(
-        LEARNING_RATE,
+        5e-4,
         "learning rate at its peak, a share of each matrix's root mean square weight; it rises, then falls as a cosine",
         Limits(above=0, words="more than 0"),
     )
