@@ -128,14 +128,12 @@ class Healing:
 
     def summary(self) -> str:
         """One line."""
-        line = (
-            f"distilled on {self.tokens:,} tokens in {self.steps} steps, {self.seconds:.1f} s: KL on "
-            f"{self.held_back:,} held-back tokens {self.loss_before:.4f} before, {self.loss_after:.4f} after"
-        )
-        if self.loss_after < self.loss_before:
-            return line
         rate = self.settings.get("learning_rate")
-        return f"{line}: no gain, so the weights from before were kept; a learning rate below {rate} may help"
+        end = "" if self.loss_after < self.loss_before else f": no gain, try a learning rate below {rate}"
+        return (
+            f"distilled on {self.tokens:,} tokens in {self.steps} steps, {self.seconds:.1f} s: KL on "
+            f"{self.held_back:,} held-back tokens {self.loss_before:.4f} before, {self.loss_after:.4f} after{end}"
+        )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Healing":
@@ -146,8 +144,7 @@ class Healing:
 
 @dataclass
 class HeldBackPerplexity:
-    """Perplexity on a little text that the model was not calibrated on. The windows are few: a first impression, not a
-    result to quote. None: not finite."""
+    """Perplexity on a few windows of text that was no calibration: no result to quote. None: not finite."""
 
     text: str
     windows: int
