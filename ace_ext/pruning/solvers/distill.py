@@ -12,7 +12,7 @@ class DistillOptions(Options):
 
     distill_passes: int = option(6, "passes over the calibration tokens", Limits(at_least=1), unused=0)
     distill_lr: float = option(
-        5e-4,
+        5e-4,  # not heal's: over six passes, 1.5e-3 gained nothing on Qwen2.5-Coder-0.5B (docs/results.md)
         "learning rate at its peak, a share of each matrix's root mean square weight; it rises, then falls as a cosine",
         Limits(above=0, words="more than 0"),
     )
