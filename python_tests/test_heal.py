@@ -470,6 +470,18 @@ def test_without_resume_a_run_starts_over(place, tmp_path, monkeypatch):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "whole"]
 
 
+def test_a_resumed_run_keeps_its_lower_rate(place, tmp_path, monkeypatch):
+    """Interrupted right after the measurement that lowered the rate: Adam has no state to save then."""
+    settings = replace(SETTINGS, learning_rate=1e6)
+    whole_report, whole = heal_folder(request(place / "pruned", tmp_path / "whole", settings))
+    interrupted(place, tmp_path / "out", monkeypatch, after=2, settings=settings)
+    report, path = heal_folder(request(place / "pruned", tmp_path / "out", settings, resume=True))
+    assert report.healing.backed_off == whole_report.healing.backed_off
+    assert report.healing.backed_off[:2] == [2, 4]
+    assert report.healing.checks == whole_report.healing.checks
+    assert weights_bytes(path) == weights_bytes(whole)
+
+
 def test_a_resumed_run_keeps_its_windows(place, tmp_path, monkeypatch):
     """A run that trained blocks in windows goes on so, although more memory is there now."""
     monkeypatch.setattr(heal.HealDemand, "divide", lambda *_: (heal.Division(3), heal.Estimate()))

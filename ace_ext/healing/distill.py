@@ -155,4 +155,5 @@ def _record(student: Student, settings: HealSettings, context: HealContext) -> H
         seconds=notes["seconds"],
         losses=[(step, loss) for step, loss in notes["losses"]],
         checks=[(step, loss) for step, loss in notes["checks"]],
+        backed_off=notes["backed_off"],
     )

@@ -18,9 +18,12 @@ from ace_ext.healing.window import Window
 from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.replay import BlockCall
 from ace_ext.models.tail import Tail
+from ace_ext.records import finite
 
 CHECKS = 8
 """How often a window is measured on the held-back text while it is trained."""
+BACK_OFF = 0.3
+"""What the learning rate is multiplied by when the model has become worse than at the start of its window."""
 POINTS = 100
 """About how many points of the loss over time a report holds."""
 
@@ -47,11 +50,12 @@ def new_notes() -> dict[str, Any]:
     """The notes of a journal before the first step of the first window.
 
     ``part``: the window in training, ``step``: steps done, ``saved``: whether the journal holds tensors of this window,
-    ``before`` and ``best``: losses on the held-back text, ``losses`` and ``checks``: as in
-    :class:`ace_ext.records.Healing`, ``pending``: losses since the last point, ``zeros``: of the windows that are done.
+    ``before``, ``start`` and ``best``: losses on the held-back text before all windows and before this one, and the
+    lowest, ``losses``, ``checks`` and ``backed_off``: as in :class:`ace_ext.records.Healing`, ``pending``: losses since
+    the last point, ``zeros``: of the windows that are done.
     """
     notes = {"part": 0, "step": 0, "saved": False, "before": None, "best": None, "zeros": 0, "seconds": 0.0}
-    return {**notes, "losses": [], "checks": [], "pending": []}
+    return {**notes, "start": None, "losses": [], "checks": [], "pending": [], "backed_off": []}
 
 
 class Part:
@@ -91,6 +95,8 @@ class Part:
             loss = self._student.measure(self._window)
             self._notes.update(before=loss, best=loss)
             self._note_check(loss)
+        if self._notes["start"] is None:
+            self._notes["start"] = self._notes["best"]
         with contextlib.ExitStack() as contexts:
             for trainer in self._trainers.values():
                 contexts.enter_context(trainer.gradients())
@@ -105,19 +111,20 @@ class Part:
         for index in self._trainers:
             self._journal.write(self._student.store.blocks[index])
         zeros = sum(trainer.pruned for trainer in self._trainers.values())
-        self._notes.update(part=self._notes["part"] + 1, saved=False, zeros=self._notes["zeros"] + zeros)
+        self._notes.update(part=self._notes["part"] + 1, saved=False, start=None, zeros=self._notes["zeros"] + zeros)
         self._journal.save()
 
     def _step_(self) -> None:
         notes, student = self._notes, self._student
         batch = student.batches.order(notes["step"], self._settings.seed)
-        rate = self._settings.learning_rate * schedule(notes["step"] - self._steps.start, len(self._steps))
+        rate = self._settings.learning_rate * BACK_OFF ** len(notes["backed_off"])
+        rate *= schedule(notes["step"] - self._steps.start, len(self._steps))
         loss = self._window.step_(batch, student.states[batch], student.teacher[batch], rate)
         notes["step"] += 1
         notes["pending"].append(loss / student.batches.tokens[batch].numel())
         self._observer.step(notes["step"], notes["pending"][-1])
         if len(notes["pending"]) >= self._point or notes["step"] == self._steps.stop:
-            notes["losses"].append([notes["step"], sum(notes["pending"]) / len(notes["pending"])])
+            notes["losses"].append([notes["step"], finite(sum(notes["pending"]) / len(notes["pending"]))])
             notes["pending"].clear()
         if self._is_check(notes["step"] - self._steps.start):
             self._check()
@@ -126,16 +133,21 @@ class Part:
         return done % math.ceil(len(self._steps) / CHECKS) == 0 or done == len(self._steps)
 
     def _check(self) -> None:
-        """Measures the weights, and keeps them if they are the best so far."""
+        """Measures the weights, and keeps them if they are the best so far. If they are worse than those at the start,
+        goes back to the best ones and lowers the learning rate."""
         loss = self._student.measure(self._window)
         self._note_check(loss)
         if loss < self._notes["best"]:  # False for NaN
             self._notes["best"] = loss
             for index, trainer in self._trainers.items():  # one by one, so that old and new never exist together
                 self._best[index] = trainer.kept()
+        elif not loss <= self._notes["start"]:
+            self._notes["backed_off"].append(self._notes["step"])
+            for index, trainer in self._trainers.items():
+                trainer.restart_(self._best[index])
 
     def _note_check(self, loss: float) -> None:
-        self._notes["checks"].append([self._notes["step"], loss])
+        self._notes["checks"].append([self._notes["step"], finite(loss)])
         self._observer.check(self._notes["step"], loss)
 
     def _save(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from ace_ext.process_memory import resident_bytes
-from ace_ext.records import Healing
+from ace_ext.records import Healing, finite
 
 
 class HealProgress:
@@ -46,12 +46,12 @@ class HealProgress:
         self._bar.set_postfix_str(f"KL {loss:.4f}{self._held_back}, {memory / 2**30:.2f} GiB", refresh=False)
         self._bar.update(step - self._bar.n)
         left = (self._steps - step) * elapsed / (step - self._first)
-        self._write("step", step=step, loss=loss, memory_bytes=memory, seconds_left=round(left, 2))
+        self._write("step", step=step, loss=finite(loss), memory_bytes=memory, seconds_left=round(left, 2))
 
     def check(self, step: int, loss: float) -> None:
         """Writes a ``check`` line."""
         self._held_back = f", held back {loss:.4f}"
-        self._write("check", step=step, loss=loss)
+        self._write("check", step=step, loss=finite(loss))
 
     def end(self, healing: Healing) -> None:
         """Writes the ``end`` line."""

@@ -116,6 +116,15 @@ class BlockTrainer:
             values = torch.where(values == 0, torch.copysign(torch.full_like(values, least), values), values)
             weight.zero_().masked_scatter_(self.masks[child], values)
 
+    @torch.no_grad()
+    def restart_(self, kept: Mapping[str, Tensor]) -> None:
+        """Goes on from vectors of :meth:`kept`, with an optimizer that has seen no gradient yet."""
+        for child, master in self._masters.items():
+            master.masked_scatter_(self.masks[child], kept[child].to(master.dtype))
+            self.weights[child].copy_(master)
+            if self._adam is not None:
+                self._adam.state.pop(master, None)
+
     def check_zeros(self, block: Block) -> None:
         """Checks that the zeros of each matrix are exactly those of its mask.
 

@@ -100,7 +100,7 @@ class _Healing:
         self.plot = Plot(
             healing_plot(healing), "Loss over the steps of the distillation, on training and held-back text."
         )
-        lines = [[str(step), f"{loss:.4f}"] for step, loss in healing.checks]
+        lines = [[str(step), "not finite" if loss is None else f"{loss:.4f}"] for step, loss in healing.checks]
         self.checks = Table(["steps", "KL on held-back text"], lines, 0)
         counted = {"zeros, checked": healing.zeros, "windows of blocks": healing.parts}
         self.settings = Table.of_settings({**healing.settings, **counted})

@@ -1,0 +1,21 @@
+"""What a pruning run did, as data: written beside the model as JSON, and shown as a short table. May import
+``dense_weights`` and ``errors``.
+"""
+
+from ace_ext.records.healing import Healing, HeldBackPerplexity, figure_text, finite
+from ace_ext.records.matrices import BlockReport, MatrixReport, Solution, Tuning
+from ace_ext.records.report import FORMAT, REPORT_NAME, PruneReport
+
+__all__ = [
+    "FORMAT",
+    "REPORT_NAME",
+    "BlockReport",
+    "Healing",
+    "HeldBackPerplexity",
+    "MatrixReport",
+    "PruneReport",
+    "Solution",
+    "Tuning",
+    "figure_text",
+    "finite",
+]

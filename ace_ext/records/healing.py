@@ -1,0 +1,89 @@
+"""What a distillation did, and perplexity before and after a run."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Healing:
+    """A distillation of the pruned model from the dense one. Losses are means over tokens of ``KL(dense ‖ pruned)``,
+    the Kullback-Leibler divergence of the distributions of the next token, in nats."""
+
+    settings: dict[str, Any]
+    """The fields of :class:`ace_ext.healing.HealSettings`."""
+    tokens: int
+    """Tokens trained on, those of every pass counted."""
+    steps: int
+    parts: int
+    """Into how many windows the blocks were divided that were trained one after the other; 1: all together."""
+    held_back: int
+    """Tokens that were only measured on."""
+    loss_before: float
+    """On the held-back tokens."""
+    loss_after: float
+    """Of the weights that were kept: the best that were measured, so never more than ``loss_before``."""
+    zeros: int
+    """Pruned weights, which were checked to be zero before and after."""
+    seconds: float
+    losses: list[tuple[int, float | None]] = field(default_factory=list)
+    """The loss over time: the number of a step, and the mean of the losses since the entry before, each on the tokens
+    of its step. None: not finite."""
+    checks: list[tuple[int, float | None]] = field(default_factory=list)
+    """The loss on the held-back tokens after a number of steps. None: not finite."""
+    backed_off: list[int] = field(default_factory=list)
+    """After which steps the held-back loss was above that of the start, so that training went back to the best weights
+    and went on with a lower learning rate (:data:`ace_ext.healing.part.BACK_OFF`)."""
+
+    def summary(self) -> str:
+        """One line."""
+        rate, steps = self.settings.get("learning_rate"), ", ".join(map(str, self.backed_off))
+        end = f"; the learning rate {rate} was too high: lowered after step {steps}" if steps else ""
+        if not self.loss_after < self.loss_before:
+            end += "; no gain, try a lower one"
+        return (
+            f"distilled on {self.tokens:,} tokens in {self.steps} steps, {self.seconds:.1f} s: KL on "
+            f"{self.held_back:,} held-back tokens {self.loss_before:.4f} before, {self.loss_after:.4f} after{end}"
+        )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Healing":
+        """The reverse of ``dataclasses.asdict``, also of one that was written as JSON."""
+
+        def pairs(name: str) -> list[tuple[int, float | None]]:
+            return [(int(step), None if loss is None else float(loss)) for step, loss in data[name]]
+
+        return cls(**{**data, "losses": pairs("losses"), "checks": pairs("checks")})
+
+
+@dataclass
+class HeldBackPerplexity:
+    """Perplexity on a few windows of text that was no calibration: no result to quote. None: not finite."""
+
+    text: str
+    windows: int
+    seqlen: int
+    """Tokens of a window; the first is not predicted."""
+    dense: float | None
+    pruned: float | None
+    healed: float | None = None
+    """After a distillation that belongs to the run; None also if there was none."""
+
+    def summary(self) -> str:
+        """One line."""
+        figures = [f"{figure_text(self.dense)} dense", f"{figure_text(self.pruned)} pruned"]
+        if self.healed is not None:
+            figures.append(f"{figure_text(self.healed)} distilled")
+        place = f"{self.windows} windows of {self.seqlen} tokens of {self.text}"
+        return f"perplexity {', '.join(figures)} ({place})"
+
+
+def finite(value: float) -> float | None:
+    """``value``, or None where JSON has no number for it."""
+    return value if math.isfinite(value) else None
+
+
+def figure_text(value: float | None) -> str:
+    """A perplexity for people."""
+    return "not finite" if value is None else f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
