@@ -97,7 +97,8 @@ def test_a_healed_folder_has_a_card_of_its_own(place):
 def test_a_run_that_ends_with_a_distillation_has_one_command(place, tmp_path):
     dense = shutil.copytree(place / "dense", tmp_path / "dense")
     shutil.copy(place / "text.txt", tmp_path)
-    _, out = prune(dense, tmp_path / "out", calibration={"evaluate": "auto"}, update="admm+distill")
+    config = {"update": "admm+distill", "distill_tokens": 1024}
+    _, out = prune(dense, tmp_path / "out", calibration={"evaluate": "auto"}, **config)
     text = (out / CARD).read_text()
     assert text.count("    ace-prune") == 1
     assert "--update admm+distill" in text

@@ -12,10 +12,15 @@ from tiny_models import make_model
 
 from ace_ext import InputError, PruneConfig, preset_config, prune_model
 from ace_ext.cli.main import main
-from ace_ext.engine.distillation import heal_settings
+from ace_ext.compare.grid import Evaluation, Grid, Study
+from ace_ext.compare.method_spec import parse_methods
+from ace_ext.compare.runner import run_study
+from ace_ext.data.evaluation import text_perplexity
+from ace_ext.engine.distillation import TEXT_SEED, distill_windows, heal_settings
 from ace_ext.engine.progress import Progress
 from ace_ext.healing import distill_
 from ace_ext.models.blocks import find_blocks
+from ace_ext.models.loading import load_model
 from ace_ext.runs import heal_journal
 from ace_ext.runs.heal import HealOptions, HealRequest, heal_folder
 from ace_ext.runs.heal_text import recorded_text
@@ -25,9 +30,9 @@ from ace_ext.runs.plan import make_plan
 from ace_ext.runs.verify import verify
 
 TOKENS = torch.randint(0, 64, (12, 16), generator=torch.Generator().manual_seed(0))
-DISTILL = {"update": "admm+distill", "distill_passes": 3, "distill_lr": 0.0025}
+DISTILL = {"update": "admm+distill", "distill_tokens": 3072, "distill_lr": 0.0025}
+"""In three steps, if the text is long enough."""
 MANY = {"nsamples": 64}
-"""Samples, so that several steps are trained."""
 
 
 def weights(model):
@@ -47,17 +52,49 @@ def test_is_pruning_and_then_distillation(family, config):
     expected, model = copy.deepcopy(dense), copy.deepcopy(dense)
     prune_model(expected, TOKENS, config.without_distillation())
     zeros = {name: weight == 0 for name, weight in weights(expected).items()}
-    healing = distill_(expected, dense, TOKENS, heal_settings(config))
+    healing = distill_(expected, dense, TOKENS, heal_settings(config, *TOKENS.shape))
 
     report = prune_model(model, TOKENS, config)
     assert report.healing == replace(healing, seconds=report.healing.seconds)
-    assert report.healing.steps == 3
+    assert report.healing.steps == 6
     if config.solver.update == "distill":  # what solvers leave is hard to lower on so few tokens
         assert report.healing.loss_after < report.healing.loss_before
     assert report.config == config.to_dict()
     for name, weight in weights(model).items():
         assert torch.equal(weight, weights(expected)[name])
         assert torch.equal(weight == 0, zeros[name])
+
+
+@pytest.mark.parametrize(("windows", "passes"), [(12, 6), (61, 4), (200, 1), (1000, 1)])
+def test_a_short_text_is_read_again(windows, passes):
+    """3,072 tokens, from 16 for each window that is not held back; at most six times."""
+    assert heal_settings(PruneConfig(**DISTILL), windows, 16).passes == passes
+
+
+def test_other_text_than_the_calibration():
+    dense = make_model("llama")
+    text = torch.randint(0, 64, (20, 16), generator=torch.Generator().manual_seed(1))
+    expected, model = copy.deepcopy(dense), copy.deepcopy(dense)
+    config = PruneConfig(**DISTILL)
+    prune_model(expected, TOKENS, config.without_distillation())
+    distill_(expected, dense, text, heal_settings(config, *text.shape))
+    prune_model(model, [TOKENS], config, distill_text=text)  # samples in several tensors will do then
+    for name, weight in weights(model).items():
+        assert torch.equal(weight, weights(expected)[name])
+
+
+def test_compare_reads_the_text_that_a_run_reads(dense, whole, tmp_path):
+    text = str(dense.parent / "text.txt")
+    method = "best:distill_tokens=3072,distill_lr=0.0025"
+    study = Study(
+        str(dense),
+        Grid(parse_methods(method), lengths=((64, 16),), calibrations=(text,)),
+        Evaluation((text,), seqlen=16, windows=4),
+    )
+    run = run_study(study, torch.device("cpu")).runs[0]
+    model = load_model(str(whole))
+    found = text_perplexity(model.model, model.tokenizer, text, 16, max_tokens=64)
+    assert run.perplexity[text].perplexity == pytest.approx(found.perplexity, rel=1e-6)
 
 
 def test_best_does_it():
@@ -68,7 +105,7 @@ def test_best_does_it():
 
 @pytest.mark.parametrize("pattern", [None, "2:4"])
 def test_without_it_the_configuration_is_the_same(pattern):
-    config = PruneConfig("cosvar", pattern=pattern, skip=("k_proj",), update="distill", gram="plain", distill_passes=2)
+    config = PruneConfig("cosvar", pattern=pattern, skip=("k_proj",), update="distill", gram="plain", distill_tokens=2)
     assert config.without_distillation() == PruneConfig("cosvar", pattern=pattern, skip=("k_proj",))
     assert PruneConfig().without_distillation() == PruneConfig()
 
@@ -91,7 +128,7 @@ def test_refuses_before_any_weight_changes(tokens, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"distill_passes": 0}, r"distill_passes must be a whole number of at least 1 \(got 0\)"),
+        ({"distill_tokens": 0}, r"distill_tokens must be a whole number of at least 1 \(got 0\)"),
         ({"distill_lr": 0}, r"distill_lr must be more than 0"),
         ({"update": "obs+admm+distill"}, r"update takes only one of admm, mean, obs"),
     ],
@@ -126,9 +163,11 @@ def names(folder):
 def test_a_run_is_two_runs(dense, whole, tmp_path):
     prune(dense, tmp_path / "pruned", calibration=MANY, update="admm")
     text = recorded_text(read_report(tmp_path / "pruned"))
-    settings = heal_settings(PruneConfig(**DISTILL))
+    text, windows = replace(text, seed=TEXT_SEED), distill_windows(PruneConfig(**DISTILL), 16)
+    settings = heal_settings(PruneConfig(**DISTILL), windows, 16)
+    assert (windows, settings.passes) == (3 * 64 + 8, 1)
     request = HealRequest(
-        str(tmp_path / "pruned"), tmp_path / "healed", text, None, settings, HealOptions(windows=MANY["nsamples"])
+        str(tmp_path / "pruned"), tmp_path / "healed", text, None, settings, HealOptions(windows=windows)
     )
     heal_folder(request)
     assert weights_bytes(whole) == weights_bytes(tmp_path / "healed") != weights_bytes(tmp_path / "pruned")
@@ -180,8 +219,8 @@ def test_stopped_and_resumed(stop, dense, whole, tmp_path, monkeypatch):
             prune(dense, out, calibration=MANY, **DISTILL)
     assert not out.exists()
     assert ".out.pruned.unfinished" in names(tmp_path)
-    with pytest.raises(InputError, match=r"resume: the unfinished run was another one: .*distill_passes was 3, now 2"):
-        prune(dense, out, {"resume": True}, MANY, **DISTILL | {"distill_passes": 2})
+    with pytest.raises(InputError, match=r"resume: the unfinished run was another one: .*distill_tokens was"):
+        prune(dense, out, {"resume": True}, MANY, **DISTILL | {"distill_tokens": 2})
     walked = []
     with monkeypatch.context() as patch:
         patch.setattr(Progress, "start", lambda self, *_: walked.append(1))
@@ -227,7 +266,6 @@ def test_an_older_output_stays_until_the_new_one_is_there(dense, whole, tmp_path
 @pytest.mark.parametrize(
     ("run", "calibration", "config", "message"),
     [
-        ({}, {"nsamples": 1}, {}, r"tokens must be at least two windows"),
         ({"max_memory": 1000}, {}, {}, r"max-memory must be at least \d+MB here \(got 0MB\)"),
         ({"stats": "x"}, {}, {"order": "block"}, r"update distill does not go with stats"),
         ({}, {"source": "nowhere.txt"}, {}, r"nowhere.txt"),
@@ -252,7 +290,7 @@ def test_the_plan_counts_it(dense):
 
 def test_from_the_command_line(dense, whole, tmp_path, capsys):
     log = tmp_path / "log"
-    flags = ["--update", "admm", "--update", "distill", "--distill-passes", "3", "--distill-lr", "0.0025"]
+    flags = ["--update", "admm", "--update", "distill", "--distill-tokens", "3072", "--distill-lr", "0.0025"]
     text = ["--calibration", str(dense.parent / "text.txt"), "--nsamples", "64", "--seqlen", "16"]
     files = ["--model", str(dense), "--output", str(tmp_path / "out"), "--log-json", str(log)]
     assert main(["run", *files, *text, *flags, "--device", "cpu"]) == 0

@@ -24,8 +24,8 @@ def test_the_quickest_is_what_prunes_by_default():
 
 
 def test_settings_win():
-    assert preset_config("best", distill_passes=2, order="block") == PruneConfig(
-        update="admm+distill", distill_passes=2, order="block"
+    assert preset_config("best", distill_tokens=2, order="block") == PruneConfig(
+        update="admm+distill", distill_tokens=2, order="block"
     )
 
 

@@ -23,6 +23,7 @@ from ace_ext.data.perplexity import Perplexity, perplexity
 from ace_ext.data.tasks import TaskScore
 from ace_ext.data.windows import CalibrationData, evaluation_tokens, load_windows
 from ace_ext.engine.api import prune_model
+from ace_ext.engine.distillation import TEXT_SEED, distill_windows
 from ace_ext.errors import InputError
 from ace_ext.models.loading import LoadedModel, load_model
 from ace_ext.process_memory import reset_peak
@@ -72,9 +73,13 @@ def run_study(study: Study, device: torch.device, output: Path | None = None, pr
 _VALUES_HASHED = 4096  # of each parameter: enough to tell fine-tuned or pruned weights apart, and fast
 
 
+KEPT = 2
+"""Of so many cells the text is kept: of one its samples, and what a distillation reads."""
+
+
 class Bench:
-    """Runs of one model: holds it, a CPU copy of its dense weights, the evaluation tokens by text, the calibration
-    samples drawn last, and the choices about the BOS token; ``recorded`` ones are not made again."""
+    """Runs of one model: holds it, a CPU copy of its dense weights, the evaluation tokens by text, the texts drawn
+    last, and the choices about the BOS token; ``recorded`` ones are not made again."""
 
     def __init__(
         self, loaded: LoadedModel, evaluation: Evaluation, text_field: str, recorded: Iterable[BosChoice] = ()
@@ -89,14 +94,15 @@ class Bench:
         self._choices = {choice.mode: choice for choice in recorded}
         self.bos = self._choose(evaluation.bos)
         """How evaluation windows begin."""
-        self._drawn: tuple[Cell, dict[str, CalibrationData]] | None = None
+        self._drawn: dict[Cell, dict[str, CalibrationData]] = {}
 
     def run(self, cell: Cell, config: PruneConfig, bos: str, source_sha256: str | None) -> Run:
         """Puts the dense weights back, prunes and evaluates. ``bos``: the mode for the calibration samples."""
         restore(self.model, self.dense)
         data = self._draw(cell, bos)
+        text = self._draw(distilled_on(cell, config), bos).tokens if config.solver.model_solver else None
         own_peak = reset_peak(self.device)
-        report = prune_model(self.model, data.tokens, config)
+        report = prune_model(self.model, data.tokens, config, distill_text=text)
         return Run(
             cell=cell,
             config=report.config,
@@ -133,9 +139,9 @@ class Bench:
     def _draw(self, cell: Cell, bos: str) -> CalibrationData:
         """The cell's samples. To be called while the model is dense: with the source ``self`` it writes them."""
         wanted = replace(cell, method="", amount="")
-        if self._drawn is None or self._drawn[0] != wanted:
-            self._drawn = (wanted, {})
-        drawn = self._drawn[1]
+        if wanted not in self._drawn and len(self._drawn) == KEPT:
+            del self._drawn[next(iter(self._drawn))]
+        drawn = self._drawn.setdefault(wanted, {})
         if bos not in drawn:
             drawn[bos] = load_windows(
                 cell.calibration,
@@ -148,6 +154,11 @@ class Bench:
                 text_field=self.text_field,
             )
         return drawn[bos]
+
+
+def distilled_on(cell: Cell, config: PruneConfig) -> Cell:
+    """The cell whose samples are what ``config`` distills on in ``cell``."""
+    return replace(cell, nsamples=distill_windows(config, cell.seqlen), seed=cell.seed ^ TEXT_SEED)
 
 
 def _cpu_copy(value: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ def prune_model(
     *,
     callback: Callable[[BlockReport], None] | None = None,
     progress: bool = False,
+    distill_text: Tensor | None = None,
     context: RunContext | None = None,
 ) -> PruneReport:
     """Prunes the Linears of a causal language model's decoder blocks in place.
@@ -54,6 +55,9 @@ def prune_model(
         config: what to prune and how; default: the preset ``fast``.
         callback: called after each block with its report.
         progress: show a progress bar on stderr.
+        distill_text: for ``update="distill"`` windows of text without padding to train on, ``[windows, seqlen]``
+            integer, better none of the calibration samples; default: these. A text shorter than ``distill_tokens`` is
+            read again, up to six times.
         context: optional services of a run on files; see :mod:`ace_ext.runs.pipeline`.
 
     Returns:
@@ -79,7 +83,8 @@ def prune_model(
         context = _tried(model, store, ready, config, context)
         calls, hidden = _enter(model, store, ready, context, device)
         trained = config.solver.model_solver is not None
-        distillation = Distillation(model, store, batches, config, context) if trained else None
+        text = batches if distill_text is None else distill_text
+        distillation = Distillation(model, store, text, config, context) if trained else None
         weight = next(linear.weight for block in store.blocks for linear in block.linears.values())
         report = PruneReport(config.to_dict(), str(device), str(weight.dtype).removeprefix("torch."))
         with restored_if_float16(store) if context.journal is None else nullcontext():

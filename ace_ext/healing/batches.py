@@ -29,6 +29,20 @@ def windows_needed(tokens: int, seqlen: int, settings: HealSettings) -> int:
     return trained + min(settings.held_back, max(1, trained // 3))
 
 
+def held_windows(windows: int, settings: HealSettings) -> int:
+    """How many of all windows are held back."""
+    return min(settings.held_back, max(1, windows // 4))
+
+
+def check_windows(tokens: Tensor) -> None:
+    """Raises :class:`ace_ext.InputError` for tokens that are not two windows or more, ``[nsamples, seqlen]``."""
+    if tokens.dim() != 2 or len(tokens) < 2:
+        raise InputError(
+            f"tokens must be at least two windows [nsamples, seqlen]: one to train on, one to measure on "
+            f"(got shape {list(tokens.shape)})"
+        )
+
+
 @dataclass(frozen=True)
 class Batches:
     """Windows of text in batches; the last ``held_back`` batches are only measured on."""
@@ -44,13 +58,9 @@ class Batches:
         Raises:
             InputError: not two dimensions, fewer than two windows, or nothing left to train on.
         """
-        if tokens.dim() != 2 or len(tokens) < 2:
-            raise InputError(
-                f"tokens must be at least two windows [nsamples, seqlen]: one to train on, one to measure on "
-                f"(got shape {list(tokens.shape)})"
-            )
+        check_windows(tokens)
         rows = max(1, settings.step_tokens // tokens.shape[1])
-        held = min(settings.held_back, max(1, len(tokens) // 4))
+        held = held_windows(len(tokens), settings)
         trained, measured = torch.split(tokens, [len(tokens) - held, held])
         trained = trained[~_sharing(trained, measured)]
         if not len(trained):

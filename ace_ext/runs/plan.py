@@ -21,6 +21,7 @@ from ace_ext.dense_weights import DenseWeight, describe_dense, kind_of
 from ace_ext.engine.api import check_pattern
 from ace_ext.engine.distillation import heal_settings
 from ace_ext.formats import DEFAULT_FORMAT
+from ace_ext.healing.batches import held_windows
 from ace_ext.models._transformers import embedding_weight, text_config
 from ace_ext.models.blocks import Block, stay_dense
 from ace_ext.process_memory import peak_memory_bytes, reset_peak, resident_bytes
@@ -33,7 +34,7 @@ from ace_ext.runs.memory_model import Estimate, copied_bytes
 from ace_ext.runs.model_source import Demand, Source, check_serves, open_source
 from ace_ext.runs.options import Calibration, RunOptions, RunRequest, check_request
 from ace_ext.runs.output_size import PlannedMatrix, bytes_of_all, output_bytes
-from ace_ext.runs.prune_and_heal import needed_memory
+from ace_ext.runs.prune_and_heal import needed_memory, text_of
 
 
 @dataclass(frozen=True)
@@ -250,8 +251,10 @@ def _seconds(request: RunRequest, source: Source, trial: Trial, measured: _Measu
     blocks, calibration = len(source.blocks), request.calibration
     tokens = calibration.nsamples * calibration.seqlen
     text = measured.text_seconds
+    distilled = None if request.config.solver.model_solver is None else text_of(request)
     if calibration.source == SELF:
-        steps = math.ceil(calibration.nsamples / ROWS_TOGETHER) * calibration.seqlen
+        samples = [calibration.nsamples, *([distilled.nsamples] if distilled else [])]
+        steps = sum(math.ceil(count / ROWS_TOGETHER) for count in samples) * calibration.seqlen
         text = steps * blocks * trial.forward_seconds
     if not measured.bos.decided:  # pruning a token takes somewhat longer than its forward pass, which is the cost here
         text += blocks * 2 * WINDOWS * WINDOW_TOKENS * trial.token_seconds
@@ -263,9 +266,10 @@ def _seconds(request: RunRequest, source: Source, trial: Trial, measured: _Measu
         "blocks": blocks * (trial.fixed_seconds + tokens * trial.token_seconds),
         "files": traffic / _bytes_per_second(source.files.paths[0]),
     }
-    if request.config.solver.model_solver is not None:
-        settings = heal_settings(request.config)
-        steps = math.ceil(tokens / settings.step_tokens) * settings.passes
+    if distilled is not None:
+        settings = heal_settings(request.config, distilled.nsamples, calibration.seqlen)
+        rows = max(1, settings.step_tokens // calibration.seqlen)
+        steps = math.ceil((distilled.nsamples - held_windows(distilled.nsamples, settings)) / rows) * settings.passes
         found["distill"] = try_step(source, settings, calibration.seqlen, request.device).seconds(steps)
     return found
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ace_ext.engine.distillation import heal_settings
+from ace_ext.engine.distillation import TEXT_SEED, distill_windows, heal_settings
 from ace_ext.engine.progress import Progress
 from ace_ext.errors import InputError
 from ace_ext.healing.batches import Batches
@@ -23,7 +23,7 @@ from ace_ext.runs.heal_models import whole_bytes
 from ace_ext.runs.held_back import HeldBackText, held_back_text
 from ace_ext.runs.memory_model import Estimate, process_bytes
 from ace_ext.runs.model_source import Source, budget_of, check_serves, open_source
-from ace_ext.runs.options import RunRequest
+from ace_ext.runs.options import Calibration, RunRequest
 from ace_ext.runs.output import finished_report, read_report
 from ace_ext.runs.own_files import written_whole
 from ace_ext.runs.unfinished import UnfinishedRun, discard
@@ -77,10 +77,17 @@ def needed_memory(request: RunRequest, source: Source) -> Estimate:
     Raises:
         InputError: more than the run may use.
     """
-    nsamples, seqlen = request.calibration.nsamples, request.calibration.seqlen
-    tokens = Batches.of(torch.arange(nsamples * seqlen).view(nsamples, seqlen), heal_settings(request.config)).tokens
+    nsamples, seqlen, config = text_of(request).nsamples, request.calibration.seqlen, request.config
+    settings = heal_settings(config, nsamples, seqlen)
+    tokens = Batches.of(torch.arange(nsamples * seqlen).view(nsamples, seqlen), settings).tokens
     demand = HealDemand.of(source.model, source.blocks, 1 - request.config.sparsity, tokens, whole_bytes(source))
     return demand.divide(budget_of(request), process_bytes(0, False, request.device))[1]
+
+
+def text_of(request: RunRequest) -> Calibration:
+    """What the second part trains on: other windows of the text."""
+    given = request.calibration
+    return replace(given, nsamples=distill_windows(request.config, given.seqlen), seed=given.seed ^ TEXT_SEED)
 
 
 def _record_config(pruned: Path, request: RunRequest) -> None:
@@ -161,14 +168,14 @@ def _held_back(request: RunRequest, source: Source, pruned: Path) -> HeldBackTex
 
 
 def _second(request: RunRequest, source: Source, pruned: Path, path: Path, fingerprint: dict[str, Any]) -> HealRequest:
-    """The second part: a distillation on the calibration samples."""
-    given = request.options
+    """The second part."""
+    given, text = request.options, text_of(request)
     options = HealOptions(
-        windows=request.calibration.nsamples,
+        windows=text.nsamples,
         overwrite=given.overwrite,
         resume=given.resume,
         max_memory=given.max_memory,
         longer=LongerRun(fingerprint, _held_back(request, source, pruned)),
     )
-    settings = heal_settings(request.config)
-    return HealRequest(str(pruned), path, request.calibration, request.model, settings, options, request.device)
+    settings = heal_settings(request.config, text.nsamples, text.seqlen)
+    return HealRequest(str(pruned), path, text, request.model, settings, options, request.device)

@@ -10,9 +10,15 @@ from ace_ext.pruning.solvers._problem import ModelSolver
 class DistillOptions(Options):
     """Options of ``update="distill"``."""
 
-    distill_passes: int = option(6, "passes over the calibration tokens", Limits(at_least=1), unused=0)
+    distill_tokens: int = option(
+        49152,
+        "tokens that are trained on, rounded up to whole steps; not the calibration samples, but other text of their "
+        "source",
+        Limits(at_least=1),
+        unused=0,
+    )
     distill_lr: float = option(
-        5e-4,  # not heal's: over six passes, 1.5e-3 gained nothing on Qwen2.5-Coder-0.5B (docs/results.md)
+        1.5e-3,
         "learning rate at its peak, a share of each matrix's root mean square weight; it rises, then falls as a cosine",
         Limits(above=0, words="more than 0"),
     )
