@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from ace_ext import PruneReport
 from ace_ext.data.windows import token_windows, tokens_between_samples
+from ace_ext.engine.distillation import TEXT_SEED
+from ace_ext.healing.batches import sharing
 from ace_ext.runs import held_back
 
 
@@ -37,7 +40,7 @@ def by_hand(folder, windows: torch.Tensor) -> float:
 def test_what_no_sample_reads():
     documents, tokenizer = [TEXT], make_tokenizer()
     for seed in range(5):
-        free = tokens_between_samples(documents, tokenizer, 4, 16, seed)
+        free = tokens_between_samples(documents, tokenizer, 16, [(4, seed)])
         marked = " ".join(str(number) for number in range(360))  # each token another word, so that places can be told
 
         class Places:
@@ -47,20 +50,20 @@ def test_what_no_sample_reads():
                 return {"input_ids": [int(word) for word in text.split()]}
 
         read = set(token_windows([marked], Places(), 4, 16, seed).flatten().tolist())
-        places = tokens_between_samples([marked], Places(), 4, 16, seed).tolist()
+        places = tokens_between_samples([marked], Places(), 16, [(4, seed)]).tolist()
         assert len(free) == len(places) > 60
         assert places == list(range(places[0], places[-1] + 1))
         assert not read & set(places)
         around = {places[0] - 1, places[-1] + 1} & set(range(360))
         assert around <= read  # it is as long as it can be
-    assert len(tokens_between_samples(documents, tokenizer, 200, 16, 0)) < 8
+    assert len(tokens_between_samples(documents, tokenizer, 16, [(200, 0)])) < 8
 
 
 def test_figures_are_those_of_both_folders(dense, tmp_path, capsys):
     status, printed, error = call(capsys, *arguments(dense, tmp_path / "out"))
     assert status == 0, error
     found = figures(tmp_path / "out")
-    free = tokens_between_samples([TEXT], make_tokenizer(), 4, 16, 0)
+    free = tokens_between_samples([TEXT], make_tokenizer(), 16, [(4, 0)])
     width = len(free) // 4 if len(free) < 256 else 128
     windows = free[: len(free) // width * width].view(-1, width)[:4]
     assert found["text"] == "text.txt, between the samples"
@@ -93,6 +96,23 @@ def test_after_distillation(tmp_path, capsys):
     found = figures(tmp_path / "out")
     assert found["healed"] not in (None, found["pruned"])
     assert f"{found['healed']:.2f} distilled" in printed
+
+
+def test_a_distillation_does_not_read_what_is_measured_on(tmp_path, capsys):
+    dense, words = save_dense(tmp_path / "dense"), sorted({word for word in TEXT.split() if word.isalpha()})
+    (tmp_path / "text.txt").write_text(" ".join(random.Random(0).choices(words, k=4000)))
+    options = ("--nsamples", 16, "--update", "distill", "--distill-tokens", 1024)
+    status, _, error = call(capsys, *arguments(dense, tmp_path / "out", *options))
+    assert status == 0, error
+    found, text = figures(tmp_path / "out"), (tmp_path / "text.txt").read_text()
+    assert found["text"] == "text.txt, between the samples"
+    drawn = [token_windows([text], make_tokenizer(), count, 16, seed) for count, seed in ((16, 0), (72, TEXT_SEED))]
+    free = tokens_between_samples([text], make_tokenizer(), 16, [(16, 0), (72, TEXT_SEED)])
+    assert len(free) < len(tokens_between_samples([text], make_tokenizer(), 16, [(16, 0)]))
+    assert not sharing(torch.cat(drawn), free[None]).any()
+    windows = free[: found["windows"] * found["seqlen"]].view(found["windows"], -1)
+    assert found["dense"] == pytest.approx(by_hand(dense, windows), rel=1e-5)
+    assert found["healed"] == pytest.approx(by_hand(tmp_path / "out", windows), rel=1e-5)
 
 
 def test_not_measured(dense, tmp_path, capsys):

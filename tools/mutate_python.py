@@ -158,7 +158,7 @@ def run_tests(arguments: list[str], seconds: float, plugins: list[object] | None
     could not run. A run that takes longer does not pass."""
     child = os.fork()
     if child == 0:
-        os.setsid()
+        os.setpgrp()
         sys.dont_write_bytecode = plugins is None
         nowhere = os.open(os.devnull if plugins is None else WORK / "mapping.log", os.O_WRONLY | os.O_CREAT, 0o644)
         for stream in (1, 2):

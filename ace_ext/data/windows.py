@@ -6,7 +6,7 @@ is: no chat template is applied.
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -108,14 +108,19 @@ def token_windows(
 
 
 def tokens_between_samples(
-    documents: Sequence[str], tokenizer: Tokenizer, nsamples: int, seqlen: int, seed: int, bos: int | None = None
+    documents: Sequence[str],
+    tokenizer: Tokenizer,
+    seqlen: int,
+    draws: Iterable[tuple[int, int]],
+    bos: int | None = None,
 ) -> torch.Tensor:
-    """Return the longest stretch of the text that no sample of token_windows with the same arguments reads: int64 [n],
-    empty if there is none."""
+    """Return the longest stretch of the text that no sample of token_windows reads, drawn with these `(nsamples, seed)`
+    and with the other arguments: int64 [n], empty if there is none."""
     ids = _tokenize(documents, tokenizer)
     width = seqlen if bos is None else seqlen - 1
+    starts = [start for nsamples, seed in draws for start in _starts(len(ids), width, nsamples, seed)]
     best, end = range(0), 0
-    for start in [*sorted(_starts(len(ids), width, nsamples, seed)), len(ids)]:
+    for start in [*sorted(starts), len(ids)]:
         best = max(best, range(end, start), key=len)
         end = max(end, start + width)
     return ids[best.start : best.stop]

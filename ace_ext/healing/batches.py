@@ -62,7 +62,7 @@ class Batches:
         rows = max(1, settings.step_tokens // tokens.shape[1])
         held = held_windows(len(tokens), settings)
         trained, measured = torch.split(tokens, [len(tokens) - held, held])
-        trained = trained[~_sharing(trained, measured)]
+        trained = trained[~sharing(trained, measured)]
         if not len(trained):
             raise InputError(
                 f"tokens: each of the {len(tokens) - held} windows shares text with one of the {held} that are held "
@@ -167,7 +167,7 @@ def _shared(value: Any, known: Any) -> Any:
     return value
 
 
-def _sharing(windows: Tensor, others: Tensor) -> Tensor:
+def sharing(windows: Tensor, others: Tensor) -> Tensor:
     """``[n]`` bool: which of ``windows [n, seqlen]`` share ``SHARED`` tokens in a row with one of ``others``."""
     length = min(SHARED, windows.shape[1])
     factors = torch.randint(2**62, (length,), generator=torch.Generator().manual_seed(0)) | 1

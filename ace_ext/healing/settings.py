@@ -19,7 +19,7 @@ class HealSettings(Options):
     """
 
     learning_rate: float = option(
-        1.5e-3,  # three times that of update="distill", which takes more steps (docs/heal.md)
+        1.5e-3,  # of update="distill", too (pruning.solvers.distill)
         "Adam's, at its peak, as a share of each matrix's root mean square weight; it rises for a twentieth of the "
         "steps and falls as a cosine",
         Limits(above=0),

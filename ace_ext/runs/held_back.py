@@ -46,7 +46,7 @@ class HeldBackText:
 
 def held_back_text(request: RunRequest, source: Source, bos: BosChoice) -> HeldBackText:
     """The text on which a run measures perplexity. ``auto``: the held-out part of a small named source; what no
-    calibration sample reads of a user's file; else a short English text.
+    calibration sample, nor a later part of the run, reads of a user's file; else a short English text.
 
     Raises:
         InputError: the model predicts no tokens, or there is not one window of text.
@@ -124,9 +124,9 @@ def _text(request: RunRequest, tokenizer: Tokenizer, bos: BosChoice) -> tuple[st
         return f"{calibration.source}, held-out part", evaluation_tokens(calibration.source, tokenizer)
     if calibration.source not in (SELF, *SOURCES):
         documents = load_text(calibration.source, HELD_OUT, calibration.text_field)
-        free = tokens_between_samples(
-            documents, tokenizer, calibration.nsamples, calibration.seqlen, calibration.seed, bos.token
-        )
+        read = [calibration, *([request.later] if request.later else [])]
+        draws = [(text.nsamples, text.seed) for text in read]
+        free = tokens_between_samples(documents, tokenizer, calibration.seqlen, draws, bos.token)
         if len(free) >= WINDOWS * 2:
             return f"{Path(calibration.source).name}, between the samples", free
     if not knows_english(tokenizer):

@@ -126,6 +126,8 @@ class RunRequest:
     options: RunOptions
     device: torch.device
     dtype: str = "auto"
+    later: Calibration | None = None
+    """What a later part of the run reads of the same text; perplexity is not measured on it."""
 
     @property
     def writes_own_text(self) -> bool:

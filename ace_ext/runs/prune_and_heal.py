@@ -43,6 +43,7 @@ def prune_and_heal(request: RunRequest, path: Path, progress: Progress, prune: P
     Raises:
         InputError: for an error in the arguments, the model, the text, or the disk.
     """
+    request = replace(request, later=text_of(request))
     source = open_source(request, weights=False)
     check_serves(source, request)
     needed_memory(request, source)
