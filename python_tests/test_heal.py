@@ -18,6 +18,7 @@ from tiny_models import make_model
 from ace_ext import InputError
 from ace_ext.cli.main import main
 from ace_ext.healing import HealSettings
+from ace_ext.healing.progress import HealProgress
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.safetensors_files import Shards
 from ace_ext.process_memory import parse_bytes
@@ -135,9 +136,11 @@ def test_more_minutes_take_more_tokens(place, tmp_path):
     assert tokens[0] == 64 < tokens[1]
 
 
-def test_the_model_may_write_its_text(place, tmp_path):
+@pytest.mark.parametrize("shown", [False, True])
+def test_the_model_may_write_its_text(shown, place, tmp_path, capsys):
     asked = request(place / "pruned", tmp_path / "out", tokens=256)
-    report, _ = heal_folder(replace(asked, text=replace(asked.text, source="self")))
+    report, _ = heal_folder(replace(asked, text=replace(asked.text, source="self")), HealProgress(shown))
+    assert ("writing text" in capsys.readouterr().err) is shown
     assert report.extra["healing"]["calibration"]["source"] == "self"
     assert report.healing.loss_after < report.healing.loss_before
 

@@ -21,7 +21,7 @@ class HealProgress:
     """
 
     def __init__(self, show: bool = False, log: TextIO | None = None) -> None:
-        self._show, self._log = show, log
+        self.shown, self._log = show, log
         self._bar: Any = None
         self._steps = self._first = 0
         self._held_back, self._began = "", 0.0
@@ -64,7 +64,7 @@ class HealProgress:
             self._bar = None
 
     def _open(self, total: int, title: str, unit: str, done: int = 0) -> Any:
-        return tqdm(total=total, initial=done, desc=title, unit=unit, disable=not self._show, file=sys.stderr)
+        return tqdm(total=total, initial=done, desc=title, unit=unit, disable=not self.shown, file=sys.stderr)
 
     def _write(self, event: str, **values: Any) -> None:
         if self._log is not None:

@@ -35,6 +35,9 @@ class Journal(Protocol):
 class Observer(Protocol):
     """Is called as a distillation progresses."""
 
+    shown: bool
+    """Whether it shows people what happens; then a model that writes text shows a bar, too."""
+
     def teacher(self, done: int, blocks: int) -> None:
         """Called when ``done`` of the dense model's ``blocks`` have run."""
         ...

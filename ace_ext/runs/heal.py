@@ -160,14 +160,15 @@ class _Run:
         journal = HealJournal(path, fingerprint, options.resume)
         try:
             check_output(path, options.overwrite, options.resume)  # of a run that had the lock before
-            data = self._text(journal)
+            observer = observer or HealProgress()
+            data = self._text(journal, observer.shown)
             batches = Batches.of(data.tokens, self._request.settings)
             division, need = self._divide(journal, batches)
             if tell is not None:
                 tell(_plan(batches, self._request.settings, division, need))
             _open_writer(journal, self._pruned)
             place = Placement(journal.folder, division.states, self._request.device)
-            context = HealContext(place=place, journal=journal, observer=observer or HealProgress())
+            context = HealContext(place=place, journal=journal, observer=observer)
             states = self._teacher(batches, context)
             self._report.healing = distill_(
                 self._pruned.model,
@@ -216,7 +217,7 @@ class _Run:
             "threads": torch.get_num_threads(),
         }
 
-    def _text(self, journal: HealJournal) -> CalibrationData:
+    def _text(self, journal: HealJournal, progress: bool) -> CalibrationData:
         """As many windows of text as the budget takes, the same when a run is resumed."""
         notes, options, settings = journal.notes, self._request.options, self._request.settings
         seqlen, tokens = self._request.text.seqlen, options.tokens or TOKENS
@@ -227,7 +228,7 @@ class _Run:
         text = replace(self._request.text, nsamples=notes["nsamples"])
         check_numbers(text.nsamples, text.seqlen, text.seed)
         check_positions(self._pruned.model, text.seqlen)
-        return HealText(text, self._pruned, self._dense, self._report).draw(notes)
+        return HealText(text, self._pruned, self._dense, self._report).draw(notes, progress)
 
     def _divide(self, journal: HealJournal, batches: Batches) -> tuple[Division, Estimate]:
         """What is in memory together; a resumed run trains as many blocks together as before."""

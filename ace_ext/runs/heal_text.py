@@ -47,13 +47,14 @@ class HealText:
     dense: RunRequest
     report: PruneReport
 
-    def draw(self, notes: dict[str, Any]) -> CalibrationData:
-        """Draws the windows. ``notes`` are those of the journal; a resumed run must draw the same.
+    def draw(self, notes: dict[str, Any], progress: bool = False) -> CalibrationData:
+        """Draws the windows. ``notes`` are those of the journal; a resumed run must draw the same. ``progress``: a bar
+        on stderr while the model writes them.
 
         Raises:
             InputError: the text cannot be read, is too short, or is not that of the run that is resumed.
         """
-        data = self.text.load(self.pruned.tokenizer, self._writer(), self._bos(notes))
+        data = self.text.load(self.pruned.tokenizer, self._writer(), self._bos(notes), progress)
         found = self.text.describe(data)
         if notes.setdefault(NOTE, found) != found:
             raise InputError("resume: the text has changed since the run began; start over without --resume")
