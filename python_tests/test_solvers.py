@@ -9,6 +9,7 @@ from ace_ext.pruning.masks import keep_budget, metric_mask, scored_weight
 from ace_ext.pruning.prune_linear import prune_linear_
 from ace_ext.pruning.solvers import Problem, admm, sparsegpt
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
+from ace_ext.records import Solution
 
 ROWS, COLS, TOKENS = 6, 24, 50
 
@@ -91,10 +92,12 @@ def test_every_solver_keeps_exactly_k_and_beats_the_metric(setting, dtype):
 def test_keep_replaces_the_sparsity(setting, keep):
     weight, _, stats = make_case()
     dense = weight.clone()
-    prune_linear_(weight, stats, PruneConfig(**setting), keep)
+    config = PruneConfig(**setting)
+    solution = prune_linear_(weight, stats, config, keep)
     assert ((weight != 0).sum(1) == keep).all()
     if keep == COLS:
         assert torch.equal(weight, dense)
+        assert solution == Solution(config.solver.name, damping=0, attempts=0, loss_before=0, loss_after=0)
 
 
 def test_keep_replaces_the_sparsity_of_the_metric_alone():
