@@ -2,6 +2,7 @@
 
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from ace_ext.packed.packing import pack, unpack
 from ace_ext.records import REPORT_NAME
 from ace_ext.runs import unfinished
 from ace_ext.runs.command import heal_command, run_command
-from ace_ext.runs.heal import HealOptions, HealRequest, heal_folder
+from ace_ext.runs.heal import heal_folder
+from ace_ext.runs.heal_request import HealOptions, HealRequest
 from ace_ext.runs.heal_text import recorded_text
 from ace_ext.runs.output import read_report
 from ace_ext.runs.own_files import MANIFEST_NAME, foreign_files
@@ -92,6 +94,31 @@ def test_a_healed_folder_has_a_card_of_its_own(place):
     assert (place / "healed" / BASE_CARD).read_text() == BASE
     assert not foreign_files(place / "healed")
     assert verify(place / "healed").problems == []
+
+
+@pytest.mark.parametrize("base", [True, False], ids=["with-base", "without"])
+def test_a_card_that_could_not_be_written_is_no_base_card(base, place, tmp_path, monkeypatch):
+    """The disk is full in the middle of it; the next call writes the same card, and no other."""
+    folder = shutil.copytree(place / "out", tmp_path / "out")
+    report = read_report(folder)
+    for name in (CARD, BASE_CARD):
+        (folder / name).unlink(missing_ok=True)
+    if base:
+        (folder / CARD).write_text(BASE)
+    whole = shutil.copytree(folder, tmp_path / "whole")
+    write_card(whole, report)
+    write = Path.write_bytes
+
+    def torn(path, data):
+        write(path, data[: len(data) // 4])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", torn)
+        with pytest.raises(OSError, match="No space"):
+            write_card(folder, report)
+    write_card(folder, report)
+    assert tree(folder) == tree(whole)
 
 
 def test_a_run_that_ends_with_a_distillation_has_one_command(place, tmp_path):

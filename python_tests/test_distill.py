@@ -22,7 +22,8 @@ from ace_ext.healing import distill_
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.loading import load_model
 from ace_ext.runs import heal_journal
-from ace_ext.runs.heal import HealOptions, HealRequest, heal_folder
+from ace_ext.runs.heal import heal_folder
+from ace_ext.runs.heal_request import HealOptions, HealRequest
 from ace_ext.runs.heal_text import recorded_text
 from ace_ext.runs.options import Calibration, RunOptions
 from ace_ext.runs.output import read_report

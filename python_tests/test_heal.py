@@ -24,9 +24,10 @@ from ace_ext.models.safetensors_files import Shards
 from ace_ext.process_memory import parse_bytes
 from ace_ext.records import PruneReport
 from ace_ext.runs import heal, heal_journal
-from ace_ext.runs.heal import HealOptions, HealRequest, heal_folder
+from ace_ext.runs.heal import heal_folder
 from ace_ext.runs.heal_memory import HealDemand
 from ace_ext.runs.heal_models import dense_request, whole_bytes
+from ace_ext.runs.heal_request import HealOptions, HealRequest
 from ace_ext.runs.heal_text import recorded_text
 from ace_ext.runs.model_source import open_source
 from ace_ext.runs.output import read_report

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ace_ext.cards.base import BaseCard, read_base
 from ace_ext.packed import codec_named
-from ace_ext.packed.card_section import CARD, add_section
+from ace_ext.packed.card_section import CARD, section_of, write_card_bytes
 from ace_ext.packed.files import PackedShards, is_packed
 from ace_ext.pruning.criteria import METRICS
 from ace_ext.pruning.solvers import SOLVERS, WeightSolver
@@ -45,9 +45,10 @@ def write_card(folder: Path, report: PruneReport) -> None:
         path.replace(beside)
     own = read_base(path)  # of a model that was pruned before
     base = replace(read_base(beside), base_model=own.base_model) if beside.is_file() else own
-    path.write_text(_render(report, base, beside.is_file(), _causal(folder)), encoding="utf-8")
+    card = _render(report, base, beside.is_file(), _causal(folder)).encode("utf-8")
     if is_packed(folder):
-        add_section(folder, codec_named(PackedShards(folder, mapped=False).packed[0].origin.codec))
+        card += section_of(codec_named(PackedShards(folder, mapped=False).packed[0].origin.codec))
+    write_card_bytes(path, card)
 
 
 def card_says(folder: Path) -> tuple[int, float] | None:

@@ -11,7 +11,8 @@ from ace_ext.healing.progress import HealProgress
 from ace_ext.healing.settings import HealSettings
 from ace_ext.process_memory import parse_bytes
 from ace_ext.reporting.run_page import write_run_report
-from ace_ext.runs.heal import TOKENS, HealOptions, HealRequest, heal_folder
+from ace_ext.runs.heal import heal_folder
+from ace_ext.runs.heal_request import TOKENS, HealOptions, HealRequest
 from ace_ext.runs.heal_text import recorded_text
 from ace_ext.runs.output import read_report
 

@@ -17,9 +17,10 @@ from ace_ext.models.versions import versions
 from ace_ext.records import REPORT_NAME, PruneReport
 from ace_ext.runs.beginning import from_record
 from ace_ext.runs.command import run_command
-from ace_ext.runs.heal import HealOptions, HealRequest, LongerRun, heal_folder
+from ace_ext.runs.heal import heal_folder
 from ace_ext.runs.heal_memory import HealDemand
 from ace_ext.runs.heal_models import whole_bytes
+from ace_ext.runs.heal_request import HealOptions, HealRequest, LongerRun
 from ace_ext.runs.held_back import HeldBackText, held_back_text
 from ace_ext.runs.memory_model import Estimate, process_bytes
 from ace_ext.runs.model_source import Source, budget_of, check_serves, open_source
