@@ -35,7 +35,7 @@ class _Waiting(MetaPathFinder):
 
 
 def _register() -> None:
-    import_module("ace_ext.runtime.quantizer").register()
+    import_module("ace_ext.runtime.quantizer")  # at its end, also if it was what loads transformers' quantizers
 
 
 def register_when_loaded() -> None:

@@ -119,7 +119,10 @@ except OSError as error:
 """
 
 
-@pytest.mark.parametrize("order", [("ace_ext",), ("transformers.quantizers", "ace_ext"), ()])
+ORDERS = [("ace_ext",), ("transformers.quantizers", "ace_ext"), ("ace_ext.runtime.quantizer",), ()]
+
+
+@pytest.mark.parametrize("order", ORDERS)
 def test_ace_ext_may_be_imported_before_and_after_transformers(order, llama, tmp_path):
     """Without it transformers stops and says why; it never runs a model of random weights."""
     _, packed = llama

@@ -13,7 +13,7 @@ from ace_ext import InputError, PruneConfig, prune_model
 from ace_ext.cli import compare as verb
 from ace_ext.cli.compare import study_from
 from ace_ext.compare import method_spec, runner
-from ace_ext.compare.journal import RUNS_NAME
+from ace_ext.compare.journal import RUNS_NAME, read_results
 from ace_ext.compare.runner import restore
 from ace_ext.compare.tables import Spread, short_names
 from ace_ext.data.perplexity import perplexity
@@ -248,6 +248,19 @@ def test_other_contents_under_the_same_name_are_refused(place, tmp_path, monkeyp
     text.write_text(WORDS * 21)
     with pytest.raises(InputError, match=r"recorded with another text in .*text\.txt; use"):
         compare(place, output=folder, calibration=text, model=model)
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5], ids=["empty", "a-few-bytes", "half"])
+def test_a_comparison_that_ended_in_its_first_line_starts_again(share, place, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    compare(place, output=whole)
+    first = (whole / RUNS_NAME).read_bytes().splitlines()[0]
+    cut.mkdir()
+    (cut / RUNS_NAME).write_bytes(first[: int(share * len(first))])
+    compare(place, output=cut)
+    again, expected = (read_results(folder / RUNS_NAME) for folder in (cut, whole))
+    assert (again.settings, again.dense) == (expected.settings, expected.dense)
+    assert [run.perplexity for run in again.runs] == [run.perplexity for run in expected.runs]
 
 
 def test_a_strange_folder_is_left_alone(place, tmp_path):

@@ -4,14 +4,14 @@ The first line holds the settings that all runs share. A later comparison into t
 settings are the same, and is refused if they differ: figures that cannot be compared never share a table.
 """
 
-import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ace_ext.compare.journal_lines import LINES, ChangedLineError, format_of, remove_beginning, whole_lines, with_sum
 from ace_ext.data.bos import BosChoice
 from ace_ext.data.corpora import SELF
 from ace_ext.data.perplexity import Perplexity
@@ -23,8 +23,6 @@ from ace_ext.records import BlockReport
 RUNS_NAME = "runs.jsonl"
 FORMAT = 1
 """Of ``results.json``."""
-LINES = 2
-"""Of ``runs.jsonl``. From 2 on each line ends with a checksum; files of format 1 are read, and continued without."""
 
 
 @dataclass(frozen=True)
@@ -148,9 +146,9 @@ class Journal:
         if folder is None:
             return
         self.path = folder / RUNS_NAME
-        if self.path.is_file():
+        if self.path.is_file() and not remove_beginning(self.path):
             self.results = read_results(self.path)
-            self._sums = _format_of(self.path) >= LINES
+            self._sums = format_of(self.path) >= LINES
             _refuse_other_settings(self.path, self.results.settings, settings)
         else:
             _make_folder(folder)
@@ -192,7 +190,7 @@ class Journal:
             return
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write((_with_sum(json.dumps(line)) if self._sums else json.dumps(line)) + "\n")
+                file.write((with_sum(json.dumps(line)) if self._sums else json.dumps(line)) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -206,7 +204,7 @@ def read_results(path: Path) -> Results:
         InputError: it is not there, or no record of a comparison.
     """
     try:
-        first, *lines = _whole_lines(path)
+        first, *lines = whole_lines(path)
         results = Results(first["settings"])
         for line in lines:
             if "dense" in line:
@@ -219,7 +217,7 @@ def read_results(path: Path) -> Results:
         raise InputError(
             f"{str(path)!r} cannot be read: {error.strerror}; give a folder of ace-prune compare"
         ) from error
-    except _Changed as error:
+    except ChangedLineError as error:
         remedy = "use another folder" if error.args[0] == 1 else "remove that line, and its run will be made again"
         raise InputError(
             f"line {error.args[0]} of {path} has changed since it was written (its checksum differs); {remedy}"
@@ -236,51 +234,6 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"output {str(folder)!r} cannot be written: {error.strerror}; give another folder") from error
-
-
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    data = path.read_bytes()
-    if not data.startswith(b'{"format"'):
-        raise ValueError("its first line has no format")
-    whole = data[: data.rfind(b"\n") + 1]
-    if not whole:
-        raise ValueError("its first line has no end")
-    if len(whole) < len(data):
-        os.truncate(path, len(whole))
-    lines = whole.decode("utf-8").splitlines()
-    return map(_checked, range(1, len(lines) + 1), lines) if _format(lines[0]) >= LINES else map(json.loads, lines)
-
-
-def _format_of(path: Path) -> int:
-    with path.open(encoding="utf-8") as file:
-        return _format(file.readline())
-
-
-def _format(line: str) -> int:
-    found = json.loads(line)["format"]
-    if found not in range(1, LINES + 1):
-        raise ValueError(f"format {found}, not {LINES}")
-    return int(found)
-
-
-_SUM = ', "sha256": "'
-
-
-def _with_sum(line: str) -> str:
-    """A JSON object with a checksum of its text as its last value."""
-    return f'{line[:-1]}{_SUM}{hashlib.sha256(line.encode()).hexdigest()}"}}'
-
-
-def _checked(number: int, line: str) -> dict[str, Any]:
-    text = line.rpartition(_SUM)[0] + "}"
-    if _with_sum(text) != line:
-        raise _Changed(number)
-    found: dict[str, Any] = json.loads(text)
-    return found
-
-
-class _Changed(Exception):
-    """A line is not as it was written; its number."""
 
 
 def _refuse_other_settings(path: Path, recorded: dict[str, Any], wanted: dict[str, Any]) -> None:

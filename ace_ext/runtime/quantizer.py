@@ -111,7 +111,7 @@ class _Patterns(set[str]):
 
 
 def register() -> None:
-    """Makes transformers know packed folders. Done once."""
+    """Makes transformers know packed folders. Done once, by importing this module."""
     if OWN_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(OWN_METHOD)(PackedConfig)
         register_quantizer(OWN_METHOD)(PackedQuantizer)
@@ -135,3 +135,6 @@ def _empty(model: Any) -> nn.Module:
         found: nn.Module = type(model)._from_config(model.config)
     tie_weights_(found)
     return found
+
+
+register()
