@@ -52,7 +52,8 @@ assert tree - left_out <= inside, sorted(tree - left_out - inside)
 print(f"check_dist: {wheel.name}: {len(package)} files of ace_ext; {sdist.name}: {len(tree - left_out)} files")
 CHECK
 
-[ -x "$venv/bin/python" ] || "$base" -m venv "$venv"
+# That of another Python is made anew.
+[ "$("$venv/bin/python" -V 2>&1 || true)" = "$("$base" -V)" ] || "$base" -m venv --clear "$venv"
 rm -rf "$work/elsewhere" && mkdir "$work/elsewhere"
 
 try() {  # prune a tiny model, verify it, and import every module
