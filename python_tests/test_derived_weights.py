@@ -196,6 +196,23 @@ def test_tokens_that_the_model_does_not_know(model):
         prune_model(model, tokens, PruneConfig("magnitude"))
 
 
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        (make_tokens().float(), "tokens: float32 found; use ids in int64 or int32, as a tokenizer returns them"),
+        (make_tokens() > 31, "tokens: bool found"),
+        ([make_tokens()[0]], r"input_ids must be \[batch, seqlen\]"),
+        ({"input_ids": make_tokens().to(torch.int16)}, "tokens: int16 found"),
+        (make_tokens().repeat(1, 99), r"seqlen: \d+ found, but the model has 128 positions"),
+    ],
+)
+def test_calibration_that_is_none(batches, message, model):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(InputError, match=message):
+        prune_model(model, batches, PruneConfig("magnitude"))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_a_pattern_that_takes_for_ever(model):
     """Nested repeats try each way to divide a name."""
     refused(model, r"skip '\(\(\[a-z\._0-9\]\*\)\*\)\*!' takes more than 0.25 s", skip=["(([a-z._0-9]*)*)*!"])

@@ -16,7 +16,7 @@ from ace_ext.compare.grid import Evaluation, Grid, Study
 from ace_ext.compare.method_spec import parse_methods
 from ace_ext.compare.runner import run_study
 from ace_ext.data.evaluation import text_perplexity
-from ace_ext.engine.distillation import TEXT_SEED, distill_windows, heal_settings
+from ace_ext.engine.distillation import distill_draw, heal_settings
 from ace_ext.engine.progress import Progress
 from ace_ext.healing import distill_
 from ace_ext.models.blocks import find_blocks
@@ -127,6 +127,43 @@ def test_refuses_before_any_weight_changes(tokens, message):
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (TOKENS[0], r"tokens must be at least two windows .*\(got shape \[16\]\)"),
+        (TOKENS[:, :1], r"of two tokens: .*\(got shape \[12, 1\]\)"),
+        (TOKENS[:, :0], r"\(got shape \[12, 0\]\)"),
+        (TOKENS + 1, r"tokens: ids from 1 to 64 found, but the model knows those from 0 to 63"),
+        (TOKENS - 1, r"tokens: ids from -1 to 62 found"),
+        (TOKENS.float(), r"tokens: float32 found; use ids in int64 or int32"),
+        (TOKENS > 31, r"tokens: bool found"),
+        (TOKENS.repeat(1, 9), r"seqlen: 144 found, but the model has 128 positions"),
+    ],
+)
+def test_refuses_text_before_any_weight_changes(text, message):
+    model = make_model("llama")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match=message):
+        prune_model(model, TOKENS, PruneConfig(**DISTILL), distill_text=text)
+    with pytest.raises(InputError, match=message):
+        distill_(model, make_model("llama"), text)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_refuses_text_that_nothing_reads():
+    with pytest.raises(InputError, match=r'distill_text is given, but nothing trains on it; .*update="distill"'):
+        prune_model(make_model("llama"), TOKENS, PruneConfig(), distill_text=TOKENS)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_ids_of_either_width(dtype):
+    dense = make_model("llama")
+    model = copy.deepcopy(dense)
+    report = prune_model(model, TOKENS, PruneConfig(**DISTILL), distill_text=TOKENS.to(dtype))
+    expected = prune_model(dense, TOKENS, PruneConfig(**DISTILL))
+    assert report.healing.losses == expected.healing.losses
+
+
+@pytest.mark.parametrize(
     ("config", "message"),
     [
         ({"distill_tokens": 0}, r"distill_tokens must be a whole number of at least 1 \(got 0\)"),
@@ -164,9 +201,10 @@ def names(folder):
 def test_a_run_is_two_runs(dense, whole, tmp_path):
     prune(dense, tmp_path / "pruned", calibration=MANY, update="admm")
     text = recorded_text(read_report(tmp_path / "pruned"))
-    text, windows = replace(text, seed=TEXT_SEED), distill_windows(PruneConfig(**DISTILL), 16)
+    windows, seed = distill_draw(PruneConfig(**DISTILL), 16, text.seed)
+    text = replace(text, seed=seed)
     settings = heal_settings(PruneConfig(**DISTILL), windows, 16)
-    assert (windows, settings.passes) == (3 * 64 + 8, 1)
+    assert (windows, seed, settings.passes) == (3 * 64 + 8, 2**20, 1)
     request = HealRequest(
         str(tmp_path / "pruned"), tmp_path / "healed", text, None, settings, HealOptions(windows=windows)
     )
@@ -220,7 +258,8 @@ def test_stopped_and_resumed(stop, dense, whole, tmp_path, monkeypatch):
             prune(dense, out, calibration=MANY, **DISTILL)
     assert not out.exists()
     assert ".out.pruned.unfinished" in names(tmp_path)
-    with pytest.raises(InputError, match=r"resume: the unfinished run was another one: .*distill_tokens was"):
+    other = r"resume: the unfinished run was another one: .*distill_tokens was 3072, now 2\b"
+    with pytest.raises(InputError, match=other):
         prune(dense, out, {"resume": True}, MANY, **DISTILL | {"distill_tokens": 2})
     walked = []
     with monkeypatch.context() as patch:

@@ -11,7 +11,8 @@ import ace_ext
 SOURCES = Path(__file__).parent.parent / "ace_ext"
 
 LAYERS = [
-    {"errors", "version", "fingerprint", "process_memory", "process_threads", "dense_weights", "records", "_registry"},
+    {"errors", "version", "fingerprint", "whole_files", "process_memory", "process_threads", "dense_weights", "records"}
+    | {"_registry"},
     {"ops"},
     {"models"},
     {"packed"},
@@ -26,7 +27,9 @@ LAYERS = [
     {"_moved", "_plugin"},
 ]
 """From the bottom: a part may import those of the layers below it, and of its own layer what :data:`BESIDE` says."""
-BESIDE = {("process_memory", "errors"), ("records", "errors"), ("records", "dense_weights"), ("fingerprint", "errors")}
+BESIDE = {("records", "dense_weights")} | {
+    (part, "errors") for part in ("process_memory", "records", "fingerprint", "whole_files")
+}
 MAX_LINES = 300
 MAX_ARGUMENTS = 7
 RECORDS = {

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -250,17 +251,29 @@ def test_other_contents_under_the_same_name_are_refused(place, tmp_path, monkeyp
         compare(place, output=folder, calibration=text, model=model)
 
 
-@pytest.mark.parametrize("share", [0, 0.01, 0.5], ids=["empty", "a-few-bytes", "half"])
-def test_a_comparison_that_ended_in_its_first_line_starts_again(share, place, tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+def test_a_comparison_that_ended_in_its_first_line_starts_again(place, tmp_path, monkeypatch):
+    whole, full, killed = tmp_path / "whole", tmp_path / "full", tmp_path / "killed"
     compare(place, output=whole)
-    first = (whole / RUNS_NAME).read_bytes().splitlines()[0]
-    cut.mkdir()
-    (cut / RUNS_NAME).write_bytes(first[: int(share * len(first))])
-    compare(place, output=cut)
-    again, expected = (read_results(folder / RUNS_NAME) for folder in (cut, whole))
-    assert (again.settings, again.dense) == (expected.settings, expected.dense)
-    assert [run.perplexity for run in again.runs] == [run.perplexity for run in expected.runs]
+    write = Path.write_text
+
+    def torn(path, data, **encoding):
+        write(path, data[: len(data) // 2], **encoding)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", torn)
+        with pytest.raises(InputError, match="No space"):
+            compare(place, output=full)
+    assert list(full.iterdir()) == []
+    killed.mkdir()
+    (killed / f".{RUNS_NAME}.part").write_bytes((whole / RUNS_NAME).read_bytes()[:9])
+    expected = read_results(whole / RUNS_NAME)
+    for folder in (full, killed):
+        compare(place, output=folder)
+        again = read_results(folder / RUNS_NAME)
+        assert (again.settings, again.dense) == (expected.settings, expected.dense)
+        assert [run.perplexity for run in again.runs] == [run.perplexity for run in expected.runs]
+        assert {file.name for file in folder.iterdir()} == {file.name for file in whole.iterdir()}
 
 
 def test_a_strange_folder_is_left_alone(place, tmp_path):

@@ -17,11 +17,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ace_ext.cards.base import BaseCard, read_base
 from ace_ext.packed import codec_named
-from ace_ext.packed.card_section import CARD, section_of, write_card_bytes
+from ace_ext.packed.card_section import CARD, section_of
 from ace_ext.packed.files import PackedShards, is_packed
 from ace_ext.pruning.criteria import METRICS
 from ace_ext.pruning.solvers import SOLVERS, WeightSolver
 from ace_ext.records import PruneReport, figure_text
+from ace_ext.whole_files import written_whole
 
 BASE_CARD = "BASE_MODEL_README.md"
 """The card of the model that was pruned, under its new name."""
@@ -48,7 +49,8 @@ def write_card(folder: Path, report: PruneReport) -> None:
     card = _render(report, base, beside.is_file(), _causal(folder)).encode("utf-8")
     if is_packed(folder):
         card += section_of(codec_named(PackedShards(folder, mapped=False).packed[0].origin.codec))
-    write_card_bytes(path, card)
+    with written_whole(path) as part:  # a part of a card would be taken for somebody else's
+        part.write_bytes(card)
 
 
 def card_says(folder: Path) -> tuple[int, float] | None:

@@ -4,14 +4,15 @@ The first line holds the settings that all runs share. A later comparison into t
 settings are the same, and is refused if they differ: figures that cannot be compared never share a table.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ace_ext.compare.journal_lines import LINES, ChangedLineError, format_of, remove_beginning, whole_lines, with_sum
+from ace_ext.compare.journal_lines import LINES, ChangedLineError, format_of, whole_lines, with_sum
 from ace_ext.data.bos import BosChoice
 from ace_ext.data.corpora import SELF
 from ace_ext.data.perplexity import Perplexity
@@ -19,6 +20,7 @@ from ace_ext.data.tasks import TaskScore
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import differences
 from ace_ext.records import BlockReport
+from ace_ext.whole_files import part_of, written_whole
 
 RUNS_NAME = "runs.jsonl"
 FORMAT = 1
@@ -146,13 +148,13 @@ class Journal:
         if folder is None:
             return
         self.path = folder / RUNS_NAME
-        if self.path.is_file() and not remove_beginning(self.path):
+        if self.path.is_file():
             self.results = read_results(self.path)
             self._sums = format_of(self.path) >= LINES
             _refuse_other_settings(self.path, self.results.settings, settings)
         else:
             _make_folder(folder)
-            self._append({"format": LINES, "settings": settings})
+            self._begin({"format": LINES, "settings": settings})
 
     def add_dense(
         self, dense: dict[str, Perplexity], weights_sha256: str, bos: BosChoice, tasks: dict[str, TaskScore]
@@ -185,16 +187,19 @@ class Journal:
         if run.source_sha256 != source_sha256:
             raise _changed(self.path, f"with another text in {cell.calibration}")
 
+    def _begin(self, line: dict[str, Any]) -> None:
+        """Writes the first line whole: a file with a part of it would be no record, and refused."""
+        assert self.path is not None
+        with _writing(self.path), written_whole(self.path) as part:
+            part.write_text(with_sum(json.dumps(line)) + "\n", encoding="utf-8")
+
     def _append(self, line: dict[str, Any]) -> None:
         if self.path is None:
             return
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write((with_sum(json.dumps(line)) if self._sums else json.dumps(line)) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise InputError(f"output {str(self.path)!r} cannot be written: {error.strerror}") from error
+        with _writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write((with_sum(json.dumps(line)) if self._sums else json.dumps(line)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_results(path: Path) -> Results:
@@ -227,8 +232,17 @@ def read_results(path: Path) -> Results:
     return results
 
 
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"output {str(path)!r} cannot be written: {error.strerror}") from error
+
+
 def _make_folder(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    unfinished = part_of(folder / RUNS_NAME)  # of a comparison that was killed while it wrote its first line
+    if folder.exists() and (not folder.is_dir() or any(path != unfinished for path in folder.iterdir())):
         raise InputError(f"output {str(folder)!r} exists and holds no comparison; give a new or an empty folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,5 @@
 """The lines of ``runs.jsonl``, each a JSON object with a checksum."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -11,16 +10,6 @@ from typing import Any
 LINES = 2
 """Of ``runs.jsonl``. From 2 on each line ends with a checksum; files of format 1 are read, and continued without."""
 _START = b'{"format"'
-
-
-def remove_beginning(path: Path) -> bool:
-    """Removes the file of a comparison that ended while it wrote the first line; returns whether it was one."""
-    with contextlib.suppress(OSError):
-        data = path.read_bytes()
-        if b"\n" not in data and (data.startswith(_START) or _START.startswith(data)):
-            path.unlink()
-            return True
-    return False
 
 
 def whole_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -23,7 +23,7 @@ from ace_ext.data.perplexity import Perplexity, perplexity
 from ace_ext.data.tasks import TaskScore
 from ace_ext.data.windows import CalibrationData, evaluation_tokens, load_windows
 from ace_ext.engine.api import prune_model
-from ace_ext.engine.distillation import TEXT_SEED, distill_windows
+from ace_ext.engine.distillation import distill_draw
 from ace_ext.errors import InputError
 from ace_ext.models.loading import LoadedModel, load_model
 from ace_ext.process_memory import reset_peak
@@ -100,7 +100,10 @@ class Bench:
         """Puts the dense weights back, prunes and evaluates. ``bos``: the mode for the calibration samples."""
         restore(self.model, self.dense)
         data = self._draw(cell, bos)
-        text = self._draw(distilled_on(cell, config), bos).tokens if config.solver.model_solver else None
+        text = None
+        if config.solver.model_solver is not None:
+            nsamples, seed = distill_draw(config, cell.seqlen, cell.seed)
+            text = self._draw(replace(cell, nsamples=nsamples, seed=seed), bos).tokens
         own_peak = reset_peak(self.device)
         report = prune_model(self.model, data.tokens, config, distill_text=text)
         return Run(
@@ -154,11 +157,6 @@ class Bench:
                 text_field=self.text_field,
             )
         return drawn[bos]
-
-
-def distilled_on(cell: Cell, config: PruneConfig) -> Cell:
-    """The cell whose samples are what ``config`` distills on in ``cell``."""
-    return replace(cell, nsamples=distill_windows(config, cell.seqlen), seed=cell.seed ^ TEXT_SEED)
 
 
 def _cpu_copy(value: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ace_ext.compare.journal import FORMAT, Cell, Results, Run
 from ace_ext.data.bos import BosChoice
+from ace_ext.records import finite
 
 
 @dataclass(frozen=True)
@@ -281,4 +282,4 @@ def _finite(value: object) -> object:
         return {name: _finite(element) for name, element in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(element) for element in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return finite(value) if isinstance(value, float) else value

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from ace_ext.data.bos import begin_with
 from ace_ext.data.requests import check_int, check_positions, check_predicts, check_tokens
 from ace_ext.errors import InputError
+from ace_ext.records import finite
 
 SEQLEN = 512
 """Tokens of an evaluation window, unless told otherwise."""
@@ -37,7 +38,7 @@ class Perplexity:
 
     def to_dict(self) -> dict[str, float | None]:
         """The fields as JSON values; a perplexity beyond a float's range is None, and ``nll`` tells it."""
-        return asdict(self) | {"perplexity": self.perplexity if math.isfinite(self.perplexity) else None}
+        return asdict(self) | {"perplexity": finite(self.perplexity)}
 
 
 @torch.no_grad()

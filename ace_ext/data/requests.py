@@ -61,6 +61,9 @@ def check_predicts(model: nn.Module, what: str) -> None:
 
 def check_tokens(model: nn.Module, tokens: torch.Tensor) -> None:
     """Raises :class:`InputError` for tokens, of any shape, that a model's embedding does not know."""
+    if tokens.dtype not in (torch.int64, torch.int32):
+        found = str(tokens.dtype).removeprefix("torch.")
+        raise InputError(f"tokens: {found} found; use ids in int64 or int32, as a tokenizer returns them")
     known = len(embedding_weight(model))
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < known:
         raise InputError(

@@ -70,6 +70,9 @@ def prune_model(
     """
     check_version()
     config = config or preset_config(DEFAULT_PRESET)
+    trained = config.solver.model_solver is not None
+    if distill_text is not None and not trained:
+        raise InputError('distill_text is given, but nothing trains on it; leave it out, or use update="distill"')
     context = context or RunContext(observer=Progress(progress))
     start = time.perf_counter()
     store = context.blocks or ResidentBlocks(find_blocks(model, config.skip, max_dense=config.max_dense))
@@ -82,7 +85,6 @@ def prune_model(
         ready = [] if context.source is not None else list(model_inputs(model, batches, config, device))
         context = _tried(model, store, ready, config, context)
         calls, hidden = _enter(model, store, ready, context, device)
-        trained = config.solver.model_solver is not None
         text = batches if distill_text is None else distill_text
         distillation = Distillation(model, store, text, config, context) if trained else None
         weight = next(linear.weight for block in store.blocks for linear in block.linears.values())

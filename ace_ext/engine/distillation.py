@@ -4,12 +4,13 @@ its predictions after it."""
 import math
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from ace_ext.data.requests import check_predicts
 from ace_ext.engine.context import RunContext
 from ace_ext.errors import InputError
-from ace_ext.healing.batches import Batches, Placement, check_windows, held_windows, windows_needed
+from ace_ext.healing.batches import Batches, Placement, check_text, held_windows, windows_needed
 from ace_ext.healing.context import HealContext
 from ace_ext.healing.distill import distill_
 from ace_ext.healing.settings import HealSettings
@@ -22,7 +23,6 @@ from ace_ext.records import Healing
 TEXT_SEED = 2**20
 """By this bit the seed of the windows that are distilled on differs from that of the calibration samples."""
 
-
 PASSES = 6
 """Over a text that is shorter than ``distill_tokens`` at most so many passes are made."""
 
@@ -31,17 +31,18 @@ def heal_settings(config: PruneConfig, windows: int, seqlen: int) -> HealSetting
     """How ``config``, whose ``update`` names ``distill``, trains on windows of text, held-back ones included."""
     options = _options(config)
     settings = HealSettings(learning_rate=options.distill_lr)
-    trained = max(1, windows - held_windows(windows, settings))
+    trained = windows - held_windows(windows, settings)
     return replace(settings, passes=min(PASSES, math.ceil(options.distill_tokens / (trained * seqlen))))
 
 
-def distill_windows(config: PruneConfig, seqlen: int) -> int:
-    """How many windows of text ``config`` trains on in one pass, and holds back.
+def distill_draw(config: PruneConfig, seqlen: int, seed: int) -> tuple[int, int]:
+    """How many windows of text ``config`` trains on in one pass and holds back, and the seed that they are drawn with
+    where ``seed`` draws the calibration samples.
 
     The calibration samples are not among them, as pruning has fitted its mask and weights to these: the loss on such a
     window begins too low, at 0.32 in place of 0.54 for SmolLM2-135M at 50 %, and says little about other text.
     """
-    return windows_needed(_options(config).distill_tokens, seqlen, HealSettings())
+    return windows_needed(_options(config).distill_tokens, seqlen, HealSettings()), seed ^ TEXT_SEED
 
 
 def _options(config: PruneConfig) -> DistillOptions:
@@ -63,7 +64,8 @@ class Distillation:
         context: of the run.
 
     Raises:
-        InputError: the text is not one tensor, or too short to hold some back.
+        InputError: the text is not one tensor of tokens that the model knows, has more positions than the model, or is
+            too short to hold some back.
     """
 
     def __init__(
@@ -75,8 +77,9 @@ class Distillation:
                 f"tensor [nsamples, seqlen] (got {type(tokens).__name__})"
             )
         check_predicts(model, "update distill trains on its predictions: leave it out")
-        check_windows(tokens)
-        self._model, self._tokens, self._settings = model, tokens.to("cpu"), heal_settings(config, *tokens.shape)
+        check_text(model, tokens)
+        self._model, self._settings = model, heal_settings(config, *tokens.shape)
+        self._tokens = tokens.to("cpu", torch.long)
         batches = Batches.of(self._tokens, self._settings)
         place, observer = Placement(device=context.device), context.observer.healing
         self._context = HealContext(blocks=store, place=place, observer=observer)

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ace_ext.data.requests import check_tokens
+from ace_ext.data.requests import check_positions, check_tokens
 from ace_ext.errors import InputError
 from ace_ext.pruning.config import PruneConfig
 
@@ -28,8 +28,9 @@ def model_inputs(
             raise InputError(f"calibration tokens must be [nsamples, seqlen] (got shape {list(batches.shape)})")
         batches = torch.split(batches, config.batch_samples(batches.shape[1]))
     for batch in [batches] if isinstance(batches, Mapping) else batches:
-        inputs = {"input_ids": batch} if isinstance(batch, Tensor) else _checked(batch)
+        inputs = _checked({"input_ids": batch} if isinstance(batch, Tensor) else batch)
         check_tokens(model, inputs["input_ids"])
+        check_positions(model, inputs["input_ids"].shape[1])
         if inputs["input_ids"].numel():
             yield {name: value.to(device) for name, value in inputs.items()}
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ace_ext.data.requests import check_positions, check_tokens
 from ace_ext.errors import InputError
 from ace_ext.healing.pinned import PinnedBlocks
 from ace_ext.healing.settings import HealSettings
@@ -35,12 +36,21 @@ def held_windows(windows: int, settings: HealSettings) -> int:
 
 
 def check_windows(tokens: Tensor) -> None:
-    """Raises :class:`ace_ext.InputError` for tokens that are not two windows or more, ``[nsamples, seqlen]``."""
-    if tokens.dim() != 2 or len(tokens) < 2:
+    """Raises :class:`ace_ext.InputError` for tokens that are not two windows or more, ``[nsamples, seqlen]``, in which
+    there is something to predict."""
+    if tokens.dim() != 2 or len(tokens) < 2 or tokens.shape[1] < 2:
         raise InputError(
-            f"tokens must be at least two windows [nsamples, seqlen]: one to train on, one to measure on "
+            f"tokens must be at least two windows [nsamples, seqlen] of two tokens: one to train on, one to measure on "
             f"(got shape {list(tokens.shape)})"
         )
+
+
+def check_text(model: nn.Module, tokens: Tensor) -> None:
+    """Raises :class:`ace_ext.InputError` for tokens on which a model cannot be trained: no windows, ids that it does
+    not know, or more of them in a window than it has positions."""
+    check_windows(tokens)
+    check_tokens(model, tokens)
+    check_positions(model, tokens.shape[1])
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class Batches:
         rows = max(1, settings.step_tokens // tokens.shape[1])
         held = held_windows(len(tokens), settings)
         trained, measured = torch.split(tokens, [len(tokens) - held, held])
-        trained = trained[~sharing(trained, measured)]
+        trained = trained[~_sharing(trained, measured)]
         if not len(trained):
             raise InputError(
                 f"tokens: each of the {len(tokens) - held} windows shares text with one of the {held} that are held "
@@ -167,7 +177,7 @@ def _shared(value: Any, known: Any) -> Any:
     return value
 
 
-def sharing(windows: Tensor, others: Tensor) -> Tensor:
+def _sharing(windows: Tensor, others: Tensor) -> Tensor:
     """``[n]`` bool: which of ``windows [n, seqlen]`` share ``SHARED`` tokens in a row with one of ``others``."""
     length = min(SHARED, windows.shape[1])
     factors = torch.randint(2**62, (length,), generator=torch.Generator().manual_seed(0)) | 1

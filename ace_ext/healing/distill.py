@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ace_ext.errors import InputError
-from ace_ext.healing.batches import Batches, advance, enter, rebatched
+from ace_ext.healing.batches import Batches, advance, check_text, enter, rebatched
 from ace_ext.healing.context import HealContext, windows_of
 from ace_ext.healing.part import Part, Student, new_notes
 from ace_ext.healing.pinned import PinnedBlocks
@@ -56,10 +56,12 @@ def distill_(
         The losses before, during and after.
 
     Raises:
-        InputError: tokens that are no windows; a mask that is missing or leaves out a weight that is not zero.
+        InputError: tokens that are no windows, or that the model does not know; a mask that is missing or leaves out a
+            weight that is not zero.
     """
     settings = settings or HealSettings()
     context = context or HealContext()
+    check_text(model, tokens)
     batches = Batches.of(tokens, settings)
     source = context.blocks or ResidentBlocks(find_blocks(model, skip))
     place = context.place

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ace_ext.pruning.settings import Limits, Options, option
+from ace_ext.pruning.solvers.distill import LEARNING_RATE
 
 WARM_UP = 0.05
 """Share of the steps in which the learning rate rises."""
@@ -19,7 +20,7 @@ class HealSettings(Options):
     """
 
     learning_rate: float = option(
-        1.5e-3,  # of update="distill", too (pruning.solvers.distill)
+        LEARNING_RATE,
         "Adam's, at its peak, as a share of each matrix's root mean square weight; it rises for a twentieth of the "
         "steps and falls as a cosine",
         Limits(above=0),

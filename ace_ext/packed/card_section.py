@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ace_ext.packed._codec import Codec
+from ace_ext.whole_files import written_whole
 
 CARD = "README.md"
 """A model's card, as hubs name it."""
@@ -31,19 +32,14 @@ def add_section(folder: Path, codec: Codec) -> None:
     """Appends the section to the card of a packed folder. Without a card nothing happens."""
     path = folder / CARD
     if path.is_file():
-        write_card_bytes(path, path.read_bytes() + section_of(codec))
+        card = path.read_bytes() + section_of(codec)
+        with written_whole(path) as part:
+            part.write_bytes(card)
 
 
 def section_of(codec: Codec) -> bytes:
     """The section."""
     return _SECTION.format(start=_START, end=_END, codec=codec).encode("utf-8")
-
-
-def write_card_bytes(path: Path, card: bytes) -> None:
-    """Writes a card whole or not at all: a part of one would be taken for the card of somebody else."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(card)
-    part.replace(path)
 
 
 def without_section(path: Path) -> bytes:

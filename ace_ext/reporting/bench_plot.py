@@ -6,8 +6,9 @@ import io
 from pathlib import Path
 
 from ace_ext.reporting.plots import DPI, FONT, WIDTH, log_axis, require_matplotlib
-from ace_ext.runs.own_files import check_replaceable, written_whole
+from ace_ext.runs.own_files import check_replaceable
 from ace_ext.runtime.bench import BenchResult, Pair
+from ace_ext.whole_files import written_whole
 
 _MARK = "ace-prune bench"
 """Stands in the file, so that it is known as one of this program."""

@@ -14,7 +14,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ace_ext.errors import InputError
 from ace_ext.reporting.plots import require_matplotlib
-from ace_ext.runs.own_files import PAGE_MARK, check_replaceable, is_page, written_whole
+from ace_ext.runs.own_files import PAGE_MARK, check_replaceable, is_page
+from ace_ext.whole_files import written_whole
 
 RESULTS_NAME, REPORT_NAME = "results.json", "report.html"
 

@@ -1,7 +1,6 @@
 """Perplexity before and after pruning, on a little text that the model is not calibrated on: a first answer to what
 pruning cost. ``ace-prune eval`` measures it on more."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from ace_ext.models.safetensors_files import Shards
 from ace_ext.models.tokenizer import Tokenizer
 from ace_ext.models.whole_forward import whole_logits
 from ace_ext.packed.files import PackedShards, is_packed
-from ace_ext.records import HeldBackPerplexity
+from ace_ext.records import HeldBackPerplexity, finite
 from ace_ext.runs.model_source import Source
 from ace_ext.runs.options import EVALUATE_AUTO, RunRequest
 
@@ -40,8 +39,7 @@ class HeldBackText:
         """The perplexity of a model by its ``logits``, ``(tokens [batch, seqlen]) -> [batch, seqlen, vocabulary]``;
         None if it is not finite."""
         with torch.no_grad():
-            found = perplexity_of(logits(self.windows)[:, :-1], self.windows[:, 1:])
-        return found if math.isfinite(found) else None
+            return finite(perplexity_of(logits(self.windows)[:, :-1], self.windows[:, 1:]))
 
 
 def held_back_text(request: RunRequest, source: Source, bos: BosChoice) -> HeldBackText:

@@ -5,12 +5,11 @@ pipe. The output folder holds a manifest, the names and sizes of the files that 
 is not replaced.
 """
 
-import contextlib
 import json
 import os
 import stat
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,25 +95,6 @@ def check_replaceable(option: str, path: Path, what: str, is_own: Callable[[Path
         raise InputError(f"{option} must be a file (got {str(path)!r}, a {kind}); give another name")
     if found.st_size and not is_own(path):
         raise InputError(f"{option} {str(path)!r} exists and is no {what}; it will not be replaced: give another name")
-
-
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A new file beside ``path``, which takes its place when the block ends without an error; else it is removed."""
-    part = path.with_name(f".{path.name}.part")
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISREG(part.lstat().st_mode):
-            raise InputError(f"{str(part)!r} is in the way and no file; remove it")
-        part.unlink()  # of a run that was killed
-    os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    try:
-        yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
 
 
 def stored_member(archive: zipfile.ZipFile, name: str) -> bytes:

@@ -19,9 +19,8 @@ from ace_ext.data.corpora import SELF
 from ace_ext.data.generate import ROWS_TOGETHER
 from ace_ext.dense_weights import DenseWeight, describe_dense, kind_of
 from ace_ext.engine.api import check_pattern
-from ace_ext.engine.distillation import heal_settings
 from ace_ext.formats import DEFAULT_FORMAT
-from ace_ext.healing.batches import held_windows
+from ace_ext.healing.distill import steps_of
 from ace_ext.models._transformers import embedding_weight, text_config
 from ace_ext.models.blocks import Block, stay_dense
 from ace_ext.process_memory import peak_memory_bytes, reset_peak, resident_bytes
@@ -34,7 +33,7 @@ from ace_ext.runs.memory_model import Estimate, copied_bytes
 from ace_ext.runs.model_source import Demand, Source, check_serves, open_source
 from ace_ext.runs.options import Calibration, RunOptions, RunRequest, check_request
 from ace_ext.runs.output_size import PlannedMatrix, bytes_of_all, output_bytes
-from ace_ext.runs.prune_and_heal import needed_memory, text_of
+from ace_ext.runs.prune_and_heal import needed_memory, planned_batches, text_of
 
 
 @dataclass(frozen=True)
@@ -267,10 +266,9 @@ def _seconds(request: RunRequest, source: Source, trial: Trial, measured: _Measu
         "files": traffic / _bytes_per_second(source.files.paths[0]),
     }
     if distilled is not None:
-        settings = heal_settings(request.config, distilled.nsamples, calibration.seqlen)
-        rows = max(1, settings.step_tokens // calibration.seqlen)
-        steps = math.ceil((distilled.nsamples - held_windows(distilled.nsamples, settings)) / rows) * settings.passes
-        found["distill"] = try_step(source, settings, calibration.seqlen, request.device).seconds(steps)
+        settings, batches = planned_batches(request)
+        step = try_step(source, settings, calibration.seqlen, request.device)
+        found["distill"] = step.seconds(steps_of(batches, settings))
     return found
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from ace_ext.engine.distillation import TEXT_SEED, distill_windows, heal_settings
+from ace_ext.engine.distillation import distill_draw, heal_settings
 from ace_ext.engine.progress import Progress
 from ace_ext.errors import InputError
 from ace_ext.healing.batches import Batches
+from ace_ext.healing.settings import HealSettings
 from ace_ext.models.checksums import file_sha256
 from ace_ext.models.versions import versions
 from ace_ext.records import REPORT_NAME, PruneReport
@@ -26,8 +27,8 @@ from ace_ext.runs.memory_model import Estimate, process_bytes
 from ace_ext.runs.model_source import Source, budget_of, check_serves, open_source
 from ace_ext.runs.options import Calibration, RunRequest
 from ace_ext.runs.output import finished_report, read_report
-from ace_ext.runs.own_files import written_whole
 from ace_ext.runs.unfinished import UnfinishedRun, discard
+from ace_ext.whole_files import written_whole
 
 Prune = Callable[[RunRequest, Path, Progress], PruneReport]
 
@@ -79,9 +80,7 @@ def needed_memory(request: RunRequest, source: Source) -> Estimate:
     Raises:
         InputError: more than the run may use.
     """
-    nsamples, seqlen, config = text_of(request).nsamples, request.calibration.seqlen, request.config
-    settings = heal_settings(config, nsamples, seqlen)
-    tokens = Batches.of(torch.arange(nsamples * seqlen).view(nsamples, seqlen), settings).tokens
+    tokens = planned_batches(request)[1].tokens
     demand = HealDemand.of(source.model, source.blocks, 1 - request.config.sparsity, tokens, whole_bytes(source))
     return demand.divide(budget_of(request), process_bytes(0, False, request.device))[1]
 
@@ -89,7 +88,15 @@ def needed_memory(request: RunRequest, source: Source) -> Estimate:
 def text_of(request: RunRequest) -> Calibration:
     """What the second part trains on: other windows of the text."""
     given = request.calibration
-    return replace(given, nsamples=distill_windows(request.config, given.seqlen), seed=given.seed ^ TEXT_SEED)
+    nsamples, seed = distill_draw(request.config, given.seqlen, given.seed)
+    return replace(given, nsamples=nsamples, seed=seed)
+
+
+def planned_batches(request: RunRequest) -> tuple[HealSettings, Batches]:
+    """How the second part trains, and batches of other text in the shape of its own."""
+    nsamples, seqlen = text_of(request).nsamples, request.calibration.seqlen
+    settings = heal_settings(request.config, nsamples, seqlen)
+    return settings, Batches.of(torch.arange(nsamples * seqlen).view(nsamples, seqlen), settings)
 
 
 def _record_config(pruned: Path, request: RunRequest) -> None:

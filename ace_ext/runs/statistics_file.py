@@ -23,7 +23,8 @@ from ace_ext.models.safetensors_files import bytes_of, flush
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.sketch import SketchState
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
-from ace_ext.runs.own_files import stored_member, written_whole
+from ace_ext.runs.own_files import stored_member
+from ace_ext.whole_files import written_whole
 
 FORMAT = 1
 _DESCRIPTION = "statistics.json"

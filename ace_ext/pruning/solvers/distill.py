@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from ace_ext.pruning.settings import Limits, Options, option
 from ace_ext.pruning.solvers._problem import ModelSolver
 
+LEARNING_RATE = 1.5e-3
+"""Also of ``ace-prune heal``."""
+
 
 @dataclass(frozen=True)
 class DistillOptions(Options):
@@ -18,7 +21,7 @@ class DistillOptions(Options):
         unused=0,
     )
     distill_lr: float = option(
-        1.5e-3,
+        LEARNING_RATE,
         "learning rate at its peak, a share of each matrix's root mean square weight; it rises, then falls as a cosine",
         Limits(above=0, words="more than 0"),
     )
