@@ -2,7 +2,8 @@
 
     python benchmarks/packed_text.py DENSE PACKED
 
-Greedy decoding of 48 tokens from six beginnings, in the dtype of the folder and in float32 (both models cast). Then the
+Greedy decoding of 48 tokens from six beginnings, in the dtype of the folder and in float32 (both models cast), and by
+the dense model alone with and without its cache of keys and values: how often rounding alone changes a text. Then the
 error of the logits of a sentence, read at once and token by token, relative to the dense model in float32.
 """
 
@@ -56,22 +57,24 @@ def main() -> None:
                 ("token by token", lambda x, m=model: token_by_token(m, x).float()),
             )
         }
-        print(f"{name}: {same_texts(dense, packed, tokenizer)} of {len(BEGINNINGS)} texts are the same")
+        own, count = texts(dense, tokenizer), len(BEGINNINGS)
+        print(f"{name}: {same(own, texts(packed, tokenizer))} of {count} texts are the same")
+        print(f"{name}, dense without its cache: {same(own, texts(dense, tokenizer, use_cache=False))} of {count}")
         dense, packed = dense.float(), packed.float()
-        print(f"float32: {same_texts(dense, packed, tokenizer)} of {len(BEGINNINGS)} texts are the same")
+        print(f"float32: {same(texts(dense, tokenizer), texts(packed, tokenizer))} of {count} texts are the same")
         exact = dense(ids).logits
         logits["packed float32, token by token"] = token_by_token(packed, ids)
         for what, found in logits.items():
             print(f"{what:32} error of logits {((found - exact).square().mean().sqrt() / exact.std()).item():.2e}")
 
 
-def same_texts(dense: nn.Module, packed: nn.Module, tokenizer) -> int:
-    count = 0
-    for text in BEGINNINGS:
-        inputs = tokenizer(text, return_tensors="pt")
-        written = [m.generate(**inputs, max_new_tokens=48, do_sample=False) for m in (dense, packed)]
-        count += torch.equal(*written)
-    return count
+def texts(model: nn.Module, tokenizer, use_cache: bool = True) -> list[Tensor]:
+    inputs = [tokenizer(text, return_tensors="pt") for text in BEGINNINGS]
+    return [model.generate(**given, max_new_tokens=48, do_sample=False, use_cache=use_cache) for given in inputs]
+
+
+def same(texts: list[Tensor], others: list[Tensor]) -> int:
+    return sum(map(torch.equal, texts, others))
 
 
 if __name__ == "__main__":
