@@ -17,6 +17,7 @@ from ace_ext.engine.steps import Steps
 from ace_ext.healing import HealSettings, distill_
 from ace_ext.healing.batches import Batches
 from ace_ext.healing.context import HealContext
+from ace_ext.models import products
 from ace_ext.models.block_store import ResidentBlocks
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.hidden_states import HiddenStates
@@ -26,6 +27,7 @@ from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.prune_linear import prune_linear_, working_bytes
 from ace_ext.pruning.sketch import SketchState
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
+from ace_ext.runs import model_shape
 from ace_ext.runs.heal_memory import Division, HealDemand
 from ace_ext.runs.memory_model import estimate
 
@@ -99,22 +101,35 @@ def test_offload_holds_the_embedding_only_at_the_entrance():
     assert (pruning.phase, pruning.model) == ("prune", block)
 
 
-def test_measuring_for_the_bos_token_holds_logits(tmp_path):
-    """A forward pass of the whole model; from the disk, the model is not in memory while losses are computed."""
+def convert(monkeypatch, *dtypes):
+    """Makes this CPU slow at these dtypes."""
+    for module in (products, model_shape):
+        monkeypatch.setattr(module, "slow_dtypes", lambda: frozenset(dtypes))
+
+
+@pytest.mark.parametrize("slow", [(), (torch.bfloat16,)], ids=["native", "converted"])
+def test_measuring_for_the_bos_token_holds_logits(slow, tmp_path, monkeypatch):
+    """A forward pass of the whole model; from the disk, the model is not in memory while losses are computed. Where a
+    CPU is slow at its dtype, most is held while the head's product is converted."""
+    convert(monkeypatch, *slow)
     model = make_model("llama", torch.bfloat16)
     model.resize_token_embeddings(4096)
     model.config.max_position_embeddings = 256
     resident, disk = (need(model=model, nsamples=1, seqlen=2, measures=True, offload=part) for part in (False, True))
     assert (resident.phase, disk.phase) == ("bos", "bos")
-    assert (resident.model, disk.model) == (sum(p.nbytes for p in model.parameters()), 0)
+    outside = sum(p.nbytes for p in [model.model.embed_tokens.weight, model.model.norm.weight])
+    assert resident.model == sum(p.nbytes for p in model.parameters())
+    assert disk.model == (outside if slow else 0)
     windows = torch.zeros(2 * WINDOWS, WINDOW_TOKENS + 1, dtype=torch.long)
 
     def measure():
         logits = whole_logits(model, ResidentBlocks(find_blocks(model)), windows, torch.device("cpu"))
         perplexity_of(logits[:1], windows[:1])
 
-    assert resident.total - resident.model == pytest.approx(peak_of(measure, tmp_path / "trace.json"), rel=0.01)
-    assert resident.total - resident.model == disk.total
+    peak = peak_of(measure, tmp_path / "trace.json")
+    # The activations of a block, which are counted too, are freed before the head's product.
+    assert 0.99 < (resident.total - resident.model) / peak < (1.1 if slow else 1.01)
+    assert resident.total - resident.model == disk.total - disk.model
 
 
 def test_the_process_is_measured_unless_given():
@@ -209,6 +224,12 @@ def test_a_run_holds_no_more_than_estimated(setting, tmp_path):
     context = RunContext(keeps_forwards=False)  # with threads of their own, which the profiler does not see
     peak = peak_of(lambda: prune_model(model, tokens, config, context=context), tmp_path / "trace.json")
     assert 1 <= (found.total - found.model) / peak < 2.2
+
+
+@pytest.mark.parametrize("setting", [{}, {"update": "admm", "batch_tokens": 256}, {"tune_epochs": 1}], ids=str)
+def test_a_run_that_converts_holds_no_more_than_estimated(setting, tmp_path, monkeypatch):
+    convert(monkeypatch, torch.bfloat16)
+    test_a_run_holds_no_more_than_estimated(setting, tmp_path)
 
 
 def live_bytes() -> int:

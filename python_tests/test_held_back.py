@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from ace_ext import PruneReport
 from ace_ext.data.windows import token_windows, tokens_between_samples
 from ace_ext.engine.distillation import TEXT_SEED
+from ace_ext.models.products import float32_products
 from ace_ext.runs import held_back
 
 
@@ -32,7 +33,8 @@ def figures(folder) -> dict:
 
 
 def by_hand(folder, windows: torch.Tensor) -> float:
-    logits = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")(windows).logits[:, :-1].float()
+    with float32_products():
+        logits = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")(windows).logits[:, :-1].float()
     return math.exp(functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item())
 
 

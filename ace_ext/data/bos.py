@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ace_ext.data.requests import positions_of
 from ace_ext.errors import InputError
-from ace_ext.models._transformers import embedding_weight, output_head, text_config
+from ace_ext.models._transformers import embedding_weight, output_head
+from ace_ext.models.products import float32_products
 from ace_ext.models.tokenizer import Tokenizer
 
 AUTO, ALWAYS, NEVER = MODES = ("auto", "always", "never")
@@ -184,7 +186,7 @@ def _measured(tokenizer: Tokenizer, model: nn.Module, logits: Callable[[Tensor],
     check_known(token, model)
     ids = short_text_ids(tokenizer)
     check_known(max(ids), model)
-    positions = getattr(text_config(model), "max_position_embeddings", None) or WINDOW_TOKENS + 1
+    positions = positions_of(model) or WINDOW_TOKENS + 1
     size = min(WINDOW_TOKENS, len(ids) // WINDOWS, positions - 1)
     windows = torch.tensor(ids[: WINDOWS * size]).view(WINDOWS, size)
     # One batch, so that a model on the disk is read once: windows without the token get one more token at their end,
@@ -203,7 +205,8 @@ def _measured(tokenizer: Tokenizer, model: nn.Module, logits: Callable[[Tensor],
 
 def _logits_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
     def forward(tokens: Tensor) -> Tensor:
-        found: Tensor = model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False).logits
+        with float32_products():
+            found: Tensor = model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False).logits
         return found
 
     return forward

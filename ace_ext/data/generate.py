@@ -13,6 +13,7 @@ from ace_ext.data.bos import check_known
 from ace_ext.data.requests import check_int, check_positions, check_predicts, check_request, seeded_generator
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import cache_arguments, embedding_weight
+from ace_ext.models.products import float32_products
 from ace_ext.models.tokenizer import Tokenizer
 
 ROWS_TOGETHER = 16
@@ -95,7 +96,8 @@ def _write(
     cache: dict[str, object] = {}
     finite = torch.ones((), dtype=torch.bool, device=device)
     for draw in torch.split(draws, 1, dim=1):
-        output = model(input_ids=news, use_cache=True, **cache)
+        with float32_products():
+            output = model(input_ids=news, use_cache=True, **cache)
         # float64: in float32 the running sum over a large vocabulary would lose the rare tokens.
         logits = output.logits[:, -1].to(device, torch.float64)
         probabilities = torch.softmax(logits / temperature, dim=-1)

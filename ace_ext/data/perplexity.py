@@ -12,6 +12,7 @@ from tqdm import tqdm
 from ace_ext.data.bos import begin_with
 from ace_ext.data.requests import check_int, check_positions, check_predicts, check_tokens
 from ace_ext.errors import InputError
+from ace_ext.models.products import float32_products
 from ace_ext.records import finite
 
 SEQLEN = 512
@@ -86,7 +87,8 @@ def perplexity(
     batches = torch.split(whole, max(1, BATCH_TOKENS // seqlen))
     for batch in tqdm(batches, desc="perplexity", unit="batch", disable=not progress, file=sys.stderr):
         batch = batch.to(device)
-        logits = model(batch, use_cache=False).logits[:, :-1].float()
+        with float32_products():
+            logits = model(batch, use_cache=False).logits[:, :-1].float()
         total += functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
     model.train(training)
     if not math.isfinite(total):

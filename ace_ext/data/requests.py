@@ -45,11 +45,17 @@ def check_int(name: str, value: int, least: int, why: str = "") -> None:
 def check_positions(model: nn.Module, seqlen: int) -> None:
     """Raises :class:`InputError` if a model has fewer positions than ``seqlen`` tokens need: there some models end in
     an error of an index, and others go on with positions that they never saw."""
-    positions = getattr(text_config(model), "max_position_embeddings", None)
-    if isinstance(positions, int) and seqlen > positions:
+    positions = positions_of(model)
+    if positions is not None and seqlen > positions:
         raise InputError(
             f"seqlen: {_short(seqlen)} found, but the model has {positions} positions; use {positions} or less"
         )
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """How many positions a model has; None if it names no number, or one below 1, as XLNet does, which has no limit."""
+    positions = getattr(text_config(model), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def check_predicts(model: nn.Module, what: str) -> None:

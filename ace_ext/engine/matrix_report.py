@@ -4,14 +4,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ace_ext.models.products import float32_products
 from ace_ext.pruning.masks import count_kept
 from ace_ext.pruning.statistics import LinearStatistics
 from ace_ext.records import MatrixReport
 
 
-def dense_output(stats: LinearStatistics, weight: Tensor) -> Tensor:
-    """``[tokens, d_out]``: the dense outputs of the sample rows, without bias."""
-    return functional.linear(stats.sample_rows, weight)
+def output_of(stats: LinearStatistics, weight: Tensor) -> Tensor:
+    """``[tokens, d_out]``: the outputs of the sample rows, without bias."""
+    with float32_products():  # as in the forward, whichever thread runs this
+        return functional.linear(stats.sample_rows, weight)
 
 
 class Measurements:
@@ -30,11 +32,11 @@ class Measurements:
             name: the matrix's full name.
             weight: the pruned weight.
             stats: of the Linear's inputs, with sample rows.
-            dense: what :func:`dense_output` returned before pruning.
+            dense: what :func:`output_of` returned before pruning.
             keep: how many weights were to be kept; None: as many as are not zero.
         """
         before = dense.float()
-        after = functional.linear(stats.sample_rows, weight).float()
+        after = output_of(stats, weight).float()
         error = (after - before).norm() / before.norm().clamp_min(torch.finfo(torch.float32).tiny)
         cosine = functional.cosine_similarity(before, after, dim=1).mean()
         return self._note(name, weight, keep, stats.tokens, [error, cosine])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ace_ext import ops
 from ace_ext.engine.context import RunContext
 from ace_ext.engine.finite import NOT_FINITE, is_finite, read_at_once, refusal
-from ace_ext.engine.matrix_report import Measurements, dense_output
+from ace_ext.engine.matrix_report import Measurements, output_of
 from ace_ext.errors import InputError
 from ace_ext.models.block_store import BlockSource
 from ace_ext.models.blocks import Block
@@ -241,7 +241,7 @@ class Steps:
         keep_row = None if self.keeps is None else self.keeps[index][child]
         if not stats.tokens:
             return self._prune_unseen(name, weight) if block.is_expert(child) else None
-        dense = dense_output(stats, weight)
+        dense = output_of(stats, weight)
         try:
             solution = prune_linear_(weight, stats, self.config, keep_row, self.context.peers)
         except ValueError as error:

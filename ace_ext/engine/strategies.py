@@ -10,7 +10,7 @@ from itertools import groupby
 
 from torch import Tensor, nn
 
-from ace_ext.engine.matrix_report import dense_output
+from ace_ext.engine.matrix_report import output_of
 from ace_ext.engine.steps import Steps
 from ace_ext.errors import InputError
 from ace_ext.models.blocks import Block
@@ -238,7 +238,7 @@ def prune_whole_model(walk: Steps) -> None:
             rows = written_back.enter_context(as_rows(linear.weight))
             pending.append((block, child, stats[child], scored_weight(rows, stats[child], walk.config)))
         seconds.append(time.perf_counter() - start)
-    dense = [dense_output(stats, scored.weight) for _, _, stats, scored in pending]
+    dense = [output_of(stats, scored.weight) for _, _, stats, scored in pending]
     with written_back:
         prune_model_wide_([scored for *_, scored in pending], walk.config.sparsity)
     weights = [block.linears[child].weight for block, child, *_ in pending]

@@ -6,8 +6,8 @@ beside the embedding of the tokens, or of another one of about its size.
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -21,6 +21,7 @@ from ace_ext.models.derived_weights import DTYPES, refuse_derived
 from ace_ext.models.held import HeldMatrices, find_held, through_linears
 from ace_ext.models.left_dense import check_share, expert_lists, other_weights, outside, routers
 from ace_ext.models.patterns import search_within
+from ace_ext.models.products import float32_products
 
 CHECKED_AT_ONCE = 2**22
 """Elements of a matrix that :func:`check_weights` reads at a time."""
@@ -79,11 +80,13 @@ class Block:
         other, so they can be pruned together."""
         return [[child for child in fused.linears if child in self.linears] for fused in self.experts]
 
-    def products(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def products(self) -> Iterator[None]:
         """While it lasts, products with the block's matrices are calls of its Linears: held ones, and those of
         state-space layers, which multiply by a Linear's weight without calling it (they also have weights of their
-        own)."""
-        return through_linears(self.held, self._used_directly)
+        own). Linears that a CPU is slow at multiply in float32 (:mod:`ace_ext.models.products`)."""
+        with float32_products(), through_linears(self.held, self._used_directly):
+            yield
 
     @property
     def leaves_biases(self) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ace_ext.models._transformers import embedding_weight, input_embedding
 from ace_ext.models.blocks import Block
+from ace_ext.models.products import float32_products
 from ace_ext.models.replay import replaced_forward, take_hidden
 
 
@@ -48,5 +49,6 @@ class Tail:
                 replaced.enter_context(replaced_forward(block.module, skip))
             replaced.enter_context(replaced_forward(self._blocks[-1].module, end))
             ids = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
+            replaced.enter_context(float32_products())
             logits: Tensor = self._model(input_ids=ids, use_cache=False).logits
         return logits[0]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ace_ext.models.block_store import BlockSource
+from ace_ext.models.products import float32_products
 from ace_ext.models.replay import replaced_forward
 
 
@@ -21,6 +22,7 @@ def whole_logits(model: nn.Module, blocks: BlockSource, tokens: Tensor, device: 
         for index, block in enumerate(blocks.blocks):
             stack.enter_context(replaced_forward(block.module, _holding(blocks, index)))
         stack.enter_context(blocks.surroundings(model))
+        stack.enter_context(float32_products())
         logits: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits
     return logits
 

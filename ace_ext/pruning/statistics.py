@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ace_ext import ops
 from ace_ext.models.held import ExpertLinear, filled_linear
+from ace_ext.models.products import float32_products
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, MOMENT, SKETCH, WEIGHTED
 from ace_ext.pruning.sketch import SketchState
@@ -276,8 +277,7 @@ Product = Callable[[Tensor, Tensor], Tensor]
 """``x Wᵀ`` of ``x [T, d_in]`` and ``W [d_out, d_in]``."""
 
 SKETCH_ROWS = 128
-"""Rows of the random projection of the outputs. A token's squared norm has a relative standard error of
-``sqrt(2 / SKETCH_ROWS)``, an eighth."""
+"""Of the random projection: a token's squared norm has a relative standard error of an eighth, ``sqrt(2 / 128)``."""
 
 
 def sketched_output(x: Tensor, weight: Tensor, product: Product = functional.linear) -> Tensor:
@@ -286,9 +286,10 @@ def sketched_output(x: Tensor, weight: Tensor, product: Product = functional.lin
     ``x (S W)ᵀ`` with S random signs over ``sqrt(SKETCH_ROWS)``: the expected square of its norm is ``‖A_t‖²``
     (Achlioptas 2003, database-friendly random projections). S depends on the shape alone, so runs are reproducible.
     """
-    if len(weight) <= SKETCH_ROWS:
+    if len(weight) > SKETCH_ROWS:
+        weight = _projection(len(weight), weight.device, weight.dtype) @ weight
+    with float32_products():  # as in the forward, whichever thread runs this
         return product(x, weight)
-    return product(x, _projection(len(weight), weight.device, weight.dtype) @ weight)
 
 
 @lru_cache(maxsize=8)  # a model's Linears have few shapes

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ace_ext.data.bos import BosChoice, begin_with, knows_english, perplexity_of, short_text_ids
 from ace_ext.data.corpora import HELD_OUT, SELF, SMALL_SOURCES, SOURCES, load_text
-from ace_ext.data.requests import check_tokens
+from ace_ext.data.requests import check_tokens, positions_of
 from ace_ext.data.windows import evaluation_tokens, tokens_between_samples
 from ace_ext.errors import InputError
-from ace_ext.models._transformers import output_head, text_config
+from ace_ext.models._transformers import output_head
 from ace_ext.models.block_store import BlockSource, OffloadedBlocks
 from ace_ext.models.safetensors_files import Shards
 from ace_ext.models.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ def held_back_text(request: RunRequest, source: Source, bos: BosChoice) -> HeldB
     """
     if output_head(source.model) is None:
         raise InputError("the model has no LM head")
-    positions = getattr(text_config(source.model), "max_position_embeddings", None) or WINDOW_TOKENS
+    positions = positions_of(source.model) or WINDOW_TOKENS
     name, ids = _text(request, source.tokenizer, bos)
     width = min(WINDOW_TOKENS, positions) - (bos.token is not None)
     if len(ids) < 2 * width:

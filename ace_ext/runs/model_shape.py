@@ -7,6 +7,7 @@ from torch import nn
 
 from ace_ext.models._transformers import attends_eagerly, embedding_weight, input_embedding, output_head, text_config
 from ace_ext.models.blocks import Block
+from ace_ext.models.products import converted_bytes, slow_dtypes
 from ace_ext.pruning.gram import CHUNK_TOKENS
 from ace_ext.pruning.kinds import COSINE_GRAM, GRAMS, MOMENT, SKETCH
 from ace_ext.pruning.sketch import direction_count
@@ -25,6 +26,7 @@ class ModelShape:
     widest: int  # largest side of a Linear in a block
     heads: int  # attention heads whose scores are stored; 0 where attention is fused
     itemsize: int  # bytes of one weight
+    converts: bool  # whether a CPU multiplies in float32 instead
     experts: int  # of a block with fused experts; else 0
     experts_of_a_token: int
 
@@ -48,6 +50,7 @@ class ModelShape:
             widest=max(max(linear.weight.shape) for linear in linears),
             heads=getattr(text, "num_attention_heads", 0) if attends_eagerly(model) else 0,
             itemsize=linears[0].weight.dtype.itemsize,
+            converts=linears[0].weight.dtype in slow_dtypes(),
             experts=experts,
             experts_of_a_token=min(experts, getattr(text, "num_experts_per_tok", None) or experts),
         )
@@ -65,6 +68,8 @@ class ModelShape:
         - a norm: residual, and three float32 copies;
         - MLP: residual and norm, then gate, up and their product, each as wide as the widest Linear;
         - statistics of its last Linear.
+
+        With attention and MLP what is converted to float32 for a product, if anything.
         """
         attention = tokens * (8 * self.hidden * self.itemsize + self.heads * seqlen * (4 + 2 * self.itemsize))
         norm = tokens * (2 * self.itemsize + 12) * self.hidden
@@ -74,7 +79,17 @@ class ModelShape:
             observed += 8 * min(tokens, 2048) * self.widest
         if needs & (GRAMS | {SKETCH}):  # widens a chunk to float32, and weighs a copy of it
             observed += (8 if COSINE_GRAM in needs else 4) * min(tokens, CHUNK_TOKENS) * self.widest
-        return max(attention, norm, mlp + tokens * self.routing, observed)
+        converted = self.converted_bytes(tokens)
+        return max(attention + converted, norm, mlp + tokens * self.routing + converted, observed)
+
+    def converted_bytes(self, tokens: int) -> int:
+        """What a product in a block holds in float32 on a CPU that is slow at the model's dtype."""
+        sides = ((self.widest, self.hidden), (self.hidden, self.widest), (self.hidden, self.hidden))
+        return max(converted_bytes(tokens, *shape) for shape in sides) if self.converts else 0
+
+    def head_bytes(self, tokens: int) -> int:
+        """The same of the product with the LM head."""
+        return converted_bytes(tokens, self.vocabulary, self.hidden) if self.converts else 0
 
     def pending_bytes(self, tokens: int) -> int:
         """Bytes that a forward holds while the last, widest Linear is called: the residual, the norm's output and the
@@ -91,7 +106,8 @@ class ModelShape:
         of the process: 55 bytes per hidden column, 20 per column of the MLP, and 16 per attention score if attention is
         not fused."""
         scores = 16 * self.heads * seqlen
-        return tokens * (55 * self.hidden + 20 * self.widest + scores + self.routing)
+        stored = tokens * (55 * self.hidden + 20 * self.widest + scores + self.routing)
+        return stored + self.converted_bytes(tokens)
 
 
 def statistics_bytes(linear: nn.Linear, needs: frozenset[str], tokens: int) -> int:

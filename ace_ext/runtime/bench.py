@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ace_ext.data.requests import positions_of
 from ace_ext.errors import InputError
-from ace_ext.models._transformers import cache_arguments, embedding_weight, text_config
+from ace_ext.models._transformers import cache_arguments, embedding_weight
 from ace_ext.models.loading import load_model
 from ace_ext.models.location import remote_code, remote_code_allowed
 from ace_ext.packed.files import SUFFIX
@@ -129,7 +130,7 @@ def _measure_runs(
     models: tuple[nn.Module, nn.Module], settings: BenchSettings, result: BenchResult, tell: Callable[[str], None]
 ) -> None:
     vocabulary = len(embedding_weight(models[0]))
-    limit = int(getattr(text_config(models[0]), "max_position_embeddings", settings.prefill))
+    limit = positions_of(models[0]) or settings.prefill
     random = torch.Generator().manual_seed(0)
 
     def draw(batch: int, length: int) -> Tensor:

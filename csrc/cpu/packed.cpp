@@ -20,9 +20,10 @@ namespace {
 
 // Up to so many tokens are multiplied in registers, or with AMX in tiles. Measured: docs/payoff.md.
 constexpr int64_t kFewTokens = 8, kFewTokensBf16 = 4;
-constexpr int64_t kFewTokensHalf = 64;  // torch multiplies float16 slowly on most processors
+constexpr int64_t kFewTokensHalf = 32;  // of float16, which torch multiplies in float32 on most processors
 constexpr int64_t kLeastTileTokens = 3, kTileTokens = 64;
 constexpr int64_t kPanelBytes = int64_t{1} << 20;
+constexpr int64_t kWideTokens = 1024;  // of x, converted to float32 at a time
 
 // The processor's, or less if ATEN_CPU_CAPABILITY tells torch to use less.
 PackedLevel packed_level() {
@@ -140,17 +141,28 @@ void unpack(const PackedMatrix<T>& matrix, int64_t begin, int64_t end, at::Tenso
   });
 }
 
+// x may be of float32 where the weights are not: then torch multiplies in float32.
 template <class T>
-void many_tokens(const PackedMatrix<T>& matrix, const at::Tensor& x, const OptionalTensor& bias, at::Tensor& out) {
+void panel_by_panel(const PackedMatrix<T>& matrix, const at::Tensor& x, const OptionalTensor& bias, at::Tensor out) {
   const int64_t rows = out.size(1), cols = x.size(1);
   const int64_t height = std::min(rows, 64 + kPanelBytes / std::max<int64_t>(1, cols * x.element_size()) / 64 * 64);
-  at::Tensor panel = at::empty({height, cols}, x.options());
+  at::Tensor panel = at::empty({height, cols}, out.options());
   for (int64_t begin = 0; begin < rows; begin += height) {
     const int64_t count = std::min(height, rows - begin);
     at::Tensor part = panel.narrow(0, 0, count);
     unpack(matrix, begin, begin + count, part);
-    const OptionalTensor shift = bias ? OptionalTensor(bias->narrow(0, begin, count)) : std::nullopt;
-    out.narrow(1, begin, count).copy_(at::linear(x, part, shift));
+    const OptionalTensor shift =
+        bias ? OptionalTensor(bias->narrow(0, begin, count).to(x.scalar_type())) : std::nullopt;
+    out.narrow(1, begin, count).copy_(at::linear(x, part.to(x.scalar_type()), shift));
+  }
+}
+
+template <class T>
+void many_tokens(const PackedMatrix<T>& matrix, const at::Tensor& x, const OptionalTensor& bias, at::Tensor& out) {
+  if (!torch_is_slow<T>(packed_level())) return panel_by_panel(matrix, x, bias, out);
+  for (int64_t begin = 0; begin < x.size(0); begin += kWideTokens) {
+    const int64_t count = std::min(kWideTokens, x.size(0) - begin);
+    panel_by_panel(matrix, x.narrow(0, begin, count).to(at::kFloat), bias, out.narrow(0, begin, count));
   }
 }
 

@@ -44,6 +44,18 @@ inline PackedLevel highest_packed_level() {
 #endif
 }
 
+// Whether torch multiplies weights of type T one number at a time, for want of instructions: as it does on x86, by the
+// condition of its oneDNN (ace_ext.models.products says the same). Not known of other processors.
+template <class T>
+bool torch_is_slow([[maybe_unused]] PackedLevel level) {
+#if ACE_PACKED_X86
+  if constexpr (std::is_same_v<T, BFloat16>) return level < PackedLevel::avx512;
+  if constexpr (std::is_same_v<T, Half>)
+    return level < PackedLevel::avx512 || __builtin_cpu_supports("avx512fp16") == 0;
+#endif
+  return false;
+}
+
 // Calls action(product, unpack, X{}) with the loops for weights of type T and their type of inputs.
 template <class T, class Action>
 void with_packed_loops(PackedLevel level, Action&& action) {

@@ -1,0 +1,142 @@
+"""Products of half-precision matrices on CPUs that have no instructions for them.
+
+There torch multiplies bfloat16 and float16 numbers one by one, and is seven to nine times slower than in float32 (from
+some 30 tokens on; an AMD EPYC with AVX2). So parts of both matrices are converted, and multiplied in float32. Like
+torch's own products, these are sums in float32 that are rounded once; only the order of their terms differs.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+MIN_TOKENS = 4
+"""For fewer, torch's loops are as fast as converting the weight."""
+TOKENS, PART = 1024, 2**22
+"""At most so many tokens, and numbers in them, are converted at a time, but 64 tokens of any width."""
+ROWS, PANEL = 2048, 2**20
+"""At most so many rows of a weight, and numbers in them, are converted at a time, but 64 rows of any width."""
+
+
+@cache
+def slow_dtypes() -> frozenset[torch.dtype]:
+    """The dtypes whose products torch computes without instructions for them on this machine's CPU."""
+    found = set()
+    for dtype, name in ((torch.bfloat16, "_is_mkldnn_bf16_supported"), (torch.float16, "_is_mkldnn_fp16_supported")):
+        supported = getattr(torch.ops.mkldnn, name, None)  # None: a torch without oneDNN
+        if supported is None or not supported():
+            found.add(dtype)
+    return frozenset(found)
+
+
+@contextmanager
+def float32_products() -> Iterator[None]:
+    """While it lasts, Linears of :func:`slow_dtypes` on a CPU multiply in float32, also in the backward pass."""
+    if slow_dtypes():
+        with _Widened():
+            yield
+    else:
+        yield
+
+
+def converted_bytes(tokens: int, rows: int, cols: int) -> int:
+    """The most that a product of ``[tokens, cols]`` with ``[rows, cols]`` holds in float32 at a time: some 30 MB,
+    however large the matrices are."""
+    part, panel = min(tokens, _part(cols)), min(rows, _panel(cols))
+    return 4 * (part * cols + panel * cols + part * panel)
+
+
+class _Widened(TorchFunctionMode):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is functional.linear and not kwargs and _is_slow(*args):
+            return _Linear.apply(*args, *[None] * (3 - len(args)))  # type: ignore[no-untyped-call]
+        return func(*args, **(kwargs or {}))
+
+
+def _is_slow(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    return (
+        x.device.type == weight.device.type == "cpu"
+        and x.dtype == weight.dtype
+        and x.dtype in slow_dtypes()
+        and (bias is None or bias.dtype == x.dtype)
+        and weight.dim() == 2
+        and x.shape[-1] == weight.shape[1] > 0
+        and x.numel() >= MIN_TOKENS * x.shape[-1]
+        and type(x) in (Tensor, nn.Parameter)
+        and type(weight) in (Tensor, nn.Parameter)
+    )
+
+
+class _Linear(torch.autograd.Function):
+    """``x Wᵀ + b`` and its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        out = x.new_empty(*x.shape[:-1], len(weight))
+        rows, filled = x.reshape(-1, x.shape[-1]), out.view(-1, len(weight))
+        for part in _slices(len(rows), _part(rows.shape[1])):
+            _fill(filled[part], rows[part], weight, bias)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        rows, below = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        wanted, of_x, of_weight = ctx.needs_input_grad, None, None
+        if wanted[0]:
+            of_x = torch.empty_like(rows)
+            for part in _slices(len(rows), _part(rows.shape[1])):
+                of_x[part] = _product(below[part], weight, _panel(rows.shape[1]))
+            of_x = of_x.view(x.shape)
+        if wanted[1]:
+            of_weight = torch.empty_like(weight)
+            for panel in _slices(len(weight), _panel(rows.shape[1])):
+                of_weight[panel] = _product(below[:, panel].T, rows, _part(rows.shape[1]))
+        return of_x, of_weight, below.sum(0, dtype=torch.float32).to(x.dtype) if wanted[2] else None
+
+
+def _fill(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Writes a part of the outputs, a panel of the weight's rows at a time."""
+    given = x.float()
+    for panel in _slices(len(weight), _panel(weight.shape[1])):
+        _fill_panel(out[:, panel], given, weight[panel], None if bias is None else bias[panel])
+
+
+def _fill_panel(out: Tensor, given: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    # A function of its own, so that what it converts is freed before the next panel is converted.
+    found = given @ weight.float().T
+    out.copy_(found if bias is None else found.add_(bias))
+
+
+def _product(a: Tensor, b: Tensor, step: int) -> Tensor:
+    """``a [n, k]`` times ``b [k, m]`` in float32, of which ``step`` numbers of k are converted at a time."""
+    total = torch.zeros(len(a), b.shape[1])
+    for part in _slices(len(b), step):
+        total.addmm_(a[:, part].float(), b[part].float())
+    return total
+
+
+def _part(cols: int) -> int:
+    """How many tokens are converted at a time."""
+    return max(64, min(TOKENS, PART // cols))
+
+
+def _panel(cols: int) -> int:
+    """How many rows of a weight are converted at a time."""
+    return max(64, min(ROWS, PANEL // cols))
+
+
+def _slices(count: int, step: int) -> Iterator[slice]:
+    return (slice(start, start + step) for start in range(0, count, step))
