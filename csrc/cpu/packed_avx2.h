@@ -1,5 +1,5 @@
-// The product with a packed matrix for AVX2, FMA and F16C: eight values are widened to float, and a table of 256
-// permutations puts them at their columns.
+// The product with a packed matrix for AVX2, FMA and F16C: eight values at a time are put at their columns by tables of
+// 256 permutations, of floats or of the bytes of 16-bit numbers.
 #pragma once
 
 #include "cpu/packed_matrix.h"
@@ -26,6 +26,25 @@ constexpr std::array<uint64_t, 256> make_places() {
 }
 alignas(64) inline constexpr std::array<uint64_t, 256> kPlaces = make_places();
 
+// Entry `bits` has at column c, `bytes` wide, the bytes of its 16-bit value in the column's last two, where there is
+// one; bytes of 0x80 become 0.
+template <size_t bytes>
+constexpr std::array<std::array<uint8_t, 8 * bytes>, 256> make_value_bytes() {
+  std::array<std::array<uint8_t, 8 * bytes>, 256> table{};
+  for (unsigned bits = 0; bits < 256; ++bits) {
+    for (auto& byte : table[bits]) byte = 0x80;
+    for (unsigned c = 0; c < 8; ++c) {
+      if (!(bits >> c & 1u)) continue;
+      const uint64_t place = kPlaces[bits] >> (8 * c) & 255;
+      table[bits][bytes * (c + 1) - 2] = static_cast<uint8_t>(2 * place);
+      table[bits][bytes * (c + 1) - 1] = static_cast<uint8_t>(2 * place + 1);
+    }
+  }
+  return table;
+}
+alignas(64) inline constexpr auto kHalfBytes = make_value_bytes<2>();
+alignas(64) inline constexpr auto kFloatBytes = make_value_bytes<4>();  // a bfloat16 is the upper half of a float
+
 }  // namespace ace::cpu::avx2
 
 #pragma GCC push_options
@@ -41,21 +60,21 @@ struct Avx2 {
   using Sums = __m256;
 
   static ACE_HD Sums zero() { return _mm256_setzero_ps(); }
-  static ACE_HD __m256 widen(const T* values) {
-    if constexpr (std::is_same_v<T, float>) {
-      return _mm256_loadu_ps(values);
-    } else {
-      const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
-      if constexpr (std::is_same_v<T, Half>) return _mm256_cvtph_ps(halves);
-      return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
-    }
-  }
   static ACE_HD Weights expand(const T* values, uint64_t bits) {
-    const __m256i places = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(kPlaces[bits])));
-    const __m256i columns = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-    const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), columns);
-    const __m256 stored = _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, columns));
-    return _mm256_and_ps(_mm256_permutevar8x32_ps(widen(values), places), stored);
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+      const __m256i bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(kFloatBytes[bits].data()));
+      return _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, bytes));
+    } else if constexpr (std::is_same_v<T, Half>) {
+      const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(kHalfBytes[bits].data()));
+      return _mm256_cvtph_ps(_mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)), bytes));
+    } else {
+      const __m256i places = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(kPlaces[bits])));
+      const __m256i columns = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+      const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), columns);
+      const __m256 stored = _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, columns));
+      return _mm256_and_ps(_mm256_permutevar8x32_ps(_mm256_loadu_ps(values), places), stored);
+    }
   }
   static ACE_HD Sums add(Sums sums, Weights weights, const float* x) {
     return _mm256_fmadd_ps(weights, _mm256_loadu_ps(x), sums);
