@@ -6,7 +6,9 @@
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -20,7 +22,7 @@ namespace {
 
 // Up to so many tokens are multiplied in registers, or with AMX in tiles. Measured: docs/payoff.md.
 constexpr int64_t kFewTokens = 8, kFewTokensBf16 = 4;
-constexpr int64_t kFewTokensHalf = 32;  // of float16, which torch multiplies in float32 on most processors
+constexpr int64_t kFewTokensSlow = 16;  // of dtypes that torch is slow at: more are multiplied in float32
 constexpr int64_t kLeastTileTokens = 3, kTileTokens = 64;
 constexpr int64_t kPanelBytes = int64_t{1} << 20;
 constexpr int64_t kWideTokens = 1024;  // of x, converted to float32 at a time
@@ -141,29 +143,44 @@ void unpack(const PackedMatrix<T>& matrix, int64_t begin, int64_t end, at::Tenso
   });
 }
 
-// x may be of float32 where the weights are not: then torch multiplies in float32.
-template <class T>
-void panel_by_panel(const PackedMatrix<T>& matrix, const at::Tensor& x, const OptionalTensor& bias, at::Tensor out) {
-  const int64_t rows = out.size(1), cols = x.size(1);
-  const int64_t height = std::min(rows, 64 + kPanelBytes / std::max<int64_t>(1, cols * x.element_size()) / 64 * 64);
-  at::Tensor panel = at::empty({height, cols}, out.options());
-  for (int64_t begin = 0; begin < rows; begin += height) {
-    const int64_t count = std::min(height, rows - begin);
-    at::Tensor part = panel.narrow(0, 0, count);
-    unpack(matrix, begin, begin + count, part);
-    const OptionalTensor shift =
-        bias ? OptionalTensor(bias->narrow(0, begin, count).to(x.scalar_type())) : std::nullopt;
-    out.narrow(1, begin, count).copy_(at::linear(x, part.to(x.scalar_type()), shift));
-  }
+int64_t panel_height(int64_t rows, int64_t cols, int64_t itemsize) {
+  return std::min(rows, 64 + kPanelBytes / std::max<int64_t>(1, cols * itemsize) / 64 * 64);
 }
 
 template <class T>
 void many_tokens(const PackedMatrix<T>& matrix, const at::Tensor& x, const OptionalTensor& bias, at::Tensor& out) {
-  if (!torch_is_slow<T>(packed_level())) return panel_by_panel(matrix, x, bias, out);
-  for (int64_t begin = 0; begin < x.size(0); begin += kWideTokens) {
-    const int64_t count = std::min(kWideTokens, x.size(0) - begin);
-    panel_by_panel(matrix, x.narrow(0, begin, count).to(at::kFloat), bias, out.narrow(0, begin, count));
+  const int64_t rows = out.size(1), cols = x.size(1), height = panel_height(rows, cols, x.element_size());
+  at::Tensor panel = at::empty({height, cols}, x.options());
+  for (int64_t begin = 0; begin < rows; begin += height) {
+    const int64_t count = std::min(height, rows - begin);
+    at::Tensor part = panel.narrow(0, 0, count);
+    unpack(matrix, begin, begin + count, part);
+    const OptionalTensor shift = bias ? OptionalTensor(bias->narrow(0, begin, count)) : std::nullopt;
+    out.narrow(1, begin, count).copy_(at::linear(x, part, shift));
   }
+}
+
+// The same in float32, and each thread has panels of its own: where threads sleep between loops, a loop for each step
+// of each panel would wake them too often. What a thread reads or writes of the caller's tensors goes by pointers,
+// since its inference mode is not the caller's.
+template <class T>
+void wide_panels(const PackedMatrix<T>& matrix, const at::Tensor& x, const OptionalTensor& bias, at::Tensor out) {
+  const int64_t tokens = x.size(0), rows = out.size(1), cols = x.size(1), height = panel_height(rows, cols, 4);
+  const at::TensorOptions wide = at::TensorOptions().dtype(at::kFloat), narrow = at::TensorOptions().dtype(out.dtype());
+  const at::Tensor given = x.to(at::kFloat).contiguous(), sums = at::empty({tokens, rows}, wide);
+  float* input = mutable_data<float>(given);
+  float* found = mutable_data<float>(sums);
+  at::parallel_for(0, (rows + height - 1) / height, 1, [&](int64_t first, int64_t last) {
+    at::Tensor panel = at::empty({height, cols}, narrow), widened = at::empty({height, cols}, wide);
+    for (int64_t begin = first * height; begin < std::min(rows, last * height); begin += height) {
+      const int64_t count = std::min(height, rows - begin);
+      at::Tensor part = panel.narrow(0, 0, count);
+      unpack(matrix, begin, begin + count, part);
+      at::Tensor target = at::from_blob(found + begin, {tokens, count}, {rows, 1}, wide);
+      at::mm_out(target, at::from_blob(input, {tokens, cols}, wide), widened.narrow(0, 0, count).copy_(part).t());
+      finish<T>(found, bias, begin, begin + count, out);
+    }
+  });
 }
 
 at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& bitmap, const at::Tensor& values,
@@ -183,11 +200,12 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& bitmap, const at
       }
     }
 #endif
-    constexpr int64_t few = std::is_same_v<decltype(type), Half> ? kFewTokensHalf : kFewTokens;
-    if (x.size(0) <= few) {
-      few_tokens(matrix, x, bias, out);
-    } else {
-      many_tokens(matrix, x, bias, out);
+    const bool slow = torch_is_slow<decltype(type)>(packed_level());
+    if (x.size(0) <= (slow ? kFewTokensSlow : kFewTokens)) return few_tokens(matrix, x, bias, out);
+    if (!slow) return many_tokens(matrix, x, bias, out);
+    for (int64_t begin = 0; begin < x.size(0); begin += kWideTokens) {
+      const int64_t count = std::min(kWideTokens, x.size(0) - begin);
+      wide_panels(matrix, x.narrow(0, begin, count), bias, out.narrow(0, begin, count));
     }
   });
   return out;
