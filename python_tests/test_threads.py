@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from ace_ext.process_threads import WAITING, allowed_cpus, most_threads
+from ace_ext.process_threads import SPINS, WAITING, allowed_cpus, most_threads
 
-POLICY = "import os, ace_ext; print(os.environ.get('OMP_WAIT_POLICY'))"
+POLICY = "import os, ace_ext; print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'))"
 
 
 def printed(program, **environment):
@@ -18,18 +18,19 @@ def printed(program, **environment):
     ).stdout.strip()
 
 
-def test_threads_wait_asleep():
-    assert printed(POLICY) == "passive"
+def test_threads_sleep_after_a_moment():
+    assert printed(POLICY) == f"passive {SPINS}"
 
 
 @pytest.mark.parametrize("name", WAITING)
 def test_the_user_decides(name):
     value = "active" if name == "OMP_WAIT_POLICY" else "7"
-    assert printed(POLICY, **{name: value}) == (value if name == "OMP_WAIT_POLICY" else "None")
+    expected = {"OMP_WAIT_POLICY": "active None", "GOMP_SPINCOUNT": "None 7", "KMP_BLOCKTIME": "None None"}
+    assert printed(POLICY, **{name: value}) == expected[name]
 
 
 def test_too_late_once_torch_is_loaded():
-    assert printed(f"import torch; {POLICY}") == "None"
+    assert printed(f"import torch; {POLICY}") == "None None"
 
 
 @pytest.mark.parametrize(

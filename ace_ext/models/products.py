@@ -1,8 +1,9 @@
 """Products of half-precision matrices on CPUs that have no instructions for them.
 
-There torch multiplies bfloat16 and float16 numbers one by one, and is seven to nine times slower than in float32 (from
-some 30 tokens on; an AMD EPYC with AVX2). So parts of both matrices are converted, and multiplied in float32. Like
-torch's own products, these are sums in float32 that are rounded once; only the order of their terms differs.
+There torch multiplies bfloat16 and float16 numbers one by one, three to four times slower than float32 with 32 tokens
+and five to nine times with 128 and more (``benchmarks/float32_products.py`` on an AMD EPYC with AVX2). So parts of both
+matrices are converted, and multiplied in float32. Like torch's own products, these are sums in float32 that are rounded
+once; only the order of their terms differs.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
