@@ -29,7 +29,7 @@ def normal(*shape, dtype, seed=0):
 
 
 def widened(*arguments):
-    with float32_products():
+    with float32_products(arguments[0].dtype):
         return functional.linear(*arguments)
 
 

@@ -205,8 +205,9 @@ def _measured(tokenizer: Tokenizer, model: nn.Module, logits: Callable[[Tensor],
 
 def _logits_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
     def forward(tokens: Tensor) -> Tensor:
-        with float32_products():
-            found: Tensor = model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False).logits
+        first = next(model.parameters())
+        with float32_products(first.dtype):
+            found: Tensor = model(input_ids=tokens.to(first.device), use_cache=False).logits
         return found
 
     return forward

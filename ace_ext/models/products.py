@@ -36,9 +36,10 @@ def slow_dtypes() -> frozenset[torch.dtype]:
 
 
 @contextmanager
-def float32_products() -> Iterator[None]:
-    """While it lasts, Linears of :func:`slow_dtypes` on a CPU multiply in float32, also in the backward pass."""
-    if slow_dtypes():
+def float32_products(dtype: torch.dtype) -> Iterator[None]:
+    """While it lasts, Linears of a model of this dtype, if it is one of :func:`slow_dtypes`, multiply in float32 on a
+    CPU, also in the backward pass."""
+    if dtype in slow_dtypes():
         with _Widened():
             yield
     else:
