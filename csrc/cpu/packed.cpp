@@ -165,7 +165,9 @@ void many_tokens(const PackedMatrix<T>& matrix, const at::Tensor& x, const Optio
 // since its inference mode is not the caller's.
 template <class T>
 void wide_panels(const PackedMatrix<T>& matrix, const at::Tensor& x, const OptionalTensor& bias, at::Tensor out) {
-  const int64_t tokens = x.size(0), rows = out.size(1), cols = x.size(1), height = panel_height(rows, cols, 4);
+  const int64_t tokens = x.size(0), rows = out.size(1), cols = x.size(1);
+  const int64_t share = std::max<int64_t>(16, rows / (2 * at::get_num_threads()));  // so that each thread has a panel
+  const int64_t height = std::min(share, panel_height(rows, cols, sizeof(float)));
   const at::TensorOptions wide = at::TensorOptions().dtype(at::kFloat), narrow = at::TensorOptions().dtype(out.dtype());
   const at::Tensor given = x.to(at::kFloat).contiguous(), sums = at::empty({tokens, rows}, wide);
   float* input = mutable_data<float>(given);
