@@ -14,6 +14,12 @@ def part_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.part")
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file of which no part can be left under its name."""
+    with written_whole(path) as part:
+        part.write_bytes(data)
+
+
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A new file beside ``path``, which takes its place when the block ends without an error; else it is removed.

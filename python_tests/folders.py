@@ -1,6 +1,7 @@
 """Tiny models as folders on disk, and runs over them as the command line makes them."""
 
 import contextlib
+import errno
 import hashlib
 import multiprocessing
 import os
@@ -25,6 +26,19 @@ from ace_ext.runs.options import Calibration, RunOptions
 from ace_ext.runs.pipeline import prune_folder
 
 TEXT = "the quick brown fox jumps over the lazy dog " * 40
+
+
+@contextlib.contextmanager
+def full_disk():
+    """While it lasts, the disk is full after a quarter of what ``Path.write_bytes`` writes."""
+    write = Path.write_bytes
+
+    def torn(path, data):
+        write(path, data[: len(data) // 4])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with patch.object(Path, "write_bytes", torn):
+        yield
 
 
 class Tokens(Calibration):

@@ -2,11 +2,10 @@
 
 import shlex
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from folders import call, prune, save_dense, tree
+from folders import call, full_disk, prune, save_dense, tree
 from huggingface_hub import ModelCard
 from tiny_models import make_model, make_tokens
 
@@ -97,7 +96,7 @@ def test_a_healed_folder_has_a_card_of_its_own(place):
 
 
 @pytest.mark.parametrize("base", [True, False], ids=["with-base", "without"])
-def test_a_card_that_could_not_be_written_is_no_base_card(base, place, tmp_path, monkeypatch):
+def test_a_card_that_could_not_be_written_is_no_base_card(base, place, tmp_path):
     """The disk is full in the middle of it; the next call writes the same card, and no other."""
     folder = shutil.copytree(place / "out", tmp_path / "out")
     report = read_report(folder)
@@ -107,16 +106,8 @@ def test_a_card_that_could_not_be_written_is_no_base_card(base, place, tmp_path,
         (folder / CARD).write_text(BASE)
     whole = shutil.copytree(folder, tmp_path / "whole")
     write_card(whole, report)
-    write = Path.write_bytes
-
-    def torn(path, data):
-        write(path, data[: len(data) // 4])
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", torn)
-        with pytest.raises(OSError, match="No space"):
-            write_card(folder, report)
+    with full_disk(), pytest.raises(OSError, match="No space"):
+        write_card(folder, report)
     write_card(folder, report)
     assert tree(folder) == tree(whole)
 

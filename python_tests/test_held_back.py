@@ -34,7 +34,7 @@ def figures(folder) -> dict:
 
 def by_hand(folder, windows: torch.Tensor) -> float:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    with float32_products(model.dtype):
+    with float32_products(model):
         logits = model(windows).logits[:, :-1].float()
     return math.exp(functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item())
 

@@ -29,7 +29,7 @@ def normal(*shape, dtype, seed=0):
 
 
 def widened(*arguments):
-    with float32_products(arguments[0].dtype):
+    with float32_products(arguments[0]):
         return functional.linear(*arguments)
 
 
@@ -46,12 +46,19 @@ def test_one_rounding_of_the_float32_product(dtype, shape, rows, bias):
     assert torch.equal(widened(x, weight, shift), expected.float().to(dtype))
 
 
+def assert_close(found, a, b):
+    """``found`` is ``a b`` with one rounding of a sum in float32, whose own rounding errors are those of its terms."""
+    exact, terms = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    bound = torch.finfo(found.dtype).eps / 2 * exact.abs() + (b.shape[0] + 8) * 2**-24 * terms
+    assert ((found.double() - exact).abs() <= bound + torch.finfo(found.dtype).smallest_normal).all()
+
+
 @pytest.mark.parametrize("dtype", HALF)
 def test_close_to_torchs_own(dtype):
     x, weight = normal(150, 24, dtype=dtype), normal(130, 24, dtype=dtype, seed=1)
+    assert_close(widened(x, weight), x, weight.T)
     exact = x.double() @ weight.double().T
-    for found in (widened(x, weight), functional.linear(x, weight)):
-        assert torch.allclose(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5)
+    assert torch.allclose(functional.linear(x, weight).double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -62,11 +69,13 @@ def test_gradients(dtype, bias):
     below = normal(3, 50, 130, dtype=dtype, seed=3)
     leaves = [tensor.clone().requires_grad_() for tensor in given]
     found = torch.autograd.grad(widened(*leaves), leaves, below)
-    exact = [tensor.double().requires_grad_() for tensor in given]
-    expected = torch.autograd.grad(functional.linear(*exact), exact, below.double())
-    for one, other in zip(found, expected, strict=True):
-        assert one.dtype == dtype
-        assert torch.allclose(one.double(), other, rtol=torch.finfo(dtype).eps, atol=1e-4)
+    assert [gradient.dtype for gradient in found] == [dtype] * len(given)
+    assert [gradient.shape for gradient in found] == [tensor.shape for tensor in given]
+    rows = below.flatten(0, 1)
+    assert_close(found[0].flatten(0, 1), rows, given[1])
+    assert_close(found[1], rows.T, given[0].flatten(0, 1))
+    if bias:
+        assert_close(found[2][None], torch.ones(1, len(rows), dtype=dtype), rows)
     x = given[0].clone().requires_grad_()
     assert torch.equal(torch.autograd.grad(widened(x, *given[1:]), x, below)[0], found[0])
 
@@ -89,13 +98,14 @@ def test_what_is_left_to_torch(monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "mixtral", "opt"])
 @pytest.mark.parametrize("dtype", HALF)
 def test_a_model_is_pruned_by_it(family, dtype, monkeypatch):
-    """The errors of its blocks are those that torch's own products give, up to rounding."""
+    """The errors of its matrices are those that torch's own products give, up to one rounding of the outputs before and
+    after. Their masks do not depend on products, which could decide between two weights of nearly one score."""
     model = make_model(family, dtype)
     tokens = torch.randint(0, 64, (12, 16), generator=torch.Generator().manual_seed(0))
     reports = []
     for slow in (frozenset(HALF), frozenset()):
         monkeypatch.setattr(products, "slow_dtypes", lambda slow=slow: slow)
-        reports.append(prune_model(copy.deepcopy(model), tokens, PruneConfig("wanda")))
+        reports.append(prune_model(copy.deepcopy(model), tokens, PruneConfig("magnitude")))
     for one, other in zip(*(report.matrices for report in reports), strict=True):
         assert one.nonzero == other.nonzero
-        assert one.relative_error == pytest.approx(other.relative_error, rel=0.05)
+        assert abs(one.relative_error - other.relative_error) <= torch.finfo(dtype).eps  # twice half a unit

@@ -4,10 +4,10 @@ import argparse
 import json
 import math
 import statistics
-from pathlib import Path
 
 import pytest
 import torch
+from folders import full_disk
 from tiny_models import make_model, make_tokenizer
 
 from ace_ext import InputError, PruneConfig, prune_model
@@ -251,19 +251,11 @@ def test_other_contents_under_the_same_name_are_refused(place, tmp_path, monkeyp
         compare(place, output=folder, calibration=text, model=model)
 
 
-def test_a_comparison_that_ended_in_its_first_line_starts_again(place, tmp_path, monkeypatch):
+def test_a_comparison_that_ended_in_its_first_line_starts_again(place, tmp_path):
     whole, full, killed = tmp_path / "whole", tmp_path / "full", tmp_path / "killed"
     compare(place, output=whole)
-    write = Path.write_text
-
-    def torn(path, data, **encoding):
-        write(path, data[: len(data) // 2], **encoding)
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", torn)
-        with pytest.raises(InputError, match="No space"):
-            compare(place, output=full)
+    with full_disk(), pytest.raises(InputError, match="No space"):
+        compare(place, output=full)
     assert list(full.iterdir()) == []
     killed.mkdir()
     (killed / f".{RUNS_NAME}.part").write_bytes((whole / RUNS_NAME).read_bytes()[:9])

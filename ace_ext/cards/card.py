@@ -22,7 +22,7 @@ from ace_ext.packed.files import PackedShards, is_packed
 from ace_ext.pruning.criteria import METRICS
 from ace_ext.pruning.solvers import SOLVERS, WeightSolver
 from ace_ext.records import PruneReport, figure_text
-from ace_ext.whole_files import written_whole
+from ace_ext.whole_files import write_whole
 
 BASE_CARD = "BASE_MODEL_README.md"
 """The card of the model that was pruned, under its new name."""
@@ -49,8 +49,7 @@ def write_card(folder: Path, report: PruneReport) -> None:
     card = _render(report, base, beside.is_file(), _causal(folder)).encode("utf-8")
     if is_packed(folder):
         card += section_of(codec_named(PackedShards(folder, mapped=False).packed[0].origin.codec))
-    with written_whole(path) as part:  # a part of a card would be taken for somebody else's
-        part.write_bytes(card)
+    write_whole(path, card)  # a part of a card would be taken for somebody else's
 
 
 def card_says(folder: Path) -> tuple[int, float] | None:

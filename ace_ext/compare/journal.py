@@ -20,7 +20,7 @@ from ace_ext.data.tasks import TaskScore
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import differences
 from ace_ext.records import BlockReport
-from ace_ext.whole_files import part_of, written_whole
+from ace_ext.whole_files import part_of, write_whole
 
 RUNS_NAME = "runs.jsonl"
 FORMAT = 1
@@ -154,7 +154,8 @@ class Journal:
             _refuse_other_settings(self.path, self.results.settings, settings)
         else:
             _make_folder(folder)
-            self._begin({"format": LINES, "settings": settings})
+            with _writing(self.path):  # whole: a file with a part of the first line would be no record, and refused
+                write_whole(self.path, f"{with_sum(json.dumps({'format': LINES, 'settings': settings}))}\n".encode())
 
     def add_dense(
         self, dense: dict[str, Perplexity], weights_sha256: str, bos: BosChoice, tasks: dict[str, TaskScore]
@@ -186,12 +187,6 @@ class Journal:
             raise _changed(self.path, f"otherwise, in {cell.method}: {'; '.join(differing)}")
         if run.source_sha256 != source_sha256:
             raise _changed(self.path, f"with another text in {cell.calibration}")
-
-    def _begin(self, line: dict[str, Any]) -> None:
-        """Writes the first line whole: a file with a part of it would be no record, and refused."""
-        assert self.path is not None
-        with _writing(self.path), written_whole(self.path) as part:
-            part.write_text(with_sum(json.dumps(line)) + "\n", encoding="utf-8")
 
     def _append(self, line: dict[str, Any]) -> None:
         if self.path is None:

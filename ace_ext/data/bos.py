@@ -205,9 +205,8 @@ def _measured(tokenizer: Tokenizer, model: nn.Module, logits: Callable[[Tensor],
 
 def _logits_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
     def forward(tokens: Tensor) -> Tensor:
-        first = next(model.parameters())
-        with float32_products(first.dtype):
-            found: Tensor = model(input_ids=tokens.to(first.device), use_cache=False).logits
+        with float32_products(model):
+            found: Tensor = model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False).logits
         return found
 
     return forward

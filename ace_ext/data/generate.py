@@ -96,7 +96,7 @@ def _write(
     cache: dict[str, object] = {}
     finite = torch.ones((), dtype=torch.bool, device=device)
     for draw in torch.split(draws, 1, dim=1):
-        with float32_products(next(model.parameters()).dtype):
+        with float32_products(model):
             output = model(input_ids=news, use_cache=True, **cache)
         # float64: in float32 the running sum over a large vocabulary would lose the rare tokens.
         logits = output.logits[:, -1].to(device, torch.float64)

@@ -87,7 +87,7 @@ def perplexity(
     batches = torch.split(whole, max(1, BATCH_TOKENS // seqlen))
     for batch in tqdm(batches, desc="perplexity", unit="batch", disable=not progress, file=sys.stderr):
         batch = batch.to(device)
-        with float32_products(next(model.parameters()).dtype):
+        with float32_products(model):
             logits = model(batch, use_cache=False).logits[:, :-1].float()
         total += functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
     model.train(training)

@@ -85,13 +85,8 @@ class Block:
         """While it lasts, products with the block's matrices are calls of its Linears: held ones, and those of
         state-space layers, which multiply by a Linear's weight without calling it (they also have weights of their
         own). Linears that a CPU is slow at multiply in float32 (:mod:`ace_ext.models.products`)."""
-        with float32_products(self.dtype), through_linears(self.held, self._used_directly):
+        with float32_products(self.module), through_linears(self.held, self._used_directly):
             yield
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of its parameters."""
-        return next(self.module.parameters()).dtype
 
     @property
     def leaves_biases(self) -> bool:

@@ -4,7 +4,7 @@ Each matrix becomes an ``nn.Linear`` that shares the parameter's memory, so that
 code for layouts. While a block runs, the products with these matrices are computed by these Linears.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from ace_ext.models._transformers_layouts import computes_experts, eager_experts, layouts_in
+from ace_ext.models.calls import OtherwiseComputed
 from ace_ext.models.layout import Layout
 
 
@@ -125,10 +125,9 @@ _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm
 _BATCHED = (torch.bmm, Tensor.bmm)
 
 
-class _Redirected(TorchFunctionMode):
-    """Redirects products with known matrices to their Linears; a matrix is recognised by its address and strides.
-
-    Inside :meth:`__torch_function__` the mode is off, so the Linear's own product is the real one.
+class _Redirected(OtherwiseComputed):
+    """Redirects products with known matrices to their Linears; a matrix is recognised by its address and strides. The
+    Linear's own product is the real one, as the mode is off there.
     """
 
     def __init__(self, held: Sequence[HeldMatrices], used_directly: Mapping[str, nn.Linear]) -> None:
@@ -138,17 +137,7 @@ class _Redirected(TorchFunctionMode):
         self._all = self._own | {linear.weight.data_ptr(): linear for linear in used_directly.values()}
         self._held = {matrices.tensor.data_ptr(): matrices for matrices in held}
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        found = None if kwargs else self._product(func, args)
-        return func(*args, **(kwargs or {})) if found is None else found
-
-    def _product(self, func: Callable[..., Any], args: Sequence[Any]) -> Tensor | None:
+    def instead(self, func: Callable[..., Any], args: Sequence[Any]) -> Tensor | None:
         """The result of a product with a known matrix ``W``; None for any other call."""
         if func is functional.linear and len(args) in (2, 3):
             linear = self._own.get(args[1].data_ptr())

@@ -6,7 +6,7 @@ matrices are converted, and multiplied in float32. Like torch's own products, th
 once; only the order of their terms differs.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+
+from ace_ext.models.calls import OtherwiseComputed
 
 MIN_TOKENS = 4
 """For fewer, torch's loops are as fast as converting the weight."""
@@ -36,9 +37,10 @@ def slow_dtypes() -> frozenset[torch.dtype]:
 
 
 @contextmanager
-def float32_products(dtype: torch.dtype) -> Iterator[None]:
-    """While it lasts, Linears of a model of this dtype, if it is one of :func:`slow_dtypes`, multiply in float32 on a
-    CPU, also in the backward pass."""
+def float32_products(of: nn.Module | Tensor) -> Iterator[None]:
+    """While it lasts, Linears multiply in float32 on a CPU, also in the backward pass, if the dtype of a module, or of
+    a tensor, is one of :func:`slow_dtypes`."""
+    dtype = of.dtype if isinstance(of, Tensor) else next(of.parameters()).dtype
     if dtype in slow_dtypes():
         with _Widened():
             yield
@@ -53,17 +55,12 @@ def converted_bytes(tokens: int, rows: int, cols: int) -> int:
     return 4 * (part * cols + panel * cols + part * panel)
 
 
-class _Widened(TorchFunctionMode):
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func is functional.linear and not kwargs and _is_slow(*args):
-            return _Linear.apply(*args, *[None] * (3 - len(args)))  # type: ignore[no-untyped-call]
-        return func(*args, **(kwargs or {}))
+class _Widened(OtherwiseComputed):
+    def instead(self, func: Callable[..., Any], args: Sequence[Any]) -> Tensor | None:
+        if func is not functional.linear or not _is_slow(*args):
+            return None
+        found: Tensor = _Linear.apply(*args, *[None] * (3 - len(args)))  # type: ignore[no-untyped-call]
+        return found
 
 
 def _is_slow(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:

@@ -49,6 +49,6 @@ class Tail:
                 replaced.enter_context(replaced_forward(block.module, skip))
             replaced.enter_context(replaced_forward(self._blocks[-1].module, end))
             ids = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
-            replaced.enter_context(float32_products(hidden.dtype))
+            replaced.enter_context(float32_products(hidden))
             logits: Tensor = self._model(input_ids=ids, use_cache=False).logits
         return logits[0]

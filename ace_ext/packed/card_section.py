@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ace_ext.packed._codec import Codec
-from ace_ext.whole_files import written_whole
+from ace_ext.whole_files import write_whole
 
 CARD = "README.md"
 """A model's card, as hubs name it."""
@@ -32,9 +32,7 @@ def add_section(folder: Path, codec: Codec) -> None:
     """Appends the section to the card of a packed folder. Without a card nothing happens."""
     path = folder / CARD
     if path.is_file():
-        card = path.read_bytes() + section_of(codec)
-        with written_whole(path) as part:
-            part.write_bytes(card)
+        write_whole(path, path.read_bytes() + section_of(codec))
 
 
 def section_of(codec: Codec) -> bytes:

@@ -288,7 +288,7 @@ def sketched_output(x: Tensor, weight: Tensor, product: Product = functional.lin
     """
     if len(weight) > SKETCH_ROWS:
         weight = _projection(len(weight), weight.device, weight.dtype) @ weight
-    with float32_products(weight.dtype):  # as in the forward, whichever thread runs this
+    with float32_products(weight):  # as in the forward, whichever thread runs this
         return product(x, weight)
 
 

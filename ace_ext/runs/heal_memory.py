@@ -126,7 +126,7 @@ class HealDemand:
         activations = shape.training_bytes(self.step, self.seqlen)
         inputs = len(self.trained) * self.step * shape.hidden * itemsize
         together = min(self.step, tokens_at_once(shape.vocabulary))
-        logits = LOGIT_BYTES * shape.vocabulary * together + shape.head_bytes(together)
+        logits = LOGIT_BYTES * shape.vocabulary * together + shape.converted_head_bytes(together)
         # Adam's gradients of one block in float32, and in the model's dtype; or while saving, a block's packed state.
         gradients = block * (4 + 2 * itemsize)
         return Estimate(

@@ -210,7 +210,7 @@ class _Run:
         logits = self.shape.vocabulary * tokens * self.shape.itemsize
         forward = self.shape.forward_bytes(tokens, seqlen, frozenset())
         return (
-            Estimate(forward=forward, transient=logits + self.shape.head_bytes(tokens), phase="bos"),
+            Estimate(forward=forward, transient=logits + self.shape.converted_head_bytes(tokens), phase="bos"),
             Estimate(transient=logits + self.shape.vocabulary * seqlen * 8, phase="bos"),
         )
 
@@ -227,7 +227,7 @@ class _Run:
         if self.in_one_forward or self.in_lockstep:
             stays = self.batch * self.shape.widest * self.shape.itemsize < _HEAP_TENSOR
             held = self.shape.waiting_bytes if self.in_lockstep else self.shape.pending_bytes
-            kept = forward - self.shape.converted_bytes(self.batch)  # one product at a time is converted
+            kept = self.shape.activation_bytes(self.batch, self.seqlen, needs)  # one product at a time is converted
             pending = kept * self.tokens // self.batch if stays else held(self.tokens)
         if self.in_lockstep:  # one batch runs, the others wait
             forward = max(forward + self.shape.waiting_bytes(self.tokens - self.batch), pending)

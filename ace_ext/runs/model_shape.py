@@ -62,32 +62,39 @@ class ModelShape:
         return 8 * self.experts_of_a_token * (self.experts + 1) + (4 + self.itemsize) * self.experts
 
     def forward_bytes(self, tokens: int, seqlen: int, needs: frozenset[str]) -> int:
-        """The most bytes that one batch of ``tokens`` holds at a time in a block: the largest of
+        """The most bytes that one batch of ``tokens`` holds at a time in a block: :meth:`activation_bytes`, or what is
+        held while a product is converted to float32, if any is."""
+        converted = self._around_products(tokens, seqlen) + self.converted_bytes(tokens)
+        return max(self.activation_bytes(tokens, seqlen, needs), converted)
+
+    def activation_bytes(self, tokens: int, seqlen: int, needs: frozenset[str]) -> int:
+        """The same without what is converted: the largest of
 
         - attention: residual and norm, then queries, keys and values before and after rotation (6 hidden widths);
         - a norm: residual, and three float32 copies;
         - MLP: residual and norm, then gate, up and their product, each as wide as the widest Linear;
         - statistics of its last Linear.
-
-        With attention and MLP what is converted to float32 for a product, if anything.
         """
-        attention = tokens * (8 * self.hidden * self.itemsize + self.heads * seqlen * (4 + 2 * self.itemsize))
         norm = tokens * (2 * self.itemsize + 12) * self.hidden
-        mlp = tokens * (2 * self.hidden + 3 * self.widest) * self.itemsize
         observed = self.pending_bytes(tokens)
         if MOMENT in needs:  # squares at most 2048 tokens at a time, in float32
             observed += 8 * min(tokens, 2048) * self.widest
         if needs & (GRAMS | {SKETCH}):  # widens a chunk to float32, and weighs a copy of it
             observed += (8 if COSINE_GRAM in needs else 4) * min(tokens, CHUNK_TOKENS) * self.widest
-        converted = self.converted_bytes(tokens)
-        return max(attention + converted, norm, mlp + tokens * self.routing + converted, observed)
+        return max(self._around_products(tokens, seqlen), norm, observed)
+
+    def _around_products(self, tokens: int, seqlen: int) -> int:
+        """The larger of attention and MLP."""
+        attention = tokens * (8 * self.hidden * self.itemsize + self.heads * seqlen * (4 + 2 * self.itemsize))
+        mlp = tokens * (2 * self.hidden + 3 * self.widest) * self.itemsize
+        return max(attention, mlp + tokens * self.routing)
 
     def converted_bytes(self, tokens: int) -> int:
         """What a product in a block holds in float32 on a CPU that is slow at the model's dtype."""
         sides = ((self.widest, self.hidden), (self.hidden, self.widest), (self.hidden, self.hidden))
         return max(converted_bytes(tokens, *shape) for shape in sides) if self.converts else 0
 
-    def head_bytes(self, tokens: int) -> int:
+    def converted_head_bytes(self, tokens: int) -> int:
         """The same of the product with the LM head."""
         return converted_bytes(tokens, self.vocabulary, self.hidden) if self.converts else 0
 

@@ -28,7 +28,7 @@ from ace_ext.runs.model_source import Source, budget_of, check_serves, open_sour
 from ace_ext.runs.options import Calibration, RunRequest
 from ace_ext.runs.output import finished_report, read_report
 from ace_ext.runs.unfinished import UnfinishedRun, discard
-from ace_ext.whole_files import written_whole
+from ace_ext.whole_files import write_whole
 
 Prune = Callable[[RunRequest, Path, Progress], PruneReport]
 
@@ -104,8 +104,7 @@ def _record_config(pruned: Path, request: RunRequest) -> None:
     report = read_report(pruned)
     report.config = request.config.to_dict()
     report.extra["command"] = run_command(request)
-    with written_whole(pruned / REPORT_NAME) as part:
-        part.write_text(report.to_json(), encoding="utf-8")
+    write_whole(pruned / REPORT_NAME, report.to_json().encode("utf-8"))
 
 
 class _TwoRuns(UnfinishedRun):

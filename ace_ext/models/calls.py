@@ -1,0 +1,25 @@
+"""Calls of torch's functions that are computed otherwise."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class OtherwiseComputed(TorchFunctionMode):
+    """While it lasts, calls for which :meth:`instead` has a result have that one. Inside it the mode is off."""
+
+    def instead(self, func: Callable[..., Any], args: Sequence[Any]) -> Tensor | None:
+        """The result of a call without keyword arguments; None: torch computes it."""
+        raise NotImplementedError
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        found = None if kwargs else self.instead(func, args)
+        return func(*args, **(kwargs or {})) if found is None else found
