@@ -41,7 +41,7 @@ test-cpp:
 # Checks of the code that nvcc generates: warnings, spills, registers, 128-bit loads. Needs nvcc, but no GPU.
 check-kernels: $(VENV)/tools
 	tools/check_nvcc.sh build/nvcc
-	$(BIN)/python tools/check_registers.py build/nvcc build/ptx
+	$(BIN)/python tools/check_registers.py build/nvcc build/ptx/sm_80
 	$(BIN)/python tools/check_sass.py build/nvcc
 	PYTHON=$(BIN)/python tools/check_glue.sh
 
@@ -80,7 +80,8 @@ nightly-python: $(VENV)/installed
 test-oldest:
 	ACE_CUDA=0 PIP_CONSTRAINT="$$PWD/.ci/oldest.txt" $(MAKE) test-python VENV=.venv-oldest
 
-# The kernels' PTX under sanitizers; `make test` runs their source there, and the PTX without sanitizers.
+# The kernels' PTX under sanitizers; `make test` runs their source there, and the PTX without sanitizers. Also compares the
+# PTX for sm_90 with that for sm_80, which is the one that is run.
 nightly-cpp:
 	tools/system_packages.sh
 	ACE_CUDA_ARCHS="80 90" tools/test_cpp.sh build/cpp-asan "address,undefined"

@@ -35,10 +35,9 @@ LANES, SCHEDULERS = 32, 4
 
 @dataclass(frozen=True)
 class Card:
-    """A card by its data sheet: architecture, multiprocessors, boost clock in Hz, bandwidth in bytes a second."""
+    """A card by its data sheet: multiprocessors, boost clock in Hz, bandwidth in bytes a second."""
 
     name: str
-    arch: str
     processors: int
     clock: float
     bandwidth: float
@@ -56,7 +55,7 @@ class Card:
         return min(1.0, self.transfer(moved) / self.issue(instructions))
 
 
-CARDS = (Card("H100 SXM", "90", 132, 1.755e9, 3.35e12), Card("A100 80GB", "80", 108, 1.41e9, 2.039e12))
+CARDS = (Card("H100 SXM", 132, 1.755e9, 3.35e12), Card("A100 80GB", 108, 1.41e9, 2.039e12))
 
 # Op -> bytes of memory traffic an element of bfloat16 weights or activations (factors a column stay in the cache), and
 # the budget of instructions an element.
@@ -72,8 +71,8 @@ OPS = {
 # Op of bench_ops.py -> op above, where the names differ.
 MEASURED_OPS = {"top-k by row": "row top-k", "top-k by matrix": "matrix top-k", "1/|a|^2": "inverse_square_norm"}
 
-Counts = dict[str, dict[str, float]]
-"""Architecture -> "op, columns" -> a thread's instructions an element, to two digits."""
+Counts = dict[str, float]
+""""op, columns" -> a thread's instructions an element, to two digits."""
 
 
 def budget_of(case: str) -> int:
@@ -81,43 +80,36 @@ def budget_of(case: str) -> int:
 
 
 def counted(build: Path, ptx: Path) -> Counts:
-    """Counts on the PTX of each card's architecture.
+    """Counts on the PTX for sm_80, which is also that for sm_90 (tools/make_ptx.sh).
 
     Raises:
         KeyError: an op that this file does not know.
     """
     program = build / "count_instructions"
+    for needed in (program, ptx):
+        if not needed.exists():
+            sys.exit(f'predict: no {needed}: run tools/test_cpp.sh {build} "" first (with nvcc)')
+    run = subprocess.run([program], env={**os.environ, "ACE_PTX": str(ptx)}, check=True, capture_output=True, text=True)
     found: Counts = {}
-    for arch in sorted({card.arch for card in CARDS}):
-        folder = ptx / f"sm_{arch}"
-        for needed in (program, folder):
-            if not needed.exists():
-                sys.exit(f'predict: no {needed}: run tools/test_cpp.sh {build} "" first (with nvcc)')
-        run = subprocess.run(
-            [program], env={**os.environ, "ACE_PTX": str(folder)}, check=True, capture_output=True, text=True
-        )
-        found[arch] = {}
-        for line in run.stdout.splitlines():
-            op, columns, elements, instructions = line.split("\t")
-            assert op in OPS, op
-            found[arch][f"{op}, {columns}"] = round(int(instructions) * LANES / int(elements), 2)
+    for line in run.stdout.splitlines():
+        op, columns, elements, instructions = line.split("\t")
+        assert op in OPS, op
+        found[f"{op}, {columns}"] = round(int(instructions) * LANES / int(elements), 2)
     return found
 
 
 def table(found: Counts) -> str:
     """A Markdown table: a line for each case."""
-    heads = ["op, columns", "budget", "met"]
+    heads = ["op, columns", "budget", "met", "instructions"]
     for card in CARDS:
-        heads += [f"{card.name}: instructions", "ps of them", "ps of the bytes", "of a copy, at most"]
+        heads += [f"{card.name}: ps of them", "ps of the bytes", "of a copy, at most"]
     lines = ["| " + " | ".join(heads) + " |", "|---|---:|---|" + "---:|" * (len(heads) - 3)]
-    for case in found[CARDS[0].arch]:
+    for case, count in found.items():
         moved, budget = OPS[case.rpartition(", ")[0]]
-        met = all(found[card.arch][case] <= budget for card in CARDS)
-        cells = [case, str(budget), "yes" if met else "no"]
+        cells = [case, str(budget), "yes" if count <= budget else "no", f"{count:.1f}"]
         for card in CARDS:
-            issue, transfer = card.issue(found[card.arch][case]), card.transfer(moved)
-            share = card.share_of_copy(found[card.arch][case], moved)
-            cells += [f"{found[card.arch][case]:.1f}", f"{issue * 1e12:.2f}", f"{transfer * 1e12:.2f}", f"{share:.0%}"]
+            issue, transfer, share = card.issue(count), card.transfer(moved), card.share_of_copy(count, moved)
+            cells += [f"{issue * 1e12:.2f}", f"{transfer * 1e12:.2f}", f"{share:.0%}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -125,13 +117,12 @@ def table(found: Counts) -> str:
 def faults(found: Counts, recorded: Counts) -> list[str]:
     """Counts above the recorded ones or their budgets, and cases that are not recorded, a line each."""
     bad = []
-    for arch, cases in found.items():
-        for case, count in cases.items():
-            was = recorded.get(arch, {}).get(case)
-            if was is None or count > was:
-                bad.append(f"sm_{arch}, {case}: {count} instructions an element, recorded: {was}")
-            if count > budget_of(case):
-                bad.append(f"sm_{arch}, {case}: {count} instructions an element, budget: {budget_of(case)}")
+    for case, count in found.items():
+        was = recorded.get(case)
+        if was is None or count > was:
+            bad.append(f"{case}: {count} instructions an element, recorded: {was}")
+        if count > budget_of(case):
+            bad.append(f"{case}: {count} instructions an element, budget: {budget_of(case)}")
     return bad
 
 
@@ -143,7 +134,7 @@ def measured(file: Path, recorded: Counts) -> str:
     lines += ["| op | shape | time | GB/s | of a copy | at most, by the counts |", "|---|---|---:|---:|---:|---:|"]
     for row in run["rows"]:
         case = f"{MEASURED_OPS.get(row['op'], row['op'])}, "
-        counts = [n for name, n in recorded[card.arch].items() if name.startswith(case)] if card else []
+        counts = [n for name, n in recorded.items() if name.startswith(case)] if card else []
         allowed = f"{card.share_of_copy(max(counts), OPS[case[:-2]][0]):.0%}" if card and counts else ""
         cells = [row["op"], row["shape"], f"{row['us']:.1f} µs", f"{row['gb_s']:.0f}", f"{row['copy_percent']:.0f}%"]
         lines.append("| " + " | ".join([*cells, allowed]) + " |")
@@ -163,7 +154,7 @@ def write_results(part: str, text: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="What the kernels' instruction counts allow.")
     parser.add_argument("--build", type=Path, default=ROOT / "build/cpp", help="folder of the C++ build")
-    parser.add_argument("--ptx", type=Path, default=ROOT / "build/ptx", help="folder of tools/make_ptx.sh")
+    parser.add_argument("--ptx", type=Path, default=ROOT / "build/ptx/sm_80", help="folder of PTX files")
     parser.add_argument("--check", action="store_true", help="fail where a count is above the recorded one")
     parser.add_argument("--update", action="store_true", help="record the counts, write the table to RESULTS.md")
     parser.add_argument("--measured", type=Path, help="the JSON of bench_ops.py: its table goes to RESULTS.md")

@@ -42,8 +42,8 @@ def run(tool, tmp_path, monkeypatch, capsys):
     """``run(registers, kernel, ptx)``: the exit status, and what was printed."""
 
     def call(registers: int, kernel: str = "_Z4bothv", ptx: str = PTX):
-        (tmp_path / "ptx" / "sm_80").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "ptx" / "sm_80" / "k.ptx").write_text(ptx)
+        (tmp_path / "ptx").mkdir(exist_ok=True)
+        (tmp_path / "ptx" / "k.ptx").write_text(ptx)
         (tmp_path / "k.sm_80.log").write_text(REPORT.format(kernel, kernel, registers))
         monkeypatch.setattr("sys.argv", ["check_registers", str(tmp_path), str(tmp_path / "ptx")])
         status = tool.main()
@@ -76,7 +76,7 @@ def test_registers_are_rounded_up_as_they_are_handed_out(tool):
 
 
 def test_a_file_without_kernels_is_a_fault(run, tmp_path):
-    (tmp_path / "ptx" / "sm_80").mkdir(parents=True)
-    (tmp_path / "ptx" / "sm_80" / "other.ptx").write_text("")
+    (tmp_path / "ptx").mkdir()
+    (tmp_path / "ptx" / "other.ptx").write_text("")
     (tmp_path / "other.sm_80.log").write_text("ptxas info    : 0 bytes gmem\n")
     assert "other.sm_80: no kernel" in run(16)[1]

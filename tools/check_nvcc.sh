@@ -5,7 +5,8 @@
 #
 #   tools/check_nvcc.sh [output folder]        ACE_CUDA_ARCHS="80 90" names the architectures
 #
-# The folder keeps NAME.sm_NN.cubin for tools/check_sass.py, and .log for tools/check_registers.py. PTX is made by tools/make_ptx.sh, in build/ptx.
+# The folder keeps NAME.sm_NN.cubin for tools/check_sass.py, and .log for tools/check_registers.py. All are made of the PTX
+# for sm_80, by tools/make_ptx.sh in build/ptx.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-build/nvcc}
@@ -16,11 +17,11 @@ mkdir -p "$out"
 
 compile() {  # name arch
   "$nvcc" -O3 -Werror all-warnings -Xptxas -v -arch="sm_$2" -cubin \
-    "build/ptx/sm_$2/$1.ptx" -o "$out/$1.sm_$2.cubin" >"$out/$1.sm_$2.log" 2>&1 && return
+    "build/ptx/sm_80/$1.ptx" -o "$out/$1.sm_$2.cubin" >"$out/$1.sm_$2.log" 2>&1 && return
   cat "$out/$1.sm_$2.log" >&2
   return 255  # xargs stops
 }
-ACE_CUDA_ARCHS=$archs NVCC=$nvcc tools/make_ptx.sh build/ptx
+ACE_CUDA_ARCHS=80 NVCC=$nvcc tools/make_ptx.sh build/ptx
 export -f compile
 export nvcc out
 

@@ -9,7 +9,7 @@ at a time (CUDA's occupancy calculator).
 
 Run tools/check_nvcc.sh first; it writes the reports and the PTX. Nothing is run on a GPU.
 
-    python tools/check_registers.py [folder of reports, default build/nvcc] [folder of PTX, default build/ptx]
+    python tools/check_registers.py [folder of reports, default build/nvcc] [folder of PTX, default build/ptx/sm_80]
 """
 
 import re
@@ -67,15 +67,15 @@ def faults(bounds: dict[str, Bounds], registers: dict[str, int]) -> list[str]:
 
 
 def main() -> int:
-    folder, ptx = map(Path, [*sys.argv[1:], *("build/nvcc", "build/ptx")[len(sys.argv) - 1 :]])
+    folder, ptx = map(Path, [*sys.argv[1:], *("build/nvcc", "build/ptx/sm_80")[len(sys.argv) - 1 :]])
     reports = sorted(folder.glob("*.log"))
     if not reports:
         sys.exit(f"check_registers: no .log in {folder}: run tools/check_nvcc.sh {folder} first")
     bad = []
     print(f"{'file':<28}{'kernels':>8}{'registers':>11}{'threads':>9}{'most of 65536 a block':>24}")
     for report in reports:
-        name, arch = report.stem.rsplit(".", 1)
-        registers, bounds = registers_in(report.read_text()), bounds_in((ptx / arch / f"{name}.ptx").read_text())
+        name = report.stem.rsplit(".", 1)[0]  # without its architecture
+        registers, bounds = registers_in(report.read_text()), bounds_in((ptx / f"{name}.ptx").read_text())
         bad += [f"{report.stem}: no kernel"] if not registers else faults(bounds, registers)
         blocks = [(needed(count, bounds[k].threads), count, bounds[k].threads) for k, count in registers.items()]
         most, count, threads = max(blocks, default=(0, 0, 0))

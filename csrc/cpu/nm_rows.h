@@ -78,9 +78,10 @@ ACE_HD void put_group(const MaskRow& out, int64_t first, const GroupWeights<T, k
   for (int i = 0; i < kGroup; ++i) out.put(first + i, kept[i]);
 }
 
-// Keeps the best keep_n of each group of kGroup. `row.column` and `row.column_sum` in by_place's order.
+// Keeps the best keep_n of each group of kGroup, by scores and weights in one pass. `row.column` in by_place's order.
 template <int kGroup, class F, class T, class Out>
 ACE_MULTIVERSION void keep_best_of_row(ScoredRow<T> row, Out out, int keep_n) {
+  static_assert(!F::kSums, "such scores are computed first");
   const int64_t groups = row.cols / kGroup;
   for (int64_t g = 0; g < groups; ++g) {
     GroupWeights<T, kGroup> group;
@@ -89,8 +90,7 @@ ACE_MULTIVERSION void keep_best_of_row(ScoredRow<T> row, Out out, int keep_n) {
     ACE_UNROLL
     for (int i = 0; i < kGroup; ++i) {
       const ScoreTerms terms{F::kColumn ? row.column[i * groups + g] : 0.0f,
-                             F::kMoment ? row.moment[kGroup * g + i] : 0.0f, row.row_sum,
-                             F::kSums ? row.column_sum[i * groups + g] : 0.0f};
+                             F::kMoment ? row.moment[kGroup * g + i] : 0.0f, 0.0f, 0.0f};
       score[i] = F::value(to_float(group.weight(i)), terms);
     }
     int rank[kGroup] = {};  // how many come before in the order: higher ones, and equal ones of lower columns
@@ -109,5 +109,17 @@ ACE_MULTIVERSION void keep_best_of_row(ScoredRow<T> row, Out out, int keep_n) {
     put_group(out, kGroup * g, group, kept);
   }
 }
+
+// The same for any formula, by way of the scores of the row, which `scores` [cols] then holds: one selection serves
+// them all.
+template <int kGroup, class F, class T, class Out>
+void keep_best_of_scored_row(const ScoredRow<T>& row, Out out, int keep_n, float* scores) {
+  row_scores<F>(row, scores);
+  keep_best_of_row<kGroup, typename Out::Scored>(out.scored(scores, row.cols), out, keep_n);
+}
+
+// Whether one pass is worth its code, which takes the compiler long: for what pruning uses most.
+template <class F, class Out>
+constexpr bool kOnePass = !F::kMoment && !F::kSums && !std::is_same_v<Out, MaskRow>;
 
 }  // namespace ace::cpu

@@ -2,6 +2,7 @@
 // loops that select are written once for both:
 //   put(j, kept)       column j is kept or removed.
 //   from(j)            the same row without its first j columns.
+//   scored(scores, n)  a row with these scores, finite ones, which the formula Scored reads.
 //   weights(row)       where to read the weights of `row`. What is pruned is read and written through one pointer, or
 //                      the compiler would have to expect overlap and could use no vectors.
 #pragma once
@@ -12,18 +13,32 @@ namespace ace::cpu {
 
 template <class T>
 struct PruneRow {
+  using Scored = GivenScore;
   Bits<T>* weight;  // [cols]
 
   ACE_HD void put(int64_t j, bool kept) const { weight[j] = kept ? weight[j] : Bits<T>{0}; }
   ACE_HD PruneRow from(int64_t j) const { return {weight + j}; }
+  ScoredRow<T> scored(const float* scores, int64_t cols) const {
+    return {nullptr, nullptr, scores, nullptr, 0.0f, cols};
+  }
   ACE_HD const Bits<T>* weights(const ScoredRow<T>&) const { return weight; }
 };
 
+// Of a row of scores in the place of weights.
+struct OwnScore {
+  static constexpr bool kColumn = false, kMoment = false, kSums = false;
+  static ACE_HD float value(float weight, const ScoreTerms&) { return weight; }
+};
+
 struct MaskRow {
+  using Scored = OwnScore;
   bool* mask;  // [cols]
 
   ACE_HD void put(int64_t j, bool kept) const { mask[j] = kept; }
   ACE_HD MaskRow from(int64_t j) const { return {mask + j}; }
+  static ScoredRow<float> scored(const float* scores, int64_t cols) {
+    return {scores, nullptr, nullptr, nullptr, 0.0f, cols};
+  }
   template <class T>
   ACE_HD const T* weights(const ScoredRow<T>& row) const {
     return row.weight;

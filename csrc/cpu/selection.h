@@ -77,15 +77,18 @@ float select_matrix(const Matrix& matrix, const Out& out, int64_t keep_k) {
 template <int kGroup, class Matrix, class Out>
 void select_small_groups(const Matrix& matrix, const Out& out, int keep_n) {
   using F = typename Matrix::Formula;
-  const auto any_row = matrix.row(0);
-  const std::vector<float> column = by_place(any_row.column, matrix.cols(), kGroup);
-  const std::vector<float> column_sum = by_place(any_row.column_sum, matrix.cols(), kGroup);
+  constexpr bool one_pass = kOnePass<F, decltype(out(0))>;
+  const std::vector<float> column = by_place(one_pass ? matrix.row(0).column : nullptr, matrix.cols(), kGroup);
   matrix.for_rows([&](int64_t begin, int64_t end) {
+    std::vector<float> scores(static_cast<size_t>(one_pass ? 0 : matrix.cols()));
     for (int64_t i = begin; i < end; ++i) {
       auto row = matrix.row(i);
-      row.column = column.data();
-      row.column_sum = column_sum.data();
-      keep_best_of_row<kGroup, F>(row, out(i), keep_n);
+      if constexpr (one_pass) {
+        row.column = column.data();
+        keep_best_of_row<kGroup, F>(row, out(i), keep_n);
+      } else {
+        keep_best_of_scored_row<kGroup, F>(row, out(i), keep_n, scores.data());
+      }
     }
   });
 }

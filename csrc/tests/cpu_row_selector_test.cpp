@@ -155,21 +155,25 @@ void expect_groups_as_the_core() {
       const Row<T> row(groups * kGroup, 1.0f, distinct, random);
       const std::vector<uint32_t> keys = keys_of<F>(row);
       const std::vector<float> column = by_place(row.column.data(), groups * kGroup, kGroup);
-      const std::vector<float> column_sum = by_place(row.column_sum.data(), groups * kGroup, kGroup);
       ScoredRow<T> reordered = row.scored();
       reordered.column = column.data();
-      reordered.column_sum = column_sum.data();
+      std::vector<float> scores(keys.size());
       for (int keep_n = 0; keep_n <= kGroup; ++keep_n) {
         std::vector<Bits<T>> weight = row.bits(), expected = row.bits();
-        keep_best_of_row<kGroup, F>(reordered, PruneRow<T>{weight.data()}, keep_n);
+        keep_best_of_scored_row<kGroup, F>(row.scored(), PruneRow<T>{weight.data()}, keep_n, scores.data());
         const std::unique_ptr<bool[]> mask(new bool[expected.size()]);
-        keep_best_of_row<kGroup, F>(reordered, MaskRow{mask.get()}, keep_n);
+        keep_best_of_scored_row<kGroup, F>(row.scored(), MaskRow{mask.get()}, keep_n, scores.data());
         for (size_t j = 0; j < expected.size(); ++j) {
           const uint32_t kept = keep_best<kGroup>(keys.data() + j / kGroup * kGroup, kGroup, keep_n);
           ASSERT_EQ(mask[j], (kept >> j % kGroup & 1u) != 0) << keep_n << ":" << kGroup;
           if (!mask[j]) expected[j] = 0;
         }
         ASSERT_EQ(weight, expected) << keep_n << ":" << kGroup;
+        if constexpr (kOnePass<F, PruneRow<T>>) {
+          weight = row.bits();
+          keep_best_of_row<kGroup, F>(reordered, PruneRow<T>{weight.data()}, keep_n);
+          ASSERT_EQ(weight, expected) << keep_n << ":" << kGroup << " in one pass";
+        }
       }
     }
   }
