@@ -28,6 +28,11 @@ target_compile_definitions(ace_host_kernels PUBLIC ACE_SIMT)
 # -ffp-contract=off: scores must have the same bits as the plain C++ functors, as on the device (--fmad=false).
 target_compile_options(ace_host_kernels PRIVATE -Wall -Wextra -Werror -ffp-contract=off)
 target_link_libraries(ace_host_kernels PUBLIC ace_simt)
+if(ACE_SANITIZE MATCHES "address")  # hundreds of kernels: to optimize them takes far longer than their tests save
+  set_source_files_properties(
+    "${CMAKE_CURRENT_BINARY_DIR}/host_kernels/prune_rows.cpp" "${CMAKE_CURRENT_BINARY_DIR}/host_kernels/prune_nm.cpp"
+    PROPERTIES COMPILE_OPTIONS -O0)
+endif()
 if(ACE_SANITIZE)
   target_compile_options(
     ace_host_kernels PRIVATE -fsanitize=${ACE_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer)

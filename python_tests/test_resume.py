@@ -73,8 +73,19 @@ def finish(child) -> None:
     assert child.exitcode == 0
 
 
-@pytest.mark.parametrize("hidden_in_files", [False, True], ids=["hidden-in-memory", "hidden-in-files"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "hidden_in_files"),
+    [
+        pytest.param(
+            mode,
+            in_files,
+            marks=[pytest.mark.nightly] if in_files == place % 2 else [],
+            id=f"{mode}-hidden-in-{'files' if in_files else 'memory'}",
+        )
+        for place, mode in enumerate(MODES)
+        for in_files in (False, True)
+    ],
+)
 def test_killed_at_random_and_resumed(mode, hidden_in_files, deep, tmp_path):
     """Kills fall anywhere: at any time of a run, and (so that it gets on, however fast the machine) a little after a
     block more is done."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ace_ext.models.gguf_header import read_once
 from ace_ext.models.location import ModelLocation, as_input_error
 from ace_ext.models.skeleton import empty_model
 from ace_ext.models.tokenizer import Tokenizer
@@ -28,7 +29,7 @@ def gguf_skeleton(file: Path, dtype: torch.dtype) -> tuple[nn.Module, Tokenizer,
         InputError: transformers cannot read the file.
     """
     location = ModelLocation(str(file.parent), file.name)
-    with as_input_error(f"model {str(file)!r} could not be laid out"):
+    with as_input_error(f"model {str(file)!r} could not be laid out"), read_once():
         tokenizer = location.tokenizer()
         model = empty_model(location.config(), dtype)
     return model, tokenizer, _unpacking(file, dtype)

@@ -1,12 +1,18 @@
 """The header of a GGUF file, walked before a library reads it: the library takes each count in it as it is, so that a
-damaged one may not end, or fill the memory.
+damaged one may not end, or fill the memory. And read by that library once, where transformers would do so again and
+again.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import functools
 import mmap
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import gguf
 
 from ace_ext.errors import InputError
 
@@ -28,6 +34,19 @@ def check_gguf(path: Path) -> None:
             _Walk(data).walk()
     except (ValueError, OSError) as error:
         raise InputError(f"model {str(path)!r} is no whole GGUF file: {error}; fetch it again") from error
+
+
+@contextmanager
+def read_once() -> Iterator[None]:
+    """While it lasts, the header of a GGUF file is read once. To load a model transformers reads it four times, for the
+    configuration, the tokenizer and the weights, and that in Python: each word of the vocabulary is an array of its
+    own. ``gguf.GGUFReader`` is replaced for the whole process meanwhile, by one that gives the same reader again."""
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = functools.lru_cache(maxsize=1)(reader)  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader  # type: ignore[misc]
 
 
 class _Walk:

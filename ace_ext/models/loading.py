@@ -21,6 +21,7 @@ from ace_ext.models._transformers import (
     quantization_of,
     quiet_stderr,
 )
+from ace_ext.models.gguf_header import read_once
 from ace_ext.models.location import ModelLocation, as_input_error, locate
 from ace_ext.models.tokenizer import Tokenizer
 
@@ -55,13 +56,15 @@ def load_model(source: str, dtype: str = "auto", device: str | torch.device = "c
     unpacks = location.gguf_file is not None
     wanted = WEIGHT_DTYPES.get(dtype, torch.bfloat16 if unpacks else "auto")
     options = location.options | (dequantize_options() if unpacks else {})
-    with as_input_error(f"model {source!r} could not be loaded"), quiet_stderr():
+    with as_input_error(f"model {source!r} could not be loaded"), quiet_stderr(), read_once():
         config = location.config()
         if not unpacks:
             check_plain(source, config)
         kind = model_class(config)
         tokenizer = location.tokenizer()
         model: nn.Module
+        if unpacks:
+            options["config"] = config  # or it would be read once more
         model, found = kind.from_pretrained(location.name, dtype=wanted, output_loading_info=True, **options)
     check_causal(source, model)
     check_fit(source, found["missing_keys"], found["unexpected_keys"])

@@ -4,6 +4,7 @@ The command line, the method specs of ``ace-prune compare``, the reports and the
 """
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Collection
@@ -92,7 +93,8 @@ class Setting:
         return f"more than {self.limits.above}" if self.limits.above is not None else "a finite number"
 
 
-def settings_of(declared: type) -> list[Setting]:
+@functools.cache
+def settings_of(declared: type) -> tuple[Setting, ...]:
     """The settings that a dataclass declares with :func:`option`, in order of declaration."""
     hints = typing.get_type_hints(declared)
     found = []
@@ -101,7 +103,7 @@ def settings_of(declared: type) -> list[Setting]:
             data = dict(item.metadata)
             data.setdefault("unused", item.default)
             found.append(Setting(item.name, frozenset(plain_types(hints[item.name])), item.default, **data))
-    return found
+    return tuple(found)
 
 
 def check_settings(declared: object) -> None:
@@ -110,7 +112,7 @@ def check_settings(declared: object) -> None:
     Raises:
         InputError: naming the first that is outside its limits.
     """
-    for setting in settings_of(type(declared)):
+    for setting in settings_of(type(declared)):  # type: ignore[arg-type]  # mypy: a class has no hash
         setting.check(getattr(declared, setting.name))
 
 
@@ -135,6 +137,6 @@ class Options:
         check_settings(self)
 
     @classmethod
-    def settings(cls) -> list[Setting]:
+    def settings(cls) -> tuple[Setting, ...]:
         """The options that this class declares."""
-        return settings_of(cls) if dataclasses.is_dataclass(cls) else []
+        return settings_of(cls) if dataclasses.is_dataclass(cls) else ()
