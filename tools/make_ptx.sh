@@ -24,7 +24,7 @@ export -f compile
 export nvcc out
 
 for arch in $archs; do mkdir -p "$out/sm_$arch"; done
-# The longest first.
-for source in $(ls -S csrc/cuda/prune_*.cu) $(ls csrc/cuda/*.cu | grep -v /prune_); do
+# Those that take longest first: rows, N:M, matrix.
+for source in $(ls -r csrc/cuda/prune_*.cu) $(ls csrc/cuda/*.cu | grep -v /prune_); do
   for arch in $archs; do echo "$(basename "$source" .cu) $arch"; done
 done | xargs -P "${JOBS:-$(nproc)}" -L 1 bash -c 'compile "$0" "$1"'
