@@ -20,6 +20,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 # Kernel name -> instructions that each of its template instances must contain.
@@ -134,25 +136,32 @@ def faults(mangled: str, lines: list[str]) -> list[str]:
     return bad
 
 
+def examine(nvdisasm: str, cubin: Path) -> tuple[str, list[str], collections.Counter]:
+    """A file's line of the table, what is wrong with it, and how many kernels it has of each that is expected."""
+    kernels = code_of(nvdisasm, cubin)
+    total = sum(map(counts_of, kernels.values()), collections.Counter())
+    row = [
+        sum(n for name, n in total.items() if name.startswith(wanted))
+        for wanted in (("LDG.E.128",), ("STG.E.128",), ("ATOMS.POPC.INC",), ("LDL", "STL"))
+    ]
+    line = f"{cubin.stem:<28}{len(kernels):>8}{row[0]:>9}{row[1]:>9}{row[2]:>10}{row[3]:>9}"
+    bad = [fault for mangled, lines in kernels.items() for fault in faults(mangled, lines)]
+    seen = [kernel for mangled in kernels for kernel in EXPECTED if f"{len(kernel)}{kernel}I" in mangled]
+    return line, bad, collections.Counter(seen)
+
+
 def main() -> int:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "build/nvcc")
-    cubins = sorted(folder.glob("*.cubin"))
+    cubins = sorted(folder.glob("*.cubin"), key=lambda file: -file.stat().st_size)
     if not cubins:
         sys.exit(f"check_sass: no .cubin in {folder}: run tools/check_nvcc.sh {folder} first")
-    nvdisasm = find_nvdisasm()
     bad, seen = [], collections.Counter()
     print(f"{'file':<28}{'kernels':>8}{'LDG.128':>9}{'STG.128':>9}{'POPC.INC':>10}{'LDL/STL':>9}")
-    for cubin in cubins:
-        kernels = code_of(nvdisasm, cubin)
-        total = sum(map(counts_of, kernels.values()), collections.Counter())
-        row = [
-            sum(n for name, n in total.items() if name.startswith(wanted))
-            for wanted in (("LDG.E.128",), ("STG.E.128",), ("ATOMS.POPC.INC",), ("LDL", "STL"))
-        ]
-        print(f"{cubin.stem:<28}{len(kernels):>8}{row[0]:>9}{row[1]:>9}{row[2]:>10}{row[3]:>9}")
-        for mangled, lines in kernels.items():
-            bad += faults(mangled, lines)
-            seen.update(kernel for kernel in EXPECTED if f"{len(kernel)}{kernel}I" in mangled)
+    with ProcessPoolExecutor() as pool:
+        for line, faulty, kernels in pool.map(partial(examine, find_nvdisasm()), cubins):
+            print(line)
+            bad += faulty
+            seen.update(kernels)
     bad += [f"no instance of {kernel} was found" for kernel in EXPECTED if not seen[kernel]]
     for fault in bad:
         print(f"check_sass: {fault}", file=sys.stderr)
