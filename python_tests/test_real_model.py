@@ -83,9 +83,7 @@ def peak_memory(command: str, model: Path, *options: str) -> int:
 def test_planned_peak_is_the_runs(kind, gguf, folder, tmp_path):
     """Within 15 %: what benchmarks/plan_accuracy.py shows for more settings."""
     model = gguf if kind == "gguf" else folder
-    options = ["--offload", "none"]
-    if kind == "disk":
-        options = ["--offload", "disk", "--max-memory", "2GB", "--preset", "published-wanda", "--evaluate", "never"]
+    options = ["--offload", "disk", "--max-memory", "2GB"] if kind == "disk" else ["--offload", "none"]
     planned = peak_memory("plan", model, *options)
     measured = peak_memory("run", model, *options, "--output", str(tmp_path / "out"))
     assert planned == pytest.approx(measured, rel=0.15)

@@ -8,11 +8,10 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 import functools
 import mmap
 import struct
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import gguf
 
 from ace_ext.errors import InputError
 
@@ -36,17 +35,24 @@ def check_gguf(path: Path) -> None:
         raise InputError(f"model {str(path)!r} is no whole GGUF file: {error}; fetch it again") from error
 
 
+_READING = threading.RLock()
+
+
 @contextmanager
 def read_once() -> Iterator[None]:
     """While it lasts, the header of a GGUF file is read once. To load a model transformers reads it four times, for the
     configuration, the tokenizer and the weights, and that in Python: each word of the vocabulary is an array of its
-    own. ``gguf.GGUFReader`` is replaced for the whole process meanwhile, by one that gives the same reader again."""
-    reader = gguf.GGUFReader
-    gguf.GGUFReader = functools.lru_cache(maxsize=1)(reader)  # type: ignore[misc, assignment]
-    try:
-        yield
-    finally:
-        gguf.GGUFReader = reader  # type: ignore[misc]
+    own. ``gguf.GGUFReader`` is replaced for the whole process meanwhile, by one that gives the same reader again, so
+    one thread at a time may do so."""
+    import gguf  # as all that only GGUF files need
+
+    with _READING:
+        reader = gguf.GGUFReader
+        gguf.GGUFReader = functools.lru_cache(maxsize=1)(reader)  # type: ignore[misc, assignment]
+        try:
+            yield
+        finally:
+            gguf.GGUFReader = reader  # type: ignore[misc]
 
 
 class _Walk:

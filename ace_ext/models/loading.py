@@ -1,5 +1,6 @@
 """Loads a model with its tokenizer, from a folder, a hub name or a GGUF file."""
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,8 @@ def load_model(source: str, dtype: str = "auto", device: str | torch.device = "c
     unpacks = location.gguf_file is not None
     wanted = WEIGHT_DTYPES.get(dtype, torch.bfloat16 if unpacks else "auto")
     options = location.options | (dequantize_options() if unpacks else {})
-    with as_input_error(f"model {source!r} could not be loaded"), quiet_stderr(), read_once():
+    reading = read_once if unpacks else contextlib.nullcontext
+    with as_input_error(f"model {source!r} could not be loaded"), quiet_stderr(), reading():
         config = location.config()
         if not unpacks:
             check_plain(source, config)
