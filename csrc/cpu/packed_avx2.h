@@ -12,19 +12,21 @@
 
 namespace ace::cpu::avx2 {
 
-// Entry `bits` has at byte c how many bits are set below bit c: the place of column c's value.
-constexpr std::array<uint64_t, 256> make_places() {
-  std::array<uint64_t, 256> table{};
-  for (unsigned bits = 0; bits < 256; ++bits) {
-    uint64_t place = 0;
-    for (unsigned c = 0; c < 8; ++c) {
-      table[bits] |= place << (8 * c);
-      place += bits >> c & 1u;
-    }
-  }
+// How many bits are set below bit c: the place of column c's value.
+constexpr uint32_t place_of(unsigned bits, unsigned c) {
+  uint32_t place = 0;
+  for (unsigned before = 0; before < c; ++before) place += bits >> before & 1u;
+  return place;
+}
+
+// Entry `bits` has at column c the place of its float, and the highest bit where there is one.
+constexpr std::array<std::array<uint32_t, 8>, 256> make_places() {
+  std::array<std::array<uint32_t, 8>, 256> table{};
+  for (unsigned bits = 0; bits < 256; ++bits)
+    for (unsigned c = 0; c < 8; ++c) table[bits][c] = place_of(bits, c) | (bits >> c & 1u) << 31;
   return table;
 }
-alignas(64) inline constexpr std::array<uint64_t, 256> kPlaces = make_places();
+alignas(64) inline constexpr auto kPlaces = make_places();
 
 // Entry `bits` has at column c, `bytes` wide, the bytes of its 16-bit value in the column's last two, where there is
 // one; bytes of 0x80 become 0.
@@ -35,7 +37,7 @@ constexpr std::array<std::array<uint8_t, 8 * bytes>, 256> make_value_bytes() {
     for (auto& byte : table[bits]) byte = 0x80;
     for (unsigned c = 0; c < 8; ++c) {
       if (!(bits >> c & 1u)) continue;
-      const uint64_t place = kPlaces[bits] >> (8 * c) & 255;
+      const uint32_t place = place_of(bits, c);
       table[bits][bytes * (c + 1) - 2] = static_cast<uint8_t>(2 * place);
       table[bits][bytes * (c + 1) - 1] = static_cast<uint8_t>(2 * place + 1);
     }
@@ -56,6 +58,7 @@ struct Avx2 {
   using T = Value;
   using X = float;
   static constexpr int kWidth = 8;
+  static constexpr int kFarRows = 4;
   using Weights = __m256;
   using Sums = __m256;
 
@@ -69,10 +72,8 @@ struct Avx2 {
       const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(kHalfBytes[bits].data()));
       return _mm256_cvtph_ps(_mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)), bytes));
     } else {
-      const __m256i places = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(kPlaces[bits])));
-      const __m256i columns = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-      const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), columns);
-      const __m256 stored = _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, columns));
+      const __m256i places = _mm256_load_si256(reinterpret_cast<const __m256i*>(kPlaces[bits].data()));
+      const __m256 stored = _mm256_castsi256_ps(_mm256_srai_epi32(places, 31));
       return _mm256_and_ps(_mm256_permutevar8x32_ps(_mm256_loadu_ps(values), places), stored);
     }
   }

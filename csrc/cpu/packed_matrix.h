@@ -44,7 +44,7 @@ struct PackedMatrix {
     return place < 0 ? 0 : place > survivors ? survivors : place;
   }
   // Whether `width` values can be read from this place.
-  ACE_HD bool whole(int64_t place, int width) const { return place + width <= survivors; }
+  ACE_HD bool whole(int64_t place, int64_t width) const { return place + width <= survivors; }
   // Copies those of `width` values that are there; the others become 0.
   ACE_HD void copy(int64_t place, int width, T* target) const {
     const int64_t left = survivors - place < width ? survivors - place : width;
