@@ -73,7 +73,7 @@ def folder(loaded, tmp_path_factory) -> Path:
 
 def peak_memory(command: str, model: Path, *options: str) -> int:
     """Peak memory in bytes, planned or measured, from a separate process."""
-    arguments = [command, "--model", str(model), "--calibration", "wiki-mini", "--nsamples", "16", "--seqlen", "128"]
+    arguments = [command, "--model", str(model), "--calibration", "wiki-mini", "--nsamples", "8", "--seqlen", "64"]
     call = [sys.executable, "-m", "ace_ext", *arguments, "--device", "cpu", "--json", *options]
     done = subprocess.run(call, capture_output=True, text=True, check=True, cwd=tempfile.gettempdir())
     return json.loads(done.stdout)["peak_memory_bytes"]

@@ -40,19 +40,24 @@ _READING = threading.RLock()
 
 @contextmanager
 def read_once() -> Iterator[None]:
-    """While it lasts, the header of a GGUF file is read once. To load a model transformers reads it four times, for the
-    configuration, the tokenizer and the weights, and that in Python: each word of the vocabulary is an array of its
-    own. ``gguf.GGUFReader`` is replaced for the whole process meanwhile, by one that gives the same reader again, so
-    one thread at a time may do so."""
+    """While it lasts, the header of a GGUF file is read once, and the names of a model's tensors are made once.
+
+    To load a model transformers does the former four times, for the configuration, the tokenizer and the weights, and
+    that in Python: each word of the vocabulary is an array of its own. It does the latter for each module. What it
+    calls for them is replaced in ``gguf`` for the whole process meanwhile, by what gives the same again, so one thread
+    at a time may do so.
+    """
     import gguf  # as all that only GGUF files need
 
     with _READING:
-        reader = gguf.GGUFReader
-        gguf.GGUFReader = functools.lru_cache(maxsize=1)(reader)  # type: ignore[misc, assignment]
+        own = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
         try:
+            for name, made in own.items():
+                setattr(gguf, name, functools.lru_cache(maxsize=1)(made))
             yield
         finally:
-            gguf.GGUFReader = reader  # type: ignore[misc]
+            for name, made in own.items():
+                setattr(gguf, name, made)
 
 
 class _Walk:
