@@ -25,6 +25,7 @@ from ace_ext.pruning import gram
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.prune_linear import prune_linear_, working_bytes
 from ace_ext.pruning.sketch import SketchState
+from ace_ext.pruning.solvers import admm
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
 from ace_ext.runs import model_shape
 from ace_ext.runs.heal_memory import Division, HealDemand
@@ -166,11 +167,13 @@ SOLVERS = [
 ]
 
 
+@pytest.mark.parametrize("parts", [1, 3, 40])
 @pytest.mark.parametrize("shape", [(128, 512), (2048, 256)], ids=["wide", "tall"])
 @pytest.mark.parametrize("setting", [*SOLVERS, {"refine": "swaps", "update": "admm"}], ids=str)
-def test_a_solver_holds_what_is_estimated(setting, shape, monkeypatch):
+def test_a_solver_holds_what_is_estimated(setting, shape, parts, monkeypatch):
     """Counts tensors only, so not the rows that swaps copies."""
     monkeypatch.setattr(gram, "LOSS_ROWS", 16)  # of a real matrix it is a small part
+    monkeypatch.setattr(admm, "PART_ENTRIES", shape[0] * shape[1] // parts)
     config = PruneConfig(**setting, max_swaps=2)
     weight, x = torch.randn(shape).bfloat16(), torch.randn(512, shape[1])
     state = (SketchState if config.solver.gram == "sketch" else GramState)(shape[1])

@@ -153,6 +153,19 @@ def test_obs_blocks_hold_whole_groups(monkeypatch):
     assert (group_counts(weight, config) == 1).all()
 
 
+@pytest.mark.parametrize("entries", [COLS, 2 * COLS, 5 * COLS - 1, 5 * COLS])
+@pytest.mark.parametrize("setting", [{}, {"pattern": "2:4"}, {"refine": "swaps"}], ids=str)
+def test_admm_of_some_rows_at_a_time_is_that_of_all(setting, entries, monkeypatch):
+    config = PruneConfig(update="admm", **setting)
+    weight, _, stats = make_case()
+    parts = weight.clone()
+    prune_linear_(weight, stats, config)
+    monkeypatch.setattr(admm, "PART_ENTRIES", entries)
+    prune_linear_(parts, stats, config)
+    assert torch.equal(parts == 0, weight == 0)
+    torch.testing.assert_close(parts, weight)
+
+
 def test_admm_with_its_mask_fixed_nears_least_squares():
     weight, _, stats = make_case()
     config = PruneConfig(update="admm", iterations=3000, damping=0.1)

@@ -39,10 +39,26 @@ class AdmmOptions(Options):
     )
 
 
+PART_ENTRIES = 2**24
+"""So many entries of a larger matrix are solved at a time, in whole rows: buffers of its size set the peak memory."""
+
+
 def solve(problem: Problem, options: AdmmOptions) -> Solved:
     """The pruned weight after ``options.iterations``, on columns normalised by ``sqrt(G_jj + floor)``."""
     factor = problem.gram.admm_factor(options.damping, options.floor)
-    return Solved(iterate(problem, factor, options), factor.damping, factor.attempts)
+    rows, height = len(problem.dense), _part_rows(*problem.dense.shape)
+    if height == rows:
+        return Solved(iterate(problem, factor, options), factor.damping, factor.attempts)
+    weight = torch.empty_like(problem.dense)
+    for start in range(0, rows, height):
+        part = slice(start, start + height)
+        weight[part] = iterate(problem.of_rows(part), factor, options)
+    return Solved(weight, factor.damping, factor.attempts)
+
+
+def _part_rows(rows: int, cols: int) -> int:
+    """How many rows are solved at a time."""
+    return -(-rows // max(1, -(-rows * cols // PART_ENTRIES)))
 
 
 def iterate(problem: Problem, factor: AdmmFactor | SketchFactor, options: AdmmOptions) -> Tensor:
@@ -52,7 +68,7 @@ def iterate(problem: Problem, factor: AdmmFactor | SketchFactor, options: AdmmOp
     ``U ← U + W - Z`` and ``W ← (H W₀ + ρ (Z - U)) (H + ρ)⁻¹``. The mask (where none is given) tightens along a cubic
     curve in the first half of the iterations.
 
-    It uses four buffers of the weight's size and no more, because these buffers set the peak memory of a wide matrix.
+    It uses four buffers of the weight's size and no more.
     """
     weight = problem.dense.masked_fill(factor.dead, 0.0).mul_(factor.norm)
     target, dual, kept = factor.times_hessian(weight), torch.zeros_like(weight), torch.empty_like(weight)
@@ -92,17 +108,25 @@ def _keep_most_salient_(
     ops.prune_topk_(weight, formula, cols - int(pruned * (1 - (1 - progress) ** 3)), column=column)
 
 
+def _weight_bytes(rows: int, cols: int) -> int:
+    """Four buffers and a mask of what is solved at a time; if that is a part, the new weight too, or what follows: the
+    new weight, rounded, and the check that it is finite."""
+    part = _part_rows(rows, cols) * cols
+    return 18 * part if part == rows * cols else max(4 * rows * cols + 18 * part, 11 * rows * cols)
+
+
 def working_bytes(rows: int, cols: int) -> int:
     """The larger of two phases: two copies of the Gram matrix in float64 while it is factorised; then two factors in
-    float32 and four buffers of the weight's size."""
-    return max(17 * cols * cols, 8 * cols * cols + 18 * rows * cols)
+    float32 and what the iterations hold."""
+    return max(17 * cols * cols, 8 * cols * cols + _weight_bytes(rows, cols))
 
 
 def sketch_working_bytes(rows: int, cols: int) -> int:
-    """The larger of two phases: copies of the sketch in float64 while it is factorised; then three factors in float32,
-    four buffers of the weight's size, and a product with the directions."""
+    """The larger of two phases: five copies of the sketch in float64 while it is factorised; then three factors in
+    float32, what the iterations hold, and a product with the directions."""
     directions = direction_count(cols)
-    return max(48 * cols * directions, 12 * cols * directions + 18 * rows * cols + 4 * rows * directions)
+    product = 4 * _part_rows(rows, cols) * directions
+    return max(40 * cols * directions, 12 * cols * directions + _weight_bytes(rows, cols) + product)
 
 
 SOLVER = WeightSolver(

@@ -22,8 +22,8 @@ def refine_(problem: Problem, options: SwapOptions) -> None:
 
 
 def working_bytes(rows: int, cols: int) -> int:
-    """The gradient of the error in float64, and working copies of rows."""
-    return 12 * rows * cols
+    """The gradient of the error in float64, working copies of rows, and vectors."""
+    return 12 * rows * cols + 24 * cols
 
 
 SOLVER = MaskSolver(
