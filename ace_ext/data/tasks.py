@@ -164,17 +164,21 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without lm-eval's notes and bars on stderr."""
+    """Without lm-eval's notes and bars on stderr, and without the message to the hub by which datasets counts its uses,
+    those of local files too."""
+    from datasets import config
     from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-    logger, bars = logging.getLogger("lm_eval"), is_progress_bar_enabled()
+    logger, bars, counts = logging.getLogger("lm_eval"), is_progress_bar_enabled(), config.HF_UPDATE_DOWNLOAD_COUNTS
     level = logger.level
     logger.setLevel(logging.ERROR)
+    config.HF_UPDATE_DOWNLOAD_COUNTS = False
     disable_progress_bar()
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
+        config.HF_UPDATE_DOWNLOAD_COUNTS = counts
         logger.setLevel(level)
         if bars:
             enable_progress_bar()
