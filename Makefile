@@ -94,7 +94,7 @@ nightly-fuzz:
 coverage: coverage-python coverage-cpp
 
 coverage-python: $(VENV)/installed $(VENV)/tools
-	$(PYTEST) --cov=ace_ext --cov-branch --cov-report=term:skip-covered
+	$(PYTEST) --cov --cov-report=term:skip-covered
 
 coverage-cpp: $(VENV)/tools
 	tools/system_packages.sh
