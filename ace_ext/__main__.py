@@ -5,10 +5,13 @@ import signal
 import sys
 from types import FrameType
 
+from ace_ext.process_threads import wait_passively
+
 
 def main() -> int:
     """Runs the command line; returns its exit status."""
     before = signal.signal(signal.SIGINT, _stop)
+    wait_passively()  # before torch is loaded, which reads the environment once
     from ace_ext.cli.main import main as command_line
 
     signal.signal(signal.SIGINT, before)

@@ -17,10 +17,10 @@ WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 SPINS = 5000
-"""Turns for which GNU's OpenMP library waits before it sleeps: from one product to the next of a small model. Measured
-with 0, 3,000 and 10,000, two threads of an AMD EPYC: a token of a packed model of a billion weights takes 116, 80 and
-74 ms (``benchmarks/decode_step.py``), ``ace-prune run --nsamples 16`` on SmolLM2-135M 34, 25 and 25 s; beside two
-processes that never wait 48 s with 0, and 57 with 10,000."""
+"""Spin iterations of GNU's OpenMP library before a thread sleeps: from one product to the next of a small model.
+Measured with 0, 3,000 and 10,000, two threads of an AMD EPYC: a token of a packed model of a billion weights takes
+116, 80 and 74 ms (``benchmarks/decode_step.py``), ``ace-prune run --nsamples 16`` on SmolLM2-135M 34, 25 and 25 s;
+beside two processes that never wait 48 s with 0, and 57 with 10,000."""
 
 
 def wait_passively() -> None:

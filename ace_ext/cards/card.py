@@ -16,11 +16,13 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ace_ext.cards.base import BaseCard, read_base
+from ace_ext.errors import InputError
 from ace_ext.packed import codec_named
 from ace_ext.packed.card_section import CARD, section_of
 from ace_ext.packed.files import PackedShards, is_packed
 from ace_ext.pruning.criteria import METRICS
-from ace_ext.pruning.solvers import SOLVERS, WeightSolver
+from ace_ext.pruning.method import parse
+from ace_ext.pruning.stages import Collect, Score, Stage
 from ace_ext.records import PruneReport, figure_text
 from ace_ext.whole_files import write_whole
 
@@ -136,24 +138,23 @@ def _kept(config: Mapping[str, Any]) -> str:
         keep, size = str(config["pattern"]).split(":")
         return f"{keep} of each {size} consecutive weights of a row"
     of = {"row": "each row", "matrix": "each matrix", "model": "all matrices together"}
-    shared = "" if config.get("allocation") == "uniform" else ", more or less of each block"
+    shared = ", more or less of each block" if "allocate" in str(config.get("method")) else ""
     return f"the same share of {of.get(config['group'], config['group'])}{shared}"
 
 
 def _method(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Names and descriptions of what chose the mask and the remaining weights."""
-    update = SOLVERS["update"].get(str(config.get("update")))
-    chooses = isinstance(update, WeightSolver) and update.chooses_mask and not config.get("refine")
-    metric = METRICS.get(str(config["metric"]))
-    found = []
-    if not chooses or config.get("allocation") != "uniform":
-        found.append((str(config["metric"]), "a metric" if metric is None else f"a metric: {metric.formula}"))
-    for stage in ("refine", "update"):
-        name = config.get(stage)
-        if name:
-            solver = SOLVERS[stage].get(name)
-            found.append((name, "a solver" if solver is None else solver.summary))
-    return found
+    try:
+        stages = parse(str(config["method"])).stages
+    except InputError:  # scores of a function, or a stage that is not registered here
+        return [(str(config["method"]), "a method of its own")]
+    return [(str(stage), _summary(stage)) for stage in stages if not isinstance(stage, Collect)]
+
+
+def _summary(stage: Stage) -> str:
+    if isinstance(stage, Score) and isinstance(stage.metric, str):
+        return f"scores {METRICS[stage.metric].formula}"
+    return stage.summary
 
 
 def _mean_error(report: PruneReport) -> float | None:

@@ -1,9 +1,11 @@
-"""Arguments that several verbs share. Pruning options come from the registries, so a new solver's options appear
-without a change here."""
+"""Arguments that several verbs share. Help on methods comes from the registries, so a new stage appears without a
+change here."""
 
 import argparse
 import os
+import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,12 +18,12 @@ from ace_ext.engine.devices import pick_device
 from ace_ext.errors import InputError
 from ace_ext.models.loading import WEIGHT_DTYPES
 from ace_ext.process_memory import parse_bytes
-from ace_ext.pruning.config import PruneConfig, all_settings, config_settings
-from ace_ext.pruning.criteria import METRICS, RENAMED
-from ace_ext.pruning.presets import DEFAULT_PRESET, PRESETS, PUBLISHED, RENAMED_PRESETS, preset_config
-from ace_ext.pruning.settings import Setting
-from ace_ext.pruning.solver_config import UPDATES, option_help, solver_names, solver_settings, update_names
-from ace_ext.pruning.solvers import MaskSolver, Solver, solvers_of
+from ace_ext.pruning.config import MAX_DENSE, SPARSITY, PruneConfig
+from ace_ext.pruning.criteria import METRICS
+from ace_ext.pruning.groups import GROUPS
+from ace_ext.pruning.method import DEFAULT, PRESETS, PUBLISHED
+from ace_ext.pruning.settings import Setting, suggestion
+from ace_ext.pruning.stages import KINDS, Score, stages_of
 from ace_ext.reporting.html import check_report
 from ace_ext.runs.options import EVALUATE_AUTO, EVALUATE_NEVER, OFFLOAD, Calibration, RunOptions, RunRequest
 from ace_ext.runs.output import check_outside, output_path
@@ -32,7 +34,40 @@ Subparsers = Any
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser that reports errors in one line, like every other error of this program."""
+    """An argument parser that reports errors in one line, like every other error of this program.
+
+    With ``common``, the options that matter to most, ``--help`` shows these alone, and ``--help-all`` all of them and
+    ``tables``.
+    """
+
+    common: frozenset[str] = frozenset()
+    tables = ""
+
+    def show_common(self, *names: str, tables: str) -> None:
+        """Lets ``--help`` show these options alone, and ``--help-all`` all of them, with ``tables`` at the end."""
+        self.common, self.tables = frozenset(names), tables
+        self.add_argument("--help-all", action=_HelpAll, nargs=0, help="show all options, and all stages of methods")
+
+    def format_help(self) -> str:
+        """The help with the common options alone, if there are any."""
+        shown = {action.dest: action.help for action in self._actions}
+        for action in self._actions:
+            if self.common and action.dest not in {*self.common, "help", "help_all"}:
+                action.help = argparse.SUPPRESS
+        try:
+            return super().format_help()
+        finally:
+            for action in self._actions:
+                action.help = shown[action.dest]
+
+    def format_help_all(self) -> str:
+        """The help with all options and tables."""
+        common, epilog = self.common, self.epilog
+        self.common, self.epilog = frozenset(), "\n\n".join(filter(None, (epilog, self.tables)))
+        try:
+            return self.format_help()
+        finally:
+            self.common, self.epilog = common, epilog
 
     def parse_args(self, *arguments: Any, **more: Any) -> Any:
         """As in argparse, whose older versions take ``--option=--`` for an empty list."""
@@ -44,7 +79,25 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints the message and exits with 2."""
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {message}{self._suggestion(message)}; see {self.prog} --help\n")
+
+    def _suggestion(self, message: str) -> str:
+        """What an option or value that is not known was probably meant to be."""
+        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown:
+            return suggestion(unknown[1], self._option_string_actions, cutoff=0.75)
+        choice = re.search(r"argument (\S+): invalid choice: '(.*?)'", message)
+        action = self._option_string_actions.get(choice[1].split("/")[0]) if choice else None
+        return suggestion(choice[2], action.choices) if choice and action and action.choices else ""
+
+
+class _HelpAll(argparse.Action):
+    """Prints the whole help and exits."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        assert isinstance(parser, OneLineParser)
+        print(parser.format_help_all(), end="")
+        parser.exit()
 
 
 def add_remote_code(parser: argparse.ArgumentParser) -> None:
@@ -60,73 +113,68 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add_remote_code(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", choices=["auto", *WEIGHT_DTYPES], help="dtype of the weights")
-    parser.add_argument("--text-field", default="text", help="the field of a .jsonl line (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no notes on stderr")
 
 
 def add_pruning(parser: argparse.ArgumentParser) -> None:
-    """Adds all settings of :class:`ace_ext.PruneConfig`, from their declarations."""
+    """Adds the method and the target: what :class:`ace_ext.PruneConfig` takes."""
     group = parser.add_argument_group("pruning")
     group.add_argument(
-        "--preset",
-        choices=[*PRESETS, *PUBLISHED, *RENAMED_PRESETS],
-        metavar="NAME",
-        help=f"named settings: {', '.join((*PRESETS, *PUBLISHED))}; other options given here replace them (default: "
-        f"{DEFAULT_PRESET}, unless metric, group or a solver are given)",
-    )
-    own = config_settings()
-    group.add_argument(
-        "--metric", choices=[*METRICS, *RENAMED], metavar="NAME", help=f"{own['metric'].help}; see below"
+        "--method",
+        default=DEFAULT,
+        metavar="METHOD",
+        help='a preset, one with changed options as in "balanced(damping=0.2)", or stages joined by + as in "wanda + '
+        'swaps" (default: %(default)s)',
     )
     amount = group.add_mutually_exclusive_group()
-    amount.add_argument("--sparsity", type=float, help=setting_help(own["sparsity"]))
-    amount.add_argument("--pattern", help=own["pattern"].help)
-    add_selection(group, own["skip"].help)
-    for name, setting in own.items():
-        if name not in ("metric", "sparsity", "pattern", "skip"):
-            add_setting(group, setting, setting_help(setting))
-    _add_solvers(parser.add_argument_group("solvers, which follow the metric (see below)"))
-
-
-def _add_solvers(group: Any) -> None:
-    names = solver_names()
-    group.add_argument("--refine", choices=[*solvers_of(MaskSolver)], help=names["refine"].help)
+    amount.add_argument("--sparsity", type=float, help=f"share of zeros (default: {SPARSITY})")
+    amount.add_argument("--pattern", help="N:M, N kept of M consecutive inputs, e.g. 2:4")
     group.add_argument(
-        "--update",
-        action="append",
-        metavar="NAME",
-        help=f"{names['update'].help}: {', '.join(update_names())}, or several joined by + (or given several times)",
+        "--group",
+        choices=GROUPS,
+        help="which weights are compared with each other (default: row; matrix where obs chooses the mask)",
     )
-    add_setting(group, names["gram"], setting_help(names["gram"]))
-    for name, setting in solver_settings().items():
-        if setting.flag:
-            add_setting(group, setting, option_help(name))
+    add_selection(group, "weights to leave dense")
+    group.add_argument(
+        "--max-dense",
+        type=float,
+        default=MAX_DENSE,
+        help="share of a block's weights that may stay dense because they are in no layout that can be pruned "
+        "(default: %(default)s)",
+    )
 
 
-def add_setting(group: Any, setting: Setting, help: str) -> None:
-    """Adds a flag whose value is None if it is not given: the configuration knows the defaults."""
-    flag = f"--{setting.name.replace('_', '-')}"
-    if setting.choices:
-        group.add_argument(flag, choices=setting.choices, help=help)
-        return
+def preset_table() -> str:
+    """The presets and published methods, and the texts that they stand for."""
+    return table("methods by name, and what they stand for", {**PRESETS, **PUBLISHED})
+
+
+def stage_tables() -> str:
+    """Every metric and stage with a description and its options."""
+    lines = ["stages, joined by + in this order; name(option=value, …) changes an option:"]
+    for kind in KINDS:
+        if kind is Score:
+            lines += [f"  {name:<11}  keeps the highest {metric.formula}" for name, metric in METRICS.items()]
+        for name, stage in stages_of(kind).items():
+            lines += [] if kind is Score else [f"  {name:<11}  {stage.summary}"]
+            for setting in stage.settings():
+                text = f"{setting_help(setting)}"
+                lines += textwrap.wrap(
+                    f"{setting.name}: {text}", 108, initial_indent=" " * 15, subsequent_indent=" " * 17
+                )
+    return "\n".join(lines)
+
+
+def add_setting(group: Any, setting: Setting) -> None:
+    """Adds a flag for an option. Its value is None if it is not given: the declaration has the default."""
     kind = next(kind for kind in (int, float, str) if kind in setting.types)
-    group.add_argument(flag, type=kind, help=help)
+    group.add_argument(f"--{setting.name.replace('_', '-')}", type=kind, help=setting_help(setting))
 
 
 def setting_help(setting: Setting) -> str:
-    """A setting's help with its default."""
+    """An option's help with its default."""
     return setting.help if setting.default is None else f"{setting.help} (default: {setting.default})"
-
-
-def pruning_tables() -> str:
-    """The metrics and solvers by name with a description each, for the end of a help text."""
-    metrics = {name: metric.formula for name, metric in METRICS.items()}
-    tables = [("metrics", metrics)]
-    kinds: list[type[Solver]] = [MaskSolver, *UPDATES]
-    for kind in kinds:
-        tables.append((kind.stage, {solver.name: solver.summary for solver in solvers_of(kind).values()}))
-    return "\n\n".join(table(title, lines) for title, lines in tables)
 
 
 def examples(*commands: str) -> str:
@@ -141,46 +189,31 @@ def table(title: str, lines: dict[str, str]) -> str:
 
 
 def config_from(args: argparse.Namespace) -> PruneConfig:
-    """The configuration of the parsed arguments: the preset's settings, replaced by every option that was given.
-
-    Raises:
-        InputError: as :class:`ace_ext.PruneConfig`, or ``--tune-epochs`` without a solver that trains.
-    """
-    given = {name: getattr(args, name) for name in all_settings() if getattr(args, name, None) is not None}
-    given["skip"] = skip_from(args)
-    if "" in given.get("update", ()):
-        raise InputError("update must be the name of a solver (got ''); see --help")
-    if "update" in given:
-        given["update"] = "+".join(given["update"])
-    if "tune_epochs" in given and args.preset is None and "tune" not in given.get("update", ""):
-        raise InputError("tune-epochs is for --update tune; give both, or neither")
-    own_way = {"metric", "group", *solver_names(), *solver_settings()} & given.keys()
-    if args.preset is None and own_way:
-        return PruneConfig(**given)
-    return preset_config(args.preset or DEFAULT_PRESET, **given)
+    """The configuration of the parsed arguments. Raises InputError as :class:`ace_ext.PruneConfig`."""
+    target = {name: getattr(args, name) for name in ("sparsity", "pattern", "group", "max_dense")}
+    return PruneConfig(args.method, **target, skip=skip_from(args))
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
-    """Adds the calibration text and its amount."""
-    group = parser.add_argument_group("calibration")
+    """Adds the calibration text and its amount. What is not given is None: a run from statistics reads none of it."""
+    default, group = Calibration(), parser.add_argument_group("calibration")
     group.add_argument(
         "--calibration",
-        default="self",
-        help=f"self (the model writes it), {', '.join(SOURCES)}, FILE.txt or FILE.jsonl (default: self); text is taken "
-        "as it is, no chat template is applied",
+        metavar="TEXT",
+        help=f"{SELF} (the model writes it), {', '.join(SOURCES)}, FILE.txt or FILE.jsonl (default: {SELF}); text is "
+        "taken as it is, no chat template is applied",
     )
-    add_bos(group, "sample", f"{AUTO}; {NEVER} with the preset of a published method")
-    default = Calibration()
+    group.add_argument("--text-field", help=f"the field of a .jsonl line (default: {default.text_field})")
+    add_bos(group, "sample", f"{AUTO}; {NEVER} with a published method")
     group.add_argument(
         "--evaluate",
-        default=EVALUATE_AUTO,
         metavar="TEXT",
         help=f"measure perplexity before and after on a few windows of this text; {EVALUATE_NEVER}: not at all; "
-        f"{EVALUATE_AUTO}: of text that was held back (default: %(default)s)",
+        f"{EVALUATE_AUTO}: of text that was held out (default: {EVALUATE_AUTO})",
     )
-    group.add_argument("--nsamples", type=int, default=default.nsamples, help="samples (default: %(default)s)")
-    group.add_argument("--seqlen", type=int, default=default.seqlen, help="tokens of a sample (default: %(default)s)")
-    group.add_argument("--seed", type=int, default=default.seed, help="seed of the sampling (default: %(default)s)")
+    group.add_argument("--nsamples", type=int, help=f"samples (default: {default.nsamples})")
+    group.add_argument("--seqlen", type=int, help=f"tokens of a sample (default: {default.seqlen})")
+    group.add_argument("--seed", type=int, help=f"seed of the sampling (default: {default.seed})")
 
 
 def add_bos(group: Any, window: str, default: str, flag: str = "--bos") -> None:
@@ -238,14 +271,22 @@ def request_from(args: argparse.Namespace, **options: Any) -> RunRequest:
         options: further fields of :class:`ace_ext.runs.options.RunOptions`.
 
     Raises:
-        InputError: a value is not valid.
+        InputError: a value is not valid, or is one that the run would not read.
     """
+    config, stored = config_from(args), options.get("stats") is not None
+    names = ("calibration", "nsamples", "seqlen", "seed", "text_field", "bos", "evaluate")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if stored and given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise InputError(f"a run from --stats reads no calibration text (got {flags}); leave out one of them")
+    if stored or options.get("save_stats") is not None:
+        config = config.on_dense_blocks()
+    source = given.pop("calibration", SELF)
+    given.setdefault("bos", default_mode(config.method.published, source == SELF))
+    given.setdefault("evaluate", EVALUATE_AUTO)
     budget = None if args.max_memory is None else parse_bytes(args.max_memory)
-    bos = args.bos or default_mode(args.preset in (*PUBLISHED, *RENAMED_PRESETS), args.calibration == SELF)
-    numbers = (args.nsamples, args.seqlen, args.seed)
-    calibration = Calibration(args.calibration, *numbers, args.text_field, bos, args.evaluate)
     run_options = RunOptions(offload=args.offload, max_memory=budget, **options)
-    return RunRequest(args.model, config_from(args), calibration, run_options, device_of(args), args.dtype)
+    return RunRequest(args.model, config, Calibration(source, **given), run_options, device_of(args), args.dtype)
 
 
 def device_of(args: argparse.Namespace) -> torch.device:

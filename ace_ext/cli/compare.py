@@ -1,13 +1,11 @@
 """``ace-prune compare``: a table of methods × sparsities × calibration lengths × sources × seeds on one model."""
 
 import argparse
-import textwrap
 from pathlib import Path
 
 from ace_ext.cli import args as shared
 from ace_ext.cli.selection import add_selection, skip_from
 from ace_ext.compare.grid import EVAL_WINDOWS, Evaluation, Grid, Study
-from ace_ext.compare.method_spec import METHODS, parse_methods, setting_names
 from ace_ext.compare.runner import run_study
 from ace_ext.compare.tables import markdown_table, results_json, text_table
 from ace_ext.data.bos import AUTO, NEVER
@@ -15,15 +13,15 @@ from ace_ext.data.corpora import SELF
 from ace_ext.data.perplexity import SEQLEN
 from ace_ext.data.tasks import Tasks
 from ace_ext.errors import InputError
-from ace_ext.pruning.config import BATCH_TOKENS
+from ace_ext.pruning.method import parse_list
 from ace_ext.reporting.compare_page import write_study_report
 from ace_ext.reporting.plots import require_matplotlib
 from ace_ext.runs.options import Calibration
 
 EXAMPLES = (
-    "compare --model MODEL --methods published-wanda,fast,balanced --calibration wiki-mini",
+    'compare --model MODEL --methods "published-wanda; fast; balanced" --calibration wiki-mini',
     "compare --model MODEL --calibration wiki-mini --tasks arc_easy,piqa --task-limit 200",
-    "compare --model MODEL --methods wanda,ace --sparsities 0.5,0.6 --patterns 2:4 --seeds 0,1,2 --output comparison",
+    'compare --model MODEL --methods "wanda; ace" --sparsities 0.5,0.6 --patterns 2:4 --seeds 0,1,2 --output C',
 )
 """Commands that ``--help`` shows."""
 
@@ -33,10 +31,15 @@ def add(commands: shared.Subparsers) -> None:
     parser = commands.add_parser(
         "compare",
         help="compare methods, sparsities and calibration on one model",
-        epilog=_method_table(),
+        epilog=f"{shared.preset_table()}\n\nstages: see ace-prune run --help-all",
     )
     shared.add_model(parser)
-    parser.add_argument("--methods", default="published-wanda,fast", help="a list, see below (default: %(default)s)")
+    parser.add_argument("--text-field", default="text", help="the field of a .jsonl line (default: %(default)s)")
+    parser.add_argument(
+        "--methods",
+        default="published-wanda; fast",
+        help="a list of methods as for run, separated by ; (default: %(default)s)",
+    )
     parser.add_argument("--sparsities", "--sparsity", help="a list of shares of zeros, e.g. 0.5,0.6 (default: 0.5)")
     parser.add_argument("--patterns", "--pattern", help="a list of N:M, N kept of M consecutive inputs, e.g. 2:4,4:8")
     parser.add_argument("--lengths", help="a list of nsamples x seqlen, e.g. 64x128,16x512 (default: 128x128)")
@@ -55,12 +58,6 @@ def add(commands: shared.Subparsers) -> None:
     _add_tasks(parser.add_argument_group("downstream tasks (pip install 'lm-eval[hf]')"))
     add_selection(parser, "weights to leave dense")
     parser.add_argument(
-        "--batch-tokens",
-        type=int,
-        default=BATCH_TOKENS,
-        help="tokens that go through a block at a time (default: %(default)s)",
-    )
-    parser.add_argument(
         "--output",
         metavar="DIR",
         help="folder for runs.jsonl, results.json, report.html and plots; a second call continues from its contents",
@@ -77,25 +74,13 @@ def _add_tasks(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--task-limit", metavar="N", type=int, help="samples of each task at most (default: all)")
 
 
-def _method_table() -> str:
-    methods = {name: _words(arguments) for name, arguments in METHODS.items()}
-    changes = "settings of a method can be changed: name:key=value,key=value, e.g. wanda:order=block; keys:"
-    keys = textwrap.fill(", ".join(setting_names()), 100, initial_indent="  ", subsequent_indent="  ")
-    listed = shared.table("methods (settings that differ from the defaults of run)", methods)
-    return f"{listed}\n\n{changes}\n{keys}"
-
-
-def _words(arguments: dict[str, object]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in arguments.items())
-
-
 def study_from(args: argparse.Namespace) -> Study:
     """The study of the parsed arguments of ``compare``. Raises InputError for a value that is not valid."""
     amounts = (*_split(args.sparsities), *_split(args.patterns)) or ("0.5",)
     return Study(
         model=args.model,
         grid=Grid(
-            methods=parse_methods(args.methods),
+            methods=parse_list(args.methods),
             amounts=amounts,
             lengths=_lengths(args),
             calibrations=_split(args.calibration),
@@ -110,7 +95,6 @@ def study_from(args: argparse.Namespace) -> Study:
             Tasks(_split(args.tasks), args.task_path, args.task_limit),
         ),
         skip=skip_from(args),
-        batch_tokens=args.batch_tokens,
         text_field=args.text_field,
         dtype=args.dtype,
     )

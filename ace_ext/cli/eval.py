@@ -23,6 +23,7 @@ def add(commands: shared.Subparsers) -> None:
     parser = commands.add_parser("eval", help="perplexity of a model on held-out text")
     shared.add_model(parser)
     parser.add_argument("--text", "--texts", required=True, help=f"{', '.join(SOURCES)}, FILE.txt or FILE.jsonl")
+    parser.add_argument("--text-field", default="text", help="the field of a .jsonl line (default: %(default)s)")
     parser.add_argument("--seqlen", type=int, default=SEQLEN, help="tokens of a window (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, help="read at most this many tokens (default: all)")
     shared.add_bos(parser, "window", f"{AUTO}; of a pruned folder, as its run chose for the dense model")

@@ -67,7 +67,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     )
     for setting in HealSettings.settings():
         if setting.name != "seed":  # --seed is that of the text, and serves for both
-            shared.add_setting(group, setting, shared.setting_help(setting))
+            shared.add_setting(group, setting)
 
 
 def _add_text(group: argparse._ArgumentGroup) -> None:

@@ -8,7 +8,7 @@ from ace_ext.runs.listing import as_json, as_text, list_weights
 from ace_ext.runs.plan import make_plan
 
 EXAMPLES = (
-    "plan --model MODEL --preset balanced",
+    "plan --model MODEL --method balanced",
     "plan --model MODEL --pattern 2:4 --calibration wiki-mini --max-memory 8GB",
 )
 """Commands that ``--help`` shows."""
@@ -19,7 +19,7 @@ def add(commands: shared.Subparsers) -> None:
     parser = commands.add_parser(
         "plan",
         help="what a run would prune, and the memory and time it would take",
-        epilog=shared.pruning_tables(),
+        epilog=shared.preset_table(),
     )
     shared.add_model(parser)
     parser.add_argument("--format", choices=FORMATS, default=DEFAULT_FORMAT, help="as for run (default: %(default)s)")
@@ -27,6 +27,11 @@ def add(commands: shared.Subparsers) -> None:
     shared.add_calibration(parser)
     shared.add_memory(parser.add_argument_group("the run"))
     parser.add_argument("--list", action="store_true", help="only list all weights of the blocks, and what stays dense")
+    parser.show_common(
+        *("model", "method", "sparsity", "pattern", "calibration", "nsamples", "seqlen", "device", "max_memory"),
+        *("format", "list", "json"),
+        tables=shared.stage_tables(),
+    )
     parser.set_defaults(action=plan)
 
 

@@ -14,7 +14,7 @@ from ace_ext.runs.pipeline import prune_folder
 
 EXAMPLES = (
     "run --model MODEL --output pruned",
-    "run --model MODEL --output pruned --preset balanced --calibration wiki-mini",
+    "run --model MODEL --output pruned --method balanced --calibration wiki-mini",
     "run --model MODEL --output pruned --pattern 2:4 --calibration text.jsonl --text-field content",
     "run --model MODEL --output pruned --calibration wiki-mini --max-memory 8GB --resume",
 )
@@ -26,7 +26,7 @@ def add(commands: shared.Subparsers) -> None:
     parser = commands.add_parser(
         "run",
         help="prune a model",
-        epilog=f"{shared.pruning_tables()}\n\n{_formats()}",
+        epilog=shared.preset_table(),
     )
     shared.add_model(parser)
     parser.add_argument("--output", required=True, help="the folder to write")
@@ -42,6 +42,11 @@ def add(commands: shared.Subparsers) -> None:
     )
     shared.add_memory(group)
     _add_files(group)
+    parser.show_common(
+        *("model", "output", "method", "sparsity", "pattern", "calibration", "nsamples", "seqlen", "device"),
+        *("max_memory", "resume", "overwrite", "format", "evaluate", "report"),
+        tables=f"{shared.stage_tables()}\n\n{_formats()}",
+    )
     parser.set_defaults(action=run)
 
 
@@ -54,14 +59,15 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
         "--save-stats",
         metavar="FILE",
         type=Path,
-        help="save the statistics of the dense model (order block); each block of this run then reads the output of "
-        "dense blocks, not of pruned ones",
+        help="save the statistics of the dense model; this run then reads the output of dense blocks, as with "
+        "collect(order=block), and a later one can prune from them (--stats)",
     )
     group.add_argument(
         "--stats",
         metavar="FILE",
         type=Path,
-        help="prune from saved statistics at any sparsity, pattern or metric, without a forward pass (order block)",
+        help="prune from saved statistics, without a forward pass and without calibration text: at any sparsity or "
+        "pattern, by any method that needs no other statistics",
     )
     shared.add_reports(group, "block")
 

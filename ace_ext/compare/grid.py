@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from ace_ext.compare.journal import Cell
-from ace_ext.compare.method_spec import Method
 from ace_ext.data.bos import AUTO, MODES, default_mode
 from ace_ext.data.corpora import CALIBRATION, HELD_OUT, SELF, SOURCES, load_text
 from ace_ext.data.perplexity import SEQLEN
 from ace_ext.data.tasks import Tasks
 from ace_ext.errors import InputError
 from ace_ext.models.versions import versions
-from ace_ext.pruning.config import BATCH_TOKENS, PruneConfig
+from ace_ext.pruning.config import PruneConfig
+from ace_ext.pruning.method import Method
 from ace_ext.pruning.settings import check_choice
 
 EVAL_WINDOWS = 24
@@ -100,7 +100,6 @@ class Study:
     grid: Grid
     evaluation: Evaluation = Evaluation()
     skip: tuple[str, ...] = ()
-    batch_tokens: int = BATCH_TOKENS
     text_field: str = "text"
     dtype: str = "auto"
 
@@ -110,7 +109,10 @@ class Study:
 
     def config(self, method: Method, amount: str) -> PruneConfig:
         """The configuration of a method with an amount."""
-        return method.config(**_amount(amount), skip=self.skip, batch_tokens=self.batch_tokens)
+        try:
+            return PruneConfig(method, **_amount(amount), skip=self.skip)
+        except InputError as error:
+            raise InputError(f"method {method.label!r}: {error}") from error
 
     def settings(self, device: torch.device) -> dict[str, Any]:
         """What must be equal for two runs to be in one table. Evaluation files are recorded by their content."""
@@ -120,7 +122,6 @@ class Study:
             "device": device.type,
             "threads": torch.get_num_threads() if device.type == "cpu" else None,  # changes rounding and time
             "skip": list(self.skip),
-            "batch_tokens": self.batch_tokens,
             "texts": {text: source_sha256(text, HELD_OUT, self.text_field) for text in self.evaluation.texts},
             "eval_seqlen": self.evaluation.seqlen,
             "eval_windows": self.evaluation.windows,
@@ -131,7 +132,7 @@ class Study:
         }
 
 
-def _amount(text: str) -> dict[str, str | float]:
+def _amount(text: str) -> dict[str, Any]:
     if ":" in text:
         return {"pattern": text}
     try:

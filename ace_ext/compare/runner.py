@@ -101,7 +101,7 @@ class Bench:
         restore(self.model, self.dense)
         data = self._draw(cell, bos)
         text = None
-        if config.solver.model_solver is not None:
+        if config.method.distill is not None:
             nsamples, seed = distill_draw(config, cell.seqlen, cell.seed)
             text = self._draw(replace(cell, nsamples=nsamples, seed=seed), bos).tokens
         own_peak = reset_peak(self.device)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,6 @@ from ace_ext.models.replay import BlockCall, capture_calls
 from ace_ext.models.versions import versions
 from ace_ext.process_memory import peak_memory_bytes
 from ace_ext.pruning.config import PruneConfig
-from ace_ext.pruning.presets import DEFAULT_PRESET, preset_config
 from ace_ext.pruning.statistics import StatisticsCollector
 from ace_ext.records import BlockReport, PruneReport
 
@@ -42,6 +42,7 @@ def prune_model(
     progress: bool = False,
     distill_text: Tensor | None = None,
     context: RunContext | None = None,
+    **settings: Any,
 ) -> PruneReport:
     """Prunes the Linears of a causal language model's decoder blocks in place.
 
@@ -52,13 +53,15 @@ def prune_model(
             padding ``attention_mask [batch, seqlen]`` (their tokens are left out of the statistics), and whatever
             else the model reads, such as ``pixel_values``. The blocks then see the tokens of images among those of
             text.
-        config: what to prune and how; default: the preset ``fast``.
+        config: what to prune and how; or give the arguments of :class:`PruneConfig` by name, as in
+            ``prune_model(model, tokens, method="balanced", sparsity=0.5)``. Default: the preset ``fast`` at 50 %.
         callback: called after each block with its report.
         progress: show a progress bar on stderr.
-        distill_text: for ``update="distill"`` windows of text without padding to train on, ``[windows, seqlen]``
-            integer, better none of the calibration samples; default: these. A text shorter than ``distill_tokens`` is
-            read again, up to six times.
+        distill_text: for a method with ``distill`` windows of text without padding to train on, ``[windows, seqlen]``
+            integer, better none of the calibration samples; default: these. A text shorter than the stage's ``tokens``
+            is read again, up to six times.
         context: optional services of a run on files; see :mod:`ace_ext.runs.pipeline`.
+        **settings: the arguments of :class:`PruneConfig`, in place of ``config``.
 
     Returns:
         A :class:`PruneReport`: for each matrix the number of weights kept and the change of its output.
@@ -69,10 +72,12 @@ def prune_model(
             weights is kept in memory, and put back after an error.
     """
     check_version()
-    config = config or preset_config(DEFAULT_PRESET)
-    trained = config.solver.model_solver is not None
+    if config is not None and settings:
+        raise TypeError(f"give config, or {', '.join(settings)}, not both")
+    config = config or PruneConfig(**settings)
+    trained = config.method.distill is not None
     if distill_text is not None and not trained:
-        raise InputError('distill_text is given, but nothing trains on it; leave it out, or use update="distill"')
+        raise InputError("distill_text is given, but nothing trains on it; leave it out, or use a method with distill")
     context = context or RunContext(observer=Progress(progress))
     start = time.perf_counter()
     store = context.blocks or ResidentBlocks(find_blocks(model, config.skip, max_dense=config.max_dense))
@@ -171,7 +176,7 @@ def _tried(
         raise InputError("the blocks of this model share states, which no file holds; start over without --resume")
     if found.reason is None:
         return replace(context, uses=found.uses)
-    trained = config.solver.block_solver or config.solver.model_solver
+    trained = config.method.train or config.method.distill
     hindered = {
         "--offload disk": not isinstance(store, ResidentBlocks),
         f"--update {trained.name if trained else ''}": trained is not None,

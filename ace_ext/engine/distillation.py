@@ -1,4 +1,4 @@
-"""The update ``distill``: the dense model is run before the walk over its blocks, and the pruned one is trained towards
+"""The stage ``distill``: the dense model is run before the walk over its blocks, and the pruned one is trained towards
 its predictions after it."""
 
 import math
@@ -17,22 +17,22 @@ from ace_ext.healing.settings import HealSettings
 from ace_ext.healing.teacher import teacher_states
 from ace_ext.models.block_store import BlockSource
 from ace_ext.pruning.config import PruneConfig
-from ace_ext.pruning.solvers.distill import DistillOptions
+from ace_ext.pruning.stages import Distill
 from ace_ext.records import Healing
 
 TEXT_SEED = 2**20
 """By this bit the seed of the windows that are distilled on differs from that of the calibration samples."""
 
 PASSES = 6
-"""Over a text that is shorter than ``distill_tokens`` at most so many passes are made."""
+"""Over a text that is shorter than the stage's ``tokens`` at most so many passes are made."""
 
 
 def heal_settings(config: PruneConfig, windows: int, seqlen: int) -> HealSettings:
-    """How ``config``, whose ``update`` names ``distill``, trains on windows of text, held-back ones included."""
-    options = _options(config)
-    settings = HealSettings(learning_rate=options.distill_lr)
+    """How ``config``, whose method distills, trains on windows of text, held-back ones included."""
+    stage = _stage(config)
+    settings = HealSettings(learning_rate=stage.learning_rate)
     trained = windows - held_windows(windows, settings)
-    return replace(settings, passes=min(PASSES, math.ceil(options.distill_tokens / (trained * seqlen))))
+    return replace(settings, passes=min(PASSES, math.ceil(stage.tokens / (trained * seqlen))))
 
 
 def distill_draw(config: PruneConfig, seqlen: int, seed: int) -> tuple[int, int]:
@@ -42,15 +42,12 @@ def distill_draw(config: PruneConfig, seqlen: int, seed: int) -> tuple[int, int]
     The calibration samples are not among them, as pruning has fitted its mask and weights to these: the loss on such a
     window begins too low, at 0.32 in place of 0.54 for SmolLM2-135M at 50 %, and says little about other text.
     """
-    return windows_needed(_options(config).distill_tokens, seqlen, HealSettings()), seed ^ TEXT_SEED
+    return windows_needed(_stage(config).tokens, seqlen, HealSettings()), seed ^ TEXT_SEED
 
 
-def _options(config: PruneConfig) -> DistillOptions:
-    solver = config.solver.model_solver
-    assert solver is not None
-    options = config.solver.options_for(solver)
-    assert isinstance(options, DistillOptions)
-    return options
+def _stage(config: PruneConfig) -> Distill:
+    assert config.method.distill is not None  # callers ask only for such methods
+    return config.method.distill
 
 
 class Distillation:
@@ -60,7 +57,7 @@ class Distillation:
         model: the dense model, which will be pruned in place.
         store: its blocks.
         tokens: the text, int64 ``[windows, seqlen]``.
-        config: its ``update`` names ``distill``.
+        config: its method distills.
         context: of the run.
 
     Raises:
@@ -73,10 +70,10 @@ class Distillation:
     ) -> None:
         if not isinstance(tokens, Tensor):
             raise InputError(
-                "update distill trains on windows of text without padding: give distill_text, or calibration as one "
+                "distill trains on windows of text without padding: give distill_text, or calibration as one "
                 f"tensor [nsamples, seqlen] (got {type(tokens).__name__})"
             )
-        check_predicts(model, "update distill trains on its predictions: leave it out")
+        check_predicts(model, "distill trains on its predictions: leave it out")
         check_text(model, tokens)
         self._model, self._settings = model, heal_settings(config, *tokens.shape)
         self._tokens = tokens.to("cpu", torch.long)

@@ -48,8 +48,8 @@ def open_dense(walk: Steps) -> HiddenStates:
 
 def prune_and_train(walk: Steps, block: Block, index: int, block_report: BlockReport) -> None:
     """Prunes a block, then trains its remaining weights; the targets are the dense model's hidden states."""
-    solver = walk.config.solver.block_solver
-    assert solver is not None
+    stage = walk.config.method.train
+    assert stage is not None
     assert walk.dense is not None
     walk.settle()  # the dense states that are replaced here may be on their way to the disk
     inputs = [walk.hidden[i] for i in range(len(walk.calls))]
@@ -60,11 +60,10 @@ def prune_and_train(walk: Steps, block: Block, index: int, block_report: BlockRe
     prune_block(walk, block, index, block_report)
     masks = {child: linear.weight != 0 for child, linear in block.linears.items()}
     others = [call.others[index] for call in walk.calls]
-    block_report.tuning = solver.train_(
+    block_report.tuning = stage.train_(
         block,
         list(zip(inputs, others, strict=True)),
         targets,
-        walk.config.solver.options_for(solver),
         masks,
         [call.token_mask for call in walk.calls],
     )

@@ -199,7 +199,7 @@ class Steps:
         """
         if child in collector.stats and collector.stats[child].tokens:
             return
-        compared = self.config.comparison.over_matrices or self.config.allocation != "uniform"
+        compared = self.config.comparison.over_matrices or self.config.method.allocate is not None
         if compared:
             found = "saw no calibration token; give more or other calibration text, or skip it"
             if not block.is_expert(child):

@@ -24,9 +24,9 @@ class Walk(Steps):
         done = journal.finished if journal else 0
         if journal:
             self.report.blocks.extend(journal.blocks)
-        if self.config.allocation != "uniform":
+        if self.config.method.allocate is not None:
             self.keeps = allocate_sparsity(self)
-        if self.config.solver.block_solver is not None:
+        if self.config.method.train is not None:
             self.dense = open_dense(self)
         tokens = sum(self.context.peers.gather(sum(call.tokens for call in self.calls)))
         observer.start(len(self.blocks.blocks), done, tokens)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ace_ext.pruning.settings import Limits, Options, option
-from ace_ext.pruning.solvers.distill import LEARNING_RATE
+from ace_ext.pruning.stages.distill import LEARNING_RATE
 
 WARM_UP = 0.05
 """Share of the steps in which the learning rate rises."""

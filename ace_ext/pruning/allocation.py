@@ -20,6 +20,7 @@ from ace_ext import ops
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.masks import scored_weight
 from ace_ext.pruning.pattern import keep_count
+from ace_ext.pruning.stages.allocate import ERROR, OWL, Allocate
 from ace_ext.pruning.statistics import LinearStatistics
 
 OUTLIER_FACTOR = 5.0
@@ -44,9 +45,14 @@ class BlockMeasure:
     """``[CURVE_POINTS]`` float64, for ``"error"``: the block's error at each sparsity of :func:`sparsity_grid`."""
 
 
+def _stage(config: PruneConfig) -> Allocate:
+    assert config.method.allocate is not None  # callers ask only with one
+    return config.method.allocate
+
+
 def sparsity_grid(config: PruneConfig) -> FloatArray:
     """``[CURVE_POINTS]`` float64: the sparsities that ``"error"`` chooses from, both ends included."""
-    reach = ERROR_REACH * config.allocation_range
+    reach = ERROR_REACH * _stage(config).range
     return np.linspace(max(0.0, config.sparsity - reach), min(1.0, config.sparsity + reach), CURVE_POINTS)
 
 
@@ -71,7 +77,7 @@ def measure_block(
     mean = sum(float(score.double().sum()) for score in scores.values()) / size
     outliers = sum(int((score > OUTLIER_FACTOR * mean).sum()) for score in scores.values())
     errors = None
-    if config.allocation == "error":
+    if _stage(config).by == ERROR:
         curves = [_error_curve(linear.weight, scores[child], stats[child], config) for child, linear in linears.items()]
         errors = np.sum(curves, axis=0) if curves else np.zeros(CURVE_POINTS)
     return BlockMeasure(outliers / size, errors)
@@ -105,10 +111,10 @@ def allocate(measures: list[BlockMeasure], config: PruneConfig, shapes: list[Sha
         config: names the rule and the target sparsity.
         shapes: rows and columns of each block's matrices, by name.
     """
-    if config.allocation == "uniform":
+    if config.method.allocate is None:
         return [{child: keep_count(cols, config.sparsity) for child, (_, cols) in block.items()} for block in shapes]
     sizes = np.array([sum(rows * cols for rows, cols in block.values()) for block in shapes], dtype=np.float64)
-    if config.allocation == "owl":
+    if config.method.allocate.by == OWL:
         sparsities = _owl(np.array([measure.outlier_share for measure in measures]), sizes, config)
     else:
         sparsities = _equal_marginal_error(np.array([measure.errors for measure in measures]), sizes, config)
@@ -120,7 +126,7 @@ def _owl(outliers: FloatArray, sizes: FloatArray, config: PruneConfig) -> FloatA
     is shifted so that its mean over weights is the target."""
     spread = outliers.max() - outliers.min()
     scaled = (outliers - outliers.min()) / spread if spread > 0 else np.zeros_like(outliers)
-    offset = -2 * config.allocation_range * scaled
+    offset = -2 * _stage(config).range * scaled
     return np.clip(config.sparsity + offset - np.average(offset, weights=sizes), 0.0, 1.0)
 
 

@@ -1,261 +1,183 @@
-"""What to prune and how. Settings are checked when the configuration is made, before a model is changed."""
-
-from __future__ import annotations
+"""What to prune and how: the target, and the method that reaches it. Both are checked when a configuration is made,
+before a model changes."""
 
 import numbers
-import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from ace_ext.errors import InputError
-from ace_ext.pruning.criteria import DEFAULT_METRIC, METRICS, CustomMetric, metric_name
 from ace_ext.pruning.groups import GROUPS, ComparisonGroup, group_of
+from ace_ext.pruning.method import DEFAULT, Method, method_of
 from ace_ext.pruning.needs import Needs
 from ace_ext.pruning.pattern import SparsityPattern, keep_count
-from ace_ext.pruning.settings import Limits, Setting, check_choice, check_settings, option, settings_of
-from ace_ext.pruning.solver_config import SolverConfig, solver_names, solver_settings, take_solver_settings
+from ace_ext.pruning.settings import check_choice
+from ace_ext.pruning.stages import Distill, Stage
+from ace_ext.pruning.stages.collect import BLOCK, EXACT, SEQUENTIAL, SKETCH
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+__all__ = ["PruneConfig", "SparsityPattern", "keep_count"]
 
-__all__ = ["PruneConfig", "SolverConfig", "SparsityPattern", "config_settings", "keep_count"]
-
-ORDERS = ("block", "sequential")
-TOKEN_NORMS = ("exact", "sketch")
-ALLOCATIONS = ("uniform", "owl", "error")
-BATCH_TOKENS = 16384
-"""Default number of calibration tokens that go through a block at a time."""
+SPARSITY = 0.5
+"""The default share of zeros."""
+MAX_DENSE = 0.1
+"""The default share of a block's weights that may stay dense unasked."""
 
 
-class FlatSettings(TypedDict, total=False):
-    """The keyword-only settings of :class:`PruneConfig`, with the options of the solvers of this package.
-
-    It exists for type checkers. Options of a solver that you registered work by keyword too; for a type checker, give
-    them as ``SolverConfig(options=…)``.
-    """
-
-    order: str | None
-    skip: str | Iterable[str]
-    max_dense: float
-    ria_exponent: float
-    batch_tokens: int
-    token_norm: str | None
-    allocation: str
-    allocation_range: float
-    refine: str | None
-    update: str | None
-    gram: str
-    damping: float | None
-    iterations: int
-    saliency: str
-    max_swaps: int
-    tune_epochs: int
-    tune_lr: float
-    distill_passes: int
-    distill_lr: float
-
-
-@dataclass(frozen=True, init=False)
 class PruneConfig:
-    """The settings of :func:`ace_ext.prune_model`: score, comparison group, solvers and order of work.
+    """What :func:`ace_ext.prune_model` prunes, and by which method. Not to be changed once it is made.
 
     Args:
-        metric: a name of :data:`ace_ext.pruning.criteria.METRICS` (default: ``"wanda"``), or a callable
-            ``(weight, stats) -> score`` that returns a float tensor of the weight's shape, higher = keep; ``stats`` is
-            a :class:`ace_ext.pruning.statistics.LinearStatistics`.
+        method: a text such as ``"balanced"`` or ``"admm(iterations=30) + distill"``, a stage, or a list of stages
+            (:mod:`ace_ext.pruning.method`).
         sparsity: share of zeros in ``[0, 1]``; default 0.5. Not together with ``pattern``.
         pattern: N:M, as a :class:`SparsityPattern` or text like ``"2:4"``; N are kept.
         group: the comparison group, that is, which weights are ranked against each other: those of one ``"row"``, one
-            ``"matrix"``, or the whole ``"model"``.
-        solver: what follows the metric, as a :class:`SolverConfig`. Or give its settings here by name, as in
-            ``PruneConfig(update="admm", iterations=30)``.
-        **settings: the settings below, and those of the solvers, by keyword.
-
-    Settings by keyword:
-
-    - ``order``: ``"sequential"`` (default): each Linear's statistics come from inputs that already passed the pruned
-      Linears before it. ``"block"``: all statistics of a block come from the dense block, as in Wanda. The group
-      ``"model"`` needs all scores at once, so it always uses ``"block"`` and dense blocks throughout.
-    - ``skip``: regular expressions, or a single one; a Linear or expert weight whose full name matches one stays dense.
-    - ``max_dense``: convolutions, decays and other weights that no known matrix product reads stay dense and are listed
-      in the report; if they are more than this share of a block's weights, that is an error.
-    - ``ria_exponent``: the power of the input norm in the metric ``ria``.
-    - ``batch_tokens``: how many calibration tokens go through a block at a time. Several batches take one forward pass
-      of a block too, as long as what they hold between its Linears fits into memory; if not, one for each Linear.
-    - ``token_norm``: how the norms ``‖A_t‖`` that weight the tokens are computed: ``"exact"``, from the dense output
-      itself, or ``"sketch"``, from a random projection of it (:func:`ace_ext.pruning.statistics.sketched_output`).
-      With a sketch the sequential order computes each Linear's output only once, with the pruned weight, so that is
-      the default there. The order ``"block"`` computes the dense output anyway, so its default is ``"exact"``.
-    - ``allocation``: how sparsity is divided among blocks: the same for all (``"uniform"``), lower where scores have
-      more outliers (``"owl"``, arXiv 2310.05175), or so that one more pruned weight costs the same error in every
-      block (``"error"``). The model's total is always that of ``sparsity``.
-    - ``allocation_range``: how far a block's sparsity may differ from ``sparsity`` under ``"owl"``; under ``"error"``
-      three times as far.
+            ``"matrix"``, or the whole ``"model"``, which needs all scores at once, so that all statistics are those of
+            the dense model. Default: ``"row"``, but ``"matrix"`` where ``obs`` chooses the mask. Not together with
+            ``pattern``, which has its own groups.
+        skip: regular expressions, or a single one; a Linear or expert weight whose full name matches one stays dense.
+        max_dense: convolutions, decays and other weights that no known matrix product reads stay dense and are listed
+            in the report; if they are more than this share of a block's weights, that is an error.
 
     Raises:
-        InputError: for a value outside its limits, or settings that exclude each other.
-        TypeError: for a setting with an unknown name.
+        InputError: for a value outside its limits, or arguments that exclude each other.
     """
-
-    metric: str | CustomMetric = option(DEFAULT_METRIC, "the score by which weights are kept")
-    sparsity: float = option(0.5, "share of zeros")
-    pattern: SparsityPattern | None = option(None, "N:M, N kept of M consecutive inputs, e.g. 2:4")
-    group: str = option("row", "which weights are compared", Limits(choices=GROUPS))
-    order: str = option(None, "order of work in a block (default: sequential)", Limits(choices=ORDERS))
-    skip: tuple[str, ...] = option((), "weights to leave dense")
-    max_dense: float = option(
-        0.1,
-        "share of a block's weights that may stay dense because they are in no layout that can be pruned",
-        Limits(at_least=0, below=1.0000001, words="a share from 0 to 1"),
-    )
-    ria_exponent: float = option(0.5, "exponent of the input norm in ria")
-    batch_tokens: int = option(BATCH_TOKENS, "tokens that go through a block at a time", Limits(at_least=1))
-    token_norm: str = option(
-        None,
-        "how the output norms that weight tokens are computed: exact, or by a sketch, which is faster in the "
-        "sequential order (default: sketch if sequential, exact if block)",
-        Limits(choices=TOKEN_NORMS),
-    )
-    allocation: str = option("uniform", "how blocks share the sparsity", Limits(choices=ALLOCATIONS))
-    allocation_range: float = option(
-        0.05,
-        "how far a block's sparsity may differ",
-        Limits(above=0, below=1, words="a difference in sparsity between 0 and 1"),
-    )
-    solver: SolverConfig = SolverConfig()
 
     def __init__(
         self,
-        metric: str | CustomMetric | None = None,
+        method: str | Stage | Sequence[Stage] | Method = DEFAULT,
         sparsity: float | None = None,
         pattern: SparsityPattern | str | None = None,
-        group: str = "row",
-        solver: SolverConfig | None = None,
-        **settings: Unpack[FlatSettings],
+        group: str | None = None,
+        *,
+        skip: str | Iterable[str] | None = (),
+        max_dense: float = MAX_DENSE,
     ) -> None:
-        flat: dict[str, Any] = dict(settings)
-        by_name = take_solver_settings(flat)
-        if by_name and solver is not None:
-            raise InputError(
-                f"give solver=SolverConfig(…) or its settings by name, not both (got {', '.join(by_name)})"
-            )
-        own = config_settings()
-        unknown = [name for name in flat if name not in own]
-        if unknown:
-            raise TypeError(f"PruneConfig got an unexpected setting {unknown[0]!r}; known are {', '.join(own)}")
-        given = {
-            "metric": DEFAULT_METRIC if metric is None else metric,
-            "sparsity": sparsity,
-            "pattern": pattern,
-            "group": group,
-            **flat,
-        }
-        for name, setting in own.items():
-            object.__setattr__(self, name, given.get(name, setting.default))
-        object.__setattr__(self, "skip", _patterns(self.skip))
-        object.__setattr__(self, "solver", solver or SolverConfig(**by_name))
-        self._complete()
-        if metric is not None and not self.metric_decides:
-            warnings.warn(
-                f"metric {self.metric_name} has no effect: update {self.solver.name} chooses the mask itself; give a "
-                f"refine too (then it keeps the metric's mask, refined), or leave out the metric",
-                UserWarning,
-                stacklevel=2,
-            )
-
-    def _complete(self) -> None:
-        """Fills in the defaults that depend on other settings, and checks all."""
-        if not isinstance(self.pattern, SparsityPattern | str | None):
-            raise InputError(f'pattern must be N:M, N weights kept of M (got {str(self.pattern)[:100]}); e.g. "2:4"')
-        if isinstance(self.pattern, str):
-            object.__setattr__(self, "pattern", SparsityPattern.parse(self.pattern))
-        if isinstance(self.metric, str):
-            object.__setattr__(self, "metric", metric_name(self.metric))
-        if not callable(self.metric) and self.metric not in METRICS:
-            raise InputError(f"metric must be one of {', '.join(METRICS)}, or a callable (got {self.metric!r})")
-        check_choice("group", self.group, [*GROUPS])
-        self._fill_sparsity()
-        self._fill_order()
-        if self.token_norm is None:
-            object.__setattr__(self, "token_norm", "sketch" if self.order == "sequential" else "exact")
-        check_settings(self)
-        self.solver.check_group(self.comparison)
+        self.method: Method = method_of(method)
+        self.pattern = _pattern(pattern)
+        self.sparsity = _sparsity(sparsity, self.pattern)
+        self.group = self._group(group)
+        self.skip = _patterns(skip)
+        self.max_dense = _share("max_dense", max_dense)
+        self._check_group()
         self._check_allocation()
 
-    def _fill_sparsity(self) -> None:
-        if self.pattern is not None:
-            if self.sparsity is not None and self.sparsity != self.pattern.sparsity:
-                raise InputError(f"give sparsity or pattern, not both (got {self.sparsity} and {self.pattern})")
-            if self.group != "row":
-                raise InputError(f"a pattern compares within its own groups: group must be row (got {self.group!r})")
-            object.__setattr__(self, "sparsity", self.pattern.sparsity)
-        if self.sparsity is None:
-            object.__setattr__(self, "sparsity", 0.5)
-        is_number = isinstance(self.sparsity, numbers.Real) and not isinstance(self.sparsity, bool)
-        if not is_number or not 0 <= self.sparsity <= 1:
-            raise InputError(f"sparsity must be a share of zeros from 0 to 1 (got {str(self.sparsity)[:100]})")
+    def _group(self, given: str | None) -> str:
+        if given is None:
+            chooser = None if self.pattern or not self.method.chosen_by_solver else self.method.solve
+            return "row" if chooser is None else chooser.groups[0]
+        check_choice("group", given, [*GROUPS])
+        if self.pattern is not None and given != "row":
+            raise InputError(f"a pattern compares within its own groups: leave out group (got {given!r})")
+        return given
 
-    def _fill_order(self) -> None:
-        whole_model = GROUPS[self.group].over_matrices
-        order = ("block" if whole_model else "sequential") if self.order is None else self.order
-        check_choice("order", order, ORDERS)
-        if whole_model and order != "block":
-            raise InputError(f"group {self.group} compares all scores at once, so order must be block (got {order!r})")
-        object.__setattr__(self, "order", order)
+    def _check_group(self) -> None:
+        """Raises :class:`InputError` if a stage does not support the comparison group."""
+        for stage in self.method.matrix_stages:
+            if self.group not in stage.groups:
+                raise InputError(
+                    f"{stage.label} compares within a {' or a '.join(sorted(stage.groups, reverse=True))} (got group "
+                    f"{self.group!r}); use group {stage.groups[0]}"
+                )
+        if not GROUPS[self.group].over_matrices:
+            return
+        if self.method.train is not None:
+            raise InputError(
+                f"{self.method.train.label} trains block after block, but group {self.group} prunes all at once; use "
+                "group row"
+            )
+        if self.method.collect.order == SEQUENTIAL:
+            raise InputError(f"group {self.group} compares all scores at once; leave out order=sequential")
 
     def _check_allocation(self) -> None:
-        if self.allocation == "uniform":
+        if self.method.allocate is None:
             return
         if self.pattern is not None:
-            raise InputError(f"allocation {self.allocation} cannot move weights between N:M groups; leave out pattern")
+            raise InputError("allocate cannot move weights between N:M groups; leave out pattern or allocate")
         if self.comparison.over_matrices:
-            raise InputError(
-                f"group {self.group} itself allocates (got allocation {self.allocation!r} too); use group row"
-            )
+            raise InputError(f"group {self.group} itself allocates; leave out allocate, or use group row")
 
     @property
     def comparison(self) -> ComparisonGroup:
         """The comparison group that ``pattern`` and ``group`` stand for."""
         return group_of(self.group, self.pattern)
 
-    def batch_samples(self, seqlen: int) -> int:
-        """How many samples of ``seqlen`` tokens go through a block at a time."""
-        return max(1, self.batch_tokens // max(1, seqlen))
-
-    def without_distillation(self) -> PruneConfig:
-        """The same without the solver that trains the whole model."""
-        solver = self.solver.model_solver
-        if solver is None:
-            return self
-        own = {name: getattr(self, name) for name in config_settings()}
-        if not self.metric_decides:
-            del own["metric"]
-        return PruneConfig(**own, solver=self.solver.without(solver))
+    @property
+    def order(self) -> str:
+        """``"block"`` or ``"sequential"``: the option of ``collect``, or what the group needs."""
+        return self.method.collect.order or (BLOCK if self.comparison.over_matrices else SEQUENTIAL)
 
     @property
-    def metric_decides(self) -> bool:
-        """Whether the metric decides which weights are kept: not where a solver chooses the mask, unless the metric's
-        scores divide the sparsity among blocks."""
-        solver = self.solver.weight_solver
-        chosen = self.solver.mask_solver is None and solver is not None and solver.chooses_mask
-        return not chosen or self.allocation != "uniform"
+    def token_norm(self) -> str:
+        """``"exact"`` or ``"sketch"``: the option of ``collect``, or what the order makes cheap."""
+        return self.method.collect.token_norm or (SKETCH if self.order == SEQUENTIAL else EXACT)
 
     @property
     def needs(self) -> Needs:
         """The kinds of statistics that pruning, allocation and a statistics file need."""
-        return Needs.of(self.metric, self.solver, self.allocation)
+        return Needs.of(self.method)
 
-    @property
-    def metric_name(self) -> str:
-        """The metric's name; for a callable its ``__name__``."""
-        return self.metric if isinstance(self.metric, str) else getattr(self.metric, "__name__", "custom")
+    def batch_samples(self, seqlen: int) -> int:
+        """How many samples of ``seqlen`` tokens go through a block at a time."""
+        return max(1, self.method.collect.batch_tokens // max(1, seqlen))
+
+    def changed(self, **arguments: Any) -> "PruneConfig":
+        """A configuration with other arguments."""
+        amount = {"pattern": self.pattern} if self.pattern else {"sparsity": self.sparsity, "group": self.group}
+        own = {"method": self.method, **amount, "skip": self.skip, "max_dense": self.max_dense}
+        return PruneConfig(**{**own, **arguments})
+
+    def without_distillation(self) -> "PruneConfig":
+        """The same without the stage that trains the whole model."""
+        return self if self.method.distill is None else self.changed(method=self.method.without(Distill))
+
+    def on_dense_blocks(self) -> "PruneConfig":
+        """The same with statistics of dense blocks, as a statistics file holds them.
+
+        Raises:
+            InputError: the method says otherwise.
+        """
+        if self.method.collect.order == SEQUENTIAL:
+            raise InputError("saved statistics are of dense blocks; leave out order=sequential, or write order=block")
+        return self if self.order == BLOCK else self.changed(method=self.method.collected(order=BLOCK))
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings as plain values for a report, with the solver's settings at the same level."""
-        own = {name: getattr(self, name) for name in config_settings()}
-        plain = {"metric": self.metric_name, "pattern": str(self.pattern) if self.pattern else None}
-        return {**own, **plain, "skip": list(self.skip), **self.solver.to_dict()}
+        """All arguments as plain values for a report; ``method`` is the text of the stages, ``preset`` the name of the
+        preset that was asked for, if any."""
+        return {
+            "method": str(self.method),
+            "preset": self.method.preset,
+            "sparsity": self.sparsity,
+            "pattern": str(self.pattern) if self.pattern else None,
+            "group": self.group,
+            "skip": list(self.skip),
+            "max_dense": self.max_dense,
+        }
+
+
+def _pattern(given: object) -> SparsityPattern | None:
+    if isinstance(given, str):
+        return SparsityPattern.parse(given)
+    if not isinstance(given, SparsityPattern | None):
+        raise InputError(f'pattern must be N:M, N weights kept of M (got {str(given)[:100]}); e.g. "2:4"')
+    return given
+
+
+def _sparsity(given: object, pattern: SparsityPattern | None) -> float:
+    if pattern is not None:
+        if given is not None and given != pattern.sparsity:
+            raise InputError(f"give sparsity or pattern, not both (got {given} and {pattern})")
+        return pattern.sparsity
+    return _share("sparsity", SPARSITY if given is None else given)
+
+
+def _share(name: str, given: object) -> float:
+    """``given`` as a share from 0 to 1."""
+    number = isinstance(given, numbers.Real) and not isinstance(given, bool)
+    if number and 0 <= given <= 1:  # type: ignore[operator]  # it is a number
+        return given  # type: ignore[return-value]
+    percent = number and 1 < given <= 100  # type: ignore[operator]
+    hint = f"; did you mean {given / 100:g}?" if percent else ""  # type: ignore[operator]
+    raise InputError(f"{name} must be a share from 0 to 1 (got {str(given)[:100]}){hint}")
 
 
 def _patterns(skip: object) -> tuple[str, ...]:
@@ -265,13 +187,3 @@ def _patterns(skip: object) -> tuple[str, ...]:
     if not isinstance(skip, Iterable):
         raise InputError(f"skip must be regular expressions (got {str(skip)[:100]})")
     return tuple(skip)
-
-
-def config_settings() -> dict[str, Setting]:
-    """The settings of :class:`PruneConfig` itself by name, without those of its solvers."""
-    return {setting.name: setting for setting in settings_of(PruneConfig)}
-
-
-def all_settings() -> dict[str, Setting]:
-    """Every setting that :class:`PruneConfig` takes by name, including those of all registered solvers."""
-    return {**config_settings(), **solver_names(), **solver_settings()}

@@ -8,7 +8,6 @@ Notation: ``W [d_out, d_in]``, inputs ``X [T, d_in]``, dense outputs ``A = X W�
 standard deviation of ``X_j`` over tokens, ``σʳ_j = sqrt(Σ_t r_t (X_tj - m_j)²)`` with ``m_j`` the ``r``-weighted mean.
 """
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -72,17 +71,6 @@ METRICS["varp"] = METRICS["stade"]  # the paper's name of the same formula
 
 DEFAULT_METRIC = "wanda"
 """The cheapest that holds on every model measured. What prunes best is a preset, not a metric."""
-RENAMED = {"cosp+varp": "ace"}
-"""Names of version 0.1 that have another one now. What 0.1 called ``ace`` is ``norm-cosvar``."""
-
-
-def metric_name(name: str) -> str:
-    """``name``, or with a warning its present one."""
-    present = RENAMED.get(name)
-    if present is None:
-        return name
-    warnings.warn(f"the metric {name!r} is now called {present!r}", DeprecationWarning, stacklevel=5)
-    return present
 
 
 def metric_needs(metric: str | CustomMetric) -> frozenset[str]:

@@ -40,8 +40,9 @@ def as_rows(weight: Tensor) -> Iterator[Tensor]:
 
 
 def scored_weight(weight: Tensor, stats: LinearStatistics | None, config: PruneConfig) -> ScoredWeight:
-    """Binds a weight to the configuration's metric; see :func:`ace_ext.pruning.criteria.bind`."""
-    return bind(weight, stats, config.metric, config.ria_exponent)
+    """Binds a weight to the method's scores; see :func:`ace_ext.pruning.criteria.bind`."""
+    score = config.method.scored_by
+    return bind(weight, stats, score.metric, score.exponent)
 
 
 def keep_of_group(weight: Tensor, config: PruneConfig, keep_row: int | None = None) -> int:

@@ -1,13 +1,10 @@
-"""Which kinds of statistics a configuration needs. This is the only place that decides it."""
+"""Which kinds of statistics a method needs. This is the only place that decides it."""
 
 from dataclasses import dataclass
 
-from ace_ext.pruning.criteria import CustomMetric, metric_needs
-from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, SKETCH, WEIGHTED
-from ace_ext.pruning.solver_config import SolverConfig
-
-EXCHANGED = {"plain": {}, "cosine": {GRAM: COSINE_GRAM, INPUT: WEIGHTED}, "sketch": {GRAM: SKETCH}}
-"""What the setting ``gram`` puts in place of the kinds that solvers need."""
+from ace_ext.pruning.kinds import INPUT, WEIGHTED
+from ace_ext.pruning.method import Method
+from ace_ext.pruning.stages.allocate import ERROR
 
 
 @dataclass(frozen=True)
@@ -17,15 +14,16 @@ class Needs:
     prune: frozenset[str]
     """Read when a matrix is pruned."""
     measure: frozenset[str]
-    """Read by the extra pass that allocates sparsity to blocks; empty if allocation is uniform."""
+    """Read by the extra pass that allocates sparsity to blocks; empty without it."""
 
     @classmethod
-    def of(cls, metric: str | CustomMetric, solver: SolverConfig, allocation: str) -> "Needs":
-        """The kinds that these parts of a configuration read."""
-        scored = metric_needs(metric)
-        exchanged = EXCHANGED[solver.gram]
-        solved = {exchanged.get(kind, kind) for chosen in solver.matrix_solvers for kind in chosen.needs}
-        measure = {"uniform": frozenset(), "error": scored | {WEIGHTED}}.get(allocation, scored)
+    def of(cls, method: Method) -> "Needs":
+        """The kinds that the stages of a method read."""
+        scored = method.scored_by.needs
+        solved = {kind for stage in method.matrix_stages for kind in stage.needs}
+        measure: frozenset[str] = frozenset()
+        if method.allocate is not None:
+            measure = scored | {WEIGHTED} if method.allocate.by == ERROR else scored
         return cls(scored | solved, measure)
 
     @property

@@ -9,7 +9,7 @@ from ace_ext.pruning.gram import RelativeLoss
 from ace_ext.pruning.masks import as_rows, keep_budget, keep_of_group, metric_mask, prune_weight_, scored_weight
 from ace_ext.pruning.moment_gram import MomentGram
 from ace_ext.pruning.row_shares import AllRows, RowShares
-from ace_ext.pruning.solvers import Problem, Solved
+from ace_ext.pruning.stages import Problem, Solved
 from ace_ext.pruning.statistics import LinearStatistics
 from ace_ext.records import Solution
 
@@ -52,19 +52,18 @@ def _prune_rows_(
 ) -> Solution | None:
     """:func:`prune_linear_` of a weight with contiguous rows."""
     scored = scored_weight(weight, stats, config)
-    name = config.solver.name
-    if not name:
+    method = config.method
+    if not method.name:
         prune_weight_(scored, config, keep_row)
         return None
     if keep_budget(weight, config, keep_row) == weight.numel():  # nothing is pruned: nothing to compensate for
-        return Solution(name, 0.0, 0, 0.0, 0.0)
-    by_rows = config.comparison.name != "matrix" and all(solver.row_wise for solver in config.solver.matrix_solvers)
+        return Solution(method.name, 0.0, 0, 0.0, 0.0)
+    by_rows = config.comparison.name != "matrix" and all(stage.row_wise for stage in method.matrix_stages)
     shares = shares if shares is not None and by_rows else AllRows()
     rows = shares.rows(len(weight))
     dense = weight.detach().to(torch.float32, copy=True)
     mask = metric_mask(scored, config, keep_row)
-    moments = stats.weighted if config.solver.gram == "cosine" else stats.input
-    vectors = None if moments is None else MomentGram.of(moments)
+    vectors = None if stats.input is None else MomentGram.of(stats.input)
     keep = keep_of_group(weight, config, keep_row)
     problem = Problem(dense, stats.gram, config.comparison, keep, mask, vectors).of_rows(rows)
     loss = RelativeLoss(problem.measure.energy, problem.dense, shares.add_up)
@@ -74,22 +73,22 @@ def _prune_rows_(
     rounded = solved.weight.to(weight.dtype)
     if not torch.isfinite(rounded).all():  # also where only the weight's dtype, as float16, is too narrow
         wider = ", or load the model as bfloat16" if weight.dtype == torch.float16 else ""
-        raise InputError(f"the {name} update overflowed with damping {solved.damping:g}; raise damping{wider}")
+        raise InputError(f"{method.name} overflowed with damping {solved.damping:g}; raise damping{wider}")
     weight.copy_(shares.gather_rows(rounded, len(weight)))
     damping, attempts = solved.damping, solved.attempts
     del solved, rounded
-    return Solution(name, damping, attempts, loss_before, loss(weight[rows]))
+    return Solution(method.name, damping, attempts, loss_before, loss(weight[rows]))
 
 
 def _solve(problem: Problem, config: PruneConfig) -> Solved:
-    """Refines the metric's mask, then updates the weights; each only if the configuration asks for it."""
-    solver = config.solver
-    if solver.mask_solver is not None:
-        solver.mask_solver.refine_(problem, solver.options_for(solver.mask_solver))
-    elif solver.weight_solver is not None and solver.weight_solver.chooses_mask:
+    """Refines the mask, then updates the weights; each only if the method has such a stage."""
+    method = config.method
+    if method.chosen_by_solver:
         problem.mask = None
-    if solver.weight_solver is not None:
-        return solver.weight_solver.solve(problem, solver.options_for(solver.weight_solver))
+    if method.refine is not None:
+        method.refine.refine_(problem)
+    if method.solve is not None:
+        return method.solve.solve(problem)
     assert problem.mask is not None
     return Solved(problem.dense.masked_fill(~problem.mask, 0.0))
 
@@ -101,8 +100,7 @@ def working_bytes(config: PruneConfig, rows: int, cols: int) -> int:
     weight in float32, and what the solver declares.
     """
     entries = rows * cols
-    scores = 4 * entries if callable(config.metric) else 0
-    if not config.solver.name:
+    scores = 4 * entries if callable(config.method.scored_by.metric) else 0
+    if not config.method.name:
         return entries + scores
-    solver = config.solver
-    return 5 * entries + scores + max(held.held_bytes(rows, cols, solver.gram) for held in solver.matrix_solvers)
+    return 5 * entries + scores + max(stage.working_bytes(rows, cols) for stage in config.method.matrix_stages)

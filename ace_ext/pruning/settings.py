@@ -1,13 +1,14 @@
-"""Settings as data: each is declared once, with a name, a default, limits and a line of help.
+"""Options as data: each is declared once, with a name, a default, limits and a line of help.
 
-The command line, the method specs of ``ace-prune compare``, the reports and the documentation read these declarations.
+The parser of methods, ``--help``, the reports and the documentation read these declarations.
 """
 
 import dataclasses
+import difflib
 import functools
 import types
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -16,7 +17,7 @@ from ace_ext.errors import InputError
 
 @dataclass(frozen=True)
 class Limits:
-    """The values that a setting accepts. Numbers must be finite, and whole if the setting's type is ``int``."""
+    """The values that an option accepts. Numbers must be finite, and whole if the option's type is ``int``."""
 
     choices: Collection[str] = ()
     """The accepted values. This may be a registry: entries that are registered later are then accepted too."""
@@ -31,30 +32,21 @@ _TOO_LARGE = 2**63
 """No number is as large: ops take 64-bit integers."""
 
 
-def option(default: Any, help: str, limits: Limits | None = None, **more: Any) -> Any:
-    """Declares a dataclass field that is a setting.
-
-    Args:
-        default: its default value.
-        help: its line of help.
-        limits: the values that it accepts; default: no limits beyond the type.
-        more: ``flag=False`` keeps it off the command line. ``unused`` is the value that a report shows if the solver
-            that declares the setting is not used (default: the setting's default).
-    """
-    return field(default=default, metadata={"help": help, "limits": limits or Limits(), **more})
+def option(default: Any, help: str, limits: Limits | None = None) -> Any:
+    """Declares a dataclass field that is an option: its default value, its line of help, and the values that it
+    accepts (default: no limits beyond the type)."""
+    return field(default=default, metadata={"help": help, "limits": limits or Limits()})
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One declared setting."""
+    """One declared option."""
 
     name: str
     types: frozenset[type]
     default: object
     help: str
     limits: Limits
-    flag: bool = True
-    unused: object = None
 
     @property
     def choices(self) -> Collection[str]:
@@ -69,6 +61,20 @@ class Setting:
             check_choice(self.name, value, self.choices)
         elif int in self.types or float in self.types:
             self._check_number(value)
+
+    def parse(self, text: str) -> object:
+        """The value that a text stands for: a number where the option is one, else the text itself.
+
+        Raises:
+            InputError: the text is not such a number. Limits are not checked.
+        """
+        for kind, words in ((int, "a whole number"), (float, "a number")):
+            if kind in self.types:
+                try:
+                    return kind(text)
+                except ValueError as error:
+                    raise InputError(f"{self.name} must be {words} (got {text!r})") from error
+        return text
 
     def _check_number(self, value: object) -> None:
         limits = self.limits
@@ -95,19 +101,17 @@ class Setting:
 
 @functools.cache
 def settings_of(declared: type) -> tuple[Setting, ...]:
-    """The settings that a dataclass declares with :func:`option`, in order of declaration."""
+    """The options that a dataclass declares with :func:`option`, in order of declaration."""
     hints = typing.get_type_hints(declared)
-    found = []
-    for item in fields(declared):
-        if "help" in item.metadata:
-            data = dict(item.metadata)
-            data.setdefault("unused", item.default)
-            found.append(Setting(item.name, frozenset(plain_types(hints[item.name])), item.default, **data))
-    return tuple(found)
+    return tuple(
+        Setting(item.name, frozenset(plain_types(hints[item.name])), item.default, **item.metadata)
+        for item in fields(declared)
+        if "help" in item.metadata
+    )
 
 
 def check_settings(declared: object) -> None:
-    """Checks every setting of a dataclass instance.
+    """Checks every option of a dataclass instance.
 
     Raises:
         InputError: naming the first that is outside its limits.
@@ -119,7 +123,16 @@ def check_settings(declared: object) -> None:
 def check_choice(name: str, value: object, choices: Collection[str | None]) -> None:
     """Raises :class:`InputError` unless the value is one of the choices."""
     if value not in choices:
-        raise InputError(f"{name} must be one of {', '.join(map(str, choices))} (got {value!r})")
+        raise InputError(
+            f"{name} must be one of {', '.join(map(str, choices))} (got {value!r}){suggestion(value, choices)}"
+        )
+
+
+def suggestion(value: object, choices: Iterable[object], cutoff: float = 0.6) -> str:
+    """``"; did you mean balanced?"`` for a value that is nearly one of the choices, else an empty text. ``cutoff``: how
+    alike they must be, of 1."""
+    close = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1, cutoff=cutoff)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def plain_types(hint: object) -> set[type]:
@@ -130,8 +143,8 @@ def plain_types(hint: object) -> set[type]:
 
 
 class Options:
-    """Base class of a solver's options: a frozen dataclass whose fields are declared with :func:`option`. Values are
-    checked when an instance is made."""
+    """Base class of a frozen dataclass whose fields are declared with :func:`option`. Values are checked when an
+    instance is made."""
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -48,12 +48,10 @@ def _model_name(report: PruneReport) -> str:
 
 
 def _method(report: PruneReport) -> str:
-    """The solvers of the run, also of a distillation after it; without one the metric."""
-    parts = [report.config.get("refine"), report.config.get("update")]
-    if report.healing is not None and "distill" not in str(report.config.get("update")):
-        parts.append("distill")
-    named = "+".join(part for part in parts if part)
-    return named or str(report.config["metric"])
+    """The method of the run, also of a distillation after it."""
+    method = str(report.config.get("preset") or report.config["method"])
+    later = report.healing is not None and "distill" not in str(report.config["method"])
+    return f"{method} + distill" if later else method
 
 
 def _glance(report: PruneReport) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from ace_ext.data.bos import default_mode
 from ace_ext.data.corpora import SELF
 from ace_ext.healing.settings import HealSettings
 from ace_ext.models.location import hub_name
-from ace_ext.pruning.config import PruneConfig, all_settings
+from ace_ext.pruning.config import MAX_DENSE, PruneConfig
 from ace_ext.runs.options import EVALUATE_AUTO, Calibration, RunRequest
 
 OUTPUT = "OUTPUT"
@@ -17,27 +17,19 @@ OUTPUT = "OUTPUT"
 
 
 def run_command(request: RunRequest) -> str | None:
-    """The command line of a pruning run. The configuration is spelled out, without a preset. None if no command has it:
-    a metric that is a function, or an option that is no flag."""
+    """The command line of a pruning run. None if no command has it: scores of a function."""
     config = request.config
-    if callable(config.metric):
+    method = config.method
+    if callable(method.scored_by.metric):
         return None
     flags: dict[str, Any] = {"model": hub_name(request.model) or Path(request.model).name, "output": OUTPUT}
-    chosen: dict[str, Any] = {"metric": config.metric} if config.metric_decides else {}
-    chosen |= {"pattern": str(config.pattern)} if config.pattern else {"sparsity": config.sparsity}
-    chosen |= {"group": config.group, "allocation": config.allocation}
-    chosen |= {name: value for name in ("refine", "update") if (value := getattr(config.solver, name))}
-    plain, found = PruneConfig(**chosen).to_dict(), config.to_dict()
-    others = {name: found[name] for name in all_settings() if name not in chosen and found[name] != plain[name]}
-    if any(not all_settings()[name].flag for name in others):
-        return None
-    defaults = PruneConfig()
-    chosen = {
-        name: value
-        for name, value in chosen.items()
-        if name not in ("group", "allocation") or value != getattr(defaults, name)
-    }
-    return _line("run", {**flags, **chosen, **others, **_inputs(request)})
+    flags["method"] = method.preset or str(method)
+    flags |= {"pattern": config.pattern} if config.pattern else {"sparsity": config.sparsity}
+    if config.pattern is None and config.group != PruneConfig(method).group:
+        flags["group"] = config.group
+    if config.max_dense != MAX_DENSE:
+        flags["max-dense"] = config.max_dense
+    return _line("run", {**flags, "skip": config.skip, **_inputs(request)})
 
 
 def heal_command(
@@ -72,7 +64,7 @@ def _inputs(request: RunRequest) -> dict[str, Any]:
         "seqlen": text.seqlen,
         "seed": text.seed,
     }
-    if text.bos != default_mode(published=False, own_text=text.source == SELF):
+    if text.bos != default_mode(request.config.method.published, own_text=text.source == SELF):
         found["bos"] = text.bos
     if text.text_field != Calibration().text_field:
         found["text-field"] = text.text_field

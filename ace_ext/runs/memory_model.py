@@ -19,7 +19,8 @@ from ace_ext.process_memory import resident_bytes
 from ace_ext.pruning.block_tuning import step_samples
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.prune_linear import working_bytes
-from ace_ext.pruning.solvers import BlockSizes
+from ace_ext.pruning.stages import BlockSizes
+from ace_ext.pruning.stages.allocate import ERROR
 from ace_ext.runs.model_shape import ModelShape, statistics_bytes
 
 
@@ -195,7 +196,7 @@ class _Run:
     @property
     def hidden(self) -> int:
         """Bytes of hidden states while a block is pruned. Training also holds all inputs and all dense outputs."""
-        return self.kept + 2 * self.states if self.config.solver.block_solver is not None else self.kept
+        return self.kept + 2 * self.states if self.config.method.train is not None else self.kept
 
     def entering(self) -> Estimate:
         """Entering the blocks: the first batch runs through a block before the states of later batches exist."""
@@ -266,17 +267,17 @@ class _Run:
         return total
 
     def training(self) -> list[Estimate]:
-        """Training a block: the block solver's own estimate, and the inputs and targets."""
-        solver = self.config.solver.block_solver
-        if solver is None:
+        """Training a block: the stage's own estimate, and the inputs and targets."""
+        stage = self.config.method.train
+        if stage is None:
             return []
         shape = self.shape
         step = min(self.batch, step_samples(self.seqlen) * self.seqlen)
         activations = shape.training_bytes(step, self.seqlen)
         sizes = [[linear.weight.numel() for linear in block.linears.values()] for block in self.blocks]
         trained, largest = max(map(sum, sizes)), max(map(max, filter(None, sizes)))
-        training = solver.working_bytes(BlockSizes(trained, largest, shape.itemsize, activations))
-        return [Estimate(hidden=self.hidden, training=training, phase="tune")]
+        training = stage.working_bytes(BlockSizes(trained, largest, shape.itemsize, activations))
+        return [Estimate(hidden=self.hidden, training=training, phase="train")]
 
     def allocating(self) -> list[Estimate]:
         """The extra pass that measures each block for sparsity allocation, with its own hidden states.
@@ -284,13 +285,13 @@ class _Run:
         It holds a block's scores in float32, and for the largest matrix the errors in float64, sorted, with their
         order.
         """
-        if self.config.allocation == "uniform":
+        if self.config.method.allocate is None:
             return []
         needs, linears = self.config.needs.measure, [list(block.linears.values()) for block in self.blocks]
         statistics = max(self._statistics(block, list(block.linears), needs) for block in self.blocks)
         scores = max(sum(4 * linear.weight.numel() for linear in some) for some in linears)
         largest = max(linear.weight.numel() for some in linears for linear in some)
-        scores += (40 if self.config.allocation == "error" else 8) * largest
+        scores += (40 if self.config.method.allocate.by == ERROR else 8) * largest
         forward = self.shape.forward_bytes(self.batch, self.seqlen, needs)
         hidden = 2 * self.kept
         return [

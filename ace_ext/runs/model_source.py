@@ -188,7 +188,7 @@ def check_serves(source: Source, request: RunRequest) -> None:
         check_positions(source.model, request.calibration.seqlen)
     if request.writes_own_text:
         check_predicts(source.model, "it cannot write calibration text: give another --calibration, such as a file")
-    if request.config.solver.model_solver is not None:
+    if request.config.method.distill is not None:
         check_predicts(source.model, "update distill trains on its predictions: leave it out")
 
 

@@ -166,21 +166,21 @@ def check_request(request: RunRequest) -> None:
         raise InputError(
             "calibration self needs the whole model in memory to write text; give another text with offload"
         )
-    for solver in (config.solver.block_solver, config.solver.model_solver):
-        if solver is not None:
-            _check_training(solver.name, options)
-    if config.solver.model_solver is not None and options.format != DEFAULT_FORMAT:
-        raise InputError(f"update distill writes format {DEFAULT_FORMAT} (got {options.format}); leave out one of them")
+    for stage in (config.method.train, config.method.distill):
+        if stage is not None:
+            _check_training(stage.name, options)
+    if config.method.distill is not None and options.format != DEFAULT_FORMAT:
+        raise InputError(f"distill writes format {DEFAULT_FORMAT} (got {options.format}); leave out one of them")
     if options.save_stats and options.stats:
         raise InputError("give save-stats or stats, not both")
     for name, given in (("save-stats", options.save_stats), ("stats", options.stats)):
         if given and config.order != "block":
-            raise InputError(f"{name} is for statistics of dense blocks: give order block (got {config.order!r})")
+            raise InputError(f"{name} is for statistics of dense blocks: write collect(order=block) in the method")
     if options.save_stats:
         check_replaceable("save-stats", options.save_stats, "file of --save-stats", is_statistics)
 
 
-def _check_training(solver: str, options: RunOptions) -> None:
+def _check_training(stage: str, options: RunOptions) -> None:
     reasons = {
         "stats": (options.stats is not None, "a file of statistics holds no inputs to train on"),
         "save-stats": (
@@ -191,4 +191,4 @@ def _check_training(solver: str, options: RunOptions) -> None:
     }
     for name, (given, why) in reasons.items():
         if given:
-            raise InputError(f"update {solver} does not go with {name}: {why}; leave out one of them")
+            raise InputError(f"{stage} does not go with {name}: {why}; leave out one of them")

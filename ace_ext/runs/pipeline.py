@@ -79,7 +79,7 @@ def prune_folder(
     with disk_errors(path):
         check_apart(path, model, calibration.source, options.stats)
         check_outside(path, "save-stats", options.save_stats)
-        if config.solver.model_solver is None:
+        if config.method.distill is None:
             return _prune_on_ranks(request, path, progress), path
         recover(path)
         check_output(path, options.overwrite, options.resume)

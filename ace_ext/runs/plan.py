@@ -139,7 +139,7 @@ def make_plan(
     phases = [pruning]
     if device.type == "cpu":
         phases += _earlier_phases(source, pruning, calibration, measured)
-    if config.solver.model_solver is not None:
+    if config.method.distill is not None:
         phases.append(replace(needed_memory(request, source), phase="distill"))
     read, written = _traffic(source, calibration, 0 if held.hidden else trial.passes)
     if source.offloaded:  # for each forward pass of the whole model
@@ -250,7 +250,7 @@ def _seconds(request: RunRequest, source: Source, trial: Trial, measured: _Measu
     blocks, calibration = len(source.blocks), request.calibration
     tokens = calibration.nsamples * calibration.seqlen
     text = measured.text_seconds
-    distilled = None if request.config.solver.model_solver is None else text_of(request)
+    distilled = None if request.config.method.distill is None else text_of(request)
     if calibration.source == SELF:
         samples = [calibration.nsamples, *([distilled.nsamples] if distilled else [])]
         steps = sum(math.ceil(count / ROWS_TOGETHER) for count in samples) * calibration.seqlen

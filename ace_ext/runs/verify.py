@@ -20,6 +20,7 @@ from ace_ext.packed.packing import check_hashes
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.groups import ComparisonGroup
 from ace_ext.pruning.pattern import keep_count
+from ace_ext.pruning.stages import Allocate
 from ace_ext.records import REPORT_NAME, MatrixReport, PruneReport
 from ace_ext.runs.output import read_report
 from ace_ext.runs.own_files import read_manifest
@@ -88,7 +89,7 @@ def verify(folder: str | Path, load: bool = True) -> VerifyResult:
     if not result.matrices:
         result.problems.append("model: no pruned matrix was found")
     _check_card(Path(folder), result)
-    if config.allocation != "uniform":
+    if config.method.allocate is not None:
         _check_allocation(expected, reported, config, result)
     if config.comparison.over_matrices:
         _check_budget(nonzero, keep_count(size, config.sparsity), result)
@@ -98,11 +99,13 @@ def verify(folder: str | Path, load: bool = True) -> VerifyResult:
 
 
 def _settings_of(report: PruneReport, folder: str | Path) -> PruneConfig:
-    """The settings of a run on which the zeros of its output depend."""
+    """The target of a run, and whether blocks differ: all on which the number of zeros depends. The method is not read
+    back, as its scores may be a function."""
     try:
-        found = {name: report.config[name] for name in ("pattern", "group", "allocation", "skip")}
+        found = {name: report.config[name] for name in ("pattern", "group", "skip")}
         amount = {} if found["pattern"] else {"sparsity": report.config["sparsity"]}
-        return PruneConfig(**found, **amount)
+        divided = any(stage.startswith(Allocate.name) for stage in report.config["method"].split(" + "))
+        return PruneConfig(f"{Allocate.name} + wanda" if divided else "wanda", **found, **amount)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{Path(folder) / REPORT_NAME} is no report of ace-prune: {error!r}") from error
 
@@ -182,7 +185,7 @@ def _check_matrix(
         result.problems.append(f"{name}: its {cols} columns are not in whole groups of {config.pattern.group_m}")
         return
     allocated = None
-    if config.allocation != "uniform":
+    if config.method.allocate is not None:
         if reported is None:
             return  # how many it was to keep stands nowhere else
         allocated = reported.keep // max(1, rows)

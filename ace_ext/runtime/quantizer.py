@@ -111,7 +111,8 @@ class _Patterns(set[str]):
 
 
 def register() -> None:
-    """Makes transformers know packed folders. Done once, by importing this module."""
+    """Tells transformers about packed folders: afterwards ``AutoModelForCausalLM.from_pretrained`` opens them. A second
+    call does nothing."""
     if OWN_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(OWN_METHOD)(PackedConfig)
         register_quantizer(OWN_METHOD)(PackedQuantizer)
@@ -135,6 +136,3 @@ def _empty(model: Any) -> nn.Module:
         found: nn.Module = type(model)._from_config(model.config)
     tie_weights_(found)
     return found
-
-
-register()

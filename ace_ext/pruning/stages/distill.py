@@ -2,33 +2,31 @@
 
 from dataclasses import dataclass
 
-from ace_ext.pruning.settings import Limits, Options, option
-from ace_ext.pruning.solvers._problem import ModelSolver
+from ace_ext.pruning.settings import Limits, option
+from ace_ext.pruning.stages._stage import TrainModel
 
 LEARNING_RATE = 1.5e-3
 """Also of ``ace-prune heal``."""
 
 
 @dataclass(frozen=True)
-class DistillOptions(Options):
-    """Options of ``update="distill"``."""
+class Distill(TrainModel):
+    """Trains the whole pruned model to predict like the dense one."""
 
-    distill_tokens: int = option(
+    name = "distill"
+    summary = "trains the whole pruned model to predict like the dense one; masks stay fixed"
+
+    tokens: int = option(
         49152,
         "tokens that are trained on, rounded up to whole steps; not the calibration samples, but other text of their "
         "source",
         Limits(at_least=1),
-        unused=0,
     )
-    distill_lr: float = option(
+    learning_rate: float = option(
         LEARNING_RATE,
         "learning rate at its peak, a share of each matrix's root mean square weight; it rises, then falls as a cosine",
         Limits(above=0, words="more than 0"),
     )
 
 
-SOLVER = ModelSolver(
-    name="distill",
-    summary="trains the whole pruned model to predict like the dense one, alone or after other updates",
-    options=DistillOptions,
-)
+STAGE = Distill

@@ -12,14 +12,22 @@ from torch import Tensor
 from ace_ext import ops
 from ace_ext.pruning.damping import ADMM_DAMPING, ADMM_FLOOR
 from ace_ext.pruning.gram import AdmmFactor
-from ace_ext.pruning.settings import Limits, Options, option
+from ace_ext.pruning.settings import Limits, option
 from ace_ext.pruning.sketch import SketchFactor, direction_count
-from ace_ext.pruning.solvers._problem import Problem, Solved, WeightSolver, damping_option
+from ace_ext.pruning.stages._stage import COSINE, PLAIN, SKETCHED, Problem, Solve, Solved, damping_option, gram_option
+
+PART_ENTRIES = 2**24
+"""So many entries of a larger matrix are solved at a time, in whole rows: buffers of its size set the peak memory."""
 
 
 @dataclass(frozen=True)
-class AdmmOptions(Options):
-    """Options of ``update="admm"``."""
+class Admm(Solve):
+    """Weights and mask together by ADMM (arXiv 2401.02938)."""
+
+    name = "admm"
+    summary = "weights and mask together by ADMM (arXiv 2401.02938)"
+    groups = ("row",)
+    mask_options = ("saliency",)
 
     damping: float = damping_option(ADMM_DAMPING)
     floor: float = option(
@@ -37,23 +45,29 @@ class AdmmOptions(Options):
         "best update of the other weights)",
         Limits(choices=("magnitude", "obs")),
     )
+    gram: str = gram_option(PLAIN, COSINE, SKETCHED)
 
+    def solve(self, problem: Problem) -> Solved:
+        """The pruned weight after ``iterations``, on columns normalised by ``sqrt(G_jj + floor)``."""
+        factor = problem.gram.admm_factor(self.damping, self.floor)
+        rows, height = len(problem.dense), _part_rows(*problem.dense.shape)
+        if height == rows:
+            return Solved(iterate(problem, factor, self), factor.damping, factor.attempts)
+        weight = torch.empty_like(problem.dense)
+        for start in range(0, rows, height):
+            part = slice(start, start + height)
+            weight[part] = iterate(problem.of_rows(part), factor, self)
+        return Solved(weight, factor.damping, factor.attempts)
 
-PART_ENTRIES = 2**24
-"""So many entries of a larger matrix are solved at a time, in whole rows: buffers of its size set the peak memory."""
-
-
-def solve(problem: Problem, options: AdmmOptions) -> Solved:
-    """The pruned weight after ``options.iterations``, on columns normalised by ``sqrt(G_jj + floor)``."""
-    factor = problem.gram.admm_factor(options.damping, options.floor)
-    rows, height = len(problem.dense), _part_rows(*problem.dense.shape)
-    if height == rows:
-        return Solved(iterate(problem, factor, options), factor.damping, factor.attempts)
-    weight = torch.empty_like(problem.dense)
-    for start in range(0, rows, height):
-        part = slice(start, start + height)
-        weight[part] = iterate(problem.of_rows(part), factor, options)
-    return Solved(weight, factor.damping, factor.attempts)
+    def working_bytes(self, rows: int, cols: int) -> int:
+        """The larger of two phases. With a Gram matrix: two copies of it in float64 while it is factorised; then two
+        factors in float32 and what the iterations use. With a sketch: five copies of it in float64; then three factors
+        in float32, what the iterations use, and a product with the directions."""
+        if self.gram != SKETCHED:
+            return max(17 * cols * cols, 8 * cols * cols + _weight_bytes(rows, cols))
+        directions = direction_count(cols)
+        product = 4 * _part_rows(rows, cols) * directions
+        return max(40 * cols * directions, 12 * cols * directions + _weight_bytes(rows, cols) + product)
 
 
 def _part_rows(rows: int, cols: int) -> int:
@@ -61,7 +75,7 @@ def _part_rows(rows: int, cols: int) -> int:
     return -(-rows // max(1, -(-rows * cols // PART_ENTRIES)))
 
 
-def iterate(problem: Problem, factor: AdmmFactor | SketchFactor, options: AdmmOptions) -> Tensor:
+def iterate(problem: Problem, factor: AdmmFactor | SketchFactor, stage: Admm) -> Tensor:
     """The alternating direction method of multipliers; returns the last ``Z [rows, cols]``.
 
     On columns multiplied by ``norm``, with ``H`` the normalised Gram matrix: ``Z`` is the masked ``W + U``; then
@@ -73,13 +87,13 @@ def iterate(problem: Problem, factor: AdmmFactor | SketchFactor, options: AdmmOp
     weight = problem.dense.masked_fill(factor.dead, 0.0).mul_(factor.norm)
     target, dual, kept = factor.times_hessian(weight), torch.zeros_like(weight), torch.empty_like(weight)
     dropped = None if problem.mask is None else ~problem.mask
-    tightening = max(1, options.iterations // 2)
-    for step in range(options.iterations):
+    tightening = max(1, stage.iterations // 2)
+    for step in range(stage.iterations):
         kept.copy_(weight.add_(dual))
         if dropped is not None:
             kept.masked_fill_(dropped, 0.0)
         else:
-            _keep_most_salient_(kept, (step + 1) / tightening, factor, problem, options)
+            _keep_most_salient_(kept, (step + 1) / tightening, factor, problem, stage)
             if step + 1 == tightening:
                 dropped = kept == 0  # also keeps a dead input's weight at zero
         torch.sub(weight, kept, out=dual)
@@ -89,14 +103,14 @@ def iterate(problem: Problem, factor: AdmmFactor | SketchFactor, options: AdmmOp
 
 
 def _keep_most_salient_(
-    weight: Tensor, progress: float, factor: AdmmFactor | SketchFactor, problem: Problem, options: AdmmOptions
+    weight: Tensor, progress: float, factor: AdmmFactor | SketchFactor, problem: Problem, stage: Admm
 ) -> None:
     """Zeroes the entries of ``weight [rows, cols]`` that ADMM's mask drops at ``progress`` (0 to 1) of the tightening.
 
     Saliency ``"obs"`` is ``|w_j| / sqrt((H⁻¹)_jj)``, the root of the error that is left after the best update of the
     other weights. ``"magnitude"`` is ``|w_j|``; on normalised columns this is the root of the error without an update.
     """
-    if options.saliency == "obs":
+    if stage.saliency == "obs":
         formula, column = "scaled", factor.inverse_diagonal.rsqrt()
     else:
         formula, column = "magnitude", None
@@ -115,27 +129,4 @@ def _weight_bytes(rows: int, cols: int) -> int:
     return 18 * part if part == rows * cols else max(4 * rows * cols + 18 * part, 11 * rows * cols)
 
 
-def working_bytes(rows: int, cols: int) -> int:
-    """The larger of two phases: two copies of the Gram matrix in float64 while it is factorised; then two factors in
-    float32 and what the iterations hold."""
-    return max(17 * cols * cols, 8 * cols * cols + _weight_bytes(rows, cols))
-
-
-def sketch_working_bytes(rows: int, cols: int) -> int:
-    """The larger of two phases: five copies of the sketch in float64 while it is factorised; then three factors in
-    float32, what the iterations hold, and a product with the directions."""
-    directions = direction_count(cols)
-    product = 4 * _part_rows(rows, cols) * directions
-    return max(40 * cols * directions, 12 * cols * directions + _weight_bytes(rows, cols) + product)
-
-
-SOLVER = WeightSolver(
-    name="admm",
-    summary="weights and mask together by ADMM (arXiv 2401.02938)",
-    options=AdmmOptions,
-    groups=("row",),
-    solve=solve,
-    working_bytes=working_bytes,
-    row_wise=True,
-    sketch_working_bytes=sketch_working_bytes,
-)
+STAGE = Admm

@@ -12,18 +12,12 @@ from torch import Tensor
 from ace_ext import ops
 from ace_ext.pruning.kinds import INPUT
 from ace_ext.pruning.moment_gram import MomentGram
-from ace_ext.pruning.settings import Options
-from ace_ext.pruning.solvers._problem import Problem, Solved, WeightSolver
+from ace_ext.pruning.stages._stage import Problem, Solve, Solved
 
 VARIANCE_FLOOR = 1e-4
 """The least variance of a column that is reckoned with, as a share of the largest; nearly constant columns would
 otherwise take over everything. As ``Σ σ_j² (change of w_j)²`` is at most ``s²/4``, no weight moves by more than
 ``|s| / (2 sqrt(VARIANCE_FLOOR) σ)``, ``σ`` the largest deviation."""
-
-
-@dataclass(frozen=True)
-class MeanUpdateOptions(Options):
-    """``update="mean"`` has none."""
 
 
 def direction(moments: MomentGram) -> Tensor:
@@ -33,27 +27,26 @@ def direction(moments: MomentGram) -> Tensor:
     return (moments.mean / floored).masked_fill(floored == 0, 0.0)
 
 
-def solve(problem: Problem, options: MeanUpdateOptions) -> Solved:
-    """The pruned weight with the mask of the metric or of a mask solver."""
-    assert problem.mask is not None  # it chooses none itself
-    weight = problem.dense.clone()
-    ops.restore_mean_(weight, problem.mask, problem.moments.mean, direction(problem.moments))
-    return Solved(weight)
+@dataclass(frozen=True)
+class MeanUpdate(Solve):
+    """Kept weights of a row restore its mean output, in closed form."""
+
+    name = "mean-update"
+    summary = "lets the kept weights of a row restore its mean output, in closed form; needs no Gram matrix"
+    groups = ("row", "matrix")
+    reads = frozenset({INPUT})
+    chooses_mask = False
+
+    def solve(self, problem: Problem) -> Solved:
+        """The pruned weight with the mask of the stage before."""
+        assert problem.mask is not None  # it chooses none itself
+        weight = problem.dense.clone()
+        ops.restore_mean_(weight, problem.mask, problem.moments.mean, direction(problem.moments))
+        return Solved(weight)
+
+    def working_bytes(self, rows: int, cols: int) -> int:
+        """The new weight and the check that it is finite, and copies of the vectors."""
+        return 11 * rows * cols + 24 * cols
 
 
-def working_bytes(rows: int, cols: int) -> int:
-    """The new weight and the check that it is finite, and copies of the vectors."""
-    return 11 * rows * cols + 24 * cols
-
-
-SOLVER = WeightSolver(
-    name="mean",
-    summary="lets the remaining weights of a row restore its mean output, in closed form; needs no Gram matrix",
-    options=MeanUpdateOptions,
-    groups=("row", "matrix"),
-    solve=solve,
-    working_bytes=working_bytes,
-    row_wise=True,
-    needs=frozenset({INPUT}),
-    chooses_mask=False,
-)
+STAGE = MeanUpdate

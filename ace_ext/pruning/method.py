@@ -1,0 +1,330 @@
+"""A method: the ordered list of stages that prune, and the text that stands for it.
+
+``admm(iterations=30) + distill(tokens=65536)`` is such a text. A preset is a name for one: ``balanced`` stands for
+``admm``, and ``balanced(damping=0.2)`` changes an option of the one of its stages that has it. :func:`parse` reads a
+text, ``str`` writes it, and each is the other's inverse.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, TypeVar
+
+from ace_ext.errors import InputError
+from ace_ext.pruning.criteria import DEFAULT_METRIC, METRICS
+from ace_ext.pruning.kinds import COSINE_GRAM, MOMENT, WEIGHTED
+from ace_ext.pruning.settings import Setting, suggestion
+from ace_ext.pruning.stages import (
+    KINDS,
+    STAGES,
+    Allocate,
+    Collect,
+    Distill,
+    MatrixStage,
+    Refine,
+    Score,
+    Solve,
+    Stage,
+    TrainBlock,
+)
+
+PRESETS = {
+    "fast": "admm(damping=1, iterations=10, gram=sketch)",
+    "balanced": "admm",
+    "best": "admm + distill",
+}
+"""From the fastest to the most accurate: ``fast`` needs vectors, ``balanced`` Gram matrices, ``best`` gradients."""
+
+DEFAULT = "fast"
+
+PUBLISHED = {
+    "published-wanda": "collect(order=block) + wanda",
+    "published-sparsegpt": "collect(order=block) + obs",
+    "published-admm": "collect(order=block) + admm(floor=0, iterations=30, saliency=magnitude)",
+}
+"""Published methods with their own settings, as baselines: Wanda (arXiv 2306.11695), SparseGPT (arXiv 2301.00774) and
+ADMM pruning (arXiv 2401.02938)."""
+
+Kind = TypeVar("Kind", bound=Stage)
+
+
+@dataclass(frozen=True)
+class Method:
+    """Stages in the order in which they run, at most one of each kind; ``+`` joins them in a text.
+
+    ``label`` is what the user wrote, for tables; it does not tell two methods apart.
+
+    Raises:
+        InputError: stages in another order, two of a kind, or an option that no stage of the method reads.
+    """
+
+    stages: tuple[Stage, ...]
+    label: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        places = [_place(stage) for stage in self.stages]
+        for (first, second), (place, later) in zip(pairwise(self.stages), pairwise(places), strict=True):
+            if place == later:
+                raise InputError(
+                    f"method takes one stage of a kind (got {first.label} and {second.label}); leave out one"
+                )
+            if place > later:
+                ordered = " + ".join(map(str, sorted(self.stages, key=_place)))
+                raise InputError(f"method {self} has its stages in another order than they run; write {ordered}")
+        self._check_options()
+
+    def _check_options(self) -> None:
+        if self.solve is not None and not self.chosen_by_solver:
+            for name, _ in self.solve.changed():
+                if name in self.solve.mask_options:
+                    chosen = self.refine or self.score
+                    raise InputError(
+                        f"{name} says how {self.solve.label} chooses the mask, but {chosen} does; leave out one of them"
+                    )
+        grams = {stage.label: stage.gram for stage in self.matrix_stages if hasattr(stage, "gram")}
+        if len(set(grams.values())) > 1:
+            found = " and ".join(f"{gram} for {label}" for label, gram in grams.items())
+            raise InputError(f"gram must be the same for all stages of a matrix (got {found})")
+        if self.collect.token_norm is not None and not self.weighs_tokens:
+            raise InputError(
+                f"token_norm is for methods that weight tokens by their output norm (got {self}); leave it out"
+            )
+
+    def _of(self, kind: type[Kind]) -> Kind | None:
+        return next((stage for stage in self.stages if isinstance(stage, kind)), None)
+
+    @property
+    def collect(self) -> Collect:
+        """How statistics are collected; with the defaults if the method does not say."""
+        return self._of(Collect) or Collect()
+
+    @property
+    def allocate(self) -> Allocate | None:
+        """The stage that gives blocks different sparsities; None: all have the same."""
+        return self._of(Allocate)
+
+    @property
+    def score(self) -> Score | None:
+        """The stage that chooses the mask by scores; None if the solver chooses it."""
+        return self._of(Score)
+
+    @property
+    def refine(self) -> Refine | None:
+        """The stage that exchanges entries of the mask."""
+        return self._of(Refine)
+
+    @property
+    def solve(self) -> Solve | None:
+        """The stage that updates kept weights."""
+        return self._of(Solve)
+
+    @property
+    def train(self) -> TrainBlock | None:
+        """The stage that trains each block."""
+        return self._of(TrainBlock)
+
+    @property
+    def distill(self) -> Distill | None:
+        """The stage that trains the whole model."""
+        return self._of(Distill)
+
+    @property
+    def matrix_stages(self) -> list[MatrixStage]:
+        """The stages that follow the scores of one matrix, in order."""
+        return [stage for stage in (self.refine, self.solve) if stage is not None]
+
+    @property
+    def chosen_by_solver(self) -> bool:
+        """Whether the stage that updates weights also chooses the mask."""
+        return self.score is None
+
+    @property
+    def scored_by(self) -> Score:
+        """The scores that a run computes: those of the method. Where the solver chooses the mask, Wanda's, with whose
+        mask the report compares it, and by which :class:`Allocate` divides the sparsity."""
+        return self.score or Score(DEFAULT_METRIC)
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether a stage reads statistics in which tokens are weighted by the norm of their output."""
+        read = self.scored_by.needs.union(*(stage.needs for stage in self.matrix_stages))
+        by_error = self.allocate is not None and self.allocate.by == "error"
+        return by_error or bool(read & {WEIGHTED, MOMENT, COSINE_GRAM})
+
+    @property
+    def name(self) -> str:
+        """The names of the stages that follow the scores of one matrix, ``"swaps + admm"`` or ``""``."""
+        return " + ".join(stage.label for stage in self.matrix_stages)
+
+    @property
+    def published(self) -> bool:
+        """Whether it is a published method with its own settings, changed or not."""
+        return re.split(r"[\s(+]", self.label, maxsplit=1)[0] in PUBLISHED
+
+    @property
+    def preset(self) -> str | None:
+        """The preset's name if it is one, unchanged."""
+        return self.label if self.label in PRESETS | PUBLISHED else None
+
+    def without(self, kind: type[Stage]) -> "Method":
+        """The same without a stage."""
+        return Method(tuple(stage for stage in self.stages if not isinstance(stage, kind)))
+
+    def collected(self, **options: Any) -> "Method":
+        """The same with other options of :class:`Collect`."""
+        rest = [stage for stage in self.stages if not isinstance(stage, Collect)]
+        return Method((replace(self.collect, **options), *rest), self.label)
+
+    def __str__(self) -> str:
+        """The text of the stages; a :class:`Collect` with its defaults is left out."""
+        written = [stage for stage in self.stages if not isinstance(stage, Collect) or stage != Collect()]
+        return " + ".join(map(str, written))
+
+
+def _place(stage: Stage) -> int:
+    return next(place for place, kind in enumerate(KINDS) if isinstance(stage, kind))
+
+
+def method_of(given: "str | Stage | Sequence[Stage] | Method") -> Method:
+    """The method that a text, a stage or a list of stages stands for. If no stage chooses the mask, Wanda's scores do.
+
+    Raises:
+        InputError: as :func:`parse` and :class:`Method`.
+    """
+    if isinstance(given, Method):
+        return given
+    if isinstance(given, str):
+        return parse(given)
+    stages = (given,) if isinstance(given, Stage) else given
+    if not isinstance(stages, Sequence) or not all(isinstance(stage, Stage) for stage in stages):
+        raise InputError(f'method must be a text like "balanced", or a list of stages (got {str(given)[:100]})')
+    return _complete(list(stages))
+
+
+def _complete(stages: list[Stage], label: str = "") -> Method:
+    """The method of these stages, with Wanda's scores if none of them chooses a mask; ``label`` as the user wrote it."""
+    chooses = any(isinstance(stage, Score) or (isinstance(stage, Solve) and stage.chooses_mask) for stage in stages)
+    if any(isinstance(stage, Refine) for stage in stages):
+        chooses = any(isinstance(stage, Score) for stage in stages)
+    if not chooses:
+        before = [stage for stage in stages if isinstance(stage, Collect | Allocate)]
+        stages = [*before, Score(DEFAULT_METRIC), *(stage for stage in stages if stage not in before)]
+    method = Method(tuple(stage for stage in stages if stage != Collect()))
+    return replace(method, label=label or str(method))
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+_STAGE = re.compile(r"\s*(?P<name>[^\s()+]+)\s*(?:\((?P<options>[^()]*)\))?\s*")
+_OPTION = re.compile(r"\s*(?P<name>\w+)\s*=\s*(?P<value>[^,=\s]+)\s*")
+
+
+def names() -> list[str]:
+    """Every name that a method may begin with: presets, published methods, metrics, and the other stages."""
+    return [*PRESETS, *PUBLISHED, *METRICS, *(name for name in STAGES if name != Score.name)]
+
+
+def parse(text: str) -> Method:
+    """The method that a text stands for.
+
+    Raises:
+        InputError: the text is not stages joined by ``+``, an unknown name, an option that the stage does not have (the
+            message says which stage has it), a value of the wrong type or outside its limits; or as :class:`Method`.
+    """
+    stages: list[Stage] = []
+    labels: list[str] = []
+    for part in _split(text):
+        match = _STAGE.fullmatch(part)
+        if match is None:
+            raise InputError(
+                f'method must be stages joined by +, each a name or name(option=value, …), e.g. "admm(iterations=30) + '
+                f'distill" (got {text[:100]!r})'
+            )
+        options = _options(match["options"] or "", part.strip())
+        stages += _stages(match["name"], options)
+        given = ", ".join(f"{key}={value}" for key, value in options.items())
+        labels.append(f"{match['name']}({given})" if given else match["name"])
+    return _complete(stages, " + ".join(labels))
+
+
+def parse_list(text: str) -> tuple[Method, ...]:
+    """Methods separated by ``;``.
+
+    Raises:
+        InputError: as :func:`parse`, for an empty list, and for a method that is given twice.
+    """
+    found = [parse(part) for part in text.split(";") if part.strip()]
+    if not found:
+        raise InputError(f"methods must name at least one of {', '.join(names())} (got {text!r})")
+    if len({method.label for method in found}) < len(found):
+        raise InputError(f"methods must each be given once (got {text!r})")
+    return tuple(found)
+
+
+def _split(text: str) -> list[str]:
+    """The parts between the ``+`` that are in no parentheses: ``1e+3`` is a number."""
+    return re.split(r"\+(?![^()]*\))", text)
+
+
+def _options(text: str, part: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for item in text.split(",") if text.strip() else []:
+        match = _OPTION.fullmatch(item)
+        if match is None:
+            raise InputError(f"options of a stage must be name=value, separated by commas (got {part[:100]!r})")
+        if match["name"] in found:
+            raise InputError(f"option {match['name']} is given twice in {part[:100]!r}; give it once")
+        found[match["name"]] = match["value"]
+    return found
+
+
+def _stages(name: str, options: dict[str, str]) -> list[Stage]:
+    """The stages that a name with its options stands for."""
+    if name in PRESETS or name in PUBLISHED:
+        return _preset(name, options)
+    if name in METRICS:
+        known = {setting.name: setting for setting in Score.settings()} if name == "ria" else {}
+        return [Score(name, **_values(name, known, options))]
+    if name not in STAGES or name == Score.name:
+        hint = "; separate methods by ;" if "," in name else suggestion(name, names())
+        raise InputError(f"method must be made of {', '.join(names())} (got {name!r}){hint}")
+    known = {setting.name: setting for setting in STAGES[name].settings()}
+    return [STAGES[name](**_values(name, known, options))]
+
+
+def _preset(name: str, options: dict[str, str]) -> list[Stage]:
+    """The stages of a preset, each option given to the one of them that has it."""
+    stages = list(parse((PRESETS | PUBLISHED)[name]).stages)
+    if not isinstance(stages[0], Collect):
+        stages.insert(0, Collect())
+    for key, text in options.items():
+        having = [place for place, stage in enumerate(stages) if key in {setting.name for setting in stage.settings()}]
+        if len(having) != 1:
+            _refuse_option(name, key, [setting for stage in stages for setting in stage.settings()])
+        stage = stages[having[0]]
+        setting = next(setting for setting in stage.settings() if setting.name == key)
+        stages[having[0]] = replace(stage, **{key: setting.parse(text)})
+    return [stage for stage in stages if stage != Collect()]
+
+
+def _values(stage: str, known: dict[str, Setting], options: dict[str, str]) -> dict[str, Any]:
+    for key in options:
+        if key not in known:
+            _refuse_option(stage, key, list(known.values()))
+    return {key: known[key].parse(text) for key, text in options.items()}
+
+
+def _refuse_option(stage: str, key: str, known: list[Setting]) -> None:
+    """Raises :class:`InputError`, which names the options of the stage, and the stages that have this one."""
+    own = list(dict.fromkeys(setting.name for setting in known))
+    having = [
+        "ria" if name == Score.name else name for name in STAGES if key in {s.name for s in STAGES[name].settings()}
+    ]
+    if key in own:
+        where = f"several stages of {stage} have it; write them out"
+    elif having:
+        where = f"{key} is an option of {' and '.join(having)}, as in {having[0]}({key}=…)"
+    else:
+        where = f"its options are {', '.join(own)}{suggestion(key, own)}" if own else "it has none"
+    raise InputError(f"{stage} has no option {key}: {where}")

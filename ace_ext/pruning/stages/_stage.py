@@ -1,0 +1,219 @@
+"""The base classes of stages, and the input and result of those that work on one matrix.
+
+A stage is a frozen dataclass. Its fields are its options, and its class says what it is: name, summary, the statistics
+that it reads, the comparison groups that it supports, its code and the memory that this takes.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ace_ext.models.blocks import Block
+from ace_ext.pruning.gram import GramState
+from ace_ext.pruning.groups import ComparisonGroup, PatternGroup
+from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, SKETCH
+from ace_ext.pruning.moment_gram import MomentGram
+from ace_ext.pruning.pattern import SparsityPattern
+from ace_ext.pruning.settings import Limits, Options, option
+from ace_ext.pruning.sketch import SketchState
+from ace_ext.records import Tuning
+
+PLAIN, COSINE, SKETCHED = "plain", "cosine", "sketch"
+GRAM_KINDS = {PLAIN: GRAM, COSINE: COSINE_GRAM, SKETCHED: SKETCH}
+"""The kind of statistics that each value of the option ``gram`` reads."""
+
+
+def gram_option(*choices: str) -> Any:
+    """The option ``gram`` of a stage that reads a Gram matrix."""
+    helps = {
+        PLAIN: "plain: all tokens alike",
+        COSINE: "cosine: each token weighted by 1 / ‖A_t‖², A the dense output",
+        SKETCHED: "sketch: plain, but only a diagonal and a few directions of it are kept",
+    }
+    text = "; ".join(helps[choice] for choice in choices)
+    return option(PLAIN, f"the Gram matrix by which errors are measured ({text})", Limits(choices=choices))
+
+
+def damping_option(default: float) -> Any:
+    """The option ``damping``, which every stage that factorises the Gram matrix has with its own default."""
+    return option(
+        default,
+        "share of the Gram matrix's mean diagonal added to its diagonal",
+        Limits(at_least=0, words="a share of the mean diagonal, 0 or more"),
+    )
+
+
+@dataclass
+class Problem:
+    """One matrix to prune. A stage may write to ``mask`` if it is given, and to nothing else."""
+
+    dense: Tensor  # [rows, cols] float32: the dense weight
+    matrix: GramState | SketchState | None  # the Gram matrix of the inputs, or its sketch, if a stage reads it
+    group: ComparisonGroup
+    keep: int
+    """How many weights of one group are kept."""
+    mask: Tensor | None = None  # [rows, cols] bool: what is kept; None: the stage chooses
+    vectors: MomentGram | None = None  # mean and variance of each input column, if a stage reads them
+
+    def of_rows(self, rows: slice) -> "Problem":
+        """The problem of some of the rows. Its mask is a view of this one's."""
+        mask = None if self.mask is None else self.mask[rows]
+        return replace(self, dense=self.dense[rows], mask=mask)
+
+    @property
+    def gram(self) -> GramState | SketchState:
+        """The Gram matrix or its sketch; ValueError if it was not collected."""
+        if self.matrix is None:
+            raise ValueError("the stage needs the Gram matrix of the inputs (got statistics without)")
+        return self.matrix
+
+    @property
+    def moments(self) -> MomentGram:
+        """Mean and variance of the input columns; ValueError if they were not collected."""
+        if self.vectors is None:
+            raise ValueError("the stage needs the moments of the inputs (got statistics without)")
+        return self.vectors
+
+    @property
+    def measure(self) -> GramState | SketchState | MomentGram:
+        """By what the report's losses are measured: the Gram matrix where it was collected."""
+        return self.moments if self.matrix is None else self.matrix
+
+    @property
+    def whole_gram(self) -> GramState:
+        """The Gram matrix, for stages that a sketch does not serve."""
+        assert isinstance(self.gram, GramState)  # only stages that a sketch serves have it among their choices
+        return self.gram
+
+    @property
+    def pattern(self) -> SparsityPattern | None:
+        """The N:M pattern, if there is one."""
+        return self.group.pattern if isinstance(self.group, PatternGroup) else None
+
+    @property
+    def nm(self) -> tuple[int, int]:
+        """``keep_n`` and ``group_m`` as the ops take them: both 0 without a pattern."""
+        return (0, 0) if self.pattern is None else (self.pattern.keep_n, self.pattern.group_m)
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A pruned weight, and how the Gram matrix was factorised."""
+
+    weight: Tensor  # [rows, cols] float32
+    damping: float = 0.0  # relative to the Gram matrix's mean diagonal
+    attempts: int = 0  # factorisations that were tried
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """The sizes from which the memory of training a block is estimated."""
+
+    trained: int  # entries of all its Linears
+    largest: int  # entries of its largest Linear
+    itemsize: int  # bytes of one entry in the model's dtype
+    activations: int  # bytes of one gradient step's activations
+
+
+@dataclass(frozen=True)
+class Stage(Options):
+    """One stage of a method. Its options are fields declared with :func:`ace_ext.pruning.settings.option`."""
+
+    name: ClassVar[str]
+    """What users write."""
+    summary: ClassVar[str]
+    """One line for help texts, with the source of the method."""
+
+    @property
+    def label(self) -> str:
+        """The name under which this stage is written."""
+        return self.name
+
+    def changed(self) -> Iterator[tuple[str, object]]:
+        """Options that differ from their defaults, by name."""
+        declared = {setting.name for setting in self.settings()}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name in declared and value != item.default:
+                yield item.name, value
+
+    def __str__(self) -> str:
+        """The stage as users write it; :func:`ace_ext.pruning.method.parse` reads it back."""
+        given = ", ".join(f"{name}={_plain(value)}" for name, value in self.changed())
+        return f"{self.label}({given})" if given else self.label
+
+
+def _plain(value: object) -> str:
+    """A value as text; a whole float without its fraction, and any other float with all its digits."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else str(value)
+
+
+class MatrixStage(Stage):
+    """A stage that works on one matrix at a time and reads its statistics."""
+
+    groups: ClassVar[tuple[str, ...]]
+    """The comparison groups that it supports, its default first; a pattern counts as ``row``."""
+    row_wise: ClassVar[bool] = True
+    """Whether, except for the group ``matrix``, a row's result depends on no other row of the matrix. Several processes
+    then solve a share of the rows each."""
+
+    reads: ClassVar[frozenset[str]] = frozenset()
+    """The kinds of statistics that it reads (:mod:`ace_ext.pruning.kinds`), besides the Gram matrix that its option
+    ``gram`` names if it has one."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The kinds of statistics that it reads, with those of its options."""
+        gram = getattr(self, "gram", None)
+        return self.reads if gram is None else self.reads | {GRAM_KINDS[gram]}
+
+    def working_bytes(self, rows: int, cols: int) -> int:
+        """Bytes in addition to the weight, its float32 copy, the mask and the statistics."""
+        raise NotImplementedError
+
+
+class Refine(MatrixStage):
+    """Exchanges entries of the mask and changes no weight."""
+
+    def refine_(self, problem: Problem) -> None:
+        """Writes to ``problem.mask``."""
+        raise NotImplementedError
+
+
+class Solve(MatrixStage):
+    """Updates kept weights to compensate for the removed ones."""
+
+    chooses_mask: ClassVar[bool] = True
+    """Whether it chooses the mask itself where no stage before it did; if not, it is given one."""
+    mask_options: ClassVar[tuple[str, ...]] = ()
+    """Options that say how it chooses the mask, so nothing reads them where a stage before it did."""
+
+    def solve(self, problem: Problem) -> Solved:
+        """The pruned weight; ``problem.mask`` is None if this stage is to choose it."""
+        raise NotImplementedError
+
+
+class TrainBlock(Stage):
+    """Trains a block with fixed masks once all its matrices are pruned."""
+
+    def train_(
+        self,
+        block: Block,
+        inputs: Sequence[tuple[Tensor, Any]],
+        targets: Sequence[Tensor],
+        masks: dict[str, Tensor],
+        token_masks: Sequence[Tensor | None],
+    ) -> Tuning:
+        """Trains in place; arguments as :func:`ace_ext.pruning.block_tuning.tune_block_`."""
+        raise NotImplementedError
+
+    def working_bytes(self, sizes: BlockSizes) -> int:
+        """Bytes in addition to the block, its inputs and its targets."""
+        raise NotImplementedError
+
+
+class TrainModel(Stage):
+    """Trains the whole model with fixed masks once all its blocks are pruned. Only declared here:
+    :mod:`ace_ext.engine.distillation` does it."""

@@ -1,0 +1,53 @@
+"""Training of each pruned block on the calibration tokens with fixed masks (:mod:`ace_ext.pruning.block_tuning`)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ace_ext.models.blocks import Block
+from ace_ext.pruning.block_tuning import Others, tune_block_
+from ace_ext.pruning.settings import Limits, option
+from ace_ext.pruning.stages._stage import BlockSizes, TrainBlock
+from ace_ext.records import Tuning
+
+
+@dataclass(frozen=True)
+class Train(TrainBlock):
+    """Trains each pruned block towards the dense one's output."""
+
+    name = "train"
+    summary = "trains each pruned block towards the dense one's output; masks stay fixed"
+
+    epochs: int = option(6, "passes over the calibration tokens", Limits(at_least=1))
+    learning_rate: float = option(
+        2e-3,
+        "learning rate at first, a share of each parameter's root mean square; it falls linearly to zero",
+        Limits(above=0, words="more than 0"),
+    )
+
+    def train_(
+        self,
+        block: Block,
+        inputs: Sequence[tuple[Tensor, Others]],
+        targets: Sequence[Tensor],
+        masks: dict[str, Tensor],
+        token_masks: Sequence[Tensor | None],
+    ) -> Tuning:
+        """:func:`ace_ext.pruning.block_tuning.tune_block_` with these options."""
+        return tune_block_(
+            block, inputs, targets, masks, token_masks, epochs=self.epochs, learning_rate=self.learning_rate
+        )
+
+    def working_bytes(self, sizes: BlockSizes) -> int:
+        """For each trained entry: the weight and Adam's two moments in float32, a copy in the model's dtype, and the
+        mask.
+
+        Added to that is the larger of two: gradients in the model's dtype with a step's activations, or gradients in
+        float32; and for the largest matrix the temporaries of Adam or the backward pass.
+        """
+        state = sizes.trained * (13 + sizes.itemsize) + 12 * sizes.largest
+        return state + max(sizes.trained * sizes.itemsize + sizes.activations, 4 * sizes.trained)
+
+
+STAGE = Train
