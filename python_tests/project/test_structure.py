@@ -8,7 +8,7 @@ import pytest
 
 import ace_ext
 
-SOURCES = Path(__file__).parent.parent / "ace_ext"
+SOURCES = Path(__file__).parents[2] / "ace_ext"
 
 LAYERS = [
     {"errors", "version", "fingerprint", "whole_files", "process_memory", "process_threads", "dense_weights", "records"}
