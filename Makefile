@@ -59,7 +59,7 @@ check-memory: $(VENV)/installed
 check-pages: $(VENV)/installed
 	tools/browser.sh
 	$(BIN)/pip install --quiet playwright
-	ACE_PAGES="$$PWD/build/pages" OMP_NUM_THREADS=1 $(BIN)/pytest -m browser python_tests/test_pages.py
+	ACE_PAGES="$$PWD/build/pages" OMP_NUM_THREADS=1 $(BIN)/pytest -m browser python_tests/reporting/test_browser.py
 
 # Mutates a model's files and runs the command line on them, for FUZZ_SECONDS.
 FUZZ_SECONDS ?= 30

@@ -28,7 +28,7 @@ else
   small+=" or column_slices or empty or swaps or balancing or restoring or obs_equals or leave_alone or within_bounds"
   small+=" or flagged or two_runs"
   for tool in memcheck racecheck synccheck initcheck; do
-    "$sanitizer" --tool "$tool" --error-exitcode 1 "${tests[@]}" "$root/python_tests/test_gpu.py" \
+    "$sanitizer" --tool "$tool" --error-exitcode 1 "${tests[@]}" "$root/python_tests/ops/test_gpu.py" \
       -k "$small"
   done
 fi

@@ -4,7 +4,7 @@
 //
 // A row is a lane. Its columns are added in pairs, in order, in runs: each run's sum begins at 0, and the runs' sums
 // are added in order. So does oneDNN's product of dense bfloat16 matrices (3.12, brg_matmul:avx512_core_bf16), so that
-// the result has the bits of torch's dense one: python_tests/test_ops_packed.py, and what was tried in docs/payoff.md.
+// the result has the bits of torch's dense one: python_tests/ops/test_packed.py, and what was tried in docs/payoff.md.
 #pragma once
 
 #include "cpu/packed_avx512.h"

@@ -22,9 +22,9 @@ from helpers import (
     prune_at_,
     score_histogram,
 )
-from test_ops_packed import arguments as packed_arguments
-from test_ops_packed import bound as packed_bound
-from test_ops_packed import make as make_packed
+from ops.test_packed import arguments as packed_arguments
+from ops.test_packed import bound as packed_bound
+from ops.test_packed import make as make_packed
 
 from ace_ext import build_info, ops
 from ace_ext.ops import ScoredWeight, packed_reference

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from folders import bad_input, prune, save_dense, tree
-from test_plan import plan_of
+from runs.test_plan import plan_of
 
 from ace_ext import InputError
 from ace_ext.formats import _packed

@@ -1,6 +1,6 @@
 """A tiny random model of every causal-LM class of the installed transformers is pruned.
 
-    pytest -s -m nightly python_tests/test_families.py -k table
+    pytest -s -m nightly python_tests/models/test_families.py -k table
 
 prints what becomes of each, and which share of its matrices stays dense (routers, convolutions, a vision tower): ok;
 partly dense, where more of a block stays dense than is allowed unasked; refused, with an ``InputError``; not built.

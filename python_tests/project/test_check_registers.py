@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).parent.parent / "tools" / "check_registers.py"
+TOOL = Path(__file__).parents[2] / "tools" / "check_registers.py"
 PTX = """
 	// .globl	_Z4bothv
 .visible .entry _Z4bothv(

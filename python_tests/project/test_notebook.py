@@ -13,7 +13,7 @@ from folders import save_dense
 from ace_ext.cards import card_says
 from ace_ext.packed.files import is_packed
 
-NOTEBOOK = Path(__file__).parents[1] / "examples" / "first_hour.ipynb"
+NOTEBOOK = Path(__file__).parents[2] / "examples" / "first_hour.ipynb"
 SMALL = {"MODEL": "dense", "TEXT": "text.txt", "NSAMPLES, SEQLEN": (4, 16)}
 """What the test puts in place of the values of the first cell."""
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 from folders import save_dense
 from helpers import assert_same_bits
-from test_packed_models import FAMILIES, make_folders, packed_linears
+from runtime.test_packed_models import FAMILIES, make_folders, packed_linears
 from tiny_models import make_tokens
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, pipeline
 

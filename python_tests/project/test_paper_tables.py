@@ -12,7 +12,7 @@ from ace_ext.compare.method_spec import METHODS as KNOWN
 from ace_ext.compare.method_spec import parse_methods
 from ace_ext.compare.tables import rows
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "paper_tables.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "paper_tables.py"
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from faults import KINDS, SIGNALS, run_with_fault
 from folders import fork, prune, save_dense, tree
-from test_heal import write_text
+from runs.test_heal import write_text
 
 from ace_ext import InputError
 from ace_ext.compare.journal import RUNS_NAME, read_results

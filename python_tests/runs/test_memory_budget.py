@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-CHECK = Path(__file__).parent.parent / "tools" / "check_memory.py"
+CHECK = Path(__file__).parents[2] / "tools" / "check_memory.py"
 
 
 @pytest.mark.nightly  # the peak of a run from the disk is also measured by test_real_model.py, on a smaller model

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 from folders import bad_input, save_dense
 from packaging.utils import canonicalize_name
-from test_supply import list_of, requirements
+from project.test_supply import list_of, requirements
 from tiny_models import make_model, make_tokens
 
 from ace_ext import InputError, prune_model
 from ace_ext.models import _transformers
 from ace_ext.models._transformers import OLDEST, check_version
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_oldest_transformers_is_that_of_pyproject():

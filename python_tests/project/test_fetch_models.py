@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).parent.parent / "tools" / "fetch_models.py"
+TOOL = Path(__file__).parents[2] / "tools" / "fetch_models.py"
 PARTS = [b"GGUF first ", b"second ", b"third"]
 
 

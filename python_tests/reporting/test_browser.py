@@ -73,7 +73,7 @@ def browser():
 
 @pytest.fixture(scope="session")
 def screenshots():
-    folder = Path(os.environ.get("ACE_PAGES", Path(__file__).parent.parent / "build" / "pages"))
+    folder = Path(os.environ.get("ACE_PAGES", Path(__file__).parents[2] / "build" / "pages"))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

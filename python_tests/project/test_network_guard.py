@@ -69,7 +69,7 @@ def test_fixture(reached): pass
 
 
 def test_a_test_that_hides_the_error_fails(tmp_path):
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     (tmp_path / "conftest.py").write_text("from network_guard import *")
     (tmp_path / "test_it.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text(f"[pytest]\npythonpath = {here}\nmarkers = network\n")

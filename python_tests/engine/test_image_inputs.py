@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 import transformers
-from test_model_class import MODELS
+from models.test_model_class import MODELS
 from tiny_models import _SMALL, make_model, make_tokenizer, make_tokens
 
 from ace_ext import InputError, PruneConfig, prune_model

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from helpers import assert_only_slice_changed, assert_same_bits, check_column_slices, embed, make_weight
-from test_ops_errors import BAD, refused
-from test_ops_solvers import kept, make_mask
+from ops.test_errors import BAD, refused
+from ops.test_swaps_obs import kept, make_mask
 
 from ace_ext import ops
 from ace_ext.ops import mean_reference

@@ -18,7 +18,7 @@ from ace_ext.pruning import kinds
 from ace_ext.records import BlockReport, Healing, HeldBackPerplexity, MatrixReport, PruneReport, Solution, Tuning
 from ace_ext.runs.verify import verify
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples/README.md"]
 PAGES += [ROOT / "benchmarks/RESULTS.md"]
 page = pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

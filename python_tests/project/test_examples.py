@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from ace_ext import PruneReport
 from ace_ext.runs.verify import verify
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = ("--nsamples", "4", "--seqlen", "16")
 
 
