@@ -203,7 +203,7 @@ def method_of(given: "str | Stage | Sequence[Stage] | Method") -> Method:
 
 
 def _complete(stages: list[Stage], label: str = "") -> Method:
-    """The method of these stages, with Wanda's scores if none of them chooses a mask; ``label`` as the user wrote it."""
+    """The method of these stages, with Wanda's scores if none of them chooses a mask; ``label``: as users wrote it."""
     chooses = any(isinstance(stage, Score) or (isinstance(stage, Solve) and stage.chooses_mask) for stage in stages)
     if any(isinstance(stage, Refine) for stage in stages):
         chooses = any(isinstance(stage, Score) for stage in stages)
