@@ -65,12 +65,14 @@ def save_dense(folder: Path, family: str = "llama", dtype: torch.dtype = torch.b
 
 
 def prune(dense: Path, output: Path, run: dict | None = None, calibration: dict | None = None, **config):
-    """``(report, path)`` of a run; ``run`` are RunOptions, ``calibration`` changes the 8 x 16 tokens of the text."""
+    """``(report, path)`` of a run; ``run`` are RunOptions, ``calibration`` changes the 8 x 16 tokens of the text.
+    Wanda's scores alone prune unless ``config`` has a ``method``."""
     text = {"source": str(dense.parent / "text.txt"), "nsamples": 8, "seqlen": 16, **(calibration or {})}
     dtype, progress = text.pop("dtype", "auto"), text.pop("progress", None)
     kind = Tokens if text["source"] == "tokens" else Calibration
     options, device = RunOptions(**(run or {})), torch.device("cpu")
-    return prune_folder(str(dense), output, PruneConfig(**config), kind(**text), options, device, dtype, progress)
+    config = PruneConfig(**{"method": DEFAULT_METRIC, **config})
+    return prune_folder(str(dense), output, config, kind(**text), options, device, dtype, progress)
 
 
 def weights_bytes(folder: Path) -> dict[str, bytes]:
@@ -78,11 +80,11 @@ def weights_bytes(folder: Path) -> dict[str, bytes]:
 
 
 def command(dense: Path, output: Path, *options, launcher: tuple = ()) -> list[str]:
-    """The command line of ``ace-prune run`` with the text in the model's folder. It prunes by the metric alone, as
-    :func:`prune` does, unless ``options`` name a preset or a solver."""
+    """The command line of ``ace-prune run`` with the text in the model's folder. Wanda's scores alone prune, as in
+    :func:`prune`, unless ``options`` have a ``--method``."""
     start = [sys.executable, *launcher, "-m", "ace_ext", "run", "--device", "cpu"]
     text = ["--calibration", dense.parent / "text.txt", "--nsamples", 8, "--seqlen", 16]
-    alone = () if {"--preset", "--update", "--refine"} & set(options) else ("--metric", DEFAULT_METRIC)
+    alone = () if "--method" in options else ("--method", DEFAULT_METRIC)
     return [str(part) for part in (*start, "--model", dense, "--output", output, *text, *alone, *options)]
 
 
