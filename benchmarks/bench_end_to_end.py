@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ace_ext import PruneConfig, preset_config, prune_model
+from ace_ext import PruneConfig, prune_model
 from ace_ext.compare.runner import restore
 from ace_ext.data.bos import choose_bos
 from ace_ext.data.perplexity import perplexity
@@ -26,6 +26,7 @@ from ace_ext.engine.devices import pick_device
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.loading import load_model
 from ace_ext.models.replay import capture_calls, run_block
+from ace_ext.pruning.method import parse
 
 
 @torch.no_grad()
@@ -89,8 +90,9 @@ def main() -> None:
     tokens, bos = data.tokens, choose_bos("auto", loaded.tokenizer, model).token
     dense = {name: value.detach().clone() for name, value in model.named_parameters()}
 
-    def ours(metric: str, **settings) -> Callable[[], None]:
-        config = PruneConfig(metric, args.sparsity, batch_tokens=tokens.numel(), **settings)
+    def ours(method: str, **options) -> Callable[[], None]:
+        method = parse(method).collected(batch_tokens=tokens.numel(), **options)
+        config = PruneConfig(method, args.sparsity)
         return lambda: prune_model(model, tokens, config)
 
     ways: dict[str, Callable[[], None]] = {
@@ -100,10 +102,9 @@ def main() -> None:
         "wanda, sequential": ours("wanda"),
         "norm-cosvar, exact norms": ours("norm-cosvar", token_norm="exact"),
         "norm-cosvar, sketched norms": ours("norm-cosvar", token_norm="sketch"),
+        "fast": ours("fast"),
+        "balanced": ours("balanced"),
     }
-    for preset in ("fast", "balanced"):
-        config = preset_config(preset, sparsity=args.sparsity, batch_tokens=tokens.numel())
-        ways[preset] = lambda config=config: prune_model(model, tokens, config)
     seconds = {name: [] for name in ways}
     quality: dict[str, float] = {}
     text = evaluation_tokens("wiki-mini", loaded.tokenizer) if args.perplexity else None

@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     device = pick_device(args.device)
-    config = PruneConfig(batch_tokens=args.batch_tokens)
+    config = PruneConfig(f"collect(batch_tokens={args.batch_tokens}) + wanda")
     print(f"{args.model} on {device}, {torch.get_num_threads()} threads, {args.nsamples} x {args.seqlen} tokens")
     several_batches(args, config, device)
     from_the_disk(args, config, device)

@@ -18,11 +18,11 @@ from pathlib import Path
 from ace_ext.cli.compare import parse_length
 from ace_ext.compare.grid import Evaluation, Grid, Study
 from ace_ext.compare.journal import RUNS_NAME, Results, read_results
-from ace_ext.compare.method_spec import parse_methods
 from ace_ext.compare.runner import run_study
 from ace_ext.compare.tables import amount_name, rows
 from ace_ext.engine.devices import pick_device
 from ace_ext.errors import InputError
+from ace_ext.pruning.method import parse_list
 from ace_ext.reporting.compare_page import write_study_report
 from ace_ext.reporting.plots import require_matplotlib
 
@@ -41,12 +41,15 @@ LONG_CONTEXT = ("llama-2-7b", "llama-2-13b", "llama-3-8b")
 
 AMOUNTS = ("0.5", "0.6", "2:4", "4:8")
 LENGTHS = ("128x32", "128x128", "128x512", "128x2048")
-METHODS = ",".join(
+RIA_METHOD = "collect(order=block) + ria"
+GROUPS = {"magnitude": "matrix", RIA_METHOD: "matrix"}
+"""Methods whose published code compares the weights of a matrix with each other."""
+METHODS = "; ".join(
     [
-        "magnitude:group=matrix",
+        "magnitude",
         "published-sparsegpt",
         "published-wanda",
-        "ria:group=matrix,order=block",
+        RIA_METHOD,
         "ace",
         "norm-cosvar",
         "fast",
@@ -76,13 +79,13 @@ PUBLISHED = {
         WANDA,
         {
             ("dense", ""): 5.12,
-            ("magnitude:group=matrix", "0.5"): 14.89,
+            ("magnitude", "0.5"): 14.89,
             ("published-sparsegpt", "0.5"): 6.51,
             ("published-wanda", "0.5"): 6.42,
-            ("magnitude:group=matrix", "4:8"): 16.48,
+            ("magnitude", "4:8"): 16.48,
             ("published-sparsegpt", "4:8"): 8.12,
             ("published-wanda", "4:8"): 7.97,
-            ("magnitude:group=matrix", "2:4"): 54.59,
+            ("magnitude", "2:4"): 54.59,
             ("published-sparsegpt", "2:4"): 10.17,
             ("published-wanda", "2:4"): 11.02,
         },
@@ -93,10 +96,10 @@ PUBLISHED = {
             ("dense", ""): 6.14,
             ("published-wanda", "0.5"): 10.82,
             ("published-sparsegpt", "0.5"): 9.40,
-            ("ria:group=matrix,order=block", "0.5"): 9.34,
+            (RIA_METHOD, "0.5"): 9.34,
             ("published-wanda", "2:4"): 24.18,
             ("published-sparsegpt", "2:4"): 16.26,
-            ("ria:group=matrix,order=block", "2:4"): 23.08,
+            (RIA_METHOD, "2:4"): 23.08,
         },
     ),
 }
@@ -123,7 +126,7 @@ def study_of(experiment: Experiment, args: argparse.Namespace) -> Study:
     return Study(
         model=args.model,
         grid=Grid(
-            methods=parse_methods(args.methods),
+            methods=parse_list(args.methods),
             amounts=tuple(args.amounts.split(",")),
             lengths=tuple(map(parse_length, args.lengths.split(","))),
             calibrations=(args.calibration,),
@@ -132,6 +135,7 @@ def study_of(experiment: Experiment, args: argparse.Namespace) -> Study:
         # As the published figures were measured: of their windows only the first begins with BOS.
         evaluation=Evaluation((args.text,), args.context or experiment.context, args.eval_windows, bos="never"),
         dtype=args.dtype,
+        groups=GROUPS,
     )
 
 

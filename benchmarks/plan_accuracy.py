@@ -21,17 +21,17 @@ def main() -> None:
     parser.add_argument("--calibration", default="wiki-mini")
     parser.add_argument("--nsamples", default="32")
     parser.add_argument("--seqlen", default="128")
-    parser.add_argument("--presets", default="wanda,fast,balanced,best", help="of ace-prune run, at sparsity 0.5")
+    parser.add_argument("--methods", default="wanda,fast,balanced,best", help="presets or metrics, at sparsity 0.5")
     parser.add_argument("--batch-tokens", default="16384,1024")
     parser.add_argument("--offload", default="none,disk", help="disk is run with --max-memory 2GB")
     args = parser.parse_args()
     common = ["--model", args.model, "--calibration", args.calibration]
     common += ["--nsamples", args.nsamples, "--seqlen", args.seqlen, "--device", "cpu", "--json"]
-    print("| preset | batch tokens | offload | plan GB | run GB | plan / run | plan s | run s |\n|" + "---|" * 8)
-    for preset, batch, offload in itertools.product(
-        args.presets.split(","), args.batch_tokens.split(","), args.offload.split(",")
+    print("| method | batch tokens | offload | plan GB | run GB | plan / run | plan s | run s |\n|" + "---|" * 8)
+    for method, batch, offload in itertools.product(
+        args.methods.split(","), args.batch_tokens.split(","), args.offload.split(",")
     ):
-        options = [*common, "--preset", preset, "--batch-tokens", batch, "--offload", offload]
+        options = [*common, "--method", f"collect(batch_tokens={batch}) + {method}", "--offload", offload]
         options += ["--max-memory", "2GB"] if offload == "disk" else []
         plan = _ace_prune("plan", *options)[0]
         with tempfile.TemporaryDirectory() as folder:
@@ -40,7 +40,7 @@ def main() -> None:
         took = f"{plan['seconds']['total']:.0f} | {seconds:.0f}"
         memory = f"{planned / 1e9:.3f} | {measured / 1e9:.3f} | {planned / measured:.3f}"
         print(
-            f"| {preset} | {batch} | {offload} | {memory} | {took} |",
+            f"| {method} | {batch} | {offload} | {memory} | {took} |",
             flush=True,
         )
 

@@ -11,9 +11,9 @@ import argparse
 import torch
 
 from ace_ext.compare.grid import Evaluation, Grid, Study
-from ace_ext.compare.method_spec import parse_methods
 from ace_ext.compare.runner import run_study
 from ace_ext.compare.tables import rows, text_table
+from ace_ext.pruning.method import parse_list
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("model", help="a folder, a .gguf file or a hub name")
     parser.add_argument("--text", default="wiki-mini", help="calibration text: a .txt file or a name (%(default)s)")
     parser.add_argument("--held-out", default="wiki-mini", help="text to evaluate on, not --text's file (%(default)s)")
-    parser.add_argument("--methods", default="wanda,ace", help="two or more names, see compare --help (%(default)s)")
+    parser.add_argument("--methods", default="wanda; ace", help="two or more, separated by ; (%(default)s)")
     parser.add_argument("--nsamples", type=int, default=64, help="calibration samples (%(default)s)")
     parser.add_argument("--seqlen", type=int, default=128, help="tokens of a sample (%(default)s)")
     parser.add_argument("--eval-seqlen", type=int, default=512, help="tokens of a window (%(default)s)")
@@ -30,7 +30,7 @@ def main() -> None:
     study = Study(
         model=args.model,
         grid=Grid(
-            methods=parse_methods(args.methods),
+            methods=parse_list(args.methods),
             amounts=("0.5", "0.6"),
             lengths=((args.nsamples, args.seqlen),),
             calibrations=(args.text,),

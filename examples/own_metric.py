@@ -11,8 +11,9 @@ import copy
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ace_ext import PruneConfig, prune_model
+from ace_ext import prune_model
 from ace_ext.data.windows import load_windows
+from ace_ext.pruning.stages import Score
 from ace_ext.pruning.statistics import LinearStatistics
 
 
@@ -40,9 +41,9 @@ def main() -> None:
     data = load_windows(args.text, tokenizer, args.nsamples, args.seqlen, seed=0, model=dense)
 
     for metric in ("wanda", root_wanda):
-        report = prune_model(copy.deepcopy(dense), data.tokens, PruneConfig(metric=metric, pattern=args.pattern))
+        report = prune_model(copy.deepcopy(dense), data.tokens, method=Score(metric), pattern=args.pattern)
         errors = [matrix.relative_error for matrix in report.matrices]
-        print(f"{report.config['metric']:<12} mean relative error of the outputs {sum(errors) / len(errors):.4f}")
+        print(f"{report.config['method']:<12} mean relative error of the outputs {sum(errors) / len(errors):.4f}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import argparse
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ace_ext import preset_config, prune_model
+from ace_ext import prune_model
 from ace_ext.data.windows import load_windows
 
 
@@ -29,8 +29,13 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     data = load_windows(args.text, tokenizer, args.nsamples, args.seqlen, seed=0, model=model)
 
-    config = preset_config("fast", sparsity=args.sparsity)
-    report = prune_model(model, data.tokens, config, callback=lambda block: print(block.name, f"{block.seconds:.2f} s"))
+    report = prune_model(
+        model,
+        data.tokens,
+        method="fast",
+        sparsity=args.sparsity,
+        callback=lambda block: print(block.name, f"{block.seconds:.2f} s"),
+    )
 
     print(report.table())
     worst = max(report.matrices, key=lambda matrix: matrix.relative_error)

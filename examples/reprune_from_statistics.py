@@ -3,7 +3,7 @@
     python examples/reprune_from_statistics.py MODEL --text text.txt --output folder
 
 Writes ``folder/statistics.zip``, and one pruned model for each sparsity or pattern. These are the commands
-``ace-prune run --order block --save-stats FILE`` and ``ace-prune run --order block --stats FILE``, called from Python.
+``ace-prune run --save-stats FILE`` and ``ace-prune run --stats FILE``, called from Python.
 """
 
 import argparse
@@ -30,8 +30,8 @@ def main() -> None:
 
     args.output.mkdir(parents=True, exist_ok=True)
     statistics = args.output / "statistics.zip"
-    # Statistics of the dense model serve every sparsity; the order "sequential" would take them from pruned Linears.
-    common = ["--model", args.model, "--order", "block", "--preset", "fast"]
+    # Statistics of the dense model serve every sparsity, and every method that needs no others.
+    common = ["--model", args.model, "--method", "fast"]
     text = ["--calibration", args.text, "--nsamples", args.nsamples, "--seqlen", args.seqlen]
 
     run(*common, *text, "--sparsity", 0.5, "--save-stats", statistics, "--output", args.output / "sparsity-0.5")

@@ -10,11 +10,11 @@ export ACE_CACHE="$PWD/demo/cache"
 echo "fetching SmolLM2-135M (93 MB, once) …"
 model=$("$python" tools/fetch_models.py demo)
 
-for preset in published-wanda published-sparsegpt fast balanced; do
-  echo "pruning to 50 % with the preset $preset …"
-  "$ace_prune" run --model "$model" --output "demo/$preset" --overwrite --preset "$preset" \
+for method in published-wanda published-sparsegpt fast balanced; do
+  echo "pruning to 50 % by $method …"
+  "$ace_prune" run --model "$model" --output "demo/$method" --overwrite --method "$method" \
     --calibration wiki-mini --nsamples 64 --seqlen 128 --seed 0 | tail -n 2
-  "$ace_prune" verify "demo/$preset"
+  "$ace_prune" verify "demo/$method"
 done
 
 for name in "$model" demo/{published-wanda,published-sparsegpt,fast,balanced}; do

@@ -44,7 +44,7 @@ def command_line() -> str:
     verbs = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     text = [_fenced(parser.format_help())]
     for name, verb in verbs.choices.items():
-        text += [f"## ace-prune {name}", _fenced(verb.format_help())]
+        text += [f"## ace-prune {name}", _fenced(verb.format_help_all())]
     return "\n\n".join(text)
 
 
@@ -60,22 +60,26 @@ def metrics() -> str:
 
 
 def presets() -> str:
-    """The table of presets and their settings."""
-    from ace_ext.pruning.presets import PRESETS, PUBLISHED
+    """The table of presets and published methods, and the texts that they stand for."""
+    from ace_ext.pruning.method import PRESETS, PUBLISHED
 
-    rows = [(f"`{name}`", _settings(arguments)) for name, arguments in (PRESETS | PUBLISHED).items()]
-    return _table(("`--preset`", "settings"), rows)
+    rows = [(f"`{name}`", f"`{text}`") for name, text in (PRESETS | PUBLISHED).items()]
+    return _table(("`--method`", "stands for"), rows)
 
 
-def solvers() -> str:
-    """The table of solvers (``--refine`` and ``--update``) and their options."""
-    from ace_ext.pruning.solvers import all_solvers
+def stages() -> str:
+    """The table of stages and their options."""
+    from ace_ext.pruning.stages import KINDS, Score, stages_of
 
     rows = []
-    for solver in all_solvers():
-        options = [f"`--{setting.name.replace('_', '-')}` ({setting.default})" for setting in solver.options.settings()]
-        rows.append((f"`--{solver.stage} {solver.name}`", solver.summary, ", ".join(options)))
-    return _table(("option", "what it does", "its options (defaults)"), rows)
+    for kind in KINDS:
+        if kind is Score:
+            rows.append(("a metric's name", "keeps the weights with the highest scores", "`ria` has `exponent` (0.5)"))
+            continue
+        for name, stage in stages_of(kind).items():
+            options = [f"`{setting.name}` ({setting.default}): {setting.help}" for setting in stage.settings()]
+            rows.append((f"`{name}`", stage.summary, "<br>".join(options).replace("|", "&#124;")))
+    return _table(("stage", "what it does", "options (defaults)"), rows)
 
 
 def groups() -> str:
@@ -92,14 +96,6 @@ def formats() -> str:
     return _table(("`--format`", "what is written"), [(f"`{name}`", entry.summary) for name, entry in FORMATS.items()])
 
 
-def methods() -> str:
-    """The table of methods (``--methods`` of ``compare``)."""
-    from ace_ext.compare.method_spec import METHODS
-
-    rows = [(f"`{name}`", _settings(arguments)) for name, arguments in METHODS.items()]
-    return _table(("`--methods`", "settings"), rows)
-
-
 def examples() -> str:
     """Each script of ``examples/``: its docstring, then its code."""
     text = []
@@ -111,7 +107,7 @@ def examples() -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
-    part.__name__: part for part in (command_line, metrics, presets, solvers, groups, formats, methods, examples)
+    part.__name__: part for part in (command_line, metrics, presets, stages, groups, formats, examples)
 }
 
 
@@ -125,10 +121,6 @@ def _code(text: str) -> str:
 
 def _list(values) -> str:
     return ", ".join(sorted(values)) or "none"
-
-
-def _settings(arguments: dict) -> str:
-    return ", ".join(_code(f"{name}={value!r}") for name, value in arguments.items())
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -46,7 +46,7 @@ TARGETS: dict[str, list[tuple[str, dict[str, object]]]] = {
     "sharded/model.safetensors.index.json": [("run", {"model": "sharded"}), ("eval", {"model": "sharded"})],
     "out/ace_report.json": [("verify", {}), ("heal", {"tokens": 16})],
     "out/ace_manifest.json": [("run", {"output": "out", "overwrite": True})],
-    "s.zip": [("run", {"stats": "s.zip", "order": "block", "metric": "wanda"})],
+    "s.zip": [("run", {"stats": "s.zip", "method": "wanda"})],
     "results/runs.jsonl": [("compare", {"output": "results"})],
     ".new.unfinished/state.json": [("run", {"resume": True})],
     "packed/model.packed.safetensors": [
@@ -66,8 +66,8 @@ def make_place(place: Path) -> None:
     """Sound files of every kind."""
     dense = save_dense(place / "dense")
     save_dense(place / "sharded", max_shard_size="20KB")
-    prune(dense, place / "out", metric="magnitude")
-    prune(dense, place / "other", {"save_stats": place / "s.zip"}, order="block")
+    prune(dense, place / "out", method="magnitude")
+    prune(dense, place / "other", {"save_stats": place / "s.zip"}, method="collect(order=block) + wanda")
     shutil.rmtree(place / "other")
     for codec, folder in (("bitmap", "packed"), ("archive", "archive")):
         pack(place / "out", place / folder, codec)

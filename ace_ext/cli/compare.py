@@ -13,6 +13,7 @@ from ace_ext.data.corpora import SELF
 from ace_ext.data.perplexity import SEQLEN
 from ace_ext.data.tasks import Tasks
 from ace_ext.errors import InputError
+from ace_ext.pruning.groups import GROUPS
 from ace_ext.pruning.method import parse_list
 from ace_ext.reporting.compare_page import write_study_report
 from ace_ext.reporting.plots import require_matplotlib
@@ -56,6 +57,9 @@ def add(commands: shared.Subparsers) -> None:
     parser.add_argument("--eval-windows", type=int, default=EVAL_WINDOWS, help="windows at most (default: %(default)s)")
     shared.add_bos(parser, "window of an evaluation text", AUTO, "--eval-bos")
     _add_tasks(parser.add_argument_group("downstream tasks (pip install 'lm-eval[hf]')"))
+    parser.add_argument(
+        "--group", choices=GROUPS, help="which weights a share of zeros is compared in; a pattern has its own groups"
+    )
     add_selection(parser, "weights to leave dense")
     parser.add_argument(
         "--output",
@@ -77,10 +81,13 @@ def _add_tasks(group: argparse._ArgumentGroup) -> None:
 def study_from(args: argparse.Namespace) -> Study:
     """The study of the parsed arguments of ``compare``. Raises InputError for a value that is not valid."""
     amounts = (*_split(args.sparsities), *_split(args.patterns)) or ("0.5",)
+    if args.group and not any(":" not in amount for amount in amounts):
+        raise InputError("group is for shares of zeros, and a pattern has its own groups; leave out group")
+    methods = parse_list(args.methods)
     return Study(
         model=args.model,
         grid=Grid(
-            methods=parse_list(args.methods),
+            methods=methods,
             amounts=amounts,
             lengths=_lengths(args),
             calibrations=_split(args.calibration),
@@ -97,6 +104,7 @@ def study_from(args: argparse.Namespace) -> Study:
         skip=skip_from(args),
         text_field=args.text_field,
         dtype=args.dtype,
+        groups={method.label: args.group for method in methods if args.group},
     )
 
 

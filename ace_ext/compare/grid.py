@@ -2,8 +2,8 @@
 
 import hashlib
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -46,9 +46,9 @@ class Grid:
     bos: str | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if field.name != "bos":
-                _check_list(field.name, getattr(self, field.name))
+        for each in fields(self):
+            if each.name != "bos":
+                _check_list(each.name, getattr(self, each.name))
         if self.bos is not None:
             check_choice("bos", self.bos, MODES)
 
@@ -102,6 +102,9 @@ class Study:
     skip: tuple[str, ...] = ()
     text_field: str = "text"
     dtype: str = "auto"
+    groups: Mapping[str, str] = field(default_factory=dict)
+    """The comparison group of a share of zeros, by the method's label; others have their default. A pattern has its own
+    groups."""
 
     def __post_init__(self) -> None:
         for method, amount in itertools.product(self.grid.methods, self.grid.amounts):
@@ -110,7 +113,9 @@ class Study:
     def config(self, method: Method, amount: str) -> PruneConfig:
         """The configuration of a method with an amount."""
         try:
-            return PruneConfig(method, **_amount(amount), skip=self.skip)
+            target = _amount(amount)
+            group = None if "pattern" in target else self.groups.get(method.label)
+            return PruneConfig(method, **target, group=group, skip=self.skip)
         except InputError as error:
             raise InputError(f"method {method.label!r}: {error}") from error
 
