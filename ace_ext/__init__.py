@@ -4,6 +4,7 @@
 >>> report = prune_model(model, tokens, preset_config("fast", sparsity=0.5))
 """
 
+import os
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -13,6 +14,9 @@ from ace_ext._plugin import register_when_loaded
 from ace_ext.errors import InputError
 from ace_ext.process_threads import wait_passively
 from ace_ext.version import __version__
+
+if os.name != "posix":
+    raise ImportError("ace_ext runs on Linux and macOS only: it locks files and reads limits as only these systems do")
 
 if TYPE_CHECKING:
     from ace_ext.engine.api import prune_model
