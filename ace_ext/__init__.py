@@ -4,12 +4,16 @@
 >>> report = prune_model(model, tokens, method="balanced", sparsity=0.5)
 """
 
+import os
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ace_ext.errors import InputError
 from ace_ext.version import __version__
+
+if os.name != "posix":
+    raise ImportError("ace_ext runs on Linux and macOS only: it locks files and reads limits as only these systems do")
 
 if TYPE_CHECKING:
     from ace_ext.engine.api import prune_model

@@ -1,6 +1,7 @@
-"""Files that are written whole or not at all: to a temporary name first, which is then renamed."""
+"""Files that are written whole or not at all: to a temporary name first, which is renamed once all is on the disk."""
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -20,9 +21,22 @@ def write_whole(path: Path, data: bytes) -> None:
         part.write_bytes(data)
 
 
+def sync_folder(folder: Path) -> None:
+    """Returns when the names in a folder are on the disk. Does nothing on a file system that cannot do that."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(number)
+
+
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A new file beside ``path``, which takes its place when the block ends without an error; else it is removed.
+    """A new file beside ``path``. When the block ends without an error, the file is brought to the disk and renamed to
+    ``path``; else it is removed.
 
     Raises:
         InputError: something that is no file has the temporary name.
@@ -38,6 +52,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
+        sync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):
             part.unlink()

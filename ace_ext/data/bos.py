@@ -18,6 +18,7 @@ from ace_ext.data.requests import positions_of
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import embedding_weight, output_head
 from ace_ext.models.products import float32_products
+from ace_ext.models.run_mode import evaluating
 from ace_ext.models.tokenizer import Tokenizer
 
 AUTO, ALWAYS, NEVER = MODES = ("auto", "always", "never")
@@ -192,10 +193,8 @@ def _measured(tokenizer: Tokenizer, model: nn.Module, logits: Callable[[Tensor],
     # One batch, so that a model on the disk is read once: windows without the token get one more token at their end,
     # which no other token sees.
     batch = torch.cat([begin_with(token, windows), functional.pad(windows, (0, 1), value=token)])
-    training = model.training
-    model.eval()
-    found = logits(batch)
-    model.train(training)
+    with evaluating(model):
+        found = logits(batch)
     with_token = perplexity_of(found[:WINDOWS, 1:-1], windows[:, 1:])
     without = perplexity_of(found[WINDOWS:, :-2], windows[:, 1:])
     helps = without > HELPS * with_token  # False with NaN

@@ -13,6 +13,7 @@ from ace_ext.data.bos import begin_with
 from ace_ext.data.requests import check_int, check_positions, check_predicts, check_tokens
 from ace_ext.errors import InputError
 from ace_ext.models.products import float32_products
+from ace_ext.models.run_mode import evaluating
 from ace_ext.records import finite
 
 SEQLEN = 512
@@ -80,17 +81,15 @@ def perplexity(
         usable = len(tokens) if max_tokens is None else min(len(tokens), max_tokens)
         raise InputError(f"the text must hold one window of {seqlen} tokens (got {usable}); lower seqlen")
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
     total = 0.0
     whole = begin_with(bos, tokens[: windows * width].view(windows, width))
     batches = torch.split(whole, max(1, BATCH_TOKENS // seqlen))
-    for batch in tqdm(batches, desc="perplexity", unit="batch", disable=not progress, file=sys.stderr):
-        batch = batch.to(device)
-        with float32_products(model):
-            logits = model(batch, use_cache=False).logits[:, :-1].float()
-        total += functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
-    model.train(training)
+    with evaluating(model):
+        for batch in tqdm(batches, desc="perplexity", unit="batch", disable=not progress, file=sys.stderr):
+            batch = batch.to(device)
+            with float32_products(model):
+                logits = model(batch, use_cache=False).logits[:, :-1].float()
+            total += functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
     if not math.isfinite(total):
         raise InputError("model: its logits hold NaN or infinity, so it has no perplexity; check its weights")
     count = windows * (seqlen - 1)

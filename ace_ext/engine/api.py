@@ -25,6 +25,7 @@ from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.left_dense import check_share
 from ace_ext.models.order import try_walk
 from ace_ext.models.replay import BlockCall, capture_calls
+from ace_ext.models.run_mode import inner_model, run_mode
 from ace_ext.models.versions import versions
 from ace_ext.process_memory import peak_memory_bytes
 from ace_ext.pruning.config import PruneConfig
@@ -47,7 +48,8 @@ def prune_model(
     """Prunes the Linears of a causal language model's decoder blocks in place.
 
     Args:
-        model: a Hugging Face causal language model, on any device. LM head and embeddings are not pruned.
+        model: a Hugging Face causal language model, on any device. LM head and embeddings are not pruned. Autocast,
+            inference mode, training mode and ``torch.compile`` change no result (:mod:`ace_ext.models.run_mode`).
         batches: calibration tokens: ``[nsamples, seqlen]`` integer, or an iterable of such tensors or of dicts of the
             model's inputs, as a tokenizer or a processor returns them: ``input_ids [batch, seqlen]``, if some are
             padding ``attention_mask [batch, seqlen]`` (their tokens are left out of the statistics), and whatever
@@ -72,6 +74,7 @@ def prune_model(
             weights is kept in memory, and put back after an error.
     """
     check_version()
+    model = inner_model(model)
     if config is not None and settings:
         raise TypeError(f"give config, or {', '.join(settings)}, not both")
     config = config or PruneConfig(**settings)
@@ -84,9 +87,8 @@ def prune_model(
     check_pattern(store.blocks, config)
     device = context.device or next(model.parameters()).device
     context = replace(context, device=device)
-    training = model.training
-    model.eval()
-    try:
+    trainer = config.solver.block_solver or config.solver.model_solver
+    with run_mode(model, None if trainer is None else f"update {trainer.name}"):
         ready = [] if context.source is not None else list(model_inputs(model, batches, config, device))
         context = _tried(model, store, ready, config, context)
         calls, hidden = _enter(model, store, ready, context, device)
@@ -99,8 +101,6 @@ def prune_model(
             report.dense = _left_dense(model, store.blocks, report)
             if distillation is not None:
                 report.healing = distillation.train_()
-    finally:
-        model.train(training)
     report.seconds = time.perf_counter() - start
     report.peak_memory_bytes = peak_memory_bytes(device)
     report.versions = versions()
@@ -153,7 +153,7 @@ def _enter(
             for _ in first_states() if not calls else ():  # a resumed run did not read these, but needs the calls
                 pass
     if not calls:
-        raise InputError("calibration must have at least one token (got none)")
+        raise InputError("calibration must have at least one token whose attention_mask is not 0 (got none)")
     return calls, hidden
 
 

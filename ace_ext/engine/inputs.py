@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ace_ext.data.requests import check_positions, check_tokens
 from ace_ext.errors import InputError
+from ace_ext.models.run_mode import as_made_here
 from ace_ext.pruning.config import PruneConfig
 
 Batches: TypeAlias = Tensor | Mapping[str, Tensor] | Iterable[Tensor | Mapping[str, Tensor]]
@@ -18,7 +19,7 @@ def model_inputs(
     model: nn.Module, batches: Batches, config: PruneConfig, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
     """Batches as arguments of the model's calls, on the device. One tensor is split into batches of at most
-    ``config.batch_tokens`` tokens (at least one sample); empty batches are left out.
+    ``config.batch_tokens`` tokens (at least one sample); batches that are empty, or nothing but padding, are left out.
 
     Raises:
         InputError: tokens or other inputs that no call of the model takes.
@@ -31,8 +32,8 @@ def model_inputs(
         inputs = _checked({"input_ids": batch} if isinstance(batch, Tensor) else batch)
         check_tokens(model, inputs["input_ids"])
         check_positions(model, inputs["input_ids"].shape[1])
-        if inputs["input_ids"].numel():
-            yield {name: value.to(device) for name, value in inputs.items()}
+        if inputs["input_ids"].numel() and bool(inputs.get("attention_mask", inputs["input_ids"].new_ones(1)).any()):
+            yield {name: as_made_here(value.to(device)) for name, value in inputs.items()}
 
 
 def _checked(batch: Any) -> dict[str, Tensor]:

@@ -56,7 +56,8 @@ def prune_and_train(walk: Steps, block: Block, index: int, block_report: BlockRe
     targets = []
     for i, call in enumerate(walk.calls):
         targets.append(run_block(block, walk.dense[i], call.others[index]))
-        walk.dense.put(i, targets[-1])
+        walk.put(block, index, i, targets[-1], walk.dense)
+    walk.check_outputs(block)
     prune_block(walk, block, index, block_report)
     masks = {child: linear.weight != 0 for child, linear in block.linears.items()}
     others = [call.others[index] for call in walk.calls]
@@ -68,4 +69,5 @@ def prune_and_train(walk: Steps, block: Block, index: int, block_report: BlockRe
         [call.token_mask for call in walk.calls],
     )
     for i, hidden in enumerate(inputs):
-        walk.hidden.put(i, run_block(block, hidden, others[i]))
+        walk.put(block, index, i, run_block(block, hidden, others[i]))
+    walk.check_outputs(block)

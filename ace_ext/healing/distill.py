@@ -18,6 +18,7 @@ from ace_ext.healing.trainer import BlockTrainer
 from ace_ext.models.block_store import ResidentBlocks
 from ace_ext.models.blocks import Block, find_blocks
 from ace_ext.models.hidden_states import HiddenStates
+from ace_ext.models.run_mode import as_made_here, inner_model, run_mode
 from ace_ext.models.tail import Tail
 from ace_ext.records import Healing
 
@@ -61,12 +62,14 @@ def distill_(
     """
     settings = settings or HealSettings()
     context = context or HealContext()
+    model = inner_model(model)
     check_text(model, tokens)
     batches = Batches.of(tokens, settings)
     source = context.blocks or ResidentBlocks(find_blocks(model, skip))
     place = context.place
     context.journal.notes.update({**new_notes(), **context.journal.notes})
-    with _frozen(model), torch.no_grad():
+    with run_mode(model, "distill"), _frozen(model), torch.no_grad():
+        batches = Batches([as_made_here(batch) for batch in batches.tokens], batches.held_back)
         target = _states_of(teacher, skip, batches, context)
         calls, states = enter(model, source, batches.tokens, place, "student")
         store = PinnedBlocks(source)
@@ -89,13 +92,12 @@ def steps_of(batches: Batches, settings: HealSettings) -> int:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and no parameter requires gradients; afterwards both are as before."""
-    training, before = model.training, [(p, p.requires_grad) for p in model.parameters()]
-    model.eval().requires_grad_(False)
+    """No parameter requires gradients; afterwards each does as before."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    model.requires_grad_(False)
     try:
         yield
     finally:
-        model.train(training)
         for parameter, required in before:
             parameter.requires_grad_(required)
 
@@ -106,8 +108,9 @@ def _states_of(
     """The teacher's states in batches of one step each."""
     place = context.place
     if isinstance(teacher, nn.Module):
+        teacher = inner_model(teacher)
         blocks = ResidentBlocks(find_blocks(teacher, skip))
-        with _frozen(teacher):
+        with run_mode(teacher), _frozen(teacher):
             return teacher_states(teacher, blocks, batches.tokens, place, context.journal, context.observer)
     if [shape[:2] for shape in teacher.layout.shapes] == [list(batch.shape) for batch in batches.tokens]:
         return teacher

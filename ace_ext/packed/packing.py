@@ -20,6 +20,7 @@ from ace_ext.packed._writer import StreamWriter, header_room
 from ace_ext.packed.card_section import CARD, add_section, without_section
 from ace_ext.packed.files import KEY, SUFFIX, VERSION, Origin, PackedFile, PackedShards, is_packed, packed_name
 from ace_ext.packed.marking import CONFIG, mark, unmarked
+from ace_ext.whole_files import sync_folder
 
 
 @dataclass
@@ -82,6 +83,7 @@ def pack_into(folder: Path, target: Path, codec: Codec, pattern: tuple[int, int]
         _pack_file(shards, path, target / packed_name(path.name), origin, result)
     for file in target.iterdir():
         flush(file)
+    sync_folder(target)
     packed = PackedShards(target, mapped=False)  # a run has a limit of memory
     check_hashes(packed)
     result.dense_bytes, result.packed_bytes = (
@@ -216,8 +218,12 @@ def new_folder(output: str | Path) -> Iterator[Path]:
                 for left in target.iterdir():  # by a process that was killed
                     left.unlink()
                 yield target
+                for file in target.iterdir():
+                    flush(file)
+                sync_folder(target)
                 target.chmod(0o777 & ~umask())
                 target.rename(path)
+                sync_folder(path.parent)
             finally:
                 shutil.rmtree(target, ignore_errors=True)
     except OSError as error:

@@ -73,7 +73,7 @@ class GramState:
     """
 
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
-        self.matrix = torch.zeros(columns, columns, device=device)
+        self.matrix = torch.zeros(columns, columns, dtype=torch.float32, device=device)
         self.tokens = 0
         self._obs: dict[float, ObsFactor] = {}  # by damping
         self._admm: dict[tuple[float, float], AdmmFactor] = {}  # by damping and floor

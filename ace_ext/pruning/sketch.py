@@ -76,7 +76,7 @@ class SketchState:
     """
 
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
-        self.product = torch.zeros(columns, direction_count(columns), device=device)
+        self.product = torch.zeros(columns, direction_count(columns), dtype=torch.float32, device=device)
         self.squares = torch.zeros(columns, dtype=torch.float64, device=device)
         self.tokens = 0
         self._factors: tuple[Tensor, Tensor] | None = None

@@ -260,7 +260,7 @@ class StatisticsCollector:
         return LinearStatistics(
             shared.input,
             MomentState(columns, device) if WEIGHTED in self.needs else None,
-            torch.zeros(rows, columns, device=device) if MOMENT in self.needs else None,
+            torch.zeros(rows, columns, dtype=torch.float32, device=device) if MOMENT in self.needs else None,
             GramState(columns, device) if COSINE_GRAM in self.needs else shared.gram,
             sampled=shared.sampled,
         )
@@ -296,5 +296,5 @@ def sketched_output(x: Tensor, weight: Tensor, product: Product = functional.lin
 def _projection(rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     random = torch.Generator().manual_seed(rows)
     signs = torch.randint(0, 2, (SKETCH_ROWS, rows), generator=random) * 2 - 1
-    projection: Tensor = (signs / SKETCH_ROWS**0.5).to(device, dtype)
+    projection: Tensor = (signs.float() / SKETCH_ROWS**0.5).to(device, dtype)
     return projection

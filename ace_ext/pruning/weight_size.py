@@ -11,4 +11,4 @@ from torch import Tensor
 def root_mean_square(weight: Tensor, mask: Tensor | None = None) -> float:
     """Of the entries that the mask keeps, or of all. Those that it leaves out must be 0."""
     kept = torch.tensor(weight.numel()) if mask is None else mask.count_nonzero()
-    return float(torch.linalg.vector_norm(weight) / kept.clamp_min(1).sqrt())
+    return float(torch.linalg.vector_norm(weight) / kept.clamp_min(1).float().sqrt())

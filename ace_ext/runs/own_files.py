@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ace_ext.errors import InputError
+from ace_ext.whole_files import write_whole
 
 MANIFEST_NAME = "ace_manifest.json"
 FORMAT = 1
@@ -26,7 +27,7 @@ def write_manifest(folder: Path, fingerprint: dict[str, Any]) -> None:
     """Writes the manifest of a folder that is complete: the fingerprint of its run, and its files' names and sizes."""
     files = {name: path.stat().st_size for name, path in _files(folder).items()}
     text = json.dumps({"format": FORMAT, "fingerprint": fingerprint, "files": files}, indent=1)
-    (folder / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+    write_whole(folder / MANIFEST_NAME, f"{text}\n".encode())
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -24,6 +24,7 @@ from ace_ext.formats import complete, exchanging
 from ace_ext.models.safetensors_files import umask
 from ace_ext.records import PruneReport
 from ace_ext.runs.own_files import write_manifest
+from ace_ext.whole_files import sync_folder, write_whole
 
 FORMAT = 1
 
@@ -127,9 +128,9 @@ class UnfinishedRun:
     # The end
 
     def finish(self, report: PruneReport, report_name: str) -> Path:
-        """Writes the report, the model card and the manifest, and moves the model to the output folder. An older folder
-        is deleted only after that."""
-        (self.model / report_name).write_text(report.to_json(), encoding="utf-8")
+        """Writes the report, the model card and the manifest to the disk, and moves the model to the output folder. An
+        older folder is deleted only after that."""
+        write_whole(self.model / report_name, report.to_json().encode())
         write_card(self.model, report)
         write_manifest(self.model, self.fingerprint)
         _open_to_others(self.model)
@@ -142,6 +143,7 @@ class UnfinishedRun:
             if old.exists():
                 os.replace(old, self.output)
             raise
+        sync_folder(self.output.parent)
         self.remove()
         return self.output
 

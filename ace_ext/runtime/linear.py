@@ -78,8 +78,12 @@ class PackedLinear(nn.Module):
         weight = state_dict.get(name)
         if weight is None and strict:
             missing.append(name)
-        elif weight is not None and (tuple(weight.shape) != self.matrix.shape or weight.dtype not in BITS):
+        elif weight is not None and tuple(weight.shape) != self.matrix.shape:
             errors.append(f"{name} must be [{self.out_features}, {self.in_features}] (got {list(weight.shape)})")
+        elif weight is not None and weight.dtype not in BITS:
+            errors.append(
+                f"{name} must be float32, float16 or bfloat16 (got {str(weight.dtype).removeprefix('torch.')})"
+            )
         elif weight is not None:
             packed = PackedMatrix.of(weight.detach().cpu().to(self.values.dtype).contiguous())
             device = self.bitmap.device

@@ -181,9 +181,13 @@ def test_zeros_are_positive():
     [
         (torch.zeros(0, 4, dtype=torch.long), "calibration must have at least one token"),
         ([], "calibration must have at least one token"),
+        (
+            [{"input_ids": make_tokens(), "attention_mask": torch.zeros_like(make_tokens())}],
+            r"calibration must have at least one token whose attention_mask is not 0 \(got none\)",
+        ),
         (torch.zeros(4, dtype=torch.long), r"calibration tokens must be \[nsamples, seqlen\] \(got shape \[4\]\)"),
     ],
-    ids=["zero-rows", "no-batch", "one-dimension"],
+    ids=["zero-rows", "no-batch", "padding-alone", "one-dimension"],
 )
 def test_bad_calibration_changes_nothing(tokens, message):
     model = make_model("llama")

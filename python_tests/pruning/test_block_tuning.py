@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, make_model, make_tokens
 
-from ace_ext import PruneConfig
+from ace_ext import InputError, PruneConfig, prune_model
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.replay import capture_calls, run_block
 from ace_ext.pruning import block_tuning
@@ -132,3 +132,16 @@ def test_padded_tokens_do_not_count():
     first = tune_block_(block, inputs, targets, masks, token_masks, **measure)
     assert tune_block_(block, inputs, other, masks, token_masks, **measure) == first
     assert tune_block_(block, inputs, other, masks, **measure) != first
+
+
+def test_outputs_after_training_must_be_finite(monkeypatch):
+    """As those of a block that was only pruned: all that follows would be NaN."""
+
+    def train_(block, *_):
+        block.module.mlp.down_proj.weight.data[0, 0] = float("inf")
+
+    losses = iter((2.0, 1.0))
+    monkeypatch.setattr(block_tuning, "_train_", train_)
+    monkeypatch.setattr(block_tuning, "_mean_loss", lambda *_: next(losses))
+    with pytest.raises(InputError, match=r"model\.layers\.0: its output holds NaN or infinity"):
+        prune_model(make_model("llama"), make_tokens(), PruneConfig(update="tune"))

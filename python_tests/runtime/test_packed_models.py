@@ -140,6 +140,8 @@ def test_moves_casts_and_new_weights(random):
     torch.testing.assert_close(linear(x), x @ other.T + 1)
     with pytest.raises(RuntimeError, match=r"weight must be \[6, 70\]"):
         linear.load_state_dict({"weight": other.T, "bias": torch.ones(6)})
+    with pytest.raises(RuntimeError, match=r"weight must be float32, float16 or bfloat16 \(got float64\)"):
+        linear.load_state_dict({"weight": other.double(), "bias": torch.ones(6)})
     with pytest.raises(RuntimeError, match=r"Missing key.*weight"):
         linear.load_state_dict({"bias": torch.ones(6)})
     with pytest.raises(RuntimeError, match=r"Unexpected key.*other"):

@@ -1,0 +1,77 @@
+"""The state of torch and of a model's modules while the model is pruned or trained, whatever the caller's is."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ace_ext.errors import InputError
+
+_COMPILED = "_orig_mod"
+"""Of the module that ``torch.compile`` returns: the module that it was given."""
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The model itself; that of a ``torch.compile`` wrapper, whose parameters are the same.
+
+    Raises:
+        InputError: the model is wrapped for several devices.
+    """
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise InputError(f"model is wrapped in {type(model).__name__}; pass model.module")
+    inner = getattr(model, _COMPILED, None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+@contextmanager
+def run_mode(model: nn.Module, trainer: str | None = None) -> Iterator[None]:
+    """Within this context results do not depend on the modes that the caller entered:
+
+    - modules are in evaluation mode; afterwards each has the mode that it had;
+    - autocast is off: it would compute in another dtype than the model's, and its cache keeps casts of weights that
+      pruning then changes;
+    - ``torch.inference_mode`` is as it was when the weights were made: weights that were made outside it are trained,
+      and weights that were made inside it can be changed only there;
+    - compiled modules run uncompiled: a compiled forward calls no hooks of the modules in it.
+
+    Args:
+        model: the model.
+        trainer: what trains the weights, for the message; None if nothing does.
+
+    Raises:
+        InputError: weights are to be trained that were made in inference mode.
+    """
+    made_there = next((name for name, parameter in model.named_parameters() if parameter.is_inference()), None)
+    if made_there is not None and trainer is not None:
+        raise InputError(
+            f"{trainer} trains weights, which must be made outside torch.inference_mode (got {made_there} made in it); "
+            "load the model outside it"
+        )
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(made_there is not None))
+        for kind in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.callback(torch.clear_autocast_cache)  # the caller's next forward must not read casts of dense weights
+        if any(module._compiled_call_impl is not None or hasattr(module, _COMPILED) for module in model.modules()):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(evaluating(model))
+        yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within this context all modules are in evaluation mode; afterwards each has the mode that it had."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def as_made_here(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one that was made in inference mode: outside it such a tensor cannot be saved for a
+    backward pass."""
+    return tensor.clone() if tensor.is_inference() else tensor
