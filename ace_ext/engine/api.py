@@ -87,8 +87,8 @@ def prune_model(
     check_pattern(store.blocks, config)
     device = context.device or next(model.parameters()).device
     context = replace(context, device=device)
-    trainer = config.solver.block_solver or config.solver.model_solver
-    with run_mode(model, None if trainer is None else f"update {trainer.name}"):
+    trainer = config.method.train or config.method.distill
+    with run_mode(model, None if trainer is None else trainer.name):
         ready = [] if context.source is not None else list(model_inputs(model, batches, config, device))
         context = _tried(model, store, ready, config, context)
         calls, hidden = _enter(model, store, ready, context, device)
