@@ -279,8 +279,6 @@ def request_from(args: argparse.Namespace, **options: Any) -> RunRequest:
     if stored and given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise InputError(f"a run from --stats reads no calibration text (got {flags}); leave out one of them")
-    if stored or options.get("save_stats") is not None:
-        config = config.on_dense_blocks()
     source = given.pop("calibration", SELF)
     given.setdefault("bos", default_mode(config.method.published, source == SELF))
     given.setdefault("evaluate", EVALUATE_AUTO)

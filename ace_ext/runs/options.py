@@ -173,9 +173,6 @@ def check_request(request: RunRequest) -> None:
         raise InputError(f"distill writes format {DEFAULT_FORMAT} (got {options.format}); leave out one of them")
     if options.save_stats and options.stats:
         raise InputError("give save-stats or stats, not both")
-    for name, given in (("save-stats", options.save_stats), ("stats", options.stats)):
-        if given and config.order != "block":
-            raise InputError(f"{name} is for statistics of dense blocks: write collect(order=block) in the method")
     if options.save_stats:
         check_replaceable("save-stats", options.save_stats, "file of --save-stats", is_statistics)
 

@@ -58,7 +58,7 @@ def prune_folder(
     Args:
         model: a folder, a ``.gguf`` file or a hub name.
         output: the folder to write.
-        config: what to prune and how.
+        config: what to prune and how. With saved statistics, which are of dense blocks, its method collects them so.
         calibration: the calibration text.
         options: of the run.
         device: where blocks are run.
@@ -71,6 +71,8 @@ def prune_folder(
     Raises:
         InputError: for an error in the arguments, the model, the text, or the disk.
     """
+    if options.save_stats is not None or options.stats is not None:
+        config = config.on_dense_blocks()
     request = RunRequest(model, config, calibration, options, device, dtype)
     check_request(request)
     if options.max_memory is not None and device.type == "cpu":

@@ -119,7 +119,7 @@ def parts(one):
 
 def test_bad_formats_are_refused_before_anything_is_written(dense, capsys):
     assert "format nm is for N:M patterns" in bad_input(capsys, "run", dense, "--format", "nm")
-    error = bad_input(capsys, "run", dense, "--format", "bitmap", "--update", "distill")
+    error = bad_input(capsys, "run", dense, "--format", "bitmap", "--method", "distill")
     assert "writes format dense" in error
     error = bad_input(capsys, "run", dense, "--format", "archive", "--max-memory", "10MB")
     assert "max-memory must be at least" in error

@@ -149,7 +149,7 @@ def test_sizes_at_half_sparsity(random):
 def pruned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed")
     dense = save_dense(folder / "dense", "opt")  # has biases
-    prune(dense, folder / "pruned", metric="magnitude")
+    prune(dense, folder / "pruned", method="magnitude")
     return folder / "pruned"
 
 
@@ -170,7 +170,7 @@ def files_of(folder) -> dict[str, bytes]:
 )
 def test_every_byte_of_a_folder_comes_back(name, family, config, save, tmp_path):
     dense = save_dense(tmp_path / "dense", family, **save)
-    prune(dense, tmp_path / "pruned", calibration={"source": "tokens"}, metric="magnitude", **config)
+    prune(dense, tmp_path / "pruned", method="magnitude", calibration={"source": "tokens"}, **config)
     result = pack(tmp_path / "pruned", tmp_path / "packed", name)
     assert result.matrices >= 18
     assert result.matrix_packed_bytes < 0.8 * result.matrix_dense_bytes
@@ -182,7 +182,7 @@ def test_every_byte_of_a_folder_comes_back(name, family, config, save, tmp_path)
 
 def test_a_pattern_is_packed_by_its_indices(tmp_path, capsys):
     dense = save_dense(tmp_path / "dense")
-    prune(dense, tmp_path / "pruned", metric="magnitude", pattern="2:4")
+    prune(dense, tmp_path / "pruned", method="magnitude", pattern="2:4")
     run = ["pack", str(tmp_path / "pruned"), "--output", str(tmp_path / "packed"), "--format", "nm", "--json"]
     assert main(run) == 0
     result = json.loads(capsys.readouterr().out)

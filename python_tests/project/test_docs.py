@@ -203,8 +203,8 @@ def added_lines(path: str) -> list[str]:
     return [line[1:] for line in part[1].splitlines() if line.startswith("+")]
 
 
-def test_the_diff_of_a_solver_is_the_whole_file():
-    path = "ace_ext/pruning/solvers/swaps.py"
+def test_the_diff_of_a_stage_is_the_whole_file():
+    path = "ace_ext/pruning/stages/swaps.py"
     assert added_lines(path) == (ROOT / path).read_text(encoding="utf-8").splitlines()
 
 

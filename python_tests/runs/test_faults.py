@@ -37,17 +37,17 @@ def arguments(verb: str, inputs: Path, work: Path) -> list[str]:
     text = ["--calibration", inputs / "text.txt", "--device", "cpu"]
     samples = [*text, "--nsamples", 4, "--seqlen", 8, "--quiet"]
     steps = ["--seqlen", 16, "--step-tokens", 16, "--held-back", 2, "--learning-rate", 0.015]
-    grid = ["--methods", "wanda,magnitude", "--lengths", "4x8", "--texts", inputs / "text.txt"]
+    grid = ["--methods", "wanda; magnitude", "--lengths", "4x8", "--texts", inputs / "text.txt"]
     grid += ["--eval-seqlen", 8, "--eval-windows", 2]
     run = ["run", "--model", inputs / "dense", "--output", work / "out", *samples]
     typed = {
-        "run": [*run, "--metric", "wanda"],
-        "run from disk": [*run, "--metric", "wanda", "--offload", "disk", "--batch-tokens", 16],
-        "run over an older one": [*run, "--metric", "wanda", "--overwrite"],
-        "run with statistics": [*run, "--metric", "wanda", "--order", "block", "--save-stats", work / "stats.zip"],
-        "run and distill": [*run, "--update", "admm+distill", "--distill-tokens", 32],
-        "run and distill from disk": [*run, "--preset", "best", "--offload", "disk", "--distill-tokens", 32],
-        "run and pack": [*run, "--metric", "wanda", "--format", "bitmap"],
+        "run": [*run, "--method", "wanda"],
+        "run from disk": [*run, "--method", "collect(batch_tokens=16) + wanda", "--offload", "disk"],
+        "run over an older one": [*run, "--method", "wanda", "--overwrite"],
+        "run with statistics": [*run, "--method", "wanda", "--save-stats", work / "stats.zip"],
+        "run and distill": [*run, "--method", "admm + distill(tokens=32)"],
+        "run and distill from disk": [*run, "--method", "best(tokens=32)", "--offload", "disk"],
+        "run and pack": [*run, "--method", "wanda", "--format", "bitmap"],
         "heal": ["heal", inputs / "pruned", "--output", work / "out", "--tokens", 48, *steps, *text, "--quiet"],
         "compare": ["compare", "--model", inputs / "dense", "--output", work / "out", *grid, *text, "--quiet"],
         "pack": ["pack", inputs / "pruned", "--output", work / "out"],

@@ -173,11 +173,11 @@ def test_statistics_that_do_not_fit(dense, tmp_path, small_disk):
     place = small_disk(8192)
     run = {"save_stats": place / "stats.zip", "resume": True}
     with pytest.raises(InputError, match="No space left on device"):
-        prune(dense, tmp_path / "out", run, order="block")
+        prune(dense, tmp_path / "out", run)
     assert list(place.iterdir()) == []
     small_disk.grow(place, 2**24)
-    prune(dense, tmp_path / "out", run, order="block")
-    _, again = prune(dense, tmp_path / "again", {"stats": place / "stats.zip"}, order="block")
+    prune(dense, tmp_path / "out", run)
+    _, again = prune(dense, tmp_path / "again", {"stats": place / "stats.zip"})
     assert weights_bytes(again) == weights_bytes(tmp_path / "out")
 
 

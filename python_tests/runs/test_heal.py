@@ -74,7 +74,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "mixtral", "opt"])
-@pytest.mark.parametrize("config", [{}, {"pattern": "2:4", "update": "obs"}, {"skip": (r"[ko]_proj$",)}], ids=str)
+@pytest.mark.parametrize("config", [{}, {"method": "obs", "pattern": "2:4"}, {"skip": (r"[ko]_proj$",)}], ids=str)
 def test_output(family, config, tmp_path):
     pruned = make_pruned(tmp_path, family, **config)
     before = contents(pruned), contents(tmp_path / "dense")

@@ -25,7 +25,8 @@ def dense(tmp_path):
 
 def arguments(dense, output, *options) -> list[str]:
     text = ["--calibration", dense.parent / "text.txt", "--nsamples", 4, "--seqlen", 16, "--bos", "never"]
-    return [str(part) for part in ["run", "--model", dense, "--output", output, "--metric", "wanda", *text, *options]]
+    alone = [] if "--method" in options else ["--method", "wanda"]
+    return [str(part) for part in ["run", "--model", dense, "--output", output, *alone, *text, *options]]
 
 
 def figures(folder) -> dict:
@@ -97,7 +98,7 @@ def test_the_same_from_the_disk_and_resumed(dense, tmp_path, capsys):
 def test_after_distillation(tmp_path, capsys):
     dense = save_dense(tmp_path / "dense")
     (tmp_path / "text.txt").write_text(TEXT * 4)
-    options = ("--nsamples", 16, "--update", "distill", "--distill-tokens", 1024)
+    options = ("--nsamples", 16, "--method", "distill(tokens=1024)")
     status, printed, error = call(capsys, *arguments(dense, tmp_path / "out", *options))
     assert status == 0, error
     found = figures(tmp_path / "out")
@@ -108,7 +109,7 @@ def test_after_distillation(tmp_path, capsys):
 def test_a_distillation_does_not_read_what_is_measured_on(tmp_path, capsys):
     dense, words = save_dense(tmp_path / "dense"), sorted({word for word in TEXT.split() if word.isalpha()})
     (tmp_path / "text.txt").write_text(" ".join(random.Random(0).choices(words, k=4000)))
-    options = ("--nsamples", 16, "--update", "distill", "--distill-tokens", 1024)
+    options = ("--nsamples", 16, "--method", "distill(tokens=1024)")
     status, _, error = call(capsys, *arguments(dense, tmp_path / "out", *options))
     assert status == 0, error
     found, text = figures(tmp_path / "out"), (tmp_path / "text.txt").read_text()

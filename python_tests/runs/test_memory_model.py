@@ -25,7 +25,7 @@ from ace_ext.pruning import gram
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.prune_linear import prune_linear_, working_bytes
 from ace_ext.pruning.sketch import SketchState
-from ace_ext.pruning.solvers import admm
+from ace_ext.pruning.stages import Score, admm
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
 from ace_ext.runs import model_shape
 from ace_ext.runs.heal_memory import Division, HealDemand
@@ -35,13 +35,13 @@ from ace_ext.runs.memory_model import estimate
 def need(config=None, nsamples=8, seqlen=16, model=None, **options):
     model = model or make_model("llama", torch.bfloat16)
     options = {"offload": False, "process": 0, **options}
-    return estimate(model, find_blocks(model), None, config or PruneConfig(), nsamples, seqlen, **options)
+    return estimate(model, find_blocks(model), None, config or PruneConfig("wanda"), nsamples, seqlen, **options)
 
 
 def test_estimate_counts_what_is_there():
     """Llama: 64 x 32 embedding and head, 3 blocks of 32 x 32 twice, 16 x 32 twice, 48 x 32 three times, and norms."""
     block = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32 + 2 * 32
-    found = need(PruneConfig("cosp", order="block"))
+    found = need(PruneConfig("collect(order=block) + cosp"))
     assert found.model == 2 * (2 * 64 * 32 + 3 * block + 32)
     assert found.hidden == 2 * 8 * 16 * 32
     assert found.statistics > 4 * (block - 2 * 32)  # the cross moment of each Linear, float32
@@ -53,21 +53,27 @@ def test_estimate_counts_what_is_there():
     [
         ({"nsamples": 8}, {"nsamples": 64}),
         ({"seqlen": 16}, {"seqlen": 64}),
-        ({"config": PruneConfig(batch_tokens=16)}, {"config": PruneConfig(batch_tokens=64)}),
+        (
+            {"config": PruneConfig("collect(batch_tokens=16) + wanda")},
+            {"config": PruneConfig("collect(batch_tokens=64) + wanda")},
+        ),
         ({"config": PruneConfig("magnitude")}, {"config": PruneConfig("wanda")}),
         ({"config": PruneConfig("wanda")}, {"config": PruneConfig("norm-cosvar")}),
         ({"config": PruneConfig("norm-cosvar")}, {"config": PruneConfig("cosp")}),
-        ({"config": PruneConfig("cosp")}, {"config": PruneConfig("cosp", order="block")}),
-        ({"config": PruneConfig("cosp", order="block")}, {"config": PruneConfig("cosp", group="model")}),
-        ({"config": PruneConfig()}, {"config": PruneConfig(refine="swaps")}),
-        ({"config": PruneConfig(refine="swaps")}, {"config": PruneConfig(update="admm")}),
-        ({"config": PruneConfig(update="admm")}, {"config": PruneConfig(update="admm", batch_tokens=64)}),
-        ({"config": PruneConfig(update="admm")}, {"config": PruneConfig(update="admm", order="block")}),
-        ({"config": PruneConfig(update="admm")}, {"config": PruneConfig(update="admm", tune_epochs=1)}),
-        ({"config": PruneConfig()}, {"config": PruneConfig(allocation="owl")}),
-        ({"config": PruneConfig(allocation="owl")}, {"config": PruneConfig(allocation="error")}),
+        ({"config": PruneConfig("cosp")}, {"config": PruneConfig("collect(order=block) + cosp")}),
+        ({"config": PruneConfig("collect(order=block) + cosp")}, {"config": PruneConfig("cosp", group="model")}),
+        ({"config": PruneConfig("wanda")}, {"config": PruneConfig("wanda + swaps")}),
+        ({"config": PruneConfig("wanda + swaps")}, {"config": PruneConfig("admm")}),
+        ({"config": PruneConfig("admm")}, {"config": PruneConfig("collect(batch_tokens=64) + admm")}),
+        ({"config": PruneConfig("admm")}, {"config": PruneConfig("collect(order=block) + admm")}),
+        ({"config": PruneConfig("admm")}, {"config": PruneConfig("admm + train(epochs=1)")}),
+        ({"config": PruneConfig("wanda")}, {"config": PruneConfig("allocate(by=owl) + wanda")}),
+        ({"config": PruneConfig("allocate(by=owl) + wanda")}, {"config": PruneConfig("allocate(by=error) + wanda")}),
         ({"resident_hidden": False}, {"resident_hidden": True}),
-        ({"config": PruneConfig(batch_tokens=64)}, {"config": PruneConfig(batch_tokens=64), "keeps_forwards": True}),
+        (
+            {"config": PruneConfig("collect(batch_tokens=64) + wanda")},
+            {"config": PruneConfig("collect(batch_tokens=64) + wanda"), "keeps_forwards": True},
+        ),
         ({"offload": True, "nsamples": 1}, {"offload": True, "nsamples": 1, "overlap": True}),
         ({"offload": True}, {"offload": False}),
         ({"nsamples": 1}, {"nsamples": 1, "measures": True}),
@@ -79,7 +85,7 @@ def test_estimate_grows(less, more):
 
 
 def test_more_samples_than_a_batch_cost_hidden_states_alone():
-    config = PruneConfig(batch_tokens=64)
+    config = PruneConfig("collect(batch_tokens=64) + wanda")
     few, many = need(config, nsamples=8), need(config, nsamples=80)
     assert many.total - few.total == many.hidden - few.hidden == 72 * 16 * 32 * 2
 
@@ -138,7 +144,9 @@ def test_the_process_is_measured_unless_given():
 
 
 def test_a_callables_scores_are_counted():
-    assert working_bytes(PruneConfig(lambda weight, stats: weight.abs()), 7, 5) > working_bytes(PruneConfig(), 7, 5)
+    assert working_bytes(PruneConfig(Score(lambda weight, stats: weight.abs())), 7, 5) > working_bytes(
+        PruneConfig("wanda"), 7, 5
+    )
 
 
 def test_description_names_the_largest_first():
@@ -158,15 +166,15 @@ def peak_of(work) -> int:
 
 
 SOLVERS = [
-    {"update": "obs"},
-    {"update": "admm"},
-    {"update": "admm", "pattern": "2:4"},
-    {"update": "admm", "gram": "sketch"},
-    {"refine": "mean"},
-    {"update": "mean"},
-    {"refine": "swaps", "update": "admm"},
+    {"method": "obs", "group": "row"},
+    {"method": "admm"},
+    {"method": "admm", "pattern": "2:4"},
+    {"method": "admm(gram=sketch)"},
+    {"method": "wanda + mean-swaps"},
+    {"method": "wanda + mean-update"},
+    {"method": "wanda + swaps(max_swaps=2) + admm"},
 ]
-IN_PARTS = [(setting, parts) for setting in SOLVERS if setting.get("update") == "admm" for parts in (3, 40)]
+IN_PARTS = [(setting, parts) for setting in SOLVERS if "admm" in setting["method"] for parts in (3, 40)]
 
 
 @pytest.mark.parametrize("shape", [(128, 512), (2048, 256)], ids=["wide", "tall"])
@@ -175,9 +183,9 @@ def test_a_solver_holds_what_is_estimated(setting, shape, parts, monkeypatch):
     """Counts tensors only, so not the rows that swaps copies."""
     monkeypatch.setattr(gram, "LOSS_ROWS", 16)  # of a real matrix it is a small part
     monkeypatch.setattr(admm, "PART_ENTRIES", shape[0] * shape[1] // parts)
-    config = PruneConfig(**setting, max_swaps=2)
+    config = PruneConfig(**setting)
     weight, x = torch.randn(shape).bfloat16(), torch.randn(512, shape[1])
-    state = (SketchState if config.solver.gram == "sketch" else GramState)(shape[1])
+    state = (SketchState if "sketch" in setting["method"] else GramState)(shape[1])
     stats = LinearStatistics(*(MomentState(shape[1]) for _ in range(2)), None, state, 512, [x])
     stats.input.update(x)
     stats.weighted.update(x, torch.ones(len(x)))
@@ -195,25 +203,25 @@ def make_wide_model():
 
 RUNS = [
     {},
-    {"batch_tokens": 256},
-    {"metric": "cosp"},
-    {"metric": "cosp", "order": "block"},
+    {"method": "collect(batch_tokens=256) + wanda"},
+    {"method": "cosp"},
+    {"method": "collect(order=block) + cosp"},
     {"group": "matrix"},
     {"group": "model"},
-    {"refine": "swaps"},
-    {"refine": "mean", "update": "mean"},
-    {"update": "obs"},
-    {"update": "admm"},
-    {"update": "admm", "gram": "cosine"},
-    {"update": "admm", "gram": "sketch"},
-    {"update": "admm", "batch_tokens": 256},
-    {"update": "admm", "gram": "cosine", "batch_tokens": 256},
-    {"update": "admm", "order": "block"},
-    {"update": "admm", "gram": "cosine", "order": "block"},
-    {"update": "admm", "tune_epochs": 1},
-    {"tune_epochs": 1, "batch_tokens": 256},
-    {"allocation": "owl"},
-    {"allocation": "error"},
+    {"method": "wanda + swaps"},
+    {"method": "wanda + mean-swaps + mean-update"},
+    {"method": "obs", "group": "row"},
+    {"method": "admm"},
+    {"method": "admm(gram=cosine)"},
+    {"method": "admm(gram=sketch)"},
+    {"method": "collect(batch_tokens=256) + admm"},
+    {"method": "collect(batch_tokens=256) + admm(gram=cosine)"},
+    {"method": "collect(order=block) + admm"},
+    {"method": "collect(order=block) + admm(gram=cosine)"},
+    {"method": "admm + train(epochs=1)"},
+    {"method": "collect(batch_tokens=256) + wanda + train(epochs=1)"},
+    {"method": "allocate(by=owl) + wanda"},
+    {"method": "allocate(by=error) + wanda"},
 ]
 
 
@@ -222,14 +230,16 @@ def test_a_run_holds_no_more_than_estimated(setting):
     """And not far less. The estimate does not know which Linears read the same input, so it counts a shared Gram matrix
     several times. What training holds was measured as the growth of processes, which is more than its tensors."""
     model = make_wide_model()
-    config, tokens = PruneConfig(**setting), make_tokens(16, 64)
+    config, tokens = PruneConfig(**{"method": "wanda", **setting}), make_tokens(16, 64)
     found = need(config, *tokens.shape, model=model)
     context = RunContext(keeps_forwards=False)  # with threads of their own, which the profiler does not see
     peak = peak_of(lambda: prune_model(model, tokens, config, context=context))
     assert 1 <= (found.total - found.model) / peak < 2.2
 
 
-@pytest.mark.parametrize("setting", [{}, {"update": "admm", "batch_tokens": 256}, {"tune_epochs": 1}], ids=str)
+@pytest.mark.parametrize(
+    "setting", [{}, {"method": "collect(batch_tokens=256) + admm"}, {"method": "wanda + train(epochs=1)"}], ids=str
+)
 def test_a_run_that_converts_holds_no_more_than_estimated(setting, monkeypatch):
     convert(monkeypatch, torch.bfloat16)
     test_a_run_holds_no_more_than_estimated(setting)
@@ -248,7 +258,7 @@ def test_lockstep_holds_no_more_than_estimated(stays, monkeypatch):
     size stay in the process, so forwards are counted with all that they held; larger ones do not."""
     if not stays:
         monkeypatch.setattr("ace_ext.runs.memory_model._HEAP_TENSOR", 0)
-    model, tokens, config = make_wide_model(), make_tokens(16, 64), PruneConfig("wanda", batch_tokens=256)
+    model, tokens, config = make_wide_model(), make_tokens(16, 64), PruneConfig("collect(batch_tokens=256) + wanda")
     held, real, before = [], Steps.prune_matrix, live_bytes()
 
     def prune_matrix(self, *arguments):
@@ -270,12 +280,18 @@ def make_mixture():
 
 @pytest.mark.parametrize(
     "setting",
-    [{}, {"metric": "cosp"}, {"update": "admm"}, {"update": "admm", "batch_tokens": 256}, {"tune_epochs": 1}],
+    [
+        {},
+        {"method": "cosp"},
+        {"method": "admm"},
+        {"method": "collect(batch_tokens=256) + admm"},
+        {"method": "wanda + train(epochs=1)"},
+    ],
     ids=str,
 )
 def test_a_mixture_holds_no_more_than_estimated(setting):
     model = make_mixture()
-    config, tokens = PruneConfig(**setting), make_tokens(16, 64)
+    config, tokens = PruneConfig(**{"method": "wanda", **setting}), make_tokens(16, 64)
     found = need(config, *tokens.shape, model=model)
     context = RunContext(keeps_forwards=False)  # with threads of their own, which the profiler does not see
     peak = peak_of(lambda: prune_model(model, tokens, config, context=context))

@@ -27,10 +27,10 @@ def test_same_bytes_as_in_memory(family, save, tmp_path):
     assert (len(weights_bytes(dense)) > 1) == bool(save)
     seen = set()
     for config in (
-        {"order": "block"},
-        {"order": "sequential"},
-        {"order": "sequential", "batch_tokens": 32},
-        {"order": "block", "batch_tokens": 32, "pattern": "2:4", "metric": "cosp"},
+        {"method": "collect(order=block) + wanda"},
+        {"method": "collect(order=sequential) + wanda"},
+        {"method": "collect(order=sequential, batch_tokens=32) + wanda"},
+        {"method": "collect(order=block, batch_tokens=32) + cosp", "pattern": "2:4"},
     ):
         _, memory = prune(dense, tmp_path / "memory", MEMORY, ON_TOKENS, **config)
         _, disk = prune(dense, tmp_path / "disk", DISK, ON_TOKENS, **config)
@@ -45,7 +45,7 @@ def test_same_bytes_as_in_memory(family, save, tmp_path):
 @pytest.mark.parametrize("batch_tokens", [32, 16384])
 def test_hidden_states_in_files_change_nothing(order, offload, batch_tokens, tmp_path, monkeypatch):
     dense = save_dense(tmp_path / "dense")
-    config = {"order": order, "batch_tokens": batch_tokens}
+    config = {"method": f"collect(order={order}, batch_tokens={batch_tokens}) + wanda"}
     _, kept = prune(dense, tmp_path / "kept", {"offload": offload}, **config)
     monkeypatch.setattr(Demand, "hidden_fits", lambda _: False)
     _, in_files = prune(dense, tmp_path / "files", {"offload": offload}, **config)
@@ -168,7 +168,7 @@ def test_auto_offloads_what_does_not_fit_and_names_the_least(tmp_path, monkeypat
         assert free.last() == (offloads, True)
         outputs.append(weights_bytes(out))
     assert outputs[0] == outputs[1]
-    for offload, hint in (("disk", "lower --batch-tokens$"), ("none", "or pass --offload disk")):
+    for offload, hint in (("disk", "lower batch_tokens of collect$"), ("none", "or pass --offload disk")):
         with pytest.raises(InputError, match=f"max-memory must be at least .* here .got 2MB.*{hint}") as error:
             prune(dense, tmp_path / "none", {"max_memory": 2 * 10**6, "offload": offload}, small)
         assert (least_of(error) > 40 * 10**6) == (offload == "none")
@@ -179,12 +179,18 @@ def test_hidden_states_leave_memory_when_they_do_not_fit(tmp_path, monkeypatch):
     dense = save_dense(tmp_path / "dense")
     free = Free(monkeypatch)
     many = {"nsamples": 2000, "seqlen": 64}  # hidden states of 8 MB
-    _, kept = prune(dense, tmp_path / "kept", {"offload": "disk"}, many, batch_tokens=4096)
+    _, kept = prune(dense, tmp_path / "kept", {"offload": "disk"}, many, method="collect(batch_tokens=4096) + wanda")
     assert free.last() == (True, True)
     with pytest.raises(InputError) as error:
-        prune(dense, tmp_path / "none", {"offload": "disk", "max_memory": 1}, many, batch_tokens=4096)
+        prune(
+            dense,
+            tmp_path / "none",
+            {"offload": "disk", "max_memory": 1},
+            many,
+            method="collect(batch_tokens=4096) + wanda",
+        )
     budget = {"offload": "disk", "max_memory": least_of(error)}
-    _, out = prune(dense, tmp_path / "files", budget, many, batch_tokens=4096)
+    _, out = prune(dense, tmp_path / "files", budget, many, method="collect(batch_tokens=4096) + wanda")
     assert free.last() == (True, False)
     assert weights_bytes(out) == weights_bytes(kept)
 

@@ -107,7 +107,9 @@ def test_the_bytes_are_the_same(offload, batch_tokens, tmp_path, monkeypatch):
     for overlap in (True, False):
         held = Held(overlap=overlap, forwards=overlap)
         monkeypatch.setattr(Demand, "decide", lambda _, held=held: held)
-        _, output = prune(dense, tmp_path / str(overlap), {"offload": offload}, batch_tokens=batch_tokens)
+        _, output = prune(
+            dense, tmp_path / str(overlap), {"offload": offload}, method=f"collect(batch_tokens={batch_tokens}) + wanda"
+        )
         outputs.append(weights_bytes(output))
     assert outputs[0] == outputs[1] != weights_bytes(dense)
 

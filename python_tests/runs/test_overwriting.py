@@ -60,12 +60,12 @@ def test_the_output_is_never_in_the_input(place, capsys):
 
 @pytest.mark.parametrize("option", ["--calibration", "--stats"])
 def test_other_inputs_in_the_output(option, place, capsys):
-    prune(place / "dense", place / "other", {"save_stats": place / "saved.zip"}, order="block")
+    prune(place / "dense", place / "other", {"save_stats": place / "saved.zip"})
     for name in ("text.txt", "saved.zip"):
         shutil.copy(place / name, place / "out")
     file = {"--calibration": "text.txt", "--stats": "saved.zip"}[option]
     refused(
-        place, capsys, "is or holds an input", "--overwrite", option, place / "out" / file, "--order", "block",
+        place, capsys, "is or holds an input", "--overwrite", option, place / "out" / file,
         output="out",
     )  # fmt: skip
 
@@ -194,7 +194,7 @@ def test_a_lock_that_becomes_a_link(place, monkeypatch):
 # Files beside the output
 
 
-STATS = ("--order", "block", "--save-stats")
+STATS = ("--save-stats",)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ STATS = ("--order", "block", "--save-stats")
 )
 def test_only_files_of_their_own_kind(option, what, place, capsys, monkeypatch):
     monkeypatch.chdir(place)
-    prune(place / "dense", place / "other", {"save_stats": place / "other.zip"}, order="block")
+    prune(place / "dense", place / "other", {"save_stats": place / "other.zip"})
     (place / "log.jsonl").write_text('{"event": "start", "time": 1}\n')
     other = "log.jsonl" if option == STATS else "other.zip"
     (place / "empty-folder").mkdir()
@@ -222,7 +222,7 @@ def test_only_files_of_their_own_kind(option, what, place, capsys, monkeypatch):
 def test_files_of_their_own_kind_are_replaced(place, capsys, monkeypatch):
     monkeypatch.chdir(place)
     kinds = {"s.zip": is_statistics, "l.jsonl": is_log, "p.html": is_page}
-    text = ["--calibration", "text.txt", "--nsamples", 4, "--seqlen", 8, "--metric", "wanda"]
+    text = ["--calibration", "text.txt", "--nsamples", 4, "--seqlen", 8, "--method", "wanda"]
     options = [*STATS, "s.zip", "--log-json", "l.jsonl", "--report", "p.html"]
     for file in kinds:
         (place / file).touch()
@@ -243,7 +243,7 @@ def test_a_link_in_place_of_the_part_of_a_file(place, capsys):
     (place / ".s.zip.part").symlink_to("text.txt")
     before = tree(place)
     with pytest.raises(InputError, match="is in the way and no file"):
-        prune(place / "dense", place / "new", {"save_stats": place / "s.zip"}, order="block")
+        prune(place / "dense", place / "new", {"save_stats": place / "s.zip"})
     assert {name: tree(place)[name] for name in before} == before
 
 

@@ -23,7 +23,9 @@ def dense(tmp_path_factory):
 def plan_of(dense, options=None, source=None, dtype="auto", **config):
     calibration = Calibration(source or str(dense.parent / "text.txt"), nsamples=8, seqlen=16)
     run = RunOptions(**(options or {}))
-    return make_plan(str(dense), PruneConfig(**config), calibration, run, torch.device("cpu"), dtype)
+    return make_plan(
+        str(dense), PruneConfig(**{"method": "wanda", **config}), calibration, run, torch.device("cpu"), dtype
+    )
 
 
 def snapshot(folder):
@@ -34,11 +36,11 @@ def snapshot(folder):
     ("config", "options"),
     [
         ({}, {}),
-        ({"batch_tokens": 32}, {}),
+        ({"method": "collect(batch_tokens=32) + wanda"}, {}),
         ({"pattern": "2:4"}, {}),
-        ({"group": "model", "metric": "cosp"}, {}),
+        ({"method": "cosp", "group": "model"}, {}),
         ({}, {"offload": "disk"}),
-        ({"batch_tokens": 32}, {"offload": "disk"}),
+        ({"method": "collect(batch_tokens=32) + wanda"}, {"offload": "disk"}),
     ],
 )
 def test_says_what_the_run_keeps_and_changes_nothing(dense, tmp_path, config, options):
@@ -68,7 +70,7 @@ def test_says_what_the_run_keeps_and_changes_nothing(dense, tmp_path, config, op
     ],
 )
 def test_groups(config, group, size, keep):
-    first = planned_matrices(find_blocks(make_model("llama")), PruneConfig(**config))[0]
+    first = planned_matrices(find_blocks(make_model("llama")), PruneConfig(**{"method": "wanda", **config}))[0]
     assert (first.group, first.group_size, first.keep) == (group, size, keep)
 
 
@@ -86,9 +88,9 @@ def test_bytes_are_those_of_the_files(dense):
 @pytest.mark.parametrize(("batch_tokens", "passes"), [(128, 1), (64, 6)])
 def test_hidden_states_on_the_disk_are_read_once_a_pass(dense, monkeypatch, batch_tokens, passes):
     """Sequential order by stages: one look at the order, 4 stages (q k v, o, gate up, down), and one to go on."""
-    resident = plan_of(dense, batch_tokens=batch_tokens)
+    resident = plan_of(dense, method=f"collect(batch_tokens={batch_tokens}) + wanda")
     monkeypatch.setattr("ace_ext.runs.model_source.Demand.hidden_fits", lambda _: False)
-    plan = plan_of(dense, batch_tokens=batch_tokens)
+    plan = plan_of(dense, method=f"collect(batch_tokens={batch_tokens}) + wanda")
     assert plan.read_bytes - resident.read_bytes == 3 * passes * 8 * 16 * 32 * 2
 
 
@@ -121,7 +123,7 @@ def test_text_of_the_models_own_is_planned_not_written(dense):
 def test_the_smallest_calibration(dense, nsamples, seqlen):
     calibration = Calibration(str(dense.parent / "text.txt"), nsamples=nsamples, seqlen=seqlen)
     for batch_tokens in (1, 100):
-        config = PruneConfig(batch_tokens=batch_tokens)
+        config = PruneConfig(f"collect(batch_tokens={batch_tokens}) + wanda")
         plan = make_plan(str(dense), config, calibration, RunOptions(), torch.device("cpu"))
         assert plan.seconds["blocks"] > 0
 

@@ -47,7 +47,9 @@ def test_gguf_in_safetensors_out(gguf, loaded, tmp_path, monkeypatch):
     calibration = Calibration("wiki-mini", nsamples=16, seqlen=64)
     reads, read = [], GGUFReader.__init__
     monkeypatch.setattr(GGUFReader, "__init__", lambda self, *given: reads.append(given) or read(self, *given))
-    _, out = prune_folder(str(gguf), tmp_path / "out", PruneConfig(), calibration, RunOptions(), torch.device("cpu"))
+    _, out = prune_folder(
+        str(gguf), tmp_path / "out", PruneConfig("wanda"), calibration, RunOptions(), torch.device("cpu")
+    )
     assert len(reads) == 1  # four by transformers alone
 
     result = verify(out)

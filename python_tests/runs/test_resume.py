@@ -23,12 +23,12 @@ from ace_ext.runs.workspace import Workspace
 
 MODES = {
     "resident": (),
-    "resident-stages": ("--batch-tokens", 256),
+    "resident-stages": ("--method", "collect(batch_tokens=256) + wanda"),
     "disk": ("--offload", "disk"),
-    "disk-stages": ("--offload", "disk", "--batch-tokens", 256),
-    "block-order": ("--order", "block", "--offload", "disk"),
-    "trained": ("--update", "admm", "--update", "tune", "--tune-epochs", 1),
-    "allocated": ("--refine", "swaps", "--gram", "cosine", "--allocation", "owl", "--offload", "disk"),
+    "disk-stages": ("--offload", "disk", "--method", "collect(batch_tokens=256) + wanda"),
+    "block-order": ("--method", "collect(order=block) + wanda", "--offload", "disk"),
+    "trained": ("--method", "admm + train(epochs=1)"),
+    "allocated": ("--method", "allocate + wanda + swaps(gram=cosine)", "--offload", "disk"),
 }
 
 
@@ -219,9 +219,8 @@ def change_config(folder):
         (None, {"seed": 1}, {}, r"calibration\.seed was 0, now 1; calibration\.sha256 was"),
         (None, {"nsamples": 9}, {}, r"calibration\.nsamples was 8, now 9"),
         (None, {}, {"sparsity": 0.6}, r"config\.sparsity was 0\.5, now 0\.6"),
-        (None, {}, {"metric": "stade"}, r'config\.metric was "wanda", now "stade"'),
-        (None, {}, {"order": "block"}, r'config\.order was "sequential", now "block"'),
-        (None, {}, {"batch_tokens": 32}, r"config\.batch_tokens was \d+, now 32"),
+        (None, {}, {"method": "stade"}, r'config\.method was "wanda", now "stade"'),
+        (None, {}, {"method": "collect(order=block) + wanda"}, r'was "wanda", now "collect\(order=block\) \+ wanda"'),
         (None, {"dtype": "float32"}, {}, r'model\.dtype was "auto", now "float32"'),
     ],
 )
@@ -519,7 +518,7 @@ def test_what_was_not_finished_is_written_again(stopped, tmp_path):
 
 def test_changed_targets_of_training_are_named(tmp_path, monkeypatch):
     dense = save_dense(tmp_path / "dense")
-    config = {"update": "tune", "tune_epochs": 1}
+    config = {"method": "wanda + train(epochs=1)"}
     with monkeypatch.context() as patch:
         crash_after(patch, 1)
         with pytest.raises(Crash):

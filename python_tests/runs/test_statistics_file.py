@@ -22,26 +22,26 @@ def dense(tmp_path):
 def keep(dense, name="stats.zip", run=None, **config):
     """A run that saves its statistics: ``(their file, its output folder)``."""
     file = dense.parent / name
-    _, out = prune(dense, dense.parent / f"{name}.out", {"save_stats": file, **(run or {})}, order="block", **config)
+    _, out = prune(dense, dense.parent / f"{name}.out", {"save_stats": file, **(run or {})}, **config)
     return file, out
 
 
 def from_file(dense, file, name="from-file", run=None, **config):
-    return prune(dense, dense.parent / name, {"stats": file, **(run or {})}, order="block", **config)[1]
+    return prune(dense, dense.parent / name, {"stats": file, **(run or {})}, **config)[1]
 
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("batch_tokens", [32, 16384])
 def test_from_the_file_as_from_the_run(metric, batch_tokens, dense):
-    file, out = keep(dense, metric=metric, batch_tokens=batch_tokens)
-    again = from_file(dense, file, metric=metric, batch_tokens=batch_tokens)
+    file, out = keep(dense, method=f"collect(batch_tokens={batch_tokens}) + {metric}")
+    again = from_file(dense, file, method=f"collect(batch_tokens={batch_tokens}) + {metric}")
     assert weights_bytes(again) == weights_bytes(out) != weights_bytes(dense)
 
 
 @pytest.mark.parametrize("gram", ["plain", "cosine", "sketch"])
 def test_a_solvers_statistics_are_kept(gram, dense):
-    file, out = keep(dense, update="admm", gram=gram)
-    assert weights_bytes(from_file(dense, file, update="admm", gram=gram)) == weights_bytes(out)
+    file, out = keep(dense, method=f"admm(gram={gram})")
+    assert weights_bytes(from_file(dense, file, method=f"admm(gram={gram})")) == weights_bytes(out)
 
 
 @pytest.mark.parametrize(
@@ -51,13 +51,13 @@ def test_a_solvers_statistics_are_kept(gram, dense):
         {"pattern": "2:4"},
         {"group": "matrix", "sparsity": 0.3},
         {"group": "model"},
-        {"metric": "wanda"},
-        {"metric": "cosvar", "sparsity": 0.25},
-        {"metric": "stade", "pattern": "4:8"},
+        {"method": "wanda"},
+        {"method": "cosvar", "sparsity": 0.25},
+        {"method": "stade", "pattern": "4:8"},
     ],
     ids=str,
 )
-@pytest.mark.parametrize("kept", [{}, {"metric": "wanda", "sparsity": 0.9}], ids=str)
+@pytest.mark.parametrize("kept", [{}, {"method": "wanda", "sparsity": 0.9}], ids=str)
 def test_one_file_for_other_settings(kept, other, dense):
     """A file saved by a run with other settings gives the same bytes as a new run that saves its own."""
     file, _ = keep(dense, **kept)
@@ -69,7 +69,7 @@ def test_the_inputs_are_the_dense_models(dense):
     """In a run of order block that saves no statistics, blocks read the output of pruned blocks, so only the first
     block agrees. File and report say which model the statistics describe."""
     file, out = keep(dense)
-    report, plain = prune(dense, dense.parent / "plain", order="block")
+    report, plain = prune(dense, dense.parent / "plain", method="collect(order=block) + wanda")
     kept, other = (stored(folder) for folder in (out, plain))
     assert all(torch.equal(kept[n], other[n]) for n in kept if n.startswith("model.layers.0."))
     assert not all(torch.equal(kept[n], other[n]) for n in kept)
@@ -109,17 +109,17 @@ def test_with_and_without_offload(run, dense):
 
 
 def test_most_metrics_read_what_every_file_holds(dense):
-    file, _ = keep(dense, metric="magnitude")
+    file, _ = keep(dense, method="magnitude")
     assert description(file)["kinds"] == ["input", "weighted"]
     for metric, row in METRICS.items():
         if "moment" not in row.needs:
-            from_file(dense, file, metric, metric=metric)
+            from_file(dense, file, metric, method=metric)
         else:
             with pytest.raises(InputError, match=r"holds input, weighted of statistics, not moment; save it anew"):
-                from_file(dense, file, metric, metric=metric)
-    with_moment, _ = keep(dense, "moment.zip", metric="cosp")
+                from_file(dense, file, metric, method=metric)
+    with_moment, _ = keep(dense, "moment.zip", method="cosp")
     assert description(with_moment)["kinds"] == ["input", "moment", "weighted"]
-    from_file(dense, with_moment, "moment", metric="cosp-exact")
+    from_file(dense, with_moment, "moment", method="cosp-exact")
 
 
 def test_kept_by_a_run_that_was_resumed(dense, monkeypatch):
@@ -137,7 +137,7 @@ def test_kept_by_a_run_that_was_resumed(dense, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             keep(dense, "resumed.zip")
     with pytest.raises(InputError, match='statistics was "of the dense model, kept in a file", now "of the run"'):
-        prune(dense, dense.parent / "resumed.zip.out", {"resume": True}, order="block")
+        prune(dense, dense.parent / "resumed.zip.out", {"resume": True}, method="collect(order=block) + wanda")
     resumed, again = keep(dense, "resumed.zip", {"resume": True})
     assert weights_bytes(again) == weights_bytes(out)
     assert resumed.read_bytes() != b""
@@ -154,13 +154,14 @@ def blobs(file) -> dict[str, bytes]:
 
 
 def test_order_and_place_are_checked_first(dense, tmp_path):
+    sequential = {"method": "collect(order=sequential) + wanda"}
     for run, config, message in [
-        ({"save_stats": tmp_path / "s"}, {}, "save-stats is for statistics of dense blocks: give order block"),
-        ({"stats": tmp_path / "s"}, {}, "stats is for statistics of dense blocks: give order block"),
-        ({"stats": tmp_path / "s", "save_stats": tmp_path / "t"}, {"order": "block"}, "not both"),
-        ({"save_stats": tmp_path / "none" / "s"}, {"order": "block"}, "must be a file in a folder that exists"),
-        ({"save_stats": tmp_path}, {"order": "block"}, r"save-stats must be a file .*, a folder"),
-        ({"stats": tmp_path / "s"}, {"order": "block"}, "is no file of --save-stats: .*No such file"),
+        ({"save_stats": tmp_path / "s"}, sequential, "statistics are of dense blocks; leave out order=sequential"),
+        ({"stats": tmp_path / "s"}, sequential, "statistics are of dense blocks; leave out order=sequential"),
+        ({"stats": tmp_path / "s", "save_stats": tmp_path / "t"}, {}, "not both"),
+        ({"save_stats": tmp_path / "none" / "s"}, {}, "must be a file in a folder that exists"),
+        ({"save_stats": tmp_path}, {}, r"save-stats must be a file .*, a folder"),
+        ({"stats": tmp_path / "s"}, {}, "is no file of --save-stats: .*No such file"),
     ]:
         with pytest.raises(InputError, match=message):
             prune(dense, tmp_path / "out", run, **config)
@@ -278,7 +279,7 @@ def test_a_changed_blob_of_a_stopped_run_is_named(dense, monkeypatch):
 
 def test_linears_of_one_input_share_it_in_the_file(dense):
     """As in memory: q, k and v read the same tensor, and so do gate and up."""
-    file, _ = keep(dense, metric="wanda")
+    file, _ = keep(dense, method="wanda")
     stats = statistics_file.SavedStatistics(file, description(file)["model"], frozenset()).block(
         "model.layers.0", (), "cpu"
     )

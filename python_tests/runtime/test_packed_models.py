@@ -29,7 +29,7 @@ FAMILIES = ["llama", "llama-tied", "qwen2", "opt", "gemma3", "mixtral", "granite
 
 def make_folders(folder, family="llama", dtype=torch.float32, codec="bitmap", **config):
     dense = save_dense(folder / "dense", family, dtype)
-    prune(dense, folder / "pruned", calibration={"source": "tokens"}, metric="magnitude", **config)
+    prune(dense, folder / "pruned", method="magnitude", calibration={"source": "tokens"}, **config)
     keep_n, _, group_m = config.get("pattern", "").partition(":")
     pack(folder / "pruned", folder / "packed", codec, (int(keep_n), int(group_m)) if group_m else None)
     return folder / "pruned", folder / "packed"
