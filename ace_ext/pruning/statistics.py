@@ -19,6 +19,7 @@ from ace_ext.models.held import ExpertLinear, filled_linear
 from ace_ext.models.products import float32_products
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, MOMENT, SKETCH, WEIGHTED
+from ace_ext.pruning.scaling import InputScale, times_power, times_power_
 from ace_ext.pruning.sketch import SketchState
 
 
@@ -32,10 +33,20 @@ class MomentState:
         self.weight_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.mean = torch.zeros(columns, dtype=torch.float64, device=device)
         self.m2 = torch.zeros(columns, dtype=torch.float64, device=device)
+        self._scale = InputScale()
 
     def update(self, x: Tensor, token_weight: Tensor | None = None) -> None:
         """Adds tokens ``x [T, d]`` with the weights ``token_weight [T]`` float32; None: 1 for each."""
-        ops.update_moments_(self.weight_sum, self.mean, self.m2, x, token_weight)
+        power = 0
+        if token_weight is None:  # weights 1 / ‖A_t‖² already cancel the scale of the inputs
+            self._scale.admit(x)
+            power = self._scale.power
+        # The op squares in float32. The state is float64, which has the range for a detour through other units.
+        times_power_(self.mean, -power)
+        times_power_(self.m2, -2 * power)
+        ops.update_moments_(self.weight_sum, self.mean, self.m2, times_power(x, -power), token_weight)
+        times_power_(self.mean, power)
+        times_power_(self.m2, 2 * power)
 
     def merge_(self, other: "MomentState") -> None:
         """Adds the other state's tokens by Chan's rule (1983). A state of weight 0 changes nothing."""
