@@ -102,6 +102,9 @@ class Ranks:
             rows = self.gather([part.cpu() for part in value])
             value[:] = [part.to(self._device) for parts in rows for part in parts]
         else:
+            known = [exponent for exponent in self.gather(value.scale.exponent) if exponent is not None]
+            if known:
+                value.raise_scale_(max(known))
             for part in value.sums():
                 self._dist.all_reduce(part)
 

@@ -16,6 +16,40 @@ def output_of(stats: LinearStatistics, weight: Tensor) -> Tensor:
         return functional.linear(stats.sample_rows, weight)
 
 
+def relative_error(before: Tensor, after: Tensor) -> Tensor:
+    """``‖after - before‖ / ‖before‖`` of ``[tokens, d_out]`` float32: ``[]`` float32, 0 if both are zero.
+
+    Both are divided by the power of two of the largest output, so that no square overflows or vanishes. This does not
+    wait for a GPU.
+    """
+    largest = before.abs().amax() if before.numel() else before.new_zeros(())
+    before, after = _divided(before, largest), _divided(after, largest)
+    error: Tensor = (after - before).norm() / before.norm().clamp_min(torch.finfo(torch.float32).tiny)
+    return error
+
+
+def mean_cosine(before: Tensor, after: Tensor) -> Tensor:
+    """The mean over tokens of the cosine between rows of ``[tokens, d_out]`` float32: ``[]`` float32, 1 for a token
+    whose output is zero in both."""
+    unchanged = ~(before.any(dim=1) | after.any(dim=1))
+    before, after = (_divided(rows, _largest(rows)) for rows in (before, after))
+    return functional.cosine_similarity(before, after, dim=1).masked_fill(unchanged, 1.0).mean()
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """``[tokens, 1]``: the largest magnitude of each row."""
+    return rows.abs().amax(dim=1, keepdim=True) if rows.shape[1] else rows.new_zeros(len(rows), 1)
+
+
+def _divided(rows: Tensor, largest: Tensor) -> Tensor:
+    """``rows`` divided by the power of two of ``largest``, in two steps: the power may be out of float32's range."""
+    exponent = torch.frexp(largest)[1]
+    half = exponent // 2
+    for part in (half, exponent - half):
+        rows = torch.ldexp(rows, -part)
+    return rows
+
+
 class Measurements:
     """The reports of a block's matrices. Their figures stay on the device until :meth:`read_` fetches all of them at
     once: to wait for a GPU after each matrix would keep it from working ahead."""
@@ -35,10 +69,8 @@ class Measurements:
             dense: what :func:`output_of` returned before pruning.
             keep: how many weights were to be kept; None: as many as are not zero.
         """
-        before = dense.float()
-        after = output_of(stats, weight).float()
-        error = (after - before).norm() / before.norm().clamp_min(torch.finfo(torch.float32).tiny)
-        cosine = functional.cosine_similarity(before, after, dim=1).mean()
+        before, after = dense.float(), output_of(stats, weight).float()
+        error, cosine = relative_error(before, after), mean_cosine(before, after)
         return self._note(name, weight, keep, stats.tokens, [error, cosine])
 
     def unseen(self, name: str, weight: Tensor, keep: int) -> MatrixReport:

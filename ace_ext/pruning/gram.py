@@ -4,6 +4,7 @@ A change ``e`` of a row has the squared output error ``e G eᵀ``. With ``w_t = 
 ``w_t = r_t = 1 / ‖A_t‖²``, ``A`` the dense output, the error is relative to each token's output.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ace_ext.errors import InputError
 from ace_ext.pruning.damping import floor_energy, penalty
+from ace_ext.pruning.scaling import InputScale, times_power, times_power_
 
 MAX_ATTEMPTS = 8
 """How many factorisations are tried, each with ten times the damping of the one before."""
@@ -22,6 +24,10 @@ CHUNK_TOKENS = 4096
 rounded to nearest, as within they may cut off."""
 LEAST_DAMPING = 1e-6
 """The damping of the second attempt, if the first one had less than a tenth of it (or none)."""
+
+DEAD = 2.0**-100
+"""What the weights of a dead column, whose input was always zero, are multiplied by while a solver works: so they rank
+below all others, and among themselves by magnitude."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class AdmmFactor:
     """For ADMM, on columns divided by ``norm``, so that the diagonal of G with its floor is 1:
     ``H = (G + floor) / norm / normᵀ + damping``."""
 
-    norm: Tensor  # [d] float32: sqrt(G_jj + floor), 1 for a dead column
+    norm: Tensor  # [d] float32: sqrt(G_jj + floor), DEAD for a dead column
     hessian: Tensor  # [d, d] float32: H
     inverse: Tensor  # [d, d] float32: (H + rho)⁻¹
     inverse_diagonal: Tensor  # [d] float32: the diagonal of H⁻¹
@@ -64,6 +70,9 @@ class AdmmFactor:
 class GramState:
     """The Gram matrix of the tokens seen so far, ``matrix [d, d]`` float32 (a sum, not a mean), and their number.
 
+    ``G = 4^scale.power matrix``. The power is 0 unless inputs are very small or very large
+    (:mod:`ace_ext.pruning.scaling`). Solvers and relative losses do not depend on it.
+
     Linears that share a state share its factorisations too: each is computed once, on first use.
 
     On a GPU the products of unweighted bfloat16 and float16 inputs are formed by tensor cores, exactly, and summed in
@@ -74,6 +83,7 @@ class GramState:
 
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
         self.matrix = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self.scale = InputScale()
         self.tokens = 0
         self._obs: dict[float, ObsFactor] = {}  # by damping
         self._admm: dict[tuple[float, float], AdmmFactor] = {}  # by damping and floor
@@ -81,17 +91,32 @@ class GramState:
     def update(self, x: Tensor, token_weight: Tensor | None = None) -> None:
         """Adds tokens ``x [T, d]`` with the weights ``token_weight [T]`` float32, not negative; None: 1 for each."""
         if token_weight is None and multiplies_exactly(x):
-            for rows in torch.split(x, CHUNK_TOKENS):
+            for part in torch.split(x, CHUNK_TOKENS):
+                rows = self._scaled(part)
                 torch.addmm(self.matrix, rows.T, rows, out_dtype=torch.float32, out=self.matrix)
         else:
-            for rows in weighted_rows(x, token_weight):
+            for part in weighted_rows(x, token_weight):
+                rows = self._scaled(part)
                 self.matrix.addmm_(rows.T, rows)
         self.tokens += len(x)
         self._forget_factors()
 
+    def _scaled(self, rows: Tensor) -> Tensor:
+        """``rows [T, d]`` as they are added: divided by ``2^scale.power``, which may have to be raised for them."""
+        times_power_(self.matrix, -2 * self.scale.admit(rows))
+        return times_power(rows, -self.scale.power)
+
+    def raise_scale_(self, exponent: int) -> None:
+        """Raises ``scale.exponent`` to at least ``exponent``, so that states of several processes can be added."""
+        times_power_(self.matrix, -2 * self.scale.raise_to(exponent))
+
     def merge_(self, other: "GramState") -> None:
         """Adds another state's tokens, such as those of another data-parallel rank."""
-        self.matrix += other.matrix.to(self.matrix.device)
+        lower = 0
+        if other.scale.exponent is not None:
+            self.raise_scale_(other.scale.exponent)
+            lower = 2 * (other.scale.power - self.scale.power)
+        self.matrix += times_power(other.matrix.to(self.matrix.device), lower)
         self.tokens += other.tokens
         self._forget_factors()
 
@@ -101,17 +126,18 @@ class GramState:
 
     def tensors(self) -> dict[str, Tensor]:
         """The state's tensors by name, for a statistics file."""
-        return {"matrix": self.matrix, "tokens": torch.tensor(self.tokens)}
+        return {"matrix": self.matrix, "tokens": torch.tensor(self.tokens), **self.scale.tensors()}
 
     @classmethod
     def of_tensors(cls, tensors: dict[str, Tensor]) -> "GramState":
         """The state of :meth:`tensors`; it holds the given matrix itself, not a copy."""
         state = cls(0, tensors["matrix"].device)
         state.matrix, state.tokens = tensors["matrix"], int(tensors["tokens"])
+        state.scale = InputScale.of_tensors(tensors)
         return state
 
     def energy(self, rows: Tensor) -> Tensor:
-        """``Σ_i e_i G e_iᵀ`` of ``rows e [n, d]`` float32: ``[]`` float64."""
+        """``Σ_i e_i G e_iᵀ`` of ``rows e [n, d]`` float32, divided by ``4^scale.power``: ``[]`` float64."""
         return (rows @ self.matrix).mul_(rows).sum(dtype=torch.float64)
 
     def obs_factor(self, damping: float) -> ObsFactor:
@@ -157,7 +183,7 @@ class GramState:
     def _make_admm_factor(self, damping: float, floor: float) -> AdmmFactor:
         energy = self.matrix.diagonal().double()
         dead, least = energy == 0, floor_energy(energy, floor)
-        norm = (energy + least).sqrt().masked_fill(dead, 1.0)
+        norm = (energy + least).sqrt().masked_fill(dead, DEAD)
 
         def matrix() -> Tensor:
             made = self.matrix.double()
@@ -206,6 +232,21 @@ def weighted_rows(x: Tensor, token_weight: Tensor | None) -> Iterator[Tensor]:
         part = slice(start, start + CHUNK_TOKENS)
         rows = x[part].float()
         yield rows if token_weight is None else rows * token_weight[part].sqrt()[:, None]
+
+
+def restore_dead_(weight: Tensor, dense: Tensor, mask: Tensor, dead: Tensor) -> None:
+    """Sets the kept weights of dead columns to their dense values, in place: solvers change none of them.
+
+    A dead column ranks lowest (:data:`DEAD`): a solver's mask keeps its weight only where a group has too few others.
+
+    Args:
+        weight: ``[rows, d]`` float32.
+        dense: the same before pruning.
+        mask: ``[rows, d]`` bool, True where a weight is kept.
+        dead: ``[d]`` bool.
+    """
+    columns = dead.nonzero().flatten()
+    weight[:, columns] = dense[:, columns].masked_fill(~mask[:, columns], 0.0)
 
 
 class RelativeLoss:
@@ -272,7 +313,7 @@ def _inverse_factor(make: Callable[[], Tensor], damping: float) -> tuple[Tensor,
     """
     for attempt in range(1, MAX_ATTEMPTS + 1):
         factor, failed, mean = _cholesky_reversed(make, damping)
-        if not failed:
+        if not failed and math.isfinite(mean):
             # Column-major, so that it is solved in place.
             upper = torch.eye(len(factor), dtype=factor.dtype, device=factor.device).mT
             torch.linalg.solve_triangular(factor, upper, upper=True, out=upper)

@@ -7,14 +7,16 @@ adds to the variance of the row's output, and the square of what it adds to its 
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from ace_ext.pruning.scaling import exponent_of, times_power
 from ace_ext.pruning.statistics import MomentState
 
 
 @dataclass(frozen=True)
 class MomentGram:
-    """The two vectors, ``[d]`` float32."""
+    """The two vectors, ``[d]`` float32. Inputs may be divided by a power of two: only relative losses are used."""
 
     variance: Tensor  # of each input column, not negative
     mean: Tensor
@@ -22,7 +24,9 @@ class MomentGram:
     @classmethod
     def of(cls, state: MomentState) -> "MomentGram":
         """From a Welford state. Its token weights, if any, are those of the mean and the variance."""
-        return cls(state.variance.float(), state.mean.float())
+        variance, mean = state.variance, state.mean
+        power = exponent_of(torch.cat([variance.sqrt(), mean])) or 0  # their squares must fit float32
+        return cls(times_power(variance, -2 * power).float(), times_power(mean, -power).float())
 
     def energy(self, rows: Tensor) -> Tensor:
         """As :meth:`ace_ext.pruning.gram.GramState.energy`."""

@@ -9,6 +9,7 @@ from ace_ext.pruning.gram import RelativeLoss
 from ace_ext.pruning.masks import as_rows, keep_budget, keep_of_group, metric_mask, prune_weight_, scored_weight
 from ace_ext.pruning.moment_gram import MomentGram
 from ace_ext.pruning.row_shares import AllRows, RowShares
+from ace_ext.pruning.scaling import exponent_of, times_power, times_power_
 from ace_ext.pruning.stages import Problem, Solved
 from ace_ext.pruning.statistics import LinearStatistics
 from ace_ext.records import Solution
@@ -40,7 +41,13 @@ def prune_linear_(
             the update overflowed. The weight is then unchanged.
     """
     with as_rows(weight) as rows:
-        return _prune_rows_(rows, stats, config, keep_row, shares)
+        try:
+            return _prune_rows_(rows, stats, config, keep_row, shares)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise InputError(
+                f"the Gram matrix of the inputs cannot be factorised ({error}); raise damping, or look for NaN or "
+                "overflow in the activations"
+            ) from error
 
 
 def _prune_rows_(
@@ -61,7 +68,8 @@ def _prune_rows_(
     by_rows = config.comparison.name != "matrix" and all(stage.row_wise for stage in method.matrix_stages)
     shares = shares if shares is not None and by_rows else AllRows()
     rows = shares.rows(len(weight))
-    dense = weight.detach().to(torch.float32, copy=True)
+    power = exponent_of(weight) or 0  # solvers multiply weights by weights
+    dense = times_power_(weight.detach().to(torch.float32, copy=True), -power)
     mask = metric_mask(scored, config, keep_row)
     vectors = None if stats.input is None else MomentGram.of(stats.input)
     keep = keep_of_group(weight, config, keep_row)
@@ -70,14 +78,15 @@ def _prune_rows_(
     loss_before = loss(problem.dense.masked_fill(~mask[rows], 0.0))
     del mask  # a solver that chooses its own needs the memory
     solved = _solve(problem, config)
-    rounded = solved.weight.to(weight.dtype)
+    rounded = times_power(solved.weight, power).to(weight.dtype)
     if not torch.isfinite(rounded).all():  # also where only the weight's dtype, as float16, is too narrow
         wider = ", or load the model as bfloat16" if weight.dtype == torch.float16 else ""
         raise InputError(f"{method.name} overflowed with damping {solved.damping:g}; raise damping{wider}")
     weight.copy_(shares.gather_rows(rounded, len(weight)))
     damping, attempts = solved.damping, solved.attempts
     del solved, rounded
-    return Solution(method.name, damping, attempts, loss_before, loss(weight[rows]))
+    pruned = weight[rows] if power == 0 else times_power(weight[rows].float(), -power)
+    return Solution(method.name, damping, attempts, loss_before, loss(pruned))
 
 
 def _solve(problem: Problem, config: PruneConfig) -> Solved:

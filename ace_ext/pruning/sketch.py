@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ace_ext.errors import InputError
 from ace_ext.pruning.damping import floor_energy, penalty
-from ace_ext.pruning.gram import weighted_rows
+from ace_ext.pruning.gram import DEAD, weighted_rows
+from ace_ext.pruning.scaling import InputScale, times_power, times_power_
 
 DIRECTIONS = 64
 """Random directions of a sketch, or the number of columns if that is less: :func:`direction_count`."""
@@ -46,11 +47,11 @@ class LowRank:
 class SketchFactor:
     """For ADMM, on columns divided by ``norm``: H is the sketched Gram matrix with damping, its diagonal about 1."""
 
-    norm: Tensor  # [d] float32: sqrt(g_j + floor), 1 for a dead column
+    norm: Tensor  # [d] float32: sqrt(g_j + floor), DEAD for a dead column
     hessian: LowRank  # H
     inverse: LowRank  # (H + rho)⁻¹
     inverse_diagonal: Tensor  # [d] float32: the diagonal of H⁻¹
-    dead: Tensor  # [d] bool
+    dead: Tensor  # [d] bool: inputs that were zero for every token
     damping: float
     attempts: int = 1
 
@@ -71,6 +72,8 @@ class SketchFactor:
 class SketchState:
     """The sketch of the tokens seen so far: ``product [d, p]`` float32, ``squares [d]`` float64 (G's diagonal).
 
+    Both are divided by ``4^scale.power``, as :class:`ace_ext.pruning.gram.GramState` does.
+
     It takes the place of a :class:`ace_ext.pruning.gram.GramState` in solvers that declare
     ``sketch_working_bytes``. Linears that share a state share its factors too.
     """
@@ -78,6 +81,7 @@ class SketchState:
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
         self.product = torch.zeros(columns, direction_count(columns), dtype=torch.float32, device=device)
         self.squares = torch.zeros(columns, dtype=torch.float64, device=device)
+        self.scale = InputScale()
         self.tokens = 0
         self._factors: tuple[Tensor, Tensor] | None = None
         self._admm: dict[tuple[float, float], SketchFactor] = {}  # by damping and floor
@@ -85,16 +89,31 @@ class SketchState:
     def update(self, x: Tensor, token_weight: Tensor | None = None) -> None:
         """Adds tokens ``x [T, d]`` with the weights ``token_weight [T]`` float32, not negative; None: 1 for each."""
         random = _directions(x.shape[1], x.device)
-        for rows in weighted_rows(x, token_weight):
+        for part in weighted_rows(x, token_weight):
+            self._lower_(self.scale.admit(part))
+            rows = times_power(part, -self.scale.power)
             self.product.addmm_(rows.T, rows @ random)
             self.squares += rows.square().sum(0)
         self.tokens += len(x)
         self._forget_factors()
 
+    def raise_scale_(self, exponent: int) -> None:
+        """As :meth:`ace_ext.pruning.gram.GramState.raise_scale_`."""
+        self._lower_(self.scale.raise_to(exponent))
+
+    def _lower_(self, raised: int) -> None:
+        """Divides the sums by ``4^raised``, by which the scale was raised."""
+        for part in self.sums():
+            times_power_(part, -2 * raised)
+
     def merge_(self, other: "SketchState") -> None:
         """Adds another state's tokens."""
-        self.product += other.product.to(self.product.device)
-        self.squares += other.squares.to(self.squares.device)
+        lower = 0
+        if other.scale.exponent is not None:
+            self.raise_scale_(other.scale.exponent)
+            lower = 2 * (other.scale.power - self.scale.power)
+        self.product += times_power(other.product.to(self.product.device), lower)
+        self.squares += times_power(other.squares.to(self.squares.device), lower)
         self.tokens += other.tokens
         self._forget_factors()
 
@@ -104,17 +123,20 @@ class SketchState:
 
     def tensors(self) -> dict[str, Tensor]:
         """The state's tensors by name, for a statistics file."""
-        return {"product": self.product, "squares": self.squares, "tokens": torch.tensor(self.tokens)}
+        sums = {"product": self.product, "squares": self.squares}
+        return {**sums, "tokens": torch.tensor(self.tokens), **self.scale.tensors()}
 
     @classmethod
     def of_tensors(cls, tensors: dict[str, Tensor]) -> "SketchState":
         """The state of :meth:`tensors`; it holds the given tensors themselves, not copies."""
         state = cls(0, tensors["product"].device)
         state.product, state.squares, state.tokens = tensors["product"], tensors["squares"], int(tensors["tokens"])
+        state.scale = InputScale.of_tensors(tensors)
         return state
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """``(d [d], F [p, d])`` float32 with ``G ≈ diag(d) + Fᵀ F``, whose diagonal is G's (computed on first use).
+        """``(d [d], F [p, d])`` float32 with ``G ≈ diag(d) + Fᵀ F``, whose diagonal is G's, ``G`` divided by
+        ``4^scale.power``. Computed on first use.
 
         Raises:
             InputError: the sums are not finite.
@@ -166,7 +188,7 @@ class SketchState:
     def _make_admm_factor(self, damping: float, floor: float) -> SketchFactor:
         diagonal, directions = (part.double() for part in self.factors())
         dead, least = self.squares == 0, floor_energy(self.squares, floor)
-        norm = (self.squares + least).sqrt().masked_fill(dead, 1.0)
+        norm = (self.squares + least).sqrt().masked_fill(dead, DEAD)
         directions = directions / norm
         damped = ((diagonal + least) / norm.square()).masked_fill(dead, 1.0) + damping
         inverse_diagonal = 1 / damped - _woodbury(damped, directions).square().sum(0)

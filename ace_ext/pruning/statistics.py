@@ -15,10 +15,12 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from ace_ext import ops
+from ace_ext.errors import InputError
 from ace_ext.models.held import ExpertLinear, filled_linear
 from ace_ext.models.products import float32_products
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, MOMENT, SKETCH, WEIGHTED
+from ace_ext.pruning.scaling import InputScale, times_power, times_power_
 from ace_ext.pruning.sketch import SketchState
 
 
@@ -32,10 +34,20 @@ class MomentState:
         self.weight_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.mean = torch.zeros(columns, dtype=torch.float64, device=device)
         self.m2 = torch.zeros(columns, dtype=torch.float64, device=device)
+        self._scale = InputScale()
 
     def update(self, x: Tensor, token_weight: Tensor | None = None) -> None:
         """Adds tokens ``x [T, d]`` with the weights ``token_weight [T]`` float32; None: 1 for each."""
-        ops.update_moments_(self.weight_sum, self.mean, self.m2, x, token_weight)
+        power = 0
+        if token_weight is None:  # weights 1 / ‖A_t‖² already cancel the scale of the inputs
+            self._scale.admit(x)
+            power = self._scale.power
+        # The op squares in float32. The float64 state has the range to be divided for the call.
+        times_power_(self.mean, -power)
+        times_power_(self.m2, -2 * power)
+        ops.update_moments_(self.weight_sum, self.mean, self.m2, times_power(x, -power), token_weight)
+        times_power_(self.mean, power)
+        times_power_(self.m2, 2 * power)
 
     def merge_(self, other: "MomentState") -> None:
         """Adds the other state's tokens by Chan's rule (1983). A state of weight 0 changes nothing."""
@@ -221,7 +233,7 @@ class StatisticsCollector:
             product = filled_linear if isinstance(linear, ExpertLinear) else functional.linear
             dense = sketched_output(rows, linear.weight, product)
         if self._weighs_tokens:
-            self._update_weighted(stats, rows, ops.inverse_square_norm(dense))
+            self._update_weighted(stats, rows, token_weights(name, dense))
 
     def _update_weighted(self, stats: LinearStatistics, rows: Tensor, token_weight: Tensor) -> None:
         """Updates the weighted statistics with the inputs ``rows [T, d_in]`` and ``token_weight [T]``."""
@@ -271,6 +283,27 @@ class StatisticsCollector:
         if self.token_mask is not None and len(self.token_mask) == len(rows):
             rows = rows[self.token_mask]
         return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
+
+
+def token_weights(name: str, dense: Tensor) -> Tensor:
+    """``r_t = 1 / ‖A_t‖²`` of the outputs ``A [T, d_out]`` of the Linear ``name``: ``[T]`` float32, 0 for an output of
+    zero.
+
+    Raises:
+        InputError: float32 cannot hold the weight of a finite output. Not checked on a GPU, where this would wait for
+            queued work.
+    """
+    weight = ops.inverse_square_norm(dense)
+    lost = ~torch.isfinite(weight) | (weight == 0)
+    if weight.is_cpu and bool(lost.any()):
+        norms = torch.linalg.vector_norm(dense[lost].double(), dim=1)
+        wrong = norms[torch.isfinite(norms) & (norms > 0)]
+        if len(wrong):
+            raise InputError(
+                f"{name}: token weights 1 / ‖output‖² need a norm between 1e-19 and 1e22 (got {float(wrong[0]):.3g}); "
+                "use a metric without token weights and the plain Gram matrix"
+            )
+    return weight
 
 
 Product = Callable[[Tensor, Tensor], Tensor]

@@ -1,4 +1,4 @@
-"""The structure of the package: which subpackage may import which, no import cycles, how many arguments a class takes."""
+"""The structure of the package: which subpackage may import which, no import cycles, arguments of constructors."""
 
 import ast
 from functools import cache

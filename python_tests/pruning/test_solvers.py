@@ -220,11 +220,15 @@ def test_an_update_keeps_the_refined_mask(update):
 
 
 @pytest.mark.parametrize("update", ["obs", "admm"])
-def test_dead_inputs_get_no_weight(update):
+@pytest.mark.parametrize("keep", [10, COLS - 2, COLS - 1])
+def test_dead_inputs_get_weight_only_where_the_others_do_not_suffice(update, keep):
     weight, x, _ = make_case()
+    dense = weight.clone()
     x[:, [0, 5]] = 0
-    prune_linear_(weight, statistics_of(x, weight), PruneConfig(update=update, sparsity=0.05))
-    assert (weight[:, [0, 5]] == 0).all()
+    prune_linear_(weight, statistics_of(x, weight), PruneConfig(update, group="row"), keep)
+    assert ((weight != 0).sum(1) == keep).all()
+    dead, larger = weight[:, [0, 5]], dense[:, [0, 5]].abs() >= dense[:, [5, 0]].abs()
+    assert torch.equal(dead, torch.where(larger, dense[:, [0, 5]], 0.0) if keep == COLS - 1 else torch.zeros(ROWS, 2))
     assert torch.isfinite(weight).all()
 
 

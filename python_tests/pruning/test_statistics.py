@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from ace_ext import InputError
 from ace_ext.ops import reference
 from ace_ext.pruning.criteria import METRICS, column_factor
 from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, MOMENT, WEIGHTED
@@ -79,6 +80,23 @@ def test_cosine_gram_weights_by_each_output_without_bias(block):
     for name in ("q", "k"):
         r = reference.inverse_square_norm(rows @ getattr(block, name).weight.T).float()
         torch.testing.assert_close(stats[name].gram.matrix, (r[:, None] * rows).T @ rows)
+
+
+@pytest.mark.parametrize("exponent", [-80, 80])
+def test_outputs_whose_weight_float32_cannot_hold_are_refused(block, exponent):
+    x = torch.randn(2, 7, 6) * 2.0**exponent
+    x[0, 0] = 0.0  # this output is zero and has weight 0
+    block.q.bias.zero_()
+    with pytest.raises(InputError, match=r"q: token weights .* need a norm between 1e-19 and 1e22 \(got .*plain Gram"):
+        collect(block, [x], frozenset({COSINE_GRAM}))
+    collect(block, [x], frozenset({INPUT, GRAM}))
+
+
+def test_a_weight_that_is_not_finite_is_left_to_the_op(block):
+    x = torch.randn(2, 7, 6)
+    x[1, 2] = float("nan")
+    with pytest.raises(ValueError, match="update_moments_: token_weight must be finite"):
+        collect(block, [x], frozenset({WEIGHTED}))
 
 
 def test_padded_tokens_do_not_count(block):

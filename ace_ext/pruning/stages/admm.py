@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ace_ext import ops
 from ace_ext.pruning.damping import ADMM_DAMPING, ADMM_FLOOR
-from ace_ext.pruning.gram import AdmmFactor
+from ace_ext.pruning.gram import AdmmFactor, restore_dead_
 from ace_ext.pruning.settings import Limits, option
 from ace_ext.pruning.sketch import SketchFactor, direction_count
 from ace_ext.pruning.stages._stage import COSINE, PLAIN, SKETCHED, Problem, Solve, Solved, damping_option, gram_option
@@ -84,42 +84,58 @@ def iterate(problem: Problem, factor: AdmmFactor | SketchFactor, stage: Admm) ->
 
     It uses four buffers of the weight's size and no more.
     """
-    weight = problem.dense.masked_fill(factor.dead, 0.0).mul_(factor.norm)
+    weight = problem.dense * factor.norm
     target, dual, kept = factor.times_hessian(weight), torch.zeros_like(weight), torch.empty_like(weight)
     dropped = None if problem.mask is None else ~problem.mask
     tightening = max(1, stage.iterations // 2)
     for step in range(stage.iterations):
         kept.copy_(weight.add_(dual))
+        if dropped is None and step + 1 == tightening:
+            dropped = _most_salient(kept, factor, problem, stage).logical_not_()
         if dropped is not None:
             kept.masked_fill_(dropped, 0.0)
         else:
             _keep_most_salient_(kept, (step + 1) / tightening, factor, problem, stage)
-            if step + 1 == tightening:
-                dropped = kept == 0  # also keeps a dead input's weight at zero
         torch.sub(weight, kept, out=dual)
         factor.solve_(kept.sub_(dual).mul_(factor.rho).add_(target), out=weight)
     assert dropped is not None  # given, or chosen when the tightening ended
-    return weight.add_(dual).masked_fill_(dropped, 0.0).div_(factor.norm)
+    weight.add_(dual).masked_fill_(dropped, 0.0).div_(factor.norm)
+    restore_dead_(weight, problem.dense, dropped.logical_not_(), factor.dead)
+    return weight
 
 
 def _keep_most_salient_(
     weight: Tensor, progress: float, factor: AdmmFactor | SketchFactor, problem: Problem, stage: Admm
 ) -> None:
-    """Zeroes the entries of ``weight [rows, cols]`` that ADMM's mask drops at ``progress`` (0 to 1) of the tightening.
-
-    Saliency ``"obs"`` is ``|w_j| / sqrt((H⁻¹)_jj)``, the root of the error that is left after the best update of the
-    other weights. ``"magnitude"`` is ``|w_j|``; on normalised columns this is the root of the error without an update.
-    """
-    if stage.saliency == "obs":
-        formula, column = "scaled", factor.inverse_diagonal.rsqrt()
-    else:
-        formula, column = "magnitude", None
+    """Zeroes the entries of ``weight [rows, cols]`` that ADMM's mask drops at ``progress`` (below 1) of the
+    tightening."""
+    formula, column = _saliency(factor, stage)
     if problem.pattern is not None:
         ops.prune_nm_(weight, formula, problem.pattern.keep_n, problem.pattern.group_m, column=column)
         return
     cols = weight.shape[1]
     pruned = cols - problem.keep
     ops.prune_topk_(weight, formula, cols - int(pruned * (1 - (1 - progress) ** 3)), column=column)
+
+
+def _most_salient(weight: Tensor, factor: AdmmFactor | SketchFactor, problem: Problem, stage: Admm) -> Tensor:
+    """The mask with which the tightening ends: ``[rows, cols]`` bool, True for exactly ``problem.keep`` of each group,
+    also where fewer of its weights are not zero."""
+    formula, column = _saliency(factor, stage)
+    if problem.pattern is not None:
+        return ops.nm_mask(weight, formula, problem.pattern.keep_n, problem.pattern.group_m, column=column)
+    return ops.topk_mask(weight, formula, problem.keep, column=column)
+
+
+def _saliency(factor: AdmmFactor | SketchFactor, stage: Admm) -> tuple[str, Tensor | None]:
+    """The op's formula for the saliency, and its column factor.
+
+    Saliency ``"obs"`` is ``|w_j| / sqrt((H⁻¹)_jj)``, the root of the error that is left after the best update of the
+    other weights. ``"magnitude"`` is ``|w_j|``; on normalised columns this is the root of the error without an update.
+    """
+    if stage.saliency == "obs":
+        return "scaled", factor.inverse_diagonal.rsqrt()
+    return "magnitude", None
 
 
 def _weight_bytes(rows: int, cols: int) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ace_ext import ops
+from ace_ext.pruning.gram import DEAD, restore_dead_
 from ace_ext.pruning.stages._stage import COSINE, PLAIN, Problem, Solve, Solved, damping_option, gram_option
 
 OBS_BLOCK = 128
@@ -35,7 +36,7 @@ class Obs(Solve):
         """
         factor = problem.whole_gram.obs_factor(self.damping)
         upper = factor.upper
-        weight = problem.dense.masked_fill(factor.dead, 0.0)
+        weight = problem.dense * torch.ones_like(upper[0]).masked_fill_(factor.dead, DEAD)
         rows, cols = weight.shape
         by_pattern = problem.mask is None and problem.pattern is not None  # then the op chooses each N:M group's mask
         keep_n, group_m = problem.nm if by_pattern else (0, 0)
@@ -50,6 +51,7 @@ class Obs(Solve):
             error = torch.empty_like(block)
             ops.obs_block_(block, error, chosen[:, start:end], inner, keep_n, group_m)
             weight[:, end:].addmm_(error, upper[start:end, end:], alpha=-1)
+        restore_dead_(weight, problem.dense, chosen, factor.dead)
         return Solved(weight, factor.damping, factor.attempts)
 
     def working_bytes(self, rows: int, cols: int) -> int:

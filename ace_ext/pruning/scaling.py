@@ -1,0 +1,82 @@
+"""Powers of two that keep float32 in range: squares of numbers below 1e-19 vanish there, those above 1e19 overflow.
+
+Tensors of ordinary size are not scaled. A power of two changes no digit, so other tensors give the same masks and, up
+to that power, the same weights as ordinary ones.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+ORDINARY_EXPONENT = 20
+"""Tensors whose largest magnitude is between 2^-20 and 2^20 are not scaled. Their squares, and the squares of entries
+2^-40 as large, are far from float32's limits of 2^-126 and 2^127."""
+
+
+def exponent_of(x: Tensor) -> int | None:
+    """``e`` if the largest magnitude of ``x`` is at least ``2^(e-1)`` and less than ``2^e``, and 0 if that is an
+    ordinary size; None if ``x`` is empty or zero. NaN and infinity give 0: whoever reads the tensor next reports them.
+
+    Reads ``x`` once and, on a GPU, waits for it.
+    """
+    if x.numel() == 0:
+        return None
+    low, high = torch.aminmax(x.detach())
+    largest = max(-float(low), float(high))
+    if largest == 0.0:
+        return None
+    exponent = math.frexp(largest)[1] if math.isfinite(largest) else 0
+    return exponent if abs(exponent) > ORDINARY_EXPONENT else 0
+
+
+def times_power(x: Tensor, exponent: int) -> Tensor:
+    """``x 2^exponent``; ``x`` itself if the exponent is 0."""
+    return x if exponent == 0 else times_power_(x.clone(), exponent)
+
+
+def times_power_(x: Tensor, exponent: int) -> Tensor:
+    """``x`` multiplied by ``2^exponent`` in place. In two steps, since the power may be out of the dtype's range."""
+    if exponent:
+        half = exponent // 2
+        x.mul_(2.0**half).mul_(2.0 ** (exponent - half))
+    return x
+
+
+class InputScale:
+    """The power of two by which a sum over tokens divides its inputs, chosen when the first tokens come."""
+
+    def __init__(self, exponent: int | None = None) -> None:
+        self.exponent = exponent
+        """The inputs are divided by ``2^exponent``. None: no token with an input other than zero has come."""
+
+    @property
+    def power(self) -> int:
+        """The exponent, 0 if there is none yet."""
+        return self.exponent or 0
+
+    def admit(self, x: Tensor) -> int:
+        """Raises the exponent if ``x`` needs it. Returns by how much, so that sums can be divided accordingly.
+
+        Once a chunk of tokens has an ordinary size, later ones are not read: that costs time and, on a GPU, waits for
+        queued work. If one of them overflows, the sums are not finite, which is reported.
+        """
+        if x.is_meta or self.exponent == 0:
+            return 0
+        found = exponent_of(x)
+        return 0 if found is None else self.raise_to(found)
+
+    def raise_to(self, exponent: int) -> int:
+        """Raises the exponent to at least this one. Returns by how much the sums must be lowered."""
+        before = self.exponent
+        self.exponent = exponent if before is None else max(before, exponent)
+        return 0 if before is None else self.exponent - before
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The exponent for a statistics file; none if it is 0."""
+        return {"exponent": torch.tensor(self.exponent)} if self.exponent else {}
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor]) -> "InputScale":
+        """The scale of :meth:`tensors`."""
+        return cls(int(tensors["exponent"]) if "exponent" in tensors else 0)
