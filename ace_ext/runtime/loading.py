@@ -48,12 +48,17 @@ def build_packed(folder: str | Path, empty: Callable[[], nn.Module] | None = Non
     model = skeleton(shards.folder, shards) if empty is None else empty()
     if empty is not None:
         _check_held(model, shards.adopt(model))
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and f"{name}.weight" in shards.entries:
-            weight = _fitting(f"{name}.weight", shards.load(f"{name}.weight"), module)
-            if isinstance(weight, PackedMatrix):
-                bias = None if module.bias is None else _read(f"{name}.bias", module.bias, shards)
-                _replace(model, name, PackedLinear(weight.to(module.weight.dtype), bias))
+    names, matrices = all_names(model), _matrices(model, shards)
+    made: dict[tuple[int, int], PackedLinear] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, nn.Linear) and id(module.weight) in matrices:
+            key = id(module.weight), id(module.bias)
+            if key not in made:
+                bias = module.bias
+                if bias is not None:
+                    bias = _read(shards.held(names[id(bias)]) or f"{name}.bias", bias, shards)
+                made[key] = PackedLinear(matrices[id(module.weight)], bias)
+            _replace(model, name, made[key])
     _load_rest(model, shards)
     forget_quantization_(model)
     return model.eval()
@@ -84,10 +89,17 @@ def _check_held(model: nn.Module, shards: Shards) -> None:
             )
 
 
-def _fitting(name: str, found: PackedMatrix | Tensor, module: nn.Linear) -> PackedMatrix | Tensor:
-    wanted = (module.out_features, module.in_features)
-    if tuple(found.shape) != wanted:
-        raise InputError(f"{name} must be {list(wanted)} by the configuration (got {list(found.shape)})")
+def _matrices(model: nn.Module, shards: PackedShards) -> dict[int, PackedMatrix]:
+    """The packed weights of the model's Linears, by the parameter's id: Linears can share one."""
+    found: dict[int, PackedMatrix] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        weight = f"{name}.weight"
+        if isinstance(module, nn.Linear) and weight in shards.entries and id(module.weight) not in found:
+            stored, wanted = shards.load(weight), (module.out_features, module.in_features)
+            if tuple(stored.shape) != wanted:
+                raise InputError(f"{weight} must be {list(wanted)} by the configuration (got {list(stored.shape)})")
+            if isinstance(stored, PackedMatrix):
+                found[id(module.weight)] = stored.to(module.weight.dtype)
     return found
 
 
