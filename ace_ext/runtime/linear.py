@@ -61,7 +61,8 @@ class PackedLinear(nn.Module):
         """
         if not has_kernel(x.device.type):
             return functional.linear(x, self.weight, self.bias)
-        flat, values, bias = x.reshape(-1, self.in_features), self.values, self.bias
+        flat, values = x.reshape(-1, self.in_features), self.values
+        bias: Tensor | None = self.bias
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             flat, values, bias = flat.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)

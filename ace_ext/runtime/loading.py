@@ -54,7 +54,7 @@ def build_packed(folder: str | Path, empty: Callable[[], nn.Module] | None = Non
         if isinstance(module, nn.Linear) and id(module.weight) in matrices:
             key = id(module.weight), id(module.bias)
             if key not in made:
-                bias = module.bias
+                bias: Tensor | None = module.bias
                 if bias is not None:
                     bias = _read(shards.held(names[id(bias)]) or f"{name}.bias", bias, shards)
                 made[key] = PackedLinear(matrices[id(module.weight)], bias)
