@@ -277,17 +277,42 @@ def test_eval_and_verify_take_packed_folders(llama, capsys):
     assert found["exact_rows"] == found["rows"] > 0
 
 
-def test_changed_values_are_found_by_verify(tmp_path, capsys):
-    _, packed = make_folders(tmp_path)
+def flip_a_bit(packed, place):
+    """Changes one bit of a stored matrix: of its values, or of what ``place`` names."""
     (path,) = packed.glob(f"*{SUFFIX}")
     data = bytearray(path.read_bytes())
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    name = next(name for name in header if name.endswith(".values"))
-    data[8 + length + header[name]["data_offsets"][0]] ^= 1
+    name = next(name for name in header if name.endswith(f"q_proj.weight.{place}"))
+    begin, end = header[name]["data_offsets"]
+    data[8 + length + (begin + end) // 2] ^= 1
     path.write_bytes(data)
+
+
+def test_changed_values_are_found_by_verify(tmp_path, capsys):
+    _, packed = make_folders(tmp_path)
+    flip_a_bit(packed, "values")
     assert main(["verify", str(packed)]) == 2
     assert "does not give back the file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("codec", "place"), [("bitmap", "values"), ("nm", "values"), ("nm", "indices")])
+def test_loading_checks_values_on_request(codec, place, tmp_path):
+    pruned, packed = make_folders(tmp_path, codec=codec, pattern="2:4")
+    intact = load_packed(packed, verify=True)
+    for name, tensor in dense_model(pruned).state_dict().items():
+        assert_same_bits(intact.state_dict()[name], tensor)
+    del intact
+    flip_a_bit(packed, place)
+    with pytest.raises(InputError, match="does not give back the file that was packed"):
+        load_packed(packed, verify=True)
+
+
+def test_loading_an_archive_checks_values_always(tmp_path):
+    _, packed = make_folders(tmp_path, codec="archive")
+    flip_a_bit(packed, "plane1")
+    with pytest.raises(InputError, match="is damaged"):
+        load_packed(packed)
 
 
 def test_what_cannot_be_loaded_is_refused(llama, tmp_path, capsys):

@@ -15,19 +15,30 @@ from ace_ext.models.safetensors_files import Shards, all_names
 from ace_ext.models.skeleton import skeleton
 from ace_ext.packed.files import PackedShards, is_packed
 from ace_ext.packed.matrix import PackedMatrix
+from ace_ext.packed.packing import check_hashes
 from ace_ext.runtime.linear import PackedLinear
 
 
-def load_packed(folder: str | Path) -> nn.Module:
+def load_packed(folder: str | Path, verify: bool = False) -> nn.Module:
     """The model of a folder that ``ace-prune pack`` wrote, in evaluation mode, on the CPU.
 
     The weights of its Linears stay packed (:class:`PackedLinear`), those of a ``bitmap`` folder mapped from the file;
     formats ``nm`` and ``archive`` are turned into this form in memory. Everything else is as ``from_pretrained`` loads
     it, with ``dtype="auto"``. Experts that transformers fuses into one tensor are unpacked.
 
+    Args:
+        folder: that ``ace-prune pack`` or ``ace-prune run --format`` wrote.
+        verify: compare every weight with the SHA-256 of the dense files before loading. This reads and unpacks all
+            weights once. Without it sizes, counts and bitmaps are checked, but not the values: a changed value of a
+            ``bitmap`` or ``nm`` folder goes unnoticed (``archive`` has checksums of its own). ``ace-prune verify``
+            makes the same comparison.
+
     Raises:
-        InputError: the folder is not packed, damaged, or transformers cannot build its model.
+        InputError: the folder is not packed, damaged, or transformers cannot build its model; with ``verify`` also if
+            it does not give back the files that were packed.
     """
+    if verify:
+        check_hashes(PackedShards(folder, mapped=False))
     model = build_packed(folder)
     take_generation_config_(model, str(Path(folder).expanduser()))
     return model
