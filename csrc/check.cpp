@@ -10,7 +10,7 @@
 namespace ace {
 namespace {
 
-// The bytes from the first to behind the last element.
+// The bytes from the first element to the end of the last one.
 struct Extent {
   explicit Extent(const at::Tensor& t)
       : begin(t.storage_offset() * t.element_size()),
@@ -21,22 +21,39 @@ struct Extent {
 
 bool is_symbolic(const at::Tensor& t) { return t.is_meta(); }  // no memory behind it
 
-// Where both are slices of columns of one matrix, the columns decide: else an overlap of the extents does.
+// Column slices of one matrix share elements if their columns overlap. All other tensors are taken to share some if
+// their extents overlap. A pitch of 0 is that of a single row, which may be a row of an expanded tensor.
 bool share_elements(const at::Tensor& a, const at::Tensor& b) {
   if (a.numel() == 0 || b.numel() == 0 || !a.storage().is_alias_of(b.storage())) return false;
   const Extent x(a), y(b);
   if (x.end <= y.begin || y.end <= x.begin) return false;
   if (a.dim() != 2 || b.dim() != 2 || a.element_size() != b.element_size() || a.stride(0) != b.stride(0)) return true;
   const int64_t pitch = a.stride(0), shift = b.storage_offset() - a.storage_offset();
+  if (pitch == 0) return true;
   const int64_t column = ((shift % pitch) + pitch) % pitch;  // of b's first, counted from a's first
   return column < a.size(1) || column + b.size(1) > pitch;
 }
 
+// Whether several of its elements lie at one address, as in what expand() returns.
+bool is_expanded(const at::Tensor& t) {
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) > 1 && t.stride(d) == 0) return true;
+  }
+  return false;
+}
+
+// Ends a message about the strides of t.
+std::string got_strides(const at::Tensor& t) {
+  if (!is_expanded(t)) return c10::str("(got strides ", t.strides(), ")");
+  return c10::str("(got strides ", t.strides(), "; it is expanded: its ", t.dim() > 1 ? "rows" : "elements",
+                  " share memory; call .contiguous() or .clone())");
+}
+
 void check_rows(std::string_view op, std::string_view argument, const at::Tensor& t) {
-  ACE_CHECK(t.size(1) <= 1 || t.stride(1) == 1, op, ": ", argument,
-            " must have contiguous columns, stride(1) == 1 (got strides ", t.strides(), ")");
+  ACE_CHECK(t.size(1) <= 1 || t.stride(1) == 1, op, ": ", argument, " must have contiguous columns, stride(1) == 1 ",
+            got_strides(t));
   ACE_CHECK(t.size(0) <= 1 || t.size(1) == 0 || t.stride(0) >= t.size(1), op, ": ", argument,
-            " must have rows that do not overlap, stride(0) >= ", t.size(1), " (got strides ", t.strides(), ")");
+            " must have rows that do not overlap, stride(0) >= ", t.size(1), " ", got_strides(t));
 }
 
 void check_kind(std::string_view op, std::string_view argument, const at::Tensor& t, at::ScalarType dtype,
@@ -55,9 +72,10 @@ void check_plain(std::string_view op, std::string_view argument, const at::Tenso
   ACE_CHECK(!t.is_quantized(), op, ": ", argument, " must not be quantized (got ", t.scalar_type(),
             "; call .dequantize())");
   ACE_CHECK(!t.is_neg(), op, ": ", argument,
-            " must not be a negative view (got one, whose memory holds the opposite numbers; call .resolve_neg())");
+            " must not be a negative view (got one: its memory holds the negated values; call .resolve_neg())");
   ACE_CHECK(!t.is_conj(), op, ": ", argument, " must be real (got a conjugate view; call .resolve_conj())");
-  ACE_CHECK(!t._is_zerotensor(), op, ": ", argument, " must have memory (got torch's tensor of zeros without any)");
+  ACE_CHECK(!t._is_zerotensor(), op, ": ", argument,
+            " must have memory (got one of torch's zero tensors, which have none)");
   if (is_symbolic(t) || t.numel() == 0) return;
   const size_t there = t.storage().nbytes(), needed = Extent(t).end;
   ACE_CHECK(needed <= there, op, ": ", argument, " must lie within its storage, ", needed, " bytes (got ", there, ")");
@@ -84,7 +102,7 @@ void check_same_device(std::string_view op, std::string_view argument, const at:
 void check_dense(std::string_view op, std::string_view argument, const at::Tensor& t, at::ScalarType dtype,
                  at::IntArrayRef shape) {
   check_kind(op, argument, t, dtype, shape);
-  ACE_CHECK(t.is_contiguous(), op, ": ", argument, " must be contiguous (got strides ", t.strides(), ")");
+  ACE_CHECK(t.is_contiguous(), op, ": ", argument, " must be contiguous ", got_strides(t));
 }
 
 void check_like(std::string_view op, std::string_view argument, const at::Tensor& t, at::ScalarType dtype,
@@ -103,7 +121,7 @@ void check_apart(std::string_view op, std::initializer_list<Named> written, std:
   const auto check = [&](const Named& target, const Named& other) {
     if (other.tensor == nullptr || is_symbolic(*target.tensor)) return;
     ACE_CHECK(!share_elements(*target.tensor, *other.tensor), op, ": ", target.argument, " must not share memory with ",
-              other.argument, ", for it is written (got an overlap; clone one of them)");
+              other.argument, ", because the op writes it (got an overlap; clone one of them)");
   };
   for (const Named* target = written.begin(); target != written.end(); ++target) {
     for (const Named* other = target + 1; other != written.end(); ++other) check(*target, *other);

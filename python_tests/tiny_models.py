@@ -82,6 +82,26 @@ _MIXTURES = {
     "hunyuan-moe": lambda: _hunyuan(),
     "afmoe": lambda: _afmoe(),
 }
+
+
+def _zamba() -> nn.Module:
+    """Two of its blocks share the weights of their attention."""
+    kinds = ["mamba", "hybrid", "mamba", "hybrid"]
+    attention = {"attention_hidden_size": 64, "attention_head_dim": 16}
+    size = {**_SMALL, **attention, "num_hidden_layers": len(kinds), "n_mamba_heads": 2}
+    config = transformers.ZambaConfig(**size, layers_block_type=kinds, mamba_d_state=4, mamba_dt_rank=4)
+    return transformers.ZambaForCausalLM(config)
+
+
+_STATE_SPACE = {"state_size": 4, "time_step_rank": 4, "hidden_size": 32, "vocab_size": VOCABULARY}
+RECURRENT = {
+    "mamba": lambda: transformers.MambaForCausalLM(transformers.MambaConfig(**_STATE_SPACE, num_hidden_layers=3)),
+    "falcon-mamba": lambda: transformers.FalconMambaForCausalLM(
+        transformers.FalconMambaConfig(**_STATE_SPACE, num_hidden_layers=3)
+    ),
+    "zamba": _zamba,
+}
+"""Models whose Linears get transposed inputs."""
 FAMILIES = _DENSE | _MIXTURES
 DENSE_FAMILIES = [*_DENSE]
 MIXTURES = ["mixtral", "qwen3-moe", "granite-moe"]
@@ -92,7 +112,7 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -
     """Random weights, the same for a seed. Biases and norms are drawn too, so that forgetting one shows."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = FAMILIES[family]().eval()
+        model = (FAMILIES | RECURRENT)[family]().eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.2)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -53,11 +54,21 @@ class PackedLinear(nn.Module):
         return self.matrix.dense()
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x [..., in_features]`` to ``[..., out_features]``."""
+        """``x [..., in_features]``, of any strides, to ``[..., out_features]``.
+
+        Under ``torch.autocast`` input, stored values and bias are cast to its dtype, which is that of the result, as
+        ``nn.Linear`` does.
+        """
         if not has_kernel(x.device.type):
             return functional.linear(x, self.weight, self.bias)
-        flat = x.reshape(-1, self.in_features)
-        out = ops.packed_linear(flat, self.bitmap, self.values, self.row_start, self.bias)
+        flat, values = x.reshape(-1, self.in_features), self.values
+        bias: Tensor | None = self.bias
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            flat, values, bias = flat.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
+        if flat.stride(1) != 1 or flat.stride(0) < self.in_features:  # of a transposed or expanded x
+            flat = flat.contiguous()
+        out = ops.packed_linear(flat, self.bitmap, values, self.row_start, bias)
         return out.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

@@ -15,19 +15,30 @@ from ace_ext.models.safetensors_files import Shards, all_names
 from ace_ext.models.skeleton import skeleton
 from ace_ext.packed.files import PackedShards, is_packed
 from ace_ext.packed.matrix import PackedMatrix
+from ace_ext.packed.packing import check_hashes
 from ace_ext.runtime.linear import PackedLinear
 
 
-def load_packed(folder: str | Path) -> nn.Module:
+def load_packed(folder: str | Path, verify: bool = False) -> nn.Module:
     """The model of a folder that ``ace-prune pack`` wrote, in evaluation mode, on the CPU.
 
     The weights of its Linears stay packed (:class:`PackedLinear`), those of a ``bitmap`` folder mapped from the file;
     formats ``nm`` and ``archive`` are turned into this form in memory. Everything else is as ``from_pretrained`` loads
     it, with ``dtype="auto"``. Experts that transformers fuses into one tensor are unpacked.
 
+    Args:
+        folder: that ``ace-prune pack`` or ``ace-prune run --format`` wrote.
+        verify: compare every weight with the SHA-256 of the dense files before loading. This reads and unpacks all
+            weights once. Without it sizes, counts and bitmaps are checked, but not the values: a changed value of a
+            ``bitmap`` or ``nm`` folder goes unnoticed (``archive`` has checksums of its own). ``ace-prune verify``
+            makes the same comparison.
+
     Raises:
-        InputError: the folder is not packed, damaged, or transformers cannot build its model.
+        InputError: the folder is not packed, damaged, or transformers cannot build its model; with ``verify`` also if
+            it does not give back the files that were packed.
     """
+    if verify:
+        check_hashes(PackedShards(folder, mapped=False))
     model = build_packed(folder)
     take_generation_config_(model, str(Path(folder).expanduser()))
     return model
@@ -48,12 +59,17 @@ def build_packed(folder: str | Path, empty: Callable[[], nn.Module] | None = Non
     model = skeleton(shards.folder, shards) if empty is None else empty()
     if empty is not None:
         _check_held(model, shards.adopt(model))
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and f"{name}.weight" in shards.entries:
-            weight = _fitting(f"{name}.weight", shards.load(f"{name}.weight"), module)
-            if isinstance(weight, PackedMatrix):
-                bias = None if module.bias is None else _read(f"{name}.bias", module.bias, shards)
-                _replace(model, name, PackedLinear(weight.to(module.weight.dtype), bias))
+    names, matrices = all_names(model), _matrices(model, shards)
+    made: dict[tuple[int, int], PackedLinear] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, nn.Linear) and id(module.weight) in matrices:
+            key = id(module.weight), id(module.bias)
+            if key not in made:
+                bias: Tensor | None = module.bias
+                if bias is not None:
+                    bias = _read(shards.held(names[id(bias)]) or f"{name}.bias", bias, shards)
+                made[key] = PackedLinear(matrices[id(module.weight)], bias)
+            _replace(model, name, made[key])
     _load_rest(model, shards)
     forget_quantization_(model)
     return model.eval()
@@ -84,10 +100,17 @@ def _check_held(model: nn.Module, shards: Shards) -> None:
             )
 
 
-def _fitting(name: str, found: PackedMatrix | Tensor, module: nn.Linear) -> PackedMatrix | Tensor:
-    wanted = (module.out_features, module.in_features)
-    if tuple(found.shape) != wanted:
-        raise InputError(f"{name} must be {list(wanted)} by the configuration (got {list(found.shape)})")
+def _matrices(model: nn.Module, shards: PackedShards) -> dict[int, PackedMatrix]:
+    """The packed weights of the model's Linears, by the parameter's id: Linears can share one."""
+    found: dict[int, PackedMatrix] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        weight = f"{name}.weight"
+        if isinstance(module, nn.Linear) and weight in shards.entries and id(module.weight) not in found:
+            stored, wanted = shards.load(weight), (module.out_features, module.in_features)
+            if tuple(stored.shape) != wanted:
+                raise InputError(f"{weight} must be {list(wanted)} by the configuration (got {list(stored.shape)})")
+            if isinstance(stored, PackedMatrix):
+                found[id(module.weight)] = stored.to(module.weight.dtype)
     return found
 
 

@@ -23,6 +23,7 @@ from ace_ext.models._transformers import OWN_METHOD, no_init_weights, tie_weight
 
 _UNEXPECTED = "_keys_to_ignore_on_load_unexpected"
 _TIED = "all_tied_weights_keys"
+_MARK = "_is_quantized"
 _WEIGHTS = "transformers_weights"
 """Of a configuration: the name of the weight file, which transformers reads after it has made the quantizer."""
 
@@ -87,6 +88,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             delattr(model, name)
         model.config.__dict__.pop(_WEIGHTS, None)
         found: Any = build_packed(self._folder, lambda: _empty(model))
+        for module in found.modules():  # some families compute otherwise if their configuration has this mark
+            getattr(module, "config", model.config).__dict__.pop(_MARK, None)
         for name, part in found.to(self._device).named_children():
             setattr(model, name, part)
         model.config = found.config

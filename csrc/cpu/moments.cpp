@@ -25,6 +25,7 @@ constexpr int64_t kStripColumns = 512;
 // The width of strips of about equal size, as many as keep all threads busy. Columns do not meet: any width gives the
 // same bits.
 int64_t strip_columns(int64_t cols) {
+  if (cols == 0) return 1;
   constexpr int64_t kLine = 64;
   const int64_t threads = at::get_num_threads();
   const int64_t strips = ((cols + kStripColumns - 1) / kStripColumns + threads - 1) / threads * threads;
@@ -150,7 +151,7 @@ void update_state(const at::Tensor& weight_sum, const at::Tensor& mean, const at
   const int64_t tokens = x.size(0), cols = x.size(1);
   Real* state_weight = mutable_data<Real>(weight_sum);
   const double weight_before = static_cast<double>(*state_weight);
-  const int64_t width = std::max<int64_t>(strip_columns(cols), 1);
+  const int64_t width = strip_columns(cols);
   at::parallel_for(0, (cols + width - 1) / width, 1, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
       const int64_t j = s * width;

@@ -10,6 +10,7 @@
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <type_traits>
@@ -188,6 +189,7 @@ void wide_panels(const PackedMatrix<T>& matrix, const at::Tensor& x, const Optio
 at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& bitmap, const at::Tensor& values,
                          const OptionalTensor& row_start, const OptionalTensor& bias) {
   check_packed_linear(x, bitmap, values, row_start, bias);
+  const c10::impl::ExcludeDispatchKeyGuard as_given(c10::autocast_dispatch_keyset);  // at::linear keeps the dtypes
   at::Tensor out = at::empty({x.size(0), bitmap.size(0)}, x.options());
   if (out.numel() == 0) return out;
   with_scalar(x.scalar_type(), [&](auto type) {

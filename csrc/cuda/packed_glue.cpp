@@ -2,6 +2,7 @@
 // into a scratch matrix, and torch multiplies.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include "cuda/glue.h"
@@ -37,6 +38,7 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& bitmap, const at
                          const OptionalTensor& row_start, const OptionalTensor& bias) {
   check_packed_linear(x, bitmap, values, row_start, bias);
   const c10::cuda::CUDAGuard guard(x.device());
+  const c10::impl::ExcludeDispatchKeyGuard as_given(c10::autocast_dispatch_keyset);  // at::linear keeps the dtypes
   if (x.size(0) > kPackedTokens) return at::linear(x, unpack_bitmap(bitmap, values, row_start, x.size(1)), bias);
   at::Tensor out = at::empty({x.size(0), bitmap.size(0)}, x.options());
   const Activations tokens{x.const_data_ptr(), x.size(0), x.size(1), x.stride(0), dtype_of(x)};

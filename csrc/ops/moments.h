@@ -4,9 +4,10 @@
 //       x [T, d] float32/float16/bfloat16, contiguous columns; token_weight [T] float32, finite and >= 0, or None
 //       for 1. State: weight_sum [], mean [d], m2 [d], contiguous, all float32 or all float64. Accumulates: merges
 //       these T tokens into the state (Chan's rule), so calls may be split anywhere up to rounding. T == 0 changes
-//       nothing. On the CPU at most 64 tokens are summed in float32 before they are merged in float64; on CUDA partial
-//       states of up to 2048 tokens are float32, merged by Chan's rule. A token of weight 0 is not read. NaN or
-//       infinity in x makes the state so: the op that is given a column factor made of it refuses that.
+//       nothing; with d == 0 only weight_sum changes. On the CPU at most 64 tokens are summed in float32 before they
+//       are merged in float64; on CUDA partial states of up to 2048 tokens are float32, merged by Chan's rule. A token
+//       of weight 0 is not read. NaN or infinity in x makes the state so: the op that is given a column factor made of
+//       it refuses that.
 //   inverse_square_norm(a) -> r
 //       a [T, d] as x above -> r [T] float32, r_t = 1 / sum_i a_ti^2 (sum in float32 or wider); a row of zeros gives 0.
 //       Below ||a_t||^2 = 3e-39 r is infinite, which update_moments_ refuses as token_weight.

@@ -361,3 +361,72 @@ def test_a_recursion_of_the_wrong_kind():
     refused(call(5, 4), op, "keep_n", "from 0 to 4")
     refused(call(1), op, "group_m", "from 1 to 32", "got 0")
     assert (good["weight"] == 1).all()
+
+
+# Expanded tensors, whose rows share memory
+
+
+def test_rows_of_an_expanded_tensor_are_not_written_and_read_at_once():
+    memory = torch.arange(16) + 1.0
+    rows = memory.expand(3, 16)  # of one memory
+    first, second = rows[:1, :12], rows[1:2, 4:]
+    mask = torch.ones(1, 12, dtype=torch.bool)
+    vector = torch.ones(1).expand(3)
+
+    def shared(call, op, written, other):
+        refused(call, op, written, f"not share memory with {other}", "clone")
+
+    shared(lambda: ops.obs_block_(first, second, mask, torch.eye(12)), "obs_block_", "weight", "error")
+    shared(lambda: ops.obs_block_(first, rows[1:2, :12], mask, torch.eye(12)), "obs_block_", "weight", "error")
+    shared(lambda: ops.prune_nm_(first, "score", 2, 4, moment=second), "prune_nm_", "weight", "moment")
+    shared(lambda: ops.prune_topk_(first, "score", 2, moment=second), "prune_topk_", "weight", "moment")
+    shared(lambda: prune_at_(first, "score", 0, 0, moment=second), "prune_at_", "weight", "moment")
+    shared(lambda: ops.prune_topk_(first, "scaled", 2, column=second[0]), "prune_topk_", "weight", "column")
+    token = torch.ones(1, 1)
+    shared(lambda: ops.update_cosine_moment_(first, second, token), "update_cosine_moment_", "moment", "x")
+    state = torch.zeros(()), first[0], torch.zeros(12)
+    shared(lambda: ops.update_moments_(*state, second), "update_moments_", "mean", "x")
+    state = vector[0], vector[1:2], torch.zeros(1)
+    shared(lambda: ops.update_moments_(*state, torch.ones(4, 1)), "update_moments_", "weight_sum", "mean")
+    shared(lambda: ops.restore_mean_(first, mask, second[0], torch.ones(12)), "restore_mean_", "weight", "mean")
+    assert torch.equal(memory, torch.arange(16) + 1.0)
+
+
+def test_one_row_of_an_expanded_tensor_can_be_written():
+    memory = torch.arange(12) + 1.0
+    ops.prune_topk_(memory.expand(3, 12)[:1], "magnitude", 3)
+    assert torch.equal(memory, torch.tensor([0.0] * 9 + [10.0, 11.0, 12.0]))
+
+
+@pytest.mark.parametrize("op", SCORED)
+def test_expanded_weights_are_refused_in_words(op):
+    shared = torch.ones(12).expand(3, 12)
+    refused(
+        lambda: SCORED[op](shared, "magnitude"), op, "weight", "got strides [0, 1]", "expanded: its rows share memory"
+    )
+    refused(
+        lambda: SCORED[op](torch.ones(3, 12), "scaled", column=torch.ones(1).expand(12)),
+        op,
+        "column",
+        "expanded: its elements share memory",
+        "call .contiguous() or .clone()",
+    )
+
+
+def test_other_expanded_tensors_are_refused_in_words():
+    shared = torch.ones(12).expand(3, 12)
+    words = "expanded: its rows share memory; call .contiguous() or .clone()"
+    mask, good, vector = torch.ones(3, 12, dtype=torch.bool), torch.ones(3, 12), torch.ones(12)
+    masks = mask[:1].expand(3, 12)
+    calls = {
+        "obs_block_ weight": lambda: ops.obs_block_(shared, good, mask, torch.eye(12)),
+        "obs_block_ error": lambda: ops.obs_block_(good, shared, mask, torch.eye(12)),
+        "obs_block_ mask": lambda: ops.obs_block_(good, good.clone(), masks, torch.eye(12)),
+        "refine_swaps_ mask": lambda: ops.refine_swaps_(masks, good, torch.eye(12)),
+        "balance_mean_ mask": lambda: ops.balance_mean_(masks, good, vector, vector),
+        "restore_mean_ weight": lambda: ops.restore_mean_(shared, mask, vector, vector),
+        "update_cosine_moment_ moment": lambda: ops.update_cosine_moment_(shared, torch.ones(2, 12), torch.ones(2, 3)),
+        "update_moments_ x": lambda: ops.update_moments_(torch.zeros(()), vector, vector.clone(), shared),
+    }
+    for name, call in calls.items():
+        refused(call, *name.split(), words)

@@ -40,7 +40,7 @@ def boolean(draw, rows, cols) -> Tensor:
 
 
 def scored(draw, cols=None) -> dict:
-    weight = matrix(draw, draw.randrange(6), cols or draw.choice([1, 4, 12, 24, 67]))
+    weight = matrix(draw, draw.randrange(6), cols or draw.choice([0, 1, 4, 12, 24, 67]))
     formula = draw.choice([*FORMULAS, "score"])
     if formula == "score":
         return {"weight": weight, "formula": formula, "moment": torch.randn(weight.shape, generator=draw.tensors)}
@@ -70,7 +70,7 @@ def cut(draw) -> dict:
 
 
 def tokens(draw) -> dict:
-    x = matrix(draw, draw.randrange(150), draw.randint(1, 70))
+    x = matrix(draw, draw.randrange(150), draw.randint(0, 70))
     state = draw.choice([torch.float32, torch.float64])
     weights = draw.choice([None, torch.rand(len(x), generator=draw.tensors)])
     zeros = {"mean": torch.zeros(x.shape[1], dtype=state), "m2": torch.zeros(x.shape[1], dtype=state)}
@@ -79,7 +79,7 @@ def tokens(draw) -> dict:
 
 def products(draw) -> dict:
     dtype, count = draw.choice([torch.float32, torch.bfloat16]), draw.randrange(20)
-    x, a = matrix(draw, count, draw.randint(1, 20), dtype), matrix(draw, count, draw.randint(1, 20), dtype)
+    x, a = matrix(draw, count, draw.randint(0, 20), dtype), matrix(draw, count, draw.randint(0, 20), dtype)
     return {"moment": torch.zeros(a.shape[1], x.shape[1]), "x": x, "a": a}
 
 
@@ -89,7 +89,7 @@ def gram(draw, cols) -> Tensor:
 
 
 def swaps(draw) -> dict:
-    weight = matrix(draw, draw.randrange(4), draw.choice([1, 4, 8]))
+    weight = matrix(draw, draw.randrange(4), draw.choice([0, 1, 4, 8]))
     return {
         "mask": boolean(draw, *weight.shape),
         "weight": weight,
@@ -99,7 +99,7 @@ def swaps(draw) -> dict:
 
 
 def balance(draw) -> dict:
-    weight = matrix(draw, draw.randrange(4), draw.choice([4, 8, 40]))
+    weight = matrix(draw, draw.randrange(4), draw.choice([0, 4, 8, 40]))
     cols = weight.shape[1]
     vectors = {"variance": torch.rand(cols, generator=draw.tensors), "mean": torch.randn(cols, generator=draw.tensors)}
     return {
@@ -112,13 +112,13 @@ def balance(draw) -> dict:
 
 
 def restore(draw) -> dict:
-    weight = matrix(draw, draw.randrange(5), draw.randint(1, 70), torch.float32)
+    weight = matrix(draw, draw.randrange(5), draw.randint(0, 70), torch.float32)
     mean = torch.randn(weight.shape[1], generator=draw.tensors)
     return {"weight": weight, "mask": boolean(draw, *weight.shape), "mean": mean, "direction": mean * 0.5}
 
 
 def obs(draw) -> dict:
-    weight = matrix(draw, draw.randrange(5), draw.choice([1, 4, 12]), torch.float32)
+    weight = matrix(draw, draw.randrange(5), draw.choice([0, 1, 4, 12]), torch.float32)
     inverse = torch.linalg.inv(gram(draw, weight.shape[1]) + torch.eye(weight.shape[1]))
     factor = torch.linalg.cholesky(inverse, upper=True).contiguous()
     return {
@@ -130,7 +130,7 @@ def obs(draw) -> dict:
 
 
 def packed(draw) -> dict:
-    weight = matrix(draw, draw.randint(1, 5), draw.choice([1, 8, 70]))
+    weight = matrix(draw, draw.randint(1, 5), draw.choice([0, 1, 8, 70]))
     mask = boolean(draw, *weight.shape)
     bitmap = torch.zeros(len(weight), 8 * -(-weight.shape[1] // 64), dtype=torch.uint8)
     for i, j in mask.nonzero().tolist():
@@ -242,7 +242,7 @@ OPS = {
     ),
     "prune_at_": (cut, check_cut),
     "update_moments_": (tokens, check_moments),
-    "inverse_square_norm": (lambda draw: {"a": matrix(draw, draw.randrange(20), draw.randint(1, 70))}, check_norm),
+    "inverse_square_norm": (lambda draw: {"a": matrix(draw, draw.randrange(20), draw.randint(0, 70))}, check_norm),
     "update_cosine_moment_": (products, check_cosine),
     "refine_swaps_": (swaps, check_swaps),
     "balance_mean_": (balance, check_balance),

@@ -108,6 +108,14 @@ def test_no_weight_changes_nothing(tokens, state, device):
         assert_same_bits(got, expected)
 
 
+def test_moments_of_no_columns_count_the_weight(state, device):
+    actual = new_state(0, state, device)
+    ops.update_moments_(*actual, torch.ones(5, 0, device=device))
+    ops.update_moments_(*actual, torch.ones(2, 0, device=device), torch.tensor([0.5, 0.0], device=device))
+    assert actual[0].item() == 5.5
+    assert actual[1].shape == actual[2].shape == (0,)
+
+
 def test_moments_survive_a_mean_far_above_the_spread(state, device, random):
     """Where E[x^2] - E[x]^2 in float32 has no correct digit left."""
     x = torch.randn(1134, 16, generator=random) + 4096

@@ -9,11 +9,11 @@ import pytest
 import torch
 from folders import prune, save_dense
 from helpers import assert_same_bits
-from tiny_models import make_tokens
+from tiny_models import RECURRENT, make_tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, pipeline
 
-from ace_ext import InputError, load_packed
+from ace_ext import InputError, load_packed, ops
 from ace_ext.cli.bench import table
 from ace_ext.cli.main import main
 from ace_ext.packed.files import SUFFIX
@@ -24,12 +24,23 @@ from ace_ext.reporting.plots import DPI, WIDTH
 from ace_ext.runtime import PackedLinear, open_model
 from ace_ext.runtime.bench import BenchResult, Pair
 
-FAMILIES = ["llama", "llama-tied", "qwen2", "opt", "gemma3", "mixtral", "granite-moe"]
+FAMILIES = ["llama", "llama-tied", "qwen2", "opt", "gemma3", "mixtral", "granite-moe", *RECURRENT]
+CONFIGS = {
+    "mamba": {"max_dense": 0.1},
+    "falcon-mamba": {"max_dense": 0.1},
+    "zamba": {"max_dense": 0.3, "skip": "layers.3.shared_transf"},  # whose matrices are those of layers.1
+}
 
 
 def make_folders(folder, family="llama", dtype=torch.float32, codec="bitmap", **config):
     dense = save_dense(folder / "dense", family, dtype)
-    prune(dense, folder / "pruned", method="magnitude", calibration={"source": "tokens"}, **config)
+    prune(
+        dense,
+        folder / "pruned",
+        calibration={"source": "tokens"},
+        method="magnitude",
+        **{**CONFIGS.get(family, {}), **config},
+    )
     keep_n, _, group_m = config.get("pattern", "").partition(":")
     pack(folder / "pruned", folder / "packed", codec, (int(keep_n), int(group_m)) if group_m else None)
     return folder / "pruned", folder / "packed"
@@ -38,6 +49,14 @@ def make_folders(folder, family="llama", dtype=torch.float32, codec="bitmap", **
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return make_folders(tmp_path_factory.mktemp("llama"))
+
+
+def test_linears_that_share_a_weight_share_the_packed_one(tmp_path):
+    _, packed = make_folders(tmp_path, "zamba")
+    layers = load_packed(packed).model.layers
+    first, second = (layers[i].shared_transf.self_attn.q_proj for i in (1, 3))
+    assert isinstance(first, PackedLinear)
+    assert first is second
 
 
 def dense_model(folder):
@@ -55,17 +74,86 @@ def test_models_of_every_kind(family, tmp_path):
     tokens = make_tokens(2, 16)
     with torch.no_grad():
         torch.testing.assert_close(model(tokens).logits, dense(tokens).logits, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(model(tokens[:1, :3]).logits, dense(tokens[:1, :3]).logits, rtol=1e-4, atol=1e-5)
-    assert len(packed_linears(model)) >= 12
+        for some in (tokens[:1], tokens[:1, :3]):  # of one sequence, transposed inputs are views
+            torch.testing.assert_close(model(some).logits, dense(some).logits, rtol=1e-4, atol=1e-5)
+    assert len(packed_linears(model)) >= 9
     expected, found = dense.state_dict(), model.state_dict()
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert_same_bits(found[name], tensor)
     model.save_pretrained(tmp_path / "saved")
-    assert (tmp_path / "saved/model.safetensors").read_bytes() == (pruned / "model.safetensors").read_bytes()
+    if family == "zamba":  # matrices that blocks share are saved with each of them
+        for name, tensor in dense_model(tmp_path / "saved").state_dict().items():
+            assert_same_bits(tensor, expected[name])
+    else:
+        assert (tmp_path / "saved/model.safetensors").read_bytes() == (pruned / "model.safetensors").read_bytes()
     assert type(model.get_output_embeddings()) is nn.Linear
     tied = dense.get_output_embeddings().weight is dense.get_input_embeddings().weight
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+
+
+@pytest.mark.parametrize("tokens", [3, 30])
+def test_inputs_of_any_strides(tokens, dtype, random):
+    """What nn.Linear takes: transposed, every second column, expanded, a slice, a vector, no token."""
+    weight = torch.randn(6, 70, generator=random) * (torch.rand(6, 70, generator=random) < 0.5)
+    linear = PackedLinear(PackedMatrix.of(weight.to(dtype)), torch.randn(6, generator=random).to(dtype))
+    x = torch.randn(2, tokens, 70, generator=random).to(dtype)
+    views = {
+        "transposed": x.transpose(1, 2).contiguous().transpose(1, 2),
+        "every second": x.repeat_interleave(2, -1)[..., ::2],
+        "expanded": x[:1, :1].expand_as(x),
+        "expanded batch": x[:1].expand_as(x),
+        "expanded columns": x[..., :1].expand_as(x),
+        "slice": torch.cat([x, x], -1)[..., 70:],
+        "one token": x[:, -1],
+        "vector": x[0, 0],
+        "nothing": x[:0],
+    }
+    for view in views.values():
+        torch.testing.assert_close(linear(view), linear(view.clone(memory_format=torch.contiguous_format)))
+
+
+@pytest.mark.parametrize("tokens", [2, 40])
+@pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_autocast_as_of_a_linear(tokens, wide, narrow, random):
+    weight = (torch.randn(24, 70, generator=random) * (torch.rand(24, 70, generator=random) < 0.5)).to(wide)
+    bias = torch.randn(24, generator=random).to(wide)
+    packed, dense = PackedLinear(PackedMatrix.of(weight), bias), nn.Linear(70, 24, dtype=wide)
+    dense.load_state_dict({"weight": weight, "bias": bias})
+    bound = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[narrow]
+    for dtype in (torch.float32, wide, narrow):  # of the input: autocast casts it, too
+        x = torch.randn(tokens, 70, generator=random).to(dtype).requires_grad_()
+        with torch.autocast("cpu", narrow):
+            found, expected = packed(x), dense(x)
+        assert found.dtype == expected.dtype == narrow
+        torch.testing.assert_close(found.float(), expected.float(), rtol=2 * bound, atol=16 * bound)
+        found.float().square().sum().backward()
+        assert x.grad.dtype == dtype
+        assert x.grad.abs().sum() > 0
+    with torch.autocast("cpu", narrow, enabled=False):
+        assert packed(torch.ones(tokens, 70, dtype=wide)).dtype == wide
+
+
+def test_a_packed_model_under_autocast(llama):
+    pruned, packed = llama
+    dense, model, tokens = dense_model(pruned), load_packed(packed), make_tokens(2, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected, found = dense(tokens).logits, model(tokens).logits
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(tokens, use_cache=False).logits
+    assert found.dtype == expected.dtype
+    size = expected.float().abs().max().item()
+    torch.testing.assert_close(found.float(), expected.float(), rtol=0, atol=2.0**-5 * size)
+    torch.testing.assert_close(compiled.float(), found.float(), rtol=0, atol=2.0**-5 * size)
+
+
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_the_op_keeps_its_dtype_under_autocast(tokens, random):
+    matrix = PackedMatrix.of(torch.randn(24, 70, generator=random))
+    x = torch.randn(tokens, 70, generator=random)
+    expected = ops.packed_linear(x, matrix.bitmap, matrix.values)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_bits(ops.packed_linear(x, matrix.bitmap, matrix.values), expected)
 
 
 @pytest.mark.parametrize("codec", ["bitmap", "nm", "archive"])
@@ -191,17 +279,42 @@ def test_eval_and_verify_take_packed_folders(llama, capsys):
     assert found["exact_rows"] == found["rows"] > 0
 
 
-def test_changed_values_are_found_by_verify(tmp_path, capsys):
-    _, packed = make_folders(tmp_path)
+def flip_a_bit(packed, place):
+    """Changes one bit of a stored matrix: of its values, or of what ``place`` names."""
     (path,) = packed.glob(f"*{SUFFIX}")
     data = bytearray(path.read_bytes())
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    name = next(name for name in header if name.endswith(".values"))
-    data[8 + length + header[name]["data_offsets"][0]] ^= 1
+    name = next(name for name in header if name.endswith(f"q_proj.weight.{place}"))
+    begin, end = header[name]["data_offsets"]
+    data[8 + length + (begin + end) // 2] ^= 1
     path.write_bytes(data)
+
+
+def test_changed_values_are_found_by_verify(tmp_path, capsys):
+    _, packed = make_folders(tmp_path)
+    flip_a_bit(packed, "values")
     assert main(["verify", str(packed)]) == 2
     assert "does not give back the file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("codec", "place"), [("bitmap", "values"), ("nm", "values"), ("nm", "indices")])
+def test_loading_checks_values_on_request(codec, place, tmp_path):
+    pruned, packed = make_folders(tmp_path, codec=codec, pattern="2:4")
+    intact = load_packed(packed, verify=True)
+    for name, tensor in dense_model(pruned).state_dict().items():
+        assert_same_bits(intact.state_dict()[name], tensor)
+    del intact
+    flip_a_bit(packed, place)
+    with pytest.raises(InputError, match="does not give back the file that was packed"):
+        load_packed(packed, verify=True)
+
+
+def test_loading_an_archive_checks_values_always(tmp_path):
+    _, packed = make_folders(tmp_path, codec="archive")
+    flip_a_bit(packed, "plane1")
+    with pytest.raises(InputError, match="is damaged"):
+        load_packed(packed)
 
 
 def test_what_cannot_be_loaded_is_refused(llama, tmp_path, capsys):

@@ -27,7 +27,7 @@ from_5_on = pytest.mark.skipif(not NEW, reason="transformers 4 looks for weight 
 def test_from_pretrained_gives_the_model_of_load_packed(family, tmp_path):
     pruned, packed = make_folders(tmp_path, family)
     expected, found = ace_ext.load_packed(packed), AutoModelForCausalLM.from_pretrained(packed)
-    assert len(packed_linears(found)) == len(packed_linears(expected)) >= 12
+    assert len(packed_linears(found)) == len(packed_linears(expected)) >= 9
     assert type(found) is type(expected)
     assert not found.training
     assert found.generation_config.to_dict() == expected.generation_config.to_dict()
@@ -37,7 +37,7 @@ def test_from_pretrained_gives_the_model_of_load_packed(family, tmp_path):
     options = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
     assert torch.equal(found.generate(tokens, **options), expected.generate(tokens, **options))
     found.save_pretrained(tmp_path / "saved")
-    for name in ("model.safetensors", "config.json"):
+    for name in ["config.json"] + ["model.safetensors"] * (family != "zamba"):  # which shares matrices
         assert (tmp_path / "saved" / name).read_bytes() == (pruned / name).read_bytes()
     found.to("meta")  # a quantized model would refuse
 
