@@ -5,9 +5,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-ROUTER, NO_MATRIX, SKIPPED, NOT_CALLED, OUTSIDE = "router", "no matrix", "skip", "not called", "outside the blocks"
+ROUTER, NO_MATRIX, SKIPPED, NOT_CALLED, OUTSIDE = (
+    "router",
+    "no matrix",
+    "not selected",
+    "not called",
+    "outside the blocks",
+)
 """Why a weight stays dense: it chooses among experts; it is read by no matrix product that is known, like a convolution
-or a decay; the user asked for it; no calibration token reaches it; it is in no block."""
+or a decay; the user did not select it; no calibration token reaches it; it is in no block."""
 
 
 @dataclass(frozen=True)
