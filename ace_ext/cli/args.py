@@ -24,7 +24,6 @@ from ace_ext.pruning.groups import GROUPS
 from ace_ext.pruning.method import DEFAULT, PRESETS, PUBLISHED
 from ace_ext.pruning.settings import Setting, suggestion
 from ace_ext.pruning.stages import KINDS, Score, stages_of
-from ace_ext.reporting.html import check_report
 from ace_ext.runs.options import EVALUATE_AUTO, EVALUATE_NEVER, OFFLOAD, Calibration, RunOptions, RunRequest
 from ace_ext.runs.output import check_outside, output_path
 from ace_ext.runs.own_files import check_replaceable, is_log
@@ -82,13 +81,18 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}{self._suggestion(message)}; see {self.prog} --help\n")
 
     def _suggestion(self, message: str) -> str:
-        """What an option or value that is not known was probably meant to be."""
+        """What an option, verb or value that is not known was probably meant to be."""
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
         if unknown:
-            return suggestion(unknown[1], self._option_string_actions, cutoff=0.75)
-        choice = re.search(r"argument (\S+): invalid choice: '(.*?)'", message)
-        action = self._option_string_actions.get(choice[1].split("/")[0]) if choice else None
-        return suggestion(choice[2], action.choices) if choice and action and action.choices else ""
+            return suggestion(unknown[1], self._options(), cutoff=0.75)
+        choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        return suggestion(choice[1], re.findall(r"[\w:.-]+", choice[2])) if choice else ""
+
+    def _options(self) -> list[str]:
+        """All options, also those of verbs."""
+        verbs = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        parsers = [self, *(parser for choices in verbs for parser in choices.values())]
+        return [name for parser in parsers for name in parser._option_string_actions]
 
 
 class _HelpAll(argparse.Action):
@@ -252,6 +256,8 @@ def check_written(args: argparse.Namespace) -> None:
     """
     output = output_path(args.output)
     if args.report is not None:
+        from ace_ext.reporting.html import check_report  # imported here: most runs write no page
+
         check_report(args.report)
         check_outside(output, "report", args.report)
     if args.log_json not in (None, "-"):

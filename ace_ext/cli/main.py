@@ -13,33 +13,40 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from types import ModuleType
 
 import shtab
 import torch
 
-from ace_ext.cli import bench, compare, eval, heal, pack, plan, run, unpack, verify
 from ace_ext.cli.args import OneLineParser, examples
 from ace_ext.cli.endings import ending
 from ace_ext.models.location import remote_code
 from ace_ext.process_threads import allowed_cpus
 from ace_ext.version import __version__
 
-VERBS = (run, heal, plan, compare, eval, verify, pack, unpack, bench)
+VERBS = ("run", "heal", "plan", "compare", "eval", "verify", "pack", "unpack", "bench")
 """One module per verb, in the order of the help text."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
+def module_of(verb: str) -> ModuleType:
+    """The module that implements a verb."""
+    return import_module(f"ace_ext.cli.{verb}")
+
+
+def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser of the command line: of all verbs, or of the one that ``argv`` begins with, so that the others are not
+    imported."""
     parser = OneLineParser(prog="ace-prune", description="One-shot pruning of Hugging Face causal language models.")
     parser.add_argument("--version", action="version", version=f"ace-prune {__version__}")
     shtab.add_argument_to(parser, "--print-completion", help="print a completion script for this shell")
-    names = " | ".join(verb.__name__.rpartition(".")[2] for verb in VERBS)
-    commands = parser.add_subparsers(dest="command", required=True, metavar=names)
-    for verb in VERBS:
-        verb.add(commands)
-    for verb, command in zip(VERBS, commands.choices.values(), strict=True):
-        command.epilog = "\n\n".join(filter(None, (examples(*verb.EXAMPLES), command.epilog)))
+    commands = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(VERBS))
+    modules = [module_of(verb) for verb in (argv[:1] if argv and argv[0] in VERBS else VERBS)]
+    for module in modules:
+        module.add(commands)
+    for module, command in zip(modules, commands.choices.values(), strict=True):
+        command.epilog = "\n\n".join(filter(None, (examples(*module.EXAMPLES), command.epilog)))
         command.formatter_class = argparse.RawDescriptionHelpFormatter
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -47,10 +54,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns its exit status. No exception leaves it but argparse's ``SystemExit``."""
-    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
     try:
         _replace_unprintable()
-        args = build_parser().parse_args(argv)
+        args = build_parser(argv).parse_args(argv)
         _quiet_libraries()
         _limit_threads()
         with remote_code(getattr(args, "trust_remote_code", False)), _warnings_in_a_line(getattr(args, "quiet", False)):

@@ -9,7 +9,6 @@ from ace_ext.cli.log_file import open_log
 from ace_ext.engine.distributed import launched, number_of
 from ace_ext.engine.progress import Progress
 from ace_ext.formats import DEFAULT_FORMAT, FORMATS
-from ace_ext.reporting.run_page import write_run_report
 from ace_ext.runs.pipeline import prune_folder
 
 EXAMPLES = (
@@ -97,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
         )
     if not launched() or number_of("RANK", 0) == 0:
         if args.report is not None:
+            from ace_ext.reporting.run_page import write_run_report  # imported here: most runs write no page
+
             write_run_report(report, args.report, path)
         print(report.to_json() if args.json else f"{report.table()}\nwritten to {path}")
     return 0

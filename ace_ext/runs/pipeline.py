@@ -34,7 +34,6 @@ from ace_ext.runs.output import (
     finished_report,
     output_path,
 )
-from ace_ext.runs.prune_and_heal import prune_and_heal
 from ace_ext.runs.statistics_file import SavedStatistics, StatisticsWriter
 from ace_ext.runs.unfinished import discard, recover
 from ace_ext.runs.workspace import Workspace
@@ -83,6 +82,8 @@ def prune_folder(
         check_outside(path, "save-stats", options.save_stats)
         if config.method.distill is None:
             return _prune_on_ranks(request, path, progress), path
+        from ace_ext.runs.prune_and_heal import prune_and_heal  # imported here: most runs do not distil
+
         recover(path)
         check_output(path, options.overwrite, options.resume)
         calibration.check()
