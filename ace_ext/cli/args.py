@@ -84,7 +84,7 @@ class OneLineParser(argparse.ArgumentParser):
         """What an option, verb or value that is not known was probably meant to be."""
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
         if unknown:
-            return suggestion(unknown[1], self._options(), cutoff=0.75)
+            return suggestion(unknown[1], self._options(), cutoff=0.8)
         choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
         return suggestion(choice[1], re.findall(r"[\w:.-]+", choice[2])) if choice else ""
 
