@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ace_ext.errors import InputError
+from ace_ext.ops import ScoredWeight
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.gram import RelativeLoss
 from ace_ext.pruning.masks import as_rows, keep_budget, keep_of_group, metric_mask, prune_weight_, scored_weight
@@ -23,26 +24,30 @@ def prune_linear_(
     keep_row: int | None = None,
     shares: RowShares | None = None,
 ) -> Solution | None:
-    """Prunes one matrix in place, by the metric alone or by the config's solvers.
+    """Prunes one matrix in place, by its scores alone or by the stages that follow them.
 
     Args:
         weight: ``[rows, cols]`` float32, float16 or bfloat16; keeps its dtype.
         stats: of the kinds ``config.needs.prune``.
-        config: metric, comparison group and solvers.
+        config: the method and the comparison group.
         keep_row: how many weights of a row to keep; replaces ``config.sparsity``. For the group ``"matrix"`` the
             matrix keeps this times the number of rows.
         shares: the processes that share the work; None: this one does all.
 
     Returns:
-        What the solver did, or None if the metric alone decided.
+        What the stages did, or None if the scores alone decided.
 
     Raises:
         ValueError: a value is not finite, the Gram matrix cannot be factorised (see :mod:`ace_ext.pruning.gram`) or
             the update overflowed. The weight is then unchanged.
     """
     with as_rows(weight) as rows:
+        scored = scored_weight(rows, stats, config)
+        if not config.method.matrix_stages:
+            prune_weight_(scored, config, keep_row)
+            return None
         try:
-            return _prune_rows_(rows, stats, config, keep_row, shares)
+            return _run_stages_(scored, stats, config, keep_row, shares)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise InputError(
                 f"the Gram matrix of the inputs cannot be factorised ({error}); raise damping, or look for NaN or "
@@ -50,19 +55,15 @@ def prune_linear_(
             ) from error
 
 
-def _prune_rows_(
-    weight: Tensor,
+def _run_stages_(
+    scored: ScoredWeight,
     stats: LinearStatistics,
     config: PruneConfig,
     keep_row: int | None,
     shares: RowShares | None,
 ) -> Solution | None:
-    """:func:`prune_linear_` of a weight with contiguous rows."""
-    scored = scored_weight(weight, stats, config)
-    method = config.method
-    if not method.name:
-        prune_weight_(scored, config, keep_row)
-        return None
+    """Refines the mask of the scores and updates the weight, and compares the error with that of the scores alone."""
+    weight, method = scored.weight, config.method
     if keep_budget(weight, config, keep_row) == weight.numel():  # nothing is pruned: nothing to compensate for
         return Solution(method.name, 0.0, 0, 0.0, 0.0)
     by_rows = config.comparison.name != "matrix" and all(stage.row_wise for stage in method.matrix_stages)
