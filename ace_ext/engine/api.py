@@ -176,17 +176,17 @@ def _tried(
         raise InputError("the blocks of this model share states, which no file holds; start over without --resume")
     if found.reason is None:
         return replace(context, uses=found.uses)
-    trained = config.method.train or config.method.distill
+    trains = [stage.label for stage in (config.method.train, config.method.distill) if stage is not None]
     hindered = {
-        "--offload disk": not isinstance(store, ResidentBlocks),
-        f"--update {trained.name if trained else ''}": trained is not None,
-        "--save-stats": context.sink is not None,
-        "--resume": context.journal is not None and context.journal.finished > 0,
-        "several processes": context.peers.size > 1,
+        "leave out --offload disk": not isinstance(store, ResidentBlocks),
+        f"leave out {' and '.join(trains)}": bool(trains),
+        "leave out --save-stats": context.sink is not None,
+        "start over without --resume": context.journal is not None and context.journal.finished > 0,
+        "run it in one process": context.peers.size > 1,
     }
-    for what, asked in hindered.items():
+    for mend, asked in hindered.items():
         if asked:
-            raise InputError(f"this model cannot be walked block by block: {found.reason}; prune it without {what}")
+            raise InputError(f"this model cannot be walked block by block: {found.reason}; {mend}")
 
     def collector(linears: dict[str, nn.Linear]) -> StatisticsCollector:
         return StatisticsCollector(linears, config.needs.read, len(batches), config.token_norm)

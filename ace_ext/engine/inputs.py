@@ -19,7 +19,8 @@ def model_inputs(
     model: nn.Module, batches: Batches, config: PruneConfig, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
     """Batches as arguments of the model's calls, on the device. One tensor is split into batches of at most
-    ``config.batch_tokens`` tokens (at least one sample); batches that are empty, or nothing but padding, are left out.
+    ``batch_tokens`` tokens (an option of ``collect``), but at least one sample; batches that are empty, or nothing but
+    padding, are left out.
 
     Raises:
         InputError: tokens or other inputs that no call of the model takes.

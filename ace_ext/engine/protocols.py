@@ -74,7 +74,7 @@ class Observer(Protocol):
 
     @property
     def healing(self) -> HealObserver:
-        """Is called as the distillation progresses, if ``update`` names it."""
+        """Is called as the distillation progresses, if the method has it."""
         ...
 
     def start(self, blocks: int, done: int, tokens: int) -> None:

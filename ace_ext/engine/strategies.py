@@ -69,7 +69,9 @@ def prune_in_one_forward(walk: Steps, block: Block, index: int) -> dict[str, Mat
     def prune(child: str, x: Tensor, output: Tensor | None) -> None:
         collector.observe(child, x, output)
         if child in done:  # not in the sample that repeated() tried
-            raise InputError(f"{block.full_name(child)} is called twice in its block; use order='block'")
+            raise InputError(
+                f"{block.full_name(child)} is called twice in its block; write collect(order=block) in the method"
+            )
         if collector.stats[child].tokens:
             done[child] = walk.prune_matrix(block, index, child, collector.stats.pop(child))
 
@@ -129,7 +131,7 @@ def prune_in_lockstep(walk: Steps, block: Block, index: int, stages: list[list[s
             if stage[0] in done:
                 raise InputError(
                     f"{block.full_name(stage[0])} is called twice in its block, or in another order by a later batch; "
-                    "use order='block'"
+                    "write collect(order=block) in the method"
                 )
             collector = walk.collector({child: block.linears[child] for child in stage})
             ready = []
@@ -202,7 +204,9 @@ def _stages(walk: Steps, block: Block, index: int) -> tuple[list[list[str]], boo
             last.clear()
             return
         if child not in together and any(child in stage for stage in stages):
-            raise InputError(f"{block.full_name(child)} is called twice in its block; use order='block'")
+            raise InputError(
+                f"{block.full_name(child)} is called twice in its block; write collect(order=block) in the method"
+            )
         if child in together:
             if together[child] not in stages:
                 stages.append(together[child])

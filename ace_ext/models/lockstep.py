@@ -48,7 +48,7 @@ class _Forward:
                 self._thread.start()
             except RuntimeError as error:
                 raise InputError(
-                    f"batch_tokens must leave so few batches that each can have a thread ({error}); raise it"
+                    f"batch_tokens of collect must leave so few batches that each can have a thread ({error}); raise it"
                 ) from error
         self._go.release()
         self._rest.acquire()

@@ -189,7 +189,7 @@ def check_serves(source: Source, request: RunRequest) -> None:
     if request.writes_own_text:
         check_predicts(source.model, "it cannot write calibration text: give another --calibration, such as a file")
     if request.config.method.distill is not None:
-        check_predicts(source.model, "update distill trains on its predictions: leave it out")
+        check_predicts(source.model, "distill trains on its predictions: leave it out")
 
 
 def budget_of(request: RunRequest) -> int:
@@ -284,6 +284,6 @@ class Demand:
             instead = "" if self.source.offloaded else ", or pass --offload disk"
             raise InputError(
                 f"max-memory must be at least {math.ceil(least.total / 1e6)}MB here "
-                f"(got {budget / 1e6:.0f}MB): {least.describe()}; lower --batch-tokens{instead}"
+                f"(got {budget / 1e6:.0f}MB): {least.describe()}; lower batch_tokens of collect{instead}"
             )
         return False

@@ -1,5 +1,5 @@
-"""``ace-prune run --update …+distill``: a run that prunes into a folder of its own, then one that distills that folder
-into the output."""
+"""A run whose method has the stage ``distill``: it prunes into a folder of its own, then distills that folder into the
+output."""
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -37,7 +37,7 @@ def prune_and_heal(request: RunRequest, path: Path, progress: Progress, prune: P
     """Prunes and distills. With ``options.resume`` an interrupted run continues, in either part.
 
     Args:
-        request: what to do; its ``update`` names ``distill``.
+        request: what to do; its method has ``distill``.
         path: the output folder.
         progress: of both parts.
         prune: carries out the first part, a request without distillation, into a folder.

@@ -47,7 +47,7 @@ def test_the_flag_is_read_on_every_device_of_the_weights(monkeypatch: pytest.Mon
         return "prune_nm_" if device.type == "meta" else ""
 
     monkeypatch.setattr(ops, "take_not_finite", take)
-    steps = Steps(None, [], None, PruneConfig(), PruneReport({}, "cpu", "float32"))  # type: ignore[arg-type]
+    steps = Steps(None, [], None, PruneConfig("wanda"), PruneReport({}, "cpu", "float32"))  # type: ignore[arg-type]
     steps.check_finite("layers.0", [torch.ones(1), torch.ones(1)])
     assert asked == [torch.device("cpu")]
     asked.clear()

@@ -76,10 +76,10 @@ def share_differing(one, other) -> float:
     "options",
     [
         ("--nsamples", 7),
-        ("--nsamples", 7, "--preset", "fast"),
-        ("--nsamples", 8, "--order", "block", "--metric", "cosp"),
-        ("--nsamples", 7, "--group", "model", "--batch-tokens", 32),
-        ("--nsamples", 7, "--offload", "disk", "--batch-tokens", 32, "--refine", "swaps"),
+        ("--nsamples", 7, "--method", "fast"),
+        ("--nsamples", 8, "--method", "collect(order=block) + cosp"),
+        ("--nsamples", 7, "--group", "model", "--method", "collect(batch_tokens=32) + wanda"),
+        ("--nsamples", 7, "--offload", "disk", "--method", "collect(batch_tokens=32) + wanda + swaps"),
     ],
     ids=str,
 )
@@ -146,7 +146,7 @@ def test_work_is_shared(tmp_path):
     dense = save_dense(tmp_path / "dense")
     found = {}
     for size in (1, 2, 4):
-        options = ("--nsamples", 16, "--batch-tokens", 16, "--preset", "balanced", "--gram", "plain")
+        options = ("--nsamples", 16, "--method", "collect(batch_tokens=16) + balanced")
         status, out, err = ranks(dense, tmp_path / f"{size}", *options, script=COUNTS_WORK, processes=size)
         assert status == 0, err
         found[size] = [tuple(map(int, line.split()[1:])) for line in out.splitlines() if line.startswith("work")]
@@ -212,9 +212,11 @@ def test_resumed_by_as_many_and_refused_by_others(tmp_path):
 
 def test_kept_statistics_are_those_of_all(tmp_path):
     dense = save_dense(tmp_path / "dense")
-    status, _, err = ranks(dense, tmp_path / "two", "--order", "block", "--save-stats", tmp_path / "stats.zip")
+    status, _, err = ranks(dense, tmp_path / "two", "--save-stats", tmp_path / "stats.zip")
     assert status == 0, err
-    _, again = prune(dense, tmp_path / "again", {"stats": tmp_path / "stats.zip"}, order="block")
+    _, again = prune(
+        dense, tmp_path / "again", {"stats": tmp_path / "stats.zip"}, method="collect(order=block) + wanda"
+    )
     assert weights_bytes(again) == weights_bytes(tmp_path / "two")
 
 
@@ -380,12 +382,12 @@ def together(size: int, work) -> list:
 
 
 SOLVERS = [
-    {"refine": "swaps"},
-    {"refine": "swaps", "pattern": "2:4"},
-    {"refine": "mean", "update": "mean"},
-    {"update": "obs"},
-    {"update": "admm", "iterations": 8},
-    {"update": "obs", "group": "matrix"},
+    {"method": "wanda + swaps"},
+    {"method": "wanda + swaps", "pattern": "2:4"},
+    {"method": "wanda + mean-swaps + mean-update"},
+    {"method": "obs", "group": "row"},
+    {"method": "admm(iterations=8)"},
+    {"method": "obs", "group": "matrix"},
 ]
 
 
@@ -396,7 +398,7 @@ def test_rows_are_shared_by_solvers(setting, size):
     the rounding of its matrix products, which depends on the number of rows. The group matrix is not shared."""
     random = torch.Generator().manual_seed(0)
     weight, x = torch.randn(62, 32, generator=random), torch.randn(96, 32, generator=random)
-    config = PruneConfig("wanda", **setting)
+    config = PruneConfig(**setting)
 
     @torch.no_grad()
     def one(peers) -> tuple[torch.Tensor, int, float]:
@@ -416,7 +418,7 @@ def test_rows_are_shared_by_solvers(setting, size):
         if setting.get("group") != "matrix":
             assert own <= work / size * 1.1
     torch.testing.assert_close(shared[0][0], whole, rtol=1e-4, atol=1e-4)
-    if setting.get("update") is None:  # no product of matrices decides
+    if config.method.solve is None:  # no product of matrices decides
         assert torch.equal(shared[0][0], whole)
 
 

@@ -123,7 +123,7 @@ def test_masks_are_those_of_the_tokens_of_text_and_image(name):
     model, batch = made(name)
     expected, _ = made(name)
     tokens = pruned_by_definition_(expected, batch)
-    report = prune_model(model, [batch], PruneConfig("wanda", order="block"))
+    report = prune_model(model, [batch], PruneConfig("collect(order=block) + wanda"))
     by_name = {matrix.name: matrix.tokens for matrix in report.matrices}
     for block, count in zip(find_blocks(model), tokens, strict=True):
         assert by_name[block.full_name(next(iter(block.linears)))] == count == batch["input_ids"].numel()
@@ -134,7 +134,7 @@ def test_masks_are_those_of_the_tokens_of_text_and_image(name):
     # Two scores that are nearly equal may change places, as the sums of squares are rounded in another order.
     assert max(different.values()) < 2e-3, different
     only_text, _ = made(name)
-    prune_model(only_text, batch["input_ids"], PruneConfig("wanda", order="block", max_dense=1.0))
+    prune_model(only_text, batch["input_ids"], PruneConfig("collect(order=block) + wanda", max_dense=1.0))
     same = [torch.equal(a, b) for a, b in zip(model.parameters(), only_text.parameters(), strict=True)]
     assert not all(same)  # the image made a difference
 
@@ -144,7 +144,7 @@ def test_the_vision_tower_is_left_alone(name):
     model, batch = made(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     blocks = tuple(f"{block.name}." for block in find_blocks(model))
-    report = prune_model(model, [batch], PruneConfig())
+    report = prune_model(model, [batch], PruneConfig("wanda"))
     assert report.sparsity == pytest.approx(0.5, abs=0.01)
     assert all(
         torch.equal(value, before[key]) for key, value in model.state_dict().items() if not key.startswith(blocks)
@@ -157,8 +157,8 @@ def test_an_image_that_reaches_the_blocks_in_two_ways_is_seen():
     store = ResidentBlocks(find_blocks(model))
     assert try_walk(model, store, {"input_ids": batch["input_ids"]}).reason is None
     assert try_walk(model, store, batch).reason == "its blocks read more than the output of the one before"
-    with pytest.raises(InputError, match="prune it without --update tune"):
-        prune_model(model, [batch], PruneConfig(update="tune"))
+    with pytest.raises(InputError, match=r"leave out train$"):
+        prune_model(model, [batch], PruneConfig("wanda + train"))
 
 
 def test_padding_beside_an_image_does_not_count():
@@ -192,12 +192,12 @@ def test_what_a_processor_returns_is_taken_as_it_is():
     pictures = [numpy.full((40, 50, 3), value, numpy.uint8) for value in (0, 200)]
     texts = ["<image> the quick brown fox", "<image> the dog"]
     inputs = process(images=pictures, text=texts, padding=True, return_tensors="pt")
-    report = prune_model(model, [inputs], PruneConfig())
+    report = prune_model(model, [inputs], PruneConfig("wanda"))
     assert {matrix.tokens for matrix in report.matrices} == {int(inputs["attention_mask"].sum())}
     assert report.sparsity == pytest.approx(0.5, abs=0.01)
     alone, _ = made("llava")
     alone.config.image_token_id = model.config.image_token_id
-    prune_model(alone, inputs, PruneConfig())
+    prune_model(alone, inputs, PruneConfig("wanda"))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), alone.parameters(), strict=True))
 
 
@@ -220,14 +220,14 @@ def test_inputs_that_no_call_takes(batch, message):
     model = make_model("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(InputError, match=message):
-        prune_model(model, [batch])
+        prune_model(model, [batch], method="wanda")
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_what_is_none_is_left_out():
     model, other = make_model("llama"), make_model("llama")
-    prune_model(model, [{"input_ids": make_tokens(), "pixel_values": None}])
-    prune_model(other, [make_tokens()])
+    prune_model(model, [{"input_ids": make_tokens(), "pixel_values": None}], method="wanda")
+    prune_model(other, [make_tokens()], method="wanda")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
@@ -245,7 +245,7 @@ def test_padding_of_tokens_that_the_model_adds_itself_is_refused():
     mask = torch.ones(2, 8, dtype=torch.long)
     mask[1, 5:] = 0
     inputs = {"input_ids": make_tokens(2, 8)}
-    report = prune_model(model, [inputs])
+    report = prune_model(model, [inputs], method="wanda")
     assert {matrix.tokens for matrix in report.matrices} == {20}
     with pytest.raises(InputError, match=r"\[2, 10\] \(got \[2, 8\]\); give batches without padding"):
-        prune_model(model, [{**inputs, "attention_mask": mask}])
+        prune_model(model, [{**inputs, "attention_mask": mask}], method="wanda")

@@ -61,7 +61,11 @@ def test_a_log_that_cannot_be_written(dense, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("config", [{"group": "model"}, {"order": "block"}, {"batch_tokens": 16}], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [{"group": "model"}, {"method": "collect(order=block) + wanda"}, {"method": "collect(batch_tokens=16) + wanda"}],
+    ids=str,
+)
 def test_lines_of_every_walk(config, dense, tmp_path):
     log = io.StringIO()
     prune(dense, tmp_path / "out", None, {"progress": Progress(log=log)}, **config)

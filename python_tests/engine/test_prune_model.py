@@ -12,6 +12,7 @@ from ace_ext.ops import reference
 from ace_ext.pruning.config import keep_count
 from ace_ext.pruning.criteria import METRICS
 from ace_ext.pruning.kinds import MOMENT
+from ace_ext.pruning.stages import Score
 
 
 def weights_of(model):
@@ -49,7 +50,7 @@ def test_masks_are_the_oracles(metric):
     model, tokens = make_model("qwen2"), make_tokens()
     masks = oracle_prune_first_block(model, tokens, metric, 0.5)
     dense = {name: weight.clone() for name, weight in weights_of(model).items()}
-    prune_model(model, tokens, PruneConfig(metric, order="block"))
+    prune_model(model, tokens, PruneConfig(f"collect(order=block) + {metric}"))
     for name, mask in masks.items():
         weight = weights_of(model)[name]
         differing = (weight != 0) != mask
@@ -66,7 +67,8 @@ def test_every_row_keeps_exactly_k(family, order, batch_tokens):
     untouched = {
         n: p.clone() for n, p in model.named_parameters() if n.removesuffix(".weight") not in weights_of(model)
     }
-    report = prune_model(model, make_tokens(), PruneConfig(sparsity=0.6, order=order, batch_tokens=batch_tokens))
+    method = f"collect(order={order}, batch_tokens={batch_tokens}) + wanda"
+    report = prune_model(model, make_tokens(), PruneConfig(method, sparsity=0.6))
     weights = weights_of(model)
     for name, weight in weights.items():
         assert (weight.count_nonzero(dim=1) == keep_count(weight.shape[1], 0.6)).all(), name
@@ -80,8 +82,8 @@ def test_every_row_keeps_exactly_k(family, order, batch_tokens):
 def test_one_forward_equals_stages():
     """Sequential order: pruning inside one forward and by stages over batches see the same inputs."""
     one, several = make_model("llama"), make_model("llama")
-    prune_model(one, make_tokens(), PruneConfig(batch_tokens=10_000))
-    prune_model(several, make_tokens(), PruneConfig(batch_tokens=32))
+    prune_model(one, make_tokens(), PruneConfig("collect(batch_tokens=10000) + wanda"))
+    prune_model(several, make_tokens(), PruneConfig("collect(batch_tokens=32) + wanda"))
     for name, weight in weights_of(one).items():
         assert ((weight != 0) != (weights_of(several)[name] != 0)).float().mean() < 2e-3, name
 
@@ -89,8 +91,8 @@ def test_one_forward_equals_stages():
 def test_sequential_order_sees_pruned_inputs():
     """o_proj's statistics differ between the orders, q_proj's do not, in the first block."""
     block, sequential = make_model("llama"), make_model("llama")
-    prune_model(block, make_tokens(), PruneConfig("wanda", order="block"))
-    prune_model(sequential, make_tokens(), PruneConfig("wanda", order="sequential"))
+    prune_model(block, make_tokens(), PruneConfig("collect(order=block) + wanda"))
+    prune_model(sequential, make_tokens(), PruneConfig("collect(order=sequential) + wanda"))
     name = "model.layers.0.self_attn.{}_proj"
     assert torch.equal(weights_of(block)[name.format("q")], weights_of(sequential)[name.format("q")])
     assert not torch.equal(weights_of(block)[name.format("o")], weights_of(sequential)[name.format("o")])
@@ -100,7 +102,7 @@ def test_sequential_order_sees_pruned_inputs():
 def test_patterns(pattern):
     model = make_model("llama")
     keep, of = map(int, pattern.split(":"))
-    prune_model(model, make_tokens(), PruneConfig(pattern=pattern))
+    prune_model(model, make_tokens(), PruneConfig("wanda", pattern=pattern))
     for weight in weights_of(model).values():
         assert (weight.unflatten(1, (-1, of)).count_nonzero(dim=2) == keep).all()
 
@@ -117,7 +119,7 @@ def test_whole_model_group(metric):
 
 def test_matrix_group():
     model = make_model("llama")
-    prune_model(model, make_tokens(), PruneConfig(group="matrix", sparsity=0.3))
+    prune_model(model, make_tokens(), PruneConfig("wanda", group="matrix", sparsity=0.3))
     for weight in weights_of(model).values():
         assert int(weight.count_nonzero()) == keep_count(weight.numel(), 0.3)
 
@@ -127,7 +129,7 @@ def test_callable_metric_equals_the_built_in_one():
         return weight.abs().float() * stats.norm.float()
 
     mine, built_in = make_model("llama"), make_model("llama")
-    prune_model(mine, make_tokens(), PruneConfig(my_wanda))
+    prune_model(mine, make_tokens(), PruneConfig(Score(my_wanda)))
     prune_model(built_in, make_tokens(), PruneConfig("wanda"))
     assert all(torch.equal(weight, weights_of(built_in)[name]) for name, weight in weights_of(mine).items())
 
@@ -137,7 +139,7 @@ def test_callable_metric_can_ask_for_the_moment():
         return stats.moment
 
     my_cosp.needs_moment = True
-    prune_model(make_model("llama"), make_tokens(), PruneConfig(my_cosp))
+    prune_model(make_model("llama"), make_tokens(), PruneConfig(Score(my_cosp)))
 
 
 def test_padding_does_not_count():
@@ -145,23 +147,23 @@ def test_padding_does_not_count():
     tokens = make_tokens(2, 12)
     longer = torch.cat([tokens, torch.zeros(2, 5, dtype=torch.long)], dim=1)
     mask = (torch.arange(17) < 12).long().expand(2, -1)
-    prune_model(padded, [{"input_ids": longer, "attention_mask": mask}])
-    prune_model(plain, tokens)
+    prune_model(padded, [{"input_ids": longer, "attention_mask": mask}], method="wanda")
+    prune_model(plain, tokens, method="wanda")
     for name, weight in weights_of(plain).items():
         assert ((weight != 0) != (weights_of(padded)[name] != 0)).float().mean() < 2e-3, name
 
 
 def test_same_seed_same_bits():
     first, second = make_model("llama", torch.bfloat16), make_model("llama", torch.bfloat16)
-    prune_model(first, make_tokens())
-    prune_model(second, make_tokens())
+    prune_model(first, make_tokens(), method="wanda")
+    prune_model(second, make_tokens(), method="wanda")
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
 def test_callback_and_training_mode():
     model = make_model("llama").train()
     seen = []
-    prune_model(model, make_tokens(), callback=lambda block: seen.append(block.name))
+    prune_model(model, make_tokens(), PruneConfig("wanda"), callback=lambda block: seen.append(block.name))
     assert seen == ["model.layers.0", "model.layers.1", "model.layers.2"]
     assert model.training
 
@@ -170,7 +172,7 @@ def test_zeros_are_positive():
     model = make_model("llama")
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[:, :20] = -0.0  # more zeros than a tenth: the mask keeps some
-    report = prune_model(model, make_tokens(), PruneConfig(sparsity=0.1))
+    report = prune_model(model, make_tokens(), PruneConfig("wanda", sparsity=0.1))
     assert not any(((w == 0) & torch.signbit(w)).any() for w in weights_of(model).values())
     (matrix,) = [m for m in report.matrices if m.name == "model.layers.0.mlp.up_proj"]
     assert matrix.nonzero < matrix.keep
@@ -193,7 +195,7 @@ def test_bad_calibration_changes_nothing(tokens, message):
     model = make_model("llama")
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(InputError, match=message):
-        prune_model(model, tokens)
+        prune_model(model, tokens, method="wanda")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
 
 
@@ -201,7 +203,7 @@ def test_pattern_must_divide_the_columns():
     model = make_model("llama")
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(InputError, match=r"pattern 2:5 needs columns in whole groups of 5 \(got 32 in model"):
-        prune_model(model, make_tokens(), PruneConfig(pattern="2:5"))
+        prune_model(model, make_tokens(), PruneConfig("wanda", pattern="2:5"))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
 
 
@@ -212,8 +214,8 @@ def test_a_large_linear_that_text_does_not_use_is_an_error():
         before = {name: parameter.clone() for name, parameter in model.named_parameters()}
         model.model.layers[1].idle = torch.nn.Linear(32, 32)
         with pytest.raises(InputError, match=r"model\.layers\.1\.idle.* is not used by a text call: 12% of"):
-            prune_model(model, make_tokens(), PruneConfig(order=order))
+            prune_model(model, make_tokens(), PruneConfig(f"collect(order={order}) + wanda"))
         assert all(torch.equal(model.get_parameter(name), parameter) for name, parameter in before.items())
-        report = prune_model(model, make_tokens(), PruneConfig(order=order, max_dense=0.2))
+        report = prune_model(model, make_tokens(), PruneConfig(f"collect(order={order}) + wanda", max_dense=0.2))
         assert [(w.name, w.reason) for w in report.dense] == [("model.layers.1.idle.weight", "not called")]
         assert model.model.layers[1].idle.weight.all()
