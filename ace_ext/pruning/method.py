@@ -218,7 +218,7 @@ def _complete(stages: list[Stage], label: str = "") -> Method:
 
 # --- texts ------------------------------------------------------------------------------------------------------------
 
-_STAGE = re.compile(r"\s*(?P<name>[^\s()+]+)\s*(?:\((?P<options>[^()]*)\))?\s*")
+_STAGE = re.compile(r"(?P<name>[^\s()+]+)(?:\s*\((?P<options>[^()]*)\))?")
 _OPTION = re.compile(r"\s*(?P<name>\w+)\s*=\s*(?P<value>[^,=\s]+)\s*")
 
 
@@ -237,7 +237,7 @@ def parse(text: str) -> Method:
     stages: list[Stage] = []
     labels: list[str] = []
     for part in _split(text):
-        match = _STAGE.fullmatch(part)
+        match = _STAGE.fullmatch(part.strip())
         if match is None:
             raise InputError(
                 f'method must be stages joined by +, each a name or name(option=value, …), e.g. "admm(iterations=30) + '
@@ -266,7 +266,13 @@ def parse_list(text: str) -> tuple[Method, ...]:
 
 def _split(text: str) -> list[str]:
     """The parts between the ``+`` that are in no parentheses: ``1e+3`` is a number."""
-    return re.split(r"\+(?![^()]*\))", text)
+    parts = [""]
+    for piece in re.findall(r"\([^()]*\)|\+|[^+(]+|\(", text):  # no piece is scanned twice, however long the text
+        if piece == "+":
+            parts.append("")
+        else:
+            parts[-1] += piece
+    return parts
 
 
 def _hint_of_list(part: str) -> str:
