@@ -95,6 +95,86 @@ NO_TEXT += [
     "nested.jsonl",
 ]
 CHOICES = ["", "nothing", "WANDA", "wanda ", "ﬁne", "--"]
+METHODS = ["", " ", "+", "nothing", "WANDA", "ﬁne", "--", "wonda", "score", "score(metric=wanda)", "x" * 5000]
+METHODS += ["admm +", "+ admm", "admm ++ distill", "wanda swaps", "wanda; admm", "wanda, admm", "wanda,admm", "[]"]
+METHODS += ["admm(", "admm)", "admm)(", "(admm)", "admm((damping=1))", "admm(damping=1", "admm damping=1", "admm()()"]
+METHODS += ["admm(damping)", "admm(=1)", "admm(damping=1,)", "admm(,)", "admm(damping=1 floor=0)", "admm(damping==1)"]
+METHODS += ["admm(damping=1, damping=1)", "admm(damping:1)", "admm(" * 5000, "(" * 50_000, "+" * 50_000, f"x{' ' * 50_000}x"]
+METHODS += ["admm\nwanda", "admm(da\nmping=1)", "admm(damping=1\u00a0000)", "²", "２:4", "wanda + \x1b[31m"]
+METHODS += [
+    "wanda(iterations=30)",
+    "obs(iterations=3)",
+    "balanced(tokens=1000)",
+    "wanda(exponent=1)",
+    "admm(order=block)",
+]
+METHODS += [
+    "published-wanda(exponent=0.5)",
+    "admm(sparsity=0.5)",
+    "mean-swaps(gram=plain)",
+    "train(tokens=9)",
+    "ria(x=1)",
+]
+METHODS += ["swaps(name=x)", "swaps(groups=row)", "swaps(__class__=x)", "collect(label=x)", "allocate(metric=wanda)"]
+METHODS += ["wanda + ria", "admm + obs", "swaps + mean-swaps", "best + distill", "balanced + fast", "collect + collect"]
+METHODS += ["distill + admm", "admm + wanda", "admm + collect", "wanda + allocate", "admm + published-wanda"]
+METHODS += ["wanda + admm(saliency=magnitude)", "swaps + admm(gram=sketch)", "swaps(gram=cosine) + obs"]
+METHODS += ["collect(token_norm=exact) + wanda"]
+"""Texts that are no method."""
+OPTIONS: dict[str, list[str]] = {
+    "collect(batch_tokens={}) + wanda": [*NOT_WHOLE, *TOO_SMALL],
+    "collect(order={}) + wanda": CHOICES,
+    "collect(token_norm={}) + ace": CHOICES,
+    "allocate(by={}) + wanda": CHOICES,
+    "allocate(range={}) + wanda": [*NO_NUMBERS, "nan", "-1", "0", "1", "2"],
+    "ria(exponent={})": [*NO_NUMBERS, "nan", "inf"],
+    "swaps(max_swaps={})": [*NOT_WHOLE, "0", "-1"],
+    "swaps(gram={})": [*CHOICES, "sketch"],
+    "mean-swaps(rounds={})": [*NOT_WHOLE, *TOO_SMALL],
+    "admm(damping={})": [*NO_NUMBERS, "nan", "-1"],
+    "admm(floor={})": [*NO_NUMBERS, "nan", "-1", "inf"],
+    "admm(iterations={})": [*NOT_WHOLE, *TOO_SMALL, *TOO_LARGE[3:]],
+    "admm(saliency={})": CHOICES,
+    "admm(gram={})": CHOICES,
+    "obs(damping={})": [*NO_NUMBERS, "nan", "-1"],
+    "obs(gram={})": [*CHOICES, "sketch"],
+    "train(epochs={})": [*NOT_WHOLE, *TOO_SMALL],
+    "train(learning_rate={})": [*NO_NUMBERS, "nan", "-1", "0", "inf"],
+    "distill(tokens={})": [*NOT_WHOLE, *TOO_SMALL],
+    "distill(learning_rate={})": [*NO_NUMBERS, "nan", "-1", "0", "inf"],
+    "balanced(damping={})": [*NO_NUMBERS, "nan", "-1"],
+}
+"""Options of stages, and values that they do not accept."""
+TARGETS = [
+    {"group": "matrix", "method": "swaps"},
+    {"group": "matrix", "method": "balanced"},
+    {"group": "model", "method": "obs"},
+    {"group": "model", "method": "wanda + train"},
+    {"group": "model", "method": "allocate"},
+    {"group": "model", "method": "collect(order=sequential) + wanda"},
+    {"group": "matrix", "pattern": "2:4"},
+    {"pattern": "2:4", "method": "allocate + admm"},
+    {"pattern": "2:4", "sparsity": "0.5"},
+]
+"""Targets that methods do not reach, or that exclude each other."""
+REMOVED = [
+    "preset",
+    "metric",
+    "refine",
+    "update",
+    "gram",
+    "order",
+    "allocation",
+    "iterations",
+    "damping",
+    "batch-tokens",
+]
+"""Options that are now part of the method."""
+FROM_STATISTICS: dict[str, object] = {"calibration": None, "nsamples": None, "seqlen": None}
+"""A run from saved statistics takes no calibration."""
+UNREAD: dict[str, object] = {"calibration": "text.txt", "nsamples": 4, "seqlen": 8, "seed": 1, "text-field": "text"}
+UNREAD |= {"bos": "auto", "evaluate": "never"}
+"""Options that such a run would not read."""
 
 
 def cases() -> Iterator[Case]:
@@ -118,9 +198,12 @@ def _options() -> Iterator[Case]:
         yield from _each(verb, "seed", [*NOT_WHOLE, "-1", *TOO_LARGE[1:2], *TOO_LARGE[3:]])
         yield from _each(verb, "sparsity", [*NO_NUMBERS, "inf", "nan", "-0.1", "1.0001", "50", "1e400", "9" * 400])
         yield from _each(verb, "pattern", PATTERNS)
-        yield from _each(verb, "batch-tokens", [*NOT_WHOLE, *TOO_SMALL])
-        for option in ("metric", "group", "order", "token-norm", "allocation", "refine", "update", "gram", "preset"):
-            yield from _each(verb, option, CHOICES)
+        yield from _each(verb, "group", CHOICES)
+        yield from _each(verb, "method", METHODS)
+        for target in TARGETS:
+            yield f"{verb} {target}", verb, target, None
+        for option in REMOVED:
+            yield from _each(verb, option, ["wanda"])
         for option in ("device", "dtype", "offload", "bos"):
             yield from _each(
                 verb, option, [*CHOICES, "cuda:99", "cpu:x", "float8", "meta"][: 6 if option != "device" else 10]
@@ -128,12 +211,6 @@ def _options() -> Iterator[Case]:
         yield from _each(verb, "max-memory", [*NO_NUMBERS, "0", "-1GB", "1", "1KB", "9" * 400 + "x", "1e3GB", "1 G B"])
         yield from _each(verb, "skip", ["(", "[", "*", "(?P<x", "proj", "x{99999999999}", "no-such-layer"])
         yield from _each(verb, "skip", ["(([a-z._0-9]*)*)*!", "(a|a|[a-z_.])*$^"])
-        for option, metric in (("ria-exponent", "ria"),):
-            yield from _each(verb, option, [*NO_NUMBERS, "nan", "inf"], metric=metric)
-        for option in ("damping", "iterations"):
-            yield from _each(verb, option, [*NO_NUMBERS, "nan", "-1"], update="admm")
-        yield from _each(verb, "max-swaps", [*NOT_WHOLE, "0", "-1"], refine="swaps")
-        yield from _each(verb, "allocation-range", [*NO_NUMBERS, "nan", "-1", "0", "1", "2"], allocation="owl")
         yield from _each(verb, "model", NOWHERE)
         yield from _each(verb, "calibration", NO_TEXT)
         yield from _each(verb, "seqlen", ["129", "1000"])
@@ -149,7 +226,15 @@ def _options() -> Iterator[Case]:
         )
     for option in ("save-stats", "stats"):
         names = ["", ".", "text.txt", "pipe", "dangling", "dense/model.safetensors", "no/x", "x" * 300, "/dev/null"]
-        yield from _each("run", option, names, order="block")
+        yield from _each("run", option, names, **FROM_STATISTICS if option == "stats" else {})
+    for option, value in UNREAD.items():
+        yield f"run --stats --{option}", "run", {**FROM_STATISTICS, "stats": "s.zip", option: value}, None
+    for option, others in {"save-stats": {}, "stats": FROM_STATISTICS}.items():
+        sequential = {**others, option: "s.zip", "method": "collect(order=sequential) + wanda"}
+        yield f"run --{option} sequential", "run", sequential, None
+    for method, values in OPTIONS.items():
+        for number, value in enumerate(values):
+            yield f"run --method {method} #{number}", "run", {"method": method.format(value)}, None
     yield from _each("eval", "seqlen", [*NOT_WHOLE, *TOO_SMALL, "1", *TOO_LARGE, "129"])
     yield from _each("eval", "max-tokens", [*NOT_WHOLE, *TOO_SMALL, "7"])
     yield from _each("eval", "model", NOWHERE)
@@ -162,10 +247,10 @@ def _options() -> Iterator[Case]:
     yield from _each("heal", "minutes", [*NO_NUMBERS, "nan", "-1", "0", "inf"], tokens=None)
     yield from _each("heal", "seqlen", [*NOT_WHOLE, *TOO_SMALL, "1"])
     yield from _each("heal", "output", ["", "out", "dense", "text.txt", "dangling"])
-    yield from _each(
-        "compare", "methods", ["", ",", "nothing", "wanda:", "wanda:x=1", "wanda:order", "wanda:order=x", "a:b:c"]
-    )
-    yield from _each("compare", "methods", ["wanda:batch_tokens=x", "wanda:sparsity=0.5", "wanda:="])
+    lists = ["", ";", " ; ", "nothing", "wanda;nothing", "wanda; wanda", "wanda,ace", "wanda, ace", "a:b:c"]
+    lists += ["wanda:", "wanda:x=1", "wanda:order=block", "wanda; obs(damping=x)", "balanced(sparsity=0.5)", "admm +"]
+    yield from _each("compare", "methods", lists)
+    yield from _each("compare", "methods", ["allocate; wanda"], patterns="2:4")
     yield from _each("compare", "sparsities", ["x", "1.5", "nan", "0.5;0.6", "-1", "inf"])
     yield from _each("compare", "patterns", [value for value in PATTERNS if value.strip()])
     yield from _each(
@@ -269,8 +354,8 @@ def _files() -> Iterator[Case]:
         for verb in ("verify", "heal"):
             yield f"report {kind} {verb}", verb, {}, write("out/ace_report.json", text)
         yield f"manifest {kind}", "run", {"output": "out", "overwrite": True}, write("out/ace_manifest.json", text)
-        yield f"stats {kind}", "run", {"stats": "s.zip", "order": "block"}, write("s.zip", text)
-        yield f"stats description {kind}", "run", {"stats": "s.zip", "order": "block"}, _archive("s.zip", text)
+        yield f"stats {kind}", "run", {**FROM_STATISTICS, "stats": "s.zip"}, write("s.zip", text)
+        yield f"stats description {kind}", "run", {**FROM_STATISTICS, "stats": "s.zip"}, _archive("s.zip", text)
         yield f"runs.jsonl {kind}", "compare", {"output": "results"}, _put("results/runs.jsonl", text)
         if kind != "empty":
             yield f"index {kind}", "plan", {}, _index(text)

@@ -46,8 +46,9 @@ class Grid:
     bos: str | None = None
 
     def __post_init__(self) -> None:
+        _check_list("methods", tuple(method.label for method in self.methods))  # runs are recorded under labels
         for each in fields(self):
-            if each.name != "bos":
+            if each.name not in ("methods", "bos"):
                 _check_list(each.name, getattr(self, each.name))
         if self.bos is not None:
             check_choice("bos", self.bos, MODES)

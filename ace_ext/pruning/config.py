@@ -174,7 +174,7 @@ def _share(name: str, given: object) -> float:
     """``given`` as a share from 0 to 1."""
     number = isinstance(given, numbers.Real) and not isinstance(given, bool)
     if number and 0 <= given <= 1:  # type: ignore[operator]  # it is a number
-        return given  # type: ignore[return-value]
+        return float(given)  # type: ignore[arg-type]  # numpy's float32 is none that JSON knows
     percent = number and 1 < given <= 100  # type: ignore[operator]
     hint = f"; did you mean {given / 100:g}?" if percent else ""  # type: ignore[operator]
     raise InputError(f"{name} must be a share from 0 to 1 (got {str(given)[:100]}){hint}")

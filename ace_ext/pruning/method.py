@@ -51,7 +51,8 @@ Kind = TypeVar("Kind", bound=Stage)
 
 @dataclass(frozen=True)
 class Method:
-    """Stages in the order in which they run, at most one of each kind; ``+`` joins them in a text.
+    """Stages in the order in which they run, at most one of each kind; ``+`` joins them in a text. A :class:`Collect`
+    with its defaults is dropped, because every method collects.
 
     ``label`` is what the user wrote, for tables; it does not tell two methods apart.
 
@@ -72,6 +73,7 @@ class Method:
             if place > later:
                 ordered = " + ".join(map(str, sorted(self.stages, key=_place)))
                 raise InputError(f"method {self} has its stages in another order than they run; write {ordered}")
+        object.__setattr__(self, "stages", tuple(stage for stage in self.stages if stage != Collect()))
         self._check_options()
 
     def _check_options(self) -> None:
@@ -177,9 +179,8 @@ class Method:
         return Method((replace(self.collect, **options), *rest), self.label)
 
     def __str__(self) -> str:
-        """The text of the stages; a :class:`Collect` with its defaults is left out."""
-        written = [stage for stage in self.stages if not isinstance(stage, Collect) or stage != Collect()]
-        return " + ".join(map(str, written))
+        """The text of the stages."""
+        return " + ".join(map(str, self.stages))
 
 
 def _place(stage: Stage) -> int:
@@ -197,7 +198,7 @@ def method_of(given: "str | Stage | Sequence[Stage] | Method") -> Method:
     if isinstance(given, str):
         return parse(given)
     stages = (given,) if isinstance(given, Stage) else given
-    if not isinstance(stages, Sequence) or not all(isinstance(stage, Stage) for stage in stages):
+    if not isinstance(stages, Sequence) or not stages or not all(isinstance(stage, Stage) for stage in stages):
         raise InputError(f'method must be a text like "balanced", or a list of stages (got {str(given)[:100]})')
     return _complete(list(stages))
 
@@ -208,15 +209,16 @@ def _complete(stages: list[Stage], label: str = "") -> Method:
     if any(isinstance(stage, Refine) for stage in stages):
         chooses = any(isinstance(stage, Score) for stage in stages)
     if not chooses:
-        before = [stage for stage in stages if isinstance(stage, Collect | Allocate)]
-        stages = [*before, Score(DEFAULT_METRIC), *(stage for stage in stages if stage not in before)]
-    method = Method(tuple(stage for stage in stages if stage != Collect()))
+        score = Score(DEFAULT_METRIC)
+        at = next((at for at, stage in enumerate(stages) if _place(stage) > _place(score)), len(stages))
+        stages = [*stages[:at], score, *stages[at:]]
+    method = Method(tuple(stages))
     return replace(method, label=label or str(method))
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
 
-_STAGE = re.compile(r"\s*(?P<name>[^\s()+]+)\s*(?:\((?P<options>[^()]*)\))?\s*")
+_STAGE = re.compile(r"(?P<name>[^\s()+]+)(?:\s*\((?P<options>[^()]*)\))?")
 _OPTION = re.compile(r"\s*(?P<name>\w+)\s*=\s*(?P<value>[^,=\s]+)\s*")
 
 
@@ -235,11 +237,11 @@ def parse(text: str) -> Method:
     stages: list[Stage] = []
     labels: list[str] = []
     for part in _split(text):
-        match = _STAGE.fullmatch(part)
+        match = _STAGE.fullmatch(part.strip())
         if match is None:
             raise InputError(
                 f'method must be stages joined by +, each a name or name(option=value, …), e.g. "admm(iterations=30) + '
-                f'distill" (got {text[:100]!r})'
+                f'distill" (got {text[:100]!r}){_hint_of_list(part)}'
             )
         options = _options(match["options"] or "", part.strip())
         stages += _stages(match["name"], options)
@@ -264,7 +266,18 @@ def parse_list(text: str) -> tuple[Method, ...]:
 
 def _split(text: str) -> list[str]:
     """The parts between the ``+`` that are in no parentheses: ``1e+3`` is a number."""
-    return re.split(r"\+(?![^()]*\))", text)
+    parts = [""]
+    for piece in re.findall(r"\([^()]*\)|\+|[^+(]+|\(", text):  # no piece is scanned twice, however long the text
+        if piece == "+":
+            parts.append("")
+        else:
+            parts[-1] += piece
+    return parts
+
+
+def _hint_of_list(part: str) -> str:
+    """What to write instead of a list with commas, if the part is one: ``"wanda, ace"``."""
+    return "; separate methods by ;" if "," in part and "(" not in part else ""
 
 
 def _options(text: str, part: str) -> dict[str, str]:
@@ -284,10 +297,9 @@ def _stages(name: str, options: dict[str, str]) -> list[Stage]:
     if name in PRESETS or name in PUBLISHED:
         return _preset(name, options)
     if name in METRICS:
-        known = {setting.name: setting for setting in Score.settings()} if name == "ria" else {}
-        return [Score(name, **_values(name, known, options))]
+        return [Score(name, **_values(name, _options_of(Score(name)), options))]
     if name not in STAGES or name == Score.name:
-        hint = "; separate methods by ;" if "," in name else suggestion(name, names())
+        hint = _hint_of_list(name) or suggestion(name, names())
         raise InputError(f"method must be made of {', '.join(names())} (got {name!r}){hint}")
     known = {setting.name: setting for setting in STAGES[name].settings()}
     return [STAGES[name](**_values(name, known, options))]
@@ -299,25 +311,31 @@ def _preset(name: str, options: dict[str, str]) -> list[Stage]:
     if not isinstance(stages[0], Collect):
         stages.insert(0, Collect())
     for key, text in options.items():
-        having = [place for place, stage in enumerate(stages) if key in {setting.name for setting in stage.settings()}]
+        having = [place for place, stage in enumerate(stages) if key in _options_of(stage)]
         if len(having) != 1:
-            _refuse_option(name, key, [setting for stage in stages for setting in stage.settings()])
+            _refuse_option(name, key, [option for stage in stages for option in _options_of(stage)])
         stage = stages[having[0]]
-        setting = next(setting for setting in stage.settings() if setting.name == key)
-        stages[having[0]] = replace(stage, **{key: setting.parse(text)})
+        stages[having[0]] = replace(stage, **{key: _options_of(stage)[key].parse(text)})
     return [stage for stage in stages if stage != Collect()]
+
+
+def _options_of(stage: Stage) -> dict[str, Setting]:
+    """The options of a stage by name. Of the scores only ``ria`` has one."""
+    if isinstance(stage, Score) and stage.metric != "ria":
+        return {}
+    return {setting.name: setting for setting in stage.settings()}
 
 
 def _values(stage: str, known: dict[str, Setting], options: dict[str, str]) -> dict[str, Any]:
     for key in options:
         if key not in known:
-            _refuse_option(stage, key, list(known.values()))
+            _refuse_option(stage, key, list(known))
     return {key: known[key].parse(text) for key, text in options.items()}
 
 
-def _refuse_option(stage: str, key: str, known: list[Setting]) -> None:
+def _refuse_option(stage: str, key: str, known: list[str]) -> None:
     """Raises :class:`InputError`, which names the options of the stage, and the stages that have this one."""
-    own = list(dict.fromkeys(setting.name for setting in known))
+    own = list(dict.fromkeys(known))
     having = [
         "ria" if name == Score.name else name for name in STAGES if key in {s.name for s in STAGES[name].settings()}
     ]

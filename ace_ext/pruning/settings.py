@@ -131,7 +131,9 @@ def check_choice(name: str, value: object, choices: Collection[str | None]) -> N
 def suggestion(value: object, choices: Iterable[object], cutoff: float = 0.6) -> str:
     """``"; did you mean balanced?"`` for a value that is nearly one of the choices, else an empty text. ``cutoff``: how
     alike they must be, of 1."""
-    close = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1, cutoff=cutoff)
+    if not isinstance(value, str):
+        return ""
+    close = difflib.get_close_matches(value, [str(choice) for choice in choices], n=1, cutoff=cutoff)
     return f"; did you mean {close[0]}?" if close else ""
 
 

@@ -57,7 +57,7 @@ def watch():
 def sound(tmp_path_factory):
     """A dense model, one pruned from it, texts, and things that are no model."""
     place = tmp_path_factory.mktemp("sound") / "place"
-    prune(save_dense(place / "dense"), place / "out", metric="magnitude")
+    prune(save_dense(place / "dense"), place / "out", method="magnitude")
     report = place / "out" / "ace_report.json"
     report.write_text(report.read_text().replace(f"{place}/", ""))  # the copies name their own dense model
     texts = {"empty.txt": b"", "blank.txt": b" \n\t\n", "latin.txt": b"\xe9", "list.jsonl": b"[1]\n"}
@@ -101,6 +101,10 @@ def at_most(seconds: int):
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+def test_names_are_unique():
+    assert len(CASES) == sum(1 for _ in cases())
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -13,13 +13,15 @@ from tiny_models import make_model, make_tokenizer
 from ace_ext import InputError, PruneConfig, prune_model
 from ace_ext.cli import compare as verb
 from ace_ext.cli.compare import study_from
-from ace_ext.compare import method_spec, runner
+from ace_ext.compare import runner
+from ace_ext.compare.grid import Grid
 from ace_ext.compare.journal import RUNS_NAME, read_results
 from ace_ext.compare.runner import restore
 from ace_ext.compare.tables import Spread, short_names
 from ace_ext.data.perplexity import perplexity
 from ace_ext.data.windows import evaluation_tokens, load_windows
 from ace_ext.models.loading import load_model
+from ace_ext.pruning.method import PRESETS, method_of
 from ace_ext.reporting import plots
 
 WORDS = "the quick brown fox jumps over the lazy dog"
@@ -40,7 +42,7 @@ def parse(place, *arguments, **changed):
     parser = argparse.ArgumentParser()
     verb.add(parser.add_subparsers())
     options = {"model": place / "dense", "calibration": place / "text.txt", "texts": place / "text.txt"}
-    options = {**options, "device": "cpu", "methods": "wanda,ace", "lengths": "4x16", "eval-seqlen": 16, **changed}
+    options = {**options, "device": "cpu", "methods": "wanda; ace", "lengths": "4x16", "eval-seqlen": 16, **changed}
     typed = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     return parser.parse_args(["compare", *typed, *arguments])
 
@@ -97,6 +99,16 @@ def test_grid_of_everything(place, tmp_path, capsys):
     assert len({len(line) for line in out[: out.index("")][1:]}) == 2  # the dense line ends early, all others align
 
 
+def test_a_methods_label_is_what_was_written(place, capsys):
+    compare(place, "--json", methods="balanced( iterations=2 ); wanda+swaps;  published-sparsegpt", patterns="2:4")
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert [(run["cell"]["method"], run["config"]["method"], run["config"]["preset"]) for run in runs] == [
+        ("balanced(iterations=2)", "admm(iterations=2)", None),
+        ("wanda + swaps", "wanda + swaps", None),
+        ("published-sparsegpt", "collect(order=block) + obs", "published-sparsegpt"),
+    ]
+
+
 def test_text_that_pruning_saw_is_named(place, capsys):
     compare(place, methods="magnitude", texts=f"{place / 'text.txt'},{place / 'other.txt'}")
     compare(place, methods="magnitude", texts=place / "other.txt")
@@ -118,7 +130,7 @@ def test_a_repeated_command_does_only_what_is_missing(place, tmp_path, capsys, m
     folder = tmp_path / "out"
     compare(place, output=folder, methods="wanda")
     first = lines(folder)
-    compare(place, output=folder, methods="wanda,ace", seeds="0,1")
+    compare(place, output=folder, methods="wanda; ace", seeds="0,1")
     second = lines(folder)
     assert second[: len(first)] == first
     added = [line["run"]["cell"] for line in second[len(first) :]]
@@ -238,10 +250,11 @@ def test_other_contents_under_the_same_name_are_refused(place, tmp_path, monkeyp
     text.write_text(WORDS * 20)
     make_model("llama", seed=1).save_pretrained(model)
     make_tokenizer().save_pretrained(model)
-    compare(place, output=folder, calibration=text, model=model)
-    monkeypatch.setitem(method_spec.METHODS, "ace", {"metric": "cosvar"})
-    with pytest.raises(InputError, match=r"recorded otherwise, in ace: metric was \"ace\", now \"cosvar\"; use"):
-        compare(place, output=folder, calibration=text, model=model)
+    monkeypatch.setitem(PRESETS, "fast", "ace")
+    compare(place, output=folder, calibration=text, model=model, methods="fast; ace")
+    monkeypatch.setitem(PRESETS, "fast", "admm")
+    with pytest.raises(InputError, match=r"recorded otherwise, in fast: method was \"ace\", now \"admm\"; use"):
+        compare(place, output=folder, calibration=text, model=model, methods="fast")
     monkeypatch.undo()
     make_model("llama", seed=2).save_pretrained(model)
     with pytest.raises(InputError, match=r"holds other weights than .* was recorded with"):
@@ -282,9 +295,14 @@ def test_a_strange_folder_is_left_alone(place, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"methods": "wonda"}, "method must be one of"),
+        ({"methods": "wonda"}, "method must be made of .*; did you mean wanda?"),
+        ({"methods": "wanda,ace"}, "method must be made of .*; separate methods by ;"),
+        ({"methods": "wanda; ace; wanda"}, "methods must each be given once"),
+        ({"methods": " ; "}, "methods must name at least one of"),
+        ({"methods": "wanda(iterations=30)"}, "wanda has no option iterations: iterations is an option of admm"),
+        ({"methods": "allocate + wanda", "patterns": "2:4"}, "method 'allocate \\+ wanda': allocate cannot move"),
         ({"sparsities": "half"}, r"sparsities must be numbers from 0 to 1 \(got 'half'\)"),
-        ({"sparsities": "1.5"}, "method 'wanda': sparsity must be a share of zeros"),
+        ({"sparsities": "1.5"}, "method 'wanda': sparsity must be a share from 0 to 1"),
         ({"sparsities": "0.5,0.5"}, "amounts must be at least one, each given once"),
         ({"patterns": "5:4"}, "pattern must be N:M"),
         ({"lengths": "128"}, "lengths must be nsamples x seqlen"),
@@ -295,7 +313,7 @@ def test_a_strange_folder_is_left_alone(place, tmp_path):
         ({"eval-windows": "0"}, "at least 1 window"),
         ({"texts": "self"}, "neither a file nor a known name"),
         ({"calibration": "no-such.txt"}, "no-such.txt"),
-        ({"batch-tokens": "0"}, "batch_tokens must be a whole number of at least 1"),
+        ({"methods": "collect(batch_tokens=0) + ace"}, "batch_tokens must be a whole number of at least 1"),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
@@ -316,6 +334,14 @@ def test_defaults(place):
     defaults = study_from(parse(place))
     assert defaults.grid.amounts == ("0.5",)
     assert (defaults.evaluation.windows, defaults.grid.seeds) == (24, (0,))
+
+
+def test_two_names_of_a_method_are_two_rows(place):
+    grid = study_from(parse(place, methods="published-wanda; collect(order=block) + wanda")).grid
+    assert [cell.method for cell, _ in grid.cells()] == ["published-wanda", "collect(order=block) + wanda"]
+    assert [grid.bos_mode(method, "text") for _, method in grid.cells()] == ["never", "auto"]
+    with pytest.raises(InputError, match=r"^methods must be at least one, each given once \(got balanced, balanced\)$"):
+        Grid((method_of("balanced"), method_of("balanced")))
 
 
 def test_restore_gives_back_every_bit():

@@ -15,6 +15,7 @@ from ace_ext.pruning.allocation import CURVE_POINTS, BlockMeasure, allocate, mea
 from ace_ext.pruning.config import keep_count
 from ace_ext.pruning.kinds import INPUT, WEIGHTED
 from ace_ext.pruning.masks import prune_weight_, scored_weight
+from ace_ext.pruning.stages import Allocate, Score
 from ace_ext.pruning.statistics import StatisticsCollector
 
 SHAPES = {"q": (64, 64), "k": (16, 64), "up": (96, 64), "down": (64, 96)}
@@ -41,15 +42,15 @@ blocks = st.lists(st.dictionaries(st.sampled_from("abcd"), shape, min_size=1), m
 
 
 def test_errors_may_be_tiny():
-    config = PruneConfig(sparsity=0.6, allocation="error", allocation_range=0.1)
+    config = PruneConfig("allocate(by=error, range=0.1) + wanda", 0.6)
     keeps = [allocate(measures_of(config, scale * np.array([1.0, 3.0])), config, [SHAPES] * 2) for scale in (1, 1e-308)]
     assert keeps[0] == keeps[1]
 
 
 @given(blocks, st.sampled_from(["owl", "error"]), st.floats(0, 1), st.floats(0.001, 0.4), st.data())
 @settings(deadline=None, max_examples=200)
-def test_totals_are_exact(shapes, allocation, sparsity, reach, data):
-    config = PruneConfig(sparsity=sparsity, allocation=allocation, allocation_range=reach)
+def test_totals_are_exact(shapes, by, sparsity, reach, data):
+    config = PruneConfig([Allocate(by, reach), Score("wanda")], sparsity)
     numbers = data.draw(st.lists(st.floats(0, 1), min_size=len(shapes), max_size=len(shapes)))
     keeps = allocate(measures_of(config, numbers), config, shapes)
     assert total(keeps, shapes) == uniform_total(shapes, sparsity)
@@ -60,32 +61,32 @@ def test_totals_are_exact(shapes, allocation, sparsity, reach, data):
 
 
 def test_uniform_reads_no_measure():
-    keeps = allocate([], PruneConfig(sparsity=0.3), [SHAPES, SHAPES])
+    keeps = allocate([], PruneConfig("wanda", 0.3), [SHAPES, SHAPES])
     assert keeps == [{"q": 45, "k": 45, "up": 45, "down": 67}] * 2
 
 
 def test_owl_is_linear_in_the_outliers_over_its_range():
-    config = PruneConfig(allocation="owl", allocation_range=0.1)
+    config = PruneConfig("allocate(by=owl, range=0.1) + wanda")
     keeps = allocate(measures_of(config, [0.1, 0.2, 0.3]), config, [{"q": (10, 1000)}] * 3)
     assert [block["q"] for block in keeps] == [400, 500, 600]
 
 
-@pytest.mark.parametrize("allocation", ["owl", "error"])
-def test_equal_blocks_stay_uniform(allocation):
-    config = PruneConfig(allocation=allocation)
+@pytest.mark.parametrize("by", ["owl", "error"])
+def test_equal_blocks_stay_uniform(by):
+    config = PruneConfig(f"allocate(by={by}) + wanda")
     keeps = allocate(measures_of(config, [0.2] * 4), config, [SHAPES] * 4)
     assert keeps == [{child: cols // 2 for child, (_, cols) in SHAPES.items()}] * 4
 
 
 def test_error_equalises_the_marginal_cost():
     """The blocks' errors ``c s²`` cost ``2 c s`` at the margin: at the best split ``s`` goes as ``1 / c``."""
-    config = PruneConfig(allocation="error", allocation_range=0.1)
+    config = PruneConfig("allocate(by=error, range=0.1) + wanda")
     keeps = allocate(measures_of(config, [1.0, 1.5]), config, [{"q": (10, 10000)}] * 2)
     assert [block["q"] for block in keeps] == pytest.approx([4000, 6000], abs=30)
 
 
 def test_error_stays_in_its_range():
-    config = PruneConfig(allocation="error", allocation_range=0.05)
+    config = PruneConfig("allocate(by=error, range=0.05) + wanda")
     keeps = allocate(measures_of(config, [1e-9, 1.0, 1.0]), config, [{"q": (10, 1000)}] * 3)
     assert [block["q"] for block in keeps] == [350, 575, 575]
 
@@ -110,7 +111,7 @@ def measured(config: PruneConfig):
 
 
 def test_outlier_share_is_of_the_whole_block():
-    config = PruneConfig("wanda", allocation="owl")
+    config = PruneConfig("allocate(by=owl) + wanda")
     linears, stats, measure = measured(config)
     scores = torch.cat(
         [reference.score(m.weight, "scaled", stats[child].norm).flatten() for child, m in linears.items()]
@@ -121,7 +122,7 @@ def test_outlier_share_is_of_the_whole_block():
 
 @pytest.mark.parametrize("group", ["row", "matrix"])
 def test_error_curve_is_that_of_the_masks(group):
-    reaches = PruneConfig("wanda", allocation="error", allocation_range=0.16, group=group)
+    reaches = PruneConfig("allocate(by=error, range=0.16) + wanda", group=group)
     linears, stats, measure = measured(reaches)
     grid = sparsity_grid(reaches)
     for point in (0, CURVE_POINTS // 2, CURVE_POINTS - 1):
@@ -139,5 +140,5 @@ def masked_error(linear, stats, group, pruned_of_row) -> float:
 
 
 def test_only_error_needs_weighted_moments():
-    assert PruneConfig("wanda", allocation="owl").needs.measure == {INPUT}
-    assert PruneConfig("wanda", allocation="error").needs.measure == {INPUT, WEIGHTED}
+    assert PruneConfig("allocate(by=owl) + wanda").needs.measure == {INPUT}
+    assert PruneConfig("allocate(by=error) + wanda").needs.measure == {INPUT, WEIGHTED}

@@ -1,10 +1,14 @@
+"""The configuration: defaults, what group and pattern decide, the statistics it needs, and its errors."""
+
+import json
+
+import numpy as np
 import pytest
 
 from ace_ext import InputError, PruneConfig, SparsityPattern
-from ace_ext.pruning.config import all_settings
 from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, SKETCH, WEIGHTED
 from ace_ext.pruning.pattern import keep_count
-from ace_ext.pruning.solver_config import SolverConfig
+from ace_ext.pruning.stages import Admm, Collect, Distill, Score
 
 
 @pytest.mark.parametrize(
@@ -17,7 +21,7 @@ def test_keep_count_rounds_the_pruned_half_up(size, sparsity, keep):
 
 def test_defaults():
     config = PruneConfig()
-    assert (config.metric, config.sparsity, config.group, config.order) == ("wanda", 0.5, "row", "sequential")
+    assert (config.method.label, config.sparsity, config.group, config.order) == ("fast", 0.5, "row", "sequential")
 
 
 def test_skip_may_be_one_pattern_or_none():
@@ -30,113 +34,197 @@ def test_pattern_sets_sparsity():
     assert config.pattern == SparsityPattern(1, 4)
     assert config.sparsity == 0.75
     assert config.to_dict()["pattern"] == "1:4"
+    assert PruneConfig(pattern="1:4", sparsity=0.75).sparsity == 0.75
+
+
+@pytest.mark.parametrize(
+    ("method", "group"),
+    [
+        ("wanda", "row"),
+        ("admm", "row"),
+        ("obs", "matrix"),
+        ("wanda + obs", "row"),
+        ("wanda + swaps + obs", "row"),
+        ("wanda + mean-update", "row"),
+        ("published-sparsegpt", "matrix"),
+    ],
+)
+def test_the_group_is_that_of_the_stage_that_chooses_the_mask(method, group):
+    assert PruneConfig(method).group == group
+    assert PruneConfig(method, pattern="2:4").group == "row"
+    assert PruneConfig(method, group="row").group == "row"
 
 
 def test_group_model_walks_dense_blocks():
-    assert PruneConfig(group="model").order == "block"
+    config = PruneConfig("wanda", group="model")
+    assert (config.order, config.token_norm) == ("block", "exact")
+
+
+@pytest.mark.parametrize(
+    ("method", "order", "token_norm"),
+    [
+        ("ace", "sequential", "sketch"),
+        ("collect(order=block) + ace", "block", "exact"),
+        ("collect(token_norm=exact) + ace", "sequential", "exact"),
+        ("collect(order=block, token_norm=sketch) + ace", "block", "sketch"),
+    ],
+)
+def test_the_order_decides_how_tokens_are_weighted(method, order, token_norm):
+    config = PruneConfig(method)
+    assert (config.order, config.token_norm) == (order, token_norm)
+
+
+def test_samples_of_a_batch():
+    assert PruneConfig().batch_samples(128) == 128
+    assert PruneConfig("collect(batch_tokens=64) + wanda").batch_samples(16) == 4
+    assert PruneConfig("collect(batch_tokens=64) + wanda").batch_samples(100) == 1
+
+
+MUST_BE_SHARE = "sparsity must be a share from 0 to 1"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sparsity": 1.5}, r"sparsity must be a share of zeros from 0 to 1 \(got 1.5\)"),
-        ({"sparsity": -0.1}, r"sparsity must be .* \(got -0.1\)"),
-        ({"sparsity": float("nan")}, r"sparsity must be .* \(got nan\)"),
-        ({"sparsity": True}, r"sparsity must be .* \(got True\)"),
-        ({"sparsity": "half"}, r"sparsity must be .* \(got half\)"),
-        ({"pattern": (2, 4)}, r"pattern must be N:M, .*\(got \(2, 4\)\); e.g. \"2:4\""),
-        ({"pattern": 24}, r"pattern must be N:M, .*\(got 24\)"),
-        ({"skip": 3}, r"skip must be regular expressions \(got 3\)"),
-        ({"batch_tokens": True}, r"batch_tokens must be a whole number .*\(got True\)"),
-        ({"pattern": "3:2"}, r"pattern must be N:M with 0 < N < M <= 32.*\(got 3:2\)"),
-        ({"pattern": "0:4"}, r"pattern must be N:M"),
-        ({"pattern": "2:64"}, r"pattern must be N:M"),
-        ({"pattern": "two:four"}, r"pattern must be N:M.*'two:four'"),
-        ({"pattern": "2:4:8"}, r"pattern must be N:M"),
-        ({"pattern": "2:4", "sparsity": 0.6}, r"give sparsity or pattern, not both"),
-        ({"pattern": "2:4", "group": "matrix"}, r"group must be row"),
-        ({"metric": "wonda"}, r"metric must be one of magnitude, wanda.*'wonda'"),
-        ({"group": "column"}, r"group must be one of row, matrix, model"),
-        ({"order": "random"}, r"order must be one of block, sequential"),
-        ({"group": "model", "order": "sequential"}, r"order must be block"),
-        ({"batch_tokens": 0}, r"batch_tokens must be a whole number of at least 1 \(got 0\)"),
-        ({"refine": "greedy"}, r"refine must be one of None, mean, swaps \(got 'greedy'\)"),
-        ({"update": "gptq"}, r"update must be one of None, admm, mean, obs, tune, distill \(got 'gptq'\)"),
-        ({"update": "obs", "gram": "cos"}, r"gram must be one of plain, cosine"),
-        ({"gram": "cosine"}, r"gram cosine is how refine or update measure errors"),
-        ({"gram": "sketch"}, r"gram sketch is how refine or update measure errors"),
+        ({"sparsity": 1.5}, f"{MUST_BE_SHARE} (got 1.5); did you mean 0.015?"),
+        ({"sparsity": 50}, f"{MUST_BE_SHARE} (got 50); did you mean 0.5?"),
+        ({"sparsity": 101}, f"{MUST_BE_SHARE} (got 101)"),
+        ({"sparsity": -0.1}, f"{MUST_BE_SHARE} (got -0.1)"),
+        ({"sparsity": float("nan")}, f"{MUST_BE_SHARE} (got nan)"),
+        ({"sparsity": True}, f"{MUST_BE_SHARE} (got True)"),
+        ({"sparsity": "half"}, f"{MUST_BE_SHARE} (got half)"),
+        ({"sparsity": "x" * 1000}, f"{MUST_BE_SHARE} (got {'x' * 100})"),
+        ({"max_dense": 2}, "max_dense must be a share from 0 to 1 (got 2); did you mean 0.02?"),
+        ({"max_dense": None}, "max_dense must be a share from 0 to 1 (got None)"),
+        ({"pattern": (2, 4)}, 'pattern must be N:M, N weights kept of M (got (2, 4)); e.g. "2:4"'),
+        ({"pattern": 24}, 'pattern must be N:M, N weights kept of M (got 24); e.g. "2:4"'),
+        ({"skip": 3}, "skip must be regular expressions (got 3)"),
+        ({"pattern": "2:4", "sparsity": 0.6}, "give sparsity or pattern, not both (got 0.6 and 2:4)"),
         (
-            {"gram": "sketch", "refine": "swaps"},
-            r"gram sketch serves admm, not swaps, which reads a whole one",
+            {"pattern": "2:4", "group": "matrix"},
+            "a pattern compares within its own groups: leave out group (got 'matrix')",
         ),
-        ({"update": "admm", "damping": -0.1}, r"damping must be .* 0 or more \(got -0.1\)"),
-        ({"update": "admm", "damping": float("inf")}, r"damping must be .* \(got inf\)"),
-        ({"damping": 0.1}, r"damping needs update admm or obs"),
-        ({"refine": "swaps", "damping": 0.1}, r"damping needs update admm or obs"),
-        ({"iterations": 0}, r"iterations must be a whole number of at least 1"),
-        ({"iterations": 1.5}, r"iterations must be a whole number of at least 1 \(got 1.5\)"),
-        ({"saliency": "loss"}, r"saliency must be one of magnitude, obs"),
-        ({"max_swaps": 0}, r"max_swaps must be a whole number of at least 1"),
-        ({"refine": "swaps", "group": "matrix"}, r"swaps compares within rows .*'matrix'"),
-        ({"update": "admm", "group": "matrix"}, r"admm compares within rows .*'matrix'"),
-        ({"refine": "swaps", "update": "obs", "group": "matrix"}, r"swaps\+obs compares within rows .*'matrix'"),
-        ({"refine": "swaps", "group": "model"}, r"swaps compares within rows .*'model'"),
-        ({"update": "obs", "group": "model"}, r"obs compares within rows .*'model'"),
-        ({"tune_epochs": -1}, r"tune_epochs must be a whole number of at least 0"),
-        ({"tune_lr": 0.0}, r"tune_lr must be more than 0"),
-        ({"tune_lr": float("nan")}, r"tune_lr must be more than 0 \(got nan\)"),
-        ({"tune_epochs": 1, "group": "model"}, r"update tune trains block after block"),
-        ({"allocation": "even"}, r"allocation must be one of uniform, owl, error"),
-        ({"allocation": "owl", "allocation_range": 0.0}, r"allocation_range must be .* between 0 and 1 \(got 0.0\)"),
-        ({"allocation": "owl", "pattern": "2:4"}, r"allocation owl cannot move weights between N:M groups"),
-        ({"allocation": "error", "group": "model"}, r"group model itself allocates"),
+        ({"group": "column"}, "group must be one of row, matrix, model (got 'column')"),
+        ({"group": "modle"}, "group must be one of row, matrix, model (got 'modle'); did you mean model?"),
+        (
+            {"method": "wanda + swaps", "group": "matrix"},
+            "swaps compares within a row (got group 'matrix'); use group row",
+        ),
+        ({"method": "admm", "group": "matrix"}, "admm compares within a row (got group 'matrix'); use group row"),
+        (
+            {"method": "wanda + swaps + obs", "group": "matrix"},
+            "swaps compares within a row (got group 'matrix'); use group row",
+        ),
+        (
+            {"method": "obs", "group": "model"},
+            "obs compares within a row or a matrix (got group 'model'); use group matrix",
+        ),
+        (
+            {"method": "wanda + mean-swaps", "group": "model"},
+            "mean-swaps compares within a row or a matrix (got group 'model'); use group row",
+        ),
+        (
+            {"method": "wanda + train", "group": "model"},
+            "train trains block after block, but group model prunes all at once; use group row",
+        ),
+        (
+            {"method": "collect(order=sequential) + wanda", "group": "model"},
+            "group model compares all scores at once; leave out order=sequential",
+        ),
+        (
+            {"method": "allocate + wanda", "pattern": "2:4"},
+            "allocate cannot move weights between N:M groups; leave out pattern or allocate",
+        ),
+        (
+            {"method": "allocate(by=error) + wanda", "group": "model"},
+            "group model itself allocates; leave out allocate, or use group row",
+        ),
     ],
+    ids=lambda value: str(value)[:60] if isinstance(value, dict) else "",
 )
 def test_bad_values_are_named(arguments, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError) as caught:
         PruneConfig(**arguments)
+    assert str(caught.value) == message
 
 
-def test_names_that_are_none():
-    with pytest.raises(InputError, match=r"not both \(got update\)"):
-        PruneConfig(solver=SolverConfig(), update="admm")
-    with pytest.raises(TypeError, match=r"unexpected setting 'sparsty'; known are .*sparsity"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        *[(text, rf"N:M with 0 < N < M <= 32, N weights kept of M \(got {text}\)") for text in ("3:2", "0:4", "2:64")],
+        *[(text, rf"N:M, N weights kept of M \(got '{text}'\)") for text in ("two:four", "2:4:8", "2")],
+    ],
+)
+def test_bad_patterns_are_named(text, message):
+    with pytest.raises(InputError, match=f"^pattern must be {message}; e.g. 2:4$"):
+        PruneConfig(pattern=text)
+
+
+def test_arguments_that_do_not_exist():
+    with pytest.raises(TypeError, match="sparsty"):
         PruneConfig(sparsty=0.5)
+    with pytest.raises(TypeError, match="damping"):
+        PruneConfig("balanced", damping=0.5)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "solver", "damping"),
+    ("method", "needs"),
     [
-        ({}, "", None),
-        ({"refine": "swaps", "pattern": "2:4"}, "swaps", None),
-        ({"update": "obs", "group": "matrix"}, "obs", 0.01),
-        ({"update": "admm", "metric": lambda weight, stats: weight.abs()}, "admm", 0.1),
-        ({"refine": "swaps", "update": "admm", "damping": 0.0}, "swaps+admm", 0.0),
+        ("wanda", {INPUT}),
+        ("magnitude", set()),
+        ("admm", {INPUT, GRAM}),  # the report compares with Wanda's mask
+        ("magnitude + admm", {GRAM}),
+        ("admm(gram=sketch)", {INPUT, SKETCH}),
+        ("cosvar + swaps(gram=cosine)", {WEIGHTED, COSINE_GRAM}),
+        ("wanda + train", {INPUT}),
     ],
 )
-def test_solvers_and_their_damping(arguments, solver, damping):
-    config = PruneConfig(**arguments)
-    assert (config.solver.name, config.to_dict()["damping"]) == (solver, damping)
+def test_only_stages_that_read_it_need_a_gram_matrix(method, needs):
+    assert PruneConfig(method).needs.prune == needs
 
 
-@pytest.mark.parametrize(
-    ("arguments", "needs"),
-    [
-        ({"metric": "wanda"}, {INPUT}),
-        ({"metric": "wanda", "update": "admm"}, {INPUT, GRAM}),
-        ({"update": "admm", "gram": "sketch"}, {INPUT, SKETCH}),
-        ({"metric": "cosvar", "refine": "swaps", "gram": "cosine"}, {WEIGHTED, COSINE_GRAM}),
-    ],
-)
-def test_only_solvers_need_a_gram_matrix(arguments, needs):
-    assert PruneConfig(**arguments).needs.prune == needs
+def test_to_dict_is_what_was_asked_for():
+    config = PruneConfig("balanced", np.float32(0.25), group="row", skip="q_proj")
+    assert json.loads(json.dumps(config.to_dict())) == {
+        "method": "admm",
+        "preset": "balanced",
+        "sparsity": 0.25,
+        "pattern": None,
+        "group": "row",
+        "skip": ["q_proj"],
+        "max_dense": 0.1,
+    }
+    assert PruneConfig("balanced(damping=0.2)").to_dict()["preset"] is None
 
 
-def test_a_metrics_old_name_warns():
-    with pytest.warns(DeprecationWarning, match=r"'cosp\+varp' is now called 'ace'"):
-        config = PruneConfig("cosp+varp")
-    assert config == PruneConfig("ace")
+def test_changed_keeps_the_other_arguments():
+    config = PruneConfig("ria", group="matrix", sparsity=0.25, skip="q_proj", max_dense=0.5)
+    expected = {**config.to_dict(), "sparsity": 0.75}
+    assert config.changed(sparsity=0.75).to_dict() == expected
+    pattern = PruneConfig("balanced", pattern="2:4")
+    assert pattern.changed(skip="x").to_dict() == {**pattern.to_dict(), "skip": ["x"]}
 
 
-def test_to_dict_holds_every_setting():
-    assert set(PruneConfig().to_dict()) == set(all_settings())
+def test_without_distillation():
+    config = PruneConfig("best")
+    assert config.without_distillation().method.stages == (Admm(),)
+    assert config.method.stages == (Admm(), Distill())
+    plain = PruneConfig("balanced")
+    assert plain.without_distillation() is plain
+
+
+def test_saved_statistics_are_of_dense_blocks():
+    config = PruneConfig("balanced", 0.25).on_dense_blocks()
+    assert config.method.stages == (Collect(order="block"), Admm())
+    assert config.sparsity == 0.25
+    assert PruneConfig("collect(batch_tokens=64) + wanda").on_dense_blocks().method.stages == (
+        Collect(order="block", batch_tokens=64),
+        Score("wanda"),
+    )
+    published = PruneConfig("published-wanda")
+    assert published.on_dense_blocks() is published
+    with pytest.raises(
+        InputError,
+        match=r"^saved statistics are of dense blocks; leave out order=sequential, or write order=block$",
+    ):
+        PruneConfig("collect(order=sequential) + wanda").on_dense_blocks()

@@ -11,6 +11,7 @@ from ace_ext.pruning.masks import (
     prune_weight_,
     scored_weight,
 )
+from ace_ext.pruning.stages import Score
 
 
 def magnitude(weight):
@@ -72,7 +73,7 @@ def test_model_wide_meets_nan_before_it_writes():
 
 def test_callable_metric():
     weight = torch.tensor([[1.0, -2.0, 3.0, -4.0]])
-    config = PruneConfig(lambda weight, stats: -weight.abs(), 0.5)
+    config = PruneConfig(Score(lambda weight, stats: -weight.abs()), 0.5)
     prune_weight_(scored_weight(weight, None, config), config)
     assert weight.tolist() == [[1.0, -2.0, 0.0, 0.0]]
 
@@ -80,4 +81,4 @@ def test_callable_metric():
 @pytest.mark.parametrize("answer", [None, torch.ones(2, 2), torch.ones(1, 4, dtype=torch.int64)], ids=str)
 def test_callable_metric_must_return_scores(answer):
     with pytest.raises(InputError, match=r"metric must return a float tensor of the weight's shape \[1, 4\] \(got"):
-        scored_weight(torch.ones(1, 4), None, PruneConfig(lambda weight, stats: answer))
+        scored_weight(torch.ones(1, 4), None, PruneConfig(Score(lambda weight, stats: answer)))

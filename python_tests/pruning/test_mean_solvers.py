@@ -1,4 +1,4 @@
-"""The solvers ``refine="mean"`` and ``update="mean"``, which read means and variances and no Gram matrix."""
+"""The stages ``mean-swaps`` and ``mean-update``, which read means and variances and no Gram matrix."""
 
 import pytest
 import torch
@@ -7,39 +7,36 @@ from tiny_models import make_model, make_tokens
 from ace_ext import PruneConfig, ops, prune_model
 from ace_ext.ops import mean_reference
 from ace_ext.pruning.gram import GramState, RelativeLoss
-from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, WEIGHTED
+from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT
 from ace_ext.pruning.masks import keep_budget, metric_mask, scored_weight
 from ace_ext.pruning.moment_gram import MomentGram
 from ace_ext.pruning.prune_linear import prune_linear_
-from ace_ext.pruning.solvers import mean_update
+from ace_ext.pruning.stages import mean_update
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
 
 ROWS, COLS, TOKENS = 12, 64, 400
 
-SETTINGS = [{"refine": "mean"}, {"update": "mean"}, {"refine": "mean", "update": "mean"}]
+STAGES = ["mean-swaps", "mean-update", "mean-swaps + mean-update"]
 GROUPS = [{"group": "row"}, {"group": "matrix"}, {"pattern": "2:4"}, {"pattern": "4:8"}]
 
 
-def make_case(dtype=torch.float32, cosine=False):
-    """A weight, inputs with means as large as their deviations, and the statistics of them that the solvers need."""
+def make_case(dtype=torch.float32):
+    """A weight, inputs with means as large as their deviations, and the statistics of them that the stages need."""
     random = torch.Generator().manual_seed(0)
     scale = torch.randn(COLS, generator=random).exp()
     x = (torch.randn(TOKENS, COLS, generator=random) + torch.randn(COLS, generator=random)) * scale
     weight = torch.randn(ROWS, COLS, generator=random).to(dtype)
     state = MomentState(COLS)
-    state.update(x, ops.inverse_square_norm(x @ weight.float().T) if cosine else None)
-    plain = MomentState(COLS)
-    plain.update(x)
-    stats = LinearStatistics(plain, state if cosine else None, None)
-    return weight, x, stats
+    state.update(x)
+    return weight, x, LinearStatistics(state, None, None)
 
 
 @pytest.mark.parametrize("metric", ["wanda", "varp", "magnitude"])
 @pytest.mark.parametrize("group", GROUPS, ids=str)
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_they_keep_exactly_k_and_lower_the_error(setting, group, metric, dtype):
+@pytest.mark.parametrize("stages", STAGES)
+def test_they_keep_exactly_k_and_lower_the_error(stages, group, metric, dtype):
     weight, x, stats = make_case(dtype)
-    dense, config = weight.clone(), PruneConfig(metric, **setting, **group)
+    dense, config = weight.clone(), PruneConfig(f"{metric} + {stages}", **group)
     mask = metric_mask(scored_weight(weight, stats, config), config)
     solution = prune_linear_(weight, stats, config)
     assert weight.dtype == dtype
@@ -47,19 +44,19 @@ def test_they_keep_exactly_k_and_lower_the_error(setting, group, metric, dtype):
     counts = config.comparison.counts(weight)
     assert torch.equal(counts, config.comparison.counts(mask.float()))
     assert not torch.signbit(weight[weight == 0]).any()
-    if "refine" not in setting:
+    if "mean-swaps" not in stages:
         assert torch.equal(weight != 0, mask)
-    if "update" not in setting:
+    if "mean-update" not in stages:
         assert torch.equal(weight[weight != 0], dense[weight != 0])
     assert solution.loss_after < 0.9 * solution.loss_before
-    assert solution.solver == "mean"
+    assert solution.solver == stages
     change = (x @ (weight - dense).float().T).square().sum() / (x @ (dense * ~mask).float().T).square().sum()
     assert change < 0.95  # measured by all inputs and not only by their moments
 
 
 def test_the_mask_is_that_of_the_op(random):
     weight, _, stats = make_case()
-    config = PruneConfig("varp", refine="mean", mean_rounds=3)
+    config = PruneConfig("varp + mean-swaps(rounds=3)")
     expected = metric_mask(scored_weight(weight, stats, config), config)
     moments = MomentGram.of(stats.input)
     expected, swaps = mean_reference.balance_mean(expected, weight, moments.variance, moments.mean, rounds=3)
@@ -71,7 +68,7 @@ def test_the_mask_is_that_of_the_op(random):
 def test_the_update_restores_the_mean_of_each_row():
     weight, x, stats = make_case()
     dense = weight.clone()
-    prune_linear_(weight, stats, PruneConfig("varp", update="mean"))
+    prune_linear_(weight, stats, PruneConfig("varp + mean-update"))
     cut = torch.where(weight != 0, dense, 0.0)
     mean = x.mean(0)
     assert ((weight - dense) @ mean).norm() < 0.1 * ((cut - dense) @ mean).norm()
@@ -102,24 +99,13 @@ def test_losses_are_those_of_the_moments():
     assert RelativeLoss(moments.energy, torch.zeros(2, COLS))(torch.zeros(2, COLS)) == 0.0
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_they_need_moments_alone(setting):
-    assert PruneConfig("wanda", **setting).needs.prune == {INPUT}
-    assert PruneConfig("magnitude", **setting).needs.prune == {INPUT}
-    assert PruneConfig("wanda", **setting, gram="cosine").needs.prune == {INPUT, WEIGHTED}
-    assert PruneConfig("magnitude", **setting | {"update": "admm"}).needs.prune >= {GRAM}
-    both = PruneConfig("magnitude", **{"refine": "mean"}, update="admm", gram="cosine")
-    assert both.needs.prune == {WEIGHTED, COSINE_GRAM}
-    assert PruneConfig("magnitude", refine="swaps").needs.prune == {GRAM}
-
-
-def test_weighted_tokens_are_those_of_the_weighted_moments():
-    weight, _, stats = make_case(cosine=True)
-    plain = weight.clone()
-    prune_linear_(weight, stats, PruneConfig("wanda", update="mean", gram="cosine"))
-    prune_linear_(plain, stats, PruneConfig("wanda", update="mean"))
-    assert torch.equal(weight != 0, plain != 0)
-    assert not torch.equal(weight, plain)
+@pytest.mark.parametrize("stages", STAGES)
+def test_they_need_moments_alone(stages):
+    assert PruneConfig(f"wanda + {stages}").needs.prune == {INPUT}
+    assert PruneConfig(f"magnitude + {stages}").needs.prune == {INPUT}
+    assert PruneConfig("magnitude + mean-swaps + admm").needs.prune == {INPUT, GRAM}
+    assert PruneConfig("magnitude + mean-swaps + admm(gram=cosine)").needs.prune == {INPUT, COSINE_GRAM}
+    assert PruneConfig("magnitude + swaps").needs.prune == {GRAM}
 
 
 def test_statistics_that_lack_the_moments_are_told():
@@ -127,16 +113,15 @@ def test_statistics_that_lack_the_moments_are_told():
     dense = weight.clone()
     stats.input = None
     with pytest.raises(ValueError, match="needs the moments of the inputs"):
-        prune_linear_(weight, stats, PruneConfig("magnitude", refine="mean"))
+        prune_linear_(weight, stats, PruneConfig("magnitude + mean-swaps"))
     assert torch.equal(weight, dense)
 
 
 def test_a_model_is_pruned_with_both():
     model = make_model("llama")
-    report = prune_model(model, make_tokens(), PruneConfig("wanda", refine="mean", update="mean", mean_rounds=2))
-    assert report.config["refine"] == report.config["update"] == "mean"
-    assert report.config["mean_rounds"] == 2
+    report = prune_model(model, make_tokens(), PruneConfig("wanda + mean-swaps(rounds=2) + mean-update"))
+    assert report.config["method"] == "wanda + mean-swaps(rounds=2) + mean-update"
     assert report.sparsity == pytest.approx(0.5, abs=0.01)
     solutions = [matrix.solution for matrix in report.matrices]
-    assert {solution.solver for solution in solutions} == {"mean"}
+    assert {solution.solver for solution in solutions} == {"mean-swaps + mean-update"}
     assert all(solution.loss_after < solution.loss_before for solution in solutions)

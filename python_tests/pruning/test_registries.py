@@ -1,32 +1,32 @@
-"""A metric, a solver, a comparison group or an output format is added by one entry, which everything else reads."""
+"""A metric, a stage, a comparison group or an output format is added by one entry, which everything else reads."""
 
 import argparse
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from folders import command, save_dense
 from tiny_models import make_model, make_tokens
 
-from ace_ext import InputError, PruneConfig, SolverConfig, ops, prune_model
+from ace_ext import InputError, PruneConfig, ops, prune_model
 from ace_ext.cli.main import build_parser, main
-from ace_ext.compare.method_spec import parse_methods
 from ace_ext.formats import FORMATS, OutputFormat, register
 from ace_ext.models.blocks import find_blocks
 from ace_ext.ops import ScoredWeight
-from ace_ext.pruning import solvers
+from ace_ext.pruning import method, stages
 from ace_ext.pruning.criteria import METRICS, Metric
 from ace_ext.pruning.groups import GROUPS, RowGroup
 from ace_ext.pruning.kinds import INPUT
-from ace_ext.pruning.settings import Limits, Options, option
-from ace_ext.pruning.solvers import Problem, Solved, WeightSolver
+from ace_ext.pruning.settings import Limits, option
+from ace_ext.pruning.stages import Problem, Solve, Solved
 from ace_ext.runs.memory_model import estimate
 
 
-def help_of(verb: str) -> str:
+def help_all_of(verb: str) -> str:
     verbs = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
-    return verbs.choices[verb].format_help()
+    return verbs.choices[verb].format_help_all()
 
 
 # A metric
@@ -41,89 +41,84 @@ def cubed(monkeypatch):
 def test_a_metric_is_one_entry(cubed):
     model = make_model("llama")
     report = prune_model(model, make_tokens(), PruneConfig("cubed"))
-    assert report.config["metric"] == "cubed"
+    assert report.config["method"] == "cubed"
     assert report.sparsity == pytest.approx(0.5, abs=0.01)
-    assert "‖X_j‖³" in help_of("run")
+    assert "‖X_j‖³" in help_all_of("run")
     assert PruneConfig("cubed").needs.prune == {INPUT}
 
 
-# A solver: this class, this function and this entry are what a file of ``pruning/solvers`` holds.
+# A stage: this class and ``STAGE = Shrink`` are what a file of ``pruning/stages`` holds.
 
 
 @dataclass(frozen=True)
-class ShrinkOptions(Options):
-    shrink: float = option(0.5, "what remaining weights are multiplied with", Limits(above=0, words="more than 0"))
+class Shrink(Solve):
+    name = "shrink"
+    summary = "makes remaining weights smaller"
+    groups = ("row",)
 
+    factor: float = option(0.5, "what remaining weights are multiplied with", Limits(above=0, words="more than 0"))
 
-def shrink(problem: Problem, options: ShrinkOptions) -> Solved:
-    mask = problem.mask
-    if mask is None:
-        mask = problem.group.mask(ScoredWeight(problem.dense, "magnitude"), problem.keep)
-    return Solved(problem.dense.masked_fill(~mask, 0.0) * options.shrink)
+    def solve(self, problem: Problem) -> Solved:
+        mask = problem.mask
+        if mask is None:
+            mask = problem.group.mask(ScoredWeight(problem.dense, "magnitude"), problem.keep)
+        return Solved(problem.dense.masked_fill(~mask, 0.0) * self.factor)
+
+    def working_bytes(self, rows: int, cols: int) -> int:
+        return 1000 * rows * cols
 
 
 @pytest.fixture
 def shrinking(monkeypatch):
-    monkeypatch.setitem(solvers.SOLVERS, "update", dict(solvers.SOLVERS["update"]))
-    solvers.register(
-        WeightSolver(
-            name="shrink",
-            summary="makes remaining weights smaller",
-            options=ShrinkOptions,
-            groups=("row",),
-            solve=shrink,
-            working_bytes=lambda rows, cols: 1000 * rows * cols,
-        )
-    )
+    monkeypatch.setattr(stages, "STAGES", dict(stages.STAGES))
+    monkeypatch.setattr(method, "STAGES", stages.STAGES)
+    stages.register(Shrink)
 
 
-def test_a_solver_is_one_file(shrinking):
+def test_a_stage_is_one_file(shrinking):
     model = make_model("llama")
     dense = {name: p.detach().clone() for name, p in model.named_parameters()}
-    report = prune_model(model, make_tokens(), PruneConfig(update="shrink", shrink=0.25))
+    report = prune_model(model, make_tokens(), method="shrink(factor=0.25)")
     name = "model.layers.0.mlp.down_proj.weight"
     pruned = dict(model.named_parameters())[name]
     assert torch.equal(pruned[pruned != 0], dense[name][pruned != 0] * 0.25)
-    assert report.config["shrink"] == 0.25
+    assert report.config["method"] == "shrink(factor=0.25)"
     assert report.matrices[0].solution.solver == "shrink"
-    assert (
-        PruneConfig(solver=SolverConfig(update="shrink", options={"shrink": 0.25})).solver.to_dict()["shrink"] == 0.25
-    )
+    assert method.method_of(Shrink(0.25)) == method.parse("shrink(factor=0.25)")
 
 
-def test_help_parsers_and_limits_know_a_new_solver(shrinking):
-    text = " ".join(help_of("run").split())
-    assert "--shrink SHRINK shrink: what remaining weights are multiplied with (default: 0.5)" in text
-    assert "makes remaining weights smaller" in text
-    (method,) = parse_methods("shrink:shrink=0.125")
-    assert method.config().solver.to_dict()["shrink"] == 0.125
-    with pytest.raises(InputError, match=r"shrink must be more than 0 \(got -1.0\)"):
-        PruneConfig(update="shrink", shrink=-1.0)
-    with pytest.raises(InputError, match="shrink compares within rows"):
-        PruneConfig(update="shrink", group="matrix")
+def test_help_parsers_and_limits_know_a_new_stage(shrinking):
+    text = " ".join(help_all_of("run").split())
+    assert "shrink makes remaining weights smaller" in text
+    assert "factor: what remaining weights are multiplied with (default: 0.5)" in text
+    first, second = method.parse_list("shrink(factor=0.125); wanda + swaps + shrink")
+    assert (first.stages, second.stages[2:]) == ((Shrink(0.125),), (Shrink(),))
+    with pytest.raises(InputError, match=r"wanda has no option factor: factor is an option of shrink, as in shrink\("):
+        PruneConfig("wanda(factor=1)")
+    with pytest.raises(InputError, match=r"factor must be more than 0 \(got -1.0\)"):
+        PruneConfig("shrink(factor=-1)")
+    with pytest.raises(InputError, match=r"shrink compares within a row \(got group 'matrix'\); use group row"):
+        PruneConfig("shrink", group="matrix")
 
 
-def test_the_memory_estimate_asks_a_new_solver(shrinking):
+def test_the_memory_estimate_asks_a_new_stage(shrinking):
     model = make_model("llama")
     blocks = find_blocks(model)
     arguments = {"nsamples": 8, "seqlen": 16, "offload": False, "process": 0}
-    found = estimate(model, blocks, None, PruneConfig(update="shrink"), **arguments)
+    found = estimate(model, blocks, None, PruneConfig("shrink"), **arguments)
     assert found.solver >= 1000 * 48 * 32
 
 
-def test_a_solver_without_memory_is_no_solver():
-    with pytest.raises(TypeError, match="working_bytes"):
-        WeightSolver(name="lost", summary="", options=ShrinkOptions, groups=("row",), solve=shrink)
-
-
 def test_names_are_taken_once(shrinking):
-    with pytest.raises(ValueError, match="solver 'shrink' is registered already"):
-        solvers.register(solvers.SOLVERS["update"]["shrink"])
+    with pytest.raises(ValueError, match="stage 'shrink' is registered already; choose another name"):
+        stages.register(Shrink)
 
 
-def test_every_solver_is_a_file_of_its_own():
-    files = {module.__name__.rpartition(".")[2] for module in vars(solvers).values() if hasattr(module, "SOLVER")}
-    assert {"swaps", "sparsegpt", "admm", "tune"} <= files
+def test_every_stage_is_a_file_of_its_own():
+    files = [path for path in Path(stages.__file__).parent.glob("*.py") if not path.name.startswith("_")]
+    assert sorted(name.replace("-", "_") for name in stages.STAGES) == sorted(path.stem for path in files)
+    for stage in stages.STAGES.values():
+        assert stage.__module__ == f"ace_ext.pruning.stages.{stage.name.replace('-', '_')}"
 
 
 # A comparison group
@@ -151,7 +146,7 @@ def test_a_group_is_one_class(monkeypatch):
     prune_model(model, make_tokens(), PruneConfig("magnitude", group="row-pair", sparsity=0.25))
     weight = model.model.layers[0].mlp.up_proj.weight
     assert set(GROUPS["row-pair"].counts(weight).tolist()) == {48}
-    assert "row-pair" in help_of("run")
+    assert "row-pair" in help_all_of("run")
 
 
 # An output format
@@ -189,7 +184,7 @@ def test_a_format_is_one_file(tmp_path, monkeypatch, capsys):
     try:
         dense = save_dense(tmp_path / "dense")
         assert main([*command(dense, tmp_path / "out")[3:], "--format", "list"]) == 0
-        assert "the names of the blocks" in help_of("run")
+        assert "the names of the blocks" in help_all_of("run")
     finally:
         FORMATS.clear()
         FORMATS.update(before)

@@ -8,7 +8,8 @@ from ace_ext.pruning.damping import penalty
 from ace_ext.pruning.gram import GramState, RelativeLoss
 from ace_ext.pruning.prune_linear import prune_linear_
 from ace_ext.pruning.sketch import DIRECTIONS, LEAST_RESIDUAL, SketchState
-from ace_ext.pruning.statistics import LinearStatistics
+from ace_ext.pruning.stages import Admm
+from ace_ext.pruning.statistics import LinearStatistics, MomentState
 
 TOKENS, WIDE = 600, 160
 
@@ -106,7 +107,9 @@ def test_survives_a_file():
 
 def statistics(x: torch.Tensor, gram: str) -> LinearStatistics:
     sketch, whole = states(x)
-    return LinearStatistics(None, None, None, sketch if gram == "sketch" else whole, TOKENS)
+    moments = MomentState(x.shape[1])  # of Wanda's mask, which the report compares with
+    moments.update(x)
+    return LinearStatistics(moments, None, None, sketch if gram == "sketch" else whole, TOKENS)
 
 
 @pytest.mark.parametrize("what", [{"sparsity": 0.5}, {"pattern": "2:4"}, {"sparsity": 0.7}])
@@ -116,9 +119,7 @@ def test_admm_on_a_sketch_comes_near_admm_on_the_matrix(what, random):
     losses = {}
     for gram in ("plain", "sketch"):
         weight = dense.clone()
-        solution = prune_linear_(
-            weight, statistics(x, gram), PruneConfig("magnitude", update="admm", gram=gram, **what)
-        )
+        solution = prune_linear_(weight, statistics(x, gram), PruneConfig(Admm(gram=gram), **what))
         losses[gram] = RelativeLoss(truth.energy, dense)(weight)
         keep = round(WIDE * (1 - PruneConfig("magnitude", **what).sparsity))
         assert (weight != 0).sum(1).tolist() == [keep] * 40
@@ -132,7 +133,7 @@ def test_dead_columns_stay_zero(random):
     x = correlated()
     x[:, [3, 77]] = 0.0
     weight = torch.randn(8, WIDE, generator=random)
-    prune_linear_(weight, statistics(x, "sketch"), PruneConfig("magnitude", update="admm", gram="sketch"))
+    prune_linear_(weight, statistics(x, "sketch"), PruneConfig("admm(gram=sketch)"))
     assert not weight[:, [3, 77]].any()
     assert torch.isfinite(weight).all()
 

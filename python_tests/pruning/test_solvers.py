@@ -7,23 +7,23 @@ from ace_ext import InputError, PruneConfig, ops
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.masks import keep_budget, metric_mask, scored_weight
 from ace_ext.pruning.prune_linear import prune_linear_
-from ace_ext.pruning.solvers import Problem, admm, sparsegpt
+from ace_ext.pruning.stages import Admm, Problem, admm, obs
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
 from ace_ext.records import Solution
 
 ROWS, COLS, TOKENS = 6, 24, 50
 
 SETTINGS = [
-    {"refine": "swaps"},
-    {"update": "obs"},
-    {"update": "obs", "group": "matrix"},
-    {"update": "admm"},
-    {"update": "admm", "saliency": "magnitude"},
-    {"update": "admm", "iterations": 1},
-    {"refine": "swaps", "update": "obs"},
-    {"refine": "swaps", "update": "admm"},
+    {"method": "wanda + swaps"},
+    {"method": "obs", "group": "row"},
+    {"method": "obs", "group": "matrix"},
+    {"method": "admm"},
+    {"method": "admm(saliency=magnitude)"},
+    {"method": "admm(iterations=1)"},
+    {"method": "wanda + swaps + obs", "group": "row"},
+    {"method": "wanda + swaps + admm"},
 ]
-PATTERNS = [{key: value for key, value in s.items() if key != "group"} | {"pattern": "2:4"} for s in SETTINGS]
+PATTERNS = [{"method": s["method"], "pattern": "2:4"} for s in SETTINGS]
 
 
 def make_case(dtype=torch.float32, columns=COLS, tokens=TOKENS, seed=0):
@@ -51,7 +51,7 @@ def group_counts(weight, config):
     return kept.sum(1) if config.group == "row" else kept.sum()
 
 
-OVERFLOWING = [s for s in SETTINGS + PATTERNS if "update" in s] + [{"update": "mean"}]
+OVERFLOWING = [s for s in SETTINGS + PATTERNS if s["method"] != "wanda + swaps"] + [{"method": "wanda + mean-update"}]
 
 
 @pytest.mark.parametrize("setting", OVERFLOWING, ids=str)
@@ -61,7 +61,9 @@ def test_an_update_that_the_dtype_cannot_hold_is_refused(setting):
     x = 1 + torch.randn(200, 1, generator=random) + 0.1 * torch.randn(200, COLS, generator=random)
     dense = (50000 + 5000 * torch.rand(ROWS, COLS, generator=random)).half()
     stats, weight = statistics_of(x, dense * 1e-4), dense.clone()
-    with pytest.raises(InputError, match=r"update overflowed with damping .*; raise damping, or load .* as bfloat16"):
+    with pytest.raises(
+        InputError, match=r"(obs|admm|mean-update) overflowed with damping .*; raise damping, or load .* as bfloat16"
+    ):
         prune_linear_(weight, stats, PruneConfig(**setting))
     assert torch.equal(weight, dense)
     weight = dense.bfloat16()
@@ -84,10 +86,10 @@ def test_every_solver_keeps_exactly_k_and_beats_the_metric(setting, dtype):
     error = float((x @ (weight - dense).float().T).square().sum() / (x @ dense.float().T).square().sum())
     assert solution.loss_after == pytest.approx(error, rel=1e-3)
     assert solution.loss_after < solution.loss_before
-    assert solution.solver == config.solver.name
+    assert solution.solver == setting["method"].split("(")[0].removeprefix("wanda + ")
 
 
-@pytest.mark.parametrize("setting", [s for s in SETTINGS if "group" not in s], ids=str)
+@pytest.mark.parametrize("setting", [s for s in SETTINGS if s.get("group") != "matrix"], ids=str)
 @pytest.mark.parametrize("keep", [0, 1, 7, COLS])
 def test_keep_replaces_the_sparsity(setting, keep):
     weight, _, stats = make_case()
@@ -97,21 +99,21 @@ def test_keep_replaces_the_sparsity(setting, keep):
     assert ((weight != 0).sum(1) == keep).all()
     if keep == COLS:
         assert torch.equal(weight, dense)
-        assert solution == Solution(config.solver.name, damping=0, attempts=0, loss_before=0, loss_after=0)
+        assert solution == Solution(config.method.name, damping=0, attempts=0, loss_before=0, loss_after=0)
 
 
 def test_keep_replaces_the_sparsity_of_the_metric_alone():
     for group in ("row", "matrix"):
         weight, _, stats = make_case()
-        assert prune_linear_(weight, stats, PruneConfig(group=group), 5) is None
+        assert prune_linear_(weight, stats, PruneConfig("wanda", group=group), 5) is None
         assert int((weight != 0).sum()) == 5 * ROWS
 
 
-@pytest.mark.parametrize("setting", [{}, {"refine": "swaps"}], ids=str)
-def test_without_update_kept_weights_are_untouched(setting):
+@pytest.mark.parametrize("method", ["wanda", "wanda + swaps"])
+def test_without_update_kept_weights_are_untouched(method):
     weight, _, stats = make_case()
     dense = weight.clone()
-    prune_linear_(weight, stats, PruneConfig(**setting))
+    prune_linear_(weight, stats, PruneConfig(method))
     assert torch.equal(weight, torch.where(weight != 0, dense, torch.zeros(())))
 
 
@@ -129,34 +131,34 @@ def explicit_obs(dense, mask, gram, damping):
 
 @pytest.mark.parametrize("columns", [8, 20])  # one block; two and a rest
 def test_obs_equals_explicit_inverses(monkeypatch, columns):
-    monkeypatch.setattr(sparsegpt, "OBS_BLOCK", 8)
+    monkeypatch.setattr(obs, "OBS_BLOCK", 8)
     weight, _, stats = make_case(columns=columns)
     dense = weight.clone()
-    prune_linear_(weight, stats, PruneConfig(update="obs"))
+    prune_linear_(weight, stats, PruneConfig("obs", group="row"))
     expected = explicit_obs(dense, weight != 0, stats.gram.matrix, 0.01)
     torch.testing.assert_close(weight.double(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_obs_shares_of_the_blocks_add_up(monkeypatch):
-    monkeypatch.setattr(sparsegpt, "OBS_BLOCK", 8)
+    monkeypatch.setattr(obs, "OBS_BLOCK", 8)
     weight, _, stats = make_case(columns=20)
-    prune_linear_(weight, stats, PruneConfig(update="obs", sparsity=0.45))
+    prune_linear_(weight, stats, PruneConfig("obs", 0.45, group="row"))
     assert ((weight != 0).sum(1) == 11).all()
     assert [int((part != 0).sum()) for part in weight.split(8, 1)] == [4 * ROWS, 4 * ROWS, 3 * ROWS]
 
 
 def test_obs_blocks_hold_whole_groups(monkeypatch):
-    monkeypatch.setattr(sparsegpt, "OBS_BLOCK", 8)
+    monkeypatch.setattr(obs, "OBS_BLOCK", 8)
     weight, _, stats = make_case(columns=21)
-    config = PruneConfig(update="obs", pattern="1:3")
+    config = PruneConfig("obs", pattern="1:3")
     prune_linear_(weight, stats, config)
     assert (group_counts(weight, config) == 1).all()
 
 
 @pytest.mark.parametrize("entries", [COLS, 2 * COLS, 5 * COLS - 1, 5 * COLS])
-@pytest.mark.parametrize("setting", [{}, {"pattern": "2:4"}, {"refine": "swaps"}], ids=str)
+@pytest.mark.parametrize("setting", [("admm",), ("admm", None, "2:4"), ("wanda + swaps + admm",)], ids=str)
 def test_admm_of_some_rows_at_a_time_is_that_of_all(setting, entries, monkeypatch):
-    config = PruneConfig(update="admm", **setting)
+    config = PruneConfig(*setting)
     weight, _, stats = make_case()
     parts = weight.clone()
     prune_linear_(weight, stats, config)
@@ -168,11 +170,11 @@ def test_admm_of_some_rows_at_a_time_is_that_of_all(setting, entries, monkeypatc
 
 def test_admm_with_its_mask_fixed_nears_least_squares():
     weight, _, stats = make_case()
-    config = PruneConfig(update="admm", iterations=3000, damping=0.1)
+    config = PruneConfig("admm(iterations=3000, damping=0.1)")
     factor = stats.gram.admm_factor(0.1)
     mask = metric_mask(scored_weight(weight, stats, config), config)
     problem = Problem(weight, stats.gram, config.comparison, config.comparison.keep(ROWS, COLS, 0.5), mask)
-    found = admm.iterate(problem, factor, config.solver.options_for(admm.SOLVER)) * factor.norm
+    found = admm.iterate(problem, factor, config.method.solve) * factor.norm
     hessian, dense = factor.hessian.double(), (weight * factor.norm).double()
     for row in range(ROWS):
         kept = mask[row]
@@ -185,7 +187,7 @@ def test_admm_with_its_mask_fixed_nears_least_squares():
 def test_admm_with_the_largest_damping_is_wanda(gram, saliency):
     weight, _, stats = make_case()
     wanda = weight.clone()
-    prune_linear_(weight, stats, PruneConfig(update="admm", gram=gram, saliency=saliency, damping=1e6, floor=0.0))
+    prune_linear_(weight, stats, PruneConfig(Admm(gram=gram, saliency=saliency, damping=1e6, floor=0.0)))
     prune_linear_(wanda, stats, PruneConfig("wanda"))
     torch.testing.assert_close(weight, wanda, rtol=1e-4, atol=0.0)
 
@@ -195,7 +197,7 @@ def test_a_floor_keeps_weights_of_quiet_columns():
     for floor in (0.0, 1.0):
         weight, x, stats = make_case()
         quiet = x.square().sum(0).argsort()[: COLS // 2]
-        prune_linear_(weight, stats, PruneConfig(update="admm", floor=floor))
+        prune_linear_(weight, stats, PruneConfig(Admm(floor=floor)))
         kept.append(int((weight[:, quiet] != 0).sum()))
     assert kept[0] < kept[1]
 
@@ -204,7 +206,7 @@ def test_admm_saliency_changes_the_mask():
     masks = []
     for saliency in ("magnitude", "obs"):
         weight, _, stats = make_case()
-        prune_linear_(weight, stats, PruneConfig(update="admm", saliency=saliency))
+        prune_linear_(weight, stats, PruneConfig(Admm(saliency=saliency)))
         masks.append(weight != 0)
     assert not torch.equal(*masks)
 
@@ -213,8 +215,8 @@ def test_admm_saliency_changes_the_mask():
 def test_an_update_keeps_the_refined_mask(update):
     weight, _, stats = make_case()
     other = weight.clone()
-    prune_linear_(weight, stats, PruneConfig(refine="swaps"))
-    prune_linear_(other, stats, PruneConfig(refine="swaps", update=update))
+    prune_linear_(weight, stats, PruneConfig("wanda + swaps"))
+    prune_linear_(other, stats, PruneConfig(f"wanda + swaps + {update}", group="row"))
     assert torch.equal(weight != 0, other != 0)
     assert not torch.equal(weight, other)
 
@@ -236,13 +238,13 @@ def test_dead_inputs_get_weight_only_where_the_others_do_not_suffice(update, kee
 def test_inputs_that_are_all_zero_lose_nothing(update):
     weight, x, _ = make_case()
     stats = statistics_of(torch.zeros_like(x), weight)
-    assert prune_linear_(weight, stats, PruneConfig("wanda", update=update)).loss_after == 0.0
+    assert prune_linear_(weight, stats, PruneConfig(update, group="row")).loss_after == 0.0
 
 
-@pytest.mark.parametrize("options", [{"update": "obs"}, {"update": "admm", "floor": 0.0}])
-def test_rank_deficiency_is_told_and_no_identity(options):
+@pytest.mark.parametrize("method", ["obs(damping=0)", "admm(damping=0, floor=0)"])
+def test_rank_deficiency_is_told_and_no_identity(method):
     weight, _, stats = make_case(tokens=5)
-    solution = prune_linear_(weight, stats, PruneConfig(damping=0.0, **options))
+    solution = prune_linear_(weight, stats, PruneConfig(method, group="row"))
     assert solution.attempts > 1
     assert solution.damping > 0
     assert solution.loss_after < solution.loss_before
@@ -254,5 +256,5 @@ def test_a_failure_leaves_the_weight(update):
     dense = weight.clone()
     stats.gram.matrix[0, 0] = float("nan")
     with pytest.raises(InputError, match="Gram matrix"):
-        prune_linear_(weight, stats, PruneConfig(update=update))
+        prune_linear_(weight, stats, PruneConfig(update, group="row"))
     assert torch.equal(weight, dense)

@@ -29,7 +29,7 @@ class Score(Stage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not callable(self.metric) and self.metric not in METRICS:
+        if not callable(self.metric) and not (isinstance(self.metric, str) and self.metric in METRICS):
             raise InputError(
                 f"metric must be one of {', '.join(METRICS)}, or a callable (got {self.metric!r})"
                 f"{suggestion(self.metric, METRICS)}"
