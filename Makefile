@@ -110,12 +110,19 @@ mutation: $(VENV)/ready
 	tools/system_packages.sh
 	$(BIN)/python tools/mutate.py
 
-# The same of the masks, solvers, workspace and loaders in Python. Not yet run as a whole, so no part of nightly.
+# The same for the Python files that pyproject.toml names (tool.mutmut); MUTANTS is a pattern of their names. A second call
+# continues where the first stopped. Not yet run as a whole, so not a part of nightly.
+MUTANTS ?= *
 mutation-python: $(VENV)/installed $(VENV)/tools
-	OMP_NUM_THREADS=1 $(BIN)/python tools/mutate_python.py
+	cp $(VENV)/lib/python*/site-packages/ace_ext/_C*.so ace_ext/
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children $(JOBS) '$(MUTANTS)'
+	$(BIN)/mutmut results
 
-licenses: $(VENV)/installed
-	$(BIN)/python tools/licenses.py
+# The licence of each package that `pip install ace_ext` brings; one without a licence is an error.
+licenses: $(VENV)/installed $(VENV)/tools
+	$(BIN)/pip-licenses --from mixed --with-system --no-version --format markdown --fail-on UNKNOWN --packages \
+	  $$($(BIN)/uv pip tree --python $(BIN)/python --package ace_ext 2>/dev/null | \
+	    grep -oE '[[:alnum:]._-]+ v[0-9]' | cut -d' ' -f1 | sort -u)
 
 # Needs a GPU, a torch built for CUDA in $(PYTHON), and nvcc.
 gpu:
@@ -144,4 +151,4 @@ dist: $(VENV)/ready
 	PYTHON=$(BIN)/python tools/check_dist.sh build/dist
 
 clean:
-	rm -rf $(VENV) build demo
+	rm -rf $(VENV) build demo mutants
