@@ -12,6 +12,7 @@ GoogleTest. The exit status is 1 if fewer than --least (90 %) are noticed.
 
 import argparse
 import os
+import random
 import re
 import resource
 import shutil
@@ -23,8 +24,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-
-from mutants import add_options, drawn
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "mutation"
@@ -203,12 +202,17 @@ class Notices:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("headers", nargs="*", help="names of csrc/core without .h; all by default")
-    add_options(parser)
+    parser.add_argument("--sample", type=int, help="how many changes, drawn at random; all by default")
+    parser.add_argument("--seconds", type=float, help="begin no change after so many; they are then drawn at random")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--least", type=float, default=0.9, help="the share that must be noticed")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     headers = [ROOT / "csrc" / "core" / f"{name}.h" for name in args.headers] or sorted(ROOT.glob("csrc/core/*.h"))
     tests = {header: tests_of(header) for header in headers}
-    mutants = drawn([mutant for header in headers for mutant in mutants_of(header)], args)
+    mutants = [mutant for header in headers for mutant in mutants_of(header)]
+    if args.sample is not None or args.seconds is not None:
+        mutants = random.Random(args.seed).sample(mutants, min(args.sample or len(mutants), len(mutants)))
     shutil.rmtree(WORK, ignore_errors=True)  # what was compiled of older sources
     if silent := [header.name for header in headers if not tests[header]]:
         sys.exit(f"mutate: no test includes {', '.join(silent)}")

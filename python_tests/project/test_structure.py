@@ -1,4 +1,4 @@
-"""The structure of the package: which subpackage may import which, no import cycles, arguments of constructors."""
+"""The structure of the package: which subpackage may import which, no import cycles, few constructor arguments."""
 
 import ast
 from functools import cache

@@ -33,7 +33,9 @@ def test_budget_is_what_survives(config):
 def test_keep_of_a_row_replaces_the_sparsity(group, keep):
     config = PruneConfig("magnitude", group=group, sparsity=0.25)
     weight = torch.randn(7, 12)
+    mask = metric_mask(magnitude(weight), config, keep)
     prune_weight_(magnitude(weight), config, keep)
+    assert torch.equal(mask, weight != 0)
     assert int(weight.count_nonzero()) == keep_budget(weight, config, keep) == 7 * (9 if keep is None else keep)
 
 
@@ -78,7 +80,11 @@ def test_callable_metric():
     assert weight.tolist() == [[1.0, -2.0, 0.0, 0.0]]
 
 
-@pytest.mark.parametrize("answer", [None, torch.ones(2, 2), torch.ones(1, 4, dtype=torch.int64)], ids=str)
+@pytest.mark.parametrize(
+    "answer",
+    [None, torch.ones(2, 2), torch.ones(1, 4, dtype=torch.int64)],
+    ids=["nothing", "another-shape", "another-dtype"],
+)
 def test_callable_metric_must_return_scores(answer):
     with pytest.raises(InputError, match=r"metric must return a float tensor of the weight's shape \[1, 4\] \(got"):
         scored_weight(torch.ones(1, 4), None, PruneConfig(Score(lambda weight, stats: answer)))
