@@ -60,22 +60,22 @@ def metrics() -> str:
 
 
 def presets() -> str:
-    """The table of presets and their settings."""
+    """The table of presets and the methods that they stand for."""
     from ace_ext.pruning.presets import PRESETS, PUBLISHED
 
     rows = [(f"`{name}`", _settings(arguments)) for name, arguments in (PRESETS | PUBLISHED).items()]
-    return _table(("`--preset`", "settings"), rows)
+    return _table(("`--method`", "stands for"), rows)
 
 
-def solvers() -> str:
-    """The table of solvers (``--refine`` and ``--update``) and their options."""
+def stages() -> str:
+    """The table of stages and their options."""
     from ace_ext.pruning.solvers import all_solvers
 
     rows = []
     for solver in all_solvers():
-        options = [f"`--{setting.name.replace('_', '-')}` ({setting.default})" for setting in solver.options.settings()]
-        rows.append((f"`--{solver.stage} {solver.name}`", solver.summary, ", ".join(options)))
-    return _table(("option", "what it does", "its options (defaults)"), rows)
+        options = [f"`{setting.name}` ({setting.default})" for setting in solver.options.settings()]
+        rows.append((f"`{solver.name}`", solver.stage, solver.summary, ", ".join(options)))
+    return _table(("stage", "kind", "what it does", "its options (defaults)"), rows)
 
 
 def groups() -> str:
@@ -92,14 +92,6 @@ def formats() -> str:
     return _table(("`--format`", "what is written"), [(f"`{name}`", entry.summary) for name, entry in FORMATS.items()])
 
 
-def methods() -> str:
-    """The table of methods (``--methods`` of ``compare``)."""
-    from ace_ext.compare.method_spec import METHODS
-
-    rows = [(f"`{name}`", _settings(arguments)) for name, arguments in METHODS.items()]
-    return _table(("`--methods`", "settings"), rows)
-
-
 def examples() -> str:
     """Each script of ``examples/``: its docstring, then its code."""
     text = []
@@ -111,7 +103,7 @@ def examples() -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
-    part.__name__: part for part in (command_line, metrics, presets, solvers, groups, formats, methods, examples)
+    part.__name__: part for part in (command_line, metrics, presets, stages, groups, formats, examples)
 }
 
 
