@@ -48,8 +48,8 @@ def command_line() -> str:
     return "\n\n".join(text)
 
 
-def metrics() -> str:
-    """The table of metrics: name, formula, kinds of statistics."""
+def scores() -> str:
+    """The table of scores: name, formula, kinds of statistics."""
     from ace_ext.pruning.criteria import DEFAULT_METRIC, METRICS
 
     rows = [
@@ -103,7 +103,7 @@ def examples() -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
-    part.__name__: part for part in (command_line, metrics, presets, stages, groups, formats, examples)
+    part.__name__: part for part in (command_line, scores, presets, stages, groups, formats, examples)
 }
 
 
