@@ -48,8 +48,8 @@ def command_line() -> str:
     return "\n\n".join(text)
 
 
-def scores() -> str:
-    """The table of scores: name, formula, kinds of statistics."""
+def metrics() -> str:
+    """The table of metrics: name, formula, kinds of statistics."""
     from ace_ext.pruning.criteria import DEFAULT_METRIC, METRICS
 
     rows = [
@@ -60,22 +60,22 @@ def scores() -> str:
 
 
 def presets() -> str:
-    """The table of presets and the methods that they stand for."""
+    """The table of presets and their settings."""
     from ace_ext.pruning.presets import PRESETS, PUBLISHED
 
     rows = [(f"`{name}`", _settings(arguments)) for name, arguments in (PRESETS | PUBLISHED).items()]
-    return _table(("`--method`", "stands for"), rows)
+    return _table(("`--preset`", "settings"), rows)
 
 
-def stages() -> str:
-    """The table of stages and their options."""
+def solvers() -> str:
+    """The table of solvers (``--refine`` and ``--update``) and their options."""
     from ace_ext.pruning.solvers import all_solvers
 
     rows = []
     for solver in all_solvers():
-        options = [f"`{setting.name}` ({setting.default})" for setting in solver.options.settings()]
-        rows.append((f"`{solver.name}`", solver.stage, solver.summary, ", ".join(options)))
-    return _table(("stage", "kind", "what it does", "its options (defaults)"), rows)
+        options = [f"`--{setting.name.replace('_', '-')}` ({setting.default})" for setting in solver.options.settings()]
+        rows.append((f"`--{solver.stage} {solver.name}`", solver.summary, ", ".join(options)))
+    return _table(("option", "what it does", "its options (defaults)"), rows)
 
 
 def groups() -> str:
@@ -92,6 +92,14 @@ def formats() -> str:
     return _table(("`--format`", "what is written"), [(f"`{name}`", entry.summary) for name, entry in FORMATS.items()])
 
 
+def methods() -> str:
+    """The table of methods (``--methods`` of ``compare``)."""
+    from ace_ext.compare.method_spec import METHODS
+
+    rows = [(f"`{name}`", _settings(arguments)) for name, arguments in METHODS.items()]
+    return _table(("`--methods`", "settings"), rows)
+
+
 def examples() -> str:
     """Each script of ``examples/``: its docstring, then its code."""
     text = []
@@ -103,7 +111,7 @@ def examples() -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
-    part.__name__: part for part in (command_line, scores, presets, stages, groups, formats, examples)
+    part.__name__: part for part in (command_line, metrics, presets, solvers, groups, formats, methods, examples)
 }
 
 
