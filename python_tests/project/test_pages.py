@@ -1,0 +1,35 @@
+"""The pages of ``docs/`` can be found: the index and the navigation lead to each, and the README is short."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").is_file())
+PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name != "index.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_index_and_navigation_lead_to_each_page(page):
+    assert f"({page})" in (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    assert re.search(rf": {re.escape(page)}$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M)
+
+
+def test_readme_has_at_most_900_words():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 900
+
+
+def test_links_of_the_readme_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = [target for target in re.findall(r"\]\(([^)#]+)", text) if "://" not in target]
+    assert len(targets) > 10
+    for target in targets:
+        assert (ROOT / target).is_file(), target
+
+
+def test_anchors_of_the_readme_exist():
+    """Each ``page.md#anchor`` of the README is a heading of that page."""
+    for page, anchor in re.findall(r"\]\(([\w/.-]+\.md)#([\w-]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")):
+        headings = re.findall(r"^#+ (.+)$", (ROOT / page).read_text(encoding="utf-8"), re.M)
+        slugs = {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+        assert anchor in slugs, f"{page}#{anchor}"
