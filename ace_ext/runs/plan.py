@@ -215,7 +215,7 @@ def _describe(source: Source, device: torch.device) -> str:
 def _needed(source: Source, request: RunRequest) -> dict[str, int]:
     """Peak bytes of a run with all weights in memory, and with one block at a time where that is possible. The model
     cannot then write its own text, so another one is assumed."""
-    distills = request.config.solver.model_solver is not None
+    distills = request.config.method.distill is not None
     least = needed_memory(request, source).total if distills else 0
     found = {"whole": max(least, Demand(replace(source, offloaded=False), request).peak(Held()).total)}
     if not request.config.comparison.over_matrices:
