@@ -3,11 +3,12 @@ import subprocess
 import sys
 import tempfile
 
+import pytest
 from tiny_models import make_model, make_tokens
 
 from ace_ext import PruneConfig, prune_model
 from ace_ext.models.versions import versions
-from ace_ext.records import BlockReport, MatrixReport, PruneReport, Solution, Tuning
+from ace_ext.records import BlockReport, HeldBackPerplexity, MatrixReport, PruneReport, Solution, Tuning
 
 
 def make_report() -> PruneReport:
@@ -44,6 +45,71 @@ def test_table_averages_over_blocks():
     assert len(lines) == 3
     assert lines[1].split() == ["up", "4x8", "0.5156", "0.1000", "0.9900"]
     assert lines[2] == "2 blocks, 2 matrices, sparsity 0.5156, 1.2 s, peak memory 1.00 GiB on cpu"
+
+
+def test_table_names_the_method_as_it_was_asked_for():
+    report = make_report()
+    report.config = {"method": "admm(damping=0.2)", "preset": None}
+    assert report.table().splitlines()[3] == "method admm(damping=0.2)"
+    report.config = {"method": "admm", "preset": "balanced"}
+    assert report.table().splitlines()[3] == "method balanced: admm"
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        ({"sparsity": 0.7, "group": "row"}, "sparsity is 0.6875, not 0.7: each row loses a whole number of weights"),
+        ({"sparsity": 0.7, "group": "matrix"}, "sparsity is 0.6875, not 0.7: each matrix loses a whole number"),
+        ({"sparsity": 0.6875, "group": "row"}, None),
+        ({"sparsity": 0.8, "group": "row"}, None),  # rounding alone would explain 0.77 to 0.83
+        ({"sparsity": 0.7, "group": "row", "pattern": "2:4"}, None),
+        ({"sparsity": 0.7, "group": "model"}, None),
+    ],
+)
+def test_table_explains_a_sparsity_that_was_rounded(config, line):
+    report = make_report()
+    report.config = config
+    for matrix in report.matrices:
+        matrix.shape, matrix.nonzero = ((4, 16), 20) if config["group"] == "row" else ((1, 16), 5)
+    assert (line or "whole number") in report.table() if line else "whole number" not in report.table()
+
+
+@pytest.mark.parametrize(
+    ("method", "calibration", "expected"),
+    [
+        ("admm(gram=sketch)", {"source": "self"}, "--method balanced or best, --calibration with text like that of"),
+        (
+            "wanda",
+            {"source": "x.txt", "nsamples": 128, "seqlen": 128},
+            "--method balanced or best, more text, e.g. --ns",
+        ),
+        ("admm", {"source": "x.txt", "nsamples": 128, "seqlen": 2048}, "--method best, a lower --sparsity"),
+        ("admm + distill", {}, 'a longer distillation, e.g. --method "best(tokens=262144)", a lower --sparsity'),
+    ],
+)
+def test_a_large_loss_is_told_with_what_to_try(method, calibration, expected):
+    report = make_report()
+    report.config, report.extra = {"method": method}, {"calibration": calibration}
+    report.perplexity = HeldBackPerplexity("text", 4, 128, 20.0, 30.0)
+    assert report.advice().startswith("large loss: perplexity is 1.5 times the dense model's; try ")
+    assert expected in report.advice()
+    assert report.table().endswith(report.advice())
+
+
+@pytest.mark.parametrize(
+    ("dense", "pruned", "healed", "told"),
+    [
+        (20.0, 29.9, None, False),
+        (20.0, 60.0, 29.0, False),  # the distilled model is what was written
+        (20.0, 60.0, 31.0, True),
+        (20.0, None, None, True),
+        (None, 60.0, None, False),
+    ],
+)
+def test_when_a_loss_is_large(dense, pruned, healed, told):
+    report = make_report()
+    report.perplexity = HeldBackPerplexity("text", 4, 128, dense, pruned, healed)
+    assert bool(report.advice()) is told
 
 
 def test_rows_without_a_weight_are_told():

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ace_ext.cards.base import BaseCard, read_base
+from ace_ext.cards.mask_words import mask_words
 from ace_ext.errors import InputError
 from ace_ext.packed import codec_named
 from ace_ext.packed.card_section import CARD, section_of
@@ -101,7 +102,9 @@ def _render(report: PruneReport, base: BaseCard, has_base: bool, causal: bool) -
             hub_name=report.extra.get("base_model") or base.base_model,
             amount=_amount(report.config),
             kept=_kept(report.config),
-            method=_method(report.config),
+            method=report.method,
+            stages=_stages(report.config),
+            mask=mask_words(str(report.config["method"])),
             report=report,
             weights=sum(matrix.size for matrix in report.matrices),
             error=_mean_error(report),
@@ -142,8 +145,8 @@ def _kept(config: Mapping[str, Any]) -> str:
     return f"the same share of {of.get(config['group'], config['group'])}{shared}"
 
 
-def _method(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Names and descriptions of what chose the mask and the remaining weights."""
+def _stages(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Each stage of the method, and what it does."""
     try:
         stages = parse(str(config["method"])).stages
     except InputError:  # scores of a function, or a stage that is not registered here

@@ -3,18 +3,23 @@
 import argparse
 import contextlib
 import json
+import signal
+import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 from tabulate import tabulate
+from tqdm import tqdm
 
 from ace_ext.cli import args as shared
 from ace_ext.errors import InputError
 from ace_ext.packed.files import is_packed
 from ace_ext.packed.packing import unpack
 from ace_ext.reporting.bench_plot import check_plot, write_plot
-from ace_ext.runtime.bench import BenchResult, BenchSettings, Pair, bench
+from ace_ext.runtime.bench import BenchProgress, BenchResult, BenchSettings, Difference, Pair, bench
 
 EXAMPLES = (
     "bench packed",
@@ -49,19 +54,46 @@ def run(args: argparse.Namespace) -> int:
         check_plot(args.plot)
     settings = BenchSettings(tokens=args.tokens, rounds=args.rounds, prefill=args.prefill)
     with contextlib.ExitStack() as opened:
+        opened.enter_context(_ended_by_signals())
         dense = args.dense
         if dense is None:
-            parent = Path(args.folder).expanduser().absolute().parent
+            packed = Path(args.folder).expanduser().absolute()
+            place = tempfile.TemporaryDirectory
             try:
-                dense = str(Path(opened.enter_context(tempfile.TemporaryDirectory(dir=parent))) / "dense")
+                dense = Path(opened.enter_context(place(prefix=f".{packed.name}.bench-", dir=packed.parent))) / "dense"
             except OSError as error:
                 raise InputError(f"no room beside {args.folder!r} ({error.strerror}); pass --dense") from error
             unpack(args.folder, dense)
-        result = bench(dense, args.folder, settings, lambda line: shared.note(args, line))
+        result = bench(str(dense), args.folder, settings, opened.enter_context(_progress(args, settings.steps)))
     if args.plot is not None:
         write_plot(result, args.plot)
     print(json.dumps(asdict(result)) if args.json else table(result))
     return 0
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Raises SystemExit at SIGTERM and SIGHUP, so that temporary files are removed."""
+
+    def end(number: int, _: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _progress(args: argparse.Namespace, steps: int) -> Iterator[BenchProgress]:
+    """A bar with the time left on a terminal, else a line for each phase; nothing with ``--quiet``."""
+    if not shared.shows_progress(args):
+        yield BenchProgress(lambda text: shared.note(args, text))
+        return
+    with tqdm(total=steps, unit="run", file=sys.stderr, leave=False) as bar:
+        yield BenchProgress(bar.set_description, bar.update)
 
 
 def table(result: BenchResult) -> str:
@@ -76,10 +108,16 @@ def table(result: BenchResult) -> str:
         if pair is not None:
             rows.append(_row(name, pair, unit))
     text = tabulate(rows, headers=["", "dense", "packed", "packed is better by"], disable_numparse=True)
-    return (
-        f"{text}\nlargest difference of logits {result.logits_difference:.3g} (largest logit {result.logits_size:.3g})"
-        f"\n{result.dtype}, {result.threads} threads, {result.capability}; medians of {result.rounds} runs by turns"
-    )
+    runs = "1 run each" if result.rounds == 1 else f"medians of {result.rounds} runs each"
+    lines = [text, f"packed and dense hold the same weights; their logits differ by {_difference(result.logits)}"]
+    if result.rounding is not None:
+        lines.append(f"for scale: dense in {result.dtype} and in float32 differ by {_difference(result.rounding)}")
+    lines.append(f"{result.dtype}, {result.threads} threads, {result.capability}; {runs}, alternating")
+    return "\n".join(lines)
+
+
+def _difference(found: Difference) -> str:
+    return f"{100 * found.relative:.2g} % of their standard deviation, one logit by at most {found.largest:.3g}"
 
 
 def _row(name: str, pair: Pair, unit: int) -> list[str]:

@@ -53,6 +53,7 @@ years. A decision is expected in the spring, after the people of both towns have
 
 _NO_ENGLISH = "the tokenizer does not add it, and knows too few English words for the model to be measured"
 _NO_HEAD = "the tokenizer does not add it, and a model without an LM head cannot be measured"
+_NO_TOKENIZER = "there is no tokenizer yet"
 _MEASURING = "its tokenizer has a BOS token and does not add it, so the model must be measured"
 
 
@@ -68,8 +69,8 @@ class BosChoice:
 
     @property
     def decided(self) -> bool:
-        """False for ``auto`` where the model had to be measured and was not there."""
-        return self.why != _MEASURING
+        """False where it depends on a model that had to be measured, or on a tokenizer, that was not there."""
+        return self.why not in (_MEASURING, _NO_TOKENIZER)
 
     def to_dict(self) -> dict[str, str | int | None]:
         """The fields as JSON values."""
@@ -142,6 +143,11 @@ def settled_bos(mode: str, tokenizer: Tokenizer, own_text: bool = False) -> BosC
     if tokenizer(_TEXT, verbose=False)["input_ids"][:1] == [token]:
         return BosChoice(mode, token, "the tokenizer begins each text with it")
     return None if knows_english(tokenizer) else BosChoice(mode, None, _NO_ENGLISH)
+
+
+def undecided_bos(mode: str) -> BosChoice:
+    """The choice where there is no tokenizer: undecided."""
+    return BosChoice(mode, None, _NO_TOKENIZER)
 
 
 def short_text_ids(tokenizer: Tokenizer) -> list[int]:

@@ -59,7 +59,7 @@ class Healing:
 
 @dataclass
 class HeldBackPerplexity:
-    """Perplexity on a few windows of text that was no calibration: no result to quote. None: not finite."""
+    """Perplexity on a few windows of held-out text: a rough check, not a result to cite. None: not finite."""
 
     text: str
     windows: int
@@ -69,6 +69,14 @@ class HeldBackPerplexity:
     pruned: float | None
     healed: float | None = None
     """After a distillation that belongs to the run; None also if there was none."""
+
+    @property
+    def ratio(self) -> float | None:
+        """The last figure relative to the dense model's; infinity if it is not finite, None if the dense one is not."""
+        after = self.pruned if self.healed is None else self.healed
+        if not self.dense:
+            return None
+        return math.inf if after is None else after / self.dense
 
     def summary(self) -> str:
         """One line."""

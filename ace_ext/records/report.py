@@ -1,6 +1,7 @@
 """The report of a whole run."""
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +13,12 @@ from ace_ext.records.matrices import BlockReport, MatrixReport
 
 REPORT_NAME = "ace_report.json"
 FORMAT = 1
+
+LARGE_LOSS = 1.5
+"""From this ratio of pruned to dense perplexity on, a report advises what to try."""
+
+_MUCH_TEXT = 65536
+"""Calibration tokens, beyond which more are not advised."""
 
 
 @dataclass
@@ -43,6 +50,40 @@ class PruneReport:
         """Share of zeros over all pruned matrices."""
         size = sum(matrix.size for matrix in self.matrices)
         return 1 - sum(matrix.nonzero for matrix in self.matrices) / size if size else 0.0
+
+    @property
+    def method(self) -> str:
+        """The method as it was asked for: ``"fast: admm(…)"`` for a preset, else the text of its stages; empty if the
+        configuration does not say."""
+        method, preset = self.config.get("method"), self.config.get("preset")
+        return f"{preset}: {method}" if preset and method else str(method or "")
+
+    def advice(self) -> str:
+        """One line that says what to try, if perplexity is :data:`LARGE_LOSS` times the dense model's or more; else
+        empty."""
+        if self.perplexity is None or self.perplexity.ratio is None or self.perplexity.ratio < LARGE_LOSS:
+            return ""
+        tries = [self._better_method(), self._better_text(), self._lower_target()]
+        grown = f"{self.perplexity.ratio:.2g} times" if math.isfinite(self.perplexity.ratio) else "not finite, unlike"
+        return f"large loss: perplexity is {grown} the dense model's; try {', '.join(filter(None, tries))}"
+
+    def _better_method(self) -> str:
+        method = str(self.config.get("method"))
+        if self.healing is not None or "distill" in method:
+            tokens = 4 * self.healing.tokens if self.healing is not None else 2**18
+            return f'a longer distillation, e.g. --method "best(tokens={tokens})"'
+        return "--method best" if "admm" in method and "sketch" not in method else "--method balanced or best"
+
+    def _better_text(self) -> str:
+        calibration = self.extra.get("calibration") or {}
+        if calibration.get("source") == "self":
+            return "--calibration with text like that of your task"
+        tokens = calibration.get("nsamples", _MUCH_TEXT) * calibration.get("seqlen", 1)
+        return f"more text, e.g. --nsamples {4 * calibration['nsamples']}" if tokens < _MUCH_TEXT else ""
+
+    def _lower_target(self) -> str:
+        pattern = self.config.get("pattern")
+        return f"--sparsity without the pattern {pattern}" if pattern else "a lower --sparsity"
 
     def to_json(self) -> str:
         """The report as JSON, with the sparsity of each matrix and of the whole."""
@@ -98,12 +139,26 @@ class PruneReport:
             f"{len(self.blocks)} blocks, {len(self.matrices)} matrices, sparsity {self.sparsity:.4f}, "
             f"{self.seconds:.1f} s, peak memory {self.peak_memory_bytes / 2**30:.2f} GiB on {self.device}"
         )
+        if self.method:
+            lines.append(f"method {self.method}")
+        lines += self._rounded()
         lines += describe_dense(self.dense, sum(matrix.size for matrix in self.matrices))
         if self.healing is not None:
             lines.append(self.healing.summary())
         if self.perplexity is not None:
             lines.append(self.perplexity.summary())
+        lines += filter(None, [self.advice()])
         return "\n".join(lines)
+
+    def _rounded(self) -> list[str]:
+        """A line that explains a sparsity that differs from the one that was asked for, if rounding is the reason."""
+        wanted, group = self.config.get("sparsity"), str(self.config.get("group"))
+        if self.config.get("pattern") or not isinstance(wanted, float) or group not in ("row", "matrix"):
+            return []
+        smallest = min((m.shape[1] if group == "row" else m.size for m in self.matrices), default=1)
+        if not 0.00005 <= abs(self.sparsity - wanted) <= 0.5 / smallest:
+            return []
+        return [f"sparsity is {self.sparsity:.4f}, not {wanted:g}: each {group} loses a whole number of weights"]
 
     def _empty_rows(self) -> list[str]:
         """A line about rows that have no weight left, if there are any."""

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ace_ext.cards.mask_words import mask_words
 from ace_ext.compare.journal import BlockFigures
 from ace_ext.compare.tables import amount_name, short_names
 from ace_ext.data.bos import BosChoice
@@ -32,6 +33,9 @@ def write_run_report(report: PruneReport, path: str | Path, folder: str | Path |
         f"{_model_name(report)}pruned by {_method(report)}, {amount} zeros",
         glance=_glance(report),
         perplexity=report.perplexity,
+        advice=report.advice(),
+        method=report.method,
+        mask=mask_words(str(report.config["method"])),
         device=report.device,
         healing=None if report.healing is None else _Healing(report.healing),
         plots=_plots(report, blocks, folder),

@@ -12,6 +12,7 @@ import torch
 from ace_ext.data.requests import check_positions
 from ace_ext.data.requests import check_request as check_numbers
 from ace_ext.data.windows import CalibrationData
+from ace_ext.errors import InputError
 from ace_ext.formats import DEFAULT_FORMAT, format_named
 from ace_ext.healing.batches import Batches, Placement, windows_needed
 from ace_ext.healing.context import HealContext
@@ -45,6 +46,7 @@ from ace_ext.runs.output import (
     read_report,
 )
 from ace_ext.runs.unfinished import discard, recover
+from ace_ext.runs.verify import verify_weights
 
 
 def heal_folder(
@@ -64,7 +66,8 @@ def heal_folder(
         The pruned folder's report with ``healing``, and the folder that was written.
 
     Raises:
-        InputError: for an error in the arguments, the models, the text, or the disk; or too little memory.
+        InputError: for an error in the arguments, the models, the text, or the disk; too little memory; or weights in
+            the pruned folder that are not what its report says (:func:`ace_ext.runs.verify.verify_weights`).
     """
     request.options.check()
     if request.options.max_memory is not None and request.device.type == "cpu":
@@ -96,6 +99,8 @@ class _Run:
         if done is not None:
             discard(path)
             return done
+        if options.longer is None:  # such a run checks its own folder
+            _check_weights(self._request.folder)
         journal = HealJournal(path, fingerprint, options.resume)
         try:
             check_output(path, options.overwrite, options.resume)  # of a run that had the lock before
@@ -211,6 +216,16 @@ class _Run:
             "device": str(self._request.device),
             "versions": versions(),
         }
+
+
+def _check_weights(folder: str) -> None:
+    """Raises InputError for a pruned folder whose weights are not what its report says: the output repeats that."""
+    problems = verify_weights(folder).problems
+    if problems:
+        more = f" (and {len(problems) - 1} more, see ace-prune verify)" if len(problems) > 1 else ""
+        raise InputError(
+            f"folder {folder!r} is not as ace-prune wrote it: {problems[0]}{more}; prune the dense model again"
+        )
 
 
 def _open_writer(journal: HealJournal, pruned: Source) -> None:

@@ -90,9 +90,9 @@ def _config(report: PruneReport) -> PruneConfig:
 
 
 def whole_bytes(source: Source) -> int:
-    """Bytes that a model takes while it is loaded whole; 0 if its blocks can be read one at a time. ``source``: its
-    skeleton."""
-    if source.files.shards is not None:
+    """Bytes that a model takes while it is loaded whole; 0 if its blocks can be read one at a time, as is assumed where
+    only its shapes are known. ``source``: its skeleton."""
+    if source.files.shards is not None or source.shapes_only:
         return 0
     unpacking = 0 if source.unpacking is None else source.unpacking.peak_bytes
     return unpacking + sum(parameter.nbytes for parameter in source.model.parameters())

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from ace_ext.dense_weights import DenseWeight
 from ace_ext.models.blocks import stay_dense
-from ace_ext.runs.model_source import open_source
 from ace_ext.runs.options import RunRequest
+from ace_ext.runs.shapes_only import open_for_plan
 
 PRUNED = "pruned"
 
@@ -18,7 +18,7 @@ def list_weights(request: RunRequest) -> list[DenseWeight]:
     Raises:
         InputError: the model cannot be opened, or has nothing to prune.
     """
-    source = open_source(request, weights=False)
+    source = open_for_plan(request)
     found = [
         DenseWeight(block.full_name(child), (linear.out_features, linear.in_features), PRUNED)
         for block in source.blocks

@@ -66,6 +66,8 @@ class Source:
     """Whether one block at a time is read from the files."""
     unpacking: Unpacking | None = None
     """The cost of loading, if nothing was loaded (for a plan) and the files' weights must be converted."""
+    shapes_only: bool = False
+    """Whether there are neither weights nor a tokenizer (for a plan: :mod:`ace_ext.runs.shapes_only`)."""
 
     @property
     def dense(self) -> DenseModel:
@@ -98,7 +100,7 @@ def open_source(request: RunRequest, *, weights: bool = True) -> Source:
     files = ModelFiles(request.model, folder, shards if stored else None)
     if stored:
         blocks = find_blocks(laid_out, request.config.skip, check=False, max_dense=request.config.max_dense)
-        offload = _wants_offload(laid_out, blocks, shards, request)
+        offload = wants_offload(laid_out, blocks, shards, request)
         if offload or not weights:
             return Source(laid_out, load_tokenizer(folder), blocks, files, offload)
     if request.options.offload == "disk":
@@ -165,7 +167,7 @@ def _is_tied(model: nn.Module) -> bool:
     return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", 0)
 
 
-def _wants_offload(laid_out: nn.Module, blocks: list[Block], shards: Shards, request: RunRequest) -> bool:
+def wants_offload(laid_out: nn.Module, blocks: list[Block], shards: Shards | None, request: RunRequest) -> bool:
     """``disk``: yes; ``none``: no; ``auto``: yes if the whole run would not fit into the budget or the device."""
     if request.options.offload != "auto":
         return request.options.offload == "disk"
@@ -225,6 +227,7 @@ class Demand:
 
     def peak(self, held: Held, process: int | None = None) -> Estimate:
         """:func:`ace_ext.runs.memory_model.estimate` for this run; ``process`` as there."""
+        tokenizer = None if self.source.shapes_only else self.source.tokenizer
         pruning = estimate(
             self.source.model,
             self.source.blocks,
@@ -237,7 +240,7 @@ class Demand:
             keeps_forwards=held.forwards,
             overlap=held.overlap,
             whole=self.request.writes_own_text,
-            measures=self.request.evaluates or self.request.measures_bos(self.source.tokenizer),
+            measures=self.request.evaluates or self.request.measures_bos(tokenizer),
             process=process,
             device=self.request.device,
         )

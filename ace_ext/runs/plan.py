@@ -1,8 +1,9 @@
 """``ace-prune plan``: what a run would prune, and the memory and time it would take. It changes no file and no model.
 
 Shapes come from the model's configuration. The memory needed besides the model is measured: the plan loads the
-tokenizer, draws the calibration text and prunes one block with a few tokens, as a run would. The time is that trial's,
-scaled up.
+tokenizer, draws the calibration text and prunes one block with a few tokens, as a run would. The time is extrapolated
+from that trial. For a model without files (:mod:`ace_ext.runs.shapes_only`) the block has random weights, and the
+memory is estimated from shapes alone.
 """
 
 import json
@@ -14,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ace_ext.data.bos import WINDOW_TOKENS, WINDOWS, BosChoice
-from ace_ext.data.corpora import SELF
+from ace_ext.data.bos import WINDOW_TOKENS, WINDOWS, BosChoice, undecided_bos
+from ace_ext.data.corpora import SELF, SMALL_SOURCES
 from ace_ext.data.generate import ROWS_TOGETHER
 from ace_ext.dense_weights import DenseWeight, describe_dense, kind_of
 from ace_ext.engine.api import check_pattern
@@ -23,17 +24,21 @@ from ace_ext.formats import DEFAULT_FORMAT
 from ace_ext.healing.distill import steps_of
 from ace_ext.models._transformers import embedding_weight, text_config
 from ace_ext.models.blocks import Block, stay_dense
-from ace_ext.process_memory import peak_memory_bytes, reset_peak, resident_bytes
+from ace_ext.process_memory import available_bytes, peak_memory_bytes, reset_peak, resident_bytes
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.pattern import keep_count
 from ace_ext.runs import held_back
 from ace_ext.runs.dry_run import Trial, try_block
 from ace_ext.runs.heal_trial import try_step
 from ace_ext.runs.memory_model import Estimate, copied_bytes
-from ace_ext.runs.model_source import Demand, Source, check_serves, open_source
+from ace_ext.runs.model_source import Demand, Held, Source, check_serves
 from ace_ext.runs.options import Calibration, RunOptions, RunRequest, check_request
 from ace_ext.runs.output_size import PlannedMatrix, bytes_of_all, output_bytes
 from ace_ext.runs.prune_and_heal import needed_memory, planned_batches, text_of
+from ace_ext.runs.shapes_only import open_for_plan
+
+CARD = 24 * 10**9
+"""Bytes: the memory of a common GPU, with which the plan of a model without files compares its need."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,11 @@ class Plan:
     bos: BosChoice
     """How calibration samples begin. ``auto`` is undecided if it depends on the weights; no other figure depends on
     it, as the BOS token is one of a sample's tokens."""
+    trial: str = ""
+    """What the time was extrapolated from; empty if it is not known."""
+    need: dict[str, int] = field(default_factory=dict)
+    """For a model without files: peak bytes with all weights in memory (``whole``), and with one block at a time
+    (``offload``), where that is possible."""
 
     @property
     def peak(self) -> Estimate:
@@ -68,7 +78,7 @@ class Plan:
         """All fields as JSON, with totals."""
         phases = {phase.phase: {"total": phase.total, **phase.parts()} for phase in self.phases}
         total = {"peak_memory_bytes": self.peak.total, "peak_phase": self.peak.phase}
-        seconds = {**self.seconds, "total": sum(self.seconds.values())}
+        seconds = {**self.seconds, "total": sum(self.seconds.values()) if self.trial else None}
         return json.dumps({**asdict(self), **total, "phases": phases, "seconds": seconds}, indent=1)
 
     def table(self) -> str:
@@ -90,12 +100,32 @@ class Plan:
         for phase in sorted(self.phases, key=lambda phase: -phase.total):
             rank = "peak" if phase is self.peak else "then"
             lines.append(f"{rank} {phase.total / 1e9:.2f} GB in {phase.phase}: {phase.describe()}")
-        parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
+        lines += self._needs()
         lines.append(f"reads {self.read_bytes / 1e9:.2f} GB, writes {self.write_bytes / 1e9:.2f} GB")
         lines.append(f"weights in the output: {self.output_bytes / 1e9:.3f} GB")
-        lines.append(f"about {sum(self.seconds.values()):.0f} s: {parts}")
+        lines.append(self._time())
         lines.append(str(self.bos))
         return "\n".join(lines)
+
+    def _needs(self) -> list[str]:
+        """A line about the memory of a model without files."""
+        if not self.need:
+            return []
+        modes = {"whole": "with all weights in memory", "offload": "with one block at a time (--offload disk)"}
+        parts = [f"{size / 1e9:.2f} GB {modes[mode]}, {_fits(size)}" for mode, size in self.need.items()]
+        return [f"memory: {'; '.join(parts)}"]
+
+    def _time(self) -> str:
+        if not self.trial:
+            return (
+                "time: not known without the model's files; too little memory is free here to try a block of its size"
+            )
+        parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
+        return f"about {sum(self.seconds.values()):.0f} s: {parts} (extrapolated from {self.trial})"
+
+
+def _fits(size: int) -> str:
+    return f"{'fits' if size <= CARD else 'does not fit'} {CARD / 1e9:.0f} GB"
 
 
 @dataclass
@@ -119,8 +149,9 @@ def make_plan(
 ) -> Plan:
     """Plans the run of :func:`ace_ext.runs.pipeline.prune_folder` with the same arguments, in one process.
 
-    The peak includes what the calling process already holds, so call it from a fresh process. On a GPU the peak is that
-    of torch's allocations there (the formulas were compared with measurements on CPUs only).
+    The model may also be one without files (:mod:`ace_ext.runs.shapes_only`). The peak includes what the calling
+    process already holds, so call it from a fresh process. On a GPU the peak is that of torch's allocations there (the
+    formulas were compared with measurements on CPUs only).
 
     Raises:
         InputError: as the run would, except for weights that are not finite: no weight is checked.
@@ -128,20 +159,25 @@ def make_plan(
     request = RunRequest(model, config, calibration, options, device, dtype)
     check_request(request)
     calibration.check()
-    source = open_source(request, weights=False)
+    source = open_for_plan(request)
     check_pattern(source.blocks, config)
     check_serves(source, request)
     measured = _draw(source, calibration)
     demand = Demand(source, request)
     held = demand.decide()
-    trial = try_block(source, measured.tokens, config, device, keeps_forwards=held.forwards)
-    pruning = demand.peak(held, None if device.type == "cuda" else resident_bytes())
+    need = _needed(source, request) if source.shapes_only else {}
+    before = demand.peak(held)  # of which the process's part is estimated
+    trial = None
+    if not source.shapes_only or _can_try(source, request):
+        trial = try_block(source, measured.tokens, config, device, keeps_forwards=held.forwards)
+    measurable = device.type != "cuda" and not source.shapes_only
+    pruning = demand.peak(held, resident_bytes()) if measurable else before
     phases = [pruning]
     if device.type == "cpu":
         phases += _earlier_phases(source, pruning, calibration, measured)
     if config.method.distill is not None:
         phases.append(replace(needed_memory(request, source), phase="distill"))
-    read, written = _traffic(source, calibration, 0 if held.hidden else trial.passes)
+    read, written = _traffic(source, calibration, 0 if held.hidden or trial is None else trial.passes)
     if source.offloaded:  # for each forward pass of the whole model
         read += (2 * request.evaluates + (not measured.bos.decided)) * bytes_of_all(source)
     matrices = planned_matrices(source.blocks, config)
@@ -161,9 +197,41 @@ def make_plan(
         read_bytes=read,
         write_bytes=written,
         output_bytes=output,
-        seconds=_seconds(request, source, trial, measured, read + written),
+        seconds={} if trial is None else _seconds(request, source, trial, measured, read + written),
         bos=measured.bos,
+        trial="" if trial is None else _describe(source, device),
+        need=need,
     )
+
+
+def _describe(source: Source, device: torch.device) -> str:
+    """What a trial was made on."""
+    weights = "random weights; files are not counted" if source.shapes_only else "a few tokens"
+    threads = torch.get_num_threads()
+    where = str(device) if device.type == "cuda" else f"{threads} {'thread' if threads == 1 else 'threads'} of this CPU"
+    return f"one block with {weights}; on {where}"
+
+
+def _needed(source: Source, request: RunRequest) -> dict[str, int]:
+    """Peak bytes of a run with all weights in memory, and with one block at a time where that is possible. The model
+    cannot then write its own text, so another one is assumed."""
+    distills = request.config.method.distill is not None
+    least = needed_memory(request, source).total if distills else 0
+    found = {"whole": max(least, Demand(replace(source, offloaded=False), request).peak(Held()).total)}
+    if not request.config.comparison.over_matrices:
+        text = replace(request.calibration, source=SMALL_SOURCES[0]) if request.writes_own_text else request.calibration
+        given = replace(request, calibration=text)
+        peak = Demand(replace(source, offloaded=True), given).peak(Held(hidden=False))
+        found["offload"] = max(least, peak.total)
+    return found
+
+
+def _can_try(source: Source, request: RunRequest) -> bool:
+    """Whether a block with random weights can be pruned in the memory that is free."""
+    few = replace(request.calibration, nsamples=min(8, request.calibration.nsamples), source=SMALL_SOURCES[0])
+    block = Demand(replace(source, offloaded=True), replace(request, calibration=few)).peak(Held(), 0)
+    largest = max(parameter.numel() for parameter in source.model.parameters())
+    return block.total + 2 * 4 * largest <= available_bytes()  # random numbers are drawn in float32
 
 
 def planned_matrices(blocks: list[Block], config: PruneConfig) -> list[PlannedMatrix]:
@@ -181,11 +249,12 @@ def planned_matrices(blocks: list[Block], config: PruneConfig) -> list[PlannedMa
 
 
 def _draw(source: Source, calibration: Calibration) -> _Measured:
-    """Draws the calibration samples as a run does and measures the cost. If the model would write them itself, random
-    tokens are used; if it would be measured for the BOS token, samples without the token, which are as long."""
-    bos = calibration.choose_bos(source.tokenizer, None)
+    """Draws the calibration samples as a run does and measures the cost. Random tokens are used if the model would
+    write the samples itself, or if there is no tokenizer. If the model would be measured for the BOS token, the samples
+    are without the token and have the same length."""
+    bos = undecided_bos(calibration.bos) if source.shapes_only else calibration.choose_bos(source.tokenizer, None)
     measured = _Measured(bos, before_text=resident_bytes())
-    if calibration.source == SELF:
+    if calibration.source == SELF or source.shapes_only:
         vocabulary = embedding_weight(source.model).shape[0]
         measured.tokens = torch.randint(0, vocabulary, (calibration.nsamples, calibration.seqlen))
         return measured
@@ -206,6 +275,8 @@ def _earlier_phases(source: Source, pruning: Estimate, calibration: Calibration,
     if calibration.source == SELF:
         text = _writing_bytes(source.model, calibration)
         phases.append(Estimate(pruning.process, pruning.model, transient=text, phase="text"))
+        return phases
+    if source.shapes_only:
         return phases
     held = 0 if source.offloaded else pruning.model
     if source.files.shards is not None and not source.offloaded and measured.bos.decided:
@@ -239,8 +310,9 @@ def _traffic(source: Source, calibration: Calibration, hidden_reads: int) -> tup
     itemsize = embedding_weight(source.model).dtype.itemsize
     hidden = calibration.nsamples * calibration.seqlen * width * itemsize
     whole, inside = sum(p.nbytes for p in source.model.parameters()), _bytes_of(blocks)
-    files = sum(file.stat().st_size for file in source.files.paths)
-    loaded = whole if source.files.shards is not None else 0  # copying the files does not load them
+    files = whole if source.shapes_only else sum(file.stat().st_size for file in source.files.paths)
+    mapped = source.files.shards is not None or source.shapes_only
+    loaded = whole if mapped else 0  # copying the files does not load them
     if source.offloaded:
         loaded += _bytes_of(blocks[:1]) + whole  # to capture arguments, and to try the model
     return files + loaded + hidden * len(blocks) * hidden_reads, whole + inside + hidden * (len(blocks) + 1)
@@ -263,8 +335,9 @@ def _seconds(request: RunRequest, source: Source, trial: Trial, measured: _Measu
         "load": source.unpacking.seconds if source.unpacking else 0.0,
         "text": text,
         "blocks": blocks * (trial.fixed_seconds + tokens * trial.token_seconds),
-        "files": traffic / _bytes_per_second(source.files.paths[0]),
     }
+    if not source.shapes_only:
+        found["files"] = traffic / _bytes_per_second(source.files.paths[0])
     if distilled is not None:
         settings, batches = planned_batches(request)
         step = try_step(source, settings, calibration.seqlen, request.device)

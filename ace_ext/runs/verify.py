@@ -45,13 +45,26 @@ class VerifyResult:
 
 
 def verify(folder: str | Path, load: bool = True) -> VerifyResult:
-    """Checks the files of a pruned folder against what should be there by its configuration, its weights and the
-    settings of its run.
+    """Checks a pruned folder: its weights as :func:`verify_weights`, and that its card has their figures. With ``load``
+    also that transformers loads the folder and computes a finite output.
 
-    From the configuration follow the parameters, their shapes, and with the run's ``skip`` the matrices that were
-    pruned: the files must hold these parameters and nothing else, all finite. Every matrix must have the zeros that the
-    settings ask for per row (or N:M group, matrix, model), none of them -0.0, and as many as the report says. With
-    ``load`` also that transformers loads the folder and computes a finite output.
+    Raises:
+        InputError: as :func:`verify_weights`.
+    """
+    result = verify_weights(folder)
+    _check_card(Path(folder), result)
+    if load:
+        _check_loads(str(folder), result)
+    return result
+
+
+def verify_weights(folder: str | Path) -> VerifyResult:
+    """Checks the weights of a pruned folder, one tensor at a time, against its configuration and the settings of its
+    run.
+
+    The configuration and the run's ``skip`` give the parameters, their shapes, and the matrices that were pruned. The
+    files must hold these parameters and nothing else, all finite. Every matrix must have the zeros that the settings
+    ask for per row (or N:M group, matrix, model), none of them -0.0, and as many as the report says.
 
     Raises:
         InputError: the folder has no report that can be read, or no safetensors, or does not give back what was
@@ -88,13 +101,10 @@ def verify(folder: str | Path, load: bool = True) -> VerifyResult:
     result.sparsity = 1 - nonzero / size if size else 0.0
     if not result.matrices:
         result.problems.append("model: no pruned matrix was found")
-    _check_card(Path(folder), result)
     if config.method.allocate is not None:
         _check_allocation(expected, reported, config, result)
     if config.comparison.over_matrices:
         _check_budget(nonzero, keep_count(size, config.sparsity), result)
-    if load:
-        _check_loads(str(folder), result)
     return result
 
 

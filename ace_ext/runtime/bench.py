@@ -1,14 +1,14 @@
 """Measures a packed model beside the dense one: load time, memory, decoding, prefill, files, and how logits differ.
 
-Both models are in one process and take turns, so that what else the machine does meets both. Load time and memory are
-those of processes of their own.
+Both models are in one process and run alternately, so that other load of the machine affects both. Load time and memory
+are measured in separate processes.
 """
 
+import math
 import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,15 +20,16 @@ from torch import Tensor, nn
 from ace_ext.data.requests import positions_of
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import cache_arguments, embedding_weight
+from ace_ext.models.checksums import file_sha256
 from ace_ext.models.loading import load_model
 from ace_ext.models.location import remote_code, remote_code_allowed
-from ace_ext.packed.files import SUFFIX
-from ace_ext.process_memory import resident_bytes
+from ace_ext.packed.files import SUFFIX, PackedShards
+from ace_ext.process_memory import available_bytes, resident_bytes
 from ace_ext.runtime.loading import open_model
 
 LOADS = 3
-"""At most so often is each model loaded in a process of its own, after a first time; that is most of the time of a
-short run."""
+"""Each model is loaded at most this often in a separate process, after a first load that is not counted. Loading takes
+most of the time of a short run."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,36 @@ class BenchSettings:
         for name, value in vars(self).items():
             if min(value if isinstance(value, tuple) else (value,), default=0) < 1:
                 raise InputError(f"{name} must be positive (got {value})")
+
+    @property
+    def steps(self) -> int:
+        """Loads and runs of both models together, those that are not counted included: the length of a progress bar."""
+        return 2 * (1 + min(self.rounds, LOADS) + (len(self.batches) + 1) * (1 + self.rounds))
+
+
+@dataclass
+class Difference:
+    """How logits differ from those of a reference, over all tokens that were compared."""
+
+    largest: float = 0.0
+    """The largest difference of one logit."""
+    squares: float = 0.0
+    """The sum of the squared differences."""
+    spread: float = 0.0
+    """The sum of the squared deviations of the reference's logits from their mean over the vocabulary."""
+
+    @property
+    def relative(self) -> float:
+        """The root mean square difference, relative to the standard deviation of the reference's logits."""
+        return math.sqrt(self.squares / self.spread) if self.spread else 0.0
+
+    def add(self, reference: Tensor, other: Tensor) -> None:
+        """Adds the logits ``[batch, tokens, vocabulary]`` of both."""
+        for one, two in zip(reference.flatten(0, -2), other.flatten(0, -2), strict=True):  # float32 copies stay small
+            change = two.float() - one.float()
+            self.largest = max(self.largest, float(change.abs().max()))
+            self.squares += float(change.square().sum())
+            self.spread += float((one.float() - one.float().mean()).square().sum())
 
 
 @dataclass(frozen=True)
@@ -86,29 +117,48 @@ class BenchResult:
     """Bytes that loading and one token add to the process's resident memory, mapped files included."""
     files: Pair | None = None
     """Bytes of the weight files."""
-    logits_difference: float = 0.0
-    """The largest one, over prefill and every decoded token; ``logits_size`` is the largest logit."""
-    logits_size: float = 0.0
+    logits: Difference = field(default_factory=Difference)
+    """Packed from dense, over prefill and every decoded token. The weights are the same bit for bit; the kernels add
+    products in another order, and round differently."""
+    rounding: Difference | None = None
+    """For scale: the dense model from itself in float32, over the prefill. None for a float32 model, and where the
+    float32 copy does not fit into memory."""
 
 
-def bench(
-    dense: str, packed: str, settings: BenchSettings, tell: Callable[[str], None] = lambda _: None
-) -> BenchResult:
+@dataclass(frozen=True)
+class BenchProgress:
+    """Is told how the work proceeds."""
+
+    phase: Callable[[str], None] = lambda _: None
+    """Called with what is measured next."""
+    step: Callable[[], object] = lambda: None
+    """Called after each of :attr:`BenchSettings.steps`."""
+
+
+def bench(dense: str, packed: str, settings: BenchSettings, progress: BenchProgress | None = None) -> BenchResult:
     """Measures both models on the CPU, with torch's threads.
 
     Args:
         dense: the folder that was packed.
         packed: the packed folder.
         settings: how much is measured.
-        tell: is given a line about what is measured now.
+        progress: is told how the work proceeds.
 
     Raises:
-        InputError: a folder cannot be loaded.
+        InputError: a folder cannot be loaded, or ``dense`` is not the folder that was packed.
     """
+    progress = progress or BenchProgress()
+    progress.phase("comparing the folders")
+    _check_same(dense, packed)
     sizes = _bytes(dense, False), _bytes(packed, True)
-    tell("loading each model in a process of its own")
-    first, *pairs = [(_in_a_process(dense), _in_a_process(packed)) for _ in range(1 + min(settings.rounds, LOADS))]
-    del first  # it has read the files from the disk
+    progress.phase("loading each model in a separate process")
+    pairs: list[list[tuple[float, float]]] = []
+    for _ in range(1 + min(settings.rounds, LOADS)):
+        pairs.append([])
+        for folder in (dense, packed):
+            pairs[-1].append(_in_a_process(folder))
+            progress.step()
+    del pairs[0]  # these loads read the files from the disk
     models = load_model(dense).model, open_model(packed).model
     result = BenchResult(
         dense,
@@ -122,13 +172,27 @@ def bench(
     result.load = _smaller([pair[0][0] for pair in pairs], [pair[1][0] for pair in pairs])
     result.memory = _smaller([pair[0][1] for pair in pairs], [pair[1][1] for pair in pairs])
     with torch.inference_mode():
-        _measure_runs(models, settings, result, tell)
+        prompt = _measure_runs(models, settings, result, progress)
+        model = models[0]
+        del models  # the packed one is not needed any more
+        result.rounding = _rounding(model, prompt)
     return result
 
 
+def _check_same(dense: str, packed: str) -> None:
+    for one in PackedShards(packed, mapped=False).packed:
+        file = Path(dense).expanduser() / f"{one.path.name.removesuffix(SUFFIX)}.safetensors"
+        if not file.is_file() or file_sha256(file) != one.origin.sha256:
+            raise InputError(
+                f"dense must be the folder that was packed: {str(file)!r} is not the file of which {str(one.path)!r} "
+                "was made; leave out --dense"
+            )
+
+
 def _measure_runs(
-    models: tuple[nn.Module, nn.Module], settings: BenchSettings, result: BenchResult, tell: Callable[[str], None]
-) -> None:
+    models: tuple[nn.Module, nn.Module], settings: BenchSettings, result: BenchResult, progress: BenchProgress
+) -> Tensor:
+    """Measures decoding and prefill; returns the tokens of the prefill."""
     vocabulary = len(embedding_weight(models[0]))
     limit = positions_of(models[0]) or settings.prefill
     random = torch.Generator().manual_seed(0)
@@ -136,10 +200,11 @@ def _measure_runs(
     def draw(batch: int, length: int) -> Tensor:
         return torch.randint(vocabulary, (batch, length), generator=random)
 
+    alternate = partial(_alternate, models, settings.rounds, result.logits, progress.step)
     for batch in settings.batches:
-        tell(f"decoding, batch {batch}")
+        progress.phase(f"decoding, batch {batch}")
         tokens = draw(batch, settings.prompt + settings.tokens)
-        found = _alternate(models, partial(_decode, tokens, settings.prompt), settings.rounds, result)
+        found = alternate(partial(_decode, tokens, settings.prompt))
         dense, packed = ([batch * settings.tokens / seconds for seconds in runs] for runs in found)
         result.decode[batch] = Pair(
             statistics.median(dense),
@@ -147,9 +212,10 @@ def _measure_runs(
             statistics.median(p / d for d, p in zip(dense, packed, strict=True)),
         )
     result.prefill_tokens = min(settings.prefill, limit)
-    tell(f"prefill of {result.prefill_tokens} tokens")
+    progress.phase(f"prefill of {result.prefill_tokens} tokens")
     prompt = draw(1, result.prefill_tokens)
-    result.prefill = _smaller(*_alternate(models, partial(_prefill, prompt), settings.rounds, result))
+    result.prefill = _smaller(*alternate(partial(_prefill, prompt)))
+    return prompt
 
 
 def _decode(tokens: Tensor, prompt: int, model: nn.Module) -> tuple[float, Tensor]:
@@ -172,11 +238,12 @@ def _prefill(tokens: Tensor, model: nn.Module) -> tuple[float, Tensor]:
 
 def _alternate(
     models: tuple[nn.Module, nn.Module],
-    run: Callable[[nn.Module], tuple[float, Tensor]],
     rounds: int,
-    result: BenchResult,
+    difference: Difference,
+    step: Callable[[], object],
+    run: Callable[[nn.Module], tuple[float, Tensor]],
 ) -> tuple[list[float], list[float]]:
-    """Seconds of each model's runs. Each begins every second round; a first round is not counted."""
+    """Seconds of each model's runs. Each model is first in every second round; the first round is not counted."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds + 1):
         logits: dict[int, Tensor] = {}
@@ -184,14 +251,26 @@ def _alternate(
             taken, logits[which] = run(models[which])
             if number:
                 seconds[which].append(taken)
-        difference = float((logits[0].float() - logits[1].float()).abs().max())
-        result.logits_difference = max(result.logits_difference, difference)
-        result.logits_size = max(result.logits_size, float(logits[0].abs().max()))
+            step()
+        if not number:  # further rounds compute the same
+            difference.add(logits[0], logits[1])
     return seconds
 
 
+def _rounding(model: nn.Module, prompt: Tensor) -> Difference | None:
+    """How the logits of a dense model differ from its own in float32, into which it is converted."""
+    parameters = list(model.parameters())
+    needed = 4 * sum(parameter.numel() for parameter in parameters)
+    if all(parameter.dtype == torch.float32 for parameter in parameters) or needed > available_bytes():
+        return None
+    found = Difference()
+    own = _prefill(prompt, model)[1]
+    found.add(_prefill(prompt, model.float())[1], own)
+    return found
+
+
 def _smaller(dense: list[float], packed: list[float]) -> Pair:
-    """A pair of figures of which the smaller one is the better."""
+    """A pair of figures, of which the smaller one is better."""
     ratio = statistics.median(d / max(p, 1e-12) for d, p in zip(dense, packed, strict=True))
     return Pair(statistics.median(dense), statistics.median(packed), ratio)
 
@@ -202,9 +281,39 @@ def _bytes(folder: str, packed: bool) -> int:
 
 
 def _in_a_process(folder: str) -> tuple[float, float]:
-    """Seconds and bytes of :func:`_load` in a new process."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_load, folder, torch.get_num_threads(), remote_code_allowed()).result()
+    """Seconds and bytes of :func:`_load` in a new process, which is ended if the caller is interrupted."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(
+        target=_send_load, args=(sender, folder, torch.get_num_threads(), remote_code_allowed()), daemon=True
+    )
+    child.start()
+    sender.close()  # so that the end of the child ends recv()
+    try:
+        found: tuple[float, float] | InputError | None = receiver.recv()
+    except EOFError:
+        found = None
+    except BaseException:
+        child.kill()
+        raise
+    finally:
+        child.join()
+        receiver.close()
+    if found is None:
+        raise InputError(
+            f"{folder!r} could not be loaded in a separate process, which ended with status {child.exitcode}; is there "
+            "enough memory?"
+        )
+    if isinstance(found, InputError):
+        raise found
+    return found
+
+
+def _send_load(sender: Any, *arguments: Any) -> None:
+    try:
+        sender.send(_load(*arguments))
+    except InputError as error:
+        sender.send(error)
 
 
 def _load(folder: str, threads: int, allowed: bool) -> tuple[float, float]:

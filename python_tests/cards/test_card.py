@@ -45,7 +45,7 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("cards")
     dense = save_dense(place / "dense")
     (dense / CARD).write_text(BASE)
-    prune(dense, place / "out", calibration={"evaluate": "auto"}, update="admm", sparsity=0.75)
+    prune(dense, place / "out", calibration={"evaluate": "auto"}, method="admm", sparsity=0.75)
     text = recorded_text(read_report(place / "out"))
     heal_folder(HealRequest(str(place / "out"), place / "healed", text, options=HealOptions(tokens=64)))
     return place
@@ -73,6 +73,8 @@ def test_what_the_card_says(place):
         "# `dense`, pruned: 75 % zeros",
         "| share of zeros in the pruned matrices | 0.7500 |",
         f"| pruned matrices | {len(report.matrices)} of 3 blocks, 23,040 weights in bfloat16 |",
+        f"| method | `{report.method}` |",
+        "| mask | chosen by ADMM's remaining error; the paper's scores were not used |",
         "| `admm` | weights and mask together by ADMM",
         "| calibration | `text.txt`: 8 samples of 16 tokens, seed 0 |",
         f"| {measured.dense:.2f} | {measured.pruned:.2f} |\n",

@@ -13,6 +13,7 @@ import pytest
 import torch
 from children import heal_saving_often
 from folders import fork, prune, save_dense, weights_bytes
+from safetensors.torch import load_file, save_file
 from tiny_models import make_model
 
 from ace_ext import InputError
@@ -257,6 +258,34 @@ def test_a_folder_that_was_not_pruned(place, tmp_path):
         main(["heal", str(place / "dense"), "--output", str(tmp_path / "out")]) and heal_folder(
             request(place / "dense", tmp_path / "out")
         )
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (1.0, r"is not as ace-prune wrote it: model\S+: \d+ non-zeros, but .* \(and 1 more, see ace-prune verify\); "),
+        (float("nan"), "holds NaN or infinity"),
+    ],
+    ids=["a-zero-filled", "nan"],
+)
+def test_a_pruned_folder_whose_weights_were_changed(value, message, tmp_path):
+    """Its report and card would claim zeros that the files do not have."""
+    pruned = make_pruned(tmp_path)
+    tensors = load_file(pruned / "model.safetensors")
+    row = tensors["model.layers.0.mlp.up_proj.weight"][0]
+    row[(row == 0).nonzero()[0]] = value
+    save_file(tensors, pruned / "model.safetensors", metadata={"format": "pt"})
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(InputError, match=message):
+        heal_folder(request(pruned, tmp_path / "out"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_card_that_was_edited_is_no_reason_to_refuse(tmp_path):
+    pruned = make_pruned(tmp_path)
+    (pruned / "README.md").unlink()
+    report, _ = heal_folder(request(pruned, tmp_path / "out"))
+    assert report.healing.loss_after < report.healing.loss_before
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

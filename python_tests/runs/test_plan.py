@@ -1,6 +1,7 @@
 """``ace-prune plan`` says what the run does, and changes nothing."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from ace_ext import InputError, PruneConfig
 from ace_ext.cli.main import main
 from ace_ext.models.blocks import find_blocks
 from ace_ext.runs.dry_run import RandomWeights
-from ace_ext.runs.options import Calibration, RunOptions
-from ace_ext.runs.plan import make_plan, planned_matrices
+from ace_ext.runs.options import Calibration, RunOptions, RunRequest
+from ace_ext.runs.plan import CARD, make_plan, planned_matrices
+from ace_ext.runs.shapes_only import KNOWN_SIZES, open_for_plan
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +163,85 @@ def test_command(dense, capsys):
     assert "model.layers.*.mlp.down_proj" in printed
     assert "24 of 48" in printed
     assert "3 blocks, 21 matrices; weights all in memory, hidden states in memory" in printed
+
+
+# --- models without files ---------------------------------------------------------------------------------------------
+
+
+def request_for(model):
+    return RunRequest(str(model), PruneConfig(), Calibration(), RunOptions(), torch.device("cpu"))
+
+
+PUBLISHED_COUNTS = {
+    "smollm2-135m": 134_515_008,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-2-7b": 6_738_415_616,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+    "mistral-7b": 7_248_023_552,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-7b": 7_615_616_512,
+    "gemma-3-4b": 3_880_263_168,
+}
+"""Parameters of each model, as its page on the hub counts them (Gemma: of the text part)."""
+
+
+@pytest.mark.parametrize("name", [*KNOWN_SIZES])
+def test_known_sizes_have_the_published_number_of_parameters(name):
+    model = open_for_plan(request_for(name)).model
+    assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED_COUNTS[name]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_folder_with_a_configuration_alone(dense, tmp_path):
+    """The plan has the shapes, bytes and zeros of the plan with files; memory is estimated, and time extrapolated."""
+    shutil.copy(dense / "config.json", tmp_path)
+    for options, config in (({}, {"sparsity": 0.25}), ({"offload": "disk"}, {"pattern": "2:4"})):
+        known, bare = (
+            plan_of(dense, options, **config),
+            plan_of(tmp_path, options, str(dense.parent / "text.txt"), **config),
+        )
+        assert bare.matrices == known.matrices
+        assert (bare.blocks, bare.output_bytes, bare.offload) == (known.blocks, known.output_bytes, known.offload)
+        assert bare.write_bytes == known.write_bytes
+        measuring = bare.output_bytes if options else 0  # one pass to choose the BOS token, which is undecided
+        assert bare.read_bytes == pytest.approx(known.read_bytes + measuring, rel=0.1)  # the files have headers
+        assert bare.output_bytes < bare.need["offload"] < bare.need["whole"] < CARD
+        assert set(bare.seconds) == {"load", "text", "blocks"}
+        assert "one block with random weights" in bare.table()
+        assert "fits 24 GB" in bare.table()
+        assert not known.need
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_time_is_not_known_where_no_block_fits(tmp_path, dense, monkeypatch):
+    shutil.copy(dense / "config.json", tmp_path)
+    monkeypatch.setattr("ace_ext.runs.plan.available_bytes", lambda: 1000)
+    plan = plan_of(tmp_path, source="self")
+    assert "time: not known without the model's files" in plan.table()
+    assert json.loads(plan.to_json())["seconds"] == {"total": None}
+
+
+def test_the_plan_of_a_large_model(monkeypatch, capsys):
+    """Its weights alone take more than the card has; one block at a time takes less."""
+    monkeypatch.setattr("ace_ext.runs.plan.available_bytes", lambda: 10**9)
+    assert main(["plan", "--model", "Llama-3-70B", "--json", "--offload", "none"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["need"]["whole"] > 141e9
+    assert plan["need"]["offload"] < CARD
+    assert plan["output_bytes"] == 2 * PUBLISHED_COUNTS["llama-3-70b"]
+    assert len(plan["matrices"]) == 7 * 80
+
+
+def test_weights_of_a_known_size_are_listed(capsys):
+    assert main(["plan", "--model", "smollm2-135m", "--list"]) == 0
+    printed = capsys.readouterr().out
+    assert "model.layers.29.mlp.down_proj" in printed
+    assert "lm_head" not in printed
+
+
+def test_a_name_that_is_no_size(capsys):
+    assert main(["plan", "--model", "llama-3-9b"]) == 2
+    error = capsys.readouterr().err
+    assert "plan also takes the name of a size: smollm2-135m" in error
+    assert error.count("\n") == 1
