@@ -251,8 +251,8 @@ def restore_dead_(weight: Tensor, dense: Tensor, mask: Tensor, dead: Tensor) -> 
 
 class RelativeLoss:
     """``energy(pruned - dense) / energy(dense)`` of one dense weight and several pruned ones. ``energy`` is the sum of
-    ``e G eᵀ`` over rows ``e [n, d]``. The loss is 0 if the dense output is zero for every token. The energy of the dense
-    weight is computed once.
+    ``e G eᵀ`` over rows ``e [n, d]``. The loss is 0 if the dense output is zero for every token. The dense weight's
+    energy is computed once.
 
     Args:
         energy: the energy of some rows, ``[]`` float64.
