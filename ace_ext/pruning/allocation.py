@@ -1,4 +1,4 @@
-"""Sparsity allocation: how many weights of a row each matrix keeps, when blocks may differ and the total is fixed.
+"""Sparsity allocation: how many weights of a row each matrix keeps if blocks may differ and the total is fixed.
 
 Three rules give a block its sparsity. One rounding turns sparsities into whole numbers and keeps the total
 (:func:`allocate`).
@@ -37,7 +37,7 @@ Shapes = dict[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class BlockMeasure:
-    """What allocation reads about one dense block."""
+    """What the allocation rules read about one dense block."""
 
     outlier_share: float
     """The share of the block's scores that are above ``OUTLIER_FACTOR`` times their mean."""
@@ -103,8 +103,8 @@ def allocate(measures: list[BlockMeasure], config: PruneConfig, shapes: list[Sha
 
     All matrices of a block get the block's sparsity, up to rounding. The model's total is exactly what ``group="row"``
     keeps at uniform sparsity. The same holds for each set of matrices with the same number of rows: within a set, one
-    weight more per row in one matrix is one weight less per row in another. So a matrix that is the only one with its
-    number of rows keeps its uniform share.
+    weight more per row in one matrix is one weight less per row in another. A matrix that is the only one with its
+    number of rows therefore keeps its uniform share.
 
     Args:
         measures: one for each block; not read for ``"uniform"``.

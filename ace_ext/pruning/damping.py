@@ -1,4 +1,4 @@
-"""How far ADMM believes the calibration text: what is added to the Gram matrix before and after its normalisation."""
+"""ADMM's regularisation: what is added to the Gram matrix's diagonal before and after its normalisation."""
 
 from torch import Tensor
 
@@ -10,21 +10,21 @@ ADMM_FLOOR = 0.1
 
 
 def penalty(damping: float) -> float:
-    """ADMM's penalty parameter ρ, for a Gram matrix normalised to a diagonal of ones and this damping: in proportion to
-    the damped diagonal, and 1 with ``ADMM_DAMPING``.
+    """ADMM's penalty parameter ρ for a Gram matrix with a diagonal of ones and this damping. It is proportional to the
+    damped diagonal, and 1 with ``ADMM_DAMPING``.
 
-    Without correlations between columns the multiplier of a removed weight w ends at ``(1 + damping) / ρ · w``. With ρ
-    far below ``1 + damping`` removed weights would therefore outgrow kept ones, and the mask would not settle.
+    Without correlations between columns the multiplier of a removed weight w converges to ``(1 + damping) / ρ · w``. If
+    ρ were far below ``1 + damping``, removed weights would outgrow kept ones, and the mask would not settle.
     """
     return (1 + damping) / (1 + ADMM_DAMPING)
 
 
 def floor_energy(energies: Tensor, floor: float) -> Tensor:
-    """``floor`` times the geometric mean of those ``energies G_jj [d]`` that are not 0: ``[]`` float64, 0 without any.
+    """``floor`` times the geometric mean of those ``energies G_jj [d]`` that are not 0: ``[]`` float64, 0 if all are 0.
 
-    It is added to each column's energy. A column that is quiet in the calibration text need not be so in other text,
-    where large changes of its weights, which cost nothing here, would do harm. The geometric mean is that of a usual
-    column, whatever the few with very large inputs have.
+    It is added to each column's energy. A column with small inputs in the calibration text may have large inputs in
+    other text, where large changes of its weights would do harm. The geometric mean is the energy of a typical column:
+    a few columns with very large inputs hardly change it.
     """
     seen = energies > 0
     count = seen.sum()

@@ -20,8 +20,8 @@ MAX_ATTEMPTS = 8
 LOSS_ROWS = 1024
 """Rows whose error is computed at a time, to bound memory."""
 CHUNK_TOKENS = 4096
-"""Tokens that are converted to float32 at a time; also those whose products tensor cores add up before the sum is
-rounded to nearest, as within they may cut off."""
+"""Tokens that are converted to float32 at a time. Tensor cores may truncate within such a chunk; the sum of chunks is
+rounded to nearest."""
 LEAST_DAMPING = 1e-6
 """The damping of the second attempt, if the first one had less than a tenth of it (or none)."""
 
@@ -250,14 +250,14 @@ def restore_dead_(weight: Tensor, dense: Tensor, mask: Tensor, dead: Tensor) -> 
 
 
 class RelativeLoss:
-    """``energy(pruned - dense) / energy(dense)`` of one dense weight and several pruned ones, ``energy`` the sum over
-    rows ``e [n, d]`` of ``e G eᵀ``; 0 if the dense output is zero for every token. The dense weight's own is computed
-    once.
+    """``energy(pruned - dense) / energy(dense)`` of one dense weight and several pruned ones. ``energy`` is the sum of
+    ``e G eᵀ`` over rows ``e [n, d]``. The loss is 0 if the dense output is zero for every token. The dense weight's
+    energy is computed once.
 
     Args:
-        energy: of some rows, ``[]`` float64.
+        energy: the energy of some rows, ``[]`` float64.
         dense: ``[rows, d]`` float32.
-        add_up: of a process's share of the rows, the sum over all processes.
+        add_up: adds up the energies of all processes, which have a share of the rows each.
     """
 
     def __init__(
@@ -270,7 +270,7 @@ class RelativeLoss:
         self._total = self._sum(energy(rows) for rows in torch.split(dense, LOSS_ROWS))
 
     def __call__(self, pruned: Tensor) -> float:
-        """Of ``pruned [rows, d]``, which is converted to float32 some rows at a time."""
+        """The loss of ``pruned [rows, d]``, which is converted to float32 some rows at a time."""
         parts = zip(torch.split(self._dense, LOSS_ROWS), torch.split(pruned, LOSS_ROWS), strict=True)
         lost = self._sum(self._energy(kept.float() - rows) for rows, kept in parts)
         return float(torch.where(self._total > 0, lost / self._total, 0.0))
@@ -283,8 +283,8 @@ class RelativeLoss:
 
 
 def _cholesky_reversed(make: Callable[[], Tensor], damping: float) -> tuple[Tensor, bool, float]:
-    """``R [d, d]`` upper triangular with ``matrix + damping · mean diagonal · I = R Rᵀ``, whether the factorisation
-    failed, and the mean diagonal."""
+    """Returns ``R [d, d]`` upper triangular with ``matrix + damping · mean diagonal · I = R Rᵀ``, whether the
+    factorisation failed, and the mean diagonal."""
     matrix = make()
     mean = matrix.diagonal().mean()
     backwards = matrix.flip(0, 1)
@@ -296,15 +296,16 @@ def _cholesky_reversed(make: Callable[[], Tensor], damping: float) -> tuple[Tens
 
 
 def _inverse_factor(make: Callable[[], Tensor], damping: float) -> tuple[Tensor, float, int]:
-    """``upper [d, d]`` with ``(matrix + damping · mean diagonal)⁻¹ = upperᵀ upper``, the damping and the attempts.
+    """Returns ``upper [d, d]`` with ``(matrix + damping · mean diagonal)⁻¹ = upperᵀ upper``, the damping and the number
+    of attempts.
 
-    The Cholesky factorisation of the matrix with rows and columns in reverse order gives, reversed back, ``R Rᵀ`` with
-    R upper triangular, and ``upper = R⁻¹``. This is one factorisation. Factorising an explicit inverse takes three
-    steps, and the last may fail.
+    The matrix is factorised with its rows and columns in reverse order. Reversed back, the factor is upper triangular:
+    ``matrix = R Rᵀ``, and ``upper = R⁻¹``. This is one factorisation. Factorising an explicit inverse takes
+    three steps, and the last may fail.
 
     Args:
-        make: makes the matrix ``[d, d]`` float64, symmetric, with a positive diagonal. It is made anew for each
-            attempt, which is cheap, so that no more than two matrices of float64 are in memory.
+        make: makes the matrix ``[d, d]`` float64, symmetric, with a positive diagonal. It is called for each attempt:
+            this is cheap and keeps no more than two float64 matrices in memory.
         damping: relative to the mean diagonal; raised tenfold after each failed attempt.
 
     Raises:
@@ -323,6 +324,6 @@ def _inverse_factor(make: Callable[[], Tensor], damping: float) -> tuple[Tensor,
         del factor
         last, damping = damping, max(10 * damping, LEAST_DAMPING)
     raise InputError(
-        f"the Gram matrix of the inputs must become positive definite by damping (got none with up to {last:g} of its "
-        f"mean diagonal of {mean:g}); look for NaN or overflow in the activations"
+        f"the Gram matrix of the inputs must become positive definite by damping (it is not with up to {last:g} of its "
+        f"mean diagonal of {mean:g}); raise damping, or look for NaN or overflow in the activations"
     )

@@ -1,4 +1,4 @@
-"""The names of the kinds of statistics, which metrics and solvers request, and collectors and files hold.
+"""The names of the kinds of statistics. Metrics and solvers request them; collectors and files contain them.
 
 Notation: inputs ``X [T, d_in]`` of a Linear, dense outputs ``A [T, d_out]``, ``r_t = 1 / ‖A_t‖²``.
 """
@@ -15,7 +15,7 @@ COSINE_GRAM = "cosine-gram"
 """``Σ_t r_t X_t X_tᵀ``, for the solvers."""
 
 SKETCH = "sketch"
-"""The same as ``GRAM``, as a diagonal and a few directions (:mod:`ace_ext.pruning.sketch`)."""
+"""``GRAM`` approximated by a diagonal and a few directions (:mod:`ace_ext.pruning.sketch`)."""
 
 GRAMS = frozenset({GRAM, COSINE_GRAM})
 """The kinds that are ``[d_in, d_in]``."""

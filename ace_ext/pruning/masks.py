@@ -1,4 +1,4 @@
-"""Pruning by the metric alone: binds a weight to its scores and lets its comparison group call the op."""
+"""Pruning by the metric alone: binds a weight to its scores and calls the op of the comparison group."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +30,7 @@ def count_kept(weight: Tensor) -> Tensor:
 @contextmanager
 def as_rows(weight: Tensor) -> Iterator[Tensor]:
     """``weight [rows, cols]`` as the ops take it: itself if its rows are contiguous, else a copy, which is written back
-    at the end. The matrix of a parameter that is stored transposed is such a weight."""
+    at the end. A parameter that is stored transposed needs the copy."""
     if weight.shape[1] <= 1 or weight.stride(1) == 1:
         yield weight
         return

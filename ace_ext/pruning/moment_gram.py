@@ -1,8 +1,8 @@
-"""The Gram matrix of a Linear's inputs as far as two vectors tell it: ``G ≈ diag(σ²) + m mᵀ``, a token's share.
+"""An approximation of the Gram matrix of a Linear's inputs by two vectors: ``G / tokens ≈ diag(σ²) + m mᵀ``.
 
-``m_j`` is the mean and ``σ_j²`` the variance of input column j. This is the Gram matrix, divided by the number of
-tokens, of inputs whose columns are uncorrelated. A change ``e`` of a row costs ``Σ e_j² σ_j² + (Σ e_j m_j)²``: what it
-adds to the variance of the row's output, and the square of what it adds to its mean.
+``m_j`` is the mean and ``σ_j²`` the variance of input column j. The approximation is exact if columns are uncorrelated.
+A change ``e`` of a row costs ``Σ e_j² σ_j² + (Σ e_j m_j)²``: the variance it adds to the row's output, and the square
+of the shift of its mean.
 """
 
 from dataclasses import dataclass

@@ -30,8 +30,8 @@ def prune_linear_(
         weight: ``[rows, cols]`` float32, float16 or bfloat16; keeps its dtype.
         stats: of the kinds ``config.needs.prune``.
         config: the method and the comparison group.
-        keep_row: how many weights of a row to keep; replaces ``config.sparsity``. For the group ``"matrix"`` the
-            matrix keeps this times the number of rows.
+        keep_row: how many weights of a row to keep; replaces ``config.sparsity``. With the group ``"matrix"`` the
+            matrix keeps ``keep_row`` times the number of rows.
         shares: the processes that share the work; None: this one does all.
 
     Returns:
@@ -104,7 +104,7 @@ def _solve(problem: Problem, config: PruneConfig) -> Solved:
 
 
 def working_bytes(config: PruneConfig, rows: int, cols: int) -> int:
-    """Bytes that pruning one matrix of ``rows x cols`` holds in addition to its weight and statistics.
+    """Bytes that pruning one matrix of ``rows x cols`` needs in addition to its weight and statistics.
 
     Without a solver: a mask of one byte per entry, and the scores of a callable metric. With a solver also the dense
     weight in float32, and what the solver declares.

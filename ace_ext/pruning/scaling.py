@@ -14,20 +14,38 @@ ORDINARY_EXPONENT = 20
 2^-40 as large, are far from float32's limits of 2^-126 and 2^127."""
 
 
+def reads_at_once(x: Tensor) -> bool:
+    """Whether numbers of ``x`` may be read now: not on a GPU, where a read waits for all queued work."""
+    return x.is_cpu
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest magnitude of ``x``, which is not empty: ``[]`` float32, NaN if ``x`` holds NaN."""
+    return torch.stack(torch.aminmax(x.detach())).abs().amax().float()
+
+
 def exponent_of(x: Tensor) -> int | None:
     """``e`` if the largest magnitude of ``x`` is at least ``2^(e-1)`` and less than ``2^e``, and 0 if that is an
     ordinary size; None if ``x`` is empty or zero. NaN and infinity give 0: whoever reads the tensor next reports them.
 
-    Reads ``x`` once and, on a GPU, waits for it.
+    It reads a number, for which a GPU is waited for; :func:`exponent_on_device` does not.
     """
     if x.numel() == 0:
         return None
-    low, high = torch.aminmax(x.detach())
-    largest = max(-float(low), float(high))
+    largest = float(_largest(x))
     if largest == 0.0:
         return None
     exponent = math.frexp(largest)[1] if math.isfinite(largest) else 0
     return exponent if abs(exponent) > ORDINARY_EXPONENT else 0
+
+
+def exponent_on_device(x: Tensor) -> Tensor:
+    """:func:`exponent_of` as ``[]`` int32 on the device of ``x``: 0 for None, and at most ±120, so that float32 has the
+    power of two."""
+    largest = _largest(x) if x.numel() else x.new_zeros(()).float()
+    exponent = torch.frexp(largest)[1]
+    ordinary = (exponent.abs() <= ORDINARY_EXPONENT) | ~torch.isfinite(largest)
+    return exponent.masked_fill(ordinary, 0).clamp(-120, 120)
 
 
 def times_power(x: Tensor, exponent: int) -> Tensor:

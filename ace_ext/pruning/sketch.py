@@ -1,9 +1,9 @@
 """A Gram matrix as a diagonal and a few directions, from one pass over the tokens and without the matrix itself.
 
-With fixed random directions ``Ω [d, p]`` the state adds up ``Y = G Ω``, ``G = Σ_t X_t X_tᵀ``. Nyström's approximation
-``Y (Ωᵀ Y)⁻¹ Yᵀ = Fᵀ F`` then holds G's leading directions, the mean of the inputs among them (stabilised as in Tropp,
-Yurtsever, Udell and Cevher 2017, arXiv 1706.05736, algorithm 3); what it leaves of the diagonal is added:
-``G ≈ diag(g - Σ_k F_kj²) + Fᵀ F``. All that is stored or computed is ``[d, p]``.
+With fixed random directions ``Ω [d, p]`` the state adds up ``Y = G Ω``, where ``G = Σ_t X_t X_tᵀ``. Nyström's
+approximation ``Y (Ωᵀ Y)⁻¹ Yᵀ = Fᵀ F`` has G's leading directions, among them the mean of the inputs. It is stabilised
+as in Tropp, Yurtsever, Udell and Cevher 2017 (arXiv 1706.05736, algorithm 3). The rest of the diagonal is added:
+``G ≈ diag(g - Σ_k F_kj²) + Fᵀ F``. Everything that is stored or computed is ``[d, p]``.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from ace_ext.pruning.scaling import InputScale, times_power, times_power_
 DIRECTIONS = 64
 """Random directions of a sketch, or the number of columns if that is less: :func:`direction_count`."""
 LEAST_RESIDUAL = 1e-3
-"""The least share of a column's square sum that is left to the diagonal, so that no column seems free to change."""
+"""The least share of a column's square sum that is left to the diagonal, so that no column can change at no cost."""
 _SHIFT = 1e-6  # of the product's norm: above its float32 rounding, far below the directions that are used
 
 
@@ -156,7 +156,7 @@ class SketchState:
         core = random.T @ product
         lower = torch.linalg.cholesky((core + core.T) / 2)
         found = torch.linalg.solve_triangular(lower, product.T, upper=False)
-        # The shift is taken off again, and no direction may claim more of a column than the column has.
+        # Subtract the shift again. The directions may not exceed a column's square sum.
         values, vectors = torch.linalg.eigh(found @ found.T)
         share = ((values - shift) / values.clamp_min(shift)).clamp_min(0.0).sqrt()
         found = (vectors * share).T @ found

@@ -20,7 +20,7 @@ from ace_ext.models.held import ExpertLinear, filled_linear
 from ace_ext.models.products import float32_products
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, MOMENT, SKETCH, WEIGHTED
-from ace_ext.pruning.scaling import InputScale, times_power, times_power_
+from ace_ext.pruning.scaling import InputScale, exponent_on_device, reads_at_once
 from ace_ext.pruning.sketch import SketchState
 
 
@@ -38,16 +38,32 @@ class MomentState:
 
     def update(self, x: Tensor, token_weight: Tensor | None = None) -> None:
         """Adds tokens ``x [T, d]`` with the weights ``token_weight [T]`` float32; None: 1 for each."""
-        power = 0
-        if token_weight is None:  # weights 1 / ‖A_t‖² already cancel the scale of the inputs
-            self._scale.admit(x)
-            power = self._scale.power
+        if token_weight is not None:  # 1 / ‖A_t‖² already cancels the scale of the inputs
+            ops.update_moments_(self.weight_sum, self.mean, self.m2, x, token_weight)
+            return
+        unit = self._unit(x)
+        if unit is None:
+            ops.update_moments_(self.weight_sum, self.mean, self.m2, x, None)
+            return
         # The op squares in float32. The float64 state has the range to be divided for the call.
-        times_power_(self.mean, -power)
-        times_power_(self.m2, -2 * power)
-        ops.update_moments_(self.weight_sum, self.mean, self.m2, times_power(x, -power), token_weight)
-        times_power_(self.mean, power)
-        times_power_(self.m2, 2 * power)
+        inverse = unit.reciprocal()
+        self.mean *= inverse
+        self.m2 *= inverse.square()
+        ops.update_moments_(self.weight_sum, self.mean, self.m2, x * inverse.to(x.dtype), None)
+        self.mean *= unit
+        self.m2 *= unit.square()
+
+    def _unit(self, x: Tensor) -> Tensor | None:
+        """The power of two in which ``x [T, d]`` is measured while it is added: ``[]`` float64, on its device. None for
+        1, where that is known without waiting for a GPU."""
+        if x.dtype == torch.float16:  # float32 holds the square of each such number
+            return None
+        if reads_at_once(x):
+            self._scale.admit(x)
+            if self._scale.power == 0:
+                return None
+        exponent = exponent_on_device(x)
+        return torch.ldexp(torch.ones((), dtype=torch.float64, device=x.device), exponent)
 
     def merge_(self, other: "MomentState") -> None:
         """Adds the other state's tokens by Chan's rule (1983). A state of weight 0 changes nothing."""
@@ -115,7 +131,7 @@ class LinearStatistics:
             "moment": self.moment,
             "gram": self.gram,
         }
-        kinds["probe"] = self.sampled  # their name in statistics files
+        kinds["probe"] = self.sampled  # the name of sample rows in statistics files
         return {kind: value for kind, value in kinds.items() if value is not None}
 
     @property
@@ -156,8 +172,8 @@ class _Shared:
 class StatisticsCollector:
     """Collects :class:`LinearStatistics` of the named Linears while a block runs, in :attr:`stats`.
 
-    If each Linear is called only once, its entry may be removed right after the call to free memory. Statistics of one
-    that is called more often are those of all calls; it must be named in :attr:`alone`.
+    If a Linear is called only once, its entry may be removed right after the call to free memory. A Linear that is
+    called more often must be named in :attr:`alone`; its statistics are those of all calls.
 
     ``token_mask`` (``[T]`` bool, None for all; set it before each forward) excludes padded tokens. Call
     :meth:`observe` from a hook, or use the collector as a context manager that hooks all its Linears.
@@ -310,7 +326,7 @@ Product = Callable[[Tensor, Tensor], Tensor]
 """``x Wᵀ`` of ``x [T, d_in]`` and ``W [d_out, d_in]``."""
 
 SKETCH_ROWS = 128
-"""Of the random projection: a token's squared norm has a relative standard error of an eighth, ``sqrt(2 / 128)``."""
+"""Rows of the random projection. A token's squared norm has a relative standard error of ``sqrt(2 / 128) = 1/8``."""
 
 
 def sketched_output(x: Tensor, weight: Tensor, product: Product = functional.linear) -> Tensor:

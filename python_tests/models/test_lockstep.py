@@ -18,6 +18,7 @@ from ace_ext.models.blocks import find_blocks
 from ace_ext.models.lockstep import Lockstep, keeps_no_state, paused_bytes, threads_fit
 from ace_ext.models.replay import capture_calls, run_block
 from ace_ext.process_memory import resident_bytes
+from ace_ext.pruning import statistics
 
 
 def pruned(model, keeps_forwards: bool, tokens=None, **config):
@@ -142,6 +143,7 @@ def test_numbers_are_read_once_a_block(order, batch_tokens, monkeypatch):
 
     monkeypatch.setattr(Walk, "_run_block", run_block)
     monkeypatch.setattr(steps, "read_at_once", lambda _: False)  # as on a GPU
+    monkeypatch.setattr(statistics, "reads_at_once", lambda _: False)
     pruned(make_model("llama"), True, metric="wanda", order=order, batch_tokens=batch_tokens)
     assert counts == [3 if order == "sequential" else 1, 1, 1]
 

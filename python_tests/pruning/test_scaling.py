@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 
 from ace_ext import InputError, PruneConfig
 from ace_ext.engine.matrix_report import Measurements, mean_cosine, output_of, relative_error
+from ace_ext.pruning import statistics
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.masks import keep_budget
 from ace_ext.pruning.prune_linear import prune_linear_
-from ace_ext.pruning.scaling import ORDINARY_EXPONENT, InputScale, exponent_of, times_power
+from ace_ext.pruning.scaling import ORDINARY_EXPONENT, InputScale, exponent_of, exponent_on_device, times_power
 from ace_ext.pruning.sketch import SketchState
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
 
@@ -156,6 +157,21 @@ def test_a_failure_of_linear_algebra_is_an_input_error(monkeypatch):
         prune_linear_(weight, stats, config)
 
 
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("exponent", [-120, -90, -21, 0, 21, 50, 80])
+def test_moments_of_inputs_of_any_size(monkeypatch, exponent, waits, dtype):
+    """Also as on a GPU, where the size is not read."""
+    monkeypatch.setattr(statistics, "reads_at_once", lambda _: waits)
+    x = times_power(make_case()[1].to(dtype).float(), exponent).to(torch.float32 if dtype == torch.float16 else dtype)
+    expected, state = MomentState(COLS), MomentState(COLS)
+    for part in times_power(x, -exponent).split(50):
+        expected.update(part)
+    for part in x.split(50):
+        state.update(part)
+    assert torch.equal(times_power(state.mean, -exponent), expected.mean)
+    assert torch.equal(times_power(state.m2, -2 * exponent), expected.m2)
+
+
 @pytest.mark.parametrize("state", [GramState, SketchState])
 @pytest.mark.parametrize("exponents", [(-90, 0), (0, -90), (60, -60), (-80, -70), (-30, 60)])
 def test_calls_of_different_size_add_up(state, exponents):
@@ -173,6 +189,23 @@ def test_calls_of_different_size_add_up(state, exponents):
     for found in (one, first, again):
         total = found.matrix.diagonal().double() if state is GramState else found.squares
         torch.testing.assert_close(times_power(total, 2 * found.scale.power), expected, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("state", [GramState, SketchState])
+def test_sums_of_processes_are_added_in_one_scale(state):
+    """As ``Ranks`` does with an all-reduce."""
+    _, x = make_case()
+    parts, sums = [times_power(x[:100], -60), torch.zeros(3, COLS), times_power(x[100:], -58)], []
+    for part in parts:
+        sums.append(state(COLS))
+        sums[-1].update(part)
+    known = [one.scale.exponent for one in sums if one.scale.exponent is not None]
+    assert len(set(known)) == 2
+    for one in sums:
+        one.raise_scale_(max(known))
+    total = sum(one.matrix.diagonal().double() if state is GramState else one.squares for one in sums)
+    expected = sum(part.double().square().sum(0) for part in parts)
+    torch.testing.assert_close(times_power(total, 2 * max(known)), expected, rtol=1e-5, atol=0.0)
 
 
 def test_an_empty_state_takes_the_scale_of_the_other():
@@ -203,6 +236,10 @@ def test_the_scale_only_rises():
 
 
 def test_exponents(dtype):
+    for found in (torch.zeros(2, 2), torch.zeros(0, 2), torch.tensor([1.0, float("nan")]), torch.tensor([-1e-3, 9.0])):
+        assert int(exponent_on_device(found.to(dtype))) == 0
+    assert int(exponent_on_device(torch.tensor([2.0**-22, 0.0], dtype=dtype))) == -21
+    assert int(exponent_on_device(torch.tensor([2.0**-130]))) == -120
     assert exponent_of(torch.zeros(2, 2, dtype=dtype)) is None
     assert exponent_of(torch.zeros(0, 2, dtype=dtype)) is None
     assert exponent_of(torch.tensor([1.0, float("nan")], dtype=dtype)) == 0

@@ -47,7 +47,11 @@ def damping_option(default: float) -> Any:
 
 @dataclass
 class Problem:
-    """One matrix to prune. A stage may write to ``mask`` if it is given, and to nothing else."""
+    """One matrix to prune. A stage may write to ``mask`` if it is given, and to nothing else.
+
+    Weights and statistics of unusual size are divided by powers of two (:mod:`ace_ext.pruning.scaling`): the result of
+    a stage must not depend on their units.
+    """
 
     dense: Tensor  # [rows, cols] float32: the dense weight
     matrix: GramState | SketchState | None  # the Gram matrix of the inputs, or its sketch, if a stage reads it
@@ -102,7 +106,7 @@ class Problem:
 class Solved:
     """A pruned weight, and how the Gram matrix was factorised."""
 
-    weight: Tensor  # [rows, cols] float32
+    weight: Tensor  # [rows, cols] float32, in the units of Problem.dense
     damping: float = 0.0  # relative to the Gram matrix's mean diagonal
     attempts: int = 0  # factorisations that were tried
 
