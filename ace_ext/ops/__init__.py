@@ -15,18 +15,18 @@ factor or score is NaN or infinite (on CUDA that check is deferred: :func:`take_
     cosp_exact  |W| sqrt((c - q) / 2)                  column: Σ_t r_t X_tj²; moment
     score       q                                      moment: the caller's own score; the weight is not scored
 
-Importing this package loads no compiled module: calling an op does. It imports nothing of ace_ext outside this folder.
+Importing this package registers the ops with torch, as ``torch.ops.ace_ext``. If the compiled module cannot be loaded,
+the first call of an op says why. The package imports nothing of ace_ext outside this folder.
 """
 
-import warnings
+import contextlib
 
 import torch
 from torch import Tensor
 
 from ace_ext.ops._across import ScoredWeight, prune_topk_across_
 from ace_ext.ops._extension import compiled, registered
-from ace_ext.ops._formulas import FORMULAS, formula_name
-from ace_ext.ops._packed import packed_linear, unpack_bitmap
+from ace_ext.ops._packed import packed_linear, register_packed, unpack_bitmap
 
 __all__ = [
     "FORMULAS",
@@ -36,9 +36,7 @@ __all__ = [
     "nm_mask",
     "obs_block_",
     "packed_linear",
-    "prune_by_score_",
     "prune_nm_",
-    "prune_nm_by_score_",
     "prune_topk_",
     "prune_topk_across_",
     "refine_swaps_",
@@ -50,6 +48,12 @@ __all__ = [
     "update_cosine_moment_",
     "update_moments_",
 ]
+
+FORMULAS = ("magnitude", "scaled", "ria", "cosp", "cosp_exact", "score")
+"""Names of the formulas: ``kFormulas`` in ``csrc/core/score.h``."""
+
+with contextlib.suppress(ImportError):  # which the first call of an op raises
+    register_packed()
 
 # Statistics of activations
 
@@ -85,7 +89,7 @@ def update_cosine_moment_(moment: Tensor, x: Tensor, a: Tensor) -> None:
 @torch.no_grad()
 def score(weight: Tensor, formula: str, column: Tensor | None = None, moment: Tensor | None = None) -> Tensor:
     """The scores ``[rows, cols]`` float32, stored. The other ops recompute them where they need them."""
-    scores: Tensor = registered().score(weight, formula_name(formula), column, moment)
+    scores: Tensor = registered().score(weight, formula, column, moment)
     return scores
 
 
@@ -102,7 +106,7 @@ def prune_topk_(
 
     The threshold is ``[rows]`` or ``[1]`` float32, +inf where nothing is kept.
     """
-    threshold: Tensor = registered().prune_topk_(weight, formula_name(formula), keep_k, column, moment, group)
+    threshold: Tensor = registered().prune_topk_(weight, formula, keep_k, column, moment, group)
     return threshold
 
 
@@ -116,7 +120,7 @@ def prune_nm_(
     moment: Tensor | None = None,
 ) -> None:
     """Keeps the best ``keep_n`` of each ``group_m`` (at most 32) consecutive columns of every row."""
-    registered().prune_nm_(weight, formula_name(formula), keep_n, group_m, column, moment)
+    registered().prune_nm_(weight, formula, keep_n, group_m, column, moment)
 
 
 @torch.no_grad()
@@ -129,7 +133,7 @@ def topk_mask(
     group: str = "row",
 ) -> Tensor:
     """``[rows, cols]`` bool, True where :func:`prune_topk_` would keep the weight, which is left as it is."""
-    mask: Tensor = registered().topk_mask(weight, formula_name(formula), keep_k, column, moment, group)
+    mask: Tensor = registered().topk_mask(weight, formula, keep_k, column, moment, group)
     return mask
 
 
@@ -143,7 +147,7 @@ def nm_mask(
     moment: Tensor | None = None,
 ) -> Tensor:
     """``[rows, cols]`` bool, True where :func:`prune_nm_` would keep the weight, which is left as it is."""
-    mask: Tensor = registered().nm_mask(weight, formula_name(formula), keep_n, group_m, column, moment)
+    mask: Tensor = registered().nm_mask(weight, formula, keep_n, group_m, column, moment)
     return mask
 
 
@@ -222,18 +226,3 @@ def take_not_finite(device: torch.device) -> str:
         return ""
     name: str = compiled().take_not_finite(torch.cuda.current_device() if device.index is None else device.index)
     return name
-
-
-# Names of version 0.1
-
-
-def prune_by_score_(weight: Tensor, score: Tensor, keep_k: int, group: str = "row") -> Tensor:
-    """Deprecated: :func:`prune_topk_` with the formula ``"score"``; ``score`` may be float16 or bfloat16 here."""
-    warnings.warn("prune_by_score_ is now prune_topk_ with the formula 'score'", DeprecationWarning, stacklevel=2)
-    return prune_topk_(weight, "score", keep_k, moment=score.to(torch.float32).contiguous(), group=group)
-
-
-def prune_nm_by_score_(weight: Tensor, score: Tensor, keep_n: int, group_m: int) -> None:
-    """Deprecated: :func:`prune_nm_` with the formula ``"score"``; ``score`` may be float16 or bfloat16 here."""
-    warnings.warn("prune_nm_by_score_ is now prune_nm_ with the formula 'score'", DeprecationWarning, stacklevel=2)
-    prune_nm_(weight, "score", keep_n, group_m, moment=score.to(torch.float32).contiguous())

@@ -1,4 +1,4 @@
-"""Loads the compiled module when an op is first called, and says in words why where that fails."""
+"""Loads the compiled module; if that fails, the error says why and what to do."""
 
 from functools import cache
 from types import ModuleType
@@ -30,7 +30,7 @@ def _explain(error: ImportError) -> str:
 
 @cache
 def compiled() -> ModuleType:
-    """The module ``ace_ext._C``, loaded at the first call; importing it registers the ops with torch.
+    """The module ``ace_ext._C``, loaded once; loading it registers the ops with torch.
 
     Raises:
         ImportError: it is not there, or built for another torch; the message says how to rebuild it.

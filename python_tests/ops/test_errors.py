@@ -92,21 +92,6 @@ def test_the_last_weight_of_many_that_is_not_finite(op, formula, dtype, random):
     refused_for(math.nan, lambda: SCORED[op](weight, formula, **arguments), op, "weight", "149, 1135", weight)
 
 
-@pytest.mark.parametrize("op", ["prune_by_score_", "prune_nm_by_score_"])
-@pytest.mark.parametrize("value", BAD)
-@pytest.mark.parametrize("score_dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_an_own_score_or_its_weight_that_is_not_finite(op, value, score_dtype, weight):
-    score = torch.ones(40, 12, dtype=score_dtype)
-    score[0, 4] = value
-    numbers = (3, "matrix") if op == "prune_by_score_" else (2, 4)
-    inner = "prune_topk_" if op == "prune_by_score_" else "prune_nm_"
-    refused_for(value, lambda: getattr(ops, op)(weight, score, *numbers), inner, "moment", "0, 4", weight)
-    weight[39, 11] = value
-    own = torch.ones(40, 12)
-    refused_for(value, lambda: getattr(ops, op)(weight, own, *numbers), inner, "weight", "39, 11", weight)
-
-
 @pytest.mark.parametrize("op", SCORED)
 def test_a_score_that_overflows(op):
     weight = torch.ones(40, 12)

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -36,3 +39,36 @@ def test_another_minor_release_is_refused(monkeypatch):
 def test_a_patch_release_is_fine():
     assert _extension._same_release("2.13.0+cpu", "2.13.1+cu130")
     assert not _extension._same_release("2.13.0", "2.1.0")
+
+
+def in_a_new_process(code):
+    """What the code prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_the_ops_registers_them():
+    code = "import torch, ace_ext.ops; print(torch.ops.ace_ext.score(torch.tensor([[-2.0]]), 'magnitude').item())"
+    assert in_a_new_process(code) == "2.0"
+
+
+def test_without_the_compiled_part_the_first_call_says_what_to_do():
+    code = """
+import sys
+sys.modules["ace_ext._C"] = None  # as if it were not there
+import torch
+from ace_ext import ops
+for call in (lambda: ops.score(torch.ones(1, 1), "magnitude"), lambda: ops.packed_linear(*[torch.ones(1, 1)] * 3)):
+    try:
+        call()
+    except ImportError as error:
+        print(error)
+"""
+    first, second = in_a_new_process(code).splitlines()
+    assert first == second
+    assert "the compiled part of ace_ext is not here; rebuild it in this environment: pip install" in first
+
+
+def test_importing_ace_ext_loads_no_torch():
+    assert in_a_new_process("import sys, ace_ext; print('torch' in sys.modules)") == "False"

@@ -200,10 +200,6 @@ def test_nm_of_nothing(shape, device):
 # The caller's own scores
 
 
-def deprecated():
-    return pytest.warns(DeprecationWarning, match="with the formula 'score'")
-
-
 @pytest.mark.parametrize("score_dtype", DTYPES)
 @pytest.mark.parametrize("group", GROUPS)
 def test_by_score_matches_the_oracle(score_dtype, group, dtype, device, random):
@@ -213,8 +209,7 @@ def test_by_score_matches_the_oracle(score_dtype, group, dtype, device, random):
         for keep_k in sizes_of(weight, group):
             assert_topk(weight, "score", {"moment": score.float()}, keep_k, group)
             outer, view = embed(weight)
-            with deprecated():
-                threshold = ops.prune_by_score_(view, score, keep_k, group)
+            threshold = ops.prune_topk_(view, "score", keep_k, moment=score.float(), group=group)
             assert_same_bits(view, reference.prune(weight, reference.keep_mask(score, keep_k, group)))
             assert_same_bits(threshold, reference.threshold(score, keep_k, group).float())
             assert_only_slice_changed(outer, view)
@@ -228,8 +223,7 @@ def test_nm_by_score_matches_the_oracle(score_dtype, group_m, dtype, device, ran
     for keep_n in places(group_m):
         assert_nm(weight, "score", {"moment": score.float()}, keep_n, group_m)
         outer, view = embed(weight)
-        with deprecated():
-            ops.prune_nm_by_score_(view, score, keep_n, group_m)
+        ops.prune_nm_(view, "score", keep_n, group_m, moment=score.float())
         assert_same_bits(view, reference.prune(weight, reference.keep_mask_nm(score, keep_n, group_m)))
         assert_only_slice_changed(outer, view)
 
@@ -242,27 +236,6 @@ def test_a_weight_may_be_its_own_score(group, device, random):
     ops.prune_topk_(weight, "score", 17, moment=weight, group=group)
     assert torch.equal(mask.cpu(), expected != 0)
     assert_same_bits(weight, expected)
-
-
-def test_a_score_may_have_any_strides(device, random):
-    weight, score = torch.ones(9, 12, device=device), torch.randn(12, 9, generator=random).to(device).t()
-    mask = reference.keep_mask(score, 5)
-    with deprecated():
-        ops.prune_by_score_(weight, score, 5)
-    assert torch.equal(weight.cpu() != 0, mask)
-
-
-def test_by_score_is_the_metric_score(dtype, device, random):
-    weight = make_weight(9, 16, dtype, random).to(device)
-    score = torch.randn(9, 16, generator=random).to(device)
-    twins = [weight.clone() for _ in range(4)]
-    with deprecated():
-        ops.prune_by_score_(twins[0], score, 5)
-        ops.prune_nm_by_score_(twins[2], score, 1, 4)
-    ops.prune_topk_(twins[1], "score", 5, moment=score)
-    ops.prune_nm_(twins[3], "score", 1, 4, moment=score)
-    assert_same_bits(twins[0], twins[1])
-    assert_same_bits(twins[2], twins[3])
 
 
 # Any floats at all

@@ -1,7 +1,6 @@
 """Scores against the oracle: the bits of its float32 products. Contracts: csrc/ops.h."""
 
 import math
-import re
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from helpers import (
 from ace_ext import ops
 from ace_ext.ops import FORMULAS as FORMULAS_OF_OPS
 from ace_ext.ops import reference
-from ace_ext.ops._formulas import FORMULA_OF_OLD_NAME
 
 
 @pytest.mark.parametrize("formula", FORMULAS)
@@ -66,16 +64,6 @@ def test_ria_sums_do_not_lose_small_weights(device):
     score = ops.score(weight, "ria", column=column)
     assert score[0, 0].item() < 2
     assert_same_bits(score, reference.score(weight, "ria", column, dtype=torch.float32))
-
-
-@pytest.mark.parametrize(("old", "formula"), FORMULA_OF_OLD_NAME.items())
-def test_metrics_names_stand_for_their_formula_with_a_warning(old, formula, device, random):
-    weight = torch.randn(5, 9, generator=random).to(device)
-    arguments = formula_arguments(formula, weight, random)
-    with pytest.warns(DeprecationWarning, match=f"'{formula}' in place of the metric '{re.escape(old)}'") as caught:
-        score = ops.score(weight, old, **arguments)
-    assert caught[0].filename == __file__
-    assert_same_bits(score, ops.score(weight, formula, **arguments))
 
 
 def test_formulas_of_the_package_are_those_of_the_kernels():
