@@ -54,7 +54,7 @@ def make_run(method, amount, seed, value, **changed):
     share = 0.5 if ":" in amount else float(amount)
     blocks = [BlockFigures(f"layers.{index}", share, 0.1, 0.9 + index / 100) for index in range(3)]
     texts = {text: Perplexity(value, 1.0, 8, 16, 120) for text in ("wiki-mini", NASTY)}
-    config = {"metric": method, "sparsity": share, "pattern": None, "skip": [NASTY]}
+    config = {"method": method, "sparsity": share, "pattern": None, "skip": [NASTY]}
     return Run(cell, config, None, "0" * 64, "bfloat16", share, 2.0 + seed, 2**30, True, texts, blocks)
 
 
