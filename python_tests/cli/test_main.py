@@ -92,7 +92,7 @@ def test_damage_fails_verify(place, capsys):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"model": "/no/such/folder"}, "model '/no/such/folder' is no folder"),
+        ({"model": "/no/such/folder"}, "model '/no/such/folder' is not a folder"),
         ({"sparsity": 1.5}, "sparsity must be a share of zeros from 0 to 1 (got 1.5)"),
         ({"pattern": "3:2"}, "pattern must be N:M with 0 < N < M"),
         ({"pattern": "2:5"}, "pattern 2:5 needs columns in whole groups of 5 (got 32 in model.layers.0"),

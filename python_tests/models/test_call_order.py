@@ -1,4 +1,4 @@
-"""Models that are no chain of blocks, each called once: looped ones, Linears called twice, blocks that share states."""
+"""Models that are not a simple chain of blocks: looped ones, Linears called twice, blocks that share states."""
 
 import every_class
 import pytest
