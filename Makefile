@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find ace_ext csrc -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 JOBS ?= 2
 
-.PHONY: demo test test-cpp test-python check-kernels check-arm check-memory check-pages fuzz gpu lint docs dist clean \
+.PHONY: demo test test-cpp test-python test-quick check-kernels check-arm check-memory check-pages fuzz gpu lint docs dist clean \
 	nightly nightly-python nightly-cpp nightly-fuzz coverage coverage-python coverage-cpp coverage-core mutation \
 	mutation-python licenses test-oldest
 
@@ -29,6 +29,16 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist worksteal
 
 test-python: $(VENV)/installed
 	$(PYTEST)
+
+# The tests for a change to Python, in less than three minutes on two cores once the package is installed. Left out are
+# whole runs in many variants, what starts many processes, and ops that only a change to C++ reaches. `make test` runs all.
+SLOW := cli/test_bad_inputs engine/test_distillation engine/test_distributed models/test_families models/test_lockstep \
+	ops/test_balance_restore ops/test_errors ops/test_gpu ops/test_mask_prune ops/test_packed project/test_counts \
+	project/test_examples project/test_fetch_models project/test_notebook project/test_paper_tables \
+	runs/test_full_disk runs/test_heal runs/test_memory_model runs/test_offload runs/test_real_model runs/test_resume \
+	runs/test_statistics_file runtime/test_quantizer
+test-quick: $(VENV)/installed
+	$(PYTEST) $(SLOW:%=--ignore=python_tests/%.py)
 
 # The C++ core, and the CUDA kernels on the host: plain, where (with nvcc) their PTX is run too, with the address and
 # undefined-behaviour sanitizers, and with ThreadSanitizer, which takes each CUDA thread for a thread.

@@ -81,6 +81,13 @@ def test_mutation_testing_names_files_that_exist():
         assert [pattern for pattern in patterns if not list(ROOT.glob(pattern))] == []
 
 
+def test_what_make_test_quick_leaves_out_exists():
+    """pytest ignores a file that does not exist without a word."""
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    names = re.search(r"^SLOW := (.+)$", makefile, re.M)[1].split()
+    assert [name for name in names if not (ROOT / "python_tests" / f"{name}.py").is_file()] == []
+
+
 def test_its_commands_are_targets_of_the_makefile():
     targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.M))
     named = {target for line in re.findall(r"`make ([a-z -]+)`", TRUST) for target in line.split()}
