@@ -42,9 +42,10 @@ def test_json_keeps_a_tuning():
 
 def test_table_averages_over_blocks():
     lines = make_report().table().splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert lines[1].split() == ["up", "4x8", "0.5156", "0.1000", "0.9900"]
     assert lines[2] == "2 blocks, 2 matrices, sparsity 0.5156, 1.2 s, peak memory 1.00 GiB on cpu"
+    assert lines[3] == "method ace"
 
 
 def test_table_names_the_method_as_it_was_asked_for():

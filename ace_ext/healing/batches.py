@@ -76,7 +76,7 @@ class Batches:
         if not len(trained):
             raise InputError(
                 f"tokens: each of the {len(tokens) - held} windows shares text with one of the {held} that are held "
-                f"back, so none is left to train on; give more text, or shorter windows"
+                f"out, so none is left to train on; give more text, or shorter windows"
             )
         held_out = torch.split(measured, rows)
         return cls([*torch.split(trained, rows), *held_out], len(held_out))
