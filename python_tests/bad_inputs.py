@@ -99,7 +99,14 @@ METHODS = ["", " ", "+", "nothing", "WANDA", "ﬁne", "--", "wonda", "score", "s
 METHODS += ["admm +", "+ admm", "admm ++ distill", "wanda swaps", "wanda; admm", "wanda, admm", "wanda,admm", "[]"]
 METHODS += ["admm(", "admm)", "admm)(", "(admm)", "admm((damping=1))", "admm(damping=1", "admm damping=1", "admm()()"]
 METHODS += ["admm(damping)", "admm(=1)", "admm(damping=1,)", "admm(,)", "admm(damping=1 floor=0)", "admm(damping==1)"]
-METHODS += ["admm(damping=1, damping=1)", "admm(damping:1)", "admm(" * 5000, "(" * 50_000, "+" * 50_000, f"x{' ' * 50_000}x"]
+METHODS += [
+    "admm(damping=1, damping=1)",
+    "admm(damping:1)",
+    "admm(" * 5000,
+    "(" * 50_000,
+    "+" * 50_000,
+    f"x{' ' * 50_000}x",
+]
 METHODS += ["admm\nwanda", "admm(da\nmping=1)", "admm(damping=1\u00a0000)", "²", "２:4", "wanda + \x1b[31m"]
 METHODS += [
     "wanda(iterations=30)",

@@ -76,6 +76,14 @@ class OneLineParser(argparse.ArgumentParser):
                 self.error(f"argument --{name.replace('_', '-')}: expected a value (got '--')")
         return found
 
+    def parse_known_args(self, *arguments: Any, **more: Any) -> Any:
+        """As in argparse, but with an error for arguments that are not known: the parser of a verb knows which of its
+        options were meant, and the parser above it does not."""
+        found, rest = super().parse_known_args(*arguments, **more)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(map(str, rest))}")
+        return found, rest
+
     def error(self, message: str) -> NoReturn:
         """Prints the message and exits with 2."""
         self.exit(2, f"{self.prog}: {message}{self._suggestion(message)}; see {self.prog} --help\n")

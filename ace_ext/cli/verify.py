@@ -27,5 +27,7 @@ def check(args: argparse.Namespace) -> int:
     else:
         rows = f", {result.exact_rows} of {result.rows} groups with exactly k non-zeros" if result.rows else ""
         print(f"{result.matrices} matrices, sparsity {result.sparsity:.4f}{rows}")
-        print("\n".join(f"FAULT {problem}" for problem in result.problems) or "sound: counts, zeros, finite, loads")
+        print(
+            "\n".join(f"FAULT {problem}" for problem in result.problems) or "OK: counts, zeros, finite values, loading"
+        )
     return 1 if result.problems else 0

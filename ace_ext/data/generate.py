@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 from collections.abc import Callable
 from numbers import Real
 
@@ -66,6 +67,26 @@ def self_generated(
         for module in training:
             module.training = True
     return torch.cat(rows)
+
+
+def writing_note(model: nn.Module, nsamples: int, seqlen: int) -> str:
+    """A line that says how much text ``model`` is to write and about how long this takes, from a trial of two tokens;
+    for :func:`self_generated` with the same numbers."""
+    rows = min(nsamples, ROWS_TOGETHER)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    start = time.perf_counter()
+    for _ in range(2):  # in the first try libraries load code
+        start = time.perf_counter()
+        _write(model, torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, 2, dtype=torch.float64), 1.0)
+    step = (time.perf_counter() - start) / 2
+    for module in training:
+        module.training = True
+    seconds = step * math.ceil(nsamples / ROWS_TOGETHER) * (seqlen - 1)
+    return (
+        f"the model writes {nsamples * seqlen:,} tokens of calibration text (about {seconds:,.0f} s); --calibration "
+        "TEXT saves this"
+    )
 
 
 def _first_tokens(

@@ -76,7 +76,7 @@ def locate(source: str) -> ModelLocation:
     """The location that a user names.
 
     Raises:
-        InputError: it is no folder with a configuration, no whole ``.gguf`` file and no hub name like ``org/model``.
+        InputError: it is not a folder with a configuration, a whole ``.gguf`` file or a hub name like ``org/model``.
             Whether the hub has that name is not asked.
     """
     path = Path(source).expanduser()
@@ -95,7 +95,7 @@ def locate(source: str) -> ModelLocation:
             raise InputError(f"model folder {source!r} has no config.json; give a folder that save_pretrained wrote")
         return ModelLocation(str(path))
     if path.is_absolute() or source.startswith(".") or source.count("/") != 1 or path.parent.is_dir():
-        raise InputError(f"model {source!r} is no folder, no .gguf file and no hub name like org/model; check the path")
+        raise InputError(f"model {source!r} is not a folder, a .gguf file or a hub name like org/model; check the path")
     return ModelLocation(source)
 
 

@@ -38,6 +38,7 @@ from ace_ext.runs.memory_model import Estimate, process_bytes
 from ace_ext.runs.model_source import Source, budget_of, open_source
 from ace_ext.runs.options import RunRequest
 from ace_ext.runs.output import (
+    already_complete,
     check_apart,
     check_output,
     disk_errors,
@@ -60,7 +61,7 @@ def heal_folder(
     Args:
         request: what to do.
         observer: what is shown while it runs; default: nothing.
-        tell: is given one line beforehand: how much text, how much memory.
+        tell: is given lines for the user beforehand: how much text, how much memory.
 
     Returns:
         The pruned folder's report with ``healing``, and the folder that was written.
@@ -98,6 +99,8 @@ class _Run:
         done = finished_report(path, fingerprint, options.overwrite) if options.resume else None
         if done is not None:
             discard(path)
+            if tell is not None:
+                tell(already_complete(path))
             return done
         if options.longer is None:  # such a run checks its own folder
             _check_weights(self._request.folder)
@@ -105,7 +108,7 @@ class _Run:
         try:
             check_output(path, options.overwrite, options.resume)  # of a run that had the lock before
             observer = observer or HealProgress()
-            data = self._text(journal, observer.shown)
+            data = self._text(journal, observer.shown, tell)
             batches = Batches.of(data.tokens, self._request.settings)
             division, need = self._divide(journal, batches)
             if tell is not None:
@@ -161,7 +164,7 @@ class _Run:
             "threads": torch.get_num_threads(),
         }
 
-    def _text(self, journal: HealJournal, progress: bool) -> CalibrationData:
+    def _text(self, journal: HealJournal, progress: bool, tell: Callable[[str], None] | None) -> CalibrationData:
         """As many windows of text as the budget takes, the same when a run is resumed."""
         notes, options, settings = journal.notes, self._request.options, self._request.settings
         seqlen, tokens = self._request.text.seqlen, options.tokens or TOKENS
@@ -172,7 +175,7 @@ class _Run:
         text = replace(self._request.text, nsamples=notes["nsamples"])
         check_numbers(text.nsamples, text.seqlen, text.seed)
         check_positions(self._pruned.model, text.seqlen)
-        return HealText(text, self._pruned, self._dense, self._report).draw(notes, progress)
+        return HealText(text, self._pruned, self._dense, self._report).draw(notes, progress, tell)
 
     def _divide(self, journal: HealJournal, batches: Batches) -> tuple[Division, Estimate]:
         """What is in memory together; a resumed run trains as many blocks together as before."""

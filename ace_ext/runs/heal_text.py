@@ -1,6 +1,7 @@
 """The text of a distillation: as many windows as its budget takes, drawn and begun as the pruned folder was calibrated
 unless the user says otherwise."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from ace_ext.data.bos import BosChoice
 from ace_ext.data.corpora import SELF
+from ace_ext.data.generate import writing_note
 from ace_ext.data.windows import CalibrationData
 from ace_ext.errors import InputError
 from ace_ext.models.loading import load_model
@@ -47,14 +49,19 @@ class HealText:
     dense: RunRequest
     report: PruneReport
 
-    def draw(self, notes: dict[str, Any], progress: bool = False) -> CalibrationData:
-        """Draws the windows. ``notes`` are those of the journal; a resumed run must draw the same. ``progress``: a bar
-        on stderr while the model writes them.
+    def draw(
+        self, notes: dict[str, Any], progress: bool = False, tell: Callable[[str], None] | None = None
+    ) -> CalibrationData:
+        """Draws the windows. ``notes`` are those of the journal; a resumed run must draw the same. While the model
+        writes them, ``progress`` shows a bar on stderr, and ``tell`` is given a line about it before.
 
         Raises:
             InputError: the text cannot be read, is too short, or is not that of the run that is resumed.
         """
-        data = self.text.load(self.pruned.tokenizer, self._writer(), self._bos(notes), progress)
+        writer = self._writer()
+        if writer is not None and tell is not None:
+            tell(writing_note(writer, self.text.nsamples, self.text.seqlen))
+        data = self.text.load(self.pruned.tokenizer, writer, self._bos(notes), progress)
         found = self.text.describe(data)
         if notes.setdefault(NOTE, found) != found:
             raise InputError("resume: the text has changed since the run began; start over without --resume")

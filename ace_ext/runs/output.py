@@ -87,11 +87,24 @@ def finished_report(output: Path, fingerprint: dict[str, Any], overwrite: bool) 
         InputError: there is the output of another run, and ``overwrite`` is not set.
     """
     manifest = read_manifest(output) if output.is_dir() else None
-    if manifest is not None and not foreign_files(output) and not differences(manifest["fingerprint"], fingerprint):
+    changed = [] if manifest is None else differences(manifest["fingerprint"], fingerprint)
+    if manifest is not None and not foreign_files(output) and not changed:
         return read_report(output)
     if output.exists() and not overwrite:
-        raise _exists(output)
+        raise _of_another_run(output, changed) if changed else _exists(output)
     return None
+
+
+def already_complete(output: Path) -> str:
+    """What a resumed run says whose output is there."""
+    return f"{str(output)!r} is already complete; nothing was done"
+
+
+def _of_another_run(output: Path, changed: list[str]) -> InputError:
+    return InputError(
+        f"output folder {str(output)!r} is complete, but of a run with other arguments ({'; '.join(changed)}); give "
+        "another name, or pass --overwrite to replace it"
+    )
 
 
 def check_apart(output: Path, *inputs: str | Path | None) -> None:

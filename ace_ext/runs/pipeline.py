@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ace_ext.data.bos import BosChoice
+from ace_ext.data.generate import writing_note
 from ace_ext.data.windows import CalibrationData
 from ace_ext.engine.api import check_pattern, prune_model
 from ace_ext.engine.context import RunContext
@@ -27,6 +28,7 @@ from ace_ext.runs.held_back import measurement_for
 from ace_ext.runs.model_source import Demand, Source, check_serves, open_source
 from ace_ext.runs.options import Calibration, RunOptions, RunRequest, check_request
 from ace_ext.runs.output import (
+    already_complete,
     check_apart,
     check_output,
     check_outside,
@@ -34,7 +36,7 @@ from ace_ext.runs.output import (
     finished_report,
     output_path,
 )
-from ace_ext.runs.statistics_file import SavedStatistics, StatisticsWriter
+from ace_ext.runs.statistics_file import SavedStatistics, StatisticsWriter, reusable
 from ace_ext.runs.unfinished import discard, recover
 from ace_ext.runs.workspace import Workspace
 
@@ -118,6 +120,8 @@ def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) ->
     blocks = _block_source(source, request.device)
     bos = None if request.options.stats else choose_for_run(request, source, blocks, path, peers)
     measured = measurement_for(request, source, blocks, bos, progress.note) if peers.rank == 0 else None
+    if request.writes_own_text and peers.rank == 0:
+        progress.note(writing_note(source.model, request.calibration.nsamples, request.calibration.seqlen))
     inputs = _Inputs(request, source, bos, progress.shown)
     resume = request.options.resume and not request.config.comparison.over_matrices
     fingerprint = inputs.fingerprint(peers)
@@ -126,6 +130,7 @@ def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) ->
     if done is not None:
         if peers.rank == 0:
             discard(path)
+            progress.note(already_complete(path))
         return done
     workspace = Workspace(path, fingerprint, resume, writes=peers.rank == 0, rank=peers.rank)
     try:
@@ -165,6 +170,8 @@ def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) ->
         }
         if sink is not None:
             sink.finish(request.config.needs.kept)
+            if peers.rank == 0:
+                progress.note(f"statistics written to {sink.path}: {reusable(request.config.needs.kept)}")
         if peers.rank == 0:
             check_output(path, request.options.overwrite)  # another program may have written there meanwhile
             workspace.finish(report, REPORT_NAME)

@@ -26,7 +26,7 @@ from ace_ext.runs.held_back import HeldBackText, held_back_text
 from ace_ext.runs.memory_model import Estimate, process_bytes
 from ace_ext.runs.model_source import Source, budget_of, check_serves, open_source
 from ace_ext.runs.options import Calibration, RunRequest
-from ace_ext.runs.output import finished_report, read_report
+from ace_ext.runs.output import already_complete, finished_report, read_report
 from ace_ext.runs.unfinished import UnfinishedRun, discard
 from ace_ext.whole_files import write_whole
 
@@ -56,6 +56,7 @@ def prune_and_heal(request: RunRequest, path: Path, progress: Progress, prune: P
         if done is not None:
             runs.remove()
             discard(path)
+            progress.note(already_complete(path))
             return done
         if not runs.model.is_dir():
             config, options = request.config.without_distillation(), replace(given, overwrite=False)

@@ -20,8 +20,10 @@ from torch import Tensor
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import differences
 from ace_ext.models.safetensors_files import bytes_of, flush
+from ace_ext.pruning.criteria import METRICS
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.sketch import SketchState
+from ace_ext.pruning.stages import MatrixStage, stages_of
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
 from ace_ext.runs.own_files import stored_member
 from ace_ext.whole_files import written_whole
@@ -73,6 +75,17 @@ class StatisticsWriter:
                     _check(blob)
                 archive.write(blob, blob.name)
         return self.path
+
+
+def reusable(kinds: frozenset[str]) -> str:
+    """What ``run --stats`` can do with a file that has these kinds of statistics, in words."""
+    stages: list[MatrixStage] = []
+    for kind in stages_of(MatrixStage).values():
+        grams = next((setting.choices for setting in kind.settings() if setting.name == "gram"), ("",))
+        stages += [kind(**{"gram": gram} if gram else {}) for gram in grams]
+    scores = [name for name, metric in METRICS.items() if metric.needs <= kinds]
+    served = [*scores, *(str(stage) for stage in stages if stage.needs <= kinds)]
+    return f"run --stats prunes this model from them at any sparsity or pattern with {', '.join(served)}"
 
 
 _DAMAGE = (
@@ -127,7 +140,7 @@ class SavedStatistics:
         if not needs <= kept:
             raise InputError(
                 f"stats {str(path)!r} holds {', '.join(sorted(kept)) or 'no kind'} of statistics, not "
-                f"{', '.join(sorted(needs - kept))}; save it anew with the metric that needs these"
+                f"{', '.join(sorted(needs - kept))}; collect again with --save-stats and this method"
             )
 
     def block(self, name: str, children: Iterable[str], device: torch.device | str) -> dict[str, LinearStatistics]:
@@ -140,11 +153,13 @@ class SavedStatistics:
             blob = stored_member(self._archive, name) if name in self._archive.namelist() else None
             stats = {} if blob is None else _unflatten(*_unpack(blob, device))
         except _DAMAGE as error:
-            raise InputError(f"stats {str(self.path)!r} is damaged at {name}: {error}; save it anew") from error
+            raise InputError(
+                f"stats {str(self.path)!r} is damaged at {name}: {error}; collect again with --save-stats"
+            ) from error
         for child in children:
             if child not in stats:
                 raise InputError(
-                    f"stats {str(self.path)!r} has none of {name}.{child}; save it anew with the same skip"
+                    f"stats {str(self.path)!r} has none of {name}.{child}; collect again with the same skip"
                 )
         return stats
 

@@ -16,6 +16,7 @@ from ace_ext.cli import heal as heal_verb
 from ace_ext.cli.main import build_parser
 from ace_ext.models.location import hub_name
 from ace_ext.packed.packing import pack, unpack
+from ace_ext.pruning.stages import Score
 from ace_ext.records import REPORT_NAME
 from ace_ext.runs import unfinished
 from ace_ext.runs.command import heal_command, run_command
@@ -117,11 +118,10 @@ def test_a_card_that_could_not_be_written_is_no_base_card(base, place, tmp_path)
 def test_a_run_that_ends_with_a_distillation_has_one_command(place, tmp_path):
     dense = shutil.copytree(place / "dense", tmp_path / "dense")
     shutil.copy(place / "text.txt", tmp_path)
-    config = {"update": "admm+distill", "distill_tokens": 1024}
-    _, out = prune(dense, tmp_path / "out", calibration={"evaluate": "auto"}, **config)
+    _, out = prune(dense, tmp_path / "out", calibration={"evaluate": "auto"}, method="admm + distill(tokens=1024)")
     text = (out / CARD).read_text()
     assert text.count("    ace-prune") == 1
-    assert "--update admm+distill" in text
+    assert "--method 'admm + distill(tokens=1024)'" in text
     assert "| dense | pruned | distilled |\n|---|---|---|\n" in text
 
 
@@ -133,7 +133,7 @@ def test_equal_runs_in_other_places_write_equal_cards(place, tmp_path):
         dense = shutil.copytree(place / "dense", tmp_path / str(number) / "dense")
         shutil.copy(place / "text.txt", dense.parent)
         _, out = prune(
-            dense, dense.parent / "x", {"offload": offload}, {"evaluate": "auto"}, update="admm", sparsity=0.75
+            dense, dense.parent / "x", {"offload": offload}, {"evaluate": "auto"}, method="admm", sparsity=0.75
         )
         assert (out / CARD).read_bytes() == (place / "out" / CARD).read_bytes()
 
@@ -143,7 +143,7 @@ def test_a_run_that_ends_while_it_finishes_is_resumed(where, place, tmp_path, mo
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    options = {"calibration": {"evaluate": "auto"}, "update": "admm", "sparsity": 0.75}
+    options = {"calibration": {"evaluate": "auto"}, "method": "admm", "sparsity": 0.75}
     with monkeypatch.context() as patched:
         patched.setattr(f"{unfinished.__name__}.{where}", fail)
         with pytest.raises(InputError, match="--resume"):
@@ -317,15 +317,20 @@ def requested(command: str):
     "options",
     [
         "",
-        "--preset balanced --pattern 2:4",
-        "--preset best",
-        "--preset published-sparsegpt --sparsity 0.7",
-        "--preset published-wanda",
-        "--metric ria --ria-exponent 0.7 --order block --bos never",
-        "--group model --metric magnitude",
-        "--allocation owl --allocation-range 0.1 --update admm",
-        "--refine swaps --update obs --max-swaps 7 --skip q_proj --skip lm.head",
-        "--update admm+tune --tune-epochs 3 --damping 0.3 --dtype float32",
+        "--method balanced --pattern 2:4",
+        "--method best",
+        "--method published-sparsegpt --sparsity 0.7",
+        "--method published-wanda",
+        "--method 'published-wanda(batch_tokens=64)' --calibration wiki-mini",
+        "--method 'published-wanda + distill' --calibration wiki-mini",
+        "--method 'collect(order=block) + ria(exponent=0.7)' --bos never",
+        "--group model --method magnitude",
+        "--method 'allocate(by=owl, range=0.1) + admm'",
+        "--method 'swaps(max_swaps=7) + obs' --group row --skip q_proj --skip lm.head",
+        "--method obs --group row --max-dense 0.3",
+        "--method 'admm(damping=0.3) + train(epochs=3)' --dtype float32",
+        "--method ace --save-stats stats.zip",
+        "--method wanda --stats stats.zip",
         "--calibration a.jsonl --text-field content --nsamples 3 --seqlen 5 --seed 7 --evaluate never",
         "--calibration wiki-mini --bos always --evaluate b.txt",
     ],
@@ -334,7 +339,8 @@ def test_the_command_asks_for_the_same(options):
     request = requested(f"ace-prune run --model org/tiny --output x {options}")
     again = requested(run_command(request))
     assert again.config.to_dict() == request.config.to_dict()
-    assert again.config.solver == request.config.solver
+    assert again.config.method == request.config.method
+    assert again.options == request.options
     assert (again.calibration, again.dtype, again.model) == (request.calibration, request.dtype, request.model)
 
 
@@ -343,7 +349,7 @@ def test_no_command_for_what_no_command_can_ask(tmp_path):
         return weight.abs()
 
     request = requested("ace-prune run --model org/tiny --output x")
-    object.__setattr__(request, "config", PruneConfig(score))
+    object.__setattr__(request, "config", PruneConfig(Score(score)))
     assert run_command(request) is None
 
 

@@ -68,7 +68,9 @@ def test_memory_that_cannot_be_had_is_recognised():
 
 
 def test_every_verb_takes_debug(capsys):
-    for verb in ("run", "heal", "plan", "compare", "eval", "verify"):
+    for verb in ("run", "plan"):
+        assert "--debug" in call(capsys, verb, "--help-all")[1]
+    for verb in ("heal", "compare", "eval", "verify"):
         assert "--debug" in call(capsys, verb, "--help")[1]
 
 
@@ -110,7 +112,7 @@ def test_output_that_is_not_read(capsys):
 def test_output_on_a_full_disk(tmp_path):
     dense = save_dense(tmp_path / "dense")
     with open("/dev/full", "w") as full:
-        arguments = command(dense, tmp_path / "out", "--quiet", "--metric", "magnitude")[3:]
+        arguments = command(dense, tmp_path / "out", "--quiet", "--method", "magnitude")[3:]
         process = start(*arguments, stdout=full)
         _, error = process.communicate(timeout=120)
     assert process.returncode == 2
@@ -130,7 +132,7 @@ def test_a_log_on_a_full_disk_is_named(tmp_path, monkeypatch, capsys):
 
 
 def test_a_terminal_that_knows_ascii_only(tmp_path):
-    process = spawn([sys.executable, "-m", "ace_ext", "run", "--help"], PYTHONIOENCODING="ascii")
+    process = spawn([sys.executable, "-m", "ace_ext", "run", "--help-all"], PYTHONIOENCODING="ascii")
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
     assert "\\u03c3" in out  # σ

@@ -1,5 +1,6 @@
 """The command line on models and texts on disk; as a separate process where that makes a difference."""
 
+import argparse
 import fcntl
 import json
 import os
@@ -15,8 +16,11 @@ import torch
 from folders import call
 from tiny_models import make_model, make_tokenizer
 
-from ace_ext.cli.main import main
+from ace_ext.cli.args import setting_help
+from ace_ext.cli.main import build_parser, main
 from ace_ext.pruning.criteria import METRICS
+from ace_ext.pruning.method import PRESETS, PUBLISHED
+from ace_ext.pruning.stages import STAGES
 
 TEXT = "the quick brown fox jumps over the lazy dog " * 40
 
@@ -59,7 +63,8 @@ def test_run_verify_eval(place):
     report = json.loads((place / "out" / "ace_report.json").read_text())
     assert report["extra"]["calibration"]["source"].endswith("text.txt")
     assert len(report["extra"]["calibration"]["sha256"]) == 64
-    assert report["config"]["gram"] == "sketch"  # the preset fast
+    assert report["config"]["preset"] == "fast"
+    assert report["config"]["method"] == "admm(damping=1, iterations=10, gram=sketch)"
     assert {"torch", "transformers", "ace_ext"} <= set(report["versions"])
     assert report["peak_memory_bytes"] > 0
 
@@ -92,8 +97,8 @@ def test_damage_fails_verify(place, capsys):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"model": "/no/such/folder"}, "model '/no/such/folder' is no folder"),
-        ({"sparsity": 1.5}, "sparsity must be a share of zeros from 0 to 1 (got 1.5)"),
+        ({"model": "/no/such/folder"}, "model '/no/such/folder' is not a folder"),
+        ({"sparsity": 1.5}, "sparsity must be a share from 0 to 1 (got 1.5); did you mean 0.015?"),
         ({"pattern": "3:2"}, "pattern must be N:M with 0 < N < M"),
         ({"pattern": "2:5"}, "pattern 2:5 needs columns in whole groups of 5 (got 32 in model.layers.0"),
         ({"calibration": "empty.txt"}, "empty.txt"),
@@ -103,7 +108,10 @@ def test_damage_fails_verify(place, capsys):
         ({"output": "taken"}, "exists; pass --overwrite"),
         ({"seqlen": 100000}, "100000"),
         ({"nsamples": 0}, "nsamples"),
-        ({"metric": "wonda"}, "invalid choice: 'wonda'"),
+        ({"method": "wonda"}, "(got 'wonda'); did you mean wanda?"),
+        ({"method": "wanda(iterations=30)"}, "wanda has no option iterations: iterations is an option of admm"),
+        ({"group": "modle"}, "argument --group: invalid choice: 'modle'"),
+        ({"sparsty": 0.5}, "unrecognized arguments: --sparsty 0.5; did you mean --sparsity?"),
         ({"device": "tpu"}, "device"),
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),
         ({"skip": "("}, "skip must be regular expressions"),
@@ -134,7 +142,7 @@ def bad_run(arguments, capsys):
 def test_bad_input_ends_the_process_with_status_2(place):
     done = ace_prune(*run_arguments(place, "bad", sparsity=1.5))
     assert done.returncode == 2
-    assert done.stderr == "ace-prune: sparsity must be a share of zeros from 0 to 1 (got 1.5)\n"
+    assert done.stderr == "ace-prune: sparsity must be a share from 0 to 1 (got 1.5); did you mean 0.015?\n"
 
 
 def test_sparsity_and_pattern_exclude_each_other(place, capsys):
@@ -143,10 +151,100 @@ def test_sparsity_and_pattern_exclude_each_other(place, capsys):
     assert "not allowed with" in error
 
 
-def test_help_lists_every_metric(capsys):
-    status, out, _ = call(capsys, "run", "--help")
+COMMON = {
+    "run": "model output method sparsity pattern calibration nsamples seqlen device max-memory resume overwrite format "
+    "evaluate report",
+    "plan": "model method sparsity pattern calibration nsamples seqlen device max-memory format list json",
+}
+"""The options of each verb's ``--help``; ``--help-all`` shows the others too."""
+
+
+def options_in(text):
+    """The options that a help text describes, without those that every verb has."""
+    return set(re.findall(r"^ +(?:-\w, )?--([a-z-]+)", text, re.MULTILINE)) - {"help", "help-all", "debug"}
+
+
+def parser_of(verb):
+    return next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices[verb]
+
+
+@pytest.mark.parametrize("verb", COMMON)
+def test_help_shows_the_common_options(verb, capsys):
+    status, out, _ = call(capsys, verb, "--help")
     assert status == 0
-    assert all(f"\n  {name} " in out for name in METRICS)
+    assert options_in(out) == set(COMMON[verb].split())
+    assert options_in(re.sub(r"\[|\]", " ", out.split("\n\n")[0])) <= options_in(out)
+    assert "\n  -h, --help " in out
+    assert "\n  --help-all " in out
+    for name, text in (PRESETS | PUBLISHED).items():
+        assert re.search(rf"^  {name} +{re.escape(text)}$", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("verb", COMMON)
+def test_help_all_shows_every_option_and_stage(verb, capsys):
+    status, out, _ = call(capsys, verb, "--help-all")
+    assert status == 0
+    every = {option.removeprefix("--") for action in parser_of(verb)._actions for option in action.option_strings}
+    assert options_in(out) == {option for option in every if len(option) > 1} - {"-h", "help", "help-all", "debug"}
+    assert options_in(out) > set(COMMON[verb].split())
+    for name, metric in METRICS.items():
+        assert f"\n  {name:<11}  keeps the highest {metric.formula}\n" in out
+    shown = " ".join(out.split())
+    for name, stage in STAGES.items():
+        assert name == "score" or f" {name} {' '.join(stage.summary.split())} " in shown
+        for setting in stage.settings():
+            assert f"{setting.name}: {' '.join(setting_help(setting).split())}" in shown
+    assert all(f"\n  {name} " in out for name in (PRESETS | PUBLISHED))
+    again = call(capsys, verb, "--help")[1]
+    assert options_in(again) == set(COMMON[verb].split())  # nothing stays shown, or hidden
+
+
+@pytest.mark.parametrize("verb", ["compare", "eval", "verify", "heal"])
+def test_other_verbs_show_all_their_options(verb, capsys):
+    out = call(capsys, verb, "--help")[1]
+    for action in parser_of(verb)._actions:
+        assert all(option in out for option in action.option_strings)
+
+
+UNREAD = {"calibration": "text.txt", "nsamples": 4, "seqlen": 16, "seed": 1, "text-field": "x", "bos": "never"}
+UNREAD |= {"evaluate": "never"}
+
+
+def test_statistics_are_saved_of_dense_blocks_and_read_without_text(place, capsys):
+    saved = place / "saved.zip"
+    arguments = run_arguments(place, "saving", save_stats=saved, method="wanda + swaps")
+    status, out, error = call(capsys, *arguments, "--json")
+    assert status == 0, error
+    assert json.loads(out)["config"]["method"] == "collect(order=block) + wanda + swaps"
+
+    command = ["run", "--model", place / "dense", "--output", place / "loaded", "--stats", saved, "--method"]
+    for option, value in UNREAD.items():
+        status, error = bad_run([*command, "swaps", f"--{option}", value], capsys)
+        assert status == 2
+        assert error == (
+            f"ace-prune: a run from --stats reads no calibration text (got --{option}); leave out one of them\n"
+        )
+    every = [part for option, value in UNREAD.items() for part in (f"--{option}", value)]
+    assert (
+        "(got --calibration, --nsamples, --seqlen, --seed, --text-field, --bos, --evaluate)"
+        in bad_run([*command, "swaps", *every], capsys)[1]
+    )
+    for options in (["--stats", saved], ["--save-stats", place / "other.zip"]):
+        sequential = ["run", "--model", place / "dense", "--output", place / "loaded", *options]
+        status, error = bad_run([*sequential, "--method", "collect(order=sequential) + swaps"], capsys)
+        assert status == 2
+        assert error == (
+            "ace-prune: saved statistics are of dense blocks; leave out order=sequential, or write order=block\n"
+        )
+    assert not (place / "loaded").exists()
+
+    status, out, error = call(capsys, *command, "swaps", "--json")
+    assert status == 0, error
+    assert json.loads(out)["config"]["method"] == "collect(order=block) + wanda + swaps"
+    for name in ("saving", "loaded"):
+        assert (place / name / "model.safetensors").is_file()
+    weights = [(place / name / "model.safetensors").read_bytes() for name in ("saving", "loaded")]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
@@ -154,7 +252,7 @@ def test_a_completion_script_knows_every_verb_and_option(shell, capsys):
     status, out, _ = call(capsys, "--print-completion", shell)
     assert status == 0
     assert all(verb in out for verb in ("run", "heal", "plan", "compare", "eval", "verify"))
-    assert all(option in out for option in ("--sparsity", "--max-swaps", "--tune-epochs", "--format"))
+    assert all(option in out for option in ("--sparsity", "--method", "--max-dense", "--format"))
 
 
 def test_progress_goes_to_a_terminal_only(place):

@@ -1,7 +1,7 @@
 """One vocabulary for all verbs: names of methods, lengths and texts; and what is given in vain is said."""
 
 import re
-import warnings
+import shlex
 
 import pytest
 import torch
@@ -9,10 +9,10 @@ from folders import bad_input, call, save_dense
 from tiny_models import make_model, make_tokenizer, make_tokens
 
 from ace_ext import InputError, PruneConfig, prune_model
+from ace_ext.cli import args as shared
 from ace_ext.cli import compare, main
-from ace_ext.compare.method_spec import METHODS, Method
 from ace_ext.data.generate import self_generated
-from ace_ext.pruning.presets import PRESETS, PUBLISHED, RENAMED_PRESETS, preset_config
+from ace_ext.pruning.method import PRESETS, PUBLISHED
 from ace_ext.runs import options
 
 
@@ -20,24 +20,77 @@ def study(*arguments: str):
     return compare.study_from(main.build_parser().parse_args(["compare", "--model", "m", *arguments]))
 
 
-@pytest.mark.parametrize("name", PRESETS | PUBLISHED)
-def test_a_method_is_the_same_for_run_and_compare(name):
-    assert Method.parse(name).config(sparsity=0.5) == preset_config(name)
+def planned(*arguments: str):
+    """The configuration that ``run`` and ``plan`` read."""
+    return shared.config_from(main.build_parser().parse_args(["plan", "--model", "m", *arguments]))
 
 
-@pytest.mark.parametrize("old", RENAMED_PRESETS)
-def test_presets_of_an_earlier_version(old):
-    assert old in METHODS or old == "sparsegpt"  # and there it is a metric or a solver, or nothing
-    with pytest.warns(FutureWarning, match=f"the preset '{old}' is now called 'published-{old}'"):
-        assert preset_config(old) == preset_config(f"published-{old}")
+@pytest.mark.parametrize("text", [*PRESETS, *PUBLISHED, "wanda", "balanced(damping=0.2)", "ria(exponent=1)+ swaps"])
+def test_a_method_is_the_same_for_run_compare_and_python(text):
+    (method,) = study("--methods", text).grid.methods
+    run = planned("--method", text)
+    assert method == run.method == PruneConfig(text).method
+    assert method.label == run.method.label
+    assert run.to_dict() == PruneConfig(text).to_dict() == PruneConfig(method).to_dict()
 
 
-def test_an_earlier_name_on_the_command_line(tmp_path, capsys):
+def test_the_default_method_of_run_is_that_of_python():
+    assert planned().to_dict() == PruneConfig().to_dict()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *("--iterations 30", "--floor 0", "--saliency obs", "--max-swaps 5", "--mean-rounds 2", "--gram plain"),
+        *("--tune-lr 1", "--tune-epochs 2", "--distill-tokens 5", "--update +", "--update admm", "--refine swaps"),
+        *("--preset balanced", "--metric wanda", "--order block", "--allocation owl", "--batch-tokens 5"),
+    ],
+)
+def test_an_option_of_a_stage_is_no_flag(options, tmp_path, capsys):
+    error = bad_input(capsys, "plan", save_dense(tmp_path / "dense"), *options.split())
+    assert f"unrecognized arguments: {options}" in error
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (
+            "obs(iterations=3)",
+            "obs has no option iterations: iterations is an option of admm, as in admm(iterations=…)",
+        ),
+        (
+            "balanced(tokens=1000)",
+            "balanced has no option tokens: tokens is an option of distill, as in distill(tokens=…)",
+        ),
+        ("+", "method must be stages joined by +, each a name or name(option=value, …)"),
+    ],
+)
+def test_an_option_outside_its_stage_says_where_it_belongs(method, message, tmp_path, capsys):
+    assert f"ace-prune: {message}" in bad_input(capsys, "plan", save_dense(tmp_path / "dense"), "--method", method)
+    with pytest.raises(InputError, match=re.escape(message)):
+        study("--methods", f"wanda; {method}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["--methd", "wanda"], "--method"),
+        (["--sparsty", "0.5"], "--sparsity"),
+        (["--group", "modle"], "model"),
+        (["--method", "balancd"], "balanced"),
+        (["--method", "admm(dampign=1)"], "damping"),
+        (["--sparsity", "50"], "0.5"),
+    ],
+)
+def test_what_is_nearly_right_is_suggested(arguments, meant, tmp_path, capsys):
+    error = bad_input(capsys, "plan", save_dense(tmp_path / "dense"), *arguments)
+    assert re.search(rf"; did you mean {meant}\?(; see .*--help)?\n$", error)
+
+
+def test_what_is_far_off_is_not_guessed(tmp_path, capsys):
     dense = save_dense(tmp_path / "dense")
-    command = ("plan", "--model", dense, "--calibration", tmp_path / "text.txt", "--nsamples", 4, "--seqlen", 8)
-    status, _, error = call(capsys, *command, "--preset", "admm")
-    assert (status, error) == (0, "ace-prune: the preset 'admm' is now called 'published-admm'\n")
-    assert call(capsys, *command, "--preset", "admm", "--quiet")[2] == ""
+    for arguments in (["--colour", "red"], ["--method", "xyz"], ["--group", "zzz"], ["--sparsity", "1000"]):
+        assert "did you mean" not in bad_input(capsys, "plan", dense, *arguments)
 
 
 def test_lengths_as_in_run():
@@ -53,23 +106,6 @@ def test_one_and_many_have_both_names():
     one = study("--sparsity", "0.6", "--pattern", "2:4", "--seed", "3", "--text", "code-mini")
     assert one == study("--sparsities", "0.6", "--patterns", "2:4", "--seeds", "3", "--texts", "code-mini")
     assert (one.grid.amounts, one.grid.seeds, one.evaluation.texts) == (("0.6", "2:4"), (3,), ("code-mini",))
-
-
-def test_a_metric_in_vain_is_said(tmp_path, capsys):
-    message = "metric wanda has no effect: update admm chooses the mask itself"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for config in ({"update": "admm"}, {"metric": "wanda", "update": "admm", "refine": "swaps"}, {"metric": "ria"}):
-            PruneConfig(**config)
-    with pytest.warns(UserWarning, match=message):
-        config = PruneConfig("wanda", update="admm+distill")
-    assert config.without_distillation() == PruneConfig(update="admm")
-    with pytest.warns(UserWarning, match="metric ria has no effect: update obs"):
-        Method.parse("ria:update=obs").config(sparsity=0.5)
-    dense = save_dense(tmp_path / "dense")
-    command = ("plan", "--model", dense, "--calibration", tmp_path / "text.txt", "--nsamples", 4, "--seqlen", 8)
-    assert message in call(capsys, *command, "--update", "admm", "--metric", "wanda")[2]
-    assert call(capsys, *command, "--update", "admm")[2] == ""
 
 
 def test_one_pattern_to_skip_is_one():
@@ -103,4 +139,4 @@ def test_examples_of_help_are_commands(name, capsys):
     shown = call(capsys, name, "--help")[1]
     for example in main.module_of(name).EXAMPLES:
         assert f"  ace-prune {example}\n" in shown
-        assert main.build_parser().parse_args(example.split()).command == name
+        assert main.build_parser().parse_args(shlex.split(example)).command == name

@@ -348,13 +348,12 @@ def test_a_run_says_what_it_chose(folders, tmp_path, capsys):
     assert main(arguments) == 0
     note = "bos auto: each window begins with token 1 (the tokenizer begins each text with it)"
     assert capsys.readouterr().err == f"ace-prune: {note}\n"
-    assert (
-        main([*arguments, "--overwrite", "--quiet", "--preset", "wanda", "--report", str(tmp_path / "page.html")]) == 0
-    )
+    published = [*arguments, "--overwrite", "--quiet", "--method", "published-wanda"]
+    assert main([*published, "--report", str(tmp_path / "page.html")]) == 0
     assert capsys.readouterr().err == ""
-    assert recorded(tmp_path / "out")["mode"] == "never"  # the default of a published preset
+    assert recorded(tmp_path / "out")["mode"] == "never"  # the default of a published method
     assert "bos never: no BOS token" in (tmp_path / "page.html").read_text()
-    assert main([*arguments, "--overwrite", "--quiet", "--preset", "wanda", "--bos", "auto"]) == 0
+    assert main([*published, "--bos", "auto"]) == 0
     assert recorded(tmp_path / "out")["token"] == BOS
 
 
@@ -469,7 +468,7 @@ def compare(dense, output, *options) -> list[dict]:
 def test_a_comparison_evaluates_all_alike_and_calibrates_published_methods_without(folders, tmp_path, capsys):
     dense = folders["needy"]
     text = str(dense.parent / "text.txt")
-    settings, first, *runs = compare(dense, tmp_path / "out", "--methods", "published-wanda,wanda", "--markdown")
+    settings, first, *runs = compare(dense, tmp_path / "out", "--methods", "published-wanda; wanda", "--markdown")
     assert (settings["settings"]["bos"], settings["settings"]["eval_bos"]) == (None, "auto")
     assert first["bos"]["token"] == BOS
     assert first["dense"][text]["bos"] == BOS
@@ -489,7 +488,7 @@ def test_a_comparison_evaluates_all_alike_and_calibrates_published_methods_witho
 def test_a_comparison_goes_on_with_the_recorded_choice(folders, tmp_path, monkeypatch):
     compare(folders["needy"], tmp_path / "out", "--methods", "wanda")
     monkeypatch.setattr(bos, "_measured", lambda *_: pytest.fail("measured again"))
-    runs = compare(folders["needy"], tmp_path / "out", "--methods", "wanda,ace")[2:]
+    runs = compare(folders["needy"], tmp_path / "out", "--methods", "wanda; ace")[2:]
     assert [run["run"]["bos"]["token"] for run in runs] == [BOS, BOS]
 
 
@@ -507,7 +506,7 @@ def test_other_beginnings_are_refused_by_name(name, folders, tmp_path, capsys):
 
 def test_a_comparison_can_set_either(folders, tmp_path):
     text = str(folders["adds"].parent / "text.txt")
-    options = ("--methods", "wanda,published-wanda", "--bos", "always", "--eval-bos", "never")
+    options = ("--methods", "wanda; published-wanda", "--bos", "always", "--eval-bos", "never")
     _, first, *runs = compare(folders["adds"], tmp_path / "out", *options)
     assert first["dense"][text]["bos"] is None
     assert [run["run"]["bos"]["token"] for run in runs] == [BOS, BOS]
@@ -515,7 +514,7 @@ def test_a_comparison_can_set_either(folders, tmp_path):
 
 
 def test_published_methods_share_the_text_that_the_model_writes(folders, tmp_path):
-    runs = compare(folders["plain"], tmp_path / "out", "--methods", "wanda,published-wanda", "--calibration", "self")[
+    runs = compare(folders["plain"], tmp_path / "out", "--methods", "wanda; published-wanda", "--calibration", "self")[
         2:
     ]
     assert runs[0]["run"]["tokens_sha256"] == runs[1]["run"]["tokens_sha256"]

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import logging
+import re
 import struct
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ace_ext.data.generate import self_generated
+from ace_ext.data import generate
+from ace_ext.data.generate import self_generated, writing_note
 from ace_ext.data.windows import evaluation_tokens, load_windows, token_windows
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import tokens_sha256
@@ -177,6 +179,27 @@ def test_writing_leaves_random_state_and_training_modes_alone(model, tokenizer):
     assert torch.equal(self_generated(model, tokenizer, 2, 12, seed=0), expected)  # so no dropout either
     assert torch.equal(torch.random.get_rng_state(), before)
     assert [module.training for module in model.modules()] == modes
+
+
+def test_the_note_about_writing_changes_nothing(model, tokenizer):
+    expected = self_generated(model, tokenizer, 2, 12, seed=0)
+    model.train()
+    before = torch.random.get_rng_state()
+    note = writing_note(model, 40, 12)
+    assert re.fullmatch(
+        r"the model writes 480 tokens of calibration text \(about [\d,]+ s\); --calibration TEXT saves this", note
+    )
+    assert model.training
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(self_generated(model, tokenizer, 2, 12, seed=0), expected)
+
+
+def test_the_note_extrapolates_a_step(model, monkeypatch):
+    """128 rows of 101 tokens: 8 times 100 steps, here of 3 s."""
+    clock = iter(range(0, 1000, 3))
+    monkeypatch.setattr(generate, "_write", lambda *_: None)
+    monkeypatch.setattr(generate.time, "perf_counter", lambda: 2 * next(clock))
+    assert "(about 2,400 s)" in writing_note(model, 128, 101)
 
 
 def greedy_from_whole_rows(model, tokens):

@@ -59,7 +59,7 @@ def place(tmp_path_factory):
 def options(place, *more):
     text = place / "text.txt"
     start = ["compare", "--model", place / "dense", "--device", "cpu", "--calibration", text, "--texts", text]
-    return [*start, "--nsamples", 4, "--seqlen", 16, "--eval-seqlen", 16, "--methods", "wanda,magnitude", *more]
+    return [*start, "--nsamples", 4, "--seqlen", 16, "--eval-seqlen", 16, "--methods", "wanda; magnitude", *more]
 
 
 # Without lm-eval

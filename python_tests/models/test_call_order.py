@@ -1,4 +1,4 @@
-"""Models that are no chain of blocks, each called once: looped ones, Linears called twice, blocks that share states."""
+"""Models that are not a simple chain of blocks: looped ones, Linears called twice, blocks that share states."""
 
 import every_class
 import pytest
@@ -37,8 +37,9 @@ def test_a_chain_of_blocks_is_one(family):
 def test_what_is_no_chain_is_seen_before_anything_changes(kind, reason):
     model = every_class.build(kind)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    with pytest.raises(InputError, match=f"block by block: .*{reason}.*; prune it without --update tune"):
-        prune_model(model, make_tokens(), PruneConfig(update="tune", max_dense=0.5))
+    for stages, named in (("train", "train"), ("distill", "distill"), ("train + distill", "train and distill")):
+        with pytest.raises(InputError, match=f"block by block: .*{reason}.*; leave out {named}$"):
+            prune_model(model, make_tokens(), PruneConfig(f"wanda + {stages}", max_dense=0.5))
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
@@ -67,7 +68,7 @@ def inputs_of(model, linear, tokens):
 def test_masks_are_those_of_all_calls(kind, batch_tokens):
     """Wanda's masks of the first block, whose inputs no pruned weight has changed; each by its definition."""
     model, tokens = every_class.build(kind), make_tokens(4)
-    config = PruneConfig("wanda", order="block", batch_tokens=batch_tokens, max_dense=0.5)
+    config = PruneConfig(f"collect(order=block, batch_tokens={batch_tokens}) + wanda", max_dense=0.5)
     (block, *_) = find_blocks(model)
     uses = tried(model).uses[block.name]
     used = {child: linear for child, linear in block.linears.items() if uses[child]}
@@ -88,7 +89,7 @@ def test_a_linear_that_is_called_twice_is_pruned_in_sequential_order():
     reports = []
     for batch_tokens in (16384, 32):
         model = every_class.build(TWICE)
-        config = PruneConfig("wanda", max_dense=0.5, batch_tokens=batch_tokens)
+        config = PruneConfig(f"collect(batch_tokens={batch_tokens}) + wanda", max_dense=0.5)
         reports.append({m.name: m.tokens for m in prune_model(model, make_tokens(4), config).matrices})
     name = next(name for name in reports[0] if name.endswith("layers.0.self_attn.relative_pos_embeddings"))
     assert reports[0] == reports[1]
@@ -110,6 +111,6 @@ def test_a_linear_that_text_does_not_use_stays_dense_and_is_listed(tmp_path):
     }
     assert "(not called)" in report.table()
     assert not verify(output).problems
-    for config in ({"group": "model"}, {"allocation": "owl"}):
+    for config in ({"method": "wanda", "group": "model"}, {"method": "allocate(by=owl) + wanda"}):
         with pytest.raises(InputError, match=r"is not used by a text call.*--skip 'encoder_attn"):
-            prune_model(every_class.build(UNUSED), make_tokens(), PruneConfig(max_dense=0.4, **config))
+            prune_model(every_class.build(UNUSED), make_tokens(), PruneConfig(**config, max_dense=0.4))

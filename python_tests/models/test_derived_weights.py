@@ -15,10 +15,10 @@ def states(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def refused(model, message, **config):
+def refused(model, message, method="wanda", **config):
     before = states(model)
     with pytest.raises(InputError, match=message):
-        prune_model(model, make_tokens(), PruneConfig(**config))
+        prune_model(model, make_tokens(), PruneConfig(method, **config))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -125,7 +125,7 @@ def test_zeros_are_those_that_the_model_computes_with(model):
 
 def test_a_second_list_of_blocks(model):
     model.model.more_layers = nn.ModuleList([model.model.layers.pop(-1)])
-    refused(model, r"model\.more_layers\.0\..* is not used by a text call: .* would stay dense", metric="magnitude")
+    refused(model, r"model\.more_layers\.0\..* is not used by a text call: .* would stay dense", method="magnitude")
     model.model.forward = type(model.model).forward.__get__(model.model)
     model.model.config.num_hidden_layers = 2
     report = prune_model(model, make_tokens(), PruneConfig("magnitude", skip=[r"model\.more_layers"]))
@@ -136,7 +136,7 @@ def test_a_second_list_of_blocks_beside_the_text(model):
     """Its name says that text does not go through it."""
     model.model.vision_layers = nn.ModuleList([model.model.layers.pop(-1)])
     refused(
-        model, r"second list of blocks, model\.vision_layers \(1 blocks\), which would stay dense", metric="magnitude"
+        model, r"second list of blocks, model\.vision_layers \(1 blocks\), which would stay dense", method="magnitude"
     )
 
 
@@ -158,7 +158,7 @@ def test_a_linear_tied_to_the_embedding(model):
 def test_numbers_that_are_not_finite_are_named(metric, batch_tokens):
     model = make_model("llama", torch.float16)
     model.model.layers[1].input_layernorm.weight.data[:] = 60000.0
-    refused(model, r"^model\.layers\.1", metric=metric, batch_tokens=batch_tokens)
+    refused(model, r"^model\.layers\.1", f"collect(batch_tokens={batch_tokens}) + {metric}")
 
 
 @pytest.mark.parametrize("order", ["sequential", "block"])
@@ -168,7 +168,7 @@ def test_the_module_that_overflows_is_named(order, batch_tokens):
     model = make_model("llama", torch.float16)
     model.model.layers[1].mlp.down_proj.weight.data.fill_(60000.0)
     message = r"^model\.layers\.1: its output holds NaN or infinity, first in the output of .*\.1\.mlp\.down_proj; "
-    refused(model, message, metric="magnitude", order=order, batch_tokens=batch_tokens)
+    refused(model, message, f"collect(order={order}, batch_tokens={batch_tokens}) + magnitude")
 
 
 @pytest.mark.parametrize("batch_tokens", [32, 16384])
@@ -178,7 +178,7 @@ def test_the_block_that_overflows_is_named_on_a_gpu(batch_tokens, monkeypatch):
     model = make_model("llama", torch.float16)
     model.model.layers[1].mlp.down_proj.weight.data.fill_(60000.0)
     message = r"^model\.layers\.1: its output holds NaN or infinity; a weight in or before it is damaged"
-    refused(model, message, metric="magnitude", batch_tokens=batch_tokens)
+    refused(model, message, f"collect(batch_tokens={batch_tokens}) + magnitude")
 
 
 def test_a_nan_in_a_norm_is_found_before_anything_changes(model):

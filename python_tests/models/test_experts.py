@@ -64,7 +64,7 @@ def test_what_chooses_experts_stays_dense(family):
     left = {n for n, p in block.module.named_parameters() if p.dim() == 2 and n not in pruned}
     assert left == ROUTERS[family]
     before = {name: block.module.get_parameter(name).clone() for name in left}
-    prune_model(model, make_tokens(), PruneConfig())
+    prune_model(model, make_tokens(), PruneConfig("wanda"))
     assert all(torch.equal(block.module.get_parameter(name), value) for name, value in before.items())
 
 
@@ -107,9 +107,9 @@ def test_masks_are_those_of_the_routed_tokens(family, order):
     """Wanda's score of the first block's gate and up matrices, from what the dense model sends to each expert."""
     model, tokens = make_model(family), make_tokens()
     if order == "sequential":  # what reaches the experts has passed the pruned attention: leave that dense
-        config = PruneConfig("wanda", order=order, skip=("self_attn",))
+        config = PruneConfig("collect(order=sequential) + wanda", skip=("self_attn",))
     else:
-        config = PruneConfig("wanda", order=order)
+        config = PruneConfig("collect(order=block) + wanda")
     owner, sent = experts_module(model), []
     handle = owner.register_forward_pre_hook(lambda _, args: sent.append((args[0].clone(), args[1].clone())))
     model(tokens)
@@ -137,12 +137,12 @@ def _path(model):
     "config",
     [
         {},
-        {"order": "block", "metric": "cosp"},
-        {"pattern": "2:4", "batch_tokens": 32},
-        {"update": "admm", "batch_tokens": 32},
-        {"update": "obs", "gram": "cosine"},
-        {"refine": "swaps", "group": "row"},
-        {"update": "admm", "tune_epochs": 2},
+        {"method": "collect(order=block) + cosp"},
+        {"method": "collect(batch_tokens=32) + wanda", "pattern": "2:4"},
+        {"method": "collect(batch_tokens=32) + admm"},
+        {"method": "obs(gram=cosine)", "group": "row"},
+        {"method": "wanda + swaps", "group": "row"},
+        {"method": "admm + train(epochs=2)"},
         {"group": "matrix"},
     ],
     ids=str,
@@ -161,7 +161,7 @@ def test_pruned_files_are_sound(family, config, tmp_path):
     for name, tensor in after.items():
         if "expert" in name or "_linear" in name or "_proj" in name:
             assert zeros(tensor) == pytest.approx(0.5, abs=0.01 if config.get("group") != "matrix" else 0.2), name
-        elif "norm" not in name or not config.get("tune_epochs"):
+        elif "norm" not in name or "train" not in config.get("method", ""):
             assert torch.equal(tensor, before[name]), name
 
 
@@ -171,7 +171,7 @@ def test_the_files_names_do_not_matter(family, fused, tmp_path):
     """A checkpoint whose tensors are fused already prunes to the same weights, in memory and from the disk."""
     dense = save_dense(tmp_path / "dense", family, save_original_format=not fused)
     expected = AutoModelForCausalLM.from_pretrained(dense, dtype="auto")
-    prune_model(expected, make_tokens(8, 16), PruneConfig())
+    prune_model(expected, make_tokens(8, 16), PruneConfig("wanda"))
     for offload in ("none", "disk"):
         _, output = prune(dense, tmp_path / offload, {"offload": offload}, {"source": "tokens"})
         assert load_file(output / "model.safetensors").keys() == load_file(dense / "model.safetensors").keys()
@@ -221,7 +221,7 @@ def test_experts_that_no_token_reaches_are_cut_by_magnitude():
             gate.top_k = 1
             gate.weight[:] = gate.weight[0] * torch.tensor([[1.0], [-1.0], [0.5], [0.0]])  # the last is never on top
     dense = experts_module(model).down_proj.detach().clone()
-    report = prune_model(model, tokens, PruneConfig())
+    report = prune_model(model, tokens, PruneConfig("wanda"))
     unseen = [matrix for matrix in report.matrices if not matrix.tokens]
     assert any(matrix.name == "model.layers.0.mlp.experts.3.down_proj" for matrix in unseen)
     assert f"{len(unseen)} experts' matrices saw no calibration token" in report.table()
@@ -229,7 +229,7 @@ def test_experts_that_no_token_reaches_are_cut_by_magnitude():
     kept = dense[3].abs() >= dense[3].abs().topk(12, dim=1).values[:, -1:]
     assert torch.equal(pruned != 0, kept)
     json.loads(report.to_json())
-    for config in ({"group": "model"}, {"allocation": "owl"}):
+    for config in ({"method": "wanda", "group": "model"}, {"method": "allocate(by=owl) + wanda"}):
         with pytest.raises(InputError, match=r"experts\.\d.* saw no calibration token"):
             prune_model(model, tokens, PruneConfig(**config))
 
@@ -242,7 +242,7 @@ def test_skip_by_name():
     assert not any(child.endswith("down_proj") for child in first.linears)
     (first, *_) = find_blocks(model, skip=[r"experts"])
     assert not first.experts
-    prune_model(model, make_tokens(), PruneConfig(skip=(r"experts\.1\.",)))
+    prune_model(model, make_tokens(), PruneConfig("wanda", skip=(r"experts\.1\.",)))
     weight = experts_module(model).gate_up_proj
     assert [round(float(zeros(w)), 2) for w in weight] == [0.5, 0.0, 0.5, 0.5]
 
@@ -254,7 +254,7 @@ def test_a_stage_takes_all_experts(keeps_forwards, passes):
     model, seen = make_model("mixtral"), []
     handle = experts_module(model).register_forward_pre_hook(lambda *_: seen.append(1))
     context = RunContext(keeps_forwards=keeps_forwards)
-    prune_model(model, make_tokens(), PruneConfig(batch_tokens=32), context=context)
+    prune_model(model, make_tokens(), PruneConfig("collect(batch_tokens=32) + wanda"), context=context)
     handle.remove()
     tried = 3  # on a few tokens: what a block returns, the model, block by block
     assert len(seen) == tried + 2 + passes  # two to see what a block returns and who reads what
@@ -263,14 +263,14 @@ def test_a_stage_takes_all_experts(keeps_forwards, passes):
 @pytest.mark.parametrize("seqlen", [16, 2], ids=["all-reached", "some-reached"])
 def test_statistics_and_plan_know_them(seqlen, tmp_path):
     dense = save_dense(tmp_path / "dense", "qwen3-moe")
-    planned = planned_matrices(find_blocks(make_model("qwen3-moe")), PruneConfig())
+    planned = planned_matrices(find_blocks(make_model("qwen3-moe")), PruneConfig("wanda"))
     text = {"source": "tokens", "nsamples": 1, "seqlen": seqlen}
-    keep = {"save_stats": tmp_path / "stats.safetensors"}
-    report, kept = prune(dense, tmp_path / "kept", keep, text, order="block")
+    keep, method = {"save_stats": tmp_path / "stats.safetensors"}, "collect(order=block) + wanda"
+    report, kept = prune(dense, tmp_path / "kept", keep, text, method=method)
     assert [(m.name, m.shape, m.shape[0] * m.keep) for m in planned] == [
         (m.name, m.shape, m.keep) for m in report.matrices
     ]
-    _, again = prune(dense, tmp_path / "again", {"stats": tmp_path / "stats.safetensors"}, text, order="block")
+    _, again = prune(dense, tmp_path / "again", {"stats": tmp_path / "stats.safetensors"}, text, method=method)
     assert weights_bytes(again) == weights_bytes(kept)
     assert all(matrix.tokens for matrix in report.matrices) == (seqlen == 16)
 

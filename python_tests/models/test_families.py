@@ -162,12 +162,12 @@ def test_each_in_full(model_type, tmp_path):
     model = every_class.build(model_type)
     with torch.no_grad():
         logits = model(tokens(), use_cache=False).logits
-        prune_model(model, tokens(), PruneConfig(sparsity=0.0, max_dense=1.0))
+        prune_model(model, tokens(), PruneConfig("wanda", sparsity=0.0, max_dense=1.0))
         assert torch.equal(model(tokens(), use_cache=False).logits, logits)
     (block, *_) = find_blocks(model)
     inputs = inputs_of(model, block.module)
     dense = {name: module.weight.detach().clone() for name, module in inputs}
-    prune_model(model, tokens(), PruneConfig("wanda", order="block", max_dense=1.0))
+    prune_model(model, tokens(), PruneConfig("collect(order=block) + wanda", max_dense=1.0))
     for (name, module), x in inputs.items():
         if name not in block.linears or not x.any():  # all scores are 0
             continue

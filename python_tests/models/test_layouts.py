@@ -137,7 +137,7 @@ def test_masks_are_those_of_the_inputs(kind):
     model, tokens = every_class.build(kind), make_tokens()
     reads = held_inputs(model, kind, tokens)
     assert len(reads) >= 1
-    report = prune_model(model, tokens, PruneConfig("wanda", order="block"))
+    report = prune_model(model, tokens, PruneConfig("collect(order=block) + wanda"))
     (block, *_), reported = find_blocks(model), {matrix.name: matrix for matrix in report.matrices}
     for name, (dense, x) in reads.items():
         matrix, pruned = reported[block.full_name(name)], block.linears[name].weight
@@ -166,21 +166,21 @@ def test_at_sparsity_0_nothing_changes(kind):
     before = copy.deepcopy(model.state_dict())
     with torch.no_grad():
         logits = model(tokens, use_cache=False).logits
-        prune_model(model, tokens, PruneConfig(sparsity=0.0))
+        prune_model(model, tokens, PruneConfig("wanda", sparsity=0.0))
         assert torch.equal(model(tokens, use_cache=False).logits, logits)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 CONFIGS = [
     {},
-    {"pattern": "2:4", "batch_tokens": 32},
-    {"update": "admm"},
-    {"update": "obs", "gram": "cosine"},
-    {"refine": "swaps", "group": "row"},
-    {"metric": "ace", "group": "matrix"},
+    {"method": "collect(batch_tokens=32) + wanda", "pattern": "2:4"},
+    {"method": "admm"},
+    {"method": "obs(gram=cosine)", "group": "row"},
+    {"method": "wanda + swaps", "group": "row"},
+    {"method": "ace", "group": "matrix"},
     {"group": "model"},
-    {"allocation": "error"},
-    {"update": "admm", "tune_epochs": 1},
+    {"method": "allocate(by=error) + wanda"},
+    {"method": "admm + train(epochs=1)"},
 ]
 
 
@@ -189,7 +189,7 @@ CONFIGS = [
 def test_pruned_files_are_sound(kind, config, tmp_path):
     """From the disk and in memory the same bytes; ``verify`` finds every zero where it should be."""
     dense = save(tmp_path / "dense", kind)
-    if config.get("group") == "model" or config.get("allocation"):
+    if config.get("group") == "model" or "allocate" in config.get("method", ""):
         config = {**config, "skip": ["experts"]} if kind == "llama4" else config  # some experts see no token
     report, output = prune(dense, tmp_path / "out", calibration={"source": "tokens"}, **config)
     result = verify(output)
@@ -206,7 +206,7 @@ def test_pruned_files_are_sound(kind, config, tmp_path):
 def test_files_hold_what_pruning_in_memory_gives(kind, tmp_path):
     dense = save(tmp_path / "dense", kind)
     expected = AutoModelForCausalLM.from_pretrained(dense, dtype="auto")
-    prune_model(expected, make_tokens(8, 16), PruneConfig())
+    prune_model(expected, make_tokens(8, 16), PruneConfig("wanda"))
     for offload in ("none", "disk"):
         _, output = prune(dense, tmp_path / offload, {"offload": offload}, {"source": "tokens"})
         assert load_file(output / "model.safetensors").keys() == load_file(dense / "model.safetensors").keys()

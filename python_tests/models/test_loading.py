@@ -58,7 +58,7 @@ def test_a_model_with_hooks_of_accelerate(order):
     plain, hooked = make_model("llama"), make_model("llama")
     hooked = dispatch_model(hooked, {"": "cpu"}, force_hooks=True)
     assert hooked.model.layers[0]._hf_hook is not None
-    config = PruneConfig(order=order)
+    config = PruneConfig(f"collect(order={order}) + wanda")
     prune_model(plain, make_tokens(), config)
     prune_model(hooked, make_tokens(), config)
     assert hooked.model.layers[0]._hf_hook is not None
@@ -72,4 +72,4 @@ def test_weights_that_accelerate_keeps_elsewhere():
     """Between calls such a weight is on the meta device, where nothing can be pruned."""
     model = cpu_offload(make_model("llama"), torch.device("cpu"))
     with pytest.raises(InputError, match=r"layers\.0\..*\.weight must be loaded .*got a tensor without data"):
-        prune_model(model, make_tokens(), PruneConfig())
+        prune_model(model, make_tokens(), PruneConfig("wanda"))

@@ -21,10 +21,11 @@ from ace_ext.process_memory import resident_bytes
 from ace_ext.pruning import statistics
 
 
-def pruned(model, keeps_forwards: bool, tokens=None, **config):
-    """The reports of all matrices, and the context; by six batches of one sample."""
+def pruned(model, keeps_forwards: bool, tokens=None, method="wanda", collect="batch_tokens=16", **config):
+    """The reports of all matrices, and the context; by six batches of one sample. ``collect``: options of this stage,
+    which comes before ``method``."""
     context = RunContext(keeps_forwards=keeps_forwards)
-    config = PruneConfig(**{"batch_tokens": 16, **config})
+    config = PruneConfig(f"collect({collect}) + {method}", **config)
     report = prune_model(model, make_tokens() if tokens is None else tokens, config, context=context)
     return [vars(matrix) for block in report.blocks for matrix in block.matrices], context
 
@@ -46,12 +47,12 @@ def test_the_bytes_are_those_of_stages(family):
 @pytest.mark.parametrize(
     "config",
     [
-        {"metric": "cosp"},
-        {"metric": "ace", "token_norm": "exact", "pattern": "2:4"},
-        {"update": "admm"},
-        {"update": "obs", "gram": "cosine", "group": "matrix"},
-        {"update": "tune", "tune_epochs": 1},
-        {"allocation": "owl", "skip": (r"layers\.1\.", "q_proj", r"experts\.1\.")},
+        {"method": "cosp"},
+        {"method": "ace", "collect": "batch_tokens=16, token_norm=exact", "pattern": "2:4"},
+        {"method": "admm"},
+        {"method": "obs(gram=cosine)", "group": "matrix"},
+        {"method": "wanda + train(epochs=1)"},
+        {"method": "allocate(by=owl) + wanda", "skip": (r"layers\.1\.", "q_proj", r"experts\.1\.")},
     ],
     ids=str,
 )
@@ -108,7 +109,7 @@ def test_work_of_a_block(keeps_forwards, metric, flops):
     with FlopCounterMode(display=False) as counter:
         run_block(blocks[0], call.hidden, call.others[0])
     whole = counter.get_total_flops()
-    pruned(model, keeps_forwards, tokens, metric=metric, batch_tokens=128)
+    pruned(model, keeps_forwards, tokens, metric, "batch_tokens=128")
     passes = sum(flops) / whole / len(blocks)
     print(f"{passes:.2f} forward passes a block")
     assert passes > 1
@@ -144,7 +145,7 @@ def test_numbers_are_read_once_a_block(order, batch_tokens, monkeypatch):
     monkeypatch.setattr(Walk, "_run_block", run_block)
     monkeypatch.setattr(steps, "read_at_once", lambda _: False)  # as on a GPU
     monkeypatch.setattr(statistics, "reads_at_once", lambda _: False)
-    pruned(make_model("llama"), True, metric="wanda", order=order, batch_tokens=batch_tokens)
+    pruned(make_model("llama"), True, collect=f"order={order}, batch_tokens={batch_tokens}")
     assert counts == [3 if order == "sequential" else 1, 1, 1]
 
 
@@ -198,7 +199,7 @@ def test_a_thread_that_cannot_start(monkeypatch):
     model = make_model("llama")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     monkeypatch.setattr(threading.Thread, "start", start)
-    with pytest.raises(InputError, match=r"batch_tokens must leave so few batches .*can't start new thread"):
+    with pytest.raises(InputError, match=r"batch_tokens of collect must leave so few batches .*can't start new thread"):
         pruned(model, True)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
@@ -302,7 +303,8 @@ def test_a_linear_that_a_batch_calls_twice_is_an_error():
         return own(x) + again
 
     mlp.forward = forward
-    with pytest.raises(
-        InputError, match=r"layers\.0\.mlp\.gate_proj is called twice in its block, or in another order"
-    ):
+    message = (
+        r"layers\.0\.mlp\.gate_proj is called twice in its block, or in another order .*write collect\(order=block\)"
+    )
+    with pytest.raises(InputError, match=message):
         pruned(model, True)

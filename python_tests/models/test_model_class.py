@@ -82,7 +82,7 @@ def test_the_class_of_the_checkpoint_is_kept(name, tmp_path, capsys):
     again = prune(dense, tmp_path / "again", {"offload": "disk"}, text)[1]
     assert weights_bytes(out) == weights_bytes(again)
     expected = getattr(transformers, name).from_pretrained(dense, dtype="auto")
-    prune_model(expected, make_tokens(8, 16), PruneConfig())
+    prune_model(expected, make_tokens(8, 16), PruneConfig("wanda"))
     found, info = getattr(transformers, name).from_pretrained(out, dtype="auto", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -111,7 +111,7 @@ def test_the_command_line_opens_a_model_that_sees(tmp_path, capsys):
 def test_without_an_lm_head(name, tmp_path, capsys):
     """It writes no text, cannot be distilled and has no perplexity; each is said before anything is written."""
     dense = saved(name, tmp_path / "dense")
-    for options in (("--calibration", "self"), ("--preset", "best")):
+    for options in (("--calibration", "self"), ("--method", "best")):
         assert f"{name} has no LM head" in bad_input(capsys, "run", dense, *options)
         assert f"{name} has no LM head" in bad_input(capsys, "plan", dense, *options)
     assert f"{name} has no LM head" in bad_input(capsys, "eval", dense)
@@ -163,6 +163,6 @@ def test_gemma3n_is_refused_before_a_block_changes():
     config = transformers.Gemma3nTextConfig(**_SMALL, head_dim=8, sliding_window=8, **small, **more)
     model = transformers.Gemma3nForCausalLM(config).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(InputError, match=r"cannot be walked block by block: .*; prune it without --update tune"):
-        prune_model(model, make_tokens(), PruneConfig(update="tune"))
+    with pytest.raises(InputError, match=r"cannot be walked block by block: .*; leave out train$"):
+        prune_model(model, make_tokens(), PruneConfig("wanda + train"))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

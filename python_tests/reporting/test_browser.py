@@ -85,8 +85,8 @@ def shown(tmp_path_factory):
     dense = save_dense(place / "dense")
     (place / "held-back.txt").write_text(TEXT)
     common = ("--model", dense, "--calibration", place / "text.txt", "--seqlen", 16, "--device", "cpu")
-    few = ("--nsamples", 24, "--preset", "best", "--distill-tokens", 4096)
-    grid = ("--methods", "wanda,published-sparsegpt,fast,balanced", "--sparsities", "0.5,0.6", "--patterns", "2:4")
+    few = ("--nsamples", 24, "--method", "best(tokens=4096)")
+    grid = ("--methods", "wanda; published-sparsegpt; fast; balanced", "--sparsities", "0.5,0.6", "--patterns", "2:4")
     texts = (
         "--texts",
         place / "held-back.txt",

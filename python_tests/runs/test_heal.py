@@ -200,7 +200,7 @@ def with_other_shape(folder):
     [
         (with_other_seed, r"dense must be the model that was pruned: \S+ of .*other.* differs from .*pruned"),
         (with_other_shape, r"dense must be the model that was pruned: \S+bias is \(\d+,\) in .*other.*, and None in"),
-        (shutil.rmtree, "model '.*other' is no folder"),
+        (shutil.rmtree, "model '.*other' is not a folder"),
     ],
     ids=["other-weights", "other-shape", "not-there"],
 )

@@ -85,9 +85,9 @@ def test_check_output_refuses_and_leaves_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("/no/such/folder", "is no folder, no .gguf file and no hub name"),
-        ("./nothing", "is no folder"),
-        ("nothing", "is no folder"),
+        ("/no/such/folder", "is not a folder, a .gguf file or a hub name"),
+        ("./nothing", "is not a folder"),
+        ("nothing", "is not a folder"),
         ("/no/such.gguf", "is no file"),
     ],
 )

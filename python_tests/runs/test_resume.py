@@ -10,10 +10,11 @@ import time
 
 import pytest
 import torch
-from folders import command, fork_run, prune, save_dense, weights_bytes
+from folders import command, fork_run, prune, save_dense, tree, weights_bytes
 from tiny_models import make_model
 
 from ace_ext import InputError
+from ace_ext.cli.main import main
 from ace_ext.fingerprint import differences, fingerprint_of_files
 from ace_ext.runs import pipeline, unfinished
 from ace_ext.runs.unfinished import recover
@@ -363,6 +364,23 @@ def test_a_crash_around_the_renames(renames, then, replacing, tmp_path, monkeypa
     prune(dense, tmp_path / "out", {"overwrite": True, "resume": then == "resume"})
     assert weights_bytes(tmp_path / "out") == weights_bytes(whole)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["dense", "out", "text.txt", "whole"]
+
+
+def test_a_finished_run_is_not_repeated(tmp_path, capsys):
+    dense = save_dense(tmp_path / "dense")
+    arguments = command(dense, tmp_path / "out", "--resume", "--evaluate", "never")[3:]
+    assert main(arguments) == 0
+    assert "already complete" not in capsys.readouterr().err
+    before = tree(tmp_path / "out")
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert f"ace-prune: {str(tmp_path / 'out')!r} is already complete; nothing was done" in printed.err
+    assert "sparsity 0.5000" in printed.out
+    assert main([*arguments, "--sparsity", "0.6"]) == 2
+    assert (
+        "is complete, but of a run with other arguments (config.sparsity was 0.5, now 0.6)" in capsys.readouterr().err
+    )
+    assert tree(tmp_path / "out") == before
 
 
 def test_two_outputs_after_a_crash_are_left_to_the_user(replacing, tmp_path, monkeypatch):

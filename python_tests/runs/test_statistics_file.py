@@ -1,14 +1,16 @@
 """Saved statistics: pruning from the file equals the run that saved it; it serves all sparsities and metrics."""
 
 import json
+import re
 import zipfile
 
 import pytest
 import torch
-from folders import prune, save_dense, weights_bytes
+from folders import command, prune, save_dense, weights_bytes
 from tiny_models import make_model
 
 from ace_ext import InputError
+from ace_ext.cli.main import main
 from ace_ext.pruning.criteria import METRICS
 from ace_ext.runs import statistics_file
 from ace_ext.runs.workspace import Workspace
@@ -115,7 +117,9 @@ def test_most_metrics_read_what_every_file_holds(dense):
         if "moment" not in row.needs:
             from_file(dense, file, metric, method=metric)
         else:
-            with pytest.raises(InputError, match=r"holds input, weighted of statistics, not moment; save it anew"):
+            with pytest.raises(
+                InputError, match=r"holds input, weighted of statistics, not moment; collect again with"
+            ):
                 from_file(dense, file, metric, method=metric)
     with_moment, _ = keep(dense, "moment.zip", method="cosp")
     assert description(with_moment)["kinds"] == ["input", "moment", "weighted"]
@@ -178,7 +182,7 @@ def test_another_model(dense):
 def test_another_skip(dense):
     file, _ = keep(dense, skip=("down_proj",))
     with pytest.raises(
-        InputError, match=r"has none of model\.layers\.0\.mlp\.down_proj; save it anew with the same skip"
+        InputError, match=r"has none of model\.layers\.0\.mlp\.down_proj; collect again with the same skip"
     ):
         from_file(dense, file)
     from_file(dense, file, "less", skip=("down_proj", "up_proj"))
@@ -211,7 +215,7 @@ def rewrite(file, **changed) -> None:
         (lambda f: flip_a_bit(f), r"is damaged at model\.layers\.2: Bad CRC"),
         (lambda f: encrypt(f), r"is no file of --save-stats.*encrypted"),
         (lambda f: compress(f), r"is no file of --save-stats: statistics\.json is compressed"),
-        (lambda f: change_tokens(f), r"is damaged at model\.layers\.1: its checksum differs; save it anew"),
+        (lambda f: change_tokens(f), r"is damaged at model\.layers\.1: its checksum differs; collect again"),
     ],
 )
 def test_damaged_files(damage, message, dense):
@@ -287,3 +291,17 @@ def test_linears_of_one_input_share_it_in_the_file(dense):
     assert stats["mlp.gate_proj"].input is stats["mlp.up_proj"].input
     assert stats["self_attn.q_proj"].input is not stats["self_attn.o_proj"].input
     assert stats["self_attn.q_proj"].weighted is not stats["self_attn.v_proj"].weighted
+
+
+def test_it_is_said_what_a_file_serves(dense, capsys):
+    file = dense.parent / "stats.zip"
+    assert main(command(dense, dense.parent / "out", "--method", "obs", "--save-stats", file)[3:]) == 0
+    served = statistics_file.reusable(frozenset(description(file)["kinds"]))
+    assert f"ace-prune: statistics written to {file}: {served}" in capsys.readouterr().err
+    for number, method in enumerate(("wanda", "varp", "admm", "obs", "swaps", "mean-swaps", "mean-update")):
+        assert re.search(rf"\b{method}(,|$)", served)
+        from_file(dense, file, f"of-{number}", method=method, pattern="2:4")
+    for method in ("cosp", "admm(gram=sketch)", "swaps(gram=cosine)"):
+        assert method not in served
+        with pytest.raises(InputError, match="collect again with --save-stats and this method"):
+            from_file(dense, file, "refused", method=method)
