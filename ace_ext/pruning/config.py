@@ -6,15 +6,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ace_ext.errors import InputError
-from ace_ext.pruning.groups import GROUPS, ComparisonGroup, group_of
+from ace_ext.pruning.groups import GROUPS, ComparisonGroup, PatternGroup
 from ace_ext.pruning.method import DEFAULT, Method, method_of
 from ace_ext.pruning.needs import Needs
-from ace_ext.pruning.pattern import SparsityPattern, keep_count
+from ace_ext.pruning.pattern import SparsityPattern
 from ace_ext.pruning.settings import check_choice
 from ace_ext.pruning.stages import Distill, Stage
 from ace_ext.pruning.stages.collect import BLOCK, EXACT, SEQUENTIAL, SKETCH
-
-__all__ = ["PruneConfig", "SparsityPattern", "keep_count"]
 
 SPARSITY = 0.5
 """The default share of zeros."""
@@ -63,8 +61,8 @@ class PruneConfig:
 
     def _group(self, given: str | None) -> str:
         if given is None:
-            chooser = None if self.pattern or not self.method.chosen_by_solver else self.method.solve
-            return "row" if chooser is None else chooser.groups[0]
+            chooses = self.method.solve if self.method.score is None and self.pattern is None else None
+            return "row" if chooses is None else chooses.groups[0]
         check_choice("group", given, [*GROUPS])
         if self.pattern is not None and given != "row":
             raise InputError(f"a pattern compares within its own groups: leave out group (got {given!r})")
@@ -98,8 +96,8 @@ class PruneConfig:
 
     @property
     def comparison(self) -> ComparisonGroup:
-        """The comparison group that ``pattern`` and ``group`` stand for."""
-        return group_of(self.group, self.pattern)
+        """The comparison group: the pattern's own, or the one that ``group`` names."""
+        return GROUPS[self.group] if self.pattern is None else PatternGroup(self.pattern)
 
     @property
     def order(self) -> str:

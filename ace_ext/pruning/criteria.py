@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ace_ext.errors import InputError
-from ace_ext.ops import ScoredWeight
 from ace_ext.pruning.kinds import INPUT, MOMENT, WEIGHTED
 from ace_ext.pruning.statistics import LinearStatistics
 
@@ -99,23 +98,13 @@ def column_factor(metric: str, stats: LinearStatistics | None, ria_exponent: flo
     return column(stats, ria_exponent).float().contiguous()
 
 
-def bind(
-    weight: Tensor, stats: LinearStatistics | None, metric: str | CustomMetric, ria_exponent: float = 0.5
-) -> ScoredWeight:
-    """Binds a weight ``[rows, cols]`` to its metric. ``stats`` may be None for ``magnitude``.
+def custom_score(metric: CustomMetric, weight: Tensor, stats: LinearStatistics | None) -> Tensor:
+    """The scores ``[rows, cols]`` float32 that a user's own metric gives a weight.
 
     Raises:
-        InputError: a callable metric returned something other than a float tensor of the weight's shape.
-        ValueError: as :func:`column_factor`.
+        InputError: the metric returned something other than a float tensor of the weight's shape.
     """
-    if callable(metric):
-        return ScoredWeight(weight, "score", None, _custom_score(metric, weight, stats))
-    moment = None if stats is None else stats.moment
-    return ScoredWeight(weight, METRICS[metric].op_formula, column_factor(metric, stats, ria_exponent), moment)
-
-
-def _custom_score(metric: CustomMetric, weight: Tensor, stats: LinearStatistics | None) -> Tensor:
-    score: object = metric(weight.detach(), cast(LinearStatistics, stats))  # None only where a caller of bind says so
+    score: object = metric(weight.detach(), cast(LinearStatistics, stats))  # None only if the caller passed None
     if not isinstance(score, Tensor) or score.shape != weight.shape or not score.is_floating_point():
         found = f"{score.dtype} {list(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
         raise InputError(f"metric must return a float tensor of the weight's shape {list(weight.shape)} (got {found})")

@@ -150,8 +150,3 @@ class PatternGroup(ComparisonGroup):
 
 GROUPS: dict[str, ComparisonGroup] = {group.name: group for group in (RowGroup(), MatrixGroup(), ModelGroup())}
 """Every group that can be chosen by name."""
-
-
-def group_of(name: str, pattern: SparsityPattern | None) -> ComparisonGroup:
-    """The comparison group of a configuration: the pattern's own, or the one of this name."""
-    return PatternGroup(pattern) if pattern is not None else GROUPS[name]

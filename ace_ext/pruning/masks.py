@@ -1,4 +1,4 @@
-"""Pruning by the metric alone: binds a weight to its scores and calls the op of the comparison group."""
+"""Pruning by scores alone: the scores of a weight, the number of weights to keep, and the mask."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import Tensor
 from ace_ext import ops
 from ace_ext.ops import ScoredWeight
 from ace_ext.pruning.config import PruneConfig
-from ace_ext.pruning.criteria import bind
+from ace_ext.pruning.criteria import METRICS, column_factor, custom_score
 from ace_ext.pruning.pattern import keep_count
 from ace_ext.pruning.statistics import LinearStatistics
 
@@ -40,9 +40,18 @@ def as_rows(weight: Tensor) -> Iterator[Tensor]:
 
 
 def scored_weight(weight: Tensor, stats: LinearStatistics | None, config: PruneConfig) -> ScoredWeight:
-    """Binds a weight to the method's scores; see :func:`ace_ext.pruning.criteria.bind`."""
-    score = config.method.scored_by
-    return bind(weight, stats, score.metric, score.exponent)
+    """A weight ``[rows, cols]`` with what its scores are computed from. ``stats`` may be None for ``magnitude``.
+
+    Raises:
+        InputError: a callable metric returned something other than a float tensor of the weight's shape.
+        ValueError: the metric needs statistics that ``stats`` does not hold.
+    """
+    stage = config.method.scored_by
+    if callable(stage.metric):
+        return ScoredWeight(weight, "score", None, custom_score(stage.metric, weight, stats))
+    moment = None if stats is None else stats.moment
+    column = column_factor(stage.metric, stats, stage.exponent)
+    return ScoredWeight(weight, METRICS[stage.metric].op_formula, column, moment)
 
 
 def keep_of_group(weight: Tensor, config: PruneConfig, keep_row: int | None = None) -> int:
@@ -64,7 +73,7 @@ def prune_weight_(scored: ScoredWeight, config: PruneConfig, keep_row: int | Non
     config.comparison.prune_(scored, keep_of_group(scored.weight, config, keep_row))
 
 
-def metric_mask(scored: ScoredWeight, config: PruneConfig, keep_row: int | None = None) -> Tensor:
+def score_mask(scored: ScoredWeight, config: PruneConfig, keep_row: int | None = None) -> Tensor:
     """``[rows, cols]`` bool, True where :func:`prune_weight_` would keep a weight. The weight is not changed."""
     return config.comparison.mask(scored, keep_of_group(scored.weight, config, keep_row))
 

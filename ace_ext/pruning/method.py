@@ -77,7 +77,7 @@ class Method:
         self._check_options()
 
     def _check_options(self) -> None:
-        if self.solve is not None and not self.chosen_by_solver:
+        if self.solve is not None and self.score is not None:
             for name, _ in self.solve.changed():
                 if name in self.solve.mask_options:
                     chosen = self.refine or self.score
@@ -108,7 +108,7 @@ class Method:
 
     @property
     def score(self) -> Score | None:
-        """The stage that chooses the mask by scores; None if the solver chooses it."""
+        """The stage that chooses the mask by scores; None if the solve stage chooses it."""
         return self._of(Score)
 
     @property
@@ -137,14 +137,9 @@ class Method:
         return [stage for stage in (self.refine, self.solve) if stage is not None]
 
     @property
-    def chosen_by_solver(self) -> bool:
-        """Whether the stage that updates weights also chooses the mask."""
-        return self.score is None
-
-    @property
     def scored_by(self) -> Score:
-        """The scores that a run computes: those of the method. Where the solver chooses the mask, Wanda's, with whose
-        mask the report compares it, and by which :class:`Allocate` divides the sparsity."""
+        """The scores that a run computes: those of the method, or Wanda's if the solve stage chooses the mask. The
+        report then compares with Wanda's mask, and :class:`Allocate` divides the sparsity by Wanda's scores."""
         return self.score or Score(DEFAULT_METRIC)
 
     @property

@@ -1,4 +1,4 @@
-"""Prunes one matrix: by the metric alone, or by the solvers that follow it."""
+"""Prunes one matrix: by its scores alone, or by the stages that follow them."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from ace_ext.errors import InputError
 from ace_ext.ops import ScoredWeight
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.gram import RelativeLoss
-from ace_ext.pruning.masks import as_rows, keep_budget, keep_of_group, metric_mask, prune_weight_, scored_weight
+from ace_ext.pruning.masks import as_rows, keep_budget, keep_of_group, prune_weight_, score_mask, scored_weight
 from ace_ext.pruning.moment_gram import MomentGram
 from ace_ext.pruning.row_shares import AllRows, RowShares
 from ace_ext.pruning.scaling import exponent_of, times_power, times_power_
@@ -32,7 +32,7 @@ def prune_linear_(
         config: the method and the comparison group.
         keep_row: how many weights of a row to keep; replaces ``config.sparsity``. With the group ``"matrix"`` the
             matrix keeps ``keep_row`` times the number of rows.
-        shares: the processes that share the work; None: this one does all.
+        shares: the processes that share the rows; None: this process prunes all of them.
 
     Returns:
         What the stages did, or None if the scores alone decided.
@@ -66,18 +66,17 @@ def _run_stages_(
     weight, method = scored.weight, config.method
     if keep_budget(weight, config, keep_row) == weight.numel():  # nothing is pruned: nothing to compensate for
         return Solution(method.name, 0.0, 0, 0.0, 0.0)
-    by_rows = config.comparison.name != "matrix" and all(stage.row_wise for stage in method.matrix_stages)
-    shares = shares if shares is not None and by_rows else AllRows()
+    shares = shares if shares is not None and config.comparison.name != "matrix" else AllRows()
     rows = shares.rows(len(weight))
-    power = exponent_of(weight) or 0  # solvers multiply weights by weights
+    power = exponent_of(weight) or 0  # stages multiply weights by weights
     dense = times_power_(weight.detach().to(torch.float32, copy=True), -power)
-    mask = metric_mask(scored, config, keep_row)
+    mask = score_mask(scored, config, keep_row)
     vectors = None if stats.input is None else MomentGram.of(stats.input)
     keep = keep_of_group(weight, config, keep_row)
     problem = Problem(dense, stats.gram, config.comparison, keep, mask, vectors).of_rows(rows)
     loss = RelativeLoss(problem.measure.energy, problem.dense, shares.add_up)
     loss_before = loss(problem.dense.masked_fill(~mask[rows], 0.0))
-    del mask  # a solver that chooses its own needs the memory
+    del mask  # a stage that chooses its own needs the memory
     solved = _solve(problem, config)
     rounded = times_power(solved.weight, power).to(weight.dtype)
     if not torch.isfinite(rounded).all():  # also where only the weight's dtype, as float16, is too narrow
@@ -93,7 +92,7 @@ def _run_stages_(
 def _solve(problem: Problem, config: PruneConfig) -> Solved:
     """Refines the mask, then updates the weights; each only if the method has such a stage."""
     method = config.method
-    if method.chosen_by_solver:
+    if method.score is None:
         problem.mask = None
     if method.refine is not None:
         method.refine.refine_(problem)
@@ -106,8 +105,8 @@ def _solve(problem: Problem, config: PruneConfig) -> Solved:
 def working_bytes(config: PruneConfig, rows: int, cols: int) -> int:
     """Bytes that pruning one matrix of ``rows x cols`` needs in addition to its weight and statistics.
 
-    Without a solver: a mask of one byte per entry, and the scores of a callable metric. With a solver also the dense
-    weight in float32, and what the solver declares.
+    By scores alone: a mask of one byte per entry, and the scores of a callable metric. With stages that follow them
+    also the dense weight in float32, and what the stages declare.
     """
     entries = rows * cols
     scores = 4 * entries if callable(config.method.scored_by.metric) else 0

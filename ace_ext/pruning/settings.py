@@ -3,7 +3,6 @@
 The parser of methods, ``--help``, the reports and the documentation read these declarations.
 """
 
-import dataclasses
 import difflib
 import functools
 import types
@@ -29,7 +28,7 @@ class Limits:
 
 
 _TOO_LARGE = 2**63
-"""No number is as large: ops take 64-bit integers."""
+"""Every number must be smaller: ops take 64-bit integers."""
 
 
 def option(default: Any, help: str, limits: Limits | None = None) -> Any:
@@ -80,9 +79,7 @@ class Setting:
         limits = self.limits
         whole = int in self.types
         good = isinstance(value, int | (int if whole else float)) and not isinstance(value, bool)
-        good = (
-            good and abs(typing.cast(float, value)) < _TOO_LARGE
-        )  # which NaN is not, and a whole number compares exactly
+        good = good and abs(typing.cast(float, value)) < _TOO_LARGE  # False for NaN; exact for whole numbers
         if good:
             number = typing.cast(float, value)
             good = limits.at_least is None or number >= limits.at_least
@@ -97,27 +94,6 @@ class Setting:
         if whole:
             return f"a whole number of at least {self.limits.at_least}"
         return f"more than {self.limits.above}" if self.limits.above is not None else "a finite number"
-
-
-@functools.cache
-def settings_of(declared: type) -> tuple[Setting, ...]:
-    """The options that a dataclass declares with :func:`option`, in order of declaration."""
-    hints = typing.get_type_hints(declared)
-    return tuple(
-        Setting(item.name, frozenset(plain_types(hints[item.name])), item.default, **item.metadata)
-        for item in fields(declared)
-        if "help" in item.metadata
-    )
-
-
-def check_settings(declared: object) -> None:
-    """Checks every option of a dataclass instance.
-
-    Raises:
-        InputError: naming the first that is outside its limits.
-    """
-    for setting in settings_of(type(declared)):  # type: ignore[arg-type]  # mypy: a class has no hash
-        setting.check(getattr(declared, setting.name))
 
 
 def check_choice(name: str, value: object, choices: Collection[str | None]) -> None:
@@ -137,21 +113,36 @@ def suggestion(value: object, choices: Iterable[object], cutoff: float = 0.6) ->
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def plain_types(hint: object) -> set[type]:
+def _plain_types(hint: object) -> set[type]:
     """The classes that a type hint allows: ``{int, NoneType}`` for ``int | None``."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return {kind for part in typing.get_args(hint) for kind in plain_types(part)}
+        return {kind for part in typing.get_args(hint) for kind in _plain_types(part)}
     return {typing.cast(type, typing.get_origin(hint) or hint)}
 
 
+@functools.cache
+def _declared_by(options: type) -> tuple[Setting, ...]:
+    hints = typing.get_type_hints(options)
+    return tuple(
+        Setting(item.name, frozenset(_plain_types(hints[item.name])), item.default, **item.metadata)
+        for item in fields(options)
+        if "help" in item.metadata
+    )
+
+
+@dataclass(frozen=True)
 class Options:
-    """Base class of a frozen dataclass whose fields are declared with :func:`option`. Values are checked when an
-    instance is made."""
+    """Base class of a frozen dataclass whose fields are declared with :func:`option`.
+
+    Raises:
+        InputError: naming the first option whose value is outside its limits.
+    """
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        for setting in self.settings():
+            setting.check(getattr(self, setting.name))
 
     @classmethod
     def settings(cls) -> tuple[Setting, ...]:
-        """The options that this class declares."""
-        return settings_of(cls) if dataclasses.is_dataclass(cls) else ()
+        """The options that this class declares, in order of declaration."""
+        return _declared_by(cls)  # type: ignore[arg-type]  # mypy: a class has no hash

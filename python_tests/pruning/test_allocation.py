@@ -12,9 +12,9 @@ from torch import nn
 from ace_ext import PruneConfig
 from ace_ext.ops import reference
 from ace_ext.pruning.allocation import CURVE_POINTS, BlockMeasure, allocate, measure_block, sparsity_grid
-from ace_ext.pruning.config import keep_count
 from ace_ext.pruning.kinds import INPUT, WEIGHTED
 from ace_ext.pruning.masks import prune_weight_, scored_weight
+from ace_ext.pruning.pattern import keep_count
 from ace_ext.pruning.stages import Allocate, Score
 from ace_ext.pruning.statistics import StatisticsCollector
 

@@ -6,9 +6,9 @@ from ace_ext.ops import reference
 from ace_ext.pruning.masks import (
     ScoredWeight,
     keep_budget,
-    metric_mask,
     prune_model_wide_,
     prune_weight_,
+    score_mask,
     scored_weight,
 )
 from ace_ext.pruning.stages import Score
@@ -33,7 +33,7 @@ def test_budget_is_what_survives(config):
 def test_keep_of_a_row_replaces_the_sparsity(group, keep):
     config = PruneConfig("magnitude", group=group, sparsity=0.25)
     weight = torch.randn(7, 12)
-    mask = metric_mask(magnitude(weight), config, keep)
+    mask = score_mask(magnitude(weight), config, keep)
     prune_weight_(magnitude(weight), config, keep)
     assert torch.equal(mask, weight != 0)
     assert int(weight.count_nonzero()) == keep_budget(weight, config, keep) == 7 * (9 if keep is None else keep)
@@ -42,10 +42,10 @@ def test_keep_of_a_row_replaces_the_sparsity(group, keep):
 @pytest.mark.parametrize(
     "config", [{"sparsity": 0.3}, {"group": "matrix", "sparsity": 0.7}, {"pattern": "1:4"}], ids=str
 )
-def test_metric_mask_is_what_pruning_keeps(config):
+def test_score_mask_is_what_pruning_keeps(config):
     config = PruneConfig("magnitude", **config)
     weight = (torch.randn(7, 12) * 2).round() / 2 + 0.25  # ties, no zeros
-    mask = metric_mask(magnitude(weight), config)
+    mask = score_mask(magnitude(weight), config)
     prune_weight_(magnitude(weight), config)
     assert torch.equal(mask, weight != 0)
 

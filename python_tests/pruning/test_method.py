@@ -206,8 +206,8 @@ def test_a_method_may_be_a_stage_a_list_or_a_method():
 
 def test_who_chooses_the_mask_and_by_which_scores():
     admm, refined = parse("admm"), parse("ria + swaps + admm")
-    assert (admm.chosen_by_solver, admm.scored_by) == (True, Score("wanda"))
-    assert (refined.chosen_by_solver, refined.scored_by) == (False, Score("ria"))
+    assert (admm.score, admm.scored_by) == (None, Score("wanda"))
+    assert refined.score == refined.scored_by == Score("ria")
     assert (admm.name, refined.name, parse("wanda").name) == ("admm", "swaps + admm", "")
 
 
@@ -572,4 +572,4 @@ def test_a_metric_of_the_user_has_its_own_name():
 
     method = method_of([Score(cubed), Swaps()])
     assert str(method) == method.label == "cubed + swaps"
-    assert not method.chosen_by_solver
+    assert method.score is not None

@@ -155,14 +155,14 @@ def _plain(value: object) -> str:
 
 
 class MatrixStage(Stage):
-    """A stage that works on one matrix at a time and reads its statistics."""
+    """A stage that works on one matrix at a time and reads its statistics.
+
+    Except with the group ``matrix``, the result of a row must not depend on other rows: several processes may take a
+    share of the rows each.
+    """
 
     groups: ClassVar[tuple[str, ...]]
     """The comparison groups that it supports, its default first; a pattern counts as ``row``."""
-    row_wise: ClassVar[bool] = True
-    """Whether, except for the group ``matrix``, a row's result depends on no other row of the matrix. Several processes
-    then solve a share of the rows each."""
-
     reads: ClassVar[frozenset[str]] = frozenset()
     """The kinds of statistics that it reads (:mod:`ace_ext.pruning.kinds`), besides the Gram matrix that its option
     ``gram`` names if it has one."""
