@@ -224,7 +224,7 @@ def test_a_run_holds_no_more_than_estimated(setting):
     model = make_wide_model()
     config, tokens = PruneConfig(**setting), make_tokens(16, 64)
     found = need(config, *tokens.shape, model=model)
-    context = RunContext(keeps_forwards=False)  # with threads of their own, which the profiler does not see
+    context = RunContext(keeps_forwards=False)
     peak = peak_of(lambda: prune_model(model, tokens, config, context=context))
     assert 1 <= (found.total - found.model) / peak < 2.2
 
@@ -236,7 +236,7 @@ def test_a_run_that_converts_holds_no_more_than_estimated(setting, monkeypatch):
 
 
 def live_bytes() -> int:
-    """Bytes of all tensors that Python objects hold, those of waiting threads too."""
+    """Bytes of all tensors that Python objects hold, those of waiting forwards too."""
     tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.device.type == "cpu"]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
@@ -257,7 +257,7 @@ def test_lockstep_holds_no_more_than_estimated(stays, monkeypatch):
 
     monkeypatch.setattr(Steps, "prune_matrix", prune_matrix)
     prune_model(model, tokens, config, context=RunContext(keeps_forwards=True))
-    found = need(config, *tokens.shape, model=model, keeps_forwards=True)  # its process: threads, which are no tensors
+    found = need(config, *tokens.shape, model=model, keeps_forwards=True)  # its process: stacks, which are no tensors
     assert 1 <= (found.total - found.model - found.process) / max(held) < 3
 
 
@@ -277,7 +277,7 @@ def test_a_mixture_holds_no_more_than_estimated(setting):
     model = make_mixture()
     config, tokens = PruneConfig(**setting), make_tokens(16, 64)
     found = need(config, *tokens.shape, model=model)
-    context = RunContext(keeps_forwards=False)  # with threads of their own, which the profiler does not see
+    context = RunContext(keeps_forwards=False)
     peak = peak_of(lambda: prune_model(model, tokens, config, context=context))
     assert 1 <= (found.total - found.model - found.process) / peak < 2.8  # the process: kernels, which are no tensors
 

@@ -15,7 +15,7 @@ from ace_ext.models.block_store import BlockSource
 from ace_ext.models.blocks import Block
 from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.left_dense import any_of
-from ace_ext.models.lockstep import forwards_fit, keeps_no_state, threads_fit
+from ace_ext.models.lockstep import forwards_fit, keeps_no_state
 from ace_ext.models.order import calls_in
 from ace_ext.models.replay import BlockCall, run_block, run_until_called
 from ace_ext.pruning.config import PruneConfig
@@ -209,12 +209,12 @@ class Steps:
 
     def can_take_turns(self, block: Block, index: int) -> bool:
         """Whether the block can be pruned in lockstep: what the batches' unfinished forwards hold fits into memory, the
-        system allows their threads, the block calls each Linear once and with its bias, and no module of it keeps state
-        of its own (tried once for each kind of block)."""
-        fits, threads = self.context.keeps_forwards, len(self.calls) * self.context.peers.size
+        block calls each Linear once and with its bias, and no module of it keeps state of its own (tried once for each
+        kind of block)."""
+        fits = self.context.keeps_forwards
         if fits is None:
             fits = forwards_fit(block, self.hidden, self.device)
-        if not (fits and threads_fit(threads, self.device)) or block.leaves_biases or self.repeated(block, index):
+        if not fits or block.leaves_biases or self.repeated(block, index):
             return False
         kind = tuple((name, type(module)) for name, module in block.module.named_modules())
         if kind not in self.context.stateless:
