@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ace_ext import InputError, PruneConfig, prune_model
-from ace_ext.engine import steps, strategies
+from ace_ext.engine import batch_states
 from ace_ext.engine.context import RunContext
+from ace_ext.engine.strategies import in_lockstep
 from ace_ext.engine.walk import Walk
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.lockstep import Lockstep, keeps_no_state, paused_bytes
@@ -93,9 +94,9 @@ def flops(monkeypatch):
 
         return call
 
-    for place in ("models.replay", "models.lockstep", "engine.steps", "engine.strategies"):
+    for place in ("models.replay", "models.lockstep", "engine.batch_states", "engine.collection"):
         monkeypatch.setattr(f"ace_ext.{place}.run_block", counting(run_block))
-    monkeypatch.setattr(strategies, "_output_of", counting(strategies._output_of))
+    monkeypatch.setattr(in_lockstep, "output_of_linear", counting(in_lockstep.output_of_linear))
     return counted
 
 
@@ -139,13 +140,13 @@ def test_numbers_are_read_once_a_block(order, batch_tokens, monkeypatch):
     two more."""
     counts, real = [], Walk._run_block
 
-    def run_block(walk, index):
+    def run_block(walk, *given):
         with Reads() as reads:
-            real(walk, index)
+            real(walk, *given)
         counts.append(reads.count)
 
     monkeypatch.setattr(Walk, "_run_block", run_block)
-    monkeypatch.setattr(steps, "read_at_once", lambda _: False)  # as on a GPU
+    monkeypatch.setattr(batch_states, "read_at_once", lambda _: False)  # as on a GPU
     pruned(make_model("llama"), True, metric="wanda", order=order, batch_tokens=batch_tokens)
     assert counts == [3 if order == "sequential" else 1, 1, 1]
 
@@ -298,13 +299,13 @@ def test_modes_of_a_forward_stay_in_it(modes, family, monkeypatch):
     for model in models:
         for layer in model.model.layers:
             layer.mlp = Modal(layer.mlp, modes)
-    real = strategies._observe
+    real = in_lockstep.observe
 
     def observe(*arguments):
         seen.append(TorchState.now(torch.device("cpu")))
         real(*arguments)
 
-    monkeypatch.setattr(strategies, "_observe", observe)
+    monkeypatch.setattr(in_lockstep, "observe", observe)
     (reports, context), (expected, _) = pruned(models[0], True), pruned(models[1], False)
     assert set(context.stateless.values()) == {True}
     assert TorchState.now(torch.device("cpu")) == here
@@ -319,7 +320,7 @@ def test_modes_of_a_forward_stay_in_it(modes, family, monkeypatch):
 def test_experts_are_taken_apart_as_they_are_called(family):
     block = find_blocks(make_model(family))[0]
     gates, downs = block.expert_stages()
-    stages = strategies._one_by_one(block, [["a", "b"], gates, downs, ["c"]])
+    stages = in_lockstep.one_by_one(block, [["a", "b"], gates, downs, ["c"]])
     pairs = [[child] for pair in zip(gates, downs, strict=True) for child in pair]
     assert stages == [["a", "b"], *pairs, ["c"]]
 

@@ -17,8 +17,8 @@ class TorchState:
 
     inference: bool
     gradients: bool
-    autocast: tuple[tuple[str, bool, torch.dtype], ...]
-    caches_casts: bool
+    autocast: tuple[tuple[str, bool, torch.dtype, bool], ...]
+    """By kind of device: whether it is on, its dtype, and whether casts are cached, which is the same for all."""
     intercepts: Any
     """Whether subclasses and modes intercept calls."""
     function_modes: tuple[Any, ...]
@@ -28,13 +28,13 @@ class TorchState:
     @classmethod
     def now(cls, device: torch.device) -> "TorchState":
         """This thread's, where ``device`` computes."""
+        caches = torch.is_autocast_cache_enabled()
         kinds = dict.fromkeys(("cpu", device.type))
         functions, dispatches = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
         return cls(
             torch.is_inference_mode_enabled(),
             torch.is_grad_enabled(),
-            tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds),
-            torch.is_autocast_cache_enabled(),
+            tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), caches) for kind in kinds),
             torch._C._get_torch_function_state(),  # type: ignore[attr-defined]
             tuple(torch._C._get_function_stack_at(i) for i in range(functions)),
             tuple(torch._C._get_dispatch_stack_at(i) for i in range(dispatches)),
@@ -44,10 +44,10 @@ class TorchState:
     def put(self) -> None:
         """Makes this state, but for inference mode, the present one."""
         torch.set_grad_enabled(self.gradients)
-        for kind, enabled, dtype in self.autocast:
+        for kind, enabled, dtype, caches in self.autocast:
             torch.set_autocast_enabled(kind, enabled)
             torch.set_autocast_dtype(kind, dtype)
-        torch.set_autocast_cache_enabled(self.caches_casts)
+            torch.set_autocast_cache_enabled(caches)
         torch._C._set_torch_function_state(self.intercepts)  # type: ignore[attr-defined]
         _replace(
             self.function_modes,
