@@ -19,7 +19,7 @@ class BlockSource(Protocol):
 
     blocks: list[Block]
 
-    def hold(self, index: int) -> contextlib.AbstractContextManager[Block]:
+    def loaded(self, index: int) -> contextlib.AbstractContextManager[Block]:
         """Within this context the weights of block ``index`` are in memory."""
 
     def way_out(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
@@ -39,7 +39,7 @@ class ResidentBlocks:
         self.blocks = blocks
 
     @contextlib.contextmanager
-    def hold(self, index: int) -> Iterator[Block]:
+    def loaded(self, index: int) -> Iterator[Block]:
         """The block; nothing is to be done."""
         yield self.blocks[index]
 
@@ -69,7 +69,7 @@ class OffloadedBlocks:
         self._ahead = ReadAhead(self.blocks, self.shards_of, torch.device(self.device))
 
     @contextlib.contextmanager
-    def hold(self, index: int) -> Iterator[Block]:
+    def loaded(self, index: int) -> Iterator[Block]:
         """Reads the block's weights and checks them (:func:`ace_ext.models.blocks.check_weights`)."""
         block = self.blocks[index]
         shards = self.shards_of(block)
@@ -96,7 +96,7 @@ class OffloadedBlocks:
     @contextlib.contextmanager
     def entrance(self, model: nn.Module) -> Iterator[None]:
         """Holds the weights before the blocks, and those of the first block."""
-        with entrance(model, self.blocks, self.shards, self.device), self.hold(0):
+        with entrance(model, self.blocks, self.shards, self.device), self.loaded(0):
             yield  # the first block too: what a block returns is only known once one has run
 
     def surroundings(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:

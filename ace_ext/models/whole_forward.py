@@ -32,7 +32,7 @@ def _holding(blocks: BlockSource, index: int) -> Callable[..., Any]:
     original = blocks.blocks[index].module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with blocks.hold(index) as block, block.products():
+        with blocks.loaded(index) as block, block.products():
             return original(*args, **kwargs)
 
     return forward

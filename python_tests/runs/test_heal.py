@@ -18,13 +18,14 @@ from tiny_models import make_model
 
 from ace_ext import InputError
 from ace_ext.cli.main import main
+from ace_ext.engine import model_shape
 from ace_ext.healing import HealSettings
 from ace_ext.healing.progress import HealProgress
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.safetensors_files import Shards
 from ace_ext.process_memory import parse_bytes
 from ace_ext.records import PruneReport
-from ace_ext.runs import heal, heal_journal, model_shape
+from ace_ext.runs import heal, heal_journal
 from ace_ext.runs.heal import heal_folder
 from ace_ext.runs.heal_memory import HealDemand
 from ace_ext.runs.heal_models import dense_request, whole_bytes

@@ -191,8 +191,8 @@ def test_a_mixture_goes_on(offload, tmp_path, monkeypatch):
 
 def test_only_the_rest_is_pruned(stopped, tmp_path, monkeypatch):
     held = []
-    real = pipeline.OffloadedBlocks.hold
-    monkeypatch.setattr(pipeline.OffloadedBlocks, "hold", lambda self, i: held.append(i) or real(self, i))
+    real = pipeline.OffloadedBlocks.loaded
+    monkeypatch.setattr(pipeline.OffloadedBlocks, "loaded", lambda self, i: held.append(i) or real(self, i))
     prune(stopped, tmp_path / "out", {**RESUME, "offload": "disk"})
     assert held == [0, 0, 1, 2, 0, 2]  # the trial of the model: how blocks are called, and each once; then as before
 

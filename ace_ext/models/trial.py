@@ -99,7 +99,7 @@ class _Trial:
         """The forward that replaces ``original``, that of block ``index``."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with self._store.hold(index) as block:
+            with self._store.loaded(index) as block:
                 with block.products(), _counted(block, self.uses.setdefault(block.name, Counter())):
                     output = original(*args, **kwargs)
                 if len(self._calls) == index and self._hidden is not None and self._call is not None:
