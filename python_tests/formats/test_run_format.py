@@ -1,4 +1,4 @@
-"""``ace-prune run --format``: the bytes of ``run`` and ``pack``, within the memory, after a crash, and by the plan."""
+"""``ace-prune run --format``: the bytes of ``run`` and ``pack``, the memory limit, crashes, and the plan."""
 
 import os
 import shutil
@@ -113,7 +113,7 @@ def headers(folder) -> int:
 
 
 def parts(one):
-    """Every stored tensor but padding."""
+    """Every stored tensor except padding."""
     return (one._stored(name) for name in one._entries if not name.startswith("pad."))
 
 

@@ -124,7 +124,7 @@ ORDERS = [("ace_ext",), ("transformers.quantizers", "ace_ext"), ("ace_ext.runtim
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_ace_ext_may_be_imported_before_and_after_transformers(order, llama, tmp_path):
-    """Without it transformers stops and says why; it never runs a model of random weights."""
+    """Without the import, transformers stops and says why; it never runs a model of random weights."""
     _, packed = llama
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(packed), *order], cwd=tmp_path, capture_output=True, text=True, check=True
