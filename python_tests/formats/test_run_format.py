@@ -69,7 +69,7 @@ def test_a_run_that_ends_while_it_packs_is_resumed(place, dense, tmp_path, monke
 
     with monkeypatch.context() as patched:
         patched.setattr(owner, name, fail)
-        with pytest.raises(InputError, match="go on with --resume"):
+        with pytest.raises(InputError, match="continue with --resume"):
             prune(dense, tmp_path / "out", {"format": "bitmap"})
     place_of_run = tmp_path / ".out.unfinished"
     assert (place_of_run / "model").is_dir() == (place != "in the exchange")

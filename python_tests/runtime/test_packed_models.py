@@ -422,7 +422,7 @@ def test_bench_refuses_what_it_cannot_measure(llama, tmp_path, capsys):
     assert "dense must be the folder that was packed" in capsys.readouterr().err
     (tmp_path / "other.png").write_bytes(b"\x89PNG of someone else")
     assert main(["bench", str(packed), "--plot", str(tmp_path / "other.png")]) == 2
-    assert "is no plot of ace-prune bench" in capsys.readouterr().err
+    assert "is not a plot of ace-prune bench" in capsys.readouterr().err
 
 
 def test_the_plot_shows_every_figure():
