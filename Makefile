@@ -30,12 +30,13 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist worksteal
 test-python: $(VENV)/installed
 	$(PYTEST)
 
-# The tests for a change to Python, in less than three minutes on two cores once the package is installed. It leaves out
-# what takes longest: whole runs in many variants, and the catalogue of bad inputs. Run `make test` before a push.
+# The tests for a change to Python, in less than three minutes on two cores once the package is installed. Left out are
+# whole runs in many variants, what starts many processes, and ops that only a change to C++ reaches. `make test` runs all.
 SLOW := cli/test_bad_inputs engine/test_distillation engine/test_distributed models/test_families models/test_lockstep \
-	ops/test_fuzz ops/test_gpu project/test_counts project/test_examples project/test_fetch_models project/test_notebook \
-	project/test_paper_tables runs/test_full_disk runs/test_heal runs/test_memory_model runs/test_offload \
-	runs/test_real_model runs/test_resume runs/test_statistics_file
+	ops/test_balance_restore ops/test_errors ops/test_gpu ops/test_mask_prune ops/test_packed project/test_counts \
+	project/test_examples project/test_fetch_models project/test_notebook project/test_paper_tables \
+	runs/test_full_disk runs/test_heal runs/test_memory_model runs/test_offload runs/test_real_model runs/test_resume \
+	runs/test_statistics_file runtime/test_quantizer
 test-quick: $(VENV)/installed
 	$(PYTEST) $(SLOW:%=--ignore=python_tests/%.py)
 

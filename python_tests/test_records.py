@@ -8,7 +8,7 @@ from tiny_models import make_model, make_tokens
 
 from ace_ext import PruneConfig, prune_model
 from ace_ext.models.versions import versions
-from ace_ext.records import BlockReport, HeldBackPerplexity, MatrixReport, PruneReport, Solution, Tuning
+from ace_ext.records import BlockReport, HeldOutPerplexity, MatrixReport, PruneReport, Solution, Tuning
 
 
 def make_report() -> PruneReport:
@@ -42,9 +42,10 @@ def test_json_keeps_a_tuning():
 
 def test_table_averages_over_blocks():
     lines = make_report().table().splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert lines[1].split() == ["up", "4x8", "0.5156", "0.1000", "0.9900"]
     assert lines[2] == "2 blocks, 2 matrices, sparsity 0.5156, 1.2 s, peak memory 1.00 GiB on cpu"
+    assert lines[3] == "method ace"
 
 
 def test_table_names_the_method_as_it_was_asked_for():
@@ -90,7 +91,7 @@ def test_table_explains_a_sparsity_that_was_rounded(config, line):
 def test_a_large_loss_is_told_with_what_to_try(method, calibration, expected):
     report = make_report()
     report.config, report.extra = {"method": method}, {"calibration": calibration}
-    report.perplexity = HeldBackPerplexity("text", 4, 128, 20.0, 30.0)
+    report.perplexity = HeldOutPerplexity("text", 4, 128, 20.0, 30.0)
     assert report.advice().startswith("large loss: perplexity is 1.5 times the dense model's; try ")
     assert expected in report.advice()
     assert report.table().endswith(report.advice())
@@ -108,7 +109,7 @@ def test_a_large_loss_is_told_with_what_to_try(method, calibration, expected):
 )
 def test_when_a_loss_is_large(dense, pruned, healed, told):
     report = make_report()
-    report.perplexity = HeldBackPerplexity("text", 4, 128, dense, pruned, healed)
+    report.perplexity = HeldOutPerplexity("text", 4, 128, dense, pruned, healed)
     assert bool(report.advice()) is told
 
 

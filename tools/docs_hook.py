@@ -77,7 +77,10 @@ def stages() -> str:
             rows.append(("a metric's name", "keeps the weights with the highest scores", "`ria` has `exponent` (0.5)"))
             continue
         for name, stage in stages_of(kind).items():
-            options = [f"`{setting.name}` ({setting.default}): {setting.help}" for setting in stage.settings()]
+            options = [
+                f"`{setting.name}`{'' if setting.default is None else f' ({setting.default})'}: {setting.help}"
+                for setting in stage.settings()
+            ]
             rows.append((f"`{name}`", stage.summary, "<br>".join(options).replace("|", "&#124;")))
     return _table(("stage", "what it does", "options (defaults)"), rows)
 

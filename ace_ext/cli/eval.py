@@ -8,7 +8,7 @@ from ace_ext.data.bos import AUTO, choose_bos
 from ace_ext.data.corpora import SOURCES
 from ace_ext.data.evaluation import text_perplexity
 from ace_ext.data.perplexity import SEQLEN
-from ace_ext.runs.beginning import recorded_in_report
+from ace_ext.runs.bos_choice import recorded_in_report
 from ace_ext.runtime import open_model
 
 EXAMPLES = (

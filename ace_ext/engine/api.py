@@ -78,7 +78,9 @@ def prune_model(
     if config is not None and settings:
         raise TypeError(f"give config, or {', '.join(settings)}, not both")
     if not isinstance(config, PruneConfig | None):
-        raise InputError(f"config must be a PruneConfig (got {str(config)[:100]!r}); a method is given by name, as method=…")
+        raise InputError(
+            f"config must be a PruneConfig (got {str(config)[:100]!r}); a method is given by name, as method=…"
+        )
     config = config or PruneConfig(**settings)
     trained = config.method.distill is not None
     if distill_text is not None and not trained:

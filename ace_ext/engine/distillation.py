@@ -28,7 +28,7 @@ PASSES = 6
 
 
 def heal_settings(config: PruneConfig, windows: int, seqlen: int) -> HealSettings:
-    """How ``config``, whose method distills, trains on windows of text, held-back ones included."""
+    """How ``config``, whose method distills, trains on windows of text, held-out ones included."""
     stage = _stage(config)
     settings = HealSettings(learning_rate=stage.learning_rate)
     trained = windows - held_windows(windows, settings)

@@ -24,15 +24,15 @@ SHARED = 16
 
 def windows_needed(tokens: int, seqlen: int, settings: HealSettings) -> int:
     """How many windows a text must have so that its passes are ``tokens`` tokens, rounded up to whole steps: those of
-    :class:`Batches`, which are trained on, and those that are held back."""
+    :class:`Batches`, which are trained on, and those that are held out."""
     rows = max(1, settings.step_tokens // seqlen)
     trained = rows * math.ceil(tokens / (settings.passes * rows * seqlen))
-    return trained + min(settings.held_back, max(1, trained // 3))
+    return trained + min(settings.held_out, max(1, trained // 3))
 
 
 def held_windows(windows: int, settings: HealSettings) -> int:
-    """How many of all windows are held back."""
-    return min(settings.held_back, max(1, windows // 4))
+    """How many of all windows are held out."""
+    return min(settings.held_out, max(1, windows // 4))
 
 
 def check_windows(tokens: Tensor) -> None:
@@ -55,15 +55,15 @@ def check_text(model: nn.Module, tokens: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Batches:
-    """Windows of text in batches; the last ``held_back`` batches are only measured on."""
+    """Windows of text in batches; the last ``held_out`` batches are only measured on."""
 
     tokens: list[Tensor]  # each int64 [rows, seqlen]
-    held_back: int
+    held_out: int
 
     @classmethod
     def of(cls, tokens: Tensor, settings: HealSettings) -> "Batches":
-        """Cuts ``[nsamples, seqlen]`` into batches. The last windows are held back. Windows that share ``SHARED``
-        tokens in a row with one of these are left out, so that no held-back text is trained on.
+        """Cuts ``[nsamples, seqlen]`` into batches. The last windows are held out. Windows that share ``SHARED``
+        tokens in a row with one of these are left out, so that no held-out text is trained on.
 
         Raises:
             InputError: not two dimensions, fewer than two windows, or nothing left to train on.
@@ -76,19 +76,19 @@ class Batches:
         if not len(trained):
             raise InputError(
                 f"tokens: each of the {len(tokens) - held} windows shares text with one of the {held} that are held "
-                f"back, so none is left to train on; give more text, or shorter windows"
+                f"out, so none is left to train on; give more text, or shorter windows"
             )
-        held_back = torch.split(measured, rows)
-        return cls([*torch.split(trained, rows), *held_back], len(held_back))
+        held_out = torch.split(measured, rows)
+        return cls([*torch.split(trained, rows), *held_out], len(held_out))
 
     @property
     def trained(self) -> range:
         """The batches to train on."""
-        return range(len(self.tokens) - self.held_back)
+        return range(len(self.tokens) - self.held_out)
 
     @property
     def measured(self) -> range:
-        """The batches that are held back."""
+        """The batches that are held out."""
         return range(len(self.trained), len(self.tokens))
 
     def order(self, step: int, seed: int) -> int:

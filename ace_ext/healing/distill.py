@@ -37,7 +37,7 @@ def distill_(
 
     The loss is ``KL(teacher ‖ student)`` over the vocabulary at temperature 1, a mean over all tokens of a step; the
     optimizer is Adam on float32 copies of the weights. Embedding, LM head, norms, biases and matrices that were not
-    pruned stay as they are. A part of the windows is held back. The model ends with the weights of the measurement with
+    pruned stay as they are. A part of the windows is held out. The model ends with the weights of the measurement with
     the lowest loss on them, which may be those that it had. The same arguments, device and number of threads give the
     same weights.
 
@@ -69,7 +69,7 @@ def distill_(
     place = context.place
     context.journal.notes.update({**new_notes(), **context.journal.notes})
     with run_mode(model, "distill"), _frozen(model), torch.no_grad():
-        batches = Batches([as_made_here(batch) for batch in batches.tokens], batches.held_back)
+        batches = Batches([as_made_here(batch) for batch in batches.tokens], batches.held_out)
         target = _states_of(teacher, skip, batches, context)
         calls, states = enter(model, source, batches.tokens, place, "student")
         store = PinnedBlocks(source)
@@ -153,7 +153,7 @@ def _record(student: Student, settings: HealSettings, context: HealContext) -> H
         tokens=sum(batches.tokens[i].numel() for i in order),
         steps=notes["step"],
         parts=context.parts,
-        held_back=sum(batches.tokens[i].numel() for i in batches.measured),
+        held_out=sum(batches.tokens[i].numel() for i in batches.measured),
         loss_before=notes["before"],
         loss_after=notes["best"],
         zeros=notes["zeros"],

@@ -1,4 +1,4 @@
-"""Training one window of blocks: its steps, its measurements on held-back text, and the best weights found."""
+"""Training one window of blocks: its steps, its measurements on held-out text, and the best weights found."""
 
 import contextlib
 import math
@@ -21,7 +21,7 @@ from ace_ext.models.tail import Tail
 from ace_ext.records import finite
 
 CHECKS = 8
-"""How often a window is measured on the held-back text while it is trained."""
+"""How often a window is measured on the held-out text while it is trained."""
 BACK_OFF = 0.3
 """What the learning rate is multiplied by when the model has become worse than at the start of its window."""
 POINTS = 100
@@ -40,7 +40,7 @@ class Student:
     batches: Batches
 
     def measure(self, window: Window) -> float:
-        """The mean divergence of the held-back tokens."""
+        """The mean divergence of the held-out tokens."""
         batches = self.batches.measured
         total = sum(window.loss(i, self.states[i], self.teacher[i]) for i in batches)
         return total / sum(self.batches.tokens[i].numel() for i in batches)
@@ -50,7 +50,7 @@ def new_notes() -> dict[str, Any]:
     """The notes of a journal before the first step of the first window.
 
     ``part``: the window in training, ``step``: steps done, ``saved``: whether the journal holds tensors of this window,
-    ``before``, ``start`` and ``best``: losses on the held-back text before all windows and before this one, and the
+    ``before``, ``start`` and ``best``: losses on the held-out text before all windows and before this one, and the
     lowest, ``losses``, ``checks`` and ``backed_off``: as in :class:`ace_ext.records.Healing`, ``pending``: losses since
     the last point, ``zeros``: of the windows that are done.
     """

@@ -24,7 +24,7 @@ class HealProgress:
         self.shown, self._log = show, log
         self._bar: Any = None
         self._steps = self._first = 0
-        self._held_back, self._began = "", 0.0
+        self._held_out, self._began = "", 0.0
 
     def teacher(self, done: int, blocks: int) -> None:
         """Advances a bar over the dense model's blocks."""
@@ -43,14 +43,14 @@ class HealProgress:
     def step(self, step: int, loss: float) -> None:
         """Advances the bar and writes a ``step`` line."""
         memory, elapsed = resident_bytes(), time.perf_counter() - self._began
-        self._bar.set_postfix_str(f"KL {loss:.4f}{self._held_back}, {memory / 2**30:.2f} GiB", refresh=False)
+        self._bar.set_postfix_str(f"KL {loss:.4f}{self._held_out}, {memory / 2**30:.2f} GiB", refresh=False)
         self._bar.update(step - self._bar.n)
         left = (self._steps - step) * elapsed / (step - self._first)
         self._write("step", step=step, loss=finite(loss), memory_bytes=memory, seconds_left=round(left, 2))
 
     def check(self, step: int, loss: float) -> None:
         """Writes a ``check`` line."""
-        self._held_back = f", held back {loss:.4f}"
+        self._held_out = f", held out {loss:.4f}"
         self._write("check", step=step, loss=finite(loss))
 
     def end(self, healing: Healing) -> None:

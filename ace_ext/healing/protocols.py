@@ -51,7 +51,7 @@ class Observer(Protocol):
         ...
 
     def check(self, step: int, loss: float) -> None:
-        """Called when the held-back windows were measured, with the mean loss of their tokens."""
+        """Called when the held-out windows were measured, with the mean loss of their tokens."""
         ...
 
     def end(self, healing: Healing) -> None:

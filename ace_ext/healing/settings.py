@@ -27,5 +27,5 @@ class HealSettings(Options):
     )
     step_tokens: int = option(1024, "tokens of a gradient step, at least one window", Limits(at_least=1))
     passes: int = option(1, "how often each window of text is trained on", Limits(at_least=1))
-    held_back: int = option(8, "windows that are only measured on, at most a quarter of all", Limits(at_least=1))
+    held_out: int = option(8, "windows that are only measured on, at most a quarter of all", Limits(at_least=1))
     seed: int = option(0, "seed of the order of the steps", Limits(at_least=0))

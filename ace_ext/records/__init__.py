@@ -2,7 +2,7 @@
 ``dense_weights`` and ``errors``.
 """
 
-from ace_ext.records.healing import Healing, HeldBackPerplexity, figure_text, finite
+from ace_ext.records.healing import Healing, HeldOutPerplexity, figure_text, finite
 from ace_ext.records.matrices import BlockReport, MatrixReport, Solution, Tuning
 from ace_ext.records.report import FORMAT, REPORT_NAME, PruneReport
 
@@ -11,7 +11,7 @@ __all__ = [
     "REPORT_NAME",
     "BlockReport",
     "Healing",
-    "HeldBackPerplexity",
+    "HeldOutPerplexity",
     "MatrixReport",
     "PruneReport",
     "Solution",

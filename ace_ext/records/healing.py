@@ -18,10 +18,10 @@ class Healing:
     steps: int
     parts: int
     """Into how many windows the blocks were divided that were trained one after the other; 1: all together."""
-    held_back: int
+    held_out: int
     """Tokens that were only measured on."""
     loss_before: float
-    """On the held-back tokens."""
+    """On the held-out tokens."""
     loss_after: float
     """Of the weights that were kept: the best that were measured, so never more than ``loss_before``."""
     zeros: int
@@ -31,9 +31,9 @@ class Healing:
     """The loss over time: the number of a step, and the mean of the losses since the entry before, each on the tokens
     of its step. None: not finite."""
     checks: list[tuple[int, float | None]] = field(default_factory=list)
-    """The loss on the held-back tokens after a number of steps. None: not finite."""
+    """The loss on the held-out tokens after a number of steps. None: not finite."""
     backed_off: list[int] = field(default_factory=list)
-    """After which steps the held-back loss was above that of the start, so that training went back to the best weights
+    """After which steps the held-out loss was above that of the start, so that training went back to the best weights
     and went on with a lower learning rate (:data:`ace_ext.healing.part.BACK_OFF`)."""
 
     def summary(self) -> str:
@@ -44,7 +44,7 @@ class Healing:
             end += "; no gain, try a lower one"
         return (
             f"distilled on {self.tokens:,} tokens in {self.steps} steps, {self.seconds:.1f} s: KL on "
-            f"{self.held_back:,} held-back tokens {self.loss_before:.4f} before, {self.loss_after:.4f} after{end}"
+            f"{self.held_out:,} held-out tokens {self.loss_before:.4f} before, {self.loss_after:.4f} after{end}"
         )
 
     @classmethod
@@ -58,7 +58,7 @@ class Healing:
 
 
 @dataclass
-class HeldBackPerplexity:
+class HeldOutPerplexity:
     """Perplexity on a few windows of held-out text: a rough check, not a result to cite. None: not finite."""
 
     text: str

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ace_ext.dense_weights import DenseWeight, describe_dense, kind_of
-from ace_ext.records.healing import Healing, HeldBackPerplexity
+from ace_ext.records.healing import Healing, HeldOutPerplexity
 from ace_ext.records.matrices import BlockReport, MatrixReport
 
 REPORT_NAME = "ace_report.json"
@@ -37,7 +37,7 @@ class PruneReport:
     """Matrices that stayed dense. Embeddings, the LM head, biases and norms always do and are not listed."""
     healing: Healing | None = None
     """The distillation that followed, if there was one. The errors of matrices and blocks are those before it."""
-    perplexity: HeldBackPerplexity | None = None
+    perplexity: HeldOutPerplexity | None = None
     """Before and after, if the run measured it."""
 
     @property
@@ -107,7 +107,7 @@ class PruneReport:
             blocks=blocks,
             dense=dense,
             healing=None if healing is None else Healing.from_dict(healing),
-            perplexity=None if measured is None else HeldBackPerplexity(**measured),
+            perplexity=None if measured is None else HeldOutPerplexity(**measured),
         )
 
     def save(self, folder: str | os.PathLike[str]) -> None:

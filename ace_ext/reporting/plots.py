@@ -89,9 +89,9 @@ def blocks_plot(series: dict[Key, list[BlockFigures]]) -> tuple[bytes, str]:
 
 
 def healing_plot(healing: Healing) -> bytes:
-    """The PNG of a plot of a distillation's loss over its steps: on the text it trains on, and on held-back text."""
+    """The PNG of a plot of a distillation's loss over its steps: on the text it trains on, and on held-out text."""
     figure, (axes,) = figure_with(1)
-    named = {("training text", ""): healing.losses, ("held-back text", ""): healing.checks}
+    named = {("training text", ""): healing.losses, ("held-out text", ""): healing.checks}
     styles = _styles(named)
     for key, points in named.items():
         steps, losses = zip(*points, strict=True) if points else ((), ())

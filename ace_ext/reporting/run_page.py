@@ -100,10 +100,10 @@ class _Healing:
     def __init__(self, healing: Healing) -> None:
         self.summary = healing.summary()
         self.plot = Plot(
-            healing_plot(healing), "Loss over the steps of the distillation, on training and held-back text."
+            healing_plot(healing), "Loss over the steps of the distillation, on training and held-out text."
         )
         lines = [[str(step), "not finite" if loss is None else f"{loss:.4f}"] for step, loss in healing.checks]
-        self.checks = Table(["steps", "KL on held-back text"], lines, 0)
+        self.checks = Table(["steps", "KL on held-out text"], lines, 0)
         counted = {"zeros, checked": healing.zeros, "windows of blocks": healing.parts}
         self.settings = Table.of_settings({**healing.settings, **counted})
 

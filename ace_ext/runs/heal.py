@@ -33,7 +33,7 @@ from ace_ext.runs.heal_models import HealedBlocks, dense_name, dense_request, op
 from ace_ext.runs.heal_request import TOKENS, HealRequest
 from ace_ext.runs.heal_text import NOTE, HealText, recorded_text
 from ace_ext.runs.heal_trial import tokens_within
-from ace_ext.runs.held_back import logits_of_folder
+from ace_ext.runs.holdout import logits_of_folder
 from ace_ext.runs.memory_model import Estimate, process_bytes
 from ace_ext.runs.model_source import Source, budget_of, open_source
 from ace_ext.runs.options import RunRequest
@@ -202,7 +202,7 @@ class _Run:
     def _measure(self, journal: HealJournal) -> None:
         """Adds the perplexity of what was written to that of the dense and of the pruned model."""
         longer, found = self._request.options.longer, self._report.perplexity
-        text = None if longer is None else longer.held_back
+        text = None if longer is None else longer.held_out
         if text is None or found is None:
             self._report.perplexity = None  # it would not be that of the written model
         else:

@@ -8,7 +8,7 @@ import torch
 
 from ace_ext.errors import InputError
 from ace_ext.healing.settings import HealSettings
-from ace_ext.runs.held_back import HeldBackText
+from ace_ext.runs.holdout import HeldOutText
 from ace_ext.runs.options import Calibration
 
 TOKENS = 65536
@@ -21,7 +21,7 @@ class LongerRun:
 
     fingerprint: dict[str, Any]
     """Everything that the output depends on, as plain values."""
-    held_back: HeldBackText | None
+    held_out: HeldOutText | None
     """The text on which it measures perplexity, if it does."""
 
 
@@ -36,7 +36,7 @@ class HealOptions:
     """Instead of tokens: about how long the run may take. Speed is measured once, and a resumed run keeps the number of
     tokens that followed from it."""
     windows: int | None = None
-    """Instead of both: windows of text, those that are held back included."""
+    """Instead of both: windows of text, those that are held out included."""
     overwrite: bool = False
     """Replace the output folder if it exists."""
     resume: bool = False

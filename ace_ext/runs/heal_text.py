@@ -15,7 +15,7 @@ from ace_ext.errors import InputError
 from ace_ext.models.loading import load_model
 from ace_ext.models.whole_forward import whole_logits
 from ace_ext.records import PruneReport
-from ace_ext.runs.beginning import from_record
+from ace_ext.runs.bos_choice import from_record
 from ace_ext.runs.heal_models import running_dense
 from ace_ext.runs.memory_model import process_bytes
 from ace_ext.runs.model_source import Source

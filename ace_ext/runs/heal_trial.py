@@ -27,7 +27,7 @@ class StepTrial:
     step: float
     """For a step, with the dense model's forward pass for its tokens."""
     measuring: float
-    """For all measurements on held-back text."""
+    """For all measurements on held-out text."""
 
     def seconds(self, steps: int) -> float:
         """For a distillation of so many steps."""
@@ -51,7 +51,7 @@ def try_step(source: Source, settings: HealSettings, seqlen: int, device: torch.
         with store.way_out(source.model):
             loss = _loss_seconds(Tail(source.model, source.blocks, calls[0].wrap), states[0])
     blocks = len(source.blocks)
-    held = max(1, settings.held_back // rows)
+    held = max(1, settings.held_out // rows)
     measuring = (CHECKS + 1) * held * (blocks * forward + loss)
     return StepTrial(blocks * (forward + step) + loss + blocks * forward / settings.passes, measuring)
 

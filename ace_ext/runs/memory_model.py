@@ -87,7 +87,7 @@ def estimate(
         overlap: with ``offload``, a block is pruned while the next one is read and the last one written.
         whole: every weight is read, as when the model writes its own calibration text.
         measures: there is a forward pass of the whole model, to decide about the BOS token (:mod:`ace_ext.data.bos`) or
-            to measure perplexity (:mod:`ace_ext.runs.held_back`).
+            to measure perplexity (:mod:`ace_ext.runs.holdout`).
         process: bytes that the process holds besides the model; None: estimated from this process.
         device: whose memory is estimated.
     """

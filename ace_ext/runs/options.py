@@ -41,7 +41,7 @@ class Calibration:
     bos: str = AUTO
     evaluate: str = EVALUATE_NEVER
     """The text on which perplexity is measured before and after, ``auto`` or ``never``
-    (:mod:`ace_ext.runs.held_back`)."""
+    (:mod:`ace_ext.runs.holdout`)."""
 
     def check(self) -> None:
         """Reads the text if it is a user's file, so that an error shows before the model is loaded.

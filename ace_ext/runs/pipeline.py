@@ -22,9 +22,9 @@ from ace_ext.models.versions import versions
 from ace_ext.process_memory import return_freed_memory
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.records import REPORT_NAME, PruneReport
-from ace_ext.runs.beginning import choose_for_run
+from ace_ext.runs.bos_choice import choose_for_run
 from ace_ext.runs.command import run_command
-from ace_ext.runs.held_back import measurement_for
+from ace_ext.runs.holdout import measurement_for
 from ace_ext.runs.model_source import Demand, Source, check_serves, open_source
 from ace_ext.runs.options import Calibration, RunOptions, RunRequest, check_request
 from ace_ext.runs.output import (

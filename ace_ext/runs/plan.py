@@ -27,7 +27,7 @@ from ace_ext.models.blocks import Block, stay_dense
 from ace_ext.process_memory import available_bytes, peak_memory_bytes, reset_peak, resident_bytes
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.pattern import keep_count
-from ace_ext.runs import held_back
+from ace_ext.runs import holdout
 from ace_ext.runs.dry_run import Trial, try_block
 from ace_ext.runs.heal_trial import try_step
 from ace_ext.runs.memory_model import Estimate, copied_bytes
@@ -330,7 +330,7 @@ def _seconds(request: RunRequest, source: Source, trial: Trial, measured: _Measu
     if not measured.bos.decided:  # pruning a token takes somewhat longer than its forward pass, which is the cost here
         text += blocks * 2 * WINDOWS * WINDOW_TOKENS * trial.token_seconds
     if request.evaluates:  # before and after
-        text += 2 * blocks * held_back.WINDOWS * held_back.WINDOW_TOKENS * trial.token_seconds
+        text += 2 * blocks * holdout.WINDOWS * holdout.WINDOW_TOKENS * trial.token_seconds
     found = {
         "load": source.unpacking.seconds if source.unpacking else 0.0,
         "text": text,

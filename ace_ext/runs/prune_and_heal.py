@@ -16,13 +16,13 @@ from ace_ext.healing.settings import HealSettings
 from ace_ext.models.checksums import file_sha256
 from ace_ext.models.versions import versions
 from ace_ext.records import REPORT_NAME, PruneReport
-from ace_ext.runs.beginning import from_record
+from ace_ext.runs.bos_choice import from_record
 from ace_ext.runs.command import run_command
 from ace_ext.runs.heal import heal_folder
 from ace_ext.runs.heal_memory import HealDemand
 from ace_ext.runs.heal_models import whole_bytes
 from ace_ext.runs.heal_request import HealOptions, HealRequest, LongerRun
-from ace_ext.runs.held_back import HeldBackText, held_back_text
+from ace_ext.runs.holdout import HeldOutText, held_out_text
 from ace_ext.runs.memory_model import Estimate, process_bytes
 from ace_ext.runs.model_source import Source, budget_of, check_serves, open_source
 from ace_ext.runs.options import Calibration, RunRequest
@@ -169,11 +169,11 @@ def _fingerprint(request: RunRequest, source: Source) -> dict[str, Any]:
     }
 
 
-def _held_back(request: RunRequest, source: Source, pruned: Path) -> HeldBackText | None:
+def _held_out(request: RunRequest, source: Source, pruned: Path) -> HeldOutText | None:
     """The text on which the first part measured perplexity."""
     report = read_report(pruned)
     bos = from_record(report.extra.get("calibration"), request.calibration.bos)
-    return None if report.perplexity is None or bos is None else held_back_text(request, source, bos)
+    return None if report.perplexity is None or bos is None else held_out_text(request, source, bos)
 
 
 def _second(request: RunRequest, source: Source, pruned: Path, path: Path, fingerprint: dict[str, Any]) -> HealRequest:
@@ -184,7 +184,7 @@ def _second(request: RunRequest, source: Source, pruned: Path, path: Path, finge
         overwrite=given.overwrite,
         resume=given.resume,
         max_memory=given.max_memory,
-        longer=LongerRun(fingerprint, _held_back(request, source, pruned)),
+        longer=LongerRun(fingerprint, _held_out(request, source, pruned)),
     )
     settings = heal_settings(request.config, text.nsamples, text.seqlen)
     return HealRequest(str(pruned), path, text, request.model, settings, options, request.device)

@@ -71,7 +71,7 @@ def test_is_pruning_and_then_distillation(family, config):
 
 @pytest.mark.parametrize(("windows", "passes"), [(12, 6), (61, 4), (200, 1), (1000, 1)])
 def test_a_short_text_is_read_again(windows, passes):
-    """3,072 tokens, from 16 for each window that is not held back; at most six times."""
+    """3,072 tokens, from 16 for each window that is not held out; at most six times."""
     assert heal_settings(PruneConfig(DISTILL), windows, 16).passes == passes
 
 

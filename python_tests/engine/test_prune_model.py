@@ -219,3 +219,15 @@ def test_a_large_linear_that_text_does_not_use_is_an_error():
         report = prune_model(model, make_tokens(), PruneConfig(f"collect(order={order}) + wanda", max_dense=0.2))
         assert [(w.name, w.reason) for w in report.dense] == [("model.layers.1.idle.weight", "not called")]
         assert model.model.layers[1].idle.weight.all()
+
+
+def test_the_configuration_is_one_or_its_arguments():
+    model = make_model("llama")
+    with pytest.raises(InputError, match=r"config must be a PruneConfig \(got 'balanced'\); a method is given by name, as method="):
+        prune_model(model, make_tokens(), "balanced")
+    with pytest.raises(TypeError, match="give config, or method, not both"):
+        prune_model(model, make_tokens(), PruneConfig("wanda"), method="balanced")
+    with pytest.raises(TypeError, match="sparsty"):
+        prune_model(model, make_tokens(), sparsty=0.5)
+    by_name = prune_model(model, make_tokens(), method="wanda", sparsity=0.25)
+    assert by_name.config == PruneConfig("wanda", 0.25).to_dict()

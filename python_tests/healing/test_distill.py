@@ -20,8 +20,8 @@ from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.replay import capture_calls, run_block
 from ace_ext.models.tail import Tail
 
-QUICK = {"learning_rate": 0.015, "step_tokens": 64, "held_back": 4}
-TEXT = make_tokens(28, 16, 3)  # 24 windows to train on in 6 steps, 4 held back
+QUICK = {"learning_rate": 0.015, "step_tokens": 64, "held_out": 4}
+TEXT = make_tokens(28, 16, 3)  # 24 windows to train on in 6 steps, 4 held out
 
 
 def pruned_model(family="llama", dtype=torch.float32, config=None):
@@ -89,7 +89,7 @@ def test_the_loss_falls_and_only_kept_weights_change(family):
     assert healing.loss_after < 0.95 * healing.loss_before
     assert healing.loss_before == healing.checks[0][1]
     assert healing.loss_after == min(loss for _, loss in healing.checks)
-    assert (healing.steps, healing.tokens, healing.held_back) == (48, 8 * 24 * 16, 4 * 16)
+    assert (healing.steps, healing.tokens, healing.held_out) == (48, 8 * 24 * 16, 4 * 16)
     assert [step for step, _ in healing.losses] == list(range(1, 49))
     trained = {name for name, value in state(model).items() if not torch.equal(value, before[name])}
     matrices = {name.rpartition(".experts.")[0] if ".experts." in name else name for name in pruned_names(model)}
@@ -142,11 +142,11 @@ def test_training_that_gets_worse_goes_back_and_on_with_a_lower_rate(bad, parts,
 
 def test_measured_losses_are_those_of_the_models():
     dense, model = make_model("llama"), pruned_model()
-    held_back = TEXT[-4:]
-    before = mean_kl(model, dense, held_back)
+    held_out = TEXT[-4:]
+    before = mean_kl(model, dense, held_out)
     healing = distill_(model, dense, TEXT, HealSettings(**QUICK))
     assert healing.loss_before == pytest.approx(before, rel=1e-4)
-    assert healing.loss_after == pytest.approx(mean_kl(model, dense, held_back), rel=1e-4)
+    assert healing.loss_after == pytest.approx(mean_kl(model, dense, held_out), rel=1e-4)
 
 
 def trained_plainly(model, dense, settings):
@@ -194,11 +194,9 @@ def test_half_precision_keeps_its_dtype(dtype, device):
 
 
 def test_the_best_weights_are_kept_not_the_last():
-    """Trained for long on the same few windows, the held-back loss falls and rises again."""
+    """Trained for long on the same few windows, the held-out loss falls and rises again."""
     dense, model = make_model("llama"), pruned_model()
-    healing = distill_(
-        model, dense, TEXT[-8:], HealSettings(learning_rate=0.15, step_tokens=64, held_back=2, passes=40)
-    )
+    healing = distill_(model, dense, TEXT[-8:], HealSettings(learning_rate=0.15, step_tokens=64, held_out=2, passes=40))
     losses = [loss for _, loss in healing.checks]
     assert losses[-1] > min(losses) == healing.loss_after
     assert healing.loss_after == pytest.approx(mean_kl(model, dense, TEXT[-2:]), rel=1e-4)
@@ -328,11 +326,11 @@ def test_a_zero_that_moved_is_found(at_kept):
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-def test_windows_that_share_text_with_a_held_back_one_are_left_out():
+def test_windows_that_share_text_with_a_held_out_one_are_left_out():
     text = make_tokens(1, 400, 5)[0]
     windows = text[:384].view(12, 32).clone()
     windows[3] = text[384 - 32 - 16 : 384 - 16]  # ends with the first 16 tokens of the last window
-    batches = Batches.of(windows, HealSettings(step_tokens=32, held_back=1))
+    batches = Batches.of(windows, HealSettings(step_tokens=32, held_out=1))
     assert [batch[0].tolist() for batch in batches.tokens] == [windows[i].tolist() for i in range(12) if i != 3]
     assert list(batches.measured) == [10]
 
@@ -342,7 +340,7 @@ def test_windows_that_share_text_with_a_held_back_one_are_left_out():
     [
         (make_tokens()[0], r"at least two windows \[nsamples, seqlen\].*got shape \[16\]"),
         (make_tokens(1), r"got shape \[1, 16\]"),
-        (make_tokens(1).repeat(9, 1), "each of the 7 windows shares text with one of the 2 that are held back"),
+        (make_tokens(1).repeat(9, 1), "each of the 7 windows shares text with one of the 2 that are held out"),
     ],
 )
 def test_text_that_does_not_serve(tokens, message):
@@ -353,7 +351,7 @@ def test_text_that_does_not_serve(tokens, message):
 @pytest.mark.parametrize("tokens", [1, 64, 65, 640, 5000])
 @pytest.mark.parametrize("passes", [1, 3])
 def test_windows_needed_for_a_budget(tokens, passes):
-    settings = HealSettings(step_tokens=64, held_back=8, passes=passes)
+    settings = HealSettings(step_tokens=64, held_out=8, passes=passes)
     count = windows_needed(tokens, 16, settings)
     batches = Batches.of(make_tokens(count, 16, 7), settings)
     trained = passes * sum(batches.tokens[i].numel() for i in batches.trained)
@@ -378,7 +376,7 @@ def test_schedule():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("learning_rate", 0.0), ("step_tokens", 0), ("passes", 0), ("held_back", 0), ("seed", -1), ("passes", 1.5)],
+    [("learning_rate", 0.0), ("step_tokens", 0), ("passes", 0), ("held_out", 0), ("seed", -1), ("passes", 1.5)],
 )
 def test_settings_have_limits(name, value):
     with pytest.raises(InputError, match=name):

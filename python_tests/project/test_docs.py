@@ -15,7 +15,7 @@ from ace_ext.cli.main import build_parser
 from ace_ext.compare.journal import BlockFigures, Cell, Run
 from ace_ext.data.perplexity import Perplexity
 from ace_ext.pruning import kinds
-from ace_ext.records import BlockReport, Healing, HeldBackPerplexity, MatrixReport, PruneReport, Solution, Tuning
+from ace_ext.records import BlockReport, Healing, HeldOutPerplexity, MatrixReport, PruneReport, Solution, Tuning
 from ace_ext.runs.verify import verify
 
 ROOT = Path(__file__).parents[2]
@@ -164,7 +164,7 @@ def test_named_files_exist(path):
         Solution,
         Tuning,
         Healing,
-        HeldBackPerplexity,
+        HeldOutPerplexity,
         Run,
         Cell,
         BlockFigures,

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from ace_ext.pruning.method import PRESETS, PUBLISHED, parse
+
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").is_file())
 PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name != "index.md")
 
@@ -33,3 +35,37 @@ def test_anchors_of_the_readme_exist():
         headings = re.findall(r"^#+ (.+)$", (ROOT / page).read_text(encoding="utf-8"), re.M)
         slugs = {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
         assert anchor in slugs, f"{page}#{anchor}"
+
+
+METHOD = re.compile(r'--methods?\s+(?:"([^"]+)"|([a-z][\w-]*))')
+
+
+def methods(text: str) -> list[str]:
+    """The texts of methods after ``--method`` and ``--methods``, and in columns of tables with this title."""
+    found = [text for quoted, name in METHOD.findall(text) for text in (quoted or name).split(";")]
+    column = None
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        if not cells:
+            column = None
+        elif column is not None:
+            found += re.findall(r"^`([^`]+)`", cells[column])
+        elif "method" in cells:
+            column = cells.index("method")
+    return [" ".join(method.replace("\\", " ").split()) for method in found if "…" not in method]
+
+
+def test_methods_are_found():
+    assert len(methods((ROOT / "docs/results.md").read_text(encoding="utf-8"))) > 150
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}" for name in PAGES)])
+def test_methods_are_accepted(page):
+    for method in methods((ROOT / page).read_text(encoding="utf-8")):
+        parse(method)
+
+
+def test_presets_of_the_readme_stand_for_these_texts():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w-]+)`(?: \(default\))? \| `([^`]+)` \|", text, re.M)
+    assert dict(rows) == PRESETS | PUBLISHED

@@ -83,13 +83,13 @@ def shown(tmp_path_factory):
     """What a run with a distillation, a comparison and a measurement of a tiny model write for people, by name."""
     place = tmp_path_factory.mktemp("pages")
     dense = save_dense(place / "dense")
-    (place / "held-back.txt").write_text(TEXT)
+    (place / "held-out.txt").write_text(TEXT)
     common = ("--model", dense, "--calibration", place / "text.txt", "--seqlen", 16, "--device", "cpu")
     few = ("--nsamples", 24, "--method", "best(tokens=4096)")
     grid = ("--methods", "wanda; published-sparsegpt; fast; balanced", "--sparsities", "0.5,0.6", "--patterns", "2:4")
     texts = (
         "--texts",
-        place / "held-back.txt",
+        place / "held-out.txt",
         "--eval-seqlen",
         16,
         "--eval-windows",

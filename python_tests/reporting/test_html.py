@@ -10,7 +10,7 @@ from tiny_models import make_model, make_tokens
 from ace_ext import InputError, PruneConfig, prune_model
 from ace_ext.compare.journal import BlockFigures, Cell, Results, Run
 from ace_ext.data.perplexity import Perplexity
-from ace_ext.records import Healing, HeldBackPerplexity
+from ace_ext.records import Healing, HeldOutPerplexity
 from ace_ext.reporting import plots
 from ace_ext.reporting.bench_plot import bench_plot
 from ace_ext.reporting.compare_page import write_study_report
@@ -102,7 +102,7 @@ def test_run_report(tmp_path):
     text = (tmp_path / "page.html").read_text()
     assert "Method <code>wanda</code>; the mask was chosen by wanda scores; the paper&#39;s scores were" in text
     assert "Large loss" not in text
-    report.perplexity = HeldBackPerplexity("a text", 4, 128, 20.0, 50.0)
+    report.perplexity = HeldOutPerplexity("a text", 4, 128, 20.0, 50.0)
     write_run_report(report, tmp_path / "page.html")
     assert "Large loss: perplexity is 2.5 times the dense model&#39;s; try" in (tmp_path / "page.html").read_text()
     assert all(matrix.name in page.cells for matrix in report.matrices)

@@ -36,7 +36,7 @@ def inputs(tmp_path_factory):
 def arguments(verb: str, inputs: Path, work: Path) -> list[str]:
     text = ["--calibration", inputs / "text.txt", "--device", "cpu"]
     samples = [*text, "--nsamples", 4, "--seqlen", 8, "--quiet"]
-    steps = ["--seqlen", 16, "--step-tokens", 16, "--held-back", 2, "--learning-rate", 0.015]
+    steps = ["--seqlen", 16, "--step-tokens", 16, "--held-out", 2, "--learning-rate", 0.015]
     grid = ["--methods", "wanda; magnitude", "--lengths", "4x8", "--texts", inputs / "text.txt"]
     grid += ["--eval-seqlen", 8, "--eval-windows", 2]
     run = ["run", "--model", inputs / "dense", "--output", work / "out", *samples]

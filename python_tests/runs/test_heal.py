@@ -34,7 +34,7 @@ from ace_ext.runs.model_source import open_source
 from ace_ext.runs.output import read_report
 from ace_ext.runs.verify import verify
 
-SETTINGS = HealSettings(learning_rate=0.015, step_tokens=64, held_back=4)
+SETTINGS = HealSettings(learning_rate=0.015, step_tokens=64, held_out=4)
 SMALLER = replace(SETTINGS, learning_rate=0.0015)
 """For the larger model, whose weights are smaller."""
 BUDGET = 1024
@@ -151,7 +151,7 @@ def test_the_model_may_write_its_text(shown, place, tmp_path, capsys):
 
 
 def command(place, output, *more, rate=0.015):
-    options = ["--step-tokens", 64, "--held-back", 4, "--learning-rate", rate, "--tokens", BUDGET, "--device", "cpu"]
+    options = ["--step-tokens", 64, "--held-out", 4, "--learning-rate", rate, "--tokens", BUDGET, "--device", "cpu"]
     return [str(part) for part in ("heal", place / "pruned", "--output", output, *options, *more)]
 
 

@@ -15,7 +15,7 @@ from ace_ext import PruneReport
 from ace_ext.data.windows import token_windows, tokens_between_samples
 from ace_ext.engine.distillation import TEXT_SEED
 from ace_ext.models.products import float32_products
-from ace_ext.runs import held_back
+from ace_ext.runs import holdout
 
 
 @pytest.fixture
@@ -145,5 +145,5 @@ def test_text_that_the_model_writes(tmp_path, capsys):
     assert status == 0, error
     found = figures(tmp_path / "out")
     assert found["text"] == "a short English text"
-    assert (found["windows"], found["seqlen"]) == (2, held_back.WINDOW_TOKENS)
+    assert (found["windows"], found["seqlen"]) == (2, holdout.WINDOW_TOKENS)
     assert PruneReport.from_json((tmp_path / "out" / "ace_report.json").read_text()).perplexity.dense == found["dense"]

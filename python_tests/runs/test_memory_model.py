@@ -303,7 +303,7 @@ def test_a_mixture_holds_no_more_than_estimated(setting):
 def test_a_distillation_holds_no_more_than_estimated(make, division):
     """What a block stores for its backward pass was measured as the growth of processes, which is more than its
     tensors."""
-    model, tokens, settings = make(), make_tokens(17, 64), HealSettings(step_tokens=512, held_back=1)
+    model, tokens, settings = make(), make_tokens(17, 64), HealSettings(step_tokens=512, held_out=1)
     prune_model(model, tokens, PruneConfig("magnitude"))
     blocks = find_blocks(model)
     found = HealDemand.of(model, blocks, 0.5, Batches.of(tokens, settings).tokens).peak(division, 0)

@@ -19,7 +19,7 @@ from ace_ext.models.safetensors_files import Shards
 from ace_ext.models.tokenizer import Tokenizer
 from ace_ext.models.whole_forward import whole_logits
 from ace_ext.packed.files import PackedShards, is_packed
-from ace_ext.records import HeldBackPerplexity, finite
+from ace_ext.records import HeldOutPerplexity, finite
 from ace_ext.runs.model_source import Source
 from ace_ext.runs.options import EVALUATE_AUTO, RunRequest
 
@@ -28,7 +28,7 @@ WINDOWS, WINDOW_TOKENS = 4, 128
 
 
 @dataclass(frozen=True, eq=False)
-class HeldBackText:
+class HeldOutText:
     """Windows of text, and where they are from."""
 
     name: str
@@ -42,7 +42,7 @@ class HeldBackText:
             return finite(perplexity_of(logits(self.windows)[:, :-1], self.windows[:, 1:]))
 
 
-def held_back_text(request: RunRequest, source: Source, bos: BosChoice) -> HeldBackText:
+def held_out_text(request: RunRequest, source: Source, bos: BosChoice) -> HeldOutText:
     """The text on which a run measures perplexity. ``auto``: the held-out part of a small named source; what no
     calibration sample, nor a later part of the run, reads of a user's file; else a short English text.
 
@@ -61,7 +61,7 @@ def held_back_text(request: RunRequest, source: Source, bos: BosChoice) -> HeldB
     count = min(WINDOWS, len(ids) // width)
     windows = begin_with(bos.token, ids[: count * width].view(count, width))
     check_tokens(source.model, windows)
-    return HeldBackText(name, windows)
+    return HeldOutText(name, windows)
 
 
 class Measurement:
@@ -74,7 +74,7 @@ class Measurement:
         device: where they are run.
     """
 
-    def __init__(self, text: HeldBackText, source: Source, blocks: BlockSource, device: torch.device) -> None:
+    def __init__(self, text: HeldOutText, source: Source, blocks: BlockSource, device: torch.device) -> None:
         self._text, self._source, self._blocks, self._device = text, source, blocks, device
         self._dense: float | None = None
 
@@ -82,14 +82,14 @@ class Measurement:
         """Measures the dense model."""
         self._dense = self._text.measure(logits_of(self._source, self._blocks, self._device))
 
-    def after(self, folder: Path | None) -> HeldBackPerplexity:
+    def after(self, folder: Path | None) -> HeldOutPerplexity:
         """Measures the pruned model: that in memory, or of ``folder``, where the blocks were written."""
         if folder is None:
             pruned = self._text.measure(logits_of(self._source, self._blocks, self._device))
         else:
             pruned = self._text.measure(logits_of_folder(self._source, folder, self._device))
         windows, seqlen = self._text.windows.shape
-        return HeldBackPerplexity(self._text.name, windows, seqlen, self._dense, pruned)
+        return HeldOutPerplexity(self._text.name, windows, seqlen, self._dense, pruned)
 
 
 def measurement_for(
@@ -104,7 +104,7 @@ def measurement_for(
     if bos is None or not request.evaluates:
         return None
     try:
-        return Measurement(held_back_text(request, source, bos), source, blocks, request.device)
+        return Measurement(held_out_text(request, source, bos), source, blocks, request.device)
     except InputError as error:
         if request.calibration.evaluate != EVALUATE_AUTO:
             raise
