@@ -1,4 +1,4 @@
-"""The maths of pruning: statistics, criteria (scores), masks, solvers, and the configuration that chooses among them.
+"""The maths of pruning: statistics, scores, masks, the stages of a method, and the configuration.
 
-Reads no file and knows no tokenizer. May import ``ops``, ``models`` and what lies below them.
+It reads no files and uses no tokenizer. May import ``ops``, ``models`` and what lies below them.
 """

@@ -1,13 +1,13 @@
 """Sparsity allocation: how many weights of a row each matrix keeps if blocks may differ and the total is fixed.
 
-Three rules give a block its sparsity. One rounding turns sparsities into whole numbers and keeps the total
-(:func:`allocate`).
+A rule gives each block its sparsity. One rounding turns sparsities into whole numbers and keeps the total
+(:func:`allocate`). Without the stage ``allocate`` all blocks have the same sparsity.
 
-Uniform is the default because the other two had a higher perplexity where they were measured: SmolLM2-135M, bfloat16 on
-a CPU, metric ace at 50 %, 64 x 128 tokens of wiki-mini, seed 0, default ranges, 12 windows of 512 tokens; perplexity on
-wiki-mini and news-mini: uniform 70.4 and 73.6, owl 73.0 and 74.3, error 83.0 and 82.8. The error rule prunes the first
-and last blocks most, because their own outputs have the smallest error. It does not measure how later blocks amplify
-that error.
+That is the default because both rules had a higher perplexity at 50 % where they were measured: SmolLM2-135M, bfloat16
+on a CPU, ``ace``, 64 x 128 tokens of wiki-mini, seed 0, default ranges, 12 windows of 512 tokens; perplexity on
+wiki-mini and news-mini: the same sparsity 70.4 and 73.6, owl 73.0 and 74.3, error 83.0 and 82.8. The rule ``error``
+prunes the first and last blocks most, because their own outputs have the smallest error. It does not measure how later
+blocks amplify that error.
 """
 
 from dataclasses import dataclass
@@ -26,8 +26,8 @@ from ace_ext.pruning.statistics import LinearStatistics
 OUTLIER_FACTOR = 5.0
 """A score is an outlier above this many times its block's mean (``M`` of OWL, arXiv 2310.05175)."""
 ERROR_REACH = 3.0
-"""Under ``"error"`` a block's sparsity may differ from the target by this many times ``allocation_range``. The rule
-reads a whole error curve, where OWL reads one number, so its bound can be wider: it only limits unreliable curves."""
+"""With ``by=error`` a block's sparsity may differ from the target by this many times the option ``range``. This rule
+reads a whole error curve and OWL one number, so its bound can be wider: it only limits unreliable curves."""
 CURVE_POINTS = 61
 """Number of sparsities at which a block's error is measured."""
 
@@ -40,18 +40,18 @@ class BlockMeasure:
     """What the allocation rules read about one dense block."""
 
     outlier_share: float
-    """The share of the block's scores that are above ``OUTLIER_FACTOR`` times their mean."""
+    """The share of the block's scores that exceed ``OUTLIER_FACTOR`` times their mean."""
     errors: FloatArray | None
-    """``[CURVE_POINTS]`` float64, for ``"error"``: the block's error at each sparsity of :func:`sparsity_grid`."""
+    """``[CURVE_POINTS]`` float64, for ``by=error``: the block's error at each sparsity of :func:`sparsity_grid`."""
 
 
 def _stage(config: PruneConfig) -> Allocate:
-    assert config.method.allocate is not None  # callers ask only with one
+    assert config.method.allocate is not None  # only called for methods that have the stage
     return config.method.allocate
 
 
 def sparsity_grid(config: PruneConfig) -> FloatArray:
-    """``[CURVE_POINTS]`` float64: the sparsities that ``"error"`` chooses from, both ends included."""
+    """``[CURVE_POINTS]`` float64: the sparsities that ``by=error`` chooses from, both ends included."""
     reach = ERROR_REACH * _stage(config).range
     return np.linspace(max(0.0, config.sparsity - reach), min(1.0, config.sparsity + reach), CURVE_POINTS)
 
@@ -64,7 +64,7 @@ def measure_block(
     Args:
         linears: the block's Linears by name.
         stats: their statistics by the same names, of the kinds ``config.needs.measure``.
-        config: names the metric and the allocation rule.
+        config: its method has the scores and the allocation rule.
 
     Raises:
         ValueError: a weight, a factor or a score is not finite.
@@ -86,7 +86,7 @@ def measure_block(
 def _error_curve(weight: Tensor, score: Tensor, stats: LinearStatistics, config: PruneConfig) -> FloatArray:
     """``[CURVE_POINTS]`` float64: the mean over tokens of ``‖A'_t - A_t‖² / ‖A_t‖²`` when the lowest scores are pruned.
 
-    Approximation: of the error ``Σ_i e_i G e_iᵀ`` with ``G = Σ_t r_t X_t X_tᵀ`` only the diagonal is used,
+    This is an approximation: of ``G = Σ_t r_t X_t X_tᵀ`` in the error ``Σ_i e_i G e_iᵀ`` only the diagonal is used,
     ``Σ_j e_ij² Σ_t r_t X_tj²``. A cumulative sum over the sorted weights then gives the error at every sparsity.
     """
     error = weight.detach().double().square() * stats.weighted_square_sum / max(1, stats.tokens)
@@ -101,14 +101,14 @@ def _error_curve(weight: Tensor, score: Tensor, stats: LinearStatistics, config:
 def allocate(measures: list[BlockMeasure], config: PruneConfig, shapes: list[Shapes]) -> list[dict[str, int]]:
     """How many weights of each row to keep, for each block and each of its matrices.
 
-    All matrices of a block get the block's sparsity, up to rounding. The model's total is exactly what ``group="row"``
-    keeps at uniform sparsity. The same holds for each set of matrices with the same number of rows: within a set, one
-    weight more per row in one matrix is one weight less per row in another. A matrix that is the only one with its
-    number of rows therefore keeps its uniform share.
+    All matrices of a block get the block's sparsity, up to rounding. The model keeps exactly as many weights as
+    ``group="row"`` keeps without allocation. The same holds for each set of matrices with the same number of rows:
+    within a set, one weight more per row in one matrix is one weight less per row in another. So a matrix keeps its
+    share without allocation if no other matrix has its number of rows.
 
     Args:
-        measures: one for each block; not read for ``"uniform"``.
-        config: names the rule and the target sparsity.
+        measures: one for each block; not read without the stage ``allocate``.
+        config: its method has the rule, and it has the target sparsity.
         shapes: rows and columns of each block's matrices, by name.
     """
     if config.method.allocate is None:
@@ -122,8 +122,8 @@ def allocate(measures: list[BlockMeasure], config: PruneConfig, shapes: list[Sha
 
 
 def _owl(outliers: FloatArray, sizes: FloatArray, config: PruneConfig) -> FloatArray:
-    """``[blocks]``: sparsity falls linearly with the share of outliers, over a width of twice ``allocation_range``. It
-    is shifted so that its mean over weights is the target."""
+    """``[blocks]``: sparsity falls linearly with the share of outliers, by twice the option ``range`` in all. It is
+    shifted so that its mean over weights is the target."""
     spread = outliers.max() - outliers.min()
     scaled = (outliers - outliers.min()) / spread if spread > 0 else np.zeros_like(outliers)
     offset = -2 * _stage(config).range * scaled
@@ -133,12 +133,12 @@ def _owl(outliers: FloatArray, sizes: FloatArray, config: PruneConfig) -> FloatA
 def _equal_marginal_error(errors: FloatArray, sizes: FloatArray, config: PruneConfig) -> FloatArray:
     """``[blocks]``: minimises the sum of the blocks' errors at the target's total (water-filling).
 
-    At the minimum one more pruned weight costs the same in every block that is not at the end of its range. Bisection
-    finds that cost. The curves ``errors [blocks, CURVE_POINTS]`` are treated as convex: their slopes are made
-    non-decreasing.
+    At the minimum, one more pruned weight costs the same in every block that is not at the end of its range. Bisection
+    finds that cost. The slopes of ``errors [blocks, CURVE_POINTS]`` are made non-decreasing: the curves are treated as
+    convex.
     """
     grid = sparsity_grid(config)
-    errors = np.ldexp(errors, -np.frexp(errors.max())[1])  # exact; tiny ones would lose their digits in the slopes
+    errors = np.ldexp(errors, -np.frexp(errors.max())[1])  # exact; the slopes of tiny errors would lose digits
     slopes = np.maximum.accumulate(np.gradient(errors, grid, axis=1) / sizes[:, None], axis=1)
     low, high = slopes.min(), slopes.max()
     target = config.sparsity * sizes.sum()
@@ -157,8 +157,8 @@ def _at_level(level: float, slopes: FloatArray, grid: FloatArray) -> FloatArray:
 
 
 def _whole_numbers(sparsities: FloatArray, config: PruneConfig, shapes: list[Shapes]) -> list[dict[str, int]]:
-    """Rounds within each set of matrices that have the same number of rows, so that the set keeps as many weights as at
-    uniform sparsity."""
+    """Rounds within each set of matrices that have the same number of rows. Each set keeps as many weights as it does
+    without allocation."""
     keeps: list[dict[str, int]] = [dict.fromkeys(block, 0) for block in shapes]
     sets: dict[int, list[tuple[int, str]]] = {}
     for index, block in enumerate(shapes):

@@ -1,5 +1,5 @@
-"""What to prune and how: the target, and the method that reaches it. Both are checked when a configuration is made,
-before a model changes."""
+"""What to prune and how: the target and the method. Both are checked when a configuration is made, before a model
+changes."""
 
 import numbers
 from collections.abc import Iterable, Sequence
@@ -17,27 +17,27 @@ from ace_ext.pruning.stages.collect import BLOCK, EXACT, SEQUENTIAL, SKETCH
 SPARSITY = 0.5
 """The default share of zeros."""
 MAX_DENSE = 0.1
-"""The default share of a block's weights that may stay dense unasked."""
+"""The default of ``max_dense``."""
 
 
 class PruneConfig:
-    """What :func:`ace_ext.prune_model` prunes, and by which method. Not to be changed once it is made.
+    """What :func:`ace_ext.prune_model` prunes, and with which method. Do not change it once it is made.
 
     Args:
         method: a text such as ``"balanced"`` or ``"admm(iterations=30) + distill"``, a stage, or a list of stages
             (:mod:`ace_ext.pruning.method`).
         sparsity: share of zeros in ``[0, 1]``; default 0.5. Not together with ``pattern``.
         pattern: N:M, as a :class:`SparsityPattern` or text like ``"2:4"``; N are kept.
-        group: the comparison group, that is, which weights are ranked against each other: those of one ``"row"``, one
-            ``"matrix"``, or the whole ``"model"``, which needs all scores at once, so that all statistics are those of
-            the dense model. Default: ``"row"``, but ``"matrix"`` where ``obs`` chooses the mask. Not together with
-            ``pattern``, which has its own groups.
-        skip: regular expressions, or a single one; a Linear or expert weight whose full name matches one stays dense.
-        max_dense: convolutions, decays and other weights that no known matrix product reads stay dense and are listed
-            in the report; if they are more than this share of a block's weights, that is an error.
+        group: the comparison group: the weights of one ``"row"``, one ``"matrix"`` or the whole ``"model"`` are ranked
+            against each other. ``"model"`` needs all scores at once, so all statistics are those of the dense model.
+            Default: ``"row"``, or ``"matrix"`` if ``obs`` chooses the mask. Not together with ``pattern``, which has
+            its own groups.
+        skip: regular expressions, or a single one. A Linear or expert weight stays dense if its full name matches one.
+        max_dense: the share of a block's weights that may stay dense because no known matrix product reads them, such
+            as convolutions and decays. The report lists them. A larger share is an error.
 
     Raises:
-        InputError: for a value outside its limits, or arguments that exclude each other.
+        InputError: a value is outside its limits, or arguments exclude each other.
     """
 
     def __init__(
@@ -65,7 +65,9 @@ class PruneConfig:
             return "row" if chooses is None else chooses.groups[0]
         check_choice("group", given, [*GROUPS])
         if self.pattern is not None and given != "row":
-            raise InputError(f"a pattern compares within its own groups: leave out group (got {given!r})")
+            raise InputError(
+                f"group does not go with a pattern, which has its own groups (got {given!r}); leave out group"
+            )
         return given
 
     def _check_group(self) -> None:
@@ -92,7 +94,9 @@ class PruneConfig:
         if self.pattern is not None:
             raise InputError("allocate cannot move weights between N:M groups; leave out pattern or allocate")
         if self.comparison.over_matrices:
-            raise InputError(f"group {self.group} itself allocates; leave out allocate, or use group row")
+            raise InputError(
+                f"group {self.group} already divides the sparsity among blocks; leave out allocate, or use group row"
+            )
 
     @property
     def comparison(self) -> ComparisonGroup:
@@ -101,12 +105,12 @@ class PruneConfig:
 
     @property
     def order(self) -> str:
-        """``"block"`` or ``"sequential"``: the option of ``collect``, or what the group needs."""
+        """``"block"`` or ``"sequential"``: the option of ``collect``, or else what the group needs."""
         return self.method.collect.order or (BLOCK if self.comparison.over_matrices else SEQUENTIAL)
 
     @property
     def token_norm(self) -> str:
-        """``"exact"`` or ``"sketch"``: the option of ``collect``, or what the order makes cheap."""
+        """``"exact"`` or ``"sketch"``: the option of ``collect``, or else what is cheap in this order."""
         return self.method.collect.token_norm or (SKETCH if self.order == SEQUENTIAL else EXACT)
 
     @property
@@ -115,32 +119,32 @@ class PruneConfig:
         return Needs.of(self.method)
 
     def batch_samples(self, seqlen: int) -> int:
-        """How many samples of ``seqlen`` tokens go through a block at a time."""
+        """How many samples of ``seqlen`` tokens pass a block at a time."""
         return max(1, self.method.collect.batch_tokens // max(1, seqlen))
 
     def changed(self, **arguments: Any) -> "PruneConfig":
-        """A configuration with other arguments."""
+        """The configuration with these arguments changed."""
         amount = {"pattern": self.pattern} if self.pattern else {"sparsity": self.sparsity, "group": self.group}
         own = {"method": self.method, **amount, "skip": self.skip, "max_dense": self.max_dense}
         return PruneConfig(**{**own, **arguments})
 
     def without_distillation(self) -> "PruneConfig":
-        """The same without the stage that trains the whole model."""
+        """The configuration without the stage ``distill``."""
         return self if self.method.distill is None else self.changed(method=self.method.without(Distill))
 
     def on_dense_blocks(self) -> "PruneConfig":
-        """The same with statistics of dense blocks, as a statistics file holds them.
+        """The configuration with statistics of dense blocks, which a statistics file holds.
 
         Raises:
-            InputError: the method says otherwise.
+            InputError: the method has ``order=sequential``.
         """
         if self.method.collect.order == SEQUENTIAL:
             raise InputError("saved statistics are of dense blocks; leave out order=sequential, or write order=block")
         return self if self.order == BLOCK else self.changed(method=self.method.collected(order=BLOCK))
 
     def to_dict(self) -> dict[str, Any]:
-        """All arguments as plain values for a report; ``method`` is the text of the stages, ``preset`` the name of the
-        preset that was asked for, if any."""
+        """All arguments as plain values, for a report. ``method`` is the text of the stages. ``preset`` is the name of
+        the preset or published method, None if it is neither or an option is changed."""
         return {
             "method": str(self.method),
             "preset": self.method.preset,
@@ -172,14 +176,14 @@ def _share(name: str, given: object) -> float:
     """``given`` as a share from 0 to 1."""
     number = isinstance(given, numbers.Real) and not isinstance(given, bool)
     if number and 0 <= given <= 1:  # type: ignore[operator]  # it is a number
-        return float(given)  # type: ignore[arg-type]  # numpy's float32 is none that JSON knows
+        return float(given)  # type: ignore[arg-type]  # JSON cannot hold numpy's float32
     percent = number and 1 < given <= 100  # type: ignore[operator]
     hint = f"; did you mean {given / 100:g}?" if percent else ""  # type: ignore[operator]
     raise InputError(f"{name} must be a share from 0 to 1 (got {str(given)[:100]}){hint}")
 
 
 def _patterns(skip: object) -> tuple[str, ...]:
-    """``skip`` as a tuple: one pattern stands for a list of one, None for none."""
+    """``skip`` as a tuple: a single expression stands for a list of one, None for an empty list."""
     if skip is None or isinstance(skip, str):
         return () if skip is None else (skip,)
     if not isinstance(skip, Iterable):

@@ -1,7 +1,7 @@
-"""The table of metrics: what each reads from the statistics, and the column factor that it hands to the ops.
+"""The table of metrics: which statistics each reads, and the column factor that it passes to the ops.
 
-The score of one weight is a formula of the ops (``csrc/core/score.h``); this file holds the factor that all weights of
-a column share. A new metric that is a column factor is one entry in :data:`METRICS`, and one line in
+The ops compute the score of a weight (``csrc/core/score.h``). This file holds the factor that all weights of a column
+share. A new metric that is a column factor is one entry in :data:`METRICS` and one line in
 :func:`ace_ext.ops.reference.column_factor`.
 
 Notation: ``W [d_out, d_in]``, inputs ``X [T, d_in]``, dense outputs ``A = X Wᵀ``, ``r_t = 1 / ‖A_t‖²``; ``σ_j`` is the
@@ -64,19 +64,19 @@ METRICS: dict[str, Metric] = {
     ),
     "ace": _metric("cosp · σ_j", "cosp", INPUT, MOMENT, column=lambda s, _: s.norm * s.deviation),
 }
-"""Every metric by name, in the order in which they are listed to users. ``ace`` is the paper's method (arXiv
-2505.21987), the product of its two metrics, as near as its public record tells."""
+"""Every metric by name, in the order of help texts. ``ace`` is the method of the paper (arXiv 2505.21987), the product
+of its two metrics, as far as its public record describes it."""
 METRICS["varp"] = METRICS["stade"]  # the paper's name of the same formula
 
 DEFAULT_METRIC = "wanda"
-"""The cheapest that holds on every model measured. What prunes best is a preset, not a metric."""
+"""The cheapest metric that is usable on every measured model. For a lower perplexity use a preset."""
 
 
 def metric_needs(metric: str | CustomMetric) -> frozenset[str]:
     """The kinds of statistics to collect for a metric.
 
     A callable gets ``input`` and ``weighted``. It also gets the cross moment if it has the attribute
-    ``needs_moment = True``; that costs a matrix product as large as the Linear's own.
+    ``needs_moment = True``. The cross moment costs a matrix product as large as the Linear's own.
     """
     if callable(metric):
         wanted = {INPUT, WEIGHTED}
@@ -88,7 +88,7 @@ def column_factor(metric: str, stats: LinearStatistics | None, ria_exponent: flo
     """The factor of each column as the ops take it: ``[d_in]`` float32, contiguous; None for ``magnitude``.
 
     Raises:
-        ValueError: the metric needs statistics and ``stats`` is None, or has not the kind that the metric reads.
+        ValueError: the metric needs statistics that ``stats`` does not hold, or ``stats`` is None.
     """
     column = METRICS[metric].column
     if column is None:

@@ -1,7 +1,7 @@
-"""The Gram matrix of a Linear's inputs, ``G = Σ_t w_t X_t X_tᵀ``, and the factorisations that the solvers share.
+"""The Gram matrix of a Linear's inputs, ``G = Σ_t w_t X_t X_tᵀ``, and the factorisations that the solve stages share.
 
-A change ``e`` of a row has the squared output error ``e G eᵀ``. With ``w_t = 1`` all tokens count the same; with
-``w_t = r_t = 1 / ‖A_t‖²``, ``A`` the dense output, the error is relative to each token's output.
+A change ``e`` of a row has the squared output error ``e G eᵀ``. With ``w_t = 1`` all tokens count the same. With
+``w_t = r_t = 1 / ‖A_t‖²``, where ``A`` is the dense output, the error is relative to each token's output.
 """
 
 import math
@@ -16,18 +16,18 @@ from ace_ext.pruning.damping import floor_energy, penalty
 from ace_ext.pruning.scaling import InputScale, times_power, times_power_
 
 MAX_ATTEMPTS = 8
-"""How many factorisations are tried, each with ten times the damping of the one before."""
+"""How many factorisations are tried. Each has ten times the damping of the one before."""
 LOSS_ROWS = 1024
-"""Rows whose error is computed at a time, to bound memory."""
+"""Rows whose error is computed at a time, to limit memory."""
 CHUNK_TOKENS = 4096
 """Tokens that are converted to float32 at a time. Tensor cores may truncate within such a chunk; the sum of chunks is
 rounded to nearest."""
 LEAST_DAMPING = 1e-6
-"""The damping of the second attempt, if the first one had less than a tenth of it (or none)."""
+"""The damping of the second attempt if that of the first was less than a tenth of it."""
 
 DEAD = 2.0**-100
-"""What the weights of a dead column, whose input was always zero, are multiplied by while a solver works: so they rank
-below all others, and among themselves by magnitude."""
+"""The factor of the weights of a dead column (its input was always zero) while a stage solves for the mask. They then
+rank below all other weights, and among themselves by magnitude."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ObsFactor:
 
     upper: Tensor  # [d, d] float32, upper triangular: (G + damping)⁻¹ = upperᵀ upper
     dead: Tensor  # [d] bool: inputs that were zero for every token
-    damping: float  # relative to the mean diagonal: the value with which the factorisation succeeded
+    damping: float  # the value with which the factorisation succeeded, relative to the mean diagonal
     attempts: int
 
 
@@ -71,14 +71,14 @@ class GramState:
     """The Gram matrix of the tokens seen so far, ``matrix [d, d]`` float32 (a sum, not a mean), and their number.
 
     ``G = 4^scale.power matrix``. The power is 0 unless inputs are very small or very large
-    (:mod:`ace_ext.pruning.scaling`). Solvers and relative losses do not depend on it.
+    (:mod:`ace_ext.pruning.scaling`). Stages and relative losses do not depend on it.
 
     Linears that share a state share its factorisations too: each is computed once, on first use.
 
-    On a GPU the products of unweighted bfloat16 and float16 inputs are formed by tensor cores, exactly, and summed in
-    float32 (:func:`multiplies_exactly`; not run on a GPU). Other products follow ``torch.backends.cuda.matmul``: with
-    TF32 enabled there (it is not by default) inputs are rounded to 10 bits of mantissa, a relative error of 2⁻¹¹ per
-    entry, far below the damping.
+    On a GPU, tensor cores multiply unweighted bfloat16 and float16 inputs exactly and sum in float32
+    (:func:`multiplies_exactly`; not run on a GPU). Other products follow ``torch.backends.cuda.matmul``. If TF32 is
+    enabled there (it is not by default), inputs are rounded to 10 bits of mantissa: a relative error of 2⁻¹¹ per entry,
+    far below the damping.
     """
 
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
@@ -102,7 +102,7 @@ class GramState:
         self._forget_factors()
 
     def _scaled(self, rows: Tensor) -> Tensor:
-        """``rows [T, d]`` as they are added: divided by ``2^scale.power``, which may have to be raised for them."""
+        """``rows [T, d]`` divided by ``2^scale.power``. The power is raised first if these rows need it."""
         times_power_(self.matrix, -2 * self.scale.admit(rows))
         return times_power(rows, -self.scale.power)
 
@@ -111,7 +111,7 @@ class GramState:
         times_power_(self.matrix, -2 * self.scale.raise_to(exponent))
 
     def merge_(self, other: "GramState") -> None:
-        """Adds another state's tokens, such as those of another data-parallel rank."""
+        """Adds the tokens of another state, such as that of another data-parallel rank."""
         lower = 0
         if other.scale.exponent is not None:
             self.raise_scale_(other.scale.exponent)
@@ -121,7 +121,7 @@ class GramState:
         self._forget_factors()
 
     def sums(self) -> list[Tensor]:
-        """The tensors that add up over data-parallel ranks."""
+        """The tensors to sum over data-parallel ranks."""
         return [self.matrix]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -130,7 +130,7 @@ class GramState:
 
     @classmethod
     def of_tensors(cls, tensors: dict[str, Tensor]) -> "GramState":
-        """The state of :meth:`tensors`; it holds the given matrix itself, not a copy."""
+        """The state of :meth:`tensors`. It uses the given matrix itself, not a copy."""
         state = cls(0, tensors["matrix"].device)
         state.matrix, state.tokens = tensors["matrix"], int(tensors["tokens"])
         state.scale = InputScale.of_tensors(tensors)
@@ -144,7 +144,7 @@ class GramState:
         """The factor for the column-by-column update, computed on first use.
 
         Raises:
-            InputError: the matrix is not positive definite with any damping that was tried.
+            InputError: the matrix is not positive definite with any of the dampings.
         """
         if damping not in self._obs:
             self._obs[damping] = self._make_obs_factor(damping)
@@ -158,7 +158,7 @@ class GramState:
             floor: as in :func:`ace_ext.pruning.damping.floor_energy`.
 
         Raises:
-            InputError: the matrix is not positive definite with any damping that was tried.
+            InputError: the matrix is not positive definite with any of the dampings.
         """
         if (damping, floor) not in self._admm:
             self._admm[damping, floor] = self._make_admm_factor(damping, floor)
@@ -211,12 +211,11 @@ class GramState:
 def multiplies_exactly(x: Tensor) -> bool:
     """Whether the device multiplies these inputs as they are and sums in float32: float16 and bfloat16 on a GPU.
 
-    A product of two such numbers has at most 22 bits of mantissa, so float32 holds it. Where a matrix product is split
-    over tokens, its parts are reduced in the output's dtype, float32, whatever
-    ``allow_bf16_reduced_precision_reduction`` says (it is about outputs below the accumulator's precision: cuBLAS's
-    manual, ``CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION``). With ``allow_fp16_accumulation`` float16 would be
-    summed in float16. Inputs with token weights are not exact in 16 bits: they are converted to float32 and multiplied
-    there.
+    A product of two such numbers has at most 22 bits of mantissa, so float32 holds it. If a matrix product is split
+    over tokens, its parts are summed in the output's dtype, float32, whatever
+    ``allow_bf16_reduced_precision_reduction`` says. That flag concerns outputs below the accumulator's precision
+    (cuBLAS's manual, ``CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION``). With ``allow_fp16_accumulation``, float16
+    would be summed in float16. Inputs with token weights are not exact in 16 bits. They are converted to float32 first.
     """
     if x.device.type != "cuda":
         return False
@@ -226,8 +225,8 @@ def multiplies_exactly(x: Tensor) -> bool:
 
 
 def weighted_rows(x: Tensor, token_weight: Tensor | None) -> Iterator[Tensor]:
-    """``x [T, d]`` in chunks, float32, each row times the root of its ``token_weight [T]`` (None: 1): the sum of
-    ``rowsᵀ rows`` is the Gram matrix. A chunk may be a view of ``x``."""
+    """``x [T, d]`` in float32 chunks. Each row is multiplied by the root of its ``token_weight [T]`` (None: 1), so that
+    the sum of ``rowsᵀ rows`` is the Gram matrix. A chunk may be a view of ``x``."""
     for start in range(0, len(x), CHUNK_TOKENS):
         part = slice(start, start + CHUNK_TOKENS)
         rows = x[part].float()
@@ -235,9 +234,9 @@ def weighted_rows(x: Tensor, token_weight: Tensor | None) -> Iterator[Tensor]:
 
 
 def restore_dead_(weight: Tensor, dense: Tensor, mask: Tensor, dead: Tensor) -> None:
-    """Sets the kept weights of dead columns to their dense values, in place: solvers change none of them.
+    """Sets the kept weights of dead columns to their dense values, in place: no stage changes them.
 
-    A dead column ranks lowest (:data:`DEAD`): a solver's mask keeps its weight only where a group has too few others.
+    A dead column ranks lowest (:data:`DEAD`). A mask keeps its weight only if the group has too few other weights.
 
     Args:
         weight: ``[rows, d]`` float32.
@@ -250,14 +249,14 @@ def restore_dead_(weight: Tensor, dense: Tensor, mask: Tensor, dead: Tensor) -> 
 
 
 class RelativeLoss:
-    """``energy(pruned - dense) / energy(dense)`` of one dense weight and several pruned ones. ``energy`` is the sum of
-    ``e G eᵀ`` over rows ``e [n, d]``. The loss is 0 if the dense output is zero for every token. The dense weight's
-    energy is computed once.
+    """``energy(pruned - dense) / energy(dense)`` for one dense weight and several pruned ones. ``energy`` is the sum of
+    ``e G eᵀ`` over rows ``e [n, d]``. The loss is 0 if the dense output is zero for every token. The energy of the
+    dense weight is computed once.
 
     Args:
         energy: the energy of some rows, ``[]`` float64.
         dense: ``[rows, d]`` float32.
-        add_up: adds up the energies of all processes, which have a share of the rows each.
+        add_up: sums the energies of all processes; each has a share of the rows.
     """
 
     def __init__(
@@ -270,7 +269,7 @@ class RelativeLoss:
         self._total = self._sum(energy(rows) for rows in torch.split(dense, LOSS_ROWS))
 
     def __call__(self, pruned: Tensor) -> float:
-        """The loss of ``pruned [rows, d]``, which is converted to float32 some rows at a time."""
+        """The loss of ``pruned [rows, d]``. It is converted to float32 a few rows at a time."""
         parts = zip(torch.split(self._dense, LOSS_ROWS), torch.split(pruned, LOSS_ROWS), strict=True)
         lost = self._sum(self._energy(kept.float() - rows) for rows, kept in parts)
         return float(torch.where(self._total > 0, lost / self._total, 0.0))
@@ -300,17 +299,17 @@ def _inverse_factor(make: Callable[[], Tensor], damping: float) -> tuple[Tensor,
     of attempts.
 
     The matrix is factorised with its rows and columns in reverse order. Reversed back, the factor is upper triangular:
-    ``matrix = R Rᵀ``, and ``upper = R⁻¹``. This is one factorisation. Factorising an explicit inverse takes
-    three steps, and the last may fail.
+    ``matrix = R Rᵀ``, and ``upper = R⁻¹``. This takes one factorisation. With an explicit inverse it would take three
+    steps, and the last may fail.
 
     Args:
         make: makes the matrix ``[d, d]`` float64, symmetric, with a positive diagonal. It is called for each attempt:
-            this is cheap and keeps no more than two float64 matrices in memory.
+            this is cheap, and no more than two float64 matrices are in memory.
         damping: relative to the mean diagonal; raised tenfold after each failed attempt.
 
     Raises:
-        InputError: the matrix is not positive definite with any of ``MAX_ATTEMPTS`` dampings, up to 10⁷ times the one
-            asked for. Rounding can cause this when there are fewer tokens than columns.
+        InputError: the matrix is not positive definite with any of ``MAX_ATTEMPTS`` dampings, up to 10⁷ times the
+            requested one. Rounding can cause this if there are fewer tokens than columns.
     """
     for attempt in range(1, MAX_ATTEMPTS + 1):
         factor, failed, mean = _cholesky_reversed(make, damping)

@@ -1,7 +1,7 @@
 """The comparison groups: which weights are ranked against each other, and how many of a group are kept.
 
-A group of :data:`GROUPS` is chosen by name; an N:M pattern defines its own. To add one, write a class here and register
-it: the command line, the masks, the plan and ``verify`` read the registry.
+A user chooses a group of :data:`GROUPS` by name; an N:M pattern defines its own. To add a group, write a class here and
+add it to :data:`GROUPS`: the command line, the masks, the plan and ``verify`` read that table.
 """
 
 from abc import ABC, abstractmethod
@@ -14,14 +14,14 @@ from ace_ext.pruning.pattern import SparsityPattern, keep_count
 
 
 class ComparisonGroup(ABC):
-    """A kind of comparison group. Sizes are those of a matrix of ``rows x cols``."""
+    """A kind of comparison group. Arguments ``rows`` and ``cols`` are the size of a matrix."""
 
     name: str
     summary: str
     plural = ""
-    """The plural noun for the groups of a matrix; empty if a matrix has only one."""
+    """The plural noun for the groups of a matrix; empty if a matrix is one group."""
     over_matrices = False
-    """Whether a group spans several matrices, so that no matrix can be pruned by itself."""
+    """Whether a group spans several matrices. No matrix can then be pruned by itself."""
 
     def __str__(self) -> str:
         return self.name
@@ -31,20 +31,20 @@ class ComparisonGroup(ABC):
         """How many weights of the matrix are in one group."""
 
     def keep(self, rows: int, cols: int, sparsity: float, keep_row: int | None = None) -> int:
-        """How many weights of one group are kept. If ``keep_row`` is given, it is the number kept of each row and
-        replaces ``sparsity``."""
+        """How many weights of one group are kept. ``keep_row``, if given, is the number of weights to keep in each row;
+        it replaces ``sparsity``."""
         size = self.size(rows, cols)
         return keep_count(size, sparsity) if keep_row is None else keep_row * size // max(1, cols)
 
     def budget(self, rows: int, cols: int, sparsity: float, keep_row: int | None = None) -> int:
-        """How many weights of the matrix are kept. For a group that spans matrices: how many would be if every matrix
-        kept the same share."""
+        """How many weights of the matrix are kept. For a group that spans matrices: how many would be kept if every
+        matrix kept the same share."""
         groups = rows * cols // max(1, self.size(rows, cols))
         return self.keep(rows, cols, sparsity, keep_row) * groups
 
     @abstractmethod
     def prune_(self, scored: ScoredWeight, keep: int) -> None:
-        """Zeroes all but the ``keep`` weights with the highest scores of each group, in place."""
+        """Keeps the ``keep`` weights with the highest scores of each group, and zeroes the others in place."""
 
     @abstractmethod
     def mask(self, scored: ScoredWeight, keep: int) -> Tensor:
@@ -66,7 +66,7 @@ class RowGroup(ComparisonGroup):
         return cols
 
     def budget(self, rows: int, cols: int, sparsity: float, keep_row: int | None = None) -> int:
-        """The number kept of a row, times the rows; also right for rows without columns."""
+        """The number kept in a row, times the number of rows; also right for rows without columns."""
         return rows * self.keep(rows, cols, sparsity, keep_row)
 
     def prune_(self, scored: ScoredWeight, keep: int) -> None:
@@ -109,7 +109,7 @@ class MatrixGroup(ComparisonGroup):
 
 
 class ModelGroup(MatrixGroup):
-    """All weights of the model, pruned together by :func:`ace_ext.pruning.masks.prune_model_wide_`."""
+    """All weights of the model. :func:`ace_ext.pruning.masks.prune_model_wide_` prunes them together."""
 
     name, summary = "model", "all weights of the model"
     over_matrices = True
@@ -149,4 +149,4 @@ class PatternGroup(ComparisonGroup):
 
 
 GROUPS: dict[str, ComparisonGroup] = {group.name: group for group in (RowGroup(), MatrixGroup(), ModelGroup())}
-"""Every group that can be chosen by name."""
+"""Every group that a user can choose by name."""

@@ -20,7 +20,7 @@ COUNTED_AT_ONCE = 1 << 22
 def count_kept(weight: Tensor) -> Tensor:
     """How many entries of ``weight [rows, cols]`` are not zero: ``[]`` int64, on the weight's device.
 
-    Summing bools in parts is over four times as fast as ``count_nonzero`` of bfloat16 on a CPU, and needs only a few
+    Sums of bools in parts are over four times as fast as ``count_nonzero`` of bfloat16 on a CPU. They need only a few
     megabytes.
     """
     parts = torch.split(weight, max(1, COUNTED_AT_ONCE // max(1, weight.shape[1])))
@@ -29,8 +29,8 @@ def count_kept(weight: Tensor) -> Tensor:
 
 @contextmanager
 def as_rows(weight: Tensor) -> Iterator[Tensor]:
-    """``weight [rows, cols]`` as the ops take it: itself if its rows are contiguous, else a copy, which is written back
-    at the end. A parameter that is stored transposed needs the copy."""
+    """``weight [rows, cols]`` in the layout of the ops: itself if its rows are contiguous, else a copy that is written
+    back at the end. A parameter that is stored transposed needs the copy."""
     if weight.shape[1] <= 1 or weight.stride(1) == 1:
         yield weight
         return
@@ -55,34 +55,34 @@ def scored_weight(weight: Tensor, stats: LinearStatistics | None, config: PruneC
 
 
 def keep_of_group(weight: Tensor, config: PruneConfig, keep_row: int | None = None) -> int:
-    """How many weights of one comparison group are kept. ``keep_row``, if given, is the number kept of each row and
-    replaces ``config.sparsity`` (see :mod:`ace_ext.pruning.allocation`)."""
+    """How many weights of one comparison group are kept. ``keep_row``, if given, is the number of weights to keep in
+    each row; it replaces ``config.sparsity`` (see :mod:`ace_ext.pruning.allocation`)."""
     rows, cols = weight.shape
     return config.comparison.keep(rows, cols, config.sparsity, keep_row)
 
 
 def keep_budget(weight: Tensor, config: PruneConfig, keep_row: int | None = None) -> int:
-    """How many weights of a matrix are kept. For the group ``model``: how many would be if every matrix kept the same
-    share."""
+    """How many weights of a matrix are kept. For the group ``model``: how many would be kept if every matrix kept the
+    same share."""
     rows, cols = weight.shape
     return config.comparison.budget(rows, cols, config.sparsity, keep_row)
 
 
 def prune_weight_(scored: ScoredWeight, config: PruneConfig, keep_row: int | None = None) -> None:
-    """Zeroes the weight's entries with the lowest scores in place, compared within rows, the matrix, or N:M groups."""
+    """Zeroes the entries with the lowest scores of each comparison group, in place."""
     config.comparison.prune_(scored, keep_of_group(scored.weight, config, keep_row))
 
 
 def score_mask(scored: ScoredWeight, config: PruneConfig, keep_row: int | None = None) -> Tensor:
-    """``[rows, cols]`` bool, True where :func:`prune_weight_` would keep a weight. The weight is not changed."""
+    """``[rows, cols]`` bool, True where :func:`prune_weight_` would keep a weight. It does not change the weight."""
     return config.comparison.mask(scored, keep_of_group(scored.weight, config, keep_row))
 
 
 def prune_model_wide_(weights: list[ScoredWeight], sparsity: float) -> None:
-    """Zeroes the entries with the lowest scores of all weights taken together, in place.
+    """Zeroes the entries with the lowest scores of all weights together, in place.
 
-    Exactly as many are zeroed as ``sparsity`` says. Scores are recomputed rather than stored. Ties are broken by the
-    order of the list, then row, then column.
+    The number of zeroed entries is exactly the one that ``sparsity`` gives. Scores are not stored but computed again.
+    Ties are broken by the order of the list, then row, then column.
     """
     keep = keep_count(sum(scored.weight.numel() for scored in weights), sparsity)
     ops.prune_topk_across_(weights, keep)

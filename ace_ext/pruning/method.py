@@ -1,8 +1,8 @@
 """A method: the ordered list of stages that prune, and the text that stands for it.
 
-``admm(iterations=30) + distill(tokens=65536)`` is such a text. A preset is a name for one: ``balanced`` stands for
-``admm``, and ``balanced(damping=0.2)`` changes an option of the one of its stages that has it. :func:`parse` reads a
-text, ``str`` writes it, and each is the other's inverse.
+An example is ``admm(iterations=30) + distill(tokens=65536)``. A preset is a name for such a text: ``balanced`` stands
+for ``admm``, and ``balanced(damping=0.2)`` changes the option ``damping`` of its stage. :func:`parse` reads a text and
+``str`` writes it; each is the inverse of the other.
 """
 
 import re
@@ -34,7 +34,7 @@ PRESETS = {
     "balanced": "admm",
     "best": "admm + distill",
 }
-"""From the fastest to the most accurate: ``fast`` needs vectors, ``balanced`` Gram matrices, ``best`` gradients."""
+"""From the fastest to the most accurate. ``fast`` needs vectors, ``balanced`` Gram matrices, and ``best`` gradients."""
 
 DEFAULT = "fast"
 
@@ -43,22 +43,22 @@ PUBLISHED = {
     "published-sparsegpt": "collect(order=block) + obs",
     "published-admm": "collect(order=block) + admm(floor=0, iterations=30, saliency=magnitude)",
 }
-"""Published methods with their own settings, as baselines: Wanda (arXiv 2306.11695), SparseGPT (arXiv 2301.00774) and
-ADMM pruning (arXiv 2401.02938)."""
+"""Baselines with the settings of their papers: Wanda (arXiv 2306.11695), SparseGPT (arXiv 2301.00774) and ADMM pruning
+(arXiv 2401.02938)."""
 
 Kind = TypeVar("Kind", bound=Stage)
 
 
 @dataclass(frozen=True)
 class Method:
-    """Stages in the order in which they run, at most one of each kind; ``+`` joins them in a text.
+    """Stages in the order in which they run, at most one of each kind; A text joins them with ``+``.
     :func:`method_of` makes one of stages, and :func:`parse` of a text; both leave out a :class:`Collect` with its
     defaults, because every method collects, and add Wanda's scores if no stage chooses the mask.
 
-    ``label`` is what the user wrote, for tables; it does not tell two methods apart.
+    ``label`` is what the user wrote; tables show it. It is not compared: two methods with the same stages are equal.
 
     Raises:
-        InputError: stages in another order, two of a kind, or an option that no stage of the method reads.
+        InputError: the stages are in a different order, two are of the same kind, or no stage reads an option.
     """
 
     stages: tuple[Stage, ...]
@@ -69,11 +69,11 @@ class Method:
         for (first, second), (place, later) in zip(pairwise(self.stages), pairwise(places), strict=True):
             if place == later:
                 raise InputError(
-                    f"method takes one stage of a kind (got {first.label} and {second.label}); leave out one"
+                    f"method takes one stage of each kind (got {first.label} and {second.label}); leave out one"
                 )
             if place > later:
                 ordered = " + ".join(map(str, sorted(self.stages, key=_place)))
-                raise InputError(f"method {self} has its stages in another order than they run; write {ordered}")
+                raise InputError(f"method {self} must have its stages in the order in which they run; write {ordered}")
         self._check_options()
 
     def _check_options(self) -> None:
@@ -87,7 +87,7 @@ class Method:
         grams = {stage.label: stage.gram for stage in self.matrix_stages if hasattr(stage, "gram")}
         if len(set(grams.values())) > 1:
             found = " and ".join(f"{gram} for {label}" for label, gram in grams.items())
-            raise InputError(f"gram must be the same for all stages of a matrix (got {found})")
+            raise InputError(f"gram must be the same for all stages of the method (got {found})")
         if self.collect.token_norm is not None and not self.weighs_tokens:
             raise InputError(
                 f"token_norm is for methods that weight tokens by their output norm (got {self}); leave it out"
@@ -98,12 +98,12 @@ class Method:
 
     @property
     def collect(self) -> Collect:
-        """How statistics are collected; with the defaults if the method does not say."""
+        """How statistics are collected: the stage of the method, or the defaults."""
         return self._of(Collect) or Collect()
 
     @property
     def allocate(self) -> Allocate | None:
-        """The stage that gives blocks different sparsities; None: all have the same."""
+        """The stage that gives blocks different sparsities; None: all blocks have the same."""
         return self._of(Allocate)
 
     @property
@@ -144,7 +144,7 @@ class Method:
 
     @property
     def weighs_tokens(self) -> bool:
-        """Whether a stage reads statistics in which tokens are weighted by the norm of their output."""
+        """Whether a stage reads statistics that weight tokens by the norm of their output."""
         read = self.scored_by.needs.union(*(stage.needs for stage in self.matrix_stages))
         by_error = self.allocate is not None and self.allocate.by == "error"
         return by_error or bool(read & {WEIGHTED, MOMENT, COSINE_GRAM})
@@ -156,26 +156,26 @@ class Method:
 
     @property
     def published(self) -> bool:
-        """Whether it is a published method with its own settings, changed or not."""
+        """Whether the user wrote a published method, with options changed or not."""
         return re.split(r"[\s(+]", self.label, maxsplit=1)[0] in PUBLISHED
 
     @property
     def preset(self) -> str | None:
-        """The preset's name if it is one, unchanged."""
+        """The name of the preset or published method if no option is changed, else None."""
         return self.label if self.label in PRESETS | PUBLISHED else None
 
     def without(self, kind: type[Stage]) -> "Method":
-        """The same without a stage."""
+        """The method without the stages of a kind."""
         return Method(tuple(stage for stage in self.stages if not isinstance(stage, kind)))
 
     def collected(self, **options: Any) -> "Method":
-        """The same with other options of :class:`Collect`."""
+        """The method with these options of :class:`Collect`."""
         rest = [stage for stage in self.stages if not isinstance(stage, Collect)]
         collect = replace(self.collect, **options)
         return Method(tuple(rest) if collect == Collect() else (collect, *rest), self.label)
 
     def __str__(self) -> str:
-        """The text of the stages."""
+        """The stages as text; :func:`parse` reads it back."""
         return " + ".join(map(str, self.stages))
 
 
@@ -184,7 +184,8 @@ def _place(stage: Stage) -> int:
 
 
 def method_of(given: "str | Stage | Sequence[Stage] | Method") -> Method:
-    """The method that a text, a stage or a list of stages stands for. If no stage chooses the mask, Wanda's scores do.
+    """The method that a text, a stage or a list of stages stands for. If no stage chooses the mask, Wanda's scores
+    choose it.
 
     Raises:
         InputError: as :func:`parse` and :class:`Method`.
@@ -200,7 +201,8 @@ def method_of(given: "str | Stage | Sequence[Stage] | Method") -> Method:
 
 
 def _complete(stages: list[Stage], label: str = "") -> Method:
-    """The method of these stages, with Wanda's scores if none of them chooses a mask; ``label``: as users wrote it."""
+    """The method of these stages. Wanda's scores are added if none of them chooses the mask. ``label``: what the user
+    wrote."""
     chooses = any(isinstance(stage, Score) or (isinstance(stage, Solve) and stage.chooses_mask) for stage in stages)
     if any(isinstance(stage, Refine) for stage in stages):
         chooses = any(isinstance(stage, Score) for stage in stages)
@@ -220,7 +222,7 @@ _OPTION = re.compile(r"\s*(?P<name>\w+)\s*=\s*(?P<value>[^,=\s]+)\s*")
 
 
 def names() -> list[str]:
-    """Every name that a method may begin with: presets, published methods, metrics, and the other stages."""
+    """Every name that may stand in a method: presets, published methods, metrics, and the other stages."""
     return [*PRESETS, *PUBLISHED, *METRICS, *(name for name in STAGES if name != Score.name)]
 
 
@@ -228,8 +230,9 @@ def parse(text: str) -> Method:
     """The method that a text stands for.
 
     Raises:
-        InputError: the text is not stages joined by ``+``, an unknown name, an option that the stage does not have (the
-            message says which stage has it), a value of the wrong type or outside its limits; or as :class:`Method`.
+        InputError: the text is not stages joined by ``+``; a name is unknown; a stage does not have the option (the
+            message names the stage that has it); a value has the wrong type or is outside its limits; or as
+            :class:`Method`.
     """
     stages: list[Stage] = []
     labels: list[str] = []
@@ -251,7 +254,7 @@ def parse_list(text: str) -> tuple[Method, ...]:
     """Methods separated by ``;``.
 
     Raises:
-        InputError: as :func:`parse`, for an empty list, and for a method that is given twice.
+        InputError: as :func:`parse`; the list is empty; or a method is given twice.
     """
     found = [parse(part) for part in text.split(";") if part.strip()]
     if not found:
@@ -262,7 +265,7 @@ def parse_list(text: str) -> tuple[Method, ...]:
 
 
 def _split(text: str) -> list[str]:
-    """The parts between the ``+`` that are in no parentheses: ``1e+3`` is a number."""
+    """The parts between those ``+`` that are outside parentheses: a number such as ``1e+3`` has one inside."""
     parts = [""]
     for piece in re.findall(r"\([^()]*\)|\+|[^+(]+|\(", text):  # no piece is scanned twice, however long the text
         if piece == "+":
@@ -273,7 +276,7 @@ def _split(text: str) -> list[str]:
 
 
 def _hint_of_list(part: str) -> str:
-    """What to write instead of a list with commas, if the part is one: ``"wanda, ace"``."""
+    """A hint for a list with commas such as ``"wanda, ace"``; empty for any other text."""
     return "; separate methods by ;" if "," in part and "(" not in part else ""
 
 
@@ -303,7 +306,7 @@ def _stages(name: str, options: dict[str, str]) -> list[Stage]:
 
 
 def _preset(name: str, options: dict[str, str]) -> list[Stage]:
-    """The stages of a preset, each option given to the one of them that has it."""
+    """The stages of a preset. Each option goes to the one stage that has it."""
     stages = list(parse((PRESETS | PUBLISHED)[name]).stages)
     if not isinstance(stages[0], Collect):
         stages.insert(0, Collect())
@@ -317,7 +320,7 @@ def _preset(name: str, options: dict[str, str]) -> list[Stage]:
 
 
 def _options_of(stage: Stage) -> dict[str, Setting]:
-    """The options of a stage by name. Of the scores only ``ria`` has one."""
+    """The options of a stage by name. ``ria`` is the only score with an option."""
     if isinstance(stage, Score) and stage.metric != "ria":
         return {}
     return {setting.name: setting for setting in stage.settings()}
@@ -331,13 +334,13 @@ def _values(stage: str, known: dict[str, Setting], options: dict[str, str]) -> d
 
 
 def _refuse_option(stage: str, key: str, known: list[str]) -> None:
-    """Raises :class:`InputError`, which names the options of the stage, and the stages that have this one."""
+    """Raises :class:`InputError`. The message names the options of the stage, or the stages that have this option."""
     own = list(dict.fromkeys(known))
     having = [
         "ria" if name == Score.name else name for name in STAGES if key in {s.name for s in STAGES[name].settings()}
     ]
     if key in own:
-        where = f"several stages of {stage} have it; write them out"
+        where = f"several stages of {stage} have it; write its stages instead of the name"
     elif having:
         where = f"{key} is an option of {' and '.join(having)}, as in {having[0]}({key}=…)"
     else:

@@ -12,9 +12,9 @@ class Needs:
     """The kinds of statistics (:mod:`ace_ext.pruning.kinds`) that a run needs, by their use."""
 
     prune: frozenset[str]
-    """Read when a matrix is pruned."""
+    """Read to prune a matrix."""
     measure: frozenset[str]
-    """Read by the extra pass that allocates sparsity to blocks; empty without it."""
+    """Read by the extra pass that divides the sparsity among blocks; empty without this pass."""
 
     @classmethod
     def of(cls, method: Method) -> "Needs":
@@ -28,14 +28,14 @@ class Needs:
 
     @property
     def read(self) -> frozenset[str]:
-        """What a statistics file must hold for a run to prune from it."""
+        """What a statistics file must hold so that a run can prune from it."""
         return self.prune | self.measure
 
     @property
     def kept(self) -> frozenset[str]:
         """What a run writes to a statistics file.
 
-        ``input`` and ``weighted`` are vectors that serve most metrics and cost little. The cross moment and the Gram
-        matrices are as large as weights and are kept only if the run itself reads them.
+        ``input`` and ``weighted`` are vectors: most metrics read them, and they are small. The cross moment and the
+        Gram matrices are as large as weights. They are written only if the run itself reads them.
         """
         return self.prune | {INPUT, WEIGHTED}

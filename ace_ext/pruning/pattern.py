@@ -18,7 +18,7 @@ def keep_count(size: int, sparsity: float) -> int:
 class SparsityPattern:
     """N:M sparsity: ``keep_n`` of each ``group_m`` consecutive weights of a row are kept.
 
-    Some other work uses N for the number of pruned weights; 2:4 is the same in both.
+    Other authors use N for the number of pruned weights; 2:4 is the same in both.
 
     Raises:
         InputError: unless ``0 < keep_n < group_m <= 32``.
@@ -38,7 +38,7 @@ class SparsityPattern:
         """The pattern of a text like ``"2:4"``.
 
         Raises:
-            InputError: the text is not of this form, or as the class.
+            InputError: the text does not have this form, or as the class.
         """
         parts = text.split(":")
         if len(parts) != 2 or not all(re.fullmatch(r"\s*[0-9]{1,9}\s*", part) for part in parts):

@@ -1,4 +1,4 @@
-"""Prunes one matrix: by its scores alone, or by the stages that follow them."""
+"""Prunes one matrix: by its scores alone, or with the stages that follow them."""
 
 import torch
 from torch import Tensor
@@ -24,14 +24,14 @@ def prune_linear_(
     keep_row: int | None = None,
     shares: RowShares | None = None,
 ) -> Solution | None:
-    """Prunes one matrix in place, by its scores alone or by the stages that follow them.
+    """Prunes one matrix in place, by its scores alone or with the stages that follow them.
 
     Args:
         weight: ``[rows, cols]`` float32, float16 or bfloat16; keeps its dtype.
         stats: of the kinds ``config.needs.prune``.
         config: the method and the comparison group.
-        keep_row: how many weights of a row to keep; replaces ``config.sparsity``. With the group ``"matrix"`` the
-            matrix keeps ``keep_row`` times the number of rows.
+        keep_row: how many weights to keep in each row; it replaces ``config.sparsity``. With the group ``"matrix"``
+            the matrix keeps ``keep_row`` times the number of rows.
         shares: the processes that share the rows; None: this process prunes all of them.
 
     Returns:
@@ -39,7 +39,7 @@ def prune_linear_(
 
     Raises:
         ValueError: a value is not finite, the Gram matrix cannot be factorised (see :mod:`ace_ext.pruning.gram`) or
-            the update overflowed. The weight is then unchanged.
+            a stage overflowed. The weight is then unchanged.
     """
     with as_rows(weight) as rows:
         scored = scored_weight(rows, stats, config)
@@ -62,9 +62,9 @@ def _run_stages_(
     keep_row: int | None,
     shares: RowShares | None,
 ) -> Solution | None:
-    """Refines the mask of the scores and updates the weight, and compares the error with that of the scores alone."""
+    """Runs the stages that follow the scores, and compares the error with that of the scores alone."""
     weight, method = scored.weight, config.method
-    if keep_budget(weight, config, keep_row) == weight.numel():  # nothing is pruned: nothing to compensate for
+    if keep_budget(weight, config, keep_row) == weight.numel():  # nothing is pruned
         return Solution(method.name, 0.0, 0, 0.0, 0.0)
     shares = shares if shares is not None and config.comparison.name != "matrix" else AllRows()
     rows = shares.rows(len(weight))
@@ -79,7 +79,7 @@ def _run_stages_(
     del mask  # a stage that chooses its own needs the memory
     solved = _solve(problem, config)
     rounded = times_power(solved.weight, power).to(weight.dtype)
-    if not torch.isfinite(rounded).all():  # also where only the weight's dtype, as float16, is too narrow
+    if not torch.isfinite(rounded).all():  # also if only the weight's dtype is too narrow, such as float16
         wider = ", or load the model as bfloat16" if weight.dtype == torch.float16 else ""
         raise InputError(f"{method.name} overflowed with damping {solved.damping:g}; raise damping{wider}")
     weight.copy_(shares.gather_rows(rounded, len(weight)))

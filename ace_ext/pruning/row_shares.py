@@ -1,4 +1,4 @@
-"""The rows of a matrix as several processes share them, so that each solves a part."""
+"""How several processes share the rows of a matrix, so that each prunes a part."""
 
 from typing import Protocol
 
@@ -13,11 +13,11 @@ class RowShares(Protocol):
         ...
 
     def gather_rows(self, part: Tensor, count: int) -> Tensor:
-        """``[count, cols]``, the same on every process, from each one's ``part [own rows, cols]``."""
+        """``[count, cols]``, the same in every process, from the ``part [own rows, cols]`` of each."""
         ...
 
     def add_up(self, part: Tensor) -> Tensor:
-        """The sum of every process's ``part``, with the same bits on each."""
+        """The sum of the ``part`` of every process, with the same bits in each."""
         ...
 
 

@@ -1,7 +1,7 @@
-"""Powers of two that keep float32 in range: squares of numbers below 1e-19 vanish there, those above 1e19 overflow.
+"""Powers of two that keep float32 in range: it cannot hold squares of numbers below 1e-19 or above 1e19.
 
-Tensors of ordinary size are not scaled. A power of two changes no digit, so other tensors give the same masks and, up
-to that power, the same weights as ordinary ones.
+Tensors of ordinary size are not scaled. A power of two changes no digit. So other tensors give the same masks as
+ordinary ones and, up to that power, the same weights.
 """
 
 import math
@@ -15,20 +15,20 @@ ORDINARY_EXPONENT = 20
 
 
 def reads_at_once(x: Tensor) -> bool:
-    """Whether numbers of ``x`` may be read now: not on a GPU, where a read waits for all queued work."""
+    """Whether numbers of ``x`` may be read now. On a GPU a read waits for all queued work."""
     return x.is_cpu
 
 
 def _largest(x: Tensor) -> Tensor:
-    """The largest magnitude of ``x``, which is not empty: ``[]`` float32, NaN if ``x`` holds NaN."""
+    """The largest magnitude of a tensor that is not empty: ``[]`` float32, NaN if ``x`` holds NaN."""
     return torch.stack(torch.aminmax(x.detach())).abs().amax().float()
 
 
 def exponent_of(x: Tensor) -> int | None:
-    """``e`` if the largest magnitude of ``x`` is at least ``2^(e-1)`` and less than ``2^e``, and 0 if that is an
-    ordinary size; None if ``x`` is empty or zero. NaN and infinity give 0: whoever reads the tensor next reports them.
+    """``e`` if the largest magnitude of ``x`` is at least ``2^(e-1)`` and less than ``2^e``; 0 if that is an ordinary
+    size; None if ``x`` is empty or zero. NaN and infinity give 0: a later step reports them.
 
-    It reads a number, for which a GPU is waited for; :func:`exponent_on_device` does not.
+    It reads a number, so it waits for a GPU. :func:`exponent_on_device` does not.
     """
     if x.numel() == 0:
         return None
@@ -40,8 +40,8 @@ def exponent_of(x: Tensor) -> int | None:
 
 
 def exponent_on_device(x: Tensor) -> Tensor:
-    """:func:`exponent_of` as ``[]`` int32 on the device of ``x``: 0 for None, and at most ±120, so that float32 has the
-    power of two."""
+    """:func:`exponent_of` as ``[]`` int32 on the device of ``x``: 0 for None, and limited to ±120 so that float32 can
+    hold the power of two."""
     largest = _largest(x) if x.numel() else x.new_zeros(()).float()
     exponent = torch.frexp(largest)[1]
     ordinary = (exponent.abs() <= ORDINARY_EXPONENT) | ~torch.isfinite(largest)
@@ -54,7 +54,7 @@ def times_power(x: Tensor, exponent: int) -> Tensor:
 
 
 def times_power_(x: Tensor, exponent: int) -> Tensor:
-    """``x`` multiplied by ``2^exponent`` in place. In two steps, since the power may be out of the dtype's range."""
+    """``x`` multiplied by ``2^exponent`` in place, in two steps: the power may exceed the dtype's range."""
     if exponent:
         half = exponent // 2
         x.mul_(2.0**half).mul_(2.0 ** (exponent - half))
@@ -62,11 +62,11 @@ def times_power_(x: Tensor, exponent: int) -> Tensor:
 
 
 class InputScale:
-    """The power of two by which a sum over tokens divides its inputs, chosen when the first tokens come."""
+    """The power of two that divides the inputs of a sum over tokens. The first tokens determine it."""
 
     def __init__(self, exponent: int | None = None) -> None:
         self.exponent = exponent
-        """The inputs are divided by ``2^exponent``. None: no token with an input other than zero has come."""
+        """The inputs are divided by ``2^exponent``. None: all inputs so far were zero."""
 
     @property
     def power(self) -> int:
@@ -74,10 +74,10 @@ class InputScale:
         return self.exponent or 0
 
     def admit(self, x: Tensor) -> int:
-        """Raises the exponent if ``x`` needs it. Returns by how much, so that sums can be divided accordingly.
+        """Raises the exponent if ``x`` needs it. Returns the difference, by which the caller must lower its sums.
 
-        Once a chunk of tokens has an ordinary size, later ones are not read: that costs time and, on a GPU, waits for
-        queued work. If one of them overflows, the sums are not finite, which is reported.
+        After a chunk of ordinary size, later chunks are not read: a read costs time and, on a GPU, waits for queued
+        work. If one of them overflows, the sums are not finite, and a later step reports it.
         """
         if x.is_meta or self.exponent == 0:
             return 0
@@ -85,7 +85,7 @@ class InputScale:
         return 0 if found is None else self.raise_to(found)
 
     def raise_to(self, exponent: int) -> int:
-        """Raises the exponent to at least this one. Returns by how much the sums must be lowered."""
+        """Raises the exponent to at least this one. Returns the difference, by which the caller must lower its sums."""
         before = self.exponent
         self.exponent = exponent if before is None else max(before, exponent)
         return 0 if before is None else self.exponent - before

@@ -1,4 +1,4 @@
-"""Options as data: each is declared once, with a name, a default, limits and a line of help.
+"""Options as data. Each is declared once, with a name, a default, limits and a line of help.
 
 The parser of methods, ``--help``, the reports and the documentation read these declarations.
 """
@@ -19,12 +19,12 @@ class Limits:
     """The values that an option accepts. Numbers must be finite, and whole if the option's type is ``int``."""
 
     choices: Collection[str] = ()
-    """The accepted values. This may be a registry: entries that are registered later are then accepted too."""
+    """The accepted values. This may be a registry: entries that are added later are then accepted too."""
     at_least: float | None = None
     above: float | None = None
     below: float | None = None
     words: str = ""
-    """What is allowed, for the error message; derived from the limits if empty."""
+    """The allowed values in words, for the error message; made from the limits if empty."""
 
 
 _TOO_LARGE = 2**63
@@ -32,8 +32,8 @@ _TOO_LARGE = 2**63
 
 
 def option(default: Any, help: str, limits: Limits | None = None) -> Any:
-    """Declares a dataclass field that is an option: its default value, its line of help, and the values that it
-    accepts (default: no limits beyond the type)."""
+    """Declares a dataclass field as an option: its default, its line of help, and the values that it accepts (None:
+    every value of its type)."""
     return field(default=default, metadata={"help": help, "limits": limits or Limits()})
 
 
@@ -49,7 +49,7 @@ class Setting:
 
     @property
     def choices(self) -> Collection[str]:
-        """The values to choose from; empty for a number or free text."""
+        """The accepted values; empty for a number or free text."""
         return self.limits.choices
 
     def check(self, value: object) -> None:
@@ -62,10 +62,10 @@ class Setting:
             self._check_number(value)
 
     def parse(self, text: str) -> object:
-        """The value that a text stands for: a number where the option is one, else the text itself.
+        """The value that a text stands for: a number if the option is one, else the text itself.
 
         Raises:
-            InputError: the text is not such a number. Limits are not checked.
+            InputError: the text is not a number of the right type. Limits are not checked.
         """
         for kind, words in ((int, "a whole number"), (float, "a number")):
             if kind in self.types:
@@ -105,8 +105,8 @@ def check_choice(name: str, value: object, choices: Collection[str | None]) -> N
 
 
 def suggestion(value: object, choices: Iterable[object], cutoff: float = 0.6) -> str:
-    """``"; did you mean balanced?"`` for a value that is nearly one of the choices, else an empty text. ``cutoff``: how
-    alike they must be, of 1."""
+    """``"; did you mean balanced?"`` if a value is nearly one of the choices, else an empty text. ``cutoff``: the least
+    similarity, from 0 to 1."""
     if not isinstance(value, str):
         return ""
     close = difflib.get_close_matches(value, [str(choice) for choice in choices], n=1, cutoff=cutoff)

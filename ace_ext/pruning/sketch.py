@@ -1,9 +1,9 @@
-"""A Gram matrix as a diagonal and a few directions, from one pass over the tokens and without the matrix itself.
+"""The approximation of a Gram matrix by a diagonal and a few directions, from one pass over the tokens.
 
 With fixed random directions ``Ω [d, p]`` the state adds up ``Y = G Ω``, where ``G = Σ_t X_t X_tᵀ``. Nyström's
 approximation ``Y (Ωᵀ Y)⁻¹ Yᵀ = Fᵀ F`` has G's leading directions, among them the mean of the inputs. It is stabilised
 as in Tropp, Yurtsever, Udell and Cevher 2017 (arXiv 1706.05736, algorithm 3). The rest of the diagonal is added:
-``G ≈ diag(g - Σ_k F_kj²) + Fᵀ F``. Everything that is stored or computed is ``[d, p]``.
+``G ≈ diag(g - Σ_k F_kj²) + Fᵀ F``. The matrix itself is never computed: all tensors are ``[d, p]``.
 """
 
 from dataclasses import dataclass
@@ -18,20 +18,20 @@ from ace_ext.pruning.gram import DEAD, weighted_rows
 from ace_ext.pruning.scaling import InputScale, times_power, times_power_
 
 DIRECTIONS = 64
-"""Random directions of a sketch, or the number of columns if that is less: :func:`direction_count`."""
+"""The maximum number of random directions of a sketch (:func:`direction_count`)."""
 LEAST_RESIDUAL = 1e-3
-"""The least share of a column's square sum that is left to the diagonal, so that no column can change at no cost."""
-_SHIFT = 1e-6  # of the product's norm: above its float32 rounding, far below the directions that are used
+"""The least share of a column's square sum that stays in the diagonal. Without it, some changes would cost nothing."""
+_SHIFT = 1e-6  # share of the product's norm: above its float32 rounding, far below the directions that are used
 
 
 def direction_count(columns: int) -> int:
-    """How many random directions a sketch of so many columns has."""
+    """How many random directions a sketch has: ``DIRECTIONS``, or the number of columns if that is less."""
     return min(columns, DIRECTIONS)
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """``diag(diagonal) + sign · Fᵀ F``, ``F`` the directions."""
+    """``diag(diagonal) + sign · Fᵀ F``, where ``F`` holds the directions."""
 
     diagonal: Tensor  # [d] float32
     directions: Tensor  # F [p, d] float32
@@ -45,7 +45,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class SketchFactor:
-    """For ADMM, on columns divided by ``norm``: H is the sketched Gram matrix with damping, its diagonal about 1."""
+    """For ADMM, on columns divided by ``norm``: H is the sketched Gram matrix with damping. Its diagonal is about 1."""
 
     norm: Tensor  # [d] float32: sqrt(g_j + floor), DEAD for a dead column
     hessian: LowRank  # H
@@ -74,8 +74,8 @@ class SketchState:
 
     Both are divided by ``4^scale.power``, as :class:`ace_ext.pruning.gram.GramState` does.
 
-    It takes the place of a :class:`ace_ext.pruning.gram.GramState` in solvers that declare
-    ``sketch_working_bytes``. Linears that share a state share its factors too.
+    It replaces a :class:`ace_ext.pruning.gram.GramState` in stages with the option ``gram=sketch``. Linears that share
+    a state share its factors too.
     """
 
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
@@ -102,12 +102,12 @@ class SketchState:
         self._lower_(self.scale.raise_to(exponent))
 
     def _lower_(self, raised: int) -> None:
-        """Divides the sums by ``4^raised``, by which the scale was raised."""
+        """Divides the sums by ``4^raised`` after the scale was raised by ``raised``."""
         for part in self.sums():
             times_power_(part, -2 * raised)
 
     def merge_(self, other: "SketchState") -> None:
-        """Adds another state's tokens."""
+        """Adds the tokens of another state."""
         lower = 0
         if other.scale.exponent is not None:
             self.raise_scale_(other.scale.exponent)
@@ -118,7 +118,7 @@ class SketchState:
         self._forget_factors()
 
     def sums(self) -> list[Tensor]:
-        """The tensors that add up over data-parallel ranks."""
+        """The tensors to sum over data-parallel ranks."""
         return [self.product, self.squares]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -128,15 +128,15 @@ class SketchState:
 
     @classmethod
     def of_tensors(cls, tensors: dict[str, Tensor]) -> "SketchState":
-        """The state of :meth:`tensors`; it holds the given tensors themselves, not copies."""
+        """The state of :meth:`tensors`. It uses the given tensors themselves, not copies."""
         state = cls(0, tensors["product"].device)
         state.product, state.squares, state.tokens = tensors["product"], tensors["squares"], int(tensors["tokens"])
         state.scale = InputScale.of_tensors(tensors)
         return state
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """``(d [d], F [p, d])`` float32 with ``G ≈ diag(d) + Fᵀ F``, whose diagonal is G's, ``G`` divided by
-        ``4^scale.power``. Computed on first use.
+        """``(d [d], F [p, d])`` float32 with ``G / 4^scale.power ≈ diag(d) + Fᵀ F``. Both have the same diagonal.
+        Computed on first use.
 
         Raises:
             InputError: the sums are not finite.
@@ -213,7 +213,7 @@ def _woodbury(diagonal: Tensor, directions: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)  # a model's Linears have few widths
 def _directions(columns: int, device: torch.device) -> Tensor:
-    """Ω ``[d, p]`` float32: orthonormal random columns. They depend on d alone: runs and ranks have the same ones."""
+    """Ω ``[d, p]`` float32: orthonormal random columns. They depend on d alone, so all runs and ranks use the same."""
     random = torch.Generator().manual_seed(columns)
     normal = torch.randn(columns, direction_count(columns), generator=random, dtype=torch.float64)
     orthonormal: Tensor = torch.linalg.qr(normal)[0].float().contiguous().to(device)

@@ -1,4 +1,4 @@
-"""Streaming statistics of a block's Linear inputs, taken by forward hooks.
+"""Streaming statistics of the inputs of a block's Linears, collected by forward hooks.
 
 Linears that read the same tensor (q, k and v; gate and up) share one state for its moments and its plain Gram matrix.
 Weighted statistics depend on each Linear's own output and are not shared.
@@ -38,14 +38,14 @@ class MomentState:
 
     def update(self, x: Tensor, token_weight: Tensor | None = None) -> None:
         """Adds tokens ``x [T, d]`` with the weights ``token_weight [T]`` float32; None: 1 for each."""
-        if token_weight is not None:  # 1 / ‖A_t‖² already cancels the scale of the inputs
+        if token_weight is not None:  # 1 / ‖A_t‖² cancels the scale of the inputs
             ops.update_moments_(self.weight_sum, self.mean, self.m2, x, token_weight)
             return
         unit = self._unit(x)
         if unit is None:
             ops.update_moments_(self.weight_sum, self.mean, self.m2, x, None)
             return
-        # The op squares in float32. The float64 state has the range to be divided for the call.
+        # The op squares in float32. The float64 state has enough range to be divided during the call.
         inverse = unit.reciprocal()
         self.mean *= inverse
         self.m2 *= inverse.square()
@@ -54,8 +54,8 @@ class MomentState:
         self.m2 *= unit.square()
 
     def _unit(self, x: Tensor) -> Tensor | None:
-        """The power of two in which ``x [T, d]`` is measured while it is added: ``[]`` float64, on its device. None for
-        1, where that is known without waiting for a GPU."""
+        """The power of two that divides ``x [T, d]`` while it is added: ``[]`` float64, on its device. None for 1, if
+        that is known without waiting for a GPU."""
         if x.dtype == torch.float16:  # float32 holds the square of each such number
             return None
         if reads_at_once(x):
@@ -75,12 +75,12 @@ class MomentState:
         self.weight_sum.copy_(total)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state's tensors by name, for a file or another process."""
+        """The state's tensors by name, for a file or for another process."""
         return {"weight_sum": self.weight_sum, "mean": self.mean, "m2": self.m2}
 
     @classmethod
     def of_tensors(cls, tensors: dict[str, Tensor]) -> "MomentState":
-        """The state of :meth:`tensors`; it holds the given tensors themselves, not copies."""
+        """The state of :meth:`tensors`. It uses the given tensors themselves, not copies."""
         state = cls(len(tensors["mean"]), tensors["mean"].device)
         state.weight_sum, state.mean, state.m2 = tensors["weight_sum"], tensors["mean"], tensors["m2"]
         return state
@@ -100,9 +100,9 @@ Kept = TypeVar("Kept")
 
 
 def _collected(value: Kept | None) -> Kept:
-    """The value; ValueError if its kind was not collected."""
+    """The value. Raises ValueError if its kind was not collected."""
     if value is None:
-        raise ValueError("this kind of statistics was not collected; ask for it in the metric's needs")
+        raise ValueError("this kind of statistics was not collected; add it to the needs of the metric")
     return value
 
 
@@ -110,7 +110,7 @@ def _collected(value: Kept | None) -> Kept:
 class LinearStatistics:
     """The statistics of one Linear's inputs. Vectors are ``[d_in]`` float64.
 
-    ``weighted`` weights each token by ``r_t = 1 / ‖A_t‖²``, ``A`` the dense output without bias. ``moment`` is
+    ``weighted`` weights each token by ``r_t = 1 / ‖A_t‖²``, where ``A`` is the dense output without bias. ``moment`` is
     ``Σ_t r_t² A_ti² X_tj²``, ``[d_out, d_in]`` float32. Kinds that were not collected are None.
     """
 
@@ -121,10 +121,10 @@ class LinearStatistics:
     """``Σ_t X_t X_tᵀ``, or weighted by ``r_t`` for the kind ``COSINE_GRAM``, or its sketch for the kind ``SKETCH``."""
     tokens: int = 0
     sampled: list[Tensor] = field(default_factory=list)
-    """Sample rows: a few inputs of each batch, on which the report measures the change of the output."""
+    """Sample rows: a few inputs of each batch. The report measures the change of the output on them."""
 
     def parts(self) -> dict[str, MomentState | GramState | SketchState | Tensor | list[Tensor]]:
-        """What was collected, by kind, with the sample rows. Linears with the same input hold the same objects."""
+        """The collected statistics by kind, with the sample rows. Linears with the same input share objects."""
         kinds: dict[str, MomentState | GramState | SketchState | Tensor | list[Tensor] | None] = {
             "input": self.input,
             "weighted": self.weighted,
@@ -173,19 +173,19 @@ class StatisticsCollector:
     """Collects :class:`LinearStatistics` of the named Linears while a block runs, in :attr:`stats`.
 
     If a Linear is called only once, its entry may be removed right after the call to free memory. A Linear that is
-    called more often must be named in :attr:`alone`; its statistics are those of all calls.
+    called more often must be in :attr:`alone`; its statistics are those of all calls.
 
-    ``token_mask`` (``[T]`` bool, None for all; set it before each forward) excludes padded tokens. Call
+    ``token_mask`` excludes padded tokens: ``[T]`` bool, or None for all. Set it before each forward. Call
     :meth:`observe` from a hook, or use the collector as a context manager that hooks all its Linears.
     """
 
     SAMPLE_ROWS = 128
-    """Sample rows of a Linear, over all batches."""
+    """Sample rows of a Linear, in all batches together."""
 
     def __init__(
         self, linears: dict[str, nn.Linear], needs: frozenset[str], batches: int = 1, token_norm: str = "exact"
     ) -> None:
-        """``needs``: kinds of statistics; ``batches``: how many will come; ``token_norm``: as in ``PruneConfig``."""
+        """``needs``: kinds of statistics; ``batches``: their number; ``token_norm``: as in the stage ``collect``."""
         self.linears = linears
         self.needs = needs
         self._sketched = token_norm == "sketch"
@@ -197,7 +197,7 @@ class StatisticsCollector:
         self._last: tuple[str, Tensor] | None = None  # the last Linear called, and its input
         self._handles: list[RemovableHandle] = []
         self.alone: frozenset[str] = frozenset()
-        """Linears that share no statistics with others, because they are called more than once."""
+        """Linears that share no statistics, because they are called more than once."""
 
     def __enter__(self) -> "StatisticsCollector":
         for name, linear in self.linears.items():
@@ -213,7 +213,7 @@ class StatisticsCollector:
 
     @property
     def wants_output(self) -> bool:
-        """Whether the statistics read a Linear's dense output; if not, its input and weight suffice."""
+        """Whether the statistics read a Linear's dense output. If not, its input and weight suffice."""
         return MOMENT in self.needs or (self._weighs_tokens and not self._sketched)
 
     @property
@@ -267,7 +267,7 @@ class StatisticsCollector:
         return stats
 
     def _share(self, name: str, x: Tensor) -> str:
-        """The Linear whose input statistics this one shares; fixed at its first call."""
+        """The Linear whose input statistics this one shares. The first call decides it."""
         if name in self.alone:
             self._leader[name], self._last = name, None
             return name
@@ -280,7 +280,7 @@ class StatisticsCollector:
     def _new_stats(self, name: str, leader: str, device: torch.device) -> LinearStatistics:
         rows, columns = self.linears[name].weight.shape
         if leader == name:
-            self._shared = _Shared()  # frees the last input's, unless a Linear's statistics still hold it
+            self._shared = _Shared()  # frees that of the last input, unless a Linear's statistics still use it
             self._shared.input = MomentState(columns, device) if INPUT in self.needs else None
             if self.needs & {GRAM, SKETCH}:
                 self._shared.gram = (GramState if GRAM in self.needs else SketchState)(columns, device)
@@ -294,7 +294,7 @@ class StatisticsCollector:
         )
 
     def _tokens(self, x: Tensor) -> Tensor:
-        """``[T, d]`` without padded tokens. A mask of another length is ignored: an expert sees only its own tokens."""
+        """``[T, d]`` without padded tokens. A mask of a different length is ignored: an expert gets only its own tokens."""
         rows = x.detach().reshape(-1, x.shape[-1])
         if self.token_mask is not None and len(self.token_mask) == len(rows):
             rows = rows[self.token_mask]
@@ -306,8 +306,8 @@ def token_weights(name: str, dense: Tensor) -> Tensor:
     zero.
 
     Raises:
-        InputError: float32 cannot hold the weight of a finite output. Not checked on a GPU, where this would wait for
-            queued work.
+        InputError: float32 cannot hold the weight of a finite output. This is not checked on a GPU, where it would wait
+            for queued work.
     """
     weight = ops.inverse_square_norm(dense)
     lost = ~torch.isfinite(weight) | (weight == 0)
@@ -317,7 +317,7 @@ def token_weights(name: str, dense: Tensor) -> Tensor:
         if len(wrong):
             raise InputError(
                 f"{name}: token weights 1 / ‖output‖² need a norm between 1e-19 and 1e22 (got {float(wrong[0]):.3g}); "
-                "use a metric without token weights and the plain Gram matrix"
+                "use a score without token weights, such as wanda, and the plain Gram matrix"
             )
     return weight
 
@@ -332,12 +332,13 @@ SKETCH_ROWS = 128
 def sketched_output(x: Tensor, weight: Tensor, product: Product = functional.linear) -> Tensor:
     """``[T, min(d_out, SKETCH_ROWS)]``: rows whose norms estimate those of ``x Wᵀ``, at a fraction of its cost.
 
-    ``x (S W)ᵀ`` with S random signs over ``sqrt(SKETCH_ROWS)``: the expected square of its norm is ``‖A_t‖²``
-    (Achlioptas 2003, database-friendly random projections). S depends on the shape alone, so runs are reproducible.
+    ``x (S W)ᵀ``, where S holds random signs divided by ``sqrt(SKETCH_ROWS)``. The expected square of its norm is
+    ``‖A_t‖²`` (Achlioptas 2003, database-friendly random projections). S depends on the shape alone, so runs are
+    reproducible.
     """
     if len(weight) > SKETCH_ROWS:
         weight = _projection(len(weight), weight.device, weight.dtype) @ weight
-    with float32_products(weight):  # as in the forward, whichever thread runs this
+    with float32_products(weight):  # as in the forward, in whatever thread this runs
         return product(x, weight)
 
 

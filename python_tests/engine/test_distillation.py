@@ -171,8 +171,8 @@ def test_ids_of_either_width(dtype):
     [
         ("admm + distill(tokens=0)", r"tokens must be a whole number of at least 1 \(got 0\)"),
         ("admm + distill(learning_rate=0)", r"learning_rate must be more than 0"),
-        ("obs + admm + distill", r"method takes one stage of a kind \(got obs and admm\)"),
-        ("distill + admm", r"stages in another order than they run; write admm \+ distill"),
+        ("obs + admm + distill", r"method takes one stage of each kind \(got obs and admm\)"),
+        ("distill + admm", r"stages in the order in which they run; write admm \+ distill"),
         ("admm(tokens=9) + distill", r"admm has no option tokens: tokens is an option of distill"),
     ],
 )

@@ -102,7 +102,7 @@ MUST_BE_SHARE = "sparsity must be a share from 0 to 1"
         ({"pattern": "2:4", "sparsity": 0.6}, "give sparsity or pattern, not both (got 0.6 and 2:4)"),
         (
             {"pattern": "2:4", "group": "matrix"},
-            "a pattern compares within its own groups: leave out group (got 'matrix')",
+            "group does not go with a pattern, which has its own groups (got 'matrix'); leave out group",
         ),
         ({"group": "column"}, "group must be one of row, matrix, model (got 'column')"),
         ({"group": "modle"}, "group must be one of row, matrix, model (got 'modle'); did you mean model?"),
@@ -137,7 +137,7 @@ MUST_BE_SHARE = "sparsity must be a share from 0 to 1"
         ),
         (
             {"method": "allocate(by=error) + wanda", "group": "model"},
-            "group model itself allocates; leave out allocate, or use group row",
+            "group model already divides the sparsity among blocks; leave out allocate, or use group row",
         ),
     ],
     ids=lambda value: str(value)[:60] if isinstance(value, dict) else "",

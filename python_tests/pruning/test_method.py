@@ -299,7 +299,9 @@ def test_an_option_that_several_stages_of_a_preset_have(monkeypatch):
     monkeypatch.setitem(PRESETS, "both", "wanda + train + distill")
     with pytest.raises(InputError) as caught:
         parse("both(learning_rate=1)")
-    assert str(caught.value) == ("both has no option learning_rate: several stages of both have it; write them out")
+    assert str(caught.value) == (
+        "both has no option learning_rate: several stages of both have it; write its stages instead of the name"
+    )
 
 
 # Lists
@@ -342,7 +344,7 @@ def test_bad_lists_are_refused(text, message):
 FORM = 'method must be stages joined by +, each a name or name(option=value, …), e.g. "admm(iterations=30) + distill"'
 KNOWN = f"method must be made of {', '.join(names())}"
 FORM_OF_OPTIONS = "options of a stage must be name=value, separated by commas"
-ONE_OF_A_KIND = "method takes one stage of a kind"
+ONE_OF_A_KIND = "method takes one stage of each kind"
 ADMM_OPTIONS = "its options are damping, floor, iterations, saliency, gram"
 
 
@@ -458,23 +460,26 @@ ADMM_OPTIONS = "its options are damping, floor, iterations, saliency, gram"
         ("allocate + allocate + admm", f"{ONE_OF_A_KIND} (got allocate and allocate); leave out one"),
         (
             "distill + admm",
-            "method distill + admm has its stages in another order than they run; write admm + distill",
+            "method distill + admm must have its stages in the order in which they run; write admm + distill",
         ),
         (
             "admm + wanda",
-            "method admm + wanda has its stages in another order than they run; write wanda + admm",
+            "method admm + wanda must have its stages in the order in which they run; write wanda + admm",
         ),
         (
             "admm + collect(order=block)",
-            "method admm + collect(order=block) has its stages in another order than they run; write "
+            "method admm + collect(order=block) must have its stages in the order in which they run; write "
             "collect(order=block) + admm",
         ),
         (
             "admm + published-wanda",
-            "method admm + collect(order=block) + wanda has its stages in another order than they run; write "
+            "method admm + collect(order=block) + wanda must have its stages in the order in which they run; write "
             "collect(order=block) + wanda + admm",
         ),
-        ("admm + collect", "method admm + collect has its stages in another order than they run; write collect + admm"),
+        (
+            "admm + collect",
+            "method admm + collect must have its stages in the order in which they run; write collect + admm",
+        ),
         # options that no stage of the method reads
         (
             "wanda + admm(saliency=magnitude)",
@@ -486,11 +491,11 @@ ADMM_OPTIONS = "its options are damping, floor, iterations, saliency, gram"
         ),
         (
             "swaps + admm(gram=sketch)",
-            "gram must be the same for all stages of a matrix (got plain for swaps and sketch for admm)",
+            "gram must be the same for all stages of the method (got plain for swaps and sketch for admm)",
         ),
         (
             "swaps(gram=cosine) + obs",
-            "gram must be the same for all stages of a matrix (got cosine for swaps and plain for obs)",
+            "gram must be the same for all stages of the method (got cosine for swaps and plain for obs)",
         ),
         (
             "collect(token_norm=exact) + wanda",
@@ -554,7 +559,7 @@ def test_what_is_no_method(given, found):
         (lambda: Train(epochs=1.0), "epochs must be a whole number of at least 1 (got 1.0)"),
         (
             lambda: method_of([Distill(), Admm()]),
-            "method distill + admm has its stages in another order than they run; write admm + distill",
+            "method distill + admm must have its stages in the order in which they run; write admm + distill",
         ),
         (lambda: method_of([]), 'method must be a text like "balanced", or a list of stages (got [])'),
         (lambda: Method((Collect(), Collect(), Admm())), f"{ONE_OF_A_KIND} (got collect and collect); leave out one"),

@@ -1,9 +1,9 @@
-"""The stages of a method, one file each, which declares the stage's name, options, memory and code.
+"""The stages of a method. One file declares one stage: its name, options, memory and code.
 
-Every file of this package that defines ``STAGE`` is registered; a file whose name starts with ``_`` is no stage. To add
-a stage, add a file: the parser of methods, ``--help``, the memory estimate and the documentation read the registry.
-Stages of a matrix lower ``Σ_i e_i G e_iᵀ``, ``e_i`` the change of row i and ``G`` the Gram matrix of the inputs. All
-keep exactly as many weights as the target says; pruned weights are +0.0.
+Every file of this package defines ``STAGE`` and is registered, except files whose names start with ``_``. To add a
+stage, add a file: the parser of methods, ``--help``, the memory estimate and the documentation read the registry.
+Stages that work on a matrix lower ``Σ_i e_i G e_iᵀ``, where ``e_i`` is the change of row i and ``G`` the Gram matrix of
+the inputs. They all keep exactly as many weights as the target says. Pruned weights are +0.0.
 """
 
 from typing import TypeVar
@@ -37,7 +37,7 @@ KINDS: tuple[type[Stage], ...] = (Collect, Allocate, Score, Refine, Solve, Train
 """The kinds of stages in the order in which they run. A method has at most one of each."""
 
 STAGES: dict[str, type[Stage]] = {}
-"""Every stage by name. ``score`` stands for the metrics, which are written by their own names."""
+"""Every stage by name. Methods do not contain the name ``score``: a score stage is written as its metric."""
 
 
 def register(stage: type[Stage]) -> None:

@@ -1,7 +1,7 @@
-"""The base classes of stages, and the input and result of those that work on one matrix.
+"""The base classes of stages, and the input and the result of a stage that works on one matrix.
 
-A stage is a frozen dataclass. Its fields are its options, and its class says what it is: name, summary, the statistics
-that it reads, the comparison groups that it supports, its code and the memory that this takes.
+A stage is a frozen dataclass. Its fields are its options. Its class declares the rest: name, summary, the statistics
+that it reads, the comparison groups that it supports, its code, and the memory that the code needs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,16 +28,16 @@ GRAM_KINDS = {PLAIN: GRAM, COSINE: COSINE_GRAM, SKETCHED: SKETCH}
 def gram_option(*choices: str) -> Any:
     """The option ``gram`` of a stage that reads a Gram matrix."""
     helps = {
-        PLAIN: "plain: all tokens alike",
-        COSINE: "cosine: each token weighted by 1 / ‖A_t‖², A the dense output",
-        SKETCHED: "sketch: plain, but only a diagonal and a few directions of it are kept",
+        PLAIN: "plain: all tokens count the same",
+        COSINE: "cosine: token t is weighted by 1 / ‖A_t‖², where A is the dense output",
+        SKETCHED: "sketch: plain, approximated by its diagonal and a few directions",
     }
     text = "; ".join(helps[choice] for choice in choices)
-    return option(PLAIN, f"the Gram matrix by which errors are measured ({text})", Limits(choices=choices))
+    return option(PLAIN, f"the Gram matrix that measures errors ({text})", Limits(choices=choices))
 
 
 def damping_option(default: float) -> Any:
-    """The option ``damping``, which every stage that factorises the Gram matrix has with its own default."""
+    """The option ``damping`` of a stage that factorises the Gram matrix."""
     return option(
         default,
         "share of the Gram matrix's mean diagonal added to its diagonal",
@@ -47,10 +47,10 @@ def damping_option(default: float) -> Any:
 
 @dataclass
 class Problem:
-    """One matrix to prune. A stage may write to ``mask`` if it is given, and to nothing else.
+    """One matrix to prune. A stage may write to ``mask`` if there is one, and to nothing else.
 
-    Weights and statistics of unusual size are divided by powers of two (:mod:`ace_ext.pruning.scaling`): the result of
-    a stage must not depend on their units.
+    Very small and very large weights and statistics are divided by powers of two (:mod:`ace_ext.pruning.scaling`). The
+    result of a stage must not depend on their units.
     """
 
     dense: Tensor  # [rows, cols] float32: the dense weight
@@ -58,11 +58,11 @@ class Problem:
     group: ComparisonGroup
     keep: int
     """How many weights of one group are kept."""
-    mask: Tensor | None = None  # [rows, cols] bool: what is kept; None: the stage chooses
+    mask: Tensor | None = None  # [rows, cols] bool, True where a weight is kept; None: the stage chooses
     vectors: MomentGram | None = None  # mean and variance of each input column, if a stage reads them
 
     def of_rows(self, rows: slice) -> "Problem":
-        """The problem of some of the rows. Its mask is a view of this one's."""
+        """The problem of some of the rows. Its mask is a view of this mask."""
         mask = None if self.mask is None else self.mask[rows]
         return replace(self, dense=self.dense[rows], mask=mask)
 
@@ -70,30 +70,30 @@ class Problem:
     def gram(self) -> GramState | SketchState:
         """The Gram matrix or its sketch; ValueError if it was not collected."""
         if self.matrix is None:
-            raise ValueError("the stage needs the Gram matrix of the inputs (got statistics without)")
+            raise ValueError("the stage needs the Gram matrix of the inputs (got statistics without it)")
         return self.matrix
 
     @property
     def moments(self) -> MomentGram:
         """Mean and variance of the input columns; ValueError if they were not collected."""
         if self.vectors is None:
-            raise ValueError("the stage needs the moments of the inputs (got statistics without)")
+            raise ValueError("the stage needs the moments of the inputs (got statistics without them)")
         return self.vectors
 
     @property
     def measure(self) -> GramState | SketchState | MomentGram:
-        """By what the report's losses are measured: the Gram matrix where it was collected."""
+        """What measures the losses in the report: the Gram matrix if it was collected, else the moments."""
         return self.moments if self.matrix is None else self.matrix
 
     @property
     def whole_gram(self) -> GramState:
-        """The Gram matrix, for stages that a sketch does not serve."""
-        assert isinstance(self.gram, GramState)  # only stages that a sketch serves have it among their choices
+        """The Gram matrix, for stages that cannot use a sketch."""
+        assert isinstance(self.gram, GramState)  # their option gram does not offer the sketch
         return self.gram
 
     @property
     def pattern(self) -> SparsityPattern | None:
-        """The N:M pattern, if there is one."""
+        """The N:M pattern; None without one."""
         return self.group.pattern if isinstance(self.group, PatternGroup) else None
 
     @property
@@ -113,7 +113,7 @@ class Solved:
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """The sizes from which the memory of training a block is estimated."""
+    """The sizes that determine the memory for training a block."""
 
     trained: int  # entries of all its Linears
     largest: int  # entries of its largest Linear
@@ -128,11 +128,11 @@ class Stage(Options):
     name: ClassVar[str]
     """What users write."""
     summary: ClassVar[str]
-    """One line for help texts, with the source of the method."""
+    """One line for help texts, with the paper it comes from."""
 
     @property
     def label(self) -> str:
-        """The name under which this stage is written."""
+        """The name of this stage in a text."""
         return self.name
 
     def changed(self) -> Iterator[tuple[str, object]]:
@@ -144,7 +144,7 @@ class Stage(Options):
                 yield item.name, value
 
     def __str__(self) -> str:
-        """The stage as users write it; :func:`ace_ext.pruning.method.parse` reads it back."""
+        """The stage as text; :func:`ace_ext.pruning.method.parse` reads it back."""
         given = ", ".join(f"{name}={_plain(value)}" for name, value in self.changed())
         return f"{self.label}({given})" if given else self.label
 
@@ -164,12 +164,12 @@ class MatrixStage(Stage):
     groups: ClassVar[tuple[str, ...]]
     """The comparison groups that it supports, its default first; a pattern counts as ``row``."""
     reads: ClassVar[frozenset[str]] = frozenset()
-    """The kinds of statistics that it reads (:mod:`ace_ext.pruning.kinds`), besides the Gram matrix that its option
-    ``gram`` names if it has one."""
+    """The kinds of statistics that it reads (:mod:`ace_ext.pruning.kinds`). The Gram matrix that its option ``gram``
+    names is added."""
 
     @property
     def needs(self) -> frozenset[str]:
-        """The kinds of statistics that it reads, with those of its options."""
+        """The kinds of statistics that it reads, with the Gram matrix that its option ``gram`` names."""
         gram = getattr(self, "gram", None)
         return self.reads if gram is None else self.reads | {GRAM_KINDS[gram]}
 
@@ -190,12 +190,12 @@ class Solve(MatrixStage):
     """Updates kept weights to compensate for the removed ones."""
 
     chooses_mask: ClassVar[bool] = True
-    """Whether it chooses the mask itself where no stage before it did; if not, it is given one."""
+    """Whether it chooses the mask if the method has no score stage. If not, it always gets a mask."""
     mask_options: ClassVar[tuple[str, ...]] = ()
-    """Options that say how it chooses the mask, so nothing reads them where a stage before it did."""
+    """Options that say how it chooses the mask. They are refused if another stage chooses it."""
 
     def solve(self, problem: Problem) -> Solved:
-        """The pruned weight; ``problem.mask`` is None if this stage is to choose it."""
+        """The pruned weight. If ``problem.mask`` is None, this stage chooses the mask."""
         raise NotImplementedError
 
 
@@ -219,5 +219,5 @@ class TrainBlock(Stage):
 
 
 class TrainModel(Stage):
-    """Trains the whole model with fixed masks once all its blocks are pruned. Only declared here:
-    :mod:`ace_ext.engine.distillation` does it."""
+    """Trains the whole model with fixed masks once all its blocks are pruned. The code is in
+    :mod:`ace_ext.engine.distillation`."""

@@ -1,7 +1,7 @@
-"""ADMM pruning (arXiv 2401.02938): weights and mask together, by matrix products only.
+"""ADMM pruning (arXiv 2401.02938): weights and mask together, with matrix products only.
 
-Errors are measured by the Gram matrix ``G [cols, cols]`` of the inputs (:mod:`ace_ext.pruning.gram`): the change ``e``
-of a row costs ``e G eᵀ``. Computed in float32.
+The Gram matrix ``G [cols, cols]`` of the inputs measures errors (:mod:`ace_ext.pruning.gram`): the change ``e`` of a
+row costs ``e G eᵀ``. Everything is computed in float32.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ from ace_ext.pruning.sketch import SketchFactor, direction_count
 from ace_ext.pruning.stages._stage import COSINE, PLAIN, SKETCHED, Problem, Solve, Solved, damping_option, gram_option
 
 PART_ENTRIES = 2**24
-"""So many entries of a larger matrix are solved at a time, in whole rows: buffers of its size set the peak memory."""
+"""A larger matrix is solved in parts of about this many entries, in whole rows. This limits the peak memory of the
+buffers."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,16 @@ class Admm(Solve):
     damping: float = damping_option(ADMM_DAMPING)
     floor: float = option(
         ADMM_FLOOR,
-        "share of a usual column's energy (the geometric mean) that is added to each column's: columns that are quiet "
-        "in the calibration text may not be so elsewhere",
+        "share of a typical column's energy (the geometric mean) that is added to the energy of each column: a column "
+        "with small inputs in the calibration text may have large inputs in other text",
         Limits(at_least=0, words="a share of the geometric mean, 0 or more"),
     )
     iterations: int = option(
-        20, "iterations; the mask is tightened in the first half and fixed in the second", Limits(at_least=1)
+        20, "iterations; the mask becomes sparser in the first half and is fixed in the second", Limits(at_least=1)
     )
     saliency: str = option(
         "obs",
-        "what chooses the mask: magnitude (of weights on normalised columns) or obs (the error that is left after the "
+        "what chooses the mask: magnitude (of weights on normalised columns) or obs (the error that remains after the "
         "best update of the other weights)",
         Limits(choices=("magnitude", "obs")),
     )
@@ -76,13 +77,13 @@ def _part_rows(rows: int, cols: int) -> int:
 
 
 def iterate(problem: Problem, factor: AdmmFactor | SketchFactor, stage: Admm) -> Tensor:
-    """The alternating direction method of multipliers; returns the last ``Z [rows, cols]``.
+    """The alternating direction method of multipliers. Returns the last ``Z [rows, cols]``.
 
-    On columns multiplied by ``norm``, with ``H`` the normalised Gram matrix: ``Z`` is the masked ``W + U``; then
-    ``U ← U + W - Z`` and ``W ← (H W₀ + ρ (Z - U)) (H + ρ)⁻¹``. The mask (where none is given) tightens along a cubic
-    curve in the first half of the iterations.
+    Columns are multiplied by ``norm``, and ``H`` is the normalised Gram matrix. ``Z`` is the masked ``W + U``; then
+    ``U ← U + W - Z`` and ``W ← (H W₀ + ρ (Z - U)) (H + ρ)⁻¹``. If no mask is given, its sparsity follows a cubic curve
+    in the first half of the iterations.
 
-    It uses four buffers of the weight's size and no more.
+    The function uses no more than four buffers of the weight's size.
     """
     weight = problem.dense * factor.norm
     target, dual, kept = factor.times_hessian(weight), torch.zeros_like(weight), torch.empty_like(weight)
@@ -119,8 +120,8 @@ def _keep_most_salient_(
 
 
 def _most_salient(weight: Tensor, factor: AdmmFactor | SketchFactor, problem: Problem, stage: Admm) -> Tensor:
-    """The mask with which the tightening ends: ``[rows, cols]`` bool, True for exactly ``problem.keep`` of each group,
-    also where fewer of its weights are not zero."""
+    """The mask at the end of the tightening: ``[rows, cols]`` bool, True for exactly ``problem.keep`` weights of each
+    group, also if fewer of them are not zero."""
     formula, column = _saliency(factor, stage)
     if problem.pattern is not None:
         return ops.nm_mask(weight, formula, problem.pattern.keep_n, problem.pattern.group_m, column=column)
@@ -130,7 +131,7 @@ def _most_salient(weight: Tensor, factor: AdmmFactor | SketchFactor, problem: Pr
 def _saliency(factor: AdmmFactor | SketchFactor, stage: Admm) -> tuple[str, Tensor | None]:
     """The op's formula for the saliency, and its column factor.
 
-    Saliency ``"obs"`` is ``|w_j| / sqrt((H⁻¹)_jj)``, the root of the error that is left after the best update of the
+    Saliency ``"obs"`` is ``|w_j| / sqrt((H⁻¹)_jj)``, the root of the error that remains after the best update of the
     other weights. ``"magnitude"`` is ``|w_j|``; on normalised columns this is the root of the error without an update.
     """
     if stage.saliency == "obs":
@@ -139,8 +140,8 @@ def _saliency(factor: AdmmFactor | SketchFactor, stage: Admm) -> tuple[str, Tens
 
 
 def _weight_bytes(rows: int, cols: int) -> int:
-    """Four buffers and a mask of what is solved at a time; if that is a part, the new weight too, or what follows: the
-    new weight, rounded, and the check that it is finite."""
+    """Four buffers and a mask for one part. With several parts, the larger of two: these and the new weight, or the new
+    weight, its rounded copy and the check that it is finite."""
     part = _part_rows(rows, cols) * cols
     return 18 * part if part == rows * cols else max(4 * rows * cols + 18 * part, 11 * rows * cols)
 

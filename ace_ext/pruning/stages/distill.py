@@ -6,7 +6,7 @@ from ace_ext.pruning.settings import Limits, option
 from ace_ext.pruning.stages._stage import TrainModel
 
 LEARNING_RATE = 1.5e-3
-"""Also of ``ace-prune heal``."""
+"""The default, also of ``ace-prune heal``."""
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,12 @@ class Distill(TrainModel):
 
     tokens: int = option(
         49152,
-        "tokens that are trained on, rounded up to whole steps; not the calibration samples, but other text of their "
-        "source",
+        "tokens to train on, rounded up to whole steps; they are other text of the calibration's source",
         Limits(at_least=1),
     )
     learning_rate: float = option(
         LEARNING_RATE,
-        "learning rate at its peak, a share of each matrix's root mean square weight; it rises, then falls as a cosine",
+        "peak learning rate, a share of each matrix's root mean square weight; it rises, then falls as a cosine",
         Limits(above=0, words="more than 0"),
     )
 

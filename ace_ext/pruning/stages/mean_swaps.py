@@ -1,6 +1,6 @@
-"""Mean-balanced swaps: exchange kept and pruned weights of a row so that pruning shifts the mean of its output less.
+"""Mean-balanced swaps: exchange kept and pruned weights of a row so that pruning shifts its mean output less.
 
-Reads the mean and the variance of each input column and no Gram matrix: a row's pruned weights cost
+The stage reads the mean and the variance of each input column, and no Gram matrix. The pruned weights of a row cost
 ``Σ w_j² σ_j² + (Σ w_j m_j)²`` (:mod:`ace_ext.pruning.moment_gram`).
 """
 
@@ -22,7 +22,7 @@ class MeanSwaps(Refine):
     reads = frozenset({INPUT})
 
     rounds: int = option(
-        1, "scans of each row, after each of which up to 32 of its weights are swapped", Limits(at_least=1)
+        1, "scans of each row; up to 32 of its weights are swapped after each scan", Limits(at_least=1)
     )
 
     def refine_(self, problem: Problem) -> None:
@@ -32,7 +32,7 @@ class MeanSwaps(Refine):
         ops.balance_mean_(problem.mask, problem.dense, moments.variance, moments.mean, group_m, self.rounds)
 
     def working_bytes(self, rows: int, cols: int) -> int:
-        """The pruned weight and the check that it is finite; three numbers a row, and copies of the vectors."""
+        """The pruned weight and the check that it is finite, three numbers for each row, and copies of the vectors."""
         return 11 * rows * cols + 32 * rows + 24 * cols
 
 

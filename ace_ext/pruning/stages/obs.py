@@ -1,7 +1,7 @@
-"""SparseGPT's update (arXiv 2301.00774): prune columns from left to right, each compensated by the columns after it.
+"""SparseGPT's update (arXiv 2301.00774): prune columns from left to right; later columns compensate for each.
 
-Errors are measured by the Gram matrix ``G [cols, cols]`` of the inputs (:mod:`ace_ext.pruning.gram`): the change ``e``
-of a row costs ``e G eᵀ``. Computed in float32.
+The Gram matrix ``G [cols, cols]`` of the inputs measures errors (:mod:`ace_ext.pruning.gram`): the change ``e`` of a
+row costs ``e G eᵀ``. Everything is computed in float32.
 """
 
 from dataclasses import dataclass
@@ -31,8 +31,8 @@ class Obs(Solve):
     def solve(self, problem: Problem) -> Solved:
         """Prunes columns from left to right and updates the later columns to compensate for each removed weight.
 
-        Without a mask, each block of columns chooses its own when it is reached, by ``w² / U_jj²``: the error that is
-        left after the best update of the later columns.
+        Without a mask, the mask of each block of columns is chosen when the block is reached, by ``w² / U_jj²``: the
+        error that remains after the best update of the later columns.
         """
         factor = problem.whole_gram.obs_factor(self.damping)
         upper = factor.upper
@@ -55,14 +55,14 @@ class Obs(Solve):
         return Solved(weight, factor.damping, factor.attempts)
 
     def working_bytes(self, rows: int, cols: int) -> int:
-        """The larger of two phases: two copies of the Gram matrix in float64 while it is factorised; then the factor in
-        float32, two buffers of the weight's size, and the buffers of one block of columns."""
+        """The larger of two phases. While the Gram matrix is factorised: two copies of it in float64. Then: the factor
+        in float32, two buffers of the weight's size, and the buffers of one block of columns."""
         return max(17 * cols * cols, 4 * cols * cols + 11 * rows * cols)
 
 
 def _block_mask(block: Tensor, inner: Tensor, columns: tuple[int, int], problem: Problem) -> Tensor:
-    """The mask of one block of columns ``[start, end)``. The block keeps ``keep * end // cols`` less what the blocks
-    before it got, so the blocks' numbers add up to ``keep`` exactly."""
+    """The mask of one block of columns ``[start, end)``. The block keeps ``keep * end // cols - keep * start // cols``
+    weights, so the numbers of all blocks add up to ``keep`` exactly."""
     start, end = columns
     cols = problem.dense.shape[1]
     share = problem.keep * end // cols - problem.keep * start // cols

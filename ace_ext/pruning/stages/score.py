@@ -1,4 +1,4 @@
-"""Scores: each gives every weight a number, and the target turns the numbers into a mask."""
+"""Scores: each gives every weight a number. The target turns the numbers into a mask."""
 
 from dataclasses import dataclass
 
@@ -15,10 +15,10 @@ class Score(Stage):
     """Keeps the weights with the highest scores.
 
     Args:
-        metric: a name of :data:`ace_ext.pruning.criteria.METRICS`, under which the stage is written, or a callable
-            ``(weight, stats) -> score`` that returns a float tensor of the weight's shape, higher = keep; ``stats`` is
-            a :class:`ace_ext.pruning.statistics.LinearStatistics`.
-        exponent: of ``ria`` alone: the power of the input norm.
+        metric: a name of :data:`ace_ext.pruning.criteria.METRICS`, which is also the stage's name in a text; or a
+            callable ``(weight, stats) -> score`` that returns a float tensor of the weight's shape, higher = keep.
+            ``stats`` is a :class:`ace_ext.pruning.statistics.LinearStatistics`.
+        exponent: the power of the input norm in ``ria``; no other metric reads it.
     """
 
     name = "score"

@@ -15,7 +15,7 @@ class Swaps(Refine):
     summary = "exchanges kept and pruned weights of a row while the error of its output falls (arXiv 2512.10922)"
     groups = ("row",)
 
-    max_swaps: int = option(100, "the most swaps in a row", Limits(at_least=1))
+    max_swaps: int = option(100, "the maximum number of swaps in a row", Limits(at_least=1))
     gram: str = gram_option(PLAIN, COSINE)
 
     def refine_(self, problem: Problem) -> None:

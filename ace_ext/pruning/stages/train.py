@@ -22,7 +22,7 @@ class Train(TrainBlock):
     epochs: int = option(6, "passes over the calibration tokens", Limits(at_least=1))
     learning_rate: float = option(
         2e-3,
-        "learning rate at first, a share of each parameter's root mean square; it falls linearly to zero",
+        "initial learning rate, a share of each parameter's root mean square; it falls linearly to zero",
         Limits(above=0, words="more than 0"),
     )
 
@@ -41,10 +41,10 @@ class Train(TrainBlock):
 
     def working_bytes(self, sizes: BlockSizes) -> int:
         """For each trained entry: the weight and Adam's two moments in float32, a copy in the model's dtype, and the
-        mask.
+        mask. For the largest matrix: the temporaries of Adam or the backward pass.
 
-        Added to that is the larger of two: gradients in the model's dtype with a step's activations, or gradients in
-        float32; and for the largest matrix the temporaries of Adam or the backward pass.
+        The larger of two is added: gradients in the model's dtype and the activations of a step, or gradients in
+        float32.
         """
         state = sizes.trained * (13 + sizes.itemsize) + 12 * sizes.largest
         return state + max(sizes.trained * sizes.itemsize + sizes.activations, 4 * sizes.trained)
