@@ -16,9 +16,10 @@ _SECTION = """
 The weights are stored without their zeros, in the format `{codec.name}` of `ace_ext` ({codec.summary}):
 
 ```python
-import ace_ext  # tells transformers (version 5 or later) about packed folders
+import ace_ext
 from transformers import AutoModelForCausalLM
 
+ace_ext.register()  # tells transformers about packed folders
 model = AutoModelForCausalLM.from_pretrained("FOLDER")
 ```
 
