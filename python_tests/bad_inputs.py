@@ -369,7 +369,8 @@ def _files() -> Iterator[Case]:
     for name in ("config.json", "model.safetensors"):
         for kind, make in {"pipe": os.mkfifo, "folder": Path.mkdir, "nothing": lambda path: None}.items():
             # A plan of a folder without weights is one of its configuration.
-            for verb in ("run", "eval") if (name, kind) == ("model.safetensors", "nothing") else ("run", "plan", "eval"):
+            planned = (name, kind) != ("model.safetensors", "nothing")
+            for verb in ("run", *(["plan"] if planned else []), "eval"):
                 yield f"{name} is {kind} {verb}", verb, {}, replace_by(f"dense/{name}", make)
     for name in ("tokenizer_config.json", "generation_config.json", "notes.txt"):
         for target in ("../text.txt", "/etc/hostname", "../dense/../text.txt"):
