@@ -86,7 +86,9 @@ class Lockstep:
 
     def __enter__(self) -> "Lockstep":
         # For all of them at once: a forward that ends would otherwise restore it while others still run.
-        self._left.enter_context(eager_experts(held.owner for held in self._block.held if computes_experts(held.owner)))
+        self._left.enter_context(
+            eager_experts(fused.owner for fused in self._block.fused if computes_experts(fused.owner))
+        )
         for child, linear in self._block.linears.items():
             hook = lambda _, args, child=child: self._arrive(child, args[0])  # noqa: E731
             self._left.callback(linear.register_forward_pre_hook(hook).remove)
@@ -134,12 +136,12 @@ def forwards_fit(block: Block, hidden: HiddenStates, device: torch.device) -> bo
     rows = [math.prod(shape[:-1]) for shape in hidden.layout.shapes]
     itemsize = block.linears[next(iter(block.linears))].weight.dtype.itemsize
     # As ModelShape.waiting_bytes: before the widest Linear, or in attention.
-    held = max(2 * hidden.nbytes + sum(rows) * widest * itemsize, 6 * hidden.nbytes)
-    return held + paused_bytes(len(rows), device) <= available_bytes(device) // 2
+    waiting = max(2 * hidden.nbytes + sum(rows) * widest * itemsize, 6 * hidden.nbytes)
+    return waiting + paused_bytes(len(rows), device) <= available_bytes(device) // 2
 
 
 def keeps_no_state(block: Block, index: int, calls: Sequence[BlockCall], hidden: Sequence[Tensor]) -> bool:
-    """Whether forwards of ``block`` that take turns give what they give one after the other: not if a module of it
+    """Whether forwards of ``block`` that alternate give what they give one after another: not if a module of it
     notes something in itself that it reads later in the same forward. Tried with two batches and the present weights.
 
     Sums on a GPU may be rounded otherwise in each run, so outputs count as the same up to a hundredth.

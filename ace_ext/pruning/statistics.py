@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ace_ext import ops
 from ace_ext.errors import InputError
-from ace_ext.models.held import ExpertLinear, filled_linear
+from ace_ext.models.fused_weights import ExpertLinear, filled_linear
 from ace_ext.models.products import float32_products
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, MOMENT, SKETCH, WEIGHTED

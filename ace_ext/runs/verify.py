@@ -133,7 +133,7 @@ def _expected(
         result.problems.append(str(error))
         return None, set()
     for own in all_names(model).values():
-        stored = shards.held(own)
+        stored = shards.stored_name(own)
         if stored is None:
             result.problems.append(f"{own[0]}: missing")
         else:

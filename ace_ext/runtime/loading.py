@@ -67,7 +67,7 @@ def build_packed(folder: str | Path, empty: Callable[[], nn.Module] | None = Non
             if key not in made:
                 bias: Tensor | None = module.bias
                 if bias is not None:
-                    bias = _read(shards.held(names[id(bias)]) or f"{name}.bias", bias, shards)
+                    bias = _read(shards.stored_name(names[id(bias)]) or f"{name}.bias", bias, shards)
                 made[key] = PackedLinear(matrices[id(module.weight)], bias)
             _replace(model, name, made[key])
     _load_rest(model, shards)
@@ -124,7 +124,7 @@ def _load_rest(model: nn.Module, shards: PackedShards) -> None:
     names = all_names(model)
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
-            stored = shards.held(names[id(parameter)]) or name
+            stored = shards.stored_name(names[id(parameter)]) or name
             owner, _, leaf = name.rpartition(".")
             value = nn.Parameter(_read(stored, parameter, shards), requires_grad=False)
             model.get_submodule(owner)._parameters[leaf] = value
