@@ -144,4 +144,4 @@ def test_outputs_after_training_must_be_finite(monkeypatch):
     monkeypatch.setattr(block_tuning, "_train_", train_)
     monkeypatch.setattr(block_tuning, "_mean_loss", lambda *_: next(losses))
     with pytest.raises(InputError, match=r"model\.layers\.0: its output holds NaN or infinity"):
-        prune_model(make_model("llama"), make_tokens(), PruneConfig(update="tune"))
+        prune_model(make_model("llama"), make_tokens(), PruneConfig("train"))
