@@ -3,7 +3,7 @@
 
     python benchmarks/bench_loop.py --model FOLDER [--nsamples 16 --seqlen 128 --batch-tokens 256] [--repeats 3]
 
-FOLDER holds safetensors. First several batches are pruned in memory, in lockstep and by stages: seconds, the ratio, and
+FOLDER holds safetensors. First several batches are pruned in memory, in lockstep and in steps: seconds, the ratio, and
 the ratio to one plain forward pass of the same batches. Then ``run --offload disk`` with and without reading the next
 block and writing the last one meanwhile: seconds, the ratio, and the seconds of reading and writing alone. All outputs
 of one kind must have the same bytes.
@@ -65,7 +65,7 @@ def several_batches(args: argparse.Namespace, config: PruneConfig, device: torch
     ways = {
         "one plain forward": lambda: forward(loaded.model, tokens, config, device),
         "lockstep": lambda: prune(True),
-        "by stages": lambda: prune(False),
+        "in steps": lambda: prune(False),
     }
     compare(ways, args.repeats)
 

@@ -77,7 +77,7 @@ class Block:
         module = _twin(self.module, twins)
         return replace(self, module=module, linears=twin_linears(self.linears), fused=tuple(fused))
 
-    def expert_stages(self) -> list[list[str]]:
+    def expert_steps(self) -> list[list[str]]:
         """The names of the prunable Linears, one list for each fused tensor. Linears of one list do not feed each
         other, so they can be pruned together."""
         return [[child for child in fused.linears if child in self.linears] for fused in self.experts]

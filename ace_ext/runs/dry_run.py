@@ -62,7 +62,7 @@ def try_block(
     model, blocks, shards = source.model, source.blocks, source.files.shards
     files: Any = RandomWeights(model) if shards is None else shards  # blocks are only read from it
     index = next(i for i, block in enumerate(blocks) if block.linears)
-    several = config.batch_samples(tokens.shape[1]) < len(tokens)  # several batches are pruned by stages
+    several = config.batch_samples(tokens.shape[1]) < len(tokens)  # several batches are pruned in steps
     large = tokens[: 8 if several else 4]
     parts = min(4 if several else 1, len(large))
     small = large[: 2 if several else 1, : max(2, tokens.shape[1] // 4)]

@@ -80,7 +80,7 @@ def test_every_row_keeps_exactly_k(family, order, batch_tokens):
 
 
 def test_one_forward_equals_stages():
-    """Sequential order: pruning inside one forward and by stages over batches see the same inputs."""
+    """Sequential order: pruning inside one forward and in steps over batches see the same inputs."""
     one, several = make_model("llama"), make_model("llama")
     prune_model(one, make_tokens(), PruneConfig("collect(batch_tokens=10000) + wanda"))
     prune_model(several, make_tokens(), PruneConfig("collect(batch_tokens=32) + wanda"))

@@ -247,10 +247,10 @@ def test_skip_by_name():
     assert [round(float(zeros(w)), 2) for w in weight] == [0.5, 0.0, 0.5, 0.5]
 
 
-@pytest.mark.parametrize(("keeps_forwards", "passes"), [(True, 4 + 3), (False, 3 * 3)], ids=["lockstep", "stages"])
+@pytest.mark.parametrize(("keeps_forwards", "passes"), [(True, 4 + 3), (False, 3 * 3)], ids=["lockstep", "steps"])
 def test_a_stage_takes_all_experts(keeps_forwards, passes):
     """Three batches go through the experts once; before that, a trial of two of them, one after the other and in
-    lockstep. By stages they do for all gates, for all downs, and to go on; the stages before end before the experts."""
+    lockstep. In steps they do for all gates, for all downs, and to go on; the steps before end before the experts."""
     model, seen = make_model("mixtral"), []
     handle = experts_module(model).register_forward_pre_hook(lambda *_: seen.append(1))
     context = RunContext(keeps_forwards=keeps_forwards)

@@ -1,4 +1,4 @@
-"""Several batches in the sequential order: one forward's work a block, and the bytes of one forward for each stage."""
+"""Several batches in the sequential order: one forward's work a block, and the bytes of one forward for each step."""
 
 import contextlib
 import threading
@@ -103,7 +103,7 @@ def flops(monkeypatch):
 
 
 @pytest.mark.parametrize("metric", ["wanda", "cosp"], ids=["inputs", "outputs"])
-@pytest.mark.parametrize("keeps_forwards", [True, False], ids=["lockstep", "stages"])
+@pytest.mark.parametrize("keeps_forwards", [True, False], ids=["lockstep", "steps"])
 def test_work_of_a_block(keeps_forwards, metric, flops):
     """16 batches, as 128 samples of 2048 tokens are by default. Lockstep takes one forward pass and a sixteenth, in
     which it finds the order of the Linears; each Linear runs twice if the statistics read its dense output."""
@@ -166,7 +166,7 @@ class Forgetful(nn.Module):
         return self.mlp(x) + self.noted
 
 
-def test_a_block_that_keeps_state_is_pruned_by_stages():
+def test_a_block_that_keeps_state_is_pruned_in_steps():
     models = [make_model("llama") for _ in range(2)]
     for model in models:
         model.model.layers[1].mlp = Forgetful(model.model.layers[1].mlp)
@@ -322,10 +322,10 @@ def test_modes_of_a_forward_stay_in_it(modes, family, monkeypatch):
 @pytest.mark.parametrize("family", MIXTURES)
 def test_experts_are_taken_apart_as_they_are_called(family):
     block = find_blocks(make_model(family))[0]
-    gates, downs = block.expert_stages()
-    stages = in_lockstep.one_by_one(block, [["a", "b"], gates, downs, ["c"]])
+    gates, downs = block.expert_steps()
+    steps = in_lockstep.one_by_one(block, [["a", "b"], gates, downs, ["c"]])
     pairs = [[child] for pair in zip(gates, downs, strict=True) for child in pair]
-    assert stages == [["a", "b"], *pairs, ["c"]]
+    assert steps == [["a", "b"], *pairs, ["c"]]
 
 
 def test_a_linear_that_a_batch_calls_twice_is_an_error():

@@ -8,8 +8,8 @@ from ace_ext.engine.strategies._strategy import RunSizes, Strategy, StrategyByte
 from ace_ext.engine.strategies.dense_order import DenseOrder
 from ace_ext.engine.strategies.from_statistics import FromStatistics
 from ace_ext.engine.strategies.in_lockstep import InLockstep
+from ace_ext.engine.strategies.in_steps import InSteps
 from ace_ext.engine.strategies.one_forward import OneForward
-from ace_ext.engine.strategies.stages import Stages
 from ace_ext.engine.strategies.whole_forwards import WholeForwards
 from ace_ext.engine.strategies.whole_model import WholeModel
 from ace_ext.pruning.config import PruneConfig
@@ -18,9 +18,9 @@ __all__ = [
     "DenseOrder",
     "FromStatistics",
     "InLockstep",
+    "InSteps",
     "OneForward",
     "RunSizes",
-    "Stages",
     "Strategy",
     "StrategyBytes",
     "WholeForwards",
@@ -28,7 +28,7 @@ __all__ = [
     "planned",
 ]
 
-Planned = type[WholeModel] | type[DenseOrder] | type[OneForward] | type[InLockstep] | type[Stages]
+Planned = type[WholeModel] | type[DenseOrder] | type[OneForward] | type[InLockstep] | type[InSteps]
 
 
 def planned(config: PruneConfig, one_batch: bool, keeps_forwards: bool) -> Planned:
@@ -45,4 +45,4 @@ def planned(config: PruneConfig, one_batch: bool, keeps_forwards: bool) -> Plann
         return DenseOrder
     if one_batch:
         return OneForward
-    return InLockstep if keeps_forwards else Stages
+    return InLockstep if keeps_forwards else InSteps

@@ -9,7 +9,7 @@ from ace_ext.engine.collection import Collection
 from ace_ext.engine.context import RunContext
 from ace_ext.engine.matrix_pruner import MatrixPruner, Reports
 from ace_ext.engine.strategies._strategy import RunSizes, StrategyBytes, output_of_linear, same_inputs
-from ace_ext.engine.strategies.stages import Stages, stage_order
+from ace_ext.engine.strategies.in_steps import InSteps, step_order
 from ace_ext.errors import InputError
 from ace_ext.models.blocks import Block
 from ace_ext.models.lockstep import PAUSED_BYTES, Lockstep, forwards_fit, keeps_no_state
@@ -17,8 +17,8 @@ from ace_ext.pruning.statistics import StatisticsCollector
 
 
 class InLockstep:
-    """All batches go on to their next Linear, the first stage that one of them has come to is pruned, and so on: one
-    forward pass of each batch in all. A block that it does not serve is pruned by stages, to the same bytes."""
+    """All batches go on to their next Linear, the first step that one of them has come to is pruned, and so on: one
+    forward pass of each batch in all. A block that it does not serve is pruned in steps, to the same bytes."""
 
     def __init__(self, states: BatchStates, collection: Collection, pruner: MatrixPruner, context: RunContext) -> None:
         self._states, self._collection, self._pruner = states, collection, pruner
@@ -27,10 +27,10 @@ class InLockstep:
     def prune(self, block: Block, index: int) -> Reports:
         """Prunes the block."""
         states, collection, peers = self._states, self._collection, self._pruner.peers
-        order = stage_order(states, collection, peers, block, index)
-        if not all(peers.gather(order.complete and bool(order.stages) and self.serves(block, index))):
-            return Stages(states, collection, self._pruner).prune_in(block, index, order)
-        return self._prune_in(block, index, one_by_one(block, order.stages))
+        order = step_order(states, collection, peers, block, index)
+        if not all(peers.gather(order.complete and bool(order.steps) and self.serves(block, index))):
+            return InSteps(states, collection, self._pruner).prune_in(block, index, order)
+        return self._prune_in(block, index, one_by_one(block, order.steps))
 
     def serves(self, block: Block, index: int) -> bool:
         """Whether what the batches' unfinished forwards hold fits into memory, the block calls each Linear once and
@@ -48,10 +48,10 @@ class InLockstep:
             self._stateless[kind] = keeps_no_state(block, index, calls, hidden)
         return self._stateless[kind]
 
-    def _prune_in(self, block: Block, index: int, stages: list[list[str]]) -> Reports:
+    def _prune_in(self, block: Block, index: int, steps: list[list[str]]) -> Reports:
         states = self._states
         done: Reports = {}
-        place = {child: number for number, stage in enumerate(stages) for child in stage}
+        place = {child: number for number, step in enumerate(steps) for child in step}
         forwards = [lambda i=i: states.run(block, index, i) for i in range(len(states.calls))]
         with Lockstep(block, forwards, states.device) as lockstep:
             ready = [*range(len(forwards))]
@@ -61,41 +61,41 @@ class InLockstep:
                     if output is not None:
                         states.put(block, index, i, output)
                 stops = [(i, stop) for i in range(len(forwards)) if (stop := lockstep.stop_of(i)) is not None]
-                first = min((place[child] for _, (child, _) in stops), default=len(stages))
+                first = min((place[child] for _, (child, _) in stops), default=len(steps))
                 first = min(self._pruner.peers.gather(first))
-                if first == len(stages):
+                if first == len(steps):
                     break
-                stage = stages[first]
-                if stage[0] in done:
+                step = steps[first]
+                if step[0] in done:
                     raise InputError(
-                        f"{block.full_name(stage[0])} is called twice in its block, or in another order by a later "
+                        f"{block.full_name(step[0])} is called twice in its block, or in another order by a later "
                         "batch; write collect(order=block) in the method"
                     )
-                collector = self._collector(block, stage)
+                collector = self._collector(block, step)
                 ready = []
                 for i, (child, x) in stops:
                     if place[child] == first:
                         ready.append(i)
                         with states.naming(block, index, i):
-                            observe(collector, stage, x, states.calls[i].token_mask)
-                        lockstep.admit(i, stage, x)
+                            observe(collector, step, x, states.calls[i].token_mask)
+                        lockstep.admit(i, step, x)
                 del stops  # and so the inputs
                 done |= self._pruner.prune_all(block, self._collection.complete(block, collector))
         states.check_outputs(block)
-        for stage in stages:
-            if stage[0] not in done:  # experts that no token was routed to
-                collector = self._collector(block, stage)
+        for step in steps:
+            if step[0] not in done:  # experts that no token was routed to
+                collector = self._collector(block, step)
                 done |= self._pruner.prune_all(block, self._collection.complete(block, collector))
         return done
 
-    def _collector(self, block: Block, stage: list[str]) -> StatisticsCollector:
-        return self._collection.collector({child: block.linears[child] for child in stage})
+    def _collector(self, block: Block, step: list[str]) -> StatisticsCollector:
+        return self._collection.collector({child: block.linears[child] for child in step})
 
     @classmethod
     def memory(cls, sizes: RunSizes) -> StrategyBytes:
         """The statistics of Linears with the same input, or of one expert; and the unfinished forwards: one batch runs,
         the others wait."""
-        alone = [(block, [child]) for block in sizes.blocks for stage in block.expert_stages() for child in stage]
+        alone = [(block, [child]) for block in sizes.blocks for step in block.expert_steps() for child in step]
         together = alone + [some for block in sizes.blocks for some in same_inputs(block)]
         waiting = sizes.shape.waiting_bytes
         pending = sizes.pending(waiting(sizes.tokens))
@@ -104,24 +104,24 @@ class InLockstep:
         return StrategyBytes(sizes.most_statistics(together), forward, pending, stacks)
 
 
-def observe(collector: StatisticsCollector, stage: list[str], x: Tensor, token_mask: Tensor | None) -> None:
-    """Adds one input of the Linears of a stage, which have not run yet."""
+def observe(collector: StatisticsCollector, step: list[str], x: Tensor, token_mask: Tensor | None) -> None:
+    """Adds one input of the Linears of a step, which have not run yet."""
     collector.token_mask = token_mask
-    for child in stage:
+    for child in step:
         output = output_of_linear(collector.linears[child], x) if collector.wants_output else None
         collector.observe(child, x, output)
 
 
-def one_by_one(block: Block, stages: list[list[str]]) -> list[list[str]]:
-    """The stages with fused experts taken apart, as a forward calls them: one expert's matrices, then the next's."""
+def one_by_one(block: Block, steps: list[list[str]]) -> list[list[str]]:
+    """The steps with fused experts taken apart, as a forward calls them: one expert's matrices, then the next's."""
     number = {child: expert for fused in block.experts for expert, child in enumerate(fused.linears)}
     owner = {child: id(fused.owner) for fused in block.experts for child in fused.linears}
     found: list[list[str]] = []
-    for mixture, group in groupby(stages, key=lambda stage: owner.get(stage[0])):
+    for mixture, group in groupby(steps, key=lambda step: owner.get(step[0])):
         if mixture is None:
             found.extend(group)
         else:  # sorting keeps the order of one expert's matrices
             found.extend(
-                [child] for child in sorted((child for stage in group for child in stage), key=number.__getitem__)
+                [child] for child in sorted((child for step in group for child in step), key=number.__getitem__)
             )
     return found
