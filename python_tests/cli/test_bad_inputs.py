@@ -126,7 +126,7 @@ def test_bad_input(name, place, tmp_path, watch, monkeypatch, capsys):
     assert error.count("\n") <= 1, error
     assert "internal error" not in error
     if verb == "verify" and status == 1:
-        assert "FAULT" in out
+        assert "problem:" in out
         assert error == ""
     else:
         assert status == 2, (status, out, error)

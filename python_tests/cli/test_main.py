@@ -91,7 +91,7 @@ def test_damage_fails_verify(place, capsys):
     report.write_text(report.read_text().replace('"sparsity": 0.5,', '"sparsity": 0.75,'))
     status, out, _ = call(capsys, "verify", place / "damaged")
     assert status == 1
-    assert "FAULT model.layers.0.self_attn.q_proj: 32 of 32 rows keep more than 8" in out
+    assert "problem: model.layers.0.self_attn.q_proj: 32 of 32 rows keep more than 8" in out
 
 
 @pytest.mark.parametrize(
