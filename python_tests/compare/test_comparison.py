@@ -1,4 +1,4 @@
-"""Comparisons on a tiny model, from command-line arguments: the grid, the record and resuming, the tables."""
+"""Comparisons on a tiny model, from command-line arguments: the grid, the journal, continuing, and the tables."""
 
 import argparse
 import json
@@ -57,7 +57,7 @@ def lines(folder):
 
 
 def test_figures_are_those_of_single_runs(place, capsys):
-    """Each run of the grid gives what a freshly loaded model, pruned and evaluated by hand, gives."""
+    """Each run of the grid equals a run on a freshly loaded model that is pruned and evaluated directly."""
     text = str(place / "text.txt")
     assert compare(place, "--json", sparsities="0.5", patterns="2:4", seeds="0,1") == 0
     data = json.loads(capsys.readouterr().out)
@@ -168,9 +168,7 @@ def test_a_crash_loses_no_finished_run(place, tmp_path, monkeypatch):
     assert [line["run"]["cell"]["method"] for line in after if "run" in line] == ["wanda", "ace"]
 
 
-@pytest.mark.parametrize(
-    ("line", "remedy"), [(0, "use another folder"), (2, "remove that line to run it again")]
-)
+@pytest.mark.parametrize(("line", "remedy"), [(0, "use another folder"), (2, "remove that line to run it again")])
 def test_changed_bytes_are_named(line, remedy, place, tmp_path):
     folder = tmp_path / "out"
     compare(place, output=folder)
@@ -190,7 +188,7 @@ def test_changed_bytes_are_named(line, remedy, place, tmp_path):
 
 
 def test_a_record_of_an_earlier_version_is_continued(place, tmp_path):
-    """It has no checksums, and gets none."""
+    """The old format has no checksums, and none are added."""
     folder = tmp_path / "out"
     compare(place, output=folder, methods="wanda")
     old = [{key: value for key, value in line.items() if key != "sha256"} for line in lines(folder)]
@@ -235,7 +233,9 @@ def test_other_settings_are_refused_by_name(place, tmp_path, monkeypatch, thread
     compare(place, output=folder)
     monkeypatch.setattr(runner, "load_model", None)  # refused before anything is loaded
     before = (folder / RUNS_NAME).read_bytes()
-    with pytest.raises(InputError, match=r"recorded with other settings: eval_seqlen was 16, now 8; use another output folder"):
+    with pytest.raises(
+        InputError, match=r"recorded with other settings: eval_seqlen was 16, now 8; use another output folder"
+    ):
         compare(place, output=folder, **{"eval-seqlen": 8})
     with pytest.raises(InputError, match=r"texts\..*other.txt was null"):
         compare(place, output=folder, texts=place / "other.txt")
@@ -253,7 +253,9 @@ def test_other_contents_under_the_same_name_are_refused(place, tmp_path, monkeyp
     monkeypatch.setitem(PRESETS, "fast", "ace")
     compare(place, output=folder, calibration=text, model=model, methods="fast; ace")
     monkeypatch.setitem(PRESETS, "fast", "admm")
-    with pytest.raises(InputError, match=r"recorded with other settings of fast: method was \"ace\", now \"admm\"; use"):
+    with pytest.raises(
+        InputError, match=r"recorded with other settings of fast: method was \"ace\", now \"admm\"; use"
+    ):
         compare(place, output=folder, calibration=text, model=model, methods="fast")
     monkeypatch.undo()
     make_model("llama", seed=2).save_pretrained(model)

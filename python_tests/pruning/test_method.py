@@ -87,7 +87,7 @@ def test_a_text_is_read_as_what_was_written(method):
 
 @st.composite
 def texts(draw):
-    """What users may write: presets and stages, options at or off their defaults, and spaces."""
+    """Texts that users may write: presets and stages, options with and without their defaults, and spaces."""
     spaces = st.sampled_from(["", " ", "  ", "\t", "\n"])
 
     def written(name, known):

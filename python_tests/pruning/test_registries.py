@@ -1,4 +1,4 @@
-"""A metric, a stage, a comparison group or an output format is added by one entry, which everything else reads."""
+"""One entry adds a metric, a stage, a comparison group or an output format; everything else reads it."""
 
 import argparse
 import json
@@ -153,7 +153,7 @@ def test_a_group_is_one_class(monkeypatch):
 
 
 class ListOfBlocks:
-    """Writes the names of the blocks, and nothing else."""
+    """Writes only the names of the blocks."""
 
     def __init__(self, folder):
         self.file = folder / "blocks.json"

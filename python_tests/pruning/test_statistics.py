@@ -1,4 +1,4 @@
-"""The collector against the oracle, on a block of Linears that share and do not share inputs."""
+"""The collector against the float64 reference, on a block whose Linears partly share inputs."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ ALL = frozenset({INPUT, WEIGHTED, MOMENT, COSINE_GRAM})
 
 
 class Pair(nn.Module):
-    """q and k read one tensor, o another."""
+    """q and k read the same tensor, o reads a different one."""
 
     def __init__(self):
         super().__init__()
