@@ -1,4 +1,4 @@
-"""Threads of this process: how OpenMP threads wait, how many there should be, and how many there can be.
+"""Threads of this process: how OpenMP threads wait, and how many there should be.
 
 It does not import torch, so that it can run before torch loads its OpenMP library, which reads the environment once.
 """
@@ -6,11 +6,6 @@ It does not import torch, so that it can run before torch loads its OpenMP libra
 import os
 import sys
 from pathlib import Path
-
-try:
-    import resource
-except ImportError:  # only Unix has it
-    resource = None  # type: ignore[assignment]
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Environment variables that say how threads wait."""
@@ -40,17 +35,6 @@ def allowed_cpus(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = _share_of_version_2(cgroups) or _share_of_version_1(cgroups / "cpu")
     return cpus if share is None else min(cpus, max(1, -int(-share // 1)))
-
-
-def most_threads(cgroups: Path = Path("/sys/fs/cgroup"), kernel: Path = Path("/proc/sys/kernel")) -> int | None:
-    """The limit of threads of this process, its user or its control group; None if it is unknown."""
-    told = [_read(cgroups / "pids.max"), _read(cgroups / "pids" / "pids.max")]
-    told += [_read(kernel / "threads-max"), _read(kernel / "pid_max")]
-    limits = [int(text) for text in told if text.isdecimal()]
-    if resource is not None:
-        soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
-        limits += [soft] if soft != resource.RLIM_INFINITY else []
-    return min(limits, default=None)
 
 
 def _share_of_version_2(folder: Path) -> float | None:

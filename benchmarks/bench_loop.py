@@ -129,7 +129,7 @@ def read_and_write(model: str, device: torch.device) -> None:
     store = OffloadedBlocks(blocks, shards, device)
     with tempfile.TemporaryDirectory() as folder:
         for index in range(len(blocks)):
-            with store.hold(index) as block:
+            with store.loaded(index) as block:
                 path = Path(folder) / f"{index}.bin"
                 with path.open("wb") as file:
                     for parameter in block.module.parameters():

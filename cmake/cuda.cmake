@@ -1,20 +1,20 @@
-# The CUDA kernels: the C++ tests run their source on the host; nvcc compiles them if ACE_NVCC is set.
+# The CUDA kernels. The C++ tests run their source on the host; nvcc compiles them if ACE_NVCC is set.
 # Expects the function ace_add_test, the target Threads::Threads and ACE_SANITIZE ("", "address,undefined" or "thread").
 file(GLOB ACE_CUDA_SOURCES CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/*.cu")
 
-# The host engine's part that runs PTX.
+# The PTX interpreter of the host emulator.
 file(GLOB ACE_PTX_SOURCES CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/csrc/simt/ptx/*.cpp")
 add_library(ace_simt STATIC ${ACE_PTX_SOURCES})
 target_include_directories(ace_simt PUBLIC "${CMAKE_CURRENT_SOURCE_DIR}/csrc")
 target_compile_definitions(ace_simt PUBLIC ACE_SIMT)
 set(ACE_RUNNER_OPTIMIZE -O2)
 if(ACE_SANITIZE AND NOT ACE_PTX_FOLDERS)
-  set(ACE_RUNNER_OPTIMIZE -O1)  # then it runs little, and the compiler is what takes time
+  set(ACE_RUNNER_OPTIMIZE -O1)  # it runs little then, and compiling dominates
 endif()
 target_compile_options(ace_simt PRIVATE ${ACE_RUNNER_OPTIMIZE} -Wall -Wextra -Werror -ffp-contract=off)
 target_link_libraries(ace_simt PUBLIC Threads::Threads ${CMAKE_DL_LIBS})
 
-# Launchers and kernels as plain C++: a generated .cpp includes each .cu, so that nvcc can still compile the .cu.
+# Launchers and kernels as plain C++. A generated .cpp includes each .cu, so that nvcc can still compile the .cu.
 set(ACE_HOST_SOURCES)
 foreach(source IN LISTS ACE_CUDA_SOURCES)
   get_filename_component(name "${source}" NAME_WE)
@@ -28,7 +28,7 @@ target_compile_definitions(ace_host_kernels PUBLIC ACE_SIMT)
 # -ffp-contract=off: scores must have the same bits as the plain C++ functors, as on the device (--fmad=false).
 target_compile_options(ace_host_kernels PRIVATE -Wall -Wextra -Werror -ffp-contract=off)
 target_link_libraries(ace_host_kernels PUBLIC ace_simt)
-if(ACE_SANITIZE MATCHES "address")  # hundreds of kernels: to optimize them takes far longer than their tests save
+if(ACE_SANITIZE MATCHES "address")  # hundreds of kernels: optimizing takes far longer than the tests save
   set_source_files_properties(
     "${CMAKE_CURRENT_BINARY_DIR}/host_kernels/prune_rows.cpp" "${CMAKE_CURRENT_BINARY_DIR}/host_kernels/prune_nm.cpp"
     PROPERTIES COMPILE_OPTIONS -O0)
@@ -38,8 +38,8 @@ if(ACE_SANITIZE)
     ace_host_kernels PRIVATE -fsanitize=${ACE_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer)
 endif()
 
-# Folders of .ptx files, one an architecture (tools/make_ptx.sh makes them): the tests of the kernels run a second time
-# on each of them.
+# Folders of .ptx files, one for each architecture (made by tools/make_ptx.sh). The kernel tests run again on each of
+# them.
 set(ACE_PTX_FOLDERS "" CACHE STRING "Folders of .ptx files on which the CUDA tests run as well")
 function(ace_test_on_ptx name)
   foreach(folder IN LISTS ACE_PTX_FOLDERS)
@@ -55,13 +55,13 @@ foreach(test IN LISTS ACE_CUDA_TESTS)
   ace_add_test(${name} "${test}")
   target_link_libraries(${name} PRIVATE ace_host_kernels)
   if(ACE_SANITIZE MATCHES "address")
-    target_compile_options(${name} PRIVATE -O0)  # the kernels are in the library; their tests compile in half the time
+    target_compile_options(${name} PRIVATE -O0)  # the kernels are in the library; tests compile in half the time
   endif()
   set_target_properties(${name} PROPERTIES ENABLE_EXPORTS ON)  # a kernel's PTX is found by its symbol
   ace_test_on_ptx(${name})
 endforeach()
 
-# Not a test: counts instructions for benchmarks/predict.py. It takes its inputs from the tests' headers.
+# Not a test: counts instructions for benchmarks/predict.py, with inputs from the tests' headers.
 if(NOT ACE_SANITIZE)
   add_executable(count_instructions csrc/tests/count_instructions.cpp)
   target_include_directories(count_instructions PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/csrc")

@@ -1,6 +1,6 @@
-// What several ops check. Each op has a check_x() of its own (ops/STEM.h), called first by every back end.
+// Checks that several ops share. Each op has its own check_x() (ops/STEM.h), which every back end calls first.
 // Messages: "op: argument must be ... (got ...)", as ValueError. Checks of shapes, dtypes, strides and devices do not
-// look at values: a back end reports what is not finite while it reads.
+// look at values: a back end reports values that are not finite while it reads.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,11 +16,11 @@
 
 namespace ace {
 
-// A tensor whose memory holds the numbers it shows: strided, not quantized, no negative or conjugate view, and within
-// its storage. A back end reads memory, so that anything else would be misread.
+// A tensor whose memory holds its values: strided, not quantized, not a negative or conjugate view, and within its
+// storage. Back ends read memory directly and would misread anything else.
 void check_plain(std::string_view op, std::string_view argument, const at::Tensor& t);
 
-// The same tensors are what the checks below take; each begins with check_plain.
+// Each of the checks below begins with check_plain.
 void check_2d(std::string_view op, std::string_view argument, const at::Tensor& t);
 
 // [rows, cols] float32, float16 or bfloat16, contiguous columns, rows that do not overlap.
@@ -38,30 +38,30 @@ void check_like(std::string_view op, std::string_view argument, const at::Tensor
 
 struct Named {
   std::string_view argument;
-  const at::Tensor* tensor;  // null for an optional one that is not given
+  const at::Tensor* tensor;  // null if an optional tensor is not given
 };
 
 inline Named named(std::string_view argument, const at::Tensor& t) { return {argument, &t}; }
 inline Named named(std::string_view argument, const OptionalTensor& t) { return {argument, t ? &*t : nullptr}; }
 
-// Whether both show the same elements in the same order.
+// Whether both are views of the same elements in the same order.
 bool is_same_view(const at::Tensor& a, const at::Tensor& b);
 
-// Checked tensors, of which the op writes those in `written`: none of these shares an element with another one of all.
-// Column slices of one matrix that lie side by side are told apart.
+// No tensor in `written`, which the op writes, overlaps any other tensor of the two lists. Disjoint column slices of
+// one matrix do not overlap. All tensors have been checked before.
 void check_apart(std::string_view op, std::initializer_list<Named> written, std::initializer_list<Named> read);
 
 // keep_n of group_m columns of the weight.
 void check_nm(std::string_view op, const at::Tensor& weight, int64_t keep_n, int64_t group_m);
 
-// The same, or both 0 for no pattern.
+// As check_nm, or both are 0: no pattern.
 void check_optional_nm(std::string_view op, const at::Tensor& weight, int64_t keep_n, int64_t group_m);
 
-// Raises ValueError for the first entry of t that is not finite; returns if there is none. Slow: called once a fast
-// pass has met one.
+// Raises ValueError for the first entry of t that is not finite; returns if there is none. Slow: called only after a
+// fast pass has found one.
 void refuse_not_finite(std::string_view op, std::string_view argument, const at::Tensor& t);
 
-// The same for the weight, the column and the moment, in this order; if all of them are finite, the score at (row, col)
+// As refuse_not_finite for weight, column and moment, in this order. If all of them are finite, the score at (row, col)
 // overflowed.
 [[noreturn]] void report_not_finite(std::string_view op, const at::Tensor& weight, const OptionalTensor& column,
                                     const OptionalTensor& moment, int64_t row, int64_t col);

@@ -1,5 +1,5 @@
-// The importable module. Importing it registers the ops with torch's dispatcher; build_info() says what it was built
-// for.
+// The Python module. Importing it registers the ops with torch's dispatcher; build_info() returns the versions that it
+// was built for.
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 

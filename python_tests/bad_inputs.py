@@ -368,7 +368,9 @@ def _files() -> Iterator[Case]:
             yield f"index {kind}", "plan", {}, _index(text)
     for name in ("config.json", "model.safetensors"):
         for kind, make in {"pipe": os.mkfifo, "folder": Path.mkdir, "nothing": lambda path: None}.items():
-            for verb in ("run", "plan", "eval"):
+            # A plan of a folder without weights is one of its configuration.
+            planned = (name, kind) != ("model.safetensors", "nothing")
+            for verb in ("run", *(["plan"] if planned else []), "eval"):
                 yield f"{name} is {kind} {verb}", verb, {}, replace_by(f"dense/{name}", make)
     for name in ("tokenizer_config.json", "generation_config.json", "notes.txt"):
         for target in ("../text.txt", "/etc/hostname", "../dense/../text.txt"):

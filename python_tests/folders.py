@@ -140,8 +140,10 @@ def tree(place: Path) -> dict[str, str]:
 
 def bad_input(capsys, verb: str, model: Path, *options, output: str | Path = "bad") -> str:
     """The error of a call of the command line in this process, which must be one line with status 2 and no result.
-    ``verb``: ``run`` writes to ``output`` beside the model; ``eval`` and ``verify`` take no pruning options."""
+    ``verb``: ``run`` writes to ``output`` beside the model, and reads the text beside it unless it prunes from
+    statistics; ``eval`` and ``verify`` take no pruning options."""
     text = ("--calibration", model.parent / "text.txt", "--nsamples", 4, "--seqlen", 8)
+    text = () if "--stats" in options else text
     arguments = {
         "run": ("run", "--model", model, "--output", model.parent / output, *text, *options),
         "plan": ("plan", "--model", model, *text, *options),

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from ace_ext.process_threads import SPINS, WAITING, allowed_cpus, most_threads
+from ace_ext.process_threads import SPINS, WAITING, allowed_cpus
 
 POLICY = "import os, ace_ext; print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'))"
 
@@ -54,25 +54,6 @@ def test_the_share_of_a_control_group(files, cpus, tmp_path, monkeypatch):
     for name, text in files.items():
         (tmp_path / name).write_text(f"{text}\n")
     assert allowed_cpus(tmp_path) == cpus
-
-
-@pytest.mark.parametrize(
-    ("files", "user", "most"),
-    [
-        ({}, -1, None),
-        ({"pids.max": "max"}, 5000, 5000),
-        ({"pids.max": "2048", "threads-max": "190000", "pid_max": "32768"}, 5000, 2048),
-        ({"pids/pids.max": "1024"}, -1, 1024),
-        ({"threads-max": "190000", "pid_max": "32768"}, -1, 32768),
-    ],
-    ids=str,
-)
-def test_the_most_threads(files, user, most, tmp_path, monkeypatch):
-    monkeypatch.setattr("resource.getrlimit", lambda _: (user, user))
-    (tmp_path / "pids").mkdir()
-    for name, text in files.items():
-        (tmp_path / name).write_text(f"{text}\n")
-    assert most_threads(tmp_path, tmp_path) == most
 
 
 def test_the_command_line_keeps_to_it():

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
-"""Keys of its metadata that hold for the pruned model too."""
+"""Keys of its metadata that are true of the pruned model too."""
 
 _MOST_BYTES, _MOST_WORDS, _LONGEST = 2**20, 100, 300
 
@@ -18,14 +18,14 @@ class BaseCard:
     """The part of a card's metadata that the card of a pruned model repeats."""
 
     kept: dict[str, Any] = field(default_factory=dict)
-    """Of :data:`KEPT`, those that it has: a text each, or a list of texts."""
+    """The keys of :data:`KEPT` that it has, each a text or a list of texts."""
     base_model: str | None = None
     """The hub's name of the model from which the card's own model was made."""
 
 
 def read_base(path: Path) -> BaseCard:
-    """The metadata of a card. One that is not there, cannot be read, or is damaged, has none: a card that somebody
-    wrote by hand must not end a run."""
+    """The metadata of a card. A missing, unreadable or damaged card has none: a card that was
+    written by hand must not end a run."""
     try:
         if not path.is_file() or path.stat().st_size > _MOST_BYTES:
             return BaseCard()

@@ -37,9 +37,9 @@ _MARK = re.compile(r"^<!-- ace-prune: (\d+) matrices, (\d\.\d{6}) zeros -->$", r
 
 
 def write_card(folder: Path, report: PruneReport) -> None:
-    """Writes the card into the folder of a pruned model. A ``README.md`` that this program did not write is that of the
-    dense model, which was copied with it: it becomes :data:`BASE_CARD`. May be called again, as by a run that was
-    killed here.
+    """Writes the card into the folder of a pruned model. A ``README.md`` that this program did not write was copied
+    from the dense model: it becomes :data:`BASE_CARD`. It may be called again, for example by a run that was killed
+    here.
 
     Raises:
         OSError: the folder cannot be written.
@@ -52,7 +52,7 @@ def write_card(folder: Path, report: PruneReport) -> None:
     card = _render(report, base, beside.is_file(), _causal(folder)).encode("utf-8")
     if is_packed(folder):
         card += section_of(codec_named(PackedShards(folder, mapped=False).packed[0].origin.codec))
-    write_whole(path, card)  # a part of a card would be taken for somebody else's
+    write_whole(path, card)  # an incomplete card would not be recognised as one of this program
 
 
 def card_says(folder: Path) -> tuple[int, float] | None:

@@ -63,8 +63,8 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     budget.add_argument(
         "--minutes",
         type=float,
-        help="instead of --tokens: about how long the run may take; the speed is measured, so another run may train on "
-        "another number of tokens",
+        help="instead of --tokens: about how long the run may take; the speed is measured once, so runs may train "
+        "on different numbers of tokens",
     )
     for setting in HealSettings.settings():
         if setting.name != "seed":  # --seed is that of the text, and is used for both

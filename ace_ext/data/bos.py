@@ -1,9 +1,9 @@
-"""The beginning of text: whether calibration and evaluation windows begin with the tokenizer's BOS token.
+"""Whether calibration and evaluation windows begin with the tokenizer's BOS token.
 
 Some models were trained with this token before each text and are of little use without it: Gemma 3 270M has a
 perplexity of 89.8 on windows that lack it, and of 32.8 with it (``ace-prune eval --text wiki-mini --max-tokens 6144``,
-``--bos never`` and ``always``). Others never saw theirs, and it harms them. ``auto`` follows the tokenizer where it
-adds the token, and measures the model where it does not.
+``--bos never`` and ``always``). Others were trained without it, and it harms them. ``auto`` follows the tokenizer
+where it adds the token, and measures the model where it does not.
 """
 
 import math
@@ -64,7 +64,7 @@ class BosChoice:
     mode: str
     """What was asked for, one of :data:`MODES`."""
     token: int | None
-    """The id with which each window begins; None: windows hold nothing but text."""
+    """The id with which each window begins; None: windows are text alone."""
     why: str
 
     @property
@@ -100,8 +100,8 @@ def choose_bos(
     """Decides whether windows begin with the BOS token.
 
     Args:
-        mode: ``always``, ``never``, or ``auto``: without a BOS token no; if the tokenizer begins each text with it,
-            yes; else if it lowers the model's perplexity (:data:`HELPS`).
+        mode: ``always``, ``never``, or ``auto``: no, without a BOS token; yes, if the tokenizer begins each text with
+            it; else if it lowers the model's perplexity (:data:`HELPS`).
         tokenizer: the model's.
         model: the dense model. Without one, ``auto`` may stay undecided.
         own_text: for text that the model writes: it has to begin with some token, so ``auto`` is the BOS token if there
@@ -163,8 +163,8 @@ def knows_english(tokenizer: Tokenizer) -> bool:
 
 
 def text_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    """The ids of a text without special tokens. A BOS token that the tokenizer puts before it all the same is left
-    out."""
+    """The ids of a text without special tokens. A BOS token that the tokenizer adds nevertheless is
+    removed."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # verbose: warns that the text is long
     return ids[1:] if ids[:1] == [tokenizer.bos_token_id] else ids
 

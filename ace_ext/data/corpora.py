@@ -56,7 +56,7 @@ def load_text(
     else:
         documents = read_file(source, text_field, [*SOURCES, SELF] if split == CALIBRATION else SOURCES)
     if not any(document.strip() for document in documents):
-        raise InputError(f"source: {source} holds no text; give a file with at least one document that is not blank")
+        raise InputError(f"source: {source} has no text; give a file with at least one document that is not blank")
     return documents
 
 

@@ -14,7 +14,7 @@ def read_file(source: str, text_field: str, names: Sequence[str]) -> list[str]:
     Args:
         source: the path of a `.txt` or `.jsonl` file, in UTF-8.
         text_field: the field of a `.jsonl` line that holds the text.
-        names: the sources that are no files, for the error message.
+        names: the other sources, for the error message.
 
     Raises:
         InputError: there is no such file, or its content is not text in that form.
@@ -26,7 +26,9 @@ def read_file(source: str, text_field: str, names: Sequence[str]) -> list[str]:
             f"source: {source!r} is neither a file nor a known name; use {', '.join(names)}, or a .txt or .jsonl file"
         )
     if reader is None or not file.is_file():
-        raise InputError(f"source: {source!r} is no .txt or .jsonl file; give one of these (.jsonl: an object a line)")
+        raise InputError(
+            f"source: {source!r} is not a .txt or .jsonl file; give one of these (.jsonl: an object a line)"
+        )
     try:
         return reader(file, text_field)
     except UnicodeDecodeError as error:

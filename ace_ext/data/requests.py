@@ -10,11 +10,11 @@ from ace_ext.models._transformers import embedding_weight, output_head, text_con
 from ace_ext.process_memory import available_bytes
 
 BYTES_OF_A_SAMPLE = 200
-"""About what a sample takes beside its tokens while it is drawn."""
+"""About what a sample takes besides its tokens while it is drawn."""
 
 
 def seeded_generator(seed: int) -> torch.Generator:
-    """A CPU generator of its own, so that torch's global random state is left alone."""
+    """A separate CPU generator; torch's global random state is not changed."""
     return torch.Generator().manual_seed(int(seed))
 
 
@@ -22,7 +22,7 @@ def check_request(nsamples: int, seqlen: int, seed: int) -> None:
     """Checks the number of samples, the tokens of each, and the seed.
 
     Raises:
-        InputError: one is no whole number, or out of range.
+        InputError: one is not a whole number, or is out of range.
     """
     check_int("nsamples", nsamples, 1)
     check_int("seqlen", seqlen, 2, "; a window of one token attends to nothing but itself and predicts nothing")
@@ -37,14 +37,14 @@ def check_request(nsamples: int, seqlen: int, seed: int) -> None:
 
 
 def check_int(name: str, value: int, least: int, why: str = "") -> None:
-    """Raises :class:`InputError` for a value that is no whole number from ``least`` on; ``why`` ends the message."""
+    """Raises :class:`InputError` unless a value is a whole number of at least ``least``; ``why`` ends the message."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise InputError(f"{name}: {_short(value)} found; use a whole number of at least {least}{why}")
 
 
 def check_positions(model: nn.Module, seqlen: int) -> None:
-    """Raises :class:`InputError` if a model has fewer positions than ``seqlen`` tokens need: there some models end in
-    an error of an index, and others go on with positions that they never saw."""
+    """Raises :class:`InputError` if a model has fewer positions than ``seqlen``. Some models would raise an index
+    error, and others would use positions that they were not trained on."""
     positions = positions_of(model)
     if positions is not None and seqlen > positions:
         raise InputError(
@@ -60,7 +60,7 @@ def positions_of(model: nn.Module) -> int | None:
 
 def check_predicts(model: nn.Module, what: str) -> None:
     """Raises :class:`InputError` for a model without an LM head, such as a classifier. ``what`` ends the message: what
-    needs one, and what to do."""
+    needs the head, and what to do."""
     if output_head(model) is None:
         raise InputError(f"model: {type(model).__name__} has no LM head, so it predicts no token; {what}")
 

@@ -42,7 +42,7 @@ class Tasks:
     """The tasks of a comparison.
 
     Raises:
-        InputError: a name that is given twice or empty, a folder or a limit that is none.
+        InputError: a name is empty or given twice, or a folder or a limit is invalid.
     """
 
     names: tuple[str, ...] = ()
@@ -118,7 +118,7 @@ class Tasks:
                 manager = None if place is None else TaskManager(include_path=place, include_defaults=False)
                 if manager is None or not set(self.names) <= set(manager.all_tasks):
                     manager = TaskManager(include_path=place)
-        except Exception as error:  # a YAML file that is none
+        except Exception as error:  # an invalid YAML file
             raise InputError(f"task-path {place!r} could not be read: {one_line(error)}") from error
         for name in self.names:
             if name not in manager.all_tasks:

@@ -2,6 +2,6 @@
 to the next block.
 
 The engine reaches journals, statistics files, other processes and progress displays only through
-:mod:`ace_ext.engine.protocols`. May import ``pruning``, ``models``, ``ops`` and what lies below them; nothing of
+:mod:`ace_ext.engine.protocols`. May import ``pruning``, ``models``, ``ops`` and the layers below them; nothing of
 ``runs``.
 """

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -10,26 +10,25 @@ import torch
 from torch import Tensor, nn
 
 from ace_ext.dense_weights import NOT_CALLED, DenseWeight
+from ace_ext.engine.batch_states import BatchStates
 from ace_ext.engine.context import RunContext
 from ace_ext.engine.distillation import Distillation
 from ace_ext.engine.finite import restored_if_float16
 from ace_ext.engine.inputs import Batches, model_inputs
 from ace_ext.engine.progress import Progress
 from ace_ext.engine.walk import Walk
-from ace_ext.engine.whole_model import WholeForwards
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import check_version
 from ace_ext.models.block_store import BlockSource, ResidentBlocks
 from ace_ext.models.blocks import Block, find_blocks, stay_dense
 from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.left_dense import check_share
-from ace_ext.models.order import try_walk
 from ace_ext.models.replay import BlockCall, capture_calls
 from ace_ext.models.run_mode import inner_model, run_mode
+from ace_ext.models.trial import Findings, try_walk
 from ace_ext.models.versions import versions
 from ace_ext.process_memory import peak_memory_bytes
 from ace_ext.pruning.config import PruneConfig
-from ace_ext.pruning.statistics import StatisticsCollector
 from ace_ext.records import BlockReport, PruneReport
 
 
@@ -94,14 +93,20 @@ def prune_model(
     trainer = config.method.train or config.method.distill
     with run_mode(model, None if trainer is None else trainer.name):
         ready = [] if context.source is not None else list(model_inputs(model, batches, config, device))
-        context = _tried(model, store, ready, config, context)
-        calls, hidden = _enter(model, store, ready, context, device)
+        found = _tried(model, store, ready, config, context)
+        if found is not None:
+            context = replace(context, uses=found.uses)
+        by_blocks = found is None or found.reason is None
+        states = _enter(model, store, ready, context, device) if by_blocks else BatchStates([], None, device)
         text = batches if distill_text is None else distill_text
         distillation = Distillation(model, store, text, config, context) if trained else None
         weight = next(linear.weight for block in store.blocks for linear in block.linears.values())
         report = PruneReport(config.to_dict(), str(device), str(weight.dtype).removeprefix("torch."))
         with restored_if_float16(store) if context.journal is None else nullcontext():
-            Walk(store, calls, hidden, config, report, context, callback).run()
+            walk = Walk(store, states, config, report, context, callback)
+            if not by_blocks:
+                walk.read_whole_forwards(model, ready)
+            walk.run()
             report.dense = _left_dense(model, store.blocks, report)
             if distillation is not None:
                 report.healing = distillation.train_()
@@ -135,10 +140,10 @@ def _enter(
     batches: list[dict[str, Tensor]],
     context: RunContext,
     device: torch.device,
-) -> tuple[list[BlockCall], HiddenStates | None]:
+) -> BatchStates:
     """The arguments with which each batch enters the blocks, and the hidden states before the first unfinished one."""
     if context.source is not None:
-        return [], None
+        return BatchStates([], None, device)
     calls: list[BlockCall] = []
 
     def first_states() -> Iterator[Tensor]:
@@ -148,8 +153,7 @@ def _enter(
             calls.append(call)
             yield hidden
 
-    with ExitStack() as held:
-        held.enter_context(store.entrance(model))
+    with store.entrance(model):
         if context.journal is None:
             hidden = HiddenStates(first_states(), device=device)
         else:
@@ -158,20 +162,20 @@ def _enter(
                 pass
     if not calls:
         raise InputError("calibration must have at least one token whose attention_mask is not 0 (got none)")
-    return calls, hidden
+    return BatchStates(calls, hidden, device)
 
 
 def _tried(
     model: nn.Module, store: BlockSource, batches: list[dict[str, Tensor]], config: PruneConfig, context: RunContext
-) -> RunContext:
-    """The context, with what a trial of the model found; for a model that cannot be walked block by block, with
-    statistics from its whole forward passes.
+) -> Findings | None:
+    """What a trial of the model found; None if there is nothing to try it on.
 
     Raises:
-        InputError: it is such a model, and the run needs the blocks one by one; or text uses too little of a block.
+        InputError: the model cannot be walked block by block, and the run needs the blocks one by one; or text uses too
+            little of a block.
     """
-    if not batches or context.source is not None:
-        return context
+    if not batches:
+        return None
     found = try_walk(model, store, batches[0])
     for block in store.blocks:
         left = [_not_called(block, child) for child in found.uncalled(block)]
@@ -179,7 +183,7 @@ def _tried(
     if found.shares and context.journal is not None and context.journal.finished:
         raise InputError("the blocks of this model share states, which no file holds; start over without --resume")
     if found.reason is None:
-        return replace(context, uses=found.uses)
+        return found
     trains = [stage.label for stage in (config.method.train, config.method.distill) if stage is not None]
     hindered = {
         "leave out --offload disk": not isinstance(store, ResidentBlocks),
@@ -191,11 +195,7 @@ def _tried(
     for mend, asked in hindered.items():
         if asked:
             raise InputError(f"this model cannot be walked block by block: {found.reason}; {mend}")
-
-    def collector(linears: dict[str, nn.Linear]) -> StatisticsCollector:
-        return StatisticsCollector(linears, config.needs.read, len(batches), config.token_norm)
-
-    return replace(context, source=WholeForwards(model, store.blocks, batches, collector))
+    return found
 
 
 def _left_dense(model: nn.Module, blocks: list[Block], report: PruneReport) -> list[DenseWeight]:

@@ -36,5 +36,5 @@ class RunContext:
     keeps_forwards: bool | None = None
     """Whether the unfinished forwards of all batches through a block fit into memory; None: as far as it is free."""
     stateless: dict[tuple[tuple[str, type], ...], bool] = field(default_factory=dict)
-    """Of each kind of block, by its modules' names and types, whether its forwards can take turns (see
-    :func:`ace_ext.models.lockstep.keeps_no_state`), as found so far."""
+    """Of each kind of block, by its modules' names and types, whether its forwards can run in
+    lockstep (see :func:`ace_ext.models.lockstep.keeps_no_state`), as found so far."""

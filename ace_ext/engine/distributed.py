@@ -126,7 +126,7 @@ class Ranks:
         return torch.cat([p[: b - a] for p, (a, b) in zip(self._all(padded), pairwise(ends), strict=True)])
 
     def add_up(self, part: Tensor) -> Tensor:
-        """The sum of every rank's ``part``: in the order of the ranks, so with the same bits on each."""
+        """The sum of every rank's ``part``: in the order of the ranks, with the same bits on each."""
         total = torch.zeros_like(part)
         for other in self._all(part):
             total += other
@@ -165,7 +165,7 @@ HASHED_AT_ONCE = 2**23
 
 
 def hash_of(tensor: Tensor) -> Tensor:
-    """A hash of a tensor's bytes and their places: ``[]`` int64, on its device, by integer arithmetic, so with the same
+    """A hash of a tensor's bytes and their places: ``[]`` int64, on its device, by integer arithmetic, with the same
     bits on every device.
 
     Each word of 8 bytes is mixed with its place by the finaliser of SplitMix64 (Steele, Lea and Flood 2014, "Fast

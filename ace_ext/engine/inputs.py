@@ -38,8 +38,8 @@ def model_inputs(
 
 
 def _checked(batch: Any) -> dict[str, Tensor]:
-    """A dict of inputs as a tokenizer or a processor returns it, which may be a class of its own. What is None is left
-    out."""
+    """A dict of inputs as a tokenizer or a processor returns it, which may be a class of its own. Entries that
+    are None are left out."""
     if not isinstance(batch, Mapping):
         raise InputError(
             f"calibration batches must be tensors of tokens or dicts of the model's inputs (got {type(batch).__name__})"

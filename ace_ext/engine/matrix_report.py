@@ -13,7 +13,7 @@ from ace_ext.records import MatrixReport
 def output_of(stats: LinearStatistics, weight: Tensor) -> Tensor:
     """``[tokens, d_out]``: the outputs of the sample rows, without bias."""
     with float32_products(weight):  # as in the forward, whichever thread runs this
-        return functional.linear(stats.sample_rows, weight)
+        return functional.linear(stats.sample_rows.to(weight.dtype), weight)  # another one under a model's autocast
 
 
 def relative_error(before: Tensor, after: Tensor) -> Tensor:

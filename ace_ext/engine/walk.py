@@ -1,18 +1,77 @@
-"""The walk over a model's blocks: each block is pruned, and its output becomes the next block's input.
-
-The ways to prune a block are in :mod:`ace_ext.engine.strategies`, their common steps in :mod:`ace_ext.engine.steps`.
-"""
+"""The walk over a model's blocks: each block is pruned, and its output becomes the next block's input."""
 
 import time
+from collections.abc import Callable
+from functools import partial
 
-from ace_ext.engine.side_walks import allocate_sparsity, open_dense, prune_and_train
-from ace_ext.engine.steps import Steps
-from ace_ext.engine.strategies import prune_block, prune_whole_model
-from ace_ext.records import BlockReport
+from torch import Tensor, nn
+
+from ace_ext.engine.batch_states import BatchStates
+from ace_ext.engine.block_training import BlockTraining
+from ace_ext.engine.collection import Collection
+from ace_ext.engine.context import RunContext
+from ace_ext.engine.matrix_pruner import MatrixPruner
+from ace_ext.engine.recorder import Recorder
+from ace_ext.engine.sparsity_pass import Keeps, allocate_sparsity, measured_by_forwards
+from ace_ext.engine.strategies import (
+    DenseOrder,
+    FromStatistics,
+    InLockstep,
+    OneForward,
+    Strategy,
+    WholeForwards,
+    WholeModel,
+    planned,
+)
+from ace_ext.models.block_store import BlockSource
+from ace_ext.models.blocks import Block
+from ace_ext.pruning.config import PruneConfig
+from ace_ext.pruning.statistics import LinearStatistics, StatisticsCollector
+from ace_ext.records import BlockReport, PruneReport
 
 
-class Walk(Steps):
-    """One walk over a model's blocks; its arguments are those of :class:`ace_ext.engine.steps.Steps`."""
+class Walk:
+    """One walk over a model's blocks.
+
+    Args:
+        blocks: provides the blocks with their weights.
+        states: the calibration batches; empty with statistics from a file.
+        config: what to prune and how.
+        report: gets the report of each block.
+        context: the optional services of the run.
+        callback: called after each block with its report.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockSource,
+        states: BatchStates,
+        config: PruneConfig,
+        report: PruneReport,
+        context: RunContext,
+        callback: Callable[[BlockReport], None] | None = None,
+    ) -> None:
+        self.blocks, self.states, self.config, self.context = blocks, states, config, context
+        self.recorder = Recorder(report, context, callback)
+        states.settle = self.recorder.settle
+        self.collection = Collection(states, config, context)
+        self.pruner = MatrixPruner(config, context.peers, states.device)
+        dense = DenseOrder(states, self.collection, self.pruner, context.sink)
+        self.in_lockstep = InLockstep(states, self.collection, self.pruner, context)
+        self._one_forward = OneForward(states, self.collection, self.pruner)
+        self._source: FromStatistics | WholeForwards | None = None
+        """Statistics that no walk collects."""
+        if context.source is not None:
+            self._source = FromStatistics(context.source, self.pruner, states.device)
+        self._dense = dense
+        one_batch = len(states.calls) == 1 and context.peers.size == 1
+        self._planned = planned(config, one_batch, keeps_forwards=True)
+
+    def read_whole_forwards(self, model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
+        """From now on statistics come from forward passes of the whole model; ``batches``: arguments of its calls."""
+        kinds, norm = self.config.needs.read, self.config.token_norm
+        collector = partial(StatisticsCollector, needs=kinds, batches=len(batches), token_norm=norm)
+        self._source = WholeForwards(model, self.blocks.blocks, batches, collector, self.pruner)
 
     def run(self) -> None:
         """Prunes every unfinished block.
@@ -20,39 +79,79 @@ class Walk(Steps):
         Raises:
             InputError: as :func:`ace_ext.prune_model`.
         """
-        journal, observer = self.context.journal, self.context.observer
-        done = journal.finished if journal else 0
-        if journal:
-            self.report.blocks.extend(journal.blocks)
+        blocks = self.blocks.blocks
         if self.config.method.allocate is not None:
-            self.keeps = allocate_sparsity(self)
-        if self.config.method.train is not None:
-            self.dense = open_dense(self)
-        tokens = sum(self.context.peers.gather(sum(call.tokens for call in self.calls)))
-        observer.start(len(self.blocks.blocks), done, tokens)
+            keeps = self._allocate()
+            self.pruner.keeps = {block.name: keep for block, keep in zip(blocks, keeps, strict=True)}
+        stage = self.config.method.train
+        training = None if stage is None else BlockTraining(stage, self.states, self.context)
+        self.recorder.start(len(blocks), self.states)
         try:
-            if self.config.comparison.over_matrices:
-                prune_whole_model(self)
+            if self._planned is WholeModel:
+                self._prune_whole_model()
             else:
-                for index in range(done, len(self.blocks.blocks)):
-                    self._run_block(index)
-            self.settle()
+                for index in range(self.recorder.done, len(blocks)):
+                    self._run_block(index, training)
+            self.recorder.settle()
         finally:
-            observer.close()
+            self.recorder.close()
 
-    def _run_block(self, index: int) -> None:
-        start, journal = time.perf_counter(), self.context.journal
-        with self.blocks.hold(index) as block:
-            block_report = BlockReport(block.name, 0.0)
-            if self.dense is None:
-                prune_block(self, block, index, block_report)
+    def _allocate(self) -> Keeps:
+        """A resumed run reads the earlier run's result from the journal."""
+        journal, source = self.context.journal, self._source
+        if journal is not None and "keeps" in journal.notes:
+            kept: Keeps = journal.notes["keeps"]
+            return kept
+        if source is not None:
+            keeps = allocate_sparsity(self.blocks, self.config, lambda block, _: source.statistics(block))
+        else:
+            rank = self.context.peers.rank
+            keeps = measured_by_forwards(self.blocks, self.config, self.states, self.collection, rank)
+        if journal is not None:
+            journal.notes["keeps"] = keeps
+        return keeps
+
+    def _prune_whole_model(self) -> None:
+        source = self._source
+
+        def statistics(block: Block, index: int) -> dict[str, LinearStatistics]:
+            if source is not None:
+                return source.statistics(block)
+            found = self._dense.statistics(block, index, advance=True)
+            self.states.hidden.commit()
+            return found
+
+        blocks = self.blocks.blocks
+        reports = WholeModel(statistics, self.pruner).prune_model(blocks)
+        for block in blocks:
+            self.recorder.finish(block, reports[block.name], self.states, [], last=True)
+
+    def _run_block(self, index: int, training: BlockTraining | None) -> None:
+        start = time.perf_counter()
+        with self.blocks.loaded(index) as block:
+            report = BlockReport(block.name, 0.0)
+            prune = partial(self._prune_block, block, index, report)
+            if training is None:
+                prune()
             else:
-                prune_and_train(self, block, index, block_report)
-            weights = [linear.weight for linear in block.linears.values()]
-            self.check_finite(block.name, weights)
-            self.context.peers.check_same(weights, block.name)
-            commits, last = None, index + 1 == len(self.blocks.blocks)
-            if journal is not None and (last or journal.wants_states() or self.context.peers.size > 1):
-                commits = [states.commit_later() for states in (self._hidden, self.dense) if states is not None]
-            block_report.seconds = time.perf_counter() - start
-            self.finish(block, block_report, commits)
+                training.prune_and_train(block, index, report, prune)
+            self.pruner.check(block.name, [linear.weight for linear in block.linears.values()])
+            moving = [] if self._source is not None else [self.states.hidden]
+            moving += [] if training is None else [training.dense]
+            report.seconds = time.perf_counter() - start
+            self.recorder.finish(block, report, self.states, moving, last=index + 1 == len(self.blocks.blocks))
+
+    def _prune_block(self, block: Block, index: int, report: BlockReport) -> None:
+        matrices = self._strategy(block, index).prune(block, index)
+        self.pruner.measurements.read_()
+        report.matrices.extend(filter(None, (matrices[child] for child in block.linears)))
+
+    def _strategy(self, block: Block, index: int) -> Strategy:
+        """The strategy for a block: the planned one, unless the block calls a Linear more than once."""
+        if self._source is not None:
+            return self._source
+        if self._planned is DenseOrder:
+            return self._dense
+        if self._planned is OneForward and not self.collection.repeated(block, index):
+            return self._one_forward
+        return self.in_lockstep

@@ -1,8 +1,8 @@
-"""Output formats: how a pruned model is written. One file each, which declares its name and its writer.
+"""Output formats: how a pruned model is written. Each file declares one format: its name and its writer.
 
 Every file of this package that defines ``FORMAT`` is registered; a file whose name starts with ``_`` is not a format.
 To add a format, add a file: ``ace-prune run --format`` and the documentation read the registry. Each packed format
-(``ace_ext.packed.CODECS``) is one, too. May import ``packed``, the settings of ``pruning``, and what lies below them.
+(``ace_ext.packed.CODECS``) is a format too. May import ``packed``, the settings of ``pruning``, and the layers below.
 """
 
 from ace_ext._registry import add, discover

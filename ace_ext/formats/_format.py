@@ -1,4 +1,4 @@
-"""The types that every output format uses: its declaration, its writer and the model that it reads."""
+"""The types of output formats: the declaration, the writer and the dense model."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,41 +23,41 @@ class DenseModel:
     folder: Path | None
     """Its folder on this machine, if it has one."""
     shards: Shards | None
-    """Its safetensors files, if they hold the weights exactly as they will be written, so that they can be copied and
-    patched; else None."""
+    """Its safetensors files, if they hold the weights exactly as they will be written and so can be copied and patched;
+    else None."""
 
 
 class OutputWriter(Protocol):
     """Writes one output folder, block by block.
 
     Written blocks must survive a crash: a resumed run opens a writer on the same folder, skips :meth:`lay_out`, and
-    continues with the first block that was not written.
+    continues with the first unwritten block.
     """
 
     def lay_out(self, dense: DenseModel) -> None:
-        """Writes everything that does not depend on the pruned blocks: configuration, tokenizer, other weights."""
+        """Writes everything that does not depend on pruned blocks: configuration, tokenizer, other weights."""
         ...
 
     def check(self, dense: DenseModel) -> None:
-        """Raises :class:`ace_ext.InputError` for a weight that this format cannot hold. Called before any block is
+        """Raises :class:`ace_ext.InputError` for a weight that this format cannot store. Called before any block is
         pruned."""
         ...
 
     def write(self, block: Block) -> None:
-        """Writes a pruned block; it is on the disk when this returns."""
+        """Writes a pruned block; it is synced to the disk when this returns."""
         ...
 
     def finish(self, report: PruneReport) -> None:
-        """Called when every block has been written. A resumed run may call it again."""
+        """Called after every block has been written. A resumed run may call it again."""
         ...
 
     def written(self, block: Block) -> str:
-        """A checksum of what the folder holds of a block. Like :meth:`rest` only called after :meth:`check`."""
+        """A checksum of a block's tensors in the folder. Called only after :meth:`check`, like :meth:`rest`."""
         ...
 
     def rest(self, blocks: Iterable[Block]) -> dict[str, str] | None:
-        """For each file of the folder, by its name there, a checksum of what it holds beside the blocks; None once the
-        output has its last form, which :meth:`check` compares with what it was made of."""
+        """For each file of the folder, by its name, a checksum of its content outside the blocks; None once the output
+        is in its final form, which :meth:`check` verifies."""
         ...
 
 
@@ -71,6 +71,6 @@ class OutputFormat:
     open: Callable[[Path], OutputWriter]
     """``open(folder)``: a writer for a folder that exists."""
     check: Callable[[PruneConfig], None] = lambda config: None
-    """Raises :class:`ace_ext.InputError` for settings whose result this format cannot hold."""
+    """Raises :class:`ace_ext.InputError` for settings whose result this format cannot store."""
     codec: Codec | None = None
-    """The packed format that is written at the end, if it is one."""
+    """The packed format, if this is one; it is written at the end."""

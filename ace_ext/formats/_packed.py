@@ -1,8 +1,8 @@
-"""The packed formats (:mod:`ace_ext.packed`) as formats of a run: the dense files, packed once every block is done.
+"""The packed formats (:mod:`ace_ext.packed`) as formats of a run: dense files, packed after the last block.
 
-Blocks are pruned in another order than tensors lie in a file, and a packed file holds the hash of the dense one. So
-blocks are written into dense files, as :class:`ace_ext.formats.dense.DenseWriter` does, with its safety against
-crashes; at the end these are packed beside, one tensor at a time, compared, and exchanged.
+The order of blocks differs from the order of tensors in a file, and a packed file holds the hash of the dense file. So
+blocks are written into dense files, with the crash safety of :class:`ace_ext.formats.dense.DenseWriter`. At the end
+these are packed into a second folder, one tensor at a time, and compared; then the folders are exchanged.
 """
 
 import shutil
@@ -22,19 +22,19 @@ from ace_ext.pruning.pattern import SparsityPattern
 from ace_ext.records import PruneReport
 
 PACKED, REPLACED = "packed", "dense"
-"""Folders beside that of the model: the packed one until it is complete, and the dense one once it is replaced."""
+"""Folders beside the model's: the packed one until it is complete, and the dense one after it was replaced."""
 
 
 class PackedWriter(DenseWriter):
-    """Writes dense blocks, and packs them at the end."""
+    """Writes dense blocks and packs them at the end."""
 
     def __init__(self, folder: Path, codec: Codec) -> None:
         super().__init__(folder)
         self._codec = codec
 
     def check(self, dense: DenseModel) -> None:
-        """As for the dense format. If the files have been packed already, before a crash, that each byte of the dense
-        ones comes back."""
+        """As for the dense format. If the files were packed before a crash, checks that they restore every byte of the
+        dense files."""
         if is_packed(self.folder):
             check_hashes(PackedShards(self.folder))
         else:
@@ -45,11 +45,11 @@ class PackedWriter(DenseWriter):
         return None if is_packed(self.folder) else super().rest(blocks)
 
     def finish(self, report: PruneReport) -> None:
-        """Packs the model, checks that every byte of it comes back, and puts the packed folder in its place."""
+        """Packs the model, checks that every byte can be restored, and replaces the folder with the packed one."""
         if is_packed(self.folder):
             return
         target = self.folder.with_name(PACKED)
-        shutil.rmtree(target, ignore_errors=True)  # of a run that was killed here
+        shutil.rmtree(target, ignore_errors=True)  # left by a run that was killed here
         target.mkdir()
         pack_into(self.folder, target, self._codec, pattern_of(report))
         self.folder.rename(self.folder.with_name(REPLACED))
@@ -57,21 +57,21 @@ class PackedWriter(DenseWriter):
 
 
 def exchanging(folder: Path) -> bool:
-    """Whether a run was killed while :meth:`PackedWriter.finish` exchanged the folders in its ``folder``."""
+    """Whether a run was killed while :meth:`PackedWriter.finish` exchanged the folders in ``folder``."""
     return not (folder / "model").exists() and (folder / PACKED).is_dir() and (folder / REPLACED).is_dir()
 
 
 def complete(folder: Path) -> None:
-    """Ends the exchange of a run that was killed in it."""
+    """Completes the exchange after a run was killed during it."""
     (folder / PACKED).rename(folder / "model")
 
 
 def packed_format(codec: Codec) -> OutputFormat:
-    """The format of a run that writes by this codec."""
+    """The format of a run that packs with this codec."""
 
     def check(config: PruneConfig) -> None:
         if codec.needs_pattern and config.pattern is None:
-            raise InputError(f"format {codec.name} is for N:M patterns; give one, as --pattern 2:4, or another format")
+            raise InputError(f"format {codec.name} is for N:M patterns; add --pattern 2:4, or choose another format")
 
     return OutputFormat(codec.name, f"packed: {codec.summary}", partial(PackedWriter, codec=codec), check, codec)
 

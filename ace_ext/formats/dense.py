@@ -1,4 +1,4 @@
-"""The dense format: a folder that transformers loads like any model, in which pruned weights are stored as zeros."""
+"""The dense format: an ordinary transformers folder, in which pruned weights are stored as zeros."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,7 +28,7 @@ class DenseWriter:
         return self._shards
 
     def lay_out(self, dense: DenseModel) -> None:
-        """Writes the whole dense model; pruned blocks will overwrite their tensors."""
+        """Writes the whole dense model; pruned blocks overwrite their tensors later."""
         if dense.shards is not None and dense.folder is not None:
             copy_model(dense.folder, self.folder)
         else:
@@ -43,7 +43,7 @@ class DenseWriter:
         """Checks that the output's files hold every weight to prune.
 
         Raises:
-            InputError: it names the first weight that they do not hold.
+            InputError: a weight is missing; the message names the first.
         """
         shards = self.shards.adopt(dense.model)
         for block in dense.blocks:
@@ -51,8 +51,8 @@ class DenseWriter:
                 name = f"{block.full_name(child)}.weight"
                 if name not in shards:
                     raise InputError(
-                        f"{name} is not in the files that save_pretrained writes of this model, nor is it put together "
-                        f"from their rows; leave it out with --skip, or prune with ace_ext.prune_model"
+                        f"{name} is not in the files that save_pretrained writes for this model, nor assembled from "
+                        f"their rows; leave it out with --skip, or prune with ace_ext.prune_model"
                     )
 
     def write(self, block: Block) -> None:
@@ -60,7 +60,7 @@ class DenseWriter:
         self.shards.write(_tensors(block, self.shards))
 
     def finish(self, report: PruneReport) -> None:
-        """There is nothing left to do."""
+        """Nothing is left to do."""
 
     def written(self, block: Block) -> str:
         """A checksum of the block's tensors in the files."""

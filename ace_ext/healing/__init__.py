@@ -1,5 +1,5 @@
 """Distillation of a whole pruned model from the dense one, with fixed masks: pruned weights stay zero, the others are
-trained. May import ``pruning`` and what lies below it; knows no files but those of hidden states.
+trained. May import ``pruning`` and the layers below it; its only files are those of hidden states.
 """
 
 from ace_ext.healing.distill import distill_

@@ -15,8 +15,8 @@ from ace_ext.healing.pinned import PinnedBlocks
 from ace_ext.healing.settings import HealSettings
 from ace_ext.models.block_store import BlockSource
 from ace_ext.models.hidden_states import HiddenStates
-from ace_ext.models.order import try_walk
 from ace_ext.models.replay import BlockCall, capture_calls, run_block
+from ace_ext.models.trial import try_walk
 
 SHARED = 16
 """So many tokens in a row that two windows have in common show that they overlap."""
@@ -158,7 +158,7 @@ def enter(
 @torch.no_grad()
 def advance(store: BlockSource | PinnedBlocks, index: int, calls: list[BlockCall], states: HiddenStates) -> None:
     """Runs every batch through a block: its outputs become the states."""
-    with store.hold(index) as block:
+    with store.loaded(index) as block:
         for i, call in enumerate(calls):
             states.put(i, run_block(block, states[i], call.others[index]))
     states.commit()

@@ -57,7 +57,7 @@ def distill_(
         The losses before, during and after.
 
     Raises:
-        InputError: tokens that are no windows, or that the model does not know; a mask that is missing or leaves out a
+        InputError: tokens that are not windows, or that the model does not know; a mask that is missing or leaves out a
             weight that is not zero.
     """
     settings = settings or HealSettings()

@@ -16,9 +16,9 @@ class PinnedBlocks:
         self.pinned: set[int] = set()
 
     @contextlib.contextmanager
-    def hold(self, index: int) -> Iterator[Block]:
-        """As :meth:`ace_ext.models.block_store.BlockSource.hold`; a pinned block is in memory already."""
-        with contextlib.nullcontext() if index in self.pinned else self._source.hold(index):
+    def loaded(self, index: int) -> Iterator[Block]:
+        """As :meth:`ace_ext.models.block_store.BlockSource.loaded`; a pinned block is in memory already."""
+        with contextlib.nullcontext() if index in self.pinned else self._source.loaded(index):
             yield self.blocks[index]
 
     @contextlib.contextmanager
@@ -27,7 +27,7 @@ class PinnedBlocks:
         added = set(indices) - self.pinned
         with contextlib.ExitStack() as held:
             for index in sorted(added):
-                held.enter_context(self._source.hold(index))
+                held.enter_context(self._source.loaded(index))
             self.pinned |= added
             try:
                 yield

@@ -49,7 +49,7 @@ class Window:
             teacher: the same shape, the dense model's last block's output.
         """
         for index in self._indices:
-            with self._store.hold(index) as block:
+            with self._store.loaded(index) as block:
                 hidden = run_block(block, hidden, self._calls[batch].others[index])
         return divergence(self._tail, hidden, teacher)
 
@@ -72,14 +72,14 @@ class Window:
         return loss
 
     def _run(self, index: int, batch: int, hidden: Tensor) -> Tensor:
-        with self._store.hold(index) as block:
+        with self._store.loaded(index) as block:
             return run_block(block, hidden, self._calls[batch].others[index])
 
     def _back(
         self, index: int, batch: int, x: Tensor, output: Tensor | None, gradient: Tensor, learning_rate: float
     ) -> Tensor | None:
         """Backpropagates through a block, and updates its weights if they are trained."""
-        with self._store.hold(index) as block:
+        with self._store.loaded(index) as block:
             if output is None:
                 with torch.enable_grad():
                     output = run_block(block, x, self._calls[batch].others[index])

@@ -175,7 +175,7 @@ def _method(owner: object, name: str) -> Callable[[], Any]:
 
 
 def no_init_weights() -> contextlib.AbstractContextManager[object]:
-    """While it lasts, weights of new models are not drawn; without weights to draw this takes most of the time."""
+    """Within this context weights of new models are not drawn; without weights to draw this takes most of the time."""
     from transformers.initialization import no_init_weights as found
 
     manager: contextlib.AbstractContextManager[object] = found()

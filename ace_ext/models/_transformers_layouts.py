@@ -59,7 +59,7 @@ def _count(module: nn.Module, parameter: Tensor) -> int:
 
 @contextlib.contextmanager
 def eager_experts(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """While it lasts, the fused experts of these modules are computed one after the other, by ``linear(x, W[e])``."""
+    """Within this context these modules compute their fused experts one after another, by ``linear(x, W[e])``."""
     configs = {id(module.config): module.config for module in modules}
     with contextlib.ExitStack() as stack:
         for config in configs.values():

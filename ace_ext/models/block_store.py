@@ -15,11 +15,11 @@ from ace_ext.models.safetensors_files import Shards, all_names
 
 
 class BlockSource(Protocol):
-    """Gives access to blocks. A block's weights can be read and written while it is held."""
+    """Gives access to blocks. A block's weights can be read and written while it is loaded."""
 
     blocks: list[Block]
 
-    def hold(self, index: int) -> contextlib.AbstractContextManager[Block]:
+    def loaded(self, index: int) -> contextlib.AbstractContextManager[Block]:
         """Within this context the weights of block ``index`` are in memory."""
 
     def way_out(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
@@ -28,7 +28,7 @@ class BlockSource(Protocol):
     def entrance(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Within this context tokens can enter the blocks of ``model``."""
 
-    def surroundings(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    def outside_loaded(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Within this context each module of ``model`` outside the blocks has its weights while it runs."""
 
 
@@ -39,7 +39,7 @@ class ResidentBlocks:
         self.blocks = blocks
 
     @contextlib.contextmanager
-    def hold(self, index: int) -> Iterator[Block]:
+    def loaded(self, index: int) -> Iterator[Block]:
         """The block; nothing is to be done."""
         yield self.blocks[index]
 
@@ -51,13 +51,13 @@ class ResidentBlocks:
         """Does nothing: all weights are in memory."""
         return contextlib.nullcontext()
 
-    def surroundings(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    def outside_loaded(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Does nothing: all weights are in memory."""
         return contextlib.nullcontext()
 
 
 class OffloadedBlocks:
-    """Blocks of a :func:`ace_ext.models.skeleton.skeleton`: read from the shards when they are held, dropped
+    """Blocks of a :func:`ace_ext.models.skeleton.skeleton`: read from the shards when they are loaded, dropped
     afterwards. Writing changed weights back is the caller's work."""
 
     def __init__(self, blocks: list[Block], shards: Shards, device: torch.device | str) -> None:
@@ -65,25 +65,25 @@ class OffloadedBlocks:
         self._ahead: ReadAhead | None = None
 
     def read_ahead(self) -> None:
-        """From now on, while a block is held the next one is read, so that two are in memory."""
+        """From now on the next block is read while one is loaded: two are in memory."""
         self._ahead = ReadAhead(self.blocks, self.shards_of, torch.device(self.device))
 
     @contextlib.contextmanager
-    def hold(self, index: int) -> Iterator[Block]:
+    def loaded(self, index: int) -> Iterator[Block]:
         """Reads the block's weights and checks them (:func:`ace_ext.models.blocks.check_weights`)."""
         block = self.blocks[index]
         shards = self.shards_of(block)
         read = shards.read if self._ahead is None else self._ahead.take(index)
         load_(block.module, block.name, shards, self.device, read)
-        for held in block.held:
-            held.bind()
+        for fused in block.fused:
+            fused.bind()
         try:
             check_weights([block])
             yield block
         finally:
             unload_(block.module)
-            for held in block.held:
-                held.bind()
+            for fused in block.fused:
+                fused.bind()
 
     def shards_of(self, block: Block) -> Shards:
         """Where the block's weights are read."""
@@ -96,12 +96,12 @@ class OffloadedBlocks:
     @contextlib.contextmanager
     def entrance(self, model: nn.Module) -> Iterator[None]:
         """Holds the weights before the blocks, and those of the first block."""
-        with entrance(model, self.blocks, self.shards, self.device), self.hold(0):
+        with entrance(model, self.blocks, self.shards, self.device), self.loaded(0):
             yield  # the first block too: what a block returns is only known once one has run
 
-    def surroundings(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    def outside_loaded(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Reads the weights of the embedding, the head and whatever else is outside the blocks when it is called."""
-        return surroundings(model, self.blocks, self.shards, self.device)
+        return outside_loaded(model, self.blocks, self.shards, self.device)
 
 
 Read = Callable[[str], torch.Tensor]
@@ -188,7 +188,7 @@ def _set_buffer(module: nn.Module, name: str, value: torch.Tensor) -> None:
 
 @contextlib.contextmanager
 def entrance(model: nn.Module, blocks: list[Block], shards: Shards, device: torch.device | str) -> Iterator[None]:
-    """While it lasts, the skeleton's modules outside the blocks are in memory, so that a forward pass can reach the
+    """Within this context the skeleton's modules outside the blocks are in memory, so that a forward pass can reach the
     blocks. The LM head is left out: a pass that ends at the last block does not use it.
     """
     head = output_head(model)
@@ -211,14 +211,14 @@ def entrance(model: nn.Module, blocks: list[Block], shards: Shards, device: torc
 
 
 @contextlib.contextmanager
-def surroundings(model: nn.Module, blocks: list[Block], shards: Shards, device: torch.device | str) -> Iterator[None]:
-    """While it lasts, each of the skeleton's modules outside the blocks is in memory while it runs, the LM head too. So
-    a whole forward pass never holds both the embedding and the head."""
+def outside_loaded(model: nn.Module, blocks: list[Block], shards: Shards, device: torch.device | str) -> Iterator[None]:
+    """Within this context each of the skeleton's modules outside the blocks is in memory while it runs, also the head.
+    A whole forward pass never needs memory for both the embedding and the head."""
     names = all_names(model)
 
     def read(parameter: nn.Parameter) -> torch.Tensor:
         known = names[id(parameter)]
-        return shards.read(shards.held(known) or known[0]).to(device, parameter.dtype)
+        return shards.read(shards.stored_name(known) or known[0]).to(device, parameter.dtype)
 
     with contextlib.ExitStack() as hooks:
         for _, module in _outside(model, blocks):
@@ -230,7 +230,7 @@ def surroundings(model: nn.Module, blocks: list[Block], shards: Shards, device: 
 def _loaded_when_called(
     module: nn.Module, read: Callable[[nn.Parameter], torch.Tensor], device: torch.device | str
 ) -> Iterator[None]:
-    """While it lasts, calls of the module get the values of its own parameters by ``read``, and drop them again.
+    """Within this context calls of the module get the values of its own parameters by ``read``, and drop them again.
 
     Between calls it has stand-ins on the device: some models move tokens to the device of the embedding's weight before
     they call it, and on the meta device the tokens would be lost. They are NaN, so that what reads them is seen.
@@ -275,7 +275,7 @@ def _load_own_(module: nn.Module, prefix: str, shards: Shards, device: torch.dev
 
 @contextlib.contextmanager
 def way_out(model: nn.Module, blocks: list[Block], shards: Shards, device: torch.device | str) -> Iterator[None]:
-    """While it lasts, the skeleton's modules outside the blocks are in memory, so that the last block's outputs can
+    """Within this context the skeleton's modules outside the blocks are in memory, so that the last block's outputs can
     become logits. The embedding is left out, unless the LM head is tied to it."""
     head, embedding = output_head(model), input_embedding(model)
     assert head is not None  # a causal language model has one

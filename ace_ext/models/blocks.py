@@ -1,4 +1,4 @@
-"""Finds a model's blocks and their prunable weights by structure, without knowing the model family.
+"""Finds a model's blocks and their prunable weights by structure alone, for any model family.
 
 A block is a decoder layer: an element of the outermost ``nn.ModuleList`` that holds the most parameters, among those
 beside the embedding of the tokens, or of another one of about its size.
@@ -18,7 +18,7 @@ from ace_ext.dense_weights import NO_MATRIX, ROUTER, SKIPPED, DenseWeight
 from ace_ext.errors import InputError
 from ace_ext.models.block_lists import block_lists
 from ace_ext.models.derived_weights import DTYPES, refuse_derived
-from ace_ext.models.held import HeldMatrices, find_held, through_linears
+from ace_ext.models.fused_weights import FusedWeight, find_fused, through_linears
 from ace_ext.models.left_dense import check_share, expert_lists, other_weights, outside, routers
 from ace_ext.models.patterns import search_within
 from ace_ext.models.products import float32_products
@@ -31,13 +31,13 @@ MATCH_SECONDS = 0.25
 
 @dataclass(frozen=True)
 class Block:
-    """A decoder layer: its full name in the model, the module, and its prunable Linears (those that stand for held
-    matrices included) by their name in the block."""
+    """A decoder layer: its full name in the model, the module, and its prunable Linears (with those of fused weights)
+    by their name in the block."""
 
     name: str
     module: nn.Module
     linears: dict[str, nn.Linear]
-    held: tuple[HeldMatrices, ...] = ()
+    fused: tuple[FusedWeight, ...] = ()
     dense: tuple[DenseWeight, ...] = ()
     """The matrices that are not pruned."""
     expert_lists: tuple[str, ...] = ()
@@ -48,9 +48,9 @@ class Block:
         return f"{self.name}.{linear}"
 
     @property
-    def experts(self) -> list[HeldMatrices]:
+    def experts(self) -> list[FusedWeight]:
         """The fused tensors of experts."""
-        return [held for held in self.held if held.layout.routed]
+        return [fused for fused in self.fused if fused.layout.routed]
 
     def is_expert(self, linear: str) -> bool:
         """Whether the Linear is an expert's, which sees only the tokens that the router sends it."""
@@ -62,7 +62,9 @@ class Block:
 
     def is_transposed(self, linear: str) -> bool:
         """Whether the parameter with the Linear's own name is stored as ``[d_in, d_out]``."""
-        return any(linear in held.linears for held in self.held if held.layout.transposed and not held.layout.routed)
+        return any(
+            linear in fused.linears for fused in self.fused if fused.layout.transposed and not fused.layout.routed
+        )
 
     def as_it_is(self) -> "Block":
         """The block with its present parameters: it keeps them when those of the module are replaced or dropped."""
@@ -71,9 +73,9 @@ class Block:
         def twin_linears(linears: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
             return {child: cast("nn.Linear", _twin(linear, twins)) for child, linear in linears.items()}
 
-        held = [replace(h, owner=_twin(h.owner, twins), linears=twin_linears(h.linears)) for h in self.held]
+        fused = [replace(h, owner=_twin(h.owner, twins), linears=twin_linears(h.linears)) for h in self.fused]
         module = _twin(self.module, twins)
-        return replace(self, module=module, linears=twin_linears(self.linears), held=tuple(held))
+        return replace(self, module=module, linears=twin_linears(self.linears), fused=tuple(fused))
 
     def expert_stages(self) -> list[list[str]]:
         """The names of the prunable Linears, one list for each fused tensor. Linears of one list do not feed each
@@ -82,10 +84,10 @@ class Block:
 
     @contextmanager
     def products(self) -> Iterator[None]:
-        """While it lasts, products with the block's matrices are calls of its Linears: held ones, and those of
+        """Within this context products with the block's matrices are calls of its Linears: fused ones, and those of
         state-space layers, which multiply by a Linear's weight without calling it (they also have weights of their
         own). Linears that a CPU is slow at multiply in float32 (:mod:`ace_ext.models.products`)."""
-        with float32_products(self.module), through_linears(self.held, self._used_directly):
+        with float32_products(self.module), through_linears(self.fused, self._used_directly):
             yield
 
     @property
@@ -130,9 +132,9 @@ def find_blocks(model: nn.Module, skip: Iterable[str] = (), check: bool = True, 
     modules, names = block_lists(model, lambda name: _matches(name, patterns))
     blocks: list[Block] = []
     for full, module in modules.items():
-        held = find_held(module)
-        names += [f"{full}.{weight}" for weight in _weights_of(module, held)]
-        blocks.append(_block(full, module, held, patterns))
+        fused = find_fused(module)
+        names += [f"{full}.{weight}" for weight in _weights_of(module, fused)]
+        blocks.append(_block(full, module, fused, patterns))
         refuse_derived(full, module, blocks[-1].linears)
         check_share(full, module, blocks[-1].dense, max_dense)
     unused = [pattern.pattern for pattern in patterns if not any(_matches(name, [pattern]) for name in names)]
@@ -150,10 +152,10 @@ def find_blocks(model: nn.Module, skip: Iterable[str] = (), check: bool = True, 
     return blocks
 
 
-def _block(full: str, module: nn.Module, held: list[HeldMatrices], patterns: list[re.Pattern[str]]) -> Block:
+def _block(full: str, module: nn.Module, fused: list[FusedWeight], patterns: list[re.Pattern[str]]) -> Block:
     """A block with the full name ``full``: what is pruned in it, and what is not."""
-    chooses = routers(module, held)
-    taken = [h for h in held if not _matches(f"{full}.{h.name}", patterns)]
+    chooses = routers(module, fused)
+    taken = [h for h in fused if not _matches(f"{full}.{h.name}", patterns)]
     own = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
     for matrices in taken:
         own |= matrices.linears
@@ -166,10 +168,10 @@ def _block(full: str, module: nn.Module, held: list[HeldMatrices], patterns: lis
             dense[f"{name}.weight"] = linear.weight.shape, SKIPPED
         else:
             linears[name] = linear
-    for matrices in held:
+    for matrices in fused:
         if matrices not in taken:
             dense[matrices.name] = matrices.tensor.shape, SKIPPED
-    for name, parameter in other_weights(module, {matrices.name for matrices in held}):
+    for name, parameter in other_weights(module, {matrices.name for matrices in fused}):
         skipped = SKIPPED if _matches(f"{full}.{name}", patterns) else NO_MATRIX
         dense[name] = parameter.shape, ROUTER if name in chooses else skipped
     listed = (DenseWeight(f"{full}.{name}", tuple(shape), reason) for name, (shape, reason) in dense.items())
@@ -195,12 +197,12 @@ def _refuse_tied(model: nn.Module, blocks: list[Block]) -> None:
                 )
 
 
-def _weights_of(module: nn.Module, held: Iterable[HeldMatrices]) -> list[str]:
+def _weights_of(module: nn.Module, fused: Iterable[FusedWeight]) -> list[str]:
     """The names in the block that ``skip`` is compared with: of Linears and experts, and of matrices that no Linear
     holds."""
     names = [name for name, _ in module.named_modules()]
     names += [name for name, parameter in module.named_parameters() if parameter.dim() > 1]
-    return names + [child for matrices in held for child in matrices.linears]
+    return names + [child for matrices in fused for child in matrices.linears]
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

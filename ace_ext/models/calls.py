@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class OtherwiseComputed(TorchFunctionMode):
-    """While it lasts, calls for which :meth:`instead` has a result have that one. Inside it the mode is off."""
+    """Within this context calls for which :meth:`instead` has a result have that one. Inside it the mode is off."""
 
     def instead(self, func: Callable[..., Any], args: Sequence[Any]) -> Tensor | None:
         """The result of a call without keyword arguments; None: torch computes it."""

@@ -40,7 +40,7 @@ _READING = threading.RLock()
 
 @contextmanager
 def read_once() -> Iterator[None]:
-    """While it lasts, the header of a GGUF file is read once, and the names of a model's tensors are made once.
+    """Within this context the header of a GGUF file is read once, and the names of a model's tensors are made once.
 
     To load a model transformers does the former four times, for the configuration, the tokenizer and the weights, and
     that in Python: each word of the vocabulary is an array of its own. It does the latter for each module. What it

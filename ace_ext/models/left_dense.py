@@ -1,5 +1,5 @@
 """The weights of a model that are not pruned: routers, convolutions and other parameters that no matrix product reads,
-and what lies outside the blocks. They are listed; where they are a large share of a block they are refused."""
+and what is outside the blocks. They are listed; where they are a large share of a block they are refused."""
 
 import re
 from collections.abc import Collection, Iterable, Iterator
@@ -9,7 +9,7 @@ from torch import nn
 from ace_ext.dense_weights import NO_MATRIX, NOT_CALLED, OUTSIDE, DenseWeight
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import input_embedding, output_head
-from ace_ext.models.held import HeldMatrices
+from ace_ext.models.fused_weights import FusedWeight
 
 _ROUTER = re.compile(r"(^|\.)\w*router\w*(\.|$)")
 """Names of modules that choose, wherever they are in a block."""
@@ -23,7 +23,7 @@ def expert_lists(module: nn.Module) -> dict[str, int]:
     return {name: count for name, count in lists.items() if _choosing(module, name, count)}
 
 
-def routers(module: nn.Module, held: Iterable[HeldMatrices]) -> set[str]:
+def routers(module: nn.Module, fused: Iterable[FusedWeight]) -> set[str]:
     """Names in the block of the matrices that choose among experts, or scale what a shared one adds. They stay dense:
     they are tiny, and a wrong choice of experts costs more than a wrong weight.
 
@@ -32,10 +32,10 @@ def routers(module: nn.Module, held: Iterable[HeldMatrices]) -> set[str]:
     """
     named = ((name, p) for name, p in module.named_parameters() if p.dim() == 2)
     found = {name for name, _ in named if _ROUTER.search(name.rpartition(".")[0])}
-    counts = {h.name.rpartition(".")[0]: h.layout.count for h in held if h.layout.routed} | expert_lists(module)
+    counts = {h.name.rpartition(".")[0]: h.layout.count for h in fused if h.layout.routed} | expert_lists(module)
     for holder, count in counts.items():
         found |= _choosing(module, holder, count)
-    return found - {h.name for h in held}
+    return found - {h.name for h in fused}
 
 
 def _choosing(module: nn.Module, holder: str, count: int) -> set[str]:
@@ -58,15 +58,15 @@ def _beside(module: nn.Module, holder: str) -> list[tuple[str, nn.Parameter]]:
     return found
 
 
-def other_weights(module: nn.Module, held: Collection[str]) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of a block with two or more dimensions that are in no Linear and not in ``held``, by name in the
+def other_weights(module: nn.Module, fused: Collection[str]) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a block with two or more dimensions that are in no Linear and not in ``fused``, by name in the
     block. Embeddings and biases are left out."""
     for owner, child in module.named_modules():
         if isinstance(child, nn.Linear | nn.Embedding):
             continue
         for leaf, parameter in child.named_parameters(recurse=False):
             name = f"{owner}.{leaf}".lstrip(".")
-            if parameter.dim() > 1 and name not in held and not leaf.endswith("bias"):
+            if parameter.dim() > 1 and name not in fused and not leaf.endswith("bias"):
                 yield name, parameter
 
 

@@ -24,8 +24,8 @@ _REMOTE_CODE: ContextVar[bool] = ContextVar("remote_code", default=False)
 
 @contextmanager
 def remote_code(allowed: bool) -> Iterator[None]:
-    """While it lasts, whether Python code among a model's files may run, in this thread. Outside it never does; what
-    loads a model asks :func:`remote_code_allowed`, so none can forget to pass the answer on."""
+    """``allowed``: within this context Python code in a model's files may run, in this thread. Outside it never does;
+    what loads a model asks :func:`remote_code_allowed`, so none can forget to pass the answer on."""
     token = _REMOTE_CODE.set(allowed)
     try:
         yield

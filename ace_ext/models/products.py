@@ -38,8 +38,8 @@ def slow_dtypes() -> frozenset[torch.dtype]:
 
 @contextmanager
 def float32_products(of: nn.Module | Tensor) -> Iterator[None]:
-    """While it lasts, Linears multiply in float32 on a CPU, also in the backward pass, if the dtype of a module, or of
-    a tensor, is one of :func:`slow_dtypes`."""
+    """Within this context Linears multiply in float32 on a CPU, also in the backward pass, if the dtype of a module or
+    a tensor is one of :func:`slow_dtypes`."""
     dtype = of.dtype if isinstance(of, Tensor) else next(of.parameters()).dtype
     if dtype in slow_dtypes():
         with _Widened():

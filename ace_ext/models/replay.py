@@ -80,7 +80,7 @@ def _wrapper_like(output: Any) -> Callable[[Tensor], object]:
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """While it lasts, calling the module calls ``forward``; its hooks run as before."""
+    """Within this context calling the module calls ``forward``; its hooks run as before."""
     own = module.__dict__.get("forward")  # None: the class's
     module.forward = forward
     try:

@@ -29,8 +29,9 @@ def run_mode(model: nn.Module, trainer: str | None = None) -> Iterator[None]:
     """Within this context results do not depend on the modes that the caller entered:
 
     - modules are in evaluation mode; afterwards each has the mode that it had;
-    - autocast is off: it would compute in another dtype than the model's, and its cache keeps casts of weights that
-      pruning then changes;
+    - gradients are not recorded where the code does not ask for them;
+    - autocast is off: it would compute in another dtype than the model's. A model that turns it on for a part of its
+      forward gets no cache, which would keep casts of weights that pruning then changes;
     - ``torch.inference_mode`` is as it was when the weights were made: weights that were made outside it are trained,
       and weights that were made inside it can be changed only there;
     - compiled modules run uncompiled: a compiled forward calls no hooks of the modules in it.
@@ -50,8 +51,9 @@ def run_mode(model: nn.Module, trainer: str | None = None) -> Iterator[None]:
         )
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(made_there is not None))
+        stack.enter_context(torch.no_grad())  # last: to leave inference mode turns gradients on
         for kind in ("cpu", "cuda"):
-            stack.enter_context(torch.autocast(kind, enabled=False))
+            stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
         stack.callback(torch.clear_autocast_cache)  # the caller's next forward must not read casts of dense weights
         if any(module._compiled_call_impl is not None or hasattr(module, _COMPILED) for module in model.modules()):
             stack.enter_context(torch.compiler.set_stance("force_eager"))

@@ -50,7 +50,7 @@ class Shards:
     def __contains__(self, name: str) -> bool:
         return name in self.entries or name in self._layout
 
-    def held(self, names: Iterable[str]) -> str | None:
+    def stored_name(self, names: Iterable[str]) -> str | None:
         """The first of a parameter's names that the files hold it by; None if they do not hold it."""
         return next((name for name in names if name in self), None)
 

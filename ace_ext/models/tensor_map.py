@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ace_ext.models._transformers import saved_as
-from ace_ext.models.held import held_parameters, names_of
+from ace_ext.models.fused_weights import fused_parameters, names_of
 from ace_ext.models.layout import Layout
 
 
@@ -46,7 +46,7 @@ def layout_of(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
     found: dict[str, Stored] = {}
     for parameters in _in_groups(model):
         found |= _renamed({name: p for name, p in parameters.items() if name not in shapes}, model, shapes)
-    for _, path, leaf, layout in held_parameters(model):
+    for _, path, leaf, layout in fused_parameters(model):
         name = f"{path}.{leaf}"
         if layout.routed and (name in shapes or name in found):
             parameter = model.get_parameter(name)

@@ -21,7 +21,7 @@ def whole_logits(model: nn.Module, blocks: BlockSource, tokens: Tensor, device: 
     with ExitStack() as stack:
         for index, block in enumerate(blocks.blocks):
             stack.enter_context(replaced_forward(block.module, _holding(blocks, index)))
-        stack.enter_context(blocks.surroundings(model))
+        stack.enter_context(blocks.outside_loaded(model))
         stack.enter_context(float32_products(model))
         logits: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits
     return logits
@@ -32,7 +32,7 @@ def _holding(blocks: BlockSource, index: int) -> Callable[..., Any]:
     original = blocks.blocks[index].module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with blocks.hold(index) as block, block.products():
+        with blocks.loaded(index) as block, block.products():
             return original(*args, **kwargs)
 
     return forward

@@ -1,11 +1,11 @@
-"""The ops, one function each. Their contracts in full: ``csrc/ops.h`` and ``csrc/ops/``.
+"""The ops, one function each. ``csrc/ops.h`` and ``csrc/ops/`` have the full contracts.
 
-Weights are ``[rows, cols]`` float32, float16 or bfloat16, contiguous columns; rows are output channels. Higher score
-= keep; among equal scores the lower column is kept first. Functions that end in ``_`` write into their first arguments;
-pruned entries become +0.0. All raise ``ValueError`` for bad input before anything is written, also where a weight,
-factor or score is NaN or infinite (on CUDA that check is deferred: :func:`take_not_finite`).
+Weights are ``[rows, cols]`` float32, float16 or bfloat16, contiguous columns; rows are output channels. Higher score =
+keep; among equal scores the lower column is kept first. Functions that end in ``_`` write into their first arguments;
+pruned entries become +0.0. All raise ``ValueError`` for bad input before anything is written, also if a weight, factor
+or score is NaN or infinite (on CUDA that check is deferred: :func:`take_not_finite`).
 
-``formula`` says how a weight is scored; ``c`` is ``column [cols]`` and ``q`` is ``moment [rows, cols]``, both float32::
+``formula`` names the score of a weight; ``c`` is ``column [cols]`` and ``q`` is ``moment [rows, cols]``, both float32::
 
     name        score of W_ij                          column and moment
     magnitude   |W|                                    neither
@@ -88,7 +88,7 @@ def update_cosine_moment_(moment: Tensor, x: Tensor, a: Tensor) -> None:
 
 @torch.no_grad()
 def score(weight: Tensor, formula: str, column: Tensor | None = None, moment: Tensor | None = None) -> Tensor:
-    """The scores ``[rows, cols]`` float32, stored. The other ops recompute them where they need them."""
+    """The scores ``[rows, cols]`` float32. The other ops recompute scores where they need them."""
     scores: Tensor = registered().score(weight, formula, column, moment)
     return scores
 
@@ -132,7 +132,7 @@ def topk_mask(
     moment: Tensor | None = None,
     group: str = "row",
 ) -> Tensor:
-    """``[rows, cols]`` bool, True where :func:`prune_topk_` would keep the weight, which is left as it is."""
+    """``[rows, cols]`` bool, True where :func:`prune_topk_` would keep the weight, which is not changed."""
     mask: Tensor = registered().topk_mask(weight, formula, keep_k, column, moment, group)
     return mask
 
@@ -146,7 +146,7 @@ def nm_mask(
     column: Tensor | None = None,
     moment: Tensor | None = None,
 ) -> Tensor:
-    """``[rows, cols]`` bool, True where :func:`prune_nm_` would keep the weight, which is left as it is."""
+    """``[rows, cols]`` bool, True where :func:`prune_nm_` would keep the weight, which is not changed."""
     mask: Tensor = registered().nm_mask(weight, formula, keep_n, group_m, column, moment)
     return mask
 
@@ -160,11 +160,11 @@ def refine_swaps_(
 ) -> Tensor:
     """Exchanges kept and removed weights, row by row, while that lowers the row's loss ``e^T G e``; ``[rows]`` int64.
 
-    ``e`` holds the row's removed weights; ``gram`` ``G [cols, cols]`` float32 is symmetric and positive semidefinite,
-    contiguous. Each swap restores the removed weight whose return lowers the loss most and removes the kept weight
-    that then costs least; each lowers the loss computed in float64. With ``keep_n`` of ``group_m`` the best pair of
-    any group is swapped, so the pattern stays; both 0 for rows without one. ``mask [rows, cols]`` bool, True where
-    kept, is written; ``weight`` is not. Returns the swaps made in each row, at most ``max_swaps``.
+    ``e`` holds the row's removed weights; ``gram`` ``G [cols, cols]`` float32 is symmetric, positive semidefinite and
+    contiguous. Each swap restores the removed weight whose restoration lowers the loss most, and removes the kept
+    weight that then costs least; each lowers the loss computed in float64. With ``keep_n`` of ``group_m`` the best pair
+    of any group is swapped, which preserves the pattern; both 0 for rows without one. ``mask [rows, cols]`` bool, True
+    where kept, is written; ``weight`` is not. Returns the swaps made in each row, at most ``max_swaps``.
     """
     swaps: Tensor = registered().refine_swaps_(mask, weight, gram, keep_n, group_m, max_swaps)
     return swaps
@@ -179,7 +179,7 @@ def balance_mean_(
     With ``variance [cols]`` and ``mean [cols]`` float32 of the inputs, a row's removed weights cost
     ``Σ w_j² variance_j + (Σ w_j mean_j)²``; each swap lowers that in float64. Each of at most ``rounds`` scans finds up
     to 32 candidates on either side, which are swapped while that gains (``csrc/ops/balance.h``). A row keeps as many
-    weights as before, with ``group_m`` also each of its groups of as many columns, so an N:M pattern stays. ``mask
+    weights as before; with ``group_m`` each group of as many columns does too, which preserves an N:M pattern. ``mask
     [rows, cols]`` bool, True where kept, is written; ``weight`` is not. Returns the swaps of each row, ``[rows]``
     int64.
     """
@@ -189,10 +189,10 @@ def balance_mean_(
 
 @torch.no_grad()
 def restore_mean_(weight: Tensor, mask: Tensor, mean: Tensor, direction: Tensor) -> None:
-    """Zeroes what ``mask`` removes and moves what remains, so that each row's mean output nearly stays.
+    """Zeroes the weights that ``mask`` removes, and updates the others so that each row's mean output hardly changes.
 
     With ``s`` the sum of ``w_j mean_j`` over a row's removed weights, ``w_j += s direction_j / (1 + Σ_kept mean
-    direction)`` for the kept ones. ``direction_j = mean_j / variance_j`` is the best if columns are uncorrelated
+    direction)`` for the kept weights. ``direction_j = mean_j / variance_j`` is optimal if columns are uncorrelated
     (``csrc/ops/restore.h``). ``weight [rows, cols]`` float32 is written, ``mask [rows, cols]`` bool is True where kept;
     ``mean`` and ``direction`` ``[cols]`` float32, their products not negative.
     """
@@ -205,10 +205,10 @@ def obs_block_(weight: Tensor, error: Tensor, mask: Tensor, factor: Tensor, keep
 
     For each column c, left to right: ``d = w_c / U_cc`` where ``mask`` is False, else 0; ``w_k -= d U_ck`` for k > c;
     ``w_c = 0`` where removed; ``error_c = d``. ``factor`` ``U [width, width]`` is the block of the upper Cholesky
-    factor of the inverse Hessian, with a positive diagonal; what lies below it is not read. With ``keep_n`` of
+    factor of the inverse Hessian, with a positive diagonal; entries below it are not read. With ``keep_n`` of
     ``group_m`` columns ``mask`` is written too: at each group's first column the largest ``|w_j| / U_jj`` are kept,
-    the lower column first among equal ones. Every tensor may be a slice of columns; ``torch.linalg.cholesky`` returns
-    a transposed factor, for which call ``.contiguous()``.
+    the lower column first among equals. Every tensor may be a slice of columns. ``torch.linalg.cholesky`` returns a
+    transposed factor: call ``.contiguous()``.
     """
     registered().obs_block_(weight, error, mask, factor, keep_n, group_m)
 
@@ -219,8 +219,8 @@ def obs_block_(weight: Tensor, error: Tensor, mask: Tensor, factor: Tensor, keep
 def take_not_finite(device: torch.device) -> str:
     """The name of an op that met NaN, infinity or an overflowed score on a GPU since the last call, or "".
 
-    Ops on a GPU cannot raise without waiting for it, so they note it there; asking waits for the current stream. On the
-    CPU ops raise by themselves.
+    Ops on a GPU cannot raise without waiting for it, so they set a flag there; this function waits for the current
+    stream. On the CPU ops raise directly.
     """
     if device.type != "cuda":
         return ""

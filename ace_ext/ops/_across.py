@@ -1,4 +1,4 @@
-"""One selection over several matrices, without storing a score. Contract of its two ops: ``csrc/ops/across.h``."""
+"""One selection over several matrices that stores no scores. ``csrc/ops/across.h`` has the contract of its two ops."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from torch import Tensor
 from ace_ext.ops._extension import registered
 
 RADIX_BITS = (11, 11, 10)
-"""Widths of the digits in which a 32-bit key is found, from its top."""
+"""The widths of the digits of a 32-bit key, from the top."""
 
 
 @dataclass(frozen=True)
 class ScoredWeight:
-    """A weight and all that its score is computed from. The score itself is not stored, except for ``"score"``."""
+    """A weight and the inputs of its score. The score itself is not stored, except for ``"score"``."""
 
     weight: Tensor  # [rows, cols] float32, float16 or bfloat16
     formula: str
@@ -24,7 +24,7 @@ class ScoredWeight:
 
 @torch.no_grad()
 def prune_topk_across_(weights: Sequence[ScoredWeight], keep_k: int) -> None:
-    """Keeps the best ``keep_k`` entries of all ``weights`` taken together, and zeroes the others in place.
+    """Keeps the best ``keep_k`` entries of all ``weights`` together, and zeroes the others in place.
 
     Among equal scores the earlier matrix wins, then the lower row, then the lower column. The weights may differ in
     shape, dtype, formula and device.
@@ -44,7 +44,7 @@ def prune_topk_across_(weights: Sequence[ScoredWeight], keep_k: int) -> None:
         shift -= bits
         counts = [_score_histogram(scored, prefix, level).cpu() for scored in weights]
         if keep_k == 0:
-            break  # one round only, for its check that all scores are finite
+            break  # one round, to check that all scores are finite
         digit, above = _find_digit(torch.stack(counts).sum(0), ties)
         prefix |= digit << shift
         ties -= above
@@ -58,7 +58,7 @@ def prune_topk_across_(weights: Sequence[ScoredWeight], keep_k: int) -> None:
 
 
 def _find_digit(counts: Tensor, want: int) -> tuple[int, int]:
-    """The digit in which the ``want``-th largest key lies, and how many keys have a higher one."""
+    """The digit of the ``want``-th largest key, and the number of keys with a higher digit."""
     from_top = counts.flip(0).cumsum(0)
     position = int(torch.searchsorted(from_top, torch.tensor(want)))
     above = int(from_top[position - 1]) if position > 0 else 0

@@ -1,4 +1,4 @@
-"""Products with a matrix whose zeros are not stored. Contract: ``csrc/ops/packed.h``."""
+"""Products with a packed matrix, whose zeros are not stored. Contract: ``csrc/ops/packed.h``."""
 
 from functools import cache
 from typing import Any
@@ -15,12 +15,12 @@ def packed_linear(
     """``x Wᵀ + bias``, ``[tokens, rows]`` in the dtype of ``x [tokens, cols]``; products are summed in float32.
 
     ``bitmap [rows, 8 ceil(cols / 64)]`` uint8 has a bit for each weight (the lowest of the first byte is column 0), set
-    where ``values`` has it: ``[rows, k]`` if each row has k, else ``[survivors]`` and ``row_start [rows + 1]`` int64.
-    ``bias [rows]``. Whether bits and counts agree is not checked: use a matrix that
-    :meth:`ace_ext.packed.matrix.PackedMatrix.check` has seen. Gradients flow to ``x`` and ``bias``. CPU, and CUDA
-    if the extension was built for it (:func:`has_kernel`; not run on a GPU).
+    if ``values`` has it: ``[rows, k]`` if each row has k, else ``[survivors]`` and ``row_start [rows + 1]`` int64.
+    ``bias [rows]``. Whether bits and counts agree is not checked here: check the matrix with
+    :meth:`ace_ext.packed.matrix.PackedMatrix.check`. Gradients flow to ``x`` and ``bias``. Under autocast dtypes stay
+    as given. CPU, and CUDA if the extension was built for it (:func:`has_kernel`; not run on a GPU).
     """
-    if not torch.compiler.is_compiling():  # which cannot trace the loading of the compiled module
+    if not torch.compiler.is_compiling():  # which cannot trace the loading
         register_packed()
     out: Tensor = torch.ops.ace_ext.packed_linear(x, bitmap, values, row_start, bias)
     return out
@@ -28,7 +28,7 @@ def packed_linear(
 
 @torch.no_grad()
 def unpack_bitmap(bitmap: Tensor, values: Tensor, row_start: Tensor | None, cols: int) -> Tensor:
-    """The dense matrix ``[rows, cols]`` of :func:`packed_linear`'s tensors, with the bits of its finite weights."""
+    """The dense matrix ``[rows, cols]`` of :func:`packed_linear`'s tensors; finite weights keep their bits."""
     weight: Tensor = registered().unpack_bitmap(bitmap, values, row_start, cols)
     return weight
 
@@ -45,8 +45,11 @@ def _built_for_cuda() -> bool:
 
 @cache
 def register_packed() -> None:
-    """Makes :func:`packed_linear` known to torch, with its gradient. Calling it does so; ``torch.compile`` needs it
-    before."""
+    """Registers the ops with torch, and the gradient of :func:`packed_linear`. Importing ``ace_ext.ops`` calls it.
+
+    Raises:
+        ImportError: the compiled module cannot be loaded; the message says how to rebuild it.
+    """
     registered()
     torch.library.register_autograd("ace_ext::packed_linear", _backward, setup_context=_keep)
 

@@ -1,7 +1,7 @@
-"""The oracle of the ops that keep a row's mean output (:mod:`ace_ext.ops.reference` is that of all others).
+"""The reference of the ops that preserve a row's mean output (:mod:`ace_ext.ops.reference` is that of all others).
 
 Written from ``csrc/ops/balance.h`` and ``csrc/ops/restore.h``, one row and one weight at a time. Imports nothing of the
-fast path. Searches are in float32 and swaps in float64, rounded as the contract says: results have the ops' bits.
+fast path. Searches are in float32 and swaps in float64, rounded as in the contract: results have the ops' bits.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 LANES = 32
-"""Candidates of a round on either side."""
+"""The candidates of a round on each side."""
 
 
 def mean_loss(mask: Tensor, weight: Tensor, variance: Tensor, mean: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class _Pair(NamedTuple):
 
 
 class _Row:
-    """One row: its mask, which is rewritten, and what each weight adds to the removed ones."""
+    """One row: its mask, which is rewritten, and each weight's terms in the sums over removed weights."""
 
     def __init__(self, mask: Tensor, weight: Tensor, variance: Tensor, mean: Tensor) -> None:
         self.mask, self.weight, self.variance, self.mean = mask, weight, variance, mean
@@ -69,7 +69,7 @@ class _Row:
         return self.swaps
 
     def _search_terms(self) -> tuple[list[float], list[float]]:
-        """The change by restoring and by removing each weight; float32."""
+        """The change of the cost by restoring and by removing each weight; float32."""
         shift = self.weight * self.mean
         pull = self.weight * self.weight * self.variance + torch.tensor(2.0 * self.s).float() * shift
         return (shift * shift - pull).tolist(), (shift * shift + pull).tolist()
@@ -129,7 +129,7 @@ class _Row:
         return spread + shift * (2.0 * s + shift)
 
     def _swap(self, pair: _Pair) -> bool:
-        """Swaps if that gains more than rounding may have added; says whether it did."""
+        """Swaps if the gain exceeds the bound on rounding; returns whether it did."""
         spread, shift = self._added(pair)
         spreads = self.spread[pair.removed] + self.spread[pair.restored]
         count = len(self.mask) + 4.0 * self.swaps + 24.0

@@ -1,5 +1,5 @@
-"""The oracle of the ops on packed matrices, from their contract (``csrc/ops/packed.h``): one row and one bit at a time,
-sums in float64. Imports nothing of the fast path."""
+"""The reference of the ops on packed matrices, from their contract (``csrc/ops/packed.h``): one row and one bit at a
+time, sums in float64. Imports nothing of the fast path."""
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ def unpack_bitmap(bitmap: Tensor, values: Tensor, row_start: Tensor | None, cols
 def packed_linear(
     x: Tensor, bitmap: Tensor, values: Tensor, row_start: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """``[tokens, rows]`` float64, not rounded; the arguments are those of the op."""
+    """``[tokens, rows]`` float64, not rounded to the dtype of ``x``; the arguments are those of the op."""
     weight = unpack_bitmap(bitmap, values, row_start, x.shape[1]).double()
     out = x.double() @ weight.T
     return out if bias is None else out + bias.double()

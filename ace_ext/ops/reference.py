@@ -1,9 +1,10 @@
-"""The oracle: every op and metric again, slow and obvious, in float64. Imports nothing of the fast path.
+"""The float64 reference of every op and metric: slow and obvious. Imports nothing of the fast path.
 
-One function a notion, written from its definition and not from the kernels: two passes where they stream, a full
-stable sort where they select by radix. Shapes as in ``csrc/ops.h``: ``weight [rows, cols]``, ``x [T, d_in]`` inputs of
-the layer, one token a row, ``a [T, d_out]`` its outputs without bias. Higher score = keep; masks are True where kept.
-Inputs may be of any floating dtype and are widened first; results are new CPU tensors; no argument is written to.
+One function for each op or metric, written from its definition and not from the kernels: two passes where they stream,
+a full stable sort where they select by radix. Shapes as in ``csrc/ops.h``: ``weight [rows, cols]``, ``x [T, d_in]``
+inputs of the layer, one token a row, ``a [T, d_out]`` its outputs without bias. Higher score = keep; masks are True
+where kept. Inputs may be of any floating dtype and are widened first; results are new CPU tensors; no argument is
+written to.
 """
 
 import math
@@ -37,7 +38,7 @@ def _given(t: Tensor | None) -> Tensor:
 
 
 def moments(x: Tensor, token_weight: Tensor | None = None) -> Moments:
-    """State of tokens ``x [T, d]``, ``token_weight [T]`` (None: 1 each), in two passes. No weight at all: zeros.
+    """State of tokens ``x [T, d]``, ``token_weight [T]`` (None: 1 each), in two passes; zeros if all weights are 0.
 
     ``w = sum_t w_t``, ``mean = sum_t w_t x_t / w``, ``m2 = sum_t w_t (x_t - mean)^2``.
     """
@@ -51,7 +52,7 @@ def moments(x: Tensor, token_weight: Tensor | None = None) -> Moments:
 
 
 def merge(state_a: Sequence[Tensor], state_b: Sequence[Tensor]) -> Moments:
-    """State of both sides' tokens together: Chan, Golub and LeVeque (1983). A side of weight 0 changes nothing.
+    """State of the tokens of both states: Chan, Golub and LeVeque (1983). A side of weight 0 changes nothing.
 
     ``w = w_a + w_b``; ``d = m_b - m_a``; ``m = m_a + d w_b / w``; ``M2 = M2_a + M2_b + d^2 w_a w_b / w``.
     """
@@ -79,8 +80,8 @@ def cosine_moment(x: Tensor, a: Tensor) -> Tensor:
 def exact_cosine_loss(weight: Tensor, x: Tensor) -> Tensor:
     """``[rows, cols]`` float64, ``sum_t 1 - cos(A_t, A_t with W_ij removed)``: one weight at a time, no approximation.
 
-    Uses ``1 - cos(u, v) = ||u/|u| - v/|v| ||^2 / 2``, which does not cancel where the angle is small. A token whose
-    dense output is zero has no direction to lose and counts 0 (as ``r_t = 0`` does); one that becomes zero counts 1.
+    Uses ``1 - cos(u, v) = ||u/|u| - v/|v| ||^2 / 2``, which does not cancel if the angle is small. A token whose dense
+    output is zero has no direction and counts 0 (as ``r_t = 0`` does); one whose output becomes zero counts 1.
     """
     weight, x = _wide(weight), _wide(x)
     dense = x @ weight.T
@@ -130,7 +131,7 @@ def column_factor(metric: str, x: Tensor, a: Tensor | None = None, exponent: flo
 
 
 def _sqrt(t: Tensor) -> Tensor:
-    """Rounded correctly, as IEEE 754 and the kernels have it: torch's own float32 sqrt may be a unit off on a CPU."""
+    """Correctly rounded, as in IEEE 754 and the kernels: torch's float32 sqrt may be one unit off on a CPU."""
     return torch.from_numpy(np.sqrt(t.numpy()))
 
 
@@ -162,7 +163,7 @@ def score(
         return torch.where(size == 0, 0.0 * c, (size / column_sum + size / row_sum) * c)
     if formula == "cosp":
         return (size * given(column)) * (size * _sqrt(given(moment)))
-    if formula == "cosp_exact":  # c_j >= q_ij but for rounding, since a_ti^2 r_t <= 1
+    if formula == "cosp_exact":  # c_j >= q_ij except for rounding, because a_ti^2 r_t <= 1
         return size * _sqrt(0.5 * (given(column) - given(moment)).clamp(min=0))
     if formula == "score":
         return given(moment).clone()
@@ -200,7 +201,7 @@ def keep_mask_nm(score: Tensor, keep_n: int, group_m: int) -> Tensor:
 
 
 def keep_mask_model(scores: Sequence[Tensor], keep_k: int) -> list[Tensor]:
-    """One mask a matrix: the best ``keep_k`` of all of them together; ties go to the earlier matrix, then row-major."""
+    """One mask for each matrix: the best ``keep_k`` of all together; ties go to the earlier matrix, then row-major."""
     flat = np.concatenate([_finite(score).reshape(-1) for score in scores])
     parts = np.split(_best(flat, keep_k), np.cumsum([score.numel() for score in scores])[:-1])
     return [torch.from_numpy(part.reshape(score.shape)) for part, score in zip(parts, scores, strict=True)]
@@ -223,7 +224,7 @@ def prune(weight: Tensor, mask: Tensor) -> Tensor:
 
 
 def swap_loss(mask: Tensor, weight: Tensor, gram: Tensor) -> Tensor:
-    """``[rows]`` float64, ``e^T G e`` with ``e`` the removed weights of a row: what its output loses, squared."""
+    """``[rows]`` float64, ``e^T G e`` with ``e`` the removed weights of a row: the squared error of its output."""
     removed = torch.where(mask.cpu(), 0.0, _wide(weight))
     return ((removed @ _wide(gram)) * removed).sum(1)
 
@@ -231,10 +232,10 @@ def swap_loss(mask: Tensor, weight: Tensor, gram: Tensor) -> Tensor:
 def refine_swaps(
     mask: Tensor, weight: Tensor, gram: Tensor, keep_n: int = 0, group_m: int = 0, max_swaps: int = 100
 ) -> tuple[Tensor, Tensor]:
-    """The refined mask ``[rows, cols]`` and the swaps ``[rows]``: every loss is computed anew from its definition.
+    """The refined mask ``[rows, cols]`` and the swaps ``[rows]``; every loss is computed from its definition.
 
-    Without a pattern the removed weight is chosen whose return leaves the least loss, then the kept one whose removal
-    does; with one, the best pair of any group. Lower columns first among equals.
+    Without a pattern, restores the removed weight that leaves the least loss, then removes the kept weight that does;
+    with one, swaps the best pair of any group. Lower columns first among equals.
     """
     mask, weight, gram = mask.cpu().clone(), _wide(weight), _wide(gram)
     swaps = torch.zeros(len(mask), dtype=torch.int64)

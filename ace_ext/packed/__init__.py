@@ -1,8 +1,8 @@
 """Packed model folders: the files of a pruned model without its zeros, and back, byte for byte.
 
-``matrix.py`` is the form from which is computed; each other form is a codec, one file that defines ``CODEC``; a file
-whose name starts with ``_`` is none. ``docs/formats.md`` describes the files. May import ``models`` and what lies below
-it.
+``matrix.py`` is the layout that kernels read. Each file of ``codecs`` defines ``CODEC``, a format of files; a file
+whose name starts with ``_`` is not one. ``docs/formats.md`` describes the formats. May import ``models`` and the layers
+below.
 """
 
 from ace_ext._registry import add, discover

@@ -1,4 +1,4 @@
-"""What a packed format is: how a tensor becomes parts in a file, and a matrix or a tensor again."""
+"""The type of a packed format: how a tensor is encoded as parts in a file, and decoded to a matrix or a tensor."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,12 +10,12 @@ from torch import Tensor
 from ace_ext.packed.matrix import BITS, PackedMatrix
 
 Parts = dict[str, Tensor]
-"""The tensors that stand in a file for one tensor of the model, by the last part of their names."""
+"""The tensors that represent one tensor of the model in a file, by the last part of their names."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A tensor of the model as a file holds it."""
+    """A tensor of the model as it is stored in a file."""
 
     parts: Parts
     dtype: torch.dtype
@@ -25,20 +25,20 @@ class Packed:
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """The rows and columns of the tensor, seen as a matrix of its last dimension.
+        """``(rows, columns)`` of the tensor, viewed as a matrix whose columns are its last dimension.
 
         Raises:
-            ValueError: it is none of weights, or empty: such a tensor is stored as it is.
+            ValueError: it is not a matrix of weights, or empty; such a tensor is stored unchanged.
         """
         if self.dtype not in BITS or len(self.shape) < 2 or 0 in self.shape:
-            raise ValueError(f"{self.dtype} {list(self.shape)} is no matrix of weights")
+            raise ValueError(f"{self.dtype} {list(self.shape)} is not a matrix of weights")
         return math.prod(self.shape[:-1]), self.shape[-1]
 
     def part(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        """A part that must have this dtype and shape.
+        """The part of this name, which must have this dtype and shape.
 
         Raises:
-            ValueError: it is missing, or has others.
+            ValueError: it is missing, or its dtype or shape differs.
         """
         if name not in self.parts:
             raise ValueError(f"part {name} is missing")
@@ -69,19 +69,19 @@ class Codec:
     parts: frozenset[str]
     """The names of all parts that it writes."""
     encode: Callable[[Tensor, tuple[int, int] | None], Mapping[str, Tensor] | None]
-    """``encode(tensor, pattern)``: the tensor's parts; None if it stays as it is."""
+    """``encode(tensor, pattern)``: the tensor's parts; None if it is stored unchanged."""
     decode: Callable[[Packed], PackedMatrix | Tensor]
-    """The matrix, or the tensor, of parts that have been read; it checks sizes and counts and raises ValueError."""
+    """Decodes parts to the matrix or the tensor; checks sizes and counts, and raises ValueError."""
     size: Callable[["Kept"], int]
-    """The bytes of the parts that ``encode`` makes of such a matrix; of a compressed one about."""
+    """The bytes of the parts of such a matrix; an estimate for a compressing format."""
     needs_pattern: bool = False
-    """Whether it holds only models that were pruned to an N:M pattern."""
+    """Whether it stores only models that were pruned to an N:M pattern."""
 
     @property
     def compresses(self) -> bool:
-        """Whether numbers are not stored as they are, so that tensors without zeros become smaller, too."""
+        """Whether numbers are compressed, so that tensors without zeros become smaller too."""
         return "values" not in self.parts
 
     def removes_zeros(self, parts: Mapping[str, Tensor]) -> bool:
-        """Whether these parts are those of a matrix whose zeros are not stored."""
+        """Whether these parts represent a matrix without its zeros."""
         return not {"bitmap", "indices"}.isdisjoint(parts)

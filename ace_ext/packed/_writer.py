@@ -1,4 +1,4 @@
-"""Writes a safetensors file tensor by tensor, so that only one of them is in memory."""
+"""Writes a safetensors file tensor by tensor, so that only one tensor is in memory."""
 
 import json
 from pathlib import Path
@@ -11,20 +11,20 @@ from ace_ext.models.safetensors_files import bytes_of
 from ace_ext.models.safetensors_header import STORED_DTYPES
 
 ALIGNMENT = 64
-"""Every tensor begins at a multiple of so many bytes of the file: vector loads of a mapped one cross no cache line."""
+"""Every tensor begins at a multiple of this many bytes: vector loads of a mapped tensor cross no cache line."""
 
 PADDING = "pad."
-"""How names of tensors begin that only fill room before the next one; the format allows no holes."""
+"""The prefix of the names of padding tensors, which fill the space before the next tensor: holes are not allowed."""
 
 _NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 
 
 class StreamWriter:
-    """A file whose header is written last, into room that is kept for it and filled up with spaces.
+    """A file whose header is written last, into space reserved for it, padded with blanks.
 
     Args:
         path: of the file, which must not exist.
-        room: bytes that the header will need at most.
+        room: the bytes to reserve for the header.
     """
 
     def __init__(self, path: Path, room: int) -> None:
@@ -63,7 +63,7 @@ class StreamWriter:
         """Writes the header.
 
         Raises:
-            ValueError: it needs more room than was kept.
+            ValueError: it needs more space than was reserved.
         """
         text = json.dumps({"__metadata__": metadata} | self._header, separators=(",", ":"))
         header = text.encode("utf-8").ljust(self._start - 8)
@@ -74,6 +74,6 @@ class StreamWriter:
 
 
 def header_room(metadata: dict[str, str], names: list[str], parts: int) -> int:
-    """Bytes that a header takes at most, for tensors that become up to ``parts`` parts each."""
-    entry = 200  # of dtype, shape and offsets of a part, and of the padding before it
+    """An upper bound of a header's bytes, for tensors of up to ``parts`` parts each."""
+    entry = 200  # for dtype, shape and offsets of a part, and for the padding before it
     return len(json.dumps({"__metadata__": metadata})) + sum(parts * (len(json.dumps(n)) + entry) for n in names) + 64

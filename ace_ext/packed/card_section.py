@@ -1,4 +1,4 @@
-"""The section of a packed folder's model card that says how to load it, and the card without that section."""
+"""Adds to a packed folder's model card the section that says how to load it, and removes it."""
 
 from pathlib import Path
 
@@ -16,9 +16,10 @@ _SECTION = """
 The weights are stored without their zeros, in the format `{codec.name}` of `ace_ext` ({codec.summary}):
 
 ```python
-import ace_ext  # tells transformers (version 5 or later) about packed folders
+import ace_ext
 from transformers import AutoModelForCausalLM
 
+ace_ext.register()  # tells transformers about packed folders
 model = AutoModelForCausalLM.from_pretrained("FOLDER")
 ```
 
@@ -29,7 +30,7 @@ folder, byte for byte, and `ace-prune bench FOLDER` measures both.
 
 
 def add_section(folder: Path, codec: Codec) -> None:
-    """Appends the section to the card of a packed folder. Without a card nothing happens."""
+    """Appends the section to a packed folder's card. Does nothing if there is no card."""
     path = folder / CARD
     if path.is_file():
         write_whole(path, path.read_bytes() + section_of(codec))
@@ -41,7 +42,7 @@ def section_of(codec: Codec) -> bytes:
 
 
 def without_section(path: Path) -> bytes:
-    """A card without the section: the bytes that :func:`add_section` found."""
+    """A card without the section: the bytes before :func:`add_section`."""
     card = path.read_bytes()
     start, end = (mark.encode() for mark in ("\n" + _START + "\n", _END + "\n"))
     before, found, rest = card.rpartition(start)

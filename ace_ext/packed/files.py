@@ -21,7 +21,7 @@ from ace_ext.packed._writer import PADDING
 from ace_ext.packed.matrix import PackedMatrix
 
 SUFFIX = ".packed.safetensors"
-"""How the name of a packed file ends, in place of ``.safetensors``: no other program takes it for a dense one."""
+"""The suffix of packed files, in place of ``.safetensors``, so that no program takes one for a dense file."""
 
 VERSION = "1"
 
@@ -31,7 +31,7 @@ KEY = "ace_packed"
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a packed file comes from, and how it was packed."""
+    """The origin of a packed file: the dense files and the format."""
 
     version: str
     codec: str
@@ -40,17 +40,17 @@ class Origin:
     files: list[str]
     """The names of all dense files of the model."""
     header: str
-    """The dense file's header, as it was."""
+    """The dense file's header, unchanged."""
     sha256: str
     """Of the whole dense file."""
 
     def to_json(self) -> str:
-        """As it stands in the file."""
+        """The JSON text in the file's metadata."""
         return json.dumps(vars(self))
 
     @classmethod
     def of(cls, path: Path, metadata: dict[str, str]) -> "Origin":
-        """Of a file's metadata.
+        """Reads it from a file's metadata.
 
         Raises:
             InputError: the file was not written by ``ace-prune pack``, or by a newer one.
@@ -92,11 +92,11 @@ class PackedFile:
 
     Args:
         path: of the file.
-        mapped: tensors take memory when they are used, which the system can take back; but to it this is memory of the
-            process. Else each is read into memory of its own.
+        mapped: tensors are mapped from the file: pages are read at first use, and the system can drop them, but counts
+            them as memory of the process. Else each tensor is read into its own memory.
 
     Raises:
-        InputError: it is cut, foreign, or its header contradicts itself.
+        InputError: it is truncated, was not written by ace-prune, or its header is inconsistent.
     """
 
     def __init__(self, path: Path, mapped: bool = True) -> None:
@@ -122,7 +122,7 @@ class PackedFile:
             raise InputError(f"{self.path} is damaged ({what}: {text}); pack the model again") from error
 
     def _dense_header(self) -> Header:
-        """Checks that the dense file's tensors lie one after the other, with no holes."""
+        """The dense file's header; checks that its tensors are contiguous, without holes."""
         start = 8 + len(self.origin.header.encode("utf-8"))
         header = parse_header(self.origin.header, self.path, 2**62)
         end = start
@@ -133,7 +133,7 @@ class PackedFile:
         return header
 
     def _divide(self, header: Header) -> dict[str, list[str]]:
-        """The parts of every dense tensor; empty for one that is stored as it is. Every tensor of the file is used."""
+        """The parts of every dense tensor; empty if it is stored unchanged. Every stored tensor must belong to one."""
         known = {name for name in header.entries if not name.startswith(PADDING)}
         found: dict[str, list[str]] = {}
         for name, dense in self.dense.entries.items():
@@ -150,10 +150,10 @@ class PackedFile:
         return found
 
     def load(self, name: str) -> PackedMatrix | Tensor:
-        """A dense tensor by its name: as a matrix if it is packed.
+        """A dense tensor by its name, as a matrix if it is packed.
 
         Raises:
-            InputError: its parts contradict each other.
+            InputError: its parts are inconsistent.
         """
         with self._damaged(name):
             parts: Parts = {part: self._stored(f"{name}.{part}") for part in self._parts[name]}
@@ -174,13 +174,15 @@ class PackedFile:
         if isinstance(found, Tensor):
             return found
         dtype = found.values.dtype
-        as_stored = torch.bfloat16 if dtype == torch.float16 else dtype  # float16 is converted, which changes some NaN
+        as_stored = (
+            torch.bfloat16 if dtype == torch.float16 else dtype
+        )  # the op converts float16, which changes some NaN
         weight = unpack_bitmap(found.bitmap, found.values.view(as_stored), found.row_start, found.cols)
         return weight.view(dtype).view(self.dense.entries[name].shape)
 
 
 class PackedShards(Shards):
-    """A packed folder, read like the dense one that it was made from; ``mapped`` as for :class:`PackedFile`.
+    """A packed folder, read like the dense folder that was packed; ``mapped`` as in :class:`PackedFile`.
 
     Raises:
         InputError: as :class:`PackedFile`, or a file is missing.
@@ -206,7 +208,9 @@ class PackedShards(Shards):
             wanted = {packed_name(name) for name in packed.origin.files}
             if wanted != there:
                 names = ", ".join(sorted(wanted ^ there))
-                raise InputError(f"{str(self.folder)!r} misses, or has besides, {names}; pack the model again")
+                raise InputError(
+                    f"{str(self.folder)!r} lacks these files, or should not have them: {names}; pack the model again"
+                )
 
     def load(self, name: str) -> PackedMatrix | Tensor:
         """A stored tensor by its own name, as a matrix if it is packed."""
@@ -214,7 +218,7 @@ class PackedShards(Shards):
         return self._owner[name].load(name)
 
     def read(self, name: str) -> Tensor:
-        """The dense tensor, unpacked; that of a parameter which is stored in pieces is put together."""
+        """The dense tensor, unpacked. A parameter that is stored in pieces is assembled."""
         if name not in self._layout:
             self._entry(name)
             return self._owner[name].tensor(name)

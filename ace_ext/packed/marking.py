@@ -1,8 +1,8 @@
-"""The line of a packed folder's ``config.json`` by which transformers knows it, and the text without that line.
+"""Adds to a packed folder's ``config.json`` the line by which transformers recognises it, and removes it.
 
 ``{"quantization_config": {"quant_method": "ace_ext"}`` makes ``from_pretrained`` ask the quantizer that ``import
-ace_ext`` registers (:mod:`ace_ext.runtime.quantizer`). Where it is not registered, transformers says that it does not
-know the type ``ace_ext``, finds no weight file of a name that it knows, and stops.
+ace_ext`` registers (:mod:`ace_ext.runtime.quantizer`). If it is not registered, transformers reports that it does not
+know the type ``ace_ext``, finds no weight file with a name that it knows, and stops.
 """
 
 import json
@@ -16,8 +16,8 @@ _LINE = f'\n  "quantization_config": {{"quant_method": "{OWN_METHOD}"}},'
 
 
 def mark(path: Path) -> None:
-    """Adds the line to a configuration after its first brace. One that is not there, cannot be read, or has a
-    ``quantization_config``, stays as it is."""
+    """Adds the line to a configuration after its first brace. Does nothing if the file is missing, cannot be read, or
+    has a ``quantization_config``."""
     if not path.is_file():
         return
     text = _text(path)
@@ -30,7 +30,7 @@ def mark(path: Path) -> None:
 
 
 def unmarked(path: Path) -> bytes:
-    """A configuration without the line: the bytes that :func:`mark` found."""
+    """A configuration without the line: the bytes before :func:`mark`."""
     return _text(path).replace(_LINE, "", 1).encode("utf-8", "surrogateescape")
 
 

@@ -1,4 +1,4 @@
-"""A matrix whose zeros are not stored: the form that the op ``packed_linear`` reads (``csrc/ops/packed.h``)."""
+"""A matrix whose zeros are not stored: the layout that the op ``packed_linear`` reads (``csrc/ops/packed.h``)."""
 
 import math
 from dataclasses import dataclass, replace
@@ -12,14 +12,14 @@ WORD = 64
 """Columns of one word of a bitmap."""
 
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
-"""The dtypes of weights, each with an integer dtype that shows its bits."""
+"""The dtypes of weights, each with an integer dtype of the same size, to view its bits."""
 
 Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """A bit for each weight, and the survivors: weights whose bits are not all 0, so -0.0 is one."""
+    """A bit for each weight, and the survivors: the weights whose bits are not all 0 (-0.0 is a survivor)."""
 
     bitmap: Tensor
     """``[rows, 8 ceil(cols / 64)]`` uint8: bit ``j % 8`` of byte ``j // 8`` is set where column j is stored."""
@@ -33,8 +33,8 @@ class PackedMatrix:
     def of(cls, weight: Tensor) -> "PackedMatrix":
         """Packs ``weight [rows, cols]``.
 
-        If rows have nearly the same number of survivors, all get that of the longest one: a few zeros are stored, the
-        lowest columns first, where they take less room than ``row_start``.
+        If rows have nearly the same number of survivors, shorter rows are filled with zeros, the lowest columns first,
+        to the number of the longest row, provided that these take less space than ``row_start``.
         """
         kept = weight.view(BITS[weight.dtype]) != 0
         counts = kept.sum(dim=1)
@@ -57,18 +57,18 @@ class PackedMatrix:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the dense matrix."""
+        """``(rows, columns)`` of the dense matrix."""
         return len(self.bitmap), self.cols
 
     def to(self, dtype: torch.dtype) -> "PackedMatrix":
-        """The matrix with its survivors in another dtype; those that become 0 stay stored."""
+        """The matrix with survivors in another dtype; survivors that become 0 are still stored."""
         return self if self.values.dtype == dtype else replace(self, values=self.values.to(dtype))
 
     def check(self) -> "PackedMatrix":
-        """Checks everything that a product relies on, and returns the matrix.
+        """Checks everything that the kernels rely on, and returns the matrix.
 
         Raises:
-            ValueError: shapes that do not fit, bits beyond the columns, or bits that disagree with the survivors.
+            ValueError: shapes do not fit, bits are set beyond the columns, or bits disagree with the survivors.
         """
         rows, words = len(self.bitmap), math.ceil(self.cols / WORD)
         if self.bitmap.dtype != torch.uint8 or tuple(self.bitmap.shape) != (rows, 8 * words):
@@ -94,7 +94,7 @@ class PackedMatrix:
         return self
 
     def dense(self) -> Tensor:
-        """The matrix ``[rows, cols]``, every weight with the bits that it had. On any device, by torch alone."""
+        """The dense matrix ``[rows, cols]``, with the bits of every weight. Plain torch, so it works on any device."""
         eight = torch.arange(8, dtype=torch.uint8, device=self.bitmap.device)
         kept = (self.bitmap[:, :, None] >> eight & 1).flatten(1)[:, : self.cols].bool()
         weight = torch.zeros(self.shape, dtype=self.values.dtype, device=self.values.device)
@@ -111,7 +111,7 @@ def pack_bits(kept: Tensor) -> Tensor:
 
 
 def row_counts(bitmap: Bytes) -> NDArray[np.int64]:
-    """``[rows]``: how many bits are set in each row of ``bitmap [rows, bytes]``."""
+    """``[rows]``: the number of set bits in each row of ``bitmap [rows, bytes]``."""
     if hasattr(np, "bitwise_count") and bitmap.shape[1] % 8 == 0:  # from numpy 2 on
         counts: NDArray[np.int64] = np.bitwise_count(bitmap.view(np.uint64)).sum(axis=1, dtype=np.int64)
     else:

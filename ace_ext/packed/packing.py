@@ -1,6 +1,6 @@
 """Packs the files of a model folder, and unpacks them: ``ace-prune pack`` and ``ace-prune unpack``.
 
-Both write under a temporary name, check the result against hashes of the dense files, and rename it only then.
+Both write to a temporary name, check the result against hashes of the dense files, and then rename it.
 """
 
 import contextlib
@@ -25,22 +25,22 @@ from ace_ext.whole_files import sync_folder
 
 @dataclass
 class PackResult:
-    """What :func:`pack` wrote."""
+    """The result of :func:`pack`."""
 
     folder: str
     format: str
     matrices: int = 0
-    """How many tensors of the model became matrices without zeros."""
+    """The number of tensors that became matrices without zeros."""
     dense_bytes: int = 0
-    """Of the weight files; :attr:`packed_bytes` of the packed ones."""
+    """Bytes of the dense weight files; :attr:`packed_bytes` are those of the packed files."""
     packed_bytes: int = 0
     matrix_dense_bytes: int = 0
-    """Of the packed matrices alone, without embeddings, norms and biases."""
+    """Bytes of the packed matrices alone, without embeddings, norms and biases."""
     matrix_packed_bytes: int = 0
 
 
 def pack(folder: str | Path, output: str | Path, codec: str, pattern: tuple[int, int] | None = None) -> PackResult:
-    """Writes a packed copy of a model folder, and checks that it gives back every byte of the dense files.
+    """Writes a packed copy of a model folder, and checks that it restores every byte of the dense files.
 
     Args:
         folder: a folder that ``save_pretrained`` or ``ace-prune run`` wrote. It is not changed.
@@ -69,10 +69,10 @@ def pack(folder: str | Path, output: str | Path, codec: str, pattern: tuple[int,
 
 
 def pack_into(folder: Path, target: Path, codec: Codec, pattern: tuple[int, int] | None) -> PackResult:
-    """Packs a model folder into an empty folder, as :func:`pack` does; all is on the disk when this returns.
+    """Packs a model folder into an empty folder, as :func:`pack` does; all files are synced when this returns.
 
     Raises:
-        InputError: the folder holds no safetensors, or a written file does not give back its bytes.
+        InputError: the folder holds no safetensors, or a written file does not restore its dense file.
     """
     shards = Shards(folder)
     result = PackResult(str(target), codec.name)
@@ -84,7 +84,7 @@ def pack_into(folder: Path, target: Path, codec: Codec, pattern: tuple[int, int]
     for file in target.iterdir():
         flush(file)
     sync_folder(target)
-    packed = PackedShards(target, mapped=False)  # a run has a limit of memory
+    packed = PackedShards(target, mapped=False)  # a run's memory is limited
     check_hashes(packed)
     result.dense_bytes, result.packed_bytes = (
         sum(file.stat().st_size for file in files) for files in (shards.files, packed.files)
@@ -93,7 +93,7 @@ def pack_into(folder: Path, target: Path, codec: Codec, pattern: tuple[int, int]
 
 
 def unpack(folder: str | Path, output: str | Path) -> int:
-    """Restores the dense folder that was packed, byte for byte; returns the bytes of its weight files.
+    """Restores the dense folder, byte for byte; returns the size of its weight files in bytes.
 
     Raises:
         InputError: the folder is damaged or was changed since it was packed, or the output cannot be written.
@@ -118,17 +118,17 @@ def unpack(folder: str | Path, output: str | Path) -> int:
 
 
 def check_hashes(packed: PackedShards) -> None:
-    """Checks that a packed folder still holds every byte of its dense files.
+    """Checks that a packed folder restores every byte of its dense files.
 
     Raises:
-        InputError: it names the first file that does not.
+        InputError: a file does not; the message names the first.
     """
     for one in packed.packed:
         _check_hash(one, lambda _: None)
 
 
 def _pack_file(shards: Shards, path: Path, target: Path, origin: Origin, result: PackResult) -> None:
-    """Writes the packed form of one dense file, and counts in ``result``."""
+    """Packs one dense file, and adds to the counts of ``result``."""
     header, codec = read_header(path), codec_named(origin.codec)
     metadata = {"format": "pt", KEY: replace(origin, header=header.text).to_json()}
     with StreamWriter(target, header_room(metadata, [*header.entries], len(codec.parts))) as writer:
@@ -155,7 +155,7 @@ def _file_sha256(path: Path) -> str:
 
 
 def _dense_bytes(packed: PackedFile) -> Iterator[bytes | memoryview]:
-    """The dense file of a packed one, in parts."""
+    """The bytes of a packed file's dense file, in parts."""
     text = packed.dense.text.encode("utf-8")
     yield len(text).to_bytes(8, "little") + text
     entries = packed.dense.entries
@@ -165,23 +165,23 @@ def _dense_bytes(packed: PackedFile) -> Iterator[bytes | memoryview]:
 
 
 def _check_hash(packed: PackedFile, write: Callable[[bytes | memoryview], object]) -> None:
-    """Hands the dense file's bytes to ``write``, and compares their hash at the end."""
+    """Passes the dense file's bytes to ``write``, and compares their hash at the end."""
     digest = hashlib.sha256()
     for part in _dense_bytes(packed):
         digest.update(part)
         write(part)
     if digest.hexdigest() != packed.origin.sha256:
         raise InputError(
-            f"{packed.path} does not give back the file that was packed; fetch it, or pack the model again"
+            f"{packed.path} does not restore the file that was packed; fetch it again, or pack the model again"
         )
 
 
 @contextlib.contextmanager
 def _locked_folder(folder: Path, output: str | Path) -> Iterator[None]:
-    """Makes a folder, or takes one that a killed process left. Only one process at a time is within.
+    """Creates a folder, or takes over one that a killed process left. Locks it for this process.
 
     Raises:
-        InputError: another one is, or the folder is a link or holds what no process of this kind leaves.
+        InputError: another process has it, or it is a link or has content that ace-prune does not leave.
     """
     if folder.is_symlink() or (folder.exists() and not all(map(_is_plain_file, folder.iterdir()))):
         raise InputError(f"{str(folder)!r} is in the way: ace-prune did not make it; move it away")
@@ -202,7 +202,7 @@ def _is_plain_file(path: Path) -> bool:
 
 @contextlib.contextmanager
 def new_folder(output: str | Path) -> Iterator[Path]:
-    """A folder under a temporary name beside ``output``, which gets its name at the end, or is removed by an error.
+    """A folder with a temporary name beside ``output``. It is renamed once complete, or removed after an error.
 
     Raises:
         InputError: ``output`` exists, or cannot be written.
@@ -215,7 +215,7 @@ def new_folder(output: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked_folder(target, output):
             try:
-                for left in target.iterdir():  # by a process that was killed
+                for left in target.iterdir():  # by a killed process
                     left.unlink()
                 yield target
                 for file in target.iterdir():

@@ -51,8 +51,9 @@ Kind = TypeVar("Kind", bound=Stage)
 
 @dataclass(frozen=True)
 class Method:
-    """Stages in the order in which they run, at most one of each kind. A text joins them with ``+``. A
-    :class:`Collect` with its defaults is dropped, because every method collects.
+    """Stages in the order in which they run, at most one of each kind; A text joins them with ``+``.
+    :func:`method_of` makes one of stages, and :func:`parse` of a text; both leave out a :class:`Collect` with its
+    defaults, because every method collects, and add Wanda's scores if no stage chooses the mask.
 
     ``label`` is what the user wrote; tables show it. It is not compared: two methods with the same stages are equal.
 
@@ -73,7 +74,6 @@ class Method:
             if place > later:
                 ordered = " + ".join(map(str, sorted(self.stages, key=_place)))
                 raise InputError(f"method {self} must have its stages in the order in which they run; write {ordered}")
-        object.__setattr__(self, "stages", tuple(stage for stage in self.stages if stage != Collect()))
         self._check_options()
 
     def _check_options(self) -> None:
@@ -171,7 +171,8 @@ class Method:
     def collected(self, **options: Any) -> "Method":
         """The method with these options of :class:`Collect`."""
         rest = [stage for stage in self.stages if not isinstance(stage, Collect)]
-        return Method((replace(self.collect, **options), *rest), self.label)
+        collect = replace(self.collect, **options)
+        return Method(tuple(rest) if collect == Collect() else (collect, *rest), self.label)
 
     def __str__(self) -> str:
         """The stages as text; :func:`parse` reads it back."""
@@ -209,7 +210,8 @@ def _complete(stages: list[Stage], label: str = "") -> Method:
         score = Score(DEFAULT_METRIC)
         at = next((at for at, stage in enumerate(stages) if _place(stage) > _place(score)), len(stages))
         stages = [*stages[:at], score, *stages[at:]]
-    method = Method(tuple(stages))
+    Method(tuple(stages))  # checks the order, also of a Collect that is then left out
+    method = Method(tuple(stage for stage in stages if stage != Collect()))
     return replace(method, label=label or str(method))
 
 

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ace_ext import ops
 from ace_ext.errors import InputError
-from ace_ext.models.held import ExpertLinear, filled_linear
+from ace_ext.models.fused_weights import ExpertLinear, filled_linear
 from ace_ext.models.products import float32_products
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, MOMENT, SKETCH, WEIGHTED
@@ -294,7 +294,7 @@ class StatisticsCollector:
         )
 
     def _tokens(self, x: Tensor) -> Tensor:
-        """``[T, d]`` without padded tokens. A mask of another length is ignored: an expert gets only its tokens."""
+        """``[T, d]`` without padded tokens. A mask of a different length is ignored: an expert has only its own tokens."""
         rows = x.detach().reshape(-1, x.shape[-1])
         if self.token_mask is not None and len(self.token_mask) == len(rows):
             rows = rows[self.token_mask]

@@ -33,8 +33,8 @@ class Healing:
     checks: list[tuple[int, float | None]] = field(default_factory=list)
     """The loss on the held-out tokens after a number of steps. None: not finite."""
     backed_off: list[int] = field(default_factory=list)
-    """After which steps the held-out loss was above that of the start, so that training went back to the best weights
-    and went on with a lower learning rate (:data:`ace_ext.healing.part.BACK_OFF`)."""
+    """The steps after which the held-out loss was above that of the start. Training then returned to the best weights
+    and continued with a lower learning rate (:data:`ace_ext.healing.part.BACK_OFF`)."""
 
     def summary(self) -> str:
         """One line."""
@@ -93,5 +93,5 @@ def finite(value: float) -> float | None:
 
 
 def figure_text(value: float | None) -> str:
-    """A perplexity for people."""
+    """A perplexity as text."""
     return "not finite" if value is None else f"{value:.2f}" if value < 1000 else f"{value:,.0f}"

@@ -1,4 +1,4 @@
-"""Reports for people: HTML pages of a run and of a comparison, from the templates beside this file, and their plots.
+"""Reports: HTML pages of a run and of a comparison, from the templates beside this file, and their plots.
 
 May import ``compare`` and the modules below it, but not ``cli``.
 """

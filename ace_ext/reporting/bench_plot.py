@@ -1,4 +1,4 @@
-"""The plot of ``ace-prune bench``: by how much the packed model is better than the dense one, figure by figure."""
+"""The plot of ``ace-prune bench``: how much better the packed model is than the dense one, figure by figure."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ace_ext.runtime.bench import BenchResult, Pair
 from ace_ext.whole_files import written_whole
 
 _MARK = "ace-prune bench"
-"""Stands in the file, so that it is known as one of this program."""
+"""Marks the file as one of this program."""
 
 
 def check_plot(path: Path) -> None:
     """Checks before the work that the plot can be written.
 
     Raises:
-        InputError: matplotlib is not installed, ``path`` is in a folder that does not exist, or there is something
-            else than such a plot.
+        InputError: matplotlib is not installed, ``path`` is in a folder that does not exist, or is a file of another
+            kind.
     """
     require_matplotlib()
     check_replaceable("plot", path, "plot of ace-prune bench", _is_plot)

@@ -57,8 +57,8 @@ def check_report(path: str | Path) -> None:
     """Checks before a run that its report can be written to ``path``.
 
     Raises:
-        InputError: matplotlib is not installed, ``path`` is in a folder that does not exist, or there is something
-            else than a page of this program.
+        InputError: matplotlib is not installed, ``path`` is in a folder that does not exist, or is a file that this
+            program did not write.
     """
     require_matplotlib()
     check_replaceable("report", Path(os.path.expanduser(path)), "page of ace-prune", is_page)
@@ -76,7 +76,7 @@ def _environment() -> Environment:
 
 
 def render(template: str, title: str, **values: object) -> str:
-    """The page that a template of this package makes of a title and of the values that it names."""
+    """The page: a template of this package, with a title and the values that the template names."""
     return _environment().get_template(f"{template}.html.j2").render(title=title, mark=PAGE_MARK, **values)
 
 

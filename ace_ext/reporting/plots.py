@@ -1,4 +1,4 @@
-"""Plots of comparisons as PNG bytes. Small figures with large type, so that they can be read at a phone's width.
+"""Plots of comparisons as PNG bytes. Small figures with large type, readable at a phone's width.
 
 A method has a colour; whatever else varies among the lines of a plot has a marker and a dash. matplotlib is optional
 (``pip install matplotlib``) and is imported only here, by the functions that draw.

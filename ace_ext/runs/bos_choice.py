@@ -1,5 +1,5 @@
-"""Whether the windows of a run begin with the BOS token: chosen once, recorded, and taken from the record by a resumed
-run and by the evaluation of the pruned model."""
+"""The choice whether the windows of a run begin with the BOS token. A run makes and records it; a resumed run and the
+evaluation of the pruned model read the record."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,7 +49,7 @@ def recorded_in_report(folder: str, mode: str) -> BosChoice | None:
     try:
         calibration = read_report(folder).extra.get("calibration") or {}
     except InputError:
-        return None  # a damaged report is no reason not to evaluate the model
+        return None  # the model can be evaluated without its report
     return None if calibration.get("source") == SELF else from_record(calibration, mode)
 
 

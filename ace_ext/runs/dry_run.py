@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ace_ext.engine.batch_states import BatchStates
 from ace_ext.engine.context import RunContext
 from ace_ext.engine.walk import Walk
 from ace_ext.models.block_store import OffloadedBlocks, ResidentBlocks
 from ace_ext.models.hidden_states import HiddenStates
-from ace_ext.models.order import calls_in
 from ace_ext.models.replay import BlockCall, capture_calls, run_block
+from ace_ext.models.trial import calls_in
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.records import PruneReport
 from ace_ext.runs.model_source import Source
@@ -76,13 +77,13 @@ def try_block(
             calls = list(capture_calls(model, blocks, [{"input_ids": batch.to(device)} for batch in batches]))
         hidden = HiddenStates([call.hidden for call in calls if call.hidden is not None], device=device)
         calls = [BlockCall(None, [call.others[index]], call.token_mask, call.tokens) for call in calls]
-        with offloaded.hold(0) as block, _Passes(block.module) as passes:
+        with offloaded.loaded(0) as block, _Passes(block.module) as passes:
             report = PruneReport(config.to_dict(), str(device), "")
             # A run finds these out beforehand.
             context.uses = {block.name: calls_in(block, hidden[0], calls[0].others[0])}
-            walk = Walk(ResidentBlocks([block]), calls, hidden, config, report, context)
+            walk = Walk(ResidentBlocks([block]), BatchStates(calls, hidden, device), config, report, context)
             if several and config.order == "sequential":  # a run tries this once, not in each block
-                walk.can_take_turns(block, 0)
+                walk.in_lockstep.serves(block, 0)
             passes.count = 0
             start = time.perf_counter()
             walk.run()

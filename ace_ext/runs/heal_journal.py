@@ -1,4 +1,4 @@
-"""The folder of an unfinished distillation: its state, and the tensors that go with it.
+"""The folder of an unfinished distillation: its state and its tensors.
 
 Beside the files of every unfinished run, ``.NAME.unfinished/`` holds ``teacher-*.bin`` and ``student-*.bin`` (hidden
 states) and ``training-N/`` (weights in float32, Adam's moments and the best weights so far, one file for each block).
@@ -22,9 +22,9 @@ from ace_ext.runs.unfinished import UnfinishedRun
 from ace_ext.runs.written_sums import check_written
 
 SAVE_SECONDS = 300
-"""The least time between two saved states, in which a crash loses work."""
+"""The least time between two saved states. A crash loses the work since the last one."""
 SAVE_SHARE = 20
-"""Saving takes at most about this part of the time, as 1 / ``SAVE_SHARE``."""
+"""Saving takes at most about 1 / ``SAVE_SHARE`` of the time."""
 
 
 class HealJournal(UnfinishedRun):
@@ -33,7 +33,7 @@ class HealJournal(UnfinishedRun):
     Args:
         output: the output folder.
         fingerprint: everything that the output depends on, as plain values. Only a run with the same one is resumed.
-        resume: go on with what an earlier run left, if anything. Without it, that is removed.
+        resume: continue an earlier run, if there is one. Otherwise its files are removed.
 
     Raises:
         InputError: another run holds the folder, or ``resume`` finds a run with another fingerprint.
@@ -59,8 +59,8 @@ class HealJournal(UnfinishedRun):
         return found
 
     def check_output(self, blocks: list[Block]) -> None:
-        """To be called once the writer is there, with all blocks of the model: records checksums of the output, or
-        compares it with those of the earlier run.
+        """Records checksums of the output, or compares it with those of the earlier run. ``blocks``: all of the model;
+        call it once the writer is set.
 
         Raises:
             InputError: it has changed.

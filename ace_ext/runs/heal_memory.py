@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from ace_ext.engine.model_shape import ModelShape
 from ace_ext.errors import InputError
 from ace_ext.healing.context import windows_of
 from ace_ext.healing.loss import LOGIT_BYTES, tokens_at_once
 from ace_ext.healing.trainer import STATE_BYTES
 from ace_ext.models.blocks import Block
 from ace_ext.runs.memory_model import Estimate
-from ace_ext.runs.model_shape import ModelShape
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def open_pruned(folder: str, report: PruneReport, device: torch.device) -> Sourc
         InputError: its weights are not in safetensors as they would be loaded.
     """
     if not has_safetensors(folder):
-        raise InputError(f"{folder!r} holds no safetensors; give a folder that ace-prune run wrote in the dense format")
+        raise InputError(f"{folder!r} has no safetensors; give a folder that ace-prune run wrote in the dense format")
     source = open_source(RunRequest(folder, _config(report), Calibration(), NO_OFFLOAD, device), weights=False)
     check_predicts(source.model, "healing trains on its predictions: train it on its own task")
     if source.files.shards is None:
@@ -39,7 +39,7 @@ def open_pruned(folder: str, report: PruneReport, device: torch.device) -> Sourc
 
 class HealedBlocks(OffloadedBlocks):
     """The blocks of a pruned folder while it is healed: trained ones are read from the output, all others from the
-    pruned folder, so that nothing is read that this run did not finish.
+    pruned folder. Blocks that this run did not finish are not read from the output.
 
     Args:
         pruned: the pruned folder.

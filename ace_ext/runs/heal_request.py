@@ -27,27 +27,27 @@ class LongerRun:
 
 @dataclass(frozen=True)
 class HealOptions:
-    """How much a run on files trains, and options that do not change what it writes (the limit of memory may: it
-    decides how many blocks are trained together)."""
+    """How much a run on files trains, and options that do not change its output. The exception is ``max_memory``, which
+    decides how many blocks are trained together."""
 
     tokens: int | None = None
     """Tokens to train on, rounded up to whole steps."""
     minutes: float | None = None
-    """Instead of tokens: about how long the run may take. Speed is measured once, and a resumed run keeps the number of
-    tokens that followed from it."""
+    """Instead of tokens: about how long the run may take. Speed is measured once. A resumed run keeps the number of
+    tokens that was computed from it."""
     windows: int | None = None
     """Instead of both: windows of text, those that are held out included."""
     overwrite: bool = False
     """Replace the output folder if it exists."""
     resume: bool = False
-    """Go on where an earlier run stopped."""
+    """Continue an interrupted run."""
     max_memory: int | None = None
     """Bytes of resident memory that the run may use; None: what the system can give."""
     longer: LongerRun | None = None
     """The run that this is the last part of; None: it stands alone."""
 
     def check(self) -> None:
-        """Raises :class:`ace_ext.InputError` for a budget that is none."""
+        """Raises :class:`ace_ext.InputError` for an invalid budget."""
         if sum(budget is not None for budget in (self.tokens, self.minutes, self.windows)) > 1:
             raise InputError("give tokens, minutes or windows, only one of them")
         if self.tokens is not None and not 1 <= self.tokens < 2**40:

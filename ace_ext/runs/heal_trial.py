@@ -67,7 +67,7 @@ def _block_seconds(store: OffloadedBlocks, index: int, call: BlockCall, hidden: 
     """Seconds of a forward pass, and of a forward and backward pass with Adam. The second of two tries counts: in the
     first one libraries load code."""
     forward = step = 0.0
-    with store.hold(index) as block:
+    with store.loaded(index) as block:
         trainer = BlockTrainer(block)
         with trainer.gradients():
             for _ in range(2):

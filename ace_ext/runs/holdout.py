@@ -1,5 +1,5 @@
-"""Perplexity before and after pruning, on a little text that the model is not calibrated on: a first answer to what
-pruning cost. ``ace-prune eval`` measures it on more."""
+"""Perplexity before and after pruning, on a little held-out text: a rough check of what pruning cost.
+``ace-prune eval`` measures it on more."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

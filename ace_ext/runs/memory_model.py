@@ -4,29 +4,26 @@ The factors are counted from the code that allocates the memory, and compared wi
 ``benchmarks/plan_accuracy.py``.
 """
 
-import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from ace_ext.data.bos import WINDOW_TOKENS, WINDOWS
+from ace_ext.engine.block_training import training_bytes
+from ace_ext.engine.model_shape import ModelShape
+from ace_ext.engine.sparsity_pass import measuring_bytes
+from ace_ext.engine.strategies import RunSizes, StrategyBytes, planned
 from ace_ext.models.blocks import Block
-from ace_ext.models.lockstep import paused_bytes
 from ace_ext.models.safetensors_files import Shards
 from ace_ext.process_memory import resident_bytes
-from ace_ext.pruning.block_tuning import step_samples
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.prune_linear import working_bytes
-from ace_ext.pruning.stages import BlockSizes
-from ace_ext.pruning.stages.allocate import ERROR
-from ace_ext.runs.model_shape import ModelShape, statistics_bytes
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes that a run holds at the peak of one of its phases, by use."""
+    """Bytes that a run needs at the peak of one of its phases, by use."""
 
     process: int = 0  # the interpreter, its libraries, tokenizer and calibration text
     model: int = (
@@ -105,9 +102,12 @@ def estimate(
         process = process_bytes(resident if loaded else 0, text_to_come=not (loaded or offload), device=device)
     if shape.experts and shape.itemsize < 4 and torch.device(device).type == "cpu":
         process += _EXPERT_KERNELS
-    run = _Run(blocks, config, shape, nsamples * seqlen, seqlen, resident_hidden, keeps_forwards)
-    if run.in_lockstep:
-        process += paused_bytes(-(-run.tokens // run.batch), device)
+    tokens = nsamples * seqlen
+    batch = min(tokens, config.batch_samples(seqlen) * seqlen)
+    sizes = RunSizes(blocks, shape, tokens, batch, seqlen, config.needs.prune)
+    run = _Run(sizes, config, resident_hidden, planned(config, batch == tokens, keeps_forwards).memory(sizes))
+    if torch.device(device).type == "cpu":  # what waits on a GPU is in tensors
+        process += run.strategy.stacks
     phases = [*run.pruning(), *run.training(), *run.allocating()]
     held = max(shape.blocks) * (3 if overlap else 1)
     phases = [replace(phase, process=process, model=held if offload else resident) for phase in phases]
@@ -125,9 +125,6 @@ def estimate(
 
 _FAULT_AROUND = 2**16
 """Bytes of a mapped file that Linux reads when one page is accessed."""
-
-_HEAP_TENSOR = 2**25
-"""Smaller tensors are allocated on glibc's heap, which may keep freed memory in the process."""
 
 _FORWARD_LIBRARIES = 110 * 10**6
 """Measured: lasting growth of the process in its first forward pass (oneDNN's kernels, torch's code)."""
@@ -157,36 +154,15 @@ def process_bytes(weights: int, text_to_come: bool, device: torch.device | str) 
 class _Run:
     """The phases of a run, without the parts ``process`` and ``model``."""
 
-    blocks: list[Block]
+    sizes: RunSizes
     config: PruneConfig
-    shape: ModelShape
-    tokens: int
-    seqlen: int
     resident_hidden: bool
-    keeps_forwards: bool
-
-    @property
-    def batch(self) -> int:
-        """Tokens of a batch."""
-        return min(self.tokens, self.config.batch_samples(self.seqlen) * self.seqlen)
-
-    @property
-    def in_one_forward(self) -> bool:
-        """Whether all tokens are one batch, so that each Linear is pruned when it is called."""
-        return (
-            self.config.order == "sequential" and not self.config.comparison.over_matrices and self.batch == self.tokens
-        )
-
-    @property
-    def in_lockstep(self) -> bool:
-        """Whether several batches stop at each stage, and go on together."""
-        several = self.config.order == "sequential" and self.batch < self.tokens
-        return several and self.keeps_forwards and not self.config.comparison.over_matrices
+    strategy: StrategyBytes
 
     @property
     def states(self) -> int:
         """Bytes of all hidden states between two blocks."""
-        return self.tokens * self.shape.hidden * self.shape.itemsize
+        return self.sizes.tokens * self.sizes.shape.hidden * self.sizes.shape.itemsize
 
     @property
     def kept(self) -> int:
@@ -200,99 +176,45 @@ class _Run:
 
     def entering(self) -> Estimate:
         """Entering the blocks: the first batch runs through a block before the states of later batches exist."""
-        forward = self.shape.forward_bytes(self.batch, self.seqlen, self.config.needs.prune)
+        forward = self.sizes.forward()
         return Estimate(hidden=max(0, self.kept - forward), forward=forward, phase="enter")
 
     def measuring(self) -> tuple[Estimate, Estimate]:
         """Deciding about the BOS token: the forward pass up to the logits of all its tokens, and then the loss of one
         window, which holds its logits twice in float32."""
-        seqlen = WINDOW_TOKENS + 1
+        shape, seqlen = self.sizes.shape, WINDOW_TOKENS + 1
         tokens = 2 * WINDOWS * seqlen
-        logits = self.shape.vocabulary * tokens * self.shape.itemsize
-        forward = self.shape.forward_bytes(tokens, seqlen, frozenset())
+        logits = shape.vocabulary * tokens * shape.itemsize
+        forward = shape.forward_bytes(tokens, seqlen, frozenset())
         return (
-            Estimate(forward=forward, transient=logits + self.shape.converted_head_bytes(tokens), phase="bos"),
-            Estimate(transient=logits + self.shape.vocabulary * seqlen * 8, phase="bos"),
+            Estimate(forward=forward, transient=logits + shape.converted_head_bytes(tokens), phase="bos"),
+            Estimate(transient=logits + shape.vocabulary * seqlen * 8, phase="bos"),
         )
 
     def pruning(self) -> list[Estimate]:
-        """Collecting statistics, and pruning a matrix; the latter happens during the forward if all tokens are one
-        batch."""
-        needs = self.config.needs.prune
-        linears = [linear for block in self.blocks for linear in block.linears.values()]
-        counted = [self._statistics(block, some, needs) for block, some in self._together()]
-        statistics = sum(counted) if self.config.comparison.over_matrices else max(counted)
+        """Collecting statistics, and pruning a matrix."""
+        linears = [linear for block in self.sizes.blocks for linear in block.linears.values()]
         solver = max(working_bytes(self.config, *linear.weight.shape) for linear in linears)
-        forward = self.shape.forward_bytes(self.batch, self.seqlen, needs)
-        pending = 0
-        if self.in_one_forward or self.in_lockstep:
-            stays = self.batch * self.shape.widest * self.shape.itemsize < _HEAP_TENSOR
-            held = self.shape.waiting_bytes if self.in_lockstep else self.shape.pending_bytes
-            kept = self.shape.activation_bytes(self.batch, self.seqlen, needs)  # one product at a time is converted
-            pending = kept * self.tokens // self.batch if stays else held(self.tokens)
-        if self.in_lockstep:  # one batch runs, the others wait
-            forward = max(forward + self.shape.waiting_bytes(self.tokens - self.batch), pending)
+        statistics, hidden = self.strategy.statistics, self.hidden
         return [
-            Estimate(hidden=self.hidden, forward=forward, statistics=statistics),
-            Estimate(hidden=self.hidden, forward=pending, statistics=statistics, solver=solver),
+            Estimate(hidden=hidden, forward=self.strategy.forward, statistics=statistics),
+            Estimate(hidden=hidden, forward=self.strategy.pending, statistics=statistics, solver=solver),
         ]
 
-    def _together(self) -> Iterator[tuple[Block, list[str]]]:
-        """The sets of Linears whose statistics are in memory at the same time, by name.
-
-        Order block: all of a block. One batch: one Linear. Several batches: those with the same input, for which all
-        with the same number of columns are an upper bound; and all experts of a fused tensor, or in lockstep one.
-        """
-        for block in self.blocks:
-            if self.config.order == "block" or self.config.comparison.over_matrices:
-                yield block, list(block.linears)
-            elif self.in_one_forward:
-                yield from ((block, [child]) for child in block.linears)
-            else:
-                stages = block.expert_stages()
-                alone = [[child] for stage in stages for child in stage]
-                yield from ((block, stage) for stage in (alone if self.in_lockstep else stages))
-                others = {c: linear.weight.shape[1] for c, linear in block.linears.items() if not block.is_fused(c)}
-                yield from ((block, [c for c in others if others[c] == columns]) for columns in set(others.values()))
-
-    def _statistics(self, block: Block, children: Sequence[str], needs: frozenset[str]) -> int:
-        """Bytes of these Linears' statistics. Each token is routed to a few experts, so an expert sees only a share of
-        the tokens on average."""
-        total = 0
-        for child in children:
-            tokens = self.tokens
-            if block.is_fused(child) and len(children) > 1:
-                tokens = math.ceil(tokens * self.shape.experts_of_a_token / self.shape.experts)
-            total += statistics_bytes(block.linears[child], needs, tokens)
-        return total
-
     def training(self) -> list[Estimate]:
-        """Training a block: the stage's own estimate, and the inputs and targets."""
+        """Training a block, with its inputs and targets."""
         stage = self.config.method.train
         if stage is None:
             return []
-        shape = self.shape
-        step = min(self.batch, step_samples(self.seqlen) * self.seqlen)
-        activations = shape.training_bytes(step, self.seqlen)
-        sizes = [[linear.weight.numel() for linear in block.linears.values()] for block in self.blocks]
-        trained, largest = max(map(sum, sizes)), max(map(max, filter(None, sizes)))
-        training = stage.working_bytes(BlockSizes(trained, largest, shape.itemsize, activations))
-        return [Estimate(hidden=self.hidden, training=training, phase="train")]
+        return [Estimate(hidden=self.hidden, training=training_bytes(stage, self.sizes), phase="train")]
 
     def allocating(self) -> list[Estimate]:
-        """The extra pass that measures each block for sparsity allocation, with its own hidden states.
-
-        It holds a block's scores in float32, and for the largest matrix the errors in float64, sorted, with their
-        order.
-        """
+        """The extra pass that measures each block for sparsity allocation, with its own hidden states."""
         if self.config.method.allocate is None:
             return []
-        needs, linears = self.config.needs.measure, [list(block.linears.values()) for block in self.blocks]
-        statistics = max(self._statistics(block, list(block.linears), needs) for block in self.blocks)
-        scores = max(sum(4 * linear.weight.numel() for linear in some) for some in linears)
-        largest = max(linear.weight.numel() for some in linears for linear in some)
-        scores += (40 if self.config.method.allocate.by == ERROR else 8) * largest
-        forward = self.shape.forward_bytes(self.batch, self.seqlen, needs)
+        statistics, scores = measuring_bytes(self.config, self.sizes)
+        sizes = self.sizes
+        forward = sizes.shape.forward_bytes(sizes.batch, sizes.seqlen, self.config.needs.measure)
         hidden = 2 * self.kept
         return [
             Estimate(hidden=hidden, forward=forward, statistics=statistics, phase="allocate"),

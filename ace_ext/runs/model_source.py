@@ -35,8 +35,8 @@ class ModelFiles:
     folder: Path | None
     """The model's folder on this machine, if it has one."""
     shards: Shards | None
-    """Its safetensors files, if they hold the weights exactly as they will be written, so that they can be copied and
-    patched; else None."""
+    """Its safetensors files, if they hold the weights exactly as they will be written and can be copied and patched;
+    else None."""
 
     @property
     def paths(self) -> list[Path]:
@@ -91,7 +91,7 @@ def open_source(request: RunRequest, *, weights: bool = True) -> Source:
             raise _no_safetensors(request.model)
         files = ModelFiles(request.model, folder, None)
         if not files.paths:
-            raise InputError(f"model {request.model!r} holds no weights; give a folder with safetensors files")
+            raise InputError(f"model {request.model!r} has no weights; give a folder with safetensors files")
         return _loaded(request, files) if weights else _planned(request, files)
     shards = Shards(folder)
     laid_out = skeleton(folder, shards, request.dtype)
@@ -203,14 +203,14 @@ def budget_of(request: RunRequest) -> int:
 
 @dataclass(frozen=True)
 class Held:
-    """What a run keeps in memory because it fits; each makes it faster, and none changes a byte of the output."""
+    """What a run keeps in memory because it fits. Each makes the run faster; none changes a byte of the output."""
 
     hidden: bool = True
     """All hidden states; if not, they are in files."""
     forwards: bool = False
-    """What unfinished forwards of all batches hold, so that each block takes one forward pass."""
+    """The activations of unfinished forwards of all batches; then each block takes one forward pass."""
     overlap: bool = False
-    """With offload, the block before and the one after: they are written and read while a block is pruned."""
+    """With offload: the previous and the next block, which are written and read while a block is pruned."""
 
 
 PACKING_COPIES = 4

@@ -35,15 +35,15 @@ def output_path(output: str | Path) -> Path:
 
 
 def check_output(output: str | Path, overwrite: bool, resume: bool = False) -> Path:
-    """The output folder as a path. It is checked before the run starts, so that hours of work are not lost.
+    """Checks the output folder before the run starts, and returns it as a path.
 
     Args:
         output: the folder.
         overwrite: it may be replaced if it is an earlier output.
-        resume: it may be there if it is an earlier output: perhaps of this very run (:func:`finished_report`).
+        resume: it may exist if it is an earlier output, perhaps of this run (:func:`finished_report`).
 
     Raises:
-        InputError: it is there and must not be replaced, or its parent cannot be written.
+        InputError: it exists and must not be replaced, or its parent cannot be written.
     """
     path = output_path(output)
     if path.exists() and not path.is_dir():
@@ -69,22 +69,22 @@ def _check_own_output(path: Path) -> None:
     if foreign and read_manifest(path) is None:
         raise InputError(
             f"output folder {str(path)!r} has no {MANIFEST_NAME}, so ace-prune did not write it (or an earlier version "
-            "did); it will not be replaced: move it away, or give another name"
+            "did); it will not be replaced: move it, or give another name"
         )
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise InputError(
             f"output folder {str(path)!r} holds {foreign[0]!r}{more}, which ace-prune did not write or which has "
-            "changed; it will not be replaced: move that away, or give another name"
+            "changed; it will not be replaced: move that, or give another name"
         )
 
 
 def finished_report(output: Path, fingerprint: dict[str, Any], overwrite: bool) -> PruneReport | None:
-    """For a run that is resumed: the report of its output, if it had finished already; None if there is no output, or
-    one that may be replaced.
+    """For a run that is resumed: the report of its output if it had finished; None if there is no output, or one that
+    may be replaced.
 
     Raises:
-        InputError: there is the output of another run, and ``overwrite`` is not set.
+        InputError: the output is that of another run, and ``overwrite`` is not set.
     """
     manifest = read_manifest(output) if output.is_dir() else None
     changed = [] if manifest is None else differences(manifest["fingerprint"], fingerprint)
@@ -123,14 +123,13 @@ def check_apart(output: Path, *inputs: str | Path | None) -> None:
             continue
         real = _real(name)
         if any(place in (real, *real.parents) for place in places):
-            raise InputError(
-                f"output {str(output)!r} is or holds an input of this run, {str(name)!r}; give another name"
-            )
+            raise _overlaps(output, name)
         if real in places[0].parents and real.is_dir():
-            raise InputError(
-                f"output {str(output)!r} lies in an input of this run, {str(name)!r}, which is never changed; give a "
-                "folder elsewhere"
-            )
+            raise _overlaps(output, name)
+
+
+def _overlaps(output: Path, name: str | Path) -> InputError:
+    return InputError(f"output {str(output)!r} overlaps an input of this run, {str(name)!r}; give a folder elsewhere")
 
 
 def check_outside(output: Path, option: str, file: Path | None) -> None:
@@ -159,7 +158,7 @@ def read_report(folder: str | Path) -> PruneReport:
     try:
         return PruneReport.from_json(path.read_text(encoding="utf-8"))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path} is no report of ace-prune: {one_line(error)}") from error
+        raise InputError(f"{path} is not a report of ace-prune: {one_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -180,6 +179,6 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def _disk_message(path: Path, number: int, name: str | bytes | None) -> str:
-    mend = "make room there" if number in (errno.ENOSPC, errno.EDQUOT) else "mend that"
+    mend = "free some space" if number in (errno.ENOSPC, errno.EDQUOT) else "correct that"
     at = "" if name is None or str(name) == str(path) else f" at {os.fsdecode(name)!r}"
-    return f"output {str(path)!r} cannot be written: {os.strerror(number)}{at}; {mend} and go on with --resume"
+    return f"output {str(path)!r} cannot be written: {os.strerror(number)}{at}; {mend} and continue with --resume"

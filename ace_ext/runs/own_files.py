@@ -1,7 +1,7 @@
 """Files that this program may replace: those that it wrote itself.
 
-A run never replaces or follows anything else: not a file of another kind under the same name, not a link, a device or a
-pipe. The output folder holds a manifest, the names and sizes of the files that a run wrote; a folder with other files
+A run never replaces or follows anything else: a file of another kind under the same name, a link, a device or a pipe.
+The output folder holds a manifest with the names and sizes of the files that the run wrote. A folder with other files
 is not replaced.
 """
 
@@ -46,8 +46,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """The names of what is in a folder and not in its manifest, or has another size; sorted. Without a manifest this is
-    everything."""
+    """The names of files that are not in the folder's manifest or have another size, sorted; without a manifest, of
+    all files."""
     manifest = read_manifest(folder)
     own = {} if manifest is None else manifest["files"]
     found = _files(folder)
@@ -57,7 +57,7 @@ def foreign_files(folder: Path) -> list[str]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Everything below a folder that is no folder itself, by its name relative to it, sorted."""
+    """All files and links below a folder, by their names relative to it, sorted."""
     found = {}
     for place, folders, names in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(place, name))]
@@ -71,13 +71,13 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def check_replaceable(option: str, path: Path, what: str, is_own: Callable[[Path], bool]) -> None:
-    """Checks that a file may be written: its folder is there, and what has its name now, if anything, is an empty file
-    or one of the same kind.
+    """Checks that a file may be written: its folder exists, and a file that already has its name is empty or of the
+    same kind.
 
     Args:
-        option: that names the file.
+        option: the option that names the file.
         path: the file.
-        what: the kind, for the message.
+        what: its kind, for the message.
         is_own: whether a regular file is of this kind.
 
     Raises:
@@ -90,12 +90,14 @@ def check_replaceable(option: str, path: Path, what: str, is_own: Callable[[Path
             raise InputError(f"{option} must be a file in a folder that exists (got {str(path)!r})") from None
         return
     except (OSError, ValueError) as error:
-        raise InputError(f"{option} {str(path)[:200]!r} is no usable name: {error}; give another") from error
+        raise InputError(f"{option} {str(path)[:200]!r} is not a usable name: {error}; give another") from error
     if not stat.S_ISREG(found.st_mode):
         kind = "folder" if stat.S_ISDIR(found.st_mode) else "link" if stat.S_ISLNK(found.st_mode) else "device or pipe"
         raise InputError(f"{option} must be a file (got {str(path)!r}, a {kind}); give another name")
     if found.st_size and not is_own(path):
-        raise InputError(f"{option} {str(path)!r} exists and is no {what}; it will not be replaced: give another name")
+        raise InputError(
+            f"{option} {str(path)!r} exists and is not a {what}; it will not be replaced: give another name"
+        )
 
 
 def stored_member(archive: zipfile.ZipFile, name: str) -> bytes:

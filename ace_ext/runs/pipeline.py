@@ -1,6 +1,7 @@
 """``ace-prune run``: prunes a checkpoint into a new folder, within a memory budget, with one or several processes. An
 interrupted run can be resumed."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from ace_ext.runs.output import (
     finished_report,
     output_path,
 )
+from ace_ext.runs.own_files import read_manifest
 from ace_ext.runs.statistics_file import SavedStatistics, StatisticsWriter, reusable
 from ace_ext.runs.unfinished import discard, recover
 from ace_ext.runs.workspace import Workspace
@@ -122,12 +124,15 @@ def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) ->
     blocks = _block_source(source, request.device)
     bos = None if request.options.stats else choose_for_run(request, source, blocks, path, peers)
     measured = measurement_for(request, source, blocks, bos, progress.note) if peers.rank == 0 else None
-    if request.writes_own_text and peers.rank == 0:
-        progress.note(writing_note(source.model, request.calibration.nsamples, request.calibration.seqlen))
-    inputs = _Inputs(request, source, bos, progress.shown)
+    inputs = _Inputs(request, source, bos)
     resume = request.options.resume and not request.config.comparison.over_matrices
-    fingerprint = inputs.fingerprint(peers)
-    done = finished_report(path, fingerprint, request.options.overwrite) if request.options.resume else None
+    recorded, done = inputs.recorded_text(path), None
+    if recorded is not None:
+        done = finished_report(path, inputs.fingerprint(peers, recorded), request.options.overwrite)
+    if done is None:
+        inputs.draw(progress.shown, progress.note if peers.rank == 0 else None)
+        fingerprint = inputs.fingerprint(peers)
+        done = finished_report(path, fingerprint, request.options.overwrite) if request.options.resume else None
     peers.wait()
     if done is not None:
         if peers.rank == 0:
@@ -193,18 +198,37 @@ def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) ->
 class _Inputs:
     """The second input of a run: calibration tokens, or statistics of an earlier run."""
 
-    def __init__(self, request: RunRequest, source: Source, bos: BosChoice | None, shown: bool) -> None:
-        self._request = request
+    def __init__(self, request: RunRequest, source: Source, bos: BosChoice | None) -> None:
+        self._request, self._source, self._bos = request, source, bos
         self._model = {"files": source.files.described, "dtype": request.dtype}
         self.known: SavedStatistics | None = None
         self._data: CalibrationData | None = None
+        self.calibration: dict[str, Any] = {}
         if request.options.stats:
             self.known = SavedStatistics(request.options.stats, self._model, request.config.needs.read)
             self.calibration = self.known.calibration
-        else:
-            writer = None if source.offloaded else source.model
-            self._data = request.calibration.load(source.tokenizer, writer, bos, shown)
-            self.calibration = request.calibration.describe(self._data)
+
+    def draw(self, shown: bool, note: Callable[[str], None] | None) -> None:
+        """Draws the calibration tokens, unless the statistics are from a file. If the model writes them: with a bar if
+        ``shown``, and ``note`` is given a line about it before."""
+        if self.known is None:
+            writer = None if self._source.offloaded else self._source.model
+            if self._request.writes_own_text and note is not None and writer is not None:
+                note(writing_note(writer, self._request.calibration.nsamples, self._request.calibration.seqlen))
+            self._data = self._request.calibration.load(self._source.tokenizer, writer, self._bos, shown)
+            self.calibration = self._request.calibration.describe(self._data)
+
+    def recorded_text(self, output: Path) -> dict[str, Any] | None:
+        """For a resumed run that finished: the description of its text, if the model wrote it as this run asks. The
+        model would write the same again, which takes long; everything it depends on is in the fingerprint."""
+        if not self._request.options.resume or not self._request.writes_own_text or self._bos is None:
+            return None
+        found = (read_manifest(output) or {"fingerprint": {}})["fingerprint"].get("calibration")
+        text = self._request.calibration
+        asked = {"source": text.source, "nsamples": text.nsamples, "seqlen": text.seqlen, "seed": text.seed}
+        asked["bos"] = self._bos.to_dict()
+        same = isinstance(found, dict) and found == {**asked, "sha256": found.get("sha256")}
+        return found if same else None
 
     @property
     def statistics(self) -> str:
@@ -213,12 +237,13 @@ class _Inputs:
             return "of the dense model, from a file"
         return "of the dense model, kept in a file" if self._request.options.save_stats else "of the run"
 
-    def fingerprint(self, peers: Peers) -> dict[str, Any]:
-        """Everything that the output depends on, as plain values."""
+    def fingerprint(self, peers: Peers, calibration: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Everything that the output depends on, as plain values. ``calibration``: the text's description, if it was
+        not drawn."""
         return {
             "versions": versions(),
             "model": self._model,
-            "calibration": self.calibration,
+            "calibration": calibration or self.calibration,
             "config": self._request.config.to_dict(),
             "device": self._request.device.type,
             "threads": torch.get_num_threads(),  # sums in float32 depend on it

@@ -1,8 +1,8 @@
 """The statistics file: a zip file with one safetensors blob per block, from which a model is pruned without a forward
 pass.
 
-It holds statistics of the dense model: in a run that saves them, each block reads the output of dense blocks. So the
-same file is right for every sparsity, pattern and metric.
+It holds statistics of the dense model: in a run that saves them, each block reads the output of dense blocks. So one
+file serves every sparsity and pattern, and every method whose statistics it holds.
 """
 
 import hashlib
@@ -98,7 +98,7 @@ _DAMAGE = (
     EOFError,
     RuntimeError,  # also of a member that is encrypted, or packed in a way that is not known
 )
-"""Exceptions that a damaged file, or one of another kind, may raise."""
+"""Exceptions that a damaged file or a file of another kind may raise."""
 
 
 def _check(blob: Path) -> None:
@@ -134,7 +134,7 @@ class SavedStatistics:
             self.calibration: dict[str, Any] = description["calibration"]
             changed = differences(description["model"], model_fingerprint)
         except (OSError, *_DAMAGE) as error:
-            raise InputError(f"stats {str(path)!r} is no file of --save-stats: {error}") from error
+            raise InputError(f"stats {str(path)!r} is not a file of --save-stats: {error}") from error
         if changed:
             raise InputError(f"stats {str(path)!r} belongs to another model: {'; '.join(changed)}")
         if not needs <= kept:

@@ -1,8 +1,8 @@
-"""The folder of an unfinished run, next to its output: its lock, its state, and how the output gets its name.
+"""The folder of an unfinished run, next to its output: its lock, its state, and the rename of the complete output.
 
 ``.NAME.unfinished/`` holds ``model/`` (the output, patched block by block), ``state.json`` (the run's fingerprint, its
 progress and its report so far), hidden states (``*.bin``), what a kind of run adds, and ``lock``. A folder of this name
-with anything else in it, or that is a link, was not made by this program and is left alone.
+that holds anything else, or is a link, was not made by this program and is not touched.
 """
 
 import contextlib
@@ -200,7 +200,7 @@ def recorded_fingerprint(output: Path) -> dict[str, Any]:
 
 
 def recover(output: Path) -> None:
-    """Completes or undoes the move of a run that was killed during :meth:`UnfinishedRun.finish`, so that the output is
+    """Completes or undoes the move of a run that was killed during :meth:`UnfinishedRun.finish`. The output is then
     the older folder or the new one, and never missing.
 
     Raises:
@@ -267,7 +267,7 @@ def _open_lock(path: Path) -> int:
     number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
-        raise InputError(f"{str(path)!r} is no file; remove it")
+        raise InputError(f"{str(path)!r} is not a file; remove it")
     return number
 
 

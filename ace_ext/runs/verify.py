@@ -74,14 +74,14 @@ def verify_weights(folder: str | Path) -> VerifyResult:
     config = _settings_of(report, folder)
     packed = is_packed(folder)
     if not packed and not has_safetensors(folder):
-        raise InputError(f"{str(folder)!r} holds no safetensors; give a folder that ace-prune run wrote")
+        raise InputError(f"{str(folder)!r} has no safetensors; give a folder that ace-prune run wrote")
     shards = PackedShards(folder, mapped=False) if packed else Shards(folder)
     if isinstance(shards, PackedShards):
         check_hashes(shards)
     result = VerifyResult(str(folder))
     expected, transposed = _expected(Path(folder), shards, config, report, result)
     reported = {matrix.name: matrix for matrix in report.matrices}
-    if expected is None:  # the configuration tells nothing; what can be read is checked all the same
+    if expected is None:  # the configuration cannot be read; the matrices of the report are checked
         expected = {name: matrix.shape for name, matrix in reported.items()}
     _check_named(expected, reported, result)
     nonzero = size = 0
@@ -117,7 +117,7 @@ def _settings_of(report: PruneReport, folder: str | Path) -> PruneConfig:
         divided = any(stage.startswith(Allocate.name) for stage in report.config["method"].split(" + "))
         return PruneConfig(f"{Allocate.name} + wanda" if divided else "wanda", **found, **amount)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{Path(folder) / REPORT_NAME} is no report of ace-prune: {error!r}") from error
+        raise InputError(f"{Path(folder) / REPORT_NAME} is not a report of ace-prune: {error!r}") from error
 
 
 def _expected(
@@ -133,7 +133,7 @@ def _expected(
         result.problems.append(str(error))
         return None, set()
     for own in all_names(model).values():
-        stored = shards.held(own)
+        stored = shards.stored_name(own)
         if stored is None:
             result.problems.append(f"{own[0]}: missing")
         else:
@@ -168,7 +168,7 @@ def _check_named(
     for name in sorted(expected.keys() - reported.keys()):
         result.problems.append(f"{name}: not in the report")
     for name in sorted(reported.keys() - expected.keys()):
-        result.problems.append(f"{name}: in the report, but no matrix that the run pruned")
+        result.problems.append(f"{name}: in the report, but not a matrix that the run pruned")
     for name in sorted(expected.keys() & reported.keys()):
         if tuple(expected[name]) != tuple(reported[name].shape):
             result.problems.append(f"{name}: {list(expected[name])}, but the report says {list(reported[name].shape)}")

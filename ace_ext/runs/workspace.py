@@ -1,5 +1,5 @@
-"""The folder of an unfinished pruning run. It records finished blocks, so that a crash loses only the last ones: the
-one that is pruned, the one that is written meanwhile, and those since hidden states were last written."""
+"""The folder of an unfinished pruning run. It records finished blocks. A crash loses only the last ones: the block that
+is being pruned, the one that is being written, and those since hidden states were last written."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,9 +21,9 @@ from ace_ext.runs.unfinished import UnfinishedRun
 from ace_ext.runs.written_sums import check_written
 
 LEAST_COST = 0.5
-"""Seconds; if hidden states take less to be written, they are after each block."""
+"""Seconds. Hidden states that take less time to write are written after each block."""
 LEAST_WORK = 4.0
-"""If they take longer: after so many times as long since they were written last."""
+"""Others are written once this multiple of their writing time has passed since the last time."""
 
 
 class Workspace(UnfinishedRun):
@@ -33,7 +33,7 @@ class Workspace(UnfinishedRun):
     Args:
         output: the output folder.
         fingerprint: everything that the output depends on, as plain values. Only a run with the same one is resumed.
-        resume: go on with what an earlier run left, if anything. Without it, that is removed.
+        resume: continue an earlier run, if there is one. Otherwise its files are removed.
         writes: whether this process writes the model and the state; other ranks only store hidden states.
         rank: of this process; part of the names of its hidden states.
 
@@ -79,8 +79,8 @@ class Workspace(UnfinishedRun):
         self._sums = {"rest": dict(state["sums"]["rest"]), "blocks": dict(state["sums"]["blocks"])}
 
     def check_output(self, blocks: list[Block]) -> None:
-        """To be called once the writer is there, with all blocks of the model: records checksums of the output, or
-        compares it with those of the earlier run.
+        """Records checksums of the output, or compares it with those of the earlier run. ``blocks``: all of the model;
+        call it once the writer is set.
 
         Raises:
             InputError: it has changed.
@@ -115,8 +115,8 @@ class Workspace(UnfinishedRun):
         return HiddenStates(states, self.folder, resident, name, device)
 
     def wants_states(self) -> bool:
-        """Whether hidden states are to be written after this block. Those that are in files always are; others once
-        the work since the last time is worth it."""
+        """Whether hidden states are to be written after this block: always those that are in files, others as
+        :data:`LEAST_COST` and :data:`LEAST_WORK` say."""
         waited = time.monotonic() - self._since
         return not self.resident_hidden or self._cost < LEAST_COST or waited >= LEAST_WORK * self._cost
 
@@ -127,8 +127,8 @@ class Workspace(UnfinishedRun):
         layouts: dict[int, Any],
         commits: Sequence[Callable[[], None]] | None,
     ) -> None:
-        """Writes a pruned block, calls ``commits``, and once all is on the disk, writes the state that records it as
-        done: in a thread, while the caller goes on. Without ``commits`` the state stays as it is."""
+        """Writes a pruned block, calls ``commits``, and then writes the state that records the block as done. A thread
+        does this while the caller continues. Without ``commits`` the state is not written."""
         self.settle()
         self.blocks = [*self.blocks, report]
         kept = block.as_it_is() if self.writes else block
@@ -162,24 +162,24 @@ class Workspace(UnfinishedRun):
         self._cost = self._since - start
 
     def settle(self) -> None:
-        """Returns once the last block that is done is recorded. An error in that is raised here, once."""
+        """Waits until the last finished block is recorded, and raises the error of its thread, once."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def stop_writing(self) -> None:
-        """Returns once nothing is being written any more; if that failed, the block is not recorded as done."""
+        """Waits for the thread that writes. If it failed, the block is not recorded as done."""
         self._thread.shutdown()
 
     def close(self) -> None:
-        """Completes what is being written, and releases the lock; the files stay."""
+        """Waits for the thread that writes, and releases the lock; the files stay."""
         self.stop_writing()
         super().close()
 
 
 @contextmanager
 def _beside(ready: "torch.cuda.Event | None") -> Iterator[None]:
-    """On a GPU, copies in a stream of their own, which waits for the work before ``ready`` alone. Not run on a GPU."""
+    """On a GPU, copies run in a separate stream, which waits only for the work before ``ready`` (not tested there)."""
     if ready is None:
         yield
         return

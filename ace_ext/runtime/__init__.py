@@ -1,6 +1,6 @@
-"""Running packed models: Linears that multiply from packed weights, loading a packed folder, measuring it.
+"""Running packed models: packed Linears, loading packed folders, benchmarks.
 
-May import ``packed``, ``data`` and what lies below them.
+May import ``packed``, ``data`` and the layers below.
 """
 
 from ace_ext.runtime.linear import PackedLinear

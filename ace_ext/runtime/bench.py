@@ -112,7 +112,7 @@ class BenchResult:
     prefill: Pair | None = None
     """Seconds."""
     load: Pair | None = None
-    """Seconds until the model is there; its files have been read before."""
+    """Seconds until the model is loaded; its files have been read before."""
     memory: Pair | None = None
     """Bytes that loading and one token add to the process's resident memory, mapped files included."""
     files: Pair | None = None
@@ -219,8 +219,7 @@ def _measure_runs(
 
 
 def _decode(tokens: Tensor, prompt: int, model: nn.Module) -> tuple[float, Tensor]:
-    """Seconds of the tokens after the prompt, one by one (given ones, so that both models do the same), and the logits
-    of all."""
+    """Seconds of the tokens after the prompt, which are given and read one by one, and the logits of all tokens."""
     output = model(tokens[:, :prompt], use_cache=True)
     logits = [output.logits[:, -1:]]
     start = time.perf_counter()
@@ -317,8 +316,8 @@ def _send_load(sender: Any, *arguments: Any) -> None:
 
 
 def _load(folder: str, threads: int, allowed: bool) -> tuple[float, float]:
-    """Seconds of loading a model, and the resident bytes that it and one token add. Another model of the same kind has
-    been made before, so that the libraries are there."""
+    """Seconds of loading a model, and the resident bytes that loading and one token add. A skeleton of the same model
+    is made before, which loads the libraries."""
     from ace_ext.models.skeleton import skeleton
 
     torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""A Linear whose weight is kept without its zeros."""
+"""A Linear whose weight is stored without its zeros."""
 
 from typing import Any
 
@@ -14,15 +14,14 @@ from ace_ext.packed.matrix import BITS, PackedMatrix
 class PackedLinear(nn.Module):
     """``x Wᵀ + bias`` of a packed ``W [out_features, in_features]``; on a CPU the weight is never dense in memory.
 
-    To the outside it is a Linear: its ``state_dict`` has ``weight``, dense, which is made while it is asked for, and
-    ``bias``; so ``save_pretrained`` writes an ordinary checkpoint, and ``load_state_dict`` takes one. The packed weight
-    is not trained, but gradients flow through it. On a GPU up to 16 tokens are multiplied from the packed weight, and
-    for more it is unpacked (compiled for CUDA; not run on a GPU). Other devices have no kernel: there each call unpacks
-    the weight, and nothing is gained.
+    Its ``state_dict`` is that of a Linear: ``weight``, dense, unpacked on request, and ``bias``. So ``save_pretrained``
+    writes an ordinary checkpoint, and ``load_state_dict`` reads one. The packed weight is not trained, but gradients
+    flow through it. On a GPU up to 16 tokens are multiplied from the packed weight; for more it is unpacked (compiled
+    for CUDA; not run on a GPU). Other devices have no kernel: each call unpacks the weight, without any gain.
 
     Args:
-        matrix: the weight; checked already (:meth:`ace_ext.packed.matrix.PackedMatrix.check`).
-        bias: ``[out_features]`` of the dtype of the weight, or None.
+        matrix: the weight, checked (:meth:`ace_ext.packed.matrix.PackedMatrix.check`).
+        bias: ``[out_features]`` in the dtype of the weight, or None.
     """
 
     bitmap: Tensor
@@ -48,7 +47,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight ``[out_features, in_features]``, unpacked anew each time."""
+        """The dense weight ``[out_features, in_features]``, unpacked at each access."""
         if has_kernel(self.bitmap.device.type):
             return ops.unpack_bitmap(self.bitmap, self.values, self.row_start, self.in_features)
         return self.matrix.dense()
@@ -72,7 +71,7 @@ class PackedLinear(nn.Module):
         return out.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        """What ``print`` shows: both sizes and the share of zeros."""
+        """For ``print``: both sizes and the share of zeros."""
         sparsity = 1 - self.values.numel() / max(1, self.out_features * self.in_features)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "

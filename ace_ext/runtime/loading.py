@@ -1,4 +1,4 @@
-"""Loads a packed folder as a model of transformers whose Linears multiply from packed weights."""
+"""Loads a packed folder as a transformers model whose Linears multiply from packed weights."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from ace_ext.runtime.linear import PackedLinear
 
 
 def load_packed(folder: str | Path, verify: bool = False) -> nn.Module:
-    """The model of a folder that ``ace-prune pack`` wrote, in evaluation mode, on the CPU.
+    """Loads a folder that ``ace-prune pack`` wrote as a model on the CPU, in evaluation mode.
 
-    The weights of its Linears stay packed (:class:`PackedLinear`), those of a ``bitmap`` folder mapped from the file;
-    formats ``nm`` and ``archive`` are turned into this form in memory. Everything else is as ``from_pretrained`` loads
-    it, with ``dtype="auto"``. Experts that transformers fuses into one tensor are unpacked.
+    The weights of its Linears stay packed (:class:`PackedLinear`). Those of a ``bitmap`` folder are mapped from the
+    file; those of ``nm`` and ``archive`` are converted in memory to the layout that kernels read. Everything else is as
+    loaded by ``from_pretrained`` with ``dtype="auto"``. Experts that transformers fuses into one tensor are unpacked.
 
     Args:
-        folder: that ``ace-prune pack`` or ``ace-prune run --format`` wrote.
+        folder: a folder that ``ace-prune pack`` or ``ace-prune run --format`` wrote.
         verify: compare every weight with the SHA-256 of the dense files before loading. This reads and unpacks all
             weights once. Without it sizes, counts and bitmaps are checked, but not the values: a changed value of a
             ``bitmap`` or ``nm`` folder goes unnoticed (``archive`` has checksums of its own). ``ace-prune verify``
@@ -35,7 +35,7 @@ def load_packed(folder: str | Path, verify: bool = False) -> nn.Module:
 
     Raises:
         InputError: the folder is not packed, damaged, or transformers cannot build its model; with ``verify`` also if
-            it does not give back the files that were packed.
+            it does not restore the files that were packed.
     """
     if verify:
         check_hashes(PackedShards(folder, mapped=False))
@@ -48,9 +48,9 @@ def build_packed(folder: str | Path, empty: Callable[[], nn.Module] | None = Non
     """:func:`load_packed` without the settings of generation.
 
     Args:
-        folder: that ``ace-prune pack`` wrote.
-        empty: makes the model with its parameters on the meta device, in the dtypes that it shall have; default: as the
-            folder's configuration says. Weights of another dtype are converted, and then not mapped.
+        folder: a folder that ``ace-prune pack`` wrote.
+        empty: makes the model with parameters on the meta device, in their final dtypes; by default from the folder's
+            configuration. Weights of another dtype are converted, and then not mapped.
 
     Raises:
         InputError: as :func:`load_packed`.
@@ -67,7 +67,7 @@ def build_packed(folder: str | Path, empty: Callable[[], nn.Module] | None = Non
             if key not in made:
                 bias: Tensor | None = module.bias
                 if bias is not None:
-                    bias = _read(shards.held(names[id(bias)]) or f"{name}.bias", bias, shards)
+                    bias = _read(shards.stored_name(names[id(bias)]) or f"{name}.bias", bias, shards)
                 made[key] = PackedLinear(matrices[id(module.weight)], bias)
             _replace(model, name, made[key])
     _load_rest(model, shards)
@@ -79,7 +79,7 @@ def open_model(source: str, dtype: str = "auto", device: str | torch.device = "c
     """:func:`ace_ext.models.loading.load_model`, and of a packed folder :func:`load_packed`.
 
     Raises:
-        InputError: as these, or another dtype than the folder's is asked for.
+        InputError: as these functions, or ``dtype`` is not ``auto`` for a packed folder.
     """
     if not is_packed(source):
         return load_model(source, dtype, device)
@@ -90,7 +90,7 @@ def open_model(source: str, dtype: str = "auto", device: str | torch.device = "c
 
 
 def _check_held(model: nn.Module, shards: Shards) -> None:
-    """Raises :class:`InputError` for a parameter that the files do not hold under any of its names."""
+    """Raises :class:`InputError` if the files have no tensor for a parameter, under any of its names."""
     held = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in shards}
     for name, parameter in model.named_parameters():
         if id(parameter) not in held:
@@ -120,11 +120,11 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _load_rest(model: nn.Module, shards: PackedShards) -> None:
-    """Gives every parameter that is still on the meta device its values, and buffers those that the files hold."""
+    """Loads the parameters that are still on the meta device, and the buffers that the files have."""
     names = all_names(model)
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
-            stored = shards.held(names[id(parameter)]) or name
+            stored = shards.stored_name(names[id(parameter)]) or name
             owner, _, leaf = name.rpartition(".")
             value = nn.Parameter(_read(stored, parameter, shards), requires_grad=False)
             model.get_submodule(owner)._parameters[leaf] = value

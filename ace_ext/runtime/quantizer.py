@@ -1,8 +1,8 @@
 """``AutoModelForCausalLM.from_pretrained`` of a packed folder: a quantizer of transformers.
 
-transformers builds the model without weights and would then read its files. This quantizer takes the model's parts away
-before that and puts in those of :func:`ace_ext.runtime.loading.build_packed` after it, so that no weight is ever dense
-and both ways of loading give the same model. Importing this module needs transformers, and not much else.
+transformers builds the model without weights and then reads its files. This quantizer removes the model's modules
+before that step, and inserts those of :func:`ace_ext.runtime.loading.build_packed` after it. So no weight is ever
+dense, and both ways of loading give the same model. Importing this module needs little besides transformers.
 """
 
 from pathlib import Path
@@ -25,28 +25,28 @@ _UNEXPECTED = "_keys_to_ignore_on_load_unexpected"
 _TIED = "all_tied_weights_keys"
 _MARK = "_is_quantized"
 _WEIGHTS = "transformers_weights"
-"""Of a configuration: the name of the weight file, which transformers reads after it has made the quantizer."""
+"""The field of a configuration with the name of the weight file; transformers reads it after making the quantizer."""
 
 
 class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """What ``config.json`` of a packed folder says: only that it is one."""
+    """The ``quantization_config`` of a packed folder: only its method."""
 
     def __init__(self, quant_method: str = OWN_METHOD, **_: Any) -> None:
         self.quant_method = quant_method
 
 
 class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Loads packed folders; see the module."""
+    """Loads packed folders; see the module's docstring."""
 
     requires_calibration = False
     _folder: Path | None = None
     _device: str | int | torch.device = "cpu"
 
     def validate_environment(self, *args: Any, device_map: Any = None, **_: Any) -> None:
-        """Refuses what this cannot do.
+        """Refuses unsupported requests.
 
         Raises:
-            InputError: a model to pack while it is loaded, weights on several devices, or transformers before 5.
+            InputError: the model is not packed yet, or its weights should be on several devices.
         """
         if not self.pre_quantized:
             raise InputError(
@@ -56,11 +56,11 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             raise InputError("device_map must name one device for a packed folder; leave it out")
 
     def update_tp_plan(self, config: Any) -> Any:
-        """Names the weight file. Called before it is looked for, in transformers 5.0 and later."""
+        """Sets the name of the weight file. transformers 5.0 and later call this before they look for the file."""
         return _name_weights(config)
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """As :meth:`update_tp_plan`, in newer versions."""
+        """As :meth:`update_tp_plan`, for newer versions."""
         return _name_weights(config)
 
     def _process_model_before_weight_loading(
@@ -75,14 +75,14 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         self._folder = Path(checkpoint_files[0]).parent
         self._device = next(iter(device_map.values()), "cpu") if isinstance(device_map, dict) else "cpu"
         model._modules.clear()
-        setattr(model, _UNEXPECTED, _Patterns({"."}))  # every tensor of the file: none is read there
+        setattr(model, _UNEXPECTED, _Patterns({"."}))  # every tensor of the file: transformers reads none
         setattr(model, _TIED, {})
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         from ace_ext.runtime.loading import build_packed
 
-        assert self._folder is not None  # set before
+        assert self._folder is not None  # set by the step before
         self.remove_quantization_config(model)
         for name in (_UNEXPECTED, _TIED):
             delattr(model, name)
@@ -97,7 +97,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def is_serializable(self, *args: Any, **_: Any) -> bool:
-        """The loaded model is an ordinary one: ``save_pretrained`` writes a dense folder, to be packed again."""
+        """The loaded model is an ordinary one: ``save_pretrained`` writes a dense folder."""
         return True
 
     @property
@@ -107,7 +107,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 class _Patterns(set[str]):
-    """Patterns that versions 5.0 to 5.24 can join with their own, of which some have lists and some sets."""
+    """Patterns that transformers 5.0 to 5.24 can concatenate with their own: lists in some versions, sets in others."""
 
     def __add__(self, others: list[str]) -> list[str]:
         return [*self, *others]
@@ -131,8 +131,8 @@ def _name_weights(config: Any) -> Any:
 
 
 def _empty(model: Any) -> nn.Module:
-    """Another model of the same class and configuration, which has the dtype that was asked for, with parameters on the
-    meta device and real buffers."""
+    """Another model of the same class and configuration, in the requested dtype, with parameters on the meta device and
+    real buffers."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False), no_init_weights():

@@ -1,11 +1,12 @@
-// Sums of a row in a fixed order that suits a warp and vector instructions alike: column j is added in lane j % kLanes.
+// Sums over a row in a fixed order that suits both a warp and vector instructions: column j is added in lane j %
+// kLanes.
 #pragma once
 
 namespace ace {
 
 constexpr int kLanes = 32;
 
-// The sum of a value a lane, in the order in which a warp adds: by halves.
+// The sum over the lanes in the order of a warp reduction: by halves.
 template <class Real>
 Real fold_lanes(const Real* lane) {
   Real sum[kLanes];

@@ -11,7 +11,7 @@ namespace ace {
 template <class Real>
 ACE_HD void merge_moments(Real weight_a, Real& mean_a, Real& m2_a, Real weight_b, Real mean_b, Real m2_b) {
   const Real weight = weight_a + weight_b;
-  const Real share = weight > Real(0) ? weight_b / weight : Real(0);  // also keeps 0/0 out
+  const Real share = weight > Real(0) ? weight_b / weight : Real(0);  // also avoids 0/0
   const Real delta = mean_b - mean_a;
   m2_a += weight_b > Real(0) ? m2_b + delta * delta * (weight_a * share) : Real(0);
   mean_a += delta * share;

@@ -1,4 +1,4 @@
-// N:M selection of one group: the best keep_n of group_m keys, a lower column first among equal ones.
+// N:M selection of one group: the best keep_n of group_m keys, the lower column first among equal keys.
 #pragma once
 
 #include "core/scalar.h"
@@ -14,8 +14,8 @@ constexpr int kMaxGroup = 32;
 #endif
 
 // Bit i set where key i is kept; a key's rank is the number of keys before it in the order. Keys are unsigned, or
-// floats that are not NaN, whose zeros are equal. kGroup > 0 fixes the size of the group at compile time, so that all
-// unrolls into registers, and compares each pair once; kGroup = 0 reads group_m (at most kMaxGroup).
+// floats that are not NaN, whose zeros are equal. kGroup > 0 fixes the group size at compile time: everything unrolls
+// into registers, and each pair is compared once. kGroup = 0 reads group_m (at most kMaxGroup).
 template <int kGroup, class Key>
 ACE_HD uint32_t keep_best(const Key* keys, int group_m, int keep_n) {
   uint32_t kept = 0;

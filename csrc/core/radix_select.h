@@ -1,5 +1,6 @@
-// The k-th largest of n keys by radix: three passes of 11, 11 and 10 bits from the top. Each pass counts the keys that
-// agree with the digits found so far; it stops early when all that is left to choose from is kept.
+// Radix selection of the k-th largest of n keys, in three passes over digits of 11, 11 and 10 bits from the top. Each
+// pass counts, by the next digit, the keys that have the digits found so far. The selection stops early if all
+// remaining keys are kept.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +16,7 @@ struct RadixDigit {
 };
 
 constexpr int kRadixPasses = 3;
-constexpr int kRadixBins = 2048;  // of the widest pass
+constexpr int kRadixBins = 2048;  // of the widest digit
 
 ACE_HD constexpr RadixDigit radix_digit(int pass) {
   return pass == 0 ? RadixDigit{21, 11} : pass == 1 ? RadixDigit{10, 11} : RadixDigit{0, 10};
@@ -27,12 +28,12 @@ ACE_HD constexpr uint32_t radix_bin(uint32_t key, int pass) {
   return (key >> radix_digit(pass).shift) & (static_cast<uint32_t>(radix_bins(pass)) - 1u);
 }
 
-// True where the key has the digits of `prefix` above this pass's digit.
+// Whether the key has the digits of `prefix` above this pass's digit.
 ACE_HD constexpr bool radix_matches(uint32_t key, uint32_t prefix, int pass) {
   return pass == 0 || ((key ^ prefix) >> (radix_digit(pass).shift + radix_digit(pass).bits)) == 0;
 }
 
-// What to keep: every key above `key`, and of those equal to it the first `ties` in index order.
+// The threshold of a selection: keeps every key above `key`, and the first `ties` in index order of those equal to it.
 struct Cut {
   uint32_t key;
   int64_t ties;
@@ -40,10 +41,10 @@ struct Cut {
 
 constexpr Cut kKeepNone{0xffffffffu, 0};
 
-// Keeps every key >= `key`. No finite score has key 0, so this cannot wrap.
+// The cut that keeps every key >= `key`. No finite score has key 0, so this cannot wrap.
 ACE_HD constexpr Cut keep_from(uint32_t key) { return {key - 1u, 0}; }
 
-// The smallest kept score, if the cut was made by this file's rule that some key equals its lower end; +inf for none.
+// The smallest kept score; +inf if none is kept. Assumes a cut of this file, where some key equals the lower end.
 ACE_HD float cut_threshold(Cut cut) {
   if (cut.ties > 0) return key_score(cut.key);
   return cut.key == kKeepNone.key ? bits_float(0x7f800000u) : key_score(cut.key + 1u);
@@ -55,7 +56,7 @@ struct RadixBin {
   int64_t count;  // keys in this one
 };
 
-// The bin in which the want-th largest lies, want in [1, sum of counts].
+// The bin of the want-th largest key, want in [1, sum of counts].
 template <class Count>
 ACE_HD RadixBin find_bin(const Count* counts, int bins, int64_t want) {
   int64_t above = 0;

@@ -1,4 +1,4 @@
-// Number types of weights, as bits. Knows neither torch nor the CUDA runtime.
+// Number types of weights, as bits. Includes neither torch nor the CUDA runtime.
 #pragma once
 
 #include <cstdint>
@@ -48,14 +48,14 @@ ACE_HD float to_float(Half value) {
   // Rebias the exponent from 15 to 127; infinity and NaN keep an all-ones exponent.
   const uint32_t rebias = exponent == 0x7c00u ? 224u << 23 : 112u << 23;
   const float normal = bits_float((static_cast<uint32_t>(value.bits & 0x7fffu) << 13) + rebias);
-  // 2^-24 a mantissa step. Through an integer conversion, since flush-to-zero modes would lose a subnormal float.
+  // A mantissa step is 2^-24. Converted from an integer, because flush-to-zero modes would lose a subnormal float.
   const float subnormal = static_cast<float>(static_cast<int32_t>(mantissa)) * 5.9604644775390625e-8f;
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   return bits_float(float_bits(exponent == 0 ? subnormal : normal) | sign);
 #endif
 }
 
-// Rounds to nearest, ties to even; every NaN becomes 0x7fff, a GPU's.
+// Rounds to nearest, ties to even; every NaN becomes 0x7fff, as on a GPU.
 ACE_HD BFloat16 to_bfloat16(float value) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   uint16_t narrow;
@@ -63,12 +63,12 @@ ACE_HD BFloat16 to_bfloat16(float value) {
   return {narrow};
 #else
   const uint32_t bits = float_bits(value);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fffu};  // the carry below would turn it into a zero
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fffu};  // the carry below would make it a zero
   return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
 #endif
 }
 
-// Rounds to nearest, ties to even; overflow is infinite, a NaN stays one.
+// Rounds to nearest, ties to even; overflow gives infinity, NaN stays NaN.
 ACE_HD Half to_half(float value) {
 #if defined(__CUDA_ARCH__)
   uint16_t narrow;

@@ -1,5 +1,5 @@
-// Scores of single weights: one functor a formula. Higher = keep. Float32 products in the order written, so that every
-// back end and a NumPy float32 oracle give the same bits. The metrics that use them: README, table of metrics.
+// Scores of single weights: one functor for each formula. Higher = keep. Float32 products in the order written, so that
+// all back ends and a NumPy float32 reference give the same bits. docs/methods.md lists the metrics that use them.
 #pragma once
 
 #include <cmath>
@@ -8,7 +8,7 @@
 
 namespace ace {
 
-// What a formula may read besides the weight. A formula names what it needs; the rest is left at 0.
+// What a formula may read besides the weight. Each formula declares what it needs; the rest is left at 0.
 struct ScoreTerms {
   float column;      // c_j, the factor of column j
   float moment;      // entry (i, j) of a [rows, cols] matrix: the cross moment, or a score given by the caller
@@ -33,7 +33,7 @@ struct RiaScore {
   static constexpr bool kColumn = true, kMoment = false, kSums = true;
   static ACE_HD float value(float weight, const ScoreTerms& terms) {
     const float size = absolute(weight);
-    if (size == 0.0f) return 0.0f * terms.column;  // a row or column of zeros has sum 0; keeps 0/0 out
+    if (size == 0.0f) return 0.0f * terms.column;  // a row or column of zeros has sum 0; avoids 0/0
     return (size / terms.column_sum + size / terms.row_sum) * terms.column;
   }
 };
@@ -48,12 +48,12 @@ struct CospScore {
 };
 
 // |W_ij| sqrt((c_j - q_ij) / 2), c_j = sum_t r_t X_tj^2: the second-order cosine loss of removing W_ij. The difference
-// is never negative but for rounding, since A_ti^2 r_t <= 1.
+// is negative only by rounding, because A_ti^2 r_t <= 1.
 struct CospExactScore {
   static constexpr bool kColumn = true, kMoment = true, kSums = false;
   static ACE_HD float value(float weight, const ScoreTerms& terms) {
     const float loss = terms.column - terms.moment;
-    const bool rounding = loss < 0.0f && is_finite(loss);  // a moment of infinity must not pass as a loss of 0
+    const bool rounding = loss < 0.0f && is_finite(loss);  // an infinite moment must not give a loss of 0
     return absolute(weight) * sqrtf(0.5f * (rounding ? 0.0f : loss));
   }
 };
@@ -62,7 +62,7 @@ struct CospExactScore {
 struct GivenScore {
   static constexpr bool kColumn = false, kMoment = true, kSums = false;
   static ACE_HD float value(float weight, const ScoreTerms& terms) {
-    return is_finite(weight) ? terms.moment : weight;  // a weight that is not finite must not pass unseen
+    return is_finite(weight) ? terms.moment : weight;  // a weight that is not finite must be detected
   }
 };
 
@@ -73,7 +73,7 @@ struct FormulaName {
   Formula formula;
 };
 
-// The names by which the ops' argument `formula` asks for them.
+// The values of the ops' argument `formula`.
 constexpr FormulaName kFormulas[] = {
     {"magnitude", Formula::magnitude}, {"scaled", Formula::scaled},         {"ria", Formula::ria},
     {"cosp", Formula::cosp},           {"cosp_exact", Formula::cosp_exact}, {"score", Formula::given},

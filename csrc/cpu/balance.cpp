@@ -1,4 +1,4 @@
-// balance_mean_ on the CPU. Rows are independent, so they are shared among the threads.
+// balance_mean_ on the CPU. Rows are independent and divided among the threads.
 #include "ops/balance.h"
 
 #include <ATen/Parallel.h>

@@ -1,4 +1,4 @@
-// The candidates of a round of balance_mean_ and the swaps among them. Formulas: core/balance.h.
+// The candidates of one round of balance_mean_, and the swaps among them. Formulas: core/balance.h.
 #pragma once
 
 #include <algorithm>
@@ -24,17 +24,18 @@ struct BalanceRow {
   Removal at(int64_t j) const { return removal(to_float(weight[j]), variance[j], mean[j]); }
 };
 
-// What the swaps of a row leave behind.
+// The state of a row after its swaps.
 struct BalanceState {
   double shift;   // s
   double shifts;  // a bound of the sum of |b| over the row
   int64_t swaps;
 };
 
-// A candidate a lane: what it would add to the removed weights, and its column; spread kNever where there is none.
+// One candidate for each lane: what it would add to the removed weights, and its column; spread is kNever if the lane
+// has none.
 struct Offers {
   double spread[kLanes], shift[kLanes];
-  double order[kLanes];  // column * kLanes + lane, exact in float64: a vector's lanes are then of one width
+  double order[kLanes];  // column * kLanes + lane, exact in float64, so that all vectors have lanes of one width
 
   Removal added(int l) const { return {spread[l], shift[l]}; }
   int64_t column(int l) const { return static_cast<int64_t>(order[l]) / kLanes; }
@@ -45,19 +46,19 @@ struct Offers {
   }
 };
 
-// No lane offers; every lane may be put.
+// No lane has a candidate; any lane may be set.
 inline void clear(Offers* offers) {
   for (int l = 0; l < kLanes; ++l) offers->put(l, {kNever, 0.0}, 0);
 }
 
-// Takes back an offer. By whole vectors: what is read next is then not still on its way to the cache in pieces.
+// Removes a candidate. Whole vectors are stored, so that the next vector load does not stall on a partial store.
 ACE_HD void drop(Offers* offers, int lane) {
   for (int l = 0; l < kLanes; ++l) offers->spread[l] = l == lane ? kNever : offers->spread[l];
 }
 
-constexpr int kMinima = 8;  // a vector of them
+constexpr int kMinima = 8;  // one vector
 
-// The least of a value a lane.
+// The least value over the lanes.
 ACE_HD double least_of(const double* value) {
   double least[kMinima];
   for (int k = 0; k < kMinima; ++k) least[k] = value[k];
@@ -70,7 +71,7 @@ ACE_HD double least_of(const double* value) {
   return least[0];
 }
 
-// The lane of the least change at the shift s, the lower column among equals; -1 if there is no candidate.
+// The lane with the least change at the shift s, the lower column among equals; -1 if there is no candidate.
 ACE_HD int least_offer(const Offers& offers, double s) {
   double change[kLanes], order[kLanes];
   for (int l = 0; l < kLanes; ++l) change[l] = cost_change({offers.spread[l], offers.shift[l]}, s);
@@ -80,7 +81,7 @@ ACE_HD int least_offer(const Offers& offers, double s) {
   return static_cast<int>(static_cast<int64_t>(least_of(order)) % kLanes);
 }
 
-// Whether adding this lowers the cost for certain; `spreads` is the sum of the spreads it was made from.
+// Whether adding this certainly lowers the cost; `spreads` is the sum of the spreads that it was made from.
 inline bool lowers_cost(const Removal& added, double spreads, const BalanceState& state, int64_t cols) {
   const double rounding = balance_rounding(spreads, added.shift, state.shifts, cols, state.swaps);
   return cost_change(added, state.shift) < -rounding;
@@ -94,7 +95,7 @@ void swap_columns(const BalanceRow<T>& row, int64_t restored, int64_t removed, d
   ++state->swaps;
 }
 
-// Swaps the best of both sides, each once, while that gains.
+// Swaps the best candidates of both sides, each once, while a swap gains.
 template <class T>
 ACE_MULTIVERSION void swap_offers(const BalanceRow<T>& row, Offers& restored, Offers& removed, BalanceState* state) {
   for (;;) {
@@ -110,7 +111,7 @@ ACE_MULTIVERSION void swap_offers(const BalanceRow<T>& row, Offers& restored, Of
   }
 }
 
-// Swaps pairs, each once, while that gains. `pairs` has their restored columns.
+// Swaps pairs, each once, while a swap gains. `pairs` has their restored columns.
 template <class T>
 ACE_MULTIVERSION void swap_pairs(const BalanceRow<T>& row, Offers& pairs, const double* spreads, const int64_t* removed,
                                  BalanceState* state) {

@@ -1,4 +1,4 @@
-// balance_mean_ of a row: rounds of scans and swaps.
+// balance_mean_ of one row: rounds of a scan and swaps.
 #pragma once
 
 #include <vector>
@@ -8,7 +8,7 @@
 
 namespace ace::cpu {
 
-// Scans and swaps until a round swaps nothing.
+// Runs rounds until one swaps nothing.
 template <class T>
 class RowBalancer {
  public:
@@ -20,7 +20,7 @@ class RowBalancer {
 
   BalanceState start(const BalanceRow<T>& row) const { return start_balance(row, wide_mean_.data()); }
 
-  // From the state at the start; returns how many swaps were made.
+  // Begins with the state of start(); returns the number of swaps.
   int64_t balance(const BalanceRow<T>& row, BalanceState state, int64_t rounds) const {
     for (; rounds > 0; --rounds) {
       const int64_t made = state.swaps;
@@ -75,7 +75,7 @@ class RowBalancer {
 
   int group_m_;
   std::vector<double> wide_mean_;
-  std::vector<float> variance_, mean_;  // by_place; empty without groups
+  std::vector<float> variance_, mean_;  // in the order of by_place; empty without groups
 };
 
 }  // namespace ace::cpu

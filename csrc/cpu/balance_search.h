@@ -1,5 +1,5 @@
-// The scan of a row for balance_mean_'s candidates, a lane each, by vector instructions that the compiler makes of
-// plain loops. Formulas: core/balance.h.
+// The scan of a row for balance_mean_'s candidates, one for each lane. Plain loops that the compiler vectorises.
+// Formulas: core/balance.h.
 #pragma once
 
 #include "core/nm_select.h"
@@ -10,7 +10,7 @@ namespace ace::cpu {
 
 constexpr float kNoChange = std::numeric_limits<float>::infinity();  // of a lane without a candidate
 
-// The least change of each lane, and the stretch of kLanes columns or groups in which it was met.
+// The least change of each lane, and the stretch of kLanes columns or groups where it was found.
 struct LaneBest {
   float change[kLanes];
   int32_t stretch[kLanes];
@@ -20,7 +20,7 @@ ACE_HD void clear(LaneBest* best) {
   for (int l = 0; l < kLanes; ++l) best->change[l] = kNoChange, best->stretch[l] = 0;
 }
 
-// s, and a bound of the sum of |b|, which is not finite if a weight is not. `mean` [cols] is the row's in float64.
+// s, and a bound on the sum of |b|, which is not finite if a weight is not. `mean` [cols] is the mean in float64.
 template <class T>
 ACE_MULTIVERSION BalanceState start_balance(const BalanceRow<T>& row, const double* ACE_RESTRICT mean) {
   double shift[kLanes] = {};
@@ -41,7 +41,7 @@ ACE_MULTIVERSION BalanceState start_balance(const BalanceRow<T>& row, const doub
   return {fold_lanes(shift), shifts_bound(fold_lanes(size), row.cols), 0};
 }
 
-// Takes over what changes less.
+// Takes the other candidate in lanes where it changes the cost less.
 ACE_HD void keep_least(float change, int32_t stretch, float* least, int32_t* where) {
   const uint32_t less = all_bits(change < *least);
   *least = choose(less, change, *least);
@@ -72,14 +72,14 @@ ACE_MULTIVERSION void scan_columns(const BalanceRow<T>& row, float twice_shift, 
   *removed = out;
 }
 
-// The vectors of the columns in the order of by_place (cpu/nm_rows.h): that of a group's places, then of groups.
+// The column vectors in the order of by_place (cpu/nm_rows.h): by place in the group, then by group.
 struct PlacedMoments {
   const float* variance;
   const float* mean;
 };
 
-// The best pair of each lane's groups: of each group the best weight to restore and the best to remove. `places` holds
-// the two columns within the group, the removed one as the remainder of kMaxGroup. kGroup 0: any group_m.
+// The best pair among each lane's groups: in each group the best weight to restore and the best to remove. `places`
+// holds the two columns within the group, the removed one as the remainder of kMaxGroup. kGroup 0: any group_m.
 template <int kGroup, class T>
 ACE_MULTIVERSION void scan_groups(const BalanceRow<T>& row, const PlacedMoments& moments, int group_m,
                                   float twice_shift, LaneBest* pairs, int32_t* places) {

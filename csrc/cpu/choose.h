@@ -1,4 +1,4 @@
-// Choosing by a mask in loops that the compiler makes vector code of.
+// Selection by a mask in loops that the compiler vectorises.
 #pragma once
 
 #include <cstdint>
@@ -7,10 +7,10 @@
 
 namespace ace::cpu {
 
-// Zeros and ones: GCC makes no vector code of loads of bool.
+// Zeros and ones as bytes: GCC does not vectorise loads of bool.
 inline const uint8_t* bytes(const bool* mask) { return reinterpret_cast<const uint8_t*>(mask); }
 
-// `if_true` or `if_false`, without the branch that would keep a loop from becoming vector code.
+// `if_true` or `if_false` without a branch, which would prevent vectorisation.
 ACE_HD float choose(uint32_t all_bits_if_true, float if_true, float if_false) {
   return bits_float((float_bits(if_true) & all_bits_if_true) | (float_bits(if_false) & ~all_bits_if_true));
 }

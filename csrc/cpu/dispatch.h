@@ -27,7 +27,7 @@ T* mutable_data(const at::Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// Rows a thread takes at least: enough elements that the hand-over costs little.
+// The least number of rows for a thread: enough elements that scheduling costs little.
 inline int64_t row_grain(int64_t cols) { return 1 + (int64_t{1} << 15) / (cols > 0 ? cols : 1); }
 
 }  // namespace ace::cpu

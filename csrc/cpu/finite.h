@@ -1,4 +1,4 @@
-// Whether values are finite, by vector instructions.
+// Vectorised checks that values are finite.
 #pragma once
 
 #include <ATen/core/Tensor.h>

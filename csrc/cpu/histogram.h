@@ -1,4 +1,4 @@
-// Counts of key digits over a whole matrix: the passes of a radix selection whose group is larger than a row.
+// Counts of key digits over a whole matrix: the passes of a radix selection of a group larger than a row.
 #pragma once
 
 #include <memory>
@@ -11,14 +11,14 @@
 namespace ace::cpu {
 
 // counts[d] += keys[0..n) that agree with `prefix` above this pass's digit and have the digit d. One function for all
-// formulas and dtypes: inlined in each, GCC made some of the loops half as fast as others.
+// formulas and dtypes: when it was inlined in each, some of GCC's loops were half as fast as others.
 inline void ACE_MULTIVERSION count_digits(const uint32_t* keys, int64_t n, uint32_t prefix, int pass, int64_t* counts) {
   const RadixDigit digit = radix_digit(pass);
   if (pass == 0) {
     for (int64_t i = 0; i < n; ++i) ++counts[keys[i] >> digit.shift];
     return;
   }
-  // Keys that agree with the prefix are those of a range, [low, low + span]. Stretches with none of them are common.
+  // Keys that agree with the prefix form a range, [low, low + span]. Stretches without any are common.
   const uint32_t span = (1u << (digit.shift + digit.bits)) - 1u, low = prefix & ~span;
   constexpr int64_t kStretch = 32;
   int64_t i = 0;
@@ -35,13 +35,13 @@ inline void ACE_MULTIVERSION count_digits(const uint32_t* keys, int64_t n, uint3
   }
 }
 
-// counts[d]: keys that agree with `prefix` above this pass's digit and have the digit d. Raises where a score is not
+// counts[d]: keys that agree with `prefix` above this pass's digit and have the digit d. Raises if a score is not
 // finite. Counts are integers, so the order in which threads add theirs does not matter.
 template <class Matrix>
 std::vector<int64_t> matrix_histogram(const Matrix& matrix, uint32_t prefix, int pass) {
   std::vector<int64_t> total(static_cast<size_t>(radix_bins(pass)));
   std::mutex mutex;
-  struct Local {  // a thread's own counts, added to the total when it has done its rows
+  struct Local {  // a thread's own counts, added to the total after its rows
     std::vector<int64_t>& total;
     std::mutex& mutex;
     std::vector<uint32_t> keys;

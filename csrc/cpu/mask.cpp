@@ -10,7 +10,7 @@
 namespace ace::cpu {
 namespace {
 
-// An uninitialised mask, and the outcome that writes its rows.
+// An uninitialised mask tensor, and the outcome that writes its rows.
 struct Mask {
   explicit Mask(const at::Tensor& weight)
       : tensor(at::empty(weight.sizes(), weight.options().dtype(at::kBool))),

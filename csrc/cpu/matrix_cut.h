@@ -1,4 +1,4 @@
-// The cut of a group that is the whole matrix, found by a few counting passes over it.
+// The cut (selection threshold) of a whole matrix, found in a few counting passes.
 #pragma once
 
 #include <algorithm>
@@ -12,8 +12,8 @@
 
 namespace ace::cpu {
 
-constexpr int64_t kSmallMatrix = 1 << 16;   // entries; below, the radix passes cost less than a sample
-constexpr int64_t kEntriesPerSample = 256;  // samples and candidates are to take less than 1 % of a 16-bit weight
+constexpr int64_t kSmallMatrix = 1 << 16;   // entries; for fewer, the radix passes cost less than sampling
+constexpr int64_t kEntriesPerSample = 256;  // keeps samples and candidates below 1 % of a 16-bit weight's bytes
 constexpr int64_t kMostSamples = 1 << 16;
 constexpr int64_t kEntriesPerCandidate = 512;
 
@@ -23,8 +23,8 @@ struct MatrixScale {
   bool valid;
 };
 
-// A scale on which the cut most likely lies: from a sample of one entry in each stretch of the matrix, five standard
-// errors to either side. A random one, since a fixed stride would meet the same columns in every row.
+// A scale that most likely contains the cut: from a sample of one entry in each stretch of the matrix, five standard
+// errors to either side. The entry is random, because a fixed stride would sample the same columns in every row.
 template <class Matrix>
 MatrixScale sampled_scale(const Matrix& matrix, int64_t keep_k) {
   const int64_t total = matrix.rows() * matrix.cols();
@@ -66,7 +66,7 @@ void for_places(const Matrix& matrix, PlaceScale scale, Body&& body, Combine&& c
   });
 }
 
-// How many entries reach `place`.
+// The number of entries at or above `place`.
 template <class Matrix>
 int64_t count_matrix_places(const Matrix& matrix, PlaceScale scale, int64_t place) {
   int64_t total = 0;
@@ -111,8 +111,8 @@ Cut radix_matrix_cut(const Matrix& matrix, int64_t keep_k) {
 
 // The cut that keeps exactly keep_k entries of the matrix, 0 <= keep_k <= rows * cols. Scores must be finite.
 //
-// On a sampled scale, counts of the places narrow the cut down to a few thousand entries; their keys are gathered and
-// settle it. Small matrices, cuts outside the scale and cuts within very many ties are left to the radix passes.
+// On a sampled scale, counts of places narrow the cut to a few thousand entries, whose keys are gathered and decide it.
+// Radix passes handle small matrices, cuts outside the scale and cuts among very many ties.
 template <class Matrix>
 Cut find_matrix_cut(const Matrix& matrix, int64_t keep_k) {
   const int64_t total = matrix.rows() * matrix.cols();

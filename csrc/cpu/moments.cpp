@@ -17,12 +17,11 @@
 namespace ace::cpu {
 namespace {
 
-// Tokens of a block and at most so many columns of a strip: a strip of a block stays in the cache between its two
-// passes.
+// Tokens of a block, and the most columns of a strip: one strip of a block stays in the cache between its two passes.
 constexpr int64_t kBlockTokens = 64;
 constexpr int64_t kStripColumns = 512;
 
-// The width of strips of about equal size, as many as keep all threads busy. Columns do not meet: any width gives the
+// The width of strips of about equal size, enough of them for all threads. Columns are independent: any width gives the
 // same bits.
 int64_t strip_columns(int64_t cols) {
   if (cols == 0) return 1;
@@ -33,7 +32,7 @@ int64_t strip_columns(int64_t cols) {
   return (width + kLine - 1) / kLine * kLine;
 }
 
-// The tokens of a block that count, of one strip of columns.
+// The tokens of a block with a weight above 0, for one strip of columns.
 template <class T>
 struct Block {
   int64_t tokens = 0;
@@ -41,8 +40,8 @@ struct Block {
   float weight[kBlockTokens];
 };
 
-// Tokens a pass adds at once: each sum is loaded and stored once for all of them. The order of the additions is that of
-// the tokens, whatever this number is.
+// Tokens added in one pass, so that each sum is loaded and stored once for all of them. Additions stay in token order
+// for any value.
 constexpr int kTogether = 8;
 
 // mean[j] += sum of share_t x_tj over tokens [begin, begin + kCount).
@@ -81,8 +80,8 @@ ACE_HD void add_deviations(const Block<T>& block, int64_t begin, int64_t cols, c
 }
 
 // Weighted mean and sum of squared deviations of a strip of one block by the corrected two-pass rule: deviations from a
-// first mean are small, so float32 sums of them are exact enough even where a column's mean is a thousand times its
-// spread, and the sum of the deviations corrects what the first mean lost to rounding.
+// first mean are small, so their float32 sums are precise enough even if a column's mean is a thousand times its
+// spread, and the sum of the deviations corrects the first mean's rounding error.
 template <class T>
 ACE_MULTIVERSION void block_moments(const Block<T>& block, float weight_sum, int64_t cols, float* mean,
                                     float* deviation, float* m2) {
@@ -111,7 +110,7 @@ ACE_MULTIVERSION void merge_strip(double weight_before, double weight_block, con
   }
 }
 
-// All tokens of one strip of columns, a block at a time.
+// Updates one strip of columns with all tokens, one block at a time.
 template <class T, class Real>
 void update_strip(const T* x, int64_t stride, int64_t tokens, const float* token_weight, double weight_before,
                   int64_t cols, Real* state_mean, Real* state_m2) {
@@ -133,7 +132,7 @@ void update_strip(const T* x, int64_t stride, int64_t tokens, const float* token
   }
 }
 
-// The token weights, 1 where none are given. Their values are checked here: they are the caller's.
+// The token weights, or 1 for each token. The caller's values are checked here.
 std::vector<float> token_weights(const OptionalTensor& token_weight, int64_t tokens) {
   if (!token_weight) return std::vector<float>(static_cast<size_t>(tokens), 1.0f);
   const float* weights = data<float>(*token_weight);
@@ -166,7 +165,7 @@ void update_state(const at::Tensor& weight_sum, const at::Tensor& mean, const at
 
 template <class T>
 ACE_MULTIVERSION double square_sum(const T* row, int64_t cols) {
-  constexpr int64_t kLanes = 32;  // independent sums, side by side; 16 would be unrolled and not made vector code
+  constexpr int64_t kLanes = 32;  // independent sums; 16 would be unrolled instead of vectorised
   double lane[kLanes] = {};
   int64_t j = 0;
   for (; j + kLanes <= cols; j += kLanes) {
@@ -238,7 +237,7 @@ at::Tensor inverse_square_norm(const at::Tensor& a) {
 
 void update_cosine_moment(at::Tensor moment, const at::Tensor& x, const at::Tensor& a) {
   check_update_cosine_moment(moment, x, a);
-  // Some thousand tokens at a time bound the memory of the float32 squares.
+  // Processed in parts, which bounds the memory of the float32 squares.
   constexpr int64_t kTokens = 2048;
   for (int64_t t = 0; t < x.size(0); t += kTokens) {
     const int64_t count = std::min(kTokens, x.size(0) - t);

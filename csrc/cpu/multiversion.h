@@ -1,6 +1,7 @@
-// One build that serves every x86: a function marked ACE_MULTIVERSION is compiled for AVX-512, for AVX2 and for the
-// base instruction set, and the loader picks. What it calls must be inlined (ACE_HD), or it would not be compiled
-// along. Results are the same in all versions: setup.py builds with -ffp-contract=off, so no multiply and add is fused.
+// One build for every x86: a function marked ACE_MULTIVERSION is compiled for AVX-512, for AVX2 and for the base
+// instruction set, and the loader picks one. Functions that it calls must be inlined (ACE_HD), or they are compiled for
+// the base set only. Results are the same in all versions: setup.py builds with -ffp-contract=off, so no multiply and
+// add is fused.
 #pragma once
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
@@ -9,10 +10,11 @@
 #define ACE_MULTIVERSION
 #endif
 
-// What a pointer so marked points to is reached through no other: the compiler need not guard a vector loop against it.
+// Marks a pointer whose memory no other pointer reaches, so that the compiler need not guard a vector loop against
+// aliasing.
 #define ACE_RESTRICT __restrict__
 
-// The loop that follows, of a few fixed turns, becomes straight code: what is around it can then be made vector code.
+// Fully unrolls the following loop, which has a small constant trip count, so that the outer loop vectorises.
 #if defined(__clang__)
 #define ACE_UNROLL _Pragma("unroll")
 #else

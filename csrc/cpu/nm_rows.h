@@ -1,5 +1,5 @@
-// N:M selection of a whole row in one pass. Small groups are written as plain loops over groups that the compiler turns
-// into vector code, a lane a group: every pair of a group is compared once, and nothing is shuffled but the weights.
+// N:M selection of a whole row in one pass. For small groups, plain loops over groups that the compiler vectorises with
+// one group for each lane: each pair of a group is compared once, and only weights are shuffled.
 #pragma once
 
 #include <cstring>
@@ -10,7 +10,8 @@
 
 namespace ace::cpu {
 
-// [cols] reordered as [group_m][cols / group_m], so that the lanes of a vector, one a group, read side by side.
+// [cols] reordered as [group_m][cols / group_m], so that the lanes of a vector, one for each group, read contiguous
+// values.
 inline std::vector<float> by_place(const float* values, int64_t cols, int group_m) {
   const int64_t groups = cols / group_m;
   std::vector<float> out(static_cast<size_t>(values ? cols : 0));
@@ -21,7 +22,8 @@ inline std::vector<float> by_place(const float* values, int64_t cols, int group_
   return out;
 }
 
-// The weights of one group. 16-bit weights go in pairs, as 32-bit words: lanes as wide as those of their scores.
+// The weights of one group. 16-bit weights are handled in pairs, as 32-bit words, so that lanes are as wide as those of
+// their scores.
 template <class T, int kGroup>
 struct GroupWeights {
   static constexpr bool kPairs = sizeof(T) == 2;
@@ -58,7 +60,7 @@ struct GroupWeights {
   }
 
  private:
-  // Which of a pair is the word's low half.
+  // Which weight of a pair is the word's low half.
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
   static constexpr int kFirst = 1;
 #else
@@ -78,7 +80,8 @@ ACE_HD void put_group(const MaskRow& out, int64_t first, const GroupWeights<T, k
   for (int i = 0; i < kGroup; ++i) out.put(first + i, kept[i]);
 }
 
-// Keeps the best keep_n of each group of kGroup, by scores and weights in one pass. `row.column` in by_place's order.
+// Keeps the best keep_n of each group of kGroup, computing scores and writing weights in one pass. `row.column` in
+// by_place's order.
 template <int kGroup, class F, class T, class Out>
 ACE_MULTIVERSION void keep_best_of_row(ScoredRow<T> row, Out out, int keep_n) {
   static_assert(!F::kSums, "such scores are computed first");
@@ -93,7 +96,7 @@ ACE_MULTIVERSION void keep_best_of_row(ScoredRow<T> row, Out out, int keep_n) {
                              F::kMoment ? row.moment[kGroup * g + i] : 0.0f, 0.0f, 0.0f};
       score[i] = F::value(to_float(group.weight(i)), terms);
     }
-    int rank[kGroup] = {};  // how many come before in the order: higher ones, and equal ones of lower columns
+    int rank[kGroup] = {};  // how many come before it: higher scores, and equal scores of lower columns
     ACE_UNROLL
     for (int i = 0; i < kGroup; ++i) {
       ACE_UNROLL
@@ -110,15 +113,15 @@ ACE_MULTIVERSION void keep_best_of_row(ScoredRow<T> row, Out out, int keep_n) {
   }
 }
 
-// The same for any formula, by way of the scores of the row, which `scores` [cols] then holds: one selection serves
-// them all.
+// The same for any formula: first computes the row's scores into `scores` [cols], so that one selection serves all
+// formulas.
 template <int kGroup, class F, class T, class Out>
 void keep_best_of_scored_row(const ScoredRow<T>& row, Out out, int keep_n, float* scores) {
   row_scores<F>(row, scores);
   keep_best_of_row<kGroup, typename Out::Scored>(out.scored(scores, row.cols), out, keep_n);
 }
 
-// Whether one pass is worth its code, which takes the compiler long: for what pruning uses most.
+// Whether to compile the one-pass version, which is slow to compile: only for the formulas that pruning uses most.
 template <class F, class Out>
 constexpr bool kOnePass = !F::kMoment && !F::kSums && !std::is_same_v<Out, MaskRow>;
 

@@ -1,4 +1,4 @@
-// obs_block_ on the CPU: each row's recursion runs to its end before the next, rows in parallel.
+// obs_block_ on the CPU: each row's recursion runs to its end, rows in parallel.
 #include "ops/obs_block.h"
 
 #include <ATen/Parallel.h>
@@ -25,7 +25,7 @@ struct Factor {
   float diagonal(int64_t c) const { return row(c)[c]; }
 };
 
-// Only what is read counts: the diagonal and what lies above it.
+// Checks only the entries that are read: the diagonal and above.
 void check_factor(const at::Tensor& factor) {
   const Factor u{data<float>(factor), factor.size(0), factor.stride(0)};
   for (int64_t c = 0; c < u.width; ++c) {

@@ -1,10 +1,10 @@
-// What a selection does with a row: it prunes the weight in place, or writes a mask and only reads the weight. The
-// loops that select are written once for both:
+// What a selection does with a row: prune the weight in place, or write a mask and only read the weight. The selection
+// loops are written once for both:
 //   put(j, kept)       column j is kept or removed.
 //   from(j)            the same row without its first j columns.
-//   scored(scores, n)  a row with these scores, finite ones, which the formula Scored reads.
-//   weights(row)       where to read the weights of `row`. What is pruned is read and written through one pointer, or
-//                      the compiler would have to expect overlap and could use no vectors.
+//   scored(scores, n)  a row with these finite scores, which the formula Scored reads.
+//   weights(row)       where to read the weights of `row`. Pruning reads and writes through one pointer; with two, the
+//                      compiler would have to assume aliasing and could not vectorise.
 #pragma once
 
 #include "cpu/scored_row.h"
@@ -24,7 +24,7 @@ struct PruneRow {
   ACE_HD const Bits<T>* weights(const ScoredRow<T>&) const { return weight; }
 };
 
-// Of a row of scores in the place of weights.
+// For a row of scores in place of weights.
 struct OwnScore {
   static constexpr bool kColumn = false, kMoment = false, kSums = false;
   static ACE_HD float value(float weight, const ScoreTerms&) { return weight; }

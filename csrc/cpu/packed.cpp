@@ -1,6 +1,5 @@
-// packed_linear and unpack_bitmap on the CPU. A few tokens: weights are expanded in registers, row by row. Many: rows
-// are unpacked a panel at a time, which stays in the cache while torch multiplies with it, or for bfloat16 our own
-// loop.
+// packed_linear and unpack_bitmap on the CPU. For a few tokens weights are expanded in registers, row by row. For many,
+// rows are unpacked in panels that stay in the cache while torch, or for bfloat16 our own loop, multiplies with them.
 #include "ops/packed.h"
 
 #include <ATen/Parallel.h>
@@ -21,14 +20,14 @@
 namespace ace::cpu {
 namespace {
 
-// Up to so many tokens are multiplied in registers, or with AMX in tiles. Measured: docs/payoff.md.
+// The most tokens that are multiplied in registers, or with AMX in tiles. Measured: docs/payoff.md.
 constexpr int64_t kFewTokens = 8, kFewTokensBf16 = 4;
-constexpr int64_t kFewTokensSlow = 16;  // of dtypes that torch is slow at: more are multiplied in float32
+constexpr int64_t kFewTokensSlow = 16;  // for dtypes in which torch is slow: more tokens are multiplied in float32
 constexpr int64_t kLeastTileTokens = 3, kTileTokens = 64;
 constexpr int64_t kPanelBytes = int64_t{1} << 20;
-constexpr int64_t kWideTokens = 1024;  // of x, converted to float32 at a time
+constexpr int64_t kWideTokens = 1024;  // tokens of x converted to float32 at a time
 
-// The processor's, or less if ATEN_CPU_CAPABILITY tells torch to use less.
+// The processor's level, or a lower one if ATEN_CPU_CAPABILITY restricts torch to it.
 PackedLevel packed_level() {
   static const PackedLevel level = [] {
     const std::string torch = at::get_cpu_capability();
@@ -53,8 +52,8 @@ template <class T>
 using Torch = std::conditional_t<std::is_same_v<T, Half>, c10::Half,
                                  std::conditional_t<std::is_same_v<T, BFloat16>, c10::BFloat16, float>>;
 
-// x [tokens, 64 words + 32] of the core type X, zero beyond the columns. Without the 32, tokens of a power of two of
-// columns would be read from the same few places of the first cache.
+// x [tokens, 64 words + 32] of the core type X, zero beyond the columns. The 32 avoids conflicts in the first-level
+// cache if the number of columns is a power of two.
 template <class X>
 at::Tensor padded(const at::Tensor& x, int64_t words) {
   const at::ScalarType dtype = std::is_same_v<X, float> ? at::kFloat : at::kBFloat16;
@@ -64,7 +63,7 @@ at::Tensor padded(const at::Tensor& x, int64_t words) {
   return wide;
 }
 
-// out [tokens, rows], entries of rows begin to end: sums + bias, rounded once.
+// Writes rows begin to end of out [tokens, rows]: sums + bias, rounded once.
 template <class T>
 void finish(const float* sums, const OptionalTensor& bias, int64_t begin, int64_t end, at::Tensor& out) {
   const int64_t rows = out.size(1);
@@ -106,7 +105,7 @@ void panel_tokens(const PackedMatrix<BFloat16>& matrix, const at::Tensor& x, con
                                          out.size(1)};
   const avx512bf16::PanelShape shape = avx512bf16::panel_shape(matrix.words);
   at::parallel_for(0, out.size(1), row_grain(x.numel()), [&](int64_t begin, int64_t end) {
-    // Not cleared: of rows that are not there, which the last tile multiplies too, no sum is stored.
+    // Not cleared: the last tile also multiplies rows that do not exist, but their sums are not stored.
     at::Tensor panel = at::empty({avx512bf16::kPanelRows * shape.stride}, x.options());
     at::Tensor pairs = at::empty({avx512bf16::kPanelRows * avx512bf16::kLongRun}, x.options());
     at::Tensor sums = at::empty({x.size(0), avx512bf16::kPanelRows}, x.options().dtype(at::kFloat));
@@ -161,9 +160,9 @@ void many_tokens(const PackedMatrix<T>& matrix, const at::Tensor& x, const Optio
   }
 }
 
-// The same in float32, and each thread has panels of its own: where threads sleep between loops, a loop for each step
-// of each panel would wake them too often. What a thread reads or writes of the caller's tensors goes by pointers,
-// since its inference mode is not the caller's.
+// As many_tokens, in float32 and with panels for each thread: a parallel loop for each step of each panel would wake
+// sleeping threads too often. Threads access the caller's tensors by pointers, because the caller's inference mode does
+// not apply to them.
 template <class T>
 void wide_panels(const PackedMatrix<T>& matrix, const at::Tensor& x, const OptionalTensor& bias, at::Tensor out) {
   const int64_t tokens = x.size(0), rows = out.size(1), cols = x.size(1);

@@ -1,6 +1,6 @@
 // The product with a packed bfloat16 matrix for AMX, up to 64 tokens at a time. Sixteen rows are expanded into the
-// first cache, 512 columns at a time, as tiles of 16 rows and 32 columns; the inputs are the second factor, so that
-// weights need not be transposed.
+// first-level cache, 512 columns at a time, as tiles of 16 rows and 32 columns. The inputs are the second factor, so
+// weights need no transposition.
 #pragma once
 
 #include "cpu/packed_avx512.h"
@@ -17,12 +17,12 @@ namespace ace::cpu::amx {
 
 constexpr int kRows = 16;     // of a tile
 constexpr int kColumns = 32;  // of a tile of weights
-// Bytes of values that a row takes for a panel, about: sixteen rows are read by turns, too many for the hardware to
-// foresee.
+// About the bytes of values that one row needs for a panel. Sixteen rows are read in turn, too many streams for the
+// hardware prefetcher.
 constexpr int kAhead = 640;
-constexpr int64_t kPanelWords = 8;  // of the bitmap, expanded at a time
+constexpr int64_t kPanelWords = 8;  // of the bitmap that are expanded at a time
 
-// Whether the processor has these tiles and the system lets this process use them, which must be asked for.
+// Whether the processor has these tiles and the system allows their use, which a process must request.
 inline bool available() {
   static const bool granted = [] {
     constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl, from the kernel's documentation
@@ -38,7 +38,8 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// While it lasts, this thread's tiles are all of 16 rows of 64 bytes; then they are as before, for torch's own kernels.
+// During its lifetime this thread's tiles all have 16 rows of 64 bytes; afterwards the configuration is restored for
+// torch's own kernels.
 class Tiles {
  public:
   Tiles() {
@@ -61,7 +62,8 @@ class Tiles {
   TileConfig before_;
 };
 
-// Rows first to first + count, words first_word to first_word + words, as tiles [2 words, 16, 32]; `places` moves on.
+// Expands rows first to first + count, words first_word to first_word + words, to tiles [2 words, 16, 32], and advances
+// `places`.
 inline void expand_tiles(const PackedMatrix<BFloat16>& matrix, int64_t first, int64_t count, int64_t first_word,
                          int64_t words, int64_t* places, BFloat16* tiles) {
   for (int64_t r = 0; r < count; ++r) {
@@ -86,8 +88,8 @@ inline void expand_tiles(const PackedMatrix<BFloat16>& matrix, int64_t first, in
   }
 }
 
-// One product: pairs [blocks, 32 words, 16 tokens, 2] bfloat16, pairs of neighbouring columns of 16 tokens at a time,
-// zero beyond columns and tokens; out [tokens, rows].
+// One product: pairs [blocks, 32 words, 16 tokens, 2] bfloat16, pairs of neighbouring columns for 16 tokens at a time,
+// zero beyond the columns and tokens; out [tokens, rows].
 struct Product {
   PackedMatrix<BFloat16> matrix;
   const BFloat16* pairs;
@@ -145,7 +147,7 @@ void multiply(const Product& product, int64_t first_block, int64_t begin, int64_
   }
 }
 
-// All tokens, rows begin to end. Sums of a row do not depend on where the rows are divided.
+// All tokens, rows begin to end. A row's sums do not depend on how rows are divided.
 inline void packed_product(const Product& product, int64_t begin, int64_t end) {
   const Tiles tiles;
   const int64_t blocks = (product.tokens + 15) / 16;

@@ -1,5 +1,5 @@
-// The product with a packed matrix for AVX2, FMA and F16C: eight values at a time are put at their columns by tables of
-// 256 permutations, of floats or of the bytes of 16-bit numbers.
+// The product with a packed matrix for AVX2, FMA and F16C. Eight values at a time are moved to their columns by tables
+// of 256 permutations, of floats or of the bytes of 16-bit numbers.
 #pragma once
 
 #include "cpu/packed_matrix.h"
@@ -12,14 +12,14 @@
 
 namespace ace::cpu::avx2 {
 
-// How many bits are set below bit c: the place of column c's value.
+// The number of bits set below bit c: the place of column c's value.
 constexpr uint32_t place_of(unsigned bits, unsigned c) {
   uint32_t place = 0;
   for (unsigned before = 0; before < c; ++before) place += bits >> before & 1u;
   return place;
 }
 
-// Entry `bits` has at column c the place of its float, and the highest bit where there is one.
+// Entry `bits` has at column c the place of its float, and the highest bit set if there is one.
 constexpr std::array<std::array<uint32_t, 8>, 256> make_places() {
   std::array<std::array<uint32_t, 8>, 256> table{};
   for (unsigned bits = 0; bits < 256; ++bits)
@@ -28,8 +28,8 @@ constexpr std::array<std::array<uint32_t, 8>, 256> make_places() {
 }
 alignas(64) inline constexpr auto kPlaces = make_places();
 
-// Entry `bits` has at column c, `bytes` wide, the bytes of its 16-bit value in the column's last two, where there is
-// one; bytes of 0x80 become 0.
+// Entry `bits` has at column c, which is `bytes` wide, the byte indices of its 16-bit value in the last two bytes if
+// there is one; indices of 0x80 give 0.
 template <size_t bytes>
 constexpr std::array<std::array<uint8_t, 8 * bytes>, 256> make_value_bytes() {
   std::array<std::array<uint8_t, 8 * bytes>, 256> table{};

@@ -1,5 +1,5 @@
 // The product with a packed matrix for AVX-512. Sixteen values are widened to float and expanded by a mask; with VBMI2
-// and bf16, 32 bfloat16 values are expanded as they are and multiplied in pairs.
+// and bf16, 32 bfloat16 values are expanded directly and multiplied in pairs.
 #pragma once
 
 #include "cpu/packed_matrix.h"
@@ -13,9 +13,9 @@
 #pragma GCC target("avx2,fma,f16c,popcnt,bmi2,avx512f,avx512bw,avx512vl,avx512dq")
 namespace ace::cpu::avx512 {
 
-// AMD's Zen 5 expands from memory three times slower than from a register, and its expansion waits for what was in the
-// register of the result, also where that is to be zeroed: so values are loaded first, and the result is a new zero.
-// The compiler would join what these two keep apart.
+// AMD's Zen 5 expands from memory three times slower than from a register, and the expansion depends on the old content
+// of the result register even with zeroing. So values are loaded first, and the result is a fresh zero. These two
+// functions keep the compiler from merging the instructions.
 ACE_HD __m512i in_register(const void* values) {
   __m512i wide = _mm512_loadu_si512(values);
   __asm__("" : "+v"(wide));

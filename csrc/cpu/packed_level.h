@@ -1,4 +1,4 @@
-// Which of the loops over a packed matrix this processor can run, and calling it.
+// Chooses and calls the loop over a packed matrix that suits this processor.
 #pragma once
 
 #include <type_traits>
@@ -12,7 +12,7 @@
 
 namespace ace::cpu {
 
-// Of x86, except for the last, which is ARM's only one.
+// All of x86, except the last, ARM's only one.
 enum class PackedLevel { portable, avx2, avx512, avx512_bf16, neon };
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
@@ -44,8 +44,8 @@ inline PackedLevel highest_packed_level() {
 #endif
 }
 
-// Whether torch multiplies weights of type T one number at a time, for want of instructions: as it does on x86, by the
-// condition of its oneDNN (ace_ext.models.products says the same). Not known of other processors.
+// Whether torch multiplies weights of type T one number at a time because instructions are missing: on x86 by the
+// condition of its oneDNN (the same as in ace_ext.models.products). Not known for other processors.
 template <class T>
 bool torch_is_slow([[maybe_unused]] PackedLevel level) {
 #if ACE_PACKED_X86
@@ -56,7 +56,7 @@ bool torch_is_slow([[maybe_unused]] PackedLevel level) {
   return false;
 }
 
-// Calls action(product, unpack, X{}) with the loops for weights of type T and their type of inputs.
+// Calls action(product, unpack, X{}) with the loops for weights of type T, and the input type X of these loops.
 template <class T, class Action>
 void with_packed_loops(PackedLevel level, Action&& action) {
 #if ACE_PACKED_X86

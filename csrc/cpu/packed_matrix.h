@@ -1,4 +1,4 @@
-// A matrix with a bit for each weight, and one product with it: what the loops of every instruction set read and write.
+// A packed matrix and one product with it: the data of the loops of every instruction set.
 #pragma once
 
 #include <algorithm>
@@ -11,20 +11,20 @@ namespace ace::cpu {
 
 constexpr int64_t kBitmapColumns = 64;  // of one word of a row's bitmap
 
-constexpr int64_t kTokenBytes = 40 * 1024;  // of inputs that are read for every row: about the first cache
+constexpr int64_t kTokenBytes = 40 * 1024;  // of inputs that are read for every row: about the first-level cache
 
-// Of a lambda in a loop over a row: it is compiled into its caller, and so for the caller's instruction set.
+// Marks a lambda in a loop over a row: it is inlined, and so compiled for the caller's instruction set.
 #define ACE_FOLD __attribute__((always_inline))
 
-// Survivors are read at places that depend on all bits before them, which the hardware does not foresee far enough.
-// Asks for those 4 KiB ahead (measured: 1 to 4 KiB are better and better); behind the end nothing happens.
+// Prefetches survivors 4 KiB ahead, because their places depend on all bits before them, which the hardware prefetcher
+// does not follow far enough. (Measured: speed rises from 1 to 4 KiB.) Prefetching beyond the end has no effect.
 template <class T>
 ACE_HD void prefetch_values(const T* values) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(values) + 4096));
 }
 
 // The layout of ops/packed.h. A wrong bitmap or row_start must not make a reader leave the tensors: a row begins inside
-// `values`, and whoever takes `width` values from a place asks `whole` first.
+// `values`, and code that reads `width` values from a place checks `whole` first.
 template <class T>
 struct PackedMatrix {
   const uint8_t* bitmap;  // [rows, 8 words]
@@ -45,7 +45,7 @@ struct PackedMatrix {
   }
   // Whether `width` values can be read from this place.
   ACE_HD bool whole(int64_t place, int64_t width) const { return place + width <= survivors; }
-  // Copies those of `width` values that are there; the others become 0.
+  // Copies those of the `width` values that exist; the others become 0.
   ACE_HD void copy(int64_t place, int width, T* target) const {
     const int64_t left = survivors - place < width ? survivors - place : width;
     std::memset(static_cast<void*>(target), 0, sizeof(T) * static_cast<size_t>(width));

@@ -1,5 +1,5 @@
-// The product with a packed matrix for ARM's NEON, which every 64-bit ARM processor has: a table of 256 byte shuffles
-// puts eight values at their columns, then they are widened to float.
+// The product with a packed matrix for ARM's NEON, which every 64-bit ARM processor has. A table of 256 byte shuffles
+// moves eight values to their columns; then they are widened to float.
 #pragma once
 
 #include "cpu/packed_matrix.h"
@@ -12,8 +12,8 @@
 
 namespace ace::cpu::neon {
 
-// Shuffles of kLanes numbers of 16 / kLanes bytes: entry `bits` takes the next number for each bit that is set, and for
-// the others a byte that no register has, which gives 0.
+// Shuffles of kLanes numbers of 16 / kLanes bytes: entry `bits` takes the next number for each set bit, and for the
+// others an out-of-range byte index, which gives 0.
 template <unsigned kLanes>
 constexpr std::array<std::array<uint8_t, 16>, size_t{1} << kLanes> make_shuffles() {
   constexpr unsigned kBytes = 16 / kLanes;

@@ -1,10 +1,11 @@
-// The product with a packed bfloat16 matrix for AVX-512 with bf16 instructions and no AMX, from some tokens on. A panel
-// of 64 rows is expanded into the second cache, once for all tokens, and multiplied in tiles of 64 rows and six tokens,
-// whose sums stay in registers.
+// The product with a packed bfloat16 matrix for AVX-512 with bf16 instructions and no AMX, for five and more tokens. A
+// panel of 64 rows is expanded into the second-level cache, once for all tokens, and multiplied in tiles of 64 rows and
+// six tokens, whose sums stay in registers.
 //
-// A row is a lane. Its columns are added in pairs, in order, in runs: each run's sum begins at 0, and the runs' sums
-// are added in order. So does oneDNN's product of dense bfloat16 matrices (3.12, brg_matmul:avx512_core_bf16), so that
-// the result has the bits of torch's dense one: python_tests/ops/test_packed.py, and what was tried in docs/payoff.md.
+// Each row is a lane. Its columns are added in pairs, in order, in runs: each run's sum begins at 0, and the runs' sums
+// are added in order. oneDNN's product of dense bfloat16 matrices (3.12, brg_matmul:avx512_core_bf16) does the same, so
+// the result has the bits of torch's dense product (tested in python_tests/ops/test_packed.py). docs/payoff.md says
+// what else was tried.
 #pragma once
 
 #include "cpu/packed_avx512.h"
@@ -15,21 +16,21 @@
 namespace ace::cpu::avx512bf16 {
 
 constexpr int kLanes = 16;                   // rows of a group
-constexpr int kGroups = 4, kTileTokens = 6;  // of a tile: with a weight of each group and an input, 29 registers
+constexpr int kGroups = 4, kTileTokens = 6;  // of a tile: sums, weights and an input: 29 registers
 constexpr int64_t kPanelRows = kGroups * kLanes;
 constexpr int64_t kStep = 32;  // columns of a vector
 constexpr int64_t kLongRun = 1024, kShortRun = 512;
 
-// Columns of a run: oneDNN's choice for two and more tokens.
+// Columns of a run, as in oneDNN for two and more tokens.
 inline int64_t run_columns(int64_t cols) { return cols > kLongRun ? kLongRun : kShortRun; }
 
 // A panel: kPanelRows rows and some columns, up to a megabyte of weights.
 struct PanelShape {
   int64_t words;   // of the bitmap, in each row: whole runs, or all
-  int64_t stride;  // from row to row. Without the 32, rows would be read from the same few places of the first cache.
+  int64_t stride;  // from row to row; the 32 avoids conflicts in the first-level cache
 };
 
-// For rows of so many words. Long runs of values, or all of a row, because they come from memory.
+// The shape for rows of `words` words. Parts are long, or whole rows, because values are read from memory.
 inline PanelShape panel_shape(int64_t words) {
   constexpr int64_t kMostWords = 128, kRunWords = kLongRun / kBitmapColumns;
   const int64_t parts = (words + kMostWords - 1) / kMostWords, width = (words + parts - 1) / parts;
@@ -37,7 +38,8 @@ inline PanelShape panel_shape(int64_t words) {
   return {whole, whole * kBitmapColumns + kStep};
 }
 
-// Words first_word to first_word + words of rows first to first + count; `places`, of each row's next value, move on.
+// Expands words first_word to first_word + words of rows first to first + count, and advances `places`, the place of
+// each row's next value.
 inline void expand_panel(const PackedMatrix<BFloat16>& matrix, int64_t first, int64_t count, int64_t first_word,
                          int64_t words, int64_t* places, const PanelShape& shape, BFloat16* panel) {
   for (int64_t r = 0; r < count; ++r, panel += shape.stride) {
@@ -76,7 +78,7 @@ inline void transpose_pairs(const BFloat16* panel, int64_t stride, BFloat16* out
     mixed[r + 2] = _mm512_unpacklo_epi64(b, d);
     mixed[r + 3] = _mm512_unpackhi_epi64(b, d);
   }
-  // Then quarters change places.
+  // Then quarters are exchanged.
 #pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {
     const __m512i a = _mm512_shuffle_i32x4(mixed[c], mixed[4 + c], 0x44);
@@ -90,9 +92,9 @@ inline void transpose_pairs(const BFloat16* panel, int64_t stride, BFloat16* out
   }
 }
 
-// kTokens tokens with one run of a panel's first groups, as pairs [cols / 2, groups, kLanes, 2]: adds to sums [tokens,
-// kPanelRows]. Meanwhile values that come next, from `ahead`, are asked for: two lines of memory a pair, as many as
-// half of the weights take.
+// Multiplies kTokens tokens with one run of a panel's first groups, given as pairs [cols / 2, groups, kLanes, 2], and
+// adds to sums [tokens, kPanelRows]. Meanwhile it prefetches the next values, from `ahead`: two cache lines for each
+// pair, which is what half of the weights take.
 template <int groups, int kTokens>
 void multiply_tile(const BFloat16* pairs, const BFloat16* x, int64_t stride, int64_t cols, const char* ahead,
                    float* sums) {
@@ -125,14 +127,14 @@ void multiply_tile(const BFloat16* pairs, const BFloat16* x, int64_t stride, int
     }
 }
 
-// What a thread works in; all at addresses that 64 divides.
+// A thread's working memory, all aligned to 64 bytes.
 struct PanelSpace {
   BFloat16* panel;  // [kPanelRows, stride] of its shape
   BFloat16* pairs;  // [kLongRun / 2, kPanelRows, 2]
   float* sums;      // [tokens, kPanelRows]
 };
 
-// One run of a panel's first groups with all tokens.
+// Multiplies one run of a panel's first groups with all tokens.
 template <int groups>
 void multiply_run(const BFloat16* panel, int64_t panel_stride, const BFloat16* x, int64_t stride, int64_t tokens,
                   int64_t cols, uintptr_t next, const PanelSpace& space) {
@@ -166,7 +168,7 @@ struct PanelProduct {
   int64_t rows;
 };
 
-// Columns first to first + count of the result: sums + bias, rounded once. Subnormal results become 0.
+// Writes columns first to first + count of the result: sums + bias, rounded once. Subnormal results become 0.
 inline void store_sums(const PanelProduct& product, const float* sums, int64_t first, int64_t count) {
   for (int64_t i = 0; i < count; i += 16) {
     const auto mask = static_cast<__mmask16>(count - i < 16 ? (1u << (count - i)) - 1 : 0xffffu);
@@ -183,7 +185,7 @@ inline void store_sums(const PanelProduct& product, const float* sums, int64_t f
   }
 }
 
-// Rows begin to end, any number of tokens. Sums of a row do not depend on where the rows are divided.
+// Rows begin to end, any number of tokens. A row's sums do not depend on how rows are divided.
 inline void panel_product(const PanelProduct& product, int64_t begin, int64_t end, const PanelShape& shape,
                           const PanelSpace& space) {
   const PackedMatrix<BFloat16>& matrix = product.matrix;
@@ -198,7 +200,7 @@ inline void panel_product(const PanelProduct& product, int64_t begin, int64_t en
       expand_panel(matrix, first, count, word, words, places, shape, space.panel);
       for (int64_t column = 0; column < width; column += run) {
         const int64_t cols = std::min(run, width - column);
-        // Of the values behind this part's, each run asks for as many as half of its own weights take.
+        // Each run prefetches, from the values after this part, as much as half of its own weights take.
         const auto next = reinterpret_cast<uintptr_t>(matrix.values) +
                           sizeof(BFloat16) * static_cast<uintptr_t>(places[count - 1] + column * kPanelRows / 2);
         const auto multiply = [&](auto* with) ACE_FOLD {

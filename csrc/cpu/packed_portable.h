@@ -40,7 +40,7 @@ struct Plain {
 
 #include "cpu/packed_loop.inc"
 
-// packed_unpack bit by bit: no conversion back from float is needed.
+// packed_unpack bit by bit, which needs no conversion back from float.
 template <class T>
 void unpack_bits(const PackedMatrix<T>& matrix, int64_t begin, int64_t end, int64_t cols, T* out) {
   for (int64_t row = begin; row < end; ++row, out += cols) {

@@ -1,5 +1,5 @@
-// restore_mean_ on the CPU. Rows are independent, so they are shared among the threads; each is read twice, the second
-// time from the cache.
+// restore_mean_ on the CPU. Rows are independent and divided among the threads; each is read twice, the second time
+// from the cache.
 #include "ops/restore.h"
 
 #include <ATen/Parallel.h>

@@ -1,5 +1,5 @@
-// Selections within one row, by vector instructions that the compiler makes of plain loops. The results are those of
-// core/radix_select.h and core/nm_select.h; only the way there differs.
+// Selections within one row, in plain loops that the compiler vectorises. Results equal those of core/radix_select.h
+// and core/nm_select.h; only the algorithm differs.
 #pragma once
 
 #include <algorithm>
@@ -14,10 +14,10 @@
 
 namespace ace::cpu {
 
-// How many keys are not below `lowest`.
+// The number of keys that are not below `lowest`.
 inline int64_t ACE_MULTIVERSION count_from(const uint32_t* keys, int64_t n, uint32_t lowest) {
   int64_t total = 0;
-  for (int64_t begin = 0; begin < n; begin += 1 << 20) {  // 32-bit counts within a stretch: twice the lanes
+  for (int64_t begin = 0; begin < n; begin += 1 << 20) {  // 32-bit counts within a stretch: twice as many lanes
     const int64_t end = std::min<int64_t>(n, begin + (1 << 20));
     uint32_t count = 0;
     for (int64_t i = begin; i < end; ++i) count += keys[i] >= lowest;
@@ -26,8 +26,7 @@ inline int64_t ACE_MULTIVERSION count_from(const uint32_t* keys, int64_t n, uint
   return total;
 }
 
-// The smallest key that is not below `lowest`; there must be one. Keys below wrap round to distances that are too
-// large.
+// The smallest key that is not below `lowest`; there must be one. Keys below wrap around to large distances.
 inline uint32_t ACE_MULTIVERSION smallest_from(const uint32_t* keys, int64_t n, uint32_t lowest) {
   uint32_t nearest = 0xffffffffu;
   for (int64_t i = 0; i < n; ++i) {
@@ -37,7 +36,7 @@ inline uint32_t ACE_MULTIVERSION smallest_from(const uint32_t* keys, int64_t n, 
   return lowest + nearest;
 }
 
-// Outward steps of search_kth: four times as far each time, at most half of what is left.
+// Outward steps of search_kth: four times as far each time, at most half of the remaining range.
 struct KeySteps {
   int64_t step = int64_t{1} << 16;
 
@@ -50,7 +49,7 @@ struct KeySteps {
 };
 
 // The cut that keeps exactly keep_k of keys[0..n), by a search over the values of the keys. It starts at `hint`, the
-// last row's cut, since rows of a weight resemble each other. Rows whose scales differ by a fifth took some twelve
+// last row's cut, because rows of a weight resemble each other. Rows whose scales differ by a fifth took about twelve
 // passes, half the time of a histogram's dependent increments.
 inline Cut search_kth(const uint32_t* keys, int64_t n, int64_t keep_k, uint32_t* hint) {
   if (keep_k <= 0) return kKeepNone;
@@ -74,14 +73,14 @@ inline int64_t ACE_MULTIVERSION count_equal(const uint32_t* keys, int64_t cols, 
   return count;
 }
 
-// Where the first `ties` keys equal to `key` end.
+// The index after the first `ties` keys that equal `key`.
 inline int64_t end_of_ties(const uint32_t* keys, int64_t cols, uint32_t key, int64_t ties) {
   int64_t j = 0;
   for (; j < cols && ties > 0; ++j) ties -= keys[j] == key;
   return j;
 }
 
-// Keeps what the cut says.
+// Applies the cut.
 template <class Out>
 void apply_cut(Out out, const uint32_t* keys, int64_t cols, Cut cut) {
   const int64_t split = end_of_ties(keys, cols, cut.key, cut.ties);
@@ -93,16 +92,15 @@ void apply_cut(Out out, const uint32_t* keys, int64_t cols, Cut cut) {
   }
 }
 
-#if defined(__GNUC__) && !defined(__clang__)  // clang shuffles by other means
+#if defined(__GNUC__) && !defined(__clang__)  // clang has another shuffle builtin
 #define ACE_KEY_VECTORS
 
 constexpr int kLanes = 16;
 typedef uint32_t KeyVector __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 
-// Marks (all ones) which of 16 keys, whole groups of kGroup side by side, are among the best keep_n of their group. A
-// key's rank is counted by turning every group round by one, two, ... places and comparing lane by lane. A key that
-// comes from a lower column wins a tie: one is added to it, which cannot overflow, as no finite score has the highest
-// key.
+// Marks with all ones those of 16 keys, in whole groups of kGroup, that are among the best keep_n of their group. A
+// key's rank is counted by rotating every group by one, two, ... places and comparing lane by lane. A key from a lower
+// column wins a tie: 1 is added to it, which cannot overflow, because no finite score has the highest key.
 template <int kGroup>
 ACE_HD void best_of_groups(const KeyVector& keys, uint32_t keep_n, KeyVector& kept) {
   KeyVector rank = {};
@@ -116,12 +114,12 @@ ACE_HD void best_of_groups(const KeyVector& keys, uint32_t keep_n, KeyVector& ke
       wins_tie[lane] = source < place;
     }
     const KeyVector other = __builtin_shuffle(keys, from) + wins_tie;
-    rank -= static_cast<KeyVector>(other > keys);  // true is all ones, minus one
+    rank -= static_cast<KeyVector>(other > keys);  // true is all ones, which is -1
   }
   kept = static_cast<KeyVector>(rank < keep_n);
 }
 
-// 16 columns by `kept`, all ones where a column is kept.
+// Applies `kept` to 16 columns: all ones where a column is kept.
 template <class T>
 ACE_HD void put_lanes(const PruneRow<T>& out, int64_t j, const KeyVector& kept) {
   typedef Bits<T> WeightVector __attribute__((vector_size(kLanes * sizeof(Bits<T>))));
@@ -161,7 +159,7 @@ ACE_MULTIVERSION void keep_best_of_each(Out out, const uint32_t* keys, int64_t c
   }
 }
 
-// For any size of group; the sizes that cpu/nm_rows.h is made for are faster there.
+// For any group size; the sizes of cpu/nm_rows.h are faster there.
 template <class Out>
 void keep_best_of_groups(Out out, const uint32_t* keys, int64_t cols, int group_m, int keep_n) {
   int64_t done = 0;

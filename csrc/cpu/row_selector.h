@@ -1,4 +1,4 @@
-// Selects in rows one after the other, each read and written once: what one thread keeps between them.
+// Selects within rows, one after another, each read and written once. Holds what one thread keeps between rows.
 #pragma once
 
 #include <algorithm>
@@ -10,12 +10,12 @@
 
 namespace ace::cpu {
 
-// Keeps the best keep_k of each row by the order of core/radix_select.h. Scores must be finite.
+// Keeps the best keep_k of each row in the order of core/radix_select.h. Scores must be finite.
 //
-// The usual way: the scores become places (row_places.h) on a scale round an earlier cut, counts find the place of this
-// row's cut, and what lies below is removed by the same places. Scores that share the cut's own place, few if any, are
-// then told apart by their keys. A row that the scale does not suit (the first one, one whose scores lie elsewhere, one
-// with many ties at the cut) goes by its keys from the start and sets the scale anew.
+// Usually, scores are quantised to 16-bit bins (row_places.h) on a scale around an earlier cut, counts find the bin of
+// this row's cut, and lower bins are removed. Scores in the cut's own bin, few if any, are then distinguished by their
+// keys. A row that does not fit the scale (the first row, a row with a different range, many ties at the cut) is
+// selected by its keys and sets a new scale.
 template <class F, class T>
 class RowSelector {
  public:
@@ -35,7 +35,7 @@ class RowSelector {
   }
 
  private:
-  static constexpr int64_t kCrowd = 128;  // above, sorting out ties costs more than a search by keys
+  static constexpr int64_t kCrowd = 128;  // above, resolving ties costs more than a search by keys
 
   struct Candidate {
     uint32_t key;
@@ -49,7 +49,7 @@ class RowSelector {
     for (int64_t j = 0; (j = next_within(places_.data(), j, cols_, place, place + 1)) < cols_; ++j) {
       candidates_.push_back({order_key(score_at<F>(row, j)), j});
     }
-    // The lowest kept place holds the last that are kept, and those to drop if it holds too many.
+    // The lowest kept place holds the last kept columns, and the surplus to drop if it holds too many.
     const auto last = candidates_.begin() + (cut.from_low - keep_k_);
     std::nth_element(candidates_.begin(), last, candidates_.end(), [](const Candidate& a, const Candidate& b) {
       return a.key != b.key ? a.key < b.key : a.column > b.column;
@@ -69,7 +69,7 @@ class RowSelector {
     return threshold;
   }
 
-  // From one mean distance below the cut to one above it, as a sample of the row says.
+  // From one mean distance below the cut to one above it, estimated from a sample of the row.
   void set_scale(const ScoredRow<T>& row, float threshold) {
     const int64_t stride = 1 + cols_ / 256;
     double sum = 0.0, count = 0.0;

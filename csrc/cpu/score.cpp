@@ -1,4 +1,4 @@
-// score on the CPU, and the sums that the ria score divides by.
+// score on the CPU, and the sums by which the ria score divides.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 

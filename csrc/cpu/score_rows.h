@@ -1,4 +1,5 @@
-// A weight with what its scores are made of, visited row by row. No score is stored: all are recomputed where read.
+// A weight with the inputs of its scores, visited row by row. Scores are not stored but recomputed wherever they are
+// read.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -24,7 +25,7 @@ struct ScoreSums {
 
 ScoreSums score_sums(const at::Tensor& weight);
 
-// A checked weight with all that its formula reads.
+// A checked weight with everything that its formula reads.
 template <class F, class T>
 class ScoredMatrix {
  public:
@@ -64,8 +65,8 @@ class ScoredMatrix {
     for_rows_or_report([&] { return [&](int64_t i) { return row_is_finite<F>(row(i)); }; });
   }
 
-  // Runs visit(i) -> bool for every row in parallel; if one returns false, raises for the first such row. A visit that
-  // writes nothing to the weight keeps the promise that bad input changes nothing.
+  // Runs visit(i) -> bool for every row in parallel; if one returns false, raises for the first such row. The visit
+  // must not write the weight, so that bad input changes nothing.
   template <class Visit>
   void for_rows_or_report(Visit&& visit) const {
     std::atomic<int64_t> first_bad{std::numeric_limits<int64_t>::max()};
@@ -83,8 +84,8 @@ class ScoredMatrix {
   }
 
  private:
-  // True if the largest weight has a finite score with the largest column factor: the product bounds them all, and NaN
-  // or infinity in either shows in it. Reads the weight once, at a fraction of the work of its scores.
+  // True if the largest weight has a finite score with the largest column factor: that product bounds all scores, and
+  // shows NaN or infinity in either. Reads the weight once, at a fraction of the cost of its scores.
   bool bounds_say_finite() const {
     if constexpr (F::kMoment || F::kSums) return false;
     std::atomic<bool> finite{true};

@@ -1,4 +1,4 @@
-// The scores of one row of a weight, recomputed whenever they are read: as floats or as ordered keys.
+// The scores of one row of a weight, as floats or as ordered keys, recomputed whenever they are read.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace ace::cpu {
 
-// A weight as an integer of its size: what is kept keeps its bits, and +0.0 is 0 in every type.
+// A weight as an integer of its size: kept weights keep their bits, and +0.0 is 0 in every type.
 template <class T>
 using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
 
@@ -36,7 +36,7 @@ ACE_HD float score_at(const ScoredRow<T>& row, int64_t j) {
   return F::value(to_float(row.weight[j]), score_terms<F>(row, j));
 }
 
-// keys[j] of the whole row. False where a score is not finite.
+// keys[j] of the whole row. False if a score is not finite.
 template <class F, class T>
 ACE_MULTIVERSION bool row_keys(ScoredRow<T> row, uint32_t* keys) {
   uint32_t bad = 0;
@@ -60,7 +60,7 @@ ACE_MULTIVERSION void row_scores(ScoredRow<T> row, float* scores) {
   for (int64_t j = 0; j < row.cols; ++j) scores[j] = score_at<F>(row, j);
 }
 
-// The value of a weight, given as itself or as its bits.
+// The value of a weight that is given as itself or as its bits.
 ACE_HD float weight_value(uint32_t bits, float) { return bits_float(bits); }
 ACE_HD float weight_value(uint16_t bits, Half) { return to_float(Half{bits}); }
 ACE_HD float weight_value(uint16_t bits, BFloat16) { return to_float(BFloat16{bits}); }
@@ -72,7 +72,8 @@ ACE_HD uint32_t size_bits(float value) { return float_bits(value) & 0x7fffffffu;
 ACE_HD uint16_t size_bits(Half value) { return value.bits & 0x7fffu; }
 ACE_HD uint16_t size_bits(BFloat16 value) { return value.bits & 0x7fffu; }
 
-// The largest |value| of n, with infinity above all numbers and NaN above infinity: sizes order as their bits do.
+// The largest |value| of n, with infinity above all numbers and NaN above infinity: absolute values have the order of
+// their bits.
 template <class T>
 ACE_MULTIVERSION float largest_size(const T* values, int64_t n) {
   Bits<T> largest = 0;

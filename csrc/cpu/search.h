@@ -1,4 +1,4 @@
-// The search for a cut among values that can only be counted: how many entries reach a value.
+// The search for a cut by counts alone: how many entries are at or above a value.
 #pragma once
 
 #include <algorithm>
@@ -6,20 +6,22 @@
 
 namespace ace::cpu {
 
-// A range [low, high) of values with the cut in it.
+// A range [low, high) of values that contains the cut.
 struct Bracket {
   int64_t low, high;
-  int64_t from_low;   // how many entries reach `low`: at least keep_k
-  int64_t from_high;  // how many reach `high`: fewer than keep_k
+  int64_t from_low;   // entries at or above `low`: at least keep_k
+  int64_t from_high;  // entries at or above `high`: fewer than keep_k
 };
 
-// Narrows `bracket` down until it holds one value, or exactly keep_k entries reach its lower end, or at most `enough`
-// entries lie in it. count(value) says how many entries reach the value; `at` is the value to ask for first.
+// Narrows `bracket` until it holds one value, or exactly keep_k entries are at or above its lower end, or at most
+// `enough` entries lie in it. count(value) returns the number of entries at or above the value; `at` is the first value
+// to count.
 //
-// A count is a pass over a row in the cache or over the matrix, so few should do. Until the cut is bracketed by counted
-// values, steps.outward(ranks, room) says how far to go: `ranks` is how many entries too many (> 0) or too few reach
-// the value, `room` what is left on that side. Then the search interpolates between the counts at both ends and halves
-// the bracket wherever that did not. steps.bracketed(values_per_rank) is told the density found.
+// A count is a pass over a row in the cache or over the matrix, so few counts should suffice. Until counted values
+// bracket the cut, steps.outward(ranks, room) returns how far to go: `ranks` is the surplus (> 0) or shortage of
+// entries at or above the value, `room` the remaining range on that side. Then the search interpolates between the
+// counts at both ends, and bisects if the last interpolation did not halve the bracket.
+// steps.bracketed(values_per_rank) receives the density found.
 template <class Count, class Steps>
 Bracket search_cut(Count&& count, Bracket bracket, int64_t keep_k, int64_t enough, int64_t at, Steps&& steps) {
   const Bracket all = bracket;

@@ -1,8 +1,8 @@
-// Selections within a matrix, as templates on what is done with them: `out(i)` is the outcome (cpu/outcome.h) of row i.
+// Selections within a matrix, as templates over their outcome: `out(i)` is the outcome (cpu/outcome.h) of row i.
 //
-// The first pass only reads: it meets whatever is not finite, so that nothing is written before everything was checked.
-// Then rows and groups are done in one pass; a cut over the matrix takes some more to be found. No score is stored: the
-// extra memory is one row of keys a thread.
+// The first pass only reads, and checks that all scores are finite before anything is written. Then rows and groups
+// take one pass; a cut over the matrix takes a few more to find. Scores are not stored: the extra memory is one row of
+// keys for each thread.
 #pragma once
 
 #include "cpu/matrix_cut.h"
@@ -25,7 +25,7 @@ void select_rows(const Matrix& matrix, const Out& out, int64_t keep_k, float* th
   });
 }
 
-// Row i keeps what cut(i) says.
+// Applies cut(i) to row i.
 template <class Matrix, class Out, class CutOfRow>
 void apply_cuts(const Matrix& matrix, const Out& out, CutOfRow&& cut) {
   using F = typename Matrix::Formula;
@@ -43,7 +43,7 @@ void apply_cuts(const Matrix& matrix, const Out& out, CutOfRow&& cut) {
   });
 }
 
-// A cut over the whole matrix: the ties it keeps are dealt out to the rows from the top. Scores must be finite.
+// Applies a cut over the whole matrix: its ties are given to the rows from the top. Scores must be finite.
 template <class Matrix, class Out>
 void apply_matrix_cut(const Matrix& matrix, const Out& out, Cut cut) {
   std::vector<int64_t> equal(static_cast<size_t>(matrix.rows()));
@@ -73,7 +73,7 @@ float select_matrix(const Matrix& matrix, const Out& out, int64_t keep_k) {
   return cut_threshold(cut);
 }
 
-// Groups of a size that keep_best_of_row is made for.
+// Group sizes that keep_best_of_row supports.
 template <int kGroup, class Matrix, class Out>
 void select_small_groups(const Matrix& matrix, const Out& out, int keep_n) {
   using F = typename Matrix::Formula;

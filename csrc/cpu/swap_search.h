@@ -1,5 +1,4 @@
-// The search for a row's next swap, by vector instructions that the compiler makes of plain loops. Formulas:
-// core/swaps.h.
+// The search for a row's next swap, in plain loops that the compiler vectorises. Formulas: core/swaps.h.
 #pragma once
 
 #include <cstdint>
@@ -22,13 +21,13 @@ struct SwapRow {
 };
 
 struct Swap {
-  int64_t restored = -1, removed = -1;  // -1 where there is nothing to choose from
+  int64_t restored = -1, removed = -1;  // -1 if there is no candidate
   double change = std::numeric_limits<double>::infinity();
 };
 
-constexpr int64_t kSwapLanes = 16;  // independent minima, so that the comparisons can go side by side
+constexpr int64_t kSwapLanes = 16;  // independent minima, so that comparisons run in parallel
 
-// change[j] of removing (kRemove) each kept weight once `restored` has gone back, or of restoring each removed one;
+// change[j] of removing (kRemove) each kept weight after `restored` is restored, or of restoring each removed weight;
 // infinite for the others. Returns the smallest. `gram_row` is G's row of the restored column.
 template <bool kRemove>
 ACE_MULTIVERSION double least_change(const SwapRow& row, const float* gram_row, double restored, double* change) {
@@ -65,7 +64,7 @@ inline int64_t column_of(const double* change, int64_t cols, double least) {
   return j;
 }
 
-// The weight that is best restored, then the one best removed given that.
+// The best weight to restore, then the best to remove after that.
 inline Swap best_swap(const SwapRow& row, const float* gram, double* change) {
   Swap swap;
   const double gain = least_change<false>(row, nullptr, 0.0, change);
@@ -106,7 +105,7 @@ ACE_MULTIVERSION inline void apply_swap(const SwapRow& row, const float* gram, c
   row.mask[swap.restored] = true;
 }
 
-// Swaps until none lowers the loss for certain; returns how many were made.
+// Swaps until no swap certainly lowers the loss; returns the number of swaps.
 inline int64_t refine_row(const SwapRow& row, const float* gram, const float* near, int group_m, int64_t max_swaps,
                           double* change) {
   int64_t swaps = 0;

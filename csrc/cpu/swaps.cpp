@@ -1,5 +1,5 @@
-// refine_swaps_ on the CPU. Rows are independent, so they are shared among the threads; a row's result does not depend
-// on the tile it lies in.
+// refine_swaps_ on the CPU. Rows are independent and divided among the threads; a row's result does not depend on its
+// tile.
 #include "ops/swaps.h"
 
 #include <ATen/Parallel.h>
@@ -16,8 +16,8 @@
 namespace ace::cpu {
 namespace {
 
-constexpr int64_t kTileRows = 16;       // that share a read of G when their c is first computed
-constexpr int64_t kStripColumns = 512;  // of c, held in the first cache meanwhile
+constexpr int64_t kTileRows = 16;       // that share one read of G when c is first computed
+constexpr int64_t kStripColumns = 512;  // of c, which stay in the first-level cache meanwhile
 
 struct GramMatrix {
   const float* data;            // [cols, cols]
@@ -38,7 +38,7 @@ GramMatrix gram_matrix(const at::Tensor& gram, int64_t group_m) {
   return g;
 }
 
-// Swaps keep what each group keeps, so a mask that does not fit the pattern would stay so.
+// Swaps do not change how many weights a group keeps, so a mask that violates the pattern would stay so.
 void check_pattern(const at::Tensor& mask, int64_t keep_n, int64_t group_m) {
   for (int64_t i = 0; i < mask.size(0); ++i) {
     const bool* row = data<bool>(mask) + i * mask.stride(0);
@@ -50,7 +50,7 @@ void check_pattern(const at::Tensor& mask, int64_t keep_n, int64_t group_m) {
   }
 }
 
-// c[0..n) += the sum over the removed columns, in their order, of weight_j G_j; four rows of G a pass over c.
+// c[0..n) += the sum over the removed columns, in order, of weight_j G_j; each pass over c adds four rows of G.
 ACE_MULTIVERSION void add_removed(double* c, int64_t n, const double* weight, const std::vector<int64_t>& removed,
                                   const float* gram, int64_t cols) {
   size_t r = 0;
@@ -67,7 +67,7 @@ ACE_MULTIVERSION void add_removed(double* c, int64_t n, const double* weight, co
   }
 }
 
-// Some rows at a time: their weights in float64 and what the search keeps up to date.
+// Processes some rows at a time: their weights in float64, and the state of the search.
 class Tile {
  public:
   explicit Tile(const GramMatrix& gram)

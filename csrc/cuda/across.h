@@ -1,4 +1,4 @@
-// Launchers of ops/across.h. Workspaces of prune_matrix_bytes (prune.h); counts must come in as zeros.
+// Launchers of ops/across.h. Workspaces have prune_matrix_bytes (prune.h); counts must be zero on entry.
 #pragma once
 
 #include "core/radix_select.h"

@@ -1,7 +1,7 @@
-// The plain arguments of launchers: raw pointers. No launcher knows torch, allocates or waits; each takes a stream and
-// returns an error code. A family's launchers are declared in cuda/STEM.h, their contracts in ops/STEM.h and at the top
-// of each .cuh. Workspaces are device memory of the size asked for, 16-aligned; `code` is what an op raises the flag
-// with (not_finite.h).
+// The plain arguments of launchers: raw pointers. Launchers do not use torch, allocate or wait; each takes a stream and
+// returns an error code. A family's launchers are declared in cuda/STEM.h, their contracts are in ops/STEM.h and at the
+// top of each .cuh. Workspaces are 16-byte aligned device memory of the requested size; `code` is the value that an op
+// writes to the flag (not_finite.h).
 #pragma once
 
 #include <cstddef>
@@ -14,7 +14,7 @@ namespace ace::cuda {
 
 enum class Dtype { float32, float16, bfloat16 };
 
-// A checked weight and what its formula reads; pointers that it does not read are null.
+// A checked weight and the inputs of its formula; pointers to inputs that the formula does not read are null.
 struct ScoredArguments {
   void* weight;         // [rows, cols], rows `stride` values apart
   const float* column;  // [cols]
@@ -34,7 +34,7 @@ struct Activations {
 // Workspace of every op that takes ScoredArguments, in bytes: the sums of the ria score (0 for the others).
 size_t score_sums_bytes(const ScoredArguments& matrix);
 
-// The device's flag: 0, or the largest code of an op that met something not finite.
+// The device's flag: 0, or the largest code of an op that met a value that is not finite.
 cudaError_t not_finite_flag(int** flag);
 
 }  // namespace ace::cuda

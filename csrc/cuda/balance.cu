@@ -12,7 +12,7 @@ constexpr int64_t kWaves = 16;
 
 cudaError_t launch_balance_mean(const BalanceArguments& a, int64_t* swaps, int code, cudaStream_t stream) {
   if (a.rows == 0 || a.cols == 0) return cudaSuccess;
-  if (a.cols > 0x3fffffff) return cudaErrorInvalidValue;  // columns are counted in 32 bits, with room for a last stride
+  if (a.cols > 0x3fffffff) return cudaErrorInvalidValue;  // 32-bit column indices, with room for the last stride
   NotFinite report{nullptr, code};
   ACE_RETURN_IF_ERROR(not_finite_flag(&report.flag));
   int64_t blocks = 0;

@@ -1,16 +1,16 @@
-// balance_mean_: a warp a row exchanges kept and removed weights while the row's cost falls (core/balance.h).
+// balance_mean_: one warp for each row exchanges kept and removed weights while the row's cost falls (core/balance.h).
 //
 // Contract
-//   mask       [rows, cols], rewritten; swaps [rows] is how many were made, -1 where the row was left alone.
+//   mask       [rows, cols], rewritten; swaps [rows] is the number of swaps, -1 where the row was left unchanged.
 //   ties       the lower restored column first, then the lower removed one.
 //   same bits  as the CPU: a lane of the warp is a lane of the contract, and lanes are added by halves.
-//   refused    a row that holds a weight that is not finite is left as it was, and so is every row where variance or
-//              mean is not finite or a variance is below 0; the flag is raised.
+//   refused    a row with a weight that is not finite is left unchanged, and every row if variance or mean is not
+//              finite or a variance is negative; the flag is raised.
 //
-// How: a lane reads its columns (with groups: its groups) alone, and alone writes their mask, so rounds need no
-// barrier. A warp reads 32 columns side by side; with groups a lane's columns lie together. Candidates stay in
-// registers, and a swap costs a reduction over the warp for either side. Nothing is shared and no memory is needed.
-// Compiled and run on the host only: not run on a GPU.
+// Method: only one lane reads its columns (with groups: its groups) and writes their mask, so rounds need no barrier. A
+// warp reads 32 contiguous columns; with groups a lane's columns are contiguous. Candidates stay in registers, and a
+// swap costs one warp reduction for each side. No shared or global scratch memory is needed. Compiled and run on the
+// host only: not run on a GPU.
 #pragma once
 
 #include "core/balance.h"
@@ -21,10 +21,10 @@
 namespace ace::cuda {
 
 static_assert(kLanes == kWarpSize, "a lane of the contract is a lane of a warp");
-constexpr int kBalanceWarps = 4;   // rows of a block at a time
-constexpr int kNone = 0x7fffffff;  // comes after every column
+constexpr int kBalanceWarps = 4;   // rows that a block handles at a time
+constexpr int kNone = 0x7fffffff;  // greater than every column
 
-ACE_DEVICE float no_change() { return bits_float(0x7f800000u); }  // infinity: candidates change less
+ACE_DEVICE float no_change() { return bits_float(0x7f800000u); }  // infinity: every candidate changes less
 
 template <class T>
 struct BalanceProblem {
@@ -37,7 +37,7 @@ struct BalanceProblem {
   int cols, group_m;
 };
 
-// The row of one warp.
+// One warp's row.
 template <class T>
 struct WarpRow {
   const T* weight;
@@ -60,13 +60,13 @@ struct WarpState {
   int64_t swaps;
 };
 
-// What a lane offers: what it would add to the removed weights, and its column; kNone where it offers nothing.
+// A lane's candidate: what it would add to the removed weights, and its column; kNone if there is none.
 struct Offer {
   Removal added;
   int column;
 };
 
-// The lane whose offer changes the cost least at the shift s, the lower column among equals; -1 if none offers.
+// The lane whose candidate changes the cost least at the shift s, the lower column among equals; -1 if there is none.
 ACE_DEVICE int least_offer(const Offer& mine, double s) {
   double change = cost_change(mine.added, s);
   int column = mine.column, lane = lane_id();
@@ -94,7 +94,7 @@ ACE_DEVICE bool lowers_cost(const Removal& added, double spreads, const WarpStat
   return cost_change(added, state.shift) < -rounding;
 }
 
-// False where the row holds or meets what cannot be used.
+// False if the row, variance or mean has a value that cannot be used.
 template <class T>
 ACE_DEVICE bool start_row(const WarpRow<T>& row, WarpState* state) {
   double shift = 0.0;
@@ -108,17 +108,17 @@ ACE_DEVICE bool start_row(const WarpRow<T>& row, WarpState* state) {
   }
   *state = {warp_sum(shift), shifts_bound(warp_sum(size), row.cols), 0};
   usable = __ballot_sync(kFullWarp, !usable) == 0;
-  __syncwarp();  // the mask was read by other lanes than those that will write it; shuffles and ballots order no memory
+  __syncwarp();  // other lanes than the writers have read the mask, and shuffles and ballots do not order memory
   return usable;
 }
 
-// Writes the mask of a column by the lane that reads it.
+// Writes a column's mask from the lane that reads it.
 template <class T>
 ACE_DEVICE void take_over(const WarpRow<T>& row, int column, bool kept, int lane) {
   if (lane_id() == lane) row.mask[column] = kept;
 }
 
-// The least change seen so far, and its column; the first among equals.
+// The least change so far, and its column; the first among equals.
 struct Least {
   float change = no_change();
   int column = kNone;
@@ -151,7 +151,7 @@ ACE_DEVICE void offer_columns(const WarpRow<T>& row, float twice_shift, Offer* r
   if (out.column != kNone) removed->added = row.at(out.column);
 }
 
-// Swaps the best of both sides, each once, while that gains.
+// Swaps the best candidates of both sides, each once, while a swap gains.
 template <class T>
 ACE_DEVICE void swap_in_row(const WarpRow<T>& row, WarpState* state) {
   Offer restored, removed;
@@ -176,15 +176,14 @@ ACE_DEVICE void swap_in_row(const WarpRow<T>& row, WarpState* state) {
 
 // --- two of a group ---
 
-// A pair that a lane offers: the column of `offer` is the restored one.
+// A lane's pair: the column of `offer` is the restored one.
 struct PairOffer {
   Offer offer;
   int removed;
   double spreads;  // of both
 };
 
-// The best to restore and the best to remove of one group, and the change of exchanging them; kNone where there is
-// none.
+// One group's best weight to restore and best to remove, and the change of exchanging them; kNone if there is none.
 struct GroupPair {
   float change;
   int restored, removed;
@@ -213,7 +212,7 @@ ACE_DEVICE PairOffer offer_pair(const WarpRow<T>& row, int group_m, float twice_
   return {{exchange(out, back), best.restored}, best.removed, out.spread + back.spread};
 }
 
-// Swaps pairs, each once, while that gains.
+// Swaps pairs, each once, while a swap gains.
 template <class T>
 ACE_DEVICE void swap_in_groups(const WarpRow<T>& row, int group_m, WarpState* state) {
   PairOffer pair = offer_pair(row, group_m, static_cast<float>(2.0 * state->shift));

@@ -5,7 +5,7 @@
 
 namespace ace::cuda {
 
-// What the contract in balance.cuh names.
+// The tensors of the contract in balance.cuh.
 struct BalanceArguments {
   const void* weight;
   bool* mask;

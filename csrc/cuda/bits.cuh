@@ -1,15 +1,15 @@
-// Logic on whole words: what the compiler does not find by itself. Decisions are kept in the sign bit of a word each,
-// since a float's difference has its comparison there.
+// Logic on whole words that the compiler does not find by itself. Each decision is the sign bit of a word, because the
+// sign of a difference of floats is their comparison.
 #pragma once
 
 #include "cuda/platform.cuh"
 
 namespace ace::cuda {
 
-// What a function of three bits looks like to the instruction for it: f applied to these.
+// The truth table that the instruction takes for a function f of three bits: f applied to these.
 constexpr unsigned kBitA = 0xf0, kBitB = 0xcc, kBitC = 0xaa;
 
-// That function of each bit of three words, in one instruction.
+// f of each bit of three words, in one instruction.
 template <unsigned kTable>
 ACE_DEVICE uint32_t bitwise(uint32_t a, uint32_t b, uint32_t c) {
 #if defined(__CUDA_ARCH__)
@@ -25,7 +25,8 @@ ACE_DEVICE uint32_t bitwise(uint32_t a, uint32_t b, uint32_t c) {
 #endif
 }
 
-// Bytes of two words, by a selector of four bits each: 0 to 3 of `low`, 4 to 7 of `high`; 8 more for the byte's sign.
+// Selects four bytes of two words. Each selector has four bits: 0 to 3 for `low`, 4 to 7 for `high`; plus 8 for the
+// byte's sign.
 template <unsigned kSelector>
 ACE_DEVICE uint32_t bytes_of(uint32_t low, uint32_t high) {
 #if defined(__CUDA_ARCH__)
@@ -47,10 +48,10 @@ ACE_DEVICE uint32_t bytes_of(uint32_t low, uint32_t high) {
 
 constexpr uint32_t kSign = 0x80000000u;
 
-// All ones in the lower half where `low` has its sign bit, in the upper half where `high` has.
+// All ones in the lower half if `low` has its sign bit, and in the upper half if `high` has.
 ACE_DEVICE uint32_t halves_of_signs(uint32_t low, uint32_t high) { return bytes_of<0xffbb>(low, high); }
 
-// Whether first < second, as the sign. Of two equal numbers neither is less, of two zeros neither if `first` is no -0.
+// Whether first < second, as the sign bit. Equal numbers are not less, nor are equal zeros unless `first` is -0.
 ACE_DEVICE uint32_t less(float first, float second) { return float_bits(first - second); }
 
 }  // namespace ace::cuda

@@ -1,5 +1,5 @@
-// What the threads of a block do together. All threads must call; each function ends with every thread holding the
-// result, and its scratch may be used again after the next barrier.
+// Block-wide operations. All threads must call them. Every thread gets the result, and the scratch may be reused after
+// the next barrier.
 #pragma once
 
 #include "core/radix_select.h"
@@ -28,7 +28,7 @@ ACE_DEVICE Real warp_sum(Real value) {
 ACE_DEVICE int64_t* warp_sums(BlockScratch& scratch, int64_t) { return scratch.warp_sum; }
 ACE_DEVICE uint32_t* warp_sums(BlockScratch& scratch, uint32_t) { return scratch.warp_count; }
 
-// Sum over the threads before this one; *total is that over all. blockDim.x is a multiple of 32.
+// Sum over the threads before this one; *total is the sum over all. blockDim.x is a multiple of 32.
 template <class Sum>
 ACE_DEVICE Sum exclusive_scan(Sum value, BlockScratch& scratch, Sum* total) {
   Sum inclusive = value;
@@ -50,13 +50,13 @@ ACE_DEVICE Sum exclusive_scan(Sum value, BlockScratch& scratch, Sum* total) {
 }
 
 // find_bin (core/radix_select.h) by a whole block: each thread sums a stretch of bins, the scan runs from the highest.
-// `bins` is a power of two, and counts start on 16 bytes. The caller puts a barrier between the last write of `counts`
-// and this. Sums have the width of the counts.
+// `bins` is a power of two, and counts are 16-byte aligned. The caller puts a barrier between the last write of
+// `counts` and this call. Sums have the width of the counts.
 template <class Count>
 ACE_DEVICE RadixBin find_bin_block(const Count* counts, int bins, int64_t want, BlockScratch& scratch) {
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
   const int each = bins > threads ? bins / threads : 1;
-  const int first = bins - (thread + 1) * each;  // this thread's lowest bin; below 0 where threads are more than bins
+  const int first = bins - (thread + 1) * each;  // this thread's lowest bin; negative: none
   const bool by_fours = sizeof(Count) == sizeof(uint32_t) && each % 4 == 0;
   const auto sum_of_four = [&](int b) {
     uint32_t four[4];
@@ -88,7 +88,7 @@ struct alignas(16) RadixCounts {
   uint32_t bin[kRadixBins];
 };
 
-// Zeroes counts that start on 16 bytes, `bins` a multiple of four; ends with a barrier.
+// Zeroes 16-byte aligned counts, `bins` a multiple of four; ends with a barrier.
 ACE_DEVICE void clear_bins(uint32_t* counts, int bins) {
   constexpr uint32_t kZeros[4] = {};
   for (int b = 4 * static_cast<int>(threadIdx.x); b < bins; b += 4 * static_cast<int>(blockDim.x)) {

@@ -41,7 +41,7 @@ Scored<T> scored(const ScoredArguments& m, const ScoreSums& sums) {
           rows_aligned(m.moment, m.cols)};
 }
 
-// Computes the sums where the formula reads them, then calls action(formula, Scored<T>). Nothing to do if it is empty.
+// Computes the sums if the formula reads them, then calls action(formula, Scored<T>). Does nothing for an empty weight.
 template <class Action>
 cudaError_t with_scored(const ScoredArguments& m, void* sums_workspace, cudaStream_t stream, Action&& action) {
   if (m.rows == 0 || m.cols == 0) return cudaSuccess;

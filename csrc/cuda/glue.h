@@ -1,5 +1,5 @@
-// From torch tensors to the launchers' plain arguments, for the *_glue.cpp files. These alone see both torch and the
-// launchers; of torch's CUDA side they include c10/cuda only. Each op: check, guard, workspace, launch.
+// From torch tensors to the launchers' plain arguments, for the *_glue.cpp files. Only these files see both torch and
+// the launchers; of torch's CUDA headers they include c10/cuda only. Each op: check, guard, workspace, launch.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -26,12 +26,12 @@ inline cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream().stream()
 
 inline const float* optional_data(const OptionalTensor& t) { return t ? t->const_data_ptr<float>() : nullptr; }
 
-// Memory that lives until the stream has gone past the op: the caching allocator reuses it in stream order.
+// Memory that stays valid until the stream has run the op: the caching allocator reuses it in stream order.
 inline at::Tensor workspace(size_t bytes, const at::Tensor& like) {
   return at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte));
 }
 
-// A checked weight with what its formula reads, and the workspace of its sums.
+// A checked weight with the inputs of its formula, and the workspace of its sums.
 struct ScoredTensors {
   // `written`: the op prunes the weight; else it only reads it.
   ScoredTensors(const at::Tensor& weight, Formula formula, const OptionalTensor& column, const OptionalTensor& moment,

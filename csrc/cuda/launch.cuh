@@ -1,5 +1,5 @@
-// The one way to start a kernel, and what the device allows. Grids are capped: every kernel strides over its work in
-// 64-bit indices, so any grid does all of it.
+// The only way to launch a kernel, and the device's limits. Grids are capped: every kernel is a grid-stride loop with
+// 64-bit indices, so any grid does all the work.
 #pragma once
 
 #include <algorithm>
@@ -34,7 +34,8 @@ inline cudaError_t device_attribute(cudaDeviceAttr attribute, int64_t* value) {
   return cudaSuccess;
 }
 
-// Blocks for `work` units, one a block at a time: enough to fill the device `waves` times over, at most one a unit.
+// The number of blocks for `work` units, one unit for each block at a time: enough to fill the device `waves` times, at
+// most `work`.
 inline cudaError_t blocks_for(int64_t work, int64_t waves, int64_t* blocks) {
   int64_t processors = 0;
   ACE_RETURN_IF_ERROR(device_attribute(cudaDevAttrMultiProcessorCount, &processors));
@@ -42,9 +43,9 @@ inline cudaError_t blocks_for(int64_t work, int64_t waves, int64_t* blocks) {
   return cudaSuccess;
 }
 
-// Lets a kernel have all the dynamic shared memory that its own leaves. Without asking, both together are held to 48
-// KiB. The runtime is asked once for each kernel and device, from whichever thread comes first; it may be during the
-// capture of a graph, since no stream is involved.
+// Allows a kernel all the shared memory that its static part leaves for dynamic use. By default both together are
+// limited to 48 KiB. Set once for each kernel and device, by the first thread that needs it; also possible during graph
+// capture, because no stream is involved.
 template <class... Params>
 cudaError_t allow_shared(void (*kernel)(Params...)) {
   static std::mutex mutex;

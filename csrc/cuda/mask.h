@@ -9,7 +9,7 @@ namespace ace::cuda {
 cudaError_t launch_mask_rows(const ScoredArguments& matrix, int64_t keep_k, bool* mask, void* sums, int code,
                              cudaStream_t stream);
 
-// workspace of prune_matrix_bytes
+// the workspace has prune_matrix_bytes
 cudaError_t launch_mask_matrix(const ScoredArguments& matrix, int64_t keep_k, bool* mask, void* workspace, void* sums,
                                int code, cudaStream_t stream);
 

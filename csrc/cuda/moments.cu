@@ -9,14 +9,14 @@ namespace {
 
 constexpr int64_t kWaves = 4;
 
-// Enough chunks to fill the device; the number depends on the device and the shape only, so results repeat.
+// Enough chunks to fill the device. The number depends only on the device and the shape, so results are reproducible.
 cudaError_t cut_tokens(const Activations& x, Chunks* cut) {
   cut->strips = (x.cols + kMomentColumns - 1) / kMomentColumns;
   int64_t blocks = 0;
   ACE_RETURN_IF_ERROR(blocks_for(kMaxBlocks, kWaves, &blocks));
   const int64_t wanted = std::max<int64_t>(1, blocks / std::max<int64_t>(1, cut->strips));
-  const int64_t least = kRowsOfBlock;      // shorter chunks would cost more in partial states than they read
-  const int64_t most = 32 * kRowsOfBlock;  // bounds the float32 merges that one state goes through
+  const int64_t least = kRowsOfBlock;      // with shorter chunks, partial states would cost more than reading x
+  const int64_t most = 32 * kRowsOfBlock;  // bounds the number of float32 merges of one state
   const int64_t each = std::clamp((x.tokens + wanted - 1) / wanted, least, most);
   cut->tokens_each = (each + kRowsOfBlock - 1) / kRowsOfBlock * kRowsOfBlock;
   cut->chunks = (x.tokens + cut->tokens_each - 1) / cut->tokens_each;

@@ -2,10 +2,10 @@
 //
 // Contract
 //   x [tokens, cols], token_weight [tokens] or null for 1. Merges the tokens into weight_sum [], mean [cols], m2
-//   [cols]. Two stages without float atomics, so two runs give the same bits: blocks write partial states (float32),
-//   which the second stage merges in order, in float64, by Chan's rule.
-//   not finite  a token weight that is negative, NaN or infinite and a state that is not finite raise the flag; the
-//               state is then of no use.
+//   [cols]. Two stages without float atomics, so results are reproducible: blocks write partial states (float32), which
+//   the second stage merges in order, in float64, by Chan's rule.
+//   not finite  a token weight that is negative, NaN or infinite, or a state that is not finite, raises the flag; the
+//               state is then invalid.
 #pragma once
 
 #include "core/moments.h"
@@ -28,7 +28,7 @@ struct Tokens {
   bool aligned;
 };
 
-// How the tokens are cut into chunks, one a block of the first stage.
+// How the tokens are divided into chunks, one for each block of the first stage.
 struct Chunks {
   int64_t strips, chunks, tokens_each;  // tokens_each is a multiple of kRowsOfBlock
 };
@@ -46,9 +46,9 @@ struct ColumnStates {
   float m2[kPack] = {};
 };
 
-// Merges some rows at once: with S the sum of the rows' deviations from the mean so far, Q that of their squares, and W
-// the weight with them, Chan's rule is mean += S / W, M2 += Q - S^2 / W: one division for all rows and columns. A state
-// of weight 0 may hold any mean, and takes the first row's, so that nothing large cancels.
+// Merges several rows at once. With S the sum of the rows' deviations from the current mean, Q the sum of their
+// squares, and W the weight including these rows, Chan's rule is mean += S / W, M2 += Q - S^2 / W: one division for all
+// rows and columns. A state of weight 0 may have any mean; it takes the first row's, which avoids cancellation.
 template <class T>
 ACE_DEVICE void merge_rows(ColumnStates& state, const Words<T>* row, const float* row_weight) {
   if (state.weight == 0.0f) {
@@ -78,10 +78,10 @@ ACE_DEVICE void merge_rows(ColumnStates& state, const Words<T>* row, const float
   }
 }
 
-// Sets the rows of weight 0 to 0, since padding may hold anything. False where one is not a weight.
+// Sets rows of weight 0 to 0, because padding may hold anything. False if a token weight is invalid.
 template <class T>
 ACE_DEVICE bool check_weights(Words<T>* row, const float* weight) {
-  uint32_t least = ~0u, largest = 0;  // as bits: those of a number that is negative, infinite or NaN are above others
+  uint32_t least = ~0u, largest = 0;  // as bits: negative, infinite and NaN weights have larger ones than valid weights
   ACE_UNROLL
   for (int r = 0; r < kRowsInFlight; ++r) {
     const uint32_t bits = float_bits(weight[r] + 0.0f);  // -0 is a weight
@@ -97,7 +97,7 @@ ACE_DEVICE bool check_weights(Words<T>* row, const float* weight) {
   return largest < 0x7f800000u;
 }
 
-// A warp's rows of a chunk, those of one thread's columns. False where a token weight is not a weight.
+// Reads a warp's rows of a chunk, in one thread's columns. False if a token weight is invalid.
 template <class T>
 ACE_DEVICE bool read_chunk(const Tokens<T>& x, int64_t begin, int64_t end, int64_t j, int count, ColumnStates& state) {
   const bool whole = x.aligned && count >= kPack, weighted = x.token_weight != nullptr;
@@ -120,7 +120,7 @@ ACE_DEVICE bool read_chunk(const Tokens<T>& x, int64_t begin, int64_t end, int64
   } else if (whole) {
     while (first + kRowsInFlight <= end) merge(load_whole, [&](int r) { return x.token_weight[first + r]; });
   }
-  while (first < end) {  // the last rows, or all of them where loads cannot be whole
+  while (first < end) {  // the last rows, or all rows if whole-pack loads are not possible
     merge([&](int r) { return load_words(at + r * x.stride, first + r < end ? count : 0, whole && first + r < end); },
           [&](int r) { return first + r >= end ? 0.0f
                               : weighted       ? x.token_weight[first + r]
@@ -129,7 +129,7 @@ ACE_DEVICE bool read_chunk(const Tokens<T>& x, int64_t begin, int64_t end, int64
   return valid;
 }
 
-// Column `thread` of what the warps hold, a thread a column.
+// The warps' states in shared memory; each thread merges one column.
 struct WarpStates {
   float weight[kMomentWarps];
   float mean[kMomentWarps][kMomentColumns];
@@ -138,7 +138,7 @@ struct WarpStates {
   ACE_DEVICE void put(const ColumnStates& state) {
     if (lane_id() == 0) weight[warp_id()] = state.weight;
     ACE_UNROLL
-    for (int e = 0; e < kPack; ++e) {  // lanes side by side, so that no two of them want the same bank
+    for (int e = 0; e < kPack; ++e) {  // lanes are contiguous, which avoids bank conflicts
       mean[warp_id()][e * kWarpSize + lane_id()] = state.mean[e];
       m2[warp_id()][e * kWarpSize + lane_id()] = state.m2[e];
     }
@@ -147,7 +147,7 @@ struct WarpStates {
   // The column of the strip that this thread merges, by the layout of put().
   static ACE_DEVICE int64_t column() { return lane_id() * kPack + warp_id(); }
 
-  // All warps at once: their mean from the first's, then squares about it.
+  // Merges all warps at once: first the mean, as an offset to the first warp's, then the squares about it.
   ACE_DEVICE Welford<float> merged() const {
     Welford<float> all;
     float sum = 0.0f;
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kMomentThreads)
   if (!finite) raise_flag(report);
 }
 
-// Third: the weight itself, once no column needs the old one any more. One thread.
+// Third stage: adds the weight itself, after all columns have used the old one. One thread.
 template <class Real>
 __global__ void __launch_bounds__(kWarpSize) add_weight_kernel(Partials partials, int64_t chunks, Real* weight_sum) {
   if (threadIdx.x != 0) return;

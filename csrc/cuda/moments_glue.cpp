@@ -1,8 +1,8 @@
 // Statistics of activations on CUDA.
 //
-// update_cosine_moment_: products on tensor cores. r_t a_ti^2 and r_t x_tj^2 are each rounded to bfloat16, 2^-8 at
-// most, multiplied exactly and added in float32. All terms are positive, so each call's sum is within 2^-7 + 2^-15 of
-// its value, plus the float32 additions. Float32 input gets no more than that.
+// update_cosine_moment_: products on tensor cores. r_t a_ti^2 and r_t x_tj^2 are each rounded to bfloat16 (relative
+// error at most 2^-8), multiplied exactly and added in float32. All terms are positive, so each call's sum is within
+// 2^-7 + 2^-15 of its value, plus the float32 additions. Float32 input is not more precise.
 #include <ATen/ops/addmm.h>
 #include <torch/library.h>
 
@@ -44,7 +44,7 @@ at::Tensor inverse_square_norm(const at::Tensor& a) {
 void update_cosine_moment(at::Tensor moment, const at::Tensor& x, const at::Tensor& a) {
   check_update_cosine_moment(moment, x, a);
   const c10::cuda::CUDAGuard guard(x.device());
-  constexpr int64_t kTokens = 4096;  // at a time: bounds the memory of the squares, and is long enough for the product
+  constexpr int64_t kTokens = 4096;  // bounds the memory of the squares; enough for an efficient product
   const auto squares = [](const at::Tensor& v, const at::Tensor& r) {
     at::Tensor out = at::empty(v.sizes(), v.options().dtype(at::kBFloat16));
     C10_CUDA_CHECK(launch_scaled_squares(activations(v), r.const_data_ptr<float>(), out.mutable_data_ptr(), stream()));

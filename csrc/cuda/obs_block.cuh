@@ -1,16 +1,16 @@
-// obs_block_: SparseGPT's recursion inside one block of columns (core/obs_block.h), a warp for some rows.
+// obs_block_: SparseGPT's recursion inside one block of columns (core/obs_block.h), one warp for several rows.
 //
 // Contract
 //   weight, error, mask  [rows, width] as in ops.h; with a pattern mask is written, else read.
 //   ties                 among equal |w| / U_jj the lower column first.
-//   same bits            as the CPU: each weight is corrected by the columns before it in their order.
-//   refused              a row that holds a weight that is not finite is left as it was, and so is every row where the
-//                        factor is not finite or has a diagonal that is not positive; the flag is raised.
+//   same bits            as the CPU: each weight is corrected by the preceding columns in order.
+//   refused              a row with a weight that is not finite is left unchanged, and every row if the factor is not
+//                        finite or its diagonal is not positive; the flag is raised.
 //
-// How: columns are taken in panels of at most 32, whole groups, a lane a column. A panel first takes the corrections of
-// the panels before it, whose errors the lanes read back and hand round; then its own columns one after another by
-// shuffles. The recursion needs no barrier and no shared memory; the factor (64 KiB at 128 columns) is read from the
-// first cache, once for all rows of a warp. Compiled and run on the host only: not run on a GPU.
+// Method: columns are handled in panels of at most 32 columns in whole groups, one lane for each column. A panel first
+// applies the corrections of the preceding panels, whose errors the lanes read back and broadcast; then its own columns
+// one after another, by shuffles. The recursion needs no barrier and no shared memory; the factor (64 KiB at 128
+// columns) is read from the L1 cache, once for all rows of a warp. Compiled and run on the host only: not run on a GPU.
 #pragma once
 
 #include "core/obs_block.h"
@@ -28,10 +28,10 @@ struct ObsProblem {
   float* error;         // [rows, width], rows `error_stride` apart
   bool* mask;           // [rows, width], rows `mask_stride` apart
   const float* factor;  // [width, width], rows `factor_stride` apart
-  const int* unusable;  // not 0 where the factor cannot be used
+  const int* unusable;  // not 0 if the factor cannot be used
   int64_t rows, width, weight_stride, error_stride, mask_stride, factor_stride;
   int keep_n, group_m;
-  int panel;  // columns of one: whole groups, at most one a lane
+  int panel;  // columns of a panel: whole groups, at most one column for each lane
 };
 
 // A warp's rows in one panel: this lane's column of each.
@@ -41,7 +41,7 @@ struct ObsPanel {
   uint32_t kept[kObsRows];  // bit l: column of lane l, the same in all lanes
 };
 
-// Only what is read counts: the diagonal and what lies above it.
+// Checks only the entries that are read: the diagonal and above.
 __global__ void __launch_bounds__(kObsThreads)
     check_factor_kernel(const float* factor, int64_t width, int64_t stride, int* unusable) {
   bool usable = true;
@@ -66,11 +66,11 @@ ACE_DEVICE uint32_t usable_rows(const ObsProblem& p, int64_t first) {
     }
     usable |= static_cast<uint32_t>(__ballot_sync(kFullWarp, !finite) == 0) << r;
   }
-  __syncwarp();  // other lanes than these will write the weights; a ballot orders no memory
+  __syncwarp();  // other lanes will write the weights, and a ballot does not order memory
   return usable;
 }
 
-// What the columns of [0, start) do to column k.
+// Applies the corrections of columns [0, start) to column k.
 ACE_DEVICE void correct_by_earlier(const ObsProblem& p, int64_t first, uint32_t usable, int64_t start, int64_t k,
                                    bool mine, ObsPanel& panel) {
   for (int64_t before = 0; before < start; before += p.panel) {

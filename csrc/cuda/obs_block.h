@@ -5,7 +5,7 @@
 
 namespace ace::cuda {
 
-// What the contract in obs_block.cuh names.
+// The tensors of the contract in obs_block.cuh.
 struct ObsArguments {
   float* weight;
   float* error;

@@ -1,9 +1,8 @@
-// What a selection does with what it has decided: it prunes the weight in place, or writes a mask and only reads the
-// weight. The kernels that select are written once for both. The sign bit of kept[e] says that column j + e of row i
-// stays.
+// What a selection does with its decisions: prune the weight in place, or write a mask and only read the weight. The
+// selection kernels are written once for both. The sign bit of kept[e] means that column j + e of row i is kept.
 //   write(row, i, j, count, kept, load)  decides `count` columns; load() gives their weights.
 //   write_one(row, i, j, kept)           decides one column.
-//   leave(i, j, count)                   these columns are left as they are, as a score is not finite: kept.
+//   leave(i, j, count)                   leaves these columns unchanged, because a score is not finite: kept.
 //   set_threshold(group, value)          the group's smallest kept score.
 #pragma once
 
@@ -12,7 +11,7 @@
 namespace ace::cuda {
 
 struct PruneOutcome {
-  float* threshold;  // [groups]; null for N:M groups and for a cut that is given
+  float* threshold;  // [groups]; null for N:M groups and for a given cut
 
   template <class T, class Load>
   ACE_DEVICE void write(const ScoredRow<T>& row, int64_t, int64_t j, int count, const uint32_t* kept,
@@ -35,7 +34,7 @@ struct PruneOutcome {
 struct MaskOutcome {
   bool* mask;  // [rows, cols]
   int64_t cols;
-  bool aligned;  // every row starts on 8 bytes
+  bool aligned;  // every row is 8-byte aligned
 
   template <class T, class Load>
   ACE_DEVICE void write(const ScoredRow<T>&, int64_t i, int64_t j, int count, const uint32_t* kept, Load&&) const {

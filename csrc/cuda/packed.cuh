@@ -1,17 +1,17 @@
-// packed_linear for up to 16 tokens, and unpack_bitmap: a warp a row of the packed matrix (ops/packed.h).
+// packed_linear for up to 16 tokens, and unpack_bitmap: one warp for each row of the packed matrix (ops/packed.h).
 //
 // Contract
-//   sums       of products in float32: lane l of the warp adds columns l, l + 32, ... in rising order, then lanes are
-//              added by halves, then the bias; rounded once.
-//   any bits   A bitmap or row_start that disagrees with the survivors gives wrong numbers; nothing outside the
-//              buffers is read or written.
+//   sums       of products in float32: lane l of the warp adds columns l, l + 32, ... in ascending order, then lanes
+//              are added by halves, then the bias; rounded once.
+//   any bits   A bitmap or row_start that disagrees with the survivors gives wrong results; nothing outside the buffers
+//              is read or written.
 //
-// How: 1024 columns at a time. Each lane loads 32 bits of the bitmap, 128 bytes a warp side by side; a scan of their
-// counts over the warp says where the values of each word begin. The values of all 1024 columns lie side by side and
-// are brought to shared memory 16 bytes a lane at a time. Then the warp goes through the words: a lane takes the bit of
-// its own column, counts the bits below it, and reads its value; neighbouring lanes read neighbouring values of shared
-// memory and neighbouring inputs. Bytes read of a bfloat16 weight at 50 %: 1/8 of bitmap and 1 of values, once, and
-// nothing else but x, which stays in the caches.
+// Method: 1024 columns at a time. Each lane loads 32 bits of the bitmap, 128 contiguous bytes for each warp; a warp
+// scan of their bit counts gives the first value of each word. The values of all 1024 columns are contiguous and are
+// copied to shared memory, 16 bytes for each lane at a time. Then the warp goes through the words: a lane takes the bit
+// of its own column, counts the bits below it, and reads its value; neighbouring lanes read neighbouring values of
+// shared memory and neighbouring inputs. Bytes read for a bfloat16 weight at 50 %: 1/8 of bitmap and 1 of values, once;
+// besides these only x, which stays in the caches.
 //
 // Compiled and run on the host only: not run on a GPU.
 #pragma once
@@ -32,7 +32,7 @@ struct PackedRows {
   const T* values;
   const int64_t* row_start;
   int64_t rows, cols, words, survivors, keep;
-  bool aligned;  // values starts on 16 bytes
+  bool aligned;  // values is 16-byte aligned
 
   ACE_DEVICE int64_t start(int64_t row) const {
     const int64_t place = row_start != nullptr ? row_start[row] : row * keep;
@@ -45,7 +45,7 @@ struct PackedRows {
   }
 };
 
-// One warp's part of shared memory.
+// One warp's shared memory.
 template <class T>
 struct alignas(16) PackedStage {
   T value[kChunkColumns + Quad<T>::kSize];
@@ -53,8 +53,8 @@ struct alignas(16) PackedStage {
   int first[kWarpSize];  // place in `value` of a word's first value
 };
 
-// Brings values place to place + count to stage.value from *shift on, zeros where there are none; loads whole quads
-// where the buffer has them.
+// Copies values place to place + count to stage.value, starting at *shift, with zeros where there are none; loads whole
+// quads where the buffer has them.
 template <class T>
 ACE_DEVICE int stage_values(const PackedRows<T>& of, int64_t place, int count, PackedStage<T>& stage) {
   constexpr int kQuad = Quad<T>::kSize;
@@ -74,8 +74,8 @@ ACE_DEVICE int stage_values(const PackedRows<T>& of, int64_t place, int count, P
   return shift;
 }
 
-// Calls action(column, stored, value) for the columns of this lane, 32 of a chunk at a time; every lane of the warp
-// does so together. `value` is T{} where nothing is stored.
+// Calls action(column, stored, value) for this lane's columns, 32 of a chunk at a time, together in all lanes of the
+// warp. `value` is T{} where nothing is stored.
 template <class T, class Action>
 ACE_DEVICE void for_each_column(const PackedRows<T>& of, int64_t row, PackedStage<T>& stage, Action&& action) {
   int64_t place = of.start(row);
@@ -101,7 +101,7 @@ ACE_DEVICE void for_each_column(const PackedRows<T>& of, int64_t row, PackedStag
       const T value = stored ? stage.value[stage.first[w] + __popc(bits & below)] : T{};
       action(column, stored, value);
     }
-    __syncwarp();  // the next chunk overwrites what others may still read
+    __syncwarp();  // the next chunk overwrites values that other lanes may still read
     place += count;
   }
 }

@@ -5,7 +5,7 @@
 
 namespace ace::cuda {
 
-// What the contract in ops/packed.h names.
+// The tensors of the contract in ops/packed.h.
 struct PackedArguments {
   const uint8_t* bitmap;     // [rows, 8 words]
   const void* values;        // [survivors]
@@ -14,7 +14,7 @@ struct PackedArguments {
   Dtype dtype;
 };
 
-constexpr int64_t kPackedTokens = 16;  // of one launch of the product, at most
+constexpr int64_t kPackedTokens = 16;  // the most tokens of one launch of the product
 
 // out [tokens, rows] = x W^T + bias, for at most kPackedTokens tokens of x [tokens, cols], `stride` values apart; bias
 // [rows] or null. All of the matrix's dtype.

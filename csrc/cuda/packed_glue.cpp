@@ -1,5 +1,5 @@
-// packed_linear and unpack_bitmap on CUDA. A few tokens: the kernel multiplies from the bitmap. More: rows are unpacked
-// into a scratch matrix, and torch multiplies.
+// packed_linear and unpack_bitmap on CUDA. For a few tokens the kernel multiplies from the bitmap. For more, rows are
+// unpacked into a scratch matrix, and torch multiplies.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>

@@ -1,10 +1,10 @@
-// What stands in for CUDA: nvcc's own, the host engine of csrc/simt (the C++ tests define ACE_SIMT), or for a plain
-// compiler only the runtime's types. The one header of the back end that knows of the host engine.
+// Platform shim: CUDA (nvcc), or the host emulator of csrc/simt (the C++ tests define ACE_SIMT), or only the runtime's
+// types (a plain compiler). No other header of the back end depends on the emulator.
 #pragma once
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
-// The name in the parentheses of `extern __shared__` must be one for the whole program, of one type.
+// All `extern __shared__` arrays of a program must have the same name and type.
 #define ACE_DYNAMIC_SHARED(T, name)                             \
   extern __shared__ __align__(16) unsigned char ace_dynamic_[]; \
   T* const name = reinterpret_cast<T*>(ace_dynamic_)

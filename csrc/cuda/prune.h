@@ -9,7 +9,7 @@ namespace ace::cuda {
 cudaError_t launch_prune_rows(const ScoredArguments& matrix, int64_t keep_k, float* threshold, void* sums, int code,
                               cudaStream_t stream);
 
-// threshold [1]. The workspace serves the launchers of mask.h and across.h, too.
+// threshold [1]. The launchers of mask.h and across.h use a workspace of the same size.
 size_t prune_matrix_bytes(const ScoredArguments& matrix);
 cudaError_t launch_prune_matrix(const ScoredArguments& matrix, int64_t keep_k, float* threshold, void* workspace,
                                 void* sums, int code, cudaStream_t stream);

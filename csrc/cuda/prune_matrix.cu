@@ -24,7 +24,7 @@ Workspace workspace_at(void* base) {
   return {static_cast<MatrixState*>(base), counts, counts + kRadixBins};
 }
 
-// The kernels of one selection over one matrix, in the order in which they may be called.
+// The kernels of one selection over one matrix, in call order.
 template <class F, class T>
 class Selection {
  public:

@@ -2,15 +2,15 @@
 // row.
 //
 // Contract
-//   weight     [rows, cols], pruned in place: what the cut keeps keeps its bits, the rest becomes +0.0. Or it is only
-//              read, and mask [rows, cols] says the same.
-//   ties       among equal scores the lower row, then the lower column first, whatever the order in which blocks run.
-//   not finite the whole matrix is left as it was (mask: all True), and the flag is raised.
+//   weight     [rows, cols], pruned in place: kept weights keep their bits, the rest becomes +0.0. Or it is only read,
+//              and mask [rows, cols] is written instead.
+//   ties       among equal scores the lower row, then the lower column first, independent of the order of blocks.
+//   not finite the whole matrix is left unchanged (mask: all True), and the flag is raised.
 //
-// How: the first two digits (11 bits each) are found by a histogram pass each. The third pass reads the weight for the
-// last time: a tile whose keys all differ from those 22 bits is settled and written at once, of the others it counts
-// the last digit. Then only the open tiles are read again, for the cut's last digit and its ties: some per cent of the
-// tiles where scores differ, all of them where they are few and repeat. No step waits for the host.
+// Method: a histogram pass finds each of the first two digits (11 bits each). The third pass decides and writes the
+// tiles in which no key has those 22 bits, and counts the last digit in the others, the open tiles. Only open tiles are
+// read again, for the cut's last digit and its ties: a few per cent of the tiles if scores are distinct, all of them if
+// few distinct scores repeat. No step waits for the host.
 #pragma once
 
 #include "core/radix_select.h"
@@ -22,10 +22,10 @@ namespace ace::cuda {
 constexpr int64_t kTileSettled = -1;
 constexpr int kMaxScanThreads = 1024;
 
-// On the device, between the kernels of one selection.
+// The state on the device between the kernels of one selection.
 struct MatrixState {
-  Cut cut;        // digits found so far, and how many are still to be kept of the keys that have them
-  int64_t equal;  // how many keys have them; -1: not known
+  Cut cut;        // digits found so far, and how many of the keys with these digits are still to be kept
+  int64_t equal;  // how many keys have these digits; -1: not known
   int bad;        // a score is not finite: nothing may be written
 };
 
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kWarpSize) begin_kernel(MatrixState* state, Cu
   if (threadIdx.x == 0) *state = {cut, -1, 0};
 }
 
-// Adds a block's own counts to those of the device; integers, so the order of the blocks does not matter.
+// Adds a block's counts to the device's. They are integers, so the order of blocks does not matter.
 ACE_DEVICE void flush_counts(const RadixCounts& local, int64_t* counts, int bins) {
   __syncthreads();
   for (int b = 4 * static_cast<int>(threadIdx.x); b < bins; b += 4 * static_cast<int>(blockDim.x)) {
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kTileThreads)
   flush_counts(local, counts, radix_bins(pass));
 }
 
-// One block: takes the digit from the counts, and clears them for the next pass.
+// One block: finds the digit from the counts, and clears them for the next pass.
 __global__ void __launch_bounds__(kMaxScanThreads) find_digit_kernel(MatrixState* state, int64_t* counts, int pass) {
   __shared__ BlockScratch scratch;
   const Cut before = state->cut;
@@ -135,12 +135,12 @@ __global__ void __launch_bounds__(kMaxScanThreads) find_digit_kernel(MatrixState
   state->equal = found.count;
 }
 
-// The smallest kept score; NaN where the matrix was left alone.
+// The smallest kept score; NaN if the matrix was left unchanged.
 __global__ void __launch_bounds__(kWarpSize) threshold_kernel(const MatrixState* state, float* threshold) {
   if (threadIdx.x == 0) *threshold = state->bad != 0 ? bits_float(0x7fc00000u) : cut_threshold(state->cut);
 }
 
-// The last pass: writes the tiles that the digits found so far settle, counts the last digit of the others.
+// The last pass: writes the tiles that the digits found so far decide, and counts the last digit in the others.
 template <class F, class T, class Out>
 __global__ void __launch_bounds__(kTileThreads) settle_kernel(Scored<T> matrix, int64_t tiles, const MatrixState* state,
                                                               int64_t* tile_ties, int64_t* counts, Out out) {
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kTileThreads) settle_kernel(Scored<T> matrix, 
     ACE_UNROLL
     for (int e = 0; e < kPack; ++e) {
       const uint32_t apart = pack.key.value[e] ^ prefix;
-      kept[e] = less(least, pack.score.value[e]);  // where no key is undecided: above is above all 22 bits
+      kept[e] = less(least, pack.score.value[e]);  // if no key is undecided, the upper 22 bits decide
       nearest = apart < nearest ? apart : nearest;
     }
     const bool open = nearest < static_cast<uint32_t>(radix_bins(kLast));
@@ -174,7 +174,8 @@ __global__ void __launch_bounds__(kTileThreads) settle_kernel(Scored<T> matrix, 
   flush_counts(local, counts, radix_bins(kLast));
 }
 
-// tile_ties[tile] = how many of its keys equal the cut's. `all`: every tile is open, and none was checked before.
+// tile_ties[tile] = the number of its keys that equal the cut's. `all`: every tile is open, and none was checked
+// before.
 template <class F, class T>
 __global__ void __launch_bounds__(kTileThreads) count_ties_kernel(Scored<T> matrix, int64_t tiles, MatrixState* state,
                                                                   int64_t* tile_ties, bool all, NotFinite report) {
@@ -215,7 +216,7 @@ __global__ void __launch_bounds__(kMaxScanThreads)
   }
 }
 
-// Writes the open tiles by the cut.
+// Applies the cut to the open tiles.
 template <class F, class T, class Out>
 __global__ void __launch_bounds__(kTileThreads) apply_kernel(Scored<T> matrix, int64_t tiles, const MatrixState* state,
                                                              const int64_t* tile_ties, bool all, Out out) {
@@ -225,7 +226,7 @@ __global__ void __launch_bounds__(kTileThreads) apply_kernel(Scored<T> matrix, i
     return;
   }
   const Cut cut = state->cut;
-  const bool ranked = state->equal != cut.ties;  // else all that equal the cut are kept
+  const bool ranked = state->equal != cut.ties;  // else all keys that equal the cut's are kept
   for (TileWalk walk(tiles, matrix.cols); walk.more(); walk.next()) {
     const int64_t tile = walk.index();
     if (!all && tile_ties[tile] == kTileSettled) continue;
@@ -246,7 +247,7 @@ __global__ void __launch_bounds__(kTileThreads) apply_kernel(Scored<T> matrix, i
         if (tie != 0 && rank < cut.ties) kept[e] = kSign;
         rank += tie;
       }
-      __syncthreads();  // the next tile's scan overwrites what this one reads
+      __syncthreads();  // the next tile's scan overwrites data that this one reads
     }
     write_tile(pack, out, kept);
   }

@@ -1,10 +1,10 @@
 // prune_nm_ and nm_mask: keeps the best keep_n of each group of group_m consecutive columns, in one pass, in registers.
 //
 // Contract
-//   weight     [rows, cols], group_m divides cols; pruned entries become +0.0, kept ones keep their bits. Or it is
-//              only read, and mask [rows, cols] says the same.
+//   weight     [rows, cols], group_m divides cols; pruned entries become +0.0, kept ones keep their bits. Or it is only
+//              read, and mask [rows, cols] is written instead.
 //   ties       among equal scores the lower column first.
-//   not finite a group that holds a score that is not finite is left as it was (mask: all True); the flag is raised.
+//   not finite a group with a score that is not finite is left unchanged (mask: all True); the flag is raised.
 #pragma once
 
 #include "core/nm_select.h"
@@ -13,7 +13,7 @@
 
 namespace ace::cuda {
 
-// How often a value may be beaten, as functions of the three comparisons with the others of its group.
+// Whether fewer than 1, 2 or 3 other values of the group beat a value, as functions of its three comparisons.
 struct NeverBeaten {
   static ACE_HD constexpr unsigned table(unsigned a, unsigned b, unsigned c) { return ~(a | b | c) & 0xffu; }
 };
@@ -26,8 +26,8 @@ struct BeatenTwice {
   static ACE_HD constexpr unsigned table(unsigned a, unsigned b, unsigned c) { return ~(a & b & c) & 0xffu; }
 };
 
-// The sign bit of kept[e] where value e, a number, is among the keep_n best of its group, a lower column first among
-// equal ones: where it is beaten by fewer than keep_n others. Groups of 2 or 4, in which each pair is compared once.
+// Sets the sign bit of kept[e] if value e, a number, is among the keep_n best of its group, the lower column first
+// among equals: if fewer than keep_n others beat it. For groups of 2 or 4, in which each pair is compared once.
 template <int kGroup>
 ACE_DEVICE void keep_best_signs(const float* value, int keep_n, uint32_t* kept) {
   static_assert(kGroup == 2 || kGroup == 4);
@@ -39,7 +39,7 @@ ACE_DEVICE void keep_best_signs(const float* value, int keep_n, uint32_t* kept) 
     const float first = value[0] + 0.0f, second = value[1] + 0.0f, third = value[2] + 0.0f;
     const uint32_t l01 = less(first, value[1]), l02 = less(first, value[2]), l03 = less(first, value[3]);
     const uint32_t l12 = less(second, value[2]), l13 = less(second, value[3]), l23 = less(third, value[3]);
-    const auto by = [&](auto keep) {  // turns the pairs that the value is the later of
+    const auto by = [&](auto keep) {  // reverses the pairs in which the value is the later one
       using Keep = decltype(keep);
       kept[0] = bitwise<Keep::table(kBitA, kBitB, kBitC)>(l01, l02, l03);
       kept[1] = bitwise<Keep::table(~kBitA, kBitB, kBitC)>(l01, l12, l13);
@@ -55,7 +55,7 @@ ACE_DEVICE void keep_best_signs(const float* value, int keep_n, uint32_t* kept) 
   }
 }
 
-// One row's eight columns, whole groups. False where a score is not finite.
+// One row's eight columns, in whole groups. False if a score is not finite.
 template <class F, int kGroup, class T, class Out>
 ACE_DEVICE bool prune_nm_pack(const ScoredRow<T>& row, const ColumnTerms<F>& columns, int64_t i, int64_t j, int count,
                               const Words<T>& weight, int keep_n, const Out& out) {
@@ -84,8 +84,8 @@ ACE_DEVICE bool prune_nm_pack(const ScoredRow<T>& row, const ColumnTerms<F>& col
   return finite;
 }
 
-// Groups of 2, 4 or 8: a thread takes eight columns of some rows by 16-byte loads. Scores are compared as floats: of
-// two zeros neither is less, as of their order keys.
+// Groups of 2, 4 or 8: a thread handles eight columns of several rows with 16-byte loads. Scores are compared as
+// floats: zeros of both signs are equal, as are their order keys.
 template <class F, class T, int kGroup, class Out>
 __global__ void __launch_bounds__(kTileThreads)
     prune_nm_pack_kernel(Scored<T> matrix, int64_t tiles, int keep_n, Out out, NotFinite report) {
@@ -99,11 +99,11 @@ __global__ void __launch_bounds__(kTileThreads)
   if (!every_finite) raise_flag(report);
 }
 
-// Columns that a warp takes at a time: whole groups, at most one column a lane.
+// Columns that a warp handles at a time: whole groups, at most one column for each lane.
 ACE_HD int warp_columns(int group_m) { return kWarpSize / group_m * group_m; }
 
-// Any group of up to 32: a lane a column, its rank counted by looking at the keys of its group's lanes. Lanes have no
-// array of keys that would have to be indexed, so nothing leaves the registers whatever the size.
+// Groups of any size up to 32: one lane for each column, which counts its rank among the keys of its group's lanes. No
+// thread indexes an array of keys, so everything stays in registers for any size.
 template <class F, class T, class Out>
 __global__ void __launch_bounds__(kTileThreads)
     prune_nm_lane_kernel(Scored<T> matrix, int keep_n, int group_m, Out out, NotFinite report) {
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kTileThreads)
     const bool group_finite = (__ballot_sync(kFullWarp, !is_finite(score)) & group_lanes) == 0;
     int rank = 0;
     for (int g = 0; g < group_m; ++g) {
-      const uint32_t other = __shfl_sync(kFullWarp, key, group + g);  // lanes past the last group read on; not used
+      const uint32_t other = __shfl_sync(kFullWarp, key, group + g);  // past the last group: result not used
       rank += group + g < lane ? other >= key : other > key;
     }
     all_finite &= group_finite || !mine;

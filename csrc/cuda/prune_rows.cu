@@ -8,17 +8,17 @@ namespace ace::cuda {
 namespace {
 
 constexpr int64_t kWaves = 8;
-constexpr size_t kStaticShared = 10 * 1024;  // the kernel's own counters and scratch, rounded up
+constexpr size_t kStaticShared = 10 * 1024;  // the kernel's static counters and scratch, rounded up
 
-// Enough packs a thread that the work on the histogram is shared by many; short rows leave room for more blocks on a
-// multiprocessor.
+// Threads of a block: enough packs for each thread to amortise its share of the histogram. With short rows, fewer
+// threads leave room for more blocks on a multiprocessor.
 int row_threads(int64_t cols) {
   return cols <= 4096 ? kMaxRowThreads / 4 : cols <= 16384 ? kMaxRowThreads / 2 : kMaxRowThreads;
 }
 
 template <class Out>
 cudaError_t select_rows(const ScoredArguments& m, int64_t keep_k, Out out, void* sums, int code, cudaStream_t stream) {
-  if (m.cols > 0xffffffffLL) return cudaErrorInvalidValue;  // a row's counters have 32 bits
+  if (m.cols > 0xffffffffLL) return cudaErrorInvalidValue;  // row counters have 32 bits
   NotFinite report{nullptr, code};
   ACE_RETURN_IF_ERROR(not_finite_flag(&report.flag));
   int64_t blocks = 0, shared = 0;

@@ -1,20 +1,20 @@
-// prune_topk_ and topk_mask, group "row": one block a row, the row read from memory once and written once.
+// prune_topk_ and topk_mask, group "row": one block for each row, which is read from memory once and written once.
 //
 // Contract
-//   weight     [rows, cols], pruned in place: exactly keep_k of each row keep their bits, the others become +0.0; or
-//              only read, and mask [rows, cols] says the same.
-//   threshold  [rows]: the smallest kept score, +inf where keep_k == 0, NaN where the row was left alone.
+//   weight     [rows, cols], pruned in place: exactly keep_k of each row keep their bits, the others become +0.0. Or it
+//              is only read, and mask [rows, cols] is written instead.
+//   threshold  [rows]: the smallest kept score, +inf if keep_k == 0, NaN if the row was left unchanged.
 //   ties       among equal scores the lower column first.
-//   not finite a row that holds a score that is not finite is left as it was (mask: all True); the flag is raised.
+//   not finite a row with a score that is not finite is left unchanged (mask: all True); the flag is raised.
 //
-// How: the upper 16 bits of every key stay on chip, 2 bytes a column for every dtype, so the weight and the column
-// factors are read once to choose. (Keeping 16-bit weights and recomputing keys takes the same room but reads the
-// float32 column factors, twice the weight's bytes, again in every pass.) The first digit of 11 bits is counted as keys
-// are made. Columns that agree with it, some per cent of the row, are listed: the other 21 bits are found among them
-// alone, and their upper halves are overwritten by the outcome, so that the pass that writes compares each half with
-// one number. Where the list is too short, as with a row of few different scores, or the row is too long to be held,
-// all passes go over the whole row. Histograms are 32-bit shared counters: an increment by one compiles to
-// ATOMS.POPC.INC, in which the hardware adds up the lanes of a warp that hit the same counter.
+// Method: the upper 16 bits of every key stay on chip, 2 bytes for each column of any dtype, so the selection reads the
+// weight and the column factors once. (Keeping 16-bit weights and recomputing keys takes the same space but reads the
+// float32 column factors, twice the weight's bytes, again in every pass.) The first digit of 11 bits is counted while
+// keys are computed. The columns with that digit, a few per cent of the row, are listed: the other 21 bits are found
+// among them alone, and the outcome overwrites their upper halves, so that the writing pass compares each half with one
+// number. If the list is too short, as for a row of few distinct scores, or the row does not fit on chip, all passes go
+// over the whole row. Histograms are 32-bit shared counters: an increment by one compiles to ATOMS.POPC.INC, in which
+// the hardware adds up the lanes of a warp that hit the same counter.
 #pragma once
 
 #include "cuda/row_list.cuh"
@@ -22,10 +22,10 @@
 namespace ace::cuda {
 
 constexpr int kMaxRowThreads = 512;
-constexpr int kRowBlocks = 2;  // on a multiprocessor: one reads its row while the other selects
+constexpr int kRowBlocks = 2;  // for each multiprocessor: one reads its row while the other selects
 constexpr int kRowPasses = 4;
 
-// `listed`: how many columns the list holds.
+// `listed`: the capacity of the list, in columns.
 template <class F, class T, bool kHeld, class Out>
 __global__ void __launch_bounds__(kMaxRowThreads, kHeld ? kRowBlocks : 1)
     prune_rows_kernel(Scored<T> matrix, int64_t keep_k, int listed, Out out, NotFinite report) {
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, kHeld ? kRowBlocks : 1)
     }
     if (!written) write_row(keys, out, i, cut, ties_end);
     if (threadIdx.x == 0) out.set_threshold(i, cut_threshold(cut));
-    // No barrier: what a thread still reads of this row are packs of its own, which no other thread overwrites.
+    // No barrier: a thread still reads only its own packs of this row, which no other thread overwrites.
   }
 }
 

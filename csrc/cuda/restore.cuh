@@ -1,14 +1,13 @@
-// restore_mean_: a warp a row adds up what was removed and moves what remains (core/restore.h).
+// restore_mean_: one warp for each row adds up the removed weights and updates the remaining ones (core/restore.h).
 //
 // Contract
 //   weight     [rows, cols], rewritten.
 //   same bits  as the CPU: a lane of the warp is a lane of the contract, and lanes are added by halves.
-//   refused    a row that holds or meets what is not finite, or a direction that has not the sign of its mean, is left
-//   as
-//              it was; the flag is raised.
+//   refused    a row is left unchanged if it, mean or direction has a value that is not finite, or if a direction does
+//              not have the sign of its mean; the flag is raised.
 //
-// How: two passes over the row, 32 columns side by side; the second finds it in the cache. Nothing is shared.
-// Compiled and run on the host only: not run on a GPU.
+// Method: two passes over the row, 32 contiguous columns at a time; the second pass reads it from the cache. No shared
+// memory. Compiled and run on the host only: not run on a GPU.
 #pragma once
 
 #include "core/restore.h"
@@ -19,7 +18,7 @@
 namespace ace::cuda {
 
 static_assert(kLanes == kWarpSize, "a lane of the contract is a lane of a warp");
-constexpr int kRestoreWarps = 4;  // rows of a block at a time
+constexpr int kRestoreWarps = 4;  // rows that a block handles at a time
 
 ACE_DEVICE void restore_row(float* weight, const bool* mask, const RestoreArguments& of, const NotFinite& report) {
   double shift = 0.0, gain = 0.0;

@@ -5,7 +5,7 @@
 
 namespace ace::cuda {
 
-// What the contract in restore.cuh names.
+// The tensors of the contract in restore.cuh.
 struct RestoreArguments {
   float* weight;
   const bool* mask;

@@ -1,5 +1,5 @@
-// A row of scores as 16-bit halves of its keys on chip, and the passes over the whole row: read once, counted digit by
-// digit, written once. Used by prune_rows.cuh.
+// A row's scores as the upper 16-bit halves of their keys, on chip, and the passes over the whole row: one read, a
+// count for each digit, one write. Used by prune_rows.cuh.
 #pragma once
 
 #include "core/radix_select.h"
@@ -10,7 +10,7 @@ namespace ace::cuda {
 
 constexpr int kUpperShift = 16;
 
-// Digits of the row selection: the first is core's, the 16-bit half on chip ends after the second.
+// Digits of the row selection: the first is that of core, and the 16-bit half on chip ends after the second.
 ACE_HD constexpr RadixDigit row_digit(int pass) {
   return pass == 0   ? radix_digit(0)
          : pass == 1 ? RadixDigit{kUpperShift, 5}
@@ -18,9 +18,9 @@ ACE_HD constexpr RadixDigit row_digit(int pass) {
                      : RadixDigit{0, 5};
 }
 
-constexpr uint32_t kFirstBit = 1u << (row_digit(0).shift - kUpperShift);  // the first digit's lowest bit, in a half
+constexpr uint32_t kFirstBit = 1u << (row_digit(0).shift - kUpperShift);  // the lowest bit of the first digit in a half
 
-// Bytes of shared memory that hold a row: whole packs.
+// Bytes of shared memory for a row, in whole packs.
 ACE_HD size_t row_half_bytes(int64_t cols) {
   return static_cast<size_t>((cols + kPack - 1) / kPack * kPack) * sizeof(uint16_t);
 }
@@ -38,7 +38,7 @@ ACE_DEVICE Upper upper_of(const Pack<uint32_t>& key) {
   return upper;
 }
 
-// The row as its upper half keys, from the chip, or recomputed where it is too long to be held.
+// The upper halves of the row's keys, from shared memory, or recomputed if the row does not fit.
 template <class F, class T, bool kHeld>
 struct RowKeys {
   ScoredRow<T> row;
@@ -68,7 +68,7 @@ ACE_DEVICE void for_packs(int64_t cols, Body&& body) {
   }
 }
 
-// The same with the row and the number of columns: body(row, first column, count). Where all that a formula reads is
+// As above, with the row and the number of columns: body(row, first column, count). If all inputs of the formula are
 // aligned, one comparison serves all whole packs.
 template <class F, class T, class Body>
 ACE_DEVICE void for_row_packs(const ScoredRow<T>& row, Body&& body) {
@@ -80,7 +80,7 @@ ACE_DEVICE void for_row_packs(const ScoredRow<T>& row, Body&& body) {
   for (; j < row.cols; j += step) body(row, j, pack_count(row.cols, j));
 }
 
-// The one read of the row: holds the upper halves, counts the first digit. False where a score is not finite.
+// The only read of the row: stores the upper halves and counts the first digit. False if a score is not finite.
 template <class F, class T, bool kHeld>
 ACE_DEVICE bool read_row(const RowKeys<F, T, kHeld>& keys, uint32_t* counts) {
   clear_bins(counts, kRadixBins);
@@ -101,14 +101,14 @@ ACE_DEVICE bool read_row(const RowKeys<F, T, kHeld>& keys, uint32_t* counts) {
 template <class F, class T, bool kHeld>
 ACE_DEVICE void count_digit(const RowKeys<F, T, kHeld>& keys, int pass, uint32_t prefix, uint32_t* counts) {
   const RadixDigit digit = row_digit(pass);
-  const int upper_known = pass == 1 ? row_digit(0).shift - kUpperShift : 0;  // unknown bits at the half's lower end
+  const int upper_known = pass == 1 ? row_digit(0).shift - kUpperShift : 0;  // the half's low bits that are unknown
   const uint32_t upper_prefix = prefix >> kUpperShift >> upper_known;
   clear_bins(counts, 1 << digit.bits);
   for_packs(keys.row.cols, [&](int64_t j) {
     const Upper upper = keys.upper(j);
     ACE_UNROLL
     for (int e = 0; e < kPack; ++e) {
-      // The 0 that stands beyond the row's end agrees with no prefix: no finite score's upper half is below 0x0080.
+      // The 0 beyond the row's end agrees with no prefix: no finite score's upper half is below 0x0080.
       if (upper.at(e) >> upper_known != upper_prefix) continue;
       const uint32_t key = pass == 1 ? upper.at(e) << kUpperShift : keys.key(j + e);
       if ((key ^ prefix) >> (digit.shift + digit.bits) != 0) continue;
@@ -118,7 +118,7 @@ ACE_DEVICE void count_digit(const RowKeys<F, T, kHeld>& keys, int pass, uint32_t
   __syncthreads();
 }
 
-// Column behind the last tie that is kept: ties lie in index order, a stretch of columns a thread.
+// The column after the last kept tie. Ties are in index order; each thread has one stretch of columns.
 template <class F, class T, bool kHeld>
 ACE_DEVICE int64_t end_of_ties(const RowKeys<F, T, kHeld>& keys, Cut cut, BlockScratch& scratch, int64_t* end) {
   const int64_t threads = static_cast<int64_t>(blockDim.x), thread = static_cast<int64_t>(threadIdx.x);
@@ -145,7 +145,7 @@ ACE_DEVICE int64_t end_of_ties(const RowKeys<F, T, kHeld>& keys, Cut cut, BlockS
   return *end;
 }
 
-// The one write.
+// The only write.
 template <class F, class T, bool kHeld, class Out>
 ACE_DEVICE void write_row(const RowKeys<F, T, kHeld>& keys, const Out& out, int64_t i, Cut cut, int64_t ties_end) {
   const uint32_t cut_upper = cut.key >> kUpperShift;

@@ -1,27 +1,27 @@
-// The rest of the cut among the columns that have its first digit, which are listed. Used by prune_rows.cuh.
+// Finds the rest of the cut in a list of the columns with its first digit. Used by prune_rows.cuh.
 #pragma once
 
 #include "cuda/row_keys.cuh"
 
 namespace ace::cuda {
 
-// A listed column and the lower half of its key, a word each.
+// A listed column and the lower half of its key, one word each.
 constexpr int64_t kMaxListedCols = 1 << 16;
 
-// How long the list is: an eighth of the row, about twice what scores around the median of a bell curve need.
+// The list's capacity: an eighth of the row, about twice what a cut at the median of a normal distribution needs.
 ACE_HD int listed_columns(int64_t cols) {
   return cols > kMaxListedCols ? 0 : cols < 4096 ? 512 : static_cast<int>(cols / 8);
 }
 
-// Bytes of dynamic shared memory that hold a row and its list.
+// Bytes of dynamic shared memory for a row and its list.
 ACE_HD size_t row_held_bytes(int64_t cols) {
   return row_half_bytes(cols) + static_cast<size_t>(listed_columns(cols)) * sizeof(uint32_t);
 }
 
-constexpr RadixDigit kListDigit{12, 9};  // the next, counted among the listed
-constexpr int kMostRivals = kWarpSize;   // keys that have both, of which each is compared with all
+constexpr RadixDigit kListDigit{12, 9};  // the next digit, counted among the listed columns
+constexpr int kMostRivals = kWarpSize;   // keys with both digits; each is compared with all others
 
-// What the selection among the listed columns shares.
+// Shared memory of the selection among the listed columns.
 struct ListScratch {
   uint32_t listed;  // columns so far
   uint32_t rivals;
@@ -30,7 +30,7 @@ struct ListScratch {
   int64_t equal;  // how many keys equal the cut's
 };
 
-// Lists the columns whose key has the first digit of `prefix`, in no order.
+// Lists the columns whose key has the first digit of `prefix`, in no particular order.
 template <class F, class T>
 ACE_DEVICE void list_columns(const RowKeys<F, T, true>& keys, uint32_t prefix, uint32_t* list, ListScratch& shared) {
   const uint32_t both = bytes_of<0x7676>(0u, prefix), digit = (0x10000u - kFirstBit) * 0x10001u;
@@ -41,7 +41,7 @@ ACE_DEVICE void list_columns(const RowKeys<F, T, true>& keys, uint32_t prefix, u
     ACE_UNROLL
     for (int w = 0; w < kPack / 2; ++w) {
       const uint32_t other = bitwise<(kBitA ^ kBitB) & kBitC>(upper.word[w], both, digit);
-      // Below a half that is not 0 nothing is borrowed from its top bit, as the lowest bits of each are 0.
+      // A half that is not 0 borrows nothing from its top bit, because the lowest bits of each half are 0.
       const uint32_t zero = bitwise<kBitA & ~kBitB & kBitC>(other - 0x00010001u, other, kTops);
       hits |= zero >> w;
     }
@@ -59,14 +59,13 @@ ACE_DEVICE void for_listed(uint32_t* list, int count, Body&& body) {
   for (int n = static_cast<int>(threadIdx.x); n < count; n += static_cast<int>(blockDim.x)) body(list[n]);
 }
 
-// The key of a listed column: its upper half is held, the lower one is in the entry.
+// The key of a listed column: its upper half is in shared memory, the lower half in the entry.
 template <class F, class T>
 ACE_DEVICE uint32_t listed_key(const RowKeys<F, T, true>& keys, uint32_t entry) {
   return static_cast<uint32_t>(keys.held[entry & 0xffffu]) << kUpperShift | entry >> 16;
 }
 
-// The whole cut, of which the first digit is known, in shared.cut. False where too many keys have the second digit,
-// too.
+// Completes the cut, whose first digit is known, in shared.cut. False if too many keys also have the second digit.
 template <class F, class T>
 ACE_DEVICE bool cut_of_list(const RowKeys<F, T, true>& keys, uint32_t* list, int count, Cut cut, uint32_t* counts,
                             BlockScratch& scratch, ListScratch& shared) {
@@ -95,7 +94,7 @@ ACE_DEVICE bool cut_of_list(const RowKeys<F, T, true>& keys, uint32_t* list, int
       before += same && n < static_cast<int>(threadIdx.x);
     }
     const int64_t ties = cut.ties - found.above - above;
-    if (before + 1 == ties) {  // one thread, also where keys are equal
+    if (before + 1 == ties) {  // one thread, even if keys are equal
       shared.cut = {mine, ties};
       shared.equal = equal;
     }
@@ -104,18 +103,18 @@ ACE_DEVICE bool cut_of_list(const RowKeys<F, T, true>& keys, uint32_t* list, int
   return true;
 }
 
-// The one write, once the listed columns' halves are above or below all others with the first digit of the cut.
+// The only write. The listed columns' halves have been set above or below all halves with the cut's first digit.
 template <class F, class T, class Out>
 ACE_DEVICE void write_settled(const RowKeys<F, T, true>& keys, const Out& out, int64_t i, Cut cut) {
-  const uint32_t least = (cut.key >> row_digit(0).shift) * kFirstBit + kFirstBit;  // of a half that stays
+  const uint32_t least = (cut.key >> row_digit(0).shift) * kFirstBit + kFirstBit;  // of a kept half
   const uint32_t low_bits = (least & 0x7fffu) * 0x10001u, low = (least & 0x8000u) == 0 ? ~0u : 0u;
-  // Of the row only the weight is read.
+  // Reads only the weight of the row.
   for_row_packs<MagnitudeScore>(keys.row, [&](const ScoredRow<T>& row, int64_t j, int count) {
     const Upper upper = keys.upper(j);
     uint32_t kept[kPack];
     ACE_UNROLL
     for (int w = 0; w < kPack / 2; ++w) {
-      // The top bit of each half of `above`: whether the half's other bits are not less than those of `least`.
+      // The top bit of each half of `above`: whether the half's other bits are at least those of `least`.
       const uint32_t above = (upper.word[w] | 0x80008000u) - low_bits;
       kept[2 * w + 1] = bitwise<(kBitA & kBitB) | (kBitA & kBitC) | (kBitB & kBitC)>(upper.word[w], above, low);
       kept[2 * w] = kept[2 * w + 1] << 16;
@@ -124,7 +123,7 @@ ACE_DEVICE void write_settled(const RowKeys<F, T, true>& keys, const Out& out, i
   });
 }
 
-// All of it; false, with nothing changed, where the list is no help.
+// The whole selection by the list. Returns false, and changes nothing, if the list does not help.
 template <class F, class T, class Out>
 ACE_DEVICE bool select_listed(const RowKeys<F, T, true>& keys, const Out& out, int64_t i, int count, Cut* cut,
                               uint32_t* counts, BlockScratch& scratch, ListScratch& shared, int64_t* shared_end) {

@@ -1,4 +1,4 @@
-// score, the sums of the ria score, and the flag for what is not finite.
+// score, the sums of the ria score, and the flag for values that are not finite.
 #include "cuda/dispatch.cuh"
 #include "cuda/score.cuh"
 #include "cuda/score.h"
@@ -25,7 +25,7 @@ SumsLayout sums_layout(const ScoredArguments& m) {
 }
 
 #if defined(__CUDACC__)
-__device__ int not_finite_code;  // zero when the module is loaded, one on each device
+__device__ int not_finite_code;  // zero when the module is loaded; one for each device
 #else
 int not_finite_code;
 #endif

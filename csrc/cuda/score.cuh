@@ -1,5 +1,5 @@
-// score: the scores themselves, float32 [rows, cols] contiguous. For looking at: the pruning kernels never store them.
-// A score that is not finite is written as it is, and raises the flag.
+// score: the scores themselves, float32 [rows, cols] contiguous. For inspection: the pruning kernels never store
+// scores. A score that is not finite is written and raises the flag.
 #pragma once
 
 #include "cuda/scored.cuh"

@@ -1,8 +1,8 @@
-// Sums of |W| by row and by column, which the ria score divides by.
+// Sums of |W| by row and by column, by which the ria score divides.
 //
 // Contract
-//   row_sum [rows], column_sum [cols]: float64 sums rounded once to float32. Two stages without float atomics: the same
-//   bits in every run, and the CPU's wherever the float64 sums are exact, as they are for 16-bit weights of one scale.
+//   row_sum [rows], column_sum [cols]: float64 sums rounded once to float32. Two stages without float atomics, so the
+//   bits are the same in every run, and the CPU's if the float64 sums are exact, as for 16-bit weights of one scale.
 #pragma once
 
 #include "cuda/block.cuh"
@@ -22,7 +22,7 @@ struct Matrix {
   bool aligned;
 };
 
-// A warp a row.
+// One warp for each row.
 template <class T>
 __global__ void __launch_bounds__(kSumThreads) row_sums_kernel(Matrix<T> matrix, float* row_sum) {
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kSumWarps + warp_id(); i < matrix.rows;
@@ -39,7 +39,8 @@ __global__ void __launch_bounds__(kSumThreads) row_sums_kernel(Matrix<T> matrix,
   }
 }
 
-// First stage: partial[chunk][cols], a block for a chunk of rows and a strip of columns; its warps take turns at rows.
+// First stage: partial[chunk][cols], one block for a chunk of rows and a strip of columns; its warps alternate over the
+// rows.
 template <class T>
 __global__ void __launch_bounds__(kSumThreads)
     column_partials_kernel(Matrix<T> matrix, int64_t units, double* partial) {

@@ -1,5 +1,5 @@
-// A weight with all that its formula reads, as raw pointers; keys of eight consecutive weights at a time, recomputed
-// wherever they are needed. Products are rounded one by one (built with --fmad=false), so scores have the CPU's bits.
+// A weight with the inputs of its formula, as raw pointers. Keys are recomputed wherever they are needed, eight
+// consecutive weights at a time. Each product is rounded (built with --fmad=false), so scores have the CPU's bits.
 #pragma once
 
 #include "core/order_key.h"
@@ -16,10 +16,10 @@ struct Scored {
   const float* row_sum;     // [rows] or null
   const float* column_sum;  // [cols] or null
   int64_t rows, cols, stride;
-  bool weight_aligned, column_aligned, moment_aligned;  // every row starts on 16 bytes
+  bool weight_aligned, column_aligned, moment_aligned;  // every row is 16-byte aligned
 };
 
-// One row of it.
+// One row of a scored weight.
 template <class T>
 struct ScoredRow {
   T* weight;
@@ -44,8 +44,8 @@ ACE_DEVICE ScoredRow<T> row_of(const Scored<T>& matrix, int64_t i) {
           matrix.moment_aligned};
 }
 
-// Whether a pack of `count` columns is full and all that the formula reads is aligned: what as_whole(row) says to the
-// compiler, so that no branch remains around its loads.
+// Whether a pack of `count` columns is full and all inputs of the formula are aligned. as_whole(row) tells this to the
+// compiler, so that no branch remains around the loads.
 template <class F, class T>
 ACE_DEVICE bool is_whole(const ScoredRow<T>& row, int count) {
   return count >= kPack && row.weight_aligned && (!(F::kColumn || F::kSums) || row.column_aligned) &&
@@ -58,7 +58,7 @@ ACE_DEVICE ScoredRow<T> as_whole(ScoredRow<T> row) {
   return row;
 }
 
-// Whether all are finite: the product of such a number and 0 is a zero, of any other NaN.
+// Whether all are finite: a finite number times 0 is zero, any other is NaN.
 template <int kCount>
 ACE_DEVICE bool all_finite(const float* value) {
   float zero = 0.0f;
@@ -67,7 +67,7 @@ ACE_DEVICE bool all_finite(const float* value) {
   return zero == 0.0f;
 }
 
-// What a formula reads of eight columns, whatever the row.
+// The inputs of a formula for eight columns that do not depend on the row.
 template <class F>
 struct ColumnTerms {
   Words<float> factor, sum;
@@ -82,8 +82,7 @@ ACE_DEVICE ColumnTerms<F> column_terms(const ScoredRow<T>& row, int64_t j, int c
   return terms;
 }
 
-// Scores of columns j..j+count of a row, given their weights; finite ones beyond. False where one of them is not
-// finite.
+// Scores of columns j..j+count of a row, given their weights; finite values beyond. False if one of them is not finite.
 template <class F, class T>
 ACE_DEVICE bool pack_scores(const ScoredRow<T>& row, const ColumnTerms<F>& columns, int64_t j, int count,
                             const Words<T>& weight, Pack<float>* score) {
@@ -100,7 +99,7 @@ ACE_DEVICE bool pack_scores(const ScoredRow<T>& row, const ColumnTerms<F>& colum
   return all_finite<kPack>(score->value);
 }
 
-// 0, which no finite score has, beyond the row's end.
+// Beyond the row's end the key is 0, which no finite score has.
 ACE_DEVICE Pack<uint32_t> keys_of(const Pack<float>& score, int count) {
   Pack<uint32_t> key;
   ACE_UNROLL
@@ -108,7 +107,7 @@ ACE_DEVICE Pack<uint32_t> keys_of(const Pack<float>& score, int count) {
   return key;
 }
 
-// Keys of the same.
+// The keys of these scores.
 template <class F, class T>
 ACE_DEVICE bool pack_keys(const ScoredRow<T>& row, const ColumnTerms<F>& columns, int64_t j, int count,
                           const Words<T>& weight, Pack<uint32_t>* key) {
@@ -137,7 +136,8 @@ ACE_DEVICE float score_at(const ScoredRow<T>& row, int64_t j) {
   return F::value(to_float(row.weight[j]), terms);
 }
 
-// --- tiles: the work of a block where a group is not a row. Row-major, so that their order is that of the weights ---
+// --- tiles: a block's units of work if a group is not a row. Row-major, so that tiles are in the order of the weights
+// ---
 
 constexpr int kTileThreads = 256;
 constexpr int64_t kTileColumns = kTileThreads * kPack;
@@ -154,7 +154,7 @@ ACE_DEVICE Tile tile_at(int64_t tile, int64_t cols) {
   return {row, (tile - row * per_row) * kTileColumns};
 }
 
-// The tiles of this block, from its own number on by the grid's. Divides once, not for every tile.
+// The tiles of this block: a grid-stride loop that divides once, not for every tile.
 class TileWalk {
  public:
   ACE_DEVICE TileWalk(int64_t tiles, int64_t cols)
@@ -178,7 +178,7 @@ class TileWalk {
   }
 
  private:
-  int64_t tiles_, end_, index_;  // end_: of a row, in whole tiles
+  int64_t tiles_, end_, index_;  // end_: end of a row, in whole tiles
   Tile tile_, step_;
 };
 
@@ -191,7 +191,7 @@ ACE_DEVICE void for_tile_packs(int64_t tiles, int64_t cols, Body&& body) {
   }
 }
 
-// Where the order of packs does not matter a tile has some rows: they share the columns' terms, and their weights are
+// If the order of packs does not matter, a tile has several rows, which share the columns' terms and whose weights are
 // loaded together.
 constexpr int kTileRows = 4;
 
@@ -223,7 +223,7 @@ ACE_DEVICE void for_scored_packs(const Scored<T>& matrix, int64_t tiles, Body&& 
   });
 }
 
-// Says that an op met something that is not finite: the flag keeps the largest code seen. See not_finite.h.
+// Reports that an op met a value that is not finite: the flag keeps the largest code. See not_finite.h.
 struct NotFinite {
   int* flag;
   int code;

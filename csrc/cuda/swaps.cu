@@ -35,7 +35,7 @@ cudaError_t refine_swaps_bytes(const SwapArguments& a, size_t* bytes) {
 cudaError_t launch_refine_swaps(const SwapArguments& a, int64_t* swaps, void* workspace, int code,
                                 cudaStream_t stream) {
   if (a.rows == 0 || a.cols == 0) return cudaSuccess;
-  // Columns are counted in 32 bits, with room for the last stride; a gram of more would not fit any device.
+  // Columns are counted in 32 bits, with room for the last stride; a larger gram would not fit any device.
   if (a.cols > 0x3fffffff) return cudaErrorInvalidValue;
   NotFinite report{nullptr, code};
   ACE_RETURN_IF_ERROR(not_finite_flag(&report.flag));

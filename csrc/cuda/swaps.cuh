@@ -1,15 +1,16 @@
-// refine_swaps_: a block a row exchanges kept and removed weights while the row's exact loss falls (core/swaps.h).
+// refine_swaps_: one block for each row exchanges kept and removed weights while the row's exact loss falls
+// (core/swaps.h).
 //
 // Contract
-//   mask       [rows, cols], rewritten; swaps [rows] is how many were made, -1 where the row was left alone.
+//   mask       [rows, cols], rewritten; swaps [rows] is the number of swaps, -1 where the row was left unchanged.
 //   ties       the lower restored column first, then the lower removed one.
 //   same bits  as the CPU: c = G e is float64, products are exact in it and are added in the order of the columns.
-//   refused    a row that holds a weight that is not finite, or groups that do not keep keep_n, is left as it was, and
-//              so is every row where gram is not finite; the flag is raised.
+//   refused    a row with a weight that is not finite, or with groups that do not keep keep_n, is left unchanged, and
+//              every row if gram is not finite; the flag is raised.
 //
-// How: c lies in global memory, 8 bytes a column for each block, and is read and written by the thread of its column
-// alone, so it stays in the first cache. A swap reads two rows of G and costs two reductions over the block (one with a
-// pattern). Where c is first computed a thread keeps kColumnsInFlight of it in registers and the block walks down the
+// Method: c is in global memory, 8 bytes for each column and block. Only the thread of a column reads and writes its
+// entry, so it stays in the L1 cache. A swap reads two rows of G and costs two block reductions (one with a pattern).
+// To compute c the first time, a thread keeps kColumnsInFlight entries in registers while the block goes through the
 // removed columns' rows of G. Compiled and run on the host only: not run on a GPU.
 #pragma once
 
@@ -19,7 +20,7 @@
 
 namespace ace::cuda {
 
-constexpr int kSwapThreads = kNormLanes;  // so that thread t is lane t of the sum of norms
+constexpr int kSwapThreads = kNormLanes;  // thread t is lane t of the sum of norms
 constexpr int kSwapWarps = kSwapThreads / kWarpSize;
 constexpr int kColumnsInFlight = 4;
 
@@ -30,14 +31,14 @@ struct SwapProblem {
   const float* gram;      // [cols, cols]
   const float* diagonal;  // [cols], of gram
   const double* root;     // [cols], of the diagonal
-  const int* unusable;    // not 0 where gram is not finite
+  const int* unusable;    // not 0 if gram is not finite
   double* c;              // [blocks, cols]
   int64_t* swaps;         // [rows]
   int64_t rows, weight_stride, mask_stride, max_swaps;
   int cols, keep_n, group_m;
 };
 
-// The same for the row of one block.
+// As above, for the row of one block.
 template <class T>
 struct BlockRow {
   const T* weight;
@@ -53,7 +54,7 @@ struct BlockRow {
   ACE_DEVICE const float* gram_row(int j) const { return gram + static_cast<int64_t>(j) * cols; }
 };
 
-// A swap, or one half of it; -1 where there is nothing to choose from.
+// A swap, or one half of it; -1 if there is no candidate.
 struct Candidate {
   double change;
   int restored, removed;
@@ -67,14 +68,14 @@ struct SwapScratch {
   Candidate restored[kSwapWarps], removed[kSwapWarps];
 };
 
-constexpr Candidate kNothing{1.7976931348623157e308, -1, -1};  // after all others: float32 values change no loss so far
+constexpr Candidate kNothing{1.7976931348623157e308, -1, -1};  // after all others: no real change is so large
 
 ACE_DEVICE bool is_before(const Candidate& a, const Candidate& b) {
   if (a.change != b.change) return a.change < b.change;
   return a.restored != b.restored ? a.restored < b.restored : a.removed < b.removed;
 }
 
-// The least of the block's candidates, in every thread. One barrier; `warps` may be used again after the next.
+// The least of the block's candidates, in every thread. One barrier; `warps` may be reused after the next barrier.
 ACE_DEVICE Candidate block_least(Candidate mine, Candidate* warps) {
   ACE_UNROLL
   for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
@@ -98,7 +99,7 @@ ACE_DEVICE void for_columns(int cols, Body&& body) {
   for (int j = static_cast<int>(threadIdx.x); j < cols; j += kSwapThreads) body(j);
 }
 
-// Whether gram is finite; its diagonal and the diagonal's root, side by side.
+// Checks that gram is finite; writes its diagonal and the diagonal's root, contiguous.
 __global__ void __launch_bounds__(kSwapThreads)
     read_gram_kernel(const float* gram, int cols, float* diagonal, double* root, int* unusable) {
   bool finite = true;
@@ -183,7 +184,7 @@ ACE_DEVICE void start_row(const BlockRow<T>& row, SwapScratch& scratch) {
   __syncthreads();
 }
 
-// The weight that is best restored, then the one best removed given that.
+// The best weight to restore, then the best to remove after that.
 template <class T>
 ACE_DEVICE Candidate find_swap(const BlockRow<T>& row, SwapScratch& scratch) {
   Candidate best = kNothing;

@@ -5,7 +5,7 @@
 
 namespace ace::cuda {
 
-// What the contract in swaps.cuh names.
+// The tensors of the contract in swaps.cuh.
 struct SwapArguments {
   const void* weight;
   bool* mask;

@@ -1,11 +1,10 @@
-// inverse_square_norm, and the squares whose product update_cosine_moment_ gives to the tensor cores.
+// inverse_square_norm, and the squares that update_cosine_moment_ multiplies on tensor cores.
 //
 // Contract
-//   r [tokens] float32: r_t = 1 / sum_i a_ti^2; 0 for a row of zeros. Sums of eight squares in float32, added up in
-//   float64. A sum that is not finite raises the flag.
-//   squares [tokens, cols] bfloat16: r_t v_tj^2, a float32 product rounded once, so within 2^-8 (1 + 2^-14) of its
-//   value. With v = a it lies in [0, 1]; with v = x it is x's energy in units of the token's: neither needs more than
-//   bfloat16's range, which is float32's, where float16 would overflow at |v| = 256.
+//   r [tokens] float32: r_t = 1 / sum_i a_ti^2; 0 for a row of zeros. Sums of eight squares in float32, added in
+//   float64. A sum that is not finite raises the flag. squares [tokens, cols] bfloat16: r_t v_tj^2, a float32 product
+//   rounded once, so within 2^-8 (1 + 2^-14) of its value. For v = a it is in [0, 1]; for v = x it is x's energy
+//   relative to the token's. Bfloat16, with the range of float32, holds both; float16 would overflow at |v| = 256.
 #pragma once
 
 #include "cuda/block.cuh"
@@ -26,7 +25,7 @@ ACE_DEVICE double sum_of_squares(const Words<T>& words) {
   return static_cast<double>(sum);
 }
 
-// A warp a row.
+// One warp for each row.
 template <class T>
 __global__ void __launch_bounds__(kNormThreads)
     inverse_square_norm_kernel(const T* a, int64_t tokens, int64_t cols, int64_t stride, bool aligned, float* r,

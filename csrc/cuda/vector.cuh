@@ -1,4 +1,4 @@
-// Eight consecutive values at a time, in 16-byte loads and stores where the address allows it.
+// Eight consecutive values at a time, in 16-byte loads and stores where the alignment allows it.
 #pragma once
 
 #include <type_traits>
@@ -20,8 +20,8 @@ struct Pack {
   T value[kPack];
 };
 
-// The same as a load brings them, in whole words: of two 16-bit values in a word each is widened by one instruction,
-// where it is used. Values of a type of their own cost three each.
+// The same values in whole words, as loaded: each 16-bit value of a word is widened by one instruction where it is
+// used. Values of a separate 16-bit type would cost three instructions each.
 template <class T>
 struct Words {
   static constexpr int kInWord = 4 / sizeof(T);
@@ -40,7 +40,7 @@ struct Words {
   }
 };
 
-// Sixteen bytes. On a device a type of the runtime's, which nvcc moves in one instruction.
+// Sixteen bytes. On a device a type of the CUDA runtime, which nvcc moves in one instruction.
 ACE_DEVICE void load_line(const void* p, uint32_t* word) {
 #if defined(__CUDACC__)
   const uint4 line = *static_cast<const uint4*>(p);
@@ -58,7 +58,7 @@ ACE_DEVICE void store_shared_line(void* p, const uint32_t* word) {
 #endif
 }
 
-// To global memory. Words that inline assembly made nvcc would store one by one.
+// Stores to global memory. nvcc would store words made by inline assembly one by one.
 ACE_DEVICE void store_line(void* p, const uint32_t* word) {
 #if defined(__CUDA_ARCH__)
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(word[0]),
@@ -69,7 +69,7 @@ ACE_DEVICE void store_line(void* p, const uint32_t* word) {
 #endif
 }
 
-// p[0..kPack), p a multiple of 16 bytes.
+// p[0..kPack), p 16-byte aligned.
 template <class T>
 ACE_DEVICE Words<T> load_words(const T* p) {
   Words<T> words;
@@ -78,10 +78,10 @@ ACE_DEVICE Words<T> load_words(const T* p) {
   return words;
 }
 
-// How many of the pack at column j lie within the row; 0 or less beyond its end.
+// The number of the pack's columns from j on that are within the row; 0 or less beyond its end.
 ACE_DEVICE int pack_count(int64_t cols, int64_t j) { return cols - j < kPack ? static_cast<int>(cols - j) : kPack; }
 
-// p[0..count) and zeros beyond. `whole`: there are kPack, and p is a multiple of 16 bytes.
+// p[0..count) and zeros beyond. `whole`: count is kPack, and p is 16-byte aligned.
 template <class T>
 ACE_DEVICE Words<T> load_words(const T* p, int count, bool whole) {
   if (whole) return load_words(p);
@@ -96,7 +96,7 @@ ACE_DEVICE Words<T> load_words(const T* p, int count, bool whole) {
   return words;
 }
 
-// `kept`: bit 31 of word e where value e stays; the others become +0.
+// `kept`: bit 31 of word e is set if value e is kept; the others become +0.
 template <class T>
 ACE_DEVICE void zero_rest(Words<T>& words, const uint32_t* kept) {
   ACE_UNROLL
@@ -124,7 +124,7 @@ ACE_DEVICE void store_words(T* p, const Words<T>& words, int count, bool whole) 
   }
 }
 
-// Whether rows that start at p and lie `stride` values apart all start on 16 bytes.
+// Whether all rows, which start at p and are `stride` values apart, are 16-byte aligned.
 template <class T>
 bool rows_aligned(const T* p, int64_t stride) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride * static_cast<int64_t>(sizeof(T)) % 16 == 0;

@@ -1,6 +1,6 @@
-// One selection over several matrices (the whole model), without storing a score. Three rounds of score_histogram,
-// summed over the matrices, give the key of the cut; then prune_at_ applies it to each. ace_ext.ops.prune_topk_across_
-// is the function to call: it does both.
+// One selection over several matrices (the whole model) that stores no scores. Three rounds of score_histogram, summed
+// over the matrices, give the threshold's key; then prune_at_ applies it to each matrix. Call
+// ace_ext.ops.prune_topk_across_, which does both.
 //
 //   score_histogram(weight, formula, prefix, level, column=None, moment=None) -> counts [2048, 2048, 1024][level] int64
 //       counts of keys (core/order_key.h) by their digit of this level, among those whose digits above it equal those

@@ -2,12 +2,12 @@
 //
 //   obs_block_(weight!, error!, mask!, factor, keep_n=0, group_m=0)
 //       weight, error [rows, width] float32, mask [rows, width] bool, factor U [width, width] float32 with a positive
-//       diagonal; what is below it is not read. Column slices of a matrix work for every tensor.
-//       For c = 0..width-1: where mask is false d = w_c / U_cc, w_k -= d U_ck for k > c, w_c = +0.0; else d = 0 and w_c
-//       stays; error_c = d. keep_n = group_m = 0: mask is read. Else it is written: at the first column of each group
-//       of group_m the keep_n largest |w_j| / U_jj are kept, the lower column first among equals. A recursion that
-//       overflows is not refused: its results are not finite, which the next op refuses. Float operations are done in
-//       one order everywhere, so that CUDA gives the CPU's bits.
+//       diagonal; entries below the diagonal are not read. Column slices of a matrix work for every tensor. For c =
+//       0..width-1: where mask is false d = w_c / U_cc, w_k -= d U_ck for k > c, w_c = +0.0; else d = 0 and w_c stays;
+//       error_c = d. keep_n = group_m = 0: mask is read. Else it is written: at the first column of each group of
+//       group_m the keep_n largest |w_j| / U_jj are kept, the lower column first among equals. An overflow in the
+//       recursion is not refused here: its results are not finite, so the next op refuses them. Float operations are
+//       done in one order everywhere, so that CUDA gives the CPU's bits.
 #pragma once
 
 #include <cstdint>

@@ -7,7 +7,7 @@
 
 namespace ace {
 
-constexpr int64_t kMostColumns = int64_t{1} << 48;  // so that no size of a row overflows
+constexpr int64_t kMostColumns = int64_t{1} << 48;  // so that a row's size in bytes cannot overflow
 
 void check_packed(std::string_view op, const at::Tensor& bitmap, const at::Tensor& values,
                   const OptionalTensor& row_start, int64_t cols) {

@@ -1,5 +1,5 @@
-// Matrices whose zeros are not stored: a bit for each weight, and the survivors in order. docs/formats.md describes how
-// they are stored in files.
+// Packed matrices, whose zeros are not stored: one bit for each weight, and the survivors in order. docs/formats.md
+// describes the files.
 //
 //   packed_linear(x, bitmap, values, row_start=None, bias=None) -> out
 //       out [tokens, rows] = x W^T + bias, contiguous, in the dtype of x.
@@ -7,16 +7,15 @@
 //       weight [rows, cols] contiguous, in the dtype of values: survivors with their bits, +0.0 elsewhere.
 //
 //   x          [tokens, cols] float32, float16 or bfloat16; contiguous columns, any row stride >= cols.
-//   bitmap     [rows, 8 ceil(cols / 64)] uint8, contiguous. Bit j % 8 (the lowest first) of byte j / 8 belongs to
-//   column
-//              j; set where W_ij is stored. Bits of columns >= cols are 0.
-//   values     of the dtype of x, contiguous; the survivors, row after row, in a row by column. [rows, k] if every row
-//              has k of them; else [survivors].
+//   bitmap     [rows, 8 ceil(cols / 64)] uint8, contiguous. Bit j % 8 (the lowest first) of byte j / 8 is column j:
+//              set where W_ij is stored. Bits of columns >= cols are 0.
+//   values     in the dtype of x, contiguous: the survivors, row after row, each row in column order. [rows, k] if
+//              every row has k of them; else [survivors].
 //   row_start  [rows + 1] int64, contiguous: row i has values[row_start[i]] to before values[row_start[i + 1]]. Needed
 //              if values has one dimension, else refused.
 //   bias       [rows] of the dtype of x, contiguous, or None.
 //   accuracy   Products are summed in float32, in an order that depends on the processor and on the number of tokens;
-//              then the bias is added and the sum is rounded once. So
+//              then the bias is added and the sum is rounded once. Therefore
 //                |out - exact| <= u |exact| + (cols + 8) 2^-24 (sum_j |x_j W_ij| + |bias|)
 //              with u the rounding unit of the dtype of x (2^-24, 2^-11, 2^-8), as long as nothing over- or underflows:
 //              bfloat16 numbers below 2^-126 may count as 0. With many tokens (cpu/packed.cpp), except of bfloat16 with
@@ -24,10 +23,10 @@
 //              its products of half precision are slow: then its accuracy and its use of threads hold. Five and more
 //              bfloat16 tokens with these instructions and without AMX are summed in the order of oneDNN 3.12
 //              (cpu/packed_panel.h): finite results have the bits of torch's dense product.
-//   not finite Is not looked for. With an x that is not finite, a zero of W may give NaN or nothing.
-//   counts     Whether the bits agree with k or row_start is not checked here but when a file is read
-//              (ace_ext.packed): it would cost a pass over the bitmap in each call. If they do not, results are wrong
-//              numbers; nothing outside the tensors is read.
+//   not finite Not checked. With an x that is not finite, a zero of W may give NaN or nothing.
+//   counts     Whether the bits agree with k or row_start is checked when a file is read (ace_ext.packed), not here,
+//              where it would cost a pass over the bitmap in each call. If they disagree, results are wrong, but
+//              nothing outside the tensors is read.
 //   devices    CPU, CUDA (not run on a GPU) and Meta.
 #pragma once
 
@@ -35,7 +34,7 @@
 
 namespace ace {
 
-// Raises ValueError for shapes, dtypes and strides that the contract does not allow.
+// Raise ValueError for shapes, dtypes and strides that the contract does not allow.
 void check_packed(std::string_view op, const at::Tensor& bitmap, const at::Tensor& values,
                   const OptionalTensor& row_start, int64_t cols);
 void check_packed_linear(const at::Tensor& x, const at::Tensor& bitmap, const at::Tensor& values,

@@ -10,7 +10,7 @@
 namespace ace {
 namespace {
 
-// The kernel for all keys below: one of the arguments is what the key stands for.
+// The kernel for all keys below: one of the arguments is a tensor of that kind.
 void refuse(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const c10::FunctionSchema& schema = op.schema();
   const std::string_view full = schema.name();
@@ -25,7 +25,7 @@ void refuse(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 }  // namespace
 
 void refuse_other_tensors() {
-  static std::vector<torch::Library> registered;  // an entry lasts as long as its library
+  static std::vector<torch::Library> registered;  // a registration lasts as long as its library
   using Key = c10::DispatchKey;
   for (const Key key : {Key::Negative, Key::Conjugate, Key::ZeroTensor, Key::SparseCPU, Key::SparseCUDA,
                         Key::SparseCsrCPU, Key::SparseCsrCUDA, Key::QuantizedCPU, Key::QuantizedCUDA,

@@ -39,7 +39,7 @@ Formula check_scored(std::string_view op, const at::Tensor& weight, std::string_
     check_optional(op, "column", column, functor.kColumn, formula, {weight.size(1)}, weight);
     check_optional(op, "moment", moment, functor.kMoment, formula, weight.sizes(), weight);
   });
-  // An op that writes the weight. That may be its own score: an entry is read before it is written.
+  // An op that writes the weight. The weight may be its own score: each entry is read before it is written.
   if (op.back() == '_') {
     const bool own = moment && is_same_view(*moment, weight);
     check_apart(op, {named("weight", weight)},

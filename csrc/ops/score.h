@@ -1,7 +1,7 @@
 // The scores themselves.
 //
 //   score(weight, formula, column=None, moment=None) -> [rows, cols] float32, contiguous.
-//       For users and tests: the ops that prune recompute scores on the fly and never store them.
+//       For users and tests: the pruning ops recompute scores and never store them.
 #pragma once
 
 #include <string_view>
@@ -11,7 +11,7 @@
 
 namespace ace {
 
-// The weight and what the formula reads besides: used by every op that scores. Returns the formula of that name.
+// Checks the weight and the other inputs of the formula, for every op that scores. Returns the formula of that name.
 Formula check_scored(std::string_view op, const at::Tensor& weight, std::string_view formula,
                      const OptionalTensor& column, const OptionalTensor& moment);
 

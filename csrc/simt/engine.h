@@ -1,4 +1,4 @@
-// What the host runner's threads are made of: coordinates, the launch settings and the arithmetic of a warp collective.
+// The parts of the host emulator's threads: coordinates, launch settings and the arithmetic of warp collectives.
 #pragma once
 
 #include <cstdint>
@@ -20,18 +20,18 @@ constexpr unsigned kMaxThreads = 1024;      // of a block
 constexpr size_t kMaxShared = 227 * 1024;   // dynamic shared memory of a block, as on sm_90
 constexpr unsigned char kUnwritten = 0xA5;  // dynamic shared memory before a kernel writes it
 
-// How the next launches run. Tests set it.
+// Settings of the following launches. Tests change them.
 struct Settings {
   unsigned order = 0;       // 0: thread ids ascending; 1: descending; else shuffled anew each round with this seed
-  int dropped_barrier = 0;  // the n-th __syncthreads() of each thread (from 1) is left out, to see that it is missed
-  size_t max_shared = kMaxShared;  // what the device claims to have, so that a test can send short rows the long way
+  int dropped_barrier = 0;  // skips the n-th __syncthreads() of each thread (from 1), to test its effect
+  size_t max_shared = kMaxShared;  // of the simulated device; tests lower it to force the path of long rows
   int processors = 2;              // multiprocessors that the device claims to have
   int device = 0;                  // the current one
 };
 
 inline Settings settings;
 
-// One CUDA thread: what its intrinsics need to know.
+// One CUDA thread: the state that its intrinsics need.
 struct Thread {
   Dim3 index;  // threadIdx
   unsigned lane = 0, warp = 0;
@@ -40,7 +40,7 @@ struct Thread {
 
 enum class Op { sync, shuffle, ballot };
 
-// What a lane brings to a collective, and from which lane a shuffle reads.
+// A lane's operand of a collective, and the lane that a shuffle reads.
 struct Offer {
   uint64_t value = 0;
   unsigned source = 0;
@@ -51,7 +51,7 @@ struct Offer {
   std::abort();
 }
 
-// The result of one lane, given the offers of the `present` lanes.
+// One lane's result, given the operands of the `present` lanes.
 inline uint64_t collect(Op op, const Offer* offers, unsigned present, unsigned lane) {
   switch (op) {
     case Op::sync: return 0;
@@ -69,7 +69,7 @@ inline uint64_t collect(Op op, const Offer* offers, unsigned present, unsigned l
   die("unknown collective");
 }
 
-// Lanes that a warp of a block of n threads has.
+// The number of lanes of a warp in a block of n threads.
 inline unsigned lanes_of(unsigned n, unsigned warp) {
   const unsigned lanes = n - warp * kWarp;
   return lanes >= kWarp ? 0xffffffffu : (1u << lanes) - 1u;

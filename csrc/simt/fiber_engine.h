@@ -1,5 +1,5 @@
-// One fibre a CUDA thread, all in one OS thread: fast, and the order in which threads run is ours to choose. A fibre
-// runs until it waits at a barrier or a warp collective.
+// One fibre for each CUDA thread, all in one OS thread: fast, and the order of threads can be chosen. A fibre runs
+// until it waits at a barrier or a warp collective.
 #pragma once
 
 #include <algorithm>
@@ -20,13 +20,13 @@ struct Fiber : Thread {
   Op op = Op::sync;
   uint64_t result = 0;
   int line = 0;
-  unsigned rounds = 0, collectives = 0;  // barriers and collectives of this block that it has come to
+  unsigned rounds = 0, collectives = 0;  // barriers and collectives of this block that it has reached
   Stack stack;
 };
 
 struct Runtime {
   Dim3 grid, block, block_index;
-  std::vector<Fiber> fibers = std::vector<Fiber>(kMaxThreads);  // never moved: they wait inside their own functions
+  std::vector<Fiber> fibers = std::vector<Fiber>(kMaxThreads);  // never moved: fibres wait inside their own functions
   std::vector<Offer> offers = std::vector<Offer>(kMaxThreads);  // one a fibre
   std::vector<unsigned char> shared;
   std::function<void()> body;
@@ -34,8 +34,8 @@ struct Runtime {
   unsigned threads = 0, live = 0, waiting = 0;
   int votes = 0, result = 0;  // of __syncthreads_count
   Stack main;
-  // Where threads meet, for ThreadSanitizer. Rounds take turns between two places: a thread may come to the next
-  // barrier before another has left this one, which orders nothing between the two.
+  // Synchronisation points for ThreadSanitizer. Rounds alternate between two, because a thread may reach the next
+  // barrier before another has left this one, which orders nothing between the two threads.
   char begun = 0, ended = 0, at_barrier[2] = {}, at_collective[kMaxThreads / kWarp][2] = {};
 };
 
@@ -64,7 +64,7 @@ inline void finish_thread() {
   yield_fiber();
 }
 
-// A fibre serves one block after another.
+// A fibre runs one block after another.
 [[noreturn]] inline void fiber_main() {
   arrive(runtime.main, runtime.current->stack);
   while (true) {
@@ -75,7 +75,7 @@ inline void finish_thread() {
   }
 }
 
-// --- what the intrinsics call ---
+// --- called by the intrinsics ---
 
 inline Thread& self() { return *runtime.current; }
 inline const Dim3& block_index() { return runtime.block_index; }
@@ -99,7 +99,7 @@ inline int barrier(int vote, int line) {
   return runtime.result;
 }
 
-// Whether all of these lanes, of the warp whose first thread is `first`, have come to a collective of this kind.
+// Whether all of these lanes, of the warp whose first thread is `first`, have reached a collective of this kind.
 inline bool all_lanes_wait(unsigned first, unsigned lanes, Op op) {
   for (unsigned l = 0; l < kWarp; ++l) {
     if ((lanes >> l & 1u) == 0) continue;
@@ -110,19 +110,19 @@ inline bool all_lanes_wait(unsigned first, unsigned lanes, Op op) {
   return true;
 }
 
-// __syncthreads(), or nothing where a test leaves it out.
+// __syncthreads(), or nothing if a test skips it.
 inline void sync_threads(int line) {
   if (++self().barriers != settings.dropped_barrier) barrier(0, line);
 }
 
-// All lanes of the warp that are in `mask` must come with the same op; the last to arrive serves them all.
+// All lanes of the warp that are in `mask` must call the same op; the last to arrive computes all results.
 inline uint64_t collective(Op op, unsigned mask, Offer offer, int line) {
   const Unwatched engine;
   Fiber& fiber = *runtime.current;
   const unsigned first = fiber.warp * kWarp, expected = mask & lanes_of(runtime.threads, fiber.warp);
   if ((mask >> fiber.lane & 1u) == 0) die("a lane calls a collective whose mask leaves it out");
   char* meeting = &runtime.at_collective[fiber.warp][fiber.collectives++ % 2];
-  if (op == Op::sync) release(meeting);  // a shuffle and a ballot order no access to memory
+  if (op == Op::sync) release(meeting);  // shuffles and ballots do not order memory accesses
   fiber.state = State::at_collective;
   fiber.op = op;
   fiber.line = line;
@@ -135,7 +135,7 @@ inline uint64_t collective(Op op, unsigned mask, Offer offer, int line) {
       other.state = State::ready;
     }
   }
-  yield_fiber();  // the last to arrive yields too, so that no lane gets a head start
+  yield_fiber();  // the last to arrive yields too, so that no lane runs ahead
   if (op == Op::sync) acquire(meeting);
   return fiber.result;
 }
@@ -164,7 +164,7 @@ inline void prepare(Fiber& fiber, unsigned i) {
 
 inline void run_block(size_t shared_bytes, std::vector<unsigned>& order, std::mt19937& random) {
   runtime.shared.assign(shared_bytes, kUnwritten);
-  runtime.shared.shrink_to_fit();  // so that AddressSanitizer sees the exact end
+  runtime.shared.shrink_to_fit();  // so that AddressSanitizer knows the exact end
   runtime.live = runtime.threads;
   runtime.waiting = 0;
   runtime.votes = 0;

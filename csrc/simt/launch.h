@@ -1,4 +1,4 @@
-// Starts a kernel under the rules that a GPU has for it: its source, or the PTX that nvcc made of it (ptx/kernel.h).
+// Launches a kernel under a GPU's rules: from its source, or from the PTX that nvcc made of it (ptx/kernel.h).
 #pragma once
 
 #include <map>
@@ -13,8 +13,8 @@ namespace simt {
 
 constexpr size_t kSharedWithoutAsking = 48 * 1024;
 
-// Shared memory of a block of a kernel: what the kernel itself has, and how much more a launch may ask for on the
-// current device.
+// A kernel's shared memory for each block: its static part, and how much more a launch may request on the current
+// device.
 struct SharedLimit {
   size_t fixed, dynamic;
 };
@@ -25,11 +25,11 @@ inline SharedLimit& shared_limit(const void* kernel) {
   const auto found = limits.find(key);
   if (found != limits.end()) return found->second;
   const ptx::Kernel* compiled = ptx::kernel_at(kernel);
-  const size_t fixed = compiled != nullptr ? compiled->dynamic_at : 0;  // the source's are statics of a function
+  const size_t fixed = compiled != nullptr ? compiled->dynamic_at : 0;  // the source's are static variables
   return limits.emplace(key, SharedLimit{fixed, kSharedWithoutAsking - fixed}).first->second;
 }
 
-// How often the limit of any kernel was changed.
+// How often any kernel's limit was changed.
 inline int shared_limit_changes = 0;
 
 template <class... Params, class... Args>

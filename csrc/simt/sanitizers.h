@@ -1,14 +1,14 @@
-// What the sanitizers are told of fibres. AddressSanitizer: which stack is in use. ThreadSanitizer: each fibre is a
-// thread of its own, so that it sees two of them touch the same word without a barrier between them, in whatever order
-// they happened to run; switching from one to another orders nothing, and the engine's own data are not looked at.
-// Without sanitizers all of this is empty.
+// Informs the sanitizers about fibres. AddressSanitizer: which stack is in use. ThreadSanitizer: each fibre is a
+// separate thread, so it reports two fibres that access the same word without a barrier between them, in whatever order
+// they ran. Switching fibres orders nothing, and the engine's own data are not checked. Without sanitizers all
+// functions are empty.
 #pragma once
 
 #include <cstddef>
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
-// A fibre's frames are left and entered again all the time: looking for uses after return costs 20 times the time.
+// Fibres leave and re-enter frames all the time: checks of use after return would take 20 times as long.
 extern "C" __attribute__((used)) inline const char* __asan_default_options() {
   return "detect_stack_use_after_return=0";
 }
@@ -26,7 +26,7 @@ namespace simt {
 
 #if defined(__SANITIZE_ADDRESS__)
 
-// A stack as AddressSanitizer knows it. The OS thread's is not known until it is left for the first time.
+// A stack for AddressSanitizer. The OS thread's is not known until it is left for the first time.
 struct Watch {
   const void* bottom = nullptr;
   size_t size = 0;
@@ -63,11 +63,11 @@ inline void after_switch(Watch&, Watch&) {}
 
 #if defined(__SANITIZE_THREAD__)
 
-// What threads did before release() of a place is seen by those that acquire() it later.
+// Accesses before release() of a place are visible to threads that acquire() it later.
 inline void release(void* place) { __tsan_release(place); }
 inline void acquire(void* place) { __tsan_acquire(place); }
 
-// While one exists, ThreadSanitizer does not look at what this fibre reads and writes.
+// While one exists, ThreadSanitizer ignores this fibre's reads and writes.
 struct Unwatched {
   Unwatched() {
     AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
@@ -86,7 +86,7 @@ struct Unwatched {
 inline void release(void*) {}
 inline void acquire(void*) {}
 struct Unwatched {
-  Unwatched() {}  // so that an unused one is no warning
+  Unwatched() {}  // so that an unused one gives no warning
 };
 
 #endif

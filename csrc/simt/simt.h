@@ -1,10 +1,10 @@
-// Runs CUDA C++ kernel source on the host, block by block: the kernels of csrc/cuda, untouched, under plain g++ and its
-// sanitizers. Defines the qualifiers and intrinsics that those kernels use, and as much of the CUDA runtime as their
-// launchers call; no CUDA header is needed. Not for: inline PTX, cp.async, CUB, <<<>>>, `extern __shared__` (launch.cuh
-// and platform.cuh hold the last two).
+// Runs CUDA C++ kernel source on the host, block by block: the unchanged kernels of csrc/cuda, under plain g++ and its
+// sanitizers. Defines the qualifiers and intrinsics that these kernels use, and the part of the CUDA runtime that their
+// launchers call; no CUDA header is needed. Not supported: inline PTX, cp.async, CUB, <<<>>>, `extern __shared__` (the
+// last two are in launch.cuh and platform.cuh).
 //
-// Static shared variables become function statics: blocks run one after another, so they are a block's own, but they
-// keep what an earlier block left there.
+// Static shared variables become function statics. Blocks run one after another, so each block has them alone, but they
+// keep the values of earlier blocks.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -48,7 +48,7 @@ inline unsigned __ballot_sync(unsigned mask, int vote, int line = __builtin_LINE
   return static_cast<unsigned>(simt::collective(simt::Op::ballot, mask, {vote != 0, 0}, line));
 }
 
-// A source lane outside the warp leaves the lane its own value, as the hardware does.
+// If the source lane is outside the warp, the lane keeps its static part value, as on hardware.
 template <class T>
 T simt_shuffle(unsigned mask, T value, int source, int line) {
   const unsigned lane = simt::self().lane;
@@ -89,7 +89,7 @@ inline int atomicMax(int* place, int value) {
   return seen;
 }
 
-// --- the CUDA runtime, as far as the launchers need it; a stream does everything at once ---
+// --- the part of the CUDA runtime that the launchers need; a stream runs everything immediately ---
 
 using cudaStream_t = void*;
 
@@ -106,7 +106,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   return cudaSuccess;
 }
 
-// What a kernel may have of shared memory, by its address.
+// A kernel's shared memory limits, by its address.
 struct cudaFuncAttributes {
   size_t sharedSizeBytes;  // its own
   int maxDynamicSharedSizeBytes;

@@ -1,4 +1,4 @@
-// Stacks, and the switch from one to another: by a few instructions on x86-64, elsewhere by the C library.
+// Stacks, and switching between them: with a few instructions on x86-64, elsewhere with the C library.
 #pragma once
 
 #include <sys/mman.h>
@@ -17,7 +17,7 @@ namespace simt {
 
 constexpr size_t kStackBytes = 256 * 1024;
 
-// A stack that is in use or waits to be used again: a fibre's, or the OS thread's.
+// A stack that is running or suspended: a fibre's, or the OS thread's.
 struct Stack {
   char* bottom = nullptr;  // of a fibre's
   Watch watch;
@@ -67,17 +67,17 @@ inline void leave(Stack& from, Stack& to) { switch_pointer(&from.pointer, to.poi
 
 #endif
 
-// Gives a fibre a stack, on which `entry` begins when it is first switched to. `entry` never returns.
+// Gives a fibre a stack, on which `entry` starts at the first switch to it. `entry` never returns.
 inline void make_stack(Stack& stack, void (*entry)()) {
   stack.bottom = static_cast<char*>(map_stack());
   watch_stack(stack.watch, stack.bottom, kStackBytes);
   start(stack, entry);
 }
 
-// What an entry calls first: it was switched to from `from`.
+// An entry calls this first: the switch came from `from`.
 inline void arrive(Stack& from, Stack& to) { after_switch(from.watch, to.watch); }
 
-// Continues on another stack, and returns when that one switches back.
+// Switches to another stack, and returns when that one switches back.
 inline void switch_stack(Stack& from, Stack& to) {
   before_switch(from.watch, to.watch);
   leave(from, to);

@@ -1,4 +1,4 @@
-// What an exchange does to a row's cost, against the cost itself.
+// The change of a row's cost by an exchange, against the cost itself.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -13,7 +13,7 @@ const float kWeight[] = {2.0f, -7.0f, 0.5f}, kVariance[] = {3.0f, 0.25f, 2.0f}, 
 
 Removal at(int j) { return removal(kWeight[j], kVariance[j], kMean[j]); }
 
-// Of the removed columns: sum a + (sum b)^2.
+// The cost of the removed columns: sum a + (sum b)^2.
 double cost(const std::vector<int>& removed) {
   double spread = 0.0, shift = 0.0;
   for (const int j : removed) {

@@ -1,4 +1,4 @@
-// Welford states against two passes in long double, and the laws a merge must obey.
+// Welford states against two passes in long double, and the algebraic laws of a merge.
 #include <gtest/gtest.h>
 
 #include <cmath>

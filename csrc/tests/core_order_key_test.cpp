@@ -1,4 +1,4 @@
-// Keys order like the floats they stand for, zeros of both signs are one score, and a key gives its score back.
+// Keys have the order of their floats, zeros of both signs are one score, and a key converts back to its score.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -57,7 +57,7 @@ TEST(OrderKey, GivesTheScoreBack) {
   }
 }
 
-// radix_select.h steps one below a key and one above it without wrapping.
+// radix_select.h uses key - 1 and key + 1, which must not wrap.
 TEST(OrderKey, FiniteScoresLeaveBothEndsFree) {
   EXPECT_GT(order_key(std::numeric_limits<float>::lowest()), 1u);
   EXPECT_LT(order_key(std::numeric_limits<float>::max()), 0xfffffffeu);

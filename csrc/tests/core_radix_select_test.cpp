@@ -1,4 +1,4 @@
-// The cut of a radix selection against std::stable_sort: over sizes, ties and every place k can fall.
+// The cut of a radix selection against std::stable_sort: for all sizes, ties and values of k.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -30,7 +30,7 @@ std::vector<bool> kept_by_cut(const std::vector<uint32_t>& keys, Cut cut) {
   return kept;
 }
 
-// The exact sizes let a sanitizer see a step past either buffer.
+// The exact sizes let a sanitizer detect an access past either buffer.
 Cut select(const std::vector<uint32_t>& keys, int64_t keep_k) {
   std::vector<uint32_t> scratch(keys.size()), counts(kRadixBins);
   return select_kth(keys.data(), static_cast<int64_t>(keys.size()), keep_k, scratch.data(), counts.data());
@@ -92,7 +92,7 @@ TEST(RadixSelect, EveryKOfASmallSet) {
   }
 }
 
-// Keys that differ in one digit only, so that a given pass must decide.
+// Keys that differ in one digit only, so that one given pass decides.
 TEST(RadixSelect, EachPassDecides) {
   std::mt19937 random(37);
   for (int pass = 0; pass < kRadixPasses; ++pass) {
@@ -173,7 +173,8 @@ TEST(RadixSelect, FindBin) {
   }
 }
 
-// The global cut of ops.h: histograms of several parts, added up level by level, find the cut of the whole.
+// The cut over several matrices (ops/across.h): histograms of the parts, added level by level, find the cut of the
+// whole.
 TEST(RadixSelect, HistogramsOfPartsAddUp) {
   std::mt19937 random(43);
   std::vector<uint32_t> keys(4000);

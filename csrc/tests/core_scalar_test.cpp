@@ -1,4 +1,4 @@
-// Every half and bfloat16 pattern against a conversion written from the formats' definitions.
+// Every half and bfloat16 pattern against a conversion written from the format's definition.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -47,7 +47,7 @@ TEST(Scalar, BFloat16WidensExactly) { expect_all_patterns<BFloat16>(8, 7); }
 TEST(Scalar, FloatStaysItself) { EXPECT_EQ(float_bits(to_float(bits_float(0x12345678u))), 0x12345678u); }
 
 #if defined(__SSE2__)
-// A caller may run under flush-to-zero; a subnormal half must survive it.
+// A caller may run under flush-to-zero, which must not change a subnormal half.
 TEST(Scalar, SubnormalHalfSurvivesFlushToZero) {
   constexpr unsigned kFlushToZero = 0x8040u;  // FTZ and DAZ
   const unsigned before = _mm_getcsr();

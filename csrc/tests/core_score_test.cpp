@@ -1,4 +1,4 @@
-// Each formula against the same products written out, and the rule that nothing which is not finite passes unseen.
+// Each formula against the same products written out. Values that are not finite must give scores that are not finite.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -16,7 +16,7 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
-// u = 2^-24 a rounded operation.
+// Each rounded operation has a relative error of at most u = 2^-24.
 void expect_relative(float value, double expected, int roundings) {
   EXPECT_LE(std::fabs(value - expected), roundings * std::ldexp(1.0, -24) * std::fabs(expected)) << expected;
 }
@@ -54,11 +54,11 @@ TEST(Score, ZeroWeightOfAZeroRowAndColumnScoresZero) {
   EXPECT_EQ(float_bits(RiaScore::value(-0.0f, terms)), 0u);
 }
 
-TEST(Score, CosineLossIsClampedAtZero) {  // rounding may carry the moment just past the column
+TEST(Score, CosineLossIsClampedAtZero) {  // rounding may raise the moment just above the column
   EXPECT_EQ(float_bits(CospExactScore::value(2.0f, {1.0f, 1.0000001f, 0.0f, 0.0f})), 0u);
 }
 
-// For every formula, and whatever the other terms are: one needed term that is not finite makes the score so.
+// For every formula and any other terms: if one needed term is not finite, the score is not finite.
 template <class Functor>
 void expect_bad_terms_show() {
   const std::vector<float> bad = {kInfinity, -kInfinity, kNan, -kNan};
@@ -86,7 +86,7 @@ TEST(Score, NothingBadPassesUnseen) {
   expect_bad_terms_show<GivenScore>();
 }
 
-// A term that a functor does not say it reads may be absent: it must not change the score, and each other one does.
+// A term that a functor does not declare may be absent: it must not change the score. Each declared term must.
 template <class Functor>
 void expect_reads_what_it_says() {
   const auto value = [](float column, float moment, float row_sum, float column_sum) {

@@ -1,4 +1,4 @@
-// What a swap does to the loss, against the loss itself.
+// The change of the loss by a swap, against the loss itself.
 #include <gtest/gtest.h>
 
 #include <vector>

@@ -1,5 +1,5 @@
-// Instructions that the memory-bound kernels take, counted on nvcc's PTX: one line a case, tab-separated: op, columns,
-// elements, instructions (a warp's counts once). benchmarks/predict.py runs this. The environment's ACE_PTX names the
+// Counts the instructions of the memory-bound kernels on nvcc's PTX. Prints one tab-separated line for each case: op,
+// columns, elements, warp instructions. benchmarks/predict.py runs this. The environment variable ACE_PTX names the
 // folder of .ptx files.
 #include <cstdio>
 
@@ -21,7 +21,7 @@ void print_counts(const char* op, int64_t rows, int64_t cols) {
               static_cast<unsigned long long>(instructions));
 }
 
-// Bfloat16 weights of many sizes with a factor a column, half of them kept.
+// Bfloat16 weights of many sizes with a column factor, half of them kept.
 template <class Launch>
 void count_selection(const char* op, int64_t rows, int64_t cols, Launch&& launch) {
   Sample<BFloat16> sample({rows, cols}, Formula::scaled, Values::spread);
@@ -52,7 +52,7 @@ void count_moments(int64_t tokens, int64_t cols, bool weighted) {
 }
 
 void count_all() {
-  simt::settings.processors = 1;  // four rows a block, as a large device gives to one
+  simt::settings.processors = 1;  // four rows for each block, as on a large device
   for (const int64_t cols : {4096, 11008, 28672}) {
     count_selection("row top-k", 32, cols, [&](const ScoredArguments& m, float* threshold, void*) {
       return launch_prune_rows(m, cols / 2, threshold, nullptr, 1, nullptr);
@@ -61,11 +61,11 @@ void count_all() {
   count_selection("2:4", 8, 4096, [](const ScoredArguments& m, float*, void*) {
     return launch_prune_nm(m, 2, 4, nullptr, 1, nullptr);
   });
-  simt::settings.processors = 4;  // as many weights a block as a large device gives to one
+  simt::settings.processors = 4;  // as many weights for each block as on a large device
   count_selection("matrix top-k", 256, 4096, [](const ScoredArguments& m, float* threshold, void* work) {
     return launch_prune_matrix(m, m.rows * m.cols / 2, threshold, work, nullptr, 1, nullptr);
   });
-  // So many tokens that they are cut into chunks as long as on a large device.
+  // Enough tokens for chunks as long as on a large device.
   count_moments(2048, 1024, false);
   count_moments(2048, 1024, true);
 }

@@ -28,7 +28,7 @@ struct Columns {
   }
 };
 
-// keep of each group, or of the row.
+// Keeps `keep` of each group, or of the row.
 std::unique_ptr<bool[]> some_kept(int64_t cols, int keep, int64_t group) {
   std::unique_ptr<bool[]> mask(new bool[static_cast<uint32_t>(cols)]);
   for (int64_t j = 0; j < cols; ++j) mask[static_cast<size_t>(j)] = j % group < keep;

@@ -1,4 +1,4 @@
-// The loops over a packed bfloat16 matrix for many tokens, by AMX's tiles and by panels, against plain sums.
+// The loops over a packed bfloat16 matrix for many tokens, with AMX tiles and with panels, against plain sums.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -84,7 +84,7 @@ TEST(PackedPanels, ProductsAreThoseOfTheDenseMatrix) {
   }
 }
 
-// The sum of one row and one token in the order that the header names.
+// The sum of one row and one token in the order of the header.
 __attribute__((target("avx512f,avx512bf16"))) float sum_in_order(const BFloat16* weights, const BFloat16* x,
                                                                  int64_t cols) {
   const int64_t length = cols > 1024 ? 1024 : 512;
@@ -105,8 +105,8 @@ __attribute__((target("avx512f,avx512bf16"))) float sum_in_order(const BFloat16*
   return sum;
 }
 
-// Numbers of all digits, second halves of rows the first ones with the other sign, places mixed: what is left of such a
-// sum is its rounding, which another order changes in nearly every entry.
+// Numbers with full mantissas; the second half of each row is the first half negated, and columns are shuffled. The sum
+// is then only its rounding error, which another order changes in nearly every entry.
 TEST(PackedPanels, SumsAreFormedInTheOrderOfDenseProducts) {
   if (!has_panels()) GTEST_SKIP() << "this processor has no bf16 instructions of AVX-512";
   std::mt19937 random(10);

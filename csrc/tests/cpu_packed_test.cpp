@@ -1,6 +1,6 @@
-// The loops over a packed matrix, of every instruction set that this processor has, against plain sums. Buffers have
-// exactly their size, so that the address sanitizer sees a read beyond them. (With its option
-// detect_stack_use_after_return, which tools/test_cpp.sh turns off, GCC 12 misaligns vectors on the stack and crashes.)
+// The loops over a packed matrix, for every instruction set of this processor, against plain sums. Buffers have the
+// exact size, so that AddressSanitizer detects a read beyond them. (With its option detect_stack_use_after_return,
+// which tools/test_cpp.sh turns off, GCC 12 misaligns vectors on the stack and crashes.)
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -45,7 +45,7 @@ TYPED_TEST(Packed, ProductsAreThoseOfTheDenseMatrix) {
                  sample.rows);
             for (int64_t t = 0; t < tokens; ++t) {
               for (int64_t i = 0; i < sample.rows; ++i) {
-                double sum = 0.0;  // products and sums of these numbers are exact in float, so the order is free
+                double sum = 0.0;  // products and sums of these numbers are exact in float, in any order
                 for (int64_t j = 0; j < cols; ++j)
                   sum += static_cast<double>(to_float(sample.dense[static_cast<size_t>(i * cols + j)])) *
                          static_cast<double>(to_float(x[static_cast<size_t>(t * stride + j)]));
@@ -93,23 +93,23 @@ TYPED_TEST(Packed, WrongCountsReadNothingOutside) {
   }
 }
 
-// A matrix whose header says one thing and whose bytes another: cut values, bits and starts of another matrix or of
-// none. Every buffer has exactly the size that the layout asks for, so the address sanitizer sees a step outside.
+// A matrix whose header and data disagree: truncated values, bits and starts of another matrix or random ones. Every
+// buffer has exactly the size of the layout, so AddressSanitizer detects an access outside.
 template <class T>
 struct Damaged {
   explicit Damaged(std::mt19937& random) : sample(1 + random() % 12, 1 + random() % 300, random() % 101, random) {
     const unsigned kind = random() % 6;
     if (kind == 0) sample.values.resize(random() % (sample.values.size() + 1));  // cut
     if (kind == 1)
-      for (uint8_t& byte : sample.bitmap) byte = static_cast<uint8_t>(random());         // foreign bits
+      for (uint8_t& byte : sample.bitmap) byte = static_cast<uint8_t>(random());         // other bits
     if (kind == 2) std::fill(sample.bitmap.begin(), sample.bitmap.end(), uint8_t{255});  // more than there are
-    if (kind == 3) std::swap(sample.row_start.front(), sample.row_start.back());         // falling starts
+    if (kind == 3) std::swap(sample.row_start.front(), sample.row_start.back());         // descending starts
     if (kind == 4)
       for (int64_t& start : sample.row_start) start = any(random);
     if (kind == 5) sample.values.clear();
     sample.values.shrink_to_fit();
     uniform = random() % 3 == 0;
-    keep = uniform ? static_cast<int64_t>(random() % 400) : 0;  // more or fewer than the values
+    keep = uniform ? static_cast<int64_t>(random() % 400) : 0;  // more or fewer than there are values
   }
   static int64_t any(std::mt19937& random) {
     const int64_t size = int64_t{1} << random() % 63;

@@ -11,7 +11,7 @@
 namespace ace::cpu {
 namespace {
 
-// Keys of finite scores: few distinct ones make ties; wide ones cover both signs and all exponents.
+// Keys of finite scores: few distinct keys make ties; wide ones cover both signs and all exponents.
 std::vector<uint32_t> make_keys(int64_t n, uint32_t distinct, std::mt19937& random) {
   std::vector<uint32_t> keys(static_cast<size_t>(n));
   for (uint32_t& key : keys) {
@@ -23,7 +23,7 @@ std::vector<uint32_t> make_keys(int64_t n, uint32_t distinct, std::mt19937& rand
   return keys;
 }
 
-// What a cut keeps, one entry a key.
+// What a cut keeps, one entry for each key.
 std::vector<bool> kept_by(const std::vector<uint32_t>& keys, Cut cut) {
   std::vector<bool> kept;
   for (const uint32_t key : keys) kept.push_back(key > cut.key || (key == cut.key && cut.ties-- > 0));

@@ -1,5 +1,4 @@
-// Rows and groups selected by places and by lanes of groups, against the selections of the core, which define the
-// result.
+// Rows selected by places, and groups by vector lanes, against the selections of the core, which define the result.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -28,7 +27,7 @@ T weight_of(float value) {
 Bits<float> bits_of(float value) { return float_bits(value); }
 Bits<BFloat16> bits_of(BFloat16 value) { return value.bits; }
 
-// A row of weights and what its scores read; `distinct` > 0 leaves that few values, so that scores tie.
+// A row of weights and the inputs of its scores; `distinct` > 0 limits the number of values, so that scores tie.
 template <class T>
 struct Row {
   Row(int64_t cols, float scale, uint32_t distinct, std::mt19937& random) {
@@ -76,7 +75,7 @@ void expect_row_as_the_core(RowSelector<F, T>& selector, const Row<T>& row, int6
     kept.push_back(keys[j] > cut.key || (keys[j] == cut.key && cut.ties-- > 0));
     if (!kept[j]) expected[j] = 0;
   }
-  // As a caller does: the row that is read is the row that is written.
+  // As in a caller: the row that is read is also written.
   Row<T> pruned = row;
   std::vector<Bits<T>> written(row.weight.size());
   const float actual = selector.select(pruned.scored(), PruneRow<T>{reinterpret_cast<Bits<T>*>(pruned.weight.data())});
@@ -88,7 +87,8 @@ void expect_row_as_the_core(RowSelector<F, T>& selector, const Row<T>& row, int6
   for (size_t j = 0; j < kept.size(); ++j) ASSERT_EQ(mask[j], kept[j]) << cols << " " << keep_k;
 }
 
-// One selector meets rows of slowly and of suddenly changing scale, with and without ties: its hints must not matter.
+// One selector gets rows of slowly and of suddenly changing scale, with and without ties: its hints must not change the
+// result.
 template <class F, class T>
 void expect_rows_as_the_core() {
   std::mt19937 random(7);

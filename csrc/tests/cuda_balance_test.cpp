@@ -1,4 +1,4 @@
-// balance_mean_ by the CUDA kernel's source on the host, against plain loops over the same formulas.
+// The CUDA kernel of balance_mean_ on the host, against plain loops over the same formulas.
 #include "cuda/balance.h"
 #include "tests/plain_balance.h"
 #include "tests/solver_sample.h"
@@ -80,7 +80,7 @@ TYPED_TEST(BalanceOf, EqualsThePlainSearch) {
 TYPED_TEST(BalanceOf, TakesManyColumnsAndRows) {
   check_balance(BalanceCase<TypeParam>({2, 1100}, Values::spread, 0, 0));
   check_balance(BalanceCase<TypeParam>({2, 1100}, Values::spread, 2, 4));
-  simt::settings.processors = 1;  // fewer blocks than rows: each warp takes several
+  simt::settings.processors = 1;  // fewer blocks than rows: each warp handles several
   check_balance(BalanceCase<TypeParam>({200, 33}, Values::spread, 0, 0));
 }
 

@@ -1,5 +1,5 @@
-// A missing __syncthreads() must show: the runner leaves out the n-th barrier of every thread, and the row kernel's
-// result must then be wrong in some thread order, or ThreadSanitizer must report a race.
+// A missing __syncthreads() must be detected: the emulator skips the n-th barrier of every thread, and then the row
+// kernel's result must be wrong in some thread order, or ThreadSanitizer must report a race.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -11,8 +11,8 @@ namespace {
 
 constexpr int64_t kRows = 2, kCols = 1134;
 
-// Scores from a pool of few, so that there are ties; they differ in `random_bits` of their bits only, so that, input by
-// input, another digit of the selection decides, among listed columns or in the whole row.
+// Scores from a small pool, so that there are ties. They differ only in `random_bits` of their bits, so that for each
+// input another digit of the selection decides, among listed columns or in the whole row.
 std::vector<float> pooled_scores(uint32_t random_bits) {
   std::mt19937 random(5);
   std::vector<float> pool, scores;
@@ -41,7 +41,7 @@ bool result_is_right(uint32_t random_bits) {
 }
 
 bool right_in_all_orders(int dropped) {
-  simt::settings.processors = 1;  // one block does both rows
+  simt::settings.processors = 1;  // one block handles both rows
   simt::settings.dropped_barrier = dropped;
   for (unsigned order = 0; order < 8; ++order) {
     simt::settings.order = order;
@@ -52,7 +52,7 @@ bool right_in_all_orders(int dropped) {
   return true;
 }
 
-// In a process of its own: threads that go different ways end in a deadlock, on which the runner aborts.
+// In its own process: threads that diverge deadlock, and then the emulator aborts.
 bool noticed(int dropped) {
   const pid_t child = fork();
   if (child == 0) {
@@ -69,8 +69,9 @@ TEST(Barriers, LeavingOneOutIsNoticed) {
   for (int dropped = 0; dropped <= 17; ++dropped) {
     if (!noticed(dropped)) unnoticed.push_back(dropped);
   }
-  // 0: none left out. 14 is the scan's barrier in the last pass over a whole row: its 32 bins all belong to the first
-  // warp, which needs no other's sum, so no result changes. ThreadSanitizer sees that the others read it all the same.
+  // 0: none is skipped. 14 is the scan's barrier in the last pass over a whole row: its 32 bins all belong to the first
+  // warp, which needs no other warp's sum, so no result changes. ThreadSanitizer still reports that the other warps
+  // read it.
 #if defined(__SANITIZE_THREAD__)
   EXPECT_EQ(unnoticed, (std::vector<int>{0}));
 #else

@@ -1,5 +1,5 @@
-// Rows that lie more than 2^31 values apart, as those of a view can: an address computed in 32 bits would miss them.
-// The pages between the rows are never touched, so they take no memory.
+// Rows that are more than 2^31 values apart, as in a view: an address computed in 32 bits would miss them. The pages
+// between the rows are never touched, so they use no memory.
 #include <sys/mman.h>
 
 #include "cuda/mask.h"
@@ -12,7 +12,7 @@ namespace ace::cuda {
 namespace {
 
 constexpr int64_t kRows = 3, kCols = 136;
-constexpr int64_t kFar = (int64_t{1} << 31) + 8;  // values from row to row; whole packs
+constexpr int64_t kFar = (int64_t{1} << 31) + 8;  // the row stride in values; whole packs
 
 template <class T>
 class FarApart {
@@ -47,7 +47,7 @@ class FarApart {
 template <class T>
 class Far : public ::testing::Test {
  protected:
-  // Runs launch(arguments) on the rows side by side and far apart, and expects the same weights.
+  // Runs launch(arguments) on adjacent rows and on rows far apart, and expects the same weights.
   template <class Launch>
   void expect_same(Formula formula, Launch&& launch) {
     Sample<T> near({kRows, kCols}, formula, Values::spread);

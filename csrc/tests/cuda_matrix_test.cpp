@@ -1,5 +1,4 @@
-// prune_topk_ and topk_mask, group "matrix", prune_at_, score_histogram and score by the CUDA kernels' source on the
-// host.
+// The CUDA kernels of prune_topk_ and topk_mask (group "matrix"), prune_at_, score_histogram and score, on the host.
 #include "cuda/across.h"
 #include "cuda/mask.h"
 #include "cuda/prune.h"
@@ -63,7 +62,7 @@ TYPED_TEST(MatrixOf, KeepsExactlyKAmongTies) {
     for (const int64_t keep_k : {1, 1000, 2500, 4000}) {
       check_matrix<TypeParam>({2, 2100}, Formula::magnitude, Values::ties, keep_k);
     }
-    // Rows that are taken four at a time, and one more: a count that is missed moves the last tie.
+    // Rows handled four at a time, and one more: a missed count moves the last tie.
     for (const int64_t keep_k : {3000, 7000}) {
       check_matrix<TypeParam>({5, 2056}, Formula::scaled, Values::ties, keep_k);
     }

@@ -1,5 +1,5 @@
-// update_moments_, inverse_square_norm and the squares of update_cosine_moment_ by the CUDA kernels' source on the
-// host, against float64 sums.
+// The CUDA kernels of update_moments_, inverse_square_norm and the squares of update_cosine_moment_ on the host,
+// against float64 sums.
 #include "cuda/moments.h"
 #include "tests/sample.h"
 
@@ -14,7 +14,7 @@ class MomentsOf : public ::testing::Test {
 
 TYPED_TEST_SUITE(MomentsOf, Dtypes);
 
-// [tokens, cols] with a row stride, as Sample makes it.
+// [tokens, cols] with a row stride, as in Sample.
 template <class T>
 Activations activations(Sample<T>& x) {
   return {&x.weight(0, 0), x.rows(), x.cols(), x.stride(), dtype_of<T>()};
@@ -97,7 +97,7 @@ TYPED_TEST(MomentsOf, MoreStripsThanBlocks) {
 }
 
 TYPED_TEST(MomentsOf, SurviveALargeMean) {
-  // 1,000 times the spread; the weights of Sample only give the shape.
+  // 1,000 times the spread; Sample's weights only give the shape.
   Sample<float> x({300, 8}, Formula::magnitude, Values::spread);
   for (int64_t t = 0; t < 300; ++t) {
     for (int64_t j = 0; j < 8; ++j) x.weight(t, j) = 1000.0f + static_cast<float>((t * 7 + j) % 11 - 5) * 0.25f;
@@ -113,8 +113,8 @@ TYPED_TEST(MomentsOf, SurviveALargeMean) {
   }
 }
 
-// Deviations are summed about the mean so far. A first token far from all others, as language models have, or padding
-// before a large mean must not leave one that cancels.
+// Deviations are summed about the current mean. A first token far from all others, as in language models, or padding
+// before a large mean must not cause cancellation.
 TYPED_TEST(MomentsOf, TheFirstTokenIsNoGuide) {
   for (const bool padded : {false, true}) {
     Sample<float> x({600, 8}, Formula::magnitude, Values::spread);
@@ -174,7 +174,7 @@ TYPED_TEST(MomentsOf, WrongInputRaisesTheFlag) {
   EXPECT_EQ(take_flag(), 2);
 }
 
-// Scores are float, so a float64 state that float cannot hold is of no use either.
+// Scores are float, so a float64 state beyond the range of float is invalid too.
 TYPED_TEST(MomentsOf, AStateBeyondFloatRaisesTheFlag) {
   Sample<TypeParam> x({5, 8}, Formula::magnitude, Values::spread);
   State<double> state(8);
@@ -218,7 +218,7 @@ TYPED_TEST(MomentsOf, ScaledSquaresAreWithinTheirRounding) {
   }
 }
 
-// inverse_square_norm raises the flag for it; the product must not take it for a zero in the meantime.
+// inverse_square_norm raises the flag for it; until then the product must not treat it as zero.
 TYPED_TEST(MomentsOf, ASquareThatIsNaNStaysOne) {
   Sample<TypeParam> v({1, 8}, Formula::magnitude, Values::spread);
   const float r = bits_float(0x7fffffffu);  // a GPU's NaN

@@ -1,4 +1,4 @@
-// prune_nm_ and nm_mask by the CUDA kernels' source on the host, against keep_best.
+// The CUDA kernels of prune_nm_ and nm_mask on the host, against keep_best.
 #include "cuda/mask.h"
 #include "cuda/prune.h"
 #include "tests/sample.h"

@@ -1,4 +1,4 @@
-// obs_block_ by the CUDA kernels' source on the host, against plain loops over the same formulas.
+// The CUDA kernels of obs_block_ on the host, against plain loops over the same formulas.
 #include "core/obs_block.h"
 #include "cuda/obs_block.h"
 #include "tests/solver_sample.h"

@@ -1,6 +1,6 @@
-// packed_linear and unpack_bitmap by the CUDA kernels' source on the host, against plain sums in double. Numbers have
-// few digits, so that products and sums are exact in float32 and any order gives the same bits. Buffers have exactly
-// their size.
+// The CUDA kernels of packed_linear and unpack_bitmap on the host, against plain sums in double. Numbers have few
+// digits, so that products and sums are exact in float32 and any order gives the same bits. Buffers have the exact
+// size.
 #include <random>
 
 #include "cuda/packed.h"
@@ -9,7 +9,7 @@
 namespace ace::cuda {
 namespace {
 
-// A number of size 1/2 to 4 with few digits, exact in every type.
+// A number of magnitude 1/2 to 4 with few digits, exact in every type.
 template <class T>
 T draw(std::mt19937& random) {
   const float size = static_cast<float>(1 + random() % 8) * 0.5f;
@@ -129,7 +129,8 @@ TYPED_TEST(CudaPacked, NothingToDo) {
   no_columns.expect_unpacked();
 }
 
-// Bits and starts that promise more than there is: wrong numbers, but finite ones and nothing outside the buffers.
+// Bits and starts that claim more values than exist: results are wrong but finite, and nothing outside the buffers is
+// accessed.
 TYPED_TEST(CudaPacked, WrongCountsReadNothingOutside) {
   for (const int64_t start : {int64_t{0}, int64_t{1} << 60, -(int64_t{1} << 60), int64_t{7}}) {
     PackedCase<TypeParam> one(4, 1030, 10, true, 6);

@@ -1,4 +1,4 @@
-// restore_mean_ by the CUDA kernel's source on the host, against plain loops over the same formulas.
+// The CUDA kernel of restore_mean_ on the host, against plain loops over the same formulas.
 #include "core/restore.h"
 #include "cuda/restore.h"
 #include "tests/solver_sample.h"
@@ -82,7 +82,7 @@ TEST_F(Restore, EqualsPlainLoops) {
 TEST_F(Restore, KeepsTheMeanWhereTheDirectionIsSteep) {
   RestoreCase one({1, 4});
   one.mean = {1.0f, 2.0f, -1.0f, 0.5f};
-  one.direction = {0.0f, 2.0e9f, 0.0f, 0.0f};  // one column that hardly varies takes over nearly everything
+  one.direction = {0.0f, 2.0e9f, 0.0f, 0.0f};  // one column that hardly varies compensates nearly everything
   const bool kept[] = {false, true, true, false};
   std::copy(kept, kept + 4, one.mask.get());
   const float weight[] = {3.0f, 1.0f, 5.0f, -2.0f};

@@ -1,4 +1,4 @@
-// prune_topk_ and topk_mask, group "row", by the CUDA kernels' source on the host, against select_kth.
+// The CUDA kernels of prune_topk_ and topk_mask (group "row") on the host, against select_kth.
 #include "cuda/mask.h"
 #include "cuda/prune.h"
 #include "tests/sample.h"
@@ -94,8 +94,8 @@ TYPED_TEST(RowsOf, LongRowsUseMoreThreads) {
   check_rows<TypeParam>({1, 17001}, Formula::magnitude, Values::ties, 8000);
 }
 
-// Widths of real models. Between 20337 and 24576 columns the kernel's own shared memory and the row together exceed
-// what a kernel gets without asking, while the row alone does not.
+// Widths of real models. Between 20337 and 24576 columns static shared memory and the row together exceed the default
+// limit, while the row alone does not.
 TYPED_TEST(RowsOf, TakeTheWidthsOfLargeModels) {
   for (const int64_t cols : {20480, 22016, 24576, 28672, 53248}) {
     check_rows<TypeParam>({1, cols}, Formula::scaled, Values::spread, cols / 2);
@@ -169,7 +169,7 @@ TEST_F(Rows, ExtremeScoresKeepTheirOrder) {
     for (int64_t j = 0; j < 9; ++j) got.weight(0, j) = 1.0f;
     float threshold = -1.0f;
     ASSERT_EQ(launch_prune_rows(arguments, 5, &threshold, nullptr, 1, nullptr), cudaSuccess);
-    const std::vector<float> want{1, 0, 1, 0, 1, 0, 1, 0, 1};  // of the two zeros the first
+    const std::vector<float> want{1, 0, 1, 0, 1, 0, 1, 0, 1};  // the first of the two zeros
     for (int64_t j = 0; j < 9; ++j) EXPECT_EQ(got.weight(0, j), want[static_cast<size_t>(j)]) << j;
     EXPECT_EQ(bits_of(threshold), 0u);
   }

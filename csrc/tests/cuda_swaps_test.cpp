@@ -1,4 +1,4 @@
-// refine_swaps_ by the CUDA kernels' source on the host, against plain loops over the same formulas.
+// The CUDA kernels of refine_swaps_ on the host, against plain loops over the same formulas.
 #include "core/swaps.h"
 #include "cuda/swaps.h"
 #include "tests/solver_sample.h"

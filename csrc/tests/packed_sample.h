@@ -1,4 +1,4 @@
-// What the tests of packed matrices share: a random matrix, dense and packed, and products by panels.
+// Shared by the tests of packed matrices: a random matrix, dense and packed, and products by panels.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 
 namespace ace::cpu {
 
-// A number of size 1/2 to 4 with few digits, exact in every type.
+// A number of magnitude 1/2 to 4 with few digits, exact in every type.
 template <class T>
 T draw(std::mt19937& random) {
   const uint32_t sign = random() & 1u, step = random() % 3, mantissa = random() % 8;
@@ -36,7 +36,7 @@ struct Sample {
     for (int64_t i = 0; i < rows * cols; ++i) dense.push_back(random() % 100 < share ? draw<T>(random) : T{});
     pack();
   }
-  // Bitmap, values and starts of what is not +0 in `dense`.
+  // Bitmap, values and starts of the entries of `dense` that are not +0.
   void pack() {
     std::fill(bitmap.begin(), bitmap.end(), uint8_t{0});
     values.clear();
@@ -68,7 +68,7 @@ struct FreeAligned {
   void operator()(void* memory) const { std::free(memory); }
 };
 
-// A buffer as torch makes them, of exactly so many entries.
+// A buffer aligned as torch's, with exactly this many entries.
 template <class T>
 std::unique_ptr<T[], FreeAligned> aligned(int64_t entries) {
   const size_t bytes = (static_cast<size_t>(entries) * sizeof(T) + 63) / 64 * 64;
@@ -77,7 +77,7 @@ std::unique_ptr<T[], FreeAligned> aligned(int64_t entries) {
   return std::unique_ptr<T[], FreeAligned>(static_cast<T*>(memory));
 }
 
-// out = a product's result; rows 0 to `cut` and those from there are made by calls of their own.
+// out = a product's result; separate calls compute rows 0 to `cut` and the rest.
 inline void multiply_panels(const PackedMatrix<BFloat16>& matrix, const BFloat16* x, int64_t tokens,
                             const BFloat16* bias, int64_t rows, int64_t cols, int64_t cut, BFloat16* out) {
   const avx512bf16::PanelShape shape = avx512bf16::panel_shape(matrix.words);

@@ -48,7 +48,7 @@ class PlainRow {
     return search_terms(weight_[at(j)], variance_[at(j)], mean_[at(j)], static_cast<float>(2.0 * s_));
   }
 
-  // The best of [first, end) by `step`: to restore and to remove.
+  // The best weight of [first, end) by `step`: to restore or to remove.
   void offer(int64_t first, int64_t end, int64_t step, Pair* back, Pair* out) const {
     for (int64_t j = first; j < end; j += step) {
       if (!mask_[j] && terms(j).if_restored() < back->change) *back = {terms(j).if_restored(), j, -1};
@@ -76,7 +76,7 @@ class PlainRow {
     }
   }
 
-  // Of the candidates of one side, the column of the least change at s.
+  // The column with the least change at s among one side's candidates.
   int64_t least(int64_t Pair::*side, double sign, double s) const {
     int64_t found = -1;
     for (const Pair& pair : pairs_) {

@@ -1,4 +1,4 @@
-// Inputs for the kernel tests, and what the plain C++ core makes of them: scores by the functors, selections by
+// Inputs for the kernel tests, and the plain C++ core's results for them: scores by the functors, selections by
 // select_kth and keep_best. Everything is compared bit for bit.
 #pragma once
 
@@ -42,8 +42,8 @@ T not_finite() {
 
 enum class Values { spread, ties };
 
-// Signed numbers of size 1/64 to 2, made from bits so that no conversion is needed. `ties`: few distinct sizes, and
-// zeros of both signs.
+// Signed numbers of magnitude 1/64 to 2, made from bits so that no conversion is needed. `ties`: few distinct
+// magnitudes, and zeros of both signs.
 template <class T>
 T random_value(std::mt19937& random, Values values) {
   const uint32_t sign = random() & 1u;
@@ -63,10 +63,10 @@ T random_value(std::mt19937& random, Values values) {
 struct Shape {
   int64_t rows, cols;
   int64_t padding = 0;  // stride - cols
-  int64_t offset = 0;   // of the first weight from a multiple of 16 bytes, in values
+  int64_t offset = 0;   // of the first weight from a 16-byte boundary, in values
 };
 
-// A weight with everything that any formula reads.
+// A weight with the inputs of all formulas.
 template <class T>
 class Sample {
  public:
@@ -75,7 +75,7 @@ class Sample {
     const int64_t stride = shape.cols + shape.padding;
     weight_.resize(static_cast<size_t>(shape.rows * stride + shape.offset) + 16 / sizeof(T));
     for (T& w : weight_) w = random_value<T>(random, values);
-    // Positive factors, but for the given score, which has both signs.
+    // Factors are positive; the caller's score has both signs.
     for (int64_t j = 0; j < shape.cols; ++j) column_.push_back(2.0f + random_value<float>(random, values));
     for (int64_t n = 0; n < shape.rows * shape.cols; ++n) {
       const float value = random_value<float>(random, values);
@@ -147,7 +147,7 @@ inline Cut reference_cut(const std::vector<uint32_t>& keys, int64_t keep_k) {
   return select_kth(keys.data(), static_cast<int64_t>(keys.size()), keep_k, scratch.data(), counts.data());
 }
 
-// Calls zero(n) for each key that the cut leaves out.
+// Calls zero(n) for each key that the cut removes.
 template <class Zero>
 void apply_reference(const std::vector<uint32_t>& keys, Cut cut, Zero&& zero) {
   for (size_t n = 0; n < keys.size(); ++n) {
@@ -165,7 +165,7 @@ void expect_same_bits(const std::vector<T>& got, const std::vector<T>& want, con
   }
 }
 
-// Device memory of a workspace, as the allocator hands it out: filled with rubbish.
+// A workspace's device memory, filled with garbage as from an allocator.
 class Workspace {
  public:
   explicit Workspace(size_t bytes) : memory_(bytes / 16 + 1) {
@@ -191,7 +191,7 @@ void expect_mask(Sample<T>& sample, const std::vector<uint8_t>& kept, const std:
   expect_same_bits(sample.buffer(), before, what + ": masked weight");
 }
 
-// Thread orders that a test runs in.
+// The thread orders of a test.
 inline std::vector<unsigned> orders() { return {0, 1, 7, 11}; }
 
 inline int take_flag() {

@@ -1,5 +1,5 @@
-// The k-th largest of n keys by the passes of core/radix_select.h, plain and by one thread: what the searches of the
-// back ends must find.
+// The k-th largest of n keys by the passes of core/radix_select.h, in one thread: the reference for the back ends'
+// searches.
 #pragma once
 
 #include <cstring>
@@ -14,8 +14,8 @@ inline uint32_t smallest_key(const uint32_t* keys, int64_t n) {
   return smallest;
 }
 
-// The cut that keeps exactly keep_k of keys[0..n). `scratch` holds n keys: the candidates of a
-// pass's bin are gathered there, so that the later passes read few. `counts` holds kRadixBins.
+// The cut that keeps exactly keep_k of keys[0..n). `scratch` has room for n keys: the candidates of a pass's bin are
+// gathered there, so that later passes read few. `counts` has kRadixBins entries.
 inline Cut select_kth(const uint32_t* keys, int64_t n, int64_t keep_k, uint32_t* scratch, uint32_t* counts) {
   if (keep_k <= 0) return kKeepNone;
   if (keep_k >= n) return keep_from(smallest_key(keys, n));
@@ -32,7 +32,7 @@ inline Cut select_kth(const uint32_t* keys, int64_t n, int64_t keep_k, uint32_t*
     int64_t gathered = 0;
     for (int64_t i = 0; i < left; ++i) {
       const uint32_t key = from[i];
-      scratch[gathered] = key;  // gathered <= i: safe in place, once `from` is the scratch itself
+      scratch[gathered] = key;  // gathered <= i: safe in place when `from` is the scratch itself
       gathered += radix_bin(key, pass) == found.bin;
     }
     from = scratch;

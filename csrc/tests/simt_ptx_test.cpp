@@ -1,4 +1,5 @@
-// The PTX runner: each kind of instruction against its definition, and a GPU's rules, each of which must be noticed.
+// The PTX interpreter: each kind of instruction against its definition, and a GPU's rules, whose violations must be
+// detected.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -100,7 +101,7 @@ TEST(Ptx, GuardsAndJumps) {
   EXPECT_EQ(result_of(loop, 5, 3), 115u);
 }
 
-// 64 threads: their numbers added up over shuffles, a shared word and a barrier.
+// 64 threads add their numbers by shuffles, a shared word and a barrier.
 TEST(Ptx, ThreadsOfABlockTogether) {
   const Kernel kernel = kernel_of(
       "\t.shared .align 4 .u32 total;\n"
@@ -163,8 +164,8 @@ TEST(PtxDeathTest, WhatAGpuRefusesEndsTheRun) {
 TEST(Ptx, CountsInstructionsOfWarps) {
   take_counts();
   uint32_t out = 0;
-  // Three loads of parameters, then 3 instructions, 1 that half of the lanes skip by a jump, and the return; the copy
-  // of a register is none.
+  // Three loads of parameters, then 3 instructions, 1 that half of the lanes jump over, and the return; a register copy
+  // does not count.
   const Kernel kernel = kernel_of(
       "mov.u32 %r3, %tid.x;\nmov.b32 %f1, %r3;\nsetp.lt.u32 %p1, %r3, 16;\n@%p1 bra $L_end;\nadd.s32 %r3, %r3, 1;\n"
       "$L_end:\n");

@@ -16,7 +16,7 @@ struct Layout {
   size_t size() const { return static_cast<size_t>(rows * stride()); }
 };
 
-// keep_n of each group_m, or half of each row, in a shuffled order; false in the padding.
+// Keeps keep_n of each group_m, or half of each row, in random order; false in the padding.
 inline Mask random_mask(const Layout& layout, int keep_n, int group_m, std::mt19937& random) {
   Mask mask(new bool[layout.size() + 1]());
   const int64_t group = group_m > 0 ? group_m : layout.cols, keep = group_m > 0 ? keep_n : layout.cols / 2;
@@ -40,7 +40,7 @@ inline void expect_same_masks(const Mask& got, const Mask& want, const Layout& l
   for (size_t n = 0; n < layout.size(); ++n) ASSERT_EQ(got[n], want[n]) << what << ", entry " << n;
 }
 
-// X^T X of `tokens` random inputs; symmetric to the bit.
+// X^T X of `tokens` random inputs, exactly symmetric.
 inline std::vector<float> random_gram(int64_t cols, int64_t tokens, Values values, std::mt19937& random) {
   std::vector<float> x, gram(static_cast<size_t>(cols * cols));
   for (int64_t n = 0; n < tokens * cols; ++n) x.push_back(random_value<float>(random, values));

@@ -49,6 +49,6 @@ def test_plan_lists_every_weight(tmp_path, capsys):
     lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
     assert re.fullmatch(r"48x32\s+pruned", lines["model.layers.0.mlp.experts.3.gate_up_proj"])
     assert re.fullmatch(r"4x32\s+dense: router", lines["model.layers.0.mlp.gate.weight"])
-    assert re.fullmatch(r"32x32\s+dense: skip", lines["model.layers.2.self_attn.q_proj.weight"])
+    assert re.fullmatch(r"32x32\s+dense: not selected", lines["model.layers.2.self_attn.q_proj.weight"])
     assert cli.main([*options, "--json"]) == 0
     assert {weight["name"] for weight in json.loads(capsys.readouterr().out)} == lines.keys()

@@ -377,12 +377,12 @@ def test_bad_jsonl_line_is_refused_by_number(tmp_path, content, message):
 @pytest.mark.parametrize("content", ["", " \n\t\n"])
 def test_file_without_text_is_refused(tmp_path, name, content):
     (tmp_path / name).write_text(content)
-    assert re.match(r"source: .* holds no text; give a file with at least one document", refusal(str(tmp_path / name)))
+    assert re.match(r"source: .* has no text; give a file with at least one document", refusal(str(tmp_path / name)))
 
 
 def test_jsonl_of_blank_documents_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": "  "}\n')
-    assert "holds no text" in refusal(str(tmp_path / "a.jsonl"))
+    assert "has no text" in refusal(str(tmp_path / "a.jsonl"))
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
@@ -395,7 +395,7 @@ def test_file_in_another_encoding_is_refused(tmp_path, name):
 def test_what_is_no_text_file_is_refused(tmp_path, name):
     (tmp_path / "a.csv").write_text("text\n")
     (tmp_path / "folder.txt").mkdir()
-    assert "is no .txt or .jsonl file; give one of these" in refusal(f"{tmp_path}/{name}")
+    assert "is not a .txt or .jsonl file; give one of these" in refusal(f"{tmp_path}/{name}")
 
 
 @pytest.mark.parametrize("source", ["wiki", "nowhere/a.txt", "x" * 5000, "self"])

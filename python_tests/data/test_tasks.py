@@ -216,7 +216,7 @@ def test_dense_and_packed_folders_score_the_same(place):
     found = {}
     alone = {**os.environ, "HF_UPDATE_DOWNLOAD_COUNTS": "0"}  # else datasets tells the hub of each use
     for name in ("out", "packed"):
-        start = "import ace_ext; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+        start = "import ace_ext; ace_ext.register(); from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
         model = ["--model", "hf", "--model_args", f"pretrained={place / name}", "--device", "cpu"]
         task = [
             "--tasks",

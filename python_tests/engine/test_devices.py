@@ -5,10 +5,10 @@ import torch
 
 from ace_ext import ops
 from ace_ext.engine import devices
-from ace_ext.engine.steps import Steps
+from ace_ext.engine.distributed import Alone
+from ace_ext.engine.matrix_pruner import MatrixPruner
 from ace_ext.errors import InputError
 from ace_ext.pruning.config import PruneConfig
-from ace_ext.records import PruneReport
 
 
 @pytest.fixture
@@ -47,10 +47,10 @@ def test_the_flag_is_read_on_every_device_of_the_weights(monkeypatch: pytest.Mon
         return "prune_nm_" if device.type == "meta" else ""
 
     monkeypatch.setattr(ops, "take_not_finite", take)
-    steps = Steps(None, [], None, PruneConfig("wanda"), PruneReport({}, "cpu", "float32"))  # type: ignore[arg-type]
-    steps.check_finite("layers.0", [torch.ones(1), torch.ones(1)])
+    pruner = MatrixPruner(PruneConfig("wanda"), Alone(), torch.device("cpu"))
+    pruner.check("layers.0", [torch.ones(1), torch.ones(1)])
     assert asked == [torch.device("cpu")]
     asked.clear()
     with pytest.raises(InputError, match=r"layers\.0: prune_nm_ met NaN"):
-        steps.check_finite("layers.0", [torch.ones(1, device="meta"), torch.ones(1), torch.ones(1, device="meta")])
+        pruner.check("layers.0", [torch.ones(1, device="meta"), torch.ones(1), torch.ones(1, device="meta")])
     assert asked == [torch.device("cpu"), torch.device("meta")]

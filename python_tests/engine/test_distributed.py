@@ -122,7 +122,7 @@ def test_torchrun_writes_what_two_processes_write(tmp_path):
 
 COUNTS_WORK = """
 from torch.utils.flop_counter import FlopCounterMode
-from ace_ext.engine import steps, strategies
+from ace_ext.engine import batch_states, matrix_pruner
 work = {"run_block": 0, "prune_linear_": 0}
 def counted(module, name):
     real = getattr(module, name)
@@ -132,8 +132,8 @@ def counted(module, name):
         work[name] += counter.get_total_flops()
         return result
     setattr(module, name, call)
-counted(strategies, "run_block")  # also in the threads of lockstep
-counted(steps, "prune_linear_")
+counted(batch_states, "run_block")  # also in lockstep
+counted(matrix_pruner, "prune_linear_")
 status = main(sys.argv[1:])
 print("work", *work.values(), flush=True)
 raise SystemExit(status)
@@ -226,10 +226,10 @@ from ace_ext.cli import main as cli
 from ace_ext.engine.walk import Walk
 from ace_ext.errors import InputError
 real = Walk._run_block
-def run_block(self, index):
+def run_block(self, index, training):
     if os.environ["RANK"] == "{rank}" and index == 1:
         raise InputError("this process met something bad")
-    real(self, index)
+    real(self, index, training)
 Walk._run_block = run_block
 sys.exit(cli.main(sys.argv[1:]))
 """
@@ -249,20 +249,27 @@ def test_an_error_of_one_ends_all(start, rank, tmp_path):
 KILLED = """
 import os, signal, sys
 from ace_ext.cli import main as cli
+from ace_ext.engine.matrix_pruner import MatrixPruner
+from ace_ext.engine.recorder import Recorder
 from ace_ext.engine.walk import Walk
-name = "{step}"
-real = getattr(Walk, name)
-def step(self, *given):
-    if os.environ["RANK"] == "{rank}" and len(self.report.blocks) == {block}:
+name, reports, made = "{step}", [], Recorder.__init__
+owner = {"_run_block": Walk, "prune": MatrixPruner, "finish": Recorder}[name]
+real = getattr(owner, name)
+def init(self, report, *given):
+    reports.append(report)
+    made(self, report, *given)
+def step(self, *given, **named):
+    if os.environ["RANK"] == "{rank}" and len(reports[-1].blocks) == {block}:
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(self, *given)
-setattr(Walk, name, step)
+    return real(self, *given, **named)
+Recorder.__init__ = init
+setattr(owner, name, step)
 sys.exit(cli.main(sys.argv[1:]))
 """
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("step", ["_run_block", "prune_matrix", "finish"])
+@pytest.mark.parametrize("step", ["_run_block", "prune", "finish"])
 @pytest.mark.parametrize("block", [0, 1, 2])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_is_killed(rank, block, step, tmp_path):
@@ -284,14 +291,14 @@ OTHER_MASKS = """
 import os, sys
 import torch
 from ace_ext.cli import main as cli
-from ace_ext.engine.steps import Steps
-real = Steps.prune_matrix
-def prune(self, block, index, child, stats):
-    report = real(self, block, index, child, stats)
+from ace_ext.engine.matrix_pruner import MatrixPruner
+real = MatrixPruner.prune
+def prune(self, block, child, stats):
+    report = real(self, block, child, stats)
     if os.environ["RANK"] == "1":
         block.linears[child].weight.data[0] = 0
     return report
-Steps.prune_matrix = prune
+MatrixPruner.prune = prune
 sys.exit(cli.main(sys.argv[1:]))
 """
 

@@ -12,7 +12,7 @@ from tiny_models import _SMALL, make_model, make_tokenizer, make_tokens
 from ace_ext import InputError, PruneConfig, prune_model
 from ace_ext.models.block_store import ResidentBlocks
 from ace_ext.models.blocks import find_blocks
-from ace_ext.models.order import try_walk
+from ace_ext.models.trial import try_walk
 
 IMAGE, PICTURE = 63, 32  # the token in whose place an image's states come, and the width of an image
 

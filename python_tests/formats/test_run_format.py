@@ -1,4 +1,4 @@
-"""``ace-prune run --format``: the bytes of ``run`` and ``pack``, within the memory, after a crash, and by the plan."""
+"""``ace-prune run --format``: the bytes of ``run`` and ``pack``, the memory limit, crashes, and the plan."""
 
 import os
 import shutil
@@ -69,7 +69,7 @@ def test_a_run_that_ends_while_it_packs_is_resumed(place, dense, tmp_path, monke
 
     with monkeypatch.context() as patched:
         patched.setattr(owner, name, fail)
-        with pytest.raises(InputError, match="go on with --resume"):
+        with pytest.raises(InputError, match="continue with --resume"):
             prune(dense, tmp_path / "out", {"format": "bitmap"})
     place_of_run = tmp_path / ".out.unfinished"
     assert (place_of_run / "model").is_dir() == (place != "in the exchange")
@@ -113,7 +113,7 @@ def headers(folder) -> int:
 
 
 def parts(one):
-    """Every stored tensor but padding."""
+    """Every stored tensor except padding."""
     return (one._stored(name) for name in one._entries if not name.startswith("pad."))
 
 

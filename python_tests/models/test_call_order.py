@@ -10,7 +10,7 @@ from ace_ext import InputError, PruneConfig, prune_model
 from ace_ext.dense_weights import NOT_CALLED
 from ace_ext.models.block_store import ResidentBlocks
 from ace_ext.models.blocks import find_blocks
-from ace_ext.models.order import try_walk
+from ace_ext.models.trial import try_walk
 from ace_ext.runs.verify import verify
 
 SHARING, TWO_LISTS, TWICE, UNUSED = "gemma3n_text", "xlm", "prophetnet", "bart"

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from ace_ext import InputError, PruneConfig, prune_model
-from ace_ext.engine import steps
+from ace_ext.engine import batch_states
 
 
 def states(model):
@@ -174,7 +174,7 @@ def test_the_module_that_overflows_is_named(order, batch_tokens):
 @pytest.mark.parametrize("batch_tokens", [32, 16384])
 def test_the_block_that_overflows_is_named_on_a_gpu(batch_tokens, monkeypatch):
     """Where outputs are read once a block, and its inputs are gone by then. Run on the CPU."""
-    monkeypatch.setattr(steps, "read_at_once", lambda _: False)
+    monkeypatch.setattr(batch_states, "read_at_once", lambda _: False)
     model = make_model("llama", torch.float16)
     model.model.layers[1].mlp.down_proj.weight.data.fill_(60000.0)
     message = r"^model\.layers\.1: its output holds NaN or infinity; a weight in or before it is damaged"

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from ace_ext import InputError, PruneConfig, prune_model
 from ace_ext.engine.context import RunContext
 from ace_ext.models.blocks import find_blocks
-from ace_ext.models.held import filled_linear, filled_rows, find_held
+from ace_ext.models.fused_weights import filled_linear, filled_rows, find_fused
 from ace_ext.models.replay import capture_calls, run_block
 from ace_ext.models.safetensors_files import Shards
 from ace_ext.runs.plan import planned_matrices
@@ -24,7 +24,7 @@ mixtures = pytest.mark.parametrize("family", MIXTURES)
 
 def experts_module(model, index=0):
     """The module that holds a block's fused tensors."""
-    return find_held(find_blocks(model)[index].module)[0].owner
+    return find_fused(find_blocks(model)[index].module)[0].owner
 
 
 def zeros(weight):

@@ -109,7 +109,7 @@ def check_weights(model: nn.Module, before: dict[str, torch.Tensor], report: Pru
         pruned.add(weight.data_ptr())
     for name, parameter in model.named_parameters():
         assert not parameter[changed[name]].any(), f"{name}: survivors are exact"
-    held = {h.tensor.data_ptr() for block in blocks.values() for h in block.held}
+    held = {h.tensor.data_ptr() for block in blocks.values() for h in block.fused}
     ends = {
         id(p) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end for p in end.parameters()
     }

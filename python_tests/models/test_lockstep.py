@@ -1,5 +1,6 @@
 """Several batches in the sequential order: one forward's work a block, and the bytes of one forward for each stage."""
 
+import contextlib
 import threading
 from pathlib import Path
 
@@ -7,16 +8,20 @@ import pytest
 import torch
 from tiny_models import FAMILIES, MIXTURES, make_model, make_tokens
 from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ace_ext import InputError, PruneConfig, prune_model
-from ace_ext.engine import steps, strategies
+from ace_ext.engine import batch_states
 from ace_ext.engine.context import RunContext
+from ace_ext.engine.strategies import in_lockstep
 from ace_ext.engine.walk import Walk
 from ace_ext.models.blocks import find_blocks
-from ace_ext.models.lockstep import Lockstep, keeps_no_state, paused_bytes, threads_fit
+from ace_ext.models.lockstep import Lockstep, keeps_no_state, paused_bytes
 from ace_ext.models.replay import capture_calls, run_block
+from ace_ext.models.torch_state import TorchState
 from ace_ext.process_memory import resident_bytes
 from ace_ext.pruning import statistics
 
@@ -91,9 +96,9 @@ def flops(monkeypatch):
 
         return call
 
-    for place in ("models.replay", "models.lockstep", "engine.steps", "engine.strategies"):
+    for place in ("models.replay", "models.lockstep", "engine.batch_states", "engine.collection"):
         monkeypatch.setattr(f"ace_ext.{place}.run_block", counting(run_block))
-    monkeypatch.setattr(strategies, "_output_of", counting(strategies._output_of))
+    monkeypatch.setattr(in_lockstep, "output_of_linear", counting(in_lockstep.output_of_linear))
     return counted
 
 
@@ -137,13 +142,13 @@ def test_numbers_are_read_once_a_block(order, batch_tokens, monkeypatch):
     two more."""
     counts, real = [], Walk._run_block
 
-    def run_block(walk, index):
+    def run_block(walk, *given):
         with Reads() as reads:
-            real(walk, index)
+            real(walk, *given)
         counts.append(reads.count)
 
     monkeypatch.setattr(Walk, "_run_block", run_block)
-    monkeypatch.setattr(steps, "read_at_once", lambda _: False)  # as on a GPU
+    monkeypatch.setattr(batch_states, "read_at_once", lambda _: False)  # as on a GPU
     monkeypatch.setattr(statistics, "reads_at_once", lambda _: False)
     pruned(make_model("llama"), True, collect=f"order={order}, batch_tokens={batch_tokens}")
     assert counts == [3 if order == "sequential" else 1, 1, 1]
@@ -171,53 +176,18 @@ def test_a_block_that_keeps_state_is_pruned_by_stages():
     assert_same(*models)
 
 
-@pytest.mark.parametrize(("allowed", "takes_turns"), [(12, True), (11, False), (None, True)])
-def test_more_threads_than_the_system_allows(allowed, takes_turns, monkeypatch):
-    """Six batches; half of the threads are left to others."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr("ace_ext.models.lockstep.most_threads", lambda: allowed)
-    one, other = make_model("llama"), make_model("llama")
-    (reports, context), (expected, _) = pruned(one, True), pruned(other, False)
-    assert bool(context.stateless) == takes_turns
-    assert reports == expected
-    assert_same(one, other)
-
-
-def test_each_forward_has_a_team_of_openmp_threads(monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    monkeypatch.setattr("ace_ext.models.lockstep.most_threads", lambda: 800)
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert [threads_fit(n, cpu) for n in (100, 101)] == [True, False]
-    assert [threads_fit(n, gpu) for n in (400, 401)] == [True, False]
-    assert paused_bytes(100, cpu) > 100 * paused_bytes(1, gpu) == 0
-
-
-def test_a_thread_that_cannot_start(monkeypatch):
-    def start(_):
-        raise RuntimeError("can't start new thread")
-
-    model = make_model("llama")
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    monkeypatch.setattr(threading.Thread, "start", start)
-    with pytest.raises(InputError, match=r"batch_tokens of collect must leave so few batches .*can't start new thread"):
-        pruned(model, True)
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name])
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell a process's memory")
 def test_hundreds_of_batches():
-    """Their threads hold no more than is counted, and are gone at the end."""
+    """They hold no more than is counted, and no thread is made."""
     pruned(make_model("llama"), True)  # libraries are loaded
     block, forwards, _ = enter(make_model("llama"), 300)
-    before, others = resident_bytes(), set(threading.enumerate())  # of which some may be about to end
+    before, threads = resident_bytes(), set(threading.enumerate())  # of which some may be about to end
     with Lockstep(block, forwards, torch.device("cpu")) as steps:
         for i in range(300):
             assert steps.run(i) is None
         held = resident_bytes() - before
-        assert len(set(threading.enumerate()) - others) == 300
+        assert set(threading.enumerate()) <= threads
     assert held < paused_bytes(300, "cpu")
-    assert set(threading.enumerate()) <= others
 
 
 def enter(model, count: int = 3):
@@ -230,7 +200,6 @@ def test_each_stops_until_it_may_pass():
     block, forwards, _ = enter(make_model("llama"))
     with torch.no_grad():
         expected = [forward() for forward in forwards]
-    threads = threading.active_count()
     with Lockstep(block, forwards, torch.device("cpu")) as steps:
         for i in range(3):
             assert steps.run(i) is None
@@ -246,7 +215,6 @@ def test_each_stops_until_it_may_pass():
             output = steps.run(1)
         assert torch.equal(output, expected[1])
         assert not output.requires_grad
-    assert threading.active_count() == threads
     assert not any(linear._forward_pre_hooks for linear in block.linears.values())
 
 
@@ -256,7 +224,8 @@ def test_errors_come_through_and_end_all():
     def broken(*_):
         raise InputError("a real error")
 
-    threads = threading.active_count()
+    ended = []
+    forwards[0] = ending(forwards[0], ended)
     with Lockstep(block, forwards, torch.device("cpu")) as steps:
         steps.run(0)
         steps.run(1)
@@ -265,10 +234,23 @@ def test_errors_come_through_and_end_all():
         steps.admit(1, [child, "self_attn.k_proj"], x)
         with pytest.raises(InputError, match="a real error"):
             steps.run(1)
-    assert threading.active_count() == threads
+        assert not ended
+    assert ended
 
 
-def test_settings_of_a_thread_are_taken_along():
+def ending(forward, ended):
+    """A forward that notes when it ends, by an error too."""
+
+    def compute():
+        try:
+            return forward()
+        finally:
+            ended.append(None)
+
+    return compute
+
+
+def test_settings_are_taken_along():
     """Under autocast the forwards compute in its dtype too."""
     block, _forwards, calls = enter(make_model("llama"), 2)
     seen = []
@@ -282,11 +264,66 @@ def test_settings_of_a_thread_are_taken_along():
     assert seen == [(torch.bfloat16, False)] * 4
 
 
+class Modal(nn.Module):
+    """Computes in modes of its own."""
+
+    def __init__(self, mlp: nn.Module, modes) -> None:
+        super().__init__()
+        self.mlp, self.modes = mlp, modes
+
+    def forward(self, x):
+        with contextlib.ExitStack() as stack:
+            for mode in self.modes():
+                stack.enter_context(mode)
+            return self.mlp(x).clone()
+
+
+class Doubling(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        return 2 * found if func is functional.silu else found
+
+
+MODES = {
+    "autocast": lambda: [torch.autocast("cpu", torch.bfloat16)],
+    "inference": lambda: [torch.inference_mode()],
+    "gradients": lambda: [torch.enable_grad()],
+    "functions": lambda: [Doubling()],
+    "dispatch": lambda: [FlopCounterMode(display=False), Reads()],
+    "all": lambda: [torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), Doubling(), Reads()],
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3-moe"])
+@pytest.mark.parametrize("modes", MODES.values(), ids=MODES)
+def test_modes_of_a_forward_stay_in_it(modes, family, monkeypatch):
+    """Each forward stops in its modes, and what runs meanwhile, other forwards too, is not in them."""
+    here, seen, models = TorchState.now(torch.device("cpu")), [], [make_model(family) for _ in range(2)]
+    for model in models:
+        for layer in model.model.layers:
+            layer.mlp = Modal(layer.mlp, modes)
+    real = in_lockstep.observe
+
+    def observe(*arguments):
+        seen.append(TorchState.now(torch.device("cpu")))
+        real(*arguments)
+
+    monkeypatch.setattr(in_lockstep, "observe", observe)
+    (reports, context), (expected, _) = pruned(models[0], True), pruned(models[1], False)
+    assert set(context.stateless.values()) == {True}
+    assert TorchState.now(torch.device("cpu")) == here
+    assert {(s.inference, s.gradients, s.autocast[0][1], s.function_modes, s.dispatch_modes) for s in seen} == {
+        (False, False, False, (), ())
+    }
+    assert reports == expected
+    assert_same(*models)
+
+
 @pytest.mark.parametrize("family", MIXTURES)
 def test_experts_are_taken_apart_as_they_are_called(family):
     block = find_blocks(make_model(family))[0]
     gates, downs = block.expert_stages()
-    stages = strategies._one_by_one(block, [["a", "b"], gates, downs, ["c"]])
+    stages = in_lockstep.one_by_one(block, [["a", "b"], gates, downs, ["c"]])
     pairs = [[child] for pair in zip(gates, downs, strict=True) for child in pair]
     assert stages == [["a", "b"], *pairs, ["c"]]
 

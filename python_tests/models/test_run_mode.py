@@ -50,6 +50,17 @@ def test_autocast_reads_the_pruned_weights_afterwards():
         assert torch.equal(model(tokens).logits, found)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_no_graph_is_recorded(mode):
+    model, seen = make_model("llama").requires_grad_(True), []
+    handle = model.model.layers[1].mlp.register_forward_hook(lambda *a: seen.append(a[2].requires_grad))
+    with mode():
+        prune_model(model, make_tokens())
+    handle.remove()
+    assert seen
+    assert not any(seen)
+
+
 def test_distillation_under_autocast():
     dense, tokens, students = make_model("llama"), make_tokens(6, 32), []
     for mode in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):

@@ -1,4 +1,4 @@
-"""One selection over several matrices, and its parts, against the oracle. Contracts: csrc/ops/across.h."""
+"""One selection over several matrices, and its parts, against the reference. Contracts: csrc/ops/across.h."""
 
 import pytest
 import torch

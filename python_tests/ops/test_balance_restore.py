@@ -1,4 +1,4 @@
-"""balance_mean_ and restore_mean_ against oracles and what defines them: csrc/ops/balance.h, csrc/ops/restore.h."""
+"""balance_mean_ and restore_mean_ against references and definitions: csrc/ops/balance.h, csrc/ops/restore.h."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ PATTERNS = ((0, 0), (1, 2), (2, 4), (4, 8), (3, 7), (16, 32))
 
 
 def make_moments(cols, random, ties=False):
-    """Variance and mean of input columns: of different scale, some constant; with ``ties`` all alike."""
+    """Variance and mean of input columns: of different scale, some constant; with ``ties`` all equal."""
     if ties:
         return torch.full((cols,), 0.5), torch.full((cols,), 0.25)
     variance = (torch.randn(cols, generator=random) * 2).exp()
@@ -107,7 +107,7 @@ def test_balancing_nothing(shape, device):
 
 @pytest.mark.parametrize("group_m", [0, 4])
 def test_products_beyond_float32_are_left_alone(group_m, device):
-    """They are finite in float64, in which swaps are decided, but their search and their bound overflow."""
+    """They are finite in float64, which decides swaps, but the float32 search and bound overflow."""
     weight = torch.full((2, 64), 1e30)
     weight[1] = torch.linspace(-1, 1, 64)
     mask = make_mask(torch.ones(2, 64), 2, 4)

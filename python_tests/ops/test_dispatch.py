@@ -13,7 +13,7 @@ register_packed()  # before any op is traced: torch keeps what it found then, gr
 
 
 def samples():
-    """Name and arguments, in the schema's order, of a call or more of every op."""
+    """Name and arguments, in the schema's order, of at least one call of every op."""
     random = torch.Generator().manual_seed(0)
     x, a = torch.randn(9, 8, generator=random), torch.randn(9, 6, generator=random)
     for state in (torch.float32, torch.float64):
@@ -96,7 +96,7 @@ def test_parameters_that_require_grad_can_be_pruned():
 
 
 def run_everything(formula, dtype):
-    """Results of every op on matrices large enough to be shared among threads."""
+    """Results of every op on matrices large enough to be divided among threads."""
     random = torch.Generator().manual_seed(0)
     x, a = torch.randn(700, 1134, generator=random).to(dtype), torch.randn(700, 300, generator=random).to(dtype)
     weight = make_weight(300, 1134, dtype, random)

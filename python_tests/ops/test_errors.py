@@ -85,7 +85,7 @@ def test_a_moment_that_is_not_finite(op, formula, value, zeros, weight, random):
 @pytest.mark.parametrize("op", SCORED)
 @pytest.mark.parametrize("formula", ["magnitude", "scaled", "cosp"])
 def test_the_last_weight_of_many_that_is_not_finite(op, formula, dtype, random):
-    # Rows enough for every thread and block: the first ones must wait for the check of the last.
+    # Enough rows for every thread and block: the first must not be written before the last is checked.
     weight = (torch.randn(150, 1136, generator=random) + 3).to(dtype)
     arguments = formula_arguments(formula, weight, random)
     weight[149, 1135] = math.nan

@@ -1,4 +1,4 @@
-"""Every op of the schema, called with random tensors of every kind: it is refused with words and nothing is written, or
+"""Every op of the schema, called with random tensors of every kind: it is refused in words and nothing is written, or
 its result is the reference's. A crash ends the test run."""
 
 import random
@@ -26,7 +26,7 @@ from ace_ext.ops._extension import registered
 CALLS = 150  # of each op
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # torch's about kinds of tensors that it will drop
 
-# Arguments as each op wants them, by the schema's names
+# Valid arguments of each op, by the schema's names
 
 
 def matrix(draw, rows, cols, dtype=None) -> Tensor:
@@ -146,7 +146,7 @@ def product(draw) -> dict:
     return {"x": matrix(draw, draw.randint(1, 9), cols, dtype), **made, "bias": bias}
 
 
-# What each op must have done, given its arguments before the call
+# Checks of each op's result, given its arguments before the call
 
 
 def score_of(given) -> Tensor:
@@ -320,7 +320,7 @@ def changed(draw, arguments: dict) -> dict:
 
 
 def values_of(arguments: dict) -> dict | None:
-    """What the arguments show, in memory of their own; None if a tensor shows nothing finite that could be compared."""
+    """Copies of the arguments' values; None if a tensor has no finite values to compare."""
     shown = {}
     for name, value in arguments.items():
         if not isinstance(value, Tensor):
@@ -344,7 +344,7 @@ def same(before: dict, after: dict) -> bool:
 
 
 def keeps_contract(given: dict) -> bool:
-    """Whether the arguments are as the contract wants them in what the op does not check: it would cost too much."""
+    """Whether the arguments keep the part of the contract that the op does not check, because that costs too much."""
     gram, bitmap = given.get("gram"), given.get("bitmap")
     if gram is not None:
         return torch.equal(gram, gram.T)
@@ -444,7 +444,7 @@ def test_vmap_is_refused_or_right():
 
 
 def results_with(threads: int) -> dict[str, list[Tensor]]:
-    """Of every op whose contract says so, on matrices that are shared among threads."""
+    """For every op whose contract says so, on matrices that are divided among threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

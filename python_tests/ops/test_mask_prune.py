@@ -1,4 +1,4 @@
-"""Masks and pruning against the oracle, bit for bit: order, ties, exact count. Contracts: csrc/ops/prune.h, mask.h."""
+"""Masks and pruning have the bits of the reference: order, ties, exact count. Contracts: csrc/ops/prune.h, mask.h."""
 
 import math
 
@@ -34,7 +34,7 @@ def sizes_of(weight, group):
 
 
 def assert_topk(weight, formula, arguments, keep_k, group):
-    """Masks and prunes a copy inside a larger matrix; compares mask, copy, threshold and what is around it."""
+    """Masks and prunes a copy inside a larger matrix; compares mask, copy, threshold and the surrounding entries."""
     score = float32_score(weight, formula, arguments)
     outer, view = embed(weight)
     expected = reference.keep_mask(score, keep_k, group)
@@ -56,7 +56,7 @@ def assert_nm(weight, formula, arguments, keep_n, group_m):
 
 
 def assert_mask(mask, expected, view, weight):
-    """``view``, which was masked, must still be ``weight``."""
+    """``view``, for which a mask was made, must still equal ``weight``."""
     assert (mask.dtype, mask.device, mask.is_contiguous()) == (torch.bool, view.device, True)
     assert torch.equal(mask.cpu(), expected)
     assert_same_bits(view, weight)
@@ -98,7 +98,7 @@ def test_topk_of_a_matrix_large_enough_for_threads(group, dtype, device, random)
 @pytest.mark.parametrize("formula", ["magnitude", "scaled", "cosp"])
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
 def test_topk_of_rows_whose_scales_jump(formula, ties, dtype, device, random):
-    # What a search learned from one row must not matter to the next.
+    # The hints from one row must not change the next row's result.
     scale = torch.tensor([1.0, 1.1, 0.9, 0.0, 1.0, 60.0, 1e-3, 1.0, 1.0, 2.0, 0.5, 1.0])
     for cols in (33, 1134, 3000):
         weight = (make_weight(12, cols, torch.float32, random, ties) * scale[:, None]).to(dtype).to(device)
@@ -128,7 +128,7 @@ def test_topk_of_a_large_matrix_with_many_zeros(share, zeros, dtype, device, ran
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_factors_whose_bound_overflows_but_whose_scores_do_not(sign, device, random):
-    # The largest weight meets a small factor and the largest factor a small weight.
+    # The largest weight has a small factor, and the largest factor a small weight.
     weight, column = make_weight(20, 64, torch.float32, random), torch.full((64,), 1e-3)
     weight[:, 7] = 3e38
     column[9] = sign * 1e6

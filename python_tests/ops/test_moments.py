@@ -1,4 +1,4 @@
-"""Statistics against the oracle, within the bounds of helpers.py. Contracts: csrc/ops.h."""
+"""Statistics against the reference, within the bounds of helpers.py. Contracts: csrc/ops.h."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def new_state(width, state, device="cpu"):
 
 
 def assert_state(actual, x, token_weight=None):
-    """Within the bounds of helpers.py of the oracle's state of the same tokens."""
+    """Within the bounds of helpers.py from the reference's state of the same tokens."""
     expected = reference.moments(x, token_weight)
     bounds = moment_bounds(x, token_weight, actual[1].dtype)
     for name, got, exact, bound in zip(("weight_sum", "mean", "m2"), actual, expected, bounds, strict=True):
@@ -51,7 +51,7 @@ def test_moments_match_the_oracle(dtype, state, weighted, device, random):
 
 
 def test_moments_of_wide_inputs(device, random):
-    # Wider than any strip a kernel works on at a time.
+    # Wider than any strip of a kernel.
     x = torch.randn(70, 1134, generator=random).to(device)
     actual = new_state(1134, torch.float32, device)
     ops.update_moments_(*actual, x)
@@ -68,7 +68,7 @@ def test_moments_may_be_split_anywhere(pieces, state, device, random):
     for part, part_weight in zip(x.split(pieces), weight.split(pieces), strict=True):
         ops.update_moments_(*actual, part, part_weight)
     expected = reference.moments(x, weight)
-    # Each call is one more merge: with a float32 state as many more roundings.
+    # Each call is one more merge, and with a float32 state as many more roundings.
     bounds = moment_bounds(x, weight, state)
     widen = (1 + len(pieces) / 64) if state == torch.float32 else 1
     for got, exact, bound in zip(actual, expected, bounds, strict=True):
@@ -117,7 +117,7 @@ def test_moments_of_no_columns_count_the_weight(state, device):
 
 
 def test_moments_survive_a_mean_far_above_the_spread(state, device, random):
-    """Where E[x^2] - E[x]^2 in float32 has no correct digit left."""
+    """Where E[x^2] - E[x]^2 in float32 has no correct digit."""
     x = torch.randn(1134, 16, generator=random) + 4096
     actual = new_state(16, state, device)
     ops.update_moments_(*actual, x.to(device))
@@ -212,7 +212,7 @@ def test_cosine_moment_adds_up_over_calls(device, random):
 
 
 def test_cosine_moment_of_many_tokens(device, random):
-    # More than an op squares at a time.
+    # More tokens than an op squares at a time.
     x, a = torch.randn(4500, 3, generator=random).to(device), torch.randn(4500, 2, generator=random).to(device)
     moment = torch.zeros(2, 3, device=device)
     ops.update_cosine_moment_(moment, x, a)
@@ -229,7 +229,7 @@ def test_cosine_moment_of_a_massive_token(dtype, device, random):
 
 
 def test_cosine_moment_is_as_precise_as_torchs_matmuls_are_told_to_be(device, random):
-    """Where the caller allows bfloat16 products, each square is rounded to 8 bits: twice 2^-9, and no cancellation."""
+    """If the caller allows bfloat16 products, each square is rounded to 8 bits: twice 2^-9, without cancellation."""
     x, a = torch.randn(65, 129, generator=random).to(device), torch.randn(65, 33, generator=random).to(device)
     moment = torch.zeros(33, 129, device=device)
     before = torch.get_float32_matmul_precision()
@@ -261,7 +261,7 @@ def test_cosine_moment_of_nothing(shape, device):
 
 
 def test_padding_between_tokens(dtype, state, device, random):
-    # However many tokens an op adds at once, the ones between them that do not count may hold anything.
+    # Tokens of weight 0 may hold anything, wherever they are among those that an op adds at once.
     x = torch.randn(200, 33, generator=random).to(dtype)
     token_weight = torch.rand(200, generator=random) * (torch.rand(200, generator=random) < 0.7)
     clean = torch.where((token_weight == 0)[:, None], torch.zeros_like(x), x)

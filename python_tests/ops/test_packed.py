@@ -1,4 +1,4 @@
-"""``packed_linear`` and ``unpack_bitmap`` against their oracle, within the bound of csrc/ops/packed.h."""
+"""``packed_linear`` and ``unpack_bitmap`` against their reference, within the bound of csrc/ops/packed.h."""
 
 import os
 import subprocess
@@ -171,7 +171,7 @@ def test_torch_knows_the_ops(dtype, random):
 
 
 def test_wrong_counts_read_nothing_outside(dtype):
-    """Bits and row_start that promise more survivors than there are: some numbers, and no crash."""
+    """Bits and row_start that claim more survivors than exist: wrong results, but no crash."""
     bitmap = torch.full((4, 16), 255, dtype=torch.uint8)
     for starts in ([0, 1, 2, 3, 4], [0, 2**40, -(2**40), 3, 1], [2**62] * 5):
         values = torch.ones(4, dtype=dtype)
@@ -208,7 +208,7 @@ def test_wrong_arguments_are_refused(changed, words):
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_slower_loops_on_request(capability, tmp_path):
-    """torch's variable chooses the loops of older processors, too; the same tests hold."""
+    """torch's environment variable also selects the loops of older processors; the same tests pass."""
     env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     tests = ["-k", "within_the_bound or every_bit or nothing_outside", "-p", "no:cacheprovider", "-q", __file__]
     done = subprocess.run(

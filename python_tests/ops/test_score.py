@@ -1,4 +1,4 @@
-"""Scores against the oracle: the bits of its float32 products. Contracts: csrc/ops.h."""
+"""Scores have the bits of the reference's float32 products. Contracts: csrc/ops.h."""
 
 import math
 

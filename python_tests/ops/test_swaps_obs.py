@@ -1,4 +1,4 @@
-"""refine_swaps_ and obs_block_ against the float64 oracle and what defines them. Contracts: csrc/ops.h."""
+"""refine_swaps_ and obs_block_ against the float64 reference and their definitions. Contracts: csrc/ops.h."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def test_every_swap_lowers_the_loss(keep_n, group_m, dtype, random):
     start = make_mask(weight, keep_n, group_m)
     all_swaps = ops.refine_swaps_(start.clone(), weight, gram, keep_n, group_m, 10_000)
     assert all_swaps.max() > 3
-    # What float64 may lose in the loss that this test computes: 2 * 48 additions and products of at most row_norm^2.
+    # The float64 rounding of the loss that this test computes: 2 * 48 additions and products of at most row_norm^2.
     row_norm = (weight.double().abs() * gram.diagonal().double().sqrt()).sum(1)
     rounding = 2 * 48 * 2.0**-53 * row_norm**2
     before, loss = start, reference.swap_loss(start, weight, gram)
@@ -80,7 +80,7 @@ def test_every_swap_lowers_the_loss(keep_n, group_m, dtype, random):
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_swaps_of_whole_numbers(data):
-    """Sums of small whole numbers are exact, so ties are real ties and each loss is strictly lower."""
+    """Sums of small integers are exact, so ties are exact and each swap strictly lowers the loss."""
     keep_n, group_m = data.draw(st.sampled_from(PATTERNS))
     cols = data.draw(st.integers(1, 4)) * (group_m or 5)
     random = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))

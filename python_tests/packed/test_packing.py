@@ -1,4 +1,4 @@
-"""Packed folders: every byte comes back, sizes are what they should be, and damaged files are refused in one line."""
+"""Packed folders: every byte is restored, sizes are right, and damaged files are refused in one line."""
 
 import json
 import random as plain_random
@@ -98,18 +98,18 @@ def test_codecs_give_back_every_bit(name, pattern, dtype, random):
 
 @pytest.mark.parametrize("pattern", [(2, 4), (3, 8), (2, 5)])
 def test_indices_that_are_none_are_refused(pattern, random):
-    """Equal ones, ones beyond their group, and a file without a pattern."""
+    """Equal indices, indices beyond their group, and a file without a pattern."""
     keep_n, group_m = pattern
     weight = make_weight(4, 16 * group_m, torch.float32, random)
     weight.view(4, 16, group_m)[:, :, keep_n:] = 0.0
     parts, codec = codec_named("nm").encode(weight, pattern), codec_named("nm")
     for byte in (0, 255):
         damaged = {**parts, "indices": torch.full_like(parts["indices"], byte)}
-        with pytest.raises(ValueError, match=f"must rise and be less than {group_m}"):
+        with pytest.raises(ValueError, match=f"must be ascending and less than {group_m}"):
             codec.decode(Packed(damaged, weight.dtype, tuple(weight.shape), pattern))
     with pytest.raises(ValueError, match="names no pattern"):
         codec.decode(Packed(dict(parts), weight.dtype, tuple(weight.shape), None))
-    with pytest.raises(ValueError, match="no whole groups"):
+    with pytest.raises(ValueError, match="not whole groups"):
         codec.decode(Packed(dict(parts), weight.dtype, (4, 16 * group_m - 1), pattern))
     with pytest.raises(ValueError, match="part indices is missing"):
         codec.decode(Packed({"values": parts["values"]}, weight.dtype, tuple(weight.shape), pattern))
@@ -285,11 +285,11 @@ def damage(folder, how) -> None:
         ("cut", "no whole safetensors file"),
         ("foreign", "was not written by ace-prune pack"),
         ("bit of a bitmap", "survivors in every row"),
-        ("value", "does not give back the file"),
+        ("value", "does not restore the file"),
         ("version", "version '9'"),
         ("codec", "format 'other'"),
         ("shape", "is damaged"),
-        ("second file", "misses"),
+        ("second file", "lacks these files"),
         ("pattern", "has damaged metadata"),
         ("no text", "must be texts"),
         ("part without a tensor", ".bitmop belongs to no tensor"),
@@ -324,7 +324,7 @@ def test_no_changed_byte_goes_unseen(name, pruned, tmp_path):
         except InputError:
             pass
     spaces = len(whole[8 : 8 + length]) - len(whole[8 : 8 + length].rstrip())
-    # Harmless are padding, and names in the header of tensors that are padding. Half of the places are in the header.
+    # Changes of padding, and of the names of padding tensors, are harmless. Half of the places are in the header.
     assert unseen <= tries * (0.02 + padding / len(whole) + spaces / length + 0.1)
 
 

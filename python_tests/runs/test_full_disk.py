@@ -70,7 +70,7 @@ def test_each_write_may_fail(place, number, blocks, offload, dense, tmp_path, mo
     run = {"offload": offload, "resume": True}
     with monkeypatch.context() as patch:
         fail_at(patch, place, number)
-        with pytest.raises(InputError, match=r"^output '.*out' cannot be written: No space left on device; make room "):
+        with pytest.raises(InputError, match=r"^output '.*out' cannot be written: No space left on device; free some"):
             prune(dense, tmp_path / "out", run)
     assert finished(tmp_path) == blocks
     assert (tmp_path / ".out.unfinished").exists() == (blocks > 0)  # else it would only take room
@@ -81,7 +81,7 @@ def test_each_write_may_fail(place, number, blocks, offload, dense, tmp_path, mo
 
 def test_another_error_is_named(dense, tmp_path, monkeypatch):
     fail_at(monkeypatch, "weights", 2, errno.EIO)
-    with pytest.raises(InputError, match="cannot be written: Input/output error; mend that and go on with --resume"):
+    with pytest.raises(InputError, match="cannot be written: Input/output error; correct that and continue with"):
         prune(dense, tmp_path / "out")
 
 
@@ -132,7 +132,7 @@ def test_a_small_disk(offload, dtype, dense, tmp_path, small_disk):
     needed = sum(file.stat().st_size for file in whole.iterdir())
     for share in (0.5, 1.1):
         place = small_disk(int(needed * share) // 4096 * 4096)
-        with pytest.raises(InputError, match=r"No space left on device.*; make room there and go on with --resume"):
+        with pytest.raises(InputError, match=r"No space left on device.*; free some space and continue with --resume"):
             prune(dense, place / "out", {"offload": offload, "resume": True}, calibration)
         assert not (place / "out").exists()
         small_disk.grow(place, 2**26)

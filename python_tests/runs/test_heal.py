@@ -18,13 +18,14 @@ from tiny_models import make_model
 
 from ace_ext import InputError
 from ace_ext.cli.main import main
+from ace_ext.engine import model_shape
 from ace_ext.healing import HealSettings
 from ace_ext.healing.progress import HealProgress
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.safetensors_files import Shards
 from ace_ext.process_memory import parse_bytes
 from ace_ext.records import PruneReport
-from ace_ext.runs import heal, heal_journal, model_shape
+from ace_ext.runs import heal, heal_journal
 from ace_ext.runs.heal import heal_folder
 from ace_ext.runs.heal_memory import HealDemand
 from ace_ext.runs.heal_models import dense_request, whole_bytes
@@ -241,7 +242,7 @@ def test_budgets_that_are_none(options, message, place, tmp_path):
 def test_an_input_is_never_replaced(name, tmp_path):
     pruned = make_pruned(tmp_path)
     before = contents(tmp_path / name)
-    with pytest.raises(InputError, match=r"is or holds an input of this run, .*; give another"):
+    with pytest.raises(InputError, match=r"overlaps an input of this run, .*; give a folder elsewhere"):
         heal_folder(request(pruned, tmp_path / name, overwrite=True))
     assert contents(tmp_path / name) == before
 
@@ -435,7 +436,7 @@ def interrupted(place, output, monkeypatch, after=5, **options):
 
     with monkeypatch.context() as patch:
         patch.setattr(heal_journal.HealJournal, "save", stopping)
-        with pytest.raises(InputError, match="No space left on device; make room there and go on with --resume"):
+        with pytest.raises(InputError, match="No space left on device; free some space and continue with --resume"):
             heal_folder(request(place / "pruned", output, **options))
 
 

@@ -11,8 +11,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from ace_ext import PruneConfig, prune_model
 from ace_ext.data.bos import WINDOW_TOKENS, WINDOWS, perplexity_of
+from ace_ext.engine import model_shape
 from ace_ext.engine.context import RunContext
-from ace_ext.engine.steps import Steps
+from ace_ext.engine.matrix_pruner import MatrixPruner
 from ace_ext.healing import HealSettings, distill_
 from ace_ext.healing.batches import Batches
 from ace_ext.healing.context import HealContext
@@ -27,7 +28,6 @@ from ace_ext.pruning.prune_linear import prune_linear_, working_bytes
 from ace_ext.pruning.sketch import SketchState
 from ace_ext.pruning.stages import Score, admm
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
-from ace_ext.runs import model_shape
 from ace_ext.runs.heal_memory import Division, HealDemand
 from ace_ext.runs.memory_model import estimate
 
@@ -232,7 +232,7 @@ def test_a_run_holds_no_more_than_estimated(setting):
     model = make_wide_model()
     config, tokens = PruneConfig(**{"method": "wanda", **setting}), make_tokens(16, 64)
     found = need(config, *tokens.shape, model=model)
-    context = RunContext(keeps_forwards=False)  # with threads of their own, which the profiler does not see
+    context = RunContext(keeps_forwards=False)
     peak = peak_of(lambda: prune_model(model, tokens, config, context=context))
     assert 1 <= (found.total - found.model) / peak < 2.2
 
@@ -246,7 +246,7 @@ def test_a_run_that_converts_holds_no_more_than_estimated(setting, monkeypatch):
 
 
 def live_bytes() -> int:
-    """Bytes of all tensors that Python objects hold, those of waiting threads too."""
+    """Bytes of all tensors that Python objects hold, those of waiting forwards too."""
     tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.device.type == "cpu"]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
@@ -257,17 +257,17 @@ def test_lockstep_holds_no_more_than_estimated(stays, monkeypatch):
     """While a matrix is pruned: hidden states, what each batch's forward holds, and statistics. Freed tensors of this
     size stay in the process, so forwards are counted with all that they held; larger ones do not."""
     if not stays:
-        monkeypatch.setattr("ace_ext.runs.memory_model._HEAP_TENSOR", 0)
+        monkeypatch.setattr("ace_ext.engine.strategies._strategy.HEAP_TENSOR", 0)
     model, tokens, config = make_wide_model(), make_tokens(16, 64), PruneConfig("collect(batch_tokens=256) + wanda")
-    held, real, before = [], Steps.prune_matrix, live_bytes()
+    held, real, before = [], MatrixPruner.prune, live_bytes()
 
-    def prune_matrix(self, *arguments):
+    def prune(self, *arguments):
         held.append(live_bytes() - before)
         return real(self, *arguments)
 
-    monkeypatch.setattr(Steps, "prune_matrix", prune_matrix)
+    monkeypatch.setattr(MatrixPruner, "prune", prune)
     prune_model(model, tokens, config, context=RunContext(keeps_forwards=True))
-    found = need(config, *tokens.shape, model=model, keeps_forwards=True)  # its process: threads, which are no tensors
+    found = need(config, *tokens.shape, model=model, keeps_forwards=True)  # its process: stacks, which are no tensors
     assert 1 <= (found.total - found.model - found.process) / max(held) < 3
 
 
@@ -293,7 +293,7 @@ def test_a_mixture_holds_no_more_than_estimated(setting):
     model = make_mixture()
     config, tokens = PruneConfig(**{"method": "wanda", **setting}), make_tokens(16, 64)
     found = need(config, *tokens.shape, model=model)
-    context = RunContext(keeps_forwards=False)  # with threads of their own, which the profiler does not see
+    context = RunContext(keeps_forwards=False)
     peak = peak_of(lambda: prune_model(model, tokens, config, context=context))
     assert 1 <= (found.total - found.model - found.process) / peak < 2.8  # the process: kernels, which are no tensors
 

@@ -119,7 +119,7 @@ def test_reports_that_are_none(tmp_path):
         read_report(tmp_path)
     for text in ("{", "{}", "[]"):
         (tmp_path / "ace_report.json").write_text(text)
-        with pytest.raises(InputError, match="is no report of ace-prune"):
+        with pytest.raises(InputError, match="is not a report of ace-prune"):
             read_report(tmp_path)
 
 

@@ -57,7 +57,7 @@ def test_blocks_read_ahead_are_those_of_the_files(laid_out, monkeypatch):
     store = OffloadedBlocks(blocks, shards, "cpu")
     store.read_ahead()
     for index in (0, 0, 1, 2, 0, 2):
-        with store.hold(index) as block:
+        with store.loaded(index) as block:
             for name, parameter in block.module.named_parameters():
                 assert torch.equal(parameter, real(shards, f"{block.name}.{name}")), name
         assert all(parameter.is_meta for parameter in block.module.parameters())
@@ -80,7 +80,7 @@ def test_blocks_of_other_files_are_read_ahead_from_those(laid_out, tmp_path):
     store = Mixed(blocks, shards, "cpu")
     store.read_ahead()
     for index in range(3):
-        with store.hold(index) as block:
+        with store.loaded(index) as block:
             for name, parameter in block.module.named_parameters():
                 expected = (others if index == 1 else shards).read(f"{block.name}.{name}")
                 assert torch.equal(parameter, expected), (index, name)
@@ -92,9 +92,9 @@ def test_an_error_in_reading_ahead_is_raised_when_the_block_is_needed(laid_out):
     store = OffloadedBlocks(blocks, shards, "cpu")
     store.read_ahead()
     del shards.entries[f"{blocks[1].name}.mlp.up_proj.weight"]
-    with store.hold(0):
+    with store.loaded(0):
         pass
-    with pytest.raises(InputError, match="has no tensor"), store.hold(1):
+    with pytest.raises(InputError, match="has no tensor"), store.loaded(1):
         pass
     load_(blocks[0].module, blocks[0].name, shards, "cpu")
 

@@ -36,26 +36,26 @@ def refused(place, capsys, message, *options, output="bad", model="dense"):
 
 
 def test_the_input_is_never_the_output(place, capsys):
-    refused(place, capsys, "is or holds an input of this run", "--overwrite", output="dense")
+    refused(place, capsys, "overlaps an input of this run", "--overwrite", output="dense")
     (place / "link").symlink_to("dense")
-    refused(place, capsys, "is or holds an input of this run", "--overwrite", output="dense", model="link")
+    refused(place, capsys, "overlaps an input of this run", "--overwrite", output="dense", model="link")
 
 
 def test_the_input_is_never_in_the_output(place, capsys):
     shutil.copytree(place / "dense", place / "out" / "checkpoint-500")
     shutil.copy(place / "text.txt", place / "out")
-    refused(place, capsys, "is or holds an input", "--overwrite", output="out", model="out/checkpoint-500")
+    refused(place, capsys, "overlaps an input", "--overwrite", output="out", model="out/checkpoint-500")
     # --calibration is the text beside the model, so in the folder too
 
 
 def test_no_input_is_in_the_folder_of_the_run(place, capsys):
     shutil.copytree(place / "dense", place / ".bad.unfinished" / "model")
     shutil.copy(place / "text.txt", place / ".bad.unfinished")
-    refused(place, capsys, "is or holds an input", model=".bad.unfinished/model")
+    refused(place, capsys, "overlaps an input", model=".bad.unfinished/model")
 
 
 def test_the_output_is_never_in_the_input(place, capsys):
-    refused(place, capsys, "lies in an input of this run", output="dense/pruned")
+    refused(place, capsys, "overlaps an input of this run", output="dense/pruned")
 
 
 @pytest.mark.parametrize("option", ["--calibration", "--stats"])
@@ -65,7 +65,7 @@ def test_other_inputs_in_the_output(option, place, capsys):
         shutil.copy(place / name, place / "out")
     file = {"--calibration": "text.txt", "--stats": "saved.zip"}[option]
     refused(
-        place, capsys, "is or holds an input", "--overwrite", option, place / "out" / file,
+        place, capsys, "overlaps an input", "--overwrite", option, place / "out" / file,
         output="out",
     )  # fmt: skip
 
@@ -209,12 +209,12 @@ def test_only_files_of_their_own_kind(option, what, place, capsys, monkeypatch):
     (place / "link").symlink_to("empty")
     os.mkfifo(place / "pipe")
     for name in ("dense/model.safetensors", "dense/config.json", "text.txt", other):
-        refused(place, capsys, f"exists and is no {what}", *option, name)
+        refused(place, capsys, f"exists and is not a {what}", *option, name)
     for name, kind in [("link", "link"), ("empty-folder", "folder"), ("pipe", "device or pipe")]:
         refused(place, capsys, f"a {kind}); give another name", *option, name)
     refused(place, capsys, "device or pipe", *option, "/dev/null")
     refused(place, capsys, "must be a file in a folder that exists", *option, "nowhere/file")
-    refused(place, capsys, "is no usable name", *option, "n" * 300)
+    refused(place, capsys, "is not a usable name", *option, "n" * 300)
     refused(place, capsys, "is in the output folder", "--overwrite", *option, "out/file", output="out")
     refused(place, capsys, "must be a file in a folder that exists", *option, "bad/file")
 
@@ -262,7 +262,7 @@ def test_a_finished_run_that_is_resumed_is_done(place, capsys):
 
 
 def test_the_output_of_another_run_is_not_done(place):
-    with pytest.raises(InputError, match="exists; pass --overwrite"):
+    with pytest.raises(InputError, match=r"of a run with other arguments \(.*config\.sparsity was 0\.25, now 0\.5\)"):
         prune(place / "dense", place / "out", {"resume": True})
     prune(place / "dense", place / "out", {"resume": True, "overwrite": True})
     assert read_report(place / "out").sparsity == 0.5

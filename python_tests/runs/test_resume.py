@@ -15,6 +15,7 @@ from tiny_models import make_model
 
 from ace_ext import InputError
 from ace_ext.cli.main import main
+from ace_ext.data import windows
 from ace_ext.fingerprint import differences, fingerprint_of_files
 from ace_ext.runs import pipeline, unfinished
 from ace_ext.runs.unfinished import recover
@@ -191,8 +192,8 @@ def test_a_mixture_goes_on(offload, tmp_path, monkeypatch):
 
 def test_only_the_rest_is_pruned(stopped, tmp_path, monkeypatch):
     held = []
-    real = pipeline.OffloadedBlocks.hold
-    monkeypatch.setattr(pipeline.OffloadedBlocks, "hold", lambda self, i: held.append(i) or real(self, i))
+    real = pipeline.OffloadedBlocks.loaded
+    monkeypatch.setattr(pipeline.OffloadedBlocks, "loaded", lambda self, i: held.append(i) or real(self, i))
     prune(stopped, tmp_path / "out", {**RESUME, "offload": "disk"})
     assert held == [0, 0, 1, 2, 0, 2]  # the trial of the model: how blocks are called, and each once; then as before
 
@@ -357,7 +358,7 @@ def test_a_crash_around_the_renames(renames, then, replacing, tmp_path, monkeypa
             prune(dense, tmp_path / "out", RESUME)
             assert sorted(f.name for f in tmp_path.iterdir()) == ["dense", "out", "text.txt", "whole"]
         else:
-            with pytest.raises(InputError, match="exists; pass --overwrite"):
+            with pytest.raises(InputError, match=r"other arguments \(config\.sparsity was 0\.25, now 0\.5\)"):
                 prune(dense, tmp_path / "out", RESUME)
         assert weights_bytes(tmp_path / "out") == (weights_bytes(whole) if renames == 2 else old)
         return
@@ -381,6 +382,23 @@ def test_a_finished_run_is_not_repeated(tmp_path, capsys):
         "is complete, but of a run with other arguments (config.sparsity was 0.5, now 0.6)" in capsys.readouterr().err
     )
     assert tree(tmp_path / "out") == before
+
+
+def test_a_finished_run_on_the_models_own_text_writes_none(tmp_path, monkeypatch):
+    dense = save_dense(tmp_path / "dense")
+    own = {"source": "self", "nsamples": 4}
+    report, out = prune(dense, tmp_path / "out", calibration=own)
+    before = tree(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(windows, "self_generated", lambda *_, **__: pytest.fail("text was written"))
+        assert prune(dense, out, RESUME, calibration=own) == (report, out)
+        with pytest.raises(InputError, match=r"other arguments \(config\.sparsity was 0\.5, now 0\.6\)"):
+            prune(dense, out, RESUME, calibration=own, sparsity=0.6)
+    assert tree(out) == before
+    with pytest.raises(InputError, match=r"other arguments \(calibration\.nsamples was 4, now 5; calibration\.sha256"):
+        prune(dense, out, RESUME, calibration={**own, "nsamples": 5})
+    again, _ = prune(dense, out, {"resume": True, "overwrite": True}, calibration=own, sparsity=0.25)
+    assert again.sparsity == 0.25
 
 
 def test_two_outputs_after_a_crash_are_left_to_the_user(replacing, tmp_path, monkeypatch):
@@ -408,7 +426,7 @@ def test_an_output_that_appeared_meanwhile_stays(tmp_path, monkeypatch):
         with pytest.raises(InputError, match="exists; pass --overwrite"):
             prune(dense, tmp_path / "out")
     assert weights_bytes(tmp_path / "out") == weights_bytes(dense)
-    with pytest.raises(InputError, match=r"did not write it .* move it away"):
+    with pytest.raises(InputError, match=r"did not write it .* move it, or"):
         prune(dense, tmp_path / "out", {"resume": True, "overwrite": True})
     shutil.rmtree(tmp_path / "out")
     _, out = prune(dense, tmp_path / "out", {"resume": True})

@@ -94,7 +94,8 @@ def description(file) -> dict:
 
 def test_nothing_runs_forward(dense, monkeypatch):
     file, _ = keep(dense)
-    monkeypatch.setattr("ace_ext.engine.steps.run_block", None)
+    monkeypatch.setattr("ace_ext.engine.batch_states.run_block", None)
+    monkeypatch.setattr("ace_ext.engine.collection.run_block", None)
     monkeypatch.setattr("ace_ext.engine.api.capture_calls", None)
     (dense.parent / "text.txt").unlink()  # no text is read either
     from_file(dense, file)
@@ -165,7 +166,7 @@ def test_order_and_place_are_checked_first(dense, tmp_path):
         ({"stats": tmp_path / "s", "save_stats": tmp_path / "t"}, {}, "not both"),
         ({"save_stats": tmp_path / "none" / "s"}, {}, "must be a file in a folder that exists"),
         ({"save_stats": tmp_path}, {}, r"save-stats must be a file .*, a folder"),
-        ({"stats": tmp_path / "s"}, {}, "is no file of --save-stats: .*No such file"),
+        ({"stats": tmp_path / "s"}, {}, "is not a file of --save-stats: .*No such file"),
     ]:
         with pytest.raises(InputError, match=message):
             prune(dense, tmp_path / "out", run, **config)
@@ -201,11 +202,11 @@ def rewrite(file, **changed) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: f.write_bytes(f.read_bytes()[:-100]), "is no file of --save-stats"),
-        (lambda f: f.write_text("statistics"), "is no file of --save-stats"),
-        (lambda f: rewrite(f, **{"statistics.json": b"[]"}), "is no file of --save-stats"),
-        (lambda f: rewrite(f, **{"statistics.json": b"\xff"}), "is no file of --save-stats"),
-        (lambda f: rewrite(f, **{"statistics.json": None}), "is no file of --save-stats"),
+        (lambda f: f.write_bytes(f.read_bytes()[:-100]), "is not a file of --save-stats"),
+        (lambda f: f.write_text("statistics"), "is not a file of --save-stats"),
+        (lambda f: rewrite(f, **{"statistics.json": b"[]"}), "is not a file of --save-stats"),
+        (lambda f: rewrite(f, **{"statistics.json": b"\xff"}), "is not a file of --save-stats"),
+        (lambda f: rewrite(f, **{"statistics.json": None}), "is not a file of --save-stats"),
         (
             lambda f: rewrite(f, **{"statistics.json": json.dumps({**description(f), "format": 7})}),
             "format is 7, not 1",
@@ -213,8 +214,8 @@ def rewrite(file, **changed) -> None:
         (lambda f: rewrite(f, **{"model.layers.1": b"short"}), r"is damaged at model\.layers\.1"),
         (lambda f: rewrite(f, **{"model.layers.1": None}), r"has none of model\.layers\.1\.self_attn"),
         (lambda f: flip_a_bit(f), r"is damaged at model\.layers\.2: Bad CRC"),
-        (lambda f: encrypt(f), r"is no file of --save-stats.*encrypted"),
-        (lambda f: compress(f), r"is no file of --save-stats: statistics\.json is compressed"),
+        (lambda f: encrypt(f), r"is not a file of --save-stats.*encrypted"),
+        (lambda f: compress(f), r"is not a file of --save-stats: statistics\.json is compressed"),
         (lambda f: change_tokens(f), r"is damaged at model\.layers\.1: its checksum differs; collect again"),
     ],
 )

@@ -98,7 +98,7 @@ def test_models_of_every_kind(family, tmp_path):
 
 @pytest.mark.parametrize("tokens", [3, 30])
 def test_inputs_of_any_strides(tokens, dtype, random):
-    """What nn.Linear takes: transposed, every second column, expanded, a slice, a vector, no token."""
+    """As nn.Linear: transposed, every second column, expanded, a slice, a vector, no token."""
     weight = torch.randn(6, 70, generator=random) * (torch.rand(6, 70, generator=random) < 0.5)
     linear = PackedLinear(PackedMatrix.of(weight.to(dtype)), torch.randn(6, generator=random).to(dtype))
     x = torch.randn(2, tokens, 70, generator=random).to(dtype)
@@ -195,7 +195,7 @@ def test_torch_compile_takes_a_packed_linear(random):
 
 
 def test_generating_with_a_static_cache_and_a_compiled_model(llama):
-    """``generate`` with a static cache, and a compiled forward pass of a whole model without a break in its graph."""
+    """``generate`` with a static cache, and a compiled forward pass of a whole model without a graph break."""
     pruned, packed = llama
     dense, model = dense_model(pruned), load_packed(packed)
     tokens = make_tokens(2, 5)
@@ -252,7 +252,7 @@ def test_gradients_reach_the_input(llama):
 
 
 def test_weights_are_mapped(llama):
-    """A write into a loaded weight goes to no file, and what is mapped lies in the file's order."""
+    """A write into a loaded weight does not change the file, and mapped tensors are aligned."""
     _, packed = llama
     (path,) = packed.glob(f"*{SUFFIX}")
     before = path.read_bytes()
@@ -299,7 +299,7 @@ def test_changed_values_are_found_by_verify(tmp_path, capsys):
     _, packed = make_folders(tmp_path)
     flip_a_bit(packed, "values")
     assert main(["verify", str(packed)]) == 2
-    assert "does not give back the file" in capsys.readouterr().err
+    assert "does not restore the file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("codec", "place"), [("bitmap", "values"), ("nm", "values"), ("nm", "indices")])
@@ -310,7 +310,7 @@ def test_loading_checks_values_on_request(codec, place, tmp_path):
         assert_same_bits(intact.state_dict()[name], tensor)
     del intact
     flip_a_bit(packed, place)
-    with pytest.raises(InputError, match="does not give back the file that was packed"):
+    with pytest.raises(InputError, match="does not restore the file that was packed"):
         load_packed(packed, verify=True)
 
 
@@ -422,7 +422,7 @@ def test_bench_refuses_what_it_cannot_measure(llama, tmp_path, capsys):
     assert "dense must be the folder that was packed" in capsys.readouterr().err
     (tmp_path / "other.png").write_bytes(b"\x89PNG of someone else")
     assert main(["bench", str(packed), "--plot", str(tmp_path / "other.png")]) == 2
-    assert "is no plot of ace-prune bench" in capsys.readouterr().err
+    assert "is not a plot of ace-prune bench" in capsys.readouterr().err
 
 
 def test_the_plot_shows_every_figure():

@@ -18,6 +18,7 @@ from ace_ext.packed.files import SUFFIX
 from ace_ext.packed.marking import CONFIG, mark, unmarked
 from ace_ext.packed.packing import pack, unpack
 
+ace_ext.register()
 NEW = int(transformers.__version__.split(".")[0]) >= 5
 from_5_on = pytest.mark.skipif(not NEW, reason="transformers 4 looks for weight files before it asks a quantizer")
 
@@ -106,10 +107,14 @@ def test_what_cannot_be_loaded_is_refused(llama, tmp_path):
 
 
 PROGRAM = """
-import sys
+import os, sys
+before = dict(os.environ), list(sys.meta_path)
 for name in sys.argv[2:]:
     __import__(name)
 assert "torch" not in sys.modules or "transformers" in sys.modules  # ace_ext alone loads neither
+assert (dict(os.environ), sys.meta_path) == before or "transformers" in sys.modules  # and changes nothing
+if "ace_ext" in sys.modules:
+    sys.modules["ace_ext"].register()
 from transformers import AutoModelForCausalLM
 try:
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
@@ -119,12 +124,12 @@ except OSError as error:
 """
 
 
-ORDERS = [("ace_ext",), ("transformers.quantizers", "ace_ext"), ("ace_ext.runtime.quantizer",), ()]
+ORDERS = [("ace_ext",), ("transformers.quantizers", "ace_ext"), ()]
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_ace_ext_may_be_imported_before_and_after_transformers(order, llama, tmp_path):
-    """Without it transformers stops and says why; it never runs a model of random weights."""
+def test_ace_ext_may_be_registered_before_and_after_transformers(order, llama, tmp_path):
+    """Otherwise transformers stops and says why; it never runs a model of random weights."""
     _, packed = llama
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(packed), *order], cwd=tmp_path, capture_output=True, text=True, check=True

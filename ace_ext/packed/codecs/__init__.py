@@ -1,2 +1,2 @@
-"""The packed formats, one file each, which defines ``CODEC``. May import ``_codec`` and ``matrix`` of ``packed``, and
-what lies below ``models``."""
+"""The packed formats. Each file defines one as ``CODEC``. May import ``_codec`` and ``matrix`` of ``packed``, and the
+layers below ``models``."""

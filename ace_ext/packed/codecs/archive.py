@@ -1,7 +1,7 @@
-"""The format ``archive``: the smallest file, to keep or to send. Bytes of the same kind are compressed by zstd.
+"""The format ``archive``: the smallest file, to keep or to send. Bytes of the same kind are compressed with zstd.
 
-A float is rotated left by one bit, so that its exponent fills its first byte and the sign joins the last one. Exponents
-of weights are alike and compress well; the other bytes hardly do.
+A float is rotated left by one bit, so that the exponent fills its highest byte and the sign moves to the lowest bit.
+Exponents of weights are similar and compress well; the other bytes hardly compress.
 """
 
 import math
@@ -16,22 +16,22 @@ from ace_ext.packed.codecs.bitmap import smaller
 from ace_ext.packed.matrix import BITS, WORD, Bytes, PackedMatrix, row_counts
 
 MIN_MATCH = 7
-"""The shortest repetition that zstd replaces, its longest choice. Weights have none: the shorter ones that the usual
-levels find by chance cost more than entropy coding (measured on random normal weights: 3.2 bits an exponent at level 3,
-2.6 so, the entropy being 2.54)."""
+"""zstd's minimum match length, at its maximum. Weights have no real repetitions: the short ones that the default levels
+find by chance cost more than entropy coding (measured on random normal weights: 3.2 bits for an exponent at level 3,
+2.6 with this setting; the entropy is 2.54)."""
 
 MOST_EXPANSION = 2**16
-"""A byte of zstd becomes fewer bytes than this: a block of 4 bytes holds at most 128 KiB."""
+"""An upper bound of zstd's expansion: a block of 4 bytes expands to at most 128 KiB."""
 
 EXPONENT_BITS = 2
-"""An exponent of a survivor compressed, about (SmolLM2-135M: 1.9 to 2.0 at 50 %)."""
+"""The approximate bits of a survivor's compressed exponent (SmolLM2-135M: 1.9 to 2.0 at 50 %)."""
 
 PLANES = 8
-"""At most so many bytes has a number."""
+"""The most bytes of a number."""
 
 
 def encode(tensor: Tensor, pattern: tuple[int, int] | None) -> dict[str, Tensor] | None:
-    """The parts of any tensor; None if they would not be smaller."""
+    """The parts of any tensor; None if they are not smaller than the tensor."""
     matrix = smaller(tensor)
     numbers = tensor if matrix is None else matrix.values
     parts = {f"plane{i}": _compress(plane) for i, plane in enumerate(_planes(numbers.flatten()))}
@@ -55,7 +55,7 @@ def decode(packed: Packed) -> PackedMatrix | Tensor:
 
 
 def _planes(numbers: Tensor) -> list[Bytes]:
-    """The bytes of numbers by their place in a number, the lowest first; floats rotated."""
+    """The numbers' bytes by their place in the number, the lowest first; floats are rotated."""
     size = numbers.element_size()
     raw = numbers.view(BITS[numbers.dtype]).numpy() if numbers.dtype in BITS else numbers.view(torch.uint8).numpy()
     if numbers.dtype in BITS:
@@ -83,7 +83,7 @@ def _compress(data: Bytes) -> Tensor:
 
 
 def _expand(packed: Packed, name: str, size: int) -> Bytes:
-    """The ``size`` bytes of a compressed part. The size that a frame claims is compared before memory is taken."""
+    """The ``size`` bytes of a compressed part. The frame's claimed size is checked before memory is allocated."""
     if name not in packed.parts:
         raise ValueError(f"part {name} is missing")
     data = packed.parts[name].flatten().numpy().tobytes()
@@ -98,7 +98,7 @@ def _expand(packed: Packed, name: str, size: int) -> Bytes:
 
 
 def size(kept: Kept) -> int:
-    """About: the entropy of the bitmap, and of survivors the sign, the mantissa and :data:`EXPONENT_BITS`."""
+    """An estimate: the entropy of the bitmap, and for each survivor its sign, mantissa and :data:`EXPONENT_BITS`."""
     total = kept.rows * kept.cols
     share = kept.survivors / max(1, total)
     bitmap = -sum(p * math.log2(p) for p in (share, 1 - share) if p > 0) * total

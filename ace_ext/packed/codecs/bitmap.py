@@ -1,4 +1,4 @@
-"""The format ``bitmap``: a bit for each weight and the survivors as they are, to be mapped and computed from."""
+"""The format ``bitmap``: a bit for each weight, and the survivors unchanged; kernels read it as it is mapped."""
 
 import math
 
@@ -10,7 +10,7 @@ from ace_ext.packed.matrix import BITS, WORD, PackedMatrix
 
 
 def encode(tensor: Tensor, pattern: tuple[int, int] | None) -> dict[str, Tensor] | None:
-    """The parts of a tensor of two or more dimensions, seen as a matrix of its last; None if that is not smaller."""
+    """The parts of a tensor of two or more dimensions, viewed as a matrix ``[rows, last]``; None if not smaller."""
     matrix = smaller(tensor)
     if matrix is None:
         return None
@@ -19,7 +19,7 @@ def encode(tensor: Tensor, pattern: tuple[int, int] | None) -> dict[str, Tensor]
 
 
 def smaller(tensor: Tensor) -> PackedMatrix | None:
-    """The tensor as a packed matrix ``[rows, last dimension]`` if it is one of weights and takes less room so."""
+    """The tensor as a packed matrix ``[rows, last dimension]``; None if it has no weights or is not smaller so."""
     if tensor.dtype not in BITS or tensor.dim() < 2 or not tensor.numel():
         return None
     weight = tensor.reshape(-1, tensor.shape[-1])

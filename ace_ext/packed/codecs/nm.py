@@ -11,9 +11,9 @@ from ace_ext.packed.matrix import BITS, Bytes, PackedMatrix, pack_bits
 
 
 def encode(tensor: Tensor, pattern: tuple[int, int] | None) -> dict[str, Tensor] | None:
-    """The parts of a tensor that keeps the pattern; None if it does not, or would not become smaller.
+    """The parts of a tensor that has the pattern; None if it does not, or would not become smaller.
 
-    A group with fewer than N survivors is filled up with zeros, the lowest columns first.
+    A group with fewer than N survivors is filled with zeros, the lowest columns first.
     """
     assert pattern is not None  # `needs_pattern`
     keep_n, group_m = pattern
@@ -38,27 +38,27 @@ def index_bits(group_m: int) -> int:
 
 
 def decode(packed: Packed) -> PackedMatrix:
-    """The matrix, checked. A value that fills up a group is stored in it like a survivor."""
+    """The matrix, checked. Zeros that fill a group are stored in it like survivors."""
     if packed.pattern is None:
         raise ValueError("the file names no pattern")
     keep_n, group_m = packed.pattern
     rows, cols = packed.matrix_shape
     if cols % group_m:
-        raise ValueError(f"{cols} columns are no whole groups of {group_m}")
+        raise ValueError(f"{cols} columns are not whole groups of {group_m}")
     kept = cols // group_m * keep_n
     values = packed.part("values", packed.dtype, (rows, kept))
     width = index_bits(group_m)
     indices = packed.part("indices", torch.uint8, (rows, math.ceil(kept * width / 8)))
     places = _places(indices.numpy(), kept, width).reshape(rows, -1, keep_n)
     if (places >= group_m).any() or (np.diff(places.astype(np.int16), axis=2) <= 0).any():
-        raise ValueError(f"indices of a group must rise and be less than {group_m}")
+        raise ValueError(f"indices of a group must be ascending and less than {group_m}")
     mask = np.zeros((rows, cols // group_m, group_m), np.bool_)
     np.put_along_axis(mask, places.astype(np.int64), True, axis=2)
     return PackedMatrix(pack_bits(torch.from_numpy(mask.reshape(rows, cols))), values, None, cols).check()
 
 
 def _places(indices: Bytes, count: int, width: int) -> Bytes:
-    """``count`` numbers of ``width`` bits from each row of bytes, the lowest bit first: ``[rows, count]``."""
+    """``[rows, count]``: the numbers of ``width`` bits in each row of bytes, the lowest bit first."""
     bits = np.unpackbits(indices, axis=1, bitorder="little")[:, : count * width].reshape(len(indices), count, width)
     numbers = np.zeros(bits.shape[:2], np.uint8)
     for bit in range(width):
@@ -67,7 +67,7 @@ def _places(indices: Bytes, count: int, width: int) -> Bytes:
 
 
 def size(kept: Kept) -> int:
-    """The survivors, and the bits of their places."""
+    """The survivors, and the bits of their indices."""
     assert kept.pattern is not None  # `needs_pattern`
     in_row = kept.survivors // max(1, kept.rows)
     places = kept.rows * math.ceil(in_row * index_bits(kept.pattern[1]) / 8)

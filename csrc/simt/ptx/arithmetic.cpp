@@ -8,7 +8,7 @@
 namespace simt::ptx {
 namespace {
 
-// Integers wrap: computed without a sign in 64 bits, and cut.
+// Integers wrap: computed unsigned in 64 bits, then truncated.
 template <class T>
 T add(T a, T b) {
   return canonical(static_cast<T>(Wide<T>(a) + Wide<T>(b)));
@@ -105,7 +105,7 @@ T complement(T a) {
   return std::is_same_v<T, bool> ? static_cast<T>(!a) : static_cast<T>(~Wide<T>(a));
 }
 
-// A shift by the width or more leaves nothing, or the sign.
+// A shift by the width or more gives 0, or the sign.
 template <class T>
 T shift_left(T a, uint32_t n) {
   return n >= 8 * sizeof(T) ? T{} : static_cast<T>(Wide<T>(a) << n);
@@ -160,7 +160,7 @@ uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   return result;
 }
 
-// A function of three bits, given as what it makes of 0xf0, 0xcc and 0xaa.
+// A function of three bits, given by its result for 0xf0, 0xcc and 0xaa.
 uint32_t of_three(uint32_t a, uint32_t b, uint32_t c, uint32_t function) {
   uint32_t result = 0;
   for (unsigned bit = 0; bit < 32; ++bit) {

@@ -85,7 +85,7 @@ To convert(From value) {
   return canonical(static_cast<To>(value));
 }
 
-// The project's own conversions, which are tested for every value against the standard's definition.
+// The project's own conversions, which are tested for every value against the standard.
 float widen_half(uint16_t bits) { return canonical(ace::to_float(ace::Half{bits})); }
 float widen_bfloat16(uint16_t bits) { return canonical(ace::to_float(ace::BFloat16{bits})); }
 uint16_t narrow_bfloat16(float value) { return ace::to_bfloat16(value).bits; }

@@ -1,4 +1,4 @@
-// Barriers, what the lanes of a warp do together, and jumps.
+// Barriers, warp collectives and jumps.
 #include "simt/ptx/registers.h"
 
 namespace simt::ptx {
@@ -33,8 +33,8 @@ void ballot(Lane& lane, const Instruction& i) {
 
 enum class Shuffle { up, down, bfly, idx };
 
-// The source lane by the rules of PTX: c holds the last lane of the segment in its lower five bits, and in the upper
-// ones the bits of the lane that must not change. Out of the segment, a lane gets its own value.
+// The source lane by the rules of PTX: the lower five bits of c are the segment's last lane, and its upper bits are the
+// lane bits that must not change. Outside the segment a lane gets its own value.
 template <Shuffle kind>
 void shuffle(Lane& lane, const Instruction& i) {
   const auto me = static_cast<int>(self().lane);

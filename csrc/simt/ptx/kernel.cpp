@@ -16,14 +16,14 @@
 namespace simt::ptx {
 namespace {
 
-// --- counting: the visits of a lane are folded into those of its warp when it ends ---
+// --- counting: a lane's counts are merged into its warp's when it ends ---
 
 struct Visits {
   bool wanted = false;
   std::mutex mutex;
-  std::map<std::string, uint64_t> instructions;        // of warps that have ended
-  std::map<unsigned, std::vector<uint32_t>> of_warps;  // of the block that runs now
-  unsigned ended = 0;                                  // its threads
+  std::map<std::string, uint64_t> instructions;        // of finished warps
+  std::map<unsigned, std::vector<uint32_t>> of_warps;  // of the current block
+  unsigned ended = 0;                                  // its finished threads
 };
 
 Visits visits;

@@ -1,8 +1,9 @@
-// A kernel as nvcc's PTX, run instruction by instruction on the engine that also runs the source: what ptxas gets, with
-// a GPU's NaN, alignment and shared memory. An instruction that is not known is an error when the kernel is read.
+// Interprets a kernel's PTX from nvcc, instruction by instruction, on the engine that also runs the source. The code is
+// what ptxas gets, with a GPU's NaN, alignment and shared memory. An unknown instruction is an error when the kernel is
+// read.
 //
-// A register holds 64 bits; an instruction of a narrower type reads the lower ones and writes them extended. A thread
-// starts with rubbish in its registers, so that a value used before it is written shows.
+// A register has 64 bits; an instruction of a narrower type reads the lower bits and writes them extended. Registers
+// start with garbage, so that use before a write is noticed.
 #pragma once
 
 #include <string>
@@ -17,29 +18,29 @@ struct Instruction;
 using Handler = void (*)(Lane&, const Instruction&);
 
 constexpr int kMostOperands = 5;
-constexpr uint32_t kSharedWindow = 1024;  // where shared memory begins: address 0 is nobody's
+constexpr uint32_t kSharedWindow = 1024;  // where shared memory begins: address 0 is never valid
 
 struct Instruction {
   Handler run = nullptr;
   int guard = -1;                                        // register of a predicate
-  bool unless = false;                                   // runs where the predicate is false
-  bool copies = false;                                   // a register to another
+  bool unless = false;                                   // runs if the predicate is false
+  bool copies = false;                                   // copies one register to another
   int to[kMostOperands] = {}, from[kMostOperands] = {};  // registers; of a parameter its number
-  int64_t offset = 0;                                    // from an address; or the place to which it jumps
+  int64_t offset = 0;                                    // from an address; or the jump target
   int line = 0;
 };
 
-// Registers that every kernel has: the coordinates, and one for results that nobody wants.
+// Registers of every kernel: the coordinates, and one for discarded results.
 enum Special { kThreadX, kBlockX, kBlockDimX, kGridDimX, kLaneId, kNowhere, kSpecials };
 
 struct Kernel {
   std::string name, file;
   std::vector<Instruction> code;
-  std::vector<uint64_t> registers;  // as a thread starts: specials, rubbish, constants
+  std::vector<uint64_t> registers;  // initial values: specials, garbage, constants
   std::vector<size_t> parameter_bytes;
   size_t shared_bytes = 0;   // its own
-  size_t dynamic_at = 0;     // where the launch's begin
-  unsigned max_threads = 0;  // of a block; 0: no limit
+  size_t dynamic_at = 0;     // where the launch's dynamic part begins
+  unsigned max_threads = 0;  // of a block; 0: unlimited
 
   void run(const void* const* parameters) const;  // as the current thread
 };
@@ -56,24 +57,23 @@ struct Lane {
 
 // --- reading ---
 
-// The kernel of that (mangled) name in a text of PTX. Throws std::runtime_error where it is not understood.
+// Reads the kernel of this (mangled) name from PTX text. Throws std::runtime_error if it cannot be parsed.
 Kernel parse(const std::string& text, const std::string& name, const std::string& file);
 
-// What runs an instruction, by its opcode with all modifiers; null if it is not known.
+// The function that runs an instruction, by its opcode with all modifiers; null if unknown.
 Handler handler_of(const std::string& opcode);
 
 // --- launching ---
 
-// The PTX of the kernel at this address: read from the files of the folder that the environment's ACE_PTX names. Null
-// where that is not set; the process ends where it is set and the kernel is not there.
+// The PTX of the kernel at this address, from the files of the folder that the environment variable ACE_PTX names. Null
+// if it is not set. If it is set and the kernel is missing, the process ends.
 const Kernel* kernel_at(const void* address);
 
 // --- counting ---
 
-// Instructions of warps since the last call, by kernel: of each warp and instruction the most visits of a lane, so both
-// sides of a branch count where lanes part. Copies of a register are left out: PTX needs one wherever a float is taken
-// as an integer, and machine code, whose registers have no types, has none of them. Nothing is counted before the first
-// call.
+// Warp instructions since the last call, by kernel. For each warp and instruction the largest count of a lane, so both
+// sides of a divergent branch count. Register copies are excluded: PTX needs one wherever a float is used as an
+// integer, while machine registers have no types and need none. Nothing is counted before the first call.
 struct Count {
   std::string kernel;
   uint64_t instructions;

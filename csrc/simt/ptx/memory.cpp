@@ -1,5 +1,6 @@
-// Loads, stores, atomics, and moves that split or join registers. Every address must be a multiple of what is read, and
-// an address of shared memory within the block's; AddressSanitizer sees global ones, since they are the host's.
+// Loads, stores, atomics, and moves that split or join registers. Every address must be a multiple of the access size,
+// and shared addresses must be within the block's memory. Global addresses are host addresses, so AddressSanitizer
+// checks them.
 #include "simt/ptx/registers.h"
 
 namespace simt::ptx {
@@ -7,7 +8,7 @@ namespace {
 
 enum class Space { param, shared, global };
 
-// Where an instruction reads or writes `bytes`; its first operand is the address.
+// The address at which an instruction reads or writes `bytes`; it is the first operand.
 template <Space space>
 char* place(Lane& lane, const Instruction& i, size_t bytes) {
   char* at = nullptr;

@@ -1,4 +1,4 @@
-// A GPU's numbers: NaN has one form, and integers wrap.
+// A GPU's arithmetic: NaN has one bit pattern, and integers wrap.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace simt::ptx {
 
-// What a GPU writes for any NaN that it computes.
+// The bit pattern of any NaN that a GPU computes.
 template <class T>
 T canonical(T value) {
   if constexpr (std::is_same_v<T, float>) {
@@ -20,7 +20,7 @@ T canonical(T value) {
   }
 }
 
-// In what sums and products are computed.
+// The type in which sums and products are computed.
 template <class T>
 using Wide = std::conditional_t<std::is_floating_point_v<T>, T, uint64_t>;
 

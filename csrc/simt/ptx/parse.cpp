@@ -19,7 +19,7 @@ std::string trimmed(const std::string& text) {
   return first == std::string::npos ? "" : text.substr(first, text.find_last_not_of(blanks) - first + 1);
 }
 
-// At the commas, and blanks, that are in no bracket.
+// Splits at commas and blanks outside brackets.
 std::vector<std::string> split_operands(const std::string& text) {
   std::vector<std::string> parts;
   std::string part;
@@ -74,7 +74,7 @@ class Parser {
     return static_cast<int>(kernel_.registers.size()) - 1;
   }
 
-  // Up to one of the characters, which is taken too; comments are left out.
+  // Reads up to and including one of these characters; skips comments.
   std::string take_until(const char* ends, char* end) {
     std::string taken;
     for (; at_ < text_.size(); ++at_) {
@@ -90,7 +90,7 @@ class Parser {
     fail("the text ends within a kernel");
   }
 
-  // Parameters and limits, up to the body's brace.
+  // Reads parameters and limits, up to the body's brace.
   void header() {
     char end;
     const std::string parameters = take_until(")", &end);

@@ -1,4 +1,4 @@
-// Typed access to a thread's registers, and how a plain function becomes an instruction.
+// Typed access to a thread's registers, and adapters from plain functions to instructions.
 #pragma once
 
 #include <string>
@@ -23,13 +23,13 @@ template <class T>
 void put(Lane& lane, int reg, T value) {
   uint64_t& bits = lane.registers[static_cast<size_t>(reg)];
   if constexpr (std::is_integral_v<T>) {
-    bits = static_cast<uint64_t>(value);  // extended by its sign, if it has one
+    bits = static_cast<uint64_t>(value);  // sign-extended if signed
   } else {
     bits = to_bits(value);
   }
 }
 
-// Instruction::run of a function of values: operands in, result out.
+// Instruction::run for a function of values: operands in, result out.
 template <auto function>
 struct Lift;
 
@@ -46,13 +46,13 @@ struct Lift<function> {
 
 using Table = std::unordered_map<std::string, Handler>;
 
-// Each adds the instructions of one kind.
+// Each function adds the instructions of one kind.
 void add_arithmetic(Table& table);
 void add_conversions(Table& table);
 void add_memory(Table& table);
 void add_cooperation(Table& table);
 
-// The PTX name of a type of that size: b32, u32, s32, f32.
+// The PTX name of a type, such as b32, u32, s32, f32.
 template <class T>
 std::string type_name(char kind) {
   return "." + std::string(1, kind) + std::to_string(8 * sizeof(T));

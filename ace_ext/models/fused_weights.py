@@ -21,7 +21,7 @@ from ace_ext.models.layout import Layout
 class ExpertLinear(nn.Linear):
     """A Linear without bias whose inputs ``[tokens, d_in]`` have another number of tokens in every call.
 
-    Made on the meta device with shape ``[rows, columns]``; :meth:`HeldMatrices.bind` gives it its weight.
+    Made on the meta device with shape ``[rows, columns]``; :meth:`FusedWeight.bind` gives it its weight.
     """
 
     def __init__(self, columns: int, rows: int) -> None:
@@ -53,8 +53,8 @@ def filled_rows(count: int) -> int:
 
 
 @dataclass(frozen=True)
-class HeldMatrices:
-    """One parameter of a block that holds matrices, and a Linear for each of them."""
+class FusedWeight:
+    """A parameter that several matrices share, or that is stored transposed, and a Linear for each matrix."""
 
     owner: nn.Module
     name: str
@@ -75,8 +75,8 @@ class HeldMatrices:
             linear.weight = nn.Parameter(weight, requires_grad=False)
 
 
-def held_parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, str, Layout]]:
-    """The parameters below a module that hold matrices: owner, its name, the parameter's name in it, and layout."""
+def fused_parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, str, Layout]]:
+    """The fused weights below a module: owner, its name, the parameter's name in it, and layout."""
     for path, owner in module.named_modules():
         for leaf, layout in layouts_in(owner).items():
             yield owner, path, leaf, layout
@@ -89,14 +89,14 @@ def names_of(path: str, leaf: str, layout: Layout) -> list[str]:
     return [".".join(filter(None, (path, str(expert), leaf))) for expert in range(layout.count)]
 
 
-def find_held(module: nn.Module) -> list[HeldMatrices]:
-    """The parameters of a block that hold matrices, bound to a Linear for each."""
+def find_fused(module: nn.Module) -> list[FusedWeight]:
+    """The fused weights of a block, bound to a Linear for each matrix."""
     found = []
-    for owner, path, leaf, layout in held_parameters(module):
+    for owner, path, leaf, layout in fused_parameters(module):
         _, rows, columns = layout.matrices(owner.get_parameter(leaf).detach()).shape
         kind = ExpertLinear if layout.routed else _plain
         linears = {child: kind(columns, rows) for child in names_of(path, leaf, layout)}
-        found.append(HeldMatrices(owner, ".".join(filter(None, (path, leaf))), layout, linears))
+        found.append(FusedWeight(owner, ".".join(filter(None, (path, leaf))), layout, linears))
         found[-1].bind()
     return found
 
@@ -107,17 +107,17 @@ def _plain(columns: int, rows: int) -> nn.Linear:
 
 @contextmanager
 def through_linears(
-    held: Sequence[HeldMatrices], used_directly: Mapping[str, nn.Linear] | None = None
+    fused: Sequence[FusedWeight], used_directly: Mapping[str, nn.Linear] | None = None
 ) -> Iterator[None]:
-    """While it lasts, experts compute one after the other, and each product with a held matrix is a call of its Linear,
-    so that the Linear's hooks see its inputs and outputs.
+    """Within this context experts compute one after another, and each product with a fused matrix is a call of its
+    Linear, whose hooks then see its inputs and outputs.
 
     ``used_directly``: other Linears whose weight the block may multiply by without calling them.
     """
-    if not held and not used_directly:
+    if not fused and not used_directly:
         yield
         return
-    with eager_experts(h.owner for h in held if computes_experts(h.owner)), _Redirected(held, used_directly or {}):
+    with eager_experts(h.owner for h in fused if computes_experts(h.owner)), _Redirected(fused, used_directly or {}):
         yield
 
 
@@ -130,12 +130,12 @@ class _Redirected(OtherwiseComputed):
     Linear's own product is the real one, as the mode is off there.
     """
 
-    def __init__(self, held: Sequence[HeldMatrices], used_directly: Mapping[str, nn.Linear]) -> None:
+    def __init__(self, fused: Sequence[FusedWeight], used_directly: Mapping[str, nn.Linear]) -> None:
         super().__init__()
-        own = [linear for matrices in held for linear in matrices.linears.values()]
+        own = [linear for matrices in fused for linear in matrices.linears.values()]
         self._own = {linear.weight.data_ptr(): linear for linear in own}
         self._all = self._own | {linear.weight.data_ptr(): linear for linear in used_directly.values()}
-        self._held = {matrices.tensor.data_ptr(): matrices for matrices in held}
+        self._fused = {matrices.tensor.data_ptr(): matrices for matrices in fused}
 
     def instead(self, func: Callable[..., Any], args: Sequence[Any]) -> Tensor | None:
         """The result of a product with a known matrix ``W``; None for any other call."""
@@ -163,11 +163,11 @@ class _Redirected(OtherwiseComputed):
     def _batch(self, x: Tensor, tensor: Tensor) -> Tensor | None:
         """``[experts, tokens, d_out]``: each expert's inputs ``[experts, tokens, d_in]`` times its matrix. Inputs of
         zeros are those of tokens that are not routed to the expert: its Linear does not see them."""
-        held = self._held.get(tensor.data_ptr())
-        if held is None or x.dim() != 3 or not _same(tensor, held.layout.matrices(held.tensor).transpose(1, 2)):
+        fused = self._fused.get(tensor.data_ptr())
+        if fused is None or x.dim() != 3 or not _same(tensor, fused.layout.matrices(fused.tensor).transpose(1, 2)):
             return None
         outputs = []
-        for inputs, linear in zip(x, held.linears.values(), strict=True):
+        for inputs, linear in zip(x, fused.linears.values(), strict=True):
             routed = inputs.any(dim=1)
             output = inputs.new_zeros(len(inputs), linear.out_features)
             output[routed] = linear(inputs[routed])

@@ -1,5 +1,5 @@
-"""Whether a model can be walked block by block: it calls each block once, in order, and a block reads nothing of the
-others but their output. It is tried on a few tokens, or on one batch with images, before anything is changed."""
+"""A trial whether a model can be walked block by block: it calls each block once, in order, and a block reads only the
+output of the one before. It uses a few tokens, or one batch with images, and comes before anything is changed."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ TOKENS = 8
 """Tokens of the first sample on which it is tried."""
 TOLERANCE = 0.05
 """Relative difference of the last block's outputs in the model and block by block. A block that misses what another one
-hands it gives another output altogether; rounding gives about 0.01 in bfloat16."""
+hands it gives a different output; rounding gives about 0.01 in bfloat16."""
 
 
 class _Done(Exception):
@@ -47,7 +47,7 @@ def try_walk(model: nn.Module, store: BlockSource, batch: dict[str, Tensor]) -> 
     with ExitStack() as stack:
         for index, block in enumerate(store.blocks):
             stack.enter_context(replaced_forward(block.module, trial.forward_of(index, block.module.forward)))
-        stack.enter_context(store.surroundings(model))  # as it is needed, so that only one block is held
+        stack.enter_context(store.outside_loaded(model))  # when it is needed: only one block is in memory
         _pass_through(model, few)
     return Findings(trial.verdict(), trial.uses, trial.shares)
 
@@ -99,7 +99,7 @@ class _Trial:
         """The forward that replaces ``original``, that of block ``index``."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with self._store.hold(index) as block:
+            with self._store.loaded(index) as block:
                 with block.products(), _counted(block, self.uses.setdefault(block.name, Counter())):
                     output = original(*args, **kwargs)
                 if len(self._calls) == index and self._hidden is not None and self._call is not None:
@@ -141,7 +141,7 @@ class _Trial:
 
 @contextmanager
 def _counted(block: Block, uses: Counter[str]) -> Iterator[None]:
-    """While it lasts, calls of the block's Linears are counted."""
+    """Within this context calls of the block's Linears are counted."""
     with ExitStack() as hooks:
         for child, linear in block.linears.items():
             handle = linear.register_forward_pre_hook(lambda *_, child=child: uses.update([child]))

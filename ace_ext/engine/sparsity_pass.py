@@ -1,0 +1,55 @@
+"""The extra pass over the dense blocks that measures each one, to divide the sparsity among them."""
+
+from collections.abc import Callable
+
+from ace_ext.engine.batch_states import BatchStates
+from ace_ext.engine.collection import Collection
+from ace_ext.engine.strategies import RunSizes
+from ace_ext.models.block_store import BlockSource
+from ace_ext.models.blocks import Block
+from ace_ext.pruning.allocation import allocate, measure_block
+from ace_ext.pruning.config import PruneConfig
+from ace_ext.pruning.stages.allocate import ERROR
+from ace_ext.pruning.statistics import LinearStatistics
+
+Keeps = list[dict[str, int]]
+"""How many weights of a row each matrix keeps, by block and the Linear's name in it."""
+
+
+def allocate_sparsity(
+    blocks: BlockSource, config: PruneConfig, statistics: Callable[[Block, int], dict[str, LinearStatistics]]
+) -> Keeps:
+    """How many weights of a row each matrix keeps; ``statistics``: of a dense block and its index."""
+    measures, shapes = [], []
+    for index in range(len(blocks.blocks)):
+        with blocks.loaded(index) as block:
+            shapes.append({child: (linear.out_features, linear.in_features) for child, linear in block.linears.items()})
+            measures.append(measure_block(block.linears, statistics(block, index), config))
+    return allocate(measures, config, shapes)
+
+
+def measured_by_forwards(
+    blocks: BlockSource, config: PruneConfig, states: BatchStates, collection: Collection, rank: int
+) -> Keeps:
+    """:func:`allocate_sparsity` with statistics of forward passes, which have hidden states of their own."""
+    hidden = states.hidden.fork(f"measure-{rank}")
+    needs = config.needs.measure
+
+    def statistics(block: Block, index: int) -> dict[str, LinearStatistics]:
+        found = collection.collect(block, index, list(block.linears), advance=True, hidden=hidden, needs=needs)
+        hidden.commit()
+        return found
+
+    keeps = allocate_sparsity(blocks, config, statistics)
+    hidden.remove()
+    return keeps
+
+
+def measuring_bytes(config: PruneConfig, sizes: RunSizes) -> tuple[int, int]:
+    """Bytes of a block's statistics, and of its scores: in float32, and for the largest matrix the errors in float64,
+    sorted, with their order."""
+    statistics = max(sizes.statistics(block, list(block.linears), config.needs.measure) for block in sizes.blocks)
+    entries = [[linear.weight.numel() for linear in block.linears.values()] for block in sizes.blocks]
+    largest = max(max(some, default=0) for some in entries)
+    by_error = config.method.allocate is not None and config.method.allocate.by == ERROR
+    return statistics, 4 * max(map(sum, entries)) + (40 if by_error else 8) * largest

@@ -1,0 +1,127 @@
+"""Order sequential, several batches or processes: all batches stop at each Linear until it is pruned."""
+
+from itertools import groupby
+
+from torch import Tensor
+
+from ace_ext.engine.batch_states import BatchStates
+from ace_ext.engine.collection import Collection
+from ace_ext.engine.context import RunContext
+from ace_ext.engine.matrix_pruner import MatrixPruner, Reports
+from ace_ext.engine.strategies._strategy import RunSizes, StrategyBytes, output_of_linear, same_inputs
+from ace_ext.engine.strategies.stages import Stages, stage_order
+from ace_ext.errors import InputError
+from ace_ext.models.blocks import Block
+from ace_ext.models.lockstep import PAUSED_BYTES, Lockstep, forwards_fit, keeps_no_state
+from ace_ext.pruning.statistics import StatisticsCollector
+
+
+class InLockstep:
+    """All batches go on to their next Linear, the first stage that one of them has come to is pruned, and so on: one
+    forward pass of each batch in all. A block that it does not serve is pruned by stages, to the same bytes."""
+
+    def __init__(self, states: BatchStates, collection: Collection, pruner: MatrixPruner, context: RunContext) -> None:
+        self._states, self._collection, self._pruner = states, collection, pruner
+        self._fits, self._stateless = context.keeps_forwards, context.stateless
+
+    def prune(self, block: Block, index: int) -> Reports:
+        """Prunes the block."""
+        states, collection, peers = self._states, self._collection, self._pruner.peers
+        order = stage_order(states, collection, peers, block, index)
+        if not all(peers.gather(order.complete and bool(order.stages) and self.serves(block, index))):
+            return Stages(states, collection, self._pruner).prune_in(block, index, order)
+        return self._prune_in(block, index, one_by_one(block, order.stages))
+
+    def serves(self, block: Block, index: int) -> bool:
+        """Whether what the batches' unfinished forwards hold fits into memory, the block calls each Linear once and
+        with its bias, and no module of it keeps state of its own (tried once for each kind of block)."""
+        states = self._states
+        fits = self._fits
+        if fits is None:
+            fits = forwards_fit(block, states.hidden, states.device)
+        if not fits or block.leaves_biases or self._collection.repeated(block, index):
+            return False
+        kind = tuple((name, type(module)) for name, module in block.module.named_modules())
+        if kind not in self._stateless:
+            some = (0, len(states.calls) - 1)
+            calls, hidden = [states.calls[i] for i in some], [states.hidden[i] for i in some]
+            self._stateless[kind] = keeps_no_state(block, index, calls, hidden)
+        return self._stateless[kind]
+
+    def _prune_in(self, block: Block, index: int, stages: list[list[str]]) -> Reports:
+        states = self._states
+        done: Reports = {}
+        place = {child: number for number, stage in enumerate(stages) for child in stage}
+        forwards = [lambda i=i: states.run(block, index, i) for i in range(len(states.calls))]
+        with Lockstep(block, forwards, states.device) as lockstep:
+            ready = [*range(len(forwards))]
+            while True:
+                for i in ready:
+                    output = lockstep.run(i)
+                    if output is not None:
+                        states.put(block, index, i, output)
+                stops = [(i, stop) for i in range(len(forwards)) if (stop := lockstep.stop_of(i)) is not None]
+                first = min((place[child] for _, (child, _) in stops), default=len(stages))
+                first = min(self._pruner.peers.gather(first))
+                if first == len(stages):
+                    break
+                stage = stages[first]
+                if stage[0] in done:
+                    raise InputError(
+                        f"{block.full_name(stage[0])} is called twice in its block, or in another order by a later "
+                        "batch; write collect(order=block) in the method"
+                    )
+                collector = self._collector(block, stage)
+                ready = []
+                for i, (child, x) in stops:
+                    if place[child] == first:
+                        ready.append(i)
+                        with states.naming(block, index, i):
+                            observe(collector, stage, x, states.calls[i].token_mask)
+                        lockstep.admit(i, stage, x)
+                del stops  # and so the inputs
+                done |= self._pruner.prune_all(block, self._collection.complete(block, collector))
+        states.check_outputs(block)
+        for stage in stages:
+            if stage[0] not in done:  # experts that no token was routed to
+                collector = self._collector(block, stage)
+                done |= self._pruner.prune_all(block, self._collection.complete(block, collector))
+        return done
+
+    def _collector(self, block: Block, stage: list[str]) -> StatisticsCollector:
+        return self._collection.collector({child: block.linears[child] for child in stage})
+
+    @classmethod
+    def memory(cls, sizes: RunSizes) -> StrategyBytes:
+        """The statistics of Linears with the same input, or of one expert; and the unfinished forwards: one batch runs,
+        the others wait."""
+        alone = [(block, [child]) for block in sizes.blocks for stage in block.expert_stages() for child in stage]
+        together = alone + [some for block in sizes.blocks for some in same_inputs(block)]
+        waiting = sizes.shape.waiting_bytes
+        pending = sizes.pending(waiting(sizes.tokens))
+        forward = max(sizes.forward() + waiting(sizes.tokens - sizes.batch), pending)
+        stacks = PAUSED_BYTES * -(-sizes.tokens // sizes.batch)
+        return StrategyBytes(sizes.most_statistics(together), forward, pending, stacks)
+
+
+def observe(collector: StatisticsCollector, stage: list[str], x: Tensor, token_mask: Tensor | None) -> None:
+    """Adds one input of the Linears of a stage, which have not run yet."""
+    collector.token_mask = token_mask
+    for child in stage:
+        output = output_of_linear(collector.linears[child], x) if collector.wants_output else None
+        collector.observe(child, x, output)
+
+
+def one_by_one(block: Block, stages: list[list[str]]) -> list[list[str]]:
+    """The stages with fused experts taken apart, as a forward calls them: one expert's matrices, then the next's."""
+    number = {child: expert for fused in block.experts for expert, child in enumerate(fused.linears)}
+    owner = {child: id(fused.owner) for fused in block.experts for child in fused.linears}
+    found: list[list[str]] = []
+    for mixture, group in groupby(stages, key=lambda stage: owner.get(stage[0])):
+        if mixture is None:
+            found.extend(group)
+        else:  # sorting keeps the order of one expert's matrices
+            found.extend(
+                [child] for child in sorted((child for stage in group for child in stage), key=number.__getitem__)
+            )
+    return found

@@ -1,0 +1,75 @@
+"""Statistics from forward passes of the whole model, for one that cannot be walked block by block: its blocks are
+called several times, or read more than the output of the one before."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor, nn
+
+from ace_ext.engine.matrix_pruner import MatrixPruner, Reports
+from ace_ext.engine.strategies._strategy import RunSizes, StrategyBytes
+from ace_ext.engine.strategies.dense_order import DenseOrder
+from ace_ext.models.blocks import Block
+from ace_ext.models.replay import replaced_forward
+from ace_ext.pruning.statistics import LinearStatistics, StatisticsCollector
+
+MakeCollector = Callable[[Mapping[str, nn.Linear]], StatisticsCollector]
+
+
+class WholeForwards:
+    """Prunes a block with the statistics of all its calls in the model as it is now, so that blocks before it are
+    pruned already.
+
+    Args:
+        model: in evaluation mode, with all its weights.
+        blocks: its blocks.
+        batches: arguments of the model's calls.
+        collector: makes a collector of the kinds of statistics that the run needs.
+        pruner: prunes each matrix.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: list[Block],
+        batches: list[dict[str, Tensor]],
+        collector: MakeCollector,
+        pruner: MatrixPruner,
+    ) -> None:
+        self._model, self._blocks, self._batches = model, blocks, batches
+        self._collector, self._pruner = collector, pruner
+
+    def prune(self, block: Block, index: int) -> Reports:
+        """Prunes the block."""
+        stats = self.statistics(block)
+        return {child: self._pruner.prune(block, child, stats.pop(child)) for child in block.linears}
+
+    def statistics(self, block: Block) -> dict[str, LinearStatistics]:
+        """The statistics of the block's Linears, by their names in it; empty for one that saw no token."""
+        collector = self._collector(block.linears)
+        collector.alone = frozenset(block.linears)
+        with ExitStack() as stack:
+            for each in self._blocks:
+                stack.enter_context(replaced_forward(each.module, _with_products(each)))
+            stack.enter_context(collector)
+            for batch in self._batches:
+                mask = batch.get("attention_mask")
+                collector.token_mask = None if mask is None or bool(mask.all()) else mask.flatten().bool()
+                self._model(**batch, use_cache=False)
+        return {child: collector.stats.get(child) or collector.empty(child) for child in block.linears}
+
+    @classmethod
+    def memory(cls, sizes: RunSizes) -> StrategyBytes:
+        """The statistics of a whole block."""
+        return DenseOrder.memory(sizes)
+
+
+def _with_products(block: Block) -> Callable[..., Any]:
+    original = block.module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with block.products():
+            return original(*args, **kwargs)
+
+    return forward

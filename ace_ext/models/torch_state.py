@@ -1,0 +1,74 @@
+"""What torch keeps for each thread, so that computations that take turns in one thread have a state of their own.
+
+The names of torch that begin with an underscore are those by which its own modes are entered and left.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class TorchState:
+    """Gradients, autocast, the modes that intercept calls, and the stream of a GPU. Inference mode is not among them:
+    torch can only enter and leave it (:attr:`inference`)."""
+
+    inference: bool
+    gradients: bool
+    autocast: tuple[tuple[str, bool, torch.dtype, bool], ...]
+    """By kind of device: whether it is on, its dtype, and whether casts are cached, which is the same for all."""
+    intercepts: Any
+    """Whether subclasses and modes intercept calls."""
+    function_modes: tuple[Any, ...]
+    dispatch_modes: tuple[Any, ...]
+    stream: "torch.cuda.Stream | None"
+
+    @classmethod
+    def now(cls, device: torch.device) -> "TorchState":
+        """This thread's, where ``device`` computes."""
+        caches = torch.is_autocast_cache_enabled()
+        kinds = dict.fromkeys(("cpu", device.type))
+        functions, dispatches = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+        return cls(
+            torch.is_inference_mode_enabled(),
+            torch.is_grad_enabled(),
+            tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), caches) for kind in kinds),
+            torch._C._get_torch_function_state(),  # type: ignore[attr-defined]
+            tuple(torch._C._get_function_stack_at(i) for i in range(functions)),
+            tuple(torch._C._get_dispatch_stack_at(i) for i in range(dispatches)),
+            torch.cuda.current_stream(device) if device.type == "cuda" else None,  # not run on a GPU
+        )
+
+    def put(self) -> None:
+        """Makes this state, but for inference mode, the present one."""
+        torch.set_grad_enabled(self.gradients)
+        for kind, enabled, dtype, caches in self.autocast:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+            torch.set_autocast_cache_enabled(caches)
+        torch._C._set_torch_function_state(self.intercepts)  # type: ignore[attr-defined]
+        _replace(
+            self.function_modes,
+            torch._C._len_torch_function_stack,
+            torch._C._pop_torch_function_stack,
+            torch._C._push_on_torch_function_stack,
+        )
+        _replace(
+            self.dispatch_modes,
+            torch._C._len_torch_dispatch_stack,
+            lambda: torch._C._pop_torch_dispatch_stack(None),
+            torch._C._push_on_torch_dispatch_stack,
+        )
+        if self.stream is not None:
+            torch.cuda.set_stream(self.stream)
+
+
+def _replace(
+    modes: Sequence[Any], count: Callable[[], int], pop: Callable[[], object], push: Callable[[Any], object]
+) -> None:
+    while count():
+        pop()
+    for mode in modes:
+        push(mode)
