@@ -16,9 +16,9 @@ from ace_ext.errors import InputError
 from ace_ext.models.loading import WEIGHT_DTYPES
 from ace_ext.process_memory import parse_bytes
 from ace_ext.pruning.config import MAX_DENSE, SPARSITY, PruneConfig
-from ace_ext.pruning.criteria import METRICS
 from ace_ext.pruning.groups import GROUPS
 from ace_ext.pruning.method import DEFAULT, PRESETS, PUBLISHED
+from ace_ext.pruning.metrics import METRICS
 from ace_ext.pruning.settings import Setting, suggestion
 from ace_ext.pruning.stages import KINDS, Score, stages_of
 from ace_ext.runs.options import EVALUATE_AUTO, EVALUATE_NEVER, OFFLOAD, Calibration, RunOptions, RunRequest

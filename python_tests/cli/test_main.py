@@ -18,8 +18,8 @@ from tiny_models import make_model, make_tokenizer
 
 from ace_ext.cli.args import setting_help
 from ace_ext.cli.main import build_parser, main
-from ace_ext.pruning.criteria import METRICS
 from ace_ext.pruning.method import PRESETS, PUBLISHED
+from ace_ext.pruning.metrics import METRICS
 from ace_ext.pruning.stages import STAGES
 
 TEXT = "the quick brown fox jumps over the lazy dog " * 40

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tiny_models import make_model
 
 from ace_ext import InputError, PruneConfig, prune_model
-from ace_ext.pruning.criteria import METRICS
 from ace_ext.pruning.method import DEFAULT, PRESETS, PUBLISHED, Method, method_of, names, parse, parse_list
+from ace_ext.pruning.metrics import METRICS
 from ace_ext.pruning.stages import (
     KINDS,
     STAGES,

@@ -16,9 +16,9 @@ from ace_ext.formats import FORMATS, OutputFormat, register
 from ace_ext.models.blocks import find_blocks
 from ace_ext.ops import ScoredWeight
 from ace_ext.pruning import method, stages
-from ace_ext.pruning.criteria import METRICS, Metric
 from ace_ext.pruning.groups import GROUPS, RowGroup
 from ace_ext.pruning.kinds import INPUT
+from ace_ext.pruning.metrics import METRICS, Metric
 from ace_ext.pruning.settings import Limits, option
 from ace_ext.pruning.stages import Problem, Solve, Solved
 from ace_ext.runs.memory_model import estimate

@@ -6,8 +6,8 @@ from torch import nn
 
 from ace_ext import InputError
 from ace_ext.ops import reference
-from ace_ext.pruning.criteria import METRICS, column_factor
 from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, MOMENT, WEIGHTED
+from ace_ext.pruning.metrics import METRICS, column_factor
 from ace_ext.pruning.statistics import MomentState, StatisticsCollector
 
 ALL = frozenset({INPUT, WEIGHTED, MOMENT, COSINE_GRAM})
