@@ -45,8 +45,8 @@ _HOMES = {
     "prune_model": "engine.api",
     "register": "runtime.quantizer",
 }
-"""The modules of the public names. They are loaded when a name is used first: torch takes seconds, in which the command
-line must be able to say that it was interrupted."""
+"""The modules of the public names. A module is loaded when one of its names is first used: torch takes seconds to load,
+and the command line must be able to report an interruption meanwhile."""
 
 
 def __getattr__(name: str) -> object:

@@ -1,4 +1,4 @@
-"""``python -m ace_ext`` and ``ace-prune``: the command line. Loading it takes seconds, and may be interrupted."""
+"""``python -m ace_ext`` and ``ace-prune``: the command line. It takes seconds to load, and a user may interrupt it."""
 
 import os
 import signal
@@ -19,8 +19,8 @@ def main() -> int:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """Ends the program at once while modules are imported, where an exception may be swallowed or told as another;
-    there is nothing to clean up yet."""
+    """Ends the program at once while modules are imported. An exception could be swallowed or replaced there, and there
+    is nothing to clean up yet."""
     os.write(2, b"ace-prune: interrupted\n")
     os._exit(130)
 

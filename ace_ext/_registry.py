@@ -1,4 +1,4 @@
-"""Registries of named entries, which are found in the files of a package: solvers, output formats."""
+"""Registries of named entries that are found in the files of a package, such as stages and output formats."""
 
 import pkgutil
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,7 @@ Entry = TypeVar("Entry", bound=Named)
 
 
 def add(registry: dict[str, Entry], entry: Entry, what: str) -> None:
-    """Adds an entry under its name. ``what`` an entry is, for the message.
+    """Adds an entry under its name. ``what``: the noun for an entry, for the message.
 
     Raises:
         ValueError: the name is taken.
@@ -29,7 +29,7 @@ def add(registry: dict[str, Entry], entry: Entry, what: str) -> None:
 
 
 def discover(package: str, path: Iterable[str], attribute: str) -> Iterator[Any]:
-    """The attribute of each file of a package, in alphabetical order; files whose name starts with ``_`` have none."""
+    """The attribute of each file of a package, in alphabetical order, except files whose names start with ``_``."""
     for module in pkgutil.iter_modules(path):
         if not module.name.startswith("_"):
             yield getattr(import_module(f"{package}.{module.name}"), attribute)

@@ -1,4 +1,4 @@
-"""Weights that stay dense, as a report lists them, and why they do."""
+"""Weights that stay dense, and the reasons, as a report lists them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,8 +12,8 @@ ROUTER, NO_MATRIX, SKIPPED, NOT_CALLED, OUTSIDE = (
     "not called",
     "outside the blocks",
 )
-"""Why a weight stays dense: it chooses among experts; it is read by no matrix product that is known, like a convolution
-or a decay; the user did not select it; no calibration token reaches it; it is in no block."""
+"""Why a weight stays dense: it chooses among experts; no known matrix product reads it (a convolution, a decay); the
+user did not select it; no calibration token reaches it; it is outside the blocks."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,13 @@ class DenseWeight:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "DenseWeight":
-        """What ``dataclasses.asdict`` made of one, after a way through JSON."""
+        """The inverse of ``dataclasses.asdict``, also after JSON."""
         return cls(data["name"], tuple(data["shape"]), data["reason"])
 
 
 def describe_dense(dense: Sequence[DenseWeight], pruned: int) -> list[str]:
-    """Lines for a terminal: which kinds of weights stay dense, why, and how much that is beside ``pruned`` weights."""
+    """Lines for a terminal: which kinds of weights stay dense, why, and their share if ``pruned`` weights are
+    pruned."""
     kinds: dict[tuple[str, str], list[DenseWeight]] = {}
     for weight in dense:
         kinds.setdefault((kind_of(weight.name), weight.reason), []).append(weight)
@@ -49,5 +50,5 @@ def describe_dense(dense: Sequence[DenseWeight], pruned: int) -> list[str]:
 
 
 def kind_of(name: str) -> str:
-    """A matrix's name with a star for each number in it, of a block or an expert."""
+    """The name of a matrix with a star for each number, such as that of a block or an expert."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))

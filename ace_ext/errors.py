@@ -1,4 +1,4 @@
-"""The exception for errors that the caller can correct; any other exception is an internal error."""
+"""The exception for errors that the caller can correct. Any other exception is an internal error."""
 
 
 class InputError(ValueError):
@@ -9,6 +9,6 @@ class InputError(ValueError):
 
 
 def one_line(error: BaseException, longest: int = 400) -> str:
-    """An exception's message without line breaks, cut to ``longest`` characters; its type where it has none."""
+    """The message of an exception without line breaks, cut to ``longest`` characters; its type if it has no message."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= longest else f"{text[: longest - 1]}…"

@@ -1,7 +1,7 @@
 """Hashes of files and token tensors, and the differences between two records by name.
 
-A run that goes on from recorded state first compares what was recorded with what is asked for now; where they differ,
-its refusal names the difference.
+A run that continues from recorded state first compares the record with the present arguments. If they differ, the
+refusal names the difference.
 """
 
 import hashlib
@@ -14,23 +14,23 @@ import torch
 
 
 def tokens_sha256(tokens: torch.Tensor) -> str:
-    """Return the SHA-256, in hex, of a token tensor of any shape: its shape, then its ids, as little-endian int64."""
+    """The SHA-256, in hex, of a token tensor of any shape: of its shape, then of its ids, as little-endian int64."""
     digest = hashlib.sha256(torch.tensor(tokens.shape).numpy().astype("<i8").tobytes())
     digest.update(tokens.cpu().contiguous().numpy().astype("<i8").tobytes())
     return digest.hexdigest()
 
 
 def tensor_sha256(tensor: torch.Tensor) -> str:
-    """Return the SHA-256, in hex, of a tensor's values as they are in memory, of any dtype."""
+    """The SHA-256, in hex, of the values of a tensor of any dtype, as they are in memory."""
     return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
 
 
 def fingerprint_of_files(files: Iterable[Path]) -> dict[str, str]:
-    """For each file, by its name, its size and a SHA-256 of its first MiB (which holds the header) and of about 1024
-    samples of 4 KiB, spread evenly over the rest.
+    """The size and a SHA-256 of each file, by its name. The hash covers the first MiB (which holds the header) and
+    about 1024 samples of 4 KiB, spread evenly over the rest.
 
-    Another checkpoint differs in the samples, even if only some matrices were tuned. Hashing 100 GB in full would take
-    longer than pruning a block.
+    A different checkpoint differs in the samples, even if only some matrices were fine-tuned. A hash of 100 GB would
+    take longer than pruning a block.
     """
     found = {}
     for path in files:
@@ -46,9 +46,9 @@ def fingerprint_of_files(files: Iterable[Path]) -> dict[str, str]:
 
 
 def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """``"name was 1, now 2"`` for each name under which the two differ, the names of nested values joined by dots.
+    """``"name was 1, now 2"`` for each name with two different values. Dots join the names of nested values.
 
-    ``recorded`` was read from JSON; ``wanted`` is converted to JSON and back here, so that tuples and lists compare
+    ``recorded`` was read from JSON. ``wanted`` is converted to JSON and back here, so that tuples and lists compare
     equal.
     """
     return _differences(recorded, json.loads(json.dumps(wanted)), "")

@@ -1,4 +1,4 @@
-"""The memory that this process uses, its peak, and what the system can still give."""
+"""The memory that this process uses, its peak, and the memory that is still available."""
 
 import contextlib
 import ctypes
@@ -19,10 +19,10 @@ _M_MMAP_THRESHOLD = -3
 
 
 def parse_bytes(text: str) -> int:
-    """The number of bytes that a text like ``2GB``, ``1.5GiB``, ``800MB`` or ``4000000`` names.
+    """The number of bytes of a text like ``2GB``, ``1.5GiB``, ``800MB`` or ``4000000``.
 
     Raises:
-        InputError: for anything else, and for a number without a unit that is less than a mebibyte.
+        InputError: the text is none of these, or is a number below a mebibyte without a unit.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)?\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) == 0:
@@ -34,16 +34,16 @@ def parse_bytes(text: str) -> int:
 
 
 def resident_bytes() -> int:
-    """The process's resident memory now, in bytes; 0 if the system does not tell."""
+    """The present resident memory of the process in bytes; 0 if the system does not report it."""
     return _status("VmRSS:")
 
 
 def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
-    """The process's peak resident memory in bytes, or on a GPU the most that torch allocated there."""
+    """The peak resident memory of the process in bytes; for a GPU the most that torch allocated there."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Before getrusage, where a child process starts with its parent's peak.
+    # Tried before getrusage, in which a child process starts with the peak of its parent.
     peak = _status("VmHWM:")
     if peak:
         return peak
@@ -52,7 +52,7 @@ def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
 
 
 def reset_peak(device: torch.device | str = "cpu") -> bool:
-    """Sets the peak back to what is used now; False if the system cannot."""
+    """Resets the peak to the present memory; False if the system cannot."""
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -64,21 +64,21 @@ def reset_peak(device: torch.device | str = "cpu") -> bool:
 
 
 def return_freed_memory() -> None:
-    """From now on the memory of freed tensors of 4 MiB and more is returned to the system.
+    """From now on, freed tensors of 4 MiB and more return their memory to the system.
 
-    By default glibc raises this threshold up to 32 MiB as tensors are freed, and how much freed memory the process then
-    keeps differs from run to run: measured 560 to 580 MiB instead of 500 for matrices of 5 to 13 MB. In that case page
-    faults cost a fifth more CPU time; tensors above 32 MiB cause them anyway. No effect with other C libraries.
+    By default glibc raises this threshold up to 32 MiB as tensors are freed. The process then keeps an amount of freed
+    memory that differs from run to run: measured 560 to 580 MiB instead of 500 for matrices of 5 to 13 MB. For these,
+    page faults cost a fifth more CPU time; tensors above 32 MiB cause them anyway. There is no effect with other C
+    libraries.
     """
     with contextlib.suppress(AttributeError, TypeError, OSError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**22)
 
 
 def available_bytes(device: torch.device | str = "cpu") -> int:
-    """Bytes that a GPU, or the system within the limit of the control group, can still give; 2**62 if it does not
-    tell."""
+    """Available bytes of a GPU, or of the system within the limit of the control group; 2**62 if they are unknown."""
     device = torch.device(device)
-    if device.type == "cuda":  # torch keeps freed memory for itself
+    if device.type == "cuda":  # torch keeps freed memory, which is available too
         return int(torch.cuda.mem_get_info(device)[0] + _kept_by_torch(device))
     found = []
     with contextlib.suppress(OSError, StopIteration, ValueError):
@@ -91,7 +91,7 @@ def available_bytes(device: torch.device | str = "cpu") -> int:
     ):
         with contextlib.suppress(OSError, ValueError, KeyError):
             counts = dict(line.split() for line in (group / stat).read_text().splitlines())
-            # Cached files count as used there, but are dropped when memory is needed.
+            # Cached files count as used there, but the system drops them if it needs memory.
             taken = int((group / used).read_text()) - int(counts[cache])
             found.append(int((group / limit).read_text()) - taken)
     return max(0, min(found, default=2**62))
@@ -102,7 +102,7 @@ def _kept_by_torch(device: torch.device) -> int:
 
 
 def _status(key: str) -> int:
-    """A value of ``/proc/self/status`` in bytes; 0 if it is not there."""
+    """A value of ``/proc/self/status`` in bytes; 0 if the file does not have it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(key):

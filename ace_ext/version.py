@@ -1,3 +1,3 @@
-"""The version of ace_ext: read by the build too."""
+"""The version of ace_ext. The build reads it too."""
 
 __version__ = "0.2.0.dev0"

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: to a temporary name first, which is renamed once all is on the disk."""
+"""Files that are written whole or not at all: under a temporary name that is renamed once all data is on the disk."""
 
 import contextlib
 import errno
@@ -11,18 +11,18 @@ from ace_ext.errors import InputError
 
 
 def part_of(path: Path) -> Path:
-    """Where a file stands while :func:`written_whole` writes it. A process that was killed there leaves it behind."""
+    """The temporary name of a file while :func:`written_whole` writes it. A killed process leaves this file behind."""
     return path.with_name(f".{path.name}.part")
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file of which no part can be left under its name."""
+    """Writes a file whole or not at all."""
     with written_whole(path) as part:
         part.write_bytes(data)
 
 
 def sync_folder(folder: Path) -> None:
-    """Returns when the names in a folder are on the disk. Does nothing on a file system that cannot do that."""
+    """Waits until the names in a folder are on the disk. Does nothing if the file system cannot do that."""
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -35,17 +35,17 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A new file beside ``path``. When the block ends without an error, the file is brought to the disk and renamed to
-    ``path``; else it is removed.
+    """A new file in the folder of ``path``. If the block ends without an error, the file is synced to the disk and
+    renamed to ``path``; else it is removed.
 
     Raises:
-        InputError: something that is no file has the temporary name.
+        InputError: something that is not a file has the temporary name.
     """
     part = part_of(path)
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISREG(part.lstat().st_mode):
-            raise InputError(f"{str(part)!r} is in the way and no file; remove it")
-        part.unlink()  # of a run that was killed
+            raise InputError(f"{str(part)!r} is in the way and is not a file; remove it")
+        part.unlink()  # left by a killed run
     os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield part

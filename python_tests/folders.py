@@ -20,7 +20,7 @@ from ace_ext.cli import main as cli
 from ace_ext.data.bos import BosChoice
 from ace_ext.data.windows import CalibrationData
 from ace_ext.fingerprint import tokens_sha256
-from ace_ext.pruning.criteria import DEFAULT_METRIC
+from ace_ext.pruning.metrics import DEFAULT_METRIC
 from ace_ext.runs.model_source import Demand
 from ace_ext.runs.options import Calibration, RunOptions
 from ace_ext.runs.pipeline import prune_folder

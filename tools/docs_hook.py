@@ -50,7 +50,7 @@ def command_line() -> str:
 
 def metrics() -> str:
     """The table of metrics: name, formula, kinds of statistics."""
-    from ace_ext.pruning.criteria import DEFAULT_METRIC, METRICS
+    from ace_ext.pruning.metrics import DEFAULT_METRIC, METRICS
 
     rows = [
         (f"`{name}`" + (" (default)" if name == DEFAULT_METRIC else ""), _code(metric.formula), _list(metric.needs))

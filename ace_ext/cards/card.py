@@ -21,8 +21,8 @@ from ace_ext.errors import InputError
 from ace_ext.packed import codec_named
 from ace_ext.packed.card_section import CARD, section_of
 from ace_ext.packed.files import PackedShards, is_packed
-from ace_ext.pruning.criteria import METRICS
 from ace_ext.pruning.method import parse
+from ace_ext.pruning.metrics import METRICS
 from ace_ext.pruning.stages import Collect, Score, Stage
 from ace_ext.records import PruneReport, figure_text
 from ace_ext.whole_files import write_whole

@@ -1,5 +1,4 @@
-"""Arguments that several verbs share. Help on methods comes from the registries, so a new stage appears without a
-change here."""
+"""Arguments that several verbs share. The help on methods reads the registries, so it lists new stages by itself."""
 
 import argparse
 import os
@@ -9,8 +8,6 @@ import textwrap
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
 from ace_ext.cli.selection import add_selection, skip_from
 from ace_ext.data.bos import AUTO, MODES, NEVER, default_mode
 from ace_ext.data.corpora import SELF, SOURCES
@@ -19,9 +16,9 @@ from ace_ext.errors import InputError
 from ace_ext.models.loading import WEIGHT_DTYPES
 from ace_ext.process_memory import parse_bytes
 from ace_ext.pruning.config import MAX_DENSE, SPARSITY, PruneConfig
-from ace_ext.pruning.criteria import METRICS
 from ace_ext.pruning.groups import GROUPS
 from ace_ext.pruning.method import DEFAULT, PRESETS, PUBLISHED
+from ace_ext.pruning.metrics import METRICS
 from ace_ext.pruning.settings import Setting, suggestion
 from ace_ext.pruning.stages import KINDS, Score, stages_of
 from ace_ext.runs.options import EVALUATE_AUTO, EVALUATE_NEVER, OFFLOAD, Calibration, RunOptions, RunRequest
@@ -29,26 +26,25 @@ from ace_ext.runs.output import check_outside, output_path
 from ace_ext.runs.own_files import check_replaceable, is_log
 
 Subparsers = Any
-"""What ``add_subparsers`` returns; the class is private to argparse."""
+"""The type that ``add_subparsers`` returns; it is private to argparse."""
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser that reports errors in one line, like every other error of this program.
+    """An argument parser that reports an error in one line, like every other error of this program.
 
-    With ``common``, the options that matter to most, ``--help`` shows these alone, and ``--help-all`` all of them and
-    ``tables``.
+    If ``common`` is not empty, ``--help`` shows only these options. ``--help-all`` shows all options and ``tables``.
     """
 
     common: frozenset[str] = frozenset()
     tables = ""
 
     def show_common(self, *names: str, tables: str) -> None:
-        """Lets ``--help`` show these options alone, and ``--help-all`` all of them, with ``tables`` at the end."""
+        """Makes ``--help`` show only these options, and ``--help-all`` all options with ``tables`` at the end."""
         self.common, self.tables = frozenset(names), tables
         self.add_argument("--help-all", action=_HelpAll, nargs=0, help="show all options, and all stages of methods")
 
     def format_help(self) -> str:
-        """The help with the common options alone, if there are any."""
+        """The help with only the common options, if there are any."""
         shown = {action.dest: action.help for action in self._actions}
         for action in self._actions:
             if self.common and action.dest not in {*self.common, "help", "help_all"}:
@@ -69,7 +65,7 @@ class OneLineParser(argparse.ArgumentParser):
             self.common, self.epilog = common, epilog
 
     def parse_args(self, *arguments: Any, **more: Any) -> Any:
-        """As in argparse, whose older versions take ``--option=--`` for an empty list."""
+        """As in argparse. Its older versions read ``--option=--`` as an empty list, which is refused here."""
         found = super().parse_args(*arguments, **more)
         for name, value in vars(found).items():
             if (value == [] and name != "skip") or (isinstance(value, list) and [] in value):
@@ -89,7 +85,7 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}{self._suggestion(message)}; see {self.prog} --help\n")
 
     def _suggestion(self, message: str) -> str:
-        """What an option, verb or value that is not known was probably meant to be."""
+        """The option, verb or value that the user probably meant."""
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
         if unknown:
             return suggestion(unknown[1], self._options(), cutoff=0.8)
@@ -97,14 +93,14 @@ class OneLineParser(argparse.ArgumentParser):
         return suggestion(choice[1], re.findall(r"[\w:.-]+", choice[2])) if choice else ""
 
     def _options(self) -> list[str]:
-        """All options, also those of verbs."""
+        """All options, with those of the verbs."""
         verbs = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
         parsers = [self, *(parser for choices in verbs for parser in choices.values())]
         return [name for parser in parsers for name in parser._option_string_actions]
 
 
 class _HelpAll(argparse.Action):
-    """Prints the whole help and exits."""
+    """Prints the help with all options and exits."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         assert isinstance(parser, OneLineParser)
@@ -113,14 +109,14 @@ class _HelpAll(argparse.Action):
 
 
 def add_remote_code(parser: argparse.ArgumentParser) -> None:
-    """Adds the permission to run code that comes with a model; :func:`ace_ext.cli.main.main` reads it."""
+    """Adds the permission to run Python code of a model; :func:`ace_ext.cli.main.main` reads it."""
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code among the model's files, if it needs any"
     )
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds the model, how it is loaded, and the options of every verb that loads one."""
+    """Adds the model, how to load it, and the options of every verb that loads one."""
     parser.add_argument("--model", required=True, help="a folder, a .gguf file, or a hub name")
     add_remote_code(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (default: %(default)s)")
@@ -136,8 +132,8 @@ def add_pruning(parser: argparse.ArgumentParser) -> None:
         "--method",
         default=DEFAULT,
         metavar="METHOD",
-        help='a preset, one with changed options as in "balanced(damping=0.2)", or stages joined by + as in "wanda + '
-        'swaps" (default: %(default)s)',
+        help='a preset, a preset with other options as in "balanced(damping=0.2)", or stages joined by + as in '
+        '"wanda + swaps" (default: %(default)s)',
     )
     amount = group.add_mutually_exclusive_group()
     amount.add_argument("--sparsity", type=float, help=f"share of zeros (default: {SPARSITY})")
@@ -145,25 +141,25 @@ def add_pruning(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--group",
         choices=GROUPS,
-        help="which weights are compared with each other (default: row; matrix where obs chooses the mask)",
+        help="which weights are compared with each other (default: row; matrix if obs chooses the mask)",
     )
     add_selection(group, "weights to leave dense")
     group.add_argument(
         "--max-dense",
         type=float,
         default=MAX_DENSE,
-        help="share of a block's weights that may stay dense because they are in no layout that can be pruned "
+        help="share of a block's weights that may stay dense because their layout cannot be pruned "
         "(default: %(default)s)",
     )
 
 
 def preset_table() -> str:
     """The presets and published methods, and the texts that they stand for."""
-    return table("methods by name, and what they stand for", {**PRESETS, **PUBLISHED})
+    return table("presets and published methods, and what they stand for", {**PRESETS, **PUBLISHED})
 
 
 def stage_tables() -> str:
-    """Every metric and stage with a description and its options."""
+    """Every metric and stage with its description and options."""
     lines = ["stages, joined by + in this order; name(option=value, …) changes an option:"]
     for kind in KINDS:
         if kind is Score:
@@ -171,15 +167,13 @@ def stage_tables() -> str:
         for name, stage in stages_of(kind).items():
             lines += [] if kind is Score else [f"  {name:<11}  {stage.summary}"]
             for setting in stage.settings():
-                text = f"{setting_help(setting)}"
-                lines += textwrap.wrap(
-                    f"{setting.name}: {text}", 108, initial_indent=" " * 15, subsequent_indent=" " * 17
-                )
+                text = f"{setting.name}: {setting_help(setting)}"
+                lines += textwrap.wrap(text, 108, initial_indent=" " * 15, subsequent_indent=" " * 17)
     return "\n".join(lines)
 
 
 def add_setting(group: Any, setting: Setting) -> None:
-    """Adds a flag for an option. Its value is None if it is not given: the declaration has the default."""
+    """Adds a flag for an option. Its value is None if the user does not give it: the declaration has the default."""
     kind = next(kind for kind in (int, float, str) if kind in setting.types)
     group.add_argument(f"--{setting.name.replace('_', '-')}", type=kind, help=setting_help(setting))
 
@@ -190,7 +184,7 @@ def setting_help(setting: Setting) -> str:
 
 
 def examples(*commands: str) -> str:
-    """Commands to start from, for the end of a help text."""
+    """Example commands for the end of a help text."""
     return "examples:\n" + "\n".join(f"  ace-prune {command}" for command in commands)
 
 
@@ -207,21 +201,21 @@ def config_from(args: argparse.Namespace) -> PruneConfig:
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
-    """Adds the calibration text and its amount. What is not given is None: a run from statistics reads none of it."""
+    """Adds the calibration text and its amount. A flag that is not given is None: a run from statistics reads none."""
     default, group = Calibration(), parser.add_argument_group("calibration")
     group.add_argument(
         "--calibration",
         metavar="TEXT",
         help=f"{SELF} (the model writes it), {', '.join(SOURCES)}, FILE.txt or FILE.jsonl (default: {SELF}); text is "
-        "taken as it is, no chat template is applied",
+        "taken as it is; no chat template is applied",
     )
     group.add_argument("--text-field", help=f"the field of a .jsonl line (default: {default.text_field})")
     add_bos(group, "sample", f"{AUTO}; {NEVER} with a published method")
     group.add_argument(
         "--evaluate",
         metavar="TEXT",
-        help=f"measure perplexity before and after on a few windows of this text; {EVALUATE_NEVER}: not at all; "
-        f"{EVALUATE_AUTO}: of text that was held out (default: {EVALUATE_AUTO})",
+        help=f"measure perplexity before and after on a few windows of this text; {EVALUATE_NEVER}: no measurement; "
+        f"{EVALUATE_AUTO}: on held-out text (default: {EVALUATE_AUTO})",
     )
     group.add_argument("--nsamples", type=int, help=f"samples (default: {default.nsamples})")
     group.add_argument("--seqlen", type=int, help=f"tokens of a sample (default: {default.seqlen})")
@@ -229,7 +223,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
 
 
 def add_bos(group: Any, window: str, default: str, flag: str = "--bos") -> None:
-    """Adds whether windows begin with the BOS token. The value is None if the flag is not given."""
+    """Adds the choice whether windows begin with the BOS token. The value is None if the flag is not given."""
     group.add_argument(
         flag,
         choices=MODES,
@@ -239,28 +233,29 @@ def add_bos(group: Any, window: str, default: str, flag: str = "--bos") -> None:
 
 
 def add_memory(group: Any) -> None:
-    """Adds where weights are kept and how much memory a run may use."""
+    """Adds where a run keeps weights and how much memory it may use."""
     group.add_argument(
         "--offload",
         default="auto",
         choices=OFFLOAD,
-        help="disk: read and write one block at a time; auto: only if the model does not fit (default: %(default)s)",
+        help="disk: read and write one block at a time; auto: only if the model does not fit into memory; none: never "
+        "(default: %(default)s)",
     )
     group.add_argument("--max-memory", metavar="SIZE", help="limit of the process's resident memory, e.g. 2GB")
 
 
 def add_reports(group: Any, each: str) -> None:
-    """Adds the page and the log; ``each``: of what the log has a line."""
+    """Adds the page and the log. ``each``: the noun for what the log has one line for."""
     group.add_argument("--report", metavar="FILE.html", type=Path, help="write an HTML page about the run")
     group.add_argument("--log-json", metavar="FILE", help=f"write a JSON line for each {each}; - for stderr")
 
 
 def check_written(args: argparse.Namespace) -> None:
-    """Checks the files that a run writes beside its output, before it starts.
+    """Checks the files that a run writes in addition to its output, before it starts.
 
     Raises:
-        InputError: one of them is in the output folder, cannot be written, or would replace a file of another kind; or
-            two are the same.
+        InputError: one of them is in the output folder, cannot be written, or would replace a file of a different kind;
+            or two are the same.
     """
     output = output_path(args.output)
     if args.report is not None:
@@ -285,7 +280,7 @@ def request_from(args: argparse.Namespace, **options: Any) -> RunRequest:
         options: further fields of :class:`ace_ext.runs.options.RunOptions`.
 
     Raises:
-        InputError: a value is not valid, or is one that the run would not read.
+        InputError: a value is not valid, or the run would not read it.
     """
     config, stored = config_from(args), options.get("stats") is not None
     names = ("calibration", "nsamples", "seqlen", "seed", "text_field", "bos", "evaluate")
@@ -298,12 +293,9 @@ def request_from(args: argparse.Namespace, **options: Any) -> RunRequest:
     given.setdefault("evaluate", EVALUATE_AUTO)
     budget = None if args.max_memory is None else parse_bytes(args.max_memory)
     run_options = RunOptions(offload=args.offload, max_memory=budget, **options)
-    return RunRequest(args.model, config, Calibration(source, **given), run_options, device_of(args), args.dtype)
-
-
-def device_of(args: argparse.Namespace) -> torch.device:
-    """The device that ``--device`` names. Raises InputError if it cannot be used."""
-    return pick_device(args.device)
+    return RunRequest(
+        args.model, config, Calibration(source, **given), run_options, pick_device(args.device), args.dtype
+    )
 
 
 def note(args: argparse.Namespace, text: object) -> None:

@@ -1,4 +1,4 @@
-"""``ace-prune bench``: a packed folder beside the dense one: speed, memory, size."""
+"""``ace-prune bench``: speed, memory and size of a packed folder and of the dense one."""
 
 import argparse
 import contextlib
@@ -31,9 +31,15 @@ EXAMPLES = (
 def add(commands: shared.Subparsers) -> None:
     """Adds the verb to the command line."""
     default = BenchSettings()
-    parser = commands.add_parser("bench", help="measure a packed folder beside the dense one, on the CPU")
+    parser = commands.add_parser(
+        "bench", help="compare the speed and memory of a packed folder with the dense one, on the CPU"
+    )
     parser.add_argument("folder", help="a folder that ace-prune pack wrote")
-    parser.add_argument("--dense", metavar="DIR", help="the dense folder (default: unpacked beside it for the time)")
+    parser.add_argument(
+        "--dense",
+        metavar="DIR",
+        help="the dense folder (default: FOLDER is unpacked beside itself and removed at the end)",
+    )
     parser.add_argument("--tokens", type=int, default=default.tokens, help="tokens to decode (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=default.rounds, help="runs of each model (default: %(default)s)")
     parser.add_argument(
@@ -62,7 +68,9 @@ def run(args: argparse.Namespace) -> int:
             try:
                 dense = Path(opened.enter_context(place(prefix=f".{packed.name}.bench-", dir=packed.parent))) / "dense"
             except OSError as error:
-                raise InputError(f"no room beside {args.folder!r} ({error.strerror}); pass --dense") from error
+                raise InputError(
+                    f"the dense folder cannot be unpacked beside {args.folder!r} ({error.strerror}); pass --dense"
+                ) from error
             unpack(args.folder, dense)
         result = bench(str(dense), args.folder, settings, opened.enter_context(_progress(args, settings.steps)))
     if args.plot is not None:
@@ -88,7 +96,7 @@ def _ended_by_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _progress(args: argparse.Namespace, steps: int) -> Iterator[BenchProgress]:
-    """A bar with the time left on a terminal, else a line for each phase; nothing with ``--quiet``."""
+    """On a terminal a bar with the remaining time, else a line for each phase; nothing with ``--quiet``."""
     if not shared.shows_progress(args):
         yield BenchProgress(lambda text: shared.note(args, text))
         return
@@ -97,7 +105,7 @@ def _progress(args: argparse.Namespace, steps: int) -> Iterator[BenchProgress]:
 
 
 def table(result: BenchResult) -> str:
-    """The figures as a table, with what they were measured on."""
+    """The figures as a table, with the dtype, threads and instruction set of the measurement."""
     rows = [_row(f"decode, batch {batch}: tokens/s", pair, 1) for batch, pair in result.decode.items()]
     for name, pair, unit in (
         (f"prefill of {result.prefill_tokens} tokens: s", result.prefill, 1),

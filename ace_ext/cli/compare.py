@@ -12,6 +12,7 @@ from ace_ext.data.bos import AUTO, NEVER
 from ace_ext.data.corpora import SELF
 from ace_ext.data.perplexity import SEQLEN
 from ace_ext.data.tasks import Tasks
+from ace_ext.engine.devices import pick_device
 from ace_ext.errors import InputError
 from ace_ext.pruning.groups import GROUPS
 from ace_ext.pruning.method import parse_list
@@ -39,14 +40,16 @@ def add(commands: shared.Subparsers) -> None:
     parser.add_argument(
         "--methods",
         default="published-wanda; fast",
-        help="a list of methods as for run, separated by ; (default: %(default)s)",
+        help="a list of methods, separated by ; (see run --help; default: %(default)s)",
     )
     parser.add_argument("--sparsities", "--sparsity", help="a list of shares of zeros, e.g. 0.5,0.6 (default: 0.5)")
     parser.add_argument("--patterns", "--pattern", help="a list of N:M, N kept of M consecutive inputs, e.g. 2:4,4:8")
     parser.add_argument("--lengths", help="a list of nsamples x seqlen, e.g. 64x128,16x512 (default: 128x128)")
     default = Calibration()
-    parser.add_argument("--nsamples", type=int, help=f"instead of --lengths, as run (default: {default.nsamples})")
-    parser.add_argument("--seqlen", type=int, help=f"instead of --lengths, as run (default: {default.seqlen})")
+    parser.add_argument("--nsamples", type=int, help=f"instead of --lengths: samples (default: {default.nsamples})")
+    parser.add_argument(
+        "--seqlen", type=int, help=f"instead of --lengths: tokens of a sample (default: {default.seqlen})"
+    )
     parser.add_argument("--calibration", default=SELF, help="a list of texts, see run --help (default: %(default)s)")
     shared.add_bos(parser, "calibration sample", f"{AUTO}; {NEVER} for published-*")
     parser.add_argument("--seeds", "--seed", default="0", help="a list, e.g. 0,1,2 (default: %(default)s)")
@@ -54,35 +57,44 @@ def add(commands: shared.Subparsers) -> None:
         "--texts", "--text", default="wiki-mini", help="a list of texts to evaluate on (default: %(default)s)"
     )
     parser.add_argument("--eval-seqlen", type=int, default=SEQLEN, help="tokens of a window (default: %(default)s)")
-    parser.add_argument("--eval-windows", type=int, default=EVAL_WINDOWS, help="windows at most (default: %(default)s)")
+    parser.add_argument(
+        "--eval-windows", type=int, default=EVAL_WINDOWS, help="maximum of windows (default: %(default)s)"
+    )
     shared.add_bos(parser, "window of an evaluation text", AUTO, "--eval-bos")
     _add_tasks(parser.add_argument_group("downstream tasks (pip install 'lm-eval[hf]')"))
     parser.add_argument(
-        "--group", choices=GROUPS, help="which weights a share of zeros is compared in; a pattern has its own groups"
+        "--group",
+        choices=GROUPS,
+        help="which weights are compared with each other for a share of zeros; a pattern has its own groups",
     )
     add_selection(parser, "weights to leave dense")
     parser.add_argument(
         "--output",
         metavar="DIR",
-        help="folder for runs.jsonl, results.json, report.html and plots; a second call continues from its contents",
+        help="folder for runs.jsonl, results.json, report.html and plots; a later call continues from its contents",
     )
     parser.add_argument("--markdown", action="store_true", help="a markdown table on stdout")
     parser.set_defaults(action=compare)
 
 
 def _add_tasks(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--tasks", help="a list of tasks of lm-eval, whose scores are shown beside perplexity")
+    group.add_argument("--tasks", help="a list of tasks of lm-eval; their scores are shown beside perplexity")
     group.add_argument(
-        "--task-path", metavar="DIR", type=Path, help="a folder with YAML files of your own tasks; code in it is run"
+        "--task-path",
+        metavar="DIR",
+        type=Path,
+        help="a folder with YAML files of your own tasks; Python code in it is run",
     )
-    group.add_argument("--task-limit", metavar="N", type=int, help="samples of each task at most (default: all)")
+    group.add_argument("--task-limit", metavar="N", type=int, help="maximum of samples of each task (default: all)")
 
 
 def study_from(args: argparse.Namespace) -> Study:
     """The study of the parsed arguments of ``compare``. Raises InputError for a value that is not valid."""
     amounts = (*_split(args.sparsities), *_split(args.patterns)) or ("0.5",)
-    if args.group and not any(":" not in amount for amount in amounts):
-        raise InputError("group is for shares of zeros, and a pattern has its own groups; leave out group")
+    if args.group and all(":" in amount for amount in amounts):
+        raise InputError(
+            f"group does not go with patterns, which have their own groups (got {args.group!r}); leave out group"
+        )
     methods = parse_list(args.methods)
     return Study(
         model=args.model,
@@ -113,7 +125,7 @@ def _split(text: str | None) -> tuple[str, ...]:
 
 
 def _lengths(args: argparse.Namespace) -> tuple[tuple[int, int], ...]:
-    """Those of ``--lengths``, or the one that ``--nsamples`` and ``--seqlen`` give."""
+    """The lengths of ``--lengths``, or the one of ``--nsamples`` and ``--seqlen``."""
     default = Calibration()
     if args.lengths is None:
         nsamples, seqlen = (
@@ -151,7 +163,7 @@ def compare(args: argparse.Namespace) -> int:
     output = Path(args.output).expanduser() if args.output else None
     if output is not None:
         require_matplotlib()
-    results = run_study(study, shared.device_of(args), output, shared.shows_progress(args))
+    results = run_study(study, pick_device(args.device), output, shared.shows_progress(args))
     shared.note(args, results.bos)
     if output is not None:
         write_study_report(results, output)

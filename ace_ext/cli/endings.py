@@ -1,4 +1,4 @@
-"""How a call of the command line ends that did not get through: one line on stderr, and an exit status."""
+"""The end of a command that failed: one line on stderr, and an exit status."""
 
 import contextlib
 import os
@@ -10,13 +10,13 @@ BAD_INPUT, INTERNAL, INTERRUPTED = 2, 1, 130
 
 
 def ending(error: BaseException) -> int:
-    """Says in one line on stderr what ended the program, and returns the exit status.
+    """Writes one line on stderr that says what ended the program, and returns the exit status.
 
-    What input can cause has status 2: an :class:`ace_ext.InputError`; a file that cannot be read or written; too little
-    memory. Everything else is a fault of this program.
+    The status is 2 for errors that input can cause: an :class:`ace_ext.InputError`, a file that cannot be read or
+    written, too little memory. Every other error is an internal one.
     """
     if isinstance(error, KeyboardInterrupt):
-        return _say("interrupted; run and heal go on with --resume where it stopped", INTERRUPTED)
+        return _say("interrupted; run and heal continue from here with --resume", INTERRUPTED)
     if isinstance(error, InputError):
         return _say(one_line(error, 2000), BAD_INPUT)
     if isinstance(error, BrokenPipeError):
@@ -25,8 +25,8 @@ def ending(error: BaseException) -> int:
         return _say(_of_system(error), BAD_INPUT)
     if _is_memory(error):
         return _say(
-            f"not enough memory ({one_line(error, 200)}); lower --nsamples, --seqlen or --batch-tokens, or pass "
-            "--offload disk",
+            f"not enough memory ({one_line(error, 200)}); lower --nsamples or --seqlen, write a "
+            'smaller batch_tokens as in --method "balanced(batch_tokens=4096)", or pass --offload disk',
             BAD_INPUT,
         )
     return _say(
@@ -52,9 +52,9 @@ def _is_memory(error: BaseException) -> bool:
 
 
 def _closed_early() -> int:
-    """Whoever read the output has gone. What the interpreter writes when it ends would fail too, so it goes nowhere."""
+    """The reader of the output has closed it. Later writes would fail too, so they go to the null device."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
-    return _say("whoever read the output closed it early", INTERNAL)
+    return _say("the reader of the output closed it early", INTERNAL)

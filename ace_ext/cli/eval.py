@@ -8,6 +8,7 @@ from ace_ext.data.bos import AUTO, choose_bos
 from ace_ext.data.corpora import SOURCES
 from ace_ext.data.evaluation import text_perplexity
 from ace_ext.data.perplexity import SEQLEN
+from ace_ext.engine.devices import pick_device
 from ace_ext.runs.bos_choice import recorded_in_report
 from ace_ext.runtime import open_model
 
@@ -25,14 +26,14 @@ def add(commands: shared.Subparsers) -> None:
     parser.add_argument("--text", "--texts", required=True, help=f"{', '.join(SOURCES)}, FILE.txt or FILE.jsonl")
     parser.add_argument("--text-field", default="text", help="the field of a .jsonl line (default: %(default)s)")
     parser.add_argument("--seqlen", type=int, default=SEQLEN, help="tokens of a window (default: %(default)s)")
-    parser.add_argument("--max-tokens", type=int, help="read at most this many tokens (default: all)")
-    shared.add_bos(parser, "window", f"{AUTO}; of a pruned folder, as its run chose for the dense model")
+    parser.add_argument("--max-tokens", type=int, help="maximum of tokens to read (default: all)")
+    shared.add_bos(parser, "window", f"{AUTO}; for a pruned folder the choice of its run")
     parser.set_defaults(action=evaluate)
 
 
 def evaluate(args: argparse.Namespace) -> int:
     """Runs the verb; returns the exit status."""
-    loaded = open_model(args.model, args.dtype, shared.device_of(args))
+    loaded = open_model(args.model, args.dtype, pick_device(args.device))
     mode = args.bos or AUTO
     choice = recorded_in_report(args.model, mode) or choose_bos(mode, loaded.tokenizer, loaded.model)
     result = text_perplexity(

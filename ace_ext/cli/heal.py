@@ -7,6 +7,7 @@ from dataclasses import replace
 from ace_ext.cli import args as shared
 from ace_ext.cli.log_file import open_log
 from ace_ext.data.corpora import SOURCES
+from ace_ext.engine.devices import pick_device
 from ace_ext.healing.progress import HealProgress
 from ace_ext.healing.settings import HealSettings
 from ace_ext.process_memory import parse_bytes
@@ -26,20 +27,20 @@ EXAMPLES = (
 def add(commands: shared.Subparsers) -> None:
     """Adds the verb to the command line."""
     parser = commands.add_parser(
-        "heal", help="train a pruned folder's remaining weights to predict like the dense model"
+        "heal", help="train the kept weights of a pruned folder to predict like the dense model"
     )
     parser.add_argument("folder", help="a folder that ace-prune run wrote; it is not changed")
     parser.add_argument("--output", required=True, help="the folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
     parser.add_argument(
-        "--dense", metavar="MODEL", help="the dense model (default: the one that FOLDER's report names)"
+        "--dense", metavar="MODEL", help="the dense model (default: the model that the report of FOLDER names)"
     )
     shared.add_remote_code(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar, no line about what will be done")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no notes on stderr")
     _add_training(parser.add_argument_group("training"))
-    _add_text(parser.add_argument_group("text (default: as FOLDER was calibrated)"))
+    _add_text(parser.add_argument_group("text (default: the calibration text of FOLDER)"))
     group = parser.add_argument_group("the run")
     group.add_argument(
         "--resume", action="store_true", help="continue an interrupted run with the same arguments, if there is one"
@@ -47,8 +48,8 @@ def add(commands: shared.Subparsers) -> None:
     group.add_argument(
         "--max-memory",
         metavar="SIZE",
-        help="limit of the process's resident memory, e.g. 2GB; if it is too small to train all blocks together, they "
-        "are trained in windows, one after another",
+        help="limit of the process's resident memory, e.g. 2GB; if it is too small to train all blocks together, "
+        "windows of blocks are trained one after another",
     )
     shared.add_reports(group, "step")
     parser.set_defaults(action=heal)
@@ -57,7 +58,7 @@ def add(commands: shared.Subparsers) -> None:
 def _add_training(group: argparse._ArgumentGroup) -> None:
     budget = group.add_mutually_exclusive_group()
     budget.add_argument(
-        "--tokens", type=int, help=f"tokens to train on, each pass over a window counted (default: {TOKENS})"
+        "--tokens", type=int, help=f"tokens to train on; each pass over a window counts (default: {TOKENS})"
     )
     budget.add_argument(
         "--minutes",
@@ -66,7 +67,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         "on different numbers of tokens",
     )
     for setting in HealSettings.settings():
-        if setting.name != "seed":  # --seed is that of the text, and serves for both
+        if setting.name != "seed":  # --seed is that of the text, and is used for both
             shared.add_setting(group, setting)
 
 
@@ -76,7 +77,7 @@ def _add_text(group: argparse._ArgumentGroup) -> None:
         metavar="TEXT",
         help=f"self (the dense model writes it), {', '.join(SOURCES)}, FILE.txt or FILE.jsonl",
     )
-    shared.add_bos(group, "window", "as FOLDER was calibrated")
+    shared.add_bos(group, "window", "as in the calibration of FOLDER")
     group.add_argument("--seqlen", type=int, help="tokens of a window")
     group.add_argument("--seed", type=int, help="seed of the choice of windows, and of the order of the steps")
     group.add_argument("--text-field", help="the field of a .jsonl line")
@@ -94,7 +95,7 @@ def request_from(args: argparse.Namespace) -> HealRequest:
     )
     budget = None if args.max_memory is None else parse_bytes(args.max_memory)
     options = HealOptions(args.tokens, args.minutes, overwrite=args.overwrite, resume=args.resume, max_memory=budget)
-    return HealRequest(args.folder, args.output, text, args.dense, settings, options, shared.device_of(args))
+    return HealRequest(args.folder, args.output, text, args.dense, settings, options, pick_device(args.device))
 
 
 def heal(args: argparse.Namespace) -> int:

@@ -10,24 +10,24 @@ from ace_ext.errors import InputError
 
 
 class LogFile(io.TextIOWrapper):
-    """The file of ``--log-json``. A disk error names it, and not the output."""
+    """The file of ``--log-json``. A disk error names this file instead of the output folder."""
 
     def write(self, text: str) -> int:
-        """As of any text file. Raises InputError if it cannot be written."""
+        """As for any text file. Raises InputError if the file cannot be written."""
         try:
             return super().write(text)
         except OSError as error:
             raise self._failed(error) from error
 
     def flush(self) -> None:
-        """As of any text file. Raises InputError if it cannot be written."""
+        """As for any text file. Raises InputError if the file cannot be written."""
         try:
             super().flush()
         except OSError as error:
             raise self._failed(error) from error
 
     def close(self) -> None:
-        """As of any text file. Raises InputError if what is left cannot be written."""
+        """As for any text file. Raises InputError if the rest cannot be written."""
         try:
             super().close()
         except OSError as error:
@@ -40,10 +40,10 @@ class LogFile(io.TextIOWrapper):
 
 
 def open_log(name: str | None, opened: contextlib.ExitStack) -> TextIO | None:
-    """The file of ``--log-json``, which ``opened`` closes; None without one.
+    """The file of ``--log-json``; None without one. ``opened`` closes it.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the file cannot be written.
     """
     if name is None or name == "-":
         return sys.stderr if name else None

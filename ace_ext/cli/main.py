@@ -36,8 +36,8 @@ def module_of(verb: str) -> ModuleType:
 
 
 def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """The parser of the command line: of all verbs, or of the one that ``argv`` begins with, so that the others are not
-    imported."""
+    """The parser of the command line. If ``argv`` begins with a verb, it has this verb alone, and the other modules are
+    not imported."""
     parser = OneLineParser(prog="ace-prune", description="One-shot pruning of Hugging Face causal language models.")
     parser.add_argument("--version", action="version", version=f"ace-prune {__version__}")
     shtab.add_argument_to(parser, "--print-completion", help="print a completion script for this shell")
@@ -53,7 +53,7 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns its exit status. No exception leaves it but argparse's ``SystemExit``."""
+    """Runs the command line; returns its exit status. It raises no exception except argparse's ``SystemExit``."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
     try:
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         _limit_threads()
         with remote_code(getattr(args, "trust_remote_code", False)), _warnings_in_a_line(getattr(args, "quiet", False)):
             status: int = args.action(args)
-        sys.stdout.flush()  # here, where an error can still be told
+        sys.stdout.flush()  # here, where an error can still be reported
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _limit_threads() -> None:
-    """No more threads than CPUs that the process may use, unless the user chose; more would wait for each other."""
+    """Limits threads to the CPUs that the process may use, unless the user chose a number."""
     cpus = allowed_cpus()
     if "OMP_NUM_THREADS" not in os.environ and cpus < torch.get_num_threads():
         torch.set_num_threads(cpus)
@@ -80,7 +80,7 @@ def _limit_threads() -> None:
 
 @contextlib.contextmanager
 def _warnings_in_a_line(quiet: bool) -> Iterator[None]:
-    """Shows warnings as this program's other notes; ``quiet``: not at all."""
+    """Shows warnings like other notes of this program, or not at all if ``quiet``."""
 
     def say(message: Warning | str, *_: object, **__: object) -> None:
         print(f"ace-prune: {message}", file=sys.stderr)
@@ -93,14 +93,14 @@ def _warnings_in_a_line(quiet: bool) -> Iterator[None]:
 
 
 def _replace_unprintable() -> None:
-    """Writes characters that a stream's encoding does not have as escapes; a report must not end in an error."""
+    """Makes streams escape characters that their encoding does not have, instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _quiet_libraries() -> None:
-    """Turns off progress bars and warnings of libraries, so that this program's own lines are seen."""
+    """Turns off progress bars and warnings of libraries, so that this program's own lines are visible."""
     import transformers
 
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|transformers)(\.|$)")

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     )
     print(
         f"{result.matrices} matrices, {result.packed_bytes / 1e6:.1f} MB: {share:.3f} of the dense files, "
-        f"{matrices:.3f} of the matrices alone; unpacked again, the same bytes\nwritten to {result.folder}"
+        f"{matrices:.3f} of the matrices alone; unpacking restores the same bytes\nwritten to {result.folder}"
     )
     return 0
 

@@ -26,7 +26,7 @@ def add(commands: shared.Subparsers) -> None:
     shared.add_pruning(parser)
     shared.add_calibration(parser)
     shared.add_memory(parser.add_argument_group("the run"))
-    parser.add_argument("--list", action="store_true", help="only list all weights of the blocks, and what stays dense")
+    parser.add_argument("--list", action="store_true", help="only list the weights of the blocks, and which stay dense")
     parser.show_common(
         *("model", "method", "sparsity", "pattern", "calibration", "nsamples", "seqlen", "device", "max_memory"),
         *("format", "list", "json"),

@@ -58,8 +58,8 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
         "--save-stats",
         metavar="FILE",
         type=Path,
-        help="save the statistics of the dense model; this run then reads the output of dense blocks, as with "
-        "collect(order=block), and a later one can prune from them (--stats)",
+        help="save the statistics of the dense model, so that later runs can prune from them (--stats); this run then "
+        "works as with collect(order=block)",
     )
     group.add_argument(
         "--stats",

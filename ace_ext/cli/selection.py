@@ -1,4 +1,4 @@
-"""Which weights of the blocks are pruned: ``--skip``, ``--exclude`` and ``--include``."""
+"""The options ``--skip``, ``--exclude`` and ``--include``: which weights of the blocks are pruned."""
 
 import argparse
 import re
@@ -7,10 +7,12 @@ from typing import Any
 
 
 def add_selection(group: Any, help: str) -> None:
-    """Adds the three options; ``help`` is that of ``--skip``."""
+    """Adds the three options. ``help`` is the help of ``--skip``."""
     group.add_argument("--skip", action="append", default=[], metavar="REGEX", help=help)
-    group.add_argument("--exclude", action="append", metavar="GLOB", help="the same by the whole name, e.g. '*.o_proj'")
-    group.add_argument("--include", action="append", metavar="GLOB", help="leave all others dense, e.g. '*.mlp.*'")
+    group.add_argument(
+        "--exclude", action="append", metavar="GLOB", help="the same, as a pattern of the whole name, e.g. '*.o_proj'"
+    )
+    group.add_argument("--include", action="append", metavar="GLOB", help="prune only these weights, e.g. '*.mlp.*'")
 
 
 def skip_from(args: argparse.Namespace) -> tuple[str, ...]:

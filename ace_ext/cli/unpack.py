@@ -20,5 +20,5 @@ def add(commands: shared.Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the verb; returns the exit status."""
     size = unpack(args.folder, args.output)
-    print(f"{size / 1e6:.1f} MB of weights, the bytes that were packed\nwritten to {args.output}")
+    print(f"{size / 1e6:.1f} MB of weights, the same bytes as before packing\nwritten to {args.output}")
     return 0

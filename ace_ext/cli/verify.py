@@ -20,14 +20,13 @@ def add(commands: shared.Subparsers) -> None:
 
 
 def check(args: argparse.Namespace) -> int:
-    """Runs the verb; returns the exit status, which is 1 for a folder with a problem."""
+    """Runs the verb; returns the exit status: 1 if the folder has a problem."""
     result = verify(args.folder)
     if args.json:
         print(json.dumps(vars(result)))
     else:
         rows = f", {result.exact_rows} of {result.rows} groups with exactly k non-zeros" if result.rows else ""
         print(f"{result.matrices} matrices, sparsity {result.sparsity:.4f}{rows}")
-        print(
-            "\n".join(f"FAULT {problem}" for problem in result.problems) or "OK: counts, zeros, finite values, loading"
-        )
+        problems = "\n".join(f"problem: {problem}" for problem in result.problems)
+        print(problems or "OK: counts, zeros, finite values, loading")
     return 1 if result.problems else 0

@@ -20,7 +20,7 @@ from ace_ext.pruning.method import Method
 from ace_ext.pruning.settings import check_choice
 
 EVAL_WINDOWS = 24
-"""Windows of each text that a comparison evaluates on, at most, unless told otherwise."""
+"""The default maximum of windows of each evaluation text."""
 
 
 def _check_list(name: str, values: tuple[object, ...]) -> None:
@@ -30,12 +30,12 @@ def _check_list(name: str, values: tuple[object, ...]) -> None:
 
 @dataclass(frozen=True)
 class Grid:
-    """What the runs of a comparison vary. ``amounts`` are shares of zeros like ``"0.5"`` and patterns like ``"2:4"``;
-    ``lengths`` are pairs ``(nsamples, seqlen)``. ``bos`` is the same for all runs: whether calibration samples begin
-    with the BOS token; None: :func:`ace_ext.data.bos.default_mode` by the method.
+    """What differs between the runs of a comparison. ``amounts`` are shares of zeros like ``"0.5"`` and patterns like
+    ``"2:4"``; ``lengths`` are pairs ``(nsamples, seqlen)``. ``bos`` is the same for all runs: whether calibration
+    samples begin with the BOS token. None: :func:`ace_ext.data.bos.default_mode` of each method.
 
     Raises:
-        InputError: an empty list, a value given twice, or an unknown ``bos``.
+        InputError: a list is empty, a value is given twice, or ``bos`` is unknown.
     """
 
     methods: tuple[Method, ...]
@@ -46,7 +46,9 @@ class Grid:
     bos: str | None = None
 
     def __post_init__(self) -> None:
-        _check_list("methods", tuple(method.label for method in self.methods))  # runs are recorded under labels
+        _check_list(
+            "methods", tuple(method.label for method in self.methods)
+        )  # labels identify the runs in the journal
         for each in fields(self):
             if each.name not in ("methods", "bos"):
                 _check_list(each.name, getattr(self, each.name))
@@ -58,7 +60,7 @@ class Grid:
         return self.bos or default_mode(method.published, source == SELF)
 
     def cells(self) -> Iterator[tuple[Cell, Method]]:
-        """The runs of the grid in order; those with the same calibration samples follow one another."""
+        """The runs of the grid in order. Runs with the same calibration samples are consecutive."""
         data = itertools.product(self.calibrations, self.lengths, self.seeds)
         for (source, (nsamples, seqlen), seed), amount, method in itertools.product(data, self.amounts, self.methods):
             yield Cell(method.label, amount, source, nsamples, seqlen, seed), method
@@ -66,12 +68,12 @@ class Grid:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The held-out texts on which perplexity is measured: ``windows`` of ``seqlen`` tokens at most of each. ``bos``:
-    whether they begin with the BOS token, by the dense model; the same for the dense model and all methods. ``tasks``:
-    downstream tasks that are evaluated besides.
+    """The held-out texts on which perplexity is measured, with at most ``windows`` of ``seqlen`` tokens each. ``bos``:
+    whether windows begin with the BOS token; the dense model decides it, for all methods alike. ``tasks``: downstream
+    tasks to evaluate too.
 
     Raises:
-        InputError: no text, one given twice, too few windows or tokens, or an unknown ``bos``.
+        InputError: there is no text, one is given twice, there are too few windows or tokens, or ``bos`` is unknown.
     """
 
     texts: tuple[str, ...] = ("wiki-mini",)
@@ -93,8 +95,8 @@ class Study:
     """A comparison: its grid, and what all its runs share.
 
     Raises:
-        InputError: for whatever :class:`ace_ext.PruneConfig` refuses of any method with any amount. All is checked
-            before a model is loaded.
+        InputError: :class:`ace_ext.PruneConfig` refuses a method with an amount. All of them are checked before a model
+            is loaded.
     """
 
     model: str
@@ -104,15 +106,14 @@ class Study:
     text_field: str = "text"
     dtype: str = "auto"
     groups: Mapping[str, str] = field(default_factory=dict)
-    """The comparison group of a share of zeros, by the method's label; others have their default. A pattern has its own
-    groups."""
+    """The comparison groups for shares of zeros, by the method's label. Other methods have their default group."""
 
     def __post_init__(self) -> None:
         for method, amount in itertools.product(self.grid.methods, self.grid.amounts):
             self.config(method, amount)
 
     def config(self, method: Method, amount: str) -> PruneConfig:
-        """The configuration of a method with an amount."""
+        """The configuration of a method for an amount."""
         try:
             target = _amount(amount)
             group = None if "pattern" in target else self.groups.get(method.label)
@@ -121,7 +122,7 @@ class Study:
             raise InputError(f"method {method.label!r}: {error}") from error
 
     def settings(self, device: torch.device) -> dict[str, Any]:
-        """What must be equal for two runs to be in one table. Evaluation files are recorded by their content."""
+        """What must be equal in all runs of a table. Evaluation files are recorded by their content."""
         return {
             "model": self.model,
             "dtype": self.dtype,
@@ -148,7 +149,7 @@ def _amount(text: str) -> dict[str, Any]:
 
 
 def source_sha256(source: str, split: str, text_field: str) -> str | None:
-    """The SHA-256, in hex, of a local file's documents; None for a source whose name fixes its text.
+    """The SHA-256, in hex, of the documents of a local file; None for a source with a fixed text.
 
     Raises:
         InputError: as :func:`ace_ext.data.corpora.load_text`.

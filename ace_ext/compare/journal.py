@@ -1,7 +1,7 @@
-"""The record of a comparison: one JSON line for each finished run, written at once, so that a crash loses no run.
+"""The journal of a comparison: one JSON line for each finished run, written at once, so that a crash loses no run.
 
-The first line holds the settings that all runs share. A later comparison into the same folder continues it if its
-settings are the same, and is refused if they differ: figures that cannot be compared never share a table.
+The first line holds the settings that all runs share. A later comparison with the same settings continues in the same
+folder. With other settings it is refused: figures that cannot be compared never share a table.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ from ace_ext.whole_files import part_of, write_whole
 
 RUNS_NAME = "runs.jsonl"
 FORMAT = 1
-"""Of ``results.json``."""
+"""The format of ``results.json``."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One place of the grid. ``amount`` is a share of zeros like ``"0.5"``, or a pattern like ``"2:4"``."""
+    """One run of the grid. ``amount`` is a share of zeros like ``"0.5"``, or a pattern like ``"2:4"``."""
 
     method: str
     amount: str
@@ -46,7 +46,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class BlockFigures:
-    """A pruned block: its share of zeros, and its matrices' mean output error and mean output cosine."""
+    """A pruned block: its share of zeros, and the mean output error and mean output cosine of its matrices."""
 
     name: str
     sparsity: float
@@ -66,31 +66,31 @@ class BlockFigures:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run. ``perplexity`` is by evaluation text."""
+    """A finished run. The keys of ``perplexity`` are evaluation texts."""
 
     cell: Cell
     config: dict[str, Any]
-    """:meth:`ace_ext.PruneConfig.to_dict` of the configuration that the method's label stood for."""
+    """:meth:`ace_ext.PruneConfig.to_dict` of the configuration."""
     source_sha256: str | None
-    """Of the calibration file; None for a source whose name fixes its text."""
+    """The SHA-256 of the calibration file; None for a source with a fixed text."""
     tokens_sha256: str
     dtype: str
     sparsity: float
     seconds: float
-    """Of pruning, without loading and evaluation."""
+    """The time of pruning, without loading and evaluation."""
     peak_memory_bytes: int
     own_peak: bool
-    """Whether the peak is that of this run; otherwise it is that of the process so far."""
+    """Whether the peak is that of this run. If not, it is that of the process so far."""
     perplexity: dict[str, Perplexity]
     blocks: list[BlockFigures]
     bos: BosChoice | None = None
     """How the calibration samples begin; None in a record of an earlier version."""
     tasks: dict[str, TaskScore] = field(default_factory=dict)
-    """Scores by downstream task."""
+    """The scores of the downstream tasks, by name."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Run":
-        """The reverse of ``dataclasses.asdict``."""
+        """The inverse of ``dataclasses.asdict``."""
         texts = {text: Perplexity(**figures) for text, figures in data["perplexity"].items()}
         blocks = [BlockFigures(**block) for block in data["blocks"]]
         parts = {"cell": Cell(**data["cell"]), "perplexity": texts, "blocks": blocks, "bos": _choice(data)}
@@ -108,8 +108,9 @@ def _scores(data: Mapping[str, Any]) -> dict[str, TaskScore]:
 
 @dataclass
 class Results:
-    """A comparison: the settings that all runs share, the dense model's perplexity by text, its scores by task and a
-    hash of its weights, the runs, and how evaluation windows begin (None before the dense model was evaluated)."""
+    """The results of a comparison: the settings that all runs share, the dense model's perplexity by text, its scores
+    by task, a hash of its weights, the runs, and whether evaluation windows begin with the BOS token (None before the
+    dense model was evaluated)."""
 
     settings: dict[str, Any]
     dense: dict[str, Perplexity] = field(default_factory=dict)
@@ -120,7 +121,7 @@ class Results:
 
     @property
     def choices(self) -> list[BosChoice]:
-        """The recorded choices about the BOS token for text that the model did not write."""
+        """The recorded choices of the BOS token for text that the model did not write."""
         found = [self.bos, *(run.bos for run in self.runs if run.cell.calibration != SELF)]
         return [choice for choice in found if choice is not None]
 
@@ -133,12 +134,11 @@ class Journal:
     """The results of a comparison, in memory and, if a folder is given, in its ``runs.jsonl``.
 
     Args:
-        folder: made if it is not there; None: nothing is written.
+        folder: created if it does not exist; None: nothing is written.
         settings: JSON values that all runs of the folder share.
 
     Raises:
-        InputError: the folder holds runs under other settings, or other files than a comparison's, or cannot be
-            written.
+        InputError: the folder holds runs with other settings, or files of something else, or cannot be written.
     """
 
     def __init__(self, folder: Path | None, settings: dict[str, Any]) -> None:
@@ -154,14 +154,14 @@ class Journal:
             _refuse_other_settings(self.path, self.results.settings, settings)
         else:
             _make_folder(folder)
-            with _writing(self.path):  # whole: a file with a part of the first line would be no record, and refused
+            with _writing(self.path):  # whole: a file with only a part of the first line would be refused later
                 write_whole(self.path, f"{with_sum(json.dumps({'format': LINES, 'settings': settings}))}\n".encode())
 
     def add_dense(
         self, dense: dict[str, Perplexity], weights_sha256: str, bos: BosChoice, tasks: dict[str, TaskScore]
     ) -> None:
-        """Records the dense model: its perplexity by text, the hash of its weights, how evaluation windows begin, and
-        its scores by task."""
+        """Records the dense model: its perplexity by text, the hash of its weights, whether evaluation windows begin
+        with the BOS token, and its scores by task."""
         figures = {text: asdict(perplexity) for text, perplexity in dense.items()}
         scores = {task: asdict(score) for task, score in tasks.items()}
         self._append({"dense": figures, "weights_sha256": weights_sha256, "bos": bos.to_dict(), "tasks": scores})
@@ -174,19 +174,19 @@ class Journal:
         self.results.runs.append(run)
 
     def refuse_changed(self, cell: Cell, config: dict[str, Any], source_sha256: str | None) -> None:
-        """Refuses a cell whose label or text file stood for something else when it was recorded.
+        """Refuses a cell if its configuration or its text has changed since it was recorded.
 
         Raises:
-            InputError: the cell is recorded with another configuration or another text.
+            InputError: the cell is recorded with a different configuration or a different text.
         """
         run = self.results.find(cell)
         if run is None:
             return
         differing = differences(run.config, config)
         if differing:
-            raise _changed(self.path, f"otherwise, in {cell.method}: {'; '.join(differing)}")
+            raise _changed(self.path, f"with other settings of {cell.method}: {'; '.join(differing)}")
         if run.source_sha256 != source_sha256:
-            raise _changed(self.path, f"with another text in {cell.calibration}")
+            raise _changed(self.path, f"with a different text in {cell.calibration}")
 
     def _append(self, line: dict[str, Any]) -> None:
         if self.path is None:
@@ -198,10 +198,10 @@ class Journal:
 
 
 def read_results(path: Path) -> Results:
-    """The results in a ``runs.jsonl``. A last line that a crash cut off is removed from the file.
+    """The results in a ``runs.jsonl``. An incomplete last line, left by a crash, is removed from the file.
 
     Raises:
-        InputError: it is not there, or no record of a comparison.
+        InputError: the file cannot be read, or is not the journal of a comparison.
     """
     try:
         first, *lines = whole_lines(path)
@@ -218,12 +218,12 @@ def read_results(path: Path) -> Results:
             f"{str(path)!r} cannot be read: {error.strerror}; give a folder of ace-prune compare"
         ) from error
     except ChangedLineError as error:
-        remedy = "use another folder" if error.args[0] == 1 else "remove that line, and its run will be made again"
+        remedy = "use another folder" if error.args[0] == 1 else "remove that line to run it again"
         raise InputError(
             f"line {error.args[0]} of {path} has changed since it was written (its checksum differs); {remedy}"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path} is no record of ace-prune compare: {error!r}; use another folder") from error
+        raise InputError(f"{path} is not a journal of ace-prune compare: {error!r}; use another folder") from error
     return results
 
 
@@ -236,9 +236,9 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _make_folder(folder: Path) -> None:
-    unfinished = part_of(folder / RUNS_NAME)  # of a comparison that was killed while it wrote its first line
+    unfinished = part_of(folder / RUNS_NAME)  # left by a comparison that was killed while it wrote the first line
     if folder.exists() and (not folder.is_dir() or any(path != unfinished for path in folder.iterdir())):
-        raise InputError(f"output {str(folder)!r} exists and holds no comparison; give a new or an empty folder")
+        raise InputError(f"output {str(folder)!r} exists and does not hold a comparison; give a new or an empty folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -248,7 +248,7 @@ def _make_folder(folder: Path) -> None:
 def _refuse_other_settings(path: Path, recorded: dict[str, Any], wanted: dict[str, Any]) -> None:
     differing = differences(recorded, wanted)
     if differing:
-        raise _changed(path, f"otherwise: {'; '.join(differing)}")
+        raise _changed(path, f"with other settings: {'; '.join(differing)}")
 
 
 def _changed(path: Path | None, how: str) -> InputError:

@@ -8,23 +8,24 @@ from pathlib import Path
 from typing import Any
 
 LINES = 2
-"""Of ``runs.jsonl``. From 2 on each line ends with a checksum; files of format 1 are read, and continued without."""
+"""The format of ``runs.jsonl``. Since 2 each line ends with a checksum. Files of format 1 are read and continued
+without checksums."""
 _START = b'{"format"'
 
 
 def whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of the file; a last one that a crash cut off is removed from it.
+    """The lines of the file. An incomplete last line, left by a crash, is removed from it.
 
     Raises:
         ChangedLineError: a checksum differs.
-        ValueError: it is no such file.
+        ValueError: the file has a different form.
     """
     data = path.read_bytes()
     if not data.startswith(_START):
         raise ValueError("its first line has no format")
     whole = data[: data.rfind(b"\n") + 1]
     if not whole:
-        raise ValueError("its first line has no end")
+        raise ValueError("its first line is incomplete")
     if len(whole) < len(data):
         os.truncate(path, len(whole))
     lines = whole.decode("utf-8").splitlines()
@@ -48,7 +49,7 @@ _SUM = ', "sha256": "'
 
 
 def with_sum(line: str) -> str:
-    """A JSON object with a checksum of its text as its last value."""
+    """A JSON object with the checksum of its text added as its last value."""
     return f'{line[:-1]}{_SUM}{hashlib.sha256(line.encode()).hexdigest()}"}}'
 
 
@@ -61,4 +62,4 @@ def _checked(number: int, line: str) -> dict[str, Any]:
 
 
 class ChangedLineError(Exception):
-    """A line is not as it was written; its number."""
+    """A line has changed since it was written. The argument is its number."""

@@ -1,8 +1,7 @@
 """Carries out a comparison: one run after the other on one loaded model.
 
-The dense weights are put back before each run. Runs with the same calibration samples share them. Statistics are not
-shared: from the second block on they depend on the pruned blocks before, so each run has its own (except with the group
-``model``).
+The dense weights are restored before each run. Runs may share calibration samples but no statistics: from the second
+block on, statistics depend on the pruned blocks before (except with the group ``model``).
 """
 
 import hashlib
@@ -31,18 +30,18 @@ from ace_ext.pruning.config import PruneConfig
 
 
 def run_study(study: Study, device: torch.device, output: Path | None = None, progress: bool = False) -> Results:
-    """Does the runs of the grid that ``output`` does not yet record, and writes each there as soon as it is done.
+    """Carries out the runs of the grid that ``output`` does not record yet, and writes each there once it is done.
 
     Args:
-        device: where the model is put.
-        output: a folder; None keeps the results in memory only.
-        progress: a bar over the runs on stderr.
+        device: where the model runs.
+        output: a folder; None: the results are only kept in memory.
+        progress: show a bar over the runs on stderr.
 
     Returns:
         All runs of the folder: those of this grid and those recorded before.
 
     Raises:
-        InputError: bad input of any kind; as much as possible is checked before the model is loaded.
+        InputError: for bad input. As much as possible is checked before the model is loaded.
     """
     study.evaluation.tasks.check()
     sources = {source: source_sha256(source, CALIBRATION, study.text_field) for source in study.grid.calibrations}
@@ -58,7 +57,7 @@ def run_study(study: Study, device: torch.device, output: Path | None = None, pr
             journal.add_dense(bench.evaluate(), weights, bench.bos, bench.scores())
         elif weights != journal.results.weights_sha256:
             raise InputError(
-                f"{study.model} holds other weights than {journal.path} was recorded with; use another output"
+                f"{study.model} has different weights than the recorded runs in {journal.path}; use another output"
             )
         with tqdm(total=len(missing), desc="comparing", unit="run", disable=not progress, file=sys.stderr) as bar:
             for cell, method in missing:
@@ -74,12 +73,12 @@ _VALUES_HASHED = 4096  # of each parameter: enough to tell fine-tuned or pruned 
 
 
 KEPT = 2
-"""Of so many cells the text is kept: of one its samples, and what a distillation reads."""
+"""The number of texts to keep in memory: the samples of a cell, and the text of its distillation."""
 
 
 class Bench:
-    """Runs of one model: holds it, a CPU copy of its dense weights, the evaluation tokens by text, the texts drawn
-    last, and the choices about the BOS token; ``recorded`` ones are not made again."""
+    """The runs of one model. It holds the model, a CPU copy of its dense weights, the evaluation tokens by text, the
+    last texts, and the choices of the BOS token. Choices in ``recorded`` are used again."""
 
     def __init__(
         self, loaded: LoadedModel, evaluation: Evaluation, text_field: str, recorded: Iterable[BosChoice] = ()
@@ -93,11 +92,11 @@ class Bench:
         }
         self._choices = {choice.mode: choice for choice in recorded}
         self.bos = self._choose(evaluation.bos)
-        """How evaluation windows begin."""
+        """Whether evaluation windows begin with the BOS token."""
         self._drawn: dict[Cell, dict[str, CalibrationData]] = {}
 
     def run(self, cell: Cell, config: PruneConfig, bos: str, source_sha256: str | None) -> Run:
-        """Puts the dense weights back, prunes and evaluates. ``bos``: the mode for the calibration samples."""
+        """Restores the dense weights, prunes and evaluates. ``bos``: the mode for the calibration samples."""
         restore(self.model, self.dense)
         data = self._draw(cell, bos)
         text = None
@@ -134,13 +133,13 @@ class Bench:
         return self.evaluation.tasks.scores(self.model, self.loaded.tokenizer)
 
     def _choose(self, mode: str) -> BosChoice:
-        """The choice for text that the model did not write. To be called while the model is dense."""
+        """The choice for text that the model did not write. Call it while the model is dense."""
         if mode not in self._choices:
             self._choices[mode] = choose_bos(mode, self.loaded.tokenizer, self.model)
         return self._choices[mode]
 
     def _draw(self, cell: Cell, bos: str) -> CalibrationData:
-        """The cell's samples. To be called while the model is dense: with the source ``self`` it writes them."""
+        """The samples of a cell. Call it while the model is dense: with the source ``self`` the model writes them."""
         wanted = replace(cell, method="", amount="")
         if wanted not in self._drawn and len(self._drawn) == KEPT:
             del self._drawn[next(iter(self._drawn))]
@@ -165,13 +164,13 @@ def _cpu_copy(value: Tensor) -> Tensor:
 
 @torch.no_grad()
 def restore(model: nn.Module, dense: dict[str, Tensor]) -> None:
-    """Copies ``dense``, by name, into the model's parameters, in place. Tied parameters occur once."""
+    """Copies the tensors ``dense``, by name, into the model's parameters. Tied parameters occur once."""
     for name, value in model.named_parameters():
         value.copy_(dense[name])
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """SHA-256, in hex, of each parameter's name, shape and first values: tells two models apart."""
+    """The SHA-256, in hex, of the name, shape and first values of each parameter. It tells two models apart."""
     digest = hashlib.sha256()
     for name, value in model.named_parameters():
         digest.update(f"{name} {list(value.shape)} ".encode())

@@ -1,4 +1,4 @@
-"""Tables of a comparison: one row for the runs that differ only in their seed, as text, markdown or JSON."""
+"""Tables of a comparison, as text, markdown or JSON. Runs that differ only in their seed form one row."""
 
 import json
 import math
@@ -15,8 +15,8 @@ from ace_ext.records import finite
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and standard deviation of ``count`` values. ``deviation`` is that of a sample (n - 1); None for one value,
-    and where a value is not finite."""
+    """Mean and standard deviation of ``count`` values. ``deviation`` is the sample deviation (n - 1); None for one
+    value, or if a value is not finite."""
 
     mean: float
     deviation: float | None
@@ -31,7 +31,7 @@ class Spread:
         return cls(statistics.fmean(values), statistics.stdev(values), len(values))
 
     def text(self, digits: int) -> str:
-        """``"0.123 ± 0.004"`` with so many digits after the point; without a deviation the mean alone."""
+        """``"0.123 ± 0.004"`` with ``digits`` after the point; the mean alone if there is no deviation."""
         mean = f"{self.mean:.{digits}f}"
         return mean if self.deviation is None else f"{mean} ± {self.deviation:.{digits}f}"
 
@@ -41,7 +41,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Row:
-    """The runs, at least one, that differ only in their seed."""
+    """Runs, at least one, that differ only in their seed."""
 
     runs: list[Run]
 
@@ -77,33 +77,33 @@ class Row:
 
     @property
     def tokens(self) -> int:
-        """Calibration tokens in all."""
+        """The number of calibration tokens."""
         return self.cell.nsamples * self.cell.seqlen
 
     @property
     def sparsity(self) -> float:
-        """Share of zeros, mean over runs."""
+        """The share of zeros, mean over runs."""
         return statistics.fmean(run.sparsity for run in self.runs)
 
     @property
     def perplexity(self) -> dict[str, Spread]:
-        """By evaluation text."""
+        """The perplexity by evaluation text."""
         texts = self.runs[0].perplexity
         return {text: Spread.of([run.perplexity[text].perplexity for run in self.runs]) for text in texts}
 
     @property
     def tasks(self) -> dict[str, Spread]:
-        """Scores by downstream task."""
+        """The scores by downstream task."""
         return {task: Spread.of([run.tasks[task].value for run in self.runs]) for task in self.runs[0].tasks}
 
     @property
     def seconds(self) -> float:
-        """Of pruning, mean over runs."""
+        """The time of pruning, mean over runs."""
         return statistics.fmean(run.seconds for run in self.runs)
 
     @property
     def peak_memory_bytes(self) -> int:
-        """The largest of the runs."""
+        """The largest peak of the runs."""
         return max(run.peak_memory_bytes for run in self.runs)
 
     @property
@@ -142,22 +142,21 @@ def rows(results: Results) -> list[Row]:
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
-    """The last part of each path; the whole path where two have the same last part."""
+    """The last part of each path, or the whole path if two have the same last part."""
     whole = list(dict.fromkeys(names))
     last = [Path(name).name for name in whole]
     return {name: part if last.count(part) == 1 else name for name, part in zip(whole, last, strict=True)}
 
 
 def names(results: Results) -> list[str]:
-    """The first columns of the table, which name a row's runs: calibration and length only if they vary."""
+    """The first columns of the table, which identify a row. Calibration and length are there only if they vary."""
     table = rows(results)
     varying = [name for name in ("calibration", "length") if len({getattr(row, name) for row in table}) > 1]
     return ["method", "zeros", *varying]
 
 
 def header(results: Results) -> list[str]:
-    """The titles of all columns: :func:`names`, a perplexity for each text, a score for each task, seeds, time and
-    memory."""
+    """The titles of all columns: :func:`names`, one for each text, one for each task, seeds, time and memory."""
     texts = short_names(results.settings["texts"]).values()
     tasks = [f"{task} ({score.metric})" for task, score in results.dense_tasks.items()]
     return [*names(results), *texts, *tasks, "seeds", "seconds", "peak GiB"]
@@ -187,7 +186,7 @@ def cells(results: Results) -> list[list[str]]:
 
 
 def notes(results: Results) -> list[str]:
-    """What a reader must know to read the figures, one note a line."""
+    """What a reader must know about the figures, one note in each line."""
     settings = results.settings
     windows = {text: figures.windows for text, figures in results.dense.items()}
     counts = ", ".join(f"{count} on {text}" for text, count in windows.items())
@@ -207,15 +206,15 @@ def notes(results: Results) -> list[str]:
     ]
     if not all(run.own_peak for run in results.runs):
         lines.append("* The peak of the whole process so far: this system does not let a process reset its peak.")
-    # The other texts have a calibration and a held-out part.
+    # Only files: the other texts have a calibration and a held-out part.
     files = {text for text, sha256 in settings["texts"].items() if sha256 is not None}
     for text in sorted(files & {run.cell.calibration for run in results.runs}):
-        lines.append(f"{text} was used whole for calibration and for evaluation: pruning saw what it is judged by.")
+        lines.append(f"{text} was used whole for calibration and for evaluation: the evaluation text was not held out.")
     return lines
 
 
 def _scored(results: Results) -> list[str]:
-    """What the scores of tasks are, if there are any."""
+    """A note on the scores of tasks, if there are any."""
     if not results.dense_tasks:
         return []
     counts = ", ".join(
@@ -226,8 +225,8 @@ def _scored(results: Results) -> list[str]:
 
 
 def _beginnings(results: Results) -> list[str]:
-    """How windows begin: a line for evaluation, and one for each kind of calibration samples and the methods that it
-    was used for."""
+    """Whether windows begin with the BOS token: a line for evaluation, and one for each choice for calibration samples
+    with its methods."""
     if results.bos is None:
         return []
     methods: dict[BosChoice, dict[str, None]] = {}
@@ -240,7 +239,7 @@ def _beginnings(results: Results) -> list[str]:
 
 def text_table(results: Results) -> str:
     """The table as aligned text, and the notes below it."""
-    from tabulate import tabulate  # imported here: a comparison itself does without it
+    from tabulate import tabulate  # imported here: only tables need it
 
     lines = [header(results), *cells(results)]
     table: str = tabulate(lines, tablefmt="plain", colalign=_alignment(results), disable_numparse=True)
@@ -257,13 +256,13 @@ def markdown_table(results: Results) -> str:
 
 
 def _alignment(results: Results) -> list[str]:
-    """Of the columns: names to the left, figures to the right."""
+    """The alignment of the columns: names to the left, figures to the right."""
     count = len(names(results))
     return ["left"] * count + ["right"] * (len(header(results)) - count)
 
 
 def results_json(results: Results) -> str:
-    """All results as JSON: settings, dense figures, rows, runs. A figure that is not finite is null."""
+    """All results as JSON: settings, dense figures, rows and runs. A figure that is not finite is null."""
     data = {
         "format": FORMAT,
         "settings": results.settings,

@@ -9,7 +9,7 @@ from torch import Tensor
 from ace_ext import ops
 from ace_ext.ops import ScoredWeight
 from ace_ext.pruning.config import PruneConfig
-from ace_ext.pruning.criteria import METRICS, column_factor, custom_score
+from ace_ext.pruning.metrics import METRICS, column_factor, custom_score
 from ace_ext.pruning.pattern import keep_count
 from ace_ext.pruning.statistics import LinearStatistics
 

@@ -12,8 +12,8 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 from ace_ext.errors import InputError
-from ace_ext.pruning.criteria import DEFAULT_METRIC, METRICS
 from ace_ext.pruning.kinds import COSINE_GRAM, MOMENT, WEIGHTED
+from ace_ext.pruning.metrics import DEFAULT_METRIC, METRICS
 from ace_ext.pruning.settings import Setting, suggestion
 from ace_ext.pruning.stages import (
     KINDS,

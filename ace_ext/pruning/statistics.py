@@ -294,7 +294,7 @@ class StatisticsCollector:
         )
 
     def _tokens(self, x: Tensor) -> Tensor:
-        """``[T, d]`` without padded tokens. A mask of other length is ignored: an expert gets only its own tokens."""
+        """``[T, d]`` without padded tokens. A mask of a different length is ignored: an expert has its own tokens."""
         rows = x.detach().reshape(-1, x.shape[-1])
         if self.token_mask is not None and len(self.token_mask) == len(rows):
             rows = rows[self.token_mask]

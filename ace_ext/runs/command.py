@@ -1,5 +1,5 @@
-"""The command that repeats a run, for its report and its model card: without the names of folders, and without what
-changes no byte."""
+"""The command that repeats a run, for its report and its model card. It leaves out the paths of folders, and options
+that do not change the output."""
 
 import shlex
 from pathlib import Path
@@ -13,11 +13,11 @@ from ace_ext.pruning.config import MAX_DENSE, PruneConfig
 from ace_ext.runs.options import EVALUATE_AUTO, Calibration, RunRequest
 
 OUTPUT = "OUTPUT"
-"""Stands for the output folder, whose name is no part of what is written."""
+"""The placeholder for the output folder, whose name does not change the output."""
 
 
 def run_command(request: RunRequest) -> str | None:
-    """The command line of a pruning run. None if no command has it: scores of a function."""
+    """The command line of a pruning run. None if its scores are a Python function."""
     config = request.config
     method = config.method
     if callable(method.scored_by.metric):
@@ -39,11 +39,11 @@ def heal_command(
     """The command line of a distillation.
 
     Args:
-        text: its text.
-        recorded: the text that is used if none is given.
-        settings: how it trains; their seed is that of the text.
-        tokens: to train on, if they were given.
-        minutes: that it may take, if they were given.
+        text: the text to train on.
+        recorded: the default text.
+        settings: of the training; their seed is that of the text.
+        tokens: the number of tokens to train on, if it was given.
+        minutes: the time limit, if it was given.
     """
     names = {"source": "calibration", "seqlen": "seqlen", "seed": "seed", "text_field": "text-field", "bos": "bos"}
     changed = {n: v for n, v in vars(settings).items() if n != "seed" and v != getattr(HealSettings(), n)}
@@ -54,7 +54,7 @@ def heal_command(
 
 
 def _inputs(request: RunRequest) -> dict[str, Any]:
-    """The flags of what a run reads beside the model."""
+    """The flags for what a run reads in addition to the model."""
     text, options = request.calibration, request.options
     dtype = {} if request.dtype == "auto" else {"dtype": request.dtype}
     if options.stats is not None:
@@ -77,7 +77,7 @@ def _inputs(request: RunRequest) -> dict[str, Any]:
 
 
 def _line(verb: str, flags: dict[str, Any]) -> str:
-    """A command; a list is a flag given several times, and None is left out."""
+    """A command. A list becomes a flag that is given several times; None is left out."""
     words = ["ace-prune", verb]
     for name, value in flags.items():
         for one in value if isinstance(value, list | tuple) else [] if value is None else [value]:

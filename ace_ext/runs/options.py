@@ -1,5 +1,5 @@
-"""The arguments of ``ace-prune run`` and ``plan`` other than the pruning configuration: calibration text and options of
-the run."""
+"""The arguments of ``ace-prune run`` and ``plan`` in addition to the pruning configuration: the calibration text and
+the options of the run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,15 +22,16 @@ from ace_ext.pruning.settings import check_choice
 from ace_ext.runs.own_files import check_replaceable, is_statistics
 
 EVALUATE_AUTO, EVALUATE_NEVER = "auto", "never"
-"""What :attr:`Calibration.evaluate` may be besides a text."""
+"""The values of :attr:`Calibration.evaluate` that are not texts."""
 
 OFFLOAD = ("auto", "disk", "none")
-"""``disk``: one block at a time is read from the files; ``auto``: if the whole model does not fit."""
+"""``disk``: one block at a time is read from the files; ``auto``: only if the whole model does not fit; ``none``:
+never."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The calibration text: its source, ``nsamples`` samples of ``seqlen`` tokens, the seed of their choice, and
+    """The calibration text: its source, ``nsamples`` samples of ``seqlen`` tokens, the seed that chooses them, and
     whether they begin with the BOS token (:data:`ace_ext.data.bos.MODES`)."""
 
     source: str = SELF
@@ -44,10 +45,10 @@ class Calibration:
     (:mod:`ace_ext.runs.holdout`)."""
 
     def check(self) -> None:
-        """Reads the text if it is a user's file, so that an error shows before the model is loaded.
+        """Reads the text if it is a user's file, so that an error is found before the model is loaded.
 
         Raises:
-            InputError: the file cannot be read, or there is no such mode of ``bos``.
+            InputError: the file cannot be read, or the mode ``bos`` is unknown.
         """
         check_choice("bos", self.bos, MODES)
         check_numbers(self.nsamples, self.seqlen, self.seed)
@@ -64,7 +65,7 @@ class Calibration:
         self, tokenizer: Tokenizer, model: nn.Module | None, bos: BosChoice | None = None, progress: bool = False
     ) -> CalibrationData:
         """Draws the samples; ``model`` writes the text if the source is ``self``. ``bos``: a choice already made.
-        ``progress``: a bar on stderr while it does.
+        ``progress``: show a bar on stderr meanwhile.
 
         Raises:
             InputError: the text cannot be read or is too short.
@@ -95,23 +96,23 @@ class Calibration:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Options of a run on files. They do not change the pruned weights, except ``save_stats`` and ``stats``."""
+    """Options of a run on files. Only ``save_stats`` and ``stats`` change the pruned weights."""
 
     overwrite: bool = False
     """Replace the output folder if it exists."""
     resume: bool = False
-    """Go on where an earlier run stopped. The group ``model`` prunes only at its end, so it always starts over."""
+    """Continue where an earlier run stopped. The group ``model`` prunes only at the end, so it always starts over."""
     offload: str = "auto"
     """One of ``OFFLOAD``."""
     max_memory: int | None = None
-    """Bytes of resident memory that the run may use. On the CPU, setting it changes how the process returns freed
-    memory to the system, also after the run: :func:`ace_ext.process_memory.return_freed_memory`."""
+    """Bytes of resident memory that the run may use. On the CPU it also changes how the process returns freed memory to
+    the system, even after the run: :func:`ace_ext.process_memory.return_freed_memory`."""
     save_stats: Path | None = None
-    """Save the statistics of the dense model to this file: each block then reads the output of dense blocks, instead of
-    pruned ones as otherwise in order ``block``. So the file can be used for any sparsity, pattern and metric."""
+    """Save the statistics of the dense model to this file. Each block then reads the output of dense blocks. (With
+    ``order=block`` alone it reads the output of pruned blocks.) So the file serves any sparsity, pattern and score."""
     stats: Path | None = None
-    """Prune from such a file, without a forward pass. The output has the same bytes as that of the run with
-    ``save_stats`` and the same configuration."""
+    """Prune from such a file, without a forward pass. The output has the same bytes as the run that saved the file, if
+    the configuration is the same."""
     format: str = DEFAULT_FORMAT
     """A name of :data:`ace_ext.formats.FORMATS`."""
 
@@ -127,21 +128,21 @@ class RunRequest:
     device: torch.device
     dtype: str = "auto"
     later: Calibration | None = None
-    """What a later part of the run reads of the same text; perplexity is not measured on it."""
+    """The text that a later part of the run reads from the same source. Perplexity is not measured on it."""
 
     @property
     def writes_own_text(self) -> bool:
-        """Whether the model writes its calibration text; for this the whole model must be in memory."""
+        """Whether the model writes its calibration text. The whole model must then be in memory."""
         return self.calibration.source == SELF and self.options.stats is None
 
     @property
     def evaluates(self) -> bool:
-        """Whether perplexity is measured before and after. A run from statistics does no forward pass."""
+        """Whether perplexity is measured before and after. A run from statistics has no forward pass."""
         return self.calibration.evaluate != EVALUATE_NEVER and self.options.stats is None
 
     def measures_bos(self, tokenizer: Tokenizer | None = None) -> bool:
-        """Whether the model must be measured to choose how its samples begin. Without a tokenizer: whether that may be
-        so."""
+        """Whether the model must be measured to choose if its samples begin with the BOS token. Without a tokenizer:
+        whether it might have to be."""
         calibration = self.calibration
         if calibration.bos != AUTO or calibration.source == SELF or self.options.stats is not None:
             return False
@@ -152,7 +153,7 @@ def check_request(request: RunRequest) -> None:
     """Checks that the options can be combined.
 
     Raises:
-        InputError: it names those that cannot, and what to do.
+        InputError: two options cannot; the message names them and says what to do.
     """
     config, options = request.config, request.options
     format_named(options.format).check(config)
@@ -160,7 +161,7 @@ def check_request(request: RunRequest) -> None:
         raise InputError(f"offload must be one of {', '.join(OFFLOAD)} (got {options.offload!r})")
     if options.offload == "disk" and config.comparison.over_matrices:
         raise InputError(
-            "offload disk holds one block at a time, and group model compares all: use group row or matrix"
+            "offload disk loads one block at a time, and group model compares all; use group row or matrix"
         )
     if options.offload == "disk" and request.writes_own_text:
         raise InputError(
@@ -182,7 +183,7 @@ def _check_training(stage: str, options: RunOptions) -> None:
         "stats": (options.stats is not None, "a file of statistics holds no inputs to train on"),
         "save-stats": (
             options.save_stats is not None,
-            "those kept are of dense blocks, and training changes blocks",
+            "saved statistics are of dense blocks, and training changes blocks",
         ),
         "torchrun": (launched(), "one process trains"),
     }

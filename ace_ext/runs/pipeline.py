@@ -1,5 +1,5 @@
-"""``ace-prune run``: prunes a checkpoint into a new folder, within a memory budget, resumable, on one or several
-processes."""
+"""``ace-prune run``: prunes a checkpoint into a new folder, within a memory budget, with one or several processes. An
+interrupted run can be resumed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -56,20 +56,20 @@ def prune_folder(
     """Prunes the model of a folder, ``.gguf`` file or hub name into a new folder.
 
     After each block its pruned tensors and the state of the run are on the disk. With ``options.resume`` an interrupted
-    run continues from there, and its output has the same bytes as an uninterrupted one.
+    run continues from there. Its output has the same bytes as that of an uninterrupted run.
 
     Args:
         model: a folder, a ``.gguf`` file or a hub name.
         output: the folder to write.
-        config: what to prune and how. With saved statistics, which are of dense blocks, its method collects them so.
+        config: what to prune and how. With saved statistics its method gets ``order=block``.
         calibration: the calibration text.
-        options: of the run.
-        device: where blocks are run.
-        dtype: of the weights; ``"auto"``: as the model's configuration says.
-        progress: what is shown while it runs; default: nothing.
+        options: options of the run.
+        device: where blocks run.
+        dtype: dtype of the weights; ``"auto"``: that of the model's configuration.
+        progress: shows the progress; default: nothing.
 
     Returns:
-        The report, and the folder that was written (by rank 0, if there are several processes).
+        The report, and the output folder (rank 0 writes it if there are several processes).
 
     Raises:
         InputError: for an error in the arguments, the model, the text, or the disk.
@@ -118,7 +118,9 @@ def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) ->
     check_pattern(source.blocks, request.config)
     check_serves(source, request)
     if request.options.max_memory is not None:
-        Demand(source, request).hidden_fits()  # refuses what cannot fit before the model writes text, which may be long
+        Demand(
+            source, request
+        ).hidden_fits()  # refuses what cannot fit before the model writes text, which may take long
     blocks = _block_source(source, request.device)
     bos = None if request.options.stats else choose_for_run(request, source, blocks, path, peers)
     measured = measurement_for(request, source, blocks, bos, progress.note) if peers.rank == 0 else None
@@ -143,7 +145,9 @@ def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) ->
         held = Demand(source, request).decide()
         workspace.resident_hidden, workspace.writes_behind = held.hidden, held.overlap
         if peers.rank == 0:
-            check_output(path, request.options.overwrite, request.options.resume)  # of a run that had the lock before
+            check_output(
+                path, request.options.overwrite, request.options.resume
+            )  # written by a run that had the lock before
             _open_writer(workspace, source, request)
         sink = inputs.statistics_writer(workspace, peers)
         context = RunContext(
@@ -161,8 +165,8 @@ def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) ->
         if measured is not None:
             measured.before()
         if held.overlap and isinstance(blocks, OffloadedBlocks):
-            blocks.read_ahead()  # not before: then the model's head would be in memory too
-        whole = not source.offloaded and not workspace.finished  # the pruned model is then in memory
+            blocks.read_ahead()  # not earlier: the model's head would be in memory too
+        whole = not source.offloaded and not workspace.finished  # then the pruned model is in memory
         report = prune_model(source.model, inputs.tokens(peers), request.config, context=context)
         if measured is not None:
             report.perplexity = measured.after(None if whole else workspace.model)
@@ -192,7 +196,7 @@ def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) ->
 
 
 class _Inputs:
-    """The other input of a run: calibration tokens, or statistics of an earlier run."""
+    """The second input of a run: calibration tokens, or statistics of an earlier run."""
 
     def __init__(self, request: RunRequest, source: Source, bos: BosChoice | None) -> None:
         self._request, self._source, self._bos = request, source, bos
@@ -228,7 +232,7 @@ class _Inputs:
 
     @property
     def statistics(self) -> str:
-        """Which model's inputs the statistics describe, for the report."""
+        """The origin of the statistics, for the report."""
         if self._request.options.stats:
             return "of the dense model, from a file"
         return "of the dense model, kept in a file" if self._request.options.save_stats else "of the run"
@@ -242,7 +246,7 @@ class _Inputs:
             "calibration": calibration or self.calibration,
             "config": self._request.config.to_dict(),
             "device": self._request.device.type,
-            "threads": torch.get_num_threads(),  # on which sums in float32 depend
+            "threads": torch.get_num_threads(),  # sums in float32 depend on it
             "format": self._request.options.format,
             "processes": peers.size,
             "statistics": self.statistics,
@@ -271,7 +275,7 @@ def _block_source(source: Source, device: torch.device) -> BlockSource:
 
 
 def _open_writer(workspace: Workspace, source: Source, request: RunRequest) -> None:
-    """Opens the output's writer. Writes what does not depend on pruning, unless an earlier run did, and checks that
+    """Opens the writer of the output. Writes what does not depend on pruning, unless an earlier run did. Checks that
     the format can hold every pruned weight."""
     workspace.model.mkdir(parents=True, exist_ok=True)
     workspace.writer = format_named(request.options.format).open(workspace.model)

@@ -1,4 +1,4 @@
-"""A run whose method has the stage ``distill``: it prunes into a folder of its own, then distills that folder into the
+"""A run whose method has the stage ``distill``. It prunes into a temporary folder, then distills that folder into the
 output."""
 
 from collections.abc import Callable
@@ -37,10 +37,10 @@ def prune_and_heal(request: RunRequest, path: Path, progress: Progress, prune: P
     """Prunes and distills. With ``options.resume`` an interrupted run continues, in either part.
 
     Args:
-        request: what to do; its method has ``distill``.
+        request: the run; its method has ``distill``.
         path: the output folder.
-        progress: of both parts.
-        prune: carries out the first part, a request without distillation, into a folder.
+        progress: the progress of both parts.
+        prune: carries out the first part: it prunes a request without distillation into a folder.
 
     Raises:
         InputError: for an error in the arguments, the model, the text, or the disk.
@@ -76,10 +76,10 @@ def prune_and_heal(request: RunRequest, path: Path, progress: Progress, prune: P
 
 
 def needed_memory(request: RunRequest, source: Source) -> Estimate:
-    """What the second part will need at its peak; ``source`` may be a skeleton.
+    """The peak memory of the second part. ``source`` may be a skeleton.
 
     Raises:
-        InputError: more than the run may use.
+        InputError: it is more than the run may use.
     """
     tokens = planned_batches(request)[1].tokens
     demand = HealDemand.of(source.model, source.blocks, 1 - request.config.sparsity, tokens, whole_bytes(source))
@@ -87,21 +87,21 @@ def needed_memory(request: RunRequest, source: Source) -> Estimate:
 
 
 def text_of(request: RunRequest) -> Calibration:
-    """What the second part trains on: other windows of the text."""
+    """The text of the second part: other windows of the calibration text."""
     given = request.calibration
     nsamples, seed = distill_draw(request.config, given.seqlen, given.seed)
     return replace(given, nsamples=nsamples, seed=seed)
 
 
 def planned_batches(request: RunRequest) -> tuple[HealSettings, Batches]:
-    """How the second part trains, and batches of other text in the shape of its own."""
+    """The settings of the second part, and batches with the shape of its text but other tokens."""
     nsamples, seqlen = text_of(request).nsamples, request.calibration.seqlen
     settings = heal_settings(request.config, nsamples, seqlen)
     return settings, Batches.of(torch.arange(nsamples * seqlen).view(nsamples, seqlen), settings)
 
 
 def _record_config(pruned: Path, request: RunRequest) -> None:
-    """Makes the report name the configuration and the command of both parts."""
+    """Writes the configuration and the command of both parts into the report."""
     report = read_report(pruned)
     report.config = request.config.to_dict()
     report.extra["command"] = run_command(request)
@@ -109,22 +109,22 @@ def _record_config(pruned: Path, request: RunRequest) -> None:
 
 
 class _TwoRuns(UnfinishedRun):
-    """The folder of both parts, ``.NAME.pruned.unfinished/``. Once the first is done, ``model/`` in it is the pruned
-    model; the second part has the folder of any distillation, beside it.
+    """The folder of both parts, ``.NAME.pruned.unfinished/``. Once the first part is done, ``model/`` in it is the
+    pruned model. The second part has its own folder, like any distillation.
 
     Args:
         output: the folder that the second part writes.
         fingerprint: everything that the output depends on, as plain values.
-        resume: go on with what an earlier run left, if anything.
+        resume: continue from what an earlier run left, if anything.
 
     Raises:
-        InputError: another run holds the folder, or ``resume`` finds a run with other arguments.
+        InputError: another run uses the folder, or ``resume`` finds a run with other arguments.
     """
 
     def __init__(self, output: Path, fingerprint: dict[str, Any], resume: bool) -> None:
         super().__init__(output.with_name(f"{output.name}.pruned"), fingerprint)
         self.files: dict[str, str] = {}
-        """Checksums of the pruned model's files, by their names; empty until it is complete."""
+        """Checksums of the pruned model's files by name; empty until it is complete."""
         self._open(resume)
         self._write_state({"files": self.files})
 
@@ -135,10 +135,10 @@ class _TwoRuns(UnfinishedRun):
         self.files = dict(state["files"])
 
     def check_pruned(self) -> None:
-        """Records checksums of the pruned model, or compares it with those of the earlier run.
+        """Records checksums of the pruned model, or compares them with those of an earlier run.
 
         Raises:
-            InputError: it has changed.
+            InputError: the model has changed.
         """
         found = {path.name: file_sha256(path) for path in sorted(self.model.iterdir()) if path.is_file()}
         for name in sorted({*found, *self.files}) if self.files else ():
@@ -157,7 +157,7 @@ class _TwoRuns(UnfinishedRun):
 
 
 def _fingerprint(request: RunRequest, source: Source) -> dict[str, Any]:
-    """Everything that the output depends on, as plain values. The first part has a fingerprint of its own too."""
+    """Everything that the output depends on, as plain values. The first part has its own fingerprint too."""
     return {
         "versions": versions(),
         "model": source.files.described,

@@ -20,8 +20,8 @@ from torch import Tensor
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import differences
 from ace_ext.models.safetensors_files import bytes_of, flush
-from ace_ext.pruning.criteria import METRICS
 from ace_ext.pruning.gram import GramState
+from ace_ext.pruning.metrics import METRICS
 from ace_ext.pruning.sketch import SketchState
 from ace_ext.pruning.stages import MatrixStage, stages_of
 from ace_ext.pruning.statistics import LinearStatistics, MomentState

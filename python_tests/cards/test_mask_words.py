@@ -3,8 +3,8 @@
 import pytest
 
 from ace_ext.cards.mask_words import UNUSED, mask_words
-from ace_ext.pruning.criteria import METRICS
 from ace_ext.pruning.method import PRESETS, PUBLISHED
+from ace_ext.pruning.metrics import METRICS
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every bad input of the catalogue ends in one line and status 2, leaves nothing behind and touches nothing else."""
+"""Every bad input of the catalogue ends with one line and status 2, leaves nothing behind and changes no other file."""
 
 import contextlib
 import os
@@ -16,11 +16,11 @@ SECONDS = 10
 
 WRITES = {"os.remove": 0, "os.rename": 1, "os.mkdir": 0, "os.rmdir": 0, "os.truncate": 0, "os.chmod": 0, "os.link": 1}
 WRITES |= {"os.symlink": 1, "shutil.rmtree": 0, "shutil.move": 1, "shutil.copyfile": 1, "os.chown": 0}
-"""Events of an audit hook that change files, and which of their arguments names one."""
+"""Events of an audit hook that change files, with the positions of the arguments that name files."""
 
 
 class Watch:
-    """Refuses to change anything outside a folder while it is on; so a test that runs as root replaces no device."""
+    """While it is on, it refuses changes outside a folder, so that a test that runs as root cannot replace a device."""
 
     def __init__(self) -> None:
         self.place: Path | None = None
@@ -55,7 +55,7 @@ def watch():
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
-    """A dense model, one pruned from it, texts, and things that are no model."""
+    """A dense model, a pruned one, texts, and files that are not models."""
     place = tmp_path_factory.mktemp("sound") / "place"
     prune(save_dense(place / "dense"), place / "out", method="magnitude")
     report = place / "out" / "ace_report.json"
@@ -72,7 +72,7 @@ def sound(tmp_path_factory):
 
 @pytest.fixture
 def place(sound, tmp_path, monkeypatch):
-    """A copy to damage, which is the current folder too."""
+    """A copy to damage. It is the current folder too."""
     copy = shutil.copytree(sound, tmp_path / "place")
     os.mkfifo(copy / "pipe")
     (copy / "loop").symlink_to("loop")
@@ -86,7 +86,7 @@ def place(sound, tmp_path, monkeypatch):
 
 
 class TooLong(BaseException):
-    """No ``Exception``, so that nothing takes it for an error of the input."""
+    """Not an ``Exception``, so that no code treats it as an error of the input."""
 
 
 @contextlib.contextmanager
@@ -126,7 +126,7 @@ def test_bad_input(name, place, tmp_path, watch, monkeypatch, capsys):
     assert error.count("\n") <= 1, error
     assert "internal error" not in error
     if verb == "verify" and status == 1:
-        assert "FAULT" in out
+        assert "problem:" in out
         assert error == ""
     else:
         assert status == 2, (status, out, error)

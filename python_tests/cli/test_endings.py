@@ -1,4 +1,4 @@
-"""How the command line ends: one line and a status, whatever happened; a traceback only with ``--debug``."""
+"""The end of the command line: one line and a status in every case; a traceback only with ``--debug``."""
 
 import errno
 import os
@@ -84,7 +84,7 @@ def start(*arguments, **options):
 
 
 def test_an_interruption_while_it_starts():
-    """Importing torch takes a second or more; before that, Python itself starts."""
+    """The import of torch takes a second or more; Python itself starts before that."""
     process = start("verify", "nowhere")
     modules = f"/proc/{process.pid}/maps"
     deadline = time.monotonic() + 60

@@ -1,4 +1,4 @@
-"""The command line on models and texts on disk; as a separate process where that makes a difference."""
+"""The command line on models and texts on disk, in a separate process if that makes a difference."""
 
 import argparse
 import fcntl
@@ -18,8 +18,8 @@ from tiny_models import make_model, make_tokenizer
 
 from ace_ext.cli.args import setting_help
 from ace_ext.cli.main import build_parser, main
-from ace_ext.pruning.criteria import METRICS
 from ace_ext.pruning.method import PRESETS, PUBLISHED
+from ace_ext.pruning.metrics import METRICS
 from ace_ext.pruning.stages import STAGES
 
 TEXT = "the quick brown fox jumps over the lazy dog " * 40
@@ -91,7 +91,7 @@ def test_damage_fails_verify(place, capsys):
     report.write_text(report.read_text().replace('"sparsity": 0.5,', '"sparsity": 0.75,'))
     status, out, _ = call(capsys, "verify", place / "damaged")
     assert status == 1
-    assert "FAULT model.layers.0.self_attn.q_proj: 32 of 32 rows keep more than 8" in out
+    assert "problem: model.layers.0.self_attn.q_proj: 32 of 32 rows keep more than 8" in out
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(place, changed, message, monke
 
 
 def bad_run(arguments, capsys):
-    """Status and stderr of a run that must print no result."""
+    """Status and stderr of a run that must not print a result."""
     try:
         status = main(list(map(str, arguments)))
     except SystemExit as end:  # argparse's own way out
@@ -256,7 +256,7 @@ def test_a_completion_script_knows_every_verb_and_option(shell, capsys):
 
 
 def test_progress_goes_to_a_terminal_only(place):
-    """With a terminal on stderr the bar shows blocks, sparsity and time left; stdout stays clean."""
+    """With a terminal on stderr, the bar shows blocks, sparsity and remaining time; stdout has only the result."""
     reader, writer = os.openpty()
     fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
     command = [sys.executable, "-m", "ace_ext", *map(str, run_arguments(place, "terminal"))]

@@ -1,4 +1,4 @@
-"""One vocabulary for all verbs: names of methods, lengths and texts; and what is given in vain is said."""
+"""All verbs use the same words for methods, lengths and texts. An argument without effect is refused."""
 
 import re
 import shlex

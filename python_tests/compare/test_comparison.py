@@ -1,4 +1,4 @@
-"""Comparisons on a tiny model, from command-line arguments: the grid, the record and resuming, the tables."""
+"""Comparisons on a tiny model, from command-line arguments: the grid, the journal, continuing, and the tables."""
 
 import argparse
 import json
@@ -57,7 +57,7 @@ def lines(folder):
 
 
 def test_figures_are_those_of_single_runs(place, capsys):
-    """Each run of the grid gives what a freshly loaded model, pruned and evaluated by hand, gives."""
+    """Each run of the grid equals a run on a freshly loaded model that is pruned and evaluated directly."""
     text = str(place / "text.txt")
     assert compare(place, "--json", sparsities="0.5", patterns="2:4", seeds="0,1") == 0
     data = json.loads(capsys.readouterr().out)
@@ -109,10 +109,10 @@ def test_a_methods_label_is_what_was_written(place, capsys):
     ]
 
 
-def test_text_that_pruning_saw_is_named(place, capsys):
+def test_a_text_of_calibration_and_evaluation_is_named(place, capsys):
     compare(place, methods="magnitude", texts=f"{place / 'text.txt'},{place / 'other.txt'}")
     compare(place, methods="magnitude", texts=place / "other.txt")
-    seen = [line for line in capsys.readouterr().out.splitlines() if "judged by" in line]
+    seen = [line for line in capsys.readouterr().out.splitlines() if "was not held out" in line]
     assert len(seen) == 1
     assert seen[0].startswith(str(place / "text.txt"))
 
@@ -168,9 +168,7 @@ def test_a_crash_loses_no_finished_run(place, tmp_path, monkeypatch):
     assert [line["run"]["cell"]["method"] for line in after if "run" in line] == ["wanda", "ace"]
 
 
-@pytest.mark.parametrize(
-    ("line", "remedy"), [(0, "use another folder"), (2, "remove that line, and its run will be made again")]
-)
+@pytest.mark.parametrize(("line", "remedy"), [(0, "use another folder"), (2, "remove that line to run it again")])
 def test_changed_bytes_are_named(line, remedy, place, tmp_path):
     folder = tmp_path / "out"
     compare(place, output=folder)
@@ -190,7 +188,7 @@ def test_changed_bytes_are_named(line, remedy, place, tmp_path):
 
 
 def test_a_record_of_an_earlier_version_is_continued(place, tmp_path):
-    """It has no checksums, and gets none."""
+    """The old format has no checksums, and none are added."""
     folder = tmp_path / "out"
     compare(place, output=folder, methods="wanda")
     old = [{key: value for key, value in line.items() if key != "sha256"} for line in lines(folder)]
@@ -235,12 +233,14 @@ def test_other_settings_are_refused_by_name(place, tmp_path, monkeypatch, thread
     compare(place, output=folder)
     monkeypatch.setattr(runner, "load_model", None)  # refused before anything is loaded
     before = (folder / RUNS_NAME).read_bytes()
-    with pytest.raises(InputError, match=r"recorded otherwise: eval_seqlen was 16, now 8; use another output folder"):
+    with pytest.raises(
+        InputError, match=r"recorded with other settings: eval_seqlen was 16, now 8; use another output folder"
+    ):
         compare(place, output=folder, **{"eval-seqlen": 8})
     with pytest.raises(InputError, match=r"texts\..*other.txt was null"):
         compare(place, output=folder, texts=place / "other.txt")
     threads(torch.get_num_threads() + 1)
-    with pytest.raises(InputError, match=r"recorded otherwise: threads was \d+, now \d+"):
+    with pytest.raises(InputError, match=r"recorded with other settings: threads was \d+, now \d+"):
         compare(place, output=folder)
     assert (folder / RUNS_NAME).read_bytes() == before
 
@@ -253,14 +253,16 @@ def test_other_contents_under_the_same_name_are_refused(place, tmp_path, monkeyp
     monkeypatch.setitem(PRESETS, "fast", "ace")
     compare(place, output=folder, calibration=text, model=model, methods="fast; ace")
     monkeypatch.setitem(PRESETS, "fast", "admm")
-    with pytest.raises(InputError, match=r"recorded otherwise, in fast: method was \"ace\", now \"admm\"; use"):
+    with pytest.raises(
+        InputError, match=r"recorded with other settings of fast: method was \"ace\", now \"admm\"; use"
+    ):
         compare(place, output=folder, calibration=text, model=model, methods="fast")
     monkeypatch.undo()
     make_model("llama", seed=2).save_pretrained(model)
-    with pytest.raises(InputError, match=r"holds other weights than .* was recorded with"):
+    with pytest.raises(InputError, match=r"has different weights than the recorded runs in .*; use another output"):
         compare(place, output=folder, calibration=text, model=model, seeds=5)
     text.write_text(WORDS * 21)
-    with pytest.raises(InputError, match=r"recorded with another text in .*text\.txt; use"):
+    with pytest.raises(InputError, match=r"recorded with a different text in .*text\.txt; use"):
         compare(place, output=folder, calibration=text, model=model)
 
 
@@ -283,11 +285,11 @@ def test_a_comparison_that_ended_in_its_first_line_starts_again(place, tmp_path)
 
 def test_a_strange_folder_is_left_alone(place, tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(InputError, match="exists and holds no comparison"):
+    with pytest.raises(InputError, match="exists and does not hold a comparison"):
         compare(place, output=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
     (tmp_path / "letter.txt").rename(tmp_path / RUNS_NAME)
-    with pytest.raises(InputError, match="is no record of ace-prune compare"):
+    with pytest.raises(InputError, match="is not a journal of ace-prune compare"):
         compare(place, output=tmp_path)
     assert (tmp_path / RUNS_NAME).read_text() == "dear"
 

@@ -105,7 +105,7 @@ def test_scores_stand_beside_perplexity(place, tmp_path, capsys, monkeypatch):
     assert (status, again, fake.calls) == (0, out, 5)
     status, _, error = call(capsys, *options(place, "--output", output, "--tasks", "one"))
     assert status == 2
-    assert "was recorded otherwise: tasks was" in error
+    assert "was recorded with other settings: tasks was" in error
 
 
 def test_a_comparison_without_tasks_has_no_settings_of_them(place, tmp_path, capsys):

@@ -9,7 +9,7 @@ import torch
 from helpers import DTYPES, FORMULAS, SCORE_ROUNDINGS, UNIT, expected_histogram, expected_mask_at, order_key
 
 from ace_ext.ops import reference
-from ace_ext.pruning.criteria import METRICS
+from ace_ext.pruning.metrics import METRICS
 
 F64 = torch.float64
 

@@ -211,7 +211,7 @@ def test_the_diff_of_a_stage_is_the_whole_file():
 @pytest.mark.parametrize(
     "path",
     [
-        "ace_ext/pruning/criteria.py",
+        "ace_ext/pruning/metrics.py",
         "ace_ext/ops/reference.py",
         "csrc/ops/mask.h",
         "csrc/ops/mask.cpp",

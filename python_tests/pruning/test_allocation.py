@@ -1,4 +1,4 @@
-"""Totals are exact for all shapes; the rules follow their papers and error curves."""
+"""Totals are exact for all shapes. The rules follow their papers and the error curves."""
 
 import math
 
@@ -79,7 +79,7 @@ def test_equal_blocks_stay_uniform(by):
 
 
 def test_error_equalises_the_marginal_cost():
-    """The blocks' errors ``c s²`` cost ``2 c s`` at the margin: at the best split ``s`` goes as ``1 / c``."""
+    """The errors ``c s²`` of the blocks have the slopes ``2 c s``, so the best ``s`` is proportional to ``1 / c``."""
     config = PruneConfig("allocate(by=error, range=0.1) + wanda")
     keeps = allocate(measures_of(config, [1.0, 1.5]), config, [{"q": (10, 10000)}] * 2)
     assert [block["q"] for block in keeps] == pytest.approx([4000, 6000], abs=30)

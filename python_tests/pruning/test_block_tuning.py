@@ -18,7 +18,7 @@ TRAINING = {"epochs": 10, "learning_rate": 1e-2}
 
 
 def make_case(family="llama", dtype=torch.float32, skip=(), padded=False):
-    """The second block pruned to a half, its inputs, its dense outputs and its masks."""
+    """The second block at a sparsity of a half, its inputs, its dense outputs and its masks."""
     model = make_model(family, dtype)
     blocks = find_blocks(model, skip)
     batch = {"input_ids": make_tokens()}
@@ -135,7 +135,7 @@ def test_padded_tokens_do_not_count():
 
 
 def test_outputs_after_training_must_be_finite(monkeypatch):
-    """As those of a block that was only pruned: all that follows would be NaN."""
+    """Like the outputs of a block without training: all later ones would be NaN."""
 
     def train_(block, *_):
         block.module.mlp.down_proj.weight.data[0, 0] = float("inf")

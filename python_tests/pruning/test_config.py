@@ -1,4 +1,4 @@
-"""The configuration: defaults, what group and pattern decide, the statistics it needs, and its errors."""
+"""The configuration: defaults, the effects of group and pattern, the statistics that it needs, and its errors."""
 
 import json
 

@@ -35,11 +35,11 @@ def test_matrix_is_the_weighted_sum(monkeypatch, dtype, weighted, random):
 
 
 META_KNOWS_DTYPES = Version(torch.__version__) >= Version("2.13")
-"""With torch 2.11 ``addmm`` fails on the meta device if an ``out_dtype`` is given: it takes it for the factor beta."""
+"""With torch 2.11 ``addmm`` with an ``out_dtype`` fails on the meta device: it reads the dtype as the factor beta."""
 
 
 class Products(TorchDispatchMode):
-    """Notes the dtypes of the factors of each product that is added to a matrix."""
+    """Records the dtypes of the factors of each product that is added to a matrix."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("exact", [False, True])
 def test_exact_factors_are_multiplied_as_they_are(monkeypatch, exact, dtype, weighted):
-    """On the meta device, as a GPU would be asked. The sum stays float32, in place."""
+    """On the meta device, with the calls for a GPU. The sum stays float32, in place."""
     monkeypatch.setattr(gram, "CHUNK_TOKENS", 7)
     monkeypatch.setattr(gram, "multiplies_exactly", lambda _: exact)
     state, x = GramState(5, "meta"), torch.empty(20, 5, dtype=dtype, device="meta")

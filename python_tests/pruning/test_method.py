@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tiny_models import make_model
 
 from ace_ext import InputError, PruneConfig, prune_model
-from ace_ext.pruning.criteria import METRICS
 from ace_ext.pruning.method import DEFAULT, PRESETS, PUBLISHED, Method, method_of, names, parse, parse_list
+from ace_ext.pruning.metrics import METRICS
 from ace_ext.pruning.stages import (
     KINDS,
     STAGES,
@@ -87,7 +87,7 @@ def test_a_text_is_read_as_what_was_written(method):
 
 @st.composite
 def texts(draw):
-    """What users may write: presets and stages, options at or off their defaults, and spaces."""
+    """Texts that users may write: presets and stages, options with and without their defaults, and spaces."""
     spaces = st.sampled_from(["", " ", "  ", "\t", "\n"])
 
     def written(name, known):

@@ -1,4 +1,4 @@
-"""A metric, a stage, a comparison group or an output format is added by one entry, which everything else reads."""
+"""One entry adds a metric, a stage, a comparison group or an output format; everything else reads it."""
 
 import argparse
 import json
@@ -16,9 +16,9 @@ from ace_ext.formats import FORMATS, OutputFormat, register
 from ace_ext.models.blocks import find_blocks
 from ace_ext.ops import ScoredWeight
 from ace_ext.pruning import method, stages
-from ace_ext.pruning.criteria import METRICS, Metric
 from ace_ext.pruning.groups import GROUPS, RowGroup
 from ace_ext.pruning.kinds import INPUT
+from ace_ext.pruning.metrics import METRICS, Metric
 from ace_ext.pruning.settings import Limits, option
 from ace_ext.pruning.stages import Problem, Solve, Solved
 from ace_ext.runs.memory_model import estimate
@@ -153,7 +153,7 @@ def test_a_group_is_one_class(monkeypatch):
 
 
 class ListOfBlocks:
-    """Writes the names of the blocks, and nothing else."""
+    """Writes only the names of the blocks."""
 
     def __init__(self, folder):
         self.file = folder / "blocks.json"

@@ -1,4 +1,4 @@
-"""Pruning does not depend on units: inputs and weights times a power of two give the same masks and the same losses."""
+"""Pruning does not depend on units: inputs and weights times a power of two give the same masks and losses."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ SETTINGS = {
 
 
 def make_case() -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight, and correlated inputs of which some are much larger than others and some are always zero."""
+    """A weight and correlated inputs. Some inputs are much larger than others, and some are always zero."""
     random = torch.Generator().manual_seed(0)
     mix = torch.randn(COLS, COLS, generator=random) / COLS**0.5 + torch.eye(COLS)
     x = (torch.randn(TOKENS, COLS, generator=random) + 0.5) @ mix * (torch.rand(COLS, generator=random) * 3).exp()
@@ -51,7 +51,7 @@ def statistics_of(x: torch.Tensor, config: PruneConfig, parts: int = 2) -> Linea
 
 
 def pruned(weight, x, setting):
-    """The pruned weight, the solver's figures, and those of the report."""
+    """The pruned weight, the figures of its stages, and those of the report."""
     config = PruneConfig(**SETTINGS[setting])
     stats, weight = statistics_of(x, config), weight.clone()
     dense = output_of(stats, weight)
@@ -124,7 +124,7 @@ def test_dead_inputs_leave_exactly_k(setting, dead):
 
 
 @pytest.mark.parametrize("setting", ["fast", "balanced", "obs"])
-def test_a_solver_without_any_input_prunes_by_magnitude(setting):
+def test_stages_without_any_input_prune_by_magnitude(setting):
     weight, x = make_case()
     found, _, _ = pruned(weight, torch.zeros_like(x), setting)
     assert torch.equal(found, torch.where(found != 0, weight, 0.0))
@@ -160,7 +160,7 @@ def test_a_failure_of_linear_algebra_is_an_input_error(monkeypatch):
 @pytest.mark.parametrize("waits", [False, True])
 @pytest.mark.parametrize("exponent", [-120, -90, -21, 0, 21, 50, 80])
 def test_moments_of_inputs_of_any_size(monkeypatch, exponent, waits, dtype):
-    """Also as on a GPU, where the size is not read."""
+    """Also with the code path of a GPU, where the size is not read."""
     monkeypatch.setattr(statistics, "reads_at_once", lambda _: waits)
     x = times_power(make_case()[1].to(dtype).float(), exponent).to(torch.float32 if dtype == torch.float16 else dtype)
     expected, state = MomentState(COLS), MomentState(COLS)
@@ -175,7 +175,7 @@ def test_moments_of_inputs_of_any_size(monkeypatch, exponent, waits, dtype):
 @pytest.mark.parametrize("state", [GramState, SketchState])
 @pytest.mark.parametrize("exponents", [(-90, 0), (0, -90), (60, -60), (-80, -70), (-30, 60)])
 def test_calls_of_different_size_add_up(state, exponents):
-    """The sum is that of float64; what is 2^-100 of it may vanish."""
+    """The sum equals that of float64; parts of 2^-100 may vanish."""
     _, x = make_case()
     parts = [times_power(part, exponent) for part, exponent in zip(x.chunk(2), exponents, strict=True)]
     one, first, second = state(COLS), state(COLS), state(COLS)

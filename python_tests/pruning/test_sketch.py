@@ -15,7 +15,7 @@ TOKENS, WIDE = 600, 160
 
 
 def correlated(columns: int = WIDE, seed: int = 0) -> torch.Tensor:
-    """Inputs as a model's: a mean, a few strong directions, and noise of each column."""
+    """Inputs like those of a model: a mean, a few strong directions, and noise in each column."""
     random = torch.Generator().manual_seed(seed)
     directions = torch.randn(12, columns, generator=random) * torch.linspace(3, 0.5, 12)[:, None]
     noise = torch.rand(columns, generator=random) + 0.2

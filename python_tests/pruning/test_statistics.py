@@ -1,4 +1,4 @@
-"""The collector against the oracle, on a block of Linears that share and do not share inputs."""
+"""The collector against the float64 reference, on a block whose Linears partly share inputs."""
 
 import pytest
 import torch
@@ -6,15 +6,15 @@ from torch import nn
 
 from ace_ext import InputError
 from ace_ext.ops import reference
-from ace_ext.pruning.criteria import METRICS, column_factor
 from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, MOMENT, WEIGHTED
+from ace_ext.pruning.metrics import METRICS, column_factor
 from ace_ext.pruning.statistics import MomentState, StatisticsCollector
 
 ALL = frozenset({INPUT, WEIGHTED, MOMENT, COSINE_GRAM})
 
 
 class Pair(nn.Module):
-    """q and k read one tensor, o another."""
+    """q and k read the same tensor, o reads a different one."""
 
     def __init__(self):
         super().__init__()

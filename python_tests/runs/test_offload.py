@@ -114,7 +114,7 @@ def as_gptq(folder):
         (as_gptq, {}, {}, "holds gptq weights; give the unquantized checkpoint"),
         (None, {"dtype": "float32"}, {}, "all of dtype float32, which .* does not have; save it with save_pretrained"),
         (None, {"source": "self"}, {}, "calibration self needs the whole model in memory"),
-        (None, {}, {"group": "model"}, "group model compares all: use group row or matrix"),
+        (None, {}, {"group": "model"}, "group model compares all; use group row or matrix"),
     ],
 )
 def test_what_cannot_be_offloaded_is_said(change, calibration, config, message, tmp_path):

@@ -242,7 +242,7 @@ def test_two_files_of_one_name(place, capsys):
 def test_a_link_in_place_of_the_part_of_a_file(place, capsys):
     (place / ".s.zip.part").symlink_to("text.txt")
     before = tree(place)
-    with pytest.raises(InputError, match="is in the way and no file"):
+    with pytest.raises(InputError, match="is in the way and is not a file"):
         prune(place / "dense", place / "new", {"save_stats": place / "s.zip"})
     assert {name: tree(place)[name] for name in before} == before
 

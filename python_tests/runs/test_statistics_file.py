@@ -11,7 +11,7 @@ from tiny_models import make_model
 
 from ace_ext import InputError
 from ace_ext.cli.main import main
-from ace_ext.pruning.criteria import METRICS
+from ace_ext.pruning.metrics import METRICS
 from ace_ext.runs import statistics_file
 from ace_ext.runs.workspace import Workspace
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ace_ext.errors import InputError
-from ace_ext.pruning.criteria import METRICS, CustomMetric, metric_needs
+from ace_ext.pruning.metrics import METRICS, CustomMetric, metric_needs
 from ace_ext.pruning.settings import Limits, option, suggestion
 from ace_ext.pruning.stages._stage import Stage
 
@@ -15,7 +15,7 @@ class Score(Stage):
     """Keeps the weights with the highest scores.
 
     Args:
-        metric: a name of :data:`ace_ext.pruning.criteria.METRICS`, which is also the stage's name in a text; or a
+        metric: a name of :data:`ace_ext.pruning.metrics.METRICS`, which is also the stage's name in a text; or a
             callable ``(weight, stats) -> score`` that returns a float tensor of the weight's shape, higher = keep.
             ``stats`` is a :class:`ace_ext.pruning.statistics.LinearStatistics`.
         exponent: the power of the input norm in ``ria``; no other metric reads it.

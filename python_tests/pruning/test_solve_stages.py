@@ -1,4 +1,4 @@
-"""Solvers against their definitions in float64: explicit inverses for obs, least squares for admm."""
+"""``obs``, ``admm`` and ``swaps`` against their definitions in float64: explicit inverses, least squares."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ PATTERNS = [{"method": s["method"], "pattern": "2:4"} for s in SETTINGS]
 
 
 def make_case(dtype=torch.float32, columns=COLS, tokens=TOKENS, seed=0):
-    """A weight and the statistics of correlated inputs, of which some are much larger than others."""
+    """A weight and the statistics of correlated inputs. Some inputs are much larger than others."""
     random = torch.Generator().manual_seed(seed)
     mix = torch.randn(columns, columns, generator=random) / columns**0.5 + torch.eye(columns)
     x = torch.randn(tokens, columns, generator=random) @ mix * (torch.rand(columns, generator=random) * 3).exp()
@@ -56,7 +56,7 @@ OVERFLOWING = [s for s in SETTINGS + PATTERNS if s["method"] != "wanda + swaps"]
 
 @pytest.mark.parametrize("setting", OVERFLOWING, ids=str)
 def test_an_update_that_the_dtype_cannot_hold_is_refused(setting):
-    """Inputs are nearly equal, so the kept half of the weights takes over the other half and doubles: over 65504."""
+    """Inputs are nearly equal, so the kept half of the weights doubles to replace the other half: more than 65504."""
     random = torch.Generator().manual_seed(0)
     x = 1 + torch.randn(200, 1, generator=random) + 0.1 * torch.randn(200, COLS, generator=random)
     dense = (50000 + 5000 * torch.rand(ROWS, COLS, generator=random)).half()
@@ -73,7 +73,7 @@ def test_an_update_that_the_dtype_cannot_hold_is_refused(setting):
 
 
 @pytest.mark.parametrize("setting", SETTINGS + PATTERNS, ids=str)
-def test_every_solver_keeps_exactly_k_and_beats_the_metric(setting, dtype):
+def test_every_method_keeps_exactly_k_and_beats_the_scores_alone(setting, dtype):
     weight, x, stats = make_case(dtype)
     dense = weight.clone()
     config = PruneConfig(**setting)
@@ -102,7 +102,7 @@ def test_keep_replaces_the_sparsity(setting, keep):
         assert solution == Solution(config.method.name, damping=0, attempts=0, loss_before=0, loss_after=0)
 
 
-def test_keep_replaces_the_sparsity_of_the_metric_alone():
+def test_keep_replaces_the_sparsity_of_scores_alone():
     for group in ("row", "matrix"):
         weight, _, stats = make_case()
         assert prune_linear_(weight, stats, PruneConfig("wanda", group=group), 5) is None
@@ -118,7 +118,7 @@ def test_without_update_kept_weights_are_untouched(method):
 
 
 def explicit_obs(dense, mask, gram, damping):
-    """SparseGPT by its definition: each removed weight is compensated by the inverse over the columns from it on."""
+    """SparseGPT's definition: the inverse over a column and all later ones compensates for each removed weight."""
     weight, hessian = dense.double().clone(), gram.double()
     hessian = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian))
     for column in range(weight.shape[1]):

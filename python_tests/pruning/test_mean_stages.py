@@ -21,7 +21,7 @@ GROUPS = [{"group": "row"}, {"group": "matrix"}, {"pattern": "2:4"}, {"pattern":
 
 
 def make_case(dtype=torch.float32):
-    """A weight, inputs with means as large as their deviations, and the statistics of them that the stages need."""
+    """A weight, inputs whose means are as large as their deviations, and the statistics that the stages need."""
     random = torch.Generator().manual_seed(0)
     scale = torch.randn(COLS, generator=random).exp()
     x = (torch.randn(TOKENS, COLS, generator=random) + torch.randn(COLS, generator=random)) * scale
