@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +18,7 @@ from ace_ext.models.loading import WEIGHT_DTYPES
 from ace_ext.process_memory import parse_bytes
 from ace_ext.pruning.config import MAX_DENSE, SPARSITY, PruneConfig
 from ace_ext.pruning.groups import GROUPS
-from ace_ext.pruning.method import DEFAULT, PRESETS, PUBLISHED
+from ace_ext.pruning.method import DEFAULT, PRESETS, PUBLISHED, options_of
 from ace_ext.pruning.metrics import METRICS
 from ace_ext.pruning.settings import Setting, suggestion
 from ace_ext.pruning.stages import KINDS, Score, stages_of
@@ -160,16 +161,23 @@ def preset_table() -> str:
 
 def stage_tables() -> str:
     """Every metric and stage with its description and options."""
-    lines = ["stages, joined by + in this order; name(option=value, …) changes an option:"]
+    lines = ["stages, joined by + in this order; name(option=value, …) changes an option (figures: docs/methods.md):"]
     for kind in KINDS:
         if kind is Score:
-            lines += [f"  {name:<11}  keeps the highest {metric.formula}" for name, metric in METRICS.items()]
+            for name, metric in METRICS.items():
+                lines += _stage_lines(name, f"keeps the highest {metric.formula}", options_of(Score(name)).values())
+            continue
         for name, stage in stages_of(kind).items():
-            lines += [] if kind is Score else [f"  {name:<11}  {stage.summary}"]
-            for setting in stage.settings():
-                text = f"{setting.name}: {setting_help(setting)}"
-                lines += textwrap.wrap(text, 108, initial_indent=" " * 15, subsequent_indent=" " * 17)
+            lines += _stage_lines(name, stage.summary, stage.settings())
     return "\n".join(lines)
+
+
+def _stage_lines(name: str, summary: str, settings: Iterable[Setting]) -> list[str]:
+    lines = [f"  {name:<11}  {summary}"]
+    for setting in settings:
+        text = f"{setting.name}: {setting_help(setting)}"
+        lines += textwrap.wrap(text, 108, initial_indent=" " * 15, subsequent_indent=" " * 17)
+    return lines
 
 
 def add_setting(group: Any, setting: Setting) -> None:

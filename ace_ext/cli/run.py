@@ -31,7 +31,7 @@ def add(commands: shared.Subparsers) -> None:
     parser.add_argument("--output", required=True, help="the folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
     parser.add_argument(
-        "--format", choices=FORMATS, default=DEFAULT_FORMAT, help="output format, see below (default: %(default)s)"
+        "--format", choices=FORMATS, default=DEFAULT_FORMAT, help="output format, see --help-all (default: %(default)s)"
     )
     shared.add_pruning(parser)
     shared.add_calibration(parser)

@@ -297,7 +297,7 @@ def _stages(name: str, options: dict[str, str]) -> list[Stage]:
     if name in PRESETS or name in PUBLISHED:
         return _preset(name, options)
     if name in METRICS:
-        return [Score(name, **_values(name, _options_of(Score(name)), options))]
+        return [Score(name, **_values(name, options_of(Score(name)), options))]
     if name not in STAGES or name == Score.name:
         hint = _hint_of_list(name) or suggestion(name, names())
         raise InputError(f"method must be made of {', '.join(names())} (got {name!r}){hint}")
@@ -311,15 +311,15 @@ def _preset(name: str, options: dict[str, str]) -> list[Stage]:
     if not isinstance(stages[0], Collect):
         stages.insert(0, Collect())
     for key, text in options.items():
-        having = [place for place, stage in enumerate(stages) if key in _options_of(stage)]
+        having = [place for place, stage in enumerate(stages) if key in options_of(stage)]
         if len(having) != 1:
-            _refuse_option(name, key, [option for stage in stages for option in _options_of(stage)])
+            _refuse_option(name, key, [option for stage in stages for option in options_of(stage)])
         stage = stages[having[0]]
-        stages[having[0]] = replace(stage, **{key: _options_of(stage)[key].parse(text)})
+        stages[having[0]] = replace(stage, **{key: options_of(stage)[key].parse(text)})
     return [stage for stage in stages if stage != Collect()]
 
 
-def _options_of(stage: Stage) -> dict[str, Setting]:
+def options_of(stage: Stage) -> dict[str, Setting]:
     """The options of a stage by name. ``ria`` is the only score with an option."""
     if isinstance(stage, Score) and stage.metric != "ria":
         return {}

@@ -25,7 +25,7 @@ class Score(Stage):
     summary = "keeps the weights with the highest scores"
 
     metric: str | CustomMetric = "wanda"
-    exponent: float = option(EXPONENT, "the power of the input norm in ria", Limits())
+    exponent: float = option(EXPONENT, "the power of the input norm", Limits())
 
     def __post_init__(self) -> None:
         super().__post_init__()
