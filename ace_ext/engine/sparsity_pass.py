@@ -7,9 +7,8 @@ from ace_ext.engine.collection import Collection
 from ace_ext.engine.strategies import RunSizes
 from ace_ext.models.block_store import BlockSource
 from ace_ext.models.blocks import Block
-from ace_ext.pruning.allocation import allocate, measure_block
+from ace_ext.pruning.allocation import allocate, outlier_share
 from ace_ext.pruning.config import PruneConfig
-from ace_ext.pruning.stages.allocate import ERROR
 from ace_ext.pruning.statistics import LinearStatistics
 
 Keeps = list[dict[str, int]]
@@ -24,7 +23,7 @@ def allocate_sparsity(
     for index in range(len(blocks.blocks)):
         with blocks.loaded(index) as block:
             shapes.append({child: (linear.out_features, linear.in_features) for child, linear in block.linears.items()})
-            measures.append(measure_block(block.linears, statistics(block, index), config))
+            measures.append(outlier_share(block.linears, statistics(block, index), config))
     return allocate(measures, config, shapes)
 
 
@@ -46,10 +45,8 @@ def measured_by_forwards(
 
 
 def measuring_bytes(config: PruneConfig, sizes: RunSizes) -> tuple[int, int]:
-    """Bytes of a block's statistics, and of its scores: in float32, and for the largest matrix the errors in float64,
-    sorted, with their order."""
+    """Bytes of a block's statistics, and of its scores: in float32, and for the largest matrix in float64."""
     statistics = max(sizes.statistics(block, list(block.linears), config.needs.measure) for block in sizes.blocks)
     entries = [[linear.weight.numel() for linear in block.linears.values()] for block in sizes.blocks]
     largest = max(max(some, default=0) for some in entries)
-    by_error = config.method.allocate is not None and config.method.allocate.by == ERROR
-    return statistics, 4 * max(map(sum, entries)) + (40 if by_error else 8) * largest
+    return statistics, 4 * max(map(sum, entries)) + 8 * largest

@@ -1,70 +1,40 @@
 """Sparsity allocation: how many weights of a row each matrix keeps if blocks may differ and the total is fixed.
 
-A rule gives each block its sparsity. One rounding turns sparsities into whole numbers and keeps the total
-(:func:`allocate`). Without the stage ``allocate`` all blocks have the same sparsity.
+The rule is OWL's (arXiv 2310.05175): blocks whose scores have more outliers keep more. One rounding turns sparsities
+into whole numbers and keeps the total (:func:`allocate`). Without the stage ``allocate`` all blocks have the same
+sparsity.
 
-That is the default because both rules had a higher perplexity at 50 % where they were measured: SmolLM2-135M, bfloat16
-on a CPU, ``ace``, 64 x 128 tokens of wiki-mini, seed 0, default ranges, 12 windows of 512 tokens; perplexity on
-wiki-mini and news-mini: the same sparsity 70.4 and 73.6, owl 73.0 and 74.3, error 83.0 and 82.8. The rule ``error``
-prunes the first and last blocks most, because their own outputs have the smallest error. It does not measure how later
-blocks amplify that error.
+That is the default because the rule had a higher perplexity at 50 % where it was measured: SmolLM2-135M, bfloat16 on a
+CPU, ``ace``, 64 x 128 tokens of wiki-mini, seed 0, default range, 12 windows of 512 tokens; perplexity on wiki-mini and
+news-mini: the same sparsity 70.4 and 73.6, the rule 73.0 and 74.3. A rule that equalised the error of one more pruned
+weight in every block was dropped: 83.0 and 82.8. It pruned the first and last blocks most, because their own outputs
+have the smallest error, and did not measure how later blocks amplify that error.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from ace_ext import ops
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.masks import scored_weight
 from ace_ext.pruning.pattern import keep_count
-from ace_ext.pruning.stages.allocate import ERROR, OWL, Allocate
 from ace_ext.pruning.statistics import LinearStatistics
 
 OUTLIER_FACTOR = 5.0
 """A score is an outlier above this many times its block's mean (``M`` of OWL, arXiv 2310.05175)."""
-ERROR_REACH = 3.0
-"""With ``by=error`` a block's sparsity may differ from the target by this many times the option ``range``. This rule
-reads a whole error curve and OWL one number, so its bound can be wider: it only limits unreliable curves."""
-CURVE_POINTS = 61
-"""Number of sparsities at which a block's error is measured."""
-
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 Shapes = dict[str, tuple[int, int]]
 
 
-@dataclass(frozen=True)
-class BlockMeasure:
-    """What the allocation rules read about one dense block."""
-
-    outlier_share: float
-    """The share of the block's scores that exceed ``OUTLIER_FACTOR`` times their mean."""
-    errors: FloatArray | None
-    """``[CURVE_POINTS]`` float64, for ``by=error``: the block's error at each sparsity of :func:`sparsity_grid`."""
-
-
-def _stage(config: PruneConfig) -> Allocate:
-    assert config.method.allocate is not None  # only called for methods that have the stage
-    return config.method.allocate
-
-
-def sparsity_grid(config: PruneConfig) -> FloatArray:
-    """``[CURVE_POINTS]`` float64: the sparsities that ``by=error`` chooses from, both ends included."""
-    reach = ERROR_REACH * _stage(config).range
-    return np.linspace(max(0.0, config.sparsity - reach), min(1.0, config.sparsity + reach), CURVE_POINTS)
-
-
-def measure_block(
-    linears: dict[str, nn.Linear], stats: dict[str, LinearStatistics], config: PruneConfig
-) -> BlockMeasure:
-    """Measures a dense block.
+def outlier_share(linears: dict[str, nn.Linear], stats: dict[str, LinearStatistics], config: PruneConfig) -> float:
+    """The share of a dense block's scores that exceed ``OUTLIER_FACTOR`` times their mean.
 
     Args:
         linears: the block's Linears by name.
         stats: their statistics by the same names, of the kinds ``config.needs.measure``.
-        config: its method has the scores and the allocation rule.
+        config: its method has the scores.
 
     Raises:
         ValueError: a weight, a factor or a score is not finite.
@@ -75,30 +45,10 @@ def measure_block(
         scores[child] = ops.score(scored.weight, scored.formula, scored.column, scored.moment)
     size = max(1, sum(score.numel() for score in scores.values()))
     mean = sum(float(score.double().sum()) for score in scores.values()) / size
-    outliers = sum(int((score > OUTLIER_FACTOR * mean).sum()) for score in scores.values())
-    errors = None
-    if _stage(config).by == ERROR:
-        curves = [_error_curve(linear.weight, scores[child], stats[child], config) for child, linear in linears.items()]
-        errors = np.sum(curves, axis=0) if curves else np.zeros(CURVE_POINTS)
-    return BlockMeasure(outliers / size, errors)
+    return sum(int((score > OUTLIER_FACTOR * mean).sum()) for score in scores.values()) / size
 
 
-def _error_curve(weight: Tensor, score: Tensor, stats: LinearStatistics, config: PruneConfig) -> FloatArray:
-    """``[CURVE_POINTS]`` float64: the mean over tokens of ``‖A'_t - A_t‖² / ‖A_t‖²`` when the lowest scores are pruned.
-
-    This is an approximation: of ``G = Σ_t r_t X_t X_tᵀ`` in the error ``Σ_i e_i G e_iᵀ`` only the diagonal is used,
-    ``Σ_j e_ij² Σ_t r_t X_tj²``. A cumulative sum over the sorted weights then gives the error at every sparsity.
-    """
-    error = weight.detach().double().square() * stats.weighted_square_sum / max(1, stats.tokens)
-    groups = len(weight) if config.group == "row" else 1
-    order = score.reshape(groups, -1).argsort(dim=1)
-    removed = error.reshape(groups, -1).gather(1, order).sum(0).cumsum(0).cpu().numpy()
-    size = len(removed)
-    curve: FloatArray = np.interp(sparsity_grid(config) * size, np.arange(size + 1), np.concatenate([[0.0], removed]))
-    return curve
-
-
-def allocate(measures: list[BlockMeasure], config: PruneConfig, shapes: list[Shapes]) -> list[dict[str, int]]:
+def allocate(outliers: list[float], config: PruneConfig, shapes: list[Shapes]) -> list[dict[str, int]]:
     """How many weights of each row to keep, for each block and each of its matrices.
 
     All matrices of a block get the block's sparsity, up to rounding. The model keeps exactly as many weights as
@@ -107,53 +57,24 @@ def allocate(measures: list[BlockMeasure], config: PruneConfig, shapes: list[Sha
     share without allocation if no other matrix has its number of rows.
 
     Args:
-        measures: one for each block; not read without the stage ``allocate``.
-        config: its method has the rule, and it has the target sparsity.
+        outliers: each block's :func:`outlier_share`; not read without the stage ``allocate``.
+        config: the range and the target sparsity.
         shapes: rows and columns of each block's matrices, by name.
     """
     if config.method.allocate is None:
         return [{child: keep_count(cols, config.sparsity) for child, (_, cols) in block.items()} for block in shapes]
     sizes = np.array([sum(rows * cols for rows, cols in block.values()) for block in shapes], dtype=np.float64)
-    if config.method.allocate.by == OWL:
-        sparsities = _owl(np.array([measure.outlier_share for measure in measures]), sizes, config)
-    else:
-        sparsities = _equal_marginal_error(np.array([measure.errors for measure in measures]), sizes, config)
+    sparsities = _owl(np.array(outliers), sizes, config.sparsity, config.method.allocate.range)
     return _whole_numbers(sparsities, config, shapes)
 
 
-def _owl(outliers: FloatArray, sizes: FloatArray, config: PruneConfig) -> FloatArray:
-    """``[blocks]``: sparsity falls linearly with the share of outliers, by twice the option ``range`` in all. It is
-    shifted so that its mean over weights is the target."""
+def _owl(outliers: FloatArray, sizes: FloatArray, sparsity: float, reach: float) -> FloatArray:
+    """``[blocks]``: sparsity falls linearly with the share of outliers, by twice ``reach`` in all. It is shifted so
+    that its mean over weights is the target."""
     spread = outliers.max() - outliers.min()
     scaled = (outliers - outliers.min()) / spread if spread > 0 else np.zeros_like(outliers)
-    offset = -2 * _stage(config).range * scaled
-    return np.clip(config.sparsity + offset - np.average(offset, weights=sizes), 0.0, 1.0)
-
-
-def _equal_marginal_error(errors: FloatArray, sizes: FloatArray, config: PruneConfig) -> FloatArray:
-    """``[blocks]``: minimises the sum of the blocks' errors at the target's total (water-filling).
-
-    At the minimum, one more pruned weight costs the same in every block that is not at the end of its range. Bisection
-    finds that cost. The slopes of ``errors [blocks, CURVE_POINTS]`` are made non-decreasing: the curves are treated as
-    convex.
-    """
-    grid = sparsity_grid(config)
-    errors = np.ldexp(errors, -np.frexp(errors.max())[1])  # exact; the slopes of tiny errors would lose digits
-    slopes = np.maximum.accumulate(np.gradient(errors, grid, axis=1) / sizes[:, None], axis=1)
-    low, high = slopes.min(), slopes.max()
-    target = config.sparsity * sizes.sum()
-    for _ in range(100):
-        level = (low + high) / 2
-        if _at_level(level, slopes, grid) @ sizes < target:
-            low = level
-        else:
-            high = level
-    return _at_level(high, slopes, grid)
-
-
-def _at_level(level: float, slopes: FloatArray, grid: FloatArray) -> FloatArray:
-    """``[blocks]``: each block's sparsity where its slope reaches ``level``."""
-    return np.array([np.interp(level, slope, grid) for slope in slopes])
+    offset = -2 * reach * scaled
+    return np.clip(sparsity + offset - np.average(offset, weights=sizes), 0.0, 1.0)
 
 
 def _whole_numbers(sparsities: FloatArray, config: PruneConfig, shapes: list[Shapes]) -> list[dict[str, int]]:

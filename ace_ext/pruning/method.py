@@ -146,8 +146,7 @@ class Method:
     def weighs_tokens(self) -> bool:
         """Whether a stage reads statistics that weight tokens by the norm of their output."""
         read = self.scored_by.needs.union(*(stage.needs for stage in self.matrix_stages))
-        by_error = self.allocate is not None and self.allocate.by == "error"
-        return by_error or bool(read & {WEIGHTED, MOMENT, COSINE_GRAM})
+        return bool(read & {WEIGHTED, MOMENT, COSINE_GRAM})
 
     @property
     def name(self) -> str:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from ace_ext.pruning.kinds import INPUT, WEIGHTED
 from ace_ext.pruning.method import Method
-from ace_ext.pruning.stages.allocate import ERROR
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class Needs:
         solved = {kind for stage in method.matrix_stages for kind in stage.needs}
         measure: frozenset[str] = frozenset()
         if method.allocate is not None:
-            measure = scored | {WEIGHTED} if method.allocate.by == ERROR else scored
+            measure = scored
         return cls(scored | solved, measure)
 
     @property

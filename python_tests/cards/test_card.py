@@ -325,7 +325,7 @@ def requested(command: str):
         "--method 'published-wanda + distill' --calibration wiki-mini",
         "--method 'collect(order=block) + ria(exponent=0.7)' --bos never",
         "--group model --method magnitude",
-        "--method 'allocate(by=owl, range=0.1) + admm'",
+        "--method 'allocate(range=0.1) + admm'",
         "--method 'swaps(max_swaps=7) + obs' --group row --skip q_proj --skip lm.head",
         "--method obs --group row --max-dense 0.3",
         "--method 'admm(damping=0.3) + train(epochs=3)' --dtype float32",

@@ -111,6 +111,6 @@ def test_a_linear_that_text_does_not_use_stays_dense_and_is_listed(tmp_path):
     }
     assert "(not called)" in report.table()
     assert not verify(output).problems
-    for config in ({"method": "wanda", "group": "model"}, {"method": "allocate(by=owl) + wanda"}):
+    for config in ({"method": "wanda", "group": "model"}, {"method": "allocate + wanda"}):
         with pytest.raises(InputError, match=r"is not used by a text call.*--skip 'encoder_attn"):
             prune_model(every_class.build(UNUSED), make_tokens(), PruneConfig(**config, max_dense=0.4))

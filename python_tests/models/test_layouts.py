@@ -179,7 +179,7 @@ CONFIGS = [
     {"method": "wanda + swaps", "group": "row"},
     {"method": "ace", "group": "matrix"},
     {"group": "model"},
-    {"method": "allocate(by=error) + wanda"},
+    {"method": "allocate + wanda"},
     {"method": "admm + train(epochs=1)"},
 ]
 

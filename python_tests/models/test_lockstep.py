@@ -57,7 +57,7 @@ def test_the_bytes_are_those_of_stages(family):
         {"method": "admm"},
         {"method": "obs(gram=cosine)", "group": "matrix"},
         {"method": "wanda + train(epochs=1)"},
-        {"method": "allocate(by=owl) + wanda", "skip": (r"layers\.1\.", "q_proj", r"experts\.1\.")},
+        {"method": "allocate + wanda", "skip": (r"layers\.1\.", "q_proj", r"experts\.1\.")},
     ],
     ids=str,
 )

@@ -136,7 +136,7 @@ MUST_BE_SHARE = "sparsity must be a share from 0 to 1"
             "allocate cannot move weights between N:M groups; leave out pattern or allocate",
         ),
         (
-            {"method": "allocate(by=error) + wanda", "group": "model"},
+            {"method": "allocate + wanda", "group": "model"},
             "group model already divides the sparsity among blocks; leave out allocate, or use group row",
         ),
     ],

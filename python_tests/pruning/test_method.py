@@ -137,11 +137,11 @@ def test_what_users_write_is_read_once_and_for_all(text):
         ("collect + wanda", [Score("wanda")]),
         ("admm()", [Admm()]),
         (
-            "collect(order=block, batch_tokens=64) + allocate(by=error, range=0.1) + cosvar + swaps(gram=cosine) + "
+            "collect(order=block, batch_tokens=64) + allocate(range=0.1) + cosvar + swaps(gram=cosine) + "
             "obs(gram=cosine) + train(epochs=2) + distill",
             [
                 Collect(order="block", batch_tokens=64),
-                Allocate("error", 0.1),
+                Allocate(0.1),
                 Score("cosvar"),
                 Swaps(gram="cosine"),
                 Obs(gram="cosine"),
@@ -211,7 +211,7 @@ def test_who_chooses_the_mask_and_by_which_scores():
     assert (admm.name, refined.name, parse("wanda").name) == ("admm", "swaps + admm", "")
 
 
-@pytest.mark.parametrize("text", ["ace", "cosvar", "swaps(gram=cosine)", "admm(gram=cosine)", "allocate(by=error)"])
+@pytest.mark.parametrize("text", ["ace", "cosvar", "swaps(gram=cosine)", "admm(gram=cosine)"])
 def test_token_norm_is_read_where_tokens_are_weighted(text):
     assert parse(text).weighs_tokens
     assert parse(f"collect(token_norm=exact) + {text}").collect.token_norm == "exact"
@@ -410,7 +410,10 @@ ADMM_OPTIONS = "its options are damping, floor, iterations, saliency, gram"
             "published-wanda has no option exponent: exponent is an option of ria, as in ria(exponent=…)",
         ),
         ("wanda(exponent=1)", "wanda has no option exponent: exponent is an option of ria, as in ria(exponent=…)"),
-        ("balanced(by=owl)", "balanced has no option by: by is an option of allocate, as in allocate(by=…)"),
+        (
+            "balanced(range=0.1)",
+            "balanced has no option range: range is an option of allocate, as in allocate(range=…)",
+        ),
         (
             "admm(order=block)",
             "admm has no option order: order is an option of collect, as in collect(order=…)",
@@ -446,7 +449,7 @@ ADMM_OPTIONS = "its options are damping, floor, iterations, saliency, gram"
         ("collect(order=random)", "order must be one of sequential, block (got 'random')"),
         ("collect(batch_tokens=0)", "batch_tokens must be a whole number of at least 1 (got 0)"),
         ("ace + collect(token_norm=x)", "token_norm must be one of exact, sketch (got 'x')"),
-        ("allocate(by=even)", "by must be one of owl, error (got 'even')"),
+        ("allocate(by=even)", "allocate has no option by: its options are range"),
         ("allocate(range=0)", "range must be a difference in sparsity between 0 and 1 (got 0.0)"),
         ("allocate(range=1)", "range must be a difference in sparsity between 0 and 1 (got 1.0)"),
         # stages that do not fit together

@@ -67,8 +67,7 @@ def test_estimate_counts_what_is_there():
         ({"config": PruneConfig("admm")}, {"config": PruneConfig("collect(batch_tokens=64) + admm")}),
         ({"config": PruneConfig("admm")}, {"config": PruneConfig("collect(order=block) + admm")}),
         ({"config": PruneConfig("admm")}, {"config": PruneConfig("admm + train(epochs=1)")}),
-        ({"config": PruneConfig("wanda")}, {"config": PruneConfig("allocate(by=owl) + wanda")}),
-        ({"config": PruneConfig("allocate(by=owl) + wanda")}, {"config": PruneConfig("allocate(by=error) + wanda")}),
+        ({"config": PruneConfig("wanda")}, {"config": PruneConfig("allocate + wanda")}),
         ({"resident_hidden": False}, {"resident_hidden": True}),
         (
             {"config": PruneConfig("collect(batch_tokens=64) + wanda")},
@@ -220,8 +219,7 @@ RUNS = [
     {"method": "collect(order=block) + admm(gram=cosine)"},
     {"method": "admm + train(epochs=1)"},
     {"method": "collect(batch_tokens=256) + wanda + train(epochs=1)"},
-    {"method": "allocate(by=owl) + wanda"},
-    {"method": "allocate(by=error) + wanda"},
+    {"method": "allocate + wanda"},
 ]
 
 

@@ -24,7 +24,7 @@ def write(path, **config):
         {"pattern": "2:4"},
         {"group": "matrix"},
         {"group": "model"},
-        {"method": "allocate(by=error) + wanda"},
+        {"method": "allocate + wanda"},
         {"sparsity": 0.0},
         {"sparsity": 0.9},
     ],
