@@ -35,7 +35,7 @@ class LogFile(io.TextIOWrapper):
 
     def _failed(self, error: OSError) -> InputError:
         return InputError(
-            f"log-json {self.name!r} cannot be written: {error.strerror}; mend that and go on with --resume"
+            f"log-json {self.name!r} cannot be written: {error.strerror}; fix that and continue with --resume"
         )
 
 

@@ -32,7 +32,7 @@ def check_gguf(path: Path) -> None:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             _Walk(data).walk()
     except (ValueError, OSError) as error:
-        raise InputError(f"model {str(path)!r} is no whole GGUF file: {error}; fetch it again") from error
+        raise InputError(f"model {str(path)!r} is not a complete GGUF file: {error}; fetch it again") from error
 
 
 _READING = threading.RLock()

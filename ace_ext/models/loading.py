@@ -116,7 +116,7 @@ def check_causal(source: str, model: nn.Module) -> None:
     """Raises :class:`InputError` for a model that reads something else than text, or not from left to right: its blocks
     are not found, or no perplexity means anything."""
     if main_input(model) != "input_ids":
-        raise InputError(f"model {source!r} is no language model: {type(model).__name__} reads {main_input(model)}")
+        raise InputError(f"model {source!r} is not a language model: {type(model).__name__} reads {main_input(model)}")
     if has_encoder(model):
         raise InputError(
             f"model {source!r} is an encoder and a decoder ({type(model).__name__}); give a model that is a decoder"

@@ -82,7 +82,7 @@ def locate(source: str) -> ModelLocation:
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise InputError(f"model {source!r} is no file; check the path")
+            raise InputError(f"model {source!r} is not a file; check the path")
         check_gguf(path)
         return ModelLocation(str(path.parent), path.name)
     if path.is_dir():

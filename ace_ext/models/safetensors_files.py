@@ -230,7 +230,7 @@ def _files(folder: Path) -> list[Path]:
         for name in names:
             _check_name(name)
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise InputError(f"{index} is no index of safetensors: {error!r}; fetch it again") from error
+        raise InputError(f"{index} is not a safetensors index: {error!r}; fetch it again") from error
     files = [folder / name for name in names]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
@@ -242,7 +242,7 @@ def _check_name(name: str) -> None:
     """Raises ValueError for a name in an index that leads out of the model's folder, or is none of safetensors: what it
     names is copied, and patched in the copy."""
     if name != Path(name).name or "\\" in name or "\0" in name or not name.endswith(".safetensors"):
-        raise ValueError(f"{name[:200]!r} is no name of a .safetensors file in the same folder")
+        raise ValueError(f"{name[:200]!r} is not the name of a .safetensors file in the same folder")
 
 
 def umask() -> int:

@@ -83,7 +83,7 @@ def parse_header(text: str, path: Path, size: int) -> Header:
 
     Raises:
         InputError: a tensor's dtype is not in :data:`STORED_DTYPES`.
-        ValueError, KeyError, TypeError, AttributeError: it is no header of a file of this size.
+        ValueError, KeyError, TypeError, AttributeError: it is not the header of a file of this size.
     """
     header = dict(json.loads(text))
     metadata = header.pop("__metadata__", None) or {}
@@ -101,7 +101,7 @@ def _no_whole_file(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except (SafetensorError, struct.error, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
-        raise InputError(f"{path} is no whole safetensors file: {error!r}; fetch it again") from error
+        raise InputError(f"{path} is not a complete safetensors file: {error!r}; fetch it again") from error
 
 
 def _entry_of(path: Path, name: str, entry: Mapping[str, Any], start: int, size: int) -> Entry:

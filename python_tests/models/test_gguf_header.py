@@ -52,7 +52,7 @@ def test_sound_headers(content, more, tmp_path):
     check_gguf(tmp_path / "m.gguf")
     if not more:  # and one byte less is too little
         (tmp_path / "m.gguf").write_bytes(content[:-1])
-        with pytest.raises(InputError, match=r"m\.gguf' is no whole GGUF file: .*; fetch it again"):
+        with pytest.raises(InputError, match=r"m\.gguf' is not a complete GGUF file: .*; fetch it again"):
             check_gguf(tmp_path / "m.gguf")
 
 
@@ -83,5 +83,5 @@ def test_counts_that_do_not_fit(content, words, tmp_path, capsys):
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.count("\n") == 1
-    assert "is no whole GGUF file: " in printed.err
+    assert "is not a complete GGUF file: " in printed.err
     assert words in printed.err

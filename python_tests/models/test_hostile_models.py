@@ -51,7 +51,7 @@ def test_a_shard_outside_the_folder(name, dense, tmp_path, capsys):
     (dense / "sub").mkdir()
     names = dict.fromkeys(load_file(victim), name.format(victim=victim))
     (dense / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
-    refused(dense, capsys, "is no name of a .safetensors file in the same folder", verbs=("run", "plan"))
+    refused(dense, capsys, "is not the name of a .safetensors file in the same folder", verbs=("run", "plan"))
 
 
 # Weights that are missing, and weights that are too many

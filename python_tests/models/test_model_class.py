@@ -135,7 +135,7 @@ def test_what_reads_no_text_from_left_to_right(tmp_path, capsys):
     assert "is an encoder and a decoder (BartForConditionalGeneration)" in bad_input(capsys, "run", bart)
     vit = transformers.ViTForImageClassification(transformers.ViTConfig(**_SIGHT, image_size=32, patch_size=8))
     message = bad_input(capsys, "run", save(vit, tmp_path / "vit"))
-    assert "no language model: ViTForImageClassification reads pixel_values" in message
+    assert "not a language model: ViTForImageClassification reads pixel_values" in message
 
 
 def test_a_class_of_another_configuration_is_not_taken(tmp_path):

@@ -113,7 +113,7 @@ def twice(first: dict, second: dict) -> bytes:
 )
 def test_damaged_files_are_named(content, tmp_path):
     (tmp_path / SINGLE).write_bytes(content)
-    with pytest.raises(InputError, match=r"model\.safetensors is no whole safetensors file: .*; fetch it again"):
+    with pytest.raises(InputError, match=r"model\.safetensors is not a complete safetensors file: .*; fetch it again"):
         Shards(tmp_path)
 
 
@@ -150,7 +150,7 @@ def test_a_missing_shard_is_named(sharded):
 @pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"weight_map": 3}', '{"weight_map": {"w": 3}}', "\xff"])
 def test_damaged_indices_are_named(text, sharded):
     (sharded / INDEX).write_text(text, encoding="latin-1")
-    with pytest.raises(InputError, match="is no index of safetensors"):
+    with pytest.raises(InputError, match="is not a safetensors index"):
         Shards(sharded)
 
 

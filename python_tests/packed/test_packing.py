@@ -282,7 +282,7 @@ def damage(folder, how) -> None:
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ("cut", "no whole safetensors file"),
+        ("cut", "not a complete safetensors file"),
         ("foreign", "was not written by ace-prune pack"),
         ("bit of a bitmap", "survivors in every row"),
         ("value", "does not restore the file"),

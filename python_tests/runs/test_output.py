@@ -88,7 +88,7 @@ def test_check_output_refuses_and_leaves_nothing(tmp_path):
         ("/no/such/folder", "is not a folder, a .gguf file or a hub name"),
         ("./nothing", "is not a folder"),
         ("nothing", "is not a folder"),
-        ("/no/such.gguf", "is no file"),
+        ("/no/such.gguf", "is not a file"),
     ],
 )
 def test_missing_models(source, message):

@@ -175,7 +175,7 @@ def test_what_should_be_there_follows_from_the_configuration(change, message, ou
         (report(lambda r: r["blocks"][0]["matrices"][0].update(nonzero="many")), "is not a report"),
         (report(lambda r: r["blocks"][0].update(matrices=None)), "is not a report"),
         (lambda out: (out / "model.safetensors").unlink(), "has no safetensors"),
-        (lambda out: (out / "model.safetensors").write_bytes(b"short"), "is no whole safetensors file"),
+        (lambda out: (out / "model.safetensors").write_bytes(b"short"), "is not a complete safetensors file"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
