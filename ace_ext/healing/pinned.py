@@ -1,4 +1,4 @@
-"""Blocks of which some stay in memory while they are trained, and the others are held one at a time."""
+"""Blocks of which some stay in memory while they are trained, and the others are loaded one at a time."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -25,9 +25,9 @@ class PinnedBlocks:
     def pin(self, indices: Iterable[int]) -> Iterator[None]:
         """Within this context these blocks stay in memory, in the same tensors."""
         added = set(indices) - self.pinned
-        with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as loaded:
             for index in sorted(added):
-                held.enter_context(self._source.loaded(index))
+                loaded.enter_context(self._source.loaded(index))
             self.pinned |= added
             try:
                 yield

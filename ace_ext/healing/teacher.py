@@ -21,7 +21,7 @@ def teacher_states(
 ) -> HiddenStates:
     """The dense model's last block's outputs, ``[rows, seqlen, d_model]`` for each batch.
 
-    Each block is held once. With files, each finished block is recorded, and a resumed run continues with the next.
+    Each block is loaded once. With files, each finished block is recorded, and a resumed run continues with the next.
 
     Args:
         model: the dense model, or its skeleton.

@@ -64,8 +64,8 @@ def check_all_read(model: nn.Module, shards: Shards, source: str) -> None:
         InputError: a parameter has no tensor, or no parameter or buffer is read from some tensor.
     """
     unread = [name for name in shards.unread(model) if not is_left_out(model, name)]
-    held = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in shards}
-    missing = [name for name, p in model.named_parameters() if id(p) not in held]  # a tied one has several names
+    stored = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in shards}
+    missing = [name for name, p in model.named_parameters() if id(p) not in stored]  # a tied one has several names
     if not (missing and unread):
         check_fit(source, missing, unread)
     for name, parameter in model.named_parameters():

@@ -91,9 +91,9 @@ def open_model(source: str, dtype: str = "auto", device: str | torch.device = "c
 
 def _check_held(model: nn.Module, shards: Shards) -> None:
     """Raises :class:`InputError` if the files have no tensor for a parameter, under any of its names."""
-    held = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in shards}
+    stored = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in shards}
     for name, parameter in model.named_parameters():
-        if id(parameter) not in held:
+        if id(parameter) not in stored:
             raise InputError(
                 f"{str(shards.folder)!r} does not hold {name} of {type(model).__name__}; load a packed folder with "
                 "AutoModelForCausalLM"

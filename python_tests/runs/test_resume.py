@@ -89,7 +89,7 @@ def finish(child) -> None:
     ],
 )
 def test_killed_at_random_and_resumed(mode, hidden_in_files, deep, tmp_path):
-    """Kills fall anywhere: at any time of a run, and (so that it gets on, however fast the machine) a little after a
+    """Kills fall anywhere: at any time of a run, and (so that it makes progress on any machine) a little after a
     block more is done."""
     rng = random.Random(f"{mode} {hidden_in_files}")
     options = [*command(deep, tmp_path / "out")[3:], *MODES[mode], "--nsamples", 64, "--seqlen", 64]
