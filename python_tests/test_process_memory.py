@@ -59,7 +59,7 @@ def test_freed_tensors_go_back_to_the_system():
 
 HOLES = """
 import torch
-from ace_ext import memory
+from ace_ext import process_memory as memory
 torch.ones(2**20), torch.zeros(30 * 2**20, dtype=torch.uint8)  # and glibc now keeps what is smaller than 30 MiB
 {}
 before = memory.resident_bytes()

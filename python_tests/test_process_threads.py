@@ -8,7 +8,16 @@ import pytest
 
 from ace_ext.process_threads import SPINS, WAITING, allowed_cpus
 
-POLICY = "import os, ace_ext; print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'))"
+POLICY = """
+import os, sys, types
+import ace_ext
+cli = types.ModuleType("ace_ext.cli.main")
+cli.main = lambda: print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"))
+sys.modules["ace_ext.cli.main"] = cli
+from ace_ext.__main__ import main
+main()
+"""
+"""What the command line has set when it begins; importing ace_ext alone sets nothing."""
 
 
 def printed(program, **environment):
@@ -22,6 +31,10 @@ def test_threads_sleep_after_a_moment():
     assert printed(POLICY) == f"passive {SPINS}"
 
 
+def test_the_import_sets_nothing():
+    assert printed(POLICY.replace("main()", "cli.main()")) == "None None"
+
+
 @pytest.mark.parametrize("name", WAITING)
 def test_the_user_decides(name):
     value = "active" if name == "OMP_WAIT_POLICY" else "7"
@@ -30,7 +43,7 @@ def test_the_user_decides(name):
 
 
 def test_too_late_once_torch_is_loaded():
-    assert printed(f"import torch; {POLICY}") == "None None"
+    assert printed(f"import torch\n{POLICY}") == "None None"
 
 
 @pytest.mark.parametrize(

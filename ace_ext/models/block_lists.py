@@ -73,8 +73,8 @@ def _blocks_of(name: str, modules: nn.ModuleList) -> dict[str, nn.Module]:
 
 
 def _beside_embedding(model: nn.Module, lists: Iterable[str]) -> list[str]:
-    """Those of the named lists that are in the smallest part of a model that also holds the embedding of its tokens: a
-    vision-language model has more blocks than those of its language part, which may be larger. Empty if there are none."""
+    """Those of the named lists that are in the smallest part of a model that also holds the embedding of its tokens.
+    The other blocks of a vision-language model may be larger. Empty if there are none."""
     embedding = token_embedding(model)
     place = next((name for name, module in model.named_modules() if module is embedding), "")
     while place:

@@ -110,7 +110,7 @@ def test_damage_fails_verify(place, capsys):
         ({"nsamples": 0}, "nsamples"),
         ({"method": "wonda"}, "(got 'wonda'); did you mean wanda?"),
         ({"method": "wanda(iterations=30)"}, "wanda has no option iterations: iterations is an option of admm"),
-        ({"group": "modle"}, "argument --group: invalid choice: 'modle'"),
+        ({"group": "modelz"}, "argument --group: invalid choice: 'modelz'"),
         ({"sparsty": 0.5}, "unrecognized arguments: --sparsty 0.5; did you mean --sparsity?"),
         ({"device": "tpu"}, "device"),
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),

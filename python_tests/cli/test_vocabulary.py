@@ -74,9 +74,9 @@ def test_an_option_outside_its_stage_says_where_it_belongs(method, message, tmp_
 @pytest.mark.parametrize(
     ("arguments", "meant"),
     [
-        (["--methd", "wanda"], "--method"),
+        (["--methodx", "wanda"], "--method"),
         (["--sparsty", "0.5"], "--sparsity"),
-        (["--group", "modle"], "model"),
+        (["--group", "modelz"], "model"),
         (["--method", "balancd"], "balanced"),
         (["--method", "admm(dampign=1)"], "damping"),
         (["--sparsity", "50"], "0.5"),

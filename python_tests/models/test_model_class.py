@@ -1,5 +1,5 @@
 """A checkpoint is opened as the class that it names: classifiers and models without an LM head stay what they are, the
-blocks of a vision-language model are those of its language part, and what reads no text from left to right is refused."""
+blocks of a vision-language model are those of its language part, and what reads no text in order is refused."""
 
 import json
 from pathlib import Path

@@ -105,7 +105,7 @@ MUST_BE_SHARE = "sparsity must be a share from 0 to 1"
             "group does not go with a pattern, which has its own groups (got 'matrix'); leave out group",
         ),
         ({"group": "column"}, "group must be one of row, matrix, model (got 'column')"),
-        ({"group": "modle"}, "group must be one of row, matrix, model (got 'modle'); did you mean model?"),
+        ({"group": "modelz"}, "group must be one of row, matrix, model (got 'modelz'); did you mean model?"),
         (
             {"method": "wanda + swaps", "group": "matrix"},
             "swaps compares within a row (got group 'matrix'); use group row",
