@@ -217,7 +217,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         help=f"{SELF} (the model writes it), {', '.join(SOURCES)}, FILE.txt or FILE.jsonl (default: {SELF}); text is "
         "taken as it is; no chat template is applied",
     )
-    group.add_argument("--text-field", help=f"the field of a .jsonl line (default: {default.text_field})")
+    add_text_field(group)
     add_bos(group, "sample", f"{AUTO}; {NEVER} with a published method")
     group.add_argument(
         "--evaluate",
@@ -228,6 +228,25 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--nsamples", type=int, help=f"samples (default: {default.nsamples})")
     group.add_argument("--seqlen", type=int, help=f"tokens of a sample (default: {default.seqlen})")
     group.add_argument("--seed", type=int, help=f"seed of the sampling (default: {default.seed})")
+
+
+def add_text_field(group: Any) -> None:
+    """Adds the field of a ``.jsonl`` line that holds the text. The value is None if the flag is not given."""
+    group.add_argument("--text-field", help=f"the field of a .jsonl line (default: {Calibration().text_field})")
+
+
+def text_field_of(args: argparse.Namespace, *texts: str | None) -> str:
+    """The field that ``--text-field`` names, or the default.
+
+    Raises:
+        InputError: the flag is given, but none of the texts is a ``.jsonl`` file.
+    """
+    if args.text_field is None:
+        return Calibration().text_field
+    if not any(str(text).lower().endswith(".jsonl") for text in texts):
+        found = ", ".join(text for text in texts if text) or SELF
+        raise InputError(f"text-field is for .jsonl files (got {found}); leave it out")
+    return str(args.text_field)
 
 
 def add_bos(group: Any, window: str, default: str, flag: str = "--bos") -> None:
@@ -292,10 +311,11 @@ def request_from(args: argparse.Namespace, **options: Any) -> RunRequest:
     """
     config, stored = config_from(args), options.get("stats") is not None
     names = ("calibration", "nsamples", "seqlen", "seed", "text_field", "bos", "evaluate")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if stored and given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise InputError(f"a run from --stats reads no calibration text (got {flags}); leave out one of them")
+    given["text_field"] = text_field_of(args, args.calibration, args.evaluate)
     source = given.pop("calibration", SELF)
     given.setdefault("bos", default_mode(config.method.published, source == SELF))
     given.setdefault("evaluate", EVALUATE_AUTO)

@@ -36,7 +36,7 @@ def add(commands: shared.Subparsers) -> None:
         epilog=f"{shared.preset_table()}\n\nstages: see ace-prune run --help-all",
     )
     shared.add_model(parser)
-    parser.add_argument("--text-field", default="text", help="the field of a .jsonl line (default: %(default)s)")
+    shared.add_text_field(parser)
     parser.add_argument(
         "--methods",
         default="published-wanda; fast",
@@ -114,7 +114,7 @@ def study_from(args: argparse.Namespace) -> Study:
             Tasks(_split(args.tasks), args.task_path, args.task_limit),
         ),
         skip=skip_from(args),
-        text_field=args.text_field,
+        text_field=shared.text_field_of(args, *_split(args.calibration), *_split(args.texts)),
         dtype=args.dtype,
         groups={method.label: args.group for method in methods if args.group},
     )

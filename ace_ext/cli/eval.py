@@ -24,7 +24,7 @@ def add(commands: shared.Subparsers) -> None:
     parser = commands.add_parser("eval", help="perplexity of a model on held-out text")
     shared.add_model(parser)
     parser.add_argument("--text", "--texts", required=True, help=f"{', '.join(SOURCES)}, FILE.txt or FILE.jsonl")
-    parser.add_argument("--text-field", default="text", help="the field of a .jsonl line (default: %(default)s)")
+    shared.add_text_field(parser)
     parser.add_argument("--seqlen", type=int, default=SEQLEN, help="tokens of a window (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, help="maximum of tokens to read (default: all)")
     shared.add_bos(parser, "window", f"{AUTO}; for a pruned folder the choice of its run")
@@ -33,6 +33,7 @@ def add(commands: shared.Subparsers) -> None:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Runs the verb; returns the exit status."""
+    field = shared.text_field_of(args, args.text)
     loaded = open_model(args.model, args.dtype, pick_device(args.device))
     mode = args.bos or AUTO
     choice = recorded_in_report(args.model, mode) or choose_bos(mode, loaded.tokenizer, loaded.model)
@@ -43,7 +44,7 @@ def evaluate(args: argparse.Namespace) -> int:
         args.seqlen,
         max_tokens=args.max_tokens,
         bos=choice,
-        text_field=args.text_field,
+        text_field=field,
         progress=shared.shows_progress(args),
     )
     shared.note(args, choice)

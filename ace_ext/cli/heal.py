@@ -80,7 +80,7 @@ def _add_text(group: argparse._ArgumentGroup) -> None:
     shared.add_bos(group, "window", "as in the calibration of FOLDER")
     group.add_argument("--seqlen", type=int, help="tokens of a window")
     group.add_argument("--seed", type=int, help="seed of the choice of windows, and of the order of the steps")
-    group.add_argument("--text-field", help="the field of a .jsonl line")
+    shared.add_text_field(group)
 
 
 def request_from(args: argparse.Namespace) -> HealRequest:
@@ -89,6 +89,8 @@ def request_from(args: argparse.Namespace) -> HealRequest:
     names = {"source": "calibration", "seqlen": "seqlen", "seed": "seed", "text_field": "text_field", "bos": "bos"}
     given = {name: getattr(args, flag) for name, flag in names.items() if getattr(args, flag) is not None}
     text = replace(recorded_text(report), **given)
+    if args.text_field is not None:
+        shared.text_field_of(args, text.source)
     flags = {setting.name: getattr(args, setting.name, None) for setting in HealSettings.settings()}
     settings = HealSettings(
         **{name: value for name, value in (flags | {"seed": text.seed}).items() if value is not None}

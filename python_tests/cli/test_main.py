@@ -276,3 +276,14 @@ def test_progress_goes_to_a_terminal_only(place):
     assert b"3/3" in shown
     assert b"sparsity 0.500" in shown
     assert "pruning" not in done.stdout
+
+
+@pytest.mark.parametrize("verb", ["run", "plan", "eval", "compare"])
+def test_a_field_without_a_file_that_has_fields(verb, place, capsys):
+    text = {"eval": ("--text", "text.txt"), "compare": ("--texts", "text.txt")}.get(verb, ())
+    text = ("--calibration", "text.txt", *text) if verb != "eval" else text
+    output = ("--output", "never") if verb == "run" else ()
+    status, out, error = call(capsys, verb, "--model", "dense", *output, *text, "--text-field", "body")
+    assert (status, out) == (2, "")
+    assert "text-field is for .jsonl files (got text.txt" in error
+    assert not (place / "never").exists()
