@@ -47,17 +47,13 @@ class BatchStates:
         """Calibration tokens of this process, without padding."""
         return sum(call.tokens for call in self.calls)
 
-    def run(self, block: Block, index: int, i: int) -> Tensor:
-        """The output of block ``index`` for batch ``i``, ``[batch, seqlen, d_model]``."""
-        return run_block(block, self.hidden[i], self.calls[i].others[index])
-
     def advance(self, block: Block, index: int, collector: StatisticsCollector | None = None) -> None:
         """Runs every batch through the block with its present weights; the outputs become the next block's inputs."""
         for i, call in enumerate(self.calls):
             if collector is not None:
                 collector.token_mask = call.token_mask
             with self.naming(block, index, i):
-                output = self.run(block, index, i)
+                output = run_block(block, self.hidden[i], call.others[index])
             self.put(block, index, i, output)
         self.check_outputs(block)
 

@@ -1,7 +1,5 @@
 """Training of each pruned block towards the dense one's outputs, and the extra hidden states that it needs."""
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from ace_ext.engine.batch_states import BatchStates
@@ -12,7 +10,7 @@ from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.replay import run_block
 from ace_ext.pruning.block_tuning import step_samples
 from ace_ext.pruning.stages import BlockSizes, TrainBlock
-from ace_ext.records import BlockReport
+from ace_ext.records import Tuning
 
 
 class BlockTraining:
@@ -30,30 +28,31 @@ class BlockTraining:
         resumed = context.journal is not None and context.journal.finished
         self.dense: HiddenStates = states.hidden.sibling(name) if resumed else states.hidden.fork(name)
         """The dense model's hidden states before the current block."""
+        self._inputs: list[Tensor] = []
+        self._targets: list[Tensor] = []
 
-    def prune_and_train(self, block: Block, index: int, report: BlockReport, prune: Callable[[], None]) -> None:
-        """Runs the dense block for its targets, calls ``prune``, and trains the block."""
+    def run_dense(self, block: Block, index: int) -> None:
+        """Keeps the inputs of a block that is not pruned yet, and runs the dense model through it for the targets."""
         states = self._states
-        calls = states.calls
-        inputs = [states.hidden[i] for i in range(len(calls))]
-        targets: list[Tensor] = []
-        for i, call in enumerate(calls):
-            targets.append(run_block(block, self.dense[i], call.others[index]))
-            states.put(block, index, i, targets[-1], hidden=self.dense)
+        self._inputs = [states.hidden[i] for i in range(len(states.calls))]
+        for i, call in enumerate(states.calls):
+            self._targets.append(run_block(block, self.dense[i], call.others[index]))
+            states.put(block, index, i, self._targets[-1], hidden=self.dense)
         states.check_outputs(block)
-        prune()
+
+    def train_(self, block: Block, index: int) -> Tuning:
+        """Trains the block, which is pruned now; its outputs become the next block's inputs."""
+        states, calls = self._states, self._states.calls
+        inputs, targets, self._inputs, self._targets = self._inputs, self._targets, [], []
         masks = {child: linear.weight != 0 for child, linear in block.linears.items()}
         others = [call.others[index] for call in calls]
-        report.tuning = self._stage.train_(
-            block,
-            list(zip(inputs, others, strict=True)),
-            targets,
-            masks,
-            [call.token_mask for call in calls],
+        trained = self._stage.train_(
+            block, list(zip(inputs, others, strict=True)), targets, masks, [call.token_mask for call in calls]
         )
         for i, given in enumerate(inputs):
             states.put(block, index, i, run_block(block, given, others[i]), given=given)
         states.check_outputs(block)
+        return trained
 
 
 def training_bytes(stage: TrainBlock, sizes: RunSizes) -> int:

@@ -11,7 +11,7 @@ from ace_ext.engine.protocols import Peers
 from ace_ext.errors import InputError
 from ace_ext.models.blocks import Block
 from ace_ext.pruning.config import PruneConfig
-from ace_ext.pruning.masks import as_rows, keep_budget, prune_weight_, scored_weight
+from ace_ext.pruning.masks import as_rows, keep_budget, keep_of_group, scored_weight
 from ace_ext.pruning.prune_linear import prune_linear_
 from ace_ext.pruning.statistics import LinearStatistics
 from ace_ext.records import MatrixReport
@@ -64,7 +64,7 @@ class MatrixPruner:
         """Prunes an expert's weight by magnitude, because no token was routed to it."""
         config = PruneConfig("magnitude", self.config.sparsity, self.config.pattern, self.config.group)
         with as_rows(weight) as rows:
-            prune_weight_(scored_weight(rows, None, config), config)
+            config.comparison.prune_(scored_weight(rows, None, config), keep_of_group(rows, config))
         return self.measurements.unseen(name, weight, keep_budget(weight, config))
 
     def check(self, where: str, weights: list[Tensor]) -> None:

@@ -130,21 +130,18 @@ class Walk:
         start = time.perf_counter()
         with self.blocks.loaded(index) as block:
             report = BlockReport(block.name, 0.0)
-            prune = partial(self._prune_block, block, index, report)
-            if training is None:
-                prune()
-            else:
-                training.prune_and_train(block, index, report, prune)
+            if training is not None:
+                training.run_dense(block, index)
+            matrices = self._strategy(block, index).prune(block, index)
+            self.pruner.measurements.read_()
+            report.matrices.extend(filter(None, (matrices[child] for child in block.linears)))
+            if training is not None:
+                report.tuning = training.train_(block, index)
             self.pruner.check(block.name, [linear.weight for linear in block.linears.values()])
             moving = [] if self._source is not None else [self.states.hidden]
             moving += [] if training is None else [training.dense]
             report.seconds = time.perf_counter() - start
             self.recorder.finish(block, report, self.states, moving, last=index + 1 == len(self.blocks.blocks))
-
-    def _prune_block(self, block: Block, index: int, report: BlockReport) -> None:
-        matrices = self._strategy(block, index).prune(block, index)
-        self.pruner.measurements.read_()
-        report.matrices.extend(filter(None, (matrices[child] for child in block.linears)))
 
     def _strategy(self, block: Block, index: int) -> Strategy:
         """The strategy for a block: the planned one, unless the block calls a Linear more than once."""

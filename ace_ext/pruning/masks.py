@@ -68,16 +68,6 @@ def keep_budget(weight: Tensor, config: PruneConfig, keep_row: int | None = None
     return config.comparison.budget(rows, cols, config.sparsity, keep_row)
 
 
-def prune_weight_(scored: ScoredWeight, config: PruneConfig, keep_row: int | None = None) -> None:
-    """Zeroes the entries with the lowest scores of each comparison group, in place."""
-    config.comparison.prune_(scored, keep_of_group(scored.weight, config, keep_row))
-
-
-def score_mask(scored: ScoredWeight, config: PruneConfig, keep_row: int | None = None) -> Tensor:
-    """``[rows, cols]`` bool, True where :func:`prune_weight_` would keep a weight. It does not change the weight."""
-    return config.comparison.mask(scored, keep_of_group(scored.weight, config, keep_row))
-
-
 def prune_model_wide_(weights: list[ScoredWeight], sparsity: float) -> None:
     """Zeroes the entries with the lowest scores of all weights together, in place.
 

@@ -7,7 +7,7 @@ from ace_ext.errors import InputError
 from ace_ext.ops import ScoredWeight
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.gram import RelativeLoss
-from ace_ext.pruning.masks import as_rows, keep_budget, keep_of_group, prune_weight_, score_mask, scored_weight
+from ace_ext.pruning.masks import as_rows, keep_budget, keep_of_group, scored_weight
 from ace_ext.pruning.moment_gram import MomentGram
 from ace_ext.pruning.row_shares import AllRows, RowShares
 from ace_ext.pruning.scaling import exponent_of, times_power, times_power_
@@ -44,7 +44,7 @@ def prune_linear_(
     with as_rows(weight) as rows:
         scored = scored_weight(rows, stats, config)
         if not config.method.matrix_stages:
-            prune_weight_(scored, config, keep_row)
+            config.comparison.prune_(scored, keep_of_group(rows, config, keep_row))
             return None
         try:
             return _run_stages_(scored, stats, config, keep_row, shares)
@@ -70,9 +70,9 @@ def _run_stages_(
     rows = shares.rows(len(weight))
     power = exponent_of(weight) or 0  # stages multiply weights by weights
     dense = times_power_(weight.detach().to(torch.float32, copy=True), -power)
-    mask = score_mask(scored, config, keep_row)
-    vectors = None if stats.input is None else MomentGram.of(stats.input)
     keep = keep_of_group(weight, config, keep_row)
+    mask = config.comparison.mask(scored, keep)
+    vectors = None if stats.input is None else MomentGram.of(stats.input)
     problem = Problem(dense, stats.gram, config.comparison, keep, mask, vectors).of_rows(rows)
     loss = RelativeLoss(problem.measure.energy, problem.dense, shares.add_up)
     loss_before = loss(problem.dense.masked_fill(~mask[rows], 0.0))

@@ -122,7 +122,8 @@ def test_torchrun_writes_what_two_processes_write(tmp_path):
 
 COUNTS_WORK = """
 from torch.utils.flop_counter import FlopCounterMode
-from ace_ext.engine import batch_states, matrix_pruner
+from ace_ext.engine import matrix_pruner
+from ace_ext.engine.strategies import in_lockstep, in_steps
 work = {"run_block": 0, "prune_linear_": 0}
 def counted(module, name):
     real = getattr(module, name)
@@ -132,7 +133,8 @@ def counted(module, name):
         work[name] += counter.get_total_flops()
         return result
     setattr(module, name, call)
-counted(batch_states, "run_block")  # also in lockstep
+for strategy in (in_lockstep, in_steps):
+    counted(strategy, "run_block")
 counted(matrix_pruner, "prune_linear_")
 status = main(sys.argv[1:])
 print("work", *work.values(), flush=True)

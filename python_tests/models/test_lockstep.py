@@ -96,7 +96,8 @@ def flops(monkeypatch):
 
         return call
 
-    for place in ("models.replay", "models.lockstep", "engine.batch_states", "engine.collection"):
+    engine = ("batch_states", "collection", "strategies.in_lockstep", "strategies.in_steps")
+    for place in ("models.replay", "models.lockstep", *(f"engine.{name}" for name in engine)):
         monkeypatch.setattr(f"ace_ext.{place}.run_block", counting(run_block))
     monkeypatch.setattr(in_lockstep, "output_of_linear", counting(in_lockstep.output_of_linear))
     return counted

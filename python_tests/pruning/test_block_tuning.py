@@ -11,7 +11,7 @@ from ace_ext.models.blocks import find_blocks
 from ace_ext.models.replay import capture_calls, run_block
 from ace_ext.pruning import block_tuning
 from ace_ext.pruning.block_tuning import tune_block_
-from ace_ext.pruning.masks import prune_weight_, scored_weight
+from ace_ext.pruning.masks import keep_of_group, scored_weight
 
 CONFIG = PruneConfig("magnitude")
 TRAINING = {"epochs": 10, "learning_rate": 1e-2}
@@ -31,7 +31,7 @@ def make_case(family="llama", dtype=torch.float32, skip=(), padded=False):
     with torch.no_grad():
         targets = [run_block(block, *given) for given in inputs]
         for linear in block.linears.values():
-            prune_weight_(scored_weight(linear.weight, None, CONFIG), CONFIG)
+            CONFIG.comparison.prune_(scored_weight(linear.weight, None, CONFIG), keep_of_group(linear.weight, CONFIG))
     masks = {child: linear.weight != 0 for child, linear in block.linears.items()}
     return block, inputs, targets, masks, [call.token_mask for call in calls]
 

@@ -6,9 +6,8 @@ from ace_ext.ops import reference
 from ace_ext.pruning.masks import (
     ScoredWeight,
     keep_budget,
+    keep_of_group,
     prune_model_wide_,
-    prune_weight_,
-    score_mask,
     scored_weight,
 )
 from ace_ext.pruning.stages import Score
@@ -18,13 +17,17 @@ def magnitude(weight):
     return ScoredWeight(weight, "magnitude", None, None)
 
 
+def prune_(scored, config, keep_row=None):
+    config.comparison.prune_(scored, keep_of_group(scored.weight, config, keep_row))
+
+
 @pytest.mark.parametrize(
     "config", [{"sparsity": 0.3}, {"group": "matrix", "sparsity": 0.7}, {"pattern": "1:4"}], ids=str
 )
 def test_budget_is_what_survives(config):
     config = PruneConfig("magnitude", **config)
     weight = torch.randn(7, 12)
-    prune_weight_(magnitude(weight), config)
+    prune_(magnitude(weight), config)
     assert int(weight.count_nonzero()) == keep_budget(weight, config)
 
 
@@ -33,8 +36,8 @@ def test_budget_is_what_survives(config):
 def test_keep_of_a_row_replaces_the_sparsity(group, keep):
     config = PruneConfig("magnitude", group=group, sparsity=0.25)
     weight = torch.randn(7, 12)
-    mask = score_mask(magnitude(weight), config, keep)
-    prune_weight_(magnitude(weight), config, keep)
+    mask = config.comparison.mask(magnitude(weight), keep_of_group(weight, config, keep))
+    prune_(magnitude(weight), config, keep)
     assert torch.equal(mask, weight != 0)
     assert int(weight.count_nonzero()) == keep_budget(weight, config, keep) == 7 * (9 if keep is None else keep)
 
@@ -42,11 +45,11 @@ def test_keep_of_a_row_replaces_the_sparsity(group, keep):
 @pytest.mark.parametrize(
     "config", [{"sparsity": 0.3}, {"group": "matrix", "sparsity": 0.7}, {"pattern": "1:4"}], ids=str
 )
-def test_score_mask_is_what_pruning_keeps(config):
+def test_mask_is_what_pruning_keeps(config):
     config = PruneConfig("magnitude", **config)
     weight = (torch.randn(7, 12) * 2).round() / 2 + 0.25  # ties, no zeros
-    mask = score_mask(magnitude(weight), config)
-    prune_weight_(magnitude(weight), config)
+    mask = config.comparison.mask(magnitude(weight), keep_of_group(weight, config))
+    prune_(magnitude(weight), config)
     assert torch.equal(mask, weight != 0)
 
 
@@ -76,7 +79,7 @@ def test_model_wide_meets_nan_before_it_writes():
 def test_callable_metric():
     weight = torch.tensor([[1.0, -2.0, 3.0, -4.0]])
     config = PruneConfig(Score(lambda weight, stats: -weight.abs()), 0.5)
-    prune_weight_(scored_weight(weight, None, config), config)
+    prune_(scored_weight(weight, None, config), config)
     assert weight.tolist() == [[1.0, -2.0, 0.0, 0.0]]
 
 

@@ -8,7 +8,7 @@ from ace_ext import PruneConfig, ops, prune_model
 from ace_ext.ops import mean_reference
 from ace_ext.pruning.gram import GramState, RelativeLoss
 from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT
-from ace_ext.pruning.masks import keep_budget, score_mask, scored_weight
+from ace_ext.pruning.masks import keep_budget, keep_of_group, scored_weight
 from ace_ext.pruning.moment_gram import MomentGram
 from ace_ext.pruning.prune_linear import prune_linear_
 from ace_ext.pruning.stages import mean_update
@@ -37,7 +37,7 @@ def make_case(dtype=torch.float32):
 def test_they_keep_exactly_k_and_lower_the_error(stages, group, metric, dtype):
     weight, x, stats = make_case(dtype)
     dense, config = weight.clone(), PruneConfig(f"{metric} + {stages}", **group)
-    mask = score_mask(scored_weight(weight, stats, config), config)
+    mask = config.comparison.mask(scored_weight(weight, stats, config), keep_of_group(weight, config))
     solution = prune_linear_(weight, stats, config)
     assert weight.dtype == dtype
     assert int((weight != 0).sum()) == keep_budget(weight, config)
@@ -57,7 +57,7 @@ def test_they_keep_exactly_k_and_lower_the_error(stages, group, metric, dtype):
 def test_the_mask_is_that_of_the_op(random):
     weight, _, stats = make_case()
     config = PruneConfig("varp + mean-swaps(rounds=3)")
-    expected = score_mask(scored_weight(weight, stats, config), config)
+    expected = config.comparison.mask(scored_weight(weight, stats, config), keep_of_group(weight, config))
     moments = MomentGram.of(stats.input)
     expected, swaps = mean_reference.balance_mean(expected, weight, moments.variance, moments.mean, rounds=3)
     assert (swaps > 0).any()

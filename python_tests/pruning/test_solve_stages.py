@@ -5,7 +5,7 @@ import torch
 
 from ace_ext import InputError, PruneConfig, ops
 from ace_ext.pruning.gram import GramState
-from ace_ext.pruning.masks import keep_budget, score_mask, scored_weight
+from ace_ext.pruning.masks import keep_budget, keep_of_group, scored_weight
 from ace_ext.pruning.prune_linear import prune_linear_
 from ace_ext.pruning.stages import Admm, Problem, admm, obs
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
@@ -172,7 +172,7 @@ def test_admm_with_its_mask_fixed_nears_least_squares():
     weight, _, stats = make_case()
     config = PruneConfig("admm(iterations=3000, damping=0.1)")
     factor = stats.gram.admm_factor(0.1)
-    mask = score_mask(scored_weight(weight, stats, config), config)
+    mask = config.comparison.mask(scored_weight(weight, stats, config), keep_of_group(weight, config))
     problem = Problem(weight, stats.gram, config.comparison, config.comparison.keep(ROWS, COLS, 0.5), mask)
     found = admm.iterate(problem, factor, config.method.solve) * factor.norm
     hessian, dense = factor.hessian.double(), (weight * factor.norm).double()

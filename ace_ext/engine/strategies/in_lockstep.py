@@ -13,6 +13,7 @@ from ace_ext.engine.strategies.in_steps import InSteps, step_order
 from ace_ext.errors import InputError
 from ace_ext.models.blocks import Block
 from ace_ext.models.lockstep import PAUSED_BYTES, Lockstep, forwards_fit, keeps_no_state
+from ace_ext.models.replay import run_block
 from ace_ext.pruning.statistics import StatisticsCollector
 
 
@@ -52,7 +53,10 @@ class InLockstep:
         states = self._states
         done: Reports = {}
         place = {child: number for number, step in enumerate(steps) for child in step}
-        forwards = [lambda i=i: states.run(block, index, i) for i in range(len(states.calls))]
+        forwards = [
+            lambda i=i, call=call: run_block(block, states.hidden[i], call.others[index])
+            for i, call in enumerate(states.calls)
+        ]
         with Lockstep(block, forwards, states.device) as lockstep:
             ready = [*range(len(forwards))]
             while True:

@@ -13,6 +13,7 @@ from ace_ext.engine.protocols import Peers
 from ace_ext.engine.strategies._strategy import RunSizes, StrategyBytes, same_inputs
 from ace_ext.errors import InputError
 from ace_ext.models.blocks import Block
+from ace_ext.models.replay import run_block
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def step_order(states: BatchStates, collection: Collection, peers: Peers, block:
         for child, linear in block.linears.items():
             handle = linear.register_forward_pre_hook(lambda _, args, child=child: note(child, args[0]))
             hooks.callback(handle.remove)
-        states.run(block, index, 0)
+        run_block(block, states.hidden[0], states.calls[0].others[index])
     called = {child for step in steps for child in step}
     unseen = [child for child in block.linears if child not in called]  # a later batch may call them
     steps = [*steps, unseen] if unseen else steps

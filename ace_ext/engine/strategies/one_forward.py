@@ -1,8 +1,9 @@
 """Order sequential, all tokens in one batch: hooks prune each Linear when it is called."""
 
 from contextlib import ExitStack
+from functools import partial
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ace_ext.engine.batch_states import BatchStates
 from ace_ext.engine.collection import Collection
@@ -27,29 +28,21 @@ class OneForward:
         collector = self._collection.collector(block.linears)
         done: Reports = {}
 
-        def prune(child: str, x: Tensor, output: Tensor | None) -> None:
-            collector.observe(child, x, output)
+        def prune(child: str, linear: nn.Linear, args: tuple[Tensor], output: Tensor | None = None) -> Tensor | None:
+            """A hook: before the forward of a Linear, or after it with the dense output, which it replaces."""
+            collector.observe(child, args[0], output)
             if child in done:  # not in the sample that Collection.repeated tried
                 raise InputError(
                     f"{block.full_name(child)} is called twice in its block; write collect(order=block) in the method"
                 )
             if collector.stats[child].tokens:
                 done[child] = self._pruner.prune(block, child, collector.stats.pop(child))
-
-        def before(child: str, x: Tensor) -> None:
-            prune(child, x, None)
-
-        def after(child: str, x: Tensor, output: Tensor) -> Tensor:
-            prune(child, x, output)
-            return output_of_linear(block.linears[child], x)
+            return None if output is None else output_of_linear(linear, args[0])
 
         with ExitStack() as hooks:
             for child, linear in block.linears.items():
-                if collector.wants_output:
-                    handle = linear.register_forward_hook(lambda _, args, out, child=child: after(child, args[0], out))
-                else:
-                    handle = linear.register_forward_pre_hook(lambda _, args, child=child: before(child, args[0]))
-                hooks.callback(handle.remove)
+                register = linear.register_forward_hook if collector.wants_output else linear.register_forward_pre_hook
+                hooks.callback(register(partial(prune, child)).remove)
             self._states.advance(block, index, collector)
         for child in block.linears:
             if child not in done:
