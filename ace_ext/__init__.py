@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ace_ext.engine.api import prune_model
     from ace_ext.ops._extension import build_info
     from ace_ext.pruning.config import PruneConfig
-    from ace_ext.pruning.pattern import SparsityPattern
+    from ace_ext.pruning.groups import SparsityPattern
     from ace_ext.records import PruneReport
     from ace_ext.runtime.loading import load_packed
     from ace_ext.runtime.quantizer import register
@@ -39,7 +39,7 @@ __all__ = [
 _HOMES = {
     "PruneConfig": "pruning.config",
     "PruneReport": "records",
-    "SparsityPattern": "pruning.pattern",
+    "SparsityPattern": "pruning.groups",
     "build_info": "ops._extension",
     "load_packed": "runtime.loading",
     "prune_model": "engine.api",

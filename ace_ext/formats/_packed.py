@@ -18,7 +18,7 @@ from ace_ext.packed import Codec
 from ace_ext.packed.files import PackedShards, is_packed
 from ace_ext.packed.packing import check_hashes, pack_into
 from ace_ext.pruning.config import PruneConfig
-from ace_ext.pruning.pattern import SparsityPattern
+from ace_ext.pruning.groups import SparsityPattern
 from ace_ext.records import PruneReport
 
 PACKED, REPLACED = "packed", "dense"

@@ -18,8 +18,8 @@ from torch import nn
 
 from ace_ext import ops
 from ace_ext.pruning.config import PruneConfig
+from ace_ext.pruning.groups import keep_count
 from ace_ext.pruning.masks import scored_weight
-from ace_ext.pruning.pattern import keep_count
 from ace_ext.pruning.statistics import LinearStatistics
 
 OUTLIER_FACTOR = 5.0

@@ -9,8 +9,8 @@ from torch import Tensor
 from ace_ext import ops
 from ace_ext.ops import ScoredWeight
 from ace_ext.pruning.config import PruneConfig
+from ace_ext.pruning.groups import keep_count
 from ace_ext.pruning.metrics import METRICS, column_factor, custom_score
-from ace_ext.pruning.pattern import keep_count
 from ace_ext.pruning.statistics import LinearStatistics
 
 COUNTED_AT_ONCE = 1 << 22

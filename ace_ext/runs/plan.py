@@ -26,7 +26,7 @@ from ace_ext.models._transformers import embedding_weight, text_config
 from ace_ext.models.blocks import Block, stay_dense
 from ace_ext.process_memory import available_bytes, peak_memory_bytes, reset_peak, resident_bytes
 from ace_ext.pruning.config import PruneConfig
-from ace_ext.pruning.pattern import keep_count
+from ace_ext.pruning.groups import keep_count
 from ace_ext.runs import holdout
 from ace_ext.runs.dry_run import Trial, try_block
 from ace_ext.runs.heal_trial import try_step

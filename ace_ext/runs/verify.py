@@ -18,8 +18,7 @@ from ace_ext.models.skeleton import skeleton
 from ace_ext.packed.files import PackedShards, is_packed
 from ace_ext.packed.packing import check_hashes
 from ace_ext.pruning.config import PruneConfig
-from ace_ext.pruning.groups import ComparisonGroup
-from ace_ext.pruning.pattern import keep_count
+from ace_ext.pruning.groups import ComparisonGroup, keep_count
 from ace_ext.pruning.stages import Allocate
 from ace_ext.records import REPORT_NAME, MatrixReport, PruneReport
 from ace_ext.runs.output import read_report

@@ -9,9 +9,9 @@ from ace_ext import InputError, PruneConfig, prune_model
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.replay import capture_calls, run_block
 from ace_ext.ops import reference
+from ace_ext.pruning.groups import keep_count
 from ace_ext.pruning.kinds import MOMENT
 from ace_ext.pruning.metrics import METRICS
-from ace_ext.pruning.pattern import keep_count
 from ace_ext.pruning.stages import Score
 
 

@@ -20,7 +20,7 @@ from transformers.models.aria import modeling_aria
 from ace_ext import InputError, PruneConfig, prune_model
 from ace_ext.dense_weights import NO_MATRIX, NOT_CALLED, OUTSIDE, ROUTER
 from ace_ext.models.blocks import find_blocks
-from ace_ext.pruning.pattern import keep_count
+from ace_ext.pruning.groups import keep_count
 from ace_ext.records import PruneReport
 
 OK, PARTLY, REFUSED, NOT_BUILT = "ok", "partly dense", "refused", "not built"

@@ -8,8 +8,8 @@ from torch import nn
 from ace_ext import PruneConfig
 from ace_ext.ops import reference
 from ace_ext.pruning.allocation import allocate, outlier_share
+from ace_ext.pruning.groups import keep_count
 from ace_ext.pruning.kinds import INPUT, WEIGHTED
-from ace_ext.pruning.pattern import keep_count
 from ace_ext.pruning.stages import Allocate, Score
 from ace_ext.pruning.statistics import StatisticsCollector
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from ace_ext import InputError, PruneConfig, SparsityPattern
+from ace_ext.pruning.groups import keep_count
 from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, SKETCH, WEIGHTED
-from ace_ext.pruning.pattern import keep_count
 from ace_ext.pruning.stages import Admm, Collect, Distill, Score
 
 

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from ace_ext.models.blocks import Block
 from ace_ext.pruning.gram import GramState
-from ace_ext.pruning.groups import ComparisonGroup, PatternGroup
+from ace_ext.pruning.groups import ComparisonGroup, PatternGroup, SparsityPattern
 from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, SKETCH
 from ace_ext.pruning.moment_gram import MomentGram
-from ace_ext.pruning.pattern import SparsityPattern
 from ace_ext.pruning.settings import Limits, Options, option
 from ace_ext.pruning.sketch import SketchState
 from ace_ext.records import Tuning
