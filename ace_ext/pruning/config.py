@@ -7,8 +7,7 @@ from typing import Any
 
 from ace_ext.errors import InputError
 from ace_ext.pruning.groups import GROUPS, ComparisonGroup, PatternGroup, SparsityPattern
-from ace_ext.pruning.method import DEFAULT, Method, method_of
-from ace_ext.pruning.needs import Needs
+from ace_ext.pruning.method import DEFAULT, Method, Needs, method_of
 from ace_ext.pruning.settings import check_choice
 from ace_ext.pruning.stages import Distill, Stage
 from ace_ext.pruning.stages.collect import BLOCK, EXACT, SEQUENTIAL, SKETCH

@@ -1,4 +1,4 @@
-"""A method: the ordered list of stages that prune, and the text that stands for it.
+"""A method: the ordered list of stages that prune, the statistics they need, and the text that stands for it.
 
 An example is ``admm(iterations=30) + distill(tokens=65536)``. A preset is a name for such a text: ``balanced`` stands
 for ``admm``, and ``balanced(damping=0.2)`` changes the option ``damping`` of its stage. :func:`parse` reads a text and
@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 from ace_ext.errors import InputError
-from ace_ext.pruning.kinds import COSINE_GRAM, MOMENT, WEIGHTED
+from ace_ext.pruning.kinds import COSINE_GRAM, INPUT, MOMENT, WEIGHTED
 from ace_ext.pruning.metrics import DEFAULT_METRIC, METRICS
 from ace_ext.pruning.settings import Setting, suggestion
 from ace_ext.pruning.stages import (
@@ -212,6 +212,41 @@ def _complete(stages: list[Stage], label: str = "") -> Method:
     Method(tuple(stages))  # checks the order, also of a Collect that is then left out
     method = Method(tuple(stage for stage in stages if stage != Collect()))
     return replace(method, label=label or str(method))
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The kinds of statistics (:mod:`ace_ext.pruning.kinds`) that a run needs, by their use. Only this class
+    decides it."""
+
+    prune: frozenset[str]
+    """Read to prune a matrix."""
+    measure: frozenset[str]
+    """Read by the extra pass that divides the sparsity among blocks; empty without this pass."""
+
+    @classmethod
+    def of(cls, method: Method) -> "Needs":
+        """The kinds that the stages of a method read."""
+        scored = method.scored_by.needs
+        solved = {kind for stage in method.matrix_stages for kind in stage.needs}
+        measure: frozenset[str] = frozenset()
+        if method.allocate is not None:
+            measure = scored
+        return cls(scored | solved, measure)
+
+    @property
+    def read(self) -> frozenset[str]:
+        """What a statistics file must hold so that a run can prune from it."""
+        return self.prune | self.measure
+
+    @property
+    def kept(self) -> frozenset[str]:
+        """What a run writes to a statistics file.
+
+        ``input`` and ``weighted`` are vectors: most metrics read them, and they are small. The cross moment and the
+        Gram matrices are as large as weights. They are written only if the run itself reads them.
+        """
+        return self.prune | {INPUT, WEIGHTED}
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
