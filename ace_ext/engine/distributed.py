@@ -15,7 +15,7 @@ from torch import Tensor
 from ace_ext.engine.protocols import Empty, Peers
 from ace_ext.errors import InputError
 from ace_ext.pruning.gram import GramState
-from ace_ext.pruning.row_shares import AllRows
+from ace_ext.pruning.prune_linear import AllRows
 from ace_ext.pruning.sketch import SketchState
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ace_ext.healing.protocols import Observer as HealObserver
 from ace_ext.models.blocks import Block
 from ace_ext.models.hidden_states import HiddenStates
-from ace_ext.pruning.row_shares import RowShares
+from ace_ext.pruning.prune_linear import RowShares
 from ace_ext.pruning.statistics import LinearStatistics
 from ace_ext.records import BlockReport, PruneReport
 

@@ -1,4 +1,6 @@
-"""Prunes one matrix: by its scores alone, or with the stages that follow them."""
+"""Prunes one matrix: by its scores alone, or with the stages that follow them. Several processes may share its rows."""
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -9,11 +11,42 @@ from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.gram import RelativeLoss
 from ace_ext.pruning.masks import as_rows, keep_budget, keep_of_group, scored_weight
 from ace_ext.pruning.moment_gram import MomentGram
-from ace_ext.pruning.row_shares import AllRows, RowShares
 from ace_ext.pruning.scaling import exponent_of, times_power, times_power_
 from ace_ext.pruning.stages import Problem, Solved
 from ace_ext.pruning.statistics import LinearStatistics
 from ace_ext.records import Solution
+
+
+class RowShares(Protocol):
+    """The processes that share the rows of each matrix: each prunes a part."""
+
+    def rows(self, count: int) -> slice:
+        """This process's rows of a matrix of ``count`` rows."""
+        ...
+
+    def gather_rows(self, part: Tensor, count: int) -> Tensor:
+        """``[count, cols]``, the same in every process, from the ``part [own rows, cols]`` of each."""
+        ...
+
+    def add_up(self, part: Tensor) -> Tensor:
+        """The sum of the ``part`` of every process, with the same bits in each."""
+        ...
+
+
+class AllRows:
+    """:class:`RowShares` of a single process: it has all rows."""
+
+    def rows(self, count: int) -> slice:
+        """All rows."""
+        return slice(0, count)
+
+    def gather_rows(self, part: Tensor, count: int) -> Tensor:
+        """The part is the whole."""
+        return part
+
+    def add_up(self, part: Tensor) -> Tensor:
+        """The part is the whole."""
+        return part
 
 
 @torch.no_grad()
