@@ -109,7 +109,7 @@ def _render(report: PruneReport, base: BaseCard, has_base: bool, causal: bool) -
             weights=sum(matrix.size for matrix in report.matrices),
             error=_mean_error(report),
             calibration=_calibration(report.extra.get("calibration")),
-            tuned=any(block.tuning for block in report.blocks),
+            trained=any(block.tuning for block in report.blocks),
             commands=[extra["command"] for extra in (report.extra, healing) if extra.get("command")],
             licence=base.kept.get("license_name") or base.kept.get("license"),
             base_card=BASE_CARD if has_base else None,

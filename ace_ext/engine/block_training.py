@@ -8,7 +8,7 @@ from ace_ext.engine.strategies import RunSizes
 from ace_ext.models.blocks import Block
 from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.replay import run_block
-from ace_ext.pruning.block_tuning import step_samples
+from ace_ext.pruning.block_training import step_samples
 from ace_ext.pruning.stages import BlockSizes, TrainBlock
 from ace_ext.records import Tuning
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ace_ext.errors import InputError
 from ace_ext.healing.settings import BETAS
 from ace_ext.models.blocks import Block
-from ace_ext.pruning.weight_size import root_mean_square
+from ace_ext.pruning.block_training import root_mean_square
 
 STATE_BYTES = 13
 """Bytes that a trained block holds for each weight beside the weight itself: a float32 copy, Adam's two moments, and
@@ -25,7 +25,7 @@ class BlockTrainer:
     are set to zero, so that weight and moments stay zero there.
 
     Each matrix has a learning rate of its own, in proportion to the root mean square of its kept weights when training
-    begins (:mod:`ace_ext.pruning.weight_size`).
+    begins (:func:`ace_ext.pruning.block_training.root_mean_square`).
 
     Args:
         block: its weights are in memory, and stay in the same tensors until training ends.

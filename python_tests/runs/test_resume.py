@@ -484,7 +484,7 @@ def test_differences_are_named():
 
 @pytest.mark.parametrize("place", [0, 2**20 + 1, 3 * 2**20, 5 * 2**20])
 def test_a_changed_matrix_anywhere_is_seen(place, tmp_path):
-    """Not only at the ends of the file: tuning may change some matrices and no others."""
+    """Not only at the ends of the file: training may change some matrices and no others."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(bytes(6 * 2**20))
     before = fingerprint_of_files([path])

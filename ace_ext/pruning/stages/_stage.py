@@ -209,7 +209,7 @@ class TrainBlock(Stage):
         masks: dict[str, Tensor],
         token_masks: Sequence[Tensor | None],
     ) -> Tuning:
-        """Trains in place; arguments as :func:`ace_ext.pruning.block_tuning.tune_block_`."""
+        """Trains in place; arguments as :func:`ace_ext.pruning.block_training.train_block_`."""
         raise NotImplementedError
 
     def working_bytes(self, sizes: BlockSizes) -> int:

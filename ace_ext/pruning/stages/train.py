@@ -1,4 +1,4 @@
-"""Training of each pruned block on the calibration tokens with fixed masks (:mod:`ace_ext.pruning.block_tuning`)."""
+"""Training of each pruned block on the calibration tokens with fixed masks (:mod:`ace_ext.pruning.block_training`)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ace_ext.models.blocks import Block
-from ace_ext.pruning.block_tuning import Others, tune_block_
+from ace_ext.pruning.block_training import Others, train_block_
 from ace_ext.pruning.settings import Limits, option
 from ace_ext.pruning.stages._stage import BlockSizes, TrainBlock
 from ace_ext.records import Tuning
@@ -34,8 +34,8 @@ class Train(TrainBlock):
         masks: dict[str, Tensor],
         token_masks: Sequence[Tensor | None],
     ) -> Tuning:
-        """:func:`ace_ext.pruning.block_tuning.tune_block_` with these options."""
-        return tune_block_(
+        """:func:`ace_ext.pruning.block_training.train_block_` with these options."""
+        return train_block_(
             block, inputs, targets, masks, token_masks, epochs=self.epochs, learning_rate=self.learning_rate
         )
 

@@ -9,8 +9,8 @@ from tiny_models import FAMILIES, make_model, make_tokens
 from ace_ext import InputError, PruneConfig, prune_model
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.replay import capture_calls, run_block
-from ace_ext.pruning import block_tuning
-from ace_ext.pruning.block_tuning import tune_block_
+from ace_ext.pruning import block_training
+from ace_ext.pruning.block_training import train_block_
 from ace_ext.pruning.masks import keep_of_group, scored_weight
 
 CONFIG = PruneConfig("magnitude")
@@ -42,12 +42,12 @@ def state(block):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_falls_and_the_mask_stays(monkeypatch, family):
-    monkeypatch.setattr(block_tuning, "STEP_TOKENS", 32)
+    monkeypatch.setattr(block_training, "STEP_TOKENS", 32)
     block, inputs, targets, masks, _ = make_case(family)
     before = state(block)
     with torch.no_grad():
-        tuning = tune_block_(block, inputs, targets, masks, **TRAINING)
-    assert tuning.loss_after < 0.8 * tuning.loss_before
+        trained = train_block_(block, inputs, targets, masks, **TRAINING)
+    assert trained.loss_after < 0.8 * trained.loss_before
     for child, linear in block.linears.items():
         assert torch.equal(linear.weight != 0, masks[child])
         assert not torch.signbit(linear.weight[~masks[child]]).any()
@@ -60,45 +60,45 @@ def test_loss_is_relative_to_what_the_block_adds():
     block, inputs, targets, masks, _ = make_case()
     with torch.no_grad():
         outputs = [run_block(block, *given) for given in inputs]
-        tuning = tune_block_(block, inputs, targets, masks, epochs=0, learning_rate=1e-3)  # only measures
+        trained = train_block_(block, inputs, targets, masks, epochs=0, learning_rate=1e-3)  # only measures
     relative = [
         (out - target).double().square().sum(-1) / (target - given[0]).double().square().sum(-1)
         for out, target, given in zip(outputs, targets, inputs, strict=True)
     ]
-    assert tuning.loss_before == pytest.approx(float(torch.cat(relative).mean()), rel=1e-5)
+    assert trained.loss_before == pytest.approx(float(torch.cat(relative).mean()), rel=1e-5)
 
 
 def test_a_loss_that_rises_is_undone():
     block, inputs, targets, masks, _ = make_case()
     before = state(block)
-    tuning = tune_block_(block, inputs, targets, masks, epochs=3, learning_rate=100.0)
-    assert tuning.loss_after == tuning.loss_before
+    trained = train_block_(block, inputs, targets, masks, epochs=3, learning_rate=100.0)
+    assert trained.loss_after == trained.loss_before
     assert all(torch.equal(value, before[name]) for name, value in block.module.state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_keeps_its_dtype(dtype):
     block, inputs, targets, masks, _ = make_case(dtype=dtype)
-    tuning = tune_block_(block, inputs, targets, masks, **TRAINING)
-    assert tuning.loss_after < tuning.loss_before
+    trained = train_block_(block, inputs, targets, masks, **TRAINING)
+    assert trained.loss_after < trained.loss_before
     assert {p.dtype for p in block.module.parameters()} == {dtype}
 
 
 def test_the_same_bits_each_time(monkeypatch):
-    monkeypatch.setattr(block_tuning, "STEP_TOKENS", 32)
+    monkeypatch.setattr(block_training, "STEP_TOKENS", 32)
     block, inputs, targets, masks, _ = make_case()
     start = state(block)
-    tune_block_(block, inputs, targets, masks, **TRAINING)
+    train_block_(block, inputs, targets, masks, **TRAINING)
     first = state(block)
     block.module.load_state_dict(start)
-    tune_block_(block, inputs, targets, masks, **TRAINING)
+    train_block_(block, inputs, targets, masks, **TRAINING)
     assert all(torch.equal(value, first[name]) for name, value in block.module.state_dict().items())
 
 
 def test_skipped_linears_stay():
     block, inputs, targets, masks, _ = make_case(skip=("v_proj",))
     before = state(block)
-    tune_block_(block, inputs, targets, masks, **TRAINING)
+    train_block_(block, inputs, targets, masks, **TRAINING)
     assert "self_attn.v_proj" not in block.linears
     assert torch.equal(block.module.self_attn.v_proj.weight, before["self_attn.v_proj.weight"])
     assert not torch.equal(block.module.self_attn.q_proj.weight, before["self_attn.q_proj.weight"])
@@ -107,7 +107,7 @@ def test_skipped_linears_stay():
 def test_gradients_are_left_as_they_were():
     block, inputs, targets, masks, _ = make_case()
     block.module.input_layernorm.requires_grad_(False)
-    tune_block_(block, inputs, targets, masks, **TRAINING)
+    train_block_(block, inputs, targets, masks, **TRAINING)
     required = {name: p.requires_grad for name, p in block.module.named_parameters()}
     assert [name for name, flag in required.items() if not flag] == ["input_layernorm.weight"]
     assert all(p.grad is None for p in block.module.parameters())
@@ -115,9 +115,9 @@ def test_gradients_are_left_as_they_were():
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
 def test_steps_give_what_the_batch_gives(monkeypatch, family):
-    monkeypatch.setattr(block_tuning, "STEP_TOKENS", 32)  # two samples of six
+    monkeypatch.setattr(block_training, "STEP_TOKENS", 32)  # two samples of six
     block, inputs, targets, _, token_masks = make_case(family, padded=True)
-    steps = list(block_tuning._steps(inputs, targets, token_masks))
+    steps = list(block_training._steps(inputs, targets, token_masks))
     assert len(steps) == 4
     with torch.no_grad():
         parts = torch.cat([run_block(block, step.hidden, step.others) for step in steps[:3]])
@@ -129,9 +129,9 @@ def test_padded_tokens_do_not_count():
     other = copy.deepcopy(targets)
     other[0][0, :5] += 100.0  # of tokens that are padding
     measure = {"epochs": 0, "learning_rate": 1e-3}
-    first = tune_block_(block, inputs, targets, masks, token_masks, **measure)
-    assert tune_block_(block, inputs, other, masks, token_masks, **measure) == first
-    assert tune_block_(block, inputs, other, masks, **measure) != first
+    first = train_block_(block, inputs, targets, masks, token_masks, **measure)
+    assert train_block_(block, inputs, other, masks, token_masks, **measure) == first
+    assert train_block_(block, inputs, other, masks, **measure) != first
 
 
 def test_outputs_after_training_must_be_finite(monkeypatch):
@@ -141,7 +141,7 @@ def test_outputs_after_training_must_be_finite(monkeypatch):
         block.module.mlp.down_proj.weight.data[0, 0] = float("inf")
 
     losses = iter((2.0, 1.0))
-    monkeypatch.setattr(block_tuning, "_train_", train_)
-    monkeypatch.setattr(block_tuning, "_mean_loss", lambda *_: next(losses))
+    monkeypatch.setattr(block_training, "_train_", train_)
+    monkeypatch.setattr(block_training, "_mean_loss", lambda *_: next(losses))
     with pytest.raises(InputError, match=r"model\.layers\.0: its output holds NaN or infinity"):
         prune_model(make_model("llama"), make_tokens(), PruneConfig("train"))
