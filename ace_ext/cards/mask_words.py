@@ -28,9 +28,9 @@ def mask_words(method: str) -> str:
         return f"a metric of the caller's; {UNUSED}"
     if stages.score is None:
         assert stages.solve is not None  # else a method has a score
-        solver = stages.solve.label.upper()
+        stage = stages.solve.label.upper()
         weighted = getattr(stages.solve, "gram", None) == "cosine"
-        return f"{solver}'s remaining error{' of tokens weighted as in the cosine score' if weighted else ''}; {UNUSED}"
+        return f"{stage}'s remaining error{' of tokens weighted as in the cosine score' if weighted else ''}; {UNUSED}"
     label = stages.score.label
     after = f", exchanged by {stages.refine.label}" if stages.refine is not None else ""
     return f"{_PAPER[label]}{after}" if label in _PAPER else f"{label} scores{after}; {UNUSED}"

@@ -51,8 +51,8 @@ def try_step(source: Source, settings: HealSettings, seqlen: int, device: torch.
         with store.way_out(source.model):
             loss = _loss_seconds(Tail(source.model, source.blocks, calls[0].wrap), states[0])
     blocks = len(source.blocks)
-    held = max(1, settings.held_out // rows)
-    measuring = (CHECKS + 1) * held * (blocks * forward + loss)
+    held_out = max(1, settings.held_out // rows)
+    measuring = (CHECKS + 1) * held_out * (blocks * forward + loss)
     return StepTrial(blocks * (forward + step) + loss + blocks * forward / settings.passes, measuring)
 
 

@@ -109,8 +109,8 @@ def estimate(
     if torch.device(device).type == "cpu":  # what waits on a GPU is in tensors
         process += run.strategy.stacks
     phases = [*run.pruning(), *run.training(), *run.allocating()]
-    held = max(shape.blocks) * (3 if overlap else 1)
-    phases = [replace(phase, process=process, model=held if offload else resident) for phase in phases]
+    block_bytes = max(shape.blocks) * (3 if overlap else 1)
+    phases = [replace(phase, process=process, model=block_bytes if offload else resident) for phase in phases]
     if offload:
         phases.append(
             replace(run.entering(), process=process, model=max(shape.blocks) * (2 if overlap else 1) + outside)

@@ -202,7 +202,7 @@ def budget_of(request: RunRequest) -> int:
 
 
 @dataclass(frozen=True)
-class Held:
+class MemoryChoice:
     """What a run keeps in memory because it fits. Each makes the run faster; none changes a byte of the output."""
 
     hidden: bool = True
@@ -225,7 +225,7 @@ class Demand:
     source: Source
     request: RunRequest
 
-    def peak(self, held: Held, process: int | None = None) -> Estimate:
+    def peak(self, choice: MemoryChoice, process: int | None = None) -> Estimate:
         """:func:`ace_ext.runs.memory_model.estimate` for this run; ``process`` as there."""
         tokenizer = None if self.source.shapes_only else self.source.tokenizer
         pruning = estimate(
@@ -236,9 +236,9 @@ class Demand:
             self.request.calibration.nsamples,
             self.request.calibration.seqlen,
             offload=self.source.offloaded,
-            resident_hidden=held.hidden,
-            keeps_forwards=held.forwards,
-            overlap=held.overlap,
+            resident_hidden=choice.hidden,
+            keeps_forwards=choice.forwards,
+            overlap=choice.overlap,
             whole=self.request.writes_own_text,
             measures=self.request.evaluates or self.request.measures_bos(tokenizer),
             process=process,
@@ -250,26 +250,26 @@ class Demand:
         packing = Estimate(pruning.process, pruning.model, transient=PACKING_COPIES * largest, phase="pack")
         return max(pruning, packing, key=lambda phase: phase.total)
 
-    def decide(self) -> Held:
+    def decide(self) -> MemoryChoice:
         """What fits: first the hidden states, then the neighbouring blocks, then the forwards.
 
         Raises:
             InputError: as :meth:`hidden_fits`.
         """
-        held = Held(hidden=self.hidden_fits())
-        overlap = replace(held, overlap=True)
-        held = overlap if not self.source.offloaded or self._fits(overlap) else held
-        forwards = replace(held, forwards=True)
-        return forwards if held.hidden and self._fits(forwards) else held
+        choice = MemoryChoice(hidden=self.hidden_fits())
+        overlap = replace(choice, overlap=True)
+        choice = overlap if not self.source.offloaded or self._fits(overlap) else choice
+        forwards = replace(choice, forwards=True)
+        return forwards if choice.hidden and self._fits(forwards) else choice
 
-    def _fits(self, held: Held) -> bool:
+    def _fits(self, choice: MemoryChoice) -> bool:
         """Whether the run fits into its limit; without one, into three quarters of what is free besides what this
         process has already."""
         budget, device = self.request.options.max_memory, self.request.device
         if budget is None:
             own = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
             budget = own + available_bytes(device) * 3 // 4
-        return self.peak(held).total <= budget
+        return self.peak(choice).total <= budget
 
     def hidden_fits(self) -> bool:
         """Whether the hidden states fit into memory together with the rest of the run.
@@ -280,9 +280,9 @@ class Demand:
         budget = self.request.options.max_memory
         if budget is None and not self.source.offloaded:
             return True
-        if self.peak(Held()).total <= budget_of(self.request):
+        if self.peak(MemoryChoice()).total <= budget_of(self.request):
             return True
-        least = self.peak(Held(hidden=False))
+        least = self.peak(MemoryChoice(hidden=False))
         if budget is not None and least.total > budget:
             instead = "" if self.source.offloaded else ", or pass --offload disk"
             raise InputError(

@@ -142,8 +142,8 @@ def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) ->
     workspace = Workspace(path, fingerprint, resume, writes=peers.rank == 0, rank=peers.rank)
     try:
         peers.wait()  # rank 0 has made the folder, and removed old files from it
-        held = Demand(source, request).decide()
-        workspace.resident_hidden, workspace.writes_behind = held.hidden, held.overlap
+        choice = Demand(source, request).decide()
+        workspace.resident_hidden, workspace.writes_behind = choice.hidden, choice.overlap
         if peers.rank == 0:
             check_output(
                 path, request.options.overwrite, request.options.resume
@@ -158,13 +158,13 @@ def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) ->
             peers=peers,
             sink=sink,
             source=inputs.known,
-            keeps_forwards=held.forwards,
+            keeps_forwards=choice.forwards,
         )
         if bos is not None and peers.rank == 0:
             progress.note(str(bos))
         if measured is not None:
             measured.before()
-        if held.overlap and isinstance(blocks, OffloadedBlocks):
+        if choice.overlap and isinstance(blocks, OffloadedBlocks):
             blocks.read_ahead()  # not earlier: the model's head would be in memory too
         whole = not source.offloaded and not workspace.finished  # then the pruned model is in memory
         report = prune_model(source.model, inputs.tokens(peers), request.config, context=context)

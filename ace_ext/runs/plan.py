@@ -31,7 +31,7 @@ from ace_ext.runs import holdout
 from ace_ext.runs.dry_run import Trial, try_block
 from ace_ext.runs.heal_trial import try_step
 from ace_ext.runs.memory_model import Estimate, copied_bytes
-from ace_ext.runs.model_source import Demand, Held, Source, check_serves
+from ace_ext.runs.model_source import Demand, MemoryChoice, Source, check_serves
 from ace_ext.runs.options import Calibration, RunOptions, RunRequest, check_request
 from ace_ext.runs.output_size import PlannedMatrix, bytes_of_all, output_bytes
 from ace_ext.runs.prune_and_heal import needed_memory, planned_batches, text_of
@@ -164,20 +164,20 @@ def make_plan(
     check_serves(source, request)
     measured = _draw(source, calibration)
     demand = Demand(source, request)
-    held = demand.decide()
+    choice = demand.decide()
     need = _needed(source, request) if source.shapes_only else {}
-    before = demand.peak(held)  # of which the process's part is estimated
+    before = demand.peak(choice)  # of which the process's part is estimated
     trial = None
     if not source.shapes_only or _can_try(source, request):
-        trial = try_block(source, measured.tokens, config, device, keeps_forwards=held.forwards)
+        trial = try_block(source, measured.tokens, config, device, keeps_forwards=choice.forwards)
     measurable = device.type != "cuda" and not source.shapes_only
-    pruning = demand.peak(held, resident_bytes()) if measurable else before
+    pruning = demand.peak(choice, resident_bytes()) if measurable else before
     phases = [pruning]
     if device.type == "cpu":
         phases += _earlier_phases(source, pruning, calibration, measured)
     if config.method.distill is not None:
         phases.append(replace(needed_memory(request, source), phase="distill"))
-    read, written = _traffic(source, calibration, 0 if held.hidden or trial is None else trial.passes)
+    read, written = _traffic(source, calibration, 0 if choice.hidden or trial is None else trial.passes)
     if source.offloaded:  # for each forward pass of the whole model
         read += (2 * request.evaluates + (not measured.bos.decided)) * bytes_of_all(source)
     matrices = planned_matrices(source.blocks, config)
@@ -192,7 +192,7 @@ def make_plan(
         blocks=len(source.blocks),
         dense=stay_dense(source.model, source.blocks),
         offload=source.offloaded,
-        resident_hidden=held.hidden,
+        resident_hidden=choice.hidden,
         phases=phases,
         read_bytes=read,
         write_bytes=written,
@@ -217,11 +217,11 @@ def _needed(source: Source, request: RunRequest) -> dict[str, int]:
     cannot then write its own text, so another one is assumed."""
     distills = request.config.method.distill is not None
     least = needed_memory(request, source).total if distills else 0
-    found = {"whole": max(least, Demand(replace(source, offloaded=False), request).peak(Held()).total)}
+    found = {"whole": max(least, Demand(replace(source, offloaded=False), request).peak(MemoryChoice()).total)}
     if not request.config.comparison.over_matrices:
         text = replace(request.calibration, source=SMALL_SOURCES[0]) if request.writes_own_text else request.calibration
         given = replace(request, calibration=text)
-        peak = Demand(replace(source, offloaded=True), given).peak(Held(hidden=False))
+        peak = Demand(replace(source, offloaded=True), given).peak(MemoryChoice(hidden=False))
         found["offload"] = max(least, peak.total)
     return found
 
@@ -229,7 +229,7 @@ def _needed(source: Source, request: RunRequest) -> dict[str, int]:
 def _can_try(source: Source, request: RunRequest) -> bool:
     """Whether a block with random weights can be pruned in the memory that is free."""
     few = replace(request.calibration, nsamples=min(8, request.calibration.nsamples), source=SMALL_SOURCES[0])
-    block = Demand(replace(source, offloaded=True), replace(request, calibration=few)).peak(Held(), 0)
+    block = Demand(replace(source, offloaded=True), replace(request, calibration=few)).peak(MemoryChoice(), 0)
     largest = max(parameter.numel() for parameter in source.model.parameters())
     return block.total + 2 * 4 * largest <= available_bytes()  # random numbers are drawn in float32
 
@@ -278,11 +278,11 @@ def _earlier_phases(source: Source, pruning: Estimate, calibration: Calibration,
         return phases
     if source.shapes_only:
         return phases
-    held = 0 if source.offloaded else pruning.model
+    loaded = 0 if source.offloaded else pruning.model
     if source.files.shards is not None and not source.offloaded and measured.bos.decided:
         # With mapped files, only the blocks have been read by then (to check their weights).
-        held = _bytes_of(source.blocks) + copied_bytes(source.blocks, source.files.shards)
-    return [*phases, Estimate(measured.before_text, held, transient=measured.text_bytes, phase="text")]
+        loaded = _bytes_of(source.blocks) + copied_bytes(source.blocks, source.files.shards)
+    return [*phases, Estimate(measured.before_text, loaded, transient=measured.text_bytes, phase="text")]
 
 
 def _writing_bytes(model: nn.Module, calibration: Calibration) -> int:
