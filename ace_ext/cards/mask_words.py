@@ -1,4 +1,5 @@
-"""What chose a mask, in words, and which of the paper's scores (arXiv 2505.21987: cosine and variance) had a part."""
+"""Describes in words what chose a mask, and which of the paper's scores (arXiv 2505.21987: cosine and variance) it
+used."""
 
 from ace_ext.errors import InputError
 from ace_ext.pruning.method import parse
@@ -12,7 +13,7 @@ _PAPER = {
     "norm-cosvar": "norms, and variances of tokens weighted as in the paper's cosine score",
     "ace": "the product of the paper's two scores, cosine and variance",
 }
-"""For each metric that is one of the paper's scores or made of them: what it is."""
+"""Descriptions of the metrics that are the paper's scores or are built from them."""
 
 UNUSED = "the paper's scores were not used"
 

@@ -1,7 +1,7 @@
-"""Opens the model of a run: loads it whole, or builds a skeleton whose weights stay in their files; and decides what
-stays in memory.
+"""Opens the model of a run, and decides what stays in memory.
 
-``run`` and ``plan`` use the same function, so they decide the same.
+The model is loaded whole, or as a skeleton whose weights stay in their files. ``run`` and ``plan`` use the same
+function, so they decide the same.
 """
 
 import math
@@ -35,8 +35,8 @@ class ModelFiles:
     folder: Path | None
     """The model's folder on this machine, if it has one."""
     shards: Shards | None
-    """Its safetensors files, if they hold the weights exactly as they will be written and can be copied and patched;
-    else None."""
+    """Its safetensors files, if they hold the weights exactly as the output will. They can then be copied and patched.
+    Else None."""
 
     @property
     def paths(self) -> list[Path]:
@@ -157,7 +157,7 @@ def _stored_as_loaded(laid_out: nn.Module, shards: Shards, dtype: str) -> bool:
         if name not in shards:
             return False
         found, shape = shards.describe(name)
-        if found not in (parameter.dtype, wanted) or shape != tuple(parameter.shape):  # some load as float32 always
+        if found not in (parameter.dtype, wanted) or shape != tuple(parameter.shape):  # some always load as float32
             return False
     return getattr(laid_out.config, "quantization_config", None) is None
 
@@ -180,7 +180,7 @@ def wants_offload(laid_out: nn.Module, blocks: list[Block], shards: Shards | Non
 
 
 def check_serves(source: Source, request: RunRequest) -> None:
-    """Checks before the work that the model can do what the run asks of it.
+    """Checks that the model can do what the run asks of it. Call it before the work.
 
     Raises:
         InputError: it has too few positions for the samples, or no LM head although it is to write text or to be
@@ -203,19 +203,21 @@ def budget_of(request: RunRequest) -> int:
 
 @dataclass(frozen=True)
 class MemoryChoice:
-    """What a run keeps in memory because it fits. Each makes the run faster; none changes a byte of the output."""
+    """What a run keeps in memory because it fits. Each field makes the run faster; none changes a byte of the
+    output."""
 
     hidden: bool = True
-    """All hidden states; if not, they are in files."""
+    """All hidden states; False: they are in files."""
     forwards: bool = False
-    """The activations of unfinished forwards of all batches; then each block takes one forward pass."""
+    """The activations of unfinished forwards of all batches. Each block then takes one forward pass."""
     overlap: bool = False
-    """With offload: the previous and the next block, which are written and read while a block is pruned."""
+    """With offload: the previous and the next block. The first is written and the other read while a block is
+    pruned."""
 
 
 PACKING_COPIES = 4
-"""Of the largest tensor, while it is packed and while what was written is compared (measured on SmolLM2-135M: 3.6 for
-the archive, 1.2 for the bitmap)."""
+"""Copies of the largest tensor that are in memory while it is packed and the written file is compared (measured on
+SmolLM2-135M: 3.6 for the archive, 1.2 for the bitmap)."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +253,7 @@ class Demand:
         return max(pruning, packing, key=lambda phase: phase.total)
 
     def decide(self) -> MemoryChoice:
-        """What fits: first the hidden states, then the neighbouring blocks, then the forwards.
+        """Chooses what fits, in this order: hidden states, neighbouring blocks, forwards.
 
         Raises:
             InputError: as :meth:`hidden_fits`.
@@ -263,8 +265,8 @@ class Demand:
         return forwards if choice.hidden and self._fits(forwards) else choice
 
     def _fits(self, choice: MemoryChoice) -> bool:
-        """Whether the run fits into its limit; without one, into three quarters of what is free besides what this
-        process has already."""
+        """Whether the run fits into its limit. Without one, the limit is what this process uses already, plus three
+        quarters of the free memory."""
         budget, device = self.request.options.max_memory, self.request.device
         if budget is None:
             own = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
