@@ -209,8 +209,8 @@ class _Inputs:
             self.calibration = self.known.calibration
 
     def draw(self, shown: bool, note: Callable[[str], None] | None) -> None:
-        """Draws the calibration tokens, unless the statistics are from a file. If the model writes them: with a bar if
-        ``shown``, and ``note`` is given a line about it before."""
+        """Draws the calibration tokens, unless the statistics are from a file. If the model writes them, ``note`` is
+        called with a line about it first, and ``shown`` shows a bar."""
         if self.known is None:
             writer = None if self._source.offloaded else self._source.model
             if self._request.writes_own_text and note is not None and writer is not None:
@@ -219,8 +219,8 @@ class _Inputs:
             self.calibration = self._request.calibration.describe(self._data)
 
     def recorded_text(self, output: Path) -> dict[str, Any] | None:
-        """For a resumed run that finished: the description of its text, if the model wrote it as this run asks. The
-        model would write the same again, which takes long; everything it depends on is in the fingerprint."""
+        """The description of the text of a resumed run that had finished, if the model wrote it as this run asks. To
+        write the same text again would take long. Everything that it depends on is in the fingerprint."""
         if not self._request.options.resume or not self._request.writes_own_text or self._bos is None:
             return None
         found = (read_manifest(output) or {"fingerprint": {}})["fingerprint"].get("calibration")

@@ -38,7 +38,7 @@ from ace_ext.runs.prune_and_heal import needed_memory, planned_batches, text_of
 from ace_ext.runs.shapes_only import open_for_plan
 
 CARD = 24 * 10**9
-"""Bytes: the memory of a common GPU, with which the plan of a model without files compares its need."""
+"""Bytes of a common GPU's memory. The plan of a model without files compares its need with them."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Plan:
     """Of the weights in the output; about, if they are compressed."""
     seconds: dict[str, float]
     dense: list[DenseWeight]
-    """The matrices that stay dense, and why. Whether a Linear is called only the run finds out."""
+    """The matrices that stay dense, and why. Only the run finds out whether a Linear is called."""
     bos: BosChoice
     """How calibration samples begin. ``auto`` is undecided if it depends on the weights; no other figure depends on
     it, as the BOS token is one of a sample's tokens."""
@@ -71,7 +71,7 @@ class Plan:
 
     @property
     def peak(self) -> Estimate:
-        """The phase that holds most memory."""
+        """The phase that needs most memory."""
         return max(self.phases, key=lambda phase: phase.total)
 
     def to_json(self) -> str:
