@@ -62,8 +62,8 @@ class MatrixReport:
 
 @dataclass
 class Tuning:
-    """The training of one block. Its loss is the mean over tokens of ``‖output - target‖² / ‖target - input‖²``, where
-    the target is the dense block's output. Both losses are equal if training did not lower the loss and was undone."""
+    """The training of one block. Its loss is the mean over tokens of ``‖output - target‖² / ‖target - input‖²``. The
+    target is the dense block's output. Both losses are equal if training did not lower the loss and was undone."""
 
     loss_before: float
     loss_after: float

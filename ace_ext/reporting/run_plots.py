@@ -18,7 +18,7 @@ _REACH = 4.0  # range of the histogram, in root mean squares
 
 def errors_by_kind(blocks: Sequence[BlockReport]) -> dict[str, list[float]]:
     """The relative error of each kind of matrix in each block, averaged over experts. NaN: the block has no matrix of
-    this kind, or no token reached it. Names are short where they remain distinct."""
+    this kind, or no token reached it. Names are shortened unless two would be equal."""
     found: dict[str, list[list[float]]] = {}
     for index, block in enumerate(blocks):
         for matrix in block.matrices:

@@ -27,7 +27,7 @@ class LongerRun:
 
 @dataclass(frozen=True)
 class HealOptions:
-    """How much a run on files trains, and options that do not change its output. The exception is ``max_memory``, which
+    """How much a run on files trains, and options that do not change its output. ``max_memory`` is an exception: it
     decides how many blocks are trained together."""
 
     tokens: int | None = None

@@ -78,7 +78,7 @@ def estimate(
         seqlen: tokens of a sample.
         offload: only one block at a time is in memory.
         resident_hidden: all hidden states are in memory.
-        keeps_forwards: several batches are pruned in lockstep, which keeps what their unfinished forwards hold.
+        keeps_forwards: several batches are pruned in lockstep, and the tensors of their unfinished forwards are kept.
         overlap: with ``offload``, a block is pruned while the next one is read and the last one written.
         whole: every weight is read, as when the model writes its own calibration text.
         measures: the run has a forward pass of the whole model, to decide about the BOS token

@@ -120,7 +120,7 @@ def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) ->
     if request.options.max_memory is not None:
         Demand(
             source, request
-        ).hidden_fits()  # refuses what cannot fit before the model writes text, which may take long
+        ).hidden_fits()  # refuses what cannot fit before the model writes text: that may take long
     blocks = _block_source(source, request.device)
     bos = None if request.options.stats else choose_for_run(request, source, blocks, path, peers)
     measured = measurement_for(request, source, blocks, bos, progress.note) if peers.rank == 0 else None
@@ -147,7 +147,7 @@ def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) ->
         if peers.rank == 0:
             check_output(
                 path, request.options.overwrite, request.options.resume
-            )  # written by a run that had the lock before
+            )  # a run that had the lock before may have written it
             _open_writer(workspace, source, request)
         sink = inputs.statistics_writer(workspace, peers)
         context = RunContext(

@@ -67,7 +67,7 @@ class Plan:
     """What the time was extrapolated from; empty if it is not known."""
     need: dict[str, int] = field(default_factory=dict)
     """For a model without files: peak bytes with all weights in memory (``whole``), and with one block at a time
-    (``offload``), where that is possible."""
+    (``offload``), if that is possible."""
 
     @property
     def peak(self) -> Estimate:
@@ -132,7 +132,7 @@ def _fits(size: int) -> str:
 class _Measured:
     """How calibration samples begin, and what drawing them took, in bytes and seconds."""
 
-    bos: BosChoice  # undecided where a run measures the model
+    bos: BosChoice  # undecided if a run measures the model
     before_text: int = 0  # resident bytes before
     text_bytes: int = 0  # additional bytes at the peak
     text_seconds: float = 0.0
@@ -213,7 +213,7 @@ def _describe(source: Source, device: torch.device) -> str:
 
 
 def _needed(source: Source, request: RunRequest) -> dict[str, int]:
-    """Peak bytes of a run with all weights in memory, and with one block at a time where that is possible. The model
+    """Peak bytes of a run with all weights in memory, and with one block at a time if that is possible. The model
     cannot then write its own text, so another one is assumed."""
     distills = request.config.method.distill is not None
     least = needed_memory(request, source).total if distills else 0
@@ -303,8 +303,8 @@ def _bytes_of(blocks: list[Block]) -> int:
 
 
 def _traffic(source: Source, calibration: Calibration, hidden_reads: int) -> tuple[int, int]:
-    """Bytes read and written: the model's files, which are copied; each pruned block; and the hidden states, which a
-    run writes for ``--resume`` and reads ``hidden_reads`` times per block."""
+    """Bytes read and written: the copies of the model's files, each pruned block, and the hidden states. A run writes
+    these for ``--resume`` and reads them ``hidden_reads`` times per block."""
     blocks = source.blocks
     width = text_config(source.model).hidden_size
     itemsize = embedding_weight(source.model).dtype.itemsize
@@ -327,7 +327,7 @@ def _seconds(request: RunRequest, source: Source, trial: Trial, measured: _Measu
         samples = [calibration.nsamples, *([distilled.nsamples] if distilled else [])]
         steps = sum(math.ceil(count / ROWS_TOGETHER) for count in samples) * calibration.seqlen
         text = steps * blocks * trial.forward_seconds
-    if not measured.bos.decided:  # pruning a token takes somewhat longer than its forward pass, which is the cost here
+    if not measured.bos.decided:  # at most: pruning a token takes longer than its forward pass
         text += blocks * 2 * WINDOWS * WINDOW_TOKENS * trial.token_seconds
     if request.evaluates:  # before and after
         text += 2 * blocks * holdout.WINDOWS * holdout.WINDOW_TOKENS * trial.token_seconds

@@ -33,7 +33,7 @@ _DESCRIPTION = "statistics.json"
 
 
 class StatisticsWriter:
-    """Writes one blob per block to a folder, which survives a crash, and packs them into the file at the end.
+    """Writes one blob per block to a folder, and packs them into the file at the end. The blobs survive a crash.
 
     Args:
         path: the file to write.
