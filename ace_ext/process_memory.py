@@ -43,7 +43,7 @@ def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Tried before getrusage, in which a child process starts with the peak of its parent.
+    # Tried before getrusage: there a child process starts with the peak of its parent.
     peak = _status("VmHWM:")
     if peak:
         return peak

@@ -30,7 +30,7 @@ from ace_ext.models.loading import load_model
 from ace_ext.models.replay import capture_calls, run_block
 from ace_ext.models.safetensors_files import Shards, flush
 from ace_ext.models.skeleton import skeleton
-from ace_ext.runs.model_source import Demand, Held
+from ace_ext.runs.model_source import Demand, MemoryChoice
 from ace_ext.runs.options import Calibration, RunOptions
 from ace_ext.runs.pipeline import prune_folder
 
@@ -74,8 +74,8 @@ def from_the_disk(args: argparse.Namespace, config: PruneConfig, device: torch.d
     calibration = Calibration(args.calibration, args.nsamples, args.seqlen, bos="never")
 
     def run(overlap: bool) -> str:
-        held = Held(overlap=overlap, forwards=True)
-        with tempfile.TemporaryDirectory() as folder, patch.object(Demand, "decide", lambda _: held):
+        choice = MemoryChoice(overlap=overlap, forwards=True)
+        with tempfile.TemporaryDirectory() as folder, patch.object(Demand, "decide", lambda _: choice):
             options = RunOptions(offload="disk")
             _, output = prune_folder(args.model, Path(folder) / "out", config, calibration, options, device)
             digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""The model card of a pruned folder, ``README.md``: what a hub shows of a model, from the run's report.
+"""The model card of a pruned folder, ``README.md``, written from the run's report. Hubs show it with the model.
 
 May import ``pruning``, ``packed``, ``models`` and what lies below them.
 """

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
-"""Keys of its metadata that are true of the pruned model too."""
+"""Metadata keys whose values also hold for the pruned model."""
 
 _MOST_BYTES, _MOST_WORDS, _LONGEST = 2**20, 100, 300
 
@@ -24,8 +24,8 @@ class BaseCard:
 
 
 def read_base(path: Path) -> BaseCard:
-    """The metadata of a card. A missing, unreadable or damaged card has none: a card that was
-    written by hand must not end a run."""
+    """The metadata of a card. Empty for a missing, unreadable or damaged card: a hand-written card must not end a
+    run."""
     try:
         if not path.is_file() or path.stat().st_size > _MOST_BYTES:
             return BaseCard()

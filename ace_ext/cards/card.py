@@ -1,7 +1,7 @@
 """Writes the card of a pruned folder: metadata as the hub reads it, and what was pruned, how, and at what cost.
 
-It holds no time, date or path, so equal runs write equal bytes. The card of the model that was pruned, if it had one,
-is kept beside it as :data:`BASE_CARD`; its licence and language are repeated.
+It has no time, date or path, so equal runs write equal bytes. The card of the dense model, if it has one, is kept
+beside it as :data:`BASE_CARD`. Its licence and language are repeated.
 """
 
 import json
@@ -56,8 +56,8 @@ def write_card(folder: Path, report: PruneReport) -> None:
 
 
 def card_says(folder: Path) -> tuple[int, float] | None:
-    """How many pruned matrices and which share of zeros in them a folder's card names; None without a card of this
-    program."""
+    """The number of pruned matrices and their share of zeros, as a folder's card gives them; None without a card of
+    this program."""
     try:
         found = _MARK.search((folder / CARD).read_text(encoding="utf-8", errors="replace"))
     except OSError:
@@ -166,7 +166,7 @@ def _mean_error(report: PruneReport) -> float | None:
 
 
 def _calibration(found: object) -> dict[str, Any] | None:
-    """What the report says of the calibration text, its source without folders; None if that is not known."""
+    """The report's description of the calibration text, with its source without folders; None if this is not known."""
     if not isinstance(found, dict) or not {"source", "nsamples", "seqlen", "seed"} <= found.keys():
         return None
     return {**found, "source": Path(str(found["source"])).name}

@@ -1,4 +1,5 @@
-"""What chose a mask, in words, and which of the paper's scores (arXiv 2505.21987: cosine and variance) had a part."""
+"""Describes in words what chose a mask, and which of the paper's scores (arXiv 2505.21987: cosine and variance) it
+used."""
 
 from ace_ext.errors import InputError
 from ace_ext.pruning.method import parse
@@ -12,7 +13,7 @@ _PAPER = {
     "norm-cosvar": "norms, and variances of tokens weighted as in the paper's cosine score",
     "ace": "the product of the paper's two scores, cosine and variance",
 }
-"""For each metric that is one of the paper's scores or made of them: what it is."""
+"""Descriptions of the metrics that are the paper's scores or are built from them."""
 
 UNUSED = "the paper's scores were not used"
 
@@ -28,9 +29,9 @@ def mask_words(method: str) -> str:
         return f"a metric of the caller's; {UNUSED}"
     if stages.score is None:
         assert stages.solve is not None  # else a method has a score
-        solver = stages.solve.label.upper()
+        stage = stages.solve.label.upper()
         weighted = getattr(stages.solve, "gram", None) == "cosine"
-        return f"{solver}'s remaining error{' of tokens weighted as in the cosine score' if weighted else ''}; {UNUSED}"
+        return f"{stage}'s remaining error{' of tokens weighted as in the cosine score' if weighted else ''}; {UNUSED}"
     label = stages.score.label
     after = f", exchanged by {stages.refine.label}" if stages.refine is not None else ""
     return f"{_PAPER[label]}{after}" if label in _PAPER else f"{label} scores{after}; {UNUSED}"

@@ -1,9 +1,9 @@
 """Whether calibration and evaluation windows begin with the tokenizer's BOS token.
 
 Some models were trained with this token before each text and are of little use without it: Gemma 3 270M has a
-perplexity of 89.8 on windows that lack it, and of 32.8 with it (``ace-prune eval --text wiki-mini --max-tokens 6144``,
-``--bos never`` and ``always``). Others were trained without it, and it harms them. ``auto`` follows the tokenizer
-where it adds the token, and measures the model where it does not.
+perplexity of 89.8 without it and of 32.8 with it (``ace-prune eval --text wiki-mini --max-tokens 6144``,
+``--bos never`` and ``always``). Others were trained without it, and it harms them. ``auto`` adds the token if the
+tokenizer does, and else measures the model.
 """
 
 import math
@@ -25,13 +25,13 @@ AUTO, ALWAYS, NEVER = MODES = ("auto", "always", "never")
 """What a user may ask for."""
 
 WINDOWS, WINDOW_TOKENS = 2, 128
-"""Of the text on which ``auto`` measures a model, at most. The logits of twice as many windows are in memory together:
-in bfloat16 and with a vocabulary of 262,144 tokens, 270 MB."""
+"""Upper bounds for the text on which ``auto`` measures a model. The logits of twice as many windows are in memory
+together: 270 MB in bfloat16 with a vocabulary of 262,144 tokens."""
 
 HELPS = 1.1
 """``auto`` adds the token if the perplexity without it is more than this many times the perplexity with it. On the text
-below the ratio is 11.8 for Gemma 3 270M, 0.98 for SmolLM2-135M and 0.59 for Qwen2.5-Coder-0.5B; over its 254 predicted
-tokens the standard error for a model to which the token means nothing is some 3 %."""
+below the ratio is 11.8 for Gemma 3 270M, 0.98 for SmolLM2-135M and 0.59 for Qwen2.5-Coder-0.5B. If the token means
+nothing to a model, the standard error of the ratio over the 254 predicted tokens is about 3 %."""
 
 _TEXT = """\
 The lighthouse stands at the end of a narrow road, three miles from the nearest village. Until 1962 a keeper lived there
@@ -49,7 +49,7 @@ no air, so the sky is black even when the sun is shining.
 The committee met on Tuesday to discuss the plans for a new bridge. Several members said that the old one could be
 repaired for less than half the price, but the engineers warned that its foundations would not last another twenty
 years. A decision is expected in the spring, after the people of both towns have been asked for their opinion."""
-# One text for all runs: the choice is then the model's, whatever it is calibrated and evaluated on.
+# All runs use one text. So the choice does not depend on the calibration or evaluation text.
 
 _NO_ENGLISH = "the tokenizer does not add it, and knows too few English words for the model to be measured"
 _NO_HEAD = "the tokenizer does not add it, and a model without an LM head cannot be measured"
@@ -69,7 +69,7 @@ class BosChoice:
 
     @property
     def decided(self) -> bool:
-        """False where it depends on a model that had to be measured, or on a tokenizer, that was not there."""
+        """False if the choice needs a measurement of the model, or a tokenizer, and this was not available."""
         return self.why not in (_MEASURING, _NO_TOKENIZER)
 
     def to_dict(self) -> dict[str, str | int | None]:
@@ -84,8 +84,8 @@ class BosChoice:
 
 
 def default_mode(published: bool, own_text: bool) -> str:
-    """The mode for calibration where none is given. ``published``: for a published method; the code of these methods
-    calibrates on windows without the token. ``own_text``: on text that the model writes, which that code does not."""
+    """The mode for calibration if none is given. ``published``: the method is a published one; the code of these
+    methods calibrates on windows without the token. ``own_text``: the model writes the text, unlike in that code."""
     return NEVER if published and not own_text else AUTO
 
 
@@ -100,11 +100,11 @@ def choose_bos(
     """Decides whether windows begin with the BOS token.
 
     Args:
-        mode: ``always``, ``never``, or ``auto``: no, without a BOS token; yes, if the tokenizer begins each text with
-            it; else if it lowers the model's perplexity (:data:`HELPS`).
+        mode: ``always``, ``never`` or ``auto``. With ``auto``: no, if there is no BOS token; yes, if the tokenizer
+            begins each text with it; else yes if it lowers the model's perplexity (:data:`HELPS`).
         tokenizer: the model's.
         model: the dense model. Without one, ``auto`` may stay undecided.
-        own_text: for text that the model writes: it has to begin with some token, so ``auto`` is the BOS token if there
+        own_text: the model writes the text. It has to begin with some token, so ``auto`` takes the BOS token if there
             is one.
         logits: ``(tokens [batch, seqlen] int64) -> [batch, seqlen, vocabulary]``, for a model that is not in memory as
             a whole; None: the model is called.
@@ -146,7 +146,7 @@ def settled_bos(mode: str, tokenizer: Tokenizer, own_text: bool = False) -> BosC
 
 
 def undecided_bos(mode: str) -> BosChoice:
-    """The choice where there is no tokenizer: undecided."""
+    """The choice if there is no tokenizer: undecided."""
     return BosChoice(mode, None, _NO_TOKENIZER)
 
 
@@ -163,19 +163,18 @@ def knows_english(tokenizer: Tokenizer) -> bool:
 
 
 def text_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    """The ids of a text without special tokens. A BOS token that the tokenizer adds nevertheless is
-    removed."""
+    """The ids of a text without special tokens. If the tokenizer adds a BOS token nevertheless, it is removed."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # verbose: warns that the text is long
     return ids[1:] if ids[:1] == [tokenizer.bos_token_id] else ids
 
 
 def begin_with(token: int | None, windows: Tensor) -> Tensor:
-    """Windows ``[n, tokens]`` with ``token`` before each, ``[n, tokens + 1]``; as they are if it is None."""
+    """Windows ``[n, tokens]`` with ``token`` before each, ``[n, tokens + 1]``; unchanged if ``token`` is None."""
     return windows if token is None else functional.pad(windows, (1, 0), value=token)
 
 
 def check_known(token: int, model: nn.Module) -> None:
-    """Raises :class:`InputError` if the model's embedding does not know a token with which text is to begin."""
+    """Raises :class:`InputError` if the model's embedding does not know a token id."""
     known = len(embedding_weight(model))
     if token >= known:
         raise InputError(
@@ -186,8 +185,8 @@ def check_known(token: int, model: nn.Module) -> None:
 
 @torch.no_grad()
 def _measured(tokenizer: Tokenizer, model: nn.Module, logits: Callable[[Tensor], Tensor]) -> BosChoice:
-    """The choice by the model's perplexity on windows of one text with and without the token, over the same targets:
-    all tokens of a window but the first, which without the token has nothing before it."""
+    """The choice by the model's perplexity on windows of one text, with and without the token. The targets are the same
+    in both: all tokens of a window but the first. (Without the BOS token, nothing precedes that one.)"""
     token = tokenizer.bos_token_id
     assert token is not None  # else it was settled
     check_known(token, model)
@@ -196,8 +195,8 @@ def _measured(tokenizer: Tokenizer, model: nn.Module, logits: Callable[[Tensor],
     positions = positions_of(model) or WINDOW_TOKENS + 1
     size = min(WINDOW_TOKENS, len(ids) // WINDOWS, positions - 1)
     windows = torch.tensor(ids[: WINDOWS * size]).view(WINDOWS, size)
-    # One batch, so that a model on the disk is read once: windows without the token get one more token at their end,
-    # which no other token sees.
+    # One batch, so that a model on the disk is read once. Windows without the token get one more token at their end;
+    # no other token attends to it.
     batch = torch.cat([begin_with(token, windows), functional.pad(windows, (0, 1), value=token)])
     with evaluating(model):
         found = logits(batch)
@@ -218,8 +217,8 @@ def _logits_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def perplexity_of(logits: Tensor, targets: Tensor) -> float:
-    """The perplexity of ``targets [windows, tokens]`` by ``logits [windows, tokens, vocabulary]``, window by window:
-    float32 logits of a large vocabulary take much memory."""
+    """The perplexity of ``targets [windows, tokens]`` by ``logits [windows, tokens, vocabulary]``. It is computed
+    window by window, because float32 logits of a large vocabulary take much memory."""
     losses = [
         functional.cross_entropy(row.float(), target.to(row.device)).item()
         for row, target in zip(logits, targets, strict=True)

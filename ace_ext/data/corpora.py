@@ -19,8 +19,8 @@ HELD_OUT = "held-out"
 SPLITS = (CALIBRATION, HELD_OUT)
 SELF = "self"  # text that the model writes (data/generate.py); not read here, and not taken as a file's name
 
-# C4 comes in shards of some 356,000 documents; the first few thousand hold millions of tokens. 1,100 held-out documents
-# is what Wanda's evaluation takes.
+# C4 comes in shards of some 356,000 documents; the first few thousand hold millions of tokens. Wanda's evaluation takes
+# 1,100 held-out documents.
 _C4_DOCUMENTS = {CALIBRATION: 4000, HELD_OUT: 1100}
 _C4_SHARD = {
     CALIBRATION: ("train", "en/c4-train.00000-of-01024.json.gz"),
@@ -35,12 +35,12 @@ def load_text(
 
     source      `wiki-mini`, `news-mini`, `code-mini`, `wikitext2`, `c4`, or the path of a `.txt` file (UTF-8, one
                 document) or a `.jsonl` file (one JSON object a line).
-    split       `calibration` or `held-out`: two disjoint parts. Of a local file both are the whole file.
+    split       `calibration` or `held-out`: two disjoint parts. For a local file both are the whole file.
     text_field  the field of a `.jsonl` line that holds the text.
-    cache_dir   the folder where gensim's wheel is looked for and kept; default: see :func:`cache_folder`. `wikitext2`
-                and `c4` use the cache of `datasets`.
+    cache_dir   the folder that caches gensim's wheel; default: see :func:`cache_folder`. `wikitext2` and `c4` use the
+                cache of `datasets`.
 
-    The documents joined by empty lines are the text that published perplexities use.
+    Published perplexities use the documents joined by empty lines.
 
     Raises:
         InputError: an unknown source or split, a file that cannot be read, a source without text, or one that cannot
@@ -61,15 +61,15 @@ def load_text(
 
 
 def cache_folder() -> Path:
-    """The folder for downloaded text: `$ACE_CACHE`; else `~/.cache/ace_ext` if it is there, where earlier versions kept
-    it; else the platform's folder for caches."""
+    """The folder for downloaded text: `$ACE_CACHE`; else `~/.cache/ace_ext`, the folder of earlier versions, if it
+    exists; else the platform's folder for caches."""
     given = os.environ.get("ACE_CACHE")
     if given:
         return Path(given)
     earlier = Path("~/.cache/ace_ext").expanduser()
     if earlier.is_dir():
         return earlier
-    from platformdirs import user_cache_path  # imported here: pruning on tokens of one's own does without it
+    from platformdirs import user_cache_path  # imported here: pruning on the caller's tokens does not need it
 
     return user_cache_path("ace_ext", appauthor=False)
 
@@ -104,5 +104,5 @@ def _load_dataset(source: str, *path: str, **options: Any) -> Dataset:
 _GENSIM_TEXTS = {"wiki-mini": wiki_mini, "news-mini": news_mini, "code-mini": code_mini}
 _HUB_TEXTS: dict[str, Callable[[str], list[str]]] = {"wikitext2": _wikitext2, "c4": _c4}
 SMALL_SOURCES = (*_GENSIM_TEXTS,)
-"""Those of which both splits are read from one small file."""
+"""Sources whose two splits come from one small file."""
 SOURCES = (*SMALL_SOURCES, *_HUB_TEXTS)

@@ -26,7 +26,7 @@ def text_perplexity(
         tokenizer: the model's.
         source: as for :func:`ace_ext.data.corpora.load_text`.
         seqlen: tokens of a window.
-        max_tokens: use at most as many windows as have this many tokens together; None: all.
+        max_tokens: the tokens of all windows together are at most this many; None: all windows.
         bos: whether each window begins with the BOS token: ``auto``, ``always``, ``never``, or a choice already made.
             For a pruned model give the choice of the dense one, so that both figures have the same windows.
         text_field: the field of a ``.jsonl`` line that holds the text.

@@ -18,7 +18,7 @@ from ace_ext.models.products import float32_products
 from ace_ext.models.tokenizer import Tokenizer
 
 ROWS_TOGETHER = 16
-"""How many rows of text the model writes together."""
+"""Rows of text that the model writes in one batch."""
 
 
 def self_generated(
@@ -34,11 +34,11 @@ def self_generated(
 ) -> torch.Tensor:
     """Return text that the model writes: int64 [nsamples, seqlen], on the CPU.
 
-    Each row starts with the tokenizer's BOS token (without one, or without `bos`, with its EOS, else with a random
-    token) and is sampled from the model's own distribution to the full length, past any EOS. One random number is drawn
-    for each token beforehand, so a seed gives the same text whatever the batch size or the device (up to rounding in
-    the model's logits). `progress`: a bar on stderr. The global random state is untouched, and so are the modules'
-    training modes.
+    Each row starts with the tokenizer's BOS token. Without one, or without `bos`, it starts with the EOS token, else
+    with a random token. The rest is sampled from the model's own distribution to the full length, past any EOS. One
+    random number is drawn for each token beforehand. So a seed gives the same text for every batch size and device (up
+    to rounding in the model's logits). `progress`: a bar on stderr. The global random state and the modules' training
+    modes do not change.
 
     Raises:
         InputError: numbers out of range, more tokens than the model has positions for, a first token that the model
@@ -70,13 +70,13 @@ def self_generated(
 
 
 def writing_note(model: nn.Module, nsamples: int, seqlen: int) -> str:
-    """A line that says how much text ``model`` is to write and about how long this takes, from a trial of two tokens;
-    for :func:`self_generated` with the same numbers."""
+    """A line about :func:`self_generated` with the same numbers: how much text ``model`` will write, and about how long
+    this will take. A trial of two tokens measures the time."""
     rows = min(nsamples, ROWS_TOGETHER)
     training = [module for module in model.modules() if module.training]
     model.eval()
     start = time.perf_counter()
-    for _ in range(2):  # in the first try libraries load code
+    for _ in range(2):  # the first try includes loading of libraries
         start = time.perf_counter()
         _write(model, torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, 2, dtype=torch.float64), 1.0)
     step = (time.perf_counter() - start) / 2
@@ -92,7 +92,8 @@ def writing_note(model: nn.Module, nsamples: int, seqlen: int) -> str:
 def _first_tokens(
     model: nn.Module, starts: tuple[int | None, ...], vocabulary: int, nsamples: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """Return the token each row starts with, int64 [nsamples]: the first of `starts` that there is, or random ones."""
+    """Return the token each row starts with, int64 [nsamples]: the first of `starts` that is not None, or random
+    ones."""
     for start in starts:
         if start is not None:
             check_known(start, model)
@@ -108,8 +109,8 @@ def _write(
     temperature: float,
     written: Callable[[int], object] = lambda _: None,
 ) -> torch.Tensor:
-    """Continue each row's first token [rows] by one token for each of draws [rows, n], which are uniform in [0, 1):
-    int64 [rows, n + 1]. `written` is told how many tokens came last."""
+    """Continue each row's first token [rows] by one token for each column of draws [rows, n] (uniform in [0, 1)), and
+    return int64 [rows, n + 1]. `written` is called with the number of tokens after each step."""
     device = next(model.parameters()).device
     draws = draws.to(device)
     tokens = first[:, None].to(device)

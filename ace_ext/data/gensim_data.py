@@ -1,7 +1,7 @@
 """The small texts in gensim's wheel: articles of Wikipedia, news items, and gensim's own Python code.
 
-The wheel is fetched once by pip and not installed; nothing of it is run. Each text has a calibration part and a
-held-out part; the split is fixed, so that all runs see the same text.
+pip fetches the wheel once. The wheel is not installed, and none of its code runs. Each text has a calibration part and
+a held-out part. The split is fixed, so that all runs see the same text.
 """
 
 import bz2
@@ -27,8 +27,8 @@ Parts = tuple[list[str], list[str]]
 _SPLIT_SEED = 0
 
 # What is removed from a wiki page, in this order: pattern, replacement, passes. Several passes remove nested mark-up,
-# the innermost first. Published figures depend on this table: any change moves every perplexity on wiki-mini. So known
-# errors stay too: of a picture whose caption holds a link, the caption and some brackets remain.
+# the innermost first. Published figures depend on this table: any change alters every perplexity on wiki-mini. So known
+# errors stay too: a picture with a link in its caption leaves the caption and some brackets.
 _WIKI_MARKUP = [
     (re.compile(r"<!--.*?-->", re.S), "", 1),  # comments
     (re.compile(r"<ref[^>/]*/>"), "", 1),  # a footnote used again: <ref name=x />
@@ -45,13 +45,13 @@ _WIKI_MARKUP = [
     (re.compile(r"\n{3,}"), "\n\n", 1),  # the empty lines that all this leaves
 ]
 _WIKI_PAGE = re.compile(r"<text[^>]*>(.*?)</text>", re.S)
-_WIKI_MIN_CHARACTERS = 2000  # of mark-up; what is shorter is a stub or a redirect
+_WIKI_MIN_CHARACTERS = 2000  # with mark-up; a shorter page is a stub or a redirect
 _WIKI_CALIBRATION_ARTICLES = 70  # of 103
 _NEWS_CALIBRATION_ITEMS = 200  # of 293
 _CODE_CALIBRATION_FILES = 80  # of 120
 
-# Files that share more than half of their longer lines with another one: without this, calibration would see held-out
-# text.
+# Files that share more than half of their longer lines with another one. They are left out, because calibration would
+# otherwise see held-out text.
 _CODE_REPEATS = {
     "gensim/models/lsi_dispatcher.py",  # of lda_dispatcher.py
     "gensim/models/lsi_worker.py",  # of lda_worker.py
@@ -64,9 +64,9 @@ _CODE_REPEATS = {
 
 @dataclass(frozen=True)
 class _Files:
-    """Files of the package: how an error message calls them, which ones (by their path in the wheel), and the SHA-256
-    of their contents in the order of their paths, joined by a zero byte. The hash keeps another release of gensim from
-    changing a figure unnoticed."""
+    """Files of the package: their name in error messages, a test of their paths in the wheel, and a SHA-256. The hash
+    covers their contents in the order of their paths, joined by a zero byte. It detects another release of gensim,
+    which would change the figures."""
 
     title: str
     wanted: Callable[[str], bool]
@@ -99,10 +99,10 @@ _PIP_DOWNLOAD += ["--only-binary=:all:", "--python-version", "3.11", "--platform
 
 
 def wiki_mini(cache: Path) -> Parts:
-    """103 articles of Wikipedia as running text. ``cache``: the folder where the wheel is looked for and kept.
+    """103 articles of Wikipedia as running text. ``cache``: the folder that caches the wheel.
 
     Raises:
-        InputError: the wheel cannot be fetched, or holds something else.
+        InputError: the wheel cannot be fetched, or its files are not the expected ones.
     """
     (packed,) = _read("wiki-mini", _WIKI, cache)
     pages = _WIKI_PAGE.findall(bz2.decompress(packed).decode("utf-8"))
@@ -113,7 +113,7 @@ def wiki_mini(cache: Path) -> Parts:
 def news_mini(cache: Path) -> Parts:
     """293 news items; arguments and errors as :func:`wiki_mini`."""
     (items,) = _read("news-mini", _NEWS, cache)
-    # Seven of the 300 items occur twice: without this, calibration would see held-out text.
+    # Seven of the 300 items occur twice. Repeats are removed, because calibration would otherwise see held-out text.
     return _split(list(dict.fromkeys(items.decode("utf-8").splitlines())), _NEWS_CALIBRATION_ITEMS)
 
 
@@ -129,7 +129,7 @@ def _split(documents: list[str], calibration_count: int) -> Parts:
 
 
 def _strip_wiki_markup(page: str) -> str:
-    """Return the running text of a wiki page as it stands, escaped, in a dump."""
+    """Return the running text of a wiki page; `page` is its escaped mark-up from a dump."""
     text = html.unescape(html.unescape(page))  # once for the XML, once for the author's own entities (&nbsp;)
     for pattern, replacement, passes in _WIKI_MARKUP:
         for _ in range(passes):
@@ -164,7 +164,7 @@ def _local(files: _Files, cache: Path) -> Iterator[list[bytes]]:
 
 
 def _read_folder(folder: Path, files: _Files) -> list[bytes]:
-    """From a folder of an installed gensim; no file from one that cannot be read."""
+    """The contents of the files in the folder of an installed gensim; empty if one cannot be read."""
     found = {f"gensim/{path.relative_to(folder).as_posix()}": path for path in folder.rglob("*") if path.is_file()}
     try:
         return [found[name].read_bytes() for name in sorted(found) if files.wanted(name)]
@@ -173,7 +173,7 @@ def _read_folder(folder: Path, files: _Files) -> list[bytes]:
 
 
 def _read_wheel(wheel: Path, files: _Files) -> list[bytes]:
-    """From a wheel; no file from a damaged one."""
+    """The contents of the files in a wheel; empty if the wheel is damaged."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             return [archive.read(name) for name in sorted(archive.namelist()) if files.wanted(name)]
@@ -182,7 +182,7 @@ def _read_wheel(wheel: Path, files: _Files) -> list[bytes]:
 
 
 def _download_gensim(source: str, cache: Path) -> Path:
-    """Let pip fetch the wheel into a folder of its own, then rename it: the cache never holds half a wheel."""
+    """Let pip fetch the wheel into a temporary folder, then move it, so the cache never has an incomplete wheel."""
     remedy = f"put a wheel of {_GENSIM} into that folder, or use a local .txt or .jsonl file"
     try:
         cache.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ def read_file(source: str, text_field: str, names: Sequence[str]) -> list[str]:
     """
     file = Path(source)
     reader = {".txt": _read_txt, ".jsonl": _read_jsonl}.get(file.suffix.lower())
-    if not os.path.exists(file):  # Path.exists raises where a name is too long
+    if not os.path.exists(file):  # Path.exists raises if a name is too long
         raise InputError(
             f"source: {source!r} is neither a file nor a known name; use {', '.join(names)}, or a .txt or .jsonl file"
         )
@@ -38,7 +38,7 @@ def read_file(source: str, text_field: str, names: Sequence[str]) -> list[str]:
 
 
 def _read_txt(file: Path, text_field: str) -> list[str]:
-    return [file.read_text(encoding="utf-8-sig")]  # -sig: without a byte order mark
+    return [file.read_text(encoding="utf-8-sig")]  # -sig drops a byte order mark
 
 
 def _read_jsonl(file: Path, text_field: str) -> list[str]:

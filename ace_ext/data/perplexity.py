@@ -39,7 +39,7 @@ class Perplexity:
     """The token with which each window begins; None: the windows are text alone."""
 
     def to_dict(self) -> dict[str, float | None]:
-        """The fields as JSON values; a perplexity beyond a float's range is None, and ``nll`` tells it."""
+        """The fields as JSON values. A perplexity beyond a float's range is None; ``nll`` is its logarithm."""
         return asdict(self) | {"perplexity": finite(self.perplexity)}
 
 
@@ -58,10 +58,10 @@ def perplexity(
         model: a causal language model; called with ``input_ids [batch, seqlen]``, it returns ``logits``.
         tokens: int64 ``[n]``, text without special tokens.
         seqlen: tokens of a window.
-        max_tokens: use at most as many windows as have this many tokens together; None: all.
+        max_tokens: the tokens of all windows together are at most this many; None: all windows.
         progress: a bar on stderr.
-        bos: a token that is put before each window, as one of its ``seqlen`` tokens; so all text of a window is
-            predicted. None: a window is text alone, and its first token is not predicted.
+        bos: a token before each window, counted among its ``seqlen`` tokens. Then all text of a window is predicted.
+            None: a window is text alone, and its first token is not predicted.
 
     Raises:
         InputError: no whole window; ``seqlen`` below 2 (nothing to predict) or above the model's positions; tokens that

@@ -1,4 +1,4 @@
-"""Checks of the numbers that ask for calibration samples, and the random generator that a seed stands for."""
+"""Checks of the arguments for calibration samples, and the random generator of a seed."""
 
 from numbers import Integral
 
@@ -10,7 +10,7 @@ from ace_ext.models._transformers import embedding_weight, output_head, text_con
 from ace_ext.process_memory import available_bytes
 
 BYTES_OF_A_SAMPLE = 200
-"""About what a sample takes besides its tokens while it is drawn."""
+"""Approximate memory of a sample while it is drawn, without its tokens."""
 
 
 def seeded_generator(seed: int) -> torch.Generator:
@@ -53,7 +53,8 @@ def check_positions(model: nn.Module, seqlen: int) -> None:
 
 
 def positions_of(model: nn.Module) -> int | None:
-    """How many positions a model has; None if it names no number, or one below 1, as XLNet does, which has no limit."""
+    """How many positions a model has. None if its configuration gives no number, or one below 1: XLNet has no limit and
+    gives -1."""
     positions = getattr(text_config(model), "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else None
 

@@ -19,10 +19,10 @@ from ace_ext.errors import InputError, one_line
 from ace_ext.models.tokenizer import Tokenizer
 
 BATCH = 8
-"""Requests of a forward pass."""
+"""Requests per forward pass."""
 
 _FIRST = ("acc", "acc_norm", "exact_match", "f1")
-"""The metrics of which the first that a task has is shown."""
+"""Metrics in order of preference: the first one that a task has is shown."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class TaskScore:
     value: float
     samples: int
     stderr: float | None = None
-    """Standard error over samples, by lm-eval; None where it gives none."""
+    """Standard error over samples, by lm-eval; None if it gives none."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Tasks:
             raise InputError("task-path and task-limit are for tasks: give --tasks too")
 
     def settings(self) -> dict[str, Any]:
-        """What figures depend on, as JSON values; nothing without tasks."""
+        """All that the figures depend on, as JSON values; empty without tasks."""
         if not self.names:
             return {}
         files = {} if self.folder is None else _hashes(self.folder)
@@ -70,10 +70,10 @@ class Tasks:
         return {"tasks": list(self.names), "task_files": files, "task_limit": self.limit, "lm_eval": version}
 
     def check(self) -> None:
-        """Checks before any work that lm-eval is there and knows every task.
+        """Checks that lm-eval is installed and knows every task. Call it before any work.
 
         Raises:
-            InputError: it names the first that is missing.
+            InputError: lm-eval or a task is missing; the message names the first.
         """
         if self.names:
             self._manager()
@@ -104,11 +104,11 @@ class Tasks:
             return {name: _score(name, found) for name in self.names}
         except InputError:
             raise
-        except Exception as error:  # of a task's own code, of its data, of the hub
+        except Exception as error:  # from a task's own code, its data or the hub
             raise InputError(f"tasks {', '.join(self.names)} could not be evaluated: {one_line(error)}") from error
 
     def _manager(self) -> Any:
-        """lm-eval's index of tasks: those of the folder alone if they are enough, else with its own."""
+        """lm-eval's index of tasks: only the folder's tasks if they suffice, else lm-eval's own too."""
         _harness()
         from lm_eval.tasks import TaskManager
 
@@ -138,7 +138,7 @@ def _harness() -> Any:
 
 
 def _score(name: str, found: dict[str, Any]) -> TaskScore:
-    """The score of a task, of lm-eval's ``{"metric,filter": value}``."""
+    """The score of a task, from lm-eval's ``{"metric,filter": value}``."""
     values = {
         key: value
         for key, value in found["results"].get(name, {}).items()
@@ -157,15 +157,15 @@ def _score(name: str, found: dict[str, Any]) -> TaskScore:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """By name, the SHA-256 of each file of a folder of tasks."""
+    """The SHA-256 of each file in a folder of tasks, by name."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts)
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without lm-eval's notes and bars on stderr, and without the message to the hub by which datasets counts its uses,
-    those of local files too."""
+    """Silences lm-eval's notes and bars on stderr. It also stops the message to the hub with which datasets counts its
+    uses, even of local files."""
     from datasets import config
     from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 

@@ -1,7 +1,7 @@
 """From text to tokens: the windows that a model is calibrated on, and the held-out tokens that it is evaluated on.
 
-Documents are joined by empty lines, as for published perplexities, with no EOS token between them. Text is taken as it
-is: no chat template is applied.
+Documents are joined by empty lines, as for published perplexities, with no EOS token between them. No chat template is
+applied.
 """
 
 import os
@@ -47,9 +47,9 @@ def load_windows(
 ) -> CalibrationData:
     """Return calibration samples, int64 [nsamples, seqlen], of a source of corpora.load_text or of the model itself.
 
-    `bos` says whether each sample begins with the BOS token: `auto`, `always`, `never`, or a choice already made; the
-    token is one of the `seqlen`. `source="self"` needs `model`, which must be dense; for other sources it is needed
-    where `auto` has to measure it (ace_ext.data.bos), else there is a warning and no BOS token. The numbers are checked
+    `bos` says whether each sample begins with the BOS token: `auto`, `always`, `never`, or a choice already made. The
+    token counts among the `seqlen`. `source="self"` needs `model`, the dense model. Other sources need it only if
+    `auto` has to measure it (ace_ext.data.bos); without it there is a warning and no BOS token. The numbers are checked
     before anything is read. `progress`: a bar on stderr while the model writes.
 
     Raises:
@@ -90,8 +90,8 @@ def token_windows(
 ) -> torch.Tensor:
     """Return windows of the documents, joined and tokenized as one text: int64 [nsamples, seqlen].
 
-    Windows start anywhere, may overlap, and are the same for the same arguments. With `bos`, a token, each window is
-    this token and `seqlen - 1` tokens of text. The global random state is untouched.
+    Windows start anywhere, may overlap, and are the same for the same arguments. With `bos`, each window is this token
+    followed by `seqlen - 1` tokens of text. The global random state does not change.
 
     Raises:
         InputError: numbers out of range, or a text shorter than one window.
@@ -114,8 +114,10 @@ def tokens_between_samples(
     draws: Iterable[tuple[int, int]],
     bos: int | None = None,
 ) -> torch.Tensor:
-    """Return the longest stretch of the text that no sample of token_windows reads, drawn with these `(nsamples, seed)`
-    and with the other arguments: int64 [n], empty if there is none."""
+    """Return the longest stretch of the text that no sample reads: int64 [n], empty if there is none.
+
+    The samples are those of token_windows for each `(nsamples, seed)` of `draws` and the other arguments.
+    """
     ids = _tokenize(documents, tokenizer)
     width = seqlen if bos is None else seqlen - 1
     starts = [start for nsamples, seed in draws for start in _starts(len(ids), width, nsamples, seed)]
@@ -128,7 +130,7 @@ def tokens_between_samples(
 
 def _starts(length: int, width: int, nsamples: int, seed: int) -> list[int]:
     """The first token of each sample of a text of `length` tokens."""
-    # The upper bound is off by one (the last start is never drawn). Kept: published figures were drawn with it.
+    # The upper bound is off by one (the last start is never drawn). Kept, because published figures use it.
     last = max(1, length - width - 1)
     starts: list[int] = torch.randint(0, last, (nsamples,), generator=seeded_generator(seed)).tolist()
     return starts

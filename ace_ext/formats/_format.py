@@ -23,8 +23,8 @@ class DenseModel:
     folder: Path | None
     """Its folder on this machine, if it has one."""
     shards: Shards | None
-    """Its safetensors files, if they hold the weights exactly as they will be written and so can be copied and patched;
-    else None."""
+    """Its safetensors files, if they hold the weights exactly as the output will. They can then be copied and patched.
+    Else None."""
 
 
 class OutputWriter(Protocol):
@@ -56,8 +56,8 @@ class OutputWriter(Protocol):
         ...
 
     def rest(self, blocks: Iterable[Block]) -> dict[str, str] | None:
-        """For each file of the folder, by its name, a checksum of its content outside the blocks; None once the output
-        is in its final form, which :meth:`check` verifies."""
+        """For each file of the folder, by its name, a checksum of its content outside the blocks. None once the output
+        is in its final form: :meth:`check` verifies that."""
         ...
 
 
@@ -73,4 +73,4 @@ class OutputFormat:
     check: Callable[[PruneConfig], None] = lambda config: None
     """Raises :class:`ace_ext.InputError` for settings whose result this format cannot store."""
     codec: Codec | None = None
-    """The packed format, if this is one; it is written at the end."""
+    """The codec, if this is a packed format. Packing takes place at the end."""

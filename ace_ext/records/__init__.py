@@ -1,5 +1,6 @@
-"""What a pruning run did, as data: written beside the model as JSON, and shown as a short table. May import
-``dense_weights`` and ``errors``.
+"""Records of a pruning run. They are written beside the model as JSON, and shown as a short table.
+
+May import ``dense_weights`` and ``errors``.
 """
 
 from ace_ext.records.healing import Healing, HeldOutPerplexity, figure_text, finite

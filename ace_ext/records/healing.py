@@ -14,24 +14,25 @@ class Healing:
     settings: dict[str, Any]
     """The fields of :class:`ace_ext.healing.HealSettings`."""
     tokens: int
-    """Tokens trained on, those of every pass counted."""
+    """Tokens trained on, counted once per pass."""
     steps: int
     parts: int
-    """Into how many windows the blocks were divided that were trained one after the other; 1: all together."""
+    """How many windows the blocks were divided into. Windows are trained one after another; 1: all blocks together."""
     held_out: int
-    """Tokens that were only measured on."""
+    """Tokens that were only used for measurements."""
     loss_before: float
     """On the held-out tokens."""
     loss_after: float
-    """Of the weights that were kept: the best that were measured, so never more than ``loss_before``."""
+    """On the same tokens, with the best weights that were measured. The run keeps these, so this is never above
+    ``loss_before``."""
     zeros: int
-    """Pruned weights, which were checked to be zero before and after."""
+    """How many weights are pruned. All were checked to be zero before and after."""
     seconds: float
     losses: list[tuple[int, float | None]] = field(default_factory=list)
-    """The loss over time: the number of a step, and the mean of the losses since the entry before, each on the tokens
-    of its step. None: not finite."""
+    """The loss over time: pairs of a step's number and the mean loss of the steps since the pair before. The loss of a
+    step is on its own tokens. None: not finite."""
     checks: list[tuple[int, float | None]] = field(default_factory=list)
-    """The loss on the held-out tokens after a number of steps. None: not finite."""
+    """Pairs of a number of steps and the loss on the held-out tokens after them. None: not finite."""
     backed_off: list[int] = field(default_factory=list)
     """The steps after which the held-out loss was above that of the start. Training then returned to the best weights
     and continued with a lower learning rate (:data:`ace_ext.healing.part.BACK_OFF`)."""
@@ -49,7 +50,7 @@ class Healing:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Healing":
-        """The reverse of ``dataclasses.asdict``, also of one that was written as JSON."""
+        """The reverse of ``dataclasses.asdict``, also after JSON."""
 
         def pairs(name: str) -> list[tuple[int, float | None]]:
             return [(int(step), None if loss is None else float(loss)) for step, loss in data[name]]
@@ -68,7 +69,7 @@ class HeldOutPerplexity:
     dense: float | None
     pruned: float | None
     healed: float | None = None
-    """After a distillation that belongs to the run; None also if there was none."""
+    """After a distillation that belongs to the run; None also without one."""
 
     @property
     def ratio(self) -> float | None:
@@ -88,7 +89,7 @@ class HeldOutPerplexity:
 
 
 def finite(value: float) -> float | None:
-    """``value``, or None where JSON has no number for it."""
+    """``value``, or None if JSON has no number for it."""
     return value if math.isfinite(value) else None
 
 

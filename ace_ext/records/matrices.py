@@ -1,4 +1,4 @@
-"""What was done to each matrix and block."""
+"""Records of each pruned matrix and block."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,30 +7,30 @@ from typing import Any
 
 @dataclass
 class Solution:
-    """What a solver did to one matrix ``W``.
+    """What the refine and solve stages did to one matrix ``W``.
 
     Losses are ``Σ_i e_i G e_iᵀ / Σ_i w_i G w_iᵀ`` over the rows ``w_i`` of the dense matrix and their changes ``e_i``,
-    with the solver's Gram matrix ``G`` ``[cols, cols]`` of all calibration tokens: the relative squared error of the
-    outputs. For solvers that read only moments ``G`` is ``diag(σ²) + m mᵀ`` (:mod:`ace_ext.pruning.moment_gram`).
+    with the stage's Gram matrix ``G`` ``[cols, cols]`` of all calibration tokens: the relative squared error of the
+    outputs. For stages that read only moments, ``G`` is ``diag(σ²) + m mᵀ`` (:mod:`ace_ext.pruning.moment_gram`).
     """
 
     solver: str
-    """``"swaps"``, ``"obs"``, ``"admm"``, or two of them in order, as in ``"swaps+admm"``."""
+    """The stage: ``"swaps"``, ``"obs"``, ``"admm"`` …, or two of them in order, as in ``"swaps+admm"``."""
     damping: float
-    """With which the factorisation succeeded, relative to the mean diagonal of ``G``; 0 if nothing was factorised."""
+    """Damping of the factorisation that succeeded, relative to the mean diagonal of ``G``; 0 if there was none."""
     attempts: int
     """Factorisations tried, each with ten times the damping of the one before; 0 if none was needed."""
     loss_before: float
     """With the metric's mask and unchanged remaining weights."""
     loss_after: float
-    """With the solver's mask and weights."""
+    """With the mask and weights after the last stage."""
 
 
 @dataclass
 class MatrixReport:
     """One pruned matrix. Its errors compare the outputs ``A`` of the dense and ``A'`` of the pruned weight on up to 128
-    calibration tokens: ``relative_error`` is ``‖A' - A‖ / ‖A‖`` over all these tokens, ``cosine`` the mean over tokens
-    ``t`` of ``cos(A_t, A'_t)``.
+    calibration tokens. ``relative_error`` is ``‖A' - A‖ / ‖A‖`` over all these tokens. ``cosine`` is the mean over
+    tokens ``t`` of ``cos(A_t, A'_t)``.
     """
 
     name: str
@@ -40,14 +40,14 @@ class MatrixReport:
     nonzero: int
     """Number of weights that are not zero: less than ``keep`` only if the dense weight had zeros."""
     tokens: int
-    """Calibration tokens that it saw. 0 for an expert that the router sent none: it is pruned by magnitude, and its
-    errors mean nothing."""
+    """Calibration tokens that reached it. 0: the router sent this expert none. The expert is then pruned by magnitude,
+    and its errors mean nothing."""
     relative_error: float
     cosine: float
     solution: Solution | None = None
-    """None if there was no solver."""
+    """None if no refine or solve stage was applied."""
     empty_rows: int = 0
-    """Rows that have no weight left: these outputs are constant."""
+    """Rows without a remaining weight: these outputs are constant."""
 
     @property
     def size(self) -> int:
@@ -62,8 +62,8 @@ class MatrixReport:
 
 @dataclass
 class Tuning:
-    """The training of one block. Its loss is the mean over tokens of ``‖output - target‖² / ‖target - input‖²``, where
-    the target is the dense block's output. Both are equal if training did not lower the loss and was undone."""
+    """The training of one block. Its loss is the mean over tokens of ``‖output - target‖² / ‖target - input‖²``. The
+    target is the dense block's output. Both losses are equal if training did not lower the loss and was undone."""
 
     loss_before: float
     loss_after: float
@@ -80,7 +80,7 @@ class BlockReport:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "BlockReport":
-        """The reverse of ``dataclasses.asdict``, also of one that was written as JSON."""
+        """The reverse of ``dataclasses.asdict``, also after JSON."""
         tuning = data.get("tuning")
         _check_kinds(data, name=str, seconds=float)
         return cls(
@@ -97,7 +97,7 @@ def _matrix_from_dict(data: Mapping[str, Any]) -> MatrixReport:
     fields["shape"] = (rows, cols)
     _check_kinds(fields, name=str, keep=int, nonzero=int, tokens=int, relative_error=float, cosine=float)
     _check_kinds({"rows": rows, "columns": cols}, rows=int, columns=int)
-    if fields.get("solution") is not None:  # absent from reports written before there were solvers
+    if fields.get("solution") is not None:  # absent from old reports
         fields["solution"] = Solution(**fields["solution"])
     return MatrixReport(**fields)
 

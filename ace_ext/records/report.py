@@ -15,10 +15,10 @@ REPORT_NAME = "ace_report.json"
 FORMAT = 1
 
 LARGE_LOSS = 1.5
-"""From this ratio of pruned to dense perplexity on, a report advises what to try."""
+"""A report gives advice if pruned perplexity is at least this multiple of dense perplexity."""
 
 _MUCH_TEXT = 65536
-"""Calibration tokens, beyond which more are not advised."""
+"""With at least this many calibration tokens, a report does not advise more."""
 
 
 @dataclass
@@ -34,9 +34,9 @@ class PruneReport:
     versions: dict[str, str] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     dense: list[DenseWeight] = field(default_factory=list)
-    """Matrices that stayed dense. Embeddings, the LM head, biases and norms always do and are not listed."""
+    """Matrices that stayed dense. Embeddings, the LM head, biases and norms always stay dense and are not listed."""
     healing: Healing | None = None
-    """The distillation that followed, if there was one. The errors of matrices and blocks are those before it."""
+    """The distillation that followed, if there was one. The errors of matrices and blocks were measured before it."""
     perplexity: HeldOutPerplexity | None = None
     """Before and after, if the run measured it."""
 
@@ -53,7 +53,7 @@ class PruneReport:
 
     @property
     def method(self) -> str:
-        """The method as it was asked for: ``"fast: admm(…)"`` for a preset, else the text of its stages; empty if the
+        """The requested method: ``"fast: admm(…)"`` for a preset, else the text of its stages. Empty if the
         configuration does not say."""
         method, preset = self.config.get("method"), self.config.get("preset")
         return f"{preset}: {method}" if preset and method else str(method or "")
@@ -99,7 +99,7 @@ class PruneReport:
         data = json.loads(text)
         del data["format"], data["sparsity"]
         blocks = [BlockReport.from_dict(block) for block in data.pop("blocks")]
-        healing = data.pop("healing", None)  # absent from reports written before there was any
+        healing = data.pop("healing", None)  # absent from old reports
         measured = data.pop("perplexity", None)
         dense = [DenseWeight.from_dict(weight) for weight in data.pop("dense", [])]  # absent too
         return cls(
@@ -115,13 +115,13 @@ class PruneReport:
         ``pack``.
 
         Raises:
-            OSError: the folder is not there, or cannot be written.
+            OSError: the folder does not exist, or cannot be written.
         """
         (Path(folder) / REPORT_NAME).write_text(self.to_json(), encoding="utf-8")
 
     def table(self) -> str:
         """A table as text: one line for each kind of matrix, averaged over blocks, and the totals below."""
-        from tabulate import tabulate  # imported here: pruning itself does without it
+        from tabulate import tabulate  # imported here: pruning itself does not need it
 
         kinds: dict[str, list[MatrixReport]] = {}
         for block in self.blocks:
@@ -151,7 +151,7 @@ class PruneReport:
         return "\n".join(lines)
 
     def _rounded(self) -> list[str]:
-        """A line that explains a sparsity that differs from the one that was asked for, if rounding is the reason."""
+        """A line that explains why the sparsity differs from the requested one, if rounding is the reason."""
         wanted, group = self.config.get("sparsity"), str(self.config.get("group"))
         if self.config.get("pattern") or not isinstance(wanted, float) or group not in ("row", "matrix"):
             return []

@@ -15,10 +15,10 @@ _MARK = "ace-prune bench"
 
 
 def check_plot(path: Path) -> None:
-    """Checks before the work that the plot can be written.
+    """Checks that the plot can be written. Call it before the work.
 
     Raises:
-        InputError: matplotlib is not installed, ``path`` is in a folder that does not exist, or is a file of another
+        InputError: matplotlib is not installed, the folder of ``path`` does not exist, or ``path`` is a file of another
             kind.
     """
     require_matplotlib()
@@ -32,7 +32,7 @@ def write_plot(result: BenchResult, path: Path) -> None:
 
 
 def bench_plot(result: BenchResult) -> bytes:
-    """The PNG: a bar for each figure, from 1 (as good as dense) to the right where the packed model is better."""
+    """The PNG: a bar for each figure. It starts at 1 (as good as dense) and goes right if packed is better."""
     from matplotlib.figure import Figure
 
     pairs = _pairs(result)
@@ -44,7 +44,7 @@ def bench_plot(result: BenchResult) -> bytes:
     axes.bar_label(bars, labels=[f"{ratio:.2f} ×" for ratio in ratios], padding=3, fontsize=FONT)
     axes.invert_yaxis()
     axes.axvline(1, color="#444444", linewidth=1)
-    log_axis(axes, "x")  # 2 and 0.5 are as far from 1
+    log_axis(axes, "x")  # 2 and 0.5 are equally far from 1
     axes.margins(x=0.45)  # for the labels beside the bars
     axes.grid(axis="x", alpha=0.3)
     axes.tick_params(labelsize=FONT)
@@ -57,7 +57,7 @@ def bench_plot(result: BenchResult) -> bytes:
 
 
 def _pairs(result: BenchResult) -> dict[str, Pair]:
-    """What was measured, by what it is called in the plot."""
+    """The measured figures, by their names in the plot."""
     others = {
         f"prefill, {result.prefill_tokens} tokens": result.prefill,
         "time to load": result.load,

@@ -50,7 +50,7 @@ def _runs_table(results: Results) -> Table:
 
 
 def _methods_table(results: Results) -> Table:
-    """Each method's configuration, without sparsity and pattern, which the grid gives."""
+    """Each method's configuration without sparsity and pattern: the grid gives those."""
     configs = {run.cell.method: run.config for run in results.runs}
     fields = [name for name in next(iter(configs.values())) if name not in ("sparsity", "pattern")]
     lines = [[method, *[plain(config[name]) for name in fields]] for method, config in configs.items()]

@@ -1,6 +1,6 @@
 """Renders the templates of this package into HTML pages that need no other file, and writes them.
 
-Templates get tables and plots as the classes here; they escape all text.
+Templates get tables and plots as the classes here, and escape all text.
 """
 
 import base64
@@ -22,7 +22,7 @@ RESULTS_NAME, REPORT_NAME = "results.json", "report.html"
 
 @dataclass(frozen=True)
 class Table:
-    """Text in lines of as many cells as ``head`` has. Columns from ``numbers_from`` on are aligned right."""
+    """Lines of text cells, as many in each line as in ``head``. Columns from ``numbers_from`` on are aligned right."""
 
     head: Sequence[str]
     lines: Sequence[Sequence[str]]
@@ -30,7 +30,7 @@ class Table:
 
     @classmethod
     def of_settings(cls, values: Mapping[str, object]) -> "Table":
-        """A line for each name and value; of a dictionary that holds others, a line for each of its entries."""
+        """A line for each name and value. A dictionary of dictionaries gets a line for each of its entries."""
         lines: list[list[str]] = []
         for name, value in values.items():
             if isinstance(value, dict) and any(isinstance(entry, dict) for entry in value.values()):
@@ -54,10 +54,10 @@ class Plot:
 
 
 def check_report(path: str | Path) -> None:
-    """Checks before a run that its report can be written to ``path``.
+    """Checks that the report of a run can be written to ``path``. Call it before the run.
 
     Raises:
-        InputError: matplotlib is not installed, ``path`` is in a folder that does not exist, or is a file that this
+        InputError: matplotlib is not installed, the folder of ``path`` does not exist, or ``path`` is a file that this
             program did not write.
     """
     require_matplotlib()

@@ -1,7 +1,7 @@
 """Plots of comparisons as PNG bytes. Small figures with large type, readable at a phone's width.
 
-A method has a colour; whatever else varies among the lines of a plot has a marker and a dash. matplotlib is optional
-(``pip install matplotlib``) and is imported only here, by the functions that draw.
+The colour of a line shows its method; marker and dash show whatever else varies in the plot. matplotlib is optional
+(``pip install matplotlib``), and only the functions that draw import it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 3.7  # inches; a line holds some 50 characters
-FONT = 9  # points: 12 of the 358 pixels that a page has for a plot on a phone of 390
+WIDTH = 3.7  # inches; about 50 characters fit into a line
+FONT = 9  # points: 12 pixels on a phone 390 pixels wide, where a plot is 358 pixels wide
 DPI = 230
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444")  # distinct if colour-blind
 _MARKERS = ("o", "^", "s", "D", "v", "P", "X")
@@ -31,14 +31,14 @@ _SHARES_DIFFER = 0.001
 _LOG_FROM = 4  # figures that differ by more than this factor are drawn on a logarithmic axis
 
 Key: TypeAlias = tuple[str, str]
-"""A method, and what else tells its line from others, as text; the latter is empty where nothing else varies."""
+"""A method, and as text whatever else distinguishes its line (empty if nothing else varies)."""
 
 _Style: TypeAlias = dict[str, Any]
 """Keyword arguments of matplotlib's functions that draw lines."""
 
 
 def require_matplotlib() -> None:
-    """Checks before the work that plots can be drawn after it.
+    """Checks that plots can be drawn. Call it before the work.
 
     Raises:
         InputError: matplotlib is not installed.
@@ -67,8 +67,8 @@ def study_plots(results: Results) -> dict[str, tuple[bytes, str]]:
 
 
 def blocks_plot(series: dict[Key, list[BlockFigures]]) -> tuple[bytes, str]:
-    """The PNG of a plot with a line for each of ``series``, and its caption: mean output cosine by block, and the share
-    of zeros unless it is the same in all."""
+    """The PNG of a plot with a line for each of ``series``, and its caption. It shows the mean output cosine by block.
+    It also shows the share of zeros, unless this is the same in all blocks."""
     shares = [block.sparsity for blocks in series.values() for block in blocks]
     differ = max(shares) - min(shares) > _SHARES_DIFFER
     figure, axes = figure_with(1 + differ)
@@ -89,7 +89,7 @@ def blocks_plot(series: dict[Key, list[BlockFigures]]) -> tuple[bytes, str]:
 
 
 def healing_plot(healing: Healing) -> bytes:
-    """The PNG of a plot of a distillation's loss over its steps: on the text it trains on, and on held-out text."""
+    """The PNG of a plot of a distillation's loss over its steps, on training text and on held-out text."""
     figure, (axes,) = figure_with(1)
     named = {("training text", ""): healing.losses, ("held-out text", ""): healing.checks}
     styles = _styles(named)
@@ -104,7 +104,7 @@ def healing_plot(healing: Healing) -> bytes:
 
 def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     """The points ``(x, y)`` for which no other has both a smaller or equal ``x`` and a smaller or equal ``y``, by
-    increasing ``x``; of equal points one."""
+    increasing ``x``. Equal points appear once."""
     front: list[tuple[float, float]] = []
     for x, y in sorted(points):
         if not front or y < front[-1][1]:
@@ -164,7 +164,7 @@ def _seconds_plot(results: Results, table: list[Row]) -> bytes:
 
 
 def _study_blocks_plot(table: list[Row]) -> tuple[bytes, str]:
-    """For the first calibration only, because the lines of others are too close to it. Averaged over seeds."""
+    """Shows only the first calibration, because the lines of others are too close to it. Averaged over seeds."""
     first = table[0]
     same = [row for row in table if (row.calibration, row.length) == (first.calibration, first.length)]
     return blocks_plot({key: _mean_blocks(row) for key, (row,) in _lines(same, ("amount_name",)).items()})
@@ -250,7 +250,7 @@ def figure_with(count: int) -> tuple[Figure, list[Axes]]:
 
 
 def at_whole_numbers(axes: Axes) -> None:
-    """Ticks of the x axis only at whole numbers, as it counts blocks or steps."""
+    """Puts ticks of the x axis only at whole numbers, because it counts blocks or steps."""
     from matplotlib.ticker import AutoLocator
 
     whole = AutoLocator()

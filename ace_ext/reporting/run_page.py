@@ -1,4 +1,4 @@
-"""The page of one pruning run: what it cost at a glance, plots, figures by block and by matrix, and the settings."""
+"""The page of one pruning run: a summary of its cost, plots, figures by block and by matrix, and the settings."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ _FIGURES = ["sparsity", "rel. error", "cosine"]
 
 
 def write_run_report(report: PruneReport, path: str | Path, folder: str | Path | None = None) -> Path:
-    """Writes the page of a run to ``path``, and returns it as a path. ``folder``: the model that was written, for a
+    """Writes the page of a run to ``path``, and returns it as a path. ``folder``: the folder of the pruned model, for a
     histogram of its weights.
 
     Raises:
@@ -52,14 +52,14 @@ def _model_name(report: PruneReport) -> str:
 
 
 def _method(report: PruneReport) -> str:
-    """The method of the run, also of a distillation after it."""
+    """The method of the run, and of a distillation after it."""
     method = str(report.config.get("preset") or report.config["method"])
     later = report.healing is not None and "distill" not in str(report.config["method"])
     return f"{method} + distill" if later else method
 
 
 def _glance(report: PruneReport) -> list[tuple[str, str]]:
-    """Names and values of the figures that one looks at first."""
+    """Names and values of the main figures."""
     found = []
     measured = report.perplexity
     if measured is not None:
@@ -86,7 +86,7 @@ def _plots(report: PruneReport, blocks: list[BlockFigures], folder: str | Path |
 
 
 def _extra(report: PruneReport) -> dict[str, Any]:
-    """What the report says of model and calibration, with the choice about the BOS token as a line of its own."""
+    """The report's description of model and calibration, with the choice about the BOS token as a separate entry."""
     calibration = report.extra.get("calibration")
     if not isinstance(calibration, dict) or "bos" not in calibration:
         return report.extra

@@ -1,4 +1,4 @@
-"""Plots of one run as PNG bytes: the error of each matrix, the seconds of each block, the weights that are left."""
+"""Plots of one run as PNG bytes: the error of each matrix, the seconds of each block, the remaining weights."""
 
 import math
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from ace_ext.models.safetensors_files import Shards, has_safetensors
 from ace_ext.records import BlockReport
 from ace_ext.reporting.plots import FONT, at_whole_numbers, figure_with, png_of
 
-_SAMPLED = 2**16  # weights of each matrix in the histogram, at most
-_REACH = 4.0  # of the histogram, in root mean squares
+_SAMPLED = 2**16  # upper bound for the weights of each matrix in the histogram
+_REACH = 4.0  # range of the histogram, in root mean squares
 
 
 def errors_by_kind(blocks: Sequence[BlockReport]) -> dict[str, list[float]]:
-    """For each kind of matrix its relative error in each block, averaged over experts; NaN where a block has none of
-    this kind, or no token reached it. Names are as short as they can be told apart."""
+    """The relative error of each kind of matrix in each block, averaged over experts. NaN: the block has no matrix of
+    this kind, or no token reached it. Names are shortened unless two would be equal."""
     found: dict[str, list[list[float]]] = {}
     for index, block in enumerate(blocks):
         for matrix in block.matrices:
@@ -41,7 +41,7 @@ def errors_plot(blocks: Sequence[BlockReport]) -> bytes:
     figure, (axes,) = figure_with(1)
     figure.set_figheight(1.2 + 0.26 * len(errors))
     axes.grid(visible=False)
-    axes.set_facecolor("#dddddd")  # where there is no figure
+    axes.set_facecolor("#dddddd")  # cells without a figure
     known = [error for row in errors.values() for error in row if not math.isnan(error)]
     scale = Normalize(0, max(known, default=1.0) or 1.0)
     picture = axes.imshow(list(errors.values()), aspect="auto", cmap="viridis", norm=scale, interpolation="nearest")
@@ -65,8 +65,8 @@ def seconds_plot(blocks: Sequence[BlockReport]) -> bytes:
 
 
 def kept_weights(folder: str | Path, blocks: Sequence[BlockReport]) -> Tensor:
-    """Weights that are not zero, of a sample of each pruned matrix in a folder, divided by the root mean square of the
-    matrix's: ``[n]`` float32. Empty where the files hold the matrices under other names."""
+    """The nonzero weights in a sample of each pruned matrix of a folder, divided by their root mean square: ``[n]``
+    float32. Empty if the files hold the matrices under other names."""
     if not has_safetensors(Path(folder)):
         return torch.zeros(0)
     shards, found = Shards(folder), [torch.zeros(0)]

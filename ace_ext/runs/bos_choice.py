@@ -21,8 +21,8 @@ from ace_ext.runs.unfinished import recorded_fingerprint
 
 
 def choose_for_run(request: RunRequest, source: Source, blocks: BlockSource, output: Path, peers: Peers) -> BosChoice:
-    """The choice for the calibration samples of a run; the same on all ranks, and whether or not the model is in memory
-    as a whole. A resumed run takes the recorded choice: then nothing is measured.
+    """The choice for the calibration samples of a run. It is the same on all ranks, and does not depend on whether the
+    whole model is in memory. A resumed run takes the recorded choice and measures nothing.
 
     Raises:
         InputError: as :func:`ace_ext.data.bos.choose_bos`.

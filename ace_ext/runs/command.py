@@ -23,7 +23,7 @@ def run_command(request: RunRequest) -> str | None:
     if callable(method.scored_by.metric):
         return None
     flags: dict[str, Any] = {"model": hub_name(request.model) or Path(request.model).name, "output": OUTPUT}
-    named = method.published  # the choice of BOS depends on that name, which the stages' text does not have
+    named = method.published  # the choice of BOS depends on that name; the stages' text lacks it
     flags["method"] = method.label if named else method.preset or str(method)
     flags |= {"pattern": config.pattern} if config.pattern else {"sparsity": config.sparsity}
     if config.pattern is None and config.group != PruneConfig(method).group:

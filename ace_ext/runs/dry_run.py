@@ -70,7 +70,7 @@ def try_block(
     first = OffloadedBlocks(blocks, files, device)
     context = RunContext(device=device, keeps_forwards=keeps_forwards)
     found = []
-    # The larger part first: it includes what libraries load at their first call.
+    # The larger part comes first: it includes what libraries load at their first call.
     for part in (large, small):
         batches = part.chunk(parts)
         with first.entrance(model):

@@ -1,5 +1,5 @@
-"""``ace-prune heal``: distils a pruned folder from its dense model into a new folder, within a memory budget,
-resumable."""
+"""``ace-prune heal``: distils a pruned folder from its dense model into a new folder, within a memory budget. An
+interrupted run can be resumed."""
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -61,14 +61,14 @@ def heal_folder(
     Args:
         request: what to do.
         observer: what is shown while it runs; default: nothing.
-        tell: is given lines for the user beforehand: how much text, how much memory.
+        tell: called with lines for the user before the work: how much text, how much memory.
 
     Returns:
         The pruned folder's report with ``healing``, and the folder that was written.
 
     Raises:
         InputError: for an error in the arguments, the models, the text, or the disk; too little memory; or weights in
-            the pruned folder that are not what its report says (:func:`ace_ext.runs.verify.verify_weights`).
+            the pruned folder that do not match its report (:func:`ace_ext.runs.verify.verify_weights`).
     """
     request.options.check()
     if request.options.max_memory is not None and request.device.type == "cpu":
@@ -106,7 +106,7 @@ class _Run:
             _check_weights(self._request.folder)
         journal = HealJournal(path, fingerprint, options.resume)
         try:
-            check_output(path, options.overwrite, options.resume)  # of a run that had the lock before
+            check_output(path, options.overwrite, options.resume)  # a run that had the lock before may have written it
             observer = observer or HealProgress()
             data = self._text(journal, observer.shown, tell)
             batches = Batches.of(data.tokens, self._request.settings)
@@ -165,7 +165,7 @@ class _Run:
         }
 
     def _text(self, journal: HealJournal, progress: bool, tell: Callable[[str], None] | None) -> CalibrationData:
-        """As many windows of text as the budget takes, the same when a run is resumed."""
+        """Draws as many windows of text as the budget allows. A resumed run draws the same."""
         notes, options, settings = journal.notes, self._request.options, self._request.settings
         seqlen, tokens = self._request.text.seqlen, options.tokens or TOKENS
         if "nsamples" not in notes:
@@ -178,7 +178,7 @@ class _Run:
         return HealText(text, self._pruned, self._dense, self._report).draw(notes, progress, tell)
 
     def _divide(self, journal: HealJournal, batches: Batches) -> tuple[Division, Estimate]:
-        """What is in memory together; a resumed run trains as many blocks together as before."""
+        """Decides what is in memory together. A resumed run trains as many blocks together as before."""
         request, pruned = self._request, self._pruned
         kept = 1 - self._report.sparsity
         demand = HealDemand.of(pruned.model, pruned.blocks, kept, batches.tokens, whole_bytes(self._skeleton))
@@ -191,7 +191,7 @@ class _Run:
         return division, need
 
     def _teacher(self, batches: Batches, context: HealContext) -> HiddenStates:
-        """The dense model's states: those of the earlier run, if it got that far."""
+        """The dense model's states. If the earlier run computed all of them, they are used again."""
         journal = context.journal
         known = earlier_states(context.place, journal)
         if known is not None and journal.notes[NAME] == len(self._pruned.blocks):
@@ -200,7 +200,7 @@ class _Run:
             return teacher_states(model, blocks, batches.tokens, context.place, journal, context.observer)
 
     def _measure(self, journal: HealJournal) -> None:
-        """Adds the perplexity of what was written to that of the dense and of the pruned model."""
+        """Adds the perplexity of the written model to those of the dense and the pruned model."""
         longer, found = self._request.options.longer, self._report.perplexity
         text = None if longer is None else longer.held_out
         if text is None or found is None:
@@ -222,7 +222,7 @@ class _Run:
 
 
 def _check_weights(folder: str) -> None:
-    """Raises InputError for a pruned folder whose weights are not what its report says: the output repeats that."""
+    """Raises InputError if the weights of a pruned folder do not match its report: the output's report repeats it."""
     problems = verify_weights(folder).problems
     if problems:
         more = f" (and {len(problems) - 1} more, see ace-prune verify)" if len(problems) > 1 else ""
@@ -232,7 +232,7 @@ def _check_weights(folder: str) -> None:
 
 
 def _open_writer(journal: HealJournal, pruned: Source) -> None:
-    """Opens the output's writer, and copies the pruned folder unless an earlier run did, whose output is checked."""
+    """Opens the output's writer. Copies the pruned folder, unless an earlier run did; then its output is checked."""
     journal.model.mkdir(parents=True, exist_ok=True)
     journal.writer = format_named(DEFAULT_FORMAT).open(journal.model)
     if not journal.notes.get("laid_out"):
@@ -242,7 +242,7 @@ def _open_writer(journal: HealJournal, pruned: Source) -> None:
 
 
 def _shards(journal: HealJournal, pruned: Source) -> Shards:
-    """The output's files, from which blocks are read: those that are trained already, and the pruned ones."""
+    """The output's files. Blocks that are trained already are read from them."""
     return Shards(journal.model).adopt(pruned.model)
 
 

@@ -22,7 +22,7 @@ from ace_ext.runs.unfinished import UnfinishedRun
 from ace_ext.runs.written_sums import check_written
 
 SAVE_SECONDS = 300
-"""The least time between two saved states. A crash loses the work since the last one."""
+"""The shortest time between two saved states. A crash loses the work since the last one."""
 SAVE_SHARE = 20
 """Saving takes at most about 1 / ``SAVE_SHARE`` of the time."""
 
@@ -36,7 +36,7 @@ class HealJournal(UnfinishedRun):
         resume: continue an earlier run, if there is one. Otherwise its files are removed.
 
     Raises:
-        InputError: another run holds the folder, or ``resume`` finds a run with another fingerprint.
+        InputError: another run has locked the folder, or ``resume`` finds a run with another fingerprint.
     """
 
     def __init__(self, output: Path, fingerprint: dict[str, Any], resume: bool) -> None:
@@ -59,8 +59,8 @@ class HealJournal(UnfinishedRun):
         return found
 
     def check_output(self, blocks: list[Block]) -> None:
-        """Records checksums of the output, or compares it with those of the earlier run. ``blocks``: all of the model;
-        call it once the writer is set.
+        """Records checksums of the output, or compares it with those of the earlier run. Call it once the writer is
+        set. ``blocks``: all blocks of the model.
 
         Raises:
             InputError: it has changed.
@@ -73,7 +73,7 @@ class HealJournal(UnfinishedRun):
         self.save()
 
     def due(self) -> bool:
-        """Whether ``SAVE_SECONDS`` have passed since the last save, and it took little of the time."""
+        """Whether ``SAVE_SECONDS``, and ``SAVE_SHARE`` times what the last save took, have passed since that save."""
         return time.perf_counter() - self._saved >= max(SAVE_SECONDS, SAVE_SHARE * self._cost)
 
     def save(self, tensors: Iterable[tuple[str, Mapping[str, Tensor]]] = ()) -> None:
@@ -106,7 +106,7 @@ class HealJournal(UnfinishedRun):
         """A group of tensors of the last save.
 
         Raises:
-            InputError: its file is not as it was saved.
+            InputError: its file has changed since it was saved.
         """
         assert self._training is not None  # the notes say that there are any
         file = self.folder / self._training / f"{group}.safetensors"

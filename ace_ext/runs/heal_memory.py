@@ -17,8 +17,8 @@ from ace_ext.runs.memory_model import Estimate
 
 @dataclass(frozen=True)
 class Division:
-    """What is in memory together. The fields are those of :class:`ace_ext.healing.context.HealContext`, and
-    ``states``: whether hidden states are."""
+    """What is in memory together. Fields are as in :class:`ace_ext.healing.context.HealContext`. In addition,
+    ``states`` says whether hidden states are in memory."""
 
     parts: int = 1
     resident: bool = True
@@ -60,7 +60,7 @@ class HealDemand:
 
         Args:
             budget: bytes of the whole process.
-            process: bytes that the process holds besides the run.
+            process: bytes that the process uses besides the run.
             parts: the number of windows of the run that is resumed; None: any.
 
         Raises:
@@ -82,7 +82,7 @@ class HealDemand:
         )
 
     def _divisions(self, parts: int | None) -> Iterator[Division]:
-        """From the one that needs most memory."""
+        """All divisions, starting with the one that needs most memory."""
         blocks = len(self.trained)
         for count in range(1, blocks + 1) if parts is None else [parts]:
             for resident in (True, False):
@@ -90,7 +90,7 @@ class HealDemand:
                     yield Division(count, resident, states)
 
     def peak(self, division: Division, process: int) -> Estimate:
-        """The estimate of the phase that holds most: running the dense model, or training."""
+        """The estimate of the largest phase."""
         phases = [self._entering(division), self._running(division), self._training(division)]
         return max((replace(phase, process=process) for phase in phases), key=lambda phase: phase.total)
 
@@ -99,7 +99,7 @@ class HealDemand:
         return self.tokens * self.shape.hidden * self.shape.itemsize
 
     def _entering(self, division: Division) -> Estimate:
-        """Text enters the blocks of a model: of the pruned one when the dense model's states are there already."""
+        """Text enters the blocks of the dense model, or of the pruned one if the dense model's states are known."""
         forward = self.shape.forward_bytes(self.step, self.seqlen, frozenset())
         hidden = 2 * self._states if division.states else 0
         model = max(self.shape.blocks) + self.shape.embedding
@@ -114,7 +114,7 @@ class HealDemand:
     def _training(self, division: Division) -> Estimate:
         """A step of training.
 
-        Of the weights outside the blocks only the head is needed, which may be the embedding.
+        Outside the blocks only the weights of the head are needed. The head may be the embedding.
         """
         shape, itemsize = self.shape, self.shape.itemsize
         largest = max(

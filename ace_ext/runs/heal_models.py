@@ -44,8 +44,8 @@ class HealedBlocks(OffloadedBlocks):
     Args:
         pruned: the pruned folder.
         output: the files of the output.
-        trained: the names of trained blocks, which grows.
-        device: where they are run.
+        trained: the names of trained blocks; it grows during the run.
+        device: where blocks run.
     """
 
     def __init__(self, pruned: Source, output: Shards, trained: Container[str], device: torch.device) -> None:
@@ -54,7 +54,7 @@ class HealedBlocks(OffloadedBlocks):
         self._pruned, self._trained = pruned.files.shards, trained
 
     def shards_of(self, block: Block) -> Shards:
-        """The output's, or those of the pruned folder."""
+        """The output's files for a trained block, else those of the pruned folder."""
         return self.shards if block.name in self._trained else self._pruned
 
 
@@ -62,7 +62,7 @@ def dense_name(given: str | None, report: PruneReport) -> str:
     """The dense model: the one that is given, or the one that the report names.
 
     Raises:
-        InputError: it is not there.
+        InputError: it does not exist.
     """
     name = given or report.extra.get("model")
     if not name:
@@ -85,13 +85,13 @@ def dense_request(name: str, report: PruneReport, device: torch.device, max_memo
 
 
 def _config(report: PruneReport) -> PruneConfig:
-    """Finds the matrices that a run pruned, however much it left dense."""
+    """A configuration that selects the matrices of the pruning run. It accepts any share of dense weights."""
     return PruneConfig(skip=tuple(report.config["skip"]), max_dense=1.0)
 
 
 def whole_bytes(source: Source) -> int:
-    """Bytes that a model takes while it is loaded whole; 0 if its blocks can be read one at a time, as is assumed where
-    only its shapes are known. ``source``: its skeleton."""
+    """Peak bytes of loading a model whole. 0 if its blocks can be read one at a time; this is assumed if only its
+    shapes are known. ``source``: its skeleton."""
     if source.files.shards is not None or source.shapes_only:
         return 0
     unpacking = 0 if source.unpacking is None else source.unpacking.peak_bytes

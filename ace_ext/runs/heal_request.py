@@ -27,7 +27,7 @@ class LongerRun:
 
 @dataclass(frozen=True)
 class HealOptions:
-    """How much a run on files trains, and options that do not change its output. The exception is ``max_memory``, which
+    """How much a run on files trains, and options that do not change its output. ``max_memory`` is an exception: it
     decides how many blocks are trained together."""
 
     tokens: int | None = None
@@ -36,7 +36,7 @@ class HealOptions:
     """Instead of tokens: about how long the run may take. Speed is measured once. A resumed run keeps the number of
     tokens that was computed from it."""
     windows: int | None = None
-    """Instead of both: windows of text, those that are held out included."""
+    """Instead of tokens or minutes: windows of text, including held-out ones."""
     overwrite: bool = False
     """Replace the output folder if it exists."""
     resume: bool = False
@@ -44,7 +44,7 @@ class HealOptions:
     max_memory: int | None = None
     """Bytes of resident memory that the run may use; None: what the system can give."""
     longer: LongerRun | None = None
-    """The run that this is the last part of; None: it stands alone."""
+    """The run whose last part this is; None: a run of its own."""
 
     def check(self) -> None:
         """Raises :class:`ace_ext.InputError` for an invalid budget."""

@@ -1,5 +1,5 @@
-"""The text of a distillation: as many windows as its budget takes, drawn and begun as the pruned folder was calibrated
-unless the user says otherwise."""
+"""The text of a distillation: as many windows as its budget allows. By default it has the source and the choice about
+the BOS token of the pruned folder's calibration."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ from ace_ext.runs.model_source import Source
 from ace_ext.runs.options import Calibration, RunRequest
 
 NOTE = "text"
-"""Under this name a journal's notes have the text's description."""
+"""The key of the text's description in the notes of a journal."""
 
 
 def recorded_text(report: PruneReport) -> Calibration:
-    """The calibration text that a report names, as far as it does."""
+    """The calibration text that a report names, with defaults for what the report lacks."""
     recorded = report.extra.get("calibration", {})
     found = {name: recorded[name] for name in ("source", "seqlen", "seed") if name in recorded}
     bos = recorded.get("bos")
@@ -35,7 +35,7 @@ def recorded_text(report: PruneReport) -> Calibration:
 
 @dataclass(frozen=True)
 class HealText:
-    """What the windows of text depend on.
+    """Draws the windows of text, from all that they depend on.
 
     Args:
         text: the source, the tokens of a window, and the seed; ``nsamples`` is the number of windows.
@@ -52,8 +52,8 @@ class HealText:
     def draw(
         self, notes: dict[str, Any], progress: bool = False, tell: Callable[[str], None] | None = None
     ) -> CalibrationData:
-        """Draws the windows. ``notes`` are those of the journal; a resumed run must draw the same. While the model
-        writes them, ``progress`` shows a bar on stderr, and ``tell`` is given a line about it before.
+        """Draws the windows. ``notes`` are those of the journal; a resumed run must draw the same windows. If the model
+        writes them, ``tell`` is called with a line about it first, and ``progress`` shows a bar on stderr.
 
         Raises:
             InputError: the text cannot be read, is too short, or is not that of the run that is resumed.
@@ -68,8 +68,8 @@ class HealText:
         return data
 
     def _bos(self, notes: dict[str, Any]) -> BosChoice:
-        """Whether windows begin with the BOS token: as recorded by this run or by that which pruned, if it was for the
-        same mode and kind of text; else the dense model decides."""
+        """Whether windows begin with the BOS token. If this run or the pruning run recorded a choice for the same mode
+        and kind of text, it is used again. Otherwise the dense model decides."""
         known = notes.get(NOTE) or self.report.extra.get("calibration") or {}
         if (known.get("source") == SELF) == (self.text.source == SELF):
             choice = from_record(known, self.text.bos)
@@ -82,7 +82,7 @@ class HealText:
             return whole_logits(model, blocks, tokens, self.dense.device)
 
     def _writer(self) -> nn.Module | None:
-        """The dense model in memory, if it is to write the text."""
+        """The dense model in memory, if it writes the text; else None."""
         if self.text.source != SELF:
             return None
         size = sum(parameter.nbytes for parameter in self.pruned.model.parameters())

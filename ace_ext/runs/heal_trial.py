@@ -25,12 +25,12 @@ class StepTrial:
     """What a trial measured, in seconds."""
 
     step: float
-    """For a step, with the dense model's forward pass for its tokens."""
+    """Of one step, including the dense model's forward pass for its tokens."""
     measuring: float
-    """For all measurements on held-out text."""
+    """Of all measurements on held-out text."""
 
     def seconds(self, steps: int) -> float:
-        """For a distillation of so many steps."""
+        """Of a distillation with this many steps."""
         return self.measuring + steps * self.step
 
 
@@ -51,8 +51,8 @@ def try_step(source: Source, settings: HealSettings, seqlen: int, device: torch.
         with store.way_out(source.model):
             loss = _loss_seconds(Tail(source.model, source.blocks, calls[0].wrap), states[0])
     blocks = len(source.blocks)
-    held = max(1, settings.held_out // rows)
-    measuring = (CHECKS + 1) * held * (blocks * forward + loss)
+    held_out = max(1, settings.held_out // rows)
+    measuring = (CHECKS + 1) * held_out * (blocks * forward + loss)
     return StepTrial(blocks * (forward + step) + loss + blocks * forward / settings.passes, measuring)
 
 
@@ -64,8 +64,8 @@ def tokens_within(seconds: float, source: Source, settings: HealSettings, seqlen
 
 
 def _block_seconds(store: OffloadedBlocks, index: int, call: BlockCall, hidden: Tensor) -> tuple[float, float]:
-    """Seconds of a forward pass, and of a forward and backward pass with Adam. The second of two tries counts: in the
-    first one libraries load code."""
+    """Seconds of a forward pass, and of a forward and backward pass with Adam. The second of two tries counts, because
+    the first one includes loading of libraries."""
     forward = step = 0.0
     with store.loaded(index) as block:
         trainer = BlockTrainer(block)

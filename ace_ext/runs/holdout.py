@@ -24,7 +24,7 @@ from ace_ext.runs.model_source import Source
 from ace_ext.runs.options import EVALUATE_AUTO, RunRequest
 
 WINDOWS, WINDOW_TOKENS = 4, 128
-"""Of the text, at most. As many tokens as :mod:`ace_ext.data.bos` measures a model on, so they cost the same memory."""
+"""Upper bounds for the text. :mod:`ace_ext.data.bos` measures a model on as many tokens, so the memory is the same."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +43,8 @@ class HeldOutText:
 
 
 def held_out_text(request: RunRequest, source: Source, bos: BosChoice) -> HeldOutText:
-    """The text on which a run measures perplexity. ``auto``: the held-out part of a small named source; what no
-    calibration sample, nor a later part of the run, reads of a user's file; else a short English text.
+    """The text on which a run measures perplexity. With ``auto`` it is the held-out part of a small named source, or a
+    part of the user's file that nothing else in the run reads. Otherwise it is a short English text.
 
     Raises:
         InputError: the model predicts no tokens, or there is not one window of text.
@@ -71,7 +71,7 @@ class Measurement:
         text: on which it is measured.
         source: the model.
         blocks: its blocks, dense.
-        device: where they are run.
+        device: where blocks run.
     """
 
     def __init__(self, text: HeldOutText, source: Source, blocks: BlockSource, device: torch.device) -> None:
@@ -83,7 +83,7 @@ class Measurement:
         self._dense = self._text.measure(logits_of(self._source, self._blocks, self._device))
 
     def after(self, folder: Path | None) -> HeldOutPerplexity:
-        """Measures the pruned model: that in memory, or of ``folder``, where the blocks were written."""
+        """Measures the pruned model: the one in memory, or the one that was written to ``folder``."""
         if folder is None:
             pruned = self._text.measure(logits_of(self._source, self._blocks, self._device))
         else:
@@ -95,11 +95,11 @@ class Measurement:
 def measurement_for(
     request: RunRequest, source: Source, blocks: BlockSource, bos: BosChoice | None, tell: Callable[[str], None]
 ) -> Measurement | None:
-    """The measurement of a run, or None for one that measures nothing. Where ``auto`` finds no text, ``tell`` is given
-    a line that says why.
+    """The measurement of a run; None if it measures nothing. If ``auto`` finds no text, ``tell`` is called with a line
+    that says why.
 
     Raises:
-        InputError: a text was named, and cannot serve.
+        InputError: a text was named and cannot be used.
     """
     if bos is None or not request.evaluates:
         return None

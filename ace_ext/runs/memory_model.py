@@ -26,9 +26,7 @@ class Estimate:
     """Bytes that a run needs at the peak of one of its phases, by use."""
 
     process: int = 0  # the interpreter, its libraries, tokenizer and calibration text
-    model: int = (
-        0  # weights that the run reads; with offload one block's or three, and the embedding in the phase "enter"
-    )
+    model: int = 0  # weights that are read; with offload those of one or three blocks, in "enter" the embedding too
     hidden: int = 0  # hidden states that stay in memory
     forward: int = 0  # activations of one batch in one block
     statistics: int = 0  # of the Linears that are collected together, with sample rows and Gram matrices
@@ -69,7 +67,7 @@ def estimate(
     process: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Estimate:
-    """What a run holds at its peak, from shapes alone: the estimate of the phase that holds most.
+    """The memory of a run at its peak, from shapes alone: the estimate of the largest phase.
 
     Args:
         model: loaded, or a skeleton with the dtypes that it will have.
@@ -80,12 +78,12 @@ def estimate(
         seqlen: tokens of a sample.
         offload: only one block at a time is in memory.
         resident_hidden: all hidden states are in memory.
-        keeps_forwards: several batches are pruned in lockstep, which keeps what their unfinished forwards hold.
+        keeps_forwards: several batches are pruned in lockstep, and the tensors of their unfinished forwards are kept.
         overlap: with ``offload``, a block is pruned while the next one is read and the last one written.
         whole: every weight is read, as when the model writes its own calibration text.
-        measures: there is a forward pass of the whole model, to decide about the BOS token (:mod:`ace_ext.data.bos`) or
-            to measure perplexity (:mod:`ace_ext.runs.holdout`).
-        process: bytes that the process holds besides the model; None: estimated from this process.
+        measures: the run has a forward pass of the whole model, to decide about the BOS token
+            (:mod:`ace_ext.data.bos`) or to measure perplexity (:mod:`ace_ext.runs.holdout`).
+        process: bytes that the process uses besides the model; None: estimated from this process.
         device: whose memory is estimated.
     """
     shape = ModelShape.of(model, blocks)
@@ -106,11 +104,11 @@ def estimate(
     batch = min(tokens, config.batch_samples(seqlen) * seqlen)
     sizes = RunSizes(blocks, shape, tokens, batch, seqlen, config.needs.prune)
     run = _Run(sizes, config, resident_hidden, planned(config, batch == tokens, keeps_forwards).memory(sizes))
-    if torch.device(device).type == "cpu":  # what waits on a GPU is in tensors
+    if torch.device(device).type == "cpu":  # on a GPU, unfinished forwards take memory only for tensors
         process += run.strategy.stacks
     phases = [*run.pruning(), *run.training(), *run.allocating()]
-    held = max(shape.blocks) * (3 if overlap else 1)
-    phases = [replace(phase, process=process, model=held if offload else resident) for phase in phases]
+    block_bytes = max(shape.blocks) * (3 if overlap else 1)
+    phases = [replace(phase, process=process, model=block_bytes if offload else resident) for phase in phases]
     if offload:
         phases.append(
             replace(run.entering(), process=process, model=max(shape.blocks) * (2 if overlap else 1) + outside)
@@ -143,7 +141,8 @@ def copied_bytes(blocks: list[Block], shards: Shards) -> int:
 
 
 def process_bytes(weights: int, text_to_come: bool, device: torch.device | str) -> int:
-    """What the process will hold besides the model, from what it holds now; ``weights`` bytes of that are the model."""
+    """Bytes that the process will use besides the model, from what it uses now. ``weights`` bytes of the latter are the
+    model."""
     if torch.device(device).type == "cuda":
         return 0
     later = _FORWARD_LIBRARIES + (_TOKENIZER_AND_TEXT if text_to_come else 0)
@@ -181,7 +180,7 @@ class _Run:
 
     def measuring(self) -> tuple[Estimate, Estimate]:
         """Deciding about the BOS token: the forward pass up to the logits of all its tokens, and then the loss of one
-        window, which holds its logits twice in float32."""
+        window, with its logits twice in float32."""
         shape, seqlen = self.sizes.shape, WINDOW_TOKENS + 1
         tokens = 2 * WINDOWS * seqlen
         logits = shape.vocabulary * tokens * shape.itemsize

@@ -1,7 +1,7 @@
-"""Opens the model of a run: loads it whole, or builds a skeleton whose weights stay in their files; and decides what
-stays in memory.
+"""Opens the model of a run, and decides what stays in memory.
 
-``run`` and ``plan`` use the same function, so they decide the same.
+The model is loaded whole, or as a skeleton whose weights stay in their files. ``run`` and ``plan`` use the same
+function, so they decide the same.
 """
 
 import math
@@ -35,8 +35,8 @@ class ModelFiles:
     folder: Path | None
     """The model's folder on this machine, if it has one."""
     shards: Shards | None
-    """Its safetensors files, if they hold the weights exactly as they will be written and can be copied and patched;
-    else None."""
+    """Its safetensors files, if they hold the weights exactly as the output will. They can then be copied and patched.
+    Else None."""
 
     @property
     def paths(self) -> list[Path]:
@@ -157,7 +157,7 @@ def _stored_as_loaded(laid_out: nn.Module, shards: Shards, dtype: str) -> bool:
         if name not in shards:
             return False
         found, shape = shards.describe(name)
-        if found not in (parameter.dtype, wanted) or shape != tuple(parameter.shape):  # some load as float32 always
+        if found not in (parameter.dtype, wanted) or shape != tuple(parameter.shape):  # some always load as float32
             return False
     return getattr(laid_out.config, "quantization_config", None) is None
 
@@ -180,7 +180,7 @@ def wants_offload(laid_out: nn.Module, blocks: list[Block], shards: Shards | Non
 
 
 def check_serves(source: Source, request: RunRequest) -> None:
-    """Checks before the work that the model can do what the run asks of it.
+    """Checks that the model can do what the run asks of it. Call it before the work.
 
     Raises:
         InputError: it has too few positions for the samples, or no LM head although it is to write text or to be
@@ -202,20 +202,22 @@ def budget_of(request: RunRequest) -> int:
 
 
 @dataclass(frozen=True)
-class Held:
-    """What a run keeps in memory because it fits. Each makes the run faster; none changes a byte of the output."""
+class MemoryChoice:
+    """What a run keeps in memory because it fits. Each field makes the run faster; none changes a byte of the
+    output."""
 
     hidden: bool = True
-    """All hidden states; if not, they are in files."""
+    """All hidden states; False: they are in files."""
     forwards: bool = False
-    """The activations of unfinished forwards of all batches; then each block takes one forward pass."""
+    """The activations of unfinished forwards of all batches. Each block then takes one forward pass."""
     overlap: bool = False
-    """With offload: the previous and the next block, which are written and read while a block is pruned."""
+    """With offload: the previous and the next block. The first is written and the other read while a block is
+    pruned."""
 
 
 PACKING_COPIES = 4
-"""Of the largest tensor, while it is packed and while what was written is compared (measured on SmolLM2-135M: 3.6 for
-the archive, 1.2 for the bitmap)."""
+"""Copies of the largest tensor that are in memory while it is packed and the written file is compared (measured on
+SmolLM2-135M: 3.6 for the archive, 1.2 for the bitmap)."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,7 @@ class Demand:
     source: Source
     request: RunRequest
 
-    def peak(self, held: Held, process: int | None = None) -> Estimate:
+    def peak(self, choice: MemoryChoice, process: int | None = None) -> Estimate:
         """:func:`ace_ext.runs.memory_model.estimate` for this run; ``process`` as there."""
         tokenizer = None if self.source.shapes_only else self.source.tokenizer
         pruning = estimate(
@@ -236,9 +238,9 @@ class Demand:
             self.request.calibration.nsamples,
             self.request.calibration.seqlen,
             offload=self.source.offloaded,
-            resident_hidden=held.hidden,
-            keeps_forwards=held.forwards,
-            overlap=held.overlap,
+            resident_hidden=choice.hidden,
+            keeps_forwards=choice.forwards,
+            overlap=choice.overlap,
             whole=self.request.writes_own_text,
             measures=self.request.evaluates or self.request.measures_bos(tokenizer),
             process=process,
@@ -250,26 +252,26 @@ class Demand:
         packing = Estimate(pruning.process, pruning.model, transient=PACKING_COPIES * largest, phase="pack")
         return max(pruning, packing, key=lambda phase: phase.total)
 
-    def decide(self) -> Held:
-        """What fits: first the hidden states, then the neighbouring blocks, then the forwards.
+    def decide(self) -> MemoryChoice:
+        """Chooses what fits, in this order: hidden states, neighbouring blocks, forwards.
 
         Raises:
             InputError: as :meth:`hidden_fits`.
         """
-        held = Held(hidden=self.hidden_fits())
-        overlap = replace(held, overlap=True)
-        held = overlap if not self.source.offloaded or self._fits(overlap) else held
-        forwards = replace(held, forwards=True)
-        return forwards if held.hidden and self._fits(forwards) else held
+        choice = MemoryChoice(hidden=self.hidden_fits())
+        overlap = replace(choice, overlap=True)
+        choice = overlap if not self.source.offloaded or self._fits(overlap) else choice
+        forwards = replace(choice, forwards=True)
+        return forwards if choice.hidden and self._fits(forwards) else choice
 
-    def _fits(self, held: Held) -> bool:
-        """Whether the run fits into its limit; without one, into three quarters of what is free besides what this
-        process has already."""
+    def _fits(self, choice: MemoryChoice) -> bool:
+        """Whether the run fits into its limit. Without one, the limit is what this process uses already, plus three
+        quarters of the free memory."""
         budget, device = self.request.options.max_memory, self.request.device
         if budget is None:
             own = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
             budget = own + available_bytes(device) * 3 // 4
-        return self.peak(held).total <= budget
+        return self.peak(choice).total <= budget
 
     def hidden_fits(self) -> bool:
         """Whether the hidden states fit into memory together with the rest of the run.
@@ -280,9 +282,9 @@ class Demand:
         budget = self.request.options.max_memory
         if budget is None and not self.source.offloaded:
             return True
-        if self.peak(Held()).total <= budget_of(self.request):
+        if self.peak(MemoryChoice()).total <= budget_of(self.request):
             return True
-        least = self.peak(Held(hidden=False))
+        least = self.peak(MemoryChoice(hidden=False))
         if budget is not None and least.total > budget:
             instead = "" if self.source.offloaded else ", or pass --offload disk"
             raise InputError(

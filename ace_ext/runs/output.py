@@ -22,7 +22,7 @@ def output_path(output: str | Path) -> Path:
     """The output folder as a path.
 
     Raises:
-        InputError: it does not end in a name that a folder can get, or is a link.
+        InputError: its last part cannot be the name of a folder, or it is a link.
     """
     path = Path(os.path.expanduser(output))
     if path.name in ("", "..") or "\0" in str(path) or (str(output).startswith("~") and str(path) == str(output)):
@@ -30,7 +30,7 @@ def output_path(output: str | Path) -> Path:
     if os.path.islink(path):
         raise InputError(f"output {str(output)!r} is a link; give a folder's own name")
     with disk_errors(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        os.lstat(folder_of(path))  # its name is longer
+        os.lstat(folder_of(path))  # raises if this longer name is too long
     return path
 
 
@@ -80,8 +80,8 @@ def _check_own_output(path: Path) -> None:
 
 
 def finished_report(output: Path, fingerprint: dict[str, Any], overwrite: bool) -> PruneReport | None:
-    """For a run that is resumed: the report of its output if it had finished; None if there is no output, or one that
-    may be replaced.
+    """The report of a resumed run that had already finished. None if there is no output, or if the output may be
+    replaced.
 
     Raises:
         InputError: the output is that of another run, and ``overwrite`` is not set.
@@ -96,7 +96,7 @@ def finished_report(output: Path, fingerprint: dict[str, Any], overwrite: bool) 
 
 
 def already_complete(output: Path) -> str:
-    """What a resumed run says whose output is there."""
+    """The message of a resumed run whose output is complete."""
     return f"{str(output)!r} is already complete; nothing was done"
 
 
@@ -108,14 +108,14 @@ def _of_another_run(output: Path, changed: list[str]) -> InputError:
 
 
 def check_apart(output: Path, *inputs: str | Path | None) -> None:
-    """Checks that a run will not replace what it reads, nor write into it.
+    """Checks that a run will not replace its inputs or write into them.
 
     Args:
-        output: the output folder; beside it the run makes the folder of :func:`ace_ext.runs.unfinished.folder_of`.
-        inputs: files and folders that the run reads; names of what is not on this machine, and None, are left out.
+        output: the output folder. The run also makes the folder of :func:`ace_ext.runs.unfinished.folder_of` beside it.
+        inputs: files and folders that the run reads. None, and names that do not exist on this machine, are ignored.
 
     Raises:
-        InputError: an input is in one of these folders, or they are in it.
+        InputError: an input is inside one of these folders, or contains one.
     """
     places = [_real(output), _real(folder_of(output))]
     for name in inputs:
@@ -133,7 +133,7 @@ def _overlaps(output: Path, name: str | Path) -> InputError:
 
 
 def check_outside(output: Path, option: str, file: Path | None) -> None:
-    """Checks that a file which a run writes for itself is not in a folder that the run replaces.
+    """Checks that a separate file that a run writes is not in a folder that the run replaces.
 
     Raises:
         InputError: it is.

@@ -27,7 +27,7 @@ def bytes_of_all(source: Source) -> int:
 
 
 def output_bytes(source: Source, matrices: list[PlannedMatrix], format_name: str, config: PruneConfig) -> int:
-    """Bytes of the weights in the output, by shapes alone; about, where they are compressed."""
+    """Bytes of the weights in the output, from shapes alone; approximate if they are compressed."""
     codec = format_named(format_name).codec
     if codec is None:
         return bytes_of_all(source)

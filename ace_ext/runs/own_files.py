@@ -46,8 +46,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """The names of files that are not in the folder's manifest or have another size, sorted; without a manifest, of
-    all files."""
+    """The sorted names of files that are not in the folder's manifest or have another size. Without a manifest: of all
+    files."""
     manifest = read_manifest(folder)
     own = {} if manifest is None else manifest["files"]
     found = _files(folder)
@@ -81,7 +81,7 @@ def check_replaceable(option: str, path: Path, what: str, is_own: Callable[[Path
         is_own: whether a regular file is of this kind.
 
     Raises:
-        InputError: it may not.
+        InputError: it may not be written.
     """
     try:
         found = path.lstat()
@@ -104,7 +104,7 @@ def stored_member(archive: zipfile.ZipFile, name: str) -> bytes:
     """The bytes of a member of a file of ``--save-stats``.
 
     Raises:
-        ValueError: it is compressed: the writer compresses none, and it could be of any size.
+        ValueError: it is compressed. The writer compresses nothing, and a compressed member may unpack to any size.
         KeyError, OSError, EOFError, RuntimeError, zipfile.BadZipFile: there is none, or it cannot be read.
     """
     member = archive.getinfo(name)
@@ -134,7 +134,7 @@ def is_log(path: Path) -> bool:
 
 
 PAGE_MARK = '<meta name="generator" content="ace-prune">'
-"""In the head of each page of this program."""
+"""A tag in the head of each page of this program."""
 
 
 def is_page(path: Path) -> bool:

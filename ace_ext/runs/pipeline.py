@@ -120,7 +120,7 @@ def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) ->
     if request.options.max_memory is not None:
         Demand(
             source, request
-        ).hidden_fits()  # refuses what cannot fit before the model writes text, which may take long
+        ).hidden_fits()  # refuses what cannot fit before the model writes text: that may take long
     blocks = _block_source(source, request.device)
     bos = None if request.options.stats else choose_for_run(request, source, blocks, path, peers)
     measured = measurement_for(request, source, blocks, bos, progress.note) if peers.rank == 0 else None
@@ -142,12 +142,12 @@ def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) ->
     workspace = Workspace(path, fingerprint, resume, writes=peers.rank == 0, rank=peers.rank)
     try:
         peers.wait()  # rank 0 has made the folder, and removed old files from it
-        held = Demand(source, request).decide()
-        workspace.resident_hidden, workspace.writes_behind = held.hidden, held.overlap
+        choice = Demand(source, request).decide()
+        workspace.resident_hidden, workspace.writes_behind = choice.hidden, choice.overlap
         if peers.rank == 0:
             check_output(
                 path, request.options.overwrite, request.options.resume
-            )  # written by a run that had the lock before
+            )  # a run that had the lock before may have written it
             _open_writer(workspace, source, request)
         sink = inputs.statistics_writer(workspace, peers)
         context = RunContext(
@@ -158,13 +158,13 @@ def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) ->
             peers=peers,
             sink=sink,
             source=inputs.known,
-            keeps_forwards=held.forwards,
+            keeps_forwards=choice.forwards,
         )
         if bos is not None and peers.rank == 0:
             progress.note(str(bos))
         if measured is not None:
             measured.before()
-        if held.overlap and isinstance(blocks, OffloadedBlocks):
+        if choice.overlap and isinstance(blocks, OffloadedBlocks):
             blocks.read_ahead()  # not earlier: the model's head would be in memory too
         whole = not source.offloaded and not workspace.finished  # then the pruned model is in memory
         report = prune_model(source.model, inputs.tokens(peers), request.config, context=context)
@@ -209,8 +209,8 @@ class _Inputs:
             self.calibration = self.known.calibration
 
     def draw(self, shown: bool, note: Callable[[str], None] | None) -> None:
-        """Draws the calibration tokens, unless the statistics are from a file. If the model writes them: with a bar if
-        ``shown``, and ``note`` is given a line about it before."""
+        """Draws the calibration tokens, unless the statistics are from a file. If the model writes them, ``note`` is
+        called with a line about it first, and ``shown`` shows a bar."""
         if self.known is None:
             writer = None if self._source.offloaded else self._source.model
             if self._request.writes_own_text and note is not None and writer is not None:
@@ -219,8 +219,8 @@ class _Inputs:
             self.calibration = self._request.calibration.describe(self._data)
 
     def recorded_text(self, output: Path) -> dict[str, Any] | None:
-        """For a resumed run that finished: the description of its text, if the model wrote it as this run asks. The
-        model would write the same again, which takes long; everything it depends on is in the fingerprint."""
+        """The description of the text of a resumed run that had finished, if the model wrote it as this run asks. To
+        write the same text again would take long. Everything that it depends on is in the fingerprint."""
         if not self._request.options.resume or not self._request.writes_own_text or self._bos is None:
             return None
         found = (read_manifest(output) or {"fingerprint": {}})["fingerprint"].get("calibration")

@@ -31,14 +31,14 @@ from ace_ext.runs import holdout
 from ace_ext.runs.dry_run import Trial, try_block
 from ace_ext.runs.heal_trial import try_step
 from ace_ext.runs.memory_model import Estimate, copied_bytes
-from ace_ext.runs.model_source import Demand, Held, Source, check_serves
+from ace_ext.runs.model_source import Demand, MemoryChoice, Source, check_serves
 from ace_ext.runs.options import Calibration, RunOptions, RunRequest, check_request
 from ace_ext.runs.output_size import PlannedMatrix, bytes_of_all, output_bytes
 from ace_ext.runs.prune_and_heal import needed_memory, planned_batches, text_of
 from ace_ext.runs.shapes_only import open_for_plan
 
 CARD = 24 * 10**9
-"""Bytes: the memory of a common GPU, with which the plan of a model without files compares its need."""
+"""Bytes of a common GPU's memory. The plan of a model without files compares its need with them."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Plan:
     """Of the weights in the output; about, if they are compressed."""
     seconds: dict[str, float]
     dense: list[DenseWeight]
-    """The matrices that stay dense, and why. Whether a Linear is called only the run finds out."""
+    """The matrices that stay dense, and why. Only the run finds out whether a Linear is called."""
     bos: BosChoice
     """How calibration samples begin. ``auto`` is undecided if it depends on the weights; no other figure depends on
     it, as the BOS token is one of a sample's tokens."""
@@ -67,11 +67,11 @@ class Plan:
     """What the time was extrapolated from; empty if it is not known."""
     need: dict[str, int] = field(default_factory=dict)
     """For a model without files: peak bytes with all weights in memory (``whole``), and with one block at a time
-    (``offload``), where that is possible."""
+    (``offload``), if that is possible."""
 
     @property
     def peak(self) -> Estimate:
-        """The phase that holds most memory."""
+        """The phase that needs most memory."""
         return max(self.phases, key=lambda phase: phase.total)
 
     def to_json(self) -> str:
@@ -132,7 +132,7 @@ def _fits(size: int) -> str:
 class _Measured:
     """How calibration samples begin, and what drawing them took, in bytes and seconds."""
 
-    bos: BosChoice  # undecided where a run measures the model
+    bos: BosChoice  # undecided if a run measures the model
     before_text: int = 0  # resident bytes before
     text_bytes: int = 0  # additional bytes at the peak
     text_seconds: float = 0.0
@@ -164,20 +164,20 @@ def make_plan(
     check_serves(source, request)
     measured = _draw(source, calibration)
     demand = Demand(source, request)
-    held = demand.decide()
+    choice = demand.decide()
     need = _needed(source, request) if source.shapes_only else {}
-    before = demand.peak(held)  # of which the process's part is estimated
+    before = demand.peak(choice)  # of which the process's part is estimated
     trial = None
     if not source.shapes_only or _can_try(source, request):
-        trial = try_block(source, measured.tokens, config, device, keeps_forwards=held.forwards)
+        trial = try_block(source, measured.tokens, config, device, keeps_forwards=choice.forwards)
     measurable = device.type != "cuda" and not source.shapes_only
-    pruning = demand.peak(held, resident_bytes()) if measurable else before
+    pruning = demand.peak(choice, resident_bytes()) if measurable else before
     phases = [pruning]
     if device.type == "cpu":
         phases += _earlier_phases(source, pruning, calibration, measured)
     if config.method.distill is not None:
         phases.append(replace(needed_memory(request, source), phase="distill"))
-    read, written = _traffic(source, calibration, 0 if held.hidden or trial is None else trial.passes)
+    read, written = _traffic(source, calibration, 0 if choice.hidden or trial is None else trial.passes)
     if source.offloaded:  # for each forward pass of the whole model
         read += (2 * request.evaluates + (not measured.bos.decided)) * bytes_of_all(source)
     matrices = planned_matrices(source.blocks, config)
@@ -192,7 +192,7 @@ def make_plan(
         blocks=len(source.blocks),
         dense=stay_dense(source.model, source.blocks),
         offload=source.offloaded,
-        resident_hidden=held.hidden,
+        resident_hidden=choice.hidden,
         phases=phases,
         read_bytes=read,
         write_bytes=written,
@@ -213,15 +213,15 @@ def _describe(source: Source, device: torch.device) -> str:
 
 
 def _needed(source: Source, request: RunRequest) -> dict[str, int]:
-    """Peak bytes of a run with all weights in memory, and with one block at a time where that is possible. The model
+    """Peak bytes of a run with all weights in memory, and with one block at a time if that is possible. The model
     cannot then write its own text, so another one is assumed."""
     distills = request.config.method.distill is not None
     least = needed_memory(request, source).total if distills else 0
-    found = {"whole": max(least, Demand(replace(source, offloaded=False), request).peak(Held()).total)}
+    found = {"whole": max(least, Demand(replace(source, offloaded=False), request).peak(MemoryChoice()).total)}
     if not request.config.comparison.over_matrices:
         text = replace(request.calibration, source=SMALL_SOURCES[0]) if request.writes_own_text else request.calibration
         given = replace(request, calibration=text)
-        peak = Demand(replace(source, offloaded=True), given).peak(Held(hidden=False))
+        peak = Demand(replace(source, offloaded=True), given).peak(MemoryChoice(hidden=False))
         found["offload"] = max(least, peak.total)
     return found
 
@@ -229,7 +229,7 @@ def _needed(source: Source, request: RunRequest) -> dict[str, int]:
 def _can_try(source: Source, request: RunRequest) -> bool:
     """Whether a block with random weights can be pruned in the memory that is free."""
     few = replace(request.calibration, nsamples=min(8, request.calibration.nsamples), source=SMALL_SOURCES[0])
-    block = Demand(replace(source, offloaded=True), replace(request, calibration=few)).peak(Held(), 0)
+    block = Demand(replace(source, offloaded=True), replace(request, calibration=few)).peak(MemoryChoice(), 0)
     largest = max(parameter.numel() for parameter in source.model.parameters())
     return block.total + 2 * 4 * largest <= available_bytes()  # random numbers are drawn in float32
 
@@ -278,11 +278,11 @@ def _earlier_phases(source: Source, pruning: Estimate, calibration: Calibration,
         return phases
     if source.shapes_only:
         return phases
-    held = 0 if source.offloaded else pruning.model
+    loaded = 0 if source.offloaded else pruning.model
     if source.files.shards is not None and not source.offloaded and measured.bos.decided:
         # With mapped files, only the blocks have been read by then (to check their weights).
-        held = _bytes_of(source.blocks) + copied_bytes(source.blocks, source.files.shards)
-    return [*phases, Estimate(measured.before_text, held, transient=measured.text_bytes, phase="text")]
+        loaded = _bytes_of(source.blocks) + copied_bytes(source.blocks, source.files.shards)
+    return [*phases, Estimate(measured.before_text, loaded, transient=measured.text_bytes, phase="text")]
 
 
 def _writing_bytes(model: nn.Module, calibration: Calibration) -> int:
@@ -303,8 +303,8 @@ def _bytes_of(blocks: list[Block]) -> int:
 
 
 def _traffic(source: Source, calibration: Calibration, hidden_reads: int) -> tuple[int, int]:
-    """Bytes read and written: the model's files, which are copied; each pruned block; and the hidden states, which a
-    run writes for ``--resume`` and reads ``hidden_reads`` times per block."""
+    """Bytes read and written: the copies of the model's files, each pruned block, and the hidden states. A run writes
+    these for ``--resume`` and reads them ``hidden_reads`` times per block."""
     blocks = source.blocks
     width = text_config(source.model).hidden_size
     itemsize = embedding_weight(source.model).dtype.itemsize
@@ -327,7 +327,7 @@ def _seconds(request: RunRequest, source: Source, trial: Trial, measured: _Measu
         samples = [calibration.nsamples, *([distilled.nsamples] if distilled else [])]
         steps = sum(math.ceil(count / ROWS_TOGETHER) for count in samples) * calibration.seqlen
         text = steps * blocks * trial.forward_seconds
-    if not measured.bos.decided:  # pruning a token takes somewhat longer than its forward pass, which is the cost here
+    if not measured.bos.decided:  # at most: pruning a token takes longer than its forward pass
         text += blocks * 2 * WINDOWS * WINDOW_TOKENS * trial.token_seconds
     if request.evaluates:  # before and after
         text += 2 * blocks * holdout.WINDOWS * holdout.WINDOW_TOKENS * trial.token_seconds

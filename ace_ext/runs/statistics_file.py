@@ -1,4 +1,4 @@
-"""The statistics file: a zip file with one safetensors blob per block, from which a model is pruned without a forward
+"""The statistics file: a zip file with one safetensors blob per block. A model is pruned from it without a forward
 pass.
 
 It holds statistics of the dense model: in a run that saves them, each block reads the output of dense blocks. So one
@@ -33,7 +33,7 @@ _DESCRIPTION = "statistics.json"
 
 
 class StatisticsWriter:
-    """Writes one blob per block to a folder, which survives a crash, and packs them into the file at the end.
+    """Writes one blob per block to a folder, and packs them into the file at the end. The blobs survive a crash.
 
     Args:
         path: the file to write.
@@ -78,7 +78,7 @@ class StatisticsWriter:
 
 
 def reusable(kinds: frozenset[str]) -> str:
-    """What ``run --stats`` can do with a file that has these kinds of statistics, in words."""
+    """Describes what ``run --stats`` can do with a file that has these kinds of statistics."""
     stages: list[MatrixStage] = []
     for kind in stages_of(MatrixStage).values():
         grams = next((setting.choices for setting in kind.settings() if setting.name == "gram"), ("",))
@@ -96,7 +96,7 @@ _DAMAGE = (
     TypeError,
     AttributeError,
     EOFError,
-    RuntimeError,  # also of a member that is encrypted, or packed in a way that is not known
+    RuntimeError,  # also for an encrypted member, or an unknown compression
 )
 """Exceptions that a damaged file or a file of another kind may raise."""
 
@@ -175,7 +175,7 @@ def _unpack(blob: bytes, device: torch.device | str) -> tuple[dict[str, Tensor],
 
 
 _SUM = "sha256"
-"""The name of a tensor of 32 bytes, the checksum of all others and of the text beside them."""
+"""The name of a tensor of 32 bytes: the checksum of all other tensors and of the text beside them."""
 
 
 def _sha256(tensors: dict[str, Tensor], linears: str) -> Tensor:

@@ -1,8 +1,8 @@
 """The folder of an unfinished run, next to its output: its lock, its state, and the rename of the complete output.
 
 ``.NAME.unfinished/`` holds ``model/`` (the output, patched block by block), ``state.json`` (the run's fingerprint, its
-progress and its report so far), hidden states (``*.bin``), what a kind of run adds, and ``lock``. A folder of this name
-that holds anything else, or is a link, was not made by this program and is not touched.
+progress and its report so far), hidden states (``*.bin``), files of the kind of run, and ``lock``. If a folder of this
+name holds anything else, or is a link, this program did not make it and does not touch it.
 """
 
 import contextlib
@@ -52,10 +52,10 @@ class UnfinishedRun:
         return (self.folder / "state.json").is_file() and self.model.is_dir()
 
     def _open(self, resume: bool) -> None:
-        """Makes and locks the folder, and reads the state of an earlier run, or removes what it left.
+        """Makes and locks the folder. Then reads the state of an earlier run, or removes its files.
 
         Raises:
-            InputError: another run holds the folder, or ``resume`` finds a run with another fingerprint.
+            InputError: another run has locked the folder, or ``resume`` finds a run with another fingerprint.
         """
         self._make_parents()
         self._take_lock()
@@ -116,7 +116,7 @@ class UnfinishedRun:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _write_state(self, values: dict[str, Any]) -> None:
-        """Writes the state, which is on the disk when this returns; after a crash it is the old one or the new one."""
+        """Writes the state and syncs it to the disk. After a crash the file has the old state or the new one."""
         part = self.folder / "state.json.part"
         with part.open("w", encoding="utf-8") as file:
             state = json.loads(json.dumps({"format": FORMAT, "fingerprint": self.fingerprint, **values}))
@@ -174,11 +174,11 @@ def _sha256(state: dict[str, Any]) -> str:
 _OWN = re.compile(
     r"lock|state\.json(\.part)?|model|packed|dense|old|stats|[a-z]+(-[a-z0-9]+)*\.bin|training-\d+|\.model\.unfinished"
 )
-"""What such a folder may hold."""
+"""Names that such a folder may contain."""
 
 
 def check_own(folder: Path) -> None:
-    """Checks that the folder of an unfinished run is one, if it is there at all, before anything in it is removed.
+    """Checks that a folder, if it exists, is that of an unfinished run. Call it before anything in it is removed.
 
     Raises:
         InputError: it is a link or a file, or holds a link or something that no run puts there.
@@ -191,8 +191,8 @@ def check_own(folder: Path) -> None:
 
 
 def recorded_fingerprint(output: Path) -> dict[str, Any]:
-    """The fingerprint of an unfinished run; empty without one, and where its state is damaged (to resume it is then
-    refused by :class:`Workspace`)."""
+    """The fingerprint of an unfinished run. Empty if there is none or its state is damaged (:class:`Workspace` then
+    refuses to resume it)."""
     try:
         return dict(json.loads((folder_of(output) / "state.json").read_text(encoding="utf-8"))["fingerprint"])
     except (OSError, KeyError, TypeError, ValueError):
@@ -204,8 +204,8 @@ def recover(output: Path) -> None:
     the older folder or the new one, and never missing.
 
     Raises:
-        InputError: the folder is not that of a run; another run holds it; or both an older and a newer output exist, of
-            which the user must choose.
+        InputError: the folder is not that of a run; another run has locked it; or both an older and a newer output
+            exist, and the user must choose one.
     """
     folder = folder_of(output)
     check_own(folder)
@@ -239,11 +239,11 @@ def discard(output: Path) -> None:
 
 
 def _locked(folder: Path, output: Path) -> TextIO | None:
-    """The folder's lock file, locked, so that two runs cannot write one folder. The lock is held until the file is
-    closed or the process ends, also by a crash. None if the folder was removed meanwhile.
+    """The folder's lock file, locked, so that two runs cannot write one folder. The lock lasts until the file is closed
+    or the process ends, even by a crash. None if the folder was removed meanwhile.
 
     Raises:
-        InputError: another run holds it.
+        InputError: another run has locked it.
     """
     try:
         lock = os.fdopen(_open_lock(folder / "lock"), "w", encoding="utf-8")

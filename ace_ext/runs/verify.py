@@ -45,7 +45,7 @@ class VerifyResult:
 
 def verify(folder: str | Path, load: bool = True) -> VerifyResult:
     """Checks a pruned folder: its weights as :func:`verify_weights`, and that its card has their figures. With ``load``
-    also that transformers loads the folder and computes a finite output.
+    it also checks that transformers loads the folder and computes a finite output.
 
     Raises:
         InputError: as :func:`verify_weights`.
@@ -108,8 +108,8 @@ def verify_weights(folder: str | Path) -> VerifyResult:
 
 
 def _settings_of(report: PruneReport, folder: str | Path) -> PruneConfig:
-    """The target of a run, and whether blocks differ: all on which the number of zeros depends. The method is not read
-    back, as its scores may be a function."""
+    """The target of a run, and whether blocks differ: everything that the number of zeros depends on. The method is not
+    read back, because its scores may be a function."""
     try:
         found = {name: report.config[name] for name in ("pattern", "group", "skip")}
         amount = {} if found["pattern"] else {"sparsity": report.config["sparsity"]}
@@ -140,7 +140,7 @@ def _expected(
     for name in shards.unread(model):
         if not is_left_out(model, name):
             result.problems.append(f"{name}: not in the model that config.json describes")
-    unused = {weight.name for weight in report.dense if weight.reason == NOT_CALLED}  # which only a run finds out
+    unused = {weight.name for weight in report.dense if weight.reason == NOT_CALLED}  # only a run finds this out
     expected, transposed = {}, set()
     for block in blocks:
         for child, linear in block.linears.items():
@@ -196,7 +196,7 @@ def _check_matrix(
     allocated = None
     if config.method.allocate is not None:
         if reported is None:
-            return  # how many it was to keep stands nowhere else
+            return  # only the report says how many it should keep
         allocated = reported.keep // max(1, rows)
     _check_groups(name, group, group.counts(weight), group.keep(rows, cols, config.sparsity, allocated), result)
 
@@ -219,7 +219,7 @@ def _check_allocation(
     config: PruneConfig,
     result: VerifyResult,
 ) -> None:
-    """Checks that the matrices keep together what the sparsity asks for; each matrix may keep more or less."""
+    """Checks that the matrices together keep what the sparsity asks for; each matrix may keep more or less."""
     budget = sum(rows * keep_count(cols, config.sparsity) for rows, cols in expected.values())
     kept = sum(matrix.keep for matrix in reported.values())
     if kept != budget:

@@ -23,7 +23,7 @@ from ace_ext.runs.written_sums import check_written
 LEAST_COST = 0.5
 """Seconds. Hidden states that take less time to write are written after each block."""
 LEAST_WORK = 4.0
-"""Others are written once this multiple of their writing time has passed since the last time."""
+"""Others are written once this multiple of their writing time has passed since the last write."""
 
 
 class Workspace(UnfinishedRun):
@@ -38,7 +38,7 @@ class Workspace(UnfinishedRun):
         rank: of this process; part of the names of its hidden states.
 
     Raises:
-        InputError: another run holds the folder, or ``resume`` finds a run with another fingerprint.
+        InputError: another run has locked the folder, or ``resume`` finds a run with another fingerprint.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class Workspace(UnfinishedRun):
         self._sums = {"rest": dict(state["sums"]["rest"]), "blocks": dict(state["sums"]["blocks"])}
 
     def check_output(self, blocks: list[Block]) -> None:
-        """Records checksums of the output, or compares it with those of the earlier run. ``blocks``: all of the model;
-        call it once the writer is set.
+        """Records checksums of the output, or compares it with those of the earlier run. Call it once the writer is
+        set. ``blocks``: all blocks of the model.
 
         Raises:
             InputError: it has changed.
@@ -92,7 +92,7 @@ class Workspace(UnfinishedRun):
             self._sums = {"rest": self.writer.rest(blocks) or {}, "blocks": {}}
 
     def finish(self, report: PruneReport, report_name: str) -> Path:
-        """Ends the writing of the model, and then as :meth:`UnfinishedRun.finish`."""
+        """Completes the model's files, and then does what :meth:`UnfinishedRun.finish` does."""
         assert self.writer is not None  # set before the walk starts
         self.writer.finish(report)
         return super().finish(report, report_name)
@@ -115,8 +115,8 @@ class Workspace(UnfinishedRun):
         return HiddenStates(states, self.folder, resident, name, device)
 
     def wants_states(self) -> bool:
-        """Whether hidden states are to be written after this block: always those that are in files, others as
-        :data:`LEAST_COST` and :data:`LEAST_WORK` say."""
+        """Whether hidden states are written after this block. States in files always are;
+        :data:`LEAST_COST` and :data:`LEAST_WORK` decide for others."""
         waited = time.monotonic() - self._since
         return not self.resident_hidden or self._cost < LEAST_COST or waited >= LEAST_WORK * self._cost
 
@@ -179,7 +179,7 @@ class Workspace(UnfinishedRun):
 
 @contextmanager
 def _beside(ready: "torch.cuda.Event | None") -> Iterator[None]:
-    """On a GPU, copies run in a separate stream, which waits only for the work before ``ready`` (not tested there)."""
+    """On a GPU, copies run in a separate stream. It waits only for the work before ``ready`` (not tested on a GPU)."""
     if ready is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""Whether the output of an unfinished run still holds what was written to it."""
+"""Checks that the output of an unfinished run has not changed since it was written."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +12,8 @@ from ace_ext.records import REPORT_NAME
 from ace_ext.runs.own_files import MANIFEST_NAME
 
 AT_THE_END = frozenset({CARD, BASE_CARD, REPORT_NAME, MANIFEST_NAME})
-"""Files that :meth:`ace_ext.runs.unfinished.UnfinishedRun.finish` writes; those of the model that is pruned, if it has
-them, are replaced then."""
+"""Files that :meth:`ace_ext.runs.unfinished.UnfinishedRun.finish` writes. It replaces files of these names that were
+copied from the dense model."""
 
 
 def check_written(model: Path, writer: OutputWriter, blocks: list[Block], sums: Mapping[str, Any]) -> None:
@@ -21,8 +21,8 @@ def check_written(model: Path, writer: OutputWriter, blocks: list[Block], sums: 
 
     Args:
         model: the folder.
-        writer: of it.
-        blocks: all of the model.
+        writer: its writer.
+        blocks: all blocks of the model.
         sums: ``rest`` and ``blocks``, the checksums of :class:`ace_ext.formats.OutputWriter`; only those of written
             blocks.
 

@@ -16,7 +16,7 @@ from ace_ext.models.safetensors_files import Shards
 from ace_ext.models.skeleton import skeleton
 from ace_ext.records import BlockReport
 from ace_ext.runs import workspace
-from ace_ext.runs.model_source import Demand, Held
+from ace_ext.runs.model_source import Demand, MemoryChoice
 from ace_ext.runs.workspace import Workspace
 
 
@@ -105,8 +105,8 @@ def test_the_bytes_are_the_same(offload, batch_tokens, tmp_path, monkeypatch):
     dense = save_dense(tmp_path / "dense")
     outputs = []
     for overlap in (True, False):
-        held = Held(overlap=overlap, forwards=overlap)
-        monkeypatch.setattr(Demand, "decide", lambda _, held=held: held)
+        choice = MemoryChoice(overlap=overlap, forwards=overlap)
+        monkeypatch.setattr(Demand, "decide", lambda _, choice=choice: choice)
         _, output = prune(
             dense, tmp_path / str(overlap), {"offload": offload}, method=f"collect(batch_tokens={batch_tokens}) + wanda"
         )
