@@ -129,7 +129,7 @@ class Shards:
 
     def _entry(self, name: str) -> Entry:
         if name not in self.entries:
-            raise InputError(f"{self.folder} has no tensor {name}; save the model anew with save_pretrained")
+            raise InputError(f"{self.folder} has no tensor {name}; save it again with save_pretrained")
         return self.entries[name]
 
 
