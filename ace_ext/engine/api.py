@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ace_ext.dense_weights import NOT_CALLED, DenseWeight
 from ace_ext.engine.batch_states import BatchStates
 from ace_ext.engine.context import RunContext
-from ace_ext.engine.distillation import Distillation
 from ace_ext.engine.finite import restored_if_float16
 from ace_ext.engine.inputs import Batches, model_inputs
 from ace_ext.engine.progress import Progress
@@ -30,6 +29,9 @@ from ace_ext.models.versions import versions
 from ace_ext.process_memory import peak_memory_bytes
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.records import BlockReport, PruneReport
+
+if TYPE_CHECKING:
+    from ace_ext.engine.distillation import Distillation
 
 
 @torch.no_grad()
@@ -99,7 +101,7 @@ def prune_model(
         by_blocks = found is None or found.reason is None
         states = _enter(model, store, ready, context, device) if by_blocks else BatchStates([], None, device)
         text = batches if distill_text is None else distill_text
-        distillation = Distillation(model, store, text, config, context) if trained else None
+        distillation = _distillation(model, store, text, config, context) if trained else None
         weight = next(linear.weight for block in store.blocks for linear in block.linears.values())
         report = PruneReport(config.to_dict(), str(device), str(weight.dtype).removeprefix("torch."))
         with restored_if_float16(store) if context.journal is None else nullcontext():
@@ -196,6 +198,14 @@ def _tried(
         if asked:
             raise InputError(f"this model cannot be walked block by block: {found.reason}; {mend}")
     return found
+
+
+def _distillation(
+    model: nn.Module, store: BlockSource, text: object, config: PruneConfig, context: RunContext
+) -> "Distillation":
+    from ace_ext.engine.distillation import Distillation  # imported here: most methods do not distil
+
+    return Distillation(model, store, text, config, context)
 
 
 def _left_dense(model: nn.Module, blocks: list[Block], report: PruneReport) -> list[DenseWeight]:

@@ -3,13 +3,16 @@
 import json
 import sys
 import time
-from typing import Any, TextIO
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
-from ace_ext.healing.progress import HealProgress
 from ace_ext.process_memory import resident_bytes
 from ace_ext.records import BlockReport, PruneReport
+
+if TYPE_CHECKING:
+    from ace_ext.healing.progress import HealProgress
 
 
 class Progress:
@@ -29,10 +32,16 @@ class Progress:
         self.shown, self._log = show, log
         """Whether bars are shown."""
         self._notes = notes and log is not sys.stderr
-        self.healing = HealProgress(show, log)
         self._bar: Any = None
         self._tokens = self._blocks = self._done = self._here = 0
         self._began = 0.0
+
+    @cached_property
+    def healing(self) -> "HealProgress":
+        """The display of a distillation, if the method has one."""
+        from ace_ext.healing.progress import HealProgress  # imported here: most methods do not distil
+
+        return HealProgress(self.shown, self._log)
 
     def note(self, text: str) -> None:
         """Says something about the run that a user should know, in one line. To be called before :meth:`start`."""

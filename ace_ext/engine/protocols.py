@@ -2,17 +2,19 @@
 imports no implementation of them."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ace_ext.healing.protocols import Observer as HealObserver
 from ace_ext.models.blocks import Block
 from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.pruning.prune_linear import RowShares
 from ace_ext.pruning.statistics import LinearStatistics
 from ace_ext.records import BlockReport, PruneReport
+
+if TYPE_CHECKING:  # at run time only a method with ``distill`` loads ace_ext.healing
+    from ace_ext.healing.protocols import Observer as HealObserver
 
 Empty = Callable[[str], LinearStatistics]
 """``empty(name)``: statistics of zero tokens for the Linear of this name."""
@@ -73,7 +75,7 @@ class Observer(Protocol):
     """Is called as a run progresses."""
 
     @property
-    def healing(self) -> HealObserver:
+    def healing(self) -> "HealObserver":
         """Is called as the distillation progresses, if the method has it."""
         ...
 

@@ -19,12 +19,12 @@ from ace_ext.models.replay import BlockCall, capture_calls, run_block
 from ace_ext.models.trial import try_walk
 
 SHARED = 16
-"""So many tokens in a row that two windows have in common show that they overlap."""
+"""Two windows overlap if they have this number of consecutive tokens in common."""
 
 
 def windows_needed(tokens: int, seqlen: int, settings: HealSettings) -> int:
-    """How many windows a text must have so that its passes are ``tokens`` tokens, rounded up to whole steps: those of
-    :class:`Batches`, which are trained on, and those that are held out."""
+    """How many windows a text needs so that all passes over it have ``tokens`` tokens, rounded up to whole steps. The
+    windows that are held out are included."""
     rows = max(1, settings.step_tokens // seqlen)
     trained = rows * math.ceil(tokens / (settings.passes * rows * seqlen))
     return trained + min(settings.held_out, max(1, trained // 3))
@@ -36,8 +36,8 @@ def held_windows(windows: int, settings: HealSettings) -> int:
 
 
 def check_windows(tokens: Tensor) -> None:
-    """Raises :class:`ace_ext.InputError` for tokens that are not two windows or more, ``[nsamples, seqlen]``, in which
-    there is something to predict."""
+    """Raises :class:`ace_ext.InputError` unless ``tokens [nsamples, seqlen]`` are at least two windows of at least two
+    tokens."""
     if tokens.dim() != 2 or len(tokens) < 2 or tokens.shape[1] < 2:
         raise InputError(
             f"tokens must be at least two windows [nsamples, seqlen] of two tokens: one to train on, one to measure on "
@@ -46,8 +46,8 @@ def check_windows(tokens: Tensor) -> None:
 
 
 def check_text(model: nn.Module, tokens: Tensor) -> None:
-    """Raises :class:`ace_ext.InputError` for tokens on which a model cannot be trained: no windows, ids that it does
-    not know, or more of them in a window than it has positions."""
+    """Raises :class:`ace_ext.InputError` for tokens on which a model cannot be trained: no windows, unknown ids, or
+    windows with more tokens than the model has positions."""
     check_windows(tokens)
     check_tokens(model, tokens)
     check_positions(model, tokens.shape[1])
@@ -62,7 +62,7 @@ class Batches:
 
     @classmethod
     def of(cls, tokens: Tensor, settings: HealSettings) -> "Batches":
-        """Cuts ``[nsamples, seqlen]`` into batches. The last windows are held out. Windows that share ``SHARED``
+        """Divides ``[nsamples, seqlen]`` into batches. The last windows are held out. Windows that share ``SHARED``
         tokens in a row with one of these are left out, so that no held-out text is trained on.
 
         Raises:
@@ -92,7 +92,7 @@ class Batches:
         return range(len(self.trained), len(self.tokens))
 
     def order(self, step: int, seed: int) -> int:
-        """The batch of a step, counted from 0: each pass over the text has another order."""
+        """The batch of a step, counted from 0: each pass over the text has a different order."""
         done, place = divmod(step, len(self.trained))
         random = torch.Generator().manual_seed(seed + done)
         return int(torch.randperm(len(self.trained), generator=random)[place])
@@ -118,15 +118,15 @@ def enter(
     name: str,
     earlier: HiddenStates | None = None,
 ) -> tuple[list[BlockCall], HiddenStates]:
-    """For each batch the blocks' other arguments, and the states that enter the first block.
+    """The blocks' other arguments for each batch, and the states that enter the first block.
 
     Args:
-        model: of the blocks.
+        model: the model that the blocks belong to.
         store: its blocks.
         tokens: the batches.
         place: where the states are kept.
-        name: of their files.
-        earlier: states of an earlier run, which are then returned.
+        name: the name of their files.
+        earlier: states of an earlier run. If given, they are returned.
 
     Raises:
         InputError: the model cannot be walked block by block.
@@ -165,8 +165,8 @@ def advance(store: BlockSource | PinnedBlocks, index: int, calls: list[BlockCall
 
 
 def _shared(value: Any, known: Any) -> Any:
-    """``value`` with the tensors of ``known`` in the places where both are equal, so that rotary embeddings and masks
-    that all batches have in common are stored once."""
+    """``value``, with each tensor that equals the one of ``known`` replaced by it. Rotary embeddings and masks that all
+    batches have in common are thus stored once."""
     if isinstance(value, Tensor):
         same = isinstance(known, Tensor) and value.dtype == known.dtype and torch.equal(value, known)
         return known if same else value

@@ -1,4 +1,4 @@
-"""The optional services of a distillation, which it may use in addition to models and text."""
+"""The optional services of a distillation, in addition to models and text."""
 
 from dataclasses import dataclass, field
 
@@ -21,12 +21,13 @@ class HealContext:
     observer: Observer = field(default_factory=HealProgress)
     """Is told about progress."""
     parts: int = 1
-    """Into how many windows the blocks are divided. They are trained one after the other, each for its share of the
-    steps, and only one of them has optimizer states in memory. 1 trains all blocks together, which is best."""
+    """The number of windows that the blocks are divided into. They are trained one after the other, each for its share
+    of the steps, and only one of them has optimizer states in memory. 1 trains all blocks together; this is best."""
     resident: bool = True
     """Whether the blocks outside the window stay in memory too, once tokens have entered the first one."""
     graphs: int = 0
-    """For how many blocks activations are stored, and not computed again in the backward pass. Changes no weight."""
+    """The number of blocks whose activations are stored, and not computed again in the backward pass. It changes no
+    weight."""
 
 
 def windows_of(blocks: int, parts: int) -> list[range]:

@@ -37,9 +37,9 @@ def distill_(
 
     The loss is ``KL(teacher ‖ student)`` over the vocabulary at temperature 1, a mean over all tokens of a step; the
     optimizer is Adam on float32 copies of the weights. Embedding, LM head, norms, biases and matrices that were not
-    pruned stay as they are. A part of the windows is held out. The model ends with the weights of the measurement with
-    the lowest loss on them, which may be those that it had. The same arguments, device and number of threads give the
-    same weights.
+    pruned stay as they are. Some windows are held out. The model ends with the weights that had the lowest loss on
+    them; these may be the weights that it began with. The same arguments, device and number of threads give the same
+    weights.
 
     Args:
         model: the pruned model, or its skeleton.
@@ -47,8 +47,8 @@ def distill_(
             ``[rows, seqlen, d_model]`` for each batch. Its modules outside the blocks must be those of ``model``.
         tokens: int64 ``[nsamples, seqlen]``, at least two windows of text without padding.
         settings: default :class:`HealSettings`.
-        masks: by the full name of each pruned Linear ``[rows, cols]`` bool, True where a weight is kept; None: where it
-            is not zero.
+        masks: by the full name of each pruned Linear ``[rows, cols]`` bool, True where a weight is kept; None: a weight
+            is kept if it is not zero.
         skip: regular expressions of matrices that were not pruned, as in :class:`ace_ext.PruneConfig`. Unused if
             ``context`` gives the blocks.
         context: optional services of a run on files.
@@ -92,7 +92,7 @@ def steps_of(batches: Batches, settings: HealSettings) -> int:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires gradients; afterwards each does as before."""
+    """Within this context no parameter requires gradients; afterwards each has its old setting."""
     before = [(p, p.requires_grad) for p in model.parameters()]
     model.requires_grad_(False)
     try:
@@ -105,7 +105,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 def _states_of(
     teacher: nn.Module | HiddenStates, skip: Iterable[str], batches: Batches, context: HealContext
 ) -> HiddenStates:
-    """The teacher's states in batches of one step each."""
+    """The teacher's states, in batches of one step each."""
     place = context.place
     if isinstance(teacher, nn.Module):
         teacher = inner_model(teacher)

@@ -6,7 +6,7 @@ from torch import Tensor
 from ace_ext.models.tail import Tail
 
 LOGITS_AT_ONCE = 2**23
-"""Logits of the student that exist at a time, so that memory does not grow with tokens and vocabulary."""
+"""The largest number of the student's logits at a time, so that memory does not grow with tokens and vocabulary."""
 LOGIT_BYTES = 24
 """Bytes for each of them at the peak: both models' logits and log-probabilities, and two temporaries in float32."""
 
@@ -29,16 +29,16 @@ def divergence_and_gradient(tail: Tail, student: Tensor, teacher: Tensor) -> tup
     """The sum over tokens of ``KL(p ‖ q) = Σ_v p_v (log p_v - log q_v)``, and its gradient.
 
     ``p`` and ``q`` are the teacher's and the student's distribution at temperature 1, in float32. The gradient with
-    respect to the student's logits is ``q - p``; through the tail it is left to autograd.
+    respect to the student's logits is ``q - p``. Autograd carries it back through the tail.
 
     Args:
-        tail: of both models, which differ only in their blocks.
+        tail: the tail of both models; they differ only in their blocks.
         student: ``[..., d_model]``, outputs of the last block.
         teacher: the same shape, the dense model's.
 
     Returns:
-        The divergence in nats, and the gradient with respect to ``student``, in its shape and dtype. It is of the sum
-        over tokens and not of the mean, which in float16 would underflow; Adam does not depend on the scale.
+        The divergence in nats, and the gradient with respect to ``student``, in its shape and dtype. It is that of the
+        sum over tokens: that of the mean would underflow in float16, and Adam does not depend on the scale.
     """
     total = 0.0
     gradient = torch.empty_like(student)

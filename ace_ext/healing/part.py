@@ -21,11 +21,11 @@ from ace_ext.models.tail import Tail
 from ace_ext.records import finite
 
 CHECKS = 8
-"""How often a window is measured on the held-out text while it is trained."""
+"""The number of measurements on the held-out text while a window is trained."""
 BACK_OFF = 0.3
-"""What the learning rate is multiplied by when the model has become worse than at the start of its window."""
+"""The factor that lowers the learning rate when the model has become worse than at the start of its window."""
 POINTS = 100
-"""About how many points of the loss over time a report holds."""
+"""The approximate number of points of the loss curve in a report."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def new_notes() -> dict[str, Any]:
     ``part``: the window in training, ``step``: steps done, ``saved``: whether the journal holds tensors of this window,
     ``before``, ``start`` and ``best``: losses on the held-out text before all windows and before this one, and the
     lowest, ``losses``, ``checks`` and ``backed_off``: as in :class:`ace_ext.records.Healing`, ``pending``: losses since
-    the last point, ``zeros``: of the windows that are done.
+    the last point, ``zeros``: the number of zeros in the windows that are done.
     """
     notes = {"part": 0, "step": 0, "saved": False, "before": None, "best": None, "zeros": 0, "seconds": 0.0}
     return {**notes, "start": None, "losses": [], "checks": [], "pending": [], "backed_off": []}
@@ -63,11 +63,11 @@ class Part:
 
     Args:
         student: its states are the inputs of the window's first block.
-        steps: the numbers of its steps among all.
-        trainers: of its blocks, by index.
-        total: how many steps there are in all windows.
+        steps: the indices of its steps among all steps.
+        trainers: the trainers of its blocks, by the block's index.
+        total: the number of steps of all windows.
         settings: how it is trained.
-        context: the journal, whose notes are those of :func:`new_notes`, and the observer.
+        context: the journal (its notes are those of :func:`new_notes`) and the observer.
     """
 
     def __init__(
@@ -88,7 +88,8 @@ class Part:
         self._best = {i: trainer.kept() for i, trainer in trainers.items()}
 
     def train_(self) -> None:
-        """Trains the blocks in place. They end with the best weights that were measured; those at the start count."""
+        """Trains the blocks in place. They end with the best weights that were measured, those at the start
+        included."""
         if self._notes["saved"]:
             self._restore_()
         elif self._notes["before"] is None:
@@ -157,7 +158,7 @@ class Part:
         self._journal.save(self._tensors())
 
     def _tensors(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Everything that the rest of the training depends on beside the notes, block by block."""
+        """All tensors that the rest of the training depends on, block by block."""
         for index, trainer in self._trainers.items():
             best = {f"{child}/best": tensor for child, tensor in self._best[index].items()}
             yield str(index), trainer.state() | best

@@ -1,4 +1,4 @@
-"""Blocks of which some stay in memory while they are trained, and the others are loaded one at a time."""
+"""Access to blocks of a source: some stay in memory while they are trained, the others are loaded one at a time."""
 
 import contextlib
 from collections.abc import Iterable, Iterator

@@ -1,4 +1,4 @@
-"""The interfaces through which a distillation uses files and progress displays, and those that do nothing."""
+"""The interfaces through which a distillation uses files and progress displays, and a journal that does nothing."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ class Journal(Protocol):
         ...
 
     def save(self, tensors: Iterable[tuple[str, Mapping[str, Tensor]]] = ()) -> None:
-        """Stores :attr:`notes` and named groups of tensors together: after a crash both are of the same call."""
+        """Stores :attr:`notes` and named groups of tensors together: after a crash both come from the same call."""
         ...
 
     def tensors(self, group: str) -> dict[str, Tensor]:
@@ -36,14 +36,15 @@ class Observer(Protocol):
     """Is called as a distillation progresses."""
 
     shown: bool
-    """Whether it shows people what happens; then a model that writes text shows a bar, too."""
+    """Whether it shows bars. A model that writes text then shows one too."""
 
     def teacher(self, done: int, blocks: int) -> None:
         """Called when ``done`` of the dense model's ``blocks`` have run."""
         ...
 
     def start(self, done: int, steps: int, step_tokens: int) -> None:
-        """Called before training: an earlier run did ``done`` of the ``steps``, of some ``step_tokens`` tokens each."""
+        """Called before training: an earlier run did ``done`` of the ``steps``, of about ``step_tokens`` tokens
+        each."""
         ...
 
     def step(self, step: int, loss: float) -> None:

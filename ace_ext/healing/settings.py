@@ -6,9 +6,9 @@ from ace_ext.pruning.settings import Limits, Options, option
 from ace_ext.pruning.stages.distill import LEARNING_RATE
 
 WARM_UP = 0.05
-"""Share of the steps in which the learning rate rises."""
+"""The share of the steps in which the learning rate rises."""
 BETAS = (0.9, 0.95)
-"""Of Adam. With a few dozen steps, its default of 0.999 would average over more steps than there are."""
+"""Adam's betas. There may be only a few dozen steps; the default of 0.999 would average over more."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The teacher's part, done once and before training: the dense model's hidden states after its last block."""
+"""Runs the teacher once before training, and keeps the dense model's hidden states after its last block."""
 
 from torch import Tensor, nn
 
@@ -8,7 +8,7 @@ from ace_ext.models.block_store import BlockSource
 from ace_ext.models.hidden_states import HiddenStates, Layout
 
 NAME = "teacher"
-"""Of the states' files, and of the number of finished blocks in the journal."""
+"""The name of the states' files, and the key of the number of finished blocks in the journal."""
 
 
 def teacher_states(

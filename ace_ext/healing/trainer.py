@@ -12,8 +12,8 @@ from ace_ext.models.blocks import Block
 from ace_ext.pruning.block_training import root_mean_square
 
 STATE_BYTES = 13
-"""Bytes that a trained block holds for each weight beside the weight itself: a float32 copy, Adam's two moments, and
-the mask. In addition, the best weights found so far are stored in the model's dtype, as far as they are kept."""
+"""Bytes of a trained block for each weight, in addition to the weight itself: a float32 copy, Adam's two moments, and
+the mask. In addition, the kept ones of the best weights found so far are stored in the model's dtype."""
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -29,8 +29,8 @@ class BlockTrainer:
 
     Args:
         block: its weights are in memory, and stay in the same tensors until training ends.
-        masks: for each of ``block.linears`` ``[rows, cols]`` bool, True where a weight is kept; None: where it is not
-            zero.
+        masks: for each of ``block.linears`` ``[rows, cols]`` bool, True where a weight is kept; None: a weight is kept
+            if it is not zero.
     """
 
     def __init__(self, block: Block, masks: Mapping[str, Tensor] | None = None) -> None:
@@ -50,7 +50,7 @@ class BlockTrainer:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next((weight.device for weight in self.weights.values()), torch.device("cpu"))
 
     @property
@@ -84,14 +84,14 @@ class BlockTrainer:
         found = list(torch.autograd.grad(output, wanted, gradient, allow_unused=True))
         below = found.pop() if x.requires_grad else None
         for child, master in self._masters.items():
-            own = found.pop(0)  # freed one by one: float32 copies of all never exist beside all of them
+            own = found.pop(0)  # freed one by one: all gradients and all their float32 copies never exist together
             master.grad = None if own is None else own.float().mul_(self.masks[child])  # None: an expert without tokens
         return below
 
     @torch.no_grad()
     def step_(self, learning_rate: float) -> None:
-        """One step of Adam with the gradients of :meth:`backward`, which are freed. The rate is a share of each
-        matrix's root mean square weight."""
+        """One step of Adam with the gradients of :meth:`backward`; it frees them. The rate is a share of each matrix's
+        root mean square weight."""
         if self._adam is None:
             return
         for group, size in zip(self._adam.param_groups, self._sizes, strict=True):
@@ -118,7 +118,7 @@ class BlockTrainer:
 
     @torch.no_grad()
     def restart_(self, kept: Mapping[str, Tensor]) -> None:
-        """Goes on from vectors of :meth:`kept`, with an optimizer that has seen no gradient yet."""
+        """Continues from vectors of :meth:`kept`, with the optimizer's state cleared."""
         for child, master in self._masters.items():
             master.masked_scatter_(self.masks[child], kept[child].to(master.dtype))
             self.weights[child].copy_(master)
@@ -136,7 +136,7 @@ class BlockTrainer:
                 raise RuntimeError(f"{block.full_name(child)}: training changed which weights are zero")
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next steps depend on; vectors of the kept weights' entries, and the number of steps."""
+        """Everything that the next steps depend on: vectors with the kept weights' entries, and the number of steps."""
         found = {}
         for child, master in self._masters.items():
             mask, moments = self.masks[child], self._adam.state.get(master, {}) if self._adam else {}

@@ -1,5 +1,5 @@
-"""A window: consecutive blocks that are trained together, and the forward and backward pass through the blocks from
-there on."""
+"""A window of consecutive blocks that are trained together, and the forward and backward passes through it and the
+blocks after it."""
 
 import torch
 from torch import Tensor
@@ -15,15 +15,16 @@ class Window:
     """Blocks ``trainers`` are trained; the blocks after them only pass gradients on.
 
     A forward pass stores the input of each block. In the backward pass each block is run again, so that the activations
-    of only one exist at a time (gradient checkpointing by block); those of the last ``graphs`` blocks are stored and
-    not computed again, if they are pinned. The weights of a block are updated as soon as its gradients are known.
+    of only one exist at a time (gradient checkpointing by block). Pinned blocks among the last ``graphs`` are
+    exceptions: their activations are stored and not computed again. The weights of a block are updated as soon as its
+    gradients are known.
 
     Args:
         store: the student's blocks; those of the window are pinned.
         trainers: by index of the block, consecutive.
         calls: for each batch the blocks' other arguments.
         tail: from the last block's output to logits.
-        graphs: of how many blocks activations are stored.
+        graphs: the number of last blocks whose activations are stored.
     """
 
     def __init__(

@@ -18,23 +18,24 @@ from ace_ext.errors import InputError
 
 _FLOAT32_MODULES_STRICT = "_keep_in_fp32_modules_strict"
 _FLOAT32_MODULES = "_keep_in_fp32_modules"
-"""Of a model's class: parts of parameter names that are loaded as float32. The first list holds for float16 and
-bfloat16, the second for float16 only."""
+"""Attributes of a model's class: parts of the names of parameters that are loaded as float32. The first list applies to
+float16 and bfloat16, the second to float16 only."""
 
 _ATTENTION = "_attn_implementation"
-"""Of a configuration: which code computes attention. ``"eager"`` keeps the attention weights of all tokens."""
+"""Attribute of a configuration: the code that computes attention. ``"eager"`` allocates the attention weights of all
+tokens."""
 
 _LEFT_OUT = "_keys_to_ignore_on_load_unexpected"
-"""Of a model: patterns of stored tensors that a model of its class leaves out."""
+"""Attribute of a model: patterns of stored tensors that a model of its class does not read."""
 
 _STORED_ONCE = ("rotary_emb.inv_freq", "position_ids")
 """Buffers that older versions stored, and newer ones compute."""
 
 _CACHES = ("cache", "past_key_values")
-"""Of a model's output and of its arguments: the key and value cache, by its newer and its older name."""
+"""The key and value cache in a model's output and in its arguments: the newer and the older name."""
 
 _QUANTIZATION_MARKS = {"hf_quantizer": None, "is_quantized": False, "quantization_method": None}
-"""Of a model that was loaded from quantized weights, with the values that they have in a plain model."""
+"""Attributes of a model that was loaded from quantized weights, with their values in a plain model."""
 
 
 OLDEST = "5.16"
@@ -43,7 +44,7 @@ OLDEST = "5.16"
 
 def check_version() -> None:
     """Raises :class:`ace_ext.InputError` if the installed transformers is older than :data:`OLDEST`."""
-    from packaging.version import Version  # which transformers needs too
+    from packaging.version import Version  # transformers requires it too
 
     found = Version(version("transformers"))
     if found.release < Version(OLDEST).release:
@@ -51,13 +52,14 @@ def check_version() -> None:
 
 
 def model_class(config: Any) -> Any:
-    """The class whose ``from_pretrained`` loads the checkpoint of a configuration: the one that its ``architectures``
-    names, so that a classifier or a model without an LM head stays what it is. ``AutoModelForCausalLM`` where
-    transformers has no such class for this configuration, as for one that comes with the checkpoint."""
+    """The class whose ``from_pretrained`` loads the checkpoint of a configuration. It is the class that
+    ``architectures`` names, so that a classifier or a model without an LM head keeps its class. It is
+    ``AutoModelForCausalLM`` if transformers has no such class for this configuration, for example because the code
+    comes with the checkpoint."""
     import transformers
 
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
-        return transformers.AutoModelForCausalLM  # which decides between that code and its own
+        return transformers.AutoModelForCausalLM  # it chooses between that code and its own
     for name in getattr(config, "architectures", None) or ():
         found = getattr(transformers, str(name), None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
@@ -76,7 +78,7 @@ def model_of(config: Any, dtype: torch.dtype, remote_code: bool) -> nn.Module:
     if kind is AutoModelForCausalLM:
         model: nn.Module = kind.from_config(config, dtype=dtype, trust_remote_code=remote_code)
     else:
-        model = kind._from_config(config, dtype=dtype)  # what from_config of AutoModelForCausalLM calls
+        model = kind._from_config(config, dtype=dtype)  # AutoModelForCausalLM.from_config calls this
     return model
 
 
@@ -87,7 +89,7 @@ def input_embedding(model: nn.Module) -> nn.Module:
 
 
 def token_embedding(model: nn.Module) -> nn.Module | None:
-    """:func:`input_embedding`, or None for a module that does not tell."""
+    """:func:`input_embedding`, or None for a module that does not say which one it is."""
     try:
         return input_embedding(model)
     except (AttributeError, NotImplementedError):
@@ -107,7 +109,7 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def tie_weights_(model: nn.Module) -> None:
-    """Makes weights that a model shares the same parameters again, the LM head's and the embedding's if it does."""
+    """Makes the shared weights of a model one parameter again, such as those of a tied LM head and embedding."""
     _method(model, "tie_weights")()
 
 
@@ -122,13 +124,13 @@ def take_generation_config_(model: nn.Module, folder: str) -> None:
 
 
 def text_config(model: nn.Module) -> Any:
-    """The configuration of a model's language part: its own, or a part of that of a model with more than text."""
+    """The configuration of a model's language part. In a multimodal model it is a part of the model's configuration."""
     return _method(model.config, "get_text_config")()
 
 
 def text_part(model: nn.Module) -> tuple[str, nn.Module]:
-    """The part of a model that text goes through, with its name in the model: the decoder of a model with an encoder or
-    a vision tower beside it, else the model."""
+    """The part of a model that text goes through, with its name in the model. It is the decoder of a model that also
+    has an encoder or a vision tower, else the whole model."""
     if hasattr(model, "get_decoder"):
         found = _method(model, "get_decoder")()
         for name, module in model.named_modules():
@@ -143,25 +145,25 @@ def attends_eagerly(model: nn.Module) -> bool:
 
 
 def main_input(model: nn.Module) -> str:
-    """The name of the argument that a model's forward is about: ``input_ids`` for text."""
+    """The name of the main argument of a model's forward: ``input_ids`` for text."""
     return str(getattr(model, "main_input_name", "input_ids"))
 
 
 def has_encoder(model: nn.Module) -> bool:
-    """Whether a model is an encoder and a decoder."""
+    """Whether a model consists of an encoder and a decoder."""
     return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
 def is_encoder(model: nn.Module) -> bool:
-    """Whether each token of a model also sees those after it, so that it does not predict the next one: its attention
-    says ``is_causal``, and nowhere that it is. Attention that does not say is taken to be causal."""
+    """Whether each token of a model also attends to later ones, so that the model does not predict the next token: some
+    modules have ``is_causal``, and it is False in all of them. Attention without ``is_causal`` counts as causal."""
     causal = [bool(module.is_causal) for module in model.modules() if hasattr(module, "is_causal")]
     return bool(causal) and not any(causal)
 
 
 def is_left_out(model: nn.Module, name: str) -> bool:
-    """Whether transformers leaves a stored tensor out without a word, because a model of this class has no use for it:
-    by the list of the class, or because it is a buffer that older versions stored."""
+    """Whether transformers ignores a stored tensor without a message: the model's class lists it, or it is a buffer
+    that older versions stored."""
     patterns = set(getattr(model, _LEFT_OUT, None) or ())
     buffers = [buffer for buffer, _ in model.named_buffers()]
     patterns |= {rf"{own}$" for own in _STORED_ONCE if any(buffer.endswith(own) for buffer in buffers)}
@@ -175,7 +177,8 @@ def _method(owner: object, name: str) -> Callable[[], Any]:
 
 
 def no_init_weights() -> contextlib.AbstractContextManager[object]:
-    """Within this context weights of new models are not drawn; without weights to draw this takes most of the time."""
+    """Within this context the weights of new models are not initialised. Even on the meta device this takes most of the
+    time."""
     from transformers.initialization import no_init_weights as found
 
     manager: contextlib.AbstractContextManager[object] = found()
@@ -183,7 +186,7 @@ def no_init_weights() -> contextlib.AbstractContextManager[object]:
 
 
 def quiet_stderr() -> contextlib.AbstractContextManager[object]:
-    """Hides the progress bars of unpacking a GGUF file, which no setting of transformers turns off."""
+    """Hides the progress bars of unpacking a GGUF file. No setting of transformers turns them off."""
     return contextlib.redirect_stderr(io.StringIO())
 
 
@@ -201,12 +204,13 @@ def dequantize_options() -> dict[str, Any]:
 
 
 OWN_METHOD = "ace_ext"
-"""The ``quant_method`` of a packed folder, whose matrices are read as dense ones."""
+"""The ``quant_method`` of a packed folder. Its matrices are read as dense ones."""
 
 
 def quantization_of(config: Any) -> str | None:
-    """The quantization method of a configuration's weights, ``"quantized"`` where it has no name; None for plain
-    weights. It is a dictionary in a configuration that was read, and an object in that of a loaded model."""
+    """The quantization method of a configuration's weights: ``"quantized"`` if it has no name, None for plain weights.
+    ``quantization_config`` is a dictionary in a configuration that was read, and an object in that of a loaded
+    model."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return None
@@ -216,7 +220,8 @@ def quantization_of(config: Any) -> str | None:
 
 
 def forget_quantization_(model: nn.Module) -> None:
-    """Removes the marks of quantized weights from a model that was unpacked; with them ``save_pretrained`` refuses."""
+    """Removes the marks of quantized weights from an unpacked model. ``save_pretrained`` refuses a model that has
+    them."""
     if quantization_of(model.config) is not None:
         delattr(model.config, "quantization_config")
     for mark, plain in _QUANTIZATION_MARKS.items():
@@ -225,8 +230,8 @@ def forget_quantization_(model: nn.Module) -> None:
 
 
 def stays_float32(model: nn.Module, name: str, dtype: torch.dtype) -> bool:
-    """Whether transformers loads the parameter ``name`` as float32 although ``dtype`` (float16, bfloat16) is asked
-    for: by the lists of the model's class."""
+    """Whether transformers loads the parameter ``name`` as float32 although ``dtype`` (float16, bfloat16) is requested.
+    The lists of the model's class name such parameters."""
     parts = set(getattr(model, _FLOAT32_MODULES_STRICT, None) or ())
     if dtype == torch.float16:
         parts |= set(getattr(model, _FLOAT32_MODULES, None) or ())
@@ -237,8 +242,8 @@ def saved_as(model: nn.Module, parameters: dict[str, Tensor]) -> dict[str, Tenso
     """The tensors that ``save_pretrained`` would write for these parameters, by their names in the files.
 
     ``revert_weight_conversion``: from version 5 on, transformers renames and fuses tensors while it loads them, and
-    takes them apart when it saves. Empty where it does not have this function, and where the conversion cannot be
-    applied to ``parameters`` because it depends on their shapes or values.
+    takes them apart when it saves. The result is empty if transformers lacks this function, or if the conversion cannot
+    be applied to ``parameters`` because it depends on their shapes or values.
     """
     try:
         from transformers.core_model_loading import revert_weight_conversion
@@ -251,7 +256,7 @@ def saved_as(model: nn.Module, parameters: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def cache_arguments(output: object) -> dict[str, object]:
-    """The argument that hands the cache in a model's output to its next call; empty for an output without a cache."""
+    """The argument that passes the cache in a model's output to its next call; empty for an output without a cache."""
     for name in _CACHES:
         cache = getattr(output, name, None)
         if cache is not None:

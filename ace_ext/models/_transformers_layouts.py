@@ -1,4 +1,5 @@
-"""Names of transformers that say how a module's parameters hold matrices, beside those in ``_transformers.py``."""
+"""Names of transformers that say how a module's parameters hold matrices, in addition to those in
+``_transformers.py``."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -8,10 +9,12 @@ from torch import Tensor, nn
 from ace_ext.models.layout import Layout
 
 _IMPLEMENTATION = "_experts_implementation"
-"""Of a configuration, from version 5 on: which code computes fused experts. ``"eager"`` is a loop over experts."""
+"""Attribute of a configuration, from version 5 on: the code that computes fused experts. ``"eager"`` is a loop over
+experts."""
 
 _TRANSPOSED = "is_transposed"
-"""Of a module with fused experts ``[experts, …]``, from version 5 on: whether they are stored as ``[d_in, d_out]``."""
+"""Attribute of a module with fused experts ``[experts, …]``, from version 5 on: whether they are stored as
+``[d_in, d_out]``."""
 
 _TRANSPOSED_LINEAR = "Conv1D"
 """The class of a Linear whose weight is ``[d_in, d_out]``."""
@@ -23,22 +26,22 @@ _EXPERTS = {
     "Llama4TextExperts": {"gate_up_proj": True, "down_proj": True},
     "LongcatFlashExperts": {"gate_up_proj": False, "down_proj": False},
 }
-"""Classes of modules with fused experts that say nothing of their layout: for each parameter whether its matrices are
+"""Classes of modules with fused experts that do not declare their layout. For each parameter: whether its matrices are
 stored as ``[d_in, d_out]``."""
 
 _EXPERT_COUNT = "moe_num_experts"
-"""Of a module whose experts are not apart in the first dimension of a tensor: how many there are."""
+"""Attribute of a module whose tensors have no dimension for experts: the number of experts."""
 
 
 def computes_experts(module: nn.Module) -> bool:
-    """Whether a configuration chooses the code that computes the fused experts of a module: the decorator
-    ``use_experts_implementation`` has set what it says of their layout."""
+    """Whether a configuration chooses the code that computes the fused experts of a module. The decorator
+    ``use_experts_implementation`` gives such modules attributes for their layout."""
     return hasattr(module, _TRANSPOSED) and hasattr(module, "has_bias")
 
 
 def layouts_in(module: nn.Module) -> dict[str, Layout]:
-    """The module's own parameters that hold matrices, other than an ``nn.Linear``'s, by their names in it. Left out is
-    what no decorator and no name of a class says the layout of."""
+    """The module's own parameters that hold matrices, other than an ``nn.Linear``'s, by their names in it. Parameters
+    whose layout neither the decorator nor the name of the class tells are left out."""
     if computes_experts(module):
         transposed = bool(getattr(module, _TRANSPOSED))
         own = module.named_parameters(recurse=False)

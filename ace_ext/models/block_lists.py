@@ -1,5 +1,5 @@
-"""Where a model's blocks are: in the outermost ``nn.ModuleList`` that holds the most parameters, among those that text
-goes through, and in others of about its size."""
+"""Finds the lists of a model's blocks: of the outermost ``nn.ModuleList`` that text goes through, the one with the most
+parameters, and others of about its size."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -13,11 +13,11 @@ LISTS = 0.25
 """A list of modules holds blocks if it has this share of the parameters of the largest list."""
 
 _OTHER_SENSES = re.compile(r"vision|visual|image|video|audio|speech")
-"""In names of lists that text does not go through."""
+"""Matches names of lists that text does not go through."""
 
 
 def block_lists(model: nn.Module, skipped: Callable[[str], bool]) -> tuple[dict[str, nn.Module], list[str]]:
-    """The blocks by name, and the names of others that ``skipped`` takes out: whole lists of them.
+    """The blocks by name, and the names of the blocks in those lists that ``skipped`` takes out as a whole.
 
     Raises:
         InputError: there are none; or blocks of the same kind in another list would stay dense, and are not skipped.
@@ -42,8 +42,8 @@ def block_lists(model: nn.Module, skipped: Callable[[str], bool]) -> tuple[dict[
 
 
 def _lists_of_text(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """The outermost lists of the model's text part that are not much smaller than the largest of them, and smaller ones
-    of the same kind of blocks, by name."""
+    """The lists that hold blocks, by name: the outermost lists of the model's text part that are not much smaller than
+    the largest, and smaller ones with blocks of the same class."""
 
     def size(modules: nn.ModuleList) -> int:
         return sum(p.numel() for p in modules.parameters())
@@ -63,7 +63,7 @@ def _lists_of_text(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def _outermost(part: nn.Module, start: str = "") -> dict[str, nn.ModuleList]:
-    """The lists of modules, by their names in the model, that are in no other list. ``start``: the part's own name."""
+    """The lists of modules that are in no other list, by their names in the model. ``start``: the part's own name."""
     lists = {name: m for name, m in part.named_modules(prefix=start) if isinstance(m, nn.ModuleList) and name}
     return {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists) and len(m)}
 
@@ -73,8 +73,8 @@ def _blocks_of(name: str, modules: nn.ModuleList) -> dict[str, nn.Module]:
 
 
 def _beside_embedding(model: nn.Module, lists: Iterable[str]) -> list[str]:
-    """Those of the named lists that are in the smallest part of a model that also holds the embedding of its tokens.
-    The other blocks of a vision-language model may be larger. Empty if there are none."""
+    """The named lists in the smallest part of a model that holds the token embedding and at least one of them. The
+    other blocks of a vision-language model may be larger. Empty if there are none."""
     embedding = token_embedding(model)
     place = next((name for name, module in model.named_modules() if module is embedding), "")
     while place:

@@ -1,4 +1,4 @@
-"""Where the blocks' weights are during a run: all in memory, or read from the files one block at a time."""
+"""Access to the blocks' weights during a run: all are in memory, or the files are read one block at a time."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -40,7 +40,7 @@ class ResidentBlocks:
 
     @contextlib.contextmanager
     def loaded(self, index: int) -> Iterator[Block]:
-        """The block; nothing is to be done."""
+        """Gives the block: its weights are in memory."""
         yield self.blocks[index]
 
     def way_out(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
@@ -65,7 +65,7 @@ class OffloadedBlocks:
         self._ahead: ReadAhead | None = None
 
     def read_ahead(self) -> None:
-        """From now on the next block is read while one is loaded: two are in memory."""
+        """Turns on reading ahead: the next block is read while one is in use, so two are in memory."""
         self._ahead = ReadAhead(self.blocks, self.shards_of, torch.device(self.device))
 
     @contextlib.contextmanager
@@ -86,30 +86,30 @@ class OffloadedBlocks:
                 fused.bind()
 
     def shards_of(self, block: Block) -> Shards:
-        """Where the block's weights are read."""
+        """The files from which the block's weights are read."""
         return self.shards
 
     def way_out(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
-        """Holds the weights after the blocks."""
+        """Loads the weights after the blocks."""
         return way_out(model, self.blocks, self.shards, self.device)
 
     @contextlib.contextmanager
     def entrance(self, model: nn.Module) -> Iterator[None]:
-        """Holds the weights before the blocks, and those of the first block."""
+        """Loads the weights before the blocks, and those of the first block."""
         with entrance(model, self.blocks, self.shards, self.device), self.loaded(0):
-            yield  # the first block too: what a block returns is only known once one has run
+            yield  # the first block too: the form of a block's output is known only after one has run
 
     def outside_loaded(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
-        """Reads the weights of the embedding, the head and whatever else is outside the blocks when it is called."""
+        """Reads the weights of each module outside the blocks (embedding, head and others) when it is called."""
         return outside_loaded(model, self.blocks, self.shards, self.device)
 
 
 Read = Callable[[str], torch.Tensor]
-"""A tensor on the CPU by its name in the model."""
+"""Returns a tensor on the CPU, given its name in the model."""
 
 
 class ReadAhead:
-    """Reads the next block's parameters in a thread, while the caller works with the present ones.
+    """Reads the next block's parameters in a thread, while the caller works with the current block.
 
     Args:
         blocks: of a skeleton.
@@ -123,8 +123,8 @@ class ReadAhead:
         self._next: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
 
     def take(self, index: int) -> Read:
-        """Reads block ``index``, which was read already if it is the one after the last that was taken; and starts on
-        the one after it. Each of its parameters can be read once.
+        """Returns a function that reads the parameters of block ``index``, each once. They are in memory already if
+        this block follows the one that was taken last. The thread starts to read the next block.
 
         Raises:
             InputError: as :meth:`ace_ext.models.safetensors_files.Shards.read`.
@@ -146,7 +146,7 @@ class ReadAhead:
 
     def _read_one(self, shards: Shards, name: str) -> torch.Tensor:
         tensor = shards.read(name)
-        return tensor.pin_memory() if self._pinned else tensor  # which a GPU copies by itself; not run on one
+        return tensor.pin_memory() if self._pinned else tensor  # a GPU copies it asynchronously; not run on one
 
 
 def load_(module: nn.Module, prefix: str, shards: Shards, device: torch.device | str, read: Read | None = None) -> None:
@@ -232,8 +232,9 @@ def _loaded_when_called(
 ) -> Iterator[None]:
     """Within this context calls of the module get the values of its own parameters by ``read``, and drop them again.
 
-    Between calls it has stand-ins on the device: some models move tokens to the device of the embedding's weight before
-    they call it, and on the meta device the tokens would be lost. They are NaN, so that what reads them is seen.
+    Between calls it has placeholders on the device: some models move tokens to the device of the embedding's weight
+    before they call it, and on the meta device the tokens would be lost. Placeholders are NaN, so that code that reads
+    them is noticed.
     """
     own = dict(module.named_parameters(recurse=False))
     number = {name: torch.full((), torch.nan, dtype=p.dtype, device=device) for name, p in own.items()}

@@ -1,7 +1,7 @@
 """Finds a model's blocks and their prunable weights by structure alone, for any model family.
 
-A block is a decoder layer: an element of the outermost ``nn.ModuleList`` that holds the most parameters, among those
-beside the embedding of the tokens, or of another one of about its size.
+A block is a decoder layer: an element of the outermost ``nn.ModuleList`` with the most parameters, or of another list
+of about its size. Only lists in the part of the model with the token embedding count.
 """
 
 import math
@@ -31,8 +31,8 @@ MATCH_SECONDS = 0.25
 
 @dataclass(frozen=True)
 class Block:
-    """A decoder layer: its full name in the model, the module, and its prunable Linears (with those of fused weights)
-    by their name in the block."""
+    """A decoder layer: its full name in the model, the module, and its prunable Linears by their names in the block,
+    those of fused weights included."""
 
     name: str
     module: nn.Module
@@ -44,7 +44,7 @@ class Block:
     """Names of lists of modules that are experts."""
 
     def full_name(self, linear: str) -> str:
-        """The name in the model of a Linear that is named by its name in the block."""
+        """The name in the model of the Linear with this name in the block."""
         return f"{self.name}.{linear}"
 
     @property
@@ -67,7 +67,8 @@ class Block:
         )
 
     def as_it_is(self) -> "Block":
-        """The block with its present parameters: it keeps them when those of the module are replaced or dropped."""
+        """A copy of the block that shares its present parameters, and keeps them when the module's are replaced or
+        dropped."""
         twins: dict[int, nn.Module] = {}
 
         def twin_linears(linears: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
@@ -84,9 +85,10 @@ class Block:
 
     @contextmanager
     def products(self) -> Iterator[None]:
-        """Within this context products with the block's matrices are calls of its Linears: fused ones, and those of
-        state-space layers, which multiply by a Linear's weight without calling it (they also have weights of their
-        own). Linears that a CPU is slow at multiply in float32 (:mod:`ace_ext.models.products`)."""
+        """Within this context each product with one of the block's matrices is a call of its Linear. This concerns
+        fused matrices and state-space layers, which multiply by a Linear's weight without calling it. (A block may have
+        such a layer if it has weights that are in no Linear.) If the CPU is slow at the dtype, Linears multiply in
+        float32 (:mod:`ace_ext.models.products`)."""
         with float32_products(self.module), through_linears(self.fused, self._used_directly):
             yield
 
@@ -103,8 +105,8 @@ class Block:
 
 
 def _twin(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
-    """A module that shares everything with ``module`` but the dicts of its parameters, buffers and children; the
-    children are such modules too. ``twins``: those made before, by the id of the original."""
+    """A shallow copy of ``module`` with its own dicts of parameters, buffers and children. The children are such copies
+    too. ``twins``: the copies made before, by the id of the original."""
     if id(module) not in twins:
         twin = module.__new__(type(module))
         twin.__dict__ = {**module.__dict__, "_parameters": {**module._parameters}, "_buffers": {**module._buffers}}
@@ -120,8 +122,8 @@ def find_blocks(model: nn.Module, skip: Iterable[str] = (), check: bool = True, 
         model: a causal language model.
         skip: regular expressions; a weight whose full name matches one stays dense.
         check: False leaves :func:`check_weights` out, for a model whose weights are not loaded.
-        max_dense: the share of a block's weights that may stay dense unasked, because they have no layout that is
-            known.
+        max_dense: the share of a block's weights that may stay dense without being skipped, because their layout is
+            unknown.
 
     Raises:
         InputError: no list of blocks is found; a block has no Linear to prune; more of a block than ``max_dense``
@@ -179,7 +181,7 @@ def _block(full: str, module: nn.Module, fused: list[FusedWeight], patterns: lis
 
 
 def _refuse_tied(model: nn.Module, blocks: list[Block]) -> None:
-    """Refuses Linears that share their weight with a module outside the blocks, such as the embedding, which is not
+    """Refuses Linears that share their weight with a module outside the blocks, such as the embedding. It is not
     pruned.
 
     Raises:
@@ -248,8 +250,9 @@ def check_weights(blocks: list[Block]) -> None:
 def _first_not_finite(weight: Tensor) -> list[int] | None:
     """``[row, column]`` of the first NaN or infinity in ``[rows, cols]``; None without one.
 
-    Some rows at a time: ``isfinite`` allocates up to five bytes an element, which for a whole matrix would set the
-    peak of a run that holds one block. The sum comes first because it is faster: if it is finite, so is each term.
+    It reads some rows at a time: ``isfinite`` allocates up to five bytes an element. For a whole matrix that would set
+    the peak of a run with one block in memory. The sum comes first because it is faster: if it is finite, each term is
+    finite.
     """
     step = max(1, CHECKED_AT_ONCE // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):

@@ -1,4 +1,4 @@
-"""Calls of torch's functions that are computed otherwise."""
+"""Replaces the results of some calls of torch's functions."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -8,7 +8,8 @@ from torch.overrides import TorchFunctionMode
 
 
 class OtherwiseComputed(TorchFunctionMode):
-    """Within this context calls for which :meth:`instead` has a result have that one. Inside it the mode is off."""
+    """Within this context a call returns the result of :meth:`instead`, if there is one. The mode is off inside that
+    method."""
 
     def instead(self, func: Callable[..., Any], args: Sequence[Any]) -> Tensor | None:
         """The result of a call without keyword arguments; None: torch computes it."""

@@ -1,5 +1,5 @@
-"""Checksums of what a model folder holds, of some tensors or of everything else. Files are read a MiB at a time, so
-that no tensor is in memory."""
+"""Checksums of a model folder: of some tensors, or of everything else. Files are read one MiB at a time, so that no
+whole tensor is in memory."""
 
 import hashlib
 from collections.abc import Iterable
@@ -49,7 +49,7 @@ def _without(path: Path, skipped: list[tuple[int, int]]) -> str:
 
 
 def _add(digest: "hashlib._Hash", file: BinaryIO, begin: int, end: int) -> None:
-    """Adds a file's bytes from ``begin`` to before ``end``; fewer if it is shorter, which is another checksum."""
+    """Adds a file's bytes from ``begin`` up to ``end``. A shorter file adds fewer, and so has a different checksum."""
     file.seek(begin)
     while begin < end and (chunk := file.read(min(_CHUNK, end - begin))):
         digest.update(chunk)

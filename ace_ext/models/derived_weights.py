@@ -1,4 +1,4 @@
-"""Linears whose output is not that of their weight: what is pruned would not be what is used."""
+"""Refuses Linears whose output is not computed from their own weight: the model would not use the pruned weight."""
 
 import torch
 from torch import Tensor, nn
@@ -8,12 +8,12 @@ from torch.nn.utils.parametrize import is_parametrized
 from ace_ext.errors import InputError
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""Of weights that can be pruned."""
+"""The dtypes of weights that can be pruned."""
 
 
 def refuse_derived(block: str, module: nn.Module, linears: dict[str, nn.Linear]) -> None:
-    """Refuses Linears whose weight is computed from other tensors, as by ``weight_norm``, ``torch.nn.utils.prune`` or
-    an adapter: what is pruned would not be what is used.
+    """Refuses Linears whose weight or output is computed from other tensors, for example by ``weight_norm``,
+    ``torch.nn.utils.prune`` or an adapter. The model would not use the pruned weight.
 
     Raises:
         InputError: naming the first.
@@ -36,8 +36,8 @@ def refuse_derived(block: str, module: nn.Module, linears: dict[str, nn.Linear])
 
 @torch.no_grad()
 def _computes_otherwise(linear: nn.Linear) -> bool:
-    """Whether a Linear with hooks or a forward of its own gives another output than its weight and bias do, for one
-    random input. Both are rounded alike, so that they differ by little more than nothing if they are the same."""
+    """Whether the output of a Linear with hooks or a forward of its own differs from that of its weight and bias, for
+    one random input. Both are rounded alike, so equal computations differ by almost nothing."""
     own = type(linear).forward is not nn.Linear.forward or "forward" in vars(linear)
     readable = not linear.weight.is_meta and linear.weight.dtype in DTYPES
     if not readable or not (own or linear._forward_hooks or linear._forward_pre_hooks):
@@ -46,7 +46,7 @@ def _computes_otherwise(linear: nn.Linear) -> bool:
     expected = functional.linear(x, linear.weight, linear.bias)
     try:
         found = linear(x)
-    except RuntimeError:  # it takes inputs of another shape, as one of several groups does
+    except RuntimeError:  # it takes inputs of another shape, like a Linear in groups
         return True
     if not isinstance(found, Tensor) or found.shape != expected.shape:
         return True

@@ -19,7 +19,7 @@ from ace_ext.models.layout import Layout
 
 
 class ExpertLinear(nn.Linear):
-    """A Linear without bias whose inputs ``[tokens, d_in]`` have another number of tokens in every call.
+    """A Linear without bias. The number of tokens of its inputs ``[tokens, d_in]`` differs from call to call.
 
     Made on the meta device with shape ``[rows, columns]``; :meth:`FusedWeight.bind` gives it its weight.
     """
@@ -36,7 +36,7 @@ def filled_linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x Wᵀ`` for ``x [tokens, d_in]``, ``W [d_out, d_in]``: ``[tokens, d_out]``. In half precision on a CPU, ``x`` is
     padded with zero rows to :func:`filled_rows`.
 
-    There torch compiles a kernel for every new shape, which takes about as long as the product, and keeps about 2 MB
+    torch compiles a kernel there for every new shape. This takes about as long as the product, and about 2 MB are kept
     for each of the last 1,024 shapes.
     """
     missing = filled_rows(len(x)) - len(x)
@@ -46,8 +46,8 @@ def filled_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def filled_rows(count: int) -> int:
-    """``count`` rounded up to a multiple of 64, from 512 on to a multiple of an eighth to a quarter of it: four
-    different results for each doubling."""
+    """``count`` rounded up to a multiple of 64. From 512 on the step is larger, an eighth to a quarter of ``count``, so
+    that there are four different results for each doubling."""
     step = max(64, 1 << max(0, count.bit_length() - 3))
     return -(-count // step) * step
 
@@ -58,11 +58,11 @@ class FusedWeight:
 
     owner: nn.Module
     name: str
-    """Of the parameter in the block, like ``mlp.experts.down_proj``."""
+    """The parameter's name in the block, like ``mlp.experts.down_proj``."""
     layout: Layout
     linears: Mapping[str, nn.Linear]
-    """In the order in which they are stored, by name in the block: ``mlp.experts.3.down_proj`` for an expert, else the
-    owner's."""
+    """The Linears in the stored order, by name in the block: ``mlp.experts.3.down_proj`` for an expert, else the
+    owner's name."""
 
     @property
     def tensor(self) -> Tensor:
@@ -83,7 +83,7 @@ def fused_parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, str, L
 
 
 def names_of(path: str, leaf: str, layout: Layout) -> list[str]:
-    """The names of a parameter's matrices, where ``path`` is that of its owner."""
+    """The names of a parameter's matrices. ``path``: the name of its owner."""
     if not layout.routed:
         return [path]
     return [".".join(filter(None, (path, str(expert), leaf))) for expert in range(layout.count)]
@@ -110,7 +110,7 @@ def through_linears(
     fused: Sequence[FusedWeight], used_directly: Mapping[str, nn.Linear] | None = None
 ) -> Iterator[None]:
     """Within this context experts compute one after another, and each product with a fused matrix is a call of its
-    Linear, whose hooks then see its inputs and outputs.
+    Linear. The Linear's hooks then see inputs and outputs.
 
     ``used_directly``: other Linears whose weight the block may multiply by without calling them.
     """
@@ -126,8 +126,8 @@ _BATCHED = (torch.bmm, Tensor.bmm)
 
 
 class _Redirected(OtherwiseComputed):
-    """Redirects products with known matrices to their Linears; a matrix is recognised by its address and strides. The
-    Linear's own product is the real one, as the mode is off there.
+    """Redirects products with known matrices to their Linears. A matrix is recognised by its address and strides. The
+    mode is off inside the Linear's call, so torch computes the product there.
     """
 
     def __init__(self, fused: Sequence[FusedWeight], used_directly: Mapping[str, nn.Linear]) -> None:
@@ -161,8 +161,8 @@ class _Redirected(OtherwiseComputed):
         return None
 
     def _batch(self, x: Tensor, tensor: Tensor) -> Tensor | None:
-        """``[experts, tokens, d_out]``: each expert's inputs ``[experts, tokens, d_in]`` times its matrix. Inputs of
-        zeros are those of tokens that are not routed to the expert: its Linear does not see them."""
+        """``[experts, tokens, d_out]``: each expert's inputs ``[experts, tokens, d_in]`` times its matrix. Rows of
+        zeros belong to tokens that are not routed to the expert. Its Linear does not see them."""
         fused = self._fused.get(tensor.data_ptr())
         if fused is None or x.dim() != 3 or not _same(tensor, fused.layout.matrices(fused.tensor).transpose(1, 2)):
             return None
@@ -181,7 +181,8 @@ def _same(tensor: Tensor, other: Tensor) -> bool:
 
 
 def _without_bias(linear: nn.Linear, x: Tensor) -> Tensor:
-    """``x Wᵀ`` by a call of the Linear: its hooks run, and its bias, which the caller did not ask for, is taken off."""
+    """``x Wᵀ`` by a call of the Linear, so that its hooks run. The bias is taken off during the call: the caller wants
+    the product only."""
     bias = linear.bias
     linear.register_parameter("bias", None)
     try:

@@ -16,7 +16,8 @@ from ace_ext.process_memory import resident_bytes
 
 @dataclass(frozen=True)
 class Unpacking:
-    """What unpacking a model takes: ``peak_bytes`` of memory beside the unpacked weights, and about ``seconds``."""
+    """What unpacking a model takes: ``peak_bytes`` of memory in addition to the unpacked weights, and about
+    ``seconds``."""
 
     peak_bytes: int
     seconds: float
@@ -36,7 +37,7 @@ def gguf_skeleton(file: Path, dtype: torch.dtype) -> tuple[nn.Module, Tokenizer,
 
 
 def _unpacking(file: Path, dtype: torch.dtype) -> Unpacking:
-    """From the sizes in the file's header.
+    """Estimates memory and time from the sizes in the file's header.
 
     transformers maps the file and unpacks its tensors in their order. At each tensor, memory holds the weights unpacked
     so far, the reader's index (measured here; each word of the vocabulary is an array of its own), the pages of the

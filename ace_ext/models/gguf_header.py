@@ -1,6 +1,6 @@
-"""The header of a GGUF file, walked before a library reads it: the library takes each count in it as it is, so that a
-damaged one may not end, or fill the memory. And read by that library once, where transformers would do so again and
-again.
+"""Checks the header of a GGUF file before the library ``gguf`` reads it. The library trusts each count in the header,
+so with a damaged one it may run without end or fill the memory. :func:`read_once` spares transformers from reading the
+header several times.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -19,14 +19,14 @@ _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes of a value, by the number of its type. The other two, strings and arrays, begin with their length."""
 _STRING, _ARRAY = 8, 9
 _DEEPEST = 4
-"""Arrays in arrays; more than any file has."""
+"""The deepest nesting of arrays that is accepted. No real file has more."""
 
 
 def check_gguf(path: Path) -> None:
-    """Checks that all that the header counts is in the file.
+    """Checks that the file holds everything that its header counts.
 
     Raises:
-        InputError: it is not, or the file is none of this format.
+        InputError: it does not, or the file is not in this format.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -42,12 +42,12 @@ _READING = threading.RLock()
 def read_once() -> Iterator[None]:
     """Within this context the header of a GGUF file is read once, and the names of a model's tensors are made once.
 
-    To load a model transformers does the former four times, for the configuration, the tokenizer and the weights, and
-    that in Python: each word of the vocabulary is an array of its own. It does the latter for each module. What it
-    calls for them is replaced in ``gguf`` for the whole process meanwhile, by what gives the same again, so one thread
-    at a time may do so.
+    Otherwise transformers reads the header four times to load a model (for the configuration, the tokenizer and the
+    weights). This is slow Python code: each word of the vocabulary is an array of its own. It makes the names once for
+    each module. Within this context caching functions replace the two functions of ``gguf`` for the whole process, so
+    only one thread at a time can be in it.
     """
-    import gguf  # as all that only GGUF files need
+    import gguf  # imported here: only GGUF files need it
 
     with _READING:
         own = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
@@ -69,7 +69,8 @@ class _Walk:
         self._data, self._at, self._order = data, 4, "<"
 
     def walk(self) -> None:
-        """All keys with their values, then what is said of each tensor. Raises ValueError for what does not fit."""
+        """Walks over all keys with their values, then over the description of each tensor. Raises ValueError if a count
+        does not fit."""
         if self._number("I") & 0xFFFF == 0:  # the version, written on a machine of the other byte order
             self._order = ">"
         tensors, keys = self._number("Q"), self._number("Q")
@@ -79,7 +80,7 @@ class _Walk:
         for _ in range(self._fitting(tensors, 24)):
             self._string()
             self._skip(self._fitting(self._number("I"), 8), 8)
-            self._skip(1, 12)  # the kind of its numbers, and where they are
+            self._skip(1, 12)  # its type and its offset
 
     def _value(self, kind: int, depth: int) -> None:
         if kind == _STRING:
@@ -108,7 +109,7 @@ class _Walk:
         self._at += size * self._fitting(count, size)
 
     def _fitting(self, count: int, size: int) -> int:
-        """The count, if so many things of at least ``size`` bytes each are left."""
+        """Returns the count if the rest of the file is long enough for that many items of at least ``size`` bytes."""
         if count * size > len(self._data) - self._at:
             raise ValueError(f"{count} things of {size} bytes at byte {self._at} of {len(self._data)}")
         return count

@@ -15,8 +15,8 @@ from ace_ext.models.safetensors_files import flush
 
 @dataclass(frozen=True)
 class Layout:
-    """The layout of a file of hidden states: each batch's raw bytes, one batch after the other. Once all are written,
-    32 bytes of a checksum follow."""
+    """The layout of a file of hidden states: each batch's raw bytes, one batch after the other. A checksum of 32 bytes
+    follows when all are written."""
 
     shapes: list[list[int]]
     dtype: str  # as torch names it, without "torch."
@@ -39,8 +39,8 @@ class HiddenStates:
     Args:
         states: the batches' first hidden states, one after the other. Without ``resident`` each is freed once it is in
             the file.
-        folder: holds two files that are read and written in turn. So a block's inputs are complete until it is done,
-            and a resumed run can start from them. None: no files.
+        folder: holds two files that are read and written in turn. A block's inputs stay complete until the block is
+            done, so that a resumed run can start from them. None: no files.
         resident: keep the states in memory too, and write a file only when a block is done.
         name: prefix of the files' names.
         device: where ``states[i]`` is put if it is read from a file.
@@ -88,7 +88,7 @@ class HiddenStates:
         """The states that an earlier run left in its files; ``side`` is the file to read, 0 or 1.
 
         Raises:
-            InputError: the file is too short, or not as that run wrote it.
+            InputError: the file is too short, or has changed since that run wrote it.
         """
         states = cls((), folder, False, name, device)
         states.layout, states.side = layout, side
@@ -138,7 +138,7 @@ class HiddenStates:
         self.commit_later()()
 
     def commit_later(self) -> Callable[[], None]:
-        """Swaps the buffers now, and returns what brings the data to the disk: a function that another thread may call.
+        """Swaps the buffers now, and returns a function that brings the data to the disk. Another thread may call it.
         Nothing may be put until it has returned."""
         if not self._files:
             return lambda: None

@@ -17,6 +17,6 @@ class Layout:
     """Whether each is an expert's, so that it sees only the tokens that a router sends it."""
 
     def matrices(self, parameter: Tensor) -> Tensor:
-        """``[count, d_out, d_in]``: a view of the parameter. Where it is transposed, rows are not contiguous."""
+        """``[count, d_out, d_in]``: a view of the parameter. The rows of a transposed parameter are not contiguous."""
         stored = parameter.view(self.count, -1, parameter.shape[-1])
         return stored.transpose(1, 2) if self.transposed else stored

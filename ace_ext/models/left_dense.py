@@ -1,5 +1,5 @@
-"""The weights of a model that are not pruned: routers, convolutions and other parameters that no matrix product reads,
-and what is outside the blocks. They are listed; where they are a large share of a block they are refused."""
+"""The weights of a model that are not pruned: routers, convolutions, other parameters that no matrix product reads, and
+weights outside the blocks. They are listed. A model is refused if they are a large share of a block."""
 
 import re
 from collections.abc import Collection, Iterable, Iterator
@@ -12,23 +12,23 @@ from ace_ext.models._transformers import input_embedding, output_head
 from ace_ext.models.fused_weights import FusedWeight
 
 _ROUTER = re.compile(r"(^|\.)\w*router\w*(\.|$)")
-"""Names of modules that choose, wherever they are in a block."""
+"""Matches names of routers anywhere in a block."""
 _CHOOSES = re.compile(r"(^|\.)(gate|wg|shared_expert_gate|classifier)(\.|$)")
-"""Names of modules that choose among experts, if they are in the module that holds these."""
+"""Matches names of routers that are next to the experts."""
 
 
 def expert_lists(module: nn.Module) -> dict[str, int]:
-    """Lists of modules in a block that are experts, by name, with their number: beside them is what chooses."""
+    """The lists of experts in a block, by name, with the number of experts. A list counts if a router is next to it."""
     lists = {name: len(m) for name, m in module.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
     return {name: count for name, count in lists.items() if _choosing(module, name, count)}
 
 
 def routers(module: nn.Module, fused: Iterable[FusedWeight]) -> set[str]:
-    """Names in the block of the matrices that choose among experts, or scale what a shared one adds. They stay dense:
-    they are tiny, and a wrong choice of experts costs more than a wrong weight.
+    """The names in the block of the matrices that choose among experts, or scale the output of a shared expert. They
+    stay dense: they are tiny, and a wrong choice of experts costs more than a wrong weight.
 
-    They are found by name, and beside the experts, in the smallest module that holds more than these, also by shape (as
-    many rows as there are experts, or one).
+    They are found by name. In the smallest module that holds more than the experts, they are also found by shape: as
+    many rows as there are experts, or one row.
     """
     named = ((name, p) for name, p in module.named_parameters() if p.dim() == 2)
     found = {name for name, _ in named if _ROUTER.search(name.rpartition(".")[0])}
@@ -39,7 +39,7 @@ def routers(module: nn.Module, fused: Iterable[FusedWeight]) -> set[str]:
 
 
 def _choosing(module: nn.Module, holder: str, count: int) -> set[str]:
-    """The matrices beside ``count`` experts that choose among them, by name in the block."""
+    """The matrices next to ``count`` experts that choose among them, by name in the block."""
     return {
         name
         for name, p in _beside(module, holder)
@@ -48,7 +48,7 @@ def _choosing(module: nn.Module, holder: str, count: int) -> set[str]:
 
 
 def _beside(module: nn.Module, holder: str) -> list[tuple[str, nn.Parameter]]:
-    """The parameters beside a holder of experts, by name in the block."""
+    """The parameters next to the module ``holder`` of experts, by name in the block."""
     found: list[tuple[str, nn.Parameter]] = []
     around = holder
     while around and not found:
@@ -71,10 +71,10 @@ def other_weights(module: nn.Module, fused: Collection[str]) -> Iterator[tuple[s
 
 
 def check_share(block: str, module: nn.Module, dense: Iterable[DenseWeight], limit: float) -> None:
-    """Checks how much of a block stays dense although nobody asked for it.
+    """Checks the share of a block's weights that stay dense although no option asks for it.
 
     Raises:
-        InputError: more than ``limit``, a share of the block's weights. It names the largest.
+        InputError: the share is above ``limit``. It names the largest weight.
     """
     unasked = [weight for weight in dense if weight.reason in (NO_MATRIX, NOT_CALLED)]
     total = sum(p.numel() for p in module.parameters())
@@ -96,7 +96,7 @@ def _in_block(name: str, block: str) -> str:
 
 
 def any_of(names: Iterable[str]) -> str:
-    """A regular expression for any of these names, as a shell and Python take it: each dot stands for itself."""
+    """A quoted regular expression for any of these names, for a shell and for Python. A dot also matches itself."""
     return f"'{'|'.join(names)}'"
 
 

@@ -32,7 +32,7 @@ WEIGHT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16":
 
 @dataclass
 class LoadedModel:
-    """A model in evaluation mode, its tokenizer, and what the caller named it by."""
+    """A model in evaluation mode, its tokenizer, and the name that the caller gave."""
 
     model: nn.Module
     tokenizer: Tokenizer
@@ -48,8 +48,8 @@ def load_model(source: str, dtype: str = "auto", device: str | torch.device = "c
         device: where to put the weights.
 
     Raises:
-        InputError: nothing there, or nothing that transformers can load; quantized weights; weights that do not fit
-            the configuration; a model that does not predict the next token.
+        InputError: there is no model, or transformers cannot load it; quantized weights; weights that do not fit the
+            configuration; a model that does not predict the next token.
     """
     check_version()
     check_dtype(dtype)
@@ -66,7 +66,7 @@ def load_model(source: str, dtype: str = "auto", device: str | torch.device = "c
         tokenizer = location.tokenizer()
         model: nn.Module
         if unpacks:
-            options["config"] = config  # or it would be read once more
+            options["config"] = config  # otherwise it would be read once more
         model, found = kind.from_pretrained(location.name, dtype=wanted, output_loading_info=True, **options)
     check_causal(source, model)
     check_fit(source, found["missing_keys"], found["unexpected_keys"])
@@ -87,8 +87,8 @@ def check_plain(source: str, config: Any) -> None:
 
 
 def check_fit(source: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    """Checks that the files hold what the configuration asks for. transformers would fill a parameter that they lack
-    with random numbers, and leave out a tensor that it does not know.
+    """Checks that the files hold the tensors of the configuration. transformers would fill a missing parameter with
+    random numbers, and ignore an unknown tensor.
 
     Args:
         source: the model, as the user named it.
@@ -113,8 +113,8 @@ def _some(names: list[str]) -> str:
 
 
 def check_causal(source: str, model: nn.Module) -> None:
-    """Raises :class:`InputError` for a model that reads something else than text, or not from left to right: its blocks
-    are not found, or no perplexity means anything."""
+    """Raises :class:`InputError` for a model that does not read text, or does not read it from left to right. Its
+    blocks cannot be found, or its perplexity means nothing."""
     if main_input(model) != "input_ids":
         raise InputError(f"model {source!r} is not a language model: {type(model).__name__} reads {main_input(model)}")
     if has_encoder(model):
@@ -129,7 +129,7 @@ def check_causal(source: str, model: nn.Module) -> None:
 
 
 def check_dtype(dtype: str) -> None:
-    """Raises :class:`InputError` for a name that is none of ``auto`` and :data:`WEIGHT_DTYPES`."""
+    """Raises :class:`InputError` for a name that is not ``auto`` and not in :data:`WEIGHT_DTYPES`."""
     if dtype != "auto" and dtype not in WEIGHT_DTYPES:
         raise InputError(f"dtype must be auto, {', '.join(WEIGHT_DTYPES)} (got {dtype!r})")
 
@@ -145,11 +145,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def local_folder(source: str) -> Path | None:
-    """The folder on this machine that holds a model: itself, or what the hub's cache has of it, fetched if need be.
-    None for a ``.gguf`` file.
+    """The folder on this machine that holds a model: ``source`` itself, or its copy in the hub's cache, downloaded if
+    needed. None for a ``.gguf`` file.
 
     Raises:
-        InputError: as :func:`load_model`, or the hub does not give it.
+        InputError: as :func:`load_model`, or the hub does not provide it.
     """
     location = locate(source)
     if location.gguf_file is not None:

@@ -1,4 +1,4 @@
-"""Where a model is (a folder, a ``.gguf`` file or a hub name), and its configuration and tokenizer from there."""
+"""The location of a model (a folder, a ``.gguf`` file or a hub name), and its configuration and tokenizer."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _REMOTE_CODE: ContextVar[bool] = ContextVar("remote_code", default=False)
 
 @contextmanager
 def remote_code(allowed: bool) -> Iterator[None]:
-    """``allowed``: within this context Python code in a model's files may run, in this thread. Outside it never does;
-    what loads a model asks :func:`remote_code_allowed`, so none can forget to pass the answer on."""
+    """If ``allowed``, Python code in a model's files may run within this context, in this thread. Outside it never
+    runs. Code that loads a model asks :func:`remote_code_allowed`, so callers need not pass the answer on."""
     token = _REMOTE_CODE.set(allowed)
     try:
         yield
@@ -34,21 +34,21 @@ def remote_code(allowed: bool) -> Iterator[None]:
 
 
 def remote_code_allowed() -> bool:
-    """The value of ``trust_remote_code`` for each call of transformers. Never None: then transformers would ask on the
-    terminal, and take a ``y`` from a pipe for an answer."""
+    """The value of ``trust_remote_code`` for each call of transformers. It is never None: transformers would then ask
+    on the terminal, and accept a ``y`` from a pipe."""
     return _REMOTE_CODE.get()
 
 
 @dataclass(frozen=True)
 class ModelLocation:
-    """What ``from_pretrained`` takes: a folder or a hub name, and for a GGUF file its name in the folder."""
+    """The arguments of ``from_pretrained``: a folder or a hub name, and for a GGUF file its name in the folder."""
 
     name: str
     gguf_file: str | None = None
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments of ``from_pretrained`` beside the name."""
+        """The arguments of ``from_pretrained`` after the name."""
         file = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
         return {**file, "trust_remote_code": remote_code_allowed()}
 
@@ -62,8 +62,8 @@ class ModelLocation:
         return config
 
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer, tried on a word: its settings are checked where they are first used. Raises what
-        transformers raises; see :func:`as_input_error`."""
+        """The model's tokenizer. It is tried on a word, because its settings are checked only when they are first used.
+        Raises what transformers raises; see :func:`as_input_error`."""
         from transformers import AutoTokenizer
 
         with quiet_stderr():
@@ -77,7 +77,7 @@ def locate(source: str) -> ModelLocation:
 
     Raises:
         InputError: it is not a folder with a configuration, a whole ``.gguf`` file or a hub name like ``org/model``.
-            Whether the hub has that name is not asked.
+            The hub is not asked whether it has that name.
     """
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
@@ -100,8 +100,8 @@ def locate(source: str) -> ModelLocation:
 
 
 def hub_name(source: str) -> str | None:
-    """The name by which a hub knows a model that :func:`locate` finds: what the user gave, or what the folder of a
-    hub's cache is called. None for any other folder or file."""
+    """The hub's name of a model that :func:`locate` finds: the name that the user gave, or the one in the path of a
+    hub's cache. None for any other folder or file."""
     path = Path(source).expanduser()
     if not path.exists():
         return source
@@ -110,7 +110,8 @@ def hub_name(source: str) -> str | None:
 
 
 _MOST = {"num_hidden_layers": 10_000, "num_experts": 100_000, "num_local_experts": 100_000, "n_routed_experts": 100_000}
-"""More than any model has. A module is made for each layer, which for a number out of a damaged file would not end."""
+"""Limits above those of any model. A module is made for each layer: with a number from a damaged file this would not
+end."""
 
 
 def _check_counts(config: PreTrainedConfig) -> None:
@@ -126,8 +127,8 @@ def _check_counts(config: PreTrainedConfig) -> None:
 def as_input_error(what: str) -> Iterator[None]:
     """Turns what transformers raises for files that it cannot load into ``InputError("<what>: <reason>")``.
 
-    That can be anything: a configuration of wrong types ends wherever its values are first used, and a tokenizer in an
-    error of a Rust library, which is not even an ``Exception``.
+    The error can be of any kind. Wrong types in a configuration fail wherever a value is first used. A tokenizer can
+    fail with an error of a Rust library, and that error is not an ``Exception``.
     """
     try:
         yield

@@ -1,7 +1,7 @@
-"""Runs several batches through one block in lockstep: each stops at a Linear until all have come to it.
+"""Runs several batches through one block in lockstep: each stops at a Linear until all have reached it.
 
-The Linears of a block are then pruned in their order, each with the inputs that passed the pruned ones before it, and
-each batch takes one forward pass instead of one for each Linear.
+The Linears of a block are pruned in their order. Each gets inputs that have passed the pruned Linears before it. Each
+batch takes one forward pass instead of one for each Linear.
 """
 
 import math
@@ -23,7 +23,7 @@ from ace_ext.process_memory import available_bytes
 
 
 class _Abandoned(BaseException):
-    """Ends a forward that is not wanted any more. Never leaves this file."""
+    """Ends a forward that is no longer needed. Never leaves this file."""
 
 
 class _Forward:
@@ -44,7 +44,7 @@ class _Forward:
         return self._resume(self._work.switch)
 
     def arrive(self, child: str, x: Tensor) -> None:
-        """Called in the forward by a Linear that is about to run: stops unless it may pass."""
+        """Called in the forward before a Linear runs. It stops the forward unless the Linear was admitted."""
         while self.admitted.pop(child, None) is not x:
             self.stop = (child, x)
             own = TorchState.now(self._device)
@@ -70,7 +70,7 @@ class _Forward:
 
 
 class Lockstep:
-    """The forwards of several batches through one block, as a context manager; leaving it ends those that have not.
+    """The forwards of several batches through one block, as a context manager. Leaving it ends unfinished forwards.
 
     Args:
         block: with its weights in memory.
@@ -85,7 +85,7 @@ class Lockstep:
         self._left = ExitStack()
 
     def __enter__(self) -> "Lockstep":
-        # For all of them at once: a forward that ends would otherwise restore it while others still run.
+        # Set once for all forwards: one that ends would otherwise restore it while others still run.
         self._left.enter_context(
             eager_experts(fused.owner for fused in self._block.fused if computes_experts(fused.owner))
         )
@@ -121,17 +121,17 @@ class Lockstep:
 
 
 PAUSED_BYTES = 2**16
-"""An upper bound: measured were at most 30 kB of resident memory for an unfinished forward of a tiny Llama, its tensors
-included, with 64 to 1,024 of them."""
+"""An upper bound. An unfinished forward of a tiny Llama took at most 30 kB of resident memory, its tensors included,
+when 64 to 1,024 forwards were measured."""
 
 
 def paused_bytes(batches: int, device: torch.device | str) -> int:
-    """Bytes of the device's memory that unfinished forwards hold beside their tensors."""
+    """Bytes of the device's memory that unfinished forwards need in addition to their tensors."""
     return batches * PAUSED_BYTES if torch.device(device).type == "cpu" else 0
 
 
 def forwards_fit(block: Block, hidden: HiddenStates, device: torch.device) -> bool:
-    """Whether what the batches' unfinished forwards through a block hold takes at most half of the free memory."""
+    """Whether the batches' unfinished forwards through a block need at most half of the free memory."""
     widest = max(linear.in_features for linear in block.linears.values())
     rows = [math.prod(shape[:-1]) for shape in hidden.layout.shapes]
     itemsize = block.linears[next(iter(block.linears))].weight.dtype.itemsize
@@ -141,17 +141,18 @@ def forwards_fit(block: Block, hidden: HiddenStates, device: torch.device) -> bo
 
 
 def keeps_no_state(block: Block, index: int, calls: Sequence[BlockCall], hidden: Sequence[Tensor]) -> bool:
-    """Whether forwards of ``block`` that alternate give what they give one after another: not if a module of it
-    notes something in itself that it reads later in the same forward. Tried with two batches and the present weights.
+    """Whether alternating forwards of ``block`` give the same outputs as forwards one after another. They do not if a
+    module stores a value in itself and reads it later in the same forward. This is tried with two batches and the
+    present weights.
 
-    Sums on a GPU may be rounded otherwise in each run, so outputs count as the same up to a hundredth.
+    Sums on a GPU may be rounded differently in each run, so outputs count as equal up to a relative difference of 0.01.
     """
     forwards = [partial(run_block, block, h, call.others[index]) for call, h in zip(calls, hidden, strict=True)]
     expected = [forward() for forward in forwards]
     found: list[Tensor | None] = [None] * len(forwards)
     with Lockstep(block, forwards, hidden[0].device) as lockstep:
         while any(output is None for output in found):
-            for i in reversed(range(len(forwards))):  # what one notes last, the other would read
+            for i in reversed(range(len(forwards))):  # the other would read the value that one stores last
                 if found[i] is None:
                     found[i] = lockstep.run(i)
                     stop = lockstep.stop_of(i)

@@ -1,4 +1,4 @@
-"""Regular expressions of a user, matched within a time limit: some take longer than a lifetime on a short name."""
+"""Matches a user's regular expressions within a time limit: some would take years on a short name."""
 
 import re
 import signal
@@ -11,7 +11,7 @@ from ace_ext.errors import InputError
 
 
 def search_within(seconds: float, pattern: re.Pattern[str], name: str) -> bool:
-    """Whether the pattern matches somewhere in ``name``. Processor time is limited, in the main thread only, where a
+    """Whether the pattern matches somewhere in ``name``. Processor time is limited in the main thread only: there a
     signal can end the search.
 
     Raises:

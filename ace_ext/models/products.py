@@ -1,9 +1,9 @@
 """Products of half-precision matrices on CPUs that have no instructions for them.
 
-There torch multiplies bfloat16 and float16 numbers one by one, three to four times slower than float32 with 32 tokens
-and five to nine times with 128 and more (``benchmarks/float32_products.py`` on an AMD EPYC with AVX2). So parts of both
-matrices are converted, and multiplied in float32. Like torch's own products, these are sums in float32 that are rounded
-once; only the order of their terms differs.
+On such CPUs torch multiplies bfloat16 and float16 numbers one by one, three to four times slower than float32 with 32
+tokens and five to nine times with 128 and more (``benchmarks/float32_products.py`` on an AMD EPYC with AVX2). So parts
+of both matrices are converted, and multiplied in float32. Like torch's own products, these are sums in float32 that are
+rounded once; only the order of their terms differs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,16 +18,18 @@ from torch.nn import functional
 from ace_ext.models.calls import OtherwiseComputed
 
 MIN_TOKENS = 4
-"""For fewer, torch's loops are as fast as converting the weight."""
+"""With fewer tokens torch's loops are as fast as converting the weight."""
 TOKENS, PART = 1024, 2**22
-"""At most so many tokens, and numbers in them, are converted at a time, but 64 tokens of any width."""
+"""The largest number of tokens, and of their elements, that are converted at a time; but at least 64 tokens of any
+width."""
 ROWS, PANEL = 2048, 2**20
-"""At most so many rows of a weight, and numbers in them, are converted at a time, but 64 rows of any width."""
+"""The largest number of a weight's rows, and of their elements, that are converted at a time; but at least 64 rows of
+any width."""
 
 
 @cache
 def slow_dtypes() -> frozenset[torch.dtype]:
-    """The dtypes whose products torch computes without instructions for them on this machine's CPU."""
+    """The dtypes for whose products this machine's CPU has no instructions that torch uses."""
     found = set()
     for dtype, name in ((torch.bfloat16, "_is_mkldnn_bf16_supported"), (torch.float16, "_is_mkldnn_fp16_supported")):
         supported = getattr(torch.ops.mkldnn, name, None)  # None: a torch without oneDNN
@@ -49,8 +51,8 @@ def float32_products(of: nn.Module | Tensor) -> Iterator[None]:
 
 
 def converted_bytes(tokens: int, rows: int, cols: int) -> int:
-    """The most that a product of ``[tokens, cols]`` with ``[rows, cols]`` holds in float32 at a time: some 30 MB,
-    however large the matrices are."""
+    """The most bytes in float32 that a product of ``[tokens, cols]`` with ``[rows, cols]`` needs at a time: about 30 MB
+    for matrices of any size."""
     part, panel = min(tokens, _part(cols)), min(rows, _panel(cols))
     return 4 * (part * cols + panel * cols + part * panel)
 
@@ -114,13 +116,13 @@ def _fill(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _fill_panel(out: Tensor, given: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    # A function of its own, so that what it converts is freed before the next panel is converted.
+    # A separate function, so that a converted panel is freed before the next one is converted.
     found = given @ weight.float().T
     out.copy_(found if bias is None else found.add_(bias))
 
 
 def _product(a: Tensor, b: Tensor, step: int) -> Tensor:
-    """``a [n, k]`` times ``b [k, m]`` in float32, of which ``step`` numbers of k are converted at a time."""
+    """``a [n, k]`` times ``b [k, m]`` in float32. ``step`` entries along k are converted at a time."""
     total = torch.zeros(len(a), b.shape[1], dtype=torch.float32)
     for part in _slices(len(b), step):
         total.addmm_(a[:, part].float(), b[part].float())

@@ -1,7 +1,6 @@
-"""Records with which arguments a model calls its blocks, and calls one block with them again.
+"""Records the arguments with which a model calls its blocks, and calls a block with them again.
 
-All arguments (masks, rotary embeddings, whatever a model family passes) are kept as they are, so the family need not be
-known.
+All arguments (masks, rotary embeddings and others) are kept unchanged, so the model family need not be known.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +24,7 @@ class BlockCall:
 
     hidden: Tensor | None  # [batch, seqlen, d_model], the input of the first block; the user sets it to None once read
     others: list[Arguments]
-    token_mask: Tensor | None  # [batch * seqlen] bool, None where no token is padding
+    token_mask: Tensor | None  # [batch * seqlen] bool, None if no token is padding
     tokens: int = 0  # in the batch, without padding
     wrap: Callable[[Tensor], object] = lambda hidden: hidden  # gives hidden states the form of a block's output
 
@@ -53,7 +52,7 @@ class _Recorder:
                 _check_hidden(self.blocks[0].name, hidden)
                 self.hidden = hidden
             self.others.append(rest)
-            if self.wrap is None:  # what a block returns is only known after one has run
+            if self.wrap is None:  # the form of a block's output is known only after one has run
                 with self.blocks[index].products():
                     self.wrap = _wrapper_like(original(*args, **kwargs))
             if index == len(self.blocks) - 1:
@@ -74,7 +73,7 @@ def _check_hidden(block: str, hidden: Tensor) -> None:
 def _wrapper_like(output: Any) -> Callable[[Tensor], object]:
     if isinstance(output, Tensor):
         return lambda hidden: hidden
-    tail = output[1:]  # not the whole output, which would keep its hidden states in memory
+    tail = output[1:]  # not the whole output: it would keep its hidden states in memory
     return lambda hidden: (hidden, *tail)
 
 
@@ -96,7 +95,7 @@ def take_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, 
     """Splits a block's arguments into its hidden states ``[batch, seqlen, d_model]`` and the rest.
 
     Raises:
-        InputError: the block is not called with hidden states, first or by that name.
+        InputError: the block is not called with hidden states, as the first argument or by name.
     """
     if args:
         return args[0], (args[1:], kwargs)
@@ -119,12 +118,12 @@ def first_of(output: Any) -> Tensor:
 
 
 class _Seen(Exception):
-    """Ends a forward once all that was wanted of it was seen. Never leaves this file."""
+    """Ends a forward once all needed calls were seen. Never leaves this file."""
 
 
 def run_until_called(block: Block, hidden: Tensor, others: Arguments, children: Iterable[str]) -> None:
-    """Runs one block until each of the named Linears was called, its hooks included, and no further. Runs it to its end
-    if one of them is not called, as may be with an expert's."""
+    """Runs one block until each of the named Linears was called, with its hooks, and then stops. If one of them is not
+    called, such as an expert's, the block runs to its end."""
     waiting = set(children)
 
     def called(child: str) -> None:
@@ -144,8 +143,8 @@ def run_until_called(block: Block, hidden: Tensor, others: Arguments, children: 
 def capture_calls(model: nn.Module, blocks: list[Block], batches: Iterable[dict[str, Tensor]]) -> Iterator[BlockCall]:
     """Yields for each batch the arguments of each block's call, and the hidden states that enter the first block.
 
-    The blocks' forwards are replaced until the generator ends, so a batch costs an embedding, not a forward pass. Only
-    for the first batch one block runs, to see what it returns.
+    The blocks' forwards are replaced until the generator ends, so a batch costs one embedding instead of a forward
+    pass. One block runs with the first batch, to find the form of its output.
 
     Raises:
         InputError: the model does not call each of its blocks once, in order, or calls them with hidden states of
@@ -174,11 +173,11 @@ def capture_calls(model: nn.Module, blocks: list[Block], batches: Iterable[dict[
 
 
 def _token_mask(attention_mask: Tensor | None, hidden: Tensor) -> Tensor | None:
-    """``[batch, seqlen]`` to ``[batch * seqlen]`` bool; None where no token is padding. ``hidden [batch, seqlen,
+    """``[batch, seqlen]`` to ``[batch * seqlen]`` bool; None if no token is padding. ``hidden [batch, seqlen,
     d_model]`` enters the first block.
 
     Raises:
-        InputError: it has another number of tokens, as of a model that adds those of an image itself.
+        InputError: the mask has another number of tokens, for example because the model adds those of an image itself.
     """
     if attention_mask is None or bool(attention_mask.all()):
         return None

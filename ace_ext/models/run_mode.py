@@ -1,4 +1,5 @@
-"""The state of torch and of a model's modules while the model is pruned or trained, whatever the caller's is."""
+"""The state of torch and of a model's modules while the model is pruned or trained. It does not depend on the
+caller's."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,11 +10,11 @@ from torch import Tensor, nn
 from ace_ext.errors import InputError
 
 _COMPILED = "_orig_mod"
-"""Of the module that ``torch.compile`` returns: the module that it was given."""
+"""Attribute of the module that ``torch.compile`` returns: the original module."""
 
 
 def inner_model(model: nn.Module) -> nn.Module:
-    """The model itself; that of a ``torch.compile`` wrapper, whose parameters are the same.
+    """The model itself, or the model inside a ``torch.compile`` wrapper. Both have the same parameters.
 
     Raises:
         InputError: the model is wrapped for several devices.
@@ -29,11 +30,11 @@ def run_mode(model: nn.Module, trainer: str | None = None) -> Iterator[None]:
     """Within this context results do not depend on the modes that the caller entered:
 
     - modules are in evaluation mode; afterwards each has the mode that it had;
-    - gradients are not recorded where the code does not ask for them;
-    - autocast is off: it would compute in another dtype than the model's. A model that turns it on for a part of its
-      forward gets no cache, which would keep casts of weights that pruning then changes;
-    - ``torch.inference_mode`` is as it was when the weights were made: weights that were made outside it are trained,
-      and weights that were made inside it can be changed only there;
+    - gradients are recorded only if the code asks for them;
+    - autocast is off: it would compute in another dtype than the model's. If a model turns it on for a part of its
+      forward, casts are not cached: pruning changes the weights afterwards;
+    - ``torch.inference_mode`` is as it was when the weights were made: weights that were made outside it can be
+      trained, and weights that were made inside it can be changed only there;
     - compiled modules run uncompiled: a compiled forward calls no hooks of the modules in it.
 
     Args:
@@ -41,7 +42,7 @@ def run_mode(model: nn.Module, trainer: str | None = None) -> Iterator[None]:
         trainer: what trains the weights, for the message; None if nothing does.
 
     Raises:
-        InputError: weights are to be trained that were made in inference mode.
+        InputError: the weights to train were made in inference mode.
     """
     made_there = next((name for name, parameter in model.named_parameters() if parameter.is_inference()), None)
     if made_there is not None and trainer is not None:
@@ -51,7 +52,7 @@ def run_mode(model: nn.Module, trainer: str | None = None) -> Iterator[None]:
         )
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(made_there is not None))
-        stack.enter_context(torch.no_grad())  # last: to leave inference mode turns gradients on
+        stack.enter_context(torch.no_grad())  # last: leaving inference mode turns gradients on
         for kind in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
         stack.callback(torch.clear_autocast_cache)  # the caller's next forward must not read casts of dense weights
@@ -74,6 +75,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def as_made_here(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of one that was made in inference mode: outside it such a tensor cannot be saved for a
-    backward pass."""
+    """The tensor, or a copy of it if it was made in inference mode. Outside that mode such a tensor cannot be saved for
+    a backward pass."""
     return tensor.clone() if tensor.is_inference() else tensor

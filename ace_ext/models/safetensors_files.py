@@ -51,7 +51,7 @@ class Shards:
         return name in self.entries or name in self._layout
 
     def stored_name(self, names: Iterable[str]) -> str | None:
-        """The first of a parameter's names that the files hold it by; None if they do not hold it."""
+        """The first of a parameter's names that the files have; None if they have none."""
         return next((name for name in names if name in self), None)
 
     def unread(self, model: nn.Module) -> list[str]:
@@ -62,7 +62,7 @@ class Shards:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first tensor."""
+        """The dtype of the first tensor."""
         return next(iter(self.entries.values())).dtype
 
     def describe(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
@@ -92,7 +92,7 @@ class Shards:
         """Overwrites tensors in place, and returns once they are on the disk.
 
         Raises:
-            InputError: a name, dtype or shape that the files do not hold; nothing is written then.
+            InputError: a name, dtype or shape does not match the files; nothing is written then.
         """
         for name, tensor in tensors.items():
             dtype, shape = self.describe(name)
@@ -129,7 +129,7 @@ class Shards:
 
     def _entry(self, name: str) -> Entry:
         if name not in self.entries:
-            raise InputError(f"{self.folder} has no tensor {name}; save the model anew with save_pretrained")
+            raise InputError(f"{self.folder} has no tensor {name}; save it again with save_pretrained")
         return self.entries[name]
 
 
@@ -193,7 +193,7 @@ def copy_model(source: Path, target: Path, weights: bool = True) -> None:
 
 
 def copy_notices(source: Path | None, target: Path) -> None:
-    """Copies a model folder's card and licence, which ``save_pretrained`` does not write."""
+    """Copies a model folder's card and licence. ``save_pretrained`` does not write them."""
     for file in sorted(source.iterdir()) if source is not None else ():
         if file.is_file() and (file.name == "README.md" or file.name.startswith(("LICENSE", "NOTICE"))):
             _check_link(file)
@@ -201,9 +201,9 @@ def copy_notices(source: Path | None, target: Path) -> None:
 
 
 def _check_link(file: Path) -> None:
-    """Refuses a link out of the model's folder: the output, which may be published, would hold what it leads to. Links
-    into the ``blobs`` of a hub's cache are how its folders are made. Weights may lie anywhere: that they are, is
-    checked.
+    """Refuses a link out of the model's folder: its target would be copied into the output, and the output may be
+    published. Links into ``blobs`` are allowed: the folders of a hub's cache consist of them. Links to weights may lead
+    anywhere: these files are checked to be weights.
 
     Raises:
         InputError: naming it.
@@ -219,7 +219,7 @@ def _check_link(file: Path) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files that transformers would load: like there, the single file wins over an index."""
+    """The files that transformers would load. As there, the single file takes precedence over an index."""
     index = folder / INDEX
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
@@ -239,14 +239,14 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _check_name(name: str) -> None:
-    """Raises ValueError for a name in an index that leads out of the model's folder, or is none of safetensors: what it
-    names is copied, and patched in the copy."""
+    """Raises ValueError for a name in an index that leads out of the model's folder, or does not end in
+    ``.safetensors``. The named file is copied, and its copy is patched."""
     if name != Path(name).name or "\\" in name or "\0" in name or not name.endswith(".safetensors"):
         raise ValueError(f"{name[:200]!r} is not the name of a .safetensors file in the same folder")
 
 
 def umask() -> int:
-    """The process's mask of permissions of new files, which can only be read by setting it."""
+    """The process's mask of permissions of new files. It can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

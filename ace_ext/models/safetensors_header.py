@@ -1,7 +1,7 @@
 """The header of a safetensors file: which tensors it holds, where, and its metadata.
 
-It is parsed here and not by the library, which does not tell the byte offsets that patching in place needs. Each file
-is first opened by the library, so that what it refuses is refused here too.
+It is parsed here because the library does not tell the byte offsets, and patching in place needs them. The library
+opens each file first, so that a file that it refuses is refused here too.
 """
 
 import contextlib
@@ -50,10 +50,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What stands before a file's tensors: 8 bytes of length, then that many bytes of JSON."""
+    """The part of a file before its tensors: 8 bytes of length, then that many bytes of JSON."""
 
     text: str
-    """The JSON as it is in the file, with the spaces that fill it up."""
+    """The JSON as it is in the file, with its padding spaces."""
     entries: dict[str, Entry]
     """The tensors by name."""
     metadata: dict[str, str]
@@ -79,7 +79,7 @@ def read_header(path: Path) -> Header:
 
 
 def parse_header(text: str, path: Path, size: int) -> Header:
-    """The header of this JSON, of a file of ``size`` bytes; ``path`` names it.
+    """Parses the JSON of a header. The file is named ``path`` and has ``size`` bytes.
 
     Raises:
         InputError: a tensor's dtype is not in :data:`STORED_DTYPES`.

@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
 
 def skeleton(folder: str | Path, shards: Shards | None, dtype: str = "auto") -> nn.Module:
-    """The model of a folder with every parameter on the meta device; buffers, such as rotary frequencies, are real.
-    The shards are told where its parameters lie.
+    """The model of a folder with every parameter on the meta device; buffers, such as rotary frequencies, have data.
+    The shards learn which of their tensors hold its parameters.
 
     Dtypes are those that loading it with ``dtype`` gives (``auto``: the configuration's, or the files'); some routers
     are float32 whatever ``dtype`` is.
 
     Raises:
-        InputError: transformers does not know the folder's configuration, it is that of an encoder, or ``dtype`` is
-            none of :data:`ace_ext.models.loading.WEIGHT_DTYPES`.
+        InputError: transformers does not know the folder's configuration, it is that of an encoder, or ``dtype`` is not
+            in :data:`ace_ext.models.loading.WEIGHT_DTYPES`.
     """
     check_version()
     check_dtype(dtype)
@@ -56,9 +56,10 @@ def skeleton(folder: str | Path, shards: Shards | None, dtype: str = "auto") -> 
 
 
 def check_all_read(model: nn.Module, shards: Shards, source: str) -> None:
-    """Checks a skeleton as :func:`ace_ext.models.loading.load_model` does a model: that its shards hold all parameters,
-    and nothing else. Where some parameters and some tensors are left, transformers may know how to make the former of
-    the latter; that is for ``load_model`` to find out.
+    """Checks that the shards hold all parameters of a skeleton and nothing else, as
+    :func:`ace_ext.models.loading.load_model` checks a model. If both parameters and tensors are left over, transformers
+    may know how to make the parameters from the tensors. Only ``load_model`` can find that out, so nothing is refused
+    here.
 
     Raises:
         InputError: a parameter has no tensor, or no parameter or buffer is read from some tensor.

@@ -1,5 +1,5 @@
-"""From the last block's output to logits, as the model itself computes them: final norm, LM head, and any factor or cap
-on the logits."""
+"""Computes logits from the last block's output as the model itself does: final norm, LM head, and any factor or cap on
+the logits."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,8 +18,8 @@ class Tail:
     """What a model does after its last block.
 
     The model's own forward is run on one token, with an embedding that returns zeros and blocks that return their
-    input; the last one returns the given hidden states instead. So nothing of the model's family need be known, and
-    neither the embedding nor the blocks need their weights.
+    input; the last one returns the given hidden states instead. So the model's family need not be known, and neither
+    the embedding nor the blocks need their weights.
 
     Args:
         model: a causal language model; the modules after its blocks have their weights.

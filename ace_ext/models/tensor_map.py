@@ -1,4 +1,4 @@
-"""Which stored tensors, and which of their rows, hold a model's parameters in safetensors files.
+"""Finds the stored tensors, and their rows, that hold a model's parameters in safetensors files.
 
 Most parameters are stored under their own name. transformers 5 fuses the experts of a mixture while it loads them and
 splits them when it saves, so a fused parameter is made of rows of several stored tensors.
@@ -19,7 +19,7 @@ from ace_ext.models.layout import Layout
 @dataclass(frozen=True)
 class Piece:
     """``rows`` consecutive rows of a stored tensor from row ``start`` on. The tensor is seen as a matrix: its last
-    dimension are the columns, all others the rows."""
+    dimension is the columns, all others are the rows."""
 
     name: str
     start: int
@@ -39,7 +39,7 @@ class Stored:
 def layout_of(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
     """How files with tensors of these names and shapes hold the parameters of a model, by the parameters' names.
 
-    Left out are parameters that are stored under their own name, and those that the files do not hold row by row. Each
+    Parameters that are stored under their own name are left out, and those that the files do not hold row by row. Each
     expert's matrix of a fused parameter has an entry of its own: ``….experts.3.down_proj.weight`` is a part of
     ``….experts.down_proj``.
     """
@@ -131,7 +131,8 @@ def _fits(piece: Piece, width: tuple[int, ...], shapes: Mapping[str, tuple[int, 
 
 
 def _experts(path: str, leaf: str, layout: Layout, whole: Stored) -> dict[str, Stored]:
-    """The stored form of each expert's matrix of a parameter. ``path``: of the module that owns it as ``leaf``."""
+    """The stored form of each expert's matrix of a parameter. ``path``: the name of the module that owns it as
+    ``leaf``."""
     rows, columns = torch.Size(whole.shape[:-1]).numel() // layout.count, whole.shape[-1]
     shape = (columns, rows) if layout.transposed else (rows, columns)
     found, pieces = {}, list(whole.pieces)

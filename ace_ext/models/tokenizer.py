@@ -1,4 +1,4 @@
-"""What ace_ext uses of a tokenizer, as a type: any object with these members will do."""
+"""The interface of a tokenizer that ace_ext uses. Any object with these members can be one."""
 
 import os
 from collections.abc import Mapping

@@ -1,6 +1,7 @@
-"""What torch keeps for each thread, so that computations that take turns in one thread have a state of their own.
+"""Saves and restores the state that torch keeps for each thread, so that alternating computations in one thread each
+have their own.
 
-The names of torch that begin with an underscore are those by which its own modes are entered and left.
+The private names of torch used here are those that its own modes call when they are entered and left.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ class TorchState:
     inference: bool
     gradients: bool
     autocast: tuple[tuple[str, bool, torch.dtype, bool], ...]
-    """By kind of device: whether it is on, its dtype, and whether casts are cached, which is the same for all."""
+    """For each kind of device: whether autocast is on, its dtype, and whether casts are cached (the same for all)."""
     intercepts: Any
     """Whether subclasses and modes intercept calls."""
     function_modes: tuple[Any, ...]
@@ -27,7 +28,7 @@ class TorchState:
 
     @classmethod
     def now(cls, device: torch.device) -> "TorchState":
-        """This thread's, where ``device`` computes."""
+        """The present state of this thread. ``device``: the device that computes."""
         caches = torch.is_autocast_cache_enabled()
         kinds = dict.fromkeys(("cpu", device.type))
         functions, dispatches = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
@@ -42,7 +43,7 @@ class TorchState:
         )
 
     def put(self) -> None:
-        """Makes this state, but for inference mode, the present one."""
+        """Restores this state, except inference mode."""
         torch.set_grad_enabled(self.gradients)
         for kind, enabled, dtype, caches in self.autocast:
             torch.set_autocast_enabled(kind, enabled)

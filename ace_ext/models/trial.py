@@ -1,5 +1,6 @@
-"""A trial whether a model can be walked block by block: it calls each block once, in order, and a block reads only the
-output of the one before. It uses a few tokens, or one batch with images, and comes before anything is changed."""
+"""Tries whether a model can be walked block by block: the model calls each block once, in order, and each block reads
+only the output of the one before. The trial uses a few tokens, or one batch with images. It runs before anything is
+changed."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,10 +18,10 @@ from ace_ext.models.blocks import Block
 from ace_ext.models.replay import Arguments, BlockCall, capture_calls, first_of, replaced_forward, run_block
 
 TOKENS = 8
-"""Tokens of the first sample on which it is tried."""
+"""The number of tokens of the first sample that the trial uses."""
 TOLERANCE = 0.05
-"""Relative difference of the last block's outputs in the model and block by block. A block that misses what another one
-hands it gives a different output; rounding gives about 0.01 in bfloat16."""
+"""The largest relative difference between the last block's outputs in the model and block by block. A block that lacks
+an input from another block gives a different output. Rounding gives about 0.01 in bfloat16."""
 
 
 class _Done(Exception):
@@ -47,13 +48,14 @@ def try_walk(model: nn.Module, store: BlockSource, batch: dict[str, Tensor]) -> 
     with ExitStack() as stack:
         for index, block in enumerate(store.blocks):
             stack.enter_context(replaced_forward(block.module, trial.forward_of(index, block.module.forward)))
-        stack.enter_context(store.outside_loaded(model))  # when it is needed: only one block is in memory
+        stack.enter_context(store.outside_loaded(model))  # on use: only one block is in memory at a time
         _pass_through(model, few)
     return Findings(trial.verdict(), trial.uses, trial.shares)
 
 
 def _part(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Images belong to certain tokens, and may reach the blocks by other ways than text; so they stay with them."""
+    """The part of a batch to try. A batch with images is used as a whole: images belong to certain tokens, and may
+    reach the blocks in other ways than text does."""
     if any(value.shape != batch["input_ids"].shape for value in batch.values()):
         return batch
     return {name: value[:1, :TOKENS] for name, value in batch.items() if name != "attention_mask"}
@@ -66,13 +68,14 @@ class Findings:
     reason: str | None
     """Why the model cannot be walked block by block, in words; None if it can."""
     uses: dict[str, Counter[str]]
-    """By the name of each block that was called: how often each of its Linears was."""
+    """How often each Linear was called, by the name of each block that was called."""
 
     shares: bool = False
-    """Whether blocks hand on more in a dict that is an argument of each, such as keys and values."""
+    """Whether blocks also pass values on in a dict that is an argument of each, such as keys and values of
+    attention."""
 
     def uncalled(self, block: Block) -> list[str]:
-        """The Linears of a block that no text call uses; experts, which other text may use, are left out."""
+        """The Linears of a block that no text call uses. Experts are left out, because other text may use them."""
         uses = self.uses.get(block.name, Counter())
         return [child for child in block.linears if not uses[child] and not block.is_expert(child)]
 
@@ -80,12 +83,12 @@ class Findings:
 def _captured(model: nn.Module, store: BlockSource, batch: dict[str, Tensor]) -> BlockCall | None:
     try:
         return next(capture_calls(model, store.blocks, [batch]))
-    except Exception:  # whatever a model raises whose blocks are left out, or called in another order
+    except Exception:  # a model without its blocks, or with another order of calls, can raise anything
         return None
 
 
 class _Trial:
-    """One forward pass of a model, beside which each block is also called as a walk would."""
+    """One forward pass of a model, in which each block is also called in the way of a walk."""
 
     def __init__(self, store: BlockSource, call: BlockCall | None) -> None:
         self._store, self._call = store, call
@@ -116,7 +119,7 @@ class _Trial:
         assert self._hidden is not None
         try:
             self._hidden = run_block(self._store.blocks[index], self._hidden, self._call.others[index])
-        except Exception as error:  # whatever a block raises that misses something
+        except Exception as error:  # a block that lacks an input can raise anything
             self._error, self._hidden = error, None
 
     @property

@@ -3,14 +3,16 @@ that do not change the output."""
 
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ace_ext.data.bos import default_mode
 from ace_ext.data.corpora import SELF
-from ace_ext.healing.settings import HealSettings
 from ace_ext.models.location import hub_name
 from ace_ext.pruning.config import MAX_DENSE, PruneConfig
 from ace_ext.runs.options import EVALUATE_AUTO, Calibration, RunRequest
+
+if TYPE_CHECKING:  # at run time only a distillation loads ace_ext.healing
+    from ace_ext.healing.settings import HealSettings
 
 OUTPUT = "OUTPUT"
 """The placeholder for the output folder, whose name does not change the output."""
@@ -34,7 +36,7 @@ def run_command(request: RunRequest) -> str | None:
 
 
 def heal_command(
-    text: Calibration, recorded: Calibration, settings: HealSettings, tokens: int | None, minutes: float | None
+    text: Calibration, recorded: Calibration, settings: "HealSettings", tokens: int | None, minutes: float | None
 ) -> str:
     """The command line of a distillation.
 
@@ -46,7 +48,8 @@ def heal_command(
         minutes: the time limit, if it was given.
     """
     names = {"source": "calibration", "seqlen": "seqlen", "seed": "seed", "text_field": "text-field", "bos": "bos"}
-    changed = {n: v for n, v in vars(settings).items() if n != "seed" and v != getattr(HealSettings(), n)}
+    defaults = type(settings)()
+    changed = {n: v for n, v in vars(settings).items() if n != "seed" and v != getattr(defaults, n)}
     other = {flag: getattr(text, n) for n, flag in names.items() if getattr(text, n) != getattr(recorded, n)}
     if "calibration" in other:
         other["calibration"] = Path(other["calibration"]).name

@@ -3,6 +3,8 @@
 import copy
 import json
 import random
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -342,3 +344,12 @@ def test_from_the_command_line(dense, whole, tmp_path, capsys):
     assert weights_bytes(tmp_path / "out") == weights_bytes(whole)
     events = [json.loads(line)["event"] for line in log.read_text().splitlines()]
     assert events.index("block") < events.index("step")
+
+
+def test_other_runs_do_not_load_it():
+    program = (
+        "import sys, ace_ext.runs.pipeline; from ace_ext.engine.progress import Progress; Progress(); "
+        "print([name for name in sys.modules if name.startswith('ace_ext.healing')])"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
