@@ -126,7 +126,7 @@ def test_a_log_on_a_full_disk_is_named(tmp_path, monkeypatch, capsys):
     dense = save_dense(tmp_path / "dense")
     status, _, error = call(capsys, *command(dense, tmp_path / "out", "--quiet", "--log-json", "/dev/full")[3:])
     assert status == 2
-    assert error.startswith("ace-prune: log-json '/dev/full' cannot be written: No space left on device; mend that")
+    assert error.startswith("ace-prune: log-json '/dev/full' cannot be written: No space left on device; fix that")
     assert error.count("\n") == 1
     assert sorted(os.listdir(tmp_path)) == ["dense", "text.txt"]
 

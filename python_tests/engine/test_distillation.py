@@ -5,6 +5,7 @@ import json
 import random
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 
 import pytest
@@ -351,5 +352,7 @@ def test_other_runs_do_not_load_it():
         "import sys, ace_ext.runs.pipeline; from ace_ext.engine.progress import Progress; Progress(); "
         "print([name for name in sys.modules if name.startswith('ace_ext.healing')])"
     )
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", program], cwd=tempfile.gettempdir(), capture_output=True, text=True, check=True
+    )
     assert found.stdout.strip() == "[]"

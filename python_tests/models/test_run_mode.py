@@ -3,6 +3,7 @@
 import contextlib
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -181,5 +182,7 @@ def test_compiled_modules(compiled):
 
 def test_other_systems_are_refused_when_the_package_is_imported():
     code = "import importlib.util, os, shutil; os.name = 'nt'; import ace_ext"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tempfile.gettempdir(), capture_output=True, text=True, check=False
+    )
     assert "ImportError: ace_ext runs on Linux and macOS only" in done.stderr
