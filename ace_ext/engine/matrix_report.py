@@ -31,8 +31,9 @@ def relative_error(before: Tensor, after: Tensor) -> Tensor:
 def mean_cosine(before: Tensor, after: Tensor) -> Tensor:
     """The mean over tokens of the cosine between rows of ``[tokens, d_out]`` float32: ``[]`` float32, 1 for a token
     whose output is zero in both."""
-    unchanged = ~(before.any(dim=1) | after.any(dim=1))
-    before, after = (_divided(rows, _largest(rows)) for rows in (before, after))
+    largest = _largest(before), _largest(after)
+    unchanged = ((largest[0] == 0) & (largest[1] == 0)).squeeze(1)
+    before, after = (_divided(rows, most) for rows, most in zip((before, after), largest, strict=True))
     return functional.cosine_similarity(before, after, dim=1).masked_fill(unchanged, 1.0).mean()
 
 
@@ -46,7 +47,7 @@ def _divided(rows: Tensor, largest: Tensor) -> Tensor:
     exponent = torch.frexp(largest)[1]
     half = exponent // 2
     for part in (half, exponent - half):
-        rows = torch.ldexp(rows, -part)
+        rows = rows * torch.ldexp(torch.ones_like(largest), -part)  # ldexp of all rows computes each power anew
     return rows
 
 
