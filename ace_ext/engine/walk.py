@@ -56,14 +56,13 @@ class Walk:
         states.settle = self.recorder.settle
         self.collection = Collection(states, config, context)
         self.pruner = MatrixPruner(config, context.peers, states.device)
-        dense = DenseOrder(states, self.collection, self.pruner, context.sink)
+        self._dense = DenseOrder(states, self.collection, self.pruner, context.sink)
         self.in_lockstep = InLockstep(states, self.collection, self.pruner, context)
         self._one_forward = OneForward(states, self.collection, self.pruner)
         self._source: FromStatistics | WholeForwards | None = None
         """Statistics that no walk collects."""
         if context.source is not None:
             self._source = FromStatistics(context.source, self.pruner, states.device)
-        self._dense = dense
         one_batch = len(states.calls) == 1 and context.peers.size == 1
         self._planned = planned(config, one_batch, keeps_forwards=True)
 
