@@ -13,7 +13,7 @@ SOURCES = Path(__file__).parents[2] / "ace_ext"
 LAYERS = [
     {"errors", "version", "fingerprint", "whole_files", "process_memory", "process_threads", "dense_weights", "records"}
     | {"_registry"},
-    {"ops"},
+    {"ops", "grids"},
     {"models"},
     {"packed"},
     {"data"},

@@ -1,0 +1,91 @@
+"""Grids of quantized weights."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ace_ext import grids
+from ace_ext.errors import InputError
+from ace_ext.grids import Grid
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def sample(grid: Grid, dtype: torch.dtype, rows: int, cols: int, seed: int) -> Tensor:
+    """A matrix on the grid, half of it zeros, with scales of many magnitudes; row 0 is all zero."""
+    draw = torch.Generator().manual_seed(seed)
+    codes = torch.randint(grid.lowest, grid.highest + 1, (rows, cols), generator=draw, dtype=torch.int8)
+    codes *= torch.randint(0, 2, (rows, cols), generator=draw, dtype=torch.int8)
+    codes[:1] = 0
+    scales = torch.randn(rows, grid.groups(cols), generator=draw).exp().mul(0.01).to(dtype)
+    return grid.dequantize(codes, scales)
+
+
+@given(
+    st.sampled_from(grids.WIDTHS),
+    st.sampled_from([64, 128, 192]),
+    st.sampled_from(DTYPES),
+    st.tuples(st.integers(0, 9), st.integers(0, 300)),
+    st.integers(0, 2**31),
+)
+def test_recovers_every_matrix_on_a_grid(
+    bits: int, group: int, dtype: torch.dtype, shape: tuple[int, int], seed: int
+) -> None:
+    grid = Grid(bits, group)
+    weight = sample(grid, dtype, *shape, seed)
+    found = grid.recover(weight)
+    assert found is not None
+    assert found.codes.dtype == torch.int8
+    assert found.scales.dtype == dtype
+    assert tuple(found.scales.shape) == (shape[0], grid.groups(shape[1]))
+    assert torch.equal(grid.dequantize(*found), weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", grids.WIDTHS)
+def test_a_matrix_off_the_grid_is_not_recovered(bits: int, dtype: torch.dtype) -> None:
+    grid = Grid(bits, 128)
+    weight = sample(grid, dtype, 8, 300, seed=5)
+    weight[3, 7] = weight[3, :128].abs().max() * 0.377
+    assert grid.recover(weight) is None
+    assert grid.recover(weight[:3]) is not None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_on_no_grid(value: float) -> None:
+    weight = sample(Grid(4, 64), torch.bfloat16, 4, 64, seed=1)
+    weight[1, 5] = value
+    assert Grid(4, 64).recover(weight) is None
+
+
+def test_recovers_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = Grid(8, 64)
+    weight = sample(grid, torch.bfloat16, 11, 130, seed=2)
+    whole = grid.recover(weight)
+    monkeypatch.setattr(grids, "AT_ONCE", 300)
+    parts = grid.recover(weight)
+    assert whole is not None
+    assert parts is not None
+    assert torch.equal(whole.codes, parts.codes)
+    assert torch.equal(whole.scales, parts.scales)
+
+
+def test_product_is_rounded_once() -> None:
+    codes = torch.tensor([[101]], dtype=torch.int8)
+    scales = torch.tensor([[1.0078125]], dtype=torch.bfloat16)
+    assert Grid(8, 64).dequantize(codes, scales).item() == torch.tensor(101 * 1.0078125).bfloat16().item()
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "said"),
+    [
+        (5, 128, r"bits must be one of 8, 4, 3 \(got 5\)"),
+        (4, 100, r"group must be a multiple of 64 columns \(got 100\)"),
+        (4, 0, r"got 0"),
+    ],
+)
+def test_an_unsupported_grid_is_refused(bits: int, group: int, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Grid(bits, group)
