@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ace_ext.ops._across import ScoredWeight, prune_topk_across_
 from ace_ext.ops._extension import compiled, registered
-from ace_ext.ops._packed import packed_linear, register_packed, unpack_bitmap
+from ace_ext.ops._packed import packed_linear, quantized_linear, register_packed, unpack_bitmap, unpack_quantized
 
 __all__ = [
     "FORMULAS",
@@ -39,12 +39,14 @@ __all__ = [
     "prune_nm_",
     "prune_topk_",
     "prune_topk_across_",
+    "quantized_linear",
     "refine_swaps_",
     "restore_mean_",
     "score",
     "take_not_finite",
     "topk_mask",
     "unpack_bitmap",
+    "unpack_quantized",
     "update_cosine_moment_",
     "update_moments_",
 ]

@@ -1,4 +1,7 @@
-"""Products with a packed matrix, whose zeros are not stored. Contract: ``csrc/ops/packed.h``."""
+"""Products with a packed matrix, whose zeros are not stored.
+
+Contracts: ``csrc/ops/packed.h`` and, for quantized survivors, ``csrc/ops/quantized.h``.
+"""
 
 from functools import cache
 from typing import Any
@@ -33,8 +36,44 @@ def unpack_bitmap(bitmap: Tensor, values: Tensor, row_start: Tensor | None, cols
     return weight
 
 
+def quantized_linear(
+    x: Tensor,
+    bitmap: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bits: int,
+    group: int,
+    row_start: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """As :func:`packed_linear`, for survivors stored as codes ``q`` of ``bits`` 8 or 4: ``W_ij = q_ij scale_ig``.
+
+    ``codes`` uint8, two's complement: bytes, or halves of bytes, the lower one first, each row from a whole byte on.
+    ``[rows, bytes]`` if each row has as many survivors, else ``[bytes]`` and ``row_start [rows + 1]`` int64, in bytes.
+    ``scales [rows, ceil(cols / group)]`` in the dtype of ``x``; ``group``, a multiple of 64, is the number of columns
+    that share one. ``x`` is not quantized. In contrast to :func:`unpack_quantized`, ``W`` is not rounded to the dtype
+    of ``scales``. Gradients flow to ``x`` and ``bias``, through the rounded ``W``.
+    """
+    if not torch.compiler.is_compiling():
+        register_packed()
+    out: Tensor = torch.ops.ace_ext.quantized_linear(x, bitmap, codes, scales, bits, group, row_start, bias)
+    return out
+
+
+@torch.no_grad()
+def unpack_quantized(
+    bitmap: Tensor, codes: Tensor, scales: Tensor, bits: int, group: int, row_start: Tensor | None, cols: int
+) -> Tensor:
+    """The dense matrix ``[rows, cols]`` of :func:`quantized_linear`'s tensors, in the dtype of ``scales``.
+
+    Weights are ``float32(q) * float32(scale)``, rounded to that dtype, and +0.0 where none is stored.
+    """
+    weight: Tensor = registered().unpack_quantized(bitmap, codes, scales, bits, group, row_start, cols)
+    return weight
+
+
 def has_kernel(device_type: str) -> bool:
-    """Whether :func:`packed_linear` and :func:`unpack_bitmap` run on devices of this type."""
+    """Whether the functions above run on devices of this type."""
     return device_type in ("cpu", "meta") or (device_type == "cuda" and _built_for_cuda())
 
 
@@ -45,13 +84,14 @@ def _built_for_cuda() -> bool:
 
 @cache
 def register_packed() -> None:
-    """Registers the ops with torch, and the gradient of :func:`packed_linear`. Importing ``ace_ext.ops`` calls it.
+    """Registers the ops with torch, and the gradients of the products. Importing ``ace_ext.ops`` calls it.
 
     Raises:
         ImportError: the compiled module cannot be loaded; the message says how to rebuild it.
     """
     registered()
     torch.library.register_autograd("ace_ext::packed_linear", _backward, setup_context=_keep)
+    torch.library.register_autograd("ace_ext::quantized_linear", _quantized_backward, setup_context=_keep_quantized)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -65,3 +105,19 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wants_x, *_, wants_bias = ctx.needs_input_grad
     grad_x = grad @ registered().unpack_bitmap(bitmap, values, row_start, ctx.cols) if wants_x else None
     return grad_x, None, None, None, grad.sum(0) if wants_bias else None
+
+
+def _keep_quantized(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, bitmap, codes, scales, ctx.bits, ctx.group, row_start, _ = inputs
+    ctx.save_for_backward(bitmap, codes, scales, row_start)
+    ctx.cols = x.shape[1]
+
+
+def _quantized_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    bitmap, codes, scales, row_start = ctx.saved_tensors
+    wants_x, *_, wants_bias = ctx.needs_input_grad
+    grad_x = None
+    if wants_x:
+        unpack = registered().unpack_quantized
+        grad_x = grad @ unpack(bitmap, codes, scales, ctx.bits, ctx.group, row_start, ctx.cols)
+    return grad_x, None, None, None, None, None, None, grad.sum(0) if wants_bias else None

@@ -34,7 +34,17 @@
 
 namespace ace {
 
-// Raise ValueError for shapes, dtypes and strides that the contract does not allow.
+// Parts of the checks, which ops/quantized.h shares. Each raises ValueError for shapes, dtypes and strides that the
+// contract does not allow.
+//
+// On Meta the number of tokens may be symbolic, and no check may make it a constant: a graph of torch.compile serves
+// every number of tokens. Therefore x's strides are not checked there.
+void check_tokens(std::string_view op, const at::Tensor& x);
+void check_bitmap(std::string_view op, const at::Tensor& bitmap, int64_t cols);
+void check_survivors(std::string_view op, std::string_view argument, const at::Tensor& survivors,
+                     const at::Tensor& bitmap, const OptionalTensor& row_start);
+int64_t columns_of(const at::Tensor& x);  // x.size(1)
+
 void check_packed(std::string_view op, const at::Tensor& bitmap, const at::Tensor& values,
                   const OptionalTensor& row_start, int64_t cols);
 void check_packed_linear(const at::Tensor& x, const at::Tensor& bitmap, const at::Tensor& values,
