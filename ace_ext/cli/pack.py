@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 from ace_ext.cli import args as shared
-from ace_ext.formats import pattern_of
+from ace_ext.formats import grid_of, pattern_of
+from ace_ext.grids import Grid
 from ace_ext.packed import CODECS, DEFAULT_CODEC
 from ace_ext.packed.packing import pack
 from ace_ext.records import REPORT_NAME
@@ -34,7 +35,8 @@ def add(commands: shared.Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the verb; returns the exit status."""
-    result = pack(args.folder, args.output, args.format, _pattern(args.folder))
+    pattern, grid = _made(args.folder)
+    result = pack(args.folder, args.output, args.format, pattern, grid)
     if args.json:
         print(json.dumps(vars(result)))
         return 0
@@ -45,15 +47,17 @@ def run(args: argparse.Namespace) -> int:
             (result.matrix_packed_bytes, result.matrix_dense_bytes),
         )
     )
+    codes = f" ({result.quantized} as codes), {result.bits:.2f} bits a weight" if result.quantized else ""
     print(
-        f"{result.matrices} matrices, {result.packed_bytes / 1e6:.1f} MB: {share:.3f} of the dense files, "
+        f"{result.matrices} matrices{codes}, {result.packed_bytes / 1e6:.1f} MB: {share:.3f} of the dense files, "
         f"{matrices:.3f} of the matrices alone; unpacking restores the same bytes\nwritten to {result.folder}"
     )
     return 0
 
 
-def _pattern(folder: str) -> tuple[int, int] | None:
-    """N and M of the report; None without a report or a pattern."""
+def _made(folder: str) -> tuple[tuple[int, int] | None, Grid | None]:
+    """N and M of the report's pattern and the grid of its method; None without them or without a report."""
     if not (Path(folder) / REPORT_NAME).is_file():
-        return None
-    return pattern_of(read_report(folder))
+        return None, None
+    report = read_report(folder)
+    return pattern_of(report), grid_of(report)

@@ -8,7 +8,7 @@ To add a format, add a file: ``ace-prune run --format`` and the documentation re
 from ace_ext._registry import add, discover
 from ace_ext.errors import InputError
 from ace_ext.formats._format import DenseModel, OutputFormat, OutputWriter
-from ace_ext.formats._packed import complete, exchanging, packed_format, pattern_of
+from ace_ext.formats._packed import complete, exchanging, grid_of, grid_of_method, packed_format, pattern_of
 from ace_ext.packed import CODECS
 
 FORMATS: dict[str, OutputFormat] = {}
@@ -52,6 +52,8 @@ __all__ = [
     "complete",
     "exchanging",
     "format_named",
+    "grid_of",
+    "grid_of_method",
     "pattern_of",
     "register",
 ]

@@ -5,14 +5,17 @@ blocks are written into dense files, with the crash safety of :class:`ace_ext.fo
 these are packed into a second folder, one tensor at a time, and compared; then the folders are exchanged.
 """
 
+import re
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from ace_ext.errors import InputError
 from ace_ext.formats._format import DenseModel, OutputFormat
 from ace_ext.formats.dense import DenseWriter
+from ace_ext.grids import Grid
 from ace_ext.models.blocks import Block
 from ace_ext.packed import Codec
 from ace_ext.packed.files import PackedShards, is_packed
@@ -23,6 +26,9 @@ from ace_ext.records import PruneReport
 
 PACKED, REPLACED = "packed", "dense"
 """Folders beside the model's: the packed one until it is complete, and the dense one after it was replaced."""
+
+DEFAULT_GRID = Grid(bits=4, group=128)
+"""The defaults of the stage ``quantize``, which a method's text leaves out."""
 
 
 class PackedWriter(DenseWriter):
@@ -51,7 +57,7 @@ class PackedWriter(DenseWriter):
         target = self.folder.with_name(PACKED)
         shutil.rmtree(target, ignore_errors=True)  # left by a run that was killed here
         target.mkdir()
-        pack_into(self.folder, target, self._codec, pattern_of(report))
+        pack_into(self.folder, target, self._codec, pattern_of(report), grid_of(report))
         self.folder.rename(self.folder.with_name(REPLACED))
         target.rename(self.folder)
 
@@ -83,3 +89,32 @@ def pattern_of(report: PruneReport) -> tuple[int, int] | None:
         return None
     pattern = SparsityPattern.parse(text)
     return pattern.keep_n, pattern.group_m
+
+
+_QUANTIZE = re.compile(r"quantize(?:\s*\((?P<options>[^()]*)\))?")
+_OPTION = re.compile(r"\s*(?P<name>bits|group)\s*=\s*(?P<value>\d+)\s*")
+
+
+def grid_of(report: PruneReport) -> Grid | None:
+    """The grid of a report's method; None if it does not quantize.
+
+    Raises:
+        InputError: its stage ``quantize`` has options that no grid has.
+    """
+    return grid_of_method(str(report.config.get("method") or ""))
+
+
+def grid_of_method(method: str) -> Grid | None:
+    """The grid of the stage ``quantize`` in a method's text, which need not be one that can be read back as a whole:
+    its scores may be a function.
+
+    Raises:
+        InputError: as :func:`grid_of`.
+    """
+    for stage in method.split(" + "):
+        match = _QUANTIZE.fullmatch(stage.strip())
+        if match is not None:
+            options = [_OPTION.fullmatch(option) for option in (match["options"] or "").split(",") if option.strip()]
+            given = {option["name"]: int(option["value"]) for option in options if option is not None}
+            return replace(DEFAULT_GRID, **given)
+    return None
