@@ -35,9 +35,14 @@ takes {bits:.2f} bits, zeros included.
 
 def add_section(folder: Path, packed: PackedShards) -> None:
     """Appends the section to a packed folder's card. Does nothing if there is no card."""
+    add_section_text(folder, section_of(packed))
+
+
+def add_section_text(folder: Path, section: bytes) -> None:
+    """Appends a section to a folder's card. Does nothing if there is no card."""
     path = folder / CARD
     if path.is_file():
-        write_whole(path, path.read_bytes() + section_of(packed))
+        write_whole(path, path.read_bytes() + section)
 
 
 def section_of(packed: PackedShards) -> bytes:
