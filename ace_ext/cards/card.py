@@ -18,8 +18,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ace_ext.cards.base import BaseCard, read_base
 from ace_ext.cards.mask_words import mask_words
 from ace_ext.errors import InputError
-from ace_ext.packed import codec_named
 from ace_ext.packed.card_section import CARD, section_of
+from ace_ext.packed.compressed_tensors import compressed_section, is_compressed
 from ace_ext.packed.files import PackedShards, is_packed
 from ace_ext.pruning.method import parse
 from ace_ext.pruning.metrics import METRICS
@@ -51,7 +51,9 @@ def write_card(folder: Path, report: PruneReport) -> None:
     base = replace(read_base(beside), base_model=own.base_model) if beside.is_file() else own
     card = _render(report, base, beside.is_file(), _causal(folder)).encode("utf-8")
     if is_packed(folder):
-        card += section_of(codec_named(PackedShards(folder, mapped=False).packed[0].origin.codec))
+        card += section_of(PackedShards(folder, mapped=False))
+    elif is_compressed(folder):
+        card += compressed_section(folder)
     write_whole(path, card)  # an incomplete card would not be recognised as one of this program
 
 

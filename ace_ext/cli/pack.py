@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 
 from ace_ext.cli import args as shared
-from ace_ext.formats import pattern_of
+from ace_ext.formats import grid_of, pattern_of
 from ace_ext.packed import CODECS, DEFAULT_CODEC
+from ace_ext.packed.compressed_tensors import NAME, SUMMARY, compress
 from ace_ext.packed.packing import pack
 from ace_ext.records import REPORT_NAME
 from ace_ext.runs.output import read_report
@@ -18,23 +19,32 @@ EXAMPLES = (
 """Commands that ``--help`` shows."""
 
 
+FORMATS = {name: codec.summary for name, codec in CODECS.items()} | {NAME: SUMMARY}
+
+
 def add(commands: shared.Subparsers) -> None:
     """Adds the verb to the command line."""
     parser = commands.add_parser(
         "pack",
         help="write a smaller copy of a pruned folder, without its zeros",
-        epilog=shared.table("formats", {name: codec.summary for name, codec in CODECS.items()}),
+        epilog=shared.table("formats", FORMATS),
     )
     parser.add_argument("folder", help="a folder that ace-prune run wrote; it is not changed")
     parser.add_argument("--output", required=True, help="the folder to write; it must not exist")
-    parser.add_argument("--format", default=DEFAULT_CODEC, choices=[*CODECS], help="see below (default: %(default)s)")
+    parser.add_argument("--format", default=DEFAULT_CODEC, choices=FORMATS, help="see below (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
     parser.set_defaults(action=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the verb; returns the exit status."""
-    result = pack(args.folder, args.output, args.format, _pattern(args.folder))
+    report = read_report(args.folder) if (Path(args.folder) / REPORT_NAME).is_file() else None
+    grid = None if report is None else grid_of(report)
+    if args.format == NAME:
+        names = [] if report is None else [matrix.name for matrix in report.matrices]
+        result = compress(args.folder, args.output, grid, names)
+    else:
+        result = pack(args.folder, args.output, args.format, None if report is None else pattern_of(report), grid)
     if args.json:
         print(json.dumps(vars(result)))
         return 0
@@ -45,15 +55,10 @@ def run(args: argparse.Namespace) -> int:
             (result.matrix_packed_bytes, result.matrix_dense_bytes),
         )
     )
+    same = "unpacking restores the same bytes" if args.format in CODECS else "the weights are the same"
+    codes = f" ({result.quantized} as codes), {result.bits:.2f} bits a weight" if result.quantized else ""
     print(
-        f"{result.matrices} matrices, {result.packed_bytes / 1e6:.1f} MB: {share:.3f} of the dense files, "
-        f"{matrices:.3f} of the matrices alone; unpacking restores the same bytes\nwritten to {result.folder}"
+        f"{result.matrices} matrices{codes}, {result.packed_bytes / 1e6:.1f} MB: {share:.3f} of the dense files, "
+        f"{matrices:.3f} of the matrices alone; {same}\nwritten to {result.folder}"
     )
     return 0
-
-
-def _pattern(folder: str) -> tuple[int, int] | None:
-    """N and M of the report; None without a report or a pattern."""
-    if not (Path(folder) / REPORT_NAME).is_file():
-        return None
-    return pattern_of(read_report(folder))

@@ -5,11 +5,17 @@ To add a format, add a file: ``ace-prune run --format`` and the documentation re
 (``ace_ext.packed.CODECS``) is a format too. May import ``packed``, the settings of ``pruning``, and the layers below.
 """
 
+from pathlib import Path
+
 from ace_ext._registry import add, discover
 from ace_ext.errors import InputError
+from ace_ext.formats._converting import complete, exchanging
 from ace_ext.formats._format import DenseModel, OutputFormat, OutputWriter
-from ace_ext.formats._packed import complete, exchanging, packed_format, pattern_of
+from ace_ext.formats._packed import grid_of, grid_of_method, packed_format, pattern_of
+from ace_ext.models.safetensors_files import Shards
 from ace_ext.packed import CODECS
+from ace_ext.packed.compressed_tensors import CompressedShards, is_compressed
+from ace_ext.packed.files import PackedShards, is_packed
 
 FORMATS: dict[str, OutputFormat] = {}
 """Every output format by name."""
@@ -38,6 +44,17 @@ def format_named(name: str) -> OutputFormat:
     return FORMATS[name]
 
 
+def written_shards(folder: str | Path) -> Shards:
+    """The weights of a folder of any format, read like those of a dense folder.
+
+    Raises:
+        InputError: its files are missing or damaged.
+    """
+    if is_packed(folder):
+        return PackedShards(folder)
+    return CompressedShards(folder) if is_compressed(folder) else Shards(folder)
+
+
 for _format in discover(__name__, __path__, "FORMAT"):
     register(_format)
 for _codec in CODECS.values():
@@ -52,6 +69,9 @@ __all__ = [
     "complete",
     "exchanging",
     "format_named",
+    "grid_of",
+    "grid_of_method",
     "pattern_of",
     "register",
+    "written_shards",
 ]

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from ace_ext.models.blocks import Block
 from ace_ext.models.safetensors_files import Shards
 from ace_ext.models.tokenizer import Tokenizer
-from ace_ext.packed import Codec
+from ace_ext.packed import Codec, Kept
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.records import PruneReport
 
@@ -74,3 +74,5 @@ class OutputFormat:
     """Raises :class:`ace_ext.InputError` for settings whose result this format cannot store."""
     codec: Codec | None = None
     """The codec, if this is a packed format. Packing takes place at the end."""
+    size: Callable[[Kept], int] | None = None
+    """The bytes of a pruned matrix in this format; None: those of the dense one."""

@@ -1,19 +1,18 @@
 """The packed formats (:mod:`ace_ext.packed`) as formats of a run: dense files, packed after the last block.
 
 The order of blocks differs from the order of tensors in a file, and a packed file holds the hash of the dense file. So
-blocks are written into dense files, with the crash safety of :class:`ace_ext.formats.dense.DenseWriter`. At the end
-these are packed into a second folder, one tensor at a time, and compared; then the folders are exchanged.
+files are packed at the end (:class:`ace_ext.formats._converting.ConvertingWriter`), one tensor at a time, and compared.
 """
 
-import shutil
-from collections.abc import Iterable
+import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from ace_ext.errors import InputError
-from ace_ext.formats._format import DenseModel, OutputFormat
-from ace_ext.formats.dense import DenseWriter
-from ace_ext.models.blocks import Block
+from ace_ext.formats._converting import ConvertingWriter
+from ace_ext.formats._format import OutputFormat
+from ace_ext.grids import Grid
 from ace_ext.packed import Codec
 from ace_ext.packed.files import PackedShards, is_packed
 from ace_ext.packed.packing import check_hashes, pack_into
@@ -21,49 +20,29 @@ from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.groups import SparsityPattern
 from ace_ext.records import PruneReport
 
-PACKED, REPLACED = "packed", "dense"
-"""Folders beside the model's: the packed one until it is complete, and the dense one after it was replaced."""
+DEFAULT_GRID = Grid(bits=4, group=128)
+"""The defaults of the stage ``quantize``, which a method's text leaves out."""
 
 
-class PackedWriter(DenseWriter):
+class PackedWriter(ConvertingWriter):
     """Writes dense blocks and packs them at the end."""
 
     def __init__(self, folder: Path, codec: Codec) -> None:
         super().__init__(folder)
         self._codec = codec
 
-    def check(self, dense: DenseModel) -> None:
-        """As for the dense format. If the files were packed before a crash, checks that they restore every byte of the
-        dense files."""
-        if is_packed(self.folder):
-            check_hashes(PackedShards(self.folder))
-        else:
-            super().check(dense)
+    @property
+    def converted(self) -> bool:
+        """Whether the files have been packed."""
+        return is_packed(self.folder)
 
-    def rest(self, blocks: Iterable[Block]) -> dict[str, str] | None:
-        """As for the dense format; None if the files have been packed."""
-        return None if is_packed(self.folder) else super().rest(blocks)
+    def check_converted(self) -> None:
+        """Checks that the packed files restore every byte of the dense ones."""
+        check_hashes(PackedShards(self.folder))
 
-    def finish(self, report: PruneReport) -> None:
-        """Packs the model, checks that every byte can be restored, and replaces the folder with the packed one."""
-        if is_packed(self.folder):
-            return
-        target = self.folder.with_name(PACKED)
-        shutil.rmtree(target, ignore_errors=True)  # left by a run that was killed here
-        target.mkdir()
-        pack_into(self.folder, target, self._codec, pattern_of(report))
-        self.folder.rename(self.folder.with_name(REPLACED))
-        target.rename(self.folder)
-
-
-def exchanging(folder: Path) -> bool:
-    """Whether a run was killed while :meth:`PackedWriter.finish` exchanged the folders in ``folder``."""
-    return not (folder / "model").exists() and (folder / PACKED).is_dir() and (folder / REPLACED).is_dir()
-
-
-def complete(folder: Path) -> None:
-    """Completes the exchange after a run was killed during it."""
-    (folder / PACKED).rename(folder / "model")
+    def convert(self, target: Path, report: PruneReport) -> None:
+        """Packs the model, and checks that every byte can be restored."""
+        pack_into(self.folder, target, self._codec, pattern_of(report), grid_of(report))
 
 
 def packed_format(codec: Codec) -> OutputFormat:
@@ -73,7 +52,8 @@ def packed_format(codec: Codec) -> OutputFormat:
         if codec.needs_pattern and config.pattern is None:
             raise InputError(f"format {codec.name} is for N:M patterns; add --pattern 2:4, or choose another format")
 
-    return OutputFormat(codec.name, f"packed: {codec.summary}", partial(PackedWriter, codec=codec), check, codec)
+    opened = partial(PackedWriter, codec=codec)
+    return OutputFormat(codec.name, f"packed: {codec.summary}", opened, check, codec, codec.size)
 
 
 def pattern_of(report: PruneReport) -> tuple[int, int] | None:
@@ -83,3 +63,32 @@ def pattern_of(report: PruneReport) -> tuple[int, int] | None:
         return None
     pattern = SparsityPattern.parse(text)
     return pattern.keep_n, pattern.group_m
+
+
+_QUANTIZE = re.compile(r"quantize(?:\s*\((?P<options>[^()]*)\))?")
+_OPTION = re.compile(r"\s*(?P<name>bits|group)\s*=\s*(?P<value>\d+)\s*")
+
+
+def grid_of(report: PruneReport) -> Grid | None:
+    """The grid of a report's method; None if it does not quantize.
+
+    Raises:
+        InputError: its stage ``quantize`` has options that no grid has.
+    """
+    return grid_of_method(str(report.config.get("method") or ""))
+
+
+def grid_of_method(method: str) -> Grid | None:
+    """The grid of the stage ``quantize`` in a method's text, which need not be one that can be read back as a whole:
+    its scores may be a function.
+
+    Raises:
+        InputError: as :func:`grid_of`.
+    """
+    for stage in method.split(" + "):
+        match = _QUANTIZE.fullmatch(stage.strip())
+        if match is not None:
+            options = [_OPTION.fullmatch(option) for option in (match["options"] or "").split(",") if option.strip()]
+            given = {option["name"]: int(option["value"]) for option in options if option is not None}
+            return replace(DEFAULT_GRID, **given)
+    return None

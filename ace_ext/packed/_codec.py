@@ -3,11 +3,17 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ace_ext.grids import Grid
 from ace_ext.packed.matrix import BITS, PackedMatrix
+from ace_ext.packed.quantized_matrix import QuantizedMatrix
+
+CODES = "codes"
+"""The part with the codes of a matrix on a grid. Every format names it so."""
 
 Parts = dict[str, Tensor]
 """The tensors that represent one tensor of the model in a file, by the last part of their names."""
@@ -22,6 +28,24 @@ class Packed:
     shape: tuple[int, ...]
     pattern: tuple[int, int] | None
     """N and M of the file's N:M pattern."""
+    grid: Grid | None = None
+    """The grid of the file's codes."""
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the parts hold codes in place of values."""
+        return CODES in self.parts
+
+    @property
+    def code_grid(self) -> Grid:
+        """The grid of the codes.
+
+        Raises:
+            ValueError: the file names none.
+        """
+        if self.grid is None:
+            raise ValueError("the file names no grid for codes")
+        return self.grid
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -57,6 +81,19 @@ class Kept:
     survivors: int
     dtype: torch.dtype
     pattern: tuple[int, int] | None
+    grid: Grid | None = None
+    """The grid of the survivors, if they are stored as codes."""
+
+
+class Encode(Protocol):
+    """The type of :attr:`Codec.encode`."""
+
+    def __call__(
+        self, tensor: Tensor, pattern: tuple[int, int] | None, grid: Grid | None = None
+    ) -> Mapping[str, Tensor] | None:
+        """The tensor's parts; None if it is stored unchanged. A matrix whose values are all on ``grid`` is stored as
+        codes and scales if this is smaller."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -67,10 +104,12 @@ class Codec:
     summary: str
     """One line for help texts."""
     parts: frozenset[str]
-    """The names of all parts that it writes."""
-    encode: Callable[[Tensor, tuple[int, int] | None], Mapping[str, Tensor] | None]
-    """``encode(tensor, pattern)``: the tensor's parts; None if it is stored unchanged."""
-    decode: Callable[[Packed], PackedMatrix | Tensor]
+    """The names of all parts that it writes of tensors that are not quantized."""
+    quantized_parts: frozenset[str]
+    """The names of all parts that it writes of a matrix on a grid."""
+    encode: Encode
+    """``encode(tensor, pattern, grid)``: see :class:`Encode`."""
+    decode: Callable[[Packed], PackedMatrix | QuantizedMatrix | Tensor]
     """Decodes parts to the matrix or the tensor; checks sizes and counts, and raises ValueError."""
     size: Callable[["Kept"], int]
     """The bytes of the parts of such a matrix; an estimate for a compressing format."""
@@ -81,6 +120,10 @@ class Codec:
     def compresses(self) -> bool:
         """Whether numbers are compressed, so that tensors without zeros become smaller too."""
         return "values" not in self.parts
+
+    def most_parts(self, grid: Grid | None) -> int:
+        """The most parts of one tensor in a file whose codes are on ``grid``."""
+        return len(self.parts) if grid is None else max(len(self.parts), len(self.quantized_parts))
 
     def removes_zeros(self, parts: Mapping[str, Tensor]) -> bool:
         """Whether these parts represent a matrix without its zeros."""

@@ -25,13 +25,15 @@ class StreamWriter:
     Args:
         path: of the file, which must not exist.
         room: the bytes to reserve for the header.
+        alignment: tensors begin at multiples of it.
     """
 
-    def __init__(self, path: Path, room: int) -> None:
+    def __init__(self, path: Path, room: int, alignment: int = ALIGNMENT) -> None:
         self._start = -(-(8 + room) // ALIGNMENT) * ALIGNMENT
         self._file = path.open("xb")
         self._file.write(bytes(self._start))
         self._header: dict[str, Any] = {}
+        self._alignment = alignment
         self._size = 0
 
     def __enter__(self) -> "StreamWriter":
@@ -48,7 +50,7 @@ class StreamWriter:
         """
         if name in self._header or name.startswith(PADDING):
             raise ValueError(f"tensor name {name!r} is taken")
-        missing = -self._size % ALIGNMENT
+        missing = -self._size % self._alignment
         if missing:
             self._append(f"{PADDING}{self._size}", "U8", [missing], bytes(missing))
         self._append(name, _NAMES[tensor.dtype], list(tensor.shape), bytes_of(tensor.detach().cpu().contiguous()))

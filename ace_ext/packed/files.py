@@ -2,8 +2,9 @@
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,24 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ace_ext.errors import InputError
+from ace_ext.grids import Grid
 from ace_ext.models.safetensors_files import Shards, read_entry
 from ace_ext.models.safetensors_header import Entry, Header, parse_header, read_header
-from ace_ext.ops import unpack_bitmap
+from ace_ext.ops import unpack_bitmap, unpack_quantized
 from ace_ext.packed import CODECS, Codec
-from ace_ext.packed._codec import Packed, Parts
+from ace_ext.packed._codec import CODES, Packed, Parts
 from ace_ext.packed._writer import PADDING
 from ace_ext.packed.matrix import PackedMatrix
+from ace_ext.packed.quantized_matrix import QuantizedMatrix
 
 SUFFIX = ".packed.safetensors"
 """The suffix of packed files, in place of ``.safetensors``, so that no program takes one for a dense file."""
 
-VERSION = "1"
+VERSION, CODES_VERSION = "1", "2"
+"""The versions of files without and with codes of a grid. Files without codes stay readable for older programs."""
+
+GROUP_END = 2**31
+"""The group of a grid that a file names is smaller."""
 
 KEY = "ace_packed"
 """The key of the metadata that holds, as JSON, the fields of :class:`Origin`."""
@@ -43,10 +50,24 @@ class Origin:
     """The dense file's header, unchanged."""
     sha256: str
     """Of the whole dense file."""
+    grid: Grid | None = None
+    """The grid of the file's codes; only in a file of version 2."""
+
+    @classmethod
+    def now(
+        cls, codec: str, pattern: tuple[int, int] | None, files: list[str], header: str, sha256: str, grid: Grid | None
+    ) -> "Origin":
+        """The origin of a file that this program writes; ``grid`` is None if the file has no codes."""
+        return cls(VERSION if grid is None else CODES_VERSION, codec, pattern, files, header, sha256, grid)
+
+    def without_grid(self) -> "Origin":
+        """The origin of the same file without codes."""
+        return replace(self, version=VERSION, grid=None)
 
     def to_json(self) -> str:
         """The JSON text in the file's metadata."""
-        return json.dumps(vars(self))
+        fields = {name: value for name, value in vars(self).items() if name != "grid"}
+        return json.dumps(fields if self.grid is None else fields | {"grid": vars(self.grid)})
 
     @classmethod
     def of(cls, path: Path, metadata: dict[str, str]) -> "Origin":
@@ -59,22 +80,36 @@ class Origin:
             raise InputError(f"{path} was not written by ace-prune pack; pack the model again")
         try:
             fields = dict(json.loads(metadata[KEY]))
-            if fields["version"] != VERSION or fields["codec"] not in CODECS:
+            if fields["version"] not in (VERSION, CODES_VERSION) or fields["codec"] not in CODECS:
                 raise InputError(
                     f"{path} has version {fields['version']!r}, format {fields['codec']!r}; "
-                    f"this program reads version {VERSION}: {', '.join(CODECS)}"
+                    f"this program reads versions {VERSION} and {CODES_VERSION}: {', '.join(CODECS)}"
                 )
             pattern = fields["pattern"]
             if pattern is not None:
                 pattern = (int(pattern[0]), int(pattern[1]))
                 if not 1 <= pattern[0] <= pattern[1] <= 32:
                     raise ValueError(f"pattern {pattern}")
-            texts = [fields[name] for name in ("header", "sha256")]
-            if not all(isinstance(text, str) for text in (*texts, *fields["files"])):
+            header, sha256 = fields["header"], fields["sha256"]
+            if not all(isinstance(text, str) for text in (header, sha256, *fields["files"])):
                 raise ValueError("header, sha256 and files must be texts")
-            return cls(VERSION, fields["codec"], pattern, list(fields["files"]), *texts)
+            grid = _grid(fields["grid"]) if fields["version"] == CODES_VERSION else None
+            return cls(fields["version"], fields["codec"], pattern, list(fields["files"]), header, sha256, grid)
+        except InputError:
+            raise
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise InputError(f"{path} has damaged metadata: {error!r}; pack the model again") from error
+
+
+def _grid(fields: Any) -> Grid:
+    """The grid that a file names. Raises ValueError, KeyError or TypeError if it is none."""
+    bits, group = fields["bits"], fields["group"]
+    if type(bits) is not int or type(group) is not int or group >= GROUP_END:
+        raise ValueError(f"grid {fields}")
+    try:
+        return Grid(bits, group)
+    except InputError as error:
+        raise ValueError(str(error)) from error
 
 
 def is_packed(folder: str | Path) -> bool:
@@ -137,7 +172,11 @@ class PackedFile:
         known = {name for name in header.entries if not name.startswith(PADDING)}
         found: dict[str, list[str]] = {}
         for name, dense in self.dense.entries.items():
-            parts = [part for part in sorted(self.codec.parts) if f"{name}.{part}" in known]
+            coded = f"{name}.{CODES}" in known
+            if coded and self.origin.grid is None:
+                raise ValueError(f"{name} has codes, but the file names no grid")
+            own = self.codec.quantized_parts if coded else self.codec.parts
+            parts = [part for part in sorted(own) if f"{name}.{part}" in known]
             stored = header.entries.get(name)
             if stored is None and not parts:
                 raise ValueError(f"{name} is missing")
@@ -149,7 +188,15 @@ class PackedFile:
             raise ValueError(f"{min(known)} belongs to no tensor")
         return found
 
-    def load(self, name: str) -> PackedMatrix | Tensor:
+    def coded(self) -> dict[str, int]:
+        """The tensors that are stored as codes, each with the bytes of its parts."""
+        return {
+            name: sum(self._entries[f"{name}.{part}"].nbytes for part in parts)
+            for name, parts in self._parts.items()
+            if CODES in parts
+        }
+
+    def load(self, name: str) -> PackedMatrix | QuantizedMatrix | Tensor:
         """A dense tensor by its name, as a matrix if it is packed.
 
         Raises:
@@ -160,7 +207,7 @@ class PackedFile:
             if not parts:
                 return self._stored(name)
             entry = self.dense.entries[name]
-            return self.codec.decode(Packed(parts, entry.dtype, entry.shape, self.origin.pattern))
+            return self.codec.decode(Packed(parts, entry.dtype, entry.shape, self.origin.pattern, self.origin.grid))
 
     def _stored(self, name: str) -> Tensor:
         if self._file is None:
@@ -173,12 +220,16 @@ class PackedFile:
         found = self.load(name)
         if isinstance(found, Tensor):
             return found
+        shape = self.dense.entries[name].shape
+        if isinstance(found, QuantizedMatrix):
+            tensors = found.bitmap, found.codes, found.scales
+            return unpack_quantized(*tensors, found.bits, found.group, found.row_start, found.cols).view(shape)
         dtype = found.values.dtype
         as_stored = (
             torch.bfloat16 if dtype == torch.float16 else dtype
         )  # the op converts float16, which changes some NaN
         weight = unpack_bitmap(found.bitmap, found.values.view(as_stored), found.row_start, found.cols)
-        return weight.view(dtype).view(self.dense.entries[name].shape)
+        return weight.view(dtype).view(shape)
 
 
 class PackedShards(Shards):
@@ -212,7 +263,15 @@ class PackedShards(Shards):
                     f"{str(self.folder)!r} lacks these files, or should not have them: {names}; pack the model again"
                 )
 
-    def load(self, name: str) -> PackedMatrix | Tensor:
+    def code_bits(self) -> tuple[Grid, float] | None:
+        """The grid of the folder's codes, and the bits that a weight of these matrices takes; None without codes."""
+        grid = next((packed.origin.grid for packed in self.packed if packed.origin.grid is not None), None)
+        coded = {name: size for packed in self.packed for name, size in packed.coded().items()}
+        if grid is None or not coded:
+            return None
+        return grid, 8 * sum(coded.values()) / sum(math.prod(self.entries[name].shape) for name in coded)
+
+    def load(self, name: str) -> PackedMatrix | QuantizedMatrix | Tensor:
         """A stored tensor by its own name, as a matrix if it is packed."""
         self._entry(name)
         return self._owner[name].load(name)

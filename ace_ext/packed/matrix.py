@@ -38,27 +38,37 @@ class PackedMatrix:
         """
         kept = weight.view(BITS[weight.dtype]) != 0
         counts = kept.sum(dim=1)
-        most, total = int(counts.max()) if len(counts) else 0, int(counts.sum())
-        missing = most * len(counts) - total
-        if missing * weight.element_size() > 8 * (len(counts) + 1):
-            row_start = torch.zeros(len(counts) + 1, dtype=torch.int64)
-            torch.cumsum(counts, 0, out=row_start[1:])
+        row_start = lengths_to_starts(counts)
+        most, total = int(counts.max()) if len(counts) else 0, int(row_start[-1])
+        if (most * len(counts) - total) * weight.element_size() > row_start.nbytes:
             return cls(pack_bits(kept), weight[kept], row_start, weight.shape[1])
-        if missing:
-            short = (counts < most).nonzero()[:, 0]
-            zeros = ~kept[short]
-            kept[short] |= zeros & (zeros.cumsum(dim=1) <= (most - counts[short])[:, None])
+        fill_rows_(kept, counts)
         return cls(pack_bits(kept), weight[kept].view(len(counts), most), None, weight.shape[1])
+
+    @property
+    def tensors(self) -> dict[str, Tensor | None]:
+        """Its tensors by their names."""
+        return {"bitmap": self.bitmap, "values": self.values, "row_start": self.row_start}
+
+    @property
+    def stored(self) -> int:
+        """The number of stored weights, zeros that fill rows included."""
+        return self.values.numel()
 
     @property
     def nbytes(self) -> int:
         """The bytes of all its tensors."""
-        return sum(t.nbytes for t in (self.bitmap, self.values, self.row_start) if t is not None)
+        return sum(t.nbytes for t in self.tensors.values() if t is not None)
 
     @property
     def shape(self) -> tuple[int, int]:
         """``(rows, columns)`` of the dense matrix."""
         return len(self.bitmap), self.cols
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the dense matrix."""
+        return self.values.dtype
 
     def to(self, dtype: torch.dtype) -> "PackedMatrix":
         """The matrix with survivors in another dtype; survivors that become 0 are still stored."""
@@ -70,36 +80,76 @@ class PackedMatrix:
         Raises:
             ValueError: shapes do not fit, bits are set beyond the columns, or bits disagree with the survivors.
         """
-        rows, words = len(self.bitmap), math.ceil(self.cols / WORD)
-        if self.bitmap.dtype != torch.uint8 or tuple(self.bitmap.shape) != (rows, 8 * words):
-            raise ValueError(f"bitmap must be uint8 [rows, {8 * words}] (got {list(self.bitmap.shape)})")
+        rows = len(self.bitmap)
         if self.values.dtype not in BITS or self.values.dim() != (2 if self.row_start is None else 1):
             raise ValueError(f"values have dtype {self.values.dtype} and {self.values.dim()} dimensions")
-        bits = self.bitmap.numpy()
-        if self.cols % WORD and rows:
-            beyond = np.ones((1, 8 * words * 8), np.uint8)
-            beyond[:, : self.cols] = 0
-            if (bits & np.packbits(beyond, axis=1, bitorder="little")).any():
-                raise ValueError("bitmap has bits beyond the last column")
-        counts = row_counts(bits)
+        counts = checked_counts(self.bitmap, self.cols)
         if self.row_start is None:
             if len(self.values) != rows or (counts != self.values.shape[1]).any():
                 raise ValueError(f"bitmap does not have {self.values.shape[-1]} survivors in every row")
             return self
-        if self.row_start.dtype != torch.int64 or tuple(self.row_start.shape) != (rows + 1,):
-            raise ValueError(f"row_start must be int64 [{rows + 1}] (got {list(self.row_start.shape)})")
-        start = self.row_start.numpy()
-        if start[0] != 0 or start[-1] != len(self.values) or (np.diff(start) != counts).any():
-            raise ValueError("row_start does not agree with bitmap and values")
+        check_row_start(self.row_start, counts, len(self.values), "values")
         return self
 
     def dense(self) -> Tensor:
         """The dense matrix ``[rows, cols]``, with the bits of every weight. Plain torch, so it works on any device."""
-        eight = torch.arange(8, dtype=torch.uint8, device=self.bitmap.device)
-        kept = (self.bitmap[:, :, None] >> eight & 1).flatten(1)[:, : self.cols].bool()
         weight = torch.zeros(self.shape, dtype=self.values.dtype, device=self.values.device)
-        weight[kept] = self.values.flatten()
+        weight[unpack_bits(self.bitmap, self.cols)] = self.values.flatten()
         return weight
+
+
+def lengths_to_starts(lengths: Tensor) -> Tensor:
+    """``[rows + 1]`` int64: where each row begins, and the end of the last, from the lengths ``[rows]`` of rows."""
+    starts = torch.zeros(len(lengths) + 1, dtype=torch.int64)
+    torch.cumsum(lengths, 0, out=starts[1:])
+    return starts
+
+
+def fill_rows_(kept: Tensor, counts: Tensor) -> None:
+    """Marks further columns of ``kept [rows, cols]``, the lowest first, until each row has as many as the row with most
+    of them; ``counts [rows]`` is how many each row has."""
+    most = int(counts.max()) if len(counts) else 0
+    short = (counts < most).nonzero()[:, 0]
+    if len(short):
+        zeros = ~kept[short]
+        kept[short] |= zeros & (zeros.cumsum(dim=1) <= (most - counts[short])[:, None])
+
+
+def checked_counts(bitmap: Tensor, cols: int) -> NDArray[np.int64]:
+    """``[rows]``: the number of survivors in each row of a bitmap.
+
+    Raises:
+        ValueError: dtype or shape do not fit, or bits are set beyond the columns.
+    """
+    words = math.ceil(cols / WORD)
+    if bitmap.dtype != torch.uint8 or tuple(bitmap.shape) != (len(bitmap), 8 * words):
+        raise ValueError(f"bitmap must be uint8 [rows, {8 * words}] (got {list(bitmap.shape)})")
+    bits = bitmap.numpy()
+    if cols % WORD and len(bits):
+        beyond = np.ones((1, 8 * words * 8), np.uint8)
+        beyond[:, :cols] = 0
+        if (bits & np.packbits(beyond, axis=1, bitorder="little")).any():
+            raise ValueError("bitmap has bits beyond the last column")
+    return row_counts(bits)
+
+
+def check_row_start(row_start: Tensor, lengths: NDArray[np.int64], total: int, what: str) -> None:
+    """Checks the starts of rows against their lengths ``[rows]``; ``what`` has ``total`` entries.
+
+    Raises:
+        ValueError: they disagree.
+    """
+    if row_start.dtype != torch.int64 or tuple(row_start.shape) != (len(lengths) + 1,):
+        raise ValueError(f"row_start must be int64 [{len(lengths) + 1}] (got {list(row_start.shape)})")
+    start = row_start.numpy()
+    if start[0] != 0 or start[-1] != total or (np.diff(start) != lengths).any():
+        raise ValueError(f"row_start does not agree with bitmap and {what}")
+
+
+def unpack_bits(bitmap: Tensor, cols: int) -> Tensor:
+    """The bool matrix ``[rows, cols]`` of a bitmap, on its device."""
+    eight = torch.arange(8, dtype=torch.uint8, device=bitmap.device)
+    return (bitmap[:, :, None] >> eight & 1).flatten(1)[:, :cols].bool()
 
 
 def pack_bits(kept: Tensor) -> Tensor:

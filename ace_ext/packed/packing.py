@@ -9,16 +9,20 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from ace_ext.errors import InputError
+from ace_ext.grids import Grid
 from ace_ext.models.safetensors_files import Shards, bytes_of, copy_model, flush, umask
 from ace_ext.models.safetensors_header import read_header
 from ace_ext.packed import Codec, codec_named
+from ace_ext.packed._codec import CODES
 from ace_ext.packed._writer import StreamWriter, header_room
 from ace_ext.packed.card_section import CARD, add_section, without_section
-from ace_ext.packed.files import KEY, SUFFIX, VERSION, Origin, PackedFile, PackedShards, is_packed, packed_name
+from ace_ext.packed.files import KEY, SUFFIX, Origin, PackedFile, PackedShards, is_packed, packed_name
 from ace_ext.packed.marking import CONFIG, mark, unmarked
 from ace_ext.whole_files import sync_folder
 
@@ -31,15 +35,38 @@ class PackResult:
     format: str
     matrices: int = 0
     """The number of tensors that became matrices without zeros."""
+    quantized: int = 0
+    """The number of those whose survivors are codes on a grid."""
     dense_bytes: int = 0
     """Bytes of the dense weight files; :attr:`packed_bytes` are those of the packed files."""
     packed_bytes: int = 0
     matrix_dense_bytes: int = 0
     """Bytes of the packed matrices alone, without embeddings, norms and biases."""
     matrix_packed_bytes: int = 0
+    matrix_weights: int = 0
+    """Weights of the packed matrices, zeros included."""
+
+    @property
+    def bits(self) -> float:
+        """Bits that a weight of the packed matrices takes."""
+        return 8 * self.matrix_packed_bytes / max(1, self.matrix_weights)
+
+    def count(self, tensor: Tensor, packed_bytes: int, quantized: bool) -> None:
+        """Adds a matrix."""
+        self.matrices += 1
+        self.quantized += quantized
+        self.matrix_dense_bytes += tensor.nbytes
+        self.matrix_packed_bytes += packed_bytes
+        self.matrix_weights += tensor.numel()
 
 
-def pack(folder: str | Path, output: str | Path, codec: str, pattern: tuple[int, int] | None = None) -> PackResult:
+def pack(
+    folder: str | Path,
+    output: str | Path,
+    codec: str,
+    pattern: tuple[int, int] | None = None,
+    grid: Grid | None = None,
+) -> PackResult:
     """Writes a packed copy of a model folder, and checks that it restores every byte of the dense files.
 
     Args:
@@ -47,6 +74,7 @@ def pack(folder: str | Path, output: str | Path, codec: str, pattern: tuple[int,
         output: a folder that does not exist yet.
         codec: the name of a packed format, of :data:`ace_ext.packed.CODECS`.
         pattern: N and M, if the model was pruned to N:M.
+        grid: the grid of the model's weights, if it was quantized. Matrices on it are stored as codes and scales.
 
     Raises:
         InputError: the folder holds no safetensors or is packed already, the format needs a pattern, no matrix becomes
@@ -60,15 +88,17 @@ def pack(folder: str | Path, output: str | Path, codec: str, pattern: tuple[int,
     if is_packed(folder):
         raise InputError(f"{str(folder)!r} is packed already; give the dense folder")
     with new_folder(output) as target:
-        result = pack_into(Path(folder).expanduser(), target, chosen, pattern)
-        add_section(target, chosen)
+        result = pack_into(Path(folder).expanduser(), target, chosen, pattern, grid)
+        add_section(target, PackedShards(target, mapped=False))
         if not result.matrices:
             raise InputError(f"no matrix of {str(folder)!r} has enough zeros for format {codec}; prune it first")
     result.folder = str(output)
     return result
 
 
-def pack_into(folder: Path, target: Path, codec: Codec, pattern: tuple[int, int] | None) -> PackResult:
+def pack_into(
+    folder: Path, target: Path, codec: Codec, pattern: tuple[int, int] | None, grid: Grid | None = None
+) -> PackResult:
     """Packs a model folder into an empty folder, as :func:`pack` does; all files are synced when this returns.
 
     Raises:
@@ -79,7 +109,8 @@ def pack_into(folder: Path, target: Path, codec: Codec, pattern: tuple[int, int]
     copy_model(folder, target, weights=False)
     mark(target / CONFIG)
     for path in shards.files:
-        origin = Origin(VERSION, codec.name, pattern, [file.name for file in shards.files], "", _file_sha256(path))
+        names = [file.name for file in shards.files]
+        origin = Origin.now(codec.name, pattern, names, read_header(path).text, _file_sha256(path), grid)
         _pack_file(shards, path, target / packed_name(path.name), origin, result)
     for file in target.iterdir():
         flush(file)
@@ -130,20 +161,23 @@ def check_hashes(packed: PackedShards) -> None:
 def _pack_file(shards: Shards, path: Path, target: Path, origin: Origin, result: PackResult) -> None:
     """Packs one dense file, and adds to the counts of ``result``."""
     header, codec = read_header(path), codec_named(origin.codec)
-    metadata = {"format": "pt", KEY: replace(origin, header=header.text).to_json()}
-    with StreamWriter(target, header_room(metadata, [*header.entries], len(codec.parts))) as writer:
+    before = result.quantized
+    room = header_room(_metadata(origin), [*header.entries], codec.most_parts(origin.grid))
+    with StreamWriter(target, room) as writer:
         for name in sorted(header.entries, key=lambda name: header.entries[name].offset):
             tensor = shards.read(name)
-            parts = codec.encode(tensor, origin.pattern)
+            parts = codec.encode(tensor, origin.pattern, origin.grid)
             for part, value in (parts or {}).items():
                 writer.add(f"{name}.{part}", value)
             if parts is None:
                 writer.add(name, tensor)
             elif codec.removes_zeros(parts):
-                result.matrices += 1
-                result.matrix_dense_bytes += tensor.nbytes
-                result.matrix_packed_bytes += sum(value.nbytes for value in parts.values())
-        writer.finish(metadata)
+                result.count(tensor, sum(value.nbytes for value in parts.values()), CODES in parts)
+        writer.finish(_metadata(origin if result.quantized > before else origin.without_grid()))
+
+
+def _metadata(origin: Origin) -> dict[str, str]:
+    return {"format": "pt", KEY: origin.to_json()}
 
 
 def _file_sha256(path: Path) -> str:

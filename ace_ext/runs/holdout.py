@@ -13,12 +13,11 @@ from ace_ext.data.corpora import HELD_OUT, SELF, SMALL_SOURCES, SOURCES, load_te
 from ace_ext.data.requests import check_tokens, positions_of
 from ace_ext.data.windows import evaluation_tokens, tokens_between_samples
 from ace_ext.errors import InputError
+from ace_ext.formats import written_shards
 from ace_ext.models._transformers import output_head
 from ace_ext.models.block_store import BlockSource, OffloadedBlocks
-from ace_ext.models.safetensors_files import Shards
 from ace_ext.models.tokenizer import Tokenizer
 from ace_ext.models.whole_forward import whole_logits
-from ace_ext.packed.files import PackedShards, is_packed
 from ace_ext.records import HeldOutPerplexity, finite
 from ace_ext.runs.model_source import Source
 from ace_ext.runs.options import EVALUATE_AUTO, RunRequest
@@ -140,5 +139,5 @@ def logits_of(source: Source, blocks: BlockSource, device: torch.device) -> Call
 def logits_of_folder(source: Source, folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     """The logits of a written folder with the structure of ``source``, dense or packed, read one block at a time.
     Afterwards the blocks of ``source`` have no weights."""
-    shards = PackedShards(folder) if is_packed(folder) else Shards(folder)
+    shards = written_shards(folder)
     return logits_of(source, OffloadedBlocks(source.blocks, shards.adopt(source.model), device), device)

@@ -246,7 +246,7 @@ class Demand:
             process=process,
             device=self.request.device,
         )
-        if format_named(self.request.options.format).codec is None or self.request.device.type != "cpu":
+        if format_named(self.request.options.format).size is None or self.request.device.type != "cpu":
             return pruning
         largest = max(p.nbytes for p in self.source.model.parameters())
         packing = Estimate(pruning.process, pruning.model, transient=PACKING_COPIES * largest, phase="pack")

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from ace_ext.formats import format_named
+from ace_ext.formats import format_named, grid_of_method
 from ace_ext.models._transformers import embedding_weight
 from ace_ext.packed import Kept
 from ace_ext.pruning.config import PruneConfig
@@ -28,18 +28,19 @@ def bytes_of_all(source: Source) -> int:
 
 def output_bytes(source: Source, matrices: list[PlannedMatrix], format_name: str, config: PruneConfig) -> int:
     """Bytes of the weights in the output, from shapes alone; approximate if they are compressed."""
-    codec = format_named(format_name).codec
-    if codec is None:
+    chosen = format_named(format_name)
+    if chosen.size is None:
         return bytes_of_all(source)
     dtype = embedding_weight(source.model).dtype
     pattern = None if config.pattern is None else (config.pattern.keep_n, config.pattern.group_m)
+    grid = grid_of_method(str(config.method))
     others, found = bytes_of_all(source), 0
     for matrix in matrices:
         (rows, cols), dense = matrix.shape, math.prod(matrix.shape) * dtype.itemsize
         survivors = round(matrix.keep / matrix.group_size * rows * cols)
-        found += min(codec.size(Kept(rows, cols, survivors, dtype, pattern)), dense)
+        found += min(chosen.size(Kept(rows, cols, survivors, dtype, pattern, grid)), dense)
         others -= dense
-    if codec.compresses:
+    if chosen.codec is not None and chosen.codec.compresses:
         count = others // dtype.itemsize
-        others = codec.size(Kept(1, count, count, dtype, pattern))
+        others = chosen.codec.size(Kept(1, count, count, dtype, pattern))
     return found + others

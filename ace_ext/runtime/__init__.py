@@ -3,7 +3,7 @@
 May import ``packed``, ``data`` and the layers below.
 """
 
-from ace_ext.runtime.linear import PackedLinear
+from ace_ext.runtime.linear import PackedLinear, QuantizedLinear
 from ace_ext.runtime.loading import load_packed, open_model
 
-__all__ = ["PackedLinear", "load_packed", "open_model"]
+__all__ = ["PackedLinear", "QuantizedLinear", "load_packed", "open_model"]

@@ -1,4 +1,4 @@
-"""A Linear whose weight is stored without its zeros."""
+"""Linears whose weight is stored without its zeros."""
 
 from typing import Any
 
@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ace_ext import ops
+from ace_ext.grids import Grid
 from ace_ext.ops._packed import has_kernel, register_packed
 from ace_ext.packed.matrix import BITS, PackedMatrix
+from ace_ext.packed.quantized_matrix import QuantizedMatrix
 
 
 class PackedLinear(nn.Module):
@@ -25,32 +27,41 @@ class PackedLinear(nn.Module):
     """
 
     bitmap: Tensor
-    values: Tensor
     row_start: Tensor | None
+    _numbers = "values"
+    """The buffer with the weight's dtype."""
 
-    def __init__(self, matrix: PackedMatrix, bias: Tensor | None = None) -> None:
+    def __init__(self, matrix: PackedMatrix | QuantizedMatrix, bias: Tensor | None = None) -> None:
         super().__init__()
         register_packed()
         self.out_features, self.in_features = matrix.shape
         self._take(matrix)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
-    def _take(self, matrix: PackedMatrix) -> None:
-        self.register_buffer("bitmap", matrix.bitmap, persistent=False)
-        self.register_buffer("values", matrix.values, persistent=False)
-        self.register_buffer("row_start", matrix.row_start, persistent=False)
+    def _take(self, matrix: PackedMatrix | QuantizedMatrix) -> None:
+        for name, tensor in matrix.tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
 
     @property
-    def matrix(self) -> PackedMatrix:
+    def matrix(self) -> PackedMatrix | QuantizedMatrix:
         """The packed weight."""
-        return PackedMatrix(self.bitmap, self.values, self.row_start, self.in_features)
+        return PackedMatrix(self.bitmap, self.get_buffer("values"), self.row_start, self.in_features)
 
     @property
     def weight(self) -> Tensor:
         """The dense weight ``[out_features, in_features]``, unpacked at each access."""
-        if has_kernel(self.bitmap.device.type):
-            return ops.unpack_bitmap(self.bitmap, self.values, self.row_start, self.in_features)
-        return self.matrix.dense()
+        return self._unpacked() if has_kernel(self.bitmap.device.type) else self.matrix.dense()
+
+    def _unpacked(self) -> Tensor:
+        return ops.unpack_bitmap(self.bitmap, self.get_buffer("values"), self.row_start, self.in_features)
+
+    def _product(self, x: Tensor, numbers: Tensor, bias: Tensor | None) -> Tensor:
+        """``x [tokens, in_features]`` times the weight, whose ``numbers`` have the dtype of ``x``."""
+        return ops.packed_linear(x, self.bitmap, numbers, self.row_start, bias)
+
+    def _packed(self, weight: Tensor) -> PackedMatrix | QuantizedMatrix | None:
+        """A dense weight in this layout; None if it cannot be."""
+        return PackedMatrix.of(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features]``, of any strides, to ``[..., out_features]``.
@@ -60,19 +71,18 @@ class PackedLinear(nn.Module):
         """
         if not has_kernel(x.device.type):
             return functional.linear(x, self.weight, self.bias)
-        flat, values = x.reshape(-1, self.in_features), self.values
+        flat, numbers = x.reshape(-1, self.in_features), self.get_buffer(self._numbers)
         bias: Tensor | None = self.bias
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-            flat, values, bias = flat.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
+            flat, numbers, bias = flat.to(dtype), numbers.to(dtype), None if bias is None else bias.to(dtype)
         if flat.stride(1) != 1 or flat.stride(0) < self.in_features:  # of a transposed or expanded x
             flat = flat.contiguous()
-        out = ops.packed_linear(flat, self.bitmap, values, self.row_start, bias)
-        return out.view(*x.shape[:-1], self.out_features)
+        return self._product(flat, numbers, bias).view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """For ``print``: both sizes and the share of zeros."""
-        sparsity = 1 - self.values.numel() / max(1, self.out_features * self.in_features)
+        sparsity = 1 - self.matrix.stored / max(1, self.out_features * self.in_features)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"sparsity={sparsity:.3f}"
@@ -85,7 +95,7 @@ class PackedLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         name = f"{prefix}weight"
         _, strict, missing, unexpected, errors = rest
-        weight = state_dict.get(name)
+        weight, device = state_dict.get(name), self.bitmap.device
         if weight is None and strict:
             missing.append(name)
         elif weight is not None and tuple(weight.shape) != self.matrix.shape:
@@ -95,10 +105,58 @@ class PackedLinear(nn.Module):
                 f"{name} must be float32, float16 or bfloat16 (got {str(weight.dtype).removeprefix('torch.')})"
             )
         elif weight is not None:
-            packed = PackedMatrix.of(weight.detach().cpu().to(self.values.dtype).contiguous())
-            device = self.bitmap.device
-            start = None if packed.row_start is None else packed.row_start.to(device)
-            self._take(PackedMatrix(packed.bitmap.to(device), packed.values.to(device), start, packed.cols))
+            packed = self._packed(weight.detach().cpu().to(self.matrix.dtype).contiguous())
+            if packed is None:
+                errors.append(f"{name} must be on the grid of {self!r}; load it into a dense model")
+            else:
+                self._take(packed)
+                self.to(device)
         found: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, rest[0], strict, missing, found, errors)
         unexpected.extend(key for key in found if key != name)
+
+
+class QuantizedLinear(PackedLinear):
+    """A :class:`PackedLinear` whose weight is codes times scales.
+
+    Products take codes and scales as they are. :attr:`weight` is their product rounded to the dtype of the scales: the
+    weight of the dense checkpoint. A conversion to another dtype converts the scales, so the weight then is the codes
+    times the converted scales. ``load_state_dict`` reads weights that are on the same grid.
+
+    Args:
+        matrix: the weight, checked (:meth:`ace_ext.packed.quantized_matrix.QuantizedMatrix.check`).
+        bias: ``[out_features]`` in the dtype of the scales, or None.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    _numbers = "scales"
+
+    def __init__(self, matrix: QuantizedMatrix, bias: Tensor | None = None) -> None:
+        super().__init__(matrix, bias)
+        self.bits, self.group = matrix.bits, matrix.group
+
+    @property
+    def matrix(self) -> QuantizedMatrix:
+        """The packed weight."""
+        tensors = self.bitmap, self.codes, self.scales, self.row_start
+        return QuantizedMatrix(*tensors, self.bits, self.group, self.in_features)
+
+    def _unpacked(self) -> Tensor:
+        tensors = self.bitmap, self.codes, self.scales
+        return ops.unpack_quantized(*tensors, self.bits, self.group, self.row_start, self.in_features)
+
+    def _product(self, x: Tensor, numbers: Tensor, bias: Tensor | None) -> Tensor:
+        return ops.quantized_linear(x, self.bitmap, self.codes, numbers, self.bits, self.group, self.row_start, bias)
+
+    def _packed(self, weight: Tensor) -> QuantizedMatrix | None:
+        return QuantizedMatrix.of(weight, Grid(self.bits, self.group))
+
+    def extra_repr(self) -> str:
+        """As of the base class, with the grid."""
+        return f"{super().extra_repr()}, bits={self.bits}, group={self.group}"
+
+
+def linear_of(matrix: PackedMatrix | QuantizedMatrix, bias: Tensor | None = None) -> PackedLinear:
+    """The Linear of a packed matrix."""
+    return QuantizedLinear(matrix, bias) if isinstance(matrix, QuantizedMatrix) else PackedLinear(matrix, bias)

@@ -16,15 +16,17 @@ from ace_ext.models.skeleton import skeleton
 from ace_ext.packed.files import PackedShards, is_packed
 from ace_ext.packed.matrix import PackedMatrix
 from ace_ext.packed.packing import check_hashes
-from ace_ext.runtime.linear import PackedLinear
+from ace_ext.packed.quantized_matrix import QuantizedMatrix
+from ace_ext.runtime.linear import PackedLinear, linear_of
 
 
 def load_packed(folder: str | Path, verify: bool = False) -> nn.Module:
     """Loads a folder that ``ace-prune pack`` wrote as a model on the CPU, in evaluation mode.
 
-    The weights of its Linears stay packed (:class:`PackedLinear`). Those of a ``bitmap`` folder are mapped from the
-    file; those of ``nm`` and ``archive`` are converted in memory to the layout that kernels read. Everything else is as
-    loaded by ``from_pretrained`` with ``dtype="auto"``. Experts that transformers fuses into one tensor are unpacked.
+    The weights of its Linears stay packed (:class:`PackedLinear`; of a quantized model
+    :class:`ace_ext.runtime.QuantizedLinear`). Those of a ``bitmap`` folder are mapped from the file; those of ``nm``
+    and ``archive`` are converted in memory to the layout that kernels read. Everything else is as loaded by
+    ``from_pretrained`` with ``dtype="auto"``. Experts that transformers fuses into one tensor are unpacked.
 
     Args:
         folder: a folder that ``ace-prune pack`` or ``ace-prune run --format`` wrote.
@@ -68,7 +70,7 @@ def build_packed(folder: str | Path, empty: Callable[[], nn.Module] | None = Non
                 bias: Tensor | None = module.bias
                 if bias is not None:
                     bias = _read(shards.stored_name(names[id(bias)]) or f"{name}.bias", bias, shards)
-                made[key] = PackedLinear(matrices[id(module.weight)], bias)
+                made[key] = linear_of(matrices[id(module.weight)], bias)
             _replace(model, name, made[key])
     _load_rest(model, shards)
     forget_quantization_(model)
@@ -100,16 +102,16 @@ def _check_held(model: nn.Module, shards: Shards) -> None:
             )
 
 
-def _matrices(model: nn.Module, shards: PackedShards) -> dict[int, PackedMatrix]:
+def _matrices(model: nn.Module, shards: PackedShards) -> dict[int, PackedMatrix | QuantizedMatrix]:
     """The packed weights of the model's Linears, by the parameter's id: Linears can share one."""
-    found: dict[int, PackedMatrix] = {}
+    found: dict[int, PackedMatrix | QuantizedMatrix] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         weight = f"{name}.weight"
         if isinstance(module, nn.Linear) and weight in shards.entries and id(module.weight) not in found:
             stored, wanted = shards.load(weight), (module.out_features, module.in_features)
             if tuple(stored.shape) != wanted:
                 raise InputError(f"{weight} must be {list(wanted)} by the configuration (got {list(stored.shape)})")
-            if isinstance(stored, PackedMatrix):
+            if not isinstance(stored, Tensor):
                 found[id(module.weight)] = stored.to(module.weight.dtype)
     return found
 

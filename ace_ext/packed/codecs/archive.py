@@ -11,9 +11,11 @@ import torch
 import zstandard
 from torch import Tensor
 
+from ace_ext.grids import Grid
 from ace_ext.packed._codec import Codec, Kept, Packed
 from ace_ext.packed.codecs.bitmap import smaller
-from ace_ext.packed.matrix import BITS, WORD, Bytes, PackedMatrix, row_counts
+from ace_ext.packed.matrix import BITS, WORD, Bytes, PackedMatrix, lengths_to_starts, row_counts
+from ace_ext.packed.quantized_matrix import QuantizedMatrix, code_width, row_bytes
 
 MIN_MATCH = 7
 """zstd's minimum match length, at its maximum. Weights have no real repetitions: the short ones that the default levels
@@ -29,29 +31,50 @@ EXPONENT_BITS = 2
 PLANES = 8
 """The most bytes of a number."""
 
+SAVED_CODE_BITS = 0.5
+"""How many bits fewer than a code has are needed to compress it."""
 
-def encode(tensor: Tensor, pattern: tuple[int, int] | None) -> dict[str, Tensor] | None:
+SCALE_PLANES = 4
+"""The most bytes of a scale."""
+
+
+def encode(tensor: Tensor, pattern: tuple[int, int] | None, grid: Grid | None = None) -> dict[str, Tensor] | None:
     """The parts of any tensor; None if they are not smaller than the tensor."""
-    matrix = smaller(tensor)
-    numbers = tensor if matrix is None else matrix.values
-    parts = {f"plane{i}": _compress(plane) for i, plane in enumerate(_planes(numbers.flatten()))}
+    matrix = smaller(tensor, grid)
+    if isinstance(matrix, QuantizedMatrix):
+        parts = _compress_planes("scales", matrix.scales) | {"codes": _compress(matrix.codes.numpy())}
+    else:
+        parts = _compress_planes("plane", tensor if matrix is None else matrix.values)
     if matrix is not None:
         parts["bitmap"] = _compress(matrix.bitmap.numpy())
     return parts if sum(part.nbytes for part in parts.values()) < tensor.nbytes else None
 
 
-def decode(packed: Packed) -> PackedMatrix | Tensor:
+def decode(packed: Packed) -> PackedMatrix | QuantizedMatrix | Tensor:
     """The matrix or the tensor, checked."""
-    if "bitmap" not in packed.parts:
-        return _numbers(packed, math.prod(packed.shape)).view(packed.shape)
+    if "bitmap" not in packed.parts and not packed.quantized:
+        return _numbers(packed, "plane", math.prod(packed.shape)).view(packed.shape)
     rows, cols = packed.matrix_shape
-    bitmap = _expand(packed, "bitmap", rows * 8 * math.ceil(cols / WORD)).reshape(rows, -1)
-    counts = row_counts(bitmap)
-    values = _numbers(packed, int(counts.sum()))
-    if rows and (counts == counts[0]).all():
-        return PackedMatrix(torch.from_numpy(bitmap), values.view(rows, -1), None, cols).check()
-    row_start = torch.from_numpy(np.concatenate(([0], np.cumsum(counts))))
-    return PackedMatrix(torch.from_numpy(bitmap), values, row_start, cols).check()
+    bitmap = torch.from_numpy(_expand(packed, "bitmap", rows * 8 * math.ceil(cols / WORD)).reshape(rows, -1))
+    counts = torch.from_numpy(row_counts(bitmap.numpy()))
+    equal = bool((counts == counts[0]).all())
+    if packed.quantized:
+        grid = packed.code_grid
+        bits, groups = code_width(grid), grid.groups(cols)
+        starts = lengths_to_starts(row_bytes(counts, bits))
+        codes = torch.from_numpy(_expand(packed, "codes", int(starts[-1])))
+        codes, row_start = (codes.view(rows, -1), None) if equal else (codes, starts)
+        scales = _numbers(packed, "scales", rows * groups).view(rows, groups)
+        return QuantizedMatrix(bitmap, codes, scales, row_start, bits, grid.group, cols).check()
+    starts = lengths_to_starts(counts)
+    values = _numbers(packed, "plane", int(starts[-1]))
+    values, row_start = (values.view(rows, -1), None) if equal else (values, starts)
+    return PackedMatrix(bitmap, values, row_start, cols).check()
+
+
+def _compress_planes(name: str, numbers: Tensor) -> dict[str, Tensor]:
+    """The planes of a tensor's numbers as parts ``name0``, ``name1`` …"""
+    return {f"{name}{i}": _compress(plane) for i, plane in enumerate(_planes(numbers.flatten()))}
 
 
 def _planes(numbers: Tensor) -> list[Bytes]:
@@ -64,10 +87,10 @@ def _planes(numbers: Tensor) -> list[Bytes]:
     return [np.ascontiguousarray(plane) for plane in raw.reshape(-1, size).T]
 
 
-def _numbers(packed: Packed, count: int) -> Tensor:
-    """The ``count`` numbers of the planes."""
+def _numbers(packed: Packed, name: str, count: int) -> Tensor:
+    """The ``count`` numbers of the planes ``name0``, ``name1`` …"""
     size = packed.dtype.itemsize
-    raw = np.stack([_expand(packed, f"plane{i}", count) for i in range(size)], axis=1)
+    raw = np.stack([_expand(packed, f"{name}{i}", count) for i in range(size)], axis=1)
     if packed.dtype in BITS:
         turned = raw.reshape(-1).view(f"<u{size}")
         raw = (turned >> 1 | turned << (8 * size - 1)).view(np.uint8)
@@ -98,18 +121,23 @@ def _expand(packed: Packed, name: str, size: int) -> Bytes:
 
 
 def size(kept: Kept) -> int:
-    """An estimate: the entropy of the bitmap, and for each survivor its sign, mantissa and :data:`EXPONENT_BITS`."""
+    """An estimate: the entropy of the bitmap, and for each survivor its sign, mantissa and :data:`EXPONENT_BITS`.
+    Of a matrix on a grid: for each survivor its code without :data:`SAVED_CODE_BITS`, and the scales."""
     total = kept.rows * kept.cols
     share = kept.survivors / max(1, total)
     bitmap = -sum(p * math.log2(p) for p in (share, 1 - share) if p > 0) * total
-    mantissa = -math.log2(torch.finfo(kept.dtype).eps)
-    return math.ceil((bitmap + kept.survivors * (1 + mantissa + EXPONENT_BITS)) / 8)
+    number = 1 - math.log2(torch.finfo(kept.dtype).eps) + EXPONENT_BITS
+    if kept.grid is None:
+        return math.ceil((bitmap + kept.survivors * number) / 8)
+    scales = kept.rows * kept.grid.groups(kept.cols) * number
+    return math.ceil((bitmap + kept.survivors * (kept.grid.bits - SAVED_CODE_BITS) + scales) / 8)
 
 
 CODEC = Codec(
     name="archive",
     summary="the smallest file, compressed by zstd; to keep or to send",
     parts=frozenset({"bitmap", *(f"plane{i}" for i in range(PLANES))}),
+    quantized_parts=frozenset({"bitmap", "codes", *(f"scales{i}" for i in range(SCALE_PLANES))}),
     encode=encode,
     decode=decode,
     size=size,

@@ -6,11 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ace_ext.grids import Grid
 from ace_ext.packed._codec import Codec, Kept, Packed
+from ace_ext.packed.codecs.bitmap import survivors_size
 from ace_ext.packed.matrix import BITS, Bytes, PackedMatrix, pack_bits
+from ace_ext.packed.quantized_matrix import QuantizedMatrix, code_width, pack_codes, recover, row_bytes
 
 
-def encode(tensor: Tensor, pattern: tuple[int, int] | None) -> dict[str, Tensor] | None:
+def encode(tensor: Tensor, pattern: tuple[int, int] | None, grid: Grid | None = None) -> dict[str, Tensor] | None:
     """The parts of a tensor that has the pattern; None if it does not, or would not become smaller.
 
     A group with fewer than N survivors is filled with zeros, the lowest columns first.
@@ -25,11 +28,21 @@ def encode(tensor: Tensor, pattern: tuple[int, int] | None) -> dict[str, Tensor]
         return None
     places = removed.argsort(dim=1, stable=True)[:, :keep_n].sort(dim=1).values
     rows = math.prod(tensor.shape[:-1])
-    values = groups.gather(1, places).view(rows, -1)
+    stored = {"values": groups.gather(1, places).view(rows, -1)}
+    recovered = None if grid is None else recover(tensor.reshape(rows, -1), grid)
+    if recovered is not None and grid is not None:
+        kept = recovered[0].reshape(-1, group_m).gather(1, places).view(rows, -1)
+        coded = {"codes": pack_codes(kept, code_width(grid)), "scales": recovered[1]}
+        stored = min(coded, stored, key=_nbytes)
     numbers = places.view(rows, -1, 1).to(torch.uint8)
     bits = (numbers >> torch.arange(index_bits(group_m), dtype=torch.uint8) & 1).flatten(1)
     indices = torch.from_numpy(np.packbits(bits.numpy(), axis=1, bitorder="little"))
-    return {"values": values, "indices": indices} if values.nbytes + indices.nbytes < tensor.nbytes else None
+    parts = stored | {"indices": indices}
+    return parts if _nbytes(parts) < tensor.nbytes else None
+
+
+def _nbytes(parts: dict[str, Tensor]) -> int:
+    return sum(part.nbytes for part in parts.values())
 
 
 def index_bits(group_m: int) -> int:
@@ -37,7 +50,7 @@ def index_bits(group_m: int) -> int:
     return max(1, (group_m - 1).bit_length())
 
 
-def decode(packed: Packed) -> PackedMatrix:
+def decode(packed: Packed) -> PackedMatrix | QuantizedMatrix:
     """The matrix, checked. Zeros that fill a group are stored in it like survivors."""
     if packed.pattern is None:
         raise ValueError("the file names no pattern")
@@ -46,7 +59,6 @@ def decode(packed: Packed) -> PackedMatrix:
     if cols % group_m:
         raise ValueError(f"{cols} columns are not whole groups of {group_m}")
     kept = cols // group_m * keep_n
-    values = packed.part("values", packed.dtype, (rows, kept))
     width = index_bits(group_m)
     indices = packed.part("indices", torch.uint8, (rows, math.ceil(kept * width / 8)))
     places = _places(indices.numpy(), kept, width).reshape(rows, -1, keep_n)
@@ -54,7 +66,13 @@ def decode(packed: Packed) -> PackedMatrix:
         raise ValueError(f"indices of a group must be ascending and less than {group_m}")
     mask = np.zeros((rows, cols // group_m, group_m), np.bool_)
     np.put_along_axis(mask, places.astype(np.int64), True, axis=2)
-    return PackedMatrix(pack_bits(torch.from_numpy(mask.reshape(rows, cols))), values, None, cols).check()
+    bitmap = pack_bits(torch.from_numpy(mask.reshape(rows, cols)))
+    if packed.quantized:
+        bits = code_width(packed.code_grid)
+        codes = packed.part("codes", torch.uint8, (rows, row_bytes(kept, bits)))
+        scales = packed.part("scales", packed.dtype, (rows, packed.code_grid.groups(cols)))
+        return QuantizedMatrix(bitmap, codes, scales, None, bits, packed.code_grid.group, cols).check()
+    return PackedMatrix(bitmap, packed.part("values", packed.dtype, (rows, kept)), None, cols).check()
 
 
 def _places(indices: Bytes, count: int, width: int) -> Bytes:
@@ -71,13 +89,14 @@ def size(kept: Kept) -> int:
     assert kept.pattern is not None  # `needs_pattern`
     in_row = kept.survivors // max(1, kept.rows)
     places = kept.rows * math.ceil(in_row * index_bits(kept.pattern[1]) / 8)
-    return places + kept.survivors * kept.dtype.itemsize
+    return places + survivors_size(kept)
 
 
 CODEC = Codec(
     name="nm",
     summary="of a model pruned with --pattern N:M: the kept values of each group and their places",
     parts=frozenset({"values", "indices"}),
+    quantized_parts=frozenset({"codes", "scales", "indices"}),
     encode=encode,
     decode=decode,
     size=size,

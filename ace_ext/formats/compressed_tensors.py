@@ -1,0 +1,62 @@
+"""The form of the library compressed-tensors, for quantized models: transformers and vLLM load it without this program.
+
+``ace_ext/packed/compressed_tensors.py`` writes it.
+"""
+
+from pathlib import Path
+
+from ace_ext.errors import InputError
+from ace_ext.formats._converting import ConvertingWriter
+from ace_ext.formats._format import DenseModel, OutputFormat
+from ace_ext.formats._packed import grid_of, grid_of_method
+from ace_ext.packed.compressed_tensors import (
+    NAME,
+    SUMMARY,
+    CompressedShards,
+    check_linears,
+    compress_into,
+    is_compressed,
+    size,
+)
+from ace_ext.pruning.config import PruneConfig
+from ace_ext.records import PruneReport
+
+
+class CompressedWriter(ConvertingWriter):
+    """Writes dense blocks and stores their matrices as codes at the end."""
+
+    @property
+    def converted(self) -> bool:
+        """Whether the folder has this form."""
+        return is_compressed(self.folder)
+
+    def check(self, dense: DenseModel) -> None:
+        """As for the dense format; also that each matrix to prune is a Linear.
+
+        Raises:
+            InputError: one is not, or a weight is missing.
+        """
+        super().check(dense)
+        if not self.converted:
+            names = [block.full_name(child) for block in dense.blocks for child in block.linears]
+            check_linears(dense.model, self.shards, names)
+
+    def check_converted(self) -> None:
+        """Checks that each matrix can be read."""
+        stored = CompressedShards(self.folder)
+        for name in stored.coded:
+            stored.read(name)
+
+    def convert(self, target: Path, report: PruneReport) -> None:
+        """Writes the codes, and checks that they give the same weights."""
+        grid = grid_of(report)
+        assert grid is not None  # checked before the run
+        compress_into(self.folder, target, grid, [matrix.name for matrix in report.matrices])
+
+
+def _check(config: PruneConfig) -> None:
+    if grid_of_method(str(config.method)) is None:
+        raise InputError(f"format {NAME} is for quantized models; add the stage quantize, or choose another format")
+
+
+FORMAT = OutputFormat(name=NAME, summary=SUMMARY, open=CompressedWriter, check=_check, size=size)
