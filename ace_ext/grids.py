@@ -72,6 +72,20 @@ class Grid:
         """``[rows, cols]``: codes times scales, multiplied in float32 and rounded once to the dtype of ``scales``."""
         return _product(self.widened(scales, codes.shape[1]), codes)
 
+    def nearest(self, weight: Tensor, scales: Tensor) -> Tensor:
+        """The code of the grid's point that is nearest to each weight; of two that are as near, the even one.
+
+        Args:
+            weight: ``[rows, cols]``, finite.
+            scales: ``[rows, groups]``.
+
+        Returns:
+            ``[rows, cols]`` int8; 0 in groups whose scale is 0.
+        """
+        steps = scales.float().masked_fill(scales == 0, math.inf)
+        codes = weight.float() / self.widened(steps, weight.shape[1])
+        return codes.round_().clamp_(self.lowest, self.highest).to(torch.int8)
+
     def recover(self, weight: Tensor) -> Quantized | None:
         """Codes and scales of a matrix whose values are on a grid.
 

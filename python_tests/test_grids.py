@@ -43,6 +43,38 @@ def test_recovers_every_matrix_on_a_grid(
     assert torch.equal(grid.dequantize(*found), weight)
 
 
+@given(
+    st.sampled_from(grids.WIDTHS),
+    st.sampled_from(DTYPES),
+    st.tuples(st.integers(0, 9), st.integers(0, 150)),
+    st.integers(0, 2**31),
+)
+def test_nearest_code_against_trying_all(bits: int, dtype: torch.dtype, shape: tuple[int, int], seed: int) -> None:
+    """In float64. A quotient is rounded once in float32, so two codes may be taken for as near whose distances from the
+    weight differ by a few units of its last place."""
+    grid = Grid(bits, 64)
+    draw = torch.Generator().manual_seed(seed)
+    scales = torch.randn(shape[0], grid.groups(shape[1]), generator=draw).exp().to(dtype)
+    scales[:1, :1] = 0
+    weight = torch.randn(shape, generator=draw) * 2**bits
+    codes = grid.nearest(weight, scales)
+    assert codes.dtype == torch.int8
+    assert not codes[:1, :64].any(), "the scale of this group is 0"
+    steps = grid.widened(scales, shape[1]).double()
+    every = torch.arange(grid.lowest, grid.highest + 1, dtype=torch.float64)
+    least = (weight.double()[..., None] - every * steps[..., None]).abs().amin(-1)
+    found = (weight.double() - codes * steps).abs()
+    assert bool((found <= least + 2**-22 * weight.abs()).all())
+
+
+@given(st.sampled_from(grids.WIDTHS), st.sampled_from(DTYPES), st.integers(0, 2**31))
+def test_a_point_of_the_grid_is_its_own_nearest(bits: int, dtype: torch.dtype, seed: int) -> None:
+    grid = Grid(bits, 64)
+    found = grid.recover(sample(grid, dtype, 5, 150, seed))
+    assert found is not None
+    assert torch.equal(grid.nearest(grid.dequantize(*found), found.scales), found.codes)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", grids.WIDTHS)
 def test_a_matrix_off_the_grid_is_not_recovered(bits: int, dtype: torch.dtype) -> None:

@@ -76,6 +76,7 @@ class Distillation:
         check_predicts(model, "distill trains on its predictions: leave it out")
         check_text(model, tokens)
         self._model, self._settings = model, heal_settings(config, *tokens.shape)
+        self._grid = None if config.method.quantize is None else config.method.quantize.grid
         self._tokens = tokens.to("cpu", torch.long)
         batches = Batches.of(self._tokens, self._settings)
         place, observer = Placement(device=context.device), context.observer.healing
@@ -87,4 +88,6 @@ class Distillation:
 
     def train_(self) -> Healing:
         """Trains the pruned model in place."""
-        return distill_(self._model, self._teacher, self._tokens, self._settings, context=self._context)
+        return distill_(
+            self._model, self._teacher, self._tokens, self._settings, grid=self._grid, context=self._context
+        )

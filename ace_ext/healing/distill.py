@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ace_ext.errors import InputError
+from ace_ext.grids import Grid
 from ace_ext.healing.batches import Batches, advance, check_text, enter, rebatched
 from ace_ext.healing.context import HealContext, windows_of
 from ace_ext.healing.part import Part, Student, new_notes
@@ -30,6 +31,7 @@ def distill_(
     settings: HealSettings | None = None,
     *,
     masks: Mapping[str, Tensor] | None = None,
+    grid: Grid | None = None,
     skip: Iterable[str] = (),
     context: HealContext | None = None,
 ) -> Healing:
@@ -77,7 +79,7 @@ def distill_(
             tail = Tail(model, source.blocks, calls[0].wrap)
             student = Student(store, tail, calls, states, target, batches)
             try:
-                _train_(student, masks, settings, context)
+                _train_(student, masks, grid, settings, context)
             finally:
                 context.observer.close()
     healing = _record(student, settings, context)
@@ -118,7 +120,13 @@ def _states_of(
     return HiddenStates(states, place.folder, place.resident, f"{NAME}-steps", place.device or "cpu")
 
 
-def _train_(student: Student, masks: Mapping[str, Tensor] | None, settings: HealSettings, context: HealContext) -> None:
+def _train_(
+    student: Student,
+    masks: Mapping[str, Tensor] | None,
+    grid: Grid | None,
+    settings: HealSettings,
+    context: HealContext,
+) -> None:
     """Trains the windows that are not done, from the first block to the last."""
     notes, blocks = context.journal.notes, student.store.blocks
     steps = steps_of(student.batches, settings)
@@ -132,7 +140,7 @@ def _train_(student: Student, masks: Mapping[str, Tensor] | None, settings: Heal
             continue
         share = range(part * steps // context.parts, (part + 1) * steps // context.parts)
         with student.store.pin(span):
-            trainers = {index: BlockTrainer(blocks[index], _masks_of(blocks[index], masks)) for index in span}
+            trainers = {index: BlockTrainer(blocks[index], _masks_of(blocks[index], masks), grid) for index in span}
             Part(student, share, trainers, steps, settings, context).train_()
 
 

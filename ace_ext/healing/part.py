@@ -108,7 +108,7 @@ class Part:
         self._save()
         for index, trainer in self._trainers.items():
             trainer.put_(self._best[index])
-            trainer.check_zeros(self._student.store.blocks[index])
+            trainer.check(self._student.store.blocks[index])
         for index in self._trainers:
             self._journal.write(self._student.store.blocks[index])
         zeros = sum(trainer.pruned for trainer in self._trainers.values())

@@ -7,13 +7,16 @@ import torch
 from torch import Tensor
 
 from ace_ext.errors import InputError
+from ace_ext.grids import Grid
+from ace_ext.healing.on_grid import STEP_SHARE, GridWeight
 from ace_ext.healing.settings import BETAS
 from ace_ext.models.blocks import Block
 from ace_ext.pruning.block_training import root_mean_square
 
 STATE_BYTES = 13
 """Bytes of a trained block for each weight, in addition to the weight itself: a float32 copy, Adam's two moments, and
-the mask. In addition, the kept ones of the best weights found so far are stored in the model's dtype."""
+the mask. In addition, the kept ones of the best weights found so far are stored in the model's dtype, and scales of a
+grid (:func:`ace_ext.healing.on_grid.scale_bytes`)."""
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -21,19 +24,23 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class BlockTrainer:
     """The pruned matrices of one block while they are trained.
 
-    Weights are trained in float32 and rounded to the model's dtype after each step. Where the mask is False, gradients
-    are set to zero, so that weight and moments stay zero there.
+    Weights are trained in float32 and rounded to the model's dtype after each step, or to the grid that they are on.
+    Where the mask is False, gradients are set to zero, so that weight and moments stay zero there.
 
     Each matrix has a learning rate of its own, in proportion to the root mean square of its kept weights when training
-    begins (:func:`ace_ext.pruning.block_training.root_mean_square`).
+    begins (:func:`ace_ext.pruning.block_training.root_mean_square`), or to the steps of its grid
+    (:data:`ace_ext.healing.on_grid.STEP_SHARE`).
 
     Args:
         block: its weights are in memory, and stay in the same tensors until training ends.
         masks: for each of ``block.linears`` ``[rows, cols]`` bool, True where a weight is kept; None: a weight is kept
             if it is not zero.
+        grid: matrices that are on this grid stay on it, with the same scales; None: there is none.
     """
 
-    def __init__(self, block: Block, masks: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, block: Block, masks: Mapping[str, Tensor] | None = None, grid: Grid | None = None
+    ) -> None:
         self.weights = {child: linear.weight for child, linear in block.linears.items()}
         if masks is None:
             masks = {child: weight != 0 for child, weight in self.weights.items()}
@@ -43,10 +50,24 @@ class BlockTrainer:
                     f"masks must leave out only zeros (the one of {block.full_name(child)} does not fit its weight)"
                 )
         self.masks = {child: masks[child] for child in self.weights}
+        self.grids = {child: GridWeight.of(grid, weight) for child, weight in self.weights.items()}
         self._masters = {child: weight.detach().float().clone() for child, weight in self.weights.items()}
-        self._sizes = [root_mean_square(self._masters[child], self.masks[child]) for child in self.weights]
+        self._sizes = [self._size(child) for child in self.weights]
         groups = [{"params": [master]} for master in self._masters.values()]
         self._adam = torch.optim.Adam(groups, betas=BETAS, fused=True) if groups else None
+
+    def _size(self, child: str) -> float:
+        """What the learning rate of a matrix is a share of."""
+        size, on_grid = root_mean_square(self._masters[child], self.masks[child]), self.grids[child]
+        return size if on_grid is None else max(size, STEP_SHARE * on_grid.step)
+
+    def _write_(self, child: str) -> None:
+        """Writes the float32 copy of a matrix, rounded, into its weight."""
+        weight, master, on_grid = self.weights[child], self._masters[child], self.grids[child]
+        if on_grid is None:
+            weight.copy_(master)
+        else:
+            on_grid.write_(weight, master, self.masks[child])
 
     @property
     def device(self) -> torch.device:
@@ -91,15 +112,15 @@ class BlockTrainer:
     @torch.no_grad()
     def step_(self, learning_rate: float) -> None:
         """One step of Adam with the gradients of :meth:`backward`; it frees them. The rate is a share of each matrix's
-        root mean square weight."""
+        weights or of its grid's steps, see the class."""
         if self._adam is None:
             return
         for group, size in zip(self._adam.param_groups, self._sizes, strict=True):
             group["lr"] = learning_rate * size
         self._adam.step()
         self._adam.zero_grad()
-        for child, weight in self.weights.items():
-            weight.copy_(self._masters[child])
+        for child in self.weights:
+            self._write_(child)
 
     @torch.no_grad()
     def kept(self) -> dict[str, Tensor]:
@@ -121,19 +142,22 @@ class BlockTrainer:
         """Continues from vectors of :meth:`kept`, with the optimizer's state cleared."""
         for child, master in self._masters.items():
             master.masked_scatter_(self.masks[child], kept[child].to(master.dtype))
-            self.weights[child].copy_(master)
+            self._write_(child)
             if self._adam is not None:
                 self._adam.state.pop(master, None)
 
-    def check_zeros(self, block: Block) -> None:
-        """Checks that the zeros of each matrix are exactly those of its mask.
+    def check(self, block: Block) -> None:
+        """Checks that the zeros of each matrix are exactly those of its mask, and that it is on its grid.
 
         Raises:
-            RuntimeError: they are not, which is an error in this program.
+            RuntimeError: it is not so, which is an error in this program.
         """
         for child, weight in self.weights.items():
+            on_grid = self.grids[child]
             if not torch.equal(weight != 0, self.masks[child]):
                 raise RuntimeError(f"{block.full_name(child)}: training changed which weights are zero")
+            if on_grid is not None and not on_grid.holds(weight):
+                raise RuntimeError(f"{block.full_name(child)}: training moved weights off their grid")
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next steps depend on: vectors with the kept weights' entries, and the number of steps."""
@@ -155,6 +179,6 @@ class BlockTrainer:
                 return torch.zeros_like(self._masters[child]).masked_scatter_(mask, state[f"{child}/{name}"])
 
             master.copy_(spread("weight"))
-            self.weights[child].copy_(master)
+            self._write_(child)
             if self._adam is not None and f"{child}/step" in state:
                 self._adam.state[master] = {"step": state[f"{child}/step"], **{name: spread(name) for name in _MOMENTS}}

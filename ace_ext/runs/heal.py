@@ -30,6 +30,7 @@ from ace_ext.runs.command import heal_command
 from ace_ext.runs.heal_journal import HealJournal
 from ace_ext.runs.heal_memory import Division, HealDemand
 from ace_ext.runs.heal_models import HealedBlocks, dense_name, dense_request, open_pruned, running_dense, whole_bytes
+from ace_ext.runs.recorded_grid import grid_of
 from ace_ext.runs.heal_request import TOKENS, HealRequest
 from ace_ext.runs.heal_text import NOTE, HealText, recorded_text
 from ace_ext.runs.heal_trial import tokens_within
@@ -91,6 +92,7 @@ class _Run:
     def __init__(self, request: HealRequest, report: PruneReport, dense: RunRequest) -> None:
         self._request, self._report, self._dense = request, report, dense
         self._pruned = open_pruned(request.folder, report, request.device)
+        self._grid = grid_of(report)
 
     def run(self, path: Path, observer: Observer | None, tell: Callable[[str], None] | None) -> PruneReport:
         """The whole run; ``path``: the output."""
@@ -122,6 +124,7 @@ class _Run:
                 states,
                 data.tokens,
                 self._request.settings,
+                grid=self._grid,
                 context=replace(
                     context,
                     blocks=HealedBlocks(
@@ -181,7 +184,8 @@ class _Run:
         """Decides what is in memory together. A resumed run trains as many blocks together as before."""
         request, pruned = self._request, self._pruned
         kept = 1 - self._report.sparsity
-        demand = HealDemand.of(pruned.model, pruned.blocks, kept, batches.tokens, whole_bytes(self._skeleton))
+        whole = whole_bytes(self._skeleton)
+        demand = HealDemand.of(pruned.model, pruned.blocks, kept, batches.tokens, whole, self._grid)
         division, need = demand.divide(
             budget_of(self._dense),
             process_bytes(0, False, request.device),

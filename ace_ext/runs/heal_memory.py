@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from ace_ext.engine.model_shape import ModelShape
 from ace_ext.errors import InputError
+from ace_ext.grids import Grid
 from ace_ext.healing.context import windows_of
 from ace_ext.healing.loss import LOGIT_BYTES, tokens_at_once
+from ace_ext.healing.on_grid import scale_bytes, working_bytes
 from ace_ext.healing.trainer import STATE_BYTES
 from ace_ext.models.blocks import Block
 from ace_ext.runs.memory_model import Estimate
@@ -37,10 +39,18 @@ class HealDemand:
     seqlen: int
     step: int  # tokens of a step
     dense: int = 0  # bytes of loading the dense model whole; 0: one block at a time is read
+    grid: Grid | None = None  # that of the pruned matrices
+    largest: int = 0  # weights of the largest of them
 
     @classmethod
     def of(
-        cls, model: nn.Module, blocks: list[Block], kept: float, tokens: list[Tensor], dense: int = 0
+        cls,
+        model: nn.Module,
+        blocks: list[Block],
+        kept: float,
+        tokens: list[Tensor],
+        dense: int = 0,
+        grid: Grid | None = None,
     ) -> "HealDemand":
         """The demand of a pruned model, or of its skeleton.
 
@@ -50,10 +60,20 @@ class HealDemand:
             kept: share of the pruned matrices' weights that are not zero.
             tokens: the batches of text, each ``[windows, seqlen]``; the first is as large as a step.
             dense: bytes of loading the dense model, if it must be loaded whole.
+            grid: the grid that the pruned matrices are on; None: there is none.
         """
-        trained = [sum(linear.weight.numel() for linear in block.linears.values()) for block in blocks]
-        total = sum(batch.numel() for batch in tokens)
-        return cls(ModelShape.of(model, blocks), trained, kept, total, tokens[0].shape[1], tokens[0].numel(), dense)
+        sizes = [[linear.weight.numel() for linear in block.linears.values()] for block in blocks]
+        return cls(
+            ModelShape.of(model, blocks),
+            trained=[sum(size) for size in sizes],
+            kept=kept,
+            tokens=sum(batch.numel() for batch in tokens),
+            seqlen=tokens[0].shape[1],
+            step=tokens[0].numel(),
+            dense=dense,
+            grid=grid,
+            largest=max((max(size, default=0) for size in sizes), default=0),
+        )
 
     def divide(self, budget: int, process: int, parts: int | None = None) -> tuple[Division, Estimate]:
         """The division that trains the most blocks together within ``budget`` bytes, and what it needs at its peak.
@@ -128,11 +148,12 @@ class HealDemand:
         together = min(self.step, tokens_at_once(shape.vocabulary))
         logits = LOGIT_BYTES * shape.vocabulary * together + shape.converted_head_bytes(together)
         # Adam's gradients of one block in float32, and in the model's dtype; or while saving, a block's packed state.
-        gradients = block * (4 + 2 * itemsize)
+        gradients = block * (4 + 2 * itemsize) + working_bytes(self.grid, self.largest)
+        state = STATE_BYTES + scale_bytes(self.grid, itemsize) + self.kept * itemsize
         return Estimate(
             model=model + (shape.head or shape.embedding),
             hidden=2 * self._states if division.states else 2 * self.step * shape.hidden * itemsize,
             forward=inputs + activations * max(1, division.graphs) + logits,
-            training=int(weights * (STATE_BYTES + self.kept * itemsize)) + gradients,
+            training=int(weights * state) + gradients,
             phase="train",
         )

@@ -303,7 +303,7 @@ def test_a_kept_weight_that_rounds_to_zero_stays_kept():
     kept = trainer.kept()
     kept["mlp.up_proj"][0], kept["mlp.up_proj"][1] = 0.0, -0.0
     trainer.put_(kept)
-    trainer.check_zeros(block)
+    trainer.check(block)
     found = trainer.kept()["mlp.up_proj"]
     least = torch.finfo(torch.float16).tiny
     assert found[:2].tolist() == [least, -least]
@@ -314,13 +314,13 @@ def test_a_zero_that_moved_is_found(at_kept):
     """Before a window is written: a kept weight that became zero, and a pruned one that came back."""
     block = find_blocks(pruned_model())[0]
     trainer = BlockTrainer(block)
-    trainer.check_zeros(block)
+    trainer.check(block)
     weight = trainer.weights["mlp.up_proj"]
     row, col = (weight != 0).nonzero()[0] if at_kept else (weight == 0).nonzero()[0]
     with torch.no_grad():
         weight[row, col] = 0.0 if at_kept else 1.0
     with pytest.raises(RuntimeError, match=r"model\.layers\.0\.mlp\.up_proj: training changed which weights are zero"):
-        trainer.check_zeros(block)
+        trainer.check(block)
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

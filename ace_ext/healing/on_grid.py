@@ -1,0 +1,78 @@
+"""Training of a matrix whose weights stay on a grid: float32 weights are rounded to it after each step.
+
+Gradients of the rounded weights are applied to the float32 ones (straight-through estimator, arXiv 1308.3432).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ace_ext.grids import AT_ONCE, Grid
+
+STEP_SHARE = 32.0
+"""A matrix on a grid is trained with a learning rate that is a share of its root mean square weight or of this number
+times the mean distance of two points of the grid, whichever is larger. With 8 bits both are about the same. With fewer
+bits a share of the weights alone would not reach the next point within a run."""
+
+WORKING_BYTES = 24
+"""Bytes for each entry of the rows that are rounded together, or whose scales are recovered together."""
+
+
+def scale_bytes(grid: Grid | None, itemsize: int) -> float:
+    """Bytes of the scales for each weight, in a dtype of ``itemsize`` bytes; 0 without a grid."""
+    return 0.0 if grid is None else itemsize / grid.group
+
+
+def working_bytes(grid: Grid | None, largest: int) -> int:
+    """Bytes of temporaries, with matrices of at most ``largest`` entries; 0 without a grid."""
+    return 0 if grid is None else WORKING_BYTES * min(largest, 2 * AT_ONCE)
+
+
+@dataclass(frozen=True)
+class GridWeight:
+    """The grid of one matrix. Its scales do not change."""
+
+    grid: Grid
+    scales: Tensor  # [rows, groups] in the model's dtype
+
+    @classmethod
+    def of(cls, grid: Grid | None, weight: Tensor) -> "GridWeight | None":
+        """The grid of ``weight [rows, cols]``, with its scales recovered; None if it is on no such grid."""
+        found = None if grid is None else grid.recover(weight)
+        return None if grid is None or found is None else cls(grid, found.scales)
+
+    @property
+    def step(self) -> float:
+        """The mean distance of neighbouring points, over the groups that are not zeros."""
+        found = self.scales[self.scales != 0]
+        return float(found.float().mean()) if len(found) else 0.0
+
+    @torch.no_grad()
+    def write_(self, weight: Tensor, master: Tensor, mask: Tensor) -> None:
+        """Writes ``master [rows, cols]`` float32, rounded to the grid, into ``weight``.
+
+        A kept weight whose nearest code is 0 gets code 1 or -1 by its sign: the zeros of the matrix are those of its
+        mask. ``master`` is limited to the range of the grid: a weight far outside would need many steps to come back.
+        """
+        height = max(1, AT_ONCE // max(1, weight.shape[1]))
+        for start in range(0, len(weight), height):
+            rows = slice(start, start + height)
+            self._write_rows_(weight[rows], master[rows], mask[rows], self.scales[rows])
+
+    def _write_rows_(self, weight: Tensor, master: Tensor, mask: Tensor, scales: Tensor) -> None:
+        step = self.grid.widened(scales.float(), weight.shape[1])
+        torch.minimum(master, step * self.grid.highest, out=master)
+        torch.maximum(master, step.mul_(self.grid.lowest), out=master)
+        del step
+        codes = self.grid.nearest(master, scales)
+        away = torch.where(master < 0, -1, 1).to(codes.dtype)
+        codes = torch.where(mask & (codes == 0), away, codes)
+        weight.copy_(self.grid.dequantize(codes, scales))
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether every entry of ``weight [rows, cols]`` is a point of the grid."""
+        height = max(1, AT_ONCE // max(1, weight.shape[1]))
+        parts = zip(torch.split(weight, height), torch.split(self.scales, height), strict=True)
+        return all(torch.equal(self.grid.dequantize(self.grid.nearest(part, s), s), part) for part, s in parts)
