@@ -18,6 +18,7 @@ LAYERS = [
     {"packed"},
     {"data"},
     {"runtime"},
+    {"serving"},
     {"pruning"},
     {"healing"},
     {"engine", "formats", "cards"},
