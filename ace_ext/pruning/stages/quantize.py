@@ -5,11 +5,14 @@ zeros. The Gram matrix ``G [cols, cols]`` of the inputs measures errors (:mod:`a
 of a row costs ``e G eᵀ``. Everything is computed in float32.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ace_ext import ops
+from ace_ext.errors import InputError
 from ace_ext.grids import GROUP_STEP, WIDTHS, Grid
 from ace_ext.pruning.gram import ObsFactor
 from ace_ext.pruning.settings import Limits, option
@@ -22,6 +25,8 @@ PART_ENTRIES = 2**24
 """A larger matrix is rounded in parts of about this many entries, in whole rows. This limits the peak memory of the
 buffers."""
 
+DAMP = 0.01
+REFIT = True
 SHARES = torch.linspace(1.0, 0.4, 31)
 """The largest weights of a group that the tried scales represent, as shares of the group's largest magnitude."""
 
@@ -51,6 +56,7 @@ class Quantize(MatrixStage):
     )
     damping: float = damping_option(0.01)
     gram: str = gram_option(PLAIN, COSINE)
+    sweeps: int = option(2, "sweeps of coordinate descent on codes and scales after GPTQ", Limits(at_least=0))
 
     @property
     def grid(self) -> Grid:
@@ -66,7 +72,7 @@ class Quantize(MatrixStage):
         height = max(1, PART_ENTRIES // max(1, cols))
         for start in range(0, rows, height):
             part = slice(start, start + height)
-            _round_rows(problem, factor, weight[part], self.grid, codes[part], scales[part])
+            _round_rows(problem, factor, weight[part], self, codes[part], scales[part])
         return Rounded(codes, scales, factor.damping, factor.attempts)
 
     def round_plainly(self, weight: Tensor) -> Tensor:
@@ -95,35 +101,91 @@ class Quantize(MatrixStage):
         return 4 * cols * cols
 
 
-def _round_rows(problem: Problem, factor: ObsFactor, weight: Tensor, grid: Grid, codes: Tensor, scales: Tensor) -> None:
-    """Writes ``codes [rows, cols]`` and ``scales [rows, groups]`` of some rows."""
-    upper, cols = factor.upper, weight.shape[1]
-    mask, left = weight != 0, weight.clone()
-    importance = upper.diagonal().square().reciprocal()
-    for start in range(0, cols, grid.group):
-        stop, at = min(start + grid.group, cols), start // grid.group
-        group = slice(start, stop)
-        scale = best_scales(left[:, group].masked_fill(~mask[:, group], 0.0), importance[group], grid, problem)
-        scales[:, at] = scale
-        for first in range(start, stop, BLOCK):
-            end = min(first + BLOCK, stop)
-            inner = slice(first, end)
-            error = _round_block_(left[:, inner], mask[:, inner], scale, upper[inner, inner], grid, problem)
-            codes[:, inner] = nearest_codes(left[:, inner], scale[:, None], grid)
-            left[:, end:].addmm_(error, upper[inner, end:], alpha=-1)
+def _round_rows(
+    problem: Problem, factor: ObsFactor, weight: Tensor, stage: Quantize, codes: Tensor, scales: Tensor
+) -> None:
+    """Writes ``codes [rows, cols]`` and ``scales [rows, groups]`` of some rows: GPTQ, then sweeps of coordinate
+    descent."""
+    grid, mask, values = stage.grid, weight != 0, weight.clone()
+    importance = factor.upper.diagonal().square().reciprocal()
+    for at, group in enumerate(_slices(0, weight.shape[1], grid.group)):
+        kept = values[:, group].masked_fill(~mask[:, group], 0.0)
+        scales[:, at] = best_scales(kept, importance[group], grid, problem)
+        for inner in _slices(group.start, group.stop, BLOCK):
+            block, error = values[:, inner], torch.empty_like(values[:, inner])
+            ops.quantize_block_(
+                block, error, mask[:, inner], scales[:, at].to(problem.dtype), factor.upper[inner, inner], grid.bits
+            )
+            values[:, inner.stop :].addmm_(error, factor.upper[inner, inner.stop :], alpha=-1)
+    if stage.sweeps:
+        descent = _Descent(problem, weight, values, mask, scales, stage)
+        for _ in range(stage.sweeps):
+            descent.sweep_()
+    if not torch.isfinite(values).all():
+        raise InputError(f"quantize overflowed with damping {factor.damping:g}; raise damping")
+    for at, group in enumerate(_slices(0, weight.shape[1], grid.group)):
+        codes[:, group] = nearest_codes(values[:, group], scales[:, at, None], grid)
 
 
-def _round_block_(weight: Tensor, mask: Tensor, scale: Tensor, factor: Tensor, grid: Grid, problem: Problem) -> Tensor:
-    """Rounds a block of columns of ``weight [rows, width]`` in place; later columns of the block compensate. Returns
-    the errors ``[rows, width]`` for the columns after it, relative to the factor's diagonal."""
-    error = torch.empty_like(weight)
-    for column in range(weight.shape[1]):
-        code = nearest_codes(weight[:, column], scale, grid) * mask[:, column]
-        value = problem.rounded(code * scale)
-        error[:, column] = (weight[:, column] - value) / factor[column, column]
-        weight[:, column:].addr_(error[:, column], factor[column, column:], alpha=-1)
-        weight[:, column] = value
-    return error
+class _Descent:
+    """Coordinate descent on codes and scales (QuantEase, arXiv 2309.01885): each kept code moves to its best value
+    given all others, and each scale to its least-squares value given the codes. No step raises
+    ``(values - target) H (values - target)ᵀ``, where ``H`` is the damped Gram matrix.
+    """
+
+    def __init__(
+        self, problem: Problem, target: Tensor, values: Tensor, mask: Tensor, scales: Tensor, stage: Quantize
+    ) -> None:
+        self.problem, self.values, self.mask, self.scales, self.grid = problem, values, mask, scales, stage.grid
+        gram = problem.whole_gram.matrix
+        diagonal = gram.diagonal()
+        dead = diagonal == 0
+        self.added = torch.where(dead, 1.0, DAMP * diagonal.mean())
+        self.gram, self.diagonal = gram, diagonal + self.added
+        change = values - target
+        self.slope = torch.addcmul(change @ gram, change, self.added)  # half of the gradient
+
+    def sweep_(self) -> None:
+        for at, group in enumerate(_slices(0, self.values.shape[1], self.grid.group)):
+            if REFIT:
+                self._fit_scales_(at, group)
+            scale = self.scales[:, at].to(self.problem.dtype)
+            for inner in _slices(group.start, group.stop, BLOCK):
+                current = self.values[:, inner].clone()
+                diagonal = self.diagonal[inner]
+                wanted = current - self.slope[:, inner] / diagonal
+                factor = self.gram[inner, inner] / diagonal
+                factor.diagonal().fill_(1.0)
+                change = torch.empty_like(current)
+                ops.quantize_block_(wanted, change, self.mask[:, inner], scale, factor, self.grid.bits, current)
+                self._move_(inner, wanted, change)
+
+    def _move_(self, columns: slice, values: Tensor, change: Tensor) -> None:
+        self.values[:, columns] = values
+        self.slope.addmm_(change, self.gram[columns])
+        self.slope[:, columns].addcmul_(change, self.added[columns])
+
+    def _fit_scales_(self, at: int, group: slice) -> None:
+        scale = self.scales[:, at, None]
+        codes = nearest_codes(self.values[:, group], scale, self.grid)
+        slope = self.slope[:, group]
+        inner = self.gram[group, group]
+        curve = ((codes @ inner).mul_(codes) + codes.square() * self.added[group]).sum(1, keepdim=True)
+        moved = scale - (slope * codes).sum(1, keepdim=True) / curve.clamp_min(1e-30)
+        moved = self.problem.rounded(moved)
+        values = self.problem.rounded(codes * moved)
+        change = values - self.values[:, group]
+        gain = (2 * slope * change + (change @ inner) * change + change.square() * self.added[group]).sum(1, keepdim=True)
+        better = (gain < 0) & (moved > 0)
+        change = change.masked_fill_(~better, 0.0)
+        self.scales[:, at] = torch.where(better, moved, scale)[:, 0]
+        self._move_(group, torch.where(better, values, self.values[:, group]), change)
+
+
+def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
+    """``[start, stop)`` in slices of ``step``; the last may be narrower."""
+    for first in range(start, stop, step):
+        yield slice(first, min(first + step, stop))
 
 
 def best_scales(weight: Tensor, importance: Tensor, grid: Grid, problem: Problem) -> Tensor:
