@@ -305,6 +305,17 @@ def parse(text: str) -> Method:
     return _complete(stages, " + ".join(labels))
 
 
+def quantize_of(text: str) -> Quantize | None:
+    """The stage ``quantize`` of a report's method text, None without one. Other stages may be unknown here, such as
+    scores that are a function of the caller's.
+
+    Raises:
+        InputError: the stage cannot be read.
+    """
+    own = [part.strip() for part in _split(text) if re.match(rf"\s*{Quantize.name}\b", part)]
+    return parse(own[0]).quantize if own else None
+
+
 def parse_list(text: str) -> tuple[Method, ...]:
     """Methods separated by ``;``.
 
