@@ -25,14 +25,15 @@ def on_grid(weight: Tensor, grid: Grid) -> Tensor:
 
 
 def quantize_folder(pruned: Path, output: Path, grid: Grid) -> Path:
-    """A copy of a pruned folder with the pruned matrices on a grid. Report and card say so."""
+    """A copy of a pruned folder with all matrices of its blocks on a grid. Report and card say so."""
     shutil.copytree(pruned, output)
     report, shards = read_report(output), Shards(output)
+    for name in [name for name, entry in shards.entries.items() if ".layers." in name and len(entry.shape) > 1]:
+        weight = shards.read(name)
+        shards.write({name: on_grid(weight.view(-1, weight.shape[-1]), grid).view(weight.shape)})
     for matrix in report.matrices:
-        name = f"{matrix.name}.weight"
-        weight = on_grid(shards.read(name), grid)
-        shards.write({name: weight})
-        matrix.nonzero = int(weight.count_nonzero())
+        if f"{matrix.name}.weight" in shards:  # fused experts are not
+            matrix.nonzero = int(shards.read(f"{matrix.name}.weight").count_nonzero())
     report.config["method"] += f" + quantize(bits={grid.bits}, group={grid.group})"
     (output / REPORT_NAME).write_text(report.to_json())
     write_card(output, report)

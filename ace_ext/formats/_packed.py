@@ -5,7 +5,6 @@ files are packed at the end (:class:`ace_ext.formats._converting.ConvertingWrite
 """
 
 import re
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from ace_ext.packed.files import PackedShards, is_packed
 from ace_ext.packed.packing import check_hashes, pack_into
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.groups import SparsityPattern
-from ace_ext.records import PruneReport
+from ace_ext.records import REPORT_NAME, PruneReport
 
 DEFAULT_GRID = Grid(bits=4, group=128)
 """The defaults of the stage ``quantize``, which a method's text leaves out."""
@@ -66,16 +65,18 @@ def pattern_of(report: PruneReport) -> tuple[int, int] | None:
 
 
 _QUANTIZE = re.compile(r"quantize(?:\s*\((?P<options>[^()]*)\))?")
-_OPTION = re.compile(r"\s*(?P<name>bits|group)\s*=\s*(?P<value>\d+)\s*")
 
 
 def grid_of(report: PruneReport) -> Grid | None:
     """The grid of a report's method; None if it does not quantize.
 
     Raises:
-        InputError: its stage ``quantize`` has options that no grid has.
+        InputError: its stage ``quantize`` names no grid.
     """
-    return grid_of_method(str(report.config.get("method") or ""))
+    try:
+        return grid_of_method(str(report.config.get("method") or ""))
+    except InputError as error:
+        raise InputError(f"{REPORT_NAME} names no grid that ace-prune knows: {error}; prune the model again") from error
 
 
 def grid_of_method(method: str) -> Grid | None:
@@ -83,12 +84,19 @@ def grid_of_method(method: str) -> Grid | None:
     its scores may be a function.
 
     Raises:
-        InputError: as :func:`grid_of`.
+        InputError: the options ``bits`` and ``group`` are not those of a grid.
     """
     for stage in method.split(" + "):
         match = _QUANTIZE.fullmatch(stage.strip())
         if match is not None:
-            options = [_OPTION.fullmatch(option) for option in (match["options"] or "").split(",") if option.strip()]
-            given = {option["name"]: int(option["value"]) for option in options if option is not None}
-            return replace(DEFAULT_GRID, **given)
+            named = (option.partition("=") for option in (match["options"] or "").split(","))
+            given = {name.strip(): value.strip() for name, _, value in named}
+            return Grid(*(_number(given, name, default) for name, default in vars(DEFAULT_GRID).items()))
     return None
+
+
+def _number(given: dict[str, str], name: str, default: int) -> int:
+    text = given.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise InputError(f"{name} must be a whole number (got {text[:20]!r})")
+    return int(text)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from ace_ext.grids import Grid
+from ace_ext.grids import GROUP_STEP, Grid
 from ace_ext.packed.matrix import (
     BITS,
     check_row_start,
@@ -154,16 +154,21 @@ class QuantizedMatrix:
 
     def dense(self) -> Tensor:
         """The dense matrix ``[rows, cols]``. Plain torch, so it works on any device."""
-        return Grid(self.bits, self.group).dequantize(self.dense_codes(), self.scales)
+        return narrow(Grid(self.bits, self.group), self.cols).dequantize(self.dense_codes(), self.scales)
 
 
 def recover(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor] | None:
     """Codes ``[rows, cols]`` int8 and scales of a matrix on a grid, as :meth:`ace_ext.grids.Grid.recover` finds them;
     None also if the matrix holds -0.0, of which codes do not keep the sign."""
-    bits = weight.view(BITS[weight.dtype])
+    bits, grid = weight.view(BITS[weight.dtype]), narrow(grid, weight.shape[1])
     if ((bits != 0) & (weight == 0)).any() or grid.recover(weight[:SAMPLE]) is None:
         return None
     return grid.recover(weight)
+
+
+def narrow(grid: Grid, cols: int) -> Grid:
+    """The grid with groups that are not wider than ``cols`` columns need: the same scales, in less memory."""
+    return Grid(grid.bits, min(grid.group, GROUP_STEP * max(1, math.ceil(cols / GROUP_STEP))))
 
 
 Counts = TypeVar("Counts", int, Tensor, NDArray[np.int64])

@@ -5,10 +5,13 @@ import shutil
 
 import pytest
 from folders import bad_input, prune, save_dense, tree
+from helpers import assert_same_bits
 from runs.test_plan import plan_of
 
 from ace_ext import InputError
-from ace_ext.formats import _packed
+from ace_ext.cli.main import main
+from ace_ext.formats import _packed, written_shards
+from ace_ext.models.safetensors_files import Shards
 from ace_ext.packed import CODECS
 from ace_ext.packed.files import PackedShards, is_packed
 from ace_ext.packed.packing import check_hashes, pack
@@ -44,6 +47,45 @@ def test_the_bytes_are_those_of_run_and_pack(name, offload, dense, tmp_path):
     result = verify(path)
     assert not result.problems
     assert result.exact_rows == result.rows > 0
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, 64), (4, 128), (3, 64)])
+@pytest.mark.parametrize("name", [*CODECS, "compressed-tensors"])
+def test_a_quantized_run_writes_codes(name, bits, group, dense, tmp_path):
+    """The bytes of ``run`` and ``pack``; the report's method names the grid."""
+    settings = {"method": f"magnitude + quantize(bits={bits}, group={group})", **SETTINGS.get(name, {})}
+    _, plain = prune(dense, tmp_path / "plain", **settings)
+    assert main(["pack", str(plain), "--output", str(tmp_path / "packed"), "--format", name]) == 0
+    _, path = prune(dense, tmp_path / "out", {"format": name}, **settings)
+    assert files(path) == files(tmp_path / "packed")
+    if name in CODECS:
+        grid, _ = PackedShards(path).code_bits()
+        assert (grid.bits, grid.group) == (bits, group)
+        assert not verify(path).problems
+    written, expected = written_shards(path), Shards(plain)
+    for tensor in expected.entries:
+        assert_same_bits(written.read(tensor), expected.read(tensor))
+
+
+def test_a_resumed_run_measures_what_it_wrote(dense, tmp_path, monkeypatch):
+    """A run that ends after the exchange reads its perplexity from the codes."""
+    settings = {"method": "magnitude + quantize(bits=8, group=64)"}
+    options, text = {"format": "compressed-tensors"}, {"evaluate": str(dense.parent / "text.txt")}
+    report, expected = prune(dense, tmp_path / "whole", options, text, **settings)
+    real = os.replace
+
+    def fail(*arguments, **given):
+        if str(arguments[-1]).endswith("out"):
+            raise OSError(28, os.strerror(28))
+        return real(*arguments, **given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", fail)
+        with pytest.raises(InputError, match="continue with --resume"):
+            prune(dense, tmp_path / "out", options, text, **settings)
+    again, path = prune(dense, tmp_path / "out", {**options, "resume": True}, text, **settings)
+    assert files(path) == files(expected)
+    assert again.perplexity.pruned == pytest.approx(report.perplexity.pruned, abs=1e-3)
 
 
 PLACES = {
@@ -103,6 +145,12 @@ def test_the_plan_knows_the_size(dense, tmp_path):
             stored = sum(t.nbytes for one in PackedShards(path).packed for t in parts(one))
             assert planned.output_bytes == stored < weights
         assert f"weights in the output: {planned.output_bytes / 1e9:.3f} GB" in planned.table()
+    for name in ("bitmap", "compressed-tensors"):
+        settings = {"method": "magnitude + quantize(bits=8, group=64)"}
+        planned = plan_of(dense, {"format": name}, **settings)
+        _, path = prune(dense, tmp_path / f"{name}-8", {"format": name}, **settings)
+        stored = sum(file.stat().st_size for file in path.glob("*.safetensors")) - headers(path)
+        assert stored == pytest.approx(planned.output_bytes, rel=0.05)
     archive = plan_of(dense, {"format": "archive"})
     assert archive.output_bytes < weights / 2
     assert archive.write_bytes > plan_of(dense).write_bytes
@@ -119,6 +167,9 @@ def parts(one):
 
 def test_bad_formats_are_refused_before_anything_is_written(dense, capsys):
     assert "format nm is for N:M patterns" in bad_input(capsys, "run", dense, "--format", "nm")
+    assert "is for quantized models; add the stage quantize" in bad_input(
+        capsys, "run", dense, "--format", "compressed-tensors"
+    )
     error = bad_input(capsys, "run", dense, "--format", "bitmap", "--method", "distill")
     assert "writes format dense" in error
     error = bad_input(capsys, "run", dense, "--format", "archive", "--max-memory", "10MB")
