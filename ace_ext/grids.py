@@ -111,7 +111,7 @@ class Grid:
     def _recover_rows(self, weight: Tensor) -> Quantized | None:
         rows, cols = weight.shape
         groups = self.groups(cols)
-        padded = torch.nn.functional.pad(weight, (0, groups * self.group - cols)).view(-1, self.group)
+        padded = torch.nn.functional.pad(weight, (0, groups * self.group - cols)).reshape(-1, self.group)
         codes = torch.zeros(padded.shape, dtype=torch.int8, device=weight.device)
         scales = torch.zeros(len(padded), dtype=weight.dtype, device=weight.device)
         most = padded.abs().amax(dim=1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ace_ext.cards import CARD, card_says
 from ace_ext.dense_weights import NOT_CALLED
 from ace_ext.errors import InputError, one_line
+from ace_ext.grids import Grid
 from ace_ext.models._transformers import embedding_weight, is_left_out
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.safetensors_files import Shards, all_names, has_safetensors
@@ -23,6 +24,7 @@ from ace_ext.pruning.stages import Allocate
 from ace_ext.records import REPORT_NAME, MatrixReport, PruneReport
 from ace_ext.runs.output import read_report
 from ace_ext.runs.own_files import read_manifest
+from ace_ext.runs.recorded_grid import grid_of
 from ace_ext.runtime import open_model
 
 
@@ -63,14 +65,15 @@ def verify_weights(folder: str | Path) -> VerifyResult:
 
     The configuration and the run's ``skip`` give the parameters, their shapes, and the matrices that were pruned. The
     files must hold these parameters and nothing else, all finite. Every matrix must have the zeros that the settings
-    ask for per row (or N:M group, matrix, model), none of them -0.0, and as many as the report says.
+    ask for per row (or N:M group, matrix, model), none of them -0.0, and as many as the report says. After the stage
+    ``quantize`` it must be on the grid of this stage.
 
     Raises:
         InputError: the folder has no report that can be read, or no safetensors, or does not give back what was
             packed.
     """
     report = read_report(folder)
-    config = _settings_of(report, folder)
+    config, grid = _settings_of(report, folder), grid_of(report, folder)
     packed = is_packed(folder)
     if not packed and not has_safetensors(folder):
         raise InputError(f"{str(folder)!r} has no safetensors; give a folder that ace-prune run wrote")
@@ -95,6 +98,10 @@ def verify_weights(folder: str | Path) -> VerifyResult:
             continue
         total = int(weight.count_nonzero())
         _check_matrix(name, reported.get(name), weight, total, config, result)
+        if grid is not None and grid.recover(weight) is None:
+            result.problems.append(
+                f"{name}: not on the grid of its run, {grid.bits} bits with a scale for {grid.group} columns of a row"
+            )
         nonzero += total
         size += weight.numel()
     result.sparsity = 1 - nonzero / size if size else 0.0
