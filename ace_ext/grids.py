@@ -111,7 +111,7 @@ class Grid:
     def _recover_rows(self, weight: Tensor) -> Quantized | None:
         rows, cols = weight.shape
         groups, width = self.groups(cols), min(self.group, cols)
-        padded = torch.nn.functional.pad(weight, (0, groups * width - cols)).view(-1, width)
+        padded = torch.nn.functional.pad(weight, (0, groups * width - cols)).reshape(-1, width)
         codes = torch.zeros(padded.shape, dtype=torch.int8, device=weight.device)
         scales = torch.zeros(len(padded), dtype=weight.dtype, device=weight.device)
         most = padded.abs().amax(dim=1)

@@ -104,6 +104,15 @@ def test_recovers_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(whole.scales, parts.scales)
 
 
+def test_recovers_a_transposed_view() -> None:
+    weight = sample(Grid(4, 64), torch.bfloat16, 5, 128, seed=3)
+    found, expected = (Grid(4, 64).recover(w) for w in (weight.T.contiguous().T, weight))
+    assert found is not None
+    assert expected is not None
+    assert torch.equal(found.codes, expected.codes)
+    assert torch.equal(found.scales, expected.scales)
+
+
 def test_product_is_rounded_once() -> None:
     codes = torch.tensor([[101]], dtype=torch.int8)
     scales = torch.tensor([[1.0078125]], dtype=torch.bfloat16)

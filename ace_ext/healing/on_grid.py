@@ -3,7 +3,6 @@
 Gradients of the rounded weights are applied to the float32 ones (straight-through estimator, arXiv 1308.3432).
 """
 
-import math
 from dataclasses import dataclass
 
 import torch

@@ -38,9 +38,7 @@ class BlockTrainer:
         grid: matrices that are on this grid stay on it, with the same scales; None: there is none.
     """
 
-    def __init__(
-        self, block: Block, masks: Mapping[str, Tensor] | None = None, grid: Grid | None = None
-    ) -> None:
+    def __init__(self, block: Block, masks: Mapping[str, Tensor] | None = None, grid: Grid | None = None) -> None:
         self.weights = {child: linear.weight for child, linear in block.linears.items()}
         if masks is None:
             masks = {child: weight != 0 for child, weight in self.weights.items()}

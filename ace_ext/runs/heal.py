@@ -30,7 +30,6 @@ from ace_ext.runs.command import heal_command
 from ace_ext.runs.heal_journal import HealJournal
 from ace_ext.runs.heal_memory import Division, HealDemand
 from ace_ext.runs.heal_models import HealedBlocks, dense_name, dense_request, open_pruned, running_dense, whole_bytes
-from ace_ext.runs.recorded_grid import grid_of
 from ace_ext.runs.heal_request import TOKENS, HealRequest
 from ace_ext.runs.heal_text import NOTE, HealText, recorded_text
 from ace_ext.runs.heal_trial import tokens_within
@@ -47,6 +46,7 @@ from ace_ext.runs.output import (
     output_path,
     read_report,
 )
+from ace_ext.runs.recorded_grid import grid_of
 from ace_ext.runs.unfinished import discard, recover
 from ace_ext.runs.verify import verify_weights
 
@@ -92,7 +92,7 @@ class _Run:
     def __init__(self, request: HealRequest, report: PruneReport, dense: RunRequest) -> None:
         self._request, self._report, self._dense = request, report, dense
         self._pruned = open_pruned(request.folder, report, request.device)
-        self._grid = grid_of(report)
+        self._grid = grid_of(report, request.folder)
 
     def run(self, path: Path, observer: Observer | None, tell: Callable[[str], None] | None) -> PruneReport:
         """The whole run; ``path``: the output."""
