@@ -74,7 +74,8 @@ check-pages: $(VENV)/installed
 # Serves packed models with vLLM and asks them through an OpenAI client, in an environment of its own, .venv-vllm (2 GB).
 check-vllm:
 	PYTHON=$(PYTHON) tools/vllm_env.sh .venv-vllm
-	OMP_NUM_THREADS=1 .venv-vllm/bin/pytest -m vllm python_tests/serving/test_vllm.py
+	mkdir -p build/vllm
+	ACE_VLLM_FOLDERS=build/vllm OMP_NUM_THREADS=1 .venv-vllm/bin/pytest -m vllm python_tests/serving/test_vllm.py
 
 # Mutates a model's files and runs the command line on them, for FUZZ_SECONDS.
 FUZZ_SECONDS ?= 30

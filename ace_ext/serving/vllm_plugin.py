@@ -232,5 +232,6 @@ def _activate(activation: Any, settings: Any, x: Tensor) -> Tensor:
 def _stop(error: InputError) -> NoReturn:
     """Ends the process with one line if it is vLLM's own: its command, or a process that it started."""
     if multiprocessing.parent_process() is not None or Path(sys.argv[0]).name == "vllm":
-        raise SystemExit(f"ace_ext: {error}") from error
+        print(f"ace_ext: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
     raise error

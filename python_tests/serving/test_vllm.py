@@ -1,8 +1,9 @@
 """Packed folders served by vLLM: `vllm serve`, an OpenAI client, and the text that transformers' packed model writes.
 
 Needs an environment with vLLM; ``make check-vllm`` makes one and runs these tests. SmolLM2-135M is fetched once, into
-demo/ or $ACE_MODEL_FOLDER. All models compute in float32: in bfloat16 the kernels of vLLM and of transformers round
-differently, and greedy texts part where two words are nearly equal.
+demo/ or $ACE_MODEL_FOLDER; the packed models are kept in $ACE_VLLM_FOLDERS for the next call. All models compute in
+float32: in bfloat16 the kernels of vLLM and of transformers round differently, and greedy texts part where two words
+are nearly equal.
 """
 
 import contextlib
@@ -55,6 +56,13 @@ def tool(name: str):
     return module
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    """Where packed models are."""
+    kept = os.environ.get("ACE_VLLM_FOLDERS")
+    return Path(kept).absolute() if kept else tmp_path_factory.mktemp("packed")
+
+
 def packed(model: Path, folder: Path) -> Path:
     """The packed model, pruned to 50 %."""
     options = ["--method", "fast", "--calibration", "wiki-mini", "--nsamples", "16", "--seqlen", "128"]
@@ -69,15 +77,17 @@ def gguf() -> Path:
 
 
 @pytest.fixture(scope="module")
-def smol(gguf, tmp_path_factory) -> Path:
-    return packed(gguf, tmp_path_factory.mktemp("smol") / "packed")
+def smol(gguf, folders) -> Path:
+    return folders / "smol" if (folders / "smol").exists() else packed(gguf, folders / "smol")
 
 
 @pytest.fixture(scope="module")
-def mixture(gguf, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("mixture")
-    tool("make_mixture").make(str(gguf), folder / "dense", 2)
-    return packed(folder / "dense", folder / "packed")
+def mixture(gguf, folders, tmp_path_factory) -> Path:
+    if not (folders / "mix").exists():
+        dense = tmp_path_factory.mktemp("mixture") / "dense"
+        tool("make_mixture").make(str(gguf), dense, 2)
+        packed(dense, folders / "mix")
+    return folders / "mix"
 
 
 @pytest.fixture(scope="module")
@@ -178,16 +188,19 @@ def test_a_compiled_model(smol, texts, tmp_path):
         assert server.complete(PROMPTS[0]) == texts[0]
 
 
-def test_a_mixture(mixture, tmp_path):
-    expected = written(mixture)
+@pytest.fixture(scope="module")
+def mixture_texts(mixture) -> list[str]:
+    return written(mixture)
+
+
+def test_a_mixture(mixture, mixture_texts, tmp_path):
     with Server(mixture, tmp_path / "log", "--enforce-eager") as server, ThreadPoolExecutor(8) as threads:
-        assert list(threads.map(server.complete, PROMPTS)) == expected
+        assert list(threads.map(server.complete, PROMPTS)) == mixture_texts
 
 
-def test_a_compiled_mixture(mixture, tmp_path):
-    expected = written(mixture)
+def test_a_compiled_mixture(mixture, mixture_texts, tmp_path):
     with Server(mixture, tmp_path / "log") as server, ThreadPoolExecutor(8) as threads:
-        assert list(threads.map(server.complete, PROMPTS)) == expected
+        assert list(threads.map(server.complete, PROMPTS)) == mixture_texts
 
 
 def test_ranks_have_their_parts(smol, texts, tmp_path):
@@ -247,7 +260,7 @@ def test_a_damaged_folder_is_one_line(damage, smol, tmp_path):
     damage(file)
     server = Server(folder, tmp_path / "log", "--enforce-eager")
     try:
-        assert server.process.wait(WAIT) == 1
+        assert server.process.wait(WAIT) == 2
     finally:
         server.stop(signal.SIGKILL)
     log = (tmp_path / "log").read_text()
