@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find ace_ext csrc -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 JOBS ?= 2
 
-.PHONY: demo test test-cpp test-python test-quick check-kernels check-arm check-memory check-pages fuzz gpu lint docs dist clean \
+.PHONY: demo test test-cpp test-python test-quick check-kernels check-arm check-memory check-pages check-vllm fuzz gpu lint docs dist clean \
 	nightly nightly-python nightly-cpp nightly-fuzz coverage coverage-python coverage-cpp coverage-core mutation \
 	mutation-python licenses test-oldest
 
@@ -71,6 +71,12 @@ check-pages: $(VENV)/installed
 	$(BIN)/pip install --quiet playwright
 	ACE_PAGES="$$PWD/build/pages" OMP_NUM_THREADS=1 $(BIN)/pytest -m browser python_tests/reporting/test_browser.py
 
+# Serves packed models with vLLM and asks them through an OpenAI client, in an environment of its own, .venv-vllm (2 GB).
+check-vllm:
+	PYTHON=$(PYTHON) tools/vllm_env.sh .venv-vllm
+	mkdir -p build/vllm
+	ACE_VLLM_FOLDERS=build/vllm OMP_NUM_THREADS=1 .venv-vllm/bin/pytest -m vllm python_tests/serving/test_vllm.py
+
 # Mutates a model's files and runs the command line on them, for FUZZ_SECONDS.
 FUZZ_SECONDS ?= 30
 fuzz: $(VENV)/installed
@@ -78,7 +84,7 @@ fuzz: $(VENV)/installed
 
 # What takes hours, or would rarely find what `make test` does not; docs/trust.md has the figures. Each part can be run
 # alone.
-nightly: nightly-python test-oldest nightly-cpp check-arm check-memory check-pages coverage mutation licenses nightly-fuzz
+nightly: nightly-python test-oldest nightly-cpp check-arm check-memory check-pages check-vllm coverage mutation licenses nightly-fuzz
 
 # The tests that `make test` leaves out (pyproject.toml, addopts), also those that need lm-eval.
 nightly-python: $(VENV)/installed

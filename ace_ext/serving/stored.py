@@ -83,6 +83,19 @@ def weights_of(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
         yield name, found if isinstance(found, Tensor) else StoredWeight(found, entry.shape)
 
 
+def check(folder: str | Path) -> None:
+    """Checks a packed folder before a server starts: headers, sizes, counts and bitmaps; the survivors are not read.
+
+    Of compressed files, which are read as a whole when they are loaded, only the headers are checked.
+
+    Raises:
+        InputError: the folder is not packed, or damaged.
+    """
+    for file in PackedShards(folder).packed:
+        for name in () if file.codec.compresses else file.dense.entries:
+            file.load(name)
+
+
 def bounds(size: int, start: int | None, stop: int | None) -> tuple[int, int]:
     """The first and the last index + 1 of a slice of ``size`` elements, as Python takes them."""
     first, last, _ = slice(start, stop).indices(size)

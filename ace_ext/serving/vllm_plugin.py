@@ -12,7 +12,7 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Generator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,11 +31,11 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import OWN_METHOD
-from ace_ext.packed.files import PackedShards, is_packed
+from ace_ext.packed.files import is_packed
 from ace_ext.serving.experts import ExpertOptions, Mixture
 from ace_ext.serving.product import product_of
 from ace_ext.serving.slots import Slot
-from ace_ext.serving.stored import weights_of
+from ace_ext.serving.stored import check, weights_of
 
 
 class PackedMethod(LinearMethodBase):  # type: ignore[misc]
@@ -160,9 +160,9 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]
         return cls()
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Checks the files' headers before any engine process starts."""
+        """Checks the files before any engine process starts."""
         try:
-            PackedShards(model_name, mapped=False)
+            _check(model_name)
         except InputError as error:
             _stop(error)
 
@@ -206,6 +206,10 @@ def register() -> None:
         LOADERS[name] = PackedLoader
 
 
+_check = cache(check)  # vLLM makes its configuration more than once
+""":func:`ace_ext.serving.stored.check`, once for each folder of this process."""
+
+
 def _slot(shape: tuple[int, ...], dtype: torch.dtype, attributes: dict[str, Any]) -> nn.Parameter:
     slot = nn.Parameter(Slot(shape, dtype, torch.get_default_device()), requires_grad=False)
     set_weight_attrs(slot, attributes)
@@ -228,5 +232,6 @@ def _activate(activation: Any, settings: Any, x: Tensor) -> Tensor:
 def _stop(error: InputError) -> NoReturn:
     """Ends the process with one line if it is vLLM's own: its command, or a process that it started."""
     if multiprocessing.parent_process() is not None or Path(sys.argv[0]).name == "vllm":
-        raise SystemExit(f"ace_ext: {error}") from error
+        print(f"ace_ext: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
     raise error

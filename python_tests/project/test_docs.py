@@ -76,8 +76,12 @@ def test_parser_accepts_every_command(path, capsys):
         assert parse(arguments) == 0, f"ace-prune {shlex.join(arguments)}: {capsys.readouterr().err}"
 
 
-OF_OTHERS = {"--no-build-isolation", "--nproc-per-node"}
-"""Options of pip and torchrun."""
+OF_OTHERS = {"--no-build-isolation", "--nproc-per-node"} | {
+    "--enforce-eager",
+    "--load-format dummy",
+    "--enable-eplb",
+}
+"""Options of pip and torchrun, and of vLLM."""
 
 
 def known_options() -> set[str]:

@@ -16,7 +16,7 @@ from ace_ext.packed.matrix import PackedMatrix
 from ace_ext.packed.packing import pack
 from ace_ext.serving.matrices import dense
 from ace_ext.serving.slots import Slot
-from ace_ext.serving.stored import StoredWeight, weights_of
+from ace_ext.serving.stored import StoredWeight, check, weights_of
 
 
 def stored(weight: torch.Tensor) -> StoredWeight:
@@ -118,11 +118,14 @@ def test_a_damaged_folder_is_named(tmp_path):
     place = shards._owner[packed]._entries[f"{packed}.bitmap"].offset
     whole = file.read_bytes()
     file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-    with pytest.raises(InputError, match=f"{SUFFIX} is damaged .{packed}: bitmap does not have"):
-        list(weights_of(tmp_path / "packed"))
+    for step in (lambda folder: list(weights_of(folder)), check):
+        with pytest.raises(InputError, match=f"{SUFFIX} is damaged .{packed}: bitmap does not have"):
+            step(tmp_path / "packed")
     file.write_bytes(whole[:-10])
     with pytest.raises(InputError, match=SUFFIX):
-        list(weights_of(tmp_path / "packed"))
+        check(tmp_path / "packed")
+    file.write_bytes(whole)
+    check(tmp_path / "packed")
 
 
 # Slots, with loaders as vLLM has them
