@@ -126,8 +126,8 @@ MUST_BE_SHARE = "sparsity must be a share from 0 to 1"
         *[
             (
                 {"method": "quantize(bits=8)", name: value},
-                f"{name} is for methods that prune, and quantize(bits=8) only quantizes (got {value}); leave out {name}, "
-                "or add a stage that prunes, as in balanced + quantize(bits=8)",
+                f"{name} is for methods that prune, and quantize(bits=8) only quantizes (got {value}); leave out "
+                f"{name}, or add a stage that prunes, as in balanced + quantize(bits=8)",
             )
             for name, value in (("sparsity", 0.5), ("pattern", "2:4"), ("group", "matrix"))
         ],
