@@ -1,7 +1,6 @@
 // quantize_block_.
-#include "cuda/quantize_block.cuh"
-
 #include "cuda/dispatch.cuh"
+#include "cuda/quantize_block.cuh"
 
 namespace ace::cuda {
 namespace {

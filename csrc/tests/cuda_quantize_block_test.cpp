@@ -40,21 +40,11 @@ struct QuantizeCase {
   size_t at(int64_t i, int64_t k) const { return static_cast<size_t>(i * layout.stride() + k); }
 
   void launch(int code = 1) {
-    const QuantizeArguments arguments{weight.data(),
-                                      error.data(),
-                                      mask.get(),
-                                      scale.data(),
-                                      factor.data(),
-                                      current.empty() ? nullptr : current.data(),
-                                      layout.rows,
-                                      layout.cols,
-                                      layout.stride(),
-                                      layout.stride(),
-                                      layout.stride(),
-                                      square.stride(),
-                                      layout.stride(),
-                                      kDtype<T>,
-                                      bits};
+    const QuantizeArguments arguments{weight.data(),   error.data(),    mask.get(),
+                                      scale.data(),    factor.data(),   current.empty() ? nullptr : current.data(),
+                                      layout.rows,     layout.cols,     layout.stride(),
+                                      layout.stride(), layout.stride(), square.stride(),
+                                      layout.stride(), kDtype<T>,       bits};
     Workspace work(quantize_block_bytes());
     ASSERT_EQ(launch_quantize_block(arguments, work.data(), code, nullptr), cudaSuccess);
   }
@@ -82,8 +72,8 @@ void check_quantize(Layout layout, Values values, int bits, bool descends) {
   for (int64_t c = 1; c < layout.cols; ++c) got.u(c, c - 1) = not_finite<float>();  // below the diagonal: not read
   got.launch();
   want.solve_plainly();
-  const std::string what = std::to_string(bits) + " bits, width " + std::to_string(layout.cols) + ", rows " +
-                           std::to_string(layout.rows);
+  const std::string what =
+      std::to_string(bits) + " bits, width " + std::to_string(layout.cols) + ", rows " + std::to_string(layout.rows);
   for (const float d : want.error) ASSERT_TRUE(is_finite(d)) << what << ": the case is of no use";
   expect_same_bits(got.weight, want.weight, what + ", weight");
   expect_same_bits(got.error, want.error, what + ", error");
