@@ -35,8 +35,9 @@ def _check_list(name: str, values: tuple[object, ...]) -> None:
 @dataclass(frozen=True)
 class Grid:
     """What differs between the runs of a comparison. ``amounts`` are shares of zeros like ``"0.5"`` and patterns like
-    ``"2:4"``; a method that only quantizes runs once, with the amount ``"0"``; ``lengths`` are pairs ``(nsamples, seqlen)``. ``bos`` is the same for all runs: whether calibration
-    samples begin with the BOS token. None: :func:`ace_ext.data.bos.default_mode` of each method.
+    ``"2:4"``; a method that only quantizes runs once, with the amount ``"0"``. ``lengths`` are pairs ``(nsamples,
+    seqlen)``. ``bos`` is the same for all runs: whether calibration samples begin with the BOS token. None:
+    :func:`ace_ext.data.bos.default_mode` of each method.
 
     Raises:
         InputError: a list is empty, a value is given twice, or ``bos`` is unknown.

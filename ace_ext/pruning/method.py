@@ -408,7 +408,8 @@ def _refuse_option(stage: str, key: str, known: list[str]) -> None:
     if key in own:
         where = f"several stages of {stage} have it; write its stages instead of the name"
     elif having:
-        where = f"{key} is an option of {' and '.join(having)}, as in {having[0]}({key}=…)"
+        listed = " and ".join(filter(None, [", ".join(having[:-1]), having[-1]]))
+        where = f"{key} is an option of {listed}, as in {having[0]}({key}=…)"
     else:
         where = f"its options are {', '.join(own)}{suggestion(key, own)}" if own else "it has none"
     raise InputError(f"{stage} has no option {key}: {where}")

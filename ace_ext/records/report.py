@@ -176,8 +176,8 @@ class PruneReport:
         )
         zeros = sum(matrix.keep - matrix.nonzero for matrix in self.matrices)
         return [
-            f"quantized: mean squared error of a matrix's output {before:.5f} before, {after:.5f} after; {zeros:,} kept "
-            "weights are 0"
+            f"quantized: mean squared error of a matrix's output {before:.5f} before, {after:.5f} after; {zeros:,} "
+            "kept weights are 0"
         ]
 
     def _empty_rows(self) -> list[str]:
