@@ -11,7 +11,6 @@ from torch import Tensor
 from ace_ext.cards import CARD, card_says
 from ace_ext.dense_weights import NOT_CALLED
 from ace_ext.errors import InputError, one_line
-from ace_ext.grids import Grid
 from ace_ext.models._transformers import embedding_weight, is_left_out
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.safetensors_files import Shards, all_names, has_safetensors
