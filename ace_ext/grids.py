@@ -66,7 +66,7 @@ class Grid:
 
     def widened(self, scales: Tensor, cols: int) -> Tensor:
         """``[rows, cols]``: the scale of each entry."""
-        return scales.repeat_interleave(self.group, dim=1)[:, :cols]
+        return scales.repeat_interleave(min(self.group, max(1, cols)), dim=1)[:, :cols]
 
     def dequantize(self, codes: Tensor, scales: Tensor) -> Tensor:
         """``[rows, cols]``: codes times scales, multiplied in float32 and rounded once to the dtype of ``scales``."""
@@ -110,8 +110,8 @@ class Grid:
 
     def _recover_rows(self, weight: Tensor) -> Quantized | None:
         rows, cols = weight.shape
-        groups = self.groups(cols)
-        padded = torch.nn.functional.pad(weight, (0, groups * self.group - cols)).reshape(-1, self.group)
+        groups, width = self.groups(cols), min(self.group, cols)
+        padded = torch.nn.functional.pad(weight, (0, groups * width - cols)).reshape(-1, width)
         codes = torch.zeros(padded.shape, dtype=torch.int8, device=weight.device)
         scales = torch.zeros(len(padded), dtype=weight.dtype, device=weight.device)
         most = padded.abs().amax(dim=1)

@@ -126,7 +126,7 @@ METHODS += ["swaps(name=x)", "swaps(groups=row)", "swaps(__class__=x)", "collect
 METHODS += ["wanda + ria", "admm + obs", "swaps + mean-swaps", "best + distill", "balanced + fast", "collect + collect"]
 METHODS += ["distill + admm", "admm + wanda", "admm + collect", "wanda + allocate", "admm + published-wanda"]
 METHODS += ["wanda + admm(saliency=magnitude)", "swaps + admm(gram=sketch)", "swaps(gram=cosine) + obs"]
-METHODS += ["collect(token_norm=exact) + wanda"]
+METHODS += ["collect(token_norm=exact) + wanda", "quantize + train", "quantize + admm", "admm(gram=cosine) + quantize"]
 """Texts that are no method."""
 OPTIONS: dict[str, list[str]] = {
     "collect(batch_tokens={}) + wanda": [*NOT_WHOLE, *TOO_SMALL],
@@ -145,6 +145,10 @@ OPTIONS: dict[str, list[str]] = {
     "admm(gram={})": CHOICES,
     "obs(damping={})": [*NO_NUMBERS, "nan", "-1"],
     "obs(gram={})": [*CHOICES, "sketch"],
+    "quantize(bits={})": [*NOT_WHOLE, "0", "5", "16", "-4"],
+    "quantize(group={})": [*NOT_WHOLE, "0", "-64", "100"],
+    "quantize(gram={})": [*CHOICES, "sketch"],
+    "quantize(sweeps={})": [*NOT_WHOLE, "-1"],
     "train(epochs={})": [*NOT_WHOLE, *TOO_SMALL],
     "train(learning_rate={})": [*NO_NUMBERS, "nan", "-1", "0", "inf"],
     "distill(tokens={})": [*NOT_WHOLE, *TOO_SMALL],
@@ -162,6 +166,9 @@ TARGETS = [
     {"group": "matrix", "pattern": "2:4"},
     {"pattern": "2:4", "method": "allocate + admm"},
     {"pattern": "2:4", "sparsity": "0.5"},
+    {"method": "quantize", "sparsity": "0.5"},
+    {"method": "quantize", "pattern": "2:4"},
+    {"method": "quantize", "group": "matrix"},
 ]
 """Targets that methods do not reach, or that exclude each other."""
 REMOVED = [

@@ -38,6 +38,7 @@ FAMILIES = {
     "balance": ("cuda_balance_test", "BalanceOf/2.*"),
     "restore": ("cuda_restore_test", "*"),
     "obs_block": ("cuda_obs_block_test", "*"),
+    "quantize_block": ("cuda_quantize_block_test", "QuantizeBlock/2.*"),
     "packed": ("cuda_packed_test", "CudaPacked/2.*"),
 }
 ENTRY = re.compile(r"\.entry (\w+)\(")

@@ -21,9 +21,9 @@ from ace_ext.errors import InputError
 from ace_ext.packed import codec_named
 from ace_ext.packed.card_section import CARD, section_of
 from ace_ext.packed.files import PackedShards, is_packed
-from ace_ext.pruning.method import parse
+from ace_ext.pruning.method import parse, quantize_of
 from ace_ext.pruning.metrics import METRICS
-from ace_ext.pruning.stages import Collect, Score, Stage
+from ace_ext.pruning.stages import Collect, Quantize, Score, Stage
 from ace_ext.records import PruneReport, figure_text
 from ace_ext.whole_files import write_whole
 
@@ -100,7 +100,9 @@ def _render(report: PruneReport, base: BaseCard, has_base: bool, causal: bool) -
             mark=f"<!-- ace-prune: {len(report.matrices)} matrices, {report.sparsity:.6f} zeros -->",
             name=_name(report),
             hub_name=report.extra.get("base_model") or base.base_model,
-            amount=_amount(report.config),
+            title=_title(report.config),
+            pruned=_stage_of_grid(report.config) is None or bool(report.config["sparsity"]),
+            grid=_grid(report),
             kept=_kept(report.config),
             method=report.method,
             stages=_stages(report.config),
@@ -135,8 +137,36 @@ def _amount(config: Mapping[str, Any]) -> str:
     return str(config["pattern"]) if config.get("pattern") else f"{100 * config['sparsity']:g} %"
 
 
+def _title(config: Mapping[str, Any]) -> str:
+    """What was done to the model, in a few words."""
+    stage = _stage_of_grid(config)
+    zeros = "" if config.get("pattern") else " zeros"
+    pruned = f"pruned: {_amount(config)}{zeros}" if stage is None or config["sparsity"] else ""
+    return ", ".join(filter(None, [pruned, f"quantized: {stage.bits} bits" if stage is not None else ""]))
+
+
+def _stage_of_grid(config: Mapping[str, Any]) -> Quantize | None:
+    return quantize_of(str(config.get("method")))
+
+
+def _grid(report: PruneReport) -> str:
+    """The grid of the weights and the bits of a weight in the packed formats, in words; empty without a grid."""
+    stage = _stage_of_grid(report.config)
+    if stage is None:
+        return ""
+    scale = 32 if report.dtype == "float32" else 16
+    stored = max(4, stage.bits)  # codes of 3 bits are stored in 4
+    packed = min(stored, 1 + stored * (1 - report.sparsity)) + scale / stage.group
+    return (
+        f"{stage.bits} bits, a scale for each row and {stage.group} columns: {packed:.2f} bits a weight once packed, "
+        f"{scale} in the dense format"
+    )
+
+
 def _kept(config: Mapping[str, Any]) -> str:
     """Which weights were kept, in words."""
+    if not config.get("pattern") and not config["sparsity"]:
+        return "all"
     if config.get("pattern"):
         keep, size = str(config["pattern"]).split(":")
         return f"{keep} of each {size} consecutive weights of a row"

@@ -15,7 +15,7 @@ from ace_ext.data.tasks import Tasks
 from ace_ext.engine.devices import pick_device
 from ace_ext.errors import InputError
 from ace_ext.pruning.groups import GROUPS
-from ace_ext.pruning.method import parse_list
+from ace_ext.pruning.method import Method, parse_list
 from ace_ext.reporting.compare_page import write_study_report
 from ace_ext.reporting.plots import require_matplotlib
 from ace_ext.runs.options import Calibration
@@ -90,12 +90,13 @@ def _add_tasks(group: argparse._ArgumentGroup) -> None:
 
 def study_from(args: argparse.Namespace) -> Study:
     """The study of the parsed arguments of ``compare``. Raises InputError for a value that is not valid."""
+    methods = parse_list(args.methods)
+    _check_prunes(args, methods)
     amounts = (*_split(args.sparsities), *_split(args.patterns)) or ("0.5",)
     if args.group and all(":" in amount for amount in amounts):
         raise InputError(
             f"group does not go with patterns, which have their own groups (got {args.group!r}); leave out group"
         )
-    methods = parse_list(args.methods)
     return Study(
         model=args.model,
         grid=Grid(
@@ -116,8 +117,20 @@ def study_from(args: argparse.Namespace) -> Study:
         skip=skip_from(args),
         text_field=shared.text_field_of(args, *_split(args.calibration), *_split(args.texts)),
         dtype=args.dtype,
-        groups={method.label: args.group for method in methods if args.group},
+        groups={method.label: args.group for method in methods if args.group and method.prunes},
     )
+
+
+def _check_prunes(args: argparse.Namespace, methods: tuple[Method, ...]) -> None:
+    """Raises :class:`InputError` if a target is given, but no method prunes."""
+    if any(method.prunes for method in methods):
+        return
+    for name in ("sparsities", "patterns", "group"):
+        if getattr(args, name):
+            raise InputError(
+                f"{name} is for methods that prune, and these only quantize (got {getattr(args, name)!r}); leave out "
+                f"{name}, or add a method that prunes"
+            )
 
 
 def _split(text: str | None) -> tuple[str, ...]:

@@ -23,6 +23,10 @@ EVAL_WINDOWS = 24
 """The default maximum of windows of each evaluation text."""
 
 
+NOTHING = "0"
+"""The amount of a method that only quantizes."""
+
+
 def _check_list(name: str, values: tuple[object, ...]) -> None:
     if not values or len(set(map(str, values))) < len(values):
         raise InputError(f"{name} must be at least one, each given once (got {', '.join(map(str, values))})")
@@ -31,8 +35,9 @@ def _check_list(name: str, values: tuple[object, ...]) -> None:
 @dataclass(frozen=True)
 class Grid:
     """What differs between the runs of a comparison. ``amounts`` are shares of zeros like ``"0.5"`` and patterns like
-    ``"2:4"``; ``lengths`` are pairs ``(nsamples, seqlen)``. ``bos`` is the same for all runs: whether calibration
-    samples begin with the BOS token. None: :func:`ace_ext.data.bos.default_mode` of each method.
+    ``"2:4"``; a method that only quantizes runs once, with the amount ``"0"``. ``lengths`` are pairs ``(nsamples,
+    seqlen)``. ``bos`` is the same for all runs: whether calibration samples begin with the BOS token. None:
+    :func:`ace_ext.data.bos.default_mode` of each method.
 
     Raises:
         InputError: a list is empty, a value is given twice, or ``bos`` is unknown.
@@ -62,8 +67,14 @@ class Grid:
     def cells(self) -> Iterator[tuple[Cell, Method]]:
         """The runs of the grid in order. Runs with the same calibration samples are consecutive."""
         data = itertools.product(self.calibrations, self.lengths, self.seeds)
-        for (source, (nsamples, seqlen), seed), amount, method in itertools.product(data, self.amounts, self.methods):
+        for (source, (nsamples, seqlen), seed), (amount, method) in itertools.product(data, self.targets()):
             yield Cell(method.label, amount, source, nsamples, seqlen, seed), method
+
+    def targets(self) -> list[tuple[str, Method]]:
+        """Each amount with each method; methods that only quantize stand first, once."""
+        quantize = [(NOTHING, method) for method in self.methods if not method.prunes]
+        prune = [method for method in self.methods if method.prunes]
+        return [*quantize, *itertools.product(self.amounts, prune)]
 
 
 @dataclass(frozen=True)
@@ -109,7 +120,7 @@ class Study:
     """The comparison groups for shares of zeros, by the method's label. Other methods have their default group."""
 
     def __post_init__(self) -> None:
-        for method, amount in itertools.product(self.grid.methods, self.grid.amounts):
+        for amount, method in self.grid.targets():
             self.config(method, amount)
 
     def config(self, method: Method, amount: str) -> PruneConfig:

@@ -180,8 +180,8 @@ def _check_nothing_pruned(method: Method, sparsity: object, pattern: object, gro
     for name, value in given.items():
         if value:
             raise InputError(
-                f"{name} is for methods that prune, and {method} only quantizes (got {str(value)[:100]}); leave it out, "
-                f"or add a stage that prunes, as in balanced + {method.quantize}"
+                f"{name} is for methods that prune, and {method} only quantizes (got {str(value)[:100]}); leave out "
+                f"{name}, or add a stage that prunes, as in balanced + {method.quantize}"
             )
 
 

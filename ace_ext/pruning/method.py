@@ -305,6 +305,17 @@ def parse(text: str) -> Method:
     return _complete(stages, " + ".join(labels))
 
 
+def quantize_of(text: str) -> Quantize | None:
+    """The stage ``quantize`` of a report's method text, None without one. Other stages may be unknown here, such as
+    scores that are a function of the caller's.
+
+    Raises:
+        InputError: the stage cannot be read.
+    """
+    own = [part.strip() for part in _split(text) if re.match(rf"\s*{Quantize.name}\b", part)]
+    return parse(own[0]).quantize if own else None
+
+
 def parse_list(text: str) -> tuple[Method, ...]:
     """Methods separated by ``;``.
 
@@ -397,7 +408,8 @@ def _refuse_option(stage: str, key: str, known: list[str]) -> None:
     if key in own:
         where = f"several stages of {stage} have it; write its stages instead of the name"
     elif having:
-        where = f"{key} is an option of {' and '.join(having)}, as in {having[0]}({key}=…)"
+        listed = " and ".join(filter(None, [", ".join(having[:-1]), having[-1]]))
+        where = f"{key} is an option of {listed}, as in {having[0]}({key}=…)"
     else:
         where = f"its options are {', '.join(own)}{suggestion(key, own)}" if own else "it has none"
     raise InputError(f"{stage} has no option {key}: {where}")

@@ -114,11 +114,11 @@ def _run_stages_(
     damping, attempts, loss_unquantized = solved.damping, solved.attempts, None
     if quantize is not None:
         loss_unquantized = loss(solved.weight)
-        quantized = quantize.quantize(problem, solved.weight)
-        rounded = quantize.grid.dequantize(quantized.codes, problem.in_dtype(quantized.scales))
+        on_grid = quantize.quantize(problem, solved.weight)
+        rounded = on_grid.weight
         if not attempts:
-            damping, attempts = quantized.damping, quantized.attempts
-        del quantized
+            damping, attempts = on_grid.damping, on_grid.attempts
+        del on_grid
     else:
         rounded = problem.in_dtype(solved.weight)
     if not torch.isfinite(rounded).all():  # also if only the weight's dtype is too narrow, such as float16

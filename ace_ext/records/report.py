@@ -52,6 +52,11 @@ class PruneReport:
         return 1 - sum(matrix.nonzero for matrix in self.matrices) / size if size else 0.0
 
     @property
+    def quantized(self) -> bool:
+        """Whether a stage rounded the weights to a grid."""
+        return any(m.solution is not None and m.solution.loss_unquantized is not None for m in self.matrices)
+
+    @property
     def method(self) -> str:
         """The requested method: ``"fast: admm(…)"`` for a preset, else the text of its stages. Empty if the
         configuration does not say."""
@@ -141,7 +146,7 @@ class PruneReport:
         )
         if self.method:
             lines.append(f"method {self.method}")
-        lines += self._rounded()
+        lines += self._rounded() or self._quantized()
         lines += describe_dense(self.dense, sum(matrix.size for matrix in self.matrices))
         if self.healing is not None:
             lines.append(self.healing.summary())
@@ -156,9 +161,24 @@ class PruneReport:
         if self.config.get("pattern") or not isinstance(wanted, float) or group not in ("row", "matrix"):
             return []
         smallest = min((m.shape[1] if group == "row" else m.size for m in self.matrices), default=1)
-        if not 0.00005 <= abs(self.sparsity - wanted) <= 0.5 / smallest:
+        if self.quantized or not 0.00005 <= abs(self.sparsity - wanted) <= 0.5 / smallest:
             return []
         return [f"sparsity is {self.sparsity:.4f}, not {wanted:g}: each {group} loses a whole number of weights"]
+
+    def _quantized(self) -> list[str]:
+        """A line about the stage ``quantize``, if there was one."""
+        solutions = [m.solution for m in self.matrices if m.solution and m.solution.loss_unquantized is not None]
+        if not solutions:
+            return []
+        before, after = (
+            sum(figures) / len(solutions)
+            for figures in ([s.loss_unquantized or 0.0 for s in solutions], [s.loss_after for s in solutions])
+        )
+        zeros = sum(matrix.keep - matrix.nonzero for matrix in self.matrices)
+        return [
+            f"quantized: mean squared error of a matrix's output {before:.5f} before, {after:.5f} after; {zeros:,} "
+            "kept weights are 0"
+        ]
 
     def _empty_rows(self) -> list[str]:
         """A line about rows that have no weight left, if there are any."""

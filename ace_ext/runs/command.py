@@ -27,8 +27,9 @@ def run_command(request: RunRequest) -> str | None:
     flags: dict[str, Any] = {"model": hub_name(request.model) or Path(request.model).name, "output": OUTPUT}
     named = method.published  # the choice of BOS depends on that name; the stages' text lacks it
     flags["method"] = method.label if named else method.preset or str(method)
-    flags |= {"pattern": config.pattern} if config.pattern else {"sparsity": config.sparsity}
-    if config.pattern is None and config.group != PruneConfig(method).group:
+    if method.prunes:
+        flags |= {"pattern": config.pattern} if config.pattern else {"sparsity": config.sparsity}
+    if method.prunes and config.pattern is None and config.group != PruneConfig(method).group:
         flags["group"] = config.group
     if config.max_dense != MAX_DENSE:
         flags["max-dense"] = config.max_dense

@@ -397,6 +397,8 @@ SOLVERS = [
     {"method": "obs", "group": "row"},
     {"method": "admm(iterations=8)"},
     {"method": "obs", "group": "matrix"},
+    {"method": "admm(iterations=8) + quantize(bits=8)"},
+    {"method": "quantize(bits=8)"},
 ]
 
 

@@ -143,6 +143,7 @@ def _path(model):
         {"method": "obs(gram=cosine)", "group": "row"},
         {"method": "wanda + swaps", "group": "row"},
         {"method": "admm + train(epochs=2)"},
+        {"method": "admm + quantize(bits=8)"},
         {"group": "matrix"},
     ],
     ids=str,

@@ -181,6 +181,7 @@ CONFIGS = [
     {"group": "model"},
     {"method": "allocate + wanda"},
     {"method": "admm + train(epochs=1)"},
+    {"method": "admm + quantize(bits=8)"},
 ]
 
 

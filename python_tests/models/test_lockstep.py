@@ -55,6 +55,7 @@ def test_the_bytes_are_those_of_stages(family):
         {"method": "cosp"},
         {"method": "ace", "collect": "batch_tokens=16, token_norm=exact", "pattern": "2:4"},
         {"method": "admm"},
+        {"method": "admm + quantize"},
         {"method": "obs(gram=cosine)", "group": "matrix"},
         {"method": "wanda + train(epochs=1)"},
         {"method": "allocate + wanda", "skip": (r"layers\.1\.", "q_proj", r"experts\.1\.")},

@@ -54,6 +54,9 @@ def samples():
     for keep_n, group_m in ((0, 0), (2, 4)):
         mask = torch.tensor([True, True, False, False]).repeat(6, 2)
         yield "obs_block_", (score.clone(), torch.zeros(6, 8), mask.clone(), torch.eye(8), keep_n, group_m)
+    scale, mask = torch.rand(6, generator=random), score > 0
+    yield "quantize_block_", (score.clone(), torch.zeros(6, 8), mask, scale.bfloat16(), torch.eye(8), 4, None)
+    yield "quantize_block_", (score.clone(), torch.zeros(6, 8), mask, scale, torch.eye(8), 8, score.clone())
 
 
 def test_samples_cover_every_op():

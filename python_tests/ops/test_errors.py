@@ -348,6 +348,68 @@ def test_a_recursion_of_the_wrong_kind():
     assert (good["weight"] == 1).all()
 
 
+@pytest.mark.parametrize("value", BAD)
+def test_a_quantization_of_what_is_not_finite(value):
+    op, width = "quantize_block_", 12
+    good = {
+        "weight": torch.ones(40, width),
+        "error": torch.ones(40, width),
+        "mask": torch.ones(40, width, dtype=torch.bool),
+        "scale": torch.ones(40),
+        "factor": torch.ones(width, width).triu(),
+        "current": torch.ones(40, width),
+    }
+    for name in ("weight", "factor", "current"):
+        broken = good[name].clone()
+        broken[2, 7] = value
+        refused(
+            lambda n=name, b=broken: ops.quantize_block_(**{**good, n: b}, bits=4), op, name, f"{value} at index [2, 7]"
+        )
+    scale = torch.ones(40).half()
+    scale[5] = value
+    refused(lambda: ops.quantize_block_(**{**good, "scale": scale}, bits=4), op, "scale", f"{value} at index [5]")
+    assert (good["weight"] == 1).all()
+    assert (good["error"] == 1).all()
+
+
+def test_a_quantization_of_the_wrong_kind():
+    op = "quantize_block_"
+    good = {
+        "weight": torch.ones(4, 12),
+        "error": torch.ones(4, 12),
+        "mask": torch.zeros(4, 12, dtype=torch.bool),
+        "scale": torch.ones(4).bfloat16(),
+        "factor": torch.eye(12),
+        "bits": 4,
+    }
+
+    def call(**changed):
+        return lambda: ops.quantize_block_(**{**good, **changed})
+
+    refused(call(weight=torch.ones(12)), op, "weight", "2 dimensions")
+    for name in ("weight", "error", "current"):
+        refused(call(**{name: torch.ones(4, 12).half()}), op, name, "Float", "got Half")
+        refused(call(**{name: torch.ones(12, 4).t()}), op, name, "contiguous columns")
+        refused(call(**{name: torch.ones(12).expand(4, 12)}), op, name, "do not overlap")
+    refused(call(error=torch.ones(4, 11)), op, "error", "shape [4, 12]", "got [4, 11]")
+    refused(call(mask=torch.ones(4, 12)), op, "mask", "Bool", "got Float")
+    refused(call(scale=torch.ones(4).double()), op, "scale", "float32, float16 or bfloat16", "got Double")
+    refused(call(scale=torch.ones(3)), op, "scale", "shape [4]", "got [3]")
+    refused(call(scale=torch.ones(8)[::2]), op, "scale", "contiguous")
+    refused(call(scale=torch.tensor([1.0, 0.0, -1.0, 1.0])), op, "scale", "0 or more", "got -1 at index [2]")
+    refused(call(factor=torch.eye(11)), op, "factor", "shape [12, 12]", "got [11, 11]")
+    refused(call(factor=torch.eye(12, device="meta")), op, "factor", "on cpu", "got meta")
+    for value in (0.0, -1.0):
+        factor = torch.eye(12)
+        factor[3, 3] = value
+        refused(call(factor=factor), op, "factor", "positive diagonal", f"got {value:g} at index [3, 3]")
+    for bits in (1, 9, -1):
+        refused(call(bits=bits), op, "bits", "from 2 to 8", f"got {bits}")
+    refused(call(error=good["weight"]), op, "weight", "not share memory with error")
+    refused(call(current=good["weight"]), op, "weight", "not share memory with current")
+    assert (good["weight"] == 1).all()
+
+
 # Expanded tensors, whose rows share memory
 
 

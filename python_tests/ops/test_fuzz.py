@@ -129,6 +129,14 @@ def obs(draw) -> dict:
     }
 
 
+def quantize(draw) -> dict:
+    made = obs(draw)
+    dtype = draw.choice([torch.float32, torch.float16, torch.bfloat16])
+    scale = torch.rand(len(made["weight"]), generator=draw.tensors).to(dtype)
+    current = draw.choice([None, matrix(draw, *made["weight"].shape, torch.float32)])
+    return {**made, "scale": scale, "bits": draw.choice([2, 3, 4, 8]), "current": current}
+
+
 def packed(draw) -> dict:
     weight = matrix(draw, draw.randint(1, 5), draw.choice([0, 1, 8, 70]))
     mask = boolean(draw, *weight.shape)
@@ -215,6 +223,13 @@ def check_obs(before, after, result) -> None:
     close(after["error"], error, errors)
 
 
+def check_quantize(before, after, result) -> None:
+    arguments = {name: value for name, value in before.items() if name != "error"}
+    weight, error = reference.quantize_block(**arguments, dtype=torch.float32)
+    assert torch.equal(after["weight"], weight)
+    assert torch.equal(after["error"], error)
+
+
 def check_product(before, after, result) -> None:
     expected = packed_reference.packed_linear(**before)
     weight = packed_reference.unpack_bitmap(
@@ -248,6 +263,7 @@ OPS = {
     "balance_mean_": (balance, check_balance),
     "restore_mean_": (restore, lambda b, a, r: assert_same_bits(a["weight"], mean_reference.restore_mean(**b))),
     "obs_block_": (obs, check_obs),
+    "quantize_block_": (quantize, check_quantize),
     "unpack_bitmap": (packed, lambda b, a, r: assert_same_bits(r, packed_reference.unpack_bitmap(**b))),
     "packed_linear": (product, check_product),
 }

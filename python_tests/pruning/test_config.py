@@ -120,6 +120,18 @@ MUST_BE_SHARE = "sparsity must be a share from 0 to 1"
             "obs compares within a row or a matrix (got group 'model'); use group matrix",
         ),
         (
+            {"method": "wanda + quantize", "group": "model"},
+            "quantize compares within a row or a matrix (got group 'model'); use group row",
+        ),
+        *[
+            (
+                {"method": "quantize(bits=8)", name: value},
+                f"{name} is for methods that prune, and quantize(bits=8) only quantizes (got {value}); leave out "
+                f"{name}, or add a stage that prunes, as in balanced + quantize(bits=8)",
+            )
+            for name, value in (("sparsity", 0.5), ("pattern", "2:4"), ("group", "matrix"))
+        ],
+        (
             {"method": "wanda + mean-swaps", "group": "model"},
             "mean-swaps compares within a row or a matrix (got group 'model'); use group row",
         ),
@@ -177,6 +189,10 @@ def test_arguments_that_do_not_exist():
         ("admm(gram=sketch)", {INPUT, SKETCH}),
         ("cosvar + swaps(gram=cosine)", {WEIGHTED, COSINE_GRAM}),
         ("wanda + train", {INPUT}),
+        ("quantize", {GRAM}),
+        ("quantize(gram=cosine)", {COSINE_GRAM}),
+        ("magnitude + quantize", {GRAM}),
+        ("fast + quantize", {INPUT, GRAM}),  # the whole matrix serves the stage that reads a sketch
     ],
 )
 def test_only_stages_that_read_it_need_a_gram_matrix(method, needs):
@@ -203,6 +219,15 @@ def test_changed_keeps_the_other_arguments():
     assert config.changed(sparsity=0.75).to_dict() == expected
     pattern = PruneConfig("balanced", pattern="2:4")
     assert pattern.changed(skip="x").to_dict() == {**pattern.to_dict(), "skip": ["x"]}
+
+
+def test_a_method_that_only_quantizes_has_no_zeros_to_ask_for():
+    config = PruneConfig("quantize(bits=4)")
+    assert (config.sparsity, config.pattern, config.group) == (0.0, None, "row")
+    assert config.changed(skip="x").sparsity == 0.0
+    assert PruneConfig("quantize(bits=4)", sparsity=0.0).to_dict() == config.to_dict()
+    assert PruneConfig("allocate + quantize").sparsity == 0.5  # Wanda's scores choose a mask
+    assert not config.method.prunes
 
 
 def test_without_distillation():

@@ -404,7 +404,7 @@ ADMM_OPTIONS = "its options are damping, floor, iterations, saliency, gram"
         ),
         (
             "wanda(damping=1)",
-            "wanda has no option damping: damping is an option of admm and obs, as in admm(damping=…)",
+            "wanda has no option damping: damping is an option of admm, obs and quantize, as in admm(damping=…)",
         ),
         (
             "balanced(tokens=1000)",
@@ -450,6 +450,21 @@ ADMM_OPTIONS = "its options are damping, floor, iterations, saliency, gram"
         ("distill(learning_rate=nan)", "learning_rate must be more than 0 (got nan)"),
         ("distill(tokens=0)", "tokens must be a whole number of at least 1 (got 0)"),
         (f"distill(tokens={2**63})", f"tokens must be a whole number of at least 1 (got {2**63})"),
+        ("quantize(bits=5)", "bits must be one of 8, 4, 3 (got 5)"),
+        ("quantize(bits=4.0)", "bits must be a whole number (got '4.0')"),
+        ("quantize(group=100)", "group must be a multiple of 64 (got 100)"),
+        ("quantize(group=0)", "group must be a multiple of 64 (got 0)"),
+        ("quantize(gram=sketch)", "gram must be one of plain, cosine (got 'sketch')"),
+        ("quantize(damping=-1)", "damping must be a share of the mean diagonal, 0 or more (got -1.0)"),
+        (
+            "admm(gram=cosine) + quantize",
+            "gram must be the same for all stages of the method (got cosine for admm and plain for quantize)",
+        ),
+        ("quantize + train", "train moves weights off the grid of quantize; leave out one of them"),
+        (
+            "quantize + admm",
+            "method quantize + admm must have its stages in the order in which they run; write admm + quantize",
+        ),
         ("ria(exponent=inf)", "exponent must be a finite number (got inf)"),
         ("collect(order=random)", "order must be one of sequential, block (got 'random')"),
         ("collect(batch_tokens=0)", "batch_tokens must be a whole number of at least 1 (got 0)"),

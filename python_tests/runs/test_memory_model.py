@@ -26,7 +26,7 @@ from ace_ext.pruning import gram
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.prune_linear import prune_linear_, working_bytes
 from ace_ext.pruning.sketch import SketchState
-from ace_ext.pruning.stages import Score, admm
+from ace_ext.pruning.stages import Score, admm, quantize
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
 from ace_ext.runs.heal_memory import Division, HealDemand
 from ace_ext.runs.memory_model import estimate
@@ -172,6 +172,8 @@ SOLVERS = [
     {"method": "wanda + mean-swaps"},
     {"method": "wanda + mean-update"},
     {"method": "wanda + swaps(max_swaps=2) + admm"},
+    {"method": "admm + quantize"},
+    {"method": "quantize(group=64, sweeps=0)"},
 ]
 IN_PARTS = [(setting, parts) for setting in SOLVERS if "admm" in setting["method"] for parts in (3, 40)]
 
@@ -182,6 +184,7 @@ def test_a_solver_holds_what_is_estimated(setting, shape, parts, monkeypatch):
     """Counts tensors only, so not the rows that swaps copies."""
     monkeypatch.setattr(gram, "LOSS_ROWS", 16)  # of a real matrix it is a small part
     monkeypatch.setattr(admm, "PART_ENTRIES", shape[0] * shape[1] // parts)
+    monkeypatch.setattr(quantize, "PART_ENTRIES", shape[0] * shape[1] // parts)
     config = PruneConfig(**setting)
     weight, x = torch.randn(shape).bfloat16(), torch.randn(512, shape[1])
     state = (SketchState if "sketch" in setting["method"] else GramState)(shape[1])
@@ -218,6 +221,8 @@ RUNS = [
     {"method": "collect(order=block) + admm"},
     {"method": "collect(order=block) + admm(gram=cosine)"},
     {"method": "admm + train(epochs=1)"},
+    {"method": "admm + quantize"},
+    {"method": "quantize"},
     {"method": "collect(batch_tokens=256) + wanda + train(epochs=1)"},
     {"method": "allocate + wanda"},
 ]

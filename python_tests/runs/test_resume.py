@@ -30,6 +30,7 @@ MODES = {
     "disk-stages": ("--offload", "disk", "--method", "collect(batch_tokens=256) + wanda"),
     "block-order": ("--method", "collect(order=block) + wanda", "--offload", "disk"),
     "trained": ("--method", "admm + train(epochs=1)"),
+    "quantized": ("--method", "admm + quantize(bits=4)", "--offload", "disk"),
     "allocated": ("--method", "allocate + wanda + swaps(gram=cosine)", "--offload", "disk"),
 }
 

@@ -46,6 +46,13 @@ def test_a_solvers_statistics_are_kept(gram, dense):
     assert weights_bytes(from_file(dense, file, method=f"admm(gram={gram})")) == weights_bytes(out)
 
 
+def test_statistics_serve_a_method_that_quantizes(dense):
+    """Also the whole Gram matrix that a stage with gram=sketch then reads."""
+    for number, method in enumerate(("fast + quantize", "quantize(bits=8)")):
+        file, out = keep(dense, method=method)
+        assert weights_bytes(from_file(dense, file, f"from-file-{number}", method=method)) == weights_bytes(out)
+
+
 @pytest.mark.parametrize(
     "other",
     [

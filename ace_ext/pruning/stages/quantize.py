@@ -1,37 +1,40 @@
-"""Quantization of kept weights by GPTQ's update (arXiv 2210.17323) with the mask fixed.
+"""Quantization of kept weights with the mask fixed: GPTQ's update (arXiv 2210.17323), then coordinate descent.
 
-Columns are rounded to the grid from left to right, and later columns compensate for each rounding error. Zeros stay
-zeros. The Gram matrix ``G [cols, cols]`` of the inputs measures errors (:mod:`ace_ext.pruning.gram`): the change ``e``
-of a row costs ``e G eᵀ``. Everything is computed in float32.
+GPTQ rounds columns to the grid from left to right, and later columns compensate for each rounding error. Coordinate
+descent (QuantEase, arXiv 2309.01885) then moves each code to its best value given all others, and each scale to its
+least-squares value given the codes. Zeros stay zeros. The Gram matrix ``G [cols, cols]`` of the inputs measures errors
+(:mod:`ace_ext.pruning.gram`): the change ``e`` of a row costs ``e G eᵀ``. Everything is computed in float32.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ace_ext import ops
+from ace_ext.errors import InputError
 from ace_ext.grids import GROUP_STEP, WIDTHS, Grid
 from ace_ext.pruning.gram import ObsFactor
 from ace_ext.pruning.settings import Limits, option
 from ace_ext.pruning.stages._stage import COSINE, PLAIN, MatrixStage, Problem, damping_option, gram_option
 
 BLOCK = 128
-"""Columns that the update processes at a time, as in GPTQ."""
+"""Columns that an update processes at a time, as in GPTQ."""
 
 PART_ENTRIES = 2**24
 """A larger matrix is rounded in parts of about this many entries, in whole rows. This limits the peak memory of the
 buffers."""
 
-SHARES = torch.linspace(1.0, 0.4, 31)
-"""The largest weights of a group that the tried scales represent, as shares of the group's largest magnitude."""
+SHARES = tuple(1.0 - 0.02 * step for step in range(31))
+"""The scales that are tried for a group: each represents this share of the group's largest magnitude."""
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """A matrix on a grid, and how the Gram matrix was factorised."""
+    """A weight on the grid, and how the Gram matrix was factorised."""
 
-    codes: Tensor  # [rows, cols] int8
-    scales: Tensor  # [rows, groups] float32, in the units of Problem.dense; the weight's dtype holds them exactly
+    weight: Tensor  # [rows, cols] in the dtype and the units of the weight
     damping: float
     attempts: int
 
@@ -41,15 +44,15 @@ class Quantize(MatrixStage):
     """Rounds kept weights to a grid with a scale for each row and group of columns."""
 
     name = "quantize"
-    summary = "rounds kept weights to codes of a few bits with a scale for each row and group of columns; other kept "
-    summary += "weights compensate (GPTQ, arXiv 2210.17323)"
+    summary = "rounds kept weights to a grid of few bits, a scale for each row and group of columns (arXiv 2210.17323)"
     groups = ("row", "matrix")
 
-    bits: int = option(4, "bits of a code", Limits(choices=WIDTHS))
+    bits: int = option(4, "bits of a code: 8, 4 or 3", Limits(choices=WIDTHS))
     group: int = option(
         128, "columns that share a scale in a row", Limits(at_least=GROUP_STEP, multiple_of=GROUP_STEP, below=2**31)
     )
-    damping: float = damping_option(0.01)
+    damping: float = damping_option(0.2)
+    sweeps: int = option(2, "sweeps of coordinate descent over codes and scales after GPTQ", Limits(at_least=0))
     gram: str = gram_option(PLAIN, COSINE)
 
     @property
@@ -58,72 +61,143 @@ class Quantize(MatrixStage):
         return Grid(self.bits, self.group)
 
     def quantize(self, problem: Problem, weight: Tensor) -> Rounded:
-        """Codes and scales of ``weight [rows, cols]`` float32, the result of the stages before. Zeros keep code 0."""
+        """Rounds ``weight [rows, cols]`` float32, the result of the stages before. Its zeros stay zeros.
+
+        Raises:
+            InputError: the update overflowed.
+        """
         factor = problem.whole_gram.obs_factor(self.damping)
-        rows, cols = weight.shape
-        codes = torch.empty(rows, cols, dtype=torch.int8, device=weight.device)
-        scales = torch.empty(rows, self.grid.groups(cols), dtype=torch.float32, device=weight.device)
-        height = max(1, PART_ENTRIES // max(1, cols))
-        for start in range(0, rows, height):
+        rounded = torch.empty(weight.shape, dtype=problem.dtype, device=weight.device)
+        height = _part_rows(weight.shape[1])
+        for start in range(0, len(weight), height):
             part = slice(start, start + height)
-            _round_rows(problem, factor, weight[part], self.grid, codes[part], scales[part])
-        return Rounded(codes, scales, factor.damping, factor.attempts)
+            rounded[part] = _Rows(problem, factor, weight[part], self).round_()
+        return Rounded(rounded, factor.damping, factor.attempts)
 
     def round_plainly(self, weight: Tensor) -> Tensor:
-        """``weight [rows, cols]`` of any dtype with each entry rounded to the nearest point of the grid: for a matrix
-        without statistics."""
+        """``weight [rows, cols]`` of any dtype with each entry rounded to the nearest point of a grid whose scales are
+        searched: for a matrix without statistics."""
         problem = Problem.without_statistics(weight)
-        grid, cols = self.grid, weight.shape[1]
-        codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-        scales = torch.empty(len(weight), grid.groups(cols), dtype=torch.float32, device=weight.device)
-        for at, start in enumerate(range(0, cols, grid.group)):
-            part = problem.dense[:, start : start + grid.group]
-            scales[:, at] = best_scales(part, torch.ones_like(part[0]), grid, problem)
-            codes[:, start : start + grid.group] = nearest_codes(part, scales[:, at, None], grid)
-        return grid.dequantize(codes, problem.in_dtype(scales))
+        scales = torch.empty(len(weight), self.grid.groups(weight.shape[1]), device=weight.device)
+        for at, group in enumerate(_slices(0, weight.shape[1], self.group)):
+            part = problem.dense[:, group]
+            scales[:, at] = best_scales(part, torch.ones_like(part[0]), self.grid, problem)
+        return _on_grid(problem.dense, scales, self.grid, problem)
 
     def working_bytes(self, rows: int, cols: int) -> int:
         """The larger of two phases. While the Gram matrix is factorised: two copies of it in float64. Then: the factor
-        in float32. In both the weight of the stage before; then also codes and scales, the buffers of one part, and the
-        final weight."""
-        part = min(rows, max(1, PART_ENTRIES // max(1, cols))) * cols
-        made = 4 * rows * cols + 5 * rows * cols // 4 + 4 * rows
-        return max(17 * cols * cols + 4 * rows * cols, 4 * cols * cols + made + max(14 * part, 10 * rows * cols))
+        in float32, the final weight, and the buffers of one part. In both also the weight of the stage before."""
+        part = min(rows, _part_rows(cols)) * cols
+        return 4 * rows * cols + max(17 * cols * cols, 4 * cols * cols + 5 * rows * cols + 17 * part)
 
     def held_bytes(self, cols: int) -> int:
         """The factor."""
         return 4 * cols * cols
 
 
-def _round_rows(problem: Problem, factor: ObsFactor, weight: Tensor, grid: Grid, codes: Tensor, scales: Tensor) -> None:
-    """Writes ``codes [rows, cols]`` and ``scales [rows, groups]`` of some rows."""
-    upper, cols = factor.upper, weight.shape[1]
-    mask, left = weight != 0, weight.clone()
-    importance = upper.diagonal().square().reciprocal()
-    for start in range(0, cols, grid.group):
-        stop, at = min(start + grid.group, cols), start // grid.group
-        group = slice(start, stop)
-        scale = best_scales(left[:, group].masked_fill(~mask[:, group], 0.0), importance[group], grid, problem)
-        scales[:, at] = scale
-        for first in range(start, stop, BLOCK):
-            end = min(first + BLOCK, stop)
-            inner = slice(first, end)
-            error = _round_block_(left[:, inner], mask[:, inner], scale, upper[inner, inner], grid, problem)
-            codes[:, inner] = nearest_codes(left[:, inner], scale[:, None], grid)
-            left[:, end:].addmm_(error, upper[inner, end:], alpha=-1)
+class _Rows:
+    """Some rows of a matrix while they are rounded.
+
+    Args:
+        problem: the matrix.
+        factor: of its Gram matrix.
+        target: ``[rows, cols]`` float32: the weights to round.
+        stage: the options.
+    """
+
+    def __init__(self, problem: Problem, factor: ObsFactor, target: Tensor, stage: Quantize) -> None:
+        self.problem, self.factor, self.target, self.stage, self.grid = problem, factor, target, stage, stage.grid
+        self.values, self.mask = target.clone(), target != 0
+        self.scales = target.new_zeros(len(target), self.grid.groups(target.shape[1]))
+
+    def round_(self) -> Tensor:
+        """``[rows, cols]`` in the weight's dtype."""
+        self._compensate_()
+        if self.stage.sweeps:
+            descent = _Descent(self.problem, self.factor, self.values - self.target)
+            for _ in range(self.stage.sweeps):
+                self._sweep_(descent)
+        if not torch.isfinite(self.values).all():
+            raise InputError(f"quantize overflowed with damping {self.factor.damping:g}; raise damping")
+        return _on_grid(self.values, self.scales, self.grid, self.problem)
+
+    def _groups(self) -> Iterator[tuple[int, slice]]:
+        return enumerate(_slices(0, self.target.shape[1], self.grid.group))
+
+    def _compensate_(self) -> None:
+        """GPTQ. The scales of a group are searched when its first column is reached."""
+        upper = self.factor.upper
+        importance = upper.diagonal().square().reciprocal()  # of a column's squared error, after the best compensation
+        for at, group in self._groups():
+            kept = self.values[:, group].masked_fill(~self.mask[:, group], 0.0)
+            self.scales[:, at] = best_scales(kept, importance[group], self.grid, self.problem)
+            for columns in _slices(group.start, group.stop, BLOCK):
+                error = self._round_block_(at, columns, self.values[:, columns], upper[columns, columns])
+                self.values[:, columns.stop :].addmm_(error, upper[columns, columns.stop :], alpha=-1)
+
+    def _sweep_(self, descent: "_Descent") -> None:
+        """One sweep of coordinate descent, group by group: first the scales, then the codes."""
+        for at, group in self._groups():
+            self._fit_scales_(at, group, descent)
+            for columns in _slices(group.start, group.stop, BLOCK):
+                current, factor = self.values[:, columns].clone(), descent.step_factor(columns)
+                wanted = self.values[:, columns]
+                wanted -= descent.slope[:, columns] / descent.curvature[columns]
+                change = self._round_block_(at, columns, wanted, factor, current)
+                descent.move_(columns, change)
+
+    def _round_block_(
+        self, at: int, columns: slice, block: Tensor, factor: Tensor, current: Tensor | None = None
+    ) -> Tensor:
+        """Rounds ``block [rows, width]`` of group ``at`` in place; returns the errors as ``ops.quantize_block_``."""
+        error = torch.empty_like(block)
+        scale = self.scales[:, at].to(self.problem.dtype).contiguous()
+        ops.quantize_block_(block, error, self.mask[:, columns], scale, factor, self.grid.bits, current)
+        return error
+
+    def _fit_scales_(self, at: int, group: slice, descent: "_Descent") -> None:
+        """Moves the scales of a group to their least-squares values given the codes, where this lowers the loss."""
+        scale, values = self.scales[:, at, None], self.values[:, group]
+        codes = nearest_codes(values, scale, self.grid)
+        curve = descent.energy(group, codes)
+        step = (descent.slope[:, group] * codes).sum(1, keepdim=True) / curve
+        fitted = self.problem.rounded(torch.where(curve > 0, scale - step, scale))
+        change = self.problem.rounded(codes * fitted) - values
+        gain = 2 * (descent.slope[:, group] * change).sum(1, keepdim=True) + descent.energy(group, change)
+        better = (gain < 0) & (fitted > 0)
+        self.scales[:, at] = torch.where(better, fitted, scale)[:, 0]
+        change.masked_fill_(~better, 0.0)
+        values.copy_(self.problem.rounded(codes * self.scales[:, at, None]))
+        descent.move_(group, change)
 
 
-def _round_block_(weight: Tensor, mask: Tensor, scale: Tensor, factor: Tensor, grid: Grid, problem: Problem) -> Tensor:
-    """Rounds a block of columns of ``weight [rows, width]`` in place; later columns of the block compensate. Returns
-    the errors ``[rows, width]`` for the columns after it, relative to the factor's diagonal."""
-    error = torch.empty_like(weight)
-    for column in range(weight.shape[1]):
-        code = nearest_codes(weight[:, column], scale, grid) * mask[:, column]
-        value = problem.rounded(code * scale)
-        error[:, column] = (weight[:, column] - value) / factor[column, column]
-        weight[:, column:].addr_(error[:, column], factor[column, column:], alpha=-1)
-        weight[:, column] = value
-    return error
+class _Descent:
+    """The loss ``e H eᵀ`` of changes ``e [rows, cols]``, and its slope. ``H`` is the damped Gram matrix."""
+
+    def __init__(self, problem: Problem, factor: ObsFactor, change: Tensor) -> None:
+        self.gram = problem.whole_gram.matrix
+        diagonal = self.gram.diagonal()
+        mean = diagonal.sum() / (~factor.dead).sum().clamp_min(1)
+        # as ObsFactor: a dead column counts as a typical one
+        self.added = torch.where(factor.dead, mean.where(mean > 0, 1.0), factor.damping * mean)  # [cols]
+        self.curvature = diagonal + self.added  # [cols]: the diagonal of H
+        self.slope = (change @ self.gram).addcmul_(change, self.added)  # [rows, cols]: e H
+
+    def energy(self, columns: slice, change: Tensor) -> Tensor:
+        """``[rows, 1]``: ``d H dᵀ`` of ``change d [rows, width]`` of these columns."""
+        product = (change @ self.gram[columns, columns]).addcmul_(change, self.added[columns])
+        return product.mul_(change).sum(1, keepdim=True)
+
+    def step_factor(self, columns: slice) -> Tensor:
+        """``[width, width]``: how far the change of a column (row) moves the best value of another."""
+        factor = self.gram[columns, columns] / self.curvature[columns]
+        factor.diagonal().fill_(1.0)
+        return factor
+
+    def move_(self, columns: slice, change: Tensor) -> None:
+        """Updates the slope for ``change [rows, width]`` of these columns."""
+        self.slope.addmm_(change, self.gram[columns])
+        self.slope[:, columns].addcmul_(change, self.added[columns])
 
 
 def best_scales(weight: Tensor, importance: Tensor, grid: Grid, problem: Problem) -> Tensor:
@@ -142,20 +216,39 @@ def best_scales(weight: Tensor, importance: Tensor, grid: Grid, problem: Problem
     most = weight.abs().amax(dim=1)
     smallest = torch.finfo(problem.dtype).smallest_normal * torch.finfo(problem.dtype).eps * 2.0**-problem.power
     best, least = torch.zeros_like(most), torch.full_like(most, torch.inf)
-    for share in SHARES.tolist():
-        scale = problem.rounded((most * (share / grid.highest)).clamp_min_(smallest))[:, None]
-        values = problem.rounded(nearest_codes(weight, scale, grid) * scale)
+    for share in SHARES:
+        scale = problem.rounded((most * (share / grid.highest)).clamp_min_(smallest))
+        values = problem.rounded(nearest_codes(weight, scale[:, None], grid).mul_(scale[:, None]))
         loss = values.sub_(weight).square_() @ importance
         better = loss < least
         least = torch.where(better, loss, least)
-        best = torch.where(better, scale[:, 0], best)
-    return best
+        best = torch.where(better, scale, best)
+    return best.masked_fill_(most == 0, 0.0)
 
 
 def nearest_codes(weight: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     """The codes, as float32, of the grid's points nearest to a weight; 0 where ``scale`` is 0."""
     codes = torch.where(scale > 0, weight / scale, 0.0)
     return codes.round_().clamp_(grid.lowest, grid.highest)
+
+
+def _on_grid(values: Tensor, scales: Tensor, grid: Grid, problem: Problem) -> Tensor:
+    """``values [rows, cols]`` rounded to the grid of ``scales [rows, groups]``, in the weight's dtype and units."""
+    codes = torch.empty(values.shape, dtype=torch.int8, device=values.device)
+    for at, group in enumerate(_slices(0, values.shape[1], grid.group)):
+        codes[:, group] = nearest_codes(values[:, group], scales[:, at, None], grid)
+    return grid.dequantize(codes, problem.in_dtype(scales))
+
+
+def _part_rows(cols: int) -> int:
+    """How many rows are rounded at a time."""
+    return max(1, PART_ENTRIES // max(1, cols))
+
+
+def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
+    """``[start, stop)`` in slices of ``step``; the last may be narrower."""
+    for first in range(start, stop, step):
+        yield slice(first, min(first + step, stop))
 
 
 STAGE = Quantize
