@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -23,6 +23,7 @@ def sample(grid: Grid, dtype: torch.dtype, rows: int, cols: int, seed: int) -> T
     return grid.dequantize(codes, scales)
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(grids.WIDTHS),
     st.sampled_from([64, 128, 192]),
@@ -43,6 +44,7 @@ def test_recovers_every_matrix_on_a_grid(
     assert torch.equal(grid.dequantize(*found), weight)
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(grids.WIDTHS),
     st.sampled_from(DTYPES),
@@ -67,6 +69,7 @@ def test_nearest_code_against_trying_all(bits: int, dtype: torch.dtype, shape: t
     assert bool((found <= least + 2**-22 * weight.abs()).all())
 
 
+@settings(deadline=None)
 @given(st.sampled_from(grids.WIDTHS), st.sampled_from(DTYPES), st.integers(0, 2**31))
 def test_a_point_of_the_grid_is_its_own_nearest(bits: int, dtype: torch.dtype, seed: int) -> None:
     grid = Grid(bits, 64)

@@ -3,6 +3,7 @@
 Gradients of the rounded weights are applied to the float32 ones (straight-through estimator, arXiv 1308.3432).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,12 @@ STEP_SHARE = 32.0
 times the mean distance of two points of the grid, whichever is larger. With 8 bits both are about the same. With fewer
 bits a share of the weights alone would not reach the next point within a run."""
 
+IN_CACHE = 2**18
+"""Entries that are rounded together on a CPU. With more, temporaries leave the cache: rounding takes up to six times as
+long."""
+
 WORKING_BYTES = 24
-"""Bytes for each entry of the rows that are rounded together, or whose scales are recovered together."""
+"""Bytes for each entry of the rows whose scales are recovered together. Rounding takes less."""
 
 
 def scale_bytes(grid: Grid | None, itemsize: int) -> float:
@@ -53,25 +58,24 @@ class GridWeight:
         """Writes ``master [rows, cols]`` float32, rounded to the grid, into ``weight``.
 
         A kept weight whose nearest code is 0 gets code 1 or -1 by its sign: the zeros of the matrix are those of its
-        mask. ``master`` is limited to the range of the grid: a weight far outside would need many steps to come back.
+        mask.
         """
-        height = max(1, AT_ONCE // max(1, weight.shape[1]))
-        for start in range(0, len(weight), height):
-            rows = slice(start, start + height)
-            self._write_rows_(weight[rows], master[rows], mask[rows], self.scales[rows])
-
-    def _write_rows_(self, weight: Tensor, master: Tensor, mask: Tensor, scales: Tensor) -> None:
-        step = self.grid.widened(scales.float(), weight.shape[1])
-        torch.minimum(master, step * self.grid.highest, out=master)
-        torch.maximum(master, step.mul_(self.grid.lowest), out=master)
-        del step
-        codes = self.grid.nearest(master, scales)
-        away = torch.where(master < 0, -1, 1).to(codes.dtype)
-        codes = torch.where(mask & (codes == 0), away, codes)
-        weight.copy_(self.grid.dequantize(codes, scales))
+        for rows in _parts(weight):
+            codes, scales = self.grid.nearest(master[rows], self.scales[rows]), self.scales[rows]
+            away = 1 - 2 * (master[rows] < 0).to(codes.dtype)
+            codes = torch.where((codes == 0).logical_and_(mask[rows]), away, codes)
+            weight[rows] = self.grid.dequantize(codes, scales)
 
     def holds(self, weight: Tensor) -> bool:
         """Whether every entry of ``weight [rows, cols]`` is a point of the grid."""
-        height = max(1, AT_ONCE // max(1, weight.shape[1]))
-        parts = zip(torch.split(weight, height), torch.split(self.scales, height), strict=True)
-        return all(torch.equal(self.grid.dequantize(self.grid.nearest(part, s), s), part) for part, s in parts)
+        return all(torch.equal(self._rounded(weight[rows], self.scales[rows]), weight[rows]) for rows in _parts(weight))
+
+    def _rounded(self, weight: Tensor, scales: Tensor) -> Tensor:
+        return self.grid.dequantize(self.grid.nearest(weight, scales), scales)
+
+
+def _parts(weight: Tensor) -> Iterator[slice]:
+    """The rows of a matrix in parts."""
+    height = max(1, (IN_CACHE if weight.device.type == "cpu" else AT_ONCE) // max(1, weight.shape[1]))
+    for start in range(0, len(weight), height):
+        yield slice(start, start + height)

@@ -14,6 +14,7 @@ from ace_ext.data.requests import check_request as check_numbers
 from ace_ext.data.windows import CalibrationData
 from ace_ext.errors import InputError
 from ace_ext.formats import DEFAULT_FORMAT, format_named
+from ace_ext.grids import Grid
 from ace_ext.healing.batches import Batches, Placement, windows_needed
 from ace_ext.healing.context import HealContext
 from ace_ext.healing.distill import distill_, steps_of
@@ -25,6 +26,7 @@ from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.safetensors_files import Shards
 from ace_ext.models.versions import versions
 from ace_ext.process_memory import peak_memory_bytes, return_freed_memory
+from ace_ext.pruning.method import quantize_of
 from ace_ext.records import REPORT_NAME, PruneReport
 from ace_ext.runs.command import heal_command
 from ace_ext.runs.heal_journal import HealJournal
@@ -46,7 +48,6 @@ from ace_ext.runs.output import (
     output_path,
     read_report,
 )
-from ace_ext.runs.recorded_grid import grid_of
 from ace_ext.runs.unfinished import discard, recover
 from ace_ext.runs.verify import verify_weights
 
@@ -92,7 +93,6 @@ class _Run:
     def __init__(self, request: HealRequest, report: PruneReport, dense: RunRequest) -> None:
         self._request, self._report, self._dense = request, report, dense
         self._pruned = open_pruned(request.folder, report, request.device)
-        self._grid = grid_of(report, request.folder)
 
     def run(self, path: Path, observer: Observer | None, tell: Callable[[str], None] | None) -> PruneReport:
         """The whole run; ``path``: the output."""
@@ -146,6 +146,12 @@ class _Run:
             raise
         finally:
             journal.close()
+
+    @cached_property
+    def _grid(self) -> Grid | None:
+        """The grid of the pruned matrices; None if the run did not quantize."""
+        stage = quantize_of(str(self._report.config.get("method")))
+        return None if stage is None else stage.grid
 
     @cached_property
     def _skeleton(self) -> Source:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ace_ext.cards import CARD, card_says
 from ace_ext.dense_weights import NOT_CALLED
 from ace_ext.errors import InputError, one_line
+from ace_ext.grids import Grid
 from ace_ext.models._transformers import embedding_weight, is_left_out
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.safetensors_files import Shards, all_names, has_safetensors
@@ -19,11 +20,11 @@ from ace_ext.packed.files import PackedShards, is_packed
 from ace_ext.packed.packing import check_hashes
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.groups import ComparisonGroup, keep_count
+from ace_ext.pruning.method import quantize_of
 from ace_ext.pruning.stages import Allocate
 from ace_ext.records import REPORT_NAME, MatrixReport, PruneReport
 from ace_ext.runs.output import read_report
 from ace_ext.runs.own_files import read_manifest
-from ace_ext.runs.recorded_grid import grid_of
 from ace_ext.runtime import open_model
 
 
@@ -65,15 +66,15 @@ def verify_weights(folder: str | Path) -> VerifyResult:
 
     The configuration and the run's ``skip`` give the parameters, their shapes, and the matrices that were pruned. The
     files must hold these parameters and nothing else, all finite. Every matrix must have the zeros that the settings
-    ask for per row (or N:M group, matrix, model) or more, none of them -0.0, and as many as the report says. After the
-    stage ``quantize`` it must be on the grid of this stage.
+    ask for per row (or N:M group, matrix, model) or more, none of them -0.0, and as many as the report says. Weights of
+    a method with ``quantize`` must be on its grid, also after a distillation.
 
     Raises:
         InputError: the folder has no report that can be read, or no safetensors, or does not give back what was
             packed.
     """
     report = read_report(folder)
-    config, grid = _settings_of(report, folder), grid_of(report, folder)
+    config, grid = _settings_of(report, folder), _grid_of(report, folder)
     packed = is_packed(folder)
     if not packed and not has_safetensors(folder):
         raise InputError(f"{str(folder)!r} has no safetensors; give a folder that ace-prune run wrote")
@@ -122,6 +123,15 @@ def _settings_of(report: PruneReport, folder: str | Path) -> PruneConfig:
         return PruneConfig(f"{Allocate.name} + wanda" if divided else "wanda", **found, **amount)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{Path(folder) / REPORT_NAME} is not a report of ace-prune: {error!r}") from error
+
+
+def _grid_of(report: PruneReport, folder: str | Path) -> Grid | None:
+    """The grid that every pruned matrix must be on, also after a distillation; None if the run did not quantize."""
+    try:
+        stage = quantize_of(str(report.config.get("method")))
+    except InputError as error:
+        raise InputError(f"{Path(folder) / REPORT_NAME} is not a report of ace-prune: {error}") from error
+    return None if stage is None else stage.grid
 
 
 def _expected(
