@@ -3,19 +3,13 @@
 #include "ops/packed.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/linear.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
-#include <type_traits>
-
-#include "cpu/dispatch.h"
-#include "cpu/packed_level.h"
+#include "cpu/packed_torch.h"
 
 namespace ace::cpu {
 namespace {
@@ -24,19 +18,6 @@ namespace {
 constexpr int64_t kFewTokens = 8, kFewTokensBf16 = 4;
 constexpr int64_t kFewTokensSlow = 16;  // for dtypes in which torch is slow: more tokens are multiplied in float32
 constexpr int64_t kLeastTileTokens = 3, kTileTokens = 64;
-constexpr int64_t kPanelBytes = int64_t{1} << 20;
-constexpr int64_t kWideTokens = 1024;  // tokens of x converted to float32 at a time
-
-// The processor's level, or a lower one if ATEN_CPU_CAPABILITY restricts torch to it.
-PackedLevel packed_level() {
-  static const PackedLevel level = [] {
-    const std::string torch = at::get_cpu_capability();
-    if (ACE_PACKED_X86 && torch == "DEFAULT") return PackedLevel::portable;
-    if (ACE_PACKED_X86 && torch == "AVX2") return std::min(PackedLevel::avx2, highest_packed_level());
-    return highest_packed_level();
-  }();
-  return level;
-}
 
 template <class T>
 PackedMatrix<T> matrix_of(const at::Tensor& bitmap, const at::Tensor& values, const OptionalTensor& row_start) {
@@ -46,32 +27,6 @@ PackedMatrix<T> matrix_of(const at::Tensor& bitmap, const at::Tensor& values, co
           values.numel(),
           row_start ? data<int64_t>(*row_start) : nullptr,
           values.size(-1)};
-}
-
-template <class T>
-using Torch = std::conditional_t<std::is_same_v<T, Half>, c10::Half,
-                                 std::conditional_t<std::is_same_v<T, BFloat16>, c10::BFloat16, float>>;
-
-// x [tokens, 64 words + 32] of the core type X, zero beyond the columns. The 32 avoids conflicts in the first-level
-// cache if the number of columns is a power of two.
-template <class X>
-at::Tensor padded(const at::Tensor& x, int64_t words) {
-  const at::ScalarType dtype = std::is_same_v<X, float> ? at::kFloat : at::kBFloat16;
-  at::Tensor wide = at::empty({x.size(0), words * kBitmapColumns + 32}, x.options().dtype(dtype));
-  wide.narrow(1, 0, x.size(1)).copy_(x);
-  wide.narrow(1, x.size(1), wide.size(1) - x.size(1)).zero_();
-  return wide;
-}
-
-// Writes rows begin to end of out [tokens, rows]: sums + bias, rounded once.
-template <class T>
-void finish(const float* sums, const OptionalTensor& bias, int64_t begin, int64_t end, at::Tensor& out) {
-  const int64_t rows = out.size(1);
-  const Torch<T>* shift = bias ? data<Torch<T>>(*bias) : nullptr;
-  Torch<T>* result = mutable_data<Torch<T>>(out);
-  for (int64_t t = 0; t < out.size(0); ++t)
-    for (int64_t i = begin; i < end; ++i)
-      result[t * rows + i] = static_cast<Torch<T>>(sums[t * rows + i] + (shift ? static_cast<float>(shift[i]) : 0.0f));
 }
 
 #if ACE_PACKED_X86
@@ -88,30 +43,6 @@ void tile_tokens(const PackedMatrix<BFloat16>& matrix, const at::Tensor& x, cons
   at::parallel_for(0, out.size(1), row_grain(x.size(1)), [&](int64_t begin, int64_t end) {
     amx::packed_product(product, begin, end);
     finish<BFloat16>(product.out, bias, begin, end, out);
-  });
-}
-
-// With AVX-512's bf16 instructions and no AMX.
-void panel_tokens(const PackedMatrix<BFloat16>& matrix, const at::Tensor& x, const OptionalTensor& bias,
-                  at::Tensor& out) {
-  const at::Tensor wide = padded<BFloat16>(x, matrix.words);
-  const avx512bf16::PanelProduct product{matrix,
-                                         x.size(1),
-                                         data<BFloat16>(wide),
-                                         wide.size(1),
-                                         x.size(0),
-                                         bias ? data<BFloat16>(*bias) : nullptr,
-                                         mutable_data<BFloat16>(out),
-                                         out.size(1)};
-  const avx512bf16::PanelShape shape = avx512bf16::panel_shape(matrix.words);
-  at::parallel_for(0, out.size(1), row_grain(x.numel()), [&](int64_t begin, int64_t end) {
-    // Not cleared: the last tile also multiplies rows that do not exist, but their sums are not stored.
-    at::Tensor panel = at::empty({avx512bf16::kPanelRows * shape.stride}, x.options());
-    at::Tensor pairs = at::empty({avx512bf16::kPanelRows * avx512bf16::kLongRun}, x.options());
-    at::Tensor sums = at::empty({x.size(0), avx512bf16::kPanelRows}, x.options().dtype(at::kFloat));
-    avx512bf16::panel_product(
-        product, begin, end, shape,
-        {mutable_data<BFloat16>(panel), mutable_data<BFloat16>(pairs), mutable_data<float>(sums)});
   });
 }
 #endif
@@ -143,10 +74,6 @@ void unpack(const PackedMatrix<T>& matrix, int64_t begin, int64_t end, at::Tenso
   });
 }
 
-int64_t panel_height(int64_t rows, int64_t cols, int64_t itemsize) {
-  return std::min(rows, 64 + kPanelBytes / std::max<int64_t>(1, cols * itemsize) / 64 * 64);
-}
-
 template <class T>
 void many_tokens(const PackedMatrix<T>& matrix, const at::Tensor& x, const OptionalTensor& bias, at::Tensor& out) {
   const int64_t rows = out.size(1), cols = x.size(1), height = panel_height(rows, cols, x.element_size());
@@ -160,28 +87,16 @@ void many_tokens(const PackedMatrix<T>& matrix, const at::Tensor& x, const Optio
   }
 }
 
-// As many_tokens, in float32 and with panels for each thread: a parallel loop for each step of each panel would wake
-// sleeping threads too often. Threads access the caller's tensors by pointers, because the caller's inference mode does
-// not apply to them.
+// As many_tokens, in float32.
 template <class T>
-void wide_panels(const PackedMatrix<T>& matrix, const at::Tensor& x, const OptionalTensor& bias, at::Tensor out) {
-  const int64_t tokens = x.size(0), rows = out.size(1), cols = x.size(1);
-  const int64_t share = std::max<int64_t>(16, rows / (2 * at::get_num_threads()));  // so that each thread has a panel
-  const int64_t height = std::min(share, panel_height(rows, cols, sizeof(float)));
-  const at::TensorOptions wide = at::TensorOptions().dtype(at::kFloat), narrow = at::TensorOptions().dtype(out.dtype());
-  const at::Tensor given = x.to(at::kFloat).contiguous(), sums = at::empty({tokens, rows}, wide);
-  float* input = mutable_data<float>(given);
-  float* found = mutable_data<float>(sums);
-  at::parallel_for(0, (rows + height - 1) / height, 1, [&](int64_t first, int64_t last) {
-    at::Tensor panel = at::empty({height, cols}, narrow), widened = at::empty({height, cols}, wide);
-    for (int64_t begin = first * height; begin < std::min(rows, last * height); begin += height) {
-      const int64_t count = std::min(height, rows - begin);
-      at::Tensor part = panel.narrow(0, 0, count);
+void wide_tokens(const PackedMatrix<T>& matrix, const at::Tensor& x, const OptionalTensor& bias, at::Tensor& out) {
+  many_wide_tokens<T>(x, bias, out, [&](int64_t height) {
+    const at::Tensor narrow = at::empty({height, x.size(1)}, at::TensorOptions().dtype(out.dtype()));
+    return [&matrix, narrow](int64_t begin, int64_t count, at::Tensor& panel) {
+      at::Tensor part = narrow.narrow(0, 0, count);
       unpack(matrix, begin, begin + count, part);
-      at::Tensor target = at::from_blob(found + begin, {tokens, count}, {rows, 1}, wide);
-      at::mm_out(target, at::from_blob(input, {tokens, cols}, wide), widened.narrow(0, 0, count).copy_(part).t());
-      finish<T>(found, bias, begin, begin + count, out);
-    }
+      panel.copy_(part);
+    };
   });
 }
 
@@ -199,17 +114,15 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& bitmap, const at
         const bool tiles = amx::available();
         if (tiles && x.size(0) >= kLeastTileTokens && x.size(0) <= kTileTokens)
           return tile_tokens(matrix, x, bias, out);
-        if (!tiles && x.size(0) > kFewTokensBf16) return panel_tokens(matrix, x, bias, out);
+        if (!tiles && x.size(0) > kFewTokensBf16)
+          return panel_tokens(x, bias, out, [&](int64_t) { return avx512bf16::PackedRows{matrix}; });
       }
     }
 #endif
     const bool slow = torch_is_slow<decltype(type)>(packed_level());
     if (x.size(0) <= (slow ? kFewTokensSlow : kFewTokens)) return few_tokens(matrix, x, bias, out);
     if (!slow) return many_tokens(matrix, x, bias, out);
-    for (int64_t begin = 0; begin < x.size(0); begin += kWideTokens) {
-      const int64_t count = std::min(kWideTokens, x.size(0) - begin);
-      wide_panels(matrix, x.narrow(0, begin, count), bias, out.narrow(0, begin, count));
-    }
+    wide_tokens(matrix, x, bias, out);
   });
   return out;
 }

@@ -34,7 +34,7 @@ inline PackedLevel highest_packed_level() {
     return PackedLevel::portable;
   if (!has_all(ACE_HAS("avx512f"), ACE_HAS("avx512bw"), ACE_HAS("avx512vl"), ACE_HAS("avx512dq")))
     return PackedLevel::avx2;
-  if (!has_all(ACE_HAS("avx512vbmi2"), ACE_HAS("avx512bf16"))) return PackedLevel::avx512;
+  if (!has_all(ACE_HAS("avx512vbmi"), ACE_HAS("avx512vbmi2"), ACE_HAS("avx512bf16"))) return PackedLevel::avx512;
 #undef ACE_HAS
   return PackedLevel::avx512_bf16;
 #elif ACE_PACKED_ARM

@@ -38,30 +38,6 @@ inline PanelShape panel_shape(int64_t words) {
   return {whole, whole * kBitmapColumns + kStep};
 }
 
-// Expands words first_word to first_word + words of rows first to first + count, and advances `places`, the place of
-// each row's next value.
-inline void expand_panel(const PackedMatrix<BFloat16>& matrix, int64_t first, int64_t count, int64_t first_word,
-                         int64_t words, int64_t* places, const PanelShape& shape, BFloat16* panel) {
-  for (int64_t r = 0; r < count; ++r, panel += shape.stride) {
-    int64_t place = places[r];
-    for (int64_t w = 0; w < words; ++w) {
-      const uint64_t word = matrix.word(first + r, first_word + w);
-      const auto low = static_cast<uint32_t>(word), high = static_cast<uint32_t>(word >> 32);
-      const BFloat16* values = matrix.values + place;
-      prefetch_values(values);
-      BFloat16 last[kBitmapColumns];
-      if (__builtin_expect(!matrix.whole(place, kBitmapColumns), 0)) {
-        matrix.copy(place, kBitmapColumns, last);
-        values = last;
-      }
-      Avx512Bf16::store(panel + w * kBitmapColumns, Avx512Bf16::expand(values, low));
-      Avx512Bf16::store(panel + w * kBitmapColumns + kStep, Avx512Bf16::expand(values + __builtin_popcount(low), high));
-      place += __builtin_popcountll(word);
-    }
-    places[r] = place;
-  }
-}
-
 // kStep columns of kLanes rows, `stride` apart: pair p of row r becomes lane r of the vector at p step.
 inline void transpose_pairs(const BFloat16* panel, int64_t stride, BFloat16* out, int64_t step) {
   __m512i rows[kLanes], mixed[kLanes];
@@ -93,11 +69,11 @@ inline void transpose_pairs(const BFloat16* panel, int64_t stride, BFloat16* out
 }
 
 // Multiplies kTokens tokens with one run of a panel's first groups, given as pairs [cols / 2, groups, kLanes, 2], and
-// adds to sums [tokens, kPanelRows]. Meanwhile it prefetches the next values, from `ahead`: two cache lines for each
-// pair, which is what half of the weights take.
+// adds to sums [tokens, kPanelRows], multiplied by scales [kPanelRows] if they are given. Meanwhile it prefetches the
+// next values, from `ahead`: two cache lines for each pair, which is what half of the weights take.
 template <int groups, int kTokens>
 void multiply_tile(const BFloat16* pairs, const BFloat16* x, int64_t stride, int64_t cols, const char* ahead,
-                   float* sums) {
+                   const float* scales, float* sums) {
   __m512 tile[kTokens][groups];
 #pragma GCC unroll 6
   for (int t = 0; t < kTokens; ++t)
@@ -123,7 +99,9 @@ void multiply_tile(const BFloat16* pairs, const BFloat16* x, int64_t stride, int
 #pragma GCC unroll 4
     for (int g = 0; g < groups; ++g) {
       float* sum = sums + t * kPanelRows + g * kLanes;
-      _mm512_store_ps(sum, _mm512_add_ps(_mm512_load_ps(sum), tile[t][g]));
+      const __m512 before = _mm512_load_ps(sum);
+      _mm512_store_ps(sum, scales ? _mm512_fmadd_ps(tile[t][g], _mm512_load_ps(scales + g * kLanes), before)
+                                  : _mm512_add_ps(before, tile[t][g]));
     }
 }
 
@@ -137,7 +115,7 @@ struct PanelSpace {
 // Multiplies one run of a panel's first groups with all tokens.
 template <int groups>
 void multiply_run(const BFloat16* panel, int64_t panel_stride, const BFloat16* x, int64_t stride, int64_t tokens,
-                  int64_t cols, uintptr_t next, const PanelSpace& space) {
+                  int64_t cols, uintptr_t next, const float* scales, const PanelSpace& space) {
   for (int g = 0; g < groups; ++g)
     for (int64_t column = 0; column < cols; column += kStep)
       transpose_pairs(panel + g * kLanes * panel_stride + column, panel_stride,
@@ -145,7 +123,8 @@ void multiply_run(const BFloat16* panel, int64_t panel_stride, const BFloat16* x
   for (int64_t t = 0; t < tokens; t += kTileTokens) {
     const int64_t left = tokens - t;
     const auto multiply = [&](auto* tile) ACE_FOLD {
-      tile(space.pairs, x + t * stride, stride, cols, reinterpret_cast<const char*>(next), space.sums + t * kPanelRows);
+      tile(space.pairs, x + t * stride, stride, cols, reinterpret_cast<const char*>(next), scales,
+           space.sums + t * kPanelRows);
     };
     if (left >= 6) multiply(&multiply_tile<groups, 6>);
     if (left == 5) multiply(&multiply_tile<groups, 5>);
@@ -156,10 +135,54 @@ void multiply_run(const BFloat16* panel, int64_t panel_stride, const BFloat16* x
   }
 }
 
+// The rows of a packed matrix, as panel_product reads them.
+struct PackedRows {
+  PackedMatrix<BFloat16> matrix;
+
+  int64_t words() const { return matrix.words; }
+  int64_t begin(int64_t row) const { return matrix.start(row); }
+  // Expands words first_word to first_word + words of rows first to first + count, and advances `places`, the place of
+  // each row's next value.
+  void expand(int64_t first, int64_t count, int64_t first_word, int64_t words, int64_t* places, const PanelShape& shape,
+              BFloat16* panel) const {
+    for (int64_t r = 0; r < count; ++r, panel += shape.stride) {
+      int64_t place = places[r];
+      for (int64_t w = 0; w < words; ++w) {
+        const uint64_t word = matrix.word(first + r, first_word + w);
+        const auto low = static_cast<uint32_t>(word), high = static_cast<uint32_t>(word >> 32);
+        const BFloat16* values = matrix.values + place;
+        prefetch_values(values);
+        BFloat16 last[kBitmapColumns];
+        if (__builtin_expect(!matrix.whole(place, kBitmapColumns), 0)) {
+          matrix.copy(place, kBitmapColumns, last);
+          values = last;
+        }
+        BFloat16* target = panel + w * kBitmapColumns;
+        Avx512Bf16::store(target, Avx512Bf16::expand(values, low));
+        Avx512Bf16::store(target + kStep, Avx512Bf16::expand(values + __builtin_popcount(low), high));
+        place += __builtin_popcountll(word);
+      }
+      places[r] = place;
+    }
+  }
+  // The address of what is read after a panel's part, advanced by as much as half of the weights of `columns` take.
+  uintptr_t ahead(int64_t /*row*/, int64_t place, int64_t columns) const {
+    return reinterpret_cast<uintptr_t>(matrix.values) +
+           sizeof(BFloat16) * static_cast<uintptr_t>(place + columns * kPanelRows / 2);
+  }
+  // Columns that are added before they are added to the sums, from this column on.
+  static int64_t run(int64_t /*column*/, int64_t cols) { return run_columns(cols); }
+  // The factors of a run's sums, or null.
+  static const float* scales(int64_t /*first*/, int64_t /*count*/, int64_t /*column*/, float* /*space*/) {
+    return nullptr;
+  }
+};
+
 // One product: x [tokens, 64 words], zero beyond `cols` columns, tokens `stride` inputs apart; bias [rows] or null; out
 // [tokens, rows].
+template <class Rows>
 struct PanelProduct {
-  PackedMatrix<BFloat16> matrix;
+  Rows matrix;
   int64_t cols;
   const BFloat16* x;
   int64_t stride, tokens;
@@ -169,7 +192,8 @@ struct PanelProduct {
 };
 
 // Writes columns first to first + count of the result: sums + bias, rounded once. Subnormal results become 0.
-inline void store_sums(const PanelProduct& product, const float* sums, int64_t first, int64_t count) {
+template <class Rows>
+void store_sums(const PanelProduct<Rows>& product, const float* sums, int64_t first, int64_t count) {
   for (int64_t i = 0; i < count; i += 16) {
     const auto mask = static_cast<__mmask16>(count - i < 16 ? (1u << (count - i)) - 1 : 0xffffu);
     __m512 shift = _mm512_setzero_ps();
@@ -186,26 +210,27 @@ inline void store_sums(const PanelProduct& product, const float* sums, int64_t f
 }
 
 // Rows begin to end, any number of tokens. A row's sums do not depend on how rows are divided.
-inline void panel_product(const PanelProduct& product, int64_t begin, int64_t end, const PanelShape& shape,
-                          const PanelSpace& space) {
-  const PackedMatrix<BFloat16>& matrix = product.matrix;
-  const int64_t run = run_columns(product.cols);
+template <class Rows>
+void panel_product(const PanelProduct<Rows>& product, int64_t begin, int64_t end, const PanelShape& shape,
+                   const PanelSpace& space) {
+  const Rows& matrix = product.matrix;
   for (int64_t first = begin; first < end; first += kPanelRows) {
     const int64_t count = std::min(kPanelRows, end - first), groups = (count + kLanes - 1) / kLanes;
+    alignas(64) float factors[kPanelRows] = {};
     int64_t places[kPanelRows];
-    for (int64_t r = 0; r < count; ++r) places[r] = matrix.start(first + r);
+    for (int64_t r = 0; r < count; ++r) places[r] = matrix.begin(first + r);
     std::fill_n(space.sums, product.tokens * kPanelRows, 0.0f);
-    for (int64_t word = 0; word < matrix.words; word += shape.words) {
-      const int64_t words = std::min(shape.words, matrix.words - word), width = words * kBitmapColumns;
-      expand_panel(matrix, first, count, word, words, places, shape, space.panel);
-      for (int64_t column = 0; column < width; column += run) {
-        const int64_t cols = std::min(run, width - column);
-        // Each run prefetches, from the values after this part, as much as half of its own weights take.
-        const auto next = reinterpret_cast<uintptr_t>(matrix.values) +
-                          sizeof(BFloat16) * static_cast<uintptr_t>(places[count - 1] + column * kPanelRows / 2);
+    for (int64_t word = 0; word < matrix.words(); word += shape.words) {
+      const int64_t words = std::min(shape.words, matrix.words() - word), width = words * kBitmapColumns;
+      const int64_t part = word * kBitmapColumns;
+      matrix.expand(first, count, word, words, places, shape, space.panel);
+      for (int64_t column = 0, cols = 0; column < width; column += cols) {
+        cols = std::min(matrix.run(part + column, product.cols), width - column);
+        const uintptr_t next = matrix.ahead(first + count - 1, places[count - 1], column);
+        const float* scales = matrix.scales(first, count, part + column, factors);
         const auto multiply = [&](auto* with) ACE_FOLD {
-          with(space.panel + column, shape.stride, product.x + word * kBitmapColumns + column, product.stride,
-               product.tokens, cols, next, space);
+          with(space.panel + column, shape.stride, product.x + part + column, product.stride, product.tokens, cols,
+               next, scales, space);
         };
         if (groups == 4) multiply(&multiply_run<4>);
         if (groups == 3) multiply(&multiply_run<3>);

@@ -1,19 +1,24 @@
-// quantized_linear and unpack_quantized on the CPU.
+// quantized_linear and unpack_quantized on the CPU. As in cpu/packed.cpp, weights are expanded in registers for a few
+// tokens, and unpacked in panels for many.
 #include "ops/quantized.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
-#include "cpu/dispatch.h"
-#include "cpu/quantized_portable.h"
-#include "ops/packed.h"
+#include "cpu/packed_torch.h"
+#include "cpu/quantized_level.h"
+#include "cpu/quantized_panel.h"
 
 namespace ace::cpu {
 namespace {
 
-template <class T>
-QuantizedMatrix<T> matrix_of(const at::Tensor& bitmap, const at::Tensor& codes, const at::Tensor& scales, int64_t group,
+// The most tokens that are multiplied in registers.
+constexpr int64_t kFewTokens = 16, kFewTokensBf16 = 4;
+
+template <class S>
+QuantizedMatrix<S> matrix_of(const at::Tensor& bitmap, const at::Tensor& codes, const at::Tensor& scales, int64_t group,
                              const OptionalTensor& row_start) {
   return {data<uint8_t>(bitmap),
           bitmap.size(1) / 8,
@@ -21,34 +26,102 @@ QuantizedMatrix<T> matrix_of(const at::Tensor& bitmap, const at::Tensor& codes, 
           codes.numel(),
           row_start ? data<int64_t>(*row_start) : nullptr,
           codes.size(-1),
-          data<T>(scales),
+          data<S>(scales),
           scales.size(1),
           group / kBitmapColumns};
 }
 
-template <int kBits, class T>
-void multiply(const QuantizedMatrix<T>& matrix, const at::Tensor& x, const OptionalTensor& bias, at::Tensor& out) {
+at::Tensor space_for(int64_t words) {
+  return at::empty({QuantizedSpace::size(words)}, at::TensorOptions().dtype(at::kByte));
+}
+
+// x [tokens, 64 words + 32] of the core type X, zero beyond the columns, and the columns of each word in this order.
+template <class X, class Order>
+at::Tensor ordered(const at::Tensor& x, int64_t words, Order* order) {
+  const at::Tensor wide = padded<X>(x, words);
+  if (order(8) == 8) return wide;
+  const at::Tensor found = at::empty(wide.sizes(), wide.options());
+  for (int64_t t = 0; t < x.size(0); ++t) {
+    const X* from = data<X>(wide) + t * wide.size(1);
+    X* to = mutable_data<X>(found) + t * wide.size(1);
+    for (int64_t word = 0; word < words; ++word, from += kBitmapColumns, to += kBitmapColumns)
+      for (int64_t column = 0; column < kBitmapColumns; ++column) to[order(column)] = from[column];
+  }
+  return found;
+}
+
+template <int kBits, class S>
+void few_tokens(const QuantizedMatrix<S>& matrix, const at::Tensor& x, const OptionalTensor& bias, at::Tensor& out) {
   const int64_t tokens = x.size(0), rows = out.size(1);
-  at::Tensor wide = at::empty({tokens, matrix.words * kBitmapColumns}, x.options().dtype(at::kFloat)).zero_();
-  wide.narrow(1, 0, x.size(1)).copy_(x);
-  at::Tensor sums = at::empty({tokens, rows}, wide.options());
-  const QuantizedProduct<T, float> product{matrix, data<float>(wide), wide.size(1), mutable_data<float>(sums), rows};
-  at::parallel_for(0, rows, row_grain(x.numel()), [&](int64_t begin, int64_t end) {
-    portable::quantized_product<kBits>(product, tokens, begin, end);
+  const at::Tensor sums = at::empty({tokens, rows}, x.options().dtype(at::kFloat));
+  with_quantized_product<kBits, S>(packed_level(), [&](auto* loop, auto* order, auto input) {
+    using X = decltype(input);
+    const at::Tensor given = ordered<X>(x, matrix.words, order);
+    const QuantizedProduct<S, X> product{matrix, data<X>(given), given.size(1), mutable_data<float>(sums), rows};
+    at::parallel_for(0, rows, row_grain(tokens * x.size(1)), [&](int64_t begin, int64_t end) {
+      const at::Tensor space = space_for(matrix.words);
+      loop(product, tokens, begin, end, space.mutable_data_ptr());
+      finish<S>(product.out, bias, begin, end, out);
+    });
   });
-  if (bias) sums.add_(*bias);
-  out.copy_(sums);
+}
+
+// Rows begin to begin + count in float32.
+template <int kBits, class S>
+void unpack(const QuantizedMatrix<S>& matrix, int64_t begin, int64_t count, int64_t cols, float* out, void* space) {
+  with_quantized_loops<kBits, S>(packed_level(), [&](auto*, auto* loop) {
+    loop(matrix, begin, begin + count, cols, out, space);
+  });
+}
+
+template <int kBits, class S>
+void many_tokens(const QuantizedMatrix<S>& matrix, const at::Tensor& x, const OptionalTensor& bias, at::Tensor& out) {
+#if ACE_PACKED_X86
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    using Rows = avx512bf16::QuantizedRows<kBits>;
+    if (packed_level() == PackedLevel::avx512_bf16 && matrix.words > 0)
+      return panel_tokens(x, bias, out, [&](int64_t words) {
+        return Rows{matrix, std::shared_ptr<BFloat16[]>(new BFloat16[Rows::space_size(words)])};
+      });
+  }
+#endif
+  many_wide_tokens<S>(x, bias, out, [&](int64_t) {
+    return [&matrix, space = space_for(matrix.words)](int64_t begin, int64_t count, at::Tensor& panel) {
+      unpack<kBits>(matrix, begin, count, panel.size(1), mutable_data<float>(panel), space.mutable_data_ptr());
+    };
+  });
+}
+
+template <int kBits, class S>
+void unpack_rounded(const QuantizedMatrix<S>& matrix, at::Tensor& out) {
+  const int64_t cols = out.size(1);
+  Torch<S>* result = mutable_data<Torch<S>>(out);
+  at::parallel_for(0, out.size(0), row_grain(cols), [&](int64_t begin, int64_t end) {
+    const at::Tensor space = space_for(matrix.words);
+    const at::Tensor row = at::empty({cols}, at::TensorOptions().dtype(at::kFloat));
+    float* wide = mutable_data<float>(row);
+    for (int64_t i = begin; i < end; ++i) {
+      unpack<kBits>(matrix, i, 1, cols, wide, space.mutable_data_ptr());
+      for (int64_t j = 0; j < cols; ++j) result[i * cols + j] = static_cast<Torch<S>>(wide[j]);
+    }
+  });
 }
 
 at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& bitmap, const at::Tensor& codes,
                             const at::Tensor& scales, int64_t bits, int64_t group, const OptionalTensor& row_start,
                             const OptionalTensor& bias) {
   check_quantized_linear(x, bitmap, codes, scales, bits, group, row_start, bias);
+  const c10::impl::ExcludeDispatchKeyGuard as_given(c10::autocast_dispatch_keyset);
   at::Tensor out = at::empty({x.size(0), bitmap.size(0)}, x.options());
   if (out.numel() == 0) return out;
   with_scalar(x.scalar_type(), [&](auto type) {
-    const auto matrix = matrix_of<decltype(type)>(bitmap, codes, scales, group, row_start);
-    bits == 8 ? multiply<8>(matrix, x, bias, out) : multiply<4>(matrix, x, bias, out);
+    using S = decltype(type);
+    const auto matrix = matrix_of<S>(bitmap, codes, scales, group, row_start);
+    const bool short_panels = std::is_same_v<S, BFloat16> && packed_level() == PackedLevel::avx512_bf16;
+    const bool few = x.size(0) <= (short_panels ? kFewTokensBf16 : kFewTokens);
+    auto* multiply = bits == 8 ? (few ? &few_tokens<8, S> : &many_tokens<8, S>)
+                               : (few ? &few_tokens<4, S> : &many_tokens<4, S>);
+    multiply(matrix, x, bias, out);
   });
   return out;
 }
@@ -58,12 +131,9 @@ at::Tensor unpack_quantized(const at::Tensor& bitmap, const at::Tensor& codes, c
   check_quantized("unpack_quantized", bitmap, codes, scales, bits, group, row_start, cols);
   at::Tensor out = at::empty({bitmap.size(0), cols}, scales.options());
   with_scalar(scales.scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    const auto matrix = matrix_of<T>(bitmap, codes, scales, group, row_start);
-    auto* unpack = bits == 8 ? &portable::quantized_unpack<8, T> : &portable::quantized_unpack<4, T>;
-    at::parallel_for(0, out.size(0), row_grain(cols), [&](int64_t begin, int64_t end) {
-      unpack(matrix, begin, end, cols, mutable_data<T>(out) + begin * cols);
-    });
+    using S = decltype(type);
+    const auto matrix = matrix_of<S>(bitmap, codes, scales, group, row_start);
+    bits == 8 ? unpack_rounded<8>(matrix, out) : unpack_rounded<4>(matrix, out);
   });
   return out;
 }

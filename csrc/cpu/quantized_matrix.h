@@ -7,7 +7,7 @@ namespace ace::cpu {
 
 // The layout of ops/quantized.h. A wrong bitmap or row_start must not make a reader leave the tensors: a row begins
 // inside `codes`, and code that reads `width` bytes from a place checks `whole` first.
-template <class T>
+template <class S>
 struct QuantizedMatrix {
   const uint8_t* bitmap;  // [rows, 8 words]
   int64_t words;
@@ -15,39 +15,76 @@ struct QuantizedMatrix {
   int64_t bytes;
   const int64_t* row_start;  // [rows + 1], or null: row i begins at byte i * keep
   int64_t keep;
-  const T* scales;  // [rows, groups]
+  const S* scales;  // [rows, groups]
   int64_t groups;
   int64_t group_words;  // words of the bitmap that share a scale
 
-  ACE_HD uint64_t word(int64_t row, int64_t index) const {
-    uint64_t bits;
-    std::memcpy(&bits, bitmap + 8 * (row * words + index), sizeof bits);
-    return bits;
-  }
+  ACE_HD const uint8_t* bits(int64_t row) const { return bitmap + 8 * row * words; }
   ACE_HD int64_t start(int64_t row) const {
     const int64_t place = row_start ? row_start[row] : row * keep;
     return place < 0 ? 0 : place > bytes ? bytes : place;
   }
+  // Bytes of this row; not negative, and inside `codes`.
+  ACE_HD int64_t size(int64_t row) const {
+    const int64_t first = start(row), left = bytes - first;
+    const int64_t found = row_start ? start(row + 1) - first : keep;
+    return found < 0 ? 0 : found > left ? left : found;
+  }
   // Whether `width` bytes can be read from this place.
   ACE_HD bool whole(int64_t place, int64_t width) const { return place + width <= bytes; }
   // Copies those of the `width` bytes that exist; the others become 0.
-  ACE_HD void copy(int64_t place, int width, uint8_t* target) const {
+  ACE_HD void copy(int64_t place, int64_t width, uint8_t* target) const {
     const int64_t left = bytes - place < width ? bytes - place : width;
     std::memset(target, 0, static_cast<size_t>(width));
     if (left > 0) std::memcpy(target, codes + place, static_cast<size_t>(left));
   }
-  ACE_HD float scale(int64_t row, int64_t group) const { return to_float(scales[row * groups + group]); }
+};
+
+// Words whose products are summed before they are multiplied with a scale.
+template <class S>
+int span_words(const QuantizedMatrix<S>& matrix) {
+  return matrix.group_words % 2 == 0 ? 2 : 1;
+}
+
+// out [ceil(words / span)] = the scale of each span of a row.
+template <class S>
+void span_scales(const QuantizedMatrix<S>& matrix, int64_t row, int span, float* out) {
+  const S* scales = matrix.scales + row * matrix.groups;
+  const int64_t spans = (matrix.words + span - 1) / span, each = matrix.group_words / span;
+  if (each == 1) {
+    for (int64_t i = 0; i < spans; ++i) out[i] = to_float(scales[i]);
+    return;
+  }
+  for (int64_t i = 0; i < spans; i += each, ++scales)
+    std::fill(out + i, out + std::min(spans, i + each), to_float(*scales));
+}
+
+// A thread's working memory for one row at a time.
+class QuantizedSpace {
+ public:
+  explicit QuantizedSpace(int64_t words) : scales_(kAlign * ((words * 4 + kAlign - 1) / kAlign)) {}
+  // Bytes for rows of `words` words.
+  static int64_t size(int64_t words) { return QuantizedSpace(words).scales_ + words * kBitmapColumns * 4 + kAlign; }
+  float* scales(void* memory) const { return static_cast<float*>(memory); }
+  // Room for 64 words codes of up to 4 bytes, and 64 bytes more.
+  template <class T>
+  T* codes(void* memory) const {
+    return reinterpret_cast<T*>(static_cast<char*>(memory) + scales_);
+  }
+
+ private:
+  static constexpr int64_t kAlign = 64;
+  int64_t scales_;
 };
 
 // One product: x [tokens, 64 words], zero beyond the columns, tokens `stride` inputs apart; out [tokens, rows].
-template <class T, class X>
+template <class S, class X>
 struct QuantizedProduct {
-  QuantizedMatrix<T> matrix;
+  QuantizedMatrix<S> matrix;
   const X* x;
   int64_t stride;
   float* out;
   int64_t rows;
-  ACE_HD const X* token(int64_t t) const { return x + t * stride; }
 };
 
 }  // namespace ace::cpu

@@ -49,6 +49,12 @@ def samples():
         row = torch.randn(tokens, 5, generator=random)
         yield "packed_linear", (row, bitmap, uniform, None, None)
         yield "packed_linear", (row.half(), bitmap, ragged.half(), starts, torch.ones(2).half())
+        for bits, codes in ((8, torch.arange(6, dtype=torch.uint8)), (4, torch.arange(4, dtype=torch.uint8))):
+            packed = (bitmap, codes, torch.ones(2, 1), bits, 64)
+            yield "quantized_linear", (row, *packed, torch.tensor([0, len(codes) // 2, len(codes)]), torch.ones(2))
+            uniform_codes = codes.view(2, -1)
+            yield "quantized_linear", (row, bitmap, uniform_codes, torch.ones(2, 1), bits, 64, None, None)
+            yield "unpack_quantized", (bitmap, uniform_codes, torch.ones(2, 1).bfloat16(), bits, 64, None, 5)
     yield "unpack_bitmap", (bitmap, ragged, starts, 5)
     yield "unpack_bitmap", (bitmap, uniform.bfloat16(), None, 5)
     for keep_n, group_m in ((0, 0), (2, 4)):

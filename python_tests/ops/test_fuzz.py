@@ -154,6 +154,37 @@ def product(draw) -> dict:
     return {"x": matrix(draw, draw.randint(1, 9), cols, dtype), **made, "bias": bias}
 
 
+def quantized(draw) -> dict:
+    """As packed, with codes and scales in place of values."""
+    made = packed(draw)
+    bits, rows, cols = draw.choice([8, 4]), len(made["bitmap"]), made["cols"]
+    parts = []
+    for kept in made["row_start"].diff().tolist():
+        codes = torch.randint(256, (-(-kept * bits // 8),), generator=draw.tensors).to(torch.uint8)
+        if bits == 4 and kept % 2:
+            codes[-1] &= 15  # there is no second code
+        parts.append(codes)
+    group = draw.choice([64, 128])
+    scales = torch.rand(rows, -(-cols // group), generator=draw.tensors).to(made["values"].dtype)
+    starts = torch.tensor([0, *map(len, parts)]).cumsum(0)
+    return {
+        "bitmap": made["bitmap"],
+        "codes": torch.cat(parts),
+        "scales": scales,
+        "bits": bits,
+        "group": group,
+        "row_start": starts,
+        "cols": cols,
+    }
+
+
+def quantized_product(draw) -> dict:
+    made = quantized(draw)
+    cols, dtype = made.pop("cols"), made["scales"].dtype
+    bias = draw.choice([None, torch.randn(len(made["bitmap"]), generator=draw.tensors).to(dtype)])
+    return {"x": matrix(draw, draw.randint(1, 9), cols, dtype), **made, "bias": bias}
+
+
 # Checks of each op's result, given its arguments before the call
 
 
@@ -235,11 +266,22 @@ def check_product(before, after, result) -> None:
     weight = packed_reference.unpack_bitmap(
         before["bitmap"], before["values"], before["row_start"], before["x"].shape[1]
     )
+    check_sums(before, weight, 0, expected, result)
+
+
+def check_quantized_product(before, after, result) -> None:
+    expected = packed_reference.quantized_linear(**before)
+    given = {name: before[name] for name in ("bitmap", "codes", "scales", "bits", "group", "row_start")}
+    weight = packed_reference.exact_weight(**given, cols=before["x"].shape[1])
+    check_sums(before, weight, before["scales"].shape[1], expected, result)
+
+
+def check_sums(before, weight, groups, expected, result) -> None:
     size = before["x"].double().abs() @ weight.double().abs().T
     size += 0.0 if before["bias"] is None else before["bias"].double().abs()
     unit = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[result.dtype]
     least = 2.0**-25 if result.dtype == torch.float16 else 0.0  # half the step of its subnormal numbers
-    close(result, expected, unit * expected.abs() + (weight.shape[1] + 8) * 2.0**-24 * size + least)
+    close(result, expected, unit * expected.abs() + (weight.shape[1] + groups + 8) * 2.0**-24 * size + least)
 
 
 OPS = {
@@ -266,6 +308,11 @@ OPS = {
     "quantize_block_": (quantize, check_quantize),
     "unpack_bitmap": (packed, lambda b, a, r: assert_same_bits(r, packed_reference.unpack_bitmap(**b))),
     "packed_linear": (product, check_product),
+    "unpack_quantized": (
+        quantized,
+        lambda b, a, r: assert_same_bits(r, packed_reference.unpack_quantized(**b)),
+    ),
+    "quantized_linear": (quantized_product, check_quantized_product),
 }
 """By op: random arguments that it must take, and the check of what it did with them."""
 

@@ -1,0 +1,50 @@
+// Chooses and calls the loops over a packed matrix of quantized survivors that suit this processor.
+#pragma once
+
+#include "cpu/packed_level.h"
+#include "cpu/quantized_avx2.h"
+#include "cpu/quantized_avx512.h"
+#include "cpu/quantized_bf16.h"
+#include "cpu/quantized_neon.h"
+#include "cpu/quantized_portable.h"
+
+namespace ace::cpu {
+
+// The order of a word's columns in x that most loops want.
+constexpr int64_t column_order(int64_t column) { return column; }
+
+// Calls action(product, unpack) with the loops for codes of kBits bits, scales of type S and inputs in float32.
+template <int kBits, class S, class Action>
+void with_quantized_loops(PackedLevel level, Action&& action) {
+#if ACE_PACKED_X86
+  if (level >= PackedLevel::avx512)
+    return action(&avx512::quantized_product<avx512::Quantized, kBits, S>,
+                  &avx512::quantized_unpack<avx512::Quantized, kBits, S>);
+  if (level == PackedLevel::avx2)
+    return action(&avx2::quantized_product<avx2::Quantized, kBits, S>,
+                  &avx2::quantized_unpack<avx2::Quantized, kBits, S>);
+#endif
+#if ACE_PACKED_ARM
+  if (level == PackedLevel::neon)
+    return action(&neon::quantized_product<neon::Quantized, kBits, S>,
+                  &neon::quantized_unpack<neon::Quantized, kBits, S>);
+#endif
+  action(&portable::quantized_product<portable::Quantized, kBits, S>,
+         &portable::quantized_unpack<portable::Quantized, kBits, S>);
+}
+
+// Calls action(product, order, X{}) with the loop for a few tokens, the order of a word's columns in its x, and the
+// type of x.
+template <int kBits, class S, class Action>
+void with_quantized_product(PackedLevel level, Action&& action) {
+#if ACE_PACKED_X86
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    using Codes = std::conditional_t<kBits == 8, avx512bf16::Codes8, avx512bf16::Codes4>;
+    if (level == PackedLevel::avx512_bf16)
+      return action(&avx512bf16::quantized_product<Codes>, &Codes::order, BFloat16{});
+  }
+#endif
+  with_quantized_loops<kBits, S>(level, [&](auto* product, auto*) { action(product, &column_order, float{}); });
+}
+
+}  // namespace ace::cpu
