@@ -27,8 +27,10 @@ def mask_words(method: str) -> str:
         stages = parse(method)
     except InputError:  # a metric that is a function, or a stage that is not registered here
         return f"a metric of the caller's; {UNUSED}"
+    if not stages.prunes:
+        return f"none: no weight was removed; {UNUSED}"
     if stages.score is None:
-        assert stages.solve is not None  # else a method has a score
+        assert stages.solve is not None  # else nothing chooses a mask
         stage = stages.solve.label.upper()
         weighted = getattr(stages.solve, "gram", None) == "cosine"
         return f"{stage}'s remaining error{' of tokens weighted as in the cosine score' if weighted else ''}; {UNUSED}"

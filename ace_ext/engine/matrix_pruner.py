@@ -61,10 +61,15 @@ class MatrixPruner:
         return report
 
     def _prune_unseen(self, name: str, weight: Tensor) -> MatrixReport:
-        """Prunes an expert's weight by magnitude, because no token was routed to it."""
-        config = PruneConfig("magnitude", self.config.sparsity, self.config.pattern, self.config.group)
+        """Prunes an expert's weight by magnitude, because no token was routed to it, and rounds it to the grid if the
+        method has one."""
+        own = self.config
+        config = PruneConfig("magnitude", own.sparsity if own.pattern is None else None, own.pattern, own.group)
         with as_rows(weight) as rows:
-            config.comparison.prune_(scored_weight(rows, None, config), keep_of_group(rows, config))
+            if own.method.prunes:
+                config.comparison.prune_(scored_weight(rows, None, config), keep_of_group(rows, config))
+            if own.method.quantize is not None:
+                rows.copy_(own.method.quantize.round_plainly(rows))
         return self.measurements.unseen(name, weight, keep_budget(weight, config))
 
     def check(self, where: str, weights: list[Tensor]) -> None:

@@ -39,6 +39,7 @@ __all__ = [
     "prune_nm_",
     "prune_topk_",
     "prune_topk_across_",
+    "quantize_block_",
     "quantized_linear",
     "refine_swaps_",
     "restore_mean_",
@@ -213,6 +214,30 @@ def obs_block_(weight: Tensor, error: Tensor, mask: Tensor, factor: Tensor, keep
     transposed factor: call ``.contiguous()``.
     """
     registered().obs_block_(weight, error, mask, factor, keep_n, group_m)
+
+
+@torch.no_grad()
+def quantize_block_(
+    weight: Tensor,
+    error: Tensor,
+    mask: Tensor,
+    scale: Tensor,
+    factor: Tensor,
+    bits: int,
+    current: Tensor | None = None,
+) -> None:
+    """GPTQ's recursion (arXiv 2210.17323) inside one block of columns ``[rows, width]`` float32 with a fixed mask.
+
+    For each column c, left to right: ``q = w_c / scale`` rounded to a whole number from ``-2^(bits-1)`` to
+    ``2^(bits-1) - 1``, ties to even, and 0 where ``mask`` is False; ``v = q scale``, multiplied in float32 and rounded
+    to the dtype of ``scale``; ``d = (w_c - v) / U_cc``; ``w_k -= d U_ck`` for k > c; ``w_c = v``; ``error_c = d``.
+    ``scale [rows]`` is float32, float16 or bfloat16, not negative. ``factor`` ``U [width, width]`` is the block of the
+    upper Cholesky factor of the inverse Hessian, as for :func:`obs_block_`.
+
+    With ``current [rows, width]`` float32, ``d = (v - current_c) / U_cc``: a step of a coordinate descent from
+    ``current``, whose targets are in ``weight``.
+    """
+    registered().quantize_block_(weight, error, mask, scale, factor, bits, current)
 
 
 # Errors on a GPU

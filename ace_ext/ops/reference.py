@@ -297,3 +297,29 @@ def obs_block(
         weight[changed, c + 1 :] -= error[changed, c, None] * factor[c, c + 1 :]
         weight[removed, c] = 0.0
     return weight, error, mask
+
+
+def quantize_block(
+    weight: Tensor,
+    mask: Tensor,
+    scale: Tensor,
+    factor: Tensor,
+    bits: int,
+    current: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """GPTQ's recursion (arXiv 2210.17323) over the columns of a block with a fixed mask: new weight and error.
+
+    In float32 the products are rounded in the order of ``csrc/core/quantize_block.h``: the results have the op's bits.
+    """
+    weight, factor = (t.detach().cpu().to(dtype).clone() for t in (weight, factor))
+    error, wide = torch.zeros_like(weight), scale.cpu().to(dtype)
+    for c in range(weight.shape[1]):
+        code = (weight[:, c] / wide).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).round()
+        code = torch.where(mask.cpu()[:, c] & (wide != 0), code, 0.0)
+        value = (code.float() * scale.cpu().float()).to(scale.dtype).to(dtype)
+        change = weight[:, c] - value if current is None else value - current.cpu().to(dtype)[:, c]
+        error[:, c] = change / factor[c, c]
+        weight[:, c + 1 :] -= error[:, c, None] * factor[c, c + 1 :]
+        weight[:, c] = value
+    return weight, error

@@ -24,7 +24,8 @@ class PruneConfig:
     Args:
         method: a text such as ``"balanced"`` or ``"admm(iterations=30) + distill"``, a stage, or a list of stages
             (:mod:`ace_ext.pruning.method`).
-        sparsity: share of zeros in ``[0, 1]``; default 0.5. Not together with ``pattern``.
+        sparsity: share of zeros in ``[0, 1]``; default 0.5, and 0 for a method that only quantizes. Not together with
+            ``pattern``.
         pattern: N:M, as a :class:`SparsityPattern` or text like ``"2:4"``; N are kept.
         group: the comparison group: the weights of one ``"row"``, one ``"matrix"`` or the whole ``"model"`` are ranked
             against each other. ``"model"`` needs all scores at once, so all statistics are those of the dense model.
@@ -50,6 +51,9 @@ class PruneConfig:
     ) -> None:
         self.method: Method = method_of(method)
         self.pattern = _pattern(pattern)
+        if not self.method.prunes:
+            _check_nothing_pruned(self.method, sparsity, self.pattern, group)
+            sparsity = 0.0
         self.sparsity = _sparsity(sparsity, self.pattern)
         self.group = self._group(group)
         self.skip = _patterns(skip)
@@ -168,6 +172,17 @@ def _sparsity(given: object, pattern: SparsityPattern | None) -> float:
             raise InputError(f"give sparsity or pattern, not both (got {given} and {pattern})")
         return pattern.sparsity
     return _share("sparsity", SPARSITY if given is None else given)
+
+
+def _check_nothing_pruned(method: Method, sparsity: object, pattern: object, group: object) -> None:
+    """Raises :class:`InputError` for a target of a method that prunes nothing; a sparsity of 0 is true of it."""
+    given = {"sparsity": sparsity if sparsity != 0 else None, "pattern": pattern, "group": group != "row" and group}
+    for name, value in given.items():
+        if value:
+            raise InputError(
+                f"{name} is for methods that prune, and {method} only quantizes (got {str(value)[:100]}); leave it out, "
+                f"or add a stage that prunes, as in balanced + {method.quantize}"
+            )
 
 
 def _share(name: str, given: object) -> float:

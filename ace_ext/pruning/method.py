@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 from ace_ext.errors import InputError
-from ace_ext.pruning.kinds import COSINE_GRAM, INPUT, MOMENT, WEIGHTED
+from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, MOMENT, SKETCH, WEIGHTED
 from ace_ext.pruning.metrics import DEFAULT_METRIC, METRICS
 from ace_ext.pruning.settings import Setting, suggestion
 from ace_ext.pruning.stages import (
@@ -22,12 +22,14 @@ from ace_ext.pruning.stages import (
     Collect,
     Distill,
     MatrixStage,
+    Quantize,
     Refine,
     Score,
     Solve,
     Stage,
     TrainBlock,
 )
+from ace_ext.pruning.stages._stage import PLAIN, SKETCHED
 
 PRESETS = {
     "fast": "admm(damping=1, iterations=10, gram=sketch)",
@@ -53,7 +55,8 @@ Kind = TypeVar("Kind", bound=Stage)
 class Method:
     """Stages in the order in which they run, at most one of each kind; A text joins them with ``+``.
     :func:`method_of` makes one of stages, and :func:`parse` of a text; both leave out a :class:`Collect` with its
-    defaults, because every method collects, and add Wanda's scores if no stage chooses the mask.
+    defaults, because every method collects, and add Wanda's scores if no stage chooses the mask. A method without a
+    mask is one that only quantizes: it removes no weight.
 
     ``label`` is what the user wrote; tables show it. It is not compared: two methods with the same stages are equal.
 
@@ -85,9 +88,14 @@ class Method:
                         f"{name} says how {self.solve.label} chooses the mask, but {chosen} does; leave out one of them"
                     )
         grams = {stage.label: stage.gram for stage in self.matrix_stages if hasattr(stage, "gram")}
-        if len(set(grams.values())) > 1:
+        approximated = {PLAIN if self.quantize is not None and gram == SKETCHED else gram for gram in grams.values()}
+        if len(approximated) > 1:  # a method that quantizes has the whole Gram matrix, and no stage reads a sketch
             found = " and ".join(f"{gram} for {label}" for label, gram in grams.items())
             raise InputError(f"gram must be the same for all stages of the method (got {found})")
+        if self.quantize is not None and self.train is not None:
+            raise InputError(
+                f"{self.train.label} moves weights off the grid of {self.quantize.label}; leave out one of them"
+            )
         if self.collect.token_norm is not None and not self.weighs_tokens:
             raise InputError(
                 f"token_norm is for methods that weight tokens by their output norm (got {self}); leave it out"
@@ -122,6 +130,16 @@ class Method:
         return self._of(Solve)
 
     @property
+    def quantize(self) -> Quantize | None:
+        """The stage that rounds kept weights to a grid."""
+        return self._of(Quantize)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether a stage chooses a mask. A method that only quantizes removes no weight."""
+        return self.score is not None or self.solve is not None
+
+    @property
     def train(self) -> TrainBlock | None:
         """The stage that trains each block."""
         return self._of(TrainBlock)
@@ -134,7 +152,7 @@ class Method:
     @property
     def matrix_stages(self) -> list[MatrixStage]:
         """The stages that follow the scores of one matrix, in order."""
-        return [stage for stage in (self.refine, self.solve) if stage is not None]
+        return [stage for stage in (self.refine, self.solve, self.quantize) if stage is not None]
 
     @property
     def scored_by(self) -> Score:
@@ -145,8 +163,7 @@ class Method:
     @property
     def weighs_tokens(self) -> bool:
         """Whether a stage reads statistics that weight tokens by the norm of their output."""
-        read = self.scored_by.needs.union(*(stage.needs for stage in self.matrix_stages))
-        return bool(read & {WEIGHTED, MOMENT, COSINE_GRAM})
+        return bool(Needs.of(self).prune & {WEIGHTED, MOMENT, COSINE_GRAM})
 
     @property
     def name(self) -> str:
@@ -184,7 +201,7 @@ def _place(stage: Stage) -> int:
 
 def method_of(given: "str | Stage | Sequence[Stage] | Method") -> Method:
     """The method that a text, a stage or a list of stages stands for. If no stage chooses the mask, Wanda's scores
-    choose it.
+    choose it, unless the method only quantizes.
 
     Raises:
         InputError: as :func:`parse` and :class:`Method`.
@@ -200,12 +217,15 @@ def method_of(given: "str | Stage | Sequence[Stage] | Method") -> Method:
 
 
 def _complete(stages: list[Stage], label: str = "") -> Method:
-    """The method of these stages. Wanda's scores are added if none of them chooses the mask. ``label``: what the user
-    wrote."""
+    """The method of these stages. Wanda's scores are added if none of them chooses the mask, unless they only quantize.
+    ``label``: what the user wrote."""
     chooses = any(isinstance(stage, Score) or (isinstance(stage, Solve) and stage.chooses_mask) for stage in stages)
     if any(isinstance(stage, Refine) for stage in stages):
         chooses = any(isinstance(stage, Score) for stage in stages)
-    if not chooses:
+    only_quantizes = any(isinstance(stage, Quantize) for stage in stages) and not any(
+        isinstance(stage, Allocate | Refine | Solve) for stage in stages
+    )
+    if not chooses and not only_quantizes:
         score = Score(DEFAULT_METRIC)
         at = next((at for at, stage in enumerate(stages) if _place(stage) > _place(score)), len(stages))
         stages = [*stages[:at], score, *stages[at:]]
@@ -227,12 +247,13 @@ class Needs:
     @classmethod
     def of(cls, method: Method) -> "Needs":
         """The kinds that the stages of a method read."""
-        scored = method.scored_by.needs
-        solved = {kind for stage in method.matrix_stages for kind in stage.needs}
+        scored = method.scored_by.needs if method.prunes else frozenset()
+        solved = frozenset(kind for stage in method.matrix_stages for kind in stage.needs)
         measure: frozenset[str] = frozenset()
         if method.allocate is not None:
             measure = scored
-        return cls(scored | solved, measure)
+        prune = scored | solved
+        return cls(prune - {SKETCH} if GRAM in prune else prune, measure)
 
     @property
     def read(self) -> frozenset[str]:

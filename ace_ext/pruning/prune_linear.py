@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ace_ext.errors import InputError
-from ace_ext.ops import ScoredWeight
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.gram import RelativeLoss
 from ace_ext.pruning.masks import as_rows, keep_budget, keep_of_group, scored_weight
@@ -75,12 +74,11 @@ def prune_linear_(
             a stage overflowed. The weight is then unchanged.
     """
     with as_rows(weight) as rows:
-        scored = scored_weight(rows, stats, config)
         if not config.method.matrix_stages:
-            config.comparison.prune_(scored, keep_of_group(rows, config, keep_row))
+            config.comparison.prune_(scored_weight(rows, stats, config), keep_of_group(rows, config, keep_row))
             return None
         try:
-            return _run_stages_(scored, stats, config, keep_row, shares)
+            return _run_stages_(rows, stats, config, keep_row, shares)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise InputError(
                 f"the Gram matrix of the inputs cannot be factorised ({error}); raise damping, or look for NaN or "
@@ -89,37 +87,47 @@ def prune_linear_(
 
 
 def _run_stages_(
-    scored: ScoredWeight,
+    weight: Tensor,
     stats: LinearStatistics,
     config: PruneConfig,
     keep_row: int | None,
     shares: RowShares | None,
 ) -> Solution | None:
     """Runs the stages that follow the scores, and compares the error with that of the scores alone."""
-    weight, method = scored.weight, config.method
-    if keep_budget(weight, config, keep_row) == weight.numel():  # nothing is pruned
+    method, quantize = config.method, config.method.quantize
+    prunes = keep_budget(weight, config, keep_row) < weight.numel()
+    if not prunes and quantize is None:
         return Solution(method.name, 0.0, 0, 0.0, 0.0)
     shares = shares if shares is not None and config.comparison.name != "matrix" else AllRows()
     rows = shares.rows(len(weight))
     power = exponent_of(weight) or 0  # stages multiply weights by weights
     dense = times_power_(weight.detach().to(torch.float32, copy=True), -power)
     keep = keep_of_group(weight, config, keep_row)
-    mask = config.comparison.mask(scored, keep)
+    mask = config.comparison.mask(scored_weight(weight, stats, config), keep) if prunes else None
     vectors = None if stats.input is None else MomentGram.of(stats.input)
-    problem = Problem(dense, stats.gram, config.comparison, keep, mask, vectors).of_rows(rows)
+    whole = Problem(dense, stats.gram, config.comparison, keep, mask, vectors, weight.dtype, power)
+    problem = whole.of_rows(rows)
     loss = RelativeLoss(problem.measure.energy, problem.dense, shares.add_up)
-    loss_before = loss(problem.dense.masked_fill(~mask[rows], 0.0))
-    del mask  # a stage that chooses its own needs the memory
-    solved = _solve(problem, config)
-    rounded = times_power(solved.weight, power).to(weight.dtype)
+    loss_before = 0.0 if mask is None else loss(problem.dense.masked_fill(~mask[rows], 0.0))
+    del mask, whole  # a stage that chooses its own needs the memory
+    solved = _solve(problem, config) if prunes else Solved(problem.dense)
+    damping, attempts, loss_unquantized = solved.damping, solved.attempts, None
+    if quantize is not None:
+        loss_unquantized = loss(solved.weight)
+        quantized = quantize.quantize(problem, solved.weight)
+        rounded = quantize.grid.dequantize(quantized.codes, problem.in_dtype(quantized.scales))
+        if not attempts:
+            damping, attempts = quantized.damping, quantized.attempts
+        del quantized
+    else:
+        rounded = problem.in_dtype(solved.weight)
     if not torch.isfinite(rounded).all():  # also if only the weight's dtype is too narrow, such as float16
         wider = ", or load the model as bfloat16" if weight.dtype == torch.float16 else ""
-        raise InputError(f"{method.name} overflowed with damping {solved.damping:g}; raise damping{wider}")
+        raise InputError(f"{method.name} overflowed with damping {damping:g}; raise damping{wider}")
     weight.copy_(shares.gather_rows(rounded, len(weight)))
-    damping, attempts = solved.damping, solved.attempts
     del solved, rounded
     pruned = weight[rows] if power == 0 else times_power(weight[rows].float(), -power)
-    return Solution(method.name, damping, attempts, loss_before, loss(pruned))
+    return Solution(method.name, damping, attempts, loss_before, loss(pruned), loss_unquantized)
 
 
 def _solve(problem: Problem, config: PruneConfig) -> Solved:
@@ -141,8 +149,9 @@ def working_bytes(config: PruneConfig, rows: int, cols: int) -> int:
     By scores alone: a mask of one byte per entry, and the scores of a callable metric. With stages that follow them
     also the dense weight in float32, and what the stages declare.
     """
-    entries = rows * cols
+    entries, stages = rows * cols, config.method.matrix_stages
     scores = 4 * entries if callable(config.method.scored_by.metric) else 0
-    if not config.method.name:
+    if not stages:
         return entries + scores
-    return 5 * entries + scores + max(stage.working_bytes(rows, cols) for stage in config.method.matrix_stages)
+    held = sum(stage.held_bytes(cols) for stage in stages)
+    return 5 * entries + scores + max(s.working_bytes(rows, cols) + held - s.held_bytes(cols) for s in stages)

@@ -18,11 +18,12 @@ from ace_ext.errors import InputError
 class Limits:
     """The values that an option accepts. Numbers must be finite, and whole if the option's type is ``int``."""
 
-    choices: Collection[str] = ()
+    choices: Collection[str] | Collection[int] = ()
     """The accepted values. This may be a registry: entries that are added later are then accepted too."""
     at_least: float | None = None
     above: float | None = None
     below: float | None = None
+    multiple_of: int | None = None
     words: str = ""
     """The allowed values in words, for the error message; made from the limits if empty."""
 
@@ -48,8 +49,8 @@ class Setting:
     limits: Limits
 
     @property
-    def choices(self) -> Collection[str]:
-        """The accepted values; empty for a number or free text."""
+    def choices(self) -> Collection[str] | Collection[int]:
+        """The accepted values; empty for a number within limits or free text."""
         return self.limits.choices
 
     def check(self, value: object) -> None:
@@ -57,7 +58,7 @@ class Setting:
         if value is None and type(None) in self.types:
             return
         if self.choices:
-            check_choice(self.name, value, self.choices)
+            check_choice(self.name, str(value) if isinstance(value, bool | float) else value, self.choices)
         elif int in self.types or float in self.types:
             self._check_number(value)
 
@@ -85,18 +86,21 @@ class Setting:
             good = limits.at_least is None or number >= limits.at_least
             good = good and (limits.above is None or number > limits.above)
             good = good and (limits.below is None or number < limits.below)
+            good = good and (limits.multiple_of is None or number % limits.multiple_of == 0)
         if not good:
             raise InputError(f"{self.name} must be {self._allowed(whole)} (got {str(value)[:100]})")
 
     def _allowed(self, whole: bool) -> str:
         if self.limits.words:
             return self.limits.words
+        if self.limits.multiple_of is not None:
+            return f"a multiple of {self.limits.multiple_of}"
         if whole:
             return f"a whole number of at least {self.limits.at_least}"
         return f"more than {self.limits.above}" if self.limits.above is not None else "a finite number"
 
 
-def check_choice(name: str, value: object, choices: Collection[str | None]) -> None:
+def check_choice(name: str, value: object, choices: Collection[str | int | None]) -> None:
     """Raises :class:`InputError` unless the value is one of the choices."""
     if value not in choices:
         raise InputError(

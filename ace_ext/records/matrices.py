@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass
 class Solution:
-    """What the refine and solve stages did to one matrix ``W``.
+    """What the stages that follow the scores did to one matrix ``W``.
 
     Losses are ``Σ_i e_i G e_iᵀ / Σ_i w_i G w_iᵀ`` over the rows ``w_i`` of the dense matrix and their changes ``e_i``,
     with the stage's Gram matrix ``G`` ``[cols, cols]`` of all calibration tokens: the relative squared error of the
@@ -21,9 +21,11 @@ class Solution:
     attempts: int
     """Factorisations tried, each with ten times the damping of the one before; 0 if none was needed."""
     loss_before: float
-    """With the metric's mask and unchanged remaining weights."""
+    """With the metric's mask and unchanged remaining weights; 0 if nothing is pruned."""
     loss_after: float
     """With the mask and weights after the last stage."""
+    loss_unquantized: float | None = None
+    """Before the stage ``quantize``; None without that stage."""
 
 
 @dataclass
@@ -38,7 +40,8 @@ class MatrixReport:
     keep: int
     """Number of weights that the mask keeps."""
     nonzero: int
-    """Number of weights that are not zero: less than ``keep`` only if the dense weight had zeros."""
+    """Number of weights that are not zero: less than ``keep`` only if the dense weight had zeros, or if a stage rounded
+    kept weights to zero."""
     tokens: int
     """Calibration tokens that reached it. 0: the router sent this expert none. The expert is then pruned by magnitude,
     and its errors mean nothing."""

@@ -2,7 +2,6 @@
 #include "ops/obs_block.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/triu.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -13,29 +12,12 @@
 #include "cpu/dispatch.h"
 #include "cpu/finite.h"
 #include "cpu/multiversion.h"
+#include "cpu/triangular.h"
 
 namespace ace::cpu {
 namespace {
 
-struct Factor {
-  const float* data;  // [width, width] upper triangular, rows `stride` apart
-  int64_t width, stride;
-
-  const float* row(int64_t c) const { return data + c * stride; }
-  float diagonal(int64_t c) const { return row(c)[c]; }
-};
-
-// Checks only the entries that are read: the diagonal and above.
-void check_factor(const at::Tensor& factor) {
-  const Factor u{data<float>(factor), factor.size(0), factor.stride(0)};
-  for (int64_t c = 0; c < u.width; ++c) {
-    if (!all_finite(u.row(c) + c, u.width - c)) refuse_not_finite("obs_block_", "factor", at::triu(factor));
-    TORCH_CHECK_VALUE(u.diagonal(c) > 0.0f, "obs_block_: factor must have a positive diagonal (got ", u.diagonal(c),
-                      " at index [", c, ", ", c, "])");
-  }
-}
-
-void choose_group(const Factor& u, const float* weight, bool* mask, int64_t first, int group_m, int keep_n) {
+void choose_group(const Triangular& u, const float* weight, bool* mask, int64_t first, int group_m, int keep_n) {
   uint32_t keys[kMaxGroup];
   for (int g = 0; g < group_m; ++g) keys[g] = obs_key(weight[first + g], u.diagonal(first + g));
   const uint32_t kept = keep_best<0>(keys, group_m, keep_n);
@@ -46,7 +28,7 @@ ACE_MULTIVERSION void correct(float* weight, float error, const float* factor, i
   for (int64_t k = 0; k < n; ++k) weight[k] = obs_correct(weight[k], error, factor[k]);
 }
 
-void solve_row(const Factor& u, float* weight, float* error, bool* mask, int keep_n, int group_m) {
+void solve_row(const Triangular& u, float* weight, float* error, bool* mask, int keep_n, int group_m) {
   for (int64_t c = 0; c < u.width; ++c) {
     if (group_m > 0 && c % group_m == 0) choose_group(u, weight, mask, c, group_m, keep_n);
     error[c] = mask[c] ? 0.0f : obs_error(weight[c], u.diagonal(c));
@@ -62,8 +44,8 @@ void obs_block(at::Tensor weight, at::Tensor error, at::Tensor mask, const at::T
   const int64_t rows = weight.size(0), width = weight.size(1);
   if (rows == 0 || width == 0) return;
   check_finite_rows("obs_block_", "weight", weight);
-  check_factor(factor);
-  const Factor u{data<float>(factor), width, factor.stride(0)};
+  check_triangular("obs_block_", factor);
+  const Triangular u(factor);
   at::parallel_for(0, rows, row_grain(width * width / 4), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       solve_row(u, mutable_data<float>(weight) + i * weight.stride(0), mutable_data<float>(error) + i * error.stride(0),

@@ -3,7 +3,8 @@
 Every file of this package defines ``STAGE`` and is registered, except files whose names start with ``_``. To add a
 stage, add a file: the parser of methods, ``--help``, the memory estimate and the documentation read the registry.
 Stages that work on a matrix lower ``Σ_i e_i G e_iᵀ``, where ``e_i`` is the change of row i and ``G`` the Gram matrix of
-the inputs. They all keep exactly as many weights as the target says. Pruned weights are +0.0.
+the inputs. Those that prune keep exactly as many weights as the target says; of these,
+``quantize`` may round some to zero. Pruned weights are +0.0.
 """
 
 from typing import TypeVar
@@ -27,13 +28,14 @@ from ace_ext.pruning.stages.distill import Distill
 from ace_ext.pruning.stages.mean_swaps import MeanSwaps
 from ace_ext.pruning.stages.mean_update import MeanUpdate
 from ace_ext.pruning.stages.obs import Obs
+from ace_ext.pruning.stages.quantize import Quantize
 from ace_ext.pruning.stages.score import Score
 from ace_ext.pruning.stages.swaps import Swaps
 from ace_ext.pruning.stages.train import Train
 
 Kind = TypeVar("Kind", bound=Stage)
 
-KINDS: tuple[type[Stage], ...] = (Collect, Allocate, Score, Refine, Solve, TrainBlock, TrainModel)
+KINDS: tuple[type[Stage], ...] = (Collect, Allocate, Score, Refine, Solve, Quantize, TrainBlock, TrainModel)
 """The kinds of stages in the order in which they run. A method has at most one of each."""
 
 STAGES: dict[str, type[Stage]] = {}
@@ -70,6 +72,7 @@ __all__ = [
     "MeanUpdate",
     "Obs",
     "Problem",
+    "Quantize",
     "Refine",
     "Score",
     "Solve",

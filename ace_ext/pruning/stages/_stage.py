@@ -8,13 +8,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ace_ext.models.blocks import Block
 from ace_ext.pruning.gram import GramState
-from ace_ext.pruning.groups import ComparisonGroup, PatternGroup, SparsityPattern
+from ace_ext.pruning.groups import GROUPS, ComparisonGroup, PatternGroup, SparsityPattern
 from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, SKETCH
 from ace_ext.pruning.moment_gram import MomentGram
+from ace_ext.pruning.scaling import exponent_of, times_power, times_power_
 from ace_ext.pruning.settings import Limits, Options, option
 from ace_ext.pruning.sketch import SketchState
 from ace_ext.records import Tuning
@@ -59,11 +61,30 @@ class Problem:
     """How many weights of one group are kept."""
     mask: Tensor | None = None  # [rows, cols] bool, True where a weight is kept; None: the stage chooses
     vectors: MomentGram | None = None  # mean and variance of each input column, if a stage reads them
+    dtype: torch.dtype = torch.float32
+    """Of the weight: the result is rounded to it."""
+    power: int = 0
+    """``dense`` is the weight divided by ``2^power``."""
+
+    @classmethod
+    def without_statistics(cls, weight: Tensor) -> "Problem":
+        """The problem of ``weight [rows, cols]`` of any dtype, for stages that read no statistics and no target."""
+        power = exponent_of(weight) or 0
+        dense = times_power_(weight.detach().to(torch.float32, copy=True), -power)
+        return cls(dense, None, GROUPS["row"], weight.shape[1], dtype=weight.dtype, power=power)
 
     def of_rows(self, rows: slice) -> "Problem":
         """The problem of some of the rows. Its mask is a view of this mask."""
         mask = None if self.mask is None else self.mask[rows]
         return replace(self, dense=self.dense[rows], mask=mask)
+
+    def in_dtype(self, values: Tensor) -> Tensor:
+        """``values`` in the units of ``dense``, as the weight's dtype holds them in its own units."""
+        return times_power(values, self.power).to(self.dtype)
+
+    def rounded(self, values: Tensor) -> Tensor:
+        """``values`` float32 in the units of ``dense``, rounded to what the weight's dtype holds."""
+        return values if self.dtype == torch.float32 else times_power_(self.in_dtype(values).float(), -self.power)
 
     @property
     def gram(self) -> GramState | SketchState:
@@ -175,6 +196,10 @@ class MatrixStage(Stage):
     def working_bytes(self, rows: int, cols: int) -> int:
         """Bytes in addition to the weight, its float32 copy, the mask and the statistics."""
         raise NotImplementedError
+
+    def held_bytes(self, cols: int) -> int:
+        """Bytes of those ``working_bytes`` that stay with the statistics, for other Linears with the same input."""
+        return 0
 
 
 class Refine(MatrixStage):

@@ -70,6 +70,10 @@ class Admm(Solve):
         product = 4 * _part_rows(rows, cols) * directions
         return max(40 * cols * directions, 12 * cols * directions + _weight_bytes(rows, cols) + product)
 
+    def held_bytes(self, cols: int) -> int:
+        """The factors of the Gram matrix, or of the sketch."""
+        return 8 * cols * cols if self.gram != SKETCHED else 12 * cols * direction_count(cols)
+
 
 def _part_rows(rows: int, cols: int) -> int:
     """How many rows are solved at a time."""

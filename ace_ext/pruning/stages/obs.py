@@ -59,6 +59,10 @@ class Obs(Solve):
         in float32, two buffers of the weight's size, and the buffers of one block of columns."""
         return max(17 * cols * cols, 4 * cols * cols + 11 * rows * cols)
 
+    def held_bytes(self, cols: int) -> int:
+        """The factor."""
+        return 4 * cols * cols
+
 
 def _block_mask(block: Tensor, inner: Tensor, columns: tuple[int, int], problem: Problem) -> Tensor:
     """The mask of one block of columns ``[start, end)``. The block keeps ``keep * end // cols - keep * start // cols``
