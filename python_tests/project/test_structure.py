@@ -18,6 +18,7 @@ LAYERS = [
     {"packed"},
     {"data"},
     {"runtime"},
+    {"bench"},
     {"pruning"},
     {"healing"},
     {"engine", "formats", "cards"},
@@ -40,6 +41,7 @@ RECORDS = {
     "Plan": "what ace-prune plan prints",
     "ModelShape": "sizes of a model",
     "BenchResult": "what ace-prune bench prints",
+    "Figures": "a row of what ace-prune bench prints",
 }
 """Dataclasses that hold data and do nothing with it; they may have more fields."""
 
