@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ace_ext.bench.gguf_writer import TYPES
 from ace_ext.errors import InputError
+from ace_ext.models.gguf_header import check_gguf
 from ace_ext.packed.files import SUFFIX
 
 LLAMA = "llama.cpp"
@@ -31,27 +32,38 @@ class Candidate:
         return sum(file.stat().st_size for file in files)
 
 
-def gguf_types(texts: Iterable[str]) -> list[str]:
-    """The types of GGUF that ``--against`` names, each once, in their order.
+def gguf_sources(texts: Iterable[str]) -> list[str | Path]:
+    """What ``--against`` names, each once, in its order: types of GGUF to write, and GGUF files that exist.
 
     Args:
-        texts: each a list separated by commas of ``llama.cpp`` (every type) and ``llama.cpp:TYPE``; capital letters
-            and spaces do not matter.
+        texts: each a list separated by commas of ``llama.cpp`` (every type), ``llama.cpp:TYPE`` and
+            ``llama.cpp:FILE.gguf``. Capital letters of a type and spaces do not matter.
 
     Raises:
-        InputError: another engine or type, or xllamacpp is not installed.
+        InputError: another engine or type, a file that is not there or is damaged, or xllamacpp is not installed.
     """
-    found: dict[str, None] = {}
+    found: dict[str | Path, None] = {}
     for text in texts:
         for part in text.split(","):
-            engine, colon, kind = (word.strip() for word in part.lower().partition(":"))
-            if engine != LLAMA or (colon and kind not in TYPES):
-                known = ", ".join(f"{LLAMA}:{name}" for name in TYPES)
+            engine, colon, source = (word.strip() for word in part.partition(":"))
+            if engine != LLAMA or (colon and source.lower() not in TYPES and not source.endswith(".gguf")):
+                known = ", ".join(f"{LLAMA}:{name}" for name in (*TYPES, "FILE.gguf"))
                 raise InputError(f"against must be {LLAMA} or of {known} (got {part.strip()!r})")
-            found |= dict.fromkeys([kind] if colon else TYPES)
+            if source.endswith(".gguf"):
+                found[_gguf_file(source)] = None
+            else:
+                found |= dict.fromkeys([source.lower()] if colon else TYPES)
     if found and importlib.util.find_spec("xllamacpp") is None:
         raise InputError(f"against {LLAMA} needs xllamacpp, which is not installed; pip install 'ace_ext[llama]'")
     return list(found)
+
+
+def _gguf_file(text: str) -> Path:
+    path = Path(text).expanduser().resolve()
+    if not path.is_file():
+        raise InputError(f"against {text!r} is not a file; check the path")
+    check_gguf(path)
+    return path
 
 
 def packed_candidates(folders: Iterable[str]) -> list[Candidate]:

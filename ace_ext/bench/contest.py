@@ -87,26 +87,44 @@ def check_shapes(dense: str | Path, packed: Sequence[Candidate]) -> None:
                 )
 
 
-def check_gguf(dense: str | Path) -> None:
-    """Checks that the dense folder can be written as GGUF.
+def check_gguf(dense: str | Path, sources: Sequence[str | Path]) -> None:
+    """Checks that the dense folder can be written as GGUF, if a type is among the sources, and that files hold as many
+    weights as the dense folder.
 
     Raises:
-        InputError: see :func:`ace_ext.bench.gguf_writer.check_writable`.
+        InputError: a class or setting that :func:`ace_ext.bench.gguf_writer.check_writable` refuses, or a file of
+            another model.
     """
-    check_writable(dense)
+    from gguf import GGUFReader
+
+    if any(isinstance(source, str) for source in sources):
+        check_writable(dense)
+    weights, _ = _weights(dense)
+    for source in sources:
+        if isinstance(source, Path):
+            own = sum(int(tensor.n_elements) for tensor in GGUFReader(source).tensors)
+            if abs(own - weights) > weights / 100:  # files of llama.cpp may have rotary factors too
+                raise InputError(
+                    f"against {str(source)!r} has {own} weights, the dense folder {weights}; give a file of a model of "
+                    "the same shapes"
+                )
 
 
 def gguf_candidates(
-    dense: str | Path, kinds: Sequence[str], place: Path, progress: BenchProgress | None = None
+    dense: str | Path, sources: Sequence[str | Path], place: Path, progress: BenchProgress | None = None
 ) -> list[Candidate]:
-    """Writes the weights of a dense folder as GGUF, a file in ``place`` for each kind."""
+    """Candidates for llama.cpp. The weights of a dense folder are written as GGUF into ``place``, a file for each type
+    among the sources."""
     progress = progress or BenchProgress()
     found = []
-    for kind in kinds:
-        progress.phase(f"writing the weights as GGUF, {kind}")
-        file = place / f"{kind}.gguf"
-        write_gguf(dense, file, kind)
-        found.append(Candidate(f"{LLAMA} {kind}", file, LLAMA))
+    for source in sources:
+        if isinstance(source, Path):
+            found.append(Candidate(f"{LLAMA} {source.name}", source, LLAMA))
+            continue
+        progress.phase(f"writing the weights as GGUF, {source}")
+        file = place / f"{source}.gguf"
+        write_gguf(dense, file, source)
+        found.append(Candidate(f"{LLAMA} {source}", file, LLAMA))
     return found
 
 

@@ -135,6 +135,11 @@ def _known(config: Any) -> _Class:
             raise InputError(
                 "llama.cpp runs Gemma 3 only with five local layers for each global one; leave out --against"
             )
+        if config.query_pre_attn_scalar != config.head_dim:
+            raise InputError(
+                f"llama.cpp scales queries of Gemma 3 by head_dim ({config.head_dim}), not by query_pre_attn_scalar "
+                f"({config.query_pre_attn_scalar}); leave out --against"
+            )
     elif "sliding_attention" in kinds or getattr(config, "sliding_window", None) is not None:
         raise InputError(f"llama.cpp has no sliding window for {name}; leave out --against")
     kind = _rope(config).get("rope_type", "default")

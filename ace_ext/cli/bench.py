@@ -14,7 +14,7 @@ from typing import NoReturn
 from tabulate import tabulate
 from tqdm import tqdm
 
-from ace_ext.bench.candidates import gguf_types, packed_candidates
+from ace_ext.bench.candidates import gguf_sources, packed_candidates
 from ace_ext.bench.contest import (
     ContestResult,
     Figures,
@@ -57,8 +57,8 @@ def add(commands: shared.Subparsers) -> None:
         action="append",
         metavar="ENGINES",
         help="also measure the dense weights in llama.cpp: llama.cpp:bf16, llama.cpp:q8_0, llama.cpp:q4_0, a list of "
-        "these, or llama.cpp for all (needs ace_ext[llama]; GGUF files are written beside the first folder and removed "
-        "at the end)",
+        "these, or llama.cpp for all (GGUF files are written beside the first folder and removed at the end); "
+        "llama.cpp:FILE.gguf measures a file of yours; needs ace_ext[llama]",
     )
     parser.add_argument("--tokens", type=int, default=default.tokens, help="tokens to decode (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=default.rounds, help="runs of each model (default: %(default)s)")
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         check_plot(args.plot)
     settings = BenchSettings(tokens=args.tokens, rounds=args.rounds, prefill=args.prefill)
-    kinds = gguf_types(args.against or ())
+    sources = gguf_sources(args.against or ())
     with contextlib.ExitStack() as opened:
         opened.enter_context(_ended_by_signals())
         dense = args.dense
@@ -90,11 +90,11 @@ def run(args: argparse.Namespace) -> int:
             )
             unpack(args.folders[0], dense)
         found: BenchResult | ContestResult
-        if len(args.folders) == 1 and not kinds:
+        if len(args.folders) == 1 and not sources:
             progress = opened.enter_context(_progress(args, pair_steps(settings)))
             found = bench(str(dense), args.folders[0], settings, progress)
         else:
-            found = _contest(args, str(dense), kinds, settings, opened)
+            found = _contest(args, str(dense), sources, settings, opened)
     if args.plot is not None:
         write_plot(pair_plot(found) if isinstance(found, BenchResult) else contest_plot(found), args.plot)
     if args.json:
@@ -105,17 +105,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _contest(
-    args: argparse.Namespace, dense: str, kinds: list[str], settings: BenchSettings, opened: contextlib.ExitStack
+    args: argparse.Namespace,
+    dense: str,
+    sources: list[str | Path],
+    settings: BenchSettings,
+    opened: contextlib.ExitStack,
 ) -> ContestResult:
     others = packed_candidates(args.folders)
     check_shapes(dense, others)
-    steps = contest_steps(1 + len(others) + len(kinds), settings)
-    if kinds:
-        check_gguf(dense)
+    steps = contest_steps(1 + len(others) + len(sources), settings)
+    if sources:
+        check_gguf(dense, sources)
         place = _temporary(args.folders[0], opened, "GGUF files cannot be written")
     progress = opened.enter_context(_progress(args, steps))
-    if kinds:
-        others += gguf_candidates(dense, kinds, place, progress)
+    if sources:
+        others += gguf_candidates(dense, sources, place, progress)
     return contest(dense, others, settings, progress)
 
 

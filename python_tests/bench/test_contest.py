@@ -10,11 +10,12 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import torch
+import transformers
 from folders import prune, save_dense, spawn
 from transformers import AutoModelForCausalLM
 
 from ace_ext import InputError
-from ace_ext.bench.candidates import Candidate, gguf_types, packed_candidates
+from ace_ext.bench.candidates import Candidate, gguf_sources, packed_candidates
 from ace_ext.bench.contest import ContestResult, Figures, _turns, contest, contest_steps
 from ace_ext.bench.gguf_writer import write_gguf
 from ace_ext.bench.settings import BenchProgress, BenchSettings
@@ -111,13 +112,36 @@ def test_table_and_plot():
     assert image.shape[0] > image.shape[1] / 2
 
 
-def test_spelling(installed):
-    assert gguf_types([]) == []
-    assert gguf_types(["llama.cpp"]) == ["bf16", "q8_0", "q4_0"]
-    assert gguf_types(["llama.cpp:Q8_0, llama.cpp:bf16", "llama.cpp:q8_0"]) == ["q8_0", "bf16"]
+def test_spelling(installed, tmp_path):
+    assert gguf_sources([]) == []
+    assert gguf_sources(["llama.cpp"]) == ["bf16", "q8_0", "q4_0"]
+    assert gguf_sources(["llama.cpp:Q8_0, llama.cpp:bf16", "llama.cpp:q8_0"]) == ["q8_0", "bf16"]
+    (tmp_path / "own.gguf").write_bytes(b"GGUF of another kind")
     for wrong in ("vllm", "llama.cpp:q5", "llama.cpp:", "", "llama.cpp:bf16,"):
         with pytest.raises(InputError, match=r"against must be llama\.cpp or of llama\.cpp:bf16, "):
-            gguf_types([wrong])
+            gguf_sources([wrong])
+    with pytest.raises(InputError, match="is not a file; check the path"):
+        gguf_sources([f"llama.cpp:{tmp_path}/none.gguf"])
+    with pytest.raises(InputError, match=r"own\.gguf"):
+        gguf_sources([f"llama.cpp:{tmp_path}/own.gguf"])
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_file_of_another_model(folders, tmp_path, capsys):
+    dense, bitmap, _ = folders
+    other = save_dense(tmp_path / "other", "llama-tied")
+    write_gguf(other, tmp_path / "other.gguf", "bf16")
+    arguments = [
+        "bench",
+        str(bitmap),
+        "--dense",
+        str(dense),
+        "--against",
+        f"llama.cpp:{tmp_path}/other.gguf",
+        "--quiet",
+    ]
+    assert main(arguments) == 2
+    assert "weights, the dense folder" in capsys.readouterr().err
 
 
 def test_names_of_folders(tmp_path):
@@ -200,21 +224,42 @@ def test_sigterm_ends_the_processes(folders):
 # With xllamacpp, which `make nightly` installs
 
 
+def save_gemma3(folder):
+    """Of the pattern of layers that llama.cpp expects."""
+    size = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4}
+    heads = {"num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16}
+    config = transformers.Gemma3TextConfig(**size, **heads, vocab_size=64, sliding_window=8)
+    model = transformers.Gemma3ForCausalLM(config).bfloat16()
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.5 if "norm" in name else 0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.nightly
-@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen2"])
-def test_llama_cpp_writes_the_tokens_of_transformers(family, tmp_path):
-    """Tokens are given as ids; in the file of the benchmark their texts are their ids too. Another order of the rows of
-    q and k than llama.cpp's, or a bias left out, would show."""
-    model = AutoModelForCausalLM.from_pretrained(save_dense(tmp_path / "dense", family, torch.float32)).eval()
-    write_gguf(tmp_path / "dense", tmp_path / "model.gguf", "bf16")
-    model = model.bfloat16().float()  # matrices are stored as bfloat16
-    with Worker(Candidate("llama", tmp_path / "model.gguf", "llama.cpp"), 1) as worker:
-        worker.load(32)
-        for seed in range(4):
-            prompt = torch.randint(3, 64, (1, 12), generator=torch.Generator().manual_seed(seed))
-            options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "suppress_tokens": [2]}
-            expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, 12:]
-            assert worker.generate(prompt[0].tolist(), 12) == expected.tolist()
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen2", "gemma3"])
+def test_llama_cpp_chooses_the_tokens_of_transformers(family, tmp_path):
+    """Each token's logit by transformers in float32 is the largest, but for the error that transformers itself has in
+    bfloat16 there (llama.cpp rounds inputs to bfloat16 too). Without the order of rows of q and k that llama.cpp
+    expects, or without a bias, it is lower by many times that error."""
+    dense = save_gemma3(tmp_path / "dense") if family == "gemma3" else save_dense(tmp_path / "dense", family)
+    write_gguf(dense, tmp_path / "model.gguf", "bf16")
+    exact, rounded = (
+        AutoModelForCausalLM.from_pretrained(dense, dtype=dtype).eval() for dtype in (torch.float32, torch.bfloat16)
+    )
+    with Worker(Candidate("llama", tmp_path / "model.gguf", "llama.cpp"), 1) as worker, torch.inference_mode():
+        for seed in range(6):
+            prompt = torch.randint(3, 64, (12,), generator=torch.Generator().manual_seed(seed)).tolist()
+            found = worker.generate(prompt, 12)
+            assert len(found) == 12
+            logits, others = (
+                model(torch.tensor([prompt + found])).logits[0, 11:-1].float() for model in (exact, rounded)
+            )
+            error = (logits - others).abs().max()
+            logits[:, 2] = -torch.inf  # the end of a text, which llama.cpp does not choose here
+            below = logits.max(dim=-1).values - logits.gather(1, torch.tensor(found)[:, None])[:, 0]
+            assert below.max() <= error
+            assert error < logits[:, 3:].std() / 4
 
 
 @pytest.mark.nightly
@@ -231,3 +276,13 @@ def test_bench_against_llama_cpp(folders, capsys):
         assert own["memory_bytes"] > own["program_bytes"] > 10**6
     assert found[3]["bits"] > found[4]["bits"] > found[5]["bits"]
     assert sorted(bitmap.parent.iterdir()) == before
+
+
+@pytest.mark.nightly
+def test_bench_against_a_file_of_the_user(folders, tmp_path, capsys):
+    dense, bitmap, _ = folders
+    write_gguf(dense, tmp_path / "own.gguf", "q8_0")
+    own = ["--against", f"llama.cpp:{tmp_path}/own.gguf, llama.cpp:bf16"]
+    assert main(["bench", str(bitmap), "--dense", str(dense), *own, *SHORT, "--quiet"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[3:7]] == ["dense", "bitmap", "llama.cpp own.gguf", "llama.cpp bf16"]

@@ -85,7 +85,7 @@ def test_quantized_types(kind, steps, tmp_path):
 
 
 def test_gemma3_norms_and_window(tmp_path):
-    config = transformers.Gemma3TextConfig(**SMALL, head_dim=16, sliding_window=8)
+    config = transformers.Gemma3TextConfig(**SMALL, head_dim=16, sliding_window=8, query_pre_attn_scalar=16)
     model = transformers.Gemma3ForCausalLM(config)
     model.save_pretrained(tmp_path / "dense")
     write_gguf(tmp_path / "dense", tmp_path / "model.gguf", "bf16")
@@ -123,6 +123,13 @@ def test_models_that_it_does_not_know(change, message, tmp_path):
     config = model.config.to_dict() | change
     type(model.config)(**config).to_json_file(tmp_path / "config.json")
     with pytest.raises(InputError, match=message):
+        check_writable(tmp_path)
+
+
+def test_a_scale_of_queries_that_llama_cpp_does_not_have(tmp_path):
+    config = transformers.Gemma3TextConfig(**SMALL, head_dim=16, sliding_window=8)
+    transformers.Gemma3ForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"by head_dim \(16\), not by query_pre_attn_scalar \(256\)"):
         check_writable(tmp_path)
 
 
