@@ -33,9 +33,9 @@ def parse_bytes(text: str) -> int:
     return int(size * _UNITS[unit])
 
 
-def resident_bytes() -> int:
-    """The present resident memory of the process in bytes; 0 if the system does not report it."""
-    return _status("VmRSS:")
+def resident_bytes(process: int | None = None) -> int:
+    """The present resident memory of a process in bytes, by default of this one; 0 if the system does not report it."""
+    return _status("VmRSS:", process)
 
 
 def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
@@ -101,10 +101,10 @@ def _kept_by_torch(device: torch.device) -> int:
     return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def _status(key: str) -> int:
-    """A value of ``/proc/self/status`` in bytes; 0 if the file does not have it."""
+def _status(key: str, process: int | None = None) -> int:
+    """A value of ``/proc/PROCESS/status`` in bytes, by default of this process; 0 if the file does not have it."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path(f"/proc/{process or 'self'}/status").read_text().splitlines():
             if line.startswith(key):
                 return int(line.split()[1]) * 1024
     return 0

@@ -5,6 +5,7 @@ It does not import torch, so that it can run before torch loads its OpenMP libra
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
@@ -27,6 +28,14 @@ def wait_passively() -> None:
     if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
         os.environ["OMP_WAIT_POLICY"] = "passive"
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)
+
+
+def without_own_waiting(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment without what :func:`wait_passively` sets, for a program whose threads should wait in their own
+    way."""
+    own = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": str(SPINS)}
+    kept = all(environment.get(name) == value for name, value in own.items())
+    return {name: value for name, value in environment.items() if not (kept and name in own)}
 
 
 def allowed_cpus(cgroups: Path = Path("/sys/fs/cgroup")) -> int:

@@ -1,4 +1,4 @@
-"""``ace-prune bench``: speed, memory and size of a packed folder and of the dense one."""
+"""``ace-prune bench``: speed, memory and size of packed folders, of the dense one, and of its weights in llama.cpp."""
 
 import argparse
 import contextlib
@@ -14,16 +14,28 @@ from typing import NoReturn
 from tabulate import tabulate
 from tqdm import tqdm
 
+from ace_ext.bench.candidates import gguf_sources, packed_candidates
+from ace_ext.bench.contest import (
+    ContestResult,
+    Figures,
+    check_gguf,
+    check_shapes,
+    contest,
+    contest_steps,
+    gguf_candidates,
+)
+from ace_ext.bench.pair import BenchResult, Difference, Pair, bench, pair_steps
+from ace_ext.bench.settings import BenchProgress, BenchSettings
 from ace_ext.cli import args as shared
 from ace_ext.errors import InputError
 from ace_ext.packed.files import is_packed
 from ace_ext.packed.packing import unpack
-from ace_ext.reporting.bench_plot import check_plot, write_plot
-from ace_ext.runtime.bench import BenchProgress, BenchResult, BenchSettings, Difference, Pair, bench
+from ace_ext.reporting.bench_plot import check_plot, contest_plot, pair_plot, write_plot
 
 EXAMPLES = (
     "bench packed",
     "bench packed --dense pruned --tokens 32",
+    "bench packed packed-int8 --dense pruned --against llama.cpp:bf16,llama.cpp:q8_0",
 )
 """Commands that ``--help`` shows."""
 
@@ -32,13 +44,21 @@ def add(commands: shared.Subparsers) -> None:
     """Adds the verb to the command line."""
     default = BenchSettings()
     parser = commands.add_parser(
-        "bench", help="compare the speed and memory of a packed folder with the dense one, on the CPU"
+        "bench", help="compare packed folders with the dense one and with llama.cpp, on the CPU: speed, memory, size"
     )
-    parser.add_argument("folder", help="a folder that ace-prune pack wrote")
+    parser.add_argument("folders", nargs="+", metavar="folder", help="a folder that ace-prune pack wrote, or several")
     parser.add_argument(
         "--dense",
         metavar="DIR",
-        help="the dense folder (default: FOLDER is unpacked beside itself and removed at the end)",
+        help="the dense folder (default: the first folder is unpacked beside itself and removed at the end)",
+    )
+    parser.add_argument(
+        "--against",
+        action="append",
+        metavar="ENGINES",
+        help="also measure the dense weights in llama.cpp: llama.cpp:bf16, llama.cpp:q8_0, llama.cpp:q4_0, a list of "
+        "these, or llama.cpp for all (GGUF files are written beside the first folder and removed at the end); "
+        "llama.cpp:FILE.gguf measures a file of yours; needs ace_ext[llama]",
     )
     parser.add_argument("--tokens", type=int, default=default.tokens, help="tokens to decode (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=default.rounds, help="runs of each model (default: %(default)s)")
@@ -54,29 +74,63 @@ def add(commands: shared.Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the verb; returns the exit status."""
-    if not is_packed(args.folder):
-        raise InputError(f"{args.folder!r} is not packed; give a folder that ace-prune pack wrote")
+    for folder in args.folders:
+        if not is_packed(folder):
+            raise InputError(f"{folder!r} is not packed; give a folder that ace-prune pack wrote")
     if args.plot is not None:
         check_plot(args.plot)
     settings = BenchSettings(tokens=args.tokens, rounds=args.rounds, prefill=args.prefill)
+    sources = gguf_sources(args.against or ())
     with contextlib.ExitStack() as opened:
         opened.enter_context(_ended_by_signals())
         dense = args.dense
         if dense is None:
-            packed = Path(args.folder).expanduser().absolute()
-            place = tempfile.TemporaryDirectory
-            try:
-                dense = Path(opened.enter_context(place(prefix=f".{packed.name}.bench-", dir=packed.parent))) / "dense"
-            except OSError as error:
-                raise InputError(
-                    f"the dense folder cannot be unpacked beside {args.folder!r} ({error.strerror}); pass --dense"
-                ) from error
-            unpack(args.folder, dense)
-        result = bench(str(dense), args.folder, settings, opened.enter_context(_progress(args, settings.steps)))
+            dense = (
+                _temporary(args.folders[0], opened, "the dense folder cannot be unpacked", "; pass --dense") / "dense"
+            )
+            unpack(args.folders[0], dense)
+        found: BenchResult | ContestResult
+        if len(args.folders) == 1 and not sources:
+            progress = opened.enter_context(_progress(args, pair_steps(settings)))
+            found = bench(str(dense), args.folders[0], settings, progress)
+        else:
+            found = _contest(args, str(dense), sources, settings, opened)
     if args.plot is not None:
-        write_plot(result, args.plot)
-    print(json.dumps(asdict(result)) if args.json else table(result))
+        write_plot(pair_plot(found) if isinstance(found, BenchResult) else contest_plot(found), args.plot)
+    if args.json:
+        print(json.dumps(asdict(found)))
+    else:
+        print(table(found) if isinstance(found, BenchResult) else contest_table(found))
     return 0
+
+
+def _contest(
+    args: argparse.Namespace,
+    dense: str,
+    sources: list[str | Path],
+    settings: BenchSettings,
+    opened: contextlib.ExitStack,
+) -> ContestResult:
+    others = packed_candidates(args.folders)
+    check_shapes(dense, others)
+    steps = contest_steps(1 + len(others) + len(sources), settings)
+    if sources:
+        check_gguf(dense, sources)
+        place = _temporary(args.folders[0], opened, "GGUF files cannot be written")
+    progress = opened.enter_context(_progress(args, steps))
+    if sources:
+        others += gguf_candidates(dense, sources, place, progress)
+    return contest(dense, others, settings, progress)
+
+
+def _temporary(folder: str, opened: contextlib.ExitStack, problem: str, remedy: str = "") -> Path:
+    """A folder beside ``folder`` that is removed at the end: files as large as weights may not fit elsewhere."""
+    packed = Path(folder).expanduser().absolute()
+    try:
+        made = tempfile.TemporaryDirectory(prefix=f".{packed.name}.bench-", dir=packed.parent)
+    except OSError as error:
+        raise InputError(f"{problem} beside {folder!r} ({error.strerror}){remedy}") from error
+    return Path(opened.enter_context(made))
 
 
 @contextlib.contextmanager
@@ -116,12 +170,39 @@ def table(result: BenchResult) -> str:
         if pair is not None:
             rows.append(_row(name, pair, unit))
     text = tabulate(rows, headers=["", "dense", "packed", "packed is better by"], disable_numparse=True)
-    runs = "1 run each" if result.rounds == 1 else f"medians of {result.rounds} runs each"
     lines = [text, f"packed and dense hold the same weights; their logits differ by {_difference(result.logits)}"]
     if result.rounding is not None:
         lines.append(f"for scale: dense in {result.dtype} and in float32 differ by {_difference(result.rounding)}")
-    lines.append(f"{result.dtype}, {result.threads} threads, {result.capability}; {runs}, alternating")
+    lines.append(f"{result.dtype}, {result.threads} threads, {result.capability}; {_runs(result.rounds)}")
     return "\n".join(lines)
+
+
+def contest_table(result: ContestResult) -> str:
+    """A line for each candidate, with ratios to the dense folder in parentheses, then engines and threads."""
+    batches = list(result.figures[0].decode)
+    headers = ["", *(f"decode, batch {batch}" for batch in batches), f"prefill of {result.prefill_tokens}"]
+    headers = ["\n".join(header.split(", ")) for header in headers]
+    headers += ["bits a\nweight", "files\nMB", "memory\nMB"]
+    rows = [_line(figures, batches) for figures in result.figures]
+    text = tabulate(rows, headers=headers, disable_numparse=True, colalign=("left", *["right"] * (len(headers) - 1)))
+    lines = [text, "speeds: tokens/s (and times that of dense); memory: of the whole process after one token"]
+    engines: dict[str, list[str]] = {}
+    for figures in result.figures:
+        engines.setdefault(figures.engine, []).append(figures.name)
+    lines += [f"{engine}: {', '.join(names)}" for engine, names in engines.items()]
+    lines.append(f"dense is {result.dtype}; {result.threads} threads; {_runs(result.rounds)}")
+    return "\n".join(lines)
+
+
+def _line(figures: Figures, batches: list[int]) -> list[str]:
+    speeds = [(figures.decode[batch], figures.decode_ratios[batch]) for batch in batches]
+    cells = [f"{speed:.4g} ({ratio:.2f})" for speed, ratio in (*speeds, (figures.prefill, figures.prefill_ratio))]
+    sizes = [f"{size / 10**6:.4g}" for size in (figures.file_bytes, figures.memory_bytes)]
+    return [figures.name, *cells, f"{figures.bits:.2f}", *sizes]
+
+
+def _runs(rounds: int) -> str:
+    return f"{'1 run' if rounds == 1 else f'medians of {rounds} runs'} each, alternating"
 
 
 def _difference(found: Difference) -> str:

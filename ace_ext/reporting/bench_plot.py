@@ -1,14 +1,20 @@
-"""The plot of ``ace-prune bench``: how much better the packed model is than the dense one, figure by figure."""
+"""The plots of ``ace-prune bench``: how much better packed models are than the dense one, figure by figure."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ace_ext.bench.contest import ContestResult
+from ace_ext.bench.pair import BenchResult, Pair
 from ace_ext.reporting.plots import DPI, FONT, WIDTH, log_axis, require_matplotlib
 from ace_ext.runs.own_files import check_replaceable
-from ace_ext.runtime.bench import BenchResult, Pair
 from ace_ext.whole_files import written_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _MARK = "ace-prune bench"
 """Marks the file as one of this program."""
@@ -25,32 +31,58 @@ def check_plot(path: Path) -> None:
     check_replaceable("plot", path, "plot of ace-prune bench", _is_plot)
 
 
-def write_plot(result: BenchResult, path: Path) -> None:
-    """Writes the plot as PNG."""
+def write_plot(image: bytes, path: Path) -> None:
+    """Writes the PNG of a plot."""
     with written_whole(path) as part:
-        part.write_bytes(bench_plot(result))
+        part.write_bytes(image)
 
 
-def bench_plot(result: BenchResult) -> bytes:
+def pair_plot(result: BenchResult) -> bytes:
     """The PNG: a bar for each figure. It starts at 1 (as good as dense) and goes right if packed is better."""
     from matplotlib.figure import Figure
 
     pairs = _pairs(result)
     figure = Figure(figsize=(WIDTH, 0.9 + 0.34 * len(pairs)), layout="constrained")
     axes = figure.subplots()
-    ratios = [pair.ratio for pair in pairs.values()]
-    colours = ["#0072b2" if ratio >= 1 else "#d55e00" for ratio in ratios]
-    bars = axes.barh(list(pairs), [ratio - 1 for ratio in ratios], left=1, color=colours)
-    axes.bar_label(bars, labels=[f"{ratio:.2f} ×" for ratio in ratios], padding=3, fontsize=FONT)
+    _bars(axes, {name: pair.ratio for name, pair in pairs.items()})
+    axes.set_xlabel("packed is better by", fontsize=FONT)
+    axes.set_title(f"{result.dtype}, {_threads(result.threads)}, {result.capability}", fontsize=FONT)
+    return _png(figure)
+
+
+def contest_plot(result: ContestResult) -> bytes:
+    """The PNG: a panel for each figure, with a bar for each candidate but the dense one, as in :func:`pair_plot`."""
+    from matplotlib.figure import Figure
+
+    panels = _panels(result)
+    height = 0.5 + len(panels) * (0.45 + 0.3 * (len(result.figures) - 1))
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    for axes, (name, ratios) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
+        _bars(axes, ratios)
+        axes.set_title(name, fontsize=FONT, loc="left")
+    axes.set_xlabel("better than dense in torch by", fontsize=FONT)
+    figure.suptitle(f"dense {result.dtype}, {_threads(result.threads)}", fontsize=FONT)
+    return _png(figure)
+
+
+def _bars(axes: Axes, ratios: dict[str, float]) -> None:
+    """A bar for each ratio, from 1."""
+    colours = ["#0072b2" if ratio >= 1 else "#d55e00" for ratio in ratios.values()]
+    bars = axes.barh(list(ratios), [ratio - 1 for ratio in ratios.values()], left=1, color=colours)
+    axes.bar_label(bars, labels=[f"{ratio:.2f} ×" for ratio in ratios.values()], padding=3, fontsize=FONT)
     axes.invert_yaxis()
     axes.axvline(1, color="#444444", linewidth=1)
     log_axis(axes, "x")  # 2 and 0.5 are equally far from 1
     axes.margins(x=0.45)  # for the labels beside the bars
     axes.grid(axis="x", alpha=0.3)
     axes.tick_params(labelsize=FONT)
-    axes.set_xlabel("packed is better by", fontsize=FONT)
-    threads = "1 thread" if result.threads == 1 else f"{result.threads} threads"
-    axes.set_title(f"{result.dtype}, {threads}, {result.capability}", fontsize=FONT)
+
+
+def _threads(number: int) -> str:
+    return "1 thread" if number == 1 else f"{number} threads"
+
+
+def _png(figure: Figure) -> bytes:
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=DPI, metadata={"Software": _MARK})
     return data.getvalue()
@@ -66,6 +98,19 @@ def _pairs(result: BenchResult) -> dict[str, Pair]:
     }
     decode = {f"decode, batch {batch}": pair for batch, pair in result.decode.items()}
     return decode | {name: pair for name, pair in others.items() if pair is not None}
+
+
+def _panels(result: ContestResult) -> dict[str, dict[str, float]]:
+    """The ratios of every candidate but the first, by the names of the figures in the plot."""
+    dense, others = result.figures[0], result.figures[1:]
+    panels = {
+        f"decode, batch {batch}": {own.name: own.decode_ratios[batch] for own in others} for batch in dense.decode
+    }
+    panels[f"prefill, {result.prefill_tokens} tokens"] = {own.name: own.prefill_ratio for own in others}
+    if dense.memory_bytes:
+        panels["memory of the process"] = {own.name: dense.memory_bytes / own.memory_bytes for own in others}
+    panels["weight files"] = {own.name: dense.file_bytes / own.file_bytes for own in others}
+    return panels
 
 
 def _is_plot(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Running packed models: packed Linears, loading packed folders, benchmarks.
+"""Running packed models: packed Linears, loading packed folders.
 
 May import ``packed``, ``data`` and the layers below.
 """

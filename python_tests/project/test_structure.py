@@ -19,6 +19,7 @@ LAYERS = [
     {"data"},
     {"runtime"},
     {"serving"},
+    {"bench"},
     {"pruning"},
     {"healing"},
     {"engine", "formats", "cards"},
@@ -41,6 +42,7 @@ RECORDS = {
     "Plan": "what ace-prune plan prints",
     "ModelShape": "sizes of a model",
     "BenchResult": "what ace-prune bench prints",
+    "Figures": "a row of what ace-prune bench prints",
 }
 """Dataclasses that hold data and do nothing with it; they may have more fields."""
 

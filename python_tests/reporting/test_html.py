@@ -8,16 +8,16 @@ import pytest
 from tiny_models import make_model, make_tokens
 
 from ace_ext import InputError, PruneConfig, prune_model
+from ace_ext.bench.pair import BenchResult, Pair
 from ace_ext.compare.journal import BlockFigures, Cell, Results, Run
 from ace_ext.data.perplexity import Perplexity
 from ace_ext.records import Healing, HeldOutPerplexity
 from ace_ext.reporting import plots
-from ace_ext.reporting.bench_plot import bench_plot
+from ace_ext.reporting.bench_plot import pair_plot
 from ace_ext.reporting.compare_page import write_study_report
 from ace_ext.reporting.html import Table, check_report
 from ace_ext.reporting.plots import blocks_plot, pareto_front, study_plots
 from ace_ext.reporting.run_page import write_run_report
-from ace_ext.runtime.bench import BenchResult, Pair
 
 NASTY = '<script>alert("x")</script>&'
 
@@ -172,7 +172,7 @@ def test_the_text_of_plots_can_be_read_on_a_phone(results, figures, tmp_path):
     report.healing = Healing({}, 64, 2, 1, 16, 0.3, 0.2, 3, 0.1, losses, checks, [1])
     write_run_report(report, tmp_path / "page.html")
     ratios = {1: Pair(1.0, 12.0, 12.0), 16: Pair(1.0, 0.2, 0.2)}
-    bench_plot(BenchResult("dense", "packed", "bfloat16", 1, "AVX512", 1, ratios, 20, Pair(1.0, 1.0, 1.0)))
+    pair_plot(BenchResult("dense", "packed", "bfloat16", 1, "AVX512", 1, ratios, 20, Pair(1.0, 1.0, 1.0)))
     assert len(figures) >= 9
     for figure in figures:
         assert min(sizes_of_text(figure)) / 72 * PHONE / figure.get_figwidth() >= 12

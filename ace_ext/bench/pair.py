@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ace_ext.bench.settings import BenchProgress, BenchSettings
 from ace_ext.data.requests import positions_of
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import cache_arguments, embedding_weight
@@ -32,33 +33,9 @@ LOADS = 3
 most of the time of a short run."""
 
 
-@dataclass(frozen=True)
-class BenchSettings:
-    """How much is measured.
-
-    Raises:
-        InputError: a number that is not positive.
-    """
-
-    tokens: int = 16
-    """New tokens of each decoding run."""
-    rounds: int = 5
-    """Runs of each model; medians are reported."""
-    batches: tuple[int, ...] = (1, 4, 16)
-    prompt: int = 8
-    """Tokens before the new ones."""
-    prefill: int = 512
-    """Tokens of a prefill, or what the model takes at most."""
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if min(value if isinstance(value, tuple) else (value,), default=0) < 1:
-                raise InputError(f"{name} must be positive (got {value})")
-
-    @property
-    def steps(self) -> int:
-        """Loads and runs of both models together, those that are not counted included: the length of a progress bar."""
-        return 2 * (1 + min(self.rounds, LOADS) + (len(self.batches) + 1) * (1 + self.rounds))
+def pair_steps(settings: BenchSettings) -> int:
+    """Calls of ``step``: the loads and runs of both models, those that are not counted included."""
+    return 2 * (1 + min(settings.rounds, LOADS) + settings.runs)
 
 
 @dataclass
@@ -123,16 +100,6 @@ class BenchResult:
     rounding: Difference | None = None
     """For scale: the dense model from itself in float32, over the prefill. None for a float32 model, and where the
     float32 copy does not fit into memory."""
-
-
-@dataclass(frozen=True)
-class BenchProgress:
-    """Is told how the work proceeds."""
-
-    phase: Callable[[str], None] = lambda _: None
-    """Called with what is measured next."""
-    step: Callable[[], object] = lambda: None
-    """Called after each of :attr:`BenchSettings.steps`."""
 
 
 def bench(dense: str, packed: str, settings: BenchSettings, progress: BenchProgress | None = None) -> BenchResult:

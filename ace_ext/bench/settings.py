@@ -1,0 +1,45 @@
+"""What a benchmark measures, and who is told how it proceeds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ace_ext.errors import InputError
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """How much is measured.
+
+    Raises:
+        InputError: a number that is not positive.
+    """
+
+    tokens: int = 16
+    """New tokens of each decoding run."""
+    rounds: int = 5
+    """Runs of each model; medians are reported."""
+    batches: tuple[int, ...] = (1, 4, 16)
+    prompt: int = 8
+    """Tokens before the new ones."""
+    prefill: int = 512
+    """Tokens of a prefill, or what the model takes at most."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if min(value if isinstance(value, tuple) else (value,), default=0) < 1:
+                raise InputError(f"{name} must be positive (got {value})")
+
+    @property
+    def runs(self) -> int:
+        """Runs of one model, those that are not counted included."""
+        return (len(self.batches) + 1) * (1 + self.rounds)
+
+
+@dataclass(frozen=True)
+class BenchProgress:
+    """Is told how the work proceeds."""
+
+    phase: Callable[[str], None] = lambda _: None
+    """Called with what is measured next."""
+    step: Callable[[], object] = lambda: None
+    """Called after each load and each run."""
