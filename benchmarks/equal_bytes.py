@@ -3,8 +3,8 @@
     python benchmarks/equal_bytes.py --model MODEL --output DIR
     python benchmarks/equal_bytes.py --table DIR [DIR ...]
 
-Each row of the grid prunes and quantizes the model in memory, saves it, packs it and evaluates it on three texts. Bits a
-weight are those of the written file: every part of the matrices in the blocks, with bitmaps and scales. Rows without
+Each row of the grid prunes and quantizes the model in memory, saves it, packs it and evaluates it on three texts. Bits
+a weight are those of the written file: every part of the matrices in the blocks, with bitmaps and scales. Rows without
 zeros are written in the form compressed-tensors, which has no bitmap; it stores codes of 4 and 8 bits, so the row of
 3 bits counts 3 bits a code and the scales. A second call continues where the first one stopped.
 """
@@ -22,7 +22,6 @@ from ace_ext.compare.grid import Evaluation, Grid, Study
 from ace_ext.compare.journal import Cell
 from ace_ext.compare.runner import Bench
 from ace_ext.engine.devices import pick_device
-from ace_ext.formats import grid_of_method
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.loading import load_model
 from ace_ext.packed.compressed_tensors import compress
@@ -57,16 +56,18 @@ def rows(arguments: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
 
 def bits_a_weight(bench: Bench, config: PruneConfig, zeros: str, bits: int) -> float:
     """Bits of a weight in the written file."""
-    grid = grid_of_method(str(config.method))
+    grid = None if config.method.quantize is None else config.method.quantize.grid
     with tempfile.TemporaryDirectory(prefix="equal-bytes-") as folder:
         dense = Path(folder, "dense")
         bench.model.save_pretrained(dense)
         if zeros == NONE:
             assert grid is not None
-            scales = 16 / grid.group
+            blocks = find_blocks(bench.model)
             if bits == 3:
-                return bits + scales
-            names = [block.full_name(child) for block in find_blocks(bench.model) for child in block.linears]
+                shapes = [linear.weight.shape for block in blocks for linear in block.linears.values()]
+                scales = sum(rows * grid.groups(cols) for rows, cols in shapes)
+                return bits + 16 * scales / sum(rows * cols for rows, cols in shapes)
+            names = [block.full_name(child) for block in blocks for child in block.linears]
             return compress(dense, Path(folder, "packed"), grid, names).bits
         return pack(dense, Path(folder, "packed"), "bitmap", config.pattern, grid).bits
 
@@ -143,7 +144,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.table:
         for folder in arguments.table:
-            print(f"\n{folder.name}\n\n| zeros | method | bits | {' | '.join(TEXTS)} | mean |\n|---|---|--:|--:|--:|--:|--:|")
+            print(
+                f"\n{folder.name}\n\n| zeros | method | bits | {' | '.join(TEXTS)} | mean |\n|---|---|--:|--:|--:|--:|--:|"
+            )
             print("\n".join(map(line, read(folder))))
     elif arguments.model and arguments.output:
         run(arguments)

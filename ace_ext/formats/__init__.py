@@ -11,7 +11,7 @@ from ace_ext._registry import add, discover
 from ace_ext.errors import InputError
 from ace_ext.formats._converting import complete, exchanging
 from ace_ext.formats._format import DenseModel, OutputFormat, OutputWriter
-from ace_ext.formats._packed import grid_of, grid_of_method, packed_format, pattern_of
+from ace_ext.formats._packed import grid_of, packed_format, pattern_of
 from ace_ext.models.safetensors_files import Shards
 from ace_ext.packed import CODECS
 from ace_ext.packed.compressed_tensors import CompressedShards, is_compressed
@@ -70,7 +70,6 @@ __all__ = [
     "exchanging",
     "format_named",
     "grid_of",
-    "grid_of_method",
     "pattern_of",
     "register",
     "written_shards",

@@ -4,7 +4,6 @@ The order of blocks differs from the order of tensors in a file, and a packed fi
 files are packed at the end (:class:`ace_ext.formats._converting.ConvertingWriter`), one tensor at a time, and compared.
 """
 
-import re
 from functools import partial
 from pathlib import Path
 
@@ -17,10 +16,8 @@ from ace_ext.packed.files import PackedShards, is_packed
 from ace_ext.packed.packing import check_hashes, pack_into
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.groups import SparsityPattern
+from ace_ext.pruning.method import quantize_of
 from ace_ext.records import REPORT_NAME, PruneReport
-
-DEFAULT_GRID = Grid(bits=4, group=128)
-"""The defaults of the stage ``quantize``, which a method's text leaves out."""
 
 
 class PackedWriter(ConvertingWriter):
@@ -64,9 +61,6 @@ def pattern_of(report: PruneReport) -> tuple[int, int] | None:
     return pattern.keep_n, pattern.group_m
 
 
-_QUANTIZE = re.compile(r"quantize(?:\s*\((?P<options>[^()]*)\))?")
-
-
 def grid_of(report: PruneReport) -> Grid | None:
     """The grid of a report's method; None if it does not quantize.
 
@@ -74,29 +68,7 @@ def grid_of(report: PruneReport) -> Grid | None:
         InputError: its stage ``quantize`` names no grid.
     """
     try:
-        return grid_of_method(str(report.config.get("method") or ""))
+        stage = quantize_of(str(report.config.get("method") or ""))
     except InputError as error:
         raise InputError(f"{REPORT_NAME} names no grid that ace-prune knows: {error}; prune the model again") from error
-
-
-def grid_of_method(method: str) -> Grid | None:
-    """The grid of the stage ``quantize`` in a method's text, which need not be one that can be read back as a whole:
-    its scores may be a function.
-
-    Raises:
-        InputError: the options ``bits`` and ``group`` are not those of a grid.
-    """
-    for stage in method.split(" + "):
-        match = _QUANTIZE.fullmatch(stage.strip())
-        if match is not None:
-            named = (option.partition("=") for option in (match["options"] or "").split(","))
-            given = {name.strip(): value.strip() for name, _, value in named}
-            return Grid(*(_number(given, name, default) for name, default in vars(DEFAULT_GRID).items()))
-    return None
-
-
-def _number(given: dict[str, str], name: str, default: int) -> int:
-    text = given.get(name, str(default))
-    if not re.fullmatch("[0-9]{1,9}", text):
-        raise InputError(f"{name} must be a whole number (got {text[:20]!r})")
-    return int(text)
+    return None if stage is None else stage.grid

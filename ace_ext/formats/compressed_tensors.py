@@ -8,7 +8,7 @@ from pathlib import Path
 from ace_ext.errors import InputError
 from ace_ext.formats._converting import ConvertingWriter
 from ace_ext.formats._format import DenseModel, OutputFormat
-from ace_ext.formats._packed import grid_of, grid_of_method
+from ace_ext.formats._packed import grid_of
 from ace_ext.packed.compressed_tensors import (
     NAME,
     SUMMARY,
@@ -55,7 +55,7 @@ class CompressedWriter(ConvertingWriter):
 
 
 def _check(config: PruneConfig) -> None:
-    if grid_of_method(str(config.method)) is None:
+    if config.method.quantize is None:
         raise InputError(f"format {NAME} is for quantized models; add the stage quantize, or choose another format")
 
 

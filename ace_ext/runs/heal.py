@@ -13,7 +13,7 @@ from ace_ext.data.requests import check_positions
 from ace_ext.data.requests import check_request as check_numbers
 from ace_ext.data.windows import CalibrationData
 from ace_ext.errors import InputError
-from ace_ext.formats import DEFAULT_FORMAT, format_named
+from ace_ext.formats import DEFAULT_FORMAT, format_named, grid_of
 from ace_ext.grids import Grid
 from ace_ext.healing.batches import Batches, Placement, windows_needed
 from ace_ext.healing.context import HealContext
@@ -26,7 +26,6 @@ from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.safetensors_files import Shards
 from ace_ext.models.versions import versions
 from ace_ext.process_memory import peak_memory_bytes, return_freed_memory
-from ace_ext.pruning.method import quantize_of
 from ace_ext.records import REPORT_NAME, PruneReport
 from ace_ext.runs.command import heal_command
 from ace_ext.runs.heal_journal import HealJournal
@@ -150,8 +149,7 @@ class _Run:
     @cached_property
     def _grid(self) -> Grid | None:
         """The grid of the pruned matrices; None if the run did not quantize."""
-        stage = quantize_of(str(self._report.config.get("method")))
-        return None if stage is None else stage.grid
+        return grid_of(self._report)
 
     @cached_property
     def _skeleton(self) -> Source:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from ace_ext.formats import format_named, grid_of_method
+from ace_ext.formats import format_named
 from ace_ext.models._transformers import embedding_weight
 from ace_ext.packed import Kept
 from ace_ext.pruning.config import PruneConfig
@@ -33,7 +33,7 @@ def output_bytes(source: Source, matrices: list[PlannedMatrix], format_name: str
         return bytes_of_all(source)
     dtype = embedding_weight(source.model).dtype
     pattern = None if config.pattern is None else (config.pattern.keep_n, config.pattern.group_m)
-    grid = grid_of_method(str(config.method))
+    grid = None if config.method.quantize is None else config.method.quantize.grid
     others, found = bytes_of_all(source), 0
     for matrix in matrices:
         (rows, cols), dense = matrix.shape, math.prod(matrix.shape) * dtype.itemsize

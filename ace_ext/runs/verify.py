@@ -11,7 +11,7 @@ from torch import Tensor
 from ace_ext.cards import CARD, card_says
 from ace_ext.dense_weights import NOT_CALLED
 from ace_ext.errors import InputError, one_line
-from ace_ext.grids import Grid
+from ace_ext.formats import grid_of
 from ace_ext.models._transformers import embedding_weight, is_left_out
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.safetensors_files import Shards, all_names, has_safetensors
@@ -20,7 +20,6 @@ from ace_ext.packed.files import PackedShards, is_packed
 from ace_ext.packed.packing import check_hashes
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.groups import ComparisonGroup, keep_count
-from ace_ext.pruning.method import quantize_of
 from ace_ext.pruning.stages import Allocate
 from ace_ext.records import REPORT_NAME, MatrixReport, PruneReport
 from ace_ext.runs.output import read_report
@@ -74,7 +73,7 @@ def verify_weights(folder: str | Path) -> VerifyResult:
             packed.
     """
     report = read_report(folder)
-    config, grid = _settings_of(report, folder), _grid_of(report, folder)
+    config, grid = _settings_of(report, folder), grid_of(report)
     packed = is_packed(folder)
     if not packed and not has_safetensors(folder):
         raise InputError(f"{str(folder)!r} has no safetensors; give a folder that ace-prune run wrote")
@@ -123,15 +122,6 @@ def _settings_of(report: PruneReport, folder: str | Path) -> PruneConfig:
         return PruneConfig(f"{Allocate.name} + wanda" if divided else "wanda", **found, **amount)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{Path(folder) / REPORT_NAME} is not a report of ace-prune: {error!r}") from error
-
-
-def _grid_of(report: PruneReport, folder: str | Path) -> Grid | None:
-    """The grid that every pruned matrix must be on, also after a distillation; None if the run did not quantize."""
-    try:
-        stage = quantize_of(str(report.config.get("method")))
-    except InputError as error:
-        raise InputError(f"{Path(folder) / REPORT_NAME} is not a report of ace-prune: {error}") from error
-    return None if stage is None else stage.grid
 
 
 def _expected(
