@@ -1,15 +1,15 @@
 """Arguments that several verbs share. The help on methods reads the registries, so it lists new stages by itself."""
 
 import argparse
+import contextlib
 import os
 import re
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
-from ace_ext.cli.selection import add_selection, skip_from
 from ace_ext.data.bos import AUTO, MODES, NEVER, default_mode
 from ace_ext.data.corpora import SELF, SOURCES
 from ace_ext.engine.devices import pick_device
@@ -37,10 +37,10 @@ class OneLineParser(argparse.ArgumentParser):
     """
 
     common: frozenset[str] = frozenset()
-    tables = ""
+    tables: Callable[[], str]
 
-    def show_common(self, *names: str, tables: str) -> None:
-        """Makes ``--help`` show only these options, and ``--help-all`` all options with ``tables`` at the end."""
+    def show_common(self, *names: str, tables: Callable[[], str]) -> None:
+        """Makes ``--help`` show only these options, and ``--help-all`` all options with ``tables()`` at the end."""
         self.common, self.tables = frozenset(names), tables
         self.add_argument("--help-all", action=_HelpAll, nargs=0, help="show all options, and all stages of methods")
 
@@ -59,7 +59,7 @@ class OneLineParser(argparse.ArgumentParser):
     def format_help_all(self) -> str:
         """The help with all options and tables."""
         common, epilog = self.common, self.epilog
-        self.common, self.epilog = frozenset(), "\n\n".join(filter(None, (epilog, self.tables)))
+        self.common, self.epilog = frozenset(), "\n\n".join(filter(None, (epilog, self.tables())))
         try:
             return self.format_help()
         finally:
@@ -152,6 +152,30 @@ def add_pruning(parser: argparse.ArgumentParser) -> None:
         help="share of a block's weights that may stay dense because their layout cannot be pruned "
         "(default: %(default)s)",
     )
+
+
+def add_selection(group: Any, help: str) -> None:
+    """Adds the three options. ``help`` is the help of ``--skip``."""
+    group.add_argument("--skip", action="append", default=[], metavar="REGEX", help=help)
+    group.add_argument(
+        "--exclude", action="append", metavar="GLOB", help="the same, as a pattern of the whole name, e.g. '*.o_proj'"
+    )
+    group.add_argument("--include", action="append", metavar="GLOB", help="prune only these weights, e.g. '*.mlp.*'")
+
+
+def skip_from(args: argparse.Namespace) -> tuple[str, ...]:
+    """The regular expressions that the options of :func:`add_selection` stand for."""
+    skip = [*args.skip, *(f"^{glob_pattern(glob)}$" for glob in args.exclude or ())]
+    return (*skip, _all_but(args.include)) if args.include else tuple(skip)
+
+
+def _all_but(globs: Iterable[str]) -> str:
+    return f"^(?!({'|'.join(map(glob_pattern, globs))})$)"
+
+
+def glob_pattern(glob: str) -> str:
+    """The regular expression of a pattern in which ``*`` stands for any characters and ``?`` for one."""
+    return re.escape(glob).replace(r"\*", ".*").replace(r"\?", ".")
 
 
 def preset_table() -> str:
@@ -275,6 +299,19 @@ def add_reports(group: Any, each: str) -> None:
     """Adds the page and the log. ``each``: the noun for what the log has one line for."""
     group.add_argument("--report", metavar="FILE.html", type=Path, help="write an HTML page about the run")
     group.add_argument("--log-json", metavar="FILE", help=f"write a JSON line for each {each}; - for stderr")
+
+
+def open_log(args: argparse.Namespace, opened: contextlib.ExitStack) -> TextIO | None:
+    """The file of ``--log-json``; None without one. ``opened`` closes it.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    if args.log_json in (None, "-"):
+        return sys.stderr if args.log_json else None
+    from ace_ext.cli.log_file import LogFile  # imported here: most runs write no log
+
+    return opened.enter_context(LogFile.open(args.log_json))
 
 
 def check_written(args: argparse.Namespace) -> None:

@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from ace_ext.cli import args as shared
-from ace_ext.cli.selection import add_selection, skip_from
 from ace_ext.compare.grid import EVAL_WINDOWS, Evaluation, Grid, Study
 from ace_ext.compare.runner import run_study
 from ace_ext.compare.tables import markdown_table, results_json, text_table
@@ -67,7 +66,7 @@ def add(commands: shared.Subparsers) -> None:
         choices=GROUPS,
         help="which weights are compared with each other for a share of zeros; a pattern has its own groups",
     )
-    add_selection(parser, "weights to leave dense")
+    shared.add_selection(parser, "weights to leave dense")
     parser.add_argument(
         "--output",
         metavar="DIR",
@@ -113,7 +112,7 @@ def study_from(args: argparse.Namespace) -> Study:
             args.eval_bos or AUTO,
             Tasks(_split(args.tasks), args.task_path, args.task_limit),
         ),
-        skip=skip_from(args),
+        skip=shared.skip_from(args),
         text_field=shared.text_field_of(args, *_split(args.calibration), *_split(args.texts)),
         dtype=args.dtype,
         groups={method.label: args.group for method in methods if args.group},

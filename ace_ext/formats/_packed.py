@@ -11,18 +11,14 @@ from functools import partial
 from pathlib import Path
 
 from ace_ext.errors import InputError
-from ace_ext.formats._format import DenseModel, OutputFormat
+from ace_ext.formats._format import PACKED, REPLACED, DenseModel, OutputFormat, pattern_of
 from ace_ext.formats.dense import DenseWriter
 from ace_ext.models.blocks import Block
 from ace_ext.packed import Codec
 from ace_ext.packed.files import PackedShards, is_packed
 from ace_ext.packed.packing import check_hashes, pack_into
 from ace_ext.pruning.config import PruneConfig
-from ace_ext.pruning.groups import SparsityPattern
 from ace_ext.records import PruneReport
-
-PACKED, REPLACED = "packed", "dense"
-"""Folders beside the model's: the packed one until it is complete, and the dense one after it was replaced."""
 
 
 class PackedWriter(DenseWriter):
@@ -56,16 +52,6 @@ class PackedWriter(DenseWriter):
         target.rename(self.folder)
 
 
-def exchanging(folder: Path) -> bool:
-    """Whether a run was killed while :meth:`PackedWriter.finish` exchanged the folders in ``folder``."""
-    return not (folder / "model").exists() and (folder / PACKED).is_dir() and (folder / REPLACED).is_dir()
-
-
-def complete(folder: Path) -> None:
-    """Completes the exchange after a run was killed during it."""
-    (folder / PACKED).rename(folder / "model")
-
-
 def packed_format(codec: Codec) -> OutputFormat:
     """The format of a run that packs with this codec."""
 
@@ -74,12 +60,3 @@ def packed_format(codec: Codec) -> OutputFormat:
             raise InputError(f"format {codec.name} is for N:M patterns; add --pattern 2:4, or choose another format")
 
     return OutputFormat(codec.name, f"packed: {codec.summary}", partial(PackedWriter, codec=codec), check, codec)
-
-
-def pattern_of(report: PruneReport) -> tuple[int, int] | None:
-    """N and M of a report; None without a pattern."""
-    text = report.config.get("pattern")
-    if not text:
-        return None
-    pattern = SparsityPattern.parse(text)
-    return pattern.keep_n, pattern.group_m

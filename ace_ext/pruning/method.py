@@ -18,15 +18,15 @@ from ace_ext.pruning.settings import Setting, suggestion
 from ace_ext.pruning.stages import (
     KINDS,
     STAGES,
-    Allocate,
     Collect,
-    Distill,
+    Divide,
     MatrixStage,
     Refine,
     Score,
     Solve,
     Stage,
     TrainBlock,
+    TrainModel,
 )
 
 PRESETS = {
@@ -102,9 +102,9 @@ class Method:
         return self._of(Collect) or Collect()
 
     @property
-    def allocate(self) -> Allocate | None:
+    def allocate(self) -> Divide | None:
         """The stage that gives blocks different sparsities; None: all blocks have the same."""
-        return self._of(Allocate)
+        return self._of(Divide)
 
     @property
     def score(self) -> Score | None:
@@ -127,9 +127,9 @@ class Method:
         return self._of(TrainBlock)
 
     @property
-    def distill(self) -> Distill | None:
+    def distill(self) -> TrainModel | None:
         """The stage that trains the whole model."""
-        return self._of(Distill)
+        return self._of(TrainModel)
 
     @property
     def matrix_stages(self) -> list[MatrixStage]:
@@ -139,7 +139,7 @@ class Method:
     @property
     def scored_by(self) -> Score:
         """The scores that a run computes: those of the method, or Wanda's if the solve stage chooses the mask. The
-        report then compares with Wanda's mask, and :class:`Allocate` divides the sparsity by Wanda's scores."""
+        report then compares with Wanda's mask, and :class:`Divide` divides the sparsity by Wanda's scores."""
         return self.score or Score(DEFAULT_METRIC)
 
     @property

@@ -18,7 +18,6 @@ from ace_ext.models.block_store import BlockSource, OffloadedBlocks
 from ace_ext.models.safetensors_files import Shards
 from ace_ext.models.tokenizer import Tokenizer
 from ace_ext.models.whole_forward import whole_logits
-from ace_ext.packed.files import PackedShards, is_packed
 from ace_ext.records import HeldOutPerplexity, finite
 from ace_ext.runs.model_source import Source
 from ace_ext.runs.options import EVALUATE_AUTO, RunRequest
@@ -140,5 +139,7 @@ def logits_of(source: Source, blocks: BlockSource, device: torch.device) -> Call
 def logits_of_folder(source: Source, folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     """The logits of a written folder with the structure of ``source``, dense or packed, read one block at a time.
     Afterwards the blocks of ``source`` have no weights."""
+    from ace_ext.packed.files import PackedShards, is_packed  # imported here: most runs measure the model in memory
+
     shards = PackedShards(folder) if is_packed(folder) else Shards(folder)
     return logits_of(source, OffloadedBlocks(source.blocks, shards.adopt(source.model), device), device)

@@ -153,6 +153,13 @@ def _plain(value: object) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else str(value)
 
 
+class Divide(Stage):
+    """Divides the sparsity among blocks, with the same total. The code is in :mod:`ace_ext.pruning.allocation`."""
+
+    range: float
+    """How far a block's sparsity may differ from the target."""
+
+
 class MatrixStage(Stage):
     """A stage that works on one matrix at a time and reads its statistics.
 
@@ -220,3 +227,8 @@ class TrainBlock(Stage):
 class TrainModel(Stage):
     """Trains the whole model with fixed masks once all its blocks are pruned. The code is in
     :mod:`ace_ext.engine.distillation`."""
+
+    tokens: int
+    """How many to train on."""
+    learning_rate: float
+    """Its peak, a share of each matrix's root mean square weight."""
