@@ -7,9 +7,13 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from ace_ext.engine.matrix_pruner import Reports
+from ace_ext.engine.batch_states import BatchStates
+from ace_ext.engine.collection import Collection
+from ace_ext.engine.context import RunContext
+from ace_ext.engine.matrix_pruner import MatrixPruner, Reports
 from ace_ext.engine.model_shape import ModelShape, statistics_bytes
 from ace_ext.models.blocks import Block
+from ace_ext.pruning.statistics import LinearStatistics
 
 HEAP_TENSOR = 2**25
 """Smaller tensors are allocated on glibc's heap, which may keep freed memory in the process."""
@@ -25,10 +29,15 @@ class RunSizes:
     batch: int  # tokens of a batch
     seqlen: int
     needs: frozenset[str]  # kinds of statistics
+    stored: bool = False  # statistics come from a file, and no token passes a block
 
-    def forward(self) -> int:
-        """Bytes of the activations of one batch in a block."""
-        return self.shape.forward_bytes(self.batch, self.seqlen, self.needs)
+    def forward(self, needs: frozenset[str] | None = None) -> int:
+        """Bytes of the activations of one batch in a block, while the kinds ``needs`` (default: the run's) are
+        collected. If statistics come from a file: those of a block as the file holds them, while they are read."""
+        needs = self.needs if needs is None else needs
+        if self.stored:
+            return max(self.statistics(block, list(block.linears), needs) for block in self.blocks)
+        return self.shape.forward_bytes(self.batch, self.seqlen, needs)
 
     def pending(self, at_a_stop: int) -> int:
         """Bytes that unfinished forwards of all batches hold while a matrix is pruned: ``at_a_stop``, or where freed
@@ -74,6 +83,28 @@ class Strategy(Protocol):
     @classmethod
     def memory(cls, sizes: RunSizes) -> StrategyBytes:
         """The memory that it takes."""
+        ...
+
+
+class WalkStrategy:
+    """What the strategies of a walk work with.
+
+    Args:
+        states: the walk's.
+        collection: collects statistics.
+        pruner: prunes each matrix.
+        context: of the run.
+    """
+
+    def __init__(self, states: BatchStates, collection: Collection, pruner: MatrixPruner, context: RunContext) -> None:
+        self._states, self._collection, self._pruner, self._context = states, collection, pruner, context
+
+
+class DenseStrategy(Strategy, Protocol):
+    """A strategy that reads all statistics of a block while the block is dense."""
+
+    def statistics(self, block: Block, index: int) -> dict[str, LinearStatistics]:
+        """Statistics of all Linears of dense block ``index``. Its outputs become the next block's inputs."""
         ...
 
 
