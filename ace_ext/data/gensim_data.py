@@ -198,3 +198,7 @@ def _download_gensim(source: str, cache: Path) -> Path:
     raise InputError(
         f"source {source}: no gensim with this text is installed or in {cache}; pip fetched none ({reason}); {remedy}"
     )
+
+
+TEXTS = {"wiki-mini": wiki_mini, "news-mini": news_mini, "code-mini": code_mini}
+"""The texts by their names in :mod:`ace_ext.data.corpora`."""

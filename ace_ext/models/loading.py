@@ -22,7 +22,6 @@ from ace_ext.models._transformers import (
     quantization_of,
     quiet_stderr,
 )
-from ace_ext.models.gguf_header import read_once
 from ace_ext.models.location import ModelLocation, as_input_error, locate
 from ace_ext.models.tokenizer import Tokenizer
 
@@ -57,8 +56,12 @@ def load_model(source: str, dtype: str = "auto", device: str | torch.device = "c
     unpacks = location.gguf_file is not None
     wanted = WEIGHT_DTYPES.get(dtype, torch.bfloat16 if unpacks else "auto")
     options = location.options | (dequantize_options() if unpacks else {})
-    reading = read_once if unpacks else contextlib.nullcontext
-    with as_input_error(f"model {source!r} could not be loaded"), quiet_stderr(), reading():
+    reading: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if unpacks:
+        from ace_ext.models.gguf_header import read_once  # imported here: most models are folders
+
+        reading = read_once()
+    with as_input_error(f"model {source!r} could not be loaded"), quiet_stderr(), reading:
         config = location.config()
         if not unpacks:
             check_plain(source, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,15 @@ from ace_ext.models.safetensors_files import Shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Unpacking:
+    """What loading takes if the files' weights must be converted: ``peak_bytes`` of memory in addition to the converted
+    weights, and about ``seconds``."""
+
+    peak_bytes: int
+    seconds: float
 
 
 def skeleton(folder: str | Path, shards: Shards | None, dtype: str = "auto") -> nn.Module:

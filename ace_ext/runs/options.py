@@ -62,10 +62,15 @@ class Calibration:
         return choose_bos(self.bos, tokenizer, model, own_text=self.source == SELF, logits=logits)
 
     def load(
-        self, tokenizer: Tokenizer, model: nn.Module | None, bos: BosChoice | None = None, progress: bool = False
+        self,
+        tokenizer: Tokenizer,
+        model: nn.Module | None,
+        bos: BosChoice | None = None,
+        progress: bool = False,
+        note: Callable[[str], None] | None = None,
     ) -> CalibrationData:
         """Draws the samples; ``model`` writes the text if the source is ``self``. ``bos``: a choice already made.
-        ``progress``: show a bar on stderr meanwhile.
+        ``progress``, ``note``: as for :func:`ace_ext.data.windows.load_windows`.
 
         Raises:
             InputError: the text cannot be read or is too short.
@@ -80,6 +85,7 @@ class Calibration:
             bos=bos or self.bos,
             text_field=self.text_field,
             progress=progress,
+            note=note,
         )
 
     def describe(self, data: CalibrationData) -> dict[str, Any]:

@@ -60,10 +60,12 @@ class StatisticsWriter:
         part.replace(self.folder / name)
         self._own.add(name)
 
-    def finish(self, kinds: frozenset[str]) -> Path:
-        """Packs the blobs into the file and returns its path. ``kinds``: the kinds of statistics that they hold."""
+    def finish(self, kinds: frozenset[str]) -> str:
+        """Packs the blobs into the file, and returns a line about it. ``kinds``: the kinds of statistics that they
+        hold."""
+        note = f"statistics written to {self.path}: {reusable(kinds)}"
         if not self.writes:
-            return self.path
+            return note
         description = {"format": FORMAT, "inputs": "dense model", "kinds": sorted(kinds), **self.fingerprint}
         with (
             written_whole(self.path) as part,
@@ -74,7 +76,7 @@ class StatisticsWriter:
                 if blob.name not in self._own:
                     _check(blob)
                 archive.write(blob, blob.name)
-        return self.path
+        return note
 
 
 def reusable(kinds: frozenset[str]) -> str:

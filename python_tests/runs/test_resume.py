@@ -15,7 +15,7 @@ from tiny_models import make_model
 
 from ace_ext import InputError
 from ace_ext.cli.main import main
-from ace_ext.data import windows
+from ace_ext.data import generate
 from ace_ext.fingerprint import differences, fingerprint_of_files
 from ace_ext.runs import pipeline, unfinished
 from ace_ext.runs.unfinished import recover
@@ -390,7 +390,7 @@ def test_a_finished_run_on_the_models_own_text_writes_none(tmp_path, monkeypatch
     report, out = prune(dense, tmp_path / "out", calibration=own)
     before = tree(out)
     with monkeypatch.context() as patch:
-        patch.setattr(windows, "self_generated", lambda *_, **__: pytest.fail("text was written"))
+        patch.setattr(generate, "self_generated", lambda *_, **__: pytest.fail("text was written"))
         assert prune(dense, out, RESUME, calibration=own) == (report, out)
         with pytest.raises(InputError, match=r"other arguments \(config\.sparsity was 0\.5, now 0\.6\)"):
             prune(dense, out, RESUME, calibration=own, sparsity=0.6)
