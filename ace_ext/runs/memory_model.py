@@ -4,6 +4,7 @@ The factors are counted from the code that allocates the memory, and compared wi
 ``benchmarks/plan_accuracy.py``.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,7 +63,7 @@ def estimate(
     overlap: bool = False,
     whole: bool = False,
     measures: bool = False,
-    stored: bool = False,
+    stored: Sequence[int] | None = None,
     process: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Estimate:
@@ -82,7 +83,7 @@ def estimate(
         whole: every weight is read, as when the model writes its own calibration text.
         measures: the run has a forward pass of the whole model, to decide about the BOS token
             (:mod:`ace_ext.data.bos`) or to measure perplexity (:mod:`ace_ext.runs.holdout`).
-        stored: statistics come from a file, and no token passes the model.
+        stored: bytes of each block's statistics in a file, if they come from there; no token passes the model then.
         process: bytes that the process uses besides the model; None: estimated from this process.
         device: whose memory is estimated.
     """
@@ -98,21 +99,21 @@ def estimate(
         resident += copied_bytes(blocks, shards)
     if process is None:
         process = process_bytes(
-            resident if loaded else 0, text_to_come=not (loaded or offload or stored), device=device
+            resident if loaded else 0, text_to_come=not (loaded or offload or stored is not None), device=device
         )
     if shape.experts and shape.itemsize < 4 and torch.device(device).type == "cpu":
         process += _EXPERT_KERNELS
     tokens = nsamples * seqlen
     batch = min(tokens, config.batch_samples(seqlen) * seqlen)
     sizes = RunSizes(blocks, shape, tokens, batch, seqlen, config.needs.prune, stored)
-    strategy = planned(config, batch == tokens, keeps_forwards, stored)
+    strategy = planned(config, batch == tokens, keeps_forwards, stored is not None)
     run = _Run(sizes, config, resident_hidden, strategy.memory(sizes))
     if torch.device(device).type == "cpu":  # on a GPU, unfinished forwards take memory only for tensors
         process += run.strategy.stacks
     phases = [*run.pruning(), *run.training(), *run.allocating()]
     block_bytes = max(shape.blocks) * (3 if overlap else 1)
     phases = [replace(phase, process=process, model=block_bytes if offload else resident) for phase in phases]
-    if offload and not stored:
+    if offload and stored is None:
         phases.append(
             replace(run.entering(), process=process, model=max(shape.blocks) * (2 if overlap else 1) + outside)
         )
@@ -164,7 +165,8 @@ class _Run:
     @property
     def states(self) -> int:
         """Bytes of all hidden states between two blocks."""
-        return 0 if self.sizes.stored else self.sizes.tokens * self.sizes.shape.hidden * self.sizes.shape.itemsize
+        sizes = self.sizes
+        return sizes.tokens * sizes.shape.hidden * sizes.shape.itemsize if sizes.stored is None else 0
 
     @property
     def kept(self) -> int:

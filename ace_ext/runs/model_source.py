@@ -176,9 +176,16 @@ def wants_offload(laid_out: nn.Module, blocks: list[Block], shards: Shards | Non
         return False
     nsamples, seqlen = request.calibration.nsamples, request.calibration.seqlen
     measures = request.evaluates or request.measures_bos()  # or may do so: the tokenizer is not loaded yet
-    stored = request.options.stats is not None
     whole = estimate(
-        laid_out, blocks, shards, request.config, nsamples, seqlen, offload=False, measures=measures, stored=stored
+        laid_out,
+        blocks,
+        shards,
+        request.config,
+        nsamples,
+        seqlen,
+        offload=False,
+        measures=measures,
+        stored=request.stored,
     )
     return whole.total > budget_of(request)
 
@@ -247,7 +254,7 @@ class Demand:
             overlap=choice.overlap,
             whole=self.request.writes_own_text,
             measures=self.request.evaluates or self.request.measures_bos(tokenizer),
-            stored=self.request.options.stats is not None,
+            stored=self.request.stored,
             process=process,
             device=self.request.device,
         )

@@ -19,7 +19,7 @@ from ace_ext.formats import DEFAULT_FORMAT, format_named
 from ace_ext.models.tokenizer import Tokenizer
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.settings import check_choice
-from ace_ext.runs.own_files import check_replaceable, is_statistics
+from ace_ext.runs.own_files import check_replaceable, is_statistics, stored_sizes
 
 EVALUATE_AUTO, EVALUATE_NEVER = "auto", "never"
 """The values of :attr:`Calibration.evaluate` that are not texts."""
@@ -140,6 +140,11 @@ class RunRequest:
     def writes_own_text(self) -> bool:
         """Whether the model writes its calibration text. The whole model must then be in memory."""
         return self.calibration.source == SELF and self.options.stats is None
+
+    @property
+    def stored(self) -> list[int] | None:
+        """Bytes of each block's statistics in the file of ``stats``; None without one."""
+        return None if self.options.stats is None else stored_sizes(self.options.stats)
 
     @property
     def evaluates(self) -> bool:

@@ -25,11 +25,10 @@ from ace_ext.pruning.metrics import METRICS
 from ace_ext.pruning.sketch import SketchState
 from ace_ext.pruning.stages import MatrixStage, stages_of
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
-from ace_ext.runs.own_files import stored_member
+from ace_ext.runs.own_files import DESCRIPTION, stored_member
 from ace_ext.whole_files import written_whole
 
 FORMAT = 1
-_DESCRIPTION = "statistics.json"
 
 
 class StatisticsWriter:
@@ -71,7 +70,7 @@ class StatisticsWriter:
             written_whole(self.path) as part,
             zipfile.ZipFile(part, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
         ):
-            archive.writestr(_DESCRIPTION, json.dumps(description, indent=1))
+            archive.writestr(DESCRIPTION, json.dumps(description, indent=1))
             for blob in sorted(self.folder.iterdir()):
                 if blob.name not in self._own:
                     _check(blob)
@@ -129,7 +128,7 @@ class SavedStatistics:
             if not self.path.is_file():
                 raise FileNotFoundError("No such file")
             self._archive = zipfile.ZipFile(self.path)
-            description = json.loads(stored_member(self._archive, _DESCRIPTION))
+            description = json.loads(stored_member(self._archive, DESCRIPTION))
             if description["format"] != FORMAT:
                 raise ValueError(f"its format is {description['format']}, not {FORMAT}")
             kept = frozenset(description["kinds"])

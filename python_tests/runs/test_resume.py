@@ -384,6 +384,28 @@ def test_a_finished_run_is_not_repeated(tmp_path, capsys):
     assert tree(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize("damage", [None, "cut", "changed"])
+def test_a_resumed_run_takes_the_text_that_the_model_wrote(tmp_path, monkeypatch, damage):
+    dense = save_dense(tmp_path / "dense")
+    own = {"source": "self", "nsamples": 4}
+    _, whole = prune(dense, tmp_path / "whole", calibration=own)
+    with monkeypatch.context() as patch:
+        crash_after(patch, 2)
+        with pytest.raises(Crash):
+            prune(dense, tmp_path / "out", calibration=own)
+    text = tmp_path / ".out.unfinished" / pipeline.TEXT
+    if damage == "cut":
+        text.write_bytes(text.read_bytes()[:-8])
+    elif damage == "changed":
+        flip(text, 8)
+    written = []
+    real = generate.self_generated
+    monkeypatch.setattr(generate, "self_generated", lambda *args, **kw: written.append(1) or real(*args, **kw))
+    _, out = prune(dense, tmp_path / "out", RESUME, calibration=own)
+    assert weights_bytes(out) == weights_bytes(whole)
+    assert len(written) == (damage is not None)
+
+
 def test_a_finished_run_on_the_models_own_text_writes_none(tmp_path, monkeypatch):
     dense = save_dense(tmp_path / "dense")
     own = {"source": "self", "nsamples": 4}

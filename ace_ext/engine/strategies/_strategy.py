@@ -13,7 +13,7 @@ from ace_ext.engine.context import RunContext
 from ace_ext.engine.matrix_pruner import MatrixPruner, Reports
 from ace_ext.engine.model_shape import ModelShape, statistics_bytes
 from ace_ext.models.blocks import Block
-from ace_ext.pruning.statistics import LinearStatistics
+from ace_ext.pruning.statistics import LinearStatistics, StatisticsCollector
 
 HEAP_TENSOR = 2**25
 """Smaller tensors are allocated on glibc's heap, which may keep freed memory in the process."""
@@ -29,15 +29,20 @@ class RunSizes:
     batch: int  # tokens of a batch
     seqlen: int
     needs: frozenset[str]  # kinds of statistics
-    stored: bool = False  # statistics come from a file, and no token passes a block
+    stored: Sequence[int] | None = None
+    """Bytes of each block's statistics in a file, if they come from there; no token passes a block then."""
 
     def forward(self, needs: frozenset[str] | None = None) -> int:
         """Bytes of the activations of one batch in a block, while the kinds ``needs`` (default: the run's) are
-        collected. If statistics come from a file: those of a block as the file holds them, while they are read."""
-        needs = self.needs if needs is None else needs
-        if self.stored:
-            return max(self.statistics(block, list(block.linears), needs) for block in self.blocks)
-        return self.shape.forward_bytes(self.batch, self.seqlen, needs)
+        collected. With statistics from a file: bytes of the file while a block's are read."""
+        if self.stored is not None:
+            return max(self.stored, default=0)
+        return self.shape.forward_bytes(self.batch, self.seqlen, self.needs if needs is None else needs)
+
+    def sample_outputs(self) -> int:
+        """At most the bytes of a matrix's outputs for its sample rows: dense, and before and after pruning in
+        float32."""
+        return StatisticsCollector.SAMPLE_ROWS * self.shape.widest * (self.shape.itemsize + 8)
 
     def pending(self, at_a_stop: int) -> int:
         """Bytes that unfinished forwards of all batches hold while a matrix is pruned: ``at_a_stop``, or where freed

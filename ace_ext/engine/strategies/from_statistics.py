@@ -1,7 +1,7 @@
 """Statistics of an earlier run: no forward pass is run."""
 
 from ace_ext.engine.matrix_pruner import Reports
-from ace_ext.engine.strategies._strategy import RunSizes, StrategyBytes, WalkStrategy, whole_blocks
+from ace_ext.engine.strategies._strategy import RunSizes, StrategyBytes, WalkStrategy
 from ace_ext.models.blocks import Block
 from ace_ext.pruning.statistics import LinearStatistics
 
@@ -21,5 +21,5 @@ class FromStatistics(WalkStrategy):
 
     @classmethod
     def memory(cls, sizes: RunSizes) -> StrategyBytes:
-        """The statistics of a whole block."""
-        return StrategyBytes(sizes.most_statistics(whole_blocks(sizes.blocks)), sizes.forward())
+        """The statistics of a block, twice while they are read; then the outputs of a matrix's sample rows too."""
+        return StrategyBytes(sizes.forward(), sizes.forward(), sizes.sample_outputs())
