@@ -8,7 +8,7 @@ from torch import Tensor
 from ace_ext.errors import InputError
 from ace_ext.ops import ScoredWeight
 from ace_ext.pruning.config import PruneConfig
-from ace_ext.pruning.gram import RelativeLoss
+from ace_ext.pruning.gram import RelativeLoss, masked
 from ace_ext.pruning.masks import as_rows, keep_budget, keep_of_group, scored_weight
 from ace_ext.pruning.moment_gram import MomentGram
 from ace_ext.pruning.scaling import exponent_of, times_power, times_power_
@@ -108,7 +108,7 @@ def _run_stages_(
     vectors = None if stats.input is None else MomentGram.of(stats.input)
     problem = Problem(dense, stats.gram, config.comparison, keep, mask, vectors).of_rows(rows)
     loss = RelativeLoss(problem.measure.energy, problem.dense, shares.add_up)
-    loss_before = loss(problem.dense.masked_fill(~mask[rows], 0.0))
+    loss_before = loss(masked(problem.dense, mask[rows], out=torch.empty_like(problem.dense)))
     del mask  # a stage that chooses its own needs the memory
     solved = _solve(problem, config)
     rounded = times_power(solved.weight, power).to(weight.dtype)
