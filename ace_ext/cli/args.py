@@ -112,7 +112,7 @@ class _HelpAll(argparse.Action):
 def add_remote_code(parser: argparse.ArgumentParser) -> None:
     """Adds the permission to run Python code of a model; :func:`ace_ext.cli.main.main` reads it."""
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code among the model's files, if it needs any"
+        "--trust-remote-code", action="store_true", help="run Python code that comes with the model, if it needs any"
     )
 
 
@@ -158,7 +158,7 @@ def add_selection(group: Any, help: str) -> None:
     """Adds the three options. ``help`` is the help of ``--skip``."""
     group.add_argument("--skip", action="append", default=[], metavar="REGEX", help=help)
     group.add_argument(
-        "--exclude", action="append", metavar="GLOB", help="the same, as a pattern of the whole name, e.g. '*.o_proj'"
+        "--exclude", action="append", metavar="GLOB", help="the same, as a glob for the whole name, e.g. '*.o_proj'"
     )
     group.add_argument("--include", action="append", metavar="GLOB", help="prune only these weights, e.g. '*.mlp.*'")
 
@@ -239,7 +239,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         metavar="TEXT",
         help=f"{SELF} (the model writes it), {', '.join(SOURCES)}, FILE.txt or FILE.jsonl (default: {SELF}); text is "
-        "taken as it is; no chat template is applied",
+        "used as is, without a chat template",
     )
     add_text_field(group)
     add_bos(group, "sample", f"{AUTO}; {NEVER} with a published method")
@@ -289,10 +289,10 @@ def add_memory(group: Any) -> None:
         "--offload",
         default="auto",
         choices=OFFLOAD,
-        help="disk: read and write one block at a time; auto: only if the model does not fit into memory; none: never "
+        help="disk: read and write one block at a time; auto: only if the model does not fit in memory; none: never "
         "(default: %(default)s)",
     )
-    group.add_argument("--max-memory", metavar="SIZE", help="limit of the process's resident memory, e.g. 2GB")
+    group.add_argument("--max-memory", metavar="SIZE", help="limit on the process's resident memory, e.g. 2GB")
 
 
 def add_reports(group: Any, each: str) -> None:

@@ -57,7 +57,7 @@ def add(commands: shared.Subparsers) -> None:
     )
     parser.add_argument("--eval-seqlen", type=int, default=SEQLEN, help="tokens of a window (default: %(default)s)")
     parser.add_argument(
-        "--eval-windows", type=int, default=EVAL_WINDOWS, help="maximum of windows (default: %(default)s)"
+        "--eval-windows", type=int, default=EVAL_WINDOWS, help="maximum number of windows (default: %(default)s)"
     )
     shared.add_bos(parser, "window of an evaluation text", AUTO, "--eval-bos")
     _add_tasks(parser.add_argument_group("downstream tasks (pip install 'lm-eval[hf]')"))
@@ -77,14 +77,16 @@ def add(commands: shared.Subparsers) -> None:
 
 
 def _add_tasks(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--tasks", help="a list of tasks of lm-eval; their scores are shown beside perplexity")
+    group.add_argument("--tasks", help="a list of lm-eval tasks; their scores are shown next to perplexity")
     group.add_argument(
         "--task-path",
         metavar="DIR",
         type=Path,
         help="a folder with YAML files of your own tasks; Python code in it is run",
     )
-    group.add_argument("--task-limit", metavar="N", type=int, help="maximum of samples of each task (default: all)")
+    group.add_argument(
+        "--task-limit", metavar="N", type=int, help="maximum number of samples of each task (default: all)"
+    )
 
 
 def study_from(args: argparse.Namespace) -> Study:

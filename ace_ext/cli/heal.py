@@ -47,7 +47,7 @@ def add(commands: shared.Subparsers) -> None:
     group.add_argument(
         "--max-memory",
         metavar="SIZE",
-        help="limit of the process's resident memory, e.g. 2GB; if it is too small to train all blocks together, "
+        help="limit on the process's resident memory, e.g. 2GB; if it is too small to train all blocks together, "
         "windows of blocks are trained one after another",
     )
     shared.add_reports(group, "step")

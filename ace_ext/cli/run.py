@@ -58,14 +58,14 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
         metavar="FILE",
         type=Path,
         help="save the statistics of the dense model, so that later runs can prune from them (--stats); this run then "
-        "works as with collect(order=block)",
+        "uses collect(order=block)",
     )
     group.add_argument(
         "--stats",
         metavar="FILE",
         type=Path,
         help="prune from saved statistics, without a forward pass and without calibration text: at any sparsity or "
-        "pattern, by any method that needs no other statistics",
+        "pattern, with any method that needs no other statistics",
     )
     shared.add_reports(group, "block")
 

@@ -144,7 +144,7 @@ def _starts(length: int, width: int, nsamples: int, seed: int) -> list[int]:
 def _tokenize(documents: Sequence[str], tokenizer: Tokenizer) -> torch.Tensor:
     """Return the ids of the documents, joined by empty lines: int64 [n]."""
     if isinstance(documents, str):
-        raise InputError("documents: found one string; pass a list of strings, one a document")
+        raise InputError("documents: found one string; pass a list of strings, one per document")
     ids = text_ids("\n\n".join(documents), tokenizer)
     if not ids:
         raise InputError("documents: the tokenizer found no token in the text; give a text that is not empty")

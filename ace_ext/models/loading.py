@@ -105,7 +105,7 @@ def check_fit(source: str, missing: Iterable[str], unexpected: Iterable[str]) ->
     found = [f"{kind}: {_some(sorted(names))}" for kind, names in kinds if names]
     if found:
         raise InputError(
-            f"model {source!r}: its weights do not fit its configuration ({'; '.join(found)}); correct config.json "
+            f"model {source!r}: its weights do not match its configuration ({'; '.join(found)}); correct config.json "
             "(model_type, num_hidden_layers), or fetch the files again"
         )
 
@@ -122,7 +122,7 @@ def check_causal(source: str, model: nn.Module) -> None:
         raise InputError(f"model {source!r} is not a language model: {type(model).__name__} reads {main_input(model)}")
     if has_encoder(model):
         raise InputError(
-            f"model {source!r} is an encoder and a decoder ({type(model).__name__}); give a model that is a decoder"
+            f"model {source!r} has an encoder and a decoder ({type(model).__name__}); give a decoder-only model"
         )
     if is_encoder(model):
         raise InputError(

@@ -83,7 +83,7 @@ def check_all_read(model: nn.Module, shards: Shards, source: str) -> None:
         found = shards.describe(name)[1] if name in shards else tuple(parameter.shape)
         if found != tuple(parameter.shape):
             raise InputError(
-                f"model {source!r}: its weights do not fit its configuration ({name} is {list(found)} in the files, "
+                f"model {source!r}: its weights do not match its configuration ({name} is {list(found)} in the files, "
                 f"and {list(parameter.shape)} by config.json); correct config.json, or fetch the files again"
             )
 

@@ -142,8 +142,8 @@ def _no_safetensors(model: str) -> InputError:
 def _files_do_not_serve(model: str, dtype: str) -> InputError:
     """The error for ``offload="disk"`` if :func:`_stored_as_loaded` is False."""
     return InputError(
-        f"offload disk reads blocks from safetensors that hold every parameter as it is, all of dtype {dtype}, "
-        f"which {model!r} does not have; save it with save_pretrained, or pass --offload none"
+        f"offload disk needs safetensors that store every parameter unchanged in dtype {dtype}, and "
+        f"{model!r} has none; save it with save_pretrained, or pass --offload none"
     )
 
 

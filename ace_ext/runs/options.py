@@ -176,7 +176,7 @@ def check_request(request: RunRequest) -> None:
         )
     if options.offload == "disk" and request.writes_own_text:
         raise InputError(
-            "calibration self needs the whole model in memory to write text; give another text with offload"
+            "calibration self needs the whole model in memory to write text; with offload, give another text"
         )
     for stage in (config.method.train, config.method.distill):
         if stage is not None:

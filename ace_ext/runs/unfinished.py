@@ -96,8 +96,8 @@ class UnfinishedRun:
             changed = differences(dict(state["fingerprint"]), self.fingerprint)
         if changed:
             raise InputError(
-                f"resume: the unfinished run was another one: {'; '.join(changed)}; give the same arguments, or start "
-                "over without --resume"
+                f"resume: the unfinished run differs from this one: {'; '.join(changed)}; give the same arguments, or "
+                "start over without --resume"
             )
         with self._damage_told():
             self._take_state(state)
@@ -189,10 +189,12 @@ def check_own(folder: Path) -> None:
         InputError: it is a link or a file, or holds a link or something that no run puts there.
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise InputError(f"{str(folder)!r} is in the way: a link or a file, not the folder of a run; remove it")
+        raise InputError(f"{str(folder)!r} is a link or a file where the run needs a folder; remove it")
     for path in sorted(folder.iterdir()) if folder.exists() else ():
         if path.is_symlink() or not (path.is_file() or path.is_dir()) or not _OWN.fullmatch(path.name):
-            raise InputError(f"{str(path)!r} was not made by ace-prune, and its folder is needed; move it away")
+            raise InputError(
+                f"{str(path)!r} was not made by ace-prune, and the run needs its folder; move it elsewhere"
+            )
 
 
 def recorded_fingerprint(output: Path) -> dict[str, Any]:
@@ -227,7 +229,7 @@ def recover(output: Path) -> None:
         elif old.is_dir() and not output.exists():
             os.replace(old, output)
         elif old.is_dir():
-            raise InputError(f"output {str(output)!r} is there twice, also as {str(old)!r}: remove or move one of them")
+            raise InputError(f"output {str(output)!r} exists twice, also as {str(old)!r}; remove or move one of them")
 
 
 def discard(output: Path) -> None:

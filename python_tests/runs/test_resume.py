@@ -229,7 +229,9 @@ def change_config(folder):
 def test_another_run_is_not_resumed(change, calibration, config, named, stopped, tmp_path):
     if change:
         change(stopped)
-    with pytest.raises(InputError, match=rf"resume: the unfinished run was another one: .*{named}.*start over without"):
+    with pytest.raises(
+        InputError, match=rf"resume: the unfinished run differs from this one: .*{named}.*start over without"
+    ):
         prune(stopped, tmp_path / "out", RESUME, calibration, **config)
     assert finished_blocks(tmp_path / ".out.unfinished") == 2  # what there is stays
 
@@ -430,7 +432,7 @@ def test_two_outputs_after_a_crash_are_left_to_the_user(replacing, tmp_path, mon
         with pytest.raises(Crash):
             prune(dense, tmp_path / "out", {"overwrite": True})
     shutil.copytree(dense, tmp_path / "out")
-    with pytest.raises(InputError, match=r"is there twice, also as .*old'"):
+    with pytest.raises(InputError, match=r"exists twice, also as .*old'"):
         prune(dense, tmp_path / "out", {"overwrite": True})
     assert weights_bytes(tmp_path / ".out.unfinished" / "old") == old
 

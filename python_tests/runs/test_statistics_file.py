@@ -186,7 +186,7 @@ def test_another_model(dense):
 def test_another_skip(dense):
     file, _ = keep(dense, skip=("down_proj",))
     with pytest.raises(
-        InputError, match=r"has none of model\.layers\.0\.mlp\.down_proj; collect again with the same skip"
+        InputError, match=r"has no statistics of model\.layers\.0\.mlp\.down_proj; collect again with the same skip"
     ):
         from_file(dense, file)
     from_file(dense, file, "less", skip=("down_proj", "up_proj"))
@@ -215,7 +215,7 @@ def rewrite(file, **changed) -> None:
             "format is 7, not 1",
         ),
         (lambda f: rewrite(f, **{"model.layers.1": b"short"}), r"is damaged at model\.layers\.1"),
-        (lambda f: rewrite(f, **{"model.layers.1": None}), r"has none of model\.layers\.1\.self_attn"),
+        (lambda f: rewrite(f, **{"model.layers.1": None}), r"has no statistics of model\.layers\.1\.self_attn"),
         (lambda f: flip_a_bit(f), r"is damaged at model\.layers\.2: Bad CRC"),
         (lambda f: encrypt(f), r"is not a file of --save-stats.*encrypted"),
         (lambda f: compress(f), r"is not a file of --save-stats: statistics\.json is compressed"),
