@@ -3,7 +3,6 @@
 May import ``pruning``, ``packed``, ``models`` and what lies below them.
 """
 
-from ace_ext.cards.card import BASE_CARD, card_says, write_card
-from ace_ext.packed.card_section import CARD
+from ace_ext.cards.card import BASE_CARD, CARD, card_says, mask_words, write_card
 
-__all__ = ["BASE_CARD", "CARD", "card_says", "write_card"]
+__all__ = ["BASE_CARD", "CARD", "card_says", "mask_words", "write_card"]

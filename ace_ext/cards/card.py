@@ -7,26 +7,27 @@ beside it as :data:`BASE_CARD`. Its licence and language are repeated.
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.constants import REPOCARD_NAME
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ace_ext.cards.base import BaseCard, read_base
-from ace_ext.cards.mask_words import mask_words
 from ace_ext.errors import InputError
-from ace_ext.packed.card_section import CARD, section_of
-from ace_ext.packed.compressed_tensors import compressed_section, is_compressed
-from ace_ext.packed.files import PackedShards, is_packed
+from ace_ext.models._transformers import OWN_METHOD
 from ace_ext.pruning.method import parse, quantize_of
 from ace_ext.pruning.metrics import METRICS
-from ace_ext.pruning.stages import Collect, Quantize, Score, Stage
+from ace_ext.pruning.stages import Collect, Round, Score, Stage
 from ace_ext.records import PruneReport, figure_text
 from ace_ext.whole_files import write_whole
 
+COMPRESSED = "compressed-tensors"
+"""What reads the weights of the format of this name."""
+
+CARD = REPOCARD_NAME
 BASE_CARD = "BASE_MODEL_README.md"
 """The card of the model that was pruned, under its new name."""
 
@@ -34,6 +35,25 @@ TAGS = ["pruned", "sparse", "ace_ext"]
 
 _MARK = re.compile(r"^<!-- ace-prune: (\d+) matrices, (\d\.\d{6}) zeros -->$", re.M)
 """A line of each card of this program, and of no other."""
+
+
+KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
+"""Metadata keys whose values also hold for the pruned model."""
+
+_MOST_BYTES, _MOST_WORDS, _LONGEST = 2**20, 100, 300
+
+_PAPER = {
+    "cosp": "the paper's cosine score",
+    "cosp-exact": "the paper's cosine score, without its approximation",
+    "varp": "the paper's variance score",
+    "stade": "standard deviations, the formula of the paper's variance score",
+    "cosvar": "variances of tokens weighted as in the paper's cosine score",
+    "norm-cosvar": "norms, and variances of tokens weighted as in the paper's cosine score",
+    "ace": "the product of the paper's two scores, cosine and variance",
+}
+"""Descriptions of the metrics that are the paper's scores or are built from them."""
+
+UNUSED = "the paper's scores were not used"
 
 
 def write_card(folder: Path, report: PruneReport) -> None:
@@ -49,10 +69,17 @@ def write_card(folder: Path, report: PruneReport) -> None:
         path.replace(beside)
     own = read_base(path)  # of a model that was pruned before
     base = replace(read_base(beside), base_model=own.base_model) if beside.is_file() else own
-    card = _render(report, base, beside.is_file(), _causal(folder)).encode("utf-8")
-    if is_packed(folder):
+    config = _configuration(folder)
+    card = _render(report, base, beside.is_file(), _causal(config)).encode("utf-8")
+    form = _quant_method(config)
+    if form == OWN_METHOD:
+        from ace_ext.packed.card_section import section_of  # imported here: most runs do not pack
+        from ace_ext.packed.files import PackedShards
+
         card += section_of(PackedShards(folder, mapped=False))
-    elif is_compressed(folder):
+    elif form == COMPRESSED:
+        from ace_ext.packed.compressed_tensors import compressed_section
+
         card += compressed_section(folder)
     write_whole(path, card)  # an incomplete card would not be recognised as one of this program
 
@@ -86,7 +113,7 @@ def _code(value: object) -> str:
     return f"`{plain}`"
 
 
-def _render(report: PruneReport, base: BaseCard, has_base: bool, causal: bool) -> str:
+def _render(report: PruneReport, base: "BaseCard", has_base: bool, causal: bool) -> str:
     healing = report.extra.get("healing") or {}
     metadata = ModelCardData(
         **{**({"pipeline_tag": "text-generation"} if causal else {}), **base.kept},
@@ -121,12 +148,24 @@ def _render(report: PruneReport, base: BaseCard, has_base: bool, causal: bool) -
     )
 
 
-def _causal(folder: Path) -> bool:
-    """Whether a folder's configuration names a causal language model."""
+def _configuration(folder: Path) -> dict[str, Any]:
+    """The configuration of a model's folder; empty if it cannot be read."""
     try:
-        names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures")
-    except (OSError, ValueError, AttributeError):
-        return False
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _quant_method(config: dict[str, Any]) -> str:
+    """What reads the weights of a configuration; empty for dense weights."""
+    quantization = config.get("quantization_config")
+    return str(quantization.get("quant_method")) if isinstance(quantization, dict) else ""
+
+
+def _causal(config: dict[str, Any]) -> bool:
+    """Whether a configuration names a causal language model."""
+    names = config.get("architectures")
     return isinstance(names, list) and any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
 
@@ -147,7 +186,7 @@ def _title(config: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, [pruned, f"quantized: {stage.bits} bits" if stage is not None else ""]))
 
 
-def _stage_of_grid(config: Mapping[str, Any]) -> Quantize | None:
+def _stage_of_grid(config: Mapping[str, Any]) -> Round | None:
     return quantize_of(str(config.get("method")))
 
 
@@ -202,3 +241,68 @@ def _calibration(found: object) -> dict[str, Any] | None:
     if not isinstance(found, dict) or not {"source", "nsamples", "seqlen", "seed"} <= found.keys():
         return None
     return {**found, "source": Path(str(found["source"])).name}
+
+
+# --- the card of the dense model --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BaseCard:
+    """The part of a card's metadata that the card of a pruned model repeats."""
+
+    kept: dict[str, Any] = field(default_factory=dict)
+    """The keys of :data:`KEPT` that it has, each a text or a list of texts."""
+    base_model: str | None = None
+    """The hub's name of the model from which the card's own model was made."""
+
+
+def read_base(path: Path) -> BaseCard:
+    """The metadata of a card. Empty for a missing, unreadable or damaged card: a hand-written card must not end a
+    run."""
+    try:
+        if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+            return BaseCard()
+        text = path.read_text(encoding="utf-8-sig")
+        if not text.lstrip().startswith("---"):
+            return BaseCard()
+        found = vars(ModelCard(text, ignore_metadata_errors=True).data)
+    except Exception:  # whatever the YAML library raises
+        return BaseCard()
+    base_model = found.get("base_model")
+    return BaseCard(
+        {key: found[key] for key in KEPT if _is_text(found.get(key)) or _is_list(found.get(key))},
+        base_model if _is_text(base_model) else None,
+    )
+
+
+def _is_text(value: object) -> bool:
+    """Whether a value is a short text in one line."""
+    return isinstance(value, str) and 0 < len(value) <= _LONGEST and not re.search(r"[\x00-\x1f\x7f]", value)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list) and 0 < len(value) <= _MOST_WORDS and all(map(_is_text, value))
+
+
+# --- what chose the mask ----------------------------------------------------------------------------------------------
+
+
+def mask_words(method: str) -> str:
+    """What chose the mask of a method, given as the text of its stages.
+
+    ``"ADMM's remaining error; the paper's scores were not used"``, for example.
+    """
+    try:
+        stages = parse(method)
+    except InputError:  # a metric that is a function, or a stage that is not registered here
+        return f"a metric of the caller's; {UNUSED}"
+    if not stages.prunes:
+        return f"none: no weight was removed; {UNUSED}"
+    if stages.score is None:
+        assert stages.solve is not None  # else nothing chooses a mask
+        stage = stages.solve.label.upper()
+        weighted = getattr(stages.solve, "gram", None) == "cosine"
+        return f"{stage}'s remaining error{' of tokens weighted as in the cosine score' if weighted else ''}; {UNUSED}"
+    label = stages.score.label
+    after = f", exchanged by {stages.refine.label}" if stages.refine is not None else ""
+    return f"{_PAPER[label]}{after}" if label in _PAPER else f"{label} scores{after}; {UNUSED}"

@@ -1,15 +1,15 @@
 """Arguments that several verbs share. The help on methods reads the registries, so it lists new stages by itself."""
 
 import argparse
+import contextlib
 import os
 import re
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
-from ace_ext.cli.selection import add_selection, skip_from
 from ace_ext.data.bos import AUTO, MODES, NEVER, default_mode
 from ace_ext.data.corpora import SELF, SOURCES
 from ace_ext.engine.devices import pick_device
@@ -37,10 +37,10 @@ class OneLineParser(argparse.ArgumentParser):
     """
 
     common: frozenset[str] = frozenset()
-    tables = ""
+    tables: Callable[[], str]
 
-    def show_common(self, *names: str, tables: str) -> None:
-        """Makes ``--help`` show only these options, and ``--help-all`` all options with ``tables`` at the end."""
+    def show_common(self, *names: str, tables: Callable[[], str]) -> None:
+        """Makes ``--help`` show only these options, and ``--help-all`` all options with ``tables()`` at the end."""
         self.common, self.tables = frozenset(names), tables
         self.add_argument("--help-all", action=_HelpAll, nargs=0, help="show all options, and all stages of methods")
 
@@ -59,7 +59,7 @@ class OneLineParser(argparse.ArgumentParser):
     def format_help_all(self) -> str:
         """The help with all options and tables."""
         common, epilog = self.common, self.epilog
-        self.common, self.epilog = frozenset(), "\n\n".join(filter(None, (epilog, self.tables)))
+        self.common, self.epilog = frozenset(), "\n\n".join(filter(None, (epilog, self.tables())))
         try:
             return self.format_help()
         finally:
@@ -112,7 +112,7 @@ class _HelpAll(argparse.Action):
 def add_remote_code(parser: argparse.ArgumentParser) -> None:
     """Adds the permission to run Python code of a model; :func:`ace_ext.cli.main.main` reads it."""
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code among the model's files, if it needs any"
+        "--trust-remote-code", action="store_true", help="run Python code that comes with the model, if it needs any"
     )
 
 
@@ -152,6 +152,30 @@ def add_pruning(parser: argparse.ArgumentParser) -> None:
         help="share of a block's weights that may stay dense because their layout cannot be pruned "
         "(default: %(default)s)",
     )
+
+
+def add_selection(group: Any, help: str) -> None:
+    """Adds the three options. ``help`` is the help of ``--skip``."""
+    group.add_argument("--skip", action="append", default=[], metavar="REGEX", help=help)
+    group.add_argument(
+        "--exclude", action="append", metavar="GLOB", help="the same, as a glob for the whole name, e.g. '*.o_proj'"
+    )
+    group.add_argument("--include", action="append", metavar="GLOB", help="prune only these weights, e.g. '*.mlp.*'")
+
+
+def skip_from(args: argparse.Namespace) -> tuple[str, ...]:
+    """The regular expressions that the options of :func:`add_selection` stand for."""
+    skip = [*args.skip, *(f"^{glob_pattern(glob)}$" for glob in args.exclude or ())]
+    return (*skip, _all_but(args.include)) if args.include else tuple(skip)
+
+
+def _all_but(globs: Iterable[str]) -> str:
+    return f"^(?!({'|'.join(map(glob_pattern, globs))})$)"
+
+
+def glob_pattern(glob: str) -> str:
+    """The regular expression of a pattern in which ``*`` stands for any characters and ``?`` for one."""
+    return re.escape(glob).replace(r"\*", ".*").replace(r"\?", ".")
 
 
 def preset_table() -> str:
@@ -215,7 +239,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         metavar="TEXT",
         help=f"{SELF} (the model writes it), {', '.join(SOURCES)}, FILE.txt or FILE.jsonl (default: {SELF}); text is "
-        "taken as it is; no chat template is applied",
+        "used as is, without a chat template",
     )
     add_text_field(group)
     add_bos(group, "sample", f"{AUTO}; {NEVER} with a published method")
@@ -265,16 +289,29 @@ def add_memory(group: Any) -> None:
         "--offload",
         default="auto",
         choices=OFFLOAD,
-        help="disk: read and write one block at a time; auto: only if the model does not fit into memory; none: never "
+        help="disk: read and write one block at a time; auto: only if the model does not fit in memory; none: never "
         "(default: %(default)s)",
     )
-    group.add_argument("--max-memory", metavar="SIZE", help="limit of the process's resident memory, e.g. 2GB")
+    group.add_argument("--max-memory", metavar="SIZE", help="limit on the process's resident memory, e.g. 2GB")
 
 
 def add_reports(group: Any, each: str) -> None:
     """Adds the page and the log. ``each``: the noun for what the log has one line for."""
     group.add_argument("--report", metavar="FILE.html", type=Path, help="write an HTML page about the run")
     group.add_argument("--log-json", metavar="FILE", help=f"write a JSON line for each {each}; - for stderr")
+
+
+def open_log(args: argparse.Namespace, opened: contextlib.ExitStack) -> TextIO | None:
+    """The file of ``--log-json``; None without one. ``opened`` closes it.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    if args.log_json in (None, "-"):
+        return sys.stderr if args.log_json else None
+    from ace_ext.cli.log_file import LogFile  # imported here: most runs write no log
+
+    return opened.enter_context(LogFile.open(args.log_json))
 
 
 def check_written(args: argparse.Namespace) -> None:

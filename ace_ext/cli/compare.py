@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from ace_ext.cli import args as shared
-from ace_ext.cli.selection import add_selection, skip_from
 from ace_ext.compare.grid import EVAL_WINDOWS, Evaluation, Grid, Study
 from ace_ext.compare.runner import run_study
 from ace_ext.compare.tables import markdown_table, results_json, text_table
@@ -58,7 +57,7 @@ def add(commands: shared.Subparsers) -> None:
     )
     parser.add_argument("--eval-seqlen", type=int, default=SEQLEN, help="tokens of a window (default: %(default)s)")
     parser.add_argument(
-        "--eval-windows", type=int, default=EVAL_WINDOWS, help="maximum of windows (default: %(default)s)"
+        "--eval-windows", type=int, default=EVAL_WINDOWS, help="maximum number of windows (default: %(default)s)"
     )
     shared.add_bos(parser, "window of an evaluation text", AUTO, "--eval-bos")
     _add_tasks(parser.add_argument_group("downstream tasks (pip install 'lm-eval[hf]')"))
@@ -67,7 +66,7 @@ def add(commands: shared.Subparsers) -> None:
         choices=GROUPS,
         help="which weights are compared with each other for a share of zeros; a pattern has its own groups",
     )
-    add_selection(parser, "weights to leave dense")
+    shared.add_selection(parser, "weights to leave dense")
     parser.add_argument(
         "--output",
         metavar="DIR",
@@ -78,14 +77,16 @@ def add(commands: shared.Subparsers) -> None:
 
 
 def _add_tasks(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--tasks", help="a list of tasks of lm-eval; their scores are shown beside perplexity")
+    group.add_argument("--tasks", help="a list of lm-eval tasks; their scores are shown next to perplexity")
     group.add_argument(
         "--task-path",
         metavar="DIR",
         type=Path,
         help="a folder with YAML files of your own tasks; Python code in it is run",
     )
-    group.add_argument("--task-limit", metavar="N", type=int, help="maximum of samples of each task (default: all)")
+    group.add_argument(
+        "--task-limit", metavar="N", type=int, help="maximum number of samples of each task (default: all)"
+    )
 
 
 def study_from(args: argparse.Namespace) -> Study:
@@ -114,7 +115,7 @@ def study_from(args: argparse.Namespace) -> Study:
             args.eval_bos or AUTO,
             Tasks(_split(args.tasks), args.task_path, args.task_limit),
         ),
-        skip=skip_from(args),
+        skip=shared.skip_from(args),
         text_field=shared.text_field_of(args, *_split(args.calibration), *_split(args.texts)),
         dtype=args.dtype,
         groups={method.label: args.group for method in methods if args.group and method.prunes},

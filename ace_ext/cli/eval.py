@@ -26,7 +26,7 @@ def add(commands: shared.Subparsers) -> None:
     parser.add_argument("--text", "--texts", required=True, help=f"{', '.join(SOURCES)}, FILE.txt or FILE.jsonl")
     shared.add_text_field(parser)
     parser.add_argument("--seqlen", type=int, default=SEQLEN, help="tokens of a window (default: %(default)s)")
-    parser.add_argument("--max-tokens", type=int, help="maximum of tokens to read (default: all)")
+    parser.add_argument("--max-tokens", type=int, help="maximum number of tokens to read (default: all)")
     shared.add_bos(parser, "window", f"{AUTO}; for a pruned folder the choice of its run")
     parser.set_defaults(action=evaluate)
 

@@ -5,7 +5,6 @@ import contextlib
 from dataclasses import replace
 
 from ace_ext.cli import args as shared
-from ace_ext.cli.log_file import open_log
 from ace_ext.data.corpora import SOURCES
 from ace_ext.engine.devices import pick_device
 from ace_ext.healing.progress import HealProgress
@@ -48,7 +47,7 @@ def add(commands: shared.Subparsers) -> None:
     group.add_argument(
         "--max-memory",
         metavar="SIZE",
-        help="limit of the process's resident memory, e.g. 2GB; if it is too small to train all blocks together, "
+        help="limit on the process's resident memory, e.g. 2GB; if it is too small to train all blocks together, "
         "windows of blocks are trained one after another",
     )
     shared.add_reports(group, "step")
@@ -105,7 +104,7 @@ def heal(args: argparse.Namespace) -> int:
     shared.check_written(args)
     request = request_from(args)
     with contextlib.ExitStack() as opened:
-        progress = HealProgress(shared.shows_progress(args), open_log(args.log_json, opened))
+        progress = HealProgress(shared.shows_progress(args), shared.open_log(args, opened))
         report, path = heal_folder(request, progress, lambda line: shared.note(args, line))
     if args.report is not None:
         write_run_report(report, args.report, path)

@@ -1,10 +1,7 @@
 """The file of ``--log-json``."""
 
-import contextlib
 import io
 import os
-import sys
-from typing import TextIO
 
 from ace_ext.errors import InputError
 
@@ -33,24 +30,22 @@ class LogFile(io.TextIOWrapper):
         except OSError as error:
             raise self._failed(error) from error
 
+    @classmethod
+    def open(cls, name: str) -> "LogFile":
+        """The file of this name, to which lines are appended.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        try:
+            return cls(open(name, "ab", opener=_open_own), encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"log-json {name!r} cannot be written: {error.strerror}; give another file") from error
+
     def _failed(self, error: OSError) -> InputError:
         return InputError(
             f"log-json {self.name!r} cannot be written: {error.strerror}; fix that and continue with --resume"
         )
-
-
-def open_log(name: str | None, opened: contextlib.ExitStack) -> TextIO | None:
-    """The file of ``--log-json``; None without one. ``opened`` closes it.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
-    if name is None or name == "-":
-        return sys.stderr if name else None
-    try:
-        return opened.enter_context(LogFile(open(name, "ab", opener=_open_own), encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"log-json {name!r} cannot be written: {error.strerror}; give another file") from error
 
 
 def _open_own(name: str, flags: int) -> int:

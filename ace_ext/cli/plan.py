@@ -30,7 +30,7 @@ def add(commands: shared.Subparsers) -> None:
     parser.show_common(
         *("model", "method", "sparsity", "pattern", "calibration", "nsamples", "seqlen", "device", "max_memory"),
         *("format", "list", "json"),
-        tables=shared.stage_tables(),
+        tables=shared.stage_tables,
     )
     parser.set_defaults(action=plan)
 

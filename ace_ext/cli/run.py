@@ -5,7 +5,6 @@ import contextlib
 from pathlib import Path
 
 from ace_ext.cli import args as shared
-from ace_ext.cli.log_file import open_log
 from ace_ext.engine.distributed import launched, number_of
 from ace_ext.engine.progress import Progress
 from ace_ext.formats import DEFAULT_FORMAT, FORMATS
@@ -44,7 +43,7 @@ def add(commands: shared.Subparsers) -> None:
     parser.show_common(
         *("model", "output", "method", "sparsity", "pattern", "calibration", "nsamples", "seqlen", "device"),
         *("max_memory", "resume", "overwrite", "format", "evaluate", "report"),
-        tables=f"{shared.stage_tables()}\n\n{_formats()}",
+        tables=lambda: f"{shared.stage_tables()}\n\n{_formats()}",
     )
     parser.set_defaults(action=run)
 
@@ -59,14 +58,14 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
         metavar="FILE",
         type=Path,
         help="save the statistics of the dense model, so that later runs can prune from them (--stats); this run then "
-        "works as with collect(order=block)",
+        "uses collect(order=block)",
     )
     group.add_argument(
         "--stats",
         metavar="FILE",
         type=Path,
         help="prune from saved statistics, without a forward pass and without calibration text: at any sparsity or "
-        "pattern, by any method that needs no other statistics",
+        "pattern, with any method that needs no other statistics",
     )
     shared.add_reports(group, "block")
 
@@ -83,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         format=args.format,
     )
     with contextlib.ExitStack() as opened:
-        progress = Progress(shared.shows_progress(args), open_log(args.log_json, opened), notes=not args.quiet)
+        progress = Progress(shared.shows_progress(args), shared.open_log(args, opened), notes=not args.quiet)
         report, path = prune_folder(
             request.model,
             args.output,

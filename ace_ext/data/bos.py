@@ -131,7 +131,7 @@ def settled_bos(mode: str, tokenizer: Tokenizer, own_text: bool = False) -> BosC
         raise InputError(f"bos: {mode!r} found; use one of {', '.join(MODES)}")
     token = tokenizer.bos_token_id
     if mode == NEVER:
-        return BosChoice(mode, None, "as set; published methods are set to never unless told otherwise")
+        return BosChoice(mode, None, "as set, or the default of a published method")
     if token is None:
         if mode == ALWAYS:
             raise InputError("bos: 'always' found, but the tokenizer has no BOS token; use auto or never")

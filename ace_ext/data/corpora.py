@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ace_ext.data.gensim_data import code_mini, news_mini, wiki_mini
 from ace_ext.data.local_files import read_file
 from ace_ext.errors import InputError
 
@@ -48,9 +47,11 @@ def load_text(
     """
     if split not in SPLITS:
         raise InputError(f"split: {split!r} is unknown; use one of {', '.join(SPLITS)}")
-    if source in _GENSIM_TEXTS:
+    if source in SMALL_SOURCES:
+        from ace_ext.data.gensim_data import TEXTS  # imported here: other sources do not need it
+
         cache = Path(cache_dir) if cache_dir else cache_folder()
-        documents = _GENSIM_TEXTS[source](cache)[SPLITS.index(split)]
+        documents = TEXTS[source](cache)[SPLITS.index(split)]
     elif source in _HUB_TEXTS:
         documents = _HUB_TEXTS[source](split)
     else:
@@ -101,8 +102,7 @@ def _load_dataset(source: str, *path: str, **options: Any) -> Dataset:
         ) from error
 
 
-_GENSIM_TEXTS = {"wiki-mini": wiki_mini, "news-mini": news_mini, "code-mini": code_mini}
 _HUB_TEXTS: dict[str, Callable[[str], list[str]]] = {"wikitext2": _wikitext2, "c4": _c4}
-SMALL_SOURCES = (*_GENSIM_TEXTS,)
+SMALL_SOURCES = ("wiki-mini", "news-mini", "code-mini")
 """Sources whose two splits come from one small file."""
 SOURCES = (*SMALL_SOURCES, *_HUB_TEXTS)

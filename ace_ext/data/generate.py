@@ -84,8 +84,8 @@ def writing_note(model: nn.Module, nsamples: int, seqlen: int) -> str:
         module.training = True
     seconds = step * math.ceil(nsamples / ROWS_TOGETHER) * (seqlen - 1)
     return (
-        f"the model writes {nsamples * seqlen:,} tokens of calibration text (about {seconds:,.0f} s); --calibration "
-        "TEXT saves this"
+        f"the model writes {nsamples * seqlen:,} tokens of calibration text (about {seconds:,.0f} s); pass "
+        "--calibration TEXT to avoid this"
     )
 
 

@@ -196,5 +196,10 @@ def _download_gensim(source: str, cache: Path) -> Path:
     except OSError as error:
         reason = str(error)
     raise InputError(
-        f"source {source}: no gensim with this text is installed or in {cache}; pip fetched none ({reason}); {remedy}"
+        f"source {source}: gensim with this text is neither installed nor in {cache}, and pip could not fetch it "
+        f"({reason}); {remedy}"
     )
+
+
+TEXTS = {"wiki-mini": wiki_mini, "news-mini": news_mini, "code-mini": code_mini}
+"""The texts by their names in :mod:`ace_ext.data.corpora`."""

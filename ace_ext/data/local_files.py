@@ -27,7 +27,7 @@ def read_file(source: str, text_field: str, names: Sequence[str]) -> list[str]:
         )
     if reader is None or not file.is_file():
         raise InputError(
-            f"source: {source!r} is not a .txt or .jsonl file; give one of these (.jsonl: an object a line)"
+            f"source: {source!r} is not a .txt or .jsonl file; give one of these (.jsonl: one JSON object per line)"
         )
     try:
         return reader(file, text_field)
@@ -55,11 +55,14 @@ def _text_of(line: str, text_field: str, where: str) -> str:
         raise InputError(f"source: {where}: found a JSON {type(record).__name__}; each line must be one JSON object")
     if text_field not in record:
         found = ", ".join(map(repr, record)) or "none"
-        raise InputError(f"text_field: {where}: no field {text_field!r}; fields found: {found}; name the one with text")
+        raise InputError(
+            f"text_field: {where}: no field {text_field!r}; fields found: {found}; name the field that holds the text"
+        )
     text = record[text_field]
     if not isinstance(text, str):
         raise InputError(
-            f"text_field: {where}: field {text_field!r} is a {type(text).__name__}, no string; name the one with text"
+            f"text_field: {where}: field {text_field!r} is a {type(text).__name__}, not a string; name the field that "
+            "holds the text"
         )
     try:
         text.encode("utf-8")

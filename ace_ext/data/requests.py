@@ -32,7 +32,7 @@ def check_request(nsamples: int, seqlen: int, seed: int) -> None:
     needed = nsamples * (8 * seqlen + BYTES_OF_A_SAMPLE)
     if needed > available_bytes():
         raise InputError(
-            f"nsamples: {_short(nsamples)} samples of {_short(seqlen)} tokens do not fit into memory; lower one of them"
+            f"nsamples: {_short(nsamples)} samples of {_short(seqlen)} tokens do not fit in memory; lower one of them"
         )
 
 

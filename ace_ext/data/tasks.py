@@ -145,7 +145,7 @@ def _score(name: str, found: dict[str, Any]) -> TaskScore:
         if "," in key and "_stderr," not in key and isinstance(value, int | float)
     }
     if not values:
-        raise InputError(f"tasks: lm-eval gives no figure for {name!r}; give its subtasks")
+        raise InputError(f"tasks: lm-eval reports no score for {name!r}; name its subtasks instead")
     by_metric = {key.split(",")[0]: key for key in reversed(values)}
     metric = next((metric for metric in _FIRST if metric in by_metric), next(iter(values)).split(",")[0])
     key = by_metric[metric]

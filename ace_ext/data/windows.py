@@ -6,7 +6,7 @@ applied.
 
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,6 @@ from torch import nn
 
 from ace_ext.data.bos import BosChoice, begin_with, choose_bos, text_ids
 from ace_ext.data.corpora import CALIBRATION, HELD_OUT, SELF, load_text
-from ace_ext.data.generate import self_generated
 from ace_ext.data.requests import check_request, seeded_generator
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import tokens_sha256
@@ -44,13 +43,15 @@ def load_windows(
     text_field: str = "text",
     cache_dir: str | os.PathLike[str] | None = None,
     progress: bool = False,
+    note: Callable[[str], None] | None = None,
 ) -> CalibrationData:
     """Return calibration samples, int64 [nsamples, seqlen], of a source of corpora.load_text or of the model itself.
 
     `bos` says whether each sample begins with the BOS token: `auto`, `always`, `never`, or a choice already made. The
     token counts among the `seqlen`. `source="self"` needs `model`, the dense model. Other sources need it only if
     `auto` has to measure it (ace_ext.data.bos); without it there is a warning and no BOS token. The numbers are checked
-    before anything is read. `progress`: a bar on stderr while the model writes.
+    before anything is read. While the model writes, `progress` shows a bar on stderr; `note` gets a line about it
+    first.
 
     Raises:
         InputError: as choose_bos, token_windows, self_generated and corpora.load_text.
@@ -63,7 +64,11 @@ def load_windows(
     if not choice.decided and not isinstance(bos, BosChoice):
         warnings.warn(f"{choice}; samples get no BOS token; pass model=, or bos='always' or 'never'", stacklevel=2)
     if documents is None:
+        from ace_ext.data.generate import self_generated, writing_note  # imported here: other sources do not need it
+
         assert model is not None  # checked above
+        if note is not None:
+            note(writing_note(model, nsamples, seqlen))
         tokens = self_generated(
             model, tokenizer, nsamples, seqlen, seed, bos=choice.token is not None, progress=progress
         )
@@ -139,7 +144,7 @@ def _starts(length: int, width: int, nsamples: int, seed: int) -> list[int]:
 def _tokenize(documents: Sequence[str], tokenizer: Tokenizer) -> torch.Tensor:
     """Return the ids of the documents, joined by empty lines: int64 [n]."""
     if isinstance(documents, str):
-        raise InputError("documents: found one string; pass a list of strings, one a document")
+        raise InputError("documents: found one string; pass a list of strings, one per document")
     ids = text_ids("\n\n".join(documents), tokenizer)
     if not ids:
         raise InputError("documents: the tokenizer found no token in the text; give a text that is not empty")

@@ -12,7 +12,6 @@ from ace_ext.errors import InputError
 from ace_ext.models.blocks import Block
 from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.replay import BlockCall, run_block
-from ace_ext.pruning.statistics import StatisticsCollector
 
 
 class BatchStates:
@@ -47,11 +46,9 @@ class BatchStates:
         """Calibration tokens of this process, without padding."""
         return sum(call.tokens for call in self.calls)
 
-    def advance(self, block: Block, index: int, collector: StatisticsCollector | None = None) -> None:
+    def advance(self, block: Block, index: int) -> None:
         """Runs every batch through the block with its present weights; the outputs become the next block's inputs."""
         for i, call in enumerate(self.calls):
-            if collector is not None:
-                collector.token_mask = call.token_mask
             with self.naming(block, index, i):
                 output = run_block(block, self.hidden[i], call.others[index])
             self.put(block, index, i, output)

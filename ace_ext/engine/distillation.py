@@ -17,7 +17,7 @@ from ace_ext.healing.settings import HealSettings
 from ace_ext.healing.teacher import teacher_states
 from ace_ext.models.block_store import BlockSource
 from ace_ext.pruning.config import PruneConfig
-from ace_ext.pruning.stages import Distill
+from ace_ext.pruning.stages import TrainModel
 from ace_ext.records import Healing
 
 TEXT_SEED = 2**20
@@ -45,7 +45,7 @@ def distill_draw(config: PruneConfig, seqlen: int, seed: int) -> tuple[int, int]
     return windows_needed(_stage(config).tokens, seqlen, HealSettings()), seed ^ TEXT_SEED
 
 
-def _stage(config: PruneConfig) -> Distill:
+def _stage(config: PruneConfig) -> TrainModel:
     assert config.method.distill is not None  # callers ask only for such methods
     return config.method.distill
 

@@ -47,6 +47,8 @@ def measured_by_forwards(
 def measuring_bytes(config: PruneConfig, sizes: RunSizes) -> tuple[int, int]:
     """Bytes of a block's statistics, and of its scores: in float32, and for the largest matrix in float64."""
     statistics = max(sizes.statistics(block, list(block.linears), config.needs.measure) for block in sizes.blocks)
+    if sizes.stored is not None:
+        statistics = sizes.forward()
     entries = [[linear.weight.numel() for linear in block.linears.values()] for block in sizes.blocks]
     largest = max(max(some, default=0) for some in entries)
     return statistics, 4 * max(map(sum, entries)) + 8 * largest

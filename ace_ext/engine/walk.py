@@ -3,31 +3,27 @@
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
 
 from ace_ext.engine.batch_states import BatchStates
-from ace_ext.engine.block_training import BlockTraining
 from ace_ext.engine.collection import Collection
 from ace_ext.engine.context import RunContext
 from ace_ext.engine.matrix_pruner import MatrixPruner
 from ace_ext.engine.recorder import Recorder
-from ace_ext.engine.sparsity_pass import Keeps, allocate_sparsity, measured_by_forwards
-from ace_ext.engine.strategies import (
-    DenseOrder,
-    FromStatistics,
-    InLockstep,
-    OneForward,
-    Strategy,
-    WholeForwards,
-    WholeModel,
-    planned,
-)
+from ace_ext.engine.strategies import DenseStrategy, Strategy, by_block
 from ace_ext.models.block_store import BlockSource
 from ace_ext.models.blocks import Block
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.statistics import LinearStatistics, StatisticsCollector
 from ace_ext.records import BlockReport, PruneReport
+
+if TYPE_CHECKING:
+    from ace_ext.engine.block_training import BlockTraining
+    from ace_ext.engine.sparsity_pass import Keeps
+
+# Methods import the parts of the engine that few runs use.
 
 
 class Walk:
@@ -56,21 +52,20 @@ class Walk:
         states.settle = self.recorder.settle
         self.collection = Collection(states, config, context)
         self.pruner = MatrixPruner(config, context.peers, states.device)
-        self._dense = DenseOrder(states, self.collection, self.pruner, context.sink)
-        self.in_lockstep = InLockstep(states, self.collection, self.pruner, context)
-        self._one_forward = OneForward(states, self.collection, self.pruner)
-        self._source: FromStatistics | WholeForwards | None = None
-        """Statistics that no walk collects."""
-        if context.source is not None:
-            self._source = FromStatistics(context.source, self.pruner, states.device)
+        self._walks = context.source is None
+        """Whether hidden states go from block to block. If not, statistics come from elsewhere."""
         one_batch = len(states.calls) == 1 and context.peers.size == 1
-        self._planned = planned(config, one_batch, keeps_forwards=True)
+        chosen = by_block(config, one_batch, keeps_forwards=True, stored=not self._walks)
+        self.strategy: Strategy = chosen(states, self.collection, self.pruner, context)
 
     def read_whole_forwards(self, model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
         """From now on statistics come from forward passes of the whole model; ``batches``: arguments of its calls."""
+        from ace_ext.engine.strategies.whole_forwards import WholeForwards
+
         kinds, norm = self.config.needs.read, self.config.token_norm
         collector = partial(StatisticsCollector, needs=kinds, batches=len(batches), token_norm=norm)
-        self._source = WholeForwards(model, self.blocks.blocks, batches, collector, self.pruner)
+        self.strategy = WholeForwards(model, self.blocks.blocks, batches, collector, self.pruner)
+        self._walks = False
 
     def run(self) -> None:
         """Prunes every unfinished block.
@@ -83,10 +78,14 @@ class Walk:
             keeps = self._allocate()
             self.pruner.keeps = {block.name: keep for block, keep in zip(blocks, keeps, strict=True)}
         stage = self.config.method.train
-        training = None if stage is None else BlockTraining(stage, self.states, self.context)
+        training = None
+        if stage is not None:
+            from ace_ext.engine.block_training import BlockTraining
+
+            training = BlockTraining(stage, self.states, self.context)
         self.recorder.start(len(blocks), self.states)
         try:
-            if self._planned is WholeModel:
+            if self.config.comparison.over_matrices:
                 self._prune_whole_model()
             else:
                 for index in range(self.recorder.done, len(blocks)):
@@ -95,29 +94,35 @@ class Walk:
         finally:
             self.recorder.close()
 
-    def _allocate(self) -> Keeps:
+    def _allocate(self) -> "Keeps":
         """A resumed run reads the earlier run's result from the journal."""
-        journal, source = self.context.journal, self._source
+        from ace_ext.engine.sparsity_pass import allocate_sparsity, measured_by_forwards
+
+        journal = self.context.journal
         if journal is not None and "keeps" in journal.notes:
             kept: Keeps = journal.notes["keeps"]
             return kept
-        if source is not None:
-            keeps = allocate_sparsity(self.blocks, self.config, lambda block, _: source.statistics(block))
-        else:
+        if self._walks:
             rank = self.context.peers.rank
             keeps = measured_by_forwards(self.blocks, self.config, self.states, self.collection, rank)
+        else:
+            keeps = allocate_sparsity(self.blocks, self.config, self._dense.statistics)
         if journal is not None:
             journal.notes["keeps"] = keeps
         return keeps
 
+    @property
+    def _dense(self) -> DenseStrategy:
+        """The strategy, if it reads all statistics of a block while the block is dense."""
+        return cast(DenseStrategy, self.strategy)
+
     def _prune_whole_model(self) -> None:
-        source = self._source
+        from ace_ext.engine.strategies.whole_model import WholeModel
 
         def statistics(block: Block, index: int) -> dict[str, LinearStatistics]:
-            if source is not None:
-                return source.statistics(block)
-            found = self._dense.statistics(block, index, advance=True)
-            self.states.hidden.commit()
+            found = self._dense.statistics(block, index)
+            if self._walks:
+                self.states.hidden.commit()
             return found
 
         blocks = self.blocks.blocks
@@ -125,29 +130,19 @@ class Walk:
         for block in blocks:
             self.recorder.finish(block, reports[block.name], self.states, [], last=True)
 
-    def _run_block(self, index: int, training: BlockTraining | None) -> None:
+    def _run_block(self, index: int, training: "BlockTraining | None") -> None:
         start = time.perf_counter()
         with self.blocks.loaded(index) as block:
             report = BlockReport(block.name, 0.0)
             if training is not None:
                 training.run_dense(block, index)
-            matrices = self._strategy(block, index).prune(block, index)
+            matrices = self.strategy.prune(block, index)
             self.pruner.measurements.read_()
             report.matrices.extend(filter(None, (matrices[child] for child in block.linears)))
             if training is not None:
                 report.tuning = training.train_(block, index)
             self.pruner.check(block.name, [linear.weight for linear in block.linears.values()])
-            moving = [] if self._source is not None else [self.states.hidden]
+            moving = [self.states.hidden] if self._walks else []
             moving += [] if training is None else [training.dense]
             report.seconds = time.perf_counter() - start
             self.recorder.finish(block, report, self.states, moving, last=index + 1 == len(self.blocks.blocks))
-
-    def _strategy(self, block: Block, index: int) -> Strategy:
-        """The strategy for a block: the planned one, unless the block calls a Linear more than once."""
-        if self._source is not None:
-            return self._source
-        if self._planned is DenseOrder:
-            return self._dense
-        if self._planned is OneForward and not self.collection.repeated(block, index):
-            return self._one_forward
-        return self.in_lockstep

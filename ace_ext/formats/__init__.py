@@ -1,23 +1,37 @@
 """Output formats: how a pruned model is written. Each file declares one format: its name and its writer.
 
 Every file of this package that defines ``FORMAT`` is registered; a file whose name starts with ``_`` is not a format.
-To add a format, add a file: ``ace-prune run --format`` and the documentation read the registry. Each packed format
-(``ace_ext.packed.CODECS``) is a format too. May import ``packed``, the settings of ``pruning``, and the layers below.
+To add a format, add a file: ``ace-prune run --format`` and the documentation read the registry. Each packed format, a
+file of ``ace_ext.packed.codecs``, is a format too. May import ``packed``, the settings of ``pruning``, and the layers
+below.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from ace_ext._registry import add, discover
+from ace_ext._registry import Registry, files
 from ace_ext.errors import InputError
-from ace_ext.formats._converting import complete, exchanging
-from ace_ext.formats._format import DenseModel, OutputFormat, OutputWriter
-from ace_ext.formats._packed import grid_of, packed_format, pattern_of
+from ace_ext.formats._format import DenseModel, OutputFormat, OutputWriter, complete, exchanging, grid_of, pattern_of
 from ace_ext.models.safetensors_files import Shards
-from ace_ext.packed import CODECS
-from ace_ext.packed.compressed_tensors import CompressedShards, is_compressed
-from ace_ext.packed.files import PackedShards, is_packed
 
-FORMATS: dict[str, OutputFormat] = {}
+
+def _packed_formats() -> dict[str, Callable[[], OutputFormat]]:
+    """The packed formats by name. :mod:`ace_ext.packed` is imported when one of them is read: most runs do not pack."""
+    codecs = files("ace_ext.packed.codecs", [str(Path(__file__).parents[1] / "packed" / "codecs")], "CODEC")
+
+    def loader(codec: Callable[[], Any]) -> Callable[[], OutputFormat]:
+        def load() -> OutputFormat:
+            from ace_ext.formats._packed import packed_format
+
+            return packed_format(codec())
+
+        return load
+
+    return {name: loader(codec) for name, codec in codecs.items()}
+
+
+FORMATS: Registry[OutputFormat] = Registry("format", {**files(__name__, __path__, "FORMAT"), **_packed_formats()})
 """Every output format by name."""
 
 DEFAULT_FORMAT = "dense"
@@ -30,7 +44,7 @@ def register(output_format: OutputFormat) -> None:
     Raises:
         ValueError: the name is taken.
     """
-    add(FORMATS, output_format, "format")
+    FORMATS.add(output_format)
 
 
 def format_named(name: str) -> OutputFormat:
@@ -50,15 +64,13 @@ def written_shards(folder: str | Path) -> Shards:
     Raises:
         InputError: its files are missing or damaged.
     """
+    from ace_ext.packed.compressed_tensors import CompressedShards, is_compressed  # imported here: most runs read none
+    from ace_ext.packed.files import PackedShards, is_packed
+
     if is_packed(folder):
         return PackedShards(folder)
     return CompressedShards(folder) if is_compressed(folder) else Shards(folder)
 
-
-for _format in discover(__name__, __path__, "FORMAT"):
-    register(_format)
-for _codec in CODECS.values():
-    register(packed_format(_codec))
 
 __all__ = [
     "DEFAULT_FORMAT",

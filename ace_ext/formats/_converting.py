@@ -8,13 +8,10 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from ace_ext.formats._format import DenseModel
+from ace_ext.formats._format import PACKED, REPLACED, DenseModel
 from ace_ext.formats.dense import DenseWriter
 from ace_ext.models.blocks import Block
 from ace_ext.records import PruneReport
-
-PACKED, REPLACED = "packed", "dense"
-"""Folders beside the model's: the converted one until it is complete, and the dense one after it was replaced."""
 
 
 class ConvertingWriter(DenseWriter):
@@ -54,13 +51,3 @@ class ConvertingWriter(DenseWriter):
         self.convert(target, report)
         self.folder.rename(self.folder.with_name(REPLACED))
         target.rename(self.folder)
-
-
-def exchanging(folder: Path) -> bool:
-    """Whether a run was killed while :meth:`ConvertingWriter.finish` exchanged the folders in ``folder``."""
-    return not (folder / "model").exists() and (folder / PACKED).is_dir() and (folder / REPLACED).is_dir()
-
-
-def complete(folder: Path) -> None:
-    """Completes the exchange after a run was killed during it."""
-    (folder / PACKED).rename(folder / "model")

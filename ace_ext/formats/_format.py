@@ -1,16 +1,23 @@
-"""The types of output formats: the declaration, the writer and the dense model."""
+"""The types of output formats: the declaration, the writer and the dense model. Also the folders that a packed format
+exchanges."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from ace_ext.errors import InputError
+from ace_ext.grids import Grid
 from ace_ext.models.blocks import Block
 from ace_ext.models.safetensors_files import Shards
 from ace_ext.models.tokenizer import Tokenizer
-from ace_ext.packed import Codec, Kept
 from ace_ext.pruning.config import PruneConfig
-from ace_ext.records import PruneReport
+from ace_ext.pruning.groups import SparsityPattern
+from ace_ext.pruning.method import quantize_of
+from ace_ext.records import REPORT_NAME, PruneReport
+
+if TYPE_CHECKING:
+    from ace_ext.packed import Codec, Kept
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,44 @@ class OutputFormat:
     """``open(folder)``: a writer for a folder that exists."""
     check: Callable[[PruneConfig], None] = lambda config: None
     """Raises :class:`ace_ext.InputError` for settings whose result this format cannot store."""
-    codec: Codec | None = None
+    codec: "Codec | None" = None
     """The codec, if this is a packed format. Packing takes place at the end."""
-    size: Callable[[Kept], int] | None = None
+    size: "Callable[[Kept], int] | None" = None
     """The bytes of a pruned matrix in this format; None: those of the dense one."""
+
+
+PACKED, REPLACED = "packed", "dense"
+"""Folders of an unfinished run beside ``model``. A format that converts writes the first, and then puts it in place of
+``model``, which becomes the second."""
+
+
+def exchanging(folder: Path) -> bool:
+    """Whether a run was killed while it exchanged these folders in ``folder``."""
+    return not (folder / "model").exists() and (folder / PACKED).is_dir() and (folder / REPLACED).is_dir()
+
+
+def complete(folder: Path) -> None:
+    """Completes the exchange after a run was killed during it."""
+    (folder / PACKED).rename(folder / "model")
+
+
+def pattern_of(report: PruneReport) -> tuple[int, int] | None:
+    """N and M of a report; None without a pattern."""
+    text = report.config.get("pattern")
+    if not text:
+        return None
+    pattern = SparsityPattern.parse(text)
+    return pattern.keep_n, pattern.group_m
+
+
+def grid_of(report: PruneReport) -> Grid | None:
+    """The grid of a report's method; None if it does not quantize.
+
+    Raises:
+        InputError: its stage ``quantize`` names no grid.
+    """
+    try:
+        stage = quantize_of(str(report.config.get("method") or ""))
+    except InputError as error:
+        raise InputError(f"{REPORT_NAME} names no grid that ace-prune knows: {error}; prune the model again") from error
+    return None if stage is None else stage.grid

@@ -9,15 +9,12 @@ from pathlib import Path
 
 from ace_ext.errors import InputError
 from ace_ext.formats._converting import ConvertingWriter
-from ace_ext.formats._format import OutputFormat
-from ace_ext.grids import Grid
+from ace_ext.formats._format import OutputFormat, grid_of, pattern_of
 from ace_ext.packed import Codec
 from ace_ext.packed.files import PackedShards, is_packed
 from ace_ext.packed.packing import check_hashes, pack_into
 from ace_ext.pruning.config import PruneConfig
-from ace_ext.pruning.groups import SparsityPattern
-from ace_ext.pruning.method import quantize_of
-from ace_ext.records import REPORT_NAME, PruneReport
+from ace_ext.records import PruneReport
 
 
 class PackedWriter(ConvertingWriter):
@@ -50,25 +47,3 @@ def packed_format(codec: Codec) -> OutputFormat:
 
     opened = partial(PackedWriter, codec=codec)
     return OutputFormat(codec.name, f"packed: {codec.summary}", opened, check, codec, codec.size)
-
-
-def pattern_of(report: PruneReport) -> tuple[int, int] | None:
-    """N and M of a report; None without a pattern."""
-    text = report.config.get("pattern")
-    if not text:
-        return None
-    pattern = SparsityPattern.parse(text)
-    return pattern.keep_n, pattern.group_m
-
-
-def grid_of(report: PruneReport) -> Grid | None:
-    """The grid of a report's method; None if it does not quantize.
-
-    Raises:
-        InputError: its stage ``quantize`` names no grid.
-    """
-    try:
-        stage = quantize_of(str(report.config.get("method") or ""))
-    except InputError as error:
-        raise InputError(f"{REPORT_NAME} names no grid that ace-prune knows: {error}; prune the model again") from error
-    return None if stage is None else stage.grid

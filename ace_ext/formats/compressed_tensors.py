@@ -7,8 +7,7 @@ from pathlib import Path
 
 from ace_ext.errors import InputError
 from ace_ext.formats._converting import ConvertingWriter
-from ace_ext.formats._format import DenseModel, OutputFormat
-from ace_ext.formats._packed import grid_of
+from ace_ext.formats._format import DenseModel, OutputFormat, grid_of
 from ace_ext.packed.compressed_tensors import (
     NAME,
     SUMMARY,

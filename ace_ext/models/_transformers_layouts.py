@@ -1,12 +1,11 @@
-"""Names of transformers that say how a module's parameters hold matrices, in addition to those in
-``_transformers.py``."""
+"""The layout of parameters that hold matrices but belong to no ``nn.Linear``, and the names of transformers that tell
+it, in addition to those in ``_transformers.py``."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from torch import Tensor, nn
-
-from ace_ext.models.layout import Layout
 
 _IMPLEMENTATION = "_experts_implementation"
 """Attribute of a configuration, from version 5 on: the code that computes fused experts. ``"eager"`` is a loop over
@@ -31,6 +30,26 @@ stored as ``[d_in, d_out]``."""
 
 _EXPERT_COUNT = "moe_num_experts"
 """Attribute of a module whose tensors have no dimension for experts: the number of experts."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The layout of one parameter that holds matrices ``W [d_out, d_in]``, used as ``x Wᵀ``.
+
+    It may have any shape whose last dimension is that of the stored matrices.
+    """
+
+    count: int = 1
+    """How many matrices are stored, one after the other."""
+    transposed: bool = False
+    """Whether each is stored as ``[d_in, d_out]``."""
+    routed: bool = True
+    """Whether each is an expert's, so that it sees only the tokens that a router sends it."""
+
+    def matrices(self, parameter: Tensor) -> Tensor:
+        """``[count, d_out, d_in]``: a view of the parameter. The rows of a transposed parameter are not contiguous."""
+        stored = parameter.view(self.count, -1, parameter.shape[-1])
+        return stored.transpose(1, 2) if self.transposed else stored
 
 
 def computes_experts(module: nn.Module) -> bool:

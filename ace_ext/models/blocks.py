@@ -146,7 +146,8 @@ def find_blocks(model: nn.Module, skip: Iterable[str] = (), check: bool = True, 
         )
     if not any(block.linears for block in blocks):
         raise InputError(
-            f"skip leaves no Linear to prune in {blocks[0].name} and on (got {', '.join(skip) or 'nothing to skip'})"
+            f"skip leaves no Linear to prune in {blocks[0].name} or any later block "
+            f"(got {', '.join(skip) or 'nothing to skip'})"
         )
     _refuse_tied(model, blocks)
     if check:

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ace_ext.models._transformers_layouts import computes_experts, eager_experts, layouts_in
-from ace_ext.models.calls import OtherwiseComputed
-from ace_ext.models.layout import Layout
+from ace_ext.models._transformers_layouts import Layout, computes_experts, eager_experts, layouts_in
+from ace_ext.models.products import OtherwiseComputed
 
 
 class ExpertLinear(nn.Linear):

@@ -1,7 +1,6 @@
 """GGUF files: a model's structure without unpacking its weights, and the memory and time that unpacking takes."""
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,18 +8,9 @@ from torch import nn
 
 from ace_ext.models.gguf_header import read_once
 from ace_ext.models.location import ModelLocation, as_input_error
-from ace_ext.models.skeleton import empty_model
+from ace_ext.models.skeleton import Unpacking, empty_model
 from ace_ext.models.tokenizer import Tokenizer
 from ace_ext.process_memory import resident_bytes
-
-
-@dataclass(frozen=True)
-class Unpacking:
-    """What unpacking a model takes: ``peak_bytes`` of memory in addition to the unpacked weights, and about
-    ``seconds``."""
-
-    peak_bytes: int
-    seconds: float
 
 
 def gguf_skeleton(file: Path, dtype: torch.dtype) -> tuple[nn.Module, Tokenizer, Unpacking]:

@@ -111,5 +111,5 @@ class _Walk:
     def _fitting(self, count: int, size: int) -> int:
         """Returns the count if the rest of the file is long enough for that many items of at least ``size`` bytes."""
         if count * size > len(self._data) - self._at:
-            raise ValueError(f"{count} things of {size} bytes at byte {self._at} of {len(self._data)}")
+            raise ValueError(f"{count} items of {size} bytes at byte {self._at} of {len(self._data)}")
         return count

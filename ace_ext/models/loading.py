@@ -22,7 +22,6 @@ from ace_ext.models._transformers import (
     quantization_of,
     quiet_stderr,
 )
-from ace_ext.models.gguf_header import read_once
 from ace_ext.models.location import ModelLocation, as_input_error, locate
 from ace_ext.models.tokenizer import Tokenizer
 
@@ -57,8 +56,12 @@ def load_model(source: str, dtype: str = "auto", device: str | torch.device = "c
     unpacks = location.gguf_file is not None
     wanted = WEIGHT_DTYPES.get(dtype, torch.bfloat16 if unpacks else "auto")
     options = location.options | (dequantize_options() if unpacks else {})
-    reading = read_once if unpacks else contextlib.nullcontext
-    with as_input_error(f"model {source!r} could not be loaded"), quiet_stderr(), reading():
+    reading: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if unpacks:
+        from ace_ext.models.gguf_header import read_once  # imported here: most models are folders
+
+        reading = read_once()
+    with as_input_error(f"model {source!r} could not be loaded"), quiet_stderr(), reading:
         config = location.config()
         if not unpacks:
             check_plain(source, config)
@@ -102,7 +105,7 @@ def check_fit(source: str, missing: Iterable[str], unexpected: Iterable[str]) ->
     found = [f"{kind}: {_some(sorted(names))}" for kind, names in kinds if names]
     if found:
         raise InputError(
-            f"model {source!r}: its weights do not fit its configuration ({'; '.join(found)}); correct config.json "
+            f"model {source!r}: its weights do not match its configuration ({'; '.join(found)}); correct config.json "
             "(model_type, num_hidden_layers), or fetch the files again"
         )
 
@@ -119,7 +122,7 @@ def check_causal(source: str, model: nn.Module) -> None:
         raise InputError(f"model {source!r} is not a language model: {type(model).__name__} reads {main_input(model)}")
     if has_encoder(model):
         raise InputError(
-            f"model {source!r} is an encoder and a decoder ({type(model).__name__}); give a model that is a decoder"
+            f"model {source!r} has an encoder and a decoder ({type(model).__name__}); give a decoder-only model"
         )
     if is_encoder(model):
         raise InputError(

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from ace_ext.errors import InputError, one_line
 from ace_ext.models._transformers import quiet_stderr
-from ace_ext.models.gguf_header import check_gguf
 from ace_ext.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -83,6 +82,8 @@ def locate(source: str) -> ModelLocation:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"model {source!r} is not a file; check the path")
+        from ace_ext.models.gguf_header import check_gguf  # imported here: most models are folders
+
         check_gguf(path)
         return ModelLocation(str(path.parent), path.name)
     if path.is_dir():

@@ -25,8 +25,7 @@ def search_within(seconds: float, pattern: re.Pattern[str], name: str) -> bool:
 def _limited(seconds: float, pattern: str) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise InputError(
-            f"skip {pattern[:100]!r} takes more than {seconds:g} s to match one name; write it without repeats in "
-            "repeats"
+            f"skip {pattern[:100]!r} takes more than {seconds:g} s to match one name; write it without nested repeats"
         )
 
     in_main = threading.current_thread() is threading.main_thread()

@@ -6,7 +6,7 @@ of both matrices are converted, and multiplied in float32. Like torch's own prod
 rounded once; only the order of their terms differs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-
-from ace_ext.models.calls import OtherwiseComputed
+from torch.overrides import TorchFunctionMode
 
 MIN_TOKENS = 4
 """With fewer tokens torch's loops are as fast as converting the weight."""
@@ -25,6 +24,25 @@ width."""
 ROWS, PANEL = 2048, 2**20
 """The largest number of a weight's rows, and of their elements, that are converted at a time; but at least 64 rows of
 any width."""
+
+
+class OtherwiseComputed(TorchFunctionMode):
+    """Within this context a call returns the result of :meth:`instead`, if there is one. The mode is off inside that
+    method."""
+
+    def instead(self, func: Callable[..., Any], args: Sequence[Any]) -> Tensor | None:
+        """The result of a call without keyword arguments; None: torch computes it."""
+        raise NotImplementedError
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        found = None if kwargs else self.instead(func, args)
+        return func(*args, **(kwargs or {})) if found is None else found
 
 
 @cache

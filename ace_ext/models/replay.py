@@ -169,7 +169,7 @@ def capture_calls(model: nn.Module, blocks: list[Block], batches: Iterable[dict[
                 tokens = recorder.hidden.shape[:2].numel() if token_mask is None else int(token_mask.sum())
                 yield BlockCall(recorder.hidden, recorder.others, token_mask, tokens, recorder.wrap)
             else:
-                raise InputError(f"the model did not call its blocks, {blocks[0].name} and on, up to the last")
+                raise InputError(f"the model did not call all its blocks from {blocks[0].name} to the last")
 
 
 def _token_mask(attention_mask: Tensor | None, hidden: Tensor) -> Tensor | None:
@@ -183,7 +183,7 @@ def _token_mask(attention_mask: Tensor | None, hidden: Tensor) -> Tensor | None:
         return None
     if attention_mask.shape != hidden.shape[:2]:
         raise InputError(
-            f"calibration inputs with padding must have a token for each that the blocks see, {list(hidden.shape[:2])} "
+            f"attention_mask must have an entry for each token that the blocks see, {list(hidden.shape[:2])} "
             f"(got {list(attention_mask.shape)}); give batches without padding"
         )
     return attention_mask.flatten().bool()

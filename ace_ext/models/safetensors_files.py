@@ -213,7 +213,7 @@ def _check_link(file: Path) -> None:
     target, folder = file.resolve(), file.parent.resolve()
     if target.parent not in (folder, folder.parent.parent / "blobs"):
         raise InputError(
-            f"{str(file)!r} is a link out of the model's folder, to {str(target)!r}, and would be copied into the "
+            f"{str(file)!r} is a link to {str(target)!r}, outside the model's folder, and would be copied into the "
             "output; put the file itself there, or remove the link"
         )
 
@@ -234,7 +234,7 @@ def _files(folder: Path) -> list[Path]:
     files = [folder / name for name in names]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise InputError(f"{str(folder)!r} misses {', '.join(missing)} that its index names; fetch them again")
+        raise InputError(f"{str(folder)!r} lacks {', '.join(missing)}, which its index names; fetch it again")
     return files
 
 

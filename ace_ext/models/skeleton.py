@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,15 @@ from ace_ext.models.safetensors_files import Shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Unpacking:
+    """What loading takes if the files' weights must be converted: ``peak_bytes`` of memory in addition to the converted
+    weights, and about ``seconds``."""
+
+    peak_bytes: int
+    seconds: float
 
 
 def skeleton(folder: str | Path, shards: Shards | None, dtype: str = "auto") -> nn.Module:
@@ -73,7 +83,7 @@ def check_all_read(model: nn.Module, shards: Shards, source: str) -> None:
         found = shards.describe(name)[1] if name in shards else tuple(parameter.shape)
         if found != tuple(parameter.shape):
             raise InputError(
-                f"model {source!r}: its weights do not fit its configuration ({name} is {list(found)} in the files, "
+                f"model {source!r}: its weights do not match its configuration ({name} is {list(found)} in the files, "
                 f"and {list(parameter.shape)} by config.json); correct config.json, or fetch the files again"
             )
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ace_ext.models._transformers import saved_as
+from ace_ext.models._transformers_layouts import Layout
 from ace_ext.models.fused_weights import fused_parameters, names_of
-from ace_ext.models.layout import Layout
 
 
 @dataclass(frozen=True)

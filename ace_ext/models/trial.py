@@ -180,7 +180,9 @@ def _described(calls: list[str], names: list[str]) -> str:
     counts = Counter(calls)
     missing = [name for name in names if not counts[name]]
     if len(missing) == len(names):
-        raise InputError(f"a text call does not reach the blocks {names[0]} and on; prune the model's language part")
+        raise InputError(
+            f"a call with text alone does not reach {names[0]} and later blocks; prune the model's language part"
+        )
     if missing:
         return f"it does not call {missing[0]}"
     most = max(names, key=lambda name: counts[name])

@@ -9,7 +9,7 @@ from ace_ext.errors import InputError
 from ace_ext.pruning.groups import GROUPS, ComparisonGroup, PatternGroup, SparsityPattern
 from ace_ext.pruning.method import DEFAULT, Method, Needs, method_of
 from ace_ext.pruning.settings import check_choice
-from ace_ext.pruning.stages import Distill, Stage
+from ace_ext.pruning.stages import Stage, TrainModel
 from ace_ext.pruning.stages.collect import BLOCK, EXACT, SEQUENTIAL, SKETCH
 
 SPARSITY = 0.5
@@ -132,7 +132,7 @@ class PruneConfig:
 
     def without_distillation(self) -> "PruneConfig":
         """The configuration without the stage ``distill``."""
-        return self if self.method.distill is None else self.changed(method=self.method.without(Distill))
+        return self if self.method.distill is None else self.changed(method=self.method.without(TrainModel))
 
     def on_dense_blocks(self) -> "PruneConfig":
         """The configuration with statistics of dense blocks, which a statistics file holds.

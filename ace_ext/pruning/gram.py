@@ -17,6 +17,9 @@ from ace_ext.pruning.scaling import InputScale, times_power, times_power_
 
 MAX_ATTEMPTS = 8
 """How many factorisations are tried. Each has ten times the damping of the one before."""
+MASKED_AT_ONCE = 2**16
+"""Entries of a weight that :func:`masked` multiplies at a time."""
+
 LOSS_ROWS = 1024
 """Rows whose error is computed at a time, to limit memory."""
 CHUNK_TOKENS = 4096
@@ -231,6 +234,20 @@ def weighted_rows(x: Tensor, token_weight: Tensor | None) -> Iterator[Tensor]:
         part = slice(start, start + CHUNK_TOKENS)
         rows = x[part].float()
         yield rows if token_weight is None else rows * token_weight[part].sqrt()[:, None]
+
+
+def masked(weight: Tensor, mask: Tensor, out: Tensor) -> Tensor:
+    """``weight * mask`` in ``out``, which may be ``weight``; all are ``[rows, d]``, the mask bool, the others float32.
+    Zeros may be -0.0.
+
+    On a CPU this is over four times as fast as ``masked_fill``, which has a branch for each entry. The mask is
+    converted to float32 a few rows at a time.
+    """
+    step = max(1, MASKED_AT_ONCE // weight.shape[1]) if weight.is_cpu else len(weight)
+    for start in range(0, len(weight), step):
+        part = slice(start, start + step)
+        torch.mul(weight[part], mask[part], out=out[part])
+    return out
 
 
 def restore_dead_(weight: Tensor, dense: Tensor, mask: Tensor, dead: Tensor) -> None:

@@ -18,16 +18,16 @@ from ace_ext.pruning.settings import Setting, suggestion
 from ace_ext.pruning.stages import (
     KINDS,
     STAGES,
-    Allocate,
     Collect,
-    Distill,
+    Divide,
     MatrixStage,
-    Quantize,
     Refine,
+    Round,
     Score,
     Solve,
     Stage,
     TrainBlock,
+    TrainModel,
 )
 from ace_ext.pruning.stages._stage import PLAIN, SKETCHED
 
@@ -110,9 +110,9 @@ class Method:
         return self._of(Collect) or Collect()
 
     @property
-    def allocate(self) -> Allocate | None:
+    def allocate(self) -> Divide | None:
         """The stage that gives blocks different sparsities; None: all blocks have the same."""
-        return self._of(Allocate)
+        return self._of(Divide)
 
     @property
     def score(self) -> Score | None:
@@ -130,9 +130,9 @@ class Method:
         return self._of(Solve)
 
     @property
-    def quantize(self) -> Quantize | None:
+    def quantize(self) -> Round | None:
         """The stage that rounds kept weights to a grid."""
-        return self._of(Quantize)
+        return self._of(Round)
 
     @property
     def prunes(self) -> bool:
@@ -145,9 +145,9 @@ class Method:
         return self._of(TrainBlock)
 
     @property
-    def distill(self) -> Distill | None:
+    def distill(self) -> TrainModel | None:
         """The stage that trains the whole model."""
-        return self._of(Distill)
+        return self._of(TrainModel)
 
     @property
     def matrix_stages(self) -> list[MatrixStage]:
@@ -157,7 +157,7 @@ class Method:
     @property
     def scored_by(self) -> Score:
         """The scores that a run computes: those of the method, or Wanda's if the solve stage chooses the mask. The
-        report then compares with Wanda's mask, and :class:`Allocate` divides the sparsity by Wanda's scores."""
+        report then compares with Wanda's mask, and :class:`Divide` divides the sparsity by Wanda's scores."""
         return self.score or Score(DEFAULT_METRIC)
 
     @property
@@ -222,8 +222,8 @@ def _complete(stages: list[Stage], label: str = "") -> Method:
     chooses = any(isinstance(stage, Score) or (isinstance(stage, Solve) and stage.chooses_mask) for stage in stages)
     if any(isinstance(stage, Refine) for stage in stages):
         chooses = any(isinstance(stage, Score) for stage in stages)
-    only_quantizes = any(isinstance(stage, Quantize) for stage in stages) and not any(
-        isinstance(stage, Allocate | Refine | Solve) for stage in stages
+    only_quantizes = any(isinstance(stage, Round) for stage in stages) and not any(
+        isinstance(stage, Divide | Refine | Solve) for stage in stages
     )
     if not chooses and not only_quantizes:
         score = Score(DEFAULT_METRIC)
@@ -305,14 +305,14 @@ def parse(text: str) -> Method:
     return _complete(stages, " + ".join(labels))
 
 
-def quantize_of(text: str) -> Quantize | None:
+def quantize_of(text: str) -> Round | None:
     """The stage ``quantize`` of a report's method text, None without one. Other stages may be unknown here, such as
     scores that are a function of the caller's.
 
     Raises:
         InputError: the stage cannot be read.
     """
-    own = [part.strip() for part in _split(text) if re.match(rf"\s*{Quantize.name}\b", part)]
+    own = [part.strip() for part in _split(text) if re.match(r"\s*quantize\b", part)]
     return parse(own[0]).quantize if own else None
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ace_ext.errors import InputError
 from ace_ext.pruning.config import PruneConfig
-from ace_ext.pruning.gram import RelativeLoss
+from ace_ext.pruning.gram import RelativeLoss, masked
 from ace_ext.pruning.masks import as_rows, keep_budget, keep_of_group, scored_weight
 from ace_ext.pruning.moment_gram import MomentGram
 from ace_ext.pruning.scaling import exponent_of, times_power, times_power_
@@ -108,8 +108,9 @@ def _run_stages_(
     whole = Problem(dense, stats.gram, config.comparison, keep, mask, vectors, weight.dtype, power)
     problem = whole.of_rows(rows)
     loss = RelativeLoss(problem.measure.energy, problem.dense, shares.add_up)
-    loss_before = 0.0 if mask is None else loss(problem.dense.masked_fill(~mask[rows], 0.0))
-    del mask, whole  # a stage that chooses its own needs the memory
+    alone = None if mask is None else masked(problem.dense, mask[rows], out=torch.empty_like(problem.dense))
+    loss_before = 0.0 if alone is None else loss(alone)
+    del mask, whole, alone  # a stage that chooses its own needs the memory
     solved = _solve(problem, config) if prunes else Solved(problem.dense)
     damping, attempts, loss_unquantized = solved.damping, solved.attempts, None
     if quantize is not None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ace_ext.cards.mask_words import mask_words
+from ace_ext.cards import mask_words
 from ace_ext.compare.journal import BlockFigures
 from ace_ext.compare.tables import amount_name, short_names
 from ace_ext.data.bos import BosChoice

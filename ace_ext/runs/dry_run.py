@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ace_ext.engine.batch_states import BatchStates
 from ace_ext.engine.context import RunContext
+from ace_ext.engine.strategies.in_lockstep import InLockstep
 from ace_ext.engine.walk import Walk
 from ace_ext.models.block_store import OffloadedBlocks, ResidentBlocks
 from ace_ext.models.hidden_states import HiddenStates
@@ -82,8 +83,8 @@ def try_block(
             # A run finds these out beforehand.
             context.uses = {block.name: calls_in(block, hidden[0], calls[0].others[0])}
             walk = Walk(ResidentBlocks([block]), BatchStates(calls, hidden, device), config, report, context)
-            if several and config.order == "sequential":  # a run tries this once, not in each block
-                walk.in_lockstep.serves(block, 0)
+            if isinstance(walk.strategy, InLockstep):  # a run tries this once, not in each block
+                walk.strategy.serves(block, 0)
             passes.count = 0
             start = time.perf_counter()
             walk.run()

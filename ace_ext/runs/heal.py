@@ -235,7 +235,7 @@ def _check_weights(folder: str) -> None:
     if problems:
         more = f" (and {len(problems) - 1} more, see ace-prune verify)" if len(problems) > 1 else ""
         raise InputError(
-            f"folder {folder!r} is not as ace-prune wrote it: {problems[0]}{more}; prune the dense model again"
+            f"folder {folder!r} has changed since ace-prune wrote it: {problems[0]}{more}; prune the dense model again"
         )
 
 

@@ -18,8 +18,7 @@ from ace_ext.formats import OutputWriter
 from ace_ext.models.blocks import Block
 from ace_ext.models.checksums import file_sha256
 from ace_ext.models.safetensors_files import flush
-from ace_ext.runs.unfinished import UnfinishedRun
-from ace_ext.runs.written_sums import check_written
+from ace_ext.runs.unfinished import UnfinishedRun, check_written
 
 SAVE_SECONDS = 300
 """The shortest time between two saved states. A crash loses the work since the last one."""

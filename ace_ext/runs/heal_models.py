@@ -33,7 +33,7 @@ def open_pruned(folder: str, report: PruneReport, device: torch.device) -> Sourc
     source = open_source(RunRequest(folder, _config(report), Calibration(), NO_OFFLOAD, device), weights=False)
     check_predicts(source.model, "healing trains on its predictions: train it on its own task")
     if source.files.shards is None:
-        raise InputError(f"{folder!r} does not hold every parameter as it is; give a folder that ace-prune run wrote")
+        raise InputError(f"{folder!r} does not store every parameter unchanged; give a folder that ace-prune run wrote")
     return source
 
 
@@ -73,7 +73,7 @@ def dense_name(given: str | None, report: PruneReport) -> str:
         if given:
             raise
         raise InputError(
-            f"dense: the report names a model that is not there ({error}); give it with --dense"
+            f"dense: the report names a model that does not exist here ({error}); give it with --dense"
         ) from error
     return str(name)
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ace_ext.data.bos import BosChoice
 from ace_ext.data.corpora import SELF
-from ace_ext.data.generate import writing_note
 from ace_ext.data.windows import CalibrationData
 from ace_ext.errors import InputError
 from ace_ext.models.loading import load_model
@@ -58,10 +57,7 @@ class HealText:
         Raises:
             InputError: the text cannot be read, is too short, or is not that of the run that is resumed.
         """
-        writer = self._writer()
-        if writer is not None and tell is not None:
-            tell(writing_note(writer, self.text.nsamples, self.text.seqlen))
-        data = self.text.load(self.pruned.tokenizer, writer, self._bos(notes), progress)
+        data = self.text.load(self.pruned.tokenizer, self._writer(), self._bos(notes), progress, tell)
         found = self.text.describe(data)
         if notes.setdefault(NOTE, found) != found:
             raise InputError("resume: the text has changed since the run began; start over without --resume")

@@ -4,15 +4,14 @@ The factors are counted from the code that allocates the memory, and compared wi
 ``benchmarks/plan_accuracy.py``.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from ace_ext.data.bos import WINDOW_TOKENS, WINDOWS
-from ace_ext.engine.block_training import training_bytes
 from ace_ext.engine.model_shape import ModelShape
-from ace_ext.engine.sparsity_pass import measuring_bytes
 from ace_ext.engine.strategies import RunSizes, StrategyBytes, planned
 from ace_ext.models.blocks import Block
 from ace_ext.models.safetensors_files import Shards
@@ -64,6 +63,7 @@ def estimate(
     overlap: bool = False,
     whole: bool = False,
     measures: bool = False,
+    stored: Sequence[int] | None = None,
     process: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Estimate:
@@ -83,6 +83,7 @@ def estimate(
         whole: every weight is read, as when the model writes its own calibration text.
         measures: the run has a forward pass of the whole model, to decide about the BOS token
             (:mod:`ace_ext.data.bos`) or to measure perplexity (:mod:`ace_ext.runs.holdout`).
+        stored: bytes of each block's statistics in a file, if they come from there; no token passes the model then.
         process: bytes that the process uses besides the model; None: estimated from this process.
         device: whose memory is estimated.
     """
@@ -97,19 +98,22 @@ def estimate(
     if shards is not None and mapped and not offload:
         resident += copied_bytes(blocks, shards)
     if process is None:
-        process = process_bytes(resident if loaded else 0, text_to_come=not (loaded or offload), device=device)
+        process = process_bytes(
+            resident if loaded else 0, text_to_come=not (loaded or offload or stored is not None), device=device
+        )
     if shape.experts and shape.itemsize < 4 and torch.device(device).type == "cpu":
         process += _EXPERT_KERNELS
     tokens = nsamples * seqlen
     batch = min(tokens, config.batch_samples(seqlen) * seqlen)
-    sizes = RunSizes(blocks, shape, tokens, batch, seqlen, config.needs.prune)
-    run = _Run(sizes, config, resident_hidden, planned(config, batch == tokens, keeps_forwards).memory(sizes))
+    sizes = RunSizes(blocks, shape, tokens, batch, seqlen, config.needs.prune, stored)
+    strategy = planned(config, batch == tokens, keeps_forwards, stored is not None)
+    run = _Run(sizes, config, resident_hidden, strategy.memory(sizes))
     if torch.device(device).type == "cpu":  # on a GPU, unfinished forwards take memory only for tensors
         process += run.strategy.stacks
     phases = [*run.pruning(), *run.training(), *run.allocating()]
     block_bytes = max(shape.blocks) * (3 if overlap else 1)
     phases = [replace(phase, process=process, model=block_bytes if offload else resident) for phase in phases]
-    if offload:
+    if offload and stored is None:
         phases.append(
             replace(run.entering(), process=process, model=max(shape.blocks) * (2 if overlap else 1) + outside)
         )
@@ -161,7 +165,8 @@ class _Run:
     @property
     def states(self) -> int:
         """Bytes of all hidden states between two blocks."""
-        return self.sizes.tokens * self.sizes.shape.hidden * self.sizes.shape.itemsize
+        sizes = self.sizes
+        return sizes.tokens * sizes.shape.hidden * sizes.shape.itemsize if sizes.stored is None else 0
 
     @property
     def kept(self) -> int:
@@ -205,15 +210,18 @@ class _Run:
         stage = self.config.method.train
         if stage is None:
             return []
+        from ace_ext.engine.block_training import training_bytes  # imported here: most methods do not train
+
         return [Estimate(hidden=self.hidden, training=training_bytes(stage, self.sizes), phase="train")]
 
     def allocating(self) -> list[Estimate]:
         """The extra pass that measures each block for sparsity allocation, with its own hidden states."""
         if self.config.method.allocate is None:
             return []
+        from ace_ext.engine.sparsity_pass import measuring_bytes  # imported here: most methods do not allocate
+
         statistics, scores = measuring_bytes(self.config, self.sizes)
-        sizes = self.sizes
-        forward = sizes.shape.forward_bytes(sizes.batch, sizes.seqlen, self.config.needs.measure)
+        forward = self.sizes.forward(self.config.needs.measure)
         hidden = 2 * self.kept
         return [
             Estimate(hidden=hidden, forward=forward, statistics=statistics, phase="allocate"),

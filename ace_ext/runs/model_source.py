@@ -17,10 +17,9 @@ from ace_ext.fingerprint import fingerprint_of_files
 from ace_ext.formats import DenseModel, format_named
 from ace_ext.models._transformers import input_embedding, output_head
 from ace_ext.models.blocks import Block, find_blocks
-from ace_ext.models.gguf import Unpacking, gguf_skeleton
 from ace_ext.models.loading import WEIGHT_DTYPES, load_model, load_tokenizer, local_folder
 from ace_ext.models.safetensors_files import Shards, has_safetensors
-from ace_ext.models.skeleton import check_all_read, dtype_of, skeleton
+from ace_ext.models.skeleton import Unpacking, check_all_read, dtype_of, skeleton
 from ace_ext.models.tokenizer import Tokenizer
 from ace_ext.process_memory import available_bytes, resident_bytes
 from ace_ext.runs.memory_model import Estimate, estimate
@@ -122,6 +121,8 @@ def _loaded(request: RunRequest, files: ModelFiles) -> Source:
 def _planned(request: RunRequest, files: ModelFiles, laid_out: nn.Module | None = None) -> Source:
     """The skeleton of a model that a run would load whole."""
     if files.folder is None:
+        from ace_ext.models.gguf import gguf_skeleton  # imported here: only plans for such a file need it
+
         wanted = WEIGHT_DTYPES.get(request.dtype, torch.bfloat16)
         laid_out, tokenizer, unpacking = gguf_skeleton(files.paths[0], wanted)
     else:
@@ -141,8 +142,8 @@ def _no_safetensors(model: str) -> InputError:
 def _files_do_not_serve(model: str, dtype: str) -> InputError:
     """The error for ``offload="disk"`` if :func:`_stored_as_loaded` is False."""
     return InputError(
-        f"offload disk reads blocks from safetensors that hold every parameter as it is, all of dtype {dtype}, "
-        f"which {model!r} does not have; save it with save_pretrained, or pass --offload none"
+        f"offload disk needs safetensors that store every parameter unchanged in dtype {dtype}, and "
+        f"{model!r} has none; save it with save_pretrained, or pass --offload none"
     )
 
 
@@ -175,7 +176,17 @@ def wants_offload(laid_out: nn.Module, blocks: list[Block], shards: Shards | Non
         return False
     nsamples, seqlen = request.calibration.nsamples, request.calibration.seqlen
     measures = request.evaluates or request.measures_bos()  # or may do so: the tokenizer is not loaded yet
-    whole = estimate(laid_out, blocks, shards, request.config, nsamples, seqlen, offload=False, measures=measures)
+    whole = estimate(
+        laid_out,
+        blocks,
+        shards,
+        request.config,
+        nsamples,
+        seqlen,
+        offload=False,
+        measures=measures,
+        stored=request.stored,
+    )
     return whole.total > budget_of(request)
 
 
@@ -243,6 +254,7 @@ class Demand:
             overlap=choice.overlap,
             whole=self.request.writes_own_text,
             measures=self.request.evaluates or self.request.measures_bos(tokenizer),
+            stored=self.request.stored,
             process=process,
             device=self.request.device,
         )

@@ -19,7 +19,7 @@ from ace_ext.formats import DEFAULT_FORMAT, format_named
 from ace_ext.models.tokenizer import Tokenizer
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.settings import check_choice
-from ace_ext.runs.own_files import check_replaceable, is_statistics
+from ace_ext.runs.own_files import check_replaceable, is_statistics, stored_sizes
 
 EVALUATE_AUTO, EVALUATE_NEVER = "auto", "never"
 """The values of :attr:`Calibration.evaluate` that are not texts."""
@@ -62,10 +62,15 @@ class Calibration:
         return choose_bos(self.bos, tokenizer, model, own_text=self.source == SELF, logits=logits)
 
     def load(
-        self, tokenizer: Tokenizer, model: nn.Module | None, bos: BosChoice | None = None, progress: bool = False
+        self,
+        tokenizer: Tokenizer,
+        model: nn.Module | None,
+        bos: BosChoice | None = None,
+        progress: bool = False,
+        note: Callable[[str], None] | None = None,
     ) -> CalibrationData:
         """Draws the samples; ``model`` writes the text if the source is ``self``. ``bos``: a choice already made.
-        ``progress``: show a bar on stderr meanwhile.
+        ``progress``, ``note``: as for :func:`ace_ext.data.windows.load_windows`.
 
         Raises:
             InputError: the text cannot be read or is too short.
@@ -80,6 +85,7 @@ class Calibration:
             bos=bos or self.bos,
             text_field=self.text_field,
             progress=progress,
+            note=note,
         )
 
     def describe(self, data: CalibrationData) -> dict[str, Any]:
@@ -136,6 +142,11 @@ class RunRequest:
         return self.calibration.source == SELF and self.options.stats is None
 
     @property
+    def stored(self) -> list[int] | None:
+        """Bytes of each block's statistics in the file of ``stats``; None without one."""
+        return None if self.options.stats is None else stored_sizes(self.options.stats)
+
+    @property
     def evaluates(self) -> bool:
         """Whether perplexity is measured before and after. A run from statistics has no forward pass."""
         return self.calibration.evaluate != EVALUATE_NEVER and self.options.stats is None
@@ -165,7 +176,7 @@ def check_request(request: RunRequest) -> None:
         )
     if options.offload == "disk" and request.writes_own_text:
         raise InputError(
-            "calibration self needs the whole model in memory to write text; give another text with offload"
+            "calibration self needs the whole model in memory to write text; with offload, give another text"
         )
     for stage in (config.method.train, config.method.distill):
         if stage is not None:

@@ -100,6 +100,10 @@ def check_replaceable(option: str, path: Path, what: str, is_own: Callable[[Path
         )
 
 
+DESCRIPTION = "statistics.json"
+"""The member of a file of ``--save-stats`` that says what the others are."""
+
+
 def stored_member(archive: zipfile.ZipFile, name: str) -> bytes:
     """The bytes of a member of a file of ``--save-stats``.
 
@@ -117,10 +121,20 @@ def is_statistics(path: Path) -> bool:
     """Whether a file is one of ``--save-stats``: an archive whose description has a format and kinds."""
     try:
         with zipfile.ZipFile(path) as archive:
-            found = json.loads(stored_member(archive, "statistics.json"))
+            found = json.loads(stored_member(archive, DESCRIPTION))
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
         return False
     return isinstance(found, dict) and {"format", "kinds"} <= found.keys()
+
+
+def stored_sizes(path: Path) -> list[int]:
+    """Bytes of each block's statistics in a file of ``--save-stats``. Empty for any other file, which the run refuses
+    when it reads it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [member.file_size for member in archive.infolist() if member.filename != DESCRIPTION]
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile):
+        return []
 
 
 def is_log(path: Path) -> bool:

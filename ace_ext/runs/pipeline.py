@@ -1,21 +1,23 @@
 """``ace-prune run``: prunes a checkpoint into a new folder, within a memory budget, with one or several processes. An
 interrupted run can be resumed."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ace_ext.data.bos import BosChoice
-from ace_ext.data.generate import writing_note
 from ace_ext.data.windows import CalibrationData
 from ace_ext.engine.api import check_pattern, prune_model
 from ace_ext.engine.context import RunContext
 from ace_ext.engine.distributed import Alone, Ranks, launched, share_of
 from ace_ext.engine.progress import Progress
-from ace_ext.engine.protocols import Peers
+from ace_ext.engine.protocols import Peers, StatisticsSource
+from ace_ext.fingerprint import tokens_sha256
 from ace_ext.formats import format_named
 from ace_ext.models.block_store import BlockSource, OffloadedBlocks, ResidentBlocks
 from ace_ext.models.location import hub_name
@@ -38,9 +40,14 @@ from ace_ext.runs.output import (
     output_path,
 )
 from ace_ext.runs.own_files import read_manifest
-from ace_ext.runs.statistics_file import SavedStatistics, StatisticsWriter, reusable
-from ace_ext.runs.unfinished import discard, recover
+from ace_ext.runs.unfinished import discard, folder_of, recorded_fingerprint, recover
 from ace_ext.runs.workspace import Workspace
+
+if TYPE_CHECKING:  # at run time only --save-stats loads it
+    from ace_ext.runs.statistics_file import StatisticsWriter
+
+TEXT = "text.bin"
+"""The file in the folder of an unfinished run with the text that the model wrote: int64, little-endian."""
 
 
 def prune_folder(
@@ -85,114 +92,109 @@ def prune_folder(
         check_apart(path, model, calibration.source, options.stats)
         check_outside(path, "save-stats", options.save_stats)
         if config.method.distill is None:
-            return _prune_on_ranks(request, path, progress), path
+            return _prune(request, path, progress), path
         from ace_ext.runs.prune_and_heal import prune_and_heal  # imported here: most runs do not distil
 
         recover(path)
         check_output(path, options.overwrite, options.resume)
         calibration.check()
-        return prune_and_heal(request, path, progress, _prune_on_ranks), path
+        return prune_and_heal(request, path, progress, _prune), path
 
 
-def _prune_on_ranks(request: RunRequest, path: Path, progress: Progress) -> PruneReport:
+def _prune(request: RunRequest, path: Path, progress: Progress) -> PruneReport:
     """Prunes into a folder, as one of the processes of the run."""
     options = request.options
-    peers: Peers = Ranks(request.device) if launched() else Alone()
-    try:
-        with disk_errors(path):
-            if peers.rank == 0:
-                recover(path)
+    with _joined(request.device) as peers, disk_errors(path):
+        first = peers.rank == 0
+        if first:
+            recover(path)
+        peers.wait()
+        check_output(path, options.overwrite, options.resume)
+        if options.stats is None:
+            request.calibration.check()
+        progress.step(f"opening {request.model}")
+        source = _open(request)
+        blocks = _block_source(source, request.device)
+        bos = None if options.stats else choose_for_run(request, source, blocks, path, peers)
+        measured = measurement_for(request, source, blocks, bos, progress.note) if first else None
+        inputs = _Inputs(request, source, bos)
+        fingerprint, done = inputs.take(path, peers, progress)
+        if done is not None:
+            if first:
+                discard(path)
+                progress.note(already_complete(path))
+            return done
+        resume = options.resume and not request.config.comparison.over_matrices
+        workspace = Workspace(path, fingerprint, resume, writes=first, rank=peers.rank)
+        try:
+            peers.wait()  # rank 0 has made the folder, and removed old files from it
+            choice = Demand(source, request).decide()
+            workspace.resident_hidden, workspace.writes_behind = choice.hidden, choice.overlap
+            if first:
+                check_output(path, options.overwrite, options.resume)  # a run that had the lock may have written it
+                inputs.keep(workspace)
+                _open_writer(workspace, source, request)
+            sink = inputs.statistics_writer(workspace, peers)
+            context = RunContext(
+                device=request.device,
+                blocks=blocks,
+                observer=progress if first else Progress(),
+                journal=workspace,
+                peers=peers,
+                sink=sink,
+                source=inputs.known,
+                keeps_forwards=choice.forwards,
+            )
+            if bos is not None and first:
+                progress.note(str(bos))
+            if measured is not None:
+                measured.before()
+            if choice.overlap and isinstance(blocks, OffloadedBlocks):
+                blocks.read_ahead()  # not earlier: the model's head would be in memory too
+            whole = not source.offloaded and not workspace.finished  # then the pruned model is in memory
+            report = prune_model(source.model, inputs.tokens(peers), request.config, context=context)
+            if measured is not None:
+                report.perplexity = measured.after(None if whole else workspace.model)
+            report.extra = inputs.described()
+            if sink is not None:
+                note = sink.finish(request.config.needs.kept)
+                if first:
+                    progress.note(note)
+            if first:
+                check_output(path, options.overwrite)  # another program may have written there meanwhile
+                workspace.finish(report, REPORT_NAME)
             peers.wait()
-            check_output(path, options.overwrite, options.resume)
-            if options.stats is None:
-                request.calibration.check()
-            return _prune(request, path, progress, peers)
+            return report
+        except Exception:
+            workspace.stop_writing()
+            if not workspace.finished:  # nothing to resume from
+                workspace.remove() if first else workspace.close()
+            raise
+        finally:
+            workspace.close()
+
+
+@contextmanager
+def _joined(device: torch.device) -> Iterator[Peers]:
+    """The processes of the run; the group of several is left at the end."""
+    if not launched():
+        yield Alone()
+        return
+    peers = Ranks(device)
+    try:
+        yield peers
     finally:
-        if isinstance(peers, Ranks):
-            peers.close()
+        peers.close()
 
 
-def _prune(request: RunRequest, path: Path, progress: Progress, peers: Peers) -> PruneReport:
-    progress.step(f"opening {request.model}")
+def _open(request: RunRequest) -> Source:
+    """The model, checked as far as it is possible before the text is drawn: the model may write it for a long time."""
     source = open_source(request)
     check_pattern(source.blocks, request.config)
     check_serves(source, request)
     if request.options.max_memory is not None:
-        Demand(
-            source, request
-        ).hidden_fits()  # refuses what cannot fit before the model writes text: that may take long
-    blocks = _block_source(source, request.device)
-    bos = None if request.options.stats else choose_for_run(request, source, blocks, path, peers)
-    measured = measurement_for(request, source, blocks, bos, progress.note) if peers.rank == 0 else None
-    inputs = _Inputs(request, source, bos)
-    resume = request.options.resume and not request.config.comparison.over_matrices
-    recorded, done = inputs.recorded_text(path), None
-    if recorded is not None:
-        done = finished_report(path, inputs.fingerprint(peers, recorded), request.options.overwrite)
-    if done is None:
-        inputs.draw(progress.shown, progress.note if peers.rank == 0 else None)
-        fingerprint = inputs.fingerprint(peers)
-        done = finished_report(path, fingerprint, request.options.overwrite) if request.options.resume else None
-    peers.wait()
-    if done is not None:
-        if peers.rank == 0:
-            discard(path)
-            progress.note(already_complete(path))
-        return done
-    workspace = Workspace(path, fingerprint, resume, writes=peers.rank == 0, rank=peers.rank)
-    try:
-        peers.wait()  # rank 0 has made the folder, and removed old files from it
-        choice = Demand(source, request).decide()
-        workspace.resident_hidden, workspace.writes_behind = choice.hidden, choice.overlap
-        if peers.rank == 0:
-            check_output(
-                path, request.options.overwrite, request.options.resume
-            )  # a run that had the lock before may have written it
-            _open_writer(workspace, source, request)
-        sink = inputs.statistics_writer(workspace, peers)
-        context = RunContext(
-            device=request.device,
-            blocks=blocks,
-            observer=progress if peers.rank == 0 else Progress(),
-            journal=workspace,
-            peers=peers,
-            sink=sink,
-            source=inputs.known,
-            keeps_forwards=choice.forwards,
-        )
-        if bos is not None and peers.rank == 0:
-            progress.note(str(bos))
-        if measured is not None:
-            measured.before()
-        if choice.overlap and isinstance(blocks, OffloadedBlocks):
-            blocks.read_ahead()  # not earlier: the model's head would be in memory too
-        whole = not source.offloaded and not workspace.finished  # then the pruned model is in memory
-        report = prune_model(source.model, inputs.tokens(peers), request.config, context=context)
-        if measured is not None:
-            report.perplexity = measured.after(None if whole else workspace.model)
-        report.extra = {
-            "model": request.model,
-            "base_model": hub_name(request.model),
-            "calibration": inputs.calibration,
-            "statistics": inputs.statistics,
-            "command": run_command(request),
-        }
-        if sink is not None:
-            sink.finish(request.config.needs.kept)
-            if peers.rank == 0:
-                progress.note(f"statistics written to {sink.path}: {reusable(request.config.needs.kept)}")
-        if peers.rank == 0:
-            check_output(path, request.options.overwrite)  # another program may have written there meanwhile
-            workspace.finish(report, REPORT_NAME)
-        peers.wait()
-        return report
-    except Exception:
-        workspace.stop_writing()
-        if not workspace.finished:  # nothing to resume from
-            workspace.remove() if peers.rank == 0 else workspace.close()
-        raise
-    finally:
-        workspace.close()
+        Demand(source, request).hidden_fits()
+    return source
 
 
 class _Inputs:
@@ -201,34 +203,78 @@ class _Inputs:
     def __init__(self, request: RunRequest, source: Source, bos: BosChoice | None) -> None:
         self._request, self._source, self._bos = request, source, bos
         self._model = {"files": source.files.described, "dtype": request.dtype}
-        self.known: SavedStatistics | None = None
+        self.known: StatisticsSource | None = None
         self._data: CalibrationData | None = None
-        self.calibration: dict[str, Any] = {}
+        self._calibration: dict[str, Any] = {}
         if request.options.stats:
-            self.known = SavedStatistics(request.options.stats, self._model, request.config.needs.read)
-            self.calibration = self.known.calibration
+            from ace_ext.runs.statistics_file import SavedStatistics
 
-    def draw(self, shown: bool, note: Callable[[str], None] | None) -> None:
-        """Draws the calibration tokens, unless the statistics are from a file. If the model writes them, ``note`` is
-        called with a line about it first, and ``shown`` shows a bar."""
+            saved = SavedStatistics(request.options.stats, self._model, request.config.needs.read)
+            self.known, self._calibration = saved, saved.calibration
+
+    def take(self, output: Path, peers: Peers, progress: Progress) -> tuple[dict[str, Any], PruneReport | None]:
+        """Draws the calibration tokens, unless the statistics are from a file. Returns the fingerprint of the run, and
+        its report if an earlier run had finished it.
+
+        A resumed run on text that the model wrote takes the earlier text, because writing takes long.
+        """
+        request, options = self._request, self._request.options
+        own = request.writes_own_text and options.resume
+        known = self._recorded((read_manifest(output) or {}).get("fingerprint", {})) if own else None
+        if known is not None:
+            self._calibration = known
+            done = finished_report(output, self.fingerprint(peers), options.overwrite)
+            if done is not None:
+                peers.wait()
+                return {}, done
         if self.known is None:
-            writer = None if self._source.offloaded else self._source.model
-            if self._request.writes_own_text and note is not None and writer is not None:
-                note(writing_note(writer, self._request.calibration.nsamples, self._request.calibration.seqlen))
-            self._data = self._request.calibration.load(self._source.tokenizer, writer, self._bos, shown)
-            self.calibration = self._request.calibration.describe(self._data)
+            self._data = (self._kept(output) if own else None) or self._draw(progress, tell=peers.rank == 0)
+            self._calibration = request.calibration.describe(self._data)
+        fingerprint = self.fingerprint(peers)
+        done = finished_report(output, fingerprint, options.overwrite) if options.resume else None
+        peers.wait()
+        return fingerprint, done
 
-    def recorded_text(self, output: Path) -> dict[str, Any] | None:
-        """The description of the text of a resumed run that had finished, if the model wrote it as this run asks. To
-        write the same text again would take long. Everything that it depends on is in the fingerprint."""
-        if not self._request.options.resume or not self._request.writes_own_text or self._bos is None:
-            return None
-        found = (read_manifest(output) or {"fingerprint": {}})["fingerprint"].get("calibration")
-        text = self._request.calibration
+    def _draw(self, progress: Progress, tell: bool) -> CalibrationData:
+        writer = None if self._source.offloaded else self._source.model
+        note = progress.note if tell else None
+        return self._request.calibration.load(self._source.tokenizer, writer, self._bos, progress.shown, note)
+
+    def _recorded(self, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
+        """The description of the text in an earlier run's fingerprint, if the model wrote it as this run asks.
+        Everything else that the text depends on is in the fingerprint too."""
+        found, text = fingerprint.get("calibration"), self._request.calibration
         asked = {"source": text.source, "nsamples": text.nsamples, "seqlen": text.seqlen, "seed": text.seed}
-        asked["bos"] = self._bos.to_dict()
-        same = isinstance(found, dict) and found == {**asked, "sha256": found.get("sha256")}
-        return found if same else None
+        asked["bos"] = None if self._bos is None else self._bos.to_dict()
+        return found if isinstance(found, dict) and found == {**asked, "sha256": found.get("sha256")} else None
+
+    def _kept(self, output: Path) -> CalibrationData | None:
+        """The text that the model wrote for an unfinished run, if it is complete and was written as this run asks."""
+        earlier, text = recorded_fingerprint(output), self._request.calibration
+        found, file = self._recorded(earlier), folder_of(output) / TEXT
+        if found is None or earlier.get("model") != self._model or not file.is_file() or self._bos is None:
+            return None
+        ids = np.fromfile(file, "<i8")
+        if ids.size != text.nsamples * text.seqlen:
+            return None
+        tokens = torch.from_numpy(ids).view(text.nsamples, text.seqlen)
+        same = tokens_sha256(tokens) == found["sha256"]
+        return CalibrationData(tokens, text.source, text.seed, found["sha256"], self._bos) if same else None
+
+    def keep(self, workspace: Workspace) -> None:
+        """Writes the text into the folder of the run, if the model wrote it."""
+        if self._data is not None and self._request.writes_own_text:
+            self._data.tokens.numpy().astype("<i8").tofile(workspace.folder / TEXT)
+
+    def described(self) -> dict[str, Any]:
+        """What the report says of the run's inputs."""
+        return {
+            "model": self._request.model,
+            "base_model": hub_name(self._request.model),
+            "calibration": self._calibration,
+            "statistics": self.statistics,
+            "command": run_command(self._request),
+        }
 
     @property
     def statistics(self) -> str:
@@ -237,13 +283,12 @@ class _Inputs:
             return "of the dense model, from a file"
         return "of the dense model, kept in a file" if self._request.options.save_stats else "of the run"
 
-    def fingerprint(self, peers: Peers, calibration: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Everything that the output depends on, as plain values. ``calibration``: the text's description, if it was
-        not drawn."""
+    def fingerprint(self, peers: Peers) -> dict[str, Any]:
+        """Everything that the output depends on, as plain values."""
         return {
             "versions": versions(),
             "model": self._model,
-            "calibration": calibration or self.calibration,
+            "calibration": self._calibration,
             "config": self._request.config.to_dict(),
             "device": self._request.device.type,
             "threads": torch.get_num_threads(),  # sums in float32 depend on it
@@ -258,12 +303,14 @@ class _Inputs:
             return torch.zeros(0, 0, dtype=torch.long)
         return share_of(self._data.tokens, peers)
 
-    def statistics_writer(self, workspace: Workspace, peers: Peers) -> StatisticsWriter | None:
+    def statistics_writer(self, workspace: Workspace, peers: Peers) -> "StatisticsWriter | None":
         """The writer of the statistics file, if the run saves one."""
         path = self._request.options.save_stats
         if path is None:
             return None
-        fingerprint = {"model": self._model, "calibration": self.calibration}
+        from ace_ext.runs.statistics_file import StatisticsWriter
+
+        fingerprint = {"model": self._model, "calibration": self._calibration}
         return StatisticsWriter(path, workspace.folder / "stats", fingerprint, writes=peers.rank == 0)
 
 

@@ -117,10 +117,10 @@ class _NoTokenizer:
     eos_token_id: int | None = None
 
     def __len__(self) -> int:
-        raise InputError("tokenizer: there is none beside config.json")
+        raise InputError("tokenizer: there is none next to config.json")
 
     def __call__(self, text: str, *, add_special_tokens: bool = True, verbose: bool = True) -> Mapping[str, list[int]]:
-        raise InputError("tokenizer: there is none beside config.json")
+        raise InputError("tokenizer: there is none next to config.json")
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> object:
-        raise InputError("tokenizer: there is none beside config.json")
+        raise InputError("tokenizer: there is none next to config.json")

@@ -25,11 +25,10 @@ from ace_ext.pruning.metrics import METRICS
 from ace_ext.pruning.sketch import SketchState
 from ace_ext.pruning.stages import MatrixStage, stages_of
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
-from ace_ext.runs.own_files import stored_member
+from ace_ext.runs.own_files import DESCRIPTION, stored_member
 from ace_ext.whole_files import written_whole
 
 FORMAT = 1
-_DESCRIPTION = "statistics.json"
 
 
 class StatisticsWriter:
@@ -60,21 +59,23 @@ class StatisticsWriter:
         part.replace(self.folder / name)
         self._own.add(name)
 
-    def finish(self, kinds: frozenset[str]) -> Path:
-        """Packs the blobs into the file and returns its path. ``kinds``: the kinds of statistics that they hold."""
+    def finish(self, kinds: frozenset[str]) -> str:
+        """Packs the blobs into the file, and returns a line about it. ``kinds``: the kinds of statistics that they
+        hold."""
+        note = f"statistics written to {self.path}: {reusable(kinds)}"
         if not self.writes:
-            return self.path
+            return note
         description = {"format": FORMAT, "inputs": "dense model", "kinds": sorted(kinds), **self.fingerprint}
         with (
             written_whole(self.path) as part,
             zipfile.ZipFile(part, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
         ):
-            archive.writestr(_DESCRIPTION, json.dumps(description, indent=1))
+            archive.writestr(DESCRIPTION, json.dumps(description, indent=1))
             for blob in sorted(self.folder.iterdir()):
                 if blob.name not in self._own:
                     _check(blob)
                 archive.write(blob, blob.name)
-        return self.path
+        return note
 
 
 def reusable(kinds: frozenset[str]) -> str:
@@ -127,7 +128,7 @@ class SavedStatistics:
             if not self.path.is_file():
                 raise FileNotFoundError("No such file")
             self._archive = zipfile.ZipFile(self.path)
-            description = json.loads(stored_member(self._archive, _DESCRIPTION))
+            description = json.loads(stored_member(self._archive, DESCRIPTION))
             if description["format"] != FORMAT:
                 raise ValueError(f"its format is {description['format']}, not {FORMAT}")
             kept = frozenset(description["kinds"])
@@ -159,7 +160,7 @@ class SavedStatistics:
         for child in children:
             if child not in stats:
                 raise InputError(
-                    f"stats {str(self.path)!r} has none of {name}.{child}; collect again with the same skip"
+                    f"stats {str(self.path)!r} has no statistics of {name}.{child}; collect again with the same skip"
                 )
         return stats
 

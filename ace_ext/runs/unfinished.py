@@ -13,20 +13,25 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from ace_ext.cards import write_card
+from ace_ext.cards import BASE_CARD, CARD, write_card
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import differences
-from ace_ext.formats import complete, exchanging
+from ace_ext.formats import OutputWriter, complete, exchanging
+from ace_ext.models.blocks import Block
 from ace_ext.models.safetensors_files import umask
-from ace_ext.records import PruneReport
-from ace_ext.runs.own_files import write_manifest
+from ace_ext.records import REPORT_NAME, PruneReport
+from ace_ext.runs.own_files import MANIFEST_NAME, write_manifest
 from ace_ext.whole_files import sync_folder, write_whole
 
 FORMAT = 1
+
+AT_THE_END = frozenset({CARD, BASE_CARD, REPORT_NAME, MANIFEST_NAME})
+"""Files that :meth:`UnfinishedRun.finish` writes. It replaces files of these names that were copied from the dense
+model."""
 
 
 class UnfinishedRun:
@@ -91,8 +96,8 @@ class UnfinishedRun:
             changed = differences(dict(state["fingerprint"]), self.fingerprint)
         if changed:
             raise InputError(
-                f"resume: the unfinished run was another one: {'; '.join(changed)}; give the same arguments, or start "
-                "over without --resume"
+                f"resume: the unfinished run differs from this one: {'; '.join(changed)}; give the same arguments, or "
+                "start over without --resume"
             )
         with self._damage_told():
             self._take_state(state)
@@ -184,10 +189,12 @@ def check_own(folder: Path) -> None:
         InputError: it is a link or a file, or holds a link or something that no run puts there.
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise InputError(f"{str(folder)!r} is in the way: a link or a file, not the folder of a run; remove it")
+        raise InputError(f"{str(folder)!r} is a link or a file where the run needs a folder; remove it")
     for path in sorted(folder.iterdir()) if folder.exists() else ():
         if path.is_symlink() or not (path.is_file() or path.is_dir()) or not _OWN.fullmatch(path.name):
-            raise InputError(f"{str(path)!r} was not made by ace-prune, and its folder is needed; move it away")
+            raise InputError(
+                f"{str(path)!r} was not made by ace-prune, and the run needs its folder; move it elsewhere"
+            )
 
 
 def recorded_fingerprint(output: Path) -> dict[str, Any]:
@@ -222,7 +229,7 @@ def recover(output: Path) -> None:
         elif old.is_dir() and not output.exists():
             os.replace(old, output)
         elif old.is_dir():
-            raise InputError(f"output {str(output)!r} is there twice, also as {str(old)!r}: remove or move one of them")
+            raise InputError(f"output {str(output)!r} exists twice, also as {str(old)!r}; remove or move one of them")
 
 
 def discard(output: Path) -> None:
@@ -236,6 +243,34 @@ def discard(output: Path) -> None:
     if folder.is_dir():
         with _locked(folder, output) or contextlib.nullcontext():
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_written(model: Path, writer: OutputWriter, blocks: list[Block], sums: Mapping[str, Any]) -> None:
+    """Checks that the output of an unfinished run has not changed since it was written, by its checksums.
+
+    Args:
+        model: the folder.
+        writer: its writer.
+        blocks: all blocks of the model.
+        sums: ``rest`` and ``blocks``, the checksums of :class:`ace_ext.formats.OutputWriter`; only those of written
+            blocks.
+
+    Raises:
+        InputError: they differ; the message names the file or the block.
+    """
+    rest = writer.rest(blocks)
+    if rest is None:
+        return
+    kept = {name: value for name, value in sums["rest"].items() if name not in AT_THE_END}
+    changed = [str(model / name) for name, value in kept.items() if rest.get(name) != value]
+    for block in blocks:
+        if block.name in sums["blocks"] and writer.written(block) != sums["blocks"][block.name]:
+            changed.append(f"{block.name} in {model}")
+    if changed:
+        raise InputError(
+            f"resume: {changed[0]} has changed since the run wrote it (its checksum differs); start over without "
+            "--resume"
+        )
 
 
 def _locked(folder: Path, output: Path) -> TextIO | None:

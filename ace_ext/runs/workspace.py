@@ -17,8 +17,7 @@ from ace_ext.formats import OutputWriter
 from ace_ext.models.blocks import Block
 from ace_ext.models.hidden_states import HiddenStates, Layout
 from ace_ext.records import BlockReport, PruneReport
-from ace_ext.runs.unfinished import UnfinishedRun
-from ace_ext.runs.written_sums import check_written
+from ace_ext.runs.unfinished import UnfinishedRun, check_written
 
 LEAST_COST = 0.5
 """Seconds. Hidden states that take less time to write are written after each block."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ace_ext.cards.mask_words import UNUSED, mask_words
+from ace_ext.cards.card import UNUSED, mask_words
 from ace_ext.pruning.method import PRESETS, PUBLISHED
 from ace_ext.pruning.metrics import METRICS
 

@@ -9,7 +9,7 @@ from folders import save_dense
 from tiny_models import make_model
 
 from ace_ext.cli import main as cli
-from ace_ext.cli.selection import add_selection, glob_pattern, skip_from
+from ace_ext.cli.args import add_selection, glob_pattern, skip_from
 from ace_ext.models.blocks import find_blocks
 
 

@@ -143,7 +143,7 @@ def test_long_text_brings_no_warning_of_the_tokenizer():
         (["a"], {"seqlen": 10}, "seqlen: 10 found, but the whole text has 1 tokens; give more text"),
         ([], {}, "documents: the tokenizer found no token in the text; give a text that is not empty"),
         ([""], {}, "documents: the tokenizer found no token in the text; give a text that is not empty"),
-        ("abc", {}, "documents: found one string; pass a list of strings, one a document"),
+        ("abc", {}, "documents: found one string; pass a list of strings, one per document"),
     ],
 )
 def test_bad_request_is_refused(tokenizer, documents, arguments, message):
@@ -187,7 +187,8 @@ def test_the_note_about_writing_changes_nothing(model, tokenizer):
     before = torch.random.get_rng_state()
     note = writing_note(model, 40, 12)
     assert re.fullmatch(
-        r"the model writes 480 tokens of calibration text \(about [\d,]+ s\); --calibration TEXT saves this", note
+        r"the model writes 480 tokens of calibration text \(about [\d,]+ s\); pass --calibration TEXT to avoid this",
+        note,
     )
     assert model.training
     assert torch.equal(torch.random.get_rng_state(), before)

@@ -219,7 +219,7 @@ def test_pip_fetches_the_wheel_into_the_cache(tmp_path, no_gensim, index, news, 
 def test_pip_that_finds_nothing_is_reported_in_its_words(tmp_path, no_gensim, index, capfd):
     cache = tmp_path / "cache"
     message = refusal("news-mini", cache_dir=cache)
-    assert message.startswith(f"source news-mini: no gensim with this text is installed or in {cache}; pip fetched")
+    assert message.startswith(f"source news-mini: gensim with this text is neither installed nor in {cache}, and pip")
     assert "No matching distribution found for gensim" in message
     assert "put a wheel of gensim==4.4.0 into that folder, or use a local .txt or .jsonl file" in message
     assert list(cache.iterdir()) == []
@@ -266,7 +266,7 @@ def test_other_code_is_refused(tmp_path, no_gensim, index, code, change):
 def test_cache_that_cannot_be_made_is_refused(tmp_path, no_gensim):
     (tmp_path / "file").write_text("in the way")
     message = refusal("news-mini", cache_dir=tmp_path / "file")
-    assert message.startswith("source news-mini: no gensim with this text is installed or in")
+    assert message.startswith("source news-mini: gensim with this text is neither installed nor in")
     assert "File exists" in message
 
 
@@ -363,7 +363,7 @@ GOOD_LINE = '{"text": "good"}\n'
         ('["text"]', r"source: .*a\.jsonl, line 2: found a JSON list; each line must be one JSON object"),
         ('{"id": 1, "body": ""}', r"text_field: .*a\.jsonl, line 2: no field 'text'; fields found: 'id', 'body'; name"),
         ("{}", r"text_field: .*a\.jsonl, line 2: no field 'text'; fields found: none; name"),
-        ('{"text": null}', r"text_field: .*a\.jsonl, line 2: field 'text' is a NoneType, no string; name"),
+        ('{"text": null}', r"text_field: .*a\.jsonl, line 2: field 'text' is a NoneType, not a string; name"),
         (r'{"text": "\ud83d"}', r"text_field: .*a\.jsonl, line 2: field 'text' holds half a surrogate pair"),
     ],
 )

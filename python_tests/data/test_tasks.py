@@ -161,7 +161,7 @@ def test_the_samples_of_a_group_are_those_of_its_tasks():
     counts = {"a": {"effective": 3}, "b": {"effective": 4}}
     found = {"results": {"x": {"acc,none": 1.0}}, "n-samples": counts, "group_subtasks": {"x": ["a", "b"]}}
     assert tasks_module._score("x", found).samples == 7
-    with pytest.raises(InputError, match="gives no figure for 'y'"):
+    with pytest.raises(InputError, match="reports no score for 'y'"):
         tasks_module._score("y", found)
 
 

@@ -266,7 +266,7 @@ def test_stopped_and_resumed(stop, dense, whole, tmp_path, monkeypatch):
             prune(dense, out, calibration=MANY, method=DISTILL)
     assert not out.exists()
     assert ".out.pruned.unfinished" in names(tmp_path)
-    other = r"resume: the unfinished run was another one: .*method was .*tokens=3072.*, now .*tokens=2\b"
+    other = r"resume: the unfinished run differs from this one: .*method was .*tokens=3072.*, now .*tokens=2\b"
     with pytest.raises(InputError, match=other):
         prune(dense, out, {"resume": True}, MANY, method="admm + distill(tokens=2, learning_rate=0.0025)")
     walked = []

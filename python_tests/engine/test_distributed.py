@@ -200,7 +200,7 @@ def test_resumed_by_as_many_and_refused_by_others(tmp_path):
     status, _, _ = ranks(dense, tmp_path / "out", script=DIES_IN_THE_THIRD_BLOCK)
     assert status != 0
     assert json.loads((tmp_path / ".out.unfinished" / "state.json").read_text())["finished"] == 2
-    with pytest.raises(InputError, match="resume: the unfinished run was another one: processes was 2, now 1"):
+    with pytest.raises(InputError, match="resume: the unfinished run differs from this one: processes was 2, now 1"):
         prune(dense, tmp_path / "out", {"resume": True})
     status, _, err = ranks(dense, tmp_path / "out", "--resume", processes=3)
     assert status != 0

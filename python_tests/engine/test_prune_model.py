@@ -79,6 +79,18 @@ def test_every_row_keeps_exactly_k(family, order, batch_tokens):
     assert all(torch.equal(parameters[name], value) for name, value in untouched.items())
 
 
+@pytest.mark.parametrize("group", ["row", "model"])
+@pytest.mark.parametrize("method", ["ace", "cosp"])
+def test_outputs_too_small_for_token_weights_are_refused_with_a_mend(method, group):
+    model = make_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.mul_(1e-22)
+    with pytest.raises(
+        InputError, match=r"moment must be finite .*below 1e-19\): use a score without token weights, su"
+    ):
+        prune_model(model, make_tokens(), method=method, group=group)
+
+
 def test_one_forward_equals_stages():
     """Sequential order: pruning inside one forward and in steps over batches see the same inputs."""
     one, several = make_model("llama"), make_model("llama")

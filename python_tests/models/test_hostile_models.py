@@ -63,7 +63,7 @@ def test_a_link_out_of_the_folder_is_not_copied(name, dense, tmp_path, capsys):
     (tmp_path / "secret").write_text((dense / name).read_text() if (dense / name).exists() else "{}")
     (dense / name).unlink(missing_ok=True)
     (dense / name).symlink_to("../secret")
-    refused(dense, capsys, "is a link out of the model's folder", verbs=("run",))
+    refused(dense, capsys, "outside the model's folder", verbs=("run",))
 
 
 def test_links_within_the_folder_and_of_a_hub_cache(dense, tmp_path, capsys):

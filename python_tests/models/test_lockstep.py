@@ -97,7 +97,8 @@ def flops(monkeypatch):
 
         return call
 
-    engine = ("batch_states", "collection", "strategies.in_lockstep", "strategies.in_steps")
+    strategies = (f"strategies.{name}" for name in ("in_lockstep", "in_steps", "one_forward"))
+    engine = ("batch_states", "collection", *strategies)
     for place in ("models.replay", "models.lockstep", *(f"engine.{name}" for name in engine)):
         monkeypatch.setattr(f"ace_ext.{place}.run_block", counting(run_block))
     monkeypatch.setattr(in_lockstep, "output_of_linear", counting(in_lockstep.output_of_linear))

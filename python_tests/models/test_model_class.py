@@ -132,7 +132,7 @@ def test_what_reads_no_text_from_left_to_right(tmp_path, capsys):
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
     config = transformers.BartConfig(vocab_size=VOCABULARY, d_model=32, **layers, **heads)
     bart = save(transformers.BartForConditionalGeneration(config), tmp_path / "bart")
-    assert "is an encoder and a decoder (BartForConditionalGeneration)" in bad_input(capsys, "run", bart)
+    assert "has an encoder and a decoder (BartForConditionalGeneration)" in bad_input(capsys, "run", bart)
     vit = transformers.ViTForImageClassification(transformers.ViTConfig(**_SIGHT, image_size=32, patch_size=8))
     message = bad_input(capsys, "run", save(vit, tmp_path / "vit"))
     assert "not a language model: ViTForImageClassification reads pixel_values" in message
@@ -143,7 +143,7 @@ def test_a_class_of_another_configuration_is_not_taken(tmp_path):
     dense = saved("LlamaForSequenceClassification", tmp_path / "dense")
     values = json.loads((dense / "config.json").read_text())
     (dense / "config.json").write_text(json.dumps(values | {"architectures": ["BertForMaskedLM"]}))
-    with pytest.raises(InputError, match="do not fit its configuration"):
+    with pytest.raises(InputError, match="do not match its configuration"):
         load_model(str(dense))
 
 

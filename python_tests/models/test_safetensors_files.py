@@ -143,7 +143,7 @@ def sharded(tmp_path):
 def test_a_missing_shard_is_named(sharded):
     gone = sorted(sharded.glob("*.safetensors"))[1]
     gone.unlink()
-    with pytest.raises(InputError, match=f"misses {gone.name} that its index names"):
+    with pytest.raises(InputError, match=f"lacks {gone.name}, which its index names"):
         Shards(sharded)
 
 

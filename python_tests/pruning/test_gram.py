@@ -173,3 +173,14 @@ def test_attempts_are_bounded():
     state.matrix.diagonal()[:] = 1e-30  # negative whatever the damping
     with pytest.raises(InputError, match=rf"up to {1e-2 * 10 ** (MAX_ATTEMPTS - 1):g} of its mean diagonal"):
         state.obs_factor(0.01)
+
+
+@pytest.mark.parametrize("at_once", [1, 40, 2**16])
+def test_masked_is_the_product_with_the_mask(at_once, monkeypatch):
+    monkeypatch.setattr(gram, "MASKED_AT_ONCE", at_once)
+    weight, mask = torch.randn(7, 33), torch.rand(7, 33) < 0.5
+    expected = torch.where(mask, weight, 0.0)
+    out = torch.full_like(weight, torch.nan)
+    assert gram.masked(weight, mask, out=out) is out
+    assert torch.equal(out, expected)
+    assert torch.equal(gram.masked(weight, mask, out=weight), expected)

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,8 +72,7 @@ class Shrink(Solve):
 
 @pytest.fixture
 def shrinking(monkeypatch):
-    monkeypatch.setattr(stages, "STAGES", dict(stages.STAGES))
-    monkeypatch.setattr(method, "STAGES", stages.STAGES)
+    monkeypatch.setattr(stages.STAGES, "_loaders", dict(stages.STAGES._loaders))
     stages.register(Shrink)
 
 
@@ -119,6 +120,24 @@ def test_every_stage_is_a_file_of_its_own():
     assert sorted(name.replace("-", "_") for name in stages.STAGES) == sorted(path.stem for path in files)
     for stage in stages.STAGES.values():
         assert stage.__module__ == f"ace_ext.pruning.stages.{stage.name.replace('-', '_')}"
+
+
+def test_a_run_imports_only_its_stages_and_its_format(tmp_path):
+    dense = save_dense(tmp_path / "dense")
+    program = f"""
+import sys
+from ace_ext.cli.main import main
+assert main({[*command(dense, tmp_path / "out")[3:], "--quiet"]!r}) == 0
+print("imported", *sorted(name for name in sys.modules if name.startswith("ace_ext.")))
+"""
+    child = [sys.executable, "-c", program]
+    lines = subprocess.run(child, cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+    imported = lines[-1].split()[1:]
+    for package, used in (("pruning.stages", {"collect", "score"}), ("engine.strategies", {"one_forward"})):
+        prefix = f"ace_ext.{package}."
+        found = {name.removeprefix(prefix) for name in imported if name.startswith(prefix)}
+        assert {name for name in found if not name.startswith("_")} == used
+    assert not [name for name in imported if name.startswith(("ace_ext.packed", "ace_ext.healing"))]
 
 
 # A comparison group
@@ -179,15 +198,11 @@ class ListOfBlocks:
 
 
 def test_a_format_is_one_file(tmp_path, monkeypatch, capsys):
-    before = dict(FORMATS)
+    monkeypatch.setattr(FORMATS, "_loaders", dict(FORMATS._loaders))
     register(OutputFormat("list", "the names of the blocks", ListOfBlocks))
-    try:
-        dense = save_dense(tmp_path / "dense")
-        assert main([*command(dense, tmp_path / "out")[3:], "--format", "list"]) == 0
-        assert "the names of the blocks" in help_all_of("run")
-    finally:
-        FORMATS.clear()
-        FORMATS.update(before)
+    dense = save_dense(tmp_path / "dense")
+    assert main([*command(dense, tmp_path / "out")[3:], "--format", "list"]) == 0
+    assert "the names of the blocks" in help_all_of("run")
     written = json.loads((tmp_path / "out" / "blocks.json").read_text())
     assert written == {"sparsity": 0.5, "blocks": [f"model.layers.{i}" for i in range(3)]}
     assert (tmp_path / "out" / "ace_report.json").is_file()

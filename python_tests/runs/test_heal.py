@@ -264,7 +264,10 @@ def test_a_folder_that_was_not_pruned(place, tmp_path):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (1.0, r"is not as ace-prune wrote it: model\S+: \d+ non-zeros, but .* \(and 1 more, see ace-prune verify\); "),
+        (
+            1.0,
+            r"has changed since ace-prune wrote it: model\S+: \d+ non-zeros, but .* \(and 1 more, see ace-prune verify\)",
+        ),
         (float("nan"), "holds NaN or infinity"),
     ],
     ids=["a-zero-filled", "nan"],
@@ -447,7 +450,7 @@ def test_resume_refuses_another_run(place, tmp_path, monkeypatch):
         ({"settings": replace(SETTINGS, learning_rate=0.005)}, r"settings.learning_rate was 0.015, now 0.005"),
         ({"tokens": 2048}, r"budget.tokens was 1024, now 2048"),
     ):
-        with pytest.raises(InputError, match=f"resume: the unfinished run was another one: .*{message}"):
+        with pytest.raises(InputError, match=f"resume: the unfinished run differs from this one: .*{message}"):
             heal_folder(request(place / "pruned", out, resume=True, **changed))
     report, _ = heal_folder(request(place / "pruned", out, resume=True))
     assert report.healing.steps == 16

@@ -182,7 +182,8 @@ IN_PARTS = [(setting, parts) for setting in SOLVERS if "admm" in setting["method
 @pytest.mark.parametrize(("setting", "parts"), [*((setting, 1) for setting in SOLVERS), *IN_PARTS], ids=str)
 def test_a_solver_holds_what_is_estimated(setting, shape, parts, monkeypatch):
     """Counts tensors only, so not the rows that swaps copies."""
-    monkeypatch.setattr(gram, "LOSS_ROWS", 16)  # of a real matrix it is a small part
+    monkeypatch.setattr(gram, "LOSS_ROWS", 16)  # of a real matrix these are a small part
+    monkeypatch.setattr(gram, "MASKED_AT_ONCE", 2**10)
     monkeypatch.setattr(admm, "PART_ENTRIES", shape[0] * shape[1] // parts)
     monkeypatch.setattr(quantize, "PART_ENTRIES", shape[0] * shape[1] // parts)
     config = PruneConfig(**setting)

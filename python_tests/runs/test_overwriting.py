@@ -175,7 +175,7 @@ def test_what_no_run_made_is_not_touched(make, place, capsys):
             "model": lambda: (folder / "model").symlink_to(victim),
             "pipe": lambda: os.mkfifo(folder / "lock"),
         }[make]()
-    message = "is in the way" if make in ("link", "file") else "was not made by ace-prune"
+    message = "where the run needs a folder" if make in ("link", "file") else "was not made by ace-prune"
     refused(place, capsys, message)
     refused(place, capsys, message, "--resume")
 

@@ -15,7 +15,7 @@ from tiny_models import make_model
 
 from ace_ext import InputError
 from ace_ext.cli.main import main
-from ace_ext.data import windows
+from ace_ext.data import generate
 from ace_ext.fingerprint import differences, fingerprint_of_files
 from ace_ext.runs import pipeline, unfinished
 from ace_ext.runs.unfinished import recover
@@ -230,7 +230,9 @@ def change_config(folder):
 def test_another_run_is_not_resumed(change, calibration, config, named, stopped, tmp_path):
     if change:
         change(stopped)
-    with pytest.raises(InputError, match=rf"resume: the unfinished run was another one: .*{named}.*start over without"):
+    with pytest.raises(
+        InputError, match=rf"resume: the unfinished run differs from this one: .*{named}.*start over without"
+    ):
         prune(stopped, tmp_path / "out", RESUME, calibration, **config)
     assert finished_blocks(tmp_path / ".out.unfinished") == 2  # what there is stays
 
@@ -385,13 +387,35 @@ def test_a_finished_run_is_not_repeated(tmp_path, capsys):
     assert tree(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize("damage", [None, "cut", "changed"])
+def test_a_resumed_run_takes_the_text_that_the_model_wrote(tmp_path, monkeypatch, damage):
+    dense = save_dense(tmp_path / "dense")
+    own = {"source": "self", "nsamples": 4}
+    _, whole = prune(dense, tmp_path / "whole", calibration=own)
+    with monkeypatch.context() as patch:
+        crash_after(patch, 2)
+        with pytest.raises(Crash):
+            prune(dense, tmp_path / "out", calibration=own)
+    text = tmp_path / ".out.unfinished" / pipeline.TEXT
+    if damage == "cut":
+        text.write_bytes(text.read_bytes()[:-8])
+    elif damage == "changed":
+        flip(text, 8)
+    written = []
+    real = generate.self_generated
+    monkeypatch.setattr(generate, "self_generated", lambda *args, **kw: written.append(1) or real(*args, **kw))
+    _, out = prune(dense, tmp_path / "out", RESUME, calibration=own)
+    assert weights_bytes(out) == weights_bytes(whole)
+    assert len(written) == (damage is not None)
+
+
 def test_a_finished_run_on_the_models_own_text_writes_none(tmp_path, monkeypatch):
     dense = save_dense(tmp_path / "dense")
     own = {"source": "self", "nsamples": 4}
     report, out = prune(dense, tmp_path / "out", calibration=own)
     before = tree(out)
     with monkeypatch.context() as patch:
-        patch.setattr(windows, "self_generated", lambda *_, **__: pytest.fail("text was written"))
+        patch.setattr(generate, "self_generated", lambda *_, **__: pytest.fail("text was written"))
         assert prune(dense, out, RESUME, calibration=own) == (report, out)
         with pytest.raises(InputError, match=r"other arguments \(config\.sparsity was 0\.5, now 0\.6\)"):
             prune(dense, out, RESUME, calibration=own, sparsity=0.6)
@@ -409,7 +433,7 @@ def test_two_outputs_after_a_crash_are_left_to_the_user(replacing, tmp_path, mon
         with pytest.raises(Crash):
             prune(dense, tmp_path / "out", {"overwrite": True})
     shutil.copytree(dense, tmp_path / "out")
-    with pytest.raises(InputError, match=r"is there twice, also as .*old'"):
+    with pytest.raises(InputError, match=r"exists twice, also as .*old'"):
         prune(dense, tmp_path / "out", {"overwrite": True})
     assert weights_bytes(tmp_path / ".out.unfinished" / "old") == old
 

@@ -9,10 +9,13 @@ import torch
 from folders import command, prune, save_dense, weights_bytes
 from tiny_models import make_model
 
-from ace_ext import InputError
+from ace_ext import InputError, PruneConfig
 from ace_ext.cli.main import main
+from ace_ext.models.blocks import find_blocks
 from ace_ext.pruning.metrics import METRICS
 from ace_ext.runs import statistics_file
+from ace_ext.runs.memory_model import estimate
+from ace_ext.runs.own_files import stored_sizes
 from ace_ext.runs.workspace import Workspace
 
 
@@ -190,7 +193,7 @@ def test_another_model(dense):
 def test_another_skip(dense):
     file, _ = keep(dense, skip=("down_proj",))
     with pytest.raises(
-        InputError, match=r"has none of model\.layers\.0\.mlp\.down_proj; collect again with the same skip"
+        InputError, match=r"has no statistics of model\.layers\.0\.mlp\.down_proj; collect again with the same skip"
     ):
         from_file(dense, file)
     from_file(dense, file, "less", skip=("down_proj", "up_proj"))
@@ -219,7 +222,7 @@ def rewrite(file, **changed) -> None:
             "format is 7, not 1",
         ),
         (lambda f: rewrite(f, **{"model.layers.1": b"short"}), r"is damaged at model\.layers\.1"),
-        (lambda f: rewrite(f, **{"model.layers.1": None}), r"has none of model\.layers\.1\.self_attn"),
+        (lambda f: rewrite(f, **{"model.layers.1": None}), r"has no statistics of model\.layers\.1\.self_attn"),
         (lambda f: flip_a_bit(f), r"is damaged at model\.layers\.2: Bad CRC"),
         (lambda f: encrypt(f), r"is not a file of --save-stats.*encrypted"),
         (lambda f: compress(f), r"is not a file of --save-stats: statistics\.json is compressed"),
@@ -299,6 +302,40 @@ def test_linears_of_one_input_share_it_in_the_file(dense):
     assert stats["mlp.gate_proj"].input is stats["mlp.up_proj"].input
     assert stats["self_attn.q_proj"].input is not stats["self_attn.o_proj"].input
     assert stats["self_attn.q_proj"].weighted is not stats["self_attn.v_proj"].weighted
+
+
+def test_memory_is_planned_from_the_files_sizes(dense):
+    """A block's statistics, which Linears share, twice while they are read; no activations and no hidden states."""
+    file, _ = keep(dense, method="admm")
+    saved = statistics_file.SavedStatistics(file, description(file)["model"], frozenset())
+    read = []
+    for index in range(3):
+        parts = [part for stats in saved.block(f"model.layers.{index}", (), "cpu").values() for part in all_of(stats)]
+        read.append(sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in parts}.values()))
+    model = make_model("llama", torch.bfloat16)
+
+    def planned(stored, **config):
+        config = PruneConfig(**config).on_dense_blocks()
+        return estimate(model, find_blocks(model), None, config, 128, 128, offload=False, process=0, stored=stored)
+
+    found = planned(stored_sizes(file), method="admm")
+    assert max(read) <= found.statistics <= 1.2 * max(read)  # the file has headers too
+    assert found.hidden == 0
+    assert found.total - found.model < 0.5 * (planned(None, method="admm").total - found.model)
+    whole = planned(stored_sizes(file), method="wanda", group="model")
+    assert sum(read) <= whole.statistics <= 1.2 * sum(read)
+    assert whole.forward == max(stored_sizes(file))
+
+
+def all_of(stats):
+    for part in stats.parts().values():
+        yield from part if isinstance(part, list) else [part] if torch.is_tensor(part) else part.tensors().values()
+
+
+def test_sizes_of_a_file_of_another_kind(tmp_path):
+    assert stored_sizes(tmp_path / "none.zip") == []
+    (tmp_path / "text.zip").write_text("text")
+    assert stored_sizes(tmp_path / "text.zip") == []
 
 
 def test_it_is_said_what_a_file_serves(dense, capsys):

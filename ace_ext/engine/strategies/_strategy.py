@@ -7,9 +7,13 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from ace_ext.engine.matrix_pruner import Reports
+from ace_ext.engine.batch_states import BatchStates
+from ace_ext.engine.collection import Collection
+from ace_ext.engine.context import RunContext
+from ace_ext.engine.matrix_pruner import MatrixPruner, Reports
 from ace_ext.engine.model_shape import ModelShape, statistics_bytes
 from ace_ext.models.blocks import Block
+from ace_ext.pruning.statistics import LinearStatistics, StatisticsCollector
 
 HEAP_TENSOR = 2**25
 """Smaller tensors are allocated on glibc's heap, which may keep freed memory in the process."""
@@ -25,10 +29,20 @@ class RunSizes:
     batch: int  # tokens of a batch
     seqlen: int
     needs: frozenset[str]  # kinds of statistics
+    stored: Sequence[int] | None = None
+    """Bytes of each block's statistics in a file, if they come from there; no token passes a block then."""
 
-    def forward(self) -> int:
-        """Bytes of the activations of one batch in a block."""
-        return self.shape.forward_bytes(self.batch, self.seqlen, self.needs)
+    def forward(self, needs: frozenset[str] | None = None) -> int:
+        """Bytes of the activations of one batch in a block, while the kinds ``needs`` (default: the run's) are
+        collected. With statistics from a file: bytes of the file while a block's are read."""
+        if self.stored is not None:
+            return max(self.stored, default=0)
+        return self.shape.forward_bytes(self.batch, self.seqlen, self.needs if needs is None else needs)
+
+    def sample_outputs(self) -> int:
+        """At most the bytes of a matrix's outputs for its sample rows: dense, and before and after pruning in
+        float32."""
+        return StatisticsCollector.SAMPLE_ROWS * self.shape.widest * (self.shape.itemsize + 8)
 
     def pending(self, at_a_stop: int) -> int:
         """Bytes that unfinished forwards of all batches hold while a matrix is pruned: ``at_a_stop``, or where freed
@@ -74,6 +88,28 @@ class Strategy(Protocol):
     @classmethod
     def memory(cls, sizes: RunSizes) -> StrategyBytes:
         """The memory that it takes."""
+        ...
+
+
+class WalkStrategy:
+    """What the strategies of a walk work with.
+
+    Args:
+        states: the walk's.
+        collection: collects statistics.
+        pruner: prunes each matrix.
+        context: of the run.
+    """
+
+    def __init__(self, states: BatchStates, collection: Collection, pruner: MatrixPruner, context: RunContext) -> None:
+        self._states, self._collection, self._pruner, self._context = states, collection, pruner, context
+
+
+class DenseStrategy(Strategy, Protocol):
+    """A strategy that reads all statistics of a block while the block is dense."""
+
+    def statistics(self, block: Block, index: int) -> dict[str, LinearStatistics]:
+        """Statistics of all Linears of dense block ``index``. Its outputs become the next block's inputs."""
         ...
 
 

@@ -4,11 +4,8 @@ from itertools import groupby
 
 from torch import Tensor
 
-from ace_ext.engine.batch_states import BatchStates
-from ace_ext.engine.collection import Collection
-from ace_ext.engine.context import RunContext
-from ace_ext.engine.matrix_pruner import MatrixPruner, Reports
-from ace_ext.engine.strategies._strategy import RunSizes, StrategyBytes, output_of_linear, same_inputs
+from ace_ext.engine.matrix_pruner import Reports
+from ace_ext.engine.strategies._strategy import RunSizes, StrategyBytes, WalkStrategy, output_of_linear, same_inputs
 from ace_ext.engine.strategies.in_steps import InSteps, step_order
 from ace_ext.errors import InputError
 from ace_ext.models.blocks import Block
@@ -17,37 +14,33 @@ from ace_ext.models.replay import run_block
 from ace_ext.pruning.statistics import StatisticsCollector
 
 
-class InLockstep:
+class InLockstep(WalkStrategy):
     """All batches go on to their next Linear, the first step that one of them has come to is pruned, and so on: one
     forward pass of each batch in all. A block that it does not serve is pruned in steps, to the same bytes."""
-
-    def __init__(self, states: BatchStates, collection: Collection, pruner: MatrixPruner, context: RunContext) -> None:
-        self._states, self._collection, self._pruner = states, collection, pruner
-        self._fits, self._stateless = context.keeps_forwards, context.stateless
 
     def prune(self, block: Block, index: int) -> Reports:
         """Prunes the block."""
         states, collection, peers = self._states, self._collection, self._pruner.peers
         order = step_order(states, collection, peers, block, index)
         if not all(peers.gather(order.complete and bool(order.steps) and self.serves(block, index))):
-            return InSteps(states, collection, self._pruner).prune_in(block, index, order)
+            return InSteps(states, collection, self._pruner, self._context).prune_in(block, index, order)
         return self._prune_in(block, index, one_by_one(block, order.steps))
 
     def serves(self, block: Block, index: int) -> bool:
         """Whether what the batches' unfinished forwards hold fits into memory, the block calls each Linear once and
         with its bias, and no module of it keeps state of its own (tried once for each kind of block)."""
-        states = self._states
-        fits = self._fits
+        states, stateless = self._states, self._context.stateless
+        fits = self._context.keeps_forwards
         if fits is None:
             fits = forwards_fit(block, states.hidden, states.device)
         if not fits or block.leaves_biases or self._collection.repeated(block, index):
             return False
         kind = tuple((name, type(module)) for name, module in block.module.named_modules())
-        if kind not in self._stateless:
+        if kind not in stateless:
             some = (0, len(states.calls) - 1)
             calls, hidden = [states.calls[i] for i in some], [states.hidden[i] for i in some]
-            self._stateless[kind] = keeps_no_state(block, index, calls, hidden)
-        return self._stateless[kind]
+            stateless[kind] = keeps_no_state(block, index, calls, hidden)
+        return stateless[kind]
 
     def _prune_in(self, block: Block, index: int, steps: list[list[str]]) -> Reports:
         states = self._states

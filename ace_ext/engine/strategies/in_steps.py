@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ace_ext.engine.batch_states import BatchStates
 from ace_ext.engine.collection import Collection
-from ace_ext.engine.matrix_pruner import MatrixPruner, Reports
+from ace_ext.engine.matrix_pruner import Reports
 from ace_ext.engine.protocols import Peers
-from ace_ext.engine.strategies._strategy import RunSizes, StrategyBytes, same_inputs
+from ace_ext.engine.strategies._strategy import RunSizes, StrategyBytes, WalkStrategy, same_inputs
 from ace_ext.errors import InputError
 from ace_ext.models.blocks import Block
 from ace_ext.models.replay import run_block
@@ -28,11 +28,8 @@ class StepOrder:
     """Whether the first batch called all Linears on this rank; if not, the others are the last step."""
 
 
-class InSteps:
+class InSteps(WalkStrategy):
     """Each step takes a forward pass of all batches, up to its last Linear; one more puts the outputs."""
-
-    def __init__(self, states: BatchStates, collection: Collection, pruner: MatrixPruner) -> None:
-        self._states, self._collection, self._pruner = states, collection, pruner
 
     def prune(self, block: Block, index: int) -> Reports:
         """Prunes the block."""

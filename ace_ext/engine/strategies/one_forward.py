@@ -5,27 +5,30 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from ace_ext.engine.batch_states import BatchStates
-from ace_ext.engine.collection import Collection
-from ace_ext.engine.matrix_pruner import MatrixPruner, Reports
-from ace_ext.engine.strategies._strategy import RunSizes, StrategyBytes, output_of_linear
+from ace_ext.engine.matrix_pruner import Reports
+from ace_ext.engine.strategies._strategy import RunSizes, StrategyBytes, WalkStrategy, output_of_linear
 from ace_ext.errors import InputError
 from ace_ext.models.blocks import Block
+from ace_ext.models.replay import run_block
 
 
-class OneForward:
+class OneForward(WalkStrategy):
     """One forward pass collects statistics, prunes, and computes the next block's inputs.
 
     A Linear returns the output of its pruned weight. If the statistics do not read the dense output, the Linear is
-    pruned before its forward, which then runs only once.
+    pruned before its forward, which then runs only once. A block that calls a Linear more than once is pruned in
+    lockstep.
     """
 
-    def __init__(self, states: BatchStates, collection: Collection, pruner: MatrixPruner) -> None:
-        self._states, self._collection, self._pruner = states, collection, pruner
-
     def prune(self, block: Block, index: int) -> Reports:
-        """Prunes the block, which calls each Linear at most once."""
+        """Prunes the block."""
+        if self._collection.repeated(block, index):
+            from ace_ext.engine.strategies.in_lockstep import InLockstep  # imported here: few blocks need it
+
+            return InLockstep(self._states, self._collection, self._pruner, self._context).prune(block, index)
+        states, call = self._states, self._states.calls[0]
         collector = self._collection.collector(block.linears)
+        collector.token_mask = call.token_mask
         done: Reports = {}
 
         def prune(child: str, linear: nn.Linear, args: tuple[Tensor], output: Tensor | None = None) -> Tensor | None:
@@ -43,7 +46,10 @@ class OneForward:
             for child, linear in block.linears.items():
                 register = linear.register_forward_hook if collector.wants_output else linear.register_forward_pre_hook
                 hooks.callback(register(partial(prune, child)).remove)
-            self._states.advance(block, index, collector)
+            with states.naming(block, index, 0):
+                output = run_block(block, states.hidden[0], call.others[index])
+        states.put(block, index, 0, output)
+        states.check_outputs(block)
         for child in block.linears:
             if child not in done:
                 self._collection.check_seen(block, child, collector)

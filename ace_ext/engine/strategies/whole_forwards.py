@@ -42,10 +42,10 @@ class WholeForwards:
 
     def prune(self, block: Block, index: int) -> Reports:
         """Prunes the block."""
-        stats = self.statistics(block)
+        stats = self.statistics(block, index)
         return {child: self._pruner.prune(block, child, stats.pop(child)) for child in block.linears}
 
-    def statistics(self, block: Block) -> dict[str, LinearStatistics]:
+    def statistics(self, block: Block, index: int) -> dict[str, LinearStatistics]:
         """The statistics of the block's Linears, by their names in it; empty for one that saw no token."""
         collector = self._collector(block.linears)
         collector.alone = frozenset(block.linears)

@@ -4,9 +4,10 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from ace_ext.engine.matrix_pruner import MatrixPruner
+from ace_ext.engine.matrix_pruner import MatrixPruner, mend_of
 from ace_ext.engine.matrix_report import output_of
 from ace_ext.engine.strategies._strategy import RunSizes, StrategyBytes
+from ace_ext.errors import InputError
 from ace_ext.models.blocks import Block
 from ace_ext.ops import ScoredWeight
 from ace_ext.pruning.masks import as_rows, prune_model_wide_, scored_weight
@@ -37,7 +38,11 @@ class WholeModel:
             reports[block.name] = BlockReport(block.name, time.perf_counter() - start)
         dense = [output_of(stats, scored.weight) for _, _, stats, scored in pending]
         with written_back:
-            prune_model_wide_([scored for *_, scored in pending], pruner.config.sparsity)
+            try:
+                prune_model_wide_([scored for *_, scored in pending], pruner.config.sparsity)
+            except ValueError as error:
+                mends = (mend_of(stats_of_child) for _, _, stats_of_child, _ in pending)
+                raise InputError(f"model: {error}{next(filter(None, mends), '')}") from error
         weights = [block.linears[child].weight for block, child, *_ in pending]
         pruner.check("model", weights)
         for (block, child, stats_of_child, _), weight, before in zip(pending, weights, dense, strict=True):
@@ -49,5 +54,7 @@ class WholeModel:
     @classmethod
     def memory(cls, sizes: RunSizes) -> StrategyBytes:
         """The statistics of the whole model."""
+        if sizes.stored is not None:
+            return StrategyBytes(sum(sizes.stored), sizes.forward())
         statistics = sum(sizes.statistics(block, list(block.linears)) for block in sizes.blocks)
         return StrategyBytes(statistics, sizes.forward())

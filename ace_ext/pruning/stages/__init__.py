@@ -7,38 +7,42 @@ the inputs. Those that prune keep exactly as many weights as the target says; of
 ``quantize`` may round some to zero. Pruned weights are +0.0.
 """
 
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from ace_ext._registry import add, discover
+from ace_ext._registry import Registry, files
 from ace_ext.pruning.stages._stage import (
     BlockSizes,
+    Divide,
     MatrixStage,
     Problem,
     Refine,
+    Round,
     Solve,
     Solved,
     Stage,
     TrainBlock,
     TrainModel,
 )
-from ace_ext.pruning.stages.admm import Admm
-from ace_ext.pruning.stages.allocate import Allocate
 from ace_ext.pruning.stages.collect import Collect
-from ace_ext.pruning.stages.distill import Distill
-from ace_ext.pruning.stages.mean_swaps import MeanSwaps
-from ace_ext.pruning.stages.mean_update import MeanUpdate
-from ace_ext.pruning.stages.obs import Obs
-from ace_ext.pruning.stages.quantize import Quantize
 from ace_ext.pruning.stages.score import Score
-from ace_ext.pruning.stages.swaps import Swaps
-from ace_ext.pruning.stages.train import Train
+
+if TYPE_CHECKING:
+    from ace_ext.pruning.stages.admm import Admm
+    from ace_ext.pruning.stages.allocate import Allocate
+    from ace_ext.pruning.stages.distill import Distill
+    from ace_ext.pruning.stages.mean_swaps import MeanSwaps
+    from ace_ext.pruning.stages.mean_update import MeanUpdate
+    from ace_ext.pruning.stages.obs import Obs
+    from ace_ext.pruning.stages.quantize import Quantize
+    from ace_ext.pruning.stages.swaps import Swaps
+    from ace_ext.pruning.stages.train import Train
 
 Kind = TypeVar("Kind", bound=Stage)
 
-KINDS: tuple[type[Stage], ...] = (Collect, Allocate, Score, Refine, Solve, Quantize, TrainBlock, TrainModel)
+KINDS: tuple[type[Stage], ...] = (Collect, Divide, Score, Refine, Solve, Round, TrainBlock, TrainModel)
 """The kinds of stages in the order in which they run. A method has at most one of each."""
 
-STAGES: dict[str, type[Stage]] = {}
+STAGES: Registry[type[Stage]] = Registry("stage", files(__name__, __path__, "STAGE"))
 """Every stage by name. Methods do not contain the name ``score``: a score stage is written as its metric."""
 
 
@@ -48,7 +52,7 @@ def register(stage: type[Stage]) -> None:
     Raises:
         ValueError: the name is taken.
     """
-    add(STAGES, stage, "stage")
+    STAGES.add(stage)
 
 
 def stages_of(kind: type[Kind]) -> dict[str, type[Kind]]:
@@ -56,8 +60,12 @@ def stages_of(kind: type[Kind]) -> dict[str, type[Kind]]:
     return {name: stage for name, stage in STAGES.items() if issubclass(stage, kind)}
 
 
-for _stage in discover(__name__, __path__, "STAGE"):
-    register(_stage)
+def __getattr__(name: str) -> type[Stage]:
+    """The class of a stage, whose file is imported here: a method needs few of them."""
+    if name in __all__:
+        return STAGES["".join(f"-{letter.lower()}" if letter.isupper() else letter for letter in name)[1:]]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "KINDS",
@@ -67,6 +75,7 @@ __all__ = [
     "BlockSizes",
     "Collect",
     "Distill",
+    "Divide",
     "MatrixStage",
     "MeanSwaps",
     "MeanUpdate",
@@ -74,6 +83,7 @@ __all__ = [
     "Problem",
     "Quantize",
     "Refine",
+    "Round",
     "Score",
     "Solve",
     "Solved",

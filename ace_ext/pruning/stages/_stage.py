@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ace_ext.grids import Grid
 from ace_ext.models.blocks import Block
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.groups import GROUPS, ComparisonGroup, PatternGroup, SparsityPattern
@@ -174,6 +175,13 @@ def _plain(value: object) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else str(value)
 
 
+class Divide(Stage):
+    """Divides the sparsity among blocks, with the same total. The code is in :mod:`ace_ext.pruning.allocation`."""
+
+    range: float
+    """How far a block's sparsity may differ from the target."""
+
+
 class MatrixStage(Stage):
     """A stage that works on one matrix at a time and reads its statistics.
 
@@ -223,6 +231,38 @@ class Solve(MatrixStage):
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """A matrix on a grid, and how the Gram matrix was factorised."""
+
+    weight: Tensor  # [rows, cols] in the weight's dtype and units
+    damping: float
+    attempts: int
+
+
+class Round(MatrixStage):
+    """Rounds kept weights to a grid."""
+
+    bits: int
+    """Bits of a code."""
+    group: int
+    """Columns that share a scale in a row."""
+
+    @property
+    def grid(self) -> Grid:
+        """The grid of every matrix."""
+        return Grid(self.bits, self.group)
+
+    def quantize(self, problem: Problem, weight: Tensor) -> Rounded:
+        """``weight [rows, cols]`` float32, the result of the stages before, on the grid. Zeros stay zeros."""
+        raise NotImplementedError
+
+    def round_plainly(self, weight: Tensor) -> Tensor:
+        """``weight [rows, cols]`` of any dtype with each entry rounded to the nearest point of the grid: for a matrix
+        without statistics."""
+        raise NotImplementedError
+
+
 class TrainBlock(Stage):
     """Trains a block with fixed masks once all its matrices are pruned."""
 
@@ -245,3 +285,8 @@ class TrainBlock(Stage):
 class TrainModel(Stage):
     """Trains the whole model with fixed masks once all its blocks are pruned. The code is in
     :mod:`ace_ext.engine.distillation`."""
+
+    tokens: int
+    """How many to train on."""
+    learning_rate: float
+    """Its peak, a share of each matrix's root mean square weight."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ace_ext import ops
 from ace_ext.pruning.damping import ADMM_DAMPING, ADMM_FLOOR
-from ace_ext.pruning.gram import AdmmFactor, restore_dead_
+from ace_ext.pruning.gram import AdmmFactor, masked, restore_dead_
 from ace_ext.pruning.settings import Limits, option
 from ace_ext.pruning.sketch import SketchFactor, direction_count
 from ace_ext.pruning.stages._stage import COSINE, PLAIN, SKETCHED, Problem, Solve, Solved, damping_option, gram_option
@@ -91,21 +91,22 @@ def iterate(problem: Problem, factor: AdmmFactor | SketchFactor, stage: Admm) ->
     """
     weight = problem.dense * factor.norm
     target, dual, kept = factor.times_hessian(weight), torch.zeros_like(weight), torch.empty_like(weight)
-    dropped = None if problem.mask is None else ~problem.mask
+    mask = problem.mask
     tightening = max(1, stage.iterations // 2)
     for step in range(stage.iterations):
-        kept.copy_(weight.add_(dual))
-        if dropped is None and step + 1 == tightening:
-            dropped = _most_salient(kept, factor, problem, stage).logical_not_()
-        if dropped is not None:
-            kept.masked_fill_(dropped, 0.0)
+        weight.add_(dual)
+        if mask is None and step + 1 == tightening:
+            mask = _most_salient(weight, factor, problem, stage)
+        if mask is not None:
+            masked(weight, mask, out=kept)
         else:
+            kept.copy_(weight)
             _keep_most_salient_(kept, (step + 1) / tightening, factor, problem, stage)
         torch.sub(weight, kept, out=dual)
         factor.solve_(kept.sub_(dual).mul_(factor.rho).add_(target), out=weight)
-    assert dropped is not None  # given, or chosen when the tightening ended
-    weight.add_(dual).masked_fill_(dropped, 0.0).div_(factor.norm)
-    restore_dead_(weight, problem.dense, dropped.logical_not_(), factor.dead)
+    assert mask is not None  # given, or chosen when the tightening ended
+    masked(weight.add_(dual), mask, out=weight).add_(0.0).div_(factor.norm)  # -0.0 + 0.0 is +0.0
+    restore_dead_(weight, problem.dense, mask, factor.dead)
     return weight
 
 

@@ -4,11 +4,11 @@
 from dataclasses import dataclass
 
 from ace_ext.pruning.settings import Limits, option
-from ace_ext.pruning.stages._stage import Stage
+from ace_ext.pruning.stages._stage import Divide
 
 
 @dataclass(frozen=True)
-class Allocate(Stage):
+class Allocate(Divide):
     """Divides the sparsity among blocks. It reads the scores of the method's score stage, or Wanda's without one."""
 
     name = "allocate"

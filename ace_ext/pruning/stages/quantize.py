@@ -17,7 +17,7 @@ from ace_ext.errors import InputError
 from ace_ext.grids import GROUP_STEP, WIDTHS, Grid
 from ace_ext.pruning.gram import ObsFactor
 from ace_ext.pruning.settings import Limits, option
-from ace_ext.pruning.stages._stage import COSINE, PLAIN, MatrixStage, Problem, damping_option, gram_option
+from ace_ext.pruning.stages._stage import COSINE, PLAIN, Problem, Round, Rounded, damping_option, gram_option
 
 BLOCK = 128
 """Columns that an update processes at a time, as in GPTQ."""
@@ -31,16 +31,7 @@ SHARES = tuple(1.0 - 0.02 * step for step in range(31))
 
 
 @dataclass(frozen=True)
-class Rounded:
-    """A weight on the grid, and how the Gram matrix was factorised."""
-
-    weight: Tensor  # [rows, cols] in the dtype and the units of the weight
-    damping: float
-    attempts: int
-
-
-@dataclass(frozen=True)
-class Quantize(MatrixStage):
+class Quantize(Round):
     """Rounds kept weights to a grid with a scale for each row and group of columns."""
 
     name = "quantize"
@@ -54,11 +45,6 @@ class Quantize(MatrixStage):
     damping: float = damping_option(0.2)
     sweeps: int = option(2, "sweeps of coordinate descent over codes and scales after GPTQ", Limits(at_least=0))
     gram: str = gram_option(PLAIN, COSINE)
-
-    @property
-    def grid(self) -> Grid:
-        """The grid of every matrix."""
-        return Grid(self.bits, self.group)
 
     def quantize(self, problem: Problem, weight: Tensor) -> Rounded:
         """Rounds ``weight [rows, cols]`` float32, the result of the stages before. Its zeros stay zeros.
