@@ -22,6 +22,7 @@ from ace_ext.pruning.stages._stage import (
     Stage,
     TrainBlock,
     TrainModel,
+    overflow,
 )
 from ace_ext.pruning.stages.collect import Collect
 from ace_ext.pruning.stages.score import Score
@@ -92,6 +93,7 @@ __all__ = [
     "Train",
     "TrainBlock",
     "TrainModel",
+    "overflow",
     "register",
     "stages_of",
 ]
