@@ -1,8 +1,8 @@
 """Packed model folders: the files of a pruned model without its zeros, and back, byte for byte.
 
-``matrix.py`` is the layout that kernels read. Each file of ``codecs`` defines ``CODEC``, a format of files; a file
-whose name starts with ``_`` is not one. ``docs/formats.md`` describes the formats. May import ``models`` and the layers
-below.
+``matrix.py`` and ``quantized_matrix.py`` are the layouts that kernels read. Each file of ``codecs`` defines ``CODEC``,
+a format of files; a file whose name starts with ``_`` is not one. ``compressed_tensors.py`` writes the form of another
+library. ``docs/formats.md`` describes the formats. May import ``models`` and the layers below.
 """
 
 from ace_ext._registry import add, discover

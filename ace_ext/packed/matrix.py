@@ -42,7 +42,7 @@ class PackedMatrix:
         most, total = int(counts.max()) if len(counts) else 0, int(row_start[-1])
         if (most * len(counts) - total) * weight.element_size() > row_start.nbytes:
             return cls(pack_bits(kept), weight[kept], row_start, weight.shape[1])
-        fill_rows_(kept, counts)
+        fill_rows_(kept, counts, most)
         return cls(pack_bits(kept), weight[kept].view(len(counts), most), None, weight.shape[1])
 
     @property
@@ -105,10 +105,9 @@ def lengths_to_starts(lengths: Tensor) -> Tensor:
     return starts
 
 
-def fill_rows_(kept: Tensor, counts: Tensor) -> None:
-    """Marks further columns of ``kept [rows, cols]``, the lowest first, until each row has as many as the row with most
-    of them; ``counts [rows]`` is how many each row has."""
-    most = int(counts.max()) if len(counts) else 0
+def fill_rows_(kept: Tensor, counts: Tensor, most: int) -> None:
+    """Marks further columns of ``kept [rows, cols]``, the lowest first, until each row has ``most``; ``counts [rows]``
+    is how many each row has."""
     short = (counts < most).nonzero()[:, 0]
     if len(short):
         zeros = ~kept[short]

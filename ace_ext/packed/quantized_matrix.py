@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from ace_ext.grids import GROUP_STEP, Grid
+from ace_ext.grids import AT_ONCE, GROUP_STEP, Grid
 from ace_ext.packed.matrix import (
     BITS,
     check_row_start,
@@ -55,7 +55,7 @@ class QuantizedMatrix:
 
     @classmethod
     def of(cls, weight: Tensor, grid: Grid) -> "QuantizedMatrix | None":
-        """Packs ``weight [rows, cols]``, whose values are on a grid. Short rows are filled with zeros as in
+        """Packs ``weight [rows, cols]``, not empty, whose values are on a grid. Short rows are filled with zeros as in
         :meth:`ace_ext.packed.matrix.PackedMatrix.of`.
 
         Returns:
@@ -65,17 +65,22 @@ class QuantizedMatrix:
         if recovered is None:
             return None
         codes, scales = recovered
-        bits, kept = code_width(grid), codes != 0
-        counts = kept.sum(dim=1)
+        bits, parts = code_width(grid), row_parts(weight)
+        counts = torch.cat([(codes[part] != 0).sum(dim=1) for part in parts])
         row_start = lengths_to_starts(row_bytes(counts, bits))
-        most = row_bytes(int(counts.max()) if len(counts) else 0, bits)
-        if most * len(counts) - int(row_start[-1]) > row_start.nbytes:
-            return cls(
-                pack_bits(kept), _stored(codes, kept, bits), scales, row_start, bits, grid.group, weight.shape[1]
-            )
-        fill_rows_(kept, counts)
-        stored = _stored(codes, kept, bits).view(len(counts), most)
-        return cls(pack_bits(kept), stored, scales, None, bits, grid.group, weight.shape[1])
+        most = int(counts.max())
+        width = row_bytes(most, bits)
+        fills = width * len(counts) - int(row_start[-1]) <= row_start.nbytes
+        bitmaps, stored = [], []
+        for part in parts:
+            kept = codes[part] != 0
+            if fills:
+                fill_rows_(kept, counts[part], most)
+            bitmaps.append(pack_bits(kept))
+            stored.append(_stored(codes[part], kept, bits))
+        flat = torch.cat(stored)
+        flat, starts = (flat.view(len(counts), width), None) if fills else (flat, row_start)
+        return cls(torch.cat(bitmaps), flat, scales, starts, bits, grid.group, weight.shape[1])
 
     @property
     def tensors(self) -> dict[str, Tensor | None]:
@@ -160,10 +165,28 @@ class QuantizedMatrix:
 def recover(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor] | None:
     """Codes ``[rows, cols]`` int8 and scales of a matrix on a grid, as :meth:`ace_ext.grids.Grid.recover` finds them;
     None also if the matrix holds -0.0, of which codes do not keep the sign."""
-    bits, grid = weight.view(BITS[weight.dtype]), narrow(grid, weight.shape[1])
-    if ((bits != 0) & (weight == 0)).any() or grid.recover(weight[:SAMPLE]) is None:
+    grid = narrow(grid, weight.shape[1])
+    if _recover_part(weight[:SAMPLE], grid) is None:
         return None
-    return grid.recover(weight)
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    scales = weight.new_empty(len(weight), grid.groups(weight.shape[1]))
+    for part in row_parts(weight):
+        found = _recover_part(weight[part], grid)
+        if found is None:
+            return None
+        codes[part], scales[part] = found
+    return codes, scales
+
+
+def _recover_part(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor] | None:
+    signed_zeros = (weight.view(BITS[weight.dtype]) != 0) & (weight == 0)
+    return None if signed_zeros.any() else grid.recover(weight)
+
+
+def row_parts(matrix: Tensor) -> list[slice]:
+    """Slices of the rows of a matrix that bound the memory of intermediate results."""
+    step = max(1, AT_ONCE // max(1, matrix.shape[1]))
+    return [slice(start, start + step) for start in range(0, len(matrix), step)]
 
 
 def narrow(grid: Grid, cols: int) -> Grid:

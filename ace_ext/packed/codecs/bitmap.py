@@ -29,16 +29,14 @@ def smaller(tensor: Tensor, grid: Grid | None = None) -> PackedMatrix | Quantize
     if tensor.dtype not in BITS or tensor.dim() < 2 or not tensor.numel():
         return None
     weight = tensor.reshape(-1, tensor.shape[-1])
-    found = [_of_values(weight), None if grid is None else QuantizedMatrix.of(weight, grid)]
-    fitting = [matrix for matrix in found if matrix is not None and matrix.nbytes < weight.nbytes]
-    return min(fitting, key=lambda matrix: matrix.nbytes, default=None)
-
-
-def _of_values(weight: Tensor) -> PackedMatrix | None:
     survivors = int(weight.view(BITS[weight.dtype]).count_nonzero())
-    if survivors * weight.element_size() + weight.numel() // 8 >= weight.nbytes:
-        return None
-    return PackedMatrix.of(weight)
+    of_values = survivors * weight.element_size() + weight.numel() // 8  # at least
+    quantized = None if grid is None else QuantizedMatrix.of(weight, grid)
+    if quantized is not None and quantized.nbytes < min(of_values, weight.nbytes):
+        return quantized
+    matrix = PackedMatrix.of(weight) if of_values < weight.nbytes else None
+    fitting = [found for found in (matrix, quantized) if found is not None and found.nbytes < weight.nbytes]
+    return min(fitting, key=lambda found: found.nbytes, default=None)
 
 
 def decode(packed: Packed) -> PackedMatrix | QuantizedMatrix:
