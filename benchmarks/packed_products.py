@@ -1,15 +1,20 @@
-"""Times products with packed matrices against torch's dense ones, by turns in one process.
+"""Times products with packed matrices, with survivors of 8 and 4 bits too, against torch's dense ones, by turns in one
+process.
 
     python benchmarks/packed_products.py [--zeros 0.5 | --zeros 2:4] [--threads 1] [--dtype bfloat16]
+        [--only packed int8 int4] [--tokens 1 4 16]
 
 Shapes of a Llama with a billion weights; three matrices of each shape take turns, so that they come from
-memory. CPU time of the process, which a busy machine changes least. Prints processor, shapes, medians in milliseconds
-and the median of the ratios of pairs: more than 1: packed is better.
+memory. CPU time of the process, divided by the threads, which a busy machine changes least. Prints processor, shapes,
+medians in milliseconds, and the medians of the ratios of products made one after the other: how many times faster than
+dense the packed product is, than packed the one with 8 bits, and than that the one with 4. Scales are shared by 128
+columns.
 """
 
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,42 +25,47 @@ from ace_ext.packed.matrix import PackedMatrix
 
 SHAPES = ((2048, 2048), (5632, 2048), (2048, 5632))
 TOKENS = (1, 2, 4, 8, 16, 64, 128, 256)
-Pair = tuple[Tensor, PackedMatrix]
+KINDS = ("dense", "packed", "int8", "int4")
+GROUP = 128
+Products = dict[str, Callable[[Tensor], Tensor]]
 
 
-def make(rows: int, cols: int, zeros: str, dtype: torch.dtype) -> Pair:
-    """A random matrix with this share of zeros in every row, or with an N:M pattern."""
+def make(rows: int, cols: int, zeros: str, dtype: torch.dtype) -> Products:
+    """Products with a random matrix with this share of zeros in every row, or with an N:M pattern."""
     weight = torch.randn(rows, cols).to(dtype)
     keep_n, _, group_m = zeros.partition(":")
     groups = weight.view(rows, -1, int(group_m) if group_m else cols)
     kept = int(keep_n) if group_m else round(cols * (1 - float(zeros)))
     groups.scatter_(2, torch.rand(groups.shape).argsort(dim=2)[:, :, kept:], 0.0)
-    return weight, PackedMatrix.of(weight)
+    matrix = PackedMatrix.of(weight)
+    codes = torch.randint(256, (rows, matrix.values.numel() // rows), dtype=torch.uint8)
+    half = codes[:, ::2].contiguous()
+    scales = torch.rand(rows, -(-cols // GROUP)).to(dtype)
+    return {
+        "dense": lambda x: linear(x, weight),
+        "packed": lambda x: ops.packed_linear(x, matrix.bitmap, matrix.values, matrix.row_start),
+        "int8": lambda x: ops.quantized_linear(x, matrix.bitmap, codes, scales, 8, GROUP),
+        "int4": lambda x: ops.quantized_linear(x, matrix.bitmap, half, scales, 4, GROUP),
+    }
 
 
-def seconds(x: Tensor, pair: Pair, packed: bool) -> float:
+def seconds(x: Tensor, product: Callable[[Tensor], Tensor]) -> float:
     """CPU time of one product."""
-    weight, matrix = pair
     start = time.process_time()
-    if packed:
-        ops.packed_linear(x, matrix.bitmap, matrix.values, matrix.row_start)
-    else:
-        linear(x, weight)
-    return time.process_time() - start
+    product(x)
+    return (time.process_time() - start) / torch.get_num_threads()
 
 
-def compare(pairs: list[Pair], tokens: int, rounds: int) -> tuple[float, float, float]:
-    """Median times of dense and packed, and the median ratio of pairs."""
-    x = torch.randn(tokens, pairs[0][1].cols).to(pairs[0][0].dtype)
-    dense, packed = [], []
+def compare(matrices: list[Products], x: Tensor, kinds: list[str], rounds: int) -> dict[str, list[float]]:
+    """Times of each kind; those at one place of the lists were measured together."""
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
     for number in range(rounds + 1):
-        for pair in pairs:
-            found = {which: seconds(x, pair, which) for which in ((False, True) if number % 2 else (True, False))}
-            if number:  # the first round is not counted
-                dense.append(found[False])
-                packed.append(found[True])
-    ratio = statistics.median(d / p for d, p in zip(dense, packed, strict=True))
-    return statistics.median(dense), statistics.median(packed), ratio
+        for products in matrices:
+            for kind in kinds if number % 2 else reversed(kinds):
+                spent = seconds(x, products[kind])
+                if number:  # the first round is not counted
+                    times[kind].append(spent)
+    return times
 
 
 def main() -> None:
@@ -64,16 +74,26 @@ def main() -> None:
     parser.add_argument("--zeros", default="0.5", help="share of zeros, or N:M (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), help="what to time (default: all)")
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     args = parser.parse_args()
+    kinds = [kind for kind in KINDS if kind in args.only]
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     processor = torch.backends.cpu.get_cpu_capability()
-    print(f"{processor}, {args.threads} threads, {args.dtype}, zeros {args.zeros}; dense and packed in ms, ratio")
+    print(f"{processor}, {args.threads} threads, {args.dtype}, zeros {args.zeros}; ms, and times faster than before it")
     for rows, cols in SHAPES:
-        pairs = [make(rows, cols, args.zeros, getattr(torch, args.dtype)) for _ in range(3)]
-        for tokens in TOKENS:
-            dense, packed, ratio = compare(pairs, tokens, max(3, min(15, 400 // tokens)))
-            print(f"{rows} x {cols}, {tokens:>3} tokens: {dense * 1e3:.3f}, {packed * 1e3:.3f}, {ratio:.2f} x")
+        matrices = [make(rows, cols, args.zeros, getattr(torch, args.dtype)) for _ in range(3)]
+        for tokens in args.tokens:
+            x = torch.randn(tokens, cols).to(getattr(torch, args.dtype))
+            times = compare(matrices, x, kinds, max(3, min(15, 400 // tokens)))
+            shown = []
+            for before, kind in zip([None, *kinds], kinds, strict=False):
+                ratio = before and statistics.median(b / k for b, k in zip(times[before], times[kind], strict=True))
+                shown.append(
+                    f"{kind} {statistics.median(times[kind]) * 1e3:.3f}" + (f" ({ratio:.2f} x)" if ratio else "")
+                )
+            print(f"{rows} x {cols}, {tokens:>3} tokens: " + ", ".join(shown))
 
 
 if __name__ == "__main__":

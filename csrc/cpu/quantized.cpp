@@ -4,6 +4,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
@@ -31,8 +32,9 @@ QuantizedMatrix<S> matrix_of(const at::Tensor& bitmap, const at::Tensor& codes, 
           group / kBitmapColumns};
 }
 
+// Zeros, so that rows whose counts disagree have finite weights.
 at::Tensor space_for(int64_t words) {
-  return at::empty({QuantizedSpace::size(words)}, at::TensorOptions().dtype(at::kByte));
+  return at::zeros({QuantizedSpace::size(words)}, at::TensorOptions().dtype(at::kByte));
 }
 
 // x [tokens, 64 words + 32] of the core type X, zero beyond the columns, and the columns of each word in this order.

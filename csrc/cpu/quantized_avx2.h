@@ -55,6 +55,7 @@ struct Quantized : Avx2<float> {
     const __m256i bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(kCodeBytes[bits].data()));
     return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(_mm256_set1_epi64x(eight), bytes));
   }
+  static ACE_HD Sums plus(Sums a, Sums b) { return _mm256_add_ps(a, b); }
   static ACE_HD Sums add_scaled(Sums sums, float scale, Sums part) {
     return _mm256_fmadd_ps(_mm256_set1_ps(scale), part, sums);
   }

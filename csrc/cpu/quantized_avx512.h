@@ -59,6 +59,7 @@ struct Quantized : Avx512<float> {
       _mm512_storeu_si512(out + 16, _mm512_slli_epi32(high, 16));
     }
   }
+  static ACE_HD Sums plus(Sums a, Sums b) { return _mm512_add_ps(a, b); }
   static ACE_HD Sums add_scaled(Sums sums, float scale, Sums part) {
     return _mm512_fmadd_ps(_mm512_set1_ps(scale), part, sums);
   }

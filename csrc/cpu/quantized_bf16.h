@@ -137,7 +137,7 @@ ACE_HD void add_span(const Codes& format, const __m512i* words, const BFloat16* 
 
 // The sums of one row with these tokens. There is at least one word.
 template <class Codes, int kTokens, int kSpan>
-void multiply_row(CodedRow<Codes> row, const float* scales, int64_t words, const BFloat16* x, int64_t stride,
+ACE_HD void multiply_row(CodedRow<Codes> row, const float* scales, int64_t words, const BFloat16* x, int64_t stride,
                   float* out, int64_t out_stride) {
   const Codes format = Codes::load();
   __m512 sums[kTokens];
@@ -166,32 +166,40 @@ void multiply_row(CodedRow<Codes> row, const float* scales, int64_t words, const
 }
 
 // All tokens, rows begin to end; x is in the order of Codes. Up to four tokens share an expanded weight.
+template <class Codes, int kSpan>
+void multiply_rows(const QuantizedProduct<BFloat16, BFloat16>& product, int64_t tokens, int64_t begin, int64_t end,
+                   void* memory) {
+  const QuantizedMatrix<BFloat16>& matrix = product.matrix;
+  const QuantizedSpace space(matrix.words);
+  const Spans<kSpan> spans(matrix);
+  float* scales = space.scales(memory);
+  const int64_t readable = matrix.words * kBitmapColumns * Codes::kBits / 8 + 64;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t start = matrix.start(row);
+    CodedRow<Codes> coded{matrix.bits(row), matrix.codes + start, 0};
+    if (__builtin_expect(!matrix.whole(start, readable), 0)) {
+      auto* last = space.codes<uint8_t>(memory);
+      matrix.copy(start, readable, last);
+      coded.codes = last;
+    }
+    spans.scales(matrix, row, scales);
+    int64_t t = 0;
+    const auto multiply = [&](auto count) ACE_FOLD {
+      multiply_row<Codes, decltype(count)::value, kSpan>(coded, scales, matrix.words, product.x + t * product.stride,
+                                                         product.stride, product.out + t * product.rows + row,
+                                                         product.rows);
+    };
+    for (; t + 4 <= tokens; t += 4) multiply(std::integral_constant<int, 4>{});
+    for (; t + 2 <= tokens; t += 2) multiply(std::integral_constant<int, 2>{});
+    for (; t < tokens; ++t) multiply(std::integral_constant<int, 1>{});
+  }
+}
+
 template <class Codes>
 void quantized_product(const QuantizedProduct<BFloat16, BFloat16>& product, int64_t tokens, int64_t begin, int64_t end,
                        void* memory) {
-  const QuantizedMatrix<BFloat16>& matrix = product.matrix;
-  const QuantizedSpace space(matrix.words);
-  float* scales = space.scales(memory);
-  const int span = span_words(matrix);
-  const int64_t readable = matrix.words * kBitmapColumns * Codes::kBits / 8 + 64;
-  for (int64_t row = begin; row < end; ++row) {
-    CodedRow<Codes> coded{matrix.bits(row), matrix.codes + matrix.start(row), 0};
-    if (__builtin_expect(!matrix.whole(matrix.start(row), readable), 0)) {
-      auto* last = space.codes<uint8_t>(memory);
-      matrix.copy(matrix.start(row), readable, last);
-      coded.codes = last;
-    }
-    span_scales(matrix, row, span, scales);
-    int64_t t = 0;
-    const auto multiply = [&](auto* with, int64_t count) {
-      for (; t + count <= tokens; t += count)
-        with(coded, scales, matrix.words, product.x + t * product.stride, product.stride,
-             product.out + t * product.rows + row, product.rows);
-    };
-    multiply(span == 2 ? &multiply_row<Codes, 4, 2> : &multiply_row<Codes, 4, 1>, 4);
-    multiply(span == 2 ? &multiply_row<Codes, 2, 2> : &multiply_row<Codes, 2, 1>, 2);
-    multiply(span == 2 ? &multiply_row<Codes, 1, 2> : &multiply_row<Codes, 1, 1>, 1);
-  }
+  if (product.matrix.group_words % 2 == 0) return multiply_rows<Codes, 2>(product, tokens, begin, end, memory);
+  multiply_rows<Codes, 1>(product, tokens, begin, end, memory);
 }
 
 }  // namespace ace::cpu::avx512bf16

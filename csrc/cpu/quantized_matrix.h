@@ -40,26 +40,34 @@ struct QuantizedMatrix {
   }
 };
 
-// Words whose products are summed before they are multiplied with a scale.
-template <class S>
-int span_words(const QuantizedMatrix<S>& matrix) {
-  return matrix.group_words % 2 == 0 ? 2 : 1;
-}
+// A row in spans of kSpan words, whose products are summed before they are multiplied with a scale. The last span may
+// be shorter.
+template <int kSpan>
+struct Spans {
+  int64_t count;
+  int64_t each;  // spans that share a scale
 
-// out [ceil(words / span)] = the scale of each span of a row.
-template <class S>
-void span_scales(const QuantizedMatrix<S>& matrix, int64_t row, int span, float* out) {
-  const S* scales = matrix.scales + row * matrix.groups;
-  const int64_t spans = (matrix.words + span - 1) / span, each = matrix.group_words / span;
-  if (each == 1) {
-    for (int64_t i = 0; i < spans; ++i) out[i] = to_float(scales[i]);
-    return;
+  template <class S>
+  explicit Spans(const QuantizedMatrix<S>& matrix)
+      : count((matrix.words + kSpan - 1) / kSpan), each(matrix.group_words / kSpan) {}
+
+  // out [count] = the scales of a row. Inlined, and so compiled for the caller's instruction set.
+  template <class S>
+  ACE_HD void scales(const QuantizedMatrix<S>& matrix, int64_t row, float* out) const {
+    const S* scales = matrix.scales + row * matrix.groups;
+    if (each == 1) {
+      for (int64_t i = 0; i < count; ++i) out[i] = to_float(scales[i]);
+      return;
+    }
+    for (int64_t i = 0; i < count; i += each, ++scales) {
+      const float scale = to_float(*scales);
+      const int64_t end = count - i < each ? count : i + each;
+      for (int64_t same = i; same < end; ++same) out[same] = scale;
+    }
   }
-  for (int64_t i = 0; i < spans; i += each, ++scales)
-    std::fill(out + i, out + std::min(spans, i + each), to_float(*scales));
-}
+};
 
-// A thread's working memory for one row at a time.
+// A thread's working memory for one row at a time, zero at first.
 class QuantizedSpace {
  public:
   explicit QuantizedSpace(int64_t words) : scales_(kAlign * ((words * 4 + kAlign - 1) / kAlign)) {}

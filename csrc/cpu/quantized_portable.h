@@ -40,6 +40,10 @@ struct Quantized {
     for (int c = 0; c < kWidth; ++c) sums.lane[c] += weights.lane[c] * x[c];
     return sums;
   }
+  static ACE_HD Sums plus(Sums a, const Sums& b) {
+    for (int c = 0; c < kWidth; ++c) a.lane[c] += b.lane[c];
+    return a;
+  }
   static ACE_HD Sums add_scaled(Sums sums, float scale, const Sums& part) {
     for (int c = 0; c < kWidth; ++c) sums.lane[c] += scale * part.lane[c];
     return sums;

@@ -51,7 +51,7 @@ def make(rows, cols, dtype, bits, group, random, share=0.5, ragged=False):
 
 
 def bound(x, arguments, bias, exact):
-    """The contract's: u |exact| + (cols + groups + 8) 2^-24 (Σ |x W| + |bias|), and nothing below the smallest number."""
+    """The contract's: u |exact| + (cols + groups + 8) 2^-24 (Σ |x W| + |bias|), and the smallest number besides."""
     scales, cols = arguments[2], x.shape[1]
     size = x.double().abs() @ reference.exact_weight(*arguments, cols).abs().T
     size += 0.0 if bias is None else bias.double().abs()
@@ -228,9 +228,9 @@ def test_wrong_arguments_are_refused(changed, words, bits):
 
 
 def test_other_sizes_of_codes_are_refused(bits):
+    empty = torch.zeros(2, 8).byte()
     for wrong in (0, 3, bits + 1, -bits, 2**40):
-        with pytest.raises(ValueError, match="^unpack_quantized: bits must be 8 or 4"):
-            empty = torch.zeros(2, 8).byte()
+        with pytest.raises(ValueError, match=r"^unpack_quantized: bits must be 8 or 4"):
             ops.unpack_quantized(empty, empty[:, :0].contiguous(), torch.ones(2, 1), wrong, 64, None, 5)
 
 

@@ -1,0 +1,284 @@
+// The loops over a packed matrix of quantized survivors, for every instruction set of this processor, against plain
+// sums. Buffers have the exact size, so that AddressSanitizer detects a read beyond them.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "cpu/quantized_level.h"
+#include "cpu/quantized_panel.h"
+#include "tests/packed_sample.h"
+
+namespace ace::cpu {
+namespace {
+
+// A random matrix: dense codes and scales, and its packed form.
+template <class S, int kBits>
+struct Quantized {
+  Quantized(int64_t rows, int64_t cols, int64_t group_words, unsigned share, std::mt19937& random)
+      : rows(rows), cols(cols), words((cols + 63) / 64), group_words(group_words),
+        groups((words + group_words - 1) / group_words), bitmap(static_cast<size_t>(8 * rows * words)) {
+    row_start.push_back(0);
+    for (int64_t row = 0; row < rows; ++row) {
+      int64_t survivors = 0;
+      for (int64_t column = 0; column < cols; ++column) {
+        const bool stored = random() % 100 < share;
+        const unsigned code = random() % (1u << kBits);
+        dense.push_back(stored ? signed_code(code) : 0);
+        if (!stored) continue;
+        bitmap[static_cast<size_t>(8 * row * words + column / 8)] |= static_cast<uint8_t>(1u << (column % 8));
+        if (survivors++ * kBits % 8 == 0)
+          codes.push_back(static_cast<uint8_t>(code));
+        else
+          codes.back() |= static_cast<uint8_t>(code << 4);
+      }
+      row_start.push_back(static_cast<int64_t>(codes.size()));
+    }
+    codes.shrink_to_fit();
+    for (int64_t i = 0; i < rows * groups; ++i) scales.push_back(draw<S>(random));
+  }
+  static int signed_code(unsigned code) { return static_cast<int>(code) - (code >> (kBits - 1) << kBits); }
+  float scale(int64_t row, int64_t column) const {
+    return to_float(scales[static_cast<size_t>(row * groups + column / 64 / group_words)]);
+  }
+  int code(int64_t row, int64_t column) const { return dense[static_cast<size_t>(row * cols + column)]; }
+  QuantizedMatrix<S> matrix() const {
+    return {bitmap.data(), words,         codes.data(), static_cast<int64_t>(codes.size()), row_start.data(), 0,
+            scales.data(), groups, group_words};
+  }
+  int64_t rows, cols, words, group_words, groups;
+  std::vector<uint8_t> bitmap, codes;
+  std::vector<int> dense;
+  std::vector<S> scales;
+  std::vector<int64_t> row_start;
+};
+
+std::vector<PackedLevel> levels() {
+  const PackedLevel highest = highest_packed_level();
+  std::vector<PackedLevel> found{PackedLevel::portable};
+  for (const PackedLevel level : {PackedLevel::avx2, PackedLevel::avx512, PackedLevel::avx512_bf16, PackedLevel::neon})
+    if (level == highest || (level < highest && highest != PackedLevel::neon)) found.push_back(level);
+  return found;
+}
+
+std::unique_ptr<char[]> space_for(int64_t words) {
+  return std::make_unique<char[]>(static_cast<size_t>(QuantizedSpace::size(words)));
+}
+
+template <class S, int kBits>
+struct Kind {
+  using Scale = S;
+  static constexpr int bits = kBits;
+};
+template <class K>
+class QuantizedLoops : public testing::Test {};
+using Kinds = testing::Types<Kind<float, 8>, Kind<Half, 8>, Kind<BFloat16, 8>, Kind<float, 4>, Kind<Half, 4>,
+                             Kind<BFloat16, 4>>;
+TYPED_TEST_SUITE(QuantizedLoops, Kinds);
+
+// x [tokens, cols] of small numbers: products with codes and scales, and their sums, are exact in float in any order.
+std::vector<float> inputs(int64_t tokens, int64_t cols, std::mt19937& random) {
+  std::vector<float> x;
+  for (int64_t i = 0; i < tokens * cols; ++i) x.push_back(static_cast<float>(random() % 9) - 4.0f);
+  return x;
+}
+
+template <class Sample>
+double exact(const Sample& sample, const float* x, int64_t row) {
+  double sum = 0.0;
+  for (int64_t j = 0; j < sample.cols; ++j)
+    sum += static_cast<double>(sample.code(row, j)) * static_cast<double>(sample.scale(row, j)) *
+           static_cast<double>(x[j]);
+  return sum;
+}
+
+template <class X>
+X input_of(float value) {
+  if constexpr (std::is_same_v<X, float>) return value;
+  return to_bfloat16(value);
+}
+template <>
+float input_of<float>(float value) {
+  return value;
+}
+
+struct Shape {
+  int64_t rows, cols, group_words;
+};
+const Shape kShapes[] = {{5, 1, 1}, {5, 31, 2}, {5, 64, 1}, {9, 65, 1}, {9, 65, 2}, {23, 200, 2}, {7, 449, 3},
+                         {5, 1134, 2}, {6, 1134, 64}, {3, 320, 4}};
+
+TYPED_TEST(QuantizedLoops, ProductsAreThoseOfTheDenseMatrix) {
+  using S = typename TypeParam::Scale;
+  std::mt19937 random(3);
+  for (const auto& [rows, cols, group_words] : kShapes) {
+    for (const unsigned share : {0u, 3u, 50u, 100u}) {
+      const Quantized<S, TypeParam::bits> sample(rows, cols, group_words, share, random);
+      const auto space = space_for(sample.words);
+      for (const PackedLevel level : levels()) {
+        with_quantized_product<TypeParam::bits, S>(level, [&](auto* loop, auto* order, auto input) {
+          using X = decltype(input);
+          for (const int64_t tokens : {1, 2, 3, 4, 9}) {
+            const std::vector<float> given = inputs(tokens, cols, random);
+            const int64_t stride = sample.words * 64 + 32;
+            std::vector<X> x(static_cast<size_t>(tokens * stride));
+            for (int64_t t = 0; t < tokens; ++t)
+              for (int64_t j = 0; j < cols; ++j)
+                x[static_cast<size_t>(t * stride + j / 64 * 64 + order(j % 64))] =
+                    input_of<X>(given[static_cast<size_t>(t * cols + j)]);
+            std::vector<float> out(static_cast<size_t>(tokens * rows));
+            loop({sample.matrix(), x.data(), stride, out.data(), rows}, tokens, 0, rows, space.get());
+            for (int64_t t = 0; t < tokens; ++t)
+              for (int64_t i = 0; i < rows; ++i)
+                ASSERT_EQ(static_cast<double>(out[static_cast<size_t>(t * rows + i)]),
+                          exact(sample, given.data() + t * cols, i))
+                    << "level " << static_cast<int>(level) << " cols " << cols << " tokens " << tokens;
+          }
+        });
+      }
+    }
+  }
+}
+
+TYPED_TEST(QuantizedLoops, UnpackingGivesCodesTimesScales) {
+  using S = typename TypeParam::Scale;
+  std::mt19937 random(4);
+  for (const auto& [rows, cols, group_words] : kShapes) {
+    const Quantized<S, TypeParam::bits> sample(rows, cols, group_words, 50, random);
+    const auto space = space_for(sample.words);
+    for (const PackedLevel level : levels()) {
+      with_quantized_loops<TypeParam::bits, S>(level, [&](auto*, auto* unpack) {
+        std::vector<float> out(static_cast<size_t>(2 * cols));
+        unpack(sample.matrix(), 1, 3, cols, out.data(), space.get());
+        for (int64_t i = 0; i < 2; ++i)
+          for (int64_t j = 0; j < cols; ++j)
+            ASSERT_EQ(out[static_cast<size_t>(i * cols + j)],
+                      static_cast<float>(sample.code(1 + i, j)) * sample.scale(1 + i, j))
+                << "level " << static_cast<int>(level);
+      });
+    }
+  }
+}
+
+// A matrix whose bits, starts and number of codes disagree, as in cpu_packed_test.cpp.
+template <class S, int kBits>
+struct Damaged {
+  explicit Damaged(std::mt19937& random)
+      : sample(1 + random() % 12, 1 + random() % 300, 1 + random() % 4, random() % 101, random) {
+    const unsigned kind = random() % 6;
+    if (kind == 0) sample.codes.resize(random() % (sample.codes.size() + 1));
+    if (kind == 1)
+      for (uint8_t& byte : sample.bitmap) byte = static_cast<uint8_t>(random());
+    if (kind == 2) std::fill(sample.bitmap.begin(), sample.bitmap.end(), uint8_t{255});
+    if (kind == 3) std::swap(sample.row_start.front(), sample.row_start.back());
+    if (kind == 4)
+      for (int64_t& start : sample.row_start) start = any(random);
+    if (kind == 5) sample.codes.clear();
+    sample.codes.shrink_to_fit();
+    uniform = random() % 3 == 0;
+    keep = uniform ? static_cast<int64_t>(random() % 400) : 0;
+  }
+  static int64_t any(std::mt19937& random) {
+    const int64_t size = int64_t{1} << random() % 63;
+    return random() % 2 ? size - static_cast<int64_t>(random() % 3) : -size;
+  }
+  QuantizedMatrix<S> matrix() const {
+    QuantizedMatrix<S> matrix = sample.matrix();
+    if (uniform) matrix.row_start = nullptr;
+    matrix.keep = keep;
+    return matrix;
+  }
+  Quantized<S, kBits> sample;
+  bool uniform;
+  int64_t keep;
+};
+
+#if ACE_PACKED_X86
+template <int kBits>
+void multiply_panels(const QuantizedMatrix<BFloat16>& matrix, const BFloat16* x, int64_t tokens, const BFloat16* bias,
+                     int64_t rows, int64_t cols, int64_t cut, BFloat16* out) {
+  using Rows = avx512bf16::QuantizedRows<kBits>;
+  const avx512bf16::PanelShape shape = avx512bf16::panel_shape(matrix.words);
+  const auto panel = aligned<BFloat16>(avx512bf16::kPanelRows * shape.stride);
+  const auto pairs = aligned<BFloat16>(avx512bf16::kPanelRows * avx512bf16::kLongRun);
+  const auto sums = aligned<float>(tokens * avx512bf16::kPanelRows);
+  const avx512bf16::PanelSpace space{panel.get(), pairs.get(), sums.get()};
+  const Rows source{matrix, std::shared_ptr<BFloat16[]>(new BFloat16[Rows::space_size(shape.words)]())};
+  const avx512bf16::PanelProduct<Rows> product{source, cols, x, matrix.words * 64, tokens, bias, out, rows};
+  avx512bf16::panel_product(product, 0, cut, shape, space);
+  avx512bf16::panel_product(product, cut, rows, shape, space);
+}
+#endif
+
+TYPED_TEST(QuantizedLoops, DamagedInputsReadNothingOutside) {
+  using S = typename TypeParam::Scale;
+  std::mt19937 random(8);
+  for (int round = 0; round < 300; ++round) {
+    const Damaged<S, TypeParam::bits> damaged(random);
+    const auto& sample = damaged.sample;
+    const int64_t tokens = 1 + random() % 9, stride = sample.words * 64;
+    for (const PackedLevel level : levels()) {
+      const auto space = space_for(sample.words);
+      with_quantized_product<TypeParam::bits, S>(level, [&](auto* loop, auto*, auto input) {
+        const std::vector<decltype(input)> x(static_cast<size_t>(tokens * stride));
+        std::vector<float> out(static_cast<size_t>(tokens * sample.rows));
+        loop({damaged.matrix(), x.data(), stride, out.data(), sample.rows}, tokens, 0, sample.rows, space.get());
+        for (const float value : out) ASSERT_EQ(value, 0.0f);  // of inputs that are all 0
+      });
+      with_quantized_loops<TypeParam::bits, S>(level, [&](auto*, auto* unpack) {
+        std::vector<float> dense(static_cast<size_t>(sample.rows * sample.cols));
+        unpack(damaged.matrix(), 0, sample.rows, sample.cols, dense.data(), space.get());
+      });
+    }
+#if ACE_PACKED_X86
+    if constexpr (std::is_same_v<S, BFloat16>) {
+      if (!has_panels()) continue;
+      const std::vector<BFloat16> x(static_cast<size_t>(tokens * stride));
+      std::vector<BFloat16> out(static_cast<size_t>(tokens * sample.rows));
+      multiply_panels<TypeParam::bits>(damaged.matrix(), x.data(), tokens, nullptr, sample.rows, sample.cols, 0,
+                                       out.data());
+      for (const BFloat16 value : out) ASSERT_EQ(to_float(value), 0.0f);
+    }
+#endif
+  }
+}
+
+#if ACE_PACKED_X86
+// Panels of one and of several parts, with rows that end inside a byte, and runs that end with a scale.
+template <int kBits>
+void check_panels(int64_t rows, int64_t cols, int64_t group_words, std::mt19937& random) {
+  const Quantized<BFloat16, kBits> sample(rows, cols, group_words, 50, random);
+  const int64_t tokens = 7, stride = sample.words * 64;
+  const std::vector<float> given = inputs(tokens, cols, random);
+  std::vector<BFloat16> x(static_cast<size_t>(tokens * stride));
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t j = 0; j < cols; ++j)
+      x[static_cast<size_t>(t * stride + j)] = to_bfloat16(given[static_cast<size_t>(t * cols + j)]);
+  std::vector<BFloat16> bias, out(static_cast<size_t>(tokens * rows));
+  for (int64_t i = 0; i < rows; ++i) bias.push_back(draw<BFloat16>(random));
+  for (const int64_t cut : {int64_t{0}, rows / 2}) {
+    multiply_panels<kBits>(sample.matrix(), x.data(), tokens, bias.data(), rows, cols, cut, out.data());
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t i = 0; i < rows; ++i) {
+        const double sum =
+            exact(sample, given.data() + t * cols, i) + static_cast<double>(to_float(bias[static_cast<size_t>(i)]));
+        ASSERT_EQ(to_float(out[static_cast<size_t>(t * rows + i)]), to_float(to_bfloat16(static_cast<float>(sum))))
+            << "rows " << rows << " cols " << cols << " row " << i;
+      }
+  }
+}
+
+TEST(QuantizedPanels, ProductsAreThoseOfTheDenseMatrix) {
+  if (!has_panels()) GTEST_SKIP() << "needs AVX-512's bf16 instructions";
+  std::mt19937 random(5);
+  for (const Shape& shape : {Shape{1, 1, 1}, {70, 64, 2}, {17, 449, 3}, {130, 1134, 2}, {5, 8300, 2}, {4, 8300, 48}}) {
+    check_panels<8>(shape.rows, shape.cols, shape.group_words, random);
+    check_panels<4>(shape.rows, shape.cols, shape.group_words, random);
+  }
+}
+#endif
+
+}  // namespace
+}  // namespace ace::cpu
