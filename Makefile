@@ -32,7 +32,7 @@ test-python: $(VENV)/installed
 
 # The tests for a change to Python, in less than three minutes on two cores once the package is installed. Left out are
 # whole runs in many variants, what starts many processes, and ops that only a change to C++ reaches. `make test` runs all.
-SLOW := cli/test_bad_inputs engine/test_distillation engine/test_distributed models/test_families models/test_lockstep \
+SLOW := bench/test_contest cli/test_bad_inputs engine/test_distillation engine/test_distributed models/test_families models/test_lockstep \
 	ops/test_balance_restore ops/test_errors ops/test_gpu ops/test_mask_prune ops/test_packed project/test_counts \
 	project/test_examples project/test_fetch_models project/test_notebook project/test_paper_tables \
 	runs/test_full_disk runs/test_heal runs/test_memory_model runs/test_offload runs/test_real_model runs/test_resume \
@@ -86,9 +86,9 @@ fuzz: $(VENV)/installed
 # alone.
 nightly: nightly-python test-oldest nightly-cpp check-arm check-memory check-pages check-vllm coverage mutation licenses nightly-fuzz
 
-# The tests that `make test` leaves out (pyproject.toml, addopts), also those that need lm-eval.
+# The tests that `make test` leaves out (pyproject.toml, addopts), also those that need lm-eval or llama.cpp.
 nightly-python: $(VENV)/installed
-	$(BIN)/pip install --quiet 'lm-eval[hf]>=0.4.9'
+	$(BIN)/pip install --quiet 'lm-eval[hf]>=0.4.9' 'xllamacpp>=2026.10'
 	$(PYTEST) -m nightly
 
 # The tests with the oldest releases that pyproject.toml allows, in an environment of its own. On Linux pip fetches a
