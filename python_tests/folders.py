@@ -51,7 +51,7 @@ class Tokens(Calibration):
     def choose_bos(self, tokenizer, model, logits=None) -> BosChoice:
         return BosChoice("never", None, "the tokens are given")
 
-    def load(self, tokenizer, model, bos=None, progress=False) -> CalibrationData:
+    def load(self, tokenizer, model, bos=None, progress=False, note=None) -> CalibrationData:
         tokens = make_tokens(self.nsamples, self.seqlen, self.seed)
         return CalibrationData(tokens, self.source, self.seed, tokens_sha256(tokens), bos)
 

@@ -266,7 +266,7 @@ def test_a_folder_that_was_not_pruned(place, tmp_path):
     [
         (
             1.0,
-            r"has changed since ace-prune wrote it: model\S+: \d+ non-zeros, but .* \(and 1 more, see ace-prune verify\)",
+            r"has changed since ace-prune wrote it: model\S+: \d+ non-zeros, but .* \(and 1 more, see ace-prune verify",
         ),
         (float("nan"), "holds NaN or infinity"),
     ],

@@ -112,7 +112,7 @@ def as_gptq(folder):
     [
         (as_bin, {}, {}, "offload disk needs a folder or hub model of safetensors"),
         (as_gptq, {}, {}, "holds gptq weights; give the unquantized checkpoint"),
-        (None, {"dtype": "float32"}, {}, "all of dtype float32, which .* does not have; save it with save_pretrained"),
+        (None, {"dtype": "float32"}, {}, "unchanged in dtype float32, and .* has none; save it with save_pretrained"),
         (None, {"source": "self"}, {}, "calibration self needs the whole model in memory"),
         (None, {}, {"group": "model"}, "group model compares all; use group row or matrix"),
     ],
