@@ -144,9 +144,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.table:
         for folder in arguments.table:
-            print(
-                f"\n{folder.name}\n\n| zeros | method | bits | {' | '.join(TEXTS)} | mean |\n|---|---|--:|--:|--:|--:|--:|"
-            )
+            print(f"\n{folder.name}\n\n| zeros | method | bits | {' | '.join(TEXTS)} | mean |")
+            print("|---|---|--:|--:|--:|--:|--:|")
             print("\n".join(map(line, read(folder))))
     elif arguments.model and arguments.output:
         run(arguments)
