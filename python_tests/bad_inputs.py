@@ -218,6 +218,8 @@ def _options() -> Iterator[Case]:
             yield f"{verb} {target}", verb, target, None
         for option in REMOVED:
             yield from _each(verb, option, ["wanda"])
+        for name in ("compressed-tensors", "nm"):  # without the stage quantize, and without a pattern
+            yield from _each(verb, "format", [name, name.upper(), f"{name} "])
         for option in ("device", "dtype", "offload", "bos"):
             yield from _each(
                 verb, option, [*CHOICES, "cuda:99", "cpu:x", "float8", "meta"][: 6 if option != "device" else 10]
