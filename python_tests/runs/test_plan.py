@@ -131,7 +131,7 @@ def test_the_smallest_calibration(dense, nsamples, seqlen):
 
 
 def test_offload_needs_files_that_can_be_used_as_they_are(dense):
-    with pytest.raises(InputError, match=r"offload disk reads blocks from safetensors .* of dtype float32"):
+    with pytest.raises(InputError, match=r"offload disk needs safetensors .* in dtype float32"):
         plan_of(dense, {"offload": "disk"}, dtype="float32")
 
 
