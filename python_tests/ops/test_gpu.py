@@ -288,6 +288,24 @@ def test_obs_equals_the_cpu(shape, keep_n, group_m, random):
         assert torch.equal(one.cpu(), other)
 
 
+@pytest.mark.parametrize("descends", [False, True])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("shape", [(1, 32), (33, 96), (1000, 128)])
+def test_quantizing_a_block_equals_the_cpu(shape, bits, descends, dtype, random):
+    weight, gram, mask = solver_inputs(*shape, torch.float32, random, 0, 0)
+    factor = torch.linalg.cholesky(torch.linalg.inv(gram.double()), upper=True).float().contiguous()
+    scale = (weight.abs().amax(dim=1) / 2 ** (bits - 1)).to(dtype)
+    current = torch.randn(shape, generator=random) if descends else None
+    expected = (weight.clone(), torch.zeros_like(weight))
+    actual = tuple(t.cuda() for t in expected)
+    ops.quantize_block_(*expected, mask, scale, factor, bits, current)
+    ops.quantize_block_(
+        *actual, mask.cuda(), scale.cuda(), factor.cuda(), bits, None if current is None else current.cuda()
+    )
+    for one, other in zip(actual, expected, strict=True):
+        assert_same_bits(one.cpu(), other)
+
+
 def test_solvers_leave_alone_what_they_cannot_use(random):
     device = torch.cuda.current_device()
     weight, gram, mask = (t.cuda() for t in solver_inputs(8, 64, torch.float32, random, 2, 4))
