@@ -38,8 +38,8 @@ FAMILIES = {
     "balance": ("cuda_balance_test", "BalanceOf/2.*"),
     "restore": ("cuda_restore_test", "*"),
     "obs_block": ("cuda_obs_block_test", "*"),
-    "quantize_block": ("cuda_quantize_block_test", "QuantizeBlock/2.*"),
     "packed": ("cuda_packed_test", "CudaPacked/2.*"),
+    "quantize_block": ("cuda_quantize_block_test", "QuantizeBlockOf/2.*"),
     "quantized": ("cuda_quantized_test", "CudaQuantized/2.*"),
 }
 ENTRY = re.compile(r"\.entry (\w+)\(")

@@ -1,12 +1,14 @@
 // quantize_block_.
 #include "cuda/dispatch.cuh"
+#include "cuda/obs_block.h"
 #include "cuda/quantize_block.cuh"
+#include "cuda/quantize_block.h"
 
 namespace ace::cuda {
 namespace {
 
 constexpr int64_t kWaves = 16;
-constexpr int64_t kRowsOfBlock = kQuantizeWarps * kQuantizeRows;
+constexpr int64_t kRowsOfBlock = kObsWarps * kObsRows;
 
 }  // namespace
 
@@ -17,15 +19,16 @@ cudaError_t launch_quantize_block(const QuantizeArguments& a, void* workspace, i
   NotFinite report{nullptr, code};
   ACE_RETURN_IF_ERROR(not_finite_flag(&report.flag));
   int* unusable = static_cast<int*>(workspace);
-  ACE_RETURN_IF_ERROR(cudaMemsetAsync(unusable, 0, sizeof *unusable, stream));
+  ACE_RETURN_IF_ERROR(launch_check_factor(a.factor, a.width, a.factor_stride, unusable, stream));
+  const ObsProblem problem{
+      a.weight,       a.error,       const_cast<bool*>(a.mask), a.factor, unusable, a.rows,   a.width, a.weight_stride,
+      a.error_stride, a.mask_stride, a.factor_stride,           0,        0,        kWarpSize};
   int64_t blocks = 0;
-  ACE_RETURN_IF_ERROR(blocks_for(a.width, kWaves, &blocks));
-  ACE_RETURN_IF_ERROR(launch(check_quantize_factor_kernel, {blocks, kQuantizeThreads, 0, stream}, a.factor, a.width,
-                             a.factor_stride, unusable));
   ACE_RETURN_IF_ERROR(blocks_for((a.rows + kRowsOfBlock - 1) / kRowsOfBlock, kWaves, &blocks));
-  return with_dtype(a.dtype, [&](auto scalar) {
-    using T = decltype(scalar);
-    return launch(quantize_block_kernel<T>, {blocks, kQuantizeThreads, 0, stream}, a, unusable, report);
+  return with_dtype(a.dtype, [&](auto type) {
+    using T = decltype(type);
+    const QuantizeGrid<T> grid{static_cast<const T*>(a.scale), a.current, a.current_stride, CodeRange(a.bits)};
+    return launch(quantize_block_kernel<T>, {blocks, kObsThreads, 0, stream}, problem, grid, report);
   });
 }
 

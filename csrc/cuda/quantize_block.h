@@ -5,17 +5,17 @@
 
 namespace ace::cuda {
 
-// The tensors of the contract in quantize_block.cuh.
+// The tensors of the contract in ops/quantize_block.h.
 struct QuantizeArguments {
-  float* weight;         // [rows, width], rows `weight_stride` apart
+  float* weight;         // [rows, width]
   float* error;          // [rows, width]
   const bool* mask;      // [rows, width]
-  const void* scale;     // [rows] of `dtype`
+  const void* scale;     // [rows]
   const float* factor;   // [width, width]
-  const float* current;  // [rows, width]; null: none
+  const float* current;  // [rows, width] or null
   int64_t rows, width, weight_stride, error_stride, mask_stride, factor_stride, current_stride;
-  Dtype dtype;
   int bits;
+  Dtype dtype;  // of scale
 };
 
 size_t quantize_block_bytes();

@@ -25,8 +25,8 @@ void quantize_block(at::Tensor weight, at::Tensor error, const at::Tensor& mask,
                                     mask.stride(0),
                                     factor.stride(0),
                                     current ? current->stride(0) : 0,
-                                    dtype_of(scale),
-                                    static_cast<int>(bits)};
+                                    static_cast<int>(bits),
+                                    dtype_of(scale)};
   const at::Tensor work = workspace(quantize_block_bytes(), weight);
   C10_CUDA_CHECK(launch_quantize_block(arguments, work.mutable_data_ptr(), op_code("quantize_block_"), stream()));
 }
