@@ -61,20 +61,3 @@ def files(package: str, path: Iterable[str], attribute: str) -> dict[str, Callab
 
     names = [module.name for module in pkgutil.iter_modules(path) if not module.name.startswith("_")]
     return {name.replace("_", "-"): loader(name) for name in names}
-
-
-def add(registry: dict[str, Entry], entry: Entry, what: str) -> None:
-    """Adds an entry under its name. ``what``: the noun for an entry, for the message.
-
-    Raises:
-        ValueError: the name is taken.
-    """
-    if entry.name in registry:
-        raise ValueError(f"{what} {entry.name!r} is registered already; choose another name")
-    registry[entry.name] = entry
-
-
-def discover(package: str, path: Iterable[str], attribute: str) -> Iterator[Any]:
-    """The attribute of each file of a package, in alphabetical order, except files whose names start with ``_``."""
-    for load in files(package, path, attribute).values():
-        yield load()

@@ -5,11 +5,11 @@ a format of files; a file whose name starts with ``_`` is not one. ``compressed_
 library. ``docs/formats.md`` describes the formats. May import ``models`` and the layers below.
 """
 
-from ace_ext._registry import add, discover
+from ace_ext._registry import Registry, files
 from ace_ext.errors import InputError
 from ace_ext.packed._codec import Codec, Kept
 
-CODECS: dict[str, Codec] = {}
+CODECS: Registry[Codec] = Registry("packed format", files(f"{__name__}.codecs", [f"{__path__[0]}/codecs"], "CODEC"))
 """Every packed format by name."""
 
 DEFAULT_CODEC = "bitmap"
@@ -22,7 +22,7 @@ def register(codec: Codec) -> None:
     Raises:
         ValueError: the name is taken.
     """
-    add(CODECS, codec, "packed format")
+    CODECS.add(codec)
 
 
 def codec_named(name: str) -> Codec:
@@ -35,8 +35,5 @@ def codec_named(name: str) -> Codec:
         raise InputError(f"format must be one of {', '.join(CODECS)} (got {name!r})")
     return CODECS[name]
 
-
-for _codec in discover(f"{__name__}.codecs", [f"{__path__[0]}/codecs"], "CODEC"):
-    register(_codec)
 
 __all__ = ["CODECS", "DEFAULT_CODEC", "Codec", "Kept", "codec_named", "register"]
