@@ -42,6 +42,8 @@ EXPECTED = {
     "refine_swaps_kernel": (),
     "packed_linear_kernel": ("LDG.E.128",),
     "unpack_bitmap_kernel": ("LDG.E.128",),
+    "quantized_linear_kernel": ("LDG.E.128",),
+    "unpack_quantized_kernel": ("LDG.E.128", "STG.E.128"),
 }
 # Kernel name -> 128-bit loads that each of its template instances must have in flight.
 IN_FLIGHT = {

@@ -39,6 +39,7 @@ FAMILIES = {
     "restore": ("cuda_restore_test", "*"),
     "obs_block": ("cuda_obs_block_test", "*"),
     "packed": ("cuda_packed_test", "CudaPacked/2.*"),
+    "quantized": ("cuda_quantized_test", "CudaQuantized/2.*"),
 }
 ENTRY = re.compile(r"\.entry (\w+)\(")
 DROPPED = re.compile(r"^\s*(bar\.sync|bar\.warp\.sync|barrier\.sync|atom\.\S+|red\.\S+)\s+([^;]*);")

@@ -25,8 +25,26 @@ ACE_DEVICE uint32_t bitwise(uint32_t a, uint32_t b, uint32_t c) {
 #endif
 }
 
-// Selects four bytes of two words. Each selector has four bits: 0 to 3 for `low`, 4 to 7 for `high`; plus 8 for the
-// byte's sign.
+// Selects four bytes of two words. The selector has four bits for each: 0 to 3 for `low`, 4 to 7 for `high`; plus 8 for
+// the byte's sign. Its upper half is ignored.
+ACE_DEVICE uint32_t select_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+#if defined(__CUDA_ARCH__)
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
+  return result;
+#else
+  const uint64_t both = static_cast<uint64_t>(high) << 32 | low;
+  uint32_t result = 0;
+  for (unsigned n = 0; n < 4; ++n) {
+    const unsigned choice = selector >> 4 * n & 15u;
+    const auto byte = static_cast<uint32_t>(both >> 8 * (choice & 7u) & 255u);
+    result |= ((choice & 8u) == 0 ? byte : byte >= 128u ? 255u : 0u) << 8 * n;
+  }
+  return result;
+#endif
+}
+
+// The same by a selector that is known to the compiler.
 template <unsigned kSelector>
 ACE_DEVICE uint32_t bytes_of(uint32_t low, uint32_t high) {
 #if defined(__CUDA_ARCH__)
@@ -35,14 +53,7 @@ ACE_DEVICE uint32_t bytes_of(uint32_t low, uint32_t high) {
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "n"(kSelector));
   return result;
 #else
-  const uint64_t both = static_cast<uint64_t>(high) << 32 | low;
-  uint32_t result = 0;
-  for (unsigned n = 0; n < 4; ++n) {
-    const unsigned choice = kSelector >> 4 * n & 15u;
-    const auto byte = static_cast<uint32_t>(both >> 8 * (choice & 7u) & 255u);
-    result |= ((choice & 8u) == 0 ? byte : byte >= 128u ? 255u : 0u) << 8 * n;
-  }
-  return result;
+  return select_bytes(low, high, kSelector);
 #endif
 }
 

@@ -50,6 +50,17 @@ ACE_DEVICE void load_line(const void* p, uint32_t* word) {
 #endif
 }
 
+// Four bytes, the address a multiple of four.
+ACE_DEVICE uint32_t load_word(const void* p) {
+#if defined(__CUDACC__)
+  return *static_cast<const uint32_t*>(p);
+#else
+  uint32_t word;
+  std::memcpy(&word, __builtin_assume_aligned(p, 4), 4);
+  return word;
+#endif
+}
+
 ACE_DEVICE void store_shared_line(void* p, const uint32_t* word) {
 #if defined(__CUDACC__)
   *static_cast<uint4*>(p) = make_uint4(word[0], word[1], word[2], word[3]);
