@@ -31,11 +31,16 @@ struct PackedRows {
     const int64_t place = row_start != nullptr ? row_start[row] : row * keep;
     return place < 0 ? 0 : place > survivors ? survivors : place;
   }
-  // 32 columns of a row from `column` on, 0 beyond its words.
-  ACE_DEVICE uint32_t word(int64_t row, int64_t column) const {
-    if (column >= words * 64) return 0;
-    return reinterpret_cast<const uint32_t*>(bitmap + row * words * 8)[column / kPackedColumns];
+  // Of a row: 32 columns each.
+  ACE_DEVICE const uint32_t* row_words(int64_t row) const {
+    return reinterpret_cast<const uint32_t*>(bitmap) + 2 * row * words;
   }
+};
+
+// 32 columns of a row.
+struct alignas(8) PackedWord {
+  uint32_t bits;
+  int first;  // place of the first survivor in PackedStage::value
 };
 
 // One warp's shared memory. Codes are read eight at a time, which may be beyond the last one; what is there is ignored.
@@ -43,27 +48,32 @@ template <class T>
 struct alignas(16) PackedStage {
   static constexpr int kBeyond = sizeof(T) == 1 ? 16 : 0;
   T value[kChunkColumns + Quad<T>::kSize + kBeyond];
-  uint32_t word[kWarpSize];
-  int first[kWarpSize];  // place of a word's first survivor from `value` on
+  PackedWord word[kWarpSize];
 };
 
 // Copies values place to place + count to stage.value, starting at *shift, with zeros where there are none; loads whole
 // quads where the buffer has them.
 template <class T>
-ACE_DEVICE int stage_values(const PackedRows<T>& of, int64_t place, int count, PackedStage<T>& stage) {
+ACE_DEVICE int stage_values(const PackedRows<T>& of, uint64_t place, int count, PackedStage<T>& stage) {
   constexpr int kQuad = Quad<T>::kSize;
+  constexpr int64_t kMost = kChunkColumns + 2 * kQuad;  // that are read
   const int shift = of.aligned ? static_cast<int>(place % kQuad) : 0;
-  const int64_t from = place - shift;
-  for (int q = lane_id(); q * kQuad < shift + count; q += kWarpSize) {
-    const int64_t at = from + q * kQuad;
-    Quad<T> quad;
-    if (of.aligned && at + kQuad <= of.survivors) {
-      quad = *reinterpret_cast<const Quad<T>*>(of.values + at);
+  const int64_t from = static_cast<int64_t>(place) - shift, left = of.survivors - from;
+  const int there = static_cast<int>(left < 0 ? 0 : left > kMost ? kMost : left);
+  for (int at = lane_id() * kQuad; at < shift + count; at += kWarpSize * kQuad) {
+    uint32_t words[4] = {};
+    if (of.aligned && at + kQuad <= there) {
+      load_line(of.values + from + at, words);
     } else {
       ACE_UNROLL
-      for (int e = 0; e < kQuad; ++e) quad.value[e] = at + e < of.survivors ? of.values[at + e] : T{};
+      for (int e = 0; e < kQuad; ++e) {
+        if (at + e >= there) continue;
+        uint32_t bits = 0;
+        std::memcpy(&bits, of.values + from + at + e, sizeof(T));
+        words[e * sizeof(T) / 4] |= bits << (e * sizeof(T) % 4 * 8);
+      }
     }
-    *reinterpret_cast<Quad<T>*>(&stage.value[q * kQuad]) = quad;
+    store_shared_line(&stage.value[at], words);
   }
   return shift;
 }
@@ -73,9 +83,11 @@ ACE_DEVICE int stage_values(const PackedRows<T>& of, int64_t place, int count, P
 // T, and places are counted in survivors.
 template <int kInValue, class T, class Action>
 ACE_DEVICE void for_each_chunk(const PackedRows<T>& of, int64_t row, PackedStage<T>& stage, Action&& action) {
-  int64_t place = of.start(row) * kInValue;
-  for (int64_t chunk = 0; chunk < of.cols; chunk += kChunkColumns) {
-    const uint32_t word = of.word(row, chunk + lane_id() * kPackedColumns);
+  auto place = static_cast<uint64_t>(of.start(row)) * kInValue;
+  const uint32_t* words = of.row_words(row) + lane_id();
+  int64_t left = 2 * of.words - lane_id();  // words of the row from this lane's on
+  for (int64_t chunk = 0; chunk < of.cols; chunk += kChunkColumns, words += kWarpSize, left -= kWarpSize) {
+    const uint32_t word = left > 0 ? *words : 0;
     int inclusive = __popc(word);
     const int own = inclusive;
     ACE_UNROLL
@@ -85,14 +97,13 @@ ACE_DEVICE void for_each_chunk(const PackedRows<T>& of, int64_t row, PackedStage
     }
     const int count = __shfl_sync(kFullWarp, inclusive, kWarpSize - 1);
     const int inside = static_cast<int>(place % kInValue);  // of the first T
-    const int values = (inside + count + kInValue - 1) / kInValue;
+    const int values = static_cast<int>(static_cast<unsigned>(inside + count + kInValue - 1) / kInValue);
     const int shift = stage_values(of, place / kInValue, values, stage) * kInValue + inside;
-    stage.word[lane_id()] = word;
-    stage.first[lane_id()] = shift + inclusive - own;
+    stage.word[lane_id()] = {word, shift + inclusive - own};
     __syncwarp();
     action(chunk);
     __syncwarp();  // the next chunk overwrites values that other lanes may still read
-    place += count;
+    place += static_cast<unsigned>(count);
   }
 }
 

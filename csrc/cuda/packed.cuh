@@ -27,9 +27,9 @@ ACE_DEVICE void for_each_column(const PackedRows<T>& of, int64_t row, PackedStag
   for_each_chunk<1>(of, row, stage, [&](int64_t chunk) {
     for (int w = 0; w < kWarpSize && chunk + w * kPackedColumns < of.cols; ++w) {
       const int64_t column = chunk + w * kPackedColumns + lane_id();
-      const uint32_t bits = stage.word[w];
-      const bool stored = (bits >> lane_id() & 1u) != 0 && column < of.cols;
-      const T value = stored ? stage.value[stage.first[w] + __popc(bits & below)] : T{};
+      const PackedWord word = stage.word[w];
+      const bool stored = (word.bits >> lane_id() & 1u) != 0 && column < of.cols;
+      const T value = stored ? stage.value[word.first + __popc(word.bits & below)] : T{};
       action(column, stored, value);
     }
   });

@@ -26,6 +26,11 @@ constexpr int kStepUnits = kStepColumns / kUnitColumns;
 constexpr int kUnitLanes = kUnitColumns / kPack;
 constexpr uint32_t kTwoTo23 = 0x4b000000u;  // a float whose lowest bit is worth 1
 
+// Blocks of a multiprocessor at a time, for which its registers must suffice: 80 for each thread, or 64. Left to
+// itself, ptxas takes 64 for 16 tokens, and spills.
+template <int kTokens>
+constexpr int kPackedBlocks = kTokens > 2 ? 6 : 8;
+
 using CodeStage = PackedStage<uint8_t>;
 
 // Units and groups of a row are counted in 32 bits: it has at most kMostWords of 64 columns (2^37 columns).
@@ -56,29 +61,24 @@ struct ScaleWalk {
   int unit;  // in the group
 };
 
-template <int kBits>
-constexpr uint32_t kBias = 1u << (kBits - 1);  // added to a code, so that it is not negative
-
-template <int kBits>
-constexpr uint32_t kBiases = kBias<kBits> * 0x01010101u;
-
 // The lower half of two words, shifted right by at most 32 bits.
 ACE_DEVICE uint32_t shifted(uint32_t low, uint32_t high, uint32_t by) {
   return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> by);
 }
 
-// Eight codes from `place` on, plus their bias, in the bytes of two words.
+// Eight codes from `place` on in the bytes of two words; those of 4 bits without their sign.
 template <int kBits>
-ACE_DEVICE void load_codes(const CodeStage& stage, uint32_t place, uint32_t* code) {
+ACE_DEVICE void load_codes(const CodeStage& stage, int place, uint32_t* code) {
   constexpr uint32_t kInWord = 32 / kBits;
-  const uint8_t* word = stage.value + place / kInWord * 4;
-  const uint32_t by = place % kInWord * kBits;
+  const auto from = static_cast<uint32_t>(place);
+  const uint8_t* const word = stage.value + from / kInWord * 4;
+  const uint32_t by = from % kInWord * kBits;
   const uint32_t first = load_word(word), second = load_word(word + 4);
   if constexpr (kBits == 8) {
-    code[0] = shifted(first, second, by) ^ kBiases<8>;
-    code[1] = shifted(second, load_word(word + 8), by) ^ kBiases<8>;
+    code[0] = shifted(first, second, by);
+    code[1] = shifted(second, load_word(word + 8), by);
   } else {
-    const uint32_t eight = shifted(first, second, by) ^ 0x88888888u;
+    const uint32_t eight = shifted(first, second, by);
     const uint32_t even = eight & 0x0f0f0f0fu, odd = eight >> 4 & 0x0f0f0f0fu;
     code[0] = bytes_of<0x5140>(even, odd);
     code[1] = bytes_of<0x7362>(even, odd);
@@ -92,56 +92,66 @@ ACE_DEVICE uint32_t to_nibbles(uint32_t bits) {
   return (pairs | pairs << 3) & 0x11111111u;
 }
 
-// The codes at their columns: `weight` e is the next code where bit e is set, else 0. A nibble of a selector is the
-// number of set bits below it, or, where its own bit is not set, 4 more, which selects a byte of the bias.
+// The codes at their columns: byte e of eight is the next code where bit e is set, else 0. A nibble of a selector is
+// the number of set bits below it. Where its own bit is not set, it selects a zero instead: of codes of 4 bits, which
+// are not negative as bytes, the sign (plus 8); of codes of 8 bits a byte of the second operand (plus 4), so that each
+// half starts at its own first code.
 template <int kBits>
-ACE_DEVICE void spread_codes(uint32_t bits, const uint32_t* code, float* weight) {
-  const uint32_t set = to_nibbles(bits), unset = (set ^ 0x11111111u) << 2;
-  const uint32_t later = shifted(code[0], code[1], 8u * static_cast<uint32_t>(__popc(bits & 15u)));
-  const uint32_t four[2] = {select_bytes(code[0], kBiases<kBits>, set * 0x1110u + unset),
-                            select_bytes(later, kBiases<kBits>, (set >> 16) * 0x1110u + (unset >> 16))};
-  ACE_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const float wide[4] = {
-        bits_float(bytes_of<0x7440>(four[half], kTwoTo23)), bits_float(bytes_of<0x7441>(four[half], kTwoTo23)),
-        bits_float(bytes_of<0x7442>(four[half], kTwoTo23)), bits_float(bytes_of<0x7443>(four[half], kTwoTo23))};
-    ACE_UNROLL
-    for (int e = 0; e < 4; ++e) weight[4 * half + e] = wide[e] - bits_float(kTwoTo23 + kBias<kBits>);
+ACE_DEVICE void place_codes(uint32_t bits, const uint32_t* code, uint32_t* placed) {
+  const uint32_t set = to_nibbles(bits), unset = set ^ 0x11111111u;
+  if constexpr (kBits == 4) {
+    const uint32_t selector = set * 0x11111110u + (unset << 3);
+    placed[0] = select_bytes(code[0], code[1], selector);
+    placed[1] = select_bytes(code[0], code[1], selector >> 16);
+  } else {
+    const uint32_t later = shifted(code[0], code[1], 8u * static_cast<uint32_t>(__popc(bits & 15u)));
+    placed[0] = select_bytes(code[0], 0, set * 0x1110u + (unset << 2));
+    placed[1] = select_bytes(later, 0, (set >> 16) * 0x1110u + (unset >> 16 << 2));
   }
+}
+
+// Four codes as floats. A bias of half the range makes them numbers without a sign.
+template <int kBits>
+ACE_DEVICE void widen_codes(uint32_t four, float* code) {
+  constexpr uint32_t kBias = 1u << (kBits - 1);
+  const uint32_t biased = four ^ kBias * 0x01010101u;
+  const float wide[4] = {bits_float(bytes_of<0x7440>(biased, kTwoTo23)), bits_float(bytes_of<0x7441>(biased, kTwoTo23)),
+                         bits_float(bytes_of<0x7442>(biased, kTwoTo23)),
+                         bits_float(bytes_of<0x7443>(biased, kTwoTo23))};
+  ACE_UNROLL
+  for (int e = 0; e < 4; ++e) code[e] = wide[e] - bits_float(kTwoTo23 + kBias);
 }
 
 // Eight neighbouring columns of a row.
 struct EightColumns {
-  int64_t chunk;
-  int column;         // the first, from the chunk's on
   int count;          // of them within the row
   uint32_t stored;    // bit e: a code is stored
   float code[kPack];  // 0 where none is stored
   float scale;
 };
 
-// Calls action(EightColumns) for each eight columns of this lane.
+// Calls action(EightColumns) for each eight columns of this lane: those from 8 lane_id() on, then 256 further.
 template <int kBits, class T, class Action>
 ACE_DEVICE void for_each_eight(const QuantizedRows<T>& of, int64_t row, CodeStage& stage, Action&& action) {
   const int byte = lane_id() % 4 * 8;
   const uint32_t below = (1u << byte) - 1u;
   ScaleWalk<T> at(of, row);
   for_each_chunk<8 / kBits>(of.codes, row, stage, [&](int64_t chunk) {
-    const int columns = of.codes.cols - chunk < kChunkColumns ? static_cast<int>(of.codes.cols - chunk) : kChunkColumns;
-    for (int column = lane_id() * kPack; column < columns; column += kStepColumns) {
+    const int64_t rest = of.codes.cols - chunk;
+    int left = static_cast<int>(rest < kChunkColumns ? rest : kChunkColumns) - lane_id() * kPack;
+    const PackedWord* next = stage.word + lane_id() / 4;
+    for (; left > 0; left -= kStepColumns, next += kStepColumns / kPackedColumns) {
+      const PackedWord word = *next;
       EightColumns eight;
-      eight.chunk = chunk;
-      eight.column = column;
-      eight.count = columns - column < kPack ? columns - column : kPack;
+      eight.count = left < kPack ? left : kPack;
+      eight.stored = word.bits >> byte & 255u;
       eight.scale = to_float(*at.scale);
       at.advance(of);
-      const unsigned w = static_cast<unsigned>(column) / kPackedColumns;
-      const uint32_t word = stage.word[w];
-      eight.stored = word >> byte & 255u;
-      const int place = stage.first[w] + __popc(word & below);
-      uint32_t code[2];
-      load_codes<kBits>(stage, static_cast<uint32_t>(place), code);
-      spread_codes<kBits>(eight.stored, code, eight.code);
+      uint32_t code[2], placed[2];
+      load_codes<kBits>(stage, word.first + __popc(word.bits & below), code);
+      place_codes<kBits>(eight.stored, code, placed);
+      widen_codes<kBits>(placed[0], eight.code);
+      widen_codes<kBits>(placed[1], eight.code + 4);
       action(eight);
     }
   });
@@ -166,7 +176,7 @@ ACE_DEVICE Words<T> rounded_words(const EightColumns& eight) {
 }
 
 template <class T, int kBits, int kTokens>
-__global__ void __launch_bounds__(kPackedWarps* kWarpSize)
+__global__ void __launch_bounds__(kPackedWarps* kWarpSize, kPackedBlocks<kTokens>)
     quantized_linear_kernel(QuantizedRows<T> of, const T* x, int64_t stride, bool aligned, const T* bias, T* out) {
   __shared__ CodeStage stages[kPackedWarps];
   const int64_t rows = of.codes.rows, first = static_cast<int64_t>(blockIdx.x) * kPackedWarps + warp_id();
@@ -174,17 +184,19 @@ __global__ void __launch_bounds__(kPackedWarps* kWarpSize)
     float sums[kTokens];
     ACE_UNROLL
     for (int t = 0; t < kTokens; ++t) sums[t] = 0.0f;
+    const T* input = x + lane_id() * kPack;
     for_each_eight<kBits>(of, row, stages[warp_id()], [&](const EightColumns& eight) {
       const bool whole = aligned && eight.count == kPack;
-      const T* const inputs = x + eight.chunk;
+      const T* token = input;
       ACE_UNROLL
-      for (int t = 0; t < kTokens; ++t) {
-        const Words<T> input = load_words(inputs + t * stride + eight.column, eight.count, whole);
-        float sum = eight.code[0] * input.at(0);
+      for (int t = 0; t < kTokens; ++t, token += stride) {
+        const Words<T> words = load_words(token, eight.count, whole);
+        float sum = eight.code[0] * words.at(0);
         ACE_UNROLL
-        for (int e = 1; e < kPack; ++e) sum = fmaf(eight.code[e], input.at(e), sum);
+        for (int e = 1; e < kPack; ++e) sum = fmaf(eight.code[e], words.at(e), sum);
         sums[t] = fmaf(eight.scale, sum, sums[t]);
       }
+      input += kStepColumns;
     });
     ACE_UNROLL
     for (int t = 0; t < kTokens; ++t) {
@@ -201,9 +213,10 @@ __global__ void __launch_bounds__(kPackedWarps* kWarpSize)
   const int64_t rows = of.codes.rows, cols = of.codes.cols;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kPackedWarps + warp_id();
   for (int64_t row = first; row < rows; row += static_cast<int64_t>(gridDim.x) * kPackedWarps) {
+    T* weight = out + row * cols + lane_id() * kPack;
     for_each_eight<kBits>(of, row, stages[warp_id()], [&](const EightColumns& eight) {
-      const bool whole = aligned && eight.count == kPack;
-      store_words(out + row * cols + eight.chunk + eight.column, rounded_words<T>(eight), eight.count, whole);
+      store_words(weight, rounded_words<T>(eight), eight.count, aligned && eight.count == kPack);
+      weight += kStepColumns;
     });
   }
 }

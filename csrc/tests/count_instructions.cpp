@@ -4,7 +4,9 @@
 #include <cstdio>
 
 #include "cuda/moments.h"
+#include "cuda/packed.h"
 #include "cuda/prune.h"
+#include "cuda/quantized.h"
 #include "tests/sample.h"
 
 namespace ace::cuda {
@@ -51,6 +53,40 @@ void count_moments(int64_t tokens, int64_t cols, bool weighted) {
   print_counts("inverse_square_norm", tokens, cols);
 }
 
+// One token and a bfloat16 matrix, of which half is stored: as values, or as codes with a scale for each 128 columns.
+void count_products(int64_t rows, int64_t cols) {
+  std::mt19937 random(1);
+  const int64_t words = cols / 64;
+  std::vector<uint8_t> bitmap;
+  std::vector<int64_t> starts{0}, starts4{0};
+  for (int64_t i = 0; i < rows; ++i) {
+    int64_t stored = 0;
+    for (int64_t byte = 0; byte < cols / 8; ++byte) {
+      bitmap.push_back(static_cast<uint8_t>(random()));
+      stored += __builtin_popcount(bitmap.back());
+    }
+    starts.push_back(starts.back() + stored);
+    starts4.push_back(starts4.back() + (stored + 1) / 2);
+  }
+  const std::vector<BFloat16> values(static_cast<size_t>(starts.back())), x(static_cast<size_t>(cols)),
+      scales(static_cast<size_t>(rows * cols / 128));
+  const std::vector<uint8_t> codes(static_cast<size_t>(starts.back()));
+  std::vector<BFloat16> out(static_cast<size_t>(rows));
+  const Activations token{x.data(), 1, cols, cols, Dtype::bfloat16};
+  simt::ptx::take_counts();
+  check(launch_packed_linear(
+      {bitmap.data(), values.data(), starts.data(), rows, cols, words, starts.back(), 0, Dtype::bfloat16}, token,
+      nullptr, out.data(), nullptr));
+  print_counts("packed_linear", rows, cols);
+  for (const int bits : {8, 4}) {
+    const std::vector<int64_t>& start = bits == 8 ? starts : starts4;
+    check(launch_quantized_linear({bitmap.data(), codes.data(), start.data(), scales.data(), rows, cols, words,
+                                   start.back(), 0, 128, bits, Dtype::bfloat16},
+                                  token, nullptr, out.data(), nullptr));
+    print_counts(bits == 8 ? "quantized_linear, 8 bits" : "quantized_linear, 4 bits", rows, cols);
+  }
+}
+
 void count_all() {
   simt::settings.processors = 1;  // four rows for each block, as on a large device
   for (const int64_t cols : {4096, 11008, 28672}) {
@@ -68,6 +104,7 @@ void count_all() {
   // Enough tokens for chunks as long as on a large device.
   count_moments(2048, 1024, false);
   count_moments(2048, 1024, true);
+  count_products(32, 4096);
 }
 
 }  // namespace
