@@ -58,7 +58,8 @@ class Card:
 CARDS = (Card("H100 SXM", 132, 1.755e9, 3.35e12), Card("A100 80GB", 108, 1.41e9, 2.039e12))
 
 # Op -> bytes of memory traffic an element of bfloat16 weights or activations (factors a column stay in the cache), and
-# the budget of instructions an element.
+# the budget of instructions an element. Products are of one token and a matrix of which half is stored: a bit for each
+# weight, its value or code, and a bfloat16 scale for 128 columns. Their elements are all weights, stored or not.
 OPS = {
     "row top-k": (4, 40),
     "2:4": (4, 18),
@@ -66,6 +67,9 @@ OPS = {
     "moments": (2, 8),
     "moments, weighted": (2, 8),
     "inverse_square_norm": (2, 6),
+    "packed_linear": (1 / 8 + 2 / 2, 30),
+    "quantized_linear, 8 bits": (1 / 8 + 1 / 2 + 2 / 128, 20),
+    "quantized_linear, 4 bits": (1 / 8 + 1 / 4 + 2 / 128, 20),
 }
 
 # Op of bench_ops.py -> op above, where the names differ.

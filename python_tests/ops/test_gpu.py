@@ -11,6 +11,7 @@ import torch
 from helpers import (
     DTYPES,
     FORMULAS,
+    UNIT,
     assert_only_slice_changed,
     assert_same_bits,
     embed,
@@ -30,6 +31,7 @@ from ace_ext import build_info, ops
 from ace_ext.ops import ScoredWeight, packed_reference
 from ace_ext.ops._across import RADIX_BITS
 from ace_ext.ops._extension import compiled
+from ace_ext.packed.matrix import pack_bits
 from ace_ext.pruning.gram import GramState
 
 
@@ -76,6 +78,48 @@ def test_packed_products_and_unpacking(shape, ragged, dtype, random):
         exact = packed_reference.packed_linear(x, *packed_arguments(matrix), bias)
         found = ops.packed_linear(x.cuda(), *place, None if bias is None else bias.cuda()).cpu()
         assert ((found.double() - exact).abs() <= packed_bound(x, weight, bias, exact)).all()
+
+
+def pack_codes(codes, bits):
+    """The bytes of a row's codes: two's complement, two of 4 bits in a byte, the lower half first."""
+    stored = codes & ((1 << bits) - 1)
+    if bits == 4:
+        stored = torch.nn.functional.pad(stored, (0, len(stored) % 2))
+        stored = stored[::2] | stored[1::2] << 4
+    return stored.to(torch.uint8)
+
+
+def make_quantized(rows, cols, bits, group, dtype, random, ragged):
+    """The arguments of ``unpack_quantized`` but for the columns, of a matrix of which about half is stored."""
+    order = torch.rand(rows, cols, generator=random)
+    kept = order < 0.5 if ragged else order.argsort(dim=1).argsort(dim=1) < (cols + 1) // 2
+    codes = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (rows, cols), generator=random)
+    scales = torch.rand(rows, -(-cols // group), generator=random).to(dtype)
+    lines = [pack_codes(line[mask], bits) for line, mask in zip(codes, kept, strict=True)]
+    row_start = torch.tensor([0, *map(len, lines)]).cumsum(0) if ragged else None
+    stored = torch.cat(lines) if ragged else torch.stack(lines)
+    return pack_bits(kept), stored, scales, bits, group, row_start
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(("bits", "group"), [(8, 64), (8, 192), (4, 128), (4, 1024)])
+@pytest.mark.parametrize("shape", SHAPES[:8])
+def test_quantized_products_and_unpacking(shape, bits, group, ragged, dtype, random):
+    matrix = make_quantized(*shape, bits, group, dtype, random, ragged)
+    *place, row_start = [part.cuda() if isinstance(part, torch.Tensor) else part for part in matrix]
+    rounded = packed_reference.unpack_quantized(*matrix, shape[1])
+    assert_same_bits(ops.unpack_quantized(*place, row_start, shape[1]).cpu(), rounded)
+    weight = packed_reference.exact_weight(*matrix, shape[1])
+    for tokens in (1, 2, 7, 16, 17, 40):
+        x = torch.randn(tokens, shape[1], generator=random).to(dtype)
+        bias = torch.randn(shape[0], generator=random).to(dtype) if tokens % 2 else None
+        shift = torch.zeros(1) if bias is None else bias
+        found = ops.quantized_linear(x.cuda(), *place, row_start, None if bias is None else bias.cuda()).cpu()
+        used = weight if tokens <= 16 else rounded  # more tokens are multiplied with the unpacked matrix
+        exact = x.double() @ used.double().T + shift.double()
+        bound = packed_bound(x, used, bias, exact)
+        bound += matrix[2].shape[1] * UNIT * (x.double().abs() @ used.double().abs().T + shift.double().abs())
+        assert ((found.double() - exact).abs() <= bound).all()
 
 
 # Scores and masks: the CPU's bits
