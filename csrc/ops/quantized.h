@@ -25,6 +25,8 @@
 //                |out - exact| <= u |exact| + (cols + G + 8) 2^-24 (sum_j |x_j W_ij| + |bias|)
 //              with u the rounding unit of the dtype of x (2^-24, 2^-11, 2^-8), as long as nothing over- or underflows:
 //              bfloat16 numbers below 2^-126 may count as 0.
+//              On CUDA, more than 16 tokens are multiplied by torch with the weights of unpack_quantized, which are
+//              rounded to the dtype of scales: the bound holds for the product with these.
 //   not finite Not checked. With an x or a scale that is not finite, a zero of W may give NaN or nothing.
 //   counts     Whether the bits agree with the size of codes or with row_start is checked when a file is read
 //              (ace_ext.packed), not here. If they disagree, results are wrong, but nothing outside the tensors is read.
