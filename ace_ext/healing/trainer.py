@@ -1,5 +1,6 @@
 """Training of one block's remaining weights: float32 copies, Adam, and the mask."""
 
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from ace_ext.errors import InputError
 from ace_ext.grids import Grid
-from ace_ext.healing.on_grid import STEP_SHARE, GridWeight
+from ace_ext.healing.on_grid import GridWeight
 from ace_ext.healing.settings import BETAS
 from ace_ext.models.blocks import Block
 from ace_ext.pruning.block_training import root_mean_square
@@ -28,17 +29,19 @@ class BlockTrainer:
     Where the mask is False, gradients are set to zero, so that weight and moments stay zero there.
 
     Each matrix has a learning rate of its own, in proportion to the root mean square of its kept weights when training
-    begins (:func:`ace_ext.pruning.block_training.root_mean_square`), or to the steps of its grid
-    (:data:`ace_ext.healing.on_grid.STEP_SHARE`).
+    begins (:func:`ace_ext.pruning.block_training.root_mean_square`); a lower one on a coarse grid
+    (:data:`ace_ext.healing.on_grid.SLOWER`).
 
     Args:
         block: its weights are in memory, and stay in the same tensors until training ends.
         masks: for each of ``block.linears`` ``[rows, cols]`` bool, True where a weight is kept; None: a weight is kept
             if it is not zero.
-        grid: matrices that are on this grid stay on it, with the same scales; None: there is none.
+        grid: matrices that are on this grid stay on it, with the same scales, and their zeros stay zeros, also those
+            that ``masks`` keeps; None: there is none.
     """
 
     def __init__(self, block: Block, masks: Mapping[str, Tensor] | None = None, grid: Grid | None = None) -> None:
+        self._name = block.name
         self.weights = {child: linear.weight for child, linear in block.linears.items()}
         if masks is None:
             masks = {child: weight != 0 for child, weight in self.weights.items()}
@@ -47,17 +50,28 @@ class BlockTrainer:
                 raise InputError(
                     f"masks must leave out only zeros (the one of {block.full_name(child)} does not fit its weight)"
                 )
-        self.masks = {child: masks[child] for child in self.weights}
         self.grids = {child: GridWeight.of(grid, weight) for child, weight in self.weights.items()}
+        self.masks = {
+            child: masks[child] if self.grids[child] is None else masks[child] & (weight != 0)
+            for child, weight in self.weights.items()
+        }
         self._masters = {child: weight.detach().float().clone() for child, weight in self.weights.items()}
         self._sizes = [self._size(child) for child in self.weights]
+        for child in self.weights:
+            self._spread_(child)
         groups = [{"params": [master]} for master in self._masters.values()]
         self._adam = torch.optim.Adam(groups, betas=BETAS, fused=True) if groups else None
 
     def _size(self, child: str) -> float:
         """What the learning rate of a matrix is a share of."""
         size, on_grid = root_mean_square(self._masters[child], self.masks[child]), self.grids[child]
-        return size if on_grid is None else max(size, STEP_SHARE * on_grid.step)
+        return size if on_grid is None else size * on_grid.slower(size)
+
+    def _spread_(self, child: str) -> None:
+        """Moves the float32 weights of a matrix on a grid away from its points, the same way each time."""
+        on_grid = self.grids[child]
+        if on_grid is not None:
+            on_grid.spread_(self._masters[child], self.masks[child], zlib.crc32(f"{self._name}.{child}".encode()))
 
     def _write_(self, child: str) -> None:
         """Writes the float32 copy of a matrix, rounded, into its weight."""
@@ -109,8 +123,8 @@ class BlockTrainer:
 
     @torch.no_grad()
     def step_(self, learning_rate: float) -> None:
-        """One step of Adam with the gradients of :meth:`backward`; it frees them. The rate is a share of each matrix's
-        weights or of its grid's steps, see the class."""
+        """One step of Adam with the gradients of :meth:`backward`; it frees them. The rate is that of
+        the settings, see the class."""
         if self._adam is None:
             return
         for group, size in zip(self._adam.param_groups, self._sizes, strict=True):
@@ -140,6 +154,7 @@ class BlockTrainer:
         """Continues from vectors of :meth:`kept`, with the optimizer's state cleared."""
         for child, master in self._masters.items():
             master.masked_scatter_(self.masks[child], kept[child].to(master.dtype))
+            self._spread_(child)
             self._write_(child)
             if self._adam is not None:
                 self._adam.state.pop(master, None)

@@ -23,7 +23,7 @@ from ace_ext.runs.heal_text import recorded_text
 from ace_ext.runs.output import read_report
 from ace_ext.runs.verify import verify
 
-SETTINGS = HealSettings(learning_rate=0.003, step_tokens=64, held_out=4)
+SETTINGS = HealSettings(learning_rate=0.01, step_tokens=64, held_out=4)
 METHOD = "wanda + quantize(bits=4, group=64)"
 GRID = Grid(4, 64)
 EIGHT_BITS = "wanda + quantize(bits=8, group=64)"
