@@ -40,6 +40,7 @@ RECORDS = {
     "Plan": "what ace-prune plan prints",
     "ModelShape": "sizes of a model",
     "BenchResult": "what ace-prune bench prints",
+    "PackResult": "what ace-prune pack prints",
 }
 """Dataclasses that hold data and do nothing with it; they may have more fields."""
 
