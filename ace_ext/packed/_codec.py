@@ -15,6 +15,12 @@ from ace_ext.packed.quantized_matrix import QuantizedMatrix
 CODES = "codes"
 """The part with the codes of a matrix on a grid. Every format names it so."""
 
+SCALES = "scales"
+"""The part with its scales; of a compressing format, the prefix of their planes."""
+
+SCALE_PLANES = 4
+"""The most bytes of a scale."""
+
 Parts = dict[str, Tensor]
 """The tensors that represent one tensor of the model in a file, by the last part of their names."""
 
@@ -105,8 +111,6 @@ class Codec:
     """One line for help texts."""
     parts: frozenset[str]
     """The names of all parts that it writes of tensors that are not quantized."""
-    quantized_parts: frozenset[str]
-    """The names of all parts that it writes of a matrix on a grid."""
     encode: Encode
     """``encode(tensor, pattern, grid)``: see :class:`Encode`."""
     decode: Callable[[Packed], PackedMatrix | QuantizedMatrix | Tensor]
@@ -120,6 +124,13 @@ class Codec:
     def compresses(self) -> bool:
         """Whether numbers are compressed, so that tensors without zeros become smaller too."""
         return "values" not in self.parts
+
+    @property
+    def quantized_parts(self) -> frozenset[str]:
+        """The names of all parts that it writes of a matrix on a grid: codes and scales in place of values."""
+        kept = [part for part in self.parts if not part.startswith(("values", "plane"))]
+        scales = [f"{SCALES}{i}" for i in range(SCALE_PLANES)] if self.compresses else [SCALES]
+        return frozenset([*kept, CODES, *scales])
 
     def most_parts(self, grid: Grid | None) -> int:
         """The most parts of one tensor in a file whose codes are on ``grid``."""

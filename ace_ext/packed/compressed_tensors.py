@@ -27,7 +27,7 @@ from ace_ext.packed.card_section import add_section_text
 from ace_ext.packed.files import is_packed
 from ace_ext.packed.marking import CONFIG
 from ace_ext.packed.matrix import BITS
-from ace_ext.packed.packing import PackResult, new_folder
+from ace_ext.packed.packing import PackResult, count_matrix, new_folder
 from ace_ext.packed.quantized_matrix import code_width, recover
 from ace_ext.whole_files import sync_folder, write_whole
 
@@ -322,7 +322,7 @@ class _Tensors:
                 "it was changed since; quantize again, or use format bitmap"
             )
         codes, self._scales[name] = found
-        self._result.count(weight, codes.nbytes + self._scales[name].nbytes, True)
+        count_matrix(self._result, weight, codes.nbytes + self._scales[name].nbytes, True)
         return codes
 
 

@@ -51,13 +51,14 @@ class PackResult:
         """Bits that a weight of the packed matrices takes."""
         return 8 * self.matrix_packed_bytes / max(1, self.matrix_weights)
 
-    def count(self, tensor: Tensor, packed_bytes: int, quantized: bool) -> None:
-        """Adds a matrix."""
-        self.matrices += 1
-        self.quantized += quantized
-        self.matrix_dense_bytes += tensor.nbytes
-        self.matrix_packed_bytes += packed_bytes
-        self.matrix_weights += tensor.numel()
+
+def count_matrix(result: PackResult, tensor: Tensor, packed_bytes: int, quantized: bool) -> None:
+    """Adds a packed matrix to the counts of a result."""
+    result.matrices += 1
+    result.quantized += quantized
+    result.matrix_dense_bytes += tensor.nbytes
+    result.matrix_packed_bytes += packed_bytes
+    result.matrix_weights += tensor.numel()
 
 
 def pack(
@@ -172,7 +173,7 @@ def _pack_file(shards: Shards, path: Path, target: Path, origin: Origin, result:
             if parts is None:
                 writer.add(name, tensor)
             elif codec.removes_zeros(parts):
-                result.count(tensor, sum(value.nbytes for value in parts.values()), CODES in parts)
+                count_matrix(result, tensor, sum(value.nbytes for value in parts.values()), CODES in parts)
         writer.finish(_metadata(origin if result.quantized > before else origin.without_grid()))
 
 

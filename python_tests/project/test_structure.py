@@ -43,6 +43,7 @@ RECORDS = {
     "ModelShape": "sizes of a model",
     "BenchResult": "what ace-prune bench prints",
     "Figures": "a row of what ace-prune bench prints",
+    "PackResult": "what ace-prune pack prints",
 }
 """Dataclasses that hold data and do nothing with it; they may have more fields."""
 

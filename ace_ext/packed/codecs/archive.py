@@ -34,9 +34,6 @@ PLANES = 8
 SAVED_CODE_BITS = 0.5
 """How many bits fewer than a code has are needed to compress it."""
 
-SCALE_PLANES = 4
-"""The most bytes of a scale."""
-
 
 def encode(tensor: Tensor, pattern: tuple[int, int] | None, grid: Grid | None = None) -> dict[str, Tensor] | None:
     """The parts of any tensor; None if they are not smaller than the tensor."""
@@ -137,7 +134,6 @@ CODEC = Codec(
     name="archive",
     summary="the smallest file, compressed by zstd; to keep or to send",
     parts=frozenset({"bitmap", *(f"plane{i}" for i in range(PLANES))}),
-    quantized_parts=frozenset({"bitmap", "codes", *(f"scales{i}" for i in range(SCALE_PLANES))}),
     encode=encode,
     decode=decode,
     size=size,

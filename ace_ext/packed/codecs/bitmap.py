@@ -71,7 +71,6 @@ CODEC = Codec(
     name="bitmap",
     summary="a bit for each weight, then the kept ones; to compute from",
     parts=frozenset({"bitmap", "values", "row_start"}),
-    quantized_parts=frozenset({"bitmap", "codes", "scales", "row_start"}),
     encode=encode,
     decode=decode,
     size=size,

@@ -96,7 +96,6 @@ CODEC = Codec(
     name="nm",
     summary="of a model pruned with --pattern N:M: the kept values of each group and their places",
     parts=frozenset({"values", "indices"}),
-    quantized_parts=frozenset({"codes", "scales", "indices"}),
     encode=encode,
     decode=decode,
     size=size,
