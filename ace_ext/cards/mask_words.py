@@ -28,7 +28,7 @@ def mask_words(method: str) -> str:
     except InputError:  # a metric that is a function, or a stage that is not registered here
         return f"a metric of the caller's; {UNUSED}"
     if not stages.prunes:
-        return f"none: no weight was removed; {UNUSED}"
+        return f"none, because no weight was removed; {UNUSED}"
     if stages.score is None:
         assert stages.solve is not None  # else nothing chooses a mask
         stage = stages.solve.label.upper()

@@ -11,7 +11,7 @@ from ace_ext.pruning.gram import RelativeLoss
 from ace_ext.pruning.masks import as_rows, keep_budget, keep_of_group, scored_weight
 from ace_ext.pruning.moment_gram import MomentGram
 from ace_ext.pruning.scaling import exponent_of, times_power, times_power_
-from ace_ext.pruning.stages import Problem, Solved
+from ace_ext.pruning.stages import MatrixStage, Problem, Solved, overflow
 from ace_ext.pruning.statistics import LinearStatistics
 from ace_ext.records import Solution
 
@@ -121,9 +121,8 @@ def _run_stages_(
         del on_grid
     else:
         rounded = problem.in_dtype(solved.weight)
-    if not torch.isfinite(rounded).all():  # also if only the weight's dtype is too narrow, such as float16
-        wider = ", or load the model as bfloat16" if weight.dtype == torch.float16 else ""
-        raise InputError(f"{method.name} overflowed with damping {damping:g}; raise damping{wider}")
+        if not torch.isfinite(rounded).all():
+            raise overflow(method.name, damping, weight.dtype)
     weight.copy_(shares.gather_rows(rounded, len(weight)))
     del solved, rounded
     pruned = weight[rows] if power == 0 else times_power(weight[rows].float(), -power)
@@ -147,11 +146,17 @@ def working_bytes(config: PruneConfig, rows: int, cols: int) -> int:
     """Bytes that pruning one matrix of ``rows x cols`` needs in addition to its weight and statistics.
 
     By scores alone: a mask of one byte per entry, and the scores of a callable metric. With stages that follow them
-    also the dense weight in float32, and what the stages declare.
+    also the dense weight in float32, and what the stages declare. The stage ``quantize`` has the result of the stages
+    before it in memory.
     """
-    entries, stages = rows * cols, config.method.matrix_stages
-    scores = 4 * entries if callable(config.method.scored_by.metric) else 0
-    if not stages:
+    entries, method = rows * cols, config.method
+    scores = 4 * entries if callable(method.scored_by.metric) else 0
+    if not method.matrix_stages:
         return entries + scores
-    held = sum(stage.held_bytes(cols) for stage in stages)
-    return 5 * entries + scores + max(s.working_bytes(rows, cols) + held - s.held_bytes(cols) for s in stages)
+    held = sum(stage.held_bytes(cols) for stage in method.matrix_stages)
+
+    def needed(stage: MatrixStage) -> int:
+        before = 4 * entries if stage is method.quantize and method.prunes else 0
+        return before + stage.working_bytes(rows, cols) + held - stage.held_bytes(cols)
+
+    return (5 if method.prunes else 4) * entries + scores + max(map(needed, method.matrix_stages))

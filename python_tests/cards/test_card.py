@@ -67,6 +67,44 @@ def test_the_hub_reads_the_metadata(place):
     assert (place / "dense" / CARD).read_text() == BASE
 
 
+@pytest.mark.parametrize(
+    ("config", "lines"),
+    [
+        (
+            {"method": "admm + quantize(bits=4)"},
+            (
+                "# `dense`, pruned: 50 % zeros, quantized: 4 bits",
+                ", pruned with `ace_ext`",
+                "| `quantize` | rounds kept weights to a grid",
+                "| grid | 4 bits, a scale for each row and 128 columns: ",
+            ),
+        ),
+        (
+            {"method": "quantize(bits=8)"},
+            (
+                "# `dense`, quantized: 8 bits",
+                ", quantized with `ace_ext`",
+                "no weight was removed, and the weights of its matrices are on a grid",
+                "| kept | all |",
+                "| mask | none, because no weight was removed",
+            ),
+        ),
+        ({"method": "quantize(bits=3, group=64) + distill(tokens=64)"}, ("# `dense`, quantized: 3 bits",)),
+    ],
+    ids=str,
+)
+def test_what_the_card_says_of_a_grid(config, lines, tmp_path):
+    report, out = prune(save_dense(tmp_path / "dense"), tmp_path / "out", **config)
+    text = (out / CARD).read_text()
+    for line in lines:
+        assert line in text
+    assert card_says(out)[0] == len(report.matrices)
+    if "admm" in config["method"]:
+        assert "sparsity" in text
+        return
+    assert "--sparsity" not in text  # the command that repeats it
+
+
 def test_what_the_card_says(place):
     text, report = (place / "out" / CARD).read_text(), read_report(place / "out")
     measured = report.perplexity

@@ -88,6 +88,18 @@ def test_rows_are_mean_deviation_and_count_over_seeds(place, capsys):
     assert row["perplexity"][text] == pytest.approx(expected)
 
 
+def test_a_method_that_only_quantizes_runs_once():
+    methods = tuple(map(method_of, ("wanda", "quantize(bits=8)", "admm + quantize")))
+    cells = [(cell.method, cell.amount) for cell, _ in Grid(methods, ("0.5", "2:4")).cells()]
+    assert cells == [
+        ("quantize(bits=8)", "0"),
+        ("wanda", "0.5"),
+        ("admm + quantize", "0.5"),
+        ("wanda", "2:4"),
+        ("admm + quantize", "2:4"),
+    ]
+
+
 def test_grid_of_everything(place, tmp_path, capsys):
     changed = {"calibration": f"{place / 'text.txt'},self", "texts": f"{place / 'text.txt'},{place / 'other.txt'}"}
     compare(place, sparsities="0.25,0.5", patterns="2:4", lengths="2x8,4x16", **changed)

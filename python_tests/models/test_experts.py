@@ -235,6 +235,26 @@ def test_experts_that_no_token_reaches_are_cut_by_magnitude():
             prune_model(model, tokens, PruneConfig(**config))
 
 
+@pytest.mark.parametrize("method", ["wanda + quantize(bits=4)", "quantize(bits=4)"])
+def test_experts_that_no_token_reaches_are_rounded_to_the_grid(method):
+    model, tokens = make_model("qwen3-moe"), make_tokens()
+    with torch.no_grad():
+        for block in find_blocks(model):
+            gate = block.module.mlp.gate
+            gate.top_k = 1
+            gate.weight[:] = gate.weight[0] * torch.tensor([[1.0], [-1.0], [0.5], [0.0]])
+    dense, config = experts_module(model).down_proj[3].detach().clone(), PruneConfig(method)
+    report = prune_model(model, tokens, config)
+    (matrix,) = [m for m in report.matrices if m.name == "model.layers.0.mlp.experts.3.down_proj"]
+    assert (matrix.tokens, matrix.solution) == (0, None)
+    rounded = experts_module(model).down_proj[3].detach()
+    assert config.method.quantize.grid.recover(rounded) is not None
+    assert not torch.equal(rounded, dense)
+    assert (rounded - dense).abs().max() <= dense.abs().max()
+    assert matrix.keep == matrix.size * (0.5 if config.method.prunes else 1)
+    assert matrix.nonzero == int((rounded != 0).sum()) <= matrix.keep
+
+
 def test_skip_by_name():
     model = make_model("mixtral")
     (first, *_) = find_blocks(model, skip=[r"experts\.1\.", r"layers\.0\.self_attn"])

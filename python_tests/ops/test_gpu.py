@@ -244,6 +244,23 @@ def test_obs_equals_the_cpu(shape, keep_n, group_m, random):
         assert torch.equal(one.cpu(), other)
 
 
+@pytest.mark.parametrize("bits", [8, 4, 3])
+@pytest.mark.parametrize("descends", [False, True])
+@pytest.mark.parametrize("shape", [(1, 32), (33, 96), (1000, 128), (7, 288)])
+def test_quantizing_equals_the_cpu(shape, descends, bits, dtype, random):
+    weight, gram, mask = solver_inputs(*shape, torch.float32, random, 0, 0)
+    factor = torch.linalg.cholesky(torch.linalg.inv(gram.double()), upper=True).float().contiguous()
+    scale = (weight.abs().amax(1) / 2 ** (bits - 1)).to(dtype)
+    current = torch.randn(shape, generator=random) if descends else None
+    expected = (weight.clone(), torch.zeros_like(weight))
+    actual = tuple(t.cuda() for t in expected)
+    ops.quantize_block_(*expected, mask, scale, factor, bits, current)
+    moved = None if current is None else current.cuda()
+    ops.quantize_block_(*actual, mask.cuda(), scale.cuda(), factor.cuda(), bits, moved)
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one.cpu(), other)
+
+
 def test_solvers_leave_alone_what_they_cannot_use(random):
     device = torch.cuda.current_device()
     weight, gram, mask = (t.cuda() for t in solver_inputs(8, 64, torch.float32, random, 2, 4))
@@ -259,6 +276,10 @@ def test_solvers_leave_alone_what_they_cannot_use(random):
     assert (swaps == -1).tolist() == [i == 5 for i in range(8)]
     ops.obs_block_(weight, error, mask, factor)
     assert compiled().take_not_finite(device) == "obs_block_"
+    assert_same_bits(weight[5].cpu(), before[5].cpu())
+    weight.copy_(before)
+    ops.quantize_block_(weight, error, mask, torch.ones(8, device="cuda"), factor, 4)
+    assert compiled().take_not_finite(device) == "quantize_block_"
     assert_same_bits(weight[5].cpu(), before[5].cpu())
     factor[3, 3] = 0.0
     weight.copy_(before)

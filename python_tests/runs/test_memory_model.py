@@ -175,7 +175,12 @@ SOLVERS = [
     {"method": "admm + quantize"},
     {"method": "quantize(group=64, sweeps=0)"},
 ]
-IN_PARTS = [(setting, parts) for setting in SOLVERS if "admm" in setting["method"] for parts in (3, 40)]
+IN_PARTS = [
+    (setting, parts)
+    for setting in SOLVERS
+    if "admm" in setting["method"] and "quantize" not in setting["method"]  # whose final weight is counted in float32
+    for parts in (3, 40)
+]
 
 
 @pytest.mark.parametrize("shape", [(128, 512), (2048, 256)], ids=["wide", "tall"])

@@ -38,6 +38,38 @@ def test_sound_folders(tmp_path, config):
     assert result.exact_rows == result.rows
 
 
+QUANTIZED = [
+    {"method": "wanda + quantize(bits=4, group=64)"},
+    {"method": "quantize(bits=8)"},
+    {"method": "admm + quantize(bits=3)", "pattern": "2:4"},
+]
+
+
+@pytest.mark.parametrize("config", QUANTIZED, ids=str)
+def test_kept_weights_that_are_rounded_to_zero_are_no_fault(tmp_path, config):
+    """A row then has fewer weights than were to be kept, never more."""
+    report, out = prune(save_dense(tmp_path / "dense"), tmp_path / "out", **config)
+    result = verify(out)
+    assert not result.problems
+    assert result.loads
+    assert result.exact_rows < result.rows
+    assert all(matrix.nonzero <= matrix.keep for matrix in report.matrices)
+    assert sum(matrix.nonzero for matrix in report.matrices) < sum(matrix.keep for matrix in report.matrices)
+    assert "kept weights are 0" in report.table()
+    assert ("sparsity 0.0" in report.table()) == (config["method"] == "quantize(bits=8)")
+
+
+@pytest.mark.parametrize("config", QUANTIZED, ids=str)
+def test_a_weight_off_the_grid_is_found(tmp_path, config):
+    out = write(tmp_path / "out", **config)
+    tensors = load_file(out / "model.safetensors")
+    row = tensors[UP][5]
+    place = row.abs().argmax()
+    row[place] *= 1.37
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    assert any(f"{UP.removesuffix('.weight')}: not on the grid of" in problem for problem in verify(out).problems)
+
+
 def _put(value):
     def damage(weight):
         row = weight[0]

@@ -20,6 +20,7 @@ from ace_ext.pruning.stages._stage import (
     Stage,
     TrainBlock,
     TrainModel,
+    overflow,
 )
 from ace_ext.pruning.stages.admm import Admm
 from ace_ext.pruning.stages.allocate import Allocate
@@ -82,6 +83,7 @@ __all__ = [
     "Train",
     "TrainBlock",
     "TrainModel",
+    "overflow",
     "register",
     "stages_of",
 ]

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ace_ext.errors import InputError
 from ace_ext.models.blocks import Block
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.groups import GROUPS, ComparisonGroup, PatternGroup, SparsityPattern
@@ -129,6 +130,12 @@ class Solved:
     weight: Tensor  # [rows, cols] float32, in the units of Problem.dense
     damping: float = 0.0  # relative to the Gram matrix's mean diagonal
     attempts: int = 0  # factorisations that were tried
+
+
+def overflow(stages: str, damping: float, dtype: torch.dtype) -> InputError:
+    """The error of an update that the weight's dtype cannot hold. It may be too narrow alone, such as float16."""
+    wider = ", or load the model as bfloat16" if dtype == torch.float16 else ""
+    return InputError(f"{stages} overflowed with damping {damping:g}; raise damping{wider}")
 
 
 @dataclass(frozen=True)

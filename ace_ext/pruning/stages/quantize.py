@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from ace_ext import ops
-from ace_ext.errors import InputError
 from ace_ext.grids import GROUP_STEP, WIDTHS, Grid
 from ace_ext.pruning.gram import ObsFactor
 from ace_ext.pruning.settings import Limits, option
-from ace_ext.pruning.stages._stage import COSINE, PLAIN, MatrixStage, Problem, damping_option, gram_option
+from ace_ext.pruning.stages._stage import COSINE, PLAIN, MatrixStage, Problem, damping_option, gram_option, overflow
 
 BLOCK = 128
 """Columns that an update processes at a time, as in GPTQ."""
@@ -71,7 +70,7 @@ class Quantize(MatrixStage):
         height = _part_rows(weight.shape[1])
         for start in range(0, len(weight), height):
             part = slice(start, start + height)
-            rounded[part] = _Rows(problem, factor, weight[part], self).round_()
+            _Rows(problem, factor, weight[part], self).round_into(rounded[part])
         return Rounded(rounded, factor.damping, factor.attempts)
 
     def round_plainly(self, weight: Tensor) -> Tensor:
@@ -82,13 +81,16 @@ class Quantize(MatrixStage):
         for at, group in enumerate(_slices(0, weight.shape[1], self.group)):
             part = problem.dense[:, group]
             scales[:, at] = best_scales(part, torch.ones_like(part[0]), self.grid, problem)
-        return _on_grid(problem.dense, scales, self.grid, problem)
+        rounded = torch.empty_like(weight)
+        _round_to_grid(problem.dense, scales, self.grid, problem, out=rounded)
+        return rounded
 
     def working_bytes(self, rows: int, cols: int) -> int:
         """The larger of two phases. While the Gram matrix is factorised: two copies of it in float64. Then: the factor
-        in float32, the final weight, and the buffers of one part. In both also the weight of the stage before."""
-        part = min(rows, _part_rows(cols)) * cols
-        return 4 * rows * cols + max(17 * cols * cols, 4 * cols * cols + 5 * rows * cols + 17 * part)
+        in float32, the final weight, the buffers of one part and, while a group is rounded, those of its columns."""
+        height, group = min(rows, _part_rows(cols)), min(self.group, cols)
+        part = max(13 * cols, 9 * cols + 24 * group) if self.sweeps else 5 * cols + 21 * group
+        return max(17 * cols * cols, 4 * cols * cols + 4 * rows * cols + height * part)
 
     def held_bytes(self, cols: int) -> int:
         """The factor."""
@@ -110,16 +112,15 @@ class _Rows:
         self.values, self.mask = target.clone(), target != 0
         self.scales = target.new_zeros(len(target), self.grid.groups(target.shape[1]))
 
-    def round_(self) -> Tensor:
-        """``[rows, cols]`` in the weight's dtype."""
+    def round_into(self, out: Tensor) -> None:
+        """Writes ``out [rows, cols]`` in the weight's dtype."""
         self._compensate_()
         if self.stage.sweeps:
-            descent = _Descent(self.problem, self.factor, self.values - self.target)
-            for _ in range(self.stage.sweeps):
-                self._sweep_(descent)
-        if not torch.isfinite(self.values).all():
-            raise InputError(f"quantize overflowed with damping {self.factor.damping:g}; raise damping")
-        return _on_grid(self.values, self.scales, self.grid, self.problem)
+            self._descend_()
+        finite = torch.isfinite(self.values.sum())  # a code cannot be NaN, so the result would not show it
+        finite &= _round_to_grid(self.values, self.scales, self.grid, self.problem, out)
+        if not finite:
+            raise overflow(self.stage.label, self.factor.damping, out.dtype)
 
     def _groups(self) -> Iterator[tuple[int, slice]]:
         return enumerate(_slices(0, self.target.shape[1], self.grid.group))
@@ -135,9 +136,10 @@ class _Rows:
                 error = self._round_block_(at, columns, self.values[:, columns], upper[columns, columns])
                 self.values[:, columns.stop :].addmm_(error, upper[columns, columns.stop :], alpha=-1)
 
-    def _sweep_(self, descent: "_Descent") -> None:
-        """One sweep of coordinate descent, group by group: first the scales, then the codes."""
-        for at, group in self._groups():
+    def _descend_(self) -> None:
+        """Coordinate descent. Each sweep goes group by group: first the scales, then the codes."""
+        descent = _Descent(self.problem, self.factor, self.values - self.target)
+        for at, group in (each for _ in range(self.stage.sweeps) for each in self._groups()):
             self._fit_scales_(at, group, descent)
             for columns in _slices(group.start, group.stop, BLOCK):
                 current, factor = self.values[:, columns].clone(), descent.step_factor(columns)
@@ -232,12 +234,15 @@ def nearest_codes(weight: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     return codes.round_().clamp_(grid.lowest, grid.highest)
 
 
-def _on_grid(values: Tensor, scales: Tensor, grid: Grid, problem: Problem) -> Tensor:
-    """``values [rows, cols]`` rounded to the grid of ``scales [rows, groups]``, in the weight's dtype and units."""
-    codes = torch.empty(values.shape, dtype=torch.int8, device=values.device)
+def _round_to_grid(values: Tensor, scales: Tensor, grid: Grid, problem: Problem, out: Tensor) -> Tensor:
+    """Writes ``values [rows, cols]``, rounded to the grid of ``scales [rows, groups]``, in the weight's dtype and
+    units. Returns whether all are finite: ``[]`` bool."""
+    finite = torch.ones((), dtype=torch.bool, device=values.device)
     for at, group in enumerate(_slices(0, values.shape[1], grid.group)):
-        codes[:, group] = nearest_codes(values[:, group], scales[:, at, None], grid)
-    return grid.dequantize(codes, problem.in_dtype(scales))
+        codes = nearest_codes(values[:, group], scales[:, at, None], grid).to(torch.int8)
+        out[:, group] = grid.dequantize(codes, problem.in_dtype(scales[:, at, None]))
+        finite &= torch.isfinite(out[:, group]).all()
+    return finite
 
 
 def _part_rows(cols: int) -> int:
