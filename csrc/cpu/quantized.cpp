@@ -8,6 +8,8 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
+#include <array>
+
 #include "cpu/packed_torch.h"
 #include "cpu/quantized_level.h"
 #include "cpu/quantized_panel.h"
@@ -42,12 +44,15 @@ template <class X, class Order>
 at::Tensor ordered(const at::Tensor& x, int64_t words, Order* order) {
   const at::Tensor wide = padded<X>(x, words);
   if (order(8) == 8) return wide;
+  std::array<uint8_t, kBitmapColumns> places{};
+  for (int64_t column = 0; column < kBitmapColumns; ++column)
+    places[static_cast<size_t>(column)] = static_cast<uint8_t>(order(column));
   const at::Tensor found = at::empty(wide.sizes(), wide.options());
   for (int64_t t = 0; t < x.size(0); ++t) {
     const X* from = data<X>(wide) + t * wide.size(1);
     X* to = mutable_data<X>(found) + t * wide.size(1);
     for (int64_t word = 0; word < words; ++word, from += kBitmapColumns, to += kBitmapColumns)
-      for (int64_t column = 0; column < kBitmapColumns; ++column) to[order(column)] = from[column];
+      for (size_t column = 0; column < places.size(); ++column) to[places[column]] = from[column];
   }
   return found;
 }

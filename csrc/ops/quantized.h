@@ -24,7 +24,8 @@
 //              Therefore, with G = ceil(cols / group) and W as above,
 //                |out - exact| <= u |exact| + (cols + G + 8) 2^-24 (sum_j |x_j W_ij| + |bias|)
 //              with u the rounding unit of the dtype of x (2^-24, 2^-11, 2^-8), as long as nothing over- or underflows:
-//              bfloat16 numbers below 2^-126 may count as 0.
+//              bfloat16 numbers below 2^-126 may count as 0, and inner sums may be 2^24 times as large as W suggests,
+//              so that inputs from 2^90 on may overflow.
 //   not finite Not checked. With an x or a scale that is not finite, a zero of W may give NaN or nothing.
 //   counts     Whether the bits agree with the size of codes or with row_start is checked when a file is read
 //              (ace_ext.packed), not here. If they disagree, results are wrong, but nothing outside the tensors is read.
