@@ -76,9 +76,8 @@ void few_tokens(const QuantizedMatrix<S>& matrix, const at::Tensor& x, const Opt
 // Rows begin to begin + count in float32.
 template <int kBits, class S>
 void unpack(const QuantizedMatrix<S>& matrix, int64_t begin, int64_t count, int64_t cols, float* out, void* space) {
-  with_quantized_loops<kBits, S>(packed_level(), [&](auto*, auto* loop) {
-    loop(matrix, begin, begin + count, cols, out, space);
-  });
+  with_quantized_loops<kBits, S>(packed_level(),
+                                 [&](auto*, auto* loop) { loop(matrix, begin, begin + count, cols, out, space); });
 }
 
 template <int kBits, class S>
@@ -126,8 +125,8 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& bitmap, const
     const auto matrix = matrix_of<S>(bitmap, codes, scales, group, row_start);
     const bool short_panels = std::is_same_v<S, BFloat16> && packed_level() == PackedLevel::avx512_bf16;
     const bool few = x.size(0) <= (short_panels ? kFewTokensBf16 : kFewTokens);
-    auto* multiply = bits == 8 ? (few ? &few_tokens<8, S> : &many_tokens<8, S>)
-                               : (few ? &few_tokens<4, S> : &many_tokens<4, S>);
+    auto* multiply =
+        bits == 8 ? (few ? &few_tokens<8, S> : &many_tokens<8, S>) : (few ? &few_tokens<4, S> : &many_tokens<4, S>);
     multiply(matrix, x, bias, out);
   });
   return out;
