@@ -112,7 +112,8 @@ void panel_tokens(const at::Tensor& x, const OptionalTensor& bias, at::Tensor& o
     at::Tensor pairs = at::empty({avx512bf16::kPanelRows * avx512bf16::kLongRun}, x.options());
     at::Tensor sums = at::empty({x.size(0), avx512bf16::kPanelRows}, x.options().dtype(at::kFloat));
     const avx512bf16::PanelProduct<decltype(rows_of(shape.words))> product{
-        rows_of(shape.words), x.size(1), input, wide.size(1), x.size(0), shift, mutable_data<BFloat16>(out), out.size(1)};
+        rows_of(shape.words),        x.size(1),  input, wide.size(1), x.size(0), shift,
+        mutable_data<BFloat16>(out), out.size(1)};
     avx512bf16::panel_product(
         product, begin, end, shape,
         {mutable_data<BFloat16>(panel), mutable_data<BFloat16>(pairs), mutable_data<float>(sums)});

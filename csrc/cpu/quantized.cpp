@@ -8,6 +8,8 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
+#include <array>
+
 #include "cpu/packed_torch.h"
 #include "cpu/quantized_level.h"
 #include "cpu/quantized_panel.h"
@@ -42,12 +44,15 @@ template <class X, class Order>
 at::Tensor ordered(const at::Tensor& x, int64_t words, Order* order) {
   const at::Tensor wide = padded<X>(x, words);
   if (order(8) == 8) return wide;
+  std::array<uint8_t, kBitmapColumns> places{};
+  for (int64_t column = 0; column < kBitmapColumns; ++column)
+    places[static_cast<size_t>(column)] = static_cast<uint8_t>(order(column));
   const at::Tensor found = at::empty(wide.sizes(), wide.options());
   for (int64_t t = 0; t < x.size(0); ++t) {
     const X* from = data<X>(wide) + t * wide.size(1);
     X* to = mutable_data<X>(found) + t * wide.size(1);
     for (int64_t word = 0; word < words; ++word, from += kBitmapColumns, to += kBitmapColumns)
-      for (int64_t column = 0; column < kBitmapColumns; ++column) to[order(column)] = from[column];
+      for (size_t column = 0; column < places.size(); ++column) to[places[column]] = from[column];
   }
   return found;
 }
@@ -71,9 +76,8 @@ void few_tokens(const QuantizedMatrix<S>& matrix, const at::Tensor& x, const Opt
 // Rows begin to begin + count in float32.
 template <int kBits, class S>
 void unpack(const QuantizedMatrix<S>& matrix, int64_t begin, int64_t count, int64_t cols, float* out, void* space) {
-  with_quantized_loops<kBits, S>(packed_level(), [&](auto*, auto* loop) {
-    loop(matrix, begin, begin + count, cols, out, space);
-  });
+  with_quantized_loops<kBits, S>(packed_level(),
+                                 [&](auto*, auto* loop) { loop(matrix, begin, begin + count, cols, out, space); });
 }
 
 template <int kBits, class S>
@@ -121,8 +125,8 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& bitmap, const
     const auto matrix = matrix_of<S>(bitmap, codes, scales, group, row_start);
     const bool short_panels = std::is_same_v<S, BFloat16> && packed_level() == PackedLevel::avx512_bf16;
     const bool few = x.size(0) <= (short_panels ? kFewTokensBf16 : kFewTokens);
-    auto* multiply = bits == 8 ? (few ? &few_tokens<8, S> : &many_tokens<8, S>)
-                               : (few ? &few_tokens<4, S> : &many_tokens<4, S>);
+    auto* multiply =
+        bits == 8 ? (few ? &few_tokens<8, S> : &many_tokens<8, S>) : (few ? &few_tokens<4, S> : &many_tokens<4, S>);
     multiply(matrix, x, bias, out);
   });
   return out;

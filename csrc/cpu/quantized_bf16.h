@@ -138,7 +138,7 @@ ACE_HD void add_span(const Codes& format, const __m512i* words, const BFloat16* 
 // The sums of one row with these tokens. There is at least one word.
 template <class Codes, int kTokens, int kSpan>
 ACE_HD void multiply_row(CodedRow<Codes> row, const float* scales, int64_t words, const BFloat16* x, int64_t stride,
-                  float* out, int64_t out_stride) {
+                         float* out, int64_t out_stride) {
   const Codes format = Codes::load();
   __m512 sums[kTokens];
   for (int t = 0; t < kTokens; ++t) sums[t] = _mm512_setzero_ps();

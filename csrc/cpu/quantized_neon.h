@@ -44,9 +44,7 @@ struct Quantized : Neon<float> {
     const uint8_t* bytes = kCodeBytes[bits].data();
     return {widen_codes(vqtbl1q_u8(stored, vld1q_u8(bytes))), widen_codes(vqtbl1q_u8(stored, vld1q_u8(bytes + 16)))};
   }
-  static ACE_HD Sums plus(const Sums& a, const Sums& b) {
-    return {vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)};
-  }
+  static ACE_HD Sums plus(const Sums& a, const Sums& b) { return {vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }
   static ACE_HD Sums add_scaled(Sums sums, float scale, const Sums& part) {
     return {vfmaq_n_f32(sums.low, part.low, scale), vfmaq_n_f32(sums.high, part.high, scale)};
   }

@@ -71,8 +71,7 @@ struct QuantizedRows {
     return std::min(kLongRun, group - column % group);
   }
   const float* scales(int64_t first, int64_t count, int64_t column, float* factors) const {
-    const BFloat16* scale =
-        matrix.scales + first * matrix.groups + column / (matrix.group_words * kBitmapColumns);
+    const BFloat16* scale = matrix.scales + first * matrix.groups + column / (matrix.group_words * kBitmapColumns);
     for (int64_t r = 0; r < count; ++r) factors[r] = to_float(scale[r * matrix.groups]);
     return factors;
   }

@@ -31,8 +31,8 @@ void check_survivors(std::string_view op, std::string_view argument, const at::T
   ACE_CHECK(survivors.is_contiguous(), op, ": ", argument, " must be contiguous (got strides ", survivors.strides(),
             ")");
   if (row_start) {
-    ACE_CHECK(survivors.dim() == 1, op, ": ", argument, " must have 1 dimension with row_start (got ",
-              survivors.dim(), ")");
+    ACE_CHECK(survivors.dim() == 1, op, ": ", argument, " must have 1 dimension with row_start (got ", survivors.dim(),
+              ")");
     check_same_device(op, "row_start", *row_start, bitmap);
     check_dense(op, "row_start", *row_start, at::kLong, {bitmap.size(0) + 1});
   } else {

@@ -14,22 +14,24 @@
 //   codes      uint8, contiguous: the survivors' codes q, row after row, each row in column order, two's complement. 8
 //              bits: a byte each. 4 bits: two in a byte, the lower half first; each row begins with a byte, and an
 //              unused upper half is 0. [rows, bytes] if every row has equally many survivors; else [bytes].
-//   group      columns that share a scale: a multiple of 64, from 64 to 2^48. The last group of a row may be shorter.
+//   group      columns that share a scale: a multiple of 64, from 64 to 2^48. A row's last group may be shorter.
 //   scales     [rows, ceil(cols / group)] in the dtype of x, contiguous.
 //   row_start  [rows + 1] int64, contiguous, in bytes: row i has codes[row_start[i]] to before codes[row_start[i + 1]].
 //              Needed if codes has one dimension, else refused.
 //   bias       [rows] of the dtype of x, contiguous, or None.
 //   accuracy   x is not quantized, and q and scales are used exactly. Products are summed in float32, in an order that
-//              depends on the processor and on the number of tokens; then the bias is added and the sum is rounded once.
-//              Therefore, with G = ceil(cols / group) and W as above,
+//              depends on the processor and on the number of tokens; then the bias is added and the sum is rounded
+//              once. Therefore, with G = ceil(cols / group) and W as above,
 //                |out - exact| <= u |exact| + (cols + G + 8) 2^-24 (sum_j |x_j W_ij| + |bias|)
 //              with u the rounding unit of the dtype of x (2^-24, 2^-11, 2^-8), as long as nothing over- or underflows:
-//              bfloat16 numbers below 2^-126 may count as 0.
+//              bfloat16 numbers below 2^-126 may count as 0, and inner sums may be 2^24 times as large as W suggests,
+//              so that inputs from 2^90 on may overflow.
 //              On CUDA, more than 16 tokens are multiplied by torch with the weights of unpack_quantized, which are
 //              rounded to the dtype of scales: the bound holds for the product with these.
 //   not finite Not checked. With an x or a scale that is not finite, a zero of W may give NaN or nothing.
 //   counts     Whether the bits agree with the size of codes or with row_start is checked when a file is read
-//              (ace_ext.packed), not here. If they disagree, results are wrong, but nothing outside the tensors is read.
+//              (ace_ext.packed), not here. If they disagree, results are wrong, but nothing outside the tensors is
+//              read.
 //   devices    CPU, CUDA (not run on a GPU) and Meta. On Meta the number of tokens may be symbolic.
 #pragma once
 

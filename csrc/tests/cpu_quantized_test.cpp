@@ -18,8 +18,12 @@ namespace {
 template <class S, int kBits>
 struct Quantized {
   Quantized(int64_t rows, int64_t cols, int64_t group_words, unsigned share, std::mt19937& random)
-      : rows(rows), cols(cols), words((cols + 63) / 64), group_words(group_words),
-        groups((words + group_words - 1) / group_words), bitmap(static_cast<size_t>(8 * rows * words)) {
+      : rows(rows),
+        cols(cols),
+        words((cols + 63) / 64),
+        group_words(group_words),
+        groups((words + group_words - 1) / group_words),
+        bitmap(static_cast<size_t>(8 * rows * words)) {
     row_start.push_back(0);
     for (int64_t row = 0; row < rows; ++row) {
       int64_t survivors = 0;
@@ -45,7 +49,7 @@ struct Quantized {
   }
   int code(int64_t row, int64_t column) const { return dense[static_cast<size_t>(row * cols + column)]; }
   QuantizedMatrix<S> matrix() const {
-    return {bitmap.data(), words,         codes.data(), static_cast<int64_t>(codes.size()), row_start.data(), 0,
+    return {bitmap.data(), words,  codes.data(), static_cast<int64_t>(codes.size()), row_start.data(), 0,
             scales.data(), groups, group_words};
   }
   int64_t rows, cols, words, group_words, groups;
@@ -74,8 +78,8 @@ struct Kind {
 };
 template <class K>
 class QuantizedLoops : public testing::Test {};
-using Kinds = testing::Types<Kind<float, 8>, Kind<Half, 8>, Kind<BFloat16, 8>, Kind<float, 4>, Kind<Half, 4>,
-                             Kind<BFloat16, 4>>;
+using Kinds =
+    testing::Types<Kind<float, 8>, Kind<Half, 8>, Kind<BFloat16, 8>, Kind<float, 4>, Kind<Half, 4>, Kind<BFloat16, 4>>;
 TYPED_TEST_SUITE(QuantizedLoops, Kinds);
 
 // x [tokens, cols] of small numbers: products with codes and scales, and their sums, are exact in float in any order.
@@ -107,8 +111,8 @@ float input_of<float>(float value) {
 struct Shape {
   int64_t rows, cols, group_words;
 };
-const Shape kShapes[] = {{5, 1, 1}, {5, 31, 2}, {5, 64, 1}, {9, 65, 1}, {9, 65, 2}, {23, 200, 2}, {7, 449, 3},
-                         {5, 1134, 2}, {6, 1134, 64}, {3, 320, 4}};
+const Shape kShapes[] = {{5, 1, 1},    {5, 31, 2},  {5, 64, 1},   {9, 65, 1},    {9, 65, 2},
+                         {23, 200, 2}, {7, 449, 3}, {5, 1134, 2}, {6, 1134, 64}, {3, 320, 4}};
 
 TYPED_TEST(QuantizedLoops, ProductsAreThoseOfTheDenseMatrix) {
   using S = typename TypeParam::Scale;

@@ -85,8 +85,8 @@ inline void multiply_panels(const PackedMatrix<BFloat16>& matrix, const BFloat16
   const auto pairs = aligned<BFloat16>(avx512bf16::kPanelRows * avx512bf16::kLongRun);
   const auto sums = aligned<float>(tokens * avx512bf16::kPanelRows);
   const avx512bf16::PanelSpace space{panel.get(), pairs.get(), sums.get()};
-  const avx512bf16::PanelProduct<avx512bf16::PackedRows> product{
-      {matrix}, cols, x, matrix.words * 64, tokens, bias, out, rows};
+  const avx512bf16::PanelProduct<avx512bf16::PackedRows> product{{matrix}, cols, x,   matrix.words * 64,
+                                                                 tokens,   bias, out, rows};
   avx512bf16::panel_product(product, 0, cut, shape, space);
   avx512bf16::panel_product(product, cut, rows, shape, space);
 }
