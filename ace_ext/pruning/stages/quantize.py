@@ -34,7 +34,7 @@ PART_ENTRIES = 2**24
 """A larger matrix is rounded in parts of about this many entries, in whole rows. This limits the peak memory of the
 buffers."""
 
-SHARES = tuple(1.0 - 0.02 * step for step in range(31))
+SHARES = tuple(1.0 - 0.04 * step for step in range(16))
 """The scales that are tried for a group: each represents this share of the group's largest magnitude."""
 
 
