@@ -110,9 +110,7 @@ def main() -> None:
             flush=True,
         )
     dense, packed = (engine.worker.memory_info().rss / 1e9 for engine in engines)
-    print(
-        f"resident memory of the worker, cache of keys and values included: dense {dense:.2f} GB, packed {packed:.2f} GB"
-    )
+    print(f"resident memory of the workers, with their caches: dense {dense:.2f} GB, packed {packed:.2f} GB")
 
 
 def processor() -> str:
