@@ -109,6 +109,8 @@ def main() -> None:
             f"| {batch} | {dense[0]:.2f} | {packed[0]:.2f} | {ratio} | {dense[1]:.1f} | {packed[1]:.1f} | {cpu:.2f} |",
             flush=True,
         )
+    dense, packed = (engine.worker.memory_info().rss / 1e9 for engine in engines)
+    print(f"resident memory of the workers, with their caches: dense {dense:.2f} GB, packed {packed:.2f} GB")
 
 
 def processor() -> str:

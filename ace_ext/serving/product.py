@@ -1,4 +1,8 @@
-"""How to multiply with a weight that a server loaded: a module for each kind of weight."""
+"""How to multiply with a weight that a server loaded: a module for each kind of weight.
+
+The modules copy their tensors: a view of some rows would keep the whole weight in memory, and a mapped tensor the
+whole file.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +28,9 @@ class PackedProduct(nn.Module):
         super().__init__()
         register_packed()
         self.rows, self.cols = matrix.shape
-        self.register_buffer("bitmap", matrix.bitmap.to(device), persistent=False)
-        self.register_buffer("values", matrix.values.to(device), persistent=False)
-        start = None if matrix.row_start is None else matrix.row_start.to(device)
+        self.register_buffer("bitmap", matrix.bitmap.to(device, copy=True), persistent=False)
+        self.register_buffer("values", matrix.values.to(device, copy=True), persistent=False)
+        start = None if matrix.row_start is None else matrix.row_start.to(device, copy=True)
         self.register_buffer("row_start", start, persistent=False)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -45,7 +49,7 @@ class DenseProduct(nn.Module):
 
     def __init__(self, weight: Tensor, device: torch.device | str = "cpu") -> None:
         super().__init__()
-        self.register_buffer("weight", weight.to(device), persistent=False)
+        self.register_buffer("weight", weight.to(device, copy=True), persistent=False)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """As :meth:`PackedProduct.forward`."""

@@ -89,7 +89,7 @@ class Slot(torch.Tensor):
         """The loaded weights, one for each expert, or one, in the slot's dtype.
 
         Each is packed if one of its pieces is and the whole is smaller so. Pieces with different numbers of survivors
-        give a matrix with ``row_start``.
+        give a matrix with ``row_start``. The pieces are forgotten.
 
         Args:
             name: the parameter, for errors.
@@ -98,7 +98,9 @@ class Slot(torch.Tensor):
             InputError: not every weight was loaded.
         """
         experts = self.shape[0] if self.dim() == 3 else 1
-        return [self._matrix(name, [one for one in self.pieces if one.expert == at]) for at in range(experts)]
+        found = [self._matrix(name, [one for one in self.pieces if one.expert == at]) for at in range(experts)]
+        self.pieces.clear()  # an engine may keep the slot, or a copy that shares the list
+        return found
 
     def _matrix(self, name: str, pieces: list[Piece]) -> PackedMatrix | Tensor:
         rows, cols = self.shape[-2:]

@@ -15,6 +15,7 @@ from ace_ext.packed.files import SUFFIX, PackedShards
 from ace_ext.packed.matrix import PackedMatrix
 from ace_ext.packed.packing import pack
 from ace_ext.serving.matrices import dense
+from ace_ext.serving.product import product_of
 from ace_ext.serving.slots import Slot
 from ace_ext.serving.stored import StoredWeight, check, weights_of
 
@@ -284,6 +285,16 @@ def test_a_weight_that_is_loaded_twice_is_the_last_one():
     slot.data.copy_(stored(make("even")))
     slot.data.copy_(stored(make("even", seed=1)))
     assert_same_bits(as_dense(slot.matrices("weight")[0]), make("even", seed=1))
+
+
+def test_nothing_keeps_the_files_in_memory():
+    """Neither a slot that an engine keeps, nor a product with some rows of a weight."""
+    weight, slot = stored(make("even", shape=(60, 200))), parameter(20, 200)
+    slot.data.copy_(weight[:20])
+    (found,) = slot.matrices("weight")
+    assert slot.pieces == []
+    product = product_of(found)
+    assert product.values.untyped_storage().nbytes() == product.values.nbytes < weight.matrix.values.nbytes
 
 
 def test_a_weight_that_was_not_loaded_is_named():
