@@ -20,6 +20,7 @@ from ace_ext.pruning.stages._stage import (
     Stage,
     TrainBlock,
     TrainModel,
+    Units,
     overflow,
 )
 from ace_ext.pruning.stages.admm import Admm
@@ -83,6 +84,7 @@ __all__ = [
     "Train",
     "TrainBlock",
     "TrainModel",
+    "Units",
     "overflow",
     "register",
     "stages_of",
