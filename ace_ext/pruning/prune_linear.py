@@ -11,7 +11,7 @@ from ace_ext.pruning.gram import RelativeLoss, masked
 from ace_ext.pruning.masks import as_rows, keep_budget, keep_of_group, scored_weight
 from ace_ext.pruning.moment_gram import MomentGram
 from ace_ext.pruning.scaling import exponent_of, times_power, times_power_
-from ace_ext.pruning.stages import MatrixStage, Problem, Solved, overflow
+from ace_ext.pruning.stages import MatrixStage, Problem, Solved, Units, overflow
 from ace_ext.pruning.statistics import LinearStatistics
 from ace_ext.records import Solution
 
@@ -105,7 +105,7 @@ def _run_stages_(
     keep = keep_of_group(weight, config, keep_row)
     mask = config.comparison.mask(scored_weight(weight, stats, config), keep) if prunes else None
     vectors = None if stats.input is None else MomentGram.of(stats.input)
-    whole = Problem(dense, stats.gram, config.comparison, keep, mask, vectors, weight.dtype, power)
+    whole = Problem(dense, stats.gram, config.comparison, keep, mask, vectors, Units(weight.dtype, power))
     problem = whole.of_rows(rows)
     loss = RelativeLoss(problem.measure.energy, problem.dense, shares.add_up)
     alone = None if mask is None else masked(problem.dense, mask[rows], out=torch.empty_like(problem.dense))
@@ -121,7 +121,7 @@ def _run_stages_(
             damping, attempts = on_grid.damping, on_grid.attempts
         del on_grid
     else:
-        rounded = problem.in_dtype(solved.weight)
+        rounded = problem.units.in_dtype(solved.weight)
         if not torch.isfinite(rounded).all():
             raise overflow(method.name, damping, weight.dtype)
     weight.copy_(shares.gather_rows(rounded, len(weight)))

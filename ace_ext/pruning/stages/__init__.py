@@ -22,6 +22,7 @@ from ace_ext.pruning.stages._stage import (
     Stage,
     TrainBlock,
     TrainModel,
+    Units,
     overflow,
 )
 from ace_ext.pruning.stages.collect import Collect
@@ -93,6 +94,7 @@ __all__ = [
     "Train",
     "TrainBlock",
     "TrainModel",
+    "Units",
     "overflow",
     "register",
     "stages_of",

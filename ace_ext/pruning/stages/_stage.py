@@ -48,6 +48,23 @@ def damping_option(default: float) -> Any:
     )
 
 
+@dataclass(frozen=True)
+class Units:
+    """How float32 values that stages compute stand to a weight: it has this dtype, and values are those of the weight
+    divided by ``2^power``."""
+
+    dtype: torch.dtype = torch.float32
+    power: int = 0
+
+    def in_dtype(self, values: Tensor) -> Tensor:
+        """``values`` as the weight's dtype holds them in its own units."""
+        return times_power(values, self.power).to(self.dtype)
+
+    def rounded(self, values: Tensor) -> Tensor:
+        """``values`` float32, rounded to what the weight's dtype holds."""
+        return values if self.dtype == torch.float32 else times_power_(self.in_dtype(values).float(), -self.power)
+
+
 @dataclass
 class Problem:
     """One matrix to prune. A stage may write to ``mask`` if there is one, and to nothing else.
@@ -63,30 +80,20 @@ class Problem:
     """How many weights of one group are kept."""
     mask: Tensor | None = None  # [rows, cols] bool, True where a weight is kept; None: the stage chooses
     vectors: MomentGram | None = None  # mean and variance of each input column, if a stage reads them
-    dtype: torch.dtype = torch.float32
-    """Of the weight: the result is rounded to it."""
-    power: int = 0
-    """``dense`` is the weight divided by ``2^power``."""
+    units: Units = Units()
+    """How ``dense`` stands to the weight, whose dtype rounds the result."""
 
     @classmethod
     def without_statistics(cls, weight: Tensor) -> "Problem":
         """The problem of ``weight [rows, cols]`` of any dtype, for stages that read no statistics and no target."""
         power = exponent_of(weight) or 0
         dense = times_power_(weight.detach().to(torch.float32, copy=True), -power)
-        return cls(dense, None, GROUPS["row"], weight.shape[1], dtype=weight.dtype, power=power)
+        return cls(dense, None, GROUPS["row"], weight.shape[1], units=Units(weight.dtype, power))
 
     def of_rows(self, rows: slice) -> "Problem":
         """The problem of some of the rows. Its mask is a view of this mask."""
         mask = None if self.mask is None else self.mask[rows]
         return replace(self, dense=self.dense[rows], mask=mask)
-
-    def in_dtype(self, values: Tensor) -> Tensor:
-        """``values`` in the units of ``dense``, as the weight's dtype holds them in its own units."""
-        return times_power(values, self.power).to(self.dtype)
-
-    def rounded(self, values: Tensor) -> Tensor:
-        """``values`` float32 in the units of ``dense``, rounded to what the weight's dtype holds."""
-        return values if self.dtype == torch.float32 else times_power_(self.in_dtype(values).float(), -self.power)
 
     @property
     def gram(self) -> GramState | SketchState:

@@ -61,7 +61,7 @@ class Quantize(Round):
             InputError: the update overflowed.
         """
         factor = problem.whole_gram.obs_factor(self.damping)
-        rounded = torch.empty(weight.shape, dtype=problem.dtype, device=weight.device)
+        rounded = torch.empty(weight.shape, dtype=problem.units.dtype, device=weight.device)
         height = _part_rows(weight.shape[1])
         for start in range(0, len(weight), height):
             part = slice(start, start + height)
@@ -148,7 +148,7 @@ class _Rows:
     ) -> Tensor:
         """Rounds ``block [rows, width]`` of group ``at`` in place; returns the errors as ``ops.quantize_block_``."""
         error = torch.empty_like(block)
-        scale = self.scales[:, at].to(self.problem.dtype).contiguous()
+        scale = self.scales[:, at].to(self.problem.units.dtype).contiguous()
         ops.quantize_block_(block, error, self.mask[:, columns], scale, factor, self.grid.bits, current)
         return error
 
@@ -158,13 +158,13 @@ class _Rows:
         codes = nearest_codes(values, scale, self.grid)
         curve = descent.energy(group, codes)
         step = (descent.slope[:, group] * codes).sum(1, keepdim=True) / curve
-        fitted = self.problem.rounded(torch.where(curve > 0, scale - step, scale))
-        change = self.problem.rounded(codes * fitted) - values
+        fitted = self.problem.units.rounded(torch.where(curve > 0, scale - step, scale))
+        change = self.problem.units.rounded(codes * fitted) - values
         gain = 2 * (descent.slope[:, group] * change).sum(1, keepdim=True) + descent.energy(group, change)
         better = (gain < 0) & (fitted > 0)
         self.scales[:, at] = torch.where(better, fitted, scale)[:, 0]
         change.masked_fill_(~better, 0.0)
-        values.copy_(self.problem.rounded(codes * self.scales[:, at, None]))
+        values.copy_(self.problem.units.rounded(codes * self.scales[:, at, None]))
         descent.move_(group, change)
 
 
@@ -211,11 +211,15 @@ def best_scales(weight: Tensor, importance: Tensor, grid: Grid, problem: Problem
         0 for a row of zeros.
     """
     most = weight.abs().amax(dim=1)
-    smallest = torch.finfo(problem.dtype).smallest_normal * torch.finfo(problem.dtype).eps * 2.0**-problem.power
+    smallest = (
+        torch.finfo(problem.units.dtype).smallest_normal
+        * torch.finfo(problem.units.dtype).eps
+        * 2.0**-problem.units.power
+    )
     best, least = torch.zeros_like(most), torch.full_like(most, torch.inf)
     for share in SHARES:
-        scale = problem.rounded((most * (share / grid.highest)).clamp_min_(smallest))
-        values = problem.rounded(nearest_codes(weight, scale[:, None], grid).mul_(scale[:, None]))
+        scale = problem.units.rounded((most * (share / grid.highest)).clamp_min_(smallest))
+        values = problem.units.rounded(nearest_codes(weight, scale[:, None], grid).mul_(scale[:, None]))
         loss = values.sub_(weight).square_() @ importance
         better = loss < least
         least = torch.where(better, loss, least)
@@ -235,7 +239,7 @@ def _round_to_grid(values: Tensor, scales: Tensor, grid: Grid, problem: Problem,
     finite = torch.ones((), dtype=torch.bool, device=values.device)
     for at, group in enumerate(_slices(0, values.shape[1], grid.group)):
         codes = nearest_codes(values[:, group], scales[:, at, None], grid).to(torch.int8)
-        out[:, group] = grid.dequantize(codes, problem.in_dtype(scales[:, at, None]))
+        out[:, group] = grid.dequantize(codes, problem.units.in_dtype(scales[:, at, None]))
         finite &= torch.isfinite(out[:, group]).all()
     return finite
 
