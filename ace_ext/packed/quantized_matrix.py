@@ -77,7 +77,7 @@ class QuantizedMatrix:
             if fills:
                 fill_rows_(kept, counts[part], most)
             bitmaps.append(pack_bits(kept))
-            stored.append(_stored(codes[part], kept, bits))
+            stored.append(stored_codes(codes[part], kept, bits))
         flat = torch.cat(stored)
         flat, starts = (flat.view(len(counts), width), None) if fills else (flat, row_start)
         return cls(torch.cat(bitmaps), flat, scales, starts, bits, grid.group, weight.shape[1])
@@ -204,12 +204,12 @@ def row_bytes(counts: Counts, bits: int) -> Counts:
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """``codes [rows, k]`` int8 as bytes ``[rows, ceil(k bits / 8)]`` uint8."""
-    return _stored(codes, torch.ones_like(codes, dtype=torch.bool), bits).view(
+    return stored_codes(codes, torch.ones_like(codes, dtype=torch.bool), bits).view(
         len(codes), math.ceil(codes.shape[1] * bits / 8)
     )
 
 
-def _stored(codes: Tensor, kept: Tensor, bits: int) -> Tensor:
+def stored_codes(codes: Tensor, kept: Tensor, bits: int) -> Tensor:
     """The bytes of the kept codes of ``[rows, cols]`` int8, row after row."""
     if bits == 8:
         return codes[kept].view(torch.uint8)

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from ace_ext.packed.matrix import PackedMatrix
+from ace_ext.serving.matrices import Matrix
 from ace_ext.serving.product import product_of
 
 _numbers = count()
@@ -48,8 +48,8 @@ class Mixture(nn.Module):
 
     def __init__(
         self,
-        up: Sequence[PackedMatrix | Tensor],
-        down: Sequence[PackedMatrix | Tensor],
+        up: Sequence[Matrix | Tensor],
+        down: Sequence[Matrix | Tensor],
         options: ExpertOptions,
         device: torch.device | str = "cpu",
     ) -> None:

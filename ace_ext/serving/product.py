@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ace_ext.ops._packed import register_packed
-from ace_ext.packed.matrix import PackedMatrix
+from ace_ext.packed.quantized_matrix import QuantizedMatrix
+from ace_ext.serving.matrices import Matrix
 
 
 class PackedProduct(nn.Module):
@@ -21,25 +22,43 @@ class PackedProduct(nn.Module):
     """
 
     bitmap: Tensor
-    values: Tensor
     row_start: Tensor | None
 
-    def __init__(self, matrix: PackedMatrix, device: torch.device | str = "cpu") -> None:
+    def __init__(self, matrix: Matrix, device: torch.device | str = "cpu") -> None:
         super().__init__()
         register_packed()
         self.rows, self.cols = matrix.shape
-        self.register_buffer("bitmap", matrix.bitmap.to(device, copy=True), persistent=False)
-        self.register_buffer("values", matrix.values.to(device, copy=True), persistent=False)
-        start = None if matrix.row_start is None else matrix.row_start.to(device, copy=True)
-        self.register_buffer("row_start", start, persistent=False)
+        for name, tensor in matrix.tensors.items():
+            self.register_buffer(name, None if tensor is None else tensor.to(device, copy=True), persistent=False)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x [..., cols]``, of any strides, to ``[..., rows]``, in the dtype of the weight, which ``x`` must have."""
         flat = x.reshape(-1, self.cols)
         if flat.stride(1) != 1 or flat.stride(0) < self.cols:  # of a transposed or expanded x
             flat = flat.contiguous()
-        out: Tensor = torch.ops.ace_ext.packed_linear(flat, self.bitmap, self.values, self.row_start, bias)
-        return out.view(*x.shape[:-1], self.rows)
+        return self._product(flat, bias).view(*x.shape[:-1], self.rows)
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        values = self.get_buffer("values")
+        out: Tensor = torch.ops.ace_ext.packed_linear(x, self.bitmap, values, self.row_start, bias)
+        return out
+
+
+class QuantizedProduct(PackedProduct):
+    """The same for a weight of codes and scales."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, matrix: QuantizedMatrix, device: torch.device | str = "cpu") -> None:
+        super().__init__(matrix, device)
+        self.bits, self.group = matrix.bits, matrix.group
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        grid = self.bits, self.group
+        tensors = self.bitmap, self.codes, self.scales
+        out: Tensor = torch.ops.ace_ext.quantized_linear(x, *tensors, *grid, self.row_start, bias)
+        return out
 
 
 class DenseProduct(nn.Module):
@@ -56,6 +75,8 @@ class DenseProduct(nn.Module):
         return functional.linear(x, self.weight, bias)
 
 
-def product_of(weight: PackedMatrix | Tensor, device: torch.device | str = "cpu") -> nn.Module:
+def product_of(weight: Matrix | Tensor, device: torch.device | str = "cpu") -> nn.Module:
     """The module that multiplies with a weight."""
-    return DenseProduct(weight, device) if isinstance(weight, Tensor) else PackedProduct(weight, device)
+    if isinstance(weight, Tensor):
+        return DenseProduct(weight, device)
+    return QuantizedProduct(weight, device) if isinstance(weight, QuantizedMatrix) else PackedProduct(weight, device)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ace_ext.errors import InputError
-from ace_ext.packed.matrix import PackedMatrix
-from ace_ext.serving.matrices import dense, packed, stack
+from ace_ext.serving.matrices import Matrix, dense, packed, stack
 from ace_ext.serving.stored import StoredWeight, bounds
 
 aten = torch.ops.aten
@@ -28,7 +27,7 @@ class Piece:
     row: int
     col: int
     shape: tuple[int, int]
-    matrix: PackedMatrix | Tensor | None
+    matrix: Matrix | Tensor | None
     """None: zeros."""
 
 
@@ -75,7 +74,7 @@ class Slot(torch.Tensor):
         found.pieces, found.start = self.pieces, tuple(start)
         return found
 
-    def keep(self, matrix: PackedMatrix | Tensor | None) -> None:
+    def keep(self, matrix: Matrix | Tensor | None) -> None:
         """Keeps a matrix of this part's shape, or zeros. It replaces what was at this place before."""
         expert, row, col = self.start
         piece = Piece(expert, row, col, (self.shape[0], self.shape[1]), matrix)
@@ -85,7 +84,7 @@ class Slot(torch.Tensor):
             del self.pieces[places.index(here)]
         self.pieces.append(piece)
 
-    def matrices(self, name: str) -> list[PackedMatrix | Tensor]:
+    def matrices(self, name: str) -> list[Matrix | Tensor]:
         """The loaded weights, one for each expert, or one, in the slot's dtype.
 
         Each is packed if one of its pieces is and the whole is smaller so. Pieces with different numbers of survivors
@@ -102,7 +101,7 @@ class Slot(torch.Tensor):
         self.pieces.clear()  # an engine may keep the slot, or a copy that shares the list
         return found
 
-    def _matrix(self, name: str, pieces: list[Piece]) -> PackedMatrix | Tensor:
+    def _matrix(self, name: str, pieces: list[Piece]) -> Matrix | Tensor:
         rows, cols = self.shape[-2:]
         pieces = [one for one in pieces if one.shape[0] and one.shape[1]]
         in_order = sorted(pieces, key=lambda one: one.row)
@@ -112,7 +111,7 @@ class Slot(torch.Tensor):
             return _joined([_filled(one, self.dtype) for one in in_order])
         return self._painted(name, pieces)
 
-    def _painted(self, name: str, pieces: list[Piece]) -> PackedMatrix | Tensor:
+    def _painted(self, name: str, pieces: list[Piece]) -> Matrix | Tensor:
         """Pieces that are not rows below each other: later ones cover earlier ones."""
         weight = torch.zeros(self.shape[-2:], dtype=self.dtype)
         loaded = torch.zeros(self.shape[-2:], dtype=torch.bool)
@@ -126,17 +125,17 @@ class Slot(torch.Tensor):
                 f"{name} is {list(self.shape[-2:])} by the configuration, but the files hold only "
                 f"{int(loaded.sum())} of its {loaded.numel()} weights; pack the model again"
             )
-        if not any(isinstance(one.matrix, PackedMatrix) for one in pieces):
+        if all(one.matrix is None or isinstance(one.matrix, Tensor) for one in pieces):
             return weight
         return _smaller(packed(weight), weight)
 
 
-def _filled(piece: Piece, dtype: torch.dtype) -> PackedMatrix | Tensor:
+def _filled(piece: Piece, dtype: torch.dtype) -> Matrix | Tensor:
     """A piece's matrix in this dtype."""
     return torch.zeros(piece.shape, dtype=dtype) if piece.matrix is None else piece.matrix.to(dtype)
 
 
-def _joined(parts: list[PackedMatrix | Tensor]) -> PackedMatrix | Tensor:
+def _joined(parts: list[Matrix | Tensor]) -> Matrix | Tensor:
     """Matrices below each other, packed if one is and that is smaller."""
     tensors = [one for one in parts if isinstance(one, Tensor)]
     if len(tensors) == len(parts):
@@ -145,10 +144,10 @@ def _joined(parts: list[PackedMatrix | Tensor]) -> PackedMatrix | Tensor:
     return _smaller(found, None)
 
 
-def _smaller(matrix: PackedMatrix, weight: Tensor | None) -> PackedMatrix | Tensor:
+def _smaller(matrix: Matrix, weight: Tensor | None) -> Matrix | Tensor:
     """The packed matrix if it takes less space than the dense one, else that."""
     rows, cols = matrix.shape
-    if matrix.nbytes < rows * cols * matrix.values.element_size():
+    if matrix.nbytes < rows * cols * matrix.dtype.itemsize:
         return matrix
     return dense(matrix) if weight is None else weight
 
@@ -171,7 +170,7 @@ def _select(slot: Slot, dim: int, index: int) -> Slot:
     return slot.part((expert, *slot.start[1:]), slot.shape[1:])
 
 
-def _put(slot: Slot, matrix: PackedMatrix | Tensor | None, shape: Sequence[int]) -> Slot:
+def _put(slot: Slot, matrix: Matrix | Tensor | None, shape: Sequence[int]) -> Slot:
     if tuple(shape) != tuple(slot.shape):
         raise InputError(
             f"a weight of the model must be {list(slot.shape)} by the configuration (got {list(shape)}); do the files "

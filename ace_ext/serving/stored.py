@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ace_ext.packed.files import PackedShards
-from ace_ext.packed.matrix import PackedMatrix
-from ace_ext.serving.matrices import cut_columns, cut_rows, dense, stack
+from ace_ext.serving.matrices import Matrix, cut_columns, cut_rows, dense, stack
 
 aten = torch.ops.aten
 
@@ -29,18 +28,18 @@ class StoredWeight(torch.Tensor):
         shape: of the dense tensor; by default that of the matrix.
     """
 
-    matrix: PackedMatrix
+    matrix: Matrix
 
     @staticmethod
-    def __new__(cls, matrix: PackedMatrix, shape: Sequence[int] | None = None) -> "StoredWeight":
+    def __new__(cls, matrix: Matrix, shape: Sequence[int] | None = None) -> "StoredWeight":
         """A tensor without storage."""
         found: StoredWeight = torch.Tensor._make_wrapper_subclass(
-            cls, tuple(shape or matrix.shape), dtype=matrix.values.dtype, device=torch.device("cpu")
+            cls, tuple(shape or matrix.shape), dtype=matrix.dtype, device=torch.device("cpu")
         )
         found.matrix = matrix
         return found
 
-    def __init__(self, matrix: PackedMatrix, shape: Sequence[int] | None = None) -> None:
+    def __init__(self, matrix: Matrix, shape: Sequence[int] | None = None) -> None:
         super().__init__()
 
     def __repr__(self) -> str:  # type: ignore[override]

@@ -63,9 +63,9 @@ def folders(tmp_path_factory) -> Path:
     return Path(kept).absolute() if kept else tmp_path_factory.mktemp("packed")
 
 
-def packed(model: Path, folder: Path) -> Path:
+def packed(model: Path, folder: Path, method: str = "fast") -> Path:
     """The packed model, pruned to 50 %."""
-    options = ["--method", "fast", "--calibration", "wiki-mini", "--nsamples", "16", "--seqlen", "128"]
+    options = ["--method", method, "--calibration", "wiki-mini", "--nsamples", "16", "--seqlen", "128"]
     call = [sys.executable, "-m", "ace_ext", "run", "--model", model, "--output", folder, "--format", "bitmap"]
     subprocess.run([*map(str, call), *options], check=True, cwd=tempfile.gettempdir())
     return folder
@@ -215,6 +215,16 @@ def test_an_archive(smol, texts, tmp_path):
     pack(tmp_path / "dense", tmp_path / "archive", "archive")
     with Server(tmp_path / "archive", tmp_path / "log", "--enforce-eager") as server:
         assert [server.complete(prompt) for prompt in PROMPTS[:2]] == texts[:2]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_survivors(bits, gguf, folders, tmp_path):
+    folder = folders / f"codes{bits}"
+    if not folder.exists():
+        packed(gguf, folder, f"fast + quantize(bits={bits})")
+    expected = written(folder)
+    with Server(folder, tmp_path / "log", "--enforce-eager") as server, ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(server.complete, PROMPTS)) == expected
 
 
 def test_a_killed_server_starts_again(smol, texts, tmp_path):
