@@ -37,7 +37,7 @@ class OneLineParser(argparse.ArgumentParser):
     """
 
     common: frozenset[str] = frozenset()
-    tables: Callable[[], str]
+    tables: Callable[[], str] | None = None
 
     def show_common(self, *names: str, tables: Callable[[], str]) -> None:
         """Makes ``--help`` show only these options, and ``--help-all`` all options with ``tables()`` at the end."""
@@ -59,7 +59,7 @@ class OneLineParser(argparse.ArgumentParser):
     def format_help_all(self) -> str:
         """The help with all options and tables."""
         common, epilog = self.common, self.epilog
-        self.common, self.epilog = frozenset(), "\n\n".join(filter(None, (epilog, self.tables())))
+        self.common, self.epilog = frozenset(), "\n\n".join(filter(None, (epilog, self.tables and self.tables())))
         try:
             return self.format_help()
         finally:
