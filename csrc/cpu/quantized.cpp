@@ -38,16 +38,16 @@ at::Tensor space_for(int64_t words) {
 }
 
 // x of the kind Input.
-template <class Input>
+template <class Input, class S>
 at::Tensor input_of(const at::Tensor& x, int64_t words, int64_t group_words) {
-  at::Tensor wide = padded<float>(x, words);
   if constexpr (std::is_same_v<Input, WideInput>) {
-    return wide;
+    return padded<float>(x, words);
   } else {
     const int64_t size = Input::size(words, group_words);
     at::Tensor found = at::empty({x.size(0), size}, x.options().dtype(at::kByte));
     for (int64_t t = 0; t < x.size(0); ++t)
-      Input::write(data<float>(wide) + t * wide.size(1), words, group_words, mutable_data<uint8_t>(found) + t * size);
+      Input::write(data<S>(x) + t * x.stride(0), x.size(1), words, group_words,
+                   mutable_data<uint8_t>(found) + t * size);
     return found;
   }
 }
@@ -59,7 +59,7 @@ void few_tokens(const QuantizedMatrix<S>& matrix, const at::Tensor& x, const Opt
   with_quantized_product<kBits, S>(packed_level(), [&](auto* loop, auto input) {
     using Input = decltype(input);
     using X = std::conditional_t<std::is_same_v<Input, WideInput>, float, uint8_t>;
-    const at::Tensor given = input_of<Input>(x, matrix.words, matrix.group_words);
+    const at::Tensor given = input_of<Input, S>(x, matrix.words, matrix.group_words);
     const QuantizedProduct<S, X> product{matrix, data<X>(given), given.size(1), mutable_data<float>(sums), rows};
     at::parallel_for(0, rows, row_grain(tokens * x.size(1)), [&](int64_t begin, int64_t end) {
       const at::Tensor space = space_for(matrix.words);

@@ -4,9 +4,9 @@
 #include "cpu/packed_level.h"
 #include "cpu/quantized_avx2.h"
 #include "cpu/quantized_avx512.h"
-#include "cpu/quantized_fixed.h"
 #include "cpu/quantized_neon.h"
 #include "cpu/quantized_portable.h"
+#include "cpu/quantized_vnni.h"
 
 namespace ace::cpu {
 
@@ -34,14 +34,15 @@ void with_quantized_loops(PackedLevel level, Action&& action) {
 struct WideInput {};
 
 // Calls action(product, Input{}) with the loop for a few tokens and the kind of x that it wants: WideInput, or one with
-// size(words, group_words), the bytes of a token, and write(x, words, group_words, out), which makes it of a wide one.
+// size(words, group_words), the bytes of a token, and write(x, cols, words, group_words, out), which makes it of x
+// [cols].
 template <int kBits, class S, class Action>
 void with_quantized_product(PackedLevel level, Action&& action) {
 #if ACE_PACKED_X86
   if constexpr (!std::is_same_v<S, float>) {
     using Codes = std::conditional_t<kBits == 8, avx512vnni::Codes8, avx512vnni::Codes4>;
     if (level >= PackedLevel::avx512_vnni)
-      return action(&avx512vnni::quantized_product<Codes, S>, avx512vnni::FixedInput<Codes>{});
+      return action(&avx512vnni::quantized_product<Codes, S>, avx512vnni::FixedInput<Codes::kOffset>{});
   }
 #endif
   with_quantized_loops<kBits, S>(level, [&](auto* product, auto*) { action(product, WideInput{}); });

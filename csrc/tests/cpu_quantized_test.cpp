@@ -101,24 +101,40 @@ double exact(const Sample& sample, const float* x, int64_t row) {
   return sum;
 }
 
-// Tokens as a loop wants them, of x [tokens, cols].
-template <class Input>
+// A float in a type that has this number, or nearly.
+template <class S>
+S exactly(float value) {
+  const uint32_t sign = float_bits(value) >> 16 & 0x8000u, size = float_bits(value) & 0x7fffffffu;
+  const bool normal = size >= 113u << 23;
+  const auto steps = static_cast<uint32_t>(std::abs(value) * (normal ? 0.0f : 16777216.0f));
+  return {static_cast<uint16_t>(sign | (normal ? (size >> 13) - (112u << 10) : steps))};
+}
+template <>
+BFloat16 exactly<BFloat16>(float value) {
+  return to_bfloat16(value);
+}
+
+// Tokens as a loop wants them, of x [tokens, cols] and scales of type S.
+template <class Input, class S>
 struct Given {
   using X = std::conditional_t<std::is_same_v<Input, WideInput>, float, uint8_t>;
 
   Given(const std::vector<float>& x, int64_t tokens, int64_t cols, int64_t words, int64_t group_words) {
-    std::vector<float> token(static_cast<size_t>(words * 64));
     if constexpr (std::is_same_v<Input, WideInput>)
       stride = words * 64;
     else
       stride = Input::size(words, group_words);
     data.resize(static_cast<size_t>(tokens * stride));
     for (int64_t t = 0; t < tokens; ++t) {
-      std::copy_n(x.begin() + t * cols, cols, token.begin());
-      if constexpr (std::is_same_v<Input, WideInput>)
-        std::copy_n(token.begin(), stride, data.begin() + t * stride);
-      else
-        Input::write(token.data(), words, group_words, data.data() + t * stride);
+      const float* token = x.data() + t * cols;
+      if constexpr (std::is_same_v<Input, WideInput>) {
+        std::copy_n(token, cols, data.begin() + t * stride);
+      } else {
+        std::vector<S> exact;
+        for (int64_t j = 0; j < cols; ++j) exact.push_back(exactly<S>(token[j]));
+        exact.shrink_to_fit();
+        Input::write(exact.data(), cols, words, group_words, data.data() + t * stride);
+      }
     }
   }
   int64_t stride;
@@ -142,7 +158,7 @@ TYPED_TEST(QuantizedLoops, ProductsAreThoseOfTheDenseMatrix) {
         with_quantized_product<TypeParam::bits, S>(level, [&](auto* loop, auto input) {
           for (const int64_t tokens : {1, 2, 3, 4, 9}) {
             const std::vector<float> given = inputs(tokens, cols, random);
-            const Given<decltype(input)> x(given, tokens, cols, sample.words, group_words);
+            const Given<decltype(input), S> x(given, tokens, cols, sample.words, group_words);
             std::vector<float> out(static_cast<size_t>(tokens * rows));
             loop({sample.matrix(), x.data.data(), x.stride, out.data(), rows}, tokens, 0, rows, space.get());
             for (int64_t t = 0; t < tokens; ++t)
@@ -238,7 +254,7 @@ TYPED_TEST(QuantizedLoops, DamagedInputsReadNothingOutside) {
       const auto space = space_for(sample.words);
       with_quantized_product<TypeParam::bits, S>(level, [&](auto* loop, auto input) {
         const std::vector<float> zeros(static_cast<size_t>(tokens * sample.cols));
-        const Given<decltype(input)> x(zeros, tokens, sample.cols, sample.words, sample.group_words);
+        const Given<decltype(input), S> x(zeros, tokens, sample.cols, sample.words, sample.group_words);
         std::vector<float> out(static_cast<size_t>(tokens * sample.rows));
         loop({damaged.matrix(), x.data.data(), x.stride, out.data(), sample.rows}, tokens, 0, sample.rows, space.get());
         for (const float value : out) ASSERT_EQ(value, 0.0f);  // of inputs that are all 0
@@ -285,10 +301,11 @@ void check_fixed(int64_t words, int64_t group_words, int most, std::mt19937& ran
   S one{};
   one.bits = std::is_same_v<S, Half> ? 0x3c00 : 0x3f80;
   std::fill(unit.scales.begin(), unit.scales.end(), one);
-  const std::vector<float> x = magnitudes(cols, most, random);
+  std::vector<float> x = magnitudes(cols, most, random);
+  for (float& value : x) value = to_float(exactly<S>(value));
   const auto space = space_for(words);
   with_quantized_product<kBits, S>(PackedLevel::avx512_vnni, [&](auto* loop, auto input) {
-    const Given<decltype(input)> given(x, 1, cols, words, group_words);
+    const Given<decltype(input), S> given(x, 1, cols, words, group_words);
     std::vector<float> out(static_cast<size_t>(cols));
     loop({unit.matrix(), given.data.data(), given.stride, out.data(), cols}, 1, 0, cols, space.get());
     for (int64_t j = 0; j < cols; ++j) {
@@ -328,7 +345,7 @@ TEST(QuantizedFixed, InputsThatAreNotFiniteGiveNaN) {
     std::vector<float> x = inputs(1, 320, random);
     x[random() % 320] = wrong;
     with_quantized_product<8, BFloat16>(PackedLevel::avx512_vnni, [&](auto* loop, auto input) {
-      const Given<decltype(input)> given(x, 1, 320, sample.words, 2);
+      const Given<decltype(input), BFloat16> given(x, 1, 320, sample.words, 2);
       std::vector<float> out(9);
       loop({sample.matrix(), given.data.data(), given.stride, out.data(), 9}, 1, 0, 9, space.get());
       for (const float value : out) ASSERT_TRUE(std::isnan(value));
