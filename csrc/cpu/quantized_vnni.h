@@ -23,10 +23,14 @@ ACE_HD __m512i fresh_zero() {
   return zero;
 }
 
-// Beyond the end it has no effect.
+// To the second-level cache: four rows, whose codes and bits are read ahead, would displace x from the first. Beyond
+// the end of the memory it has no effect.
 ACE_HD void prefetch_ahead(const uint8_t* bytes, int64_t ahead) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(bytes) + static_cast<uintptr_t>(ahead)));
+  constexpr int kSecondLevel = 2;
+  const uintptr_t place = reinterpret_cast<uintptr_t>(bytes) + static_cast<uintptr_t>(ahead);
+  __builtin_prefetch(reinterpret_cast<const void*>(place), 0, kSecondLevel);
 }
+constexpr int64_t kBitsAhead = 1024, kCodesAhead = 8192;  // bytes
 
 // Keeps the compiler from loading it again for each use.
 ACE_HD __m512i load_once(const uint8_t* bytes) {
@@ -51,7 +55,6 @@ struct Codes8 {
     matrix.copy(start, readable, buffer);
     return buffer;
   }
-  static ACE_HD void prefetch(const uint8_t* codes, int64_t ahead) { prefetch_ahead(codes, ahead); }
 };
 
 // As above from codes of 4 bits, of which each first becomes the lower half of a byte; the upper half is arbitrary.
@@ -75,7 +78,6 @@ struct Codes4 {
     const int64_t start = matrix.start(row), size = std::min(matrix.size(row), matrix.words * kBitmapColumns / 2);
     int64_t done = 0;
     for (; done < size && matrix.whole(start + done, kBytes); done += kBytes) {
-      prefetch_values(matrix.codes + start + done);
       decode(matrix.codes + start + done, buffer + 2 * done);
     }
     if (done < size) {
@@ -85,13 +87,13 @@ struct Codes4 {
     }
     return buffer;
   }
-  static ACE_HD void prefetch(const uint8_t* /*decoded*/, int64_t /*ahead*/) {}
 };
 
-// One row: its bits and codes, both advanced by what is read.
+// One row: its bits and codes, a byte each, both advanced by what is read.
 template <class Codes>
 struct CodedRow {
   const uint8_t *bits, *codes;
+  const uint8_t* stored;  // the codes in the matrix
 
   ACE_HD __m512i next() {
     uint64_t word;
@@ -135,10 +137,11 @@ ACE_HD void add_span(CodedRow<Codes>* rows, const uint8_t* x, int64_t stride, co
     }
 }
 
-// The sums of kRows rows with these tokens; out [kTokens, kRows].
+// The sums of kRows rows with these tokens; out [kTokens, kRows], rows `step` apart.
 template <class Codes, int kRows, int kTokens, int kSpan>
 ACE_HD void multiply_block(const CodedRow<Codes>* given, const float* factors, int64_t words, const uint8_t* x,
-                           int64_t stride, float* out, int64_t out_stride, int64_t ahead) {
+                           int64_t stride, float* out, int64_t out_stride, int64_t step) {
+  constexpr int64_t kHalf = kSpan * kBitmapColumns * Codes::kBits / 16;  // bytes of a span of which half is stored
   const int64_t spans = FixedToken<kSpan>::spans(words);
   CodedRow<Codes> rows[kRows];
   __m512 sums[kRows][kTokens];
@@ -147,12 +150,12 @@ ACE_HD void multiply_block(const CodedRow<Codes>* given, const float* factors, i
     for (int t = 0; t < kTokens; ++t) sums[r][t] = _mm512_setzero_ps();
   }
   for (int64_t i = 0; i < words / kSpan; ++i, x += FixedToken<kSpan>::kBytes, ++factors) {
-    for (int r = 0; r < kRows; ++r) Codes::prefetch(rows[r].codes, ahead);
+    for (int r = 0; r < kRows; ++r) prefetch_ahead(given[r].stored, kCodesAhead + i * kHalf);
     add_span<Codes, kRows, kTokens, kSpan>(rows, x, stride, factors, spans, sums);
   }
   if (kSpan > 1 && words % kSpan != 0) add_span<Codes, kRows, kTokens, 1>(rows, x, stride, factors, spans, sums);
   for (int r = 0; r < kRows; ++r)
-    for (int t = 0; t < kTokens; ++t) out[t * out_stride + r] = _mm512_reduce_add_ps(sums[r][t]);
+    for (int t = 0; t < kTokens; ++t) out[t * out_stride + r * step] = _mm512_reduce_add_ps(sums[r][t]);
 }
 
 // factors [kTokens, spans] of a row: its scales times the tokens' units.
@@ -168,9 +171,11 @@ ACE_HD void multiply_scales(const float* scales, const uint8_t* x, int64_t strid
   }
 }
 
-// All tokens of kRows rows from `row` on. Up to four tokens share an expanded weight, and up to four rows x.
+// All tokens of kRows rows from `row` on, `step` apart. Up to four tokens share an expanded weight, and up to four rows
+// x.
 template <class Codes, int kRows, int kSpan, class S>
-ACE_HD void multiply_rows(const QuantizedProduct<S, uint8_t>& product, int64_t tokens, int64_t row, void* memory) {
+ACE_HD void multiply_rows(const QuantizedProduct<S, uint8_t>& product, int64_t tokens, int64_t row, int64_t step,
+                          void* memory) {
   const QuantizedMatrix<S>& matrix = product.matrix;
   const QuantizedSpace space(matrix.words);
   const Spans<kSpan> spans(matrix);
@@ -178,14 +183,12 @@ ACE_HD void multiply_rows(const QuantizedProduct<S, uint8_t>& product, int64_t t
   float* factors = scales + kRows * spans.count;
   CodedRow<Codes> coded[kRows];
   for (int r = 0; r < kRows; ++r) {
+    const int64_t index = row + r * step;
     auto* buffer = space.codes<uint8_t>(memory) + r * (matrix.words + 1) * kBitmapColumns;
-    coded[r] = {matrix.bits(row + r), Codes::row(matrix, row + r, buffer)};
-    spans.scales(matrix, row + r, scales + r * spans.count);
+    coded[r] = {matrix.bits(index), Codes::row(matrix, index, buffer), matrix.codes + matrix.start(index)};
+    for (int64_t i = 0; i < 8 * matrix.words; i += 64) prefetch_ahead(coded[r].bits, i + kBitsAhead);
+    spans.scales(matrix, index, scales + r * spans.count);
   }
-  // The next rows are prefetched while these are multiplied.
-  const int64_t bitmap = 8 * matrix.words * kRows;
-  for (int64_t i = 0; i < bitmap; i += 64) prefetch_ahead(matrix.bits(row), bitmap + i);
-  const int64_t ahead = std::max<int64_t>(4096, matrix.start(row + kRows - 1) - matrix.start(row));
   int64_t t = 0;
   const auto multiply = [&](auto count) ACE_FOLD {
     constexpr int kTokens = decltype(count)::value, kTogether = kTokens == 1 ? kRows : std::min(kRows, 2);
@@ -195,22 +198,25 @@ ACE_HD void multiply_rows(const QuantizedProduct<S, uint8_t>& product, int64_t t
                                       factors + r * kTokens * spans.count);
     for (int r = 0; r < kRows; r += kTogether)
       multiply_block<Codes, kTogether, kTokens, kSpan>(coded + r, factors + r * kTokens * spans.count, matrix.words, x,
-                                                       product.stride, product.out + t * product.rows + row + r,
-                                                       product.rows, ahead);
+                                                       product.stride, product.out + t * product.rows + row + r * step,
+                                                       product.rows, step);
   };
   for (; t + 4 <= tokens; t += 4) multiply(std::integral_constant<int, 4>{});
   for (; t + 2 <= tokens; t += 2) multiply(std::integral_constant<int, 2>{});
   for (; t < tokens; ++t) multiply(std::integral_constant<int, 1>{});
 }
 
-// All tokens, rows begin to end.
+// All tokens, rows begin to end: four at a time, each from a quarter of its own, so that the processor's prefetcher
+// follows four long sequences.
 template <class Codes, int kSpan, class S>
 void multiply_all(const QuantizedProduct<S, uint8_t>& product, int64_t tokens, int64_t begin, int64_t end,
                   void* memory) {
   constexpr int kRows = 4;
-  int64_t row = begin;
-  for (; row + kRows <= end; row += kRows) multiply_rows<Codes, kRows, kSpan>(product, tokens, row, memory);
-  for (; row < end; ++row) multiply_rows<Codes, 1, kSpan>(product, tokens, row, memory);
+  const int64_t quarter = (end - begin) / kRows;
+  for (int64_t row = begin; row < begin + quarter; ++row)
+    multiply_rows<Codes, kRows, kSpan>(product, tokens, row, quarter, memory);
+  for (int64_t row = begin + kRows * quarter; row < end; ++row)
+    multiply_rows<Codes, 1, kSpan>(product, tokens, row, 1, memory);
 }
 
 // x: FixedInput<Codes::kOffset>, `stride` bytes apart.
