@@ -51,8 +51,9 @@ def quantized_linear(
     ``codes`` uint8, two's complement: bytes, or halves of bytes, the lower one first, each row from a whole byte on.
     ``[rows, bytes]`` if each row has as many survivors, else ``[bytes]`` and ``row_start [rows + 1]`` int64, in bytes.
     ``scales [rows, ceil(cols / group)]`` in the dtype of ``x``; ``group``, a multiple of 64, is the number of columns
-    that share one. ``x`` is not quantized. In contrast to :func:`unpack_quantized`, ``W`` is not rounded to the dtype
-    of ``scales``. Gradients flow to ``x`` and ``bias``, through the rounded ``W``.
+    that share one. Up to 16 tokens of bfloat16 or float16 may be rounded to 16 bits beside the largest ``|x|`` of 64 or
+    128 columns: by at most ``max |x| / 32639``. In contrast to :func:`unpack_quantized`, ``W`` is not rounded to the
+    dtype of ``scales``. Gradients flow to ``x`` and ``bias``, through the rounded ``W``.
     """
     if not torch.compiler.is_compiling():
         register_packed()

@@ -13,7 +13,7 @@
 namespace ace::cpu {
 
 // All of x86, except the last, ARM's only one.
-enum class PackedLevel { portable, avx2, avx512, avx512_bf16, neon };
+enum class PackedLevel { portable, avx2, avx512, avx512_vnni, avx512_bf16, neon };
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define ACE_PACKED_X86 1
@@ -34,9 +34,9 @@ inline PackedLevel highest_packed_level() {
     return PackedLevel::portable;
   if (!has_all(ACE_HAS("avx512f"), ACE_HAS("avx512bw"), ACE_HAS("avx512vl"), ACE_HAS("avx512dq")))
     return PackedLevel::avx2;
-  if (!has_all(ACE_HAS("avx512vbmi"), ACE_HAS("avx512vbmi2"), ACE_HAS("avx512bf16"))) return PackedLevel::avx512;
+  if (!has_all(ACE_HAS("avx512vbmi"), ACE_HAS("avx512vbmi2"), ACE_HAS("avx512vnni"))) return PackedLevel::avx512;
+  return ACE_HAS("avx512bf16") ? PackedLevel::avx512_bf16 : PackedLevel::avx512_vnni;
 #undef ACE_HAS
-  return PackedLevel::avx512_bf16;
 #elif ACE_PACKED_ARM
   return PackedLevel::neon;
 #else

@@ -8,8 +8,6 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
-#include <array>
-
 #include "cpu/packed_torch.h"
 #include "cpu/quantized_level.h"
 #include "cpu/quantized_panel.h"
@@ -39,31 +37,29 @@ at::Tensor space_for(int64_t words) {
   return at::zeros({QuantizedSpace::size(words)}, at::TensorOptions().dtype(at::kByte));
 }
 
-// x [tokens, 64 words + 32] of the core type X, zero beyond the columns, and the columns of each word in this order.
-template <class X, class Order>
-at::Tensor ordered(const at::Tensor& x, int64_t words, Order* order) {
-  const at::Tensor wide = padded<X>(x, words);
-  if (order(8) == 8) return wide;
-  std::array<uint8_t, kBitmapColumns> places{};
-  for (int64_t column = 0; column < kBitmapColumns; ++column)
-    places[static_cast<size_t>(column)] = static_cast<uint8_t>(order(column));
-  const at::Tensor found = at::empty(wide.sizes(), wide.options());
-  for (int64_t t = 0; t < x.size(0); ++t) {
-    const X* from = data<X>(wide) + t * wide.size(1);
-    X* to = mutable_data<X>(found) + t * wide.size(1);
-    for (int64_t word = 0; word < words; ++word, from += kBitmapColumns, to += kBitmapColumns)
-      for (size_t column = 0; column < places.size(); ++column) to[places[column]] = from[column];
+// x of the kind Input.
+template <class Input, class S>
+at::Tensor input_of(const at::Tensor& x, int64_t words, int64_t group_words) {
+  if constexpr (std::is_same_v<Input, WideInput>) {
+    return padded<float>(x, words);
+  } else {
+    const int64_t size = Input::size(words, group_words);
+    at::Tensor found = at::empty({x.size(0), size}, x.options().dtype(at::kByte));
+    for (int64_t t = 0; t < x.size(0); ++t)
+      Input::write(data<S>(x) + t * x.stride(0), x.size(1), words, group_words,
+                   mutable_data<uint8_t>(found) + t * size);
+    return found;
   }
-  return found;
 }
 
 template <int kBits, class S>
 void few_tokens(const QuantizedMatrix<S>& matrix, const at::Tensor& x, const OptionalTensor& bias, at::Tensor& out) {
   const int64_t tokens = x.size(0), rows = out.size(1);
   const at::Tensor sums = at::empty({tokens, rows}, x.options().dtype(at::kFloat));
-  with_quantized_product<kBits, S>(packed_level(), [&](auto* loop, auto* order, auto input) {
-    using X = decltype(input);
-    const at::Tensor given = ordered<X>(x, matrix.words, order);
+  with_quantized_product<kBits, S>(packed_level(), [&](auto* loop, auto input) {
+    using Input = decltype(input);
+    using X = std::conditional_t<std::is_same_v<Input, WideInput>, float, uint8_t>;
+    const at::Tensor given = input_of<Input, S>(x, matrix.words, matrix.group_words);
     const QuantizedProduct<S, X> product{matrix, data<X>(given), given.size(1), mutable_data<float>(sums), rows};
     at::parallel_for(0, rows, row_grain(tokens * x.size(1)), [&](int64_t begin, int64_t end) {
       const at::Tensor space = space_for(matrix.words);

@@ -1,5 +1,5 @@
 // The product with a packed matrix of quantized survivors for AVX-512, with inputs in float32: codes become float, and
-// sixteen at a time are expanded by a mask. quantized_bf16.h is the faster one for bfloat16.
+// sixteen at a time are expanded by a mask. quantized_vnni.h is the faster one for shorter types.
 #pragma once
 
 #include "cpu/packed_avx512.h"

@@ -4,14 +4,11 @@
 #include "cpu/packed_level.h"
 #include "cpu/quantized_avx2.h"
 #include "cpu/quantized_avx512.h"
-#include "cpu/quantized_bf16.h"
 #include "cpu/quantized_neon.h"
 #include "cpu/quantized_portable.h"
+#include "cpu/quantized_vnni.h"
 
 namespace ace::cpu {
-
-// The order of a word's columns in x that most loops want.
-constexpr int64_t column_order(int64_t column) { return column; }
 
 // Calls action(product, unpack) with the loops for codes of kBits bits, scales of type S and inputs in float32.
 template <int kBits, class S, class Action>
@@ -33,18 +30,22 @@ void with_quantized_loops(PackedLevel level, Action&& action) {
          &portable::quantized_unpack<portable::Quantized, kBits, S>);
 }
 
-// Calls action(product, order, X{}) with the loop for a few tokens, the order of a word's columns in its x, and the
-// type of x.
+// x [tokens, 64 words] in float32, as most loops want it.
+struct WideInput {};
+
+// Calls action(product, Input{}) with the loop for a few tokens and the kind of x that it wants: WideInput, or one with
+// size(words, group_words), the bytes of a token, and write(x, cols, words, group_words, out), which makes it of x
+// [cols].
 template <int kBits, class S, class Action>
 void with_quantized_product(PackedLevel level, Action&& action) {
 #if ACE_PACKED_X86
-  if constexpr (std::is_same_v<S, BFloat16>) {
-    using Codes = std::conditional_t<kBits == 8, avx512bf16::Codes8, avx512bf16::Codes4>;
-    if (level == PackedLevel::avx512_bf16)
-      return action(&avx512bf16::quantized_product<Codes>, &Codes::order, BFloat16{});
+  if constexpr (!std::is_same_v<S, float>) {
+    using Codes = std::conditional_t<kBits == 8, avx512vnni::Codes8, avx512vnni::Codes4>;
+    if (level >= PackedLevel::avx512_vnni)
+      return action(&avx512vnni::quantized_product<Codes, S>, avx512vnni::FixedInput<Codes::kOffset>{});
   }
 #endif
-  with_quantized_loops<kBits, S>(level, [&](auto* product, auto*) { action(product, &column_order, float{}); });
+  with_quantized_loops<kBits, S>(level, [&](auto* product, auto*) { action(product, WideInput{}); });
 }
 
 }  // namespace ace::cpu

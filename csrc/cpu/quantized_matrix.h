@@ -70,18 +70,19 @@ struct Spans {
 // A thread's working memory for one row at a time, zero at first.
 class QuantizedSpace {
  public:
-  explicit QuantizedSpace(int64_t words) : scales_(kAlign * ((words * 4 + kAlign - 1) / kAlign)) {}
+  explicit QuantizedSpace(int64_t words) : scales_(kAlign * ((words * kScales * 4 + kAlign - 1) / kAlign)) {}
   // Bytes for rows of `words` words.
-  static int64_t size(int64_t words) { return QuantizedSpace(words).scales_ + words * kBitmapColumns * 4 + kAlign; }
+  static int64_t size(int64_t words) { return QuantizedSpace(words).scales_ + (words + 1) * kBitmapColumns * 4; }
+  // Room for kScales numbers of each word.
   float* scales(void* memory) const { return static_cast<float*>(memory); }
-  // Room for 64 words codes of up to 4 bytes, and 64 bytes more.
+  // Room for 64 words codes of up to 4 bytes, and 256 bytes more.
   template <class T>
   T* codes(void* memory) const {
     return reinterpret_cast<T*>(static_cast<char*>(memory) + scales_);
   }
 
  private:
-  static constexpr int64_t kAlign = 64;
+  static constexpr int64_t kAlign = 64, kScales = 20;  // of four rows, and times four tokens'
   int64_t scales_;
 };
 

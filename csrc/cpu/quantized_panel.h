@@ -6,7 +6,7 @@
 #include <memory>
 
 #include "cpu/packed_panel.h"
-#include "cpu/quantized_bf16.h"
+#include "cpu/quantized_avx512.h"
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC push_options

@@ -19,16 +19,23 @@
 //   row_start  [rows + 1] int64, contiguous, in bytes: row i has codes[row_start[i]] to before codes[row_start[i + 1]].
 //              Needed if codes has one dimension, else refused.
 //   bias       [rows] of the dtype of x, contiguous, or None.
-//   accuracy   x is not quantized, and q and scales are used exactly. Products are summed in float32, in an order that
-//              depends on the processor and on the number of tokens; then the bias is added and the sum is rounded
-//              once. Therefore, with G = ceil(cols / group) and W as above,
-//                |out - exact| <= u |exact| + (cols + G + 8) 2^-24 (sum_j |x_j W_ij| + |bias|)
-//              with u the rounding unit of the dtype of x (2^-24, 2^-11, 2^-8), as long as nothing over- or underflows:
+//   accuracy   q and scales are used exactly. Products are summed in float32, in an order that depends on the processor
+//              and on the number of tokens; then the bias is added and the sum is rounded once. Therefore, with
+//              G = ceil(cols / group) and W as above,
+//                |out - exact| <= u |exact| + (cols + G + 8) 2^-24 (sum_j |x_j W_ij| + |bias|) + sum_j d_j |W_ij|
+//              with u the rounding unit of the dtype of x (2^-24, 2^-11, 2^-8) and d_j the rounding of x_j, which is 0
+//              with one exception: up to 16 tokens of float16 or bfloat16 on a processor with AVX-512's VBMI2 and VNNI.
+//              These are cut into spans of 128 columns, or of 64 if group is not a multiple of 128. In a span, x_j is
+//              rounded to a multiple of 2^e, with e the least from -126 on for which max |x| <= 32639 2^e; then
+//                d_j <= 2^(e - 1) <= max(max |x| / 32639, 2^-127)
+//              and bfloat16 numbers of at least 1/64 of the largest are exact.
+//              The bound holds as long as nothing over- or underflows:
 //              bfloat16 numbers below 2^-126 may count as 0, and inner sums may be 2^24 times as large as W suggests,
 //              so that inputs from 2^90 on may overflow.
 //              On CUDA, more than 16 tokens are multiplied by torch with the weights of unpack_quantized, which are
 //              rounded to the dtype of scales: the bound holds for the product with these.
-//   not finite Not checked. With an x or a scale that is not finite, a zero of W may give NaN or nothing.
+//   not finite Not checked. With an x or a scale that is not finite, a zero of W may give NaN or nothing, and where
+//              x_j is rounded, an infinite x_j gives NaN.
 //   counts     Whether the bits agree with the size of codes or with row_start is checked when a file is read
 //              (ace_ext.packed), not here. If they disagree, results are wrong, but nothing outside the tensors is
 //              read.

@@ -16,7 +16,8 @@ namespace {
 std::vector<PackedLevel> levels() {
   const PackedLevel highest = highest_packed_level();
   std::vector<PackedLevel> found{PackedLevel::portable};
-  for (const PackedLevel level : {PackedLevel::avx2, PackedLevel::avx512, PackedLevel::avx512_bf16, PackedLevel::neon})
+  for (const PackedLevel level :
+       {PackedLevel::avx2, PackedLevel::avx512, PackedLevel::avx512_vnni, PackedLevel::avx512_bf16, PackedLevel::neon})
     if (level == highest || (level < highest && highest != PackedLevel::neon)) found.push_back(level);
   return found;
 }

@@ -3,7 +3,9 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -62,7 +64,8 @@ struct Quantized {
 std::vector<PackedLevel> levels() {
   const PackedLevel highest = highest_packed_level();
   std::vector<PackedLevel> found{PackedLevel::portable};
-  for (const PackedLevel level : {PackedLevel::avx2, PackedLevel::avx512, PackedLevel::avx512_bf16, PackedLevel::neon})
+  for (const PackedLevel level :
+       {PackedLevel::avx2, PackedLevel::avx512, PackedLevel::avx512_vnni, PackedLevel::avx512_bf16, PackedLevel::neon})
     if (level == highest || (level < highest && highest != PackedLevel::neon)) found.push_back(level);
   return found;
 }
@@ -98,15 +101,45 @@ double exact(const Sample& sample, const float* x, int64_t row) {
   return sum;
 }
 
-template <class X>
-X input_of(float value) {
-  if constexpr (std::is_same_v<X, float>) return value;
-  return to_bfloat16(value);
+// A float in a type that has this number, or nearly.
+template <class S>
+S exactly(float value) {
+  const uint32_t sign = float_bits(value) >> 16 & 0x8000u, size = float_bits(value) & 0x7fffffffu;
+  const bool normal = size >= 113u << 23;
+  const auto steps = static_cast<uint32_t>(std::abs(value) * (normal ? 0.0f : 16777216.0f));
+  return {static_cast<uint16_t>(sign | (normal ? (size >> 13) - (112u << 10) : steps))};
 }
 template <>
-float input_of<float>(float value) {
-  return value;
+BFloat16 exactly<BFloat16>(float value) {
+  return to_bfloat16(value);
 }
+
+// Tokens as a loop wants them, of x [tokens, cols] and scales of type S.
+template <class Input, class S>
+struct Given {
+  using X = std::conditional_t<std::is_same_v<Input, WideInput>, float, uint8_t>;
+
+  Given(const std::vector<float>& x, int64_t tokens, int64_t cols, int64_t words, int64_t group_words) {
+    if constexpr (std::is_same_v<Input, WideInput>)
+      stride = words * 64;
+    else
+      stride = Input::size(words, group_words);
+    data.resize(static_cast<size_t>(tokens * stride));
+    for (int64_t t = 0; t < tokens; ++t) {
+      const float* token = x.data() + t * cols;
+      if constexpr (std::is_same_v<Input, WideInput>) {
+        std::copy_n(token, cols, data.begin() + t * stride);
+      } else {
+        std::vector<S> exact;
+        for (int64_t j = 0; j < cols; ++j) exact.push_back(exactly<S>(token[j]));
+        exact.shrink_to_fit();
+        Input::write(exact.data(), cols, words, group_words, data.data() + t * stride);
+      }
+    }
+  }
+  int64_t stride;
+  std::vector<X> data;
+};
 
 struct Shape {
   int64_t rows, cols, group_words;
@@ -122,18 +155,12 @@ TYPED_TEST(QuantizedLoops, ProductsAreThoseOfTheDenseMatrix) {
       const Quantized<S, TypeParam::bits> sample(rows, cols, group_words, share, random);
       const auto space = space_for(sample.words);
       for (const PackedLevel level : levels()) {
-        with_quantized_product<TypeParam::bits, S>(level, [&](auto* loop, auto* order, auto input) {
-          using X = decltype(input);
+        with_quantized_product<TypeParam::bits, S>(level, [&](auto* loop, auto input) {
           for (const int64_t tokens : {1, 2, 3, 4, 9}) {
             const std::vector<float> given = inputs(tokens, cols, random);
-            const int64_t stride = sample.words * 64 + 32;
-            std::vector<X> x(static_cast<size_t>(tokens * stride));
-            for (int64_t t = 0; t < tokens; ++t)
-              for (int64_t j = 0; j < cols; ++j)
-                x[static_cast<size_t>(t * stride + j / 64 * 64 + order(j % 64))] =
-                    input_of<X>(given[static_cast<size_t>(t * cols + j)]);
+            const Given<decltype(input), S> x(given, tokens, cols, sample.words, group_words);
             std::vector<float> out(static_cast<size_t>(tokens * rows));
-            loop({sample.matrix(), x.data(), stride, out.data(), rows}, tokens, 0, rows, space.get());
+            loop({sample.matrix(), x.data.data(), x.stride, out.data(), rows}, tokens, 0, rows, space.get());
             for (int64_t t = 0; t < tokens; ++t)
               for (int64_t i = 0; i < rows; ++i)
                 ASSERT_EQ(static_cast<double>(out[static_cast<size_t>(t * rows + i)]),
@@ -225,10 +252,11 @@ TYPED_TEST(QuantizedLoops, DamagedInputsReadNothingOutside) {
     const int64_t tokens = 1 + random() % 9, stride = sample.words * 64;
     for (const PackedLevel level : levels()) {
       const auto space = space_for(sample.words);
-      with_quantized_product<TypeParam::bits, S>(level, [&](auto* loop, auto*, auto input) {
-        const std::vector<decltype(input)> x(static_cast<size_t>(tokens * stride));
+      with_quantized_product<TypeParam::bits, S>(level, [&](auto* loop, auto input) {
+        const std::vector<float> zeros(static_cast<size_t>(tokens * sample.cols));
+        const Given<decltype(input), S> x(zeros, tokens, sample.cols, sample.words, sample.group_words);
         std::vector<float> out(static_cast<size_t>(tokens * sample.rows));
-        loop({damaged.matrix(), x.data(), stride, out.data(), sample.rows}, tokens, 0, sample.rows, space.get());
+        loop({damaged.matrix(), x.data.data(), x.stride, out.data(), sample.rows}, tokens, 0, sample.rows, space.get());
         for (const float value : out) ASSERT_EQ(value, 0.0f);  // of inputs that are all 0
       });
       with_quantized_loops<TypeParam::bits, S>(level, [&](auto*, auto* unpack) {
@@ -250,6 +278,81 @@ TYPED_TEST(QuantizedLoops, DamagedInputsReadNothingOutside) {
 }
 
 #if ACE_PACKED_X86
+// Magnitudes over the whole range of the type, and zeros: a span's largest is 2^most, others are smaller.
+std::vector<float> magnitudes(int64_t count, int most, std::mt19937& random) {
+  std::vector<float> x;
+  for (int64_t i = 0; i < count; ++i) {
+    const float digits = static_cast<float>(128 + random() % 128) * (random() % 2 ? 1.0f : -1.0f);
+    const int exponent = most - 7 - static_cast<int>(random() % (random() % 2 ? 3 : 30));
+    x.push_back(random() % 8 ? std::ldexp(digits, exponent) : 0.0f);
+  }
+  return x;
+}
+
+// Each x is a whole number of units, and no farther from the given one than the contract allows. A matrix with one
+// survivor of code 1 in each row reads them.
+template <class S, int kBits>
+void check_fixed(int64_t words, int64_t group_words, int most, std::mt19937& random) {
+  const int64_t cols = words * 64, span = group_words % 2 == 0 ? 128 : 64;
+  Quantized<S, kBits> unit(cols, cols, group_words, 0, random);
+  unit.codes.assign(static_cast<size_t>(cols), 1);
+  for (int64_t i = 0; i < cols; ++i) unit.bitmap[static_cast<size_t>(8 * i * words + i / 8)] |= uint8_t(1u << (i % 8));
+  std::iota(unit.row_start.begin(), unit.row_start.end(), int64_t{0});
+  S one{};
+  one.bits = std::is_same_v<S, Half> ? 0x3c00 : 0x3f80;
+  std::fill(unit.scales.begin(), unit.scales.end(), one);
+  std::vector<float> x = magnitudes(cols, most, random);
+  for (float& value : x) value = to_float(exactly<S>(value));
+  const auto space = space_for(words);
+  with_quantized_product<kBits, S>(PackedLevel::avx512_vnni, [&](auto* loop, auto input) {
+    const Given<decltype(input), S> given(x, 1, cols, words, group_words);
+    std::vector<float> out(static_cast<size_t>(cols));
+    loop({unit.matrix(), given.data.data(), given.stride, out.data(), cols}, 1, 0, cols, space.get());
+    for (int64_t j = 0; j < cols; ++j) {
+      double largest = 0.0;
+      for (int64_t i = j / span * span; i < std::min(cols, (j / span + 1) * span); ++i)
+        largest = std::max(largest, std::abs(static_cast<double>(x[static_cast<size_t>(i)])));
+      const double size = static_cast<double>(x[static_cast<size_t>(j)]);
+      const double error = std::abs(static_cast<double>(out[static_cast<size_t>(j)]) - size);
+      ASSERT_LE(error, std::max(largest / 32639.0, std::ldexp(1.0, -127))) << size << " beside " << largest;
+      if (std::abs(size) >= largest / 64.0 && largest >= std::ldexp(1.0, -100)) {
+        ASSERT_EQ(error, 0.0) << size << " beside " << largest;
+      }
+    }
+  });
+}
+
+TEST(QuantizedFixed, InputsAreRoundedAsInTheContract) {
+  if (highest_packed_level() < PackedLevel::avx512_vnni) GTEST_SKIP() << "needs AVX-512's VBMI2 and VNNI instructions";
+  std::mt19937 random(6);
+  for (const int most : {127, 120, 30, 0, -20, -100, -112, -120, -126})
+    for (const int64_t words : {1, 2, 5}) {
+      check_fixed<BFloat16, 8>(words, 1, most, random);
+      check_fixed<BFloat16, 4>(words, 2, most, random);
+    }
+  for (const int most : {15, 0, -8}) {
+    check_fixed<Half, 8>(3, 2, most, random);
+    check_fixed<Half, 4>(3, 1, most, random);
+  }
+}
+
+TEST(QuantizedFixed, InputsThatAreNotFiniteGiveNaN) {
+  if (highest_packed_level() < PackedLevel::avx512_vnni) GTEST_SKIP() << "needs AVX-512's VBMI2 and VNNI instructions";
+  std::mt19937 random(7);
+  const Quantized<BFloat16, 8> sample(9, 320, 2, 50, random);
+  const auto space = space_for(sample.words);
+  for (const float wrong : {bits_float(0x7f800000), bits_float(0xff800000), bits_float(0x7fc00000)}) {
+    std::vector<float> x = inputs(1, 320, random);
+    x[random() % 320] = wrong;
+    with_quantized_product<8, BFloat16>(PackedLevel::avx512_vnni, [&](auto* loop, auto input) {
+      const Given<decltype(input), BFloat16> given(x, 1, 320, sample.words, 2);
+      std::vector<float> out(9);
+      loop({sample.matrix(), given.data.data(), given.stride, out.data(), 9}, 1, 0, 9, space.get());
+      for (const float value : out) ASSERT_TRUE(std::isnan(value));
+    });
+  }
+}
+
 // Panels of one and of several parts, with rows that end inside a byte, and runs that end with a scale.
 template <int kBits>
 void check_panels(int64_t rows, int64_t cols, int64_t group_words, std::mt19937& random) {

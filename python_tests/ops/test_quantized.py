@@ -50,13 +50,28 @@ def make(rows, cols, dtype, bits, group, random, share=0.5, ragged=False):
     return bitmap, codes, scales, bits, group, row_start
 
 
+FIXED = torch.backends.cpu.get_cpu_capability() == "AVX512"
+"""Whether a few float16 and bfloat16 tokens may be rounded to 16 bits."""
+
+
+def rounding_of(x, group):
+    """At most this far each x is rounded: 1/32639 of the largest of its 64 or 128 columns."""
+    if not FIXED or x.dtype == torch.float32 or len(x) > 16:
+        return torch.zeros(x.shape, dtype=torch.float64)
+    span = 64 if group % 128 else 128
+    largest = [part.abs().amax(1, keepdim=True).expand_as(part) for part in x.double().split(span, dim=1)]
+    return torch.cat(largest, dim=1) / 32639 + 2.0**-127
+
+
 def bound(x, arguments, bias, exact):
-    """The contract's: u |exact| + (cols + groups + 8) 2^-24 (Σ |x W| + |bias|), and the smallest number besides."""
-    scales, cols = arguments[2], x.shape[1]
-    size = x.double().abs() @ reference.exact_weight(*arguments, cols).abs().T
+    """The contract's: u |exact| + (cols + groups + 8) 2^-24 (Σ |x W| + |bias|) + Σ d |W|, and the smallest number."""
+    scales, group, cols = arguments[2], arguments[4], x.shape[1]
+    weight = reference.exact_weight(*arguments, cols).abs().T
+    size = x.double().abs() @ weight
     size += 0.0 if bias is None else bias.double().abs()
     smallest = torch.finfo(x.dtype).smallest_normal * ROUNDING[x.dtype]
-    return ROUNDING[x.dtype] * exact.abs() + (cols + scales.shape[1] + 8) * UNIT * size + smallest
+    rounding = ROUNDING[x.dtype] * exact.abs() + (cols + scales.shape[1] + 8) * UNIT * size
+    return rounding + rounding_of(x, group) @ weight + smallest
 
 
 def check(x, arguments, bias=None):
@@ -81,6 +96,46 @@ def test_any_share_of_survivors(share, dtype, bits, random):
     arguments = make(20, 330, dtype, bits, 128, random, share)
     for tokens in (1, 4, 5, 20):
         check(torch.randn(tokens, 330, generator=random).to(dtype), arguments)
+
+
+def test_inputs_of_all_magnitudes(dtype, bits, random):
+    """Outliers, spans of zeros, and the smallest and largest numbers for which nothing over- or underflows."""
+    arguments = make(20, 520, dtype, bits, 128, random)
+    for least, most in ((-6, 5), (-14, 5), (-14, -8), (-60, -30), (-120, 80), (60, 80)):
+        if dtype == torch.float16 and (least < -14 or most > 5):
+            continue
+        x = torch.randn(16, 520, generator=random)
+        x *= torch.exp2(torch.randint(least, most, x.shape, generator=random).float())
+        x[:, 128:256] = 0.0
+        x[::2, 300] = 2.0**most
+        for tokens in (1, 2, 4, 16):
+            check(x[:tokens].to(dtype), arguments)
+
+
+def test_inputs_of_like_magnitude_are_not_rounded(bits, random):
+    """Numbers of bfloat16 of at least 1/64 of the largest: the bound without their rounding."""
+    arguments = make(20, 520, torch.bfloat16, bits, 64, random)
+    x = torch.exp2(6 * torch.rand(4, 520, generator=random)).bfloat16().clamp(max=63) * 2.0**-9
+    x *= torch.randint(0, 2, x.shape, generator=random) * 2 - 1
+    for tokens in (1, 2, 4):
+        exact = reference.quantized_linear(x[:tokens], *arguments)
+        found = ops.quantized_linear(x[:tokens], *arguments)
+        allowed = ROUNDING[torch.bfloat16] * exact.abs() + bound(x[:tokens].float(), arguments, None, exact)
+        assert ((found.double() - exact).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("wrong", [float("inf"), float("-inf"), float("nan")])
+def test_inputs_that_are_not_finite_stay_visible(wrong, dtype, bits, random):
+    """Where the weight is not 0. Other tokens do not change."""
+    arguments = make(20, 330, dtype, bits, 128, random)
+    weight = reference.exact_weight(*arguments, 330)
+    for tokens in (1, 2, 4, 7, 20):
+        x = torch.randn(tokens, 330, generator=random).to(dtype)
+        x[tokens // 2, 200] = wrong
+        found = ops.quantized_linear(x, *arguments)
+        assert not found[tokens // 2, weight[:, 200] != 0].isfinite().any()
+        others = torch.arange(tokens) != tokens // 2
+        assert found[others].isfinite().all()
 
 
 def test_long_rows(dtype, bits, random):

@@ -1,0 +1,232 @@
+// The product with a packed matrix of quantized survivors for AVX-512 with VBMI2 and VNNI, for a few bfloat16 or
+// float16 tokens. Codes are expanded as bytes, and VNNI multiplies them with the two bytes of each number of a token
+// (quantized_fixed.h). A lane's sum over a span is exact, below 2^26; then it is multiplied with scale and unit.
+//
+// The limit (AMD Zen 4): multiplications, expansions, moves to masks and the last additions all need the two lower
+// vector units, 4.8 cycles for 64 columns; measured are 6.3 (8 bits) and 7.5 (4 bits), rows in the second-level cache.
+// So copies of registers and repeated loads are kept out of the loop. Four rows at a time share the loads of x; with
+// one row at a time the loads would be the limit.
+#pragma once
+
+#include "cpu/quantized_avx512.h"
+#include "cpu/quantized_fixed.h"
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,popcnt,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni")
+namespace ace::cpu::avx512vnni {
+
+// A zero that the compiler does not keep in a register: a copy would need one of the execution units, this does not.
+ACE_HD __m512i fresh_zero() {
+  __m512i zero;
+  __asm__ volatile("vpxor %x0, %x0, %x0" : "=x"(zero));
+  return zero;
+}
+
+// To the second-level cache: four rows, whose codes and bits are read ahead, would displace x from the first. Beyond
+// the end of the memory it has no effect.
+ACE_HD void prefetch_ahead(const uint8_t* bytes, int64_t ahead) {
+  constexpr int kSecondLevel = 2;
+  const uintptr_t place = reinterpret_cast<uintptr_t>(bytes) + static_cast<uintptr_t>(ahead);
+  __builtin_prefetch(reinterpret_cast<const void*>(place), 0, kSecondLevel);
+}
+constexpr int64_t kBitsAhead = 1024, kCodesAhead = 8192;  // bytes
+
+// Keeps the compiler from loading it again for each use.
+ACE_HD __m512i load_once(const uint8_t* bytes) {
+  __m512i wide = _mm512_loadu_si512(bytes);
+  __asm__("" : "+v"(wide));
+  return wide;
+}
+
+// Weights of a word plus kOffset, from codes that are a byte each.
+struct Codes8 {
+  static constexpr int kBits = 8, kOffset = 128;
+
+  static ACE_HD __m512i expand(const uint8_t* codes, uint64_t bits) {
+    const __m512i found = _mm512_mask_expand_epi8(fresh_zero(), _cvtu64_mask64(bits), avx512::in_register(codes));
+    return _mm512_xor_si512(found, _mm512_set1_epi8(-128));
+  }
+  // A row's codes, from which 64 words and 64 can be read; in the buffer if the matrix ends too early.
+  template <class S>
+  static ACE_HD const uint8_t* row(const QuantizedMatrix<S>& matrix, int64_t row, uint8_t* buffer) {
+    const int64_t start = matrix.start(row), readable = (matrix.words + 1) * kBitmapColumns;
+    if (__builtin_expect(matrix.whole(start, readable), 1)) return matrix.codes + start;
+    matrix.copy(start, readable, buffer);
+    return buffer;
+  }
+};
+
+// As above from codes of 4 bits, of which each first becomes the lower half of a byte; the upper half is arbitrary.
+struct Codes4 {
+  static constexpr int kBits = 4, kOffset = 8;
+
+  static ACE_HD __m512i expand(const uint8_t* codes, uint64_t bits) {
+    const __m512i found = _mm512_mask_expand_epi8(fresh_zero(), _cvtu64_mask64(bits), avx512::in_register(codes));
+    return _mm512_ternarylogic_epi32(found, _mm512_set1_epi8(15), _mm512_set1_epi8(8), (0xf0 & 0xcc) ^ 0xaa);
+  }
+  // 128 codes of 64 bytes.
+  static ACE_HD void decode(const uint8_t* codes, uint8_t* out) {
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m512i low = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(codes)), high = _mm512_srli_epi16(low, 4);
+    _mm512_storeu_si512(out, _mm512_unpacklo_epi8(low, high));
+    _mm512_storeu_si512(out + 64, _mm512_unpackhi_epi8(low, high));
+  }
+  template <class S>
+  static ACE_HD const uint8_t* row(const QuantizedMatrix<S>& matrix, int64_t row, uint8_t* buffer) {
+    constexpr int64_t kBytes = 64;
+    const int64_t start = matrix.start(row), size = std::min(matrix.size(row), matrix.words * kBitmapColumns / 2);
+    int64_t done = 0;
+    for (; done < size && matrix.whole(start + done, kBytes); done += kBytes) {
+      decode(matrix.codes + start + done, buffer + 2 * done);
+    }
+    if (done < size) {
+      uint8_t last[kBytes];
+      matrix.copy(start + done, kBytes, last);
+      decode(last, buffer + 2 * done);
+    }
+    return buffer;
+  }
+};
+
+// One row: its bits and codes, a byte each, both advanced by what is read.
+template <class Codes>
+struct CodedRow {
+  const uint8_t *bits, *codes;
+  const uint8_t* stored;  // the codes in the matrix
+
+  ACE_HD __m512i next() {
+    uint64_t word;
+    std::memcpy(&word, bits, sizeof word);
+    bits += sizeof word;
+    const __m512i found = Codes::expand(codes, word);
+    codes += __builtin_popcountll(word);
+    return found;
+  }
+};
+
+// Adds a span of kWords words of these rows and tokens. factors [kRows, kTokens], `spans` apart: scale times 2^e.
+template <class Codes, int kRows, int kTokens, int kWords>
+ACE_HD void add_span(CodedRow<Codes>* rows, const uint8_t* x, int64_t stride, const float* factors, int64_t spans,
+                     __m512 (*sums)[kTokens]) {
+  __m512i upper[kRows][kTokens], lower[kRows][kTokens];
+  for (int t = 0; t < kTokens; ++t) {
+    const __m512i first = load_once(x + t * stride);
+    for (int r = 0; r < kRows; ++r) {
+      upper[r][t] = _mm512_setzero_si512();
+      lower[r][t] = first;
+    }
+  }
+  for (int w = 0; w < kWords; ++w) {
+    __m512i weights[kRows];
+    for (int r = 0; r < kRows; ++r) weights[r] = rows[r].next();
+    for (int t = 0; t < kTokens; ++t) {
+      const uint8_t* bytes = x + t * stride + 64 + w * 128;
+      const __m512i high = load_once(bytes), low = load_once(bytes + 64);
+      for (int r = 0; r < kRows; ++r) {
+        upper[r][t] = _mm512_dpbusd_epi32(upper[r][t], weights[r], high);
+        lower[r][t] = _mm512_dpbusd_epi32(lower[r][t], weights[r], low);
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int t = 0; t < kTokens; ++t) {
+      const __m512i total = _mm512_add_epi32(_mm512_slli_epi32(upper[r][t], 8), lower[r][t]);
+      const __m512 factor = _mm512_set1_ps(factors[(r * kTokens + t) * spans]);
+      sums[r][t] = _mm512_fmadd_ps(factor, _mm512_cvtepi32_ps(total), sums[r][t]);
+    }
+}
+
+// The sums of kRows rows with these tokens; out [kTokens, kRows], rows `step` apart.
+template <class Codes, int kRows, int kTokens, int kSpan>
+ACE_HD void multiply_block(const CodedRow<Codes>* given, const float* factors, int64_t words, const uint8_t* x,
+                           int64_t stride, float* out, int64_t out_stride, int64_t step) {
+  constexpr int64_t kHalf = kSpan * kBitmapColumns * Codes::kBits / 16;  // bytes of a span of which half is stored
+  const int64_t spans = FixedToken<kSpan>::spans(words);
+  CodedRow<Codes> rows[kRows];
+  __m512 sums[kRows][kTokens];
+  for (int r = 0; r < kRows; ++r) {
+    rows[r] = given[r];
+    for (int t = 0; t < kTokens; ++t) sums[r][t] = _mm512_setzero_ps();
+  }
+  for (int64_t i = 0; i < words / kSpan; ++i, x += FixedToken<kSpan>::kBytes, ++factors) {
+    for (int r = 0; r < kRows; ++r) prefetch_ahead(given[r].stored, kCodesAhead + i * kHalf);
+    add_span<Codes, kRows, kTokens, kSpan>(rows, x, stride, factors, spans, sums);
+  }
+  if (kSpan > 1 && words % kSpan != 0) add_span<Codes, kRows, kTokens, 1>(rows, x, stride, factors, spans, sums);
+  for (int r = 0; r < kRows; ++r)
+    for (int t = 0; t < kTokens; ++t) out[t * out_stride + r * step] = _mm512_reduce_add_ps(sums[r][t]);
+}
+
+// factors [kTokens, spans] of a row: its scales times the tokens' units.
+template <int kTokens, int kSpan>
+ACE_HD void multiply_scales(const float* scales, const uint8_t* x, int64_t stride, int64_t spans, float* factors) {
+  for (int t = 0; t < kTokens; ++t) {
+    const uint8_t* units = x + t * stride + spans * FixedToken<kSpan>::kBytes;
+    for (int64_t i = 0; i < spans; i += 16) {
+      const auto mask = static_cast<__mmask16>(spans - i >= 16 ? 0xffff : (1 << (spans - i)) - 1);
+      const __m512 unit = _mm512_maskz_loadu_ps(mask, units + 4 * i), scale = _mm512_maskz_loadu_ps(mask, scales + i);
+      _mm512_mask_storeu_ps(factors + t * spans + i, mask, _mm512_mul_ps(unit, scale));
+    }
+  }
+}
+
+// All tokens of kRows rows from `row` on, `step` apart. Up to four tokens share an expanded weight, and up to four rows
+// x.
+template <class Codes, int kRows, int kSpan, class S>
+ACE_HD void multiply_rows(const QuantizedProduct<S, uint8_t>& product, int64_t tokens, int64_t row, int64_t step,
+                          void* memory) {
+  const QuantizedMatrix<S>& matrix = product.matrix;
+  const QuantizedSpace space(matrix.words);
+  const Spans<kSpan> spans(matrix);
+  float* scales = space.scales(memory);
+  float* factors = scales + kRows * spans.count;
+  CodedRow<Codes> coded[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t index = row + r * step;
+    auto* buffer = space.codes<uint8_t>(memory) + r * (matrix.words + 1) * kBitmapColumns;
+    coded[r] = {matrix.bits(index), Codes::row(matrix, index, buffer), matrix.codes + matrix.start(index)};
+    for (int64_t i = 0; i < 8 * matrix.words; i += 64) prefetch_ahead(coded[r].bits, i + kBitsAhead);
+    spans.scales(matrix, index, scales + r * spans.count);
+  }
+  int64_t t = 0;
+  const auto multiply = [&](auto count) ACE_FOLD {
+    constexpr int kTokens = decltype(count)::value, kTogether = kTokens == 1 ? kRows : std::min(kRows, 2);
+    const uint8_t* x = product.x + t * product.stride;
+    for (int r = 0; r < kRows; ++r)
+      multiply_scales<kTokens, kSpan>(scales + r * spans.count, x, product.stride, spans.count,
+                                      factors + r * kTokens * spans.count);
+    for (int r = 0; r < kRows; r += kTogether)
+      multiply_block<Codes, kTogether, kTokens, kSpan>(coded + r, factors + r * kTokens * spans.count, matrix.words, x,
+                                                       product.stride, product.out + t * product.rows + row + r * step,
+                                                       product.rows, step);
+  };
+  for (; t + 4 <= tokens; t += 4) multiply(std::integral_constant<int, 4>{});
+  for (; t + 2 <= tokens; t += 2) multiply(std::integral_constant<int, 2>{});
+  for (; t < tokens; ++t) multiply(std::integral_constant<int, 1>{});
+}
+
+// All tokens, rows begin to end: four at a time, each from a quarter of its own, so that the processor's prefetcher
+// follows four long sequences.
+template <class Codes, int kSpan, class S>
+void multiply_all(const QuantizedProduct<S, uint8_t>& product, int64_t tokens, int64_t begin, int64_t end,
+                  void* memory) {
+  constexpr int kRows = 4;
+  const int64_t quarter = (end - begin) / kRows;
+  for (int64_t row = begin; row < begin + quarter; ++row)
+    multiply_rows<Codes, kRows, kSpan>(product, tokens, row, quarter, memory);
+  for (int64_t row = begin + kRows * quarter; row < end; ++row)
+    multiply_rows<Codes, 1, kSpan>(product, tokens, row, 1, memory);
+}
+
+// x: FixedInput<Codes::kOffset>, `stride` bytes apart.
+template <class Codes, class S>
+void quantized_product(const QuantizedProduct<S, uint8_t>& product, int64_t tokens, int64_t begin, int64_t end,
+                       void* memory) {
+  if (product.matrix.group_words % 2 == 0) return multiply_all<Codes, 2>(product, tokens, begin, end, memory);
+  multiply_all<Codes, 1>(product, tokens, begin, end, memory);
+}
+
+}  // namespace ace::cpu::avx512vnni
+#pragma GCC pop_options
+#endif
