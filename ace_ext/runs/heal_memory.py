@@ -29,18 +29,25 @@ class Division:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """The pruned matrices of a model."""
+
+    weights: Sequence[int]  # for each block
+    kept: float  # share of these that are not zero
+    grid: Grid | None = None  # that they are on
+    largest: int = 0  # weights of the largest matrix
+
+
+@dataclass(frozen=True)
 class HealDemand:
     """The memory that a distillation needs, by phase and division."""
 
     shape: ModelShape
-    trained: Sequence[int]  # for each block, its pruned matrices' weights
-    kept: float  # share of these that are not zero
+    trained: Trained
     tokens: int  # of all windows of text
     seqlen: int
     step: int  # tokens of a step
     dense: int = 0  # bytes of loading the dense model whole; 0: one block at a time is read
-    grid: Grid | None = None  # that of the pruned matrices
-    largest: int = 0  # weights of the largest of them
 
     @classmethod
     def of(
@@ -65,14 +72,13 @@ class HealDemand:
         sizes = [[linear.weight.numel() for linear in block.linears.values()] for block in blocks]
         return cls(
             ModelShape.of(model, blocks),
-            trained=[sum(size) for size in sizes],
-            kept=kept,
+            Trained(
+                [sum(size) for size in sizes], kept, grid, max((max(size, default=0) for size in sizes), default=0)
+            ),
             tokens=sum(batch.numel() for batch in tokens),
             seqlen=tokens[0].shape[1],
             step=tokens[0].numel(),
             dense=dense,
-            grid=grid,
-            largest=max((max(size, default=0) for size in sizes), default=0),
         )
 
     def divide(self, budget: int, process: int, parts: int | None = None) -> tuple[Division, Estimate]:
@@ -90,7 +96,7 @@ class HealDemand:
             if self.peak(division, process).total <= budget:
                 more = next(
                     graphs
-                    for graphs in range(len(self.trained) if division.resident else 0, -1, -1)
+                    for graphs in range(len(self.trained.weights) if division.resident else 0, -1, -1)
                     if self.peak(replace(division, graphs=graphs), process).total <= budget
                 )
                 division = replace(division, graphs=more)
@@ -103,7 +109,7 @@ class HealDemand:
 
     def _divisions(self, parts: int | None) -> Iterator[Division]:
         """All divisions, starting with the one that needs most memory."""
-        blocks = len(self.trained)
+        blocks = len(self.trained.weights)
         for count in range(1, blocks + 1) if parts is None else [parts]:
             for resident in (True, False):
                 for states in (True, False):
@@ -138,18 +144,19 @@ class HealDemand:
         """
         shape, itemsize = self.shape, self.shape.itemsize
         largest = max(
-            windows_of(len(self.trained), division.parts), key=lambda window: sum(self.trained[i] for i in window)
+            windows_of(len(self.trained.weights), division.parts),
+            key=lambda window: sum(self.trained.weights[i] for i in window),
         )
-        weights = sum(self.trained[i] for i in largest)
-        block = max(self.trained)
+        weights = sum(self.trained.weights[i] for i in largest)
+        block = max(self.trained.weights)
         model = sum(shape.blocks) if division.resident else sum(shape.blocks[i] for i in largest) + max(shape.blocks)
         activations = shape.training_bytes(self.step, self.seqlen)
-        inputs = len(self.trained) * self.step * shape.hidden * itemsize
+        inputs = len(self.trained.weights) * self.step * shape.hidden * itemsize
         together = min(self.step, tokens_at_once(shape.vocabulary))
         logits = LOGIT_BYTES * shape.vocabulary * together + shape.converted_head_bytes(together)
         # Adam's gradients of one block in float32, and in the model's dtype; or while saving, a block's packed state.
-        gradients = block * (4 + 2 * itemsize) + working_bytes(self.grid, self.largest)
-        state = STATE_BYTES + scale_bytes(self.grid, itemsize) + self.kept * itemsize
+        gradients = block * (4 + 2 * itemsize) + working_bytes(self.trained.grid, self.trained.largest)
+        state = STATE_BYTES + scale_bytes(self.trained.grid, itemsize) + self.trained.kept * itemsize
         return Estimate(
             model=model + (shape.head or shape.embedding),
             hidden=2 * self._states if division.states else 2 * self.step * shape.hidden * itemsize,

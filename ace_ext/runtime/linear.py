@@ -76,7 +76,8 @@ class PackedLinear(nn.Module):
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             flat, numbers, bias = flat.to(dtype), numbers.to(dtype), None if bias is None else bias.to(dtype)
-        if flat.stride(1) != 1 or flat.stride(0) < self.in_features:  # of a transposed or expanded x
+        # Of a transposed or expanded x. A compiler cannot ask for strides of symbolic sizes.
+        if torch.compiler.is_compiling() or flat.stride(1) != 1 or flat.stride(0) < self.in_features:
             flat = flat.contiguous()
         return self._product(flat, numbers, bias).view(*x.shape[:-1], self.out_features)
 

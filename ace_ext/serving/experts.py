@@ -72,7 +72,7 @@ class Mixture(nn.Module):
             ``[tokens, hidden]`` in the dtype of ``x``. Products are summed over experts in float32. A compiled model
             calls this as one opaque op, because the loop depends on the numbers.
         """
-        out: Tensor = torch.ops.ace_ext.mixture(x, weights, experts, self.number)
+        out: Tensor = torch.ops.ace_ext_serving.mixture(x, weights, experts, self.number)
         return out
 
     def compute(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class Mixture(nn.Module):
         return out.float() if options.weigh_input else out.float() * share
 
 
-@torch.library.custom_op("ace_ext::mixture", mutates_args=())
+@torch.library.custom_op("ace_ext_serving::mixture", mutates_args=())
 def _mixture(x: Tensor, weights: Tensor, experts: Tensor, number: int) -> Tensor:
     return _mixtures[number].compute(x, weights, experts)
 

@@ -359,9 +359,9 @@ def test_a_grid_that_no_matrix_is_on_leaves_version_1(pruned, tmp_path):
     [
         ("quantize(bits=5)", r"bits must be one of 8, 4, 3 \(got 5\)"),
         ("quantize(bits=x)", r"bits must be a whole number \(got 'x'\)"),
-        ("quantize(bits=4, group=96)", r"group must be a multiple of 64 columns \(got 96\)"),
+        ("quantize(bits=4, group=96)", r"group must be a multiple of 64 \(got 96\)"),
         ("quantize(group=" + "9" * 5000 + ")", "group must be a whole number"),
-        ("quantize(group=-128)", "group must be a whole number"),
+        ("quantize(group=-128)", r"group must be a multiple of 64 \(got -128\)"),
     ],
 )
 def test_a_report_that_names_no_grid_is_refused(stage, words, pruned, tmp_path, capsys):
