@@ -101,17 +101,17 @@ double exact(const Sample& sample, const float* x, int64_t row) {
   return sum;
 }
 
-// A float in a type that has this number, or nearly.
+// A float in a type of 16 bits that has this number, or nearly.
 template <class S>
 S exactly(float value) {
-  const uint32_t sign = float_bits(value) >> 16 & 0x8000u, size = float_bits(value) & 0x7fffffffu;
-  const bool normal = size >= 113u << 23;
-  const auto steps = static_cast<uint32_t>(std::abs(value) * (normal ? 0.0f : 16777216.0f));
-  return {static_cast<uint16_t>(sign | (normal ? (size >> 13) - (112u << 10) : steps))};
-}
-template <>
-BFloat16 exactly<BFloat16>(float value) {
-  return to_bfloat16(value);
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    return to_bfloat16(value);
+  } else {
+    const uint32_t sign = float_bits(value) >> 16 & 0x8000u, size = float_bits(value) & 0x7fffffffu;
+    const bool normal = size >= 113u << 23;
+    const auto steps = static_cast<uint32_t>(std::abs(value) * (normal ? 0.0f : 16777216.0f));
+    return {static_cast<uint16_t>(sign | (normal ? (size >> 13) - (112u << 10) : steps))};
+  }
 }
 
 // Tokens as a loop wants them, of x [tokens, cols] and scales of type S.
