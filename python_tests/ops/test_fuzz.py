@@ -12,6 +12,7 @@ from helpers import (
     expected_histogram,
     expected_mask_at,
     formula_arguments,
+    input_rounding,
     inverse_square_norm_bound,
     moment_bounds,
     obs_bounds,
@@ -273,15 +274,17 @@ def check_quantized_product(before, after, result) -> None:
     expected = packed_reference.quantized_linear(**before)
     given = {name: before[name] for name in ("bitmap", "codes", "scales", "bits", "group", "row_start")}
     weight = packed_reference.exact_weight(**given, cols=before["x"].shape[1])
-    check_sums(before, weight, before["scales"].shape[1], expected, result)
+    rounding = input_rounding(before["x"], before["group"]) @ weight.abs().T
+    check_sums(before, weight, before["scales"].shape[1], expected, result, rounding)
 
 
-def check_sums(before, weight, groups, expected, result) -> None:
+def check_sums(before, weight, groups, expected, result, rounding=0.0) -> None:
     size = before["x"].double().abs() @ weight.double().abs().T
     size += 0.0 if before["bias"] is None else before["bias"].double().abs()
     unit = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[result.dtype]
     least = 2.0**-25 if result.dtype == torch.float16 else 0.0  # half the step of its subnormal numbers
-    close(result, expected, unit * expected.abs() + (weight.shape[1] + groups + 8) * 2.0**-24 * size + least)
+    summing = (weight.shape[1] + groups + 8) * 2.0**-24 * size
+    close(result, expected, unit * expected.abs() + summing + rounding + least)
 
 
 OPS = {

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import SHAPES, UNIT, assert_same_bits
+from helpers import SHAPES, UNIT, assert_same_bits, input_rounding
 
 from ace_ext import ops
 from ace_ext.ops import packed_reference as reference
@@ -50,19 +50,6 @@ def make(rows, cols, dtype, bits, group, random, share=0.5, ragged=False):
     return bitmap, codes, scales, bits, group, row_start
 
 
-FIXED = torch.backends.cpu.get_cpu_capability() == "AVX512"
-"""Whether a few float16 and bfloat16 tokens may be rounded to 16 bits."""
-
-
-def rounding_of(x, group):
-    """At most this far each x is rounded: 1/32639 of the largest of its 64 or 128 columns."""
-    if not FIXED or x.dtype == torch.float32 or len(x) > 16:
-        return torch.zeros(x.shape, dtype=torch.float64)
-    span = 64 if group % 128 else 128
-    largest = [part.abs().amax(1, keepdim=True).expand_as(part) for part in x.double().split(span, dim=1)]
-    return torch.cat(largest, dim=1) / 32639 + 2.0**-127
-
-
 def bound(x, arguments, bias, exact):
     """The contract's: u |exact| + (cols + groups + 8) 2^-24 (Σ |x W| + |bias|) + Σ d |W|, and the smallest number."""
     scales, group, cols = arguments[2], arguments[4], x.shape[1]
@@ -71,7 +58,7 @@ def bound(x, arguments, bias, exact):
     size += 0.0 if bias is None else bias.double().abs()
     smallest = torch.finfo(x.dtype).smallest_normal * ROUNDING[x.dtype]
     rounding = ROUNDING[x.dtype] * exact.abs() + (cols + scales.shape[1] + 8) * UNIT * size
-    return rounding + rounding_of(x, group) @ weight + smallest
+    return rounding + input_rounding(x, group) @ weight + smallest
 
 
 def check(x, arguments, bias=None):
