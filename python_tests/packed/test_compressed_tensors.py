@@ -101,7 +101,6 @@ def test_it_is_read_like_the_dense_folder(grid, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "opt"])
 def test_transformers_loads_the_dense_values(grid, family, dtype, tmp_path):
     """Both ways: compressed until the first call, and dense from the start."""
-    pytest.importorskip("compressed_tensors")
     from transformers import CompressedTensorsConfig
 
     quantized, standard = make_folders(tmp_path, grid, family, dtype)
