@@ -130,6 +130,8 @@ def is_statistics(path: Path) -> bool:
 def stored_sizes(path: Path) -> list[int]:
     """Bytes of each block's statistics in a file of ``--save-stats``. Empty for any other file, which the run refuses
     when it reads it."""
+    if not path.is_file():  # a pipe would be waited for
+        return []
     try:
         with zipfile.ZipFile(path) as archive:
             return [member.file_size for member in archive.infolist() if member.filename != DESCRIPTION]
