@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
+from ace_ext.ops._extension import compiled
+
 
 @dataclass(frozen=True)
 class TorchState:
-    """Gradients, autocast, the modes that intercept calls, and the stream of a GPU. Inference mode is not among them:
-    torch can only enter and leave it (:attr:`inference`)."""
+    """Gradients, autocast, the modes that intercept calls, the handler of warnings, and the stream of a GPU. Inference
+    mode is not among them: torch can only enter and leave it (:attr:`inference`)."""
 
     inference: bool
     gradients: bool
@@ -24,6 +26,9 @@ class TorchState:
     """Whether subclasses and modes intercept calls."""
     function_modes: tuple[Any, ...]
     dispatch_modes: tuple[Any, ...]
+    warnings: int
+    """The address of the handler. A call from Python keeps its own on its stack until it returns, so that of a
+    computation that waits must not stay in use."""
     stream: "torch.cuda.Stream | None"
 
     @classmethod
@@ -39,6 +44,7 @@ class TorchState:
             torch._C._get_torch_function_state(),  # type: ignore[attr-defined]
             tuple(torch._C._get_function_stack_at(i) for i in range(functions)),
             tuple(torch._C._get_dispatch_stack_at(i) for i in range(dispatches)),
+            compiled().warning_handler(),
             torch.cuda.current_stream(device) if device.type == "cuda" else None,  # not run on a GPU
         )
 
@@ -64,6 +70,7 @@ class TorchState:
         )
         if self.stream is not None:
             torch.cuda.set_stream(self.stream)
+        compiled().set_warning_handler(self.warnings)
 
 
 def _replace(

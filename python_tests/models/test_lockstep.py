@@ -22,6 +22,7 @@ from ace_ext.models.blocks import find_blocks
 from ace_ext.models.lockstep import Lockstep, keeps_no_state, paused_bytes
 from ace_ext.models.replay import capture_calls, run_block
 from ace_ext.models.torch_state import TorchState
+from ace_ext.ops._extension import compiled
 from ace_ext.process_memory import resident_bytes
 from ace_ext.pruning import statistics
 
@@ -295,6 +296,15 @@ MODES = {
     "dispatch": lambda: [FlopCounterMode(display=False), Reads()],
     "all": lambda: [torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), Doubling(), Reads()],
 }
+
+
+@pytest.mark.parametrize("family", ["mixtral", "llama"])
+def test_torch_shows_warnings_as_before(family):
+    """A forward that stops inside a call of torch leaves that call's handler of warnings on its own stack. In use
+    afterwards, it ended the process at the next warning of C++ code."""
+    before = compiled().warning_handler()
+    prune_model(make_model(family), make_tokens(8, 16), PruneConfig("collect(batch_tokens=32) + wanda"))
+    assert compiled().warning_handler() == before
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3-moe"])
