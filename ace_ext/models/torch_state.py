@@ -24,12 +24,22 @@ class TorchState:
     """For each kind of device: whether autocast is on, its dtype, and whether casts are cached (the same for all)."""
     intercepts: Any
     """Whether subclasses and modes intercept calls."""
-    function_modes: tuple[Any, ...]
-    dispatch_modes: tuple[Any, ...]
+    modes: tuple[tuple[Any, ...], tuple[Any, ...]]
+    """Those that intercept functions, and those that intercept ops."""
     warnings: int
     """The address of the handler. A call from Python keeps its own on its stack until it returns, so that of a
     computation that waits must not stay in use."""
     stream: "torch.cuda.Stream | None"
+
+    @property
+    def function_modes(self) -> tuple[Any, ...]:
+        """The modes that intercept functions."""
+        return self.modes[0]
+
+    @property
+    def dispatch_modes(self) -> tuple[Any, ...]:
+        """The modes that intercept ops."""
+        return self.modes[1]
 
     @classmethod
     def now(cls, device: torch.device) -> "TorchState":
@@ -42,8 +52,10 @@ class TorchState:
             torch.is_grad_enabled(),
             tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), caches) for kind in kinds),
             torch._C._get_torch_function_state(),  # type: ignore[attr-defined]
-            tuple(torch._C._get_function_stack_at(i) for i in range(functions)),
-            tuple(torch._C._get_dispatch_stack_at(i) for i in range(dispatches)),
+            (
+                tuple(torch._C._get_function_stack_at(i) for i in range(functions)),
+                tuple(torch._C._get_dispatch_stack_at(i) for i in range(dispatches)),
+            ),
             compiled().warning_handler(),
             torch.cuda.current_stream(device) if device.type == "cuda" else None,  # not run on a GPU
         )
