@@ -6,6 +6,7 @@ when a packed format or training needs them.
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,9 @@ GROUP_STEP = 64
 
 AT_ONCE = 2**22
 """Entries of a matrix that :meth:`Grid.recover` works on at a time, to bound its memory."""
+
+SAMPLE = 4
+"""Rows that :meth:`Grid.recover` tries first, because to find that a matrix is on no grid takes long."""
 
 
 class Quantized(NamedTuple):
@@ -99,14 +103,16 @@ class Grid:
             None if a group is on no grid of this width, or a value is not finite.
         """
         rows, cols = weight.shape
+        codes = torch.zeros(rows, cols, dtype=torch.int8, device=weight.device)
+        scales = torch.zeros(rows, self.groups(cols), dtype=weight.dtype, device=weight.device)
         step = max(1, AT_ONCE // max(1, cols))
-        parts = [self._recover_rows(part) for part in torch.split(weight.detach(), step)] if rows and cols else []
-        if any(part is None for part in parts):
-            return None
-        whole = [part for part in parts if part is not None]
-        if not whole:
-            return Quantized(weight.new_zeros(rows, cols, dtype=torch.int8), weight.new_zeros(rows, self.groups(cols)))
-        return Quantized(torch.cat([part.codes for part in whole]), torch.cat([part.scales for part in whole]))
+        sample = min(SAMPLE, step)
+        for start, stop in pairwise([0, *range(sample, rows, step), rows]) if rows and cols else ():
+            found = self._recover_rows(weight[start:stop].detach())
+            if found is None:
+                return None
+            codes[start:stop], scales[start:stop] = found
+        return Quantized(codes, scales)
 
     def _recover_rows(self, weight: Tensor) -> Quantized | None:
         rows, cols = weight.shape

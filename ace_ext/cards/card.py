@@ -17,15 +17,12 @@ from huggingface_hub.constants import REPOCARD_NAME
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ace_ext.errors import InputError
-from ace_ext.models._transformers import OWN_METHOD
+from ace_ext.models._transformers import COMPRESSED_METHOD, OWN_METHOD
 from ace_ext.pruning.method import parse, quantize_of
 from ace_ext.pruning.metrics import METRICS
 from ace_ext.pruning.stages import Collect, Round, Score, Stage
 from ace_ext.records import PruneReport, figure_text
 from ace_ext.whole_files import write_whole
-
-COMPRESSED = "compressed-tensors"
-"""What reads the weights of the format of this name."""
 
 CARD = REPOCARD_NAME
 BASE_CARD = "BASE_MODEL_README.md"
@@ -77,7 +74,7 @@ def write_card(folder: Path, report: PruneReport) -> None:
         from ace_ext.packed.files import PackedShards
 
         card += section_of(PackedShards(folder, mapped=False))
-    elif form == COMPRESSED:
+    elif form == COMPRESSED_METHOD:
         from ace_ext.packed.compressed_tensors import compressed_section
 
         card += compressed_section(folder)

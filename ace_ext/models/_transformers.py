@@ -203,8 +203,8 @@ def dequantize_options() -> dict[str, Any]:
     return {}
 
 
-OWN_METHOD = "ace_ext"
-"""The ``quant_method`` of a packed folder. Its matrices are read as dense ones."""
+OWN_METHOD, COMPRESSED_METHOD = "ace_ext", "compressed-tensors"
+"""The ``quant_method`` of a packed folder, whose matrices are read as dense ones, and of another library's form."""
 
 
 def quantization_of(config: Any) -> str | None:

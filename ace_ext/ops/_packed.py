@@ -12,6 +12,14 @@ from torch import Tensor
 from ace_ext.ops._extension import build_info, registered
 
 
+def with_whole_rows(x: Tensor) -> Tensor:
+    """``x [tokens, cols]`` with rows as the ops take them: the numbers of one side by side, and rows apart. Copies a
+    transposed or expanded ``x``. A compiler cannot ask for strides of symbolic sizes."""
+    if torch.compiler.is_compiling() or x.stride(1) != 1 or x.stride(0) < x.shape[1]:
+        return x.contiguous()
+    return x
+
+
 def packed_linear(
     x: Tensor, bitmap: Tensor, values: Tensor, row_start: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ace_ext.errors import InputError
 from ace_ext.grids import Grid
+from ace_ext.models._transformers import COMPRESSED_METHOD
 from ace_ext.models.safetensors_files import INDEX, Shards, copy_model, flush, read_entry
 from ace_ext.models.safetensors_header import Entry, read_header
 from ace_ext.models.skeleton import skeleton
@@ -31,7 +32,7 @@ from ace_ext.packed.packing import PackResult, count_matrix, new_folder
 from ace_ext.packed.quantized_matrix import code_width, recover
 from ace_ext.whole_files import sync_folder, write_whole
 
-NAME = "compressed-tensors"
+NAME = COMPRESSED_METHOD
 """The name of the format, and the ``quant_method`` of its configuration."""
 
 SUMMARY = "of a quantized model: codes and scales as vLLM and transformers load them, zeros stored"

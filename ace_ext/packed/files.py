@@ -112,6 +112,16 @@ def _grid(fields: Any) -> Grid:
         raise ValueError(str(error)) from error
 
 
+def dense(matrix: PackedMatrix | QuantizedMatrix) -> Tensor:
+    """The dense matrix ``[rows, cols]``, with the bits of the weights."""
+    if isinstance(matrix, QuantizedMatrix):
+        tensors = matrix.bitmap, matrix.codes, matrix.scales
+        return unpack_quantized(*tensors, matrix.bits, matrix.group, matrix.row_start, matrix.cols)
+    dtype = matrix.values.dtype
+    as_stored = torch.bfloat16 if dtype == torch.float16 else dtype  # the op converts float16, which changes some NaN
+    return unpack_bitmap(matrix.bitmap, matrix.values.view(as_stored), matrix.row_start, matrix.cols).view(dtype)
+
+
 def is_packed(folder: str | Path) -> bool:
     """Whether a folder holds files of ``ace-prune pack``."""
     return any(Path(folder).expanduser().glob(f"*{SUFFIX}"))
@@ -218,18 +228,7 @@ class PackedFile:
     def tensor(self, name: str) -> Tensor:
         """A dense tensor by its name, unpacked."""
         found = self.load(name)
-        if isinstance(found, Tensor):
-            return found
-        shape = self.dense.entries[name].shape
-        if isinstance(found, QuantizedMatrix):
-            tensors = found.bitmap, found.codes, found.scales
-            return unpack_quantized(*tensors, found.bits, found.group, found.row_start, found.cols).view(shape)
-        dtype = found.values.dtype
-        as_stored = (
-            torch.bfloat16 if dtype == torch.float16 else dtype
-        )  # the op converts float16, which changes some NaN
-        weight = unpack_bitmap(found.bitmap, found.values.view(as_stored), found.row_start, found.cols)
-        return weight.view(dtype).view(shape)
+        return found if isinstance(found, Tensor) else dense(found).view(self.dense.entries[name].shape)
 
 
 class PackedShards(Shards):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from ace_ext.grids import AT_ONCE, GROUP_STEP, Grid
+from ace_ext.grids import AT_ONCE, Grid
 from ace_ext.packed.matrix import (
     BITS,
     check_row_start,
@@ -24,9 +24,6 @@ from ace_ext.packed.matrix import (
 
 WIDTHS = (8, 4)
 """The numbers of bits in which a code is stored. A grid of 3 bits has codes of 4."""
-
-SAMPLE = 4
-"""Rows that are tried first, because to find that a matrix is on no grid takes long."""
 
 
 def code_width(grid: Grid) -> int:
@@ -159,39 +156,22 @@ class QuantizedMatrix:
 
     def dense(self) -> Tensor:
         """The dense matrix ``[rows, cols]``. Plain torch, so it works on any device."""
-        return narrow(Grid(self.bits, self.group), self.cols).dequantize(self.dense_codes(), self.scales)
+        return Grid(self.bits, self.group).dequantize(self.dense_codes(), self.scales)
 
 
 def recover(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor] | None:
     """Codes ``[rows, cols]`` int8 and scales of a matrix on a grid, as :meth:`ace_ext.grids.Grid.recover` finds them;
     None also if the matrix holds -0.0, of which codes do not keep the sign."""
-    grid = narrow(grid, weight.shape[1])
-    if _recover_part(weight[:SAMPLE], grid) is None:
+    raw = weight.view(BITS[weight.dtype])
+    if any(((raw[part] != 0) & (weight[part] == 0)).any() for part in row_parts(weight)):
         return None
-    codes = torch.empty(weight.shape, dtype=torch.int8)
-    scales = weight.new_empty(len(weight), grid.groups(weight.shape[1]))
-    for part in row_parts(weight):
-        found = _recover_part(weight[part], grid)
-        if found is None:
-            return None
-        codes[part], scales[part] = found
-    return codes, scales
-
-
-def _recover_part(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor] | None:
-    signed_zeros = (weight.view(BITS[weight.dtype]) != 0) & (weight == 0)
-    return None if signed_zeros.any() else grid.recover(weight)
+    return grid.recover(weight)
 
 
 def row_parts(matrix: Tensor) -> list[slice]:
     """Slices of the rows of a matrix that bound the memory of intermediate results."""
     step = max(1, AT_ONCE // max(1, matrix.shape[1]))
     return [slice(start, start + step) for start in range(0, len(matrix), step)]
-
-
-def narrow(grid: Grid, cols: int) -> Grid:
-    """The grid with groups that are not wider than ``cols`` columns need: the same scales, in less memory."""
-    return Grid(grid.bits, min(grid.group, GROUP_STEP * max(1, math.ceil(cols / GROUP_STEP))))
 
 
 Counts = TypeVar("Counts", int, Tensor, NDArray[np.int64])

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from ace_ext import ops
 from ace_ext.grids import Grid
-from ace_ext.ops._packed import has_kernel, register_packed
+from ace_ext.ops._packed import has_kernel, register_packed, with_whole_rows
 from ace_ext.packed.matrix import BITS, PackedMatrix
 from ace_ext.packed.quantized_matrix import QuantizedMatrix
 
@@ -76,10 +76,7 @@ class PackedLinear(nn.Module):
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             flat, numbers, bias = flat.to(dtype), numbers.to(dtype), None if bias is None else bias.to(dtype)
-        # Of a transposed or expanded x. A compiler cannot ask for strides of symbolic sizes.
-        if torch.compiler.is_compiling() or flat.stride(1) != 1 or flat.stride(0) < self.in_features:
-            flat = flat.contiguous()
-        return self._product(flat, numbers, bias).view(*x.shape[:-1], self.out_features)
+        return self._product(with_whole_rows(flat), numbers, bias).view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """For ``print``: both sizes and the share of zeros."""

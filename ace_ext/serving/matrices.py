@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ace_ext.grids import GROUP_STEP
-from ace_ext.ops import unpack_bitmap, unpack_quantized
+from ace_ext.packed.files import dense
 from ace_ext.packed.matrix import PackedMatrix, lengths_to_starts, pack_bits, row_counts, unpack_bits
 from ace_ext.packed.quantized_matrix import QuantizedMatrix, row_bytes, stored_codes
 
@@ -78,17 +78,6 @@ def stack(matrices: Sequence[Matrix]) -> Matrix:
     if len(widths) == 1 and None not in widths:
         return PackedMatrix(bitmap, torch.cat([one.values for one in plain]), None, plain[0].cols)
     return _of_counts(bitmap, torch.cat([one.values.flatten() for one in plain]), plain[0].cols)
-
-
-def dense(matrix: Matrix) -> Tensor:
-    """The dense matrix ``[rows, cols]``, with the bits of the weights."""
-    if isinstance(matrix, QuantizedMatrix):
-        tensors = matrix.bitmap, matrix.codes, matrix.scales
-        return unpack_quantized(*tensors, matrix.bits, matrix.group, matrix.row_start, matrix.cols)
-    if matrix.values.dtype != torch.float16:
-        return unpack_bitmap(matrix.bitmap, matrix.values, matrix.row_start, matrix.cols)
-    as_stored = matrix.values.view(torch.bfloat16)  # the op converts float16, which changes some NaN
-    return unpack_bitmap(matrix.bitmap, as_stored, matrix.row_start, matrix.cols).view(torch.float16)
 
 
 def packed(weight: Tensor) -> PackedMatrix:

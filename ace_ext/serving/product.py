@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ace_ext.ops._packed import register_packed
+from ace_ext.ops._packed import register_packed, with_whole_rows
 from ace_ext.packed.quantized_matrix import QuantizedMatrix
 from ace_ext.serving.matrices import Matrix
 
@@ -33,10 +33,7 @@ class PackedProduct(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x [..., cols]``, of any strides, to ``[..., rows]``, in the dtype of the weight, which ``x`` must have."""
-        flat = x.reshape(-1, self.cols)
-        if flat.stride(1) != 1 or flat.stride(0) < self.cols:  # of a transposed or expanded x
-            flat = flat.contiguous()
-        return self._product(flat, bias).view(*x.shape[:-1], self.rows)
+        return self._product(with_whole_rows(x.reshape(-1, self.cols)), bias).view(*x.shape[:-1], self.rows)
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         values = self.get_buffer("values")

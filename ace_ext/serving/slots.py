@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ace_ext.errors import InputError
-from ace_ext.serving.matrices import Matrix, dense, packed, stack
+from ace_ext.packed.files import dense
+from ace_ext.serving.matrices import Matrix, packed, stack
 from ace_ext.serving.stored import StoredWeight, bounds
 
 aten = torch.ops.aten

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ace_ext.packed.files import PackedShards
-from ace_ext.serving.matrices import Matrix, cut_columns, cut_rows, dense, stack
+from ace_ext.packed.files import PackedShards, dense
+from ace_ext.serving.matrices import Matrix, cut_columns, cut_rows, stack
 
 aten = torch.ops.aten
 

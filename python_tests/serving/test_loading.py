@@ -11,10 +11,9 @@ from serving.test_matrices import make
 from tiny_models import make_tokens
 
 from ace_ext import InputError, load_packed
-from ace_ext.packed.files import SUFFIX, PackedShards
+from ace_ext.packed.files import SUFFIX, PackedShards, dense
 from ace_ext.packed.matrix import PackedMatrix
 from ace_ext.packed.packing import pack
-from ace_ext.serving.matrices import dense
 from ace_ext.serving.product import product_of
 from ace_ext.serving.slots import Slot
 from ace_ext.serving.stored import StoredWeight, check, weights_of

@@ -4,8 +4,9 @@ import pytest
 import torch
 from helpers import DTYPES, assert_same_bits
 
+from ace_ext.packed.files import dense
 from ace_ext.packed.matrix import PackedMatrix
-from ace_ext.serving.matrices import cut_columns, cut_rows, dense, stack
+from ace_ext.serving.matrices import cut_columns, cut_rows, stack
 from ace_ext.serving.product import DenseProduct, PackedProduct, product_of
 
 SHAPE = (6, 200)

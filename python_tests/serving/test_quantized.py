@@ -9,11 +9,11 @@ from serving.test_loading import as_dense, load_merged, load_row_parallel, param
 from serving.test_matrices import make
 
 from ace_ext.grids import Grid
-from ace_ext.packed.files import PackedShards
+from ace_ext.packed.files import PackedShards, dense
 from ace_ext.packed.matrix import PackedMatrix, row_counts
 from ace_ext.packed.packing import pack
 from ace_ext.packed.quantized_matrix import QuantizedMatrix
-from ace_ext.serving.matrices import cut_columns, cut_rows, dense, stack
+from ace_ext.serving.matrices import cut_columns, cut_rows, stack
 from ace_ext.serving.product import QuantizedProduct, product_of
 from ace_ext.serving.stored import StoredWeight, weights_of
 
