@@ -58,8 +58,12 @@ def format_named(name: str) -> OutputFormat:
     return FORMATS[name]
 
 
-def written_shards(folder: str | Path) -> Shards:
+def written_shards(folder: str | Path, mapped: bool = True) -> Shards:
     """The weights of a folder of any format, read like those of a dense folder.
+
+    Args:
+        folder: the folder.
+        mapped: whether packed weights are mapped from their files.
 
     Raises:
         InputError: its files are missing or damaged.
@@ -68,7 +72,7 @@ def written_shards(folder: str | Path) -> Shards:
     from ace_ext.packed.files import PackedShards, is_packed
 
     if is_packed(folder):
-        return PackedShards(folder)
+        return PackedShards(folder, mapped=mapped)
     return CompressedShards(folder) if is_compressed(folder) else Shards(folder)
 
 

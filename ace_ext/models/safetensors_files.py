@@ -30,6 +30,9 @@ class Shards:
         InputError: there is none, a file of the index is missing, or a header is damaged.
     """
 
+    decodes: str | None = None
+    """The ``quant_method`` of the configurations whose weights a class of shards reads as dense ones."""
+
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.files = _files(self.folder)

@@ -52,7 +52,7 @@ def skeleton(folder: str | Path, shards: Shards | None, dtype: str = "auto") -> 
     check_dtype(dtype)
     with as_input_error(f"model {str(folder)!r} could not be laid out"):
         config = ModelLocation(str(folder)).config()
-        if quantization_of(config) != OWN_METHOD:
+        if quantization_of(config) not in (OWN_METHOD, None if shards is None else shards.decodes):
             check_plain(str(folder), config)
         main = dtype_of(config, shards, dtype)
         model = empty_model(config, main)

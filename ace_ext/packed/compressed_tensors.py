@@ -216,11 +216,19 @@ def compressed_section(folder: Path) -> bytes:
 
 
 def is_compressed(folder: str | Path) -> bool:
-    """Whether a folder holds weights of this form, by its configuration."""
+    """Whether a folder holds weights of this form, by its configuration: all Linears but those of ``ignore`` have
+    symmetric codes with a scale for each row and group of columns."""
     try:
-        found = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
-        return bool(found["quantization_config"]["quant_method"] == NAME)
-    except (OSError, ValueError, KeyError, TypeError):
+        found = json.loads((Path(folder).expanduser() / CONFIG).read_text(encoding="utf-8"))["quantization_config"]
+        (scheme,) = found["config_groups"].values()
+        weights = scheme["weights"]
+        return (
+            (found["quant_method"], found["format"]) == (NAME, FORM)
+            and (weights["type"], weights["strategy"], weights["symmetric"]) == ("int", "group", True)
+            and weights["num_bits"] in (4, 8)
+            and not weights.get("actorder")
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -230,6 +238,8 @@ class CompressedShards(Shards):
     Raises:
         InputError: as :class:`ace_ext.models.safetensors_files.Shards`, or the codes of a matrix are damaged.
     """
+
+    decodes = NAME
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
@@ -247,6 +257,10 @@ class CompressedShards(Shards):
     def coded(self) -> list[str]:
         """The tensors that are stored as codes."""
         return list(self._stored)
+
+    def codes(self, name: str) -> tuple[Entry, Entry]:
+        """Where the codes and the scales of a tensor are."""
+        return self._stored[name]
 
     @property
     def code_bytes(self) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ace_ext.cards import CARD, card_says
 from ace_ext.dense_weights import NOT_CALLED
 from ace_ext.errors import InputError, one_line
-from ace_ext.formats import grid_of
+from ace_ext.formats import grid_of, written_shards
 from ace_ext.models._transformers import embedding_weight, is_left_out
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.safetensors_files import Shards, all_names, has_safetensors
@@ -74,10 +74,9 @@ def verify_weights(folder: str | Path) -> VerifyResult:
     """
     report = read_report(folder)
     config, grid = _settings_of(report, folder), grid_of(report)
-    packed = is_packed(folder)
-    if not packed and not has_safetensors(folder):
+    if not is_packed(folder) and not has_safetensors(folder):
         raise InputError(f"{str(folder)!r} has no safetensors; give a folder that ace-prune run wrote")
-    shards = PackedShards(folder, mapped=False) if packed else Shards(folder)
+    shards = written_shards(folder, mapped=False)
     if isinstance(shards, PackedShards):
         check_hashes(shards)
     result = VerifyResult(str(folder))

@@ -12,7 +12,8 @@ from ace_ext.errors import InputError
 from ace_ext.models._transformers import forget_quantization_, take_generation_config_, tie_weights_
 from ace_ext.models.loading import LoadedModel, load_model, load_tokenizer
 from ace_ext.models.safetensors_files import Shards, all_names
-from ace_ext.models.skeleton import skeleton
+from ace_ext.models.skeleton import check_all_read, skeleton
+from ace_ext.packed.compressed_tensors import CompressedShards, is_compressed
 from ace_ext.packed.files import PackedShards, is_packed
 from ace_ext.packed.matrix import PackedMatrix
 from ace_ext.packed.packing import check_hashes
@@ -78,17 +79,33 @@ def build_packed(folder: str | Path, empty: Callable[[], nn.Module] | None = Non
 
 
 def open_model(source: str, dtype: str = "auto", device: str | torch.device = "cpu") -> LoadedModel:
-    """:func:`ace_ext.models.loading.load_model`, and of a packed folder :func:`load_packed`.
+    """:func:`ace_ext.models.loading.load_model`; of a packed folder :func:`load_packed`, and of a folder of
+    :mod:`ace_ext.packed.compressed_tensors` the dense model that its codes stand for.
 
     Raises:
         InputError: as these functions, or ``dtype`` is not ``auto`` for a packed folder.
     """
-    if not is_packed(source):
-        return load_model(source, dtype, device)
-    if dtype != "auto":
-        raise InputError(f"dtype must be auto for a packed folder (got {dtype}); unpack it first")
     folder = Path(source).expanduser()
-    return LoadedModel(load_packed(folder).to(device), load_tokenizer(folder), source)
+    if is_compressed(folder):
+        model = _load_compressed(folder, dtype)
+    elif not is_packed(source):
+        return load_model(source, dtype, device)
+    elif dtype != "auto":
+        raise InputError(f"dtype must be auto for a packed folder (got {dtype}); unpack it first")
+    else:
+        model = load_packed(folder)
+    return LoadedModel(model.to(device), load_tokenizer(folder), source)
+
+
+def _load_compressed(folder: Path, dtype: str) -> nn.Module:
+    """The dense model that the codes of a folder stand for."""
+    shards = CompressedShards(folder)
+    model = skeleton(folder, shards, dtype)
+    check_all_read(model, shards, str(folder))
+    _load_rest(model, shards)
+    forget_quantization_(model)
+    take_generation_config_(model, str(folder))
+    return model.eval()
 
 
 def _check_held(model: nn.Module, shards: Shards) -> None:
@@ -121,7 +138,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(owner), leaf, module)
 
 
-def _load_rest(model: nn.Module, shards: PackedShards) -> None:
+def _load_rest(model: nn.Module, shards: Shards) -> None:
     """Loads the parameters that are still on the meta device, and the buffers that the files have."""
     names = all_names(model)
     for name, parameter in list(model.named_parameters()):
@@ -137,7 +154,7 @@ def _load_rest(model: nn.Module, shards: PackedShards) -> None:
             model.get_submodule(owner)._buffers[leaf] = shards.read(name).to(buffer.dtype)
 
 
-def _read(name: str, like: Tensor, shards: PackedShards) -> Tensor:
+def _read(name: str, like: Tensor, shards: Shards) -> Tensor:
     value = shards.read(name).to(like.dtype)
     if value.shape != like.shape:
         raise InputError(f"{name} must be {list(like.shape)} by the configuration (got {list(value.shape)})")

@@ -25,6 +25,7 @@ from ace_ext.packed._codec import Kept
 from ace_ext.packed.compressed_tensors import CompressedShards, compress, is_compressed, size
 from ace_ext.records import REPORT_NAME
 from ace_ext.runs.output import read_report
+from ace_ext.runtime import open_model
 
 GRIDS = (Grid(8, 128), Grid(4, 64), Grid(3, 128))
 grids = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"{grid.bits}bit")
@@ -143,6 +144,46 @@ def test_a_run_that_writes_it_exchanges_the_folders(tmp_path):
     again.finish(report)
     again.check(None)
     assert again.rest([]) is None
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_verify_and_eval_open_it(family, tmp_path, capsys):
+    """They read the dense values from the codes; the library is not needed."""
+    quantized, standard = make_folders(tmp_path, GRIDS[1], family)
+    dense, opened = (open_model(str(folder)).model for folder in (quantized, standard))
+    state = opened.state_dict()
+    assert state.keys() == dense.state_dict().keys()
+    for name, value in dense.state_dict().items():
+        assert_same_bits(state[name], value)
+    assert opened.config.to_dict().get("quantization_config") is None
+    assert open_model(str(standard), "float32").model.dtype == torch.float32
+    capsys.readouterr()
+    assert main(["verify", str(standard)]) == 0
+    assert "OK" in capsys.readouterr().out
+
+
+def test_verify_notices_other_codes(tmp_path, capsys):
+    _, standard = make_folders(tmp_path, GRIDS[1])
+    shards = CompressedShards(standard)
+    entry = shards.codes(shards.coded[0])[0]
+    raw = bytearray(entry.file.read_bytes())
+    raw[entry.offset : entry.offset + entry.nbytes] = b"\x88" * entry.nbytes  # code 0 is stored as 8
+    entry.file.write_bytes(raw)
+    capsys.readouterr()
+    assert main(["verify", str(standard)]) == 1
+    assert "0 non-zeros, but the report says" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [{"symmetric": False}, {"strategy": "channel"}, {"type": "float"}, {"num_bits": 2}])
+def test_other_forms_of_the_library_are_refused(change, tmp_path, capsys):
+    _, standard = make_folders(tmp_path, GRIDS[1])
+    config = json.loads((standard / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"] |= change
+    (standard / "config.json").write_text(json.dumps(config))
+    assert not is_compressed(standard)
+    capsys.readouterr()
+    line = refused(capsys, "eval", "--model", standard, "--text", tmp_path / "text.txt")
+    assert "holds compressed-tensors weights" in line
 
 
 # Refusals
