@@ -29,7 +29,7 @@ from ace_ext.pruning.stages import (
     TrainBlock,
     TrainModel,
 )
-from ace_ext.pruning.stages._stage import PLAIN, SKETCHED
+from ace_ext.pruning.stages._stage import GRAM_KINDS, PLAIN, SKETCHED
 
 PRESETS = {
     "fast": "admm(damping=1, iterations=10, gram=sketch)",
@@ -88,8 +88,8 @@ class Method:
                         f"{name} says how {self.solve.label} chooses the mask, but {chosen} does; leave out one of them"
                     )
         grams = {stage.label: stage.gram for stage in self.matrix_stages if hasattr(stage, "gram")}
-        approximated = {PLAIN if self.quantize is not None and gram == SKETCHED else gram for gram in grams.values()}
-        if len(approximated) > 1:  # a method that quantizes has the whole Gram matrix, and no stage reads a sketch
+        of_quantize = [] if self.quantize is None else [self.quantize.gram]  # which all stages then read
+        if len({*grams.values()} - ({PLAIN, SKETCHED} if of_quantize else set()) | {*of_quantize}) > 1:
             found = " and ".join(f"{gram} for {label}" for label, gram in grams.items())
             raise InputError(f"gram must be the same for all stages of the method (got {found})")
         if self.quantize is not None and self.train is not None:
@@ -252,8 +252,9 @@ class Needs:
         measure: frozenset[str] = frozenset()
         if method.allocate is not None:
             measure = scored
-        prune = scored | solved
-        return cls(prune - {SKETCH} if GRAM in prune else prune, measure)
+        if method.quantize is not None:
+            solved = solved - {*GRAM_KINDS.values()} | method.quantize.needs
+        return cls(scored | solved, measure)
 
     @property
     def read(self) -> frozenset[str]:

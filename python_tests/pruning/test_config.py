@@ -189,10 +189,12 @@ def test_arguments_that_do_not_exist():
         ("admm(gram=sketch)", {INPUT, SKETCH}),
         ("cosvar + swaps(gram=cosine)", {WEIGHTED, COSINE_GRAM}),
         ("wanda + train", {INPUT}),
-        ("quantize", {GRAM}),
-        ("quantize(gram=cosine)", {COSINE_GRAM}),
-        ("magnitude + quantize", {GRAM}),
-        ("fast + quantize", {INPUT, GRAM}),  # the whole matrix serves the stage that reads a sketch
+        ("quantize", {COSINE_GRAM}),
+        ("quantize(gram=plain)", {GRAM}),
+        ("magnitude + quantize", {COSINE_GRAM}),
+        ("balanced + quantize", {INPUT, COSINE_GRAM}),  # all stages read the Gram matrix of quantize
+        ("fast + quantize", {INPUT, COSINE_GRAM}),
+        ("fast + quantize(gram=plain)", {INPUT, GRAM}),
     ],
 )
 def test_only_stages_that_read_it_need_a_gram_matrix(method, needs):

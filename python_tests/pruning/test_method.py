@@ -454,10 +454,10 @@ ADMM_OPTIONS = "its options are damping, floor, iterations, saliency, gram"
         ("quantize(bits=4.0)", "bits must be a whole number (got '4.0')"),
         ("quantize(group=100)", "group must be a multiple of 64 (got 100)"),
         ("quantize(group=0)", "group must be a multiple of 64 (got 0)"),
-        ("quantize(gram=sketch)", "gram must be one of plain, cosine (got 'sketch')"),
+        ("quantize(gram=sketch)", "gram must be one of cosine, plain (got 'sketch')"),
         ("quantize(damping=-1)", "damping must be a share of the mean diagonal, 0 or more (got -1.0)"),
         (
-            "admm(gram=cosine) + quantize",
+            "admm(gram=cosine) + quantize(gram=plain)",
             "gram must be the same for all stages of the method (got cosine for admm and plain for quantize)",
         ),
         ("quantize + train", "train moves weights off the grid of quantize; leave out one of them"),

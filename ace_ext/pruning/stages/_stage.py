@@ -29,14 +29,14 @@ GRAM_KINDS = {PLAIN: GRAM, COSINE: COSINE_GRAM, SKETCHED: SKETCH}
 
 
 def gram_option(*choices: str) -> Any:
-    """The option ``gram`` of a stage that reads a Gram matrix."""
+    """The option ``gram`` of a stage that reads a Gram matrix; the first choice is the default."""
     helps = {
         PLAIN: "plain: all tokens count the same",
         COSINE: "cosine: token t is weighted by 1 / ‖A_t‖², where A is the dense output",
         SKETCHED: "sketch: plain, approximated by its diagonal and a few directions",
     }
     text = "; ".join(helps[choice] for choice in choices)
-    return option(PLAIN, f"the Gram matrix that measures errors ({text})", Limits(choices=choices))
+    return option(choices[0], f"the Gram matrix that measures errors ({text})", Limits(choices=choices))
 
 
 def damping_option(default: float) -> Any:
@@ -261,6 +261,8 @@ class Round(MatrixStage):
     """Bits of a code."""
     group: int
     """Columns that share a scale in a row."""
+    gram: str
+    """The Gram matrix that it reads. The stages before it read the same one."""
 
     @property
     def grid(self) -> Grid:

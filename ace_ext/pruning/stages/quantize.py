@@ -52,7 +52,7 @@ class Quantize(Round):
     )
     damping: float = damping_option(0.2)
     sweeps: int = option(2, "sweeps of coordinate descent over codes and scales after GPTQ", Limits(at_least=0))
-    gram: str = gram_option(PLAIN, COSINE)
+    gram: str = gram_option(COSINE, PLAIN)
 
     def quantize(self, problem: Problem, weight: Tensor) -> Rounded:
         """Rounds ``weight [rows, cols]`` float32, the result of the stages before. Its zeros stay zeros.
