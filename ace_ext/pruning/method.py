@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 from ace_ext.errors import InputError
-from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, MOMENT, SKETCH, WEIGHTED
+from ace_ext.pruning.kinds import COSINE_GRAM, INPUT, MOMENT, WEIGHTED
 from ace_ext.pruning.metrics import DEFAULT_METRIC, METRICS
 from ace_ext.pruning.settings import Setting, suggestion
 from ace_ext.pruning.stages import (
