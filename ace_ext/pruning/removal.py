@@ -6,7 +6,7 @@ writes it; each is the inverse of the other.
 
 import re
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ace_ext.errors import InputError
 from ace_ext.pruning.settings import Limits, Options, option, suggestion
@@ -186,9 +186,9 @@ def _number(name: str, text: str) -> float | int:
     raise InputError(f"remove: {name} must be a number (got {text[:100]!r})")
 
 
-def _options(kind: type[Part], text: str) -> dict[str, object]:
+def _options(kind: type[Part], text: str) -> dict[str, Any]:
     known = {setting.name: setting for setting in kind.settings()}
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     for item in text.split(",") if text.strip() else []:
         match = _OPTION.fullmatch(item)
         if match is None:

@@ -66,11 +66,13 @@ class Removed:
 
     def summary(self) -> str:
         """One line."""
-        of = f" of each of {len(self.cut)} blocks" if self.cut else ""
+        of = f" of each of {len(self.cut)} blocks" if self.cut else " of each block" if self.multiple else ""
         rounded = "" if self.multiple in (None, 1) else f", in multiples of {self.multiple}"
+        end = f", {self.seconds:.1f} s" if self.seconds else ""
+        word = "removed" if self.seconds else "removes"
         return (
-            f"removed {self.before - self.after} of {self.before} {self.kind}{of} ({self.share:.1%}{rounded}): "
-            f"{self.setting} is {self.after}; {self.smaller:.1%} of the model's parameters, {self.seconds:.1f} s"
+            f"{word} {self.before - self.after} of {self.before} {self.kind}{of} ({self.share:.1%}{rounded}): "
+            f"{self.setting} is {self.after}; {self.smaller:.1%} of the model's parameters{end}"
         )
 
     @classmethod

@@ -70,7 +70,7 @@ def find_depth(model: nn.Module, blocks: list[Block], removed: int) -> str:
         if isinstance(value, bool) or value != len(blocks):
             continue
         try:
-            _without(model, blocks, kept, field)
+            lay_out_without(model, blocks, kept, field)
         except InputError as error:
             reasons.append(f"{field}: {error}")
             continue
@@ -98,7 +98,7 @@ def without_blocks(
     gone = least_influence(model, blocks, batches, count, advanced)
     places = {place for place, _ in gone}
     kept = [index for index in range(len(blocks)) if index not in places]
-    smaller, names = _without(model, blocks, kept, field)
+    smaller, names = lay_out_without(model, blocks, kept, field)
     fill_(smaller, {new: tensor for name, tensor in model.state_dict().items() if (new := names(name))}, model)
     tokens = few_tokens(batches[0])
     with ExitStack() as stack:
@@ -122,11 +122,11 @@ def _bypass(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _without(
+def lay_out_without(
     model: nn.Module, blocks: list[Block], kept: list[int], field: str
 ) -> tuple[nn.Module, Callable[[str], str]]:
-    """A model with the blocks ``kept``, laid out; and a function that gives the new name of a tensor of the model,
-    empty if it is gone.
+    """A model with the blocks ``kept``, laid out with another ``field`` of the configuration; and a function that gives
+    the new name of a tensor of the model, empty if it is gone. Lists with an entry for each block become shorter.
 
     Raises:
         InputError: the class does not have these blocks with these settings.
@@ -149,5 +149,6 @@ def _without(
     found = shapes_of(smaller)
     if found != expected:
         other = min(name for name in {**expected, **found} if expected.get(name) != found.get(name))
-        raise InputError(f"with {field}={len(kept)} the class has another {other}")
+        gone = ", ".join(block.name for block in blocks if block.name not in place)
+        raise InputError(f"remove: with {field}={len(kept)} and without {gone} the class has another {other}")
     return smaller, renamed

@@ -4,7 +4,6 @@ In each block the neurons of the smaller stream are scored, some are removed, an
 to what the dense stream says. The dense model's weights are read and never changed.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -50,17 +49,19 @@ def find_and_try(model: nn.Module, blocks: list[Block], part: removal.Neurons, b
     kept = torch.arange(0, found.count, 2)
     smaller = laid_out(model, found.changes(len(kept)))
     tensors = dict(model.state_dict())
-    for own in filter(None, found.parts):
+    for own in found.present:
         tensors |= {cut.name: cut.keep(tensors[cut.name], kept, found.count) for cut in own.cuts}
     fill_(smaller, tensors, model)
     tokens = few_tokens(batch)
     mask = torch.zeros(found.count, device=tokens.device)
     mask[kept] = 1
     with ExitStack() as stack:
-        for block, own in zip(blocks, found.parts, strict=True):
-            if own is not None:
+        for block, part_of in zip(blocks, found.parts, strict=True):
+            if part_of is not None:
                 stack.enter_context(block.products())
-                handle = block.linears[own.last].register_forward_pre_hook(lambda _, x: (x[0] * mask.to(x[0].dtype),))
+                handle = block.linears[part_of.last].register_forward_pre_hook(
+                    lambda _, x: (x[0] * mask.to(x[0].dtype),)
+                )
                 stack.callback(handle.remove)
         expected = model(input_ids=tokens, use_cache=False).logits
     found_logits = smaller(input_ids=tokens, use_cache=False).logits
@@ -93,16 +94,16 @@ def without_neurons(
     smaller = laid_out(model, found.changes(kept))
     tensors = dict(model.state_dict())
     first = torch.arange(kept)
-    for own in filter(None, found.parts):  # of the right shape; the walk replaces them
+    for own in found.present:  # of the right shape; the walk replaces them
         tensors |= {cut.name: cut.keep(tensors[cut.name], first, found.count) for cut in own.cuts}
     fill_(smaller, tensors, model)
     walk = _Walk(model, blocks, find_blocks(smaller, check=False), part, calibration)
     report = []
-    for index, own in enumerate(found.parts):
-        if own is None:
+    for index, place in enumerate(found.parts):
+        if place is None:
             walk.pass_through(index)
         else:
-            report.append(walk.remove(index, own, kept))
+            report.append(walk.remove(index, place, kept))
         advanced(index + 1, len(blocks))
     tie_weights_(smaller)
     return smaller, report

@@ -3,6 +3,8 @@ an error."""
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +15,10 @@ from ace_ext.models.blocks import Block, find_blocks
 from ace_ext.models.trial import try_walk
 from ace_ext.pruning import removal
 from ace_ext.records import Removed
-from ace_ext.structures.blocks import find_depth, without_blocks
+from ace_ext.structures.blocks import find_depth, lay_out_without, without_blocks
 from ace_ext.structures.neurons import Calibration, find_and_try, without_neurons
-from ace_ext.structures.search import Neurons
-from ace_ext.structures.smaller import take_over_
+from ace_ext.structures.search import Neurons, find_neurons
+from ace_ext.structures.smaller import laid_out, take_over_
 
 
 @torch.no_grad()
@@ -46,29 +48,67 @@ def remove_(
     if not batches:
         raise InputError("calibration must have at least one token whose attention_mask is not 0 (got none)")
     shares = _check(model, blocks, batches[0])
-    neurons, depth = _found(model, blocks, wanted, batches[0])
-    calibration = Calibration(batches, shares)
+    if wanted.neurons is not None:
+        neurons = find_and_try(model, blocks, wanted.neurons, batches[0])
     smaller, records = model, []
     if wanted.blocks is not None:
         start, count = time.perf_counter(), wanted.blocks.removed(len(blocks))
-        smaller, dropped = without_blocks(
-            model, blocks, depth, count, batches, lambda done, of: advanced("blocks", done, of)
-        )
-        sizes = (len(blocks), len(blocks) - count, None, _parameters(model), _parameters(smaller))
-        records.append(Removed(removal.text_of(wanted.blocks), depth, *sizes, time.perf_counter() - start, dropped=dropped))
-    if wanted.neurons is not None and neurons is not None:
+        depth = find_depth(model, blocks, count)
+        smaller, dropped = without_blocks(model, blocks, depth, count, batches, partial(advanced, "blocks"))
+        record = _record(wanted.blocks, depth, (len(blocks), len(blocks) - count), (model, smaller))
+        records.append(replace(record, seconds=time.perf_counter() - start, dropped=dropped))
+    if wanted.neurons is not None:
         start, before = time.perf_counter(), smaller
         if wanted.blocks is not None:
-            blocks = find_blocks(smaller)
-            neurons = find_and_try(smaller, blocks, wanted.neurons, batches[0])
+            blocks = find_blocks(before)
+            neurons = find_and_try(before, blocks, wanted.neurons, batches[0])
+        calibration = Calibration(batches, shares)
         smaller, cut = without_neurons(
-            before, blocks, neurons, wanted.neurons, calibration, lambda done, of: advanced("neurons", done, of)
+            before, blocks, neurons, wanted.neurons, calibration, partial(advanced, "neurons")
         )
-        kept, multiple = wanted.neurons.kept(neurons.count)
-        sizes = (neurons.count, kept, multiple, _parameters(before), _parameters(smaller))
-        records.append(Removed(removal.text_of(wanted.neurons), neurons.field, *sizes, time.perf_counter() - start, cut=cut))
+        record = _record(wanted.neurons, neurons.field, _sizes(wanted.neurons, neurons), (before, smaller))
+        records.append(replace(record, seconds=time.perf_counter() - start, cut=cut))
     take_over_(model, smaller)
     return records
+
+
+def planned_removal(model: nn.Module, blocks: list[Block], wanted: removal.Removal) -> tuple[nn.Module, list[Removed]]:
+    """The smaller model with its parameters on the meta device, and a record for each kind, from shapes alone.
+
+    Args:
+        model: loaded, or a skeleton.
+        blocks: its blocks.
+        wanted: the structures.
+
+    Raises:
+        InputError: the model has no such structures, or its class cannot be made smaller.
+    """
+    records = []
+    if wanted.blocks is not None:
+        count = wanted.blocks.removed(len(blocks))
+        depth = find_depth(model, blocks, count)
+        smaller = lay_out_without(model, blocks, list(range(len(blocks) - count)), depth)[0]
+        records.append(_record(wanted.blocks, depth, (len(blocks), len(blocks) - count), (model, smaller)))
+        model, blocks = smaller, find_blocks(smaller, check=False)
+    if wanted.neurons is not None:
+        neurons = find_neurons(model, blocks)
+        sizes = _sizes(wanted.neurons, neurons)
+        smaller = laid_out(model, neurons.changes(sizes[1]))
+        records.append(_record(wanted.neurons, neurons.field, sizes, (model, smaller)))
+        model = smaller
+    return model, records
+
+
+def working_bytes(neurons: int, outputs: int) -> tuple[int, int]:
+    """Bytes that :func:`remove_` needs for one block beside weights, hidden states and activations: the moments of its
+    neurons, and the working memory of scores and least squares.
+
+    Args:
+        neurons: of a block.
+        outputs: rows of the matrix that reads them.
+    """
+    moments = 3 * 4 * neurons * (neurons + outputs)
+    return moments, 3 * 8 * neurons * (neurons + outputs)
 
 
 def _check(model: nn.Module, blocks: list[Block], batch: dict[str, Tensor]) -> bool:
@@ -86,15 +126,13 @@ def _check(model: nn.Module, blocks: list[Block], batch: dict[str, Tensor]) -> b
     return found.shares
 
 
-def _found(
-    model: nn.Module, blocks: list[Block], wanted: removal.Removal, batch: dict[str, Tensor]
-) -> tuple[Neurons | None, str]:
-    """The feed-forward parts, and the setting with the number of blocks; as far as they are wanted."""
-    neurons = None if wanted.neurons is None else find_and_try(model, blocks, wanted.neurons, batch)
-    depth = "" if wanted.blocks is None else find_depth(model, blocks, wanted.blocks.removed(len(blocks)))
-    return neurons, depth
+def _sizes(part: removal.Neurons, neurons: Neurons) -> tuple[int, int]:
+    """The number of neurons of a block before and after."""
+    return neurons.count, part.kept(neurons.count)[0]
 
 
-def _parameters(model: nn.Module) -> int:
-    """The number of a model's parameters; tied ones count once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+def _record(part: removal.Part, setting: str, sizes: tuple[int, int], models: tuple[nn.Module, nn.Module]) -> Removed:
+    """The record of a removal. ``sizes`` and ``models``: before and after."""
+    multiple = part.kept(sizes[0])[1] if isinstance(part, removal.Neurons) else None
+    before, after = (sum(parameter.numel() for parameter in model.parameters()) for model in models)
+    return Removed(removal.text_of(part), setting, *sizes, multiple, before, after, 0.0)

@@ -65,9 +65,14 @@ class Neurons:
     """One for each block; None: the block has no such part."""
 
     @property
+    def present(self) -> list[FeedForward]:
+        """The parts that there are, at least one."""
+        return [part for part in self.parts if part is not None]
+
+    @property
     def count(self) -> int:
         """The number of neurons of a part."""
-        return next(part.neurons for part in self.parts if part is not None)
+        return self.present[0].neurons
 
     def changes(self, kept: int) -> dict[str, Any]:
         """The change of the configuration for ``kept`` neurons."""
@@ -82,7 +87,9 @@ def find_neurons(model: nn.Module, blocks: list[Block]) -> Neurons:
     """
     for block in blocks:
         if block.experts or block.expert_lists:
-            raise InputError(f"remove: neurons of experts are not removed ({block.name} has experts); leave out neurons")
+            raise InputError(
+                f"remove: neurons of experts are not removed ({block.name} has experts); leave out neurons"
+            )
     now = shapes_of(model)
     if shapes_of(laid_out(model, {})) != now:
         raise InputError("remove: the model does not have the shapes that its configuration gives; load it anew")
@@ -156,7 +163,8 @@ def _cut(name: str, now: tuple[int, ...], then: tuple[int, ...], count: int, sma
 
 def _part(block: Block, cuts: list[Cut], count: int) -> FeedForward:
     """The part of a block with these cuts: one of columns, and others of rows."""
-    columns, rows = [], []
+    columns: list[tuple[Cut, str]] = []
+    rows: list[tuple[Cut, str]] = []
     for cut in cuts:
         child = cut.name.removeprefix(f"{block.name}.").removesuffix(".weight")
         linear = block.linears.get(child)

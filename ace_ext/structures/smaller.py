@@ -13,7 +13,8 @@ from ace_ext.models._transformers import empty_twin, text_config, tie_weights_
 
 def numbers_of(model: nn.Module) -> dict[str, Any]:
     """The settings of a model's language part, as ``config.json`` holds them."""
-    return dict(text_config(model).to_dict())
+    settings: dict[str, Any] = text_config(model).to_dict()
+    return settings
 
 
 def changed_config(model: nn.Module, changes: Mapping[str, Any]) -> Any:
@@ -21,7 +22,8 @@ def changed_config(model: nn.Module, changes: Mapping[str, Any]) -> Any:
 
     Raises what transformers raises for settings that it refuses.
     """
-    config, text = model.config, text_config(model)
+    config: Any = model.config
+    text = text_config(model)
     settings = config.to_dict()
     if text is config:
         settings |= changes
