@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+RIDGES = (1e-6, 0.001, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Regularisations that :func:`fitted` tries, relative to the mean diagonal of the kept neurons' second moments."""
 
 

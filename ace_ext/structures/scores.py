@@ -8,7 +8,9 @@ from ace_ext.structures.moments import Moments
 DAMPING = 0.01
 """Added to the diagonal of the second moments, relative to its mean."""
 ROUNDS = 48
-"""The number of steps in which ``obs`` removes neurons."""
+"""About the number of steps in which ``obs`` removes neurons."""
+COUPLED = 0.5
+"""Neurons with a higher partial correlation are not removed in the same step."""
 
 
 def kept_neurons(score: str, kept: int, weight: Tensor, moments: Moments, turned: Tensor | None) -> Tensor:
@@ -54,14 +56,30 @@ def greedy(weight: Tensor, gram: Tensor, kept: int, rounds: int = ROUNDS) -> Ten
     while len(left) > kept:
         count = min(step, len(left) - kept)
         scores = w.square().sum(0) / inverse.diagonal()
-        order = scores.sort(stable=True).indices
-        gone, stay = order[:count].sort().values, order[count:].sort().values
+        gone = _uncoupled(scores.sort(stable=True).indices[: 2 * count], inverse, count)
+        stay = torch.ones(len(left), dtype=torch.bool, device=left.device).index_fill_(0, gone, False).nonzero()[:, 0]
         block = torch.linalg.inv(inverse[gone][:, gone])
         across = inverse[gone][:, stay]
         w = w[:, stay] - w[:, gone] @ block @ across
         inverse = inverse[stay][:, stay] - across.T @ block @ across
         left = left[stay]
     return left
+
+
+def _uncoupled(order: Tensor, inverse: Tensor, count: int) -> Tensor:
+    """The first neurons of ``order``, ``count`` at most, ascending. One is left for a later step if its partial
+    correlation with one that was taken before is high: of two equal neurons only one may go."""
+    scale = inverse[order, order].rsqrt()
+    coupled = (inverse[order][:, order] * scale * scale[:, None]).abs() > COUPLED
+    blocked = torch.zeros(len(order), dtype=torch.bool, device=order.device)
+    taken: list[int] = []
+    for place in range(len(order)):
+        if len(taken) == count:
+            break
+        if not bool(blocked[place]):
+            taken.append(place)
+            blocked |= coupled[place]
+    return order[taken].sort().values
 
 
 def turning(h: Tensor, output: Tensor, weight: Tensor) -> Tensor:
