@@ -49,7 +49,7 @@ class Neurons(Options):
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
-            raise InputError(f"remove: neurons must be a share between 0 and 1 (got {self.share:g}){_percent(self)}")
+            raise InputError(f"remove: neurons must be a share between 0 and 1 (got {str(self.share)[:100]}){_percent(self)}")
         super().__post_init__()
 
     @property
@@ -90,7 +90,7 @@ class Blocks(Options):
         whole = isinstance(self.amount, int) and self.amount >= 1
         if not whole and not 0 < self.amount < 1:
             raise InputError(
-                f"remove: blocks must be a share between 0 and 1 or a whole number of blocks (got {self.amount:g})"
+                f"remove: blocks must be a share between 0 and 1 or a whole number of blocks (got {str(self.amount)[:100]})"
             )
 
     def removed(self, count: int) -> int:
@@ -102,7 +102,7 @@ class Blocks(Options):
         removed = self.amount if isinstance(self.amount, int) else int(self.amount * count + 0.5)
         if not 0 < removed < count:
             raise InputError(
-                f"remove: blocks={self.amount:g} of {count} blocks removes {removed}; at least one must go and one stay"
+                f"remove: blocks={str(self.amount)[:20]} of {count} blocks: at least one must go and one stay"
             )
         return removed
 
