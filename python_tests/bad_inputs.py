@@ -173,11 +173,46 @@ TARGETS = [
 """Targets that methods do not reach, or that exclude each other."""
 STRUCTURES = ["", " ", "+", "--", "neurons", "neurons=", "=0.2", "neurons=x", "neurons=²", "neurons=1_0", "neurons=0"]
 STRUCTURES += ["neurons=1", "neurons=-0.2", "neurons=1.5", "neurons=50", "neurons=nan", "neurons=inf", "neurons=1e400"]
-STRUCTURES += ["neurons=0.2,blocks=1", "neurons=0.2;blocks=1", "neurons=0.2 +", "+ neurons=0.2", "neuron=0.2", "heads=0.2"]
-STRUCTURES += ["NEURONS=0.2", "neurons=0.2 + neurons=0.2", "neurons=0.2(", "neurons=0.2)", "neurons=0.2(score)", "x" * 5000]
-STRUCTURES += ["neurons=0.2(score=wanda)", "neurons=0.2(scor=obs)", "neurons=0.2(multiple=0)", "neurons=0.2(multiple=1.5)"]
-STRUCTURES += ["neurons=0.2(multiple=4096)", "neurons=0.001", "neurons=0.999", "neurons=0.2(refit=all)", "[]", "neurons: 0.2"]
-STRUCTURES += ["blocks=0", "blocks=-1", "blocks=1.5", "blocks=3", "blocks=99", "blocks=0.01", "blocks=x", "blocks=1(score=obs)"]
+STRUCTURES += [
+    "neurons=0.2,blocks=1",
+    "neurons=0.2;blocks=1",
+    "neurons=0.2 +",
+    "+ neurons=0.2",
+    "neuron=0.2",
+    "heads=0.2",
+]
+STRUCTURES += [
+    "NEURONS=0.2",
+    "neurons=0.2 + neurons=0.2",
+    "neurons=0.2(",
+    "neurons=0.2)",
+    "neurons=0.2(score)",
+    "x" * 5000,
+]
+STRUCTURES += [
+    "neurons=0.2(score=wanda)",
+    "neurons=0.2(scor=obs)",
+    "neurons=0.2(multiple=0)",
+    "neurons=0.2(multiple=1.5)",
+]
+STRUCTURES += [
+    "neurons=0.2(multiple=4096)",
+    "neurons=0.001",
+    "neurons=0.999",
+    "neurons=0.2(refit=all)",
+    "[]",
+    "neurons: 0.2",
+]
+STRUCTURES += [
+    "blocks=0",
+    "blocks=-1",
+    "blocks=1.5",
+    "blocks=3",
+    "blocks=99",
+    "blocks=0.01",
+    "blocks=x",
+    "blocks=1(score=obs)",
+]
 STRUCTURES += ["(" * 50_000, "+" * 50_000, "neurons=0.2(" * 5000, "neurons=" + "9" * 5000, "blocks=" + "9" * 400]
 """Texts of --remove that name no structure, or none of the tiny model."""
 WITH_REMOVE: list[dict[str, object]] = [

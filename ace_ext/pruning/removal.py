@@ -49,7 +49,9 @@ class Neurons(Options):
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
-            raise InputError(f"remove: neurons must be a share between 0 and 1 (got {str(self.share)[:100]}){_percent(self)}")
+            raise InputError(
+                f"remove: neurons must be a share between 0 and 1 (got {str(self.share)[:100]}){_percent(self)}"
+            )
         super().__post_init__()
 
     @property
@@ -90,7 +92,8 @@ class Blocks(Options):
         whole = isinstance(self.amount, int) and self.amount >= 1
         if not whole and not 0 < self.amount < 1:
             raise InputError(
-                f"remove: blocks must be a share between 0 and 1 or a whole number of blocks (got {str(self.amount)[:100]})"
+                f"remove: blocks must be a share between 0 and 1 or a whole number of blocks "
+                f"(got {str(self.amount)[:100]})"
             )
 
     def removed(self, count: int) -> int:

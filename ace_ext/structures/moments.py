@@ -1,6 +1,6 @@
 """Second moments of the neurons of one block, and the least squares that compensates for removed ones."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,32 +9,27 @@ RIDGES = (1e-6, 0.001, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Regularisations that :func:`fitted` tries, relative to the mean diagonal of the kept neurons' second moments."""
 
 
-@dataclass
 class Moments:
-    """Sums over tokens of the neurons ``h [tokens, neurons]`` and a target ``y [tokens, d_out]``, in float32."""
+    """Sums over tokens of the neurons ``h [tokens, neurons]`` and a target ``y [tokens, d_out]``, in float32.
 
-    neurons: int
-    outputs: int
-    device: torch.device
-    tokens: int = 0
-    gram: Tensor = field(init=False)
-    """``Σ h hᵀ [neurons, neurons]``."""
-    cross: Tensor = field(init=False)
-    """``Σ h yᵀ [neurons, d_out]``."""
-    total: Tensor = field(init=False)
-    """``Σ h [neurons]``."""
-    target: Tensor = field(init=False)
-    """``Σ y [d_out]``."""
-    squares: Tensor = field(init=False)
-    """``Σ ‖y‖² []``, float64."""
+    Args:
+        neurons: how many there are.
+        outputs: entries of the target.
+        device: where the sums are.
+    """
 
-    def __post_init__(self) -> None:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(*shape, device=self.device)
-
-        self.gram, self.cross = zeros(self.neurons, self.neurons), zeros(self.neurons, self.outputs)
-        self.total, self.target = zeros(self.neurons), zeros(self.outputs)
-        self.squares = torch.zeros((), dtype=torch.float64, device=self.device)
+    def __init__(self, neurons: int, outputs: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.gram = torch.zeros(neurons, neurons, device=device)
+        """``Σ h hᵀ [neurons, neurons]``."""
+        self.cross = torch.zeros(neurons, outputs, device=device)
+        """``Σ h yᵀ [neurons, d_out]``."""
+        self.total = torch.zeros(neurons, device=device)
+        """``Σ h [neurons]``."""
+        self.target = torch.zeros(outputs, device=device)
+        """``Σ y [d_out]``."""
+        self.squares = torch.zeros((), dtype=torch.float64, device=device)
+        """``Σ ‖y‖² []``, float64."""
 
     def add_(self, h: Tensor, y: Tensor) -> None:
         """Adds tokens."""
@@ -48,7 +43,9 @@ class Moments:
 
     def plus(self, other: "Moments") -> "Moments":
         """The moments of both sets of tokens."""
-        both = Moments(self.neurons, self.outputs, self.device, self.tokens + other.tokens)
+        neurons, outputs = self.cross.shape
+        both = Moments(neurons, outputs, self.cross.device)
+        both.tokens = self.tokens + other.tokens
         for name in ("gram", "cross", "total", "target", "squares"):
             setattr(both, name, getattr(self, name) + getattr(other, name))
         return both

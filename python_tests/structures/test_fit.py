@@ -31,7 +31,9 @@ def test_neurons_that_determine_the_target_are_fitted_exactly():
     h, kept = random(400, 12), torch.arange(0, 12, 2)
     truth, bias = random(4, 6, seed=2), random(4, seed=3)
     y = h[:, kept] @ truth.T + bias
-    fit = fitted(moments(h[:300], y[:300]), moments(h[300:], y[300:]), kept, random(4, 12, seed=4).float(), bias.float())
+    fit = fitted(
+        moments(h[:300], y[:300]), moments(h[300:], y[300:]), kept, random(4, 12, seed=4).float(), bias.float()
+    )
     assert fit.ridge == RIDGES[0]
     torch.testing.assert_close(fit.weight.double(), truth, atol=1e-4, rtol=0)
     assert fit.bias is not None

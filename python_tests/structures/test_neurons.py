@@ -1,4 +1,4 @@
-"""Removed neurons: the model that stays is an ordinary one of its class, and what contributes nothing goes unnoticed."""
+"""Removed neurons: an ordinary model of the class stays, and what contributes nothing goes unnoticed."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def relative(found, expected) -> float:
 
 
 def parts(family: str):
-    """A model, and of each block the matrix that reads the neurons, ``[d_model, neurons]``, and those that make them."""
+    """A model, and of each block the Linear that reads the neurons, and the parameters that make them."""
     model = make_model(family)
     found = []
     for block, own in zip(find_blocks(model), find_neurons(model, find_blocks(model)).parts, strict=True):
@@ -157,6 +157,6 @@ def test_not_finite_numbers_are_refused_and_nothing_changes():
     model = make_model("llama", torch.float16)
     model.model.layers[1].mlp.up_proj.weight.data *= 3e4
     before = model.model.layers[0].mlp.down_proj.weight.clone()
-    with pytest.raises(InputError, match="NaN or infinity|does not compute the same"):
+    with pytest.raises(InputError, match=r"NaN or infinity|does not compute the same"):
         prune_model(model, make_tokens(8, 16), remove="neurons=0.25")
     assert torch.equal(model.model.layers[0].mlp.down_proj.weight, before)
