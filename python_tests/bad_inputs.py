@@ -171,6 +171,60 @@ TARGETS = [
     {"method": "quantize", "group": "matrix"},
 ]
 """Targets that methods do not reach, or that exclude each other."""
+STRUCTURES = ["", " ", "+", "--", "neurons", "neurons=", "=0.2", "neurons=x", "neurons=²", "neurons=1_0", "neurons=0"]
+STRUCTURES += ["neurons=1", "neurons=-0.2", "neurons=1.5", "neurons=50", "neurons=nan", "neurons=inf", "neurons=1e400"]
+STRUCTURES += [
+    "neurons=0.2,blocks=1",
+    "neurons=0.2;blocks=1",
+    "neurons=0.2 +",
+    "+ neurons=0.2",
+    "neuron=0.2",
+    "heads=0.2",
+]
+STRUCTURES += [
+    "NEURONS=0.2",
+    "neurons=0.2 + neurons=0.2",
+    "neurons=0.2(",
+    "neurons=0.2)",
+    "neurons=0.2(score)",
+    "x" * 5000,
+]
+STRUCTURES += [
+    "neurons=0.2(score=wanda)",
+    "neurons=0.2(scor=obs)",
+    "neurons=0.2(multiple=0)",
+    "neurons=0.2(multiple=1.5)",
+]
+STRUCTURES += [
+    "neurons=0.2(multiple=4096)",
+    "neurons=0.001",
+    "neurons=0.999",
+    "neurons=0.2(refit=all)",
+    "[]",
+    "neurons: 0.2",
+]
+STRUCTURES += [
+    "blocks=0",
+    "blocks=-1",
+    "blocks=1.5",
+    "blocks=3",
+    "blocks=99",
+    "blocks=0.01",
+    "blocks=x",
+    "blocks=1(score=obs)",
+]
+STRUCTURES += ["(" * 50_000, "+" * 50_000, "neurons=0.2(" * 5000, "neurons=" + "9" * 5000, "blocks=" + "9" * 400]
+"""Texts of --remove that name no structure, or none of the tiny model."""
+WITH_REMOVE: list[dict[str, object]] = [
+    {"method": "balanced"},
+    {"method": "best", "sparsity": "0.5"},
+    {"group": "matrix"},
+    {"skip": "mlp"},
+    {"offload": "disk"},
+    {"format": "bitmap"},
+    {"pattern": "8:16"},
+]
+"""Options that do not go with --remove."""
 REMOVED = [
     "preset",
     "metric",
@@ -216,6 +270,9 @@ def _options() -> Iterator[Case]:
         yield from _each(verb, "method", METHODS)
         for target in TARGETS:
             yield f"{verb} {target}", verb, target, None
+        yield from _each(verb, "remove", STRUCTURES)
+        for others in WITH_REMOVE:
+            yield f"{verb} --remove {others}", verb, {"remove": "neurons=0.25", **others}, None
         for option in REMOVED:
             yield from _each(verb, option, ["wanda"])
         for name in ("compressed-tensors", "nm"):  # without the stage quantize, and without a pattern

@@ -20,6 +20,8 @@ from ace_ext.errors import InputError
 from ace_ext.models._transformers import COMPRESSED_METHOD, OWN_METHOD
 from ace_ext.pruning.method import parse, quantize_of
 from ace_ext.pruning.metrics import METRICS
+from ace_ext.pruning.removal import SCORES as REMOVAL_SCORES
+from ace_ext.pruning.removal import Blocks, removal_of
 from ace_ext.pruning.stages import Collect, Round, Score, Stage
 from ace_ext.records import PruneReport, figure_text
 from ace_ext.whole_files import write_whole
@@ -116,7 +118,7 @@ def _render(report: PruneReport, base: "BaseCard", has_base: bool, causal: bool)
         **{**({"pipeline_tag": "text-generation"} if causal else {}), **base.kept},
         base_model=report.extra.get("base_model") or base.base_model,
         library_name="transformers",
-        tags=TAGS,
+        tags=[tag for tag in TAGS if tag != "sparse"] if report.only_removed else TAGS,
     )
     return (
         _environment()
@@ -126,13 +128,14 @@ def _render(report: PruneReport, base: "BaseCard", has_base: bool, causal: bool)
             mark=f"<!-- ace-prune: {len(report.matrices)} matrices, {report.sparsity:.6f} zeros -->",
             name=_name(report),
             hub_name=report.extra.get("base_model") or base.base_model,
-            title=_title(report.config),
+            title=_title(report),
+            removal_words=removal_words,
             pruned=_stage_of_grid(report.config) is None or bool(report.config["sparsity"]),
             grid=_grid(report),
             kept=_kept(report.config),
             method=report.method,
-            stages=_stages(report.config),
-            mask=mask_words(str(report.config["method"])),
+            stages=[] if report.only_removed else _stages(report.config),
+            mask="" if report.only_removed else mask_words(str(report.config["method"])),
             report=report,
             weights=sum(matrix.size for matrix in report.matrices),
             error=_mean_error(report),
@@ -175,12 +178,29 @@ def _amount(config: Mapping[str, Any]) -> str:
     return str(config["pattern"]) if config.get("pattern") else f"{100 * config['sparsity']:g} %"
 
 
-def _title(config: Mapping[str, Any]) -> str:
+def _title(report: PruneReport) -> str:
     """What was done to the model, in a few words."""
+    config = report.config
     stage = _stage_of_grid(config)
     zeros = "" if config.get("pattern") else " zeros"
-    pruned = f"pruned: {_amount(config)}{zeros}" if stage is None or config["sparsity"] else ""
-    return ", ".join(filter(None, [pruned, f"quantized: {stage.bits} bits" if stage is not None else ""]))
+    amount = f"{_amount(config)}{zeros}" if not report.only_removed and (stage is None or config["sparsity"]) else ""
+    removed = [f"{record.before - record.after} of {record.before} {record.kind} removed" for record in report.removed]
+    pruned = ", ".join(filter(None, [*removed, amount]))
+    grid = f"quantized: {stage.bits} bits" if stage is not None else ""
+    return ", ".join(filter(None, [f"pruned: {pruned}" if pruned else "", grid]))
+
+
+def removal_words(part: str) -> str:
+    """How structures were chosen and what compensates for them, given the text of a part of ``remove``."""
+    try:
+        (found,) = removal_of(part).parts
+    except InputError:  # written by another version
+        return "a score that this version does not know"
+    if isinstance(found, Blocks):
+        return "the least change of direction from a block's input to its output, measured again after each"
+    fitted = {"block": "the dense block's output", "matrix": "the dense matrix's output"}.get(found.refit)
+    after = f"; the matrix that reads them is fitted to {fitted}" if fitted else ""
+    return f"{REMOVAL_SCORES[found.score]}{after}".replace("|", "\\|")
 
 
 def _stage_of_grid(config: Mapping[str, Any]) -> Round | None:

@@ -131,14 +131,19 @@ def add_pruning(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("pruning")
     group.add_argument(
         "--method",
-        default=DEFAULT,
         metavar="METHOD",
         help='a preset, a preset with other options as in "balanced(damping=0.2)", or stages joined by + as in '
-        '"wanda + swaps" (default: %(default)s)',
+        f'"wanda + swaps" (default: {DEFAULT})',
     )
     amount = group.add_mutually_exclusive_group()
     amount.add_argument("--sparsity", type=float, help=f"share of zeros (default: {SPARSITY})")
     amount.add_argument("--pattern", help="N:M, N kept of M consecutive inputs, e.g. 2:4")
+    group.add_argument(
+        "--remove",
+        metavar="WHAT",
+        help="remove whole structures: neurons=SHARE, blocks=SHARE or COUNT, or both joined by +; zeros follow if "
+        "--sparsity or --pattern is given",
+    )
     group.add_argument(
         "--group",
         choices=GROUPS,
@@ -229,7 +234,7 @@ def table(title: str, lines: dict[str, str]) -> str:
 def config_from(args: argparse.Namespace) -> PruneConfig:
     """The configuration of the parsed arguments. Raises InputError as :class:`ace_ext.PruneConfig`."""
     target = {name: getattr(args, name) for name in ("sparsity", "pattern", "group", "max_dense")}
-    return PruneConfig(args.method, **target, skip=skip_from(args))
+    return PruneConfig(args.method, **target, skip=skip_from(args), remove=args.remove)
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:

@@ -23,10 +23,13 @@ def check(args: argparse.Namespace) -> int:
     """Runs the verb; returns the exit status: 1 if the folder has a problem."""
     result = verify(args.folder)
     if args.json:
-        print(json.dumps(vars(result)))
+        print(json.dumps({name: value for name, value in vars(result).items() if name != "removed" or value}))
     else:
         rows = f", {result.exact_rows} of {result.rows} groups with exactly k non-zeros" if result.rows else ""
-        print(f"{result.matrices} matrices, sparsity {result.sparsity:.4f}{rows}")
+        for line in result.removed:
+            print(f"{line} are left")
+        if result.matrices or not result.removed:
+            print(f"{result.matrices} matrices, sparsity {result.sparsity:.4f}{rows}")
         problems = "\n".join(f"problem: {problem}" for problem in result.problems)
         print(problems or "OK: counts, zeros, finite values, loading")
     return 1 if result.problems else 0

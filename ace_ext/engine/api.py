@@ -28,7 +28,7 @@ from ace_ext.models.trial import Findings, try_walk
 from ace_ext.models.versions import versions
 from ace_ext.process_memory import peak_memory_bytes
 from ace_ext.pruning.config import PruneConfig
-from ace_ext.records import BlockReport, PruneReport
+from ace_ext.records import BlockReport, PruneReport, Removed
 
 if TYPE_CHECKING:
     from ace_ext.engine.distillation import Distillation
@@ -67,7 +67,8 @@ def prune_model(
         **settings: the arguments of :class:`PruneConfig`, in place of ``config``.
 
     Returns:
-        A :class:`PruneReport`: for each matrix the number of weights kept and the change of its output.
+        A :class:`PruneReport`: for each matrix the number of weights kept and the change of its output. With ``remove``
+        also what was removed; the model's modules and configuration are then new objects.
 
     Raises:
         InputError: for a model, tokens or weights that cannot be pruned. Whatever can be checked in advance is checked
@@ -87,6 +88,8 @@ def prune_model(
     if distill_text is not None and not trained:
         raise InputError("distill_text is given, but nothing trains on it; leave it out, or use a method with distill")
     context = context or RunContext(observer=Progress(progress))
+    if config.remove is not None:
+        return _smaller(model, batches, config, callback, context)
     start = time.perf_counter()
     store = context.blocks or ResidentBlocks(find_blocks(model, config.skip, max_dense=config.max_dense))
     check_pattern(store.blocks, config)
@@ -116,6 +119,57 @@ def prune_model(
     report.peak_memory_bytes = peak_memory_bytes(device)
     report.versions = versions()
     context.observer.end(report)
+    return report
+
+
+def _smaller(
+    model: nn.Module,
+    batches: Batches,
+    config: PruneConfig,
+    callback: Callable[[BlockReport], None] | None,
+    context: RunContext,
+) -> PruneReport:
+    """Removes structures, and then prunes the smaller model if zeros or quantization are asked for."""
+    start = time.perf_counter()
+    device = next(model.parameters()).device
+    with run_mode(model):
+        ready = list(model_inputs(model, batches, config, device))
+        removed = remove_structures(model, ready, config, context)
+    if config.only_removes:
+        report = removal_report(model, config, removed)
+        report.seconds = time.perf_counter() - start
+        context.observer.end(report)
+        return report
+    report = prune_model(model, ready, config.without_removal(), callback=callback, context=context)
+    report.config, report.removed = config.to_dict(), removed
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def remove_structures(
+    model: nn.Module, ready: list[dict[str, Tensor]], config: PruneConfig, context: RunContext
+) -> list[Removed]:
+    """Removes the structures of ``config.remove`` from a model in memory. ``ready``: arguments of the model's calls.
+
+    Raises:
+        InputError: they cannot be removed. The model is unchanged.
+    """
+    from ace_ext.structures.remove import remove_  # imported here: most runs remove no structure
+
+    assert config.remove is not None  # checked by the caller
+    try:
+        return remove_(model, ready, config.remove, context.observer.removing)
+    finally:
+        context.observer.close()
+
+
+def removal_report(model: nn.Module, config: PruneConfig, removed: list[Removed]) -> PruneReport:
+    """The report of a run that only removes structures."""
+    parameter = next(model.parameters())
+    report = PruneReport(config.to_dict(), str(parameter.device), str(parameter.dtype).removeprefix("torch."))
+    report.removed, report.versions = removed, versions()
+    report.seconds = sum(record.seconds for record in removed)
+    report.peak_memory_bytes = peak_memory_bytes(parameter.device)
     return report
 
 

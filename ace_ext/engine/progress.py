@@ -21,7 +21,8 @@ class Progress:
     Args:
         show: show a bar on stderr.
         log: where to write JSON lines, one per block, each flushed. Their keys: ``event`` (``start``, ``block``,
-            ``end``), ``time`` (seconds since the epoch), ``tokens`` (calibration tokens of all processes, at the
+            ``end``; ``remove`` for a step of a removal, with ``kind``, ``done`` and ``of``),
+            ``time`` (seconds since the epoch), ``tokens`` (calibration tokens of all processes, at the
             start), ``block``, ``done``, ``blocks``, ``seconds`` (of the block; at the end, of the run),
             ``tokens_per_second``, ``sparsity`` (so far), ``memory_bytes`` (resident), ``seconds_left``. A distillation
             writes the lines of :class:`ace_ext.healing.progress.HealProgress`, with a ``start`` and an ``end`` too.
@@ -52,6 +53,14 @@ class Progress:
         """Says, where bars are shown, what is being done now; for work that may take seconds and has no bar."""
         if self.shown:
             print(f"ace-prune: {text}", file=sys.stderr)
+
+    def removing(self, kind: str, done: int, of: int) -> None:
+        """Advances a bar of the removal of structures, and writes a ``remove`` line. ``kind``: of structures."""
+        if done == 1:
+            self.close()
+            self._bar = tqdm(total=of, desc=f"removing {kind}", unit="step", disable=not self.shown, file=sys.stderr)
+        self._bar.update()
+        self._write("remove", kind=kind, done=done, of=of, memory_bytes=resident_bytes())
 
     def start(self, blocks: int, done: int, tokens: int) -> None:
         """``done`` of ``blocks`` were finished by an earlier run; ``tokens`` calibration tokens go through each."""
@@ -92,6 +101,7 @@ class Progress:
         """Closes the bar."""
         if self._bar is not None:
             self._bar.close()
+            self._bar = None
 
     def _write(self, event: str, **values: Any) -> None:
         if self._log is not None:

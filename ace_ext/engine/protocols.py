@@ -79,8 +79,13 @@ class Observer(Protocol):
         """Is called as the distillation progresses, if the method has it."""
         ...
 
+    def removing(self, kind: str, done: int, of: int) -> None:
+        """Called while structures of a kind are removed: ``done`` of the steps are finished."""
+        ...
+
     def start(self, blocks: int, done: int, tokens: int) -> None:
-        """Called first. ``done`` of the blocks are finished; ``tokens`` calibration tokens go through each block."""
+        """Called first, or after structures are removed. ``done`` of the blocks are finished; ``tokens`` calibration
+        tokens go through each block."""
         ...
 
     def block(self, block: BlockReport, report: PruneReport) -> None:

@@ -82,6 +82,23 @@ def model_of(config: Any, dtype: torch.dtype, remote_code: bool) -> nn.Module:
     return model
 
 
+def empty_twin(model: nn.Module, config: Any) -> nn.Module:
+    """A model of the class of ``model`` with another configuration, in evaluation mode. Parameters are on the meta
+    device, tied ones tied; buffers that are computed have data. Attention is computed by the same code.
+
+    Raises what transformers raises for a configuration that it cannot build.
+    """
+    from accelerate import init_empty_weights
+
+    kind: Any = type(model)
+    dtype = next(model.parameters()).dtype
+    implementation = getattr(model.config, _ATTENTION, None)
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        twin: nn.Module = kind._from_config(config, dtype=dtype, attn_implementation=implementation)
+    tie_weights_(twin)
+    return twin.eval()
+
+
 def input_embedding(model: nn.Module) -> nn.Module:
     """The module of a model that turns token ids into hidden states; its weight is ``[vocabulary, d_model]``."""
     embedding: nn.Module = _method(model, "get_input_embeddings")()

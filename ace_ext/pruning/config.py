@@ -8,6 +8,7 @@ from typing import Any
 from ace_ext.errors import InputError
 from ace_ext.pruning.groups import GROUPS, ComparisonGroup, PatternGroup, SparsityPattern
 from ace_ext.pruning.method import DEFAULT, Method, Needs, method_of
+from ace_ext.pruning.removal import Removal, removal_of
 from ace_ext.pruning.settings import check_choice
 from ace_ext.pruning.stages import Stage, TrainModel
 from ace_ext.pruning.stages.collect import BLOCK, EXACT, SEQUENTIAL, SKETCH
@@ -23,7 +24,7 @@ class PruneConfig:
 
     Args:
         method: a text such as ``"balanced"`` or ``"admm(iterations=30) + distill"``, a stage, or a list of stages
-            (:mod:`ace_ext.pruning.method`).
+            (:mod:`ace_ext.pruning.method`). None: the preset ``fast``.
         sparsity: share of zeros in ``[0, 1]``; default 0.5, and 0 for a method that only quantizes. Not together with
             ``pattern``.
         pattern: N:M, as a :class:`SparsityPattern` or text like ``"2:4"``; N are kept.
@@ -34,6 +35,8 @@ class PruneConfig:
         skip: regular expressions, or a single one. A Linear or expert weight stays dense if its full name matches one.
         max_dense: the share of a block's weights that may stay dense because no known matrix product reads them, such
             as convolutions and decays. The report lists them. A larger share is an error.
+        remove: whole structures to remove first, as text such as ``"neurons=0.2"`` (:mod:`ace_ext.pruning.removal`).
+            Zeros follow only if ``sparsity`` or ``pattern`` is given, and quantization if ``method`` only quantizes.
 
     Raises:
         InputError: a value is outside its limits, or arguments exclude each other.
@@ -41,16 +44,22 @@ class PruneConfig:
 
     def __init__(
         self,
-        method: str | Stage | Sequence[Stage] | Method = DEFAULT,
+        method: str | Stage | Sequence[Stage] | Method | None = None,
         sparsity: float | None = None,
         pattern: SparsityPattern | str | None = None,
         group: str | None = None,
         *,
         skip: str | Iterable[str] | None = (),
         max_dense: float = MAX_DENSE,
+        remove: Removal | str | None = None,
     ) -> None:
-        self.method: Method = method_of(method)
+        self.method: Method = method_of(DEFAULT if method is None else method)
         self.pattern = _pattern(pattern)
+        self.remove = None if remove is None else removal_of(remove)
+        self.only_removes = self.remove is not None and method is None and sparsity is None and pattern is None
+        """Whether the run ends when structures are removed: no weight is set to zero or rounded."""
+        if self.remove is not None:
+            _check_removal(self.method, sparsity is None and pattern is None and not self.only_removes)
         if not self.method.prunes:
             _check_nothing_pruned(self.method, sparsity, self.pattern, group)
             sparsity = 0.0
@@ -58,6 +67,9 @@ class PruneConfig:
         self.group = self._group(group)
         self.skip = _patterns(skip)
         self.max_dense = _share("max_dense", max_dense)
+        if self.only_removes:
+            _check_only_removal(group, self.skip, self.max_dense)
+            self.sparsity = 0.0
         self._check_group()
         self._check_allocation()
 
@@ -126,9 +138,15 @@ class PruneConfig:
 
     def changed(self, **arguments: Any) -> "PruneConfig":
         """The configuration with these arguments changed."""
-        amount = {"pattern": self.pattern} if self.pattern else {"sparsity": self.sparsity, "group": self.group}
-        own = {"method": self.method, **amount, "skip": self.skip, "max_dense": self.max_dense}
+        own: dict[str, Any] = {"skip": self.skip, "max_dense": self.max_dense, "remove": self.remove}
+        if not self.only_removes:
+            amount = {"pattern": self.pattern} if self.pattern else {"sparsity": self.sparsity, "group": self.group}
+            own |= {"method": self.method, **amount}
         return PruneConfig(**{**own, **arguments})
+
+    def without_removal(self) -> "PruneConfig":
+        """The configuration for the smaller model: zeros and quantization, as far as they are asked for."""
+        return self.changed(remove=None, sparsity=0.0) if self.only_removes else self.changed(remove=None)
 
     def without_distillation(self) -> "PruneConfig":
         """The configuration without the stage ``distill``."""
@@ -142,20 +160,45 @@ class PruneConfig:
         """
         if self.method.collect.order == SEQUENTIAL:
             raise InputError("saved statistics are of dense blocks; leave out order=sequential, or write order=block")
+        if self.remove is not None:
+            return self  # a run that removes structures does not read or write such a file
         return self if self.order == BLOCK else self.changed(method=self.method.collected(order=BLOCK))
 
     def to_dict(self) -> dict[str, Any]:
         """All arguments as plain values, for a report. ``method`` is the text of the stages. ``preset`` is the name of
-        the preset or published method, None if it is neither or an option is changed."""
+        the preset or published method, None if it is neither or an option is changed. ``remove`` is there only if
+        structures are removed; ``method`` is then empty if nothing else is done."""
         return {
-            "method": str(self.method),
-            "preset": self.method.preset,
+            **({} if self.remove is None else {"remove": str(self.remove)}),
+            "method": "" if self.only_removes else str(self.method),
+            "preset": None if self.only_removes else self.method.preset,
             "sparsity": self.sparsity,
             "pattern": str(self.pattern) if self.pattern else None,
             "group": self.group,
             "skip": list(self.skip),
             "max_dense": self.max_dense,
         }
+
+
+def _check_removal(method: Method, without_target: bool) -> None:
+    """Raises :class:`InputError` for a method that does not go with ``remove``. ``without_target``: there is neither a
+    sparsity nor a pattern."""
+    if without_target and method.prunes:
+        raise InputError(
+            f"remove with a method that writes zeros needs their share too (got {method.label}): give sparsity or "
+            "pattern, or leave out method"
+        )
+    if method.distill is not None:
+        raise InputError(f"remove does not go with {method.distill.label}: it trains a model of the dense shapes only")
+
+
+def _check_only_removal(group: str | None, skip: tuple[str, ...], max_dense: float) -> None:
+    """Raises :class:`InputError` for arguments that only zeros read."""
+    for name, given in {"group": group, "skip": skip, "max_dense": max_dense != MAX_DENSE}.items():
+        if given:
+            raise InputError(
+                f"{name} is for zeros, and remove alone writes none; leave out {name}, or give sparsity or pattern"
+            )
 
 
 def _pattern(given: object) -> SparsityPattern | None:

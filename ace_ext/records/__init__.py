@@ -5,16 +5,20 @@ May import ``dense_weights`` and ``errors``.
 
 from ace_ext.records.healing import Healing, HeldOutPerplexity, figure_text, finite
 from ace_ext.records.matrices import BlockReport, MatrixReport, Solution, Tuning
+from ace_ext.records.removed import CutBlock, DroppedBlock, Removed
 from ace_ext.records.report import FORMAT, REPORT_NAME, PruneReport
 
 __all__ = [
     "FORMAT",
     "REPORT_NAME",
     "BlockReport",
+    "CutBlock",
+    "DroppedBlock",
     "Healing",
     "HeldOutPerplexity",
     "MatrixReport",
     "PruneReport",
+    "Removed",
     "Solution",
     "Tuning",
     "figure_text",

@@ -10,6 +10,7 @@ from typing import Any
 from ace_ext.dense_weights import DenseWeight, describe_dense, kind_of
 from ace_ext.records.healing import Healing, HeldOutPerplexity
 from ace_ext.records.matrices import BlockReport, MatrixReport
+from ace_ext.records.removed import Removed
 
 REPORT_NAME = "ace_report.json"
 FORMAT = 1
@@ -39,6 +40,8 @@ class PruneReport:
     """The distillation that followed, if there was one. The errors of matrices and blocks were measured before it."""
     perplexity: HeldOutPerplexity | None = None
     """Before and after, if the run measured it."""
+    removed: list[Removed] = field(default_factory=list)
+    """Structures that were removed first; ``to_json`` leaves an empty list out."""
 
     @property
     def matrices(self) -> list[MatrixReport]:
@@ -50,6 +53,11 @@ class PruneReport:
         """Share of zeros over all pruned matrices."""
         size = sum(matrix.size for matrix in self.matrices)
         return 1 - sum(matrix.nonzero for matrix in self.matrices) / size if size else 0.0
+
+    @property
+    def only_removed(self) -> bool:
+        """Whether structures were removed and no weight was set to zero or rounded."""
+        return bool(self.removed) and not self.blocks
 
     @property
     def quantized(self) -> bool:
@@ -69,6 +77,8 @@ class PruneReport:
         if self.perplexity is None or self.perplexity.ratio is None or self.perplexity.ratio < LARGE_LOSS:
             return ""
         tries = [self._better_method(), self._better_text(), self._lower_target()]
+        if self.only_removed:
+            tries = [self._better_text(), "a lower share in --remove"]
         grown = f"{self.perplexity.ratio:.2g} times" if math.isfinite(self.perplexity.ratio) else "not finite, unlike"
         return f"large loss: perplexity is {grown} the dense model's; try {', '.join(filter(None, tries))}"
 
@@ -93,6 +103,8 @@ class PruneReport:
     def to_json(self) -> str:
         """The report as JSON, with the sparsity of each matrix and of the whole."""
         data = asdict(self)
+        if not self.removed:
+            del data["removed"]
         for block, block_data in zip(self.blocks, data["blocks"], strict=True):
             for matrix, matrix_data in zip(block.matrices, block_data["matrices"], strict=True):
                 matrix_data["sparsity"] = matrix.sparsity
@@ -107,10 +119,12 @@ class PruneReport:
         healing = data.pop("healing", None)  # absent from old reports
         measured = data.pop("perplexity", None)
         dense = [DenseWeight.from_dict(weight) for weight in data.pop("dense", [])]  # absent too
+        removed = [Removed.from_dict(record) for record in data.pop("removed", [])]
         return cls(
             **data,
             blocks=blocks,
             dense=dense,
+            removed=removed,
             healing=None if healing is None else Healing.from_dict(healing),
             perplexity=None if measured is None else HeldOutPerplexity(**measured),
         )
@@ -128,6 +142,11 @@ class PruneReport:
         """A table as text: one line for each kind of matrix, averaged over blocks, and the totals below."""
         from tabulate import tabulate  # imported here: pruning itself does not need it
 
+        lines = [record.summary() for record in self.removed]
+        if self.only_removed:
+            lines.append(f"{self.seconds:.1f} s, peak memory {self.peak_memory_bytes / 2**30:.2f} GiB on {self.device}")
+            lines += [] if self.perplexity is None else [self.perplexity.summary()]
+            return "\n".join([*lines, *filter(None, [self.advice()])])
         kinds: dict[str, list[MatrixReport]] = {}
         for block in self.blocks:
             for matrix in block.matrices:
@@ -135,7 +154,7 @@ class PruneReport:
         head = ["matrix", "shape", "sparsity", "rel. error", "cosine"]
         rows = [_figures_of(kind, matrices) for kind, matrices in kinds.items()]
         align = ["left", *["right"] * (len(head) - 1)]
-        lines = [tabulate([head, *rows], tablefmt="plain", colalign=align, disable_numparse=True)]
+        lines += [tabulate([head, *rows], tablefmt="plain", colalign=align, disable_numparse=True)]
         unseen = sum(not matrix.tokens for matrix in self.matrices)
         if unseen:
             lines.append(f"{unseen} experts' matrices saw no calibration token and were pruned by magnitude")

@@ -26,11 +26,14 @@ def write_run_report(report: PruneReport, path: str | Path, folder: str | Path |
     blocks = [BlockFigures.of(block) for block in report.blocks]
     by_block = [[b.name, *_figures(b)] for b in blocks]
     by_matrix = [[m.name, "×".join(map(str, m.shape)), *_figures(m), str(m.tokens)] for m in report.matrices]
+    if report.only_removed:
+        return write_file(Path(path).expanduser(), _removal_page(report))
     amount = amount_name(report.config["pattern"] or str(report.config["sparsity"]))
     settings = {**report.config, **_extra(report), "dtype": report.dtype, "versions": report.versions}
     page = render(
         "run",
         f"{_model_name(report)}pruned by {_method(report)}, {amount} zeros",
+        removed=_removed(report),
         glance=_glance(report),
         perplexity=report.perplexity,
         advice=report.advice(),
@@ -44,6 +47,40 @@ def write_run_report(report: PruneReport, path: str | Path, folder: str | Path |
         settings=Table.of_settings(settings),
     )
     return write_file(Path(path).expanduser(), page)
+
+
+def _removal_page(report: PruneReport) -> str:
+    """The page of a run that only removed structures."""
+    taken = ", ".join(f"{record.before - record.after} of {record.before} {record.kind}" for record in report.removed)
+    return render(
+        "removal",
+        f"{_model_name(report)}{taken} removed",
+        glance=[*_perplexity(report), *_glance(report)[-2:]],
+        perplexity=report.perplexity,
+        advice=report.advice(),
+        device=report.device,
+        removed=_removed(report),
+        settings=Table.of_settings(
+            {**report.config, **_extra(report), "dtype": report.dtype, "versions": report.versions}
+        ),
+    )
+
+
+def _removed(report: PruneReport) -> list[tuple[str, Table]]:
+    """For each kind of removed structures a sentence and the figures of blocks."""
+    found = []
+    for record in report.removed:
+        head = ["block", "error, dense weights", "error, fitted weights", "ridge"]
+        ridges = ["none" if block.ridge is None else f"{block.ridge:g}" for block in record.cut]
+        lines = [
+            [block.name, f"{block.error_before:.4f}", f"{block.error:.4f}", ridge]
+            for block, ridge in zip(record.cut, ridges, strict=True)
+        ]
+        if record.dropped:
+            head = ["removed block", "influence"]
+            lines = [[block.name, f"{block.influence:.4f}"] for block in record.dropped]
+        found.append((record.summary(), Table(head, lines, 1)))
+    return found
 
 
 def _model_name(report: PruneReport) -> str:
@@ -60,19 +97,23 @@ def _method(report: PruneReport) -> str:
 
 def _glance(report: PruneReport) -> list[tuple[str, str]]:
     """Names and values of the main figures."""
-    found = []
-    measured = report.perplexity
-    if measured is not None:
-        after = measured.pruned if report.healing is None else measured.healed
-        found.append(("perplexity, dense → pruned", " → ".join(map(figure_text, (measured.dense, after)))))
     errors = [matrix.relative_error for matrix in report.matrices if matrix.tokens]
     return [
-        *found,
+        *_perplexity(report),
         ("share of zeros", f"{report.sparsity:.4f}"),
         ("mean relative error", f"{sum(errors) / max(1, len(errors)):.3f}"),
         ("seconds of pruning", f"{report.seconds:,.1f}"),
         ("peak memory", f"{report.peak_memory_bytes / 2**30:.2f} GiB"),
     ]
+
+
+def _perplexity(report: PruneReport) -> list[tuple[str, str]]:
+    """The name and the value of perplexity before and after, if it was measured."""
+    measured = report.perplexity
+    if measured is None:
+        return []
+    after = measured.pruned if report.healing is None else measured.healed
+    return [("perplexity, dense → pruned", " → ".join(map(figure_text, (measured.dense, after))))]
 
 
 def _plots(report: PruneReport, blocks: list[BlockFigures], folder: str | Path | None) -> list[Plot]:

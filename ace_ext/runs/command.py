@@ -25,6 +25,10 @@ def run_command(request: RunRequest) -> str | None:
     if callable(method.scored_by.metric):
         return None
     flags: dict[str, Any] = {"model": hub_name(request.model) or Path(request.model).name, "output": OUTPUT}
+    if config.remove is not None:
+        flags["remove"] = config.remove
+    if config.only_removes:
+        return _line("run", {**flags, **_inputs(request)})
     named = method.published  # the choice of BOS depends on that name; the stages' text lacks it
     flags["method"] = method.label if named else method.preset or str(method)
     if method.prunes:

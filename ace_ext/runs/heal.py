@@ -76,6 +76,11 @@ def heal_folder(
         return_freed_memory()
     path = output_path(request.output)
     report = read_report(request.folder)
+    if report.removed:
+        raise InputError(
+            f"heal trains a model with the dense model's shapes, and {request.folder!r} has fewer "
+            f"{' and '.join(record.kind for record in report.removed)}; train it with another program"
+        )
     name = dense_name(request.dense, report)
     with disk_errors(path):
         check_apart(path, request.folder, name, request.text.source)

@@ -81,6 +81,10 @@ class Measurement:
         """Measures the dense model."""
         self._dense = self._text.measure(logits_of(self._source, self._blocks, self._device))
 
+    def follow(self, blocks: BlockSource) -> None:
+        """From now on the model has other blocks: structures were removed."""
+        self._blocks = blocks
+
     def after(self, folder: Path | None) -> HeldOutPerplexity:
         """Measures the pruned model: the one in memory, or the one that was written to ``folder``."""
         if folder is None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ace_ext.data.requests import check_positions, check_predicts
+from ace_ext.engine.model_shape import ModelShape
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import fingerprint_of_files
 from ace_ext.formats import DenseModel, format_named
@@ -172,7 +173,7 @@ def wants_offload(laid_out: nn.Module, blocks: list[Block], shards: Shards | Non
     """``disk``: yes; ``none``: no; ``auto``: yes if the whole run would not fit into the budget or the device."""
     if request.options.offload != "auto":
         return request.options.offload == "disk"
-    if request.config.comparison.over_matrices or request.writes_own_text:
+    if request.config.comparison.over_matrices or request.writes_own_text or request.config.remove is not None:
         return False
     nsamples, seqlen = request.calibration.nsamples, request.calibration.seqlen
     measures = request.evaluates or request.measures_bos()  # or may do so: the tokenizer is not loaded yet
@@ -258,11 +259,38 @@ class Demand:
             process=process,
             device=self.request.device,
         )
+        if self.request.config.remove is not None:
+            pruning = max(pruning, self._removing(pruning), key=lambda phase: phase.total)
         if format_named(self.request.options.format).size is None or self.request.device.type != "cpu":
             return pruning
         largest = max(p.nbytes for p in self.source.model.parameters())
         packing = Estimate(pruning.process, pruning.model, transient=PACKING_COPIES * largest, phase="pack")
         return max(pruning, packing, key=lambda phase: phase.total)
+
+    def _removing(self, pruning: Estimate) -> Estimate:
+        """The removal of structures: two streams of hidden states, and the moments of one block's neurons. The matrix
+        that reads the neurons is one with as many rows as the hidden states have entries."""
+        from ace_ext.structures.remove import working_bytes  # imported here: most runs remove no structure
+
+        blocks, text = self.source.blocks, self.request.calibration
+        shape, tokens = ModelShape.of(self.source.model, blocks), text.nsamples * text.seqlen
+        batch = min(tokens, self.request.config.batch_samples(text.seqlen) * text.seqlen)
+        shapes = [linear.weight.shape for block in blocks for linear in block.linears.values()]
+        neurons = max((columns for rows, columns in shapes if rows == shape.hidden), default=shape.widest)
+        moments, solver = working_bytes(neurons, shape.hidden)
+        linears = [linear.weight for block in blocks for linear in block.linears.values()]
+        cut = sum(weight.nbytes for weight in linears if {neurons, 2 * neurons} & {*weight.shape})
+        return replace(
+            pruning,
+            model=pruning.model + cut,  # those of the smaller model, at most
+            hidden=2 * tokens * shape.hidden * shape.itemsize,
+            forward=2 * shape.forward_bytes(batch, text.seqlen, frozenset()) + 4 * batch * (neurons + 3 * shape.hidden),
+            statistics=moments,
+            solver=solver,
+            training=0,
+            transient=0,
+            phase="remove",
+        )
 
     def decide(self) -> MemoryChoice:
         """Chooses what fits, in this order: hidden states, neighbouring blocks, forwards.
@@ -298,7 +326,8 @@ class Demand:
             return True
         least = self.peak(MemoryChoice(hidden=False))
         if budget is not None and least.total > budget:
-            instead = "" if self.source.offloaded else ", or pass --offload disk"
+            whole = self.source.offloaded or self.request.config.remove is not None
+            instead = "" if whole else ", or pass --offload disk"
             raise InputError(
                 f"max-memory must be at least {math.ceil(least.total / 1e6)}MB here "
                 f"(got {budget / 1e6:.0f}MB): {least.describe()}; lower batch_tokens of collect{instead}"

@@ -181,12 +181,31 @@ def check_request(request: RunRequest) -> None:
     for stage in (config.method.train, config.method.distill):
         if stage is not None:
             _check_training(stage.name, options)
+    if config.remove is not None:
+        _check_removal(options)
+    if config.only_removes and options.format != DEFAULT_FORMAT:
+        raise InputError(
+            f"format {options.format} stores zeros, and remove alone writes none; leave out format, or give sparsity "
+            "or pattern"
+        )
     if config.method.distill is not None and options.format != DEFAULT_FORMAT:
         raise InputError(f"distill writes format {DEFAULT_FORMAT} (got {options.format}); leave out one of them")
     if options.save_stats and options.stats:
         raise InputError("give save-stats or stats, not both")
     if options.save_stats:
         check_replaceable("save-stats", options.save_stats, "file of --save-stats", is_statistics)
+
+
+def _check_removal(options: RunOptions) -> None:
+    reasons = {
+        "offload disk": (options.offload == "disk", "the whole model must be in memory"),
+        "stats": (options.stats is not None, "a file of statistics is of the dense model"),
+        "save-stats": (options.save_stats is not None, "a file of statistics is of the dense model"),
+        "torchrun": (launched(), "one process removes structures"),
+    }
+    for name, (given, why) in reasons.items():
+        if given:
+            raise InputError(f"remove does not go with {name}: {why}; leave out one of them")
 
 
 def _check_training(stage: str, options: RunOptions) -> None:

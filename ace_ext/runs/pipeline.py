@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ace_ext.data.bos import BosChoice
 from ace_ext.data.windows import CalibrationData
-from ace_ext.engine.api import check_pattern, prune_model
+from ace_ext.engine.api import check_pattern, prune_model, removal_report
 from ace_ext.engine.context import RunContext
 from ace_ext.engine.distributed import Alone, Ranks, launched, share_of
 from ace_ext.engine.progress import Progress
@@ -24,7 +24,7 @@ from ace_ext.models.location import hub_name
 from ace_ext.models.versions import versions
 from ace_ext.process_memory import return_freed_memory
 from ace_ext.pruning.config import PruneConfig
-from ace_ext.records import REPORT_NAME, PruneReport
+from ace_ext.records import REPORT_NAME, PruneReport, Removed
 from ace_ext.runs.bos_choice import choose_for_run
 from ace_ext.runs.command import run_command
 from ace_ext.runs.holdout import measurement_for
@@ -40,6 +40,7 @@ from ace_ext.runs.output import (
     output_path,
 )
 from ace_ext.runs.own_files import read_manifest
+from ace_ext.runs.removal import remove_from_, smaller_of
 from ace_ext.runs.unfinished import discard, folder_of, recorded_fingerprint, recover
 from ace_ext.runs.workspace import Workspace
 
@@ -133,6 +134,15 @@ def _prune(request: RunRequest, path: Path, progress: Progress) -> PruneReport:
             if first:
                 check_output(path, options.overwrite, options.resume)  # a run that had the lock may have written it
                 inputs.keep(workspace)
+            removed: list[Removed] = []
+            if request.config.remove is not None:
+                if measured is not None:
+                    measured.before()
+                removed = remove_from_(source, request, inputs.tokens(peers), progress)
+                blocks = _block_source(source, request.device)
+                if measured is not None:
+                    measured.follow(blocks)
+            if first:
                 _open_writer(workspace, source, request)
             sink = inputs.statistics_writer(workspace, peers)
             context = RunContext(
@@ -147,12 +157,18 @@ def _prune(request: RunRequest, path: Path, progress: Progress) -> PruneReport:
             )
             if bos is not None and first:
                 progress.note(str(bos))
-            if measured is not None:
+            if measured is not None and not removed:
                 measured.before()
             if choice.overlap and isinstance(blocks, OffloadedBlocks):
                 blocks.read_ahead()  # not earlier: the model's head would be in memory too
             whole = not source.offloaded and not workspace.finished  # then the pruned model is in memory
-            report = prune_model(source.model, inputs.tokens(peers), request.config, context=context)
+            if request.config.only_removes:
+                report = removal_report(source.model, request.config, removed)
+                context.observer.end(report)
+            else:
+                later = request.config.without_removal() if removed else request.config
+                report = prune_model(source.model, inputs.tokens(peers), later, context=context)
+                report.config, report.removed = request.config.to_dict(), removed
             if measured is not None:
                 report.perplexity = measured.after(None if whole else workspace.model)
             report.extra = inputs.described()
@@ -190,7 +206,10 @@ def _joined(device: torch.device) -> Iterator[Peers]:
 def _open(request: RunRequest) -> Source:
     """The model, checked as far as it is possible before the text is drawn: the model may write it for a long time."""
     source = open_source(request)
-    check_pattern(source.blocks, request.config)
+    if request.config.remove is None:
+        check_pattern(source.blocks, request.config)
+    else:
+        smaller_of(source, request.config)
     check_serves(source, request)
     if request.options.max_memory is not None:
         Demand(source, request).hidden_fits()

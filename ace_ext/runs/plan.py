@@ -27,6 +27,7 @@ from ace_ext.models.blocks import Block, stay_dense
 from ace_ext.process_memory import available_bytes, peak_memory_bytes, reset_peak, resident_bytes
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.groups import keep_count
+from ace_ext.records import Removed
 from ace_ext.runs import holdout
 from ace_ext.runs.dry_run import Trial, try_block
 from ace_ext.runs.heal_trial import try_step
@@ -35,6 +36,7 @@ from ace_ext.runs.model_source import Demand, MemoryChoice, Source, check_serves
 from ace_ext.runs.options import Calibration, RunOptions, RunRequest, check_request
 from ace_ext.runs.output_size import PlannedMatrix, bytes_of_all, output_bytes
 from ace_ext.runs.prune_and_heal import needed_memory, planned_batches, text_of
+from ace_ext.runs.removal import removal_seconds, smaller_of
 from ace_ext.runs.shapes_only import open_for_plan
 
 CARD = 24 * 10**9
@@ -68,6 +70,8 @@ class Plan:
     need: dict[str, int] = field(default_factory=dict)
     """For a model without files: peak bytes with all weights in memory (``whole``), and with one block at a time
     (``offload``), if that is possible."""
+    removed: list[Removed] = field(default_factory=list)
+    """Structures that the run would remove first. ``matrices`` are then those of the smaller model."""
 
     @property
     def peak(self) -> Estimate:
@@ -79,20 +83,13 @@ class Plan:
         phases = {phase.phase: {"total": phase.total, **phase.parts()} for phase in self.phases}
         total = {"peak_memory_bytes": self.peak.total, "peak_phase": self.peak.phase}
         seconds = {**self.seconds, "total": sum(self.seconds.values()) if self.trial else None}
-        return json.dumps({**asdict(self), **total, "phases": phases, "seconds": seconds}, indent=1)
+        values = {name: value for name, value in asdict(self).items() if name != "removed" or value}
+        return json.dumps({**values, **total, "phases": phases, "seconds": seconds}, indent=1)
 
     def table(self) -> str:
         """Text for a terminal: a line for each kind of matrix, then memory, bytes read and written, and time."""
-        kinds: dict[tuple[str, tuple[int, int], str, int, int], int] = {}
-        for matrix in self.matrices:
-            kind = (kind_of(matrix.name), matrix.shape, matrix.group, matrix.group_size, matrix.keep)
-            kinds[kind] = kinds.get(kind, 0) + 1
-        width = max(len(kind[0]) for kind in kinds)
-        lines = [f"{'matrix':<{width}}  {'count':>5}  {'shape':>13}  {'group':>6}  kept"]
-        lines += [
-            f"{name:<{width}}  {count:>5}  {'x'.join(map(str, shape)):>13}  {group:>6}  {keep} of {size}"
-            for (name, shape, group, size, keep), count in kinds.items()
-        ]
+        lines = [record.summary() for record in self.removed]
+        lines += self._kinds()
         weights = "one block at a time from the files" if self.offload else "all in memory"
         states = "in memory" if self.resident_hidden else "on the disk"
         lines += describe_dense(self.dense, sum(math.prod(matrix.shape) for matrix in self.matrices))
@@ -106,6 +103,22 @@ class Plan:
         lines.append(self._time())
         lines.append(str(self.bos))
         return "\n".join(lines)
+
+    def _kinds(self) -> list[str]:
+        """A line for each kind of matrix; none if no weight becomes zero."""
+        kinds: dict[tuple[str, tuple[int, int], str, int, int], int] = {}
+        for matrix in self.matrices:
+            kind = (kind_of(matrix.name), matrix.shape, matrix.group, matrix.group_size, matrix.keep)
+            kinds[kind] = kinds.get(kind, 0) + 1
+        if not kinds:
+            return []
+        width = max(len(kind[0]) for kind in kinds)
+        lines = [f"{'matrix':<{width}}  {'count':>5}  {'shape':>13}  {'group':>6}  kept"]
+        lines += [
+            f"{name:<{width}}  {count:>5}  {'x'.join(map(str, shape)):>13}  {group:>6}  {keep} of {size}"
+            for (name, shape, group, size, keep), count in kinds.items()
+        ]
+        return lines
 
     def _needs(self) -> list[str]:
         """A line about the memory of a model without files."""
@@ -160,7 +173,9 @@ def make_plan(
     check_request(request)
     calibration.check()
     source = open_for_plan(request)
-    check_pattern(source.blocks, config)
+    smaller = None if config.remove is None else smaller_of(source, config)
+    if smaller is None:
+        check_pattern(source.blocks, config)
     check_serves(source, request)
     measured = _draw(source, calibration)
     demand = Demand(source, request)
@@ -180,8 +195,9 @@ def make_plan(
     read, written = _traffic(source, calibration, 0 if choice.hidden or trial is None else trial.passes)
     if source.offloaded:  # for each forward pass of the whole model
         read += (2 * request.evaluates + (not measured.bos.decided)) * bytes_of_all(source)
-    matrices = planned_matrices(source.blocks, config)
-    output = output_bytes(source, matrices, options.format, config)
+    matrices = [] if config.only_removes else planned_matrices(smaller.blocks if smaller else source.blocks, config)
+    stays = source if smaller is None else replace(source, model=smaller.model, blocks=smaller.blocks)
+    output = output_bytes(stays, matrices, options.format, config)
     if options.format != DEFAULT_FORMAT:  # the dense files are hashed and packed, and what they became is compared
         read, written = read + 2 * bytes_of_all(source) + output, written + output
     return Plan(
@@ -189,8 +205,8 @@ def make_plan(
         device=str(device),
         dtype=str(next(iter(source.blocks[0].module.parameters())).dtype).removeprefix("torch."),
         matrices=matrices,
-        blocks=len(source.blocks),
-        dense=stay_dense(source.model, source.blocks),
+        blocks=len(stays.blocks),
+        dense=[] if config.only_removes else stay_dense(stays.model, stays.blocks),
         offload=source.offloaded,
         resident_hidden=choice.hidden,
         phases=phases,
@@ -201,6 +217,7 @@ def make_plan(
         bos=measured.bos,
         trial="" if trial is None else _describe(source, device),
         need=need,
+        removed=[] if smaller is None else smaller.removed,
     )
 
 
@@ -218,7 +235,7 @@ def _needed(source: Source, request: RunRequest) -> dict[str, int]:
     distills = request.config.method.distill is not None
     least = needed_memory(request, source).total if distills else 0
     found = {"whole": max(least, Demand(replace(source, offloaded=False), request).peak(MemoryChoice()).total)}
-    if not request.config.comparison.over_matrices:
+    if not request.config.comparison.over_matrices and request.config.remove is None:
         text = replace(request.calibration, source=SMALL_SOURCES[0]) if request.writes_own_text else request.calibration
         given = replace(request, calibration=text)
         peak = Demand(replace(source, offloaded=True), given).peak(MemoryChoice(hidden=False))
@@ -336,6 +353,10 @@ def _seconds(request: RunRequest, source: Source, trial: Trial, measured: _Measu
         "text": text,
         "blocks": blocks * (trial.fixed_seconds + tokens * trial.token_seconds),
     }
+    if request.config.remove is not None:
+        found["remove"] = removal_seconds(source, request.config.remove, tokens, trial.token_seconds)
+    if request.config.only_removes:
+        del found["blocks"]
     if not source.shapes_only:
         found["files"] = traffic / _bytes_per_second(source.files.paths[0])
     if distilled is not None:

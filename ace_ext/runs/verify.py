@@ -14,6 +14,7 @@ from ace_ext.errors import InputError, one_line
 from ace_ext.formats import grid_of, written_shards
 from ace_ext.models._transformers import embedding_weight, is_left_out
 from ace_ext.models.blocks import find_blocks
+from ace_ext.models.location import ModelLocation
 from ace_ext.models.safetensors_files import Shards, all_names, has_safetensors
 from ace_ext.models.skeleton import skeleton
 from ace_ext.packed.files import PackedShards, is_packed
@@ -41,6 +42,8 @@ class VerifyResult:
     sparsity: float = 0.0
     loads: bool = False
     """Whether transformers loaded the folder and computed a finite output."""
+    removed: list[str] = field(default_factory=list)
+    """For each kind of structure that was removed, how many are left by ``config.json``."""
     problems: list[str] = field(default_factory=list)
     """One line each, with the name of the matrix; empty if the folder is valid."""
 
@@ -66,7 +69,8 @@ def verify_weights(folder: str | Path) -> VerifyResult:
     The configuration and the run's ``skip`` give the parameters, their shapes, and the matrices that were pruned. The
     files must hold these parameters and nothing else, all finite. Every matrix must have the zeros that the settings
     ask for per row (or N:M group, matrix, model) or more, none of them -0.0, and as many as the report says. Weights of
-    a method with ``quantize`` must be on its grid, also after a distillation.
+    a method with ``quantize`` must be on its grid, also after a distillation. If structures were removed, the
+    configuration must have as many as the report says.
 
     Raises:
         InputError: the folder has no report that can be read, or no safetensors, or does not give back what was
@@ -82,6 +86,9 @@ def verify_weights(folder: str | Path) -> VerifyResult:
     result = VerifyResult(str(folder))
     expected, transposed = _expected(Path(folder), shards, config, report, result)
     reported = {matrix.name: matrix for matrix in report.matrices}
+    _check_removed(Path(folder), report, result)
+    if report.only_removed:
+        return result
     if expected is None:  # the configuration cannot be read; the matrices of the report are checked
         expected = {name: matrix.shape for name, matrix in reported.items()}
     _check_named(expected, reported, result)
@@ -154,6 +161,22 @@ def _expected(
             if block.is_transposed(child):
                 transposed.add(name)
     return expected, transposed
+
+
+def _check_removed(folder: Path, report: PruneReport, result: VerifyResult) -> None:
+    """Checks the numbers of structures in the configuration."""
+    if not report.removed:
+        return
+    try:
+        settings = ModelLocation(str(folder)).config().get_text_config().to_dict()
+    except Exception:  # a damaged configuration can raise anything; it is a problem already
+        return
+    for record in report.removed:
+        value = settings.get(record.setting)
+        numbers = set(value) if isinstance(value, list) else {value}
+        if numbers != {record.after}:
+            result.problems.append(f"config.json: {record.setting} is {value}, but the report says {record.after}")
+        result.removed.append(f"{record.after} of {record.before} {record.kind}")
 
 
 def _check_parameter(name: str, shape: tuple[int, ...], shards: Shards, result: VerifyResult) -> None:

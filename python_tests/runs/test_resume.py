@@ -31,6 +31,7 @@ MODES = {
     "block-order": ("--method", "collect(order=block) + wanda", "--offload", "disk"),
     "trained": ("--method", "admm + train(epochs=1)"),
     "quantized": ("--method", "admm + quantize(bits=4)", "--offload", "disk"),
+    "removed": ("--remove", "neurons=0.25", "--pattern", "2:4"),
     "allocated": ("--method", "allocate + wanda + swaps(gram=cosine)", "--offload", "disk"),
 }
 

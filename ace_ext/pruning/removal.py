@@ -1,0 +1,210 @@
+"""What ``remove`` takes out of a model: whole neurons of its feed-forward parts, whole blocks.
+
+A text such as ``neurons=0.2(score=variance) + blocks=2`` names the structures. :func:`removal_of` reads it, and ``str``
+writes it; each is the inverse of the other.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ace_ext.errors import InputError
+from ace_ext.pruning.settings import Limits, Options, option, suggestion
+
+SCORES = {
+    "obs": "‖W_j‖² / (C⁻¹)_jj with the inputs' second moments C, a few at a time, C⁻¹ downdated",
+    "variance": "the variance of the neuron times ‖W_j‖² (FLAP, arXiv 2312.11983)",
+    "cosine": "the change of direction of the block's output without the neuron",
+}
+"""The scores of neurons by name, with their formulas. ``W_j``: the column of the last matrix that reads neuron j."""
+
+MOST_AT_ONCE = 256
+"""The largest multiple that sizes are rounded to by default: formats of llama.cpp store blocks of 256 numbers."""
+
+
+@dataclass(frozen=True)
+class Neurons(Options):
+    """Removes the same number of neurons from the feed-forward part of every block.
+
+    Raises:
+        InputError: a value is outside its limits.
+    """
+
+    name: ClassVar[str] = "neurons"
+    share: float
+    """Share of the neurons, between 0 and 1."""
+    score: str = option("obs", "which neurons stay: those with the highest score", Limits(choices=SCORES))
+    multiple: int | None = option(
+        None,
+        f"the number that stays is a multiple of this; default: the largest power of two up to {MOST_AT_ONCE} of which "
+        "the dense number has 16",
+        Limits(at_least=1),
+    )
+    refit: str = option(
+        "block",
+        "what the last matrix is fitted to by least squares: block (the dense block's output), matrix (the dense "
+        "matrix's output) or none",
+        Limits(choices=("block", "matrix", "none")),
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise InputError(
+                f"remove: neurons must be a share between 0 and 1 (got {str(self.share)[:100]}){_percent(self)}"
+            )
+        super().__post_init__()
+
+    @property
+    def amount(self) -> float:
+        """The value behind the name."""
+        return self.share
+
+    def kept(self, count: int) -> tuple[int, int]:
+        """How many of ``count`` neurons stay, and the multiple that this number was rounded to.
+
+        Raises:
+            InputError: no neuron would stay, or none would be removed.
+        """
+        multiple = self.multiple or max(2**i for i in range(MOST_AT_ONCE.bit_length()) if 2**i * 16 <= max(16, count))
+        kept = int((1 - self.share) * count / multiple + 0.5 + 1e-9) * multiple
+        if not 0 < kept < count:
+            what = "no neuron would stay" if kept < count else "no neuron would be removed"
+            raise InputError(
+                f"remove: {self.share:g} of {count} neurons in multiples of {multiple}: {what}; give another share or "
+                "multiple"
+            )
+        return kept, multiple
+
+
+@dataclass(frozen=True)
+class Blocks(Options):
+    """Removes whole blocks.
+
+    Raises:
+        InputError: a value is outside its limits.
+    """
+
+    name: ClassVar[str] = "blocks"
+    amount: float | int
+    """A share between 0 and 1, or a whole number of blocks."""
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.amount, int) and self.amount >= 1
+        if not whole and not 0 < self.amount < 1:
+            raise InputError(
+                f"remove: blocks must be a share between 0 and 1 or a whole number of blocks "
+                f"(got {str(self.amount)[:100]})"
+            )
+
+    def removed(self, count: int) -> int:
+        """How many of ``count`` blocks go.
+
+        Raises:
+            InputError: none would go, or none would stay.
+        """
+        removed = self.amount if isinstance(self.amount, int) else int(self.amount * count + 0.5)
+        if not 0 < removed < count:
+            raise InputError(
+                f"remove: blocks={str(self.amount)[:20]} of {count} blocks: at least one must go and one stay"
+            )
+        return removed
+
+
+Part = Neurons | Blocks
+PARTS: dict[str, type[Part]] = {kind.name: kind for kind in (Blocks, Neurons)}
+"""The structures by name, in the order in which they are removed."""
+
+
+@dataclass(frozen=True)
+class Removal:
+    """The structures to remove, at most one part of each kind."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def neurons(self) -> Neurons | None:
+        """The part for neurons; None: none are removed."""
+        return next((part for part in self.parts if isinstance(part, Neurons)), None)
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """The part for blocks; None: none are removed."""
+        return next((part for part in self.parts if isinstance(part, Blocks)), None)
+
+    def __str__(self) -> str:
+        """The text of the parts; :func:`removal_of` reads it back."""
+        return " + ".join(map(text_of, self.parts))
+
+
+def text_of(part: Part) -> str:
+    """The text of one part."""
+    changed = [(s.name, getattr(part, s.name)) for s in part.settings() if getattr(part, s.name) != s.default]
+    options = ", ".join(f"{name}={value}" for name, value in changed)
+    return f"{part.name}={part.amount}" + (f"({options})" if options else "")
+
+
+_PART = re.compile(r"(?P<name>[a-z]+)\s*=\s*(?P<amount>[^\s()=]+)\s*(?:\((?P<options>[^()]*)\))?")
+_OPTION = re.compile(r"\s*(?P<name>\w+)\s*=\s*(?P<value>[^,=\s]+)\s*")
+
+
+def removal_of(given: "Removal | str") -> Removal:
+    """The removal that a text stands for.
+
+    Raises:
+        InputError: the text is not parts joined by ``+``; a name or option is unknown or given twice; or a value is
+            outside its limits.
+    """
+    if isinstance(given, Removal):
+        return given
+    if not isinstance(given, str):
+        raise InputError(f'remove must be a text such as "neurons=0.2" (got {str(given)[:100]})')
+    parts = [_part(text) for text in given.split("+")]
+    names = [part.name for part in parts]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"remove: {name} is given twice (got {given[:100]!r}); give it once")
+    order = list(PARTS)
+    return Removal(tuple(sorted(parts, key=lambda part: order.index(part.name))))
+
+
+def _part(text: str) -> Part:
+    match = _PART.fullmatch(text.strip())
+    if match is None:
+        raise InputError(
+            f'remove must be parts joined by +, each name=amount or name=amount(option=value, …), e.g. "neurons=0.2 + '
+            f'blocks=2" (got {text[:100]!r})'
+        )
+    name, known = match["name"], PARTS
+    if name not in known:
+        raise InputError(f"remove: {name[:100]!r} is not one of {', '.join(known)}{suggestion(name, known)}")
+    return known[name](_number(name, match["amount"]), **_options(known[name], match["options"] or ""))
+
+
+def _number(name: str, text: str) -> float | int:
+    for kind in (int, float):
+        try:
+            return kind(text) if text.isascii() and "_" not in text else kind("x")
+        except ValueError:
+            continue
+    raise InputError(f"remove: {name} must be a number (got {text[:100]!r})")
+
+
+def _options(kind: type[Part], text: str) -> dict[str, Any]:
+    known = {setting.name: setting for setting in kind.settings()}
+    found: dict[str, Any] = {}
+    for item in text.split(",") if text.strip() else []:
+        match = _OPTION.fullmatch(item)
+        if match is None:
+            raise InputError(f"remove: options must be name=value, separated by commas (got {item[:100]!r})")
+        name = match["name"]
+        if name not in known:
+            own = f"its options are {', '.join(known)}" if known else "it has none"
+            raise InputError(f"remove: {kind.name} has no option {name[:100]}: {own}{suggestion(name, known)}")
+        if name in found:
+            raise InputError(f"remove: option {name} is given twice; give it once")
+        found[name] = known[name].parse(match["value"])
+    return found
+
+
+def _percent(part: Neurons) -> str:
+    return f"; did you mean {part.share / 100:g}?" if 1 < part.share < 100 else ""

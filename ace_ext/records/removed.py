@@ -1,0 +1,83 @@
+"""Records of removed structures."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class CutBlock:
+    """A block with fewer neurons. Errors are mean squared errors on held-back tokens, relative to the mean square of
+    what the last matrix was fitted to."""
+
+    name: str
+    error_before: float
+    """With the dense weights of the neurons that stay."""
+    error: float
+    """With the weights that were kept."""
+    ridge: float | None
+    """The regularisation of the least squares that gave them; None: they are the dense weights."""
+
+
+@dataclass
+class DroppedBlock:
+    """A removed block by its name in the dense model, and its influence, ``1 - cos(input, output)`` averaged over
+    tokens, when it was removed."""
+
+    name: str
+    influence: float
+
+
+@dataclass
+class Removed:
+    """Structures of one kind that were removed, such as neurons."""
+
+    part: str
+    """What was asked for, as in ``"neurons=0.2"``."""
+    setting: str
+    """The setting of ``config.json`` that holds the number."""
+    before: int
+    after: int
+    multiple: int | None
+    """What ``after`` is a multiple of; None for blocks."""
+    parameters_before: int
+    parameters_after: int
+    """Parameters of the whole model; a tied LM head is counted once."""
+    seconds: float
+    cut: list[CutBlock] = field(default_factory=list)
+    """For neurons: each block that has fewer."""
+    dropped: list[DroppedBlock] = field(default_factory=list)
+    """For blocks: in the order in which they were removed."""
+
+    @property
+    def kind(self) -> str:
+        """``"neurons"`` or ``"blocks"``."""
+        return self.part.partition("=")[0]
+
+    @property
+    def share(self) -> float:
+        """The share of these structures that was removed."""
+        return 1 - self.after / self.before
+
+    @property
+    def smaller(self) -> float:
+        """The share of the model's parameters that was removed."""
+        return 1 - self.parameters_after / self.parameters_before
+
+    def summary(self) -> str:
+        """One line."""
+        of = f" of each of {len(self.cut)} blocks" if self.cut else " of each block" if self.multiple else ""
+        rounded = "" if self.multiple in (None, 1) else f", in multiples of {self.multiple}"
+        end = f", {self.seconds:.1f} s" if self.seconds else ""
+        word = "removed" if self.seconds else "removes"
+        return (
+            f"{word} {self.before - self.after} of {self.before} {self.kind}{of} ({self.share:.1%}{rounded}): "
+            f"{self.setting} is {self.after}; {self.smaller:.1%} of the model's parameters{end}"
+        )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Removed":
+        """The reverse of ``dataclasses.asdict``, also after JSON."""
+        cut = [CutBlock(**block) for block in data["cut"]]
+        dropped = [DroppedBlock(**block) for block in data["dropped"]]
+        return cls(**{**data, "cut": cut, "dropped": dropped})

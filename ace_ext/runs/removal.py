@@ -1,0 +1,113 @@
+"""The removal of structures in a run on files: from the model in memory, and by shapes alone for a plan."""
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ace_ext.engine.api import check_pattern, remove_structures
+from ace_ext.engine.context import RunContext
+from ace_ext.engine.inputs import model_inputs
+from ace_ext.engine.progress import Progress
+from ace_ext.models.blocks import Block, find_blocks
+from ace_ext.models.run_mode import run_mode
+from ace_ext.pruning.config import PruneConfig
+from ace_ext.pruning.removal import Removal
+from ace_ext.records import Removed
+from ace_ext.runs.model_source import Source
+from ace_ext.runs.options import RunRequest
+
+_TRIED = 512
+"""The most neurons of the trial of :func:`seconds_of_neurons`."""
+
+
+@dataclass(frozen=True)
+class Smaller:
+    """The model that stays, from shapes alone, and a record of each kind of structure that goes."""
+
+    model: nn.Module
+    blocks: list[Block]
+    removed: list[Removed]
+
+
+def smaller_of(source: Source, config: PruneConfig) -> Smaller:
+    """What a run would leave of a model. Checks that zeros can follow.
+
+    Args:
+        source: may be a skeleton.
+        config: has ``remove``.
+
+    Raises:
+        InputError: the structures cannot be removed, or the pattern does not fit the smaller model.
+    """
+    from ace_ext.structures.remove import planned_removal  # imported here: most runs remove no structure
+
+    assert config.remove is not None  # checked by the caller
+    model, removed = planned_removal(source.model, source.blocks, config.remove)
+    blocks = find_blocks(model, config.skip, check=False, max_dense=config.max_dense)
+    if not config.only_removes:
+        check_pattern(blocks, config)
+    return Smaller(model, blocks, removed)
+
+
+def remove_from_(source: Source, request: RunRequest, tokens: Tensor, progress: Progress) -> list[Removed]:
+    """Removes structures from the model in memory. Its files no longer hold the weights of the output.
+
+    Args:
+        source: loaded; it gets the smaller model's blocks.
+        request: its configuration has ``remove``.
+        tokens: the calibration samples, ``[nsamples, seqlen]``.
+        progress: shows the steps.
+
+    Raises:
+        InputError: they cannot be removed.
+    """
+    config, model = request.config, source.model
+    with run_mode(model):
+        ready = list(model_inputs(model, tokens, config, request.device))
+        removed = remove_structures(model, ready, config, RunContext(observer=progress))
+    source.blocks = find_blocks(model, config.skip, max_dense=config.max_dense)
+    source.files = replace(source.files, shards=None)
+    return removed
+
+
+def removal_seconds(source: Source, wanted: Removal, tokens: int, token_seconds: float) -> float:
+    """About how long a removal takes.
+
+    Args:
+        source: the dense model; may be a skeleton.
+        wanted: the structures.
+        tokens: of the calibration.
+        token_seconds: how long a token takes in a block, at most.
+    """
+    blocks, seconds = len(source.blocks), 0.0
+    if wanted.blocks is not None:
+        gone = wanted.blocks.removed(blocks)
+        seconds += sum(blocks - number for number in range(gone)) * tokens * token_seconds
+        blocks -= gone
+    if wanted.neurons is not None:
+        from ace_ext.structures.search import find_neurons  # imported here: most runs remove no structure
+
+        found = find_neurons(source.model, source.blocks)
+        part = next(part for part in found.parts if part is not None)
+        outputs = source.model.get_parameter(part.columns.name).shape[1 - part.columns.dim]
+        seconds += blocks * (4 * tokens * token_seconds + seconds_of_neurons(found.count, outputs))
+    return seconds
+
+
+def seconds_of_neurons(neurons: int, outputs: int) -> float:
+    """About how long scores and least squares of one block take, extrapolated from at most :data:`_TRIED` neurons with
+    random numbers."""
+    from ace_ext.structures.moments import Moments, fitted
+    from ace_ext.structures.scores import greedy
+
+    few, rows = min(neurons, _TRIED), min(outputs, _TRIED)
+    generator = torch.Generator().manual_seed(0)
+    moments = [Moments(few, rows, torch.device("cpu")) for _ in range(2)]
+    for part in moments:
+        part.add_(torch.randn(2 * few, few, generator=generator), torch.randn(2 * few, rows, generator=generator))
+    weight = torch.randn(rows, few, generator=generator)
+    start = time.perf_counter()
+    fitted(moments[0], moments[1], greedy(weight, moments[0].gram, few - few // 4), weight, None)
+    return (time.perf_counter() - start) * (neurons / few) ** 3

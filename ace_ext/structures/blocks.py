@@ -1,0 +1,154 @@
+"""Removes whole blocks: again and again the one with the least influence, ``1 - cos(input, output)`` (ShortGPT, arXiv
+2403.03853), measured anew without those that are gone."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ace_ext.errors import InputError
+from ace_ext.models.blocks import Block
+from ace_ext.models.replay import BlockCall, capture_calls, replaced_forward, run_block
+from ace_ext.records import DroppedBlock
+from ace_ext.structures.smaller import check_same, few_tokens, fill_, laid_out, numbers_of, shapes_of
+
+
+def least_influence(
+    model: nn.Module,
+    blocks: list[Block],
+    batches: Sequence[dict[str, Tensor]],
+    count: int,
+    advanced: Callable[[int, int], None] = lambda done, of: None,
+) -> list[tuple[int, float]]:
+    """The places of ``count`` blocks in the order in which they are removed, each with its influence at that time."""
+    calls = list(capture_calls(model, blocks, batches))
+    gone: list[tuple[int, float]] = []
+    for number in range(count):
+        left = [index for index in range(len(blocks)) if index not in {place for place, _ in gone}]
+        influence = _influence(blocks, calls, left)
+        gone.append(min(influence.items(), key=lambda item: (item[1], item[0])))
+        advanced(number + 1, count)
+    return gone
+
+
+def _influence(blocks: list[Block], calls: list[BlockCall], left: list[int]) -> dict[int, float]:
+    """The influence of each block of ``left`` in a model of these blocks, averaged over tokens."""
+    sums, tokens = dict.fromkeys(left, 0.0), 0
+    for call in calls:
+        assert call.hidden is not None  # just captured
+        hidden = call.hidden
+        for index in left:
+            output = run_block(blocks[index], hidden, call.others[index])
+            distance = 1 - functional.cosine_similarity(hidden.double(), output.double(), dim=-1).flatten()
+            used = distance if call.token_mask is None else distance[call.token_mask.to(distance.device)]
+            if not bool(torch.isfinite(used).all()):
+                raise InputError(f"{blocks[index].name}: its output holds NaN or infinity; load the model in float32")
+            sums[index] += float(used.sum())
+            hidden = output
+        tokens += call.tokens
+    return {index: total / max(1, tokens) for index, total in sums.items()}
+
+
+def find_depth(model: nn.Module, blocks: list[Block], removed: int) -> str:
+    """The setting of the configuration that says how many blocks a model has.
+
+    Raises:
+        InputError: there is none with which the class has the same blocks, only fewer.
+    """
+    if len({block.name.rpartition(".")[0] for block in blocks}) > 1:
+        raise InputError("remove: blocks of more than one list cannot be removed; leave out blocks")
+    if len({id(p) for b in blocks for p in b.module.parameters()}) < sum(
+        len(list(block.module.parameters())) for block in blocks
+    ):
+        raise InputError("remove: blocks that share weights cannot be removed; leave out blocks")
+    kept = list(range(len(blocks) - removed))
+    reasons = []
+    for field, value in numbers_of(model).items():
+        if isinstance(value, bool) or value != len(blocks):
+            continue
+        try:
+            lay_out_without(model, blocks, kept, field)
+        except InputError as error:
+            reasons.append(f"{field}: {error}")
+            continue
+        return field
+    raise InputError(
+        f"remove: no number in the configuration of {type(model).__name__} gives the same model with fewer blocks"
+        f"{'; ' if reasons else ''}{'; '.join(reasons)[:300]}"
+    )
+
+
+def without_blocks(
+    model: nn.Module,
+    blocks: list[Block],
+    field: str,
+    count: int,
+    batches: Sequence[dict[str, Tensor]],
+    advanced: Callable[[int, int], None] = lambda done, of: None,
+) -> tuple[nn.Module, list[DroppedBlock]]:
+    """A model with ``count`` blocks less, and the removed ones. ``model`` does not change.
+
+    Raises:
+        InputError: the class does not compute the same with fewer blocks as without the removed ones; or a block's
+            output is not finite.
+    """
+    gone = least_influence(model, blocks, batches, count, advanced)
+    places = {place for place, _ in gone}
+    kept = [index for index in range(len(blocks)) if index not in places]
+    smaller, names = lay_out_without(model, blocks, kept, field)
+    fill_(smaller, {new: tensor for name, tensor in model.state_dict().items() if (new := names(name))}, model)
+    tokens = few_tokens(batches[0])
+    with ExitStack() as stack:
+        for place in places:
+            module = blocks[place].module
+            stack.enter_context(replaced_forward(module, _bypass(module.forward)))
+        expected = model(input_ids=tokens, use_cache=False).logits
+    found = smaller(input_ids=tokens, use_cache=False).logits
+    check_same("blocks", expected, found, next(model.parameters()).dtype)
+    return smaller, [DroppedBlock(blocks[place].name, influence) for place, influence in gone]
+
+
+def _bypass(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that gives a block's input in the form of its output."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        output = original(*args, **kwargs)
+        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+    return forward
+
+
+def lay_out_without(
+    model: nn.Module, blocks: list[Block], kept: list[int], field: str
+) -> tuple[nn.Module, Callable[[str], str]]:
+    """A model with the blocks ``kept``, laid out with another ``field`` of the configuration; and a function that gives
+    the new name of a tensor of the model, empty if it is gone. Lists with an entry for each block become shorter.
+
+    Raises:
+        InputError: the class does not have these blocks with these settings.
+    """
+    changes: dict[str, Any] = {field: len(kept)}
+    for name, value in numbers_of(model).items():
+        if isinstance(value, list | tuple) and len(value) == len(blocks) and "token" not in name:
+            changes[name] = [value[index] for index in kept]
+    smaller = laid_out(model, changes)
+    place = {blocks[index].name: f"{blocks[index].name.rpartition('.')[0]}.{new}" for new, index in enumerate(kept)}
+    prefixes = {f"{block.name}.": place.get(block.name, "") for block in blocks}
+
+    def renamed(name: str) -> str:
+        for prefix, new in prefixes.items():
+            if name.startswith(prefix):
+                return f"{new}.{name.removeprefix(prefix)}" if new else ""
+        return name
+
+    expected = {new: shape for name, shape in shapes_of(model).items() if (new := renamed(name))}
+    found = shapes_of(smaller)
+    if found != expected:
+        other = min(name for name in {**expected, **found} if expected.get(name) != found.get(name))
+        gone = ", ".join(block.name for block in blocks if block.name not in place)
+        raise InputError(f"remove: with {field}={len(kept)} and without {gone} the class has another {other}")
+    return smaller, renamed

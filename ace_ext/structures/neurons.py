@@ -1,0 +1,295 @@
+"""Removes neurons: a walk over the blocks with two streams of hidden states, of the dense model and of the smaller one.
+
+In each block the neurons of the smaller stream are scored, some are removed, and the matrix that reads them is fitted
+to what the dense stream says. The dense model's weights are read and never changed.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ace_ext.errors import InputError
+from ace_ext.models._transformers import tie_weights_
+from ace_ext.models.blocks import Block, find_blocks
+from ace_ext.models.replay import Arguments, BlockCall, capture_calls, run_block
+from ace_ext.pruning import removal
+from ace_ext.records import CutBlock
+from ace_ext.structures.moments import Fit, Moments, fitted
+from ace_ext.structures.scores import kept_neurons, turning
+from ace_ext.structures.search import FeedForward, Neurons, find_neurons
+from ace_ext.structures.smaller import check_same, few_tokens, fill_, laid_out
+
+HELD_BACK = 8
+"""One of this many samples (or of this many tokens, if there are fewer samples) is held back from a fit."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The calibration batches as arguments of the model's calls, and whether blocks pass values on in a dict that is an
+    argument of each."""
+
+    batches: Sequence[dict[str, Tensor]]
+    shares: bool
+
+
+def find_and_try(model: nn.Module, blocks: list[Block], part: removal.Neurons, batch: Mapping[str, Tensor]) -> Neurons:
+    """The feed-forward parts of a model, tried: without every second neuron, the model's logits for a few tokens are
+    those of the dense model with these neurons zeroed. Changes nothing.
+
+    Raises:
+        InputError: they are not, there are no such parts, or the number of neurons cannot be reached.
+    """
+    found = find_neurons(model, blocks)
+    part.kept(found.count)
+    if found.count < 2:
+        raise InputError("remove: the feed-forward parts have one neuron; leave out neurons")
+    kept = torch.arange(0, found.count, 2)
+    smaller = laid_out(model, found.changes(len(kept)))
+    tensors = dict(model.state_dict())
+    for own in found.present:
+        tensors |= {cut.name: cut.keep(tensors[cut.name], kept, found.count) for cut in own.cuts}
+    fill_(smaller, tensors, model)
+    tokens = few_tokens(batch)
+    mask = torch.zeros(found.count, device=tokens.device)
+    mask[kept] = 1
+    with ExitStack() as stack:
+        for block, part_of in zip(blocks, found.parts, strict=True):
+            if part_of is not None:
+                stack.enter_context(block.products())
+                handle = block.linears[part_of.last].register_forward_pre_hook(
+                    lambda _, x: (x[0] * mask.to(x[0].dtype),)
+                )
+                stack.callback(handle.remove)
+        expected = model(input_ids=tokens, use_cache=False).logits
+    found_logits = smaller(input_ids=tokens, use_cache=False).logits
+    check_same("neurons", expected, found_logits, next(model.parameters()).dtype)
+    return found
+
+
+def without_neurons(
+    model: nn.Module,
+    blocks: list[Block],
+    found: Neurons,
+    part: removal.Neurons,
+    calibration: Calibration,
+    advanced: Callable[[int, int], None] = lambda done, of: None,
+) -> tuple[nn.Module, list[CutBlock]]:
+    """A model with fewer neurons, and what was done in each block. ``model`` does not change.
+
+    Args:
+        model: the dense model.
+        blocks: its blocks.
+        found: its feed-forward parts.
+        part: how many neurons go, and how they are chosen.
+        calibration: the text.
+        advanced: is called after each block with the number of finished blocks and of all.
+
+    Raises:
+        InputError: a block gives numbers that are not finite.
+    """
+    kept = part.kept(found.count)[0]
+    smaller = laid_out(model, found.changes(kept))
+    tensors = dict(model.state_dict())
+    first = torch.arange(kept)
+    for own in found.present:  # of the right shape; the walk replaces them
+        tensors |= {cut.name: cut.keep(tensors[cut.name], first, found.count) for cut in own.cuts}
+    fill_(smaller, tensors, model)
+    walk = _Walk(model, blocks, find_blocks(smaller, check=False), part, calibration)
+    report = []
+    for index, place in enumerate(found.parts):
+        if place is None:
+            walk.pass_through(index)
+        else:
+            report.append(walk.remove(index, place, kept))
+        advanced(index + 1, len(blocks))
+    tie_weights_(smaller)
+    return smaller, report
+
+
+class _Walk:
+    """The state of a walk.
+
+    Args:
+        model: the dense model.
+        blocks: its blocks.
+        smaller: the blocks of the smaller model; those that were not reached yet have no useful weights.
+        part: how neurons are chosen.
+        calibration: the text.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: list[Block],
+        smaller: list[Block],
+        part: removal.Neurons,
+        calibration: Calibration,
+    ) -> None:
+        self._blocks, self._smaller, self._part = blocks, smaller, part
+        self._calls = list(capture_calls(model, blocks, calibration.batches))
+        self._dense = [_entering(call) for call in self._calls]
+        self._stream = list(self._dense)
+        self._dense_calls = self._calls
+        if calibration.shares:  # each stream needs dicts of its own
+            self._dense_calls = list(capture_calls(model, blocks, calibration.batches))
+
+    def pass_through(self, index: int) -> None:
+        """Passes a block without a feed-forward part."""
+        for i, call in enumerate(self._dense_calls):
+            self._dense[i] = run_block(self._blocks[index], self._dense[i], call.others[index])
+        self._advance(index)
+
+    def remove(self, index: int, own: FeedForward, kept: int) -> CutBlock:
+        """Removes neurons of block ``index``."""
+        block, linear = self._blocks[index], self._blocks[index].linears[own.last]
+        bias = _bias(block, own)
+        weight = linear.weight.detach().float()
+        train, held, turned = self._collect(index, own, weight)
+        both = train.plus(held)
+        stay = kept_neurons(self._part.score, kept, weight, both, turned)
+        if self._part.refit == "none":
+            plain, error = weight[:, stay], both.error(stay, weight[:, stay], bias)
+            fit = Fit(plain, bias, None, error, error)
+            square = float(both.squares) / both.tokens
+        else:
+            fit = fitted(train, held, stay, weight, bias)
+            square = float(held.squares) / max(1, held.tokens)
+        self._store(index, own, stay, fit)
+        self._advance(index)
+        square = square or 1.0
+        return CutBlock(block.name, fit.error_before / square, fit.error / square, fit.ridge)
+
+    def _collect(self, index: int, own: FeedForward, weight: Tensor) -> tuple[Moments, Moments, Tensor | None]:
+        """The moments of the block's neurons and of the target, without and of the held-back tokens; and the sums of
+        :func:`ace_ext.structures.scores.turning`. The dense stream passes the block."""
+        block, last = self._blocks[index], own.last
+        device = weight.device
+        train, held = (Moments(own.neurons, len(weight), device) for _ in range(2))
+        turned = torch.zeros(own.neurons, device=device) if self._part.score == "cosine" else None
+        added = self._adds(index, last)
+        linear = block.linears[last]
+        offset = None if linear.bias is not None else _bias(block, own)  # added outside a Linear that stands for it
+        samples = sum(len(state) for state in self._stream)
+        number = 0
+        for i, call in enumerate(self._calls):
+            dense = _seen(block, last, self._dense[i], self._dense_calls[i].others[index])
+            own_run = _seen(block, last, self._stream[i], call.others[index])
+            target = dense.product
+            if self._part.refit == "block" and added:
+                target = own_run.product.float() + (dense.output.float() - own_run.output.float())
+            if offset is not None:
+                target = target.float() + offset
+            batch, seqlen = self._stream[i].shape[:2]
+            back = _held_back(batch, seqlen, number, samples, call.token_mask).to(device)
+            used = torch.ones_like(back) if call.token_mask is None else call.token_mask.to(device)
+            train.add_(own_run.neurons[used & ~back], target[used & ~back])
+            held.add_(own_run.neurons[used & back], target[used & back])
+            if turned is not None:
+                output = own_run.output if added else own_run.product
+                turned += turning(own_run.neurons[used], output[used], weight)
+            number += batch
+            self._dense[i] = dense.output.view_as(self._dense[i])
+        return train, held, turned
+
+    def _adds(self, index: int, last: str) -> bool:
+        """Whether the product of the last matrix is added to the block's output as it is, with no norm after it."""
+        block, hidden, others = self._blocks[index], self._stream[0], self._calls[0].others[index]
+        plain = run_block(block, hidden, others)
+        push = torch.zeros(hidden.shape[-1], device=hidden.device, dtype=hidden.dtype)
+        push[:: max(1, len(push) // 8)] = plain.float().square().mean().sqrt().to(hidden.dtype)
+        handle = block.linears[last].register_forward_hook(lambda _, x, y: y + push if y.shape[-1] == len(push) else y)
+        try:
+            moved = run_block(block, hidden, others)
+        finally:
+            handle.remove()
+        difference = (moved.float() - plain.float() - push.float()).norm()
+        return bool(difference < 0.02 * push.float().norm() * plain[..., 0].numel() ** 0.5)
+
+    def _store(self, index: int, own: FeedForward, stay: Tensor, fit: Fit) -> None:
+        """Gives the smaller model's block its weights."""
+        block, smaller = self._blocks[index], self._smaller[index]
+        dense = dict(block.module.named_parameters(remove_duplicate=False))
+        stored = {cut.name: cut.keep(dense[_inside(block, cut.name)].detach(), stay, own.neurons) for cut in own.rows}
+        like = dense[_inside(block, own.columns.name)]
+        matrix = fit.weight if own.columns.dim == 1 else fit.weight.T
+        stored[own.columns.name] = matrix.to(like.dtype).contiguous()
+        if fit.bias is not None and fit.ridge is not None:
+            name = f"{own.columns.name.removesuffix('.weight')}.bias"
+            stored[name] = fit.bias.to(dense[_inside(block, name)].dtype)
+        for name, value in stored.items():
+            path, _, leaf = _inside(block, name).rpartition(".")
+            owner = smaller.module.get_submodule(path)
+            trained = owner.get_parameter(leaf).requires_grad
+            owner.register_parameter(leaf, nn.Parameter(value, requires_grad=trained))
+        for fused in smaller.fused:
+            fused.bind()
+
+    def _advance(self, index: int) -> None:
+        """The smaller stream passes the block of the smaller model."""
+        block = self._smaller[index]
+        for i, call in enumerate(self._calls):
+            output = run_block(block, self._stream[i], call.others[index])
+            finite = torch.isfinite(output).flatten(0, 1).all(dim=1)
+            if not bool((finite if call.token_mask is None else finite | ~call.token_mask.to(finite.device)).all()):
+                raise InputError(
+                    f"{block.name}: its output holds NaN or infinity without the removed neurons; load the model in "
+                    "float32 or bfloat16 (--dtype)"
+                )
+            self._stream[i] = output
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a call of a block gave, per token."""
+
+    neurons: Tensor  # [tokens, neurons], the input of the last matrix
+    product: Tensor  # [tokens, d_out], its output
+    output: Tensor  # [tokens, d_model], the block's
+
+
+def _seen(block: Block, last: str, hidden: Tensor, others: Arguments) -> _Run:
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def see(_: nn.Module, x: tuple[Tensor, ...], y: Tensor) -> None:
+        found.append((x[0], y))
+
+    handle = block.linears[last].register_forward_hook(see)
+    try:
+        output = run_block(block, hidden, others)
+    finally:
+        handle.remove()
+    if len(found) != 1 or found[0][0][..., 0].numel() != hidden[..., 0].numel():
+        raise InputError(
+            f"remove: {block.full_name(last)} is not called once with every token, so its neurons cannot be removed"
+        )
+    x, y = found[0]
+    return _Run(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), output.reshape(-1, output.shape[-1]))
+
+
+def _entering(call: BlockCall) -> Tensor:
+    assert call.hidden is not None  # just captured
+    return call.hidden
+
+
+def _held_back(batch: int, seqlen: int, number: int, samples: int, mask: Tensor | None) -> Tensor:
+    """``[batch * seqlen]`` bool: the tokens that are held back. ``number``: of the batch's first sample."""
+    if samples >= HELD_BACK:
+        rows = torch.arange(number, number + batch) % HELD_BACK == HELD_BACK - 1
+        return rows.repeat_interleave(seqlen)
+    places = torch.arange(batch * seqlen) if mask is None else mask.cpu().cumsum(0)
+    return places % HELD_BACK == HELD_BACK - 1
+
+
+def _bias(block: Block, own: FeedForward) -> Tensor | None:
+    """The bias that is added to the product of the last matrix, float32. That of a transposed Linear is a parameter of
+    its owner."""
+    name = f"{_inside(block, own.columns.name).removesuffix('.weight')}.bias"
+    found = dict(block.module.named_parameters(remove_duplicate=False)).get(name)
+    return None if found is None else found.detach().float()
+
+
+def _inside(block: Block, name: str) -> str:
+    return name.removeprefix(f"{block.name}.")

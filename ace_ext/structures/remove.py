@@ -1,0 +1,138 @@
+"""Removes structures from a model in memory. The model is the smaller one when everything is done, and unchanged after
+an error."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ace_ext.errors import InputError
+from ace_ext.models.block_store import ResidentBlocks
+from ace_ext.models.blocks import Block, find_blocks
+from ace_ext.models.trial import try_walk
+from ace_ext.pruning import removal
+from ace_ext.records import Removed
+from ace_ext.structures.blocks import find_depth, lay_out_without, without_blocks
+from ace_ext.structures.neurons import Calibration, find_and_try, without_neurons
+from ace_ext.structures.search import Neurons, find_neurons
+from ace_ext.structures.smaller import laid_out, take_over_
+
+
+@torch.no_grad()
+def remove_(
+    model: nn.Module,
+    batches: Sequence[dict[str, Tensor]],
+    wanted: removal.Removal,
+    advanced: Callable[[str, int, int], None] = lambda kind, done, of: None,
+) -> list[Removed]:
+    """Removes blocks and then neurons.
+
+    Args:
+        model: a causal language model in evaluation mode (:mod:`ace_ext.models.run_mode`). Its modules and
+            configuration are replaced; the object stays the same.
+        batches: the calibration text as arguments of the model's calls.
+        wanted: the structures.
+        advanced: is called with the kind of structure, the number of finished steps and that of all.
+
+    Returns:
+        A record for each kind.
+
+    Raises:
+        InputError: the model has no such structures, its class cannot be made smaller, or numbers are not finite. The
+            model is unchanged.
+    """
+    blocks = find_blocks(model)
+    if not batches:
+        raise InputError("calibration must have at least one token whose attention_mask is not 0 (got none)")
+    shares = _check(model, blocks, batches[0])
+    if wanted.neurons is not None:
+        neurons = find_and_try(model, blocks, wanted.neurons, batches[0])
+    smaller, records = model, []
+    if wanted.blocks is not None:
+        start, count = time.perf_counter(), wanted.blocks.removed(len(blocks))
+        depth = find_depth(model, blocks, count)
+        smaller, dropped = without_blocks(model, blocks, depth, count, batches, partial(advanced, "blocks"))
+        record = _record(wanted.blocks, depth, (len(blocks), len(blocks) - count), (model, smaller))
+        records.append(replace(record, seconds=time.perf_counter() - start, dropped=dropped))
+    if wanted.neurons is not None:
+        start, before = time.perf_counter(), smaller
+        if wanted.blocks is not None:
+            blocks = find_blocks(before)
+            neurons = find_and_try(before, blocks, wanted.neurons, batches[0])
+        calibration = Calibration(batches, shares)
+        smaller, cut = without_neurons(
+            before, blocks, neurons, wanted.neurons, calibration, partial(advanced, "neurons")
+        )
+        record = _record(wanted.neurons, neurons.field, _sizes(wanted.neurons, neurons), (before, smaller))
+        records.append(replace(record, seconds=time.perf_counter() - start, cut=cut))
+    take_over_(model, smaller)
+    return records
+
+
+def planned_removal(model: nn.Module, blocks: list[Block], wanted: removal.Removal) -> tuple[nn.Module, list[Removed]]:
+    """The smaller model with its parameters on the meta device, and a record for each kind, from shapes alone.
+
+    Args:
+        model: loaded, or a skeleton.
+        blocks: its blocks.
+        wanted: the structures.
+
+    Raises:
+        InputError: the model has no such structures, or its class cannot be made smaller.
+    """
+    records = []
+    if wanted.blocks is not None:
+        count = wanted.blocks.removed(len(blocks))
+        depth = find_depth(model, blocks, count)
+        smaller = lay_out_without(model, blocks, list(range(len(blocks) - count)), depth)[0]
+        records.append(_record(wanted.blocks, depth, (len(blocks), len(blocks) - count), (model, smaller)))
+        model, blocks = smaller, find_blocks(smaller, check=False)
+    if wanted.neurons is not None:
+        neurons = find_neurons(model, blocks)
+        sizes = _sizes(wanted.neurons, neurons)
+        smaller = laid_out(model, neurons.changes(sizes[1]))
+        records.append(_record(wanted.neurons, neurons.field, sizes, (model, smaller)))
+        model = smaller
+    return model, records
+
+
+def working_bytes(neurons: int, outputs: int) -> tuple[int, int]:
+    """Bytes that :func:`remove_` needs for one block beside weights, hidden states and activations: the moments of its
+    neurons, and the working memory of scores and least squares.
+
+    Args:
+        neurons: of a block.
+        outputs: rows of the matrix that reads them.
+    """
+    moments = 3 * 4 * neurons * (neurons + outputs)
+    return moments, 3 * 8 * neurons * (neurons + outputs)
+
+
+def _check(model: nn.Module, blocks: list[Block], batch: dict[str, Tensor]) -> bool:
+    """Whether blocks also pass values on in a dict.
+
+    Raises:
+        InputError: the model's weights are on several devices, or it cannot be walked block by block.
+    """
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1:
+        raise InputError(f"remove needs a model on one device (got {', '.join(map(str, devices))})")
+    found = try_walk(model, ResidentBlocks(blocks), batch)
+    if found.reason is not None:
+        raise InputError(f"remove: this model cannot be walked block by block: {found.reason}")
+    return found.shares
+
+
+def _sizes(part: removal.Neurons, neurons: Neurons) -> tuple[int, int]:
+    """The number of neurons of a block before and after."""
+    return neurons.count, part.kept(neurons.count)[0]
+
+
+def _record(part: removal.Part, setting: str, sizes: tuple[int, int], models: tuple[nn.Module, nn.Module]) -> Removed:
+    """The record of a removal. ``sizes`` and ``models``: before and after."""
+    multiple = part.kept(sizes[0])[1] if isinstance(part, removal.Neurons) else None
+    before, after = (sum(parameter.numel() for parameter in model.parameters()) for model in models)
+    return Removed(removal.text_of(part), setting, *sizes, multiple, before, after, 0.0)

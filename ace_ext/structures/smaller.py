@@ -1,0 +1,108 @@
+"""A smaller model of the same class: its configuration, its layout without memory, and how it replaces the model."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ace_ext.errors import InputError, one_line
+from ace_ext.models._transformers import empty_twin, text_config, tie_weights_
+
+
+def numbers_of(model: nn.Module) -> dict[str, Any]:
+    """The settings of a model's language part, as ``config.json`` holds them."""
+    settings: dict[str, Any] = text_config(model).to_dict()
+    return settings
+
+
+def changed_config(model: nn.Module, changes: Mapping[str, Any]) -> Any:
+    """The configuration of a model with other settings of its language part, made as ``config.json`` is read.
+
+    Raises what transformers raises for settings that it refuses.
+    """
+    config: Any = model.config
+    text = text_config(model)
+    settings = config.to_dict()
+    if text is config:
+        settings |= changes
+    else:
+        part = next(name for name in settings if getattr(config, name, None) is text)
+        settings[part] = {**settings[part], **changes}
+    found = type(config).from_dict(copy.deepcopy(settings))
+    found.name_or_path = getattr(config, "name_or_path", "")
+    return found
+
+
+def laid_out(model: nn.Module, changes: Mapping[str, Any]) -> nn.Module:
+    """A model of the same class with these changes, in evaluation mode. Its parameters are on the meta device; buffers
+    that the class computes have data.
+
+    Raises:
+        InputError: the class cannot be built with these settings.
+    """
+    try:
+        return empty_twin(model, changed_config(model, changes))
+    except Exception as error:  # a class's own checks can raise anything
+        shown = ", ".join(f"{name}={value}" for name, value in changes.items())
+        raise InputError(f"{type(model).__name__} cannot be built with {shown[:200]}: {one_line(error)}") from error
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter by name, tied ones under each name."""
+    return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def fill_(smaller: nn.Module, tensors: Mapping[str, Tensor], like: nn.Module) -> None:
+    """Gives a model that was laid out its parameters and stored buffers; they share the tensors' memory. Other buffers
+    go to the device of ``like``.
+
+    Raises:
+        InputError: a tensor is missing, left over, or has another shape.
+    """
+    device = next(like.parameters()).device
+    for module in smaller.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    try:
+        smaller.load_state_dict(dict(tensors), strict=True, assign=True)
+    except RuntimeError as error:
+        raise InputError(f"the smaller {type(like).__name__} does not hold the weights: {one_line(error)}") from error
+    tie_weights_(smaller)
+    trained = {name: p.requires_grad for name, p in like.named_parameters(remove_duplicate=False)}
+    for name, parameter in smaller.named_parameters(remove_duplicate=False):
+        parameter.requires_grad_(trained.get(name, True) and parameter.is_floating_point())
+
+
+def take_over_(model: nn.Module, smaller: nn.Module) -> None:
+    """Makes ``model`` the smaller one: its modules, weights and configuration. The object stays the same."""
+    smaller.train(model.training)
+    model._modules, model._parameters, model._buffers = smaller._modules, smaller._parameters, smaller._buffers
+    model.config = smaller.config
+
+
+def few_tokens(batch: Mapping[str, Tensor], count: int = 16) -> Tensor:
+    """The first tokens of the first sample of a batch, ``[1, count]`` at most."""
+    tokens = batch["input_ids"]
+    mask = batch.get("attention_mask")
+    row = 0 if mask is None else int(mask.sum(dim=1).argmax())
+    seen = tokens[row] if mask is None else tokens[row][mask[row].bool()]
+    return seen[None, :count]
+
+
+def check_same(name: str, expected: Tensor, found: Tensor, dtype: torch.dtype) -> None:
+    """Checks that two models' logits ``[batch, seqlen, vocabulary]`` differ by rounding only.
+
+    Raises:
+        InputError: they differ by more.
+    """
+    expected, found = expected.double(), found.double()
+    difference = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+    limit = 1e-3 if dtype == torch.float32 else 0.05
+    if not difference <= limit:  # also for NaN
+        raise InputError(
+            f"remove: {name} cannot be removed from this model: without them it does not compute the same as with "
+            f"their weights zeroed (relative difference {difference:.1e})"
+        )

@@ -1,0 +1,256 @@
+"""A run that removes structures writes an ordinary smaller checkpoint, says so, and can be resumed."""
+
+import json
+import shlex
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from folders import call, prune, save_dense, tree, weights_bytes
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from ace_ext import InputError, PruneConfig
+from ace_ext.cards import CARD
+from ace_ext.cli import args as shared
+from ace_ext.cli.main import build_parser
+from ace_ext.records import REPORT_NAME, PruneReport
+from ace_ext.runs.options import Calibration, RunOptions
+from ace_ext.runs.output import read_report
+from ace_ext.runs.plan import make_plan
+from ace_ext.runs.verify import verify
+from ace_ext.runs.workspace import Workspace
+
+BOTH = "blocks=1 + neurons=0.25"
+TEXT = {"nsamples": 16, "seqlen": 16}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return save_dense(tmp_path_factory.mktemp("removal") / "dense", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def smaller(dense):
+    """A folder without a block and a quarter of the neurons, and its report."""
+    report, path = prune(dense, dense.parent / "smaller", calibration=TEXT, method=None, remove=BOTH)
+    return path, report
+
+
+def test_transformers_loads_it_without_this_package(smaller):
+    code = f"""
+        import sys
+        sys.modules["ace_ext"] = None  # an import of it fails
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        model = AutoModelForCausalLM.from_pretrained({str(smaller[0])!r})
+        tokens = AutoTokenizer.from_pretrained({str(smaller[0])!r})("the quick brown fox", return_tensors="pt")
+        assert torch.isfinite(model(**tokens).logits).all()
+        print(model.config.intermediate_size, model.config.num_hidden_layers, len(model.model.layers))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["36", "2", "2"]
+
+
+def test_the_report_says_what_was_removed(smaller):
+    path, report = smaller
+    assert [(r.kind, r.setting, r.before, r.after) for r in report.removed] == [
+        ("blocks", "num_hidden_layers", 3, 2),
+        ("neurons", "intermediate_size", 48, 36),
+    ]
+    assert report.blocks == []
+    read = read_report(path)
+    assert read == PruneReport.from_json(report.to_json())
+    assert read.removed == report.removed
+    assert [len(record.cut) for record in read.removed] == [0, 2]
+    model = AutoModelForCausalLM.from_pretrained(path)
+    assert report.removed[-1].parameters_after == sum(parameter.numel() for parameter in model.parameters())
+    assert "36" in report.table()
+    assert "removed 1 of 3 blocks" in report.table()
+
+
+def test_a_report_of_a_run_that_removes_nothing_does_not_mention_it(dense, tmp_path):
+    _, path = prune(dense, tmp_path / "out")
+    assert "remove" not in (path / REPORT_NAME).read_text()
+
+
+def test_the_card_says_what_was_removed(smaller):
+    card = (smaller[0] / CARD).read_text()
+    assert "pruned: 1 of 3 blocks removed, 12 of 48 neurons removed" in card
+    assert "`intermediate_size` is 36" in card
+    assert "sparse" not in card
+    assert "mask" not in card
+
+
+def test_the_command_of_the_card_repeats_the_run(smaller):
+    words = shlex.split(smaller[1].extra["command"])
+    args = build_parser().parse_args(words[1:])
+    assert shared.config_from(args).to_dict() == smaller[1].config == PruneConfig(remove=BOTH).to_dict()
+
+
+def test_verify_finds_it_sound(smaller):
+    result = verify(smaller[0])
+    assert result.problems == []
+    assert result.loads
+    assert result.removed == ["2 of 3 blocks", "36 of 48 neurons"]
+
+
+def damaged(folder, tmp_path, **config):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    values = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**values, **config}))
+    return copy
+
+
+def test_verify_finds_another_number_in_the_configuration(smaller, tmp_path):
+    copy = damaged(smaller[0], tmp_path, intermediate_size=40)
+    assert "config.json: intermediate_size is 40, but the report says 36" in verify(copy).problems
+
+
+def test_verify_finds_another_shape(smaller, tmp_path):
+    copy = damaged(smaller[0], tmp_path)
+    tensors = load_file(copy / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    save_file({**tensors, name: tensors[name][:, :32].contiguous()}, copy / "model.safetensors")
+    assert f"{name}: shape [32, 32], but config.json says [32, 36]" in verify(copy).problems
+
+
+def test_equal_runs_write_equal_bytes(smaller, dense, tmp_path):
+    _, path = prune(dense, tmp_path / "out", calibration=TEXT, method=None, remove=BOTH)
+    assert weights_bytes(path) == weights_bytes(smaller[0])
+    assert (path / CARD).read_bytes() == (smaller[0] / CARD).read_bytes()
+
+
+def test_a_finished_run_is_not_made_again(smaller, dense):
+    before = tree(smaller[0])
+    prune(dense, smaller[0], {"resume": True}, TEXT, method=None, remove=BOTH)
+    assert tree(smaller[0]) == before
+
+
+def test_other_arguments_are_another_run(smaller, dense):
+    with pytest.raises(InputError, match="other arguments"):
+        prune(dense, smaller[0], {"resume": True}, TEXT, method=None, remove="neurons=0.25")
+
+
+class Crash(BaseException):
+    """Not a subclass of Exception, so that no handler cleans up, as after a kill."""
+
+
+@pytest.mark.parametrize("place", ["remove", "write"])
+def test_a_run_that_died_is_resumed_with_the_same_bytes(smaller, dense, tmp_path, monkeypatch, place):
+    def crash(*_, **__):
+        raise Crash
+
+    names = {"remove": "ace_ext.structures.remove.without_neurons", "write": "ace_ext.runs.unfinished.write_manifest"}
+    with monkeypatch.context() as patch:
+        patch.setattr(names[place], crash)
+        with pytest.raises(Crash):
+            prune(dense, tmp_path / "out", calibration=TEXT, method=None, remove=BOTH)
+    assert not (tmp_path / "out").exists()
+    _, path = prune(dense, tmp_path / "out", {"resume": True}, TEXT, method=None, remove=BOTH)
+    assert weights_bytes(path) == weights_bytes(smaller[0])
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_zeros_after_a_removal_are_resumed_with_the_same_bytes(dense, tmp_path, monkeypatch):
+    arguments = {"calibration": TEXT, "method": "admm", "remove": "neurons=0.25", "pattern": "2:4"}
+    _, whole = prune(dense, tmp_path / "whole", **arguments)
+    real, done = Workspace._write_state, []
+
+    def write(self, *values):
+        if len(done) == 2:
+            raise Crash
+        done.append(None)
+        return real(self, *values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "_write_state", write)
+        with pytest.raises(Crash):
+            prune(dense, tmp_path / "out", **arguments)
+    report, path = prune(dense, tmp_path / "out", {"resume": True}, **arguments)
+    assert weights_bytes(path) == weights_bytes(whole)
+    assert report.removed[0].after == 36
+    assert verify(path).problems == []
+    assert json.loads((path / "config.json").read_text())["intermediate_size"] == 36
+
+
+def test_quantized_survivors_of_a_smaller_model(dense, tmp_path):
+    report, path = prune(dense, tmp_path / "out", calibration=TEXT, method="quantize(bits=8)", remove="neurons=0.25")
+    assert report.quantized
+    assert verify(path).problems == []
+
+
+def test_the_model_is_opened_whole_even_if_memory_is_scarce(dense, tmp_path):
+    with pytest.raises(InputError, match="max-memory must be at least") as found:
+        prune(dense, tmp_path / "out", {"max_memory": 10**8}, TEXT, method=None, remove="neurons=0.25")
+    assert "offload" not in str(found.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"offload": "disk"}, "does not go with offload disk"),
+        ({"stats": "s.zip"}, "does not go with stats"),
+        ({"save_stats": "s.zip"}, "does not go with save-stats"),
+        ({"format": "bitmap"}, "format bitmap stores zeros"),
+    ],
+)
+def test_options_that_remove_does_not_go_with(dense, tmp_path, options, words):
+    options = {name: tmp_path / value if "stats" in name else value for name, value in options.items()}
+    with pytest.raises(InputError, match=words):
+        prune(dense, tmp_path / "out", options, TEXT, method=None, remove="neurons=0.25")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pattern_must_fit_the_smaller_model(dense, tmp_path):
+    with pytest.raises(InputError, match="pattern 8:16 needs columns in whole groups of 16"):
+        prune(dense, tmp_path / "out", calibration=TEXT, remove="neurons=0.25", pattern="8:16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_heal_refuses_it(smaller, tmp_path, capsys):
+    status, _, error = call(capsys, "heal", str(smaller[0]), "--output", str(tmp_path / "healed"))
+    assert status == 2
+    assert "has fewer blocks and neurons" in error
+
+
+def test_a_plan_has_the_sizes_of_the_run(smaller, dense):
+    text = Calibration(str(dense.parent / "text.txt"), **TEXT)
+    config = PruneConfig(remove=BOTH)
+    plan = make_plan(str(dense), config, text, RunOptions(), torch.device("cpu"))
+    sizes = [(r.part, r.setting, r.before, r.after, r.parameters_after) for r in plan.removed]
+    assert sizes == [(r.part, r.setting, r.before, r.after, r.parameters_after) for r in smaller[1].removed]
+    assert plan.matrices == []
+    weights = sum(tensor.nbytes for tensor in load_file(smaller[0] / "model.safetensors").values())
+    assert plan.output_bytes == weights
+    assert "removes 12 of 48 neurons" in plan.table()
+    assert "removes 1 of 3 blocks" in plan.table()
+    assert json.loads(plan.to_json())["removed"][1]["after"] == 36
+
+
+def test_a_page_is_written(dense, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    text = ["--calibration", str(dense.parent / "text.txt"), "--nsamples", "16", "--seqlen", "16"]
+    for name, options in {"alone": (), "zeros": ("--pattern", "2:4")}.items():
+        page = tmp_path / f"{name}.html"
+        command = ["run", "--model", str(dense), "--output", str(tmp_path / name), "--remove", BOTH, *options, *text]
+        status, _, error = call(capsys, *command, "--report", str(page))
+        assert status == 0, error
+        assert "Removed 12 of 48 neurons of each of 2 blocks" in page.read_text()
+
+
+def test_the_log_has_a_line_for_each_step(dense, tmp_path, capsys):
+    text = ["--calibration", str(dense.parent / "text.txt"), "--nsamples", "16", "--seqlen", "16"]
+    log = tmp_path / "log.json"
+    command = ["run", "--model", str(dense), "--output", str(tmp_path / "out"), "--remove", BOTH, *text]
+    assert call(capsys, *command, "--log-json", str(log))[0] == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    steps = [(line["kind"], line["done"], line["of"]) for line in lines if line["event"] == "remove"]
+    assert steps == [("blocks", 1, 1), ("neurons", 1, 2), ("neurons", 2, 2)]
+    assert lines[-1]["event"] == "end"

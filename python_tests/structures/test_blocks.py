@@ -1,0 +1,81 @@
+"""Removed blocks: one that does nothing goes first, and the configuration fits what stays."""
+
+import pytest
+import torch
+import transformers
+from tiny_models import DENSE_FAMILIES, MIXTURES, make_model, make_tokens
+
+from ace_ext import InputError, prune_model
+from ace_ext.models.blocks import find_blocks
+from ace_ext.models.replay import capture_calls, run_block
+from ace_ext.structures.blocks import least_influence
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model(input_ids=tokens).logits
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "opt"])
+def test_a_block_that_adds_nothing_goes_and_no_bit_of_the_output_changes(family, place):
+    model, tokens = make_model(family), make_tokens(8, 16)
+    last = ("out_proj", "fc2") if family == "opt" else ("o_proj", "down_proj")
+    block = find_blocks(model)[place]
+    for name, parameter in block.module.named_parameters():
+        if name.split(".")[-2] in last:
+            parameter.data.zero_()
+    expected = logits(model, tokens)
+    report = prune_model(model, tokens, remove="blocks=1")
+    assert [(gone.name, round(gone.influence, 6)) for gone in report.removed[0].dropped] == [(block.name, 0.0)]
+    assert torch.equal(logits(model, tokens), expected)
+
+
+@pytest.mark.parametrize("family", [*DENSE_FAMILIES, *MIXTURES, "mamba"])
+def test_plain_transformers_loads_the_smaller_model(tmp_path, family):
+    model, tokens = make_model(family), make_tokens(8, 16)
+    report = prune_model(model, tokens, remove="blocks=0.3")
+    assert (report.removed[0].before, report.removed[0].after) == (3, 2)
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
+    kinds = getattr(again.config, "layer_types", None)
+    assert kinds is None or len(kinds) == again.config.num_hidden_layers == 2
+
+
+def test_the_smaller_model_generates_with_a_cache():
+    """Blocks are numbered anew, so each has its own place in the cache."""
+    model, tokens = make_model("gemma3"), make_tokens(8, 16)
+    prune_model(model, tokens, remove="blocks=1 + neurons=0.25")
+    step = model.generate(tokens[:2], max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
+    for length in range(16, 20):
+        assert torch.equal(logits(model, step[:, :length])[:, -1].argmax(-1), step[:, length])
+
+
+def test_influence_is_measured_again_without_the_blocks_that_are_gone():
+    model, batches = make_model("llama"), [{"input_ids": make_tokens(8, 16)}]
+    blocks = find_blocks(model)
+    with torch.no_grad():
+        found = least_influence(model, blocks, batches, 2)
+        (call,) = capture_calls(model, blocks, batches)
+        hidden, influence = call.hidden, {}
+        for index, block in enumerate(blocks):
+            if index == found[0][0]:
+                continue
+            output = run_block(block, hidden, call.others[index])
+            influence[index] = float((1 - torch.cosine_similarity(hidden, output, dim=-1)).mean())
+            hidden = output
+    assert found[1][0] == min(influence, key=influence.get)
+    assert found[1][1] == pytest.approx(influence[found[1][0]], rel=1e-4)
+
+
+@pytest.mark.parametrize("amount", ["blocks=3", "blocks=0.1", "blocks=7"])
+def test_one_block_goes_and_one_stays_at_least(amount):
+    with pytest.raises(InputError, match="at least one must go and one stay"):
+        prune_model(make_model("llama"), make_tokens(4, 16), remove=amount)
+
+
+def test_a_model_that_calls_blocks_out_of_order_is_refused():
+    model = make_model("zamba")
+    with pytest.raises(InputError, match="same tensor"):
+        prune_model(model, make_tokens(4, 16), remove="blocks=1")

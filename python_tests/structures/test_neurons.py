@@ -1,0 +1,162 @@
+"""Removed neurons: an ordinary model of the class stays, and what contributes nothing goes unnoticed."""
+
+import pytest
+import torch
+import transformers
+from tiny_models import make_model, make_tokens
+
+from ace_ext import InputError, prune_model
+from ace_ext.models.blocks import find_blocks
+from ace_ext.structures.search import find_neurons
+
+FAMILIES = ["llama", "llama-tied", "mistral", "qwen2", "opt", "gemma3"]
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model(input_ids=tokens).logits
+
+
+def relative(found, expected) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def parts(family: str):
+    """A model, and of each block the Linear that reads the neurons, and the parameters that make them."""
+    model = make_model(family)
+    found = []
+    for block, own in zip(find_blocks(model), find_neurons(model, find_blocks(model)).parts, strict=True):
+        assert own is not None
+        last = block.linears[own.last]
+        found.append((last, [model.get_parameter(cut.name) for cut in own.rows]))
+    return model, found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("score", ["obs", "variance", "cosine"])
+def test_neurons_that_are_always_zero_are_the_ones_that_go(family, score):
+    model, found = parts(family)
+    dead = torch.arange(1, 48, 4)  # 12 of 48
+    for last, rows in found:
+        last.weight.data /= last.weight.data.norm(dim=0)
+        for parameter in rows:
+            parameter.data[dead] = 0
+    tokens = make_tokens(16, 32)
+    expected = logits(model, tokens)
+    report = prune_model(model, tokens, remove=f"neurons=0.25(score={score})")
+    assert report.removed[0].after == 36
+    assert relative(logits(model, tokens), expected) < 1e-4
+    if score != "obs":  # the dense weights of the neurons that stay are kept up to the fit, in their order
+        alive = [neuron for neuron in range(48) if neuron not in dead.tolist()]
+        new = find_neurons(model, find_blocks(model)).present[0]
+        assert torch.equal(model.get_parameter(new.rows[0].name), found[0][1][0][alive])
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "opt"])
+def test_one_of_two_equal_neurons_goes_and_the_other_takes_its_place(family):
+    """Not for OPT: its ReLU leaves some neurons of a random model nearly silent, and those go first."""
+    model, found = parts(family)
+    twin = torch.arange(36, 48)
+    for last, rows in found:
+        last.weight.data /= last.weight.data.norm(dim=0)
+        for parameter in rows:
+            parameter.data[twin] = parameter.data[twin - 36]
+    tokens = make_tokens(64, 32)
+    expected = logits(model, tokens)
+    prune_model(model, tokens, remove="neurons=0.25")
+    assert relative(logits(model, tokens), expected) < 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("options", ["", "(refit=none)", "(score=variance, refit=matrix, multiple=16)"])
+def test_plain_transformers_loads_the_smaller_model(tmp_path, family, options):
+    model, tokens = make_model(family), make_tokens(8, 16)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    report = prune_model(model, tokens, remove=f"neurons=0.33{options}")
+    assert report.removed[0].after == 32
+    assert report.removed[0].parameters_before == before
+    assert report.removed[0].parameters_after == sum(parameter.numel() for parameter in model.parameters()) < before
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert {type(module).__module__.split(".")[0] for module in again.modules()} <= {"torch", "transformers"}
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_least_squares_lowers_the_error_of_the_output(family):
+    tokens = make_tokens(64, 32)
+    dense = logits(make_model(family), tokens)
+    errors = []
+    for refit in ("none", "block"):
+        model = make_model(family)
+        prune_model(model, tokens, remove=f"neurons=0.25(refit={refit})")
+        errors.append(relative(logits(model, tokens), dense))
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_padding_is_left_out():
+    tokens = make_tokens(16, 32)
+    models = [make_model("llama"), make_model("llama")]
+    padded = torch.cat([tokens, torch.zeros_like(tokens[:, :5])], dim=1)
+    mask = torch.cat([torch.ones_like(tokens), torch.zeros_like(tokens[:, :5])], dim=1)
+    prune_model(models[0], tokens, remove="neurons=0.25")
+    prune_model(models[1], {"input_ids": padded, "attention_mask": mask}, remove="neurons=0.25")
+    assert relative(logits(models[1], tokens), logits(models[0], tokens)) < 1e-4
+
+
+def test_zeros_follow_on_the_smaller_model():
+    model, tokens = make_model("llama"), make_tokens(16, 32)
+    report = prune_model(model, tokens, method="wanda", remove="neurons=0.25", pattern="2:4")
+    assert report.removed[0].after == 36
+    shapes = {matrix.name.rpartition(".")[2]: matrix.shape for matrix in report.matrices}
+    assert shapes["down_proj"] == (32, 36)
+    assert report.sparsity == 0.5
+    assert report.config["remove"] == "neurons=0.25"
+    down = model.model.layers[0].mlp.down_proj.weight.view(32, 9, 4)
+    assert int(down.count_nonzero(dim=2).max()) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    tokens = make_tokens(16, 32)
+    model, single = make_model("llama", dtype), make_model("llama", dtype).float()
+    for each in (model, single):
+        prune_model(each, tokens, remove="neurons=0.25")
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert relative(logits(model, tokens).float(), logits(single, tokens)) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [("mixtral", "has experts"), ("mamba", "no number in the configuration"), ("zamba", "same tensor")],
+)
+def test_what_cannot_be_removed_is_refused_and_nothing_changes(family, words):
+    model, tokens = make_model(family), make_tokens(4, 16)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(InputError, match=words):
+        prune_model(model, tokens, remove="neurons=0.25")
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_a_class_whose_layout_differs_from_its_configuration_is_refused():
+    """Interleaved gate and up: the halves that stay would be of different neurons."""
+    model = make_model("llama")
+    for layer in model.model.layers:
+        mlp = layer.mlp
+        mix = torch.linalg.qr(torch.randn(48, 48, generator=torch.Generator().manual_seed(0)))[0]
+
+        def forward(x, mlp=mlp, mix=mix):
+            return mlp.down_proj((mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)) @ mix)
+
+        mlp.forward = forward
+    with pytest.raises(InputError, match="does not compute the same"):
+        prune_model(model, make_tokens(4, 16), remove="neurons=0.25")
+
+
+def test_not_finite_numbers_are_refused_and_nothing_changes():
+    model = make_model("llama", torch.float16)
+    model.model.layers[1].mlp.up_proj.weight.data *= 3e4
+    before = model.model.layers[0].mlp.down_proj.weight.clone()
+    with pytest.raises(InputError, match=r"NaN or infinity|does not compute the same"):
+        prune_model(model, make_tokens(8, 16), remove="neurons=0.25")
+    assert torch.equal(model.model.layers[0].mlp.down_proj.weight, before)
