@@ -94,6 +94,9 @@ NO_TEXT += [
     "half.jsonl",
     "nested.jsonl",
 ]
+MIXED = ["bundled + ", "bundled + nowhere.txt", "bundled + latin.txt", "bundled + empty.txt", "text.txt + text.txt"]
+MIXED += ["bundled + self", "bundled+text.txt", "+ text.txt", "bundled +  + text.txt", "2*bundled", "2 * + text.txt"]
+MIXED += [f"{weight}* bundled + text.txt" for weight in ("", "0", "-1", "nan", "1.2.3", "1e5", "9" * 400, "0.00001")]
 CHOICES = ["", "nothing", "WANDA", "wanda ", "ﬁne", "--"]
 METHODS = ["", " ", "+", "nothing", "WANDA", "ﬁne", "--", "wonda", "score", "score(metric=wanda)", "x" * 5000]
 METHODS += ["admm +", "+ admm", "admm ++ distill", "wanda swaps", "wanda; admm", "wanda, admm", "wanda,admm", "[]"]
@@ -286,6 +289,7 @@ def _options() -> Iterator[Case]:
         yield from _each(verb, "skip", ["(([a-z._0-9]*)*)*!", "(a|a|[a-z_.])*$^"])
         yield from _each(verb, "model", NOWHERE)
         yield from _each(verb, "calibration", NO_TEXT)
+        yield from _each(verb, "calibration", MIXED)
         yield from _each(verb, "seqlen", ["129", "1000"])
     yield from _each(
         "run", "output", ["", ".", "..", "dense", "dense/x", "out", "text.txt", "text.txt/x", "/", "x" * 250]
@@ -311,7 +315,7 @@ def _options() -> Iterator[Case]:
     yield from _each("eval", "seqlen", [*NOT_WHOLE, *TOO_SMALL, "1", *TOO_LARGE, "129"])
     yield from _each("eval", "max-tokens", [*NOT_WHOLE, *TOO_SMALL, "7"])
     yield from _each("eval", "model", NOWHERE)
-    yield from _each("eval", "text", [*NO_TEXT, "self"])
+    yield from _each("eval", "text", [*NO_TEXT, "self", "bundled + text.txt"])
     yield from _each("eval", "bos", CHOICES)
     yield from _each("verify", "", [*NOWHERE, "dense", "photos"])
     yield from _each("heal", "", [*NOWHERE, "dense", "photos"])
@@ -332,7 +336,8 @@ def _options() -> Iterator[Case]:
         ["", "x", "8", "8x", "x8", "8x8x8", "0x8", "8x1", "-1x8", "²x8", "8x" + "9" * 400, "1.5x8"],
     )
     yield from _each("compare", "seeds", ["", "x", "-1", "1.5", "²", "9" * 400])
-    yield from _each("compare", "texts", ["", "nowhere.txt", "self", "latin.txt", "empty.txt"])
+    yield from _each("compare", "texts", ["", "nowhere.txt", "self", "latin.txt", "empty.txt", "bundled + text.txt"])
+    yield from _each("compare", "calibration", MIXED)
     yield from _each("compare", "eval-seqlen", [*NOT_WHOLE, *TOO_SMALL, "1"])
     yield from _each("compare", "eval-windows", [*NOT_WHOLE, *TOO_SMALL])
     yield from _each("compare", "output", ["text.txt", "dense", "photos", "text.txt/x"])

@@ -79,6 +79,7 @@ def test_table_explains_a_sparsity_that_was_rounded(config, line):
     ("method", "calibration", "expected"),
     [
         ("admm(gram=sketch)", {"source": "self"}, "--method balanced or best, --calibration with text like that of"),
+        ("wanda", {"source": "bundled"}, "--method balanced or best, --calibration with text like that of"),
         (
             "wanda",
             {"source": "x.txt", "nsamples": 128, "seqlen": 128},

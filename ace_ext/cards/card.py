@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ace_ext.data.mixture import without_folders
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import COMPRESSED_METHOD, OWN_METHOD
 from ace_ext.pruning.method import parse, quantize_of
@@ -257,7 +258,7 @@ def _calibration(found: object) -> dict[str, Any] | None:
     """The report's description of the calibration text, with its source without folders; None if this is not known."""
     if not isinstance(found, dict) or not {"source", "nsamples", "seqlen", "seed"} <= found.keys():
         return None
-    return {**found, "source": Path(str(found["source"])).name}
+    return {**found, "source": without_folders(str(found["source"]))}
 
 
 # --- the card of the dense model --------------------------------------------------------------------------------------

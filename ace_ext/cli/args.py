@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from ace_ext.data.bos import AUTO, MODES, NEVER, default_mode
-from ace_ext.data.corpora import SELF, SOURCES
+from ace_ext.data.corpora import BUNDLED, SELF, SOURCES
+from ace_ext.data.mixture import is_jsonl
 from ace_ext.engine.devices import pick_device
 from ace_ext.errors import InputError
 from ace_ext.models.loading import WEIGHT_DTYPES
@@ -243,8 +244,8 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--calibration",
         metavar="TEXT",
-        help=f"{SELF} (the model writes it), {', '.join(SOURCES)}, FILE.txt or FILE.jsonl (default: {SELF}); text is "
-        "used as is, without a chat template",
+        help=f"{', '.join(SOURCES)}, {SELF} (the model writes it), FILE.txt, FILE.jsonl, or a mixture such as "
+        f"'2 * {BUNDLED} + FILE.txt' (default: {BUNDLED}); text is used as is, without a chat template",
     )
     add_text_field(group)
     add_bos(group, "sample", f"{AUTO}; {NEVER} with a published method")
@@ -272,8 +273,8 @@ def text_field_of(args: argparse.Namespace, *texts: str | None) -> str:
     """
     if args.text_field is None:
         return Calibration().text_field
-    if not any(str(text).lower().endswith(".jsonl") for text in texts):
-        found = ", ".join(text for text in texts if text) or SELF
+    if not is_jsonl(texts):
+        found = ", ".join(text for text in texts if text) or BUNDLED
         raise InputError(f"text-field is for .jsonl files (got {found}); leave it out")
     return str(args.text_field)
 
@@ -358,7 +359,7 @@ def request_from(args: argparse.Namespace, **options: Any) -> RunRequest:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise InputError(f"a run from --stats reads no calibration text (got {flags}); leave out one of them")
     given["text_field"] = text_field_of(args, args.calibration, args.evaluate)
-    source = given.pop("calibration", SELF)
+    source = given.pop("calibration", BUNDLED)
     given.setdefault("bos", default_mode(config.method.published, source == SELF))
     given.setdefault("evaluate", EVALUATE_AUTO)
     budget = None if args.max_memory is None else parse_bytes(args.max_memory)

@@ -8,7 +8,7 @@ from ace_ext.compare.grid import EVAL_WINDOWS, Evaluation, Grid, Study
 from ace_ext.compare.runner import run_study
 from ace_ext.compare.tables import markdown_table, results_json, text_table
 from ace_ext.data.bos import AUTO, NEVER
-from ace_ext.data.corpora import SELF
+from ace_ext.data.corpora import BUNDLED
 from ace_ext.data.perplexity import SEQLEN
 from ace_ext.data.tasks import Tasks
 from ace_ext.engine.devices import pick_device
@@ -21,6 +21,7 @@ from ace_ext.runs.options import Calibration
 
 EXAMPLES = (
     'compare --model MODEL --methods "published-wanda; fast; balanced" --calibration wiki-mini',
+    "compare --model MODEL --tasks local",
     "compare --model MODEL --calibration wiki-mini --tasks arc_easy,piqa --task-limit 200",
     'compare --model MODEL --methods "wanda; ace" --sparsities 0.5,0.6 --patterns 2:4 --seeds 0,1,2 --output C',
 )
@@ -49,7 +50,7 @@ def add(commands: shared.Subparsers) -> None:
     parser.add_argument(
         "--seqlen", type=int, help=f"instead of --lengths: tokens of a sample (default: {default.seqlen})"
     )
-    parser.add_argument("--calibration", default=SELF, help="a list of texts, see run --help (default: %(default)s)")
+    parser.add_argument("--calibration", default=BUNDLED, help="a list of texts, see run --help (default: %(default)s)")
     shared.add_bos(parser, "calibration sample", f"{AUTO}; {NEVER} for published-*")
     parser.add_argument("--seeds", "--seed", default="0", help="a list, e.g. 0,1,2 (default: %(default)s)")
     parser.add_argument(
@@ -77,7 +78,7 @@ def add(commands: shared.Subparsers) -> None:
 
 
 def _add_tasks(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--tasks", help="a list of lm-eval tasks; their scores are shown next to perplexity")
+    group.add_argument("--tasks", help="a list of lm-eval tasks, or local: five small ones that need no hub")
     group.add_argument(
         "--task-path",
         metavar="DIR",

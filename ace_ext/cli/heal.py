@@ -74,7 +74,7 @@ def _add_text(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--calibration",
         metavar="TEXT",
-        help=f"self (the dense model writes it), {', '.join(SOURCES)}, FILE.txt or FILE.jsonl",
+        help=f"{', '.join(SOURCES)}, self (the dense model writes it), FILE.txt, FILE.jsonl or a mixture",
     )
     shared.add_bos(group, "window", "as in the calibration of FOLDER")
     group.add_argument("--seqlen", type=int, help="tokens of a window")

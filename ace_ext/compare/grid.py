@@ -10,7 +10,7 @@ import torch
 
 from ace_ext.compare.journal import Cell
 from ace_ext.data.bos import AUTO, MODES, default_mode
-from ace_ext.data.corpora import CALIBRATION, HELD_OUT, SELF, SOURCES, load_text
+from ace_ext.data.corpora import BUNDLED, CALIBRATION, HELD_OUT, SELF, SOURCES, load_text, texts_of
 from ace_ext.data.perplexity import SEQLEN
 from ace_ext.data.tasks import Tasks
 from ace_ext.errors import InputError
@@ -46,7 +46,7 @@ class Grid:
     methods: tuple[Method, ...]
     amounts: tuple[str, ...] = ("0.5",)
     lengths: tuple[tuple[int, int], ...] = ((128, 128),)
-    calibrations: tuple[str, ...] = (SELF,)
+    calibrations: tuple[str, ...] = (BUNDLED,)
     seeds: tuple[int, ...] = (0,)
     bos: str | None = None
 
@@ -160,11 +160,14 @@ def _amount(text: str) -> dict[str, Any]:
 
 
 def source_sha256(source: str, split: str, text_field: str) -> str | None:
-    """The SHA-256, in hex, of the documents of a local file; None for a source with a fixed text.
+    """The SHA-256, in hex, of the documents of a local file, or of all local files of a mixture; None for texts
+    that are fixed.
 
     Raises:
-        InputError: as :func:`ace_ext.data.corpora.load_text`.
+        InputError: as :func:`ace_ext.data.corpora.load_text` and :func:`ace_ext.data.corpora.texts_of`.
     """
-    if (source == SELF and split == CALIBRATION) or source in SOURCES:
-        return None
-    return hashlib.sha256("\n\n".join(load_text(source, split, text_field)).encode("utf-8")).hexdigest()
+    texts = [part.source for part in texts_of(source)] if split == CALIBRATION else [source]
+    fixed = (*SOURCES, SELF) if split == CALIBRATION else SOURCES
+    files = [load_text(text, split, text_field) for text in texts if text not in fixed]
+    joined = "\n\n".join(document for file in files for document in file)
+    return hashlib.sha256(joined.encode("utf-8")).hexdigest() if files else None

@@ -5,11 +5,12 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from ace_ext.compare.journal import FORMAT, Cell, Results, Run
 from ace_ext.data.bos import BosChoice
+from ace_ext.data.mixture import without_folders
+from ace_ext.data.tasks import TaskScore
 from ace_ext.records import finite
 
 
@@ -144,7 +145,7 @@ def rows(results: Results) -> list[Row]:
 def short_names(names: Iterable[str]) -> dict[str, str]:
     """The last part of each path, or the whole path if two have the same last part."""
     whole = list(dict.fromkeys(names))
-    last = [Path(name).name for name in whole]
+    last = [without_folders(name) for name in whole]
     return {name: part if last.count(part) == 1 else name for name, part in zip(whole, last, strict=True)}
 
 
@@ -167,7 +168,7 @@ def cells(results: Results) -> list[list[str]]:
     texts = list(results.settings["texts"])
     columns = names(results)
     dense = [f"{results.dense[text].perplexity:.2f}" for text in texts]
-    dense += [f"{score.value:.3f}" for score in results.dense_tasks.values()]
+    dense += [f"{score.value:.3f}{_error([score])}" for score in results.dense_tasks.values()]
     body = [["dense", "0 %", *[""] * (len(columns) - 2), *dense, "", "", ""]]
     sources = short_names(run.cell.calibration for run in results.runs)
     for row in rows(results):
@@ -178,11 +179,19 @@ def cells(results: Results) -> list[list[str]]:
             "length": row.length,
         }
         figures = [str(row.perplexity[text]) for text in texts]
-        figures += [row.tasks[task].text(3) for task in results.dense_tasks]
+        figures += [
+            f"{row.tasks[task].text(3)}{_error([run.tasks[task] for run in row.runs])}" for task in results.dense_tasks
+        ]
         memory = f"{row.peak_memory_bytes / 2**30:.2f}{'' if row.own_peak else '*'}"
         last = [str(len(row.runs)), f"{row.seconds:.1f}", memory]
         body.append([*[named[column] for column in columns], *figures, *last])
     return body
+
+
+def _error(scores: list[TaskScore]) -> str:
+    """The standard error of a task's scores, in parentheses: the mean of those over several seeds."""
+    errors = [score.stderr for score in scores if score.stderr is not None]
+    return f" ({sum(errors) / len(errors):.3f})" if errors else ""
 
 
 def notes(results: Results) -> list[str]:
@@ -217,11 +226,11 @@ def _scored(results: Results) -> list[str]:
     """A note on the scores of tasks, if there are any."""
     if not results.dense_tasks:
         return []
-    counts = ", ".join(
-        f"{score.samples} of {task}" + ("" if score.stderr is None else f" (standard error {score.stderr:.3f}, dense)")
-        for task, score in results.dense_tasks.items()
-    )
-    return [f"Scores of tasks by lm-eval {results.settings['lm_eval']}, as many samples: {counts}."]
+    counts = ", ".join(f"{score.samples} of {task}" for task, score in results.dense_tasks.items())
+    return [
+        f"Scores of tasks by lm-eval {results.settings['lm_eval']}, with as many samples: {counts}. "
+        "In parentheses: the standard error over samples."
+    ]
 
 
 def _beginnings(results: Results) -> list[str]:

@@ -1,4 +1,5 @@
-"""Sources of text: three small ones that need only a package index, two of the hub, and local files."""
+"""Sources of text: one in this package, three small ones that need only a package index, two of the hub, and local
+files."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ace_ext.data.local_files import read_file
+from ace_ext.data.mixture import Part, parts_of
 from ace_ext.errors import InputError
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 CALIBRATION = "calibration"
 HELD_OUT = "held-out"
 SPLITS = (CALIBRATION, HELD_OUT)
+BUNDLED = "bundled"  # the text in this package (data/bundled.py), and the default for calibration
 SELF = "self"  # text that the model writes (data/generate.py); not read here, and not taken as a file's name
 
 # C4 comes in shards of some 356,000 documents; the first few thousand hold millions of tokens. Wanda's evaluation takes
@@ -32,8 +35,8 @@ def load_text(
 ) -> list[str]:
     """Return the documents of a source.
 
-    source      `wiki-mini`, `news-mini`, `code-mini`, `wikitext2`, `c4`, or the path of a `.txt` file (UTF-8, one
-                document) or a `.jsonl` file (one JSON object a line).
+    source      `bundled`, `wiki-mini`, `news-mini`, `code-mini`, `wikitext2`, `c4`, or the path of a `.txt` file
+                (UTF-8, one document) or a `.jsonl` file (one JSON object a line). Not a mixture: see `load_parts`.
     split       `calibration` or `held-out`: two disjoint parts. For a local file both are the whole file.
     text_field  the field of a `.jsonl` line that holds the text.
     cache_dir   the folder that caches gensim's wheel; default: see :func:`cache_folder`. `wikitext2` and `c4` use the
@@ -47,7 +50,13 @@ def load_text(
     """
     if split not in SPLITS:
         raise InputError(f"split: {split!r} is unknown; use one of {', '.join(SPLITS)}")
-    if source in SMALL_SOURCES:
+    if len(texts_of(source)) > 1:
+        raise InputError(f"source: {source!r} is a mixture, which is for calibration only; give one text")
+    if source == BUNDLED:
+        from ace_ext.data.bundled import bundled_text  # imported here: other sources do not need it
+
+        documents = bundled_text(split)
+    elif source in SMALL_SOURCES:
         from ace_ext.data.gensim_data import TEXTS  # imported here: other sources do not need it
 
         cache = Path(cache_dir) if cache_dir else cache_folder()
@@ -59,6 +68,22 @@ def load_text(
     if not any(document.strip() for document in documents):
         raise InputError(f"source: {source} has no text; give a file with at least one document that is not blank")
     return documents
+
+
+def texts_of(source: str) -> tuple[Part, ...]:
+    """The texts that the name of a calibration text stands for; errors as :func:`ace_ext.data.mixture.parts_of`."""
+    return parts_of(source, SELF)
+
+
+def load_parts(
+    source: str, text_field: str = "text", cache_dir: str | os.PathLike[str] | None = None
+) -> list[tuple[Part, list[str]]]:
+    """The calibration documents of each text of a mixture, or of the one text that ``source`` names.
+
+    Raises:
+        InputError: as :func:`texts_of` and :func:`load_text`.
+    """
+    return [(part, load_text(part.source, CALIBRATION, text_field, cache_dir)) for part in texts_of(source)]
 
 
 def cache_folder() -> Path:
@@ -103,6 +128,6 @@ def _load_dataset(source: str, *path: str, **options: Any) -> Dataset:
 
 
 _HUB_TEXTS: dict[str, Callable[[str], list[str]]] = {"wikitext2": _wikitext2, "c4": _c4}
-SMALL_SOURCES = ("wiki-mini", "news-mini", "code-mini")
+SMALL_SOURCES = (BUNDLED, "wiki-mini", "news-mini", "code-mini")
 """Sources whose two splits come from one small file."""
 SOURCES = (*SMALL_SOURCES, *_HUB_TEXTS)

@@ -1,6 +1,7 @@
 """Accuracy on downstream tasks, by lm-eval (the Language Model Evaluation Harness), if it is installed.
 
-A task is one of lm-eval's, whose data come from the hub, or a YAML file in a folder of your own.
+A task is one of lm-eval's, whose data come from the hub, a YAML file in a folder of your own, or one of
+:mod:`ace_ext.data.local_tasks`, which need no data.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from ace_ext.data.local_tasks import LOCAL, TASKS, samples_sha256, task_of
 from ace_ext.errors import InputError, one_line
 from ace_ext.models.tokenizer import Tokenizer
 
@@ -46,12 +48,15 @@ class Tasks:
     """
 
     names: tuple[str, ...] = ()
+    """``local`` is replaced by the names of all local tasks."""
     folder: Path | None = None
     """A folder with YAML files of tasks."""
     limit: int | None = None
     """Samples of each task, at most."""
 
     def __post_init__(self) -> None:
+        whole = [tuple(TASKS) if name == LOCAL else (name,) for name in self.names]
+        object.__setattr__(self, "names", tuple(name for names in whole for name in names))
         if len(set(self.names)) < len(self.names):
             raise InputError(f"tasks must each be given once (got {', '.join(self.names)})")
         if self.folder is not None and not self.folder.is_dir():
@@ -66,6 +71,7 @@ class Tasks:
         if not self.names:
             return {}
         files = {} if self.folder is None else _hashes(self.folder)
+        files |= {name: samples_sha256(name) for name in self.names if name in TASKS}
         version = _harness().__version__
         return {"tasks": list(self.names), "task_files": files, "task_limit": self.limit, "lm_eval": version}
 
@@ -76,6 +82,7 @@ class Tasks:
             InputError: lm-eval or a task is missing; the message names the first.
         """
         if self.names:
+            _harness()
             self._manager()
 
     def scores(self, model: nn.Module, tokenizer: Tokenizer) -> dict[str, TaskScore]:
@@ -87,6 +94,7 @@ class Tasks:
         if not self.names:
             return {}
         harness, manager = _harness(), self._manager()
+        tasks = [task_of(name) if name in TASKS else name for name in self.names]
         from lm_eval.models.huggingface import HFLM
 
         try:
@@ -96,7 +104,7 @@ class Tasks:
                 )  # it adds a pad token
                 found = harness.simple_evaluate(
                     model=wrapped,
-                    tasks=list(self.names),
+                    tasks=tasks,
                     task_manager=manager,
                     limit=self.limit,
                     log_samples=False,
@@ -109,23 +117,23 @@ class Tasks:
 
     def _manager(self) -> Any:
         """lm-eval's index of tasks: only the folder's tasks if they suffice, else lm-eval's own too."""
-        _harness()
+        names = {name for name in self.names if name not in TASKS}
         from lm_eval.tasks import TaskManager
 
         place = None if self.folder is None else str(self.folder)
         try:
             with _quiet():
-                manager = None if place is None else TaskManager(include_path=place, include_defaults=False)
-                if manager is None or not set(self.names) <= set(manager.all_tasks):
+                manager = TaskManager(include_path=place, include_defaults=False)
+                if not names <= set(manager.all_tasks):
                     manager = TaskManager(include_path=place)
         except Exception as error:  # an invalid YAML file
             raise InputError(f"task-path {place!r} could not be read: {one_line(error)}") from error
-        for name in self.names:
-            if name not in manager.all_tasks:
-                raise InputError(
-                    f"tasks: lm-eval knows no task {name!r}; `lm_eval ls tasks` lists its own, --task-path names a "
-                    "folder with yours"
-                )
+        missing = sorted(names - set(manager.all_tasks))
+        if missing:
+            raise InputError(
+                f"tasks: lm-eval knows no task {missing[0]!r}; `lm_eval ls tasks` lists its own, --task-path names a "
+                f"folder with yours, {LOCAL} needs neither"
+            )
         return manager
 
 

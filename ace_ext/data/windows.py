@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from ace_ext.data.bos import BosChoice, begin_with, choose_bos, text_ids
-from ace_ext.data.corpora import CALIBRATION, HELD_OUT, SELF, load_text
+from ace_ext.data.corpora import HELD_OUT, SELF, load_parts, load_text
+from ace_ext.data.mixture import Part, samples_of
 from ace_ext.data.requests import check_request, seeded_generator
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import tokens_sha256
@@ -45,7 +46,8 @@ def load_windows(
     progress: bool = False,
     note: Callable[[str], None] | None = None,
 ) -> CalibrationData:
-    """Return calibration samples, int64 [nsamples, seqlen], of a source of corpora.load_text or of the model itself.
+    """Return calibration samples, int64 [nsamples, seqlen], of a source of corpora.load_text, of a mixture of
+    such sources by weights (ace_ext.data.mixture), or of the model itself.
 
     `bos` says whether each sample begins with the BOS token: `auto`, `always`, `never`, or a choice already made. The
     token counts among the `seqlen`. `source="self"` needs `model`, the dense model. Other sources need it only if
@@ -54,16 +56,16 @@ def load_windows(
     first.
 
     Raises:
-        InputError: as choose_bos, token_windows, self_generated and corpora.load_text.
+        InputError: as choose_bos, token_windows, self_generated, corpora.load_parts and mixture.samples_of.
     """
     check_request(nsamples, seqlen, seed)
     if source == SELF and model is None:
         raise InputError("source: 'self' is text the model writes, and no model was given; pass model=")
-    documents = None if source == SELF else load_text(source, CALIBRATION, text_field, cache_dir)
+    texts = None if source == SELF else load_parts(source, text_field, cache_dir)
     choice = bos if isinstance(bos, BosChoice) else choose_bos(bos, tokenizer, model, own_text=source == SELF)
     if not choice.decided and not isinstance(bos, BosChoice):
         warnings.warn(f"{choice}; samples get no BOS token; pass model=, or bos='always' or 'never'", stacklevel=2)
-    if documents is None:
+    if texts is None:
         from ace_ext.data.generate import self_generated, writing_note  # imported here: other sources do not need it
 
         assert model is not None  # checked above
@@ -73,8 +75,28 @@ def load_windows(
             model, tokenizer, nsamples, seqlen, seed, bos=choice.token is not None, progress=progress
         )
     else:
-        tokens = token_windows(documents, tokenizer, nsamples, seqlen, seed, choice.token)
+        tokens = _mixed_windows(texts, tokenizer, nsamples, seqlen, seed, choice.token)
     return CalibrationData(tokens, source, int(seed), tokens_sha256(tokens), choice)
+
+
+def _mixed_windows(
+    texts: Sequence[tuple[Part, list[str]]],
+    tokenizer: Tokenizer,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    bos: int | None,
+) -> torch.Tensor:
+    """Windows of each text by its weight, in random order: int64 [nsamples, seqlen]. Of one text: as token_windows."""
+    if len(texts) == 1:
+        return token_windows(texts[0][1], tokenizer, nsamples, seqlen, seed, bos)
+    counts = samples_of(tuple(part for part, _ in texts), nsamples)
+    drawn = [
+        token_windows(documents, tokenizer, count, seqlen, seed, bos)
+        for (_, documents), count in zip(texts, counts, strict=True)
+    ]
+    # Training reads samples in their order: the texts must alternate.
+    return torch.cat(drawn)[torch.randperm(nsamples, generator=seeded_generator(seed))]
 
 
 def evaluation_tokens(

@@ -91,7 +91,7 @@ class PruneReport:
 
     def _better_text(self) -> str:
         calibration = self.extra.get("calibration") or {}
-        if calibration.get("source") == "self":
+        if calibration.get("source") in ("self", "bundled"):
             return "--calibration with text like that of your task"
         tokens = calibration.get("nsamples", _MUCH_TEXT) * calibration.get("seqlen", 1)
         return f"more text, e.g. --nsamples {4 * calibration['nsamples']}" if tokens < _MUCH_TEXT else ""

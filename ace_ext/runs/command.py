@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ace_ext.data.bos import default_mode
 from ace_ext.data.corpora import SELF
+from ace_ext.data.mixture import without_folders
 from ace_ext.models.location import hub_name
 from ace_ext.pruning.config import MAX_DENSE, PruneConfig
 from ace_ext.runs.options import EVALUATE_AUTO, Calibration, RunRequest
@@ -57,7 +58,7 @@ def heal_command(
     changed = {n: v for n, v in vars(settings).items() if n != "seed" and v != getattr(defaults, n)}
     other = {flag: getattr(text, n) for n, flag in names.items() if getattr(text, n) != getattr(recorded, n)}
     if "calibration" in other:
-        other["calibration"] = Path(other["calibration"]).name
+        other["calibration"] = without_folders(other["calibration"])
     return _line("heal", {"": "PRUNED", "output": OUTPUT, "tokens": tokens, "minutes": minutes, **changed, **other})
 
 
@@ -68,7 +69,7 @@ def _inputs(request: RunRequest) -> dict[str, Any]:
     if options.stats is not None:
         return {**dtype, "stats": options.stats.name}
     found: dict[str, Any] = {
-        "calibration": Path(text.source).name,
+        "calibration": without_folders(text.source),
         "nsamples": text.nsamples,
         "seqlen": text.seqlen,
         "seed": text.seed,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ace_ext.data.corpora import texts_of
 from ace_ext.data.requests import check_positions
 from ace_ext.data.requests import check_request as check_numbers
 from ace_ext.data.windows import CalibrationData
@@ -83,7 +84,7 @@ def heal_folder(
         )
     name = dense_name(request.dense, report)
     with disk_errors(path):
-        check_apart(path, request.folder, name, request.text.source)
+        check_apart(path, request.folder, name, *(part.source for part in texts_of(request.text.source)))
         recover(path)
         check_output(path, request.options.overwrite, request.options.resume)
         request.text.check()

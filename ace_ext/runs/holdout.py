@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ace_ext.data.bos import BosChoice, begin_with, knows_english, perplexity_of, short_text_ids
-from ace_ext.data.corpora import HELD_OUT, SELF, SMALL_SOURCES, SOURCES, load_text
+from ace_ext.data.corpora import HELD_OUT, SELF, SMALL_SOURCES, SOURCES, load_text, texts_of
+from ace_ext.data.mixture import samples_of
 from ace_ext.data.requests import check_tokens, positions_of
 from ace_ext.data.windows import evaluation_tokens, tokens_between_samples
 from ace_ext.errors import InputError
@@ -121,18 +122,31 @@ def _text(request: RunRequest, tokenizer: Tokenizer, bos: BosChoice) -> tuple[st
     wanted = calibration.evaluate
     if wanted != EVALUATE_AUTO:
         return wanted, evaluation_tokens(wanted, tokenizer, text_field=calibration.text_field)
-    if calibration.source in SMALL_SOURCES:
-        return f"{calibration.source}, held-out part", evaluation_tokens(calibration.source, tokenizer)
-    if calibration.source not in (SELF, *SOURCES):
-        documents = load_text(calibration.source, HELD_OUT, calibration.text_field)
-        read = [calibration, *([request.later] if request.later else [])]
-        draws = [(text.nsamples, text.seed) for text in read]
-        free = tokens_between_samples(documents, tokenizer, calibration.seqlen, draws, bos.token)
-        if len(free) >= WINDOWS * 2:
-            return f"{Path(calibration.source).name}, between the samples", free
+    found = _unread(request, tokenizer, bos)
+    if found:
+        most = WINDOWS * WINDOW_TOKENS // len(found) if len(found) > 1 else None  # of a mixture: as much of each text
+        return "; ".join(found), torch.cat([ids[:most] for ids in found.values()])
     if not knows_english(tokenizer):
         raise InputError("its tokenizer knows too few English words for the short text of this program")
     return "a short English text", torch.tensor(short_text_ids(tokenizer))
+
+
+def _unread(request: RunRequest, tokenizer: Tokenizer, bos: BosChoice) -> dict[str, Tensor]:
+    """Of each calibration text a part ``[n]`` that the run does not read, by a name; a text without one is left out."""
+    calibration = request.calibration
+    texts = texts_of(calibration.source)
+    read = [calibration, *([request.later] if request.later else [])]
+    draws = [[(count, text.seed) for count in samples_of(texts, text.nsamples)] for text in read]
+    found = {}
+    for source, *own_draws in zip((part.source for part in texts), *draws, strict=True):
+        if source in SMALL_SOURCES:
+            found[f"{source}, held-out part"] = evaluation_tokens(source, tokenizer)
+        elif source not in (SELF, *SOURCES):
+            documents = load_text(source, HELD_OUT, calibration.text_field)
+            free = tokens_between_samples(documents, tokenizer, calibration.seqlen, own_draws, bos.token)
+            if len(free) >= WINDOWS * 2:
+                found[f"{Path(source).name}, between the samples"] = free
+    return found
 
 
 def logits_of(source: Source, blocks: BlockSource, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ace_ext.data.bos import AUTO, MODES, BosChoice, choose_bos, settled_bos
-from ace_ext.data.corpora import CALIBRATION, SELF, SOURCES, load_text
+from ace_ext.data.corpora import BUNDLED, CALIBRATION, SELF, SOURCES, load_text, texts_of
+from ace_ext.data.mixture import samples_of
 from ace_ext.data.requests import check_request as check_numbers
 from ace_ext.data.windows import CalibrationData, load_windows
 from ace_ext.engine.distributed import launched
@@ -31,10 +32,11 @@ never."""
 
 @dataclass(frozen=True)
 class Calibration:
-    """The calibration text: its source, ``nsamples`` samples of ``seqlen`` tokens, the seed that chooses them, and
-    whether they begin with the BOS token (:data:`ace_ext.data.bos.MODES`)."""
+    """The calibration text: its source (a text, or a mixture: :mod:`ace_ext.data.mixture`), ``nsamples`` samples of
+    ``seqlen`` tokens, the seed that chooses them, and whether they begin with the BOS token
+    (:data:`ace_ext.data.bos.MODES`)."""
 
-    source: str = SELF
+    source: str = BUNDLED
     nsamples: int = 128
     seqlen: int = 128
     seed: int = 0
@@ -45,15 +47,18 @@ class Calibration:
     (:mod:`ace_ext.runs.holdout`)."""
 
     def check(self) -> None:
-        """Reads the text if it is a user's file, so that an error is found before the model is loaded.
+        """Reads the texts that are a user's files, so that an error is found before the model is loaded.
 
         Raises:
-            InputError: the file cannot be read, or the mode ``bos`` is unknown.
+            InputError: a file cannot be read, texts cannot be mixed, or the mode ``bos`` is unknown.
         """
         check_choice("bos", self.bos, MODES)
         check_numbers(self.nsamples, self.seqlen, self.seed)
-        if self.source not in (SELF, *SOURCES):
-            load_text(self.source, CALIBRATION, self.text_field)
+        texts = texts_of(self.source)
+        samples_of(texts, self.nsamples)
+        for part in texts:
+            if part.source not in (SELF, *SOURCES):
+                load_text(part.source, CALIBRATION, self.text_field)
 
     def choose_bos(
         self, tokenizer: Tokenizer, model: nn.Module | None, logits: Callable[[Tensor], Tensor] | None = None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ace_ext.data.bos import BosChoice
+from ace_ext.data.corpora import texts_of
 from ace_ext.data.windows import CalibrationData
 from ace_ext.engine.api import check_pattern, prune_model, removal_report
 from ace_ext.engine.context import RunContext
@@ -90,7 +91,7 @@ def prune_folder(
         return_freed_memory()
     path, progress = output_path(output), progress or Progress()
     with disk_errors(path):
-        check_apart(path, model, calibration.source, options.stats)
+        check_apart(path, model, *(part.source for part in texts_of(calibration.source)), options.stats)
         check_outside(path, "save-stats", options.save_stats)
         if config.method.distill is None:
             return _prune(request, path, progress), path

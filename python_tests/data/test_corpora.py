@@ -400,7 +400,7 @@ def test_what_is_no_text_file_is_refused(tmp_path, name):
 
 @pytest.mark.parametrize("source", ["wiki", "nowhere/a.txt", "x" * 5000, "self"])
 def test_unknown_source_is_refused_with_the_known_names(source):
-    known = "use wiki-mini, news-mini, code-mini, wikitext2, c4, self, or a .txt or .jsonl file"
+    known = "use bundled, wiki-mini, news-mini, code-mini, wikitext2, c4, self, or a .txt or .jsonl file"
     assert refusal(source) == f"source: {source!r} is neither a file nor a known name; {known}"
     assert "c4, or a .txt" in refusal(source, "held-out")  # text the model wrote is no measure of it
 

@@ -90,10 +90,10 @@ def test_scores_stand_beside_perplexity(place, tmp_path, capsys, monkeypatch):
     assert head.split("  ")[-1].strip() == "peak GiB"
     assert "one (acc)" in head
     assert "two (acc)" in head
-    assert dense.split()[3:] == [dense.split()[3], "0.100", "0.100"]
-    assert "0.300 ± 0.141" in wanda  # of 0.2 and 0.4
-    assert "0.400 ± 0.141" in magnitude  # of 0.3 and 0.5
-    assert "Scores of tasks by lm-eval 0, as many samples: 12 of one (standard error 0.050, dense)" in " ".join(notes)
+    assert dense.split()[3:] == [dense.split()[3], "0.100", "(0.050)", "0.100", "(0.050)"]
+    assert "0.300 ± 0.141 (0.050)" in wanda  # of 0.2 and 0.4
+    assert "0.400 ± 0.141 (0.050)" in magnitude  # of 0.3 and 0.5
+    assert "Scores of tasks by lm-eval 0, with as many samples: 12 of one, 12 of two. In paren" in " ".join(notes)
     data = json.loads((output / "results.json").read_text())
     assert data["dense_tasks"]["one"] == {"metric": "acc", "value": 0.1, "samples": 12, "stderr": 0.05}
     assert data["rows"][0]["tasks"]["two"]["mean"] == pytest.approx(0.3)
