@@ -6,7 +6,7 @@ A change ``e`` of a row has the squared output error ``e G eᵀ``. With ``w_t = 
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,10 +66,14 @@ class AdmmFactor:
     damping: float
     attempts: int
 
+    def multiplying_in(self, dtype: torch.dtype) -> "AdmmFactor":
+        """This factor with the products of a step in float32 or bfloat16."""
+        return replace(self, step=self.step.to(dtype))
+
     def start(self, weight: Tensor) -> None:
         """Nothing is computed once for all steps."""
 
-    def step_(self, dense: Tensor, kept: Tensor, dual: Tensor, start: None, out: Tensor) -> None:
+    def step_(self, dense: Tensor, kept: Tensor, dual: Tensor, start: Tensor | None, out: Tensor) -> None:
         """``out = a W + (1 - a) Z + U``.
 
         Args:
@@ -106,7 +110,7 @@ class GramState:
         self.scale = InputScale()
         self.tokens = 0
         self._obs: dict[float, ObsFactor] = {}  # by damping
-        self._admm: dict[tuple[float, float, float, torch.dtype], AdmmFactor] = {}  # by what admm_factor takes
+        self._admm: dict[tuple[float, float, float], AdmmFactor] = {}  # by what admm_factor takes
 
     def update(self, x: Tensor, token_weight: Tensor | None = None) -> None:
         """Adds tokens ``x [T, d]`` with the weights ``token_weight [T]`` float32, not negative; None: 1 for each."""
@@ -170,21 +174,18 @@ class GramState:
             self._obs[damping] = self._make_obs_factor(damping)
         return self._obs[damping]
 
-    def admm_factor(
-        self, damping: float, floor: float = 0.0, relaxation: float = 1.0, products: torch.dtype = torch.float32
-    ) -> AdmmFactor:
+    def admm_factor(self, damping: float, floor: float = 0.0, relaxation: float = 1.0) -> AdmmFactor:
         """The factor for ADMM, computed on first use.
 
         Args:
             damping: added to the diagonal of the normalised matrix.
             floor: as in :func:`ace_ext.pruning.damping.floor_energy`.
             relaxation: 1 for none.
-            products: the dtype in which a step multiplies.
 
         Raises:
             InputError: the matrix is not positive definite with any of the dampings.
         """
-        key = damping, floor, relaxation, products
+        key = damping, floor, relaxation
         if key not in self._admm:
             self._admm[key] = self._make_admm_factor(*key)
         return self._admm[key]
@@ -205,7 +206,7 @@ class GramState:
         upper, damping, attempts = _inverse_factor(matrix, damping)
         return ObsFactor(upper.float().contiguous(), dead, damping, attempts)
 
-    def _make_admm_factor(self, damping: float, floor: float, relaxation: float, products: torch.dtype) -> AdmmFactor:
+    def _make_admm_factor(self, damping: float, floor: float, relaxation: float) -> AdmmFactor:
         energies = self.matrix.diagonal().double()
         dead, least = energies == 0, floor_energy(energies, floor)
         norm = (energies + least).sqrt().masked_fill(dead, DEAD)
@@ -221,14 +222,15 @@ class GramState:
 
         def inverse_diagonal(by: float) -> Tensor | None:
             found = inverse(damped(by, dtype_for(by, len(dead))))
-            return None if found is None else found.diagonal().float()
+            # a copy, because a view would hold the whole matrix
+            return None if found is None else found.diagonal().to(torch.float32, copy=True)
 
         diagonal, damping, attempts = _damped_until(inverse_diagonal, damping, lambda: float(energies.mean()))
         rho = penalty(damping)
         step = inverse(damped(damping + rho, dtype_for(damping, len(dead))))
         assert step is not None  # more positive than the matrix before
         step.mul_(relaxation * rho).diagonal().add_(1 - relaxation)
-        return AdmmFactor(norm.float(), step.to(products), diagonal, dead, relaxation, damping, attempts)
+        return AdmmFactor(norm.float(), step.float(), diagonal, dead, relaxation, damping, attempts)
 
 
 def dtype_for(damping: float, columns: int) -> torch.dtype:

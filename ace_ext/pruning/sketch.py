@@ -57,12 +57,17 @@ class SketchFactor:
 
     relaxation: float = 1.0
 
+    def multiplying_in(self, dtype: torch.dtype) -> "SketchFactor":
+        """The factor itself: its products are with few directions, and cheap in float32."""
+        return self
+
     def start(self, weight: Tensor) -> Tensor:
         """``weight H`` for ``[rows, d]``, which all steps use."""
         return self.hessian.times(weight)
 
-    def step_(self, dense: Tensor, kept: Tensor, dual: Tensor, start: Tensor, out: Tensor) -> None:
+    def step_(self, dense: Tensor, kept: Tensor, dual: Tensor, start: Tensor | None, out: Tensor) -> None:
         """As :meth:`ace_ext.pruning.gram.AdmmFactor.step_`."""
+        assert start is not None
         rho, rest = penalty(self.damping), 1 - self.relaxation
         right = kept.sub_(dual).mul_(rho).add_(start)
         self.inverse.times(right, out)
@@ -174,16 +179,13 @@ class SketchState:
         along = (rows @ directions.T).square_().sum(dtype=torch.float64)
         return along + (rows.square().mul_(diagonal)).sum(dtype=torch.float64)
 
-    def admm_factor(
-        self, damping: float, floor: float = 0.0, relaxation: float = 1.0, products: torch.dtype = torch.float32
-    ) -> SketchFactor:
+    def admm_factor(self, damping: float, floor: float = 0.0, relaxation: float = 1.0) -> SketchFactor:
         """The factor for ADMM, computed on first use.
 
         Args:
             damping: added to the diagonal of the normalised matrix.
             floor: as in :func:`ace_ext.pruning.damping.floor_energy`.
             relaxation: 1 for none.
-            products: as for a Gram matrix, but not used: products with directions are cheap in float32.
 
         Raises:
             InputError: as :meth:`factors`.

@@ -137,7 +137,7 @@ def test_admm_factor_is_of_normalised_columns(floor, relaxation, damping):
 @pytest.mark.parametrize("relaxation", [1.0, 1.6])
 def test_a_step_of_admm_solves_for_the_weight_and_relaxes_it(products, tolerance, relaxation, random):
     state, x = make_state()
-    factor = state.admm_factor(0.1, 0.0, relaxation, products)
+    factor = state.admm_factor(0.1, 0.0, relaxation).multiplying_in(products)
     dense, kept, dual = (torch.randn(4, 9, generator=random) for _ in range(3))
     norm, rho = factor.norm.double(), penalty(0.1)
     hessian = (x.double().T @ x.double()) / norm / norm[:, None] + 0.1 * torch.eye(9)

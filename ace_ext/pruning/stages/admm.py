@@ -57,7 +57,8 @@ class Admm(Solve):
 
     def solve(self, problem: Problem) -> Solved:
         """The pruned weight after ``iterations``, on columns normalised by ``sqrt(G_jj + floor)``."""
-        factor = problem.gram.admm_factor(self.damping, self.floor, self.relaxation, _dtype_of_products(problem))
+        factor = problem.gram.admm_factor(self.damping, self.floor, self.relaxation)
+        factor = factor.multiplying_in(_dtype_of_products(problem))
         rows, height = len(problem.dense), _part_rows(*problem.dense.shape)
         if height == rows:
             return Solved(iterate(problem, factor, self), factor.damping, factor.attempts)
@@ -69,11 +70,12 @@ class Admm(Solve):
 
     def working_bytes(self, rows: int, cols: int) -> int:
         """The larger of two phases. With a Gram matrix: two copies of it while it is inverted, in float64 if the
-        damping is small; then a matrix in float32 and what the iterations use. With a sketch: five copies of it in
-        float64; then three factors in float32, what the iterations use, and a product with the directions."""
+        damping is small; then one in float32, its copy in bfloat16, and what the iterations use. With a sketch: five
+        copies of it in float64; then three factors in float32, what the iterations use, and a product with the
+        directions."""
         if self.gram != SKETCHED:
-            copies = 9 if dtype_for(self.damping, cols) == torch.float32 else 17
-            return max(copies * cols * cols, 4 * cols * cols + _weight_bytes(rows, cols))
+            inverting = 2 * cols * cols * dtype_for(self.damping, cols).itemsize + 64 * cols
+            return max(inverting, 6 * cols * cols + _weight_bytes(rows, cols))
         directions = direction_count(cols)
         product = 4 * _part_rows(rows, cols) * directions
         return max(40 * cols * directions, 12 * cols * directions + _weight_bytes(rows, cols) + product)
