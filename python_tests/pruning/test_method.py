@@ -167,7 +167,7 @@ def test_options_get_the_type_of_their_field():
 
 
 def test_a_stage_shows_what_differs_from_its_defaults():
-    assert str(method_of(Admm(damping=1.0, iterations=12))) == "admm(damping=1)"
+    assert str(method_of(Admm(damping=1.0, iterations=16))) == "admm(damping=1)"
     assert str(method_of(Score("ria"))) == "ria"
     assert str(method_of([Collect(), Obs()])) == "obs"
 
@@ -283,7 +283,7 @@ def test_the_default_method():
     ("text", "stages"),
     [
         ("balanced(damping=0.2)", (Admm(damping=0.2),)),
-        ("fast(iterations=12)", (Admm(damping=1.0, relaxation=1.0, gram="sketch"),)),
+        ("fast(iterations=16)", (Admm(damping=1.0, relaxation=1.0, gram="sketch"),)),
         ("best(tokens=2, iterations=3)", (Admm(iterations=3), Distill(tokens=2))),
         ("best(order=block)", (Collect(order="block"), Admm(), Distill())),
         ("balanced(batch_tokens=64)", (Collect(batch_tokens=64), Admm())),
@@ -323,7 +323,7 @@ def test_labels_are_what_was_written_with_one_spacing():
 
 
 def test_labels_do_not_tell_methods_apart():
-    assert parse("balanced") == parse("admm") == parse("admm(iterations=12)") == method_of(Admm())
+    assert parse("balanced") == parse("admm") == parse("admm(iterations=16)") == method_of(Admm())
     assert parse("balanced").label != parse("admm").label
     assert len({parse("balanced"), parse("admm")}) == 1
     assert method_of(Swaps()).label == "wanda + swaps"

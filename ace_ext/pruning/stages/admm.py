@@ -40,7 +40,7 @@ class Admm(Solve):
         Limits(at_least=0, words="a share of the geometric mean, 0 or more"),
     )
     iterations: int = option(
-        12, "iterations; the mask becomes sparser in the first half and is fixed in the second", Limits(at_least=1)
+        16, "iterations; the mask becomes sparser in the first half and is fixed in the second", Limits(at_least=1)
     )
     relaxation: float = option(
         1.6,
