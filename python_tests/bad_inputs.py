@@ -144,6 +144,7 @@ OPTIONS: dict[str, list[str]] = {
     "admm(damping={})": [*NO_NUMBERS, "nan", "-1"],
     "admm(floor={})": [*NO_NUMBERS, "nan", "-1", "inf"],
     "admm(iterations={})": [*NOT_WHOLE, *TOO_SMALL, *TOO_LARGE[3:]],
+    "admm(relaxation={})": [*NO_NUMBERS, "nan", "-1", "0", "2"],
     "admm(saliency={})": CHOICES,
     "admm(gram={})": CHOICES,
     "obs(damping={})": [*NO_NUMBERS, "nan", "-1"],

@@ -6,7 +6,7 @@ A change ``e`` of a row has the squared output error ``e G eᵀ``. With ``w_t = 
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from ace_ext.errors import InputError
 from ace_ext.pruning.damping import floor_energy, penalty
 from ace_ext.pruning.scaling import InputScale, times_power, times_power_
+from ace_ext.pruning.symmetric import add_gram_, energy, inverse
 
 MAX_ATTEMPTS = 8
 """How many factorisations are tried. Each has ten times the damping of the one before."""
@@ -25,6 +26,9 @@ LOSS_ROWS = 1024
 CHUNK_TOKENS = 4096
 """Tokens that are converted to float32 at a time. Tensor cores may truncate within such a chunk; the sum of chunks is
 rounded to nearest."""
+ROUNDING = 2.0**-17
+"""The least damping for each column of a normalised Gram matrix with which it is inverted in float32
+(:func:`dtype_for`)."""
 LEAST_DAMPING = 1e-6
 """The damping of the second attempt if that of the first was less than a tenth of it."""
 
@@ -46,28 +50,45 @@ class ObsFactor:
 @dataclass(frozen=True)
 class AdmmFactor:
     """For ADMM, on columns divided by ``norm``, so that the diagonal of G with its floor is 1:
-    ``H = (G + floor) / norm / normᵀ + damping``."""
+    ``H = (G + floor) / norm / normᵀ + damping``.
+
+    A step takes ``Z - U`` to ``a W + (1 - a) Z + (a - 1) U``, where a is the relaxation and
+    ``W = (H W₀ + ρ (Z - U)) (H + ρ)⁻¹ = W₀ + ρ (Z - U - W₀) (H + ρ)⁻¹``. In the second form the product is with a
+    difference, in which a strong common direction of the inputs is not amplified: bfloat16 is enough for it. So a step
+    is ``W₀ + (Z - U - W₀) S`` with ``S = a ρ (H + ρ)⁻¹ + (1 - a)``.
+    """
 
     norm: Tensor  # [d] float32: sqrt(G_jj + floor), DEAD for a dead column
-    hessian: Tensor  # [d, d] float32: H
-    inverse: Tensor  # [d, d] float32: (H + rho)⁻¹
+    step: Tensor  # [d, d] float32 or bfloat16: S
     inverse_diagonal: Tensor  # [d] float32: the diagonal of H⁻¹
     dead: Tensor  # [d] bool
+    relaxation: float
     damping: float
     attempts: int
 
-    @property
-    def rho(self) -> float:
-        """ADMM's penalty parameter: :func:`ace_ext.pruning.damping.penalty`."""
-        return penalty(self.damping)
+    def multiplying_in(self, dtype: torch.dtype) -> "AdmmFactor":
+        """This factor with the products of a step in float32 or bfloat16."""
+        return replace(self, step=self.step.to(dtype))
 
-    def times_hessian(self, weight: Tensor) -> Tensor:
-        """``weight H`` for ``[rows, d]``."""
-        return weight @ self.hessian
+    def start(self, weight: Tensor) -> None:
+        """Nothing is computed once for all steps."""
 
-    def solve_(self, right: Tensor, out: Tensor) -> None:
-        """``out = right (H + rho)⁻¹`` for ``[rows, d]``; ``out`` is not ``right``."""
-        torch.mm(right, self.inverse, out=out)
+    def step_(self, dense: Tensor, kept: Tensor, dual: Tensor, start: Tensor | None, out: Tensor) -> None:
+        """``out = a W + (1 - a) Z + U``.
+
+        Args:
+            dense: ``[rows, d]`` float32, the dense weight before it was multiplied by ``norm``.
+            kept: Z, overwritten.
+            dual: U.
+            start: what :meth:`start` returned.
+            out: another tensor than the others.
+        """
+        change = kept.sub_(dual).addcmul_(dense, self.norm, value=-1)
+        if self.step.dtype == torch.float32:
+            torch.mm(change, self.step, out=out)
+        else:
+            out.copy_(change.to(self.step.dtype) @ self.step)
+        out.addcmul_(dense, self.norm).add_(dual, alpha=2 - self.relaxation)
 
 
 class GramState:
@@ -89,7 +110,7 @@ class GramState:
         self.scale = InputScale()
         self.tokens = 0
         self._obs: dict[float, ObsFactor] = {}  # by damping
-        self._admm: dict[tuple[float, float], AdmmFactor] = {}  # by damping and floor
+        self._admm: dict[tuple[float, float, float], AdmmFactor] = {}  # by what admm_factor takes
 
     def update(self, x: Tensor, token_weight: Tensor | None = None) -> None:
         """Adds tokens ``x [T, d]`` with the weights ``token_weight [T]`` float32, not negative; None: 1 for each."""
@@ -100,7 +121,7 @@ class GramState:
         else:
             for part in weighted_rows(x, token_weight):
                 rows = self._scaled(part)
-                self.matrix.addmm_(rows.T, rows)
+                add_gram_(self.matrix, rows)
         self.tokens += len(x)
         self._forget_factors()
 
@@ -141,7 +162,7 @@ class GramState:
 
     def energy(self, rows: Tensor) -> Tensor:
         """``Σ_i e_i G e_iᵀ`` of ``rows e [n, d]`` float32, divided by ``4^scale.power``: ``[]`` float64."""
-        return (rows @ self.matrix).mul_(rows).sum(dtype=torch.float64)
+        return energy(self.matrix, rows)
 
     def obs_factor(self, damping: float) -> ObsFactor:
         """The factor for the column-by-column update, computed on first use.
@@ -153,19 +174,21 @@ class GramState:
             self._obs[damping] = self._make_obs_factor(damping)
         return self._obs[damping]
 
-    def admm_factor(self, damping: float, floor: float = 0.0) -> AdmmFactor:
+    def admm_factor(self, damping: float, floor: float = 0.0, relaxation: float = 1.0) -> AdmmFactor:
         """The factor for ADMM, computed on first use.
 
         Args:
             damping: added to the diagonal of the normalised matrix.
             floor: as in :func:`ace_ext.pruning.damping.floor_energy`.
+            relaxation: 1 for none.
 
         Raises:
             InputError: the matrix is not positive definite with any of the dampings.
         """
-        if (damping, floor) not in self._admm:
-            self._admm[damping, floor] = self._make_admm_factor(damping, floor)
-        return self._admm[damping, floor]
+        key = damping, floor, relaxation
+        if key not in self._admm:
+            self._admm[key] = self._make_admm_factor(*key)
+        return self._admm[key]
 
     def _forget_factors(self) -> None:
         self._obs.clear()
@@ -183,32 +206,40 @@ class GramState:
         upper, damping, attempts = _inverse_factor(matrix, damping)
         return ObsFactor(upper.float().contiguous(), dead, damping, attempts)
 
-    def _make_admm_factor(self, damping: float, floor: float) -> AdmmFactor:
-        energy = self.matrix.diagonal().double()
-        dead, least = energy == 0, floor_energy(energy, floor)
-        norm = (energy + least).sqrt().masked_fill(dead, DEAD)
+    def _make_admm_factor(self, damping: float, floor: float, relaxation: float) -> AdmmFactor:
+        energies = self.matrix.diagonal().double()
+        dead, least = energies == 0, floor_energy(energies, floor)
+        norm = (energies + least).sqrt().masked_fill(dead, DEAD)
 
-        def matrix() -> Tensor:
-            made = self.matrix.double()
+        def damped(by: float, dtype: torch.dtype) -> Tensor:
+            made = self.matrix.to(dtype, copy=True)
             made.diagonal().add_(least)
-            made /= norm
-            made /= norm[:, None]
+            made /= norm.to(dtype)
+            made /= norm.to(dtype)[:, None]
             made.diagonal()[dead] = 1.0
+            made.diagonal().add_(by)
             return made
 
-        upper, damping, attempts = _inverse_factor(matrix, damping)
-        inverse_diagonal = upper.square_().sum(0).float()
-        del upper
-        shifted = matrix()
-        shifted.diagonal().add_(damping).add_(penalty(damping))
-        lower = torch.linalg.cholesky(shifted)
-        torch.cholesky_inverse(lower, out=shifted.mT)  # LAPACK is column-major: .mT avoids a copy
-        del lower
-        inverse = shifted.mT.float()
-        del shifted
-        hessian = matrix()
-        hessian.diagonal().add_(damping)
-        return AdmmFactor(norm.float(), hessian.float(), inverse, inverse_diagonal, dead, damping, attempts)
+        def inverse_diagonal(by: float) -> Tensor | None:
+            found = inverse(damped(by, dtype_for(by, len(dead))))
+            # a copy, because a view would hold the whole matrix
+            return None if found is None else found.diagonal().to(torch.float32, copy=True)
+
+        diagonal, damping, attempts = _damped_until(inverse_diagonal, damping, lambda: float(energies.mean()))
+        rho = penalty(damping)
+        step = inverse(damped(damping + rho, dtype_for(damping, len(dead))))
+        assert step is not None  # more positive than the matrix before
+        step.mul_(relaxation * rho).diagonal().add_(1 - relaxation)
+        return AdmmFactor(norm.float(), step.float(), diagonal, dead, relaxation, damping, attempts)
+
+
+def dtype_for(damping: float, columns: int) -> torch.dtype:
+    """The dtype for the inverse of a normalised Gram matrix: float32 if its rounding is far below the damping.
+
+    Such a matrix has a diagonal of ones, so its norm is at most the number of its columns. Cholesky's factorisation
+    then acts as if it were given a matrix whose difference from this one is of the order of that norm times 2⁻²³.
+    """
+    return torch.float32 if damping >= ROUNDING * columns else torch.float64
 
 
 def multiplies_exactly(x: Tensor) -> bool:
@@ -328,18 +359,36 @@ def _inverse_factor(make: Callable[[], Tensor], damping: float) -> tuple[Tensor,
         InputError: the matrix is not positive definite with any of ``MAX_ATTEMPTS`` dampings, up to 10⁷ times the
             requested one. Rounding can cause this if there are fewer tokens than columns.
     """
-    for attempt in range(1, MAX_ATTEMPTS + 1):
-        factor, failed, mean = _cholesky_reversed(make, damping)
-        if not failed and math.isfinite(mean):
-            # Column-major, so that it is solved in place.
-            upper = torch.eye(len(factor), dtype=factor.dtype, device=factor.device).mT
-            torch.linalg.solve_triangular(factor, upper, upper=True, out=upper)
-            if torch.isfinite(upper.sum()):
-                return upper, damping, attempt
-            del upper
-        del factor
+    mean = math.nan
+
+    def attempt(by: float) -> Tensor | None:
+        nonlocal mean
+        factor, failed, mean = _cholesky_reversed(make, by)
+        if failed or not math.isfinite(mean):
+            return None
+        # Column-major, so that it is solved in place.
+        upper = torch.eye(len(factor), dtype=factor.dtype, device=factor.device).mT
+        torch.linalg.solve_triangular(factor, upper, upper=True, out=upper)
+        return upper if torch.isfinite(upper.sum()) else None
+
+    return _damped_until(attempt, damping, lambda: mean)
+
+
+def _damped_until(
+    attempt: Callable[[float], Tensor | None], damping: float, mean: Callable[[], float]
+) -> tuple[Tensor, float, int]:
+    """What ``attempt(damping)`` returns for the first of the dampings that serves, this damping, and the number of
+    attempts. ``mean``: the mean diagonal, for the message.
+
+    Raises:
+        InputError: as :func:`_inverse_factor`.
+    """
+    for number in range(1, MAX_ATTEMPTS + 1):
+        found = attempt(damping)
+        if found is not None:
+            return found, damping, number
         last, damping = damping, max(10 * damping, LEAST_DAMPING)
     raise InputError(
         f"the Gram matrix of the inputs must become positive definite by damping (it is not with up to {last:g} of its "
-        f"mean diagonal of {mean:g}); raise damping, or look for NaN or overflow in the activations"
+        f"mean diagonal of {mean():g}); raise damping, or look for NaN or overflow in the activations"
     )

@@ -32,7 +32,7 @@ from ace_ext.pruning.stages import (
 from ace_ext.pruning.stages._stage import GRAM_KINDS, PLAIN, SKETCHED
 
 PRESETS = {
-    "fast": "admm(damping=1, iterations=10, gram=sketch)",
+    "fast": "admm(damping=1, iterations=10, relaxation=1, gram=sketch)",
     "balanced": "admm",
     "best": "admm + distill",
 }
@@ -43,7 +43,7 @@ DEFAULT = "fast"
 PUBLISHED = {
     "published-wanda": "collect(order=block) + wanda",
     "published-sparsegpt": "collect(order=block) + obs",
-    "published-admm": "collect(order=block) + admm(floor=0, iterations=30, saliency=magnitude)",
+    "published-admm": "collect(order=block) + admm(floor=0, iterations=30, relaxation=1, saliency=magnitude)",
 }
 """Baselines with the settings of their papers: Wanda (arXiv 2306.11695), SparseGPT (arXiv 2301.00774) and ADMM pruning
 (arXiv 2401.02938)."""

@@ -55,18 +55,26 @@ class SketchFactor:
     damping: float
     attempts: int = 1
 
-    @property
-    def rho(self) -> float:
-        """ADMM's penalty parameter: :func:`ace_ext.pruning.damping.penalty`."""
-        return penalty(self.damping)
+    relaxation: float = 1.0
 
-    def times_hessian(self, weight: Tensor) -> Tensor:
-        """``weight H`` for ``[rows, d]``."""
+    def multiplying_in(self, dtype: torch.dtype) -> "SketchFactor":
+        """The factor itself: its products are with few directions, and cheap in float32."""
+        return self
+
+    def start(self, weight: Tensor) -> Tensor:
+        """``weight H`` for ``[rows, d]``, which all steps use."""
         return self.hessian.times(weight)
 
-    def solve_(self, right: Tensor, out: Tensor) -> None:
-        """``out = right (H + rho)⁻¹`` for ``[rows, d]``; ``out`` is not ``right``."""
+    def step_(self, dense: Tensor, kept: Tensor, dual: Tensor, start: Tensor | None, out: Tensor) -> None:
+        """As :meth:`ace_ext.pruning.gram.AdmmFactor.step_`."""
+        assert start is not None
+        rho, rest = penalty(self.damping), 1 - self.relaxation
+        right = kept.sub_(dual).mul_(rho).add_(start)
         self.inverse.times(right, out)
+        if rest:  # Z = (right - start) / rho + U
+            out.mul_(self.relaxation).add_(right, alpha=rest / rho).add_(start, alpha=-rest / rho)
+            out.add_(dual, alpha=rest)
+        out.add_(dual)
 
 
 class SketchState:
@@ -84,7 +92,7 @@ class SketchState:
         self.scale = InputScale()
         self.tokens = 0
         self._factors: tuple[Tensor, Tensor] | None = None
-        self._admm: dict[tuple[float, float], SketchFactor] = {}  # by damping and floor
+        self._admm: dict[tuple[float, float, float], SketchFactor] = {}  # by damping, floor and relaxation
 
     def update(self, x: Tensor, token_weight: Tensor | None = None) -> None:
         """Adds tokens ``x [T, d]`` with the weights ``token_weight [T]`` float32, not negative; None: 1 for each."""
@@ -171,21 +179,23 @@ class SketchState:
         along = (rows @ directions.T).square_().sum(dtype=torch.float64)
         return along + (rows.square().mul_(diagonal)).sum(dtype=torch.float64)
 
-    def admm_factor(self, damping: float, floor: float = 0.0) -> SketchFactor:
+    def admm_factor(self, damping: float, floor: float = 0.0, relaxation: float = 1.0) -> SketchFactor:
         """The factor for ADMM, computed on first use.
 
         Args:
             damping: added to the diagonal of the normalised matrix.
             floor: as in :func:`ace_ext.pruning.damping.floor_energy`.
+            relaxation: 1 for none.
 
         Raises:
             InputError: as :meth:`factors`.
         """
-        if (damping, floor) not in self._admm:
-            self._admm[damping, floor] = self._make_admm_factor(damping, floor)
-        return self._admm[damping, floor]
+        key = damping, floor, relaxation
+        if key not in self._admm:
+            self._admm[key] = self._make_admm_factor(*key)
+        return self._admm[key]
 
-    def _make_admm_factor(self, damping: float, floor: float) -> SketchFactor:
+    def _make_admm_factor(self, damping: float, floor: float, relaxation: float) -> SketchFactor:
         diagonal, directions = (part.double() for part in self.factors())
         dead, least = self.squares == 0, floor_energy(self.squares, floor)
         norm = (self.squares + least).sqrt().masked_fill(dead, DEAD)
@@ -195,7 +205,9 @@ class SketchState:
         shifted = damped + penalty(damping)
         inverse = LowRank((1 / shifted).float(), _woodbury(shifted, directions).float(), -1)
         hessian = LowRank(damped.float(), directions.float())
-        return SketchFactor(norm.float(), hessian, inverse, inverse_diagonal.float(), dead, damping)
+        return SketchFactor(
+            norm.float(), hessian, inverse, inverse_diagonal.float(), dead, damping, relaxation=relaxation
+        )
 
     def _forget_factors(self) -> None:
         self._factors = None

@@ -64,7 +64,7 @@ def test_run_verify_eval(place):
     assert report["extra"]["calibration"]["source"].endswith("text.txt")
     assert len(report["extra"]["calibration"]["sha256"]) == 64
     assert report["config"]["preset"] == "fast"
-    assert report["config"]["method"] == "admm(damping=1, iterations=10, gram=sketch)"
+    assert report["config"]["method"] == "admm(damping=1, iterations=10, relaxation=1, gram=sketch)"
     assert {"torch", "transformers", "ace_ext"} <= set(report["versions"])
     assert report["peak_memory_bytes"] > 0
 

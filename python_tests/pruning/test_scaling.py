@@ -19,7 +19,7 @@ ROWS, COLS, TOKENS = 6, 48, 200
 
 SETTINGS = {
     "wanda": {"method": "wanda"},
-    "fast": {"method": "admm(damping=1.0, iterations=10, gram=sketch)"},
+    "fast": {"method": "admm(damping=1.0, iterations=10, relaxation=1, gram=sketch)"},
     "balanced": {"method": "admm"},
     "balanced 2:4": {"method": "admm", "pattern": "2:4"},
     "obs": {"method": "obs", "group": "row"},

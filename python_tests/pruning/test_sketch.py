@@ -67,23 +67,27 @@ def test_of_few_columns_it_is_the_gram_matrix():
 
 
 @pytest.mark.parametrize(("damping", "floor"), [(0.0, 0.0), (0.1, 0.2), (1.0, 0.0)])
-def test_admm_factor_is_that_of_the_normalised_approximation(damping, floor, random):
+@pytest.mark.parametrize("relaxation", [1.0, 1.6])
+def test_admm_factor_is_that_of_the_normalised_approximation(damping, floor, relaxation, random):
     sketch, _ = states(correlated())
-    factor = sketch.admm_factor(damping, floor)
+    factor = sketch.admm_factor(damping, floor, relaxation)
     least = floor * sketch.squares.log().mean().exp()
     norm = (sketch.squares + least).sqrt()
     hessian = (approximation(sketch) + least * torch.eye(WIDE)) / norm / norm[:, None] + damping * torch.eye(WIDE)
     rows = torch.randn(5, WIDE, generator=random)
-    torch.testing.assert_close(factor.times_hessian(rows).double(), rows.double() @ hessian, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(factor.start(rows).double(), rows.double() @ hessian, rtol=1e-4, atol=1e-4)
     out = torch.empty_like(rows)
-    factor.solve_(rows, out)
-    expected = rows.double() @ torch.linalg.inv(hessian + penalty(damping) * torch.eye(WIDE))
-    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+    kept, dual, rho = rows.flip(0), rows.roll(1, 0), penalty(damping)
+    right = rows.double() @ hessian + rho * (kept - dual)
+    weight = right @ torch.linalg.inv(hessian + rho * torch.eye(WIDE))
+    expected = relaxation * weight + (1 - relaxation) * kept + dual
+    factor.step_(rows, kept.clone(), dual, factor.start(rows), out)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=2e-4)
     inverse = torch.linalg.inv(hessian).diagonal()
     torch.testing.assert_close(factor.inverse_diagonal.double(), inverse, rtol=2e-3, atol=1e-3)
-    assert sketch.admm_factor(damping, floor) is factor
+    assert sketch.admm_factor(damping, floor, relaxation) is factor
     sketch.update(torch.ones(1, WIDE))
-    assert sketch.admm_factor(damping, floor) is not factor
+    assert sketch.admm_factor(damping, floor, relaxation) is not factor
 
 
 def test_merged_ranks_are_one_state():

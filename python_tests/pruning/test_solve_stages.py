@@ -168,18 +168,34 @@ def test_admm_of_some_rows_at_a_time_is_that_of_all(setting, entries, monkeypatc
     torch.testing.assert_close(parts, weight)
 
 
-def test_admm_with_its_mask_fixed_nears_least_squares():
+@pytest.mark.parametrize("relaxation", [1.0, 1.6])
+def test_admm_with_its_mask_fixed_nears_least_squares(relaxation):
     weight, _, stats = make_case()
-    config = PruneConfig("admm(iterations=3000, damping=0.1)")
-    factor = stats.gram.admm_factor(0.1)
+    config = PruneConfig(f"admm(iterations=3000, relaxation={relaxation}, damping=0.1)")
+    factor = stats.gram.admm_factor(0.1, relaxation=relaxation)
     mask = config.comparison.mask(scored_weight(weight, stats, config), keep_of_group(weight, config))
     problem = Problem(weight, stats.gram, config.comparison, config.comparison.keep(ROWS, COLS, 0.5), mask)
     found = admm.iterate(problem, factor, config.method.solve) * factor.norm
-    hessian, dense = factor.hessian.double(), (weight * factor.norm).double()
+    norm = factor.norm.double()
+    hessian, dense = stats.gram.matrix.double() / norm / norm[:, None], (weight * factor.norm).double()
+    hessian += 0.1 * torch.eye(COLS)
     for row in range(ROWS):
         kept = mask[row]
         best = torch.linalg.solve(hessian[kept][:, kept], (hessian @ dense[row])[kept])
         torch.testing.assert_close(found[row, kept].double(), best, rtol=1e-2, atol=1e-2 * float(best.abs().max()))
+
+
+def test_products_in_bfloat16_cost_no_quality(monkeypatch):
+    def pruned(slow):
+        monkeypatch.setattr(admm, "slow_dtypes", lambda: slow)
+        weight, _, stats = make_case(torch.bfloat16)
+        solution = prune_linear_(weight, stats, PruneConfig("admm"))
+        return weight, solution.loss_after
+
+    fast, slow = pruned(frozenset()), pruned(frozenset({torch.bfloat16}))
+    assert not torch.equal(fast[0], slow[0])
+    assert ((fast[0] != 0) == (slow[0] != 0)).float().mean() > 0.98
+    assert fast[1] == pytest.approx(slow[1], rel=0.01)
 
 
 @pytest.mark.parametrize("gram", ["plain", "sketch"])
@@ -187,7 +203,8 @@ def test_admm_with_its_mask_fixed_nears_least_squares():
 def test_admm_with_the_largest_damping_is_wanda(gram, saliency):
     weight, _, stats = make_case()
     wanda = weight.clone()
-    prune_linear_(weight, stats, PruneConfig(Admm(gram=gram, saliency=saliency, damping=1e6, floor=0.0)))
+    plain = Admm(gram=gram, saliency=saliency, damping=1e6, floor=0.0, iterations=20, relaxation=1.0)
+    prune_linear_(weight, stats, PruneConfig(plain))
     prune_linear_(wanda, stats, PruneConfig("wanda"))
     torch.testing.assert_close(weight, wanda, rtol=1e-4, atol=0.0)
 

@@ -1,7 +1,8 @@
 """ADMM pruning (arXiv 2401.02938): weights and mask together, with matrix products only.
 
 The Gram matrix ``G [cols, cols]`` of the inputs measures errors (:mod:`ace_ext.pruning.gram`): the change ``e`` of a
-row costs ``e G eᵀ``. Everything is computed in float32.
+row costs ``e G eᵀ``. Everything is computed in float32, except
+products in bfloat16 where :func:`_dtype_of_products` says so.
 """
 
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ace_ext import ops
+from ace_ext.models.products import slow_dtypes
 from ace_ext.pruning.damping import ADMM_DAMPING, ADMM_FLOOR
-from ace_ext.pruning.gram import AdmmFactor, masked, restore_dead_
+from ace_ext.pruning.gram import AdmmFactor, dtype_for, masked, restore_dead_
 from ace_ext.pruning.settings import Limits, option
 from ace_ext.pruning.sketch import SketchFactor, direction_count
 from ace_ext.pruning.stages._stage import COSINE, PLAIN, SKETCHED, Problem, Solve, Solved, damping_option, gram_option
@@ -38,7 +40,12 @@ class Admm(Solve):
         Limits(at_least=0, words="a share of the geometric mean, 0 or more"),
     )
     iterations: int = option(
-        20, "iterations; the mask becomes sparser in the first half and is fixed in the second", Limits(at_least=1)
+        16, "iterations; the mask becomes sparser in the first half and is fixed in the second", Limits(at_least=1)
+    )
+    relaxation: float = option(
+        1.6,
+        "over-relaxation: by how much each iteration exaggerates its change (1: as it is); fewer iterations are needed",
+        Limits(above=0, below=2, words="more than 0 and less than 2"),
     )
     saliency: str = option(
         "obs",
@@ -50,7 +57,8 @@ class Admm(Solve):
 
     def solve(self, problem: Problem) -> Solved:
         """The pruned weight after ``iterations``, on columns normalised by ``sqrt(G_jj + floor)``."""
-        factor = problem.gram.admm_factor(self.damping, self.floor)
+        factor = problem.gram.admm_factor(self.damping, self.floor, self.relaxation)
+        factor = factor.multiplying_in(_dtype_of_products(problem))
         rows, height = len(problem.dense), _part_rows(*problem.dense.shape)
         if height == rows:
             return Solved(iterate(problem, factor, self), factor.damping, factor.attempts)
@@ -61,18 +69,27 @@ class Admm(Solve):
         return Solved(weight, factor.damping, factor.attempts)
 
     def working_bytes(self, rows: int, cols: int) -> int:
-        """The larger of two phases. With a Gram matrix: two copies of it in float64 while it is factorised; then two
-        factors in float32 and what the iterations use. With a sketch: five copies of it in float64; then three factors
-        in float32, what the iterations use, and a product with the directions."""
+        """The larger of two phases. With a Gram matrix: two copies of it while it is inverted, in float64 if the
+        damping is small; then one in float32, its copy in bfloat16, and what the iterations use. With a sketch: five
+        copies of it in float64; then three factors in float32, what the iterations use, and a product with the
+        directions."""
         if self.gram != SKETCHED:
-            return max(17 * cols * cols, 8 * cols * cols + _weight_bytes(rows, cols))
+            inverting = 2 * cols * cols * dtype_for(self.damping, cols).itemsize + 64 * cols
+            return max(inverting, 6 * cols * cols + _weight_bytes(rows, cols))
         directions = direction_count(cols)
         product = 4 * _part_rows(rows, cols) * directions
         return max(40 * cols * directions, 12 * cols * directions + _weight_bytes(rows, cols) + product)
 
     def held_bytes(self, cols: int) -> int:
-        """The factors of the Gram matrix, or of the sketch."""
-        return 8 * cols * cols if self.gram != SKETCHED else 12 * cols * direction_count(cols)
+        """The matrix of an iteration, or the factors of the sketch."""
+        return 4 * cols * cols if self.gram != SKETCHED else 12 * cols * direction_count(cols)
+
+
+def _dtype_of_products(problem: Problem) -> torch.dtype:
+    """bfloat16 if the result is rounded to 16 bits in any case, and the CPU has instructions for it. GPUs multiply in
+    float32: bfloat16 was not tried there."""
+    half = problem.units.dtype.itemsize == 2 and problem.dense.is_cpu
+    return torch.bfloat16 if half and torch.bfloat16 not in slow_dtypes() else torch.float32
 
 
 def _part_rows(rows: int, cols: int) -> int:
@@ -84,17 +101,17 @@ def iterate(problem: Problem, factor: AdmmFactor | SketchFactor, stage: Admm) ->
     """The alternating direction method of multipliers. Returns the last ``Z [rows, cols]``.
 
     Columns are multiplied by ``norm``, and ``H`` is the normalised Gram matrix. ``Z`` is the masked ``W + U``; then
-    ``U ← U + W - Z`` and ``W ← (H W₀ + ρ (Z - U)) (H + ρ)⁻¹``. If no mask is given, its sparsity follows a cubic curve
-    in the first half of the iterations.
+    ``U ← U + W - Z``, ``W ← (H W₀ + ρ (Z - U)) (H + ρ)⁻¹`` and, with the relaxation ``a``, ``W ← a W + (1 - a) Z``
+    (Boyd et al. 2011, section 3.4.3). If no mask is given, its sparsity follows a cubic curve in the first half of the
+    iterations.
 
     The function uses no more than four buffers of the weight's size.
     """
-    weight = problem.dense * factor.norm
-    target, dual, kept = factor.times_hessian(weight), torch.zeros_like(weight), torch.empty_like(weight)
+    weight = problem.dense * factor.norm  # W + U from now on: U is zero
+    start, dual, kept = factor.start(weight), torch.empty_like(weight), torch.empty_like(weight)
     mask = problem.mask
     tightening = max(1, stage.iterations // 2)
     for step in range(stage.iterations):
-        weight.add_(dual)
         if mask is None and step + 1 == tightening:
             mask = _most_salient(weight, factor, problem, stage)
         if mask is not None:
@@ -103,9 +120,9 @@ def iterate(problem: Problem, factor: AdmmFactor | SketchFactor, stage: Admm) ->
             kept.copy_(weight)
             _keep_most_salient_(kept, (step + 1) / tightening, factor, problem, stage)
         torch.sub(weight, kept, out=dual)
-        factor.solve_(kept.sub_(dual).mul_(factor.rho).add_(target), out=weight)
+        factor.step_(problem.dense, kept, dual, start, out=weight)
     assert mask is not None  # given, or chosen when the tightening ended
-    masked(weight.add_(dual), mask, out=weight).add_(0.0).div_(factor.norm)  # -0.0 + 0.0 is +0.0
+    masked(weight, mask, out=weight).add_(0.0).div_(factor.norm)  # -0.0 + 0.0 is +0.0
     restore_dead_(weight, problem.dense, mask, factor.dead)
     return weight
 
