@@ -55,7 +55,6 @@ class SketchFactor:
     dead: Tensor  # [d] bool: inputs that were zero for every token
     damping: float
     attempts: ClassVar[int] = 1
-
     relaxation: float = 1.0
 
     def multiplying_in(self, dtype: torch.dtype) -> "SketchFactor":
