@@ -8,6 +8,7 @@ as in Tropp, Yurtsever, Udell and Cevher 2017 (arXiv 1706.05736, algorithm 3). T
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -53,8 +54,7 @@ class SketchFactor:
     inverse_diagonal: Tensor  # [d] float32: the diagonal of H⁻¹
     dead: Tensor  # [d] bool: inputs that were zero for every token
     damping: float
-    attempts: int = 1
-
+    attempts: ClassVar[int] = 1
     relaxation: float = 1.0
 
     def multiplying_in(self, dtype: torch.dtype) -> "SketchFactor":
