@@ -125,27 +125,28 @@ def _text(request: RunRequest, tokenizer: Tokenizer, bos: BosChoice) -> tuple[st
     found = _unread(request, tokenizer, bos)
     if found:
         most = WINDOWS * WINDOW_TOKENS // len(found) if len(found) > 1 else None  # of a mixture: as much of each text
-        return "; ".join(found), torch.cat([ids[:most] for ids in found.values()])
+        return "; ".join(name for name, _ in found), torch.cat([ids[:most] for _, ids in found])
     if not knows_english(tokenizer):
         raise InputError("its tokenizer knows too few English words for the short text of this program")
     return "a short English text", torch.tensor(short_text_ids(tokenizer))
 
 
-def _unread(request: RunRequest, tokenizer: Tokenizer, bos: BosChoice) -> dict[str, Tensor]:
-    """Of each calibration text a part ``[n]`` that the run does not read, by a name; a text without one is left out."""
+def _unread(request: RunRequest, tokenizer: Tokenizer, bos: BosChoice) -> list[tuple[str, Tensor]]:
+    """Of each calibration text the name and the ids ``[n]`` of a part that the run does not read. A text without such a
+    part is left out."""
     calibration = request.calibration
     texts = texts_of(calibration.source)
     read = [calibration, *([request.later] if request.later else [])]
     draws = [[(count, text.seed) for count in samples_of(texts, text.nsamples)] for text in read]
-    found = {}
+    found = []
     for source, *own_draws in zip((part.source for part in texts), *draws, strict=True):
         if source in SMALL_SOURCES:
-            found[f"{source}, held-out part"] = evaluation_tokens(source, tokenizer)
+            found.append((f"{source}, held-out part", evaluation_tokens(source, tokenizer)))
         elif source not in (SELF, *SOURCES):
             documents = load_text(source, HELD_OUT, calibration.text_field)
             free = tokens_between_samples(documents, tokenizer, calibration.seqlen, own_draws, bos.token)
             if len(free) >= WINDOWS * 2:
-                found[f"{Path(source).name}, between the samples"] = free
+                found.append((f"{Path(source).name}, between the samples", free))
     return found
 
 
