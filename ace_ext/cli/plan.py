@@ -28,8 +28,8 @@ def add(commands: shared.Subparsers) -> None:
     shared.add_memory(parser.add_argument_group("the run"))
     parser.add_argument("--list", action="store_true", help="only list the weights of the blocks, and which stay dense")
     parser.show_common(
-        *("model", "method", "sparsity", "pattern", "calibration", "nsamples", "seqlen", "device", "max_memory"),
-        *("format", "list", "json"),
+        *("model", "method", "sparsity", "pattern", "remove", "calibration", "nsamples", "seqlen", "device"),
+        *("max_memory", "format", "list", "json"),
         tables=shared.stage_tables,
     )
     parser.set_defaults(action=plan)

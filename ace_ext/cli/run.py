@@ -14,6 +14,7 @@ EXAMPLES = (
     "run --model MODEL --output pruned",
     "run --model MODEL --output pruned --method balanced --calibration wiki-mini",
     "run --model MODEL --output pruned --pattern 2:4 --calibration text.jsonl --text-field content",
+    "run --model MODEL --output smaller --remove neurons=0.2 --calibration wiki-mini",
     "run --model MODEL --output pruned --calibration wiki-mini --max-memory 8GB --resume",
 )
 """Commands that ``--help`` shows."""
@@ -41,7 +42,7 @@ def add(commands: shared.Subparsers) -> None:
     shared.add_memory(group)
     _add_files(group)
     parser.show_common(
-        *("model", "output", "method", "sparsity", "pattern", "calibration", "nsamples", "seqlen", "device"),
+        *("model", "output", "method", "sparsity", "pattern", "remove", "calibration", "nsamples", "seqlen", "device"),
         *("max_memory", "resume", "overwrite", "format", "evaluate", "report"),
         tables=lambda: f"{shared.stage_tables()}\n\n{_formats()}",
     )

@@ -13,7 +13,15 @@ from ace_ext.errors import InputError
 from ace_ext.models.blocks import Block
 from ace_ext.models.replay import BlockCall, capture_calls, replaced_forward, run_block
 from ace_ext.records import DroppedBlock
-from ace_ext.structures.smaller import check_same, few_tokens, fill_, laid_out, numbers_of, shapes_of
+from ace_ext.structures.smaller import (
+    check_same,
+    few_tokens,
+    fill_,
+    laid_out,
+    numbers_of,
+    output_of,
+    shapes_of,
+)
 
 
 def least_influence(
@@ -105,9 +113,8 @@ def without_blocks(
         for place in places:
             module = blocks[place].module
             stack.enter_context(replaced_forward(module, _bypass(module.forward)))
-        expected = model(input_ids=tokens, use_cache=False).logits
-    found = smaller(input_ids=tokens, use_cache=False).logits
-    check_same("blocks", expected, found, next(model.parameters()).dtype)
+        expected = output_of(model, tokens)
+    check_same("blocks", expected, output_of(smaller, tokens), next(model.parameters()).dtype)
     return smaller, [DroppedBlock(blocks[place].name, influence) for place, influence in gone]
 
 

@@ -20,7 +20,7 @@ from ace_ext.records import CutBlock
 from ace_ext.structures.moments import Fit, Moments, fitted
 from ace_ext.structures.scores import kept_neurons, turning
 from ace_ext.structures.search import FeedForward, Neurons, find_neurons
-from ace_ext.structures.smaller import check_same, few_tokens, fill_, laid_out
+from ace_ext.structures.smaller import check_same, few_tokens, fill_, laid_out, output_of
 
 HELD_BACK = 8
 """One of this many samples (or of this many tokens, if there are fewer samples) is held back from a fit."""
@@ -63,9 +63,8 @@ def find_and_try(model: nn.Module, blocks: list[Block], part: removal.Neurons, b
                     lambda _, x: (x[0] * mask.to(x[0].dtype),)
                 )
                 stack.callback(handle.remove)
-        expected = model(input_ids=tokens, use_cache=False).logits
-    found_logits = smaller(input_ids=tokens, use_cache=False).logits
-    check_same("neurons", expected, found_logits, next(model.parameters()).dtype)
+        expected = output_of(model, tokens)
+    check_same("neurons", expected, output_of(smaller, tokens), next(model.parameters()).dtype)
     return found
 
 
@@ -97,6 +96,7 @@ def without_neurons(
     for own in found.present:  # of the right shape; the walk replaces them
         tensors |= {cut.name: cut.keep(tensors[cut.name], first, found.count) for cut in own.cuts}
     fill_(smaller, tensors, model)
+    output_of(smaller, calibration.batches[0]["input_ids"][:1])  # some classes choose code by the length of an input
     walk = _Walk(model, blocks, find_blocks(smaller, check=False), part, calibration)
     report = []
     for index, place in enumerate(found.parts):

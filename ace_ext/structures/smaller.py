@@ -92,8 +92,14 @@ def few_tokens(batch: Mapping[str, Tensor], count: int = 16) -> Tensor:
     return seen[None, :count]
 
 
+def output_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    """A model's logits, or the hidden states of one without a head, for ``tokens [1, seqlen]``."""
+    output: Tensor = model(input_ids=tokens, use_cache=False)[0]
+    return output
+
+
 def check_same(name: str, expected: Tensor, found: Tensor, dtype: torch.dtype) -> None:
-    """Checks that two models' logits ``[batch, seqlen, vocabulary]`` differ by rounding only.
+    """Checks that two models' outputs of :func:`output_of` differ by rounding only. ``dtype``: of the weights.
 
     Raises:
         InputError: they differ by more.

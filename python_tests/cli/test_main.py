@@ -152,9 +152,9 @@ def test_sparsity_and_pattern_exclude_each_other(place, capsys):
 
 
 COMMON = {
-    "run": "model output method sparsity pattern calibration nsamples seqlen device max-memory resume overwrite format "
-    "evaluate report",
-    "plan": "model method sparsity pattern calibration nsamples seqlen device max-memory format list json",
+    "run": "model output method sparsity pattern remove calibration nsamples seqlen device max-memory resume overwrite "
+    "format evaluate report",
+    "plan": "model method sparsity pattern remove calibration nsamples seqlen device max-memory format list json",
 }
 """The options of each verb's ``--help``; ``--help-all`` shows the others too."""
 

@@ -126,6 +126,13 @@ def test_half_precision(dtype):
     assert relative(logits(model, tokens).float(), logits(single, tokens)) < 0.2
 
 
+def test_a_model_without_a_head():
+    model, tokens = make_model("llama").model, make_tokens(8, 16)
+    report = prune_model(model, tokens, remove="blocks=1 + neurons=0.25")
+    assert [record.after for record in report.removed] == [2, 36]
+    assert torch.isfinite(model(input_ids=tokens).last_hidden_state).all()
+
+
 @pytest.mark.parametrize(
     ("family", "words"),
     [("mixtral", "has experts"), ("mamba", "no number in the configuration"), ("zamba", "same tensor")],
