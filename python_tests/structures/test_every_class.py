@@ -10,7 +10,7 @@ from tiny_models import make_tokens
 
 from ace_ext import InputError, prune_model
 
-REMOVED = {"code_llama", "gemma3_text", "gpt-sw3", "opt", "phi3", "qwen2", "gpt_neox", "big_bird"}
+REMOVED = {"gemma3_text", "gpt-sw3", "opt", "phi3", "qwen2", "gpt_neox", "big_bird", "exaone"}
 """Classes that must not be refused: gated and plain, fused and transposed matrices, with and without biases."""
 SLOW = [pytest.mark.nightly]
 
