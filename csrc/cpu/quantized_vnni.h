@@ -236,7 +236,8 @@ ACE_HD void multiply_rows(const QuantizedProduct<S, uint8_t>& product, int64_t t
   }
   constexpr int64_t kMost = kRows * kSpan * kBitmapColumns * Codes::kBits / 8;  // bytes of a span's codes
   const int64_t first = matrix.start(row), size = matrix.start(row + kRows) - first;
-  CodesAhead ahead{matrix.codes + first, std::clamp<int64_t>((size + spans.count - 1) / spans.count, 0, kMost)};
+  const int64_t each = (size + spans.count - 1) / std::max<int64_t>(1, spans.count);  // there may be no columns
+  CodesAhead ahead{matrix.codes + first, std::clamp<int64_t>(each, 0, kMost)};
   int64_t t = 0;
   const auto multiply = [&](auto count) ACE_FOLD {
     constexpr int kTokens = decltype(count)::value, kTogether = kTokens == 1 ? kRows : std::min(kRows, 2);
