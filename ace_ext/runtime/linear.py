@@ -57,7 +57,8 @@ class PackedLinear(nn.Module):
 
     def _product(self, x: Tensor, numbers: Tensor, bias: Tensor | None) -> Tensor:
         """``x [tokens, in_features]`` times the weight, whose ``numbers`` have the dtype of ``x``."""
-        return ops.packed_linear(x, self.bitmap, numbers, self.row_start, bias)
+        held: Any = self._buffers
+        return ops.packed_linear(x, held["bitmap"], numbers, held["row_start"], bias)
 
     def _packed(self, weight: Tensor) -> PackedMatrix | QuantizedMatrix | None:
         """A dense weight in this layout; None if it cannot be."""
@@ -71,7 +72,7 @@ class PackedLinear(nn.Module):
         """
         if not has_kernel(x.device.type):
             return functional.linear(x, self.weight, self.bias)
-        flat, numbers = x.reshape(-1, self.in_features), self.get_buffer(self._numbers)
+        flat, numbers = x.reshape(-1, self.in_features), self._buffers[self._numbers]
         bias: Tensor | None = self.bias
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -145,7 +146,9 @@ class QuantizedLinear(PackedLinear):
         return ops.unpack_quantized(*tensors, self.bits, self.group, self.row_start, self.in_features)
 
     def _product(self, x: Tensor, numbers: Tensor, bias: Tensor | None) -> Tensor:
-        return ops.quantized_linear(x, self.bitmap, self.codes, numbers, self.bits, self.group, self.row_start, bias)
+        held: Any = self._buffers  # read once: an attribute of a module takes as long as four of these
+        tensors = held["bitmap"], held["codes"], numbers
+        return ops.quantized_linear(x, *tensors, self.bits, self.group, held["row_start"], bias)
 
     def _packed(self, weight: Tensor) -> QuantizedMatrix | None:
         return QuantizedMatrix.of(weight, Grid(self.bits, self.group))

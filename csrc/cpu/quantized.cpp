@@ -11,6 +11,7 @@
 #include "cpu/packed_torch.h"
 #include "cpu/quantized_level.h"
 #include "cpu/quantized_panel.h"
+#include "cpu/row_shares.h"
 
 namespace ace::cpu {
 namespace {
@@ -61,10 +62,15 @@ void few_tokens(const QuantizedMatrix<S>& matrix, const at::Tensor& x, const Opt
     using X = std::conditional_t<std::is_same_v<Input, WideInput>, float, uint8_t>;
     const at::Tensor given = input_of<Input, S>(x, matrix.words, matrix.group_words);
     const QuantizedProduct<S, X> product{matrix, data<X>(given), given.size(1), mutable_data<float>(sums), rows};
-    at::parallel_for(0, rows, row_grain(tokens * x.size(1)), [&](int64_t begin, int64_t end) {
+    const int64_t threads = at::get_num_threads(), grain = row_grain(tokens * x.size(1));
+    RowShares shares(rows, std::clamp<int64_t>(rows / grain, 1, threads));
+    at::parallel_for(0, shares.count(), 1, [&](int64_t first, int64_t last) {
       const at::Tensor space = space_for(matrix.words);
-      loop(product, tokens, begin, end, space.mutable_data_ptr());
-      finish<S>(product.out, bias, begin, end, out);
+      for (; first < last; ++first)
+        shares.work(first, [&](int64_t begin, int64_t end) {
+          loop(product, tokens, begin, end, space.mutable_data_ptr());
+          finish<S>(product.out, bias, begin, end, out);
+        });
     });
   });
 }

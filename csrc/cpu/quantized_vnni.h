@@ -3,7 +3,7 @@
 // (quantized_fixed.h). A lane's sum over a span is exact, below 2^26; then it is multiplied with scale and unit.
 //
 // The limit (AMD Zen 4): multiplications, expansions, moves to masks and the last additions all need the two lower
-// vector units, 4.8 cycles for 64 columns; measured are 6.3 (8 bits) and 7.5 (4 bits), rows in the second-level cache.
+// vector units, 4.8 cycles for 64 columns; measured are 6.4 (8 bits) and 7.3 (4 bits), rows in the second-level cache.
 // So copies of registers and repeated loads are kept out of the loop. Four rows at a time share the loads of x; with
 // one row at a time the loads would be the limit.
 #pragma once
@@ -30,7 +30,18 @@ ACE_HD void prefetch_ahead(const uint8_t* bytes, int64_t ahead) {
   const uintptr_t place = reinterpret_cast<uintptr_t>(bytes) + static_cast<uintptr_t>(ahead);
   __builtin_prefetch(reinterpret_cast<const void*>(place), 0, kSecondLevel);
 }
-constexpr int64_t kBitsAhead = 1024, kCodesAhead = 8192;  // bytes
+constexpr int64_t kBitsAhead = 4096, kCodesAhead = 16384, kLine = 64;  // bytes
+
+// Prefetches the codes of neighbouring rows, which are one sequence of bytes, a part with each span.
+struct CodesAhead {
+  const uint8_t* place;
+  int64_t each;  // bytes; 0: none
+
+  ACE_HD void next() {
+    for (int64_t done = 0; done < each; done += kLine) prefetch_ahead(place, kCodesAhead + done);
+    place += each;
+  }
+};
 
 // Keeps the compiler from loading it again for each use.
 ACE_HD __m512i load_once(const uint8_t* bytes) {
@@ -42,6 +53,7 @@ ACE_HD __m512i load_once(const uint8_t* bytes) {
 // Weights of a word plus kOffset, from codes that are a byte each.
 struct Codes8 {
   static constexpr int kBits = 8, kOffset = 128;
+  static constexpr bool kDecoded = false;
 
   static ACE_HD __m512i expand(const uint8_t* codes, uint64_t bits) {
     const __m512i found = _mm512_mask_expand_epi8(fresh_zero(), _cvtu64_mask64(bits), avx512::in_register(codes));
@@ -49,7 +61,7 @@ struct Codes8 {
   }
   // A row's codes, from which 64 words and 64 can be read; in the buffer if the matrix ends too early.
   template <class S>
-  static ACE_HD const uint8_t* row(const QuantizedMatrix<S>& matrix, int64_t row, uint8_t* buffer) {
+  static ACE_HD const uint8_t* row(const QuantizedMatrix<S>& matrix, int64_t row, int64_t, uint8_t* buffer) {
     const int64_t start = matrix.start(row), readable = (matrix.words + 1) * kBitmapColumns;
     if (__builtin_expect(matrix.whole(start, readable), 1)) return matrix.codes + start;
     matrix.copy(start, readable, buffer);
@@ -60,23 +72,29 @@ struct Codes8 {
 // As above from codes of 4 bits, of which each first becomes the lower half of a byte; the upper half is arbitrary.
 struct Codes4 {
   static constexpr int kBits = 4, kOffset = 8;
+  static constexpr bool kDecoded = true;
+  static constexpr int64_t kBytes = 64;  // of codes that are decoded at a time
 
   static ACE_HD __m512i expand(const uint8_t* codes, uint64_t bits) {
     const __m512i found = _mm512_mask_expand_epi8(fresh_zero(), _cvtu64_mask64(bits), avx512::in_register(codes));
     return _mm512_ternarylogic_epi32(found, _mm512_set1_epi8(15), _mm512_set1_epi8(8), (0xf0 & 0xcc) ^ 0xaa);
   }
-  // 128 codes of 64 bytes.
+  // The 2 kBytes codes of kBytes bytes.
   static ACE_HD void decode(const uint8_t* codes, uint8_t* out) {
     const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
     const __m512i low = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(codes)), high = _mm512_srli_epi16(low, 4);
     _mm512_storeu_si512(out, _mm512_unpacklo_epi8(low, high));
     _mm512_storeu_si512(out + 64, _mm512_unpackhi_epi8(low, high));
   }
+  // Bytes of a row's codes.
   template <class S>
-  static ACE_HD const uint8_t* row(const QuantizedMatrix<S>& matrix, int64_t row, uint8_t* buffer) {
-    constexpr int64_t kBytes = 64;
-    const int64_t start = matrix.start(row), size = std::min(matrix.size(row), matrix.words * kBitmapColumns / 2);
-    int64_t done = 0;
+  static ACE_HD int64_t size(const QuantizedMatrix<S>& matrix, int64_t row) {
+    return std::min(matrix.size(row), matrix.words * kBitmapColumns / 2);
+  }
+  // The row's codes in the buffer, which has those of the first `done` bytes.
+  template <class S>
+  static ACE_HD const uint8_t* row(const QuantizedMatrix<S>& matrix, int64_t row, int64_t done, uint8_t* buffer) {
+    const int64_t start = matrix.start(row), size = Codes4::size(matrix, row);
     for (; done < size && matrix.whole(start + done, kBytes); done += kBytes) {
       decode(matrix.codes + start + done, buffer + 2 * done);
     }
@@ -89,11 +107,39 @@ struct Codes4 {
   }
 };
 
+// The next rows, whose codes are decoded while others are multiplied: that leaves units of the processor unused.
+template <class Codes, int kRows>
+struct NextRows {
+  const uint8_t* codes[kRows]{};
+  uint8_t* buffers[kRows]{};
+  int64_t whole = 0, done = 0;  // bytes of each row: what is decoded here, so far; the rest is left to Codes::row
+
+  NextRows() = default;
+  template <class S>
+  ACE_HD NextRows(const QuantizedMatrix<S>& matrix, int64_t row, uint8_t* memory) {
+    if constexpr (Codes::kDecoded) {
+      whole = matrix.bytes;
+      for (int r = 0; r < kRows; ++r) {
+        const int64_t start = matrix.start(row + r);
+        codes[r] = matrix.codes + start;
+        buffers[r] = memory + r * (matrix.words + 1) * kBitmapColumns;
+        whole = std::min({whole, Codes::size(matrix, row + r), matrix.bytes - start - Codes::kBytes + 1});
+      }
+    }
+  }
+  ACE_HD void decode_some() {
+    if constexpr (Codes::kDecoded) {
+      if (done >= whole) return;
+      for (int r = 0; r < kRows; ++r) Codes::decode(codes[r] + done, buffers[r] + 2 * done);
+      done += Codes::kBytes;
+    }
+  }
+};
+
 // One row: its bits and codes, a byte each, both advanced by what is read.
 template <class Codes>
 struct CodedRow {
   const uint8_t *bits, *codes;
-  const uint8_t* stored;  // the codes in the matrix
 
   ACE_HD __m512i next() {
     uint64_t word;
@@ -137,11 +183,12 @@ ACE_HD void add_span(CodedRow<Codes>* rows, const uint8_t* x, int64_t stride, co
     }
 }
 
-// The sums of kRows rows with these tokens; out [kTokens, kRows], rows `step` apart.
-template <class Codes, int kRows, int kTokens, int kSpan>
+// The sums of kRows rows with these tokens; out [kTokens, kRows].
+template <class Codes, int kRows, int kTokens, int kSpan, int kNext>
 ACE_HD void multiply_block(const CodedRow<Codes>* given, const float* factors, int64_t words, const uint8_t* x,
-                           int64_t stride, float* out, int64_t out_stride, int64_t step) {
-  constexpr int64_t kHalf = kSpan * kBitmapColumns * Codes::kBits / 16;  // bytes of a span of which half is stored
+                           int64_t stride, float* out, int64_t out_stride, CodesAhead& ahead,
+                           NextRows<Codes, kNext>& next) {
+  constexpr int64_t kDecodeSpans = 4 / kSpan;  // decode_some decodes the codes of so many, if half is stored
   const int64_t spans = FixedToken<kSpan>::spans(words);
   CodedRow<Codes> rows[kRows];
   __m512 sums[kRows][kTokens];
@@ -150,12 +197,13 @@ ACE_HD void multiply_block(const CodedRow<Codes>* given, const float* factors, i
     for (int t = 0; t < kTokens; ++t) sums[r][t] = _mm512_setzero_ps();
   }
   for (int64_t i = 0; i < words / kSpan; ++i, x += FixedToken<kSpan>::kBytes, ++factors) {
-    for (int r = 0; r < kRows; ++r) prefetch_ahead(given[r].stored, kCodesAhead + i * kHalf);
+    ahead.next();
+    if (i % kDecodeSpans == 0) next.decode_some();
     add_span<Codes, kRows, kTokens, kSpan>(rows, x, stride, factors, spans, sums);
   }
   if (kSpan > 1 && words % kSpan != 0) add_span<Codes, kRows, kTokens, 1>(rows, x, stride, factors, spans, sums);
   for (int r = 0; r < kRows; ++r)
-    for (int t = 0; t < kTokens; ++t) out[t * out_stride + r * step] = _mm512_reduce_add_ps(sums[r][t]);
+    for (int t = 0; t < kTokens; ++t) out[t * out_stride + r] = _mm512_reduce_add_ps(sums[r][t]);
 }
 
 // factors [kTokens, spans] of a row: its scales times the tokens' units.
@@ -171,24 +219,25 @@ ACE_HD void multiply_scales(const float* scales, const uint8_t* x, int64_t strid
   }
 }
 
-// All tokens of kRows rows from `row` on, `step` apart. Up to four tokens share an expanded weight, and up to four rows
-// x.
+// All tokens of kRows rows from `row` on, of whose codes the first `decoded` bytes are decoded in `buffer`. Up to four
+// tokens share an expanded weight, and up to four rows x.
 template <class Codes, int kRows, int kSpan, class S>
-ACE_HD void multiply_rows(const QuantizedProduct<S, uint8_t>& product, int64_t tokens, int64_t row, int64_t step,
-                          void* memory) {
+ACE_HD void multiply_rows(const QuantizedProduct<S, uint8_t>& product, int64_t tokens, int64_t row, int64_t decoded,
+                          uint8_t* buffer, float* scales, NextRows<Codes, kRows>& next) {
   const QuantizedMatrix<S>& matrix = product.matrix;
-  const QuantizedSpace space(matrix.words);
   const Spans<kSpan> spans(matrix);
-  float* scales = space.scales(memory);
   float* factors = scales + kRows * spans.count;
   CodedRow<Codes> coded[kRows];
   for (int r = 0; r < kRows; ++r) {
-    const int64_t index = row + r * step;
-    auto* buffer = space.codes<uint8_t>(memory) + r * (matrix.words + 1) * kBitmapColumns;
-    coded[r] = {matrix.bits(index), Codes::row(matrix, index, buffer), matrix.codes + matrix.start(index)};
-    for (int64_t i = 0; i < 8 * matrix.words; i += 64) prefetch_ahead(coded[r].bits, i + kBitsAhead);
-    spans.scales(matrix, index, scales + r * spans.count);
+    uint8_t* own = buffer + r * (matrix.words + 1) * kBitmapColumns;
+    coded[r] = {matrix.bits(row + r), Codes::row(matrix, row + r, decoded, own)};
+    for (int64_t i = 0; i < 8 * matrix.words; i += kLine) prefetch_ahead(coded[r].bits, i + kBitsAhead);
+    spans.scales(matrix, row + r, scales + r * spans.count);
   }
+  constexpr int64_t kMost = kRows * kSpan * kBitmapColumns * Codes::kBits / 8;  // bytes of a span's codes
+  const int64_t first = matrix.start(row), size = matrix.start(row + kRows) - first;
+  const int64_t each = (size + spans.count - 1) / std::max<int64_t>(1, spans.count);  // there may be no columns
+  CodesAhead ahead{matrix.codes + first, std::clamp<int64_t>(each, 0, kMost)};
   int64_t t = 0;
   const auto multiply = [&](auto count) ACE_FOLD {
     constexpr int kTokens = decltype(count)::value, kTogether = kTokens == 1 ? kRows : std::min(kRows, 2);
@@ -196,27 +245,39 @@ ACE_HD void multiply_rows(const QuantizedProduct<S, uint8_t>& product, int64_t t
     for (int r = 0; r < kRows; ++r)
       multiply_scales<kTokens, kSpan>(scales + r * spans.count, x, product.stride, spans.count,
                                       factors + r * kTokens * spans.count);
-    for (int r = 0; r < kRows; r += kTogether)
+    for (int r = 0; r < kRows; r += kTogether) {
       multiply_block<Codes, kTogether, kTokens, kSpan>(coded + r, factors + r * kTokens * spans.count, matrix.words, x,
-                                                       product.stride, product.out + t * product.rows + row + r * step,
-                                                       product.rows, step);
+                                                       product.stride, product.out + t * product.rows + row + r,
+                                                       product.rows, ahead, next);
+      ahead.each = 0;  // once for all tokens
+    }
   };
   for (; t + 4 <= tokens; t += 4) multiply(std::integral_constant<int, 4>{});
   for (; t + 2 <= tokens; t += 2) multiply(std::integral_constant<int, 2>{});
   for (; t < tokens; ++t) multiply(std::integral_constant<int, 1>{});
 }
 
-// All tokens, rows begin to end: four at a time, each from a quarter of its own, so that the processor's prefetcher
-// follows four long sequences.
+// All tokens, rows begin to end, four at a time. Neighbours: then a thread reads two sequences of bytes, and the
+// processor's prefetcher follows them.
 template <class Codes, int kSpan, class S>
 void multiply_all(const QuantizedProduct<S, uint8_t>& product, int64_t tokens, int64_t begin, int64_t end,
                   void* memory) {
   constexpr int kRows = 4;
-  const int64_t quarter = (end - begin) / kRows;
-  for (int64_t row = begin; row < begin + quarter; ++row)
-    multiply_rows<Codes, kRows, kSpan>(product, tokens, row, quarter, memory);
-  for (int64_t row = begin + kRows * quarter; row < end; ++row)
-    multiply_rows<Codes, 1, kSpan>(product, tokens, row, 1, memory);
+  const QuantizedMatrix<S>& matrix = product.matrix;
+  const QuantizedSpace space(matrix.words);
+  float* scales = space.scales(memory);
+  uint8_t* buffer = space.codes<uint8_t>(memory);
+  uint8_t* other = buffer + kRows * (matrix.words + 1) * kBitmapColumns;
+  int64_t row = begin, decoded = 0;
+  for (; row + kRows <= end; row += kRows) {
+    NextRows<Codes, kRows> next;
+    if (row + 2 * kRows <= end) next = NextRows<Codes, kRows>(matrix, row + kRows, other);
+    multiply_rows<Codes, kRows, kSpan>(product, tokens, row, decoded, buffer, scales, next);
+    decoded = next.done;
+    std::swap(buffer, other);
+  }
+  NextRows<Codes, 1> none;
+  for (; row < end; ++row) multiply_rows<Codes, 1, kSpan>(product, tokens, row, 0, buffer, scales, none);
 }
 
 // x: FixedInput<Codes::kOffset>, `stride` bytes apart.

@@ -144,7 +144,7 @@ struct Given {
 struct Shape {
   int64_t rows, cols, group_words;
 };
-const Shape kShapes[] = {{5, 1, 1},    {5, 31, 2},  {5, 64, 1},   {9, 65, 1},    {9, 65, 2},
+const Shape kShapes[] = {{5, 0, 1},    {5, 1, 1},   {5, 31, 2},   {5, 64, 1},    {9, 65, 1}, {9, 65, 2},
                          {23, 200, 2}, {7, 449, 3}, {5, 1134, 2}, {6, 1134, 64}, {3, 320, 4}};
 
 TYPED_TEST(QuantizedLoops, ProductsAreThoseOfTheDenseMatrix) {
