@@ -3,7 +3,6 @@
 Contracts: ``csrc/ops/packed.h`` and, for quantized survivors, ``csrc/ops/quantized.h``.
 """
 
-from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -12,10 +11,6 @@ from torch import Tensor
 
 from ace_ext.ops._extension import build_info, registered
 
-_BelowAutograd: Any = torch._C._AutoDispatchBelowAutograd
-"""What torch's own Python kernels for gradients enter if nothing needs one. Entered before the call it saves that
-kernel: 5 of 10 microseconds of a small product."""
-
 
 def with_whole_rows(x: Tensor) -> Tensor:
     """``x [tokens, cols]`` with rows as the ops take them: the numbers of one side by side, and rows apart. Copies a
@@ -23,10 +18,6 @@ def with_whole_rows(x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return x.contiguous()
     return x if x.is_contiguous() or (x.stride(1) == 1 and x.stride(0) >= x.shape[1]) else x.contiguous()
-
-
-def _needs_gradient(x: Tensor, bias: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
 
 def packed_linear(
@@ -40,13 +31,9 @@ def packed_linear(
     :meth:`ace_ext.packed.matrix.PackedMatrix.check`. Gradients flow to ``x`` and ``bias``. Under autocast dtypes stay
     as given. CPU, and CUDA if the extension was built for it (:func:`has_kernel`; not run on a GPU).
     """
-    out: Tensor
-    if torch.compiler.is_compiling():  # which cannot trace the loading
-        out = torch.ops.ace_ext.packed_linear(x, bitmap, values, row_start, bias)
-        return out
-    register_packed()
-    with nullcontext() if _needs_gradient(x, bias) else _BelowAutograd():
-        out = torch.ops.ace_ext.packed_linear(x, bitmap, values, row_start, bias)
+    if not torch.compiler.is_compiling():  # which cannot trace the loading
+        register_packed()
+    out: Tensor = torch.ops.ace_ext.packed_linear(x, bitmap, values, row_start, bias)
     return out
 
 
@@ -76,13 +63,9 @@ def quantized_linear(
     128 columns: by at most ``max |x| / 32639``. In contrast to :func:`unpack_quantized`, ``W`` is not rounded to the
     dtype of ``scales``. Gradients flow to ``x`` and ``bias``, through the rounded ``W``.
     """
-    out: Tensor
-    if torch.compiler.is_compiling():
-        out = torch.ops.ace_ext.quantized_linear(x, bitmap, codes, scales, bits, group, row_start, bias)
-        return out
-    register_packed()
-    with nullcontext() if _needs_gradient(x, bias) else _BelowAutograd():
-        out = torch.ops.ace_ext.quantized_linear(x, bitmap, codes, scales, bits, group, row_start, bias)
+    if not torch.compiler.is_compiling():
+        register_packed()
+    out: Tensor = torch.ops.ace_ext.quantized_linear(x, bitmap, codes, scales, bits, group, row_start, bias)
     return out
 
 

@@ -72,7 +72,7 @@ class PackedLinear(nn.Module):
         """
         if not has_kernel(x.device.type):
             return functional.linear(x, self.weight, self.bias)
-        flat, numbers = x.reshape(-1, self.in_features), self._buffers[self._numbers]
+        flat, numbers = x.reshape(-1, self.in_features), self.get_buffer(self._numbers)
         bias: Tensor | None = self.bias
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
