@@ -69,7 +69,8 @@ def bits_a_weight(bench: Bench, config: PruneConfig, zeros: str, bits: int) -> f
                 return bits + 16 * scales / sum(rows * cols for rows, cols in shapes)
             names = [block.full_name(child) for block in blocks for child in block.linears]
             return compress(dense, Path(folder, "packed"), grid, names).bits
-        return pack(dense, Path(folder, "packed"), "bitmap", config.pattern, grid).bits
+        pattern = None if config.pattern is None else (config.pattern.keep_n, config.pattern.group_m)
+        return pack(dense, Path(folder, "packed"), "bitmap", pattern, grid).bits
 
 
 def measure(bench: Bench, zeros: str, bits: int, text: str, arguments: argparse.Namespace) -> dict[str, Any]:
