@@ -129,7 +129,12 @@ METHODS += ["swaps(name=x)", "swaps(groups=row)", "swaps(__class__=x)", "collect
 METHODS += ["wanda + ria", "admm + obs", "swaps + mean-swaps", "best + distill", "balanced + fast", "collect + collect"]
 METHODS += ["distill + admm", "admm + wanda", "admm + collect", "wanda + allocate", "admm + published-wanda"]
 METHODS += ["wanda + admm(saliency=magnitude)", "swaps + admm(gram=sketch)", "swaps(gram=cosine) + obs"]
-METHODS += ["collect(token_norm=exact) + wanda", "quantize + train", "quantize + admm", "admm(gram=cosine) + quantize"]
+METHODS += [
+    "collect(token_norm=exact) + wanda",
+    "quantize + train",
+    "quantize + admm",
+    "admm(gram=cosine) + quantize(gram=plain)",
+]
 """Texts that are no method."""
 OPTIONS: dict[str, list[str]] = {
     "collect(batch_tokens={}) + wanda": [*NOT_WHOLE, *TOO_SMALL],
@@ -289,8 +294,7 @@ def _options() -> Iterator[Case]:
         yield from _each(verb, "skip", ["(", "[", "*", "(?P<x", "proj", "x{99999999999}", "no-such-layer"])
         yield from _each(verb, "skip", ["(([a-z._0-9]*)*)*!", "(a|a|[a-z_.])*$^"])
         yield from _each(verb, "model", NOWHERE)
-        yield from _each(verb, "calibration", NO_TEXT)
-        yield from _each(verb, "calibration", MIXED)
+        yield from _each(verb, "calibration", [*NO_TEXT, *MIXED])
         yield from _each(verb, "seqlen", ["129", "1000"])
     yield from _each(
         "run", "output", ["", ".", "..", "dense", "dense/x", "out", "text.txt", "text.txt/x", "/", "x" * 250]

@@ -218,8 +218,11 @@ def compressed_section(folder: Path) -> bytes:
 def is_compressed(folder: str | Path) -> bool:
     """Whether a folder holds weights of this form, by its configuration: all Linears but those of ``ignore`` have
     symmetric codes with a scale for each row and group of columns."""
+    path = Path(folder).expanduser() / CONFIG
+    if not path.is_file():
+        return False
     try:
-        found = json.loads((Path(folder).expanduser() / CONFIG).read_text(encoding="utf-8"))["quantization_config"]
+        found = json.loads(path.read_text(encoding="utf-8"))["quantization_config"]
         (scheme,) = found["config_groups"].values()
         weights = scheme["weights"]
         return (
@@ -228,7 +231,7 @@ def is_compressed(folder: str | Path) -> bool:
             and weights["num_bits"] in (4, 8)
             and not weights.get("actorder")
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 

@@ -553,7 +553,6 @@ def test_no_option_is_ignored(text):
     ("given", "found"),
     [
         (5, "5"),
-        (None, "None"),
         ([Admm(), "distill"], r"\[Admm.*"),
         ({"admm": 1}, r"\{'admm': 1\}"),
         (Admm, r"<class.*"),

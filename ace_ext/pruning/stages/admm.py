@@ -22,6 +22,9 @@ PART_ENTRIES = 2**24
 """A larger matrix is solved in parts of about this many entries, in whole rows. This limits the peak memory of the
 buffers."""
 
+ROUNDED_BYTES = 11
+"""Bytes of an entry after the iterations: the new weight, its rounded copy and the check that it is finite."""
+
 
 @dataclass(frozen=True)
 class Admm(Solve):
@@ -75,10 +78,12 @@ class Admm(Solve):
         directions."""
         if self.gram != SKETCHED:
             inverting = 2 * cols * cols * dtype_for(self.damping, cols).itemsize + 64 * cols
-            return max(inverting, 6 * cols * cols + _weight_bytes(rows, cols))
+            rounding = self.held_bytes(cols) + ROUNDED_BYTES * rows * cols
+            return max(inverting, 6 * cols * cols + _iterating_bytes(rows, cols), rounding)
         directions = direction_count(cols)
         product = 4 * _part_rows(rows, cols) * directions
-        return max(40 * cols * directions, 12 * cols * directions + _weight_bytes(rows, cols) + product)
+        weights = max(_iterating_bytes(rows, cols), ROUNDED_BYTES * rows * cols)
+        return max(40 * cols * directions, 12 * cols * directions + weights + product)
 
     def held_bytes(self, cols: int) -> int:
         """The matrix of an iteration, or the factors of the sketch."""
@@ -161,11 +166,10 @@ def _saliency(factor: AdmmFactor | SketchFactor, stage: Admm) -> tuple[str, Tens
     return "magnitude", None
 
 
-def _weight_bytes(rows: int, cols: int) -> int:
-    """Four buffers and a mask for one part. With several parts, the larger of two: these and the new weight, or the new
-    weight, its rounded copy and the check that it is finite."""
+def _iterating_bytes(rows: int, cols: int) -> int:
+    """Four buffers and a mask for one part; with several parts also the new weight."""
     part = _part_rows(rows, cols) * cols
-    return 18 * part if part == rows * cols else max(4 * rows * cols + 18 * part, 11 * rows * cols)
+    return 18 * part if part == rows * cols else 4 * rows * cols + 18 * part
 
 
 STAGE = Admm
