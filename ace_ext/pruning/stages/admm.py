@@ -167,9 +167,10 @@ def _saliency(factor: AdmmFactor | SketchFactor, stage: Admm) -> tuple[str, Tens
 
 
 def _iterating_bytes(rows: int, cols: int) -> int:
-    """Four buffers and a mask for one part; with several parts also the new weight."""
+    """Four buffers and a mask for one part; with several parts also the new weight, a byte for each entry of all, and
+    vectors."""
     part = _part_rows(rows, cols) * cols
-    return 18 * part if part == rows * cols else 4 * rows * cols + 18 * part
+    return 18 * part if part == rows * cols else 5 * rows * cols + 18 * part + 64 * cols
 
 
 STAGE = Admm
