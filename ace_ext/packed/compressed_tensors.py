@@ -261,10 +261,6 @@ class CompressedShards(Shards):
         """The tensors that are stored as codes."""
         return list(self._stored)
 
-    def codes(self, name: str) -> tuple[Entry, Entry]:
-        """Where the codes and the scales of a tensor are."""
-        return self._stored[name]
-
     @property
     def code_bytes(self) -> int:
         """The bytes of their codes and scales."""

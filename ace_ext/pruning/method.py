@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from ace_ext.errors import InputError
 from ace_ext.pruning.kinds import COSINE_GRAM, INPUT, MOMENT, WEIGHTED
 from ace_ext.pruning.metrics import DEFAULT_METRIC, METRICS
-from ace_ext.pruning.settings import Setting, suggestion
+from ace_ext.pruning.settings import Setting, option_texts, suggestion
 from ace_ext.pruning.stages import (
     KINDS,
     STAGES,
@@ -88,8 +88,10 @@ class Method:
                         f"{name} says how {self.solve.label} chooses the mask, but {chosen} does; leave out one of them"
                     )
         grams = {stage.label: stage.gram for stage in self.matrix_stages if hasattr(stage, "gram")}
-        of_quantize = [] if self.quantize is None else [self.quantize.gram]  # which all stages then read
-        if len({*grams.values()} - ({PLAIN, SKETCHED} if of_quantize else set()) | {*of_quantize}) > 1:
+        read = set(grams.values())
+        if self.quantize is not None:  # all stages read its Gram matrix in place of the default and of a sketch
+            read = read - {PLAIN, SKETCHED} | {self.quantize.gram}
+        if len(read) > 1:
             found = " and ".join(f"{gram} for {label}" for label, gram in grams.items())
             raise InputError(f"gram must be the same for all stages of the method (got {found})")
         if self.quantize is not None and self.train is not None:
@@ -274,7 +276,6 @@ class Needs:
 # --- texts ------------------------------------------------------------------------------------------------------------
 
 _STAGE = re.compile(r"(?P<name>[^\s()+]+)(?:\s*\((?P<options>[^()]*)\))?")
-_OPTION = re.compile(r"\s*(?P<name>\w+)\s*=\s*(?P<value>[^,=\s]+)\s*")
 
 
 def names() -> list[str]:
@@ -299,7 +300,7 @@ def parse(text: str) -> Method:
                 f'method must be stages joined by +, each a name or name(option=value, …), e.g. "admm(iterations=30) + '
                 f'distill" (got {text[:100]!r}){_hint_of_list(part)}'
             )
-        options = _options(match["options"] or "", part.strip())
+        options = option_texts(match["options"] or "", part.strip(), "options of a stage")
         stages += _stages(match["name"], options)
         given = ", ".join(f"{key}={value}" for key, value in options.items())
         labels.append(f"{match['name']}({given})" if given else match["name"])
@@ -345,18 +346,6 @@ def _split(text: str) -> list[str]:
 def _hint_of_list(part: str) -> str:
     """A hint for a list with commas such as ``"wanda, ace"``; empty for any other text."""
     return "; separate methods by ;" if "," in part and "(" not in part else ""
-
-
-def _options(text: str, part: str) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for item in text.split(",") if text.strip() else []:
-        match = _OPTION.fullmatch(item)
-        if match is None:
-            raise InputError(f"options of a stage must be name=value, separated by commas (got {part[:100]!r})")
-        if match["name"] in found:
-            raise InputError(f"option {match['name']} is given twice in {part[:100]!r}; give it once")
-        found[match["name"]] = match["value"]
-    return found
 
 
 def _stages(name: str, options: dict[str, str]) -> list[Stage]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ace_ext.errors import InputError
-from ace_ext.pruning.settings import Limits, Options, option, suggestion
+from ace_ext.pruning.settings import Limits, Options, option, option_texts, suggestion
 
 SCORES = {
     "obs": "‖W_j‖² / (C⁻¹)_jj with the inputs' second moments C, a few at a time, C⁻¹ downdated",
@@ -138,13 +138,11 @@ class Removal:
 
 def text_of(part: Part) -> str:
     """The text of one part."""
-    changed = [(s.name, getattr(part, s.name)) for s in part.settings() if getattr(part, s.name) != s.default]
-    options = ", ".join(f"{name}={value}" for name, value in changed)
+    options = ", ".join(f"{name}={value}" for name, value in part.changed())
     return f"{part.name}={part.amount}" + (f"({options})" if options else "")
 
 
 _PART = re.compile(r"(?P<name>[a-z]+)\s*=\s*(?P<amount>[^\s()=]+)\s*(?:\((?P<options>[^()]*)\))?")
-_OPTION = re.compile(r"\s*(?P<name>\w+)\s*=\s*(?P<value>[^,=\s]+)\s*")
 
 
 def removal_of(given: "Removal | str") -> Removal:
@@ -191,19 +189,12 @@ def _number(name: str, text: str) -> float | int:
 
 def _options(kind: type[Part], text: str) -> dict[str, Any]:
     known = {setting.name: setting for setting in kind.settings()}
-    found: dict[str, Any] = {}
-    for item in text.split(",") if text.strip() else []:
-        match = _OPTION.fullmatch(item)
-        if match is None:
-            raise InputError(f"remove: options must be name=value, separated by commas (got {item[:100]!r})")
-        name = match["name"]
+    given = option_texts(text, text, "remove: options")
+    for name in given:
         if name not in known:
             own = f"its options are {', '.join(known)}" if known else "it has none"
             raise InputError(f"remove: {kind.name} has no option {name[:100]}: {own}{suggestion(name, known)}")
-        if name in found:
-            raise InputError(f"remove: option {name} is given twice; give it once")
-        found[name] = known[name].parse(match["value"])
-    return found
+    return {name: known[name].parse(value) for name, value in given.items()}
 
 
 def _percent(part: Neurons) -> str:

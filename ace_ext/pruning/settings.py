@@ -5,9 +5,10 @@ The parser of methods, ``--help``, the reports and the documentation read these 
 
 import difflib
 import functools
+import re
 import types
 import typing
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -117,6 +118,31 @@ def suggestion(value: object, choices: Iterable[object], cutoff: float = 0.6) ->
     return f"; did you mean {close[0]}?" if close else ""
 
 
+_OPTION = re.compile(r"\s*(?P<name>\w+)\s*=\s*(?P<value>[^,=\s]+)\s*")
+
+
+def option_texts(text: str, whole: str, subject: str) -> dict[str, str]:
+    """The values of options such as ``"damping=1, iterations=10"`` by name, as texts.
+
+    Args:
+        text: the options; may be empty.
+        whole: the text that they stand in, for messages.
+        subject: the beginning of the message, such as ``"options of a stage"``.
+
+    Raises:
+        InputError: the text is not names with values, separated by commas, or a name is given twice.
+    """
+    found: dict[str, str] = {}
+    for item in text.split(",") if text.strip() else []:
+        match = _OPTION.fullmatch(item)
+        if match is None:
+            raise InputError(f"{subject} must be name=value, separated by commas (got {whole[:100]!r})")
+        if match["name"] in found:
+            raise InputError(f"option {match['name']} is given twice in {whole[:100]!r}; give it once")
+        found[match["name"]] = match["value"]
+    return found
+
+
 def _plain_types(hint: object) -> set[type]:
     """The classes that a type hint allows: ``{int, NoneType}`` for ``int | None``."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
@@ -150,3 +176,10 @@ class Options:
     def settings(cls) -> tuple[Setting, ...]:
         """The options that this class declares, in order of declaration."""
         return _declared_by(cls)  # type: ignore[arg-type]  # mypy: a class has no hash
+
+    def changed(self) -> Iterator[tuple[str, object]]:
+        """Options that differ from their defaults, by name."""
+        for setting in self.settings():
+            value = getattr(self, setting.name)
+            if value != setting.default:
+                yield setting.name, value

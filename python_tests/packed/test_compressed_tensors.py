@@ -164,8 +164,8 @@ def test_verify_and_eval_open_it(family, tmp_path, capsys):
 
 def test_verify_notices_other_codes(tmp_path, capsys):
     _, standard = make_folders(tmp_path, GRIDS[1])
-    shards = CompressedShards(standard)
-    entry = shards.codes(shards.coded[0])[0]
+    name = CompressedShards(standard).coded[0].replace(".weight", ".weight_packed")
+    entry = Shards(standard).entries[name]
     raw = bytearray(entry.file.read_bytes())
     raw[entry.offset : entry.offset + entry.nbytes] = b"\x88" * entry.nbytes  # code 0 is stored as 8
     entry.file.write_bytes(raw)

@@ -4,8 +4,8 @@ A stage is a frozen dataclass. Its fields are its options. Its class declares th
 that it reads, the comparison groups that it supports, its code, and the memory that the code needs.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -169,14 +169,6 @@ class Stage(Options):
     def label(self) -> str:
         """The name of this stage in a text."""
         return self.name
-
-    def changed(self) -> Iterator[tuple[str, object]]:
-        """Options that differ from their defaults, by name."""
-        declared = {setting.name for setting in self.settings()}
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if item.name in declared and value != item.default:
-                yield item.name, value
 
     def __str__(self) -> str:
         """The stage as text; :func:`ace_ext.pruning.method.parse` reads it back."""
