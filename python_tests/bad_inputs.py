@@ -134,6 +134,7 @@ METHODS += [
     "quantize + train",
     "quantize + admm",
     "admm(gram=cosine) + quantize(gram=plain)",
+    "balanced(gram=plain) + quantize",
 ]
 """Texts that are no method."""
 OPTIONS: dict[str, list[str]] = {

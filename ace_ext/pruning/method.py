@@ -29,7 +29,7 @@ from ace_ext.pruning.stages import (
     TrainBlock,
     TrainModel,
 )
-from ace_ext.pruning.stages._stage import GRAM_KINDS, PLAIN, SKETCHED
+from ace_ext.pruning.stages._stage import AUTO, GRAM_KINDS, PLAIN, SKETCHED
 
 PRESETS = {
     "fast": "admm(damping=1, iterations=10, relaxation=1, gram=sketch)",
@@ -87,11 +87,10 @@ class Method:
                     raise InputError(
                         f"{name} says how {self.solve.label} chooses the mask, but {chosen} does; leave out one of them"
                     )
-        grams = {stage.label: stage.gram for stage in self.matrix_stages if hasattr(stage, "gram")}
-        read = set(grams.values())
-        if self.quantize is not None:  # all stages read its Gram matrix in place of the default and of a sketch
-            read = read - {PLAIN, SKETCHED} | {self.quantize.gram}
-        if len(read) > 1:
+        replaced, read = ({AUTO}, PLAIN) if self.quantize is None else ({AUTO, SKETCHED}, self.quantize.gram)
+        asked = {stage.label: stage.gram for stage in self.matrix_stages if hasattr(stage, "gram")}
+        grams = {label: read if gram in replaced else gram for label, gram in asked.items()}
+        if len(set(grams.values())) > 1:
             found = " and ".join(f"{gram} for {label}" for label, gram in grams.items())
             raise InputError(f"gram must be the same for all stages of the method (got {found})")
         if self.quantize is not None and self.train is not None:

@@ -440,9 +440,9 @@ ADMM_OPTIONS = "its options are damping, floor, iterations, relaxation, saliency
         ("balanced(damping=inf)", "damping must be a share of the mean diagonal, 0 or more (got inf)"),
         ("admm(floor=-1)", "floor must be a share of the geometric mean, 0 or more (got -1.0)"),
         ("admm(saliency=loss)", "saliency must be one of magnitude, obs (got 'loss')"),
-        ("admm(gram=cos)", "gram must be one of plain, cosine, sketch (got 'cos'); did you mean cosine?"),
-        ("swaps(gram=sketch)", "gram must be one of plain, cosine (got 'sketch')"),
-        ("obs(gram=sketch)", "gram must be one of plain, cosine (got 'sketch')"),
+        ("admm(gram=cos)", "gram must be one of auto, plain, cosine, sketch (got 'cos'); did you mean cosine?"),
+        ("swaps(gram=sketch)", "gram must be one of auto, plain, cosine (got 'sketch')"),
+        ("obs(gram=sketch)", "gram must be one of auto, plain, cosine (got 'sketch')"),
         ("swaps(max_swaps=0)", "max_swaps must be a whole number of at least 1 (got 0)"),
         ("mean-swaps(rounds=0)", "rounds must be a whole number of at least 1 (got 0)"),
         ("train(epochs=0)", "epochs must be a whole number of at least 1 (got 0)"),
@@ -459,6 +459,10 @@ ADMM_OPTIONS = "its options are damping, floor, iterations, relaxation, saliency
         (
             "admm(gram=cosine) + quantize(gram=plain)",
             "gram must be the same for all stages of the method (got cosine for admm and plain for quantize)",
+        ),
+        (
+            "balanced(gram=plain) + quantize",
+            "gram must be the same for all stages of the method (got plain for admm and cosine for quantize)",
         ),
         ("quantize + train", "train moves weights off the grid of quantize; leave out one of them"),
         (
@@ -577,7 +581,7 @@ def test_what_is_no_method(given, found):
         (lambda: Score("wanda", 0.25), "exponent is an option of ria alone (got wanda); leave it out"),
         (lambda: Admm(iterations=True), "iterations must be a whole number of at least 1 (got True)"),
         (lambda: Admm(iterations="30"), "iterations must be a whole number of at least 1 (got 30)"),
-        (lambda: Admm(gram=None), "gram must be one of plain, cosine, sketch (got None)"),
+        (lambda: Admm(gram=None), "gram must be one of auto, plain, cosine, sketch (got None)"),
         (lambda: Train(epochs=1.0), "epochs must be a whole number of at least 1 (got 1.0)"),
         (
             lambda: method_of([Distill(), Admm()]),

@@ -23,14 +23,16 @@ from ace_ext.pruning.settings import Limits, Options, option
 from ace_ext.pruning.sketch import SketchState
 from ace_ext.records import Tuning
 
-PLAIN, COSINE, SKETCHED = "plain", "cosine", "sketch"
-GRAM_KINDS = {PLAIN: GRAM, COSINE: COSINE_GRAM, SKETCHED: SKETCH}
-"""The kind of statistics that each value of the option ``gram`` reads."""
+AUTO, PLAIN, COSINE, SKETCHED = "auto", "plain", "cosine", "sketch"
+GRAM_KINDS = {AUTO: GRAM, PLAIN: GRAM, COSINE: COSINE_GRAM, SKETCHED: SKETCH}
+"""The kind of statistics that each value of the option ``gram`` reads. :class:`~ace_ext.pruning.method.Needs` replaces
+that of ``auto`` and of ``sketch`` before ``quantize``."""
 
 
 def gram_option(*choices: str) -> Any:
     """The option ``gram`` of a stage that reads a Gram matrix; the first choice is the default."""
     helps = {
+        AUTO: "auto: what quantize reads, plain without it",
         PLAIN: "plain: all tokens count the same",
         COSINE: "cosine: token t is weighted by 1 / ‖A_t‖², where A is the dense output",
         SKETCHED: "sketch: plain, approximated by its diagonal and a few directions",

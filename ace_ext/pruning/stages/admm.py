@@ -16,7 +16,17 @@ from ace_ext.pruning.damping import ADMM_DAMPING, ADMM_FLOOR
 from ace_ext.pruning.gram import AdmmFactor, dtype_for, masked, restore_dead_
 from ace_ext.pruning.settings import Limits, option
 from ace_ext.pruning.sketch import SketchFactor, direction_count
-from ace_ext.pruning.stages._stage import COSINE, PLAIN, SKETCHED, Problem, Solve, Solved, damping_option, gram_option
+from ace_ext.pruning.stages._stage import (
+    AUTO,
+    COSINE,
+    PLAIN,
+    SKETCHED,
+    Problem,
+    Solve,
+    Solved,
+    damping_option,
+    gram_option,
+)
 
 PART_ENTRIES = 2**24
 """A larger matrix is solved in parts of about this many entries, in whole rows. This limits the peak memory of the
@@ -56,7 +66,7 @@ class Admm(Solve):
         "best update of the other weights)",
         Limits(choices=("magnitude", "obs")),
     )
-    gram: str = gram_option(PLAIN, COSINE, SKETCHED)
+    gram: str = gram_option(AUTO, PLAIN, COSINE, SKETCHED)
 
     def solve(self, problem: Problem) -> Solved:
         """The pruned weight after ``iterations``, on columns normalised by ``sqrt(G_jj + floor)``."""
