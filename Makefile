@@ -41,7 +41,7 @@ test-quick: $(VENV)/installed
 	$(PYTEST) $(SLOW:%=--ignore=python_tests/%.py)
 
 # The C++ core, and the CUDA kernels on the host: plain, where (with nvcc) their PTX is run too, with the address and
-# undefined-behaviour sanitizers, and with ThreadSanitizer, which takes each CUDA thread for a thread.
+# undefined-behaviour sanitizers, and (float alone) with ThreadSanitizer, which takes each CUDA thread for a thread.
 test-cpp:
 	tools/system_packages.sh
 	tools/test_cpp.sh build/cpp ""
@@ -101,7 +101,7 @@ test-oldest:
 nightly-cpp:
 	tools/system_packages.sh
 	ACE_CUDA_ARCHS="80 90" tools/test_cpp.sh build/cpp-asan "address,undefined"
-	ACE_CUDA_ARCHS="80" tools/test_cpp.sh build/cpp-tsan "thread"
+	ACE_CUDA_ARCHS="80" ACE_ALL_TYPES=1 tools/test_cpp.sh build/cpp-tsan "thread"
 
 nightly-fuzz:
 	$(MAKE) fuzz FUZZ_SECONDS=3600
@@ -116,7 +116,7 @@ coverage-cpp: $(VENV)/tools
 	tools/system_packages.sh
 	PATH="$$PWD/$(BIN):$$PATH" tools/coverage_cpp.sh build/cpp-coverage
 
-# Of csrc/core alone, by its own tests: what CI prints.
+# Of csrc/core alone, by its own tests.
 coverage-core: $(VENV)/tools
 	tools/system_packages.sh
 	PATH="$$PWD/$(BIN):$$PATH" tools/coverage_cpp.sh --core build/cpp-core-coverage
