@@ -1,4 +1,4 @@
-"""What ``remove`` takes out of a model: whole neurons of its feed-forward parts, whole blocks.
+"""What ``remove`` takes out of a model: neurons of its feed-forward parts, heads of attention, whole blocks.
 
 A text such as ``neurons=0.2(score=variance) + blocks=2`` names the structures. :func:`removal_of` reads it, and ``str``
 writes it; each is the inverse of the other.
@@ -13,44 +13,39 @@ from ace_ext.pruning.settings import Limits, Options, option, option_texts, sugg
 
 SCORES = {
     "obs": "‖W_j‖² / (C⁻¹)_jj with the inputs' second moments C, a few at a time, C⁻¹ downdated",
-    "variance": "the variance of the neuron times ‖W_j‖² (FLAP, arXiv 2312.11983)",
-    "cosine": "the change of direction of the block's output without the neuron",
+    "variance": "the variance of the input times ‖W_j‖² (FLAP, arXiv 2312.11983)",
+    "cosine": "the change of direction of the block's output without the input",
 }
-"""The scores of neurons by name, with their formulas. ``W_j``: the column of the last matrix that reads neuron j."""
+"""The scores by name, with their formulas. ``W_j``: column j of the matrix that reads the neurons or heads; a group of
+heads has several columns."""
 
 MOST_AT_ONCE = 256
 """The largest multiple that sizes are rounded to by default: formats of llama.cpp store blocks of 256 numbers."""
 
 
 @dataclass(frozen=True)
-class Neurons(Options):
-    """Removes the same number of neurons from the feed-forward part of every block.
+class Units(Options):
+    """Removes the same number of units from each block: parts of the input of one matrix, which is then fitted.
 
     Raises:
         InputError: a value is outside its limits.
     """
 
-    name: ClassVar[str] = "neurons"
+    name: ClassVar[str]
     share: float
-    """Share of the neurons, between 0 and 1."""
-    score: str = option("obs", "which neurons stay: those with the highest score", Limits(choices=SCORES))
-    multiple: int | None = option(
-        None,
-        f"the number that stays is a multiple of this; default: the largest power of two up to {MOST_AT_ONCE} of which "
-        "the dense number has 16",
-        Limits(at_least=1),
-    )
+    """Share of the units, between 0 and 1."""
+    score: str = option("obs", "which stay: those with the highest score", Limits(choices=SCORES))
     refit: str = option(
         "block",
-        "what the last matrix is fitted to by least squares: block (the dense block's output), matrix (the dense "
-        "matrix's output) or none",
+        "what the matrix that reads them is fitted to by least squares: block (the dense block's output), matrix (the "
+        "dense matrix's output) or none",
         Limits(choices=("block", "matrix", "none")),
     )
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
             raise InputError(
-                f"remove: neurons must be a share between 0 and 1 (got {str(self.share)[:100]}){_percent(self)}"
+                f"remove: {self.name} must be a share between 0 and 1 (got {str(self.share)[:100]}){_percent(self)}"
             )
         super().__post_init__()
 
@@ -59,21 +54,52 @@ class Neurons(Options):
         """The value behind the name."""
         return self.share
 
-    def kept(self, count: int) -> tuple[int, int]:
-        """How many of ``count`` neurons stay, and the multiple that this number was rounded to.
+    def kept(self, count: int) -> int:
+        """How many of ``count`` units stay.
 
         Raises:
-            InputError: no neuron would stay, or none would be removed.
+            InputError: none would stay, or none would be removed.
         """
-        multiple = self.multiple or max(2**i for i in range(MOST_AT_ONCE.bit_length()) if 2**i * 16 <= max(16, count))
-        kept = int((1 - self.share) * count / multiple + 0.5 + 1e-9) * multiple
+        return self._possible(int((1 - self.share) * count + 0.5 + 1e-9), count)
+
+    def _possible(self, kept: int, count: int, step: str = "") -> int:
         if not 0 < kept < count:
-            what = "no neuron would stay" if kept < count else "no neuron would be removed"
+            what = f"no {self.name[:-1]} would {'stay' if kept < count else 'be removed'}"
             raise InputError(
-                f"remove: {self.share:g} of {count} neurons in multiples of {multiple}: {what}; give another share or "
-                "multiple"
+                f"remove: {self.share:g} of {count} {self.name}{step and f' in multiples of {step}'}: {what}; give "
+                f"another share{step and ' or multiple'}"
             )
-        return kept, multiple
+        return kept
+
+
+@dataclass(frozen=True)
+class Neurons(Units):
+    """Removes neurons from the feed-forward part of every block."""
+
+    name: ClassVar[str] = "neurons"
+    multiple: int | None = option(
+        None,
+        f"the number that stays is a multiple of this; default: the largest power of two up to {MOST_AT_ONCE} of which "
+        "the dense number has 16",
+        Limits(at_least=1),
+    )
+
+    def multiple_of(self, count: int) -> int:
+        """What the number that stays of ``count`` neurons is rounded to a multiple of."""
+        return self.multiple or max(2**i for i in range(MOST_AT_ONCE.bit_length()) if 2**i * 16 <= max(16, count))
+
+    def kept(self, count: int) -> int:
+        """As :meth:`Units.kept`, a multiple of :meth:`multiple_of`."""
+        multiple = self.multiple_of(count)
+        kept = int((1 - self.share) * count / multiple + 0.5 + 1e-9) * multiple
+        return self._possible(kept, count, str(multiple))
+
+
+@dataclass(frozen=True)
+class Heads(Units):
+    """Removes heads of attention: whole groups of query heads with the KV head that they share."""
+
+    name: ClassVar[str] = "heads"
 
 
 @dataclass(frozen=True)
@@ -110,8 +136,8 @@ class Blocks(Options):
         return removed
 
 
-Part = Neurons | Blocks
-PARTS: dict[str, type[Part]] = {kind.name: kind for kind in (Blocks, Neurons)}
+Part = Heads | Neurons | Blocks
+PARTS: dict[str, type[Part]] = {kind.name: kind for kind in (Blocks, Heads, Neurons)}
 """The structures by name, in the order in which they are removed."""
 
 
@@ -122,9 +148,9 @@ class Removal:
     parts: tuple[Part, ...]
 
     @property
-    def neurons(self) -> Neurons | None:
-        """The part for neurons; None: none are removed."""
-        return next((part for part in self.parts if isinstance(part, Neurons)), None)
+    def units(self) -> list[Heads | Neurons]:
+        """The parts for heads and neurons, in the order in which they are removed."""
+        return [part for part in self.parts if isinstance(part, Heads | Neurons)]
 
     @property
     def blocks(self) -> Blocks | None:
@@ -197,5 +223,5 @@ def _options(kind: type[Part], text: str) -> dict[str, Any]:
     return {name: known[name].parse(value) for name, value in given.items()}
 
 
-def _percent(part: Neurons) -> str:
+def _percent(part: Units) -> str:
     return f"; did you mean {part.share / 100:g}?" if 1 < part.share < 100 else ""

@@ -19,7 +19,7 @@ from ace_ext.runs.model_source import Source
 from ace_ext.runs.options import RunRequest
 
 _TRIED = 512
-"""The most neurons of the trial of :func:`seconds_of_neurons`."""
+"""The most columns of the trial of :func:`seconds_of_units`."""
 
 
 @dataclass(frozen=True)
@@ -86,23 +86,22 @@ def removal_seconds(source: Source, wanted: Removal, tokens: int, token_seconds:
         gone = wanted.blocks.removed(blocks)
         seconds += sum(blocks - number for number in range(gone)) * tokens * token_seconds
         blocks -= gone
-    if wanted.neurons is not None:
-        from ace_ext.structures.search import find_neurons  # imported here: most runs remove no structure
+    for wanted_units in wanted.units:
+        from ace_ext.structures.search import find_units  # imported here: most runs remove no structure
 
-        found = find_neurons(source.model, source.blocks)
-        part = next(part for part in found.parts if part is not None)
+        part = find_units(source.model, source.blocks, wanted_units).present[0]
         outputs = source.model.get_parameter(part.columns.name).shape[1 - part.columns.dim]
-        seconds += blocks * (4 * tokens * token_seconds + seconds_of_neurons(found.count, outputs))
+        seconds += blocks * (4 * tokens * token_seconds + seconds_of_units(part.count * part.width, outputs))
     return seconds
 
 
-def seconds_of_neurons(neurons: int, outputs: int) -> float:
-    """About how long scores and least squares of one block take, extrapolated from at most :data:`_TRIED` neurons with
+def seconds_of_units(columns: int, outputs: int) -> float:
+    """About how long scores and least squares of one block take, extrapolated from at most :data:`_TRIED` columns with
     random numbers."""
     from ace_ext.structures.moments import Moments, fitted
     from ace_ext.structures.scores import greedy
 
-    few, rows = min(neurons, _TRIED), min(outputs, _TRIED)
+    few, rows = min(columns, _TRIED), min(outputs, _TRIED)
     generator = torch.Generator().manual_seed(0)
     moments = [Moments(few, rows, torch.device("cpu")) for _ in range(2)]
     for part in moments:
@@ -110,4 +109,4 @@ def seconds_of_neurons(neurons: int, outputs: int) -> float:
     weight = torch.randn(rows, few, generator=generator)
     start = time.perf_counter()
     fitted(moments[0], moments[1], greedy(weight, moments[0].gram, few - few // 4), weight, None)
-    return (time.perf_counter() - start) * (neurons / few) ** 3
+    return (time.perf_counter() - start) * (columns / few) ** 3

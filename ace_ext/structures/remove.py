@@ -16,9 +16,9 @@ from ace_ext.models.trial import try_walk
 from ace_ext.pruning import removal
 from ace_ext.records import Removed
 from ace_ext.structures.blocks import find_depth, lay_out_without, without_blocks
-from ace_ext.structures.neurons import Calibration, find_and_try, without_neurons
-from ace_ext.structures.search import Neurons, find_neurons
+from ace_ext.structures.search import Found, find_units
 from ace_ext.structures.smaller import laid_out, take_over_
+from ace_ext.structures.units import Calibration, Wanted, find_and_try, without_units
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def remove_(
     wanted: removal.Removal,
     advanced: Callable[[str, int, int], None] = lambda kind, done, of: None,
 ) -> list[Removed]:
-    """Removes blocks and then neurons.
+    """Removes blocks, then heads, then neurons.
 
     Args:
         model: a causal language model in evaluation mode (:mod:`ace_ext.models.run_mode`). Its modules and
@@ -48,8 +48,8 @@ def remove_(
     if not batches:
         raise InputError("calibration must have at least one token whose attention_mask is not 0 (got none)")
     shares = _check(model, blocks, batches[0])
-    if wanted.neurons is not None:
-        neurons = find_and_try(model, blocks, wanted.neurons, batches[0])
+    for part in wanted.units:  # before anything is computed
+        find_and_try(model, blocks, part, batches[0])
     smaller, records = model, []
     if wanted.blocks is not None:
         start, count = time.perf_counter(), wanted.blocks.removed(len(blocks))
@@ -57,16 +57,13 @@ def remove_(
         smaller, dropped = without_blocks(model, blocks, depth, count, batches, partial(advanced, "blocks"))
         record = _record(wanted.blocks, depth, (len(blocks), len(blocks) - count), (model, smaller))
         records.append(replace(record, seconds=time.perf_counter() - start, dropped=dropped))
-    if wanted.neurons is not None:
+    for part in wanted.units:
         start, before = time.perf_counter(), smaller
-        if wanted.blocks is not None:
-            blocks = find_blocks(before)
-            neurons = find_and_try(before, blocks, wanted.neurons, batches[0])
+        blocks = find_blocks(before)
+        found = find_and_try(before, blocks, part, batches[0])
         calibration = Calibration(batches, shares)
-        smaller, cut = without_neurons(
-            before, blocks, neurons, wanted.neurons, calibration, partial(advanced, "neurons")
-        )
-        record = _record(wanted.neurons, neurons.field, _sizes(wanted.neurons, neurons), (before, smaller))
+        smaller, cut = without_units(before, blocks, found, part, calibration, partial(advanced, part.name))
+        record = _record(part, found.setting, _sizes(part, found), (before, smaller))
         records.append(replace(record, seconds=time.perf_counter() - start, cut=cut))
     take_over_(model, smaller)
     return records
@@ -90,12 +87,11 @@ def planned_removal(model: nn.Module, blocks: list[Block], wanted: removal.Remov
         smaller = lay_out_without(model, blocks, list(range(len(blocks) - count)), depth)[0]
         records.append(_record(wanted.blocks, depth, (len(blocks), len(blocks) - count), (model, smaller)))
         model, blocks = smaller, find_blocks(smaller, check=False)
-    if wanted.neurons is not None:
-        neurons = find_neurons(model, blocks)
-        sizes = _sizes(wanted.neurons, neurons)
-        smaller = laid_out(model, neurons.changes(sizes[1]))
-        records.append(_record(wanted.neurons, neurons.field, sizes, (model, smaller)))
-        model = smaller
+    for part in wanted.units:
+        found = find_units(model, blocks, part)
+        smaller = laid_out(model, found.changes(part.kept(found.count)))
+        records.append(_record(part, found.setting, _sizes(part, found), (model, smaller)))
+        model, blocks = smaller, find_blocks(smaller, check=False)
     return model, records
 
 
@@ -126,13 +122,13 @@ def _check(model: nn.Module, blocks: list[Block], batch: dict[str, Tensor]) -> b
     return found.shares
 
 
-def _sizes(part: removal.Neurons, neurons: Neurons) -> tuple[int, int]:
-    """The number of neurons of a block before and after."""
-    return neurons.count, part.kept(neurons.count)[0]
+def _sizes(part: Wanted, found: Found) -> tuple[int, int]:
+    """The number of neurons or query heads of a block before and after."""
+    return found.number(found.count), found.number(part.kept(found.count))
 
 
 def _record(part: removal.Part, setting: str, sizes: tuple[int, int], models: tuple[nn.Module, nn.Module]) -> Removed:
     """The record of a removal. ``sizes`` and ``models``: before and after."""
-    multiple = part.kept(sizes[0])[1] if isinstance(part, removal.Neurons) else None
+    multiple = part.multiple_of(sizes[0]) if isinstance(part, removal.Neurons) else None
     before, after = (sum(parameter.numel() for parameter in model.parameters()) for model in models)
     return Removed(removal.text_of(part), setting, *sizes, multiple, before, after, 0.0)

@@ -1,4 +1,4 @@
-"""Which neurons stay, by the scores of :data:`ace_ext.pruning.removal.SCORES`."""
+"""Which neurons or heads stay, by the scores of :data:`ace_ext.pruning.removal.SCORES`."""
 
 import torch
 from torch import Tensor
@@ -13,25 +13,29 @@ COUPLED = 0.5
 """Neurons with a higher partial correlation are not removed in the same step."""
 
 
-def kept_neurons(score: str, kept: int, weight: Tensor, moments: Moments, turned: Tensor | None) -> Tensor:
-    """The neurons that stay: ``[kept]`` int64, ascending.
+def kept_units(
+    score: str, kept: int, weight: Tensor, moments: Moments, turned: Tensor | None, width: int = 1
+) -> Tensor:
+    """The units that stay: ``[kept]`` int64, ascending.
 
     Args:
         score: a name of :data:`ace_ext.pruning.removal.SCORES`.
         kept: how many stay.
-        weight: the matrix that reads the neurons, ``[d_out, neurons]`` float32.
-        moments: of the neurons over all calibration tokens.
-        turned: ``[neurons]``, the sums of :func:`turning`, which only ``cosine`` reads.
+        weight: the matrix that reads the units, ``[d_out, units * width]`` float32.
+        moments: of its inputs over all calibration tokens.
+        turned: ``[units]``, the sums of :func:`turning`, which only ``cosine`` reads.
+        width: columns of a unit.
     """
     if score == "obs":
-        return greedy(weight, moments.gram / moments.tokens, kept)
+        gram = moments.gram / moments.tokens
+        return greedy(weight, gram, kept) if width == 1 else greedy_groups(weight, gram, kept, width)
     if score == "cosine":
         assert turned is not None  # collected for this score
         scores = turned
     else:
         mean = moments.total / moments.tokens
         variance = moments.gram.diagonal() / moments.tokens - mean.square()
-        scores = variance * weight.square().sum(0)
+        scores = (variance * weight.square().sum(0)).view(-1, width).sum(1)
     return scores.sort(descending=True, stable=True).indices[:kept].sort().values
 
 
@@ -47,21 +51,15 @@ def greedy(weight: Tensor, gram: Tensor, kept: int, rounds: int = ROUNDS) -> Ten
         kept: how many stay.
         rounds: the number of steps.
     """
-    second = gram.to(torch.float64, copy=True)
-    second.diagonal().add_(DAMPING * second.diagonal().mean().clamp_min(1e-30))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(second))
-    del second
-    w, left = weight.double(), torch.arange(len(inverse), device=inverse.device)
+    w, inverse = weight.double(), _inverse(gram)
+    left = torch.arange(len(inverse), device=inverse.device)
     step = max(1, -(-(len(left) - kept) // rounds))
     while len(left) > kept:
         count = min(step, len(left) - kept)
         scores = w.square().sum(0) / inverse.diagonal()
         gone = _uncoupled(scores.sort(stable=True).indices[: 2 * count], inverse, count)
         stay = torch.ones(len(left), dtype=torch.bool, device=left.device).index_fill_(0, gone, False).nonzero()[:, 0]
-        block = torch.linalg.inv(inverse[gone][:, gone])
-        across = inverse[gone][:, stay]
-        w = w[:, stay] - w[:, gone] @ block @ across
-        inverse = inverse[stay][:, stay] - across.T @ block @ across
+        w, inverse = _without(w, inverse, gone, stay)
         left = left[stay]
     return left
 
@@ -82,17 +80,58 @@ def _uncoupled(order: Tensor, inverse: Tensor, count: int) -> Tensor:
     return order[taken].sort().values
 
 
-def turning(h: Tensor, output: Tensor, weight: Tensor) -> Tensor:
-    """``[neurons]``: the sum over tokens of twice the cosine distance between the block's output with and without each
-    neuron, to second order: ``Σ_t h_j² (‖W_j‖² - (W_jᵀ o)² / ‖o‖²) / ‖o‖²``.
+def greedy_groups(weight: Tensor, gram: Tensor, kept: int, width: int) -> Tensor:
+    """Removes one group of ``width`` columns ``J`` at a time, that with the lowest ``tr(W_J ((C⁻¹)_JJ)⁻¹ W_Jᵀ)``:
+    ``[kept]`` int64, the groups that stay, ascending. Otherwise as :func:`greedy`."""
+    w, inverse = weight.double(), _inverse(gram)
+    left = torch.arange(len(inverse) // width, device=inverse.device)
+    while len(left) > kept:
+        own = torch.arange(len(left) * width, device=left.device).view(-1, width)
+        blocks = torch.linalg.inv(inverse[own[:, :, None], own[:, None, :]])
+        columns = w.T[own]  # [groups, width, d_out]
+        losses = (blocks * (columns @ columns.mT)).sum((1, 2))
+        worst = int(losses.argmin())
+        gone = own[worst]
+        stay = torch.cat([own[:worst], own[worst + 1 :]]).flatten()
+        w, inverse = _without(w, inverse, gone, stay)
+        left = torch.cat([left[:worst], left[worst + 1 :]])
+    return left
+
+
+def _inverse(gram: Tensor) -> Tensor:
+    """The inverse of the damped second moments, float64."""
+    second = gram.to(torch.float64, copy=True)
+    second.diagonal().add_(DAMPING * second.diagonal().mean().clamp_min(1e-30))
+    return torch.cholesky_inverse(torch.linalg.cholesky(second))
+
+
+def _without(w: Tensor, inverse: Tensor, gone: Tensor, stay: Tensor) -> tuple[Tensor, Tensor]:
+    """The least-squares matrix on the columns that stay, and the inverse of their second moments."""
+    block = torch.linalg.inv(inverse[gone][:, gone])
+    across = inverse[gone][:, stay]
+    return w[:, stay] - w[:, gone] @ block @ across, inverse[stay][:, stay] - across.T @ block @ across
+
+
+def turning(h: Tensor, output: Tensor, weight: Tensor, width: int = 1) -> Tensor:
+    """``[units]``: the sum over tokens of twice the cosine distance between the block's output ``o`` with and without
+    each unit, to second order: ``Σ_t (‖δ‖² - (δᵀ o)² / ‖o‖²) / ‖o‖²`` with ``δ = W_J h_J``.
 
     Args:
-        h: the neurons, ``[tokens, neurons]``.
-        output: ``o``, to which the neurons' contributions are added, ``[tokens, d_out]``.
-        weight: ``W [d_out, neurons]`` float32.
+        h: the inputs of the matrix, ``[tokens, units * width]``.
+        output: ``o``, to which the units' contributions are added, ``[tokens, d_out]``.
+        weight: ``W [d_out, units * width]`` float32.
+        width: columns of a unit.
     """
     h, output = h.float(), output.float()
     squares = output.square().sum(1, keepdim=True).clamp_min(1e-30)
-    along = (output @ weight).square() / squares
-    across: Tensor = (h.square() * (weight.square().sum(0) - along) / squares).sum(0)
-    return across
+    if width == 1:
+        along = (output @ weight).square() / squares
+        across: Tensor = (h.square() * (weight.square().sum(0) - along) / squares).sum(0)
+        return across
+    found = []
+    for start in range(0, weight.shape[1], width):
+        columns = slice(start, start + width)
+        change = h[:, columns] @ weight[:, columns].T
+        along = (change * output).sum(1, keepdim=True).square() / squares
+        found.append(((change.square().sum(1, keepdim=True) - along) / squares).sum())
+    return torch.stack(found)

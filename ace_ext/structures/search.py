@@ -1,12 +1,13 @@
-"""Finds the feed-forward part of each block, and the number of the configuration that says how large it is.
+"""Finds the units of each block that can be removed, neurons or groups of heads, and the settings with their number.
 
-A number of the configuration is changed, the class is laid out with it, and the shapes are compared. It is the number
-of neurons if each block has exactly one matrix with other columns, and all other changed parameters have other rows.
+Settings of the configuration are changed, the class is laid out with them, and the shapes are compared. They hold the
+number of units if each block has exactly one matrix with other columns, and all other changed parameters have other
+rows.
 """
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from ace_ext.errors import InputError
 from ace_ext.models.blocks import Block
-from ace_ext.structures.smaller import laid_out, numbers_of, shapes_of
+from ace_ext.pruning import removal
+from ace_ext.structures.smaller import laid_out, numbers_of, shapes_of, standard_names
 
 _UNSET = re.compile(r"inner|ffn|feed_?forward|intermediate|mlp")
 """Names of numbers that may be None in a configuration: the class then computes them from the hidden size."""
@@ -22,30 +24,43 @@ _UNSET = re.compile(r"inner|ffn|feed_?forward|intermediate|mlp")
 
 @dataclass(frozen=True)
 class Cut:
-    """A parameter of which a part stays with each neuron."""
+    """A parameter of which a part stays with each unit."""
 
     name: str
     """Its full name."""
     dim: int
-    """The dimension that counts neurons."""
-    copies: int
-    """How often each neuron has an entry there: twice if two matrices are stored one above the other."""
+    """The dimension that counts units."""
+    copies: int = 1
+    """How often each unit is there: twice if two matrices are stored one above the other."""
+    width: int = 1
+    """How many neighbouring entries each unit has there, such as the rows of a head."""
 
-    def keep(self, tensor: Tensor, kept: Tensor, neurons: int) -> Tensor:
-        """``tensor`` without the entries of other neurons than ``kept [k]``, ascending."""
-        index = torch.cat([kept + copy * neurons for copy in range(self.copies)])
+    def keep(self, tensor: Tensor, kept: Tensor, count: int) -> Tensor:
+        """``tensor`` without the entries of other units than ``kept [k]``, ascending, of ``count``."""
+        own = entries(kept, self.width)
+        index = torch.cat([own + copy * count * self.width for copy in range(self.copies)])
         return tensor.index_select(self.dim, index.to(tensor.device))
 
 
-@dataclass(frozen=True)
-class FeedForward:
-    """The feed-forward part of a block. Neuron j is column j of the matrix ``last``, and an entry of each cut."""
+def entries(units: Tensor, width: int) -> Tensor:
+    """The entries ``[k * width]`` of ``units [k]`` with ``width`` neighbouring entries each."""
+    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
 
-    neurons: int
+
+@dataclass(frozen=True)
+class UnitsOfBlock:
+    """The units of a block. Unit j is some neighbouring columns of the matrix ``last``, and entries of each cut."""
+
+    count: int
     last: str
-    """The Linear that reads the neurons, by its name in the block."""
+    """The Linear that reads the units, by its name in the block."""
     columns: Cut
     rows: tuple[Cut, ...]
+
+    @property
+    def width(self) -> int:
+        """The columns of a unit."""
+        return self.columns.width
 
     @property
     def cuts(self) -> tuple[Cut, ...]:
@@ -54,33 +69,97 @@ class FeedForward:
 
 
 @dataclass(frozen=True)
-class Neurons:
-    """The feed-forward parts of a model. All have the same number of neurons."""
+class Found:
+    """The units of a model. All its blocks have the same number of them."""
 
-    field: str
-    """The setting of the configuration that holds the number."""
-    value: Any
-    """Its present value: the number, or a list with one for each block, or None."""
-    parts: tuple[FeedForward | None, ...]
-    """One for each block; None: the block has no such part."""
+    settings: dict[str, Any]
+    """The settings that hold the number, with their present values; the report names the first. A value is a number, a
+    list with one for each block, or None."""
+    parts: tuple[UnitsOfBlock | None, ...]
+    """One for each block; None: the block has no such units."""
+    fixed: dict[str, Any] = field(default_factory=dict)
+    """Settings that must be written so that others do not follow from the number."""
 
     @property
-    def present(self) -> list[FeedForward]:
-        """The parts that there are, at least one."""
+    def present(self) -> list[UnitsOfBlock]:
+        """The blocks' units, of at least one block."""
         return [part for part in self.parts if part is not None]
 
     @property
     def count(self) -> int:
-        """The number of neurons of a part."""
-        return self.present[0].neurons
+        """The number of units of a block."""
+        return self.present[0].count
+
+    @property
+    def setting(self) -> str:
+        """The name of the setting that the report names."""
+        return next(iter(self.settings))
+
+    def number(self, units: int) -> int:
+        """The value of this setting for so many units."""
+        value = self.settings[self.setting]
+        return value // self.count * units if isinstance(value, int) else units
 
     def changes(self, kept: int) -> dict[str, Any]:
-        """The change of the configuration for ``kept`` neurons."""
-        return {self.field: [kept] * len(self.value) if isinstance(self.value, list) else kept}
+        """The change of the configuration for ``kept`` units."""
+        return {**_scaled(self.settings, self.count, kept), **self.fixed}
 
 
-def find_neurons(model: nn.Module, blocks: list[Block]) -> Neurons:
-    """The feed-forward parts of a model.
+def _scaled(settings: Mapping[str, Any], count: int, kept: int) -> dict[str, Any]:
+    return {
+        name: [kept] * len(value) if isinstance(value, list) else kept if value is None else value // count * kept
+        for name, value in settings.items()
+    }
+
+
+def find_units(model: nn.Module, blocks: list[Block], part: removal.Heads | removal.Neurons) -> Found:
+    """The units of a model that ``part`` removes.
+
+    Raises:
+        InputError: there are none, or no settings of the configuration change them alone.
+    """
+    if shapes_of(laid_out(model, {})) != shapes_of(model):
+        raise InputError("remove: the model does not have the shapes that its configuration gives; load it anew")
+    return find_heads(model, blocks, part) if isinstance(part, removal.Heads) else find_neurons(model, blocks)
+
+
+def find_heads(model: nn.Module, blocks: list[Block], part: removal.Heads) -> Found:
+    """The groups of heads of a model: the query heads that share a KV head.
+
+    Raises:
+        InputError: the class has one group, gives heads another size if there are fewer, or its attention has another
+            layout.
+    """
+    settings, names = numbers_of(model), standard_names(model)
+    query, shared = (names.get(name, name) for name in ("num_attention_heads", "num_key_value_heads"))
+    heads, groups = settings.get(query), settings.get(shared)
+    groups = heads if groups is None else groups
+    kind = type(model).__name__
+    if not isinstance(heads, int) or not isinstance(groups, int) or groups < 1 or heads % groups:
+        raise InputError(f"remove: the configuration of {kind} does not say how many heads a block has")
+    if groups == 1:
+        raise InputError(f"remove: all heads of {kind} share one KV head; leave out heads")
+    size = names.get("head_dim", "head_dim")
+    if size not in settings:
+        raise InputError(
+            f"remove: {kind} derives the size of a head from {query}, so fewer heads would be larger ones; leave out "
+            "heads"
+        )
+    own = {query: heads} if settings.get(shared) is None else {query: heads, shared: groups}
+    fixed = {size: settings[size] or settings["hidden_size"] // heads}
+    kept = part.kept(groups)
+    now, then = shapes_of(model), shapes_of(laid_out(model, _scaled(own, groups, kept) | fixed))
+    try:
+        parts = _parts(blocks, now, then, groups, kept)
+    except InputError as error:
+        raise InputError(f"remove: the heads of {kind} cannot be removed: {error}") from error
+    if parts is None:
+        raise InputError(f"remove: {query} changes no weight of {kind}; leave out heads")
+    return Found(own, parts, fixed)
+
+
+def find_neurons(model: nn.Module, blocks: list[Block]) -> Found:
+    """The neurons of a model's feed-forward parts.
 
     Raises:
         InputError: the blocks have experts, or no number of the configuration changes the feed-forward parts alone.
@@ -91,20 +170,18 @@ def find_neurons(model: nn.Module, blocks: list[Block]) -> Neurons:
                 f"remove: neurons of experts are not removed ({block.name} has experts); leave out neurons"
             )
     now = shapes_of(model)
-    if shapes_of(laid_out(model, {})) != now:
-        raise InputError("remove: the model does not have the shapes that its configuration gives; load it anew")
     widths = {linear.weight.shape[1] for block in blocks for linear in block.linears.values()}
     reasons = []
-    for field, value, count in _candidates(numbers_of(model), widths):
+    for name, value, count in _candidates(numbers_of(model), widths):
         smaller = max(1, count // 2)
         try:
-            then = shapes_of(laid_out(model, {field: [smaller] * len(value) if isinstance(value, list) else smaller}))
+            then = shapes_of(laid_out(model, _scaled({name: value}, count, smaller)))
             parts = _parts(blocks, now, then, count, smaller)
         except InputError as error:
-            reasons.append(f"{field}: {error}")
+            reasons.append(f"{name}: {error}")
             continue
-        if parts is not None:
-            return Neurons(field, value, parts)
+        if parts is not None and all(part is None or part.width == 1 for part in parts):
+            return Found({name: value}, parts)
     raise InputError(
         f"remove: no number in the configuration of {type(model).__name__} changes the neurons of its feed-forward "
         f"parts alone{'; ' if reasons else ''}{'; '.join(reasons)[:300]}"
@@ -130,7 +207,7 @@ def _parts(
     then: Mapping[str, tuple[int, ...]],
     count: int,
     smaller: int,
-) -> tuple[FeedForward | None, ...] | None:
+) -> tuple[UnitsOfBlock | None, ...] | None:
     """The parts whose sizes change from ``count`` to ``smaller``; None if nothing changes.
 
     Raises:
@@ -155,16 +232,17 @@ def _parts(
 def _cut(name: str, now: tuple[int, ...], then: tuple[int, ...], count: int, smaller: int) -> Cut:
     dims = [dim for dim in range(len(now)) if len(now) == len(then) and now[dim] != then[dim]]
     if len(dims) == 1:
-        copies = now[dims[0]] // count
-        if (now[dims[0]], then[dims[0]]) == (copies * count, copies * smaller) and copies in (1, 2):
-            return Cut(name, dims[0], copies)
+        size = now[dims[0]] // count
+        if (now[dims[0]], then[dims[0]]) == (size * count, size * smaller):
+            return Cut(name, dims[0], width=size)
     raise InputError(f"it changes {name} from {list(now)} to {list(then)}")
 
 
-def _part(block: Block, cuts: list[Cut], count: int) -> FeedForward:
-    """The part of a block with these cuts: one of columns, and others of rows."""
+def _part(block: Block, cuts: list[Cut], count: int) -> UnitsOfBlock:
+    """The part of a block with these cuts: one of columns, and others of rows. If units are single columns, two rows
+    of a unit are those of two matrices one above the other; otherwise they are neighbours."""
     columns: list[tuple[Cut, str]] = []
-    rows: list[tuple[Cut, str]] = []
+    rows: list[Cut] = []
     for cut in cuts:
         child = cut.name.removeprefix(f"{block.name}.").removesuffix(".weight")
         linear = block.linears.get(child)
@@ -172,8 +250,15 @@ def _part(block: Block, cuts: list[Cut], count: int) -> FeedForward:
         is_matrix = linear is not None and cut.name.endswith(".weight")
         if not is_matrix and not cut.name.endswith(".bias"):
             raise InputError(f"it changes {cut.name}, which is not a matrix that ace_ext prunes")
-        (columns if is_matrix and cut.dim == of_columns else rows).append((cut, child))
-    if len(columns) != 1 or columns[0][0].copies != 1 or not rows:
+        if is_matrix and cut.dim == of_columns:
+            columns.append((cut, child))
+        else:
+            rows.append(cut)
+    if len(columns) != 1 or not rows:
         raise InputError(f"in {block.name} it changes the columns of {len(columns)} matrices, not of one")
     cut, child = columns[0]
-    return FeedForward(count, child, cut, tuple(cut for cut, _ in rows))
+    if cut.width == 1:
+        rows = [replace(row, copies=row.width, width=1) for row in rows]
+        if any(row.copies > 2 for row in rows):
+            raise InputError(f"it changes {max(rows, key=lambda row: row.copies).name}, which has other rows too")
+    return UnitsOfBlock(count, child, cut, tuple(rows))

@@ -17,6 +17,12 @@ def numbers_of(model: nn.Module) -> dict[str, Any]:
     return settings
 
 
+def standard_names(model: nn.Module) -> dict[str, str]:
+    """The names that a configuration has for settings with a standard name, as ``n_head`` for
+    ``num_attention_heads``, where they differ."""
+    return dict(getattr(text_config(model), "attribute_map", None) or {})
+
+
 def changed_config(model: nn.Module, changes: Mapping[str, Any]) -> Any:
     """The configuration of a model with other settings of its language part, made as ``config.json`` is read.
 

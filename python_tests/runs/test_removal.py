@@ -146,7 +146,7 @@ def test_a_run_that_died_is_resumed_with_the_same_bytes(smaller, dense, tmp_path
     def crash(*_, **__):
         raise Crash
 
-    names = {"remove": "ace_ext.structures.remove.without_neurons", "write": "ace_ext.runs.unfinished.write_manifest"}
+    names = {"remove": "ace_ext.structures.remove.without_units", "write": "ace_ext.runs.unfinished.write_manifest"}
     with monkeypatch.context() as patch:
         patch.setattr(names[place], crash)
         with pytest.raises(Crash):

@@ -1,7 +1,7 @@
-"""Removes neurons: a walk over the blocks with two streams of hidden states, of the dense model and of the smaller one.
+"""Removes neurons or heads: a walk over the blocks with two streams of hidden states, dense and smaller.
 
-In each block the neurons of the smaller stream are scored, some are removed, and the matrix that reads them is fitted
-to what the dense stream says. The dense model's weights are read and never changed.
+In each block the units of the smaller stream are scored, some are removed, and the matrix that reads them is fitted to
+what the dense stream says. The dense model's weights are read and never changed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +18,8 @@ from ace_ext.models.replay import Arguments, BlockCall, capture_calls, run_block
 from ace_ext.pruning import removal
 from ace_ext.records import CutBlock
 from ace_ext.structures.moments import Fit, Moments, fitted
-from ace_ext.structures.scores import kept_neurons, turning
-from ace_ext.structures.search import FeedForward, Neurons, find_neurons
+from ace_ext.structures.scores import kept_units, turning
+from ace_ext.structures.search import Found, UnitsOfBlock, entries, find_units
 from ace_ext.structures.smaller import check_same, few_tokens, fill_, laid_out, output_of
 
 HELD_BACK = 8
@@ -35,61 +35,66 @@ class Calibration:
     shares: bool
 
 
-def find_and_try(model: nn.Module, blocks: list[Block], part: removal.Neurons, batch: Mapping[str, Tensor]) -> Neurons:
-    """The feed-forward parts of a model, tried: without every second neuron, the model's logits for a few tokens are
-    those of the dense model with these neurons zeroed. Changes nothing.
+Wanted = removal.Heads | removal.Neurons
+
+
+def find_and_try(model: nn.Module, blocks: list[Block], part: Wanted, batch: Mapping[str, Tensor]) -> Found:
+    """The units of a model, tried: without some of them, the model's logits for a few tokens are those of the dense
+    model with these units zeroed. Changes nothing.
 
     Raises:
-        InputError: they are not, there are no such parts, or the number of neurons cannot be reached.
+        InputError: they are not, there are no such units, or their number cannot be reached.
     """
-    found = find_neurons(model, blocks)
-    part.kept(found.count)
+    found = find_units(model, blocks, part)
+    left = part.kept(found.count)
+    # Of heads those are tried that the run leaves: a class may not have any other number.
+    kept = torch.arange(0, found.count, 2) if isinstance(part, removal.Neurons) else torch.arange(-left, 0)
+    kept = kept % found.count
     if found.count < 2:
-        raise InputError("remove: the feed-forward parts have one neuron; leave out neurons")
-    kept = torch.arange(0, found.count, 2)
+        raise InputError(f"remove: a block has one of the {part.name}; leave out {part.name}")
     smaller = laid_out(model, found.changes(len(kept)))
     tensors = dict(model.state_dict())
-    for own in found.present:
-        tensors |= {cut.name: cut.keep(tensors[cut.name], kept, found.count) for cut in own.cuts}
+    for present in found.present:
+        tensors |= {cut.name: cut.keep(tensors[cut.name], kept, found.count) for cut in present.cuts}
     fill_(smaller, tensors, model)
     tokens = few_tokens(batch)
-    mask = torch.zeros(found.count, device=tokens.device)
-    mask[kept] = 1
     with ExitStack() as stack:
-        for block, part_of in zip(blocks, found.parts, strict=True):
-            if part_of is not None:
+        for block, own in zip(blocks, found.parts, strict=True):
+            if own is not None:
                 stack.enter_context(block.products())
-                handle = block.linears[part_of.last].register_forward_pre_hook(
-                    lambda _, x: (x[0] * mask.to(x[0].dtype),)
+                mask = torch.zeros(own.count * own.width, device=tokens.device)
+                mask[entries(kept, own.width)] = 1
+                handle = block.linears[own.last].register_forward_pre_hook(
+                    lambda _, x, mask=mask: (x[0] * mask.to(x[0].dtype),)
                 )
                 stack.callback(handle.remove)
         expected = output_of(model, tokens)
-    check_same("neurons", expected, output_of(smaller, tokens), next(model.parameters()).dtype)
+    check_same(part.name, expected, output_of(smaller, tokens), next(model.parameters()).dtype)
     return found
 
 
-def without_neurons(
+def without_units(
     model: nn.Module,
     blocks: list[Block],
-    found: Neurons,
-    part: removal.Neurons,
+    found: Found,
+    part: Wanted,
     calibration: Calibration,
     advanced: Callable[[int, int], None] = lambda done, of: None,
 ) -> tuple[nn.Module, list[CutBlock]]:
-    """A model with fewer neurons, and what was done in each block. ``model`` does not change.
+    """A model with fewer units, and what was done in each block. ``model`` does not change.
 
     Args:
         model: the dense model.
         blocks: its blocks.
-        found: its feed-forward parts.
-        part: how many neurons go, and how they are chosen.
+        found: its units.
+        part: how many go, and how they are chosen.
         calibration: the text.
         advanced: is called after each block with the number of finished blocks and of all.
 
     Raises:
         InputError: a block gives numbers that are not finite.
     """
-    kept = part.kept(found.count)[0]
+    kept = part.kept(found.count)
     smaller = laid_out(model, found.changes(kept))
     tensors = dict(model.state_dict())
     first = torch.arange(kept)
@@ -116,7 +121,7 @@ class _Walk:
         model: the dense model.
         blocks: its blocks.
         smaller: the blocks of the smaller model; those that were not reached yet have no useful weights.
-        part: how neurons are chosen.
+        part: how units are chosen.
         calibration: the text.
     """
 
@@ -125,7 +130,7 @@ class _Walk:
         model: nn.Module,
         blocks: list[Block],
         smaller: list[Block],
-        part: removal.Neurons,
+        part: Wanted,
         calibration: Calibration,
     ) -> None:
         self._blocks, self._smaller, self._part = blocks, smaller, part
@@ -137,19 +142,20 @@ class _Walk:
             self._dense_calls = list(capture_calls(model, blocks, calibration.batches))
 
     def pass_through(self, index: int) -> None:
-        """Passes a block without a feed-forward part."""
+        """Passes a block without such units."""
         for i, call in enumerate(self._dense_calls):
             self._dense[i] = run_block(self._blocks[index], self._dense[i], call.others[index])
         self._advance(index)
 
-    def remove(self, index: int, own: FeedForward, kept: int) -> CutBlock:
-        """Removes neurons of block ``index``."""
+    def remove(self, index: int, own: UnitsOfBlock, kept: int) -> CutBlock:
+        """Removes units of block ``index``."""
         block, linear = self._blocks[index], self._blocks[index].linears[own.last]
         bias = _bias(block, own)
         weight = linear.weight.detach().float()
         train, held, turned = self._collect(index, own, weight)
         both = train.plus(held)
-        stay = kept_neurons(self._part.score, kept, weight, both, turned)
+        units = kept_units(self._part.score, kept, weight, both, turned, own.width)
+        stay = entries(units, own.width)
         if self._part.refit == "none":
             plain, error = weight[:, stay], both.error(stay, weight[:, stay], bias)
             fit = Fit(plain, bias, None, error, error)
@@ -157,18 +163,18 @@ class _Walk:
         else:
             fit = fitted(train, held, stay, weight, bias)
             square = float(held.squares) / max(1, held.tokens)
-        self._store(index, own, stay, fit)
+        self._store(index, own, units, fit)
         self._advance(index)
         square = square or 1.0
         return CutBlock(block.name, fit.error_before / square, fit.error / square, fit.ridge)
 
-    def _collect(self, index: int, own: FeedForward, weight: Tensor) -> tuple[Moments, Moments, Tensor | None]:
-        """The moments of the block's neurons and of the target, without and of the held-back tokens; and the sums of
-        :func:`ace_ext.structures.scores.turning`. The dense stream passes the block."""
+    def _collect(self, index: int, own: UnitsOfBlock, weight: Tensor) -> tuple[Moments, Moments, Tensor | None]:
+        """The moments of the last matrix's inputs and of the target, without and of the held-back tokens; and the sums
+        of :func:`ace_ext.structures.scores.turning`. The dense stream passes the block."""
         block, last = self._blocks[index], own.last
         device = weight.device
-        train, held = (Moments(own.neurons, len(weight), device) for _ in range(2))
-        turned = torch.zeros(own.neurons, device=device) if self._part.score == "cosine" else None
+        train, held = (Moments(weight.shape[1], len(weight), device) for _ in range(2))
+        turned = torch.zeros(own.count, device=device) if self._part.score == "cosine" else None
         added = self._adds(index, last)
         linear = block.linears[last]
         offset = None if linear.bias is not None else _bias(block, own)  # added outside a Linear that stands for it
@@ -185,11 +191,11 @@ class _Walk:
             batch, seqlen = self._stream[i].shape[:2]
             back = _held_back(batch, seqlen, number, samples, call.token_mask).to(device)
             used = torch.ones_like(back) if call.token_mask is None else call.token_mask.to(device)
-            train.add_(own_run.neurons[used & ~back], target[used & ~back])
-            held.add_(own_run.neurons[used & back], target[used & back])
+            train.add_(own_run.inputs[used & ~back], target[used & ~back])
+            held.add_(own_run.inputs[used & back], target[used & back])
             if turned is not None:
                 output = own_run.output if added else own_run.product
-                turned += turning(own_run.neurons[used], output[used], weight)
+                turned += turning(own_run.inputs[used], output[used], weight, own.width)
             number += batch
             self._dense[i] = dense.output.view_as(self._dense[i])
         return train, held, turned
@@ -208,11 +214,11 @@ class _Walk:
         difference = (moved.float() - plain.float() - push.float()).norm()
         return bool(difference < 0.02 * push.float().norm() * plain[..., 0].numel() ** 0.5)
 
-    def _store(self, index: int, own: FeedForward, stay: Tensor, fit: Fit) -> None:
+    def _store(self, index: int, own: UnitsOfBlock, units: Tensor, fit: Fit) -> None:
         """Gives the smaller model's block its weights."""
         block, smaller = self._blocks[index], self._smaller[index]
         dense = dict(block.module.named_parameters(remove_duplicate=False))
-        stored = {cut.name: cut.keep(dense[_inside(block, cut.name)].detach(), stay, own.neurons) for cut in own.rows}
+        stored = {cut.name: cut.keep(dense[_inside(block, cut.name)].detach(), units, own.count) for cut in own.rows}
         like = dense[_inside(block, own.columns.name)]
         matrix = fit.weight if own.columns.dim == 1 else fit.weight.T
         stored[own.columns.name] = matrix.to(like.dtype).contiguous()
@@ -235,7 +241,7 @@ class _Walk:
             finite = torch.isfinite(output).flatten(0, 1).all(dim=1)
             if not bool((finite if call.token_mask is None else finite | ~call.token_mask.to(finite.device)).all()):
                 raise InputError(
-                    f"{block.name}: its output holds NaN or infinity without the removed neurons; load the model in "
+                    f"{block.name}: its output holds NaN or infinity without what was removed; load the model in "
                     "float32 or bfloat16 (--dtype)"
                 )
             self._stream[i] = output
@@ -245,7 +251,7 @@ class _Walk:
 class _Run:
     """What a call of a block gave, per token."""
 
-    neurons: Tensor  # [tokens, neurons], the input of the last matrix
+    inputs: Tensor  # [tokens, columns], of the last matrix
     product: Tensor  # [tokens, d_out], its output
     output: Tensor  # [tokens, d_model], the block's
 
@@ -263,7 +269,7 @@ def _seen(block: Block, last: str, hidden: Tensor, others: Arguments) -> _Run:
         handle.remove()
     if len(found) != 1 or found[0][0][..., 0].numel() != hidden[..., 0].numel():
         raise InputError(
-            f"remove: {block.full_name(last)} is not called once with every token, so its neurons cannot be removed"
+            f"remove: {block.full_name(last)} is not called once with every token, so its inputs cannot be removed"
         )
     x, y = found[0]
     return _Run(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), output.reshape(-1, output.shape[-1]))
@@ -283,7 +289,7 @@ def _held_back(batch: int, seqlen: int, number: int, samples: int, mask: Tensor 
     return places % HELD_BACK == HELD_BACK - 1
 
 
-def _bias(block: Block, own: FeedForward) -> Tensor | None:
+def _bias(block: Block, own: UnitsOfBlock) -> Tensor | None:
     """The bias that is added to the product of the last matrix, float32. That of a transposed Linear is a parameter of
     its owner."""
     name = f"{_inside(block, own.columns.name).removesuffix('.weight')}.bias"
