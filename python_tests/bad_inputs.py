@@ -222,6 +222,10 @@ STRUCTURES += [
     "blocks=0.01",
     "blocks=x",
     "blocks=1(score=obs)",
+    "heads=2",
+    "heads=0.01",
+    "heads=0.99",
+    "heads=0.5(multiple=2)",
 ]
 STRUCTURES += ["(" * 50_000, "+" * 50_000, "neurons=0.2(" * 5000, "neurons=" + "9" * 5000, "blocks=" + "9" * 400]
 """Texts of --remove that name no structure, or none of the tiny model."""

@@ -80,7 +80,7 @@ def heal_folder(
     if report.removed:
         raise InputError(
             f"heal trains a model with the dense model's shapes, and {request.folder!r} has fewer "
-            f"{' and '.join(record.kind for record in report.removed)}; train it with another program"
+            f"{', '.join(record.kind for record in report.removed)}; train it with another program"
         )
     name = dense_name(request.dense, report)
     with disk_errors(path):

@@ -23,7 +23,7 @@ from ace_ext.runs.plan import make_plan
 from ace_ext.runs.verify import verify
 from ace_ext.runs.workspace import Workspace
 
-BOTH = "blocks=1 + neurons=0.25"
+BOTH = "blocks=1 + heads=0.5 + neurons=0.25"
 TEXT = {"nsamples": 16, "seqlen": 16}
 
 
@@ -34,7 +34,7 @@ def dense(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def smaller(dense):
-    """A folder without a block and a quarter of the neurons, and its report."""
+    """A folder without a block, half of the heads and a quarter of the neurons, and its report."""
     report, path = prune(dense, dense.parent / "smaller", calibration=TEXT, method=None, remove=BOTH)
     return path, report
 
@@ -58,13 +58,14 @@ def test_the_report_says_what_was_removed(smaller):
     path, report = smaller
     assert [(r.kind, r.setting, r.before, r.after) for r in report.removed] == [
         ("blocks", "num_hidden_layers", 3, 2),
+        ("heads", "num_attention_heads", 4, 2),
         ("neurons", "intermediate_size", 48, 36),
     ]
     assert report.blocks == []
     read = read_report(path)
     assert read == PruneReport.from_json(report.to_json())
     assert read.removed == report.removed
-    assert [len(record.cut) for record in read.removed] == [0, 2]
+    assert [len(record.cut) for record in read.removed] == [0, 2, 2]
     model = AutoModelForCausalLM.from_pretrained(path)
     assert report.removed[-1].parameters_after == sum(parameter.numel() for parameter in model.parameters())
     assert "36" in report.table()
@@ -78,7 +79,7 @@ def test_a_report_of_a_run_that_removes_nothing_does_not_mention_it(dense, tmp_p
 
 def test_the_card_says_what_was_removed(smaller):
     card = (smaller[0] / CARD).read_text()
-    assert "pruned: 1 of 3 blocks removed, 12 of 48 neurons removed" in card
+    assert "pruned: 1 of 3 blocks removed, 2 of 4 heads removed, 12 of 48 neurons removed" in card
     assert "`intermediate_size` is 36" in card
     assert "sparse" not in card
     assert "mask" not in card
@@ -94,7 +95,7 @@ def test_verify_finds_it_sound(smaller):
     result = verify(smaller[0])
     assert result.problems == []
     assert result.loads
-    assert result.removed == ["2 of 3 blocks", "36 of 48 neurons"]
+    assert result.removed == ["2 of 3 blocks", "2 of 4 heads", "36 of 48 neurons"]
 
 
 def damaged(folder, tmp_path, **config):
@@ -217,7 +218,7 @@ def test_a_pattern_must_fit_the_smaller_model(dense, tmp_path):
 def test_heal_refuses_it(smaller, tmp_path, capsys):
     status, _, error = call(capsys, "heal", str(smaller[0]), "--output", str(tmp_path / "healed"))
     assert status == 2
-    assert "has fewer blocks and neurons" in error
+    assert "has fewer blocks, heads, neurons" in error
 
 
 def test_a_plan_has_the_sizes_of_the_run(smaller, dense):
@@ -231,7 +232,7 @@ def test_a_plan_has_the_sizes_of_the_run(smaller, dense):
     assert plan.output_bytes == weights
     assert "removes 12 of 48 neurons" in plan.table()
     assert "removes 1 of 3 blocks" in plan.table()
-    assert json.loads(plan.to_json())["removed"][1]["after"] == 36
+    assert json.loads(plan.to_json())["removed"][2]["after"] == 36
 
 
 def test_a_page_is_written(dense, tmp_path, capsys):
@@ -252,5 +253,5 @@ def test_the_log_has_a_line_for_each_step(dense, tmp_path, capsys):
     assert call(capsys, *command, "--log-json", str(log))[0] == 0
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     steps = [(line["kind"], line["done"], line["of"]) for line in lines if line["event"] == "remove"]
-    assert steps == [("blocks", 1, 1), ("neurons", 1, 2), ("neurons", 2, 2)]
+    assert steps == [("blocks", 1, 1), *((kind, done, 2) for kind in ("heads", "neurons") for done in (1, 2))]
     assert lines[-1]["event"] == "end"
