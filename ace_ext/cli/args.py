@@ -142,7 +142,7 @@ def add_pruning(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--remove",
         metavar="WHAT",
-        help="remove whole structures: neurons=SHARE, heads=SHARE, blocks=SHARE or COUNT, joined by +; zeros follow if "
+        help="remove whole structures: neurons, heads, experts=SHARE, blocks=SHARE or COUNT, joined by +; zeros follow if "
         "--sparsity or --pattern is given",
     )
     group.add_argument(

@@ -1,4 +1,4 @@
-"""What ``remove`` takes out of a model: neurons of its feed-forward parts, heads of attention, whole blocks.
+"""What ``remove`` takes out of a model: neurons of its feed-forward parts, heads of attention, experts, whole blocks.
 
 A text such as ``neurons=0.2(score=variance) + blocks=2`` names the structures. :func:`removal_of` reads it, and ``str``
 writes it; each is the inverse of the other.
@@ -24,8 +24,8 @@ MOST_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
-class Units(Options):
-    """Removes the same number of units from each block: parts of the input of one matrix, which is then fitted.
+class ShareOf(Options):
+    """Removes the same number of something from each block.
 
     Raises:
         InputError: a value is outside its limits.
@@ -33,14 +33,7 @@ class Units(Options):
 
     name: ClassVar[str]
     share: float
-    """Share of the units, between 0 and 1."""
-    score: str = option("obs", "which stay: those with the highest score", Limits(choices=SCORES))
-    refit: str = option(
-        "block",
-        "what the matrix that reads them is fitted to by least squares: block (the dense block's output), matrix (the "
-        "dense matrix's output) or none",
-        Limits(choices=("block", "matrix", "none")),
-    )
+    """The share that goes, between 0 and 1."""
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
@@ -55,7 +48,7 @@ class Units(Options):
         return self.share
 
     def kept(self, count: int) -> int:
-        """How many of ``count`` units stay.
+        """How many of ``count`` stay.
 
         Raises:
             InputError: none would stay, or none would be removed.
@@ -70,6 +63,27 @@ class Units(Options):
                 f"another share{step and ' or multiple'}"
             )
         return kept
+
+
+@dataclass(frozen=True)
+class Experts(ShareOf):
+    """Removes experts: those whose outputs, weighted by the router, have the smallest norm on the tokens that are
+    routed to them (REAP, arXiv 2510.13999)."""
+
+    name: ClassVar[str] = "experts"
+
+
+@dataclass(frozen=True)
+class Units(ShareOf):
+    """Removes parts of the input of one matrix, which is then fitted."""
+
+    score: str = option("obs", "which stay: those with the highest score", Limits(choices=SCORES))
+    refit: str = option(
+        "block",
+        "what the matrix that reads them is fitted to by least squares: block (the dense block's output), matrix (the "
+        "dense matrix's output) or none",
+        Limits(choices=("block", "matrix", "none")),
+    )
 
 
 @dataclass(frozen=True)
@@ -136,8 +150,8 @@ class Blocks(Options):
         return removed
 
 
-Part = Heads | Neurons | Blocks
-PARTS: dict[str, type[Part]] = {kind.name: kind for kind in (Blocks, Heads, Neurons)}
+Part = Experts | Heads | Neurons | Blocks
+PARTS: dict[str, type[Part]] = {kind.name: kind for kind in (Blocks, Experts, Heads, Neurons)}
 """The structures by name, in the order in which they are removed."""
 
 
@@ -151,6 +165,11 @@ class Removal:
     def units(self) -> list[Heads | Neurons]:
         """The parts for heads and neurons, in the order in which they are removed."""
         return [part for part in self.parts if isinstance(part, Heads | Neurons)]
+
+    @property
+    def experts(self) -> Experts | None:
+        """The part for experts; None: none are removed."""
+        return next((part for part in self.parts if isinstance(part, Experts)), None)
 
     @property
     def blocks(self) -> Blocks | None:
@@ -223,5 +242,5 @@ def _options(kind: type[Part], text: str) -> dict[str, Any]:
     return {name: known[name].parse(value) for name, value in given.items()}
 
 
-def _percent(part: Units) -> str:
+def _percent(part: ShareOf) -> str:
     return f"; did you mean {part.share / 100:g}?" if 1 < part.share < 100 else ""

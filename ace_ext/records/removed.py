@@ -29,6 +29,15 @@ class DroppedBlock:
 
 
 @dataclass
+class GoneExperts:
+    """The removed experts of a block, by their places in the dense model, and the scores of all its experts."""
+
+    name: str
+    experts: list[int]
+    scores: list[float]
+
+
+@dataclass
 class Removed:
     """Structures of one kind that were removed, such as neurons."""
 
@@ -45,13 +54,15 @@ class Removed:
     """Parameters of the whole model; a tied LM head is counted once."""
     seconds: float
     cut: list[CutBlock] = field(default_factory=list)
-    """For neurons: each block that has fewer."""
+    """For neurons and heads: each block that has fewer."""
     dropped: list[DroppedBlock] = field(default_factory=list)
     """For blocks: in the order in which they were removed."""
+    gone: list[GoneExperts] = field(default_factory=list)
+    """For experts: each block that has fewer."""
 
     @property
     def kind(self) -> str:
-        """``"neurons"`` or ``"blocks"``."""
+        """``"neurons"``, ``"heads"``, ``"experts"`` or ``"blocks"``."""
         return self.part.partition("=")[0]
 
     @property
@@ -66,7 +77,9 @@ class Removed:
 
     def summary(self) -> str:
         """One line."""
-        of = f" of each of {len(self.cut)} blocks" if self.cut else " of each block" if self.multiple else ""
+        number = len(self.cut or self.gone)
+        each = self.kind != "blocks"
+        of = f" of each of {number} blocks" if number else " of each block" if each else ""
         rounded = "" if self.multiple in (None, 1) else f", in multiples of {self.multiple}"
         end = f", {self.seconds:.1f} s" if self.seconds else ""
         word = "removed" if self.seconds else "removes"
@@ -80,4 +93,5 @@ class Removed:
         """The reverse of ``dataclasses.asdict``, also after JSON."""
         cut = [CutBlock(**block) for block in data["cut"]]
         dropped = [DroppedBlock(**block) for block in data["dropped"]]
-        return cls(**{**data, "cut": cut, "dropped": dropped})
+        gone = [GoneExperts(**block) for block in data.get("gone", [])]
+        return cls(**{**data, "cut": cut, "dropped": dropped, "gone": gone})

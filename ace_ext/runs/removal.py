@@ -86,6 +86,8 @@ def removal_seconds(source: Source, wanted: Removal, tokens: int, token_seconds:
         gone = wanted.blocks.removed(blocks)
         seconds += sum(blocks - number for number in range(gone)) * tokens * token_seconds
         blocks -= gone
+    if wanted.experts is not None:
+        seconds += blocks * tokens * token_seconds
     for wanted_units in wanted.units:
         from ace_ext.structures.search import find_units  # imported here: most runs remove no structure
 

@@ -16,6 +16,7 @@ from ace_ext.models.trial import try_walk
 from ace_ext.pruning import removal
 from ace_ext.records import Removed
 from ace_ext.structures.blocks import find_depth, lay_out_without, without_blocks
+from ace_ext.structures.experts import find_and_try_experts, find_experts, without_experts
 from ace_ext.structures.search import Found, find_units
 from ace_ext.structures.smaller import laid_out, take_over_
 from ace_ext.structures.units import Calibration, Wanted, find_and_try, without_units
@@ -28,7 +29,7 @@ def remove_(
     wanted: removal.Removal,
     advanced: Callable[[str, int, int], None] = lambda kind, done, of: None,
 ) -> list[Removed]:
-    """Removes blocks, then heads, then neurons.
+    """Removes blocks, then experts, then heads, then neurons.
 
     Args:
         model: a causal language model in evaluation mode (:mod:`ace_ext.models.run_mode`). Its modules and
@@ -48,7 +49,9 @@ def remove_(
     if not batches:
         raise InputError("calibration must have at least one token whose attention_mask is not 0 (got none)")
     shares = _check(model, blocks, batches[0])
-    for part in wanted.units:  # before anything is computed
+    if wanted.experts is not None:  # before anything is computed
+        find_and_try_experts(model, blocks, wanted.experts, batches[0])
+    for part in wanted.units:
         find_and_try(model, blocks, part, batches[0])
     smaller, records = model, []
     if wanted.blocks is not None:
@@ -57,6 +60,16 @@ def remove_(
         smaller, dropped = without_blocks(model, blocks, depth, count, batches, partial(advanced, "blocks"))
         record = _record(wanted.blocks, depth, (len(blocks), len(blocks) - count), (model, smaller))
         records.append(replace(record, seconds=time.perf_counter() - start, dropped=dropped))
+    if wanted.experts is not None:
+        start, before = time.perf_counter(), smaller
+        blocks = find_blocks(before)
+        experts = find_experts(before, blocks, wanted.experts)
+        smaller, gone = without_experts(
+            before, blocks, experts, wanted.experts, batches, partial(advanced, wanted.experts.name)
+        )
+        sizes = (experts.count, wanted.experts.kept(experts.count))
+        record = _record(wanted.experts, experts.setting, sizes, (before, smaller))
+        records.append(replace(record, seconds=time.perf_counter() - start, gone=gone))
     for part in wanted.units:
         start, before = time.perf_counter(), smaller
         blocks = find_blocks(before)
@@ -86,6 +99,12 @@ def planned_removal(model: nn.Module, blocks: list[Block], wanted: removal.Remov
         depth = find_depth(model, blocks, count)
         smaller = lay_out_without(model, blocks, list(range(len(blocks) - count)), depth)[0]
         records.append(_record(wanted.blocks, depth, (len(blocks), len(blocks) - count), (model, smaller)))
+        model, blocks = smaller, find_blocks(smaller, check=False)
+    if wanted.experts is not None:
+        experts = find_experts(model, blocks, wanted.experts)
+        sizes = (experts.count, wanted.experts.kept(experts.count))
+        smaller = laid_out(model, {experts.setting: sizes[1]})
+        records.append(_record(wanted.experts, experts.setting, sizes, (model, smaller)))
         model, blocks = smaller, find_blocks(smaller, check=False)
     for part in wanted.units:
         found = find_units(model, blocks, part)

@@ -222,14 +222,19 @@ def _parts(
     for block in blocks:
         own = sorted(name for name in changed if name.startswith(f"{block.name}."))
         changed -= set(own)
-        cuts = [_cut(name, now[name], then[name], count, smaller) for name in own]
+        cuts = [cut_of(name, now[name], then[name], count, smaller) for name in own]
         found.append(_part(block, cuts, count) if cuts else None)
     if changed:
         raise InputError(f"it also changes {min(changed)}")
     return tuple(found)
 
 
-def _cut(name: str, now: tuple[int, ...], then: tuple[int, ...], count: int, smaller: int) -> Cut:
+def cut_of(name: str, now: tuple[int, ...], then: tuple[int, ...], count: int, smaller: int) -> Cut:
+    """The cut of a parameter whose shape changes with the number of units.
+
+    Raises:
+        InputError: another dimension changes, or by another number.
+    """
     dims = [dim for dim in range(len(now)) if len(now) == len(then) and now[dim] != then[dim]]
     if len(dims) == 1:
         size = now[dims[0]] // count

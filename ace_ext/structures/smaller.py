@@ -60,6 +60,11 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
 
 
+def stored_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter and stored buffer by name, tied ones under each name."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
 def fill_(smaller: nn.Module, tensors: Mapping[str, Tensor], like: nn.Module) -> None:
     """Gives a model that was laid out its parameters and stored buffers; they share the tensors' memory. Other buffers
     go to the device of ``like``.
@@ -104,8 +109,15 @@ def output_of(model: nn.Module, tokens: Tensor) -> Tensor:
     return output
 
 
-def check_same(name: str, expected: Tensor, found: Tensor, dtype: torch.dtype) -> None:
-    """Checks that two models' outputs of :func:`output_of` differ by rounding only. ``dtype``: of the weights.
+def check_same(
+    name: str,
+    expected: Tensor,
+    found: Tensor,
+    dtype: torch.dtype,
+    words: str = "without them it does not compute the same as with their weights zeroed",
+) -> None:
+    """Checks that two models' outputs of :func:`output_of` differ by rounding only. ``dtype``: of the weights; ``name``
+    and ``words``: what cannot be removed, and why.
 
     Raises:
         InputError: they differ by more.
@@ -115,6 +127,5 @@ def check_same(name: str, expected: Tensor, found: Tensor, dtype: torch.dtype) -
     limit = 1e-3 if dtype == torch.float32 else 0.05
     if not difference <= limit:  # also for NaN
         raise InputError(
-            f"remove: {name} cannot be removed from this model: without them it does not compute the same as with "
-            f"their weights zeroed (relative difference {difference:.1e})"
+            f"remove: {name} cannot be removed from this model: {words} (relative difference {difference:.1e})"
         )

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ace_ext import InputError, PruneConfig
-from ace_ext.pruning.removal import SCORES, Blocks, Heads, Neurons, Removal, removal_of
+from ace_ext.pruning.removal import SCORES, Blocks, Experts, Heads, Neurons, Removal, removal_of
 
 shares = st.floats(0.01, 0.99)
 choices = (shares, st.sampled_from([*SCORES]), st.sampled_from(["block", "matrix", "none"]))
@@ -14,9 +14,9 @@ heads = st.builds(Heads, *choices)
 blocks = st.builds(Blocks, shares | st.integers(1, 100))
 
 
-@given(st.none() | neurons, st.none() | heads, st.none() | blocks)
-def test_the_text_of_a_removal_is_read_back(part, attention, depth):
-    parts = tuple(found for found in (depth, attention, part) if found is not None)
+@given(st.none() | neurons, st.none() | heads, st.none() | st.builds(Experts, shares), st.none() | blocks)
+def test_the_text_of_a_removal_is_read_back(part, attention, experts, depth):
+    parts = tuple(found for found in (depth, experts, attention, part) if found is not None)
     if parts:
         assert removal_of(str(Removal(parts))) == Removal(parts)
 
@@ -62,7 +62,8 @@ BAD = [
     ("neurons=-0.2", "between 0 and 1"),
     ("neurons=20", "did you mean 0.2"),
     ("neuron=0.2", "did you mean neurons"),
-    ("experts=0.2", "is not one of"),
+    ("towers=0.2", "is not one of"),
+    ("experts=0.2(score=obs)", "has no option score: it has none"),
     ("heads=2", "heads must be a share between 0 and 1"),
     ("heads=0.2(multiple=2)", "heads has no option multiple"),
     ("neurons=0.2 + neurons=0.3", "given twice"),
