@@ -7,7 +7,7 @@ from ace_ext.cards import mask_words
 from ace_ext.compare.journal import BlockFigures
 from ace_ext.compare.tables import amount_name, short_names
 from ace_ext.data.bos import BosChoice
-from ace_ext.records import Healing, MatrixReport, PruneReport, figure_text
+from ace_ext.records import GoneExperts, Healing, MatrixReport, PruneReport, figure_text
 from ace_ext.reporting import run_plots
 from ace_ext.reporting.html import Plot, Table, check_report, render, write_file
 from ace_ext.reporting.plots import blocks_plot, healing_plot
@@ -79,8 +79,17 @@ def _removed(report: PruneReport) -> list[tuple[str, Table]]:
         if record.dropped:
             head = ["removed block", "influence"]
             lines = [[block.name, f"{block.influence:.4f}"] for block in record.dropped]
+        if record.gone:
+            head = ["block", "removed experts", "lowest score that stays", "highest score that goes"]
+            lines = [_of_experts(block) for block in record.gone]
         found.append((record.summary(), Table(head, lines, 1)))
     return found
+
+
+def _of_experts(block: GoneExperts) -> list[str]:
+    gone = [score for expert, score in enumerate(block.scores) if expert in block.experts]
+    left = [score for expert, score in enumerate(block.scores) if expert not in block.experts]
+    return [block.name, ", ".join(map(str, block.experts)), f"{min(left):.4g}", f"{max(gone):.4g}"]
 
 
 def _model_name(report: PruneReport) -> str:

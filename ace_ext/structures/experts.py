@@ -167,7 +167,8 @@ def _scores(block: Block, index: int, calls: list[BlockCall], count: int) -> Ten
         assert call.hidden is not None  # captured, or the output of the block before
         with _listening(block, call.token_mask, sums, tokens):
             call.hidden = run_block(block, call.hidden, call.others[index])
-    return sums / tokens.clamp_min(1)
+    found: Tensor = sums / tokens.clamp_min(1)
+    return found
 
 
 @contextmanager

@@ -255,3 +255,26 @@ def test_the_log_has_a_line_for_each_step(dense, tmp_path, capsys):
     steps = [(line["kind"], line["done"], line["of"]) for line in lines if line["event"] == "remove"]
     assert steps == [("blocks", 1, 1), *((kind, done, 2) for kind in ("heads", "neurons") for done in (1, 2))]
     assert lines[-1]["event"] == "end"
+
+
+def test_experts_in_a_run(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    mixture = save_dense(tmp_path / "dense", "mixtral", torch.float32)
+    text = ["--calibration", str(tmp_path / "text.txt"), "--nsamples", "16", "--seqlen", "16"]
+    wanted = ["--model", str(mixture), "--remove", "experts=0.5", *text]
+    status, planned, error = call(capsys, "plan", *wanted, "--json")
+    assert status == 0, error
+    out, page = tmp_path / "out", tmp_path / "page.html"
+    status, _, error = call(capsys, "run", *wanted, "--output", str(out), "--report", str(page))
+    assert status == 0, error
+    (record,) = read_report(out).removed
+    assert (record.kind, record.before, record.after) == ("experts", 4, 2)
+    assert json.loads(planned)["removed"][0]["parameters_after"] == record.parameters_after
+    for block in record.gone:
+        assert max(block.scores[expert] for expert in block.experts) <= sorted(block.scores)[1]
+    card = (out / CARD).read_text()
+    assert "2 of 4 experts removed" in card
+    assert "the router's weight" in card
+    assert "Removed 2 of 4 experts of each of 3 blocks" in page.read_text()
+    assert verify(out).removed == ["2 of 4 experts"]
+    assert AutoModelForCausalLM.from_pretrained(out).config.num_local_experts == 2
