@@ -201,8 +201,7 @@ def removal_words(part: str) -> str:
         return "the least change of direction from a block's input to its output, measured again after each"
     if isinstance(found, Experts):
         return "the norm of an expert's output times the router's weight, a mean over the tokens routed to it (REAP)"
-    fitted = {"block": "the dense block's output", "matrix": "the dense matrix's output"}.get(found.refit)
-    after = f"; the matrix that reads them is fitted to {fitted}" if fitted else ""
+    after = "; the matrix that reads them is fitted to what it gave with all of them" if found.refit != "none" else ""
     return f"{REMOVAL_SCORES[found.score]}{after}".replace("|", "\\|")
 
 

@@ -79,10 +79,9 @@ class Units(ShareOf):
 
     score: str = option("obs", "which stay: those with the highest score", Limits(choices=SCORES))
     refit: str = option(
-        "block",
-        "what the matrix that reads them is fitted to by least squares: block (the dense block's output), matrix (the "
-        "dense matrix's output) or none",
-        Limits(choices=("block", "matrix", "none")),
+        "matrix",
+        "what the matrix that reads them is fitted to by least squares: matrix (what it gave with all of them) or none",
+        Limits(choices=("matrix", "none")),
     )
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 @dataclass
 class CutBlock:
-    """A block with fewer neurons. Errors are mean squared errors on held-back tokens, relative to the mean square of
-    what the last matrix was fitted to."""
+    """A block with fewer neurons or heads. Errors are mean squared errors on held-back tokens, relative to the mean
+    square of what the matrix that reads them gave; each token counts relative to the size of the block's output."""
 
     name: str
     error_before: float

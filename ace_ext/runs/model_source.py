@@ -268,8 +268,8 @@ class Demand:
         return max(pruning, packing, key=lambda phase: phase.total)
 
     def _removing(self, pruning: Estimate) -> Estimate:
-        """The removal of structures: two streams of hidden states, and the moments of one block's neurons. The matrix
-        that reads the neurons is one with as many rows as the hidden states have entries."""
+        """The removal of structures: hidden states, and the moments of one matrix's inputs, the neurons of a block at
+        most. The matrix that reads them is one with as many rows as the hidden states have entries."""
         from ace_ext.structures.remove import working_bytes  # imported here: most runs remove no structure
 
         blocks, text = self.source.blocks, self.request.calibration
@@ -283,8 +283,8 @@ class Demand:
         return replace(
             pruning,
             model=pruning.model + cut,  # those of the smaller model, at most
-            hidden=2 * tokens * shape.hidden * shape.itemsize,
-            forward=2 * shape.forward_bytes(batch, text.seqlen, frozenset()) + 4 * batch * (neurons + 3 * shape.hidden),
+            hidden=tokens * shape.hidden * shape.itemsize,
+            forward=shape.forward_bytes(batch, text.seqlen, frozenset()) + 8 * batch * (neurons + shape.hidden),
             statistics=moments,
             solver=solver,
             training=0,

@@ -93,7 +93,7 @@ def removal_seconds(source: Source, wanted: Removal, tokens: int, token_seconds:
 
         part = find_units(source.model, source.blocks, wanted_units).present[0]
         outputs = source.model.get_parameter(part.columns.name).shape[1 - part.columns.dim]
-        seconds += blocks * (4 * tokens * token_seconds + seconds_of_units(part.count * part.width, outputs))
+        seconds += blocks * (3 * tokens * token_seconds + seconds_of_units(part.count * part.width, outputs))
     return seconds
 
 
@@ -105,9 +105,9 @@ def seconds_of_units(columns: int, outputs: int) -> float:
 
     few, rows = min(columns, _TRIED), min(outputs, _TRIED)
     generator = torch.Generator().manual_seed(0)
-    moments = [Moments(few, rows, torch.device("cpu")) for _ in range(2)]
+    moments = [Moments(few, torch.device("cpu")) for _ in range(2)]
     for part in moments:
-        part.add_(torch.randn(2 * few, few, generator=generator), torch.randn(2 * few, rows, generator=generator))
+        part.add_(torch.randn(2 * few, few, generator=generator), torch.ones(2 * few))
     weight = torch.randn(rows, few, generator=generator)
     start = time.perf_counter()
     fitted(moments[0], moments[1], greedy(weight, moments[0].gram, few - few // 4), weight, None)

@@ -1,75 +1,63 @@
-"""Second moments of the neurons of one block, and the least squares that compensates for removed ones."""
+"""Second moments of the inputs of a matrix, and the least squares that compensates for removed ones."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-RIDGES = (1e-6, 0.001, 0.01, 0.03, 0.1, 0.3, 1.0)
-"""Regularisations that :func:`fitted` tries, relative to the mean diagonal of the kept neurons' second moments."""
+RIDGES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 1e-6)
+"""Regularisations that :func:`fitted` tries in this order, relative to the mean diagonal of the kept inputs' second
+moments."""
+SINGLE = 0.001
+"""From this regularisation on float32 is exact enough to solve for the fit."""
 
 
 class Moments:
-    """Sums over tokens of the neurons ``h [tokens, neurons]`` and a target ``y [tokens, d_out]``, in float32.
+    """Weighted sums over tokens of the inputs ``h [tokens, columns]`` of a matrix, in float32.
 
     Args:
-        neurons: how many there are.
-        outputs: entries of the target.
+        columns: how many inputs there are.
         device: where the sums are.
     """
 
-    def __init__(self, neurons: int, outputs: int, device: torch.device) -> None:
-        self.tokens = 0
-        self.gram = torch.zeros(neurons, neurons, device=device)
-        """``Σ h hᵀ [neurons, neurons]``."""
-        self.cross = torch.zeros(neurons, outputs, device=device)
-        """``Σ h yᵀ [neurons, d_out]``."""
-        self.total = torch.zeros(neurons, device=device)
-        """``Σ h [neurons]``."""
-        self.target = torch.zeros(outputs, device=device)
-        """``Σ y [d_out]``."""
-        self.squares = torch.zeros((), dtype=torch.float64, device=device)
-        """``Σ ‖y‖² []``, float64."""
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.weight = 0.0
+        """``Σ r²``."""
+        self.gram = torch.zeros(columns, columns, device=device)
+        """``Σ r² h hᵀ [columns, columns]``."""
+        self.total = torch.zeros(columns, device=device)
+        """``Σ r² h [columns]``."""
 
-    def add_(self, h: Tensor, y: Tensor) -> None:
-        """Adds tokens."""
-        h, y = h.float(), y.float()
-        self.gram.addmm_(h.T, h)
-        self.cross.addmm_(h.T, y)
-        self.total += h.sum(0)
-        self.target += y.sum(0)
-        self.squares += y.double().square().sum()
-        self.tokens += len(h)
+    def add_(self, h: Tensor, scale: Tensor) -> None:
+        """Adds tokens. ``scale [tokens]``: r, the root of each token's weight."""
+        scaled = h.float() * scale[:, None]
+        self.gram.addmm_(scaled.T, scaled)
+        self.total.addmv_(scaled.T, scale)
+        self.weight += float(scale.double().square().sum())
 
     def plus(self, other: "Moments") -> "Moments":
         """The moments of both sets of tokens."""
-        neurons, outputs = self.cross.shape
-        both = Moments(neurons, outputs, self.cross.device)
-        both.tokens = self.tokens + other.tokens
-        for name in ("gram", "cross", "total", "target", "squares"):
-            setattr(both, name, getattr(self, name) + getattr(other, name))
+        both = Moments(len(self.total), self.total.device)
+        both.weight = self.weight + other.weight
+        both.gram, both.total = self.gram + other.gram, self.total + other.total
         return both
 
-    def error(self, kept: Tensor, weight: Tensor, bias: Tensor | None) -> float:
-        """The mean over tokens of ``‖W h_S + b - y‖²``.
+    def error(self, change: Tensor, offset: Tensor | None = None) -> float:
+        """The weighted mean over tokens of ``‖E h + e‖²``.
 
         Args:
-            kept: the neurons S, ``[k]``.
-            weight: ``W [d_out, k]``.
-            bias: ``b [d_out]``; None: zero.
+            change: ``E [d_out, columns]``.
+            offset: ``e [d_out]``; None: zero.
         """
-        w = weight.double()
-        gram, cross = self.gram[kept][:, kept].double(), self.cross[kept].double()
-        found = ((w @ gram) * w).sum() - 2 * (w * cross.T).sum() + self.squares
-        if bias is not None:
-            b = bias.double()
-            found += 2 * b @ (w @ self.total[kept].double() - self.target.double()) + self.tokens * b.square().sum()
-        return float(found) / max(1, self.tokens)
+        found = ((change @ self.gram) * change).sum(dtype=torch.float64)
+        if offset is not None:
+            found += 2 * (offset @ (change @ self.total)).double() + self.weight * offset.double().square().sum()
+        return max(0.0, float(found)) / max(self.weight, 1e-30)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A matrix on the kept neurons, ``[d_out, k]`` and ``[d_out]``, with its error on held-back tokens."""
+    """A matrix on the kept inputs, ``[d_out, k]`` and ``[d_out]``, with its error on held-back tokens."""
 
     weight: Tensor
     bias: Tensor | None
@@ -81,42 +69,55 @@ class Fit:
 
 
 def fitted(train: Moments, held: Moments, kept: Tensor, weight: Tensor, bias: Tensor | None) -> Fit:
-    """The matrix ``W'`` on the kept neurons with the least error on held-back tokens.
+    """The matrix ``W'`` on the kept inputs ``h_S`` that best gives what the dense matrix gives with all of them.
 
-    ``W' = (E[y hᵀ] + λ W_S) (E[h hᵀ] + λ I)⁻¹`` with the kept neurons ``h`` and the dense columns ``W_S``, for each λ
-    of :data:`RIDGES`. With a bias, moments are about the mean, and ``b' = E[y] - W' E[h]``. The chosen λ is then fitted
-    on all tokens. If no λ lowers the error, the result is ``W_S``.
+    ``W' = W_S + W_R C_RS (C_SS + λ)⁻¹`` with the removed columns ``W_R`` and the inputs' second moments ``C``, for the
+    λ of :data:`RIDGES` with the least error on held-back tokens; smaller ones are tried as long as the error falls.
+    With a bias, moments are about the mean, and ``b' = b + W E[h] - W' E[h_S]``. The chosen λ is then used with all
+    tokens. If none lowers the error, the result is ``W_S``.
 
     Args:
-        train: moments of the neurons and of what the matrix should give, without held-back tokens.
+        train: moments of the inputs without held-back tokens.
         held: the same of held-back tokens.
-        kept: the neurons that stay, ``[k]``, ascending.
-        weight: the dense matrix, ``[d_out, neurons]`` float32.
+        kept: the inputs that stay, ``[k]``, ascending.
+        weight: the dense matrix, ``[d_out, columns]`` float32.
         bias: its bias, ``[d_out]`` float32, or None.
     """
-    plain = weight[:, kept]
-    before = held.error(kept, plain, bias)
-    best, lowest = None, before
-    for ridge in RIDGES if train.tokens and held.tokens else ():
-        error = held.error(kept, *_solution(train, kept, plain, bias, ridge))
-        if error < lowest:
-            best, lowest = ridge, error
-    if best is None:
-        return Fit(plain, bias, None, before, before)
-    return Fit(*_solution(train.plus(held), kept, plain, bias, best), best, before, lowest)
+    gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device).index_fill_(0, kept, False)
+    removed = gone.nonzero()[:, 0]
+    change = torch.where(gone, -weight, 0.0)
+    lowest = before = held.error(change)
+    best = None
+    for ridge in RIDGES if train.weight and held.weight else ():
+        added = _solution(train, kept, removed, weight, bias is not None, ridge)
+        if added is None:
+            break
+        change[:, kept] = added
+        error = held.error(change, None if bias is None else -(change @ train.total) / train.weight)
+        if not error < lowest:
+            break
+        best, lowest = ridge, error
+    both = train.plus(held)
+    added = None if best is None else _solution(both, kept, removed, weight, bias is not None, best)
+    if added is None:
+        return Fit(weight[:, kept], bias, None, before, before)
+    change[:, kept] = added
+    shifted = None if bias is None else bias - (change @ both.total) / both.weight
+    return Fit(weight[:, kept] + added, shifted, best, before, lowest)
 
 
 def _solution(
-    moments: Moments, kept: Tensor, plain: Tensor, bias: Tensor | None, ridge: float
-) -> tuple[Tensor, Tensor | None]:
-    """The least-squares matrix and its bias."""
-    count = moments.tokens
-    gram, cross = moments.gram[kept][:, kept].double() / count, moments.cross[kept].double() / count
-    mean, target = moments.total[kept].double() / count, moments.target.double() / count
-    if bias is not None:
-        gram, cross = gram - mean.outer(mean), cross - mean.outer(target)
-    damping = ridge * gram.diagonal().mean().clamp_min(1e-30)
-    gram.diagonal().add_(damping)
-    factor = torch.linalg.cholesky(gram)
-    found = torch.cholesky_solve(cross + damping * plain.T.double(), factor).T
-    return found.float(), None if bias is None else (target - found @ mean).float()
+    moments: Moments, kept: Tensor, removed: Tensor, weight: Tensor, centred: bool, ridge: float
+) -> Tensor | None:
+    """``W_R C_RS (C_SS + λ)⁻¹ [d_out, k]``; None if the inputs are too much alike for it."""
+    dtype = torch.float32 if ridge >= SINGLE else torch.float64
+    gram, cross = (moments.gram[kept][:, own].to(dtype) / moments.weight for own in (kept, removed))
+    if centred:
+        mean = moments.total.to(dtype) / moments.weight
+        gram, cross = gram - mean[kept].outer(mean[kept]), cross - mean[kept].outer(mean[removed])
+    gram.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(1e-30))
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if bool(failed):
+        return None
+    found: Tensor = torch.cholesky_solve(cross @ weight[:, removed].to(dtype).T, factor).T
+    return found.float()

@@ -19,7 +19,7 @@ from ace_ext.structures.blocks import find_depth, lay_out_without, without_block
 from ace_ext.structures.experts import find_and_try_experts, find_experts, without_experts
 from ace_ext.structures.search import Found, find_units
 from ace_ext.structures.smaller import laid_out, take_over_
-from ace_ext.structures.units import Calibration, Wanted, find_and_try, without_units
+from ace_ext.structures.units import Wanted, find_and_try, without_units
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def remove_(
     blocks = find_blocks(model)
     if not batches:
         raise InputError("calibration must have at least one token whose attention_mask is not 0 (got none)")
-    shares = _check(model, blocks, batches[0])
+    _check(model, blocks, batches[0])
     if wanted.experts is not None:  # before anything is computed
         find_and_try_experts(model, blocks, wanted.experts, batches[0])
     for part in wanted.units:
@@ -74,8 +74,7 @@ def remove_(
         start, before = time.perf_counter(), smaller
         blocks = find_blocks(before)
         found = find_and_try(before, blocks, part, batches[0])
-        calibration = Calibration(batches, shares)
-        smaller, cut = without_units(before, blocks, found, part, calibration, partial(advanced, part.name))
+        smaller, cut = without_units(before, blocks, found, part, batches, partial(advanced, part.name))
         record = _record(part, found.setting, _sizes(part, found), (before, smaller))
         records.append(replace(record, seconds=time.perf_counter() - start, cut=cut))
     take_over_(model, smaller)
@@ -114,20 +113,19 @@ def planned_removal(model: nn.Module, blocks: list[Block], wanted: removal.Remov
     return model, records
 
 
-def working_bytes(neurons: int, outputs: int) -> tuple[int, int]:
-    """Bytes that :func:`remove_` needs for one block beside weights, hidden states and activations: the moments of its
-    neurons, and the working memory of scores and least squares.
+def working_bytes(columns: int, outputs: int) -> tuple[int, int]:
+    """Bytes that :func:`remove_` needs for one block beside weights, hidden states and activations: the moments of a
+    matrix's inputs, and the working memory of scores and least squares.
 
     Args:
-        neurons: of a block.
-        outputs: rows of the matrix that reads them.
+        columns: of the matrix.
+        outputs: its rows.
     """
-    moments = 3 * 4 * neurons * (neurons + outputs)
-    return moments, 3 * 8 * neurons * (neurons + outputs)
+    return 3 * 4 * columns * columns, 3 * 8 * columns * (columns + outputs)
 
 
-def _check(model: nn.Module, blocks: list[Block], batch: dict[str, Tensor]) -> bool:
-    """Whether blocks also pass values on in a dict.
+def _check(model: nn.Module, blocks: list[Block], batch: dict[str, Tensor]) -> None:
+    """Checks that a model can be walked.
 
     Raises:
         InputError: the model's weights are on several devices, or it cannot be walked block by block.
@@ -138,7 +136,6 @@ def _check(model: nn.Module, blocks: list[Block], batch: dict[str, Tensor]) -> b
     found = try_walk(model, ResidentBlocks(blocks), batch)
     if found.reason is not None:
         raise InputError(f"remove: this model cannot be walked block by block: {found.reason}")
-    return found.shares
 
 
 def _sizes(part: Wanted, found: Found) -> tuple[int, int]:

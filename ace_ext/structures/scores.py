@@ -27,14 +27,14 @@ def kept_units(
         width: columns of a unit.
     """
     if score == "obs":
-        gram = moments.gram / moments.tokens
+        gram = moments.gram / moments.weight
         return greedy(weight, gram, kept) if width == 1 else greedy_groups(weight, gram, kept, width)
     if score == "cosine":
         assert turned is not None  # collected for this score
         scores = turned
     else:
-        mean = moments.total / moments.tokens
-        variance = moments.gram.diagonal() / moments.tokens - mean.square()
+        mean = moments.total / moments.weight
+        variance = moments.gram.diagonal() / moments.weight - mean.square()
         scores = (variance * weight.square().sum(0)).view(-1, width).sum(1)
     return scores.sort(descending=True, stable=True).indices[:kept].sort().values
 

@@ -1,7 +1,7 @@
-"""Removes neurons or heads: a walk over the blocks with two streams of hidden states, dense and smaller.
+"""Removes neurons or heads: a walk over the blocks with the smaller model's hidden states.
 
-In each block the units of the smaller stream are scored, some are removed, and the matrix that reads them is fitted to
-what the dense stream says. The dense model's weights are read and never changed.
+In each block the units are scored, some are removed, and the matrix that reads them is fitted to what it gave with all
+of them. The dense model's weights are read and never changed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,17 +22,10 @@ from ace_ext.structures.scores import kept_units, turning
 from ace_ext.structures.search import Found, UnitsOfBlock, entries, find_units
 from ace_ext.structures.smaller import check_same, few_tokens, fill_, laid_out, output_of
 
+SMALLEST = 1e-10
+"""The norm of a token's output counts as at least this."""
 HELD_BACK = 8
 """One of this many samples (or of this many tokens, if there are fewer samples) is held back from a fit."""
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The calibration batches as arguments of the model's calls, and whether blocks pass values on in a dict that is an
-    argument of each."""
-
-    batches: Sequence[dict[str, Tensor]]
-    shares: bool
 
 
 Wanted = removal.Heads | removal.Neurons
@@ -78,7 +71,7 @@ def without_units(
     blocks: list[Block],
     found: Found,
     part: Wanted,
-    calibration: Calibration,
+    batches: Sequence[dict[str, Tensor]],
     advanced: Callable[[int, int], None] = lambda done, of: None,
 ) -> tuple[nn.Module, list[CutBlock]]:
     """A model with fewer units, and what was done in each block. ``model`` does not change.
@@ -88,7 +81,7 @@ def without_units(
         blocks: its blocks.
         found: its units.
         part: how many go, and how they are chosen.
-        calibration: the text.
+        batches: the calibration text as arguments of the model's calls.
         advanced: is called after each block with the number of finished blocks and of all.
 
     Raises:
@@ -101,12 +94,12 @@ def without_units(
     for own in found.present:  # of the right shape; the walk replaces them
         tensors |= {cut.name: cut.keep(tensors[cut.name], first, found.count) for cut in own.cuts}
     fill_(smaller, tensors, model)
-    output_of(smaller, calibration.batches[0]["input_ids"][:1])  # some classes choose code by the length of an input
-    walk = _Walk(model, blocks, find_blocks(smaller, check=False), part, calibration)
+    output_of(smaller, batches[0]["input_ids"][:1])  # some classes choose code by the length of an input
+    walk = _Walk(model, blocks, find_blocks(smaller, check=False), part, batches)
     report = []
     for index, place in enumerate(found.parts):
         if place is None:
-            walk.pass_through(index)
+            walk.advance(index)
         else:
             report.append(walk.remove(index, place, kept))
         advanced(index + 1, len(blocks))
@@ -115,14 +108,14 @@ def without_units(
 
 
 class _Walk:
-    """The state of a walk.
+    """The state of a walk: the smaller model's hidden states.
 
     Args:
         model: the dense model.
         blocks: its blocks.
         smaller: the blocks of the smaller model; those that were not reached yet have no useful weights.
         part: how units are chosen.
-        calibration: the text.
+        batches: the text.
     """
 
     def __init__(
@@ -131,21 +124,11 @@ class _Walk:
         blocks: list[Block],
         smaller: list[Block],
         part: Wanted,
-        calibration: Calibration,
+        batches: Sequence[dict[str, Tensor]],
     ) -> None:
         self._blocks, self._smaller, self._part = blocks, smaller, part
-        self._calls = list(capture_calls(model, blocks, calibration.batches))
-        self._dense = [_entering(call) for call in self._calls]
-        self._stream = list(self._dense)
-        self._dense_calls = self._calls
-        if calibration.shares:  # each stream needs dicts of its own
-            self._dense_calls = list(capture_calls(model, blocks, calibration.batches))
-
-    def pass_through(self, index: int) -> None:
-        """Passes a block without such units."""
-        for i, call in enumerate(self._dense_calls):
-            self._dense[i] = run_block(self._blocks[index], self._dense[i], call.others[index])
-        self._advance(index)
+        self._calls = list(capture_calls(model, blocks, batches))
+        self._states = [_entering(call) for call in self._calls]
 
     def remove(self, index: int, own: UnitsOfBlock, kept: int) -> CutBlock:
         """Removes units of block ``index``."""
@@ -157,52 +140,45 @@ class _Walk:
         units = kept_units(self._part.score, kept, weight, both, turned, own.width)
         stay = entries(units, own.width)
         if self._part.refit == "none":
-            plain, error = weight[:, stay], both.error(stay, weight[:, stay], bias)
-            fit = Fit(plain, bias, None, error, error)
-            square = float(both.squares) / both.tokens
+            change = weight.index_fill(1, stay, 0.0)
+            error, square = both.error(change), both.error(weight)
+            fit = Fit(weight[:, stay], bias, None, error, error)
         else:
-            fit = fitted(train, held, stay, weight, bias)
-            square = float(held.squares) / max(1, held.tokens)
+            fit, square = fitted(train, held, stay, weight, bias), held.error(weight)
         self._store(index, own, units, fit)
-        self._advance(index)
+        self.advance(index)
         square = square or 1.0
         return CutBlock(block.name, fit.error_before / square, fit.error / square, fit.ridge)
 
     def _collect(self, index: int, own: UnitsOfBlock, weight: Tensor) -> tuple[Moments, Moments, Tensor | None]:
-        """The moments of the last matrix's inputs and of the target, without and of the held-back tokens; and the sums
-        of :func:`ace_ext.structures.scores.turning`. The dense stream passes the block."""
+        """The moments of the last matrix's inputs, without and of the held-back tokens; and the sums of
+        :func:`ace_ext.structures.scores.turning`. A token has the weight ``1 / ‖o‖²``, where o is the block's output,
+        or the matrix's if it is not added to the block's as it is: so each token's change counts relative to its size.
+        """
         block, last = self._blocks[index], own.last
         device = weight.device
-        train, held = (Moments(weight.shape[1], len(weight), device) for _ in range(2))
+        train, held = (Moments(weight.shape[1], device) for _ in range(2))
         turned = torch.zeros(own.count, device=device) if self._part.score == "cosine" else None
         added = self._adds(index, last)
-        linear = block.linears[last]
-        offset = None if linear.bias is not None else _bias(block, own)  # added outside a Linear that stands for it
-        samples = sum(len(state) for state in self._stream)
+        samples = sum(len(state) for state in self._states)
         number = 0
         for i, call in enumerate(self._calls):
-            dense = _seen(block, last, self._dense[i], self._dense_calls[i].others[index])
-            own_run = _seen(block, last, self._stream[i], call.others[index])
-            target = dense.product
-            if self._part.refit == "block" and added:
-                target = own_run.product.float() + (dense.output.float() - own_run.output.float())
-            if offset is not None:
-                target = target.float() + offset
-            batch, seqlen = self._stream[i].shape[:2]
+            run = _seen(block, last, self._states[i], call.others[index])
+            output = run.output if added else run.product
+            scale = output.float().norm(dim=1).clamp_min(SMALLEST).reciprocal()
+            batch, seqlen = self._states[i].shape[:2]
             back = _held_back(batch, seqlen, number, samples, call.token_mask).to(device)
             used = torch.ones_like(back) if call.token_mask is None else call.token_mask.to(device)
-            train.add_(own_run.inputs[used & ~back], target[used & ~back])
-            held.add_(own_run.inputs[used & back], target[used & back])
+            for moments, chosen in ((train, used & ~back), (held, used & back)):
+                moments.add_(run.inputs[chosen], scale[chosen])
             if turned is not None:
-                output = own_run.output if added else own_run.product
-                turned += turning(own_run.inputs[used], output[used], weight, own.width)
+                turned += turning(run.inputs[used], output[used], weight, own.width)
             number += batch
-            self._dense[i] = dense.output.view_as(self._dense[i])
         return train, held, turned
 
     def _adds(self, index: int, last: str) -> bool:
         """Whether the product of the last matrix is added to the block's output as it is, with no norm after it."""
-        block, hidden, others = self._blocks[index], self._stream[0], self._calls[0].others[index]
+        block, hidden, others = self._blocks[index], self._states[0], self._calls[0].others[index]
         plain = run_block(block, hidden, others)
         push = torch.zeros(hidden.shape[-1], device=hidden.device, dtype=hidden.dtype)
         push[:: max(1, len(push) // 8)] = plain.float().square().mean().sqrt().to(hidden.dtype)
@@ -233,18 +209,18 @@ class _Walk:
         for fused in smaller.fused:
             fused.bind()
 
-    def _advance(self, index: int) -> None:
-        """The smaller stream passes the block of the smaller model."""
+    def advance(self, index: int) -> None:
+        """The hidden states pass the block of the smaller model."""
         block = self._smaller[index]
         for i, call in enumerate(self._calls):
-            output = run_block(block, self._stream[i], call.others[index])
+            output = run_block(block, self._states[i], call.others[index])
             finite = torch.isfinite(output).flatten(0, 1).all(dim=1)
             if not bool((finite if call.token_mask is None else finite | ~call.token_mask.to(finite.device)).all()):
                 raise InputError(
                     f"{block.name}: its output holds NaN or infinity without what was removed; load the model in "
                     "float32 or bfloat16 (--dtype)"
                 )
-            self._stream[i] = output
+            self._states[i] = output
 
 
 @dataclass(frozen=True)

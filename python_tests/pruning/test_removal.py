@@ -8,7 +8,7 @@ from ace_ext import InputError, PruneConfig
 from ace_ext.pruning.removal import SCORES, Blocks, Experts, Heads, Neurons, Removal, removal_of
 
 shares = st.floats(0.01, 0.99)
-choices = (shares, st.sampled_from([*SCORES]), st.sampled_from(["block", "matrix", "none"]))
+choices = (shares, st.sampled_from([*SCORES]), st.sampled_from(["matrix", "none"]))
 neurons = st.builds(Neurons, *choices, st.none() | st.integers(1, 512))
 heads = st.builds(Heads, *choices)
 blocks = st.builds(Blocks, shares | st.integers(1, 100))

@@ -11,51 +11,66 @@ def random(*shape: int, seed: int = 0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def moments(h, y) -> Moments:
-    found = Moments(h.shape[1], y.shape[1], torch.device("cpu"))
+def moments(h, scale=None) -> Moments:
+    found, scale = Moments(h.shape[1], torch.device("cpu")), torch.ones(len(h)) if scale is None else scale.float()
     for part in torch.arange(len(h)).split(7):
-        found.add_(h[part], y[part])
+        found.add_(h[part], scale[part])
     return found
 
 
 def test_the_error_is_that_of_the_outputs():
-    h, y, weight, bias = random(50, 9), random(50, 4, seed=1), random(4, 5, seed=2), random(4, seed=3)
-    kept = torch.tensor([0, 2, 3, 5, 8])
-    for b in (None, bias):
-        output = h[:, kept] @ weight.T + (0 if b is None else b)
-        expected = float((output - y).square().sum(1).mean())
-        assert moments(h, y).error(kept, weight, b) == pytest.approx(expected, rel=1e-5)
+    h, change, offset, scale = random(50, 9), random(4, 9, seed=1), random(4, seed=2), random(50, seed=3).abs()
+    for e in (None, offset):
+        output = h @ change.T + (0 if e is None else e)
+        expected = float((output.square().sum(1) * scale.square()).sum() / scale.square().sum())
+        found = moments(h, scale).error(change.float(), None if e is None else e.float())
+        assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_neurons_that_determine_the_target_are_fitted_exactly():
+def test_removed_inputs_that_others_determine_cost_nothing():
+    """The even columns determine the odd ones but for a constant, which goes into the bias."""
     h, kept = random(400, 12), torch.arange(0, 12, 2)
-    truth, bias = random(4, 6, seed=2), random(4, seed=3)
-    y = h[:, kept] @ truth.T + bias
-    fit = fitted(
-        moments(h[:300], y[:300]), moments(h[300:], y[300:]), kept, random(4, 12, seed=4).float(), bias.float()
-    )
-    assert fit.ridge == RIDGES[0]
-    torch.testing.assert_close(fit.weight.double(), truth, atol=1e-4, rtol=0)
+    h[:, 1::2] = h[:, kept] @ random(6, 6, seed=2) + random(6, seed=3)
+    weight, bias = random(4, 12, seed=4), random(4, seed=5)
+    fit = fitted(moments(h[:300]), moments(h[300:]), kept, weight.float(), bias.float())
+    assert fit.ridge == RIDGES[-1]
     assert fit.bias is not None
-    torch.testing.assert_close(fit.bias.double(), bias, atol=1e-4, rtol=0)
+    found = h[:, kept] @ fit.weight.double().T + fit.bias.double()
+    torch.testing.assert_close(found, h @ weight.T + bias, atol=1e-3, rtol=0)
+
+
+def test_the_fit_is_weighted_least_squares():
+    h, kept, removed = random(300, 8), torch.arange(5), torch.arange(5, 8)
+    weight, scale = random(3, 8, seed=1), random(300, seed=2).abs()
+    fit = fitted(moments(h[:200], scale[:200]), moments(h[200:], scale[200:]), kept, weight.float(), None)
+    if fit.ridge is not None:
+        gram = (h * scale[:, None]).T @ (h * scale[:, None]) / scale.square().sum()
+        own = gram[kept][:, kept]
+        own = own + fit.ridge * own.diagonal().mean() * torch.eye(5, dtype=torch.float64)
+        expected = weight[:, kept] + torch.linalg.solve(own, gram[kept][:, removed] @ weight[:, removed].T).T
+        torch.testing.assert_close(fit.weight.double(), expected, atol=1e-4, rtol=1e-4)
+    assert fit.error <= fit.error_before
 
 
 def test_a_fit_that_does_not_help_held_back_tokens_is_not_used():
-    """The target is noise: least squares fits it on the few tokens that it sees."""
-    h, kept, weight = random(40, 30), torch.arange(30), torch.zeros(4, 30)
-    train, held = moments(h, random(40, 4, seed=1)), moments(random(500, 30, seed=2), random(500, 4, seed=3))
-    fit = fitted(train, held, kept, weight, None)
+    """Removed inputs that have nothing in common with those that stay: least squares fits noise of few tokens."""
+    kept, weight = torch.arange(30), random(4, 40, seed=1).float()
+    fit = fitted(moments(random(40, 40)), moments(random(500, 40, seed=2)), kept, weight, None)
     assert fit.error <= fit.error_before
     if fit.ridge is None:
-        assert torch.equal(fit.weight, weight)
+        assert torch.equal(fit.weight, weight[:, :30])
 
 
 def test_no_held_back_tokens_no_fit():
-    h, y = random(40, 8), random(40, 4, seed=1)
     weight = random(4, 8, seed=2).float()
-    empty = Moments(8, 4, torch.device("cpu"))
-    fit = fitted(moments(h, y), empty, torch.arange(4), weight, None)
+    fit = fitted(moments(random(40, 8)), Moments(8, torch.device("cpu")), torch.arange(4), weight, None)
     assert fit.ridge is None
+    assert torch.equal(fit.weight, weight[:, :4])
+
+
+def test_inputs_that_are_always_zero_break_nothing():
+    weight = random(4, 8, seed=2).float()
+    fit = fitted(moments(torch.zeros(40, 8)), moments(torch.zeros(9, 8)), torch.arange(4), weight, None)
     assert torch.equal(fit.weight, weight[:, :4])
 
 

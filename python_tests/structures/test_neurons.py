@@ -87,7 +87,7 @@ def test_least_squares_lowers_the_error_of_the_output(family):
     tokens = make_tokens(64, 32)
     dense = logits(make_model(family), tokens)
     errors = []
-    for refit in ("none", "block"):
+    for refit in ("none", "matrix"):
         model = make_model(family)
         prune_model(model, tokens, remove=f"neurons=0.25(refit={refit})")
         errors.append(relative(logits(model, tokens), dense))
