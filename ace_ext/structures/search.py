@@ -223,7 +223,7 @@ def _parts(
         own = sorted(name for name in changed if name.startswith(f"{block.name}."))
         changed -= set(own)
         cuts = [cut_of(name, now[name], then[name], count, smaller) for name in own]
-        found.append(_part(block, cuts, count) if cuts else None)
+        found.append(_part(block, cuts, count, now) if cuts else None)
     if changed:
         raise InputError(f"it also changes {min(changed)}")
     return tuple(found)
@@ -243,8 +243,8 @@ def cut_of(name: str, now: tuple[int, ...], then: tuple[int, ...], count: int, s
     raise InputError(f"it changes {name} from {list(now)} to {list(then)}")
 
 
-def _part(block: Block, cuts: list[Cut], count: int) -> UnitsOfBlock:
-    """The part of a block with these cuts: one of columns, and others of rows. If units are single columns, two rows
+def _part(block: Block, cuts: list[Cut], count: int, now: Mapping[str, tuple[int, ...]]) -> UnitsOfBlock:
+    """The units of a block with these cuts: one of columns, and others of rows, or of vectors such as biases. If units are single columns, two rows
     of a unit are those of two matrices one above the other; otherwise they are neighbours."""
     columns: list[tuple[Cut, str]] = []
     rows: list[Cut] = []
@@ -253,7 +253,7 @@ def _part(block: Block, cuts: list[Cut], count: int) -> UnitsOfBlock:
         linear = block.linears.get(child)
         of_columns = 0 if block.is_transposed(child) else 1
         is_matrix = linear is not None and cut.name.endswith(".weight")
-        if not is_matrix and not cut.name.endswith(".bias"):
+        if not is_matrix and len(now[cut.name]) > 1:
             raise InputError(f"it changes {cut.name}, which is not a matrix that ace_ext prunes")
         if is_matrix and cut.dim == of_columns:
             columns.append((cut, child))
