@@ -228,6 +228,9 @@ STRUCTURES += [
     "heads=0.5(multiple=2)",
     "experts=0.5",
     "experts=2",
+    "params=2",
+    "params=0.0001",
+    "params=0.2 + blocks=1",
 ]
 STRUCTURES += ["(" * 50_000, "+" * 50_000, "neurons=0.2(" * 5000, "neurons=" + "9" * 5000, "blocks=" + "9" * 400]
 """Texts of --remove that name no structure, or none of the tiny model."""

@@ -108,6 +108,21 @@ MIXTURES = ["mixtral", "qwen3-moe", "granite-moe"]
 """Their fused experts are saved under names of another module, each matrix by itself, and as they are."""
 
 
+def grouped(kind: str = "Llama") -> nn.Module:
+    """A model with four KV heads of 8, each for two query heads, and biases where the class has them."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=8,
+    )
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
 def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     """Random weights, the same for a seed. Biases and norms are drawn too, so that forgetting one shows."""
     with torch.random.fork_rng():

@@ -142,8 +142,8 @@ def add_pruning(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--remove",
         metavar="WHAT",
-        help="remove whole structures: neurons, heads, experts=SHARE, blocks=SHARE or COUNT, joined by +; zeros follow "
-        "if --sparsity or --pattern is given",
+        help="remove whole structures: neurons, heads, experts=SHARE, blocks=SHARE or COUNT, joined by +, or "
+        "params=SHARE; zeros follow if --sparsity or --pattern is given",
     )
     group.add_argument(
         "--group",

@@ -74,6 +74,14 @@ class Experts(ShareOf):
 
 
 @dataclass(frozen=True)
+class Params(ShareOf):
+    """Removes a share of the parameters of all blocks: of a few removals of neurons, heads and blocks with about this
+    size, the one whose model predicts most like the dense one."""
+
+    name: ClassVar[str] = "params"
+
+
+@dataclass(frozen=True)
 class Units(ShareOf):
     """Removes parts of the input of one matrix, which is then fitted."""
 
@@ -149,8 +157,8 @@ class Blocks(Options):
         return removed
 
 
-Part = Experts | Heads | Neurons | Blocks
-PARTS: dict[str, type[Part]] = {kind.name: kind for kind in (Blocks, Experts, Heads, Neurons)}
+Part = Experts | Heads | Neurons | Blocks | Params
+PARTS: dict[str, type[Part]] = {kind.name: kind for kind in (Blocks, Experts, Heads, Neurons, Params)}
 """The structures by name, in the order in which they are removed."""
 
 
@@ -169,6 +177,11 @@ class Removal:
     def experts(self) -> Experts | None:
         """The part for experts; None: none are removed."""
         return next((part for part in self.parts if isinstance(part, Experts)), None)
+
+    @property
+    def params(self) -> Params | None:
+        """The part for a share of the parameters, which stands alone; None: there is none."""
+        return next((part for part in self.parts if isinstance(part, Params)), None)
 
     @property
     def blocks(self) -> Blocks | None:
@@ -205,6 +218,8 @@ def removal_of(given: "Removal | str") -> Removal:
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"remove: {name} is given twice (got {given[:100]!r}); give it once")
+    if Params.name in names and len(names) > 1:
+        raise InputError(f"remove: params chooses among the other structures (got {given[:100]!r}); give it alone")
     order = list(PARTS)
     return Removal(tuple(sorted(parts, key=lambda part: order.index(part.name))))
 

@@ -5,7 +5,7 @@ May import ``dense_weights`` and ``errors``.
 
 from ace_ext.records.healing import Healing, HeldOutPerplexity, figure_text, finite
 from ace_ext.records.matrices import BlockReport, MatrixReport, Solution, Tuning
-from ace_ext.records.removed import CutBlock, DroppedBlock, GoneExperts, Removed
+from ace_ext.records.removed import CutBlock, DroppedBlock, GoneExperts, Removed, TriedRemoval
 from ace_ext.records.report import FORMAT, REPORT_NAME, PruneReport
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "PruneReport",
     "Removed",
     "Solution",
+    "TriedRemoval",
     "Tuning",
     "figure_text",
     "finite",

@@ -38,6 +38,16 @@ class GoneExperts:
 
 
 @dataclass
+class TriedRemoval:
+    """A removal that was compared with others for a share of the parameters."""
+
+    part: str
+    parameters_after: int
+    divergence: float | None = None
+    """``KL(dense ‖ smaller)`` of the next token on held-back samples, in nats; None: not measured."""
+
+
+@dataclass
 class Removed:
     """Structures of one kind that were removed, such as neurons."""
 
@@ -59,6 +69,8 @@ class Removed:
     """For blocks: in the order in which they were removed."""
     gone: list[GoneExperts] = field(default_factory=list)
     """For experts: each block that has fewer."""
+    tried: list[TriedRemoval] = field(default_factory=list)
+    """For ``params``: what was compared, in the first record."""
 
     @property
     def kind(self) -> str:
@@ -83,8 +95,12 @@ class Removed:
         rounded = "" if self.multiple in (None, 1) else f", in multiples of {self.multiple}"
         end = f", {self.seconds:.1f} s" if self.seconds else ""
         word = "removed" if self.seconds else "removes"
+        choice = ""
+        if self.tried:
+            measured = all(one.divergence is not None for one in self.tried)
+            choice = f"nearest of {len(self.tried)}: " if measured else f"the first of {len(self.tried)} candidates: "
         return (
-            f"{word} {self.before - self.after} of {self.before} {self.kind}{of} ({self.share:.1%}{rounded}): "
+            f"{choice}{word} {self.before - self.after} of {self.before} {self.kind}{of} ({self.share:.1%}{rounded}): "
             f"{self.setting} is {self.after}; {self.smaller:.1%} of the model's parameters{end}"
         )
 
@@ -94,4 +110,5 @@ class Removed:
         cut = [CutBlock(**block) for block in data["cut"]]
         dropped = [DroppedBlock(**block) for block in data["dropped"]]
         gone = [GoneExperts(**block) for block in data.get("gone", [])]
-        return cls(**{**data, "cut": cut, "dropped": dropped, "gone": gone})
+        tried = [TriedRemoval(**one) for one in data.get("tried", [])]
+        return cls(**{**data, "cut": cut, "dropped": dropped, "gone": gone, "tried": tried})

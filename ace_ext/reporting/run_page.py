@@ -83,6 +83,13 @@ def _removed(report: PruneReport) -> list[tuple[str, Table]]:
             head = ["block", "removed experts", "lowest score that stays", "highest score that goes"]
             lines = [_of_experts(block) for block in record.gone]
         found.append((record.summary(), Table(head, lines, 1)))
+        if record.tried:
+            lines = [
+                [one.part, f"{one.parameters_after:,}", "" if one.divergence is None else f"{one.divergence:.4f}"]
+                for one in record.tried
+            ]
+            compared = Table(["candidate", "parameters", "KL on held-back samples"], lines, 1)
+            found.append(("What was compared", compared))
     return found
 
 

@@ -230,6 +230,8 @@ class MemoryChoice:
 PACKING_COPIES = 4
 """Copies of the largest tensor that are in memory while it is packed and the written file is compared (measured on
 SmolLM2-135M: 3.6 for the archive, 1.2 for the bitmap)."""
+COMPARED_COPIES = 6
+"""Float32 copies of one sample's logits while the predictions of two models are compared."""
 
 
 @dataclass(frozen=True)
@@ -280,15 +282,18 @@ class Demand:
         moments, solver = working_bytes(neurons, shape.hidden)
         linears = [linear.weight for block in blocks for linear in block.linears.values()]
         cut = sum(weight.nbytes for weight in linears if {neurons, 2 * neurons} & {*weight.shape})
+        wanted = self.request.config.remove
+        compares = wanted is not None and wanted.params is not None
+        logits = COMPARED_COPIES * 4 * text.seqlen * shape.vocabulary if compares else 0
         return replace(
             pruning,
-            model=pruning.model + cut,  # those of the smaller model, at most
+            model=pruning.model + cut * (1 + compares),  # those of the smaller model, at most; of the best one too
             hidden=tokens * shape.hidden * shape.itemsize,
             forward=shape.forward_bytes(batch, text.seqlen, frozenset()) + 8 * batch * (neurons + shape.hidden),
             statistics=moments,
             solver=solver,
             training=0,
-            transient=0,
+            transient=logits,
             phase="remove",
         )
 

@@ -13,7 +13,7 @@ from ace_ext.engine.progress import Progress
 from ace_ext.models.blocks import Block, find_blocks
 from ace_ext.models.run_mode import run_mode
 from ace_ext.pruning.config import PruneConfig
-from ace_ext.pruning.removal import Removal
+from ace_ext.pruning.removal import Neurons, Removal
 from ace_ext.records import Removed
 from ace_ext.runs.model_source import Source
 from ace_ext.runs.options import RunRequest
@@ -82,6 +82,11 @@ def removal_seconds(source: Source, wanted: Removal, tokens: int, token_seconds:
         token_seconds: how long a token takes in a block, at most.
     """
     blocks, seconds = len(source.blocks), 0.0
+    if wanted.params is not None:
+        from ace_ext.structures.choice import MOST  # imported here: most runs remove no structure
+
+        one = Removal((Neurons(wanted.params.share),))
+        return MOST * removal_seconds(source, one, tokens, token_seconds)
     if wanted.blocks is not None:
         gone = wanted.blocks.removed(blocks)
         seconds += sum(blocks - number for number in range(gone)) * tokens * token_seconds

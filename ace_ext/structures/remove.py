@@ -16,6 +16,7 @@ from ace_ext.models.trial import try_walk
 from ace_ext.pruning import removal
 from ace_ext.records import Removed
 from ace_ext.structures.blocks import find_depth, lay_out_without, without_blocks
+from ace_ext.structures.choice import candidates, nearest
 from ace_ext.structures.experts import find_and_try_experts, find_experts, without_experts
 from ace_ext.structures.search import Found, find_units
 from ace_ext.structures.smaller import laid_out, take_over_
@@ -49,6 +50,26 @@ def remove_(
     if not batches:
         raise InputError("calibration must have at least one token whose attention_mask is not 0 (got none)")
     _check(model, blocks, batches[0])
+    if wanted.params is None:
+        smaller, records = _without(model, blocks, batches, wanted, advanced)
+    else:
+        tried = candidates(model, blocks, wanted.params, partial(planned_removal, model, blocks))
+        smaller, records = nearest(
+            model, tried, batches, lambda one, used: _without(model, blocks, used, one, advanced)
+        )
+    take_over_(model, smaller)
+    return records
+
+
+def _without(
+    model: nn.Module,
+    blocks: list[Block],
+    batches: Sequence[dict[str, Tensor]],
+    wanted: removal.Removal,
+    advanced: Callable[[str, int, int], None],
+) -> tuple[nn.Module, list[Removed]]:
+    """The smaller model, and a record for each kind of structure. ``model`` does not change. Arguments as of
+    :func:`remove_`."""
     if wanted.experts is not None:  # before anything is computed
         find_and_try_experts(model, blocks, wanted.experts, batches[0])
     for part in wanted.units:
@@ -77,8 +98,7 @@ def remove_(
         smaller, cut = without_units(before, blocks, found, part, batches, partial(advanced, part.name))
         record = _record(part, found.setting, _sizes(part, found), (before, smaller))
         records.append(replace(record, seconds=time.perf_counter() - start, cut=cut))
-    take_over_(model, smaller)
-    return records
+    return smaller, records
 
 
 def planned_removal(model: nn.Module, blocks: list[Block], wanted: removal.Removal) -> tuple[nn.Module, list[Removed]]:
@@ -92,6 +112,10 @@ def planned_removal(model: nn.Module, blocks: list[Block], wanted: removal.Remov
     Raises:
         InputError: the model has no such structures, or its class cannot be made smaller.
     """
+    if wanted.params is not None:  # the run compares candidates; their sizes are about the same
+        tried = candidates(model, blocks, wanted.params, partial(planned_removal, model, blocks))
+        smaller, records = planned_removal(model, blocks, removal.removal_of(tried[0].part))
+        return smaller, [replace(records[0], tried=tried), *records[1:]]
     records = []
     if wanted.blocks is not None:
         count = wanted.blocks.removed(len(blocks))

@@ -244,8 +244,9 @@ def cut_of(name: str, now: tuple[int, ...], then: tuple[int, ...], count: int, s
 
 
 def _part(block: Block, cuts: list[Cut], count: int, now: Mapping[str, tuple[int, ...]]) -> UnitsOfBlock:
-    """The units of a block with these cuts: one of columns, and others of rows, or of vectors such as biases. If units are single columns, two rows
-    of a unit are those of two matrices one above the other; otherwise they are neighbours."""
+    """The units of a block with these cuts: one of columns, and others of rows, or of vectors such as biases. If units
+    are single columns, two rows of a unit are those of two matrices one above the other; otherwise they are
+    neighbours."""
     columns: list[tuple[Cut, str]] = []
     rows: list[Cut] = []
     for cut in cuts:

@@ -21,6 +21,10 @@ def test_the_text_of_a_removal_is_read_back(part, attention, experts, depth):
         assert removal_of(str(Removal(parts))) == Removal(parts)
 
 
+def test_params_stands_alone():
+    assert str(removal_of(" params = 0.2 ")) == "params=0.2"
+
+
 def test_the_order_of_the_text_does_not_matter():
     assert removal_of("neurons=0.2+blocks=2") == removal_of(" blocks = 2 + neurons = 0.2 ")
 
@@ -62,6 +66,9 @@ BAD = [
     ("neurons=-0.2", "between 0 and 1"),
     ("neurons=20", "did you mean 0.2"),
     ("neuron=0.2", "did you mean neurons"),
+    ("params=2", "params must be a share between 0 and 1"),
+    ("params=0.2 + neurons=0.1", "give it alone"),
+    ("params=0.2(score=obs)", "has no option score"),
     ("towers=0.2", "is not one of"),
     ("experts=0.2(score=obs)", "has no option score: it has none"),
     ("heads=2", "heads must be a share between 0 and 1"),

@@ -278,3 +278,24 @@ def test_experts_in_a_run(tmp_path, capsys):
     assert "Removed 2 of 4 experts of each of 3 blocks" in page.read_text()
     assert verify(out).removed == ["2 of 4 experts"]
     assert AutoModelForCausalLM.from_pretrained(out).config.num_local_experts == 2
+
+
+def test_a_share_of_the_parameters_in_a_run(dense, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    text = ["--calibration", str(dense.parent / "text.txt"), "--nsamples", "16", "--seqlen", "16"]
+    wanted = ["--model", str(dense), "--remove", "params=0.3", *text]
+    status, planned, error = call(capsys, "plan", *wanted, "--json")
+    assert status == 0, error
+    out, page = tmp_path / "out", tmp_path / "page.html"
+    status, _, error = call(capsys, "run", *wanted, "--output", str(out), "--report", str(page))
+    assert status == 0, error
+    record = read_report(out).removed[0]
+    plans = json.loads(planned)["removed"][0]["tried"]
+    assert [one["part"] for one in plans] == [one.part for one in record.tried]
+    for one in record.tried:
+        assert one.part in page.read_text()
+    assert verify(out).problems == []
+    assert (
+        AutoModelForCausalLM.from_pretrained(out).num_parameters()
+        == min(record.tried, key=lambda one: one.divergence).parameters_after
+    )

@@ -3,28 +3,13 @@
 import pytest
 import torch
 import transformers
-from tiny_models import make_model, make_tokens
+from tiny_models import grouped, make_model, make_tokens
 
 from ace_ext import InputError, prune_model
 from ace_ext.models.blocks import find_blocks
 from ace_ext.pruning.removal import Heads
 from ace_ext.structures.scores import greedy_groups, turning
 from ace_ext.structures.search import find_units
-
-
-def grouped(kind: str = "Llama"):
-    """A model with four KV heads of 8, each for two query heads, and biases where the class has them."""
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=8,
-    )
-    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
 
 def logits(model, tokens):

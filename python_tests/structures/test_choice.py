@@ -1,0 +1,98 @@
+"""A share of the parameters: candidates of about that size, and the one whose predictions are nearest."""
+
+import pytest
+import torch
+from tiny_models import grouped, make_model, make_tokens
+
+from ace_ext import InputError, prune_model
+from ace_ext.models.blocks import find_blocks
+from ace_ext.pruning.removal import Params, removal_of
+from ace_ext.structures.choice import _split, candidates, divergence
+from ace_ext.structures.remove import planned_removal
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model(input_ids=tokens).logits
+
+
+def block_parameters(model) -> int:
+    return sum(p.numel() for block in find_blocks(model) for p in block.module.parameters())
+
+
+def test_the_nearest_candidate_stays():
+    model, dense, tokens = grouped("Mistral"), grouped("Mistral"), make_tokens(16, 32)
+    report = prune_model(model, tokens, remove="params=0.3")
+    tried = report.removed[0].tried
+    assert len(tried) >= 3
+    assert {"blocks=1"} < {one.part for one in tried}
+    best = min(tried, key=lambda one: one.divergence)
+    whole = sum(p.numel() for p in dense.parameters())
+    for one in tried:
+        assert abs((whole - one.parameters_after) / block_parameters(dense) - 0.3) <= 0.15 * 0.3
+    assert [removal_of(record.part) for record in report.removed] == [
+        removal_of(part) for part in best.part.split(" + ")
+    ]
+    assert sum(p.numel() for p in model.parameters()) == best.parameters_after
+    held = _split([{"input_ids": tokens}])[1]
+    assert divergence(dense, model, held) == pytest.approx(best.divergence, rel=1e-4)
+    assert report.config["remove"] == "params=0.3"
+    assert "nearest of" in report.removed[0].summary()
+
+
+def test_a_block_that_does_nothing_is_chosen():
+    model, tokens = grouped(), make_tokens(16, 32)
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        model.model.layers[1].get_submodule(name).weight.data.zero_()
+    expected = logits(model, tokens)
+    report = prune_model(model, tokens, remove="params=0.33")
+    assert [record.kind for record in report.removed] == ["blocks"]
+    assert torch.equal(logits(model, tokens), expected)
+    assert min(one.divergence for one in report.removed[0].tried) < 1e-6
+
+
+def test_a_plan_lists_the_candidates():
+    model = grouped()
+    smaller, records = planned_removal(model, find_blocks(model), removal_of("params=0.3"))
+    assert records[0].tried == candidates(
+        model,
+        find_blocks(model),
+        Params(0.3),
+        lambda wanted: planned_removal(model, find_blocks(model), wanted),
+    )
+    assert "candidates" in records[0].summary()
+    assert all(p.is_meta for p in smaller.parameters())
+
+
+def test_divergence_is_that_of_the_next_token_without_padding():
+    dense, other, tokens = make_model("llama"), make_model("llama", seed=1), make_tokens(2, 10)
+    mask = torch.ones_like(tokens)
+    mask[1, 6:] = 0
+    with torch.no_grad():
+        found = divergence(dense, other, [{"input_ids": tokens, "attention_mask": mask}])
+        p, q = (m(input_ids=tokens, attention_mask=mask).logits.double().log_softmax(-1) for m in (dense, other))
+    each = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+    assert found == pytest.approx(float(each[mask.bool()].mean()), rel=1e-4)
+
+
+def test_held_back_samples_calibrate_nothing():
+    batches = [{"input_ids": torch.arange(rows)[:, None] + start} for start, rows in ((0, 5), (5, 12))]
+    used, held = _split(batches)
+    numbers = [torch.cat([batch["input_ids"] for batch in part])[:, 0].tolist() for part in (used, held)]
+    assert numbers[1] == [7, 15]
+    assert sorted(numbers[0] + numbers[1]) == list(range(17))
+
+
+@pytest.mark.parametrize(
+    ("family", "tokens", "words"),
+    [
+        ("llama", (1, 16), "at least two calibration samples"),
+        ("mixtral", (4, 16), "no removal of neurons, heads or blocks takes about"),
+    ],
+)
+def test_what_cannot_be_chosen_is_refused_and_nothing_changes(family, tokens, words):
+    model = make_model(family)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(InputError, match=words):
+        prune_model(model, make_tokens(*tokens), remove="params=0.05" if family == "mixtral" else "params=0.3")
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
