@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ace_ext.errors import InputError
-from ace_ext.models._transformers import plain_call
+from ace_ext.models._transformers import main_input, plain_call, predicts_tokens
 from ace_ext.models.block_store import BlockSource
 from ace_ext.models.blocks import Block
 from ace_ext.models.replay import BlockCall, capture_calls, first_of, replaced_forward, run_block, take_hidden
@@ -28,6 +28,16 @@ MOST = 32
 def list_of(block: Block) -> str:
     """The name of the list that holds a block."""
     return block.name.rpartition(".")[0]
+
+
+def check_removable(model: nn.Module, blocks: list[Block]) -> None:
+    """Raises :class:`InputError` for a model from which structures cannot be removed, because it has several lists of
+    blocks or reads no text."""
+    several = len(set(map(list_of, blocks))) > 1
+    if not predicts_tokens(model) and (several or main_input(model) != "input_ids"):
+        raise InputError(
+            f"remove takes models of text with one list of blocks (got {type(model).__name__}); leave it out"
+        )
 
 
 @torch.no_grad()
