@@ -50,7 +50,7 @@ def entered(
     Raises:
         InputError: as :func:`ace_ext.models.replay.capture_calls`.
     """
-    with store.outside_loaded(model), blocks_held(store, part), store.loaded(part.start):
+    with store.outside_held(model), blocks_held(store, part), store.loaded(part.start):
         yield from capture_calls(model, store.blocks, batches, part)
 
 
@@ -87,7 +87,7 @@ class Recording:
             stack.enter_context(blocks_held(store))
             for block in store.blocks:
                 stack.enter_context(replaced_forward(block.module, self._noting(block)))
-            stack.enter_context(store.outside_loaded(model))
+            stack.enter_context(store.outside_held(model))
             model(**batch, **plain_call(model))
 
     def _noting(self, block: Block) -> Callable[..., Any]:

@@ -154,8 +154,9 @@ def _stored_as_loaded(laid_out: nn.Module, shards: Shards, dtype: str) -> bool:
     head = output_head(laid_out)
     tied = {f"{n}.weight" for n, m in laid_out.named_modules() if m is head} if _is_tied(laid_out) else set()
     wanted = dtype_of(laid_out.config, shards, dtype)
+    stored = {id(p) for name, p in laid_out.named_parameters(remove_duplicate=False) if name in shards}
     for name, parameter in laid_out.named_parameters(remove_duplicate=False):
-        if name in tied:
+        if name in tied or (name not in shards and id(parameter) in stored and not predicts_tokens(laid_out)):
             continue
         if name not in shards:
             return False
