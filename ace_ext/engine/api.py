@@ -105,6 +105,10 @@ def prune_model(
         if found is not None:
             context = replace(context, uses=found.uses)
         by_blocks = found is None or found.reason is None
+        network = None
+        if trained and not predicts_tokens(model):  # first: it copies the dense model
+            text = ready if distill_text is None else list(model_inputs(model, distill_text, config, device))
+            network = _network_distillation(model, store, text, config, context)
         entrances = _entrances(model, store, ready, found, config, context)
         if entrances is not None:
             states = BatchStates([], None, device)
@@ -113,14 +117,11 @@ def prune_model(
                 entrances.enter(done, states)
         else:
             states = _enter(model, store, ready, context, device) if by_blocks else BatchStates([], None, device)
-        distillation: Distillation | NetworkDistillation | None = None
-        if trained and predicts_tokens(model):
+        distillation: Distillation | NetworkDistillation | None = network
+        if trained and network is None:
             distillation = _distillation(
                 model, store, batches if distill_text is None else distill_text, config, context
             )
-        elif trained:
-            text = ready if distill_text is None else list(model_inputs(model, distill_text, config, device))
-            distillation = _network_distillation(model, store, text, config, context)
         weight = next(linear.weight for block in store.blocks for linear in block.linears.values())
         report = PruneReport(config.to_dict(), str(device), str(weight.dtype).removeprefix("torch."))
         with restored_if_float16(store) if context.journal is None else nullcontext():

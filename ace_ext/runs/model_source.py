@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ace_ext.data.requests import check_distilled, check_positions, check_predicts
+from ace_ext.data.requests import check_positions, check_predicts
 from ace_ext.engine.model_shape import ModelShape
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import fingerprint_of_files
@@ -109,6 +109,17 @@ def open_source(request: RunRequest, *, weights: bool = True) -> Source:
     return _loaded(request, files) if weights else _planned(request, files, laid_out)
 
 
+def is_network(request: RunRequest) -> bool:
+    """Whether the model of a run is no causal language model. False if it cannot be opened."""
+    if request.calibration.reader is not None:
+        return True
+    try:
+        folder = local_folder(request.model)
+        return folder is not None and not predicts_tokens(skeleton(folder, None, request.dtype, causal=False))
+    except InputError:
+        return False
+
+
 def _loaded(request: RunRequest, files: ModelFiles) -> Source:
     where = request.model if files.folder is None else str(files.folder)
     loaded = load_model(where, request.dtype, request.device, causal=False)
@@ -177,6 +188,8 @@ def wants_offload(laid_out: nn.Module, blocks: list[Block], shards: Shards | Non
         return request.options.offload == "disk"
     if request.config.comparison.over_matrices or request.writes_own_text or request.config.remove is not None:
         return False
+    if request.config.method.distill is not None and not predicts_tokens(laid_out):
+        return False
     nsamples, seqlen = request.calibration.nsamples, request.calibration.seqlen
     measures = request.evaluates or request.measures_bos()  # or may do so: the tokenizer is not loaded yet
     whole = estimate(
@@ -207,7 +220,10 @@ def check_serves(source: Source, request: RunRequest) -> None:
     if request.config.remove is not None:
         check_removable(source.model, source.blocks)
     if request.config.method.distill is not None:
-        check_distilled(source.model)
+        if predicts_tokens(source.model):
+            check_predicts(source.model, "distill trains on its predictions: leave it out")
+        elif source.offloaded:
+            raise InputError("distill of this kind of model needs it in memory: leave out --offload disk")
 
 
 def _check_reads_text(source: Source, request: RunRequest) -> None:

@@ -3,6 +3,7 @@ interrupted run can be resumed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from ace_ext.records import REPORT_NAME, PruneReport, Removed
 from ace_ext.runs.bos_choice import choose_for_run
 from ace_ext.runs.command import run_command
 from ace_ext.runs.holdout import measurement_for
-from ace_ext.runs.model_source import Demand, Source, check_serves, open_source
+from ace_ext.runs.model_source import Demand, Source, check_serves, is_network, open_source
 from ace_ext.runs.options import Calibration, RunOptions, RunRequest, check_request
 from ace_ext.runs.output import (
     already_complete,
@@ -93,7 +94,7 @@ def prune_folder(
     with disk_errors(path):
         check_apart(path, model, *calibration.sources, options.stats)
         check_outside(path, "save-stats", options.save_stats)
-        if config.method.distill is None:
+        if config.method.distill is None or is_network(request):
             return _prune(request, path, progress), path
         from ace_ext.runs.prune_and_heal import prune_and_heal  # imported here: most runs do not distil
 
@@ -169,7 +170,10 @@ def _prune(request: RunRequest, path: Path, progress: Progress) -> PruneReport:
                 context.observer.end(report)
             else:
                 later = request.config.without_removal() if removed else request.config
-                report = prune_model(source.model, inputs.batches(peers), later, context=context)
+                again = None if later.method.distill is None else inputs.to_distill(peers)
+                report = prune_model(source.model, inputs.batches(peers), later, distill_text=again, context=context)
+                if report.healing is not None:
+                    _write_again(workspace, source)
                 report.config, report.removed = request.config.to_dict(), removed
             if measured is not None:
                 report.perplexity = measured.after(None if whole else workspace.model)
@@ -334,6 +338,17 @@ class _Inputs:
             return share_of_batches(self._batches, peers)
         return text_inputs(self._source.model, self.tokens(peers), self._request.config)
 
+    def to_distill(self, peers: Peers) -> Batches | None:
+        """What a network is distilled on: other windows of the calibration text; None: its calibration."""
+        if self._data is None:
+            return None
+        from ace_ext.engine.distillation import distill_draw  # imported here: most methods do not distil
+
+        text = self._request.calibration
+        nsamples, seed = distill_draw(self._request.config, text.seqlen, text.seed)
+        drawn = replace(text, nsamples=nsamples, seed=seed).load(self._source.tokenizer, None, self._bos)
+        return text_inputs(self._source.model, drawn.tokens, self._request.config)
+
     def statistics_writer(self, workspace: Workspace, peers: Peers) -> "StatisticsWriter | None":
         """The writer of the statistics file, if the run saves one."""
         path = self._request.options.save_stats
@@ -350,6 +365,13 @@ def _block_source(source: Source, device: torch.device) -> BlockSource:
         return ResidentBlocks(source.blocks)
     assert source.files.shards is not None  # offloaded blocks are read from there
     return OffloadedBlocks(source.blocks, source.files.shards, device)
+
+
+def _write_again(workspace: Workspace, source: Source) -> None:
+    """Writes all blocks once more: they were trained after each had been written."""
+    assert workspace.writer is not None  # set before the walk starts
+    for block in source.blocks:
+        workspace.writer.write(block)
 
 
 def _open_writer(workspace: Workspace, source: Source, request: RunRequest) -> None:
