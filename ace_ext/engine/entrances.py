@@ -50,7 +50,7 @@ class Entrances:
         for part in parts if dense else ():
             self._dense[part.start] = self._captured(part)
         if self._journal is not None:
-            self._journal.restore_(store)
+            self._journal.restore_(model, store)
 
     def ends(self, index: int) -> bool:
         """Whether a block is the last of its part."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ace_ext.models.block_store import BlockSource
 from ace_ext.models.blocks import Block
@@ -35,8 +35,9 @@ class Journal(Protocol):
         """The inputs of the first unfinished block: those of the earlier run, or ``states`` if there is none."""
         ...
 
-    def restore_(self, store: BlockSource) -> None:
-        """Gives the blocks that are finished their pruned weights, also those that an earlier run finished."""
+    def restore_(self, model: nn.Module, store: BlockSource) -> None:
+        """Gives the blocks of ``model`` that are finished their pruned weights, also those that an earlier run
+        finished."""
         ...
 
     def open_part(self, states: Iterable[Tensor], device: torch.device, resumed: bool) -> HiddenStates:
