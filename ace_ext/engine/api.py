@@ -94,7 +94,9 @@ def prune_model(
     if config.remove is not None:
         return _smaller(model, batches, config, callback, context)
     start = time.perf_counter()
-    store = context.blocks or ResidentBlocks(find_blocks(model, config.skip, max_dense=config.max_dense))
+    store = context.blocks or ResidentBlocks(
+        find_blocks(model, config.skip, max_dense=config.max_dense, towers=config.towers)
+    )
     check_pattern(store.blocks, config)
     device = context.device or next(model.parameters()).device
     context = replace(context, device=device)
@@ -149,7 +151,8 @@ def _smaller(
     """Removes structures, and then prunes the smaller model if zeros or quantization are asked for."""
     start = time.perf_counter()
     device = next(model.parameters()).device
-    check_removable(model, find_blocks(model, config.skip, max_dense=config.max_dense))
+    if not predicts_tokens(model):
+        check_removable(model, find_blocks(model, config.skip, max_dense=config.max_dense))
     with run_mode(model):
         ready = list(model_inputs(model, batches, config, device))
         removed = remove_structures(model, ready, config, context)

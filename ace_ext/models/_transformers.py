@@ -188,8 +188,19 @@ def is_encoder(model: nn.Module) -> bool:
 def predicts_tokens(model: nn.Module) -> bool:
     """Whether a model is a causal language model, or contains one that reads what other parts of it see: it has an LM
     head or causal attention, and does not consist of encoders, or of an encoder and a decoder."""
-    causal = any(bool(getattr(module, "is_causal", False)) for module in model.modules())
-    return (causal or output_head(model) is not None) and not has_encoder(model) and not is_encoder(model)
+    if has_encoder(model):
+        return False
+    text = [module for name, module in model.named_modules() if not hears_or_sees(name)]
+    causal = [bool(module.is_causal) for module in text if hasattr(module, "is_causal")]
+    return any(causal) or (not causal and output_head(model) is not None)
+
+
+_OTHER_SENSES = re.compile(r"vision|visual|image|video|audio|speech")
+
+
+def hears_or_sees(name: str) -> bool:
+    """Whether, by its name, a module or a list of a model is of a part that text does not go through."""
+    return bool(_OTHER_SENSES.search(name))
 
 
 def decoder_of(model: nn.Module) -> nn.Module | None:

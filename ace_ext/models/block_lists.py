@@ -11,29 +11,30 @@ from collections.abc import Callable, Iterable
 from torch import nn
 
 from ace_ext.errors import InputError
-from ace_ext.models._transformers import predicts_tokens, text_part, token_embedding
+from ace_ext.models._transformers import hears_or_sees, predicts_tokens, text_part, token_embedding
 from ace_ext.models.fused_weights import find_fused
 from ace_ext.models.left_dense import expert_lists
 
 LISTS = 0.25
 """A list of modules holds blocks if it has this share of the parameters of the largest list."""
 
-_OTHER_SENSES = re.compile(r"vision|visual|image|video|audio|speech")
-"""Matches names of lists that text does not go through."""
 
-
-def block_lists(model: nn.Module, skipped: Callable[[str], bool]) -> tuple[dict[str, nn.Module], list[str]]:
-    """The blocks by name, and the names of the blocks in those lists that ``skipped`` takes out as a whole.
+def block_lists(
+    model: nn.Module, skipped: Callable[[str], bool], chosen: dict[str, nn.ModuleList] | None = None
+) -> tuple[dict[str, nn.Module], list[str]]:
+    """The blocks by name, and the names of the blocks in those lists that ``skipped`` takes out as a whole. ``chosen``:
+    the lists to prune; None: the model's own.
 
     Raises:
         InputError: there are none; or blocks of the same kind in another list would stay dense, and are not skipped.
     """
-    lists = _lists_of_text(model) if predicts_tokens(model) else _lists_of_parts(model)
+    plain = chosen is None and predicts_tokens(model)
+    lists = chosen or (_lists_of_text(model) if plain else _lists_of_parts(model))
     asked = {name for name, modules in lists.items() if all(map(skipped, _blocks_of(name, modules)))}
     taken = {name: modules for name, modules in lists.items() if name not in asked} or lists
     kinds = {type(module) for modules in taken.values() for module in modules}
     left: list[str] = []
-    for name, modules in (_outermost(model) if predicts_tokens(model) else lists).items():
+    for name, modules in (_outermost(model) if plain else lists).items():
         blocks = _blocks_of(name, modules).items()
         alike = [block for block, module in blocks if name in asked or type(module) in kinds]
         if name in taken:
@@ -47,9 +48,35 @@ def block_lists(model: nn.Module, skipped: Callable[[str], bool]) -> tuple[dict[
     return {block: module for name, m in taken.items() for block, module in _blocks_of(name, m).items()}, left
 
 
-def hears_or_sees(name: str) -> bool:
-    """Whether, by its name, a list or a block of a model is of a part that text does not go through."""
-    return bool(_OTHER_SENSES.search(name))
+def included(
+    model: nn.Module, matching: Callable[[str], list[re.Pattern[str]]], patterns: list[re.Pattern[str]]
+) -> dict[str, nn.ModuleList]:
+    """The lists of blocks in all parts of a model whose names match, by name.
+
+    Args:
+        model: the model.
+        matching: the patterns that a name matches.
+        patterns: all of them.
+
+    Raises:
+        InputError: a pattern matches none.
+    """
+    lists = {n: m for name, modules in _outermost(model).items() for n, m in _with_blocks(name, modules).items()}
+    for pattern in patterns:
+        if not any(pattern in matching(name) for name in lists):
+            raise InputError(
+                f"towers {pattern.pattern[:100]!r} matches no list of blocks; the model has {', '.join(lists)}"
+            )
+    return {name: modules for name, modules in lists.items() if matching(name)}
+
+
+def goes_beyond_text(model: nn.Module, blocks: Iterable[str]) -> bool:
+    """Whether blocks, by name, are others than those of a causal language model: of a network of another kind, or also
+    of a tower of images or sound."""
+    if not predicts_tokens(model):
+        return True
+    lists = _lists_of_text(model)
+    return any(name.rpartition(".")[0] not in lists for name in blocks)
 
 
 def _lists_of_text(model: nn.Module) -> dict[str, nn.ModuleList]:

@@ -44,8 +44,8 @@ class _Captured(Exception):
 class _Recorder:
     """Replaces the forward of every block of a part: records the arguments, returns the hidden states unchanged."""
 
-    def __init__(self, blocks: list[Block]) -> None:
-        self.blocks = blocks
+    def __init__(self, blocks: list[Block], text: bool) -> None:
+        self.blocks, self._text = blocks, text
         self.hidden: Tensor | None = None
         self.others: list[Arguments] = []
         # Gives a tensor the form of a block's output: the tensor itself, or a tuple that starts with it.
@@ -63,7 +63,7 @@ class _Recorder:
         def forward(*args: Any, **kwargs: Any) -> object:
             hidden, rest = take_hidden(args, kwargs)
             if index == 0:
-                _check_hidden(self.blocks[0].name, hidden)
+                _check_hidden(self.blocks[0].name, hidden, self._text)
                 self.hidden = hidden
             self.others.append(rest)
             if self.wrap is None:  # the form of a block's output is known only after one has run
@@ -76,8 +76,9 @@ class _Recorder:
         return forward
 
 
-def _check_hidden(block: str, hidden: Tensor) -> None:
-    if hidden.dim() < 3:
+def _check_hidden(block: str, hidden: Tensor, text: bool) -> None:
+    """Checks the hidden states that enter a block; those of images may have more dimensions than those of ``text``."""
+    if hidden.dim() < 3 or (text and hidden.dim() > 3):
         raise InputError(
             f"{block} is called with hidden states {list(hidden.shape)}, not [batch, seqlen, d_model]; such a model "
             "cannot be pruned"
@@ -183,9 +184,9 @@ def capture_calls(
         InputError: the model does not call each of the blocks once, in order, or calls them with hidden states of
             fewer dimensions than ``[batch, seqlen, d_model]``.
     """
+    masks = TokenMasks(model, None if part is None else False)
     part = part or range(len(blocks))
-    recorder, options = _Recorder(blocks[part.start : part.stop]), plain_call(model)
-    masks = TokenMasks(model)
+    recorder, options = _Recorder(blocks[part.start : part.stop], masks.plain), plain_call(model)
     with ExitStack() as restore:
         for index, block in enumerate(recorder.blocks):
             restore.enter_context(replaced_forward(block.module, recorder.forward_of(index, block.module.forward)))

@@ -6,8 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ace_ext.errors import InputError
-from ace_ext.models._transformers import decoder_of, frame_mask, predicts_tokens
-from ace_ext.models.block_lists import hears_or_sees
+from ace_ext.models._transformers import decoder_of, frame_mask, hears_or_sees, predicts_tokens
 
 MASK, DECODER_MASK = "attention_mask", "decoder_attention_mask"
 _OF_PIXELS = ("pixel_mask", "pixel_attention_mask", "padding_mask")
@@ -23,10 +22,11 @@ class TokenMasks:
 
     Args:
         model: the model.
+        plain: only the blocks of a causal language model are pruned; None: the model is one.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model, self.plain = model, predicts_tokens(model)
+    def __init__(self, model: nn.Module, plain: bool | None = None) -> None:
+        self._model, self.plain = model, predicts_tokens(model) if plain is None else plain
         """Whether it is a causal language model, with one mask."""
         decoder = None if self.plain else decoder_of(model)
         names = (name for name, module in model.named_modules() if decoder is not None and module is decoder)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ace_ext.errors import InputError
-from ace_ext.models._transformers import decoder_of, output_head, predicts_tokens
+from ace_ext.models._transformers import decoder_of, output_head
+from ace_ext.models.block_lists import goes_beyond_text
 from ace_ext.models.block_store import BlockSource
 from ace_ext.models.blocks import Block
 from ace_ext.models.parts import Recording, parts_of, tried_parts
@@ -48,7 +49,7 @@ def try_walk(model: nn.Module, store: BlockSource, batch: dict[str, Tensor]) -> 
         InputError: a text call reaches none of the blocks.
     """
     few = _part(batch)
-    if not predicts_tokens(model):
+    if goes_beyond_text(model, [block.name for block in store.blocks]):
         with explained(model, batch):
             return _try_parts(model, store, few)
     with store.entrance(model):
@@ -97,7 +98,7 @@ def _try_parts(model: nn.Module, store: BlockSource, batch: dict[str, Tensor]) -
     recording = Recording(model, store, batch)
     parts, reason = parts_of(recording, store)
     if reason is None:
-        TokenMasks(model).check_used([store.blocks[part.start].name for part in parts], batch)
+        TokenMasks(model, plain=False).check_used([store.blocks[part.start].name for part in parts], batch)
         reason = tried_parts(model, store, batch, recording, parts, TOLERANCE)
     shares = any(isinstance(value, dict) and bool(value) for value in recording.named)
     return Findings(reason, recording.uses, shares, parts)

@@ -100,7 +100,9 @@ def open_source(request: RunRequest, *, weights: bool = True) -> Source:
     stored = _stored_as_loaded(laid_out, shards, request.dtype)
     files = ModelFiles(request.model, folder, shards if stored else None)
     if stored:
-        blocks = find_blocks(laid_out, request.config.skip, check=False, max_dense=request.config.max_dense)
+        blocks = find_blocks(
+            laid_out, request.config.skip, check=False, max_dense=request.config.max_dense, towers=request.config.towers
+        )
         offload = wants_offload(laid_out, blocks, shards, request)
         if offload or not weights:
             return Source(laid_out, load_tokenizer(folder, needed=not weights), blocks, files, offload)
@@ -126,7 +128,9 @@ def _loaded(request: RunRequest, files: ModelFiles) -> Source:
     return Source(
         loaded.model,
         loaded.tokenizer,
-        find_blocks(loaded.model, request.config.skip, max_dense=request.config.max_dense),
+        find_blocks(
+            loaded.model, request.config.skip, max_dense=request.config.max_dense, towers=request.config.towers
+        ),
         files,
     )
 
@@ -143,7 +147,9 @@ def _planned(request: RunRequest, files: ModelFiles, laid_out: nn.Module | None 
         tokenizer = load_tokenizer(files.folder)
         # Tensors are converted one at a time while the files are mapped.
         unpacking = Unpacking(sum(file.stat().st_size for file in files.paths), 0.0)
-    blocks = find_blocks(laid_out, request.config.skip, check=False, max_dense=request.config.max_dense)
+    blocks = find_blocks(
+        laid_out, request.config.skip, check=False, max_dense=request.config.max_dense, towers=request.config.towers
+    )
     return Source(laid_out, tokenizer, blocks, files, unpacking=unpacking)
 
 

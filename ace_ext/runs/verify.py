@@ -124,6 +124,7 @@ def _settings_of(report: PruneReport, folder: str | Path) -> PruneConfig:
     read back, because its scores may be a function."""
     try:
         found = {name: report.config[name] for name in ("pattern", "group", "skip")}
+        found["towers"] = report.config.get("towers", ())
         amount = {} if found["pattern"] else {"sparsity": report.config["sparsity"]}
         divided = any(stage.startswith(Allocate.name) for stage in report.config["method"].split(" + "))
         return PruneConfig(f"{Allocate.name} + wanda" if divided else "wanda", **found, **amount)
@@ -139,7 +140,7 @@ def _expected(
     configuration, and that these are finite."""
     try:
         model = skeleton(folder, shards, causal=False)
-        blocks = find_blocks(model, config.skip, check=False)
+        blocks = find_blocks(model, config.skip, check=False, towers=config.towers)
     except InputError as error:
         result.problems.append(str(error))
         return None, set()

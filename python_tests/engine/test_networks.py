@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from engine.test_image_inputs import CASES as CASES_OF_IMAGES
 from tiny_networks import NETWORKS, ids, make_inputs, make_network, values
 
 from ace_ext import InputError, prune_model
@@ -167,6 +168,30 @@ def test_a_model_that_is_distilled_needs_two_samples():
     with pytest.raises(InputError, match="distill needs at least two samples"):
         prune_model(model, [inputs], method="wanda + distill", sparsity=0.5)
     assert all(torch.equal(weight, before[own]) for own, weight in weights_of(model).items())
+
+
+def test_towers_that_stay_dense_are_pruned_on_request():
+    """The tower of images, then the language model that sees its output."""
+    make, inputs = CASES_OF_IMAGES["llava"]
+    model = make()
+    towers = ["vision_tower", "language_model"]
+    report = prune_model(model, inputs(), method="wanda", sparsity=0.5, towers=towers)
+    names = [matrix.name for matrix in report.matrices]
+    assert "vision" in names[0]
+    assert "language_model" in names[-1]
+    for name in names:
+        linear = model.get_submodule(name)
+        assert set(linear.weight.count_nonzero(dim=1).tolist()) == {linear.in_features // 2}
+    assert report.config["towers"] == towers
+    plain = prune_model(make(), inputs(), method="wanda", sparsity=0.5)
+    assert all("language_model" in matrix.name for matrix in plain.matrices)
+    assert "towers" not in plain.config
+    alone = prune_model(make(), inputs(), method="wanda", sparsity=0.5, towers="vision_tower")
+    assert all("vision" in matrix.name for matrix in alone.matrices)
+    with pytest.raises(InputError, match=r"towers 'ears' matches no list of blocks; the model has .*vision_tower"):
+        prune_model(make(), inputs(), method="wanda", towers="ears")
+    with pytest.raises(InputError, match=r"these inputs do not reach the blocks of .*vision_tower"):
+        prune_model(make(), inputs()["input_ids"].clamp(max=50), method="wanda", towers=towers)
 
 
 BAD = {

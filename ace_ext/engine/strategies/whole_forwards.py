@@ -11,6 +11,7 @@ from ace_ext.engine.matrix_pruner import MatrixPruner, Reports
 from ace_ext.engine.strategies._strategy import RunSizes, StrategyBytes
 from ace_ext.engine.strategies.dense_order import DenseOrder
 from ace_ext.models._transformers import plain_call
+from ace_ext.models.block_lists import goes_beyond_text
 from ace_ext.models.blocks import Block
 from ace_ext.models.replay import replaced_forward, take_hidden
 from ace_ext.models.token_masks import TokenMasks
@@ -41,6 +42,7 @@ class WholeForwards:
     ) -> None:
         self._model, self._blocks, self._batches = model, blocks, batches
         self._collector, self._pruner = collector, pruner
+        self._beyond = goes_beyond_text(model, [block.name for block in blocks])
 
     def prune(self, block: Block, index: int) -> Reports:
         """Prunes the block."""
@@ -51,7 +53,7 @@ class WholeForwards:
         """The statistics of the block's Linears, by their names in it; empty for one that saw no token."""
         collector = self._collector(block.linears)
         collector.alone = frozenset(block.linears)
-        masks, options, batch = TokenMasks(self._model), plain_call(self._model), self._batches[0]
+        masks, options, batch = TokenMasks(self._model, not self._beyond), plain_call(self._model), self._batches[0]
 
         def mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             """Before a call of the block: which of its tokens are padding."""
