@@ -70,7 +70,7 @@ class OneLineParser(argparse.ArgumentParser):
         """As in argparse. Its older versions read ``--option=--`` as an empty list, which is refused here."""
         found = super().parse_args(*arguments, **more)
         for name, value in vars(found).items():
-            if (value == [] and name != "skip") or (isinstance(value, list) and [] in value):
+            if (value == [] and name not in ("skip", "towers")) or (isinstance(value, list) and [] in value):
                 self.error(f"argument --{name.replace('_', '-')}: expected a value (got '--')")
         return found
 
@@ -151,6 +151,14 @@ def add_pruning(parser: argparse.ArgumentParser) -> None:
         help="which weights are compared with each other (default: row; matrix if obs chooses the mask)",
     )
     add_selection(group, "weights to leave dense")
+    group.add_argument(
+        "--towers",
+        action="append",
+        default=[],
+        metavar="REGEX",
+        help="names of lists of blocks: only these are pruned, also those of a vision or audio tower that stays dense "
+        "otherwise",
+    )
     group.add_argument(
         "--max-dense",
         type=float,
@@ -235,7 +243,7 @@ def table(title: str, lines: dict[str, str]) -> str:
 def config_from(args: argparse.Namespace) -> PruneConfig:
     """The configuration of the parsed arguments. Raises InputError as :class:`ace_ext.PruneConfig`."""
     target = {name: getattr(args, name) for name in ("sparsity", "pattern", "group", "max_dense")}
-    return PruneConfig(args.method, **target, skip=skip_from(args), remove=args.remove)
+    return PruneConfig(args.method, **target, skip=skip_from(args), towers=args.towers, remove=args.remove)
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:

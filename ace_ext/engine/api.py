@@ -12,16 +12,18 @@ from torch import Tensor, nn
 from ace_ext.dense_weights import NOT_CALLED, DenseWeight
 from ace_ext.engine.batch_states import BatchStates
 from ace_ext.engine.context import RunContext
+from ace_ext.engine.entrances import Entrances
 from ace_ext.engine.finite import restored_if_float16
 from ace_ext.engine.inputs import Batches, model_inputs
 from ace_ext.engine.progress import Progress
 from ace_ext.engine.walk import Walk
 from ace_ext.errors import InputError
-from ace_ext.models._transformers import check_version
+from ace_ext.models._transformers import check_version, predicts_tokens
 from ace_ext.models.block_store import BlockSource, ResidentBlocks
 from ace_ext.models.blocks import Block, find_blocks, stay_dense
 from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.left_dense import check_share
+from ace_ext.models.parts import check_removable
 from ace_ext.models.replay import BlockCall, capture_calls
 from ace_ext.models.run_mode import inner_model, run_mode
 from ace_ext.models.trial import Findings, try_walk
@@ -32,6 +34,7 @@ from ace_ext.records import BlockReport, PruneReport, Removed
 
 if TYPE_CHECKING:
     from ace_ext.engine.distillation import Distillation
+    from ace_ext.healing.networks import NetworkDistillation
 
 
 @torch.no_grad()
@@ -42,7 +45,7 @@ def prune_model(
     *,
     callback: Callable[[BlockReport], None] | None = None,
     progress: bool = False,
-    distill_text: Tensor | None = None,
+    distill_text: Batches | None = None,
     context: RunContext | None = None,
     **settings: Any,
 ) -> PruneReport:
@@ -62,7 +65,7 @@ def prune_model(
         progress: show a progress bar on stderr.
         distill_text: for a method with ``distill`` windows of text without padding to train on, ``[windows, seqlen]``
             integer, better none of the calibration samples; default: these. A text shorter than the stage's ``tokens``
-            is read again, up to six times.
+            is read again, up to six times. For a network that is no causal language model: batches as for ``batches``.
         context: optional services of a run on files; see :mod:`ace_ext.runs.pipeline`.
         **settings: the arguments of :class:`PruneConfig`, in place of ``config``.
 
@@ -91,7 +94,9 @@ def prune_model(
     if config.remove is not None:
         return _smaller(model, batches, config, callback, context)
     start = time.perf_counter()
-    store = context.blocks or ResidentBlocks(find_blocks(model, config.skip, max_dense=config.max_dense))
+    store = context.blocks or ResidentBlocks(
+        find_blocks(model, config.skip, max_dense=config.max_dense, towers=config.towers)
+    )
     check_pattern(store.blocks, config)
     device = context.device or next(model.parameters()).device
     context = replace(context, device=device)
@@ -102,13 +107,27 @@ def prune_model(
         if found is not None:
             context = replace(context, uses=found.uses)
         by_blocks = found is None or found.reason is None
-        states = _enter(model, store, ready, context, device) if by_blocks else BatchStates([], None, device)
-        text = batches if distill_text is None else distill_text
-        distillation = _distillation(model, store, text, config, context) if trained else None
+        network = None
+        if trained and not predicts_tokens(model):  # first: it copies the dense model
+            text = ready if distill_text is None else list(model_inputs(model, distill_text, config, device))
+            network = _network_distillation(model, store, text, config, context)
+        entrances = _entrances(model, store, ready, found, config, context)
+        if entrances is not None:
+            states = BatchStates([], None, device)
+            done = 0 if context.journal is None else context.journal.finished
+            if done < len(store.blocks):
+                entrances.enter(done, states)
+        else:
+            states = _enter(model, store, ready, context, device) if by_blocks else BatchStates([], None, device)
+        distillation: Distillation | NetworkDistillation | None = network
+        if trained and network is None:
+            distillation = _distillation(
+                model, store, batches if distill_text is None else distill_text, config, context
+            )
         weight = next(linear.weight for block in store.blocks for linear in block.linears.values())
         report = PruneReport(config.to_dict(), str(device), str(weight.dtype).removeprefix("torch."))
         with restored_if_float16(store) if context.journal is None else nullcontext():
-            walk = Walk(store, states, config, report, context, callback)
+            walk = Walk(store, states, config, report, context, callback, entrances)
             if not by_blocks:
                 walk.read_whole_forwards(model, ready)
             walk.run()
@@ -132,6 +151,8 @@ def _smaller(
     """Removes structures, and then prunes the smaller model if zeros or quantization are asked for."""
     start = time.perf_counter()
     device = next(model.parameters()).device
+    if not predicts_tokens(model):
+        check_removable(model, find_blocks(model, config.skip, max_dense=config.max_dense))
     with run_mode(model):
         ready = list(model_inputs(model, batches, config, device))
         removed = remove_structures(model, ready, config, context)
@@ -221,6 +242,23 @@ def _enter(
     return BatchStates(calls, hidden, device)
 
 
+def _entrances(
+    model: nn.Module,
+    store: BlockSource,
+    batches: list[dict[str, Tensor]],
+    found: Findings | None,
+    config: PruneConfig,
+    context: RunContext,
+) -> Entrances | None:
+    """The entrances to the parts of a model; None for a causal language model, or one that is not walked block by
+    block."""
+    if found is None or found.reason is not None or not found.parts:
+        return None
+    assert context.device is not None  # set by the caller
+    dense = config.method.train is not None or context.sink is not None
+    return Entrances(model, store, found.parts, batches, context, context.device, dense)
+
+
 def _tried(
     model: nn.Module, store: BlockSource, batches: list[dict[str, Tensor]], config: PruneConfig, context: RunContext
 ) -> Findings | None:
@@ -241,6 +279,8 @@ def _tried(
     if found.reason is None:
         return found
     trains = [stage.label for stage in (config.method.train, config.method.distill) if stage is not None]
+    if not predicts_tokens(model):  # it is distilled by forwards of the whole model
+        trains = [stage.label for stage in (config.method.train,) if stage is not None]
     hindered = {
         "leave out --offload disk": not isinstance(store, ResidentBlocks),
         f"leave out {' and '.join(trains)}": bool(trains),
@@ -260,6 +300,14 @@ def _distillation(
     from ace_ext.engine.distillation import Distillation  # imported here: most methods do not distil
 
     return Distillation(model, store, text, config, context)
+
+
+def _network_distillation(
+    model: nn.Module, store: BlockSource, batches: list[dict[str, Tensor]], config: PruneConfig, context: RunContext
+) -> "NetworkDistillation":
+    from ace_ext.engine.distillation import network_distillation  # imported here: most methods do not distil
+
+    return network_distillation(model, store, batches, config, context)
 
 
 def _left_dense(model: nn.Module, blocks: list[Block], report: PruneReport) -> list[DenseWeight]:

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ace_ext.models.block_store import BlockSource
 from ace_ext.models.blocks import Block
 from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.pruning.prune_linear import RowShares
@@ -32,6 +33,16 @@ class Journal(Protocol):
 
     def open_hidden(self, states: Iterable[Tensor], device: torch.device) -> HiddenStates:
         """The inputs of the first unfinished block: those of the earlier run, or ``states`` if there is none."""
+        ...
+
+    def restore_(self, model: nn.Module, store: BlockSource) -> None:
+        """Gives the blocks of ``model`` that are finished their pruned weights, also those that an earlier run
+        finished."""
+        ...
+
+    def open_part(self, states: Iterable[Tensor], device: torch.device, resumed: bool) -> HiddenStates:
+        """The inputs of a part of a model, which later blocks replace; ``resumed``: those that the earlier run left
+        before a block within the part."""
         ...
 
     def wants_states(self) -> bool:

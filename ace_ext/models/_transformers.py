@@ -5,6 +5,7 @@ inside the functions that need it.
 """
 
 import contextlib
+import inspect
 import io
 import re
 from collections.abc import Callable
@@ -53,12 +54,13 @@ def check_version() -> None:
 
 def model_class(config: Any) -> Any:
     """The class whose ``from_pretrained`` loads the checkpoint of a configuration. It is the class that
-    ``architectures`` names, so that a classifier or a model without an LM head keeps its class. It is
-    ``AutoModelForCausalLM`` if transformers has no such class for this configuration, for example because the code
-    comes with the checkpoint."""
+    ``architectures`` names, so that a classifier or a model without an LM head keeps its class. If transformers has no
+    such class for this configuration, for example because the code comes with the checkpoint, it is
+    ``AutoModelForCausalLM``, or ``AutoModel`` for a configuration that no causal language model has."""
     import transformers
 
-    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+    own_code = getattr(config, "auto_map", None) or {}
+    if "AutoModelForCausalLM" in own_code:
         return transformers.AutoModelForCausalLM  # it chooses between that code and its own
     for name in getattr(config, "architectures", None) or ():
         found = getattr(transformers, str(name), None)
@@ -66,16 +68,18 @@ def model_class(config: Any) -> Any:
             own = getattr(found, "config_class", None)
             if own is not None and isinstance(config, own):
                 return found
-    return transformers.AutoModelForCausalLM
+    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    other = "AutoModel" in own_code or type(config) in transformers.MODEL_MAPPING
+    return transformers.AutoModel if other and not causal else transformers.AutoModelForCausalLM
 
 
 def model_of(config: Any, dtype: torch.dtype, remote_code: bool) -> nn.Module:
     """A model of :func:`model_class` with random weights of ``dtype``. ``remote_code``: code of the checkpoint may
     run."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
     kind = model_class(config)
-    if kind is AutoModelForCausalLM:
+    if kind in (AutoModel, AutoModelForCausalLM):
         model: nn.Module = kind.from_config(config, dtype=dtype, trust_remote_code=remote_code)
     else:
         model = kind._from_config(config, dtype=dtype)  # AutoModelForCausalLM.from_config calls this
@@ -121,7 +125,10 @@ def embedding_weight(model: nn.Module) -> Tensor:
 
 def output_head(model: nn.Module) -> nn.Module | None:
     """The module of a model that turns hidden states into logits; None in a model without one."""
-    head: nn.Module | None = _method(model, "get_output_embeddings")()
+    try:
+        head: nn.Module | None = _method(model, "get_output_embeddings")()
+    except (AttributeError, NotImplementedError):
+        return None
     return head
 
 
@@ -168,7 +175,7 @@ def main_input(model: nn.Module) -> str:
 
 def has_encoder(model: nn.Module) -> bool:
     """Whether a model consists of an encoder and a decoder."""
-    return bool(getattr(model.config, "is_encoder_decoder", False))
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def is_encoder(model: nn.Module) -> bool:
@@ -176,6 +183,71 @@ def is_encoder(model: nn.Module) -> bool:
     modules have ``is_causal``, and it is False in all of them. Attention without ``is_causal`` counts as causal."""
     causal = [bool(module.is_causal) for module in model.modules() if hasattr(module, "is_causal")]
     return bool(causal) and not any(causal)
+
+
+def predicts_tokens(model: nn.Module) -> bool:
+    """Whether a model is a causal language model, or contains one that reads what other parts of it see: it has an LM
+    head or causal attention, and does not consist of encoders, or of an encoder and a decoder."""
+    if has_encoder(model):
+        return False
+    text = [module for name, module in model.named_modules() if not hears_or_sees(name)]
+    causal = [bool(module.is_causal) for module in text if hasattr(module, "is_causal")]
+    return any(causal) or (not causal and output_head(model) is not None)
+
+
+_OTHER_SENSES = re.compile(r"vision|visual|image|video|audio|speech")
+
+
+def hears_or_sees(name: str) -> bool:
+    """Whether, by its name, a module or a list of a model is of a part that text does not go through."""
+    return bool(_OTHER_SENSES.search(name))
+
+
+def decoder_of(model: nn.Module) -> nn.Module | None:
+    """The decoder of a model that consists of an encoder and a decoder; None for other models."""
+    if not has_encoder(model) or not hasattr(model, "get_decoder"):
+        return None
+    found: nn.Module = _method(model, "get_decoder")()
+    return found
+
+
+def takes_argument(model: nn.Module, name: str) -> bool:
+    """Whether the forward of a model has an argument of this name, or of a language model may have: one that takes any
+    name."""
+    parameters = inspect.signature(model.forward).parameters
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return name in parameters or (anything and predicts_tokens(model))
+
+
+def plain_call(model: nn.Module) -> dict[str, Any]:
+    """The arguments of a call that keeps no keys and values of attention for later calls."""
+    return {"use_cache": False} if takes_argument(model, "use_cache") else {}
+
+
+_FRAME_MASK, _FRAMES = "_get_feature_vector_attention_mask", "_get_feat_extract_output_lengths"
+"""Methods of speech models: the mask of the frames that the blocks see, given that of samples; and the number of frames
+that a number of samples gives."""
+
+
+def frame_mask(model: nn.Module, mask: Tensor, frames: int) -> Tensor | None:
+    """The mask ``[batch, frames]`` of the frames that the blocks of a speech model see; None if the model's class does
+    not say which they are.
+
+    Args:
+        model: the model.
+        mask: ``[batch, samples]``, of what its processor returned.
+        frames: how many frames the blocks see.
+    """
+    for module in model.modules():
+        if hasattr(module, _FRAME_MASK):
+            found: Tensor = getattr(module, _FRAME_MASK)(frames, mask.long())
+            return found.bool()
+    for module in model.modules():
+        if hasattr(module, _FRAMES):
+            lengths = torch.as_tensor(getattr(module, _FRAMES)(mask.long().sum(-1)))
+            if int(lengths.max()) <= frames:
+                return torch.arange(frames, device=mask.device) < lengths[:, None]
+    return None
 
 
 def is_left_out(model: nn.Module, name: str) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ace_ext.dense_weights import NO_MATRIX, ROUTER, SKIPPED, DenseWeight
 from ace_ext.errors import InputError
-from ace_ext.models.block_lists import block_lists
+from ace_ext.models.block_lists import block_lists, included
 from ace_ext.models.derived_weights import DTYPES, refuse_derived
 from ace_ext.models.fused_weights import FusedWeight, find_fused, through_linears
 from ace_ext.models.left_dense import check_share, expert_lists, other_weights, outside, routers
@@ -115,15 +115,23 @@ def _twin(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
     return twins[id(module)]
 
 
-def find_blocks(model: nn.Module, skip: Iterable[str] = (), check: bool = True, max_dense: float = 1.0) -> list[Block]:
+def find_blocks(
+    model: nn.Module,
+    skip: Iterable[str] = (),
+    check: bool = True,
+    max_dense: float = 1.0,
+    towers: Iterable[str] = (),
+) -> list[Block]:
     """The decoder layers in order, each with the Linears to prune, and with the weights that stay dense.
 
     Args:
-        model: a causal language model.
+        model: the model.
         skip: regular expressions; a weight whose full name matches one stays dense.
         check: False leaves :func:`check_weights` out, for a model whose weights are not loaded.
         max_dense: the share of a block's weights that may stay dense without being skipped, because their layout is
             unknown.
+        towers: regular expressions of names of lists; only these lists are pruned, of the whole model. Empty: those
+            that :mod:`ace_ext.models.block_lists` finds.
 
     Raises:
         InputError: no list of blocks is found; a block has no Linear to prune; more of a block than ``max_dense``
@@ -131,7 +139,9 @@ def find_blocks(model: nn.Module, skip: Iterable[str] = (), check: bool = True, 
     """
     skip = tuple(skip)
     patterns = [_compile(pattern) for pattern in skip]
-    modules, names = block_lists(model, lambda name: _matches(name, patterns))
+    wanted = [_compile(pattern, "towers") for pattern in towers]
+    chosen = None if not wanted else included(model, lambda name: [p for p in wanted if _matches(name, [p])], wanted)
+    modules, names = block_lists(model, lambda name: _matches(name, patterns), chosen)
     blocks: list[Block] = []
     for full, module in modules.items():
         fused = find_fused(module)
@@ -208,11 +218,11 @@ def _weights_of(module: nn.Module, fused: Iterable[FusedWeight]) -> list[str]:
     return names + [child for matrices in fused for child in matrices.linears]
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
+def _compile(pattern: str, option: str = "skip") -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except (re.error, OverflowError, RecursionError, TypeError) as error:
-        raise InputError(f"skip must be regular expressions (got {str(pattern)[:100]!r}: {error})") from error
+        raise InputError(f"{option} must be regular expressions (got {str(pattern)[:100]!r}: {error})") from error
 
 
 def _matches(name: str, patterns: list[re.Pattern[str]]) -> bool:

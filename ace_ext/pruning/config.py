@@ -33,6 +33,8 @@ class PruneConfig:
             Default: ``"row"``, or ``"matrix"`` if ``obs`` chooses the mask. Not together with ``pattern``, which has
             its own groups.
         skip: regular expressions, or a single one. A Linear or expert weight stays dense if its full name matches one.
+        towers: regular expressions, or a single one, of names of lists of blocks: only these are pruned, also those of
+            a vision or audio tower that stays dense by default. Not together with ``remove`` or ``distill``.
         max_dense: the share of a block's weights that may stay dense because no known matrix product reads them, such
             as convolutions and decays. The report lists them. A larger share is an error.
         remove: whole structures to remove first, as text such as ``"neurons=0.2"`` (:mod:`ace_ext.pruning.removal`).
@@ -50,6 +52,7 @@ class PruneConfig:
         group: str | None = None,
         *,
         skip: str | Iterable[str] | None = (),
+        towers: str | Iterable[str] | None = (),
         max_dense: float = MAX_DENSE,
         remove: Removal | str | None = None,
     ) -> None:
@@ -65,7 +68,9 @@ class PruneConfig:
             sparsity = 0.0
         self.sparsity = _sparsity(sparsity, self.pattern)
         self.group = self._group(group)
-        self.skip = _patterns(skip)
+        self.skip = _patterns("skip", skip)
+        self.towers = _patterns("towers", towers)
+        self._check_towers()
         self.max_dense = _share("max_dense", max_dense)
         if self.only_removes:
             _check_only_removal(group, self.skip, self.max_dense)
@@ -83,6 +88,11 @@ class PruneConfig:
                 f"group does not go with a pattern, which has its own groups (got {given!r}); leave out group"
             )
         return given
+
+    def _check_towers(self) -> None:
+        for name, given in {"remove": self.remove, "distill": self.method.distill}.items():
+            if self.towers and given is not None:
+                raise InputError(f"towers does not go with {name}; leave out one of them")
 
     def _check_group(self) -> None:
         """Raises :class:`InputError` if a stage does not support the comparison group."""
@@ -138,7 +148,8 @@ class PruneConfig:
 
     def changed(self, **arguments: Any) -> "PruneConfig":
         """The configuration with these arguments changed."""
-        own: dict[str, Any] = {"skip": self.skip, "max_dense": self.max_dense, "remove": self.remove}
+        own: dict[str, Any] = {"skip": self.skip, "towers": self.towers, "max_dense": self.max_dense}
+        own["remove"] = self.remove
         if not self.only_removes:
             amount = {"pattern": self.pattern} if self.pattern else {"sparsity": self.sparsity, "group": self.group}
             own |= {"method": self.method, **amount}
@@ -166,8 +177,8 @@ class PruneConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All arguments as plain values, for a report. ``method`` is the text of the stages. ``preset`` is the name of
-        the preset or published method, None if it is neither or an option is changed. ``remove`` is there only if
-        structures are removed; ``method`` is then empty if nothing else is done."""
+        the preset or published method, None if it is neither or an option is changed. ``remove`` and ``towers`` are
+        there only if they are given; ``method`` is then empty if nothing else is done."""
         return {
             **({} if self.remove is None else {"remove": str(self.remove)}),
             "method": "" if self.only_removes else str(self.method),
@@ -177,6 +188,7 @@ class PruneConfig:
             "group": self.group,
             "skip": list(self.skip),
             "max_dense": self.max_dense,
+            **({"towers": list(self.towers)} if self.towers else {}),
         }
 
 
@@ -238,10 +250,10 @@ def _share(name: str, given: object) -> float:
     raise InputError(f"{name} must be a share from 0 to 1 (got {str(given)[:100]}){hint}")
 
 
-def _patterns(skip: object) -> tuple[str, ...]:
-    """``skip`` as a tuple: a single expression stands for a list of one, None for an empty list."""
-    if skip is None or isinstance(skip, str):
-        return () if skip is None else (skip,)
-    if not isinstance(skip, Iterable):
-        raise InputError(f"skip must be regular expressions (got {str(skip)[:100]})")
-    return tuple(skip)
+def _patterns(name: str, given: object) -> tuple[str, ...]:
+    """``given`` as a tuple: a single expression stands for a list of one, None for an empty list."""
+    if given is None or isinstance(given, str):
+        return () if given is None else (given,)
+    if not isinstance(given, Iterable):
+        raise InputError(f"{name} must be regular expressions (got {str(given)[:100]})")
+    return tuple(given)

@@ -38,7 +38,7 @@ def run_command(request: RunRequest) -> str | None:
         flags["group"] = config.group
     if config.max_dense != MAX_DENSE:
         flags["max-dense"] = config.max_dense
-    return _line("run", {**flags, "skip": config.skip, **_inputs(request)})
+    return _line("run", {**flags, "skip": config.skip, "towers": config.towers, **_inputs(request)})
 
 
 def heal_command(

@@ -3,6 +3,7 @@ interrupted run can be resumed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ace_ext.data.bos import BosChoice
-from ace_ext.data.corpora import texts_of
 from ace_ext.data.windows import CalibrationData
 from ace_ext.engine.api import check_pattern, prune_model, removal_report
 from ace_ext.engine.context import RunContext
-from ace_ext.engine.distributed import Alone, Ranks, launched, share_of
+from ace_ext.engine.distributed import Alone, Ranks, launched, share_of, share_of_batches
+from ace_ext.engine.inputs import Batches, text_inputs
 from ace_ext.engine.progress import Progress
 from ace_ext.engine.protocols import Peers, StatisticsSource
 from ace_ext.fingerprint import tokens_sha256
@@ -29,7 +30,7 @@ from ace_ext.records import REPORT_NAME, PruneReport, Removed
 from ace_ext.runs.bos_choice import choose_for_run
 from ace_ext.runs.command import run_command
 from ace_ext.runs.holdout import measurement_for
-from ace_ext.runs.model_source import Demand, Source, check_serves, open_source
+from ace_ext.runs.model_source import Demand, Source, check_serves, is_network, open_source
 from ace_ext.runs.options import Calibration, RunOptions, RunRequest, check_request
 from ace_ext.runs.output import (
     already_complete,
@@ -91,9 +92,9 @@ def prune_folder(
         return_freed_memory()
     path, progress = output_path(output), progress or Progress()
     with disk_errors(path):
-        check_apart(path, model, *(part.source for part in texts_of(calibration.source)), options.stats)
+        check_apart(path, model, *calibration.sources, options.stats)
         check_outside(path, "save-stats", options.save_stats)
-        if config.method.distill is None:
+        if config.method.distill is None or is_network(request):
             return _prune(request, path, progress), path
         from ace_ext.runs.prune_and_heal import prune_and_heal  # imported here: most runs do not distil
 
@@ -117,7 +118,8 @@ def _prune(request: RunRequest, path: Path, progress: Progress) -> PruneReport:
         progress.step(f"opening {request.model}")
         source = _open(request)
         blocks = _block_source(source, request.device)
-        bos = None if options.stats else choose_for_run(request, source, blocks, path, peers)
+        reads_text = options.stats is None and request.calibration.reader is None
+        bos = None if not reads_text else choose_for_run(request, source, blocks, path, peers)
         measured = measurement_for(request, source, blocks, bos, progress.note) if first else None
         inputs = _Inputs(request, source, bos)
         fingerprint, done = inputs.take(path, peers, progress)
@@ -168,7 +170,10 @@ def _prune(request: RunRequest, path: Path, progress: Progress) -> PruneReport:
                 context.observer.end(report)
             else:
                 later = request.config.without_removal() if removed else request.config
-                report = prune_model(source.model, inputs.tokens(peers), later, context=context)
+                again = None if later.method.distill is None else inputs.to_distill(peers)
+                report = prune_model(source.model, inputs.batches(peers), later, distill_text=again, context=context)
+                if report.healing is not None:
+                    _write_again(workspace, source)
                 report.config, report.removed = request.config.to_dict(), removed
             if measured is not None:
                 report.perplexity = measured.after(None if whole else workspace.model)
@@ -225,6 +230,7 @@ class _Inputs:
         self._model = {"files": source.files.described, "dtype": request.dtype}
         self.known: StatisticsSource | None = None
         self._data: CalibrationData | None = None
+        self._batches: list[dict[str, Tensor]] | None = None
         self._calibration: dict[str, Any] = {}
         if request.options.stats:
             from ace_ext.runs.statistics_file import SavedStatistics
@@ -247,7 +253,10 @@ class _Inputs:
             if done is not None:
                 peers.wait()
                 return {}, done
-        if self.known is None:
+        if self.known is None and request.calibration.reader is not None:
+            self._batches = request.calibration.read(self._source.files.folder)
+            self._calibration = request.calibration.describe_inputs(self._batches)
+        elif self.known is None:
             self._data = (self._kept(output) if own else None) or self._draw(progress, tell=peers.rank == 0)
             self._calibration = request.calibration.describe(self._data)
         fingerprint = self.fingerprint(peers)
@@ -323,6 +332,23 @@ class _Inputs:
             return torch.zeros(0, 0, dtype=torch.long)
         return share_of(self._data.tokens, peers)
 
+    def batches(self, peers: Peers) -> Batches:
+        """The calibration of this process: tokens as :meth:`tokens`, or arguments of the model's calls."""
+        if self._batches is not None:
+            return share_of_batches(self._batches, peers)
+        return text_inputs(self._source.model, self.tokens(peers), self._request.config)
+
+    def to_distill(self, peers: Peers) -> Batches | None:
+        """What a network is distilled on: other windows of the calibration text; None: its calibration."""
+        if self._data is None:
+            return None
+        from ace_ext.engine.distillation import distill_draw  # imported here: most methods do not distil
+
+        text = self._request.calibration
+        nsamples, seed = distill_draw(self._request.config, text.seqlen, text.seed)
+        drawn = replace(text, nsamples=nsamples, seed=seed).load(self._source.tokenizer, None, self._bos)
+        return text_inputs(self._source.model, drawn.tokens, self._request.config)
+
     def statistics_writer(self, workspace: Workspace, peers: Peers) -> "StatisticsWriter | None":
         """The writer of the statistics file, if the run saves one."""
         path = self._request.options.save_stats
@@ -339,6 +365,13 @@ def _block_source(source: Source, device: torch.device) -> BlockSource:
         return ResidentBlocks(source.blocks)
     assert source.files.shards is not None  # offloaded blocks are read from there
     return OffloadedBlocks(source.blocks, source.files.shards, device)
+
+
+def _write_again(workspace: Workspace, source: Source) -> None:
+    """Writes all blocks once more: they were trained after each had been written."""
+    assert workspace.writer is not None  # set before the walk starts
+    for block in source.blocks:
+        workspace.writer.write(block)
 
 
 def _open_writer(workspace: Workspace, source: Source, request: RunRequest) -> None:

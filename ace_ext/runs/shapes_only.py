@@ -83,7 +83,9 @@ def open_for_plan(request: RunRequest) -> Source:
     model = _laid_out(request)
     if model is None:
         return open_source(request, weights=False)
-    blocks = find_blocks(model, request.config.skip, check=False, max_dense=request.config.max_dense)
+    blocks = find_blocks(
+        model, request.config.skip, check=False, max_dense=request.config.max_dense, towers=request.config.towers
+    )
     files = ModelFiles(request.model, None, None)
     offload = wants_offload(model, blocks, None, request)
     return Source(model, _NoTokenizer(), blocks, files, offload, shapes_only=True)

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ace_ext.errors import InputError
 from ace_ext.formats import OutputWriter
+from ace_ext.models.block_store import BlockSource, OffloadedBlocks
 from ace_ext.models.blocks import Block
 from ace_ext.models.hidden_states import HiddenStates, Layout
+from ace_ext.models.safetensors_files import Shards
 from ace_ext.records import BlockReport, PruneReport
 from ace_ext.runs.unfinished import UnfinishedRun, check_written
 
@@ -61,6 +63,7 @@ class Workspace(UnfinishedRun):
         """Whether hidden states stay in memory in addition to their files."""
         self.writes_behind = True
         """Whether a block is written while the next one is pruned; it stays in memory for that long."""
+        self._read: Shards | None = None
         self._writing: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, "write-behind")
         if writes:
@@ -112,6 +115,40 @@ class Workspace(UnfinishedRun):
             layout = Layout(kept["shapes"], kept["dtype"])
             return HiddenStates.reopen(layout, self._side, self.folder, resident, name, device)
         return HiddenStates(states, self.folder, resident, name, device)
+
+    def restore_(self, model: nn.Module, store: BlockSource) -> None:
+        """Gives the blocks of ``model`` that are finished their pruned weights, also those that an earlier run
+        finished. Blocks that are read from files are read from the output's from now on, once they are written."""
+        done = {report.name for report in self.blocks}
+        if isinstance(store, OffloadedBlocks):
+            store.pruned = lambda block: self._output(model) if self._is_done(block) else None
+            return
+        for block in store.blocks:
+            for name, parameter in block.module.named_parameters() if block.name in done else ():
+                parameter.data.copy_(self._output(model).read(f"{block.name}.{name}"))
+
+    def _is_done(self, block: Block) -> bool:
+        return any(report.name == block.name for report in self.blocks)
+
+    def _output(self, model: nn.Module) -> Shards:
+        """The files that the run writes, which only one of its processes has opened to write."""
+        if self.writer is not None:
+            return self.writer.shards
+        if self._read is None:
+            self._read = Shards(self.model).adopt(model)
+        return self._read
+
+    def open_part(self, states: Iterable[Tensor], device: torch.device, resumed: bool) -> HiddenStates:
+        """The inputs of a part of a model; ``resumed``: those that the earlier run left before a block within the part.
+
+        Raises:
+            InputError: as :meth:`open_hidden`.
+        """
+        if resumed:
+            return self.open_hidden(states, device)
+        self.settle()
+        self._side = 0
+        return HiddenStates(states, self.folder, self.resident_hidden, f"hidden-{self.rank}", device)
 
     def wants_states(self) -> bool:
         """Whether hidden states are written after this block. States in files always are;
