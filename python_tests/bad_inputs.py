@@ -236,7 +236,7 @@ STRUCTURES += ["(" * 50_000, "+" * 50_000, "neurons=0.2(" * 5000, "neurons=" + "
 """Texts of --remove that name no structure, or none of the tiny model."""
 WITH_REMOVE: list[dict[str, object]] = [
     {"method": "balanced"},
-    {"method": "best", "sparsity": "0.5"},
+    {"method": "wanda + distill"},
     {"group": "matrix"},
     {"skip": "mlp"},
     {"offload": "disk"},

@@ -92,7 +92,7 @@ def prune_model(
         raise InputError("distill_text is given, but nothing trains on it; leave it out, or use a method with distill")
     context = context or RunContext(observer=Progress(progress))
     if config.remove is not None:
-        return _smaller(model, batches, config, callback, context)
+        return _smaller(model, batches, config, callback, context, batches if distill_text is None else distill_text)
     start = time.perf_counter()
     store = context.blocks or ResidentBlocks(
         find_blocks(model, config.skip, max_dense=config.max_dense, towers=config.towers)
@@ -147,23 +147,33 @@ def _smaller(
     config: PruneConfig,
     callback: Callable[[BlockReport], None] | None,
     context: RunContext,
+    text: object,
 ) -> PruneReport:
-    """Removes structures, and then prunes the smaller model if zeros or quantization are asked for."""
+    """Removes structures, and then prunes the smaller model if zeros or quantization are asked for. ``text``: what a
+    method with ``distill`` trains on."""
     start = time.perf_counter()
     device = next(model.parameters()).device
     if not predicts_tokens(model):
         check_removable(model, find_blocks(model, config.skip, max_dense=config.max_dense))
     with run_mode(model):
         ready = list(model_inputs(model, batches, config, device))
+        distillation = None
+        if config.method.distill is not None:  # now, while the model is dense
+            store = ResidentBlocks(find_blocks(model))
+            distillation = _distillation(model, store, text, config, replace(context, device=device))
         removed = remove_structures(model, ready, config, context)
-    if config.only_removes:
+    first = config.without_distillation()
+    if first.only_removes:
         report = removal_report(model, config, removed)
-        report.seconds = time.perf_counter() - start
-        context.observer.end(report)
-        return report
-    report = prune_model(model, ready, config.without_removal(), callback=callback, context=context)
-    report.config, report.removed = config.to_dict(), removed
+    else:
+        report = prune_model(model, ready, first.without_removal(), callback=callback, context=context)
+        report.config, report.removed = config.to_dict(), removed
+    if distillation is not None:
+        distillation.follow(ResidentBlocks(find_blocks(model, config.skip, max_dense=config.max_dense)))
+        report.healing = distillation.train_()
     report.seconds = time.perf_counter() - start
+    if first.only_removes:
+        context.observer.end(report)
     return report
 
 

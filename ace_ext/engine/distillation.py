@@ -116,6 +116,10 @@ class Distillation:
         finally:
             observer.close()
 
+    def follow(self, store: BlockSource) -> None:
+        """From now on the model has other blocks: structures were removed."""
+        self._context = replace(self._context, blocks=store)
+
     def train_(self) -> Healing:
         """Trains the pruned model in place."""
         return distill_(

@@ -10,7 +10,7 @@ from ace_ext.pruning.groups import GROUPS, ComparisonGroup, PatternGroup, Sparsi
 from ace_ext.pruning.method import DEFAULT, Method, Needs, method_of
 from ace_ext.pruning.removal import Removal, removal_of
 from ace_ext.pruning.settings import check_choice
-from ace_ext.pruning.stages import Stage, TrainModel
+from ace_ext.pruning.stages import Score, Stage, TrainModel
 from ace_ext.pruning.stages.collect import BLOCK, EXACT, SEQUENTIAL, SKETCH
 
 SPARSITY = 0.5
@@ -62,7 +62,10 @@ class PruneConfig:
         self.only_removes = self.remove is not None and method is None and sparsity is None and pattern is None
         """Whether the run ends when structures are removed: no weight is set to zero or rounded."""
         if self.remove is not None:
-            _check_removal(self.method, sparsity is None and pattern is None and not self.only_removes)
+            without_target = sparsity is None and pattern is None and not self.only_removes
+            if without_target and self.method.only_distills:
+                self.method = self.method.without(Score)  # nothing sets weights to zero
+            _check_removal(self.method, without_target)
         if not self.method.prunes:
             _check_nothing_pruned(self.method, sparsity, self.pattern, group)
             sparsity = 0.0
@@ -161,7 +164,10 @@ class PruneConfig:
 
     def without_distillation(self) -> "PruneConfig":
         """The configuration without the stage ``distill``."""
-        return self if self.method.distill is None else self.changed(method=self.method.without(TrainModel))
+        if self.method.distill is None:
+            return self
+        method = self.method.without(TrainModel)
+        return self.changed(method=method) if method.stages else PruneConfig(remove=self.remove)
 
     def on_dense_blocks(self) -> "PruneConfig":
         """The configuration with statistics of dense blocks, which a statistics file holds.
@@ -200,8 +206,6 @@ def _check_removal(method: Method, without_target: bool) -> None:
             f"remove with a method that writes zeros needs their share too (got {method.label}): give sparsity or "
             "pattern, or leave out method"
         )
-    if method.distill is not None:
-        raise InputError(f"remove does not go with {method.distill.label}: it trains a model of the dense shapes only")
 
 
 def _check_only_removal(group: str | None, skip: tuple[str, ...], max_dense: float) -> None:

@@ -141,6 +141,12 @@ class Method:
         return self.score is not None or self.solve is not None
 
     @property
+    def only_distills(self) -> bool:
+        """Whether the user wrote the stage ``distill`` alone. Wanda's scores then choose the mask, unless the run only
+        removes structures."""
+        return re.match(r"\s*distill\b", self.label) is not None
+
+    @property
     def train(self) -> TrainBlock | None:
         """The stage that trains each block."""
         return self._of(TrainBlock)

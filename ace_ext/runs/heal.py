@@ -77,11 +77,6 @@ def heal_folder(
         return_freed_memory()
     path = output_path(request.output)
     report = read_report(request.folder)
-    if report.removed:
-        raise InputError(
-            f"heal trains a model with the dense model's shapes, and {request.folder!r} has fewer "
-            f"{', '.join(record.kind for record in report.removed)}; train it with another program"
-        )
     name = dense_name(request.dense, report)
     with disk_errors(path):
         check_apart(path, request.folder, name, *(part.source for part in texts_of(request.text.source)))
@@ -208,9 +203,9 @@ class _Run:
         """The dense model's states. If the earlier run computed all of them, they are used again."""
         journal = context.journal
         known = earlier_states(context.place, journal)
-        if known is not None and journal.notes[NAME] == len(self._pruned.blocks):
+        if known is not None and journal.notes[NAME] == len(self._skeleton.blocks):
             return known
-        with running_dense(self._dense, self._pruned) as (model, blocks):
+        with running_dense(self._dense, self._pruned, bool(self._report.removed)) as (model, blocks):
             return teacher_states(model, blocks, batches.tokens, context.place, journal, context.observer)
 
     def _measure(self, journal: HealJournal) -> None:

@@ -99,14 +99,17 @@ def whole_bytes(source: Source) -> int:
 
 
 @contextlib.contextmanager
-def running_dense(request: RunRequest, pruned: Source) -> Iterator[tuple[nn.Module, BlockSource]]:
+def running_dense(
+    request: RunRequest, pruned: Source, smaller: bool = False
+) -> Iterator[tuple[nn.Module, BlockSource]]:
     """The dense model and its blocks: read from its files one at a time, or loaded if these do not allow it.
+    ``smaller``: structures were removed from the blocks of the pruned model.
 
     Raises:
         InputError: it is not the model that was pruned.
     """
     source = open_source(request, weights=False)
-    _check_shapes(source, pruned)
+    _check_shapes(source, pruned, smaller)
     shards = source.files.shards
     if shards is not None:
         _check_outside(source, pruned, shards.read)
@@ -117,12 +120,15 @@ def running_dense(request: RunRequest, pruned: Source) -> Iterator[tuple[nn.Modu
     yield source.model, ResidentBlocks(source.blocks)
 
 
-def _shapes(source: Source) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(parameter.shape) for name, parameter in source.model.named_parameters()}
+def _shapes(source: Source, outside: bool) -> dict[str, tuple[int, ...]]:
+    """The shapes of all parameters, or of those outside the blocks."""
+    inside = tuple(f"{block.name}." for block in source.blocks) if outside else ()
+    named = source.model.named_parameters()
+    return {name: tuple(p.shape) for name, p in named if not (outside and name.startswith(inside))}
 
 
-def _check_shapes(dense: Source, pruned: Source) -> None:
-    found, wanted = _shapes(dense), _shapes(pruned)
+def _check_shapes(dense: Source, pruned: Source, smaller: bool) -> None:
+    found, wanted = _shapes(dense, smaller), _shapes(pruned, smaller)
     if found == wanted:
         return
     name = next(name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name))

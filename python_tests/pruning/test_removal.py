@@ -98,7 +98,7 @@ def test_bad_texts_are_refused(text, words):
     ("arguments", "words"),
     [
         ({"method": "balanced"}, "give sparsity or pattern"),
-        ({"method": "best", "sparsity": 0.5}, "does not go with distill"),
+        ({"method": "wanda + distill"}, "give sparsity or pattern"),
         ({"group": "matrix"}, "group is for zeros"),
         ({"skip": "x"}, "skip is for zeros"),
         ({"max_dense": 0.5}, "max_dense is for zeros"),
@@ -118,3 +118,11 @@ def test_zeros_follow_only_if_they_are_asked_for():
     assert alone.changed().to_dict() == alone.to_dict()
     assert zeros.without_removal().to_dict() == PruneConfig(pattern="2:4").to_dict()
     assert "remove" not in PruneConfig().to_dict()
+
+
+def test_distill_alone_writes_no_zeros_after_a_removal():
+    alone, zeros = PruneConfig("distill", remove="blocks=1"), PruneConfig("distill", 0.5, remove="blocks=1")
+    assert (alone.to_dict()["method"], zeros.to_dict()["method"]) == ("distill", "wanda + distill")
+    assert (alone.sparsity, zeros.sparsity) == (0.0, 0.5)
+    assert alone.without_distillation().to_dict() == PruneConfig(remove="blocks=1").to_dict()
+    assert PruneConfig("distill").to_dict()["method"] == "wanda + distill"

@@ -215,10 +215,36 @@ def test_a_pattern_must_fit_the_smaller_model(dense, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_heal_refuses_it(smaller, tmp_path, capsys):
-    status, _, error = call(capsys, "heal", str(smaller[0]), "--output", str(tmp_path / "healed"))
+HEALED = {"nsamples": 64, "seqlen": 16}
+"""Enough text of the tiny file to hold windows back."""
+
+
+@pytest.mark.parametrize(
+    ("method", "amount"), [("distill", {}), ("wanda + distill", {"sparsity": 0.5}), ("quantize(bits=8) + distill", {})]
+)
+def test_distilled_after_a_removal(dense, tmp_path, method, amount):
+    """The second part reads the dense model from its files, and trains the smaller one towards it."""
+    report, path = prune(dense, tmp_path / "out", calibration=HEALED, method=method, remove=BOTH, **amount)
+    assert report.healing is not None
+    assert report.healing.loss_after <= report.healing.loss_before
+    assert [record.after for record in read_report(path).removed] == [2, 2, 36]
+    assert verify(path).problems == []
+    assert AutoModelForCausalLM.from_pretrained(path).config.intermediate_size == 36
+
+
+def test_healed_as_a_folder_of_its_own(dense, smaller, tmp_path, capsys):
+    text = ["--calibration", str(dense.parent / "text.txt"), "--seqlen", "16", "--tokens", "1024"]
+    command = ["heal", str(smaller[0]), "--output", str(tmp_path / "healed"), *text]
+    status, _, error = call(capsys, *command)
+    assert status == 0, error
+    healed = read_report(tmp_path / "healed")
+    assert healed.healing is not None
+    assert healed.removed == smaller[1].removed
+    assert verify(tmp_path / "healed").problems == []
+    other = save_dense(tmp_path / "other", "llama-tied", torch.float32)
+    status, _, error = call(capsys, *command[:-1], "512", "--dense", str(other), "--overwrite")
     assert status == 2
-    assert "has fewer blocks, heads, neurons" in error
+    assert "dense must be the model that was pruned" in error
 
 
 def test_a_plan_has_the_sizes_of_the_run(smaller, dense):

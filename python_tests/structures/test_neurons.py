@@ -7,6 +7,7 @@ from tiny_models import make_model, make_tokens
 
 from ace_ext import InputError, prune_model
 from ace_ext.models.blocks import find_blocks
+from ace_ext.structures.choice import divergence
 from ace_ext.structures.search import find_neurons
 
 FAMILIES = ["llama", "llama-tied", "mistral", "qwen2", "opt", "gemma3"]
@@ -92,6 +93,18 @@ def test_least_squares_lowers_the_error_of_the_output(family):
         prune_model(model, tokens, remove=f"neurons=0.25(refit={refit})")
         errors.append(relative(logits(model, tokens), dense))
     assert errors[1] < 0.9 * errors[0]
+
+
+def test_distilled_towards_the_dense_model():
+    dense, model = make_model("llama"), make_model("llama")
+    tokens, text = make_tokens(16, 32), make_tokens(64, 32, seed=1)
+    report = prune_model(model, tokens, remove="neurons=0.5", method="distill", distill_text=text)
+    assert report.healing is not None
+    assert report.healing.loss_after < 0.95 * report.healing.loss_before
+    only_removed = make_model("llama")
+    prune_model(only_removed, tokens, remove="neurons=0.5")
+    held = {"input_ids": make_tokens(4, 32, seed=2)}
+    assert divergence(dense, model, [held]) < divergence(dense, only_removed, [held])
 
 
 def test_padding_is_left_out():
