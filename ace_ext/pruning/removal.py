@@ -12,9 +12,9 @@ from ace_ext.errors import InputError
 from ace_ext.pruning.settings import Limits, Options, option, option_texts, suggestion
 
 SCORES = {
-    "obs": "‖W_j‖² / (C⁻¹)_jj with the inputs' second moments C, a few at a time, C⁻¹ downdated",
-    "variance": "the variance of the input times ‖W_j‖² (FLAP, arXiv 2312.11983)",
     "cosine": "the change of direction of the block's output without the input",
+    "variance": "the variance of the input times ‖W_j‖² (FLAP, arXiv 2312.11983)",
+    "obs": "‖W_j‖² / (C⁻¹)_jj with the inputs' second moments C, a few at a time, C⁻¹ downdated",
 }
 """The scores by name, with their formulas. ``W_j``: column j of the matrix that reads the neurons or heads; a group of
 heads has several columns."""
@@ -85,7 +85,7 @@ class Params(ShareOf):
 class Units(ShareOf):
     """Removes parts of the input of one matrix, which is then fitted."""
 
-    score: str = option("obs", "which stay: those with the highest score", Limits(choices=SCORES))
+    score: str = option("cosine", "which stay: those with the highest score", Limits(choices=SCORES))
     refit: str = option(
         "matrix",
         "what the matrix that reads them is fitted to by least squares: matrix (what it gave with all of them) or none",
