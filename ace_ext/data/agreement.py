@@ -55,8 +55,8 @@ class Agreement:
 def answers(model: nn.Module, batches: Iterable[Inputs]) -> Answers:
     """What ``model`` answers, on the device of its weights. Its mode and weights do not change.
 
-    A model with outputs such as ``text_embeds`` has its embeddings there. Others give hidden states. Their mean over the
-    positions without padding is the embedding, as sentence encoders use it. A model that gives only ``logits``
+    A model with outputs such as ``text_embeds`` has its embeddings there. Others give hidden states. Their mean over
+    the positions without padding is the embedding, as sentence encoders use it. A model that gives only ``logits``
     ``[batch, labels]`` has labels, and its logits are its embeddings.
 
     Raises:
