@@ -106,7 +106,8 @@ def _mean_of_positions(states: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None or mask.shape != states.shape[:2]:
         return states.mean(1)
     weights = mask.to(states.dtype)[..., None]
-    return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+    mean: Tensor = (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+    return mean
 
 
 def agreement(dense: Answers, pruned: Answers) -> Agreement:
@@ -158,8 +159,8 @@ def spearman(first: Tensor, second: Tensor) -> float:
 def _ranks(values: Tensor) -> Tensor:
     """Float64 ``[n]``, from 1."""
     _, place, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts.double() - 1) / 2)[place]
+    mean_rank: Tensor = counts.cumsum(0).double() - (counts.double() - 1) / 2
+    return mean_rank[place]
 
 
 def words(text: str) -> list[str]:
