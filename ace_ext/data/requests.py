@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ace_ext.errors import InputError
-from ace_ext.models._transformers import embedding_weight, output_head, text_config
+from ace_ext.models._transformers import output_head, predicts_tokens, text_config, token_embedding
 from ace_ext.process_memory import available_bytes
 
 BYTES_OF_A_SAMPLE = 200
@@ -55,7 +55,8 @@ def check_positions(model: nn.Module, seqlen: int) -> None:
 def positions_of(model: nn.Module) -> int | None:
     """How many positions a model has. None if its configuration gives no number, or one below 1: XLNet has no limit and
     gives -1."""
-    positions = getattr(text_config(model), "max_position_embeddings", None)
+    settings = text_config(model)
+    positions = getattr(settings, "max_position_embeddings", None) or getattr(settings, "max_target_positions", None)
     return positions if isinstance(positions, int) and positions > 0 else None
 
 
@@ -71,12 +72,21 @@ def check_tokens(model: nn.Module, tokens: torch.Tensor) -> None:
     if tokens.dtype not in (torch.int64, torch.int32):
         found = str(tokens.dtype).removeprefix("torch.")
         raise InputError(f"tokens: {found} found; use ids in int64 or int32, as a tokenizer returns them")
-    known = len(embedding_weight(model))
-    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < known:
+    known = vocabulary_of(model)
+    if known is not None and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < known:
         raise InputError(
             f"tokens: ids from {int(tokens.min())} to {int(tokens.max())} found, but the model knows those from 0 to "
             f"{known - 1}; use the tokenizer that belongs to the model"
         )
+
+
+def vocabulary_of(model: nn.Module) -> int | None:
+    """How many token ids a model knows. None for a model that does not say which of its embeddings are those of tokens,
+    such as one of text and images."""
+    embedding = token_embedding(model)
+    if embedding is None or (not isinstance(embedding, nn.Embedding) and not predicts_tokens(model)):
+        return None
+    return len(embedding.get_parameter("weight"))
 
 
 def _short(value: object) -> str:

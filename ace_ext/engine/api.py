@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ace_ext.dense_weights import NOT_CALLED, DenseWeight
 from ace_ext.engine.batch_states import BatchStates
 from ace_ext.engine.context import RunContext
+from ace_ext.engine.entrances import Entrances
 from ace_ext.engine.finite import restored_if_float16
 from ace_ext.engine.inputs import Batches, model_inputs
 from ace_ext.engine.progress import Progress
@@ -102,13 +103,18 @@ def prune_model(
         if found is not None:
             context = replace(context, uses=found.uses)
         by_blocks = found is None or found.reason is None
-        states = _enter(model, store, ready, context, device) if by_blocks else BatchStates([], None, device)
+        entrances = _entrances(model, store, ready, found, config, context)
+        if entrances is not None:
+            states = BatchStates([], None, device)
+            entrances.enter(0 if context.journal is None else context.journal.finished, states)
+        else:
+            states = _enter(model, store, ready, context, device) if by_blocks else BatchStates([], None, device)
         text = batches if distill_text is None else distill_text
         distillation = _distillation(model, store, text, config, context) if trained else None
         weight = next(linear.weight for block in store.blocks for linear in block.linears.values())
         report = PruneReport(config.to_dict(), str(device), str(weight.dtype).removeprefix("torch."))
         with restored_if_float16(store) if context.journal is None else nullcontext():
-            walk = Walk(store, states, config, report, context, callback)
+            walk = Walk(store, states, config, report, context, callback, entrances)
             if not by_blocks:
                 walk.read_whole_forwards(model, ready)
             walk.run()
@@ -219,6 +225,23 @@ def _enter(
     if not calls:
         raise InputError("calibration must have at least one token whose attention_mask is not 0 (got none)")
     return BatchStates(calls, hidden, device)
+
+
+def _entrances(
+    model: nn.Module,
+    store: BlockSource,
+    batches: list[dict[str, Tensor]],
+    found: Findings | None,
+    config: PruneConfig,
+    context: RunContext,
+) -> Entrances | None:
+    """The entrances to the parts of a model; None for a causal language model, or one that is not walked block by
+    block."""
+    if found is None or found.reason is not None or not found.parts:
+        return None
+    assert context.device is not None  # set by the caller
+    dense = config.method.train is not None or context.sink is not None
+    return Entrances(model, store, found.parts, batches, context, context.device, dense)
 
 
 def _tried(

@@ -30,6 +30,10 @@ class BatchStates:
         """Waits until states that are replaced have reached the disk."""
         self._finite: list[Tensor] = []
 
+    def take(self, calls: Sequence[BlockCall], hidden: HiddenStates) -> None:
+        """Goes on with other calls and hidden states: those of another part of the model."""
+        self.calls, self._hidden = calls, hidden
+
     @property
     def hidden(self) -> HiddenStates:
         """The batches' hidden states before the current block."""

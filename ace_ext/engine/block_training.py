@@ -1,13 +1,16 @@
 """Training of each pruned block towards the dense one's outputs, and the extra hidden states that it needs."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from ace_ext.engine.batch_states import BatchStates
 from ace_ext.engine.context import RunContext
+from ace_ext.engine.entrances import Entrances
 from ace_ext.engine.strategies import RunSizes
 from ace_ext.models.blocks import Block
 from ace_ext.models.hidden_states import HiddenStates
-from ace_ext.models.replay import run_block
+from ace_ext.models.replay import BlockCall, run_block
 from ace_ext.pruning.block_training import step_samples
 from ace_ext.pruning.stages import BlockSizes, TrainBlock
 from ace_ext.records import Tuning
@@ -20,10 +23,15 @@ class BlockTraining:
         stage: trains a block.
         states: the walk's.
         context: of the run; a resumed run finds the dense model's hidden states in its journal's folder.
+        entrances: to the parts of a model that has several.
     """
 
-    def __init__(self, stage: TrainBlock, states: BatchStates, context: RunContext) -> None:
-        self._stage, self._states = stage, states
+    def __init__(
+        self, stage: TrainBlock, states: BatchStates, context: RunContext, entrances: Entrances | None = None
+    ) -> None:
+        self._stage, self._states, self._entrances = stage, states, entrances
+        self._calls: Sequence[BlockCall] = states.calls
+        """The dense model's calls."""
         name = f"dense-{context.peers.rank}"
         resumed = context.journal is not None and context.journal.finished
         self.dense: HiddenStates = states.hidden.sibling(name) if resumed else states.hidden.fork(name)
@@ -34,8 +42,10 @@ class BlockTraining:
     def run_dense(self, block: Block, index: int) -> None:
         """Keeps the inputs of a block that is not pruned yet, and runs the dense model through it for the targets."""
         states = self._states
+        if self._entrances is not None and self._entrances.starts(index):
+            self._calls, self.dense = self._entrances.dense(index)
         self._inputs = [states.hidden[i] for i in range(len(states.calls))]
-        for i, call in enumerate(states.calls):
+        for i, call in enumerate(self._calls):
             self._targets.append(run_block(block, self.dense[i], call.others[index]))
             states.put(block, index, i, self._targets[-1], hidden=self.dense)
         states.check_outputs(block)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ace_ext.data.requests import check_positions, check_tokens
 from ace_ext.errors import InputError
+from ace_ext.models._transformers import decoder_of, main_input, predicts_tokens, takes_argument
 from ace_ext.models.run_mode import as_made_here
 from ace_ext.pruning.config import PruneConfig
 
@@ -25,21 +26,58 @@ def model_inputs(
     Raises:
         InputError: tokens or other inputs that no call of the model takes.
     """
+    plain = predicts_tokens(model)
     if isinstance(batches, Tensor):
+        if not plain and main_input(model) != "input_ids":
+            raise InputError(
+                f"{type(model).__name__} reads {main_input(model)}: give calibration as dicts of its inputs, as its "
+                f"processor returns them (got a tensor {list(batches.shape)})"
+            )
         if batches.dim() != 2:
             raise InputError(f"calibration tokens must be [nsamples, seqlen] (got shape {list(batches.shape)})")
         batches = torch.split(batches, config.batch_samples(batches.shape[1]))
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     for batch in [batches] if isinstance(batches, Mapping) else batches:
-        inputs = _checked({"input_ids": batch} if isinstance(batch, Tensor) else batch)
-        check_tokens(model, inputs["input_ids"])
-        check_positions(model, inputs["input_ids"].shape[1])
-        if inputs["input_ids"].numel() and bool(inputs.get("attention_mask", inputs["input_ids"].new_ones(1)).any()):
+        inputs = _checked({"input_ids": batch} if isinstance(batch, Tensor) else batch, plain)
+        if not plain:
+            _check_other(model, inputs)
+            inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        if "input_ids" in inputs:
+            check_tokens(model, inputs["input_ids"])
+            check_positions(model, inputs["input_ids"].shape[1])
+        if _counts(inputs):
             yield {name: as_made_here(value.to(device)) for name, value in inputs.items()}
 
 
-def _checked(batch: Any) -> dict[str, Tensor]:
+def _counts(inputs: dict[str, Tensor]) -> bool:
+    """Whether a batch has a token that is not padding."""
+    first = inputs["input_ids"] if "input_ids" in inputs else next(iter(inputs.values()))
+    mask = inputs.get("attention_mask")
+    return bool(first.numel()) and (mask is None or bool(mask.any()))
+
+
+def _check_other(model: nn.Module, inputs: dict[str, Tensor]) -> None:
+    """Checks the inputs of a model that is no causal language model."""
+    for name, value in inputs.items():
+        if not takes_argument(model, name):
+            raise InputError(f"calibration input {name} is none of {type(model).__name__}'s; leave it out")
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise InputError(f"calibration input {name} must be finite (it holds NaN or infinity)")
+    decoder, ids, mask = decoder_of(model), inputs.get("decoder_input_ids"), inputs.get("decoder_attention_mask")
+    if decoder is not None and ids is not None:
+        if ids.dim() != 2 or (mask is not None and mask.shape != ids.shape):
+            found = list(ids.shape) if ids.dim() != 2 else list(ids.shape) + list(mask.shape if mask is not None else ())
+            raise InputError(
+                "calibration decoder_input_ids and decoder_attention_mask must be [batch, seqlen], of one shape "
+                f"(got {found})"
+            )
+        check_tokens(decoder, ids)
+        check_positions(model, ids.shape[1])
+
+
+def _checked(batch: Any, plain: bool) -> dict[str, Tensor]:
     """A dict of inputs as a tokenizer or a processor returns it, which may be a class of its own. Entries that
-    are None are left out."""
+    are None are left out. ``plain``: of a causal language model, which needs ``input_ids``."""
     if not isinstance(batch, Mapping):
         raise InputError(
             f"calibration batches must be tensors of tokens or dicts of the model's inputs (got {type(batch).__name__})"
@@ -51,9 +89,11 @@ def _checked(batch: Any) -> dict[str, Tensor]:
                 f"calibration inputs must be tensors (got {type(value).__name__} for {name}); "
                 'call the tokenizer or processor with return_tensors="pt"'
             )
-    if "input_ids" not in inputs:
+    if not inputs or (plain and "input_ids" not in inputs):
         raise InputError(f"calibration inputs must have input_ids (got {', '.join(inputs) or 'nothing'})")
-    tokens, mask = inputs["input_ids"], inputs.get("attention_mask")
+    tokens, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if tokens is None:
+        return inputs
     if tokens.dim() != 2:
         raise InputError(f"calibration input_ids must be [batch, seqlen] (got shape {list(tokens.shape)})")
     if mask is not None and mask.shape != tokens.shape:

@@ -34,6 +34,11 @@ class Journal(Protocol):
         """The inputs of the first unfinished block: those of the earlier run, or ``states`` if there is none."""
         ...
 
+    def open_part(self, states: Iterable[Tensor], device: torch.device, resumed: bool) -> HiddenStates:
+        """The inputs of a part of a model, which later blocks replace; ``resumed``: those that the earlier run left
+        before a block within the part."""
+        ...
+
     def wants_states(self) -> bool:
         """Whether it is time to bring hidden states to the disk, so that a run can be resumed after this block."""
         ...

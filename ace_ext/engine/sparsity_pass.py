@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from ace_ext.engine.batch_states import BatchStates
 from ace_ext.engine.collection import Collection
+from ace_ext.engine.entrances import Entrances
 from ace_ext.engine.strategies import RunSizes
 from ace_ext.models.block_store import BlockSource
 from ace_ext.models.blocks import Block
@@ -28,11 +29,19 @@ def allocate_sparsity(
 
 
 def measured_by_forwards(
-    blocks: BlockSource, config: PruneConfig, states: BatchStates, collection: Collection, rank: int
+    blocks: BlockSource,
+    config: PruneConfig,
+    states: BatchStates,
+    collection: Collection,
+    rank: int,
+    entrances: Entrances | None = None,
 ) -> Keeps:
-    """:func:`allocate_sparsity` with statistics of forward passes, which have hidden states of their own."""
-    hidden = states.hidden.fork(f"measure-{rank}")
+    """:func:`allocate_sparsity` with statistics of forward passes, which have hidden states of their own.
+    ``entrances``: to the parts of a model that has several."""
     needs = config.needs.measure
+    if entrances is not None:
+        return _measured_in_parts(blocks, config, states, collection, entrances)
+    hidden = states.hidden.fork(f"measure-{rank}")
 
     def statistics(block: Block, index: int) -> dict[str, LinearStatistics]:
         found = collection.collect(block, index, list(block.linears), advance=True, hidden=hidden, needs=needs)
@@ -41,6 +50,19 @@ def measured_by_forwards(
 
     keeps = allocate_sparsity(blocks, config, statistics)
     hidden.remove()
+    return keeps
+
+
+def _measured_in_parts(
+    blocks: BlockSource, config: PruneConfig, states: BatchStates, collection: Collection, entrances: Entrances
+) -> Keeps:
+    def statistics(block: Block, index: int) -> dict[str, LinearStatistics]:
+        entrances.enter(index, states, lasting=False)
+        return collection.collect(block, index, list(block.linears), advance=True, needs=config.needs.measure)
+
+    entrances.again()
+    keeps = allocate_sparsity(blocks, config, statistics)
+    entrances.again()
     return keeps
 
 

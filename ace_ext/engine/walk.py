@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ace_ext.engine.batch_states import BatchStates
 from ace_ext.engine.collection import Collection
 from ace_ext.engine.context import RunContext
+from ace_ext.engine.entrances import Entrances
 from ace_ext.engine.matrix_pruner import MatrixPruner
 from ace_ext.engine.recorder import Recorder
 from ace_ext.engine.strategies import DenseStrategy, Strategy, by_block
@@ -36,6 +37,7 @@ class Walk:
         report: gets the report of each block.
         context: the optional services of the run.
         callback: called after each block with its report.
+        entrances: to the parts of a model that has several.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class Walk:
         report: PruneReport,
         context: RunContext,
         callback: Callable[[BlockReport], None] | None = None,
+        entrances: Entrances | None = None,
     ) -> None:
+        self.entrances = entrances
         self.blocks, self.states, self.config, self.context = blocks, states, config, context
         self.recorder = Recorder(report, context, callback)
         states.settle = self.recorder.settle
@@ -82,7 +86,7 @@ class Walk:
         if stage is not None:
             from ace_ext.engine.block_training import BlockTraining
 
-            training = BlockTraining(stage, self.states, self.context)
+            training = BlockTraining(stage, self.states, self.context, self.entrances)
         self.recorder.start(len(blocks), self.states)
         try:
             if self.config.comparison.over_matrices:
@@ -104,7 +108,7 @@ class Walk:
             return kept
         if self._walks:
             rank = self.context.peers.rank
-            keeps = measured_by_forwards(self.blocks, self.config, self.states, self.collection, rank)
+            keeps = measured_by_forwards(self.blocks, self.config, self.states, self.collection, rank, self.entrances)
         else:
             keeps = allocate_sparsity(self.blocks, self.config, self._dense.statistics)
         if journal is not None:
@@ -120,6 +124,7 @@ class Walk:
         from ace_ext.engine.strategies.whole_model import WholeModel
 
         def statistics(block: Block, index: int) -> dict[str, LinearStatistics]:
+            self._enter(index)
             found = self._dense.statistics(block, index)
             if self._walks:
                 self.states.hidden.commit()
@@ -132,6 +137,7 @@ class Walk:
 
     def _run_block(self, index: int, training: "BlockTraining | None") -> None:
         start = time.perf_counter()
+        self._enter(index)
         with self.blocks.loaded(index) as block:
             report = BlockReport(block.name, 0.0)
             if training is not None:
@@ -145,4 +151,15 @@ class Walk:
             moving = [self.states.hidden] if self._walks else []
             moving += [] if training is None else [training.dense]
             report.seconds = time.perf_counter() - start
-            self.recorder.finish(block, report, self.states, moving, last=index + 1 == len(self.blocks.blocks))
+            last = index + 1 == len(self.blocks.blocks) or (self.entrances is not None and self.entrances.ends(index))
+            self.recorder.finish(block, report, self.states, moving, last=last)
+
+    def _enter(self, index: int) -> None:
+        """Goes on to the part of block ``index``, if the model has several. Statistics to keep are the dense
+        model's."""
+        if self.entrances is None:
+            return
+        if self.context.sink is not None and self.entrances.starts(index):
+            self.states.take(*self.entrances.dense(index))
+        else:
+            self.entrances.enter(index, self.states)

@@ -5,6 +5,7 @@ inside the functions that need it.
 """
 
 import contextlib
+import inspect
 import io
 import re
 from collections.abc import Callable
@@ -168,7 +169,7 @@ def main_input(model: nn.Module) -> str:
 
 def has_encoder(model: nn.Module) -> bool:
     """Whether a model consists of an encoder and a decoder."""
-    return bool(getattr(model.config, "is_encoder_decoder", False))
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def is_encoder(model: nn.Module) -> bool:
@@ -176,6 +177,68 @@ def is_encoder(model: nn.Module) -> bool:
     modules have ``is_causal``, and it is False in all of them. Attention without ``is_causal`` counts as causal."""
     causal = [bool(module.is_causal) for module in model.modules() if hasattr(module, "is_causal")]
     return bool(causal) and not any(causal)
+
+
+def predicts_tokens(model: nn.Module) -> bool:
+    """Whether a model is a causal language model, or contains one that reads what other parts of it see: it has an LM
+    head or causal attention, and does not consist of encoders, or of an encoder and a decoder."""
+    causal = any(bool(getattr(module, "is_causal", False)) for module in model.modules())
+    return (causal or has_head(model)) and not has_encoder(model) and not is_encoder(model)
+
+
+def has_head(model: nn.Module) -> bool:
+    """Whether a model has a module that turns hidden states into logits."""
+    try:
+        return hasattr(model, "get_output_embeddings") and output_head(model) is not None
+    except (AttributeError, NotImplementedError):
+        return False
+
+
+def decoder_of(model: nn.Module) -> nn.Module | None:
+    """The decoder of a model that consists of an encoder and a decoder; None for other models."""
+    if not has_encoder(model) or not hasattr(model, "get_decoder"):
+        return None
+    found: nn.Module = _method(model, "get_decoder")()
+    return found
+
+
+def takes_argument(model: nn.Module, name: str) -> bool:
+    """Whether the forward of a model has an argument of this name, or of a language model may have: one that takes any
+    name."""
+    parameters = inspect.signature(model.forward).parameters
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return name in parameters or (anything and predicts_tokens(model))
+
+
+def plain_call(model: nn.Module) -> dict[str, Any]:
+    """The arguments of a call that keeps no keys and values of attention for later calls."""
+    return {"use_cache": False} if takes_argument(model, "use_cache") else {}
+
+
+_FRAME_MASK, _FRAMES = "_get_feature_vector_attention_mask", "_get_feat_extract_output_lengths"
+"""Methods of speech models: the mask of the frames that the blocks see, given that of samples; and the number of frames
+that a number of samples gives."""
+
+
+def frame_mask(model: nn.Module, mask: Tensor, frames: int) -> Tensor | None:
+    """The mask ``[batch, frames]`` of the frames that the blocks of a speech model see; None if the model's class does
+    not say which they are.
+
+    Args:
+        model: the model.
+        mask: ``[batch, samples]``, of what its processor returned.
+        frames: how many frames the blocks see.
+    """
+    for module in model.modules():
+        if hasattr(module, _FRAME_MASK):
+            found: Tensor = getattr(module, _FRAME_MASK)(frames, mask.long())
+            return found.bool()
+    for module in model.modules():
+        if hasattr(module, _FRAMES):
+            lengths = torch.as_tensor(getattr(module, _FRAMES)(mask.long().sum(-1)))
+            if int(lengths.max()) <= frames:
+                return torch.arange(frames, device=mask.device) < lengths[:, None]
+    return None
 
 
 def is_left_out(model: nn.Module, name: str) -> bool:

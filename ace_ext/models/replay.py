@@ -3,30 +3,38 @@
 All arguments (masks, rotary embeddings and others) are kept unchanged, so the model family need not be known.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ace_ext.errors import InputError
+from ace_ext.models._transformers import plain_call
 from ace_ext.models.blocks import Block
+from ace_ext.models.token_masks import TokenMasks
 
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """A block's positional and keyword arguments besides its hidden states."""
 
+NOT_ENTERED: Arguments = ((), {})
+"""In place of the arguments of a block in another part of the model."""
+
 
 @dataclass
 class BlockCall:
-    """How one batch enters the blocks. ``others[i]`` are block i's arguments besides the hidden states."""
+    """How one batch enters the blocks. ``others[i]`` are block i's arguments besides the hidden states; of blocks that
+    do not belong to the part of the model that was entered, empty ones."""
 
     hidden: Tensor | None  # [batch, seqlen, d_model], the input of the first block; the user sets it to None once read
     others: list[Arguments]
     token_mask: Tensor | None  # [batch * seqlen] bool, None if no token is padding
     tokens: int = 0  # in the batch, without padding
     wrap: Callable[[Tensor], object] = lambda hidden: hidden  # gives hidden states the form of a block's output
+    states: Sequence[tuple[Tensor, Tensor | None]] = ()  # an encoder's output, and its mask as token_mask
 
 
 class _Captured(Exception):
@@ -34,7 +42,7 @@ class _Captured(Exception):
 
 
 class _Recorder:
-    """Replaces the forward of every block: records the arguments, returns the hidden states unchanged."""
+    """Replaces the forward of every block of a part: records the arguments, returns the hidden states unchanged."""
 
     def __init__(self, blocks: list[Block]) -> None:
         self.blocks = blocks
@@ -42,6 +50,12 @@ class _Recorder:
         self.others: list[Arguments] = []
         # Gives a tensor the form of a block's output: the tensor itself, or a tuple that starts with it.
         self.wrap: Callable[[Tensor], object] | None = None
+
+    def begin(self) -> None:
+        """To be called before a batch. A form that holds tensors, such as a bias of attention, is that of one batch."""
+        self.others = []
+        if self.wrap is not None and _holds_tensors(self.wrap):
+            self.wrap = None
 
     def forward_of(self, index: int, original: Callable[..., Any]) -> Callable[..., object]:
         """The forward that replaces ``original``, that of block ``index``."""
@@ -63,18 +77,28 @@ class _Recorder:
 
 
 def _check_hidden(block: str, hidden: Tensor) -> None:
-    if hidden.dim() != 3:
+    if hidden.dim() < 3:
         raise InputError(
             f"{block} is called with hidden states {list(hidden.shape)}, not [batch, seqlen, d_model]; such a model "
             "cannot be pruned"
         )
 
 
+def _plain(hidden: Tensor) -> object:
+    return hidden
+
+
+def _with_tail(tail: tuple[Any, ...], hidden: Tensor) -> object:
+    return (hidden, *tail)
+
+
 def _wrapper_like(output: Any) -> Callable[[Tensor], object]:
-    if isinstance(output, Tensor):
-        return lambda hidden: hidden
-    tail = output[1:]  # not the whole output: it would keep its hidden states in memory
-    return lambda hidden: (hidden, *tail)
+    # not the whole output: it would keep its hidden states in memory
+    return _plain if isinstance(output, Tensor) else partial(_with_tail, output[1:])
+
+
+def _holds_tensors(wrap: Callable[[Tensor], object]) -> bool:
+    return isinstance(wrap, partial) and any(isinstance(value, Tensor) for value in wrap.args[0])
 
 
 @contextmanager
@@ -140,50 +164,61 @@ def run_until_called(block: Block, hidden: Tensor, others: Arguments, children: 
 
 
 @torch.no_grad()
-def capture_calls(model: nn.Module, blocks: list[Block], batches: Iterable[dict[str, Tensor]]) -> Iterator[BlockCall]:
+def capture_calls(
+    model: nn.Module, blocks: list[Block], batches: Iterable[dict[str, Tensor]], part: range | None = None
+) -> Iterator[BlockCall]:
     """Yields for each batch the arguments of each block's call, and the hidden states that enter the first block.
 
     The blocks' forwards are replaced until the generator ends, so a batch costs one embedding instead of a forward
-    pass. One block runs with the first batch, to find the form of its output.
+    pass. One block runs with the first batch, to find the form of its output; with every batch if that form holds
+    tensors.
+
+    Args:
+        model: the model.
+        blocks: its blocks.
+        batches: arguments of its calls.
+        part: only these blocks are entered; earlier ones of other parts run as they are. None: all blocks.
 
     Raises:
-        InputError: the model does not call each of its blocks once, in order, or calls them with hidden states of
-            another form than ``[batch, seqlen, d_model]``.
+        InputError: the model does not call each of the blocks once, in order, or calls them with hidden states of
+            fewer dimensions than ``[batch, seqlen, d_model]``.
     """
-    recorder = _Recorder(blocks)
+    part = part or range(len(blocks))
+    recorder, options = _Recorder(blocks[part.start : part.stop]), plain_call(model)
+    masks = TokenMasks(model)
     with ExitStack() as restore:
-        for index, block in enumerate(blocks):
+        for index, block in enumerate(recorder.blocks):
             restore.enter_context(replaced_forward(block.module, recorder.forward_of(index, block.module.forward)))
         for batch in batches:
-            recorder.others = []
+            recorder.begin()
             try:
-                model(**batch, use_cache=False)
+                model(**batch, **options)
             except _Captured:
-                if len(recorder.others) != len(blocks):
+                if len(recorder.others) != len(part):
                     raise InputError(
-                        f"the model called only {len(recorder.others)} of its {len(blocks)} blocks"
+                        f"the model called only {len(recorder.others)} of its {len(part)} blocks"
                     ) from None
-                assert recorder.hidden is not None  # both set by the first block
-                assert recorder.wrap is not None
-                token_mask = _token_mask(batch.get("attention_mask"), recorder.hidden)
-                tokens = recorder.hidden.shape[:2].numel() if token_mask is None else int(token_mask.sum())
-                yield BlockCall(recorder.hidden, recorder.others, token_mask, tokens, recorder.wrap)
+                yield _call_of(recorder, masks, batch, part)
             else:
-                raise InputError(f"the model did not call all its blocks from {blocks[0].name} to the last")
+                raise InputError(f"the model did not call all its blocks from {recorder.blocks[0].name} to the last")
 
 
-def _token_mask(attention_mask: Tensor | None, hidden: Tensor) -> Tensor | None:
-    """``[batch, seqlen]`` to ``[batch * seqlen]`` bool; None if no token is padding. ``hidden [batch, seqlen,
-    d_model]`` enters the first block.
+def _call_of(recorder: _Recorder, masks: TokenMasks, batch: dict[str, Tensor], part: range) -> BlockCall:
+    """The call of a batch that reached the last block of the part."""
+    first, hidden = recorder.blocks[0], recorder.hidden
+    assert hidden is not None  # both set by the first block
+    assert recorder.wrap is not None
+    mask = masks.of(first.name, batch, hidden)
+    tokens = token_count(first.module, hidden) if mask is None else int(mask.sum())
+    states = masks.of_states(first.name, batch, recorder.others)
+    others = [*([NOT_ENTERED] * part.start), *recorder.others]
+    return BlockCall(hidden, others, mask, tokens, recorder.wrap, states)
 
-    Raises:
-        InputError: the mask has another number of tokens, for example because the model adds those of an image itself.
-    """
-    if attention_mask is None or bool(attention_mask.all()):
-        return None
-    if attention_mask.shape != hidden.shape[:2]:
-        raise InputError(
-            f"attention_mask must have an entry for each token that the blocks see, {list(hidden.shape[:2])} "
-            f"(got {list(attention_mask.shape)}); give batches without padding"
-        )
-    return attention_mask.flatten().bool()
+
+def token_count(block: nn.Module, hidden: Tensor) -> int:
+    """The number of tokens in hidden states. Their width is the last dimension, or that with the size of a block's
+    first vector of weights, as in ``[batch, channels, height, width]``."""
+    width = next((len(p) for p in block.parameters() if p.dim() == 1), hidden.shape[-1])
+    if hidden.dim() == 3 or hidden.shape[-1] == width or width not in hidden.shape[1:]:
+        return hidden.shape[:-1].numel()
+    return hidden.numel() // width

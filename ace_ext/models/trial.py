@@ -3,7 +3,7 @@ only the output of the one before. The trial uses a few tokens, or one batch wit
 changed."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,16 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from ace_ext.errors import InputError
-from ace_ext.models._transformers import output_head
+from ace_ext.models._transformers import decoder_of, output_head, predicts_tokens
 from ace_ext.models.block_store import BlockSource
 from ace_ext.models.blocks import Block
+from ace_ext.models.parts import Recording, parts_of, tried_parts
 from ace_ext.models.replay import Arguments, BlockCall, capture_calls, first_of, replaced_forward, run_block
+from ace_ext.models.token_masks import TokenMasks
 
 TOKENS = 8
 """The number of tokens of the first sample that the trial uses."""
 TOLERANCE = 0.05
 """The largest relative difference between the last block's outputs in the model and block by block. A block that lacks
 an input from another block gives a different output. Rounding gives about 0.01 in bfloat16."""
+
+
+_DECODED = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
+"""Inputs of a decoder. Many models make the first of them from the last."""
 
 
 class _Done(Exception):
@@ -42,6 +48,9 @@ def try_walk(model: nn.Module, store: BlockSource, batch: dict[str, Tensor]) -> 
         InputError: a text call reaches none of the blocks.
     """
     few = _part(batch)
+    if not predicts_tokens(model):
+        with explained(model, batch):
+            return _try_parts(model, store, few)
     with store.entrance(model):
         call = _captured(model, store, few)
     trial = _Trial(store, call)
@@ -56,7 +65,7 @@ def try_walk(model: nn.Module, store: BlockSource, batch: dict[str, Tensor]) -> 
 def _part(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The part of a batch to try. A batch with images is used as a whole: images belong to certain tokens, and may
     reach the blocks in other ways than text does."""
-    if any(value.shape != batch["input_ids"].shape for value in batch.values()):
+    if "input_ids" not in batch or any(value.shape != batch["input_ids"].shape for value in batch.values()):
         return batch
     return {name: value[:1, :TOKENS] for name, value in batch.items() if name != "attention_mask"}
 
@@ -73,11 +82,43 @@ class Findings:
     shares: bool = False
     """Whether blocks also pass values on in a dict that is an argument of each, such as keys and values of
     attention."""
+    parts: Sequence[range] = ()
+    """The parts of a network that is no causal language model (:mod:`ace_ext.models.parts`), in the order of a
+    forward."""
 
     def uncalled(self, block: Block) -> list[str]:
         """The Linears of a block that no text call uses. Experts are left out, because other text may use them."""
         uses = self.uses.get(block.name, Counter())
         return [child for child in block.linears if not uses[child] and not block.is_expert(child)]
+
+
+def _try_parts(model: nn.Module, store: BlockSource, batch: dict[str, Tensor]) -> Findings:
+    """:func:`try_walk` of a model with several lists of blocks."""
+    recording = Recording(model, store, batch)
+    parts, reason = parts_of(recording, store)
+    if reason is None:
+        TokenMasks(model).check_used([store.blocks[part.start].name for part in parts], batch)
+        reason = tried_parts(model, store, batch, recording, parts, TOLERANCE)
+    shares = any(isinstance(value, dict) and bool(value) for value in recording.named)
+    return Findings(reason, recording.uses, shares, parts)
+
+
+@contextmanager
+def explained(model: nn.Module, batch: dict[str, Tensor]) -> Iterator[None]:
+    """Within this context an error of a call of the model is an :class:`InputError` about its inputs."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
+        given = ", ".join(f"{name} {list(value.shape)}" for name, value in batch.items())
+        lacks = decoder_of(model) is not None and not any(name in batch for name in _DECODED)
+        mend = f"; a model with a decoder also needs {' or '.join(_DECODED)}" if lacks else ""
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"calibration inputs do not suit {type(model).__name__} (got {given}): {type(error).__name__}: "
+            f"{reason}{mend}"
+        ) from error
 
 
 def _captured(model: nn.Module, store: BlockSource, batch: dict[str, Tensor]) -> BlockCall | None:

@@ -1,7 +1,7 @@
 """A forward pass of a whole model whose blocks may be on the disk, with one part of it in memory at a time."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,13 +18,19 @@ def whole_logits(model: nn.Module, blocks: BlockSource, tokens: Tensor, device: 
 
     A model in memory and the same model on the disk run the same code on the same shapes, so they give the same bits.
     """
-    with ExitStack() as stack:
-        for index, block in enumerate(blocks.blocks):
-            stack.enter_context(replaced_forward(block.module, _holding(blocks, index)))
-        stack.enter_context(blocks.outside_loaded(model))
-        stack.enter_context(float32_products(model))
+    with blocks_held(blocks), blocks.outside_loaded(model), float32_products(model):
         logits: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits
     return logits
+
+
+@contextmanager
+def blocks_held(blocks: BlockSource, left_out: range = range(0)) -> Iterator[None]:
+    """Within this context the blocks have their weights in memory while they run, except those of ``left_out``."""
+    with ExitStack() as stack:
+        for index, block in enumerate(blocks.blocks):
+            if index not in left_out:
+                stack.enter_context(replaced_forward(block.module, _holding(blocks, index)))
+        yield
 
 
 def _holding(blocks: BlockSource, index: int) -> Callable[..., Any]:

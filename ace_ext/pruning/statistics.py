@@ -4,7 +4,7 @@ Linears that read the same tensor (q, k and v; gate and up) share one state for 
 Weighted statistics depend on each Linear's own output and are not shared.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TypeVar
@@ -175,7 +175,8 @@ class StatisticsCollector:
     If a Linear is called only once, its entry may be removed right after the call to free memory. A Linear that is
     called more often must be in :attr:`alone`; its statistics are those of all calls.
 
-    ``token_mask`` excludes padded tokens: ``[T]`` bool, or None for all. Set it before each forward. Call
+    ``token_mask`` excludes padded tokens: ``[T]`` bool, or None for all; ``states`` are tensors of other states that
+    Linears may read, such as an encoder's output, each with its own mask. Set both before each forward. Call
     :meth:`observe` from a hook, or use the collector as a context manager that hooks all its Linears.
     """
 
@@ -191,6 +192,7 @@ class StatisticsCollector:
         self._sketched = token_norm == "sketch"
         self.stats: dict[str, LinearStatistics] = {}
         self.token_mask: Tensor | None = None
+        self.states: Sequence[tuple[Tensor, Tensor | None]] = ()
         self._sample_rows = max(1, self.SAMPLE_ROWS // batches)
         self._leader: dict[str, str] = {}  # the Linear whose input statistics a Linear shares
         self._shared = _Shared()  # the statistics of the newest input
@@ -224,7 +226,8 @@ class StatisticsCollector:
         """Adds one call of a Linear: its input ``[..., d_in]`` and output ``[..., d_out]`` with bias, or None if
         :attr:`wants_output` is false."""
         leader = self._share(name, x)
-        rows = self._tokens(x)
+        mask = self._mask_of(x)
+        rows = _tokens(x, mask)
         stats = self.stats.get(name)
         if stats is None:
             stats = self.stats[name] = self._new_stats(name, leader, rows.device)
@@ -241,7 +244,7 @@ class StatisticsCollector:
                 stats.gram.update(rows)
         if self.wants_output:
             bias: Tensor | None = self.linears[name].bias
-            dense = self._tokens(_collected(output) if bias is None else _collected(output) - bias)
+            dense = _tokens(_collected(output) if bias is None else _collected(output) - bias, mask)
             if MOMENT in self.needs:
                 ops.update_cosine_moment_(_collected(stats.moment), rows, dense)
         elif self._weighs_tokens:
@@ -293,12 +296,20 @@ class StatisticsCollector:
             sampled=shared.sampled,
         )
 
-    def _tokens(self, x: Tensor) -> Tensor:
-        """``[T, d]`` without padded tokens. A mask of a different length is ignored: an expert has its own tokens."""
-        rows = x.detach().reshape(-1, x.shape[-1])
-        if self.token_mask is not None and len(self.token_mask) == len(rows):
-            rows = rows[self.token_mask]
-        return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
+    def _mask_of(self, x: Tensor) -> Tensor | None:
+        """The mask of padded tokens of a Linear's input."""
+        for states, mask in self.states:
+            if x.data_ptr() == states.data_ptr() and x.shape == states.shape:
+                return mask
+        return self.token_mask
+
+
+def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """``[T, d]`` without padded tokens. A mask of a different length is ignored: an expert has its own tokens."""
+    rows = x.detach().reshape(-1, x.shape[-1])
+    if mask is not None and len(mask) == len(rows):
+        rows = rows[mask]
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
 
 
 def token_weights(name: str, dense: Tensor) -> Tensor:

@@ -113,6 +113,18 @@ class Workspace(UnfinishedRun):
             return HiddenStates.reopen(layout, self._side, self.folder, resident, name, device)
         return HiddenStates(states, self.folder, resident, name, device)
 
+    def open_part(self, states: Iterable[Tensor], device: torch.device, resumed: bool) -> HiddenStates:
+        """The inputs of a part of a model; ``resumed``: those that the earlier run left before a block within the part.
+
+        Raises:
+            InputError: as :meth:`open_hidden`.
+        """
+        if resumed:
+            return self.open_hidden(states, device)
+        self.settle()
+        self._side = 0
+        return HiddenStates(states, self.folder, self.resident_hidden, f"hidden-{self.rank}", device)
+
     def wants_states(self) -> bool:
         """Whether hidden states are written after this block. States in files always are;
         :data:`LEAST_COST` and :data:`LEAST_WORK` decide for others."""

@@ -148,7 +148,7 @@ def test_one_module_under_two_names_is_one_linear():
 def test_nothing_to_prune_is_an_error():
     with pytest.raises(InputError, match="skip leaves no Linear"):
         find_blocks(make_model("llama"), skip=[""])
-    with pytest.raises(InputError, match="has no list of decoder blocks"):
+    with pytest.raises(InputError, match="has no list of blocks"):
         find_blocks(nn.Linear(2, 2))
     with pytest.raises(InputError, match="skip must be regular expressions"):
         find_blocks(make_model("llama"), skip=["("])

@@ -10,7 +10,7 @@ from ace_ext.engine.strategies.in_steps import InSteps, step_order
 from ace_ext.errors import InputError
 from ace_ext.models.blocks import Block
 from ace_ext.models.lockstep import PAUSED_BYTES, Lockstep, forwards_fit, keeps_no_state
-from ace_ext.models.replay import run_block
+from ace_ext.models.replay import BlockCall, run_block
 from ace_ext.pruning.statistics import StatisticsCollector
 
 
@@ -74,7 +74,7 @@ class InLockstep(WalkStrategy):
                     if place[child] == first:
                         ready.append(i)
                         with states.naming(block, index, i):
-                            observe(collector, step, x, states.calls[i].token_mask)
+                            observe(collector, step, x, states.calls[i])
                         lockstep.admit(i, step, x)
                 del stops  # and so the inputs
                 done |= self._pruner.prune_all(block, self._collection.complete(block, collector))
@@ -101,9 +101,9 @@ class InLockstep(WalkStrategy):
         return StrategyBytes(sizes.most_statistics(together), forward, pending, stacks)
 
 
-def observe(collector: StatisticsCollector, step: list[str], x: Tensor, token_mask: Tensor | None) -> None:
-    """Adds one input of the Linears of a step, which have not run yet."""
-    collector.token_mask = token_mask
+def observe(collector: StatisticsCollector, step: list[str], x: Tensor, call: BlockCall) -> None:
+    """Adds one input of the Linears of a step, which have not run yet; ``call``: of its batch."""
+    collector.token_mask, collector.states = call.token_mask, call.states
     for child in step:
         output = output_of_linear(collector.linears[child], x) if collector.wants_output else None
         collector.observe(child, x, output)

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from ace_ext.engine.matrix_pruner import MatrixPruner, Reports
 from ace_ext.engine.strategies._strategy import RunSizes, StrategyBytes
 from ace_ext.engine.strategies.dense_order import DenseOrder
+from ace_ext.models._transformers import plain_call
 from ace_ext.models.blocks import Block
-from ace_ext.models.replay import replaced_forward
+from ace_ext.models.replay import replaced_forward, take_hidden
+from ace_ext.models.token_masks import TokenMasks
 from ace_ext.pruning.statistics import LinearStatistics, StatisticsCollector
 
 MakeCollector = Callable[[Mapping[str, nn.Linear]], StatisticsCollector]
@@ -49,14 +51,24 @@ class WholeForwards:
         """The statistics of the block's Linears, by their names in it; empty for one that saw no token."""
         collector = self._collector(block.linears)
         collector.alone = frozenset(block.linears)
+        masks, options, batch = TokenMasks(self._model), plain_call(self._model), self._batches[0]
+
+        def mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            """Before a call of the block: which of its tokens are padding."""
+            hidden, others = take_hidden(args, kwargs)
+            collector.token_mask = masks.of(block.name, batch, hidden)
+            collector.states = masks.of_states(block.name, batch, [others])
+
         with ExitStack() as stack:
             for each in self._blocks:
                 stack.enter_context(replaced_forward(each.module, _with_products(each)))
             stack.enter_context(collector)
+            if not masks.plain:
+                stack.callback(block.module.register_forward_pre_hook(mask, with_kwargs=True).remove)
             for batch in self._batches:
-                mask = batch.get("attention_mask")
-                collector.token_mask = None if mask is None or bool(mask.all()) else mask.flatten().bool()
-                self._model(**batch, use_cache=False)
+                found = batch.get("attention_mask") if masks.plain else None
+                collector.token_mask = None if found is None or bool(found.all()) else found.flatten().bool()
+                self._model(**batch, **options)
         return {child: collector.stats.get(child) or collector.empty(child) for child in block.linears}
 
     @classmethod

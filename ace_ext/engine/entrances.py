@@ -1,0 +1,105 @@
+"""Enters the parts of a model during a walk: the calls of each part are recorded when the walk comes to it, so that a
+decoder sees the output of the pruned encoder."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ace_ext.engine.batch_states import BatchStates
+from ace_ext.engine.context import RunContext
+from ace_ext.errors import InputError
+from ace_ext.models.block_store import BlockSource
+from ace_ext.models.hidden_states import HiddenStates
+from ace_ext.models.parts import entered
+from ace_ext.models.replay import BlockCall
+
+Entered = tuple[list[BlockCall], HiddenStates]
+"""The batches' calls of a part's blocks, and the hidden states before the first of them."""
+
+
+class Entrances:
+    """The entrances of a walk to the parts of a model.
+
+    Args:
+        model: the model.
+        store: its blocks, in the order of the walk.
+        parts: ranges of blocks.
+        batches: arguments of the model's calls.
+        context: of the run.
+        device: where blocks are run.
+        dense: the hidden states of the dense model are needed in each part, too. They are computed now, while it is
+            dense.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        store: BlockSource,
+        parts: Sequence[range],
+        batches: list[dict[str, Tensor]],
+        context: RunContext,
+        device: torch.device,
+        dense: bool = False,
+    ) -> None:
+        self._model, self._store, self._parts, self._batches = model, store, parts, batches
+        self._journal, self._device = context.journal, device
+        self._at = -1
+        self._dense: dict[int, Entered] = {}
+        for part in parts if dense else ():
+            self._dense[part.start] = self._captured(part)
+
+    def ends(self, index: int) -> bool:
+        """Whether a block is the last of its part."""
+        return any(part.stop == index + 1 for part in self._parts)
+
+    def starts(self, index: int) -> bool:
+        """Whether a block is the first of its part."""
+        return any(part.start == index for part in self._parts)
+
+    def dense(self, index: int) -> Entered:
+        """The dense model's states before the part that begins with block ``index``."""
+        return self._dense[index]
+
+    def enter(self, index: int, states: BatchStates, *, lasting: bool = True) -> None:
+        """Gives ``states`` what enters the part of a block, unless they are in it already.
+
+        Args:
+            index: of the block.
+            states: the walk's.
+            lasting: the states may be brought to the disk, for a resumed run.
+
+        Raises:
+            InputError: as :func:`ace_ext.models.replay.capture_calls`.
+        """
+        part = next(part for part in self._parts if index in part)
+        if part.start == self._at:
+            return
+        states.settle()
+        self._at = part.start
+        states.take(*self._captured(part, index, lasting))
+
+    def again(self) -> None:
+        """Forgets which part was entered: its first block is to be run once more."""
+        self._at = -1
+
+    def _captured(self, part: range, index: int | None = None, lasting: bool = False) -> Entered:
+        calls: list[BlockCall] = []
+
+        def first_states() -> Iterator[Tensor]:
+            for call in entered(self._model, self._store, part, self._batches):
+                hidden, call.hidden = call.hidden, None
+                assert hidden is not None  # just captured
+                calls.append(call)
+                yield hidden
+
+        if lasting and self._journal is not None:
+            resumed = index not in (None, part.start)
+            hidden = self._journal.open_part(first_states(), self._device, resumed)
+            for _ in first_states() if not calls else ():  # a resumed run did not read these, but needs the calls
+                pass
+        else:
+            hidden = HiddenStates(first_states(), device=self._device)
+        if not calls:
+            raise InputError("calibration must have at least one token whose attention_mask is not 0 (got none)")
+        return calls, hidden

@@ -1,0 +1,109 @@
+"""Which tokens of a batch are padding, where its hidden states enter a part of a model."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ace_ext.errors import InputError
+from ace_ext.models._transformers import decoder_of, frame_mask, predicts_tokens
+from ace_ext.models.block_lists import hears_or_sees
+
+MASK, DECODER_MASK = "attention_mask", "decoder_attention_mask"
+_OF_PIXELS = ("pixel_mask", "pixel_attention_mask", "padding_mask")
+"""Masks that no part of a model has in its hidden states' shape."""
+
+
+class TokenMasks:
+    """The masks of padded tokens in a model's inputs.
+
+    ``attention_mask`` belongs to the tokens of ``input_ids``. In a model without these it belongs to what the first
+    part reads, such as samples of sound, and the model's class says which frames come from them. In a model with an
+    encoder and a decoder it is the encoder's, and ``decoder_attention_mask`` the decoder's.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self.plain = model, predicts_tokens(model)
+        """Whether it is a causal language model, with one mask."""
+        decoder = None if self.plain else decoder_of(model)
+        names = (name for name, module in model.named_modules() if decoder is not None and module is decoder)
+        self._decoder = next(names, None)
+
+    def of(self, block: str, batch: dict[str, Tensor], hidden: Tensor) -> Tensor | None:
+        """The mask of the part that begins with a block: ``[batch * seqlen]`` bool; None if no token is padding.
+
+        Args:
+            block: the name of the part's first block.
+            batch: arguments of the model's call.
+            hidden: ``[batch, seqlen, d_model]``, the hidden states that enter the block.
+
+        Raises:
+            InputError: the mask has another number of tokens, for example because the model adds those of an image
+                itself.
+        """
+        name = self._name(block, batch)
+        return None if name is None else self._fitted(name, batch.get(name), batch, hidden)
+
+    def of_states(
+        self, block: str, batch: dict[str, Tensor], others: Iterable[tuple[tuple[Any, ...], dict[str, Any]]]
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """The other states that blocks of a part read, ``[batch, seqlen, d]``, such as an encoder's output, each with
+        its mask. ``others``: the blocks' arguments besides the hidden states."""
+        if self.plain:
+            return []
+        given = (value for values, named in others for value in (*values, *named.values()))
+        states = {value.data_ptr(): value for value in given if _are_states(value)}
+        inside = self._in_decoder(block)
+        return [(x, self._fitted(MASK, batch.get(MASK), batch, x) if inside else None) for x in states.values()]
+
+    def check_used(self, blocks: list[str], batch: dict[str, Tensor]) -> None:
+        """Checks that some part reads each mask of a batch.
+
+        Args:
+            blocks: the names of the parts' first blocks.
+            batch: arguments of the model's call.
+
+        Raises:
+            InputError: tokens are padding by a mask that belongs to no part, so they would count.
+        """
+        if self.plain:
+            return
+        used = {self._name(block, batch) for block in blocks}
+        if any(map(self._in_decoder, blocks)):
+            used.add(MASK)
+        for name in (MASK, DECODER_MASK, *_OF_PIXELS):
+            if name in batch and name not in used and not bool(batch[name].all()):
+                raise InputError(
+                    f"{name} {list(batch[name].shape)} fits none of the pruned parts, so its padding would count; give "
+                    "batches without padding"
+                )
+
+    def _name(self, block: str, batch: dict[str, Tensor]) -> str | None:
+        if self.plain:
+            return MASK
+        if self._in_decoder(block):
+            return DECODER_MASK
+        return None if "input_ids" in batch and hears_or_sees(block) else MASK
+
+    def _in_decoder(self, block: str) -> bool:
+        return self._decoder is not None and f"{block}.".startswith(f"{self._decoder}." if self._decoder else "")
+
+    def _fitted(self, name: str, mask: Tensor | None, batch: dict[str, Tensor], hidden: Tensor) -> Tensor | None:
+        if mask is None or bool(mask.all()):
+            return None
+        if mask.shape != hidden.shape[:2] and mask.dim() == 2 and "input_ids" not in batch and hidden.dim() == 3:
+            frames = frame_mask(self._model, mask, hidden.shape[1])
+            mask = mask if frames is None else frames
+        if mask.shape != hidden.shape[:2]:
+            raise InputError(
+                f"{name} must have an entry for each token that the blocks see, {list(hidden.shape[:2])} "
+                f"(got {list(mask.shape)}); give batches without padding"
+            )
+        return mask.flatten().bool()
+
+
+def _are_states(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 3 and value.is_floating_point()
