@@ -63,16 +63,31 @@ def _check_other(model: nn.Module, inputs: dict[str, Tensor]) -> None:
             raise InputError(f"calibration input {name} is none of {type(model).__name__}'s; leave it out")
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise InputError(f"calibration input {name} must be finite (it holds NaN or infinity)")
-    decoder, ids, mask = decoder_of(model), inputs.get("decoder_input_ids"), inputs.get("decoder_attention_mask")
+    if "input_ids" not in inputs:
+        _check_mask(main_input(model), inputs)
+    decoder, ids = decoder_of(model), inputs.get("decoder_input_ids")
     if decoder is not None and ids is not None:
-        if ids.dim() != 2 or (mask is not None and mask.shape != ids.shape):
-            found = list(ids.shape) if ids.dim() != 2 else list(ids.shape) + list(mask.shape if mask is not None else ())
+        shapes = [list(inputs[name].shape) for name in _DECODED if name in inputs]
+        if ids.dim() != 2 or any(shape != shapes[0] for shape in shapes):
             raise InputError(
-                "calibration decoder_input_ids and decoder_attention_mask must be [batch, seqlen], of one shape "
-                f"(got {found})"
+                f"calibration {' and '.join(_DECODED)} must be [batch, seqlen], of one shape (got {shapes})"
             )
         check_tokens(decoder, ids)
         check_positions(model, ids.shape[1])
+
+
+_DECODED = ("decoder_input_ids", "decoder_attention_mask")
+
+
+def _check_mask(main: str, inputs: dict[str, Tensor]) -> None:
+    """Checks the mask of a model's main input, of this name."""
+    mask, read = inputs.get("attention_mask"), inputs.get(main)
+    if mask is None or read is None:
+        return
+    if mask.dim() != 2 or len(mask) != len(read) or mask.shape[1] not in read.shape[1:]:
+        raise InputError(
+            f"calibration attention_mask must be [batch, length], as {main} {list(read.shape)} (got {list(mask.shape)})"
+        )
 
 
 def _checked(batch: Any, plain: bool) -> dict[str, Tensor]:

@@ -92,13 +92,13 @@ def _lists_of_parts(model: nn.Module) -> dict[str, nn.ModuleList]:
 def _with_blocks(name: str, modules: nn.ModuleList) -> dict[str, nn.ModuleList]:
     """The lists of blocks in the list ``name``: itself, or, where its elements are lists or stages of different widths
     that hold lists, those. Empty if no element has a matrix to prune, or elements are single layers."""
-    if all(isinstance(module, nn.ModuleList) for module in modules):
-        inner = {f"{name}.{index}": module for index, module in enumerate(modules)}
-        return {n: m for key, part in inner.items() for n, m in _with_blocks(key, part).items()}
+    nested = {f"{name}.{index}": m for index, m in enumerate(modules) if isinstance(m, nn.ModuleList)}
+    if len(nested) == len(modules):
+        return {n: m for key, inner in nested.items() for n, m in _with_blocks(key, inner).items()}
     if len({_width(module) for module in modules} - {None}) > 1:
-        inner = {n: m for index, module in enumerate(modules) for n, m in _stage(f"{name}.{index}", module).items()}
-        if inner:
-            return inner
+        stages = [_stage(f"{name}.{index}", module) for index, module in enumerate(modules)]
+        if any(stages):
+            return {n: m for stage in stages for n, m in stage.items()}
     has = any(not isinstance(module, nn.Linear) and _has_matrix(module) for module in modules)
     return {name: modules} if has else {}
 

@@ -72,9 +72,7 @@ class Recording:
             for block in store.blocks:
                 uses = self.uses.setdefault(block.name, Counter())
                 for child, linear in block.linears.items():
-                    handle = linear.register_forward_pre_hook(
-                        lambda *_, uses=uses, child=child: uses.update([child])
-                    )
+                    handle = linear.register_forward_pre_hook(lambda *_, uses=uses, child=child: uses.update([child]))
                     stack.callback(handle.remove)
             stack.enter_context(blocks_held(store))
             for block in store.blocks:

@@ -1,0 +1,186 @@
+"""Networks that are no causal language models: inputs of any name, and several lists of blocks."""
+
+import pytest
+import torch
+from tiny_networks import NETWORKS, ids, make_inputs, make_network, values
+
+from ace_ext import InputError, prune_model
+from ace_ext.engine import api
+from ace_ext.models.block_store import ResidentBlocks
+from ace_ext.models.blocks import find_blocks
+from ace_ext.models.trial import Findings, try_walk
+
+SEVERAL = {"swin": [1, 2], "whisper": [2, 2], "t5": [2, 2], "clip": [2, 2]}
+"""How many blocks the parts of a model have."""
+
+
+def linears_of(model):
+    return {block.full_name(child): linear for block in find_blocks(model) for child, linear in block.linears.items()}
+
+
+def weights_of(model):
+    return {name: linear.weight.detach().clone() for name, linear in linears_of(model).items()}
+
+
+def outputs_of(model, inputs):
+    with torch.no_grad():
+        return [x for x in model(**inputs).to_tuple() if isinstance(x, torch.Tensor)]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("method", ["fast", "collect(order=block, batch_tokens=64) + wanda", "balanced"])
+def test_each_matrix_keeps_its_exact_half(name, method):
+    model = make_network(name)
+    report = prune_model(model, make_inputs(name), method=method, sparsity=0.5)
+    assert {matrix.name for matrix in report.matrices} == set(linears_of(model))
+    for own, linear in linears_of(model).items():
+        kept = linear.weight.count_nonzero(dim=1)
+        assert set(kept.tolist()) == {linear.in_features // 2}, own
+    for output in outputs_of(model, make_inputs(name)[0]):
+        assert bool(torch.isfinite(output).all())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_model_is_walked_in_the_parts_that_its_forward_calls(name):
+    model = make_network(name)
+    store = ResidentBlocks(find_blocks(model))
+    found = try_walk(model, store, make_inputs(name)[0])
+    assert found.reason is None
+    assert [len(part) for part in found.parts] == SEVERAL.get(name, [2])
+    if name == "clip":  # the list of text comes first in the model
+        assert store.blocks[0].name.startswith("vision_model.")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_walk_prunes_as_forwards_of_the_whole_model(name, monkeypatch):
+    """Each block's statistics come from the model in which the blocks before it are pruned."""
+    walked, by_forwards = make_network(name), make_network(name)
+    method = "collect(order=block) + wanda"
+    prune_model(walked, make_inputs(name), method=method, sparsity=0.5)
+
+    def refused(*args):
+        found = try_walk(*args)
+        return Findings("asked by the test", found.uses, found.shares, found.parts)
+
+    monkeypatch.setattr(api, "try_walk", refused)
+    prune_model(by_forwards, make_inputs(name), method=method, sparsity=0.5)
+    expected = weights_of(by_forwards)
+    for own, weight in weights_of(walked).items():
+        assert torch.equal(weight, expected[own]), own
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_sparsity_0_changes_no_output(name):
+    model, inputs = make_network(name), make_inputs(name)
+    before = outputs_of(model, inputs[0])
+    prune_model(model, inputs, method="wanda", sparsity=0.0)
+    for old, new in zip(before, outputs_of(model, inputs[0]), strict=True):
+        assert torch.equal(old, new)
+
+
+def padded(seqlen, real):
+    mask = torch.zeros(3, seqlen, dtype=torch.long)
+    mask[:, :real] = 1
+    mask[0] = 1
+    return mask
+
+
+CASES = {
+    "t5": ({"attention_mask": (12, 8), "decoder_attention_mask": (12, 5)}, {"decoder_input_ids": (12,)}),
+    "clip": ({"attention_mask": (17, 8)}, {"input_ids": (17,)}),  # as many tokens as the image's
+    "bert": ({"attention_mask": (12, 8)}, {}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("method", ["wanda", "collect(order=block) + wanda"])
+def test_padding_is_left_out(name, method):
+    """The same weights come out, whatever stands in the place of padding."""
+    masks, lengths = CASES[name]
+    inputs = make_inputs(name, 1)[0] | {key: ids(*shape) for key, shape in lengths.items()}
+    inputs |= {key: padded(*shape) for key, shape in masks.items()}
+    found = []
+    for filler in (3, 40):
+        filled = dict(inputs)
+        for key in masks:
+            tokens = key.replace("attention_mask", "input_ids")
+            filled[tokens] = inputs[tokens].masked_fill(inputs[key] == 0, filler)
+        model = make_network(name)
+        found.append((prune_model(model, [filled], method=method, sparsity=0.5), weights_of(model)))
+    (report, first), (_, second) = found
+    for own, weight in first.items():
+        assert torch.equal(weight, second[own]), own
+    real = {int(mask.sum()) for key, mask in inputs.items() if key in masks}
+    real |= {3 * 17} if name == "clip" else set()
+    assert {matrix.tokens for matrix in report.matrices} == real
+
+
+def test_padding_of_sound_is_left_out():
+    """The model says which frames its samples give."""
+    model = make_network("wav2vec2")
+    mask = torch.ones(3, 200, dtype=torch.long)
+    mask[1, 100:] = 0
+    report = prune_model(model, [{"input_values": values(200), "attention_mask": mask}], method="wanda")
+    frames = [int(model._get_feat_extract_output_lengths(n)) for n in (200, 100, 200)]
+    assert {matrix.tokens for matrix in report.matrices} == {sum(frames)}
+
+
+def test_weights_of_all_parts_are_compared():
+    model = make_network("t5")
+    report = prune_model(model, make_inputs("t5"), method="wanda", sparsity=0.5, group="model")
+    assert report.sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["t5", "swin"])
+def test_sparsity_is_divided_among_all_parts(name):
+    model = make_network(name)
+    report = prune_model(model, make_inputs(name), method="allocate + wanda", sparsity=0.5)
+    assert report.sparsity == pytest.approx(0.5, abs=0.02)
+
+
+def test_half_precision_takes_the_inputs_of_a_processor():
+    model = make_network("vit", dtype=torch.bfloat16)
+    report = prune_model(model, make_inputs("vit"), sparsity=0.5)
+    assert report.dtype == "bfloat16"
+
+
+BAD = {
+    "nothing to decode": ("t5", {"input_ids": ids(12)}, "needs? decoder_input_ids"),
+    "an unknown name": ("vit", {"pixels": values(3, 16, 16)}, "calibration input pixels is none of ViT"),
+    "another size": ("vit", {"pixel_values": values(3, 8, 8)}, r"do not suit ViT.*\(got pixel_values \[3, 3, 8, 8\]\)"),
+    "not finite": ("vit", {"pixel_values": values(3, 16, 16) / 0}, "pixel_values must be finite"),
+    "a tensor": ("vit", values(3, 16, 16), "reads pixel_values: give calibration as dicts"),
+    "one tower": ("clip", {"input_ids": ids(12)}, "do not suit CLIPModel"),
+    "ids of a decoder": (
+        "whisper",
+        {"input_features": values(8, 20), "decoder_input_ids": ids(9) + 60},
+        "the model knows those from 0 to 63",
+    ),
+    "a mask of other length": (
+        "t5",
+        {"input_ids": ids(12), "attention_mask": padded(9, 5), "decoder_input_ids": ids(9)},
+        "attention_mask must have the shape of input_ids",
+    ),
+    "a mask of pixels": (
+        "wav2vec2",
+        {"input_values": values(200), "attention_mask": padded(30, 7)},
+        r"attention_mask must be \[batch, length\], as input_values \[3, 200\] \(got \[3, 30\]\)",
+    ),
+    "a mask of no part": (
+        "clip",
+        make_inputs("clip", 1)[0] | {"pixel_mask": padded(16, 7)},
+        "pixel_mask is none of CLIPModel",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_inputs_are_refused_before_anything_changes(case):
+    name, inputs, message = BAD[case]
+    model = make_network(name)
+    before = weights_of(model)
+    with pytest.raises(InputError, match=message):
+        prune_model(model, inputs if isinstance(inputs, torch.Tensor) else [inputs], method="wanda")
+    for own, weight in weights_of(model).items():
+        assert torch.equal(weight, before[own])
+    assert not any("forward" in vars(module) for module in model.modules())
