@@ -106,7 +106,7 @@ def build(model_type: str) -> nn.Module:
         model: nn.Module = getattr(transformers, name)(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.dim() >= 2:
+                if parameter.dim() >= 2 and parameter.requires_grad:
                     parameter.normal_(0.0, 0.15)
     return model
 
