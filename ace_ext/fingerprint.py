@@ -25,6 +25,16 @@ def tensor_sha256(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
 
 
+def inputs_sha256(batches: Iterable[Mapping[str, torch.Tensor]]) -> str:
+    """The SHA-256, in hex, of batches of a model's inputs: of each tensor's name, dtype, shape and values."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name in sorted(batch):
+            described = f"{name} {batch[name].dtype} {list(batch[name].shape)} {tensor_sha256(batch[name])}\n"
+            digest.update(described.encode())
+    return digest.hexdigest()
+
+
 def fingerprint_of_files(files: Iterable[Path]) -> dict[str, str]:
     """The size and a SHA-256 of each file, by its name. The hash covers the first MiB (which holds the header) and
     about 1024 samples of 4 KiB, spread evenly over the rest.

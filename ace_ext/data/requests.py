@@ -67,6 +67,13 @@ def check_predicts(model: nn.Module, what: str) -> None:
         raise InputError(f"model: {type(model).__name__} has no LM head, so it predicts no token; {what}")
 
 
+def check_distilled(model: nn.Module) -> None:
+    """Raises :class:`InputError` for a model that the stage ``distill`` cannot train."""
+    if not predicts_tokens(model):
+        raise InputError(f"model: distill trains causal language models (got {type(model).__name__}): leave it out")
+    check_predicts(model, "distill trains on its predictions: leave it out")
+
+
 def check_tokens(model: nn.Module, tokens: torch.Tensor) -> None:
     """Raises :class:`InputError` for tokens, of any shape, that a model's embedding does not know."""
     if tokens.dtype not in (torch.int64, torch.int32):

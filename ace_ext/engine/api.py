@@ -23,6 +23,7 @@ from ace_ext.models.block_store import BlockSource, ResidentBlocks
 from ace_ext.models.blocks import Block, find_blocks, stay_dense
 from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.left_dense import check_share
+from ace_ext.models.parts import check_removable
 from ace_ext.models.replay import BlockCall, capture_calls
 from ace_ext.models.run_mode import inner_model, run_mode
 from ace_ext.models.trial import Findings, try_walk
@@ -138,6 +139,7 @@ def _smaller(
     """Removes structures, and then prunes the smaller model if zeros or quantization are asked for."""
     start = time.perf_counter()
     device = next(model.parameters()).device
+    check_removable(model, find_blocks(model, config.skip, max_dense=config.max_dense))
     with run_mode(model):
         ready = list(model_inputs(model, batches, config, device))
         removed = remove_structures(model, ready, config, context)

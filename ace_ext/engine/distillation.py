@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ace_ext.data.requests import check_predicts
+from ace_ext.data.requests import check_distilled
 from ace_ext.engine.context import RunContext
 from ace_ext.errors import InputError
 from ace_ext.healing.batches import Batches, Placement, check_text, held_windows, windows_needed
@@ -73,7 +73,7 @@ class Distillation:
                 "distill trains on windows of text without padding: give distill_text, or calibration as one "
                 f"tensor [nsamples, seqlen] (got {type(tokens).__name__})"
             )
-        check_predicts(model, "distill trains on its predictions: leave it out")
+        check_distilled(model)
         check_text(model, tokens)
         self._model, self._settings = model, heal_settings(config, *tokens.shape)
         self._grid = None if config.method.quantize is None else config.method.quantize.grid

@@ -222,6 +222,17 @@ def number_of(name: str, default: int) -> int:
     return int(text)
 
 
+def share_of_batches(batches: list[dict[str, Tensor]], peers: Peers) -> list[dict[str, Tensor]]:
+    """The batches of this rank: every ``size``-th one, starting at ``rank``.
+
+    Raises:
+        InputError: there are fewer batches than processes.
+    """
+    if len(batches) < peers.size:
+        raise InputError(f"calibration must be at least {peers.size} batches, one a process (got {len(batches)})")
+    return batches[peers.rank :: peers.size]
+
+
 def share_of(tokens: Tensor, peers: Peers) -> Tensor:
     """The samples of this rank: every ``size``-th row of ``tokens [nsamples, seqlen]``, starting at ``rank``.
 

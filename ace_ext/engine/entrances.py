@@ -48,6 +48,8 @@ class Entrances:
         self._dense: dict[int, Entered] = {}
         for part in parts if dense else ():
             self._dense[part.start] = self._captured(part)
+        if self._journal is not None:
+            self._journal.restore_(store)
 
     def ends(self, index: int) -> bool:
         """Whether a block is the last of its part."""

@@ -49,6 +49,16 @@ def model_inputs(
             yield {name: as_made_here(value.to(device)) for name, value in inputs.items()}
 
 
+def text_inputs(model: nn.Module, tokens: Tensor, config: PruneConfig) -> Batches:
+    """Windows of text ``[nsamples, seqlen]`` as a model reads them: as they are; or, with an encoder and a decoder, the
+    first half of each by the encoder, and the second by the decoder."""
+    if predicts_tokens(model) or decoder_of(model) is None:
+        return tokens
+    half = tokens.shape[1] // 2
+    parts = torch.split(tokens, config.batch_samples(tokens.shape[1]))
+    return [{"input_ids": part[:, :half], "decoder_input_ids": part[:, half:]} for part in parts]
+
+
 def _counts(inputs: dict[str, Tensor]) -> bool:
     """Whether a batch has a token that is not padding."""
     first = inputs["input_ids"] if "input_ids" in inputs else next(iter(inputs.values()))

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ace_ext.models._transformers import attends_eagerly, embedding_weight, input_embedding, output_head, text_config
+from ace_ext.data.requests import vocabulary_of
+from ace_ext.models._transformers import attends_eagerly, output_head, predicts_tokens, text_config, token_embedding
 from ace_ext.models.blocks import Block
 from ace_ext.models.products import converted_bytes, slow_dtypes
 from ace_ext.pruning.gram import CHUNK_TOKENS
@@ -34,19 +35,20 @@ class ModelShape:
     def of(cls, model: nn.Module, blocks: list[Block]) -> "ModelShape":
         """The sizes of a model, or of a skeleton without weights."""
         sizes = [sum(p.nbytes for p in block.module.parameters()) for block in blocks]
-        head, entrance = output_head(model), input_embedding(model)
+        head, entrance = output_head(model), token_embedding(model)
         head_bytes = 0
-        if head is not None and head.weight is not entrance.weight:
+        if head is not None and head.weight is not getattr(entrance, "weight", None):
             head_bytes = sum(p.nbytes for p in head.parameters())
         linears = [linear for block in blocks for linear in block.linears.values()]
+        firsts = [next(iter(block.linears.values())) for block in blocks if block.linears]
         text = text_config(model)
         experts = max((len(fused.linears) for block in blocks for fused in block.experts), default=0)
         return cls(
             blocks=sizes,
             embedding=sum(p.nbytes for p in model.parameters()) - sum(sizes) - head_bytes,
             head=head_bytes,
-            vocabulary=len(embedding_weight(model)),
-            hidden=text.hidden_size,
+            vocabulary=vocabulary_of(model) or 0,
+            hidden=text.hidden_size if predicts_tokens(model) else max(linear.in_features for linear in firsts),
             widest=max(max(linear.weight.shape) for linear in linears),
             heads=getattr(text, "num_attention_heads", 0) if attends_eagerly(model) else 0,
             itemsize=linears[0].weight.dtype.itemsize,

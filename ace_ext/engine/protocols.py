@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from ace_ext.models.block_store import BlockSource
 from ace_ext.models.blocks import Block
 from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.pruning.prune_linear import RowShares
@@ -32,6 +33,10 @@ class Journal(Protocol):
 
     def open_hidden(self, states: Iterable[Tensor], device: torch.device) -> HiddenStates:
         """The inputs of the first unfinished block: those of the earlier run, or ``states`` if there is none."""
+        ...
+
+    def restore_(self, store: BlockSource) -> None:
+        """Gives the blocks that are finished their pruned weights, also those that an earlier run finished."""
         ...
 
     def open_part(self, states: Iterable[Tensor], device: torch.device, resumed: bool) -> HiddenStates:

@@ -41,6 +41,11 @@ class OutputWriter(Protocol):
     continues with the first unwritten block.
     """
 
+    @property
+    def shards(self) -> Shards:
+        """The dense files that blocks are written into."""
+        ...
+
     def lay_out(self, dense: DenseModel) -> None:
         """Writes everything that does not depend on pruned blocks: configuration, tokenizer, other weights."""
         ...

@@ -54,12 +54,13 @@ def check_version() -> None:
 
 def model_class(config: Any) -> Any:
     """The class whose ``from_pretrained`` loads the checkpoint of a configuration. It is the class that
-    ``architectures`` names, so that a classifier or a model without an LM head keeps its class. It is
-    ``AutoModelForCausalLM`` if transformers has no such class for this configuration, for example because the code
-    comes with the checkpoint."""
+    ``architectures`` names, so that a classifier or a model without an LM head keeps its class. If transformers has no
+    such class for this configuration, for example because the code comes with the checkpoint, it is
+    ``AutoModelForCausalLM``, or ``AutoModel`` for a configuration that no causal language model has."""
     import transformers
 
-    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+    own_code = getattr(config, "auto_map", None) or {}
+    if "AutoModelForCausalLM" in own_code:
         return transformers.AutoModelForCausalLM  # it chooses between that code and its own
     for name in getattr(config, "architectures", None) or ():
         found = getattr(transformers, str(name), None)
@@ -67,16 +68,18 @@ def model_class(config: Any) -> Any:
             own = getattr(found, "config_class", None)
             if own is not None and isinstance(config, own):
                 return found
-    return transformers.AutoModelForCausalLM
+    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    other = "AutoModel" in own_code or type(config) in transformers.MODEL_MAPPING
+    return transformers.AutoModel if other and not causal else transformers.AutoModelForCausalLM
 
 
 def model_of(config: Any, dtype: torch.dtype, remote_code: bool) -> nn.Module:
     """A model of :func:`model_class` with random weights of ``dtype``. ``remote_code``: code of the checkpoint may
     run."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
     kind = model_class(config)
-    if kind is AutoModelForCausalLM:
+    if kind in (AutoModel, AutoModelForCausalLM):
         model: nn.Module = kind.from_config(config, dtype=dtype, trust_remote_code=remote_code)
     else:
         model = kind._from_config(config, dtype=dtype)  # AutoModelForCausalLM.from_config calls this
@@ -122,7 +125,10 @@ def embedding_weight(model: nn.Module) -> Tensor:
 
 def output_head(model: nn.Module) -> nn.Module | None:
     """The module of a model that turns hidden states into logits; None in a model without one."""
-    head: nn.Module | None = _method(model, "get_output_embeddings")()
+    try:
+        head: nn.Module | None = _method(model, "get_output_embeddings")()
+    except (AttributeError, NotImplementedError):
+        return None
     return head
 
 
@@ -183,15 +189,7 @@ def predicts_tokens(model: nn.Module) -> bool:
     """Whether a model is a causal language model, or contains one that reads what other parts of it see: it has an LM
     head or causal attention, and does not consist of encoders, or of an encoder and a decoder."""
     causal = any(bool(getattr(module, "is_causal", False)) for module in model.modules())
-    return (causal or has_head(model)) and not has_encoder(model) and not is_encoder(model)
-
-
-def has_head(model: nn.Module) -> bool:
-    """Whether a model has a module that turns hidden states into logits."""
-    try:
-        return hasattr(model, "get_output_embeddings") and output_head(model) is not None
-    except (AttributeError, NotImplementedError):
-        return False
+    return (causal or output_head(model) is not None) and not has_encoder(model) and not is_encoder(model)
 
 
 def decoder_of(model: nn.Module) -> nn.Module | None:

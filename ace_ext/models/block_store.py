@@ -31,6 +31,9 @@ class BlockSource(Protocol):
     def outside_loaded(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Within this context each module of ``model`` outside the blocks has its weights while it runs."""
 
+    def outside_held(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Within this context all modules of ``model`` outside the blocks have their weights."""
+
 
 class ResidentBlocks:
     """Blocks of a model that is in memory as a whole."""
@@ -55,6 +58,10 @@ class ResidentBlocks:
         """Does nothing: all weights are in memory."""
         return contextlib.nullcontext()
 
+    def outside_held(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Does nothing: all weights are in memory."""
+        return contextlib.nullcontext()
+
 
 class OffloadedBlocks:
     """Blocks of a :func:`ace_ext.models.skeleton.skeleton`: read from the shards when they are loaded, dropped
@@ -63,6 +70,8 @@ class OffloadedBlocks:
     def __init__(self, blocks: list[Block], shards: Shards, device: torch.device | str) -> None:
         self.blocks, self.shards, self.device = blocks, shards, device
         self._ahead: ReadAhead | None = None
+        self.pruned: Callable[[Block], Shards | None] = lambda block: None
+        """The files of a block that was pruned and written already; None for any other block."""
 
     def read_ahead(self) -> None:
         """Turns on reading ahead: the next block is read while one is in use, so two are in memory."""
@@ -87,7 +96,7 @@ class OffloadedBlocks:
 
     def shards_of(self, block: Block) -> Shards:
         """The files from which the block's weights are read."""
-        return self.shards
+        return self.pruned(block) or self.shards
 
     def way_out(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Loads the weights after the blocks."""
@@ -102,6 +111,10 @@ class OffloadedBlocks:
     def outside_loaded(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Reads the weights of each module outside the blocks (embedding, head and others) when it is called."""
         return outside_loaded(model, self.blocks, self.shards, self.device)
+
+    def outside_held(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Reads the weights of all modules outside the blocks, and drops them afterwards."""
+        return outside_held(model, self.blocks, self.shards, self.device)
 
 
 Read = Callable[[str], torch.Tensor]
@@ -224,6 +237,31 @@ def outside_loaded(model: nn.Module, blocks: list[Block], shards: Shards, device
         for _, module in _outside(model, blocks):
             hooks.enter_context(_loaded_when_called(module, read, device))
         yield
+
+
+@contextlib.contextmanager
+def outside_held(model: nn.Module, blocks: list[Block], shards: Shards, device: torch.device | str) -> Iterator[None]:
+    """Within this context all of the skeleton's modules outside the blocks are in memory: code outside a module may
+    read its weights, such as those of positions."""
+    names = all_names(model)
+    values: dict[int, nn.Parameter] = {}
+    before: list[tuple[nn.Module, dict[str, nn.Parameter]]] = []
+    try:
+        for _, module in _outside(model, blocks):
+            own = dict(module.named_parameters(recurse=False))
+            before.append((module, own))
+            for name, parameter in own.items():
+                if id(parameter) not in values:
+                    known = names[id(parameter)]
+                    value = shards.read(shards.stored_name(known) or known[0]).to(device, parameter.dtype)
+                    values[id(parameter)] = nn.Parameter(value, requires_grad=False)
+                module._parameters[name] = values[id(parameter)]
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                _set_buffer(module, name, buffer.to(device))
+        yield
+    finally:
+        for module, own in before:
+            module._parameters.update(own)  # the same objects as before, so that tied ones stay tied
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from torch import nn
 
 from ace_ext.dense_weights import NO_MATRIX, NOT_CALLED, OUTSIDE, DenseWeight
 from ace_ext.errors import InputError
-from ace_ext.models._transformers import has_head, output_head, predicts_tokens, token_embedding
+from ace_ext.models._transformers import output_head, predicts_tokens, token_embedding
 from ace_ext.models.fused_weights import FusedWeight
 
 _ROUTER = re.compile(r"(^|\.)\w*router\w*(\.|$)")
@@ -103,7 +103,7 @@ def any_of(names: Iterable[str]) -> str:
 def outside(model: nn.Module, blocks: Iterable[nn.Module]) -> list[DenseWeight]:
     """The matrices that are in none of the blocks. Embeddings, the LM head and biases are left out."""
     left = {id(p) for block in blocks for p in block.parameters()}
-    ends = [output_head(model) if has_head(model) else None, token_embedding(model) if predicts_tokens(model) else None]
+    ends = [output_head(model), token_embedding(model) if predicts_tokens(model) else None]
     for module in (*ends, *(m for m in model.modules() if isinstance(m, nn.Embedding))):
         left |= {id(p) for p in module.parameters()} if module is not None else set()
     named = ((name, p) for name, p in model.named_parameters() if p.dim() > 1 and id(p) not in left)

@@ -1,7 +1,8 @@
 """Loads a model with its tokenizer, from a folder, a hub name or a GGUF file."""
 
 import contextlib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,17 +39,46 @@ class LoadedModel:
     source: str
 
 
-def load_model(source: str, dtype: str = "auto", device: str | torch.device = "cpu") -> LoadedModel:
-    """Loads a language model and its tokenizer. The model is of the class that its checkpoint names.
+class NoTokenizer:
+    """Stands for the tokenizer of a model that has none, such as one that sees images. Using it is an error.
+
+    Args:
+        why: the error's message.
+    """
+
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    def __len__(self) -> int:
+        raise InputError(self._why)
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True, verbose: bool = True) -> Mapping[str, list[int]]:
+        """Raises the error."""
+        raise InputError(self._why)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> object:
+        """Writes nothing."""
+        return None
+
+
+def load_model(
+    source: str, dtype: str = "auto", device: str | torch.device = "cpu", *, causal: bool = True
+) -> LoadedModel:
+    """Loads a model and its tokenizer. The model is of the class that its checkpoint names.
 
     Args:
         source: a folder, a ``.gguf`` file, or a hub name like ``org/model``.
         dtype: ``auto`` (what the checkpoint says; bfloat16 for GGUF), float32, float16 or bfloat16.
         device: where to put the weights.
+        causal: the model must predict the next token. False: a network of any kind, which may have no tokenizer
+            (:class:`NoTokenizer`).
 
     Raises:
         InputError: there is no model, or transformers cannot load it; quantized weights; weights that do not fit the
-            configuration; a model that does not predict the next token.
+            configuration; a model that does not predict the next token, if it must.
     """
     check_version()
     check_dtype(dtype)
@@ -66,15 +96,32 @@ def load_model(source: str, dtype: str = "auto", device: str | torch.device = "c
         if not unpacks:
             check_plain(source, config)
         kind = model_class(config)
-        tokenizer = location.tokenizer()
+        tokenizer = location.tokenizer() if causal or _has_tokenizer(location.name) else no_tokenizer(source)
         model: nn.Module
         if unpacks:
             options["config"] = config  # otherwise it would be read once more
         model, found = kind.from_pretrained(location.name, dtype=wanted, output_loading_info=True, **options)
-    check_causal(source, model)
+    if causal:
+        check_causal(source, model)
     check_fit(source, found["missing_keys"], found["unexpected_keys"])
     forget_quantization_(model)
     return LoadedModel(model.to(device).eval(), tokenizer, source)
+
+
+def no_tokenizer(source: str) -> NoTokenizer:
+    """What stands for the tokenizer of a model that has none."""
+    return NoTokenizer(
+        f"model {source!r} has no tokenizer, so text cannot calibrate it; give the inputs of its own processor"
+    )
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def _has_tokenizer(name: str) -> bool:
+    """Whether a folder has a tokenizer. Of a hub name: yes, so that the hub is asked."""
+    folder = Path(name)
+    return not folder.is_dir() or any((folder / file).is_file() for file in _TOKENIZER_FILES)
 
 
 def check_plain(source: str, config: Any) -> None:
@@ -137,12 +184,14 @@ def check_dtype(dtype: str) -> None:
         raise InputError(f"dtype must be auto, {', '.join(WEIGHT_DTYPES)} (got {dtype!r})")
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a model folder.
+def load_tokenizer(folder: Path, *, needed: bool = True) -> Tokenizer:
+    """The tokenizer of a model folder. ``needed``: False for a model that may have none.
 
     Raises:
         InputError: there is none that transformers can load.
     """
+    if not needed and not _has_tokenizer(str(folder)):
+        return no_tokenizer(str(folder))
     with as_input_error(f"tokenizer of {str(folder)!r} could not be loaded"):
         return ModelLocation(str(folder)).tokenizer()
 

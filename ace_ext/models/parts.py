@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ace_ext.errors import InputError
-from ace_ext.models._transformers import plain_call
+from ace_ext.models._transformers import main_input, plain_call, predicts_tokens
 from ace_ext.models.block_store import BlockSource
 from ace_ext.models.blocks import Block
 from ace_ext.models.replay import BlockCall, capture_calls, first_of, replaced_forward, run_block, take_hidden
@@ -30,6 +30,16 @@ def list_of(block: Block) -> str:
     return block.name.rpartition(".")[0]
 
 
+def check_removable(model: nn.Module, blocks: list[Block]) -> None:
+    """Raises :class:`InputError` for a model from which structures cannot be removed, because it has several lists of
+    blocks or reads no text."""
+    several = len(set(map(list_of, blocks))) > 1
+    if not predicts_tokens(model) and (several or main_input(model) != "input_ids"):
+        raise InputError(
+            f"remove takes models of text with one list of blocks (got {type(model).__name__}); leave it out"
+        )
+
+
 @torch.no_grad()
 def entered(
     model: nn.Module, store: BlockSource, part: range, batches: Iterable[dict[str, Tensor]]
@@ -40,7 +50,7 @@ def entered(
     Raises:
         InputError: as :func:`ace_ext.models.replay.capture_calls`.
     """
-    with store.outside_loaded(model), blocks_held(store, part), store.loaded(part.start):
+    with store.outside_held(model), blocks_held(store, part), store.loaded(part.start):
         yield from capture_calls(model, store.blocks, batches, part)
 
 
@@ -77,7 +87,7 @@ class Recording:
             stack.enter_context(blocks_held(store))
             for block in store.blocks:
                 stack.enter_context(replaced_forward(block.module, self._noting(block)))
-            stack.enter_context(store.outside_loaded(model))
+            stack.enter_context(store.outside_held(model))
             model(**batch, **plain_call(model))
 
     def _noting(self, block: Block) -> Callable[..., Any]:

@@ -37,16 +37,16 @@ class Unpacking:
     seconds: float
 
 
-def skeleton(folder: str | Path, shards: Shards | None, dtype: str = "auto") -> nn.Module:
+def skeleton(folder: str | Path, shards: Shards | None, dtype: str = "auto", *, causal: bool = True) -> nn.Module:
     """The model of a folder with every parameter on the meta device; buffers, such as rotary frequencies, have data.
     The shards learn which of their tensors hold its parameters.
 
     Dtypes are those that loading it with ``dtype`` gives (``auto``: the configuration's, or the files'); some routers
-    are float32 whatever ``dtype`` is.
+    are float32 whatever ``dtype`` is. ``causal``: the model must predict the next token.
 
     Raises:
-        InputError: transformers does not know the folder's configuration, it is that of an encoder, or ``dtype`` is not
-            in :data:`ace_ext.models.loading.WEIGHT_DTYPES`.
+        InputError: transformers does not know the folder's configuration, it is not that of a causal language model
+            although it must be, or ``dtype`` is not in :data:`ace_ext.models.loading.WEIGHT_DTYPES`.
     """
     check_version()
     check_dtype(dtype)
@@ -56,7 +56,8 @@ def skeleton(folder: str | Path, shards: Shards | None, dtype: str = "auto") -> 
             check_plain(str(folder), config)
         main = dtype_of(config, shards, dtype)
         model = empty_model(config, main)
-    check_causal(str(folder), model)
+    if causal:
+        check_causal(str(folder), model)
     if shards is not None:
         shards.adopt(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

@@ -207,7 +207,7 @@ def _pass_through(model: nn.Module, batch: dict[str, Tensor]) -> None:
     def end(*_: Any, **__: Any) -> Any:
         raise _Done
 
-    head = output_head(model) if hasattr(model, "get_output_embeddings") else None
+    head = output_head(model)
     with ExitStack() as replaced:
         if head is not None:
             replaced.enter_context(replaced_forward(head, end))

@@ -11,14 +11,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ace_ext.data.requests import check_positions, check_predicts
+from ace_ext.data.requests import check_distilled, check_positions, check_predicts
 from ace_ext.engine.model_shape import ModelShape
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import fingerprint_of_files
 from ace_ext.formats import DenseModel, format_named
-from ace_ext.models._transformers import input_embedding, output_head
+from ace_ext.models._transformers import decoder_of, main_input, output_head, predicts_tokens, token_embedding
 from ace_ext.models.blocks import Block, find_blocks
 from ace_ext.models.loading import WEIGHT_DTYPES, load_model, load_tokenizer, local_folder
+from ace_ext.models.parts import check_removable
 from ace_ext.models.safetensors_files import Shards, has_safetensors
 from ace_ext.models.skeleton import Unpacking, check_all_read, dtype_of, skeleton
 from ace_ext.models.tokenizer import Tokenizer
@@ -94,7 +95,7 @@ def open_source(request: RunRequest, *, weights: bool = True) -> Source:
             raise InputError(f"model {request.model!r} has no weights; give a folder with safetensors files")
         return _loaded(request, files) if weights else _planned(request, files)
     shards = Shards(folder)
-    laid_out = skeleton(folder, shards, request.dtype)
+    laid_out = skeleton(folder, shards, request.dtype, causal=not weights)
     check_all_read(laid_out, shards, request.model)
     stored = _stored_as_loaded(laid_out, shards, request.dtype)
     files = ModelFiles(request.model, folder, shards if stored else None)
@@ -102,7 +103,7 @@ def open_source(request: RunRequest, *, weights: bool = True) -> Source:
         blocks = find_blocks(laid_out, request.config.skip, check=False, max_dense=request.config.max_dense)
         offload = wants_offload(laid_out, blocks, shards, request)
         if offload or not weights:
-            return Source(laid_out, load_tokenizer(folder), blocks, files, offload)
+            return Source(laid_out, load_tokenizer(folder, needed=not weights), blocks, files, offload)
     if request.options.offload == "disk":
         raise _files_do_not_serve(request.model, request.dtype)
     return _loaded(request, files) if weights else _planned(request, files, laid_out)
@@ -110,7 +111,7 @@ def open_source(request: RunRequest, *, weights: bool = True) -> Source:
 
 def _loaded(request: RunRequest, files: ModelFiles) -> Source:
     where = request.model if files.folder is None else str(files.folder)
-    loaded = load_model(where, request.dtype, request.device)
+    loaded = load_model(where, request.dtype, request.device, causal=False)
     return Source(
         loaded.model,
         loaded.tokenizer,
@@ -153,8 +154,9 @@ def _stored_as_loaded(laid_out: nn.Module, shards: Shards, dtype: str) -> bool:
     head = output_head(laid_out)
     tied = {f"{n}.weight" for n, m in laid_out.named_modules() if m is head} if _is_tied(laid_out) else set()
     wanted = dtype_of(laid_out.config, shards, dtype)
+    stored = {id(p) for name, p in laid_out.named_parameters(remove_duplicate=False) if name in shards}
     for name, parameter in laid_out.named_parameters(remove_duplicate=False):
-        if name in tied:
+        if name in tied or (name not in shards and id(parameter) in stored and not predicts_tokens(laid_out)):
             continue
         if name not in shards:
             return False
@@ -165,7 +167,7 @@ def _stored_as_loaded(laid_out: nn.Module, shards: Shards, dtype: str) -> bool:
 
 
 def _is_tied(model: nn.Module) -> bool:
-    head, embedding = output_head(model), input_embedding(model)
+    head, embedding = output_head(model), token_embedding(model)
     return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", 0)
 
 
@@ -198,12 +200,25 @@ def check_serves(source: Source, request: RunRequest) -> None:
         InputError: it has too few positions for the samples, or no LM head although it is to write text or to be
             distilled.
     """
-    if request.options.stats is None:
-        check_positions(source.model, request.calibration.seqlen)
+    if request.options.stats is None and request.calibration.reader is None:
+        _check_reads_text(source, request)
     if request.writes_own_text:
         check_predicts(source.model, "it cannot write calibration text: give another --calibration, such as a file")
+    if request.config.remove is not None:
+        check_removable(source.model, source.blocks)
     if request.config.method.distill is not None:
-        check_predicts(source.model, "distill trains on its predictions: leave it out")
+        check_distilled(source.model)
+
+
+def _check_reads_text(source: Source, request: RunRequest) -> None:
+    """Checks that text can calibrate the model, and that it has enough positions."""
+    model = source.model
+    if not predicts_tokens(model) and main_input(model) != "input_ids":
+        raise InputError(
+            f"model {request.model!r} reads {main_input(model)} ({type(model).__name__}), so text does not calibrate "
+            "it: give --calibration with what it reads"
+        )
+    check_positions(model, request.calibration.seqlen // (1 if decoder_of(model) is None else 2))
 
 
 def budget_of(request: RunRequest) -> int:

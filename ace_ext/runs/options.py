@@ -1,10 +1,10 @@
 """The arguments of ``ace-prune run`` and ``plan`` in addition to the pruning configuration: the calibration text and
 the options of the run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,9 @@ from ace_ext.data.requests import check_request as check_numbers
 from ace_ext.data.windows import CalibrationData, load_windows
 from ace_ext.engine.distributed import launched
 from ace_ext.errors import InputError
+from ace_ext.fingerprint import inputs_sha256
 from ace_ext.formats import DEFAULT_FORMAT, format_named
+from ace_ext.models._transformers import predicts_tokens
 from ace_ext.models.tokenizer import Tokenizer
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.settings import check_choice
@@ -28,6 +30,11 @@ EVALUATE_AUTO, EVALUATE_NEVER = "auto", "never"
 OFFLOAD = ("auto", "disk", "none")
 """``disk``: one block at a time is read from the files; ``auto``: only if the whole model does not fit; ``none``:
 never."""
+
+
+Reader: TypeAlias = Callable[[Path, "Calibration"], Iterable[Mapping[str, Tensor]]]
+"""``(folder of the model, calibration) -> batches``: arguments of the model's calls, as its own processor returns them.
+Raises :class:`InputError` for files that cannot be read, before it returns."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,9 @@ class Calibration:
     evaluate: str = EVALUATE_NEVER
     """The text on which perplexity is measured before and after, ``auto`` or ``never``
     (:mod:`ace_ext.runs.holdout`)."""
+    reader: "Reader | None" = None
+    """Reads the model's inputs in place of text. ``source`` and ``nsamples`` are then what it reads, and ``seqlen`` is
+    only the number of tokens of a sample by which memory is estimated."""
 
     def check(self) -> None:
         """Reads the texts that are a user's files, so that an error is found before the model is loaded.
@@ -54,16 +64,52 @@ class Calibration:
         """
         check_choice("bos", self.bos, MODES)
         check_numbers(self.nsamples, self.seqlen, self.seed)
+        if self.reader is not None:
+            return
         texts = texts_of(self.source)
         samples_of(texts, self.nsamples)
         for part in texts:
             if part.source not in (SELF, *SOURCES):
                 load_text(part.source, CALIBRATION, self.text_field)
 
+    @property
+    def sources(self) -> list[str]:
+        """What the samples are read from: the texts, or what :attr:`reader` reads."""
+        return [self.source] if self.reader is not None else [part.source for part in texts_of(self.source)]
+
+    def read(self, folder: Path | None) -> list[dict[str, Tensor]]:
+        """The model's inputs by :attr:`reader`; ``folder``: the model's.
+
+        Raises:
+            InputError: there are none, or they cannot be read.
+        """
+        assert self.reader is not None  # else text is drawn
+        if folder is None:
+            raise InputError("calibration of this kind needs a model folder with the files of its processor")
+        batches = [dict(batch) for batch in self.reader(folder, self)]
+        if not batches:
+            raise InputError(f"calibration {self.source!r} holds nothing to read")
+        return batches
+
+    def describe_inputs(self, batches: list[dict[str, Tensor]]) -> dict[str, Any]:
+        """The description of batches of inputs in a report and a fingerprint. ``inputs`` gives the shape of one sample
+        and the dtype, by name."""
+        inputs = {
+            name: {"shape": list(value.shape[1:]), "dtype": str(value.dtype).removeprefix("torch.")}
+            for name, value in batches[0].items()
+        }
+        read = {"source": self.source, "nsamples": self.nsamples, "seed": self.seed}
+        return {**read, "inputs": inputs, "sha256": inputs_sha256(batches)}
+
     def choose_bos(
         self, tokenizer: Tokenizer, model: nn.Module | None, logits: Callable[[Tensor], Tensor] | None = None
     ) -> BosChoice:
-        """Whether the samples begin with the BOS token; arguments and errors as :func:`ace_ext.data.bos.choose_bos`."""
+        """Whether the samples begin with the BOS token; arguments and errors as :func:`ace_ext.data.bos.choose_bos`.
+        The texts of an encoder begin with its own first token instead."""
+        if self.bos == AUTO and model is not None and not predicts_tokens(model):
+            first = getattr(tokenizer, "cls_token_id", None)
+            why = "the texts of an encoder begin with this token" if first is not None else "it predicts no next token"
+            return BosChoice(self.bos, first, why)
         return choose_bos(self.bos, tokenizer, model, own_text=self.source == SELF, logits=logits)
 
     def load(
@@ -144,7 +190,7 @@ class RunRequest:
     @property
     def writes_own_text(self) -> bool:
         """Whether the model writes its calibration text. The whole model must then be in memory."""
-        return self.calibration.source == SELF and self.options.stats is None
+        return self.calibration.source == SELF and self.calibration.reader is None and self.options.stats is None
 
     @property
     def stored(self) -> list[int] | None:
@@ -154,13 +200,19 @@ class RunRequest:
     @property
     def evaluates(self) -> bool:
         """Whether perplexity is measured before and after. A run from statistics has no forward pass."""
-        return self.calibration.evaluate != EVALUATE_NEVER and self.options.stats is None
+        text = self.calibration
+        return text.evaluate != EVALUATE_NEVER and text.reader is None and self.options.stats is None
 
     def measures_bos(self, tokenizer: Tokenizer | None = None) -> bool:
         """Whether the model must be measured to choose if its samples begin with the BOS token. Without a tokenizer:
         whether it might have to be."""
         calibration = self.calibration
-        if calibration.bos != AUTO or calibration.source == SELF or self.options.stats is not None:
+        if (
+            calibration.bos != AUTO
+            or calibration.source == SELF
+            or calibration.reader is not None
+            or self.options.stats is not None
+        ):
             return False
         return tokenizer is None or settled_bos(calibration.bos, tokenizer) is None
 

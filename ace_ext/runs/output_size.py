@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 
 from ace_ext.formats import format_named
-from ace_ext.models._transformers import embedding_weight
 from ace_ext.packed import Kept
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.runs.model_source import Source
@@ -31,7 +30,7 @@ def output_bytes(source: Source, matrices: list[PlannedMatrix], format_name: str
     chosen = format_named(format_name)
     if chosen.size is None:
         return bytes_of_all(source)
-    dtype = embedding_weight(source.model).dtype
+    dtype = next(source.model.parameters()).dtype
     pattern = None if config.pattern is None else (config.pattern.keep_n, config.pattern.group_m)
     grid = None if config.method.quantize is None else config.method.quantize.grid
     others, found = bytes_of_all(source), 0

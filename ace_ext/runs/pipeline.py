@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ace_ext.data.bos import BosChoice
-from ace_ext.data.corpora import texts_of
 from ace_ext.data.windows import CalibrationData
 from ace_ext.engine.api import check_pattern, prune_model, removal_report
 from ace_ext.engine.context import RunContext
-from ace_ext.engine.distributed import Alone, Ranks, launched, share_of
+from ace_ext.engine.distributed import Alone, Ranks, launched, share_of, share_of_batches
+from ace_ext.engine.inputs import Batches, text_inputs
 from ace_ext.engine.progress import Progress
 from ace_ext.engine.protocols import Peers, StatisticsSource
 from ace_ext.fingerprint import tokens_sha256
@@ -91,7 +91,7 @@ def prune_folder(
         return_freed_memory()
     path, progress = output_path(output), progress or Progress()
     with disk_errors(path):
-        check_apart(path, model, *(part.source for part in texts_of(calibration.source)), options.stats)
+        check_apart(path, model, *calibration.sources, options.stats)
         check_outside(path, "save-stats", options.save_stats)
         if config.method.distill is None:
             return _prune(request, path, progress), path
@@ -117,7 +117,8 @@ def _prune(request: RunRequest, path: Path, progress: Progress) -> PruneReport:
         progress.step(f"opening {request.model}")
         source = _open(request)
         blocks = _block_source(source, request.device)
-        bos = None if options.stats else choose_for_run(request, source, blocks, path, peers)
+        reads_text = options.stats is None and request.calibration.reader is None
+        bos = None if not reads_text else choose_for_run(request, source, blocks, path, peers)
         measured = measurement_for(request, source, blocks, bos, progress.note) if first else None
         inputs = _Inputs(request, source, bos)
         fingerprint, done = inputs.take(path, peers, progress)
@@ -168,7 +169,7 @@ def _prune(request: RunRequest, path: Path, progress: Progress) -> PruneReport:
                 context.observer.end(report)
             else:
                 later = request.config.without_removal() if removed else request.config
-                report = prune_model(source.model, inputs.tokens(peers), later, context=context)
+                report = prune_model(source.model, inputs.batches(peers), later, context=context)
                 report.config, report.removed = request.config.to_dict(), removed
             if measured is not None:
                 report.perplexity = measured.after(None if whole else workspace.model)
@@ -225,6 +226,7 @@ class _Inputs:
         self._model = {"files": source.files.described, "dtype": request.dtype}
         self.known: StatisticsSource | None = None
         self._data: CalibrationData | None = None
+        self._batches: list[dict[str, Tensor]] | None = None
         self._calibration: dict[str, Any] = {}
         if request.options.stats:
             from ace_ext.runs.statistics_file import SavedStatistics
@@ -247,7 +249,10 @@ class _Inputs:
             if done is not None:
                 peers.wait()
                 return {}, done
-        if self.known is None:
+        if self.known is None and request.calibration.reader is not None:
+            self._batches = request.calibration.read(self._source.files.folder)
+            self._calibration = request.calibration.describe_inputs(self._batches)
+        elif self.known is None:
             self._data = (self._kept(output) if own else None) or self._draw(progress, tell=peers.rank == 0)
             self._calibration = request.calibration.describe(self._data)
         fingerprint = self.fingerprint(peers)
@@ -322,6 +327,12 @@ class _Inputs:
         if self._data is None:
             return torch.zeros(0, 0, dtype=torch.long)
         return share_of(self._data.tokens, peers)
+
+    def batches(self, peers: Peers) -> Batches:
+        """The calibration of this process: tokens as :meth:`tokens`, or arguments of the model's calls."""
+        if self._batches is not None:
+            return share_of_batches(self._batches, peers)
+        return text_inputs(self._source.model, self.tokens(peers), self._request.config)
 
     def statistics_writer(self, workspace: Workspace, peers: Peers) -> "StatisticsWriter | None":
         """The writer of the statistics file, if the run saves one."""

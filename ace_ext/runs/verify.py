@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ace_ext.cards import CARD, card_says
+from ace_ext.data.requests import vocabulary_of
 from ace_ext.dense_weights import NOT_CALLED
 from ace_ext.errors import InputError, one_line
 from ace_ext.formats import grid_of, written_shards
-from ace_ext.models._transformers import embedding_weight, is_left_out
+from ace_ext.models._transformers import decoder_of, is_left_out
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.location import ModelLocation
 from ace_ext.models.safetensors_files import Shards, all_names, has_safetensors
@@ -58,7 +59,7 @@ def verify(folder: str | Path, load: bool = True) -> VerifyResult:
     result = verify_weights(folder)
     _check_card(Path(folder), result)
     if load:
-        _check_loads(str(folder), result)
+        _check_loads(str(folder), result, read_report(folder))
     return result
 
 
@@ -137,7 +138,7 @@ def _expected(
     read; and the names of those that are stored as ``[d_in, d_out]``. Checks that the files hold the parameters of the
     configuration, and that these are finite."""
     try:
-        model = skeleton(folder, shards)
+        model = skeleton(folder, shards, causal=False)
         blocks = find_blocks(model, config.skip, check=False)
     except InputError as error:
         result.problems.append(str(error))
@@ -271,19 +272,36 @@ def _check_budget(nonzero: int, keep: int, result: VerifyResult) -> None:
         result.problems.append(f"model: {nonzero} non-zeros, more than the {keep} to keep")
 
 
-def _check_loads(folder: str, result: VerifyResult) -> None:
+def _check_loads(folder: str, result: VerifyResult, report: PruneReport) -> None:
     try:
-        model: Any = open_model(folder).model
+        model: Any = open_model(folder, causal=False).model
     except InputError as error:
         result.problems.append(str(error))
         return
-    tokens = torch.arange(8)[None] % len(embedding_weight(model))
     try:
         with torch.no_grad():
-            output = model(input_ids=tokens)[0]  # logits, or the hidden states of a model without a head
+            # logits, or the hidden states of a model without a head
+            output = next(x for x in model(**_some_inputs(model, report)).to_tuple() if isinstance(x, Tensor))
     except Exception as error:  # whatever the model's code raises, the folder does not work
         result.problems.append(f"model: a forward pass ends in {type(error).__name__}: {one_line(error)}")
         return
     result.loads = bool(torch.isfinite(output).all())
     if not result.loads:
         result.problems.append("model: its output is not finite")
+
+
+def _some_inputs(model: nn.Module, report: PruneReport) -> dict[str, Tensor]:
+    """One sample of what a model reads: a few tokens, or in the shapes that calibration had."""
+    known = vocabulary_of(model) or 8
+    described = (report.extra.get("calibration") or {}).get("inputs") or {}
+    inputs: dict[str, Tensor] = {}
+    for name, each in described.items():
+        dtype: torch.dtype = getattr(torch, each["dtype"])
+        values = torch.ones(1, *each["shape"], dtype=dtype)
+        ids = name.endswith("input_ids") and values.dim() == 2
+        inputs[name] = torch.arange(values.shape[1])[None] % min(known, 8) if ids else values
+        if dtype.is_floating_point:
+            inputs[name] = values.to(next(model.parameters()).dtype)
+    tokens = torch.arange(8)[None] % known
+    decoded = {} if decoder_of(model) is None else {"decoder_input_ids": tokens}
+    return inputs or {"input_ids": tokens, **decoded}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ace_ext.errors import InputError
 from ace_ext.formats import OutputWriter
+from ace_ext.models.block_store import BlockSource, OffloadedBlocks
 from ace_ext.models.blocks import Block
 from ace_ext.models.hidden_states import HiddenStates, Layout
 from ace_ext.records import BlockReport, PruneReport
@@ -112,6 +113,19 @@ class Workspace(UnfinishedRun):
             layout = Layout(kept["shapes"], kept["dtype"])
             return HiddenStates.reopen(layout, self._side, self.folder, resident, name, device)
         return HiddenStates(states, self.folder, resident, name, device)
+
+    def restore_(self, store: BlockSource) -> None:
+        """Gives the blocks that are finished their pruned weights, also those that an earlier run finished. Blocks that
+        are read from files are read from the output's from now on, once they are written."""
+        assert self.writer is not None  # set before the walk starts
+        shards = self.writer.shards
+        if isinstance(store, OffloadedBlocks):
+            store.pruned = lambda block: shards if block.name in {report.name for report in self.blocks} else None
+            return
+        done = {report.name for report in self.blocks}
+        for block in store.blocks:
+            for name, parameter in block.module.named_parameters() if block.name in done else ():
+                parameter.data.copy_(shards.read(f"{block.name}.{name}"))
 
     def open_part(self, states: Iterable[Tensor], device: torch.device, resumed: bool) -> HiddenStates:
         """The inputs of a part of a model; ``resumed``: those that the earlier run left before a block within the part.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import forget_quantization_, take_generation_config_, tie_weights_
-from ace_ext.models.loading import LoadedModel, load_model, load_tokenizer
+from ace_ext.models.loading import LoadedModel, check_causal, load_model, load_tokenizer
 from ace_ext.models.safetensors_files import Shards, all_names
 from ace_ext.models.skeleton import check_all_read, skeleton
 from ace_ext.packed.compressed_tensors import CompressedShards, is_compressed
@@ -59,7 +59,7 @@ def build_packed(folder: str | Path, empty: Callable[[], nn.Module] | None = Non
         InputError: as :func:`load_packed`.
     """
     shards = PackedShards(folder)
-    model = skeleton(shards.folder, shards) if empty is None else empty()
+    model = skeleton(shards.folder, shards, causal=False) if empty is None else empty()
     if empty is not None:
         _check_held(model, shards.adopt(model))
     names, matrices = all_names(model), _matrices(model, shards)
@@ -78,9 +78,11 @@ def build_packed(folder: str | Path, empty: Callable[[], nn.Module] | None = Non
     return model.eval()
 
 
-def open_model(source: str, dtype: str = "auto", device: str | torch.device = "cpu") -> LoadedModel:
+def open_model(
+    source: str, dtype: str = "auto", device: str | torch.device = "cpu", *, causal: bool = True
+) -> LoadedModel:
     """:func:`ace_ext.models.loading.load_model`; of a packed folder :func:`load_packed`, and of a folder of
-    :mod:`ace_ext.packed.compressed_tensors` the dense model that its codes stand for.
+    :mod:`ace_ext.packed.compressed_tensors` the dense model that its codes stand for. ``causal`` as there.
 
     Raises:
         InputError: as these functions, or ``dtype`` is not ``auto`` for a packed folder.
@@ -89,18 +91,20 @@ def open_model(source: str, dtype: str = "auto", device: str | torch.device = "c
     if is_compressed(folder):
         model = _load_compressed(folder, dtype)
     elif not is_packed(source):
-        return load_model(source, dtype, device)
+        return load_model(source, dtype, device, causal=causal)
     elif dtype != "auto":
         raise InputError(f"dtype must be auto for a packed folder (got {dtype}); unpack it first")
     else:
         model = load_packed(folder)
-    return LoadedModel(model.to(device), load_tokenizer(folder), source)
+    if causal:
+        check_causal(source, model)
+    return LoadedModel(model.to(device), load_tokenizer(folder, needed=causal), source)
 
 
 def _load_compressed(folder: Path, dtype: str) -> nn.Module:
     """The dense model that the codes of a folder stand for."""
     shards = CompressedShards(folder)
-    model = skeleton(folder, shards, dtype)
+    model = skeleton(folder, shards, dtype, causal=False)
     check_all_read(model, shards, str(folder))
     _load_rest(model, shards)
     forget_quantization_(model)
