@@ -107,7 +107,9 @@ def prune_model(
         entrances = _entrances(model, store, ready, found, config, context)
         if entrances is not None:
             states = BatchStates([], None, device)
-            entrances.enter(0 if context.journal is None else context.journal.finished, states)
+            done = 0 if context.journal is None else context.journal.finished
+            if done < len(store.blocks):
+                entrances.enter(done, states)
         else:
             states = _enter(model, store, ready, context, device) if by_blocks else BatchStates([], None, device)
         text = batches if distill_text is None else distill_text

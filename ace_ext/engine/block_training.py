@@ -32,9 +32,13 @@ class BlockTraining:
         self._stage, self._states, self._entrances = stage, states, entrances
         self._calls: Sequence[BlockCall] = states.calls
         """The dense model's calls."""
-        name = f"dense-{context.peers.rank}"
-        resumed = context.journal is not None and context.journal.finished
-        self.dense: HiddenStates = states.hidden.sibling(name) if resumed else states.hidden.fork(name)
+        self._name = f"dense-{context.peers.rank}"
+        done = 0 if context.journal is None else context.journal.finished
+        resumed = done > 0
+        if entrances is not None:
+            self._calls = entrances.dense(done)[0]
+            resumed = not entrances.starts(done)
+        self.dense: HiddenStates = states.hidden.sibling(self._name) if resumed else states.hidden.fork(self._name)
         """The dense model's hidden states before the current block."""
         self._inputs: list[Tensor] = []
         self._targets: list[Tensor] = []
@@ -43,7 +47,8 @@ class BlockTraining:
         """Keeps the inputs of a block that is not pruned yet, and runs the dense model through it for the targets."""
         states = self._states
         if self._entrances is not None and self._entrances.starts(index):
-            self._calls, self.dense = self._entrances.dense(index)
+            self._calls, dense = self._entrances.dense(index)
+            self.dense = states.hidden.beside(self._name, (dense[i] for i in range(len(dense))))
         self._inputs = [states.hidden[i] for i in range(len(states.calls))]
         for i, call in enumerate(self._calls):
             self._targets.append(run_block(block, self.dense[i], call.others[index]))

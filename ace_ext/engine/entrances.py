@@ -44,6 +44,7 @@ class Entrances:
     ) -> None:
         self._model, self._store, self._parts, self._batches = model, store, parts, batches
         self._journal, self._device = context.journal, device
+        self._only_dense = context.sink is not None  # saved statistics do not depend on pruned blocks
         self._at = -1
         self._dense: dict[int, Entered] = {}
         for part in parts if dense else ():
@@ -60,8 +61,8 @@ class Entrances:
         return any(part.start == index for part in self._parts)
 
     def dense(self, index: int) -> Entered:
-        """The dense model's states before the part that begins with block ``index``."""
-        return self._dense[index]
+        """The dense model's calls in the part of a block, and its states before that part."""
+        return next(self._dense[part.start] for part in self._parts if index in part)
 
     def enter(self, index: int, states: BatchStates, *, lasting: bool = True) -> None:
         """Gives ``states`` what enters the part of a block, unless they are in it already.
@@ -79,13 +80,21 @@ class Entrances:
             return
         states.settle()
         self._at = part.start
-        states.take(*self._captured(part, index, lasting))
+        resumed = index != part.start
+        if self._only_dense:
+            calls, kept = self._dense[part.start]
+            first = (kept[i] for i in range(len(kept)))
+            states.take(calls, kept if self._journal is None else self._journal.open_part(first, self._device, resumed))
+        else:
+            states.take(*self._captured(part, resumed if lasting else None))
 
     def again(self) -> None:
         """Forgets which part was entered: its first block is to be run once more."""
         self._at = -1
 
-    def _captured(self, part: range, index: int | None = None, lasting: bool = False) -> Entered:
+    def _captured(self, part: range, resumed: bool | None = None) -> Entered:
+        """What enters a part. ``resumed``: the journal keeps it, and has it already if this is true; None: it is only
+        in memory."""
         calls: list[BlockCall] = []
 
         def first_states() -> Iterator[Tensor]:
@@ -95,8 +104,7 @@ class Entrances:
                 calls.append(call)
                 yield hidden
 
-        if lasting and self._journal is not None:
-            resumed = index not in (None, part.start)
+        if resumed is not None and self._journal is not None:
             hidden = self._journal.open_part(first_states(), self._device, resumed)
             for _ in first_states() if not calls else ():  # a resumed run did not read these, but needs the calls
                 pass

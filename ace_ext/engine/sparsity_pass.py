@@ -17,11 +17,22 @@ Keeps = list[dict[str, int]]
 
 
 def allocate_sparsity(
-    blocks: BlockSource, config: PruneConfig, statistics: Callable[[Block, int], dict[str, LinearStatistics]]
+    blocks: BlockSource,
+    config: PruneConfig,
+    statistics: Callable[[Block, int], dict[str, LinearStatistics]],
+    enter: Callable[[int], None] = lambda index: None,
 ) -> Keeps:
-    """How many weights of a row each matrix keeps; ``statistics``: of a dense block and its index."""
+    """How many weights of a row each matrix keeps.
+
+    Args:
+        blocks: dense.
+        config: of the run.
+        statistics: of a dense block and its index.
+        enter: is called with the index of a block before its weights are loaded.
+    """
     measures, shapes = [], []
     for index in range(len(blocks.blocks)):
+        enter(index)
         with blocks.loaded(index) as block:
             shapes.append({child: (linear.out_features, linear.in_features) for child, linear in block.linears.items()})
             measures.append(outlier_share(block.linears, statistics(block, index), config))
@@ -57,11 +68,10 @@ def _measured_in_parts(
     blocks: BlockSource, config: PruneConfig, states: BatchStates, collection: Collection, entrances: Entrances
 ) -> Keeps:
     def statistics(block: Block, index: int) -> dict[str, LinearStatistics]:
-        entrances.enter(index, states, lasting=False)
         return collection.collect(block, index, list(block.linears), advance=True, needs=config.needs.measure)
 
     entrances.again()
-    keeps = allocate_sparsity(blocks, config, statistics)
+    keeps = allocate_sparsity(blocks, config, statistics, lambda index: entrances.enter(index, states, lasting=False))
     entrances.again()
     return keeps
 

@@ -83,7 +83,7 @@ class Walk:
             self.pruner.keeps = {block.name: keep for block, keep in zip(blocks, keeps, strict=True)}
         stage = self.config.method.train
         training = None
-        if stage is not None:
+        if stage is not None and self.recorder.done < len(blocks):
             from ace_ext.engine.block_training import BlockTraining
 
             training = BlockTraining(stage, self.states, self.context, self.entrances)
@@ -155,11 +155,6 @@ class Walk:
             self.recorder.finish(block, report, self.states, moving, last=last)
 
     def _enter(self, index: int) -> None:
-        """Goes on to the part of block ``index``, if the model has several. Statistics to keep are the dense
-        model's."""
-        if self.entrances is None:
-            return
-        if self.context.sink is not None and self.entrances.starts(index):
-            self.states.take(*self.entrances.dense(index))
-        else:
+        """Goes on to the part of block ``index``, if the model has parts."""
+        if self.entrances is not None:
             self.entrances.enter(index, self.states)

@@ -104,7 +104,10 @@ class HiddenStates:
 
     def fork(self, name: str) -> "HiddenStates":
         """A copy for an extra pass, kept in the same way under another name."""
-        states = (self[i] for i in range(len(self)))
+        return self.beside(name, (self[i] for i in range(len(self))))
+
+    def beside(self, name: str, states: Iterable[Tensor]) -> "HiddenStates":
+        """Other states, kept in the same way under another name."""
         return HiddenStates(states, self._folder, self._kept is not None, name, self._device)
 
     def sibling(self, name: str) -> "HiddenStates":

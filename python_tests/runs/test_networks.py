@@ -1,0 +1,137 @@
+"""Runs on the files of networks that are no causal language models."""
+
+import pytest
+import torch
+from folders import weights_bytes
+from tiny_models import make_tokenizer
+from tiny_networks import NETWORKS, make_inputs, make_network
+
+from ace_ext import InputError, PruneConfig, prune_model
+from ace_ext.engine.progress import Progress
+from ace_ext.runs.options import Calibration, RunOptions
+from ace_ext.runs.pipeline import prune_folder
+from ace_ext.runs.verify import verify
+
+PARTS = {"t5": 4, "whisper": 4, "clip": 4, "swin": 3}
+"""The blocks of networks with several parts."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """``folder_of(name)``: a saved network, with a tokenizer if it reads text."""
+    place = tmp_path_factory.mktemp("networks")
+
+    def folder_of(name):
+        folder = place / name
+        if not folder.exists():
+            make_network(name).save_pretrained(folder)
+            if name in ("bert", "t5"):
+                make_tokenizer().save_pretrained(folder)
+        return folder
+
+    return folder_of
+
+
+def prune(folder, output, config=None, progress=None, **options):
+    name = folder.name
+    read = Calibration(f"inputs of {name}", 6, 16, reader=lambda place, text: make_inputs(name))
+    config = config or PruneConfig("fast", 0.5)
+    return prune_folder(
+        str(folder), output, config, read, RunOptions(**options), torch.device("cpu"), progress=progress
+    )
+
+
+class Stops(Progress):
+    """Interrupts a run once so many blocks are done."""
+
+    def __init__(self, blocks):
+        super().__init__()
+        self._left = blocks
+
+    def block(self, block, report):
+        super().block(block, report)
+        self._left -= 1
+        if not self._left:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("name", "offload"), [(name, "none") for name in NETWORKS] + [(name, "disk") for name in PARTS]
+)
+def test_a_folder_gets_the_weights_of_a_model_in_memory(name, offload, folders, tmp_path):
+    report, output = prune(folders(name), tmp_path / "out", offload=offload)
+    model = make_network(name)
+    prune_model(model, make_inputs(name), PruneConfig("fast", 0.5))
+    loaded = type(model).from_pretrained(output).state_dict()
+    for own, weight in model.state_dict().items():
+        assert torch.equal(loaded[own], weight), own
+    found = verify(output)
+    assert (found.problems, found.loads, found.matrices) == ([], True, len(report.matrices))
+    inputs = report.extra["calibration"]["inputs"]
+    assert inputs == {
+        key: {"shape": list(x.shape[1:]), "dtype": str(x.dtype).removeprefix("torch.")}
+        for key, x in make_inputs(name)[0].items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "offload"),
+    [
+        ("t5", "fast", "none"),
+        ("swin", "fast", "disk"),
+        ("clip", "balanced", "none"),
+        ("t5", "allocate + wanda + train(epochs=1)", "disk"),
+    ],
+)
+def test_an_interrupted_run_goes_on_in_each_part(name, method, offload, folders, tmp_path):
+    config = PruneConfig(method, 0.5)
+    _, whole = prune(folders(name), tmp_path / "whole", config, offload=offload)
+    output = tmp_path / "out"
+    for _ in range(PARTS[name]):
+        with pytest.raises(KeyboardInterrupt):
+            prune(folders(name), output, config, Stops(1), offload=offload, resume=True)
+        assert not output.exists()
+    prune(folders(name), output, config, offload=offload, resume=True)
+    assert weights_bytes(output) == weights_bytes(whole)
+
+
+@pytest.mark.parametrize("name", ["t5", "swin", "clip"])
+def test_saved_statistics_are_those_of_the_dense_model(name, folders, tmp_path):
+    """They serve another sparsity, and give the bytes of the run that saved them."""
+    config, file = PruneConfig("wanda", 0.5), tmp_path / "stats"
+    _, saved = prune(folders(name), tmp_path / "saved", config, save_stats=file)
+    _, again = prune(folders(name), tmp_path / "again", config, stats=file)
+    assert weights_bytes(saved) == weights_bytes(again)
+    other = PruneConfig("wanda", 0.7)
+    _, saved = prune(folders(name), tmp_path / "other", other, save_stats=tmp_path / "other stats")
+    _, again = prune(folders(name), tmp_path / "other again", other, stats=file)
+    assert weights_bytes(saved) == weights_bytes(again)
+
+
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_text_calibrates_models_of_text(name, folders, tmp_path):
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 40)
+    text = Calibration(str(tmp_path / "text.txt"), 4, 16)
+    config, device = PruneConfig("wanda", 0.5), torch.device("cpu")
+    report, output = prune_folder(str(folders(name)), tmp_path / "out", config, text, RunOptions(), device)
+    assert verify(output).problems == []
+    assert {matrix.tokens for matrix in report.matrices} == {4 * (16 if name == "bert" else 8)}
+
+
+REFUSED = {
+    "text for images": ("vit", {}, Calibration(), "reads pixel_values .*so text does not calibrate it"),
+    "remove": ("t5", {"remove": "neurons=0.2"}, None, "remove takes models of text with one list of blocks"),
+    "distill": ("t5", {"method": "best", "sparsity": 0.5}, None, "has an encoder and a decoder"),
+    "nothing": ("vit", {"sparsity": 0.5}, Calibration("x", reader=lambda *_: []), "calibration 'x' holds nothing"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_serve_is_refused_before_anything_is_written(case, folders, tmp_path):
+    name, config, text, message = REFUSED[case]
+    text = text or Calibration("x", 6, 16, reader=lambda *_: make_inputs(name))
+    with pytest.raises(InputError, match=message):
+        prune_folder(
+            str(folders(name)), tmp_path / "out", PruneConfig(**config), text, RunOptions(), torch.device("cpu")
+        )
+    assert not any(tmp_path.iterdir())
