@@ -12,12 +12,13 @@ from ace_ext.data.images import read_image
 from ace_ext.data.media_items import IMAGE, Item, Items, media_items
 from ace_ext.data.requests import check_int
 from ace_ext.errors import InputError
+from ace_ext.models.location import remote_code_allowed
 
 _INPUTS = {"image": ("pixel_values",), "audio": ("input_features", "input_values")}
 """By kind of file, the arguments of a model's forward that take it."""
 
 
-def load_processor(folder: str, trust_remote_code: bool = False) -> Any:
+def load_processor(folder: str) -> Any:
     """The processor of a model's folder or hub name: its image processor, feature extractor or both with a tokenizer.
 
     Raises:
@@ -26,7 +27,7 @@ def load_processor(folder: str, trust_remote_code: bool = False) -> Any:
     from transformers import AutoProcessor  # imported here: it imports every modality
 
     try:
-        return AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=remote_code_allowed())
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
