@@ -18,7 +18,7 @@ from ace_ext.engine.inputs import Batches, model_inputs
 from ace_ext.engine.progress import Progress
 from ace_ext.engine.walk import Walk
 from ace_ext.errors import InputError
-from ace_ext.models._transformers import check_version
+from ace_ext.models._transformers import check_version, predicts_tokens
 from ace_ext.models.block_store import BlockSource, ResidentBlocks
 from ace_ext.models.blocks import Block, find_blocks, stay_dense
 from ace_ext.models.hidden_states import HiddenStates
@@ -34,6 +34,7 @@ from ace_ext.records import BlockReport, PruneReport, Removed
 
 if TYPE_CHECKING:
     from ace_ext.engine.distillation import Distillation
+    from ace_ext.healing.networks import NetworkDistillation
 
 
 @torch.no_grad()
@@ -44,7 +45,7 @@ def prune_model(
     *,
     callback: Callable[[BlockReport], None] | None = None,
     progress: bool = False,
-    distill_text: Tensor | None = None,
+    distill_text: Batches | None = None,
     context: RunContext | None = None,
     **settings: Any,
 ) -> PruneReport:
@@ -64,7 +65,7 @@ def prune_model(
         progress: show a progress bar on stderr.
         distill_text: for a method with ``distill`` windows of text without padding to train on, ``[windows, seqlen]``
             integer, better none of the calibration samples; default: these. A text shorter than the stage's ``tokens``
-            is read again, up to six times.
+            is read again, up to six times. For a network that is no causal language model: batches as for ``batches``.
         context: optional services of a run on files; see :mod:`ace_ext.runs.pipeline`.
         **settings: the arguments of :class:`PruneConfig`, in place of ``config``.
 
@@ -112,8 +113,14 @@ def prune_model(
                 entrances.enter(done, states)
         else:
             states = _enter(model, store, ready, context, device) if by_blocks else BatchStates([], None, device)
-        text = batches if distill_text is None else distill_text
-        distillation = _distillation(model, store, text, config, context) if trained else None
+        distillation: Distillation | NetworkDistillation | None = None
+        if trained and predicts_tokens(model):
+            distillation = _distillation(
+                model, store, batches if distill_text is None else distill_text, config, context
+            )
+        elif trained:
+            text = ready if distill_text is None else list(model_inputs(model, distill_text, config, device))
+            distillation = _network_distillation(model, store, text, config, context)
         weight = next(linear.weight for block in store.blocks for linear in block.linears.values())
         report = PruneReport(config.to_dict(), str(device), str(weight.dtype).removeprefix("torch."))
         with restored_if_float16(store) if context.journal is None else nullcontext():
@@ -268,6 +275,8 @@ def _tried(
     if found.reason is None:
         return found
     trains = [stage.label for stage in (config.method.train, config.method.distill) if stage is not None]
+    if not predicts_tokens(model):  # it is distilled by forwards of the whole model
+        trains = [stage.label for stage in (config.method.train,) if stage is not None]
     hindered = {
         "leave out --offload disk": not isinstance(store, ResidentBlocks),
         f"leave out {' and '.join(trains)}": bool(trains),
@@ -287,6 +296,14 @@ def _distillation(
     from ace_ext.engine.distillation import Distillation  # imported here: most methods do not distil
 
     return Distillation(model, store, text, config, context)
+
+
+def _network_distillation(
+    model: nn.Module, store: BlockSource, batches: list[dict[str, Tensor]], config: PruneConfig, context: RunContext
+) -> "NetworkDistillation":
+    from ace_ext.engine.distillation import network_distillation  # imported here: most methods do not distil
+
+    return network_distillation(model, store, batches, config, context)
 
 
 def _left_dense(model: nn.Module, blocks: list[Block], report: PruneReport) -> list[DenseWeight]:

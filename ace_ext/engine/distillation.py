@@ -3,6 +3,7 @@ its predictions after it."""
 
 import math
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,13 @@ from ace_ext.healing.context import HealContext
 from ace_ext.healing.distill import distill_
 from ace_ext.healing.settings import HealSettings
 from ace_ext.healing.teacher import teacher_states
-from ace_ext.models.block_store import BlockSource
+from ace_ext.models.block_store import BlockSource, ResidentBlocks
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.stages import TrainModel
 from ace_ext.records import Healing
+
+if TYPE_CHECKING:  # at run time only such networks load it
+    from ace_ext.healing.networks import NetworkDistillation
 
 TEXT_SEED = 2**20
 """By this bit the seed of the windows that are distilled on differs from that of the calibration samples."""
@@ -48,6 +52,32 @@ def distill_draw(config: PruneConfig, seqlen: int, seed: int) -> tuple[int, int]
 def _stage(config: PruneConfig) -> TrainModel:
     assert config.method.distill is not None  # callers ask only for such methods
     return config.method.distill
+
+
+def network_distillation(
+    model: nn.Module, store: BlockSource, batches: list[dict[str, Tensor]], config: PruneConfig, context: RunContext
+) -> "NetworkDistillation":
+    """The distillation of a network that is no causal language model, in memory and dense. ``batches``: arguments of
+    its calls.
+
+    Raises:
+        InputError: as :class:`ace_ext.healing.networks.NetworkDistillation`; or the blocks are not in memory.
+    """
+    from ace_ext.healing.networks import NetworkDistillation  # imported here: most runs distil no such network
+
+    if not isinstance(store, ResidentBlocks) or context.peers.size > 1:
+        raise InputError(
+            "distill of this kind of model needs it in the memory of one process: leave out --offload disk"
+        )
+    stage = _stage(config)
+
+    def settings(tokens: int) -> HealSettings:
+        return HealSettings(
+            learning_rate=stage.learning_rate, passes=max(1, min(PASSES, math.ceil(stage.tokens / max(1, tokens))))
+        )
+
+    grid = None if config.method.quantize is None else config.method.quantize.grid
+    return NetworkDistillation(model, store.blocks, batches, settings, grid, context.observer.healing)
 
 
 class Distillation:

@@ -35,6 +35,13 @@ def held_windows(windows: int, settings: HealSettings) -> int:
     return min(settings.held_out, max(1, windows // 4))
 
 
+def order_of(batches: int, step: int, seed: int) -> int:
+    """Which of so many batches a step trains on, counted from 0: each pass has a different order."""
+    done, place = divmod(step, batches)
+    random = torch.Generator().manual_seed(seed + done)
+    return int(torch.randperm(batches, generator=random)[place])
+
+
 def check_windows(tokens: Tensor) -> None:
     """Raises :class:`ace_ext.InputError` unless ``tokens [nsamples, seqlen]`` are at least two windows of at least two
     tokens."""
@@ -93,9 +100,7 @@ class Batches:
 
     def order(self, step: int, seed: int) -> int:
         """The batch of a step, counted from 0: each pass over the text has a different order."""
-        done, place = divmod(step, len(self.trained))
-        random = torch.Generator().manual_seed(seed + done)
-        return int(torch.randperm(len(self.trained), generator=random)[place])
+        return order_of(len(self.trained), step, seed)
 
 
 @dataclass(frozen=True)

@@ -116,10 +116,18 @@ class BlockTrainer:
         wanted = [*self.weights.values(), *([x] if x.requires_grad else [])]
         found = list(torch.autograd.grad(output, wanted, gradient, allow_unused=True))
         below = found.pop() if x.requires_grad else None
-        for child, master in self._masters.items():
-            own = found.pop(0)  # freed one by one: all gradients and all their float32 copies never exist together
-            master.grad = None if own is None else own.float().mul_(self.masks[child])  # None: an expert without tokens
+        for child in self._masters:
+            self._take(child, found.pop(0))  # freed one by one: they and their float32 copies never exist together
         return below
+
+    def take(self, gradients: Mapping[str, Tensor | None]) -> None:
+        """Keeps the weights' gradients for :meth:`step_`; None: a weight that the loss does not depend on."""
+        for child, own in gradients.items():
+            self._take(child, own)
+
+    def _take(self, child: str, gradient: Tensor | None) -> None:
+        master = self._masters[child]
+        master.grad = None if gradient is None else gradient.float().mul_(self.masks[child])
 
     @torch.no_grad()
     def step_(self, learning_rate: float) -> None:

@@ -163,18 +163,18 @@ def _some(names: list[str]) -> str:
 
 
 def check_causal(source: str, model: nn.Module) -> None:
-    """Raises :class:`InputError` for a model that does not read text, or does not read it from left to right. Its
-    blocks cannot be found, or its perplexity means nothing."""
+    """Raises :class:`InputError` for a model that does not read text, or does not read it from left to right: it
+    predicts no next token, so its perplexity means nothing."""
     if main_input(model) != "input_ids":
         raise InputError(f"model {source!r} is not a language model: {type(model).__name__} reads {main_input(model)}")
     if has_encoder(model):
         raise InputError(
-            f"model {source!r} has an encoder and a decoder ({type(model).__name__}); give a decoder-only model"
+            f"model {source!r} has an encoder and a decoder ({type(model).__name__}); this takes decoder-only models"
         )
     if is_encoder(model):
         raise InputError(
-            f"model {source!r} is an encoder: each token sees those after it, so it does not predict the next one; if "
-            'it was trained to, set "is_decoder": true in config.json; else prune it with ace_ext.prune_model'
+            f"model {source!r} is an encoder: each token sees those after it, so it does not predict the next one, as "
+            'this needs; if it was trained to, set "is_decoder": true in config.json'
         )
 
 

@@ -144,6 +144,31 @@ def test_half_precision_takes_the_inputs_of_a_processor():
     assert report.dtype == "bfloat16"
 
 
+@pytest.mark.parametrize("name", ["t5", "clip", "vit", "swin"])
+def test_distillation_follows_the_outputs_of_the_dense_model(name):
+    """Of a vocabulary, or of hidden states; which weights are zero stays."""
+    model, inputs = make_network(name), make_inputs(name, 4)
+    dense = outputs_of(make_network(name), inputs[0])[0]
+    report = prune_model(model, inputs, method="wanda + distill(tokens=2000, learning_rate=0.02)", sparsity=0.5)
+    healing = report.healing
+    assert healing.loss_after < 0.9 * healing.loss_before
+    for linear in linears_of(model).values():
+        assert set(linear.weight.count_nonzero(dim=1).tolist()) == {linear.in_features // 2}
+        assert not linear.weight.requires_grad or linear.weight.grad is None
+    plain = make_network(name)
+    prune_model(plain, inputs, method="wanda", sparsity=0.5)
+    errors = [(outputs_of(each, inputs[0])[0] - dense).norm() for each in (model, plain)]
+    assert errors[0] < errors[1]
+
+
+def test_a_model_that_is_distilled_needs_two_samples():
+    model, inputs = make_network("vit"), {"pixel_values": values(3, 16, 16)[:1]}
+    before = weights_of(model)
+    with pytest.raises(InputError, match="distill needs at least two samples"):
+        prune_model(model, [inputs], method="wanda + distill", sparsity=0.5)
+    assert all(torch.equal(weight, before[own]) for own, weight in weights_of(model).items())
+
+
 BAD = {
     "nothing to decode": ("t5", {"input_ids": ids(12)}, "needs? decoder_input_ids"),
     "an unknown name": ("vit", {"pixels": values(3, 16, 16)}, "calibration input pixels is none of ViT"),

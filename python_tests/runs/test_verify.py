@@ -177,7 +177,7 @@ DENSE_UP = lambda w: torch.ones_like(w)  # noqa: E731
         (configure(hidden_size=64), "but config.json says"),
         (configure(vocab_size=60), "model.embed_tokens.weight: shape [64, 32], but config.json says [60, 32]"),
         (configure(num_hidden_layers=None), "could not be"),
-        (configure(model_type="bert"), "is an encoder"),
+        (configure(model_type="bert"), "not in the report"),
         (lambda out: (out / "config.json").write_text("null"), "could not be"),
         (lambda out: (out / "tokenizer.json").write_text("{}"), "could not be loaded"),
     ],
