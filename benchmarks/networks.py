@@ -6,15 +6,15 @@
     python benchmarks/networks.py speech models/whisper-base     # needs espeak-ng, soundfile and scipy
     python benchmarks/networks.py vision                         # needs scikit-learn; trains a small ViT first
 
-encoder: a sentence encoder is calibrated on sentences and compared with the dense one on held-out sentences: mean cosine
-of the embeddings, and rank correlation of the similarities of all pairs.
-speech: Whisper is calibrated on spoken sentences with their text. Its word error rate is measured on other sentences, and
-so is the change of its transcripts: the word error rate with the dense transcripts as references.
+encoder: a sentence encoder is calibrated on sentences and compared with the dense one on held-out ones, by the mean
+cosine of the embeddings and the rank correlation of the similarities of all pairs.
+speech: Whisper is calibrated on spoken sentences with their text. Its word error rate is measured on other sentences,
+and so is the change of its transcripts: the word error rate with the dense transcripts as references.
 vision: a ViT of 4 blocks is trained on scikit-learn's digits and calibrated on some of them. Its accuracy on others is
 measured, and the share of labels that are the dense model's.
 
 Sentences are from ``--text``, a source of ``ace-prune`` with a calibration part and a held-out part. Each row is one
-method and one amount; methods are separated by ``;``.
+method and one amount; methods are separated by ``;``. Methods that distil train on other text of the calibration part.
 """
 
 import argparse
@@ -43,6 +43,7 @@ from transformers import (
 from ace_ext import prune_model
 from ace_ext.data.agreement import agreement, answers, word_error_rate, words
 from ace_ext.data.corpora import CALIBRATION, HELD_OUT, load_text
+from ace_ext.pruning.method import parse
 
 METHODS = "wanda; ace; fast; published-sparsegpt; balanced; best"
 AMOUNTS = "0.5; 2:4"
@@ -62,6 +63,8 @@ class Subject:
     calibration: Batches
     measure: Callable[[nn.Module], dict[str, float]]
     """The figures of a model, by their names in the table."""
+    distillation: Batches | None = None
+    """What methods that distil train on, as a run takes other text of the same source; None: the calibration."""
 
 
 def sentences(source: str, split: str, count: int, seed: int, most_words: int = 40) -> list[str]:
@@ -75,23 +78,24 @@ def sentences(source: str, split: str, count: int, seed: int, most_words: int = 
 
 
 def encoder(args: argparse.Namespace) -> Subject:
-    """A sentence encoder: 256 sentences to calibrate on, 200 to compare."""
+    """A sentence encoder: 256 sentences to calibrate on, 2,000 others to distil on, 200 held-out ones to compare."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModel.from_pretrained(args.model, dtype=torch.float32)
 
-    def batches(split: str, count: int) -> Batches:
-        texts = sentences(args.text, split, count, args.seed)
-        parts = [texts[i : i + BATCH] for i in range(0, count, BATCH)]
+    def batches(texts: list[str]) -> Batches:
+        parts = [texts[i : i + BATCH] for i in range(0, len(texts), BATCH)]
         return [dict(tokenizer(part, padding=True, truncation=True, return_tensors="pt")) for part in parts]
 
-    held_out = batches(HELD_OUT, 200)
+    text = args.text or "wiki-mini"
+    seen = sentences(text, CALIBRATION, 2256, args.seed)
+    held_out = batches(sentences(text, HELD_OUT, 200, args.seed))
     dense = answers(model, held_out)
 
     def measure(pruned: nn.Module) -> dict[str, float]:
         found = agreement(dense, answers(pruned, held_out))
         return {"cosine": found.cosine, "rank correlation": found.rank_correlation}
 
-    return Subject(model, batches(CALIBRATION, 256), measure)
+    return Subject(model, batches(seen[:256]), measure, batches(seen[256:]))
 
 
 def clips(source: str, split: str, count: int, seed: int) -> list[str]:
@@ -128,7 +132,7 @@ def speech(args: argparse.Namespace) -> Subject:
     model = AutoModelForSpeechSeq2Seq.from_pretrained(args.model, dtype=torch.float32)
     tokenizer, rate = processor.tokenizer, processor.feature_extractor.sampling_rate
     tokenizer.set_prefix_tokens(language="english", task="transcribe")
-    texts = {split: clips(args.text, split, args.clips, args.seed) for split in (CALIBRATION, HELD_OUT)}
+    texts = {split: clips(args.text or "news-mini", split, args.clips, args.seed) for split in (CALIBRATION, HELD_OUT)}
 
     def features(split: str) -> list[Tensor]:
         sounds = [sound.numpy() for sound in spoken(texts[split], rate)]
@@ -212,9 +216,11 @@ def print_table(subject: Subject, methods: Sequence[str], amounts: Sequence[str]
     for amount in amounts:
         for method in methods:
             model = copy.deepcopy(subject.model)
-            amounts_of = {"pattern": amount} if ":" in amount else {"sparsity": float(amount)}
+            settings = {"pattern": amount} if ":" in amount else {"sparsity": float(amount)}
             start = time.perf_counter()
-            prune_model(model, subject.calibration, method=method, **amounts_of)
+            if parse(method).distill is not None:
+                settings["distill_text"] = subject.distillation
+            prune_model(model, subject.calibration, method=method, **settings)
             seconds = time.perf_counter() - start
             cells = [f"{value:.3f}{relative(value, dense[name])}" for name, value in subject.measure(model).items()]
             print(f"| `{method}` | {amount} | {' | '.join(cells)} | {seconds:.0f} |", flush=True)
@@ -235,7 +241,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="the model's folder; vision needs none")
     parser.add_argument("--methods", default=METHODS, help="default: %(default)s")
     parser.add_argument("--amounts", default=AMOUNTS, help="sparsities and patterns (default: %(default)s)")
-    parser.add_argument("--text", default="news-mini", help="where sentences are from (default: %(default)s)")
+    parser.add_argument("--text", help="where sentences are from (default: wiki-mini, and news-mini for speech)")
     parser.add_argument("--clips", type=int, default=24, help="speech: clips of each part (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=60, help="vision: passes over the digits (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="chooses sentences and digits (default: %(default)s)")
