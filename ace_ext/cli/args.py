@@ -23,7 +23,16 @@ from ace_ext.pruning.method import DEFAULT, PRESETS, PUBLISHED, options_of
 from ace_ext.pruning.metrics import METRICS
 from ace_ext.pruning.settings import Setting, suggestion
 from ace_ext.pruning.stages import KINDS, Score, stages_of
-from ace_ext.runs.options import EVALUATE_AUTO, EVALUATE_NEVER, OFFLOAD, Calibration, RunOptions, RunRequest
+from ace_ext.runs.media import reader_of
+from ace_ext.runs.options import (
+    EVALUATE_AUTO,
+    EVALUATE_NEVER,
+    OFFLOAD,
+    Calibration,
+    InputCalibration,
+    RunOptions,
+    RunRequest,
+)
 from ace_ext.runs.output import check_outside, output_path
 from ace_ext.runs.own_files import check_replaceable, is_log
 
@@ -253,7 +262,8 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         metavar="TEXT",
         help=f"{', '.join(SOURCES)}, {SELF} (the model writes it), FILE.txt, FILE.jsonl, or a mixture such as "
-        f"'2 * {BUNDLED} + FILE.txt' (default: {BUNDLED}); text is used as is, without a chat template",
+        f"'2 * {BUNDLED} + FILE.txt' (default: {BUNDLED}); text is used as is, without a chat template. A FOLDER of "
+        "images or audio files, or a .jsonl of their paths and texts, for models that read these",
     )
     add_text_field(group)
     add_bos(group, "sample", f"{AUTO}; {NEVER} with a published method")
@@ -366,15 +376,26 @@ def request_from(args: argparse.Namespace, **options: Any) -> RunRequest:
     if stored and given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise InputError(f"a run from --stats reads no calibration text (got {flags}); leave out one of them")
-    given["text_field"] = text_field_of(args, args.calibration, args.evaluate)
     source = given.pop("calibration", BUNDLED)
+    reader = None if args.text_field is not None else reader_of(source)
+    if reader is not None:
+        check_only_media(source, given)
+        given["reader"] = reader
+    else:
+        given["text_field"] = text_field_of(args, args.calibration, args.evaluate)
     given.setdefault("bos", default_mode(config.method.published, source == SELF))
     given.setdefault("evaluate", EVALUATE_AUTO)
     budget = None if args.max_memory is None else parse_bytes(args.max_memory)
     run_options = RunOptions(offload=args.offload, max_memory=budget, **options)
-    return RunRequest(
-        args.model, config, Calibration(source, **given), run_options, pick_device(args.device), args.dtype
-    )
+    kind = Calibration if reader is None else InputCalibration
+    return RunRequest(args.model, config, kind(source, **given), run_options, pick_device(args.device), args.dtype)
+
+
+def check_only_media(source: str, given: dict[str, Any]) -> None:
+    """Raises :class:`InputError` if options of a text are given with images or sound."""
+    of_texts = [f"--{name}" for name in ("seqlen", "bos", "evaluate") if name in given]
+    if of_texts:
+        raise InputError(f"{', '.join(of_texts)} is for texts, and {source} has images or sound; leave it out")
 
 
 def note(args: argparse.Namespace, text: object) -> None:

@@ -49,16 +49,17 @@ def prune_model(
     context: RunContext | None = None,
     **settings: Any,
 ) -> PruneReport:
-    """Prunes the Linears of a causal language model's decoder blocks in place.
+    """Prunes the Linears of a model's blocks in place.
 
     Args:
-        model: a Hugging Face causal language model, on any device. LM head and embeddings are not pruned. Autocast,
-            inference mode, training mode and ``torch.compile`` change no result (:mod:`ace_ext.models.run_mode`).
+        model: a Hugging Face model, on any device: a causal language model, an encoder, an encoder with a decoder, or a
+            model of images, sound or pairs. Heads and embeddings are not pruned. Autocast, inference mode, training
+            mode and ``torch.compile`` change no result (:mod:`ace_ext.models.run_mode`).
         batches: calibration tokens: ``[nsamples, seqlen]`` integer, or an iterable of such tensors or of dicts of the
             model's inputs, as a tokenizer or a processor returns them: ``input_ids [batch, seqlen]``, if some are
             padding ``attention_mask [batch, seqlen]`` (their tokens are left out of the statistics), and whatever
-            else the model reads, such as ``pixel_values``. The blocks then see the tokens of images among those of
-            text.
+            else the model reads, such as ``pixel_values``. The blocks of a language model then see the tokens of images
+            among those of text. A model that reads no text needs no ``input_ids``.
         config: what to prune and how; or give the arguments of :class:`PruneConfig` by name, as in
             ``prune_model(model, tokens, method="balanced", sparsity=0.5)``. Default: the preset ``fast`` at 50 %.
         callback: called after each block with its report.

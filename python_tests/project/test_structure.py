@@ -35,6 +35,7 @@ BESIDE = {("records", "dense_weights")} | {
 MAX_ARGUMENTS = 7
 RECORDS = {
     "RunContext": "the services of a run",
+    "PruneConfig": "what a user asks for",
     "MatrixReport": "a row of the report",
     "PruneReport": "the report",
     "Healing": "a part of the report",

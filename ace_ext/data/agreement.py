@@ -1,0 +1,195 @@
+"""Agreement of a pruned model with the dense one on the same inputs, for models that perplexity does not measure.
+
+Encoders are compared by their embeddings, classifiers by their labels, speech recognition by its transcripts.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ace_ext.errors import InputError
+from ace_ext.models.run_mode import evaluating
+from ace_ext.records import finite
+
+Inputs = Mapping[str, Tensor]
+"""The arguments of one call of a model, with the samples on the first axis."""
+
+_EMBEDDINGS = ("text_embeds", "image_embeds", "audio_embeds", "sentence_embedding")
+"""Outputs of transformers that are embeddings already, float ``[batch, width]``."""
+_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model answers for some inputs."""
+
+    embeddings: tuple[Tensor, ...]
+    """Float32 ``[samples, width]`` each, on the CPU; two of a model with two towers."""
+    labels: Tensor | None
+    """Int64 ``[samples]``, the most probable label; None for a model without a classifier."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far the answers of two models agree. A figure that the model does not have is None."""
+
+    samples: int
+    cosine: float | None = None
+    """Mean cosine of the two models' embeddings of a sample."""
+    rank_correlation: float | None = None
+    """Spearman's correlation of the cosines of all pairs of samples, in the two models."""
+    labels: float | None = None
+    """Share of samples with the same most probable label."""
+
+    def to_dict(self) -> dict[str, float | None]:
+        """The fields as JSON values."""
+        return {name: None if value is None else finite(value) for name, value in asdict(self).items()}
+
+
+@torch.no_grad()
+def answers(model: nn.Module, batches: Iterable[Inputs]) -> Answers:
+    """What ``model`` answers, on the device of its weights. Its mode and weights do not change.
+
+    A model with outputs such as ``text_embeds`` has its embeddings there. Others give hidden states. Their mean over
+    the positions without padding is the embedding, as sentence encoders use it. A model that gives only ``logits``
+    ``[batch, labels]`` has labels, and its logits are its embeddings.
+
+    Raises:
+        InputError: there is no batch, or the model gives nothing of all this.
+    """
+    device = next(model.parameters()).device
+    found: list[tuple[Tensor, ...]] = []
+    labels: list[Tensor] = []
+    with evaluating(model):
+        for batch in batches:
+            inputs = {name: value.to(device) for name, value in batch.items()}
+            outputs = model(**inputs)
+            found.append(tuple(tensor.float().cpu() for tensor in _embeddings(outputs, inputs)))
+            if _is_classifier(outputs):
+                labels.append(outputs["logits"].argmax(-1).cpu())
+    if not found:
+        raise InputError("batches: none found; give at least one batch of the model's inputs")
+    return Answers(tuple(map(torch.cat, zip(*found, strict=True))), torch.cat(labels) if labels else None)
+
+
+def _is_classifier(outputs: Mapping[str, Any]) -> bool:
+    logits = outputs.get("logits")
+    return isinstance(logits, Tensor) and logits.dim() == 2
+
+
+def _embeddings(outputs: Mapping[str, Any], inputs: Inputs) -> list[Tensor]:
+    """The embeddings in a model's outputs, float ``[batch, width]`` each."""
+    named = [outputs[name] for name in _EMBEDDINGS if isinstance(outputs.get(name), Tensor)]
+    if named:
+        return named
+    states = outputs.get("last_hidden_state")
+    if isinstance(states, Tensor):
+        return [_mean_of_positions(states, inputs.get("attention_mask"))]
+    if _is_classifier(outputs):
+        return [outputs["logits"]]
+    raise InputError(
+        f"model: gives neither embeddings, hidden states nor labels (its outputs: {', '.join(outputs)}); measure it by "
+        "its transcripts, or load it as AutoModel"
+    )
+
+
+def _mean_of_positions(states: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of ``states [batch, positions, width]`` (or ``[batch, channels, rows, columns]``) over positions.
+    ``mask [batch, positions]`` is 0 for padding; a mask of other positions, as that of a waveform, is not used."""
+    if states.dim() == 4:
+        return states.flatten(2).mean(2)
+    if mask is None or mask.shape != states.shape[:2]:
+        return states.mean(1)
+    weights = mask.to(states.dtype)[..., None]
+    mean: Tensor = (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+    return mean
+
+
+def agreement(dense: Answers, pruned: Answers) -> Agreement:
+    """How far two models' answers for the same inputs agree. Of several embeddings, figures are means.
+
+    Raises:
+        InputError: the answers are of different numbers of samples or of different models.
+    """
+    if [e.shape for e in dense.embeddings] != [e.shape for e in pruned.embeddings]:
+        shapes = [[list(e.shape) for e in found.embeddings] for found in (dense, pruned)]
+        raise InputError(f"pruned: must have answers of the shapes {shapes[0]} (got {shapes[1]}); give the same inputs")
+    pairs = list(zip(dense.embeddings, pruned.embeddings, strict=True))
+    samples = len(pairs[0][0])
+    same = None if dense.labels is None or pruned.labels is None else (dense.labels == pruned.labels).float().mean()
+    return Agreement(
+        samples,
+        sum(mean_cosine(*pair) for pair in pairs) / len(pairs),
+        sum(rank_correlation(*pair) for pair in pairs) / len(pairs) if samples > 2 else None,
+        None if same is None else float(same),
+    )
+
+
+def mean_cosine(dense: Tensor, pruned: Tensor) -> float:
+    """Mean over rows of the cosine of ``dense [n, width]`` and ``pruned [n, width]``."""
+    return float(functional.cosine_similarity(dense.double(), pruned.double(), dim=1).mean())
+
+
+def rank_correlation(dense: Tensor, pruned: Tensor) -> float:
+    """Spearman's correlation of the cosines of all pairs of rows of ``dense [n, width]`` with those of ``pruned``.
+
+    It is what search and clustering depend on: 1 if all pairs have the same order of similarity.
+    """
+    return spearman(_pair_cosines(dense), _pair_cosines(pruned))
+
+
+def _pair_cosines(rows: Tensor) -> Tensor:
+    """Float64 ``[n * (n - 1) / 2]``."""
+    unit = functional.normalize(rows.double(), dim=1)
+    first, second = torch.triu_indices(len(rows), len(rows), offset=1)
+    return (unit @ unit.T)[first, second]
+
+
+def spearman(first: Tensor, second: Tensor) -> float:
+    """Spearman's rank correlation of two vectors ``[n]``; equal values share the mean of their ranks. NaN if one vector
+    has equal values only."""
+    return float(torch.corrcoef(torch.stack([_ranks(first), _ranks(second)]))[0, 1])
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Float64 ``[n]``, from 1."""
+    _, place, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    mean_rank: Tensor = counts.cumsum(0).double() - (counts.double() - 1) / 2
+    return mean_rank[place]
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in lower case, without punctuation. Word error rates depend on this."""
+    return [word.replace("’", "'") for word in _WORD.findall(text.lower())]
+
+
+def edit_distance(first: Sequence[object], second: Sequence[object]) -> int:
+    """The least number of insertions, deletions and replacements that make one sequence the other (Levenshtein)."""
+    row = list(range(len(second) + 1))
+    for i, item in enumerate(first, 1):
+        diagonal, row[0] = row[0], i
+        for j, other in enumerate(second, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (item != other))
+    return row[-1]
+
+
+def word_error_rate(references: Sequence[str], transcripts: Sequence[str]) -> float:
+    """Edits of words that make the transcripts their references, relative to the references' words.
+
+    It may exceed 1. With the dense model's transcripts as references it measures the change by pruning.
+
+    Raises:
+        InputError: there is not one transcript for each reference, or the references have no word.
+    """
+    if len(references) != len(transcripts):
+        raise InputError(f"transcripts: must be one for each of {len(references)} references (got {len(transcripts)})")
+    spoken = [words(text) for text in references]
+    total = sum(map(len, spoken))
+    if not total:
+        raise InputError("references: have no word; give the texts that were spoken")
+    return sum(edit_distance(text, words(heard)) for text, heard in zip(spoken, transcripts, strict=True)) / total

@@ -1,0 +1,32 @@
+"""Images from files, for a model's own image processor. Needs Pillow."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ace_ext.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def read_image(file: Path, channels: int = 3) -> "Image":
+    """An image as RGB, or as grey values if ``channels`` is 1. It is turned as its file says.
+
+    Raises:
+        InputError: the file is not an image, or is broken; Pillow is not installed.
+    """
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise InputError(f"source: {file} needs Pillow to be read; pip install 'ace_ext[vision]'") from error
+    try:
+        with Image.open(file) as opened:
+            return ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        Image.DecompressionBombError,
+    ) as error:  # Pillow has no base class
+        raise InputError(f"source: {file} is not an image that Pillow reads ({error}); remove or replace it") from error

@@ -1,0 +1,153 @@
+"""Calibration with images, sound, and pairs of either with text, by a model's own processor."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ace_ext.data.audio import read_audio
+from ace_ext.data.images import read_image
+from ace_ext.data.media_items import IMAGE, Item, Items, media_items
+from ace_ext.data.requests import check_int
+from ace_ext.errors import InputError
+from ace_ext.models.location import remote_code_allowed
+
+_INPUTS = {"image": ("pixel_values",), "audio": ("input_features", "input_values")}
+"""By kind of file, the arguments of a model's forward that take it."""
+
+
+def load_processor(folder: str) -> Any:
+    """The processor of a model's folder or hub name: its image processor, feature extractor or both with a tokenizer.
+
+    Raises:
+        InputError: there is none, or it cannot be made.
+    """
+    from transformers import AutoProcessor  # imported here: it imports every modality
+
+    try:
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=remote_code_allowed())
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"model: {folder} has no processor that loads ({reason}); images and sound need the model's "
+            "preprocessor_config.json or processor_config.json beside its weights"
+        ) from error
+
+
+def media_batches(
+    source: str, processor: Any, model: nn.Module, nsamples: int, batch: int, seed: int = 0
+) -> list[dict[str, Tensor]]:
+    """Batches of a model's inputs, with the samples on the first axis, on the CPU.
+
+    Args:
+        source: a folder or a `.jsonl` file, as :func:`ace_ext.data.media_items.media_items` reads it.
+        processor: of the model, as :func:`load_processor` returns it.
+        model: its forward says which inputs it takes. It is not called.
+        nsamples: how many samples are drawn at random; all are used if there are fewer.
+        batch: samples of a batch.
+        seed: of the draw.
+
+    A model with a decoder reads the text of each sample as ``decoder_input_ids``; one with a text tower as
+    ``input_ids``.
+
+    Raises:
+        InputError: a source, file or line as in the functions that read them; a model that does not take this kind of
+            file, or needs text that the source does not have.
+    """
+    check_int("batch", batch, 1)
+    found = media_items(source, nsamples, seed)
+    taken = inspect.signature(model.forward).parameters
+    if not set(_INPUTS[found.kind]) & set(taken):
+        main = getattr(model, "main_input_name", "input_ids")
+        raise InputError(f"source: {source} has {found.kind} files, and {type(model).__name__} takes {main}; give such")
+    tokenizer = getattr(processor, "tokenizer", None)
+    side = _text_inputs(model, taken)
+    _check_texts(source, found, side, tokenizer)
+    parts = [found.items[start : start + batch] for start in range(0, len(found.items), batch)]
+    made = [_media(part, found.kind, processor, model) for part in parts]
+    if side is not None:
+        texts = [[item.text or "" for item in part] for part in parts]
+        read = _texts if side == "input_ids" else _decoder_texts
+        made = [inputs | read(part, tokenizer, model) for inputs, part in zip(made, texts, strict=True)]
+    return [{name: value for name, value in inputs.items() if name in taken} for inputs in made]
+
+
+def _text_inputs(model: nn.Module, taken: Mapping[str, Any]) -> str | None:
+    """The argument through which a forward reads the text of a sample; None if it reads none."""
+    if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in taken:
+        return "decoder_input_ids"
+    return "input_ids" if "input_ids" in taken else None
+
+
+def _check_texts(source: str, found: Items, side: str | None, tokenizer: Any) -> None:
+    without = next((item for item in found.items if item.text is None), None)
+    if side is None:
+        return
+    if without is not None:
+        raise InputError(
+            f"source: {without.where} has no text, and the model reads text with each {found.kind}; give a .jsonl file "
+            f'with lines like {{"{found.kind}": "FILE", "text": "…"}}'
+        )
+    if tokenizer is None:
+        raise InputError(f"model: its processor has no tokenizer for the texts of {source}; add tokenizer.json")
+
+
+def _media(items: Sequence[Item], kind: str, processor: Any, model: nn.Module) -> dict[str, Tensor]:
+    """The inputs that a processor makes of files."""
+    if kind == IMAGE:
+        reader = getattr(processor, "image_processor", processor)
+        channels = getattr(model.config, "num_channels", 3)
+        inputs = [read_image(item.file, channels) for item in items]
+        return _tensors(reader(images=inputs, return_tensors="pt"), items)
+    reader = getattr(processor, "feature_extractor", processor)
+    rate = int(reader.sampling_rate)
+    sounds = [read_audio(item.file, rate).numpy() for item in items]
+    padding = "max_length" if hasattr(reader, "n_samples") else True  # Whisper hears windows of one length
+    return _tensors(reader(sounds, sampling_rate=rate, padding=padding, return_tensors="pt"), items)
+
+
+def _tensors(made: Mapping[str, Any], items: Sequence[Item]) -> dict[str, Tensor]:
+    """What a processor returned, if it is of tensors."""
+    for name, value in made.items():
+        if not isinstance(value, Tensor):
+            sizes = "images of different sizes" if isinstance(value, list) else type(value).__name__
+            raise InputError(
+                f"source: {items[0].where} and others: {name} cannot be one tensor ({sizes}); use batches of 1"
+            )
+    return dict(made)
+
+
+def _texts(texts: Sequence[str], tokenizer: Any, model: nn.Module) -> dict[str, Tensor]:
+    """The inputs of a text tower: ``input_ids [batch, positions]`` and ``attention_mask``."""
+    positions = getattr(getattr(model.config, "text_config", model.config), "max_position_embeddings", None)
+    limit = {"truncation": True, "max_length": positions} if isinstance(positions, int) else {}
+    return dict(tokenizer(list(texts), padding=True, return_tensors="pt", **limit))
+
+
+def _decoder_texts(texts: Sequence[str], tokenizer: Any, model: nn.Module) -> dict[str, Tensor]:
+    """The inputs of a decoder that is to predict the texts: each begins with the decoder's first token and lacks the
+    last one, as in training. ``decoder_attention_mask`` is 0 for padding."""
+    config: Any = model.config
+    first = _first_token(model)
+    rows = []
+    for text in texts:
+        ids = list(tokenizer(text).input_ids)
+        rows.append((ids if ids[0] == first else [first, *ids])[:-1])
+    rows = [row[: getattr(config, "max_target_positions", None)] for row in rows]
+    width = max(map(len, rows))
+    padding = getattr(config, "pad_token_id", None) or 0
+    return {
+        "decoder_input_ids": torch.tensor([row + [padding] * (width - len(row)) for row in rows]),
+        "decoder_attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
+    }
+
+
+def _first_token(model: nn.Module) -> int:
+    for config in (model.config, getattr(model, "generation_config", None), getattr(model.config, "decoder", None)):
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            token = getattr(config, name, None)
+            if isinstance(token, int):
+                return token
+    raise InputError("model: its configuration names no decoder_start_token_id; set it, or calibrate from Python")

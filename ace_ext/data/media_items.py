@@ -1,0 +1,133 @@
+"""Which images or audio files a calibration reads: those of a folder, or those named in a `.jsonl` file."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ace_ext.data.requests import check_int, seeded_generator
+from ace_ext.errors import InputError
+
+IMAGE, AUDIO = "image", "audio"
+SUFFIXES = {
+    IMAGE: {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"},
+    AUDIO: {".aif", ".aiff", ".flac", ".mp3", ".oga", ".ogg", ".wav"},
+}
+"""By kind, the names' ends of the files that are read from a folder."""
+_LINE = '{"image": "a.png", "text": "…"} or {"audio": "a.wav", "text": "…"}'
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample: a file, and the text that belongs to it, if any."""
+
+    file: Path
+    text: str | None
+    where: str
+    """For messages: the file, or the line that names it."""
+
+
+@dataclass(frozen=True)
+class Items:
+    """The samples of a calibration, all of one kind."""
+
+    kind: str
+    """``IMAGE`` or ``AUDIO``."""
+    items: tuple[Item, ...]
+
+
+def is_media(source: str) -> bool:
+    """Whether a calibration source is a folder, or a `.jsonl` file whose first line names an image or audio file."""
+    path = Path(source)
+    try:
+        if path.is_dir():
+            return True
+        if path.suffix.lower() != ".jsonl" or not path.is_file():
+            return False
+        with path.open(encoding="utf-8-sig") as lines:
+            first = json.loads(next((line for line in lines if line.strip()), "{}"))
+    except (OSError, ValueError, RecursionError):
+        return False  # the reader of texts says what is wrong
+    return isinstance(first, dict) and bool({IMAGE, AUDIO} & set(first))
+
+
+def media_items(source: str, nsamples: int, seed: int) -> Items:
+    """At most ``nsamples`` samples of a source, in random order; all of them if there are fewer.
+
+    Args:
+        source: a folder, whose images or audio files are read with those of its subfolders; or a `.jsonl` file, each
+            line of which has the path ``image`` or ``audio`` (relative to the file's folder) and may have ``text``.
+
+    Raises:
+        InputError: the source has no such files or has both kinds, a line lacks its keys, or a file is missing.
+    """
+    check_int("nsamples", nsamples, 1)
+    check_int("seed", seed, 0)
+    path = Path(source)
+    found = _of_folder(path) if path.is_dir() else _of_lines(path)
+    order = torch.randperm(len(found.items), generator=seeded_generator(seed))[:nsamples]
+    return Items(found.kind, tuple(found.items[place] for place in order.tolist()))
+
+
+def _of_folder(folder: Path) -> Items:
+    try:
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+    except OSError as error:
+        raise InputError(f"source: {folder} cannot be read ({error.strerror}); check its permissions") from error
+    by_kind = {kind: [file for file in files if file.suffix.lower() in suffixes] for kind, suffixes in SUFFIXES.items()}
+    kinds = [kind for kind, found in by_kind.items() if found]
+    if not kinds:
+        known = ", ".join(sorted(suffix for suffixes in SUFFIXES.values() for suffix in suffixes))
+        raise InputError(
+            f"source: {folder} has no images and no audio files; give a folder with files that end in {known}"
+        )
+    if len(kinds) > 1:
+        raise InputError(f"source: {folder} has both images and audio files; give a folder with one kind")
+    return Items(kinds[0], tuple(Item(file, None, str(file)) for file in by_kind[kinds[0]]))
+
+
+def _of_lines(file: Path) -> Items:
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
+            read = [_item(line, file, f"{file}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"source: {file} is not UTF-8 ({error.reason}); convert it to UTF-8") from error
+    except OSError as error:
+        raise InputError(f"source: {file} cannot be read ({error.strerror}); check its path and permissions") from error
+    if not read:
+        raise InputError(f"source: {file} has no line; each must be like {_LINE}")
+    kind = read[0][0]
+    for other, item in read:
+        if other != kind:
+            raise InputError(f"source: {item.where}: has {other!r}, other lines have {kind!r}; give one kind")
+    return Items(kind, tuple(item for _, item in read))
+
+
+def _item(line: str, file: Path, where: str) -> tuple[str, Item]:
+    """The kind and the sample of a line."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"source: {where}: not valid JSON ({error}); each line must be like {_LINE}") from error
+    kinds = [kind for kind in (IMAGE, AUDIO) if isinstance(record, dict) and kind in record]
+    if len(kinds) != 1:
+        found = (
+            ", ".join(map(repr, record)) or "none" if isinstance(record, dict) else f"a JSON {type(record).__name__}"
+        )
+        raise InputError(f"source: {where}: must have one of 'image' and 'audio' (found: {found}); write {_LINE}")
+    name, text = _string(record, kinds[0], where), None
+    if "text" in record:
+        text = _string(record, "text", where)
+    path = file.parent / name
+    if "\0" in name or not path.is_file():
+        raise InputError(f"source: {where}: {name!r} is not a file; paths are relative to {file.parent}")
+    return kinds[0], Item(path, text, where)
+
+
+def _string(record: dict[str, Any], key: str, where: str) -> str:
+    value = record[key]
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"source: {where}: {key!r} must be a text that is not empty (found: {str(value)[:60]!r})")
+    return value

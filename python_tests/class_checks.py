@@ -1,0 +1,68 @@
+"""What became of a class that was built small and pruned, and the checks of its weights."""
+
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ace_ext.models.blocks import find_blocks
+from ace_ext.pruning.groups import keep_count
+from ace_ext.records import PruneReport
+
+OK, PARTLY, REFUSED, NOT_BUILT = "ok", "partly dense", "refused", "not built"
+
+
+@dataclass
+class Row:
+    """What became of one class."""
+
+    fate: str
+    words: str = ""
+    dense: float = 0.0
+    """The share of the weights that stay dense, of those that are matrices and neither embedding nor head."""
+    report: PruneReport | None = None
+
+
+def check_weights(model: nn.Module, before: dict[str, torch.Tensor], report: PruneReport) -> None:
+    """Every matrix keeps k of each row, with their values; nothing else changes; what stays dense is listed."""
+    blocks = {block.name: block for block in find_blocks(model, max_dense=1.0)}
+    listed = {weight.name for weight in report.dense}
+    changed = {name: parameter != before[name] for name, parameter in model.named_parameters()}
+    pruned = set()
+    for matrix in report.matrices:
+        name = next(name for name in blocks if matrix.name.startswith(f"{name}."))
+        weight = blocks[name].linears[matrix.name.removeprefix(f"{name}.")].weight
+        rows, cols = weight.shape
+        assert matrix.shape == (rows, cols)
+        assert ((weight != 0).sum(dim=1) == keep_count(cols, 0.5)).all(), matrix.name
+        pruned.add(weight.data_ptr())
+    for name, parameter in model.named_parameters():
+        assert not parameter[changed[name]].any(), f"{name}: survivors are exact"
+    held = {h.tensor.data_ptr() for block in blocks.values() for h in block.fused}
+    ends = {id(parameter) for end in ends_of(model) for parameter in end.parameters()}
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for name, parameter in model.named_parameters():
+        if parameter.data_ptr() in pruned | held or id(parameter) in ends | embeddings:
+            continue
+        assert not changed[name].any(), f"{name}: was not to be pruned"
+        silent = parameter.dim() > 1 and name not in listed and not name.endswith("bias")
+        assert not silent, f"{name} {list(parameter.shape)}: stays dense and is not listed"
+
+
+def ends_of(model: nn.Module) -> list[nn.Module]:
+    """The input embeddings and the head, of a model that has them."""
+    found = []
+    for end in (model.get_input_embeddings, model.get_output_embeddings):
+        with suppress(NotImplementedError):  # of images and sound
+            found.append(end())
+    return [end for end in found if end is not None]
+
+
+def check_routers(model: nn.Module, report: PruneReport) -> None:
+    """No matrix that is named like one that chooses experts, and that is not as wide as a gate of an MLP, is pruned."""
+    for matrix in report.matrices:
+        last = matrix.name.rpartition(".")[2]
+        assert "router" not in matrix.name, matrix.name
+        assert last not in ("wg", "shared_expert_gate"), matrix.name
+        assert last != "gate" or matrix.shape[0] > 8, matrix.name

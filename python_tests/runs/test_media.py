@@ -1,0 +1,64 @@
+"""``ace-prune run`` on a model that reads images, from files."""
+
+import json
+import re
+
+import pytest
+import torch
+from folders import call
+from PIL import Image
+from transformers import ViTConfig, ViTModel
+
+from ace_ext.records import REPORT_NAME, PruneReport
+
+PROCESSOR = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A small ViT with its processor, and images of noise."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    ViTModel(ViTConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(tmp_path / "vit")
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    (tmp_path / "images").mkdir()
+    for number in range(5):
+        noise = torch.randint(256, (9, 12, 3), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(tmp_path / "images" / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+RUN = ["run", "--model", "vit", "--output", "new", "--method", "balanced"]
+
+
+def test_a_folder_of_images_calibrates_a_run(place, capsys):
+    assert call(capsys, *RUN, "--calibration", "images", "--nsamples", "4")[0] == 0
+    assert call(capsys, "verify", "new")[0] == 0
+    report = PruneReport.from_json((place / "new" / REPORT_NAME).read_text())
+    assert (report.sparsity, len(report.matrices)) == (0.5, 12)
+    calibration = report.extra["calibration"]
+    assert (calibration["source"], calibration["nsamples"]) == ("images", 4)
+    assert calibration["inputs"] == {"pixel_values": {"shape": [3, 8, 8], "dtype": "float32"}}
+    assert (place / "new" / "preprocessor_config.json").read_text() == json.dumps(PROCESSOR)
+
+
+@pytest.mark.parametrize(
+    ("options", "damage", "message"),
+    [
+        (["--calibration", "images"], lambda place: (place / "images" / "3.png").write_bytes(b"x"), "3.png is not an"),
+        (["--calibration", "vit"], None, "vit has no images and no audio files"),
+        (["--calibration", "images"], lambda place: (place / "vit/preprocessor_config.json").unlink(), "no processor"),
+        (["--calibration", "images", "--seqlen", "8"], None, "--seqlen is for texts, and images has images or sound"),
+        (["--calibration", "bundled"], None, "reads pixel_values .* so text does not calibrate it"),
+    ],
+    ids=["broken", "none", "no-processor", "seqlen", "text"],
+)
+def test_what_is_refused(place, capsys, options, damage, message):
+    if damage is not None:
+        damage(place)
+    status, _, error = call(capsys, *RUN, *options)
+    assert status == 2
+    assert error.count("\n") == 1
+    assert re.search(message, error)
+    assert not (place / "new").exists()
