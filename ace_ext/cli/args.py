@@ -24,7 +24,15 @@ from ace_ext.pruning.metrics import METRICS
 from ace_ext.pruning.settings import Setting, suggestion
 from ace_ext.pruning.stages import KINDS, Score, stages_of
 from ace_ext.runs.media import reader_of
-from ace_ext.runs.options import EVALUATE_AUTO, EVALUATE_NEVER, OFFLOAD, Calibration, RunOptions, RunRequest
+from ace_ext.runs.options import (
+    EVALUATE_AUTO,
+    EVALUATE_NEVER,
+    OFFLOAD,
+    Calibration,
+    InputCalibration,
+    RunOptions,
+    RunRequest,
+)
 from ace_ext.runs.output import check_outside, output_path
 from ace_ext.runs.own_files import check_replaceable, is_log
 
@@ -379,9 +387,8 @@ def request_from(args: argparse.Namespace, **options: Any) -> RunRequest:
     given.setdefault("evaluate", EVALUATE_AUTO)
     budget = None if args.max_memory is None else parse_bytes(args.max_memory)
     run_options = RunOptions(offload=args.offload, max_memory=budget, **options)
-    return RunRequest(
-        args.model, config, Calibration(source, **given), run_options, pick_device(args.device), args.dtype
-    )
+    kind = Calibration if reader is None else InputCalibration
+    return RunRequest(args.model, config, kind(source, **given), run_options, pick_device(args.device), args.dtype)
 
 
 def check_only_media(source: str, given: dict[str, Any]) -> None:

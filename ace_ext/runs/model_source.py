@@ -113,7 +113,7 @@ def open_source(request: RunRequest, *, weights: bool = True) -> Source:
 
 def is_network(request: RunRequest) -> bool:
     """Whether the model of a run is no causal language model. False if it cannot be opened."""
-    if request.calibration.reader is not None:
+    if not request.calibration.reads_text:
         return True
     try:
         folder = local_folder(request.model)
@@ -219,7 +219,7 @@ def check_serves(source: Source, request: RunRequest) -> None:
         InputError: it has too few positions for the samples, or no LM head although it is to write text or to be
             distilled.
     """
-    if request.options.stats is None and request.calibration.reader is None:
+    if request.options.stats is None and request.calibration.reads_text:
         _check_reads_text(source, request)
     if request.writes_own_text:
         check_predicts(source.model, "it cannot write calibration text: give another --calibration, such as a file")

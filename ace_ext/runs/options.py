@@ -2,9 +2,9 @@
 the options of the run."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -52,9 +52,8 @@ class Calibration:
     evaluate: str = EVALUATE_NEVER
     """The text on which perplexity is measured before and after, ``auto`` or ``never``
     (:mod:`ace_ext.runs.holdout`)."""
-    reader: "Reader | None" = None
-    """Reads the model's inputs in place of text. ``source`` and ``nsamples`` are then what it reads, and ``seqlen`` is
-    only the number of tokens of a sample by which memory is estimated."""
+    reads_text: ClassVar[bool] = True
+    """Whether the source is text; if not, it is an :class:`InputCalibration`."""
 
     def check(self) -> None:
         """Reads the texts that are a user's files, so that an error is found before the model is loaded.
@@ -64,7 +63,7 @@ class Calibration:
         """
         check_choice("bos", self.bos, MODES)
         check_numbers(self.nsamples, self.seqlen, self.seed)
-        if self.reader is not None:
+        if not self.reads_text:
             return
         texts = texts_of(self.source)
         samples_of(texts, self.nsamples)
@@ -74,32 +73,8 @@ class Calibration:
 
     @property
     def sources(self) -> list[str]:
-        """What the samples are read from: the texts, or what :attr:`reader` reads."""
-        return [self.source] if self.reader is not None else [part.source for part in texts_of(self.source)]
-
-    def read(self, folder: Path | None) -> list[dict[str, Tensor]]:
-        """The model's inputs by :attr:`reader`; ``folder``: the model's.
-
-        Raises:
-            InputError: there are none, or they cannot be read.
-        """
-        assert self.reader is not None  # else text is drawn
-        if folder is None:
-            raise InputError("calibration of this kind needs a model folder with the files of its processor")
-        batches = [dict(batch) for batch in self.reader(folder, self)]
-        if not batches:
-            raise InputError(f"calibration {self.source!r} holds nothing to read")
-        return batches
-
-    def describe_inputs(self, batches: list[dict[str, Tensor]]) -> dict[str, Any]:
-        """The description of batches of inputs in a report and a fingerprint. ``inputs`` gives the shape of one sample
-        and the dtype, by name."""
-        inputs = {
-            name: {"shape": list(value.shape[1:]), "dtype": str(value.dtype).removeprefix("torch.")}
-            for name, value in batches[0].items()
-        }
-        read = {"source": self.source, "nsamples": self.nsamples, "seed": self.seed}
-        return {**read, "inputs": inputs, "sha256": inputs_sha256(batches)}
+        """What the samples are read from: the texts of a mixture, or the one source."""
+        return [part.source for part in texts_of(self.source)] if self.reads_text else [self.source]
 
     def choose_bos(
         self, tokenizer: Tokenizer, model: nn.Module | None, logits: Callable[[Tensor], Tensor] | None = None
@@ -152,6 +127,38 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class InputCalibration(Calibration):
+    """Calibration that is no text: ``reader`` reads the model's inputs, ``nsamples`` of them, from ``source``.
+    ``seqlen`` is only the number of tokens of a sample by which memory is estimated."""
+
+    reads_text: ClassVar[bool] = False
+    reader: Reader = field(kw_only=True)
+
+    def read(self, folder: Path | None) -> list[dict[str, Tensor]]:
+        """The model's inputs by :attr:`reader`; ``folder``: the model's.
+
+        Raises:
+            InputError: there are none, or they cannot be read.
+        """
+        if folder is None:
+            raise InputError("calibration of this kind needs a model folder with the files of its processor")
+        batches = [dict(batch) for batch in self.reader(folder, self)]
+        if not batches:
+            raise InputError(f"calibration {self.source!r} holds nothing to read")
+        return batches
+
+    def describe_inputs(self, batches: list[dict[str, Tensor]]) -> dict[str, Any]:
+        """The description of batches of inputs in a report and a fingerprint. ``inputs`` gives the shape of one sample
+        and the dtype, by name."""
+        inputs = {
+            name: {"shape": list(value.shape[1:]), "dtype": str(value.dtype).removeprefix("torch.")}
+            for name, value in batches[0].items()
+        }
+        read = {"source": self.source, "nsamples": self.nsamples, "seed": self.seed}
+        return {**read, "inputs": inputs, "sha256": inputs_sha256(batches)}
+
+
+@dataclass(frozen=True)
 class RunOptions:
     """Options of a run on files. Only ``save_stats`` and ``stats`` change the pruned weights."""
 
@@ -190,7 +197,7 @@ class RunRequest:
     @property
     def writes_own_text(self) -> bool:
         """Whether the model writes its calibration text. The whole model must then be in memory."""
-        return self.calibration.source == SELF and self.calibration.reader is None and self.options.stats is None
+        return self.calibration.source == SELF and self.calibration.reads_text and self.options.stats is None
 
     @property
     def stored(self) -> list[int] | None:
@@ -201,7 +208,7 @@ class RunRequest:
     def evaluates(self) -> bool:
         """Whether perplexity is measured before and after. A run from statistics has no forward pass."""
         text = self.calibration
-        return text.evaluate != EVALUATE_NEVER and text.reader is None and self.options.stats is None
+        return text.evaluate != EVALUATE_NEVER and text.reads_text and self.options.stats is None
 
     def measures_bos(self, tokenizer: Tokenizer | None = None) -> bool:
         """Whether the model must be measured to choose if its samples begin with the BOS token. Without a tokenizer:
@@ -210,7 +217,7 @@ class RunRequest:
         if (
             calibration.bos != AUTO
             or calibration.source == SELF
-            or calibration.reader is not None
+            or not calibration.reads_text
             or self.options.stats is not None
         ):
             return False

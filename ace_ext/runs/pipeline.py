@@ -31,7 +31,7 @@ from ace_ext.runs.bos_choice import choose_for_run
 from ace_ext.runs.command import run_command
 from ace_ext.runs.holdout import measurement_for
 from ace_ext.runs.model_source import Demand, Source, check_serves, is_network, open_source
-from ace_ext.runs.options import Calibration, RunOptions, RunRequest, check_request
+from ace_ext.runs.options import Calibration, InputCalibration, RunOptions, RunRequest, check_request
 from ace_ext.runs.output import (
     already_complete,
     check_apart,
@@ -118,7 +118,7 @@ def _prune(request: RunRequest, path: Path, progress: Progress) -> PruneReport:
         progress.step(f"opening {request.model}")
         source = _open(request)
         blocks = _block_source(source, request.device)
-        reads_text = options.stats is None and request.calibration.reader is None
+        reads_text = options.stats is None and request.calibration.reads_text
         bos = None if not reads_text else choose_for_run(request, source, blocks, path, peers)
         measured = measurement_for(request, source, blocks, bos, progress.note) if first else None
         inputs = _Inputs(request, source, bos)
@@ -253,9 +253,10 @@ class _Inputs:
             if done is not None:
                 peers.wait()
                 return {}, done
-        if self.known is None and request.calibration.reader is not None:
-            self._batches = request.calibration.read(self._source.files.folder)
-            self._calibration = request.calibration.describe_inputs(self._batches)
+        text = request.calibration
+        if self.known is None and isinstance(text, InputCalibration):
+            self._batches = text.read(self._source.files.folder)
+            self._calibration = text.describe_inputs(self._batches)
         elif self.known is None:
             self._data = (self._kept(output) if own else None) or self._draw(progress, tell=peers.rank == 0)
             self._calibration = request.calibration.describe(self._data)

@@ -8,7 +8,7 @@ from tiny_networks import NETWORKS, make_inputs, make_network
 
 from ace_ext import InputError, PruneConfig, prune_model
 from ace_ext.engine.progress import Progress
-from ace_ext.runs.options import Calibration, RunOptions
+from ace_ext.runs.options import Calibration, InputCalibration, RunOptions
 from ace_ext.runs.pipeline import prune_folder
 from ace_ext.runs.verify import verify
 
@@ -34,7 +34,7 @@ def folders(tmp_path_factory):
 
 def prune(folder, output, config=None, progress=None, **options):
     name = folder.name
-    read = Calibration(f"inputs of {name}", 6, 16, reader=lambda place, text: make_inputs(name))
+    read = InputCalibration(f"inputs of {name}", 6, 16, reader=lambda place, text: make_inputs(name))
     config = config or PruneConfig("fast", 0.5)
     return prune_folder(
         str(folder), output, config, read, RunOptions(**options), torch.device("cpu"), progress=progress
@@ -143,14 +143,14 @@ REFUSED = {
     "text for images": ("vit", {}, Calibration(), "reads pixel_values .*so text does not calibrate it"),
     "remove": ("t5", {"remove": "neurons=0.2"}, None, "remove takes models of text with one list of blocks"),
     "distill": ("t5", {"method": "best", "sparsity": 0.5}, None, "needs it in memory: leave out --offload disk"),
-    "nothing": ("vit", {"sparsity": 0.5}, Calibration("x", reader=lambda *_: []), "calibration 'x' holds nothing"),
+    "nothing": ("vit", {"sparsity": 0.5}, InputCalibration("x", reader=lambda *_: []), "calibration 'x' holds nothing"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_does_not_serve_is_refused_before_anything_is_written(case, folders, tmp_path):
     name, config, text, message = REFUSED[case]
-    text = text or Calibration("x", 6, 16, reader=lambda *_: make_inputs(name))
+    text = text or InputCalibration("x", 6, 16, reader=lambda *_: make_inputs(name))
     options = RunOptions(offload="disk" if case == "distill" else "none")
     with pytest.raises(InputError, match=message):
         prune_folder(str(folders(name)), tmp_path / "out", PruneConfig(**config), text, options, torch.device("cpu"))
