@@ -111,6 +111,9 @@ def build(model_type: str) -> nn.Module:
             for parameter in model.parameters():
                 if parameter.dim() >= 2 and parameter.requires_grad:
                     parameter.normal_(0.0, 0.15)
+            for module in model.modules():
+                if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                    module.weight[module.padding_idx] = 0  # as some classes are loaded
     return model
 
 
