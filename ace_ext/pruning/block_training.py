@@ -20,6 +20,12 @@ SEED = 0
 """Seed of the order of the steps in an epoch."""
 BACK_OFF = 0.3
 """What the learning rate is multiplied by after an epoch that did not lower the loss on the held-back samples."""
+TINY = torch.finfo(torch.float32).tiny
+LEAST_SHARE = 1e-6
+"""The least share of a channel in a target's square, relative to the mean channel: a channel of zeros has no weight of
+infinity."""
+CHUNK_TOKENS = 256
+"""Tokens whose squares are in memory at a time while channels are measured."""
 
 Others = tuple[tuple[Any, ...], dict[str, Any]]
 """A block's arguments other than the hidden states: positional and keyword."""
@@ -59,9 +65,12 @@ def train_block_(
 ) -> Tuning:
     """Trains a pruned block in place on the calibration tokens with Adam.
 
-    The loss of a token is ``‖output - target‖² / ‖target - input‖²``: the squared error relative to what the dense
-    block adds to its input. Weights are kept in float32 while they are trained and rounded to the model's dtype for
-    each forward; pruned ones stay +0.0. Learning rates fall linearly to zero.
+    The loss of a token is ``Σ_c w_c (output - target)_c² / Σ_c w_c (target - input)_c²``: the squared error relative to
+    what the dense block adds to its input. The weight ``w_c`` of a channel is the inverse of its share of a target's
+    square (:func:`channel_weights`): later norms scale large channels down.
+
+    Weights are kept in float32 while they are trained and rounded to the model's dtype for each forward; pruned ones
+    stay +0.0. Learning rates fall linearly to zero.
 
     The loss on the samples that are held back is measured at the start and after each epoch. If it did not fall, the
     best weights so far are put back, and training goes on with ``BACK_OFF`` of the rate. So the weights of the result
@@ -80,7 +89,8 @@ def train_block_(
     Returns:
         The mean loss of a token that is held back, before and after, and the epoch with the best weights.
     """
-    steps, held = _divided(inputs, targets, token_masks or [None] * len(inputs), training)
+    token_masks = token_masks or [None] * len(inputs)
+    steps, held = _divided(inputs, targets, token_masks, channel_weights(targets, token_masks), training)
     parameters = _trained_parameters(block, masks)
     with torch.enable_grad(), _only_gradients_of(block.module, [parameter for parameter, _ in parameters]):
         return _Trainer(block, steps, held or steps, parameters).train_(training)
@@ -96,13 +106,37 @@ def root_mean_square(weight: Tensor, mask: Tensor | None = None) -> float:
     return float(torch.linalg.vector_norm(weight) / kept.clamp_min(1).float().sqrt())
 
 
+def channel_weights(targets: Sequence[Tensor], token_masks: Sequence[Tensor | None]) -> Tensor:
+    """The weight of each channel in the loss, ``[d]`` float32: ``1 / (d · mean_t target_tc² / ‖target_t‖²)``. It is 1
+    where all channels are the same size.
+
+    Some models have a few channels that are much larger than all others. Unweighted, the loss would be the error of
+    these. Each token counts the same, also the first one, which may be much larger than all others. ``targets`` and
+    ``token_masks`` as for :func:`train_block_`.
+    """
+    width = targets[0].shape[-1]
+    total = torch.zeros(width, dtype=torch.float32, device=targets[0].device)
+    tokens = 0
+    for target, token_mask in zip(targets, token_masks, strict=True):
+        rows = target.flatten(0, 1)
+        for part in _slices(0, len(rows), CHUNK_TOKENS):
+            square = rows[part].float().square()
+            if token_mask is not None:
+                square *= token_mask[part].unsqueeze(1)
+            total += (square / square.sum(1, keepdim=True).clamp_min(TINY)).sum(0)
+            tokens += len(square) if token_mask is None else int(token_mask[part].count_nonzero())
+    return 1 / (width * total / max(1, tokens)).clamp_min(LEAST_SHARE)
+
+
 class _Step:
     """One gradient step: some samples of a batch."""
 
-    def __init__(self, hidden: Tensor, others: Others, target: Tensor, token_mask: Tensor | None) -> None:
-        self.hidden, self.others, self.target = hidden, others, target
-        share = (target.float() - hidden.float()).square().sum(-1)  # [batch, seqlen]
-        self.token_weight = 1 / share.clamp_min(torch.finfo(torch.float32).tiny)
+    def __init__(
+        self, hidden: Tensor, others: Others, target: Tensor, token_mask: Tensor | None, channels: Tensor
+    ) -> None:
+        self.hidden, self.others, self.target, self._channels = hidden, others, target, channels
+        share = ((target.float() - hidden.float()).square() * channels).sum(-1)  # [batch, seqlen]
+        self.token_weight = 1 / share.clamp_min(TINY)
         if token_mask is not None:
             self.token_weight = self.token_weight.masked_fill(~token_mask.view_as(share), 0.0)
         self.tokens = int(self.token_weight.count_nonzero())
@@ -111,13 +145,14 @@ class _Step:
         """The loss summed over tokens, not averaged: Adam does not depend on the scale, and a sum keeps float16
         gradients from underflowing."""
         error = run_block(block, self.hidden, self.others).float() - self.target.float()
-        return (error.square().sum(-1) * self.token_weight).sum()
+        return ((error.square() * self._channels).sum(-1) * self.token_weight).sum()
 
 
 def _divided(
     inputs: Sequence[tuple[Tensor, Others]],
     targets: Sequence[Tensor],
     token_masks: Sequence[Tensor | None],
+    channels: Tensor,
     training: Training,
 ) -> tuple[list[_Step], list[_Step]]:
     """The steps to train on, and those that are held back."""
@@ -133,7 +168,7 @@ def _divided(
         for steps, start, end in ((trained, 0, edge), (held, edge, batch)):
             for part in _slices(start, end, training.step_samples(seqlen)):
                 part_mask = None if mask is None else mask[part]
-                steps.append(_Step(hidden[part], _cut(others, batch, part), target[part], part_mask))
+                steps.append(_Step(hidden[part], _cut(others, batch, part), target[part], part_mask, channels))
     return trained, held
 
 

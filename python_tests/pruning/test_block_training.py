@@ -40,6 +40,10 @@ def make_case(family="llama", dtype=torch.float32, skip=(), padded=False):
     return block, inputs, targets, masks, [call.token_mask for call in calls]
 
 
+def divided(inputs, targets, token_masks, training):
+    return block_training._divided(inputs, targets, token_masks, torch.ones(targets[0].shape[-1]), training)
+
+
 def state(block):
     return {name: value.clone() for name, value in block.module.state_dict().items()}
 
@@ -64,11 +68,23 @@ def test_loss_is_relative_to_what_the_block_adds():
     with torch.no_grad():
         outputs = [run_block(block, *given) for given in inputs]
         trained = train_block_(block, inputs, targets, masks, training=MEASURE)  # only measures
+    channels = 1 / torch.cat([(t.square() / t.square().sum(-1, keepdim=True)).flatten(0, 1) for t in targets]).mean(0)
     relative = [
-        (out - target).double().square().sum(-1) / (target - given[0]).double().square().sum(-1)
+        ((out - target).square() * channels).double().sum(-1)
+        / ((target - given[0]).square() * channels).double().sum(-1)
         for out, target, given in zip(outputs, targets, inputs, strict=True)
     ]
     assert trained.loss_before == pytest.approx(float(torch.cat(relative).mean()), rel=1e-5)
+
+
+def test_weights_of_channels():
+    """The inverse of a channel's mean share of a token's square, whatever its size; padded tokens do not count."""
+    small = torch.tensor([1.0, 1.0, 1.0, 1.0, 2.0, 0.0])
+    target = torch.stack([small, 1000 * small, torch.full_like(small, 7.0)])[None]
+    found = block_training.channel_weights([target], [torch.tensor([True, True, False])])
+    assert found[:5].tolist() == pytest.approx([8 / 6] * 4 + [2 / 6])
+    assert found[5] == pytest.approx(1e6)
+    assert torch.equal(block_training.channel_weights([torch.ones(2, 3, 4)], [None]), torch.ones(4))
 
 
 def test_a_loss_that_rises_is_undone():
@@ -118,7 +134,7 @@ def test_gradients_are_left_as_they_were():
 @pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
 def test_steps_give_what_the_batch_gives(family):
     block, inputs, targets, _, token_masks = make_case(family, padded=True)
-    steps, held = block_training._divided(inputs, targets, token_masks, SMALL_STEPS)  # two samples of six at a time
+    steps, held = divided(inputs, targets, token_masks, SMALL_STEPS)  # two samples of six at a time
     assert len(steps) == 4
     assert not held
     with torch.no_grad():
@@ -138,11 +154,11 @@ def test_padded_tokens_do_not_count():
 def test_the_last_samples_are_only_measured():
     _, inputs, targets, _, token_masks = make_case(padded=True)
     held = replace(SMALL_STEPS, held_back=0.25)  # 8 samples in batches of 6 and 2: both of the second batch
-    steps, measured = block_training._divided(inputs, targets, token_masks, held)
+    steps, measured = divided(inputs, targets, token_masks, held)
     assert [len(step.hidden) for step in steps] == [2, 2, 2]
     assert torch.equal(torch.cat([step.target for step in measured]), targets[1])
     over = replace(SMALL_STEPS, held_back=0.3)  # and one of the first batch
-    steps, measured = block_training._divided(inputs, targets, token_masks, over)
+    steps, measured = divided(inputs, targets, token_masks, over)
     assert [len(step.hidden) for step in steps] == [2, 2, 1]
     assert torch.equal(torch.cat([step.target for step in measured]), torch.cat([targets[0][5:], targets[1]]))
 

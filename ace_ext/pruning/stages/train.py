@@ -26,7 +26,7 @@ class Train(TrainBlock):
         Limits(above=0, words="more than 0"),
     )
     step_tokens: int = option(
-        256, "tokens of a gradient step, rounded down to whole samples; at least one", Limits(at_least=1)
+        512, "tokens of a gradient step, rounded down to whole samples; at least one", Limits(at_least=1)
     )
     held_back: float = option(
         0.0625,
