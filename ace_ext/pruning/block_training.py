@@ -238,7 +238,8 @@ class _Trainer:
         self, block: Block, steps: list[_Step], held: list[_Step], parameters: list[tuple[Tensor, Tensor | None]]
     ) -> None:
         self._block, self._steps, self._held, self._parameters = block, steps, held, parameters
-        self._masters = [parameter.detach().float().clone() for parameter, _ in parameters]
+        # contiguous, as their gradients: the fused Adam ignores strides, and a fused matrix may be stored transposed
+        self._masters = [_contiguous_float32(parameter.detach()) for parameter, _ in parameters]
         self._best = [parameter.detach().clone() for parameter, _ in parameters]
 
     def train_(self, training: Training) -> Tuning:
@@ -275,10 +276,14 @@ class _Trainer:
             gradient = gradients.pop(0)  # freed one by one, so float32 copies of all never exist at once
             if gradient is not None and mask is not None:
                 gradient = gradient.masked_fill(~mask, 0.0)
-            master.grad = None if gradient is None else gradient.float()
+            master.grad = None if gradient is None else _contiguous_float32(gradient)
         adam.step()
         adam.zero_grad()
         _write_(trained, self._masters)
+
+
+def _contiguous_float32(value: Tensor) -> Tensor:
+    return torch.empty(value.shape, dtype=torch.float32, device=value.device).copy_(value)
 
 
 @torch.no_grad()

@@ -151,6 +151,16 @@ def test_padded_tokens_do_not_count():
     assert train_block_(block, inputs, other, masks, training=MEASURE) != first
 
 
+def test_the_mask_of_a_matrix_that_is_stored_transposed_stays():
+    """The gradients of such a matrix have other strides than the matrix."""
+    block, inputs, targets, masks, _ = make_case()
+    linear = block.module.mlp.down_proj
+    linear.weight = torch.nn.Parameter(linear.weight.detach().T.contiguous().T)
+    plain = train_block_(block, inputs, targets, masks, training=SMALL_STEPS)
+    assert torch.equal(linear.weight != 0, masks["mlp.down_proj"])
+    assert plain.loss_after < 0.8 * plain.loss_before
+
+
 def test_the_last_samples_are_only_measured():
     _, inputs, targets, _, token_masks = make_case(padded=True)
     held = replace(SMALL_STEPS, held_back=0.25)  # 8 samples in batches of 6 and 2: both of the second batch
