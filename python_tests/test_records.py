@@ -36,7 +36,7 @@ def test_json_keeps_a_solution():
 
 def test_json_keeps_a_tuning():
     report = make_report()
-    report.blocks[1].tuning = Tuning(0.5, 0.25)
+    report.blocks[1].tuning = Tuning(0.5, 0.25, 2)
     assert PruneReport.from_json(report.to_json()) == report
 
 

@@ -11,7 +11,6 @@ from ace_ext.engine.strategies import RunSizes
 from ace_ext.models.blocks import Block
 from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.replay import BlockCall, run_block
-from ace_ext.pruning.block_training import step_samples
 from ace_ext.pruning.stages import BlockSizes, TrainBlock
 from ace_ext.records import Tuning
 
@@ -72,7 +71,7 @@ class BlockTraining:
 
 def training_bytes(stage: TrainBlock, sizes: RunSizes) -> int:
     """Bytes that training a block holds in addition to the block, its inputs and its targets."""
-    step = min(sizes.batch, step_samples(sizes.seqlen) * sizes.seqlen)
+    step = min(sizes.batch, stage.step_samples(sizes.seqlen) * sizes.seqlen)
     activations = sizes.shape.training_bytes(step, sizes.seqlen)
     entries = [[linear.weight.numel() for linear in block.linears.values()] for block in sizes.blocks]
     trained, largest = max(map(sum, entries)), max(map(max, filter(None, entries)))

@@ -113,9 +113,9 @@ class ModelShape:
     def training_bytes(self, tokens: int, seqlen: int) -> int:
         """The activations that a block stores for its backward pass. For each token, measured on Llama blocks as growth
         of the process: 55 bytes per hidden column, 20 per column of the MLP, and 16 per attention score if attention is
-        not fused."""
+        not fused. With experts the routing counts twice: forward, and stored."""
         scores = 16 * self.heads * seqlen
-        stored = tokens * (55 * self.hidden + 20 * self.widest + scores + self.routing)
+        stored = tokens * (55 * self.hidden + 20 * self.widest + scores + 2 * self.routing)
         return stored + self.converted_bytes(tokens)
 
 

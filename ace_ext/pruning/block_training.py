@@ -1,10 +1,12 @@
 """Training of one pruned block: its remaining weights and its norms are trained to reproduce the dense block's output.
 
-Masks stay fixed.
+Masks stay fixed. Some samples are only measured, and the weights with the lowest loss on them are kept.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,18 +16,42 @@ from ace_ext.models.blocks import Block
 from ace_ext.models.replay import run_block
 from ace_ext.records import Tuning
 
-STEP_TOKENS = 1024
-"""Tokens of one gradient step (at least one sample): 8 samples of the default 128 tokens."""
 SEED = 0
 """Seed of the order of the steps in an epoch."""
+BACK_OFF = 0.3
+"""What the learning rate is multiplied by after an epoch that did not lower the loss on the held-back samples."""
+TINY = torch.finfo(torch.float32).tiny
+LEAST_SHARE = 1e-6
+"""The least share of a channel in a target's square, relative to the mean channel: a channel of zeros has no weight of
+infinity."""
+CHUNK_TOKENS = 256
+"""Tokens whose squares are in memory at a time while channels are measured."""
 
 Others = tuple[tuple[Any, ...], dict[str, Any]]
 """A block's arguments other than the hidden states: positional and keyword."""
 
 
-def step_samples(seqlen: int) -> int:
-    """How many samples of ``seqlen`` tokens one gradient step takes."""
-    return max(1, STEP_TOKENS // seqlen)
+@dataclass(frozen=True)
+class Training:
+    """How a block is trained."""
+
+    epochs: int
+    """Passes over the samples that are trained on."""
+    learning_rate: float
+    """Adam's, at the first step, as a share of the root mean square of each parameter's entries
+    (:func:`root_mean_square`). So a vector of zeros stays one."""
+    step_tokens: int
+    """About as many tokens are in a gradient step; but at least one sample."""
+    held_back: float
+    """The share of the samples that are only measured; 0: all samples are trained on, and measured."""
+
+    def step_samples(self, seqlen: int) -> int:
+        """How many samples of ``seqlen`` tokens one gradient step takes."""
+        return max(1, self.step_tokens // seqlen)
+
+    def trained_samples(self, samples: int) -> int:
+        """How many of the samples are trained on: at least one. The others are the last ones."""
+        return max(1, samples - math.ceil(self.held_back * samples))
 
 
 def train_block_(
@@ -35,43 +61,39 @@ def train_block_(
     masks: dict[str, Tensor],
     token_masks: Sequence[Tensor | None] | None = None,
     *,
-    epochs: int,
-    learning_rate: float,
+    training: Training,
 ) -> Tuning:
     """Trains a pruned block in place on the calibration tokens with Adam.
 
-    The loss of a token is ``‖output - target‖² / ‖target - input‖²``: the squared error relative to what the dense
-    block adds to its input. Weights are kept in float32 while they are trained and rounded to the model's dtype for
-    each forward; pruned ones stay +0.0. Learning rates fall linearly to zero. The loss over all tokens is measured
-    before and after; if it did not fall, every parameter is restored.
+    The loss of a token is ``Σ_c w_c (output - target)_c² / Σ_c w_c (target - input)_c²``: the squared error relative to
+    what the dense block adds to its input. The weight ``w_c`` of a channel is the inverse of its share of a target's
+    square (:func:`channel_weights`): later norms scale large channels down.
+
+    Weights are kept in float32 while they are trained and rounded to the model's dtype for each forward; pruned ones
+    stay +0.0. Learning rates fall linearly to zero.
+
+    The loss on the samples that are held back is measured at the start and after each epoch. If it did not fall, the
+    best weights so far are put back, and training goes on with ``BACK_OFF`` of the rate. So the weights of the result
+    are the best ones, in the model's dtype. They may be those of the start.
 
     Args:
         block: a pruned block. Trained are the weights and biases of ``block.linears`` and all one-dimensional
             parameters of other modules (the norms). A Linear that ``skip`` leaves out is not trained.
         inputs: for each calibration batch the block's hidden states ``[batch, seqlen, d]`` and its other arguments, as
-            in :class:`ace_ext.models.replay.BlockCall`. Batches are split along ``batch`` into steps of about
-            ``STEP_TOKENS`` tokens.
+            in :class:`ace_ext.models.replay.BlockCall`. Batches are split along ``batch`` into steps.
         targets: for each batch the dense block's output ``[batch, seqlen, d]``.
         masks: for each of ``block.linears`` ``[rows, cols]`` bool, True where a weight is kept.
         token_masks: for each batch ``[batch * seqlen]`` bool, True where a token counts, or None where all do.
-        epochs: passes over the calibration tokens.
-        learning_rate: Adam's, at the first step, as a share of the root mean square of each parameter's entries
-            (:func:`root_mean_square`). So a vector of zeros stays one.
+        training: how.
 
     Returns:
-        The mean loss of a token before and after.
+        The mean loss of a token that is held back, before and after, and the epoch with the best weights.
     """
-    steps = list(_steps(inputs, targets, token_masks or [None] * len(inputs)))
+    token_masks = token_masks or [None] * len(inputs)
+    steps, held = _divided(inputs, targets, token_masks, channel_weights(targets, token_masks), training)
     parameters = _trained_parameters(block, masks)
-    dense = [parameter.detach().clone() for parameter, _ in parameters]
     with torch.enable_grad(), _only_gradients_of(block.module, [parameter for parameter, _ in parameters]):
-        before = _mean_loss(block, steps)
-        _train_(block, steps, parameters, epochs, learning_rate)
-        after = _mean_loss(block, steps)
-    if not after < before:
-        _write_(parameters, dense)
-        after = before
-    return Tuning(before, after)
+        return _Trainer(block, steps, held or steps, parameters).train_(training)
 
 
 def root_mean_square(weight: Tensor, mask: Tensor | None = None) -> float:
@@ -84,13 +106,37 @@ def root_mean_square(weight: Tensor, mask: Tensor | None = None) -> float:
     return float(torch.linalg.vector_norm(weight) / kept.clamp_min(1).float().sqrt())
 
 
+def channel_weights(targets: Sequence[Tensor], token_masks: Sequence[Tensor | None]) -> Tensor:
+    """The weight of each channel in the loss, ``[d]`` float32: ``1 / (d · mean_t target_tc² / ‖target_t‖²)``. It is 1
+    where all channels are the same size.
+
+    Some models have a few channels that are much larger than all others. Unweighted, the loss would be the error of
+    these. Each token counts the same, also the first one, which may be much larger than all others. ``targets`` and
+    ``token_masks`` as for :func:`train_block_`.
+    """
+    width = targets[0].shape[-1]
+    total = torch.zeros(width, dtype=torch.float32, device=targets[0].device)
+    tokens = 0
+    for target, token_mask in zip(targets, token_masks, strict=True):
+        rows = target.flatten(0, 1)
+        for part in _slices(0, len(rows), CHUNK_TOKENS):
+            square = rows[part].float().square()
+            if token_mask is not None:
+                square *= token_mask[part].unsqueeze(1)
+            total += (square / square.sum(1, keepdim=True).clamp_min(TINY)).sum(0)
+            tokens += len(square) if token_mask is None else int(token_mask[part].count_nonzero())
+    return 1 / (width * total / max(1, tokens)).clamp_min(LEAST_SHARE)
+
+
 class _Step:
     """One gradient step: some samples of a batch."""
 
-    def __init__(self, hidden: Tensor, others: Others, target: Tensor, token_mask: Tensor | None) -> None:
-        self.hidden, self.others, self.target = hidden, others, target
-        share = (target.float() - hidden.float()).square().sum(-1)  # [batch, seqlen]
-        self.token_weight = 1 / share.clamp_min(torch.finfo(torch.float32).tiny)
+    def __init__(
+        self, hidden: Tensor, others: Others, target: Tensor, token_mask: Tensor | None, channels: Tensor
+    ) -> None:
+        self.hidden, self.others, self.target, self._channels = hidden, others, target, channels
+        share = ((target.float() - hidden.float()).square() * channels).sum(-1)  # [batch, seqlen]
+        self.token_weight = 1 / share.clamp_min(TINY)
         if token_mask is not None:
             self.token_weight = self.token_weight.masked_fill(~token_mask.view_as(share), 0.0)
         self.tokens = int(self.token_weight.count_nonzero())
@@ -99,19 +145,35 @@ class _Step:
         """The loss summed over tokens, not averaged: Adam does not depend on the scale, and a sum keeps float16
         gradients from underflowing."""
         error = run_block(block, self.hidden, self.others).float() - self.target.float()
-        return (error.square().sum(-1) * self.token_weight).sum()
+        return ((error.square() * self._channels).sum(-1) * self.token_weight).sum()
 
 
-def _steps(
-    inputs: Sequence[tuple[Tensor, Others]], targets: Sequence[Tensor], token_masks: Sequence[Tensor | None]
-) -> Iterator[_Step]:
+def _divided(
+    inputs: Sequence[tuple[Tensor, Others]],
+    targets: Sequence[Tensor],
+    token_masks: Sequence[Tensor | None],
+    channels: Tensor,
+    training: Training,
+) -> tuple[list[_Step], list[_Step]]:
+    """The steps to train on, and those that are held back."""
+    samples = sum(len(hidden) for hidden, _ in inputs)
+    left = training.trained_samples(samples)
+    trained: list[_Step] = []
+    held: list[_Step] = []
     for (hidden, others), target, token_mask in zip(inputs, targets, token_masks, strict=True):
         batch, seqlen = hidden.shape[:2]
-        samples = step_samples(seqlen)
-        for start in range(0, batch, samples):
-            part = slice(start, start + samples)
-            mask = None if token_mask is None else token_mask.view(batch, seqlen)[part]
-            yield _Step(hidden[part], _cut(others, batch, part), target[part], mask)
+        mask = None if token_mask is None else token_mask.view(batch, seqlen)
+        edge = min(left, batch)
+        left -= edge
+        for steps, start, end in ((trained, 0, edge), (held, edge, batch)):
+            for part in _slices(start, end, training.step_samples(seqlen)):
+                part_mask = None if mask is None else mask[part]
+                steps.append(_Step(hidden[part], _cut(others, batch, part), target[part], part_mask, channels))
+    return trained, held
+
+
+def _slices(start: int, end: int, step: int) -> Iterator[slice]:
+    return (slice(at, min(at + step, end)) for at in range(start, end, step))
 
 
 def _cut(value: Any, batch: int, part: slice) -> Any:
@@ -162,36 +224,69 @@ def _mean_loss(block: Block, steps: list[_Step]) -> float:
     return total / max(1, sum(step.tokens for step in steps))
 
 
-def _train_(
-    block: Block,
-    steps: list[_Step],
-    parameters: list[tuple[Tensor, Tensor | None]],
-    epochs: int,
-    learning_rate: float,
-) -> None:
-    trained = [parameter for parameter, _ in parameters]
-    masters = [parameter.detach().float().clone() for parameter, _ in parameters]
-    sizes = [root_mean_square(master, mask) for master, (_, mask) in zip(masters, parameters, strict=True)]
-    groups = [{"params": [master], "lr": learning_rate * size} for master, size in zip(masters, sizes, strict=True)]
-    adam = torch.optim.Adam(groups, foreach=False)  # foreach would hold a copy of all at once
-    count = epochs * len(steps)
-    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda done: 1 - done / max(1, count))
-    order = torch.Generator().manual_seed(SEED)
-    for _ in range(epochs):
-        for index in torch.randperm(len(steps), generator=order).tolist():
-            gradients = list(torch.autograd.grad(steps[index].loss(block), trained, allow_unused=True))
-            for master, (_, mask) in zip(masters, parameters, strict=True):
-                gradient = gradients.pop(0)  # freed one by one, so float32 copies of all never exist at once
-                if gradient is not None and mask is not None:
-                    gradient = gradient.masked_fill(~mask, 0.0)
-                master.grad = None if gradient is None else gradient.float()
-            adam.step()
-            schedule.step()
-            adam.zero_grad()
-            _write_(parameters, masters)
+class _Trainer:
+    """The training of one block's parameters.
+
+    Args:
+        block: whose parameters they are.
+        steps: to train on.
+        held: to measure.
+        parameters: each with its mask (None: all entries are kept); they require gradients.
+    """
+
+    def __init__(
+        self, block: Block, steps: list[_Step], held: list[_Step], parameters: list[tuple[Tensor, Tensor | None]]
+    ) -> None:
+        self._block, self._steps, self._held, self._parameters = block, steps, held, parameters
+        # contiguous, as their gradients: the fused Adam ignores strides, and a fused matrix may be stored transposed
+        self._masters = [_contiguous_float32(parameter.detach()) for parameter, _ in parameters]
+        self._best = [parameter.detach().clone() for parameter, _ in parameters]
+
+    def train_(self, training: Training) -> Tuning:
+        """Trains, and leaves the best weights in the block."""
+        sizes = [root_mean_square(m, mask) for m, (_, mask) in zip(self._masters, self._parameters, strict=True)]
+        rates = [training.learning_rate * size for size in sizes]
+        groups = [{"params": [master], "lr": rate} for master, rate in zip(self._masters, rates, strict=True)]
+        adam = torch.optim.Adam(groups, fused=True)  # one pass over memory, without temporary copies
+        share, total = 1.0, training.epochs * len(self._steps)
+        order = torch.Generator().manual_seed(SEED)
+        before = best = _mean_loss(self._block, self._held)
+        kept = 0
+        for epoch in range(training.epochs):
+            for place, index in enumerate(torch.randperm(len(self._steps), generator=order).tolist()):
+                left = share * (1 - (epoch * len(self._steps) + place) / total)
+                for group, rate in zip(adam.param_groups, rates, strict=True):
+                    group["lr"] = left * rate
+                self._step_(adam, self._steps[index])
+            loss = _mean_loss(self._block, self._held)
+            if loss < best:  # False for NaN
+                best, kept = loss, epoch + 1
+                _write_(self._best, [parameter for parameter, _ in self._parameters])
+            else:
+                share *= BACK_OFF
+                _write_(self._masters, self._best)
+                adam.state.clear()  # its moments may hold NaN
+        _write_([parameter for parameter, _ in self._parameters], self._best)
+        return Tuning(before, best, kept)
+
+    def _step_(self, adam: torch.optim.Adam, step: _Step) -> None:
+        trained = [parameter for parameter, _ in self._parameters]
+        gradients = list(torch.autograd.grad(step.loss(self._block), trained, allow_unused=True))
+        for master, (_, mask) in zip(self._masters, self._parameters, strict=True):
+            gradient = gradients.pop(0)  # freed one by one, so float32 copies of all never exist at once
+            if gradient is not None and mask is not None:
+                gradient = gradient.masked_fill(~mask, 0.0)
+            master.grad = None if gradient is None else _contiguous_float32(gradient)
+        adam.step()
+        adam.zero_grad()
+        _write_(trained, self._masters)
+
+
+def _contiguous_float32(value: Tensor) -> Tensor:
+    return torch.empty(value.shape, dtype=torch.float32, device=value.device).copy_(value)
 
 
 @torch.no_grad()
-def _write_(parameters: list[tuple[Tensor, Tensor | None]], values: list[Tensor]) -> None:
-    for (parameter, _), value in zip(parameters, values, strict=True):
+def _write_(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)

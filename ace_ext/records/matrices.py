@@ -65,11 +65,14 @@ class MatrixReport:
 
 @dataclass
 class Tuning:
-    """The training of one block. Its loss is the mean over tokens of ``‖output - target‖² / ‖target - input‖²``. The
-    target is the dense block's output. Both losses are equal if training did not lower the loss and was undone."""
+    """The training of one block. Its loss is the mean over the tokens that were held back of ``‖output - target‖² /
+    ‖target - input‖²``, each channel weighted (:func:`ace_ext.pruning.block_training.channel_weights`). The target is
+    the dense block's output. Both losses are equal if training did not lower the loss and was undone."""
 
     loss_before: float
     loss_after: float
+    epoch: int | None = None
+    """After which the weights of the result were measured; 0: before the first. None in reports of earlier releases."""
 
 
 @dataclass

@@ -287,6 +287,10 @@ class TrainBlock(Stage):
         """Trains in place; arguments as :func:`ace_ext.pruning.block_training.train_block_`."""
         raise NotImplementedError
 
+    def step_samples(self, seqlen: int) -> int:
+        """How many samples of ``seqlen`` tokens one gradient step takes."""
+        raise NotImplementedError
+
     def working_bytes(self, sizes: BlockSizes) -> int:
         """Bytes in addition to the block, its inputs and its targets."""
         raise NotImplementedError

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ace_ext.models.blocks import Block
-from ace_ext.pruning.block_training import Others, train_block_
+from ace_ext.pruning.block_training import Others, Training, train_block_
 from ace_ext.pruning.settings import Limits, option
 from ace_ext.pruning.stages._stage import BlockSizes, TrainBlock
 from ace_ext.records import Tuning
@@ -19,11 +19,20 @@ class Train(TrainBlock):
     name = "train"
     summary = "trains each pruned block towards the dense one's output; masks stay fixed"
 
-    epochs: int = option(6, "passes over the calibration tokens", Limits(at_least=1))
+    epochs: int = option(3, "passes over the calibration tokens", Limits(at_least=1))
     learning_rate: float = option(
-        2e-3,
+        1e-2,
         "initial learning rate, a share of each parameter's root mean square; it falls linearly to zero",
         Limits(above=0, words="more than 0"),
+    )
+    step_tokens: int = option(
+        512, "tokens of a gradient step, rounded down to whole samples; at least one", Limits(at_least=1)
+    )
+    held_back: float = option(
+        0.0625,
+        "share of the samples that are only measured: the weights with the lowest loss on them are kept; 0: measures "
+        "those that it trains on",
+        Limits(at_least=0, below=1, words="a share of at least 0 and less than 1"),
     )
 
     def train_(
@@ -35,9 +44,15 @@ class Train(TrainBlock):
         token_masks: Sequence[Tensor | None],
     ) -> Tuning:
         """:func:`ace_ext.pruning.block_training.train_block_` with these options."""
-        return train_block_(
-            block, inputs, targets, masks, token_masks, epochs=self.epochs, learning_rate=self.learning_rate
-        )
+        return train_block_(block, inputs, targets, masks, token_masks, training=self._training)
+
+    def step_samples(self, seqlen: int) -> int:
+        """:meth:`ace_ext.pruning.block_training.Training.step_samples` with these options."""
+        return self._training.step_samples(seqlen)
+
+    @property
+    def _training(self) -> Training:
+        return Training(self.epochs, self.learning_rate, self.step_tokens, self.held_back)
 
     def working_bytes(self, sizes: BlockSizes) -> int:
         """For each trained entry: the weight and Adam's two moments in float32, a copy in the model's dtype, and the
