@@ -107,29 +107,19 @@ def prune_model(
         found = _tried(model, store, ready, config, context)
         if found is not None:
             context = replace(context, uses=found.uses)
-        by_blocks = found is None or found.reason is None
-        network = None
+        distillation: Distillation | NetworkDistillation | None = None
         if trained and not predicts_tokens(model):  # first: it copies the dense model
-            text = ready if distill_text is None else list(model_inputs(model, distill_text, config, device))
-            network = _network_distillation(model, store, text, config, context)
-        entrances = _entrances(model, store, ready, found, config, context)
-        if entrances is not None:
-            states = BatchStates([], None, device)
-            done = 0 if context.journal is None else context.journal.finished
-            if done < len(store.blocks):
-                entrances.enter(done, states)
-        else:
-            states = _enter(model, store, ready, context, device) if by_blocks else BatchStates([], None, device)
-        distillation: Distillation | NetworkDistillation | None = network
-        if trained and network is None:
-            distillation = _distillation(
-                model, store, batches if distill_text is None else distill_text, config, context
-            )
+            again = ready if distill_text is None else list(model_inputs(model, distill_text, config, device))
+            distillation = _network_distillation(model, store, again, config, context)
+        states, entrances = _begin(model, store, ready, found, config, context)
+        if trained and distillation is None:
+            text = batches if distill_text is None else distill_text
+            distillation = _distillation(model, store, text, config, context)
         weight = next(linear.weight for block in store.blocks for linear in block.linears.values())
         report = PruneReport(config.to_dict(), str(device), str(weight.dtype).removeprefix("torch."))
         with restored_if_float16(store) if context.journal is None else nullcontext():
             walk = Walk(store, states, config, report, context, callback, entrances)
-            if not by_blocks:
+            if found is not None and found.reason is not None:
                 walk.read_whole_forwards(model, ready)
             walk.run()
             report.dense = _left_dense(model, store.blocks, report)
@@ -243,21 +233,28 @@ def _enter(
     return BatchStates(calls, hidden, device)
 
 
-def _entrances(
+def _begin(
     model: nn.Module,
     store: BlockSource,
     batches: list[dict[str, Tensor]],
     found: Findings | None,
     config: PruneConfig,
     context: RunContext,
-) -> Entrances | None:
-    """The entrances to the parts of a model; None for a causal language model, or one that is not walked block by
-    block."""
-    if found is None or found.reason is not None or not found.parts:
-        return None
+) -> tuple[BatchStates, Entrances | None]:
+    """The state of the walk before the first unfinished block, and the entrances to the parts of a model. These are
+    None for a causal language model, and for one that is not walked block by block."""
     assert context.device is not None  # set by the caller
+    if found is not None and found.reason is not None:
+        return BatchStates([], None, context.device), None
+    if found is None or not found.parts:
+        return _enter(model, store, batches, context, context.device), None
     dense = config.method.train is not None or context.sink is not None
-    return Entrances(model, store, found.parts, batches, context, context.device, dense)
+    entrances = Entrances(model, store, found.parts, batches, context, context.device, dense)
+    states = BatchStates([], None, context.device)
+    done = 0 if context.journal is None else context.journal.finished
+    if done < len(store.blocks):
+        entrances.enter(done, states)
+    return states, entrances
 
 
 def _tried(

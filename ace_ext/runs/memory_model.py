@@ -13,6 +13,7 @@ from torch import nn
 from ace_ext.data.bos import WINDOW_TOKENS, WINDOWS
 from ace_ext.engine.model_shape import ModelShape
 from ace_ext.engine.strategies import RunSizes, StrategyBytes, planned
+from ace_ext.models._transformers import predicts_tokens
 from ace_ext.models.blocks import Block
 from ace_ext.models.safetensors_files import Shards
 from ace_ext.process_memory import resident_bytes
@@ -117,6 +118,8 @@ def estimate(
         phases.append(
             replace(run.entering(), process=process, model=max(shape.blocks) * (2 if overlap else 1) + outside)
         )
+    if config.method.distill is not None and not predicts_tokens(model):
+        phases.append(replace(run.distilling(), process=process, model=2 * resident))
     if measures:
         forward, judging = run.measuring()
         largest = max(*shape.blocks, shape.embedding, shape.head)
@@ -174,9 +177,22 @@ class _Run:
         return self.states if self.resident_hidden else 0
 
     @property
+    def _parts(self) -> int:
+        """The number of lists of blocks; 0 for one. Training holds the dense model's states before each."""
+        lists = len({block.name.rpartition(".")[0] for block in self.sizes.blocks})
+        return 0 if lists == 1 else lists
+
+    @property
+    def _other_parts(self) -> int:
+        """Bytes of the states of another part that a part reads, such as a decoder an encoder's output."""
+        return self.states if self._parts else 0
+
+    @property
     def hidden(self) -> int:
         """Bytes of hidden states while a block is pruned. Training also holds all inputs and all dense outputs."""
-        return self.kept + 2 * self.states if self.config.method.train is not None else self.kept
+        if self.config.method.train is None:
+            return self.kept + self._other_parts
+        return self.kept + self._other_parts + (2 + self._parts) * self.states
 
     def entering(self) -> Estimate:
         """Entering the blocks: the first batch runs through a block before the states of later batches exist."""
@@ -204,6 +220,20 @@ class _Run:
             Estimate(hidden=hidden, forward=self.strategy.forward, statistics=statistics),
             Estimate(hidden=hidden, forward=self.strategy.pending, statistics=statistics, solver=solver),
         ]
+
+    def distilling(self) -> Estimate:
+        """Distillation of a network by whole forwards: all float32 copies with their moments, gradients in the model's
+        dtype, and the activations of a step in all blocks."""
+        from ace_ext.healing.settings import HealSettings  # imported here: most methods do not distil
+        from ace_ext.healing.trainer import STATE_BYTES
+
+        sizes = self.sizes
+        trained = sum(linear.weight.numel() for block in sizes.blocks for linear in block.linears.values())
+        step = max(HealSettings().step_tokens, sizes.seqlen)
+        activations = len(sizes.blocks) * sizes.shape.training_bytes(step, sizes.seqlen)
+        logits = 3 * 4 * step * sizes.shape.vocabulary
+        state = trained * (STATE_BYTES + 2 * sizes.shape.itemsize)
+        return Estimate(training=state + activations + logits, phase="distill")
 
     def training(self) -> list[Estimate]:
         """Training a block, with its inputs and targets."""
