@@ -56,7 +56,7 @@ def ends_of(model: nn.Module) -> list[nn.Module]:
     for end in (model.get_input_embeddings, model.get_output_embeddings):
         with suppress(NotImplementedError):  # of images and sound
             found.append(end())
-    return [end for end in found if end is not None]
+    return [end for end in found if isinstance(end, nn.Module)]  # Perceiver has a parameter there
 
 
 def check_routers(model: nn.Module, report: PruneReport) -> None:

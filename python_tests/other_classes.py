@@ -41,6 +41,7 @@ BESIDE: dict[str, dict[str, Any]] = every_class.BESIDE | {
     "donut-swin": _STAGES,
     "esm": {"vocab_size": every_class.VOCABULARY, "pad_token_id": 1, "mask_token_id": 4},
     "esmc": {"num_key_value_heads": 4},
+    "perceiver": {"num_latents": 8, "d_latents": 32, "d_model": 32, "num_self_attends_per_block": 2},
     "reformer": {"is_decoder": False, "axial_pos_embds": False},
     "swin": _STAGES,
     "swinv2": _STAGES,
@@ -66,6 +67,8 @@ WORDS_ONLY |= {
 LARGE = {"align", "convnext", "convnextv2", "dinov3_convnext", "efficientnet", "mobilevitv2", "pvt"}
 """Types whose stages make images of 16 pixels too small."""
 
+CANNOT = {"vibevoice": "its decoder of sound cannot be shrunk by name"}
+"""What is not built here, and why."""
 SAMPLES = 3
 
 
@@ -108,6 +111,9 @@ def build(model_type: str) -> nn.Module:
             for parameter in model.parameters():
                 if parameter.dim() >= 2 and parameter.requires_grad:
                     parameter.normal_(0.0, 0.15)
+            for module in model.modules():
+                if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                    module.weight[module.padding_idx] = 0  # as some classes are loaded
     return model
 
 

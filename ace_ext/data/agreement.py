@@ -31,7 +31,8 @@ class Answers:
     embeddings: tuple[Tensor, ...]
     """Float32 ``[samples, width]`` each, on the CPU; two of a model with two towers."""
     labels: Tensor | None
-    """Int64 ``[samples]``, the most probable label; None for a model without a classifier."""
+    """Int64 ``[samples]``, the most probable label. Of a model that gives logits for each position: ``[positions]`` of
+    all samples, without padding. None: there are no logits."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Agreement:
     rank_correlation: float | None = None
     """Spearman's correlation of the cosines of all pairs of samples, in the two models."""
     labels: float | None = None
-    """Share of samples with the same most probable label."""
+    """Share of samples, or of positions, with the same most probable label."""
 
     def to_dict(self) -> dict[str, float | None]:
         """The fields as JSON values."""
@@ -55,9 +56,9 @@ class Agreement:
 def answers(model: nn.Module, batches: Iterable[Inputs]) -> Answers:
     """What ``model`` answers, on the device of its weights. Its mode and weights do not change.
 
-    A model with outputs such as ``text_embeds`` has its embeddings there. Others give hidden states. Their mean over
-    the positions without padding is the embedding, as sentence encoders use it. A model that gives only ``logits``
-    ``[batch, labels]`` has labels, and its logits are its embeddings.
+    A model with outputs such as ``text_embeds`` has its embeddings there. Others give hidden states, of the encoder if
+    there is a decoder. Their mean over the positions without padding is the embedding, as sentence encoders use it. A
+    model that gives only ``logits`` has these in place of hidden states.
 
     Raises:
         InputError: there is no batch, or the model gives nothing of all this.
@@ -70,16 +71,18 @@ def answers(model: nn.Module, batches: Iterable[Inputs]) -> Answers:
             inputs = {name: value.to(device) for name, value in batch.items()}
             outputs = model(**inputs)
             found.append(tuple(tensor.float().cpu() for tensor in _embeddings(outputs, inputs)))
-            if _is_classifier(outputs):
-                labels.append(outputs["logits"].argmax(-1).cpu())
+            if isinstance(outputs.get("logits"), Tensor):
+                labels.append(_labels(outputs["logits"], inputs).cpu())
     if not found:
         raise InputError("batches: none found; give at least one batch of the model's inputs")
     return Answers(tuple(map(torch.cat, zip(*found, strict=True))), torch.cat(labels) if labels else None)
 
 
-def _is_classifier(outputs: Mapping[str, Any]) -> bool:
-    logits = outputs.get("logits")
-    return isinstance(logits, Tensor) and logits.dim() == 2
+def _labels(logits: Tensor, inputs: Inputs) -> Tensor:
+    """The most probable labels, int64 ``[n]``, of ``logits [batch, labels]`` or ``[batch, positions, labels]``."""
+    best = logits.argmax(-1)
+    mask = inputs.get("decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask")
+    return best[mask.bool()] if mask is not None and mask.shape == best.shape else best.flatten()
 
 
 def _embeddings(outputs: Mapping[str, Any], inputs: Inputs) -> list[Tensor]:
@@ -87,14 +90,13 @@ def _embeddings(outputs: Mapping[str, Any], inputs: Inputs) -> list[Tensor]:
     named = [outputs[name] for name in _EMBEDDINGS if isinstance(outputs.get(name), Tensor)]
     if named:
         return named
-    states = outputs.get("last_hidden_state")
-    if isinstance(states, Tensor):
-        return [_mean_of_positions(states, inputs.get("attention_mask"))]
-    if _is_classifier(outputs):
-        return [outputs["logits"]]
+    for name in ("last_hidden_state", "encoder_last_hidden_state", "logits"):
+        states = outputs.get(name)
+        if isinstance(states, Tensor):
+            return [states if states.dim() == 2 else _mean_of_positions(states, inputs.get("attention_mask"))]
     raise InputError(
-        f"model: gives neither embeddings, hidden states nor labels (its outputs: {', '.join(outputs)}); measure it by "
-        "its transcripts, or load it as AutoModel"
+        f"model: gives neither embeddings, hidden states nor logits (its outputs: {', '.join(outputs)}); load it as "
+        "AutoModel"
     )
 
 

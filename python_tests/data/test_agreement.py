@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, BertModel, CLIPConfig, CLIPModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from ace_ext.data.agreement import (
     Answers,
@@ -105,6 +114,24 @@ def test_a_classifier_is_compared_by_labels():
     other = Answers(dense.embeddings, torch.where(torch.arange(6) < 4, dense.labels, 1 - dense.labels))
     assert agreement(dense, other).labels == pytest.approx(4 / 6)
     assert agreement(dense, dense).to_dict()["labels"] == 1
+
+
+def test_a_model_that_labels_each_position_is_compared_without_padding():
+    model = bert(BertForMaskedLM)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    found = answers(model, [{"input_ids": torch.randint(40, (2, 4)), "attention_mask": mask}])
+    assert found.labels.shape == (5,)
+    assert found.embeddings[0].shape == (2, 40)
+
+
+def test_an_encoder_with_a_decoder_has_the_embeddings_of_its_encoder():
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    batch = {"input_ids": torch.randint(40, (3, 4)), "decoder_input_ids": torch.randint(40, (3, 6))}
+    found = answers(model, [batch])
+    assert found.embeddings[0].shape == (3, 16)
+    assert found.labels.shape == (18,)
 
 
 def test_two_towers_have_two_embeddings():

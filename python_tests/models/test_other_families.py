@@ -68,6 +68,8 @@ def same(first: list[Tensor], second: list[Tensor]) -> bool:
 
 def row_of(model_type: str) -> Row:
     """Builds and prunes one class, and checks what was done to its weights."""
+    if model_type in other_classes.CANNOT:
+        return Row(NOT_BUILT, other_classes.CANNOT[model_type])
     try:
         model = other_classes.build(model_type)
         inputs = other_classes.inputs_of(model)
