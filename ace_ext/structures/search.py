@@ -193,7 +193,7 @@ def _candidates(settings: Mapping[str, Any], widths: set[int]) -> Iterator[tuple
     for name, value in settings.items():
         if isinstance(value, int) and not isinstance(value, bool) and value in widths:
             yield name, value, value
-        elif isinstance(value, list | tuple) and value and all(v == value[0] for v in value) and value[0] in widths:
+        elif isinstance(value, list | tuple) and any(list(value) == [width] * len(value) for width in widths) and value:
             yield name, list(value), value[0]
     for name, value in settings.items():
         if value is None and _UNSET.search(name):

@@ -11,7 +11,7 @@ from tiny_models import make_tokens
 from ace_ext import InputError, prune_model
 
 REMOVED = {
-    "neurons=0.25": {"gemma3_text", "gpt-sw3", "opt", "phi3", "qwen2", "gpt_neox", "big_bird", "exaone"},
+    "neurons=0.25": {"gemma3_text", "gpt-sw3", "opt", "phi3", "qwen2", "gpt_neo", "gpt_neox", "big_bird", "exaone"},
     "heads=0.5": {"gemma4_text", "gpt_oss", "qwen3", "mixtral"},
     "experts=0.5": {"deepseek_v3", "gpt_oss", "qwen3_moe", "jamba"},
 }
