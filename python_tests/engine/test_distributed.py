@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from children import one_of_ranks
-from folders import command, fork, fork_run, prune, save_dense, spawn, weights_bytes
+from folders import TEXT, command, fork, fork_run, prune, save_dense, spawn, weights_bytes
 from safetensors.torch import load_file
+from tiny_models import make_tokenizer
+from tiny_networks import make_network
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -108,6 +110,24 @@ def test_a_mixture_of_experts(tmp_path):
     assert status == 0, err
     _, one = prune(dense, tmp_path / "one")
     assert share_differing(one, tmp_path / "two") < 1e-5
+
+
+@pytest.mark.nightly
+def test_two_prune_an_encoder_and_a_decoder(tmp_path):
+    """Each enters the decoder with its own samples and the encoder that both have pruned."""
+    dense = tmp_path / "t5"
+    make_network("t5").save_pretrained(dense)
+    make_tokenizer().save_pretrained(dense)
+    (tmp_path / "text.txt").write_text(TEXT)
+    status, _, err = ranks(dense, tmp_path / "two", "--method", "collect(batch_tokens=32) + wanda", "--offload", "disk")
+    assert status == 0, err
+    one = fork_run(command(dense, tmp_path / "one", "--method", "collect(batch_tokens=32) + wanda")[3:])
+    one.join()
+    assert one.exitcode == 0
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
+    blocks = [name for name, weight in weights[0].items() if ".block." in name and weight.dim() == 2]
+    differing = sum(int(((weights[0][n] != 0) != (weights[1][n] != 0)).sum()) for n in blocks)
+    assert differing <= 1e-3 * sum(weights[0][n].numel() for n in blocks)
 
 
 def test_torchrun_writes_what_two_processes_write(tmp_path):

@@ -145,12 +145,12 @@ def test_half_precision_takes_the_inputs_of_a_processor():
     assert report.dtype == "bfloat16"
 
 
-@pytest.mark.parametrize("name", ["t5", "clip", "vit", "swin"])
+@pytest.mark.parametrize("name", ["t5", "clip", "swin"])
 def test_distillation_follows_the_outputs_of_the_dense_model(name):
     """Of a vocabulary, or of hidden states; which weights are zero stays."""
     model, inputs = make_network(name), make_inputs(name, 4)
     dense = outputs_of(make_network(name), inputs[0])[0]
-    report = prune_model(model, inputs, method="wanda + distill(tokens=2000, learning_rate=0.02)", sparsity=0.5)
+    report = prune_model(model, inputs, method="wanda + distill(tokens=600, learning_rate=0.03)", sparsity=0.5)
     healing = report.healing
     assert healing.loss_after < 0.9 * healing.loss_before
     for linear in linears_of(model).values():
