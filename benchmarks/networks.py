@@ -78,7 +78,7 @@ def sentences(source: str, split: str, count: int, seed: int, most_words: int = 
 
 
 def encoder(args: argparse.Namespace) -> Subject:
-    """A sentence encoder: 256 sentences to calibrate on, up to 2,000 others to distil on, 200 held-out ones to compare."""
+    """A sentence encoder: 256 sentences to calibrate on, up to 2,000 to distil on, 200 held-out ones to compare."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModel.from_pretrained(args.model, dtype=torch.float32)
 
