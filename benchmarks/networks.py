@@ -67,18 +67,18 @@ class Subject:
     """What methods that distil train on, as a run takes other text of the same source; None: the calibration."""
 
 
-def sentences(source: str, split: str, count: int, seed: int, most_words: int = 40) -> list[str]:
-    """Sentences of at least 6 words, without digits, in random order."""
+def sentences(source: str, split: str, count: int, seed: int, most_words: int = 40, more: int = 0) -> list[str]:
+    """``count`` sentences of at least 6 words, without digits, in random order; then up to ``more`` others."""
     found = re.split(r"(?<=[.!?])\s+", " ".join(load_text(source, split)))
     plain = [s for s in found if re.fullmatch(r"[A-Z][A-Za-z ,;'’-]+[.!?]", s) and 6 <= len(s.split()) <= most_words]
     random.Random(seed).shuffle(plain)
     if len(plain) < count:
         raise SystemExit(f"{source} has {len(plain)} sentences to use in its part {split}; {count} are needed")
-    return plain[:count]
+    return plain[: count + more]
 
 
 def encoder(args: argparse.Namespace) -> Subject:
-    """A sentence encoder: 256 sentences to calibrate on, 2,000 others to distil on, 200 held-out ones to compare."""
+    """A sentence encoder: 256 sentences to calibrate on, up to 2,000 to distil on, 200 held-out ones to compare."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModel.from_pretrained(args.model, dtype=torch.float32)
 
@@ -87,7 +87,7 @@ def encoder(args: argparse.Namespace) -> Subject:
         return [dict(tokenizer(part, padding=True, truncation=True, return_tensors="pt")) for part in parts]
 
     text = args.text or "wiki-mini"
-    seen = sentences(text, CALIBRATION, 2256, args.seed)
+    seen = sentences(text, CALIBRATION, 256, args.seed, more=2000)
     held_out = batches(sentences(text, HELD_OUT, 200, args.seed))
     dense = answers(model, held_out)
 

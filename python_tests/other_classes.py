@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 MAPPINGS = {
-    "encoder": ("MASKED_LM", "TEXT_ENCODING"),
-    "encoder-decoder": ("SEQ_TO_SEQ_CAUSAL_LM",),
-    "vision": ("IMAGE_CLASSIFICATION", "VIDEO_CLASSIFICATION", "IMAGE"),
-    "speech": ("AUDIO_CLASSIFICATION", "CTC", "SPEECH_SEQ_2_SEQ"),
     "contrastive": ("ZERO_SHOT_IMAGE_CLASSIFICATION",),
+    "encoder-decoder": ("SEQ_TO_SEQ_CAUSAL_LM",),
+    "speech": ("SPEECH_SEQ_2_SEQ", "CTC", "AUDIO_CLASSIFICATION"),
+    "encoder": ("MASKED_LM", "TEXT_ENCODING"),
+    "vision": ("IMAGE_CLASSIFICATION", "VIDEO_CLASSIFICATION", "IMAGE"),
 }
 """By kind, the mappings of transformers (``MODEL_FOR_…_MAPPING_NAMES``) whose classes are built: of each model type
 one."""
@@ -45,8 +45,9 @@ BESIDE: dict[str, dict[str, Any]] = every_class.BESIDE | {
     "reformer": {"is_decoder": False, "axial_pos_embds": False},
     "swin": _STAGES,
     "swinv2": _STAGES,
-    "t5gemma": {"is_encoder_decoder": False},
     "table-transformer": _DETECTOR,
+    "wav2vec2-bert": {"vocab_size": every_class.VOCABULARY},
+    "wav2vec2-conformer": {"vocab_size": every_class.VOCABULARY},
     "videoprism_vision_model": {"tubelet_size": [1, 4, 4], "image_size": 16, "num_frames": 2},
 }
 """What else a class needs, by its configuration's ``model_type``."""

@@ -393,7 +393,9 @@ def request_from(args: argparse.Namespace, **options: Any) -> RunRequest:
 
 def check_only_media(source: str, given: dict[str, Any]) -> None:
     """Raises :class:`InputError` if options of a text are given with images or sound."""
-    of_texts = [f"--{name}" for name in ("seqlen", "bos", "evaluate") if name in given]
+    of_texts = [
+        f"--{name}" for name in ("seqlen", "bos", "evaluate") if given.get(name, EVALUATE_NEVER) != EVALUATE_NEVER
+    ]
     if of_texts:
         raise InputError(f"{', '.join(of_texts)} is for texts, and {source} has images or sound; leave it out")
 

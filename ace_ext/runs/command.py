@@ -71,7 +71,7 @@ def _inputs(request: RunRequest) -> dict[str, Any]:
     found: dict[str, Any] = {
         "calibration": without_folders(text.source),
         "nsamples": text.nsamples,
-        "seqlen": text.seqlen,
+        **({"seqlen": text.seqlen} if text.reads_text else {}),
         "seed": text.seed,
     }
     if text.bos != default_mode(request.config.method.published, own_text=text.source == SELF):

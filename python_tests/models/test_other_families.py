@@ -23,7 +23,7 @@ SECONDS = 60
 """A class that takes longer is an error of its own, and no other class waits for it."""
 ASKED = 3
 """So often a class is asked for again with what the message says."""
-MANY = 120
+MANY = 135
 """At least so many classes prune without being asked for more."""
 
 

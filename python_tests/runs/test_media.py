@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from folders import call
+from folders import call, weights_bytes
 from PIL import Image
 from transformers import ViTConfig, ViTModel
 
@@ -41,6 +41,9 @@ def test_a_folder_of_images_calibrates_a_run(place, capsys):
     assert (calibration["source"], calibration["nsamples"]) == ("images", 4)
     assert calibration["inputs"] == {"pixel_values": {"shape": [3, 8, 8], "dtype": "float32"}}
     assert (place / "new" / "preprocessor_config.json").read_text() == json.dumps(PROCESSOR)
+    command = report.extra["command"].replace("OUTPUT", "again").split()
+    assert call(capsys, *command[1:])[0] == 0
+    assert weights_bytes(place / "again") == weights_bytes(place / "new")
 
 
 @pytest.mark.parametrize(
