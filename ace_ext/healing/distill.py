@@ -1,7 +1,6 @@
 """``distill_``: trains the remaining weights of a pruned model so that it predicts what the dense model predicts."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
 import torch
@@ -19,7 +18,7 @@ from ace_ext.healing.trainer import BlockTrainer
 from ace_ext.models.block_store import ResidentBlocks
 from ace_ext.models.blocks import Block, find_blocks
 from ace_ext.models.hidden_states import HiddenStates
-from ace_ext.models.run_mode import as_made_here, inner_model, run_mode
+from ace_ext.models.run_mode import as_made_here, frozen, inner_model, run_mode
 from ace_ext.models.tail import Tail
 from ace_ext.records import Healing
 
@@ -70,7 +69,7 @@ def distill_(
     source = context.blocks or ResidentBlocks(find_blocks(model, skip))
     place = context.place
     context.journal.notes.update({**new_notes(), **context.journal.notes})
-    with run_mode(model, "distill"), _frozen(model), torch.no_grad():
+    with run_mode(model, "distill"), frozen(model), torch.no_grad():
         batches = Batches([as_made_here(batch) for batch in batches.tokens], batches.held_out)
         target = _states_of(teacher, skip, batches, context)
         calls, states = enter(model, source, batches.tokens, place, "student")
@@ -92,18 +91,6 @@ def steps_of(batches: Batches, settings: HealSettings) -> int:
     return settings.passes * len(batches.trained)
 
 
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Within this context no parameter requires gradients; afterwards each has its old setting."""
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
-
-
 def _states_of(
     teacher: nn.Module | HiddenStates, skip: Iterable[str], batches: Batches, context: HealContext
 ) -> HiddenStates:
@@ -112,7 +99,7 @@ def _states_of(
     if isinstance(teacher, nn.Module):
         teacher = inner_model(teacher)
         blocks = ResidentBlocks(find_blocks(teacher, skip))
-        with run_mode(teacher), _frozen(teacher):
+        with run_mode(teacher), frozen(teacher):
             return teacher_states(teacher, blocks, batches.tokens, place, context.journal, context.observer)
     if [shape[:2] for shape in teacher.layout.shapes] == [list(batch.shape) for batch in batches.tokens]:
         return teacher

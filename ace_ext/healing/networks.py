@@ -8,7 +8,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,8 +25,8 @@ from ace_ext.healing.settings import HealSettings
 from ace_ext.healing.trainer import BlockTrainer
 from ace_ext.models._transformers import decoder_of, output_head, plain_call
 from ace_ext.models.blocks import Block
-from ace_ext.models.replay import first_of, replaced_forward, token_count
-from ace_ext.models.run_mode import run_mode
+from ace_ext.models.replay import first_of, replaced_forward, token_count, with_products
+from ace_ext.models.run_mode import frozen, run_mode
 from ace_ext.models.token_masks import TokenMasks
 from ace_ext.records import Healing, finite
 
@@ -188,9 +188,9 @@ class NetworkDistillation:
         lowest loss on the samples that are held out; these may be those that it began with."""
         with ExitStack() as stack:
             stack.enter_context(run_mode(self._model, "distill"))
-            stack.enter_context(_frozen(self._model))
+            stack.enter_context(frozen(self._model))
             for block in self._blocks:
-                stack.enter_context(replaced_forward(block.module, _with_products(block)))
+                stack.enter_context(replaced_forward(block.module, with_products(block)))
             training = _Training(self._model, self._blocks, self._grid, self._loss, self._teacher, self._steps)
             try:
                 healing = training.run_(self._settings, self._observer)
@@ -300,25 +300,3 @@ def _tokens_of(model: nn.Module, blocks: list[Block], batches: list[Inputs]) -> 
     finally:
         handle.remove()
     return max(1, sum(seen)) * sum(_samples(batch) for batch in batches)
-
-
-def _with_products(block: Block) -> Callable[..., Any]:
-    original = block.module.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with block.products():
-            return original(*args, **kwargs)
-
-    return forward
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Within this context no parameter requires gradients; afterwards each has its old setting."""
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)

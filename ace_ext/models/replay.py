@@ -116,6 +116,17 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             module.forward = own
 
 
+def with_products(block: Block) -> Callable[..., Any]:
+    """The block's forward, in which products with its matrices are calls of its Linears (:meth:`Block.products`)."""
+    original = block.module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with block.products():
+            return original(*args, **kwargs)
+
+    return forward
+
+
 def take_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Arguments]:
     """Splits a block's arguments into its hidden states ``[batch, seqlen, d_model]`` and the rest.
 

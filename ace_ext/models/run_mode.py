@@ -78,3 +78,15 @@ def as_made_here(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of it if it was made in inference mode. Outside that mode such a tensor cannot be saved for
     a backward pass."""
     return tensor.clone() if tensor.is_inference() else tensor
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Within this context no parameter requires gradients; afterwards each has its old setting."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)

@@ -13,7 +13,7 @@ from ace_ext.engine.strategies.dense_order import DenseOrder
 from ace_ext.models._transformers import plain_call
 from ace_ext.models.block_lists import goes_beyond_text
 from ace_ext.models.blocks import Block
-from ace_ext.models.replay import replaced_forward, take_hidden
+from ace_ext.models.replay import replaced_forward, take_hidden, with_products
 from ace_ext.models.token_masks import TokenMasks
 from ace_ext.pruning.statistics import LinearStatistics, StatisticsCollector
 
@@ -63,7 +63,7 @@ class WholeForwards:
 
         with ExitStack() as stack:
             for each in self._blocks:
-                stack.enter_context(replaced_forward(each.module, _with_products(each)))
+                stack.enter_context(replaced_forward(each.module, with_products(each)))
             stack.enter_context(collector)
             if not masks.plain:
                 stack.callback(block.module.register_forward_pre_hook(mask, with_kwargs=True).remove)
@@ -77,13 +77,3 @@ class WholeForwards:
     def memory(cls, sizes: RunSizes) -> StrategyBytes:
         """The statistics of a whole block."""
         return DenseOrder.memory(sizes)
-
-
-def _with_products(block: Block) -> Callable[..., Any]:
-    original = block.module.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with block.products():
-            return original(*args, **kwargs)
-
-    return forward
