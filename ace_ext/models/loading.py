@@ -96,7 +96,8 @@ def load_model(
         if not unpacks:
             check_plain(source, config)
         kind = model_class(config)
-        tokenizer = location.tokenizer() if causal or _has_tokenizer(location.name) else no_tokenizer(source)
+        tokenized = causal or unpacks or _has_tokenizer(location.name)  # a GGUF file has its tokenizer in it
+        tokenizer = location.tokenizer() if tokenized else no_tokenizer(source)
         model: nn.Module
         if unpacks:
             options["config"] = config  # otherwise it would be read once more
@@ -115,13 +116,13 @@ def no_tokenizer(source: str) -> NoTokenizer:
     )
 
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
 def _has_tokenizer(name: str) -> bool:
     """Whether a folder has a tokenizer. Of a hub name: yes, so that the hub is asked."""
     folder = Path(name)
-    return not folder.is_dir() or any((folder / file).is_file() for file in _TOKENIZER_FILES)
+    return not folder.is_dir() or any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
 
 
 def check_plain(source: str, config: Any) -> None:

@@ -11,7 +11,7 @@ from folders import bad_input, save_dense
 from tiny_models import make_model, make_tokens
 
 from ace_ext import InputError, PruneConfig, prune_model
-from ace_ext.models.loading import load_model
+from ace_ext.models.loading import _has_tokenizer, load_model
 
 QUANTIZED = {
     "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -73,3 +73,11 @@ def test_weights_that_accelerate_keeps_elsewhere():
     model = cpu_offload(make_model("llama"), torch.device("cpu"))
     with pytest.raises(InputError, match=r"layers\.0\..*\.weight must be loaded .*got a tensor without data"):
         prune_model(model, make_tokens(), PruneConfig("wanda"))
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.model", "vocab.txt", "spiece.model", "qwen.tiktoken"])
+def test_a_folder_with_a_tokenizer_is_known_by_its_files(tmp_path, file):
+    (tmp_path / "config.json").write_text("{}")
+    assert not _has_tokenizer(str(tmp_path))
+    (tmp_path / file).write_text("")
+    assert _has_tokenizer(str(tmp_path))

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TOOL = Path(__file__).parents[2] / "tools" / "counts.py"
 
 
+@pytest.mark.nightly
 def test_every_count_is_printed(tmp_path):
     done = subprocess.run([sys.executable, TOOL], cwd=tmp_path, capture_output=True, text=True, check=True)
     names = ("ace_ext", "ace_ext.runs.pipeline imports", "ace-prune run --help", "README")

@@ -220,7 +220,12 @@ HEALED = {"nsamples": 64, "seqlen": 16}
 
 
 @pytest.mark.parametrize(
-    ("method", "amount"), [("distill", {}), ("wanda + distill", {"sparsity": 0.5}), ("quantize(bits=8) + distill", {})]
+    ("method", "amount"),
+    [
+        ("distill", {}),
+        pytest.param("wanda + distill", {"sparsity": 0.5}, marks=pytest.mark.nightly),
+        pytest.param("quantize(bits=8) + distill", {}, marks=pytest.mark.nightly),
+    ],
 )
 def test_distilled_after_a_removal(dense, tmp_path, method, amount):
     """The second part reads the dense model from its files, and trains the smaller one towards it."""
