@@ -15,7 +15,7 @@ from ace_ext.models.blocks import Block
 from ace_ext.models.replay import BlockCall, capture_calls, run_block
 from ace_ext.pruning import removal
 from ace_ext.records import GoneExperts
-from ace_ext.structures.search import Cut, cut_of
+from ace_ext.structures.search import Cut, cuts_of
 from ace_ext.structures.smaller import check_same, few_tokens, fill_, laid_out, numbers_of, output_of, stored_shapes
 
 
@@ -59,7 +59,7 @@ def find_experts(model: nn.Module, blocks: list[Block], part: removal.Experts) -
         if isinstance(value, bool) or value != count:
             continue
         try:
-            cuts = _cuts(blocks, now, stored_shapes(laid_out(model, {name: kept})), (count, kept))
+            cuts = list(cuts_of(blocks, now, stored_shapes(laid_out(model, {name: kept})), count, kept))
         except InputError as error:
             reasons.append(f"{name}: {error}")
             continue
@@ -129,30 +129,6 @@ def without_experts(
 def _called(block: Block) -> Iterator[Any]:
     """The fused weights of experts that a module computes from the router's choice."""
     return (fused for fused in block.experts if fused.layout.count > 1)
-
-
-def _cuts(
-    blocks: list[Block],
-    now: dict[str, tuple[int, ...]],
-    then: dict[str, tuple[int, ...]],
-    sizes: tuple[int, int],
-) -> list[list[Cut]]:
-    """The cuts of each block, if its number of experts changes by ``sizes``.
-
-    Raises:
-        InputError: something else changes.
-    """
-    if now.keys() != then.keys():
-        raise InputError("it changes which weights there are")
-    changed = {name for name in now if now[name] != then[name]}
-    found = []
-    for block in blocks:
-        own = sorted(name for name in changed if name.startswith(f"{block.name}."))
-        changed -= set(own)
-        found.append([cut_of(name, now[name], then[name], *sizes) for name in own])
-    if changed:
-        raise InputError(f"it also changes {min(changed)}")
-    return found
 
 
 def _scores(block: Block, index: int, calls: list[BlockCall], count: int) -> Tensor:

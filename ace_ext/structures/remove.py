@@ -70,10 +70,9 @@ def _without(
 ) -> tuple[nn.Module, list[Removed]]:
     """The smaller model, and a record for each kind of structure. ``model`` does not change. Arguments as of
     :func:`remove_`."""
-    if wanted.experts is not None:  # before anything is computed
-        find_and_try_experts(model, blocks, wanted.experts, batches[0])
-    for part in wanted.units:
-        find_and_try(model, blocks, part, batches[0])
+    # All are tried before anything is computed, and again once the model has become another one.
+    experts = None if wanted.experts is None else find_and_try_experts(model, blocks, wanted.experts, batches[0])
+    units = [(part, find_and_try(model, blocks, part, batches[0])) for part in wanted.units]
     smaller, records = model, []
     if wanted.blocks is not None:
         start, count = time.perf_counter(), wanted.blocks.removed(len(blocks))
@@ -81,20 +80,22 @@ def _without(
         smaller, dropped = without_blocks(model, blocks, depth, count, batches, partial(advanced, "blocks"))
         record = _record(wanted.blocks, depth, (len(blocks), len(blocks) - count), (model, smaller))
         records.append(replace(record, seconds=time.perf_counter() - start, dropped=dropped))
-    if wanted.experts is not None:
+    if wanted.experts is not None and experts is not None:
         start, before = time.perf_counter(), smaller
-        blocks = find_blocks(before)
-        experts = find_experts(before, blocks, wanted.experts)
+        if before is not model:
+            blocks = find_blocks(before)
+            experts = find_experts(before, blocks, wanted.experts)
         smaller, gone = without_experts(
             before, blocks, experts, wanted.experts, batches, partial(advanced, wanted.experts.name)
         )
         sizes = (experts.count, wanted.experts.kept(experts.count))
         record = _record(wanted.experts, experts.setting, sizes, (before, smaller))
         records.append(replace(record, seconds=time.perf_counter() - start, gone=gone))
-    for part in wanted.units:
-        start, before = time.perf_counter(), smaller
-        blocks = find_blocks(before)
-        found = find_and_try(before, blocks, part, batches[0])
+    for part, tried in units:
+        start, before, found = time.perf_counter(), smaller, tried
+        if before is not model:
+            blocks = find_blocks(before)
+            found = find_and_try(before, blocks, part, batches[0])
         smaller, cut = without_units(before, blocks, found, part, batches, partial(advanced, part.name))
         record = _record(part, found.setting, _sizes(part, found), (before, smaller))
         records.append(replace(record, seconds=time.perf_counter() - start, cut=cut))

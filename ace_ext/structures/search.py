@@ -213,23 +213,42 @@ def _parts(
     Raises:
         InputError: something else changes.
     """
+    each = zip(blocks, cuts_of(blocks, now, then, count, smaller), strict=True)
+    found = tuple(_part(block, cuts, count, now) if cuts else None for block, cuts in each)
+    return found if any(found) else None
+
+
+def cuts_of(
+    blocks: list[Block],
+    now: Mapping[str, tuple[int, ...]],
+    then: Mapping[str, tuple[int, ...]],
+    count: int,
+    smaller: int,
+) -> Iterator[list[Cut]]:
+    """The cuts of each block whose number of units changes from ``count`` to ``smaller``; none of other blocks.
+
+    Args:
+        blocks: of a model.
+        now: the shapes of its tensors by name.
+        then: those of the smaller model.
+        count: the number of units.
+        smaller: that of the smaller model.
+
+    Raises:
+        InputError: something else changes.
+    """
     if now.keys() != then.keys():
         raise InputError("it changes which weights there are")
     changed = {name for name in now if now[name] != then[name]}
-    if not changed:
-        return None
-    found = []
     for block in blocks:
         own = sorted(name for name in changed if name.startswith(f"{block.name}."))
         changed -= set(own)
-        cuts = [cut_of(name, now[name], then[name], count, smaller) for name in own]
-        found.append(_part(block, cuts, count, now) if cuts else None)
+        yield [_cut(name, now[name], then[name], count, smaller) for name in own]
     if changed:
         raise InputError(f"it also changes {min(changed)}")
-    return tuple(found)
 
 
-def cut_of(name: str, now: tuple[int, ...], then: tuple[int, ...], count: int, smaller: int) -> Cut:
+def _cut(name: str, now: tuple[int, ...], then: tuple[int, ...], count: int, smaller: int) -> Cut:
     """The cut of a parameter whose shape changes with the number of units.
 
     Raises:
