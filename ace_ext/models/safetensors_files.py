@@ -65,8 +65,9 @@ class Shards:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the first tensor."""
-        return next(iter(self.entries.values())).dtype
+        """The dtype of the first tensor of floats, as transformers finds it: position ids may stand before it."""
+        found = [entry.dtype for entry in self.entries.values()]
+        return next((dtype for dtype in found if dtype.is_floating_point), found[0])
 
     def describe(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """A tensor's dtype and shape."""

@@ -38,6 +38,14 @@ def test_reads_what_the_library_writes(folder):
     assert_same(Shards(folder), tensors())
 
 
+def test_the_dtype_is_that_of_the_first_floats(tmp_path):
+    ids, weight = torch.arange(4), torch.zeros(2, 2, dtype=torch.float16)
+    save_file({"embeddings.position_ids": ids, "embeddings.weight": weight}, tmp_path / SINGLE, {"format": "pt"})
+    assert Shards(tmp_path).dtype == torch.float16
+    save_file({"ids": ids}, tmp_path / SINGLE, {"format": "pt"})
+    assert Shards(tmp_path).dtype == torch.int64
+
+
 def test_writes_what_the_library_reads(folder):
     before = (folder / SINGLE).read_bytes()
     shards = Shards(folder)
