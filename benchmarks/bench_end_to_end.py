@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ace_ext import PruneConfig, prune_model
-from ace_ext.compare.runner import restore
+from ace_ext.compare.bench import restore
 from ace_ext.data.bos import choose_bos
 from ace_ext.data.perplexity import perplexity
 from ace_ext.data.windows import evaluation_tokens, load_windows

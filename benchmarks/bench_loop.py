@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ace_ext import PruneConfig, prune_model
-from ace_ext.compare.runner import restore
+from ace_ext.compare.bench import restore
 from ace_ext.data.windows import load_windows
 from ace_ext.engine.context import RunContext
 from ace_ext.engine.devices import pick_device

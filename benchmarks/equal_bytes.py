@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ace_ext.compare.bench import Bench
 from ace_ext.compare.grid import Evaluation, Grid, Study
 from ace_ext.compare.journal import Cell
-from ace_ext.compare.runner import Bench
 from ace_ext.engine.devices import pick_device
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.loading import load_model

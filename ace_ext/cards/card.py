@@ -131,6 +131,7 @@ def _render(report: PruneReport, base: "BaseCard", has_base: bool, causal: bool)
             hub_name=report.extra.get("base_model") or base.base_model,
             title=_title(report),
             removal_words=removal_words,
+            causal=causal,
             pruned=_stage_of_grid(report.config) is None or bool(report.config["sparsity"]),
             grid=_grid(report),
             kept=_kept(report.config),
@@ -259,9 +260,9 @@ def _mean_error(report: PruneReport) -> float | None:
 
 def _calibration(found: object) -> dict[str, Any] | None:
     """The report's description of the calibration text, with its source without folders; None if this is not known."""
-    if not isinstance(found, dict) or not {"source", "nsamples", "seqlen", "seed"} <= found.keys():
+    if not isinstance(found, dict) or not {"source", "nsamples", "seed"} <= found.keys():
         return None
-    return {**found, "source": without_folders(str(found["source"]))}
+    return {"seqlen": None, **found, "source": without_folders(str(found["source"]))}
 
 
 # --- the card of the dense model --------------------------------------------------------------------------------------

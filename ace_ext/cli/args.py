@@ -270,8 +270,9 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--evaluate",
         metavar="TEXT",
-        help=f"measure perplexity before and after on a few windows of this text; {EVALUATE_NEVER}: no measurement; "
-        f"{EVALUATE_AUTO}: on held-out text (default: {EVALUATE_AUTO})",
+        help="measure perplexity before and after, or an encoder's agreement with the dense model, on a little of this "
+        f"text (images, sound); {EVALUATE_NEVER}: no measurement; {EVALUATE_AUTO}: on what calibration does not read "
+        f"(default: {EVALUATE_AUTO})",
     )
     group.add_argument("--nsamples", type=int, help=f"samples (default: {default.nsamples})")
     group.add_argument("--seqlen", type=int, help=f"tokens of a sample (default: {default.seqlen})")
@@ -393,9 +394,7 @@ def request_from(args: argparse.Namespace, **options: Any) -> RunRequest:
 
 def check_only_media(source: str, given: dict[str, Any]) -> None:
     """Raises :class:`InputError` if options of a text are given with images or sound."""
-    of_texts = [
-        f"--{name}" for name in ("seqlen", "bos", "evaluate") if given.get(name, EVALUATE_NEVER) != EVALUATE_NEVER
-    ]
+    of_texts = [f"--{name}" for name in ("seqlen", "bos") if name in given]
     if of_texts:
         raise InputError(f"{', '.join(of_texts)} is for texts, and {source} has images or sound; leave it out")
 

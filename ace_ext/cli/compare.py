@@ -9,7 +9,9 @@ from ace_ext.compare.runner import run_study
 from ace_ext.compare.tables import markdown_table, results_json, text_table
 from ace_ext.data.bos import AUTO, NEVER
 from ace_ext.data.corpora import BUNDLED
+from ace_ext.data.media_items import is_media
 from ace_ext.data.perplexity import SEQLEN
+from ace_ext.data.requests import check_int
 from ace_ext.data.tasks import Tasks
 from ace_ext.engine.devices import pick_device
 from ace_ext.errors import InputError
@@ -54,9 +56,11 @@ def add(commands: shared.Subparsers) -> None:
     shared.add_bos(parser, "calibration sample", f"{AUTO}; {NEVER} for published-*")
     parser.add_argument("--seeds", "--seed", default="0", help="a list, e.g. 0,1,2 (default: %(default)s)")
     parser.add_argument(
-        "--texts", "--text", default="wiki-mini", help="a list of texts to evaluate on (default: %(default)s)"
+        "--texts",
+        "--text",
+        help="a list of texts to evaluate on (default: wiki-mini), or of folders or .jsonl files of images or sound",
     )
-    parser.add_argument("--eval-seqlen", type=int, default=SEQLEN, help="tokens of a window (default: %(default)s)")
+    parser.add_argument("--eval-seqlen", type=int, help=f"tokens of a window (default: {SEQLEN})")
     parser.add_argument(
         "--eval-windows", type=int, default=EVAL_WINDOWS, help="maximum number of windows (default: %(default)s)"
     )
@@ -99,28 +103,47 @@ def study_from(args: argparse.Namespace) -> Study:
         raise InputError(
             f"group does not go with patterns, which have their own groups (got {args.group!r}); leave out group"
         )
+    calibrations, texts = _split(args.calibration), _split(args.texts) or ("wiki-mini",)
+    _check_kinds(args, calibrations, texts)
     return Study(
         model=args.model,
         grid=Grid(
             methods=methods,
             amounts=amounts,
-            lengths=_lengths(args),
-            calibrations=_split(args.calibration),
+            lengths=_lengths(args, any(map(is_media, calibrations))),
+            calibrations=calibrations,
             seeds=tuple(_whole("seeds", text) for text in _split(args.seeds)),
             bos=args.bos,
         ),
         evaluation=Evaluation(
-            _split(args.texts),
-            args.eval_seqlen,
+            texts,
+            SEQLEN if args.eval_seqlen is None else args.eval_seqlen,
             args.eval_windows,
             args.eval_bos or AUTO,
             Tasks(_split(args.tasks), args.task_path, args.task_limit),
         ),
         skip=shared.skip_from(args),
-        text_field=shared.text_field_of(args, *_split(args.calibration), *_split(args.texts)),
+        text_field=shared.text_field_of(args, *calibrations, *texts),
         dtype=args.dtype,
         groups={method.label: args.group for method in methods if args.group and method.prunes},
     )
+
+
+def _check_kinds(args: argparse.Namespace, calibrations: tuple[str, ...], texts: tuple[str, ...]) -> None:
+    """Raises :class:`InputError` for images or sound beside texts, or with options of a text."""
+    of_media = [is_media(source) for source in (*calibrations, *texts)]
+    if not any(of_media):
+        return
+    if not all(of_media):
+        other = next(source for source, media in zip((*calibrations, *texts), of_media, strict=True) if not media)
+        raise InputError(
+            f"calibration and texts must all be images or sound, or all texts (got {other!r} beside images or sound); "
+            "give both options"
+        )
+    for name in ("lengths", "seqlen", "eval_seqlen", "bos", "eval_bos"):
+        if getattr(args, name) is not None:
+            flag = name.replace("_", "-")
+            raise InputError(f"{flag} is for texts, and {calibrations[0]} has images or sound; leave it out")
 
 
 def _check_prunes(args: argparse.Namespace, methods: tuple[Method, ...]) -> None:
@@ -139,9 +162,12 @@ def _split(text: str | None) -> tuple[str, ...]:
     return tuple(part.strip() for part in (text or "").split(",") if part.strip())
 
 
-def _lengths(args: argparse.Namespace) -> tuple[tuple[int, int], ...]:
-    """The lengths of ``--lengths``, or the one of ``--nsamples`` and ``--seqlen``."""
+def _lengths(args: argparse.Namespace, media: bool) -> tuple[tuple[int, int], ...]:
+    """The lengths of ``--lengths``, or the one of ``--nsamples`` and ``--seqlen``; ``media``: of images or sound."""
     default = Calibration()
+    if media:
+        check_int("nsamples", args.nsamples or default.nsamples, 1)
+        return ((args.nsamples or default.nsamples, 0),)
     if args.lengths is None:
         nsamples, seqlen = (
             own if given is None else given
@@ -179,7 +205,8 @@ def compare(args: argparse.Namespace) -> int:
     if output is not None:
         require_matplotlib()
     results = run_study(study, pick_device(args.device), output, shared.shows_progress(args))
-    shared.note(args, results.bos)
+    if results.bos is not None and any(run.bos is not None for run in results.runs):
+        shared.note(args, results.bos)
     if output is not None:
         write_study_report(results, output)
     if args.json:

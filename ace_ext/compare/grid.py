@@ -11,6 +11,7 @@ import torch
 from ace_ext.compare.journal import Cell
 from ace_ext.data.bos import AUTO, MODES, default_mode
 from ace_ext.data.corpora import BUNDLED, CALIBRATION, HELD_OUT, SELF, SOURCES, load_text, texts_of
+from ace_ext.data.media_items import is_media, listing_sha256
 from ace_ext.data.perplexity import SEQLEN
 from ace_ext.data.tasks import Tasks
 from ace_ext.errors import InputError
@@ -79,7 +80,8 @@ class Grid:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The held-out texts on which perplexity is measured, with at most ``windows`` of ``seqlen`` tokens each. ``bos``:
+    """The held-out texts on which perplexity is measured, with at most ``windows`` of ``seqlen`` tokens each. Of a
+    network that is no causal language model agreement is measured, on texts, or on images or sound. ``bos``:
     whether windows begin with the BOS token; the dense model decides it, for all methods alike. ``tasks``: downstream
     tasks to evaluate too.
 
@@ -123,6 +125,16 @@ class Study:
         for amount, method in self.grid.targets():
             self.config(method, amount)
 
+    def check_text(self) -> None:
+        """Checks that all sources are text.
+
+        Raises:
+            InputError: one has images or sound.
+        """
+        found = [source for source in (*self.grid.calibrations, *self.evaluation.texts) if is_media(source)]
+        if found:
+            raise InputError(f"{self.model!r} reads text, and {found[0]} has images or sound; give texts")
+
     def config(self, method: Method, amount: str) -> PruneConfig:
         """The configuration of a method for an amount."""
         try:
@@ -160,12 +172,15 @@ def _amount(text: str) -> dict[str, Any]:
 
 
 def source_sha256(source: str, split: str, text_field: str) -> str | None:
-    """The SHA-256, in hex, of the documents of a local file, or of all local files of a mixture; None for texts
-    that are fixed.
+    """The SHA-256, in hex, of the documents of a local file, or of all local files of a mixture; of images or sound
+    that of the files' names and sizes, and of their texts. None for texts that are fixed.
 
     Raises:
-        InputError: as :func:`ace_ext.data.corpora.load_text` and :func:`ace_ext.data.corpora.texts_of`.
+        InputError: as :func:`ace_ext.data.corpora.load_text`, :func:`ace_ext.data.corpora.texts_of` and
+            :func:`ace_ext.data.media_items.media_items`.
     """
+    if is_media(source):
+        return listing_sha256(source)
     texts = [part.source for part in texts_of(source)] if split == CALIBRATION else [source]
     fixed = (*SOURCES, SELF) if split == CALIBRATION else SOURCES
     files = [load_text(text, split, text_field) for text in texts if text not in fixed]

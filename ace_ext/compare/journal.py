@@ -29,7 +29,8 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the grid. ``amount`` is a share of zeros like ``"0.5"``, or a pattern like ``"2:4"``."""
+    """One run of the grid. ``amount`` is a share of zeros like ``"0.5"``, or a pattern like ``"2:4"``. ``seqlen`` is 0
+    for images and sound."""
 
     method: str
     amount: str
@@ -40,8 +41,8 @@ class Cell:
 
     @property
     def length(self) -> str:
-        """``"128x2048"``: samples x tokens of each."""
-        return f"{self.nsamples}x{self.seqlen}"
+        """``"128x2048"``: samples x tokens of each; ``"128"`` for samples that are no text."""
+        return f"{self.nsamples}x{self.seqlen}" if self.seqlen else str(self.nsamples)
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class BlockFigures:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run. The keys of ``perplexity`` are evaluation texts."""
+    """A finished run. The keys of ``perplexity`` are evaluation texts; there are none for a network that is no causal
+    language model."""
 
     cell: Cell
     config: dict[str, Any]
@@ -86,7 +88,7 @@ class Run:
     bos: BosChoice | None = None
     """How the calibration samples begin; None in a record of an earlier version."""
     tasks: dict[str, TaskScore] = field(default_factory=dict)
-    """The scores of the downstream tasks, by name."""
+    """The scores of the downstream tasks, by name; or figures of agreement, by text and name."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Run":

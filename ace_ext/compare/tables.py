@@ -93,6 +93,11 @@ class Row:
         return {text: Spread.of([run.perplexity[text].perplexity for run in self.runs]) for text in texts}
 
     @property
+    def figures(self) -> dict[str, Spread]:
+        """What plots show: the perplexity by text, or the scores of a model without perplexity."""
+        return self.perplexity or self.tasks
+
+    @property
     def tasks(self) -> dict[str, Spread]:
         """The scores by downstream task."""
         return {task: Spread.of([run.tasks[task].value for run in self.runs]) for task in self.runs[0].tasks}
@@ -158,14 +163,31 @@ def names(results: Results) -> list[str]:
 
 def header(results: Results) -> list[str]:
     """The titles of all columns: :func:`names`, one for each text, one for each task, seeds, time and memory."""
-    texts = short_names(results.settings["texts"]).values()
-    tasks = [f"{task} ({score.metric})" for task, score in results.dense_tasks.items()]
+    texts = short_names(results.dense).values()
+    tasks = score_titles(results).values()
     return [*names(results), *texts, *tasks, "seeds", "seconds", "peak GiB"]
+
+
+def score_titles(results: Results) -> dict[str, str]:
+    """The titles of the columns of scores, by the scores' names: the text and the figure for agreement."""
+    if not agrees(results):
+        return {task: f"{task} ({score.metric})" for task, score in results.dense_tasks.items()}
+    texts = short_names(results.settings["texts"])
+    one = len(texts) == 1
+    return {
+        name: score.metric if one else f"{texts[name.rpartition(': ')[0]]}: {score.metric}"
+        for name, score in results.dense_tasks.items()
+    }
+
+
+def agrees(results: Results) -> bool:
+    """Whether the model is no causal language model, so that its scores are figures of agreement."""
+    return not results.dense and bool(results.dense_tasks)
 
 
 def cells(results: Results) -> list[list[str]]:
     """The lines of the table, the dense model first. Perplexities are mean ± standard deviation over seeds."""
-    texts = list(results.settings["texts"])
+    texts = list(results.dense)
     columns = names(results)
     dense = [f"{results.dense[text].perplexity:.2f}" for text in texts]
     dense += [f"{score.value:.3f}{_error([score])}" for score in results.dense_tasks.values()]
@@ -204,11 +226,11 @@ def notes(results: Results) -> list[str]:
     kinds = (
         "device memory" if settings["device"] == "cuda" else "resident memory (it includes a copy of the dense weights)"
     )
+    each = " (samples x tokens of each)" if any(run.cell.seqlen for run in results.runs) else " samples"
     lines = [
         f"{settings['model']}, {', '.join(sorted({run.dtype for run in results.runs}))}, on {settings['device']}.",
-        f"Calibrated on {sources}: {lengths} (samples x tokens of each).",
-        f"Perplexity (lower is better) over windows of {settings['eval_seqlen']} tokens: {counts}. "
-        "Over several seeds: mean ± standard deviation.",
+        f"Calibrated on {sources}: {lengths}{each}.",
+        *_measures(results, counts),
         *_scored(results),
         *_beginnings(results),
         f"Seconds are those of pruning (mean); peak GiB is the largest {kinds}, while pruning.",
@@ -222,9 +244,24 @@ def notes(results: Results) -> list[str]:
     return lines
 
 
+def _measures(results: Results, counts: str) -> list[str]:
+    """A note on perplexity and its windows, or on figures of agreement."""
+    spread = "Over several seeds: mean ± standard deviation."
+    if not agrees(results):
+        windows = f"over windows of {results.settings['eval_seqlen']} tokens: {counts}."
+        return [f"Perplexity (lower is better) {windows} {spread}"]
+    samples = {name.rpartition(": ")[0]: score.samples for name, score in results.dense_tasks.items()}
+    counts = ", ".join(f"{samples[text]} of {short}" for text, short in short_names(samples).items())
+    return [
+        f"Agreement with the dense model on samples of the evaluation texts: {counts}. Cosine: mean, of embeddings. "
+        "Rank correlation: of the cosines of all pairs of samples. Changed words: word error rate with the dense "
+        f"model's transcripts as references. {spread}"
+    ]
+
+
 def _scored(results: Results) -> list[str]:
     """A note on the scores of tasks, if there are any."""
-    if not results.dense_tasks:
+    if not results.dense_tasks or agrees(results):
         return []
     counts = ", ".join(f"{score.samples} of {task}" for task, score in results.dense_tasks.items())
     return [

@@ -5,7 +5,7 @@ Encoders are compared by their embeddings, classifiers by their labels, speech r
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from ace_ext.errors import InputError
 from ace_ext.models.run_mode import evaluating
-from ace_ext.records import finite
+from ace_ext.records import Agreement
 
 Inputs = Mapping[str, Tensor]
 """The arguments of one call of a model, with the samples on the first axis."""
@@ -33,23 +33,6 @@ class Answers:
     labels: Tensor | None
     """Int64 ``[samples]``, the most probable label. Of a model that gives logits for each position: ``[positions]`` of
     all samples, without padding. None: there are no logits."""
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How far the answers of two models agree. A figure that the model does not have is None."""
-
-    samples: int
-    cosine: float | None = None
-    """Mean cosine of the two models' embeddings of a sample."""
-    rank_correlation: float | None = None
-    """Spearman's correlation of the cosines of all pairs of samples, in the two models."""
-    labels: float | None = None
-    """Share of samples, or of positions, with the same most probable label."""
-
-    def to_dict(self) -> dict[str, float | None]:
-        """The fields as JSON values."""
-        return {name: None if value is None else finite(value) for name, value in asdict(self).items()}
 
 
 @torch.no_grad()

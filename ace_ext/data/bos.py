@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from ace_ext.data.requests import positions_of
 from ace_ext.errors import InputError
-from ace_ext.models._transformers import embedding_weight, output_head
+from ace_ext.models._transformers import embedding_weight, output_head, predicts_tokens
 from ace_ext.models.products import float32_products
 from ace_ext.models.run_mode import evaluating
 from ace_ext.models.tokenizer import Tokenizer
@@ -97,7 +97,8 @@ def choose_bos(
     own_text: bool = False,
     logits: Callable[[Tensor], Tensor] | None = None,
 ) -> BosChoice:
-    """Decides whether windows begin with the BOS token.
+    """Decides whether windows begin with the BOS token. With ``auto`` those of a network that does not predict the next
+    token begin with its tokenizer's own first token, if it has one.
 
     Args:
         mode: ``always``, ``never`` or ``auto``. With ``auto``: no, if there is no BOS token; yes, if the tokenizer
@@ -112,6 +113,10 @@ def choose_bos(
     Raises:
         InputError: another mode, ``always`` without a BOS token, or a tokenizer of another model.
     """
+    if mode == AUTO and model is not None and not predicts_tokens(model):
+        first = getattr(tokenizer, "cls_token_id", None)
+        why = "the texts of an encoder begin with this token" if first is not None else "it predicts no next token"
+        return BosChoice(mode, first, why)
     choice = settled_bos(mode, tokenizer, own_text)
     if model is None:
         return choice or BosChoice(mode, None, _MEASURING)

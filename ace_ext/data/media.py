@@ -37,7 +37,7 @@ def load_processor(folder: str) -> Any:
 
 
 def media_batches(
-    source: str, processor: Any, model: nn.Module, nsamples: int, batch: int, seed: int = 0
+    source: str, processor: Any, model: nn.Module, nsamples: int, batch: int, seed: int = 0, after: int = 0
 ) -> list[dict[str, Tensor]]:
     """Batches of a model's inputs, with the samples on the first axis, on the CPU.
 
@@ -48,6 +48,7 @@ def media_batches(
         nsamples: how many samples are drawn at random; all are used if there are fewer.
         batch: samples of a batch.
         seed: of the draw.
+        after: how many of the drawn samples are left out first; with those of a calibration, others follow.
 
     A model with a decoder reads the text of each sample as ``decoder_input_ids``; one with a text tower as
     ``input_ids``.
@@ -57,7 +58,7 @@ def media_batches(
             file, or needs text that the source does not have.
     """
     check_int("batch", batch, 1)
-    found = media_items(source, nsamples, seed)
+    found = media_items(source, nsamples, seed, after)
     taken = inspect.signature(model.forward).parameters
     if not set(_INPUTS[found.kind]) & set(taken):
         main = getattr(model, "main_input_name", "input_ids")

@@ -1,6 +1,8 @@
 """Which images or audio files a calibration reads: those of a folder, or those named in a `.jsonl` file."""
 
+import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,22 +55,41 @@ def is_media(source: str) -> bool:
     return isinstance(first, dict) and bool({IMAGE, AUDIO} & set(first))
 
 
-def media_items(source: str, nsamples: int, seed: int) -> Items:
-    """At most ``nsamples`` samples of a source, in random order; all of them if there are fewer.
+def media_items(source: str, nsamples: int, seed: int, after: int = 0) -> Items:
+    """At most ``nsamples`` samples of a source, in random order, ``after`` the first ones; all of them if there are
+    fewer.
 
     Args:
         source: a folder, whose images or audio files are read with those of its subfolders; or a `.jsonl` file, each
             line of which has the path ``image`` or ``audio`` (relative to the file's folder) and may have ``text``.
 
     Raises:
-        InputError: the source has no such files or has both kinds, a line lacks its keys, or a file is missing.
+        InputError: the source has no such files, not more than ``after``, or both kinds; a line lacks its keys, or a
+            file is missing.
     """
     check_int("nsamples", nsamples, 1)
     check_int("seed", seed, 0)
-    path = Path(source)
-    found = _of_folder(path) if path.is_dir() else _of_lines(path)
-    order = torch.randperm(len(found.items), generator=seeded_generator(seed))[:nsamples]
+    found = _all(Path(source))
+    if after >= len(found.items):
+        raise InputError(f"source: {source} has {len(found.items)} samples, and calibration takes {after}; give more")
+    order = torch.randperm(len(found.items), generator=seeded_generator(seed))[after : after + nsamples]
     return Items(found.kind, tuple(found.items[place] for place in order.tolist()))
+
+
+def listing_sha256(source: str) -> str:
+    """The SHA-256, in hex, of the names and sizes of a source's files, and of the samples' texts.
+
+    Raises:
+        InputError: as :func:`media_items`.
+    """
+    path = Path(source)
+    place = path if path.is_dir() else path.parent
+    described = [[os.path.relpath(item.file, place), item.file.stat().st_size, item.text] for item in _all(path).items]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+
+def _all(path: Path) -> Items:
+    return _of_folder(path) if path.is_dir() else _of_lines(path)
 
 
 def _of_folder(folder: Path) -> Items:

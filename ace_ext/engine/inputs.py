@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ace_ext.data.held_out_inputs import text_samples
 from ace_ext.data.requests import check_positions, check_tokens
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import decoder_of, main_input, predicts_tokens, takes_argument
@@ -54,9 +55,7 @@ def text_inputs(model: nn.Module, tokens: Tensor, config: PruneConfig) -> Batche
     first half of each by the encoder, and the second by the decoder."""
     if predicts_tokens(model) or decoder_of(model) is None:
         return tokens
-    half = tokens.shape[1] // 2
-    parts = torch.split(tokens, config.batch_samples(tokens.shape[1]))
-    return [{"input_ids": part[:, :half], "decoder_input_ids": part[:, half:]} for part in parts]
+    return text_samples(model, tokens, config.batch_samples(tokens.shape[1]))
 
 
 def _counts(inputs: dict[str, Tensor]) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ace_ext.dense_weights import DenseWeight, describe_dense, kind_of
+from ace_ext.records.agreement import Agreement
 from ace_ext.records.healing import Healing, HeldOutPerplexity
 from ace_ext.records.matrices import BlockReport, MatrixReport
 from ace_ext.records.removed import Removed
@@ -42,6 +43,9 @@ class PruneReport:
     """Before and after, if the run measured it."""
     removed: list[Removed] = field(default_factory=list)
     """Structures that were removed first; ``to_json`` leaves an empty list out."""
+    agreement: Agreement | None = None
+    """With the dense model, if the run measured it: of a network that is no causal language model. ``to_json`` leaves
+    None out."""
 
     @property
     def matrices(self) -> list[MatrixReport]:
@@ -105,6 +109,9 @@ class PruneReport:
         data = asdict(self)
         if not self.removed:
             del data["removed"]
+        del data["agreement"]
+        if self.agreement is not None:
+            data["agreement"] = self.agreement.to_dict()
         for block, block_data in zip(self.blocks, data["blocks"], strict=True):
             for matrix, matrix_data in zip(block.matrices, block_data["matrices"], strict=True):
                 matrix_data["sparsity"] = matrix.sparsity
@@ -120,6 +127,7 @@ class PruneReport:
         measured = data.pop("perplexity", None)
         dense = [DenseWeight.from_dict(weight) for weight in data.pop("dense", [])]  # absent too
         removed = [Removed.from_dict(record) for record in data.pop("removed", [])]
+        agreement = data.pop("agreement", None)
         return cls(
             **data,
             blocks=blocks,
@@ -127,6 +135,7 @@ class PruneReport:
             removed=removed,
             healing=None if healing is None else Healing.from_dict(healing),
             perplexity=None if measured is None else HeldOutPerplexity(**measured),
+            agreement=None if agreement is None else Agreement.from_dict(agreement),
         )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -145,7 +154,7 @@ class PruneReport:
         lines = [record.summary() for record in self.removed]
         if self.only_removed:
             lines.append(f"{self.seconds:.1f} s, peak memory {self.peak_memory_bytes / 2**30:.2f} GiB on {self.device}")
-            lines += [] if self.perplexity is None else [self.perplexity.summary()]
+            lines += self.measured()
             return "\n".join([*lines, *filter(None, [self.advice()])])
         kinds: dict[str, list[MatrixReport]] = {}
         for block in self.blocks:
@@ -169,10 +178,13 @@ class PruneReport:
         lines += describe_dense(self.dense, sum(matrix.size for matrix in self.matrices))
         if self.healing is not None:
             lines.append(self.healing.summary())
-        if self.perplexity is not None:
-            lines.append(self.perplexity.summary())
+        lines += self.measured()
         lines += filter(None, [self.advice()])
         return "\n".join(lines)
+
+    def measured(self) -> list[str]:
+        """A line about what was measured on held-out data, if anything was."""
+        return [found.summary() for found in (self.perplexity, self.agreement) if found is not None]
 
     def _rounded(self) -> list[str]:
         """A line that explains why the sparsity differs from the requested one, if rounding is the reason."""

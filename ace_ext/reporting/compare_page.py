@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ace_ext.compare.journal import Results
-from ace_ext.compare.tables import amount_name, cells, header, names, notes, results_json, short_names
+from ace_ext.compare.tables import amount_name, cells, header, names, notes, results_json, score_titles, short_names
 from ace_ext.reporting.html import REPORT_NAME, RESULTS_NAME, Plot, Table, plain, render, write_file
 from ace_ext.reporting.plots import require_matplotlib, study_plots
 
@@ -34,7 +34,7 @@ def write_study_report(results: Results, folder: Path) -> Path:
 
 
 def _runs_table(results: Results) -> Table:
-    texts = short_names(results.settings["texts"])
+    texts = short_names(results.dense)
     sources = short_names(run.cell.calibration for run in results.runs)
     lines = []
     for run in results.runs:
@@ -44,7 +44,7 @@ def _runs_table(results: Results) -> Table:
         figures += [f"{run.tasks[task].value:.3f}" for task in results.dense_tasks]
         memory = f"{run.peak_memory_bytes / 2**30:.2f}"
         lines.append([*place, *figures, f"{run.sparsity:.4f}", f"{run.seconds:.1f}", memory, run.tokens_sha256[:12]])
-    head = ["method", "zeros", "calibration", "length", "seed", *texts.values(), *results.dense_tasks]
+    head = ["method", "zeros", "calibration", "length", "seed", *texts.values(), *score_titles(results).values()]
     head += ["sparsity", "seconds", "peak GiB"]
     return Table([*head, "tokens' hash"], lines, 4)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ace_ext.compare.journal import BlockFigures, Results
-from ace_ext.compare.tables import Row, rows, short_names
+from ace_ext.compare.tables import Row, agrees, rows, score_titles, short_names
 from ace_ext.errors import InputError
 from ace_ext.records import Healing
 
@@ -51,10 +51,11 @@ def study_plots(results: Results) -> dict[str, tuple[bytes, str]]:
     """The plots of a comparison with at least one run: PNG and caption by name."""
     table = rows(results)
     source = short_names([table[0].calibration])[table[0].calibration]
+    what = "Agreement with the dense model" if agrees(results) else "Perplexity"
     captions = {
-        "sparsity": "Perplexity against the share of zeros.",
-        "calibration": "Perplexity against calibration: samples × tokens of each.",
-        "seconds": "Perplexity against seconds of pruning. Grey: the best perplexity within a time, by share of zeros.",
+        "sparsity": f"{what} against the share of zeros.",
+        "calibration": f"{what} against calibration: samples × tokens of each.",
+        "seconds": f"{what} against seconds of pruning. Grey: the best figure within a time, by share of zeros.",
     }
     dotted = " Dotted: the dense model. Bars: one standard deviation over seeds."
     blocks, caption = _study_blocks_plot(table)
@@ -135,7 +136,9 @@ def _calibration_plot(results: Results, table: list[Row]) -> bytes:
         return lengths.index((row.tokens, row.cell.seqlen, row.cell.nsamples))
 
     def name_places(axes: Axes, _: str) -> None:
-        names = [f"{nsamples}×{seqlen}\n{tokens:,}" for tokens, seqlen, nsamples in lengths]
+        names = [
+            f"{nsamples}×{seqlen}\n{tokens:,}" if seqlen else str(nsamples) for tokens, seqlen, nsamples in lengths
+        ]
         axes.set_xticks(range(len(names)), names, fontsize=FONT, rotation=60 if len(names) > 4 else 0)
         axes.set_xlim(-0.5, len(names) - 0.5)
 
@@ -153,8 +156,9 @@ def _seconds_plot(results: Results, table: list[Row]) -> bytes:
 
     def draw_fronts(axes: Axes, text: str) -> None:
         for found in amounts.values():
-            front = pareto_front([(row.seconds, row.perplexity[text].mean) for row in found])
-            x, y = zip(*front, strict=True)
+            sign = 1 if lower_is_better(text) else -1
+            front = pareto_front([(row.seconds, sign * row.figures[text].mean) for row in found])
+            x, y = zip(*((seconds, sign * figure) for seconds, figure in front), strict=True)
             axes.step(x, y, where="post", color="#bbbbbb", linewidth=1, zorder=0)
         if max(seconds) > _LOG_FROM * min(seconds):
             log_axis(axes, "x")
@@ -214,27 +218,41 @@ def _draw(
     more: Callable[[Axes, str], None] = lambda axes, text: None,
     joined: bool = True,
 ) -> bytes:
-    """A plot of perplexity for each evaluation text; ``more(axes, text)`` adds to it."""
-    names = short_names(results.settings["texts"])
+    """A plot for each evaluation text, of perplexity, or for each figure of agreement; ``more(axes, text)`` adds to
+    it."""
+    names = score_titles(results) if agrees(results) else short_names(results.dense)
     figure, axes = figure_with(len(names))
     styles = _styles(lines)
     for (text, name), one in zip(names.items(), axes, strict=True):
         for key, found in lines.items():
-            spreads = [row.perplexity[text] for row in found]
+            spreads = [row.figures[text] for row in found]
             bars = [spread.deviation or 0.0 for spread in spreads]
             style = styles[key] if joined else {**styles[key], "linestyle": "none"}
             options: _Style = {"markersize": 5, "linewidth": 1.2, "capsize": 3, **style}
             one.errorbar(list(map(x, found)), [spread.mean for spread in spreads], bars, **options)
         more(one, text)
-        dense = results.dense[text].perplexity
+        dense = results.dense_tasks[text].value if agrees(results) else results.dense[text].perplexity
         one.axhline(dense, color="#444444", linestyle=":", linewidth=1)
-        one.set_ylabel("perplexity", fontsize=FONT)
-        one.set_title(f"evaluated on {name}", fontsize=FONT)
-        means = [row.perplexity[text].mean for found in lines.values() for row in found]
-        if max(filter(math.isfinite, means), default=dense) > _LOG_FROM * dense:
+        one.set_ylabel(name.rpartition(": ")[2] if agrees(results) else "perplexity", fontsize=FONT)
+        one.set_title(f"evaluated on {_place(results, text, name)}", fontsize=FONT)
+        means = [row.figures[text].mean for found in lines.values() for row in found]
+        if not agrees(results) and max(filter(math.isfinite, means), default=dense) > _LOG_FROM * dense:
             log_axis(one, "y")
     axes[-1].set_xlabel(x_label, fontsize=FONT)
     return png_of(figure, styles)
+
+
+def _place(results: Results, text: str, name: str) -> str:
+    """The name of the evaluation text of a plot."""
+    if not agrees(results):
+        return name
+    source = text.rpartition(": ")[0]
+    return short_names(results.settings["texts"])[source]
+
+
+def lower_is_better(name: str) -> bool:
+    """Whether the best value of a figure, a perplexity by its text or a score by its name, is the lowest."""
+    return name.rpartition(": ")[2] not in ("cosine", "rank correlation", "same labels")
 
 
 def figure_with(count: int) -> tuple[Figure, list[Axes]]:

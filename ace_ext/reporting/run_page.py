@@ -35,7 +35,7 @@ def write_run_report(report: PruneReport, path: str | Path, folder: str | Path |
         f"{_model_name(report)}pruned by {_method(report)}, {amount} zeros",
         removed=_removed(report),
         glance=_glance(report),
-        perplexity=report.perplexity,
+        measured=report.measured(),
         advice=report.advice(),
         method=report.method,
         mask=mask_words(str(report.config["method"])),
@@ -56,7 +56,7 @@ def _removal_page(report: PruneReport) -> str:
         "removal",
         f"{_model_name(report)}{taken} removed",
         glance=[*_perplexity(report), *_glance(report)[-2:]],
-        perplexity=report.perplexity,
+        measured=report.measured(),
         advice=report.advice(),
         device=report.device,
         removed=_removed(report),
@@ -116,6 +116,7 @@ def _glance(report: PruneReport) -> list[tuple[str, str]]:
     errors = [matrix.relative_error for matrix in report.matrices if matrix.tokens]
     return [
         *_perplexity(report),
+        *_agreement(report),
         ("share of zeros", f"{report.sparsity:.4f}"),
         ("mean relative error", f"{sum(errors) / max(1, len(errors)):.3f}"),
         ("seconds of pruning", f"{report.seconds:,.1f}"),
@@ -130,6 +131,12 @@ def _perplexity(report: PruneReport) -> list[tuple[str, str]]:
         return []
     after = measured.pruned if report.healing is None else measured.healed
     return [("perplexity, dense → pruned", " → ".join(map(figure_text, (measured.dense, after))))]
+
+
+def _agreement(report: PruneReport) -> list[tuple[str, str]]:
+    """The names and the values of the agreement with the dense model, if it was measured."""
+    found = report.agreement
+    return [] if found is None else [(name, f"{value:.3f}") for name, value in found.figures.items()]
 
 
 def _plots(report: PruneReport, blocks: list[BlockFigures], folder: str | Path | None) -> list[Plot]:

@@ -18,7 +18,6 @@ from ace_ext.engine.distributed import launched
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import inputs_sha256
 from ace_ext.formats import DEFAULT_FORMAT, format_named
-from ace_ext.models._transformers import predicts_tokens
 from ace_ext.models.tokenizer import Tokenizer
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.settings import check_choice
@@ -50,8 +49,8 @@ class Calibration:
     text_field: str = "text"
     bos: str = AUTO
     evaluate: str = EVALUATE_NEVER
-    """The text on which perplexity is measured before and after, ``auto`` or ``never``
-    (:mod:`ace_ext.runs.holdout`)."""
+    """The text on which perplexity is measured before and after, ``auto`` or ``never``; for other networks the text,
+    images or sound on which agreement with the dense model is measured (:mod:`ace_ext.runs.holdout`)."""
     reads_text: ClassVar[bool] = True
     """Whether the source is text; if not, it is an :class:`InputCalibration`."""
 
@@ -79,12 +78,7 @@ class Calibration:
     def choose_bos(
         self, tokenizer: Tokenizer, model: nn.Module | None, logits: Callable[[Tensor], Tensor] | None = None
     ) -> BosChoice:
-        """Whether the samples begin with the BOS token; arguments and errors as :func:`ace_ext.data.bos.choose_bos`.
-        The texts of an encoder begin with its own first token instead."""
-        if self.bos == AUTO and model is not None and not predicts_tokens(model):
-            first = getattr(tokenizer, "cls_token_id", None)
-            why = "the texts of an encoder begin with this token" if first is not None else "it predicts no next token"
-            return BosChoice(self.bos, first, why)
+        """Whether the samples begin with the BOS token; arguments and errors as :func:`ace_ext.data.bos.choose_bos`."""
         return choose_bos(self.bos, tokenizer, model, own_text=self.source == SELF, logits=logits)
 
     def load(
@@ -206,9 +200,9 @@ class RunRequest:
 
     @property
     def evaluates(self) -> bool:
-        """Whether perplexity is measured before and after. A run from statistics has no forward pass."""
-        text = self.calibration
-        return text.evaluate != EVALUATE_NEVER and text.reads_text and self.options.stats is None
+        """Whether perplexity, or agreement with the dense model, is measured. A run from statistics has no forward
+        pass."""
+        return self.calibration.evaluate != EVALUATE_NEVER and self.options.stats is None
 
     def measures_bos(self, tokenizer: Tokenizer | None = None) -> bool:
         """Whether the model must be measured to choose if its samples begin with the BOS token. Without a tokenizer:

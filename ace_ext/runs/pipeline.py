@@ -120,14 +120,17 @@ def _prune(request: RunRequest, path: Path, progress: Progress) -> PruneReport:
         blocks = _block_source(source, request.device)
         reads_text = options.stats is None and request.calibration.reads_text
         bos = None if not reads_text else choose_for_run(request, source, blocks, path, peers)
-        measured = measurement_for(request, source, blocks, bos, progress.note) if first else None
         inputs = _Inputs(request, source, bos)
+        if reads_text:  # before the text is drawn, which may take long
+            measured = measurement_for(request, source, blocks, bos, progress.note) if first else None
         fingerprint, done = inputs.take(path, peers, progress)
         if done is not None:
             if first:
                 discard(path)
                 progress.note(already_complete(path))
             return done
+        if not reads_text:
+            measured = measurement_for(request, source, blocks, bos, progress.note) if first else None
         resume = options.resume and not request.config.comparison.over_matrices
         workspace = Workspace(path, fingerprint, resume, writes=first, rank=peers.rank)
         try:
@@ -176,7 +179,7 @@ def _prune(request: RunRequest, path: Path, progress: Progress) -> PruneReport:
                     _write_again(workspace, source)
                 report.config, report.removed = request.config.to_dict(), removed
             if measured is not None:
-                report.perplexity = measured.after(None if whole else workspace.model)
+                measured.after(report, None if whole else workspace.model)
             report.extra = inputs.described()
             if sink is not None:
                 note = sink.finish(request.config.needs.kept)

@@ -13,10 +13,10 @@ from tiny_models import make_model, make_tokenizer
 from ace_ext import InputError, PruneConfig, prune_model
 from ace_ext.cli import compare as verb
 from ace_ext.cli.compare import study_from
-from ace_ext.compare import runner
+from ace_ext.compare import bench, runner
+from ace_ext.compare.bench import restore
 from ace_ext.compare.grid import Grid
 from ace_ext.compare.journal import RUNS_NAME, read_results
-from ace_ext.compare.runner import restore
 from ace_ext.compare.tables import Spread, short_names
 from ace_ext.data.perplexity import perplexity
 from ace_ext.data.windows import evaluation_tokens, load_windows
@@ -167,7 +167,7 @@ def test_a_crash_loses_no_finished_run(place, tmp_path, monkeypatch):
         done.append(1)
         return prune_model(*args, **kwargs)
 
-    monkeypatch.setattr(runner, "prune_model", crash_at_the_second)
+    monkeypatch.setattr(bench, "prune_model", crash_at_the_second)
     with pytest.raises(RuntimeError, match="power cut"):
         compare(place, output=folder)
     monkeypatch.undo()

@@ -48,6 +48,7 @@ RECORDS = {
     "BenchResult": "what ace-prune bench prints",
     "Figures": "a row of what ace-prune bench prints",
     "PackResult": "what ace-prune pack prints",
+    "Agreement": "a part of the report",
 }
 """Dataclasses that hold data and do nothing with it; they may have more fields."""
 

@@ -46,6 +46,30 @@ def test_a_folder_of_images_calibrates_a_run(place, capsys):
     assert weights_bytes(place / "again") == weights_bytes(place / "new")
 
 
+def test_agreement_is_measured_on_files_that_calibration_leaves(place, capsys):
+    status, out, error = call(capsys, *RUN, "--calibration", "images", "--nsamples", "4")
+    assert status == 0
+    assert "images has 5 samples" not in error
+    assert "agreement with the dense model is not measured: evaluate: images has fewer than 3 samples" in error
+    held = [*RUN, "--calibration", "images", "--nsamples", "2", "--overwrite", "--report", "page.html"]
+    status, out, error = call(capsys, *held)
+    report = PruneReport.from_json((place / "new" / REPORT_NAME).read_text())
+    found = report.agreement
+    assert (status, found.samples, found.source) == (0, 3, "images")
+    assert 0.5 < found.cosine < 1
+    line = f"agreement with the dense model: cosine {found.cosine:.3f}, rank correlation {found.rank_correlation:.3f}"
+    assert f"{line} (3 samples of images)" in out
+    assert line.replace("agreement", "Agreement", 1) in (place / "page.html").read_text()
+    assert f"| {found.cosine:.3f} | {found.rank_correlation:.3f} |" in (place / "new" / "README.md").read_text()
+    status, _, _ = call(capsys, *held, "--evaluate", "images")
+    assert status == 0
+    report = PruneReport.from_json((place / "new" / REPORT_NAME).read_text())
+    assert report.agreement.samples == 5
+    assert "--evaluate images" in report.extra["command"]
+    status, _, _ = call(capsys, *held, "--evaluate", "never")
+    assert "agreement" not in json.loads((place / "new" / REPORT_NAME).read_text())
+
+
 @pytest.mark.parametrize(
     ("options", "damage", "message"),
     [
@@ -53,9 +77,10 @@ def test_a_folder_of_images_calibrates_a_run(place, capsys):
         (["--calibration", "vit"], None, "vit has no images and no audio files"),
         (["--calibration", "images"], lambda place: (place / "vit/preprocessor_config.json").unlink(), "no processor"),
         (["--calibration", "images", "--seqlen", "8"], None, "--seqlen is for texts, and images has images or sound"),
+        (["--calibration", "images", "--evaluate", "bundled"], None, "evaluate must be images or sound"),
         (["--calibration", "bundled"], None, "reads pixel_values .* so text does not calibrate it"),
     ],
-    ids=["broken", "none", "no-processor", "seqlen", "text"],
+    ids=["broken", "none", "no-processor", "seqlen", "evaluate", "text"],
 )
 def test_what_is_refused(place, capsys, options, damage, message):
     if damage is not None:

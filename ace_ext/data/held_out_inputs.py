@@ -1,0 +1,113 @@
+"""Held-out inputs of networks that are no causal language models, and their answers before and after pruning."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ace_ext.data.agreement import Answers, Inputs, agreement, answers, word_error_rate, words
+from ace_ext.data.media import load_processor, media_batches
+from ace_ext.data.media_items import media_items
+from ace_ext.models._transformers import decoder_of, main_input
+from ace_ext.models.run_mode import evaluating
+from ace_ext.records import Agreement
+
+BATCH = 8
+"""Samples that go through the model together."""
+TRANSCRIBED, TRANSCRIPT_TOKENS = 16, 128
+"""Upper bounds for the samples that are transcribed, and for the tokens of a transcript."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOutInputs:
+    """Inputs that calibration does not read."""
+
+    source: str
+    """Where they are from, in words."""
+    batches: Sequence[Inputs]
+    texts: Sequence[str | None] = ()
+    """What is said in each sample, where that is known; empty for inputs that are text."""
+    processor: Any = None
+    """Of the model; None for inputs that are text."""
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What a model answers, and what it writes of what it hears or sees; no transcripts of a model that writes none."""
+
+    answers: Answers
+    transcripts: tuple[str, ...] = ()
+
+
+def text_samples(model: nn.Module, windows: Tensor, batch: int = BATCH) -> list[dict[str, Tensor]]:
+    """Windows of text, int64 ``[samples, seqlen]``, as inputs of a model, ``batch`` samples together. A model with an
+    encoder and a decoder reads the halves of each."""
+    parts = torch.split(windows, batch)
+    if decoder_of(model) is None:
+        return [{"input_ids": part} for part in parts]
+    half = windows.shape[1] // 2
+    return [{"input_ids": part[:, :half], "decoder_input_ids": part[:, half:]} for part in parts]
+
+
+def media_samples(source: str, folder: str, model: nn.Module, nsamples: int, seed: int, after: int) -> HeldOutInputs:
+    """Images or sound, with their texts: ``nsamples`` at most, ``after`` so many that calibration draws by ``seed``.
+
+    Args:
+        source: a folder or a `.jsonl` file.
+        folder: the model's, with its processor's files.
+        model: its forward says which inputs it takes. It is not called.
+
+    Raises:
+        InputError: as :func:`ace_ext.data.media.media_batches`.
+    """
+    processor = load_processor(folder)
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    batches = [
+        {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
+        for batch in media_batches(source, processor, model, nsamples, BATCH, seed, after)
+    ]
+    texts = [item.text for item in media_items(source, nsamples, seed, after).items]
+    return HeldOutInputs(source, batches, texts, processor)
+
+
+def measure(model: nn.Module, inputs: HeldOutInputs) -> Measured:
+    """What the model makes of the inputs. Its weights do not change."""
+    return Measured(answers(model, inputs.batches), _transcripts(model, inputs))
+
+
+@torch.no_grad()
+def _transcripts(model: nn.Module, inputs: HeldOutInputs) -> tuple[str, ...]:
+    """The texts that a model with a decoder writes of the first :data:`TRANSCRIBED` samples."""
+    tokenizer, main = getattr(inputs.processor, "tokenizer", None), main_input(model)
+    generate: Any = getattr(model, "generate", None)
+    if tokenizer is None or decoder_of(model) is None or generate is None:
+        return ()
+    device = next(model.parameters()).device
+    found: list[str] = []
+    with evaluating(model):
+        for batch in inputs.batches[: TRANSCRIBED // BATCH]:
+            tokens = generate(batch[main].to(device), max_new_tokens=TRANSCRIPT_TOKENS, do_sample=False)
+            found += tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return tuple(found)
+
+
+def compare(dense: Measured, pruned: Measured, inputs: HeldOutInputs) -> Agreement:
+    """How far two models agree. Word error rates are of the transcripts whose text, known or the dense model's, has a
+    word."""
+    found = replace(agreement(dense.answers, pruned.answers), source=inputs.source)
+    if not dense.transcripts:
+        return found
+    texts = list(inputs.texts[: len(dense.transcripts)])
+    return replace(
+        found,
+        changed_words=_error_rate(dense.transcripts, pruned.transcripts),
+        word_error_rate=_error_rate(texts, pruned.transcripts),
+        dense_word_error_rate=_error_rate(texts, dense.transcripts),
+    )
+
+
+def _error_rate(references: Sequence[str | None], transcripts: Sequence[str]) -> float | None:
+    known = [(said or "", heard) for said, heard in zip(references, transcripts, strict=True) if words(said or "")]
+    return word_error_rate(*map(list, zip(*known, strict=True))) if known else None
