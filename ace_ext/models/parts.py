@@ -5,9 +5,10 @@ images, and stages of different widths.
 A part is a range of blocks, ``[start, stop)``, that can be walked block by block.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,16 @@ from ace_ext.errors import InputError
 from ace_ext.models._transformers import main_input, plain_call, predicts_tokens
 from ace_ext.models.block_store import BlockSource
 from ace_ext.models.blocks import Block
-from ace_ext.models.replay import BlockCall, capture_calls, first_of, replaced_forward, run_block, take_hidden
+from ace_ext.models.replay import (
+    BlockCall,
+    capture_calls,
+    first_of,
+    replaced_forward,
+    run_block,
+    take_hidden,
+    token_count,
+)
+from ace_ext.models.run_mode import evaluating
 from ace_ext.models.whole_forward import blocks_held
 
 MOST = 32
@@ -38,6 +48,27 @@ def check_removable(model: nn.Module, blocks: list[Block]) -> None:
         raise InputError(
             f"remove takes models of text with one list of blocks (got {type(model).__name__}); leave it out"
         )
+
+
+@torch.no_grad()
+def most_tokens(model: nn.Module, names: Iterable[str], batch: dict[str, Tensor]) -> int:
+    """The most tokens of a sample that leave one of the blocks ``names``, by a call with the batch's first sample. With
+    a skeleton shapes are followed and nothing is computed, up to the first operation that needs values: a decoder may
+    look at its mask, but the encoder before it has the longer samples. 0: no block was reached."""
+    follows = all(parameter.is_meta for parameter in model.parameters())
+    if follows:
+        model = copy.deepcopy(model).to("meta")
+    device = next(model.parameters()).device
+    found: list[int] = []
+    with ExitStack() as hooks:
+        for name in names:
+            block = model.get_submodule(name)
+            count = block.register_forward_hook(lambda m, _, output: found.append(token_count(m, first_of(output))))
+            hooks.callback(count.remove)
+        hooks.enter_context(evaluating(model))
+        hooks.enter_context(suppress(RuntimeError) if follows else nullcontext())
+        model(**{name: value[:1].to(device) for name, value in batch.items()}, **plain_call(model))
+    return max(found, default=0)
 
 
 @torch.no_grad()

@@ -95,7 +95,7 @@ def open_source(request: RunRequest, *, weights: bool = True) -> Source:
             raise InputError(f"model {request.model!r} has no weights; give a folder with safetensors files")
         return _loaded(request, files) if weights else _planned(request, files)
     shards = Shards(folder)
-    laid_out = skeleton(folder, shards, request.dtype, causal=not weights)
+    laid_out = skeleton(folder, shards, request.dtype, causal=False)
     check_all_read(laid_out, shards, request.model)
     stored = _stored_as_loaded(laid_out, shards, request.dtype)
     files = ModelFiles(request.model, folder, shards if stored else None)
@@ -105,7 +105,13 @@ def open_source(request: RunRequest, *, weights: bool = True) -> Source:
         )
         offload = wants_offload(laid_out, blocks, shards, request)
         if offload or not weights:
-            return Source(laid_out, load_tokenizer(folder, needed=not weights), blocks, files, offload)
+            return Source(
+                laid_out,
+                load_tokenizer(folder, needed=not weights and request.calibration.reads_text),
+                blocks,
+                files,
+                offload,
+            )
     if request.options.offload == "disk":
         raise _files_do_not_serve(request.model, request.dtype)
     return _loaded(request, files) if weights else _planned(request, files, laid_out)
@@ -143,8 +149,8 @@ def _planned(request: RunRequest, files: ModelFiles, laid_out: nn.Module | None 
         wanted = WEIGHT_DTYPES.get(request.dtype, torch.bfloat16)
         laid_out, tokenizer, unpacking = gguf_skeleton(files.paths[0], wanted)
     else:
-        laid_out = laid_out or skeleton(files.folder, None, request.dtype)
-        tokenizer = load_tokenizer(files.folder)
+        laid_out = laid_out or skeleton(files.folder, None, request.dtype, causal=False)
+        tokenizer = load_tokenizer(files.folder, needed=request.calibration.reads_text)
         # Tensors are converted one at a time while the files are mapped.
         unpacking = Unpacking(sum(file.stat().st_size for file in files.paths), 0.0)
     blocks = find_blocks(

@@ -20,10 +20,12 @@ from ace_ext.data.corpora import SELF, SMALL_SOURCES
 from ace_ext.data.generate import ROWS_TOGETHER
 from ace_ext.dense_weights import DenseWeight, describe_dense, kind_of
 from ace_ext.engine.api import check_pattern
+from ace_ext.engine.model_shape import ModelShape
 from ace_ext.formats import DEFAULT_FORMAT
 from ace_ext.healing.distill import steps_of
-from ace_ext.models._transformers import embedding_weight, text_config
+from ace_ext.models._transformers import embedding_weight, main_input, predicts_tokens, text_config
 from ace_ext.models.blocks import Block, stay_dense
+from ace_ext.models.parts import list_of, most_tokens
 from ace_ext.process_memory import available_bytes, peak_memory_bytes, reset_peak, resident_bytes
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.groups import keep_count
@@ -33,7 +35,7 @@ from ace_ext.runs.dry_run import Trial, try_block
 from ace_ext.runs.heal_trial import try_step
 from ace_ext.runs.memory_model import Estimate, copied_bytes
 from ace_ext.runs.model_source import Demand, MemoryChoice, Source, check_serves
-from ace_ext.runs.options import Calibration, RunOptions, RunRequest, check_request
+from ace_ext.runs.options import Calibration, InputCalibration, RunOptions, RunRequest, check_request
 from ace_ext.runs.output_size import PlannedMatrix, bytes_of_all, output_bytes
 from ace_ext.runs.prune_and_heal import needed_memory, planned_batches, text_of
 from ace_ext.runs.removal import removal_seconds, smaller_of
@@ -62,11 +64,13 @@ class Plan:
     seconds: dict[str, float]
     dense: list[DenseWeight]
     """The matrices that stay dense, and why. Only the run finds out whether a Linear is called."""
-    bos: BosChoice
-    """How calibration samples begin. ``auto`` is undecided if it depends on the weights; no other figure depends on
-    it, as the BOS token is one of a sample's tokens."""
+    bos: BosChoice | None
+    """How calibration samples begin; None for images or sound. ``auto`` is undecided if it depends on the weights; no
+    other figure depends on it, as the BOS token is one of a sample's tokens."""
     trial: str = ""
     """What the time was extrapolated from; empty if it is not known."""
+    untried: str = ""
+    """Why the time is not known; empty if it is."""
     need: dict[str, int] = field(default_factory=dict)
     """For a model without files: peak bytes with all weights in memory (``whole``), and with one block at a time
     (``offload``), if that is possible."""
@@ -101,7 +105,7 @@ class Plan:
         lines.append(f"reads {self.read_bytes / 1e9:.2f} GB, writes {self.write_bytes / 1e9:.2f} GB")
         lines.append(f"weights in the output: {self.output_bytes / 1e9:.3f} GB")
         lines.append(self._time())
-        lines.append(str(self.bos))
+        lines += [] if self.bos is None else [str(self.bos)]
         return "\n".join(lines)
 
     def _kinds(self) -> list[str]:
@@ -130,9 +134,7 @@ class Plan:
 
     def _time(self) -> str:
         if not self.trial:
-            return (
-                "time: not known without the model's files; too little memory is free here to try a block of its size"
-            )
+            return f"time: not known {self.untried}"
         parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
         return f"about {sum(self.seconds.values()):.0f} s: {parts} (extrapolated from {self.trial})"
 
@@ -178,19 +180,24 @@ def make_plan(
         check_pattern(source.blocks, config)
     check_serves(source, request)
     measured = _draw(source, calibration)
+    chain = _is_chain_of_text(source, config)
+    if not calibration.reads_text:  # as many samples as there are, of the tokens that the model makes of one
+        nsamples, seqlen = measured.tokens.shape
+        calibration = replace(calibration, nsamples=nsamples, seqlen=seqlen)
+        request = replace(request, calibration=calibration)
     demand = Demand(source, request)
     choice = demand.decide()
     need = _needed(source, request) if source.shapes_only else {}
     before = demand.peak(choice)  # of which the process's part is estimated
     trial = None
-    if not source.shapes_only or _can_try(source, request):
+    if chain and (not source.shapes_only or _can_try(source, request)):
         trial = try_block(source, measured.tokens, config, device, keeps_forwards=choice.forwards)
     measurable = device.type != "cuda" and not source.shapes_only
     pruning = demand.peak(choice, resident_bytes()) if measurable else before
     phases = [pruning]
     if device.type == "cpu":
         phases += _earlier_phases(source, pruning, calibration, measured)
-    if config.method.distill is not None:
+    if config.method.distill is not None and predicts_tokens(source.model):
         phases.append(replace(needed_memory(request, source), phase="distill"))
     read, written = _traffic(source, calibration, 0 if choice.hidden or trial is None else trial.passes)
     if source.offloaded:  # for each forward pass of the whole model
@@ -214,11 +221,29 @@ def make_plan(
         write_bytes=written,
         output_bytes=output,
         seconds={} if trial is None else _seconds(request, source, trial, measured, read + written),
-        bos=measured.bos,
+        bos=measured.bos if calibration.reads_text else None,
         trial="" if trial is None else _describe(source, device),
+        untried=_untried(source, chain),
         need=need,
         removed=[] if smaller is None else smaller.removed,
     )
+
+
+def _is_chain_of_text(source: Source, config: PruneConfig) -> bool:
+    """Whether the time follows from one block: there is one list of blocks that text enters first, and the whole model
+    is not trained after them."""
+    if predicts_tokens(source.model):
+        return True
+    lists = {list_of(block) for block in source.blocks}
+    return len(lists) == 1 and main_input(source.model) == "input_ids" and config.method.distill is None
+
+
+def _untried(source: Source, chain: bool) -> str:
+    """Why there may be no trial."""
+    if not chain:
+        return "for encoders with distill, for models with several lists of blocks, and for those that read no text"
+    why = "without the model's files; too little memory is free here to try a block of its size"
+    return why if source.shapes_only else ""
 
 
 def _describe(source: Source, device: torch.device) -> str:
@@ -269,7 +294,9 @@ def _draw(source: Source, calibration: Calibration) -> _Measured:
     """Draws the calibration samples as a run does and measures the cost. Random tokens are used if the model would
     write the samples itself, or if there is no tokenizer. If the model would be measured for the BOS token, the samples
     are without the token and have the same length."""
-    bos = undecided_bos(calibration.bos) if source.shapes_only else calibration.choose_bos(source.tokenizer, None)
+    bos = undecided_bos(calibration.bos)
+    if not source.shapes_only and not isinstance(calibration, InputCalibration):
+        bos = calibration.choose_bos(source.tokenizer, None if predicts_tokens(source.model) else source.model)
     measured = _Measured(bos, before_text=resident_bytes())
     if calibration.source == SELF or source.shapes_only:
         vocabulary = embedding_weight(source.model).shape[0]
@@ -277,7 +304,13 @@ def _draw(source: Source, calibration: Calibration) -> _Measured:
         return measured
     start = time.perf_counter()
     reset_peak()
-    measured.tokens = calibration.load(source.tokenizer, None, bos).tokens
+    if isinstance(calibration, InputCalibration):
+        batches = calibration.read(source.files.folder)
+        samples = sum(len(next(iter(batch.values()))) for batch in batches)
+        tokens = most_tokens(source.model, [block.name for block in source.blocks], batches[0])
+        measured.tokens = torch.zeros(samples, tokens or calibration.seqlen, dtype=torch.long)
+    else:
+        measured.tokens = calibration.load(source.tokenizer, None, bos).tokens
     measured.text_bytes = max(0, peak_memory_bytes() - measured.before_text)
     measured.text_seconds = time.perf_counter() - start
     return measured
@@ -323,9 +356,8 @@ def _traffic(source: Source, calibration: Calibration, hidden_reads: int) -> tup
     """Bytes read and written: the copies of the model's files, each pruned block, and the hidden states. A run writes
     these for ``--resume`` and reads them ``hidden_reads`` times per block."""
     blocks = source.blocks
-    width = text_config(source.model).hidden_size
-    itemsize = embedding_weight(source.model).dtype.itemsize
-    hidden = calibration.nsamples * calibration.seqlen * width * itemsize
+    shape = ModelShape.of(source.model, blocks)
+    hidden = calibration.nsamples * calibration.seqlen * shape.hidden * shape.itemsize
     whole, inside = sum(p.nbytes for p in source.model.parameters()), _bytes_of(blocks)
     files = whole if source.shapes_only else sum(file.stat().st_size for file in source.files.paths)
     mapped = source.files.shards is not None or source.shapes_only
@@ -344,7 +376,9 @@ def _seconds(request: RunRequest, source: Source, trial: Trial, measured: _Measu
         samples = [calibration.nsamples, *([distilled.nsamples] if distilled else [])]
         steps = sum(math.ceil(count / ROWS_TOGETHER) for count in samples) * calibration.seqlen
         text = steps * blocks * trial.forward_seconds
-    if not measured.bos.decided:  # at most: pruning a token takes longer than its forward pass
+    if not measured.bos.decided and predicts_tokens(
+        source.model
+    ):  # at most: pruning a token takes longer than its forward pass
         text += blocks * 2 * WINDOWS * WINDOW_TOKENS * trial.token_seconds
     if request.evaluates:  # before and after
         text += 2 * blocks * holdout.WINDOWS * holdout.WINDOW_TOKENS * trial.token_seconds

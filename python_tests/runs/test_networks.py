@@ -10,6 +10,7 @@ from ace_ext import InputError, PruneConfig, prune_model
 from ace_ext.engine.progress import Progress
 from ace_ext.runs.options import Calibration, InputCalibration, RunOptions
 from ace_ext.runs.pipeline import prune_folder
+from ace_ext.runs.plan import make_plan
 from ace_ext.runs.verify import verify
 
 PARTS = {"t5": 4, "whisper": 4, "clip": 4, "swin": 3}
@@ -155,3 +156,30 @@ def test_what_does_not_serve_is_refused_before_anything_is_written(case, folders
     with pytest.raises(InputError, match=message):
         prune_folder(str(folders(name)), tmp_path / "out", PruneConfig(**config), text, options, torch.device("cpu"))
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_plan_lists_what_the_run_prunes(name, folders, tmp_path):
+    folder, device, config = folders(name), torch.device("cpu"), PruneConfig("fast", 0.5)
+    if name in ("bert", "t5"):
+        (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 40)
+        calibration, tokens = Calibration(str(tmp_path / "text.txt"), 4, 16), 4 * 16
+    else:
+        calibration = InputCalibration("x", 6, 16, reader=lambda *_: make_inputs(name))
+        tokens = {"vit": 17, "dinov2": 17, "swin": 64, "wav2vec2": 19, "clip": 17, "whisper": 10}[name] * 6
+    before = weights_bytes(folder)
+    plan = make_plan(str(folder), config, calibration, RunOptions(), device)
+    report, _ = prune_folder(str(folder), tmp_path / "out", config, calibration, RunOptions(), device)
+    assert weights_bytes(folder) == before
+    assert sorted((m.name, m.shape, m.keep * m.shape[0]) for m in plan.matrices) == sorted(
+        (m.name, m.shape, m.keep) for m in report.matrices
+    )
+    assert plan.output_bytes == pytest.approx(sum(p.nbytes for p in make_network(name).parameters()), rel=0.01)
+    hidden = max(phase.hidden for phase in plan.phases)
+    assert hidden % tokens == 0
+    assert hidden > 0
+    assert ("several lists" in plan.table()) == (name != "bert")
+    assert bool(plan.trial) == (name == "bert")
+    if name == "bert":
+        assert not make_plan(str(folder), PruneConfig("best", 0.5), calibration, RunOptions(), device).trial
+    assert (plan.bos is None) == (name not in ("bert", "t5"))
