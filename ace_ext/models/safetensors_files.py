@@ -57,6 +57,17 @@ class Shards:
         """The first of a parameter's names that the files have; None if they have none."""
         return next((name for name in names if name in self), None)
 
+    def whole_name(self, name: str) -> str | None:
+        """The stored tensor that a parameter is, as it stands; None if there is none, or if the parameter is made of
+        parts."""
+        if name in self.entries:
+            return name
+        stored = self._layout.get(name)
+        if stored is None or stored.transposed or len(stored.pieces) != 1:
+            return None
+        only = stored.pieces[0].name
+        return only if tuple(self.entries[only].shape) == tuple(stored.shape) else None
+
     def unread(self, model: nn.Module) -> list[str]:
         """The names of stored tensors that no parameter or buffer of an adopted model is read from, sorted."""
         own = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))

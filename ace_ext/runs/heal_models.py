@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ace_ext.data.requests import check_predicts
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import tensor_sha256
+from ace_ext.models._transformers import predicts_tokens
 from ace_ext.models.block_store import BlockSource, OffloadedBlocks, ResidentBlocks
 from ace_ext.models.blocks import Block
 from ace_ext.models.location import locate
@@ -31,6 +32,11 @@ def open_pruned(folder: str, report: PruneReport, device: torch.device) -> Sourc
     if not has_safetensors(folder):
         raise InputError(f"{folder!r} has no safetensors; give a folder that ace-prune run wrote in the dense format")
     source = open_source(RunRequest(folder, _config(report), Calibration(), NO_OFFLOAD, device), weights=False)
+    if not predicts_tokens(source.model):
+        raise InputError(
+            f"heal is for causal language models, and {folder!r} holds {type(source.model).__name__}; prune the dense "
+            'model again with a method that distils, such as "balanced + distill"'
+        )
     check_predicts(source.model, "healing trains on its predictions: train it on its own task")
     if source.files.shards is None:
         raise InputError(f"{folder!r} does not store every parameter unchanged; give a folder that ace-prune run wrote")

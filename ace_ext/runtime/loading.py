@@ -127,8 +127,8 @@ def _matrices(model: nn.Module, shards: PackedShards) -> dict[int, PackedMatrix 
     """The packed weights of the model's Linears, by the parameter's id: Linears can share one."""
     found: dict[int, PackedMatrix | QuantizedMatrix] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        weight = f"{name}.weight"
-        if isinstance(module, nn.Linear) and weight in shards.entries and id(module.weight) not in found:
+        weight = shards.whole_name(f"{name}.weight") if isinstance(module, nn.Linear) else None
+        if isinstance(module, nn.Linear) and weight is not None and id(module.weight) not in found:
             stored, wanted = shards.load(weight), (module.out_features, module.in_features)
             if tuple(stored.shape) != wanted:
                 raise InputError(f"{weight} must be {list(wanted)} by the configuration (got {list(stored.shape)})")

@@ -23,6 +23,7 @@ from ace_ext.models._transformers import OWN_METHOD, no_init_weights, tie_weight
 
 _UNEXPECTED = "_keys_to_ignore_on_load_unexpected"
 _TIED = "all_tied_weights_keys"
+_INITIALIZED = "_is_hf_initialized"
 _MARK = "_is_quantized"
 _WEIGHTS = "transformers_weights"
 """The field of a configuration with the name of the weight file; transformers reads it after making the quantizer."""
@@ -75,6 +76,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         self._folder = Path(checkpoint_files[0]).parent
         self._device = next(iter(device_map.values()), "cpu") if isinstance(device_map, dict) else "cpu"
         model._modules.clear()
+        setattr(model, _INITIALIZED, True)  # its class would initialise modules that are not there
         setattr(model, _UNEXPECTED, _Patterns({"."}))  # every tensor of the file: transformers reads none
         setattr(model, _TIED, {})
         return model
@@ -84,7 +86,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
 
         assert self._folder is not None  # set by the step before
         self.remove_quantization_config(model)
-        for name in (_UNEXPECTED, _TIED):
+        for name in (_UNEXPECTED, _TIED, _INITIALIZED):
             delattr(model, name)
         model.config.__dict__.pop(_WEIGHTS, None)
         found: Any = build_packed(self._folder, lambda: _empty(model))

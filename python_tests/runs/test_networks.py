@@ -2,16 +2,18 @@
 
 import pytest
 import torch
-from folders import weights_bytes
+from folders import call, weights_bytes
 from tiny_models import make_tokenizer
 from tiny_networks import NETWORKS, make_inputs, make_network
 
-from ace_ext import InputError, PruneConfig, prune_model
+from ace_ext import InputError, PruneConfig, prune_model, register
 from ace_ext.engine.progress import Progress
+from ace_ext.packed.packing import pack, unpack
 from ace_ext.runs.options import Calibration, InputCalibration, RunOptions
 from ace_ext.runs.pipeline import prune_folder
 from ace_ext.runs.plan import make_plan
 from ace_ext.runs.verify import verify
+from ace_ext.runtime import PackedLinear
 
 PARTS = {"t5": 4, "whisper": 4, "clip": 4, "swin": 3}
 """The blocks of networks with several parts."""
@@ -183,3 +185,29 @@ def test_a_plan_lists_what_the_run_prunes(name, folders, tmp_path):
     if name == "bert":
         assert not make_plan(str(folder), PruneConfig("best", 0.5), calibration, RunOptions(), device).trial
     assert (plan.bos is None) == (name not in ("bert", "t5"))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_packed_folder_answers_like_the_dense_one(name, folders, tmp_path):
+    _, output = prune(folders(name), tmp_path / "out")
+    pack(output, tmp_path / "packed", "bitmap")
+    register()
+    dense = type(make_network(name)).from_pretrained(output).eval()
+    packed = type(dense).from_pretrained(tmp_path / "packed").eval()
+    assert any(isinstance(module, PackedLinear) for module in packed.modules())
+    for batch in make_inputs(name):
+        with torch.no_grad():
+            wanted, found = dense(**batch), packed(**batch)
+        assert wanted.keys() == found.keys()
+        for key, value in wanted.items():
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
+    unpack(tmp_path / "packed", tmp_path / "again")
+    assert weights_bytes(tmp_path / "again") == weights_bytes(output)
+
+
+def test_healing_is_refused(folders, tmp_path, capsys):
+    _, output = prune(folders("bert"), tmp_path / "out")
+    status, _, error = call(capsys, "heal", str(output), "--output", str(tmp_path / "healed"))
+    assert (status, error.count("\n")) == (2, 1)
+    assert "heal is for causal language models" in error
