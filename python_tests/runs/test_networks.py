@@ -207,7 +207,10 @@ def test_a_packed_folder_answers_like_the_dense_one(name, folders, tmp_path):
 
 
 def test_healing_is_refused(folders, tmp_path, capsys):
-    _, output = prune(folders("bert"), tmp_path / "out")
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 40)
+    text, device = Calibration(str(tmp_path / "text.txt"), 4, 16), torch.device("cpu")
+    prune_folder(str(folders("bert")), tmp_path / "out", PruneConfig("wanda", 0.5), text, RunOptions(), device)
+    output = tmp_path / "out"
     status, _, error = call(capsys, "heal", str(output), "--output", str(tmp_path / "healed"))
     assert (status, error.count("\n")) == (2, 1)
     assert "heal is for causal language models" in error
