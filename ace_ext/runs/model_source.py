@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ace_ext.data.requests import check_positions, check_predicts
 from ace_ext.engine.model_shape import ModelShape
@@ -19,7 +19,7 @@ from ace_ext.formats import DenseModel, format_named
 from ace_ext.models._transformers import decoder_of, main_input, output_head, predicts_tokens, token_embedding
 from ace_ext.models.blocks import Block, find_blocks
 from ace_ext.models.loading import WEIGHT_DTYPES, load_model, load_tokenizer, local_folder
-from ace_ext.models.parts import check_removable
+from ace_ext.models.parts import check_removable, most_tokens
 from ace_ext.models.safetensors_files import Shards, has_safetensors
 from ace_ext.models.skeleton import Unpacking, check_all_read, dtype_of, skeleton
 from ace_ext.models.tokenizer import Tokenizer
@@ -247,6 +247,14 @@ def _check_reads_text(source: Source, request: RunRequest) -> None:
             "it: give --calibration with what it reads"
         )
     check_positions(model, request.calibration.seqlen // (1 if decoder_of(model) is None else 2))
+
+
+def sized(request: RunRequest, source: Source, batches: list[dict[str, Tensor]]) -> RunRequest:
+    """A request with the samples of these batches, and with the most tokens that a block of the model gets of one."""
+    tokens = most_tokens(source.model, [block.name for block in source.blocks], batches[0])
+    samples = sum(len(next(iter(batch.values()))) for batch in batches)
+    text = request.calibration
+    return replace(request, calibration=replace(text, nsamples=samples, seqlen=tokens or text.seqlen))
 
 
 def budget_of(request: RunRequest) -> int:

@@ -30,7 +30,7 @@ from ace_ext.records import REPORT_NAME, PruneReport, Removed
 from ace_ext.runs.bos_choice import choose_for_run
 from ace_ext.runs.command import run_command
 from ace_ext.runs.holdout import measurement_for
-from ace_ext.runs.model_source import Demand, Source, check_serves, is_network, open_source
+from ace_ext.runs.model_source import Demand, Source, check_serves, is_network, open_source, sized
 from ace_ext.runs.options import Calibration, InputCalibration, RunOptions, RunRequest, check_request
 from ace_ext.runs.output import (
     already_complete,
@@ -135,7 +135,7 @@ def _prune(request: RunRequest, path: Path, progress: Progress) -> PruneReport:
         workspace = Workspace(path, fingerprint, resume, writes=first, rank=peers.rank)
         try:
             peers.wait()  # rank 0 has made the folder, and removed old files from it
-            choice = Demand(source, request).decide()
+            choice = Demand(source, inputs.sized()).decide()
             workspace.resident_hidden, workspace.writes_behind = choice.hidden, choice.overlap
             if first:
                 check_output(path, options.overwrite, options.resume)  # a run that had the lock may have written it
@@ -341,6 +341,13 @@ class _Inputs:
         if self._batches is not None:
             return share_of_batches(self._batches, peers)
         return text_inputs(self._source.model, self.tokens(peers), self._request.config)
+
+    def sized(self) -> RunRequest:
+        """The request by which memory is estimated: with the samples that were read, if they are no text, and the
+        tokens that the model makes of one."""
+        if self._batches is None:
+            return self._request
+        return sized(self._request, self._source, self._batches)
 
     def to_distill(self, peers: Peers) -> Batches | None:
         """What a network is distilled on: other windows of the calibration text; None: its calibration."""

@@ -25,7 +25,7 @@ from ace_ext.formats import DEFAULT_FORMAT
 from ace_ext.healing.distill import steps_of
 from ace_ext.models._transformers import embedding_weight, main_input, predicts_tokens, text_config
 from ace_ext.models.blocks import Block, stay_dense
-from ace_ext.models.parts import list_of, most_tokens
+from ace_ext.models.parts import list_of
 from ace_ext.process_memory import available_bytes, peak_memory_bytes, reset_peak, resident_bytes
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.groups import keep_count
@@ -34,7 +34,7 @@ from ace_ext.runs import holdout
 from ace_ext.runs.dry_run import Trial, try_block
 from ace_ext.runs.heal_trial import try_step
 from ace_ext.runs.memory_model import Estimate, copied_bytes
-from ace_ext.runs.model_source import Demand, MemoryChoice, Source, check_serves
+from ace_ext.runs.model_source import Demand, MemoryChoice, Source, check_serves, sized
 from ace_ext.runs.options import Calibration, InputCalibration, RunOptions, RunRequest, check_request
 from ace_ext.runs.output_size import PlannedMatrix, bytes_of_all, output_bytes
 from ace_ext.runs.prune_and_heal import needed_memory, planned_batches, text_of
@@ -148,6 +148,7 @@ class _Measured:
     """How calibration samples begin, and what drawing them took, in bytes and seconds."""
 
     bos: BosChoice  # undecided if a run measures the model
+    request: RunRequest  # with the samples that were read, if they are no text
     before_text: int = 0  # resident bytes before
     text_bytes: int = 0  # additional bytes at the peak
     text_seconds: float = 0.0
@@ -179,12 +180,10 @@ def make_plan(
     if smaller is None:
         check_pattern(source.blocks, config)
     check_serves(source, request)
-    measured = _draw(source, calibration)
+    measured = _draw(source, request)
     chain = _is_chain_of_text(source, config)
-    if not calibration.reads_text:  # as many samples as there are, of the tokens that the model makes of one
-        nsamples, seqlen = measured.tokens.shape
-        calibration = replace(calibration, nsamples=nsamples, seqlen=seqlen)
-        request = replace(request, calibration=calibration)
+    request = measured.request
+    calibration = request.calibration
     demand = Demand(source, request)
     choice = demand.decide()
     need = _needed(source, request) if source.shapes_only else {}
@@ -290,14 +289,15 @@ def planned_matrices(blocks: list[Block], config: PruneConfig) -> list[PlannedMa
     return found
 
 
-def _draw(source: Source, calibration: Calibration) -> _Measured:
+def _draw(source: Source, request: RunRequest) -> _Measured:
     """Draws the calibration samples as a run does and measures the cost. Random tokens are used if the model would
     write the samples itself, or if there is no tokenizer. If the model would be measured for the BOS token, the samples
     are without the token and have the same length."""
+    calibration = request.calibration
     bos = undecided_bos(calibration.bos)
     if not source.shapes_only and not isinstance(calibration, InputCalibration):
         bos = calibration.choose_bos(source.tokenizer, None if predicts_tokens(source.model) else source.model)
-    measured = _Measured(bos, before_text=resident_bytes())
+    measured = _Measured(bos, request, before_text=resident_bytes())
     if calibration.source == SELF or source.shapes_only:
         vocabulary = embedding_weight(source.model).shape[0]
         measured.tokens = torch.randint(0, vocabulary, (calibration.nsamples, calibration.seqlen))
@@ -305,10 +305,7 @@ def _draw(source: Source, calibration: Calibration) -> _Measured:
     start = time.perf_counter()
     reset_peak()
     if isinstance(calibration, InputCalibration):
-        batches = calibration.read(source.files.folder)
-        samples = sum(len(next(iter(batch.values()))) for batch in batches)
-        tokens = most_tokens(source.model, [block.name for block in source.blocks], batches[0])
-        measured.tokens = torch.zeros(samples, tokens or calibration.seqlen, dtype=torch.long)
+        measured.request = sized(request, source, calibration.read(source.files.folder))
     else:
         measured.tokens = calibration.load(source.tokenizer, None, bos).tokens
     measured.text_bytes = max(0, peak_memory_bytes() - measured.before_text)
