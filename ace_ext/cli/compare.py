@@ -166,8 +166,9 @@ def _lengths(args: argparse.Namespace, media: bool) -> tuple[tuple[int, int], ..
     """The lengths of ``--lengths``, or the one of ``--nsamples`` and ``--seqlen``; ``media``: of images or sound."""
     default = Calibration()
     if media:
-        check_int("nsamples", args.nsamples or default.nsamples, 1)
-        return ((args.nsamples or default.nsamples, 0),)
+        nsamples = default.nsamples if args.nsamples is None else args.nsamples
+        check_int("nsamples", nsamples, 1)
+        return ((nsamples, 0),)
     if args.lengths is None:
         nsamples, seqlen = (
             own if given is None else given

@@ -4,6 +4,7 @@ dense model, on held-out text, images or sound."""
 from ace_ext.compare.bench import Bench, Drawn
 from ace_ext.compare.journal import Cell
 from ace_ext.data.bos import begin_with
+from ace_ext.data.corpora import SELF
 from ace_ext.data.held_out_inputs import HeldOutInputs, compare, measure, media_samples, text_samples
 from ace_ext.data.media_items import is_media
 from ace_ext.data.perplexity import Perplexity
@@ -62,6 +63,10 @@ class NetworkBench(Bench):
             batches = list(media_samples(cell.calibration, folder, self.model, cell.nsamples, cell.seed, 0).batches)
             return Drawn(batches, inputs_sha256(batches), None)
         self._check_reads_text(cell.calibration)
+        if cell.calibration == SELF:
+            raise InputError(
+                f"calibration {SELF} needs a model that writes text (got {self.loaded.source!r}); give a text"
+            )
         data, text = self.windows(cell, config, bos)
         again = None if text is None else text_inputs(self.model, text, config)
         return Drawn(text_inputs(self.model, data.tokens, config), data.sha256, data.bos, again)

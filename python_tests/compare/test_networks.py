@@ -108,6 +108,11 @@ REFUSED = {
     "tasks": (["--model", "bert", *TEXT, "--tasks", "local"], "tasks (are for models that predict|need lm-eval)"),
     "text for images": (["--model", "vit", *TEXT], "text.txt is text, and 'vit' reads pixel_values|other.txt is text"),
     "images for text": (["--model", "llama", *IMAGES], "'llama' reads text, and photos has images or sound"),
+    "own text": (["--model", "bert", "--texts", "text.txt", "--calibration", "self"], "self needs a model that writes"),
+    "no sample": (
+        ["--model", "vit", "--calibration", "photos", "--texts", "held", "--nsamples", "0"],
+        "nsamples: 0 found",
+    ),
     "both": (["--model", "vit", "--calibration", "photos"], "must all be images or sound, or all texts"),
     "seqlen": (["--model", "vit", *IMAGES, "--seqlen", "8"], "give lengths|seqlen is for texts, and photos has images"),
     "eval-seqlen": (["--model", "vit", *IMAGES, "--eval-seqlen", "8"], "eval-seqlen is for texts, and photos has"),
