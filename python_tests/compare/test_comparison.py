@@ -353,7 +353,7 @@ def test_defaults(place):
 def test_two_names_of_a_method_are_two_rows(place):
     grid = study_from(parse(place, methods="published-wanda; collect(order=block) + wanda")).grid
     assert [cell.method for cell, _ in grid.cells()] == ["published-wanda", "collect(order=block) + wanda"]
-    assert [grid.bos_mode(method, "text") for _, method in grid.cells()] == ["never", "auto"]
+    assert [grid.bos_mode(method, cell) for cell, method in grid.cells()] == ["never", "auto"]
     with pytest.raises(InputError, match=r"^methods must be at least one, each given once \(got balanced, balanced\)$"):
         Grid((method_of("balanced"), method_of("balanced")))
 

@@ -18,6 +18,7 @@ from ace_ext.pruning.stages import (
     Allocate,
     Collect,
     Distill,
+    Dsnot,
     MeanSwaps,
     Obs,
     Quantize,
@@ -245,6 +246,9 @@ def test_the_texts_of_presets():
         "published-wanda": "collect(order=block) + wanda",
         "published-sparsegpt": "collect(order=block) + obs",
         "published-admm": "collect(order=block) + admm(floor=0, iterations=30, relaxation=1, saliency=magnitude)",
+        "published-alps": "collect(order=block) + alps",
+        "published-dsnot": "collect(order=block) + wanda + dsnot",
+        "published-thanos": "collect(order=block) + thanos",
     }
 
 
@@ -269,7 +273,8 @@ def test_a_preset_is_its_text(name):
 def test_presets_are_valid_whatever_is_pruned(name, target):
     config = PruneConfig(name, **target)
     assert config.sparsity == target.get("sparsity", 0.5)
-    assert config.group == ("matrix" if name == "published-sparsegpt" and "pattern" not in target else "row")
+    in_matrix = name in ("published-sparsegpt", "published-alps", "published-thanos") and "pattern" not in target
+    assert config.group == ("matrix" if in_matrix else "row")
 
 
 def test_the_default_method():
@@ -289,6 +294,7 @@ def test_the_default_method():
         ("balanced(batch_tokens=64)", (Collect(batch_tokens=64), Admm())),
         ("published-wanda(order=sequential)", (Collect(order="sequential"), Score("wanda"))),
         ("published-sparsegpt(damping=0.1)", (Collect(order="block"), Obs(damping=0.1))),
+        ("published-dsnot(cycles=9)", (Collect(order="block"), Score("wanda"), Dsnot(cycles=9))),
         ("balanced + distill", (Admm(), Distill())),
         ("balanced(damping=0.2) + train", (Admm(damping=0.2), Train())),
     ],

@@ -38,7 +38,9 @@ class Alps(Solve):
     shares_rows = False
 
     damping: float = damping_option(0.01)
-    iterations: int = option(300, "iterations of ADMM at most; it ends when the mask no longer changes", Limits(at_least=1))
+    iterations: int = option(
+        300, "iterations of ADMM at most; it ends when the mask no longer changes", Limits(at_least=1)
+    )
     steps: int = option(10, "steps of conjugate gradients with the mask fixed", Limits(at_least=0, words="0 or more"))
     gram: str = gram_option(AUTO, PLAIN, COSINE)
 
@@ -56,16 +58,19 @@ class Alps(Solve):
         return Solved(weight, self.damping, 1)
 
     def working_bytes(self, rows: int, cols: int) -> int:
-        """The normalised Gram matrix, and two matrices while the next inverse is computed; six buffers of the weight's
-        size and masks."""
-        return 12 * cols * cols + 28 * rows * cols
+        """The larger of two phases. ADMM: the normalised Gram matrix, two matrices while the next inverse is computed,
+        four buffers of the weight's size and masks. Conjugate gradients: the Gram matrix and six buffers."""
+        return max(12 * cols * cols + 18 * rows * cols, 4 * cols * cols + 25 * rows * cols)
 
 
 def _normalised(gram: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``H [cols, cols]`` with a diagonal of ones, the norms ``[cols]`` of its columns, and which are dead ``[cols]``."""
+    """``H [cols, cols]`` with a diagonal of ones, the norms ``[cols]`` of its columns, and which are dead: ``[cols]``
+    bool."""
     dead = gram.diagonal() == 0
     added = damping * gram.diagonal().mean()
     norm = (gram.diagonal() + added).sqrt().masked_fill_(dead, DEAD)
+    if not bool(torch.isfinite(norm.sum())):
+        raise torch.linalg.LinAlgError("its diagonal is not finite")  # type: ignore[attr-defined]
     hessian = gram / norm
     hessian /= norm[:, None]
     hessian.diagonal().fill_(1.0)
@@ -81,18 +86,18 @@ def _admm(dense: Tensor, hessian: Tensor, problem: Problem, iterations: int) -> 
     rho, step = PENALTY, _inverse(hessian, PENALTY)
     mask = before = _largest(dense, problem)
     kept, dual = masked(dense, mask, out=torch.empty_like(dense)), torch.zeros_like(dense)
-    budget = int(mask.sum())
+    total, budget = torch.empty_like(dense), int(mask.count_nonzero())
     for number in range(1, iterations + 1):
-        total = torch.addmm(dense, kept.sub_(dense).mul_(rho).sub_(dual), step).add_(dual, alpha=1 / rho)
+        torch.addmm(dense, kept.sub_(dense).mul_(rho).sub_(dual), step, out=total).add_(dual, alpha=1 / rho)
         mask = _largest(total, problem)
         masked(total, mask, out=kept)
         torch.sub(total, kept, out=dual).mul_(rho)
         if number % PERIOD:
             continue
-        changed = int((mask ^ before).sum()) / max(1, budget)
+        changed = int((mask ^ before).count_nonzero()) / max(1, budget)
         if changed <= (SETTLED if number > SETTLED_AFTER else 0.0):
             break
-        before = mask
+        before, step = mask, None  # the old matrix is freed before the new one is made
         rho *= next(factor for share, factor in GROWTH if changed > share)
         step = _inverse(hessian, rho)
     return kept, mask
@@ -119,10 +124,11 @@ def _fit_(weight: Tensor, dense: Tensor, mask: Tensor, hessian: Tensor, steps: i
     """Conjugate gradients for ``min (w - w₀) H (w - w₀)ᵀ`` of each row over its kept entries, in place from
     ``weight [rows, cols]`` (algorithm 2 of the paper). The diagonal of H, which the paper divides by, is 1. No step
     raises the error."""
-    residual = masked((dense - weight) @ hessian, mask, out=torch.empty_like(dense))
-    direction, square = residual.clone(), residual.square().sum(1, keepdim=True)
+    direction = (dense - weight) @ hessian
+    residual = masked(direction, mask, out=direction).clone()
+    square, product = residual.square().sum(1, keepdim=True), torch.empty_like(residual)
     for _ in range(steps):
-        product = masked(direction @ hessian, mask, out=torch.empty_like(dense))
+        masked(torch.mm(direction, hessian, out=product), mask, out=product)
         curvature = (direction * product).sum(1, keepdim=True)
         length = torch.where(curvature > 0, square / curvature, 0.0)
         weight.addcmul_(direction, length)

@@ -1,4 +1,4 @@
-"""DSnoT (arXiv 2310.08915): exchange pruned and kept weights of a row while its mean output comes nearer to the dense one.
+"""DSnoT (arXiv 2310.08915): exchange pruned and kept weights of a row while that corrects its mean output.
 
 The stage reads the mean and the variance of each input column, and no Gram matrix. The error of a row is the sum of
 ``w_j m_j`` over its pruned weights, where ``m_j`` is the mean of input column j.

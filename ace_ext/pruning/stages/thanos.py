@@ -1,5 +1,6 @@
-"""Thanos (arXiv 2504.05346): prune blocks of columns from left to right; all removed weights of a row and block leave at
-once, and the best update of the remaining weights in and after the block compensates for them together.
+"""Thanos (arXiv 2504.05346): prune blocks of columns from left to right, all weights of a row and block at once.
+
+One update of the remaining weights in and after the block compensates for all of them together.
 
 The Gram matrix ``G [cols, cols]`` of the inputs measures errors (:mod:`ace_ext.pruning.gram`): the change ``e`` of a
 row costs ``e G eᵀ``. Updates are computed in float32, and the systems of equations of the rows in float64.
@@ -15,7 +16,7 @@ from ace_ext.pruning.gram import DEAD, restore_dead_
 from ace_ext.pruning.settings import Limits, option
 from ace_ext.pruning.stages._stage import AUTO, COSINE, PLAIN, Problem, Solve, Solved, damping_option, gram_option
 
-PART_ENTRIES = 2**20
+PART_ENTRIES = 2**18
 """Entries of the systems of equations that are solved at a time, unless one row has more."""
 
 
@@ -51,11 +52,10 @@ class Thanos(Solve):
 
     def working_bytes(self, rows: int, cols: int) -> int:
         """The larger of two phases. While the Gram matrix is factorised: two copies of it in float64. Then: the factor
-        in float32, the new weight, its mask and scores, and the systems of equations of some rows with their factors
-        and indices."""
+        in float32, the new weight, and the scores or the systems of equations of some rows with their factors."""
         width = min(self.block, cols)
-        systems = 40 * max(min(PART_ENTRIES, rows * width * width), width * width)
-        return max(17 * cols * cols, 4 * cols * cols + 14 * rows * cols + 24 * rows * width + systems)
+        systems = 20 * max(min(PART_ENTRIES, rows * width * width), width * width)
+        return max(17 * cols * cols, 4 * cols * cols + 4 * rows * cols + max(8 * rows * cols, systems))
 
     def held_bytes(self, cols: int) -> int:
         """The factor."""
@@ -83,24 +83,21 @@ def _remove_(weight: Tensor, removed: Tensor, upper: Tensor) -> None:
         removed: ``[rows, width]`` bool, of the first columns.
         upper: ``[width, cols]`` float32, the first rows of the triangular factor of ``S = upperᵀ upper``.
     """
-    rows, width = removed.shape
+    width, most = removed.shape[1], int(removed.sum(1).max())
     inner = upper[:, :width].double()
-    inverse = inner.T @ inner
-    step = max(1, PART_ENTRIES // (width * width))
-    for start in range(0, rows, step):
+    inverse, step = inner.T @ inner, max(1, PART_ENTRIES // max(1, most * most))
+    for start in range(0, len(weight) if most else 0, step):
         part = slice(start, start + step)
-        multipliers = _multipliers(weight[part, :width], removed[part], inverse)
+        multipliers = _multipliers(weight[part, :width], removed[part], inverse, most)
         weight[part].addmm_((multipliers @ inner.T).float(), upper, alpha=-1)
     weight[:, :width].masked_fill_(removed, 0.0)
 
 
-def _multipliers(weight: Tensor, removed: Tensor, inverse: Tensor) -> Tensor:
-    """``λ [rows, width]`` float64 with ``λ inverse = weight`` in the removed columns of each row, and zero in the
-    others. Rows with fewer removed weights than the most have equations ``λ = 0`` added."""
-    count = removed.sum(1, keepdim=True)
-    most = int(count.max())
+def _multipliers(weight: Tensor, removed: Tensor, inverse: Tensor, most: int) -> Tensor:
+    """``λ [rows, width]`` float64 with ``λ inverse = weight`` in the removed columns of each row, at most ``most``, and
+    zero in the others. Rows with fewer removed weights have equations ``λ = 0`` added."""
     places = removed.byte().argsort(dim=1, descending=True, stable=True)[:, :most]  # removed columns first
-    added = torch.arange(most, device=weight.device) >= count
+    added = ~removed.gather(1, places)
     systems = inverse[places[:, :, None], places[:, None, :]]
     systems.masked_fill_(added[:, :, None] | added[:, None, :], 0.0)
     systems.diagonal(dim1=1, dim2=2).masked_fill_(added, 1.0)
