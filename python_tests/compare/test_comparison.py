@@ -313,7 +313,10 @@ def test_a_strange_folder_is_left_alone(place, tmp_path):
         ({"methods": "wanda,ace"}, "method must be made of .*; separate methods by ;"),
         ({"methods": "wanda; ace; wanda"}, "methods must each be given once"),
         ({"methods": " ; "}, "methods must name at least one of"),
-        ({"methods": "wanda(iterations=30)"}, "wanda has no option iterations: iterations is an option of admm"),
+        (
+            {"methods": "wanda(iterations=30)"},
+            "wanda has no option iterations: iterations is an option of admm and alps",
+        ),
         ({"methods": "allocate + wanda", "patterns": "2:4"}, "method 'allocate \\+ wanda': allocate cannot move"),
         ({"sparsities": "half"}, r"sparsities must be numbers from 0 to 1 \(got 'half'\)"),
         ({"sparsities": "1.5"}, "method 'wanda': sparsity must be a share from 0 to 1"),

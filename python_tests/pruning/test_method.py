@@ -16,6 +16,7 @@ from ace_ext.pruning.stages import (
     STAGES,
     Admm,
     Allocate,
+    Alps,
     Collect,
     Distill,
     Dsnot,
@@ -70,8 +71,9 @@ def methods(draw):
     assume(found)
     if sum(hasattr(stage, "gram") for stage in found) > 1:
         found = [dataclasses.replace(s, gram="plain") if hasattr(s, "gram") else s for s in found]
-    if any(isinstance(stage, Score | Swaps | MeanSwaps) for stage in found):
+    if any(isinstance(stage, Score | Swaps | MeanSwaps | Dsnot) for stage in found):
         found = [dataclasses.replace(s, saliency="obs") if isinstance(s, Admm) else s for s in found]
+        found = [dataclasses.replace(s, iterations=300) if isinstance(s, Alps) else s for s in found]
     if not method_of([s for s in found if not isinstance(s, Collect)] or [Score()]).weighs_tokens:
         found = [dataclasses.replace(s, token_norm=None) if isinstance(s, Collect) else s for s in found]
     return method_of(found)
@@ -402,15 +404,15 @@ ADMM_OPTIONS = "its options are damping, floor, iterations, relaxation, saliency
         ("mean-update(colour=red)", "mean-update has no option colour: it has none"),
         (
             "wanda(iterations=30)",
-            "wanda has no option iterations: iterations is an option of admm, as in admm(iterations=…)",
+            "wanda has no option iterations: iterations is an option of admm and alps, as in admm(iterations=…)",
         ),
         (
             "obs(iterations=3)",
-            "obs has no option iterations: iterations is an option of admm, as in admm(iterations=…)",
+            "obs has no option iterations: iterations is an option of admm and alps, as in admm(iterations=…)",
         ),
         (
             "wanda(damping=1)",
-            "wanda has no option damping: damping is an option of admm, obs and quantize, as in admm(damping=…)",
+            "wanda has no option damping: damping is an option of admm, alps, obs, quantize and thanos, as in admm(damping=…)",
         ),
         (
             "balanced(tokens=1000)",

@@ -170,7 +170,7 @@ SOLVERS = [
     {"method": "admm"},
     {"method": "admm", "pattern": "2:4"},
     {"method": "admm(gram=sketch)"},
-    {"method": "alps"},
+    {"method": "alps(iterations=6)"},
     {"method": "thanos"},
     {"method": "wanda + dsnot"},
     {"method": "wanda + mean-swaps"},

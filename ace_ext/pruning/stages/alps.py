@@ -97,7 +97,8 @@ def _admm(dense: Tensor, hessian: Tensor, problem: Problem, iterations: int) -> 
         changed = int((mask ^ before).count_nonzero()) / max(1, budget)
         if changed <= (SETTLED if number > SETTLED_AFTER else 0.0):
             break
-        before, step = mask, None  # the old matrix is freed before the new one is made
+        before = mask
+        del step  # freed before the next one is made
         rho *= next(factor for share, factor in GROWTH if changed > share)
         step = _inverse(hessian, rho)
     return kept, mask
