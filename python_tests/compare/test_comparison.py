@@ -1,6 +1,7 @@
 """Comparisons on a tiny model, from command-line arguments: the grid, the journal, continuing, and the tables."""
 
 import argparse
+import dataclasses
 import json
 import math
 import statistics
@@ -357,6 +358,15 @@ def test_two_names_of_a_method_are_two_rows(place):
     grid = study_from(parse(place, methods="published-wanda; collect(order=block) + wanda")).grid
     assert [cell.method for cell, _ in grid.cells()] == ["published-wanda", "collect(order=block) + wanda"]
     assert [grid.bos_mode(method, cell) for cell, method in grid.cells()] == ["never", "auto"]
+    grid = dataclasses.replace(grid, bos="both", calibrations=("text", "self"))
+    assert [(cell.calibration, cell.method) for cell, _ in grid.cells()] == [
+        ("text", "published-wanda"),
+        ("text", "published-wanda with BOS"),
+        ("text", "collect(order=block) + wanda"),
+        ("self", "published-wanda"),
+        ("self", "collect(order=block) + wanda"),
+    ]
+    assert [grid.bos_mode(method, cell) for cell, method in grid.cells()] == ["never", *["auto"] * 4]
     with pytest.raises(InputError, match=r"^methods must be at least one, each given once \(got balanced, balanced\)$"):
         Grid((method_of("balanced"), method_of("balanced")))
 

@@ -412,7 +412,8 @@ ADMM_OPTIONS = "its options are damping, floor, iterations, relaxation, saliency
         ),
         (
             "wanda(damping=1)",
-            "wanda has no option damping: damping is an option of admm, alps, obs, quantize and thanos, as in admm(damping=…)",
+            "wanda has no option damping: damping is an option of admm, alps, obs, quantize and thanos, as in "
+            "admm(damping=…)",
         ),
         (
             "balanced(tokens=1000)",
