@@ -83,11 +83,13 @@ def _admm(dense: Tensor, hessian: Tensor, problem: Problem, iterations: int) -> 
     ``W ← (H + ρ)⁻¹ (H W₀ + ρ Z - V)``, computed as ``W₀ + (ρ (Z - W₀) - V) (H + ρ)⁻¹``; ``Z`` are the largest entries
     of ``W + V / ρ``; ``V ← V + ρ (W - Z)``. Each :data:`PERIOD` iterations the penalty ρ rises by :data:`GROWTH`.
     """
-    rho, step = PENALTY, _inverse(hessian, PENALTY)
+    rho = PENALTY
+    step: Tensor | None = None  # (H + ρ)⁻¹
     mask = before = _largest(dense, problem)
     kept, dual = masked(dense, mask, out=torch.empty_like(dense)), torch.zeros_like(dense)
     total, budget = torch.empty_like(dense), int(mask.count_nonzero())
     for number in range(1, iterations + 1):
+        step = _inverse(hessian, rho) if step is None else step
         torch.addmm(dense, kept.sub_(dense).mul_(rho).sub_(dual), step, out=total).add_(dual, alpha=1 / rho)
         mask = _largest(total, problem)
         masked(total, mask, out=kept)
@@ -97,10 +99,8 @@ def _admm(dense: Tensor, hessian: Tensor, problem: Problem, iterations: int) -> 
         changed = int((mask ^ before).count_nonzero()) / max(1, budget)
         if changed <= (SETTLED if number > SETTLED_AFTER else 0.0):
             break
-        before = mask
-        del step  # freed before the next one is made
+        before, step = mask, None  # freed before the next one is made
         rho *= next(factor for share, factor in GROWTH if changed > share)
-        step = _inverse(hessian, rho)
     return kept, mask
 
 
