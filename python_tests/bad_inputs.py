@@ -130,7 +130,13 @@ METHODS += [
 METHODS += ["swaps(name=x)", "swaps(groups=row)", "swaps(__class__=x)", "collect(label=x)", "allocate(metric=wanda)"]
 METHODS += ["wanda + ria", "admm + obs", "swaps + mean-swaps", "best + distill", "balanced + fast", "collect + collect"]
 METHODS += ["distill + admm", "admm + wanda", "admm + collect", "wanda + allocate", "admm + published-wanda"]
-METHODS += ["wanda + admm(saliency=magnitude)", "swaps + admm(gram=sketch)", "swaps(gram=cosine) + obs"]
+METHODS += [
+    "wanda + admm(saliency=magnitude)",
+    "wanda + alps(iterations=9)",
+    "wanda + dsnot + swaps",
+    "swaps + admm(gram=sketch)",
+    "swaps(gram=cosine) + obs",
+]
 METHODS += [
     "collect(token_norm=exact) + wanda",
     "quantize + train",
@@ -155,6 +161,15 @@ OPTIONS: dict[str, list[str]] = {
     "admm(relaxation={})": [*NO_NUMBERS, "nan", "-1", "0", "2"],
     "admm(saliency={})": CHOICES,
     "admm(gram={})": CHOICES,
+    "alps(damping={})": [*NO_NUMBERS, "nan", "-1"],
+    "alps(iterations={})": [*NOT_WHOLE, *TOO_SMALL],
+    "alps(steps={})": [*NOT_WHOLE, "-1"],
+    "alps(gram={})": [*CHOICES, "sketch"],
+    "dsnot(cycles={})": [*NOT_WHOLE, *TOO_SMALL],
+    "dsnot(threshold={})": [*NO_NUMBERS, "nan", "-1", "inf"],
+    "thanos(damping={})": [*NO_NUMBERS, "nan", "-1"],
+    "thanos(block={})": [*NOT_WHOLE, *TOO_SMALL],
+    "thanos(gram={})": [*CHOICES, "sketch"],
     "obs(damping={})": [*NO_NUMBERS, "nan", "-1"],
     "obs(gram={})": [*CHOICES, "sketch"],
     "quantize(bits={})": [*NOT_WHOLE, "0", "5", "16", "-4"],
@@ -174,6 +189,9 @@ TARGETS = [
     {"group": "matrix", "method": "swaps"},
     {"group": "matrix", "method": "balanced"},
     {"group": "model", "method": "obs"},
+    {"group": "model", "method": "alps"},
+    {"group": "model", "method": "thanos"},
+    {"group": "model", "method": "wanda + dsnot"},
     {"group": "model", "method": "wanda + train"},
     {"group": "model", "method": "allocate"},
     {"group": "model", "method": "collect(order=sequential) + wanda"},

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -298,13 +298,15 @@ def text_field_of(args: argparse.Namespace, *texts: str | None) -> str:
     return str(args.text_field)
 
 
-def add_bos(group: Any, window: str, default: str, flag: str = "--bos") -> None:
-    """Adds the choice whether windows begin with the BOS token. The value is None if the flag is not given."""
+def add_bos(group: Any, window: str, default: str, flag: str = "--bos", more: Mapping[str, str] | None = None) -> None:
+    """Adds the choice whether windows begin with the BOS token. The value is None if the flag is not given. ``more``:
+    further choices, and what they do."""
+    others = "".join(f"; {choice}: {what}" for choice, what in (more or {}).items())
     group.add_argument(
         flag,
-        choices=MODES,
+        choices=(*MODES, *(more or {})),
         help=f"whether each {window} begins with the BOS token; {AUTO}: if the tokenizer adds it, or if it clearly "
-        f"lowers the dense model's perplexity (default: {default})",
+        f"lowers the dense model's perplexity{others} (default: {default})",
     )
 
 

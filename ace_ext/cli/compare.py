@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from ace_ext.cli import args as shared
-from ace_ext.compare.grid import EVAL_WINDOWS, Evaluation, Grid, Study
+from ace_ext.compare.grid import BOTH, EVAL_WINDOWS, Evaluation, Grid, Study
 from ace_ext.compare.runner import run_study
 from ace_ext.compare.tables import markdown_table, results_json, text_table
 from ace_ext.data.bos import AUTO, NEVER
@@ -53,7 +53,8 @@ def add(commands: shared.Subparsers) -> None:
         "--seqlen", type=int, help=f"instead of --lengths: tokens of a sample (default: {default.seqlen})"
     )
     parser.add_argument("--calibration", default=BUNDLED, help="a list of texts, see run --help (default: %(default)s)")
-    shared.add_bos(parser, "calibration sample", f"{AUTO}; {NEVER} for published-*")
+    both = {BOTH: f"published-* with {NEVER} and again with {AUTO}"}
+    shared.add_bos(parser, "calibration sample", f"{AUTO}; {NEVER} for published-*", more=both)
     parser.add_argument("--seeds", "--seed", default="0", help="a list, e.g. 0,1,2 (default: %(default)s)")
     parser.add_argument(
         "--texts",

@@ -27,6 +27,11 @@ EVAL_WINDOWS = 24
 NOTHING = "0"
 """The amount of a method that only quantizes."""
 
+BOTH = "both"
+"""A mode of the BOS token for a grid: each published method runs twice, as its code does and with the token."""
+WITH_BOS = " with BOS"
+"""What follows the label of a published method in its second run."""
+
 
 def _check_list(name: str, values: tuple[object, ...]) -> None:
     if not values or len(set(map(str, values))) < len(values):
@@ -38,7 +43,9 @@ class Grid:
     """What differs between the runs of a comparison. ``amounts`` are shares of zeros like ``"0.5"`` and patterns like
     ``"2:4"``; a method that only quantizes runs once, with the amount ``"0"``. ``lengths`` are pairs ``(nsamples,
     seqlen)``. ``bos`` is the same for all runs: whether calibration samples begin with the BOS token. None:
-    :func:`ace_ext.data.bos.default_mode` of each method.
+    :func:`ace_ext.data.bos.default_mode` of each method. :data:`BOTH`: the same, and published methods run once more
+    with the mode ``auto``, under their label with :data:`WITH_BOS`; not on text that the model writes, which begins
+    with the token in any case.
 
     Raises:
         InputError: a list is empty, a value is given twice, or ``bos`` is unknown.
@@ -59,17 +66,21 @@ class Grid:
             if each.name not in ("methods", "bos"):
                 _check_list(each.name, getattr(self, each.name))
         if self.bos is not None:
-            check_choice("bos", self.bos, MODES)
+            check_choice("bos", self.bos, (*MODES, BOTH))
 
-    def bos_mode(self, method: Method, source: str) -> str:
-        """The mode for the calibration samples of a method on a source."""
-        return self.bos or default_mode(method.published, source == SELF)
+    def bos_mode(self, method: Method, cell: Cell) -> str:
+        """The mode for the calibration samples of a run of a method."""
+        if self.bos is not None and self.bos != BOTH:
+            return self.bos
+        return AUTO if cell.method != method.label else default_mode(method.published, cell.calibration == SELF)
 
     def cells(self) -> Iterator[tuple[Cell, Method]]:
         """The runs of the grid in order. Runs with the same calibration samples are consecutive."""
         data = itertools.product(self.calibrations, self.lengths, self.seeds)
         for (source, (nsamples, seqlen), seed), (amount, method) in itertools.product(data, self.targets()):
             yield Cell(method.label, amount, source, nsamples, seqlen, seed), method
+            if self.bos == BOTH and method.published and source != SELF:
+                yield Cell(method.label + WITH_BOS, amount, source, nsamples, seqlen, seed), method
 
     def targets(self) -> list[tuple[str, Method]]:
         """Each amount with each method; methods that only quantize stand first, once."""
@@ -156,7 +167,7 @@ class Study:
             "eval_seqlen": self.evaluation.seqlen,
             "eval_windows": self.evaluation.windows,
             "eval_bos": self.evaluation.bos,
-            "bos": self.grid.bos,
+            "bos": None if self.grid.bos == BOTH else self.grid.bos,  # BOTH only adds runs
             "versions": versions(),
             **self.evaluation.tasks.settings(),
         }

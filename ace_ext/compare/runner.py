@@ -49,7 +49,7 @@ def run_study(study: Study, device: torch.device, output: Path | None = None, pr
         with tqdm(total=len(missing), desc="comparing", unit="run", disable=not progress, file=sys.stderr) as bar:
             for cell, method in missing:
                 bar.set_postfix_str(f"{cell.method} {cell.amount} {cell.length} seed {cell.seed}")
-                mode = study.grid.bos_mode(method, cell.calibration)
+                mode = study.grid.bos_mode(method, cell)
                 config = study.config(method, cell.amount)
                 journal.add(bench.run(cell, config, mode, sources[cell.calibration]))
                 bar.update()

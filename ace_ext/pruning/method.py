@@ -44,9 +44,12 @@ PUBLISHED = {
     "published-wanda": "collect(order=block) + wanda",
     "published-sparsegpt": "collect(order=block) + obs",
     "published-admm": "collect(order=block) + admm(floor=0, iterations=30, relaxation=1, saliency=magnitude)",
+    "published-alps": "collect(order=block) + alps",
+    "published-dsnot": "collect(order=block) + wanda + dsnot",
+    "published-thanos": "collect(order=block) + thanos",
 }
-"""Baselines with the settings of their papers: Wanda (arXiv 2306.11695), SparseGPT (arXiv 2301.00774) and ADMM pruning
-(arXiv 2401.02938)."""
+"""Baselines with the settings of their papers: Wanda (arXiv 2306.11695), SparseGPT (arXiv 2301.00774), ADMM pruning
+(arXiv 2401.02938), ALPS (arXiv 2406.07831), DSnoT (arXiv 2310.08915) and Thanos (arXiv 2504.05346)."""
 
 Kind = TypeVar("Kind", bound=Stage)
 

@@ -98,7 +98,8 @@ def _run_stages_(
     prunes = keep_budget(weight, config, keep_row) < weight.numel()
     if not prunes and quantize is None:
         return Solution(method.name, 0.0, 0, 0.0, 0.0)
-    shares = shares if shares is not None and config.comparison.name != "matrix" else AllRows()
+    by_rows = config.comparison.name != "matrix" and all(stage.shares_rows for stage in method.matrix_stages)
+    shares = shares if shares is not None and by_rows else AllRows()
     rows = shares.rows(len(weight))
     power = exponent_of(weight) or 0  # stages multiply weights by weights
     dense = times_power_(weight.detach().to(torch.float32, copy=True), -power)

@@ -109,7 +109,10 @@ def test_damage_fails_verify(place, capsys):
         ({"seqlen": 100000}, "100000"),
         ({"nsamples": 0}, "nsamples"),
         ({"method": "wonda"}, "(got 'wonda'); did you mean wanda?"),
-        ({"method": "wanda(iterations=30)"}, "wanda has no option iterations: iterations is an option of admm"),
+        (
+            {"method": "wanda(iterations=30)"},
+            "wanda has no option iterations: iterations is an option of admm and alps",
+        ),
         ({"group": "modelz"}, "argument --group: invalid choice: 'modelz'"),
         ({"sparsty": 0.5}, "unrecognized arguments: --sparsty 0.5; did you mean --sparsity?"),
         ({"device": "tpu"}, "device"),

@@ -56,7 +56,7 @@ def test_an_option_of_a_stage_is_no_flag(options, tmp_path, capsys):
     [
         (
             "obs(iterations=3)",
-            "obs has no option iterations: iterations is an option of admm, as in admm(iterations=…)",
+            "obs has no option iterations: iterations is an option of admm and alps, as in admm(iterations=…)",
         ),
         (
             "balanced(tokens=1000)",

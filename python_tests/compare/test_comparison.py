@@ -1,6 +1,7 @@
 """Comparisons on a tiny model, from command-line arguments: the grid, the journal, continuing, and the tables."""
 
 import argparse
+import dataclasses
 import json
 import math
 import statistics
@@ -313,7 +314,10 @@ def test_a_strange_folder_is_left_alone(place, tmp_path):
         ({"methods": "wanda,ace"}, "method must be made of .*; separate methods by ;"),
         ({"methods": "wanda; ace; wanda"}, "methods must each be given once"),
         ({"methods": " ; "}, "methods must name at least one of"),
-        ({"methods": "wanda(iterations=30)"}, "wanda has no option iterations: iterations is an option of admm"),
+        (
+            {"methods": "wanda(iterations=30)"},
+            "wanda has no option iterations: iterations is an option of admm and alps",
+        ),
         ({"methods": "allocate + wanda", "patterns": "2:4"}, "method 'allocate \\+ wanda': allocate cannot move"),
         ({"sparsities": "half"}, r"sparsities must be numbers from 0 to 1 \(got 'half'\)"),
         ({"sparsities": "1.5"}, "method 'wanda': sparsity must be a share from 0 to 1"),
@@ -353,7 +357,16 @@ def test_defaults(place):
 def test_two_names_of_a_method_are_two_rows(place):
     grid = study_from(parse(place, methods="published-wanda; collect(order=block) + wanda")).grid
     assert [cell.method for cell, _ in grid.cells()] == ["published-wanda", "collect(order=block) + wanda"]
-    assert [grid.bos_mode(method, "text") for _, method in grid.cells()] == ["never", "auto"]
+    assert [grid.bos_mode(method, cell) for cell, method in grid.cells()] == ["never", "auto"]
+    grid = dataclasses.replace(grid, bos="both", calibrations=("text", "self"))
+    assert [(cell.calibration, cell.method) for cell, _ in grid.cells()] == [
+        ("text", "published-wanda"),
+        ("text", "published-wanda with BOS"),
+        ("text", "collect(order=block) + wanda"),
+        ("self", "published-wanda"),
+        ("self", "collect(order=block) + wanda"),
+    ]
+    assert [grid.bos_mode(method, cell) for cell, method in grid.cells()] == ["never", *["auto"] * 4]
     with pytest.raises(InputError, match=r"^methods must be at least one, each given once \(got balanced, balanced\)$"):
         Grid((method_of("balanced"), method_of("balanced")))
 

@@ -485,6 +485,21 @@ def test_a_comparison_evaluates_all_alike_and_calibrates_published_methods_witho
     assert json.loads((tmp_path / "out" / "results.json").read_text())["bos"] == first["bos"]
 
 
+def test_published_methods_run_twice_if_asked(folders, tmp_path, capsys):
+    """A folder that has the first runs goes on with the second ones."""
+    compare(folders["needy"], tmp_path / "out", "--methods", "published-wanda; wanda")
+    again = ("--methods", "published-wanda; wanda", "--bos", "both", "--markdown")
+    runs = [line["run"] for line in compare(folders["needy"], tmp_path / "out", *again)[2:]]
+    assert [(run["cell"]["method"], run["bos"]["mode"], run["bos"]["token"]) for run in runs] == [
+        ("published-wanda", "never", None),
+        ("wanda", "auto", BOS),
+        ("published-wanda with BOS", "auto", BOS),
+    ]
+    assert runs[2]["tokens_sha256"] == runs[1]["tokens_sha256"]
+    assert runs[2]["config"] == runs[0]["config"]
+    assert "Calibration of wanda, published-wanda with BOS: bos auto: each window" in capsys.readouterr().out
+
+
 def test_a_comparison_goes_on_with_the_recorded_choice(folders, tmp_path, monkeypatch):
     compare(folders["needy"], tmp_path / "out", "--methods", "wanda")
     monkeypatch.setattr(bos, "_measured", lambda *_: pytest.fail("measured again"))

@@ -68,4 +68,6 @@ def test_methods_are_accepted(page):
 def test_presets_of_the_readme_stand_for_these_texts():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([\w-]+)`(?: \(default\))? \| `([^`]+)` \|", text, re.M)
-    assert dict(rows) == PRESETS | PUBLISHED
+    assert len(dict(rows)) == len(rows) > len(PRESETS)
+    assert dict(rows).items() <= (PRESETS | PUBLISHED).items()  # not all baselines: those of the three models
+    assert dict(rows).keys() >= PRESETS.keys()

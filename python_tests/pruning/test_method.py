@@ -16,8 +16,10 @@ from ace_ext.pruning.stages import (
     STAGES,
     Admm,
     Allocate,
+    Alps,
     Collect,
     Distill,
+    Dsnot,
     MeanSwaps,
     Obs,
     Quantize,
@@ -69,8 +71,9 @@ def methods(draw):
     assume(found)
     if sum(hasattr(stage, "gram") for stage in found) > 1:
         found = [dataclasses.replace(s, gram="plain") if hasattr(s, "gram") else s for s in found]
-    if any(isinstance(stage, Score | Swaps | MeanSwaps) for stage in found):
+    if any(isinstance(stage, Score | Swaps | MeanSwaps | Dsnot) for stage in found):
         found = [dataclasses.replace(s, saliency="obs") if isinstance(s, Admm) else s for s in found]
+        found = [dataclasses.replace(s, iterations=300) if isinstance(s, Alps) else s for s in found]
     if not method_of([s for s in found if not isinstance(s, Collect)] or [Score()]).weighs_tokens:
         found = [dataclasses.replace(s, token_norm=None) if isinstance(s, Collect) else s for s in found]
     return method_of(found)
@@ -245,6 +248,9 @@ def test_the_texts_of_presets():
         "published-wanda": "collect(order=block) + wanda",
         "published-sparsegpt": "collect(order=block) + obs",
         "published-admm": "collect(order=block) + admm(floor=0, iterations=30, relaxation=1, saliency=magnitude)",
+        "published-alps": "collect(order=block) + alps",
+        "published-dsnot": "collect(order=block) + wanda + dsnot",
+        "published-thanos": "collect(order=block) + thanos",
     }
 
 
@@ -269,7 +275,8 @@ def test_a_preset_is_its_text(name):
 def test_presets_are_valid_whatever_is_pruned(name, target):
     config = PruneConfig(name, **target)
     assert config.sparsity == target.get("sparsity", 0.5)
-    assert config.group == ("matrix" if name == "published-sparsegpt" and "pattern" not in target else "row")
+    in_matrix = name in ("published-sparsegpt", "published-alps", "published-thanos") and "pattern" not in target
+    assert config.group == ("matrix" if in_matrix else "row")
 
 
 def test_the_default_method():
@@ -289,6 +296,7 @@ def test_the_default_method():
         ("balanced(batch_tokens=64)", (Collect(batch_tokens=64), Admm())),
         ("published-wanda(order=sequential)", (Collect(order="sequential"), Score("wanda"))),
         ("published-sparsegpt(damping=0.1)", (Collect(order="block"), Obs(damping=0.1))),
+        ("published-dsnot(cycles=9)", (Collect(order="block"), Score("wanda"), Dsnot(cycles=9))),
         ("balanced + distill", (Admm(), Distill())),
         ("balanced(damping=0.2) + train", (Admm(damping=0.2), Train())),
     ],
@@ -396,15 +404,16 @@ ADMM_OPTIONS = "its options are damping, floor, iterations, relaxation, saliency
         ("mean-update(colour=red)", "mean-update has no option colour: it has none"),
         (
             "wanda(iterations=30)",
-            "wanda has no option iterations: iterations is an option of admm, as in admm(iterations=…)",
+            "wanda has no option iterations: iterations is an option of admm and alps, as in admm(iterations=…)",
         ),
         (
             "obs(iterations=3)",
-            "obs has no option iterations: iterations is an option of admm, as in admm(iterations=…)",
+            "obs has no option iterations: iterations is an option of admm and alps, as in admm(iterations=…)",
         ),
         (
             "wanda(damping=1)",
-            "wanda has no option damping: damping is an option of admm, obs and quantize, as in admm(damping=…)",
+            "wanda has no option damping: damping is an option of admm, alps, obs, quantize and thanos, as in "
+            "admm(damping=…)",
         ),
         (
             "balanced(tokens=1000)",

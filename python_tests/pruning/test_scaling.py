@@ -27,6 +27,11 @@ SETTINGS = {
     "obs in the matrix": {"method": "obs", "group": "matrix"},
     "swaps": {"method": "wanda + swaps"},
     "swaps + admm": {"method": "wanda + swaps + admm"},
+    "alps": {"method": "alps", "group": "row"},
+    "alps 2:4": {"method": "alps", "pattern": "2:4"},
+    "thanos": {"method": "thanos(block=20)", "group": "row"},
+    "thanos 2:4": {"method": "thanos(block=20)", "pattern": "2:4"},
+    "dsnot": {"method": "wanda + dsnot"},
     "mean": {"method": "wanda + mean-swaps + mean-update"},
 }
 
@@ -123,7 +128,7 @@ def test_dead_inputs_leave_exactly_k(setting, dead):
         assert (report.relative_error, report.cosine) == (0.0, 1.0)
 
 
-@pytest.mark.parametrize("setting", ["fast", "balanced", "obs"])
+@pytest.mark.parametrize("setting", ["fast", "balanced", "obs", "alps", "thanos"])
 def test_stages_without_any_input_prune_by_magnitude(setting):
     weight, x = make_case()
     found, _, _ = pruned(weight, torch.zeros_like(x), setting)
@@ -132,7 +137,7 @@ def test_stages_without_any_input_prune_by_magnitude(setting):
     assert (found.abs().sum(1) > 0.99 * largest).all()  # ADMM's own choice differs a little
 
 
-@pytest.mark.parametrize("setting", ["fast", "balanced", "obs"])
+@pytest.mark.parametrize("setting", ["fast", "balanced", "obs", "alps", "thanos"])
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_what_cannot_be_solved_is_an_input_error(setting, bad):
     weight, x = make_case()

@@ -13,6 +13,8 @@ from ace_ext.records import Solution
 
 ROWS, COLS, TOKENS = 6, 24, 50
 
+UPDATES = ["obs", "admm", "alps", "thanos"]
+
 SETTINGS = [
     {"method": "wanda + swaps"},
     {"method": "obs", "group": "row"},
@@ -22,6 +24,10 @@ SETTINGS = [
     {"method": "admm(iterations=1)"},
     {"method": "wanda + swaps + obs", "group": "row"},
     {"method": "wanda + swaps + admm"},
+    {"method": "alps", "group": "row"},
+    {"method": "alps", "group": "matrix"},
+    {"method": "thanos(block=10)", "group": "row"},
+    {"method": "thanos(block=10)", "group": "matrix"},
 ]
 PATTERNS = [{"method": s["method"], "pattern": "2:4"} for s in SETTINGS]
 
@@ -62,7 +68,8 @@ def test_an_update_that_the_dtype_cannot_hold_is_refused(setting):
     dense = (50000 + 5000 * torch.rand(ROWS, COLS, generator=random)).half()
     stats, weight = statistics_of(x, dense * 1e-4), dense.clone()
     with pytest.raises(
-        InputError, match=r"(obs|admm|mean-update) overflowed with damping .*; raise damping, or load .* as bfloat16"
+        InputError,
+        match=r"(obs|admm|alps|thanos|mean-update) overflowed with damping .*; raise damping, or load .* as bfloat16",
     ):
         prune_linear_(weight, stats, PruneConfig(**setting))
     assert torch.equal(weight, dense)
@@ -228,7 +235,7 @@ def test_admm_saliency_changes_the_mask():
     assert not torch.equal(*masks)
 
 
-@pytest.mark.parametrize("update", ["obs", "admm"])
+@pytest.mark.parametrize("update", UPDATES)
 def test_an_update_keeps_the_refined_mask(update):
     weight, _, stats = make_case()
     other = weight.clone()
@@ -238,7 +245,7 @@ def test_an_update_keeps_the_refined_mask(update):
     assert not torch.equal(weight, other)
 
 
-@pytest.mark.parametrize("update", ["obs", "admm"])
+@pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("keep", [10, COLS - 2, COLS - 1])
 def test_dead_inputs_get_weight_only_where_the_others_do_not_suffice(update, keep):
     weight, x, _ = make_case()
@@ -251,7 +258,7 @@ def test_dead_inputs_get_weight_only_where_the_others_do_not_suffice(update, kee
     assert torch.isfinite(weight).all()
 
 
-@pytest.mark.parametrize("update", ["obs", "admm"])
+@pytest.mark.parametrize("update", UPDATES)
 def test_inputs_that_are_all_zero_lose_nothing(update):
     weight, x, _ = make_case()
     stats = statistics_of(torch.zeros_like(x), weight)
@@ -267,7 +274,7 @@ def test_rank_deficiency_is_told_and_no_identity(method):
     assert solution.loss_after < solution.loss_before
 
 
-@pytest.mark.parametrize("update", ["obs", "admm"])
+@pytest.mark.parametrize("update", UPDATES)
 def test_a_failure_leaves_the_weight(update):
     weight, _, stats = make_case()
     dense = weight.clone()

@@ -27,7 +27,7 @@ from ace_ext.pruning import gram
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.prune_linear import prune_linear_, working_bytes
 from ace_ext.pruning.sketch import SketchState
-from ace_ext.pruning.stages import Score, admm, quantize
+from ace_ext.pruning.stages import Score, admm, quantize, thanos
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
 from ace_ext.runs.heal_memory import Division, HealDemand
 from ace_ext.runs.memory_model import estimate
@@ -170,6 +170,9 @@ SOLVERS = [
     {"method": "admm"},
     {"method": "admm", "pattern": "2:4"},
     {"method": "admm(gram=sketch)"},
+    {"method": "alps(iterations=6)"},
+    {"method": "thanos"},
+    {"method": "wanda + dsnot"},
     {"method": "wanda + mean-swaps"},
     {"method": "wanda + mean-update"},
     {"method": "wanda + swaps(max_swaps=2) + admm"},
@@ -192,6 +195,7 @@ def test_a_solver_holds_what_is_estimated(setting, shape, parts, monkeypatch):
     monkeypatch.setattr(gram, "MASKED_AT_ONCE", 2**10)
     monkeypatch.setattr(admm, "PART_ENTRIES", shape[0] * shape[1] // parts)
     monkeypatch.setattr(quantize, "PART_ENTRIES", shape[0] * shape[1] // parts)
+    monkeypatch.setattr(thanos, "PART_ENTRIES", shape[0] * shape[1] // 4)
     config = PruneConfig(**setting)
     weight, x = torch.randn(shape).bfloat16(), torch.randn(512, shape[1])
     state = (SketchState if "sketch" in setting["method"] else GramState)(shape[1])

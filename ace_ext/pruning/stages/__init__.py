@@ -31,12 +31,15 @@ from ace_ext.pruning.stages.score import Score
 if TYPE_CHECKING:
     from ace_ext.pruning.stages.admm import Admm
     from ace_ext.pruning.stages.allocate import Allocate
+    from ace_ext.pruning.stages.alps import Alps
     from ace_ext.pruning.stages.distill import Distill
+    from ace_ext.pruning.stages.dsnot import Dsnot
     from ace_ext.pruning.stages.mean_swaps import MeanSwaps
     from ace_ext.pruning.stages.mean_update import MeanUpdate
     from ace_ext.pruning.stages.obs import Obs
     from ace_ext.pruning.stages.quantize import Quantize
     from ace_ext.pruning.stages.swaps import Swaps
+    from ace_ext.pruning.stages.thanos import Thanos
     from ace_ext.pruning.stages.train import Train
 
 Kind = TypeVar("Kind", bound=Stage)
@@ -74,10 +77,12 @@ __all__ = [
     "STAGES",
     "Admm",
     "Allocate",
+    "Alps",
     "BlockSizes",
     "Collect",
     "Distill",
     "Divide",
+    "Dsnot",
     "MatrixStage",
     "MeanSwaps",
     "MeanUpdate",
@@ -91,6 +96,7 @@ __all__ = [
     "Solved",
     "Stage",
     "Swaps",
+    "Thanos",
     "Train",
     "TrainBlock",
     "TrainModel",

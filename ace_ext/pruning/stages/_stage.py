@@ -193,9 +193,11 @@ class Divide(Stage):
 class MatrixStage(Stage):
     """A stage that works on one matrix at a time and reads its statistics.
 
-    Except with the group ``matrix``, the result of a row must not depend on other rows: several processes may take a
-    share of the rows each.
+    If ``shares_rows``, the result of a row must not depend on other rows, except with the group ``matrix``: several
+    processes may take a share of the rows each.
     """
+
+    shares_rows: ClassVar[bool] = True
 
     groups: ClassVar[tuple[str, ...]]
     """The comparison groups that it supports, its default first; a pattern counts as ``row``."""
