@@ -12,8 +12,6 @@ from ace_ext.packed.files import SUFFIX, is_packed
 
 LLAMA = "llama.cpp"
 VLLM = "vllm"
-
-
 DENSE = "dense"
 """The name of the dense folder in torch."""
 
@@ -25,7 +23,7 @@ class Candidate:
     name: str
     """Unique in a contest."""
     path: Path
-    """A folder for torch, a GGUF file for llama.cpp."""
+    """A folder for torch and vLLM, a GGUF file for llama.cpp."""
     engine: str = "torch"
     """``torch``, ``llama.cpp`` or ``vllm``."""
     beside: str = ""
