@@ -86,9 +86,9 @@ fuzz: $(VENV)/installed
 # alone.
 nightly: nightly-python test-oldest nightly-cpp check-arm check-memory check-pages check-vllm coverage mutation licenses nightly-fuzz
 
-# The tests that `make test` leaves out (pyproject.toml, addopts), also those that need lm-eval or llama.cpp.
+# The tests that `make test` leaves out (pyproject.toml, addopts), also those that need lm-eval, llama.cpp or ONNX Runtime.
 nightly-python: $(VENV)/installed
-	$(BIN)/pip install --quiet 'lm-eval[hf]>=0.4.9' 'xllamacpp>=2026.10'
+	$(BIN)/pip install --quiet 'lm-eval[hf]>=0.4.9' 'xllamacpp>=2026.10' onnxruntime onnxscript
 	$(PYTEST) -m nightly
 
 # The tests with the oldest releases that pyproject.toml allows, in an environment of its own. On Linux pip fetches a

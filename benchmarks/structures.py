@@ -2,9 +2,11 @@
 
     python benchmarks/structures.py --model MODEL "neurons=0.2" "neurons=0.2(score=variance)" "params=0.2"
     python benchmarks/structures.py --model MODEL --method distill "neurons=0.2"
+    python benchmarks/structures.py --model MODEL --setting mlp_bias "neurons=0.2(score=published-flap)" "neurons=0.2"
 
 Each row removes the structures from a copy of the model in memory, and evaluates it on three texts. The last column is
-the processor's time of the removal, and of the method after it.
+the processor's time of the removal, and of the method after it. ``--setting`` gives the model biases of zero, where a
+class has such a setting: FLAP updates biases.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import statistics
 import time
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ace_ext import prune_model
@@ -22,6 +25,7 @@ from ace_ext.data.windows import load_windows
 from ace_ext.engine.distillation import distill_draw
 from ace_ext.models.loading import LoadedModel, load_model
 from ace_ext.pruning.config import PruneConfig
+from ace_ext.structures.smaller import fill_, laid_out, stored_shapes, take_over_
 
 TEXTS = ("wiki-mini", "news-mini", "code-mini")
 
@@ -30,6 +34,14 @@ def perplexity(loaded: LoadedModel, model: nn.Module, windows: int, bos: bool) -
     """One figure for each text."""
     texts = (text_perplexity(model, loaded.tokenizer, text, 512, max_tokens=windows * 512, bos=bos) for text in TEXTS)
     return [found.perplexity for found in texts]
+
+
+def add_biases_(model: nn.Module, setting: str) -> None:
+    """Switches a setting of the configuration on. What the class then has more is zero."""
+    larger, dtype = laid_out(model, {setting: True}), next(model.parameters()).dtype
+    new = {name: torch.zeros(shape, dtype=dtype) for name, shape in stored_shapes(larger).items()}
+    fill_(larger, new | model.state_dict(), model)
+    take_over_(model, larger)
 
 
 def row(part: str, figures: list[float], share: float = 0.0, seconds: float = 0.0) -> str:
@@ -49,8 +61,11 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eval-windows", type=int, default=12)
+    parser.add_argument("--setting", help="of the configuration, which gives biases of zero, such as mlp_bias")
     arguments = parser.parse_args()
     loaded = load_model(arguments.model, "bfloat16")
+    if arguments.setting is not None:
+        add_biases_(loaded.model, arguments.setting)
     bos = choose_bos("auto", loaded.tokenizer, loaded.model)
 
     def windows(nsamples: int, seed: int):

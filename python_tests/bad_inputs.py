@@ -244,6 +244,8 @@ STRUCTURES += [
     "blocks=0.01",
     "blocks=x",
     "blocks=1(score=obs)",
+    "neurons=0.25(score=published-shortgpt)",
+    "neurons=0.25(score=published-flap, refit=none)",
     "heads=2",
     "heads=0.01",
     "heads=0.99",

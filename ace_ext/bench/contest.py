@@ -1,5 +1,5 @@
-"""Measures several candidates on the same shapes with the same threads, in turns: packed folders, the dense folder, and
-its weights in other engines."""
+"""Measures several candidates with the same threads, in turns: the dense folder, packed folders, folders of smaller
+models, and the weights of dense and smaller ones in other engines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ace_ext.bench.candidates import LLAMA, Candidate
+from ace_ext.bench.candidates import DENSE, LLAMA, VLLM, Candidate
 from ace_ext.bench.gguf_writer import check_writable, write_gguf
 from ace_ext.bench.settings import BenchProgress, BenchSettings
 from ace_ext.bench.worker import Worker
@@ -25,6 +25,10 @@ from ace_ext.packed.files import PackedShards
 
 _SAME = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 """Settings that are equal in models of the same shapes."""
+_SAME_IN_SMALLER = ("model_type", "vocab_size")
+"""Settings that are equal in a model and one without some of its structures."""
+_PACKED = "give folders of models of the same shapes"
+_SMALLER = "give folders of models of the same type and vocabulary"
 
 
 @dataclass
@@ -48,6 +52,11 @@ class Figures:
     prefill: float = 0.0
     """Tokens a second."""
     prefill_ratio: float = 1.0
+    beside: str = ""
+    """For a smaller model: the candidate with the dense one in the same engine and type of weights."""
+    beside_decode: dict[int, float] = field(default_factory=dict)
+    """How many times as fast as that candidate, by batch size."""
+    beside_prefill: float = 1.0
 
 
 @dataclass
@@ -68,28 +77,34 @@ def contest_steps(candidates: int, settings: BenchSettings) -> int:
     return candidates * (1 + settings.runs)
 
 
-def check_shapes(dense: str | Path, packed: Sequence[Candidate]) -> None:
-    """Checks that packed folders hold models of the same shapes as the dense folder. Their weights may differ.
+def check_shapes(dense: str | Path, folders: Sequence[Candidate]) -> None:
+    """Checks that packed folders hold models of the same shapes as the dense folder, and others models of the same type
+    and vocabulary. Their weights may differ.
 
     Raises:
         InputError: they do not, or a folder cannot be read.
     """
     Shards(Path(dense).expanduser())
     expected = _shapes(dense)
-    for candidate in packed:
-        PackedShards(candidate.path, mapped=False)
+    for candidate in folders:
+        if candidate.beside:
+            Shards(candidate.path)
+        else:
+            PackedShards(candidate.path, mapped=False)
         found = _shapes(candidate.path)
-        for name, value in expected.items():
-            if found[name] != value:
+        for name in _SAME_IN_SMALLER if candidate.beside else _SAME:
+            if found[name] != expected[name]:
+                kind = "" if candidate.beside else "packed "
+                remedy = _SMALLER if candidate.beside else _PACKED
                 raise InputError(
-                    f"packed folder {str(candidate.path)!r} has {name} {found[name]}, the dense folder {value}; give "
-                    "folders of models of the same shapes"
+                    f"{kind}folder {str(candidate.path)!r} has {name} {found[name]}, the dense folder "
+                    f"{expected[name]}; {remedy}"
                 )
 
 
-def check_gguf(dense: str | Path, sources: Sequence[str | Path]) -> None:
-    """Checks that the dense folder can be written as GGUF, if a type is among the sources, and that files hold as many
-    weights as the dense folder.
+def check_gguf(dense: str | Path, sources: Sequence[str | Path], smaller: Sequence[Candidate] = ()) -> None:
+    """Checks that the dense folder and smaller ones can be written as GGUF, if a type is among the sources, and that
+    files hold as many weights as the dense folder.
 
     Raises:
         InputError: a class or setting that :func:`ace_ext.bench.gguf_writer.check_writable` refuses, or a file of
@@ -98,7 +113,8 @@ def check_gguf(dense: str | Path, sources: Sequence[str | Path]) -> None:
     from gguf import GGUFReader
 
     if any(isinstance(source, str) for source in sources):
-        check_writable(dense)
+        for folder in (dense, *(own.path for own in smaller)):
+            check_writable(folder)
     weights, _ = _weights(dense)
     for source in sources:
         if isinstance(source, Path):
@@ -111,10 +127,14 @@ def check_gguf(dense: str | Path, sources: Sequence[str | Path]) -> None:
 
 
 def gguf_candidates(
-    dense: str | Path, sources: Sequence[str | Path], place: Path, progress: BenchProgress | None = None
+    dense: str | Path,
+    sources: Sequence[str | Path],
+    place: Path,
+    progress: BenchProgress | None = None,
+    smaller: Sequence[Candidate] = (),
 ) -> list[Candidate]:
     """Candidates for llama.cpp. The weights of a dense folder are written as GGUF into ``place``, a file for each type
-    among the sources."""
+    among the sources, and those of each smaller one beside them."""
     progress = progress or BenchProgress()
     found = []
     for source in sources:
@@ -125,7 +145,17 @@ def gguf_candidates(
         file = place / f"{source}.gguf"
         write_gguf(dense, file, source)
         found.append(Candidate(f"{LLAMA} {source}", file, LLAMA))
+        for number, own in enumerate(smaller):
+            file = place / f"{source}-{number}.gguf"
+            write_gguf(own.path, file, source)
+            found.append(Candidate(f"{LLAMA} {source} {own.name}", file, LLAMA, f"{LLAMA} {source}"))
     return found
+
+
+def vllm_candidates(dense: str | Path, smaller: Sequence[Candidate]) -> list[Candidate]:
+    """Candidates for vLLM: the dense folder, and smaller ones."""
+    first = Candidate(f"{VLLM} {DENSE}", Path(dense).expanduser().resolve(), VLLM)
+    return [first, *(Candidate(f"{VLLM} {own.name}", own.path, VLLM, first.name) for own in smaller)]
 
 
 def contest(
@@ -141,7 +171,7 @@ def contest(
 
     Args:
         dense: a dense folder.
-        others: packed folders and GGUF files of models of the same shapes.
+        others: packed folders and GGUF files of models of the same shapes, and smaller models.
         settings: how much is measured.
         progress: is told how the work proceeds.
 
@@ -156,12 +186,13 @@ def contest(
     result = ContestResult(dtype, threads, settings.rounds, settings.tokens, prefill)
     with contextlib.ExitStack() as opened:
         workers = []
-        for candidate in (Candidate("dense", Path(dense).expanduser().resolve()), *others):
+        for candidate in (Candidate(DENSE, Path(dense).expanduser().resolve()), *others):
             progress.phase(f"loading {candidate.name}")
             worker = opened.enter_context(Worker(candidate, threads))
             worker.load(settings.prompt + settings.tokens + 1)
             size = candidate.file_bytes()
             own = Figures(candidate.name, worker.engine, size, 8 * size / weights, worker.program, worker.memory())
+            own.beside = candidate.beside
             result.figures.append(own)
             workers.append(worker)
             progress.step()
@@ -186,12 +217,16 @@ def _measure(
         for own, runs, ratio in zip(result.figures, seconds, _ratios(seconds), strict=True):
             own.decode[batch] = batch * settings.tokens / statistics.median(runs)
             own.decode_ratios[batch] = ratio
+        for place, ratio in _beside(result, seconds).items():
+            result.figures[place].beside_decode[batch] = ratio
     progress.phase(f"prefill of {result.prefill_tokens} tokens")
     prompt = draw(1, result.prefill_tokens)[0]
     seconds = _turns(workers, settings.rounds, progress.step, partial(Worker.prefill, prompt=prompt))
     for own, runs, ratio in zip(result.figures, seconds, _ratios(seconds), strict=True):
         own.prefill = result.prefill_tokens / statistics.median(runs)
         own.prefill_ratio = ratio
+    for place, ratio in _beside(result, seconds).items():
+        result.figures[place].beside_prefill = ratio
 
 
 def _turns(
@@ -207,6 +242,13 @@ def _turns(
                 seconds[which].append(taken)
             step()
     return seconds
+
+
+def _beside(result: ContestResult, seconds: list[list[float]]) -> dict[int, float]:
+    """How many times as fast as the dense model in the same engine each smaller one is, by its place."""
+    names = [own.name for own in result.figures]
+    pairs = [(place, names.index(own.beside)) for place, own in enumerate(result.figures) if own.beside]
+    return {place: _ratios([seconds[dense], seconds[place]])[1] for place, dense in pairs}
 
 
 def _ratios(seconds: list[list[float]]) -> list[float]:

@@ -6,8 +6,10 @@ one after the other, so they never work at the same time; a process that waits f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,13 +17,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ace_ext.bench.candidates import LLAMA, Candidate
+from ace_ext.bench.candidates import LLAMA, VLLM, Candidate
 from ace_ext.errors import InputError, one_line
 from ace_ext.models.location import remote_code_allowed
 from ace_ext.process_memory import resident_bytes
 from ace_ext.process_threads import without_own_waiting
 
 _HERE = Path(__file__).parent
+_FILES = {LLAMA: "_llama_engine.py", VLLM: "_vllm_engine.py"}
 
 
 class Worker:
@@ -35,8 +38,8 @@ class Worker:
 
     def __init__(self, candidate: Candidate, threads: int) -> None:
         self.candidate = candidate
-        foreign = candidate.engine == LLAMA
-        file = _HERE / ("_llama_engine.py" if foreign else "_torch_engine.py")
+        foreign = candidate.engine in _FILES
+        file = _HERE / _FILES.get(candidate.engine, "_torch_engine.py")
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the process
         self._process = subprocess.Popen(
             [sys.executable, "-c", _bootstrap(file)],
@@ -81,12 +84,14 @@ class Worker:
         return [int(token) for token in self._ask("generate", prompt=prompt, tokens=tokens)]
 
     def memory(self) -> int:
-        """The resident bytes of the process now, program, libraries and mapped files included."""
-        return resident_bytes(self._process.pid)
+        """The resident bytes of the process and those that it started now, program, libraries and mapped files
+        included."""
+        return sum(map(resident_bytes, _family(self._process.pid)))
 
     def close(self) -> None:
-        """Ends the process."""
-        self._process.kill()
+        """Ends the process, and those that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.communicate()
         self._errors.close()
 
@@ -124,6 +129,15 @@ class Worker:
         lines = self._errors.read().decode(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
         return f" (it wrote: {last[:300]})" if last else ""
+
+
+def _family(process: int) -> list[int]:
+    """A process and those that it started, as far as the system says."""
+    found = [process]
+    for parent in found:
+        with contextlib.suppress(OSError):
+            found += map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split())
+    return found
 
 
 def _bootstrap(file: Path) -> str:

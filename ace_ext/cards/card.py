@@ -21,8 +21,8 @@ from ace_ext.errors import InputError
 from ace_ext.models._transformers import COMPRESSED_METHOD, OWN_METHOD
 from ace_ext.pruning.method import parse, quantize_of
 from ace_ext.pruning.metrics import METRICS
+from ace_ext.pruning.removal import BLOCK_SCORES, Blocks, Experts, Params, removal_of
 from ace_ext.pruning.removal import SCORES as REMOVAL_SCORES
-from ace_ext.pruning.removal import Blocks, Experts, Params, removal_of
 from ace_ext.pruning.stages import Collect, Round, Score, Stage
 from ace_ext.records import PruneReport, figure_text
 from ace_ext.whole_files import write_whole
@@ -199,11 +199,13 @@ def removal_words(part: str) -> str:
     except InputError:  # written by another version
         return "a score that this version does not know"
     if isinstance(found, Blocks):
-        return "the least change of direction from a block's input to its output, measured again after each"
+        return BLOCK_SCORES[found.score]
     if isinstance(found, Params):  # the record names what was chosen
         return "chosen by the predictions on held-back samples"
     if isinstance(found, Experts):
         return "the norm of an expert's output times the router's weight, a mean over the tokens routed to it (REAP)"
+    if found.published is not None:
+        return found.published.formula.replace("|", "\\|")
     after = "; the matrix that reads them is fitted to what it gave with all of them" if found.refit != "none" else ""
     return f"{REMOVAL_SCORES[found.score]}{after}".replace("|", "\\|")
 

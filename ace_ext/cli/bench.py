@@ -1,4 +1,5 @@
-"""``ace-prune bench``: speed, memory and size of packed folders, of the dense one, and of its weights in llama.cpp."""
+"""``ace-prune bench``: speed, memory and size of packed and smaller folders, of the dense one, and of the weights in
+llama.cpp and vLLM."""
 
 import argparse
 import contextlib
@@ -14,7 +15,7 @@ from typing import NoReturn
 from tabulate import tabulate
 from tqdm import tqdm
 
-from ace_ext.bench.candidates import gguf_sources, packed_candidates
+from ace_ext.bench.candidates import engines_of, folder_candidates
 from ace_ext.bench.contest import (
     ContestResult,
     Figures,
@@ -23,6 +24,7 @@ from ace_ext.bench.contest import (
     contest,
     contest_steps,
     gguf_candidates,
+    vllm_candidates,
 )
 from ace_ext.bench.pair import BenchResult, Difference, Pair, bench, pair_steps
 from ace_ext.bench.settings import BenchProgress, BenchSettings
@@ -36,6 +38,7 @@ EXAMPLES = (
     "bench packed",
     "bench packed --dense pruned --tokens 32",
     "bench packed packed-int8 --dense pruned --against llama.cpp:bf16,llama.cpp:q8_0",
+    "bench smaller --dense dense --against llama.cpp:q8_0,vllm",
 )
 """Commands that ``--help`` shows."""
 
@@ -44,9 +47,11 @@ def add(commands: shared.Subparsers) -> None:
     """Adds the verb to the command line."""
     default = BenchSettings()
     parser = commands.add_parser(
-        "bench", help="compare packed folders with the dense one and with llama.cpp, on the CPU: speed, memory, size"
+        "bench", help="compare packed or smaller folders with the dense one, on the CPU: speed, memory, size"
     )
-    parser.add_argument("folders", nargs="+", metavar="folder", help="a folder that ace-prune pack wrote, or several")
+    parser.add_argument(
+        "folders", nargs="+", metavar="folder", help="a folder that ace-prune pack or run --remove wrote, or several"
+    )
     parser.add_argument(
         "--dense",
         metavar="DIR",
@@ -58,7 +63,8 @@ def add(commands: shared.Subparsers) -> None:
         metavar="ENGINES",
         help="also measure the dense weights in llama.cpp: llama.cpp:bf16, llama.cpp:q8_0, llama.cpp:q4_0, a list of "
         "these, or llama.cpp for all (GGUF files are written beside the first folder and removed at the end); "
-        "llama.cpp:FILE.gguf measures a file of yours; needs ace_ext[llama]",
+        "llama.cpp:FILE.gguf measures a file of yours; needs ace_ext[llama]. vllm: the same in vLLM, packed folders "
+        "excepted",
     )
     parser.add_argument("--tokens", type=int, default=default.tokens, help="tokens to decode (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=default.rounds, help="runs of each model (default: %(default)s)")
@@ -74,13 +80,15 @@ def add(commands: shared.Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the verb; returns the exit status."""
-    for folder in args.folders:
-        if not is_packed(folder):
-            raise InputError(f"{folder!r} is not packed; give a folder that ace-prune pack wrote")
+    smaller = [folder for folder in args.folders if not is_packed(folder)]
+    if smaller and args.dense is None:
+        raise InputError(
+            f"{smaller[0]!r} is not packed; give a folder that ace-prune pack wrote, or the dense folder too (--dense)"
+        )
     if args.plot is not None:
         check_plot(args.plot)
     settings = BenchSettings(tokens=args.tokens, rounds=args.rounds, prefill=args.prefill)
-    sources = gguf_sources(args.against or ())
+    sources, served = engines_of(args.against or ())
     with contextlib.ExitStack() as opened:
         opened.enter_context(_ended_by_signals())
         dense = args.dense
@@ -90,11 +98,11 @@ def run(args: argparse.Namespace) -> int:
             )
             unpack(args.folders[0], dense)
         found: BenchResult | ContestResult
-        if len(args.folders) == 1 and not sources:
+        if len(args.folders) == 1 and not (smaller or sources or served):
             progress = opened.enter_context(_progress(args, pair_steps(settings)))
             found = bench(str(dense), args.folders[0], settings, progress)
         else:
-            found = _contest(args, str(dense), sources, settings, opened)
+            found = _contest(args, str(dense), sources, served, settings, opened)
     if args.plot is not None:
         write_plot(pair_plot(found) if isinstance(found, BenchResult) else contest_plot(found), args.plot)
     if args.json:
@@ -108,18 +116,23 @@ def _contest(
     args: argparse.Namespace,
     dense: str,
     sources: list[str | Path],
+    served: bool,
     settings: BenchSettings,
     opened: contextlib.ExitStack,
 ) -> ContestResult:
-    others = packed_candidates(args.folders)
+    others = folder_candidates(args.folders)
     check_shapes(dense, others)
-    steps = contest_steps(1 + len(others) + len(sources), settings)
+    smaller = [own for own in others if own.beside]
+    written = sum(isinstance(source, str) for source in sources)
+    elsewhere = len(sources) + written * len(smaller) + served * (1 + len(smaller))
     if sources:
-        check_gguf(dense, sources)
+        check_gguf(dense, sources, smaller)
         place = _temporary(args.folders[0], opened, "GGUF files cannot be written")
-    progress = opened.enter_context(_progress(args, steps))
+    progress = opened.enter_context(_progress(args, contest_steps(1 + len(others) + elsewhere, settings)))
     if sources:
-        others += gguf_candidates(dense, sources, place, progress)
+        others += gguf_candidates(dense, sources, place, progress, smaller)
+    if served:
+        others += vllm_candidates(dense, smaller)
     return contest(dense, others, settings, progress)
 
 
@@ -190,6 +203,7 @@ def contest_table(result: ContestResult) -> str:
     for figures in result.figures:
         engines.setdefault(figures.engine, []).append(figures.name)
     lines += [f"{engine}: {', '.join(names)}" for engine, names in engines.items()]
+    lines += [_beside(figures) for figures in result.figures if figures.beside]
     lines.append(f"dense is {result.dtype}; {result.threads} threads; {_runs(result.rounds)}")
     return "\n".join(lines)
 
@@ -199,6 +213,14 @@ def _line(figures: Figures, batches: list[int]) -> list[str]:
     cells = [f"{speed:.4g} ({ratio:.2f})" for speed, ratio in (*speeds, (figures.prefill, figures.prefill_ratio))]
     sizes = [f"{size / 10**6:.4g}" for size in (figures.file_bytes, figures.memory_bytes)]
     return [figures.name, *cells, f"{figures.bits:.2f}", *sizes]
+
+
+def _beside(figures: Figures) -> str:
+    """How a smaller model compares with the dense one in the same engine."""
+    speeds = ", ".join(f"{ratio:.2f} at batch {batch}" for batch, ratio in figures.beside_decode.items())
+    return (
+        f"{figures.name} beside {figures.beside}: decodes {speeds} times as fast, prefill {figures.beside_prefill:.2f}"
+    )
 
 
 def _runs(rounds: int) -> str:

@@ -19,6 +19,42 @@ SCORES = {
 """The scores by name, with their formulas. ``W_j``: column j of the matrix that reads the neurons or heads; a group of
 heads has several columns."""
 
+
+@dataclass(frozen=True)
+class Published:
+    """How a paper removes neurons or heads: a baseline. Tokens have equal weights, and none are held back."""
+
+    formula: str
+    """Its score, and its update of weights."""
+    fit: str
+    """What is updated where they are read: ``none``, ``bias`` (by what the removed inputs gave in the mean), or
+    ``matrix`` (by least squares)."""
+    dense: bool = False
+    """Whether the inputs are those of the dense model; else of the model that is pruned so far."""
+
+
+PUBLISHED = {
+    "published-flap": Published(
+        "the variance of the input times ‖W_j‖²; a bias, if there is one, takes the mean of what goes (FLAP, arXiv "
+        "2312.11983)",
+        "bias",
+        dense=True,
+    ),
+    "published-osscar": Published(
+        "‖W_j‖² / (C⁻¹)_jj with the inputs' second moments C, a few at a time; then least squares (OSSCAR, arXiv "
+        "2403.12983)",
+        "matrix",
+    ),
+    "published-wanda-sp": Published("Σ_i |W_ij| times the norm of the input (Wanda-sp, arXiv 2312.11983)", "none"),
+}
+"""Published methods for neurons and heads, by the name that ``score`` takes."""
+
+BLOCK_SCORES = {
+    "influence": "the least change of direction from a block's input to its output, measured again after each",
+    "published-shortgpt": "the same, measured once in the dense model (ShortGPT, arXiv 2403.03853)",
+}
+"""Which blocks go, by the name that ``score`` takes."""
+
 MOST_AT_ONCE = 256
 """The largest multiple that sizes are rounded to by default: formats of llama.cpp store blocks of 256 numbers."""
 
@@ -85,12 +121,26 @@ class Params(ShareOf):
 class Units(ShareOf):
     """Removes parts of the input of one matrix, which is then fitted."""
 
-    score: str = option("cosine", "which stay: those with the highest score", Limits(choices=SCORES))
+    score: str = option(
+        "cosine",
+        "which stay: those with the highest score, or a published method",
+        Limits(choices=(*SCORES, *PUBLISHED)),
+    )
     refit: str = option(
         "matrix",
         "what the matrix that reads them is fitted to by least squares: matrix (what it gave with all of them) or none",
         Limits(choices=("matrix", "none")),
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.published is not None and self.refit != "matrix":
+            raise InputError(f"remove: score={self.score} says itself what is fitted; leave out refit={self.refit}")
+
+    @property
+    def published(self) -> Published | None:
+        """The published method; None: a score of :data:`SCORES`."""
+        return PUBLISHED.get(self.score)
 
 
 @dataclass(frozen=True)
@@ -134,6 +184,7 @@ class Blocks(Options):
     name: ClassVar[str] = "blocks"
     amount: float | int
     """A share between 0 and 1, or a whole number of blocks."""
+    score: str = option("influence", "which go: those with the least influence", Limits(choices=tuple(BLOCK_SCORES)))
 
     def __post_init__(self) -> None:
         whole = isinstance(self.amount, int) and self.amount >= 1
@@ -142,6 +193,7 @@ class Blocks(Options):
                 f"remove: blocks must be a share between 0 and 1 or a whole number of blocks "
                 f"(got {str(self.amount)[:100]})"
             )
+        super().__post_init__()
 
     def removed(self, count: int) -> int:
         """How many of ``count`` blocks go.

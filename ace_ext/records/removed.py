@@ -8,7 +8,8 @@ from typing import Any
 @dataclass
 class CutBlock:
     """A block with fewer neurons or heads. Errors are mean squared errors on held-back tokens, relative to the mean
-    square of what the matrix that reads them gave; each token counts relative to the size of the block's output."""
+    square of what the matrix that reads them gave; each token counts relative to the size of the block's output. With
+    ``refit=none`` and in published methods no tokens are held back, and in the latter each counts the same."""
 
     name: str
     error_before: float

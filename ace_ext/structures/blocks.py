@@ -30,9 +30,16 @@ def least_influence(
     batches: Sequence[dict[str, Tensor]],
     count: int,
     advanced: Callable[[int, int], None] = lambda done, of: None,
+    once: bool = False,
 ) -> list[tuple[int, float]]:
-    """The places of ``count`` blocks in the order in which they are removed, each with its influence at that time."""
+    """The places of ``count`` blocks in the order in which they are removed, each with its influence at that time; with
+    ``once``, in the dense model."""
     calls = list(capture_calls(model, blocks, batches))
+    if once:
+        measured = _influence(blocks, calls, list(range(len(blocks))))
+        for number in range(count):
+            advanced(number + 1, count)
+        return sorted(measured.items(), key=lambda item: (item[1], item[0]))[:count]
     gone: list[tuple[int, float]] = []
     for number in range(count):
         left = [index for index in range(len(blocks)) if index not in {place for place, _ in gone}]
@@ -96,14 +103,16 @@ def without_blocks(
     count: int,
     batches: Sequence[dict[str, Tensor]],
     advanced: Callable[[int, int], None] = lambda done, of: None,
+    once: bool = False,
 ) -> tuple[nn.Module, list[DroppedBlock]]:
-    """A model with ``count`` blocks less, and the removed ones. ``model`` does not change.
+    """A model with ``count`` blocks less, and the removed ones. ``model`` does not change. ``once``: as of
+    :func:`least_influence`.
 
     Raises:
         InputError: the class does not compute the same with fewer blocks as without the removed ones; or a block's
             output is not finite.
     """
-    gone = least_influence(model, blocks, batches, count, advanced)
+    gone = least_influence(model, blocks, batches, count, advanced, once)
     places = {place for place, _ in gone}
     kept = [index for index in range(len(blocks)) if index not in places]
     smaller, names = lay_out_without(model, blocks, kept, field)

@@ -106,6 +106,32 @@ def fitted(train: Moments, held: Moments, kept: Tensor, weight: Tensor, bias: Te
     return Fit(weight[:, kept] + added, shifted, best, before, lowest)
 
 
+def updated(moments: Moments, kept: Tensor, weight: Tensor, bias: Tensor | None, kind: str, ridge: float) -> Fit:
+    """The matrix on the kept inputs without held-back tokens; errors are those on the same tokens.
+
+    Args:
+        moments: of the inputs.
+        kept: the inputs that stay, ``[k]``, ascending.
+        weight: the dense matrix, ``[d_out, columns]`` float32.
+        bias: its bias, ``[d_out]`` float32, or None.
+        kind: ``none``: ``W_S``; ``bias``: with ``b + W_R E[h_R]``, where ``R`` are the removed inputs, if there is a
+            bias; ``matrix``: ``W_S + W_R C_RS (C_SS + λ)⁻¹``.
+        ridge: λ of ``matrix``, relative to the mean diagonal of ``C_SS``.
+    """
+    gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device).index_fill_(0, kept, False)
+    removed = gone.nonzero()[:, 0]
+    change = torch.where(gone, -weight, 0.0)
+    before = moments.error(change)
+    if kind == "bias" and bias is not None:
+        offset = weight[:, removed] @ moments.total[removed] / moments.weight
+        return Fit(weight[:, kept], bias + offset, None, before, moments.error(change, offset))
+    added = _solution(moments, kept, removed, weight, False, ridge) if kind == "matrix" else None
+    if added is None:
+        return Fit(weight[:, kept], bias, None, before, before)
+    change[:, kept] = added
+    return Fit(weight[:, kept] + added, bias, ridge, before, moments.error(change))
+
+
 def _solution(
     moments: Moments, kept: Tensor, removed: Tensor, weight: Tensor, centred: bool, ridge: float
 ) -> Tensor | None:

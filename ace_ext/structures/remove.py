@@ -77,7 +77,8 @@ def _without(
     if wanted.blocks is not None:
         start, count = time.perf_counter(), wanted.blocks.removed(len(blocks))
         depth = find_depth(model, blocks, count)
-        smaller, dropped = without_blocks(model, blocks, depth, count, batches, partial(advanced, "blocks"))
+        once = wanted.blocks.score == "published-shortgpt"
+        smaller, dropped = without_blocks(model, blocks, depth, count, batches, partial(advanced, "blocks"), once)
         record = _record(wanted.blocks, depth, (len(blocks), len(blocks) - count), (model, smaller))
         records.append(replace(record, seconds=time.perf_counter() - start, dropped=dropped))
     if wanted.experts is not None and experts is not None:

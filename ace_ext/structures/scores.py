@@ -1,4 +1,4 @@
-"""Which neurons or heads stay, by the scores of :data:`ace_ext.pruning.removal.SCORES`."""
+"""Which neurons or heads stay, by the scores of :data:`ace_ext.pruning.removal.SCORES` and of published methods."""
 
 import torch
 from torch import Tensor
@@ -19,23 +19,28 @@ def kept_units(
     """The units that stay: ``[kept]`` int64, ascending.
 
     Args:
-        score: a name of :data:`ace_ext.pruning.removal.SCORES`.
+        score: a name of :data:`ace_ext.pruning.removal.SCORES` or :data:`ace_ext.pruning.removal.PUBLISHED`.
         kept: how many stay.
         weight: the matrix that reads the units, ``[d_out, units * width]`` float32.
         moments: of its inputs over all calibration tokens.
         turned: ``[units]``, the sums of :func:`turning`, which only ``cosine`` reads.
         width: columns of a unit.
     """
-    if score == "obs":
+    if score in ("obs", "published-osscar"):
         gram = moments.gram / moments.weight
         return greedy(weight, gram, kept) if width == 1 else greedy_groups(weight, gram, kept, width)
     if score == "cosine":
         assert turned is not None  # collected for this score
         scores = turned
+    elif score == "published-wanda-sp":
+        scores = (weight.abs().sum(0) * moments.gram.diagonal().sqrt()).view(-1, width).sum(1)
     else:
         mean = moments.total / moments.weight
         variance = moments.gram.diagonal() / moments.weight - mean.square()
-        scores = (variance * weight.square().sum(0)).view(-1, width).sum(1)
+        columns = variance * weight.square().sum(0)
+        if score == "published-flap" and width > 1:  # FLAP squares the scores of columns of heads
+            columns = columns.square()
+        scores = columns.view(-1, width).sum(1)
     return scores.sort(descending=True, stable=True).indices[:kept].sort().values
 
 

@@ -17,8 +17,8 @@ from ace_ext.models.blocks import Block, find_blocks
 from ace_ext.models.replay import Arguments, BlockCall, capture_calls, run_block
 from ace_ext.pruning import removal
 from ace_ext.records import CutBlock
-from ace_ext.structures.moments import Fit, Moments, fitted
-from ace_ext.structures.scores import kept_units, turning
+from ace_ext.structures.moments import Fit, Moments, fitted, updated
+from ace_ext.structures.scores import DAMPING, kept_units, turning
 from ace_ext.structures.search import Found, UnitsOfBlock, entries, find_units
 from ace_ext.structures.smaller import check_same, few_tokens, fill_, laid_out, output_of
 
@@ -108,7 +108,7 @@ def without_units(
 
 
 class _Walk:
-    """The state of a walk: the smaller model's hidden states.
+    """The state of a walk: the smaller model's hidden states, or the dense one's for a method that reads those.
 
     Args:
         model: the dense model.
@@ -127,6 +127,7 @@ class _Walk:
         batches: Sequence[dict[str, Tensor]],
     ) -> None:
         self._blocks, self._smaller, self._part = blocks, smaller, part
+        self._passed = blocks if part.published is not None and part.published.dense else smaller
         self._calls = list(capture_calls(model, blocks, batches))
         self._states = [_entering(call) for call in self._calls]
 
@@ -139,12 +140,12 @@ class _Walk:
         both = train.plus(held)
         units = kept_units(self._part.score, kept, weight, both, turned, own.width)
         stay = entries(units, own.width)
-        if self._part.refit == "none":
-            change = weight.index_fill(1, stay, 0.0)
-            error, square = both.error(change), both.error(weight)
-            fit = Fit(weight[:, stay], bias, None, error, error)
-        else:
+        published = self._part.published
+        if published is None and self._part.refit == "matrix":
             fit, square = fitted(train, held, stay, weight, bias), held.error(weight)
+        else:
+            kind = self._part.refit if published is None else published.fit
+            fit, square = updated(both, stay, weight, bias, kind, DAMPING), both.error(weight)
         self._store(index, own, units, fit)
         self.advance(index)
         square = square or 1.0
@@ -154,6 +155,7 @@ class _Walk:
         """The moments of the last matrix's inputs, without and of the held-back tokens; and the sums of
         :func:`ace_ext.structures.scores.turning`. A token has the weight ``1 / ‖o‖²``, where o is the block's output,
         or the matrix's if it is not added to the block's as it is: so each token's change counts relative to its size.
+        In published methods all tokens have the weight 1.
         """
         block, last = self._blocks[index], own.last
         device = weight.device
@@ -166,6 +168,8 @@ class _Walk:
             run = _seen(block, last, self._states[i], call.others[index])
             output = run.output if added else run.product
             scale = output.float().norm(dim=1).clamp_min(SMALLEST).reciprocal()
+            if self._part.published is not None:
+                scale = torch.ones_like(scale)
             batch, seqlen = self._states[i].shape[:2]
             back = _held_back(batch, seqlen, number, samples, call.token_mask).to(device)
             used = torch.ones_like(back) if call.token_mask is None else call.token_mask.to(device)
@@ -198,7 +202,7 @@ class _Walk:
         like = dense[_inside(block, own.columns.name)]
         matrix = fit.weight if own.columns.dim == 1 else fit.weight.T
         stored[own.columns.name] = matrix.to(like.dtype).contiguous()
-        if fit.bias is not None and fit.ridge is not None:
+        if fit.bias is not None:
             name = f"{own.columns.name.removesuffix('.weight')}.bias"
             stored[name] = fit.bias.to(dense[_inside(block, name)].dtype)
         for name, value in stored.items():
@@ -210,8 +214,8 @@ class _Walk:
             fused.bind()
 
     def advance(self, index: int) -> None:
-        """The hidden states pass the block of the smaller model."""
-        block = self._smaller[index]
+        """The hidden states pass the block."""
+        block = self._passed[index]
         for i, call in enumerate(self._calls):
             output = run_block(block, self._states[i], call.others[index])
             finite = torch.isfinite(output).flatten(0, 1).all(dim=1)

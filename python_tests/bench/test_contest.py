@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -12,11 +13,22 @@ import pytest
 import torch
 import transformers
 from folders import prune, save_dense, spawn
+from tiny_models import make_tokens
 from transformers import AutoModelForCausalLM
 
-from ace_ext import InputError
-from ace_ext.bench.candidates import Candidate, gguf_sources, packed_candidates
-from ace_ext.bench.contest import ContestResult, Figures, _turns, contest, contest_steps
+from ace_ext import InputError, prune_model
+from ace_ext.bench.candidates import Candidate, engines_of, folder_candidates, gguf_sources
+from ace_ext.bench.contest import (
+    ContestResult,
+    Figures,
+    _beside,
+    _turns,
+    check_shapes,
+    contest,
+    contest_steps,
+    gguf_candidates,
+    vllm_candidates,
+)
 from ace_ext.bench.gguf_writer import write_gguf
 from ace_ext.bench.settings import BenchProgress, BenchSettings
 from ace_ext.bench.worker import Worker
@@ -82,16 +94,50 @@ def test_candidates_take_turns():
     assert len(steps) == 12
 
 
-def test_contest_counts_its_steps(folders):
-    dense, bitmap, _ = folders
+@pytest.fixture(scope="module")
+def smaller(folders):
+    """A folder without a quarter of the neurons."""
+    folder = shutil.copytree(folders[0], folders[0].parent / "smaller")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    prune_model(model, make_tokens(8, 16), remove="neurons=0.25(refit=none)")
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_smaller_folder_and_the_number_of_steps(folders, smaller):
     settings, steps, phases = BenchSettings(tokens=1, rounds=1, prefill=4, batches=(2,)), [], []
-    contest(dense, [Candidate("b", bitmap)], settings, BenchProgress(phases.append, lambda: steps.append(1)))
+    progress = BenchProgress(phases.append, lambda: steps.append(1))
+    dense, own = contest(folders[0], [Candidate("b", smaller, beside="dense")], settings, progress).figures
+    assert (dense.beside, own.beside, dense.beside_decode) == ("", "dense", {})
+    assert own.beside_decode == own.decode_ratios
+    assert own.beside_prefill == own.prefill_ratio > 0
     assert len(steps) == contest_steps(2, settings) == 2 * (1 + 2 * 2)
     assert phases == ["loading dense", "loading b", "decoding, batch 2", "prefill of 4 tokens"]
 
 
+def test_candidates_of_a_smaller_folder(folders, smaller, tmp_path):
+    dense, bitmap, _ = folders
+    packed, own = folder_candidates([str(bitmap), str(smaller)])
+    assert (packed.beside, own.beside) == ("", "dense")
+    check_shapes(dense, [packed, own])
+    found = gguf_candidates(dense, ["q8_0"], tmp_path, smaller=[own])
+    names = [(one.name, one.beside) for one in found]
+    assert names == [("llama.cpp q8_0", ""), ("llama.cpp q8_0 smaller", "llama.cpp q8_0")]
+    assert found[0].file_bytes() > found[1].file_bytes()
+    served = [(one.name, one.path, one.beside) for one in vllm_candidates(dense, [own])]
+    assert served == [("vllm dense", dense, ""), ("vllm smaller", smaller, "vllm dense")]
+
+
 def figures(name, speed, engine="torch 2"):
     return Figures(name, engine, 10**6, 8.5, 10, 2 * 10**6, {1: speed}, {1: speed / 10}, 40.0, 4.0)
+
+
+def test_speed_beside_the_dense_model_in_the_same_engine():
+    result = ContestResult("bfloat16", 2, 3, 16, 512)
+    result.figures = [figures(name, 1.0) for name in ("dense", "s", "llama.cpp q8_0", "llama.cpp q8_0 s")]
+    result.figures[1].beside, result.figures[3].beside = "dense", "llama.cpp q8_0"
+    seconds = [[4.0, 4.0, 4.0], [2.0, 4.0, 1.0], [1.0, 2.0, 3.0], [1.0, 1.0, 1.0]]
+    assert _beside(result, seconds) == {1: 2.0, 3: 2.0}
 
 
 def test_table_and_plot():
@@ -108,6 +154,9 @@ def test_table_and_plot():
         "llama.cpp, AVX2: llama.cpp q8_0",
         "dense is bfloat16; 2 threads; medians of 3 runs each, alternating",
     ]
+    result.figures[1].beside, result.figures[1].beside_decode = "dense", {1: 1.5, 4: 1.1}
+    line = "packed beside dense: decodes 1.50 at batch 1, 1.10 at batch 4 times as fast, prefill 1.00"
+    assert contest_table(result).splitlines()[-2] == line
     image = matplotlib.image.imread(io.BytesIO(contest_plot(result)))
     assert image.shape[0] > image.shape[1] / 2
 
@@ -117,6 +166,7 @@ def test_spelling(installed, tmp_path):
     assert gguf_sources(["llama.cpp"]) == ["bf16", "q8_0", "q4_0"]
     assert gguf_sources(["llama.cpp:Q8_0, llama.cpp:bf16", "llama.cpp:q8_0"]) == ["q8_0", "bf16"]
     (tmp_path / "own.gguf").write_bytes(b"GGUF of another kind")
+    assert engines_of(["llama.cpp:q8_0"]) == (["q8_0"], False)
     for wrong in ("vllm", "llama.cpp:q5", "llama.cpp:", "", "llama.cpp:bf16,"):
         with pytest.raises(InputError, match=r"against must be llama\.cpp or of llama\.cpp:bf16, "):
             gguf_sources([wrong])
@@ -147,10 +197,10 @@ def test_a_file_of_another_model(folders, tmp_path, capsys):
 def test_names_of_folders(tmp_path):
     for name in ("a/packed", "b/packed", "b/other"):
         (tmp_path / name).mkdir(parents=True)
-    found = packed_candidates([str(tmp_path / name) for name in ("a/packed", "b/packed", "b/other")])
+    found = folder_candidates([str(tmp_path / name) for name in ("a/packed", "b/packed", "b/other")])
     assert [one.name for one in found] == [str(tmp_path / "a/packed"), str(tmp_path / "b/packed"), "other"]
     with pytest.raises(InputError, match="given twice"):
-        packed_candidates([str(tmp_path / "b/other"), str(tmp_path / "b/../b/other")])
+        folder_candidates([str(tmp_path / "b/other"), str(tmp_path / "b/../b/other")])
 
 
 def test_bad_input(folders, tmp_path, capsys, monkeypatch):
@@ -165,11 +215,14 @@ def test_bad_input(folders, tmp_path, capsys, monkeypatch):
 
     assert "is not packed" in error(bitmap, dense)
     assert "given twice" in error(bitmap, bitmap, "--dense", dense)
-    assert "against must be" in error(bitmap, "--against", "vllm")
+    assert "against must be" in error(bitmap, "--against", "vlm")
+    assert "against vllm needs vLLM" in error(bitmap, "--against", "vllm")
     with monkeypatch.context() as absent:
         absent.setattr(importlib.util, "find_spec", lambda name: None)
         assert "pip install 'ace_ext[llama]'" in error(bitmap, "--against", "llama.cpp:bf16")
+    assert "the dense folder too (--dense)" in error(dense)
     other = save_dense(tmp_path / "other", "qwen2")
+    assert "models of the same type and vocabulary" in error(str(other), "--dense", dense)
     assert "has model_type llama, the dense folder qwen2" in error(bitmap, archive, "--dense", str(other))
     assert sorted(folders[1].parent.iterdir()) == before
 

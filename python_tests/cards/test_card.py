@@ -11,6 +11,7 @@ from tiny_models import make_model, make_tokens
 
 from ace_ext import InputError, PruneConfig, prune_model
 from ace_ext.cards import BASE_CARD, CARD, card_says, write_card
+from ace_ext.cards.card import removal_words
 from ace_ext.cli import args as shared
 from ace_ext.cli import heal as heal_verb
 from ace_ext.cli.main import build_parser
@@ -400,3 +401,19 @@ def test_the_command_of_a_distillation(place):
     words[1:2] = [str(place / "out")]
     again = heal_verb.request_from(build_parser().parse_args(words))
     assert (again.text, again.settings, again.options) == (request.text, request.settings, request.options)
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("neurons=0.2", "fitted to what it gave with all of them"),
+        ("neurons=0.2(score=published-flap)", "takes the mean of what goes (FLAP, arXiv 2312.11983)"),
+        ("heads=0.5(score=published-wanda-sp)", r"Σ_i \|W_ij\| times the norm of the input"),
+        ("blocks=2", "measured again after each"),
+        ("blocks=2(score=published-shortgpt)", "measured once in the dense model (ShortGPT"),
+    ],
+)
+def test_how_structures_were_chosen(part, words):
+    text = removal_words(part)
+    assert words in text
+    assert ("fitted" in text) == (part == "neurons=0.2")

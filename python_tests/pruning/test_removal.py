@@ -5,16 +5,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ace_ext import InputError, PruneConfig
-from ace_ext.pruning.removal import SCORES, Blocks, Experts, Heads, Neurons, Removal, removal_of
+from ace_ext.pruning.removal import (
+    BLOCK_SCORES,
+    PUBLISHED,
+    SCORES,
+    Blocks,
+    Experts,
+    Heads,
+    Neurons,
+    Removal,
+    removal_of,
+)
 
 shares = st.floats(0.01, 0.99)
 choices = (shares, st.sampled_from([*SCORES]), st.sampled_from(["matrix", "none"]))
 neurons = st.builds(Neurons, *choices, st.none() | st.integers(1, 512))
 heads = st.builds(Heads, *choices)
-blocks = st.builds(Blocks, shares | st.integers(1, 100))
+published = st.builds(Neurons, shares, st.sampled_from([*PUBLISHED]))
+blocks = st.builds(Blocks, shares | st.integers(1, 100), st.sampled_from([*BLOCK_SCORES]))
 
 
-@given(st.none() | neurons, st.none() | heads, st.none() | st.builds(Experts, shares), st.none() | blocks)
+@given(st.none() | neurons | published, st.none() | heads, st.none() | st.builds(Experts, shares), st.none() | blocks)
 def test_the_text_of_a_removal_is_read_back(part, attention, experts, depth):
     parts = tuple(found for found in (depth, experts, attention, part) if found is not None)
     if parts:
@@ -84,7 +95,11 @@ BAD = [
     ("blocks=-1", "a share between 0 and 1 or a whole number"),
     ("blocks=1.5", "a share between 0 and 1 or a whole number"),
     ("blocks=nan", "a share between 0 and 1 or a whole number"),
-    ("blocks=1(score=obs)", "it has none"),
+    ("blocks=1(score=obs)", "score must be one of"),
+    ("blocks=1(refit=none)", "blocks has no option refit"),
+    ("neurons=0.2(score=published-shortgpt)", "score must be one of"),
+    ("neurons=0.2(score=published-flap, refit=none)", "leave out refit=none"),
+    ("heads=0.2(refit=none, score=published-osscar)", "leave out refit=none"),
 ]
 
 

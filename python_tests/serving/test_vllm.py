@@ -8,6 +8,7 @@ are nearly equal.
 
 import contextlib
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -278,3 +279,25 @@ def test_a_damaged_folder_is_one_line(damage, smol, tmp_path):
     (line,) = [line for line in log.splitlines() if "ace_ext: " in line]
     assert str(folder) in line
     assert line == log.splitlines()[-1]
+
+
+def test_bench_of_a_smaller_model(tmp_path):
+    """In torch and in vLLM, each beside the dense model."""
+    dense, smaller = tmp_path / "dense", tmp_path / "smaller"
+    tool("make_synthetic_llama").make(dense, layers=2, hidden=256, intermediate=1024)
+    own = ["--remove", "neurons=0.25", "--calibration", str(dense / "text.txt"), "--nsamples", "4", "--seqlen", "32"]
+    bench = ["bench", str(smaller), "--dense", str(dense), "--against", "vllm", "--tokens", "4", "--rounds", "1"]
+    for command in (
+        ["run", "--model", str(dense), "--output", str(smaller), *own],
+        [*bench, "--prefill", "16", "--json"],
+    ):
+        call = [sys.executable, "-m", "ace_ext", *command]
+        done = subprocess.run(call, check=True, cwd=tempfile.gettempdir(), stdout=subprocess.PIPE, text=True)
+    found = json.loads(done.stdout)["figures"]
+    names = [(one["name"], one["beside"]) for one in found]
+    assert names == [("dense", ""), ("smaller", "dense"), ("vllm dense", ""), ("vllm smaller", "vllm dense")]
+    for one in found:
+        assert min(*one["decode"].values(), one["prefill"]) > 0
+        assert one["memory_bytes"] > one["program_bytes"] > 10**7
+        assert one["engine"].startswith("vLLM" if "vllm" in one["name"] else "torch")
+    assert min(*found[3]["beside_decode"].values(), found[3]["beside_prefill"]) > 0

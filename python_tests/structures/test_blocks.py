@@ -52,6 +52,23 @@ def test_the_smaller_model_generates_with_a_cache():
         assert torch.equal(logits(model, step[:, :length])[:, -1].argmax(-1), step[:, length])
 
 
+def test_shortgpt_measures_once_in_the_dense_model():
+    model, batches = make_model("llama"), [{"input_ids": make_tokens(8, 16)}]
+    blocks = find_blocks(model)
+    with torch.no_grad():
+        (call,) = capture_calls(model, blocks, batches)
+        hidden, influence = call.hidden, []
+        for index, block in enumerate(blocks):
+            output = run_block(block, hidden, call.others[index])
+            influence.append(float((1 - torch.cosine_similarity(hidden, output, dim=-1)).mean()))
+            hidden = output
+    order = sorted(range(3), key=influence.__getitem__)[:2]
+    report = prune_model(model, batches[0]["input_ids"], remove="blocks=2(score=published-shortgpt)")
+    dropped = report.removed[0].dropped
+    assert [gone.name for gone in dropped] == [blocks[index].name for index in order]
+    assert [gone.influence for gone in dropped] == pytest.approx([influence[index] for index in order], rel=1e-3)
+
+
 def test_influence_is_measured_again_without_the_blocks_that_are_gone():
     model, batches = make_model("llama"), [{"input_ids": make_tokens(8, 16)}]
     blocks = find_blocks(model)

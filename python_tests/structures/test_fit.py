@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ace_ext.structures.moments import RIDGES, Moments, fitted
-from ace_ext.structures.scores import greedy, turning
+from ace_ext.structures.moments import RIDGES, Moments, fitted, updated
+from ace_ext.structures.scores import greedy, kept_units, turning
 
 
 def random(*shape: int, seed: int = 0):
@@ -72,6 +72,44 @@ def test_inputs_that_are_always_zero_break_nothing():
     weight = random(4, 8, seed=2).float()
     fit = fitted(moments(torch.zeros(40, 8)), moments(torch.zeros(9, 8)), torch.arange(4), weight, None)
     assert torch.equal(fit.weight, weight[:, :4])
+
+
+def test_a_bias_takes_the_mean_of_what_goes():
+    h, kept = random(300, 8) + random(8, seed=3), torch.arange(0, 8, 2)
+    weight, bias = random(3, 8, seed=1), random(3, seed=2)
+    fit = updated(moments(h), kept, weight.float(), bias.float(), "bias", 0.0)
+    assert torch.equal(fit.weight, weight[:, kept].float())
+    error = h[:, kept] @ fit.weight.double().T + fit.bias.double() - (h @ weight.T + bias)
+    torch.testing.assert_close(error.mean(0), torch.zeros(3, dtype=torch.float64), atol=1e-5, rtol=0)
+    assert float(error.square().sum(1).mean()) == pytest.approx(fit.error, rel=1e-4)
+    assert fit.error < fit.error_before
+    plain = updated(moments(h), kept, weight.float(), None, "bias", 0.0)
+    assert (plain.bias, plain.error) == (None, plain.error_before)
+
+
+def test_least_squares_without_held_back_tokens():
+    h, kept = random(300, 8) @ random(8, 8, seed=3), torch.arange(5)
+    weight = random(3, 8, seed=1)
+    fit = updated(moments(h), kept, weight.float(), None, "matrix", 0.01)
+    gram = h.T @ h / 300
+    own = gram[kept][:, kept]
+    ridge = 0.01 * own.diagonal().mean() * torch.eye(5, dtype=torch.float64)
+    target = weight @ gram[:, kept] + weight[:, kept] @ ridge
+    torch.testing.assert_close(fit.weight.double(), target @ torch.linalg.inv(own + ridge), atol=1e-3, rtol=1e-3)
+    assert (fit.ridge, fit.error < fit.error_before) == (0.01, True)
+
+
+def test_scores_of_published_methods():
+    """Two columns a head: FLAP squares its columns' scores there, Wanda-sp adds them."""
+    h, weight = random(400, 8) * random(8, seed=1) + random(8, seed=2), random(3, 8, seed=3)
+    flap = h.var(0, correction=0) * weight.square().sum(0)
+    wanda = (weight.abs() * h.square().sum(0).sqrt()).sum(0)
+    own, matrix = moments(h), weight.float()
+    for name, columns, heads in (("flap", flap, flap.square()), ("wanda-sp", wanda, wanda)):
+        units = kept_units(f"published-{name}", 5, matrix, own, None)
+        assert units.tolist() == sorted(columns.topk(5).indices.tolist())
+        groups = kept_units(f"published-{name}", 2, matrix, own, None, width=2)
+        assert groups.tolist() == sorted(heads.view(4, 2).sum(1).topk(2).indices.tolist())
 
 
 def test_greedy_removes_what_costs_least_one_after_the_other():

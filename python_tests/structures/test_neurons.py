@@ -95,6 +95,38 @@ def test_least_squares_lowers_the_error_of_the_output(family):
     assert errors[1] < 0.9 * errors[0]
 
 
+@pytest.mark.parametrize("name", ["flap", "wanda-sp"])
+def test_published_methods_keep_dense_weights(name):
+    """By definition, in the last block: FLAP reads the dense model's states, Wanda-sp those of the smaller model."""
+    dense, model, tokens = make_model("llama"), make_model("llama"), make_tokens(16, 32)
+    prune_model(model, tokens, remove=f"neurons=0.5(score=published-{name})")
+    whole = make_model("llama")
+    if name == "wanda-sp":
+        for place in (0, 1):
+            whole.model.layers[place] = model.model.layers[place]
+    mlp, seen = dense.model.layers[2].mlp, []
+    whole.model.layers[2].mlp.down_proj.register_forward_pre_hook(lambda _, x: seen.append(x[0].flatten(0, 1)))
+    logits(whole, tokens)
+    weight, h = mlp.down_proj.weight.detach(), seen[0]
+    flap, wanda = h.var(0, correction=0) * weight.square().sum(0), weight.abs().sum(0) * h.norm(dim=0)
+    kept = (flap if name == "flap" else wanda).topk(24).indices.sort().values
+    new = model.model.layers[2].mlp
+    assert torch.equal(new.down_proj.weight, weight[:, kept])
+    assert torch.equal(new.gate_proj.weight, mlp.gate_proj.weight[kept])
+
+
+def test_published_osscar_is_greedy_with_least_squares():
+    """Equal neurons, as for ``obs``; and a bias is used where the class has one (OPT), by FLAP."""
+    tokens = make_tokens(64, 32)
+    dense = logits(make_model("opt"), tokens)
+    errors = {}
+    for score in ("published-osscar", "published-flap", "published-wanda-sp"):
+        model = make_model("opt")
+        prune_model(model, tokens, remove=f"neurons=0.25(score={score})")
+        errors[score] = relative(logits(model, tokens), dense)
+    assert errors["published-osscar"] < errors["published-flap"] < errors["published-wanda-sp"]
+
+
 def test_distilled_towards_the_dense_model():
     dense, model = make_model("llama"), make_model("llama")
     tokens, text = make_tokens(16, 32), make_tokens(64, 32, seed=1)
