@@ -6,7 +6,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ace_ext.data.held_out_inputs import text_samples
 from ace_ext.data.requests import check_positions, check_tokens
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import decoder_of, main_input, predicts_tokens, takes_argument
@@ -55,6 +54,8 @@ def text_inputs(model: nn.Module, tokens: Tensor, config: PruneConfig) -> Batche
     first half of each by the encoder, and the second by the decoder."""
     if predicts_tokens(model) or decoder_of(model) is None:
         return tokens
+    from ace_ext.data.held_out_inputs import text_samples  # imported here: few models need it
+
     return text_samples(model, tokens, config.batch_samples(tokens.shape[1]))
 
 

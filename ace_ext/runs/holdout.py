@@ -1,18 +1,16 @@
 """Perplexity before and after pruning, on a little held-out text: a rough check of what pruning cost.
-``ace-prune eval`` measures it on more. For a network that is no causal language model: the agreement of the pruned
-model with the dense one, on held-out inputs."""
+``ace-prune eval`` measures it on more."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ace_ext.data.bos import BosChoice, begin_with, knows_english, perplexity_of, short_text_ids
 from ace_ext.data.corpora import HELD_OUT, SELF, SMALL_SOURCES, SOURCES, load_text, texts_of
-from ace_ext.data.held_out_inputs import HeldOutInputs, Measured, compare, measure, media_samples, text_samples
-from ace_ext.data.media_items import is_media
 from ace_ext.data.mixture import samples_of
 from ace_ext.data.requests import check_tokens, positions_of
 from ace_ext.data.windows import evaluation_tokens, tokens_between_samples
@@ -25,12 +23,12 @@ from ace_ext.models.whole_forward import whole_logits
 from ace_ext.records import HeldOutPerplexity, PruneReport, finite
 from ace_ext.runs.model_source import Source
 from ace_ext.runs.options import EVALUATE_AUTO, RunRequest
-from ace_ext.runtime import open_model
+
+if TYPE_CHECKING:
+    from ace_ext.runs.network_holdout import NetworkMeasurement
 
 WINDOWS, WINDOW_TOKENS = 4, 128
 """Upper bounds for the text. :mod:`ace_ext.data.bos` measures a model on as many tokens, so the memory is the same."""
-SAMPLES = 32
-"""An upper bound for the samples on which agreement is measured."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +58,7 @@ def held_out_text(request: RunRequest, source: Source, bos: BosChoice) -> HeldOu
     if not predicts_tokens(source.model):
         raise InputError("the model does not predict the next token")
     positions = positions_of(source.model) or WINDOW_TOKENS
-    name, ids = _text(request, source.tokenizer, bos)
+    name, ids = measured_text(request, source.tokenizer, bos)
     width = min(WINDOW_TOKENS, positions) - (bos.token is not None)
     if len(ids) < 2 * width:
         width = len(ids) // WINDOWS
@@ -104,36 +102,9 @@ class Measurement:
         report.perplexity = HeldOutPerplexity(self._text.name, windows, seqlen, self._dense, pruned)
 
 
-class NetworkMeasurement:
-    """The agreement of a run's pruned model with the dense one, for a network that is no causal language model.
-
-    Args:
-        inputs: on which it is measured.
-        model: it is in memory.
-        loaded: ``loaded(folder)`` is the model of a folder.
-    """
-
-    def __init__(self, inputs: HeldOutInputs, model: nn.Module, loaded: Callable[[Path], nn.Module]) -> None:
-        self._inputs, self._model, self._loaded = inputs, model, loaded
-        self._dense: Measured | None = None
-
-    def before(self) -> None:
-        """Measures the dense model."""
-        self._dense = measure(self._model, self._inputs)
-
-    def follow(self, blocks: BlockSource) -> None:
-        """Nothing: the model is measured whole, whatever its blocks are."""
-
-    def after(self, report: PruneReport, folder: Path | None) -> None:
-        """As :meth:`Measurement.after`."""
-        assert self._dense is not None  # before() comes first
-        pruned = self._model if folder is None else self._loaded(folder)
-        report.agreement = compare(self._dense, measure(pruned, self._inputs), self._inputs)
-
-
 def measurement_for(
     request: RunRequest, source: Source, blocks: BlockSource, bos: BosChoice | None, tell: Callable[[str], None]
-) -> Measurement | NetworkMeasurement | None:
+) -> "Measurement | NetworkMeasurement | None":
     """The measurement of a run; None if it measures nothing. If ``auto`` finds nothing to measure on, ``tell`` is
     called with a line that says why.
 
@@ -145,7 +116,9 @@ def measurement_for(
     network = not predicts_tokens(source.model)
     try:
         if network:
-            return _network_measurement(request, source, bos)
+            from ace_ext.runs.network_holdout import network_measurement  # imported here: few runs need it
+
+            return network_measurement(request, source, bos)
         assert bos is not None  # text calibrates the model
         return Measurement(held_out_text(request, source, bos), source, blocks, request.device)
     except InputError as error:
@@ -156,45 +129,7 @@ def measurement_for(
         return None
 
 
-def _network_measurement(request: RunRequest, source: Source, bos: BosChoice | None) -> NetworkMeasurement:
-    """The measurement on held-out inputs: text of the calibration's source, or images or sound that calibration does
-    not draw."""
-    if source.offloaded:
-        raise InputError("the model is not in memory (offload disk)")
-
-    def loaded(folder: Path) -> nn.Module:
-        return open_model(str(folder), device=request.device, causal=False).model
-
-    return NetworkMeasurement(held_out_inputs(request, source, bos), source.model, loaded)
-
-
-def held_out_inputs(request: RunRequest, source: Source, bos: BosChoice | None) -> HeldOutInputs:
-    """The inputs on which a run measures agreement.
-
-    Raises:
-        InputError: there are fewer than three samples.
-    """
-    text = request.calibration
-    if bos is None:
-        wanted, after = (text.source, text.nsamples) if text.evaluate == EVALUATE_AUTO else (text.evaluate, 0)
-        assert source.files.folder is not None  # its processor was read from there
-        if not is_media(wanted):
-            raise InputError(f"evaluate must be images or sound, as the calibration is (got {wanted!r}); give such")
-        found = media_samples(wanted, str(source.files.folder), source.model, SAMPLES, text.seed, after)
-        if sum(len(next(iter(batch.values()))) for batch in found.batches) < 3:
-            raise InputError(f"evaluate: {wanted} has fewer than 3 samples that calibration does not take; give more")
-        return found
-    name, ids = _text(request, source.tokenizer, bos)
-    width = min(WINDOW_TOKENS, text.seqlen, positions_of(source.model) or WINDOW_TOKENS) - (bos.token is not None)
-    count = min(SAMPLES, len(ids) // width)
-    if count < 3:
-        raise InputError(f"too little text ({name})")
-    windows = begin_with(bos.token, ids[: count * width].view(count, width))
-    check_tokens(source.model, windows)
-    return HeldOutInputs(f"{windows.shape[1]} tokens of {name}", text_samples(source.model, windows))
-
-
-def _text(request: RunRequest, tokenizer: Tokenizer, bos: BosChoice) -> tuple[str, Tensor]:
+def measured_text(request: RunRequest, tokenizer: Tokenizer, bos: BosChoice) -> tuple[str, Tensor]:
     """The name and the ids ``[n]`` of the text."""
     calibration = request.calibration
     wanted = calibration.evaluate

@@ -1,0 +1,87 @@
+"""The agreement of a pruned network with the dense one, on a few inputs that calibration does not read: a rough check
+of what pruning cost. For causal language models :mod:`ace_ext.runs.holdout` measures perplexity instead."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from ace_ext.data.bos import BosChoice, begin_with
+from ace_ext.data.held_out_inputs import HeldOutInputs, Measured, compare, measure, media_samples, text_samples
+from ace_ext.data.media_items import is_media
+from ace_ext.data.requests import check_tokens, positions_of
+from ace_ext.errors import InputError
+from ace_ext.models.block_store import BlockSource
+from ace_ext.records import PruneReport
+from ace_ext.runs.holdout import WINDOW_TOKENS, measured_text
+from ace_ext.runs.model_source import Source
+from ace_ext.runs.options import EVALUATE_AUTO, RunRequest
+from ace_ext.runtime import open_model
+
+SAMPLES = 32
+"""An upper bound for the samples on which agreement is measured."""
+
+
+class NetworkMeasurement:
+    """The agreement of a run's pruned model with the dense one, for a network that is no causal language model.
+
+    Args:
+        inputs: on which it is measured.
+        model: it is in memory.
+        loaded: ``loaded(folder)`` is the model of a folder.
+    """
+
+    def __init__(self, inputs: HeldOutInputs, model: nn.Module, loaded: Callable[[Path], nn.Module]) -> None:
+        self._inputs, self._model, self._loaded = inputs, model, loaded
+        self._dense: Measured | None = None
+
+    def before(self) -> None:
+        """Measures the dense model."""
+        self._dense = measure(self._model, self._inputs)
+
+    def follow(self, blocks: BlockSource) -> None:
+        """Nothing: the model is measured whole, whatever its blocks are."""
+
+    def after(self, report: PruneReport, folder: Path | None) -> None:
+        """As :meth:`ace_ext.runs.holdout.Measurement.after`."""
+        assert self._dense is not None  # before() comes first
+        pruned = self._model if folder is None else self._loaded(folder)
+        report.agreement = compare(self._dense, measure(pruned, self._inputs), self._inputs)
+
+
+def network_measurement(request: RunRequest, source: Source, bos: BosChoice | None) -> NetworkMeasurement:
+    """The measurement on held-out inputs: text of the calibration's source, or images or sound that calibration does
+    not draw."""
+    if source.offloaded:
+        raise InputError("the model is not in memory (offload disk)")
+
+    def loaded(folder: Path) -> nn.Module:
+        return open_model(str(folder), device=request.device, causal=False).model
+
+    return NetworkMeasurement(held_out_inputs(request, source, bos), source.model, loaded)
+
+
+def held_out_inputs(request: RunRequest, source: Source, bos: BosChoice | None) -> HeldOutInputs:
+    """The inputs on which a run measures agreement.
+
+    Raises:
+        InputError: there are fewer than three samples.
+    """
+    text = request.calibration
+    if bos is None:
+        wanted, after = (text.source, text.nsamples) if text.evaluate == EVALUATE_AUTO else (text.evaluate, 0)
+        assert source.files.folder is not None  # its processor was read from there
+        if not is_media(wanted):
+            raise InputError(f"evaluate must be images or sound, as the calibration is (got {wanted!r}); give such")
+        found = media_samples(wanted, str(source.files.folder), source.model, SAMPLES, text.seed, after)
+        if sum(len(next(iter(batch.values()))) for batch in found.batches) < 3:
+            raise InputError(f"evaluate: {wanted} has fewer than 3 samples that calibration does not take; give more")
+        return found
+    name, ids = measured_text(request, source.tokenizer, bos)
+    width = min(WINDOW_TOKENS, text.seqlen, positions_of(source.model) or WINDOW_TOKENS) - (bos.token is not None)
+    count = min(SAMPLES, len(ids) // width)
+    if count < 3:
+        raise InputError(f"too little text ({name})")
+    windows = begin_with(bos.token, ids[: count * width].view(count, width))
+    check_tokens(source.model, windows)
+    return HeldOutInputs(f"{windows.shape[1]} tokens of {name}", text_samples(source.model, windows))
