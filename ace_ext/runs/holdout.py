@@ -4,7 +4,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,9 +22,6 @@ from ace_ext.models.whole_forward import whole_logits
 from ace_ext.records import HeldOutPerplexity, PruneReport, finite
 from ace_ext.runs.model_source import Source
 from ace_ext.runs.options import EVALUATE_AUTO, RunRequest
-
-if TYPE_CHECKING:
-    from ace_ext.runs.network_holdout import NetworkMeasurement
 
 WINDOWS, WINDOW_TOKENS = 4, 128
 """Upper bounds for the text. :mod:`ace_ext.data.bos` measures a model on as many tokens, so the memory is the same."""
@@ -104,28 +100,21 @@ class Measurement:
 
 def measurement_for(
     request: RunRequest, source: Source, blocks: BlockSource, bos: BosChoice | None, tell: Callable[[str], None]
-) -> "Measurement | NetworkMeasurement | None":
-    """The measurement of a run; None if it measures nothing. If ``auto`` finds nothing to measure on, ``tell`` is
-    called with a line that says why.
+) -> Measurement | None:
+    """The measurement of a run; None if it measures nothing. If ``auto`` finds no text, ``tell`` is called with a line
+    that says why.
 
     Raises:
-        InputError: a text or another source was named and cannot be used.
+        InputError: a text was named and cannot be used.
     """
-    if not request.evaluates:
+    if bos is None or not request.evaluates:
         return None
-    network = not predicts_tokens(source.model)
     try:
-        if network:
-            from ace_ext.runs.network_holdout import network_measurement  # imported here: few runs need it
-
-            return network_measurement(request, source, bos)
-        assert bos is not None  # text calibrates the model
         return Measurement(held_out_text(request, source, bos), source, blocks, request.device)
     except InputError as error:
         if request.calibration.evaluate != EVALUATE_AUTO:
             raise
-        measured = "agreement with the dense model" if network else "perplexity before and after"
-        tell(f"{measured} is not measured: {error}")
+        tell(f"perplexity before and after is not measured: {error}")
         return None
 
 

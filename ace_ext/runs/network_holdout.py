@@ -49,16 +49,31 @@ class NetworkMeasurement:
         report.agreement = compare(self._dense, measure(pruned, self._inputs), self._inputs)
 
 
-def network_measurement(request: RunRequest, source: Source, bos: BosChoice | None) -> NetworkMeasurement:
-    """The measurement on held-out inputs: text of the calibration's source, or images or sound that calibration does
-    not draw."""
-    if source.offloaded:
-        raise InputError("the model is not in memory (offload disk)")
+def network_measurement_for(
+    request: RunRequest, source: Source, bos: BosChoice | None, tell: Callable[[str], None]
+) -> NetworkMeasurement | None:
+    """The measurement of a run: on text of the calibration's source, or on images or sound that calibration does not
+    draw. None if it measures nothing. If ``auto`` finds nothing to measure on, ``tell`` is called with a line that says
+    why.
+
+    Raises:
+        InputError: a source was named and cannot be used.
+    """
+    if not request.evaluates:
+        return None
 
     def loaded(folder: Path) -> nn.Module:
         return open_model(str(folder), device=request.device, causal=False).model
 
-    return NetworkMeasurement(held_out_inputs(request, source, bos), source.model, loaded)
+    try:
+        if source.offloaded:
+            raise InputError("the model is not in memory (offload disk)")
+        return NetworkMeasurement(held_out_inputs(request, source, bos), source.model, loaded)
+    except InputError as error:
+        if request.calibration.evaluate != EVALUATE_AUTO:
+            raise
+        tell(f"agreement with the dense model is not measured: {error}")
+        return None
 
 
 def held_out_inputs(request: RunRequest, source: Source, bos: BosChoice | None) -> HeldOutInputs:

@@ -1,7 +1,7 @@
 """``ace-prune run``: prunes a checkpoint into a new folder, within a memory budget, with one or several processes. An
 interrupted run can be resumed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from ace_ext.engine.progress import Progress
 from ace_ext.engine.protocols import Peers, StatisticsSource
 from ace_ext.fingerprint import tokens_sha256
 from ace_ext.formats import format_named
+from ace_ext.models._transformers import predicts_tokens
 from ace_ext.models.block_store import BlockSource, OffloadedBlocks, ResidentBlocks
 from ace_ext.models.location import hub_name
 from ace_ext.models.versions import versions
@@ -29,7 +30,7 @@ from ace_ext.pruning.config import PruneConfig
 from ace_ext.records import REPORT_NAME, PruneReport, Removed
 from ace_ext.runs.bos_choice import choose_for_run
 from ace_ext.runs.command import run_command
-from ace_ext.runs.holdout import measurement_for
+from ace_ext.runs.holdout import Measurement, measurement_for
 from ace_ext.runs.model_source import Demand, Source, check_serves, is_network, open_source, sized
 from ace_ext.runs.options import Calibration, InputCalibration, RunOptions, RunRequest, check_request
 from ace_ext.runs.output import (
@@ -46,7 +47,8 @@ from ace_ext.runs.removal import remove_from_, smaller_of
 from ace_ext.runs.unfinished import discard, folder_of, recorded_fingerprint, recover
 from ace_ext.runs.workspace import Workspace
 
-if TYPE_CHECKING:  # at run time only --save-stats loads it
+if TYPE_CHECKING:  # at run time few runs load these
+    from ace_ext.runs.network_holdout import NetworkMeasurement
     from ace_ext.runs.statistics_file import StatisticsWriter
 
 TEXT = "text.bin"
@@ -122,7 +124,7 @@ def _prune(request: RunRequest, path: Path, progress: Progress) -> PruneReport:
         bos = None if not reads_text else choose_for_run(request, source, blocks, path, peers)
         inputs = _Inputs(request, source, bos)
         if reads_text:  # before the text is drawn, which may take long
-            measured = measurement_for(request, source, blocks, bos, progress.note) if first else None
+            measured = _measurement(request, source, blocks, bos, progress.note) if first else None
         fingerprint, done = inputs.take(path, peers, progress)
         if done is not None:
             if first:
@@ -130,7 +132,7 @@ def _prune(request: RunRequest, path: Path, progress: Progress) -> PruneReport:
                 progress.note(already_complete(path))
             return done
         if not reads_text:
-            measured = measurement_for(request, source, blocks, bos, progress.note) if first else None
+            measured = _measurement(request, source, blocks, bos, progress.note) if first else None
         resume = options.resume and not request.config.comparison.over_matrices
         workspace = Workspace(path, fingerprint, resume, writes=first, rank=peers.rank)
         try:
@@ -197,6 +199,17 @@ def _prune(request: RunRequest, path: Path, progress: Progress) -> PruneReport:
             raise
         finally:
             workspace.close()
+
+
+def _measurement(
+    request: RunRequest, source: Source, blocks: BlockSource, bos: BosChoice | None, tell: Callable[[str], None]
+) -> "Measurement | NetworkMeasurement | None":
+    """What a run measures before and after; errors as the two functions have them."""
+    if predicts_tokens(source.model):
+        return measurement_for(request, source, blocks, bos, tell)
+    from ace_ext.runs.network_holdout import network_measurement_for  # imported here: few runs need it
+
+    return network_measurement_for(request, source, bos, tell)
 
 
 @contextmanager
