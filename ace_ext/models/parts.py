@@ -58,7 +58,7 @@ def most_tokens(model: nn.Module, names: Iterable[str], batch: dict[str, Tensor]
     follows = all(parameter.is_meta for parameter in model.parameters())
     if follows:
         model = copy.deepcopy(model).to("meta")
-    device = next(model.parameters()).device
+    like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     found: list[int] = []
     with ExitStack() as hooks:
         for name in names:
@@ -67,7 +67,10 @@ def most_tokens(model: nn.Module, names: Iterable[str], batch: dict[str, Tensor]
             hooks.callback(count.remove)
         hooks.enter_context(evaluating(model))
         hooks.enter_context(suppress(RuntimeError) if follows else nullcontext())
-        model(**{name: value[:1].to(device) for name, value in batch.items()}, **plain_call(model))
+        inputs = {
+            name: value[:1].to(like if value.is_floating_point() else like.device) for name, value in batch.items()
+        }
+        model(**inputs, **plain_call(model))
     return max(found, default=0)
 
 

@@ -90,3 +90,12 @@ def test_what_is_refused(place, capsys, options, damage, message):
     assert error.count("\n") == 1
     assert re.search(message, error)
     assert not (place / "new").exists()
+
+
+def test_a_model_in_half_precision(place, capsys):
+    """A processor gives float32."""
+    ViTModel.from_pretrained("vit", dtype=torch.bfloat16).save_pretrained("vit")
+    status, out, error = call(capsys, *RUN, "--calibration", "images", "--nsamples", "2")
+    assert status == 0, error
+    assert "(3 samples of images)" in out
+    assert PruneReport.from_json((place / "new" / REPORT_NAME).read_text()).dtype == "bfloat16"
