@@ -31,6 +31,8 @@ class HeldOutInputs:
     """What is said in each sample, where that is known; empty for inputs that are text."""
     processor: Any = None
     """Of the model; None for inputs that are text."""
+    languages: Sequence[str | None] = ()
+    """Of the texts, where they are named."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +70,8 @@ def media_samples(source: str, folder: str, model: nn.Module, nsamples: int, see
         {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
         for batch in media_batches(source, processor, model, nsamples, BATCH, seed, after)
     ]
-    texts = [item.text for item in media_items(source, nsamples, seed, after).items]
-    return HeldOutInputs(source, batches, texts, processor)
+    items = media_items(source, nsamples, seed, after).items
+    return HeldOutInputs(source, batches, [item.text for item in items], processor, [item.language for item in items])
 
 
 def measure(model: nn.Module, inputs: HeldOutInputs) -> Measured:
@@ -86,9 +88,12 @@ def _transcripts(model: nn.Module, inputs: HeldOutInputs) -> tuple[str, ...]:
         return ()
     device = next(model.parameters()).device
     found: list[str] = []
+    options: dict[str, Any] = {"max_new_tokens": TRANSCRIPT_TOKENS, "do_sample": False}
     with evaluating(model):
         for batch in inputs.batches[: TRANSCRIBED // BATCH]:
-            tokens = generate(batch[main].to(device), max_new_tokens=TRANSCRIPT_TOKENS, do_sample=False)
+            languages = list(inputs.languages[len(found) : len(found) + len(batch[main])])
+            spoken = {"language": languages, "task": "transcribe"} if languages and all(languages) else {}
+            tokens = generate(batch[main].to(device), **options, **spoken)
             found += tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return tuple(found)
 

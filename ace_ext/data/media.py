@@ -69,9 +69,8 @@ def media_batches(
     parts = [found.items[start : start + batch] for start in range(0, len(found.items), batch)]
     made = [_media(part, found.kind, processor, model) for part in parts]
     if side is not None:
-        texts = [[item.text or "" for item in part] for part in parts]
         read = _texts if side == "input_ids" else _decoder_texts
-        made = [inputs | read(part, tokenizer, model) for inputs, part in zip(made, texts, strict=True)]
+        made = [inputs | read(part, tokenizer, model) for inputs, part in zip(made, parts, strict=True)]
     return [{name: value for name, value in inputs.items() if name in taken} for inputs in made]
 
 
@@ -120,21 +119,22 @@ def _tensors(made: Mapping[str, Any], items: Sequence[Item]) -> dict[str, Tensor
     return dict(made)
 
 
-def _texts(texts: Sequence[str], tokenizer: Any, model: nn.Module) -> dict[str, Tensor]:
+def _texts(items: Sequence[Item], tokenizer: Any, model: nn.Module) -> dict[str, Tensor]:
     """The inputs of a text tower: ``input_ids [batch, positions]`` and ``attention_mask``."""
     positions = getattr(getattr(model.config, "text_config", model.config), "max_position_embeddings", None)
     limit = {"truncation": True, "max_length": positions} if isinstance(positions, int) else {}
-    return dict(tokenizer(list(texts), padding=True, return_tensors="pt", **limit))
+    return dict(tokenizer([item.text or "" for item in items], padding=True, return_tensors="pt", **limit))
 
 
-def _decoder_texts(texts: Sequence[str], tokenizer: Any, model: nn.Module) -> dict[str, Tensor]:
+def _decoder_texts(items: Sequence[Item], tokenizer: Any, model: nn.Module) -> dict[str, Tensor]:
     """The inputs of a decoder that is to predict the texts: each begins with the decoder's first token and lacks the
     last one, as in training. ``decoder_attention_mask`` is 0 for padding."""
     config: Any = model.config
     first = _first_token(model)
     rows = []
-    for text in texts:
-        ids = list(tokenizer(text).input_ids)
+    for item in items:
+        _set_language_(tokenizer, item)
+        ids = list(tokenizer(item.text or "").input_ids)
         rows.append((ids if ids[0] == first else [first, *ids])[:-1])
     rows = [row[: getattr(config, "max_target_positions", None)] for row in rows]
     width = max(map(len, rows))
@@ -143,6 +143,25 @@ def _decoder_texts(texts: Sequence[str], tokenizer: Any, model: nn.Module) -> di
         "decoder_input_ids": torch.tensor([row + [padding] * (width - len(row)) for row in rows]),
         "decoder_attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
     }
+
+
+def _set_language_(tokenizer: Any, item: Item) -> None:
+    """Makes texts begin as a transcript in the sample's language does, if it names one.
+
+    Raises:
+        InputError: the model has no languages, or not this one.
+    """
+    if item.language is None:
+        return
+    if not hasattr(tokenizer, "set_prefix_tokens"):
+        raise InputError(f"source: {item.where} has a language, and the model's tokenizer knows none; leave it out")
+    try:
+        tokenizer.set_prefix_tokens(language=item.language, task="transcribe")
+        tokenizer.prefix_tokens  # noqa: B018  # some versions look the language up only here
+    except (ValueError, KeyError) as error:
+        raise InputError(
+            f"source: {item.where}: language {item.language!r} is unknown to the model's tokenizer; give one like 'en'"
+        ) from error
 
 
 def _first_token(model: nn.Module) -> int:

@@ -29,6 +29,8 @@ class Item:
     text: str | None
     where: str
     """For messages: the file, or the line that names it."""
+    language: str | None = None
+    """Of the text, for a model of several languages."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ def media_items(source: str, nsamples: int, seed: int, after: int = 0) -> Items:
 
     Args:
         source: a folder, whose images or audio files are read with those of its subfolders; or a `.jsonl` file, each
-            line of which has the path ``image`` or ``audio`` (relative to the file's folder) and may have ``text``.
+            line of which has the path ``image`` or ``audio`` (relative to the file's folder) and may have ``text`` and
+            ``language``.
 
     Raises:
         InputError: the source has no such files, not more than ``after``, or both kinds; a line lacks its keys, or a
@@ -123,6 +126,10 @@ def _of_lines(file: Path) -> Items:
     for other, item in read:
         if other != kind:
             raise InputError(f"source: {item.where}: has {other!r}, other lines have {kind!r}; give one kind")
+    with_language = [item.language is not None for _, item in read]
+    if any(with_language) and not all(with_language):
+        without = read[with_language.index(False)][1]
+        raise InputError(f"source: {without.where}: has no 'language', other lines have one; give it in all or in none")
     return Items(kind, tuple(item for _, item in read))
 
 
@@ -138,13 +145,12 @@ def _item(line: str, file: Path, where: str) -> tuple[str, Item]:
             ", ".join(map(repr, record)) or "none" if isinstance(record, dict) else f"a JSON {type(record).__name__}"
         )
         raise InputError(f"source: {where}: must have one of 'image' and 'audio' (found: {found}); write {_LINE}")
-    name, text = _string(record, kinds[0], where), None
-    if "text" in record:
-        text = _string(record, "text", where)
+    name = _string(record, kinds[0], where)
+    text, language = (_string(record, key, where) if key in record else None for key in ("text", "language"))
     path = file.parent / name
     if "\0" in name or not path.is_file():
         raise InputError(f"source: {where}: {name!r} is not a file; paths are relative to {file.parent}")
-    return kinds[0], Item(path, text, where)
+    return kinds[0], Item(path, text, where, language)
 
 
 def _string(record: dict[str, Any], key: str, where: str) -> str:

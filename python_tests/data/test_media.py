@@ -160,6 +160,44 @@ def test_sounds_with_transcripts(sounds, tokenizer):
     assert rows == {(1, 2, 3): [1, 1, 1], (1, 0, 0): [1, 0, 0]}  # from the first token to the last but one
 
 
+class Multilingual:
+    """A tokenizer whose texts begin with a token of their language, as Whisper's."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer, self._prefix = tokenizer, []
+
+    def set_prefix_tokens(self, language, task):
+        assert task == "transcribe"
+        self._language = language
+
+    @property
+    def prefix_tokens(self):
+        if self._language not in ("en", "de"):
+            raise ValueError(f"Unsupported language: {self._language}")
+        return [1, {"en": 3, "de": 4}[self._language]]
+
+    def __call__(self, text):
+        found = self._tokenizer(text)
+        found["input_ids"] = [*self.prefix_tokens, *found["input_ids"]]
+        return found
+
+
+def test_the_language_of_a_transcript(sounds, tokenizer):
+    records = [{"audio": "long.wav", "text": "a cat", "language": "en"}, {"audio": "short.wav", "text": "a cat"}]
+    model, extractor = whisper(), WhisperFeatureExtractor()
+    processor = Both(Multilingual(tokenizer), feature_extractor=extractor)
+    file = save_lines(sounds, *({**record, "language": ("en", "de")[n]} for n, record in enumerate(records)))
+    (batch,) = media_batches(file, processor, model, nsamples=2, batch=2)
+    assert sorted(batch["decoder_input_ids"].tolist()) == [[1, 3, 2], [1, 4, 2]]
+    with pytest.raises(InputError, match="has a language, and the model's tokenizer knows none"):
+        media_batches(file, Both(tokenizer, feature_extractor=extractor), model, nsamples=2, batch=2)
+    with pytest.raises(InputError, match="line 2: has no 'language', other lines have one"):
+        media_items(save_lines(sounds, *records), 2, 0)
+    file = save_lines(sounds, {"audio": "long.wav", "text": "a cat", "language": "xx"})
+    with pytest.raises(InputError, match="line 1: language 'xx' is unknown to the model's tokenizer"):
+        media_batches(file, processor, model, nsamples=1, batch=1)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
