@@ -83,10 +83,13 @@ class Worker:
         """Greedy tokens after a prompt; llama.cpp alone."""
         return [int(token) for token in self._ask("generate", prompt=prompt, tokens=tokens)]
 
+    def processes(self) -> list[int]:
+        """The numbers of the process and of those that it started, as far as the system says."""
+        return _family(self._process.pid)
+
     def memory(self) -> int:
-        """The resident bytes of the process and those that it started now, program, libraries and mapped files
-        included."""
-        return sum(map(resident_bytes, _family(self._process.pid)))
+        """The resident bytes of these processes now, program, libraries and mapped files included."""
+        return sum(map(resident_bytes, self.processes()))
 
     def close(self) -> None:
         """Ends the process, and those that it started."""
