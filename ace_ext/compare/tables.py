@@ -272,8 +272,8 @@ def _scored(results: Results) -> list[str]:
 
 def _beginnings(results: Results) -> list[str]:
     """Whether windows begin with the BOS token: a line for evaluation, and one for each choice for calibration samples
-    with its methods."""
-    if results.bos is None:
+    with its methods. None for images and sound."""
+    if results.bos is None or (results.runs and agrees(results) and all(run.bos is None for run in results.runs)):
         return []
     methods: dict[BosChoice, dict[str, None]] = {}
     for run in results.runs:
