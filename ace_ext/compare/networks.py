@@ -5,7 +5,7 @@ from ace_ext.compare.bench import Bench, Drawn
 from ace_ext.compare.journal import Cell
 from ace_ext.data.bos import begin_with
 from ace_ext.data.corpora import SELF
-from ace_ext.data.held_out_inputs import HeldOutInputs, compare, measure, media_samples, text_samples
+from ace_ext.data.held_out_inputs import BATCH, HeldOutInputs, compare, measure, media_samples, text_samples
 from ace_ext.data.media_items import is_media
 from ace_ext.data.perplexity import Perplexity
 from ace_ext.data.requests import positions_of
@@ -33,7 +33,7 @@ class NetworkBench(Bench):
 
     def _held_out(self, source: str) -> HeldOutInputs:
         if is_media(source):
-            return media_samples(source, self.loaded.source, self.model, self.evaluation.windows, 0, 0)
+            return media_samples(source, self.loaded.source, self.model, self.evaluation.windows)
         self._check_reads_text(source)
         token = self.bos.token
         width = min(self.evaluation.seqlen, positions_of(self.model) or self.evaluation.seqlen) - (token is not None)
@@ -60,7 +60,8 @@ class NetworkBench(Bench):
         """As :meth:`Bench.calibration`. What is no text is also what a method that distils trains on."""
         if is_media(cell.calibration):
             folder = self.loaded.source
-            batches = list(media_samples(cell.calibration, folder, self.model, cell.nsamples, cell.seed, 0).batches)
+            found = media_samples(cell.calibration, folder, self.model, cell.nsamples, cell.seed, batch=BATCH)
+            batches = list(found.batches)
             return Drawn(batches, inputs_sha256(batches), None)
         self._check_reads_text(cell.calibration)
         if cell.calibration == SELF:

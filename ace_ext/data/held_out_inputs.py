@@ -14,8 +14,9 @@ from ace_ext.models._transformers import decoder_of, main_input
 from ace_ext.models.run_mode import evaluating
 from ace_ext.records import Agreement
 
-BATCH = 8
-"""Samples that go through the model together."""
+BATCH, MEASURED = 8, 2
+"""Samples that go through the model together: of text or of a calibration, and of images or sound that are measured on.
+With 8 clips of Whisper base the measurement took 0.57 GB more than pruning, with 2 clips 0.13 GB."""
 TRANSCRIBED, TRANSCRIPT_TOKENS = 16, 128
 """Upper bounds for the samples that are transcribed, and for the tokens of a transcript."""
 
@@ -53,8 +54,11 @@ def text_samples(model: nn.Module, windows: Tensor, batch: int = BATCH) -> list[
     return [{"input_ids": part[:, :half], "decoder_input_ids": part[:, half:]} for part in parts]
 
 
-def media_samples(source: str, folder: str, model: nn.Module, nsamples: int, seed: int, after: int) -> HeldOutInputs:
-    """Images or sound, with their texts: ``nsamples`` at most, ``after`` so many that calibration draws by ``seed``.
+def media_samples(
+    source: str, folder: str, model: nn.Module, nsamples: int, seed: int = 0, after: int = 0, batch: int = MEASURED
+) -> HeldOutInputs:
+    """Images or sound, with their texts: ``nsamples`` at most, ``after`` so many that calibration draws by ``seed``, in
+    batches of ``batch``.
 
     Args:
         source: a folder or a `.jsonl` file.
@@ -67,8 +71,8 @@ def media_samples(source: str, folder: str, model: nn.Module, nsamples: int, see
     processor = load_processor(folder)
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     batches = [
-        {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
-        for batch in media_batches(source, processor, model, nsamples, BATCH, seed, after)
+        {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+        for inputs in media_batches(source, processor, model, nsamples, batch, seed, after)
     ]
     items = media_items(source, nsamples, seed, after).items
     return HeldOutInputs(source, batches, [item.text for item in items], processor, [item.language for item in items])
@@ -90,7 +94,7 @@ def _transcripts(model: nn.Module, inputs: HeldOutInputs) -> tuple[str, ...]:
     found: list[str] = []
     options: dict[str, Any] = {"max_new_tokens": TRANSCRIPT_TOKENS, "do_sample": False}
     with evaluating(model):
-        for batch in inputs.batches[: TRANSCRIBED // BATCH]:
+        for batch in inputs.batches[: TRANSCRIBED // MEASURED]:
             languages = list(inputs.languages[len(found) : len(found) + len(batch[main])])
             spoken = {"language": languages, "task": "transcribe"} if languages and all(languages) else {}
             tokens = generate(batch[main].to(device), **options, **spoken)
