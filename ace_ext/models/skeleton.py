@@ -66,11 +66,11 @@ def skeleton(folder: str | Path, shards: Shards | None, dtype: str = "auto", *, 
     return model
 
 
-def check_all_read(model: nn.Module, shards: Shards, source: str) -> None:
+def check_all_read(model: nn.Module, shards: Shards, source: str, *, strict: bool = False) -> None:
     """Checks that the shards hold all parameters of a skeleton and nothing else, as
     :func:`ace_ext.models.loading.load_model` checks a model. If both parameters and tensors are left over, transformers
     may know how to make the parameters from the tensors. Only ``load_model`` can find that out, so nothing is refused
-    here.
+    here, unless ``strict``.
 
     Raises:
         InputError: a parameter has no tensor, or no parameter or buffer is read from some tensor.
@@ -78,7 +78,7 @@ def check_all_read(model: nn.Module, shards: Shards, source: str) -> None:
     unread = [name for name in shards.unread(model) if not is_left_out(model, name)]
     stored = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in shards}
     missing = [name for name, p in model.named_parameters() if id(p) not in stored]  # a tied one has several names
-    if not (missing and unread):
+    if strict or not (missing and unread):
         check_fit(source, missing, unread)
     for name, parameter in model.named_parameters():
         found = shards.describe(name)[1] if name in shards else tuple(parameter.shape)

@@ -96,7 +96,8 @@ def open_source(request: RunRequest, *, weights: bool = True) -> Source:
         return _loaded(request, files) if weights else _planned(request, files)
     shards = Shards(folder)
     laid_out = skeleton(folder, shards, request.dtype, causal=False)
-    check_all_read(laid_out, shards, request.model)
+    # The plan of a network is of its files as they stand: nothing else says that config.json is its own.
+    check_all_read(laid_out, shards, request.model, strict=not weights and not predicts_tokens(laid_out))
     stored = _stored_as_loaded(laid_out, shards, request.dtype)
     files = ModelFiles(request.model, folder, shards if stored else None)
     if stored:

@@ -127,16 +127,20 @@ def test_bos_of_a_model_without_an_lm_head():
 def test_what_reads_no_text_from_left_to_right(tmp_path, capsys):
     shape = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     bert = transformers.BertForSequenceClassification(transformers.BertConfig(**shape, intermediate_size=48))
-    assert "is an encoder" in bad_input(capsys, "plan", save(bert, tmp_path / "bert"))
+    with pytest.raises(InputError, match="is an encoder"):
+        load_model(str(save(bert, tmp_path / "bert")))
     layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
     config = transformers.BartConfig(vocab_size=VOCABULARY, d_model=32, **layers, **heads)
     bart = save(transformers.BartForConditionalGeneration(config), tmp_path / "bart")
-    assert "has an encoder and a decoder (BartForConditionalGeneration)" in bad_input(capsys, "plan", bart)
+    with pytest.raises(InputError, match=r"has an encoder and a decoder \(BartForConditionalGeneration\)"):
+        load_model(str(bart))
     vit = transformers.ViTForImageClassification(transformers.ViTConfig(**_SIGHT, image_size=32, patch_size=8))
     folder = save(vit, tmp_path / "vit")
-    assert "not a language model: ViTForImageClassification reads pixel_values" in bad_input(capsys, "plan", folder)
-    assert "reads pixel_values (ViTForImageClassification), so text does not" in bad_input(capsys, "run", folder)
+    with pytest.raises(InputError, match="not a language model: ViTForImageClassification reads pixel_values"):
+        load_model(str(folder))
+    for verb in ("plan", "run"):
+        assert "reads pixel_values (ViTForImageClassification), so text does not" in bad_input(capsys, verb, folder)
 
 
 def test_a_class_of_another_configuration_is_not_taken(tmp_path):
