@@ -141,7 +141,7 @@ def _check_kinds(args: argparse.Namespace, calibrations: tuple[str, ...], texts:
             f"calibration and texts must all be images or sound, or all texts (got {other!r} beside images or sound); "
             "give both options"
         )
-    for name in ("lengths", "seqlen", "eval_seqlen", "bos", "eval_bos"):
+    for name in ("lengths", "seqlen", "eval_seqlen", "bos", "eval_bos", "text_field"):
         if getattr(args, name) is not None:
             flag = name.replace("_", "-")
             raise InputError(f"{flag} is for texts, and {calibrations[0]} has images or sound; leave it out")

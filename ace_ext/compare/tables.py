@@ -226,7 +226,7 @@ def notes(results: Results) -> list[str]:
     kinds = (
         "device memory" if settings["device"] == "cuda" else "resident memory (it includes a copy of the dense weights)"
     )
-    each = " (samples x tokens of each)" if any(run.cell.seqlen for run in results.runs) else " samples"
+    each = " (samples x tokens of each)" if any(run.cell.seqlen for run in results.runs) else " samples at most"
     lines = [
         f"{settings['model']}, {', '.join(sorted({run.dtype for run in results.runs}))}, on {settings['device']}.",
         f"Calibrated on {sources}: {lengths}{each}.",

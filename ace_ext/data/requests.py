@@ -1,5 +1,6 @@
 """Checks of the arguments for calibration samples, and the random generator of a seed."""
 
+from collections.abc import Iterable, Mapping
 from numbers import Integral
 
 import torch
@@ -16,6 +17,11 @@ BYTES_OF_A_SAMPLE = 200
 def seeded_generator(seed: int) -> torch.Generator:
     """A separate CPU generator; torch's global random state is not changed."""
     return torch.Generator().manual_seed(int(seed))
+
+
+def sample_count(batches: Iterable[Mapping[str, torch.Tensor]]) -> int:
+    """The samples in batches of a model's inputs, which have them on the first axis."""
+    return sum(len(next(iter(batch.values()))) for batch in batches)
 
 
 def check_request(nsamples: int, seqlen: int, seed: int) -> None:

@@ -105,10 +105,17 @@ def measurement_for(
     that says why.
 
     Raises:
-        InputError: a text was named and cannot be used.
+        InputError: a text was named and cannot be used, or is named although no text calibrates the model.
     """
-    if bos is None or not request.evaluates:
+    if not request.evaluates:
         return None
+    if bos is None:
+        if request.calibration.evaluate == EVALUATE_AUTO:
+            return None
+        raise InputError(
+            f"evaluate is for text with this model, and calibration {request.calibration.source!r} is none (got "
+            f"{request.calibration.evaluate!r}); leave it out, and measure with ace-prune eval"
+        )
     try:
         return Measurement(held_out_text(request, source, bos), source, blocks, request.device)
     except InputError as error:

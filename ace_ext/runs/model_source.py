@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ace_ext.data.requests import check_positions, check_predicts
+from ace_ext.data.requests import check_positions, check_predicts, sample_count
 from ace_ext.engine.model_shape import ModelShape
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import fingerprint_of_files
@@ -253,9 +253,8 @@ def _check_reads_text(source: Source, request: RunRequest) -> None:
 def sized(request: RunRequest, source: Source, batches: list[dict[str, Tensor]]) -> RunRequest:
     """A request with the samples of these batches, and with the most tokens that a block of the model gets of one."""
     tokens = most_tokens(source.model, [block.name for block in source.blocks], batches[0])
-    samples = sum(len(next(iter(batch.values()))) for batch in batches)
     text = request.calibration
-    return replace(request, calibration=replace(text, nsamples=samples, seqlen=tokens or text.seqlen))
+    return replace(request, calibration=replace(text, nsamples=sample_count(batches), seqlen=tokens or text.seqlen))
 
 
 def budget_of(request: RunRequest) -> int:

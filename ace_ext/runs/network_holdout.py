@@ -9,7 +9,7 @@ from torch import nn
 from ace_ext.data.bos import BosChoice, begin_with
 from ace_ext.data.held_out_inputs import HeldOutInputs, Measured, compare, measure, media_samples, text_samples
 from ace_ext.data.media_items import is_media
-from ace_ext.data.requests import check_tokens, positions_of
+from ace_ext.data.requests import check_tokens, positions_of, sample_count
 from ace_ext.errors import InputError
 from ace_ext.models.block_store import BlockSource
 from ace_ext.records import PruneReport
@@ -89,7 +89,7 @@ def held_out_inputs(request: RunRequest, source: Source, bos: BosChoice | None) 
         if not is_media(wanted):
             raise InputError(f"evaluate must be images or sound, as the calibration is (got {wanted!r}); give such")
         found = media_samples(wanted, str(source.files.folder), source.model, SAMPLES, text.seed, after)
-        if sum(len(next(iter(batch.values()))) for batch in found.batches) < 3:
+        if sample_count(found.batches) < 3:
             raise InputError(f"evaluate: {wanted} has fewer than 3 samples that calibration does not take; give more")
         return found
     name, ids = measured_text(request, source.tokenizer, bos)

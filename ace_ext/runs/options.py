@@ -13,6 +13,7 @@ from ace_ext.data.bos import AUTO, MODES, BosChoice, choose_bos, settled_bos
 from ace_ext.data.corpora import BUNDLED, CALIBRATION, SELF, SOURCES, load_text, texts_of
 from ace_ext.data.mixture import samples_of
 from ace_ext.data.requests import check_request as check_numbers
+from ace_ext.data.requests import sample_count
 from ace_ext.data.windows import CalibrationData, load_windows
 from ace_ext.engine.distributed import launched
 from ace_ext.errors import InputError
@@ -142,13 +143,13 @@ class InputCalibration(Calibration):
         return batches
 
     def describe_inputs(self, batches: list[dict[str, Tensor]]) -> dict[str, Any]:
-        """The description of batches of inputs in a report and a fingerprint. ``inputs`` gives the shape of one sample
-        and the dtype, by name."""
+        """The description of batches of inputs in a report and a fingerprint. ``nsamples`` counts those that were read;
+        ``inputs`` gives the shape of one sample and the dtype, by name."""
         inputs = {
             name: {"shape": list(value.shape[1:]), "dtype": str(value.dtype).removeprefix("torch.")}
             for name, value in batches[0].items()
         }
-        read = {"source": self.source, "nsamples": self.nsamples, "seed": self.seed}
+        read = {"source": self.source, "nsamples": sample_count(batches), "seed": self.seed}
         return {**read, "inputs": inputs, "sha256": inputs_sha256(batches)}
 
 

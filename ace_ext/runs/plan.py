@@ -147,12 +147,17 @@ def _fits(size: int) -> str:
 class _Measured:
     """How calibration samples begin, and what drawing them took, in bytes and seconds."""
 
-    bos: BosChoice  # undecided if a run measures the model
+    bos: BosChoice | None  # undecided if a run measures the model; None for images or sound
     request: RunRequest  # with the samples that were read, if they are no text
     before_text: int = 0  # resident bytes before
     text_bytes: int = 0  # additional bytes at the peak
     text_seconds: float = 0.0
     tokens: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
+
+    @property
+    def measures_bos(self) -> bool:
+        """Whether a run measures the model to choose how samples begin."""
+        return self.bos is not None and not self.bos.decided
 
 
 def make_plan(
@@ -181,7 +186,7 @@ def make_plan(
         check_pattern(source.blocks, config)
     check_serves(source, request)
     measured = _draw(source, request)
-    chain = _is_chain_of_text(source, config)
+    chain = calibration.reads_text and _is_chain_of_text(source, config)
     request = measured.request
     calibration = request.calibration
     demand = Demand(source, request)
@@ -200,7 +205,7 @@ def make_plan(
         phases.append(replace(needed_memory(request, source), phase="distill"))
     read, written = _traffic(source, calibration, 0 if choice.hidden or trial is None else trial.passes)
     if source.offloaded:  # for each forward pass of the whole model
-        read += (2 * request.evaluates + (not measured.bos.decided)) * bytes_of_all(source)
+        read += (2 * request.evaluates + measured.measures_bos) * bytes_of_all(source)
     matrices = [] if config.only_removes else planned_matrices(smaller.blocks if smaller else source.blocks, config)
     stays = source if smaller is None else replace(source, model=smaller.model, blocks=smaller.blocks)
     output = output_bytes(stays, matrices, options.format, config)
@@ -220,9 +225,9 @@ def make_plan(
         write_bytes=written,
         output_bytes=output,
         seconds={} if trial is None else _seconds(request, source, trial, measured, read + written),
-        bos=measured.bos if calibration.reads_text else None,
+        bos=measured.bos,
         trial="" if trial is None else _describe(source, device),
-        untried=_untried(source, chain),
+        untried="" if trial is not None else _untried(chain),
         need=need,
         removed=[] if smaller is None else smaller.removed,
     )
@@ -237,12 +242,11 @@ def _is_chain_of_text(source: Source, config: PruneConfig) -> bool:
     return len(lists) == 1 and main_input(source.model) == "input_ids" and config.method.distill is None
 
 
-def _untried(source: Source, chain: bool) -> str:
-    """Why there may be no trial."""
+def _untried(chain: bool) -> str:
+    """Why there is no trial."""
     if not chain:
-        return "for encoders with distill, for models with several lists of blocks, and for those that read no text"
-    why = "without the model's files; too little memory is free here to try a block of its size"
-    return why if source.shapes_only else ""
+        return "for encoders with distill, models with several lists of blocks, and calibration that is no text"
+    return "without the model's files; too little memory is free here to try a block of its size"
 
 
 def _describe(source: Source, device: torch.device) -> str:
@@ -294,11 +298,14 @@ def _draw(source: Source, request: RunRequest) -> _Measured:
     write the samples itself, or if there is no tokenizer. If the model would be measured for the BOS token, the samples
     are without the token and have the same length."""
     calibration = request.calibration
-    bos = undecided_bos(calibration.bos)
-    if not source.shapes_only and not isinstance(calibration, InputCalibration):
+    if isinstance(calibration, InputCalibration):
+        bos = None
+    elif source.shapes_only:
+        bos = undecided_bos(calibration.bos)
+    else:
         bos = calibration.choose_bos(source.tokenizer, None if predicts_tokens(source.model) else source.model)
     measured = _Measured(bos, request, before_text=resident_bytes())
-    if calibration.source == SELF or source.shapes_only:
+    if bos is not None and (calibration.source == SELF or source.shapes_only):
         vocabulary = embedding_weight(source.model).shape[0]
         measured.tokens = torch.randint(0, vocabulary, (calibration.nsamples, calibration.seqlen))
         return measured
@@ -326,7 +333,7 @@ def _earlier_phases(source: Source, pruning: Estimate, calibration: Calibration,
     if source.shapes_only:
         return phases
     loaded = 0 if source.offloaded else pruning.model
-    if source.files.shards is not None and not source.offloaded and measured.bos.decided:
+    if source.files.shards is not None and not source.offloaded and not measured.measures_bos:
         # With mapped files, only the blocks have been read by then (to check their weights).
         loaded = _bytes_of(source.blocks) + copied_bytes(source.blocks, source.files.shards)
     return [*phases, Estimate(measured.before_text, loaded, transient=measured.text_bytes, phase="text")]
@@ -373,9 +380,7 @@ def _seconds(request: RunRequest, source: Source, trial: Trial, measured: _Measu
         samples = [calibration.nsamples, *([distilled.nsamples] if distilled else [])]
         steps = sum(math.ceil(count / ROWS_TOGETHER) for count in samples) * calibration.seqlen
         text = steps * blocks * trial.forward_seconds
-    if not measured.bos.decided and predicts_tokens(
-        source.model
-    ):  # at most: pruning a token takes longer than its forward pass
+    if measured.measures_bos:  # at most: pruning a token takes longer than its forward pass
         text += blocks * 2 * WINDOWS * WINDOW_TOKENS * trial.token_seconds
     if request.evaluates:  # before and after
         text += 2 * blocks * holdout.WINDOWS * holdout.WINDOW_TOKENS * trial.token_seconds

@@ -35,6 +35,7 @@ def place(tmp_path_factory):
     (path / "vit" / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     (path / "text.txt").write_text(WORDS * 40)
     (path / "other.txt").write_text(" ".join(reversed(WORDS.split())) * 40)
+    (path / "pairs.jsonl").write_text('{"image": "photos/0.png"}\n')
     for folder, count in (("photos", 5), ("held", 4)):
         (path / folder).mkdir()
         for number in range(count):
@@ -98,7 +99,7 @@ def test_images_with_a_page(capsys, tmp_path):
     status, table, _ = call(capsys, "compare", *arguments, "--output", str(tmp_path / "new"))
     assert status == 0
     assert "rank correlation" in table
-    assert "Calibrated on photos: 3 samples." in table
+    assert "Calibrated on photos: 3 samples at most." in table
     assert "4 of held" in table
     for png in ("sparsity", "calibration", "seconds", "blocks"):
         assert (tmp_path / "new" / f"{png}.png").stat().st_size > 1000
@@ -116,6 +117,10 @@ REFUSED = {
     "both": (["--model", "vit", "--calibration", "photos"], "must all be images or sound, or all texts"),
     "seqlen": (["--model", "vit", *IMAGES, "--seqlen", "8"], "give lengths|seqlen is for texts, and photos has images"),
     "eval-seqlen": (["--model", "vit", *IMAGES, "--eval-seqlen", "8"], "eval-seqlen is for texts, and photos has"),
+    "text-field": (
+        ["--model", "vit", "--calibration", "pairs.jsonl", "--texts", "pairs.jsonl", "--text-field", "text"],
+        "text-field is for texts, and pairs.jsonl has images",
+    ),
     "too little": (
         ["--model", "bert", *TEXT, "--eval-windows", "2"],
         "gives 2 windows of 8 tokens, and agreement needs",

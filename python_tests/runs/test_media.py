@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,10 @@ from folders import call, weights_bytes
 from PIL import Image
 from transformers import ViTConfig, ViTModel
 
+from ace_ext import InputError, PruneConfig
 from ace_ext.records import REPORT_NAME, PruneReport
+from ace_ext.runs.holdout import measurement_for
+from ace_ext.runs.options import InputCalibration, RunOptions, RunRequest
 
 PROCESSOR = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}}
 
@@ -37,6 +41,9 @@ def test_a_folder_of_images_calibrates_a_run(place, capsys):
     assert call(capsys, "verify", "new")[0] == 0
     report = PruneReport.from_json((place / "new" / REPORT_NAME).read_text())
     assert (report.sparsity, len(report.matrices)) == (0.5, 12)
+    assert call(capsys, *RUN[:4], "fewer", "--calibration", "images")[0] == 0
+    fewer = PruneReport.from_json((place / "fewer" / REPORT_NAME).read_text()).extra["calibration"]
+    assert fewer["nsamples"] == 5  # all that there are
     calibration = report.extra["calibration"]
     assert (calibration["source"], calibration["nsamples"]) == ("images", 4)
     assert calibration["inputs"] == {"pixel_values": {"shape": [3, 8, 8], "dtype": "float32"}}
@@ -90,6 +97,24 @@ def test_what_is_refused(place, capsys, options, damage, message):
     assert error.count("\n") == 1
     assert re.search(message, error)
     assert not (place / "new").exists()
+
+
+def test_evaluate_is_refused_where_nothing_reads_it():
+    """With a language model that images calibrate."""
+    read = InputCalibration("photos", 4, evaluate="other", reader=lambda *_: [])
+    request = RunRequest("model", PruneConfig("fast", 0.5), read, RunOptions(), torch.device("cpu"))
+    with pytest.raises(
+        InputError, match=r"evaluate is for text with this model, and calibration 'photos' is none \(got 'other'\)"
+    ):
+        measurement_for(request, None, None, None, print)
+    request = replace(request, calibration=replace(read, evaluate="auto"))
+    assert measurement_for(request, None, None, None, print) is None
+
+
+def test_a_plan_of_known_size_reads_its_calibration(place, capsys):
+    status, _, error = call(capsys, "plan", "--model", "llama-3-8b", "--calibration", "images")
+    assert (status, error.count("\n")) == (2, 1)
+    assert "needs a model folder with the files of its processor" in error
 
 
 def test_a_model_in_half_precision(place, capsys):
