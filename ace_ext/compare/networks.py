@@ -3,12 +3,18 @@ dense model, on held-out text, images or sound."""
 
 from ace_ext.compare.bench import Bench, Drawn
 from ace_ext.compare.journal import Cell
-from ace_ext.data.bos import begin_with
 from ace_ext.data.corpora import SELF
-from ace_ext.data.held_out_inputs import BATCH, HeldOutInputs, compare, measure, media_samples, text_samples
+from ace_ext.data.held_out_inputs import (
+    BATCH,
+    HeldOutInputs,
+    compare,
+    measure,
+    media_samples,
+    text_samples,
+    text_windows,
+)
 from ace_ext.data.media_items import is_media
 from ace_ext.data.perplexity import Perplexity
-from ace_ext.data.requests import positions_of
 from ace_ext.data.tasks import TaskScore
 from ace_ext.data.windows import evaluation_tokens
 from ace_ext.engine.inputs import text_inputs
@@ -24,6 +30,7 @@ class NetworkBench(Bench):
 
     def read_(self) -> None:
         """Reads what is evaluated on, and measures the dense model there."""
+        self._read: tuple[object, Drawn] | None = None  # the last samples that are no text
         if self.evaluation.tasks.names:
             raise InputError(
                 f"tasks are for models that predict the next token (got {self.loaded.source!r}); leave out tasks"
@@ -35,18 +42,10 @@ class NetworkBench(Bench):
         if is_media(source):
             return media_samples(source, self.loaded.source, self.model, self.evaluation.windows)
         self._check_reads_text(source)
-        token = self.bos.token
-        width = min(self.evaluation.seqlen, positions_of(self.model) or self.evaluation.seqlen) - (token is not None)
         ids = evaluation_tokens(source, self.loaded.tokenizer, text_field=self.text_field)
-        count = min(self.evaluation.windows, len(ids) // width)
-        if count < 3:
-            raise InputError(
-                f"texts: {source} gives {count} windows of {width} tokens, and agreement needs 3; give more text, a "
-                "lower eval-seqlen, or more eval-windows"
-            )
-        return HeldOutInputs(
-            source, text_samples(self.model, begin_with(token, ids[: count * width].view(count, width)))
-        )
+        seqlen, most = self.evaluation.seqlen, self.evaluation.windows
+        windows = text_windows(self.model, ids, self.bos.token, seqlen, most, ("texts", source))
+        return HeldOutInputs(source, text_samples(self.model, windows))
 
     def _check_reads_text(self, source: str) -> None:
         main = main_input(self.model)
@@ -60,9 +59,12 @@ class NetworkBench(Bench):
         """As :meth:`Bench.calibration`. What is no text is also what a method that distils trains on."""
         if is_media(cell.calibration):
             folder = self.loaded.source
-            found = media_samples(cell.calibration, folder, self.model, cell.nsamples, cell.seed, batch=BATCH)
-            batches = list(found.batches)
-            return Drawn(batches, inputs_sha256(batches), None)
+            wanted = cell.calibration, cell.nsamples, cell.seed
+            if self._read is None or self._read[0] != wanted:  # cells with the same samples follow one another
+                found = media_samples(cell.calibration, folder, self.model, cell.nsamples, cell.seed, batch=BATCH)
+                batches = list(found.batches)
+                self._read = wanted, Drawn(batches, inputs_sha256(batches), None)
+            return self._read[1]
         self._check_reads_text(cell.calibration)
         if cell.calibration == SELF:
             raise InputError(

@@ -175,9 +175,14 @@ def score_titles(results: Results) -> dict[str, str]:
     texts = short_names(results.settings["texts"])
     one = len(texts) == 1
     return {
-        name: score.metric if one else f"{texts[name.rpartition(': ')[0]]}: {score.metric}"
+        name: score.metric if one else f"{texts[text_of(name)]}: {score.metric}"
         for name, score in results.dense_tasks.items()
     }
+
+
+def text_of(name: str) -> str:
+    """The evaluation text in the name of a figure of agreement, ``"TEXT: FIGURE"``."""
+    return name.rpartition(": ")[0]
 
 
 def agrees(results: Results) -> bool:
@@ -250,7 +255,7 @@ def _measures(results: Results, counts: str) -> list[str]:
     if not agrees(results):
         windows = f"over windows of {results.settings['eval_seqlen']} tokens: {counts}."
         return [f"Perplexity (lower is better) {windows} {spread}"]
-    samples = {name.rpartition(": ")[0]: score.samples for name, score in results.dense_tasks.items()}
+    samples = {text_of(name): score.samples for name, score in results.dense_tasks.items()}
     counts = ", ".join(f"{samples[text]} of {short}" for text, short in short_names(samples).items())
     return [
         f"Agreement with the dense model on samples of the evaluation texts: {counts}. Cosine: mean, of embeddings. "

@@ -8,15 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from ace_ext.data.agreement import Answers, Inputs, agreement, answers, word_error_rate, words
+from ace_ext.data.bos import begin_with
 from ace_ext.data.media import load_processor, media_batches
 from ace_ext.data.media_items import media_items
+from ace_ext.data.requests import check_tokens, positions_of
+from ace_ext.errors import InputError
 from ace_ext.models._transformers import decoder_of, main_input
-from ace_ext.models.run_mode import evaluating
+from ace_ext.models.run_mode import evaluating, in_dtype_of
 from ace_ext.records import Agreement
 
 BATCH, MEASURED = 8, 2
 """Samples that go through the model together: of text or of a calibration, and of images or sound that are measured on.
 With 8 clips of Whisper base the measurement took 0.57 GB more than pruning, with 2 clips 0.13 GB."""
+LEAST = 3
+"""Samples without which there is no rank correlation."""
 TRANSCRIBED, TRANSCRIPT_TOKENS = 16, 128
 """Upper bounds for the samples that are transcribed, and for the tokens of a transcript."""
 
@@ -54,6 +59,34 @@ def text_samples(model: nn.Module, windows: Tensor, batch: int = BATCH) -> list[
     return [{"input_ids": part[:, :half], "decoder_input_ids": part[:, half:]} for part in parts]
 
 
+def text_windows(
+    model: nn.Module, ids: Tensor, token: int | None, seqlen: int, most: int, place: tuple[str, str]
+) -> Tensor:
+    """Windows of a text for a model, int64 ``[windows, tokens]``: of ``seqlen`` tokens, or as many as it has positions.
+
+    Args:
+        model: it is not called.
+        ids: of the text, int64 ``[n]``.
+        token: with which each window begins; None: with the text.
+        seqlen: tokens of a window, that one included.
+        most: windows at most.
+        place: the argument that names the text, and the text's name, for an error.
+
+    Raises:
+        InputError: there are fewer than :data:`LEAST` windows, or ids that the model does not know.
+    """
+    width = min(seqlen, positions_of(model) or seqlen) - (token is not None)
+    count = min(most, len(ids) // width)
+    if count < LEAST:
+        raise InputError(
+            f"{place[0]}: {place[1]} gives {count} windows of {width} tokens, and agreement needs {LEAST}; give more "
+            "text, or more or shorter windows"
+        )
+    windows = begin_with(token, ids[: count * width].view(count, width))
+    check_tokens(model, windows)
+    return windows
+
+
 def media_samples(
     source: str, folder: str, model: nn.Module, nsamples: int, seed: int = 0, after: int = 0, batch: int = MEASURED
 ) -> HeldOutInputs:
@@ -69,11 +102,8 @@ def media_samples(
         InputError: as :func:`ace_ext.data.media.media_batches`.
     """
     processor = load_processor(folder)
-    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    batches = [
-        {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-        for inputs in media_batches(source, processor, model, nsamples, batch, seed, after)
-    ]
+    read = media_batches(source, processor, model, nsamples, batch, seed, after)
+    batches = [in_dtype_of(model, inputs) for inputs in read]
     items = media_items(source, nsamples, seed, after).items
     return HeldOutInputs(source, batches, [item.text for item in items], processor, [item.language for item in items])
 

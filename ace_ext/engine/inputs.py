@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ace_ext.data.requests import check_positions, check_tokens
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import decoder_of, main_input, predicts_tokens, takes_argument
-from ace_ext.models.run_mode import as_made_here
+from ace_ext.models.run_mode import as_made_here, in_dtype_of
 from ace_ext.pruning.config import PruneConfig
 
 Batches: TypeAlias = Tensor | Mapping[str, Tensor] | Iterable[Tensor | Mapping[str, Tensor]]
@@ -36,12 +36,11 @@ def model_inputs(
         if batches.dim() != 2:
             raise InputError(f"calibration tokens must be [nsamples, seqlen] (got shape {list(batches.shape)})")
         batches = torch.split(batches, config.batch_samples(batches.shape[1]))
-    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     for batch in [batches] if isinstance(batches, Mapping) else batches:
         inputs = _checked({"input_ids": batch} if isinstance(batch, Tensor) else batch, plain)
         if not plain:
             _check_other(model, inputs)
-            inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+            inputs = in_dtype_of(model, inputs)
         if "input_ids" in inputs:
             check_tokens(model, inputs["input_ids"])
             check_positions(model, inputs["input_ids"].shape[1])

@@ -28,7 +28,7 @@ from ace_ext.models.replay import (
     take_hidden,
     token_count,
 )
-from ace_ext.models.run_mode import evaluating
+from ace_ext.models.run_mode import evaluating, in_dtype_of
 from ace_ext.models.whole_forward import blocks_held
 
 MOST = 32
@@ -58,7 +58,7 @@ def most_tokens(model: nn.Module, names: Iterable[str], batch: dict[str, Tensor]
     follows = all(parameter.is_meta for parameter in model.parameters())
     if follows:
         model = copy.deepcopy(model).to("meta")
-    like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    device = next(model.parameters()).device
     found: list[int] = []
     with ExitStack() as hooks:
         for name in names:
@@ -67,10 +67,8 @@ def most_tokens(model: nn.Module, names: Iterable[str], batch: dict[str, Tensor]
             hooks.callback(count.remove)
         hooks.enter_context(evaluating(model))
         hooks.enter_context(suppress(RuntimeError) if follows else nullcontext())
-        inputs = {
-            name: value[:1].to(like if value.is_floating_point() else like.device) for name, value in batch.items()
-        }
-        model(**inputs, **plain_call(model))
+        first = {name: value[:1].to(device) for name, value in in_dtype_of(model, batch).items()}
+        model(**first, **plain_call(model))
     return max(found, default=0)
 
 

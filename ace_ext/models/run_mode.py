@@ -1,7 +1,7 @@
 """The state of torch and of a model's modules while the model is pruned or trained. It does not depend on the
 caller's."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -78,6 +78,12 @@ def as_made_here(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of it if it was made in inference mode. Outside that mode such a tensor cannot be saved for
     a backward pass."""
     return tensor.clone() if tensor.is_inference() else tensor
+
+
+def in_dtype_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs of a model with those of floats in the dtype of its weights: a processor gives float32."""
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 May import ``dense_weights`` and ``errors``.
 """
 
-from ace_ext.records.agreement import NAMES, Agreement
+from ace_ext.records.agreement import LOWER_IS_BETTER, Agreement
 from ace_ext.records.healing import Healing, HeldOutPerplexity, figure_text, finite
 from ace_ext.records.matrices import BlockReport, MatrixReport, Solution, Tuning
 from ace_ext.records.removed import CutBlock, DroppedBlock, GoneExperts, Removed, TriedRemoval
@@ -11,7 +11,7 @@ from ace_ext.records.report import FORMAT, REPORT_NAME, PruneReport
 
 __all__ = [
     "FORMAT",
-    "NAMES",
+    "LOWER_IS_BETTER",
     "REPORT_NAME",
     "Agreement",
     "BlockReport",

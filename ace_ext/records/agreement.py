@@ -1,8 +1,6 @@
 """How far a pruned model agrees with the dense one, for models that perplexity does not measure."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from ace_ext.records.healing import finite
 
@@ -44,11 +42,6 @@ class Agreement:
         """The fields as JSON values."""
         return {name: finite(value) if isinstance(value, float) else value for name, value in asdict(self).items()}
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Agreement":
-        """The reverse of :meth:`to_dict`."""
-        return cls(**data)
-
 
 NAMES = {
     "cosine": "cosine",
@@ -58,3 +51,5 @@ NAMES = {
     "word_error_rate": "word error rate",
 }
 """The names of figures in tables, by field."""
+LOWER_IS_BETTER = ("changed words", "word error rate")
+"""Figures of which 0 is the best value; of all others it is 1."""

@@ -135,7 +135,7 @@ class PruneReport:
             removed=removed,
             healing=None if healing is None else Healing.from_dict(healing),
             perplexity=None if measured is None else HeldOutPerplexity(**measured),
-            agreement=None if agreement is None else Agreement.from_dict(agreement),
+            agreement=None if agreement is None else Agreement(**agreement),
         )
 
     def save(self, folder: str | os.PathLike[str]) -> None:

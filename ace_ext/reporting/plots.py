@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ace_ext.compare.journal import BlockFigures, Results
-from ace_ext.compare.tables import Row, agrees, rows, score_titles, short_names
+from ace_ext.compare.tables import Row, agrees, rows, short_names, text_of
 from ace_ext.errors import InputError
-from ace_ext.records import Healing
+from ace_ext.records import LOWER_IS_BETTER, Healing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -152,11 +152,11 @@ def _seconds_plot(results: Results, table: list[Row]) -> bytes:
     amounts: dict[str, list[Row]] = {}
     for row in table:
         amounts.setdefault(row.amount, []).append(row)
-    seconds = [row.seconds for row in table]
+    seconds, rises = [row.seconds for row in table], agrees(results)
 
     def draw_fronts(axes: Axes, text: str) -> None:
         for found in amounts.values():
-            sign = 1 if lower_is_better(text) else -1
+            sign = -1 if rises and results.dense_tasks[text].metric not in LOWER_IS_BETTER else 1
             front = pareto_front([(row.seconds, sign * row.figures[text].mean) for row in found])
             x, y = zip(*((seconds, sign * figure) for seconds, figure in front), strict=True)
             axes.step(x, y, where="post", color="#bbbbbb", linewidth=1, zorder=0)
@@ -220,10 +220,11 @@ def _draw(
 ) -> bytes:
     """A plot for each evaluation text, of perplexity, or for each figure of agreement; ``more(axes, text)`` adds to
     it."""
-    names = score_titles(results) if agrees(results) else short_names(results.dense)
+    agreement, texts = agrees(results), short_names(results.settings["texts"])
+    names = results.dense_tasks if agreement else results.dense
     figure, axes = figure_with(len(names))
     styles = _styles(lines)
-    for (text, name), one in zip(names.items(), axes, strict=True):
+    for text, one in zip(names, axes, strict=True):
         for key, found in lines.items():
             spreads = [row.figures[text] for row in found]
             bars = [spread.deviation or 0.0 for spread in spreads]
@@ -231,28 +232,15 @@ def _draw(
             options: _Style = {"markersize": 5, "linewidth": 1.2, "capsize": 3, **style}
             one.errorbar(list(map(x, found)), [spread.mean for spread in spreads], bars, **options)
         more(one, text)
-        dense = results.dense_tasks[text].value if agrees(results) else results.dense[text].perplexity
+        dense = results.dense_tasks[text].value if agreement else results.dense[text].perplexity
         one.axhline(dense, color="#444444", linestyle=":", linewidth=1)
-        one.set_ylabel(name.rpartition(": ")[2] if agrees(results) else "perplexity", fontsize=FONT)
-        one.set_title(f"evaluated on {_place(results, text, name)}", fontsize=FONT)
+        one.set_ylabel(results.dense_tasks[text].metric if agreement else "perplexity", fontsize=FONT)
+        one.set_title(f"evaluated on {texts[text_of(text) if agreement else text]}", fontsize=FONT)
         means = [row.figures[text].mean for found in lines.values() for row in found]
-        if not agrees(results) and max(filter(math.isfinite, means), default=dense) > _LOG_FROM * dense:
+        if not agreement and max(filter(math.isfinite, means), default=dense) > _LOG_FROM * dense:
             log_axis(one, "y")
     axes[-1].set_xlabel(x_label, fontsize=FONT)
     return png_of(figure, styles)
-
-
-def _place(results: Results, text: str, name: str) -> str:
-    """The name of the evaluation text of a plot."""
-    if not agrees(results):
-        return name
-    source = text.rpartition(": ")[0]
-    return short_names(results.settings["texts"])[source]
-
-
-def lower_is_better(name: str) -> bool:
-    """Whether the best value of a figure, a perplexity by its text or a score by its name, is the lowest."""
-    return name.rpartition(": ")[2] not in ("cosine", "rank correlation", "same labels")
 
 
 def figure_with(count: int) -> tuple[Figure, list[Axes]]:

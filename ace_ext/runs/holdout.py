@@ -15,7 +15,7 @@ from ace_ext.data.requests import check_tokens, positions_of
 from ace_ext.data.windows import evaluation_tokens, tokens_between_samples
 from ace_ext.errors import InputError
 from ace_ext.formats import written_shards
-from ace_ext.models._transformers import output_head, predicts_tokens
+from ace_ext.models._transformers import output_head
 from ace_ext.models.block_store import BlockSource, OffloadedBlocks
 from ace_ext.models.tokenizer import Tokenizer
 from ace_ext.models.whole_forward import whole_logits
@@ -47,12 +47,10 @@ def held_out_text(request: RunRequest, source: Source, bos: BosChoice) -> HeldOu
     part of the user's file that nothing else in the run reads. Otherwise it is a short English text.
 
     Raises:
-        InputError: the model predicts no tokens, or there is not one window of text.
+        InputError: the model has no LM head, or there is not one window of text.
     """
     if output_head(source.model) is None:
         raise InputError("the model has no LM head")
-    if not predicts_tokens(source.model):
-        raise InputError("the model does not predict the next token")
     positions = positions_of(source.model) or WINDOW_TOKENS
     name, ids = measured_text(request, source.tokenizer, bos)
     width = min(WINDOW_TOKENS, positions) - (bos.token is not None)

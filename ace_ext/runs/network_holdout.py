@@ -6,10 +6,19 @@ from pathlib import Path
 
 from torch import nn
 
-from ace_ext.data.bos import BosChoice, begin_with
-from ace_ext.data.held_out_inputs import HeldOutInputs, Measured, compare, measure, media_samples, text_samples
+from ace_ext.data.bos import BosChoice
+from ace_ext.data.held_out_inputs import (
+    LEAST,
+    HeldOutInputs,
+    Measured,
+    compare,
+    measure,
+    media_samples,
+    text_samples,
+    text_windows,
+)
 from ace_ext.data.media_items import is_media
-from ace_ext.data.requests import check_tokens, positions_of, sample_count
+from ace_ext.data.requests import sample_count
 from ace_ext.errors import InputError
 from ace_ext.models.block_store import BlockSource
 from ace_ext.records import PruneReport
@@ -89,14 +98,12 @@ def held_out_inputs(request: RunRequest, source: Source, bos: BosChoice | None) 
         if not is_media(wanted):
             raise InputError(f"evaluate must be images or sound, as the calibration is (got {wanted!r}); give such")
         found = media_samples(wanted, str(source.files.folder), source.model, SAMPLES, text.seed, after)
-        if sample_count(found.batches) < 3:
-            raise InputError(f"evaluate: {wanted} has fewer than 3 samples that calibration does not take; give more")
+        if sample_count(found.batches) < LEAST:
+            raise InputError(
+                f"evaluate: {wanted} has fewer than {LEAST} samples that calibration does not take; give more"
+            )
         return found
     name, ids = measured_text(request, source.tokenizer, bos)
-    width = min(WINDOW_TOKENS, text.seqlen, positions_of(source.model) or WINDOW_TOKENS) - (bos.token is not None)
-    count = min(SAMPLES, len(ids) // width)
-    if count < 3:
-        raise InputError(f"too little text ({name})")
-    windows = begin_with(bos.token, ids[: count * width].view(count, width))
-    check_tokens(source.model, windows)
+    seqlen = min(WINDOW_TOKENS, text.seqlen)
+    windows = text_windows(source.model, ids, bos.token, seqlen, SAMPLES, ("evaluate", name))
     return HeldOutInputs(f"{windows.shape[1]} tokens of {name}", text_samples(source.model, windows))
