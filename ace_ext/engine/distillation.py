@@ -77,7 +77,8 @@ def network_distillation(
         )
 
     grid = None if config.method.quantize is None else config.method.quantize.grid
-    return NetworkDistillation(model, store.blocks, batches, settings, grid, context.observer.healing)
+    healing = HealContext(observer=context.observer.healing)
+    return NetworkDistillation(model, store.blocks, batches, settings, grid, healing)
 
 
 class Distillation:

@@ -1,7 +1,6 @@
 """``distill_``: trains the remaining weights of a pruned model so that it predicts what the dense model predicts."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +9,12 @@ from ace_ext.errors import InputError
 from ace_ext.grids import Grid
 from ace_ext.healing.batches import Batches, advance, check_text, enter, rebatched
 from ace_ext.healing.context import HealContext, windows_of
-from ace_ext.healing.part import Part, Student, new_notes
+from ace_ext.healing.part import Part, healing_of, new_notes
 from ace_ext.healing.pinned import PinnedBlocks
 from ace_ext.healing.settings import HealSettings
 from ace_ext.healing.teacher import NAME, teacher_states
 from ace_ext.healing.trainer import BlockTrainer
+from ace_ext.healing.window import Student, WindowStudent
 from ace_ext.models.block_store import ResidentBlocks
 from ace_ext.models.blocks import Block, find_blocks
 from ace_ext.models.hidden_states import HiddenStates
@@ -81,7 +81,8 @@ def distill_(
                 _train_(student, masks, grid, settings, context)
             finally:
                 context.observer.close()
-    healing = _record(student, settings, context)
+    held_out = sum(batches.tokens[i].numel() for i in batches.measured)
+    healing = healing_of(context.journal.notes, settings, context.parts, held_out)
     context.observer.end(healing)
     return healing
 
@@ -128,7 +129,8 @@ def _train_(
         share = range(part * steps // context.parts, (part + 1) * steps // context.parts)
         with student.store.pin(span):
             trainers = {index: BlockTrainer(blocks[index], _masks_of(blocks[index], masks), grid) for index in span}
-            Part(student, share, trainers, steps, settings, context).train_()
+            trainee = WindowStudent(student, trainers, context.graphs)
+            Part(trainee, blocks, share, trainers, steps, settings, context).train_()
 
 
 def _masks_of(block: Block, masks: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
@@ -138,22 +140,3 @@ def _masks_of(block: Block, masks: Mapping[str, Tensor] | None) -> dict[str, Ten
     if missing:
         raise InputError(f"masks must have each pruned matrix (got none for {block.full_name(missing[0])})")
     return {child: masks[block.full_name(child)] for child in block.linears}
-
-
-def _record(student: Student, settings: HealSettings, context: HealContext) -> Healing:
-    notes, batches = context.journal.notes, student.batches
-    order = (batches.order(step, settings.seed) for step in range(notes["step"]))
-    return Healing(
-        settings=asdict(settings),
-        tokens=sum(batches.tokens[i].numel() for i in order),
-        steps=notes["step"],
-        parts=context.parts,
-        held_out=sum(batches.tokens[i].numel() for i in batches.measured),
-        loss_before=notes["before"],
-        loss_after=notes["best"],
-        zeros=notes["zeros"],
-        seconds=notes["seconds"],
-        losses=[(step, loss) for step, loss in notes["losses"]],
-        checks=[(step, loss) for step, loss in notes["checks"]],
-        backed_off=notes["backed_off"],
-    )

@@ -5,11 +5,9 @@ since the blocks of such a network are no single chain.
 """
 
 import copy
-import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,9 +16,9 @@ from torch.nn import functional
 
 from ace_ext.errors import InputError
 from ace_ext.grids import Grid
-from ace_ext.healing.batches import held_windows, order_of
-from ace_ext.healing.part import BACK_OFF, CHECKS, POINTS, schedule
-from ace_ext.healing.protocols import Observer
+from ace_ext.healing.batches import held_windows
+from ace_ext.healing.context import HealContext
+from ace_ext.healing.part import Part, healing_of, new_notes
 from ace_ext.healing.settings import HealSettings
 from ace_ext.healing.trainer import BlockTrainer
 from ace_ext.models._transformers import decoder_of, output_head, plain_call
@@ -28,7 +26,7 @@ from ace_ext.models.blocks import Block
 from ace_ext.models.replay import first_of, replaced_forward, token_count, with_products
 from ace_ext.models.run_mode import frozen, run_mode
 from ace_ext.models.token_masks import TokenMasks
-from ace_ext.records import Healing, finite
+from ace_ext.records import KL, STATES, Healing
 
 Inputs = dict[str, Tensor]
 
@@ -95,6 +93,8 @@ class Loss:
         self._speaks = output_head(model) is not None
         self._last = _last_blocks(model, [block.name for block in blocks])
         self._options = plain_call(model)
+        self.name = STATES
+        """What it is, for a report; known after the first call."""
 
     def __call__(self, student: nn.Module, teacher: nn.Module, batch: Inputs) -> tuple[Tensor, int]:
         """The loss, summed over tokens, and their number."""
@@ -102,6 +102,7 @@ class Loss:
             wanted, spoken = self._outputs(teacher, batch)
         found, said = self._outputs(student, batch)
         if spoken is not None and said is not None:
+            self.name = KL
             mask = self._masks.of(self._last[-1], batch, found[self._last[-1]])
             teaching = _rows(spoken, mask).float().log_softmax(-1)
             saying = _rows(said, mask).float().log_softmax(-1)
@@ -153,15 +154,17 @@ def _rows(states: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class NetworkDistillation:
-    """The distillation of a model in memory. To be made while the model is dense, which is copied.
+    """The distillation of a model in memory. Without a ``teacher`` it is to be made while the model is dense, which is
+    copied.
 
     Args:
-        model: the dense model, which will be pruned in place.
+        model: the dense model, which will be pruned in place; with a ``teacher`` the pruned one.
         blocks: its blocks, in the order of a forward.
         batches: arguments of the model's calls.
         settings: ``settings(tokens)`` of the training on so many tokens.
         grid: that the pruned weights will be on; None: there is none.
-        observer: is told about progress.
+        context: its journal and its observer are used.
+        teacher: the dense model.
 
     Raises:
         InputError: the batches are too few, or cannot be divided into samples.
@@ -174,115 +177,79 @@ class NetworkDistillation:
         batches: list[Inputs],
         settings: Callable[[int], HealSettings],
         grid: Grid | None,
-        observer: Observer,
+        context: HealContext,
+        teacher: nn.Module | None = None,
     ) -> None:
-        self._model, self._blocks, self._grid, self._observer = model, blocks, grid, observer
+        self._model, self._blocks, self._grid, self._context = model, blocks, grid, context
         tokens = _tokens_of(model, blocks, batches)
         self._settings = settings(tokens)
         self._steps = Steps.of(batches, tokens, self._settings)
-        self._teacher = copy.deepcopy(model).requires_grad_(False)
+        self._teacher = copy.deepcopy(model) if teacher is None else teacher
+        self._teacher.requires_grad_(False)
         self._loss = Loss(model, blocks)
+
+    @property
+    def steps(self) -> int:
+        """How many steps all passes take."""
+        return self._settings.passes * len(self._steps.trained)
 
     def train_(self) -> Healing:
         """Trains the kept weights of the pruned model in place, with fixed masks. It ends with the weights that had the
         lowest loss on the samples that are held out; these may be those that it began with."""
+        context, count = self._context, self.steps
+        context.journal.notes.update({**new_notes(), **context.journal.notes})
         with ExitStack() as stack:
             stack.enter_context(run_mode(self._model, "distill"))
             stack.enter_context(frozen(self._model))
+            stack.enter_context(torch.no_grad())
             for block in self._blocks:
                 stack.enter_context(replaced_forward(block.module, with_products(block)))
-            training = _Training(self._model, self._blocks, self._grid, self._loss, self._teacher, self._steps)
+            trainers = {index: BlockTrainer(block, None, self._grid) for index, block in enumerate(self._blocks)}
+            student = _Student(self._model, self._teacher, self._loss, self._steps, list(trainers.values()))
+            context.observer.start(context.journal.notes["step"], count, self._settings.step_tokens)
             try:
-                healing = training.run_(self._settings, self._observer)
+                if context.journal.notes["part"] == 0:
+                    Part(student, self._blocks, range(count), trainers, count, self._settings, context).train_()
+                if not student.held_out:  # a resumed run may have had no step left
+                    student.measure()
             finally:
-                self._observer.close()
-        self._observer.end(healing)
+                context.observer.close()
+        healing = healing_of(context.journal.notes, self._settings, 1, student.held_out, self._loss.name)
+        context.observer.end(healing)
         return healing
 
 
-class _Training:
-    """The steps of a training."""
+class _Student:
+    """A whole network that is trained: a :class:`ace_ext.healing.part.Trainee`."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        blocks: list[Block],
-        grid: Grid | None,
-        loss: Loss,
-        teacher: nn.Module,
-        steps: Steps,
+        self, model: nn.Module, teacher: nn.Module, loss: Loss, steps: Steps, trainers: list[BlockTrainer]
     ) -> None:
-        self._model, self._blocks, self._loss, self._teacher, self._steps = model, blocks, loss, teacher, steps
-        self._trainers = [BlockTrainer(block, None, grid) for block in blocks]
+        self._model, self._teacher, self._loss, self._steps, self._trainers = model, teacher, loss, steps, trainers
+        self.held_out = 0
+        """Tokens that are held out; known after the first measurement."""
 
-    def run_(self, settings: HealSettings, observer: Observer) -> Healing:
-        begun, count = time.perf_counter(), settings.passes * len(self._steps.trained)
-        first = best = self._measure()
-        held = sum(self._loss(self._model, self._teacher, batch)[1] for batch in self._steps.measured)
-        kept = [trainer.kept() for trainer in self._trainers]
-        checks: list[tuple[int, float | None]] = [(0, finite(first))]
-        losses: list[tuple[int, float | None]] = []
-        backed_off: list[int] = []
-        pending: list[float] = []
-        tokens = 0
-        observer.start(0, count, settings.step_tokens)
-        observer.check(0, first)
-        for step in range(1, count + 1):
-            rate = settings.learning_rate * BACK_OFF ** len(backed_off) * schedule(step - 1, count)
-            loss, seen = self._step_(order_of(len(self._steps.trained), step - 1, settings.seed), rate)
-            tokens += seen
-            pending.append(loss / max(1, seen))
-            observer.step(step, pending[-1])
-            if len(pending) >= max(1, count // POINTS) or step == count:
-                losses.append((step, finite(sum(pending) / len(pending))))
-                pending.clear()
-            if step % math.ceil(count / CHECKS) and step != count:
-                continue
-            now = self._measure()
-            checks.append((step, finite(now)))
-            observer.check(step, now)
-            if now < best:  # False for NaN
-                best, kept = now, [trainer.kept() for trainer in self._trainers]
-            elif not now <= first:
-                backed_off.append(step)
-                for trainer, values in zip(self._trainers, kept, strict=True):
-                    trainer.restart_(values)
-        for trainer, values, block in zip(self._trainers, kept, self._blocks, strict=True):
-            trainer.put_(values)
-            trainer.check(block)
-        return Healing(
-            settings=asdict(settings),
-            tokens=tokens,
-            steps=count,
-            parts=1,
-            held_out=held,
-            loss_before=first,
-            loss_after=best,
-            zeros=sum(trainer.pruned for trainer in self._trainers),
-            seconds=time.perf_counter() - begun,
-            losses=losses,
-            checks=checks,
-            backed_off=backed_off,
-        )
+    @property
+    def batches(self) -> int:
+        """The number of batches to train on."""
+        return len(self._steps.trained)
 
-    def _measure(self) -> float:
+    def measure(self) -> float:
         """The mean loss of the tokens that are held out."""
         with torch.no_grad():
             found = [self._loss(self._model, self._teacher, batch) for batch in self._steps.measured]
-        return sum(float(loss) for loss, _ in found) / max(1, sum(count for _, count in found))
+        self.held_out = sum(tokens for _, tokens in found)
+        return sum(float(loss) for loss, _ in found) / max(1, self.held_out)
 
-    def _step_(self, index: int, rate: float) -> tuple[float, int]:
+    def step_(self, batch: int, learning_rate: float) -> tuple[float, int]:
         """One step of training; the loss before it, summed over tokens, and their number."""
-        with ExitStack() as contexts:
-            for trainer in self._trainers:
-                contexts.enter_context(trainer.gradients())
-            with torch.enable_grad():
-                loss, tokens = self._loss(self._model, self._teacher, self._steps.batches[index])
-                weights = [weight for trainer in self._trainers for weight in trainer.weights.values()]
-                gradients = iter(torch.autograd.grad(loss, weights, allow_unused=True))
+        with torch.enable_grad():
+            loss, tokens = self._loss(self._model, self._teacher, self._steps.batches[batch])
+            weights = [weight for trainer in self._trainers for weight in trainer.weights.values()]
+            gradients = iter(torch.autograd.grad(loss, weights, allow_unused=True))
         for trainer in self._trainers:
             trainer.take({child: next(gradients) for child in trainer.weights})
-            trainer.step_(rate)
+            trainer.step_(learning_rate)
         return float(loss.detach()), tokens
 
 

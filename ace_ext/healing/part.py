@@ -1,24 +1,20 @@
-"""Training one window of blocks: its steps, its measurements on held-out text, and the best weights found."""
+"""Training some blocks together: the steps, the measurements on what is held out, and the best weights found."""
 
 import contextlib
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from ace_ext.healing.batches import Batches
+from ace_ext.healing.batches import order_of
 from ace_ext.healing.context import HealContext
-from ace_ext.healing.pinned import PinnedBlocks
 from ace_ext.healing.settings import WARM_UP, HealSettings
 from ace_ext.healing.trainer import BlockTrainer
-from ace_ext.healing.window import Window
-from ace_ext.models.hidden_states import HiddenStates
-from ace_ext.models.replay import BlockCall
-from ace_ext.models.tail import Tail
-from ace_ext.records import finite
+from ace_ext.models.blocks import Block
+from ace_ext.records import KL, Healing, finite
 
 CHECKS = 8
 """The number of measurements on the held-out text while a window is trained."""
@@ -28,22 +24,21 @@ POINTS = 100
 """The approximate number of points of the loss curve in a report."""
 
 
-@dataclass(frozen=True)
-class Student:
-    """The model that is trained, and the text with its hidden states."""
+class Trainee(Protocol):
+    """What a :class:`Part` trains."""
 
-    store: PinnedBlocks
-    tail: Tail
-    calls: list[BlockCall]  # for each batch
-    states: HiddenStates  # inputs of the window's first block
-    teacher: HiddenStates  # outputs of the dense model's last block
-    batches: Batches
+    @property
+    def batches(self) -> int:
+        """The number of batches to train on."""
+        ...
 
-    def measure(self, window: Window) -> float:
-        """The mean divergence of the held-out tokens."""
-        batches = self.batches.measured
-        total = sum(window.loss(i, self.states[i], self.teacher[i]) for i in batches)
-        return total / sum(self.batches.tokens[i].numel() for i in batches)
+    def measure(self) -> float:
+        """The mean loss of the tokens that are held out."""
+        ...
+
+    def step_(self, batch: int, learning_rate: float) -> tuple[float, int]:
+        """One step of training on a batch; the loss before it, summed over its tokens, and their number."""
+        ...
 
 
 def new_notes() -> dict[str, Any]:
@@ -52,17 +47,39 @@ def new_notes() -> dict[str, Any]:
     ``part``: the window in training, ``step``: steps done, ``saved``: whether the journal holds tensors of this window,
     ``before``, ``start`` and ``best``: losses on the held-out text before all windows and before this one, and the
     lowest, ``losses``, ``checks`` and ``backed_off``: as in :class:`ace_ext.records.Healing`, ``pending``: losses since
-    the last point, ``zeros``: the number of zeros in the windows that are done.
+    the last point, ``tokens``: trained on, ``zeros``: the number of zeros in the windows that are done.
     """
-    notes = {"part": 0, "step": 0, "saved": False, "before": None, "best": None, "zeros": 0, "seconds": 0.0}
-    return {**notes, "start": None, "losses": [], "checks": [], "pending": [], "backed_off": []}
+    notes = {"part": 0, "step": 0, "saved": False, "before": None, "best": None, "tokens": 0, "zeros": 0}
+    return {**notes, "seconds": 0.0, "start": None, "losses": [], "checks": [], "pending": [], "backed_off": []}
+
+
+def healing_of(
+    notes: Mapping[str, Any], settings: HealSettings, parts: int, held_out: int, loss_of: str = KL
+) -> Healing:
+    """What a distillation did, from the notes after it; other arguments as the fields of :class:`Healing`."""
+    return Healing(
+        settings=asdict(settings),
+        tokens=notes["tokens"],
+        steps=notes["step"],
+        parts=parts,
+        held_out=held_out,
+        loss_before=notes["before"],
+        loss_after=notes["best"],
+        zeros=notes["zeros"],
+        seconds=notes["seconds"],
+        losses=[(step, loss) for step, loss in notes["losses"]],
+        checks=[(step, loss) for step, loss in notes["checks"]],
+        backed_off=notes["backed_off"],
+        loss_of=loss_of,
+    )
 
 
 class Part:
     """The training of one window of blocks.
 
     Args:
-        student: its states are the inputs of the window's first block.
+        trainee: takes the steps, with ``trainers``.
+        blocks: all blocks of the model.
         steps: the indices of its steps among all steps.
         trainers: the trainers of its blocks, by the block's index.
         total: the number of steps of all windows.
@@ -72,17 +89,18 @@ class Part:
 
     def __init__(
         self,
-        student: Student,
+        trainee: Trainee,
+        blocks: Sequence[Block],
         steps: range,
         trainers: dict[int, BlockTrainer],
         total: int,
         settings: HealSettings,
         context: HealContext,
     ) -> None:
-        self._student, self._steps, self._trainers, self._settings = student, steps, trainers, settings
+        self._trainee, self._blocks, self._steps = trainee, blocks, steps
+        self._trainers, self._settings = trainers, settings
         self._journal, self._observer = context.journal, context.observer
         self._notes = context.journal.notes
-        self._window = Window(student.store, trainers, student.calls, student.tail, context.graphs)
         self._point = max(1, total // POINTS)
         self._clock = time.perf_counter()
         self._best = {i: trainer.kept() for i, trainer in trainers.items()}
@@ -93,7 +111,7 @@ class Part:
         if self._notes["saved"]:
             self._restore_()
         elif self._notes["before"] is None:
-            loss = self._student.measure(self._window)
+            loss = self._trainee.measure()
             self._notes.update(before=loss, best=loss)
             self._note_check(loss)
         if self._notes["start"] is None:
@@ -108,21 +126,22 @@ class Part:
         self._save()
         for index, trainer in self._trainers.items():
             trainer.put_(self._best[index])
-            trainer.check(self._student.store.blocks[index])
+            trainer.check(self._blocks[index])
         for index in self._trainers:
-            self._journal.write(self._student.store.blocks[index])
+            self._journal.write(self._blocks[index])
         zeros = sum(trainer.pruned for trainer in self._trainers.values())
         self._notes.update(part=self._notes["part"] + 1, saved=False, start=None, zeros=self._notes["zeros"] + zeros)
         self._journal.save()
 
     def _step_(self) -> None:
-        notes, student = self._notes, self._student
-        batch = student.batches.order(notes["step"], self._settings.seed)
+        notes = self._notes
+        batch = order_of(self._trainee.batches, notes["step"], self._settings.seed)
         rate = self._settings.learning_rate * BACK_OFF ** len(notes["backed_off"])
         rate *= schedule(notes["step"] - self._steps.start, len(self._steps))
-        loss = self._window.step_(batch, student.states[batch], student.teacher[batch], rate)
+        loss, tokens = self._trainee.step_(batch, rate)
         notes["step"] += 1
-        notes["pending"].append(loss / student.batches.tokens[batch].numel())
+        notes["tokens"] += tokens
+        notes["pending"].append(loss / max(1, tokens))
         self._observer.step(notes["step"], notes["pending"][-1])
         if len(notes["pending"]) >= self._point or notes["step"] == self._steps.stop:
             notes["losses"].append([notes["step"], finite(sum(notes["pending"]) / len(notes["pending"]))])
@@ -136,7 +155,7 @@ class Part:
     def _check(self) -> None:
         """Measures the weights, and keeps them if they are the best so far. If they are worse than those at the start,
         goes back to the best ones and lowers the learning rate."""
-        loss = self._student.measure(self._window)
+        loss = self._trainee.measure()
         self._note_check(loss)
         if loss < self._notes["best"]:  # False for NaN
             self._notes["best"] = loss

@@ -43,7 +43,7 @@ class HealProgress:
     def step(self, step: int, loss: float) -> None:
         """Advances the bar and writes a ``step`` line."""
         memory, elapsed = resident_bytes(), time.perf_counter() - self._began
-        self._bar.set_postfix_str(f"KL {loss:.4f}{self._held_out}, {memory / 2**30:.2f} GiB", refresh=False)
+        self._bar.set_postfix_str(f"loss {loss:.4f}{self._held_out}, {memory / 2**30:.2f} GiB", refresh=False)
         self._bar.update(step - self._bar.n)
         left = (self._steps - step) * elapsed / (step - self._first)
         self._write("step", step=step, loss=finite(loss), memory_bytes=memory, seconds_left=round(left, 2))

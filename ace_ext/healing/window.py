@@ -1,12 +1,16 @@
 """A window of consecutive blocks that are trained together, and the forward and backward passes through it and the
 blocks after it."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from ace_ext.healing.batches import Batches
 from ace_ext.healing.loss import divergence, divergence_and_gradient
 from ace_ext.healing.pinned import PinnedBlocks
 from ace_ext.healing.trainer import BlockTrainer
+from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.replay import BlockCall, run_block
 from ace_ext.models.tail import Tail
 
@@ -92,3 +96,47 @@ class Window:
             below = trainer.backward(x, output, gradient)
             trainer.step_(learning_rate)
             return below
+
+
+@dataclass(frozen=True)
+class Student:
+    """The model that is trained, and the text with its hidden states."""
+
+    store: PinnedBlocks
+    tail: Tail
+    calls: list[BlockCall]  # for each batch
+    states: HiddenStates  # inputs of the window's first block
+    teacher: HiddenStates  # outputs of the dense model's last block
+    batches: Batches
+
+
+class WindowStudent:
+    """A student of which one window of blocks is trained: a :class:`ace_ext.healing.part.Trainee`.
+
+    Args:
+        student: the student.
+        trainers: of the window's blocks, by the block's index.
+        graphs: as for :class:`Window`.
+    """
+
+    def __init__(self, student: Student, trainers: dict[int, BlockTrainer], graphs: int) -> None:
+        self._student = student
+        self._window = Window(student.store, trainers, student.calls, student.tail, graphs)
+
+    @property
+    def batches(self) -> int:
+        """The number of batches to train on."""
+        return len(self._student.batches.trained)
+
+    def measure(self) -> float:
+        """The mean divergence of the held-out tokens."""
+        student = self._student
+        measured = student.batches.measured
+        total = sum(self._window.loss(i, student.states[i], student.teacher[i]) for i in measured)
+        return total / sum(student.batches.tokens[i].numel() for i in measured)
+
+    def step_(self, batch: int, learning_rate: float) -> tuple[float, int]:
+        """One step; the divergence before it, summed over its tokens, and their number."""
+        student = self._student
+        loss = self._window.step_(batch, student.states[batch], student.teacher[batch], learning_rate)
+        return loss, student.batches.tokens[batch].numel()

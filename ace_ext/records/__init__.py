@@ -4,15 +4,17 @@ May import ``dense_weights`` and ``errors``.
 """
 
 from ace_ext.records.agreement import LOWER_IS_BETTER, Agreement
-from ace_ext.records.healing import Healing, HeldOutPerplexity, figure_text, finite
+from ace_ext.records.healing import KL, STATES, Healing, HeldOutPerplexity, figure_text, finite
 from ace_ext.records.matrices import BlockReport, MatrixReport, Solution, Tuning
 from ace_ext.records.removed import CutBlock, DroppedBlock, GoneExperts, Removed, TriedRemoval
 from ace_ext.records.report import FORMAT, REPORT_NAME, PruneReport
 
 __all__ = [
     "FORMAT",
+    "KL",
     "LOWER_IS_BETTER",
     "REPORT_NAME",
+    "STATES",
     "Agreement",
     "BlockReport",
     "CutBlock",

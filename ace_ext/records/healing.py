@@ -5,11 +5,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+KL = "KL"
+"""The loss of a model with a vocabulary: ``KL(dense ‖ pruned)``, the Kullback-Leibler divergence of the distributions
+of the next token, in nats."""
+STATES = "difference of hidden states"
+"""The loss of a network without a vocabulary (:class:`ace_ext.healing.networks.Loss`)."""
+
 
 @dataclass
 class Healing:
-    """A distillation of the pruned model from the dense one. Losses are means over tokens of ``KL(dense ‖ pruned)``,
-    the Kullback-Leibler divergence of the distributions of the next token, in nats."""
+    """What a distillation did. Losses are means over tokens."""
 
     settings: dict[str, Any]
     """The fields of :class:`ace_ext.healing.HealSettings`."""
@@ -36,6 +41,8 @@ class Healing:
     backed_off: list[int] = field(default_factory=list)
     """The steps after which the held-out loss was above that of the start. Training then returned to the best weights
     and continued with a lower learning rate (:data:`ace_ext.healing.part.BACK_OFF`)."""
+    loss_of: str = KL
+    """What the loss is: :data:`KL` or :data:`STATES`."""
 
     def summary(self) -> str:
         """One line."""
@@ -44,7 +51,7 @@ class Healing:
         if not self.loss_after < self.loss_before:
             end += "; no gain, try a lower one"
         return (
-            f"distilled on {self.tokens:,} tokens in {self.steps} steps, {self.seconds:.1f} s: KL on "
+            f"distilled on {self.tokens:,} tokens in {self.steps} steps, {self.seconds:.1f} s: {self.loss_of} on "
             f"{self.held_out:,} held-out tokens {self.loss_before:.4f} before, {self.loss_after:.4f} after{end}"
         )
 

@@ -97,7 +97,7 @@ def healing_plot(healing: Healing) -> bytes:
     for key, points in named.items():
         steps, losses = zip(*points, strict=True) if points else ((), ())
         axes.plot(steps, losses, **{**styles[key], "markersize": 3, "linewidth": 1.2})
-    axes.set_ylabel("KL per token", fontsize=FONT)
+    axes.set_ylabel(f"{healing.loss_of}, per token", fontsize=FONT)
     axes.set_xlabel("step", fontsize=FONT)
     at_whole_numbers(axes)
     return png_of(figure, styles)

@@ -167,7 +167,7 @@ class _Healing:
             healing_plot(healing), "Loss over the steps of the distillation, on training and held-out text."
         )
         lines = [[str(step), "not finite" if loss is None else f"{loss:.4f}"] for step, loss in healing.checks]
-        self.checks = Table(["steps", "KL on held-out text"], lines, 0)
+        self.checks = Table(["steps", f"{healing.loss_of}, held out"], lines, 0)
         counted = {"zeros, checked": healing.zeros, "windows of blocks": healing.parts}
         self.settings = Table.of_settings({**healing.settings, **counted})
 

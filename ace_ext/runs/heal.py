@@ -2,54 +2,47 @@
 interrupted run can be resumed."""
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from ace_ext.data.corpora import texts_of
-from ace_ext.data.requests import check_positions
+from ace_ext.data.requests import check_positions, check_predicts
 from ace_ext.data.requests import check_request as check_numbers
 from ace_ext.data.windows import CalibrationData
 from ace_ext.errors import InputError
-from ace_ext.formats import DEFAULT_FORMAT, format_named, grid_of
+from ace_ext.formats import grid_of
 from ace_ext.grids import Grid
 from ace_ext.healing.batches import Batches, Placement, windows_needed
 from ace_ext.healing.context import HealContext
 from ace_ext.healing.distill import distill_, steps_of
-from ace_ext.healing.progress import HealProgress
 from ace_ext.healing.protocols import Observer
 from ace_ext.healing.settings import HealSettings
 from ace_ext.healing.teacher import NAME, earlier_states, teacher_states
+from ace_ext.models._transformers import predicts_tokens
 from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.safetensors_files import Shards
-from ace_ext.models.versions import versions
-from ace_ext.process_memory import peak_memory_bytes, return_freed_memory
-from ace_ext.records import REPORT_NAME, PruneReport
-from ace_ext.runs.command import heal_command
+from ace_ext.process_memory import return_freed_memory
+from ace_ext.records import Healing, PruneReport
 from ace_ext.runs.heal_journal import HealJournal
 from ace_ext.runs.heal_memory import Division, HealDemand
 from ace_ext.runs.heal_models import HealedBlocks, dense_name, dense_request, open_pruned, running_dense, whole_bytes
 from ace_ext.runs.heal_request import TOKENS, HealRequest
-from ace_ext.runs.heal_text import NOTE, HealText, recorded_text
+from ace_ext.runs.heal_run import HealRun, open_writer
+from ace_ext.runs.heal_text import HealText
 from ace_ext.runs.heal_trial import tokens_within
 from ace_ext.runs.holdout import logits_of_folder
 from ace_ext.runs.memory_model import Estimate, process_bytes
-from ace_ext.runs.model_source import Source, budget_of, open_source
+from ace_ext.runs.model_source import Source, budget_of
 from ace_ext.runs.options import RunRequest
 from ace_ext.runs.output import (
-    already_complete,
     check_apart,
     check_output,
     disk_errors,
-    finished_report,
     output_path,
     read_report,
 )
-from ace_ext.runs.unfinished import discard, recover
-from ace_ext.runs.verify import verify_weights
+from ace_ext.runs.unfinished import recover
 
 
 def heal_folder(
@@ -83,94 +76,50 @@ def heal_folder(
         recover(path)
         check_output(path, request.options.overwrite, request.options.resume)
         request.text.check()
-        dense = dense_request(name, report, request.device, request.options.max_memory)
-        return _Run(request, report, dense).run(path, observer, tell), path
+        dense = dense_request(name, request, report)
+        pruned = open_pruned(request, report)
+        if predicts_tokens(pruned.model):
+            return _CausalRun(request, report, dense, pruned).run(path, observer, tell), path
+        from ace_ext.runs.heal_network import NetworkRun  # imported here: few runs need it
+
+        return NetworkRun(request, report, dense, pruned).run(path, observer, tell), path
 
 
-class _Run:
-    """One run, up to its report."""
+class _CausalRun(HealRun):
+    """The run of a causal language model: one block at a time is read from the files."""
 
-    def __init__(self, request: HealRequest, report: PruneReport, dense: RunRequest) -> None:
-        self._request, self._report, self._dense = request, report, dense
-        self._pruned = open_pruned(request.folder, report, request.device)
+    def __init__(self, request: HealRequest, report: PruneReport, dense: RunRequest, pruned: Source) -> None:
+        super().__init__(request, report, dense, pruned)
+        if not request.text.reads_text:
+            raise InputError(f"calibration {request.text.source} has images or sound, and this model reads text")
+        check_predicts(pruned.model, "healing trains on its predictions: train it on its own task")
 
-    def run(self, path: Path, observer: Observer | None, tell: Callable[[str], None] | None) -> PruneReport:
-        """The whole run; ``path``: the output."""
-        options = self._request.options
-        fingerprint = options.longer.fingerprint if options.longer else self._fingerprint()
-        done = finished_report(path, fingerprint, options.overwrite) if options.resume else None
-        if done is not None:
-            discard(path)
-            if tell is not None:
-                tell(already_complete(path))
-            return done
-        if options.longer is None:  # such a run checks its own folder
-            _check_weights(self._request.folder)
-        journal = HealJournal(path, fingerprint, options.resume)
-        try:
-            check_output(path, options.overwrite, options.resume)  # a run that had the lock before may have written it
-            observer = observer or HealProgress()
-            data = self._text(journal, observer.shown, tell)
-            batches = Batches.of(data.tokens, self._request.settings)
-            division, need = self._divide(journal, batches)
-            if tell is not None:
-                tell(_plan(batches, self._request.settings, division, need))
-            _open_writer(journal, self._pruned)
-            place = Placement(journal.folder, division.states, self._request.device)
-            context = HealContext(place=place, journal=journal, observer=observer)
-            states = self._teacher(batches, context)
-            self._report.healing = distill_(
-                self._pruned.model,
-                states,
-                data.tokens,
-                self._request.settings,
-                grid=self._grid,
-                context=replace(
-                    context,
-                    blocks=HealedBlocks(
-                        self._pruned, _shards(journal, self._pruned), journal.trained, self._request.device
-                    ),
-                    parts=division.parts,
-                    resident=division.resident,
-                    graphs=division.graphs,
-                ),
-            )
-            self._report.extra["healing"] = self._extra(journal)
-            self._measure(journal)
-            check_output(path, self._request.options.overwrite)  # another program may have written there meanwhile
-            journal.finish(self._report, REPORT_NAME)
-            return self._report
-        except Exception:
-            if NAME not in journal.notes:  # nothing to resume from
-                journal.remove()
-            raise
-        finally:
-            journal.close()
+    def _began(self, journal: HealJournal) -> bool:
+        return NAME in journal.notes
+
+    def _train(self, journal: HealJournal, observer: Observer, tell: Callable[[str], None] | None) -> Healing:
+        data = self._text(journal, observer.shown, tell)
+        batches = Batches.of(data.tokens, self._request.settings)
+        division, need = self._divide(journal, batches)
+        if tell is not None:
+            tell(_plan(batches, self._request.settings, division, need))
+        open_writer(journal, self._pruned)
+        place = Placement(journal.folder, division.states, self._request.device)
+        context = HealContext(place=place, journal=journal, observer=observer)
+        states = self._teacher(batches, context)
+        shards = Shards(journal.model).adopt(self._pruned.model)  # blocks that are trained already are read from there
+        blocks = HealedBlocks(self._pruned, shards, journal.trained, self._request.device)
+        divided = replace(
+            context, blocks=blocks, parts=division.parts, resident=division.resident, graphs=division.graphs
+        )
+        return distill_(
+            self._pruned.model, states, data.tokens, self._request.settings, grid=self._grid, context=divided
+        )
 
     @cached_property
     def _grid(self) -> Grid | None:
         """The grid of the pruned matrices; None if the run did not quantize."""
         return grid_of(self._report)
-
-    @cached_property
-    def _skeleton(self) -> Source:
-        """The dense model without its weights."""
-        return open_source(self._dense, weights=False)
-
-    def _fingerprint(self) -> dict[str, Any]:
-        """Everything that the output depends on, as plain values."""
-        text, options = asdict(self._request.text), self._request.options
-        del text["nsamples"], text["evaluate"]
-        return {
-            "versions": versions(),
-            "pruned": self._pruned.files.described,
-            "dense": self._skeleton.files.described,
-            "settings": asdict(self._request.settings),
-            "budget": {"tokens": options.tokens, "minutes": options.minutes, "windows": options.windows},
-            "text": text,
-            "device": self._request.device.type,
-            "threads": torch.get_num_threads(),
-        }
 
     def _text(self, journal: HealJournal, progress: bool, tell: Callable[[str], None] | None) -> CalibrationData:
         """Draws as many windows of text as the budget allows. A resumed run draws the same."""
@@ -208,7 +157,7 @@ class _Run:
         with running_dense(self._dense, self._pruned, bool(self._report.removed)) as (model, blocks):
             return teacher_states(model, blocks, batches.tokens, context.place, journal, context.observer)
 
-    def _measure(self, journal: HealJournal) -> None:
+    def _measure(self, journal: HealJournal, tell: Callable[[str], None] | None) -> None:
         """Adds the perplexity of the written model to those of the dense and the pruned model."""
         longer, found = self._request.options.longer, self._report.perplexity
         text = None if longer is None else longer.held_out
@@ -216,43 +165,6 @@ class _Run:
             self._report.perplexity = None  # it would not be that of the written model
         else:
             found.healed = text.measure(logits_of_folder(self._pruned, journal.model, self._request.device))
-
-    def _extra(self, journal: HealJournal) -> dict[str, Any]:
-        given, options = self._request, self._request.options
-        command = heal_command(given.text, recorded_text(self._report), given.settings, options.tokens, options.minutes)
-        return {
-            "dense": self._dense.model,
-            "command": None if options.longer else command,
-            "calibration": journal.notes[NOTE],
-            "peak_memory_bytes": peak_memory_bytes(self._request.device),
-            "device": str(self._request.device),
-            "versions": versions(),
-        }
-
-
-def _check_weights(folder: str) -> None:
-    """Raises InputError if the weights of a pruned folder do not match its report: the output's report repeats it."""
-    problems = verify_weights(folder).problems
-    if problems:
-        more = f" (and {len(problems) - 1} more, see ace-prune verify)" if len(problems) > 1 else ""
-        raise InputError(
-            f"folder {folder!r} has changed since ace-prune wrote it: {problems[0]}{more}; prune the dense model again"
-        )
-
-
-def _open_writer(journal: HealJournal, pruned: Source) -> None:
-    """Opens the output's writer. Copies the pruned folder, unless an earlier run did; then its output is checked."""
-    journal.model.mkdir(parents=True, exist_ok=True)
-    journal.writer = format_named(DEFAULT_FORMAT).open(journal.model)
-    if not journal.notes.get("laid_out"):
-        journal.writer.lay_out(pruned.dense)
-    journal.writer.check(pruned.dense)
-    journal.check_output(pruned.blocks)
-
-
-def _shards(journal: HealJournal, pruned: Source) -> Shards:
-    """The output's files. Blocks that are trained already are read from them."""
-    return Shards(journal.model).adopt(pruned.model)
 
 
 def _plan(batches: Batches, settings: HealSettings, division: Division, need: Estimate) -> str:

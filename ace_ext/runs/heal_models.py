@@ -7,37 +7,37 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ace_ext.data.requests import check_predicts
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import tensor_sha256
-from ace_ext.models._transformers import predicts_tokens
 from ace_ext.models.block_store import BlockSource, OffloadedBlocks, ResidentBlocks
 from ace_ext.models.blocks import Block
 from ace_ext.models.location import locate
 from ace_ext.models.safetensors_files import Shards, has_safetensors
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.records import PruneReport
+from ace_ext.runs.heal_request import HealRequest
 from ace_ext.runs.model_source import Source, open_source
-from ace_ext.runs.options import Calibration, RunOptions, RunRequest
+from ace_ext.runs.options import RunOptions, RunRequest
 
 NO_OFFLOAD = RunOptions(offload="none")
 
 
-def open_pruned(folder: str, report: PruneReport, device: torch.device) -> Source:
-    """The skeleton of a pruned folder; its blocks have the matrices that were pruned.
+def open_pruned(request: HealRequest, report: PruneReport) -> Source:
+    """The skeleton of the pruned folder; its blocks have the matrices that were pruned.
 
     Raises:
-        InputError: its weights are not in safetensors as they would be loaded.
+        InputError: its weights are not in safetensors as they would be loaded; or text is given for a model that was
+            calibrated on images or sound.
     """
+    folder = request.folder
+    inputs = report.extra.get("calibration", {}).get("inputs")
+    if request.text.reads_text and inputs is not None and "input_ids" not in inputs:
+        raise InputError(
+            f"calibration {request.text.source!r} is text, and {folder!r} was calibrated on images or sound; give such"
+        )
     if not has_safetensors(folder):
         raise InputError(f"{folder!r} has no safetensors; give a folder that ace-prune run wrote in the dense format")
-    source = open_source(RunRequest(folder, _config(report), Calibration(), NO_OFFLOAD, device), weights=False)
-    if not predicts_tokens(source.model):
-        raise InputError(
-            f"heal is for causal language models, and {folder!r} holds {type(source.model).__name__}; prune the dense "
-            'model again with a method that distils, such as "balanced + distill"'
-        )
-    check_predicts(source.model, "healing trains on its predictions: train it on its own task")
+    source = open_source(RunRequest(folder, config_of(report), request.text, NO_OFFLOAD, request.device), weights=False)
     if source.files.shards is None:
         raise InputError(f"{folder!r} does not store every parameter unchanged; give a folder that ace-prune run wrote")
     return source
@@ -84,15 +84,16 @@ def dense_name(given: str | None, report: PruneReport) -> str:
     return str(name)
 
 
-def dense_request(name: str, report: PruneReport, device: torch.device, max_memory: int | None) -> RunRequest:
-    """The request that opens the dense model in the dtype of the pruned one; ``max_memory`` is the run's limit."""
-    options = replace(NO_OFFLOAD, max_memory=max_memory)
-    return RunRequest(name, _config(report), Calibration(), options, device, report.dtype)
+def dense_request(name: str, request: HealRequest, report: PruneReport) -> RunRequest:
+    """The request that opens the dense model in the dtype of the pruned one."""
+    options = replace(NO_OFFLOAD, max_memory=request.options.max_memory)
+    return RunRequest(name, config_of(report), request.text, options, request.device, report.dtype)
 
 
-def _config(report: PruneReport) -> PruneConfig:
+def config_of(report: PruneReport) -> PruneConfig:
     """A configuration that selects the matrices of the pruning run. It accepts any share of dense weights."""
-    return PruneConfig(skip=tuple(report.config["skip"]), max_dense=1.0)
+    found = report.config
+    return PruneConfig(skip=tuple(found["skip"]), towers=tuple(found.get("towers", ())), max_dense=1.0)
 
 
 def whole_bytes(source: Source) -> int:
@@ -124,6 +125,16 @@ def running_dense(
     source = open_source(request)
     _check_outside(source, pruned, lambda name: source.model.get_parameter(name))
     yield source.model, ResidentBlocks(source.blocks)
+
+
+def check_same_network(dense: Source, pruned: Source) -> None:
+    """Checks that a network in memory is the one that was pruned; ``pruned``: the skeleton of the pruned folder.
+
+    Raises:
+        InputError: it is not.
+    """
+    _check_shapes(dense, pruned, smaller=False)
+    _check_outside(dense, pruned, dense.model.get_parameter)
 
 
 def _shapes(source: Source, outside: bool) -> dict[str, tuple[int, ...]]:

@@ -1,14 +1,14 @@
 """The text of a distillation: as many windows as its budget allows. By default it has the source and the choice about
 the BOS token of the pruned folder's calibration."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from ace_ext.data.bos import BosChoice
-from ace_ext.data.corpora import SELF
+from ace_ext.data.corpora import BUNDLED, SELF
 from ace_ext.data.windows import CalibrationData
 from ace_ext.errors import InputError
 from ace_ext.models.loading import load_model
@@ -16,20 +16,27 @@ from ace_ext.models.whole_forward import whole_logits
 from ace_ext.records import PruneReport
 from ace_ext.runs.bos_choice import from_record
 from ace_ext.runs.heal_models import running_dense
+from ace_ext.runs.media import reader_of
 from ace_ext.runs.memory_model import process_bytes
 from ace_ext.runs.model_source import Source
-from ace_ext.runs.options import Calibration, RunRequest
+from ace_ext.runs.options import Calibration, InputCalibration, RunRequest
 
 NOTE = "text"
 """The key of the text's description in the notes of a journal."""
 
 
 def recorded_text(report: PruneReport) -> Calibration:
-    """The calibration text that a report names, with defaults for what the report lacks."""
+    """The calibration that a report names, with defaults for what the report lacks."""
     recorded = report.extra.get("calibration", {})
-    found = {name: recorded[name] for name in ("source", "seqlen", "seed") if name in recorded}
+    found = {name: recorded[name] for name in ("source", "nsamples", "seqlen", "seed") if name in recorded}
     bos = recorded.get("bos")
-    return Calibration(**found, **({"bos": bos["mode"]} if isinstance(bos, dict) else {}))
+    return calibration_of({**found, **({"bos": bos["mode"]} if isinstance(bos, dict) else {})})
+
+
+def calibration_of(fields: Mapping[str, Any]) -> Calibration:
+    """A calibration with these fields: of text, or of images or sound if its source is such a folder or file."""
+    reader = reader_of(fields.get("source", BUNDLED))
+    return Calibration(**fields) if reader is None else InputCalibration(**fields, reader=reader)
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ import torch
 from tiny_models import FAMILIES, MIXTURES, make_model, make_tokens
 
 from ace_ext import InputError, PruneConfig, prune_model
-from ace_ext.healing import HealSettings, distill_, loss, part
+from ace_ext.healing import HealSettings, distill_, loss, window
 from ace_ext.healing.batches import Batches, windows_needed
 from ace_ext.healing.context import HealContext, windows_of
-from ace_ext.healing.part import BACK_OFF, Student, schedule
+from ace_ext.healing.part import BACK_OFF, schedule
 from ace_ext.healing.settings import BETAS
 from ace_ext.healing.trainer import BlockTrainer
-from ace_ext.healing.window import Window
+from ace_ext.healing.window import Window, WindowStudent
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.replay import capture_calls, run_block
@@ -117,20 +117,24 @@ def test_training_that_gets_worse_goes_back_and_on_with_a_lower_rate(bad, parts,
     is lower, also in the windows that follow."""
     dense, model = make_model("llama"), pruned_model()
     before, settings = state(model), HealSettings(**QUICK, passes=2)
-    rates, measure, first = [], Student.measure, {1: 2, 2: 1}[parts]  # of 12 or 6 steps in eight measurements at most
+    rates, measure, first = (
+        [],
+        WindowStudent.measure,
+        {1: 2, 2: 1}[parts],
+    )  # of 12 or 6 steps in eight measurements at most
 
-    def step_(window, batch, hidden, teacher, rate):
+    def step_(student, batch, hidden, teacher, rate):
         if len(rates) == first:
             assert all(torch.equal(value, before[name]) for name, value in state(model).items())
-            assert not any(name.endswith("/step") for t in window.trainers.values() for name in t.state())
+            assert not any(name.endswith("/step") for t in student.trainers.values() for name in t.state())
         rates.append(rate)
-        return Window.step_(window, batch, hidden, teacher, rate)
+        return Window.step_(student, batch, hidden, teacher, rate)
 
-    def measured(student, window):
-        return bad if len(rates) == first else measure(student, window)
+    def measured(student):
+        return bad if len(rates) == first else measure(student)
 
-    monkeypatch.setattr(part, "Window", type("Counting", (Window,), {"step_": step_}))
-    monkeypatch.setattr(Student, "measure", measured)
+    monkeypatch.setattr(window, "Window", type("Counting", (Window,), {"step_": step_}))
+    monkeypatch.setattr(WindowStudent, "measure", measured)
     healing = distill_(model, dense, TEXT, settings, context=HealContext(parts=parts))
     shape = [schedule(step, 12 // parts) for step in range(12 // parts)] * parts
     factors = [1] * first + [BACK_OFF] * (12 - first)

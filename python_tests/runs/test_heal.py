@@ -359,10 +359,11 @@ def test_a_dense_model_that_must_be_loaded_whole_counts(place, tmp_path):
     report = read_report(place / "pruned")
     shutil.copytree(place / "dense", tmp_path / "bin")
     (tmp_path / "bin/model.safetensors").unlink()
+    asked = request(place / "pruned", tmp_path / "out")
     model = make_model("llama", torch.bfloat16)
     torch.save(model.state_dict(), tmp_path / "bin/pytorch_model.bin")
     sizes = [
-        whole_bytes(open_source(dense_request(str(folder), report, torch.device("cpu"), None), weights=False))
+        whole_bytes(open_source(dense_request(str(folder), asked, report), weights=False))
         for folder in (place / "dense", tmp_path / "bin")
     ]
     assert sizes[0] == 0

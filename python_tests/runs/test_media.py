@@ -53,6 +53,28 @@ def test_a_folder_of_images_calibrates_a_run(place, capsys):
     assert weights_bytes(place / "again") == weights_bytes(place / "new")
 
 
+def test_a_model_of_images_is_healed_on_its_calibration(place, capsys):
+    assert call(capsys, *RUN, "--calibration", "images", "--nsamples", "4")[0] == 0
+    heal = ["heal", "new", "--passes", "3", "--step-tokens", "5", "--learning-rate", "0.01", "--output"]
+    status, _, error = call(capsys, *heal, "healed")
+    assert status == 0, error
+    assert "3 x 4 samples in 9 steps" in error
+    report = PruneReport.from_json((place / "healed" / REPORT_NAME).read_text())
+    assert report.healing.loss_after <= report.healing.loss_before
+    assert report.extra["healing"]["calibration"] == report.extra["calibration"]
+    assert call(capsys, "verify", "healed")[0] == 0
+    (place / "text.txt").write_text("the quick brown fox " * 100)
+    for options, message in [
+        (["--tokens", "100"], "tokens does not go with ViTModel: images has images or sound"),
+        (["--seqlen", "8"], "--seqlen is for texts"),
+        (["--calibration", "text.txt"], "was calibrated on images or sound"),
+    ]:
+        status, _, error = call(capsys, *heal, "other", *options)
+        assert (status, error.count("\n")) == (2, 1), error
+        assert message in error
+        assert not (place / "other").exists()
+
+
 def test_agreement_is_measured_on_files_that_calibration_leaves(place, capsys):
     status, out, error = call(capsys, *RUN, "--calibration", "images", "--nsamples", "4")
     assert status == 0

@@ -1,5 +1,7 @@
 """Runs on the files of networks that are no causal language models."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from folders import call, weights_bytes
@@ -7,8 +9,13 @@ from tiny_models import make_tokenizer
 from tiny_networks import NETWORKS, make_inputs, make_network
 
 from ace_ext import InputError, PruneConfig, prune_model, register
+from ace_ext.cli.heal import request_from
+from ace_ext.cli.main import build_parser
 from ace_ext.engine.progress import Progress
 from ace_ext.packed.packing import pack, unpack
+from ace_ext.records import REPORT_NAME, PruneReport
+from ace_ext.runs.heal import heal_folder
+from ace_ext.runs.heal_journal import HealJournal
 from ace_ext.runs.options import Calibration, InputCalibration, RunOptions
 from ace_ext.runs.pipeline import prune_folder
 from ace_ext.runs.plan import make_plan
@@ -206,11 +213,99 @@ def test_a_packed_folder_answers_like_the_dense_one(name, folders, tmp_path):
     assert weights_bytes(tmp_path / "again") == weights_bytes(output)
 
 
-def test_healing_is_refused(folders, tmp_path, capsys):
-    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 40)
-    text, device = Calibration(str(tmp_path / "text.txt"), 4, 16), torch.device("cpu")
-    prune_folder(str(folders("bert")), tmp_path / "out", PruneConfig("wanda", 0.5), text, RunOptions(), device)
-    output = tmp_path / "out"
-    status, _, error = call(capsys, "heal", str(output), "--output", str(tmp_path / "healed"))
+@pytest.fixture
+def pruned(folders, tmp_path, monkeypatch):
+    """``prune(name)``: a folder that was pruned by Wanda on a text, in a working directory of its own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 600)
+
+    def make(name):
+        text, device = Calibration("text.txt", 4, 16), torch.device("cpu")
+        prune_folder(str(folders(name)), "out", PruneConfig("wanda", 0.5), text, RunOptions(), device)
+
+    return make
+
+
+HEAL = ["heal", "out", "--tokens", "400", "--step-tokens", "32", "--learning-rate", "0.02", "--output"]
+
+
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_a_pruned_network_of_text_is_healed(name, pruned, capsys):
+    pruned(name)
+    before = weights_bytes(Path("out"))
+    status, out, _ = call(capsys, *HEAL, "healed", "--report", "page.html")
+    assert status == 0
+    loss = {"bert": "difference of hidden states", "t5": "KL"}[name]
+    assert f"{loss}, held out" in Path("page.html").read_text()
+    report = PruneReport.from_json(Path("healed", REPORT_NAME).read_text())
+    assert report.healing.loss_after < report.healing.loss_before
+    assert report.healing.loss_of == loss
+    assert report.agreement.cosine > 0
+    assert report.healing.summary() in out
+    found = verify("healed")
+    assert (found.problems, found.loads) == ([], True)
+    dense, old, new = (
+        type(make_network(name)).from_pretrained(place).state_dict()
+        for place in (report.extra["healing"]["dense"], "out", "healed")
+    )
+    trained = {f"{matrix.name}.weight" for matrix in report.matrices}
+    for weight, value in new.items():
+        if weight in trained:
+            assert torch.equal(value == 0, old[weight] == 0), weight
+            assert not torch.equal(value, old[weight]), weight
+        else:
+            assert torch.equal(value, dense[weight]), weight
+    assert weights_bytes(Path("out")) == before
+    command = report.extra["healing"]["command"].replace("OUTPUT", "again").replace("PRUNED", "out").split()
+    assert call(capsys, *command[1:])[0] == 0
+    assert weights_bytes(Path("again")) == weights_bytes(Path("healed"))
+
+
+@pytest.mark.parametrize("after", [1, 5, 13])
+def test_an_interrupted_healing_of_a_network_goes_on(after, pruned, capsys, monkeypatch):
+    """Its state is saved after each step; the run is interrupted in the middle or once all steps are done."""
+    pruned("bert")
+    assert call(capsys, *HEAL, "whole")[0] == 0
+    assert PruneReport.from_json(Path("whole", REPORT_NAME).read_text()).healing.steps == 13
+    monkeypatch.setattr(HealJournal, "due", lambda journal: True)
+    save, saves = HealJournal.save, []
+
+    def interrupted(journal, tensors=()):
+        save(journal, tensors)
+        saves.append(journal.notes.get("step"))
+        if saves[-1] == after:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(HealJournal, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        heal_folder(request_from(build_parser().parse_args([*HEAL, "healed"])))
+    monkeypatch.setattr(HealJournal, "save", save)
+    assert call(capsys, *HEAL, "healed", "--resume")[0] == 0
+    assert weights_bytes(Path("healed")) == weights_bytes(Path("whole"))
+    report, whole = (PruneReport.from_json(Path(place, REPORT_NAME).read_text()) for place in ("healed", "whole"))
+    assert (report.healing.checks, report.healing.losses) == (whole.healing.checks, whole.healing.losses)
+    assert report.healing.held_out == whole.healing.held_out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--minutes", "1"], "minutes does not go with BertForSequenceClassification"),
+        (["--max-memory", "8GB"], "max-memory does not go with BertForSequenceClassification"),
+        (["--calibration", "self"], "calibration self does not go with BertForSequenceClassification"),
+        (["--dense", "other"], "dense must be the model that was pruned"),
+    ],
+)
+def test_what_does_not_heal_a_network_is_refused(options, message, pruned, capsys):
+    pruned("bert")
+    if "other" in options:
+        torch.manual_seed(1)
+        model = make_network("bert")
+        with torch.no_grad():
+            model.bert.embeddings.word_embeddings.weight[0] += 1
+        model.save_pretrained("other")
+        make_tokenizer().save_pretrained("other")
+    status, _, error = call(capsys, "heal", "out", "--output", "healed", *options)
     assert (status, error.count("\n")) == (2, 1)
-    assert "heal is for causal language models" in error
+    assert message in error
+    assert not Path("healed").exists()
