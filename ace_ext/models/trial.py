@@ -59,6 +59,7 @@ def try_walk(model: nn.Module, store: BlockSource, batch: dict[str, Tensor]) -> 
         for index, block in enumerate(store.blocks):
             stack.enter_context(replaced_forward(block.module, trial.forward_of(index, block.module.forward)))
         stack.enter_context(store.outside_loaded(model))  # on use: only one block is in memory at a time
+        stack.enter_context(explained(model, few))
         _pass_through(model, few)
     return Findings(trial.verdict(), trial.uses, trial.shares)
 
@@ -109,7 +110,7 @@ def explained(model: nn.Module, batch: dict[str, Tensor]) -> Iterator[None]:
     """Within this context an error of a call of the model is an :class:`InputError` about its inputs."""
     try:
         yield
-    except InputError:
+    except (InputError, torch.OutOfMemoryError):
         raise
     except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
         given = ", ".join(f"{name} {list(value.shape)}" for name, value in batch.items())

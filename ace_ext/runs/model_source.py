@@ -330,7 +330,8 @@ class Demand:
         batch = min(tokens, self.request.config.batch_samples(text.seqlen) * text.seqlen)
         shapes = [linear.weight.shape for block in blocks for linear in block.linears.values()]
         neurons = max((columns for rows, columns in shapes if rows == shape.hidden), default=shape.widest)
-        moments, solver = working_bytes(neurons, shape.hidden)
+        experts = max(sum(block.is_expert(child) for child in block.linears) for block in blocks)
+        moments, solver = working_bytes(neurons, shape.hidden, experts)
         linears = [linear.weight for block in blocks for linear in block.linears.values()]
         cut = sum(weight.nbytes for weight in linears if {neurons, 2 * neurons} & {*weight.shape})
         wanted = self.request.config.remove

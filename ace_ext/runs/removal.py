@@ -96,9 +96,11 @@ def removal_seconds(source: Source, wanted: Removal, tokens: int, token_seconds:
     for wanted_units in wanted.units:
         from ace_ext.structures.search import find_units  # imported here: most runs remove no structure
 
-        part = find_units(source.model, source.blocks, wanted_units).present[0]
-        outputs = source.model.get_parameter(part.columns.name).shape[1 - part.columns.dim]
-        seconds += blocks * (3 * tokens * token_seconds + seconds_of_units(part.count * part.width, outputs))
+        found = find_units(source.model, source.blocks, wanted_units)
+        part, each = found.present[0], max(len(units) for units in found.parts)
+        shape = source.model.get_parameter(part.columns.name).shape
+        outputs = shape[-1] if part.columns.dim == len(shape) - 2 else shape[-2]
+        seconds += blocks * (3 * tokens * token_seconds + each * seconds_of_units(part.count * part.width, outputs))
     return seconds
 
 

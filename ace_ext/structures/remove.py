@@ -20,7 +20,7 @@ from ace_ext.structures.choice import candidates, nearest
 from ace_ext.structures.experts import find_and_try_experts, find_experts, without_experts
 from ace_ext.structures.search import Found, find_units
 from ace_ext.structures.smaller import laid_out, take_over_
-from ace_ext.structures.units import Wanted, find_and_try, without_units
+from ace_ext.structures.units import MOMENTS, MOMENTS_BYTES, Wanted, find_and_try, without_units
 
 
 @torch.no_grad()
@@ -139,15 +139,17 @@ def planned_removal(model: nn.Module, blocks: list[Block], wanted: removal.Remov
     return model, records
 
 
-def working_bytes(columns: int, outputs: int) -> tuple[int, int]:
+def working_bytes(columns: int, outputs: int, experts: int = 0) -> tuple[int, int]:
     """Bytes that :func:`remove_` needs for one block beside weights, hidden states and activations: the moments of a
     matrix's inputs, and the working memory of scores and least squares.
 
     Args:
         columns: of the matrix.
         outputs: its rows.
+        experts: how many matrices the block has with these inputs, one for each expert; 0: one that is no expert's.
     """
-    return 3 * 4 * columns * columns, 3 * 8 * columns * (columns + outputs)
+    one = MOMENTS * 4 * columns * columns
+    return max(one, min(MOMENTS_BYTES, experts * one)), 3 * 8 * columns * (columns + outputs)
 
 
 def _check(model: nn.Module, blocks: list[Block], batch: dict[str, Tensor]) -> None:

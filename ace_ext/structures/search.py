@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ace_ext.errors import InputError
 from ace_ext.models.blocks import Block
+from ace_ext.models.fused_weights import FusedWeight
 from ace_ext.pruning import removal
 from ace_ext.structures.smaller import laid_out, numbers_of, shapes_of, standard_names
 
@@ -41,6 +42,14 @@ class Cut:
         index = torch.cat([own + copy * count * self.width for copy in range(self.copies)])
         return tensor.index_select(self.dim, index.to(tensor.device))
 
+    def keep_of(self, tensor: Tensor, expert: int | None, kept: Tensor, count: int) -> Tensor:
+        """As :meth:`keep`; of one expert's entry, if the tensor has one for each."""
+        return (
+            self.keep(tensor, kept, count)
+            if expert is None
+            else replace(self, dim=self.dim - 1).keep(tensor[expert], kept, count)
+        )
+
 
 def entries(units: Tensor, width: int) -> Tensor:
     """The entries ``[k * width]`` of ``units [k]`` with ``width`` neighbouring entries each."""
@@ -49,13 +58,15 @@ def entries(units: Tensor, width: int) -> Tensor:
 
 @dataclass(frozen=True)
 class UnitsOfBlock:
-    """The units of a block. Unit j is some neighbouring columns of the matrix ``last``, and entries of each cut."""
+    """Units of a block. Unit j is some neighbouring columns of the matrix ``last``, and entries of each cut."""
 
     count: int
     last: str
     """The Linear that reads the units, by its name in the block."""
     columns: Cut
     rows: tuple[Cut, ...]
+    expert: int | None = None
+    """The expert whose neurons these are, by its place in tensors with an entry for each expert; None: of no expert."""
 
     @property
     def width(self) -> int:
@@ -75,15 +86,29 @@ class Found:
     settings: dict[str, Any]
     """The settings that hold the number, with their present values; the report names the first. A value is a number, a
     list with one for each block, or None."""
-    parts: tuple[UnitsOfBlock | None, ...]
-    """One for each block; None: the block has no such units."""
+    parts: tuple[tuple[UnitsOfBlock, ...], ...]
+    """Those of each block: none, one, or one for each expert and one for experts that see all tokens."""
     fixed: dict[str, Any] = field(default_factory=dict)
     """Settings that must be written so that others do not follow from the number."""
 
     @property
     def present(self) -> list[UnitsOfBlock]:
-        """The blocks' units, of at least one block."""
-        return [part for part in self.parts if part is not None]
+        """The units of all blocks: of one block at least."""
+        return [own for part in self.parts for own in part]
+
+    @property
+    def cuts(self) -> list[Cut]:
+        """All parameters that become smaller, each once."""
+        return [*{cut.name: cut for own in self.present for cut in own.cuts}.values()]
+
+    @property
+    def layouts(self) -> list["Found"]:
+        """The possible places of units in tensors of experts that hold two matrices: one above the other, or with
+        alternating rows. Both give the same shapes."""
+        if all(own.expert is None or all(row.copies == 1 for row in own.rows) for own in self.present):
+            return [self]
+        parts = tuple(tuple(_alternating(own) for own in part) for part in self.parts)
+        return [self, replace(self, parts=parts)]
 
     @property
     def count(self) -> int:
@@ -103,6 +128,12 @@ class Found:
     def changes(self, kept: int) -> dict[str, Any]:
         """The change of the configuration for ``kept`` units."""
         return {**_scaled(self.settings, self.count, kept), **self.fixed}
+
+
+def _alternating(own: UnitsOfBlock) -> UnitsOfBlock:
+    if own.expert is None:
+        return own
+    return replace(own, rows=tuple(replace(row, copies=1, width=row.copies * row.width) for row in own.rows))
 
 
 def _scaled(settings: Mapping[str, Any], count: int, kept: int) -> dict[str, Any]:
@@ -159,16 +190,20 @@ def find_heads(model: nn.Module, blocks: list[Block], part: removal.Heads) -> Fo
 
 
 def find_neurons(model: nn.Module, blocks: list[Block]) -> Found:
-    """The neurons of a model's feed-forward parts.
+    """The neurons of a model's feed-forward parts. With experts these are the experts' neurons, and those of the parts
+    whose number follows from the same setting.
 
     Raises:
-        InputError: the blocks have experts, or no number of the configuration changes the feed-forward parts alone.
+        InputError: experts are in lists of modules, or no number of the configuration changes the feed-forward parts
+            alone.
     """
     for block in blocks:
-        if block.experts or block.expert_lists:
+        if block.expert_lists:
             raise InputError(
-                f"remove: neurons of experts are not removed ({block.name} has experts); leave out neurons"
+                f"remove: neurons of experts in lists of modules are not removed ({block.name} has such); leave out "
+                "neurons"
             )
+    mixture = any(block.experts for block in blocks)
     now = shapes_of(model)
     widths = {linear.weight.shape[1] for block in blocks for linear in block.linears.values()}
     reasons = []
@@ -180,8 +215,10 @@ def find_neurons(model: nn.Module, blocks: list[Block]) -> Found:
         except InputError as error:
             reasons.append(f"{name}: {error}")
             continue
-        if parts is not None and all(part is None or part.width == 1 for part in parts):
-            return Found({name: value}, parts)
+        units = [own for part in parts or () for own in part]
+        fits = any(u.expert is not None for u in units) if mixture else all(u.width == 1 for u in units)
+        if units and fits:
+            return Found({name: value}, parts or ())
     raise InputError(
         f"remove: no number in the configuration of {type(model).__name__} changes the neurons of its feed-forward "
         f"parts alone{'; ' if reasons else ''}{'; '.join(reasons)[:300]}"
@@ -207,14 +244,14 @@ def _parts(
     then: Mapping[str, tuple[int, ...]],
     count: int,
     smaller: int,
-) -> tuple[UnitsOfBlock | None, ...] | None:
+) -> tuple[tuple[UnitsOfBlock, ...], ...] | None:
     """The parts whose sizes change from ``count`` to ``smaller``; None if nothing changes.
 
     Raises:
         InputError: something else changes.
     """
     each = zip(blocks, cuts_of(blocks, now, then, count, smaller), strict=True)
-    found = tuple(_part(block, cuts, count, now) if cuts else None for block, cuts in each)
+    found = tuple(_units_of(block, cuts, count, now) for block, cuts in each)
     return found if any(found) else None
 
 
@@ -260,6 +297,46 @@ def _cut(name: str, now: tuple[int, ...], then: tuple[int, ...], count: int, sma
         if (now[dims[0]], then[dims[0]]) == (size * count, size * smaller):
             return Cut(name, dims[0], width=size)
     raise InputError(f"it changes {name} from {list(now)} to {list(then)}")
+
+
+def _units_of(
+    block: Block, cuts: list[Cut], count: int, now: Mapping[str, tuple[int, ...]]
+) -> tuple[UnitsOfBlock, ...]:
+    """The units of a block with these cuts: of its experts, and of the other matrices."""
+    fused = {f"{block.name}.{fused.name}": fused for fused in block.experts}
+    owners = {name.rpartition(".")[0] for name in fused}
+    routed = [cut for cut in cuts if cut.name in fused or cut.name.rpartition(".")[0] in owners]
+    plain = [cut for cut in cuts if cut not in routed]
+    found = [_part(block, plain, count, now)] if plain else []
+    for own in _by_module(routed, fused):
+        found += _experts(block, own, fused, count)
+    return tuple(found)
+
+
+def _by_module(cuts: list[Cut], fused: Mapping[str, FusedWeight]) -> list[list[Cut]]:
+    """The cuts of each module of experts; all together if a module has only a part of an expert's matrices."""
+    modules: dict[str, list[Cut]] = {}
+    for cut in cuts:
+        modules.setdefault(cut.name.rpartition(".")[0], []).append(cut)
+    whole = all(any(_reads(cut, fused) for cut in own) for own in modules.values())
+    return [*modules.values()] if whole else [cuts]
+
+
+def _reads(cut: Cut, fused: Mapping[str, FusedWeight]) -> bool:
+    """Whether the units are columns of the experts' matrices in this tensor."""
+    return cut.name in fused and cut.dim == (1 if fused[cut.name].layout.transposed else 2)
+
+
+def _experts(block: Block, cuts: list[Cut], fused: Mapping[str, FusedWeight], count: int) -> list[UnitsOfBlock]:
+    """The units of each expert of a module with these cuts."""
+    columns = [cut for cut in cuts if _reads(cut, fused)]
+    rows = [replace(cut, copies=cut.width, width=1) for cut in cuts if cut not in columns]
+    if len(columns) != 1 or columns[0].width != 1 or not rows or any(row.dim < 1 or row.copies > 2 for row in rows):
+        raise InputError(f"in {block.name} it changes tensors of experts that ace_ext does not know")
+    last = fused[columns[0].name]
+    if any(name in fused and fused[name].layout.count != last.layout.count for name in (row.name for row in rows)):
+        raise InputError(f"in {block.name} tensors of experts have different numbers of them")
+    return [UnitsOfBlock(count, child, columns[0], tuple(rows), expert) for expert, child in enumerate(last.linears)]
 
 
 def _part(block: Block, cuts: list[Cut], count: int, now: Mapping[str, tuple[int, ...]]) -> UnitsOfBlock:

@@ -14,18 +14,19 @@ from torch import Tensor, nn
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import tie_weights_
 from ace_ext.models.blocks import Block, find_blocks
-from ace_ext.models.replay import Arguments, BlockCall, capture_calls, run_block
+from ace_ext.models.replay import BlockCall, capture_calls, run_block
 from ace_ext.pruning import removal
 from ace_ext.records import CutBlock
 from ace_ext.structures.moments import Fit, Moments, fitted, updated
 from ace_ext.structures.scores import DAMPING, kept_units, turning
 from ace_ext.structures.search import Found, UnitsOfBlock, entries, find_units
+from ace_ext.structures.sites import HELD_BACK, UnitRun, seen
 from ace_ext.structures.smaller import check_same, few_tokens, fill_, laid_out, output_of
 
 SMALLEST = 1e-10
 """The norm of a token's output counts as at least this."""
-HELD_BACK = 8
-"""One of this many samples (or of this many tokens, if there are fewer samples) is held back from a fit."""
+MOMENTS, MOMENTS_BYTES = 3, 2**28
+"""Matrices of moments for each unit, and the bytes up to which those of several experts are collected in one pass."""
 
 
 Wanted = removal.Heads | removal.Neurons
@@ -45,16 +46,12 @@ def find_and_try(model: nn.Module, blocks: list[Block], part: Wanted, batch: Map
     kept = kept % found.count
     if found.count < 2:
         raise InputError(f"remove: a block has one of the {part.name}; leave out {part.name}")
-    smaller = laid_out(model, found.changes(len(kept)))
-    tensors = dict(model.state_dict())
-    for present in found.present:
-        tensors |= {cut.name: cut.keep(tensors[cut.name], kept, found.count) for cut in present.cuts}
-    fill_(smaller, tensors, model)
     tokens = few_tokens(batch)
     with ExitStack() as stack:
-        for block, own in zip(blocks, found.parts, strict=True):
-            if own is not None:
+        for block, units in zip(blocks, found.parts, strict=True):
+            if units:
                 stack.enter_context(block.products())
+            for own in units:
                 mask = torch.zeros(own.count * own.width, device=tokens.device)
                 mask[entries(kept, own.width)] = 1
                 handle = block.linears[own.last].register_forward_pre_hook(
@@ -62,8 +59,20 @@ def find_and_try(model: nn.Module, blocks: list[Block], part: Wanted, batch: Map
                 )
                 stack.callback(handle.remove)
         expected = output_of(model, tokens)
-    check_same(part.name, expected, output_of(smaller, tokens), next(model.parameters()).dtype)
-    return found
+    for layout in found.layouts:
+        smaller = laid_out(model, found.changes(len(kept)))
+        fill_(smaller, _with(layout, dict(model.state_dict()), kept), model)
+        try:
+            check_same(part.name, expected, output_of(smaller, tokens), next(model.parameters()).dtype)
+            return layout
+        except InputError as error:
+            failed = error
+    raise failed
+
+
+def _with(found: Found, tensors: dict[str, Tensor], kept: Tensor) -> dict[str, Tensor]:
+    """``tensors`` by name with the units ``kept [k]`` only, the same in all blocks."""
+    return tensors | {cut.name: cut.keep(tensors[cut.name], kept, found.count) for cut in found.cuts}
 
 
 def without_units(
@@ -89,19 +98,16 @@ def without_units(
     """
     kept = part.kept(found.count)
     smaller = laid_out(model, found.changes(kept))
-    tensors = dict(model.state_dict())
-    first = torch.arange(kept)
-    for own in found.present:  # of the right shape; the walk replaces them
-        tensors |= {cut.name: cut.keep(tensors[cut.name], first, found.count) for cut in own.cuts}
-    fill_(smaller, tensors, model)
+    # Tensors of the right shape; the walk replaces them.
+    fill_(smaller, _with(found, dict(model.state_dict()), torch.arange(kept)), model)
     output_of(smaller, batches[0]["input_ids"][:1])  # some classes choose code by the length of an input
     walk = _Walk(model, blocks, find_blocks(smaller, check=False), part, batches)
     report = []
-    for index, place in enumerate(found.parts):
-        if place is None:
-            walk.advance(index)
+    for index, units in enumerate(found.parts):
+        if units:
+            report.append(walk.remove(index, units, kept))
         else:
-            report.append(walk.remove(index, place, kept))
+            walk.advance(index)
         advanced(index + 1, len(blocks))
     tie_weights_(smaller)
     return smaller, report
@@ -131,54 +137,38 @@ class _Walk:
         self._calls = list(capture_calls(model, blocks, batches))
         self._states = [_entering(call) for call in self._calls]
 
-    def remove(self, index: int, own: UnitsOfBlock, kept: int) -> CutBlock:
+    def remove(self, index: int, units: Sequence[UnitsOfBlock], kept: int) -> CutBlock:
         """Removes units of block ``index``."""
-        block, linear = self._blocks[index], self._blocks[index].linears[own.last]
-        bias = _bias(block, own)
-        weight = linear.weight.detach().float()
-        train, held, turned = self._collect(index, own, weight)
-        both = train.plus(held)
-        units = kept_units(self._part.score, kept, weight, both, turned, own.width)
-        stay = entries(units, own.width)
-        published = self._part.published
-        if published is None and self._part.refit == "matrix":
-            fit, square = fitted(train, held, stay, weight, bias), held.error(weight)
-        else:
-            kind = self._part.refit if published is None else published.fit
-            fit, square = updated(both, stay, weight, bias, kind, DAMPING), both.error(weight)
-        self._store(index, own, units, fit)
+        block, cut = self._blocks[index], []
+        for together in _in_passes(units):
+            for own, (train, held, turned) in zip(together, self._collect(index, together), strict=True):
+                cut.append(choose(self._part, block, own, kept, train, held, turned))
+        self._store(index, cut)
         self.advance(index)
-        square = square or 1.0
-        return CutBlock(block.name, fit.error_before / square, fit.error / square, fit.ridge)
+        return _record(block.name, cut)
 
-    def _collect(self, index: int, own: UnitsOfBlock, weight: Tensor) -> tuple[Moments, Moments, Tensor | None]:
-        """The moments of the last matrix's inputs, without and of the held-back tokens; and the sums of
-        :func:`ace_ext.structures.scores.turning`. A token has the weight ``1 / ‖o‖²``, where o is the block's output,
-        or the matrix's if it is not added to the block's as it is: so each token's change counts relative to its size.
-        In published methods all tokens have the weight 1.
+    def _collect(self, index: int, units: Sequence[UnitsOfBlock]) -> list[tuple[Moments, Moments, Tensor | None]]:
+        """For each of ``units`` the moments of the last matrix's inputs, without and of the held-back tokens; and the
+        sums of :func:`ace_ext.structures.scores.turning`. A token has the weight ``1 / ‖o‖²``, where o is the block's
+        output, or the matrix's if it is not added to the block's as it is (an expert's never is): so each token's
+        change counts relative to its size. In published methods all tokens have the weight 1.
         """
-        block, last = self._blocks[index], own.last
-        device = weight.device
-        train, held = (Moments(weight.shape[1], device) for _ in range(2))
-        turned = torch.zeros(own.count, device=device) if self._part.score == "cosine" else None
-        added = self._adds(index, last)
+        block, device = self._blocks[index], next(self._blocks[index].module.parameters()).device
+        found = [_Sums.of(block, own, self._part.score, device) for own in units]
+        added = [own.expert is None and self._adds(index, own.last) for own in units]
         samples = sum(len(state) for state in self._states)
         number = 0
         for i, call in enumerate(self._calls):
-            run = _seen(block, last, self._states[i], call.others[index])
-            output = run.output if added else run.product
-            scale = output.float().norm(dim=1).clamp_min(SMALLEST).reciprocal()
-            if self._part.published is not None:
-                scale = torch.ones_like(scale)
+            runs = seen(block, units, self._states[i], call.others[index])
             batch, seqlen = self._states[i].shape[:2]
             back = _held_back(batch, seqlen, number, samples, call.token_mask).to(device)
             used = torch.ones_like(back) if call.token_mask is None else call.token_mask.to(device)
-            for moments, chosen in ((train, used & ~back), (held, used & back)):
-                moments.add_(run.inputs[chosen], scale[chosen])
-            if turned is not None:
-                turned += turning(run.inputs[used], output[used], weight, own.width)
+            for own, sums, adds, run in zip(units, found, added, runs, strict=True):
+                if run is not None:
+                    output = run.output if adds else run.product
+                    sums.add_(run, output, *run.chosen(used, back), own.width, self._part.published is not None)
             number += batch
-        return train, held, turned
+        return [(sums.train, sums.held, sums.turned) for sums in found]
 
     def _adds(self, index: int, last: str) -> bool:
         """Whether the product of the last matrix is added to the block's output as it is, with no norm after it."""
@@ -194,18 +184,30 @@ class _Walk:
         difference = (moved.float() - plain.float() - push.float()).norm()
         return bool(difference < 0.02 * push.float().norm() * plain[..., 0].numel() ** 0.5)
 
-    def _store(self, index: int, own: UnitsOfBlock, units: Tensor, fit: Fit) -> None:
+    def _store(self, index: int, cut: Sequence["_Cut"]) -> None:
         """Gives the smaller model's block its weights."""
         block, smaller = self._blocks[index], self._smaller[index]
         dense = dict(block.module.named_parameters(remove_duplicate=False))
-        stored = {cut.name: cut.keep(dense[_inside(block, cut.name)].detach(), units, own.count) for cut in own.rows}
-        like = dense[_inside(block, own.columns.name)]
-        matrix = fit.weight if own.columns.dim == 1 else fit.weight.T
-        stored[own.columns.name] = matrix.to(like.dtype).contiguous()
-        if fit.bias is not None:
-            name = f"{own.columns.name.removesuffix('.weight')}.bias"
-            stored[name] = fit.bias.to(dense[_inside(block, name)].dtype)
-        for name, value in stored.items():
+        stored: dict[str, Tensor] = {}
+        experts: dict[str, list[Tensor]] = {}
+        for one in cut:
+            own = one.own
+            new = {}
+            for row in own.rows:
+                tensor = dense[_inside(block, row.name)].detach()
+                new[row.name] = row.keep_of(tensor, own.expert, one.units, own.count)
+            like = dense[_inside(block, own.columns.name)]
+            across = own.columns.dim == (1 if own.expert is None else 2)
+            new[own.columns.name] = (one.fit.weight if across else one.fit.weight.T).to(like.dtype).contiguous()
+            if one.fit.bias is not None:
+                name = f"{own.columns.name.removesuffix('.weight')}.bias"
+                new[name] = one.fit.bias.to(dense[_inside(block, name)].dtype)
+            if own.expert is None:
+                stored |= new
+            else:
+                for name, value in new.items():
+                    experts.setdefault(name, []).append(value)
+        for name, value in (stored | {name: torch.stack(values) for name, values in experts.items()}).items():
             path, _, leaf = _inside(block, name).rpartition(".")
             owner = smaller.module.get_submodule(path)
             trained = owner.get_parameter(leaf).requires_grad
@@ -228,31 +230,90 @@ class _Walk:
 
 
 @dataclass(frozen=True)
-class _Run:
-    """What a call of a block gave, per token."""
+class _Cut:
+    """Units that stay, and what reads them."""
 
-    inputs: Tensor  # [tokens, columns], of the last matrix
-    product: Tensor  # [tokens, d_out], its output
-    output: Tensor  # [tokens, d_model], the block's
+    own: UnitsOfBlock
+    units: Tensor
+    fit: Fit
+    square: float
+    """The weighted mean square of what the dense matrix gives."""
+    weight: float
+    """The weight of the tokens that the errors are of."""
 
 
-def _seen(block: Block, last: str, hidden: Tensor, others: Arguments) -> _Run:
-    found: list[tuple[Tensor, Tensor]] = []
+def choose(
+    part: Wanted, block: Block, own: UnitsOfBlock, kept: int, train: Moments, held: Moments, turned: Tensor | None
+) -> "_Cut":
+    """Which ``kept`` units stay, and the matrix that reads them.
 
-    def see(_: nn.Module, x: tuple[Tensor, ...], y: Tensor) -> None:
-        found.append((x[0], y))
+    Args:
+        part: how they are chosen.
+        block: the dense block.
+        own: its units.
+        kept: how many stay.
+        train: moments of the matrix's inputs without held-back tokens.
+        held: the same of held-back tokens.
+        turned: as for :func:`ace_ext.structures.scores.kept_units`.
+    """
+    weight, bias, both = block.linears[own.last].weight.detach().float(), _bias(block, own), train.plus(held)
+    if not both.weight:  # an expert without a token
+        units = weight.square().sum(0).view(-1, own.width).sum(1).topk(kept).indices.sort().values
+        return _Cut(own, units, Fit(weight[:, entries(units, own.width)], bias, None, 0.0, 0.0), 0.0, 0.0)
+    units = kept_units(part.score, kept, weight, both, turned, own.width)
+    stay = entries(units, own.width)
+    published = part.published
+    if published is None and part.refit == "matrix":
+        return _Cut(own, units, fitted(train, held, stay, weight, bias), held.error(weight), held.weight)
+    kind = part.refit if published is None else published.fit
+    return _Cut(own, units, updated(both, stay, weight, bias, kind, DAMPING), both.error(weight), both.weight)
 
-    handle = block.linears[last].register_forward_hook(see)
-    try:
-        output = run_block(block, hidden, others)
-    finally:
-        handle.remove()
-    if len(found) != 1 or found[0][0][..., 0].numel() != hidden[..., 0].numel():
-        raise InputError(
-            f"remove: {block.full_name(last)} is not called once with every token, so its inputs cannot be removed"
-        )
-    x, y = found[0]
-    return _Run(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), output.reshape(-1, output.shape[-1]))
+
+def _record(name: str, cut: Sequence[_Cut]) -> CutBlock:
+    """The record of a block: the errors of its units together."""
+    if len(cut) == 1:
+        square = cut[0].square or 1.0
+        return CutBlock(name, cut[0].fit.error_before / square, cut[0].fit.error / square, cut[0].fit.ridge)
+    square = sum(one.square * one.weight for one in cut) or 1.0
+    before = sum(one.fit.error_before * one.weight for one in cut)
+    after = sum(one.fit.error * one.weight for one in cut)
+    ridges = {one.fit.ridge for one in cut}
+    return CutBlock(name, before / square, after / square, ridges.pop() if len(ridges) == 1 else None)
+
+
+@dataclass
+class _Sums:
+    """What is summed over tokens for some units."""
+
+    train: Moments
+    held: Moments
+    turned: Tensor | None
+    weight: Tensor
+
+    @classmethod
+    def of(cls, block: Block, own: UnitsOfBlock, score: str, device: torch.device) -> "_Sums":
+        """Nothing yet."""
+        weight = block.linears[own.last].weight.detach()
+        train, held = (Moments(weight.shape[1], device) for _ in range(2))
+        turned = torch.zeros(own.count, device=device) if score == "cosine" else None
+        return cls(train, held, turned, weight if turned is None else weight.float())
+
+    def add_(self, run: UnitRun, output: Tensor, used: Tensor, back: Tensor, width: int, equal: bool) -> None:
+        """Adds the tokens that are ``used``, bool ``[tokens]``; ``equal``: all have the weight 1."""
+        scale = output.float().norm(dim=1).clamp_min(SMALLEST).reciprocal()
+        if equal:
+            scale = torch.ones_like(scale)
+        for moments, chosen in ((self.train, used & ~back), (self.held, used & back)):
+            moments.add_(run.inputs[chosen], scale[chosen])
+        if self.turned is not None:
+            self.turned += turning(run.inputs[used], output[used], self.weight, width)
+
+
+def _in_passes(units: Sequence[UnitsOfBlock]) -> list[Sequence[UnitsOfBlock]]:
+    """The units whose moments are collected together: as many as :data:`MOMENTS_BYTES` allow, one at least."""
+    columns = max(own.count * own.width for own in units)
+    step = max(1, MOMENTS_BYTES // (MOMENTS * 4 * columns * columns))
+    return [units[start : start + step] for start in range(0, len(units), step)]
 
 
 def _entering(call: BlockCall) -> Tensor:

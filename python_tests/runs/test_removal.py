@@ -311,6 +311,24 @@ def test_experts_in_a_run(tmp_path, capsys):
     assert AutoModelForCausalLM.from_pretrained(out).config.num_local_experts == 2
 
 
+def test_neurons_of_experts_in_a_run(tmp_path, capsys):
+    mixture, out = save_dense(tmp_path / "dense", "mixtral", torch.float32), tmp_path / "out"
+    text = ["--calibration", str(tmp_path / "text.txt"), "--nsamples", "16", "--seqlen", "16"]
+    wanted = ["--model", str(mixture), "--remove", "experts=0.5 + neurons=0.25", "--pattern", "2:4", *text]
+    status, planned, error = call(capsys, "plan", *wanted, "--json")
+    assert status == 0, error
+    status, _, error = call(capsys, "run", *wanted, "--output", str(out))
+    assert status == 0, error
+    record = read_report(out).removed[1]
+    assert (record.kind, record.setting, record.before, record.after) == ("neurons", "intermediate_size", 48, 36)
+    assert json.loads(planned)["removed"][1]["parameters_after"] == record.parameters_after
+    found = verify(out)
+    assert (found.problems, found.removed) == ([], ["2 of 4 experts", "36 of 48 neurons"])
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert loaded.model.layers[0].mlp.experts.down_proj.shape == (2, 32, 36)
+    assert loaded.num_parameters() == record.parameters_after
+
+
 def test_a_share_of_the_parameters_in_a_run(dense, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     text = ["--calibration", str(dense.parent / "text.txt"), "--nsamples", "16", "--seqlen", "16"]

@@ -11,7 +11,10 @@ from tiny_models import make_tokens
 from ace_ext import InputError, prune_model
 
 REMOVED = {
-    "neurons=0.25": {"gemma3_text", "gpt-sw3", "opt", "phi3", "qwen2", "gpt_neo", "gpt_neox", "big_bird", "exaone"},
+    "neurons=0.25": {
+        *("gemma3_text", "gpt-sw3", "opt", "phi3", "qwen2", "gpt_neo", "gpt_neox", "big_bird", "exaone"),
+        *("deepseek_v3", "gpt_oss", "jamba", "llama4", "qwen3_moe"),
+    },
     "heads=0.5": {"gemma4_text", "gpt_oss", "qwen3", "mixtral"},
     "experts=0.5": {"deepseek_v3", "gpt_oss", "qwen3_moe", "jamba"},
 }
@@ -49,4 +52,6 @@ def test_it_is_removed_and_loaded_again_or_refused(part, kind, tmp_path):
     with torch.no_grad():
         expected, found = (each(input_ids=tokens, use_cache=False).logits for each in (model, again))
     print(f"{part} {kind:<28} removed  {report.removed[0].summary()}")
-    assert torch.equal(found, expected)
+    stored = again.state_dict()
+    assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
+    torch.testing.assert_close(found, expected)  # kernels may round differently at other addresses
