@@ -21,6 +21,7 @@ from ace_ext.data.windows import CalibrationData, evaluation_tokens, load_window
 from ace_ext.engine.api import prune_model
 from ace_ext.engine.distillation import distill_draw
 from ace_ext.engine.inputs import Batches
+from ace_ext.models._transformers import predicts_tokens
 from ace_ext.models.loading import LoadedModel
 from ace_ext.process_memory import reset_peak
 from ace_ext.pruning.config import PruneConfig
@@ -100,7 +101,7 @@ class Bench:
         data = self._draw(cell, bos)
         if config.method.distill is None:
             return data, None
-        nsamples, seed = distill_draw(config, cell.seqlen, cell.seed)
+        nsamples, seed = distill_draw(config, cell.seqlen, cell.seed, predicts_tokens(self.model))
         return data, self._draw(replace(cell, nsamples=nsamples, seed=seed), bos).tokens
 
     def evaluate(self) -> dict[str, Perplexity]:

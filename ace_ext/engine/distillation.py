@@ -27,26 +27,30 @@ if TYPE_CHECKING:  # at run time only such networks load it
 TEXT_SEED = 2**20
 """By this bit the seed of the windows that are distilled on differs from that of the calibration samples."""
 
-PASSES = 6
-"""Over a text that is shorter than the stage's ``tokens`` at most so many passes are made."""
+PASSES, NETWORK_PASSES = 6, 12
+"""Over a text that is shorter than the stage's ``tokens`` at most so many passes are made: by causal language models,
+and by other networks."""
+DRAWN = 98304
+"""At most so many tokens of text are drawn for other networks; further passes are made over them."""
 
 
 def heal_settings(config: PruneConfig, windows: int, seqlen: int) -> HealSettings:
     """How ``config``, whose method distills, trains on windows of text, held-out ones included."""
-    stage = _stage(config)
-    settings = HealSettings(learning_rate=stage.learning_rate)
+    tokens, rate = _stage(config).budget(causal=True)
+    settings = HealSettings(learning_rate=rate)
     trained = windows - held_windows(windows, settings)
-    return replace(settings, passes=min(PASSES, math.ceil(stage.tokens / (trained * seqlen))))
+    return replace(settings, passes=min(PASSES, math.ceil(tokens / (trained * seqlen))))
 
 
-def distill_draw(config: PruneConfig, seqlen: int, seed: int) -> tuple[int, int]:
+def distill_draw(config: PruneConfig, seqlen: int, seed: int, causal: bool = True) -> tuple[int, int]:
     """How many windows of text ``config`` trains on in one pass and holds back, and the seed that they are drawn with
-    where ``seed`` draws the calibration samples.
+    where ``seed`` draws the calibration samples. ``causal``: for a causal language model.
 
     The calibration samples are not among them, as pruning has fitted its mask and weights to these: the loss on such a
     window begins too low, at 0.32 in place of 0.54 for SmolLM2-135M at 50 %, and says little about other text.
     """
-    return windows_needed(_stage(config).tokens, seqlen, HealSettings()), seed ^ TEXT_SEED
+    tokens = _stage(config).budget(causal)[0]
+    return windows_needed(tokens if causal else min(tokens, DRAWN), seqlen, HealSettings()), seed ^ TEXT_SEED
 
 
 def _stage(config: PruneConfig) -> TrainModel:
@@ -69,12 +73,10 @@ def network_distillation(
         raise InputError(
             "distill of this kind of model needs it in the memory of one process: leave out --offload disk"
         )
-    stage = _stage(config)
+    wanted, rate = _stage(config).budget(causal=False)
 
     def settings(tokens: int) -> HealSettings:
-        return HealSettings(
-            learning_rate=stage.learning_rate, passes=max(1, min(PASSES, math.ceil(stage.tokens / max(1, tokens))))
-        )
+        return HealSettings(learning_rate=rate, passes=min(NETWORK_PASSES, math.ceil(wanted / max(1, tokens))))
 
     grid = None if config.method.quantize is None else config.method.quantize.grid
     healing = HealContext(observer=context.observer.healing)

@@ -96,10 +96,13 @@ def prune_folder(
     with disk_errors(path):
         check_apart(path, model, *calibration.sources, options.stats)
         check_outside(path, "save-stats", options.save_stats)
-        if config.method.distill is None or is_network(request):
+        if config.method.distill is None:
             return _prune(request, path, progress), path
-        from ace_ext.runs.prune_and_heal import prune_and_heal  # imported here: most runs do not distil
+        from ace_ext.runs.prune_and_heal import prune_and_heal, text_of  # imported here: most runs do not distil
 
+        if is_network(request):
+            later = text_of(request, causal=False) if calibration.reads_text else None
+            return _prune(replace(request, later=later), path, progress), path
         recover(path)
         check_output(path, options.overwrite, options.resume)
         calibration.check()
@@ -364,13 +367,9 @@ class _Inputs:
 
     def to_distill(self, peers: Peers) -> Batches | None:
         """What a network is distilled on: other windows of the calibration text; None: its calibration."""
-        if self._data is None:
+        if self._request.later is None:
             return None
-        from ace_ext.engine.distillation import distill_draw  # imported here: most methods do not distil
-
-        text = self._request.calibration
-        nsamples, seed = distill_draw(self._request.config, text.seqlen, text.seed)
-        drawn = replace(text, nsamples=nsamples, seed=seed).load(self._source.tokenizer, None, self._bos)
+        drawn = self._request.later.load(self._source.tokenizer, None, self._bos)
         return text_inputs(self._source.model, drawn.tokens, self._request.config)
 
     def statistics_writer(self, workspace: Workspace, peers: Peers) -> "StatisticsWriter | None":

@@ -88,10 +88,11 @@ def needed_memory(request: RunRequest, source: Source) -> Estimate:
     return demand.divide(budget_of(request), process_bytes(0, False, request.device))[1]
 
 
-def text_of(request: RunRequest) -> Calibration:
-    """The text of the second part: other windows of the calibration text."""
+def text_of(request: RunRequest, causal: bool = True) -> Calibration:
+    """The text that a distillation reads: other windows of the calibration text. ``causal``: for a causal language
+    model."""
     given = request.calibration
-    nsamples, seed = distill_draw(request.config, given.seqlen, given.seed)
+    nsamples, seed = distill_draw(request.config, given.seqlen, given.seed, causal)
     return replace(given, nsamples=nsamples, seed=seed)
 
 

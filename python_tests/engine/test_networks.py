@@ -5,8 +5,9 @@ import torch
 from engine.test_image_inputs import CASES as CASES_OF_IMAGES
 from tiny_networks import NETWORKS, ids, make_inputs, make_network, values
 
-from ace_ext import InputError, prune_model
+from ace_ext import InputError, PruneConfig, prune_model
 from ace_ext.engine import api
+from ace_ext.engine.distillation import distill_draw
 from ace_ext.models.block_store import ResidentBlocks
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.trial import Findings, try_walk
@@ -234,3 +235,19 @@ def test_bad_inputs_are_refused_before_anything_changes(case):
     for own, weight in weights_of(model).items():
         assert torch.equal(weight, before[own])
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_network_is_distilled_longer_than_a_language_model():
+    """On as many as 98,304 drawn tokens, in further passes; a number that the method names is taken for both."""
+    default, named = PruneConfig("best"), PruneConfig("balanced + distill(tokens=4096, learning_rate=0.001)")
+    seed = 0
+    assert default.method.distill.budget(causal=True) == (49152, 0.0015)
+    assert default.method.distill.budget(causal=False) == (491520, 0.003)
+    assert {named.method.distill.budget(causal) for causal in (True, False)} == {(4096, 0.001)}
+    drawn = {causal: distill_draw(default, 128, seed, causal)[0] for causal in (True, False)}
+    assert drawn == {True: 49152 // 128 + 8, False: 98304 // 128 + 8}
+    assert distill_draw(named, 128, seed, False) == distill_draw(named, 128, seed)
+    model = make_network("vit")
+    report = prune_model(model, make_inputs("vit"), PruneConfig("best"))
+    assert report.healing.settings["learning_rate"] == 0.003
+    assert report.healing.settings["passes"] == 12

@@ -302,7 +302,7 @@ class TrainModel(Stage):
     """Trains the whole model with fixed masks once all its blocks are pruned. The code is in
     :mod:`ace_ext.engine.distillation`."""
 
-    tokens: int
-    """How many to train on."""
-    learning_rate: float
-    """Its peak, a share of each matrix's root mean square weight."""
+    def budget(self, causal: bool) -> tuple[int, float]:
+        """The tokens to train on, and the peak of the learning rate, a share of each matrix's root mean square weight:
+        for a causal language model, or for another network."""
+        raise NotImplementedError
