@@ -5,7 +5,7 @@ writes it; each is the inverse of the other.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ace_ext.errors import InputError
@@ -18,6 +18,10 @@ SCORES = {
 }
 """The scores by name, with their formulas. ``W_j``: column j of the matrix that reads the neurons or heads; a group of
 heads has several columns."""
+
+
+AUTO = "auto"
+"""The score that stands for each of :data:`SCORES`: the model that predicts most like the dense one stays."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +127,9 @@ class Units(ShareOf):
 
     score: str = option(
         "cosine",
-        "which stay: those with the highest score, or a published method",
-        Limits(choices=(*SCORES, *PUBLISHED)),
+        "which stay: those with the highest score, or a published method; auto: the score whose model predicts most "
+        "like the dense one",
+        Limits(choices=(*SCORES, AUTO, *PUBLISHED)),
     )
     refit: str = option(
         "matrix",
@@ -236,6 +241,18 @@ class Removal:
         return next((part for part in self.parts if isinstance(part, Params)), None)
 
     @property
+    def scored(self) -> list["Removal"]:
+        """The removals that the score ``auto`` stands for, one for each score; empty without it."""
+        if all(part.score != AUTO for part in self.units):
+            return []
+        return [Removal(tuple(_scored(part, score) for part in self.parts)) for score in SCORES]
+
+    @property
+    def compares(self) -> bool:
+        """Whether several removals are compared, and the best stays."""
+        return self.params is not None or bool(self.scored)
+
+    @property
     def blocks(self) -> Blocks | None:
         """The part for blocks; None: none are removed."""
         return next((part for part in self.parts if isinstance(part, Blocks)), None)
@@ -243,6 +260,10 @@ class Removal:
     def __str__(self) -> str:
         """The text of the parts; :func:`removal_of` reads it back."""
         return " + ".join(map(text_of, self.parts))
+
+
+def _scored(part: Part, score: str) -> Part:
+    return replace(part, score=score) if isinstance(part, Heads | Neurons) and part.score == AUTO else part
 
 
 def text_of(part: Part) -> str:

@@ -40,7 +40,7 @@ class GoneExperts:
 
 @dataclass
 class TriedRemoval:
-    """A removal that was compared with others for a share of the parameters."""
+    """A removal that was compared with others."""
 
     part: str
     parameters_after: int
@@ -71,7 +71,7 @@ class Removed:
     gone: list[GoneExperts] = field(default_factory=list)
     """For experts: each block that has fewer."""
     tried: list[TriedRemoval] = field(default_factory=list)
-    """For ``params``: what was compared, in the first record."""
+    """For ``params`` and ``score=auto``: what was compared, in the first record."""
 
     @property
     def kind(self) -> str:

@@ -335,7 +335,7 @@ class Demand:
         linears = [linear.weight for block in blocks for linear in block.linears.values()]
         cut = sum(weight.nbytes for weight in linears if {neurons, 2 * neurons} & {*weight.shape})
         wanted = self.request.config.remove
-        compares = wanted is not None and wanted.params is not None
+        compares = wanted is not None and wanted.compares
         logits = COMPARED_COPIES * 4 * text.seqlen * shape.vocabulary if compares else 0
         return replace(
             pruning,

@@ -87,6 +87,8 @@ def removal_seconds(source: Source, wanted: Removal, tokens: int, token_seconds:
 
         one = Removal((Neurons(wanted.params.share),))
         return MOST * removal_seconds(source, one, tokens, token_seconds)
+    if wanted.scored:
+        return sum(removal_seconds(source, one, tokens, token_seconds) for one in wanted.scored)
     if wanted.blocks is not None:
         gone = wanted.blocks.removed(blocks)
         seconds += sum(blocks - number for number in range(gone)) * tokens * token_seconds

@@ -1,5 +1,5 @@
-"""Chooses what to remove for a share of the blocks' parameters: a few candidates of about that size are removed, and
-the model that predicts most like the dense one on held-back samples stays."""
+"""Chooses what to remove: a few candidates are removed, and the model that predicts most like the dense one on held-back
+samples stays. They are structures for a share of the blocks' parameters, or one removal by several scores."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -26,7 +26,25 @@ Plan = Callable[[removal.Removal], tuple[nn.Module, list[Removed]]]
 """The same from shapes alone."""
 
 
-def candidates(model: nn.Module, blocks: list[Block], wanted: removal.Params, plan: Plan) -> list[TriedRemoval]:
+def candidates(model: nn.Module, blocks: list[Block], wanted: removal.Removal, plan: Plan) -> list[TriedRemoval]:
+    """What ``wanted`` stands for: its scores, or removals of about a size.
+
+    Args:
+        model: dense; may be a skeleton.
+        blocks: its blocks.
+        wanted: it compares.
+        plan: finds the size of a removal.
+
+    Raises:
+        InputError: no such removal is possible.
+    """
+    if wanted.params is not None:
+        return of_size(model, blocks, wanted.params, plan)
+    first = _planned(list(wanted.scored[0].parts), plan)
+    return [replace(first, part=str(one)) for one in wanted.scored]
+
+
+def of_size(model: nn.Module, blocks: list[Block], wanted: removal.Params, plan: Plan) -> list[TriedRemoval]:
     """Removals of about the wanted size, at most :data:`MOST`: neurons alone; blocks alone; half of it by blocks, or a
     number of heads, and the rest by neurons.
 
@@ -93,7 +111,9 @@ def divergence(dense: nn.Module, smaller: nn.Module, batches: Sequence[dict[str,
     for batch in batches:
         logits = [model(**batch, use_cache=False) for model in (dense, smaller)]
         if any(getattr(output, "logits", None) is None for output in logits):
-            raise InputError("remove: params compares predictions, and the model gives no logits; leave out params")
+            raise InputError(
+                "remove: params and score=auto compare predictions, and the model gives no logits; leave them out"
+            )
         log_dense, log_smaller = (output.logits.float().log_softmax(dim=-1) for output in logits)
         found = (log_dense.exp() * (log_dense - log_smaller)).sum(dim=-1)
         mask = batch.get("attention_mask")
@@ -148,7 +168,7 @@ def _split(batches: Sequence[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]
         for row in range(len(batch["input_ids"]))
     ]
     if len(samples) < 2:
-        raise InputError("remove: params needs at least two calibration samples (got 1)")
+        raise InputError("remove: params and score=auto need at least two calibration samples (got 1)")
     every = min(HELD_BACK, len(samples))
     held = list(islice(samples, every - 1, None, every))
     used, row = [], 0

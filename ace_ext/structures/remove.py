@@ -50,10 +50,10 @@ def remove_(
     if not batches:
         raise InputError("calibration must have at least one token whose attention_mask is not 0 (got none)")
     _check(model, blocks, batches[0])
-    if wanted.params is None:
+    if not wanted.compares:
         smaller, records = _without(model, blocks, batches, wanted, advanced)
     else:
-        tried = candidates(model, blocks, wanted.params, partial(planned_removal, model, blocks))
+        tried = candidates(model, blocks, wanted, partial(planned_removal, model, blocks))
         smaller, records = nearest(
             model, tried, batches, lambda one, used: _without(model, blocks, used, one, advanced)
         )
@@ -114,8 +114,8 @@ def planned_removal(model: nn.Module, blocks: list[Block], wanted: removal.Remov
     Raises:
         InputError: the model has no such structures, or its class cannot be made smaller.
     """
-    if wanted.params is not None:  # the run compares candidates; their sizes are about the same
-        tried = candidates(model, blocks, wanted.params, partial(planned_removal, model, blocks))
+    if wanted.compares:  # the sizes of candidates are about the same
+        tried = candidates(model, blocks, wanted, partial(planned_removal, model, blocks))
         smaller, records = planned_removal(model, blocks, removal.removal_of(tried[0].part))
         return smaller, [replace(records[0], tried=tried), *records[1:]]
     records = []

@@ -6,7 +6,7 @@ from tiny_models import grouped, make_model, make_tokens
 
 from ace_ext import InputError, prune_model
 from ace_ext.models.blocks import find_blocks
-from ace_ext.pruning.removal import Params, removal_of
+from ace_ext.pruning.removal import SCORES, removal_of
 from ace_ext.structures.choice import _split, candidates, divergence
 from ace_ext.structures.remove import planned_removal
 
@@ -51,13 +51,45 @@ def test_a_block_that_does_nothing_is_chosen():
     assert min(one.divergence for one in report.removed[0].tried) < 1e-6
 
 
+@pytest.mark.parametrize("part", ["neurons=0.25(score=auto)", "heads=0.5(score=auto) + neurons=0.25(score=auto)"])
+def test_the_score_with_the_nearest_predictions_stays(part):
+    model, tokens = grouped("Mistral"), make_tokens(16, 32)
+    used, held = _split([{"input_ids": tokens}])
+    expected = {}
+    for score in SCORES:
+        other = grouped("Mistral")
+        prune_model(other, used, remove=part.replace("auto", score))
+        expected[str(removal_of(part.replace("auto", score)))] = divergence(model, other, held)
+    dense = grouped("Mistral")
+    planned = planned_removal(dense, find_blocks(dense), removal_of(part))[1]
+    report = prune_model(model, tokens, remove=part)
+    tried = report.removed[0].tried
+    assert {one.part: one.divergence for one in tried} == pytest.approx(expected, rel=1e-5)
+    assert [one.part for one in planned[0].tried] == [one.part for one in tried]
+    assert planned[-1].parameters_after == report.removed[-1].parameters_after
+    best = min(tried, key=lambda one: one.divergence)
+    assert " + ".join(record.part for record in report.removed) == best.part
+    assert report.config["remove"] == part
+
+
+def test_a_score_that_reads_the_wrong_text_is_not_chosen():
+    """``obs`` removes what calibration does not need: twins are alike in it, and the other scores see neither."""
+    model, tokens = make_model("llama"), make_tokens(24, 32)
+    for block in model.model.layers:
+        for matrix in (block.mlp.gate_proj, block.mlp.up_proj):
+            matrix.weight.data[36:48] = matrix.weight.data[24:36]
+        block.mlp.down_proj.weight.data[:, 24:] *= 3
+    report = prune_model(model, tokens, remove="neurons=0.25(score=auto)")
+    assert report.removed[0].part == "neurons=0.25(score=obs)"
+
+
 def test_a_plan_lists_the_candidates():
     model = grouped()
     smaller, records = planned_removal(model, find_blocks(model), removal_of("params=0.3"))
     assert records[0].tried == candidates(
         model,
         find_blocks(model),
-        Params(0.3),
+        removal_of("params=0.3"),
         lambda wanted: planned_removal(model, find_blocks(model), wanted),
     )
     assert "candidates" in records[0].summary()
