@@ -1,5 +1,5 @@
-"""Chooses what to remove: a few candidates are removed, and the model that predicts most like the dense one on held-back
-samples stays. They are structures for a share of the blocks' parameters, or one removal by several scores."""
+"""Chooses what to remove: a few candidates are removed, and the model that predicts most like the dense one on
+held-back samples stays. They are structures for a share of the blocks' parameters, or one removal by several scores."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
