@@ -184,8 +184,7 @@ class NetworkDistillation:
         tokens = _tokens_of(model, blocks, batches)
         self._settings = settings(tokens)
         self._steps = Steps.of(batches, tokens, self._settings)
-        self._teacher = copy.deepcopy(model) if teacher is None else teacher
-        self._teacher.requires_grad_(False)
+        self._teacher = (copy.deepcopy(model) if teacher is None else teacher).eval().requires_grad_(False)
         self._loss = Loss(model, blocks)
 
     @property
