@@ -14,6 +14,7 @@ from ace_ext.cli.main import build_parser
 from ace_ext.engine.progress import Progress
 from ace_ext.packed.packing import pack, unpack
 from ace_ext.records import REPORT_NAME, PruneReport
+from ace_ext.runs import network_holdout
 from ace_ext.runs.heal import heal_folder
 from ace_ext.runs.heal_journal import HealJournal
 from ace_ext.runs.options import Calibration, InputCalibration, RunOptions
@@ -147,6 +148,27 @@ def test_a_distilled_folder_has_the_weights_that_were_trained(name, folders, tmp
         assert all(torch.equal(loaded[own], weight) for own, weight in model.state_dict().items())
     assert report.healing.loss_after < report.healing.loss_before
     assert verify(output).problems == []
+
+
+def test_agreement_is_not_measured_on_text_that_the_run_distils_on(folders, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 200)
+    drawn, load, asked, measured_text = [], Calibration.load, [], network_holdout.measured_text
+
+    def loaded(text, *args, **options):
+        drawn.append((text.nsamples, text.seed))
+        return load(text, *args, **options)
+
+    monkeypatch.setattr(Calibration, "load", loaded)
+    monkeypatch.setattr(
+        network_holdout, "measured_text", lambda request, *more: asked.append(request) or measured_text(request, *more)
+    )
+    text = Calibration(str(tmp_path / "text.txt"), 4, 16, evaluate="auto")
+    config = PruneConfig("wanda + distill(tokens=100, learning_rate=0.02)", 0.5)
+    report, _ = prune_folder(str(folders("bert")), tmp_path / "out", config, text, RunOptions(), torch.device("cpu"))
+    assert report.agreement.source.endswith("between the samples")
+    (request,) = asked
+    assert drawn == [(4, text.seed), (request.later.nsamples, request.later.seed)]
+    assert len(set(drawn)) == 2
 
 
 REFUSED = {
