@@ -59,7 +59,8 @@ def add(commands: shared.Subparsers) -> None:
     parser.add_argument(
         "--texts",
         "--text",
-        help="a list of texts to evaluate on (default: wiki-mini), or of folders or .jsonl files of images or sound",
+        default="wiki-mini",
+        help="a list of texts to evaluate on (default: %(default)s), or of folders or .jsonl files of images or sound",
     )
     parser.add_argument("--eval-seqlen", type=int, help=f"tokens of a window (default: {SEQLEN})")
     parser.add_argument(
@@ -104,7 +105,9 @@ def study_from(args: argparse.Namespace) -> Study:
         raise InputError(
             f"group does not go with patterns, which have their own groups (got {args.group!r}); leave out group"
         )
-    calibrations, texts = _split(args.calibration), _split(args.texts) or ("wiki-mini",)
+    calibrations, texts = _split(args.calibration), _split(args.texts)
+    if not texts:
+        raise InputError(f"texts must name a text, or images or sound (got {args.texts!r})")
     _check_kinds(args, calibrations, texts)
     return Study(
         model=args.model,
