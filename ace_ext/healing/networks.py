@@ -200,7 +200,6 @@ class NetworkDistillation:
         with ExitStack() as stack:
             stack.enter_context(run_mode(self._model, "distill"))
             stack.enter_context(frozen(self._model))
-            stack.enter_context(torch.no_grad())
             for block in self._blocks:
                 stack.enter_context(replaced_forward(block.module, with_products(block)))
             trainers = {index: BlockTrainer(block, None, self._grid) for index, block in enumerate(self._blocks)}
@@ -235,8 +234,7 @@ class _Student:
 
     def measure(self) -> float:
         """The mean loss of the tokens that are held out."""
-        with torch.no_grad():
-            found = [self._loss(self._model, self._teacher, batch) for batch in self._steps.measured]
+        found = [self._loss(self._model, self._teacher, batch) for batch in self._steps.measured]
         self.held_out = sum(tokens for _, tokens in found)
         return sum(float(loss) for loss, _ in found) / max(1, self.held_out)
 

@@ -248,6 +248,11 @@ class Removal:
         return [Removal(tuple(_scored(part, score) for part in self.parts)) for score in SCORES]
 
     @property
+    def takes_neurons(self) -> bool:
+        """Whether neurons may go."""
+        return any(isinstance(part, Neurons | Params) for part in self.parts)
+
+    @property
     def compares(self) -> bool:
         """Whether several removals are compared, and the best stays."""
         return self.params is not None or bool(self.scored)

@@ -330,11 +330,16 @@ class Demand:
         batch = min(tokens, self.request.config.batch_samples(text.seqlen) * text.seqlen)
         shapes = [linear.weight.shape for block in blocks for linear in block.linears.values()]
         neurons = max((columns for rows, columns in shapes if rows == shape.hidden), default=shape.widest)
-        experts = max(sum(block.is_expert(child) for child in block.linears) for block in blocks)
-        moments, solver = working_bytes(neurons, shape.hidden, experts)
+        wanted = self.request.config.remove
+        read = (shape.hidden, neurons)
+        experts = max(
+            sum(linear.weight.shape == read for child, linear in block.linears.items() if block.is_expert(child))
+            for block in blocks
+        )
+        cuts_experts = wanted is not None and wanted.takes_neurons
+        moments, solver = working_bytes(neurons, shape.hidden, experts if cuts_experts else 0)
         linears = [linear.weight for block in blocks for linear in block.linears.values()]
         cut = sum(weight.nbytes for weight in linears if {neurons, 2 * neurons} & {*weight.shape})
-        wanted = self.request.config.remove
         compares = wanted is not None and wanted.compares
         logits = COMPARED_COPIES * 4 * text.seqlen * shape.vocabulary if compares else 0
         return replace(

@@ -15,6 +15,7 @@ from ace_ext.models.blocks import Block
 from ace_ext.models.replay import BlockCall, capture_calls, run_block
 from ace_ext.pruning import removal
 from ace_ext.records import GoneExperts
+from ace_ext.structures.routes import routed, router_choice
 from ace_ext.structures.search import Cut, cuts_of
 from ace_ext.structures.smaller import check_same, few_tokens, fill_, laid_out, numbers_of, output_of, stored_shapes
 
@@ -153,18 +154,16 @@ def _listening(block: Block, mask: Tensor | None, sums: Tensor, tokens: Tensor) 
     choices: dict[int, tuple[Tensor, Tensor]] = {}
 
     def choose(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = [*args, *kwargs.values()]
-        indices = [x for x in given[1:] if isinstance(x, Tensor) and not x.is_floating_point()]
-        weights = [x for x in given[1:] if isinstance(x, Tensor) and x.is_floating_point()]
-        if len(indices) != 1 or len(weights) != 1 or indices[0].shape != weights[0].shape:
+        choice = router_choice(args, kwargs)
+        if choice is None:
             raise InputError(
                 f"remove: the experts of {block.name} are not called with the router's choice; leave out experts"
             )
-        choices[id(owner)] = indices[0].cpu(), weights[0].float().cpu()
+        choices[id(owner)] = choice[0].cpu(), choice[1].float().cpu()
 
     def heard(owner: nn.Module, expert: int, output: Tensor) -> None:
         chosen, weights = choices[id(owner)]
-        place, token = (chosen == expert).T.nonzero(as_tuple=True)  # the order in which an expert sees its tokens
+        place, token = routed(chosen, expert)
         if len(token) != len(output):
             raise InputError(f"remove: an expert of {block.name} does not see the tokens routed to it")
         found = weights[token, place] * output.float().norm(dim=-1).cpu()

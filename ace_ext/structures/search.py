@@ -44,11 +44,9 @@ class Cut:
 
     def keep_of(self, tensor: Tensor, expert: int | None, kept: Tensor, count: int) -> Tensor:
         """As :meth:`keep`; of one expert's entry, if the tensor has one for each."""
-        return (
-            self.keep(tensor, kept, count)
-            if expert is None
-            else replace(self, dim=self.dim - 1).keep(tensor[expert], kept, count)
-        )
+        if expert is None:
+            return self.keep(tensor, kept, count)
+        return replace(self, dim=self.dim - 1).keep(tensor[expert], kept, count)
 
 
 def entries(units: Tensor, width: int) -> Tensor:
@@ -215,10 +213,12 @@ def find_neurons(model: nn.Module, blocks: list[Block]) -> Found:
         except InputError as error:
             reasons.append(f"{name}: {error}")
             continue
-        units = [own for part in parts or () for own in part]
-        fits = any(u.expert is not None for u in units) if mixture else all(u.width == 1 for u in units)
-        if units and fits:
-            return Found({name: value}, parts or ())
+        if parts is None:
+            continue
+        found = Found({name: value}, parts)
+        units = found.present
+        if any(own.expert is not None for own in units) if mixture else all(own.width == 1 for own in units):
+            return found
     raise InputError(
         f"remove: no number in the configuration of {type(model).__name__} changes the neurons of its feed-forward "
         f"parts alone{'; ' if reasons else ''}{'; '.join(reasons)[:300]}"
@@ -334,7 +334,7 @@ def _experts(block: Block, cuts: list[Cut], fused: Mapping[str, FusedWeight], co
     if len(columns) != 1 or columns[0].width != 1 or not rows or any(row.dim < 1 or row.copies > 2 for row in rows):
         raise InputError(f"in {block.name} it changes tensors of experts that ace_ext does not know")
     last = fused[columns[0].name]
-    if any(name in fused and fused[name].layout.count != last.layout.count for name in (row.name for row in rows)):
+    if any(row.name in fused and fused[row.name].layout.count != last.layout.count for row in rows):
         raise InputError(f"in {block.name} tensors of experts have different numbers of them")
     return [UnitsOfBlock(count, child, columns[0], tuple(rows), expert) for expert, child in enumerate(last.linears)]
 

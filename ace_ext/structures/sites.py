@@ -11,6 +11,7 @@ from torch import Tensor
 from ace_ext.errors import InputError
 from ace_ext.models.blocks import Block
 from ace_ext.models.replay import Arguments, run_block
+from ace_ext.structures.routes import routed, router_choice
 from ace_ext.structures.search import UnitsOfBlock
 
 HELD_BACK = 8
@@ -74,9 +75,10 @@ def _run(
         )
     x, y = calls[0]
     inputs, product = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-    tokens, chosen = None, routes.get(own.last)
+    tokens: Tensor | None = None
+    chosen = routes.get(own.last)
     if own.expert is not None and chosen is not None:
-        tokens = (chosen == own.expert).T.nonzero(as_tuple=True)[1]  # the order in which an expert sees its tokens
+        _, tokens = routed(chosen, own.expert)
         tokens = tokens if len(tokens) == len(inputs) else None
     return UnitRun(inputs, product, output, tokens)
 
@@ -88,10 +90,9 @@ def _routes(block: Block) -> Iterator[dict[str, Tensor]]:
     found: dict[str, Tensor] = {}
 
     def choose(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = [x for x in [*args, *kwargs.values()][1:] if isinstance(x, Tensor)]
-        indices = [x for x in given if not x.is_floating_point() and x.dim() == 2]
-        if len(indices) == 1 and any(x.shape == indices[0].shape for x in given if x.is_floating_point()):
-            found.update(dict.fromkeys(names, indices[0]))
+        choice = router_choice(args, kwargs)
+        if choice is not None and choice[0].dim() == 2:
+            found.update(dict.fromkeys(names, choice[0]))
 
     with ExitStack() as hooks:
         for fused in block.experts:
