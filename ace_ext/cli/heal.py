@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-from dataclasses import asdict
 
 from ace_ext.cli import args as shared
 from ace_ext.data.corpora import SOURCES
@@ -13,7 +12,7 @@ from ace_ext.process_memory import parse_bytes
 from ace_ext.reporting.run_page import write_run_report
 from ace_ext.runs.heal import heal_folder
 from ace_ext.runs.heal_request import TOKENS, HealOptions, HealRequest
-from ace_ext.runs.heal_text import calibration_of, recorded_text
+from ace_ext.runs.heal_text import calibration_of, recorded_fields
 from ace_ext.runs.output import read_report
 
 EXAMPLES = (
@@ -87,9 +86,7 @@ def request_from(args: argparse.Namespace) -> HealRequest:
     report = read_report(args.folder)
     names = {"source": "calibration", "seqlen": "seqlen", "seed": "seed", "text_field": "text_field", "bos": "bos"}
     given = {name: getattr(args, flag) for name, flag in names.items() if getattr(args, flag) is not None}
-    fields = asdict(recorded_text(report)) | given
-    fields.pop("reader", None)
-    text = calibration_of(fields)
+    text = calibration_of(recorded_fields(report) | given)
     if not text.reads_text:
         shared.check_only_media(text.source, given)
     if args.text_field is not None:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from ace_ext.data.corpora import texts_of
 from ace_ext.data.requests import check_positions, check_predicts
 from ace_ext.data.requests import check_request as check_numbers
 from ace_ext.data.windows import CalibrationData
@@ -72,7 +71,7 @@ def heal_folder(
     report = read_report(request.folder)
     name = dense_name(request.dense, report)
     with disk_errors(path):
-        check_apart(path, request.folder, name, *(part.source for part in texts_of(request.text.source)))
+        check_apart(path, request.folder, name, *request.text.sources)
         recover(path)
         check_output(path, request.options.overwrite, request.options.resume)
         request.text.check()

@@ -3,10 +3,10 @@ together."""
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ace_ext.data.bos import BosChoice
 from ace_ext.data.corpora import SELF
@@ -25,9 +25,8 @@ from ace_ext.runs.heal_request import TOKENS, HealRequest
 from ace_ext.runs.heal_run import HealRun, open_writer
 from ace_ext.runs.heal_text import NOTE, HealText, recorded_text
 from ace_ext.runs.model_source import Source, open_source
-from ace_ext.runs.network_holdout import NetworkMeasurement, held_out_inputs
+from ace_ext.runs.network_holdout import network_measurement_for
 from ace_ext.runs.options import EVALUATE_AUTO, InputCalibration, RunRequest
-from ace_ext.runtime import open_model
 
 
 class NetworkRun(HealRun):
@@ -53,7 +52,6 @@ class NetworkRun(HealRun):
         for name, (given, why) in refused.items():
             if given:
                 raise InputError(f"{name} does not go with {type(pruned.model).__name__}: {why}")
-        self._opened: Source | None = None
 
     def _described_text(self) -> dict[str, Any]:
         text = self._request.text
@@ -65,9 +63,8 @@ class NetworkRun(HealRun):
     def _train(self, journal: HealJournal, observer: Observer, tell: Callable[[str], None] | None) -> Healing:
         request, settings = self._request, self._request.settings
         batches = self._inputs(journal, observer.shown, tell)
-        dense = self._dense_source()
         pruned = open_source(replace(self._dense, model=request.folder))
-        check_same_network(dense, self._pruned)
+        check_same_network(self._whole, self._pruned)
         distillation = NetworkDistillation(
             pruned.model,
             pruned.blocks,
@@ -75,16 +72,17 @@ class NetworkRun(HealRun):
             lambda tokens: settings,
             grid_of(self._report),
             HealContext(journal=journal, observer=observer),
-            teacher=dense.model,
+            teacher=self._whole.model,
         )
         if tell is not None:
             tell(f"{settings.passes} x {sample_count(batches)} samples in {distillation.steps} steps")
-        open_writer(journal, replace(pruned, files=self._pruned.files))
+        open_writer(journal, pruned)
         return distillation.train_()
 
-    def _dense_source(self) -> Source:
-        self._opened = self._opened or open_source(self._dense)
-        return self._opened
+    @cached_property
+    def _whole(self) -> Source:
+        """The dense model with its weights."""
+        return open_source(self._dense)
 
     def _inputs(
         self, journal: HealJournal, progress: bool, tell: Callable[[str], None] | None
@@ -105,21 +103,19 @@ class NetworkRun(HealRun):
     def _measure(self, journal: HealJournal, tell: Callable[[str], None] | None) -> None:
         """Measures the agreement of the written model with the dense one."""
         self._report.agreement = None  # it would be that of the pruned model
-        dense = self._dense_source()
+        found, tell = journal.notes[NOTE], tell or (lambda line: None)
         recorded = replace(recorded_text(self._report), evaluate=EVALUATE_AUTO)
-        found = journal.notes[NOTE]
-        bos = BosChoice(**found["bos"]) if recorded.reads_text and "bos" in found else None
-        read = replace(self._request.text, nsamples=found["nsamples"]) if self._request.text.reads_text else None
-        try:
-            inputs = held_out_inputs(replace(self._dense, calibration=recorded, later=read), dense, bos)
-        except InputError as error:
-            if tell is not None:
-                tell(f"agreement with the dense model is not measured: {error}")
+        read = replace(self._request.text, nsamples=found["nsamples"])
+        if not recorded.reads_text and read.source == recorded.source and read.seed != recorded.seed:
+            tell(
+                "agreement with the dense model is not measured: another seed than the calibration's may have drawn "
+                "the samples that it leaves"
+            )
             return
-
-        def loaded(folder: Path) -> nn.Module:
-            return open_model(str(folder), device=self._request.device, causal=False).model
-
-        measurement = NetworkMeasurement(inputs, dense.model, loaded)
-        measurement.before()
-        measurement.after(self._report, journal.model)
+        bos = BosChoice(**found["bos"]) if recorded.reads_text else None
+        measured = network_measurement_for(
+            replace(self._dense, calibration=recorded, later=read), self._whole, bos, tell
+        )
+        if measured is not None:
+            measured.before()
+            measured.after(self._report, journal.model)

@@ -27,15 +27,21 @@ NOTE = "text"
 
 def recorded_text(report: PruneReport) -> Calibration:
     """The calibration that a report names, with defaults for what the report lacks."""
+    return calibration_of(recorded_fields(report))
+
+
+def recorded_fields(report: PruneReport) -> dict[str, Any]:
+    """The fields of :class:`Calibration` that a report names."""
     recorded = report.extra.get("calibration", {})
     found = {name: recorded[name] for name in ("source", "nsamples", "seqlen", "seed") if name in recorded}
     bos = recorded.get("bos")
-    return calibration_of({**found, **({"bos": bos["mode"]} if isinstance(bos, dict) else {})})
+    return {**found, **({"bos": bos["mode"]} if isinstance(bos, dict) else {})}
 
 
 def calibration_of(fields: Mapping[str, Any]) -> Calibration:
-    """A calibration with these fields: of text, or of images or sound if its source is such a folder or file."""
-    reader = reader_of(fields.get("source", BUNDLED))
+    """A calibration with these fields: of text, or of images or sound if its source is such a folder or file. One with
+    a ``text_field`` is text."""
+    reader = None if "text_field" in fields else reader_of(fields.get("source", BUNDLED))
     return Calibration(**fields) if reader is None else InputCalibration(**fields, reader=reader)
 
 

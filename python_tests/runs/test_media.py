@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -64,15 +65,32 @@ def test_a_model_of_images_is_healed_on_its_calibration(place, capsys):
     assert report.extra["healing"]["calibration"] == report.extra["calibration"]
     assert call(capsys, "verify", "healed")[0] == 0
     (place / "text.txt").write_text("the quick brown fox " * 100)
+    lines = [json.dumps({"image": f"images/{number}.png", "story": "the quick brown fox"}) for number in range(5)]
+    (place / "lines.jsonl").write_text("\n".join(lines))
     for options, message in [
         (["--tokens", "100"], "tokens does not go with ViTModel: images has images or sound"),
         (["--seqlen", "8"], "--seqlen is for texts"),
         (["--calibration", "text.txt"], "was calibrated on images or sound"),
+        (["--text-field", "story"], "text-field is for .jsonl files"),
+        (["--calibration", "lines.jsonl", "--text-field", "story"], "was calibrated on images or sound"),
     ]:
         status, _, error = call(capsys, *heal, "other", *options)
         assert (status, error.count("\n")) == (2, 1), error
         assert message in error
         assert not (place / "other").exists()
+
+
+def test_agreement_after_healing_is_not_measured_on_what_another_seed_drew(place, capsys):
+    for number in range(5, 12):
+        shutil.copy(place / "images" / "0.png", place / "images" / f"{number}.png")
+    assert call(capsys, *RUN, "--calibration", "images", "--nsamples", "4")[0] == 0
+    heal = ["heal", "new", "--step-tokens", "5", "--output"]
+    assert call(capsys, *heal, "same")[0] == 0
+    assert PruneReport.from_json((place / "same" / REPORT_NAME).read_text()).agreement is not None
+    status, _, error = call(capsys, *heal, "other", "--seed", "1")
+    assert status == 0
+    assert "agreement with the dense model is not measured: another seed" in error
+    assert PruneReport.from_json((place / "other" / REPORT_NAME).read_text()).agreement is None
 
 
 def test_agreement_is_measured_on_files_that_calibration_leaves(place, capsys):
