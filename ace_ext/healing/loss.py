@@ -5,10 +5,14 @@ from torch import Tensor
 
 from ace_ext.models.tail import Tail
 
-LOGITS_AT_ONCE = 2**23
-"""The largest number of the student's logits at a time, so that memory does not grow with tokens and vocabulary."""
-LOGIT_BYTES = 24
-"""Bytes for each of them at the peak: both models' logits and log-probabilities, and two temporaries in float32."""
+LOGITS_AT_ONCE = 2**24
+"""The largest number of the student's logits at a time, so that memory does not grow with tokens and vocabulary. Each
+time the LM head is read three times, so with fewer of them it would be read more often."""
+LOGIT_BYTES = 16
+"""Bytes for each of them at the peak: both models' logits, and two temporaries of the model's tail, in float32."""
+SOFTMAX_ON_CPU, SOFTMAX_ELSEWHERE = 2**18, 2**22
+"""The largest number of logits whose probabilities are computed at a time: few enough for a processor's cache, and
+enough to keep another device busy."""
 
 
 def tokens_at_once(vocabulary: int) -> int:
@@ -19,10 +23,9 @@ def tokens_at_once(vocabulary: int) -> int:
 @torch.no_grad()
 def divergence(tail: Tail, student: Tensor, teacher: Tensor) -> float:
     """The sum over tokens of ``KL(teacher ‖ student)`` in nats; arguments as :func:`divergence_and_gradient`."""
-    total = 0.0
-    for x, y in zip(_parts(tail, student), _parts(tail, teacher), strict=True):
-        total += _kl_(_log_probabilities(tail.logits(x)), _log_probabilities(tail.logits(y)))[0]
-    return total
+    tokens = tokens_at_once(tail.vocabulary)
+    parts = zip(_parts(student, tokens), _parts(teacher, tokens), strict=True)
+    return sum(_kl(tail.logits(x), tail.logits(y)) for x, y in parts)
 
 
 def divergence_and_gradient(tail: Tail, student: Tensor, teacher: Tensor) -> tuple[float, Tensor]:
@@ -42,31 +45,38 @@ def divergence_and_gradient(tail: Tail, student: Tensor, teacher: Tensor) -> tup
     """
     total = 0.0
     gradient = torch.empty_like(student)
-    parts = zip(_parts(tail, student), _parts(tail, teacher), _parts(tail, gradient), strict=True)
-    for x, y, part in parts:
+    tokens = tokens_at_once(tail.vocabulary)
+    for x, y, part in zip(*(_parts(states, tokens) for states in (student, teacher, gradient)), strict=True):
         with torch.no_grad():
-            target = _log_probabilities(tail.logits(y))
+            target = tail.logits(y)
         with torch.enable_grad():
             x = x.detach().requires_grad_(True)
             logits = tail.logits(x)
         with torch.no_grad():
-            loss, difference = _kl_(_log_probabilities(logits), target)
-        total += loss
-        part.copy_(torch.autograd.grad(logits, x, difference.to(logits.dtype))[0])
+            total += _kl(logits, target, gradient=target)
+        part.copy_(torch.autograd.grad(logits, x, target)[0])
     return total, gradient
 
 
-def _parts(tail: Tail, states: Tensor) -> tuple[Tensor, ...]:
-    """``[..., d_model]`` as views ``[tokens, d_model]`` of a few tokens each."""
-    return torch.split(states.view(-1, states.shape[-1]), tokens_at_once(tail.vocabulary))
+def _parts(states: Tensor, tokens: int) -> tuple[Tensor, ...]:
+    """``[..., width]`` as views ``[tokens, width]`` of at most so many tokens each."""
+    return torch.split(states.view(-1, states.shape[-1]), tokens)
+
+
+def _kl(student: Tensor, teacher: Tensor, gradient: Tensor | None = None) -> float:
+    """The divergence of logits ``[tokens, vocabulary]``. Writes ``q - p`` to ``gradient``, which may be ``teacher``."""
+    total = 0.0
+    at_once = SOFTMAX_ON_CPU if student.device.type == "cpu" else SOFTMAX_ELSEWHERE
+    tokens = max(1, at_once // student.shape[-1])
+    for row in range(0, len(student), tokens):
+        rows = slice(row, row + tokens)
+        q, p = _log_probabilities(student[rows]), _log_probabilities(teacher[rows])
+        difference = p - q
+        total += float(difference.mul_(p.exp_()).sum())
+        if gradient is not None:
+            gradient[rows] = q.exp_().sub_(p)
+    return total
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:
     return logits.detach().log_softmax(-1, dtype=torch.float32)
-
-
-def _kl_(student: Tensor, teacher: Tensor) -> tuple[float, Tensor]:
-    """The divergence of log-probabilities ``[tokens, vocabulary]``, and ``q - p``. Overwrites both arguments."""
-    p = teacher.exp()
-    loss = float(teacher.sub_(student).mul_(p).sum())
-    return loss, student.exp_().sub_(p)

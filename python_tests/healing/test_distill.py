@@ -48,11 +48,13 @@ def mean_kl(student, teacher, tokens):
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at_once", [1, 64 * 7, 2**23], ids=["one-token", "seven-tokens", "all"])
-def test_loss_and_gradient(at_once, monkeypatch):
+@pytest.mark.parametrize("softmaxes", [1, 64 * 2, 2**18], ids=["one-softmax", "two-softmaxes", "all-softmaxes"])
+@pytest.mark.parametrize("at_once", [1, 64 * 7, 2**24], ids=["one-token", "seven-tokens", "all"])
+def test_loss_and_gradient(at_once, softmaxes, monkeypatch):
     """Against autograd in float64 on the whole logits. Float32 rounds a logit at 2^-24 relative, and a token's loss is
     a sum over 64 of them: 1e-5 is far above both."""
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(loss, "SOFTMAX_ON_CPU", softmaxes)
     model = make_model("llama")
     blocks = find_blocks(model)
     call = next(iter(capture_calls(model, blocks, [{"input_ids": make_tokens()}])))
