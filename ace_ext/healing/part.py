@@ -19,7 +19,11 @@ from ace_ext.records import KL, Healing, finite
 CHECKS = 8
 """The number of measurements on the held-out text while a window is trained."""
 BACK_OFF = 0.3
-"""The factor that lowers the learning rate when the model has become worse than at the start of its window."""
+"""The factor that lowers the learning rate when the model has become much worse than at the start of its window."""
+MUCH_WORSE = 1.5
+"""From this multiple of the loss at the start on. Near the peak of the rate the loss is often a little higher than at
+the start, and falls with the rate: SmolLM2-135M without 27 % of its neurons, 65,536 tokens, rate 0.002, had 1.04 times
+the loss after 8 steps. It ended with a mean perplexity of 41.5; with a lower rate from there, 43.3."""
 POINTS = 100
 """The approximate number of points of the loss curve in a report."""
 
@@ -153,15 +157,15 @@ class Part:
         return done % math.ceil(len(self._steps) / CHECKS) == 0 or done == len(self._steps)
 
     def _check(self) -> None:
-        """Measures the weights, and keeps them if they are the best so far. If they are worse than those at the start,
-        goes back to the best ones and lowers the learning rate."""
+        """Measures the weights, and keeps them if they are the best so far. If they are much worse than those at the
+        start, goes back to the best ones and lowers the learning rate."""
         loss = self._trainee.measure()
         self._note_check(loss)
         if loss < self._notes["best"]:  # False for NaN
             self._notes["best"] = loss
             for index, trainer in self._trainers.items():  # one by one, so that old and new never exist together
                 self._best[index] = trainer.kept()
-        elif not loss <= self._notes["start"]:
+        elif not loss <= MUCH_WORSE * self._notes["start"]:  # True for NaN
             self._notes["backed_off"].append(self._notes["step"])
             for index, trainer in self._trainers.items():
                 trainer.restart_(self._best[index])

@@ -146,6 +146,21 @@ def test_training_that_gets_worse_goes_back_and_on_with_a_lower_rate(bad, parts,
     assert healing.loss_after < healing.loss_before
 
 
+def test_a_slightly_higher_loss_lowers_no_rate(monkeypatch):
+    dense, model = make_model("llama"), pruned_model()
+    measure, seen = WindowStudent.measure, []
+
+    def measured(student):
+        seen.append(measure(student))
+        return 1.4 * seen[0] if len(seen) == 2 else seen[-1]
+
+    monkeypatch.setattr(WindowStudent, "measure", measured)
+    healing = distill_(model, dense, TEXT, HealSettings(**QUICK))
+    assert healing.checks[1][1] == pytest.approx(1.4 * healing.loss_before)
+    assert healing.backed_off == []
+    assert healing.loss_after < healing.loss_before
+
+
 def test_measured_losses_are_those_of_the_models():
     dense, model = make_model("llama"), pruned_model()
     held_out = TEXT[-4:]
