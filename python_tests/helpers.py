@@ -1,7 +1,11 @@
-"""What several test files share: cases, bit comparisons and the tolerance table."""
+"""What several test files share: cases, bit comparisons, the tolerance table, and programs as modules."""
 
+import importlib
 import math
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -16,6 +20,20 @@ COLUMN_FORMULAS = ("scaled", "ria")
 MOMENT_FORMULAS = ("cosp", "cosp_exact")
 FORMULAS = ("magnitude", *COLUMN_FORMULAS, *MOMENT_FORMULAS)
 """All but ``score``, the caller's own."""
+
+ROOT = Path(__file__).parents[1]
+
+
+def script(path: str) -> ModuleType:
+    """A program of this repository, such as ``"tools/fetch_models.py"``, as a new module."""
+    file = ROOT / path
+    sys.modules.pop(file.stem, None)
+    sys.path.insert(0, str(file.parent))  # programs of one folder import each other
+    try:
+        return importlib.import_module(file.stem)
+    finally:
+        sys.path.remove(str(file.parent))
+
 
 # Cases
 

