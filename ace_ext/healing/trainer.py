@@ -12,7 +12,7 @@ from ace_ext.grids import Grid
 from ace_ext.healing.on_grid import GridWeight
 from ace_ext.healing.settings import BETAS
 from ace_ext.models.blocks import Block
-from ace_ext.pruning.block_training import root_mean_square
+from ace_ext.pruning.block_training import kept_gradient, root_mean_square
 
 STATE_BYTES = 13
 """Bytes of a trained block for each weight, in addition to the weight itself: a float32 copy, Adam's two moments, and
@@ -127,7 +127,7 @@ class BlockTrainer:
 
     def _take(self, child: str, gradient: Tensor | None) -> None:
         master = self._masters[child]
-        master.grad = None if gradient is None else gradient.float().mul_(self.masks[child])
+        master.grad = None if gradient is None else kept_gradient(gradient, self.masks[child])
 
     @torch.no_grad()
     def step_(self, learning_rate: float) -> None:

@@ -106,6 +106,17 @@ def root_mean_square(weight: Tensor, mask: Tensor | None = None) -> float:
     return float(torch.linalg.vector_norm(weight) / kept.clamp_min(1).float().sqrt())
 
 
+def kept_gradient(gradient: Tensor, mask: Tensor | None) -> Tensor:
+    """The gradient in float32 and contiguous, +0 where the mask is False, also where it is not finite there. Changes
+    ``gradient``.
+
+    The bits are multiplied by 0 or 1 as integers, in place: ``masked_fill`` takes six times as long with 16 bits.
+    """
+    if mask is not None:
+        gradient.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[gradient.itemsize]).mul_(mask)
+    return gradient.float().contiguous()
+
+
 def channel_weights(targets: Sequence[Tensor], token_masks: Sequence[Tensor | None]) -> Tensor:
     """The weight of each channel in the loss, ``[d]`` float32: ``1 / (d · mean_t target_tc² / ‖target_t‖²)``. It is 1
     where all channels are the same size.
@@ -274,9 +285,7 @@ class _Trainer:
         gradients = list(torch.autograd.grad(step.loss(self._block), trained, allow_unused=True))
         for master, (_, mask) in zip(self._masters, self._parameters, strict=True):
             gradient = gradients.pop(0)  # freed one by one, so float32 copies of all never exist at once
-            if gradient is not None and mask is not None:
-                gradient = gradient.masked_fill(~mask, 0.0)
-            master.grad = None if gradient is None else _contiguous_float32(gradient)
+            master.grad = None if gradient is None else kept_gradient(gradient, mask)
         adam.step()
         adam.zero_grad()
         _write_(trained, self._masters)

@@ -11,7 +11,7 @@ from ace_ext import InputError, PruneConfig, prune_model
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.replay import capture_calls, run_block
 from ace_ext.pruning import block_training
-from ace_ext.pruning.block_training import Training, train_block_
+from ace_ext.pruning.block_training import Training, kept_gradient, train_block_
 from ace_ext.pruning.masks import keep_of_group, scored_weight
 from ace_ext.records import Tuning
 
@@ -215,3 +215,17 @@ def test_outputs_after_training_must_be_finite(monkeypatch):
     monkeypatch.setattr(block_training, "_mean_loss", lambda *_: next(losses))
     with pytest.raises(InputError, match=r"model\.layers\.0: its output holds NaN or infinity"):
         prune_model(make_model("llama"), make_tokens(), PruneConfig("train(epochs=1)"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gradients_of_pruned_weights_are_positive_zeros(dtype):
+    gradient = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).to(dtype).t()
+    mask = torch.tensor([True, False]).repeat(18)[:35].view(7, 5)
+    gradient[0, 1], gradient[0, 3], gradient[1, 0] = float("nan"), float("-inf"), -1.0
+    want = gradient.float().masked_fill(~mask, 0.0).contiguous()
+    found = kept_gradient(gradient, mask)
+    assert found.dtype == torch.float32
+    assert found.is_contiguous()
+    assert torch.equal(found.view(torch.int32), want.view(torch.int32))
+    whole = kept_gradient(gradient[2:], None)
+    assert torch.equal(whole, gradient[2:].float())
