@@ -1,0 +1,192 @@
+"""Tables of ``docs/results.md`` from the results of ``ace-prune compare``.
+
+    python benchmarks/study.py record DIR ...      # adds the runs of these folders to docs/figures/study.json
+    python benchmarks/study.py tables              # prints the tables of the page
+
+A row of the file is a method, a share of zeros and a calibration of one model, with the perplexity of each seed by
+text. A run that is recorded again replaces the old one. ``draw_overview.py`` draws pictures from the file.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ace_ext.compare.tables import Spread, amount_name
+from ace_ext.whole_files import write_whole
+
+ROOT = Path(__file__).resolve().parents[1]
+FILE = ROOT / "docs" / "figures" / "study.json"
+TEXTS = ("wiki-mini", "news-mini", "code-mini")
+MODELS = ("SmolLM2-135M", "gemma-3-270m", "Qwen2.5-Coder-0.5B")
+WANDA = "published-wanda"
+BOS = " with BOS"
+DENSE = "dense"
+BUNDLED = "bundled 64x128"
+ARTICLES = "wiki-mini 64x128"
+"""The calibrations of the tables of three models."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One method with one share of zeros on one model.
+
+    Args:
+        seeds: the perplexity of each seed, by seed, then by text.
+        seconds: the least time of pruning.
+    """
+
+    model: str
+    method: str
+    zeros: str
+    calibration: str
+    seeds: dict[str, dict[str, float]]
+    seconds: float = 0.0
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What is the same for all seeds."""
+        return self.model, self.method, self.zeros, self.calibration
+
+    def spread(self, text: str) -> Spread:
+        """The perplexity on a text, over seeds."""
+        return Spread.of([each[text] for each in self.seeds.values()])
+
+    @property
+    def mean(self) -> float:
+        """The geometric mean of the texts, mean over seeds."""
+        return statistics.fmean(statistics.geometric_mean(each.values()) for each in self.seeds.values())
+
+
+def load() -> list[Figures]:
+    """The rows of the file."""
+    return [Figures(**row) for row in json.loads(FILE.read_text(encoding="utf-8"))] if FILE.exists() else []
+
+
+def model_name(path: str) -> str:
+    """The model's name in the tables, from its file's or folder's name."""
+    return next((name for name in (*MODELS, "Qwen2.5-Coder-1.5B") if Path(path).name.startswith(name)), Path(path).name)
+
+
+def recorded(folder: Path) -> Iterable[Figures]:
+    """The rows of a folder that ``ace-prune compare`` wrote, one for each run."""
+    data = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    model = model_name(data["settings"]["model"])
+    dense = {text: round(data["dense"][text]["perplexity"], 3) for text in TEXTS}
+    yield Figures(model, DENSE, "0", "", {"0": dense})
+    for run in data["runs"]:
+        cell = run["cell"]
+        length = f"{cell['nsamples']}x{cell['seqlen']}"
+        seeds = {str(cell["seed"]): {text: round(run["perplexity"][text]["perplexity"], 3) for text in TEXTS}}
+        source = f"{cell['calibration']} {length}"
+        yield Figures(model, cell["method"], cell["amount"], source, seeds, round(run["seconds"], 1))
+
+
+def record(folders: Iterable[Path]) -> None:
+    """Adds the runs of folders to the file."""
+    rows = {row.key: row for row in load()}
+    for row in (row for folder in folders for row in recorded(folder)):
+        old = rows.get(row.key, row)
+        seeds = dict(sorted({**old.seeds, **row.seeds}.items()))
+        rows[row.key] = Figures(*row.key, seeds, min(old.seconds, row.seconds))
+    lines = ",\n".join(json.dumps(vars(row), ensure_ascii=False) for row in rows.values())
+    write_whole(FILE, f"[\n{lines}\n]\n".encode())
+
+
+class Study:
+    """The rows with one calibration, by model, method and zeros."""
+
+    def __init__(self, rows: Iterable[Figures], calibration: str = BUNDLED) -> None:
+        self.rows = {row.key[:3]: row for row in rows if row.calibration in ("", calibration)}
+
+    def methods(self, model: str) -> list[str]:
+        """The methods that were run on a model, in the order of the file."""
+        return list(dict.fromkeys(method for of, method, _ in self.rows if of == model and method != DENSE))
+
+    def least(self, model: str, method: str, zeros: str) -> float | None:
+        """The mean perplexity of a method; of a published method that was calibrated with and without the BOS token,
+        the lower one."""
+        found = [self.rows.get((model, name, zeros)) for name in (method, method + BOS)]
+        return min((row.mean for row in found if row is not None), default=None)
+
+    def per_text(self, model: str, amounts: tuple[str, ...] = ("0.5", "2:4")) -> str:
+        """A table of a model: each text and the mean, for some shares of zeros."""
+        names = ["articles", "news", "code", "mean"]
+        head = ["method", *(f"{amount_name(amount)}: {name}" for amount in amounts for name in names), "seeds"]
+        lines = []
+        for method in (DENSE, *self.methods(model)):
+            found = [self.rows.get((model, method, "0" if method == DENSE else amount)) for amount in amounts]
+            if not any(found):
+                continue
+            cells = [cell for row in found for cell in self._cells(row)]
+            counts = sorted({len(row.seeds) for row in found if row is not None})
+            seeds = "" if method == DENSE else " and ".join(map(str, counts))
+            lines.append([name_of(method), *cells, seeds])
+        return table(head, lines, 1)
+
+    @staticmethod
+    def _cells(row: Figures | None) -> list[str]:
+        return [""] * 4 if row is None else [*(f"{row.spread(text).mean:.2f}" for text in TEXTS), f"{row.mean:.2f}"]
+
+    def means(self, amounts: tuple[str, ...]) -> str:
+        """A table of all models: the mean of the texts for some shares of zeros."""
+        head = ["method", *(f"{model}, {amount_name(amount)}" for model in MODELS for amount in amounts)]
+        methods = dict.fromkeys(method for model in MODELS for method in self.methods(model))
+        lines = []
+        for method in methods:
+            found = [self.rows.get((model, method, amount)) for model in MODELS for amount in amounts]
+            if any(found):
+                lines.append([name_of(method), *("" if row is None else f"{row.mean:.1f}" for row in found)])
+        return table(head, lines, 1)
+
+    def relative(self, amounts: tuple[str, ...]) -> str:
+        """A table of ratios to Wanda's mean perplexity: the models side by side in each cell."""
+        head = ["method", *map(amount_name, amounts)]
+        methods = dict.fromkeys(method.removesuffix(BOS) for model in MODELS for method in self.methods(model))
+        lines = []
+        for method in (method for method in methods if method != WANDA):
+            cells = []
+            for amount in amounts:
+                pairs = [(self.least(model, method, amount), self.least(model, WANDA, amount)) for model in MODELS]
+                cells.append(" / ".join(f"{a / b:.2f}" if a and b else "–" for a, b in pairs))
+            if any(cell.strip("– /") for cell in cells):
+                lines.append([name_of(method), *cells])
+        return table(head, lines, 1)
+
+
+def name_of(method: str) -> str:
+    """A method as the tables write it."""
+    return method if method == DENSE else f"`{method.removesuffix(BOS)}`" + (BOS if method.endswith(BOS) else "")
+
+
+def table(head: list[str], lines: list[list[str]], left: int) -> str:
+    """A table in markdown; the first ``left`` columns hold text."""
+    rule = ["---"] * left + ["--:"] * (len(head) - left)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines))
+
+
+def tables(rows: Iterable[Figures]) -> dict[str, str]:
+    """The page's tables by title."""
+    rows = list(rows)
+    study = Study(rows)
+    found = {f"{model}, 50 % and 2:4": study.per_text(model) for model in MODELS}
+    found["relative to Wanda"] = study.relative(("0.5", "2:4"))
+    found["60 %, 70 % and 4:8, calibrated on articles"] = Study(rows, ARTICLES).means(("0.6", "0.7", "4:8"))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("record", "tables"))
+    parser.add_argument("folders", nargs="*", type=Path, help="folders of ace-prune compare --output")
+    arguments = parser.parse_args()
+    if arguments.action == "record":
+        record(arguments.folders)
+    else:
+        print("\n\n".join(f"{title}\n\n{text}" for title, text in tables(load()).items()))
+
+
+if __name__ == "__main__":
+    main()
