@@ -35,7 +35,7 @@ class Figures:
 
     Args:
         seeds: the perplexity of each seed, by seed, then by text.
-        seconds: the least time of pruning.
+        seconds: the least time of pruning; 0 if it is not known.
     """
 
     model: str
@@ -90,7 +90,8 @@ def record(folders: Iterable[Path]) -> None:
     for row in (row for folder in folders for row in recorded(folder)):
         old = rows.get(row.key, row)
         seeds = dict(sorted({**old.seeds, **row.seeds}.items()))
-        rows[row.key] = Figures(*row.key, seeds, min(old.seconds, row.seconds))
+        seconds = min((each.seconds for each in (old, row) if each.seconds), default=0.0)
+        rows[row.key] = Figures(*row.key, seeds, seconds)
     lines = ",\n".join(json.dumps(vars(row), ensure_ascii=False) for row in rows.values())
     write_whole(FILE, f"[\n{lines}\n]\n".encode())
 
