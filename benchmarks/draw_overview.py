@@ -28,13 +28,11 @@ LABEL_SIDE = {
     "balanced": "left below",
     "published-admm": "above",
     "best": "left below",
-    "balanced + train": "left above",
 }
 """Where a point's name stands, so that names do not overlap; right of the point by default."""
 PLACES = {
     "right": (8, 0, "left"),
     "above": (0, 12, "left"),
-    "left above": (6, 12, "right"),
     "left below": (-4, -14, "center"),
 }
 SHARES = ("0.5", "0.6", "0.7")
@@ -57,7 +55,8 @@ def colour(method: str) -> str:
 def draw_quality(axes: Axes, study: Study) -> None:
     """Perplexity of each method against its time; both axes are logarithmic."""
     model = MODELS[0]
-    rows = [study.rows[model, method, "0.5"] for method in study.methods(model) if (model, method, "0.5") in study.rows]
+    found = [study.rows.get((model, method, "0.5")) for method in study.methods(model)]
+    rows = [row for row in found if row is not None and row.seconds]  # the others were not timed beside these
     wanda = study.rows[model, WANDA, "0.5"].seconds
     for row in rows:
         point = row.seconds / wanda, row.mean
