@@ -19,7 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from study import ARTICLES, BUNDLED, DENSE, FILE, MODELS, WANDA, Figures, Study, load
+from study import ARTICLES, BUNDLED, DENSE, FILE, LENGTHS, MODELS, WANDA, Figures, Study, load
 
 FOLDER = FILE.parent
 OURS, PUBLISHED, INK = "#00796b", "#9e5a00", "#333333"
@@ -36,9 +36,7 @@ PLACES = {
     "left below": (-4, -14, "center"),
 }
 SHARES = ("0.5", "0.6", "0.7")
-LENGTHS = ("512x16", "128x64", "64x128", "16x512", "4x2048")
-LINES = {WANDA: (PUBLISHED, "-"), "fast": (OURS, "-"), "balanced": (OURS, "--")}
-"""Colour and dash of a method."""
+DASHES = {WANDA: "-", "fast": "-", "balanced": "--"}
 MEAN = "Geometric mean of held-out articles, news and code, 12 windows of 512 tokens each"
 NOTES = {
     "quality": f"{MEAN}; calibrated on 64 × 128 tokens of the bundled text. One thread of an Intel Xeon with AVX-512 "
@@ -122,8 +120,8 @@ def draw_lines(axes: Axes, lines: dict[str, list[Figures | None]], places: Seque
     for method, rows in lines.items():
         at = [(place, row.mean) for place, row in enumerate(rows) if row is not None]
         if len(at) > 1:
-            shade, dash = LINES[method]
-            axes.plot(*zip(*at, strict=True), dash, marker="o", markersize=4, color=shade, label=method)
+            look = {"marker": "o", "markersize": 4, "color": colour(method), "label": method}
+            axes.plot(*zip(*at, strict=True), DASHES[method], **look)
     low, high = axes.get_ylim()
     if high > 3 * low:
         axes.set_yscale("log")
@@ -148,11 +146,11 @@ def draw_study(rows: list[Figures], path: Path) -> None:
     figure, axes = plt.subplots(2, len(MODELS), figsize=(13, 8))
     main = Study(rows, ARTICLES)
     for column, model in enumerate(MODELS):
-        above = {method: [main.rows.get((model, method, share)) for share in SHARES] for method in LINES}
+        above = {method: [main.rows.get((model, method, share)) for share in SHARES] for method in DASHES}
         draw_lines(axes[0][column], above, ["50 %", "60 %", "70 %"])
         axes[0][column].set_title(model, color=INK, fontsize=11)
         studies = [Study(rows, f"wiki-mini {length}") for length in LENGTHS]
-        below = {method: [study.rows.get((model, method, "0.5")) for study in studies] for method in LINES}
+        below = {method: [study.rows.get((model, method, "0.5")) for study in studies] for method in DASHES}
         draw_lines(axes[1][column], below, [length.replace("x", " × ") for length in LENGTHS])
         axes[0][column].set_xlabel("zeros")
         axes[1][column].set_xlabel("calibration: samples × tokens")

@@ -27,6 +27,8 @@ DENSE = "dense"
 BUNDLED = "bundled 64x128"
 ARTICLES = "wiki-mini 64x128"
 """The calibrations of the tables of three models."""
+LENGTHS = ("512x16", "128x64", "64x128", "16x512", "4x2048")
+"""Calibration samples x tokens of each; all have as many tokens."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,28 @@ class Study:
                 lines.append([name_of(method), *cells])
         return table(head, lines, 1)
 
+    def times(self, model: str, amount: str) -> str:
+        """A table of the seconds of pruning a model, of the methods that were timed."""
+        rows = [self.rows.get((model, method, amount)) for method in self.methods(model)]
+        wanda = self.rows[model, WANDA, amount].seconds
+        lines = [
+            [name_of(row.method), f"{row.seconds:.0f}", f"{row.seconds / wanda:.1f}"]
+            for row in sorted((row for row in rows if row is not None and row.seconds), key=lambda row: row.seconds)
+        ]
+        return table(["method", "seconds", "relative to Wanda"], lines, 1)
+
+
+def lengths(rows: list[Figures]) -> str:
+    """A table of all models: the mean of the texts at 50 %, by the number and length of the calibration samples."""
+    methods = (WANDA, "fast")
+    head = ["samples × tokens", *(f"{model}: {name_of(method)}" for model in MODELS for method in methods)]
+    lines = []
+    for length in LENGTHS:
+        found = Study(rows, f"wiki-mini {length}").rows
+        means = [f"{found[model, method, '0.5'].mean:.2f}" for model in MODELS for method in methods]
+        lines.append([length.replace("x", " × "), *means])
+    return table(head, lines, 1)
+
 
 def name_of(method: str) -> str:
     """A method as the tables write it."""
@@ -175,6 +199,8 @@ def tables(rows: Iterable[Figures]) -> dict[str, str]:
     found = {f"{model}, 50 % and 2:4": study.per_text(model) for model in MODELS}
     found["relative to Wanda"] = study.relative(("0.5", "2:4"))
     found["60 %, 70 % and 4:8, calibrated on articles"] = Study(rows, ARTICLES).means(("0.6", "0.7", "4:8"))
+    found["time"] = study.times(MODELS[0], "0.5")
+    found["length of the samples"] = lengths(rows)
     return found
 
 

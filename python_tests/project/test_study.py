@@ -1,6 +1,7 @@
 """The tables and pictures of ``docs/results.md`` (``benchmarks/study.py``, ``benchmarks/draw_overview.py``)."""
 
 import json
+import re
 
 import pytest
 from helpers import ROOT, script
@@ -12,6 +13,19 @@ def test_the_page_has_the_tables_of_the_recorded_runs():
     page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     for title, table in study.tables(study.load()).items():
         assert table in page, f"{title}: run 'python benchmarks/study.py tables' and copy the table into the page"
+
+
+def test_the_readme_has_the_means_and_times_of_the_recorded_runs():
+    readme, runs = (ROOT / "README.md").read_text(encoding="utf-8"), study.Study(study.load())
+    found = dict(re.findall(r"^\| `([\w-]+)`[^|]*\| `[^`]+` \| (.+) \|$", readme, re.M))
+    assert len(found) == 6
+    wanda = runs.rows[study.MODELS[0], study.WANDA, "0.5"].seconds
+    for method, cells in found.items():
+        *means, time = cells.split(" | ")
+        assert means == [f"{runs.least(model, method, '0.5'):.2f}" for model in study.MODELS], method
+        assert time == f"{runs.rows[study.MODELS[0], method, '0.5'].seconds / wanda:.1f}", method
+    dense = " | ".join(f"{runs.rows[model, study.DENSE, '0'].mean:.2f}" for model in study.MODELS)
+    assert f"| (dense) | | {dense} | |" in readme
 
 
 def compared(folder, model="gemma-3-270m.gguf", **perplexity):
