@@ -90,6 +90,11 @@ def two_pass_moments(x: Tensor) -> None:
     torch.var_mean(x.float(), dim=0, correction=0)
 
 
+def add_product(gram: Tensor, x: Tensor) -> None:
+    rows = x.float()
+    gram.addmm_(rows.T, rows)
+
+
 # Cases
 
 
@@ -177,10 +182,14 @@ def moment_cases(tokens: int, cols: int, dtype: torch.dtype, device: str) -> lis
         return Case(op, f"{tokens}x{cols}", x, False, action, lambda: None, baselines)
 
     baselines = {"torch.norm": lambda: wanda_square_sum(x), "var_mean": lambda: two_pass_moments(x)}
-    return [
+    cases = [
         case("moments", lambda: ops.update_moments_(*state, x), baselines),
         case("1/|a|^2", lambda: ops.inverse_square_norm(x), {}),
     ]
+    if device == "cpu":  # on a GPU it is torch's product
+        gram = torch.zeros(cols, cols)
+        cases.append(case("Gram", lambda: ops.update_gram_(gram, x), {"addmm": lambda: add_product(gram, x)}))
+    return cases
 
 
 # Measuring

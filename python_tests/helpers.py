@@ -193,6 +193,11 @@ def cosine_moment_bound(tokens: int, d_out: int) -> float:
     return 2 * inverse_square_norm_bound(d_out) + UNIT * (5 + tokens)
 
 
+def gram_bound(x: Tensor) -> Tensor:
+    """Absolute: a product of two float32 numbers is rounded (1), and ``tokens`` additions, of terms of either sign."""
+    return UNIT * (1 + len(x)) * (x.double().abs().T @ x.double().abs())
+
+
 def obs_bounds(weight: Tensor, mask: Tensor, factor: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
     """Absolute bounds on ``weight`` and ``error`` of :func:`ops.obs_block_`, given the exact ``error``.
 

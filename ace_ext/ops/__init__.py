@@ -49,6 +49,7 @@ __all__ = [
     "unpack_bitmap",
     "unpack_quantized",
     "update_cosine_moment_",
+    "update_gram_",
     "update_moments_",
 ]
 
@@ -84,6 +85,15 @@ def inverse_square_norm(a: Tensor) -> Tensor:
 def update_cosine_moment_(moment: Tensor, x: Tensor, a: Tensor) -> None:
     """``moment [d_out, d_in] += sum_t r_t^2 a_ti^2 x_tj^2`` for ``x [T, d_in]`` and ``a [T, d_out]``; float32."""
     registered().update_cosine_moment_(moment, x, a)
+
+
+@torch.no_grad()
+def update_gram_(gram: Tensor, x: Tensor) -> None:
+    """``gram [d, d] += xᵀ x`` for ``x [T, d]``, on the CPU; ``gram`` is float32, contiguous and symmetric.
+
+    Products of bfloat16 are exact and summed in float32. Half of the products are computed.
+    """
+    registered().update_gram_(gram, x)
 
 
 # Scores, masks and pruning

@@ -77,6 +77,11 @@ def cosine_moment(x: Tensor, a: Tensor) -> Tensor:
     return ((r[:, None] * _wide(a)) ** 2).T @ _wide(x) ** 2
 
 
+def gram(x: Tensor) -> Tensor:
+    """``[d, d]`` float64, ``Σ_t x_t x_tᵀ``."""
+    return _wide(x).T @ _wide(x)
+
+
 def exact_cosine_loss(weight: Tensor, x: Tensor) -> Tensor:
     """``[rows, cols]`` float64, ``sum_t 1 - cos(A_t, A_t with W_ij removed)``: one weight at a time, no approximation.
 

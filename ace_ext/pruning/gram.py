@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ace_ext import ops
 from ace_ext.errors import InputError
 from ace_ext.pruning.damping import floor_energy, penalty
 from ace_ext.pruning.scaling import InputScale, times_power, times_power_
-from ace_ext.pruning.symmetric import add_gram_, energy, inverse
+from ace_ext.pruning.symmetric import energy, inverse
 
 MAX_ATTEMPTS = 8
 """How many factorisations are tried. Each has ten times the damping of the one before."""
@@ -99,7 +100,7 @@ class GramState:
 
     Linears that share a state share its factorisations too: each is computed once, on first use.
 
-    On a GPU, tensor cores multiply unweighted bfloat16 and float16 inputs exactly and sum in float32
+    Unweighted bfloat16 inputs are multiplied exactly and summed in float32, on a GPU also float16
     (:func:`multiplies_exactly`; not run on a GPU). Other products follow ``torch.backends.cuda.matmul``. If TF32 is
     enabled there (it is not by default), inputs are rounded to 10 bits of mantissa: a relative error of 2⁻¹¹ per entry,
     far below the damping.
@@ -114,14 +115,15 @@ class GramState:
 
     def update(self, x: Tensor, token_weight: Tensor | None = None) -> None:
         """Adds tokens ``x [T, d]`` with the weights ``token_weight [T]`` float32, not negative; None: 1 for each."""
-        if token_weight is None and multiplies_exactly(x):
-            for part in torch.split(x, CHUNK_TOKENS):
-                rows = self._scaled(part)
+        exact = token_weight is None and multiplies_exactly(x)
+        for part in torch.split(x, CHUNK_TOKENS) if exact else weighted_rows(x, token_weight):
+            rows = self._scaled(part)
+            if rows.is_cpu:
+                ops.update_gram_(self.matrix, rows.contiguous())
+            elif exact:
                 torch.addmm(self.matrix, rows.T, rows, out_dtype=torch.float32, out=self.matrix)
-        else:
-            for part in weighted_rows(x, token_weight):
-                rows = self._scaled(part)
-                add_gram_(self.matrix, rows)
+            else:
+                self.matrix.addmm_(rows.T, rows)
         self.tokens += len(x)
         self._forget_factors()
 
@@ -243,7 +245,8 @@ def dtype_for(damping: float, columns: int) -> torch.dtype:
 
 
 def multiplies_exactly(x: Tensor) -> bool:
-    """Whether the device multiplies these inputs as they are and sums in float32: float16 and bfloat16 on a GPU.
+    """Whether the device multiplies these inputs as they are and sums in float32: float16 and bfloat16 on a GPU,
+    bfloat16 on a CPU (:func:`ace_ext.ops.update_gram_`, which converts it where there are no instructions for it).
 
     A product of two such numbers has at most 22 bits of mantissa, so float32 holds it. If a matrix product is split
     over tokens, its parts are summed in the output's dtype, float32, whatever
@@ -252,7 +255,7 @@ def multiplies_exactly(x: Tensor) -> bool:
     would be summed in float16. Inputs with token weights are not exact in 16 bits. They are converted to float32 first.
     """
     if x.device.type != "cuda":
-        return False
+        return x.device.type == "cpu" and x.dtype == torch.bfloat16
     return x.dtype == torch.bfloat16 or (
         x.dtype == torch.float16 and not torch.backends.cuda.matmul.allow_fp16_accumulation
     )

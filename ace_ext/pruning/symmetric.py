@@ -22,19 +22,6 @@ def _blocks(columns: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + width, columns)
 
 
-def add_gram_(matrix: Tensor, rows: Tensor) -> None:
-    """Adds ``rowsᵀ rows`` to ``matrix [d, d]``; ``rows [T, d]`` has the same dtype.
-
-    On a CPU the matrix must be symmetric: its lower half is computed, and then copied.
-    """
-    if not matrix.is_cpu:
-        matrix.addmm_(rows.T, rows)
-        return
-    for start, end in _blocks(len(matrix)):
-        matrix[start:end, :end].addmm_(rows[:, start:end].T, rows[:, :end])
-        matrix[:start, start:end] = matrix[start:end, :start].T
-
-
 def energy(matrix: Tensor, rows: Tensor) -> Tensor:
     """The sum of ``e_i G e_iᵀ`` over ``rows e [n, d]``, where ``G`` is the symmetric ``matrix [d, d]``: ``[]``
     float64. The products are computed in the dtype of both."""

@@ -22,6 +22,8 @@ def samples():
             yield "update_moments_", (*sums, x, token_weight)
     yield "inverse_square_norm", (a.half(),)
     yield "update_cosine_moment_", (torch.zeros(6, 8), x, a)
+    yield "update_gram_", (torch.zeros(8, 8), x)
+    yield "update_gram_", (torch.zeros(8, 8), x.bfloat16())
     score = torch.randn(6, 8, generator=random)
     for formula in (*FORMULAS, "score"):
         weight = make_weight(6, 8, torch.float32, random)
@@ -115,7 +117,9 @@ def run_everything(formula, dtype):
     ops.update_moments_(*state, x, ops.inverse_square_norm(a))
     moment = torch.zeros(300, 1134)
     ops.update_cosine_moment_(moment, x, a)
-    results = [*state, moment, ops.inverse_square_norm(a), ops.score(weight, formula, **arguments)]
+    gram = torch.zeros(1134, 1134)
+    ops.update_gram_(gram, x)
+    results = [*state, moment, gram, ops.inverse_square_norm(a), ops.score(weight, formula, **arguments)]
     for group, keep_k in (("row", 567), ("matrix", 170_100)):
         pruned, by_score = weight.clone(), weight.clone()
         results += [pruned, ops.prune_topk_(pruned, formula, keep_k, **arguments, group=group)]

@@ -255,6 +255,17 @@ def test_activations_of_the_wrong_kind():
     assert (moment == 0).all()
 
 
+def test_gram_matrices_of_the_wrong_kind():
+    gram, x, op = torch.zeros(3, 3), torch.ones(5, 3), "update_gram_"
+    refused(lambda: ops.update_gram_(gram, x[0]), op, "x", "2 dimensions")
+    refused(lambda: ops.update_gram_(gram, x.int()), op, "x", "got Int")
+    refused(lambda: ops.update_gram_(gram, x.t()), op, "x", "columns")
+    refused(lambda: ops.update_gram_(torch.zeros(3, 2), x), op, "gram", "shape [3, 3]", "got [3, 2]")
+    refused(lambda: ops.update_gram_(gram.double(), x), op, "gram", "Float", "got Double")
+    refused(lambda: ops.update_gram_(torch.zeros(3, 6)[:, ::2], x), op, "gram", "contiguous")
+    assert (gram == 0).all()
+
+
 # Solvers
 
 
@@ -431,6 +442,8 @@ def test_rows_of_an_expanded_tensor_are_not_written_and_read_at_once():
     shared(lambda: ops.prune_topk_(first, "scaled", 2, column=second[0]), "prune_topk_", "weight", "column")
     token = torch.ones(1, 1)
     shared(lambda: ops.update_cosine_moment_(first, second, token), "update_cosine_moment_", "moment", "x")
+    square = memory[:9].view(3, 3)
+    shared(lambda: ops.update_gram_(square, square), "update_gram_", "gram", "x")
     state = torch.zeros(()), first[0], torch.zeros(12)
     shared(lambda: ops.update_moments_(*state, second), "update_moments_", "mean", "x")
     state = vector[0], vector[1:2], torch.zeros(1)

@@ -12,6 +12,7 @@ from helpers import (
     expected_histogram,
     expected_mask_at,
     formula_arguments,
+    gram_bound,
     input_rounding,
     inverse_square_norm_bound,
     moment_bounds,
@@ -82,6 +83,11 @@ def products(draw) -> dict:
     dtype, count = draw.choice([torch.float32, torch.bfloat16]), draw.randrange(20)
     x, a = matrix(draw, count, draw.randint(0, 20), dtype), matrix(draw, count, draw.randint(0, 20), dtype)
     return {"moment": torch.zeros(a.shape[1], x.shape[1]), "x": x, "a": a}
+
+
+def tokens_of_a_gram(draw) -> dict:
+    x = matrix(draw, draw.randrange(20), draw.randint(0, 70))
+    return {"gram": torch.zeros(x.shape[1], x.shape[1]), "x": x}
 
 
 def gram(draw, cols) -> Tensor:
@@ -231,6 +237,10 @@ def check_cosine(before, after, result) -> None:
     close(after["moment"], expected, cosine_moment_bound(len(before["x"]), before["a"].shape[1]) * expected)
 
 
+def check_gram(before, after, result) -> None:
+    close(after["gram"], reference.gram(before["x"]), gram_bound(before["x"]))
+
+
 def check_norm(before, after, result) -> None:
     expected = reference.inverse_square_norm(before["a"])
     close(result, expected, inverse_square_norm_bound(before["a"].shape[1]) * expected)
@@ -304,6 +314,7 @@ OPS = {
     "update_moments_": (tokens, check_moments),
     "inverse_square_norm": (lambda draw: {"a": matrix(draw, draw.randrange(20), draw.randint(0, 70))}, check_norm),
     "update_cosine_moment_": (products, check_cosine),
+    "update_gram_": (tokens_of_a_gram, check_gram),
     "refine_swaps_": (swaps, check_swaps),
     "balance_mean_": (balance, check_balance),
     "restore_mean_": (restore, lambda b, a, r: assert_same_bits(a["weight"], mean_reference.restore_mean(**b))),
