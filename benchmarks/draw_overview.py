@@ -25,6 +25,7 @@ FOLDER = FILE.parent
 OURS, PUBLISHED, INK = "#00796b", "#9e5a00", "#333333"
 LABEL_SIDE = {
     "fast": "left below",
+    "better": "left below",
     "balanced": "left below",
     "published-admm": "above",
     "best": "left below",

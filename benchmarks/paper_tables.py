@@ -58,6 +58,7 @@ METHODS = "; ".join(
         "norm-cosvar",
         "fast",
         "balanced",
+        "better",
         "best",
     ]
 )

@@ -57,9 +57,19 @@ class Figures:
         return Spread.of([each[text] for each in self.seeds.values()])
 
     @property
+    def means(self) -> list[float]:
+        """The geometric mean of the texts for each seed."""
+        return [statistics.geometric_mean(each.values()) for each in self.seeds.values()]
+
+    @property
     def mean(self) -> float:
-        """The geometric mean of the texts, mean over seeds."""
-        return statistics.fmean(statistics.geometric_mean(each.values()) for each in self.seeds.values())
+        """The mean of :attr:`means`."""
+        return statistics.fmean(self.means)
+
+    @property
+    def shown(self) -> str:
+        """The mean, and the standard deviation over seeds if there are several."""
+        return f"{self.mean:.2f}" + (f" ± {statistics.stdev(self.means):.2f}" if len(self.seeds) > 1 else "")
 
 
 def load() -> list[Figures]:
@@ -124,22 +134,22 @@ class Study:
             if not any(found):
                 continue
             cells = [cell for row in found for cell in self._cells(row)]
-            counts = sorted({len(row.seeds) for row in found if row is not None})
+            counts = dict.fromkeys(len(row.seeds) for row in found if row is not None)
             seeds = "" if method == DENSE else " and ".join(map(str, counts))
             lines.append([name_of(method), *cells, seeds])
         return table(head, lines, 1)
 
     @staticmethod
     def _cells(row: Figures | None) -> list[str]:
-        return [""] * 4 if row is None else [*(f"{row.spread(text).mean:.2f}" for text in TEXTS), f"{row.mean:.2f}"]
+        return [""] * 4 if row is None else [*(f"{row.spread(text).mean:.2f}" for text in TEXTS), row.shown]
 
-    def means(self, amounts: tuple[str, ...]) -> str:
-        """A table of all models: the mean of the texts for some shares of zeros."""
-        head = ["method", *(f"{model}, {amount_name(amount)}" for model in MODELS for amount in amounts)]
-        methods = dict.fromkeys(method for model in MODELS for method in self.methods(model))
+    def means(self, amounts: tuple[str, ...], models: tuple[str, ...] = MODELS) -> str:
+        """A table of some models: the mean of the texts for some shares of zeros."""
+        head = ["method", *(f"{model}, {amount_name(amount)}" for model in models for amount in amounts)]
+        methods = dict.fromkeys(method for model in models for method in self.methods(model))
         lines = []
         for method in methods:
-            found = [self.rows.get((model, method, amount)) for model in MODELS for amount in amounts]
+            found = [self.rows.get((model, method, amount)) for model in models for amount in amounts]
             if any(found):
                 lines.append([name_of(method), *("" if row is None else f"{row.mean:.1f}" for row in found)])
         return table(head, lines, 1)
@@ -198,6 +208,7 @@ def tables(rows: Iterable[Figures]) -> dict[str, str]:
     study = Study(rows)
     found = {f"{model}, 50 % and 2:4": study.per_text(model) for model in MODELS}
     found["relative to Wanda"] = study.relative(("0.5", "2:4"))
+    found["60 %, 70 % and 4:8"] = study.means(("0.6", "0.7", "4:8"), MODELS[:1])
     found["60 %, 70 % and 4:8, calibrated on articles"] = Study(rows, ARTICLES).means(("0.6", "0.7", "4:8"))
     found["time"] = study.times(MODELS[0], "0.5")
     found["length of the samples"] = lengths(rows)

@@ -85,7 +85,8 @@ def test_table_explains_a_sparsity_that_was_rounded(config, line):
             {"source": "x.txt", "nsamples": 128, "seqlen": 128},
             "--method balanced or best, more text, e.g. --ns",
         ),
-        ("admm", {"source": "x.txt", "nsamples": 128, "seqlen": 2048}, "--method best, a lower --sparsity"),
+        ("admm", {"source": "x.txt", "nsamples": 128, "seqlen": 2048}, "--method better or best, a lower --sparsity"),
+        ("admm + train", {"source": "x.txt", "nsamples": 128, "seqlen": 2048}, "--method best, a lower --sparsity"),
         ("admm + distill", {}, 'a longer distillation, e.g. --method "best(tokens=262144)", a lower --sparsity'),
     ],
 )

@@ -34,9 +34,11 @@ from ace_ext.pruning.stages._stage import AUTO, GRAM_KINDS, PLAIN, SKETCHED
 PRESETS = {
     "fast": "admm(damping=1, iterations=10, relaxation=1, gram=sketch)",
     "balanced": "admm",
+    "better": "admm + train",
     "best": "admm + distill",
 }
-"""From the fastest to the most accurate. ``fast`` needs vectors, ``balanced`` Gram matrices, and ``best`` gradients."""
+"""From the fastest to the most accurate. ``fast`` needs vectors, ``balanced`` Gram matrices, ``better`` gradients of a
+block at a time, and ``best`` those of the whole model."""
 
 DEFAULT = "fast"
 

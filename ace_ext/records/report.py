@@ -91,7 +91,9 @@ class PruneReport:
         if self.healing is not None or "distill" in method:
             tokens = 4 * self.healing.tokens if self.healing is not None else 2**18
             return f'a longer distillation, e.g. --method "best(tokens={tokens})"'
-        return "--method best" if "admm" in method and "sketch" not in method else "--method balanced or best"
+        if "admm" not in method or "sketch" in method:
+            return "--method balanced or best"
+        return "--method best" if "train" in method else "--method better or best"
 
     def _better_text(self) -> str:
         calibration = self.extra.get("calibration") or {}

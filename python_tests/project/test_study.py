@@ -18,7 +18,7 @@ def test_the_page_has_the_tables_of_the_recorded_runs():
 def test_the_readme_has_the_means_and_times_of_the_recorded_runs():
     readme, runs = (ROOT / "README.md").read_text(encoding="utf-8"), study.Study(study.load())
     found = dict(re.findall(r"^\| `([\w-]+)`[^|]*\| `[^`]+` \| (.+) \|$", readme, re.M))
-    assert len(found) == 6
+    assert len(found) == 7
     wanda = runs.rows[study.MODELS[0], study.WANDA, "0.5"].seconds
     for method, cells in found.items():
         *means, time = cells.split(" | ")
@@ -70,6 +70,7 @@ def test_seeds_form_a_row_and_a_later_run_replaces_an_earlier_one(recorded):
     assert (fast.model, fast.zeros, fast.calibration) == ("gemma-3-270m", "0.5", "bundled 64x128")
     assert {seed: set(texts.values()) for seed, texts in fast.seeds.items()} == {"0": {27.0}, "1": {34.0}}
     assert fast.mean == pytest.approx(30.5)
+    assert fast.shown == "30.50 ± 4.95"
     assert fast.seconds == 9.0
 
 
