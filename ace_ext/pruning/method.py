@@ -73,6 +73,10 @@ class Method:
     label: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
+        if self.quantize is not None and self.train is not None:  # in whatever order
+            raise InputError(
+                f"{self.train.label} moves weights off the grid of {self.quantize.label}; leave out one of them"
+            )
         places = [_place(stage) for stage in self.stages]
         for (first, second), (place, later) in zip(pairwise(self.stages), pairwise(places), strict=True):
             if place == later:
@@ -98,10 +102,6 @@ class Method:
         if len(set(grams.values())) > 1:
             found = " and ".join(f"{gram} for {label}" for label, gram in grams.items())
             raise InputError(f"gram must be the same for all stages of the method (got {found})")
-        if self.quantize is not None and self.train is not None:
-            raise InputError(
-                f"{self.train.label} moves weights off the grid of {self.quantize.label}; leave out one of them"
-            )
         if self.collect.token_norm is not None and not self.weighs_tokens:
             raise InputError(
                 f"token_norm is for methods that weight tokens by their output norm (got {self}); leave it out"

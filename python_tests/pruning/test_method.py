@@ -477,6 +477,7 @@ ADMM_OPTIONS = "its options are damping, floor, iterations, relaxation, saliency
             "gram must be the same for all stages of the method (got plain for admm and cosine for quantize)",
         ),
         ("quantize + train", "train moves weights off the grid of quantize; leave out one of them"),
+        ("better + quantize", "train moves weights off the grid of quantize; leave out one of them"),
         (
             "quantize + admm",
             "method quantize + admm must have its stages in the order in which they run; write admm + quantize",
