@@ -214,6 +214,7 @@ def _measure(
         seconds = _turns(
             workers, settings.rounds, progress.step, partial(Worker.decode, prompts=prompts, tokens=tokens)
         )
+        _check_measured(result.figures, seconds, f"{settings.tokens} tokens at batch {batch}")
         for own, runs, ratio in zip(result.figures, seconds, _ratios(seconds), strict=True):
             own.decode[batch] = batch * settings.tokens / statistics.median(runs)
             own.decode_ratios[batch] = ratio
@@ -222,6 +223,7 @@ def _measure(
     progress.phase(f"prefill of {result.prefill_tokens} tokens")
     prompt = draw(1, result.prefill_tokens)[0]
     seconds = _turns(workers, settings.rounds, progress.step, partial(Worker.prefill, prompt=prompt))
+    _check_measured(result.figures, seconds, "the prefill")
     for own, runs, ratio in zip(result.figures, seconds, _ratios(seconds), strict=True):
         own.prefill = result.prefill_tokens / statistics.median(runs)
         own.prefill_ratio = ratio
@@ -242,6 +244,16 @@ def _turns(
                 seconds[which].append(taken)
             step()
     return seconds
+
+
+def _check_measured(figures: list[Figures], seconds: list[list[float]], what: str) -> None:
+    """Raises :class:`InputError` for a median that is not above zero: some engines' times are differences of two."""
+    for own, runs in zip(figures, seconds, strict=True):
+        if statistics.median(runs) <= 0:
+            raise InputError(
+                f"{own.name}: {what} took less time than the measurement varies; raise --tokens or --rounds, or "
+                "measure where no other program runs"
+            )
 
 
 def _beside(result: ContestResult, seconds: list[list[float]]) -> dict[int, float]:

@@ -22,6 +22,7 @@ from ace_ext.bench.contest import (
     ContestResult,
     Figures,
     _beside,
+    _check_measured,
     _turns,
     check_shapes,
     contest,
@@ -130,6 +131,13 @@ def test_candidates_of_a_smaller_folder(folders, smaller, tmp_path):
 
 def figures(name, speed, engine="torch 2"):
     return Figures(name, engine, 10**6, 8.5, 10, 2 * 10**6, {1: speed}, {1: speed / 10}, 40.0, 4.0)
+
+
+def test_times_within_the_noise_are_an_error():
+    measured = [figures("dense", 1.0), figures("vllm dense", 1.0)]
+    _check_measured(measured, [[0.1, 0.2, 0.3], [-0.1, 0.1, 0.2]], "")
+    with pytest.raises(InputError, match=r"vllm dense: 4 tokens at batch 1 took less time than .* raise --tokens"):
+        _check_measured(measured, [[0.1, 0.2, 0.3], [-0.1, 0.1, -0.2]], "4 tokens at batch 1")
 
 
 def test_speed_beside_the_dense_model_in_the_same_engine():
