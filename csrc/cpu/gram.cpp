@@ -1,6 +1,6 @@
 // update_gram_ on the CPU. The matrix is divided into blocks of columns; only blocks on and below the diagonal are
-// computed. With instructions for bfloat16 (AMX, AVX-512 BF16) torch's brgemm multiplies it as it is and sums in
-// float32. Anything else is converted to float32 first.
+// computed. With AMX torch's brgemm multiplies bfloat16 as it is and sums in float32. Anything else is converted to
+// float32 first, also bfloat16 with AVX-512 BF16, for which torch does not pack.
 #include "ops/gram.h"
 
 #include <ATen/Parallel.h>

@@ -1,4 +1,7 @@
-"""update_gram_ against the reference, within the bound of helpers.py. Contract: csrc/ops/gram.h."""
+"""update_gram_ against the reference, within the bound of helpers.py. Contract: csrc/ops/gram.h.
+
+With ``ONEDNN_MAX_CPU_ISA=AVX2`` the same tests run the code for CPUs without AMX on one that has it.
+"""
 
 import pytest
 import torch
