@@ -1,7 +1,7 @@
 """Products with symmetric matrices on a CPU: only one of two equal halves is computed, by blocks of columns.
 
 A matrix product on a CPU takes time in proportion to its multiplications, so half of them save almost half of the time.
-A GPU is faster with one large product.
+A GPU computes one large product; whether halves would be faster there was not measured.
 """
 
 from collections.abc import Iterator

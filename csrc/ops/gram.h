@@ -6,7 +6,7 @@
 //       (full float32 by default). Sums are float32. One half is computed and copied to the other, so gram stays
 //       symmetric. The order of sums may depend on the number of threads, as in torch's products. AMX takes bfloat16
 //       below 2^-126 for zero, and such products too. T == 0 changes nothing. NaN or infinity in x makes entries of
-//       gram NaN or infinite. On the CPU only: on CUDA one large product is faster, torch.addmm with an out_dtype.
+//       gram NaN or infinite. On the CPU only: on CUDA callers use torch.addmm with an out_dtype (not run on a GPU).
 #pragma once
 
 #include "ops.h"
