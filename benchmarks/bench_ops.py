@@ -43,6 +43,7 @@ from torch import Tensor
 
 from ace_ext import ops
 from ace_ext.process_memory import peak_memory_bytes, reset_peak, resident_bytes
+from ace_ext.pruning.stages.admm import torch_change_, torch_update_
 
 DEFAULT_SHAPES = {"cuda": "4096x4096,4096x11008,11008x4096,8192x28672", "cpu": "4096x4096,4096x11008"}
 TOKENS = {"cuda": 16384, "cpu": 2048}
@@ -171,6 +172,31 @@ def mean_cases(rows: int, cols: int, dtype: torch.dtype, device: str) -> list[Ca
     return [
         case("by row", lambda: ops.topk_mask(weight, "scaled", cols // 2, column=column), 0),
         case("2:4", lambda: ops.nm_mask(weight, "scaled", 2, 4, column=column), 4),
+    ]
+
+
+def admm_cases(rows: int, cols: int, dtype: torch.dtype, device: str) -> list[Case]:
+    """What an iteration of ADMM does beside its mask and its product, which has the dtype."""
+    if device != "cpu" or dtype == torch.float16:
+        return []  # on a GPU these are torch's operations
+    weight, dense = torch.randn(rows, cols), torch.randn(rows, cols)
+    product, norm = torch.randn(rows, cols).to(dtype), torch.rand(cols) + 0.1
+    change, mask, start = torch.empty_like(product), weight > 0, weight.clone()
+
+    def step(change_: Callable[..., None], update_: Callable[..., None]) -> None:
+        change_(change, weight, mask, dense, norm)
+        update_(weight, product, mask, dense, norm, 0.4)
+
+    return [
+        Case(
+            "ADMM",
+            f"{rows}x{cols}",
+            weight,
+            False,
+            lambda: step(ops.admm_change_, ops.admm_update_),
+            lambda: weight.copy_(start),
+            {"torch": lambda: step(torch_change_, torch_update_)},
+        )
     ]
 
 
@@ -347,6 +373,7 @@ def main(argv: list[str] | None = None) -> int:
         for rows, cols in shapes:
             bench.run(prune_cases, rows, cols)
             bench.run(mean_cases, rows, cols)
+            bench.run(admm_cases, rows, cols)
         for cols in sorted({cols for _, cols in shapes}):
             bench.run(moment_cases, TOKENS[args.device], cols)
     if args.json:

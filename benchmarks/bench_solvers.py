@@ -10,6 +10,9 @@ scales; those of a real layer differ. Each repeat starts from a fresh copy; maki
 
 Then what a solver factorises of a mixture's experts (float64): the Cholesky factors of several Gram matrices of one
 size and the inverses of the factors, one after the other as ace_ext does, and as one batch.
+
+Last, ADMM's inverse of a normalised Gram matrix for a result in float32 and in bfloat16, with LAPACK's time relative to
+its own.
 """
 
 import argparse
@@ -24,12 +27,15 @@ import torch
 from torch import Tensor
 
 from ace_ext import ops
+from ace_ext.pruning.symmetric import inverse, invert_damped_
 
 SHAPES = {"cpu": "576x576,1536x576,576x1536,192x4096", "cuda": "576x576,1536x576,576x1536,4096x4096"}
 WIDTH = 128
 PATTERNS = {"50 %": (0, 0), "2:4": (2, 4)}
 BATCHES = {"cpu": ((64, 256), (16, 768)), "cuda": ((128, 768), (64, 2048), (8, 4096))}
 """How many matrices, of how many columns."""
+INVERSES = (576, 896, 2048, 4864)
+"""Columns of the matrices that ADMM inverts."""
 
 
 def loop_over_columns(weight: Tensor, error: Tensor, mask: Tensor, factor: Tensor, keep_n: int, group_m: int) -> None:
@@ -154,6 +160,28 @@ def bench_factors(count: int, cols: int, device: str, budget: float) -> dict:
     return row
 
 
+def bench_inverse(cols: int, device: str, budget: float) -> dict:
+    matrix = make_gram(cols, device)
+    norm = matrix.diagonal().sqrt()
+    matrix /= norm * norm[:, None]
+    matrix.diagonal().add_(1.1)  # ADMM's damping and penalty
+
+    def fresh() -> tuple[Tensor]:
+        return (matrix.clone(),)
+
+    lapack = seconds(inverse, fresh, device, budget)
+    row: dict = {"columns": cols, "lapack_ms": lapack * 1e3}
+    for dtype in (torch.float32, torch.bfloat16):
+        own = seconds(lambda made, dtype=dtype: invert_damped_(made, dtype), fresh, device, budget)
+        row[str(dtype).removeprefix("torch.")] = lapack / own
+    print(
+        f"inverse of {cols} columns: {row['lapack_ms']:.1f} ms by LAPACK; {row['float32']:.2f} times as fast for "
+        f"float32, {row['bfloat16']:.2f} for bfloat16",
+        flush=True,
+    )
+    return row
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -172,6 +200,8 @@ def main(argv: list[str] | None = None) -> int:
     with torch.no_grad():
         rows = [row for shape in shapes for row in bench(*shape, args.device, args.budget)]
         rows += [bench_factors(*batch, args.device, args.budget) for batch in BATCHES[args.device]]
+        if args.device == "cpu":  # a GPU's inverse is LAPACK's counterpart
+            rows += [bench_inverse(cols, args.device, args.budget) for cols in INVERSES]
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"device": name, "torch": torch.__version__, "rows": rows}, file, indent=1)

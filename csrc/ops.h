@@ -17,9 +17,9 @@
 //   tensors     strided, with their values in memory. Negative and conjugate views, zero tensors without memory, and
 //               sparse, nested and quantized tensors are refused (ops/plain.h), also tensors that reach beyond their
 //               storage. A written tensor shares no element with another argument.
-//   devices     all tensors on one device, CPU or CUDA (update_gram_: CPU). CPU results do not depend on the number of
-//               threads. On CUDA every op can be captured in a CUDA graph: it does not wait for the device, and it
-//               allocates only by torch's allocator.
+//   devices     all tensors on one device, CPU or CUDA (update_gram_, admm_change_ and admm_update_: CPU). CPU results
+//               do not depend on the number of threads. On CUDA every op can be captured in a CUDA graph: it does not
+//               wait for the device, and it allocates only by torch's allocator.
 //   errors      ValueError "op: argument must be ... (got ...)", raised before anything is written.
 //   arguments   in the same order in the schema, in ace_ext.ops and in the C++ functions; mutated ones (!) come first.
 #pragma once

@@ -81,8 +81,8 @@ class ModelShape:
         observed = self.pending_bytes(tokens)
         if MOMENT in needs:  # squares at most 2048 tokens at a time, in float32
             observed += 8 * min(tokens, 2048) * self.widest
-        if needs & (GRAMS | {SKETCH}):  # widens a chunk to float32, and weighs a copy of it
-            observed += (8 if COSINE_GRAM in needs else 4) * min(tokens, CHUNK_TOKENS) * self.widest
+        if needs & (GRAMS | {SKETCH}):  # widens a chunk to float32, and weighs or squares a copy of it
+            observed += (8 if needs & {COSINE_GRAM, SKETCH} else 4) * min(tokens, CHUNK_TOKENS) * self.widest
         return max(self._around_products(tokens, seqlen), norm, observed)
 
     def _around_products(self, tokens: int, seqlen: int) -> int:

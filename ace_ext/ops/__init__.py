@@ -31,6 +31,8 @@ from ace_ext.ops._packed import packed_linear, quantized_linear, register_packed
 __all__ = [
     "FORMULAS",
     "ScoredWeight",
+    "admm_change_",
+    "admm_update_",
     "balance_mean_",
     "inverse_square_norm",
     "nm_mask",
@@ -210,6 +212,24 @@ def restore_mean_(weight: Tensor, mask: Tensor, mean: Tensor, direction: Tensor)
     ``mean`` and ``direction`` ``[cols]`` float32, their products not negative.
     """
     registered().restore_mean_(weight, mask, mean, direction)
+
+
+@torch.no_grad()
+def admm_change_(change: Tensor, weight: Tensor, mask: Tensor, dense: Tensor, norm: Tensor) -> None:
+    """``change [rows, cols] = (weight where mask, -weight elsewhere) - dense norm``, on the CPU.
+
+    ``change`` is float32 or bfloat16, ``mask`` bool, the others float32; ``norm [cols]``.
+    """
+    registered().admm_change_(change, weight, mask, dense, norm)
+
+
+@torch.no_grad()
+def admm_update_(weight: Tensor, product: Tensor, mask: Tensor, dense: Tensor, norm: Tensor, dual_scale: float) -> None:
+    """``weight [rows, cols] = product + dense norm + (0 where mask, dual_scale weight elsewhere)``, on the CPU.
+
+    ``product`` is float32 or bfloat16, ``mask`` bool, the others float32; ``norm [cols]``.
+    """
+    registered().admm_update_(weight, product, mask, dense, norm, dual_scale)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ A change ``e`` of a row has the squared output error ``e G eᵀ``. With ``w_t = 
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ace_ext import ops
 from ace_ext.errors import InputError
 from ace_ext.pruning.damping import floor_energy, penalty
 from ace_ext.pruning.scaling import InputScale, times_power, times_power_
-from ace_ext.pruning.symmetric import energy, inverse
+from ace_ext.pruning.symmetric import LowRank, energy, invert_damped_
 
 MAX_ATTEMPTS = 8
 """How many factorisations are tried. Each has ten times the damping of the one before."""
@@ -27,9 +27,6 @@ LOSS_ROWS = 1024
 CHUNK_TOKENS = 4096
 """Tokens that are converted to float32 at a time. Tensor cores may truncate within such a chunk; the sum of chunks is
 rounded to nearest."""
-ROUNDING = 2.0**-17
-"""The least damping for each column of a normalised Gram matrix with which it is inverted in float32
-(:func:`dtype_for`)."""
 LEAST_DAMPING = 1e-6
 """The damping of the second attempt if that of the first was less than a tenth of it."""
 
@@ -53,43 +50,31 @@ class AdmmFactor:
     """For ADMM, on columns divided by ``norm``, so that the diagonal of G with its floor is 1:
     ``H = (G + floor) / norm / normᵀ + damping``.
 
-    A step takes ``Z - U`` to ``a W + (1 - a) Z + (a - 1) U``, where a is the relaxation and
+    An iteration takes ``Z - U`` to ``a W + (1 - a) Z + (a - 1) U``, where a is the relaxation and
     ``W = (H W₀ + ρ (Z - U)) (H + ρ)⁻¹ = W₀ + ρ (Z - U - W₀) (H + ρ)⁻¹``. In the second form the product is with a
-    difference, in which a strong common direction of the inputs is not amplified: bfloat16 is enough for it. So a step
-    is ``W₀ + (Z - U - W₀) S`` with ``S = a ρ (H + ρ)⁻¹ + (1 - a)``.
+    difference, in which a strong common direction of the inputs is not amplified: bfloat16 is enough for it. So the
+    result is ``W₀ + (Z - U - W₀) S`` with ``S = a ρ (H + ρ)⁻¹ + (1 - a)``.
+
+    The diagonal of H⁻¹ would need an inverse of its own. The first two terms of its series in ``P = (H + ρ)⁻¹``,
+    ``H⁻¹ = P + ρ P² + ρ² P³ + …``, take their place. In them directions with little energy, of which other text may
+    have more, count less than in H⁻¹.
     """
 
     norm: Tensor  # [d] float32: sqrt(G_jj + floor), DEAD for a dead column
-    step: Tensor  # [d, d] float32 or bfloat16: S
-    inverse_diagonal: Tensor  # [d] float32: the diagonal of H⁻¹
+    step: Tensor | LowRank  # S: [d, d] float32 or bfloat16, or of a sketch
+    inverse_diagonal: Tensor  # [d] float32: the diagonal of H⁻¹, or its approximation
     dead: Tensor  # [d] bool
-    relaxation: float
     damping: float
     attempts: int
 
-    def multiplying_in(self, dtype: torch.dtype) -> "AdmmFactor":
-        """This factor with the products of a step in float32 or bfloat16."""
-        return replace(self, step=self.step.to(dtype))
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the products."""
+        return torch.float32 if isinstance(self.step, LowRank) else self.step.dtype
 
-    def start(self, weight: Tensor) -> None:
-        """Nothing is computed once for all steps."""
-
-    def step_(self, dense: Tensor, kept: Tensor, dual: Tensor, start: Tensor | None, out: Tensor) -> None:
-        """``out = a W + (1 - a) Z + U``.
-
-        Args:
-            dense: ``[rows, d]`` float32, the dense weight before it was multiplied by ``norm``.
-            kept: Z, overwritten.
-            dual: U.
-            start: what :meth:`start` returned.
-            out: another tensor than the others.
-        """
-        change = kept.sub_(dual).addcmul_(dense, self.norm, value=-1)
-        if self.step.dtype == torch.float32:
-            torch.mm(change, self.step, out=out)
-        else:
-            out.copy_(change.to(self.step.dtype) @ self.step)
-        out.addcmul_(dense, self.norm).add_(dual, alpha=2 - self.relaxation)
+    def times(self, change: Tensor) -> Tensor:
+        """``change S`` for ``change [rows, d]``, both of :attr:`dtype`."""
+        return self.step.times(change) if isinstance(self.step, LowRank) else change @ self.step
 
 
 class GramState:
@@ -111,7 +96,7 @@ class GramState:
         self.scale = InputScale()
         self.tokens = 0
         self._obs: dict[float, ObsFactor] = {}  # by damping
-        self._admm: dict[tuple[float, float, float], AdmmFactor] = {}  # by what admm_factor takes
+        self._admm: dict[tuple[float, float, float, torch.dtype], AdmmFactor] = {}  # by what admm_factor takes
 
     def update(self, x: Tensor, token_weight: Tensor | None = None) -> None:
         """Adds tokens ``x [T, d]`` with the weights ``token_weight [T]`` float32, not negative; None: 1 for each."""
@@ -176,18 +161,25 @@ class GramState:
             self._obs[damping] = self._make_obs_factor(damping)
         return self._obs[damping]
 
-    def admm_factor(self, damping: float, floor: float = 0.0, relaxation: float = 1.0) -> AdmmFactor:
+    def admm_factor(
+        self,
+        damping: float,
+        floor: float = 0.0,
+        relaxation: float = 1.0,
+        products: torch.dtype = torch.float32,
+    ) -> AdmmFactor:
         """The factor for ADMM, computed on first use.
 
         Args:
             damping: added to the diagonal of the normalised matrix.
             floor: as in :func:`ace_ext.pruning.damping.floor_energy`.
             relaxation: 1 for none.
+            products: the dtype of ADMM's products, float32 or bfloat16.
 
         Raises:
             InputError: the matrix is not positive definite with any of the dampings.
         """
-        key = damping, floor, relaxation
+        key = damping, floor, relaxation, products
         if key not in self._admm:
             self._admm[key] = self._make_admm_factor(*key)
         return self._admm[key]
@@ -208,40 +200,25 @@ class GramState:
         upper, damping, attempts = _inverse_factor(matrix, damping)
         return ObsFactor(upper.float().contiguous(), dead, damping, attempts)
 
-    def _make_admm_factor(self, damping: float, floor: float, relaxation: float) -> AdmmFactor:
+    def _make_admm_factor(self, damping: float, floor: float, relaxation: float, products: torch.dtype) -> AdmmFactor:
         energies = self.matrix.diagonal().double()
         dead, least = energies == 0, floor_energy(energies, floor)
         norm = (energies + least).sqrt().masked_fill(dead, DEAD)
 
-        def damped(by: float, dtype: torch.dtype) -> Tensor:
-            made = self.matrix.to(dtype, copy=True)
+        def inverse(by: float) -> Tensor | None:
+            made = self.matrix.clone()
             made.diagonal().add_(least)
-            made /= norm.to(dtype)
-            made /= norm.to(dtype)[:, None]
+            made /= norm.float()
+            made /= norm.float()[:, None]
             made.diagonal()[dead] = 1.0
-            made.diagonal().add_(by)
-            return made
+            made.diagonal().add_(by + penalty(by))
+            return made if invert_damped_(made, products) else None
 
-        def inverse_diagonal(by: float) -> Tensor | None:
-            found = inverse(damped(by, dtype_for(by, len(dead))))
-            # a copy, because a view would hold the whole matrix
-            return None if found is None else found.diagonal().to(torch.float32, copy=True)
-
-        diagonal, damping, attempts = _damped_until(inverse_diagonal, damping, lambda: float(energies.mean()))
+        step, damping, attempts = _damped_until(inverse, damping, lambda: float(energies.mean()))
         rho = penalty(damping)
-        step = inverse(damped(damping + rho, dtype_for(damping, len(dead))))
-        assert step is not None  # more positive than the matrix before
+        diagonal = step.diagonal() + rho * step.norm(dim=1).square()
         step.mul_(relaxation * rho).diagonal().add_(1 - relaxation)
-        return AdmmFactor(norm.float(), step.float(), diagonal, dead, relaxation, damping, attempts)
-
-
-def dtype_for(damping: float, columns: int) -> torch.dtype:
-    """The dtype for the inverse of a normalised Gram matrix: float32 if its rounding is far below the damping.
-
-    Such a matrix has a diagonal of ones, so its norm is at most the number of its columns. Cholesky's factorisation
-    then acts as if it were given a matrix whose difference from this one is of the order of that norm times 2⁻²³.
-    """
-    return torch.float32 if damping >= ROUNDING * columns else torch.float64
+        return AdmmFactor(norm.float(), step.to(products), diagonal, dead, damping, attempts)
 
 
 def multiplies_exactly(x: Tensor) -> bool:
@@ -261,11 +238,13 @@ def multiplies_exactly(x: Tensor) -> bool:
     )
 
 
-def weighted_rows(x: Tensor, token_weight: Tensor | None) -> Iterator[Tensor]:
-    """``x [T, d]`` in float32 chunks. Each row is multiplied by the root of its ``token_weight [T]`` (None: 1), so that
-    the sum of ``rowsᵀ rows`` is the Gram matrix. A chunk may be a view of ``x``."""
-    for start in range(0, len(x), CHUNK_TOKENS):
-        part = slice(start, start + CHUNK_TOKENS)
+def weighted_rows(x: Tensor, token_weight: Tensor | None, at_once: int | None = None) -> Iterator[Tensor]:
+    """``x [T, d]`` in float32 chunks of ``at_once`` tokens (None: ``CHUNK_TOKENS``). Each row is multiplied by the root
+    of its ``token_weight [T]`` (None: 1), so that the sum of ``rowsᵀ rows`` is the Gram matrix. A chunk may be a view
+    of ``x``."""
+    at_once = at_once or CHUNK_TOKENS
+    for start in range(0, len(x), at_once):
+        part = slice(start, start + at_once)
         rows = x[part].float()
         yield rows if token_weight is None else rows * token_weight[part].sqrt()[:, None]
 

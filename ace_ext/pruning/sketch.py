@@ -6,20 +6,21 @@ as in Tropp, Yurtsever, Udell and Cevher 2017 (arXiv 1706.05736, algorithm 3). T
 ``G ≈ diag(g - Σ_k F_kj²) + Fᵀ F``. The matrix itself is never computed: all tensors are ``[d, p]``.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ace_ext.errors import InputError
 from ace_ext.pruning.damping import floor_energy, penalty
-from ace_ext.pruning.gram import DEAD, weighted_rows
+from ace_ext.pruning.gram import DEAD, AdmmFactor, weighted_rows
 from ace_ext.pruning.scaling import InputScale, times_power, times_power_
+from ace_ext.pruning.symmetric import LowRank
 
 DIRECTIONS = 64
 """The maximum number of random directions of a sketch (:func:`direction_count`)."""
+CPU_TOKENS = 256
+"""Tokens whose products a CPU computes at a time: their float32 copies stay in the cache."""
 LEAST_RESIDUAL = 1e-3
 """The least share of a column's square sum that stays in the diagonal. Without it, some changes would cost nothing."""
 _SHIFT = 1e-6  # share of the product's norm: above its float32 rounding, far below the directions that are used
@@ -28,53 +29,6 @@ _SHIFT = 1e-6  # share of the product's norm: above its float32 rounding, far be
 def direction_count(columns: int) -> int:
     """How many random directions a sketch has: ``DIRECTIONS``, or the number of columns if that is less."""
     return min(columns, DIRECTIONS)
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """``diag(diagonal) + sign · Fᵀ F``, where ``F`` holds the directions."""
-
-    diagonal: Tensor  # [d] float32
-    directions: Tensor  # F [p, d] float32
-    sign: int = 1
-
-    def times(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """Its product with ``rows [n, d]`` from the left; ``out`` is not ``rows``."""
-        product = torch.mul(rows, self.diagonal, out=out)
-        return product.addmm_(rows @ self.directions.T, self.directions, alpha=self.sign)
-
-
-@dataclass(frozen=True)
-class SketchFactor:
-    """For ADMM, on columns divided by ``norm``: H is the sketched Gram matrix with damping. Its diagonal is about 1."""
-
-    norm: Tensor  # [d] float32: sqrt(g_j + floor), DEAD for a dead column
-    hessian: LowRank  # H
-    inverse: LowRank  # (H + rho)⁻¹
-    inverse_diagonal: Tensor  # [d] float32: the diagonal of H⁻¹
-    dead: Tensor  # [d] bool: inputs that were zero for every token
-    damping: float
-    attempts: ClassVar[int] = 1
-    relaxation: float = 1.0
-
-    def multiplying_in(self, dtype: torch.dtype) -> "SketchFactor":
-        """The factor itself: its products are with few directions, and cheap in float32."""
-        return self
-
-    def start(self, weight: Tensor) -> Tensor:
-        """``weight H`` for ``[rows, d]``, which all steps use."""
-        return self.hessian.times(weight)
-
-    def step_(self, dense: Tensor, kept: Tensor, dual: Tensor, start: Tensor | None, out: Tensor) -> None:
-        """As :meth:`ace_ext.pruning.gram.AdmmFactor.step_`."""
-        assert start is not None
-        rho, rest = penalty(self.damping), 1 - self.relaxation
-        right = kept.sub_(dual).mul_(rho).add_(start)
-        self.inverse.times(right, out)
-        if rest:  # Z = (right - start) / rho + U
-            out.mul_(self.relaxation).add_(right, alpha=rest / rho).add_(start, alpha=-rest / rho)
-            out.add_(dual, alpha=rest)
-        out.add_(dual)
 
 
 class SketchState:
@@ -92,12 +46,12 @@ class SketchState:
         self.scale = InputScale()
         self.tokens = 0
         self._factors: tuple[Tensor, Tensor] | None = None
-        self._admm: dict[tuple[float, float, float], SketchFactor] = {}  # by damping, floor and relaxation
+        self._admm: dict[tuple[float, float, float], AdmmFactor] = {}  # by damping, floor and relaxation
 
     def update(self, x: Tensor, token_weight: Tensor | None = None) -> None:
         """Adds tokens ``x [T, d]`` with the weights ``token_weight [T]`` float32, not negative; None: 1 for each."""
         random = _directions(x.shape[1], x.device)
-        for part in weighted_rows(x, token_weight):
+        for part in weighted_rows(x, token_weight, None if x.is_cuda else CPU_TOKENS):
             self._lower_(self.scale.admit(part))
             rows = times_power(part, -self.scale.power)
             self.product.addmm_(rows.T, rows @ random)
@@ -176,16 +130,18 @@ class SketchState:
     def energy(self, rows: Tensor) -> Tensor:
         """As :meth:`ace_ext.pruning.gram.GramState.energy`."""
         diagonal, directions = self.factors()
-        along = (rows @ directions.T).square_().sum(dtype=torch.float64)
-        return along + (rows.square().mul_(diagonal)).sum(dtype=torch.float64)
+        along = (rows @ directions.T).square_().sum(1)
+        return (rows.square() @ diagonal).add_(along).sum(dtype=torch.float64)
 
-    def admm_factor(self, damping: float, floor: float = 0.0, relaxation: float = 1.0) -> SketchFactor:
-        """The factor for ADMM, computed on first use.
-
-        Args:
-            damping: added to the diagonal of the normalised matrix.
-            floor: as in :func:`ace_ext.pruning.damping.floor_energy`.
-            relaxation: 1 for none.
+    def admm_factor(
+        self,
+        damping: float,
+        floor: float = 0.0,
+        relaxation: float = 1.0,
+        products: torch.dtype = torch.float32,
+    ) -> AdmmFactor:
+        """As :meth:`ace_ext.pruning.gram.GramState.admm_factor`. Products with few directions are cheap, and in float32
+        whatever ``products`` says.
 
         Raises:
             InputError: as :meth:`factors`.
@@ -195,19 +151,17 @@ class SketchState:
             self._admm[key] = self._make_admm_factor(*key)
         return self._admm[key]
 
-    def _make_admm_factor(self, damping: float, floor: float, relaxation: float) -> SketchFactor:
+    def _make_admm_factor(self, damping: float, floor: float, relaxation: float) -> AdmmFactor:
         diagonal, directions = (part.double() for part in self.factors())
         dead, least = self.squares == 0, floor_energy(self.squares, floor)
         norm = (self.squares + least).sqrt().masked_fill(dead, DEAD)
         directions = directions / norm
         damped = ((diagonal + least) / norm.square()).masked_fill(dead, 1.0) + damping
         inverse_diagonal = 1 / damped - _woodbury(damped, directions).square().sum(0)
-        shifted = damped + penalty(damping)
-        inverse = LowRank((1 / shifted).float(), _woodbury(shifted, directions).float(), -1)
-        hessian = LowRank(damped.float(), directions.float())
-        return SketchFactor(
-            norm.float(), hessian, inverse, inverse_diagonal.float(), dead, damping, relaxation=relaxation
-        )
+        shifted, scale = damped + penalty(damping), relaxation * penalty(damping)
+        inverse = _woodbury(shifted, directions)
+        step = LowRank((scale / shifted + (1 - relaxation)).float(), (inverse * scale**0.5).float(), -1)
+        return AdmmFactor(norm.float(), step, inverse_diagonal.float(), dead, damping, attempts=1)
 
     def _forget_factors(self) -> None:
         self._factors = None

@@ -43,6 +43,9 @@ def samples():
         yield "refine_swaps_", (mask, score.half(), x.T @ x, keep_n, group_m, 5)
         yield "balance_mean_", (mask.clone(), score.half(), torch.ones(8), torch.ones(8), group_m, 2)
         yield "restore_mean_", (score.clone(), mask.clone(), torch.ones(8), torch.ones(8))
+    for change in (score.clone(), score.bfloat16()):
+        yield "admm_change_", (change, score, score > 0, score.clone(), torch.ones(8))
+        yield "admm_update_", (score.clone(), change, score > 0, score.clone(), torch.ones(8), 0.4)
     bitmap = torch.tensor([[0b10110], [0b01011]], dtype=torch.uint8).repeat(1, 8)
     bitmap[:, 1:] = 0
     uniform, ragged = torch.randn(2, 3, generator=random), torch.randn(6, generator=random)

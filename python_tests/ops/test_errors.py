@@ -269,6 +269,33 @@ def test_gram_matrices_of_the_wrong_kind():
 # Solvers
 
 
+def test_matrices_of_admm_of_the_wrong_kind():
+    weight, mask, norm = torch.ones(3, 4), torch.ones(3, 4, dtype=torch.bool), torch.ones(4)
+
+    def wrong(argument, value, *words):
+        given = {"weight": weight, "mask": mask, "dense": weight.clone(), "norm": norm, argument: value}
+        change, product = given.pop("change", torch.zeros(3, 4)), given.pop("product", torch.zeros(3, 4))
+        if argument != "product":
+            refused(lambda: ops.admm_change_(change, **given), "admm_change_", argument, *words)
+        if argument != "change":
+            refused(
+                lambda: ops.admm_update_(product=product, dual_scale=0.4, **given), "admm_update_", argument, *words
+            )
+
+    wrong("weight", weight.double(), "got Double")
+    wrong("weight", weight[0], "2 dimensions")
+    wrong("mask", weight, "Bool", "got Float")
+    wrong("mask", mask[:2], "[3, 4]", "got [2, 4]")
+    wrong("dense", weight.bfloat16(), "Float", "got BFloat16")
+    wrong("dense", torch.ones(4, 3).t(), "contiguous columns")
+    wrong("norm", torch.ones(3), "shape [4]", "got [3]")
+    wrong("norm", norm.double(), "got Double")
+    for other in ("change", "product"):
+        wrong(other, weight.half(), "got Half")
+        wrong(other, torch.zeros(3, 5), "[3, 4]", "got [3, 5]")
+    assert torch.equal(weight, torch.ones(3, 4))
+
+
 def swap_arguments(weight, gram=None, mask=None):
     cols = weight.shape[-1]
     mask = torch.tensor([True, False]).repeat(weight.shape[0], cols // 2) if mask is None else mask
@@ -449,6 +476,18 @@ def test_rows_of_an_expanded_tensor_are_not_written_and_read_at_once():
     state = vector[0], vector[1:2], torch.zeros(1)
     shared(lambda: ops.update_moments_(*state, torch.ones(4, 1)), "update_moments_", "weight_sum", "mean")
     shared(lambda: ops.restore_mean_(first, mask, second[0], torch.ones(12)), "restore_mean_", "weight", "mean")
+    shared(
+        lambda: ops.admm_change_(first, second, mask, torch.ones(1, 12), torch.ones(12)),
+        "admm_change_",
+        "change",
+        "weight",
+    )
+    shared(
+        lambda: ops.admm_update_(first, second, mask, torch.ones(1, 12), torch.ones(12), 0.4),
+        "admm_update_",
+        "weight",
+        "product",
+    )
     assert torch.equal(memory, torch.arange(16) + 1.0)
 
 
@@ -485,6 +524,8 @@ def test_other_expanded_tensors_are_refused_in_words():
         "refine_swaps_ mask": lambda: ops.refine_swaps_(masks, good, torch.eye(12)),
         "balance_mean_ mask": lambda: ops.balance_mean_(masks, good, vector, vector),
         "restore_mean_ weight": lambda: ops.restore_mean_(shared, mask, vector, vector),
+        "admm_change_ change": lambda: ops.admm_change_(shared, good, mask, good, vector),
+        "admm_update_ weight": lambda: ops.admm_update_(shared, good, mask, good, vector, 0.4),
         "update_cosine_moment_ moment": lambda: ops.update_cosine_moment_(shared, torch.ones(2, 12), torch.ones(2, 3)),
         "update_moments_ x": lambda: ops.update_moments_(torch.zeros(()), vector, vector.clone(), shared),
     }

@@ -124,6 +124,16 @@ def restore(draw) -> dict:
     return {"weight": weight, "mask": boolean(draw, *weight.shape), "mean": mean, "direction": mean * 0.5}
 
 
+def admm(draw, other) -> dict:
+    weight = matrix(draw, draw.randrange(5), draw.randint(0, 70), torch.float32)
+    given = matrix(draw, *weight.shape, draw.choice([torch.float32, torch.bfloat16]))
+    norm = torch.rand(weight.shape[1], generator=draw.tensors)
+    read = {"mask": boolean(draw, *weight.shape), "dense": weight * 0.5, "norm": norm}
+    if other == "change":
+        return {"change": given, "weight": weight, **read}
+    return {"weight": weight, "product": given, **read, "dual_scale": 0.4}
+
+
 def obs(draw) -> dict:
     weight = matrix(draw, draw.randrange(5), draw.choice([0, 1, 4, 12]), torch.float32)
     inverse = torch.linalg.inv(gram(draw, weight.shape[1]) + torch.eye(weight.shape[1]))
@@ -258,6 +268,17 @@ def check_balance(before, after, result) -> None:
     assert torch.equal(result, made)
 
 
+def check_change(before, after, result) -> None:
+    weight, change = before["weight"], after["change"]
+    expected = torch.where(before["mask"], weight, -weight) - before["dense"] * before["norm"]
+    assert_same_bits(change, expected.to(change.dtype))
+
+
+def check_update(before, after, result) -> None:
+    dual = torch.where(before["mask"], 0.0, torch.tensor(before["dual_scale"]) * before["weight"])
+    assert_same_bits(after["weight"], before["product"].float() + before["dense"] * before["norm"] + dual)
+
+
 def check_obs(before, after, result) -> None:
     weight, error, _ = reference.obs_block(before["weight"], before["mask"], before["factor"])
     weights, errors = obs_bounds(before["weight"], before["mask"], before["factor"], error)
@@ -318,6 +339,8 @@ OPS = {
     "refine_swaps_": (swaps, check_swaps),
     "balance_mean_": (balance, check_balance),
     "restore_mean_": (restore, lambda b, a, r: assert_same_bits(a["weight"], mean_reference.restore_mean(**b))),
+    "admm_change_": (lambda draw: admm(draw, "change"), check_change),
+    "admm_update_": (lambda draw: admm(draw, "product"), check_update),
     "obs_block_": (obs, check_obs),
     "quantize_block_": (quantize, check_quantize),
     "unpack_bitmap": (packed, lambda b, a, r: assert_same_bits(r, packed_reference.unpack_bitmap(**b))),

@@ -2,7 +2,7 @@
 
 The Gram matrix ``G [cols, cols]`` of the inputs measures errors (:mod:`ace_ext.pruning.gram`): the change ``e`` of a
 row costs ``e G eᵀ``. Everything is computed in float32, except
-products in bfloat16 where :func:`_dtype_of_products` says so.
+products in bfloat16 where :attr:`Problem.products` says so.
 """
 
 from dataclasses import dataclass
@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from ace_ext import ops
-from ace_ext.models.products import slow_dtypes
 from ace_ext.pruning.damping import ADMM_DAMPING, ADMM_FLOOR
-from ace_ext.pruning.gram import AdmmFactor, dtype_for, masked, restore_dead_
+from ace_ext.pruning.gram import AdmmFactor, masked, restore_dead_
 from ace_ext.pruning.settings import Limits, option
-from ace_ext.pruning.sketch import SketchFactor, direction_count
+from ace_ext.pruning.sketch import direction_count
 from ace_ext.pruning.stages._stage import (
     AUTO,
     COSINE,
@@ -70,8 +69,7 @@ class Admm(Solve):
 
     def solve(self, problem: Problem) -> Solved:
         """The pruned weight after ``iterations``, on columns normalised by ``sqrt(G_jj + floor)``."""
-        factor = problem.gram.admm_factor(self.damping, self.floor, self.relaxation)
-        factor = factor.multiplying_in(_dtype_of_products(problem))
+        factor = problem.gram.admm_factor(self.damping, self.floor, self.relaxation, problem.products)
         rows, height = len(problem.dense), _part_rows(*problem.dense.shape)
         if height == rows:
             return Solved(iterate(problem, factor, self), factor.damping, factor.attempts)
@@ -82,14 +80,12 @@ class Admm(Solve):
         return Solved(weight, factor.damping, factor.attempts)
 
     def working_bytes(self, rows: int, cols: int) -> int:
-        """The larger of two phases. With a Gram matrix: two copies of it while it is inverted, in float64 if the
-        damping is small; then one in float32, its copy in bfloat16, and what the iterations use. With a sketch: five
-        copies of it in float64; then three factors in float32, what the iterations use, and a product with the
-        directions."""
+        """The larger of two phases. With a Gram matrix: two copies of it while it is inverted; then one, and what the
+        iterations use. With a sketch: five copies of it in float64; then three factors in float32, what the iterations
+        use, and a product with the directions."""
         if self.gram != SKETCHED:
-            inverting = 2 * cols * cols * dtype_for(self.damping, cols).itemsize + 64 * cols
-            rounding = self.held_bytes(cols) + ROUNDED_BYTES * rows * cols
-            return max(inverting, 6 * cols * cols + _iterating_bytes(rows, cols), rounding)
+            used = max(_iterating_bytes(rows, cols), ROUNDED_BYTES * rows * cols)
+            return max(8 * cols * cols + 64 * cols, self.held_bytes(cols) + used)
         directions = direction_count(cols)
         product = 4 * _part_rows(rows, cols) * directions
         weights = max(_iterating_bytes(rows, cols), ROUNDED_BYTES * rows * cols)
@@ -100,19 +96,12 @@ class Admm(Solve):
         return 4 * cols * cols if self.gram != SKETCHED else 12 * cols * direction_count(cols)
 
 
-def _dtype_of_products(problem: Problem) -> torch.dtype:
-    """bfloat16 if the result is rounded to 16 bits in any case, and the CPU has instructions for it. GPUs multiply in
-    float32: bfloat16 was not tried there."""
-    half = problem.units.dtype.itemsize == 2 and problem.dense.is_cpu
-    return torch.bfloat16 if half and torch.bfloat16 not in slow_dtypes() else torch.float32
-
-
 def _part_rows(rows: int, cols: int) -> int:
     """How many rows are solved at a time."""
     return -(-rows // max(1, -(-rows * cols // PART_ENTRIES)))
 
 
-def iterate(problem: Problem, factor: AdmmFactor | SketchFactor, stage: Admm) -> Tensor:
+def iterate(problem: Problem, factor: AdmmFactor, stage: Admm) -> Tensor:
     """The alternating direction method of multipliers. Returns the last ``Z [rows, cols]``.
 
     Columns are multiplied by ``norm``, and ``H`` is the normalised Gram matrix. ``Z`` is the masked ``W + U``; then
@@ -120,52 +109,49 @@ def iterate(problem: Problem, factor: AdmmFactor | SketchFactor, stage: Admm) ->
     (Boyd et al. 2011, section 3.4.3). If no mask is given, its sparsity follows a cubic curve in the first half of the
     iterations.
 
-    The function uses no more than four buffers of the weight's size.
+    The function uses no more than three buffers of the weight's size, and a mask.
     """
-    weight = problem.dense * factor.norm  # W + U from now on: U is zero
-    start, dual, kept = factor.start(weight), torch.empty_like(weight), torch.empty_like(weight)
-    mask = problem.mask
-    tightening = max(1, stage.iterations // 2)
+    dense, norm = problem.dense, factor.norm
+    weight = dense * norm  # W + U from now on: U is zero
+    change = torch.empty_like(weight, dtype=factor.dtype)
+    change_, update_ = (ops.admm_change_, ops.admm_update_) if weight.is_cpu else (torch_change_, torch_update_)
+    tightening = max(1, stage.iterations // 2) if problem.mask is None else 0
+    mask = _most_salient(weight, 1 / tightening, factor, problem, stage) if problem.mask is None else problem.mask
     for step in range(stage.iterations):
-        if mask is None and step + 1 == tightening:
-            mask = _most_salient(weight, factor, problem, stage)
-        if mask is not None:
-            masked(weight, mask, out=kept)
-        else:
-            kept.copy_(weight)
-            _keep_most_salient_(kept, (step + 1) / tightening, factor, problem, stage)
-        torch.sub(weight, kept, out=dual)
-        factor.step_(problem.dense, kept, dual, start, out=weight)
-    assert mask is not None  # given, or chosen when the tightening ended
-    masked(weight, mask, out=weight).add_(0.0).div_(factor.norm)  # -0.0 + 0.0 is +0.0
-    restore_dead_(weight, problem.dense, mask, factor.dead)
+        if 0 < step < tightening:
+            mask = _most_salient(weight, (step + 1) / tightening, factor, problem, stage)
+        change_(change, weight, mask, dense, norm)
+        update_(weight, factor.times(change), mask, dense, norm, 2 - stage.relaxation)
+    masked(weight, mask, out=weight).add_(0.0).div_(norm)  # -0.0 + 0.0 is +0.0
+    restore_dead_(weight, dense, mask, factor.dead)
     return weight
 
 
-def _keep_most_salient_(
-    weight: Tensor, progress: float, factor: AdmmFactor | SketchFactor, problem: Problem, stage: Admm
+def torch_change_(change: Tensor, weight: Tensor, mask: Tensor, dense: Tensor, norm: Tensor) -> None:
+    """As :func:`ace_ext.ops.admm_change_`, on any device: ``Z - U - W₀`` on normalised columns."""
+    found = weight.masked_fill(mask, 0.0).mul_(-2).add_(weight)  # exactly -w where it is dropped
+    change.copy_(found.addcmul_(dense, norm, value=-1))
+
+
+def torch_update_(
+    weight: Tensor, product: Tensor, mask: Tensor, dense: Tensor, norm: Tensor, dual_scale: float
 ) -> None:
-    """Zeroes the entries of ``weight [rows, cols]`` that ADMM's mask drops at ``progress`` (below 1) of the
-    tightening."""
-    formula, column = _saliency(factor, stage)
-    if problem.pattern is not None:
-        ops.prune_nm_(weight, formula, problem.pattern.keep_n, problem.pattern.group_m, column=column)
-        return
-    cols = weight.shape[1]
-    pruned = cols - problem.keep
-    ops.prune_topk_(weight, formula, cols - int(pruned * (1 - (1 - progress) ** 3)), column=column)
+    """As :func:`ace_ext.ops.admm_update_`, on any device: the next ``W + U``."""
+    weight.masked_fill_(mask, 0.0).mul_(dual_scale).addcmul_(dense, norm).add_(product)
 
 
-def _most_salient(weight: Tensor, factor: AdmmFactor | SketchFactor, problem: Problem, stage: Admm) -> Tensor:
-    """The mask at the end of the tightening: ``[rows, cols]`` bool, True for exactly ``problem.keep`` weights of each
-    group, also if fewer of them are not zero."""
+def _most_salient(weight: Tensor, progress: float, factor: AdmmFactor, problem: Problem, stage: Admm) -> Tensor:
+    """ADMM's mask at ``progress`` (1 at its end) of the tightening: ``[rows, cols]`` bool, True where ``weight`` is
+    kept. At the end it keeps exactly ``problem.keep`` weights of each group, also if fewer of them are not zero."""
     formula, column = _saliency(factor, stage)
     if problem.pattern is not None:
         return ops.nm_mask(weight, formula, problem.pattern.keep_n, problem.pattern.group_m, column=column)
-    return ops.topk_mask(weight, formula, problem.keep, column=column)
+    cols = weight.shape[1]
+    pruned = int((cols - problem.keep) * (1 - (1 - progress) ** 3))
+    return ops.topk_mask(weight, formula, cols - pruned, column=column)
 
 
-def _saliency(factor: AdmmFactor | SketchFactor, stage: Admm) -> tuple[str, Tensor | None]:
+def _saliency(factor: AdmmFactor, stage: Admm) -> tuple[str, Tensor | None]:
     """The op's formula for the saliency, and its column factor.
 
     Saliency ``"obs"`` is ``|w_j| / sqrt((H⁻¹)_jj)``, the root of the error that remains after the best update of the
@@ -177,10 +163,10 @@ def _saliency(factor: AdmmFactor | SketchFactor, stage: Admm) -> tuple[str, Tens
 
 
 def _iterating_bytes(rows: int, cols: int) -> int:
-    """Four buffers and a mask for one part; with several parts also the new weight, a byte for each entry of all, and
-    vectors."""
+    """Three float32 buffers and a mask for one part; with several parts also the new weight, a byte for each entry of
+    all, and vectors."""
     part = _part_rows(rows, cols) * cols
-    return 18 * part if part == rows * cols else 5 * rows * cols + 18 * part + 64 * cols
+    return 13 * part if part == rows * cols else 5 * rows * cols + 13 * part + 64 * cols
 
 
 STAGE = Admm
