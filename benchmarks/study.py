@@ -4,7 +4,8 @@
     python benchmarks/study.py tables              # prints the tables of the page
 
 A row of the file is a method, a share of zeros and a calibration of one model, with the perplexity of each seed by
-text. A run that is recorded again replaces the old one. ``draw_overview.py`` draws pictures from the file.
+text. A run that is recorded again replaces the old one. Rows are sorted. ``draw_overview.py`` draws pictures from the
+file.
 """
 
 import argparse
@@ -27,6 +28,9 @@ DENSE = "dense"
 BUNDLED = "bundled 64x128"
 ARTICLES = "wiki-mini 64x128"
 """The calibrations of the tables of three models."""
+METHODS = (DENSE, WANDA, "published-sparsegpt", "published-admm", "fast", "balanced", "better", "best")
+ZEROS = ("0", "0.5", "0.6", "0.7", "2:4", "4:8")
+"""The order of rows and columns; others come last, as they were recorded."""
 LENGTHS = ("512x16", "128x64", "64x128", "16x512", "4x2048")
 """Calibration samples x tokens of each; all have as many tokens."""
 
@@ -96,6 +100,22 @@ def recorded(folder: Path) -> Iterable[Figures]:
         yield Figures(model, cell["method"], cell["amount"], source, seeds, round(run["seconds"], 1))
 
 
+def place(row: Figures) -> tuple[int | bool, ...]:
+    """The place of a row in the file, as a key to sort by."""
+
+    def rank(value: str, order: tuple[str, ...]) -> int:
+        return order.index(value) if value in order else len(order)
+
+    return (
+        row.calibration not in ("", BUNDLED),
+        rank(row.model, MODELS),
+        rank(row.method.removesuffix(BOS), METHODS),
+        row.method.endswith(BOS),
+        rank(row.zeros, ZEROS),
+        rank(row.calibration.split(" ")[-1], LENGTHS),
+    )
+
+
 def record(folders: Iterable[Path]) -> None:
     """Adds the runs of folders to the file."""
     rows = {row.key: row for row in load()}
@@ -104,7 +124,7 @@ def record(folders: Iterable[Path]) -> None:
         seeds = dict(sorted({**old.seeds, **row.seeds}.items()))
         seconds = min((each.seconds for each in (old, row) if each.seconds), default=0.0)
         rows[row.key] = Figures(*row.key, seeds, seconds)
-    lines = ",\n".join(json.dumps(vars(row), ensure_ascii=False) for row in rows.values())
+    lines = ",\n".join(json.dumps(vars(row), ensure_ascii=False) for row in sorted(rows.values(), key=place))
     write_whole(FILE, f"[\n{lines}\n]\n".encode())
 
 

@@ -59,7 +59,7 @@ def recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "FILE", tmp_path / "study.json")
     first = compared(tmp_path / "a", published_wanda=[40.0], published_wanda_with_BOS=[36.0], fast=[30.0, 34.0])
     second = compared(tmp_path / "b", fast=[27.0])
-    study.record([first])
+    study.record([second])
     study.record([first, second])
     return study.load()
 
