@@ -10,7 +10,7 @@ from ace_ext.models._transformers import attends_eagerly, output_head, predicts_
 from ace_ext.models.blocks import Block
 from ace_ext.models.products import converted_bytes, slow_dtypes
 from ace_ext.pruning.gram import CHUNK_TOKENS
-from ace_ext.pruning.kinds import COSINE_GRAM, GRAMS, MOMENT, SKETCH
+from ace_ext.pruning.kinds import GRAM, GRAMS, MOMENT, SKETCH
 from ace_ext.pruning.sketch import direction_count
 from ace_ext.pruning.statistics import StatisticsCollector
 
@@ -82,7 +82,7 @@ class ModelShape:
         if MOMENT in needs:  # squares at most 2048 tokens at a time, in float32
             observed += 8 * min(tokens, 2048) * self.widest
         if needs & (GRAMS | {SKETCH}):  # widens a chunk to float32, and weighs or squares a copy of it
-            observed += (8 if needs & {COSINE_GRAM, SKETCH} else 4) * min(tokens, CHUNK_TOKENS) * self.widest
+            observed += (4 if GRAM in needs else 8) * min(tokens, CHUNK_TOKENS) * self.widest
         return max(self._around_products(tokens, seqlen), norm, observed)
 
     def _around_products(self, tokens: int, seqlen: int) -> int:

@@ -15,7 +15,7 @@ from ace_ext import ops
 from ace_ext.errors import InputError
 from ace_ext.pruning.damping import floor_energy, penalty
 from ace_ext.pruning.scaling import InputScale, times_power, times_power_
-from ace_ext.pruning.symmetric import LowRank, energy, invert_damped_
+from ace_ext.pruning.symmetric import LowRank, energy, invert_damped_, power_diagonals
 
 MAX_ATTEMPTS = 8
 """How many factorisations are tried. Each has ten times the damping of the one before."""
@@ -55,9 +55,8 @@ class AdmmFactor:
     difference, in which a strong common direction of the inputs is not amplified: bfloat16 is enough for it. So the
     result is ``W₀ + (Z - U - W₀) S`` with ``S = a ρ (H + ρ)⁻¹ + (1 - a)``.
 
-    The diagonal of H⁻¹ would need an inverse of its own. The first two terms of its series in ``P = (H + ρ)⁻¹``,
-    ``H⁻¹ = P + ρ P² + ρ² P³ + …``, take their place. In them directions with little energy, of which other text may
-    have more, count less than in H⁻¹.
+    The diagonal of H⁻¹ would need an inverse of its own. It is approximated by that of its series in
+    ``P = (H + ρ)⁻¹`` (:func:`_diagonal_without`).
     """
 
     norm: Tensor  # [d] float32: sqrt(G_jj + floor), DEAD for a dead column
@@ -98,10 +97,10 @@ class GramState:
         self._obs: dict[float, ObsFactor] = {}  # by damping
         self._admm: dict[tuple[float, float, float, torch.dtype], AdmmFactor] = {}  # by what admm_factor takes
 
-    def update(self, x: Tensor, token_weight: Tensor | None = None) -> None:
-        """Adds tokens ``x [T, d]`` with the weights ``token_weight [T]`` float32, not negative; None: 1 for each."""
-        exact = token_weight is None and multiplies_exactly(x)
-        for part in torch.split(x, CHUNK_TOKENS) if exact else weighted_rows(x, token_weight):
+    def update(self, x: Tensor, token_scale: Tensor | None = None) -> None:
+        """Adds tokens ``x [T, d]``, each multiplied by its ``token_scale [T]`` float32: powers of two or 0; None: 1."""
+        exact = multiplies_exactly(x) and (token_scale is None or x.dtype == torch.bfloat16)
+        for part in scaled_rows(x, token_scale, x.dtype if exact else torch.float32):
             rows = self._scaled(part)
             if rows.is_cpu:
                 ops.update_gram_(self.matrix, rows.contiguous())
@@ -216,9 +215,18 @@ class GramState:
 
         step, damping, attempts = _damped_until(inverse, damping, lambda: float(energies.mean()))
         rho = penalty(damping)
-        diagonal = step.diagonal() + rho * step.norm(dim=1).square()
+        diagonal = _diagonal_without(rho, step, damping, products)
         step.mul_(relaxation * rho).diagonal().add_(1 - relaxation)
         return AdmmFactor(norm.float(), step.to(products), diagonal, dead, damping, attempts)
+
+
+def _diagonal_without(rho: float, inverse: Tensor, damping: float, products: torch.dtype) -> Tensor:
+    """The diagonal ``[d]`` of H⁻¹, approximately, from the ``inverse P = (H + ρ)⁻¹``: ``H⁻¹ = P + ρ P² + ρ² P³ + …``.
+    From the fifth term on, it is taken for a geometric series, with the ratio of the fourth term to the third."""
+    terms = [rho**power * diagonal for power, diagonal in enumerate(power_diagonals(inverse, products), start=1)]
+    most = min(rho / (rho + damping), 1 - 2.0**-10)  # the ratio of the least eigenvalue of H
+    ratio = (terms[2] / terms[1]).clamp_max(most)
+    return inverse.diagonal() + terms[0] + terms[1] + terms[2] / (1 - ratio)
 
 
 def multiplies_exactly(x: Tensor) -> bool:
@@ -229,7 +237,7 @@ def multiplies_exactly(x: Tensor) -> bool:
     over tokens, its parts are summed in the output's dtype, float32, whatever
     ``allow_bf16_reduced_precision_reduction`` says. That flag concerns outputs below the accumulator's precision
     (cuBLAS's manual, ``CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION``). With ``allow_fp16_accumulation``, float16
-    would be summed in float16. Inputs with token weights are not exact in 16 bits. They are converted to float32 first.
+    would be summed in float16.
     """
     if x.device.type != "cuda":
         return x.device.type == "cpu" and x.dtype == torch.bfloat16
@@ -238,15 +246,17 @@ def multiplies_exactly(x: Tensor) -> bool:
     )
 
 
-def weighted_rows(x: Tensor, token_weight: Tensor | None, at_once: int | None = None) -> Iterator[Tensor]:
-    """``x [T, d]`` in float32 chunks of ``at_once`` tokens (None: ``CHUNK_TOKENS``). Each row is multiplied by the root
-    of its ``token_weight [T]`` (None: 1), so that the sum of ``rowsᵀ rows`` is the Gram matrix. A chunk may be a view
-    of ``x``."""
+def scaled_rows(
+    x: Tensor, token_scale: Tensor | None, dtype: torch.dtype = torch.float32, at_once: int | None = None
+) -> Iterator[Tensor]:
+    """``x [T, d]`` in chunks of ``at_once`` tokens (None: ``CHUNK_TOKENS``), converted to ``dtype``; then each row is
+    multiplied by its ``token_scale [T]`` (None: 1), a power of two, so no bfloat16 is rounded. A chunk may be a view of
+    ``x``."""
     at_once = at_once or CHUNK_TOKENS
     for start in range(0, len(x), at_once):
         part = slice(start, start + at_once)
-        rows = x[part].float()
-        yield rows if token_weight is None else rows * token_weight[part].sqrt()[:, None]
+        rows = x[part].to(dtype)
+        yield rows if token_scale is None else rows * token_scale[part, None].to(dtype)
 
 
 def masked(weight: Tensor, mask: Tensor, out: Tensor) -> Tensor:

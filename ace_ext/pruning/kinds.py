@@ -12,9 +12,11 @@ MOMENT = "moment"
 GRAM = "gram"
 """``Σ_t X_t X_tᵀ``, the Gram matrix."""
 COSINE_GRAM = "cosine-gram"
-"""``Σ_t r_t X_t X_tᵀ``, the Gram matrix with weighted tokens."""
+"""``Σ_t s_t² X_t X_tᵀ``, the Gram matrix with weighted tokens: ``s_t`` is the power of two nearest to ``1 / ‖A_t‖``."""
+SHARED_GRAM = "shared-gram"
+"""The same with ``A`` of the first Linear that reads the input; Linears with the same input share it."""
 SKETCH = "sketch"
-"""``GRAM`` approximated by a diagonal and a few directions (:mod:`ace_ext.pruning.sketch`)."""
+"""``SHARED_GRAM`` approximated by a diagonal and a few directions (:mod:`ace_ext.pruning.sketch`)."""
 
-GRAMS = frozenset({GRAM, COSINE_GRAM})
+GRAMS = frozenset({GRAM, COSINE_GRAM, SHARED_GRAM})
 """The kinds that are ``[d_in, d_in]``."""

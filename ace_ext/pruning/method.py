@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 from ace_ext.errors import InputError
-from ace_ext.pruning.kinds import COSINE_GRAM, INPUT, MOMENT, WEIGHTED
+from ace_ext.pruning.kinds import INPUT, MOMENT, WEIGHTED
 from ace_ext.pruning.metrics import DEFAULT_METRIC, METRICS
 from ace_ext.pruning.settings import Setting, option_texts, suggestion
 from ace_ext.pruning.stages import (
@@ -29,7 +29,7 @@ from ace_ext.pruning.stages import (
     TrainBlock,
     TrainModel,
 )
-from ace_ext.pruning.stages._stage import AUTO, GRAM_KINDS, PLAIN, SKETCHED
+from ace_ext.pruning.stages._stage import AUTO, GRAM_KINDS, SHARED, SKETCHED
 
 PRESETS = {
     "fast": "admm(damping=1, iterations=10, relaxation=1, gram=sketch)",
@@ -44,11 +44,12 @@ DEFAULT = "fast"
 
 PUBLISHED = {
     "published-wanda": "collect(order=block) + wanda",
-    "published-sparsegpt": "collect(order=block) + obs",
-    "published-admm": "collect(order=block) + admm(floor=0, iterations=30, relaxation=1, saliency=magnitude)",
-    "published-alps": "collect(order=block) + alps",
+    "published-sparsegpt": "collect(order=block) + obs(gram=plain)",
+    "published-admm": "collect(order=block) + "
+    "admm(floor=0, iterations=30, relaxation=1, saliency=magnitude, gram=plain)",
+    "published-alps": "collect(order=block) + alps(gram=plain)",
     "published-dsnot": "collect(order=block) + wanda + dsnot",
-    "published-thanos": "collect(order=block) + thanos",
+    "published-thanos": "collect(order=block) + thanos(gram=plain)",
 }
 """Baselines with the settings of their papers: Wanda (arXiv 2306.11695), SparseGPT (arXiv 2301.00774), ADMM pruning
 (arXiv 2401.02938), ALPS (arXiv 2406.07831), DSnoT (arXiv 2310.08915) and Thanos (arXiv 2504.05346)."""
@@ -96,7 +97,7 @@ class Method:
                     raise InputError(
                         f"{name} says how {self.solve.label} chooses the mask, but {chosen} does; leave out one of them"
                     )
-        replaced, read = ({AUTO}, PLAIN) if self.quantize is None else ({AUTO, SKETCHED}, self.quantize.gram)
+        replaced, read = ({AUTO}, SHARED) if self.quantize is None else ({AUTO, SKETCHED}, self.quantize.gram)
         asked = {stage.label: stage.gram for stage in self.matrix_stages if hasattr(stage, "gram")}
         grams = {label: read if gram in replaced else gram for label, gram in asked.items()}
         if len(set(grams.values())) > 1:
@@ -175,7 +176,7 @@ class Method:
     @property
     def weighs_tokens(self) -> bool:
         """Whether a stage reads statistics that weight tokens by the norm of their output."""
-        return bool(Needs.of(self).prune & {WEIGHTED, MOMENT, COSINE_GRAM})
+        return bool(Needs.of(self).prune & {WEIGHTED, MOMENT})
 
     @property
     def name(self) -> str:

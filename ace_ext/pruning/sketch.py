@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ace_ext.errors import InputError
 from ace_ext.pruning.damping import floor_energy, penalty
-from ace_ext.pruning.gram import DEAD, AdmmFactor, weighted_rows
+from ace_ext.pruning.gram import DEAD, AdmmFactor, scaled_rows
 from ace_ext.pruning.scaling import InputScale, times_power, times_power_
 from ace_ext.pruning.symmetric import LowRank
 
@@ -48,10 +48,10 @@ class SketchState:
         self._factors: tuple[Tensor, Tensor] | None = None
         self._admm: dict[tuple[float, float, float], AdmmFactor] = {}  # by damping, floor and relaxation
 
-    def update(self, x: Tensor, token_weight: Tensor | None = None) -> None:
-        """Adds tokens ``x [T, d]`` with the weights ``token_weight [T]`` float32, not negative; None: 1 for each."""
+    def update(self, x: Tensor, token_scale: Tensor | None = None) -> None:
+        """As :meth:`ace_ext.pruning.gram.GramState.update`."""
         random = _directions(x.shape[1], x.device)
-        for part in weighted_rows(x, token_weight, None if x.is_cuda else CPU_TOKENS):
+        for part in scaled_rows(x, token_scale, at_once=None if x.is_cuda else CPU_TOKENS):
             self._lower_(self.scale.admit(part))
             rows = times_power(part, -self.scale.power)
             self.product.addmm_(rows.T, rows @ random)

@@ -19,7 +19,7 @@ from ace_ext.errors import InputError
 from ace_ext.models.fused_weights import ExpertLinear, filled_linear
 from ace_ext.models.products import float32_products
 from ace_ext.pruning.gram import GramState
-from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, MOMENT, SKETCH, WEIGHTED
+from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, MOMENT, SHARED_GRAM, SKETCH, WEIGHTED
 from ace_ext.pruning.scaling import InputScale, exponent_on_device, reads_at_once
 from ace_ext.pruning.sketch import SketchState
 
@@ -118,7 +118,7 @@ class LinearStatistics:
     weighted: MomentState | None
     moment: Tensor | None
     gram: GramState | SketchState | None = None
-    """``Σ_t X_t X_tᵀ``, or weighted by ``r_t`` for the kind ``COSINE_GRAM``, or its sketch for the kind ``SKETCH``."""
+    """``Σ_t s_t² X_t X_tᵀ``: ``s_t`` is 1 for the kind ``GRAM``, else that of :func:`token_scales`. Or its sketch."""
     tokens: int = 0
     sampled: list[Tensor] = field(default_factory=list)
     """Sample rows: a few inputs of each batch. The report measures the change of the output on them."""
@@ -216,11 +216,7 @@ class StatisticsCollector:
     @property
     def wants_output(self) -> bool:
         """Whether the statistics read a Linear's dense output. If not, its input and weight suffice."""
-        return MOMENT in self.needs or (self._weighs_tokens and not self._sketched)
-
-    @property
-    def _weighs_tokens(self) -> bool:
-        return bool(self.needs & {WEIGHTED, COSINE_GRAM})
+        return MOMENT in self.needs or (WEIGHTED in self.needs and not self._sketched)
 
     def observe(self, name: str, x: Tensor, output: Tensor | None) -> None:
         """Adds one call of a Linear: its input ``[..., d_in]`` and output ``[..., d_out]`` with bias, or None if
@@ -239,28 +235,25 @@ class StatisticsCollector:
             stats.sampled.append(rows[::step][: self._sample_rows].clone())
             if INPUT in self.needs:
                 _collected(stats.input).update(rows)
-            if self.needs & {GRAM, SKETCH}:
-                assert stats.gram is not None
-                stats.gram.update(rows)
+            if stats.gram is not None and COSINE_GRAM not in self.needs:
+                stats.gram.update(rows, None if GRAM in self.needs else token_scales(self._sketched_output(name, rows)))
+        if COSINE_GRAM in self.needs:
+            assert stats.gram is not None
+            stats.gram.update(rows, token_scales(self._sketched_output(name, rows)))
         if self.wants_output:
             bias: Tensor | None = self.linears[name].bias
             dense = _tokens(_collected(output) if bias is None else _collected(output) - bias, mask)
             if MOMENT in self.needs:
                 ops.update_cosine_moment_(_collected(stats.moment), rows, dense)
-        elif self._weighs_tokens:
-            linear = self.linears[name]
-            product = filled_linear if isinstance(linear, ExpertLinear) else functional.linear
-            dense = sketched_output(rows, linear.weight, product)
-        if self._weighs_tokens:
-            self._update_weighted(stats, rows, token_weights(name, dense))
-
-    def _update_weighted(self, stats: LinearStatistics, rows: Tensor, token_weight: Tensor) -> None:
-        """Updates the weighted statistics with the inputs ``rows [T, d_in]`` and ``token_weight [T]``."""
+        elif WEIGHTED in self.needs:
+            dense = self._sketched_output(name, rows)
         if WEIGHTED in self.needs:
-            _collected(stats.weighted).update(rows, token_weight)
-        if COSINE_GRAM in self.needs:
-            assert stats.gram is not None
-            stats.gram.update(rows, token_weight)
+            _collected(stats.weighted).update(rows, token_weights(name, dense))
+
+    def _sketched_output(self, name: str, rows: Tensor) -> Tensor:
+        linear = self.linears[name]
+        product = filled_linear if isinstance(linear, ExpertLinear) else functional.linear
+        return sketched_output(rows, linear.weight, product)
 
     def empty(self, name: str) -> LinearStatistics:
         """Statistics of zero tokens, for a Linear that was not called."""
@@ -285,8 +278,8 @@ class StatisticsCollector:
         if leader == name:
             self._shared = _Shared()  # frees that of the last input, unless a Linear's statistics still use it
             self._shared.input = MomentState(columns, device) if INPUT in self.needs else None
-            if self.needs & {GRAM, SKETCH}:
-                self._shared.gram = (GramState if GRAM in self.needs else SketchState)(columns, device)
+            if self.needs & {GRAM, SHARED_GRAM, SKETCH}:
+                self._shared.gram = (SketchState if SKETCH in self.needs else GramState)(columns, device)
         shared = self.stats.get(leader, self._shared)
         return LinearStatistics(
             shared.input,
@@ -328,9 +321,17 @@ def token_weights(name: str, dense: Tensor) -> Tensor:
         if len(wrong):
             raise InputError(
                 f"{name}: token weights 1 / ‖output‖² need a norm between 1e-19 and 1e22 (got {float(wrong[0]):.3g}); "
-                "use a score without token weights, such as wanda, and the plain Gram matrix"
+                "use a score without token weights, such as wanda"
             )
     return weight
+
+
+def token_scales(dense: Tensor) -> Tensor:
+    """``s_t = 2^-round(log₂ ‖A_t‖)`` of the outputs ``A [T, d_out]`` of a Linear: ``[T]`` float32, 0 for an output of
+    zero, NaN for one that is not finite. A product with a power of two rounds no bfloat16."""
+    norm = torch.linalg.vector_norm(dense.double(), dim=1)
+    scale = torch.exp2(-norm.log2().round().clamp(-126, 126)).float()
+    return scale.masked_fill(norm == 0, 0.0).masked_fill(~torch.isfinite(norm), torch.nan)
 
 
 Product = Callable[[Tensor, Tensor], Tensor]

@@ -96,6 +96,20 @@ def invert_damped_(matrix: Tensor, rounded: torch.dtype = torch.float32) -> bool
     return True
 
 
+def power_diagonals(matrix: Tensor, products: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The diagonals of ``M²``, ``M³`` and ``M⁴`` of a symmetric ``matrix M [d, d]`` float32: three vectors ``[d]``.
+    They take one half of the product ``M²``, which is computed in the dtype ``products``."""
+    second = torch.linalg.vector_norm(matrix, dim=1).square_()
+    third, fourth = torch.zeros_like(second), torch.zeros_like(second)
+    rounded = matrix.to(products)
+    for start, end in _blocks(len(matrix)):
+        square = (rounded[:end] @ rounded[:, start:end]).float()
+        for total, part in ((third, square * matrix[:end, start:end]), (fourth, square.square_())):
+            total[start:end] += part.sum(0)
+            total[:start] += part[:start].sum(1)  # the other half
+    return second, third, fourth
+
+
 def _subtract_symmetric_(matrix: Tensor, left: Tensor, right: Tensor) -> None:
     """``matrix -= left right`` for a symmetric ``matrix [d, d]`` and a symmetric product, which is computed in the
     dtype of its factors."""

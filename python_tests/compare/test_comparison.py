@@ -118,7 +118,7 @@ def test_a_methods_label_is_what_was_written(place, capsys):
     assert [(run["cell"]["method"], run["config"]["method"], run["config"]["preset"]) for run in runs] == [
         ("balanced(iterations=2)", "admm(iterations=2)", None),
         ("wanda + swaps", "wanda + swaps", None),
-        ("published-sparsegpt", "collect(order=block) + obs", "published-sparsegpt"),
+        ("published-sparsegpt", "collect(order=block) + obs(gram=plain)", "published-sparsegpt"),
     ]
 
 

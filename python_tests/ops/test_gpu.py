@@ -388,15 +388,15 @@ def reductions(request):
 
 
 @pytest.mark.usefixtures("reductions")
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize(("tokens", "columns"), [(1, 1), (33, 40), (5000, 129), (9000, 520)])
-def test_gram_matrices_are_summed_in_float32(tokens, columns, weighted, dtype, random):
-    """Products are exact, or rounded once more with token weights; sums are float32, where tensor cores may cut off."""
+def test_gram_matrices_are_summed_in_float32(tokens, columns, scaled, dtype, random):
+    """Products are exact; sums are float32, where tensor cores may cut off."""
     x = torch.randn(tokens, columns, generator=random).to(dtype)
-    token_weight = torch.rand(tokens, generator=random) if weighted else None
+    scale = torch.exp2(torch.randint(-9, 9, (tokens,), generator=random).float()) if scaled else None
     state = GramState(columns, "cuda")
-    state.update(x.cuda(), None if token_weight is None else token_weight.cuda())
-    wide = x.double() * (1.0 if token_weight is None else token_weight.double().sqrt()[:, None])
+    state.update(x.cuda(), None if scale is None else scale.cuda())
+    wide = x.double() * (1.0 if scale is None else scale.double()[:, None])
     bound = 2.0**-23 * (tokens + 8) * (wide.abs().T @ wide.abs())
     assert ((state.matrix.cpu().double() - wide.T @ wide).abs() <= bound).all()
 

@@ -7,7 +7,7 @@ import pytest
 
 from ace_ext import InputError, PruneConfig, SparsityPattern
 from ace_ext.pruning.groups import keep_count
-from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, SKETCH, WEIGHTED
+from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, SHARED_GRAM, SKETCH, WEIGHTED
 from ace_ext.pruning.stages import Admm, Collect, Distill, Score
 
 
@@ -184,8 +184,9 @@ def test_arguments_that_do_not_exist():
     [
         ("wanda", {INPUT}),
         ("magnitude", set()),
-        ("admm", {INPUT, GRAM}),  # the report compares with Wanda's mask
-        ("magnitude + admm", {GRAM}),
+        ("admm", {INPUT, SHARED_GRAM}),  # the report compares with Wanda's mask
+        ("magnitude + admm", {SHARED_GRAM}),
+        ("magnitude + admm(gram=plain)", {GRAM}),
         ("admm(gram=sketch)", {INPUT, SKETCH}),
         ("cosvar + swaps(gram=cosine)", {WEIGHTED, COSINE_GRAM}),
         ("wanda + train", {INPUT}),

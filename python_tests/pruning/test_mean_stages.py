@@ -7,7 +7,7 @@ from tiny_models import make_model, make_tokens
 from ace_ext import PruneConfig, ops, prune_model
 from ace_ext.ops import mean_reference
 from ace_ext.pruning.gram import GramState, RelativeLoss
-from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT
+from ace_ext.pruning.kinds import GRAM, INPUT, SHARED_GRAM
 from ace_ext.pruning.masks import keep_budget, keep_of_group, scored_weight
 from ace_ext.pruning.moment_gram import MomentGram
 from ace_ext.pruning.prune_linear import prune_linear_
@@ -103,9 +103,9 @@ def test_losses_are_those_of_the_moments():
 def test_they_need_moments_alone(stages):
     assert PruneConfig(f"wanda + {stages}").needs.prune == {INPUT}
     assert PruneConfig(f"magnitude + {stages}").needs.prune == {INPUT}
-    assert PruneConfig("magnitude + mean-swaps + admm").needs.prune == {INPUT, GRAM}
-    assert PruneConfig("magnitude + mean-swaps + admm(gram=cosine)").needs.prune == {INPUT, COSINE_GRAM}
-    assert PruneConfig("magnitude + swaps").needs.prune == {GRAM}
+    assert PruneConfig("magnitude + mean-swaps + admm").needs.prune == {INPUT, SHARED_GRAM}
+    assert PruneConfig("magnitude + mean-swaps + admm(gram=plain)").needs.prune == {INPUT, GRAM}
+    assert PruneConfig("magnitude + swaps").needs.prune == {SHARED_GRAM}
 
 
 def test_statistics_that_lack_the_moments_are_told():

@@ -219,7 +219,7 @@ def test_who_chooses_the_mask_and_by_which_scores():
     assert (admm.name, refined.name, parse("wanda").name) == ("admm", "swaps + admm", "")
 
 
-@pytest.mark.parametrize("text", ["ace", "cosvar", "swaps(gram=cosine)", "admm(gram=cosine)"])
+@pytest.mark.parametrize("text", ["ace", "cosvar", "norm-cosvar + admm"])
 def test_token_norm_is_read_where_tokens_are_weighted(text):
     assert parse(text).weighs_tokens
     assert parse(f"collect(token_norm=exact) + {text}").collect.token_norm == "exact"
@@ -247,11 +247,12 @@ def test_the_texts_of_presets():
     }
     assert PUBLISHED == {
         "published-wanda": "collect(order=block) + wanda",
-        "published-sparsegpt": "collect(order=block) + obs",
-        "published-admm": "collect(order=block) + admm(floor=0, iterations=30, relaxation=1, saliency=magnitude)",
-        "published-alps": "collect(order=block) + alps",
+        "published-sparsegpt": "collect(order=block) + obs(gram=plain)",
+        "published-admm": "collect(order=block) + "
+        "admm(floor=0, iterations=30, relaxation=1, saliency=magnitude, gram=plain)",
+        "published-alps": "collect(order=block) + alps(gram=plain)",
         "published-dsnot": "collect(order=block) + wanda + dsnot",
-        "published-thanos": "collect(order=block) + thanos",
+        "published-thanos": "collect(order=block) + thanos(gram=plain)",
     }
 
 
@@ -296,7 +297,7 @@ def test_the_default_method():
         ("best(order=block)", (Collect(order="block"), Admm(), Distill())),
         ("balanced(batch_tokens=64)", (Collect(batch_tokens=64), Admm())),
         ("published-wanda(order=sequential)", (Collect(order="sequential"), Score("wanda"))),
-        ("published-sparsegpt(damping=0.1)", (Collect(order="block"), Obs(damping=0.1))),
+        ("published-sparsegpt(damping=0.1)", (Collect(order="block"), Obs(damping=0.1, gram="plain"))),
         ("published-dsnot(cycles=9)", (Collect(order="block"), Score("wanda"), Dsnot(cycles=9))),
         ("balanced + distill", (Admm(), Distill())),
         ("balanced(damping=0.2) + train", (Admm(damping=0.2), Train())),
@@ -450,9 +451,9 @@ ADMM_OPTIONS = "its options are damping, floor, iterations, relaxation, saliency
         ("balanced(damping=inf)", "damping must be a share of the mean diagonal, 0 or more (got inf)"),
         ("admm(floor=-1)", "floor must be a share of the geometric mean, 0 or more (got -1.0)"),
         ("admm(saliency=loss)", "saliency must be one of magnitude, obs (got 'loss')"),
-        ("admm(gram=cos)", "gram must be one of auto, plain, cosine, sketch (got 'cos'); did you mean cosine?"),
-        ("swaps(gram=sketch)", "gram must be one of auto, plain, cosine (got 'sketch')"),
-        ("obs(gram=sketch)", "gram must be one of auto, plain, cosine (got 'sketch')"),
+        ("admm(gram=cos)", "gram must be one of auto, plain, shared, cosine, sketch (got 'cos'); did you mean cosine?"),
+        ("swaps(gram=sketch)", "gram must be one of auto, plain, shared, cosine (got 'sketch')"),
+        ("obs(gram=sketch)", "gram must be one of auto, plain, shared, cosine (got 'sketch')"),
         ("swaps(max_swaps=0)", "max_swaps must be a whole number of at least 1 (got 0)"),
         ("mean-swaps(rounds=0)", "rounds must be a whole number of at least 1 (got 0)"),
         ("train(epochs=0)", "epochs must be a whole number of at least 1 (got 0)"),
@@ -531,11 +532,11 @@ ADMM_OPTIONS = "its options are damping, floor, iterations, relaxation, saliency
         ),
         (
             "swaps + admm(gram=sketch)",
-            "gram must be the same for all stages of the method (got plain for swaps and sketch for admm)",
+            "gram must be the same for all stages of the method (got shared for swaps and sketch for admm)",
         ),
         (
-            "swaps(gram=cosine) + obs",
-            "gram must be the same for all stages of the method (got cosine for swaps and plain for obs)",
+            "swaps(gram=plain) + obs",
+            "gram must be the same for all stages of the method (got plain for swaps and shared for obs)",
         ),
         (
             "collect(token_norm=exact) + wanda",
@@ -594,7 +595,7 @@ def test_what_is_no_method(given, found):
         (lambda: Score("wanda", 0.25), "exponent is an option of ria alone (got wanda); leave it out"),
         (lambda: Admm(iterations=True), "iterations must be a whole number of at least 1 (got True)"),
         (lambda: Admm(iterations="30"), "iterations must be a whole number of at least 1 (got 30)"),
-        (lambda: Admm(gram=None), "gram must be one of auto, plain, cosine, sketch (got None)"),
+        (lambda: Admm(gram=None), "gram must be one of auto, plain, shared, cosine, sketch (got None)"),
         (lambda: Train(epochs=1.0), "epochs must be a whole number of at least 1 (got 1.0)"),
         (
             lambda: method_of([Distill(), Admm()]),

@@ -6,9 +6,9 @@ from torch import nn
 
 from ace_ext import InputError
 from ace_ext.ops import reference
-from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, MOMENT, WEIGHTED
+from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, MOMENT, SHARED_GRAM, WEIGHTED
 from ace_ext.pruning.metrics import METRICS, column_factor
-from ace_ext.pruning.statistics import MomentState, StatisticsCollector
+from ace_ext.pruning.statistics import MomentState, StatisticsCollector, token_scales
 
 ALL = frozenset({INPUT, WEIGHTED, MOMENT, COSINE_GRAM})
 
@@ -73,13 +73,36 @@ def test_plain_gram_is_counted_once(block):
     torch.testing.assert_close(stats["k"].gram.matrix, x.flatten(0, 1).T @ x.flatten(0, 1))
 
 
-def test_cosine_gram_weights_by_each_output_without_bias(block):
+@pytest.mark.parametrize("kind", [SHARED_GRAM, COSINE_GRAM])
+def test_tokens_of_a_gram_matrix_are_weighted_by_the_output_without_bias(block, kind):
     x = torch.randn(2, 3, 6)
-    stats = collect(block, [x[:1], x[1:]], needs=frozenset({COSINE_GRAM})).stats
+    x[1, 0] = 0.0  # its output is zero but for the bias
+    stats = collect(block, [x[:1], x[1:]], needs=frozenset({kind})).stats
+    assert (stats["q"].gram is stats["k"].gram) == (kind == SHARED_GRAM)
+    assert stats["q"].gram is not stats["o"].gram
+    assert stats["k"].gram.tokens == 6
     rows = x.flatten(0, 1)
     for name in ("q", "k"):
-        r = reference.inverse_square_norm(rows @ getattr(block, name).weight.T).float()
-        torch.testing.assert_close(stats[name].gram.matrix, (r[:, None] * rows).T @ rows)
+        read = block.q if kind == SHARED_GRAM else getattr(block, name)
+        scaled = rows * token_scales(rows @ read.weight.T)[:, None]
+        torch.testing.assert_close(stats[name].gram.matrix, scaled.T @ scaled)
+
+
+def test_token_scales_are_powers_of_two_near_the_inverse_norms(random):
+    dense = torch.randn(200, 30, generator=random) * torch.logspace(-9, 9, 200)[:, None]
+    scale = token_scales(dense)
+    assert (torch.frexp(scale).mantissa == 0.5).all()
+    product = scale.double() * dense.double().norm(dim=1)
+    assert (product >= 2**-0.5 - 1e-9).all()
+    assert (product <= 2**0.5 + 1e-9).all()
+
+
+def test_token_scales_of_outputs_without_a_norm():
+    dense = torch.tensor([[0.0, 0.0], [torch.inf, 1.0], [torch.nan, 1.0], [3e38, 3e38], [1e-45, 0.0]])
+    scale = token_scales(dense)
+    assert scale[0] == 0
+    assert scale[1:3].isnan().all()
+    assert torch.equal(scale[3:], torch.tensor([2.0**-126, 2.0**126]))
 
 
 @pytest.mark.parametrize("exponent", [-80, 80])
@@ -87,9 +110,9 @@ def test_outputs_whose_weight_float32_cannot_hold_are_refused(block, exponent):
     x = torch.randn(2, 7, 6) * 2.0**exponent
     x[0, 0] = 0.0  # this output is zero and has weight 0
     block.q.bias.zero_()
-    with pytest.raises(InputError, match=r"q: token weights .* need a norm between 1e-19 and 1e22 \(got .*plain Gram"):
-        collect(block, [x], frozenset({COSINE_GRAM}))
-    collect(block, [x], frozenset({INPUT, GRAM}))
+    with pytest.raises(InputError, match=r"q: token weights .* need a norm between 1e-19 and 1e22 \(got .*as wanda"):
+        collect(block, [x], frozenset({WEIGHTED}))
+    collect(block, [x], frozenset({INPUT, COSINE_GRAM}))
 
 
 def test_a_weight_that_is_not_finite_is_left_to_the_op(block):

@@ -17,15 +17,15 @@ from ace_ext.models.blocks import Block
 from ace_ext.models.products import slow_dtypes
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.groups import GROUPS, ComparisonGroup, PatternGroup, SparsityPattern
-from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, SKETCH
+from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, SHARED_GRAM, SKETCH
 from ace_ext.pruning.moment_gram import MomentGram
 from ace_ext.pruning.scaling import exponent_of, times_power, times_power_
 from ace_ext.pruning.settings import Limits, Options, option
 from ace_ext.pruning.sketch import SketchState
 from ace_ext.records import Tuning
 
-AUTO, PLAIN, COSINE, SKETCHED = "auto", "plain", "cosine", "sketch"
-GRAM_KINDS = {AUTO: GRAM, PLAIN: GRAM, COSINE: COSINE_GRAM, SKETCHED: SKETCH}
+AUTO, PLAIN, SHARED, COSINE, SKETCHED = "auto", "plain", "shared", "cosine", "sketch"
+GRAM_KINDS = {AUTO: SHARED_GRAM, PLAIN: GRAM, SHARED: SHARED_GRAM, COSINE: COSINE_GRAM, SKETCHED: SKETCH}
 """The kind of statistics that each value of the option ``gram`` reads. :class:`~ace_ext.pruning.method.Needs` replaces
 that of ``auto`` and of ``sketch`` before ``quantize``."""
 
@@ -33,10 +33,11 @@ that of ``auto`` and of ``sketch`` before ``quantize``."""
 def gram_option(*choices: str) -> Any:
     """The option ``gram`` of a stage that reads a Gram matrix; the first choice is the default."""
     helps = {
-        AUTO: "auto: what quantize reads, plain without it",
+        AUTO: "auto: what quantize reads, shared without it",
         PLAIN: "plain: all tokens count the same",
-        COSINE: "cosine: token t is weighted by 1 / ‖A_t‖², where A is the dense output",
-        SKETCHED: "sketch: plain, approximated by its diagonal and a few directions",
+        SHARED: "shared: token t is weighted by about 1 / ‖A_t‖², A being the output of the first Linear that reads t",
+        COSINE: "cosine: the same with the output of the Linear itself, so each Linear has its own matrix",
+        SKETCHED: "sketch: shared, approximated by its diagonal and a few directions",
     }
     text = "; ".join(helps[choice] for choice in choices)
     return option(choices[0], f"the Gram matrix that measures errors ({text})", Limits(choices=choices))

@@ -19,6 +19,7 @@ from ace_ext.pruning.stages._stage import (
     AUTO,
     COSINE,
     PLAIN,
+    SHARED,
     SKETCHED,
     Problem,
     Solve,
@@ -65,7 +66,7 @@ class Admm(Solve):
         "best update of the other weights)",
         Limits(choices=("magnitude", "obs")),
     )
-    gram: str = gram_option(AUTO, PLAIN, COSINE, SKETCHED)
+    gram: str = gram_option(AUTO, PLAIN, SHARED, COSINE, SKETCHED)
 
     def solve(self, problem: Problem) -> Solved:
         """The pruned weight after ``iterations``, on columns normalised by ``sqrt(G_jj + floor)``."""

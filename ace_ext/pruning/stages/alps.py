@@ -12,7 +12,17 @@ from torch import Tensor
 from ace_ext import ops
 from ace_ext.pruning.gram import DEAD, masked, restore_dead_
 from ace_ext.pruning.settings import Limits, option
-from ace_ext.pruning.stages._stage import AUTO, COSINE, PLAIN, Problem, Solve, Solved, damping_option, gram_option
+from ace_ext.pruning.stages._stage import (
+    AUTO,
+    COSINE,
+    PLAIN,
+    SHARED,
+    Problem,
+    Solve,
+    Solved,
+    damping_option,
+    gram_option,
+)
 from ace_ext.pruning.symmetric import inverse
 
 PENALTY = 0.1
@@ -42,7 +52,7 @@ class Alps(Solve):
         300, "iterations of ADMM at most; it ends when the mask no longer changes", Limits(at_least=1)
     )
     steps: int = option(10, "steps of conjugate gradients with the mask fixed", Limits(at_least=0, words="0 or more"))
-    gram: str = gram_option(AUTO, PLAIN, COSINE)
+    gram: str = gram_option(AUTO, PLAIN, SHARED, COSINE)
 
     def solve(self, problem: Problem) -> Solved:
         """The pruned weight. With a mask only conjugate gradients run, from the weights that it keeps."""

@@ -11,7 +11,17 @@ from torch import Tensor
 
 from ace_ext import ops
 from ace_ext.pruning.gram import DEAD, restore_dead_
-from ace_ext.pruning.stages._stage import AUTO, COSINE, PLAIN, Problem, Solve, Solved, damping_option, gram_option
+from ace_ext.pruning.stages._stage import (
+    AUTO,
+    COSINE,
+    PLAIN,
+    SHARED,
+    Problem,
+    Solve,
+    Solved,
+    damping_option,
+    gram_option,
+)
 
 OBS_BLOCK = 128
 """Columns that the update processes at a time, as in SparseGPT."""
@@ -26,7 +36,7 @@ class Obs(Solve):
     groups = ("matrix", "row")
 
     damping: float = damping_option(0.01)
-    gram: str = gram_option(AUTO, PLAIN, COSINE)
+    gram: str = gram_option(AUTO, PLAIN, SHARED, COSINE)
 
     def solve(self, problem: Problem) -> Solved:
         """Prunes columns from left to right and updates the later columns to compensate for each removed weight.

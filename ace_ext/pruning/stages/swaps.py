@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ace_ext import ops
 from ace_ext.pruning.settings import Limits, option
-from ace_ext.pruning.stages._stage import AUTO, COSINE, PLAIN, Problem, Refine, gram_option
+from ace_ext.pruning.stages._stage import AUTO, COSINE, PLAIN, SHARED, Problem, Refine, gram_option
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Swaps(Refine):
     groups = ("row",)
 
     max_swaps: int = option(100, "the maximum number of swaps in a row", Limits(at_least=1))
-    gram: str = gram_option(AUTO, PLAIN, COSINE)
+    gram: str = gram_option(AUTO, PLAIN, SHARED, COSINE)
 
     def refine_(self, problem: Problem) -> None:
         """Swaps entries of ``problem.mask`` in place."""

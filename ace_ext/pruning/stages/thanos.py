@@ -14,7 +14,17 @@ from torch import Tensor
 from ace_ext import ops
 from ace_ext.pruning.gram import DEAD, restore_dead_
 from ace_ext.pruning.settings import Limits, option
-from ace_ext.pruning.stages._stage import AUTO, COSINE, PLAIN, Problem, Solve, Solved, damping_option, gram_option
+from ace_ext.pruning.stages._stage import (
+    AUTO,
+    COSINE,
+    PLAIN,
+    SHARED,
+    Problem,
+    Solve,
+    Solved,
+    damping_option,
+    gram_option,
+)
 
 PART_ENTRIES = 2**18
 """Entries of the systems of equations that are solved at a time, unless one row has more."""
@@ -31,7 +41,7 @@ class Thanos(Solve):
 
     damping: float = damping_option(0.01)
     block: int = option(128, "columns of a block; with a pattern rounded down to whole groups", Limits(at_least=1))
-    gram: str = gram_option(AUTO, PLAIN, COSINE)
+    gram: str = gram_option(AUTO, PLAIN, SHARED, COSINE)
 
     def solve(self, problem: Problem) -> Solved:
         """The pruned weight. Without a mask, Wanda's scores of the weights as they are when a block is reached choose
