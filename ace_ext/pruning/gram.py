@@ -1,7 +1,7 @@
-"""The Gram matrix of a Linear's inputs, ``G = Σ_t w_t X_t X_tᵀ``, and the factorisations that the solve stages share.
+"""The Gram matrix of a Linear's inputs, ``G = Σ_t s_t² X_t X_tᵀ``, and the factorisations that the solve stages share.
 
-A change ``e`` of a row has the squared output error ``e G eᵀ``. With ``w_t = 1`` all tokens count the same. With
-``w_t = r_t = 1 / ‖A_t‖²``, where ``A`` is the dense output, the error is relative to each token's output.
+A change ``e`` of a row has the squared output error ``e G eᵀ``. With ``s_t = 1`` all tokens count the same. With
+``s_t`` near ``1 / ‖A_t‖``, where ``A`` is a dense output, the error is relative to each token's output.
 """
 
 import math
