@@ -193,6 +193,18 @@ def cosine_moment_bound(tokens: int, d_out: int) -> float:
     return 2 * inverse_square_norm_bound(d_out) + UNIT * (5 + tokens)
 
 
+def admm_change(weight: Tensor, mask: Tensor, dense: Tensor, norm: Tensor) -> Tensor:
+    """What :func:`ops.admm_change_` writes, before it is rounded to ``change``: the formula, bit for bit."""
+    return torch.where(mask, weight, -weight) - dense * norm
+
+
+def admm_update(
+    weight: Tensor, product: Tensor, mask: Tensor, dense: Tensor, norm: Tensor, dual_scale: float
+) -> Tensor:
+    """What :func:`ops.admm_update_` makes of ``weight``: the formula, bit for bit."""
+    return product.float() + dense * norm + torch.where(mask, 0.0, torch.tensor(dual_scale) * weight)
+
+
 def gram_bound(x: Tensor) -> Tensor:
     """Absolute: a product of two float32 numbers is rounded (1), and ``tokens`` additions, of terms of either sign."""
     return UNIT * (1 + len(x)) * (x.double().abs().T @ x.double().abs())

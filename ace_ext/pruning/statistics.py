@@ -235,11 +235,8 @@ class StatisticsCollector:
             stats.sampled.append(rows[::step][: self._sample_rows].clone())
             if INPUT in self.needs:
                 _collected(stats.input).update(rows)
-            if stats.gram is not None and COSINE_GRAM not in self.needs:
-                stats.gram.update(rows, None if GRAM in self.needs else token_scales(self._sketched_output(name, rows)))
-        if COSINE_GRAM in self.needs:
-            assert stats.gram is not None
-            stats.gram.update(rows, token_scales(self._sketched_output(name, rows)))
+        if stats.gram is not None and (leader == name or COSINE_GRAM in self.needs):
+            stats.gram.update(rows, None if GRAM in self.needs else token_scales(self._sketched_output(name, rows)))
         if self.wants_output:
             bias: Tensor | None = self.linears[name].bias
             dense = _tokens(_collected(output) if bias is None else _collected(output) - bias, mask)

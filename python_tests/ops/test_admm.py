@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_same_bits, embed
+from helpers import admm_change, admm_update, assert_same_bits, embed
 
 from ace_ext import ops
 from ace_ext.pruning.stages.admm import torch_change_, torch_update_
@@ -16,21 +16,13 @@ def arguments(shape, random):
     return weight, torch.rand(shape, generator=random) < 0.5, dense, torch.rand(shape[1], generator=random) + 0.1
 
 
-def change_of(weight, mask, dense, norm):
-    return torch.where(mask, weight, -weight) - dense * norm
-
-
-def updated(weight, product, mask, dense, norm, dual_scale):
-    return product.float() + dense * norm + torch.where(mask, 0.0, torch.tensor(dual_scale) * weight)
-
-
 @pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_change_is_its_formula(shape, products, random):
     weight, mask, dense, norm = arguments(shape, random)
     change = torch.full(shape, torch.nan, dtype=products)
     ops.admm_change_(change, weight, mask, dense, norm)
-    assert_same_bits(change, change_of(weight, mask, dense, norm).to(products))
+    assert_same_bits(change, admm_change(weight, mask, dense, norm).to(products))
 
 
 @pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
@@ -38,7 +30,7 @@ def test_change_is_its_formula(shape, products, random):
 def test_update_is_its_formula(shape, products, random):
     weight, mask, dense, norm = arguments(shape, random)
     product = torch.randn(shape, generator=random).to(products)
-    expected = updated(weight, product, mask, dense, norm, 0.4)
+    expected = admm_update(weight, product, mask, dense, norm, 0.4)
     ops.admm_update_(weight, product, mask, dense, norm, 0.4)
     assert_same_bits(weight, expected)
 
@@ -46,11 +38,11 @@ def test_update_is_its_formula(shape, products, random):
 @pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
 def test_column_slices_are_read_and_written(products, random):
     weight, mask, dense, norm = arguments((6, 33), random)
-    expected, change = change_of(weight, mask, dense, norm).to(products), torch.zeros(6, 33, dtype=products)
+    expected, change = admm_change(weight, mask, dense, norm).to(products), torch.zeros(6, 33, dtype=products)
     slices = [embed(t)[1] for t in (change, weight, mask, dense)]
     ops.admm_change_(*slices, norm)
     assert_same_bits(slices[0].contiguous(), expected)
-    expected = updated(weight, change, mask, dense, norm, 0.5)
+    expected = admm_update(weight, change, mask, dense, norm, 0.5)
     slices = [embed(t)[1] for t in (weight, change, mask, dense)]
     ops.admm_update_(*slices, norm, 0.5)
     assert_same_bits(slices[0].contiguous(), expected)

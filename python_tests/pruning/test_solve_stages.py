@@ -7,7 +7,7 @@ from ace_ext import InputError, PruneConfig, ops
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.masks import keep_budget, keep_of_group, scored_weight
 from ace_ext.pruning.prune_linear import prune_linear_
-from ace_ext.pruning.stages import Admm, Problem, _stage, admm, obs
+from ace_ext.pruning.stages import Admm, Problem, admm, obs
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
 from ace_ext.records import Solution
 
@@ -194,7 +194,7 @@ def test_admm_with_its_mask_fixed_nears_least_squares(relaxation):
 
 def test_products_in_bfloat16_cost_no_quality(monkeypatch):
     def pruned(slow):
-        monkeypatch.setattr(_stage, "slow_dtypes", lambda: slow)
+        monkeypatch.setattr(admm, "slow_dtypes", lambda: slow)
         weight, _, stats = make_case(torch.bfloat16)
         solution = prune_linear_(weight, stats, PruneConfig("admm"))
         return weight, solution.loss_after

@@ -29,7 +29,7 @@ from ace_ext.pruning import gram
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.prune_linear import prune_linear_, working_bytes
 from ace_ext.pruning.sketch import SketchState
-from ace_ext.pruning.stages import Score, _stage, admm, quantize, thanos
+from ace_ext.pruning.stages import Score, admm, quantize, thanos
 from ace_ext.pruning.statistics import LinearStatistics, MomentState
 from ace_ext.runs.heal_memory import Division, HealDemand
 from ace_ext.runs.memory_model import estimate
@@ -206,7 +206,7 @@ def test_a_solver_holds_what_is_estimated(setting, shape, parts, monkeypatch):
     """Counts tensors only, so neither the rows that swaps copies nor what oneDNN copies for a product in bfloat16. With
     AMX that is as large as the matrix up to 512 columns, and 7 MB a thread at most with 4,096. The estimate is that of
     products in float32."""
-    monkeypatch.setattr(_stage, "slow_dtypes", lambda: frozenset({torch.bfloat16}))
+    monkeypatch.setattr(admm, "slow_dtypes", lambda: frozenset({torch.bfloat16}))
     monkeypatch.setattr(gram, "LOSS_ROWS", 16)  # of a real matrix these are a small part
     monkeypatch.setattr(gram, "MASKED_AT_ONCE", 2**10)
     monkeypatch.setattr(admm, "PART_ENTRIES", shape[0] * shape[1] // parts)

@@ -14,7 +14,6 @@ from torch import Tensor
 from ace_ext.errors import InputError
 from ace_ext.grids import Grid
 from ace_ext.models.blocks import Block
-from ace_ext.models.products import slow_dtypes
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.groups import GROUPS, ComparisonGroup, PatternGroup, SparsityPattern
 from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, SHARED_GRAM, SKETCH
@@ -123,13 +122,6 @@ class Problem:
         """The Gram matrix, for stages that cannot use a sketch."""
         assert isinstance(self.gram, GramState)  # their option gram does not offer the sketch
         return self.gram
-
-    @property
-    def products(self) -> torch.dtype:
-        """The dtype of products with the Gram matrix: bfloat16 if the result is rounded to 16 bits in any case, and the
-        CPU has instructions for it. GPUs multiply in float32: bfloat16 was not tried there."""
-        half = self.units.dtype.itemsize == 2 and self.dense.is_cpu and isinstance(self.matrix, GramState)
-        return torch.bfloat16 if half and torch.bfloat16 not in slow_dtypes() else torch.float32
 
     @property
     def pattern(self) -> SparsityPattern | None:

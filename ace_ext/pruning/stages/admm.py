@@ -2,7 +2,7 @@
 
 The Gram matrix ``G [cols, cols]`` of the inputs measures errors (:mod:`ace_ext.pruning.gram`): the change ``e`` of a
 row costs ``e G eᵀ``. Everything is computed in float32, except
-products in bfloat16 where :attr:`Problem.products` says so.
+products in bfloat16 where :func:`_dtype_of_products` says so.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ace_ext import ops
+from ace_ext.models.products import slow_dtypes
 from ace_ext.pruning.damping import ADMM_DAMPING, ADMM_FLOOR
 from ace_ext.pruning.gram import AdmmFactor, masked, restore_dead_
 from ace_ext.pruning.settings import Limits, option
@@ -70,7 +71,7 @@ class Admm(Solve):
 
     def solve(self, problem: Problem) -> Solved:
         """The pruned weight after ``iterations``, on columns normalised by ``sqrt(G_jj + floor)``."""
-        factor = problem.gram.admm_factor(self.damping, self.floor, self.relaxation, problem.products)
+        factor = problem.gram.admm_factor(self.damping, self.floor, self.relaxation, _dtype_of_products(problem))
         rows, height = len(problem.dense), _part_rows(*problem.dense.shape)
         if height == rows:
             return Solved(iterate(problem, factor, self), factor.damping, factor.attempts)
@@ -84,17 +85,23 @@ class Admm(Solve):
         """The larger of two phases. With a Gram matrix: two copies of it while it is inverted; then one, and what the
         iterations use. With a sketch: five copies of it in float64; then three factors in float32, what the iterations
         use, and a product with the directions."""
+        weights = max(_iterating_bytes(rows, cols), ROUNDED_BYTES * rows * cols)
         if self.gram != SKETCHED:
-            used = max(_iterating_bytes(rows, cols), ROUNDED_BYTES * rows * cols)
-            return max(8 * cols * cols + 64 * cols, self.held_bytes(cols) + used)
+            return max(8 * cols * cols + 64 * cols, self.held_bytes(cols) + weights)
         directions = direction_count(cols)
         product = 4 * _part_rows(rows, cols) * directions
-        weights = max(_iterating_bytes(rows, cols), ROUNDED_BYTES * rows * cols)
         return max(40 * cols * directions, 12 * cols * directions + weights + product)
 
     def held_bytes(self, cols: int) -> int:
         """The matrix of an iteration, or the factors of the sketch."""
         return 4 * cols * cols if self.gram != SKETCHED else 12 * cols * direction_count(cols)
+
+
+def _dtype_of_products(problem: Problem) -> torch.dtype:
+    """bfloat16 if the result is rounded to 16 bits in any case, and the CPU has instructions for it. GPUs multiply in
+    float32: bfloat16 was not tried there."""
+    half = problem.units.dtype.itemsize == 2 and problem.dense.is_cpu
+    return torch.bfloat16 if half and torch.bfloat16 not in slow_dtypes() else torch.float32
 
 
 def _part_rows(rows: int, cols: int) -> int:
