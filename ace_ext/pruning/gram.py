@@ -61,7 +61,7 @@ class AdmmFactor:
 
     norm: Tensor  # [d] float32: sqrt(G_jj + floor), DEAD for a dead column
     step: Tensor | LowRank  # S: [d, d] float32 or bfloat16, or of a sketch
-    inverse_diagonal: Tensor  # [d] float32: the diagonal of H⁻¹, or its approximation
+    inverse_diagonal: Tensor | None  # [d] float32: the diagonal of H⁻¹, or its approximation; None: not asked for
     dead: Tensor  # [d] bool
     damping: float
     attempts: int
@@ -95,7 +95,7 @@ class GramState:
         self.scale = InputScale()
         self.tokens = 0
         self._obs: dict[float, ObsFactor] = {}  # by damping
-        self._admm: dict[tuple[float, float, float, torch.dtype], AdmmFactor] = {}  # by what admm_factor takes
+        self._admm: dict[tuple[float, float, float, torch.dtype, bool], AdmmFactor] = {}  # by what admm_factor takes
 
     def update(self, x: Tensor, token_scale: Tensor | None = None) -> None:
         """Adds tokens ``x [T, d]``, each multiplied by its ``token_scale [T]`` float32: powers of two or 0; None: 1."""
@@ -166,6 +166,7 @@ class GramState:
         floor: float = 0.0,
         relaxation: float = 1.0,
         products: torch.dtype = torch.float32,
+        diagonal: bool = True,
     ) -> AdmmFactor:
         """The factor for ADMM, computed on first use.
 
@@ -174,11 +175,12 @@ class GramState:
             floor: as in :func:`ace_ext.pruning.damping.floor_energy`.
             relaxation: 1 for none.
             products: the dtype of ADMM's products, float32 or bfloat16.
+            diagonal: whether the diagonal of H⁻¹ is needed: half of a matrix product.
 
         Raises:
             InputError: the matrix is not positive definite with any of the dampings.
         """
-        key = damping, floor, relaxation, products
+        key = damping, floor, relaxation, products, diagonal
         if key not in self._admm:
             self._admm[key] = self._make_admm_factor(*key)
         return self._admm[key]
@@ -199,7 +201,9 @@ class GramState:
         upper, damping, attempts = _inverse_factor(matrix, damping)
         return ObsFactor(upper.float().contiguous(), dead, damping, attempts)
 
-    def _make_admm_factor(self, damping: float, floor: float, relaxation: float, products: torch.dtype) -> AdmmFactor:
+    def _make_admm_factor(
+        self, damping: float, floor: float, relaxation: float, products: torch.dtype, diagonal: bool
+    ) -> AdmmFactor:
         energies = self.matrix.diagonal().double()
         dead, least = energies == 0, floor_energy(energies, floor)
         norm = (energies + least).sqrt().masked_fill(dead, DEAD)
@@ -215,9 +219,9 @@ class GramState:
 
         step, damping, attempts = _damped_until(inverse, damping, lambda: float(energies.mean()))
         rho = penalty(damping)
-        diagonal = _diagonal_without(rho, step, damping, products)
+        of_inverse = _diagonal_without(rho, step, damping, products) if diagonal else None
         step.mul_(relaxation * rho).diagonal().add_(1 - relaxation)
-        return AdmmFactor(norm.float(), step.to(products), diagonal, dead, damping, attempts)
+        return AdmmFactor(norm.float(), step.to(products), of_inverse, dead, damping, attempts)
 
 
 def _diagonal_without(rho: float, inverse: Tensor, damping: float, products: torch.dtype) -> Tensor:

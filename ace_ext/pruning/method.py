@@ -105,7 +105,7 @@ class Method:
             raise InputError(f"gram must be the same for all stages of the method (got {found})")
         if self.collect.token_norm is not None and not self.weighs_tokens:
             raise InputError(
-                f"token_norm is for methods that weight tokens by their output norm (got {self}); leave it out"
+                f"token_norm is for methods whose scores weight tokens by their output norm (got {self}); leave it out"
             )
 
     def _of(self, kind: type[Kind]) -> Kind | None:

@@ -139,9 +139,10 @@ class SketchState:
         floor: float = 0.0,
         relaxation: float = 1.0,
         products: torch.dtype = torch.float32,
+        diagonal: bool = True,
     ) -> AdmmFactor:
-        """As :meth:`ace_ext.pruning.gram.GramState.admm_factor`. Products with few directions are cheap, and in float32
-        whatever ``products`` says.
+        """As :meth:`ace_ext.pruning.gram.GramState.admm_factor`. Products with few directions are cheap: they are in
+        float32 whatever ``products`` says, and the diagonal is computed whatever ``diagonal`` says.
 
         Raises:
             InputError: as :meth:`factors`.

@@ -163,6 +163,13 @@ def test_factors_are_shared_until_more_tokens_come():
     assert state.admm_factor(0.1) is not first[1]
 
 
+def test_the_diagonal_is_computed_for_those_who_read_it():
+    state, _ = make_state()
+    without = state.admm_factor(0.1, diagonal=False)
+    assert without.inverse_diagonal is None
+    assert torch.equal(without.step, state.admm_factor(0.1).step)
+
+
 def test_fewer_tokens_than_columns_are_damped_until_it_works():
     state, _ = make_state(tokens=3)
     factor = state.obs_factor(0.0)

@@ -71,7 +71,9 @@ class Admm(Solve):
 
     def solve(self, problem: Problem) -> Solved:
         """The pruned weight after ``iterations``, on columns normalised by ``sqrt(G_jj + floor)``."""
-        factor = problem.gram.admm_factor(self.damping, self.floor, self.relaxation, _dtype_of_products(problem))
+        factor = problem.gram.admm_factor(
+            self.damping, self.floor, self.relaxation, _dtype_of_products(problem), self._reads_diagonal(problem)
+        )
         rows, height = len(problem.dense), _part_rows(*problem.dense.shape)
         if height == rows:
             return Solved(iterate(problem, factor, self), factor.damping, factor.attempts)
@@ -80,6 +82,9 @@ class Admm(Solve):
             part = slice(start, start + height)
             weight[part] = iterate(problem.of_rows(part), factor, self)
         return Solved(weight, factor.damping, factor.attempts)
+
+    def _reads_diagonal(self, problem: Problem) -> bool:
+        return problem.mask is None and self.saliency == "obs"
 
     def working_bytes(self, rows: int, cols: int) -> int:
         """The larger of two phases. With a Gram matrix: two copies of it while it is inverted; then one, and what the
@@ -165,9 +170,10 @@ def _saliency(factor: AdmmFactor, stage: Admm) -> tuple[str, Tensor | None]:
     Saliency ``"obs"`` is ``|w_j| / sqrt((H⁻¹)_jj)``, the root of the error that remains after the best update of the
     other weights. ``"magnitude"`` is ``|w_j|``; on normalised columns this is the root of the error without an update.
     """
-    if stage.saliency == "obs":
-        return "scaled", factor.inverse_diagonal.rsqrt()
-    return "magnitude", None
+    if stage.saliency == "magnitude":
+        return "magnitude", None
+    assert factor.inverse_diagonal is not None
+    return "scaled", factor.inverse_diagonal.rsqrt()
 
 
 def _iterating_bytes(rows: int, cols: int) -> int:
