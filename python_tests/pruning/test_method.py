@@ -540,8 +540,8 @@ ADMM_OPTIONS = "its options are damping, floor, iterations, relaxation, saliency
         ),
         (
             "collect(token_norm=exact) + wanda",
-            "token_norm is for methods whose scores weight tokens by their output norm (got collect(token_norm=exact) + "
-            "wanda); leave it out",
+            "token_norm is for methods whose scores weight tokens by their output norm (got "
+            "collect(token_norm=exact) + wanda); leave it out",
         ),
     ],
 )
