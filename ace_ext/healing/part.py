@@ -21,9 +21,10 @@ CHECKS = 8
 BACK_OFF = 0.3
 """The factor that lowers the learning rate when the model has become much worse than at the start of its window."""
 MUCH_WORSE = 1.5
-"""From this multiple of the loss at the start on. Near the peak of the rate the loss is often a little higher than at
-the start, and falls with the rate: SmolLM2-135M without 27 % of its neurons, 65,536 tokens, rate 0.002, had 1.04 times
-the loss after 8 steps. It ended with a mean perplexity of 41.5; with a lower rate from there, 43.3."""
+"""From this multiple of the loss at the start on. Below it, one measurement above the start lowers no rate, a second one
+right after it does. Near the peak of the rate the loss is often a little higher than at the start, and falls with the
+rate: SmolLM2-135M without 27 % of its neurons, 65,536 tokens, rate 0.002, had 1.04 times the loss after 8 steps. It
+ended with a mean perplexity of 41.5; with a lower rate from there, 43.3."""
 POINTS = 100
 """The approximate number of points of the loss curve in a report."""
 
@@ -157,18 +158,25 @@ class Part:
         return done % math.ceil(len(self._steps) / CHECKS) == 0 or done == len(self._steps)
 
     def _check(self) -> None:
-        """Measures the weights, and keeps them if they are the best so far. If they are much worse than those at the
-        start, goes back to the best ones and lowers the learning rate."""
+        """Measures the weights, and keeps them if they are the best so far. If the learning rate is too high, goes back
+        to the best ones and lowers it."""
         loss = self._trainee.measure()
+        again = self._was_worse()
         self._note_check(loss)
         if loss < self._notes["best"]:  # False for NaN
             self._notes["best"] = loss
             for index, trainer in self._trainers.items():  # one by one, so that old and new never exist together
                 self._best[index] = trainer.kept()
-        elif not loss <= MUCH_WORSE * self._notes["start"]:  # True for NaN
+        elif not loss <= (1.0 if again else MUCH_WORSE) * self._notes["start"]:  # True for NaN
             self._notes["backed_off"].append(self._notes["step"])
             for index, trainer in self._trainers.items():
                 trainer.restart_(self._best[index])
+
+    def _was_worse(self) -> bool:
+        """Whether the last measurement of this window, since its rate was last lowered, was above the start."""
+        step, loss = self._notes["checks"][-1]
+        since = max([self._steps.start, *self._notes["backed_off"]])
+        return step > since and loss > self._notes["start"]  # a loss that is not finite lowered the rate
 
     def _note_check(self, loss: float) -> None:
         self._notes["checks"].append([self._notes["step"], finite(loss)])

@@ -40,8 +40,8 @@ class Healing:
     """Pairs of a number of steps and the loss on the held-out tokens after them. None: not finite."""
     backed_off: list[int] = field(default_factory=list)
     """The steps after which the held-out loss was far above that of the start
-    (:data:`ace_ext.healing.part.MUCH_WORSE`). Training then returned to the best weights and continued with a lower
-    learning rate (:data:`ace_ext.healing.part.BACK_OFF`)."""
+    (:data:`ace_ext.healing.part.MUCH_WORSE`), or above it for the second time in a row. Training then returned to the
+    best weights and continued with a lower learning rate (:data:`ace_ext.healing.part.BACK_OFF`)."""
     loss_of: str = KL
     """What the loss is: :data:`KL` or :data:`STATES`."""
 
