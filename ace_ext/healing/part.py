@@ -19,12 +19,12 @@ from ace_ext.records import KL, Healing, finite
 CHECKS = 8
 """The number of measurements on the held-out text while a window is trained."""
 BACK_OFF = 0.3
-"""The factor that lowers the learning rate when the model has become much worse than at the start of its window."""
+"""The factor that lowers the learning rate when the model has become worse than at the start of its window."""
 MUCH_WORSE = 1.5
-"""From this multiple of the loss at the start on. Below it, one measurement above the start lowers no rate, a second one
-right after it does. Near the peak of the rate the loss is often a little higher than at the start, and falls with the
-rate: SmolLM2-135M without 27 % of its neurons, 65,536 tokens, rate 0.002, had 1.04 times the loss after 8 steps. It
-ended with a mean perplexity of 41.5; with a lower rate from there, 43.3."""
+"""From this multiple of the loss at the start on. Below it, one measurement above the start lowers no rate, but a
+second one right after it does. Near the peak of the rate the loss is often a little higher than at the start, and falls
+with the rate: SmolLM2-135M without 27 % of its neurons, 65,536 tokens, rate 0.002, had 1.04 times the loss after 8
+steps. It ended with a mean perplexity of 41.5; with a lower rate from there, 43.3."""
 POINTS = 100
 """The approximate number of points of the loss curve in a report."""
 
