@@ -176,7 +176,7 @@ class Part:
         """Whether the last measurement of this window, since its rate was last lowered, was above the start."""
         step, loss = self._notes["checks"][-1]
         since = max([self._steps.start, *self._notes["backed_off"]])
-        return step > since and loss > self._notes["start"]  # a loss that is not finite lowered the rate
+        return bool(step > since and loss > self._notes["start"])  # a loss that is not finite lowered the rate
 
     def _note_check(self, loss: float) -> None:
         self._notes["checks"].append([self._notes["step"], finite(loss)])
