@@ -160,11 +160,7 @@ def counted(module, name):
 for strategy in (in_lockstep, in_steps):
     counted(strategy, "run_block")
 counted(matrix_pruner, "prune_linear_")
-of_factor = gram.power_diagonals
-def uncounted(*arguments):
-    with _disable_current_modes():
-        return of_factor(*arguments)
-gram.power_diagonals = uncounted
+gram.power_diagonals = _disable_current_modes()(gram.power_diagonals)
 status = main(sys.argv[1:])
 print("work", *work.values(), flush=True)
 raise SystemExit(status)
@@ -437,13 +433,7 @@ def test_rows_are_shared_by_solvers(setting, size, monkeypatch):
     """Each process multiplies its share of the rows, all get the same bits, and these are those of one process up to
     the rounding of its matrix products, which depends on the number of rows. The group matrix is not shared, nor is the
     factorisation, whose products are not counted."""
-    of_factor = gram.power_diagonals
-
-    def uncounted(*arguments):
-        with _disable_current_modes():
-            return of_factor(*arguments)
-
-    monkeypatch.setattr(gram, "power_diagonals", uncounted)
+    monkeypatch.setattr(gram, "power_diagonals", _disable_current_modes()(gram.power_diagonals))
     random = torch.Generator().manual_seed(0)
     weight, x = torch.randn(62, 32, generator=random), torch.randn(96, 32, generator=random)
     config = PruneConfig(**setting)

@@ -163,7 +163,7 @@ def test_factors_are_shared_until_more_tokens_come():
     assert state.admm_factor(0.1) is not first[1]
 
 
-def test_the_diagonal_is_computed_for_those_who_read_it():
+def test_a_factor_without_the_diagonal_is_otherwise_the_same():
     state, _ = make_state()
     without = state.admm_factor(0.1, diagonal=False)
     assert without.inverse_diagonal is None

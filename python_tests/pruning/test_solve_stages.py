@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ace_ext import InputError, PruneConfig, ops
+from ace_ext.pruning import gram
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.masks import keep_budget, keep_of_group, scored_weight
 from ace_ext.pruning.prune_linear import prune_linear_
@@ -190,6 +191,15 @@ def test_admm_with_its_mask_fixed_nears_least_squares(relaxation):
         kept = mask[row]
         best = torch.linalg.solve(hessian[kept][:, kept], (hessian @ dense[row])[kept])
         torch.testing.assert_close(found[row, kept].double(), best, rtol=1e-2, atol=1e-2 * float(best.abs().max()))
+
+
+@pytest.mark.parametrize(("method", "products"), [("admm", 1), ("admm(saliency=magnitude)", 0), ("wanda + admm", 0)])
+def test_admm_computes_the_diagonal_only_to_choose_its_mask(method, products, monkeypatch):
+    real, calls = gram.power_diagonals, []
+    monkeypatch.setattr(gram, "power_diagonals", lambda *arguments: calls.append(arguments) or real(*arguments))
+    weight, _, stats = make_case()
+    prune_linear_(weight, stats, PruneConfig(method))
+    assert len(calls) == products
 
 
 def test_products_in_bfloat16_cost_no_quality(monkeypatch):
