@@ -16,15 +16,16 @@ from ace_ext.healing.trainer import BlockTrainer
 from ace_ext.models.blocks import Block
 from ace_ext.records import KL, Healing, finite
 
-CHECKS = 8
-"""The number of measurements on the held-out text while a window is trained."""
+CHECKS, FEW_CHECKS, STEPS_BETWEEN = 8, 4, 4
+"""A window is measured on the held-out text at most 8 times while it is trained, and more than 4 times only if at least
+4 steps lie between. With a large vocabulary a measurement takes half as long as a step."""
 BACK_OFF = 0.3
 """The factor that lowers the learning rate when the model has become worse than at the start of its window."""
 MUCH_WORSE = 1.5
-"""From this multiple of the loss at the start on. Below it, one measurement above the start lowers no rate, but a
-second one right after it does. Near the peak of the rate the loss is often a little higher than at the start, and falls
-with the rate: SmolLM2-135M without 27 % of its neurons, 65,536 tokens, rate 0.002, had 1.04 times the loss after 8
-steps. It ended with a mean perplexity of 41.5; with a lower rate from there, 43.3."""
+"""From this multiple of the loss at the start on. Below it, a measurement above the start lowers the rate only if the
+one before it was above the start too, and not higher. Near the peak of the rate the loss is often a little higher than
+at the start, and falls with the rate: SmolLM2-135M without 27 % of its neurons, 65,536 tokens, rate 0.002, had 1.04
+times the loss after 8 steps. It ended with a mean perplexity of 41.5; with a lower rate from there, 43.3."""
 POINTS = 100
 """The approximate number of points of the loss curve in a report."""
 
@@ -108,7 +109,7 @@ class Part:
         self._notes = context.journal.notes
         self._point = max(1, total // POINTS)
         self._clock = time.perf_counter()
-        self._best = {i: trainer.kept() for i, trainer in trainers.items()}
+        self._best = {i: trainer.snapshot() for i, trainer in trainers.items()}
 
     def train_(self) -> None:
         """Trains the blocks in place. They end with the best weights that were measured, those at the start
@@ -155,28 +156,29 @@ class Part:
             self._check()
 
     def _is_check(self, done: int) -> bool:
-        return done % math.ceil(len(self._steps) / CHECKS) == 0 or done == len(self._steps)
+        return done % math.ceil(len(self._steps) / checks_of(len(self._steps))) == 0 or done == len(self._steps)
 
     def _check(self) -> None:
         """Measures the weights, and keeps them if they are the best so far. If the learning rate is too high, goes back
         to the best ones and lowers it."""
         loss = self._trainee.measure()
-        again = self._was_worse()
+        rising = self._rises_to(loss)
         self._note_check(loss)
         if loss < self._notes["best"]:  # False for NaN
             self._notes["best"] = loss
             for index, trainer in self._trainers.items():  # one by one, so that old and new never exist together
-                self._best[index] = trainer.kept()
-        elif not loss <= (1.0 if again else MUCH_WORSE) * self._notes["start"]:  # True for NaN
+                self._best[index] = trainer.snapshot()
+        elif not loss <= (1.0 if rising else MUCH_WORSE) * self._notes["start"]:  # True for NaN
             self._notes["backed_off"].append(self._notes["step"])
             for index, trainer in self._trainers.items():
                 trainer.restart_(self._best[index])
 
-    def _was_worse(self) -> bool:
-        """Whether the last measurement of this window, since its rate was last lowered, was above the start."""
-        step, loss = self._notes["checks"][-1]
+    def _rises_to(self, loss: float) -> bool:
+        """Whether the last measurement of this window, since its rate was last lowered, was above the start, and
+        ``loss`` is not below it."""
+        step, last = self._notes["checks"][-1]
         since = max([self._steps.start, *self._notes["backed_off"]])
-        return bool(step > since and loss > self._notes["start"])  # a loss that is not finite lowered the rate
+        return bool(step > since and loss >= last > self._notes["start"])  # a loss that is not finite lowered the rate
 
     def _note_check(self, loss: float) -> None:
         self._notes["checks"].append([self._notes["step"], finite(loss)])
@@ -199,6 +201,11 @@ class Part:
             saved = self._journal.tensors(str(index))
             trainer.restore_(saved)
             self._best[index] = {child: saved[f"{child}/best"].to(trainer.device) for child in trainer.weights}
+
+
+def checks_of(steps: int) -> int:
+    """How often a window is measured at most while it is trained in so many steps."""
+    return min(CHECKS, max(FEW_CHECKS, steps // STEPS_BETWEEN))
 
 
 def schedule(step: int, steps: int) -> float:

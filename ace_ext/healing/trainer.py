@@ -16,8 +16,8 @@ from ace_ext.pruning.block_training import kept_gradient, root_mean_square
 
 STATE_BYTES = 13
 """Bytes of a trained block for each weight, in addition to the weight itself: a float32 copy, Adam's two moments, and
-the mask. In addition, the kept ones of the best weights found so far are stored in the model's dtype, and scales of a
-grid (:func:`ace_ext.healing.on_grid.scale_bytes`)."""
+the mask. In addition, the best weights found so far are stored in the model's dtype, and scales of a grid
+(:func:`ace_ext.healing.on_grid.scale_bytes`)."""
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -143,25 +143,26 @@ class BlockTrainer:
             self._write_(child)
 
     @torch.no_grad()
-    def kept(self) -> dict[str, Tensor]:
-        """The kept weights as they are now: a vector in the model's dtype for each matrix."""
-        return {child: weight[self.masks[child]] for child, weight in self.weights.items()}
+    def snapshot(self) -> dict[str, Tensor]:
+        """The weights as they are now, in the model's dtype. Zeros are stored too: to pick the kept ones by a mask
+        takes a CPU 40 times as long as to copy all."""
+        return {child: weight.detach().clone() for child, weight in self.weights.items()}
 
     @torch.no_grad()
-    def put_(self, kept: Mapping[str, Tensor]) -> None:
-        """Writes vectors of :meth:`kept` into the weights. A kept weight that was rounded to zero gets the smallest
-        normal number of its dtype instead, with its sign, so that the zeros of the matrix are those of its mask."""
+    def put_(self, best: Mapping[str, Tensor]) -> None:
+        """Writes matrices of :meth:`snapshot` into the weights. A kept weight that was rounded to zero gets the
+        smallest normal number of its dtype instead, with its sign, so that the zeros of the matrix are those of its
+        mask."""
         for child, weight in self.weights.items():
-            values = kept[child]
-            least = torch.finfo(values.dtype).tiny
-            values = torch.where(values == 0, torch.copysign(torch.full_like(values, least), values), values)
-            weight.zero_().masked_scatter_(self.masks[child], values)
+            values, least = best[child], torch.finfo(weight.dtype).tiny
+            rounded = (values == 0) & self.masks[child]
+            weight.copy_(torch.where(rounded, torch.copysign(torch.full_like(values, least), values), values))
 
     @torch.no_grad()
-    def restart_(self, kept: Mapping[str, Tensor]) -> None:
-        """Continues from vectors of :meth:`kept`, with the optimizer's state cleared."""
+    def restart_(self, best: Mapping[str, Tensor]) -> None:
+        """Continues from matrices of :meth:`snapshot`, with the optimizer's state cleared."""
         for child, master in self._masters.items():
-            master.masked_scatter_(self.masks[child], kept[child].to(master.dtype))
+            master.copy_(best[child])
             self._spread_(child)
             self._write_(child)
             if self._adam is not None:

@@ -136,9 +136,8 @@ class _CausalRun(HealRun):
     def _divide(self, journal: HealJournal, batches: Batches) -> tuple[Division, Estimate]:
         """Decides what is in memory together. A resumed run trains as many blocks together as before."""
         request, pruned = self._request, self._pruned
-        kept = 1 - self._report.sparsity
         whole = whole_bytes(self._skeleton)
-        demand = HealDemand.of(pruned.model, pruned.blocks, kept, batches.tokens, whole, self._grid)
+        demand = HealDemand.of(pruned.model, pruned.blocks, batches.tokens, whole, self._grid)
         division, need = demand.divide(
             budget_of(self._dense),
             process_bytes(0, False, request.device),

@@ -33,7 +33,6 @@ class Trained:
     """The pruned matrices of a model."""
 
     weights: Sequence[int]  # for each block
-    kept: float  # share of these that are not zero
     grid: Grid | None = None  # that they are on
     largest: int = 0  # weights of the largest matrix
 
@@ -54,7 +53,6 @@ class HealDemand:
         cls,
         model: nn.Module,
         blocks: list[Block],
-        kept: float,
         tokens: list[Tensor],
         dense: int = 0,
         grid: Grid | None = None,
@@ -64,7 +62,6 @@ class HealDemand:
         Args:
             model: the model.
             blocks: its blocks.
-            kept: share of the pruned matrices' weights that are not zero.
             tokens: the batches of text, each ``[windows, seqlen]``; the first is as large as a step.
             dense: bytes of loading the dense model, if it must be loaded whole.
             grid: the grid that the pruned matrices are on; None: there is none.
@@ -72,9 +69,7 @@ class HealDemand:
         sizes = [[linear.weight.numel() for linear in block.linears.values()] for block in blocks]
         return cls(
             ModelShape.of(model, blocks),
-            Trained(
-                [sum(size) for size in sizes], kept, grid, max((max(size, default=0) for size in sizes), default=0)
-            ),
+            Trained([sum(size) for size in sizes], grid, max((max(size, default=0) for size in sizes), default=0)),
             tokens=sum(batch.numel() for batch in tokens),
             seqlen=tokens[0].shape[1],
             step=tokens[0].numel(),
@@ -156,7 +151,7 @@ class HealDemand:
         logits = LOGIT_BYTES * shape.vocabulary * together + shape.converted_head_bytes(together)
         # Adam's gradients of one block in float32, and in the model's dtype; or while saving, a block's packed state.
         gradients = block * (4 + 2 * itemsize) + working_bytes(self.trained.grid, self.trained.largest)
-        state = STATE_BYTES + scale_bytes(self.trained.grid, itemsize) + self.trained.kept * itemsize
+        state = STATE_BYTES + scale_bytes(self.trained.grid, itemsize) + itemsize
         return Estimate(
             model=model + (shape.head or shape.embedding),
             hidden=2 * self._states if division.states else 2 * self.step * shape.hidden * itemsize,

@@ -255,8 +255,8 @@ def test_a_coarse_grid_is_trained_more_slowly(bits, slower):
 def test_training_that_starts_over_begins_at_the_same_places():
     trainer = BlockTrainer(find_blocks(quantized_model())[0], grid=GRID)
     begun = {child: master.clone() for child, master in trainer._masters.items()}
-    kept = trainer.kept()
+    best = trainer.snapshot()
     for master in trainer._masters.values():
         master.add_(1.0)
-    trainer.restart_(kept)
+    trainer.restart_(best)
     assert all(torch.equal(master, begun[child]) for child, master in trainer._masters.items())

@@ -177,8 +177,7 @@ def test_the_estimate_counts_scales_and_temporaries():
     blocks = find_blocks(model)
     sizes = [linear.weight.numel() for block in blocks for linear in block.linears.values()]
     with_it, without = (
-        HealDemand.of(model, blocks, 0.5, [torch.zeros(4, 16)], grid=grid)._training(Division())
-        for grid in (GRID, None)
+        HealDemand.of(model, blocks, [torch.zeros(4, 16)], grid=grid)._training(Division()) for grid in (GRID, None)
     )
     assert with_it.training - without.training == sum(sizes) * 2 // 64 + 24 * max(sizes)
     assert replace(with_it, training=0) == replace(without, training=0)

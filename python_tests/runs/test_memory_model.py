@@ -339,7 +339,7 @@ def test_a_distillation_holds_no_more_than_estimated(make, division):
     model, tokens, settings = make(), make_tokens(17, 64), HealSettings(step_tokens=512, held_out=1)
     prune_model(model, tokens, PruneConfig("magnitude"))
     blocks = find_blocks(model)
-    found = HealDemand.of(model, blocks, 0.5, Batches.of(tokens, settings).tokens).peak(division, 0)
+    found = HealDemand.of(model, blocks, Batches.of(tokens, settings).tokens).peak(division, 0)
     states = HiddenStates([torch.zeros(len(part), 64, 128, dtype=torch.bfloat16) for part in tokens.split(8)])
     context = HealContext(parts=division.parts, graphs=division.graphs)
     peak = peak_of(lambda: distill_(model, states, tokens, settings, context=context))
