@@ -36,10 +36,10 @@ DRAWN = 98304
 
 def heal_settings(config: PruneConfig, windows: int, seqlen: int) -> HealSettings:
     """How ``config``, whose method distills, trains on windows of text, held-out ones included."""
-    tokens, rate = _stage(config).budget(causal=True)
-    settings = HealSettings(learning_rate=rate)
+    stage = _stage(config)
+    settings = HealSettings(learning_rate=stage.learning_rate)
     trained = windows - held_windows(windows, settings)
-    return replace(settings, passes=min(PASSES, math.ceil(tokens / (trained * seqlen))))
+    return replace(settings, passes=min(PASSES, math.ceil(stage.budget(causal=True) / (trained * seqlen))))
 
 
 def distill_draw(config: PruneConfig, seqlen: int, seed: int, causal: bool = True) -> tuple[int, int]:
@@ -49,7 +49,7 @@ def distill_draw(config: PruneConfig, seqlen: int, seed: int, causal: bool = Tru
     The calibration samples are not among them, as pruning has fitted its mask and weights to these: the loss on such a
     window begins too low, at 0.32 in place of 0.54 for SmolLM2-135M at 50 %, and says little about other text.
     """
-    tokens = _stage(config).budget(causal)[0]
+    tokens = _stage(config).budget(causal)
     return windows_needed(tokens if causal else min(tokens, DRAWN), seqlen, HealSettings()), seed ^ TEXT_SEED
 
 
@@ -73,7 +73,8 @@ def network_distillation(
         raise InputError(
             "distill of this kind of model needs it in the memory of one process: leave out --offload disk"
         )
-    wanted, rate = _stage(config).budget(causal=False)
+    stage = _stage(config)
+    wanted, rate = stage.budget(causal=False), stage.learning_rate
 
     def settings(tokens: int) -> HealSettings:
         return HealSettings(learning_rate=rate, passes=min(NETWORK_PASSES, math.ceil(wanted / max(1, tokens))))

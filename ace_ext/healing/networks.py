@@ -7,7 +7,7 @@ since the blocks of such a network are no single chain.
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from ace_ext.models.blocks import Block
 from ace_ext.models.replay import first_of, replaced_forward, token_count, with_products
 from ace_ext.models.run_mode import frozen, run_mode
 from ace_ext.models.token_masks import TokenMasks
+from ace_ext.pruning.stages.distill import NETWORK_RATE
 from ace_ext.records import KL, STATES, Healing
 
 Inputs = dict[str, Tensor]
@@ -182,7 +183,8 @@ class NetworkDistillation:
     ) -> None:
         self._model, self._blocks, self._grid, self._context = model, blocks, grid, context
         tokens = _tokens_of(model, blocks, batches)
-        self._settings = settings(tokens)
+        found = settings(tokens)
+        self._settings = replace(found, learning_rate=found.learning_rate or NETWORK_RATE)
         self._steps = Steps.of(batches, tokens, self._settings)
         self._teacher = (copy.deepcopy(model) if teacher is None else teacher).eval().requires_grad_(False)
         self._loss = Loss(model, blocks)

@@ -14,6 +14,7 @@ from ace_ext.healing.context import HealContext
 from ace_ext.healing.settings import WARM_UP, HealSettings
 from ace_ext.healing.trainer import BlockTrainer
 from ace_ext.models.blocks import Block
+from ace_ext.pruning.stages.distill import HIGHEST_RATE, RATE
 from ace_ext.records import KL, Healing, finite
 
 CHECKS, FEW_CHECKS, STEPS_BETWEEN = 8, 4, 4
@@ -50,12 +51,13 @@ class Trainee(Protocol):
 def new_notes() -> dict[str, Any]:
     """The notes of a journal before the first step of the first window.
 
-    ``part``: the window in training, ``step``: steps done, ``saved``: whether the journal holds tensors of this window,
-    ``before``, ``start`` and ``best``: losses on the held-out text before all windows and before this one, and the
-    lowest, ``losses``, ``checks`` and ``backed_off``: as in :class:`ace_ext.records.Healing`, ``pending``: losses since
-    the last point, ``tokens``: trained on, ``zeros``: the number of zeros in the windows that are done.
+    ``part``: the window in training, ``rate``: the peak of the learning rate, ``step``: steps done, ``saved``: whether
+    the journal holds tensors of this window, ``before``, ``start`` and ``best``: losses on the held-out text before all
+    windows and before this one, and the lowest, ``losses``, ``checks`` and ``backed_off``: as in
+    :class:`ace_ext.records.Healing`, ``pending``: losses since the last point, ``tokens``: trained on, ``zeros``: the
+    number of zeros in the windows that are done.
     """
-    notes = {"part": 0, "step": 0, "saved": False, "before": None, "best": None, "tokens": 0, "zeros": 0}
+    notes = {"part": 0, "step": 0, "saved": False, "before": None, "best": None, "tokens": 0, "zeros": 0, "rate": None}
     return {**notes, "seconds": 0.0, "start": None, "losses": [], "checks": [], "pending": [], "backed_off": []}
 
 
@@ -64,7 +66,7 @@ def healing_of(
 ) -> Healing:
     """What a distillation did, from the notes after it; other arguments as the fields of :class:`Healing`."""
     return Healing(
-        settings=asdict(settings),
+        settings=asdict(settings) | {"learning_rate": notes["rate"]},
         tokens=notes["tokens"],
         steps=notes["step"],
         parts=parts,
@@ -120,6 +122,8 @@ class Part:
             loss = self._trainee.measure()
             self._notes.update(before=loss, best=loss)
             self._note_check(loss)
+        if self._notes["rate"] is None:
+            self._notes["rate"] = self._settings.learning_rate or rate_of(self._notes["before"])
         if self._notes["start"] is None:
             self._notes["start"] = self._notes["best"]
         with contextlib.ExitStack() as contexts:
@@ -142,7 +146,7 @@ class Part:
     def _step_(self) -> None:
         notes = self._notes
         batch = order_of(self._trainee.batches, notes["step"], self._settings.seed)
-        rate = self._settings.learning_rate * BACK_OFF ** len(notes["backed_off"])
+        rate = notes["rate"] * BACK_OFF ** len(notes["backed_off"])
         rate *= schedule(notes["step"] - self._steps.start, len(self._steps))
         loss, tokens = self._trainee.step_(batch, rate)
         notes["step"] += 1
@@ -201,6 +205,12 @@ class Part:
             saved = self._journal.tensors(str(index))
             trainer.restore_(saved)
             self._best[index] = {child: saved[f"{child}/best"].to(trainer.device) for child in trainer.weights}
+
+
+def rate_of(divergence: float) -> float:
+    """The default learning rate of a causal language model whose held-out divergence is so large at the start."""
+    rate = RATE * divergence**0.5
+    return rate if rate < HIGHEST_RATE else HIGHEST_RATE  # also for a loss that is not finite
 
 
 def checks_of(steps: int) -> int:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ace_ext.pruning.settings import Limits, Options, option
-from ace_ext.pruning.stages.distill import LEARNING_RATE
+from ace_ext.pruning.stages.distill import RATE_HELP
 
 WARM_UP = 0.05
 """The share of the steps in which the learning rate rises."""
@@ -19,10 +19,10 @@ class HealSettings(Options):
         InputError: a value is outside its limits.
     """
 
-    learning_rate: float = option(
-        LEARNING_RATE,
+    learning_rate: float | None = option(
+        None,
         "Adam's, at its peak, as a share of each matrix's root mean square weight; it rises for a twentieth of the "
-        "steps and falls as a cosine",
+        "steps and falls as a cosine " + RATE_HELP,
         Limits(above=0),
     )
     step_tokens: int = option(1024, "tokens of a gradient step, at least one window", Limits(at_least=1))

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from ace_ext import InputError, PruneConfig, prune_model
 from ace_ext.healing import HealSettings, distill_, loss, window
 from ace_ext.healing.batches import Batches, windows_needed
 from ace_ext.healing.context import HealContext, windows_of
-from ace_ext.healing.part import BACK_OFF, checks_of, schedule
+from ace_ext.healing.part import BACK_OFF, checks_of, rate_of, schedule
 from ace_ext.healing.settings import BETAS
 from ace_ext.healing.trainer import BlockTrainer
 from ace_ext.healing.window import Window, WindowStudent
@@ -115,6 +116,27 @@ def test_a_rate_that_is_too_high_changes_nothing_and_is_said():
 @pytest.mark.parametrize(("steps", "checks"), [(1, 4), (16, 4), (20, 5), (32, 8), (480, 8)])
 def test_short_trainings_are_measured_less_often(steps, checks):
     assert checks_of(steps) == checks
+
+
+@pytest.mark.parametrize(
+    ("divergence", "rate"), [(0.0, 0.0), (0.25, 0.00055), (10.0, 0.002), (float("nan"), 0.002), (math.inf, 0.002)]
+)
+def test_the_default_rate_is_in_proportion_to_the_root_of_the_divergence(divergence, rate):
+    assert rate_of(divergence) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_default_rate_is_that_of_the_start_in_all_windows(parts):
+    settings = HealSettings(**{**QUICK, "learning_rate": None, "passes": 2})
+    default, named = pruned_model(), pruned_model()
+    found = distill_(default, make_model("llama"), TEXT, settings, context=HealContext(parts=parts))
+    rate = found.settings["learning_rate"]
+    assert rate == rate_of(found.loss_before) > 0
+    again = distill_(
+        named, make_model("llama"), TEXT, replace(settings, learning_rate=rate), context=HealContext(parts=parts)
+    )
+    assert again.losses == found.losses
+    assert all(torch.equal(value, state(named)[name]) for name, value in state(default).items())
 
 
 @pytest.mark.parametrize("parts", [1, 2])

@@ -303,7 +303,9 @@ class TrainModel(Stage):
     """Trains the whole model with fixed masks once all its blocks are pruned. The code is in
     :mod:`ace_ext.engine.distillation`."""
 
-    def budget(self, causal: bool) -> tuple[int, float]:
-        """The tokens to train on, and the peak of the learning rate, a share of each matrix's root mean square weight:
-        for a causal language model, or for another network."""
+    learning_rate: float | None
+    """Its peak, as a share of each matrix's root mean square weight; None: the default."""
+
+    def budget(self, causal: bool) -> int:
+        """The tokens to train on: for a causal language model, or for another network."""
         raise NotImplementedError
