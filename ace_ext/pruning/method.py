@@ -34,11 +34,11 @@ from ace_ext.pruning.stages._stage import AUTO, GRAM_KINDS, SHARED, SKETCHED
 PRESETS = {
     "fast": "admm(damping=1, iterations=10, relaxation=1, gram=sketch)",
     "balanced": "admm",
-    "better": "admm + train",
+    "better": "admm + distill(tokens=20480)",
     "best": "admm + distill",
 }
-"""From the fastest to the most accurate. ``fast`` needs vectors, ``balanced`` Gram matrices, ``better`` gradients of a
-block at a time, and ``best`` those of the whole model."""
+"""From the fastest to the most accurate. ``fast`` needs vectors, ``balanced`` Gram matrices, ``better`` and ``best``
+gradients of the whole model."""
 
 DEFAULT = "fast"
 

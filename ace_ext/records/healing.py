@@ -17,7 +17,7 @@ class Healing:
     """What a distillation did. Losses are means over tokens."""
 
     settings: dict[str, Any]
-    """The fields of :class:`ace_ext.healing.HealSettings`."""
+    """The fields of :class:`ace_ext.healing.HealSettings`; ``learning_rate`` is the one that was taken."""
     tokens: int
     """Tokens trained on, counted once per pass."""
     steps: int
@@ -40,15 +40,15 @@ class Healing:
     """Pairs of a number of steps and the loss on the held-out tokens after them. None: not finite."""
     backed_off: list[int] = field(default_factory=list)
     """The steps after which the held-out loss was far above that of the start
-    (:data:`ace_ext.healing.part.MUCH_WORSE`), or above it for the second time in a row. Training then returned to the
-    best weights and continued with a lower learning rate (:data:`ace_ext.healing.part.BACK_OFF`)."""
+    (:data:`ace_ext.healing.part.MUCH_WORSE`), or above it for the second time in a row without falling. Training then
+    returned to the best weights and continued with a lower learning rate (:data:`ace_ext.healing.part.BACK_OFF`)."""
     loss_of: str = KL
     """What the loss is: :data:`KL` or :data:`STATES`."""
 
     def summary(self) -> str:
         """One line."""
-        rate, steps = self.settings.get("learning_rate"), ", ".join(map(str, self.backed_off))
-        end = f"; the learning rate {rate} was too high: lowered after step {steps}" if steps else ""
+        rate, steps = self.settings["learning_rate"], ", ".join(map(str, self.backed_off))
+        end = f"; the learning rate {rate:.2g} was too high: lowered after step {steps}" if steps else ""
         if not self.loss_after < self.loss_before:
             end += "; no gain, try a lower one"
         return (

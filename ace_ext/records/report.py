@@ -93,7 +93,7 @@ class PruneReport:
             return f'a longer distillation, e.g. --method "best(tokens={tokens})"'
         if "admm" not in method or "sketch" in method:
             return "--method balanced or best"
-        return "--method best" if "train" in method else "--method better or best"
+        return "--method better or best"
 
     def _better_text(self) -> str:
         calibration = self.extra.get("calibration") or {}

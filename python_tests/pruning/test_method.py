@@ -242,7 +242,7 @@ def test_the_texts_of_presets():
     assert PRESETS == {
         "fast": "admm(damping=1, iterations=10, relaxation=1, gram=sketch)",
         "balanced": "admm",
-        "better": "admm + train",
+        "better": "admm + distill(tokens=20480)",
         "best": "admm + distill",
     }
     assert PUBLISHED == {
@@ -478,7 +478,11 @@ ADMM_OPTIONS = "its options are damping, floor, iterations, relaxation, saliency
             "gram must be the same for all stages of the method (got plain for admm and cosine for quantize)",
         ),
         ("quantize + train", "train moves weights off the grid of quantize; leave out one of them"),
-        ("better + quantize", "train moves weights off the grid of quantize; leave out one of them"),
+        (
+            "better + quantize",
+            "method admm + distill(tokens=20480) + quantize must have its stages in the order in which they run; write "
+            "admm + quantize + distill(tokens=20480)",
+        ),
         (
             "quantize + admm",
             "method quantize + admm must have its stages in the order in which they run; write admm + quantize",

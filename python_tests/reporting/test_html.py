@@ -169,7 +169,7 @@ def test_the_text_of_plots_can_be_read_on_a_phone(results, figures, tmp_path):
     study_plots(results)
     report = prune_model(make_model("llama"), make_tokens(), PruneConfig("wanda", pattern="2:4"))
     losses, checks = [(1, 0.2), (2, 0.1)], [(0, 0.3), (1, None), (2, 0.2)]
-    report.healing = Healing({}, 64, 2, 1, 16, 0.3, 0.2, 3, 0.1, losses, checks, [1])
+    report.healing = Healing({"learning_rate": 0.01}, 64, 2, 1, 16, 0.3, 0.2, 3, 0.1, losses, checks, [1])
     write_run_report(report, tmp_path / "page.html")
     ratios = {1: Pair(1.0, 12.0, 12.0), 16: Pair(1.0, 0.2, 0.2)}
     pair_plot(BenchResult("dense", "packed", "bfloat16", 1, "AVX512", 1, ratios, 20, Pair(1.0, 1.0, 1.0)))
