@@ -98,7 +98,7 @@ def test_the_same_from_the_disk_and_resumed(dense, tmp_path, capsys):
 def test_after_distillation(tmp_path, capsys):
     dense = save_dense(tmp_path / "dense")
     (tmp_path / "text.txt").write_text(TEXT * 4)
-    options = ("--nsamples", 16, "--method", "distill(tokens=1024)")
+    options = ("--nsamples", 16, "--method", "distill(tokens=1024, learning_rate=0.0015)")
     status, printed, error = call(capsys, *arguments(dense, tmp_path / "out", *options))
     assert status == 0, error
     found = figures(tmp_path / "out")
