@@ -208,8 +208,9 @@ class Part:
 
 
 def rate_of(divergence: float) -> float:
-    """The default learning rate of a causal language model whose held-out divergence is so large at the start."""
-    rate = RATE * divergence**0.5
+    """The default learning rate of a causal language model whose held-out divergence is so large at the start. Rounding
+    may leave a divergence of almost nothing slightly below 0."""
+    rate = RATE * max(divergence, 0.0) ** 0.5  # NaN stays NaN
     return rate if rate < HIGHEST_RATE else HIGHEST_RATE  # also for a loss that is not finite
 
 

@@ -152,11 +152,11 @@ class BlockTrainer:
     def put_(self, best: Mapping[str, Tensor]) -> None:
         """Writes matrices of :meth:`snapshot` into the weights. A kept weight that was rounded to zero gets the
         smallest normal number of its dtype instead, with its sign, so that the zeros of the matrix are those of its
-        mask."""
+        mask. These become +0."""
         for child, weight in self.weights.items():
             values, least = best[child], torch.finfo(weight.dtype).tiny
-            rounded = (values == 0) & self.masks[child]
-            weight.copy_(torch.where(rounded, torch.copysign(torch.full_like(values, least), values), values))
+            values = torch.where(values == 0, torch.copysign(torch.full_like(values, least), values), values)
+            weight.copy_(torch.where(self.masks[child], values, 0.0))
 
     @torch.no_grad()
     def restart_(self, best: Mapping[str, Tensor]) -> None:

@@ -119,7 +119,8 @@ def test_short_trainings_are_measured_less_often(steps, checks):
 
 
 @pytest.mark.parametrize(
-    ("divergence", "rate"), [(0.0, 0.0), (0.25, 0.00055), (10.0, 0.002), (float("nan"), 0.002), (math.inf, 0.002)]
+    ("divergence", "rate"),
+    [(0.0, 0.0), (-1e-9, 0.0), (0.25, 0.00055), (10.0, 0.002), (float("nan"), 0.002), (math.inf, 0.002)],
 )
 def test_the_default_rate_is_in_proportion_to_the_root_of_the_divergence(divergence, rate):
     assert rate_of(divergence) == pytest.approx(rate)
@@ -365,12 +366,14 @@ def test_a_kept_weight_that_rounds_to_zero_stays_kept():
     best, mask = trainer.snapshot(), trainer.masks["mlp.up_proj"]
     (one, two), others = mask.nonzero()[:2], best["mlp.up_proj"][mask][2:]
     best["mlp.up_proj"][tuple(one)], best["mlp.up_proj"][tuple(two)] = 0.0, -0.0
+    best["mlp.up_proj"][~mask] = -0.0
     trainer.put_(best)
     trainer.check(block)
     found = trainer.weights["mlp.up_proj"][mask]
     least = torch.finfo(torch.float16).tiny
     assert found[:2].tolist() == [least, -least]
     assert torch.equal(found[2:], others)
+    assert not torch.signbit(trainer.weights["mlp.up_proj"][~mask]).any()
 
 
 @pytest.mark.parametrize("at_kept", [True, False])
