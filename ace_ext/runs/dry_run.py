@@ -3,6 +3,8 @@ batches pass through it. If the model has no safetensors files, random weights a
 """
 
 import time
+import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,10 +43,15 @@ class RandomWeights:
     def __contains__(self, name: str) -> bool:
         return name in self._parameters
 
+    def stored_name(self, names: Iterable[str]) -> str | None:
+        """The first of a parameter's names that the model has; None if it has none."""
+        return next((name for name in names if name in self), None)
+
     def read(self, name: str) -> Tensor:
-        """Random values in the parameter's shape and dtype."""
-        parameter = self._parameters[name]
-        return torch.randn(parameter.shape).mul_(0.02).to(parameter.dtype)
+        """Random values in the parameter's shape and dtype, the same each time: a model that is run twice must not
+        differ from itself."""
+        parameter, random = self._parameters[name], torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        return torch.randn(parameter.shape, generator=random).mul_(0.02).to(parameter.dtype)
 
 
 @torch.no_grad()

@@ -148,6 +148,9 @@ def test_random_weights_have_the_models_shapes():
     found = weights.read("model.layers.0.mlp.down_proj.weight")
     assert (found.shape, found.dtype) == ((32, 48), torch.bfloat16)
     assert found.float().std() == pytest.approx(0.02, rel=0.1)
+    assert torch.equal(found, weights.read("model.layers.0.mlp.down_proj.weight"))
+    assert weights.stored_name(["unknown", "lm_head.weight"]) == "lm_head.weight"
+    assert weights.stored_name(["unknown"]) is None
 
 
 def test_command(dense, capsys):
@@ -212,6 +215,15 @@ def test_a_folder_with_a_configuration_alone(dense, tmp_path):
         assert "fits 24 GB" in bare.table()
         assert not known.need
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_distillation_is_planned_from_a_configuration_alone(dense, tmp_path):
+    """Its time has the parts of the plan with files, except for reading them."""
+    shutil.copy(dense / "config.json", tmp_path)
+    method, text = "better(tokens=64)", str(dense.parent / "text.txt")
+    bare, known = plan_of(tmp_path, source=text, method=method), plan_of(dense, method=method)
+    assert bare.seconds.keys() == known.seconds.keys() - {"files"} == {"load", "text", "blocks", "distill"}
+    assert bare.seconds["distill"] > 0
 
 
 def test_time_is_not_known_where_no_block_fits(tmp_path, dense, monkeypatch):
