@@ -136,8 +136,10 @@ class _Redirected(OtherwiseComputed):
         self._all = self._own | {linear.weight.data_ptr(): linear for linear in used_directly.values()}
         self._fused = {matrices.tensor.data_ptr(): matrices for matrices in fused}
 
-    def instead(self, func: Callable[..., Any], args: Sequence[Any]) -> Tensor | None:
+    def instead(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
         """The result of a product with a known matrix ``W``; None for any other call."""
+        if kwargs:
+            return None
         if func is functional.linear and len(args) in (2, 3):
             linear = self._own.get(args[1].data_ptr())
             if linear is not None and _same(args[1], linear.weight):

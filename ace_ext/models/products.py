@@ -3,7 +3,8 @@
 On such CPUs torch multiplies bfloat16 and float16 numbers one by one, three to four times slower than float32 with 32
 tokens and five to nine times with 128 and more (``benchmarks/float32_products.py`` on an AMD EPYC with AVX2). So parts
 of both matrices are converted, and multiplied in float32. Like torch's own products, these are sums in float32 that are
-rounded once; only the order of their terms differs.
+rounded once; only the order of their terms differs. The backward pass of attention is in float32 too
+(:mod:`ace_ext.models.attention`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+from ace_ext.models.attention import arguments_of, attention, differentiates
 
 MIN_TOKENS = 4
 """With fewer tokens torch's loops are as fast as converting the weight."""
@@ -30,8 +33,8 @@ class OtherwiseComputed(TorchFunctionMode):
     """Within this context a call returns the result of :meth:`instead`, if there is one. The mode is off inside that
     method."""
 
-    def instead(self, func: Callable[..., Any], args: Sequence[Any]) -> Tensor | None:
-        """The result of a call without keyword arguments; None: torch computes it."""
+    def instead(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The result of a call; None: torch computes it."""
         raise NotImplementedError
 
     def __torch_function__(
@@ -41,7 +44,7 @@ class OtherwiseComputed(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        found = None if kwargs else self.instead(func, args)
+        found = self.instead(func, args, kwargs or {})
         return func(*args, **(kwargs or {})) if found is None else found
 
 
@@ -58,8 +61,8 @@ def slow_dtypes() -> frozenset[torch.dtype]:
 
 @contextmanager
 def float32_products(of: nn.Module | Tensor) -> Iterator[None]:
-    """Within this context Linears multiply in float32 on a CPU, also in the backward pass, if the dtype of a module or
-    a tensor is one of :func:`slow_dtypes`."""
+    """Within this context Linears multiply in float32 on a CPU, also in the backward pass, and so does the backward
+    pass of attention, if the dtype of a module or a tensor is one of :func:`slow_dtypes`."""
     dtype = of.dtype if isinstance(of, Tensor) else next(of.parameters()).dtype
     if dtype in slow_dtypes():
         with _Widened():
@@ -76,8 +79,11 @@ def converted_bytes(tokens: int, rows: int, cols: int) -> int:
 
 
 class _Widened(OtherwiseComputed):
-    def instead(self, func: Callable[..., Any], args: Sequence[Any]) -> Tensor | None:
-        if func is not functional.linear or not _is_slow(*args):
+    def instead(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+        if func is functional.scaled_dot_product_attention:
+            given = arguments_of(args, kwargs)
+            return attention(given) if differentiates(given) and _is_slow_tensor(given["query"]) else None
+        if func is not functional.linear or kwargs or not _is_slow(*args):
             return None
         found: Tensor = _Linear.apply(*args, *[None] * (3 - len(args)))  # type: ignore[no-untyped-call]
         return found
@@ -85,9 +91,9 @@ class _Widened(OtherwiseComputed):
 
 def _is_slow(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     return (
-        x.device.type == weight.device.type == "cpu"
+        _is_slow_tensor(x)
         and x.dtype == weight.dtype
-        and x.dtype in slow_dtypes()
+        and x.device == weight.device
         and (bias is None or bias.dtype == x.dtype)
         and weight.dim() == 2
         and x.shape[-1] == weight.shape[1] > 0
@@ -95,6 +101,10 @@ def _is_slow(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         and type(x) in (Tensor, nn.Parameter)
         and type(weight) in (Tensor, nn.Parameter)
     )
+
+
+def _is_slow_tensor(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in slow_dtypes()
 
 
 class _Linear(torch.autograd.Function):
@@ -141,6 +151,8 @@ def _fill_panel(out: Tensor, given: Tensor, weight: Tensor, bias: Tensor | None)
 
 def _product(a: Tensor, b: Tensor, step: int) -> Tensor:
     """``a [n, k]`` times ``b [k, m]`` in float32. ``step`` entries along k are converted at a time."""
+    if len(b) <= step:
+        return a.float() @ b.float()
     total = torch.zeros(len(a), b.shape[1], dtype=torch.float32)
     for part in _slices(len(b), step):
         total.addmm_(a[:, part].float(), b[part].float())

@@ -104,11 +104,17 @@ def test_the_loss_falls_and_only_kept_weights_change(family):
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == needs_gradient
 
 
-def test_a_rate_that_is_too_high_changes_nothing_and_is_said():
+@pytest.mark.parametrize("rate", [10, 1e9])
+def test_a_rate_that_is_too_high_changes_nothing_and_is_said(rate):
+    """With 1e9 it depends on the processor whether losses are finite; None in a report stands for one that is not."""
     dense, model = make_model("llama"), pruned_model()
     before = state(model)
-    healing = distill_(model, dense, TEXT, HealSettings(**{**QUICK, "learning_rate": 1e9}))
-    assert min(loss for step, loss in healing.checks if step) > healing.loss_before == healing.loss_after
+    healing = distill_(model, dense, TEXT, HealSettings(**{**QUICK, "learning_rate": rate}))
+    losses = [loss for step, loss in healing.checks if step]
+    assert len(losses) == 3
+    assert all(loss is None or loss > healing.loss_before for loss in losses)
+    assert healing.loss_after == healing.loss_before
+    assert rate > 10 or None not in losses
     assert all(torch.equal(value, before[name]) for name, value in state(model).items())
     assert healing.summary().endswith("too high: lowered after step 2, 4, 6; no gain, try a lower one")
 

@@ -8,7 +8,7 @@ from tiny_models import make_model
 from torch.nn import functional
 
 from ace_ext import PruneConfig, prune_model
-from ace_ext.models import products
+from ace_ext.models import attention, products
 from ace_ext.models.products import MIN_TOKENS, float32_products
 
 HALF = (torch.bfloat16, torch.float16)
@@ -109,3 +109,80 @@ def test_a_model_is_pruned_by_it(family, dtype, monkeypatch):
     for one, other in zip(*(report.matrices for report in reports), strict=True):
         assert one.nonzero == other.nonzero
         assert abs(one.relative_error - other.relative_error) <= torch.finfo(dtype).eps  # twice half a unit
+
+
+def attention_inputs(dtype, heads=2):
+    """Query, key and value ``[2, heads, 20, 16]``, the latter two with 2 heads."""
+    shapes = [(2, heads, 20, 16), (2, 2, 20, 16), (2, 2, 20, 16)]
+    return [normal(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes)]
+
+
+MASK = torch.rand(1, 1, 20, 20, generator=torch.Generator().manual_seed(5)) < 0.6
+MASK[..., 0] = True  # each query sees something
+OPTIONS = [
+    {},
+    {"is_causal": True},
+    {"attn_mask": MASK},
+    {"attn_mask": torch.where(MASK, 0.0, -3.0), "scale": 0.3},
+    {"is_causal": True, "enable_gqa": True},
+]
+
+
+def options_in(dtype, options):
+    """The same options, with a mask that is added in ``dtype``."""
+    mask = options.get("attn_mask")
+    return options if mask is None or mask.dtype == torch.bool else options | {"attn_mask": mask.to(dtype)}
+
+
+def attend(given, options):
+    with float32_products(given[0]):
+        return functional.scaled_dot_product_attention(*given, **options)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "causal", "mask", "bias", "groups"])
+def test_gradients_of_attention(dtype, options):
+    """The result has the bits of torch's own. Gradients are those in float64, with roundings of a float32 sum and of
+    the gradient's dtype."""
+    options = options_in(dtype, options)
+    given = attention_inputs(dtype, heads=4 if "enable_gqa" in options else 2)
+    below = normal(*given[0].shape, dtype=dtype, seed=7)
+    leaves = [part.clone().requires_grad_() for part in given]
+    found = attend(leaves, options)
+    assert torch.equal(found, functional.scaled_dot_product_attention(*given, **options))
+    exact = [part.double().requires_grad_() for part in given]
+    output = functional.scaled_dot_product_attention(*exact, **options_in(torch.double, options))
+    expected = torch.autograd.grad(output, exact, below.double())
+    for one, other in zip(torch.autograd.grad(found, leaves, below), expected, strict=True):
+        assert one.dtype == dtype
+        assert torch.allclose(one.double(), other, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", range(3))
+def test_gradient_of_one_part_of_attention(wanted):
+    given = attention_inputs(torch.bfloat16)
+    below = normal(*given[0].shape, dtype=torch.bfloat16, seed=7)
+    leaves = [part.clone().requires_grad_() for part in given]
+    all_found = torch.autograd.grad(attend(leaves, {"is_causal": True}), leaves, below)
+    given[wanted].requires_grad_()
+    (found,) = torch.autograd.grad(attend(given, {"is_causal": True}), given[wanted], below)
+    assert torch.equal(found, all_found[wanted])
+
+
+def test_attention_that_is_left_to_torch(monkeypatch):
+    monkeypatch.setattr(attention._Attention, "apply", None)
+    given = attention_inputs(torch.bfloat16)
+    attend(given, {})
+    leaves = [part.clone().requires_grad_() for part in given]
+    with torch.no_grad():
+        attend(leaves, {})
+    attend(leaves, {"dropout_p": 0.1})
+    attend(leaves, {"attn_mask": torch.zeros(20, 20, dtype=torch.bfloat16, requires_grad=True)})
+    functional.scaled_dot_product_attention(*leaves)
+    wide = [part.float().requires_grad_() for part in given]
+    with float32_products(given[0]):
+        functional.scaled_dot_product_attention(*wide)
+    with pytest.raises(TypeError):
+        attend(leaves, {})
+    monkeypatch.setattr(products, "slow_dtypes", frozenset)
+    attend(leaves, {})
