@@ -52,11 +52,8 @@ endfunction()
 file(GLOB ACE_CUDA_TESTS CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/csrc/tests/cuda_*_test.cpp")
 foreach(test IN LISTS ACE_CUDA_TESTS)
   get_filename_component(name "${test}" NAME_WE)
-  ace_add_test(${name} "${test}")
+  ace_add_test(${name} "${test}" ${ACE_UNOPTIMIZED})  # the kernels are in the library
   target_link_libraries(${name} PRIVATE ace_host_kernels)
-  if(ACE_SANITIZE MATCHES "address")
-    target_compile_options(${name} PRIVATE -O0)  # the kernels are in the library; tests compile in half the time
-  endif()
   set_target_properties(${name} PROPERTIES ENABLE_EXPORTS ON)  # a kernel's PTX is found by its symbol
   ace_test_on_ptx(${name})
 endforeach()

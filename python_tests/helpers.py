@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ace_ext.ops._extension import registered
 
+OLDER_PROCESSORS = ["default", "avx2"] if torch.backends.cpu.get_cpu_capability() != "AVX2" else ["default"]
+"""Values of ``ATEN_CPU_CAPABILITY`` with other loops than this processor's own."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = ((1, 1), (1, 2), (2, 1), (31, 33), (32, 32), (33, 31), (3, 129), (129, 2), (2, 1134))
 

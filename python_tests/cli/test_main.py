@@ -55,7 +55,7 @@ def run_arguments(place, name, **changed):
     return ["run", *[part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]]
 
 
-def test_run_verify_eval(place):
+def test_run_verify_eval(place, capsys):
     done = ace_prune(*run_arguments(place, "out"))
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"ace-prune: bos auto: .*\n", done.stderr)  # one line, and no bar
@@ -68,13 +68,14 @@ def test_run_verify_eval(place):
     assert {"torch", "transformers", "ace_ext"} <= set(report["versions"])
     assert report["peak_memory_bytes"] > 0
 
-    verified = ace_prune("verify", place / "out")
-    assert verified.returncode == 0
-    assert "21 matrices, sparsity 0.5000" in verified.stdout
+    status, out, _ = call(capsys, "verify", place / "out")
+    assert status == 0
+    assert "21 matrices, sparsity 0.5000" in out
 
-    evaluated = ace_prune("eval", "--model", place / "out", "--text", place / "text.txt", "--seqlen", 32, "--json")
-    assert evaluated.returncode == 0, evaluated.stderr
-    assert json.loads(evaluated.stdout)["perplexity"] > 1
+    evaluate = ["eval", "--model", place / "out", "--text", place / "text.txt", "--seqlen", 32, "--json"]
+    status, out, error = call(capsys, *evaluate)
+    assert status == 0, error
+    assert json.loads(out)["perplexity"] > 1
 
 
 def test_json_report_on_stdout(place, capsys):

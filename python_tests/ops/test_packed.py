@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import SHAPES, UNIT, assert_same_bits, make_weight
+from helpers import OLDER_PROCESSORS, SHAPES, UNIT, assert_same_bits, make_weight
 from torch.nn.functional import linear
 
 from ace_ext import ops
@@ -206,7 +206,7 @@ def test_wrong_arguments_are_refused(changed, words):
         ops.packed_linear(**good | changed)
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2"])
+@pytest.mark.parametrize("capability", OLDER_PROCESSORS)
 def test_slower_loops_on_request(capability, tmp_path):
     """torch's environment variable also selects the loops of older processors; the same tests pass."""
     env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import SHAPES, UNIT, assert_same_bits, input_rounding
+from helpers import OLDER_PROCESSORS, SHAPES, UNIT, assert_same_bits, input_rounding
 
 from ace_ext import ops
 from ace_ext.ops import packed_reference as reference
@@ -292,7 +292,7 @@ def test_one_graph_serves_any_number_of_tokens(bits, random):
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2"])
+@pytest.mark.parametrize("capability", OLDER_PROCESSORS)
 def test_slower_loops_on_request(capability, bits, tmp_path):
     """torch's environment variable also selects the loops of older processors; the same tests pass."""
     env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
