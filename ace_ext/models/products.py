@@ -151,8 +151,6 @@ def _fill_panel(out: Tensor, given: Tensor, weight: Tensor, bias: Tensor | None)
 
 def _product(a: Tensor, b: Tensor, step: int) -> Tensor:
     """``a [n, k]`` times ``b [k, m]`` in float32. ``step`` entries along k are converted at a time."""
-    if len(b) <= step:
-        return a.float() @ b.float()
     total = torch.zeros(len(a), b.shape[1], dtype=torch.float32)
     for part in _slices(len(b), step):
         total.addmm_(a[:, part].float(), b[part].float())

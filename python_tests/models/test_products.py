@@ -142,8 +142,8 @@ def attend(given, options):
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "causal", "mask", "bias", "groups"])
 def test_gradients_of_attention(dtype, options):
-    """The result has the bits of torch's own. Gradients are those in float64, with roundings of a float32 sum and of
-    the gradient's dtype."""
+    """The result has the bits of torch's own. Gradients are those in float64, with errors of float32 sums (up to 1e-5)
+    and one rounding to the gradient's dtype."""
     options = options_in(dtype, options)
     given = attention_inputs(dtype, heads=4 if "enable_gqa" in options else 2)
     below = normal(*given[0].shape, dtype=dtype, seed=7)
@@ -155,7 +155,7 @@ def test_gradients_of_attention(dtype, options):
     expected = torch.autograd.grad(output, exact, below.double())
     for one, other in zip(torch.autograd.grad(found, leaves, below), expected, strict=True):
         assert one.dtype == dtype
-        assert torch.allclose(one.double(), other, rtol=torch.finfo(dtype).eps, atol=1e-5)
+        assert torch.allclose(one.double(), other, rtol=torch.finfo(dtype).eps / 2, atol=1e-5)
 
 
 @pytest.mark.parametrize("wanted", range(3))

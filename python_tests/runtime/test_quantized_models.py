@@ -185,9 +185,7 @@ def test_the_dtype_asked_for(grid, stored, tmp_path):
     assert (logits[0] - logits[1]).abs().max() < 2.0**-4 * logits[0].abs().max()
 
 
-def test_eval_verify_and_bench_take_quantized_folders(llama, monkeypatch, capsys):
-    """``bench`` loads folders in separate processes too, which takes long and test_pair.py does."""
-    monkeypatch.setattr("ace_ext.bench.pair._in_a_process", lambda _: (1.0, 1.0))
+def test_eval_verify_and_bench_take_quantized_folders(llama, capsys):
     dense, packed = llama
     results = []
     for folder in (dense, packed):
