@@ -1,5 +1,5 @@
 """Times half-precision products by torch and by way of float32 (ace_ext.models.products), by turns in one process, and
-the same of attention's backward pass (ace_ext.models.attention).
+the same of the projection of a weight for statistics and of attention's backward pass (ace_ext.models.attention).
 
     python benchmarks/float32_products.py [--threads 1]
 
@@ -10,12 +10,15 @@ dtype, then shapes, medians in milliseconds and the median of the ratios of pair
 import argparse
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from ace_ext.models.attention import attention
-from ace_ext.models.products import MIN_TOKENS, _Linear, slow_dtypes
+from ace_ext.models.products import MIN_TOKENS, _Linear, _panel, _product, slow_dtypes
+from ace_ext.pruning.statistics import SKETCH_ROWS
 
 SHAPES = ((1536, 576), (5632, 2048))
 TOKENS = (MIN_TOKENS, 32, 128, 1024)
@@ -30,11 +33,16 @@ def seconds(product, *arguments) -> float:
     return time.process_time() - start
 
 
-def pair_line(name: str, pairs: list[tuple[float, float]]) -> str:
+def print_pairs(name: str, own: Callable[[], float], wide: Callable[[], float]) -> None:
     """Medians of torch's time and of float32's in milliseconds, and of their ratios, without the first pair."""
-    own, wide = (1e3 * statistics.median(times) for times in zip(*pairs[1:], strict=True))
-    ratio = statistics.median(one / other for one, other in pairs[1:])
-    return f"  {name}: {own:.2f}, {wide:.2f}, {ratio:.2f} x"
+    pairs = [(own(), wide()) for _ in range(ROUNDS + 1)][1:]
+    medians = [1e3 * statistics.median(times) for times in zip(*pairs, strict=True)]
+    ratio = statistics.median(one / other for one, other in pairs)
+    print(f"  {name}: {medians[0]:.2f}, {medians[1]:.2f}, {ratio:.2f} x", flush=True)
+
+
+def projected(signs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return _product(signs, weight, _panel(weight.shape[1])).to(weight.dtype)
 
 
 def backward_seconds(attend, shape: tuple[int, ...], dtype: torch.dtype) -> float:
@@ -56,19 +64,23 @@ def main() -> None:
             weight = torch.randn(rows, cols).to(dtype)
             for tokens in TOKENS:
                 x = torch.randn(tokens, cols).to(dtype)
-                pairs = [
-                    (seconds(linear, x, weight), seconds(_Linear.apply, x, weight, None)) for _ in range(ROUNDS + 1)
-                ]
-                print(pair_line(f"{rows} x {cols}, {tokens:>4} tokens", pairs), flush=True)
-        for shape in HEADS:
-            pairs = [
-                (
-                    backward_seconds(lambda given: scaled_dot_product_attention(**given), shape, dtype),
-                    backward_seconds(attention, shape, dtype),
+                print_pairs(
+                    f"{rows} x {cols}, {tokens:>4} tokens",
+                    partial(seconds, linear, x, weight),
+                    partial(seconds, _Linear.apply, x, weight, None),
                 )
-                for _ in range(ROUNDS + 1)
-            ]
-            print(pair_line(f"attention's backward pass, {' x '.join(map(str, shape))}", pairs), flush=True)
+            signs = torch.randn(SKETCH_ROWS, rows).sign().to(dtype)
+            print_pairs(
+                f"{rows} x {cols}, projection",
+                partial(seconds, torch.matmul, signs, weight),
+                partial(seconds, projected, signs, weight),
+            )
+        for shape in HEADS:
+            print_pairs(
+                f"attention's backward pass, {' x '.join(map(str, shape))}",
+                partial(backward_seconds, lambda given: scaled_dot_product_attention(**given), shape, dtype),
+                partial(backward_seconds, attention, shape, dtype),
+            )
 
 
 if __name__ == "__main__":

@@ -71,6 +71,11 @@ def float32_products(of: nn.Module | Tensor) -> Iterator[None]:
         yield
 
 
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``a b`` of matrices of one dtype, in float32 on a CPU if the dtype is one of :func:`slow_dtypes`."""
+    return _product(a, b, _panel(b.shape[1])).to(b.dtype) if _is_slow_tensor(b) else a @ b
+
+
 def converted_bytes(tokens: int, rows: int, cols: int) -> int:
     """The most bytes in float32 that a product of ``[tokens, cols]`` with ``[rows, cols]`` needs at a time: about 30 MB
     for matrices of any size."""

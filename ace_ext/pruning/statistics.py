@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from ace_ext import ops
 from ace_ext.errors import InputError
 from ace_ext.models.fused_weights import ExpertLinear, filled_linear
-from ace_ext.models.products import float32_products
+from ace_ext.models.products import float32_products, matmul
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, MOMENT, SHARED_GRAM, SKETCH, WEIGHTED
 from ace_ext.pruning.scaling import InputScale, exponent_on_device, reads_at_once
@@ -346,7 +346,7 @@ def sketched_output(x: Tensor, weight: Tensor, product: Product = functional.lin
     reproducible.
     """
     if len(weight) > SKETCH_ROWS:
-        weight = _projection(len(weight), weight.device, weight.dtype) @ weight
+        weight = matmul(_projection(len(weight), weight.device, weight.dtype), weight)
     with float32_products(weight):  # as in the forward, in whatever thread this runs
         return product(x, weight)
 

@@ -79,10 +79,11 @@ def try_block(
     context = RunContext(device=device, keeps_forwards=keeps_forwards)
     found = []
     # The larger part comes first: it includes what libraries load at their first call.
-    for part in (large, small):
-        batches = part.chunk(parts)
-        with first.entrance(model):
-            calls = list(capture_calls(model, blocks, [{"input_ids": batch.to(device)} for batch in batches]))
+    trials = (large, small)
+    with first.entrance(model):
+        batches = [[{"input_ids": batch.to(device)} for batch in part.chunk(parts)] for part in trials]
+        captured = [list(capture_calls(model, blocks, inputs)) for inputs in batches]
+    for part, calls in zip(trials, captured, strict=True):
         hidden = HiddenStates([call.hidden for call in calls if call.hidden is not None], device=device)
         calls = [BlockCall(None, [call.others[index]], call.token_mask, call.tokens) for call in calls]
         with offloaded.loaded(0) as block, _Passes(block.module) as passes:

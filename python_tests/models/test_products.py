@@ -62,6 +62,18 @@ def test_close_to_torchs_own(dtype):
 
 
 @pytest.mark.parametrize("dtype", HALF)
+def test_product_of_two_matrices(dtype):
+    a, b = normal(130, 150, dtype=dtype), normal(150, 24, dtype=dtype, seed=1)
+    assert_close(products.matmul(a, b), a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_product_of_two_matrices_that_is_left_to_torch(dtype):
+    a, b = normal(130, 150, dtype=dtype), normal(150, 24, dtype=dtype, seed=1)
+    assert torch.equal(products.matmul(a, b), a @ b)
+
+
+@pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradients(dtype, bias):
     given = [normal(3, 50, 24, dtype=dtype), normal(130, 24, dtype=dtype, seed=1)]
