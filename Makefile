@@ -40,15 +40,15 @@ SLOW := bench/test_contest cli/test_bad_inputs engine/test_distillation engine/t
 test-quick: $(VENV)/installed
 	$(PYTEST) $(SLOW:%=--ignore=python_tests/%.py)
 
-# The C++ core, and the CUDA kernels on the host: plain, where (with nvcc) their PTX is run too, with the address and
-# undefined-behaviour sanitizers, and (float alone) with ThreadSanitizer, which takes each CUDA thread for a thread.
+# The C++ core, and the CUDA kernels on the host: plain, where (with nvcc) their PTX is run too, and with the address and
+# undefined-behaviour sanitizers.
 test-cpp:
 	tools/system_packages.sh
 	tools/test_cpp.sh build/cpp ""
 	tools/test_cpp.sh build/cpp-asan "address,undefined"
-	tools/test_cpp.sh build/cpp-tsan "thread"
 
 # Checks of the code that nvcc generates: warnings, spills, registers, 128-bit loads. Needs nvcc, but no GPU.
+# ACE_CUDA_ARCHS=80, as CI does, leaves sm_90 to the nightly job.
 check-kernels: $(VENV)/tools
 	tools/check_nvcc.sh build/nvcc
 	$(BIN)/python tools/check_registers.py build/nvcc build/ptx/sm_80
@@ -84,7 +84,7 @@ fuzz: $(VENV)/installed
 
 # What takes hours, or would rarely find what `make test` does not; docs/trust.md has the figures. Each part can be run
 # alone.
-nightly: nightly-python test-oldest nightly-cpp check-arm check-memory check-pages check-vllm coverage mutation licenses nightly-fuzz
+nightly: nightly-python test-oldest nightly-cpp check-kernels check-arm check-memory check-pages check-vllm coverage mutation licenses nightly-fuzz
 
 # The tests that `make test` leaves out (pyproject.toml, addopts), also those that need lm-eval, llama.cpp or ONNX Runtime.
 nightly-python: $(VENV)/installed
@@ -96,8 +96,9 @@ nightly-python: $(VENV)/installed
 test-oldest:
 	ACE_CUDA=0 PIP_CONSTRAINT="$$PWD/.ci/oldest.txt" $(MAKE) test-python VENV=.venv-oldest
 
-# The kernels' PTX under sanitizers; `make test` runs their source there, and the PTX without sanitizers. Also compares the
-# PTX for sm_90 with that for sm_80, which is the one that is run.
+# The kernels' source and PTX under sanitizers, also under ThreadSanitizer, which takes each CUDA thread for a thread; `make
+# test` runs the source under the first two, and the PTX without sanitizers. Also compares the PTX for sm_90 with that for
+# sm_80, which is the one that is run.
 nightly-cpp:
 	tools/system_packages.sh
 	ACE_CUDA_ARCHS="80 90" tools/test_cpp.sh build/cpp-asan "address,undefined"

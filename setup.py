@@ -48,6 +48,17 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
 
 
+def in_one(pattern: str, name: str) -> str:
+    """A file of the build folder that includes those that match. Most of the time to compile each of them goes to
+    torch's headers, which are then compiled once."""
+    file = ROOT / "build" / name
+    text = "".join(f'#include "{Path(path).relative_to("csrc").as_posix()}"\n' for path in sources(pattern))
+    if not file.exists() or file.read_text() != text:  # otherwise it need not be compiled again
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+    return str(file.relative_to(ROOT))
+
+
 def openmp() -> list[str]:
     """The OpenMP flag: without it at::parallel_for, a template in torch's headers, runs on one thread.
 
@@ -72,9 +83,9 @@ def extension():
     flags["cxx"] += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]  # the last two change no value
     flags["cxx"] += openmp()
     macros = [("ACE_VERSION", version)]
-    files = sources("csrc/*.cpp", "csrc/ops/*.cpp", "csrc/cpu/*.cpp")
+    files = [in_one("csrc/ops/*.cpp", "ops.cpp"), *sources("csrc/*.cpp", "csrc/cpu/*.cpp")]
     if cuda:
-        files += sources("csrc/cuda/*.cpp", "csrc/cuda/*.cu")
+        files += [in_one("csrc/cuda/*.cpp", "cuda_glue.cpp"), *sources("csrc/cuda/*.cu")]
         macros += [("ACE_WITH_CUDA", None), ("ACE_CUDA_VERSION", torch.version.cuda)]
         flags["nvcc"] = ["-O3", "-lineinfo", "--fmad=false", "-Xcompiler=-ffp-contract=off"]
         if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
