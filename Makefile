@@ -40,11 +40,11 @@ SLOW := bench/test_contest cli/test_bad_inputs engine/test_distillation engine/t
 test-quick: $(VENV)/installed
 	$(PYTEST) $(SLOW:%=--ignore=python_tests/%.py)
 
-# The C++ core, and the CUDA kernels on the host: plain, where (with nvcc) their PTX is run too, and with the address and
-# undefined-behaviour sanitizers.
+# The C++ core, and the CUDA kernels on the host: all with the address and undefined-behaviour sanitizers, and the kernels
+# without them too, where (with nvcc) their PTX is run as well.
 test-cpp:
 	tools/system_packages.sh
-	tools/test_cpp.sh build/cpp ""
+	ACE_KERNELS_ONLY=ON tools/test_cpp.sh build/cpp ""
 	tools/test_cpp.sh build/cpp-asan "address,undefined"
 
 # Checks of the code that nvcc generates: warnings, spills, registers, 128-bit loads. Needs nvcc, but no GPU.

@@ -3,11 +3,13 @@
 import importlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -35,6 +37,11 @@ def script(path: str) -> ModuleType:
         return importlib.import_module(file.stem)
     finally:
         sys.path.remove(str(file.parent))
+
+
+def rest_nightly(kept: Collection[Any], values: Iterable[Any]) -> list[Any]:
+    """The values of a parameter, of which those of ``kept`` are tested with each change and the rest at night."""
+    return [value if value in kept else pytest.param(value, marks=pytest.mark.nightly) for value in values]
 
 
 # Cases

@@ -106,6 +106,8 @@ FAMILIES = _DENSE | _MIXTURES
 DENSE_FAMILIES = [*_DENSE]
 MIXTURES = ["mixtral", "qwen3-moe", "granite-moe"]
 """Their fused experts are saved under names of another module, each matrix by itself, and as they are."""
+OFTEN = ["llama", "gemma3", *MIXTURES]
+"""Families for which long tests run with each change; for the others they run at night."""
 
 
 def grouped(kind: str = "Llama") -> nn.Module:

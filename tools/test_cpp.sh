@@ -4,6 +4,7 @@
 # for sm_80, and of other architectures what differs from it.
 # Then the kernels' instructions are counted on it; more than recorded is a failure (benchmarks/predict.py).
 # ACE_CUDA_ARCHS="80 90" names the architectures; with sanitizers the PTX is run only if it is set, as that takes long.
+# ACE_KERNELS_ONLY=ON leaves out the tests of csrc/core and csrc/cpu.
 # With ThreadSanitizer the tests of 16-bit types run only if ACE_ALL_TYPES is set: threads meet in the same places for each
 # type, and these tests take most of the time. Nor does the test of left-out barriers, which the other builds run.
 set -euo pipefail
@@ -24,7 +25,8 @@ elif [ -x "${NVCC:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}" ]; then
 else
   echo "test_cpp: no nvcc, so the kernels are tested as source only, NOT as PTX" >&2
 fi
-cmake -S . -B "$1" ${ACE_CMAKE_OPTIONS-} -DACE_SANITIZE="$2" -DACE_PTX_FOLDERS="${folders%;}" --log-level=WARNING >/dev/null
+cmake -S . -B "$1" ${ACE_CMAKE_OPTIONS-} -DACE_SANITIZE="$2" -DACE_PTX_FOLDERS="${folders%;}" \
+  -DACE_KERNELS_ONLY="${ACE_KERNELS_ONLY:-OFF}" --log-level=WARNING >/dev/null
 cmake --build "$1" --parallel "${JOBS:-2}"
 left_out=()
 if [ "$2" = thread ] && [ -z "${ACE_ALL_TYPES-}" ]; then

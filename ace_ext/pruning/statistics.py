@@ -6,7 +6,7 @@ Weighted statistics depend on each Linear's own output and are not shared.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from typing import TypeVar
 
 import torch
@@ -235,15 +235,16 @@ class StatisticsCollector:
             stats.sampled.append(rows[::step][: self._sample_rows].clone())
             if INPUT in self.needs:
                 _collected(stats.input).update(rows)
+        sketched = cache(partial(self._sketched_output, name, rows))
         if stats.gram is not None and (leader == name or COSINE_GRAM in self.needs):
-            stats.gram.update(rows, None if GRAM in self.needs else token_scales(self._sketched_output(name, rows)))
+            stats.gram.update(rows, None if GRAM in self.needs else token_scales(sketched()))
         if self.wants_output:
             bias: Tensor | None = self.linears[name].bias
             dense = _tokens(_collected(output) if bias is None else _collected(output) - bias, mask)
             if MOMENT in self.needs:
                 ops.update_cosine_moment_(_collected(stats.moment), rows, dense)
         elif WEIGHTED in self.needs:
-            dense = self._sketched_output(name, rows)
+            dense = sketched()
         if WEIGHTED in self.needs:
             _collected(stats.weighted).update(rows, token_weights(name, dense))
 

@@ -262,7 +262,11 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize(("start", "rank"), [(torchrun, 0), (ranks, 0), (ranks, 1)], ids=["torchrun-0", "0", "1"])
+@pytest.mark.parametrize(
+    ("start", "rank"),
+    [pytest.param(torchrun, 0, marks=pytest.mark.nightly), (ranks, 0), (ranks, 1)],
+    ids=["torchrun-0", "0", "1"],
+)
 def test_an_error_of_one_ends_all(start, rank, tmp_path):
     dense = save_dense(tmp_path / "dense")
     status, _, err = start(dense, tmp_path / "out", script=FAILS_ON_ONE.replace("{rank}", str(rank)))

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import FAMILIES, MIXTURES, make_model, make_tokens
+from helpers import rest_nightly
+from tiny_models import FAMILIES, MIXTURES, OFTEN, make_model, make_tokens
 
 from ace_ext import InputError, PruneConfig, prune_model
 from ace_ext.healing import HealSettings, distill_, loss, window
@@ -83,7 +84,7 @@ def test_equal_models_have_no_loss():
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", rest_nightly(OFTEN, FAMILIES))
 def test_the_loss_falls_and_only_kept_weights_change(family):
     dense, model = make_model(family), pruned_model(family)
     before = state(model)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from folders import prune, save_dense, weights_bytes
-from tiny_models import FAMILIES, make_model
+from tiny_models import FAMILIES, OFTEN, make_model
 
 from ace_ext import InputError
 from ace_ext.models.block_store import OffloadedBlocks, entrance, load_, unload_
@@ -26,7 +26,10 @@ ONE_FILE, SHARDED = {}, {"max_shard_size": "20KB"}
 
 @pytest.mark.parametrize(
     ("family", "save"),
-    [pytest.param(family, SHARDED, id=f"sharded-{family}") for family in FAMILIES]
+    [
+        pytest.param(family, SHARDED, id=f"sharded-{family}", marks=[] if family in OFTEN else [pytest.mark.nightly])
+        for family in FAMILIES
+    ]
     + [pytest.param(family, ONE_FILE, id=f"one-file-{family}") for family in ("llama", "mixtral")],
 )
 def test_same_bytes_as_in_memory(family, save, tmp_path):
