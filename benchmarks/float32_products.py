@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from ace_ext.models.attention import attention
-from ace_ext.models.products import MIN_TOKENS, _Linear, _panel, _product, slow_dtypes
+from ace_ext.models.products import MIN_TOKENS, _Linear, float32_matmul, slow_dtypes
 from ace_ext.pruning.statistics import SKETCH_ROWS
 
 SHAPES = ((1536, 576), (5632, 2048))
@@ -39,10 +39,6 @@ def print_pairs(name: str, own: Callable[[], float], wide: Callable[[], float]) 
     medians = [1e3 * statistics.median(times) for times in zip(*pairs, strict=True)]
     ratio = statistics.median(one / other for one, other in pairs)
     print(f"  {name}: {medians[0]:.2f}, {medians[1]:.2f}, {ratio:.2f} x", flush=True)
-
-
-def projected(signs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return _product(signs, weight, _panel(weight.shape[1])).to(weight.dtype)
 
 
 def backward_seconds(attend, shape: tuple[int, ...], dtype: torch.dtype) -> float:
@@ -73,7 +69,7 @@ def main() -> None:
             print_pairs(
                 f"{rows} x {cols}, projection",
                 partial(seconds, torch.matmul, signs, weight),
-                partial(seconds, projected, signs, weight),
+                partial(seconds, float32_matmul, signs, weight),
             )
         for shape in HEADS:
             print_pairs(

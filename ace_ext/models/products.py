@@ -73,7 +73,12 @@ def float32_products(of: nn.Module | Tensor) -> Iterator[None]:
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """``a b`` of matrices of one dtype, in float32 on a CPU if the dtype is one of :func:`slow_dtypes`."""
-    return _product(a, b, _panel(b.shape[1])).to(b.dtype) if _is_slow_tensor(b) else a @ b
+    return float32_matmul(a, b) if _is_slow_tensor(b) else a @ b
+
+
+def float32_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``a b`` of half-precision matrices on a CPU, in float32, rounded once. Parts of them are converted at a time."""
+    return _product(a, b, _panel(b.shape[1])).to(b.dtype)
 
 
 def converted_bytes(tokens: int, rows: int, cols: int) -> int:
@@ -132,7 +137,7 @@ class _Linear(torch.autograd.Function):
         if wanted[0]:
             of_x = torch.empty_like(rows)
             for part in _slices(len(rows), _part(rows.shape[1])):
-                of_x[part] = _product(below[part], weight, _panel(rows.shape[1]))
+                of_x[part] = float32_matmul(below[part], weight)
             of_x = of_x.view(x.shape)
         if wanted[1]:
             of_weight = torch.empty_like(weight)
