@@ -19,6 +19,7 @@ from ace_ext.bench.gguf_writer import check_writable, write_gguf
 from ace_ext.bench.settings import BenchProgress, BenchSettings
 from ace_ext.bench.worker import Worker
 from ace_ext.errors import InputError
+from ace_ext.models.gguf_header import gguf_reader
 from ace_ext.models.location import ModelLocation, as_input_error
 from ace_ext.models.safetensors_files import Shards
 from ace_ext.packed.files import PackedShards
@@ -110,15 +111,13 @@ def check_gguf(dense: str | Path, sources: Sequence[str | Path], smaller: Sequen
         InputError: a class or setting that :func:`ace_ext.bench.gguf_writer.check_writable` refuses, or a file of
             another model.
     """
-    from gguf import GGUFReader
-
     if any(isinstance(source, str) for source in sources):
         for folder in (dense, *(own.path for own in smaller)):
             check_writable(folder)
     weights, _ = _weights(dense)
     for source in sources:
         if isinstance(source, Path):
-            own = sum(int(tensor.n_elements) for tensor in GGUFReader(source).tensors)
+            own = sum(int(tensor.n_elements) for tensor in gguf_reader(source).tensors)
             if abs(own - weights) > weights / 100:  # files of llama.cpp may have rotary factors too
                 raise InputError(
                     f"against {str(source)!r} has {own} weights, the dense folder {weights}; give a file of a model of "

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ace_ext.models.gguf_header import read_once
+from ace_ext.models.gguf_header import gguf_reader, read_once
 from ace_ext.models.location import ModelLocation, as_input_error
 from ace_ext.models.skeleton import Unpacking, empty_model
 from ace_ext.models.tokenizer import Tokenizer
@@ -34,10 +34,10 @@ def _unpacking(file: Path, dtype: torch.dtype) -> Unpacking:
     file read so far, and twice the tensor's float32 values. SmolLM2-135M in Q4_1 peaks at its end, where the whole file
     is mapped: 98 MB of pages, 269 MB of bfloat16 weights and 150 MB for the reader.
     """
-    from gguf import GGUFReader, dequantize
+    from gguf import dequantize
 
     before = resident_bytes()
-    reader = GGUFReader(file)
+    reader = gguf_reader(file)
     index = max(0, resident_bytes() - before)
     total = sum(int(tensor.n_elements) for tensor in reader.tensors) * dtype.itemsize
     peak = done = mapped = 0

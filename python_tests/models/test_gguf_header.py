@@ -1,13 +1,15 @@
-"""The walk through a GGUF file's header: what it counts must be in the file."""
+"""The walk through a GGUF file's header: what it counts must be in the file. The reader for files that pass."""
 
 import struct
 import time
 
+import gguf
+import numpy as np
 import pytest
 
 from ace_ext import InputError
 from ace_ext.cli.main import main
-from ace_ext.models.gguf_header import check_gguf
+from ace_ext.models.gguf_header import check_gguf, gguf_reader
 
 UINT8, UINT32, FLOAT32, STRING, ARRAY = 0, 4, 6, 8, 9
 
@@ -85,3 +87,36 @@ def test_counts_that_do_not_fit(content, words, tmp_path, capsys):
     assert printed.err.count("\n") == 1
     assert "is not a complete GGUF file: " in printed.err
     assert words in printed.err
+
+
+def test_the_reader_returns_what_the_librarys_does(tmp_path):
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("model")
+    writer.add_rope_freq_base(1e4)
+    writer.add_token_list(["a", "the", "\N{SNOWMAN}"])
+    writer.add_token_scores([0.5, -1.0, 2.0])
+    values = np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 64)
+    writer.add_tensor("plain", values)
+    q8 = gguf.GGMLQuantizationType.Q8_0
+    writer.add_tensor("rounded", gguf.quantize(values, q8), raw_dtype=q8)
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        write()
+
+    check_gguf(path)
+    own, library = gguf_reader(path), gguf.GGUFReader(path)
+    assert list(own.fields) == list(library.fields)
+    for field, expected in zip(own.fields.values(), library.fields.values(), strict=True):
+        assert field.contents() == expected.contents()
+        assert (field.types, field.data) == (expected.types, expected.data)
+    assert [tensor.name for tensor in own.tensors] == ["plain", "rounded"]
+    for tensor, expected in zip(own.tensors, library.tensors, strict=True):
+        assert type(tensor.data) is np.ndarray  # the library's are numpy.memmap, which is slow to slice
+        assert tensor.tensor_type == expected.tensor_type
+        assert tensor.data.dtype == expected.data.dtype
+        np.testing.assert_array_equal(tensor.data, expected.data, strict=True)
