@@ -10,11 +10,9 @@ def unpack_bitmap(bitmap: Tensor, values: Tensor, row_start: Tensor | None, cols
     weight = torch.zeros(len(bitmap), cols, dtype=values.dtype)
     stored = values.flatten()
     for row, bits in enumerate(bitmap.tolist()):
-        place = row * values.shape[-1] if row_start is None else int(row_start[row])
-        for column in range(cols):
-            if bits[column // 8] >> (column % 8) & 1:
-                weight[row, column] = stored[place]
-                place += 1
+        start = row * values.shape[-1] if row_start is None else int(row_start[row])
+        kept = [column for column in range(cols) if bits[column // 8] >> (column % 8) & 1]
+        weight[row, kept] = stored[start : start + len(kept)]
     return weight
 
 
@@ -60,7 +58,7 @@ def exact_weight(
 
 def _dense_codes(bitmap: Tensor, codes: Tensor, bits: int, row_start: Tensor | None, cols: int) -> Tensor:
     """The codes ``[rows, cols]`` int64, 0 where none is stored."""
-    dense = torch.zeros(len(bitmap), cols, dtype=torch.int64)
+    dense = [[0] * cols for _ in range(len(bitmap))]
     stored = codes.flatten().tolist()
     for row, mask in enumerate(bitmap.tolist()):
         start = row * codes.shape[-1] if row_start is None else int(row_start[row])
@@ -68,9 +66,9 @@ def _dense_codes(bitmap: Tensor, codes: Tensor, bits: int, row_start: Tensor | N
         for column in range(cols):
             if mask[column // 8] >> (column % 8) & 1:
                 code = stored[start + place * bits // 8] >> place * bits % 8 & (1 << bits) - 1
-                dense[row, column] = code - (1 << bits) if code >> (bits - 1) else code
+                dense[row][column] = code - (1 << bits) if code >> (bits - 1) else code
                 place += 1
-    return dense
+    return torch.tensor(dense, dtype=torch.int64).view(len(bitmap), cols)
 
 
 def _scale_of_each(scales: Tensor, group: int, cols: int) -> Tensor:

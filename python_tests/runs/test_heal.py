@@ -334,19 +334,20 @@ def larger(tmp_path_factory):
 def test_a_limit_decides_how_many_blocks_are_trained_together(larger, tmp_path, monkeypatch):
     free = Free(monkeypatch)
     monkeypatch.setattr(model_shape, "slow_dtypes", frozenset)  # what is converted would hide how large the states are
-    tokens = {"tokens": 4 * BUDGET}  # so that their states take more than the megabyte that "at least" is rounded to
-    heal_folder(request(larger / "pruned", tmp_path / "all", SMALLER, **tokens))
+    heal_folder(request(larger / "pruned", tmp_path / "all", SMALLER, tokens=256))
     assert (free.divisions[-1].parts, free.divisions[-1].resident, free.divisions[-1].graphs) == (1, True, 6)
+    tokens = {"tokens": 4 * BUDGET}  # so that their states take more than the megabyte that "at least" is rounded to
+    fewer_steps = replace(SMALLER, step_tokens=128)
     with pytest.raises(
         InputError, match=r"max-memory must be at least \d+MB here \(got 1MB\).*lower --step-tokens"
     ) as e:
-        heal_folder(request(larger / "pruned", tmp_path / "none", SMALLER, max_memory=10**6, **tokens))
+        heal_folder(request(larger / "pruned", tmp_path / "none", fewer_steps, max_memory=10**6, **tokens))
     least = parse_bytes(str(e.value).split("at least ")[1].split(" ")[0])
     assert not (tmp_path / "none").exists()
     found = []
     for limit in (least, 3 * least):
         report, path = heal_folder(
-            request(larger / "pruned", tmp_path / str(limit), SMALLER, max_memory=limit, **tokens)
+            request(larger / "pruned", tmp_path / str(limit), fewer_steps, max_memory=limit, **tokens)
         )
         assert verify(path).problems == []
         assert report.healing.loss_after < report.healing.loss_before
