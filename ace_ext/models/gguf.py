@@ -32,7 +32,7 @@ def _unpacking(file: Path, dtype: torch.dtype) -> Unpacking:
     transformers maps the file and unpacks its tensors in their order. At each tensor, memory holds the weights unpacked
     so far, the reader's index (measured here; each word of the vocabulary is an array of its own), the pages of the
     file read so far, and twice the tensor's float32 values. SmolLM2-135M in Q4_1 peaks at its end, where the whole file
-    is mapped: 98 MB of pages, 269 MB of bfloat16 weights and 150 MB for the reader.
+    is mapped: 98 MB of pages, 269 MB of bfloat16 weights and 77 MB for the reader.
     """
     from gguf import dequantize
 
