@@ -47,7 +47,7 @@ def _reader_class() -> "type[GGUFReader]":
 
     class PlainReader(GGUFReader):
         """The library's reader, with the file as a plain array. The library slices a ``numpy.memmap`` several times for
-        each word of the vocabulary, and each slice of one costs as much as five of a plain array."""
+        each word of the vocabulary, and each slice of one costs as much as seven of a plain array."""
 
         def __setattr__(self, name: str, value: object) -> None:
             super().__setattr__(name, value.view(np.ndarray) if isinstance(value, np.memmap) else value)
