@@ -89,7 +89,7 @@ def test_counts_that_do_not_fit(content, words, tmp_path, capsys):
     assert words in printed.err
 
 
-def test_the_reader_returns_what_the_librarys_does(tmp_path):
+def test_the_reader_returns_what_that_of_the_library_does(tmp_path):
     path = tmp_path / "m.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("model")
