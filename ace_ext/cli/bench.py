@@ -29,7 +29,7 @@ from ace_ext.bench.contest import (
 from ace_ext.bench.pair import BenchResult, Difference, Pair, bench, pair_steps
 from ace_ext.bench.settings import BenchProgress, BenchSettings
 from ace_ext.cli import args as shared
-from ace_ext.errors import InputError
+from ace_ext.errors import InputError, existing_folder
 from ace_ext.packed.files import is_packed
 from ace_ext.packed.packing import unpack
 from ace_ext.reporting.bench_plot import check_plot, contest_plot, pair_plot, write_plot
@@ -80,7 +80,7 @@ def add(commands: shared.Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the verb; returns the exit status."""
-    smaller = [folder for folder in args.folders if not is_packed(folder)]
+    smaller = [folder for folder in args.folders if not is_packed(existing_folder(folder))]
     if smaller and args.dense is None:
         raise InputError(
             f"{smaller[0]!r} is not packed; give a folder that ace-prune pack wrote, or the dense folder too (--dense)"

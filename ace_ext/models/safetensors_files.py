@@ -14,7 +14,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
-from ace_ext.errors import InputError
+from ace_ext.errors import InputError, existing_folder
 from ace_ext.models.safetensors_header import Entry, read_header
 from ace_ext.models.tensor_map import Stored, layout_of
 
@@ -235,7 +235,7 @@ def _check_link(file: Path) -> None:
 
 def _files(folder: Path) -> list[Path]:
     """The files that transformers would load. As there, the single file takes precedence over an index."""
-    index = folder / INDEX
+    index = existing_folder(folder) / INDEX
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if not index.is_file():

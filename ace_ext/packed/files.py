@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ace_ext.errors import InputError
+from ace_ext.errors import InputError, existing_folder
 from ace_ext.grids import Grid
 from ace_ext.models.safetensors_files import Shards, read_entry
 from ace_ext.models.safetensors_header import Entry, Header, parse_header, read_header
@@ -239,7 +239,7 @@ class PackedShards(Shards):
     """
 
     def __init__(self, folder: str | Path, mapped: bool = True) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder = existing_folder(Path(folder).expanduser())
         self.files = sorted(self.folder.glob(f"*{SUFFIX}"))
         if not self.files:
             raise InputError(f"{str(folder)!r} holds no {SUFFIX[1:]} files; give a folder that ace-prune pack wrote")

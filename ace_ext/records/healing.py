@@ -50,7 +50,7 @@ class Healing:
         rate, steps = self.settings["learning_rate"], ", ".join(map(str, self.backed_off))
         end = f"; the learning rate {rate:.2g} was too high: lowered after step {steps}" if steps else ""
         if not self.loss_after < self.loss_before:
-            end += "; no gain, try a lower one"
+            end += "; no gain, try a lower learning rate"
         return (
             f"distilled on {self.tokens:,} tokens in {self.steps} steps, {self.seconds:.1f} s: {self.loss_of} on "
             f"{self.held_out:,} held-out tokens {self.loss_before:.4f} before, {self.loss_after:.4f} after{end}"

@@ -13,6 +13,7 @@ from ace_ext.models.block_store import BlockSource, OffloadedBlocks, ResidentBlo
 from ace_ext.models.blocks import Block
 from ace_ext.models.location import locate
 from ace_ext.models.safetensors_files import Shards, has_safetensors
+from ace_ext.packed.files import is_packed
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.records import PruneReport
 from ace_ext.runs.heal_request import HealRequest
@@ -35,8 +36,10 @@ def open_pruned(request: HealRequest, report: PruneReport) -> Source:
         raise InputError(
             f"calibration {request.text.source!r} is text, and {folder!r} was calibrated on images or sound; give such"
         )
+    if is_packed(folder):
+        raise InputError(f"{folder!r} is packed; give the dense folder, which ace-prune unpack writes")
     if not has_safetensors(folder):
-        raise InputError(f"{folder!r} has no safetensors; give a folder that ace-prune run wrote in the dense format")
+        raise InputError(f"{folder!r} has no safetensors; give a folder that ace-prune run wrote")
     source = open_source(RunRequest(folder, config_of(report), request.text, NO_OFFLOAD, request.device), weights=False)
     if source.files.shards is None:
         raise InputError(f"{folder!r} does not store every parameter unchanged; give a folder that ace-prune run wrote")

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ace_ext.errors import InputError, one_line
+from ace_ext.errors import InputError, existing_folder, one_line
 from ace_ext.fingerprint import differences
 from ace_ext.records import REPORT_NAME, PruneReport
 from ace_ext.runs.own_files import MANIFEST_NAME, foreign_files, read_manifest
@@ -150,9 +150,9 @@ def read_report(folder: str | Path) -> PruneReport:
     """The report in the folder of a pruned model.
 
     Raises:
-        InputError: there is none, or the file is not a report of this program.
+        InputError: there is no such folder, it has no report, or the file is not a report of this program.
     """
-    path = Path(folder) / REPORT_NAME
+    path = existing_folder(folder) / REPORT_NAME
     if not os.path.isfile(path):
         raise InputError(f"{str(folder)!r} has no {REPORT_NAME}; give a folder that ace-prune run wrote")
     try:

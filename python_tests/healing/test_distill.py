@@ -117,7 +117,7 @@ def test_a_rate_that_is_too_high_changes_nothing_and_is_said(rate):
     assert healing.loss_after == healing.loss_before
     assert rate > 10 or None not in losses
     assert all(torch.equal(value, before[name]) for name, value in state(model).items())
-    assert healing.summary().endswith("too high: lowered after step 2, 4, 6; no gain, try a lower one")
+    assert healing.summary().endswith("too high: lowered after step 2, 4, 6; no gain, try a lower learning rate")
 
 
 @pytest.mark.parametrize(("steps", "checks"), [(1, 4), (16, 4), (20, 5), (32, 8), (480, 8)])

@@ -239,6 +239,17 @@ def test_bad_requests_are_refused_in_one_line(pruned, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out", "text.txt"]
 
 
+@pytest.mark.parametrize("verb", ["verify", "heal", "pack", "unpack", "bench"])
+def test_a_folder_that_does_not_exist(verb, tmp_path, capsys):
+    options = [] if verb in ("verify", "bench") else ["--output", tmp_path / "out"]
+    assert refused(capsys, verb, tmp_path / "nowhere", *options).endswith("nowhere' is not a folder; check the path")
+
+
+def test_heal_says_how_to_get_the_dense_folder(pruned, tmp_path, capsys):
+    pack(pruned, tmp_path / "packed", "bitmap")
+    assert "ace-prune unpack" in refused(capsys, "heal", tmp_path / "packed", "--output", tmp_path / "out")
+
+
 def damage(folder, how) -> None:
     (path,) = folder.glob(f"*{SUFFIX}")
     data = bytearray(path.read_bytes())
