@@ -1,5 +1,5 @@
 """Removes whole blocks: again and again the one with the least influence, ``1 - cos(input, output)`` (ShortGPT, arXiv
-2403.03853), measured anew without those that are gone."""
+2403.03853), measured again without those that are gone."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -19,7 +19,6 @@ from ace_ext.structures.smaller import (
     fill_,
     laid_out,
     numbers_of,
-    output_of,
     shapes_of,
 )
 
@@ -117,13 +116,11 @@ def without_blocks(
     kept = [index for index in range(len(blocks)) if index not in places]
     smaller, names = lay_out_without(model, blocks, kept, field)
     fill_(smaller, {new: tensor for name, tensor in model.state_dict().items() if (new := names(name))}, model)
-    tokens = few_tokens(batches[0])
     with ExitStack() as stack:
         for place in places:
             module = blocks[place].module
             stack.enter_context(replaced_forward(module, _bypass(module.forward)))
-        expected = output_of(model, tokens)
-    check_same("blocks", expected, output_of(smaller, tokens), next(model.parameters()).dtype)
+        check_same("blocks", model, smaller, few_tokens(batches[0]))
     return smaller, [DroppedBlock(blocks[place].name, influence) for place, influence in gone]
 
 

@@ -148,7 +148,7 @@ def find_units(model: nn.Module, blocks: list[Block], part: removal.Heads | remo
         InputError: there are none, or no settings of the configuration change them alone.
     """
     if shapes_of(laid_out(model, {})) != shapes_of(model):
-        raise InputError("remove: the model does not have the shapes that its configuration gives; load it anew")
+        raise InputError("remove: the model does not have the shapes that its configuration gives; load it again")
     return find_heads(model, blocks, part) if isinstance(part, removal.Heads) else find_neurons(model, blocks)
 
 
