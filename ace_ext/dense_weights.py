@@ -43,7 +43,7 @@ def describe_dense(dense: Sequence[DenseWeight], pruned: int) -> list[str]:
         kinds.setdefault((kind_of(weight.name), weight.reason), []).append(weight)
     total = sum(weight.size for weight in dense)
     share = total / max(1, total + pruned)
-    lines = [f"stay dense: {len(dense)} weights, {share:.2%} of those that are listed here"] if dense else []
+    lines = [f"stay dense: {len(dense)} tensors, {share:.2%} of the weights that are listed here"] if dense else []
     for (kind, reason), weights in kinds.items():
         lines.append(f"  {kind}  {len(weights)} x {'x'.join(map(str, weights[0].shape))}  ({reason})")
     return lines

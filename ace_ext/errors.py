@@ -1,6 +1,8 @@
 """The exception for errors that the caller can correct. Any other exception is an internal error."""
 
+import difflib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -20,6 +22,15 @@ def existing_folder(folder: str | os.PathLike[str]) -> Path:
     if not os.path.isdir(folder):
         raise InputError(f"{str(folder)!r} is not a folder; check the path")
     return Path(folder)
+
+
+def suggestion(value: object, choices: Iterable[object], cutoff: float = 0.6) -> str:
+    """``"; did you mean balanced?"`` if a value is nearly one of the choices, else an empty text. ``cutoff``: the least
+    similarity, from 0 to 1."""
+    if not isinstance(value, str):
+        return ""
+    close = difflib.get_close_matches(value, [str(choice) for choice in choices], n=1, cutoff=cutoff)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def one_line(error: BaseException, longest: int = 400) -> str:

@@ -2,8 +2,8 @@
 
     python benchmarks/decode_step.py DENSE PACKED [--tokens 32]
 
-Both models decode the same tokens by turns, batch 1, one token a call. Clocks around each Linear give the two products;
-the rest is the step less these: attention, norms, and Python. Prints milliseconds a token and shares.
+Both models decode the same tokens alternately, batch 1, one token a call. Clocks around each Linear give the two
+products; the rest is the step less these: attention, norms, and Python. Prints milliseconds a token and shares.
 """
 
 import argparse

@@ -31,7 +31,7 @@ def schedule(workers: list[Worker], policy: int, priority: int) -> None:
 
 
 def decoding(workers: list[Worker], batch: int, tokens: int, rounds: int, end: float) -> list[tuple[float, float]]:
-    """Seconds of both in each round, by turns. Rounds that would start after ``end`` are left out."""
+    """Seconds of both in each round, alternating. Rounds that would start after ``end`` are left out."""
     found = []
     for number in range(rounds):
         if time.monotonic() > end:

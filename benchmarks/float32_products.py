@@ -1,5 +1,5 @@
-"""Times half-precision products by torch and by way of float32 (ace_ext.models.products), by turns in one process, and
-the same of the projection of a weight for statistics and of attention's backward pass (ace_ext.models.attention).
+"""Times half-precision products by torch and by way of float32 (ace_ext.models.products), alternating in one process,
+and the same of the projection of a weight for statistics and of attention's backward pass (ace_ext.models.attention).
 
     python benchmarks/float32_products.py [--threads 1]
 

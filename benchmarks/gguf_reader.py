@@ -1,4 +1,4 @@
-"""Times the reading of a GGUF file's header by the library's reader and by ace_ext's, by turns in one process.
+"""Times the reading of a GGUF file's header by the library's reader and by ace_ext's, alternating in one process.
 
     python benchmarks/gguf_reader.py MODEL.gguf
 

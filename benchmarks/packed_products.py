@@ -1,5 +1,5 @@
-"""Times products with packed matrices, with survivors of 8 and 4 bits too, against torch's dense ones, by turns in one
-process.
+"""Times products with packed matrices, with survivors of 8 and 4 bits too, against torch's dense ones, alternating in
+one process.
 
     python benchmarks/packed_products.py [--zeros 0.5 | --zeros 2:4] [--threads 1] [--dtype bfloat16]
         [--only packed int8 int4] [--tokens 1 4 16]

@@ -14,14 +14,14 @@ from ace_ext.data.bos import AUTO, MODES, NEVER, default_mode
 from ace_ext.data.corpora import BUNDLED, SELF, SOURCES
 from ace_ext.data.mixture import is_jsonl
 from ace_ext.engine.devices import pick_device
-from ace_ext.errors import InputError
+from ace_ext.errors import InputError, suggestion
 from ace_ext.models.loading import WEIGHT_DTYPES
 from ace_ext.process_memory import parse_bytes
 from ace_ext.pruning.config import MAX_DENSE, SPARSITY, PruneConfig
 from ace_ext.pruning.groups import GROUPS
-from ace_ext.pruning.method import DEFAULT, PRESETS, PUBLISHED, options_of
+from ace_ext.pruning.method import DEFAULT, PRESETS, PUBLISHED, option_hint, options_of
 from ace_ext.pruning.metrics import METRICS
-from ace_ext.pruning.settings import Setting, suggestion
+from ace_ext.pruning.settings import Setting
 from ace_ext.pruning.stages import KINDS, Score, stages_of
 from ace_ext.runs.media import reader_of
 from ace_ext.runs.options import (
@@ -99,7 +99,8 @@ class OneLineParser(argparse.ArgumentParser):
         """The option, verb or value that the user probably meant."""
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
         if unknown:
-            return suggestion(unknown[1], self._options(), cutoff=0.8)
+            meant = suggestion(unknown[1], self._options(), cutoff=0.8)
+            return option_hint(unknown[1].removeprefix("--").replace("-", "_")) or meant
         choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
         return suggestion(choice[1], re.findall(r"[\w:.-]+", choice[2])) if choice else ""
 
@@ -126,14 +127,21 @@ def add_remote_code(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser, help: str = "a folder, a .gguf file, or a hub name") -> None:
     """Adds the model, how to load it, and the options of every verb that loads one."""
-    parser.add_argument("--model", required=True, help="a folder, a .gguf file, or a hub name")
+    parser.add_argument("--model", required=True, help=help)
     add_remote_code(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", choices=["auto", *WEIGHT_DTYPES], help="dtype of the weights")
     parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no notes on stderr")
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"a share from 0 to 1, such as 0.5, was expected (got {text!r})") from error
 
 
 def add_pruning(parser: argparse.ArgumentParser) -> None:
@@ -146,7 +154,7 @@ def add_pruning(parser: argparse.ArgumentParser) -> None:
         f'"wanda + swaps" (default: {DEFAULT})',
     )
     amount = group.add_mutually_exclusive_group()
-    amount.add_argument("--sparsity", type=float, help=f"share of zeros (default: {SPARSITY})")
+    amount.add_argument("--sparsity", type=_share, metavar="SHARE", help=f"share of zeros (default: {SPARSITY})")
     amount.add_argument("--pattern", help="N:M, N kept of M consecutive inputs, e.g. 2:4")
     group.add_argument(
         "--remove",
@@ -157,7 +165,7 @@ def add_pruning(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--group",
         choices=GROUPS,
-        help="which weights are compared with each other (default: row; matrix if obs chooses the mask)",
+        help="which weights are compared with each other (default: row; matrix if obs, alps or thanos choose the mask)",
     )
     add_selection(group, "weights to leave dense")
     group.add_argument(

@@ -8,9 +8,11 @@ from ace_ext.cli import args as shared
 from ace_ext.formats import grid_of, pattern_of
 from ace_ext.packed import CODECS, DEFAULT_CODEC
 from ace_ext.packed.compressed_tensors import NAME, SUMMARY, compress
+from ace_ext.packed.files import is_packed
 from ace_ext.packed.packing import pack
 from ace_ext.records import REPORT_NAME
 from ace_ext.runs.output import read_report
+from ace_ext.runs.verify import check_unchanged
 
 EXAMPLES = (
     "pack pruned --output packed",
@@ -38,7 +40,11 @@ def add(commands: shared.Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the verb; returns the exit status."""
-    report = read_report(args.folder) if (Path(args.folder) / REPORT_NAME).is_file() else None
+    report = None
+    if (Path(args.folder) / REPORT_NAME).is_file():
+        report = read_report(args.folder)
+        if not is_packed(args.folder):  # which is refused below
+            check_unchanged(args.folder)
     grid = None if report is None else grid_of(report)
     if args.format == NAME:
         names = [] if report is None else [matrix.name for matrix in report.matrices]

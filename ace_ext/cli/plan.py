@@ -6,6 +6,7 @@ from ace_ext.cli import args as shared
 from ace_ext.formats import DEFAULT_FORMAT, FORMATS
 from ace_ext.runs.listing import as_json, as_text, list_weights
 from ace_ext.runs.plan import make_plan
+from ace_ext.runs.shapes_only import KNOWN_SIZES
 
 EXAMPLES = (
     "plan --model MODEL --method balanced",
@@ -21,7 +22,11 @@ def add(commands: shared.Subparsers) -> None:
         help="what a run would prune, and the memory and time it would take",
         epilog=shared.preset_table(),
     )
-    shared.add_model(parser)
+    shared.add_model(
+        parser,
+        help="a folder, of which config.json suffices, a .gguf file, a hub name, or a known size: "
+        f"{', '.join(KNOWN_SIZES)}",
+    )
     parser.add_argument("--format", choices=FORMATS, default=DEFAULT_FORMAT, help="as for run (default: %(default)s)")
     shared.add_pruning(parser)
     shared.add_calibration(parser)

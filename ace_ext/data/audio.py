@@ -23,19 +23,19 @@ def read_audio(file: Path, rate: int) -> Tensor:
     try:
         import soundfile
     except ImportError as error:
-        raise InputError(f"source: {file} needs soundfile to be read; pip install 'ace_ext[audio]'") from error
+        raise InputError(f"input: {file} needs soundfile to be read; pip install 'ace_ext[audio]'") from error
     try:
         sound, own_rate = soundfile.read(file, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError, RuntimeError) as error:
         raise InputError(
-            f"source: {file} is not a sound file that libsndfile reads ({error}); remove or replace it"
+            f"input: {file} is not a sound file that libsndfile reads ({error}); remove or replace it"
         ) from error
     if own_rate != rate:
         raise InputError(
-            f"source: {file} has {own_rate} samples a second, and the model needs {rate}; resample it, as by "
+            f"input: {file} has {own_rate} samples a second, and the model needs {rate}; resample it, as by "
             f"ffmpeg -i IN -ar {rate} OUT"
         )
     samples = torch.from_numpy(sound).mean(1)
     if not len(samples) or not bool(samples.isfinite().all()):
-        raise InputError(f"source: {file} has no samples, or samples that are not finite; remove or replace it")
+        raise InputError(f"input: {file} has no samples, or samples that are not finite; remove or replace it")
     return samples

@@ -51,7 +51,7 @@ def load_text(
     if split not in SPLITS:
         raise InputError(f"split: {split!r} is unknown; use one of {', '.join(SPLITS)}")
     if len(texts_of(source)) > 1:
-        raise InputError(f"source: {source!r} is a mixture, which is for calibration only; give one text")
+        raise InputError(f"text: {source!r} is a mixture, which is for calibration only; give one text")
     if source == BUNDLED:
         from ace_ext.data.bundled import bundled_text  # imported here: other sources do not need it
 
@@ -66,7 +66,7 @@ def load_text(
     else:
         documents = read_file(source, text_field, [*SOURCES, SELF] if split == CALIBRATION else SOURCES)
     if not any(document.strip() for document in documents):
-        raise InputError(f"source: {source} has no text; give a file with at least one document that is not blank")
+        raise InputError(f"text: {source} has no text; give a file with at least one document that is not blank")
     return documents
 
 
@@ -117,13 +117,13 @@ def _load_dataset(source: str, *path: str, **options: Any) -> Dataset:
     try:
         import datasets  # slow to import, and only these two sources need it
     except ImportError as error:
-        raise InputError(f"source {source}: needs the package datasets; pip install datasets, or {remedy}") from error
+        raise InputError(f"text: {source} needs the package datasets; pip install datasets, or {remedy}") from error
     try:
         return datasets.load_dataset(*path, **options)
     except Exception as error:  # datasets, hub and http each raise types of their own; the cause is kept
         reason = (str(error).strip().splitlines() or [""])[0]
         raise InputError(
-            f"source {source}: could not be loaded ({type(error).__name__}: {reason}); check the network, or {remedy}"
+            f"text: {source} could not be loaded ({type(error).__name__}: {reason}); check the network, or {remedy}"
         ) from error
 
 

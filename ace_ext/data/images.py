@@ -18,7 +18,7 @@ def read_image(file: Path, channels: int = 3) -> "Image":
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise InputError(f"source: {file} needs Pillow to be read; pip install 'ace_ext[vision]'") from error
+        raise InputError(f"input: {file} needs Pillow to be read; pip install 'ace_ext[vision]'") from error
     try:
         with Image.open(file) as opened:
             return ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
@@ -29,4 +29,4 @@ def read_image(file: Path, channels: int = 3) -> "Image":
         EOFError,
         Image.DecompressionBombError,
     ) as error:  # Pillow has no base class
-        raise InputError(f"source: {file} is not an image that Pillow reads ({error}); remove or replace it") from error
+        raise InputError(f"input: {file} is not an image that Pillow reads ({error}); remove or replace it") from error

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ace_ext.errors import InputError
+from ace_ext.errors import InputError, suggestion
 
 
 def read_file(source: str, text_field: str, names: Sequence[str]) -> list[str]:
@@ -23,18 +23,19 @@ def read_file(source: str, text_field: str, names: Sequence[str]) -> list[str]:
     reader = {".txt": _read_txt, ".jsonl": _read_jsonl}.get(file.suffix.lower())
     if not os.path.exists(file):  # Path.exists raises if a name is too long
         raise InputError(
-            f"source: {source!r} is neither a file nor a known name; use {', '.join(names)}, or a .txt or .jsonl file"
+            f"text: {source!r} is neither a file nor a known name; use {', '.join(names)}, or a .txt or .jsonl file"
+            f"{suggestion(source, [name for name in names if name != source])}"
         )
     if reader is None or not file.is_file():
         raise InputError(
-            f"source: {source!r} is not a .txt or .jsonl file; give one of these (.jsonl: one JSON object per line)"
+            f"text: {source!r} is not a .txt or .jsonl file; give one of these (.jsonl: one JSON object per line)"
         )
     try:
         return reader(file, text_field)
     except UnicodeDecodeError as error:
-        raise InputError(f"source: {source} is not UTF-8 ({error.reason}); convert it to UTF-8") from error
+        raise InputError(f"text: {source} is not UTF-8 ({error.reason}); convert it to UTF-8") from error
     except OSError as error:
-        raise InputError(f"source: {source} cannot be read ({error.strerror}); check its permissions") from error
+        raise InputError(f"text: {source} cannot be read ({error.strerror}); check its permissions") from error
 
 
 def _read_txt(file: Path, text_field: str) -> list[str]:
@@ -50,9 +51,9 @@ def _text_of(line: str, text_field: str, where: str) -> str:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"source: {where}: not valid JSON ({error}); each line must be one JSON object") from error
+        raise InputError(f"text: {where}: not valid JSON ({error}); each line must be one JSON object") from error
     if not isinstance(record, dict):
-        raise InputError(f"source: {where}: found a JSON {type(record).__name__}; each line must be one JSON object")
+        raise InputError(f"text: {where}: found a JSON {type(record).__name__}; each line must be one JSON object")
     if text_field not in record:
         found = ", ".join(map(repr, record)) or "none"
         raise InputError(

@@ -62,7 +62,7 @@ def media_batches(
     taken = inspect.signature(model.forward).parameters
     if not set(_INPUTS[found.kind]) & set(taken):
         main = getattr(model, "main_input_name", "input_ids")
-        raise InputError(f"source: {source} has {found.kind} files, and {type(model).__name__} takes {main}; give such")
+        raise InputError(f"input: {source} has {found.kind} files, and {type(model).__name__} takes {main}; give such")
     tokenizer = getattr(processor, "tokenizer", None)
     side = _text_inputs(model, taken)
     _check_texts(source, found, side, tokenizer)
@@ -87,7 +87,7 @@ def _check_texts(source: str, found: Items, side: str | None, tokenizer: Any) ->
         return
     if without is not None:
         raise InputError(
-            f"source: {without.where} has no text, and the model reads text with each {found.kind}; give a .jsonl file "
+            f"input: {without.where} has no text, and the model reads text with each {found.kind}; give a .jsonl file "
             f'with lines like {{"{found.kind}": "FILE", "text": "…"}}'
         )
     if tokenizer is None:
@@ -114,7 +114,7 @@ def _tensors(made: Mapping[str, Any], items: Sequence[Item]) -> dict[str, Tensor
         if not isinstance(value, Tensor):
             sizes = "images of different sizes" if isinstance(value, list) else type(value).__name__
             raise InputError(
-                f"source: {items[0].where} and others: {name} cannot be one tensor ({sizes}); use batches of 1"
+                f"input: {items[0].where} and others: {name} cannot be one tensor ({sizes}); use batches of 1"
             )
     return dict(made)
 
@@ -154,13 +154,13 @@ def _set_language_(tokenizer: Any, item: Item) -> None:
     if item.language is None:
         return
     if not hasattr(tokenizer, "set_prefix_tokens"):
-        raise InputError(f"source: {item.where} has a language, and the model's tokenizer knows none; leave it out")
+        raise InputError(f"input: {item.where} has a language, and the model's tokenizer knows none; leave it out")
     try:
         tokenizer.set_prefix_tokens(language=item.language, task="transcribe")
         tokenizer.prefix_tokens  # noqa: B018  # some versions look the language up only here
     except (ValueError, KeyError) as error:
         raise InputError(
-            f"source: {item.where}: language {item.language!r} is unknown to the model's tokenizer; give one like 'en'"
+            f"input: {item.where}: language {item.language!r} is unknown to the model's tokenizer; give one like 'en'"
         ) from error
 
 

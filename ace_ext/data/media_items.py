@@ -74,7 +74,7 @@ def media_items(source: str, nsamples: int, seed: int, after: int = 0) -> Items:
     check_int("seed", seed, 0)
     found = _all(Path(source))
     if after >= len(found.items):
-        raise InputError(f"source: {source} has {len(found.items)} samples, and calibration takes {after}; give more")
+        raise InputError(f"input: {source} has {len(found.items)} samples, and calibration takes {after}; give more")
     order = torch.randperm(len(found.items), generator=seeded_generator(seed))[after : after + nsamples]
     return Items(found.kind, tuple(found.items[place] for place in order.tolist()))
 
@@ -99,16 +99,16 @@ def _of_folder(folder: Path) -> Items:
     try:
         files = sorted(file for file in folder.rglob("*") if file.is_file())
     except OSError as error:
-        raise InputError(f"source: {folder} cannot be read ({error.strerror}); check its permissions") from error
+        raise InputError(f"input: {folder} cannot be read ({error.strerror}); check its permissions") from error
     by_kind = {kind: [file for file in files if file.suffix.lower() in suffixes] for kind, suffixes in SUFFIXES.items()}
     kinds = [kind for kind, found in by_kind.items() if found]
     if not kinds:
         known = ", ".join(sorted(suffix for suffixes in SUFFIXES.values() for suffix in suffixes))
         raise InputError(
-            f"source: {folder} has no images and no audio files; give a folder with files that end in {known}"
+            f"input: {folder} has no images and no audio files; give a folder with files that end in {known}"
         )
     if len(kinds) > 1:
-        raise InputError(f"source: {folder} has both images and audio files; give a folder with one kind")
+        raise InputError(f"input: {folder} has both images and audio files; give a folder with one kind")
     return Items(kinds[0], tuple(Item(file, None, str(file)) for file in by_kind[kinds[0]]))
 
 
@@ -117,19 +117,19 @@ def _of_lines(file: Path) -> Items:
         with file.open(encoding="utf-8-sig") as lines:
             read = [_item(line, file, f"{file}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
     except UnicodeDecodeError as error:
-        raise InputError(f"source: {file} is not UTF-8 ({error.reason}); convert it to UTF-8") from error
+        raise InputError(f"input: {file} is not UTF-8 ({error.reason}); convert it to UTF-8") from error
     except OSError as error:
-        raise InputError(f"source: {file} cannot be read ({error.strerror}); check its path and permissions") from error
+        raise InputError(f"input: {file} cannot be read ({error.strerror}); check its path and permissions") from error
     if not read:
-        raise InputError(f"source: {file} has no line; each must be like {_LINE}")
+        raise InputError(f"input: {file} has no line; each must be like {_LINE}")
     kind = read[0][0]
     for other, item in read:
         if other != kind:
-            raise InputError(f"source: {item.where}: has {other!r}, other lines have {kind!r}; give one kind")
+            raise InputError(f"input: {item.where}: has {other!r}, other lines have {kind!r}; give one kind")
     with_language = [item.language is not None for _, item in read]
     if any(with_language) and not all(with_language):
         without = read[with_language.index(False)][1]
-        raise InputError(f"source: {without.where}: has no 'language', other lines have one; give it in all or in none")
+        raise InputError(f"input: {without.where}: has no 'language', other lines have one; give it in all or in none")
     return Items(kind, tuple(item for _, item in read))
 
 
@@ -138,23 +138,23 @@ def _item(line: str, file: Path, where: str) -> tuple[str, Item]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"source: {where}: not valid JSON ({error}); each line must be like {_LINE}") from error
+        raise InputError(f"input: {where}: not valid JSON ({error}); each line must be like {_LINE}") from error
     kinds = [kind for kind in (IMAGE, AUDIO) if isinstance(record, dict) and kind in record]
     if len(kinds) != 1:
         found = (
             ", ".join(map(repr, record)) or "none" if isinstance(record, dict) else f"a JSON {type(record).__name__}"
         )
-        raise InputError(f"source: {where}: must have one of 'image' and 'audio' (found: {found}); write {_LINE}")
+        raise InputError(f"input: {where}: must have one of 'image' and 'audio' (found: {found}); write {_LINE}")
     name = _string(record, kinds[0], where)
     text, language = (_string(record, key, where) if key in record else None for key in ("text", "language"))
     path = file.parent / name
     if "\0" in name or not path.is_file():
-        raise InputError(f"source: {where}: {name!r} is not a file; paths are relative to {file.parent}")
+        raise InputError(f"input: {where}: {name!r} is not a file; paths are relative to {file.parent}")
     return kinds[0], Item(path, text, where, language)
 
 
 def _string(record: dict[str, Any], key: str, where: str) -> str:
     value = record[key]
     if not isinstance(value, str) or not value.strip():
-        raise InputError(f"source: {where}: {key!r} must be a text that is not empty (found: {str(value)[:60]!r})")
+        raise InputError(f"input: {where}: {key!r} must be a text that is not empty (found: {str(value)[:60]!r})")
     return value

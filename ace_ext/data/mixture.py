@@ -40,9 +40,9 @@ def parts_of(source: str, unmixed: str) -> tuple[Part, ...]:
     parts = tuple(_part(text.strip(), source) for text in texts)
     names = [part.source for part in parts]
     if len(set(names)) < len(names):
-        raise InputError(f"source: {source!r} names a text twice; give it once, with a weight such as 2 * {names[0]}")
+        raise InputError(f"text: {source!r} names a text twice; give it once, with a weight such as 2 * {names[0]}")
     if unmixed in names:
-        raise InputError(f"source: {unmixed!r} cannot be mixed with other texts; use it alone, or leave it out")
+        raise InputError(f"text: {unmixed!r} cannot be mixed with other texts; use it alone, or leave it out")
     return parts
 
 
@@ -57,7 +57,7 @@ def _part(text: str, whole: str) -> Part:
     except ValueError:
         weight = 0.0
     if not (math.isfinite(weight) and weight > 0):
-        raise InputError(f"source: {whole!r} has the weight {found['weight']!r}; use a number above 0")
+        raise InputError(f"text: {whole!r} has the weight {found['weight']!r}; use a number above 0")
     return Part(found["source"], weight)
 
 

@@ -60,7 +60,7 @@ def load_windows(
     """
     check_request(nsamples, seqlen, seed)
     if source == SELF and model is None:
-        raise InputError("source: 'self' is text the model writes, and no model was given; pass model=")
+        raise InputError("text: 'self' is text that the model writes, and no model was given; pass model=")
     texts = None if source == SELF else load_parts(source, text_field, cache_dir)
     choice = bos if isinstance(bos, BosChoice) else choose_bos(bos, tokenizer, model, own_text=source == SELF)
     if not choice.decided and not isinstance(bos, BosChoice):
@@ -108,7 +108,7 @@ def evaluation_tokens(
         InputError: as corpora.load_text; for `self`; for a text without a token.
     """
     if source == SELF:
-        raise InputError("source: 'self' is for calibration only; evaluate on wiki-mini, another source or a file")
+        raise InputError("text: 'self' is for calibration only; evaluate on wiki-mini, another source or a file")
     return _tokenize(load_text(source, HELD_OUT, text_field, cache_dir), tokenizer)
 
 

@@ -25,7 +25,7 @@ from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.left_dense import check_share
 from ace_ext.models.parts import check_removable
 from ace_ext.models.replay import BlockCall, capture_calls
-from ace_ext.models.run_mode import inner_model, run_mode
+from ace_ext.models.run_mode import inner_model, modes_by_name, run_mode
 from ace_ext.models.trial import Findings, try_walk
 from ace_ext.models.versions import versions
 from ace_ext.process_memory import peak_memory_bytes
@@ -87,13 +87,16 @@ def prune_model(
         raise InputError(
             f"config must be a PruneConfig (got {str(config)[:100]!r}); a method is given by name, as method=…"
         )
-    config = config or PruneConfig(**settings)
+    config = config or PruneConfig.of(settings)
     trained = config.method.distill is not None
     if distill_text is not None and not trained:
         raise InputError("distill_text is given, but nothing trains on it; leave it out, or use a method with distill")
     context = context or RunContext(observer=Progress(progress))
     if config.remove is not None:
-        return _smaller(model, batches, config, callback, context, batches if distill_text is None else distill_text)
+        with modes_by_name(model):
+            return _smaller(
+                model, batches, config, callback, context, batches if distill_text is None else distill_text
+            )
     start = time.perf_counter()
     store = context.blocks or ResidentBlocks(
         find_blocks(model, config.skip, max_dense=config.max_dense, towers=config.towers)

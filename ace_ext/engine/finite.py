@@ -40,9 +40,10 @@ def refusal(block: Block, found: str, given: tuple[Tensor, Arguments] | None = N
     """
     culprit = None if given is None else _first_not_finite(block, *given)
     dtype = str(next(block.module.parameters()).dtype).removeprefix("torch.")
+    wider = "" if dtype == "float32" else ": load the model in float32 or bfloat16 (--dtype)"
     return InputError(
         f"{block.name}: {found}{f', first in the output of {culprit}' if culprit else ''}; a weight in or before it is "
-        f"damaged, or its numbers are too large for {dtype}: load the model in float32 or bfloat16 (--dtype)"
+        f"damaged, or its numbers are too large for {dtype}{wider}"
     )
 
 

@@ -55,7 +55,7 @@ class MatrixPruner:
         try:
             solution = prune_linear_(weight, stats, self.config, keep_row, self.peers)
         except ValueError as error:
-            raise InputError(f"{name}: {error}{mend_of(stats)}") from error
+            raise InputError(f"{name}: {error}") from error
         report = self.measurements.measure(name, weight, stats, dense, keep_budget(weight, self.config, keep_row))
         report.solution = solution
         return report
@@ -91,13 +91,3 @@ class MatrixPruner:
         # Every flag is read, and so cleared, before the first is reported.
         for op in filter(None, [ops.take_not_finite(device) for device in devices]):
             raise InputError(f"{where}: {op} met NaN, infinity or an overflow in activations or scores")
-
-
-def mend_of(stats: LinearStatistics) -> str:
-    """The end of the message about a matrix whose scores are not finite: what to do, if that is known."""
-    if stats.moment is None or bool(torch.isfinite(stats.moment).all()):
-        return ""
-    return (
-        "; the norm of an output is too small to weight its token (below 1e-19): use a score without token weights, "
-        "such as wanda"
-    )

@@ -47,7 +47,7 @@ def _divided(rows: Tensor, largest: Tensor) -> Tensor:
     exponent = torch.frexp(largest)[1]
     half = exponent // 2
     for part in (half, exponent - half):
-        rows = rows * torch.ldexp(torch.ones_like(largest), -part)  # ldexp of all rows computes each power anew
+        rows = rows * torch.ldexp(torch.ones_like(largest), -part)  # ldexp of all rows computes each power again
     return rows
 
 

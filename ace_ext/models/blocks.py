@@ -156,8 +156,8 @@ def find_blocks(
         )
     if not any(block.linears for block in blocks):
         raise InputError(
-            f"skip leaves no Linear to prune in {blocks[0].name} or any later block "
-            f"(got {', '.join(skip) or 'nothing to skip'})"
+            f"no Linear is left to prune in {blocks[0].name} or any later block; choose other weights "
+            "(skip, exclude, include): ace-prune plan --list shows their names"
         )
     _refuse_tied(model, blocks)
     if check:

@@ -74,6 +74,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def modes_by_name(model: nn.Module) -> Iterator[None]:
+    """For code that replaces a model's modules: afterwards each has the mode of the one that had its name before."""
+    before = {name: module.training for name, module in model.named_modules()}
+    try:
+        yield
+    finally:
+        for name, module in model.named_modules():
+            module.training = before.get(name, module.training)
+
+
 def as_made_here(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of it if it was made in inference mode. Outside that mode such a tensor cannot be saved for
     a backward pass."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ace_ext.errors import InputError
+from ace_ext.errors import InputError, existing_folder
 from ace_ext.grids import Grid
 from ace_ext.models.safetensors_files import Shards, bytes_of, copy_model, flush, umask
 from ace_ext.models.safetensors_header import read_header
@@ -82,6 +82,7 @@ def pack(
             smaller, or the output cannot be written.
     """
     chosen = codec_named(codec)
+    existing_folder(Path(folder).expanduser())
     if chosen.needs_pattern and pattern is None:
         raise InputError(
             f"format {codec} needs a model pruned with --pattern N:M, by its report; use bitmap or archive"

@@ -1,13 +1,14 @@
 """What to prune and how: the target and the method. Both are checked when a configuration is made, before a model
 changes."""
 
+import inspect
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ace_ext.errors import InputError
+from ace_ext.errors import InputError, suggestion
 from ace_ext.pruning.groups import GROUPS, ComparisonGroup, PatternGroup, SparsityPattern
-from ace_ext.pruning.method import DEFAULT, Method, Needs, method_of
+from ace_ext.pruning.method import DEFAULT, Method, Needs, method_of, option_hint
 from ace_ext.pruning.removal import Removal, removal_of
 from ace_ext.pruning.settings import check_choice
 from ace_ext.pruning.stages import Score, Stage, TrainModel
@@ -30,8 +31,8 @@ class PruneConfig:
         pattern: N:M, as a :class:`SparsityPattern` or text like ``"2:4"``; N are kept.
         group: the comparison group: the weights of one ``"row"``, one ``"matrix"`` or the whole ``"model"`` are ranked
             against each other. ``"model"`` needs all scores at once, so all statistics are those of the dense model.
-            Default: ``"row"``, or ``"matrix"`` if ``obs`` chooses the mask. Not together with ``pattern``, which has
-            its own groups.
+            Default: ``"row"``, or ``"matrix"`` if ``obs``, ``alps`` or ``thanos`` choose the mask. Not together with
+            ``pattern``, which has its own groups.
         skip: regular expressions, or a single one. A Linear or expert weight stays dense if its full name matches one.
         towers: regular expressions, or a single one, of names of lists of blocks: only these are pruned, also those of
             a vision or audio tower that stays dense by default. Not together with ``remove`` or ``distill``.
@@ -181,6 +182,33 @@ class PruneConfig:
             return self  # a run that removes structures does not read or write such a file
         return self if self.order == BLOCK else self.changed(method=self.method.collected(order=BLOCK))
 
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> "PruneConfig":
+        """The configuration with these arguments by name.
+
+        Raises:
+            TypeError: there is no such argument.
+            InputError: as :class:`PruneConfig`.
+        """
+        known = list(inspect.signature(cls).parameters)
+        for name in arguments:
+            if name not in known:
+                raise TypeError(f"there is no argument {name}{option_hint(name) or suggestion(name, known)}")
+        return cls(**arguments)
+
+    def from_statistics(self) -> "PruneConfig":
+        """The configuration of a run from a statistics file, which has collected already.
+
+        Raises:
+            InputError: the method has an option that says how to collect.
+        """
+        given = [name for name, _ in self.method.collect.changed() if name != "order"]
+        if given:
+            raise InputError(
+                f"{' and '.join(given)} says how statistics are collected, and those of the file are; leave it out"
+            )
+        return self.on_dense_blocks()
+
     def to_dict(self) -> dict[str, Any]:
         """All arguments as plain values, for a report. ``method`` is the text of the stages. ``preset`` is the name of
         the preset or published method, None if it is neither or an option is changed. ``remove`` and ``towers`` are
@@ -251,7 +279,8 @@ def _share(name: str, given: object) -> float:
         return float(given)  # type: ignore[arg-type]  # JSON cannot hold numpy's float32
     percent = number and 1 < given <= 100  # type: ignore[operator]
     hint = f"; did you mean {given / 100:g}?" if percent else ""  # type: ignore[operator]
-    raise InputError(f"{name} must be a share from 0 to 1 (got {str(given)[:100]}){hint}")
+    found = repr(given) if isinstance(given, str) else str(given)
+    raise InputError(f"{name} must be a share from 0 to 1 (got {found[:100]}){hint}")
 
 
 def _patterns(name: str, given: object) -> tuple[str, ...]:

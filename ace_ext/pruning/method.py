@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, TypeVar
 
-from ace_ext.errors import InputError
+from ace_ext.errors import InputError, suggestion
 from ace_ext.pruning.kinds import INPUT, MOMENT, WEIGHTED
 from ace_ext.pruning.metrics import DEFAULT_METRIC, METRICS
-from ace_ext.pruning.settings import Setting, option_texts, suggestion
+from ace_ext.pruning.settings import Setting, option_texts
 from ace_ext.pruning.stages import (
     KINDS,
     STAGES,
@@ -97,9 +97,9 @@ class Method:
                     raise InputError(
                         f"{name} says how {self.solve.label} chooses the mask, but {chosen} does; leave out one of them"
                     )
-        replaced, read = ({AUTO}, SHARED) if self.quantize is None else ({AUTO, SKETCHED}, self.quantize.gram)
+        read = SHARED if self.quantize is None else self.quantize.gram
         asked = {stage.label: stage.gram for stage in self.matrix_stages if hasattr(stage, "gram")}
-        grams = {label: read if gram in replaced else gram for label, gram in asked.items()}
+        grams = {label: read if gram == AUTO else gram for label, gram in asked.items()}
         if len(set(grams.values())) > 1:
             found = " and ".join(f"{gram} for {label}" for label, gram in grams.items())
             raise InputError(f"gram must be the same for all stages of the method (got {found})")
@@ -304,7 +304,9 @@ def parse(text: str) -> Method:
     """
     stages: list[Stage] = []
     labels: list[str] = []
-    for part in _split(text):
+    parts = _split(text)
+    quantizes = any(map(_quantizes, parts))
+    for part in parts:
         match = _STAGE.fullmatch(part.strip())
         if match is None:
             raise InputError(
@@ -312,7 +314,10 @@ def parse(text: str) -> Method:
                 f'distill" (got {text[:100]!r}){_hint_of_list(part)}'
             )
         options = option_texts(match["options"] or "", part.strip(), "options of a stage")
-        stages += _stages(match["name"], options)
+        found = _stages(match["name"], options)
+        if quantizes and match["name"] in PRESETS and "gram" not in options:  # quantize reads whole Gram matrices
+            found = [_reading(AUTO, stage) if getattr(stage, "gram", None) == SKETCHED else stage for stage in found]
+        stages += found
         given = ", ".join(f"{key}={value}" for key, value in options.items())
         labels.append(f"{match['name']}({given})" if given else match["name"])
     return _complete(stages, " + ".join(labels))
@@ -325,7 +330,7 @@ def quantize_of(text: str) -> Round | None:
     Raises:
         InputError: the stage cannot be read.
     """
-    own = [part.strip() for part in _split(text) if re.match(r"\s*quantize\b", part)]
+    own = [part.strip() for part in _split(text) if _quantizes(part)]
     return parse(own[0]).quantize if own else None
 
 
@@ -354,9 +359,26 @@ def _split(text: str) -> list[str]:
     return parts
 
 
+def _reading(gram: str, stage: Stage) -> Stage:
+    """A stage with another value of its option ``gram``."""
+    changed: dict[str, Any] = {"gram": gram}
+    return replace(stage, **changed)
+
+
+def _quantizes(part: str) -> bool:
+    """Whether a part of a method's text is the stage ``quantize``."""
+    return re.match(r"\s*quantize\b", part) is not None
+
+
 def _hint_of_list(part: str) -> str:
     """A hint for a list with commas such as ``"wanda, ace"``; empty for any other text."""
     return "; separate methods by ;" if "," in part and "(" not in part else ""
+
+
+def _hint_of_options(name: str) -> str:
+    """A hint for options after a colon such as ``"wanda:exponent=1"``; empty for any other text."""
+    stage, colon, options = name.partition(":")
+    return f"; options are in parentheses: {stage}({options})" if colon and "=" in options else ""
 
 
 def _stages(name: str, options: dict[str, str]) -> list[Stage]:
@@ -366,7 +388,7 @@ def _stages(name: str, options: dict[str, str]) -> list[Stage]:
     if name in METRICS:
         return [Score(name, **_values(name, options_of(Score(name)), options))]
     if name not in STAGES or name == Score.name:
-        hint = _hint_of_list(name) or suggestion(name, names())
+        hint = _hint_of_list(name) or _hint_of_options(name) or suggestion(name, names())
         raise InputError(f"method must be made of {', '.join(names())} (got {name!r}){hint}")
     known = {setting.name: setting for setting in STAGES[name].settings()}
     return [STAGES[name](**_values(name, known, options))]
@@ -402,15 +424,25 @@ def _values(stage: str, known: dict[str, Setting], options: dict[str, str]) -> d
 
 def _refuse_option(stage: str, key: str, known: list[str]) -> None:
     """Raises :class:`InputError`. The message names the options of the stage, or the stages that have this option."""
-    own = list(dict.fromkeys(known))
-    having = [
-        "ria" if name == Score.name else name for name in STAGES if key in {s.name for s in STAGES[name].settings()}
-    ]
+    own, elsewhere = list(dict.fromkeys(known)), option_hint(key)
     if key in own:
         where = f"several stages of {stage} have it; write its stages instead of the name"
-    elif having:
-        listed = " and ".join(filter(None, [", ".join(having[:-1]), having[-1]]))
-        where = f"{key} is an option of {listed}, as in {having[0]}({key}=…)"
+    elif elsewhere:
+        where = elsewhere.removeprefix("; ")
     else:
         where = f"its options are {', '.join(own)}{suggestion(key, own)}" if own else "it has none"
     raise InputError(f"{stage} has no option {key}: {where}")
+
+
+def option_hint(name: str) -> str:
+    """``"; iterations is an option of admm and alps, as in admm(iterations=…)"``: a hint where the name of an option of
+    stages is given elsewhere. Empty for any other name."""
+    having = [
+        "ria" if stage == Score.name else stage
+        for stage, kind in STAGES.items()
+        if name in {setting.name for setting in kind.settings()}
+    ]
+    if not having:
+        return ""
+    listed = " and ".join(filter(None, [", ".join(having[:-1]), having[-1]]))
+    return f"; {name} is an option of {listed}, as in {having[0]}({name}=…)"

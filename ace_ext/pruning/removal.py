@@ -8,8 +8,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from ace_ext.errors import InputError
-from ace_ext.pruning.settings import Limits, Options, option, option_texts, suggestion
+from ace_ext.errors import InputError, suggestion
+from ace_ext.pruning.settings import Limits, Options, option, option_texts
 
 SCORES = {
     "cosine": "the change of direction of the block's output without the input",

@@ -3,16 +3,16 @@
 The parser of methods, ``--help``, the reports and the documentation read these declarations.
 """
 
-import difflib
 import functools
+import math
 import re
 import types
 import typing
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ace_ext.errors import InputError
+from ace_ext.errors import InputError, suggestion
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,9 @@ class Setting:
         limits = self.limits
         whole = int in self.types
         good = isinstance(value, int | (int if whole else float)) and not isinstance(value, bool)
-        good = good and abs(typing.cast(float, value)) < _TOO_LARGE  # False for NaN; exact for whole numbers
+        if good and _TOO_LARGE <= abs(typing.cast(float, value)) < math.inf:  # exact for whole numbers
+            raise InputError(f"{self.name} must be below 2^63 (got {str(value)[:100]})")
+        good = good and abs(typing.cast(float, value)) < _TOO_LARGE  # False for NaN
         if good:
             number = typing.cast(float, value)
             good = limits.at_least is None or number >= limits.at_least
@@ -107,15 +109,6 @@ def check_choice(name: str, value: object, choices: Collection[str | int | None]
         raise InputError(
             f"{name} must be one of {', '.join(map(str, choices))} (got {value!r}){suggestion(value, choices)}"
         )
-
-
-def suggestion(value: object, choices: Iterable[object], cutoff: float = 0.6) -> str:
-    """``"; did you mean balanced?"`` if a value is nearly one of the choices, else an empty text. ``cutoff``: the least
-    similarity, from 0 to 1."""
-    if not isinstance(value, str):
-        return ""
-    close = difflib.get_close_matches(value, [str(choice) for choice in choices], n=1, cutoff=cutoff)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 _OPTION = re.compile(r"\s*(?P<name>\w+)\s*=\s*(?P<value>[^,=\s]+)\s*")

@@ -242,6 +242,8 @@ class StatisticsCollector:
             bias: Tensor | None = self.linears[name].bias
             dense = _tokens(_collected(output) if bias is None else _collected(output) - bias, mask)
             if MOMENT in self.needs:
+                if dense.is_cpu:
+                    token_weights(name, dense)  # checks them: the op computes its own
                 ops.update_cosine_moment_(_collected(stats.moment), rows, dense)
         elif WEIGHTED in self.needs:
             dense = sketched()
@@ -303,23 +305,28 @@ def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
 
 
+LARGEST_NORM = 1e16
+"""Of an output that weights its token. Products of its weight with squares of inputs and outputs would otherwise come
+near the smallest float32, and lose digits."""
+
+
 def token_weights(name: str, dense: Tensor) -> Tensor:
     """``r_t = 1 / ‖A_t‖²`` of the outputs ``A [T, d_out]`` of the Linear ``name``: ``[T]`` float32, 0 for an output of
     zero.
 
     Raises:
-        InputError: float32 cannot hold the weight of a finite output. This is not checked on a GPU, where it would wait
-            for queued work.
+        InputError: a norm is below 1e-19 or above :data:`LARGEST_NORM`. This is not checked on a GPU, where it would
+            wait for queued work.
     """
     weight = ops.inverse_square_norm(dense)
-    lost = ~torch.isfinite(weight) | (weight == 0)
+    lost = ~torch.isfinite(weight) | (weight < LARGEST_NORM**-2)
     if weight.is_cpu and bool(lost.any()):
         norms = torch.linalg.vector_norm(dense[lost].double(), dim=1)
         wrong = norms[torch.isfinite(norms) & (norms > 0)]
         if len(wrong):
             raise InputError(
-                f"{name}: token weights 1 / ‖output‖² need a norm between 1e-19 and 1e22 (got {float(wrong[0]):.3g}); "
-                "use a score without token weights, such as wanda"
+                f"{name}: token weights 1 / ‖output‖² need a norm between 1e-19 and {LARGEST_NORM:g} (got "
+                f"{float(wrong[0]):.3g}); use a score without token weights, such as wanda"
             )
     return weight
 

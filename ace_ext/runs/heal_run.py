@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ace_ext.errors import InputError
 from ace_ext.formats import DEFAULT_FORMAT, format_named
 from ace_ext.healing.progress import HealProgress
 from ace_ext.healing.protocols import Observer
@@ -23,7 +22,7 @@ from ace_ext.runs.model_source import Source, open_source
 from ace_ext.runs.options import RunRequest
 from ace_ext.runs.output import already_complete, check_output, finished_report
 from ace_ext.runs.unfinished import discard
-from ace_ext.runs.verify import verify_weights
+from ace_ext.runs.verify import check_unchanged
 
 
 class HealRun:
@@ -65,7 +64,7 @@ class HealRun:
                 tell(already_complete(path))
             return done
         if options.longer is None:  # such a run checks its own folder
-            _check_weights(self._request.folder)
+            check_unchanged(self._request.folder)
         journal = HealJournal(path, fingerprint, options.resume)
         try:
             check_output(path, options.overwrite, options.resume)  # a run that had the lock before may have written it
@@ -119,16 +118,6 @@ class HealRun:
             "device": str(self._request.device),
             "versions": versions(),
         }
-
-
-def _check_weights(folder: str) -> None:
-    """Raises InputError if the weights of a pruned folder do not match its report: the output's report repeats it."""
-    problems = verify_weights(folder).problems
-    if problems:
-        more = f" (and {len(problems) - 1} more, see ace-prune verify)" if len(problems) > 1 else ""
-        raise InputError(
-            f"folder {folder!r} has changed since ace-prune wrote it: {problems[0]}{more}; prune the dense model again"
-        )
 
 
 def open_writer(journal: HealJournal, pruned: Source) -> None:

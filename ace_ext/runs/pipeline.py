@@ -86,7 +86,9 @@ def prune_folder(
     Raises:
         InputError: for an error in the arguments, the model, the text, or the disk.
     """
-    if options.save_stats is not None or options.stats is not None:
+    if options.stats is not None:
+        config = config.from_statistics()
+    elif options.save_stats is not None:
         config = config.on_dense_blocks()
     request = RunRequest(model, config, calibration, options, device, dtype)
     check_request(request)

@@ -135,8 +135,14 @@ class Plan:
     def _time(self) -> str:
         if not self.trial:
             return f"time: not known {self.untried}"
-        parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
-        return f"about {sum(self.seconds.values()):.0f} s: {parts} (extrapolated from {self.trial})"
+        parts = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in self.seconds.items())
+        return f"about {_duration(sum(self.seconds.values()))}: {parts} (extrapolated from {self.trial})"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 600:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _fits(size: int) -> str:

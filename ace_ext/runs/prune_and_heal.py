@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ace_ext.data.bos import NEVER
+from ace_ext.data.corpora import SELF
 from ace_ext.engine.distillation import distill_draw, heal_settings
 from ace_ext.engine.progress import Progress
 from ace_ext.errors import InputError
@@ -61,6 +63,7 @@ def prune_and_heal(request: RunRequest, path: Path, progress: Progress, prune: P
         if not runs.model.is_dir():
             config, options = request.config.without_distillation(), replace(given, overwrite=False)
             first = replace(request, config=config, options=options)
+            _check_text(request, source)
             prune(first, runs.model, progress)
         if not runs.files:
             _record_config(runs.model, request)
@@ -94,6 +97,18 @@ def text_of(request: RunRequest, causal: bool = True) -> Calibration:
     given = request.calibration
     nsamples, seed = distill_draw(request.config, given.seqlen, given.seed, causal)
     return replace(given, nsamples=nsamples, seed=seed)
+
+
+def _check_text(request: RunRequest, source: Source) -> None:
+    """Draws the text of the second part once before the first, if this does not take the model.
+
+    Raises:
+        InputError: it is too short.
+    """
+    text = text_of(request)
+    if SELF not in text.sources:
+        tokens = replace(text, bos=NEVER).load(source.tokenizer, None).tokens
+        Batches.of(tokens, heal_settings(request.config, *tokens.shape))
 
 
 def planned_batches(request: RunRequest) -> tuple[HealSettings, Batches]:

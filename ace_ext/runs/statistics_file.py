@@ -160,7 +160,8 @@ class SavedStatistics:
         for child in children:
             if child not in stats:
                 raise InputError(
-                    f"stats {str(self.path)!r} has no statistics of {name}.{child}; collect again with the same skip"
+                    f"stats {str(self.path)!r} has no statistics of {name}.{child}; collect again with the "
+                    "same skip, include and exclude"
                 )
         return stats
 

@@ -119,6 +119,21 @@ def verify_weights(folder: str | Path) -> VerifyResult:
     return result
 
 
+def check_unchanged(folder: str | Path) -> None:
+    """Checks that the weights of a pruned folder match its report, which what is made of the folder repeats.
+
+    Raises:
+        InputError: they do not, or as :func:`verify_weights`.
+    """
+    problems = verify_weights(folder).problems
+    if problems:
+        more = f" (and {len(problems) - 1} more, see ace-prune verify)" if len(problems) > 1 else ""
+        raise InputError(
+            f"folder {str(folder)!r} has changed since ace-prune wrote it: {problems[0]}{more}; prune the dense model "
+            "again"
+        )
+
+
 def _settings_of(report: PruneReport, folder: str | Path) -> PruneConfig:
     """The target of a run, and whether blocks differ: everything that the number of zeros depends on. The method is not
     read back, because its scores may be a function."""

@@ -80,11 +80,22 @@ def test_an_option_outside_its_stage_says_where_it_belongs(method, message, tmp_
         (["--method", "balancd"], "balanced"),
         (["--method", "admm(dampign=1)"], "damping"),
         (["--sparsity", "50"], "0.5"),
+        (["--calibration", "wiki-mni"], "wiki-mini"),
     ],
 )
 def test_what_is_nearly_right_is_suggested(arguments, meant, tmp_path, capsys):
     error = bad_input(capsys, "plan", save_dense(tmp_path / "dense"), *arguments)
     assert re.search(rf"; did you mean {meant}\?(; see .*--help)?\n$", error)
+
+
+def test_a_flag_that_is_an_option_of_a_stage(tmp_path, capsys):
+    error = bad_input(capsys, "plan", save_dense(tmp_path / "dense"), "--iterations", "30")
+    assert "; iterations is an option of admm and alps, as in admm(iterations=…); see " in error
+
+
+def test_a_share_that_is_no_number(tmp_path, capsys):
+    error = bad_input(capsys, "plan", save_dense(tmp_path / "dense"), "--sparsity", "50%")
+    assert "a share from 0 to 1, such as 0.5, was expected (got '50%')" in error
 
 
 def test_what_is_far_off_is_not_guessed(tmp_path, capsys):

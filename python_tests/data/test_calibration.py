@@ -324,13 +324,13 @@ def test_windows_of_the_model_itself(model, tokenizer):
 
 
 def test_self_without_a_model_is_refused(tokenizer):
-    message = "source: 'self' is text the model writes, and no model was given; pass model="
+    message = "text: 'self' is text that the model writes, and no model was given; pass model="
     assert refusal(load_windows, "self", tokenizer, 3, 8, 5) == message
 
 
 def test_numbers_are_checked_before_anything_is_read(tokenizer):
     assert refusal(load_windows, "nowhere.txt", tokenizer, 0, 8, 5).startswith("nsamples: 0 found")
-    assert refusal(load_windows, "nowhere.txt", tokenizer, 1, 8, 5).startswith("source: 'nowhere.txt' is neither")
+    assert refusal(load_windows, "nowhere.txt", tokenizer, 1, 8, 5).startswith("text: 'nowhere.txt' is neither")
 
 
 def test_hash_covers_shape_and_ids_as_little_endian_int64():
@@ -360,5 +360,5 @@ def test_evaluation_text_of_a_source_is_never_calibrated_on(tokenizer):
 
 
 def test_evaluation_on_the_models_own_text_is_refused(tokenizer):
-    message = "source: 'self' is for calibration only; evaluate on wiki-mini, another source or a file"
+    message = "text: 'self' is for calibration only; evaluate on wiki-mini, another source or a file"
     assert refusal(evaluation_tokens, "self", tokenizer) == message

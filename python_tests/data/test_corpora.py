@@ -219,7 +219,7 @@ def test_pip_fetches_the_wheel_into_the_cache(tmp_path, no_gensim, index, news, 
 def test_pip_that_finds_nothing_is_reported_in_its_words(tmp_path, no_gensim, index, capfd):
     cache = tmp_path / "cache"
     message = refusal("news-mini", cache_dir=cache)
-    assert message.startswith(f"source news-mini: gensim with this text is neither installed nor in {cache}, and pip")
+    assert message.startswith(f"text: news-mini: gensim with this text is neither installed nor in {cache}, and pip")
     assert "No matching distribution found for gensim" in message
     assert "put a wheel of gensim==4.4.0 into that folder, or use a local .txt or .jsonl file" in message
     assert list(cache.iterdir()) == []
@@ -266,7 +266,7 @@ def test_other_code_is_refused(tmp_path, no_gensim, index, code, change):
 def test_cache_that_cannot_be_made_is_refused(tmp_path, no_gensim):
     (tmp_path / "file").write_text("in the way")
     message = refusal("news-mini", cache_dir=tmp_path / "file")
-    assert message.startswith("source news-mini: gensim with this text is neither installed nor in")
+    assert message.startswith("text: news-mini: gensim with this text is neither installed nor in")
     assert "File exists" in message
 
 
@@ -323,7 +323,7 @@ def test_unreachable_hub_is_refused_with_a_way_out(monkeypatch, datasets, source
         load_text(source, "calibration")
     reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     assert str(caught.value) == (
-        f"source {source}: could not be loaded ({reason}); check the network, "
+        f"text: {source} could not be loaded ({reason}); check the network, "
         "or use a local .txt or .jsonl file, or wiki-mini"
     )
     assert caught.value.__cause__ is error
@@ -331,7 +331,7 @@ def test_unreachable_hub_is_refused_with_a_way_out(monkeypatch, datasets, source
 
 def test_missing_datasets_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "source c4: needs the package datasets; pip install datasets, or use a local" in refusal("c4")
+    assert "text: c4 needs the package datasets; pip install datasets, or use a local" in refusal("c4")
 
 
 # --- local files ------------------------------------------------------------------------------------------------------
@@ -358,9 +358,9 @@ GOOD_LINE = '{"text": "good"}\n'
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{'text': 1}", r"source: .*a\.jsonl, line 2: not valid JSON \(.*\); each line must be one JSON object"),
-        ("[" * 100_000, r"source: .*a\.jsonl, line 2: not valid JSON \(.*\); each line must be one JSON object"),
-        ('["text"]', r"source: .*a\.jsonl, line 2: found a JSON list; each line must be one JSON object"),
+        ("{'text': 1}", r"text: .*a\.jsonl, line 2: not valid JSON \(.*\); each line must be one JSON object"),
+        ("[" * 100_000, r"text: .*a\.jsonl, line 2: not valid JSON \(.*\); each line must be one JSON object"),
+        ('["text"]', r"text: .*a\.jsonl, line 2: found a JSON list; each line must be one JSON object"),
         ('{"id": 1, "body": ""}', r"text_field: .*a\.jsonl, line 2: no field 'text'; fields found: 'id', 'body'; name"),
         ("{}", r"text_field: .*a\.jsonl, line 2: no field 'text'; fields found: none; name"),
         ('{"text": null}', r"text_field: .*a\.jsonl, line 2: field 'text' is a NoneType, not a string; name"),
@@ -377,7 +377,7 @@ def test_bad_jsonl_line_is_refused_by_number(tmp_path, content, message):
 @pytest.mark.parametrize("content", ["", " \n\t\n"])
 def test_file_without_text_is_refused(tmp_path, name, content):
     (tmp_path / name).write_text(content)
-    assert re.match(r"source: .* has no text; give a file with at least one document", refusal(str(tmp_path / name)))
+    assert re.match(r"text: .* has no text; give a file with at least one document", refusal(str(tmp_path / name)))
 
 
 def test_jsonl_of_blank_documents_is_refused(tmp_path):
@@ -388,7 +388,7 @@ def test_jsonl_of_blank_documents_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_file_in_another_encoding_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b'{"text": "Gr\xfc\xdfe"}')
-    assert re.match(r"source: .* is not UTF-8 \(.*\); convert it to UTF-8", refusal(str(tmp_path / name)))
+    assert re.match(r"text: .* is not UTF-8 \(.*\); convert it to UTF-8", refusal(str(tmp_path / name)))
 
 
 @pytest.mark.parametrize("name", ["a.csv", "folder.txt", ""])
@@ -398,10 +398,10 @@ def test_what_is_no_text_file_is_refused(tmp_path, name):
     assert "is not a .txt or .jsonl file; give one of these" in refusal(f"{tmp_path}/{name}")
 
 
-@pytest.mark.parametrize("source", ["wiki", "nowhere/a.txt", "x" * 5000, "self"])
+@pytest.mark.parametrize("source", ["w", "nowhere/a.txt", "x" * 5000, "self"])
 def test_unknown_source_is_refused_with_the_known_names(source):
     known = "use bundled, wiki-mini, news-mini, code-mini, wikitext2, c4, self, or a .txt or .jsonl file"
-    assert refusal(source) == f"source: {source!r} is neither a file nor a known name; {known}"
+    assert refusal(source) == f"text: {source!r} is neither a file nor a known name; {known}"
     assert "c4, or a .txt" in refusal(source, "held-out")  # text the model wrote is no measure of it
 
 

@@ -146,7 +146,7 @@ def test_one_module_under_two_names_is_one_linear():
 
 
 def test_nothing_to_prune_is_an_error():
-    with pytest.raises(InputError, match="skip leaves no Linear"):
+    with pytest.raises(InputError, match="no Linear is left to prune"):
         find_blocks(make_model("llama"), skip=[""])
     with pytest.raises(InputError, match="has no list of blocks"):
         find_blocks(nn.Linear(2, 2))

@@ -110,6 +110,16 @@ def test_training_with_another_default_dtype(trainer, dtype):
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("more", [{}, {"sparsity": 0.5}, {"method": "distill(tokens=64)"}], ids=str)
+def test_flags_after_a_removal(more):
+    """Its modules are new ones."""
+    model = make_model("llama").train()
+    model.model.layers[1].mlp.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    prune_model(model, make_tokens(12, 32), remove="neurons=0.25", **more)
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
 def test_flags_of_single_modules():
     model = make_model("llama").train()
     model.model.layers[1].mlp.eval()

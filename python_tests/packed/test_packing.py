@@ -9,7 +9,7 @@ import torch
 from folders import prune, save_dense
 from helpers import DTYPES, assert_same_bits, make_weight
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ace_ext import InputError
 from ace_ext.cli.main import main
@@ -243,6 +243,18 @@ def test_bad_requests_are_refused_in_one_line(pruned, tmp_path, capsys):
 def test_a_folder_that_does_not_exist(verb, tmp_path, capsys):
     options = [] if verb in ("verify", "bench") else ["--output", tmp_path / "out"]
     assert refused(capsys, verb, tmp_path / "nowhere", *options).endswith("nowhere' is not a folder; check the path")
+
+
+@pytest.mark.parametrize("format", ["bitmap", "compressed-tensors"])
+def test_a_folder_that_changed_is_not_packed(format, pruned, tmp_path, capsys):
+    """Its card and report would claim zeros that the packed file does not have."""
+    changed = shutil.copytree(pruned, tmp_path / "changed")
+    tensors = load_file(changed / "model.safetensors")
+    tensors["model.decoder.layers.0.fc1.weight"][0] = 1.0
+    save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+    error = refused(capsys, "pack", changed, "--output", tmp_path / "out", "--format", format)
+    assert "has changed since ace-prune wrote it: model.decoder.layers.0.fc1" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_heal_says_how_to_get_the_dense_folder(pruned, tmp_path, capsys):

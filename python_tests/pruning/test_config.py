@@ -92,8 +92,8 @@ MUST_BE_SHARE = "sparsity must be a share from 0 to 1"
         ({"sparsity": -0.1}, f"{MUST_BE_SHARE} (got -0.1)"),
         ({"sparsity": float("nan")}, f"{MUST_BE_SHARE} (got nan)"),
         ({"sparsity": True}, f"{MUST_BE_SHARE} (got True)"),
-        ({"sparsity": "half"}, f"{MUST_BE_SHARE} (got half)"),
-        ({"sparsity": "x" * 1000}, f"{MUST_BE_SHARE} (got {'x' * 100})"),
+        ({"sparsity": "half"}, f"{MUST_BE_SHARE} (got 'half')"),
+        ({"sparsity": "x" * 1000}, f"{MUST_BE_SHARE} (got '{'x' * 99})"),
         ({"max_dense": 2}, "max_dense must be a share from 0 to 1 (got 2); did you mean 0.02?"),
         ({"max_dense": None}, "max_dense must be a share from 0 to 1 (got None)"),
         ({"pattern": (2, 4)}, 'pattern must be N:M, N weights kept of M (got (2, 4)); e.g. "2:4"'),
@@ -256,3 +256,11 @@ def test_saved_statistics_are_of_dense_blocks():
         match=r"^saved statistics are of dense blocks; leave out order=sequential, or write order=block$",
     ):
         PruneConfig("collect(order=sequential) + wanda").on_dense_blocks()
+
+
+@pytest.mark.parametrize("given", ["batch_tokens=5", "token_norm=sketch"])
+def test_a_file_of_statistics_has_been_collected(given):
+    config = PruneConfig(f"collect(order=block, {given}) + ace")
+    assert config.on_dense_blocks() == config
+    with pytest.raises(InputError, match=rf"^{given.split('=')[0]} says how statistics are collected, and those of"):
+        config.from_statistics()

@@ -397,7 +397,7 @@ ADMM_OPTIONS = "its options are damping, floor, iterations, relaxation, saliency
         ("score", f"{KNOWN} (got 'score')"),
         ("score(metric=wanda)", f"{KNOWN} (got 'score')"),
         ("wanda,ace", f"{KNOWN} (got 'wanda,ace'); separate methods by ;"),
-        ("wanda:order=block", f"{KNOWN} (got 'wanda:order=block')"),
+        ("wanda:order=block", f"{KNOWN} (got 'wanda:order=block'); options are in parentheses: wanda(order=block)"),
         ("order=block", f"{KNOWN} (got 'order=block')"),
         # options outside their stage
         ("admm(colour=red)", f"admm has no option colour: {ADMM_OPTIONS}"),
@@ -462,7 +462,7 @@ ADMM_OPTIONS = "its options are damping, floor, iterations, relaxation, saliency
         ("train(held_back=1)", "held_back must be a share of at least 0 and less than 1 (got 1.0)"),
         ("distill(learning_rate=nan)", "learning_rate must be more than 0 (got nan)"),
         ("distill(tokens=0)", "tokens must be a whole number of at least 1 (got 0)"),
-        (f"distill(tokens={2**63})", f"tokens must be a whole number of at least 1 (got {2**63})"),
+        (f"distill(tokens={2**63})", f"tokens must be below 2^63 (got {2**63})"),
         ("quantize(bits=5)", "bits must be one of 8, 4, 3 (got 5)"),
         ("quantize(bits=4.0)", "bits must be a whole number (got '4.0')"),
         ("quantize(group=100)", "group must be a multiple of 64 (got 100)"),
@@ -539,6 +539,14 @@ ADMM_OPTIONS = "its options are damping, floor, iterations, relaxation, saliency
             "gram must be the same for all stages of the method (got shared for swaps and sketch for admm)",
         ),
         (
+            "admm(gram=sketch) + quantize",
+            "gram must be the same for all stages of the method (got sketch for admm and cosine for quantize)",
+        ),
+        (
+            "fast(gram=sketch) + quantize",
+            "gram must be the same for all stages of the method (got sketch for admm and cosine for quantize)",
+        ),
+        (
             "swaps(gram=plain) + obs",
             "gram must be the same for all stages of the method (got plain for swaps and shared for obs)",
         ),
@@ -553,6 +561,12 @@ def test_bad_texts_are_named(text, message):
     with pytest.raises(InputError) as caught:
         parse(text)
     assert str(caught.value) == message
+
+
+def test_a_preset_reads_what_quantize_reads():
+    method = parse("fast + quantize")
+    assert method.solve == Admm(damping=1.0, iterations=10, relaxation=1.0)
+    assert parse(str(method)) == method
 
 
 @pytest.mark.parametrize(

@@ -223,6 +223,15 @@ def test_a_dense_model_that_has_gone(tmp_path):
     assert report.healing.loss_after < report.healing.loss_before
 
 
+def test_a_text_that_is_too_short_is_found_before_pruning(tmp_path, monkeypatch):
+    dense = save_dense(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 400)
+    monkeypatch.setattr("ace_ext.runs.pipeline.prune_model", None)  # so that nothing can prune
+    with pytest.raises(InputError, match="none is left to train on"):
+        prune(dense, tmp_path / "out", calibration={"seqlen": 64}, method="wanda + distill(tokens=256)")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "text.txt"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -39,7 +39,7 @@ def from_file(dense, file, name="from-file", run=None, **config):
 @pytest.mark.parametrize("batch_tokens", [32, 16384])
 def test_from_the_file_as_from_the_run(metric, batch_tokens, dense):
     file, out = keep(dense, method=f"collect(batch_tokens={batch_tokens}) + {metric}")
-    again = from_file(dense, file, method=f"collect(batch_tokens={batch_tokens}) + {metric}")
+    again = from_file(dense, file, method=metric)
     assert weights_bytes(again) == weights_bytes(out) != weights_bytes(dense)
 
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from ace_ext.engine.matrix_pruner import MatrixPruner, mend_of
+from ace_ext.engine.matrix_pruner import MatrixPruner
 from ace_ext.engine.matrix_report import output_of
 from ace_ext.engine.strategies._strategy import RunSizes, StrategyBytes
 from ace_ext.errors import InputError
@@ -41,8 +41,7 @@ class WholeModel:
             try:
                 prune_model_wide_([scored for *_, scored in pending], pruner.config.sparsity)
             except ValueError as error:
-                mends = (mend_of(stats_of_child) for _, _, stats_of_child, _ in pending)
-                raise InputError(f"model: {error}{next(filter(None, mends), '')}") from error
+                raise InputError(f"model: {error}") from error
         weights = [block.linears[child].weight for block, child, *_ in pending]
         pruner.check("model", weights)
         for (block, child, stats_of_child, _), weight, before in zip(pending, weights, dense, strict=True):

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from ace_ext.errors import InputError
+from ace_ext.errors import InputError, suggestion
 from ace_ext.pruning.metrics import METRICS, CustomMetric, metric_needs
-from ace_ext.pruning.settings import Limits, option, suggestion
+from ace_ext.pruning.settings import Limits, option
 from ace_ext.pruning.stages._stage import Stage
 
 EXPONENT = 0.5
