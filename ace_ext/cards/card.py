@@ -201,7 +201,7 @@ def removal_words(part: str) -> str:
     if isinstance(found, Blocks):
         return BLOCK_SCORES[found.score]
     if isinstance(found, Params):  # the record names what was chosen
-        return "chosen by the predictions on held-back samples"
+        return "chosen by the predictions on held-out samples"
     if isinstance(found, Experts):
         return "the norm of an expert's output times the router's weight, a mean over the tokens routed to it (REAP)"
     if found.published is not None:

@@ -19,7 +19,7 @@ from ace_ext.records import Tuning
 SEED = 0
 """Seed of the order of the steps in an epoch."""
 BACK_OFF = 0.3
-"""What the learning rate is multiplied by after an epoch that did not lower the loss on the held-back samples."""
+"""What the learning rate is multiplied by after an epoch that did not lower the loss on the held-out samples."""
 TINY = torch.finfo(torch.float32).tiny
 LEAST_SHARE = 1e-6
 """The least share of a channel in a target's square, relative to the mean channel: a channel of zeros has no weight of
@@ -42,7 +42,7 @@ class Training:
     (:func:`root_mean_square`). So a vector of zeros stays one."""
     step_tokens: int
     """About as many tokens are in a gradient step; but at least one sample."""
-    held_back: float
+    held_out: float
     """The share of the samples that are only measured; 0: all samples are trained on, and measured."""
 
     def step_samples(self, seqlen: int) -> int:
@@ -51,7 +51,7 @@ class Training:
 
     def trained_samples(self, samples: int) -> int:
         """How many of the samples are trained on: at least one. The others are the last ones."""
-        return max(1, samples - math.ceil(self.held_back * samples))
+        return max(1, samples - math.ceil(self.held_out * samples))
 
 
 def train_block_(
@@ -72,7 +72,7 @@ def train_block_(
     Weights are kept in float32 while they are trained and rounded to the model's dtype for each forward; pruned ones
     stay +0.0. Learning rates fall linearly to zero.
 
-    The loss on the samples that are held back is measured at the start and after each epoch. If it did not fall, the
+    The loss on the samples that are held out is measured at the start and after each epoch. If it did not fall, the
     best weights so far are put back, and training goes on with ``BACK_OFF`` of the rate. So the weights of the result
     are the best ones, in the model's dtype. They may be those of the start.
 
@@ -87,7 +87,7 @@ def train_block_(
         training: how.
 
     Returns:
-        The mean loss of a token that is held back, before and after, and the epoch with the best weights.
+        The mean loss of a token that is held out, before and after, and the epoch with the best weights.
     """
     token_masks = token_masks or [None] * len(inputs)
     steps, held = _divided(inputs, targets, token_masks, channel_weights(targets, token_masks), training)
@@ -166,7 +166,7 @@ def _divided(
     channels: Tensor,
     training: Training,
 ) -> tuple[list[_Step], list[_Step]]:
-    """The steps to train on, and those that are held back."""
+    """The steps to train on, and those that are held out."""
     samples = sum(len(hidden) for hidden, _ in inputs)
     left = training.trained_samples(samples)
     trained: list[_Step] = []

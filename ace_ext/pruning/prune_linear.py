@@ -155,10 +155,10 @@ def working_bytes(config: PruneConfig, rows: int, cols: int) -> int:
     scores = 4 * entries if callable(method.scored_by.metric) else 0
     if not method.matrix_stages:
         return entries + scores
-    held = sum(stage.held_bytes(cols) for stage in method.matrix_stages)
+    held = sum(stage.shared_bytes(cols) for stage in method.matrix_stages)
 
     def needed(stage: MatrixStage) -> int:
         before = 4 * entries if stage is method.quantize and method.prunes else 0
-        return before + stage.working_bytes(rows, cols) + held - stage.held_bytes(cols)
+        return before + stage.working_bytes(rows, cols) + held - stage.shared_bytes(cols)
 
     return (5 if method.prunes else 4) * entries + scores + max(map(needed, method.matrix_stages))

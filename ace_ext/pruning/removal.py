@@ -26,7 +26,7 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Published:
-    """How a paper removes neurons or heads: a baseline. Tokens have equal weights, and none are held back."""
+    """How a paper removes neurons or heads: a baseline. Tokens have equal weights, and none are held out."""
 
     formula: str
     """Its score, and its update of weights."""

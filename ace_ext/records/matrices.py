@@ -65,7 +65,7 @@ class MatrixReport:
 
 @dataclass
 class Tuning:
-    """The training of one block. Its loss is the mean over the tokens that were held back of ``‖output - target‖² /
+    """The training of one block. Its loss is the mean over the tokens that were held out of ``‖output - target‖² /
     ‖target - input‖²``, each channel weighted (:func:`ace_ext.pruning.block_training.channel_weights`). The target is
     the dense block's output. Both losses are equal if training did not lower the loss and was undone."""
 

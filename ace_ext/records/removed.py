@@ -7,9 +7,9 @@ from typing import Any
 
 @dataclass
 class CutBlock:
-    """A block with fewer neurons or heads. Errors are mean squared errors on held-back tokens, relative to the mean
+    """A block with fewer neurons or heads. Errors are mean squared errors on held-out tokens, relative to the mean
     square of what the matrix that reads them gave; each token counts relative to the size of the block's output. With
-    ``refit=none`` and in published methods no tokens are held back, and in the latter each counts the same."""
+    ``refit=none`` and in published methods no tokens are held out, and in the latter each counts the same."""
 
     name: str
     error_before: float
@@ -45,7 +45,7 @@ class TriedRemoval:
     part: str
     parameters_after: int
     divergence: float | None = None
-    """``KL(dense ‖ smaller)`` of the next token on held-back samples, in nats; None: not measured."""
+    """``KL(dense ‖ smaller)`` of the next token on held-out samples, in nats; None: not measured."""
 
 
 @dataclass

@@ -88,7 +88,7 @@ def _removed(report: PruneReport) -> list[tuple[str, Table]]:
                 [one.part, f"{one.parameters_after:,}", "" if one.divergence is None else f"{one.divergence:.4f}"]
                 for one in record.tried
             ]
-            compared = Table(["candidate", "parameters", "KL on held-back samples"], lines, 1)
+            compared = Table(["candidate", "parameters", "KL on held-out samples"], lines, 1)
             found.append(("What was compared", compared))
     return found
 

@@ -388,10 +388,14 @@ class Demand:
             return True
         least = self.peak(MemoryChoice(hidden=False))
         if budget is not None and least.total > budget:
-            whole = self.source.offloaded or self.request.config.remove is not None
-            instead = "" if whole else ", or pass --offload disk"
+            mends = []
+            if least.forward:
+                mends.append("lower batch_tokens of collect")
+            if not self.source.offloaded and self.request.config.remove is None:
+                mends.append("pass --offload disk")
+            enough = least.process < budget and mends
             raise InputError(
                 f"max-memory must be at least {math.ceil(least.total / 1e6)}MB here "
-                f"(got {budget / 1e6:.0f}MB): {least.describe()}; lower batch_tokens of collect{instead}"
+                f"(got {budget / 1e6:.0f}MB): {least.describe()}; {', or '.join(mends) if enough else 'allow more'}"
             )
         return False

@@ -170,8 +170,8 @@ def _unpack(blob: bytes, device: torch.device | str) -> tuple[dict[str, Tensor],
     tensors = load(blob)
     length = int.from_bytes(blob[:8], "little")
     text = json.loads(blob[8 : 8 + length])["__metadata__"]["linears"]
-    recorded = tensors.pop(_SUM, None)  # none in a file of version 0.1
-    if recorded is not None and not torch.equal(recorded, _sha256(tensors, text)):
+    recorded = tensors.pop(_SUM, None)
+    if recorded is None or not torch.equal(recorded, _sha256(tensors, text)):
         raise ValueError("its checksum differs")
     return {key: value.to(device) for key, value in tensors.items()}, json.loads(text)
 

@@ -61,7 +61,7 @@ def build_packed(folder: str | Path, empty: Callable[[], nn.Module] | None = Non
     shards = PackedShards(folder)
     model = skeleton(shards.folder, shards, causal=False) if empty is None else empty()
     if empty is not None:
-        _check_held(model, shards.adopt(model))
+        _check_loaded(model, shards.adopt(model))
     names, matrices = all_names(model), _matrices(model, shards)
     made: dict[tuple[int, int], PackedLinear] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -112,7 +112,7 @@ def _load_compressed(folder: Path, dtype: str) -> nn.Module:
     return model.eval()
 
 
-def _check_held(model: nn.Module, shards: Shards) -> None:
+def _check_loaded(model: nn.Module, shards: Shards) -> None:
     """Raises :class:`InputError` if the files have no tensor for a parameter, under any of its names."""
     stored = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in shards}
     for name, parameter in model.named_parameters():

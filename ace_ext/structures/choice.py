@@ -1,5 +1,5 @@
 """Chooses what to remove: a few candidates are removed, and the model that predicts most like the dense one on
-held-back samples stays. They are structures for a share of the blocks' parameters, or one removal by several scores."""
+held-out samples stays. They are structures for a share of the blocks' parameters, or one removal by several scores."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -13,8 +13,8 @@ from ace_ext.models.blocks import Block
 from ace_ext.pruning import removal
 from ace_ext.records import Removed, TriedRemoval
 
-HELD_BACK = 8
-"""One of this many samples is held back to compare the candidates."""
+HELD_OUT = 8
+"""One of this many samples is held out to compare the candidates."""
 TOLERANCE = 0.15
 """How far a candidate's size may be from the one that was asked for, relative to it."""
 MOST = 6
@@ -169,7 +169,7 @@ def _split(batches: Sequence[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]
     ]
     if len(samples) < 2:
         raise InputError("remove: params and score=auto need at least two calibration samples (got 1)")
-    every = min(HELD_BACK, len(samples))
+    every = min(HELD_OUT, len(samples))
     held = list(islice(samples, every - 1, None, every))
     used, row = [], 0
     for batch in batches:

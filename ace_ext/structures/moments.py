@@ -57,14 +57,14 @@ class Moments:
 
 @dataclass(frozen=True)
 class Fit:
-    """A matrix on the kept inputs, ``[d_out, k]`` and ``[d_out]``, with its error on held-back tokens."""
+    """A matrix on the kept inputs, ``[d_out, k]`` and ``[d_out]``, with its error on held-out tokens."""
 
     weight: Tensor
     bias: Tensor | None
     ridge: float | None
     """None: the weights are those of the dense matrix."""
     error_before: float
-    """Mean squared error on held-back tokens with the dense matrix's weights."""
+    """Mean squared error on held-out tokens with the dense matrix's weights."""
     error: float
 
 
@@ -72,13 +72,13 @@ def fitted(train: Moments, held: Moments, kept: Tensor, weight: Tensor, bias: Te
     """The matrix ``W'`` on the kept inputs ``h_S`` that best gives what the dense matrix gives with all of them.
 
     ``W' = W_S + W_R C_RS (C_SS + λ)⁻¹`` with the removed columns ``W_R`` and the inputs' second moments ``C``, for the
-    λ of :data:`RIDGES` with the least error on held-back tokens; smaller ones are tried as long as the error falls.
+    λ of :data:`RIDGES` with the least error on held-out tokens; smaller ones are tried as long as the error falls.
     With a bias, moments are about the mean, and ``b' = b + W E[h] - W' E[h_S]``. The chosen λ is then used with all
     tokens. If none lowers the error, the result is ``W_S``.
 
     Args:
-        train: moments of the inputs without held-back tokens.
-        held: the same of held-back tokens.
+        train: moments of the inputs without held-out tokens.
+        held: the same of held-out tokens.
         kept: the inputs that stay, ``[k]``, ascending.
         weight: the dense matrix, ``[d_out, columns]`` float32.
         bias: its bias, ``[d_out]`` float32, or None.
@@ -107,7 +107,7 @@ def fitted(train: Moments, held: Moments, kept: Tensor, weight: Tensor, bias: Te
 
 
 def updated(moments: Moments, kept: Tensor, weight: Tensor, bias: Tensor | None, kind: str, ridge: float) -> Fit:
-    """The matrix on the kept inputs without held-back tokens; errors are those on the same tokens.
+    """The matrix on the kept inputs without held-out tokens; errors are those on the same tokens.
 
     Args:
         moments: of the inputs.

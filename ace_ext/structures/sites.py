@@ -14,8 +14,8 @@ from ace_ext.models.replay import Arguments, run_block
 from ace_ext.structures.routes import routed, router_choice
 from ace_ext.structures.search import UnitsOfBlock
 
-HELD_BACK = 8
-"""One of this many samples (or of this many tokens, if there are fewer samples) is held back from a fit."""
+HELD_OUT = 8
+"""One of this many samples (or of this many tokens, if there are fewer samples) is held out from a fit."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class UnitRun:
     """Which of all tokens these are, int64; None: all, or an expert's that it does not say."""
 
     def chosen(self, used: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of the tokens count, and which are held back, bool, from the same for all tokens.
+        """Which of the tokens count, and which are held out, bool, from the same for all tokens.
 
         Raises:
             InputError: it is not known which tokens these are, and some do not count.
@@ -44,7 +44,7 @@ class UnitRun:
                 "samples without padding"
             )
         places = torch.arange(len(self.inputs), device=used.device)
-        return torch.ones_like(places, dtype=torch.bool), places % HELD_BACK == HELD_BACK - 1
+        return torch.ones_like(places, dtype=torch.bool), places % HELD_OUT == HELD_OUT - 1
 
 
 def seen(block: Block, units: Sequence[UnitsOfBlock], hidden: Tensor, others: Arguments) -> list[UnitRun | None]:

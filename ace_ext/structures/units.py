@@ -20,7 +20,7 @@ from ace_ext.records import CutBlock
 from ace_ext.structures.moments import Fit, Moments, fitted, updated
 from ace_ext.structures.scores import DAMPING, kept_units, turning
 from ace_ext.structures.search import Found, UnitsOfBlock, entries, find_units
-from ace_ext.structures.sites import HELD_BACK, UnitRun, seen
+from ace_ext.structures.sites import HELD_OUT, UnitRun, seen
 from ace_ext.structures.smaller import check_same, few_tokens, fill_, laid_out, output_of
 
 SMALLEST = 1e-10
@@ -147,7 +147,7 @@ class _Walk:
         return _record(block.name, cut)
 
     def _collect(self, index: int, units: Sequence[UnitsOfBlock]) -> list[tuple[Moments, Moments, Tensor | None]]:
-        """For each of ``units`` the moments of the last matrix's inputs, without and of the held-back tokens; and the
+        """For each of ``units`` the moments of the last matrix's inputs, without and of the held-out tokens; and the
         sums of :func:`ace_ext.structures.scores.turning`. A token has the weight ``1 / ‖o‖²``, where o is the block's
         output, or the matrix's if it is not added to the block's as it is (an expert's never is): so each token's
         change counts relative to its size. In published methods all tokens have the weight 1.
@@ -160,7 +160,7 @@ class _Walk:
         for i, call in enumerate(self._calls):
             runs = seen(block, units, self._states[i], call.others[index])
             batch, seqlen = self._states[i].shape[:2]
-            back = _held_back(batch, seqlen, number, samples, call.token_mask).to(device)
+            back = _held_out(batch, seqlen, number, samples, call.token_mask).to(device)
             used = torch.ones_like(back) if call.token_mask is None else call.token_mask.to(device)
             for own, sums, adds, run in zip(units, found, added, runs, strict=True):
                 if run is not None:
@@ -251,8 +251,8 @@ def choose(
         block: the dense block.
         own: its units.
         kept: how many stay.
-        train: moments of the matrix's inputs without held-back tokens.
-        held: the same of held-back tokens.
+        train: moments of the matrix's inputs without held-out tokens.
+        held: the same of held-out tokens.
         turned: as for :func:`ace_ext.structures.scores.kept_units`.
     """
     weight, bias, both = block.linears[own.last].weight.detach().float(), _bias(block, own), train.plus(held)
@@ -320,13 +320,13 @@ def _entering(call: BlockCall) -> Tensor:
     return call.hidden
 
 
-def _held_back(batch: int, seqlen: int, number: int, samples: int, mask: Tensor | None) -> Tensor:
-    """``[batch * seqlen]`` bool: the tokens that are held back. ``number``: of the batch's first sample."""
-    if samples >= HELD_BACK:
-        rows = torch.arange(number, number + batch) % HELD_BACK == HELD_BACK - 1
+def _held_out(batch: int, seqlen: int, number: int, samples: int, mask: Tensor | None) -> Tensor:
+    """``[batch * seqlen]`` bool: the tokens that are held out. ``number``: of the batch's first sample."""
+    if samples >= HELD_OUT:
+        rows = torch.arange(number, number + batch) % HELD_OUT == HELD_OUT - 1
         return rows.repeat_interleave(seqlen)
     places = torch.arange(batch * seqlen) if mask is None else mask.cpu().cumsum(0)
-    return places % HELD_BACK == HELD_BACK - 1
+    return places % HELD_OUT == HELD_OUT - 1
 
 
 def _bias(block: Block, own: UnitsOfBlock) -> Tensor | None:

@@ -16,7 +16,7 @@ from ace_ext.pruning.masks import keep_of_group, scored_weight
 from ace_ext.records import Tuning
 
 CONFIG = PruneConfig("magnitude")
-TRAINING = Training(epochs=10, learning_rate=1e-2, step_tokens=1024, held_back=0.0)
+TRAINING = Training(epochs=10, learning_rate=1e-2, step_tokens=1024, held_out=0.0)
 SMALL_STEPS = replace(TRAINING, step_tokens=32)
 MEASURE = replace(TRAINING, epochs=0)
 
@@ -163,25 +163,25 @@ def test_the_mask_of_a_matrix_that_is_stored_transposed_stays():
 
 def test_the_last_samples_are_only_measured():
     _, inputs, targets, _, token_masks = make_case(padded=True)
-    held = replace(SMALL_STEPS, held_back=0.25)  # 8 samples in batches of 6 and 2: both of the second batch
+    held = replace(SMALL_STEPS, held_out=0.25)  # 8 samples in batches of 6 and 2: both of the second batch
     steps, measured = divided(inputs, targets, token_masks, held)
     assert [len(step.hidden) for step in steps] == [2, 2, 2]
     assert torch.equal(torch.cat([step.target for step in measured]), targets[1])
-    over = replace(SMALL_STEPS, held_back=0.3)  # and one of the first batch
+    over = replace(SMALL_STEPS, held_out=0.3)  # and one of the first batch
     steps, measured = divided(inputs, targets, token_masks, over)
     assert [len(step.hidden) for step in steps] == [2, 2, 1]
     assert torch.equal(torch.cat([step.target for step in measured]), torch.cat([targets[0][5:], targets[1]]))
 
 
 def test_one_sample_is_always_trained_on():
-    training = replace(TRAINING, held_back=0.99)
+    training = replace(TRAINING, held_out=0.99)
     assert [training.trained_samples(count) for count in (1, 2, 100)] == [1, 1, 1]
 
 
-def test_weights_are_those_of_the_epoch_with_the_lowest_held_back_loss(monkeypatch):
+def test_weights_are_those_of_the_epoch_with_the_lowest_held_out_loss(monkeypatch):
     """The losses that are measured decide, not those that are trained on."""
     block, inputs, targets, masks, _ = make_case()
-    held = replace(SMALL_STEPS, held_back=0.25, epochs=4)
+    held = replace(SMALL_STEPS, held_out=0.25, epochs=4)
     seen = []
     losses = iter((1.0, 0.5, 0.9, 0.4, 0.6))
 
@@ -198,7 +198,7 @@ def test_weights_are_those_of_the_epoch_with_the_lowest_held_back_loss(monkeypat
 
 def test_a_rate_that_is_too_high_is_lowered():
     block, inputs, targets, masks, _ = make_case()
-    high = replace(SMALL_STEPS, learning_rate=3.0, held_back=0.25)
+    high = replace(SMALL_STEPS, learning_rate=3.0, held_out=0.25)
     trained = train_block_(block, inputs, targets, masks, training=high)
     assert trained.epoch > 1
     assert trained.loss_after < trained.loss_before

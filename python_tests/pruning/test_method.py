@@ -113,7 +113,7 @@ def texts(draw):
     else:
         of = [Score] if name == "ria" else [STAGES[name]] if name in STAGES else []
     known = [setting for stage in of for setting in stage.settings() if setting.name != "token_norm"]
-    more = draw(st.sampled_from(["", "+ distill", f"+{draw(spaces)}train(epochs=2, held_back=0){draw(spaces)}"]))
+    more = draw(st.sampled_from(["", "+ distill", f"+{draw(spaces)}train(epochs=2, held_out=0){draw(spaces)}"]))
     text = f"{written(name, known)}{more}"
     assume(not (more and name in {"distill", "train", "better", "best"}))
     assume(not (name == "quantize" and "train" in more))
@@ -459,7 +459,7 @@ ADMM_OPTIONS = "its options are damping, floor, iterations, relaxation, saliency
         ("train(epochs=0)", "epochs must be a whole number of at least 1 (got 0)"),
         ("train(learning_rate=0)", "learning_rate must be more than 0 (got 0.0)"),
         ("train(step_tokens=0)", "step_tokens must be a whole number of at least 1 (got 0)"),
-        ("train(held_back=1)", "held_back must be a share of at least 0 and less than 1 (got 1.0)"),
+        ("train(held_out=1)", "held_out must be a share of at least 0 and less than 1 (got 1.0)"),
         ("distill(learning_rate=nan)", "learning_rate must be more than 0 (got nan)"),
         ("distill(tokens=0)", "tokens must be a whole number of at least 1 (got 0)"),
         (f"distill(tokens={2**63})", f"tokens must be below 2^63 (got {2**63})"),

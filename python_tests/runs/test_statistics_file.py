@@ -266,7 +266,7 @@ def compress(file) -> None:
 
 
 def change_tokens(file) -> None:
-    """Writes the archive anew with another number of tokens, so that zip's own checksums are right."""
+    """Writes the archive again with another number of tokens, so that zip's own checksums are right."""
     blob = zipfile.ZipFile(file).read("model.layers.1")
     changed = blob.replace(b'tokens\\": 128', b'tokens\\": 129', 1)
     assert changed != blob

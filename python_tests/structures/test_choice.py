@@ -107,7 +107,7 @@ def test_divergence_is_that_of_the_next_token_without_padding():
     assert found == pytest.approx(float(each[mask.bool()].mean()), rel=1e-4)
 
 
-def test_held_back_samples_calibrate_nothing():
+def test_held_out_samples_calibrate_nothing():
     batches = [{"input_ids": torch.arange(rows)[:, None] + start} for start, rows in ((0, 5), (5, 12))]
     used, held = _split(batches)
     numbers = [torch.cat([batch["input_ids"] for batch in part])[:, 0].tolist() for part in (used, held)]

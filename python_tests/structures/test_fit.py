@@ -52,7 +52,7 @@ def test_the_fit_is_weighted_least_squares():
     assert fit.error <= fit.error_before
 
 
-def test_a_fit_that_does_not_help_held_back_tokens_is_not_used():
+def test_a_fit_that_does_not_help_held_out_tokens_is_not_used():
     """Removed inputs that have nothing in common with those that stay: least squares fits noise of few tokens."""
     kept, weight = torch.arange(30), random(4, 40, seed=1).float()
     fit = fitted(moments(random(40, 40)), moments(random(500, 40, seed=2)), kept, weight, None)
@@ -61,7 +61,7 @@ def test_a_fit_that_does_not_help_held_back_tokens_is_not_used():
         assert torch.equal(fit.weight, weight[:, :30])
 
 
-def test_no_held_back_tokens_no_fit():
+def test_no_held_out_tokens_no_fit():
     weight = random(4, 8, seed=2).float()
     fit = fitted(moments(random(40, 8)), Moments(8, torch.device("cpu")), torch.arange(4), weight, None)
     assert fit.ridge is None
@@ -87,7 +87,7 @@ def test_a_bias_takes_the_mean_of_what_goes():
     assert (plain.bias, plain.error) == (None, plain.error_before)
 
 
-def test_least_squares_without_held_back_tokens():
+def test_least_squares_without_held_out_tokens():
     h, kept = random(300, 8) @ random(8, 8, seed=3), torch.arange(5)
     weight = random(3, 8, seed=1)
     fit = updated(moments(h), kept, weight.float(), None, "matrix", 0.01)

@@ -216,7 +216,7 @@ class MatrixStage(Stage):
         """Bytes in addition to the weight, its float32 copy, the mask and the statistics."""
         raise NotImplementedError
 
-    def held_bytes(self, cols: int) -> int:
+    def shared_bytes(self, cols: int) -> int:
         """Bytes of those ``working_bytes`` that stay with the statistics, for other Linears with the same input."""
         return 0
 

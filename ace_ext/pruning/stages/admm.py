@@ -92,12 +92,12 @@ class Admm(Solve):
         use, and a product with the directions."""
         weights = max(_iterating_bytes(rows, cols), ROUNDED_BYTES * rows * cols)
         if self.gram != SKETCHED:
-            return max(8 * cols * cols + 64 * cols, self.held_bytes(cols) + weights)
+            return max(8 * cols * cols + 64 * cols, self.shared_bytes(cols) + weights)
         directions = direction_count(cols)
         product = 4 * _part_rows(rows, cols) * directions
         return max(40 * cols * directions, 12 * cols * directions + weights + product)
 
-    def held_bytes(self, cols: int) -> int:
+    def shared_bytes(self, cols: int) -> int:
         """The matrix of an iteration, or the factors of the sketch."""
         return 4 * cols * cols if self.gram != SKETCHED else 12 * cols * direction_count(cols)
 

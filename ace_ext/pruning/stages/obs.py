@@ -69,7 +69,7 @@ class Obs(Solve):
         in float32, two buffers of the weight's size, and the buffers of one block of columns."""
         return max(17 * cols * cols, 4 * cols * cols + 11 * rows * cols)
 
-    def held_bytes(self, cols: int) -> int:
+    def shared_bytes(self, cols: int) -> int:
         """The factor."""
         return 4 * cols * cols
 

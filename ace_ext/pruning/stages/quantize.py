@@ -87,7 +87,7 @@ class Quantize(Round):
         part = max(13 * cols, 9 * cols + 24 * group) if self.sweeps else 5 * cols + 21 * group
         return max(17 * cols * cols, 4 * cols * cols + 4 * rows * cols + height * part)
 
-    def held_bytes(self, cols: int) -> int:
+    def shared_bytes(self, cols: int) -> int:
         """The factor."""
         return 4 * cols * cols
 

@@ -67,7 +67,7 @@ class Thanos(Solve):
         systems = 20 * max(min(PART_ENTRIES, rows * width * width), width * width)
         return max(17 * cols * cols, 4 * cols * cols + 4 * rows * cols + max(8 * rows * cols, systems))
 
-    def held_bytes(self, cols: int) -> int:
+    def shared_bytes(self, cols: int) -> int:
         """The factor."""
         return 4 * cols * cols
 

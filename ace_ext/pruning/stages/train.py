@@ -28,7 +28,7 @@ class Train(TrainBlock):
     step_tokens: int = option(
         512, "tokens of a gradient step, rounded down to whole samples; at least one", Limits(at_least=1)
     )
-    held_back: float = option(
+    held_out: float = option(
         0.0625,
         "share of the samples that are only measured: the weights with the lowest loss on them are kept; 0: measures "
         "those that it trains on",
@@ -52,7 +52,7 @@ class Train(TrainBlock):
 
     @property
     def _training(self) -> Training:
-        return Training(self.epochs, self.learning_rate, self.step_tokens, self.held_back)
+        return Training(self.epochs, self.learning_rate, self.step_tokens, self.held_out)
 
     def working_bytes(self, sizes: BlockSizes) -> int:
         """For each trained entry: the weight and Adam's two moments in float32, a copy in the model's dtype, and the
