@@ -1,4 +1,4 @@
-"""``ace-prune verify``: check the sparsity of a written folder."""
+"""``ace-prune verify``: check a written folder against its report."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ EXAMPLES = ("verify pruned",)
 
 def add(commands: shared.Subparsers) -> None:
     """Adds the verb to the command line."""
-    parser = commands.add_parser("verify", help="check the sparsity of a written folder")
+    parser = commands.add_parser("verify", help="check a written folder against its report")
     parser.add_argument("folder", help="a folder that ace-prune run wrote")
     shared.add_remote_code(parser)
     parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
