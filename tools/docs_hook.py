@@ -1,6 +1,6 @@
 """MkDocs hook: generates the parts of the documentation that describe the code from the code.
 
-A line ``{{ name }}`` of a page is replaced by ``PARTS[name]()``. The API reference gets a page for each package under
+A line ``{{ name: words }}`` of a page is replaced by ``PARTS[name]()``. The API reference gets a page for each package under
 ``ace_ext/``. ace_ext must be importable, for the parser and the tables of names; the API reference is read from the
 sources.
 """
@@ -173,8 +173,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_) -> str:
-    """Replaces a page's ``{{ name }}`` lines. An unknown name is a KeyError, which ends the build."""
-    return re.sub(r"^\{\{ (\w+) \}\}$", lambda match: PARTS[match[1]](), markdown, flags=re.MULTILINE)
+    """Replaces a page's ``{{ name: words }}`` lines, whose words are for readers of the source. An unknown name is a
+    KeyError, which ends the build."""
+    return re.sub(r"^\{\{ (\w+): [^}\n]* \}\}$", lambda match: PARTS[match[1]](), markdown, flags=re.MULTILINE)
 
 
 _RULED_TABLE = re.compile(r"^(?:<p>)?={3,} +={3,}", re.MULTILINE)
