@@ -1,8 +1,8 @@
 """MkDocs hook: generates the parts of the documentation that describe the code from the code.
 
-A line ``{{ name: words }}`` of a page is replaced by ``PARTS[name]()``. The API reference gets a page for each package under
-``ace_ext/``. ace_ext must be importable, for the parser and the tables of names; the API reference is read from the
-sources.
+A line ``{{ name: words }}`` of a page is replaced by ``PARTS[name]()``. The API reference gets a page for each package
+under ``ace_ext/``. ace_ext must be importable, for the parser and the tables of names; the API reference is read from
+the sources.
 """
 
 import ast

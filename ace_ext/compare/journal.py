@@ -17,7 +17,7 @@ from ace_ext.data.bos import BosChoice
 from ace_ext.data.corpora import SELF
 from ace_ext.data.perplexity import Perplexity
 from ace_ext.data.tasks import TaskScore
-from ace_ext.errors import InputError
+from ace_ext.errors import InputError, one_line
 from ace_ext.fingerprint import differences
 from ace_ext.records import BlockReport
 from ace_ext.whole_files import part_of, write_whole
@@ -153,11 +153,14 @@ class Journal:
         if self.path.is_file():
             self.results = read_results(self.path)
             self._sums = format_of(self.path) >= LINES
-            _refuse_other_settings(self.path, self.results.settings, settings)
+            if self.results.dense or self.results.runs:
+                _refuse_other_settings(self.path, self.results.settings, settings)
+                return
+            self.results, self._sums = Results(settings), True  # of a comparison that was refused before it measured
         else:
             _make_folder(folder)
-            with _writing(self.path):  # whole: a file with only a part of the first line would be refused later
-                write_whole(self.path, f"{with_sum(json.dumps({'format': LINES, 'settings': settings}))}\n".encode())
+        with _writing(self.path):  # whole: a file with only a part of the first line would be refused later
+            write_whole(self.path, f"{with_sum(json.dumps({'format': LINES, 'settings': settings}))}\n".encode())
 
     def add_dense(
         self, dense: dict[str, Perplexity], weights_sha256: str, bos: BosChoice, tasks: dict[str, TaskScore]
@@ -214,7 +217,10 @@ def read_results(path: Path) -> Results:
                 results.weights_sha256, results.bos = line["weights_sha256"], _choice(line)
                 results.dense_tasks = _scores(line)
             else:
-                results.runs.append(Run.from_dict(line["run"]))
+                run = Run.from_dict(line["run"])
+                if results.find(run.cell) is not None:
+                    raise ValueError(f"it has two lines of {run.cell.method}, seed {run.cell.seed}")
+                results.runs.append(run)
     except OSError as error:
         raise InputError(
             f"{str(path)!r} cannot be read: {error.strerror}; give a folder of ace-prune compare"
@@ -225,7 +231,9 @@ def read_results(path: Path) -> Results:
             f"line {error.args[0]} of {path} has changed since it was written (its checksum differs); {remedy}"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path} is not a journal of ace-prune compare: {error!r}; use another folder") from error
+        raise InputError(
+            f"{path} is not a journal of ace-prune compare: {one_line(error)}; use another folder"
+        ) from error
     return results
 
 

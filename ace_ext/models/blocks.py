@@ -7,7 +7,7 @@ of about its size. Only lists in the part of the model with the token embedding 
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -89,7 +89,7 @@ class Block:
         fused matrices and state-space layers, which multiply by a Linear's weight without calling it. (A block may have
         such a layer if it has weights that are in no Linear.) If the CPU is slow at the dtype, Linears multiply in
         float32 (:mod:`ace_ext.models.products`)."""
-        with float32_products(self.module), through_linears(self.fused, self._used_directly):
+        with products_of([self]):
             yield
 
     @property
@@ -102,6 +102,18 @@ class Block:
     def _used_directly(self) -> dict[str, nn.Linear]:
         unknown = any(weight.reason == NO_MATRIX for weight in self.dense)
         return self.linears if unknown else {}
+
+
+@contextmanager
+def products_of(blocks: Sequence[Block]) -> Iterator[None]:
+    """:meth:`Block.products` of several blocks at once. The mode that was entered last sees a product first, so all
+    modes that call Linears are entered after all that multiply in float32."""
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(float32_products(block.module))
+        for block in blocks:
+            stack.enter_context(through_linears(block.fused, block._used_directly))
+        yield
 
 
 def _twin(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:

@@ -156,6 +156,7 @@ class PruneReport:
         lines = [record.summary() for record in self.removed]
         if self.only_removed:
             lines.append(f"{self.seconds:.1f} s, peak memory {self.peak_memory_bytes / 2**30:.2f} GiB on {self.device}")
+            lines += [] if self.healing is None else [self.healing.summary()]
             lines += self.measured()
             return "\n".join([*lines, *filter(None, [self.advice()])])
         kinds: dict[str, list[MatrixReport]] = {}

@@ -93,6 +93,7 @@ class Plan:
     def table(self) -> str:
         """Text for a terminal: a line for each kind of matrix, then memory, bytes read and written, and time."""
         lines = [record.summary() for record in self.removed]
+        lines += [f"  candidate: {one.part}" for record in self.removed for one in record.tried]
         lines += self._kinds()
         weights = "one block at a time from the files" if self.offload else "all in memory"
         states = "in memory" if self.resident_hidden else "on the disk"

@@ -14,7 +14,7 @@ from ace_ext.models.blocks import Block, find_blocks
 from ace_ext.models.run_mode import run_mode
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.removal import Neurons, Removal
-from ace_ext.records import Removed
+from ace_ext.records import REPORT_NAME, Removed
 from ace_ext.runs.model_source import Source
 from ace_ext.runs.options import RunRequest
 
@@ -44,7 +44,8 @@ def smaller_of(source: Source, config: PruneConfig) -> Smaller:
     from ace_ext.structures.remove import planned_removal  # imported here: most runs remove no structure
 
     assert config.remove is not None  # checked by the caller
-    model, removed = planned_removal(source.model, source.blocks, config.remove)
+    found = find_blocks(source.model, check=False)  # without skip, which is for zeros
+    model, removed = planned_removal(source.model, found, config.remove)
     blocks = find_blocks(model, config.skip, check=False, max_dense=config.max_dense)
     if not config.only_removes:
         check_pattern(blocks, config)
@@ -64,6 +65,11 @@ def remove_from_(source: Source, request: RunRequest, tokens: Tensor, progress: 
         InputError: they cannot be removed.
     """
     config, model = request.config, source.model
+    if source.files.folder is not None and (source.files.folder / REPORT_NAME).is_file():
+        progress.note(
+            "the model was pruned or quantized before: matrices that the removal fits lose their zeros or their grid; "
+            "with refit=none they keep them"
+        )
     with run_mode(model):
         ready = list(model_inputs(model, tokens, config, request.device))
         removed = remove_structures(model, ready, config, RunContext(observer=progress))

@@ -1,6 +1,7 @@
 """Removes whole blocks: again and again the one with the least influence, ``1 - cos(input, output)`` (ShortGPT, arXiv
 2403.03853), measured again without those that are gone."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -32,18 +33,23 @@ def least_influence(
     once: bool = False,
 ) -> list[tuple[int, float]]:
     """The places of ``count`` blocks in the order in which they are removed, each with its influence at that time; with
-    ``once``, in the dense model."""
+    ``once``, in the dense model. Without ``once`` the last block of its kind, by the names of its parameters, stays
+    while there are others."""
     calls = list(capture_calls(model, blocks, batches))
     if once:
         measured = _influence(blocks, calls, list(range(len(blocks))))
         for number in range(count):
             advanced(number + 1, count)
         return sorted(measured.items(), key=lambda item: (item[1], item[0]))[:count]
+    # A model without its only block of a kind may not run: the cache of transformers needs a block with attention.
+    kinds = [frozenset(name for name, _ in block.module.named_parameters()) for block in blocks]
     gone: list[tuple[int, float]] = []
     for number in range(count):
         left = [index for index in range(len(blocks)) if index not in {place for place, _ in gone}]
         influence = _influence(blocks, calls, left)
-        gone.append(min(influence.items(), key=lambda item: (item[1], item[0])))
+        counts = Counter(kinds[index] for index in left)
+        several = {index: found for index, found in influence.items() if counts[kinds[index]] > 1}
+        gone.append(min((several or influence).items(), key=lambda item: (item[1], item[0])))
         advanced(number + 1, count)
     return gone
 

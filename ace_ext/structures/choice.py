@@ -110,9 +110,10 @@ def divergence(dense: nn.Module, smaller: nn.Module, batches: Sequence[dict[str,
     total, tokens = 0.0, 0
     for batch in batches:
         logits = [model(**batch, use_cache=False) for model in (dense, smaller)]
-        if any(getattr(output, "logits", None) is None for output in logits):
+        if any(getattr(output, "logits", None) is None or output.logits.dim() != 3 for output in logits):
             raise InputError(
-                "remove: params and score=auto compare predictions, and the model gives no logits; leave them out"
+                "remove: params and score=auto compare predictions of tokens, and the model gives no logits of them; "
+                "leave them out"
             )
         log_dense, log_smaller = (output.logits.float().log_softmax(dim=-1) for output in logits)
         found = (log_dense.exp() * (log_dense - log_smaller)).sum(dim=-1)

@@ -135,10 +135,17 @@ def check_same(
         words: why it cannot be removed.
 
     Raises:
-        InputError: they differ by more.
+        InputError: they differ by more, or the smaller model does not run.
     """
     expected = output_of(model, tokens)
-    difference = _distance(output_of(smaller, tokens), expected)
+    try:
+        found = output_of(smaller, tokens)
+    except Exception as error:  # a class's code and the kernels of torch can raise anything
+        raise InputError(
+            f"remove: {type(model).__name__} does not run without these {name}: {one_line(error)}; remove another "
+            "number of them, as with multiple="
+        ) from error
+    difference = _distance(found, expected)
     if difference <= (CLOSE_IN_FLOAT32 if next(model.parameters()).dtype == torch.float32 else CLOSE):
         return
     with _rounded_otherwise(model):

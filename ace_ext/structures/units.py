@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import tie_weights_
-from ace_ext.models.blocks import Block, find_blocks
+from ace_ext.models.blocks import Block, find_blocks, products_of
 from ace_ext.models.replay import BlockCall, capture_calls, run_block
 from ace_ext.pruning import removal
 from ace_ext.records import CutBlock
@@ -41,16 +41,14 @@ def find_and_try(model: nn.Module, blocks: list[Block], part: Wanted, batch: Map
     """
     found = find_units(model, blocks, part)
     left = part.kept(found.count)
-    # Of heads those are tried that the run leaves: a class may not have any other number.
-    kept = torch.arange(0, found.count, 2) if isinstance(part, removal.Neurons) else torch.arange(-left, 0)
-    kept = kept % found.count
+    # As many are tried as the run leaves: a class may not run with another number.
+    kept = found.count - 1 - (torch.arange(left).flip(0) * found.count) // left
     if found.count < 2:
         raise InputError(f"remove: a block has one of the {part.name}; leave out {part.name}")
     tokens = few_tokens(batch)
     with ExitStack() as stack:
+        stack.enter_context(products_of([block for block, units in zip(blocks, found.parts, strict=True) if units]))
         for block, units in zip(blocks, found.parts, strict=True):
-            if units:
-                stack.enter_context(block.products())
             for own in units:
                 mask = torch.zeros(own.count * own.width, device=tokens.device)
                 mask[entries(kept, own.width)] = 1

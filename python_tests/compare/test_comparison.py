@@ -17,7 +17,7 @@ from ace_ext.cli.compare import study_from
 from ace_ext.compare import bench, runner
 from ace_ext.compare.bench import restore
 from ace_ext.compare.grid import Grid
-from ace_ext.compare.journal import RUNS_NAME, read_results
+from ace_ext.compare.journal import RUNS_NAME, Journal, Results, read_results
 from ace_ext.compare.tables import Spread, short_names
 from ace_ext.data.perplexity import perplexity
 from ace_ext.data.windows import evaluation_tokens, load_windows
@@ -294,6 +294,21 @@ def test_a_comparison_that_ended_in_its_first_line_starts_again(place, tmp_path)
         assert (again.settings, again.dense) == (expected.settings, expected.dense)
         assert [run.perplexity for run in again.runs] == [run.perplexity for run in expected.runs]
         assert {file.name for file in folder.iterdir()} == {file.name for file in whole.iterdir()}
+
+
+def test_a_journal_without_results_is_begun_again(tmp_path):
+    """It is left by a comparison that was refused before it measured anything."""
+    Journal(tmp_path / "begun", {"seqlen": 4096})
+    Journal(tmp_path / "begun", {"seqlen": 64})
+    assert read_results(tmp_path / "begun" / RUNS_NAME) == Results({"seqlen": 64})
+
+
+def test_a_run_that_is_recorded_twice_is_no_second_seed(place, tmp_path):
+    compare(place, output=tmp_path / "twice")
+    path = tmp_path / "twice" / RUNS_NAME
+    path.write_text(path.read_text() + path.read_text().splitlines()[-1] + "\n")
+    with pytest.raises(InputError, match=r"is not a journal .*: it has two lines of .*, seed \d"):
+        read_results(path)
 
 
 def test_a_strange_folder_is_left_alone(place, tmp_path):

@@ -348,3 +348,31 @@ def test_a_share_of_the_parameters_in_a_run(dense, tmp_path, capsys):
         AutoModelForCausalLM.from_pretrained(out).num_parameters()
         == min(record.tried, key=lambda one: one.divergence).parameters_after
     )
+
+
+def test_weights_that_stay_dense_lose_structures_too(dense, tmp_path):
+    """``skip`` is for zeros."""
+    report, path = prune(
+        dense,
+        tmp_path / "out",
+        calibration=TEXT,
+        remove="heads=0.5 + neurons=0.25",
+        sparsity=0.5,
+        skip=("mlp", "o_proj"),
+    )
+    assert [record.kind for record in report.removed] == ["heads", "neurons"]
+    assert {matrix.name.rsplit(".", 1)[1] for matrix in report.matrices} == {"q_proj", "k_proj", "v_proj"}
+    assert not verify(path).problems
+
+
+def test_a_distillation_after_a_removal_is_told(dense, tmp_path):
+    report, _ = prune(dense, tmp_path / "out", calibration=TEXT, method="distill(tokens=64)", remove="neurons=0.25")
+    assert "distilled on " in report.table()
+
+
+def test_a_pruned_model_loses_zeros_and_it_is_said(dense, tmp_path, capsys):
+    _, pruned = prune(dense, tmp_path / "pruned", calibration=TEXT, pattern="2:4")
+    (tmp_path / "text.txt").write_text((dense.parent / "text.txt").read_text())
+    command = ["run", "--model", pruned, "--output", tmp_path / "out", "--remove", "neurons=0.25", "--seqlen", 16]
+    _, _, error = call(capsys, *command, "--nsamples", 8, "--calibration", tmp_path / "text.txt")
+    assert "was pruned or quantized before" in error

@@ -96,3 +96,16 @@ def test_a_model_that_calls_blocks_out_of_order_is_refused():
     model = make_model("zamba")
     with pytest.raises(InputError, match="same tensor"):
         prune_model(model, make_tokens(4, 16), remove="blocks=1")
+
+
+def test_the_only_block_of_its_kind_stays():
+    """The cache of transformers needs a block with attention."""
+    model = make_model("llama")
+    model.model.layers[1].self_attn.q_proj.bias = torch.nn.Parameter(torch.zeros(32))  # so it is of another kind
+    with torch.no_grad():  # and does nothing
+        for matrix in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
+            matrix.weight.zero_()
+    batches, blocks = [{"input_ids": make_tokens(4, 16)}], find_blocks(model)
+    with torch.no_grad():
+        assert least_influence(model, blocks, batches, 1, once=True)[0][0] == 1
+        assert least_influence(model, blocks, batches, 1)[0][0] != 1

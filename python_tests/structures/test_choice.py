@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from tiny_models import grouped, make_model, make_tokens
 
 from ace_ext import InputError, prune_model
@@ -128,3 +129,13 @@ def test_what_cannot_be_chosen_is_refused_and_nothing_changes(family, tokens, wo
     with pytest.raises(InputError, match=words):
         prune_model(model, make_tokens(*tokens), remove="params=0.05" if family == "mixtral" else "params=0.3")
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("more", [{}, {"attention_mask": torch.ones(8, 16, dtype=torch.long)}], ids=["plain", "mask"])
+@pytest.mark.parametrize("remove", ["params=0.3", "neurons=0.25(score=auto)"])
+def test_a_classifier_does_not_predict_tokens(remove, more):
+    config = make_model("llama").config
+    config.num_labels, config.pad_token_id = 3, 0
+    model = transformers.LlamaForSequenceClassification(config)
+    with pytest.raises(InputError, match="compare predictions of tokens"):
+        prune_model(model, [{"input_ids": make_tokens(8, 16), **more}], remove=remove)

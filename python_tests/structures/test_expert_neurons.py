@@ -3,7 +3,7 @@
 import every_class
 import pytest
 import torch
-from tiny_models import make_tokens
+from tiny_models import MIXTURES, make_model, make_tokens
 
 from ace_ext import InputError, prune_model
 from ace_ext.models.blocks import find_blocks
@@ -114,3 +114,32 @@ def test_how_many_experts_are_read_in_a_pass_changes_nothing(monkeypatch):
         prune_model(model, make_tokens(8, 16), remove="neurons=0.25")
         states.append(model.state_dict())
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_processor_that_is_slow_at_the_dtype(family, dtype, monkeypatch):
+    """The trial reads experts through their Linears, and these multiply in float32."""
+    monkeypatch.setattr("ace_ext.models.products.slow_dtypes", lambda: frozenset({dtype}))
+    report = prune_model(make_model(family, dtype), make_tokens(8, 24), remove="neurons=0.34(multiple=8)")
+    assert report.removed[0].after < report.removed[0].before
+
+
+def test_a_width_that_the_class_does_not_run_with(monkeypatch):
+    model = make_model("qwen3-moe")
+    monkeypatch.setattr(units, "fill_", fails_to_run(units.fill_))
+    with pytest.raises(InputError, match=r"does not run without these neurons: strides .*; remove another number"):
+        prune_model(model, make_tokens(8, 24), remove="neurons=0.34(multiple=8)")
+
+
+def fails_to_run(fill):
+    """``fill_``, after which the smaller model's forward fails as torch's kernel of experts does."""
+
+    def filled(smaller, *rest):
+        def forward(*_, **__):
+            raise RuntimeError("strides should be multiple of 16 bytes")
+
+        fill(smaller, *rest)
+        smaller.forward = forward
+
+    return filled
