@@ -193,6 +193,8 @@ def _check_removed(folder: Path, report: PruneReport, result: VerifyResult) -> N
         numbers = set(value) if isinstance(value, list) else {value}
         if numbers != {record.after}:
             result.problems.append(f"config.json: {record.setting} is {value}, but the report says {record.after}")
+        if not 0 < record.after < record.before:
+            result.problems.append(f"the report says that {record.after} of {record.before} {record.kind} are left")
         result.removed.append(f"{record.after} of {record.before} {record.kind}")
 
 

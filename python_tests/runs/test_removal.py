@@ -113,6 +113,15 @@ def test_verify_finds_another_number_in_the_configuration(smaller, tmp_path):
     assert "config.json: intermediate_size is 40, but the report says 36" in verify(copy).problems
 
 
+def test_verify_finds_a_report_that_cannot_be(smaller, tmp_path):
+    copy = damaged(smaller[0], tmp_path)
+    report = json.loads((copy / REPORT_NAME).read_text())
+    (neurons,) = (record for record in report["removed"] if record["part"].startswith("neurons"))
+    neurons["before"] = 20
+    (copy / REPORT_NAME).write_text(json.dumps(report))
+    assert "the report says that 36 of 20 neurons are left" in verify(copy).problems
+
+
 def test_verify_finds_another_shape(smaller, tmp_path):
     copy = damaged(smaller[0], tmp_path)
     tensors = load_file(copy / "model.safetensors")
