@@ -143,7 +143,7 @@ def check_same(
     except Exception as error:  # a class's code and the kernels of torch can raise anything
         raise InputError(
             f"remove: {type(model).__name__} does not run without these {name}: {one_line(error)}; remove another "
-            "number of them, as with multiple="
+            "number of them"
         ) from error
     difference = _distance(found, expected)
     if difference <= (CLOSE_IN_FLOAT32 if next(model.parameters()).dtype == torch.float32 else CLOSE):

@@ -56,6 +56,7 @@ def find_and_try(model: nn.Module, blocks: list[Block], part: Wanted, batch: Map
                     lambda _, x, mask=mask: (x[0] * mask.to(x[0].dtype),)
                 )
                 stack.callback(handle.remove)
+        refused = []
         for layout in found.layouts:
             smaller = laid_out(model, found.changes(len(kept)))
             fill_(smaller, _with(layout, dict(model.state_dict()), kept), model)
@@ -63,8 +64,8 @@ def find_and_try(model: nn.Module, blocks: list[Block], part: Wanted, batch: Map
                 check_same(part.name, model, smaller, tokens)
                 return layout
             except InputError as error:
-                failed = error
-    raise failed
+                refused.append(error)
+    raise refused[0]
 
 
 def _with(found: Found, tensors: dict[str, Tensor], kept: Tensor) -> dict[str, Tensor]:

@@ -206,7 +206,9 @@ def test_bad_requests_are_refused_in_one_line(tmp_path, capsys):
     assert "is packed" in error(tmp_path / "packed")
     shards, name = Shards(quantized), "model.layers.1.mlp.up_proj.weight"
     shards.write({name: shards.read(name) + 0.01})
-    assert f"{name} is not on a grid of 4 bits with groups of 64 columns" in error(quantized)
+    assert "has changed since ace-prune wrote it: " in error(quantized)
+    with pytest.raises(InputError, match=f"{name} is not on a grid of 4 bits with groups of 64 columns"):
+        compress(quantized, tmp_path / "new", GRIDS[1], [name.removesuffix(".weight")])
     for bad in ("quantize(bits=2)", "quantize(group=1)"):
         report = json.loads((quantized / REPORT_NAME).read_text())
         report["config"]["method"] = bad
