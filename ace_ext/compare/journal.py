@@ -145,7 +145,7 @@ class Journal:
 
     def __init__(self, folder: Path | None, settings: dict[str, Any]) -> None:
         self.path: Path | None = None
-        self._sums = True
+        self._sums, self._first = True, b""
         self.results = Results(settings)
         if folder is None:
             return
@@ -155,12 +155,14 @@ class Journal:
             self._sums = format_of(self.path) >= LINES
             if self.results.dense or self.results.runs:
                 _refuse_other_settings(self.path, self.results.settings, settings)
+                self._first = _first_line(self.path)
                 return
             self.results, self._sums = Results(settings), True  # of a comparison that was refused before it measured
         else:
             _make_folder(folder)
         with _writing(self.path):  # whole: a file with only a part of the first line would be refused later
             write_whole(self.path, f"{with_sum(json.dumps({'format': LINES, 'settings': settings}))}\n".encode())
+        self._first = _first_line(self.path)
 
     def add_dense(
         self, dense: dict[str, Perplexity], weights_sha256: str, bos: BosChoice, tasks: dict[str, TaskScore]
@@ -196,6 +198,8 @@ class Journal:
     def _append(self, line: dict[str, Any]) -> None:
         if self.path is None:
             return
+        if _first_line(self.path) != self._first:
+            raise InputError(f"{self.path} was begun again by another comparison; use another output folder")
         with _writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write((with_sum(json.dumps(line)) if self._sums else json.dumps(line)) + "\n")
             file.flush()
@@ -235,6 +239,11 @@ def read_results(path: Path) -> Results:
             f"{path} is not a journal of ace-prune compare: {one_line(error)}; use another folder"
         ) from error
     return results
+
+
+def _first_line(path: Path) -> bytes:
+    with _writing(path), path.open("rb") as file:
+        return file.readline()
 
 
 @contextlib.contextmanager

@@ -242,13 +242,13 @@ class StatisticsCollector:
             bias: Tensor | None = self.linears[name].bias
             dense = _tokens(_collected(output) if bias is None else _collected(output) - bias, mask)
             if MOMENT in self.needs:
-                if dense.is_cpu:
-                    token_weights(name, dense)  # checks them: the op computes its own
                 ops.update_cosine_moment_(_collected(stats.moment), rows, dense)
         elif WEIGHTED in self.needs:
             dense = sketched()
         if WEIGHTED in self.needs:
             _collected(stats.weighted).update(rows, token_weights(name, dense))
+        elif MOMENT in self.needs and dense.is_cpu:
+            token_weights(name, dense)  # checks them: the op computes its own
 
     def _sketched_output(self, name: str, rows: Tensor) -> Tensor:
         linear = self.linears[name]

@@ -1,7 +1,9 @@
 """The removal of structures in a run on files: from the model in memory, and by shapes alone for a plan."""
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from ace_ext.engine.api import check_pattern, remove_structures
 from ace_ext.engine.context import RunContext
 from ace_ext.engine.inputs import model_inputs
 from ace_ext.engine.progress import Progress
+from ace_ext.errors import InputError
 from ace_ext.models.blocks import Block, find_blocks
 from ace_ext.models.run_mode import run_mode
 from ace_ext.pruning.config import PruneConfig
@@ -17,6 +20,7 @@ from ace_ext.pruning.removal import Neurons, Removal
 from ace_ext.records import REPORT_NAME, Removed
 from ace_ext.runs.model_source import Source
 from ace_ext.runs.options import RunRequest
+from ace_ext.runs.output import read_report
 
 _TRIED = 512
 """The most columns of the trial of :func:`seconds_of_units`."""
@@ -65,7 +69,7 @@ def remove_from_(source: Source, request: RunRequest, tokens: Tensor, progress: 
         InputError: they cannot be removed.
     """
     config, model = request.config, source.model
-    if source.files.folder is not None and (source.files.folder / REPORT_NAME).is_file():
+    if _has_zeros(source.files.folder):
         progress.note(
             "the model was pruned or quantized before: matrices that the removal fits lose their zeros or their grid; "
             "with refit=none they keep them"
@@ -76,6 +80,15 @@ def remove_from_(source: Source, request: RunRequest, tokens: Tensor, progress: 
     source.blocks = find_blocks(model, config.skip, max_dense=config.max_dense)
     source.files = replace(source.files, shards=None)
     return removed
+
+
+def _has_zeros(folder: Path | None) -> bool:
+    """Whether a model's folder is one that a run pruned or quantized, by its report."""
+    if folder is None or not (folder / REPORT_NAME).is_file():
+        return False
+    with suppress(InputError):  # a report that cannot be read says nothing
+        return not read_report(folder).only_removed
+    return False
 
 
 def removal_seconds(source: Source, wanted: Removal, tokens: int, token_seconds: float) -> float:

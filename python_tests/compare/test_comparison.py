@@ -19,6 +19,7 @@ from ace_ext.compare.bench import restore
 from ace_ext.compare.grid import Grid
 from ace_ext.compare.journal import RUNS_NAME, Journal, Results, read_results
 from ace_ext.compare.tables import Spread, short_names
+from ace_ext.data.bos import BosChoice
 from ace_ext.data.perplexity import perplexity
 from ace_ext.data.windows import evaluation_tokens, load_windows
 from ace_ext.models.loading import load_model
@@ -301,6 +302,15 @@ def test_a_journal_without_results_is_begun_again(tmp_path):
     Journal(tmp_path / "begun", {"seqlen": 4096})
     Journal(tmp_path / "begun", {"seqlen": 64})
     assert read_results(tmp_path / "begun" / RUNS_NAME) == Results({"seqlen": 64})
+
+
+def test_a_comparison_that_another_one_replaced_writes_nothing(tmp_path):
+    first = Journal(tmp_path / "begun", {"seqlen": 64})
+    Journal(tmp_path / "begun", {"seqlen": 128})
+    before = (tmp_path / "begun" / RUNS_NAME).read_bytes()
+    with pytest.raises(InputError, match="was begun again by another comparison"):
+        first.add_dense({}, "", BosChoice("never", None, "as set"), {})
+    assert (tmp_path / "begun" / RUNS_NAME).read_bytes() == before
 
 
 def test_a_run_that_is_recorded_twice_is_no_second_seed(place, tmp_path):

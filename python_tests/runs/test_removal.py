@@ -385,3 +385,7 @@ def test_a_pruned_model_loses_zeros_and_it_is_said(dense, tmp_path, capsys):
     command = ["run", "--model", pruned, "--output", tmp_path / "out", "--remove", "neurons=0.25", "--seqlen", 16]
     _, _, error = call(capsys, *command, "--nsamples", 8, "--calibration", tmp_path / "text.txt")
     assert "was pruned or quantized before" in error
+    command[2] = prune(dense, tmp_path / "smaller", calibration=TEXT, method=None, remove="neurons=0.25")[1]
+    command[4] = tmp_path / "again"
+    _, _, error = call(capsys, *command, "--nsamples", 8, "--calibration", tmp_path / "text.txt")
+    assert "before" not in error
