@@ -48,15 +48,28 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
 
 
-def in_one(pattern: str, name: str) -> str:
-    """A file of the build folder that includes those that match. Most of the time to compile each of them goes to
-    torch's headers, which are then compiled once."""
+def in_one(name: str, paths: list[str]) -> str:
+    """A file of the build folder that includes these. What they share is then compiled once: templates, and torch's
+    headers, which take most of the time of a small file."""
     file = ROOT / "build" / name
-    text = "".join(f'#include "{Path(path).relative_to("csrc").as_posix()}"\n' for path in sources(pattern))
+    text = "".join(f'#include "{Path(path).relative_to("csrc").as_posix()}"\n' for path in paths)
     if not file.exists() or file.read_text() != text:  # otherwise it need not be compiled again
         file.parent.mkdir(exist_ok=True)
         file.write_text(text)
     return str(file.relative_to(ROOT))
+
+
+SELECTIONS = ["csrc/cpu/across.cpp", "csrc/cpu/mask.cpp", "csrc/cpu/prune.cpp"]
+"""These share templates. They take the longest to compile."""
+LARGE = ["csrc/cpu/balance.cpp", "csrc/cpu/packed.cpp", "csrc/cpu/quantized.cpp"]
+"""These share little."""
+
+
+def cpu_sources() -> list[str]:
+    """The ops and their code for the CPU, what takes longest first."""
+    small = [path for path in sources("csrc/cpu/*.cpp") if path not in (*SELECTIONS, *LARGE)]
+    ops = in_one("ops.cpp", sources("csrc/ops/*.cpp"))
+    return [in_one("selections.cpp", SELECTIONS), *LARGE, in_one("small.cpp", small), ops, *sources("csrc/*.cpp")]
 
 
 def openmp() -> list[str]:
@@ -83,9 +96,9 @@ def extension():
     flags["cxx"] += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]  # the last two change no value
     flags["cxx"] += openmp()
     macros = [("ACE_VERSION", version)]
-    files = [in_one("csrc/ops/*.cpp", "ops.cpp"), *sources("csrc/*.cpp", "csrc/cpu/*.cpp")]
+    files = cpu_sources()
     if cuda:
-        files += [in_one("csrc/cuda/*.cpp", "cuda_glue.cpp"), *sources("csrc/cuda/*.cu")]
+        files += [in_one("cuda_glue.cpp", sources("csrc/cuda/*.cpp")), *sources("csrc/cuda/*.cu")]
         macros += [("ACE_WITH_CUDA", None), ("ACE_CUDA_VERSION", torch.version.cuda)]
         flags["nvcc"] = ["-O3", "-lineinfo", "--fmad=false", "-Xcompiler=-ffp-contract=off"]
         if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():

@@ -11,7 +11,6 @@
 #include "core/obs_block.h"
 #include "cpu/dispatch.h"
 #include "cpu/finite.h"
-#include "cpu/multiversion.h"
 #include "cpu/triangular.h"
 
 namespace ace::cpu {
@@ -24,17 +23,13 @@ void choose_group(const Triangular& u, const float* weight, bool* mask, int64_t 
   for (int g = 0; g < group_m; ++g) mask[first + g] = (kept >> g & 1u) != 0;
 }
 
-ACE_MULTIVERSION void correct(float* weight, float error, const float* factor, int64_t n) {
-  for (int64_t k = 0; k < n; ++k) weight[k] = obs_correct(weight[k], error, factor[k]);
-}
-
 void solve_row(const Triangular& u, float* weight, float* error, bool* mask, int keep_n, int group_m) {
   for (int64_t c = 0; c < u.width; ++c) {
     if (group_m > 0 && c % group_m == 0) choose_group(u, weight, mask, c, group_m, keep_n);
     error[c] = mask[c] ? 0.0f : obs_error(weight[c], u.diagonal(c));
     if (mask[c]) continue;
     weight[c] = 0.0f;
-    if (error[c] != 0.0f) correct(weight + c + 1, error[c], u.row(c) + c + 1, u.width - c - 1);
+    if (error[c] != 0.0f) correct_later(weight + c + 1, error[c], u.row(c) + c + 1, u.width - c - 1);
   }
 }
 

@@ -8,7 +8,6 @@
 #include "core/quantize_block.h"
 #include "cpu/dispatch.h"
 #include "cpu/finite.h"
-#include "cpu/multiversion.h"
 #include "cpu/triangular.h"
 
 namespace ace::cpu {
@@ -21,10 +20,6 @@ struct Row {
   const float* current;  // [width]; null: none
 };
 
-ACE_MULTIVERSION void correct(float* ACE_RESTRICT weight, float error, const float* ACE_RESTRICT factor, int64_t n) {
-  for (int64_t k = 0; k < n; ++k) weight[k] = obs_correct(weight[k], error, factor[k]);
-}
-
 template <class T>
 void round_row(const Triangular& u, const Row& row, float scale, CodeRange range) {
   for (int64_t c = 0; c < u.width; ++c) {
@@ -34,7 +29,7 @@ void round_row(const Triangular& u, const Row& row, float scale, CodeRange range
     const float error = obs_error(change, u.diagonal(c));
     row.weight[c] = value;
     row.error[c] = error;
-    if (error != 0.0f) correct(row.weight + c + 1, error, u.row(c) + c + 1, u.width - c - 1);
+    if (error != 0.0f) correct_later(row.weight + c + 1, error, u.row(c) + c + 1, u.width - c - 1);
   }
 }
 

@@ -16,8 +16,8 @@
 namespace ace::cpu {
 namespace {
 
-constexpr int64_t kTileRows = 16;       // that share one read of G when c is first computed
-constexpr int64_t kStripColumns = 512;  // of c, which stay in the first-level cache meanwhile
+constexpr int64_t kTileRows = 16;  // that share one read of G when c is first computed
+constexpr int64_t kPartOfC = 512;  // of c, which stay in the first-level cache meanwhile
 
 struct GramMatrix {
   const float* data;            // [cols, cols]
@@ -80,9 +80,9 @@ class Tile {
     const int64_t cols = gram_.cols;
     std::fill(c_.begin(), c_.end(), 0.0);
     for (int64_t r = 0; r < rows; ++r) read_row(r, weight + r * weight_stride, mask + r * mask_stride);
-    for (int64_t k = 0; k < cols; k += kStripColumns) {
+    for (int64_t k = 0; k < cols; k += kPartOfC) {
       for (int64_t r = 0; r < rows; ++r) {
-        add_removed(c_.data() + r * cols + k, std::min(kStripColumns, cols - k), weight_.data() + r * cols, removed_[r],
+        add_removed(c_.data() + r * cols + k, std::min(kPartOfC, cols - k), weight_.data() + r * cols, removed_[r],
                     gram_.data + k, cols);
       }
     }

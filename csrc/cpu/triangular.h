@@ -4,7 +4,9 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/triu.h>
 
+#include "core/obs_block.h"
 #include "cpu/finite.h"
+#include "cpu/multiversion.h"
 
 namespace ace::cpu {
 
@@ -18,6 +20,12 @@ struct Triangular {
   const float* row(int64_t c) const { return data + c * stride; }
   float diagonal(int64_t c) const { return row(c)[c]; }
 };
+
+// What a column's error costs the n columns after it: weight and factor begin at the first of them.
+ACE_MULTIVERSION static void correct_later(float* ACE_RESTRICT weight, float error, const float* ACE_RESTRICT factor,
+                                           int64_t n) {
+  for (int64_t k = 0; k < n; ++k) weight[k] = obs_correct(weight[k], error, factor[k]);
+}
 
 // Checks only the entries that are read: the diagonal and above.
 inline void check_triangular(std::string_view op, const at::Tensor& factor) {
