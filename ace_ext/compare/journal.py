@@ -5,6 +5,7 @@ folder. With other settings it is refused: figures that cannot be compared never
 """
 
 import contextlib
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -139,30 +140,48 @@ class Journal:
         folder: created if it does not exist; None: nothing is written.
         settings: JSON values that all runs of the folder share.
 
+    Another comparison cannot open the folder until :meth:`close`.
+
     Raises:
-        InputError: the folder holds runs with other settings, or files of something else, or cannot be written.
+        InputError: the folder holds runs with other settings, or files of something else, or cannot be written; or
+            another comparison has it open.
     """
 
     def __init__(self, folder: Path | None, settings: dict[str, Any]) -> None:
         self.path: Path | None = None
         self._sums, self._first = True, b""
+        self._lock: int | None = None
         self.results = Results(settings)
         if folder is None:
             return
         self.path = folder / RUNS_NAME
-        if self.path.is_file():
-            self.results = read_results(self.path)
-            self._sums = format_of(self.path) >= LINES
+        if not self.path.is_file():
+            _make_folder(folder)
+        self._lock = _locked(folder)
+        try:
+            self._open(self.path, settings)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, path: Path, settings: dict[str, Any]) -> None:
+        if path.is_file():
+            self.results = read_results(path)
+            self._sums = format_of(path) >= LINES
             if self.results.dense or self.results.runs:
-                _refuse_other_settings(self.path, self.results.settings, settings)
-                self._first = _first_line(self.path)
+                _refuse_other_settings(path, self.results.settings, settings)
+                self._first = _first_line(path)
                 return
             self.results, self._sums = Results(settings), True  # of a comparison that was refused before it measured
-        else:
-            _make_folder(folder)
-        with _writing(self.path):  # whole: a file with only a part of the first line would be refused later
-            write_whole(self.path, f"{with_sum(json.dumps({'format': LINES, 'settings': settings}))}\n".encode())
-        self._first = _first_line(self.path)
+        with _writing(path):  # whole: a file with only a part of the first line would be refused later
+            write_whole(path, f"{with_sum(json.dumps({'format': LINES, 'settings': settings}))}\n".encode())
+        self._first = _first_line(path)
+
+    def close(self) -> None:
+        """Lets other comparisons open the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def add_dense(
         self, dense: dict[str, Perplexity], weights_sha256: str, bos: BosChoice, tasks: dict[str, TaskScore]
@@ -262,6 +281,23 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"output {str(folder)!r} cannot be written: {error.strerror}; give another folder") from error
+
+
+def _locked(folder: Path) -> int:
+    """The folder, opened and locked, so that two comparisons do not record the same runs twice. The lock lasts until it
+    is closed or the process ends, even by a crash. A file system that cannot lock a folder has no lock."""
+    with _writing(folder):
+        number = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(number)
+        raise InputError(
+            f"output {str(folder)!r} is being written by another comparison; wait for it, or give another folder"
+        ) from error
+    except OSError:
+        return number
+    return number
 
 
 def _refuse_other_settings(path: Path, recorded: dict[str, Any], wanted: dict[str, Any]) -> None:

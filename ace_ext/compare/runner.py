@@ -29,11 +29,22 @@ def run_study(study: Study, device: torch.device, output: Path | None = None, pr
         All runs of the folder: those of this grid and those recorded before.
 
     Raises:
-        InputError: for bad input. As much as possible is checked before the model is loaded.
+        InputError: for bad input, or if another comparison writes to ``output``. As much as possible is checked before
+            the model is loaded.
     """
     study.evaluation.tasks.check()
     sources = {source: source_sha256(source, CALIBRATION, study.text_field) for source in study.grid.calibrations}
     journal = Journal(output, study.settings(device))
+    try:
+        _run_missing(study, device, journal, sources, progress)
+    finally:
+        journal.close()
+    return journal.results
+
+
+def _run_missing(
+    study: Study, device: torch.device, journal: Journal, sources: dict[str, str | None], progress: bool
+) -> None:
     for cell, method in study.grid.cells():
         journal.refuse_changed(cell, study.config(method, cell.amount).to_dict(), sources[cell.calibration])
     missing = [(cell, method) for cell, method in study.grid.cells() if journal.results.find(cell) is None]
@@ -53,7 +64,6 @@ def run_study(study: Study, device: torch.device, output: Path | None = None, pr
                 config = study.config(method, cell.amount)
                 journal.add(bench.run(cell, config, mode, sources[cell.calibration]))
                 bar.update()
-    return journal.results
 
 
 def _bench(study: Study, device: torch.device, recorded: list[BosChoice]) -> Bench:

@@ -299,18 +299,39 @@ def test_a_comparison_that_ended_in_its_first_line_starts_again(place, tmp_path)
 
 def test_a_journal_without_results_is_begun_again(tmp_path):
     """It is left by a comparison that was refused before it measured anything."""
-    Journal(tmp_path / "begun", {"seqlen": 4096})
-    Journal(tmp_path / "begun", {"seqlen": 64})
+    for seqlen in (4096, 64):
+        Journal(tmp_path / "begun", {"seqlen": seqlen}).close()
     assert read_results(tmp_path / "begun" / RUNS_NAME) == Results({"seqlen": 64})
 
 
 def test_a_comparison_that_another_one_replaced_writes_nothing(tmp_path):
     first = Journal(tmp_path / "begun", {"seqlen": 64})
-    Journal(tmp_path / "begun", {"seqlen": 128})
+    first.close()  # as on a file system without locks
+    Journal(tmp_path / "begun", {"seqlen": 128}).close()
     before = (tmp_path / "begun" / RUNS_NAME).read_bytes()
     with pytest.raises(InputError, match="was begun again by another comparison"):
         first.add_dense({}, "", BosChoice("never", None, "as set"), {})
     assert (tmp_path / "begun" / RUNS_NAME).read_bytes() == before
+
+
+def test_a_second_comparison_is_refused_while_one_writes(place, tmp_path, monkeypatch):
+    """Both would record the same runs, and no comparison reads a journal that has a run twice."""
+    whole, folder, refused = tmp_path / "whole", tmp_path / "out", []
+    compare(place, output=whole)
+
+    def meanwhile(*arguments, **named):
+        with pytest.raises(InputError, match=r"out' is being written by another comparison; wait for it, or give"):
+            compare(place, output=folder)
+        refused.append(None)
+        return prune_model(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "prune_model", meanwhile)
+        compare(place, output=folder)
+    assert len(refused) == 2
+    compare(place, output=folder)  # nothing is missing, and nothing is recorded twice
+    expected, found = (read_results(path / RUNS_NAME) for path in (whole, folder))
+    assert [run.perplexity for run in found.runs] == [run.perplexity for run in expected.runs]
 
 
 def test_a_run_that_is_recorded_twice_is_no_second_seed(place, tmp_path):
