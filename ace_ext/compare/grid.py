@@ -1,6 +1,5 @@
 """The grid of a comparison: methods × sparsities × calibration lengths × sources × seeds on one model."""
 
-import hashlib
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -10,8 +9,8 @@ import torch
 
 from ace_ext.compare.journal import Cell
 from ace_ext.data.bos import AUTO, MODES, default_mode
-from ace_ext.data.corpora import BUNDLED, CALIBRATION, HELD_OUT, SELF, SOURCES, load_text, texts_of
-from ace_ext.data.media_items import is_media, listing_sha256
+from ace_ext.data.corpora import BUNDLED, HELD_OUT, SELF, source_sha256
+from ace_ext.data.media_items import is_media
 from ace_ext.data.perplexity import SEQLEN
 from ace_ext.data.tasks import Tasks
 from ace_ext.errors import InputError
@@ -180,20 +179,3 @@ def _amount(text: str) -> dict[str, Any]:
         return {"sparsity": float(text)}
     except ValueError as error:
         raise InputError(f"sparsities must be numbers from 0 to 1 (got {text!r})") from error
-
-
-def source_sha256(source: str, split: str, text_field: str) -> str | None:
-    """The SHA-256, in hex, of the documents of a local file, or of all local files of a mixture; of images or sound
-    that of the files' names and sizes, and of their texts. None for texts that are fixed.
-
-    Raises:
-        InputError: as :func:`ace_ext.data.corpora.load_text`, :func:`ace_ext.data.corpora.texts_of` and
-            :func:`ace_ext.data.media_items.media_items`.
-    """
-    if is_media(source):
-        return listing_sha256(source)
-    texts = [part.source for part in texts_of(source)] if split == CALIBRATION else [source]
-    fixed = (*SOURCES, SELF) if split == CALIBRATION else SOURCES
-    files = [load_text(text, split, text_field) for text in texts if text not in fixed]
-    joined = "\n\n".join(document for file in files for document in file)
-    return hashlib.sha256(joined.encode("utf-8")).hexdigest() if files else None

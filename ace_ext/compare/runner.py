@@ -7,11 +7,11 @@ import torch
 from tqdm import tqdm
 
 from ace_ext.compare.bench import Bench, weights_sha256
-from ace_ext.compare.grid import Study, source_sha256
+from ace_ext.compare.grid import Study
 from ace_ext.compare.journal import Journal, Results
 from ace_ext.compare.networks import NetworkBench
 from ace_ext.data.bos import BosChoice
-from ace_ext.data.corpora import CALIBRATION
+from ace_ext.data.corpora import CALIBRATION, source_sha256
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import predicts_tokens
 from ace_ext.models.loading import load_model

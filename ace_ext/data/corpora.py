@@ -3,12 +3,14 @@ files."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ace_ext.data.local_files import read_file
+from ace_ext.data.media_items import is_media, listing_sha256
 from ace_ext.data.mixture import Part, parts_of
 from ace_ext.errors import InputError
 
@@ -84,6 +86,22 @@ def load_parts(
         InputError: as :func:`texts_of` and :func:`load_text`.
     """
     return [(part, load_text(part.source, CALIBRATION, text_field, cache_dir)) for part in texts_of(source)]
+
+
+def source_sha256(source: str, split: str, text_field: str) -> str | None:
+    """The SHA-256, in hex, of the documents of a local file, or of all local files of a mixture; of images or sound
+    that of the files' names and sizes, and of their texts. None for texts that are fixed.
+
+    Raises:
+        InputError: as :func:`load_text`, :func:`texts_of` and :func:`ace_ext.data.media_items.media_items`.
+    """
+    if is_media(source):
+        return listing_sha256(source)
+    texts = [part.source for part in texts_of(source)] if split == CALIBRATION else [source]
+    fixed = (*SOURCES, SELF) if split == CALIBRATION else SOURCES
+    files = [load_text(text, split, text_field) for text in texts if text not in fixed]
+    joined = "\n\n".join(document for file in files for document in file)
+    return hashlib.sha256(joined.encode("utf-8")).hexdigest() if files else None
 
 
 def cache_folder() -> Path:

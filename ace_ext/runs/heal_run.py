@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ace_ext.data.corpora import CALIBRATION, source_sha256
 from ace_ext.formats import DEFAULT_FORMAT, format_named
 from ace_ext.healing.progress import HealProgress
 from ace_ext.healing.protocols import Observer
@@ -89,14 +90,14 @@ class HealRun:
 
     def _fingerprint(self) -> dict[str, Any]:
         """Everything that the output depends on, as plain values."""
-        options = self._request.options
+        options, text = self._request.options, self._request.text
         return {
             "versions": versions(),
             "pruned": self._pruned.files.described,
             "dense": self._skeleton.files.described,
             "settings": asdict(self._request.settings),
             "budget": {"tokens": options.tokens, "minutes": options.minutes, "windows": options.windows},
-            "text": self._described_text(),
+            "text": {**self._described_text(), "sha256": source_sha256(text.source, CALIBRATION, text.text_field)},
             "device": self._request.device.type,
             "threads": torch.get_num_threads(),
         }

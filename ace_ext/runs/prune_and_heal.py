@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ace_ext.data.bos import NEVER
-from ace_ext.data.corpora import SELF
+from ace_ext.data.corpora import CALIBRATION, SELF, source_sha256
 from ace_ext.engine.distillation import distill_draw, heal_settings
 from ace_ext.engine.progress import Progress
 from ace_ext.errors import InputError
@@ -176,10 +176,11 @@ class _TwoRuns(UnfinishedRun):
 
 def _fingerprint(request: RunRequest, source: Source) -> dict[str, Any]:
     """Everything that the output depends on, as plain values. The first part has its own fingerprint too."""
+    text = request.calibration
     return {
         "versions": versions(),
         "model": source.files.described,
-        "calibration": asdict(request.calibration),
+        "calibration": {**asdict(text), "sha256": source_sha256(text.source, CALIBRATION, text.text_field)},
         "config": request.config.to_dict(),
         "dtype": request.dtype,
         "device": request.device.type,

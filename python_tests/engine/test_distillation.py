@@ -1,5 +1,6 @@
 """The stage ``distill``: the pruned model is distilled from the dense one, in memory and on files, resumable."""
 
+import contextlib
 import copy
 import json
 import random
@@ -280,6 +281,22 @@ def test_stopped_and_resumed(stop, dense, whole, tmp_path, monkeypatch):
     again, _ = prune(dense, out, {"resume": True}, MANY, method=DISTILL)
     assert again.healing == read_report(out).healing, "what had finished is not done again"
     assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("stop", [stop_between, None])
+def test_another_text_is_not_mixed_with_the_first(stop, tmp_path, monkeypatch):
+    """Each part reads the file: one that changes between them, or after both, is that of another run."""
+    dense, out = save_dense(tmp_path / "dense"), tmp_path / "out"
+    words, text = ["the", "quick", "brown", "fox", "jumps", "over"], tmp_path / "text.txt"
+    text.write_text(" ".join(random.Random(0).choices(words, k=20000)))
+    with monkeypatch.context() as patch, contextlib.suppress(Stops):
+        if stop is not None:
+            stop(patch)
+        prune(dense, out, calibration=MANY, method=DISTILL)
+    assert out.exists() == (stop is None)
+    text.write_text(" ".join(random.Random(1).choices(words, k=20000)))
+    with pytest.raises(InputError, match=r"calibration\.sha256 was .*, now "):
+        prune(dense, out, {"resume": True}, MANY, method=DISTILL)
 
 
 def test_a_changed_pruned_model_is_named(dense, tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from ace_ext.models.blocks import find_blocks
 from ace_ext.models.safetensors_files import Shards
 from ace_ext.process_memory import parse_bytes
 from ace_ext.records import PruneReport
-from ace_ext.runs import heal, heal_journal
+from ace_ext.runs import heal, heal_journal, heal_run
 from ace_ext.runs.heal import heal_folder
 from ace_ext.runs.heal_memory import HealDemand
 from ace_ext.runs.heal_models import dense_request, whole_bytes
@@ -510,6 +510,28 @@ def test_resume_refuses_another_text(tmp_path, monkeypatch):
     make_pruned(tmp_path)
     interrupted(tmp_path, tmp_path / "out", monkeypatch)
     (tmp_path / "text.txt").write_text("over the lazy dog " * 2000 + (tmp_path / "text.txt").read_text())
+    with pytest.raises(InputError, match=r"resume: the unfinished run differs from this one: text\.sha256 was"):
+        heal_folder(request(tmp_path / "pruned", tmp_path / "out", resume=True))
+
+
+def test_a_finished_run_is_not_that_of_another_text(tmp_path):
+    make_pruned(tmp_path)
+    heal_folder(request(tmp_path / "pruned", tmp_path / "out"))
+    text = (tmp_path / "text.txt").read_text()
+    (tmp_path / "text.txt").write_text(text + "over the lazy dog")
+    with pytest.raises(InputError, match=r"is complete, but of a run with other arguments \(text\.sha256 was"):
+        heal_folder(request(tmp_path / "pruned", tmp_path / "out", resume=True))
+    (tmp_path / "text.txt").write_text(text)
+    heal_folder(request(tmp_path / "pruned", tmp_path / "out", resume=True))
+
+
+def test_resume_refuses_another_tokenizer(tmp_path, monkeypatch):
+    """The file of the text is the same, and its tokens are not."""
+    make_pruned(tmp_path)
+    interrupted(tmp_path, tmp_path / "out", monkeypatch)
+    file = tmp_path / "pruned" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"quick"', '"sluggish"'))
+    monkeypatch.setattr(heal_run, "check_unchanged", lambda folder: None)
     with pytest.raises(InputError, match="resume: the text has changed"):
         heal_folder(request(tmp_path / "pruned", tmp_path / "out", resume=True))
 
