@@ -250,6 +250,7 @@ class _Inputs:
         self._request, self._source, self._bos = request, source, bos
         self._model = {"files": source.files.described, "dtype": request.dtype}
         self.known: StatisticsSource | None = None
+        self._known_sha256: str | None = None
         self._data: CalibrationData | None = None
         self._batches: list[dict[str, Tensor]] | None = None
         self._calibration: dict[str, Any] = {}
@@ -257,7 +258,7 @@ class _Inputs:
             from ace_ext.runs.statistics_file import SavedStatistics
 
             saved = SavedStatistics(request.options.stats, self._model, request.config.needs.read)
-            self.known, self._calibration = saved, saved.calibration
+            self.known, self._known_sha256, self._calibration = saved, saved.sha256, saved.calibration
 
     def take(self, output: Path, peers: Peers, progress: Progress) -> tuple[dict[str, Any], PruneReport | None]:
         """Draws the calibration tokens, unless the statistics are from a file. Returns the fingerprint of the run, and
@@ -346,6 +347,7 @@ class _Inputs:
             "format": self._request.options.format,
             "processes": peers.size,
             "statistics": self.statistics,
+            "stats": self._known_sha256,
         }
 
     def tokens(self, peers: Peers) -> Tensor:

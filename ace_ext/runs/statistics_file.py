@@ -144,6 +144,13 @@ class SavedStatistics:
                 f"{', '.join(sorted(needs - kept))}; collect again with --save-stats and this method"
             )
 
+    @property
+    def sha256(self) -> str:
+        """A SHA-256, in hex, of the members' names, sizes and checksums: what distinguishes two files that describe the
+        same model and text."""
+        members = sorted((member.filename, member.file_size, member.CRC) for member in self._archive.infolist())
+        return hashlib.sha256(json.dumps(members).encode()).hexdigest()
+
     def block(self, name: str, children: Iterable[str], device: torch.device | str) -> dict[str, LinearStatistics]:
         """The statistics of a block's Linears, by their names in the block, on ``device``.
 

@@ -1,5 +1,6 @@
 """Saved statistics: pruning from the file equals the run that saved it; it serves all sparsities and metrics."""
 
+import contextlib
 import json
 import re
 import zipfile
@@ -158,6 +159,31 @@ def test_kept_by_a_run_that_was_resumed(dense, monkeypatch):
     assert weights_bytes(again) == weights_bytes(out)
     assert resumed.read_bytes() != b""
     assert blobs(resumed) == blobs(file)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_another_file_of_the_same_model_and_text_is_another_run(blocks, dense, monkeypatch):
+    """Sums of other batches: the rest of the blocks would be pruned from other statistics than the first."""
+    file, _ = keep(dense, method="admm")
+    other, _ = keep(dense, "other.zip", method="collect(batch_tokens=16) + admm")
+    assert blobs(file) != blobs(other)
+    real, done = Workspace._write_state, []
+
+    def write(self, *arguments):
+        if len(done) == blocks:
+            raise KeyboardInterrupt
+        done.append(None)
+        return real(self, *arguments)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(Workspace, "_write_state", write)
+        from_file(dense, file, method="admm")
+    assert (dense.parent / "from-file").exists() == (blocks == 3)
+    with pytest.raises(InputError, match=r'stats was "[0-9a-f]+.*, now "[0-9a-f]+'):
+        from_file(dense, other, run={"resume": True}, method="admm")
+    copied = file.rename(dense.parent / "copied.zip")
+    again = from_file(dense, copied, run={"resume": True}, method="admm")
+    assert weights_bytes(again) == weights_bytes(from_file(dense, copied, "whole", method="admm"))
 
 
 def blobs(file) -> dict[str, bytes]:
