@@ -19,6 +19,7 @@ from ace_ext.engine.distributed import Alone, Ranks, launched, share_of, share_o
 from ace_ext.engine.inputs import Batches, text_inputs
 from ace_ext.engine.progress import Progress
 from ace_ext.engine.protocols import Peers, StatisticsSource
+from ace_ext.errors import InputError
 from ace_ext.fingerprint import tokens_sha256
 from ace_ext.formats import format_named
 from ace_ext.models._transformers import predicts_tokens
@@ -42,7 +43,7 @@ from ace_ext.runs.output import (
     finished_report,
     output_path,
 )
-from ace_ext.runs.own_files import read_manifest
+from ace_ext.runs.own_files import is_statistics, read_manifest
 from ace_ext.runs.removal import remove_from_, smaller_of
 from ace_ext.runs.unfinished import discard, folder_of, recorded_fingerprint, recover
 from ace_ext.runs.workspace import Workspace
@@ -132,6 +133,7 @@ def _prune(request: RunRequest, path: Path, progress: Progress) -> PruneReport:
             measured = _measurement(request, source, blocks, bos, progress.note) if first else None
         fingerprint, done = inputs.take(path, peers, progress)
         if done is not None:
+            _check_saved(options.save_stats, path)
             if first:
                 discard(path)
                 progress.note(already_complete(path))
@@ -204,6 +206,15 @@ def _prune(request: RunRequest, path: Path, progress: Progress) -> PruneReport:
             raise
         finally:
             workspace.close()
+
+
+def _check_saved(file: Path | None, output: Path) -> None:
+    """Checks that the statistics are there that a finished run saved."""
+    if file is not None and not is_statistics(file):
+        raise InputError(
+            f"output folder {str(output)!r} is complete, but save-stats {str(file)!r} is not there; start over with "
+            "--overwrite and without --resume"
+        )
 
 
 def _measurement(

@@ -186,6 +186,19 @@ def test_another_file_of_the_same_model_and_text_is_another_run(blocks, dense, m
     assert weights_bytes(again) == weights_bytes(from_file(dense, copied, "whole", method="admm"))
 
 
+def test_a_finished_run_has_its_statistics(dense):
+    """A resumed one says that it is complete only if the file is there that it was to save."""
+    file, out = keep(dense)
+    run = {"save_stats": file, "resume": True}
+    prune(dense, out, run)
+    moved = file.rename(dense.parent / "moved.zip")
+    with pytest.raises(InputError, match=r"is complete, but save-stats '.*stats\.zip' is not there; start over with"):
+        prune(dense, out, run)
+    prune(dense, out, {**run, "save_stats": moved})
+    prune(dense, out, {"save_stats": file, "overwrite": True})
+    assert blobs(file) == blobs(moved)
+
+
 def blobs(file) -> dict[str, bytes]:
     archive = zipfile.ZipFile(file)
     assert archive.testzip() is None
