@@ -32,12 +32,14 @@ class LogFile(io.TextIOWrapper):
 
     @classmethod
     def open(cls, name: str) -> "LogFile":
-        """The file of this name, to which lines are appended.
+        """The file of this name, to which lines are appended. An incomplete last line, left by a crash or a full disk,
+        is removed.
 
         Raises:
             InputError: it cannot be written.
         """
         try:
+            _remove_cut_line(name)
             return cls(open(name, "ab", opener=_open_own), encoding="utf-8")
         except OSError as error:
             raise InputError(f"log-json {name!r} cannot be written: {error.strerror}; give another file") from error
@@ -46,6 +48,14 @@ class LogFile(io.TextIOWrapper):
         return InputError(
             f"log-json {self.name!r} cannot be written: {error.strerror}; fix that and continue with --resume"
         )
+
+
+def _remove_cut_line(name: str) -> None:
+    if os.path.isfile(name):
+        with open(name, "r+b", opener=_open_own) as file:
+            written = file.read()
+            if not written.endswith(b"\n"):
+                file.truncate(written.rfind(b"\n") + 1)
 
 
 def _open_own(name: str, flags: int) -> int:

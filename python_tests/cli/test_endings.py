@@ -1,7 +1,9 @@
 """The end of the command line: one line and a status in every case; a traceback only with ``--debug``."""
 
 import errno
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +131,21 @@ def test_a_log_on_a_full_disk_is_named(tmp_path, monkeypatch, capsys):
     assert error.startswith("ace-prune: log-json '/dev/full' cannot be written: No space left on device; fix that")
     assert error.count("\n") == 1
     assert sorted(os.listdir(tmp_path)) == ["dense", "text.txt"]
+
+
+def test_a_line_that_a_crash_cut_off_spoils_no_other(tmp_path, capsys):
+    dense, log = save_dense(tmp_path / "dense"), tmp_path / "log.jsonl"
+    arguments = command(dense, tmp_path / "out", "--quiet", "--log-json", log, "--resume")[3:]
+    assert call(capsys, *arguments)[0] == 0
+    whole = log.read_bytes()
+    log.write_bytes(whole[:-9])
+    shutil.rmtree(tmp_path / "out")
+    assert call(capsys, *arguments)[0] == 0
+    first = whole.splitlines()
+    lines = log.read_bytes().splitlines()
+    assert lines[: len(first) - 1] == first[:-1]
+    events = [json.loads(line)["event"] for line in lines]
+    assert events[len(first) - 1 :] == [json.loads(line)["event"] for line in first]
 
 
 def test_a_terminal_that_knows_ascii_only(tmp_path):
