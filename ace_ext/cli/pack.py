@@ -11,7 +11,7 @@ from ace_ext.packed.compressed_tensors import NAME, SUMMARY, compress
 from ace_ext.packed.files import is_packed
 from ace_ext.packed.packing import pack
 from ace_ext.records import REPORT_NAME
-from ace_ext.runs.output import read_report
+from ace_ext.runs.output import check_apart, read_report
 from ace_ext.runs.verify import check_unchanged
 
 EXAMPLES = (
@@ -40,6 +40,7 @@ def add(commands: shared.Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the verb; returns the exit status."""
+    check_apart(Path(args.output), args.folder)
     report = None
     if (Path(args.folder) / REPORT_NAME).is_file():
         report = read_report(args.folder)

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from folders import prune, save_dense
+from folders import prune, save_dense, tree
 from helpers import DTYPES, assert_same_bits, make_weight
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -230,13 +230,24 @@ def test_bad_requests_are_refused_in_one_line(pruned, tmp_path, capsys):
     output = tmp_path / "out"
     assert "pattern N:M" in refused(capsys, "pack", pruned, "--output", output, "--format", "nm")
     dense = save_dense(tmp_path / "dense")
+    (tmp_path / "empty").mkdir()
     assert "no matrix" in refused(capsys, "pack", dense, "--output", output)
-    assert "has no model.safetensors" in refused(capsys, "pack", tmp_path, "--output", output)
-    assert "exists" in refused(capsys, "pack", pruned, "--output", pruned)
+    assert "has no model.safetensors" in refused(capsys, "pack", tmp_path / "empty", "--output", output)
+    assert "exists" in refused(capsys, "pack", pruned, "--output", dense)
     pack(pruned, output, "bitmap")
     assert "packed already" in refused(capsys, "pack", output, "--output", tmp_path / "twice")
     assert "holds no packed.safetensors" in refused(capsys, "unpack", pruned, "--output", tmp_path / "twice")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out", "text.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "empty", "out", "text.txt"]
+
+
+@pytest.mark.parametrize("place", ["", "inside", "new/inside"])
+def test_nothing_is_written_into_the_input(place, pruned, tmp_path, capsys):
+    pack(pruned, tmp_path / "packed", "bitmap")
+    for verb, folder in (("pack", pruned), ("unpack", tmp_path / "packed")):
+        before = tree(folder)
+        line = refused(capsys, verb, folder, "--output", folder / place)
+        assert "overlaps an input of this run" in line
+        assert tree(folder) == before
 
 
 @pytest.mark.parametrize("verb", ["verify", "heal", "pack", "unpack", "bench"])
