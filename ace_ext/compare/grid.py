@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ace_ext.data.media_items import is_media
 from ace_ext.data.perplexity import SEQLEN
 from ace_ext.data.tasks import Tasks
 from ace_ext.errors import InputError
+from ace_ext.fingerprint import fingerprint_of_files
 from ace_ext.models.versions import versions
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.method import Method
@@ -155,9 +157,10 @@ class Study:
             raise InputError(f"method {method.label!r}: {error}") from error
 
     def settings(self, device: torch.device) -> dict[str, Any]:
-        """What must be equal in all runs of a table. Evaluation files are recorded by their content."""
+        """What must be equal in all runs of a table. The model's and evaluation files are recorded by their content."""
         return {
             "model": self.model,
+            "files": _model_files(self.model),
             "dtype": self.dtype,
             "device": device.type,
             "threads": torch.get_num_threads() if device.type == "cpu" else None,  # changes rounding and time
@@ -170,6 +173,15 @@ class Study:
             "versions": versions(),
             **self.evaluation.tasks.settings(),
         }
+
+
+def _model_files(model: str) -> dict[str, str] | None:
+    """The hashes of the files of a model on this machine, by name. None for a name of the hub."""
+    path = Path(model).expanduser()
+    if not path.is_dir():
+        return fingerprint_of_files([path]) if path.is_file() else None
+    names = [path / "config.json", *path.glob("*.safetensors"), *path.glob("*.bin")]
+    return fingerprint_of_files(sorted(name for name in names if name.is_file()))
 
 
 def _amount(text: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tiny_models import make_model, make_tokenizer
 from ace_ext import InputError, PruneConfig, prune_model
 from ace_ext.cli import compare as verb
 from ace_ext.cli.compare import study_from
-from ace_ext.compare import bench, runner
+from ace_ext.compare import bench, grid, runner
 from ace_ext.compare.bench import restore
 from ace_ext.compare.grid import Grid
 from ace_ext.compare.journal import RUNS_NAME, Journal, Results, read_results
@@ -273,8 +273,16 @@ def test_other_contents_under_the_same_name_are_refused(place, tmp_path, monkeyp
         compare(place, output=folder, calibration=text, model=model, methods="fast")
     monkeypatch.undo()
     make_model("llama", seed=2).save_pretrained(model)
-    with pytest.raises(InputError, match=r"has different weights than the recorded runs in .*; use another output"):
-        compare(place, output=folder, calibration=text, model=model, seeds=5)
+    for missing in (0, 1):  # also if no run is missing, so that no model is loaded
+        with pytest.raises(
+            InputError, match=r"recorded with other settings: files\.model\.safetensors was .*; use another output"
+        ):
+            compare(place, output=folder, calibration=text, model=model, methods="ace", seeds=missing)
+    with monkeypatch.context() as patch:
+        patch.setattr(grid, "_model_files", lambda _: read_results(folder / RUNS_NAME).settings["files"])
+        with pytest.raises(InputError, match=r"has different weights than the recorded runs in .*; use another output"):
+            compare(place, output=folder, calibration=text, model=model, methods="ace", seeds=5)
+    make_model("llama", seed=1).save_pretrained(model)
     text.write_text(WORDS * 21)
     with pytest.raises(InputError, match=r"recorded with a different text in .*text\.txt; use"):
         compare(place, output=folder, calibration=text, model=model)
