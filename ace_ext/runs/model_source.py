@@ -50,9 +50,12 @@ class ModelFiles:
 
     @property
     def described(self) -> dict[str, str]:
-        """The files' hashes by name, for a fingerprint."""
-        config = [] if self.folder is None else [self.folder / "config.json"]
-        return fingerprint_of_files([*config, *self.paths])
+        """The hashes of the weights' files, the configuration and the model's own Python code by name, for a
+        fingerprint."""
+        if self.folder is None:
+            return fingerprint_of_files(self.paths)
+        code = sorted(file for file in self.folder.glob("*.py") if file.is_file())
+        return fingerprint_of_files([self.folder / "config.json", *code, *self.paths])
 
 
 @dataclass

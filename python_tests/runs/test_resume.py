@@ -215,10 +215,15 @@ def change_config(folder):
     (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
 
 
+def change_code(folder):
+    (folder / "modeling_own.py").write_text("# what --trust-remote-code would run\n")
+
+
 @pytest.mark.parametrize(
     ("change", "calibration", "config", "named"),
     [
         (change_weights, {}, {}, r"model\.files\.model\.safetensors was"),
+        (change_code, {}, {}, r"model\.files\.modeling_own\.py was null"),
         (change_config, {}, {}, r"model\.files\.config\.json was"),
         (None, {"seed": 1}, {}, r"calibration\.seed was 0, now 1; calibration\.sha256 was"),
         (None, {"nsamples": 9}, {}, r"calibration\.nsamples was 8, now 9"),
