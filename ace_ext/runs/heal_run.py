@@ -100,6 +100,7 @@ class HealRun:
             "text": {**self._described_text(), "sha256": source_sha256(text.source, CALIBRATION, text.text_field)},
             "device": self._request.device.type,
             "threads": torch.get_num_threads(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
         }
 
     def _described_text(self) -> dict[str, Any]:

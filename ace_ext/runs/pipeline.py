@@ -355,6 +355,7 @@ class _Inputs:
             "config": self._request.config.to_dict(),
             "device": self._request.device.type,
             "threads": torch.get_num_threads(),  # sums in float32 depend on it
+            "instructions": torch.backends.cpu.get_cpu_capability(),  # and on these
             "format": self._request.options.format,
             "processes": peers.size,
             "statistics": self.statistics,

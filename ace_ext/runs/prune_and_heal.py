@@ -185,6 +185,7 @@ def _fingerprint(request: RunRequest, source: Source) -> dict[str, Any]:
         "dtype": request.dtype,
         "device": request.device.type,
         "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
     }
 
 

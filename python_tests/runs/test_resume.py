@@ -535,6 +535,16 @@ def test_another_number_of_threads_is_refused(stopped, tmp_path, threads):
     prune(stopped, tmp_path / "out", RESUME)
 
 
+def test_another_kind_of_processor_is_refused(stopped, tmp_path, monkeypatch):
+    """Its vector instructions add in another order."""
+    before = torch.backends.cpu.get_cpu_capability()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+        with pytest.raises(InputError, match=rf'instructions was "{before}", now "DEFAULT"'):
+            prune(stopped, tmp_path / "out", RESUME)
+    prune(stopped, tmp_path / "out", RESUME)
+
+
 # Bytes that change between two runs
 
 
