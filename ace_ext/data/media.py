@@ -20,20 +20,25 @@ _INPUTS = {"image": ("pixel_values",), "audio": ("input_features", "input_values
 
 def load_processor(folder: str) -> Any:
     """The processor of a model's folder or hub name: its image processor, feature extractor or both with a tokenizer.
+    Without a tokenizer, which a model that reads no text need not have, it is the image processor or feature extractor.
 
     Raises:
         InputError: there is none, or it cannot be made.
     """
-    from transformers import AutoProcessor  # imported here: it imports every modality
+    # imported here: it imports every modality
+    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
 
-    try:
-        return AutoProcessor.from_pretrained(folder, trust_remote_code=remote_code_allowed())
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"model: {folder} has no processor that loads ({reason}); images and sound need the model's "
-            "preprocessor_config.json or processor_config.json beside its weights"
-        ) from error
+    errors: list[Exception] = []
+    for kind in (AutoProcessor, AutoImageProcessor, AutoFeatureExtractor):
+        try:
+            return kind.from_pretrained(folder, trust_remote_code=remote_code_allowed())
+        except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+            errors.append(error)
+    reason = " ".join(str(errors[0]).split())[:200]
+    raise InputError(
+        f"model: {folder} has no processor that loads ({reason}); images and sound need the model's "
+        "preprocessor_config.json or processor_config.json beside its weights"
+    ) from errors[0]
 
 
 def media_batches(

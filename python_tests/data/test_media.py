@@ -13,7 +13,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoImageProcessor,
     CLIPConfig,
+    CLIPImageProcessorPil,
     CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     PreTrainedTokenizerFast,
     ViTConfig,
     ViTModel,
@@ -283,6 +286,25 @@ def test_which_sources_are_media(images):
     assert not is_media("bundled")
     assert not is_media(str(images / "notes.txt"))
     assert (media_items(str(images), 1, 0).kind, IMAGE, AUDIO) == ("image", "image", "audio")
+
+
+@pytest.mark.parametrize("kind", ["audio", "image"])
+def test_a_folder_without_a_tokenizer(tmp_path, kind):
+    """The class of processor that belongs to the model has one, and the model reads no text."""
+    if kind == "audio":
+        model = Wav2Vec2Model(Wav2Vec2Config(**TINY, conv_dim=(8,), conv_stride=(320,), conv_kernel=(400,)))
+        part = Wav2Vec2FeatureExtractor()
+    else:
+        model = CLIPVisionModel(CLIPVisionConfig(**VISION))
+        part = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    model.save_pretrained(tmp_path)
+    part.save_pretrained(tmp_path)
+    settings = tmp_path / "preprocessor_config.json"
+    whole = {"audio": "Wav2Vec2Processor", "image": "CLIPProcessor"}[kind]
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "processor_class": whole}))
+    found = load_processor(str(tmp_path))
+    assert type(found) is type(part)
+    assert not hasattr(found, "tokenizer")
 
 
 def test_a_folder_without_a_processor(tmp_path):
