@@ -8,7 +8,7 @@ import contextlib
 import inspect
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -34,6 +34,9 @@ _STORED_ONCE = ("rotary_emb.inv_freq", "position_ids")
 
 _CACHES = ("cache", "past_key_values")
 """The key and value cache in a model's output and in its arguments: the newer and the older name."""
+
+_CONVERSIONS = "_weight_conversions"
+"""Attribute of a model that transformers has loaded: the conversions that its files needed."""
 
 _QUANTIZATION_MARKS = {"hf_quantizer": None, "is_quantized": False, "quantization_method": None}
 """Attributes of a model that was loaded from quantized weights, with their values in a plain model."""
@@ -327,21 +330,55 @@ def stays_float32(model: nn.Module, name: str, dtype: torch.dtype) -> bool:
     return any(f".{part}." in f".{name}." for part in parts)
 
 
-def saved_as(model: nn.Module, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+def saved_as(model: nn.Module, parameters: dict[str, Tensor], stored: Collection[str] = ()) -> dict[str, Tensor]:
     """The tensors that ``save_pretrained`` would write for these parameters, by their names in the files.
 
     ``revert_weight_conversion``: from version 5 on, transformers renames and fuses tensors while it loads them, and
     takes them apart when it saves. The result is empty if transformers lacks this function, or if the conversion cannot
     be applied to ``parameters`` because it depends on their shapes or values.
+
+    Args:
+        model: it may have no weights.
+        parameters: of the model, by name.
+        stored: the names in the files that the model is of. Some files have a prefix that the model lacks, such as
+            ``vision_model`` of CLIP's tower of images, and others of the same class do not.
     """
     try:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:
         return {}
     try:
-        return dict(revert_weight_conversion(model, parameters)) if parameters else {}
+        with _loaded_from(model, stored):
+            return dict(revert_weight_conversion(model, parameters)) if parameters else {}
     except (ValueError, RuntimeError, LookupError, TypeError, AttributeError):
         return {}
+
+
+@contextlib.contextmanager
+def _loaded_from(model: nn.Module, stored: Collection[str]) -> Iterator[None]:
+    """Within this context transformers knows which prefixes the names ``stored`` have, as if it had loaded the model
+    from their files. It knows already of a model that it has loaded."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import PrefixChange
+    except ImportError:  # an older version has no prefixes
+        yield
+        return
+    if getattr(model, _CONVERSIONS, None) is not None:
+        yield
+        return
+    known = get_model_conversion_mapping(model, add_legacy=False)
+    used = [
+        conversion
+        for conversion in known
+        if not isinstance(conversion, PrefixChange)
+        or any(conversion.rename_source_key(name)[0] != name for name in stored)
+    ]
+    setattr(model, _CONVERSIONS, used or None)
+    try:
+        yield
+    finally:
+        delattr(model, _CONVERSIONS)
 
 
 def cache_arguments(output: object) -> dict[str, object]:

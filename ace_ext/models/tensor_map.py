@@ -84,7 +84,7 @@ def _renamed(
         starts.append(total)
         total += rows
     places: list[Piece | None] = [None] * total  # at a row's number: the piece that begins with this row
-    for stored, column in saved_as(model, columns).items():
+    for stored, column in saved_as(model, columns, shapes).items():
         if column.dtype != torch.int64 or (column.dim() > 1 and column.shape[-1] != 1):
             return {}  # the conversion does more than rename tensors and move rows
         for first, row, count in _runs(column.flatten(), starts):

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from folders import call, weights_bytes
+from safetensors.torch import load_file, save_file
 from tiny_models import make_tokenizer
 from tiny_networks import NETWORKS, make_inputs, make_network
+from transformers import CLIPVisionModel
 
 from ace_ext import InputError, PruneConfig, prune_model, register
 from ace_ext.cli.heal import request_from
@@ -83,6 +85,28 @@ def test_a_folder_gets_the_weights_of_a_model_in_memory(name, offload, folders, 
         key: {"shape": list(x.shape[1:]), "dtype": str(x.dtype).removeprefix("torch.")}
         for key, x in make_inputs(name)[0].items()
     }
+
+
+@pytest.mark.parametrize("offload", ["none", "disk"])
+def test_a_tower_whose_files_have_the_prefix_of_its_model(offload, tmp_path):
+    """transformers takes the prefix off when it loads such files, and writes it again."""
+    tower = make_network("clip").vision_model.config
+    with torch.random.fork_rng():
+        model = CLIPVisionModel(tower)
+    model.save_pretrained(tmp_path / "tower")
+    file = tmp_path / "tower" / "model.safetensors"
+    stored = {f"vision_model.{name}": weight for name, weight in load_file(file).items()}
+    save_file(stored, file, {"format": "pt"})
+    inputs = [{"pixel_values": batch["pixel_values"]} for batch in make_inputs("clip")]
+    read = InputCalibration("inputs", 6, 16, reader=lambda place, text: inputs)
+    options, device = RunOptions(offload=offload), torch.device("cpu")
+    _, output = prune_folder(str(tmp_path / "tower"), tmp_path / "out", PruneConfig("fast", 0.5), read, options, device)
+    assert load_file(output / "model.safetensors").keys() == stored.keys()
+    found = verify(output)
+    assert (found.problems, found.loads, found.matrices) == ([], True, 12)
+    prune_model(model, inputs, PruneConfig("fast", 0.5))
+    loaded = CLIPVisionModel.from_pretrained(output).state_dict()
+    assert all(torch.equal(loaded[own], weight) for own, weight in model.state_dict().items())
 
 
 @pytest.mark.parametrize(
