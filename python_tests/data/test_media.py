@@ -18,6 +18,8 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipModel,
     ViTConfig,
     ViTModel,
     Wav2Vec2Config,
@@ -140,6 +142,20 @@ def test_pairs_of_images_and_texts(images, image_processor, tokenizer):
     rows = {tuple(row) for row in batch["input_ids"].tolist()}
     assert rows == {(2, 3), (3, 0)}  # two positions, and padding
     assert model(**batch).logits_per_image.shape == (2, 2)
+
+
+def test_texts_without_a_mask_fill_all_positions(images, image_processor, tokenizer, monkeypatch):
+    """SigLIP reads padding, and its embedding is the last position's: it must not depend on the batch."""
+    file = save_lines(images, {"image": "a.png", "text": "a cat sat"}, {"image": "more/c.png", "text": "cat"})
+    monkeypatch.setattr(tokenizer, "model_input_names", ["input_ids"])
+    text = {**TINY, "vocab_size": 40, "max_position_embeddings": 5, "projection_size": 16}
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config=VISION)).eval()
+    processor = Both(tokenizer, image_processor=image_processor)
+    (both,) = media_batches(file, processor, model, nsamples=2, batch=2)
+    assert set(both) == {"pixel_values", "input_ids"}
+    assert sorted(both["input_ids"].tolist()) == [[2, 3, 4, 0, 0], [3, 0, 0, 0, 0]]
+    alone = media_batches(file, processor, model, nsamples=2, batch=1)
+    assert torch.equal(torch.cat([each["input_ids"] for each in alone]), both["input_ids"])
 
 
 def test_a_folder_of_sounds(sounds):
