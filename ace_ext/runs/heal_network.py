@@ -34,7 +34,7 @@ class NetworkRun(HealRun):
     are taken, so ``passes`` says how much is trained on.
 
     Raises:
-        InputError: an option that such a run does not read.
+        InputError: an option that such a run does not read, or a network without some of its structures.
     """
 
     def __init__(self, request: HealRequest, report: PruneReport, dense: RunRequest, pruned: Source) -> None:
@@ -52,6 +52,11 @@ class NetworkRun(HealRun):
         for name, (given, why) in refused.items():
             if given:
                 raise InputError(f"{name} does not go with {type(pruned.model).__name__}: {why}")
+        if report.removed:
+            raise InputError(
+                f"folder {request.folder!r}: structures were removed from {type(pruned.model).__name__}; after a "
+                "removal only models that predict the next token are healed"
+            )
 
     def _described_text(self) -> dict[str, Any]:
         text = self._request.text

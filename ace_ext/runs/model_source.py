@@ -227,7 +227,7 @@ def check_serves(source: Source, request: RunRequest) -> None:
 
     Raises:
         InputError: it has too few positions for the samples, or no LM head although it is to write text or to be
-            distilled.
+            distilled; or a network that is no causal language model is to be distilled after a removal.
     """
     if request.options.stats is None and request.calibration.reads_text:
         _check_reads_text(source, request)
@@ -235,6 +235,11 @@ def check_serves(source: Source, request: RunRequest) -> None:
         check_predicts(source.model, "it cannot write calibration text: give another --calibration, such as a file")
     if request.config.remove is not None:
         check_removable(source.model, source.blocks)
+        if request.config.method.distill is not None and not predicts_tokens(source.model):
+            raise InputError(
+                f"distill after remove takes models that predict the next token (got {type(source.model).__name__}); "
+                "leave one of them out"
+            )
     if request.config.method.distill is not None:
         if predicts_tokens(source.model):
             check_predicts(source.model, "distill trains on its predictions: leave it out")

@@ -198,6 +198,18 @@ def test_agreement_is_not_measured_on_text_that_the_run_distils_on(folders, tmp_
 REFUSED = {
     "text for images": ("vit", {}, Calibration(), "reads pixel_values .*so text does not calibrate it"),
     "remove": ("t5", {"remove": "neurons=0.2"}, None, "remove takes models of text with one list of blocks"),
+    "distill after remove": (
+        "bert",
+        {"remove": "neurons=0.25", "method": "distill"},
+        Calibration("bundled", 4, 16),
+        "distill after remove takes models that predict the next token .got BertForSequenceClassification",
+    ),
+    "zeros and distill after remove": (
+        "bert",
+        {"remove": "blocks=1", "method": "wanda + distill", "sparsity": 0.5},
+        Calibration("bundled", 4, 16),
+        "distill after remove takes models that predict the next token",
+    ),
     "distill": ("t5", {"method": "best", "sparsity": 0.5}, None, "needs it in memory: leave out --offload disk"),
     "nothing": ("vit", {"sparsity": 0.5}, InputCalibration("x", reader=lambda *_: []), "calibration 'x' holds nothing"),
 }
@@ -266,7 +278,7 @@ def pruned(folders, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 600)
 
     def make(name):
-        text, device = Calibration("text.txt", 4, 16), torch.device("cpu")
+        text, device = Calibration("bundled", 4, 16), torch.device("cpu")
         prune_folder(str(folders(name)), "out", PruneConfig("wanda", 0.5), text, RunOptions(), device)
 
     return make
@@ -331,6 +343,16 @@ def test_an_interrupted_healing_of_a_network_goes_on(after, pruned, capsys, monk
     report, whole = (PruneReport.from_json(Path(place, REPORT_NAME).read_text()) for place in ("healed", "whole"))
     assert (report.healing.checks, report.healing.losses) == (whole.healing.checks, whole.healing.losses)
     assert report.healing.held_out == whole.healing.held_out
+
+
+def test_an_encoder_without_structures_is_not_healed(folders, tmp_path, capsys):
+    config, text, device = PruneConfig(remove="neurons=0.25"), Calibration("bundled", 4, 16), torch.device("cpu")
+    prune_folder(str(folders("bert")), tmp_path / "out", config, text, RunOptions(), device)
+    assert verify(tmp_path / "out").problems == []
+    status, _, error = call(capsys, "heal", tmp_path / "out", "--output", tmp_path / "healed")
+    assert (status, error.count("\n")) == (2, 1)
+    assert "structures were removed from BertForSequenceClassification; after a removal only models that" in error
+    assert not (tmp_path / "healed").exists()
 
 
 @pytest.mark.parametrize(
