@@ -24,6 +24,8 @@ LEAST = 3
 """Samples without which there is no rank correlation."""
 TRANSCRIBED, TRANSCRIPT_TOKENS = 16, 128
 """Upper bounds for the samples that are transcribed, and for the tokens of a transcript."""
+PROMPT_TOKENS = 4
+"""At most so many tokens begin a transcript: the first one, a language, a task, and that there are no times."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,11 +120,13 @@ def _transcripts(model: nn.Module, inputs: HeldOutInputs) -> tuple[str, ...]:
     """The texts that a model with a decoder writes of the first :data:`TRANSCRIBED` samples."""
     tokenizer, main = getattr(inputs.processor, "tokenizer", None), main_input(model)
     generate: Any = getattr(model, "generate", None)
-    if tokenizer is None or decoder_of(model) is None or generate is None:
+    decoder = decoder_of(model)
+    if tokenizer is None or decoder is None or generate is None:
         return ()
     device = next(model.parameters()).device
     found: list[str] = []
-    options: dict[str, Any] = {"max_new_tokens": TRANSCRIPT_TOKENS, "do_sample": False}
+    most = (positions_of(decoder) or PROMPT_TOKENS + TRANSCRIPT_TOKENS) - PROMPT_TOKENS
+    options: dict[str, Any] = {"max_new_tokens": max(1, min(TRANSCRIPT_TOKENS, most)), "do_sample": False}
     with evaluating(model):
         for batch in inputs.batches[: TRANSCRIBED // MEASURED]:
             languages = list(inputs.languages[len(found) : len(found) + len(batch[main])])

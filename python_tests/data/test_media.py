@@ -30,6 +30,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+from ace_ext.data.held_out_inputs import HeldOutInputs, measure
 from ace_ext.data.media import load_processor, media_batches
 from ace_ext.data.media_items import AUDIO, IMAGE, is_media, media_items
 from ace_ext.errors import InputError
@@ -109,11 +110,11 @@ def clip():
     return CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=6))
 
 
-def whisper():
+def whisper(**more):
     sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_mel_bins": 80, "vocab_size": 30}
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 0, "decoder_start_token_id": 1}
-    config = WhisperConfig(**sizes, **heads, **tokens, max_source_positions=1500, begin_suppress_tokens=None)
+    config = WhisperConfig(**sizes, **heads, **tokens, max_source_positions=1500, begin_suppress_tokens=None, **more)
     return WhisperForConditionalGeneration(config)
 
 
@@ -177,6 +178,15 @@ def test_sounds_with_transcripts(sounds, tokenizer):
         zip(map(tuple, batch["decoder_input_ids"].tolist()), batch["decoder_attention_mask"].tolist(), strict=True)
     )
     assert rows == {(1, 2, 3): [1, 1, 1], (1, 0, 0): [1, 0, 0]}  # from the first token to the last but one
+
+
+def test_transcripts_of_a_decoder_with_few_positions(sounds, tokenizer):
+    """As long as it can write them."""
+    file = save_lines(sounds, {"audio": "long.wav", "text": "a cat sat"})
+    model, processor = whisper(max_target_positions=20), Both(tokenizer, feature_extractor=WhisperFeatureExtractor())
+    batches = media_batches(file, processor, model, nsamples=1, batch=1)
+    found = measure(model, HeldOutInputs(file, batches, ["a cat sat"], processor))
+    assert len(found.transcripts) == 1
 
 
 class Multilingual:
