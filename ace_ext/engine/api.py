@@ -80,6 +80,10 @@ def prune_model(
             weights is kept in memory, and put back after an error.
     """
     check_version()
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model must be a model, as from_pretrained returns it (got {type(model).__name__})")
+    if callback is not None and not callable(callback):
+        raise InputError(f"callback must be a function (got {type(callback).__name__})")
     model = inner_model(model)
     if config is not None and settings:
         raise TypeError(f"give config, or {', '.join(settings)}, not both")

@@ -36,6 +36,8 @@ def model_inputs(
         if batches.dim() != 2:
             raise InputError(f"calibration tokens must be [nsamples, seqlen] (got shape {list(batches.shape)})")
         batches = torch.split(batches, config.batch_samples(batches.shape[1]))
+    if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):  # a torch Dataset has the latter
+        raise InputError(f"calibration must be tokens, or batches of a model's inputs (got {type(batches).__name__})")
     for batch in [batches] if isinstance(batches, Mapping) else batches:
         inputs = _checked({"input_ids": batch} if isinstance(batch, Tensor) else batch, plain)
         if not plain:

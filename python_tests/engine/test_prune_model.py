@@ -245,3 +245,20 @@ def test_the_configuration_is_one_or_its_arguments():
         prune_model(model, make_tokens(), iterations=3)
     by_name = prune_model(model, make_tokens(), method="wanda", sparsity=0.25)
     assert by_name.config == PruneConfig("wanda", 0.25).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": "a folder"}, r"model must be a model, as from_pretrained returns it \(got str\)"),
+        ({"batches": None}, r"calibration must be tokens, or batches of a model's inputs \(got NoneType\)"),
+        ({"callback": "print"}, r"callback must be a function \(got str\)"),
+    ],
+    ids=["model", "batches", "callback"],
+)
+def test_arguments_of_other_types_change_nothing(arguments, message):
+    model = make_model("llama")
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(InputError, match=message):
+        prune_model(**{"model": model, "batches": make_tokens(), "method": "wanda", **arguments})
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
