@@ -44,7 +44,7 @@ def answers(model: nn.Module, batches: Iterable[Inputs]) -> Answers:
     model that gives only ``logits`` has these in place of hidden states.
 
     Raises:
-        InputError: there is no batch, or the model gives nothing of all this.
+        InputError: there is no batch, or the model gives nothing of all this, or gives it without names.
     """
     device = next(model.parameters()).device
     found: list[tuple[Tensor, ...]] = []
@@ -53,6 +53,8 @@ def answers(model: nn.Module, batches: Iterable[Inputs]) -> Answers:
         for batch in batches:
             inputs = {name: value.to(device) for name, value in batch.items()}
             outputs = model(**inputs)
+            if not isinstance(outputs, Mapping):
+                raise InputError(f"model: gives a {type(outputs).__name__}; set return_dict=True in its configuration")
             found.append(tuple(tensor.float().cpu() for tensor in _embeddings(outputs, inputs)))
             if isinstance(outputs.get("logits"), Tensor):
                 labels.append(_labels(outputs["logits"], inputs).cpu())

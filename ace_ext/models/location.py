@@ -58,6 +58,8 @@ class ModelLocation:
         with quiet_stderr():
             config = AutoConfig.from_pretrained(self.name, **self.options)
         _check_counts(config)
+        if getattr(config, "return_dict", True) is False:
+            raise ValueError("return_dict must be true in config.json, or left out: without names outputs are not read")
         return config
 
     def tokenizer(self) -> Tokenizer:

@@ -148,5 +148,9 @@ def test_two_towers_have_two_embeddings():
 def test_answers_that_cannot_be_compared():
     with pytest.raises(InputError, match="none found"):
         answers(bert(BertModel), [])
+    nameless = bert(BertModel)
+    nameless.config.return_dict = False
+    with pytest.raises(InputError, match="gives a tuple; set return_dict=True in its configuration"):
+        answers(nameless, [{"input_ids": torch.randint(40, (3, 4))}])
     with pytest.raises(InputError, match="must have answers of the shapes"):
         agreement(Answers((torch.ones(3, 2),), None), Answers((torch.ones(4, 2),), None))

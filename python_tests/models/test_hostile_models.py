@@ -114,6 +114,11 @@ def test_fewer_layers_than_the_file_has(dense, capsys):
     refused(dense, capsys, "not in the model: model.layers.2.", "--offload", "disk", verbs=("run", "plan"))
 
 
+def test_a_model_that_gives_outputs_without_names(dense, capsys):
+    edit(dense, return_dict=False)
+    refused(dense, capsys, "return_dict must be true in config.json, or left out")
+
+
 def test_a_tensor_that_no_model_reads(dense, capsys):
     save_file({**load_file(dense / SINGLE), "v_head.weight": torch.zeros(1, 32)}, dense / SINGLE, {"format": "pt"})
     refused(dense, capsys, "not in the model: v_head.weight")
