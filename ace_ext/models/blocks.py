@@ -259,9 +259,12 @@ def check_weights(blocks: list[Block]) -> None:
             if weight.is_meta or weight.dtype not in DTYPES:
                 found = "a tensor without data" if weight.is_meta else str(weight.dtype)
                 raise InputError(f"{name}.weight must be loaded as float32, float16 or bfloat16 (got {found})")
-            if id(weight) in seen:
-                raise InputError(f"{name}.weight is the same tensor as {seen[id(weight)]}; pass one of them in skip")
-            seen[id(weight)] = f"{name}.weight"
+            if any(step == 0 and size > 1 for step, size in zip(weight.stride(), weight.shape, strict=True)):
+                raise InputError(f"{name}.weight must have memory for each element (it is expanded); assign a .clone()")
+            place = weight.data_ptr()  # two parameters may share memory
+            if place in seen:
+                raise InputError(f"{name}.weight is the same tensor as {seen[place]}; pass one of them in skip")
+            seen[place] = f"{name}.weight"
             where = _first_not_finite(weight)
             if where is not None:
                 raise InputError(f"{name}.weight must be finite (got {weight[tuple(where)].item()} at index {where})")

@@ -123,6 +123,15 @@ def _shared(layers):
     layers[2].mlp.up_proj.weight = layers[1].mlp.gate_proj.weight
 
 
+def _same_memory(layers):
+    layers[1].mlp.up_proj.weight = torch.nn.Parameter(layers[1].mlp.gate_proj.weight.detach())
+
+
+def _expanded(layers):
+    weight = layers[1].mlp.up_proj.weight.detach()
+    layers[1].mlp.up_proj.weight = torch.nn.Parameter(weight[:1].expand_as(weight))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -130,6 +139,8 @@ def _shared(layers):
         (_float64, r"q_proj\.weight must be loaded as float32.*float64"),
         (_meta, r"q_proj\.weight must be loaded.*without data"),
         (_shared, r"up_proj\.weight is the same tensor as model\.layers\.1\.mlp\.gate_proj\.weight"),
+        (_same_memory, r"up_proj\.weight is the same tensor as model\.layers\.1\.mlp\.gate_proj\.weight"),
+        (_expanded, r"layers\.1\.mlp\.up_proj\.weight must have memory for each element \(it is expanded\)"),
     ],
 )
 def test_weights_that_cannot_be_pruned_are_named(spoil, message):
