@@ -5,6 +5,9 @@ import os
 
 from ace_ext.errors import InputError
 
+EVENT = b'{"event"'
+"""How each line begins."""
+
 
 class LogFile(io.TextIOWrapper):
     """The file of ``--log-json``. A disk error names this file instead of the output folder."""
@@ -51,11 +54,14 @@ class LogFile(io.TextIOWrapper):
 
 
 def _remove_cut_line(name: str) -> None:
+    """Removes the last line if it has no end and began as an event. Other text stays as it is."""
     if os.path.isfile(name):
         with open(name, "r+b", opener=_open_own) as file:
             written = file.read()
-            if not written.endswith(b"\n"):
-                file.truncate(written.rfind(b"\n") + 1)
+            last = written.rfind(b"\n") + 1
+            begun = written[last:][: len(EVENT)]
+            if EVENT.startswith(begun):
+                file.truncate(last)
 
 
 def _open_own(name: str, flags: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from ace_ext.errors import InputError
 from ace_ext.healing.batches import order_of
 from ace_ext.healing.context import HealContext
 from ace_ext.healing.settings import WARM_UP, HealSettings
@@ -115,11 +116,21 @@ class Part:
 
     def train_(self) -> None:
         """Trains the blocks in place. They end with the best weights that were measured, those at the start
-        included."""
+        included.
+
+        Raises:
+            InputError: the loss at the start is not finite.
+        """
         if self._notes["saved"]:
             self._restore_()
         elif self._notes["before"] is None:
             loss = self._trainee.measure()
+            if not math.isfinite(loss):
+                raise InputError(
+                    f"the loss of the pruned model on the held-out samples must be finite to train it (got {loss}): "
+                    "the outputs of the dense or of the pruned model are not; load them as bfloat16 or float32, and "
+                    "check the weights outside the blocks"
+                )
             self._notes.update(before=loss, best=loss)
             self._note_check(loss)
         if self._notes["rate"] is None:

@@ -262,7 +262,7 @@ def check_weights(blocks: list[Block]) -> None:
             if any(step == 0 and size > 1 for step, size in zip(weight.stride(), weight.shape, strict=True)):
                 raise InputError(f"{name}.weight must have memory for each element (it is expanded); assign a .clone()")
             place = weight.data_ptr()  # two parameters may share memory
-            if place in seen:
+            if place in seen and weight.numel():
                 raise InputError(f"{name}.weight is the same tensor as {seen[place]}; pass one of them in skip")
             seen[place] = f"{name}.weight"
             where = _first_not_finite(weight)

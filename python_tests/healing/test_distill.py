@@ -147,6 +147,16 @@ def test_the_default_rate_is_that_of_the_start_in_all_windows(parts):
     assert all(torch.equal(value, state(named)[name]) for name, value in state(default).items())
 
 
+def test_outputs_that_are_not_finite_are_refused():
+    dense, model = make_model("llama"), pruned_model()
+    for each in (dense, model):
+        each.lm_head.weight.data[0, 0] = torch.inf
+    before = state(model)
+    with pytest.raises(InputError, match=r"the loss of the pruned model .* must be finite to train it \(got nan\)"):
+        distill_(model, dense, TEXT, HealSettings(**QUICK))
+    assert all(torch.equal(value, before[name]) for name, value in state(model).items())
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("bad", [3.0, float("nan")], ids=["worse", "not-finite"])
 def test_training_that_gets_worse_goes_back_and_on_with_a_lower_rate(bad, parts, monkeypatch):
