@@ -71,8 +71,8 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def check_replaceable(option: str, path: Path, what: str, is_own: Callable[[Path], bool]) -> None:
-    """Checks that a file may be written: its folder exists, and a file that already has its name is empty or of the
-    same kind.
+    """Checks that a file may be written: its folder exists and a new file can be made there, or a file that already has
+    its name is empty or of the same kind.
 
     Args:
         option: the option that names the file.
@@ -86,8 +86,11 @@ def check_replaceable(option: str, path: Path, what: str, is_own: Callable[[Path
     try:
         found = path.lstat()
     except FileNotFoundError:
-        if not path.absolute().parent.is_dir():
+        folder = path.absolute().parent
+        if not folder.is_dir():
             raise InputError(f"{option} must be a file in a folder that exists (got {str(path)!r})") from None
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise InputError(f"{option} {str(path)!r} cannot be written: its folder is read-only") from None
         return
     except (OSError, ValueError) as error:
         raise InputError(f"{option} {str(path)[:200]!r} is not a usable name: {error}; give another") from error

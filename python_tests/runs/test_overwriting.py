@@ -217,6 +217,9 @@ def test_only_files_of_their_own_kind(option, what, place, capsys, monkeypatch):
     refused(place, capsys, "is not a usable name", *option, "n" * 300)
     refused(place, capsys, "is in the output folder", "--overwrite", *option, "out/file", output="out")
     refused(place, capsys, "must be a file in a folder that exists", *option, "bad/file")
+    (place / "locked").mkdir()
+    monkeypatch.setattr(os, "access", lambda folder, _: folder.name != "locked")  # root may write anywhere
+    refused(place, capsys, "cannot be written: its folder is read-only", *option, "locked/file")
 
 
 def test_files_of_their_own_kind_are_replaced(place, capsys, monkeypatch):
