@@ -9,7 +9,7 @@ target_include_directories(ace_simt PUBLIC "${CMAKE_CURRENT_SOURCE_DIR}/csrc")
 target_compile_definitions(ace_simt PUBLIC ACE_SIMT)
 set(ACE_RUNNER_OPTIMIZE -O2)
 if(ACE_SANITIZE AND NOT ACE_PTX_FOLDERS)
-  set(ACE_RUNNER_OPTIMIZE -O1)  # it runs little then, and compiling dominates
+  set(ACE_RUNNER_OPTIMIZE -O0)  # it runs little then, and compiling dominates
 endif()
 target_compile_options(ace_simt PRIVATE ${ACE_RUNNER_OPTIMIZE} -Wall -Wextra -Werror -ffp-contract=off)
 target_link_libraries(ace_simt PUBLIC Threads::Threads ${CMAKE_DL_LIBS})
