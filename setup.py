@@ -66,7 +66,7 @@ LARGE = ["csrc/cpu/balance.cpp", "csrc/cpu/packed.cpp", "csrc/cpu/quantized.cpp"
 
 
 def cpu_sources() -> list[str]:
-    """The ops and their code for the CPU, what takes longest first."""
+    """The ops and their code for the CPU."""
     small = [path for path in sources("csrc/cpu/*.cpp") if path not in (*SELECTIONS, *LARGE)]
     ops = in_one("ops.cpp", sources("csrc/ops/*.cpp"))
     return [in_one("selections.cpp", SELECTIONS), *LARGE, in_one("small.cpp", small), ops, *sources("csrc/*.cpp")]

@@ -55,6 +55,23 @@ def fingerprint_of_files(files: Iterable[Path]) -> dict[str, str]:
     return found
 
 
+def fingerprint_of_model(folder: Path, weights: Iterable[Path] | None = None) -> dict[str, str]:
+    """:func:`fingerprint_of_files` of a model's configuration, its own Python code and its weights; None: all files of
+    weights in the folder."""
+    parts = [folder / "config.json", *sorted(folder.glob("*.py"))]
+    return fingerprint_of_files([*filter(Path.is_file, parts), *(weight_files(folder) if weights is None else weights)])
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights in a model's folder, sorted."""
+    return sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin") and file.is_file())
+
+
+def arithmetic() -> dict[str, Any]:
+    """What changes how sums are rounded on a CPU: the number of threads and the kind of vector instructions."""
+    return {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
+
+
 def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """``"name was 1, now 2"`` for each name with two different values. Dots join the names of nested values.
 

@@ -59,8 +59,7 @@ def _remove_cut_line(name: str) -> None:
         with open(name, "r+b", opener=_open_own) as file:
             written = file.read()
             last = written.rfind(b"\n") + 1
-            begun = written[last:][: len(EVENT)]
-            if EVENT.startswith(begun):
+            if EVENT.startswith(written[last : last + len(EVENT)]):
                 file.truncate(last)
 
 

@@ -15,7 +15,7 @@ from ace_ext.data.media_items import is_media
 from ace_ext.data.perplexity import SEQLEN
 from ace_ext.data.tasks import Tasks
 from ace_ext.errors import InputError
-from ace_ext.fingerprint import fingerprint_of_files
+from ace_ext.fingerprint import fingerprint_of_files, fingerprint_of_model
 from ace_ext.models.versions import versions
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.method import Method
@@ -178,10 +178,9 @@ class Study:
 def _model_files(model: str) -> dict[str, str] | None:
     """The hashes of the files of a model on this machine, by name. None for a name of the hub."""
     path = Path(model).expanduser()
-    if not path.is_dir():
-        return fingerprint_of_files([path]) if path.is_file() else None
-    names = [path / "config.json", *path.glob("*.safetensors"), *path.glob("*.bin")]
-    return fingerprint_of_files(sorted(name for name in names if name.is_file()))
+    if path.is_dir():
+        return fingerprint_of_model(path)
+    return fingerprint_of_files([path]) if path.is_file() else None
 
 
 def _amount(text: str) -> dict[str, Any]:

@@ -296,7 +296,7 @@ def _locked(folder: Path) -> int:
             f"output {str(folder)!r} is being written by another comparison; wait for it, or give another folder"
         ) from error
     except OSError:
-        return number
+        pass  # no locks there
     return number
 
 

@@ -6,9 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ace_ext.data.corpora import CALIBRATION, source_sha256
+from ace_ext.fingerprint import arithmetic
 from ace_ext.formats import DEFAULT_FORMAT, format_named
 from ace_ext.healing.progress import HealProgress
 from ace_ext.healing.protocols import Observer
@@ -99,8 +98,7 @@ class HealRun:
             "budget": {"tokens": options.tokens, "minutes": options.minutes, "windows": options.windows},
             "text": {**self._described_text(), "sha256": source_sha256(text.source, CALIBRATION, text.text_field)},
             "device": self._request.device.type,
-            "threads": torch.get_num_threads(),
-            "instructions": torch.backends.cpu.get_cpu_capability(),
+            **arithmetic(),
         }
 
     def _described_text(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ace_ext.data.requests import check_positions, check_predicts, sample_count
 from ace_ext.engine.model_shape import ModelShape
 from ace_ext.errors import InputError
-from ace_ext.fingerprint import fingerprint_of_files
+from ace_ext.fingerprint import fingerprint_of_files, fingerprint_of_model, weight_files
 from ace_ext.formats import DenseModel, format_named
 from ace_ext.models._transformers import decoder_of, main_input, output_head, predicts_tokens, token_embedding
 from ace_ext.models.blocks import Block, find_blocks
@@ -46,7 +46,7 @@ class ModelFiles:
             return [Path(self.name).expanduser()]
         if self.shards is not None:
             return self.shards.files
-        return sorted(f for f in self.folder.iterdir() if f.suffix in (".safetensors", ".bin") and f.is_file())
+        return weight_files(self.folder)
 
     @property
     def described(self) -> dict[str, str]:
@@ -54,8 +54,7 @@ class ModelFiles:
         fingerprint."""
         if self.folder is None:
             return fingerprint_of_files(self.paths)
-        code = sorted(file for file in self.folder.glob("*.py") if file.is_file())
-        return fingerprint_of_files([self.folder / "config.json", *code, *self.paths])
+        return fingerprint_of_model(self.folder, self.paths)
 
 
 @dataclass

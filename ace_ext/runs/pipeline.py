@@ -20,7 +20,7 @@ from ace_ext.engine.inputs import Batches, text_inputs
 from ace_ext.engine.progress import Progress
 from ace_ext.engine.protocols import Peers, StatisticsSource
 from ace_ext.errors import InputError
-from ace_ext.fingerprint import tokens_sha256
+from ace_ext.fingerprint import arithmetic, tokens_sha256
 from ace_ext.formats import format_named
 from ace_ext.models._transformers import predicts_tokens
 from ace_ext.models.block_store import BlockSource, OffloadedBlocks, ResidentBlocks
@@ -354,8 +354,7 @@ class _Inputs:
             "calibration": self._calibration,
             "config": self._request.config.to_dict(),
             "device": self._request.device.type,
-            "threads": torch.get_num_threads(),  # sums in float32 depend on it
-            "instructions": torch.backends.cpu.get_cpu_capability(),  # and on these
+            **arithmetic(),
             "format": self._request.options.format,
             "processes": peers.size,
             "statistics": self.statistics,

@@ -13,6 +13,7 @@ from ace_ext.data.corpora import CALIBRATION, SELF, source_sha256
 from ace_ext.engine.distillation import distill_draw, heal_settings
 from ace_ext.engine.progress import Progress
 from ace_ext.errors import InputError
+from ace_ext.fingerprint import arithmetic
 from ace_ext.healing.batches import Batches
 from ace_ext.healing.settings import HealSettings
 from ace_ext.models.checksums import file_sha256
@@ -184,8 +185,7 @@ def _fingerprint(request: RunRequest, source: Source) -> dict[str, Any]:
         "config": request.config.to_dict(),
         "dtype": request.dtype,
         "device": request.device.type,
-        "threads": torch.get_num_threads(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        **arithmetic(),
     }
 
 

@@ -21,7 +21,7 @@ struct Triangular {
   float diagonal(int64_t c) const { return row(c)[c]; }
 };
 
-// What a column's error costs the n columns after it: weight and factor begin at the first of them.
+// Corrects the n weights after a column for its error. weight and factor begin at the first of them.
 ACE_MULTIVERSION static void correct_later(float* ACE_RESTRICT weight, float error, const float* ACE_RESTRICT factor,
                                            int64_t n) {
   for (int64_t k = 0; k < n; ++k) weight[k] = obs_correct(weight[k], error, factor[k]);
