@@ -42,7 +42,7 @@ class Shards:
         self._layout: dict[str, Stored] = {}
 
     def adopt(self, model: nn.Module) -> "Shards":
-        """Finds the tensors of those parameters of a model that the files hold under other names
+        """Finds the tensors of those parameters and buffers of a model that the files hold under other names
         (:mod:`ace_ext.models.tensor_map`)."""
         shapes = {name: entry.shape for name, entry in self.entries.items()}
         for name, stored in layout_of(model, shapes).items():

@@ -1,6 +1,6 @@
-"""Finds the stored tensors, and their rows, that hold a model's parameters in safetensors files.
+"""Finds the stored tensors, and their rows, that hold a model's parameters and buffers in safetensors files.
 
-Most parameters are stored under their own name. transformers 5 fuses the experts of a mixture while it loads them and
+Most are stored under their own name. transformers 5 fuses the experts of a mixture while it loads them and
 splits them when it saves, so a fused parameter is made of rows of several stored tensors.
 """
 
@@ -37,15 +37,15 @@ class Stored:
 
 
 def layout_of(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
-    """How files with tensors of these names and shapes hold the parameters of a model, by the parameters' names.
+    """How files with tensors of these names and shapes hold the parameters and buffers of a model, by their names.
 
-    Parameters that are stored under their own name are left out, and those that the files do not hold row by row. Each
+    Those that are stored under their own name are left out, and those that the files do not hold row by row. Each
     expert's matrix of a fused parameter has an entry of its own: ``….experts.3.down_proj.weight`` is a part of
     ``….experts.down_proj``.
     """
     found: dict[str, Stored] = {}
-    for parameters in _in_groups(model):
-        found |= _renamed({name: p for name, p in parameters.items() if name not in shapes}, model, shapes)
+    for tensors in _in_groups(model):
+        found |= _renamed({name: t for name, t in tensors.items() if name not in shapes}, model, shapes)
     for _, path, leaf, layout in fused_parameters(model):
         name = f"{path}.{leaf}"
         if layout.routed and (name in shapes or name in found):
@@ -57,12 +57,15 @@ def layout_of(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
 
 
 def _in_groups(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """A model's parameters by name, one block at a time: those with the same first number in their names."""
+    """A model's parameters and stored buffers (a router's correction of its choice) by name, one block at a time: those
+    with the same first number in their names."""
 
     def number(item: tuple[str, Tensor]) -> str:
         return next((part for part in item[0].split(".") if part.isdigit()), "")
 
-    for _, group in groupby(model.named_parameters(), number):
+    parameters = dict(model.named_parameters())
+    again = {name for name, _ in model.named_parameters(remove_duplicate=False)} - parameters.keys()
+    for _, group in groupby((item for item in model.state_dict().items() if item[0] not in again), number):
         yield dict(group)
 
 

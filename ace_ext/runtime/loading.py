@@ -153,7 +153,7 @@ def _load_rest(model: nn.Module, shards: Shards) -> None:
             model.get_submodule(owner)._parameters[leaf] = value
     tie_weights_(model)
     for name, buffer in list(model.named_buffers()):
-        if name in shards.entries:
+        if name in shards:
             owner, _, leaf = name.rpartition(".")
             model.get_submodule(owner)._buffers[leaf] = shards.read(name).to(buffer.dtype)
 

@@ -2,20 +2,22 @@
 
 import json
 
+import every_class
 import pytest
 import torch
 from folders import prune, save_dense, weights_bytes
 from safetensors.torch import load_file
-from tiny_models import MIXTURES, make_model, make_tokens
+from tiny_models import MIXTURES, make_model, make_tokenizer, make_tokens
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from ace_ext import InputError, PruneConfig, prune_model
+from ace_ext import InputError, PruneConfig, load_packed, prune_model
 from ace_ext.engine.context import RunContext
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.fused_weights import filled_linear, filled_rows, find_fused
 from ace_ext.models.replay import capture_calls, run_block
 from ace_ext.models.safetensors_files import Shards
+from ace_ext.packed.packing import pack
 from ace_ext.runs.plan import planned_matrices
 from ace_ext.runs.verify import verify
 
@@ -200,6 +202,22 @@ def test_a_parameter_is_read_and_written_piece_by_piece(family, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     for name, parameter in model.named_parameters():
         assert torch.equal(loaded.get_parameter(name), changed if name == owner else parameter), name
+
+
+def test_a_routers_buffer_is_read_from_another_name(tmp_path):
+    """MiniMax-M2's correction of the router's choice is stored under the name of another module."""
+    name, model = "model.layers.1.mlp.e_score_correction_bias", every_class.build("minimax_m2")
+    model.get_buffer(name).copy_(torch.tensor([0.5, -1.0, 0.25, 2.0]))
+    model.save_pretrained(tmp_path / "dense")
+    make_tokenizer().save_pretrained(tmp_path / "dense")
+    tensors = load_file(tmp_path / "dense" / "model.safetensors")
+    assert name not in tensors
+    assert name.replace("mlp", "block_sparse_moe") in tensors
+    _, pruned = prune(tmp_path / "dense", tmp_path / "pruned", {"offload": "disk"}, {"source": "tokens"})
+    assert verify(pruned).problems == []
+    pack(pruned, tmp_path / "packed", "bitmap")
+    for loaded in (AutoModelForCausalLM.from_pretrained(pruned), load_packed(tmp_path / "packed")):
+        assert torch.equal(loaded.get_buffer(name), model.get_buffer(name))
 
 
 def test_tensors_of_another_shape_are_no_part(tmp_path):
