@@ -286,7 +286,8 @@ class PackedShards(Shards):
             tensor = self._owner[piece.name].tensor(piece.name)
             matrix = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor
             rows.append(matrix[piece.start : piece.start + piece.rows].flatten())
-        return torch.cat(rows).view(stored.shape)
+        found = torch.cat(rows)
+        return found.view(stored.shape[::-1]).T if stored.transposed else found.view(stored.shape)
 
     def write(self, tensors: dict[str, Tensor]) -> None:
         """Refuses: a packed folder is not changed in place."""

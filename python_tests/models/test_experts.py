@@ -17,6 +17,7 @@ from ace_ext.models.blocks import find_blocks
 from ace_ext.models.fused_weights import filled_linear, filled_rows, find_fused
 from ace_ext.models.replay import capture_calls, run_block
 from ace_ext.models.safetensors_files import Shards
+from ace_ext.packed.files import PackedShards
 from ace_ext.packed.packing import pack
 from ace_ext.runs.plan import planned_matrices
 from ace_ext.runs.verify import verify
@@ -218,6 +219,19 @@ def test_a_routers_buffer_is_read_from_another_name(tmp_path):
     pack(pruned, tmp_path / "packed", "bitmap")
     for loaded in (AutoModelForCausalLM.from_pretrained(pruned), load_packed(tmp_path / "packed")):
         assert torch.equal(loaded.get_buffer(name), model.get_buffer(name))
+
+
+def test_transposed_experts_are_read_from_a_packed_folder(tmp_path):
+    """GPT-OSS stores an expert's matrix as ``[d_in, d_out]``."""
+    every_class.build("gpt_oss").save_pretrained(tmp_path / "dense")
+    make_tokenizer().save_pretrained(tmp_path / "dense")
+    _, pruned = prune(tmp_path / "dense", tmp_path / "pruned", calibration={"source": "tokens"}, pattern="2:4")
+    pack(pruned, tmp_path / "packed", "bitmap")
+    name = "model.layers.1.mlp.experts.2.gate_up_proj.weight"
+    found = [shards.adopt(AutoModelForCausalLM.from_pretrained(pruned)).read(name)
+             for shards in (Shards(pruned), PackedShards(tmp_path / "packed"))]  # fmt: skip
+    assert torch.equal(*found)
+    assert verify(tmp_path / "packed").problems == []
 
 
 def test_tensors_of_another_shape_are_no_part(tmp_path):
