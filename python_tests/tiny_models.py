@@ -110,8 +110,8 @@ OFTEN = ["llama", "gemma3", *MIXTURES]
 """Families for which long tests run with each change; for the others they run at night."""
 
 
-def grouped(kind: str = "Llama") -> nn.Module:
-    """A model with four KV heads of 8, each for two query heads, and biases where the class has them."""
+def grouped(kind: str = "Llama", kv_heads: int = 4) -> nn.Module:
+    """A model with eight query heads of 8 that share the KV heads, and biases where the class has them."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=128,
@@ -119,7 +119,7 @@ def grouped(kind: str = "Llama") -> nn.Module:
         intermediate_size=96,
         num_hidden_layers=3,
         num_attention_heads=8,
-        num_key_value_heads=4,
+        num_key_value_heads=kv_heads,
         head_dim=8,
     )
     return getattr(transformers, f"{kind}ForCausalLM")(config).eval()

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ace_ext.structures.moments import Moments
 
@@ -119,7 +120,10 @@ def _without(w: Tensor, inverse: Tensor, gone: Tensor, stay: Tensor) -> tuple[Te
 
 def turning(h: Tensor, output: Tensor, weight: Tensor, width: int = 1) -> Tensor:
     """``[units]``: the sum over tokens of twice the cosine distance between the block's output ``o`` with and without
-    each unit, to second order: ``Σ_t (‖δ‖² - (δᵀ o)² / ‖o‖²) / ‖o‖²`` with ``δ = W_J h_J``.
+    each unit, ``‖(o - δ) / ‖o - δ‖ - o / ‖o‖‖²`` with ``δ = W_J h_J``.
+
+    Of single columns it is taken to second order: ``Σ_t (‖δ‖² - (δᵀ o)² / ‖o‖²) / ‖o‖²``. This would give both of two
+    groups of heads, which make all of an output, the same score.
 
     Args:
         h: the inputs of the matrix, ``[tokens, units * width]``.
@@ -128,15 +132,14 @@ def turning(h: Tensor, output: Tensor, weight: Tensor, width: int = 1) -> Tensor
         width: columns of a unit.
     """
     h, output = h.float(), output.float()
-    squares = output.square().sum(1, keepdim=True).clamp_min(1e-30)
     if width == 1:
+        squares = output.square().sum(1, keepdim=True).clamp_min(1e-30)
         along = (output @ weight).square() / squares
         across: Tensor = (h.square() * (weight.square().sum(0) - along) / squares).sum(0)
         return across
-    found = []
+    found, direction = [], functional.normalize(output, dim=1)
     for start in range(0, weight.shape[1], width):
         columns = slice(start, start + width)
-        change = h[:, columns] @ weight[:, columns].T
-        along = (change * output).sum(1, keepdim=True).square() / squares
-        found.append(((change.square().sum(1, keepdim=True) - along) / squares).sum())
+        left = output - h[:, columns] @ weight[:, columns].T
+        found.append((functional.normalize(left, dim=1) - direction).square().sum())
     return torch.stack(found)
