@@ -2,7 +2,7 @@
 2403.03853), measured again without those that are gone."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -72,8 +72,9 @@ def _influence(blocks: list[Block], calls: list[BlockCall], left: list[int]) -> 
     return {index: total / max(1, tokens) for index, total in sums.items()}
 
 
-def find_depth(model: nn.Module, blocks: list[Block], removed: int) -> str:
-    """The setting of the configuration that says how many blocks a model has.
+def find_depth(model: nn.Module, blocks: list[Block], removed: int) -> tuple[str, list[int]]:
+    """The setting of the configuration that says how many blocks a model has, and the places of blocks that can stay
+    without ``removed`` others. These are the last blocks, or those before the last, whose kind some classes fix.
 
     Raises:
         InputError: there is none with which the class has the same blocks, only fewer.
@@ -84,17 +85,18 @@ def find_depth(model: nn.Module, blocks: list[Block], removed: int) -> str:
         len(list(block.module.parameters())) for block in blocks
     ):
         raise InputError("remove: blocks that share weights cannot be removed; leave out blocks")
-    kept = list(range(len(blocks) - removed))
+    left, last = len(blocks) - removed, len(blocks) - 1
     reasons = []
     for field, value in numbers_of(model).items():
         if isinstance(value, bool) or value != len(blocks):
             continue
-        try:
-            lay_out_without(model, blocks, kept, field)
-        except InputError as error:
-            reasons.append(f"{field}: {error}")
-            continue
-        return field
+        for kept in ([*range(left)], [*range(left - 1), last]):
+            try:
+                lay_out_without(model, blocks, kept, field)
+            except InputError as error:
+                reasons.append(f"{field}: {error}")
+                continue
+            return field, kept
     raise InputError(
         f"remove: no number in the configuration of {type(model).__name__} gives the same model with fewer blocks"
         f"{'; ' if reasons else ''}{'; '.join(reasons)[:300]}"
@@ -145,16 +147,11 @@ def lay_out_without(
     model: nn.Module, blocks: list[Block], kept: list[int], field: str
 ) -> tuple[nn.Module, Callable[[str], str]]:
     """A model with the blocks ``kept``, laid out with another ``field`` of the configuration; and a function that gives
-    the new name of a tensor of the model, empty if it is gone. Lists with an entry for each block become shorter.
+    the new name of a tensor of the model, empty if it is gone.
 
     Raises:
         InputError: the class does not have these blocks with these settings.
     """
-    changes: dict[str, Any] = {field: len(kept)}
-    for name, value in numbers_of(model).items():
-        if isinstance(value, list | tuple) and len(value) == len(blocks) and "token" not in name:
-            changes[name] = [value[index] for index in kept]
-    smaller = laid_out(model, changes)
     place = {blocks[index].name: f"{blocks[index].name.rpartition('.')[0]}.{new}" for new, index in enumerate(kept)}
     prefixes = {f"{block.name}.": place.get(block.name, "") for block in blocks}
 
@@ -165,9 +162,50 @@ def lay_out_without(
         return name
 
     expected = {new: shape for name, shape in shapes_of(model).items() if (new := renamed(name))}
-    found = shapes_of(smaller)
-    if found != expected:
+    refused: InputError | None = None
+    for changes in _settings_without(numbers_of(model), len(blocks), kept, field):
+        try:
+            smaller = laid_out(model, changes)
+        except InputError as error:
+            refused = refused or error
+            continue
+        found = shapes_of(smaller)
+        if found == expected:
+            return smaller, renamed
         other = min(name for name in {**expected, **found} if expected.get(name) != found.get(name))
         gone = ", ".join(block.name for block in blocks if block.name not in place)
-        raise InputError(f"remove: with {field}={len(kept)} and without {gone} the class has another {other}")
-    return smaller, renamed
+        words = f"remove: with {field}={len(kept)} and without {gone} the class has another {other}"
+        refused = refused or InputError(words)
+        if any(name.startswith(f"{blocks[len(kept)].name}.") for name in found):
+            break  # the field does not count blocks
+    assert refused is not None  # there was a change at least
+    raise refused
+
+
+def _settings_without(settings: Mapping[str, Any], count: int, kept: list[int], field: str) -> Iterator[dict[str, Any]]:
+    """Changes of the configuration that may leave the blocks ``kept`` of ``count``. In all of them lists with an entry
+    for each block become shorter, and settings of single blocks, by number, get the new numbers. In all but the first a
+    list of some blocks (``mlp_only_layers``) or a number of first blocks (``first_k_dense_replace``) follows too."""
+    place = {index: new for new, index in enumerate(kept)}
+    changes: dict[str, Any] = {field: len(kept)}
+    others: list[dict[str, Any]] = []
+    for name, value in settings.items():
+        if name == field or "token" in name or isinstance(value, bool):
+            continue
+        if isinstance(value, list | tuple) and len(value) == count:
+            changes[name] = [value[index] for index in kept]
+        elif isinstance(value, Mapping) and value and _of_blocks(value, count):
+            changes[name] = {str(place[int(key)]): one for key, one in value.items() if int(key) in place}
+        elif isinstance(value, list | tuple) and value and all(type(one) is int and 0 <= one < count for one in value):
+            others.append({name: [place[index] for index in value if index in place]})
+        elif isinstance(value, int) and 0 < value <= count:
+            others.append({name: sum(index < value for index in kept)})
+    yield changes
+    yield from (changes | other for other in others if any(settings[name] != new for name, new in other.items()))
+
+
+def _of_blocks(settings: Mapping[Any, Any], count: int) -> bool:
+    """Whether these are settings of some of ``count`` blocks, by number (``per_layer_config`` of Gemma 4)."""
+    return all(str(key).isdecimal() and int(key) < count for key in settings) and all(
+        isinstance(one, Mapping) for one in settings.values()
+    )

@@ -76,7 +76,7 @@ def _without(
     smaller, records = model, []
     if wanted.blocks is not None:
         start, count = time.perf_counter(), wanted.blocks.removed(len(blocks))
-        depth = find_depth(model, blocks, count)
+        depth, _ = find_depth(model, blocks, count)
         once = wanted.blocks.score == "published-shortgpt"
         smaller, dropped = without_blocks(model, blocks, depth, count, batches, partial(advanced, "blocks"), once)
         record = _record(wanted.blocks, depth, (len(blocks), len(blocks) - count), (model, smaller))
@@ -121,8 +121,8 @@ def planned_removal(model: nn.Module, blocks: list[Block], wanted: removal.Remov
     records = []
     if wanted.blocks is not None:
         count = wanted.blocks.removed(len(blocks))
-        depth = find_depth(model, blocks, count)
-        smaller = lay_out_without(model, blocks, list(range(len(blocks) - count)), depth)[0]
+        depth, kept = find_depth(model, blocks, count)
+        smaller = lay_out_without(model, blocks, kept, depth)[0]
         records.append(_record(wanted.blocks, depth, (len(blocks), len(blocks) - count), (model, smaller)))
         model, blocks = smaller, find_blocks(smaller, check=False)
     if wanted.experts is not None:

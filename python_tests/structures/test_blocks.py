@@ -1,5 +1,6 @@
 """Removed blocks: one that does nothing goes first, and the configuration fits what stays."""
 
+import every_class
 import pytest
 import torch
 import transformers
@@ -29,6 +30,41 @@ def test_a_block_that_adds_nothing_goes_and_no_bit_of_the_output_changes(family,
     report = prune_model(model, tokens, remove="blocks=1")
     assert [(gone.name, round(gone.influence, 6)) for gone in report.removed[0].dropped] == [(block.name, 0.0)]
     assert torch.equal(logits(model, tokens), expected)
+
+
+KINDS = ["sliding_attention", "full_attention"] * 2
+NUMBERED = [
+    ("deepseek_v3", "first_k_dense_replace", 2, 1, {}),
+    ("qwen3_moe", "mlp_only_layers", [1, 3], [2], {}),
+    (
+        "gemma4_text",
+        "per_layer_config",
+        {"1": {"head_dim": 16}, "3": {"head_dim": 16}},
+        {"2": {"head_dim": 16}},
+        {"layer_types": KINDS, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},
+    ),
+]
+"""Classes with a setting that says which blocks are of another kind, its value, and that without the second block."""
+
+
+@pytest.mark.parametrize(("kind", "setting", "value", "without", "more"), NUMBERED)
+def test_settings_of_blocks_by_number_follow(tmp_path, kind, setting, value, without, more):
+    config = transformers.CONFIG_MAPPING[kind]
+    given = every_class.shrunk(config(), {"num_hidden_layers": 4, setting: value, **more})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config(**given)).eval()
+    tokens = make_tokens(8, 16)
+    for name, parameter in model.model.layers[1].named_parameters():
+        if "o_proj" in name or "down_proj" in name:
+            parameter.data.zero_()
+    expected = logits(model, tokens)
+    report = prune_model(model, tokens, remove="blocks=1")
+    assert [gone.name for gone in report.removed[0].dropped] == ["model.layers.1"]
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.to_dict()[setting] == without
+    torch.testing.assert_close(logits(again, tokens), expected)  # kernels may round differently at other addresses
 
 
 @pytest.mark.parametrize("family", [*DENSE_FAMILIES, *MIXTURES, "mamba"])
