@@ -13,15 +13,27 @@ class InputError(ValueError):
     """
 
 
-def existing_folder(folder: str | os.PathLike[str]) -> Path:
+def path_of(name: str, value: object) -> Path:
+    """An argument that must be a path, with the user's folder in place of ``~``. ``name``: of the argument.
+
+    Raises:
+        InputError: it is none.
+    """
+    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
+        raise InputError(f"{name} must be a path (got {type(value).__name__})")
+    return Path(value).expanduser()
+
+
+def existing_folder(folder: object) -> Path:
     """``folder`` as a path.
 
     Raises:
         InputError: it is not a folder.
     """
-    if not os.path.isdir(folder):
+    path = path_of("folder", folder)
+    if not os.path.isdir(path if str(folder) else ""):  # an empty text is no folder, and Path("") is the present one
         raise InputError(f"{str(folder)!r} is not a folder; check the path")
-    return Path(folder)
+    return path
 
 
 def suggestion(value: object, choices: Iterable[object], cutoff: float = 0.6) -> str:

@@ -75,6 +75,7 @@ def check_predicts(model: nn.Module, what: str) -> None:
 
 def check_tokens(model: nn.Module, tokens: torch.Tensor) -> None:
     """Raises :class:`InputError` for tokens, of any shape, that a model's embedding does not know."""
+    check_data("tokens", tokens)
     if tokens.dtype not in (torch.int64, torch.int32):
         found = str(tokens.dtype).removeprefix("torch.")
         raise InputError(f"tokens: {found} found; use ids in int64 or int32, as a tokenizer returns them")
@@ -84,6 +85,13 @@ def check_tokens(model: nn.Module, tokens: torch.Tensor) -> None:
             f"tokens: ids from {int(tokens.min())} to {int(tokens.max())} found, but the model knows those from 0 to "
             f"{known - 1}; use the tokenizer that belongs to the model"
         )
+
+
+def check_data(name: str, tensor: torch.Tensor) -> None:
+    """Raises :class:`InputError` for a tensor whose values cannot be read: on the meta device, or sparse."""
+    if tensor.is_meta or tensor.layout != torch.strided:
+        found = "on the meta device, without data" if tensor.is_meta else str(tensor.layout)
+        raise InputError(f"{name} must be an ordinary tensor with data (got one that is {found})")
 
 
 def vocabulary_of(model: nn.Module) -> int | None:

@@ -1,14 +1,15 @@
 """Calibration as :func:`ace_ext.prune_model` takes it, made into the arguments of the model's calls."""
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from ace_ext.data.requests import check_positions, check_tokens
-from ace_ext.errors import InputError
-from ace_ext.models._transformers import decoder_of, main_input, predicts_tokens, takes_argument
+from ace_ext.data.requests import check_data, check_positions, check_tokens
+from ace_ext.errors import InputError, suggestion
+from ace_ext.models._transformers import decoder_of, knows_argument, main_input, predicts_tokens, takes_argument
 from ace_ext.models.run_mode import as_made_here, in_dtype_of
 from ace_ext.pruning.config import PruneConfig
 
@@ -28,6 +29,7 @@ def model_inputs(
     """
     plain = predicts_tokens(model)
     if isinstance(batches, Tensor):
+        check_data("calibration tokens", batches)
         if not plain and main_input(model) != "input_ids":
             raise InputError(
                 f"{type(model).__name__} reads {main_input(model)}: give calibration as dicts of its inputs, as its "
@@ -43,6 +45,8 @@ def model_inputs(
         if not plain:
             _check_other(model, inputs)
             inputs = in_dtype_of(model, inputs)
+        else:
+            _check_names(model, inputs)
         if "input_ids" in inputs:
             check_tokens(model, inputs["input_ids"])
             check_positions(model, inputs["input_ids"].shape[1])
@@ -65,6 +69,18 @@ def _counts(inputs: dict[str, Tensor]) -> bool:
     first = inputs["input_ids"] if "input_ids" in inputs else next(iter(inputs.values()))
     mask = inputs.get("attention_mask")
     return bool(first.numel()) and (mask is None or bool(mask.any()))
+
+
+def _check_names(model: nn.Module, inputs: dict[str, Tensor]) -> None:
+    """Refuses an input that no module of a causal language model has: it would be ignored. A misspelt attention_mask
+    would let padding count. Tokenizers return token_type_ids also for models without them."""
+    unknown = [str(name) for name in inputs if not knows_argument(model, name) and name != "token_type_ids"]
+    if unknown:
+        meant = suggestion(unknown[0], inspect.signature(model.forward).parameters)
+        raise InputError(
+            f"calibration input {unknown[0]} is none of {type(model).__name__}'s{meant}; correct its name or leave it "
+            "out"
+        )
 
 
 def _check_other(model: nn.Module, inputs: dict[str, Tensor]) -> None:
@@ -115,8 +131,9 @@ def _checked(batch: Any, plain: bool) -> dict[str, Tensor]:
                 f"calibration inputs must be tensors (got {type(value).__name__} for {name}); "
                 'call the tokenizer or processor with return_tensors="pt"'
             )
+        check_data(f"calibration input {name}", value)
     if not inputs or (plain and "input_ids" not in inputs):
-        raise InputError(f"calibration inputs must have input_ids (got {', '.join(inputs) or 'nothing'})")
+        raise InputError(f"calibration inputs must have input_ids (got {', '.join(map(str, inputs)) or 'nothing'})")
     tokens, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if tokens is None:
         return inputs

@@ -45,6 +45,8 @@ def order_of(batches: int, step: int, seed: int) -> int:
 def check_windows(tokens: Tensor) -> None:
     """Raises :class:`ace_ext.InputError` unless ``tokens [nsamples, seqlen]`` are at least two windows of at least two
     tokens."""
+    if not isinstance(tokens, Tensor):
+        raise InputError(f"tokens must be a tensor [nsamples, seqlen] (got {type(tokens).__name__})")
     if tokens.dim() != 2 or len(tokens) < 2 or tokens.shape[1] < 2:
         raise InputError(
             f"tokens must be at least two windows [nsamples, seqlen] of two tokens: one to train on, one to measure on "

@@ -1,6 +1,7 @@
 """``distill_``: trains the remaining weights of a pruned model so that it predicts what the dense model predicts."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from ace_ext.models.blocks import Block, find_blocks
 from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.run_mode import as_made_here, frozen, inner_model, run_mode
 from ace_ext.models.tail import Tail
+from ace_ext.pruning.config import patterns_of
 from ace_ext.records import Healing
 
 
@@ -58,11 +60,13 @@ def distill_(
         The losses before, during and after.
 
     Raises:
-        InputError: tokens that are not windows, or that the model does not know; a mask that is missing or leaves out a
-            weight that is not zero.
+        InputError: an argument of another kind; tokens that are not windows, or that the model does not know; a mask
+            that is missing or leaves out a weight that is not zero.
     """
     settings = settings or HealSettings()
     context = context or HealContext()
+    _check_types(model, teacher, settings, masks, grid)
+    skip = patterns_of("skip", skip)
     model = inner_model(model)
     check_text(model, tokens)
     batches = Batches.of(tokens, settings)
@@ -85,6 +89,20 @@ def distill_(
     healing = healing_of(context.journal.notes, settings, context.parts, held_out)
     context.observer.end(healing)
     return healing
+
+
+def _check_types(model: object, teacher: object, settings: object, masks: object, grid: object) -> None:
+    """Raises :class:`InputError` for an argument of another kind."""
+    kinds: dict[str, tuple[object, Any, str]] = {
+        "model": (model, nn.Module, "a model, as from_pretrained returns it"),
+        "teacher": (teacher, nn.Module | HiddenStates, "the dense model, or its HiddenStates"),
+        "settings": (settings, HealSettings, "HealSettings"),
+        "masks": (masks, Mapping | None, "bool tensors by the full names of the matrices"),
+        "grid": (grid, Grid | None, "an ace_ext.grids.Grid"),
+    }
+    for name, (value, kind, what) in kinds.items():
+        if not isinstance(value, kind):
+            raise InputError(f"{name} must be {what} (got {type(value).__name__})")
 
 
 def steps_of(batches: Batches, settings: HealSettings) -> int:
@@ -139,4 +157,9 @@ def _masks_of(block: Block, masks: Mapping[str, Tensor] | None) -> dict[str, Ten
     missing = [child for child in block.linears if block.full_name(child) not in masks]
     if missing:
         raise InputError(f"masks must have each pruned matrix (got none for {block.full_name(missing[0])})")
-    return {child: masks[block.full_name(child)] for child in block.linears}
+    found = {child: masks[block.full_name(child)] for child in block.linears}
+    for child, mask in found.items():
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise InputError(f"masks must be bool tensors (got {kind} for {block.full_name(child)})")
+    return found

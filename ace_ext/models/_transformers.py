@@ -222,6 +222,13 @@ def takes_argument(model: nn.Module, name: str) -> bool:
     return name in parameters or (anything and predicts_tokens(model))
 
 
+def knows_argument(model: nn.Module, name: str) -> bool:
+    """Whether the forward of a model, or of a module in it, has an argument of this name. A forward that takes any name
+    passes it on to its modules, and all of them ignore a name that is misspelt."""
+    kinds = {type(module).forward for module in model.modules()}
+    return any(name in inspect.signature(forward).parameters for forward in kinds)
+
+
 def plain_call(model: nn.Module) -> dict[str, Any]:
     """The arguments of a call that keeps no keys and values of attention for later calls."""
     return {"use_cache": False} if takes_argument(model, "use_cache") else {}

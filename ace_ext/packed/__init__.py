@@ -31,7 +31,7 @@ def codec_named(name: str) -> Codec:
     Raises:
         InputError: no packed format has this name.
     """
-    if name not in CODECS:
+    if not isinstance(name, str) or name not in CODECS:
         raise InputError(f"format must be one of {', '.join(CODECS)} (got {name!r})")
     return CODECS[name]
 

@@ -239,7 +239,7 @@ class PackedShards(Shards):
     """
 
     def __init__(self, folder: str | Path, mapped: bool = True) -> None:
-        self.folder = existing_folder(Path(folder).expanduser())
+        self.folder = existing_folder(folder)
         self.files = sorted(self.folder.glob(f"*{SUFFIX}"))
         if not self.files:
             raise InputError(f"{str(folder)!r} holds no {SUFFIX[1:]} files; give a folder that ace-prune pack wrote")

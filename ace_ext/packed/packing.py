@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ace_ext.errors import InputError, existing_folder
+from ace_ext.errors import InputError, existing_folder, path_of
 from ace_ext.grids import Grid
 from ace_ext.models.safetensors_files import Shards, bytes_of, copy_model, flush, umask
 from ace_ext.models.safetensors_header import read_header
@@ -81,21 +81,35 @@ def pack(
         InputError: the folder holds no safetensors or is packed already, the format needs a pattern, no matrix becomes
             smaller, or the output cannot be written.
     """
-    chosen = codec_named(codec)
-    existing_folder(Path(folder).expanduser())
+    chosen, source = codec_named(codec), existing_folder(folder)
+    _check_form(pattern, grid)
     if chosen.needs_pattern and pattern is None:
         raise InputError(
             f"format {codec} needs a model pruned with --pattern N:M, by its report; use bitmap or archive"
         )
-    if is_packed(folder):
+    if is_packed(source):
         raise InputError(f"{str(folder)!r} is packed already; give the dense folder")
     with new_folder(output) as target:
-        result = pack_into(Path(folder).expanduser(), target, chosen, pattern, grid)
+        result = pack_into(source, target, chosen, pattern, grid)
         add_section(target, PackedShards(target, mapped=False))
         if not result.matrices:
             raise InputError(f"no matrix of {str(folder)!r} has enough zeros for format {codec}; prune it first")
     result.folder = str(output)
     return result
+
+
+def _is_pattern(value: object) -> bool:
+    if not isinstance(value, tuple) or [type(number) for number in value] != [int, int]:
+        return False
+    return bool(0 < value[0] <= value[1] <= 32)  # as files are read
+
+
+def _check_form(pattern: object, grid: object) -> None:
+    """Raises :class:`InputError` unless these are a pattern and a grid, or None."""
+    if pattern is not None and not _is_pattern(pattern):
+        raise InputError(f"pattern must be two whole numbers N and M, as (2, 4) (got {str(pattern)[:100]!r})")
+    if not isinstance(grid, Grid | None):
+        raise InputError(f"grid must be an ace_ext.grids.Grid (got {type(grid).__name__})")
 
 
 def pack_into(
@@ -243,7 +257,7 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     Raises:
         InputError: ``output`` exists, or cannot be written.
     """
-    path = Path(output).expanduser()
+    path = path_of("output", output)
     if path.exists():
         raise InputError(f"output {str(output)!r} exists; give another name")
     target = path.with_name(f".{path.name}.packing")

@@ -72,8 +72,8 @@ class PruneConfig:
             sparsity = 0.0
         self.sparsity = _sparsity(sparsity, self.pattern)
         self.group = self._group(group)
-        self.skip = _patterns("skip", skip)
-        self.towers = _patterns("towers", towers)
+        self.skip = patterns_of("skip", skip)
+        self.towers = patterns_of("towers", towers)
         self._check_towers()
         self.max_dense = _share("max_dense", max_dense)
         if self.only_removes:
@@ -283,7 +283,7 @@ def _share(name: str, given: object) -> float:
     raise InputError(f"{name} must be a share from 0 to 1 (got {found[:100]}){hint}")
 
 
-def _patterns(name: str, given: object) -> tuple[str, ...]:
+def patterns_of(name: str, given: object) -> tuple[str, ...]:
     """``given`` as a tuple: a single expression stands for a list of one, None for an empty list."""
     if given is None or isinstance(given, str):
         return () if given is None else (given,)

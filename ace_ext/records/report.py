@@ -4,10 +4,10 @@ import json
 import math
 import os
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ace_ext.dense_weights import DenseWeight, describe_dense, kind_of
+from ace_ext.errors import existing_folder
 from ace_ext.records.agreement import Agreement
 from ace_ext.records.healing import Healing, HeldOutPerplexity
 from ace_ext.records.matrices import BlockReport, MatrixReport
@@ -145,9 +145,10 @@ class PruneReport:
         ``pack``.
 
         Raises:
-            OSError: the folder does not exist, or cannot be written.
+            InputError: there is no such folder.
+            OSError: it cannot be written.
         """
-        (Path(folder) / REPORT_NAME).write_text(self.to_json(), encoding="utf-8")
+        (existing_folder(folder) / REPORT_NAME).write_text(self.to_json(), encoding="utf-8")
 
     def table(self) -> str:
         """A table as text: one line for each kind of matrix, averaged over blocks, and the totals below."""

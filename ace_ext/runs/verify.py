@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ace_ext.cards import CARD, card_says
 from ace_ext.data.requests import vocabulary_of
 from ace_ext.dense_weights import NOT_CALLED
-from ace_ext.errors import InputError, one_line
+from ace_ext.errors import InputError, existing_folder, one_line
 from ace_ext.formats import grid_of, written_shards
 from ace_ext.models._transformers import decoder_of, is_left_out
 from ace_ext.models.blocks import find_blocks
@@ -56,6 +56,7 @@ def verify(folder: str | Path, load: bool = True) -> VerifyResult:
     Raises:
         InputError: as :func:`verify_weights`.
     """
+    folder = existing_folder(folder)
     result = verify_weights(folder)
     _check_card(Path(folder), result)
     if load:
@@ -77,6 +78,7 @@ def verify_weights(folder: str | Path) -> VerifyResult:
         InputError: the folder has no report that can be read, or no safetensors, or does not give back what was
             packed.
     """
+    folder = existing_folder(folder)
     report = read_report(folder)
     config, grid = _settings_of(report, folder), grid_of(report)
     if not is_packed(folder) and not has_safetensors(folder):

@@ -200,8 +200,18 @@ def test_zeros_are_positive():
             r"calibration must have at least one token whose attention_mask is not 0 \(got none\)",
         ),
         (torch.zeros(4, dtype=torch.long), r"calibration tokens must be \[nsamples, seqlen\] \(got shape \[4\]\)"),
+        (make_tokens().to("meta"), "calibration tokens must be an ordinary tensor with data .* on the meta device"),
+        (make_tokens().to_sparse(), r"calibration tokens must be an ordinary tensor .* torch\.sparse_coo"),
+        (
+            [{"input_ids": make_tokens(), "attention_mask": make_tokens().to("meta")}],
+            "calibration input attention_mask must be an ordinary tensor with data",
+        ),
+        (
+            [{"input_ids": make_tokens(), "attention_masks": torch.zeros_like(make_tokens())}],
+            "calibration input attention_masks is none of LlamaForCausalLM's; did you mean attention_mask",
+        ),
     ],
-    ids=["zero-rows", "no-batch", "padding-alone", "one-dimension"],
+    ids=["zero-rows", "no-batch", "padding-alone", "one-dimension", "meta", "sparse", "meta-mask", "misspelt"],
 )
 def test_bad_calibration_changes_nothing(tokens, message):
     model = make_model("llama")
@@ -209,6 +219,11 @@ def test_bad_calibration_changes_nothing(tokens, message):
     with pytest.raises(InputError, match=message):
         prune_model(model, tokens, method="wanda")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+
+
+def test_inputs_that_tokenizers_return_are_accepted():
+    inputs = {"input_ids": make_tokens(), "token_type_ids": torch.zeros_like(make_tokens()), "labels": make_tokens()}
+    assert prune_model(make_model("llama"), inputs, method="wanda").sparsity == 0.5
 
 
 def test_pattern_must_divide_the_columns():

@@ -366,7 +366,15 @@ def test_given_masks_hold():
     assert all(torch.equal(model.get_parameter(f"{child}.weight") != 0, mask) for child, mask in masks.items())
 
 
-@pytest.mark.parametrize("change", [lambda masks, name: masks.pop(name), lambda masks, name: masks[name].zero_()])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda masks, name: masks.pop(name),
+        lambda masks, name: masks[name].zero_(),
+        lambda masks, name: masks.update({name: masks[name].float()}),
+        lambda masks, name: masks.update({name: None}),
+    ],
+)
 def test_masks_that_do_not_fit_are_refused(change):
     dense, model = make_model("llama"), pruned_model()
     masks = {name.removesuffix(".weight"): model.get_parameter(name) != 0 for name in pruned_names(model)}
@@ -424,12 +432,31 @@ def test_windows_that_share_text_with_a_held_out_one_are_left_out():
     [
         (make_tokens()[0], r"at least two windows \[nsamples, seqlen\].*got shape \[16\]"),
         (make_tokens(1), r"got shape \[1, 16\]"),
+        (make_tokens().to("meta"), "tokens must be an ordinary tensor with data"),
+        (make_tokens().tolist(), r"tokens must be a tensor \[nsamples, seqlen\] \(got list\)"),
         (make_tokens(1).repeat(9, 1), "each of the 7 windows shares text with one of the 2 that are held out"),
     ],
 )
 def test_text_that_does_not_serve(tokens, message):
     with pytest.raises(InputError, match=message):
         distill_(pruned_model(), make_model("llama"), tokens, HealSettings(**QUICK))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("model", None, r"model must be a model, .* \(got NoneType\)"),
+        ("teacher", torch.zeros(8, 16, 32), r"teacher must be the dense model, or its HiddenStates \(got Tensor\)"),
+        ("settings", {"passes": 2}, r"settings must be HealSettings \(got dict\)"),
+        ("masks", 5, r"masks must be bool tensors by the full names of the matrices \(got int\)"),
+        ("grid", 4, r"grid must be an ace_ext\.grids\.Grid \(got int\)"),
+        ("skip", 5, r"skip must be regular expressions \(got 5\)"),
+    ],
+)
+def test_arguments_of_other_types_are_refused(name, value, message):
+    given = {"model": make_model("llama"), "teacher": make_model("llama"), "tokens": TEXT}
+    with pytest.raises(InputError, match=message):
+        distill_(**{**given, name: value})
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 65, 640, 5000])

@@ -11,7 +11,7 @@ from helpers import DTYPES, assert_same_bits, make_weight
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ace_ext import InputError
+from ace_ext import InputError, load_packed
 from ace_ext.cli.main import main
 from ace_ext.models.safetensors_files import Shards
 from ace_ext.packed import CODECS, codec_named
@@ -19,6 +19,8 @@ from ace_ext.packed._codec import Packed
 from ace_ext.packed.files import KEY, SUFFIX, PackedShards, is_packed
 from ace_ext.packed.matrix import PackedMatrix
 from ace_ext.packed.packing import check_hashes, pack, unpack
+from ace_ext.runs.output import read_report
+from ace_ext.runs.verify import verify
 
 SHAPES = ((1, 1), (2, 1), (1, 64), (3, 65), (31, 33), (5, 128), (2, 1134))
 
@@ -360,6 +362,25 @@ def test_no_changed_byte_goes_unseen(name, pruned, tmp_path):
     spaces = len(whole[8 : 8 + length]) - len(whole[8 : 8 + length].rstrip())
     # Changes of padding, and of the names of padding tensors, are harmless. Half of the places are in the header.
     assert unseen <= tries * (0.02 + padding / len(whole) + spaces / length + 0.1)
+
+
+def test_arguments_of_other_types_are_named(pruned, tmp_path):
+    output, report = tmp_path / "output", read_report(pruned)
+    for call, words in (
+        (lambda: load_packed(None), r"folder must be a path \(got NoneType\)"),
+        (lambda: verify(b"pruned"), r"folder must be a path \(got bytes\)"),
+        (lambda: unpack(["packed"], output), r"folder must be a path \(got list\)"),
+        (lambda: pack("", output, "bitmap"), "'' is not a folder"),
+        (lambda: pack(pruned, None, "bitmap"), r"output must be a path \(got NoneType\)"),
+        (lambda: pack(pruned, output, []), r"format must be one of .* \(got \[\]\)"),
+        (lambda: pack(pruned, output, "nm", "2:4"), r"pattern must be two whole numbers .* \(got '2:4'\)"),
+        (lambda: pack(pruned, output, "nm", (2, 0)), r"pattern must be two whole numbers .* \(got '\(2, 0\)'\)"),
+        (lambda: pack(pruned, output, "bitmap", None, 4), r"grid must be an ace_ext\.grids\.Grid \(got int\)"),
+        (lambda: report.save(tmp_path / "none"), "none' is not a folder; check the path"),
+    ):
+        with pytest.raises(InputError, match=words):
+            call()
+    assert not output.exists()
 
 
 def test_nothing_is_left_after_an_error(pruned, tmp_path, monkeypatch):
