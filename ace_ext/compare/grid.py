@@ -15,7 +15,7 @@ from ace_ext.data.media_items import is_media
 from ace_ext.data.perplexity import SEQLEN
 from ace_ext.data.tasks import Tasks
 from ace_ext.errors import InputError
-from ace_ext.fingerprint import fingerprint_of_files, fingerprint_of_model
+from ace_ext.fingerprint import arithmetic, fingerprint_of_files, fingerprint_of_model
 from ace_ext.models.versions import versions
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.method import Method
@@ -163,7 +163,7 @@ class Study:
             "files": _model_files(self.model),
             "dtype": self.dtype,
             "device": device.type,
-            "threads": torch.get_num_threads() if device.type == "cpu" else None,  # changes rounding and time
+            **(arithmetic() if device.type == "cpu" else {"threads": None}),  # changes rounding and time
             "skip": list(self.skip),
             "texts": {text: source_sha256(text, HELD_OUT, self.text_field) for text in self.evaluation.texts},
             "eval_seqlen": self.evaluation.seqlen,

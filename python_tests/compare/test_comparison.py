@@ -253,6 +253,10 @@ def test_other_settings_are_refused_by_name(place, tmp_path, monkeypatch, thread
         compare(place, output=folder, **{"eval-seqlen": 8})
     with pytest.raises(InputError, match=r"texts\..*other.txt was null"):
         compare(place, output=folder, texts=place / "other.txt")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
+        with pytest.raises(InputError, match=r"recorded with other settings: instructions was .*, now \"another\""):
+            compare(place, output=folder)
     threads(torch.get_num_threads() + 1)
     with pytest.raises(InputError, match=r"recorded with other settings: threads was \d+, now \d+"):
         compare(place, output=folder)
