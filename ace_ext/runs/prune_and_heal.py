@@ -30,7 +30,7 @@ from ace_ext.runs.memory_model import Estimate, process_bytes
 from ace_ext.runs.model_source import Source, budget_of, check_serves, open_source
 from ace_ext.runs.options import Calibration, RunRequest
 from ace_ext.runs.output import already_complete, finished_report, read_report
-from ace_ext.runs.unfinished import UnfinishedRun, discard
+from ace_ext.runs.unfinished import UnfinishedRun, discard, first_part
 from ace_ext.whole_files import write_whole
 
 Prune = Callable[[RunRequest, Path, Progress], PruneReport]
@@ -141,7 +141,7 @@ class _TwoRuns(UnfinishedRun):
     """
 
     def __init__(self, output: Path, fingerprint: dict[str, Any], resume: bool) -> None:
-        super().__init__(output.with_name(f"{output.name}.pruned"), fingerprint)
+        super().__init__(first_part(output), fingerprint)
         self.files: dict[str, str] = {}
         """Checksums of the pruned model's files by name; empty until it is complete."""
         self._open(resume)

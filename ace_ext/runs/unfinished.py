@@ -150,6 +150,8 @@ class UnfinishedRun:
             raise
         sync_folder(self.output.parent)
         self.remove()
+        with contextlib.suppress(InputError):  # it is locked: this run is its second part, and the whole run removes it
+            discard(first_part(self.output))  # left by a run with distill that was killed
         return self.output
 
     def remove(self) -> None:
@@ -170,6 +172,11 @@ class UnfinishedRun:
 def folder_of(output: Path) -> Path:
     """The folder of the unfinished run that writes ``output``."""
     return output.parent / f".{output.name}.unfinished"
+
+
+def first_part(output: Path) -> Path:
+    """What the first part of a run with ``distill`` writes in place of ``output``; it is never finished."""
+    return output.with_name(f"{output.name}.pruned")
 
 
 def _sha256(state: dict[str, Any]) -> str:

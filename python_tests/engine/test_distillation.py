@@ -283,6 +283,15 @@ def test_stopped_and_resumed(stop, dense, whole, tmp_path, monkeypatch):
     assert names(tmp_path) == ["out"]
 
 
+def test_another_method_leaves_nothing_of_a_stopped_run(dense, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_between(patch)
+        with pytest.raises(Stops):
+            prune(dense, tmp_path / "out", calibration=MANY, method=DISTILL)
+    prune(dense, tmp_path / "out", method="magnitude")
+    assert names(tmp_path) == ["out"]
+
+
 @pytest.mark.parametrize("stop", [stop_between, None])
 def test_another_text_is_not_mixed_with_the_first(stop, tmp_path, monkeypatch):
     """Each part reads the file: one that changes between them, or after both, is that of another run."""
