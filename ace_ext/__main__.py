@@ -12,8 +12,10 @@ def main() -> int:
     """Runs the command line; returns its exit status."""
     before = signal.signal(signal.SIGINT, _stop)
     wait_passively()  # before torch is loaded, which reads the environment once
+    from ace_ext.cli.main import load
     from ace_ext.cli.main import main as command_line
 
+    load(sys.argv[1:])
     signal.signal(signal.SIGINT, before)
     return command_line()
 

@@ -6,20 +6,20 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 from ace_ext.data.bos import AUTO, MODES, NEVER, default_mode
 from ace_ext.data.corpora import BUNDLED, SELF, SOURCES
 from ace_ext.data.mixture import is_jsonl
 from ace_ext.engine.devices import pick_device
-from ace_ext.errors import InputError, suggestion
+from ace_ext.errors import InputError
 from ace_ext.models.loading import WEIGHT_DTYPES
 from ace_ext.process_memory import parse_bytes
 from ace_ext.pruning.config import MAX_DENSE, SPARSITY, PruneConfig
 from ace_ext.pruning.groups import GROUPS
-from ace_ext.pruning.method import DEFAULT, PRESETS, PUBLISHED, option_hint, options_of
+from ace_ext.pruning.method import DEFAULT, PRESETS, PUBLISHED, options_of
 from ace_ext.pruning.metrics import METRICS
 from ace_ext.pruning.settings import Setting
 from ace_ext.pruning.stages import KINDS, Score, stages_of
@@ -38,86 +38,6 @@ from ace_ext.runs.own_files import check_replaceable, is_log
 
 Subparsers = Any
 """The type that ``add_subparsers`` returns; it is private to argparse."""
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser that reports an error in one line, like every other error of this program.
-
-    If ``common`` is not empty, ``--help`` shows only these options. ``--help-all`` shows all options and ``tables``.
-    """
-
-    common: frozenset[str] = frozenset()
-    tables: Callable[[], str] | None = None
-
-    def show_common(self, *names: str, tables: Callable[[], str]) -> None:
-        """Makes ``--help`` show only these options, and ``--help-all`` all options with ``tables()`` at the end."""
-        self.common, self.tables = frozenset(names), tables
-        self.add_argument("--help-all", action=_HelpAll, nargs=0, help="show all options, and all stages of methods")
-
-    def format_help(self) -> str:
-        """The help with only the common options, if there are any."""
-        shown = {action.dest: action.help for action in self._actions}
-        for action in self._actions:
-            if self.common and action.dest not in {*self.common, "help", "help_all"}:
-                action.help = argparse.SUPPRESS
-        try:
-            return super().format_help()
-        finally:
-            for action in self._actions:
-                action.help = shown[action.dest]
-
-    def format_help_all(self) -> str:
-        """The help with all options and tables."""
-        common, epilog = self.common, self.epilog
-        self.common, self.epilog = frozenset(), "\n\n".join(filter(None, (epilog, self.tables and self.tables())))
-        try:
-            return self.format_help()
-        finally:
-            self.common, self.epilog = common, epilog
-
-    def parse_args(self, *arguments: Any, **more: Any) -> Any:
-        """As in argparse. Its older versions read ``--option=--`` as an empty list, which is refused here."""
-        found = super().parse_args(*arguments, **more)
-        for name, value in vars(found).items():
-            if (value == [] and name not in ("skip", "towers")) or (isinstance(value, list) and [] in value):
-                self.error(f"argument --{name.replace('_', '-')}: expected a value (got '--')")
-        return found
-
-    def parse_known_args(self, *arguments: Any, **more: Any) -> Any:
-        """As in argparse, but with an error for arguments that are not known: the parser of a verb knows which of its
-        options were meant, and the parser above it does not."""
-        found, rest = super().parse_known_args(*arguments, **more)
-        if rest:
-            self.error(f"unrecognized arguments: {' '.join(map(str, rest))}")
-        return found, rest
-
-    def error(self, message: str) -> NoReturn:
-        """Prints the message and exits with 2."""
-        self.exit(2, f"{self.prog}: {message}{self._suggestion(message)}; see {self.prog} --help\n")
-
-    def _suggestion(self, message: str) -> str:
-        """The option, verb or value that the user probably meant."""
-        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-        if unknown:
-            meant = suggestion(unknown[1], self._options(), cutoff=0.8)
-            return option_hint(unknown[1].removeprefix("--").replace("-", "_")) or meant
-        choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
-        return suggestion(choice[1], re.findall(r"[\w:.-]+", choice[2])) if choice else ""
-
-    def _options(self) -> list[str]:
-        """All options, with those of the verbs."""
-        verbs = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
-        parsers = [self, *(parser for choices in verbs for parser in choices.values())]
-        return [name for parser in parsers for name in parser._option_string_actions]
-
-
-class _HelpAll(argparse.Action):
-    """Prints the help with all options and exits."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        assert isinstance(parser, OneLineParser)
-        print(parser.format_help_all(), end="")
-        parser.exit()
 
 
 def add_remote_code(parser: argparse.ArgumentParser) -> None:

@@ -29,6 +29,7 @@ from ace_ext.bench.contest import (
 from ace_ext.bench.pair import BenchResult, Difference, Pair, bench, pair_steps
 from ace_ext.bench.settings import BenchProgress, BenchSettings
 from ace_ext.cli import args as shared
+from ace_ext.cli.parser import VERBS
 from ace_ext.errors import InputError, existing_folder
 from ace_ext.packed.files import is_packed
 from ace_ext.packed.packing import unpack
@@ -46,9 +47,7 @@ EXAMPLES = (
 def add(commands: shared.Subparsers) -> None:
     """Adds the verb to the command line."""
     default = BenchSettings()
-    parser = commands.add_parser(
-        "bench", help="compare packed or smaller folders with the dense one, on the CPU: speed, memory, size"
-    )
+    parser = commands.add_parser("bench", help=VERBS["bench"])
     parser.add_argument(
         "folders", nargs="+", metavar="folder", help="a folder that ace-prune pack or run --remove wrote, or several"
     )

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from ace_ext.cli import args as shared
+from ace_ext.cli.parser import VERBS
 from ace_ext.compare.grid import BOTH, EVAL_WINDOWS, Evaluation, Grid, Study
 from ace_ext.compare.runner import run_study
 from ace_ext.compare.tables import markdown_table, results_json, text_table
@@ -34,7 +35,7 @@ def add(commands: shared.Subparsers) -> None:
     """Adds the verb to the command line."""
     parser = commands.add_parser(
         "compare",
-        help="compare methods, sparsities and calibration on one model",
+        help=VERBS["compare"],
         epilog=f"{shared.preset_table()}\n\nstages: see ace-prune run --help-all",
     )
     shared.add_model(parser)

@@ -4,6 +4,7 @@ import argparse
 import json
 
 from ace_ext.cli import args as shared
+from ace_ext.cli.parser import VERBS
 from ace_ext.data.bos import AUTO, choose_bos
 from ace_ext.data.corpora import SOURCES
 from ace_ext.data.evaluation import text_perplexity
@@ -21,7 +22,7 @@ EXAMPLES = (
 
 def add(commands: shared.Subparsers) -> None:
     """Adds the verb to the command line."""
-    parser = commands.add_parser("eval", help="perplexity of a model on held-out text")
+    parser = commands.add_parser("eval", help=VERBS["eval"])
     shared.add_model(parser)
     parser.add_argument("--text", "--texts", required=True, help=f"{', '.join(SOURCES)}, FILE.txt or FILE.jsonl")
     shared.add_text_field(parser)

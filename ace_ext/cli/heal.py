@@ -4,6 +4,7 @@ import argparse
 import contextlib
 
 from ace_ext.cli import args as shared
+from ace_ext.cli.parser import VERBS
 from ace_ext.data.corpora import SOURCES
 from ace_ext.engine.devices import pick_device
 from ace_ext.healing.progress import HealProgress
@@ -24,9 +25,7 @@ EXAMPLES = (
 
 def add(commands: shared.Subparsers) -> None:
     """Adds the verb to the command line."""
-    parser = commands.add_parser(
-        "heal", help="train the kept weights of a pruned folder to predict like the dense model"
-    )
+    parser = commands.add_parser("heal", help=VERBS["heal"])
     parser.add_argument("folder", help="a folder that ace-prune run wrote; it is not changed")
     parser.add_argument("--output", required=True, help="the folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")

@@ -16,18 +16,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import shtab
-import torch
 
-from ace_ext.cli.args import OneLineParser, examples
 from ace_ext.cli.endings import ending
-from ace_ext.models.location import remote_code
+from ace_ext.cli.parser import VERBS, OneLineParser
 from ace_ext.process_threads import allowed_cpus
 from ace_ext.version import __version__
-
-VERBS = ("run", "heal", "plan", "compare", "eval", "verify", "pack", "unpack", "bench")
-"""One module per verb, in the order of the help text."""
 
 
 def module_of(verb: str) -> ModuleType:
@@ -35,13 +31,12 @@ def module_of(verb: str) -> ModuleType:
     return import_module(f"ace_ext.cli.{verb}")
 
 
-def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
+def build_parser(argv: Sequence[str] = ()) -> OneLineParser:
     """The parser of the command line. If ``argv`` begins with a verb, it has this verb alone, and the other modules are
     not imported."""
-    parser = OneLineParser(prog="ace-prune", description="One-shot pruning of Hugging Face causal language models.")
-    parser.add_argument("--version", action="version", version=f"ace-prune {__version__}")
-    shtab.add_argument_to(parser, "--print-completion", help="print a completion script for this shell")
-    commands = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(VERBS))
+    from ace_ext.cli.args import examples  # imported here: it loads torch
+
+    parser, commands = _overview()
     modules = [module_of(verb) for verb in (argv[:1] if argv and argv[0] in VERBS else VERBS)]
     for module in modules:
         module.add(commands)
@@ -52,15 +47,49 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     return parser
 
 
+def _overview() -> tuple[OneLineParser, Any]:
+    """The parser without its verbs, and what they are added to."""
+    parser = OneLineParser(prog="ace-prune", description="One-shot pruning of Hugging Face causal language models.")
+    parser.add_argument("--version", action="version", version=f"ace-prune {__version__}")
+    shtab.add_argument_to(parser, "--print-completion", help="print a completion script for this shell")
+    return parser, parser.add_subparsers(dest="command", required=True, metavar=" | ".join(VERBS))
+
+
+def needs_verbs(argv: Sequence[str]) -> bool:
+    """Whether a command line needs a verb's module, and so torch: not for the list of verbs or a name that is none."""
+    if not argv or argv[0] in ("-h", "--help", "--version"):
+        return False
+    return argv[0] in VERBS or argv[0].startswith("-")
+
+
+def load(argv: Sequence[str]) -> None:
+    """Imports what takes seconds, if a command line needs it."""
+    if needs_verbs(argv):
+        import_module("ace_ext.cli.args")
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    if needs_verbs(argv):
+        parser = build_parser(argv)
+    else:
+        parser, commands = _overview()
+        for verb, summary in VERBS.items():
+            commands.add_parser(verb, help=summary)
+    args: argparse.Namespace = parser.parse_args(argv)
+    return args
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns its exit status. It raises no exception except argparse's ``SystemExit``."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
     try:
         _replace_unprintable()
-        args = build_parser(argv).parse_args(argv)
+        args = _parse(argv)
         _quiet_libraries()
         _limit_threads()
+        from ace_ext.models.location import remote_code  # imported here: it loads torch
+
         with remote_code(getattr(args, "trust_remote_code", False)), _warnings_in_a_line(getattr(args, "quiet", False)):
             status: int = args.action(args)
         sys.stdout.flush()  # here, where an error can still be reported
@@ -73,6 +102,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _limit_threads() -> None:
     """Limits threads to the CPUs that the process may use, unless the user chose a number."""
+    import torch
+
     cpus = allowed_cpus()
     if "OMP_NUM_THREADS" not in os.environ and cpus < torch.get_num_threads():
         torch.set_num_threads(cpus)

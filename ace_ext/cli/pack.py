@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from ace_ext.cli import args as shared
+from ace_ext.cli.parser import VERBS
 from ace_ext.formats import grid_of, pattern_of
 from ace_ext.packed import CODECS, DEFAULT_CODEC
 from ace_ext.packed.compressed_tensors import NAME, SUMMARY, compress
@@ -28,7 +29,7 @@ def add(commands: shared.Subparsers) -> None:
     """Adds the verb to the command line."""
     parser = commands.add_parser(
         "pack",
-        help="write a smaller copy of a pruned folder, without its zeros",
+        help=VERBS["pack"],
         epilog=shared.table("formats", FORMATS),
     )
     parser.add_argument("folder", help="a folder that ace-prune run wrote; it is not changed")

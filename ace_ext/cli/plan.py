@@ -3,6 +3,7 @@
 import argparse
 
 from ace_ext.cli import args as shared
+from ace_ext.cli.parser import VERBS
 from ace_ext.formats import DEFAULT_FORMAT, FORMATS
 from ace_ext.runs.listing import as_json, as_text, list_weights
 from ace_ext.runs.plan import make_plan
@@ -19,7 +20,7 @@ def add(commands: shared.Subparsers) -> None:
     """Adds the verb to the command line."""
     parser = commands.add_parser(
         "plan",
-        help="what a run would prune, and the memory and time it would take",
+        help=VERBS["plan"],
         epilog=shared.preset_table(),
     )
     shared.add_model(

@@ -5,6 +5,7 @@ import contextlib
 from pathlib import Path
 
 from ace_ext.cli import args as shared
+from ace_ext.cli.parser import VERBS
 from ace_ext.engine.distributed import launched, number_of
 from ace_ext.engine.progress import Progress
 from ace_ext.formats import DEFAULT_FORMAT, FORMATS
@@ -24,7 +25,7 @@ def add(commands: shared.Subparsers) -> None:
     """Adds the verb to the command line."""
     parser = commands.add_parser(
         "run",
-        help="prune a model",
+        help=VERBS["run"],
         epilog=shared.preset_table(),
     )
     shared.add_model(parser)

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from ace_ext.cli import args as shared
+from ace_ext.cli.parser import VERBS
 from ace_ext.packed.packing import unpack
 from ace_ext.runs.output import check_apart
 
@@ -13,7 +14,7 @@ EXAMPLES = ("unpack packed --output pruned",)
 
 def add(commands: shared.Subparsers) -> None:
     """Adds the verb to the command line."""
-    parser = commands.add_parser("unpack", help="restore the dense folder of a packed one, byte for byte")
+    parser = commands.add_parser("unpack", help=VERBS["unpack"])
     parser.add_argument("folder", help="a folder that ace-prune pack wrote; it is not changed")
     parser.add_argument("--output", required=True, help="the folder to write; it must not exist")
     parser.set_defaults(action=run)

@@ -4,6 +4,7 @@ import argparse
 import json
 
 from ace_ext.cli import args as shared
+from ace_ext.cli.parser import VERBS
 from ace_ext.runs.verify import verify
 
 EXAMPLES = ("verify pruned",)
@@ -12,7 +13,7 @@ EXAMPLES = ("verify pruned",)
 
 def add(commands: shared.Subparsers) -> None:
     """Adds the verb to the command line."""
-    parser = commands.add_parser("verify", help="check a written folder against its report")
+    parser = commands.add_parser("verify", help=VERBS["verify"])
     parser.add_argument("folder", help="a folder that ace-prune run wrote")
     shared.add_remote_code(parser)
     parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")

@@ -174,6 +174,22 @@ def parser_of(verb):
     return next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices[verb]
 
 
+@pytest.mark.parametrize(("argv", "status"), [(["--help"], 0), (["--version"], 0), ([], 2), (["rnu"], 2)])
+def test_the_list_of_verbs_does_not_load_torch(argv, status):
+    """Torch takes seconds to load."""
+    program = (
+        "import sys\nfrom ace_ext.cli.main import load, main\nload(sys.argv[1:])\n"
+        "try:\n    main()\nfinally:\n    assert 'torch' not in sys.modules, 'torch was loaded'\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True)
+    assert (ended.returncode, "torch was loaded" in ended.stderr) == (status, False)
+
+
+def test_the_list_of_verbs_is_that_of_their_modules(capsys):
+    status, shown, _ = call(capsys, "--help")
+    assert (status, shown) == (0, build_parser().format_help())
+
+
 @pytest.mark.parametrize("verb", COMMON)
 def test_help_shows_the_common_options(verb, capsys):
     status, out, _ = call(capsys, verb, "--help")
