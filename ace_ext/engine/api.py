@@ -72,7 +72,8 @@ def prune_model(
 
     Returns:
         A :class:`PruneReport`: for each matrix the number of weights kept and the change of its output. With ``remove``
-        also what was removed; the model's modules and configuration are then new objects.
+        also what was removed; the model's modules and configuration are then new objects, without the hooks and the
+        gradient checkpointing of the old ones.
 
     Raises:
         InputError: for a model, tokens or weights that cannot be pruned. Whatever can be checked in advance is checked
