@@ -48,8 +48,7 @@ def plan(args: argparse.Namespace) -> int:
         weights = list_weights(request)
         print(as_json(weights) if args.json else as_text(weights))
         return 0
-    found = make_plan(
-        request.model, request.config, request.calibration, request.options, request.device, request.dtype
-    )
+    planned = (request.model, request.config, request.calibration, request.options, request.device, request.dtype)
+    found = make_plan(*planned, lambda text: shared.note(args, text))
     print(found.to_json() if args.json else found.table())
     return 0

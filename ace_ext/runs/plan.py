@@ -9,6 +9,7 @@ memory is estimated from shapes alone.
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -43,6 +44,10 @@ from ace_ext.runs.shapes_only import open_for_plan
 
 CARD = 24 * 10**9
 """Bytes of a common GPU's memory. The plan of a model without files compares its need with them."""
+
+
+LARGE_BLOCK = 2**24
+"""Weights of a block from which on its trial takes so long that the plan says what it waits for."""
 
 
 @dataclass(frozen=True)
@@ -174,12 +179,13 @@ def make_plan(
     options: RunOptions,
     device: torch.device,
     dtype: str = "auto",
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Plan:
     """Plans the run of :func:`ace_ext.runs.pipeline.prune_folder` with the same arguments, in one process.
 
     The model may also be one without files (:mod:`ace_ext.runs.shapes_only`). The peak includes what the calling
     process already holds, so call it from a fresh process. On a GPU the peak is that of torch's allocations there (the
-    formulas were compared with measurements on CPUs only).
+    formulas were compared with measurements on CPUs only). ``tell`` is called with a line if the trial will take long.
 
     Raises:
         InputError: as the run would, except for weights that are not finite: no weight is checked.
@@ -202,6 +208,9 @@ def make_plan(
     before = demand.peak(choice)  # of which the process's part is estimated
     trial = None
     if chain and (not source.shapes_only or _can_try(source, request)):
+        size = sum(parameter.numel() for parameter in source.blocks[0].module.parameters())
+        if size >= LARGE_BLOCK:
+            tell(f"pruning one block of {size / 1e6:,.0f} million weights with a few tokens, to estimate the time")
         trial = try_block(source, measured.tokens, config, device, keeps_forwards=choice.forwards)
     measurable = device.type != "cuda" and not source.shapes_only
     pruning = demand.peak(choice, resident_bytes()) if measurable else before

@@ -153,6 +153,16 @@ def test_random_weights_have_the_models_shapes():
     assert weights.stored_name(["unknown"]) is None
 
 
+@pytest.mark.parametrize("large", [True, False])
+def test_a_long_trial_is_said(large, dense, monkeypatch, capsys):
+    monkeypatch.setattr("ace_ext.runs.plan.LARGE_BLOCK", 1 if large else 2**24)
+    arguments = ["plan", "--model", str(dense), "--calibration", str(dense.parent / "text.txt"), "--seqlen", "16"]
+    assert main([*arguments, "--nsamples", "4"]) == 0
+    assert ("ace-prune: pruning one block of " in capsys.readouterr().err) == large
+    assert main([*arguments, "--nsamples", "4", "--quiet"]) == 0
+    assert not capsys.readouterr().err
+
+
 def test_command(dense, capsys):
     arguments = ["plan", "--model", str(dense), "--calibration", str(dense.parent / "text.txt")]
     arguments += ["--nsamples", "4", "--seqlen", "16"]
