@@ -170,7 +170,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
-        raise InputError(_disk_message(path, error.errno, error.filename)) from error
+        file = error.filename if error.filename2 is None else error.filename2  # of a copy that failed: the new file
+        raise InputError(_disk_message(path, error.errno, file)) from error
     except SafetensorError as error:  # safetensors reports a system error only as text
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number is None:

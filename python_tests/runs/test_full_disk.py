@@ -16,6 +16,7 @@ from ace_ext.cli import main as cli
 from ace_ext.formats import dense as dense_format
 from ace_ext.models import hidden_states, safetensors_files
 from ace_ext.runs import unfinished
+from ace_ext.runs.output import disk_errors
 from ace_ext.runs.workspace import Workspace
 
 
@@ -27,6 +28,17 @@ def finished(place) -> int:
 @pytest.fixture
 def dense(tmp_path):
     return save_dense(tmp_path / "dense")
+
+
+def test_a_copy_that_fails_names_the_file_that_was_written(tmp_path):
+    """Both names are in the error: there is no space for the second."""
+    read, written = tmp_path / "dense" / "model.safetensors", tmp_path / "out" / "model.safetensors"
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(read), None, str(written))
+    with (
+        pytest.raises(InputError, match=rf"No space left on device at '{written}'; free"),
+        disk_errors(tmp_path / "out"),
+    ):
+        raise error
 
 
 # Wherever a write may fail, by an error in its place
