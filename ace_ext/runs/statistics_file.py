@@ -61,11 +61,25 @@ class StatisticsWriter:
 
     def finish(self, kinds: frozenset[str]) -> str:
         """Packs the blobs into the file, and returns a line about it. ``kinds``: the kinds of statistics that they
-        hold."""
+        hold.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
         note = f"statistics written to {self.path}: {reusable(kinds)}"
         if not self.writes:
             return note
         description = {"format": FORMAT, "inputs": "dense model", "kinds": sorted(kinds), **self.fingerprint}
+        try:
+            self._pack(description)
+        except OSError as error:  # not that of the output, which may be on another disk
+            raise InputError(
+                f"save-stats {str(self.path)!r} cannot be written: {error.strerror or error}; correct that and "
+                "continue with --resume"
+            ) from error
+        return note
+
+    def _pack(self, description: dict[str, Any]) -> None:
         with (
             written_whole(self.path) as part,
             zipfile.ZipFile(part, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
@@ -75,7 +89,6 @@ class StatisticsWriter:
                 if blob.name not in self._own:
                     _check(blob)
                 archive.write(blob, blob.name)
-        return note
 
 
 def reusable(kinds: frozenset[str]) -> str:
