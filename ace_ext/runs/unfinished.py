@@ -150,8 +150,7 @@ class UnfinishedRun:
             raise
         sync_folder(self.output.parent)
         self.remove()
-        with contextlib.suppress(InputError):  # it is locked: this run is its second part, and the whole run removes it
-            discard(first_part(self.output))  # left by a run with distill that was killed
+        _discard_first_part(self.output)
         return self.output
 
     def remove(self) -> None:
@@ -177,6 +176,14 @@ def folder_of(output: Path) -> Path:
 def first_part(output: Path) -> Path:
     """What the first part of a run with ``distill`` writes in place of ``output``; it is never finished."""
     return output.with_name(f"{output.name}.pruned")
+
+
+def _discard_first_part(output: Path) -> None:
+    """Removes what a run with ``distill`` that was killed left beside its output. A run that writes an output of that
+    name has a folder of the same name, and another state."""
+    if "files" in _recorded(first_part(output)):
+        with contextlib.suppress(InputError):  # it is locked: this run is its second part, and the whole run removes it
+            discard(first_part(output))
 
 
 def _sha256(state: dict[str, Any]) -> str:
@@ -207,10 +214,17 @@ def check_own(folder: Path) -> None:
 def recorded_fingerprint(output: Path) -> dict[str, Any]:
     """The fingerprint of an unfinished run. Empty if there is none or its state is damaged (:class:`Workspace` then
     refuses to resume it)."""
+    found = _recorded(output).get("fingerprint")
+    return found if isinstance(found, dict) else {}
+
+
+def _recorded(output: Path) -> dict[str, Any]:
+    """The state of an unfinished run. Empty if there is none or it is damaged."""
     try:
-        return dict(json.loads((folder_of(output) / "state.json").read_text(encoding="utf-8"))["fingerprint"])
-    except (OSError, KeyError, TypeError, ValueError):
+        state = json.loads((folder_of(output) / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
+    return state if isinstance(state, dict) else {}
 
 
 def recover(output: Path) -> None:

@@ -292,6 +292,14 @@ def test_another_method_leaves_nothing_of_a_stopped_run(dense, tmp_path, monkeyp
     assert names(tmp_path) == ["out"]
 
 
+def test_an_unfinished_run_that_writes_an_output_of_that_name_stays(dense, tmp_path):
+    other = tmp_path / ".out.pruned.unfinished"
+    other.mkdir()
+    (other / "state.json").write_text('{"format": 1, "fingerprint": {}, "blocks": []}')
+    prune(dense, tmp_path / "out", method="magnitude")
+    assert names(tmp_path) == [other.name, "out"]
+
+
 @pytest.mark.parametrize("stop", [stop_between, None])
 def test_another_text_is_not_mixed_with_the_first(stop, tmp_path, monkeypatch):
     """Each part reads the file: one that changes between them, or after both, is that of another run."""
