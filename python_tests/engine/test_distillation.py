@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from folders import prune, save_dense, weights_bytes
+from helpers import rest_nightly
 from tiny_models import make_model
 
 from ace_ext import InputError, PruneConfig, prune_model
@@ -50,7 +51,7 @@ def weights(model):
 # --- in memory --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "mixtral"])
+@pytest.mark.parametrize("family", rest_nightly(["llama", "mixtral"], ["llama", "opt", "mixtral"]))
 @pytest.mark.parametrize(
     "config", [{"method": f"wanda + {TRAINS}"}, {}, {"pattern": "2:4"}, {"method": f"admm + train + {TRAINS}"}]
 )

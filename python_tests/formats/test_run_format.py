@@ -49,7 +49,7 @@ def test_the_bytes_are_those_of_run_and_pack(name, offload, dense, tmp_path):
     assert result.exact_rows == result.rows > 0
 
 
-@pytest.mark.parametrize(("bits", "group"), [(8, 64), (4, 128), (3, 64)])
+@pytest.mark.parametrize(("bits", "group"), [(8, 64), (4, 128), pytest.param(3, 64, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("name", [*CODECS, "compressed-tensors"])
 def test_a_quantized_run_writes_codes(name, bits, group, dense, tmp_path):
     """The bytes of ``run`` and ``pack``; the report's method names the grid."""

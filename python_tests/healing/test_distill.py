@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import rest_nightly
-from tiny_models import FAMILIES, MIXTURES, OFTEN, make_model, make_tokens
+from tiny_models import FAMILIES, OFTEN, make_model, make_tokens
 
 from ace_ext import InputError, PruneConfig, prune_model
 from ace_ext.healing import HealSettings, distill_, loss, window
@@ -84,7 +84,7 @@ def test_equal_models_have_no_loss():
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", rest_nightly(OFTEN, FAMILIES))
+@pytest.mark.parametrize("family", rest_nightly(["llama", "mixtral"], FAMILIES))
 def test_the_loss_falls_and_only_kept_weights_change(family):
     dense, model = make_model(family), pruned_model(family)
     before = state(model)
@@ -295,7 +295,7 @@ def test_the_same_again_gives_the_same_bits_and_another_seed_does_not():
 # --- windows, stored activations, hidden states -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", *MIXTURES])
+@pytest.mark.parametrize("family", rest_nightly(["llama", "mixtral"], OFTEN))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_stored_activations_change_no_bit(family, dtype):
     outputs = []

@@ -118,7 +118,12 @@ def test_a_weight_that_left_the_grid_is_found():
 
 
 @pytest.mark.parametrize(
-    ("family", "bits"), [*(("llama", bits) for bits in WIDTHS), *((family, 4) for family in ("opt", *MIXTURES))]
+    ("family", "bits"),
+    [
+        *(("llama", bits) for bits in WIDTHS),
+        *((family, 4) for family in ("opt", "mixtral")),
+        *(pytest.param(family, 4, marks=pytest.mark.nightly) for family in MIXTURES if family != "mixtral"),
+    ],
 )
 def test_zeros_and_the_grid_stay(family, bits):
     grid = Grid(bits, 64)

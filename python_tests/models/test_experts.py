@@ -6,6 +6,7 @@ import every_class
 import pytest
 import torch
 from folders import prune, save_dense, weights_bytes
+from helpers import rest_nightly
 from safetensors.torch import load_file
 from tiny_models import MIXTURES, make_model, make_tokenizer, make_tokens
 from torch.nn import functional
@@ -135,7 +136,7 @@ def _path(model):
     return find_blocks(model)[0].experts[0].name.removesuffix(".gate_up_proj")
 
 
-@mixtures
+@pytest.mark.parametrize("family", rest_nightly(["mixtral"], MIXTURES))
 @pytest.mark.parametrize(
     "config",
     [

@@ -13,6 +13,7 @@ import pytest
 import torch
 from children import heal_saving_often
 from folders import fork, prune, save_dense, weights_bytes
+from helpers import rest_nightly
 from safetensors.torch import load_file, save_file
 from tiny_models import make_model
 
@@ -75,7 +76,7 @@ def contents(folder):
 # --- the output -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-tied", "mixtral", "opt"])
+@pytest.mark.parametrize("family", rest_nightly(["llama-tied", "mixtral"], ["llama", "llama-tied", "mixtral", "opt"]))
 @pytest.mark.parametrize("config", [{}, {"method": "obs", "pattern": "2:4"}, {"skip": (r"[ko]_proj$",)}], ids=str)
 def test_output(family, config, tmp_path):
     pruned = make_pruned(tmp_path, family, **config)

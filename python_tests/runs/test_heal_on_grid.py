@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from folders import prune, save_dense, weights_bytes
+from helpers import rest_nightly
 from safetensors.torch import load_file, save_file
 from tiny_models import make_model
 
@@ -105,7 +106,7 @@ def stop_at(step, monkeypatch):
     monkeypatch.setattr(heal_journal.HealJournal, "save", stopping)
 
 
-@pytest.mark.parametrize("after", [1, 7, 16])
+@pytest.mark.parametrize("after", rest_nightly([1, 16], [1, 7, 16]))
 @pytest.mark.parametrize("parts", [1, 3])
 def test_a_resumed_run_writes_the_same_bytes(after, parts, place, tmp_path, monkeypatch):
     monkeypatch.setattr(HealDemand, "divide", lambda demand, *_: (Division(parts), demand.peak(Division(parts), 0)))

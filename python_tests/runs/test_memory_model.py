@@ -210,7 +210,7 @@ IN_PARTS = [
 ]
 
 
-@pytest.mark.parametrize("shape", [(128, 512), (2048, 256)], ids=["wide", "tall"])
+@pytest.mark.parametrize("shape", rest_nightly([(2048, 256)], [(128, 512), (2048, 256)]), ids=["wide", "tall"])
 @pytest.mark.parametrize(("setting", "parts"), [*((setting, 1) for setting in SOLVERS), *IN_PARTS], ids=str)
 def test_a_solver_holds_what_is_estimated(setting, shape, parts, monkeypatch):
     """Counts tensors only, so neither the rows that swaps copies nor what oneDNN copies for a product in bfloat16. With
@@ -337,7 +337,7 @@ def test_a_mixture_holds_no_more_than_estimated(method):
     assert 1 <= (found.total - found.model - found.process) / peak < 2.8  # the process: kernels, which are no tensors
 
 
-@pytest.mark.parametrize("make", [make_wide_model, make_mixture])
+@pytest.mark.parametrize("make", rest_nightly([make_wide_model], [make_wide_model, make_mixture]))
 @pytest.mark.parametrize("division", [Division(), Division(graphs=2), Division(parts=2)], ids=str)
 def test_a_distillation_holds_no_more_than_estimated(make, division):
     """What a block stores for its backward pass was measured as the growth of processes, which is more than its

@@ -21,7 +21,7 @@ from ace_ext.runs.options import Calibration, RunOptions
 from ace_ext.runs.pipeline import prune_folder
 from ace_ext.runs.verify import verify
 
-BLOCKS = 8
+BLOCKS = 5
 """Of 30: what a run holds at its peak, with all weights in memory or without, does not need more to be seen."""
 
 
