@@ -180,7 +180,7 @@ def contest(
     progress = progress or BenchProgress()
     weights, dtype = _weights(dense)
     config = _config(dense)
-    prefill = min(settings.prefill, getattr(config, "max_position_embeddings", None) or settings.prefill)
+    prefill = settings.prefill_within(getattr(config, "max_position_embeddings", None) or None)
     threads = torch.get_num_threads()
     result = ContestResult(dtype, threads, settings.rounds, settings.tokens, prefill)
     with contextlib.ExitStack() as opened:

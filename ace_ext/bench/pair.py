@@ -161,7 +161,7 @@ def _measure_runs(
 ) -> Tensor:
     """Measures decoding and prefill; returns the tokens of the prefill."""
     vocabulary = len(embedding_weight(models[0]))
-    limit = positions_of(models[0]) or settings.prefill
+    result.prefill_tokens = settings.prefill_within(positions_of(models[0]))
     random = torch.Generator().manual_seed(0)
 
     def draw(batch: int, length: int) -> Tensor:
@@ -178,7 +178,6 @@ def _measure_runs(
             statistics.median(packed),
             statistics.median(p / d for d, p in zip(dense, packed, strict=True)),
         )
-    result.prefill_tokens = min(settings.prefill, limit)
     progress.phase(f"prefill of {result.prefill_tokens} tokens")
     prompt = draw(1, result.prefill_tokens)
     result.prefill = _smaller(*alternate(partial(_prefill, prompt)))

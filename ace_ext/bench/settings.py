@@ -29,6 +29,21 @@ class BenchSettings:
             if min(value if isinstance(value, tuple) else (value,), default=0) < 1:
                 raise InputError(f"{name} must be positive (got {value})")
 
+    def prefill_within(self, positions: int | None) -> int:
+        """Tokens of the prefill of a model with so many positions (None: no limit).
+
+        Raises:
+            InputError: decoding takes more positions.
+        """
+        if positions is None:
+            return self.prefill
+        if self.prompt + self.tokens > positions:
+            raise InputError(
+                f"tokens: {self.tokens} after a prompt of {self.prompt} found, but the model has {positions} "
+                "positions; use fewer"
+            )
+        return min(self.prefill, positions)
+
     @property
     def runs(self) -> int:
         """Runs of one model, those that are not counted included."""

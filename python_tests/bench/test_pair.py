@@ -13,6 +13,7 @@ import pytest
 import torch
 from folders import prune, save_dense, spawn
 
+from ace_ext import InputError
 from ace_ext.bench.pair import BenchResult, Difference, Pair, bench, pair_steps
 from ace_ext.bench.settings import BenchProgress, BenchSettings
 from ace_ext.cli.bench import table
@@ -55,6 +56,14 @@ def test_bench_measures_both(llama, tmp_path, capsys):
     shown = table(BenchResult(str(pruned), str(packed), "float32", 1, "AVX2", 1, {16: Pair(10.0, 15.0, 1.5)}))
     assert shown.splitlines()[2].split() == ["decode,", "batch", "16:", "tokens/s", "10", "15", "1.50", "x"]
     assert shown.endswith("1 threads, AVX2; 1 run each, alternating")
+
+
+def test_more_tokens_than_a_model_has_positions():
+    settings = BenchSettings(prompt=8, tokens=16, prefill=512)
+    assert settings.prefill_within(None) == 512
+    assert settings.prefill_within(24) == 24
+    with pytest.raises(InputError, match=r"^tokens: 16 after a prompt of 8 found, but the model has 23 positions"):
+        settings.prefill_within(23)
 
 
 @pytest.fixture
