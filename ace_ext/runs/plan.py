@@ -194,7 +194,7 @@ def make_plan(
     check_request(request)
     calibration.check()
     source = open_for_plan(request)
-    smaller = None if config.remove is None else smaller_of(source, config)
+    smaller = None if config.remove is None else smaller_of(source, config, rehearse=True)
     if smaller is None:
         check_pattern(source.blocks, config)
     check_serves(source, request)

@@ -35,21 +35,24 @@ class Smaller:
     removed: list[Removed]
 
 
-def smaller_of(source: Source, config: PruneConfig) -> Smaller:
+def smaller_of(source: Source, config: PruneConfig, rehearse: bool = False) -> Smaller:
     """What a run would leave of a model. Checks that zeros can follow.
 
     Args:
         source: may be a skeleton.
         config: has ``remove``.
+        rehearse: tries it with random weights. A run tries it with the model's own.
 
     Raises:
         InputError: the structures cannot be removed, or the pattern does not fit the smaller model.
     """
-    from ace_ext.structures.remove import planned_removal  # imported here: most runs remove no structure
+    from ace_ext.structures.rehearsal import Rehearsal  # imported here: most runs remove no structure
+    from ace_ext.structures.remove import planned_removal
 
     assert config.remove is not None  # checked by the caller
     found = find_blocks(source.model, check=False)  # without skip, which is for zeros
-    model, removed = planned_removal(source.model, found, config.remove)
+    check = Rehearsal(source.model, found) if rehearse else lambda wanted: None
+    model, removed = planned_removal(source.model, found, config.remove, check)
     blocks = find_blocks(model, config.skip, check=False, max_dense=config.max_dense)
     if not config.only_removes:
         check_pattern(blocks, config)

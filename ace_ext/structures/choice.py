@@ -24,9 +24,13 @@ Remove = Callable[[removal.Removal, Sequence[dict[str, Tensor]]], tuple[nn.Modul
 """Removes structures, given the calibration text: the smaller model, and a record for each kind."""
 Plan = Callable[[removal.Removal], tuple[nn.Module, list[Removed]]]
 """The same from shapes alone."""
+Try = Callable[[removal.Removal], object]
+"""Raises :class:`InputError` if the class does not compute the same without these structures."""
 
 
-def candidates(model: nn.Module, blocks: list[Block], wanted: removal.Removal, plan: Plan) -> list[TriedRemoval]:
+def candidates(
+    model: nn.Module, blocks: list[Block], wanted: removal.Removal, plan: Plan, check: Try
+) -> list[TriedRemoval]:
     """What ``wanted`` stands for: its scores, or removals of about a size.
 
     Args:
@@ -34,17 +38,21 @@ def candidates(model: nn.Module, blocks: list[Block], wanted: removal.Removal, p
         blocks: its blocks.
         wanted: it compares.
         plan: finds the size of a removal.
+        check: tries it.
 
     Raises:
         InputError: no such removal is possible.
     """
     if wanted.params is not None:
-        return of_size(model, blocks, wanted.params, plan)
+        return of_size(model, blocks, wanted.params, plan, check)
+    check(wanted.scored[0])  # scores make no difference to it
     first = _planned(list(wanted.scored[0].parts), plan)
     return [replace(first, part=str(one)) for one in wanted.scored]
 
 
-def of_size(model: nn.Module, blocks: list[Block], wanted: removal.Params, plan: Plan) -> list[TriedRemoval]:
+def of_size(
+    model: nn.Module, blocks: list[Block], wanted: removal.Params, plan: Plan, check: Try
+) -> list[TriedRemoval]:
     """Removals of about the wanted size, at most :data:`MOST`: neurons alone; blocks alone; half of it by blocks, or a
     number of heads, and the rest by neurons.
 
@@ -53,6 +61,7 @@ def of_size(model: nn.Module, blocks: list[Block], wanted: removal.Params, plan:
         blocks: its blocks.
         wanted: the share of the blocks' parameters that goes.
         plan: finds the size of a removal.
+        check: tries it.
 
     Raises:
         InputError: no such removal is possible.
@@ -65,11 +74,11 @@ def of_size(model: nn.Module, blocks: list[Block], wanted: removal.Params, plan:
     for parts in _combinations(wanted.share, len(blocks)):
         try:
             tried = _sized(parts, goal, whole, plan)
+            if abs(whole - tried.parameters_after - goal) <= TOLERANCE * goal and _kind(tried) not in map(_kind, found):
+                check(removal.removal_of(tried.part))
+                found.append(tried)
         except InputError as error:
             reasons.append(f"{error}".removeprefix("remove: "))
-            continue
-        if abs(whole - tried.parameters_after - goal) <= TOLERANCE * goal and _kind(tried) not in map(_kind, found):
-            found.append(tried)
     if not found:
         raise InputError(
             f"remove: no removal of neurons, heads or blocks takes about {wanted.share:g} of the blocks' parameters"

@@ -16,8 +16,8 @@ from ace_ext.models.trial import try_walk
 from ace_ext.pruning import removal
 from ace_ext.records import Removed
 from ace_ext.structures.blocks import find_depth, lay_out_without, without_blocks
-from ace_ext.structures.choice import candidates, nearest
-from ace_ext.structures.experts import find_and_try_experts, find_experts, without_experts
+from ace_ext.structures.choice import Try, candidates, nearest
+from ace_ext.structures.experts import Experts, find_and_try_experts, find_experts, without_experts
 from ace_ext.structures.search import Found, find_units
 from ace_ext.structures.smaller import laid_out, take_over_
 from ace_ext.structures.units import MOMENTS, MOMENTS_BYTES, Wanted, find_and_try, without_units
@@ -49,11 +49,12 @@ def remove_(
     blocks = find_blocks(model)
     if not batches:
         raise InputError("calibration must have at least one token whose attention_mask is not 0 (got none)")
-    _check(model, blocks, batches[0])
+    check_walk(model, blocks, batches[0])
     if not wanted.compares:
         smaller, records = _without(model, blocks, batches, wanted, advanced)
     else:
-        tried = candidates(model, blocks, wanted, partial(planned_removal, model, blocks))
+        check = partial(try_parts, model, blocks, batches[0])
+        tried = candidates(model, blocks, wanted, partial(planned_removal, model, blocks), check)
         smaller, records = nearest(
             model, tried, batches, lambda one, used: _without(model, blocks, used, one, advanced)
         )
@@ -71,8 +72,7 @@ def _without(
     """The smaller model, and a record for each kind of structure. ``model`` does not change. Arguments as of
     :func:`remove_`."""
     # All are tried before anything is computed, and again once the model has become another one.
-    experts = None if wanted.experts is None else find_and_try_experts(model, blocks, wanted.experts, batches[0])
-    units = [(part, find_and_try(model, blocks, part, batches[0])) for part in wanted.units]
+    experts, units = try_parts(model, blocks, batches[0], wanted)
     smaller, records = model, []
     if wanted.blocks is not None:
         start, count = time.perf_counter(), wanted.blocks.removed(len(blocks))
@@ -103,21 +103,37 @@ def _without(
     return smaller, records
 
 
-def planned_removal(model: nn.Module, blocks: list[Block], wanted: removal.Removal) -> tuple[nn.Module, list[Removed]]:
+def try_parts(
+    model: nn.Module, blocks: list[Block], batch: dict[str, Tensor], wanted: removal.Removal
+) -> tuple[Experts | None, list[tuple[Wanted, Found]]]:
+    """The experts and the units that ``wanted`` removes, tried with the model's weights. Changes nothing.
+
+    Raises:
+        InputError: they cannot be removed.
+    """
+    experts = None if wanted.experts is None else find_and_try_experts(model, blocks, wanted.experts, batch)
+    return experts, [(part, find_and_try(model, blocks, part, batch)) for part in wanted.units]
+
+
+def planned_removal(
+    model: nn.Module, blocks: list[Block], wanted: removal.Removal, check: Try = lambda wanted: None
+) -> tuple[nn.Module, list[Removed]]:
     """The smaller model with its parameters on the meta device, and a record for each kind, from shapes alone.
 
     Args:
         model: loaded, or a skeleton.
         blocks: its blocks.
         wanted: the structures.
+        check: tries each removal that is planned; without it a class that computes something else is not found.
 
     Raises:
         InputError: the model has no such structures, or its class cannot be made smaller.
     """
     if wanted.compares:  # the sizes of candidates are about the same
-        tried = candidates(model, blocks, wanted, partial(planned_removal, model, blocks))
+        tried = candidates(model, blocks, wanted, partial(planned_removal, model, blocks), check)
         smaller, records = planned_removal(model, blocks, removal.removal_of(tried[0].part))
         return smaller, [replace(records[0], tried=tried), *records[1:]]
+    check(wanted)
     records = []
     if wanted.blocks is not None:
         count = wanted.blocks.removed(len(blocks))
@@ -152,7 +168,7 @@ def working_bytes(columns: int, outputs: int, experts: int = 0) -> tuple[int, in
     return max(one, min(MOMENTS_BYTES, experts * one)), 3 * 8 * columns * (columns + outputs)
 
 
-def _check(model: nn.Module, blocks: list[Block], batch: dict[str, Tensor]) -> None:
+def check_walk(model: nn.Module, blocks: list[Block], batch: dict[str, Tensor]) -> None:
     """Checks that a model can be walked.
 
     Raises:

@@ -169,10 +169,10 @@ def find_heads(model: nn.Module, blocks: list[Block], part: removal.Heads) -> Fo
     if groups == 1:
         raise InputError(f"remove: all heads of {kind} share one KV head; leave out heads")
     size = names.get("head_dim", "head_dim")
-    if size not in settings:
+    if size not in settings:  # transformers may read one, but vLLM does not for Qwen2, OLMoE and others
         raise InputError(
-            f"remove: {kind} derives the size of a head from {query}, so fewer heads would be larger ones; leave out "
-            "heads"
+            f"remove: the configuration of {kind} has no {size}, so engines derive the size of a head from {query}, "
+            "and fewer heads would be larger ones; leave out heads"
         )
     own = {query: heads} if settings.get(shared) is None else {query: heads, shared: groups}
     fixed = {size: settings[size] or settings["hidden_size"] // heads}

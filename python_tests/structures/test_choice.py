@@ -1,5 +1,6 @@
 """A share of the parameters: candidates of about that size, and the one whose predictions are nearest."""
 
+import every_class
 import pytest
 import torch
 import transformers
@@ -9,6 +10,7 @@ from ace_ext import InputError, prune_model
 from ace_ext.models.blocks import find_blocks
 from ace_ext.pruning.removal import SCORES, removal_of
 from ace_ext.structures.choice import _split, candidates, divergence
+from ace_ext.structures.rehearsal import Rehearsal
 from ace_ext.structures.remove import planned_removal
 
 
@@ -92,9 +94,24 @@ def test_a_plan_lists_the_candidates():
         find_blocks(model),
         removal_of("params=0.3"),
         lambda wanted: planned_removal(model, find_blocks(model), wanted),
+        lambda wanted: None,
     )
     assert "candidates" in records[0].summary()
     assert all(p.is_meta for p in smaller.parameters())
+
+
+def test_a_candidate_that_the_class_does_not_compute_is_left_out():
+    """MiniMax-M2 has a norm over all heads, so it computes something else without some of them."""
+    sizes = {"num_key_value_heads": 4, "intermediate_size": 64}
+    config = transformers.MiniMaxM2Config(**every_class.shrunk(transformers.MiniMaxM2Config(), sizes))
+    model, tokens = transformers.MiniMaxM2ForCausalLM(config).eval(), make_tokens(2, 8)
+    wanted, blocks = removal_of("params=0.3"), find_blocks(model)
+    plain = planned_removal(model, blocks, wanted)[1][0].tried
+    planned = planned_removal(model, blocks, wanted, Rehearsal(model, blocks))[1][0].tried
+    assert [one.part for one in plain if "heads" not in one.part] == [one.part for one in planned]
+    assert len(planned) < len(plain)
+    report = prune_model(model, tokens, remove="params=0.3")
+    assert [one.part for one in report.removed[0].tried] == [one.part for one in planned]
 
 
 def test_divergence_is_that_of_the_next_token_without_padding():

@@ -1,5 +1,6 @@
 """Removed heads: a class with fewer of them loads the result, and what contributes nothing goes unnoticed."""
 
+import every_class
 import pytest
 import torch
 import transformers
@@ -7,7 +8,10 @@ from tiny_models import grouped, make_model, make_tokens
 
 from ace_ext import InputError, prune_model
 from ace_ext.models.blocks import find_blocks
-from ace_ext.pruning.removal import Heads
+from ace_ext.pruning.removal import Heads, removal_of
+from ace_ext.structures import rehearsal
+from ace_ext.structures.rehearsal import Rehearsal
+from ace_ext.structures.remove import planned_removal
 from ace_ext.structures.scores import greedy_groups, turning
 from ace_ext.structures.search import find_units
 
@@ -76,8 +80,8 @@ def test_least_squares_lowers_the_error_of_the_output():
 @pytest.mark.parametrize(
     ("family", "words"),
     [
-        ("opt", "derives the size of a head from"),
-        ("qwen2", "derives the size of a head from|does not say how many heads"),
+        ("opt", "has no head_dim, so engines derive the size of a head from num_attention_heads"),
+        ("qwen2", "has no head_dim, so engines derive the size of a head from num_attention_heads"),
         ("mamba", "does not say how many heads"),
     ],
 )
@@ -87,6 +91,27 @@ def test_what_cannot_be_removed_is_refused_and_nothing_changes(family, words):
     with pytest.raises(InputError, match=words):
         prune_model(model, tokens, remove="heads=0.5")
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_a_plan_refuses_the_heads_that_a_run_refuses():
+    """MiniMax-M2 has a norm over all heads, which shapes do not show."""
+    model = every_class.build("minimax_m2")
+    blocks, wanted = find_blocks(model), removal_of("heads=0.5")
+    with pytest.raises(InputError, match="does not compute the same as with their weights zeroed"):
+        planned_removal(model, blocks, wanted, Rehearsal(model, blocks))
+    with pytest.raises(InputError, match="does not compute the same as with their weights zeroed"):
+        prune_model(model, make_tokens(8, 16), remove="heads=0.5")
+
+
+def test_a_rehearsal_takes_the_first_block_of_each_kind(monkeypatch):
+    model = every_class.build("minimax_m2")
+    blocks, size = find_blocks(model), sum(parameter.numel() for parameter in model.parameters())
+    own = sum(parameter.numel() for parameter in blocks[0].module.parameters())
+    monkeypatch.setattr(rehearsal, "MOST", size - own)
+    with pytest.raises(InputError, match="does not compute the same"):
+        Rehearsal(model, blocks)(removal_of("heads=0.5"))
+    monkeypatch.setattr(rehearsal, "MOST", own)
+    assert not Rehearsal(model, blocks)(removal_of("heads=0.5"))
 
 
 def test_a_number_that_the_class_refuses_is_named():
