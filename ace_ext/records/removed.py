@@ -55,7 +55,7 @@ class Removed:
     part: str
     """What was asked for, as in ``"neurons=0.2"``."""
     setting: str
-    """The setting of ``config.json`` that holds the number."""
+    """The setting of ``config.json`` that holds the number; of blocks it may be a list with an entry for each."""
     before: int
     after: int
     multiple: int | None

@@ -73,8 +73,9 @@ def _influence(blocks: list[Block], calls: list[BlockCall], left: list[int]) -> 
 
 
 def find_depth(model: nn.Module, blocks: list[Block], removed: int) -> tuple[str, list[int]]:
-    """The setting of the configuration that says how many blocks a model has, and the places of blocks that can stay
-    without ``removed`` others. These are the last blocks, or those before the last, whose kind some classes fix.
+    """The setting of the configuration that says how many blocks a model has, a number or a list with an entry for
+    each, and the places of blocks that can stay without ``removed`` others. These are the last blocks, or those before
+    the last, whose kind some classes fix.
 
     Raises:
         InputError: there is none with which the class has the same blocks, only fewer.
@@ -86,21 +87,28 @@ def find_depth(model: nn.Module, blocks: list[Block], removed: int) -> tuple[str
     ):
         raise InputError("remove: blocks that share weights cannot be removed; leave out blocks")
     left, last = len(blocks) - removed, len(blocks) - 1
-    reasons = []
-    for field, value in numbers_of(model).items():
-        if isinstance(value, bool) or value != len(blocks):
-            continue
+    reasons, settings = [], numbers_of(model)
+    for field in _depths(settings, len(blocks)):
         for kept in ([*range(left)], [*range(left - 1), last]):
             try:
                 lay_out_without(model, blocks, kept, field)
             except InputError as error:
-                reasons.append(f"{field}: {error}")
+                reasons.append((isinstance(settings[field], list | tuple), f"{field}: {error}"))
                 continue
             return field, kept
+    words = [reason for _, reason in sorted(reasons, key=lambda one: one[0])]  # those of lists, which few need, last
     raise InputError(
-        f"remove: no number in the configuration of {type(model).__name__} gives the same model with fewer blocks"
-        f"{'; ' if reasons else ''}{'; '.join(reasons)[:300]}"
+        f"remove: no setting in the configuration of {type(model).__name__} gives the same model with fewer blocks"
+        f"{'; ' if words else ''}{'; '.join(words)[:300]}"
     )
+
+
+def _depths(settings: Mapping[str, Any], count: int) -> list[str]:
+    """Settings that may say how many blocks there are: numbers, and lists with an entry for each. Lists are first: a
+    shorter one changes nothing where a number says it, but a number that is equal by chance (of heads, if no block that
+    is left has attention) would pass where a list says it."""
+    lists = [name for name, value in settings.items() if isinstance(value, list | tuple) and len(value) == count]
+    return lists + [name for name, value in settings.items() if type(value) is int and value == count]
 
 
 def without_blocks(
@@ -174,7 +182,7 @@ def lay_out_without(
             return smaller, renamed
         other = min(name for name in {**expected, **found} if expected.get(name) != found.get(name))
         gone = ", ".join(block.name for block in blocks if block.name not in place)
-        words = f"remove: with {field}={len(kept)} and without {gone} the class has another {other}"
+        words = f"remove: with {field} of {len(kept)} and without {gone} the class has another {other}"
         refused = refused or InputError(words)
         if any(name.startswith(f"{blocks[len(kept)].name}.") for name in found):
             break  # the field does not count blocks
@@ -185,12 +193,15 @@ def lay_out_without(
 def _settings_without(settings: Mapping[str, Any], count: int, kept: list[int], field: str) -> Iterator[dict[str, Any]]:
     """Changes of the configuration that may leave the blocks ``kept`` of ``count``. In all of them lists with an entry
     for each block become shorter, and settings of single blocks, by number, get the new numbers. In all but the first a
-    list of some blocks (``mlp_only_layers``) or a number of first blocks (``first_k_dense_replace``) follows too."""
+    list of some blocks (``mlp_only_layers``) or a number of first blocks (``first_k_dense_replace``) follows too, or
+    lists of as many numbers stay as they are: they may not be of blocks (``time_step_limit``)."""
     place = {index: new for new, index in enumerate(kept)}
-    changes: dict[str, Any] = {field: len(kept)}
+    counted = isinstance(settings[field], int)
+    changes: dict[str, Any] = {field: len(kept)} if counted else {}
     others: list[dict[str, Any]] = []
+    others.append({name: value for name, value in settings.items() if name != field and _numbers(value, count)})
     for name, value in settings.items():
-        if name == field or "token" in name or isinstance(value, bool):
+        if name in changes or "token" in name or isinstance(value, bool):
             continue
         if isinstance(value, list | tuple) and len(value) == count:
             changes[name] = [value[index] for index in kept]
@@ -198,10 +209,15 @@ def _settings_without(settings: Mapping[str, Any], count: int, kept: list[int], 
             changes[name] = {str(place[int(key)]): one for key, one in value.items() if int(key) in place}
         elif isinstance(value, list | tuple) and value and all(type(one) is int and 0 <= one < count for one in value):
             others.append({name: [place[index] for index in value if index in place]})
-        elif isinstance(value, int) and 0 < value <= count:
+        elif isinstance(value, int) and 0 < value < count + counted:  # a list says the depth, so no number follows it
             others.append({name: sum(index < value for index in kept)})
     yield changes
-    yield from (changes | other for other in others if any(settings[name] != new for name, new in other.items()))
+    yield from (changes | other for other in others if any(changes.get(n, settings[n]) != v for n, v in other.items()))
+
+
+def _numbers(value: object, count: int) -> bool:
+    """Whether this is a list of so many numbers."""
+    return isinstance(value, list | tuple) and len(value) == count and all(isinstance(x, int | float) for x in value)
 
 
 def _of_blocks(settings: Mapping[Any, Any], count: int) -> bool:

@@ -9,12 +9,13 @@ from tiny_models import DENSE_FAMILIES, MIXTURES, make_model, make_tokens
 from ace_ext import InputError, prune_model
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.replay import capture_calls, run_block
+from ace_ext.runs.verify import verify
 from ace_ext.structures.blocks import least_influence
 
 
-def logits(model, tokens):
+def logits(model, tokens, **more):
     with torch.no_grad():
-        return model(input_ids=tokens).logits
+        return model(input_ids=tokens, **more).logits
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
@@ -65,6 +66,36 @@ def test_settings_of_blocks_by_number_follow(tmp_path, kind, setting, value, wit
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.config.to_dict()[setting] == without
     torch.testing.assert_close(logits(again, tokens), expected)  # kernels may round differently at other addresses
+
+
+@pytest.mark.parametrize("place", [1, 2])
+def test_a_list_with_an_entry_for_each_block_is_the_depth_where_no_number_is(tmp_path, place):
+    """The class has as many heads as blocks. Without the block with attention another number of heads would fit too."""
+    kinds = ["linear_attention", "mlp", "full_attention", "linear_attention"]
+    given = every_class.shrunk(transformers.NemotronHConfig(), {"layers_block_type": kinds})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**given)).eval()
+    tokens = make_tokens(4, 16)
+    for parameter in model.model.layers[place].mixer.parameters():
+        parameter.data.zero_()
+    report = prune_model(model, tokens, remove="blocks=1(score=published-shortgpt)")
+    assert (report.removed[0].setting, report.removed[0].before) == ("layers_block_type", 4)
+    model.save_pretrained(tmp_path)
+    report.save(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.layers_block_type == [*kinds[:place], *kinds[place + 1 :]]
+    assert again.config.num_attention_heads == 4
+    found, expected = (logits(each, tokens, use_cache=False) for each in (again, model))  # a cache needs attention
+    assert torch.equal(found, expected)
+    assert verify(tmp_path, load=False).problems == []
+
+
+def test_a_list_of_numbers_may_not_be_of_blocks():
+    model = every_class.build("bamba")
+    assert len(model.config.time_step_limit) == len(find_blocks(model))
+    prune_model(model, make_tokens(4, 16), remove="blocks=1")
+    assert len(model.config.time_step_limit) == 2
 
 
 @pytest.mark.parametrize("family", [*DENSE_FAMILIES, *MIXTURES, "mamba"])
