@@ -3,6 +3,7 @@
 No weight is fitted afterwards. The router chooses among the experts that are left.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,6 +19,8 @@ from ace_ext.records import GoneExperts
 from ace_ext.structures.routes import routed, router_choice
 from ace_ext.structures.search import Cut, cuts_of
 from ace_ext.structures.smaller import check_same, few_tokens, fill_, laid_out, numbers_of, output_of, stored_shapes
+
+_NO_CHOICE = "remove: the experts of {} are not called with the router's choice; leave out experts"
 
 
 class Experts:
@@ -51,6 +54,10 @@ def find_experts(model: nn.Module, blocks: list[Block], part: removal.Experts) -
     kind = type(model).__name__
     if not counts:
         raise InputError(f"remove: {kind} has no experts that the router calls by number; leave out experts")
+    for block in blocks:
+        for fused in _called(block):
+            if not _takes_choice(fused.owner):
+                raise InputError(_NO_CHOICE.format(block.name))
     if len(counts) > 1:
         raise InputError(f"remove: the blocks of {kind} have different numbers of experts; leave out experts")
     count = counts.pop()
@@ -131,6 +138,13 @@ def _called(block: Block) -> Iterator[Any]:
     return (fused for fused in block.experts if fused.layout.count > 1)
 
 
+def _takes_choice(owner: nn.Module) -> bool:
+    """Whether a module of experts has arguments for the router's choice, beside the hidden states: their numbers and
+    weights."""
+    arguments = inspect.signature(owner.forward).parameters.values()
+    return len(arguments) > 2 or any(one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in arguments)
+
+
 def _scores(block: Block, index: int, calls: list[BlockCall], count: int) -> Tensor:
     """``[experts]`` float64: the mean over the tokens that are routed to an expert of ``g ‖f(x)‖``, with the router's
     weight ``g`` and the expert's output ``f(x)``; 0 without such tokens. The hidden states pass the block.
@@ -155,9 +169,7 @@ def _listening(block: Block, mask: Tensor | None, sums: Tensor, tokens: Tensor) 
     def choose(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         choice = router_choice(args, kwargs)
         if choice is None:
-            raise InputError(
-                f"remove: the experts of {block.name} are not called with the router's choice; leave out experts"
-            )
+            raise InputError(_NO_CHOICE.format(block.name))
         choices[id(owner)] = choice[0].cpu(), choice[1].float().cpu()
 
     def heard(owner: nn.Module, expert: int, output: Tensor) -> None:

@@ -1,5 +1,6 @@
 """Removed experts: a class with fewer of them loads the result, and the router chooses among those that are left."""
 
+import every_class
 import pytest
 import torch
 import transformers
@@ -8,7 +9,9 @@ from tiny_models import make_model, make_tokens
 from ace_ext import InputError, prune_model
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.replay import capture_calls
+from ace_ext.pruning.removal import removal_of
 from ace_ext.structures.experts import _scores
+from ace_ext.structures.remove import planned_removal
 
 
 def logits(model, tokens):
@@ -75,6 +78,14 @@ def test_other_routers(family, tmp_path):
     assert torch.isfinite(expected).all()
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(type(model).from_pretrained(tmp_path).eval(), tokens), expected)
+
+
+@pytest.mark.parametrize("kind", ["llama4_text", "jetmoe"])
+def test_experts_without_the_routers_choice_are_refused_by_shapes(kind):
+    """Those of Llama 4 see all tokens, and those of JetMoe sorted ones: they would have no score."""
+    model = every_class.build(kind)
+    with pytest.raises(InputError, match="are not called with the router's choice"):
+        planned_removal(model, find_blocks(model), removal_of("experts=0.5"))
 
 
 def test_zeros_follow_on_the_smaller_mixture():
