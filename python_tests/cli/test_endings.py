@@ -76,6 +76,13 @@ def test_every_verb_takes_debug(capsys):
         assert "--debug" in call(capsys, verb, "--help")[1]
 
 
+def test_debug_stands_before_the_verb_too(capsys):
+    status, _, lines = call(capsys, "--debug", "verify", "no such folder")
+    assert status == 2
+    assert "Traceback" in lines
+    assert lines.splitlines()[-1].startswith("ace-prune: 'no such folder'")
+
+
 def start(*arguments, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
