@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ace_ext.errors import InputError, one_line
 from ace_ext.models.block_store import BlockSource
 from ace_ext.models.products import float32_products
 from ace_ext.models.replay import replaced_forward
@@ -17,10 +18,27 @@ def whole_logits(model: nn.Module, blocks: BlockSource, tokens: Tensor, device: 
     """The logits ``[batch, seqlen, vocabulary]`` of ``tokens [batch, seqlen]``, int64.
 
     A model in memory and the same model on the disk run the same code on the same shapes, so they give the same bits.
+
+    Raises:
+        InputError: the model does not take tokens alone.
     """
-    with blocks_held(blocks), blocks.outside_loaded(model), float32_products(model):
+    with takes_tokens(model), blocks_held(blocks), blocks.outside_loaded(model), float32_products(model):
         logits: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits
     return logits
+
+
+@contextmanager
+def takes_tokens(model: nn.Module) -> Iterator[None]:
+    """Within this context the errors that classes raise for a call with tokens alone are an :class:`InputError`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{type(model).__name__} does not take tokens alone ({one_line(error)}); a draft model that reads another "
+            "model's states is not pruned: give the other model"
+        ) from error
 
 
 @contextmanager

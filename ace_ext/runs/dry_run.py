@@ -19,6 +19,7 @@ from ace_ext.models.block_store import OffloadedBlocks, ResidentBlocks
 from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.replay import BlockCall, capture_calls, run_block
 from ace_ext.models.trial import calls_in
+from ace_ext.models.whole_forward import takes_tokens
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.records import PruneReport
 from ace_ext.runs.model_source import Source
@@ -80,7 +81,7 @@ def try_block(
     found = []
     # The larger part comes first: it includes what libraries load at their first call.
     trials = (large, small)
-    with first.entrance(model):
+    with first.entrance(model), takes_tokens(model):
         batches = [[{"input_ids": batch.to(device)} for batch in part.chunk(parts)] for part in trials]
         captured = [list(capture_calls(model, blocks, inputs)) for inputs in batches]
     for part, calls in zip(trials, captured, strict=True):

@@ -9,6 +9,7 @@ from ace_ext.errors import InputError
 from ace_ext.models._transformers import embedding_weight
 from ace_ext.models.blocks import Block, find_blocks
 from ace_ext.models.run_mode import run_mode
+from ace_ext.models.whole_forward import takes_tokens
 from ace_ext.pruning import removal
 from ace_ext.structures.blocks import find_depth, lay_out_without
 from ace_ext.structures.remove import check_walk, try_parts
@@ -50,8 +51,10 @@ class Rehearsal:
         tokens = torch.randint(0, min(VOCABULARY, embedding_weight(twin).shape[0]), (1, 16), generator=generator)
         with run_mode(twin):
             blocks = find_blocks(twin)
+            with takes_tokens(twin):
+                output = output_of(twin, tokens)
             check_walk(twin, blocks, {"input_ids": tokens})
-            if not bool(torch.isfinite(output_of(twin, tokens)).all()):
+            if not bool(torch.isfinite(output).all()):
                 return False
             try_parts(twin, blocks, {"input_ids": tokens}, wanted)
         return True
