@@ -104,7 +104,7 @@ def prune_model(
             )
     start = time.perf_counter()
     store = context.blocks or ResidentBlocks(
-        find_blocks(model, config.skip, max_dense=config.max_dense, towers=config.towers)
+        find_blocks(model, config.skip, max_dense=config.dense_limit, towers=config.towers)
     )
     check_pattern(store.blocks, config)
     device = context.device or next(model.parameters()).device
@@ -153,7 +153,7 @@ def _smaller(
     start = time.perf_counter()
     device = next(model.parameters()).device
     if not predicts_tokens(model):
-        check_removable(model, find_blocks(model, config.skip, max_dense=config.max_dense))
+        check_removable(model, find_blocks(model, config.skip, max_dense=config.dense_limit))
     with run_mode(model):
         ready = list(model_inputs(model, batches, config, device))
         distillation = None
@@ -168,7 +168,7 @@ def _smaller(
         report = prune_model(model, ready, first.without_removal(), callback=callback, context=context)
         report.config, report.removed = config.to_dict(), removed
     if distillation is not None:
-        distillation.follow(ResidentBlocks(find_blocks(model, config.skip, max_dense=config.max_dense)))
+        distillation.follow(ResidentBlocks(find_blocks(model, config.skip, max_dense=config.dense_limit)))
         report.healing = distillation.train_()
     report.seconds = time.perf_counter() - start
     if first.only_removes:
@@ -289,7 +289,7 @@ def _tried(
     found = try_walk(model, store, batches[0])
     for block in store.blocks:
         left = [_not_called(block, child) for child in found.uncalled(block)]
-        check_share(block.name, block.module, [*block.dense, *left], config.max_dense)
+        check_share(block.name, block.module, [*block.dense, *left], config.dense_limit)
     if found.shares and context.journal is not None and context.journal.finished:
         raise InputError("the blocks of this model share states, which no file holds; start over without --resume")
     if found.reason is None:

@@ -127,6 +127,12 @@ class PruneConfig:
             )
 
     @property
+    def dense_limit(self) -> float:
+        """The share of a block's weights that may stay dense unasked: all, if no weight is set to zero or rounded."""
+        ends = self.remove is not None and self.without_distillation().only_removes
+        return 1.0 if ends else self.max_dense
+
+    @property
     def comparison(self) -> ComparisonGroup:
         """The comparison group: the pattern's own, or the one that ``group`` names."""
         return GROUPS[self.group] if self.pattern is None else PatternGroup(self.pattern)

@@ -104,7 +104,11 @@ def open_source(request: RunRequest, *, weights: bool = True) -> Source:
     files = ModelFiles(request.model, folder, shards if stored else None)
     if stored:
         blocks = find_blocks(
-            laid_out, request.config.skip, check=False, max_dense=request.config.max_dense, towers=request.config.towers
+            laid_out,
+            request.config.skip,
+            check=False,
+            max_dense=request.config.dense_limit,
+            towers=request.config.towers,
         )
         offload = wants_offload(laid_out, blocks, shards, request)
         if offload or not weights:
@@ -138,7 +142,7 @@ def _loaded(request: RunRequest, files: ModelFiles) -> Source:
         loaded.model,
         loaded.tokenizer,
         find_blocks(
-            loaded.model, request.config.skip, max_dense=request.config.max_dense, towers=request.config.towers
+            loaded.model, request.config.skip, max_dense=request.config.dense_limit, towers=request.config.towers
         ),
         files,
     )
@@ -157,7 +161,7 @@ def _planned(request: RunRequest, files: ModelFiles, laid_out: nn.Module | None 
         # Tensors are converted one at a time while the files are mapped.
         unpacking = Unpacking(sum(file.stat().st_size for file in files.paths), 0.0)
     blocks = find_blocks(
-        laid_out, request.config.skip, check=False, max_dense=request.config.max_dense, towers=request.config.towers
+        laid_out, request.config.skip, check=False, max_dense=request.config.dense_limit, towers=request.config.towers
     )
     return Source(laid_out, tokenizer, blocks, files, unpacking=unpacking)
 

@@ -81,6 +81,8 @@ class Plan:
     (``offload``), if that is possible."""
     removed: list[Removed] = field(default_factory=list)
     """Structures that the run would remove first. ``matrices`` are then those of the smaller model."""
+    estimate: str = ""
+    """Why the smaller model may be another one; empty if it is this one."""
 
     @property
     def peak(self) -> Estimate:
@@ -92,13 +94,14 @@ class Plan:
         phases = {phase.phase: {"total": phase.total, **phase.parts()} for phase in self.phases}
         total = {"peak_memory_bytes": self.peak.total, "peak_phase": self.peak.phase}
         seconds = {**self.seconds, "total": sum(self.seconds.values()) if self.trial else None}
-        values = {name: value for name, value in asdict(self).items() if name != "removed" or value}
+        values = {name: value for name, value in asdict(self).items() if name not in ("removed", "estimate") or value}
         return json.dumps({**values, **total, "phases": phases, "seconds": seconds}, indent=1)
 
     def table(self) -> str:
         """Text for a terminal: a line for each kind of matrix, then memory, bytes read and written, and time."""
         lines = [record.summary() for record in self.removed]
         lines += [f"  candidate: {one.part}" for record in self.removed for one in record.tried]
+        lines += [self.estimate] if self.estimate else []
         lines += self._kinds()
         weights = "one block at a time from the files" if self.offload else "all in memory"
         states = "in memory" if self.resident_hidden else "on the disk"
@@ -246,6 +249,7 @@ def make_plan(
         untried="" if trial is not None else _untried(chain),
         need=need,
         removed=[] if smaller is None else smaller.removed,
+        estimate="" if smaller is None else smaller.estimate,
     )
 
 

@@ -26,6 +26,9 @@ _TRIED = 512
 """The most columns of the trial of :func:`seconds_of_units`."""
 
 
+_VARIES = "parameters and bytes are an estimate: the blocks differ in size, and the run measures which of them go"
+
+
 @dataclass(frozen=True)
 class Smaller:
     """The model that stays, from shapes alone, and a record of each kind of structure that goes."""
@@ -33,6 +36,8 @@ class Smaller:
     model: nn.Module
     blocks: list[Block]
     removed: list[Removed]
+    estimate: str
+    """Why another model may stay than this one; empty if none can."""
 
 
 def smaller_of(source: Source, config: PruneConfig, rehearse: bool = False) -> Smaller:
@@ -53,10 +58,12 @@ def smaller_of(source: Source, config: PruneConfig, rehearse: bool = False) -> S
     found = find_blocks(source.model, check=False)  # without skip, which is for zeros
     check = Rehearsal(source.model, found) if rehearse else lambda wanted: None
     model, removed = planned_removal(source.model, found, config.remove, check)
-    blocks = find_blocks(model, config.skip, check=False, max_dense=config.max_dense)
+    blocks = find_blocks(model, config.skip, check=False, max_dense=config.dense_limit)
     if not config.only_removes:
         check_pattern(blocks, config)
-    return Smaller(model, blocks, removed)
+    sizes = {sum(parameter.numel() for parameter in block.module.parameters()) for block in found}
+    varies = len(sizes) > 1 and any(record.kind == "blocks" for record in removed)
+    return Smaller(model, blocks, removed, _VARIES if varies else "")
 
 
 def remove_from_(source: Source, request: RunRequest, tokens: Tensor, progress: Progress) -> list[Removed]:
@@ -80,7 +87,7 @@ def remove_from_(source: Source, request: RunRequest, tokens: Tensor, progress: 
     with run_mode(model):
         ready = list(model_inputs(model, tokens, config, request.device))
         removed = remove_structures(model, ready, config, RunContext(observer=progress))
-    source.blocks = find_blocks(model, config.skip, max_dense=config.max_dense)
+    source.blocks = find_blocks(model, config.skip, max_dense=config.dense_limit)
     source.files = replace(source.files, shards=None)
     return removed
 

@@ -84,7 +84,7 @@ def open_for_plan(request: RunRequest) -> Source:
     if model is None:
         return open_source(request, weights=False)
     blocks = find_blocks(
-        model, request.config.skip, check=False, max_dense=request.config.max_dense, towers=request.config.towers
+        model, request.config.skip, check=False, max_dense=request.config.dense_limit, towers=request.config.towers
     )
     files = ModelFiles(request.model, None, None)
     offload = wants_offload(model, blocks, None, request)

@@ -264,3 +264,19 @@ def test_a_file_of_statistics_has_been_collected(given):
     assert config.on_dense_blocks() == config
     with pytest.raises(InputError, match=rf"^{given.split('=')[0]} says how statistics are collected, and those of"):
         config.from_statistics()
+
+
+@pytest.mark.parametrize(
+    ("given", "limit"),
+    [
+        ({"remove": "neurons=0.25"}, 1.0),
+        ({"remove": "neurons=0.25", "method": "distill"}, 1.0),
+        ({"remove": "neurons=0.25", "sparsity": 0.5}, 0.3),
+        ({"remove": "neurons=0.25", "method": "quantize(bits=8)"}, 0.3),
+        ({}, 0.3),
+    ],
+)
+def test_what_may_stay_dense_has_a_limit_only_where_weights_are_pruned(given, limit):
+    if limit < 1:
+        given = {**given, "max_dense": limit}
+    assert PruneConfig(**given).dense_limit == limit

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import textwrap
 
+import every_class
 import pytest
 import torch
 from folders import call, prune, save_dense, tree, weights_bytes
 from safetensors.torch import load_file, save_file
+from tiny_models import make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from ace_ext import InputError, PruneConfig
@@ -273,6 +275,42 @@ def test_a_plan_has_the_sizes_of_the_run(smaller, dense):
     assert "removes 12 of 48 neurons" in plan.table()
     assert "removes 1 of 3 blocks" in plan.table()
     assert json.loads(plan.to_json())["removed"][2]["after"] == 36
+
+
+def saved(folder, kind):
+    """A tiny model of a class, with a tokenizer, as text to calibrate on."""
+    every_class.build(kind).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return ["--model", folder, "--calibration", "bundled", "--nsamples", 2, "--seqlen", 8]
+
+
+def test_a_plan_says_where_its_bytes_are_an_estimate(dense, tmp_path, capsys):
+    config, text = PruneConfig(remove="blocks=1"), Calibration(str(dense.parent / "text.txt"), **TEXT)
+    assert not make_plan(str(dense), config, text, RunOptions(), torch.device("cpu")).estimate
+    status, out, error = call(capsys, "plan", *saved(tmp_path / "hybrid", "minimax"), "--remove", "blocks=1")
+    assert status == 0, error
+    assert "parameters and bytes are an estimate: the blocks differ in size" in out
+
+
+@pytest.mark.parametrize("verb", ["plan", "run"])
+def test_matrices_of_an_unknown_layout_do_not_hinder_a_removal_alone(tmp_path, capsys, verb):
+    """Zamba's Mamba matrices are of such a layout. What hinders it is that its blocks share weights."""
+    given = [verb, *saved(tmp_path / "zamba", "zamba"), *(["--output", tmp_path / "out"] if verb == "run" else [])]
+    assert "is in no layout that can be pruned" in call(capsys, *given)[2]
+    status, _, error = call(capsys, *given, "--remove", "neurons=0.25")
+    assert status == 2
+    assert "is the same tensor as" in error
+
+
+@pytest.mark.parametrize("verb", ["plan", "run"])
+@pytest.mark.parametrize("remove", [(), ("--remove", "neurons=0.25")])
+def test_a_draft_model_is_refused(tmp_path, capsys, verb, remove):
+    given = [*saved(tmp_path / "draft", "gemma4_unified_assistant"), *remove]
+    status, _, error = call(capsys, verb, *given, *(["--output", tmp_path / "out"] if verb == "run" else []))
+    assert status == 2
+    assert "Gemma4UnifiedAssistantForCausalLM does not take tokens alone" in error
+    assert len(error.strip().splitlines()) == 1 or verb == "run"  # a run shows its progress
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_page_is_written(dense, tmp_path, capsys):
