@@ -231,7 +231,9 @@ def _activate(activation: Any, settings: Any, x: Tensor) -> Tensor:
 
 def _stop(error: InputError) -> NoReturn:
     """Ends the process with one line if it is vLLM's own: its command, or a process that it started."""
-    if multiprocessing.parent_process() is not None or Path(sys.argv[0]).name == "vllm":
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m vllm.entrypoints...`
+    own = Path(sys.argv[0]).name == "vllm" or getattr(spec, "name", "").startswith("vllm.")
+    if own or multiprocessing.parent_process() is not None:
         print(f"ace_ext: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
     raise error

@@ -239,12 +239,18 @@ def test_a_damaged_folder(plugin, packed, monkeypatch, capsys):
     plugin._check.cache_clear()
     with pytest.raises(InputError, match="is not a complete safetensors file"):  # in a program of one's own
         plugin.PackedConfig().maybe_update_config(str(packed))
-    monkeypatch.setattr(sys, "argv", ["/usr/bin/vllm", "serve"])
-    with pytest.raises(SystemExit) as stopped:
-        plugin.PackedConfig().maybe_update_config(str(packed))
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"ace_ext: {file} is not a complete")
+    server = SimpleNamespace(__spec__=SimpleNamespace(name="vllm.entrypoints.openai.api_server"))
+    for patch in (
+        lambda own: own.setattr(sys, "argv", ["/usr/bin/vllm", "serve"]),
+        lambda own: own.setitem(sys.modules, "__main__", server),  # python -m
+    ):
+        with monkeypatch.context() as own:
+            patch(own)
+            with pytest.raises(SystemExit) as stopped:
+                plugin.PackedConfig().maybe_update_config(str(packed))
+        assert stopped.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"ace_ext: {file} is not a complete")
 
 
 def test_a_layer_without_weights_is_named(plugin):
