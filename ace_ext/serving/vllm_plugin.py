@@ -30,8 +30,9 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.utils import set_weight_attrs
 
 from ace_ext.errors import InputError
+from ace_ext.fingerprint import fingerprint_of_files
 from ace_ext.models._transformers import OWN_METHOD
-from ace_ext.packed.files import is_packed
+from ace_ext.packed.files import PackedShards, is_packed
 from ace_ext.serving.experts import ExpertOptions, Mixture
 from ace_ext.serving.product import product_of
 from ace_ext.serving.slots import Slot
@@ -186,8 +187,24 @@ class PackedLoader(DefaultModelLoader):  # type: ignore[misc]
             yield from super().get_all_weights(model_config, model)
             return
         self.counter_before_loading_weights = time.perf_counter()  # for vLLM's log
+        yield from weights_of(model_config.model)
+
+    def load_weights(self, model: nn.Module, model_config: Any) -> None:
+        """Loads all tensors. Notes in a packed folder's configuration what its files hold.
+
+        vLLM keeps a compiled model by a hash of the configuration. Which weights are packed, and how, is compiled too:
+        without the note, another folder of the same name would get the first one's code.
+        """
         try:
-            yield from weights_of(model_config.model)
+            if model_config.quantization == OWN_METHOD:
+                files = PackedShards(model_config.model).files
+                model_config.hf_config.ace_ext_files = fingerprint_of_files(files)
+            elif is_packed(model_config.model):
+                raise InputError(
+                    f"{model_config.model} is packed, but its quantization is {model_config.quantization!r} by its "
+                    f'configuration; "quant_method" in config.json must be "{OWN_METHOD}": pack the model again'
+                )
+            super().load_weights(model, model_config)
         except InputError as error:
             _stop(error)
 

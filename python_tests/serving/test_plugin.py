@@ -5,6 +5,7 @@
 
 import ast
 import importlib
+import shutil
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -14,14 +15,17 @@ import pytest
 import torch
 from folders import prune, save_dense, spawn
 from helpers import assert_same_bits
+from quantized_folders import quantize_folder
 from serving.test_experts import silu_and_up
 from serving.test_loading import load_merged, stored
 from serving.test_matrices import make
 from torch import nn
 from torch.nn import functional
+from transformers import LlamaConfig
 
 import ace_ext
 from ace_ext import InputError
+from ace_ext.grids import Grid
 from ace_ext.packed.packing import pack
 from ace_ext.serving.product import PackedProduct
 from ace_ext.serving.slots import Slot
@@ -38,6 +42,9 @@ class Base:
 
     def get_all_weights(self, model_config, model):
         yield "other", torch.zeros(1)
+
+    def load_weights(self, model, model_config):
+        model.update(self.get_all_weights(model_config, model))
 
     def download_model(self, model_config):
         raise RuntimeError("fetched")
@@ -230,6 +237,44 @@ def test_the_loader_reads_packed_folders_and_leaves_others_alone(plugin, packed)
     assert list(dict(loader.get_all_weights(other, None))) == ["other"]
     with pytest.raises(RuntimeError, match="fetched"):
         loader.download_model(other)
+
+
+def test_other_files_are_another_model_to_vllms_compile_cache(plugin, packed, tmp_path):
+    """vLLM hashes the configuration; the second folder has the first one's name and configuration."""
+    notes = []
+    for grid in (None, Grid(8, 64), Grid(4, 64)):
+        if grid is not None:
+            shutil.rmtree(packed)
+            pack(quantize_folder(tmp_path / "pruned", tmp_path / f"{grid.bits}", grid), packed, "bitmap", grid=grid)
+        configs = [SimpleNamespace(quantization="ace_ext", model=str(packed), hf_config=LlamaConfig()) for _ in "ab"]
+        for config in configs:
+            model = {}
+            plugin.PackedLoader().load_weights(model, config)
+            assert "model.layers.0.mlp.down_proj.weight" in model
+        assert configs[0].hf_config.to_json_string() == configs[1].hf_config.to_json_string()
+        notes.append(configs[0].hf_config.to_json_string())
+    assert len({LlamaConfig().to_json_string(), *notes}) == 4
+    other = SimpleNamespace(quantization=None, model="other", hf_config=LlamaConfig())
+    plugin.PackedLoader().load_weights({}, other)
+    assert other.hf_config.to_json_string() == LlamaConfig().to_json_string()
+
+
+def test_a_packed_folder_whose_configuration_does_not_say_so(plugin, packed):
+    config = SimpleNamespace(quantization=None, model=str(packed), hf_config=LlamaConfig())
+    with pytest.raises(InputError, match=r"packed is packed, but its quantization is None by .* must be .ace_ext."):
+        plugin.PackedLoader().load_weights({}, config)
+
+
+def test_files_that_change_while_the_engine_starts_are_one_line(plugin, packed, monkeypatch, capsys):
+    (file,) = packed.glob("*.packed.safetensors")
+    file.write_bytes(file.read_bytes()[:-9])
+    config = SimpleNamespace(quantization="ace_ext", model=str(packed), hf_config=LlamaConfig())
+    with pytest.raises(InputError, match="is not a complete safetensors file"):
+        plugin.PackedLoader().load_weights({}, config)
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/vllm", "serve"])
+    with pytest.raises(SystemExit):
+        plugin.PackedLoader().load_weights({}, config)
+    assert capsys.readouterr().err.startswith(f"ace_ext: {file} is not a complete")
 
 
 def test_a_damaged_folder(plugin, packed, monkeypatch, capsys):
