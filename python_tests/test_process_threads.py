@@ -12,6 +12,7 @@ POLICY = """
 import os, sys, types
 import ace_ext
 cli = types.ModuleType("ace_ext.cli.main")
+cli.load = lambda argv: None
 cli.main = lambda: print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"))
 sys.modules["ace_ext.cli.main"] = cli
 from ace_ext.__main__ import main
