@@ -16,11 +16,11 @@ import torch
 
 from ace_ext.bench.candidates import DENSE, LLAMA, VLLM, Candidate
 from ace_ext.bench.gguf_writer import check_writable, write_gguf
-from ace_ext.bench.settings import BenchProgress, BenchSettings
+from ace_ext.bench.settings import BenchProgress, BenchSettings, text_config_of
 from ace_ext.bench.worker import Worker
+from ace_ext.data.requests import positions_in
 from ace_ext.errors import InputError
 from ace_ext.models.gguf_header import gguf_reader
-from ace_ext.models.location import ModelLocation, as_input_error
 from ace_ext.models.safetensors_files import Shards
 from ace_ext.packed.files import PackedShards
 
@@ -179,8 +179,8 @@ def contest(
     """
     progress = progress or BenchProgress()
     weights, dtype = _weights(dense)
-    config = _config(dense)
-    prefill = settings.prefill_within(getattr(config, "max_position_embeddings", None) or None)
+    config = text_config_of(dense)
+    prefill = settings.prefill_within(positions_in(config))
     threads = torch.get_num_threads()
     result = ContestResult(dtype, threads, settings.rounds, settings.tokens, prefill)
     with contextlib.ExitStack() as opened:
@@ -267,13 +267,8 @@ def _ratios(seconds: list[list[float]]) -> list[float]:
     return [statistics.median(first / own for first, own in zip(seconds[0], runs, strict=True)) for runs in seconds]
 
 
-def _config(folder: str | Path) -> Any:
-    with as_input_error(f"model {str(folder)!r} could not be read"):
-        return ModelLocation(str(Path(folder).expanduser())).config().get_text_config()
-
-
 def _shapes(folder: str | Path) -> dict[str, Any]:
-    config = _config(folder)
+    config = text_config_of(folder)
     return {name: getattr(config, name, None) for name in _SAME}
 
 

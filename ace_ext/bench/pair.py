@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ace_ext.bench.settings import BenchProgress, BenchSettings
-from ace_ext.data.requests import positions_of
+from ace_ext.bench.settings import BenchProgress, BenchSettings, text_config_of
+from ace_ext.data.requests import positions_in
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import cache_arguments, embedding_weight
 from ace_ext.models.checksums import file_sha256
@@ -117,6 +117,7 @@ def bench(dense: str, packed: str, settings: BenchSettings, progress: BenchProgr
     progress = progress or BenchProgress()
     progress.phase("comparing the folders")
     _check_same(dense, packed)
+    prefill = settings.prefill_within(positions_in(text_config_of(dense)))  # before the models are loaded
     sizes = _bytes(dense, False), _bytes(packed, True)
     progress.phase("loading each model in a separate process")
     pairs: list[list[tuple[float, float]]] = []
@@ -134,6 +135,7 @@ def bench(dense: str, packed: str, settings: BenchSettings, progress: BenchProgr
         torch.get_num_threads(),
         torch.backends.cpu.get_cpu_capability(),
         settings.rounds,
+        prefill_tokens=prefill,
     )
     result.files = _smaller([sizes[0]], [sizes[1]])
     result.load = _smaller([pair[0][0] for pair in pairs], [pair[1][0] for pair in pairs])
@@ -161,7 +163,6 @@ def _measure_runs(
 ) -> Tensor:
     """Measures decoding and prefill; returns the tokens of the prefill."""
     vocabulary = len(embedding_weight(models[0]))
-    result.prefill_tokens = settings.prefill_within(positions_of(models[0]))
     random = torch.Generator().manual_seed(0)
 
     def draw(batch: int, length: int) -> Tensor:

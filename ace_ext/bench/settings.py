@@ -2,8 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from ace_ext.errors import InputError
+from ace_ext.models.location import ModelLocation, as_input_error
 
 
 @dataclass(frozen=True)
@@ -58,3 +61,13 @@ class BenchProgress:
     """Called with what is measured next."""
     step: Callable[[], object] = lambda: None
     """Called after each load and each run."""
+
+
+def text_config_of(folder: str | Path) -> Any:
+    """The configuration of the language part of a folder's model.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    with as_input_error(f"model {str(folder)!r} could not be read"):
+        return ModelLocation(str(Path(folder).expanduser())).config().get_text_config()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import nn
@@ -59,9 +60,13 @@ def check_positions(model: nn.Module, seqlen: int) -> None:
 
 
 def positions_of(model: nn.Module) -> int | None:
-    """How many positions a model has. None if its configuration gives no number, or one below 1: XLNet has no limit and
-    gives -1."""
-    settings = text_config(model)
+    """How many positions a model has, as :func:`positions_in`."""
+    return positions_in(text_config(model))
+
+
+def positions_in(settings: Any) -> int | None:
+    """How many positions a configuration of a language part gives. None if it gives no number, or one below 1: XLNet
+    has no limit and gives -1."""
     positions = getattr(settings, "max_position_embeddings", None) or getattr(settings, "max_target_positions", None)
     return positions if isinstance(positions, int) and positions > 0 else None
 

@@ -22,7 +22,7 @@ def whole_logits(model: nn.Module, blocks: BlockSource, tokens: Tensor, device: 
     Raises:
         InputError: the model does not take tokens alone.
     """
-    with takes_tokens(model), blocks_held(blocks), blocks.outside_loaded(model), float32_products(model):
+    with blocks_held(blocks), blocks.outside_loaded(model), float32_products(model), takes_tokens(model):
         logits: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits
     return logits
 

@@ -141,7 +141,10 @@ def check_same(
     try:
         found = output_of(smaller, tokens)
     except Exception as error:  # a class's code and the kernels of torch can raise anything
-        raise _does_not_run(name, model, error) from error
+        raise InputError(
+            f"remove: {type(model).__name__} does not run without these {name}: {one_line(error)}; leave out {name}, "
+            "or remove another number of them"
+        ) from error
     difference = _distance(found, expected)
     if difference <= (CLOSE_IN_FLOAT32 if next(model.parameters()).dtype == torch.float32 else CLOSE):
         return
@@ -152,13 +155,6 @@ def check_same(
             f"remove: {name} cannot be removed from this model: {words} (relative difference {difference:.1e}, of "
             f"rounding {rounding:.1e})"
         )
-
-
-def _does_not_run(name: str, model: nn.Module, error: Exception) -> InputError:
-    return InputError(
-        f"remove: {type(model).__name__} does not run without these {name}: {one_line(error)}; leave out {name}, or "
-        "remove another number of them"
-    )
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
