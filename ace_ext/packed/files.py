@@ -88,7 +88,7 @@ class Origin:
             pattern = fields["pattern"]
             if pattern is not None:
                 pattern = (int(pattern[0]), int(pattern[1]))
-                if not 1 <= pattern[0] <= pattern[1] <= 32:
+                if not is_pattern(*pattern):
                     raise ValueError(f"pattern {pattern}")
             header, sha256 = fields["header"], fields["sha256"]
             if not all(isinstance(text, str) for text in (header, sha256, *fields["files"])):
@@ -120,6 +120,11 @@ def dense(matrix: PackedMatrix | QuantizedMatrix) -> Tensor:
     dtype = matrix.values.dtype
     as_stored = torch.bfloat16 if dtype == torch.float16 else dtype  # the op converts float16, which changes some NaN
     return unpack_bitmap(matrix.bitmap, matrix.values.view(as_stored), matrix.row_start, matrix.cols).view(dtype)
+
+
+def is_pattern(keep_n: int, group_m: int) -> bool:
+    """Whether the formats hold this N:M; N = M is one without zeros."""
+    return 1 <= keep_n <= group_m <= 32
 
 
 def is_packed(folder: str | Path) -> bool:

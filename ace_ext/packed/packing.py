@@ -22,7 +22,7 @@ from ace_ext.packed import Codec, codec_named
 from ace_ext.packed._codec import CODES
 from ace_ext.packed._writer import StreamWriter, header_room
 from ace_ext.packed.card_section import CARD, add_section, without_section
-from ace_ext.packed.files import KEY, SUFFIX, Origin, PackedFile, PackedShards, is_packed, packed_name
+from ace_ext.packed.files import KEY, SUFFIX, Origin, PackedFile, PackedShards, is_packed, is_pattern, packed_name
 from ace_ext.packed.marking import CONFIG, mark, unmarked
 from ace_ext.whole_files import sync_folder
 
@@ -101,7 +101,7 @@ def pack(
 def _is_pattern(value: object) -> bool:
     if not isinstance(value, tuple) or [type(number) for number in value] != [int, int]:
         return False
-    return bool(0 < value[0] <= value[1] <= 32)  # as files are read
+    return is_pattern(*value)
 
 
 def _check_form(pattern: object, grid: object) -> None:
