@@ -139,7 +139,7 @@ METHODS += [
 ]
 METHODS += [
     "collect(token_norm=exact) + wanda",
-    "quantize + train",
+    "train + quantize",
     "quantize + admm",
     "admm(gram=cosine) + quantize(gram=plain)",
     "balanced(gram=plain) + quantize",

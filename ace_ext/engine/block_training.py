@@ -11,6 +11,8 @@ from ace_ext.engine.strategies import RunSizes
 from ace_ext.models.blocks import Block
 from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.replay import BlockCall, run_block
+from ace_ext.pruning.method import Method
+from ace_ext.pruning.on_grid import scale_bytes, working_bytes
 from ace_ext.pruning.stages import BlockSizes, TrainBlock
 from ace_ext.records import Tuning
 
@@ -19,16 +21,16 @@ class BlockTraining:
     """Trains each block once it is pruned; the targets are the dense model's hidden states.
 
     Args:
-        stage: trains a block.
+        method: its stage ``train`` trains a block.
         states: the walk's.
         context: of the run; a resumed run finds the dense model's hidden states in its journal's folder.
         entrances: to the parts of a model that has several.
     """
 
     def __init__(
-        self, stage: TrainBlock, states: BatchStates, context: RunContext, entrances: Entrances | None = None
+        self, method: Method, states: BatchStates, context: RunContext, entrances: Entrances | None = None
     ) -> None:
-        self._stage, self._states, self._entrances = stage, states, entrances
+        self._method, self._states, self._entrances = method, states, entrances
         self._calls: Sequence[BlockCall] = states.calls
         """The dense model's calls."""
         self._name = f"dense-{context.peers.rank}"
@@ -60,19 +62,26 @@ class BlockTraining:
         inputs, targets, self._inputs, self._targets = self._inputs, self._targets, [], []
         masks = {child: linear.weight != 0 for child, linear in block.linears.items()}
         others = [call.others[index] for call in calls]
-        trained = self._stage.train_(
-            block, list(zip(inputs, others, strict=True)), targets, masks, [call.token_mask for call in calls]
-        )
-        for i, given in enumerate(inputs):
-            states.put(block, index, i, run_block(block, given, others[i]), given=given)
+        given = list(zip(inputs, others, strict=True))
+        token_masks = [call.token_mask for call in calls]
+        trained = _stage(self._method).train_(block, given, targets, masks, token_masks, self._method.grid)
+        for i, hidden in enumerate(inputs):
+            states.put(block, index, i, run_block(block, hidden, others[i]), given=hidden)
         states.check_outputs(block)
         return trained
 
 
-def training_bytes(stage: TrainBlock, sizes: RunSizes) -> int:
+def training_bytes(method: Method, sizes: RunSizes) -> int:
     """Bytes that training a block holds in addition to the block, its inputs and its targets."""
+    stage, itemsize = _stage(method), sizes.shape.itemsize
     step = min(sizes.batch, stage.step_samples(sizes.seqlen) * sizes.seqlen)
     activations = sizes.shape.training_bytes(step, sizes.seqlen)
     entries = [[linear.weight.numel() for linear in block.linears.values()] for block in sizes.blocks]
     trained, largest = max(map(sum, entries)), max(map(max, filter(None, entries)))
-    return stage.working_bytes(BlockSizes(trained, largest, sizes.shape.itemsize, activations))
+    rounding = int(trained * scale_bytes(method.grid, itemsize)) + working_bytes(method.grid, largest)
+    return rounding + stage.working_bytes(BlockSizes(trained, largest, itemsize, activations))
+
+
+def _stage(method: Method) -> TrainBlock:
+    assert method.train is not None  # only methods that train get here
+    return method.train

@@ -79,7 +79,7 @@ def network_distillation(
     def settings(tokens: int) -> HealSettings:
         return HealSettings(learning_rate=rate, passes=min(NETWORK_PASSES, math.ceil(wanted / max(1, tokens))))
 
-    grid = None if config.method.quantize is None else config.method.quantize.grid
+    grid = config.method.grid
     healing = HealContext(observer=context.observer.healing)
     return NetworkDistillation(model, store.blocks, batches, settings, grid, healing)
 
@@ -110,7 +110,7 @@ class Distillation:
         check_predicts(model, "distill trains on its predictions: leave it out")
         check_text(model, tokens)
         self._model, self._settings = model, heal_settings(config, *tokens.shape)
-        self._grid = None if config.method.quantize is None else config.method.quantize.grid
+        self._grid = config.method.grid
         self._tokens = tokens.to("cpu", torch.long)
         batches = Batches.of(self._tokens, self._settings)
         place, observer = Placement(device=context.device), context.observer.healing

@@ -81,12 +81,11 @@ class Walk:
         if self.config.method.allocate is not None:
             keeps = self._allocate()
             self.pruner.keeps = {block.name: keep for block, keep in zip(blocks, keeps, strict=True)}
-        stage = self.config.method.train
         training = None
-        if stage is not None and self.recorder.done < len(blocks):
+        if self.config.method.train is not None and self.recorder.done < len(blocks):
             from ace_ext.engine.block_training import BlockTraining
 
-            training = BlockTraining(stage, self.states, self.context, self.entrances)
+            training = BlockTraining(self.config.method, self.states, self.context, self.entrances)
         self.recorder.start(len(blocks), self.states)
         try:
             if self.config.comparison.over_matrices:

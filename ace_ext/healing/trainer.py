@@ -9,15 +9,14 @@ from torch import Tensor
 
 from ace_ext.errors import InputError
 from ace_ext.grids import Grid
-from ace_ext.healing.on_grid import GridWeight
 from ace_ext.healing.settings import BETAS
 from ace_ext.models.blocks import Block
-from ace_ext.pruning.block_training import kept_gradient, root_mean_square
+from ace_ext.pruning.trained_weight import TrainedWeight
 
 STATE_BYTES = 13
 """Bytes of a trained block for each weight, in addition to the weight itself: a float32 copy, Adam's two moments, and
 the mask. In addition, the best weights found so far are stored in the model's dtype, and scales of a grid
-(:func:`ace_ext.healing.on_grid.scale_bytes`)."""
+(:func:`ace_ext.pruning.on_grid.scale_bytes`)."""
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -29,8 +28,7 @@ class BlockTrainer:
     Where the mask is False, gradients are set to zero, so that weight and moments stay zero there.
 
     Each matrix has a learning rate of its own, in proportion to the root mean square of its kept weights when training
-    begins (:func:`ace_ext.pruning.block_training.root_mean_square`); a lower one on a coarse grid
-    (:data:`ace_ext.healing.on_grid.SLOWER`).
+    begins; a lower one on a coarse grid (:attr:`ace_ext.pruning.trained_weight.TrainedWeight.size`).
 
     Args:
         block: its weights are in memory, and stay in the same tensors until training ends.
@@ -41,7 +39,6 @@ class BlockTrainer:
     """
 
     def __init__(self, block: Block, masks: Mapping[str, Tensor] | None = None, grid: Grid | None = None) -> None:
-        self._name = block.name
         self.weights = {child: linear.weight for child, linear in block.linears.items()}
         if masks is None:
             masks = {child: weight != 0 for child, weight in self.weights.items()}
@@ -50,36 +47,13 @@ class BlockTrainer:
                 raise InputError(
                     f"masks must leave out only zeros (the one of {block.full_name(child)} does not fit its weight)"
                 )
-        self.grids = {child: GridWeight.of(grid, weight) for child, weight in self.weights.items()}
-        self.masks = {
-            child: masks[child] if self.grids[child] is None else masks[child] & (weight != 0)
+        self.trained = {
+            child: TrainedWeight(weight, masks[child], grid, zlib.crc32(f"{block.name}.{child}".encode()))
             for child, weight in self.weights.items()
         }
-        self._masters = {child: weight.detach().float().clone() for child, weight in self.weights.items()}
-        self._sizes = [self._size(child) for child in self.weights]
-        for child in self.weights:
-            self._spread_(child)
-        groups = [{"params": [master]} for master in self._masters.values()]
+        self.masks = {child: found for child, each in self.trained.items() if (found := each.mask) is not None}
+        groups = [{"params": [each.master]} for each in self.trained.values()]
         self._adam = torch.optim.Adam(groups, betas=BETAS, fused=True) if groups else None
-
-    def _size(self, child: str) -> float:
-        """What the learning rate of a matrix is a share of."""
-        size, on_grid = root_mean_square(self._masters[child], self.masks[child]), self.grids[child]
-        return size if on_grid is None else size * on_grid.slower(size)
-
-    def _spread_(self, child: str) -> None:
-        """Moves the float32 weights of a matrix on a grid away from its points, the same way each time."""
-        on_grid = self.grids[child]
-        if on_grid is not None:
-            on_grid.spread_(self._masters[child], self.masks[child], zlib.crc32(f"{self._name}.{child}".encode()))
-
-    def _write_(self, child: str) -> None:
-        """Writes the float32 copy of a matrix, rounded, into its weight."""
-        weight, master, on_grid = self.weights[child], self._masters[child], self.grids[child]
-        if on_grid is None:
-            weight.copy_(master)
-        else:
-            on_grid.write_(weight, master, self.masks[child])
 
     @property
     def device(self) -> torch.device:
@@ -116,18 +90,14 @@ class BlockTrainer:
         wanted = [*self.weights.values(), *([x] if x.requires_grad else [])]
         found = list(torch.autograd.grad(output, wanted, gradient, allow_unused=True))
         below = found.pop() if x.requires_grad else None
-        for child in self._masters:
-            self._take(child, found.pop(0))  # freed one by one: they and their float32 copies never exist together
+        for each in self.trained.values():
+            each.take(found.pop(0))  # freed one by one: they and their float32 copies never exist together
         return below
 
     def take(self, gradients: Mapping[str, Tensor | None]) -> None:
         """Keeps the weights' gradients for :meth:`step_`; None: a weight that the loss does not depend on."""
         for child, own in gradients.items():
-            self._take(child, own)
-
-    def _take(self, child: str, gradient: Tensor | None) -> None:
-        master = self._masters[child]
-        master.grad = None if gradient is None else kept_gradient(gradient, self.masks[child])
+            self.trained[child].take(own)
 
     @torch.no_grad()
     def step_(self, learning_rate: float) -> None:
@@ -135,12 +105,12 @@ class BlockTrainer:
         the settings, see the class."""
         if self._adam is None:
             return
-        for group, size in zip(self._adam.param_groups, self._sizes, strict=True):
-            group["lr"] = learning_rate * size
+        for group, each in zip(self._adam.param_groups, self.trained.values(), strict=True):
+            group["lr"] = learning_rate * each.size
         self._adam.step()
         self._adam.zero_grad()
-        for child in self.weights:
-            self._write_(child)
+        for each in self.trained.values():
+            each.write_()
 
     @torch.no_grad()
     def snapshot(self) -> dict[str, Tensor]:
@@ -161,12 +131,10 @@ class BlockTrainer:
     @torch.no_grad()
     def restart_(self, best: Mapping[str, Tensor]) -> None:
         """Continues from matrices of :meth:`snapshot`, with the optimizer's state cleared."""
-        for child, master in self._masters.items():
-            master.copy_(best[child])
-            self._spread_(child)
-            self._write_(child)
+        for child, each in self.trained.items():
+            each.restart_(best[child])
             if self._adam is not None:
-                self._adam.state.pop(master, None)
+                self._adam.state.pop(each.master, None)
 
     def check(self, block: Block) -> None:
         """Checks that the zeros of each matrix are exactly those of its mask, and that it is on its grid.
@@ -175,7 +143,7 @@ class BlockTrainer:
             RuntimeError: it is not so, which is an error in this program.
         """
         for child, weight in self.weights.items():
-            on_grid = self.grids[child]
+            on_grid = self.trained[child].on_grid
             if not torch.equal(weight != 0, self.masks[child]):
                 raise RuntimeError(f"{block.full_name(child)}: training changed which weights are zero")
             if on_grid is not None and not on_grid.holds(weight):
@@ -184,9 +152,9 @@ class BlockTrainer:
     def state(self) -> dict[str, Tensor]:
         """Everything that the next steps depend on: vectors with the kept weights' entries, and the number of steps."""
         found = {}
-        for child, master in self._masters.items():
-            mask, moments = self.masks[child], self._adam.state.get(master, {}) if self._adam else {}
-            found[f"{child}/weight"] = master[mask]
+        for child, each in self.trained.items():
+            mask, moments = self.masks[child], self._adam.state.get(each.master, {}) if self._adam else {}
+            found[f"{child}/weight"] = each.master[mask]
             found |= {f"{child}/{name}": moments[name][mask] for name in _MOMENTS if name in moments}
             found |= {f"{child}/step": moments["step"]} if "step" in moments else {}
         return found
@@ -194,13 +162,13 @@ class BlockTrainer:
     @torch.no_grad()
     def restore_(self, state: Mapping[str, Tensor]) -> None:
         """Goes back to a :meth:`state`."""
-        for child, master in self._masters.items():
-            mask = self.masks[child]
+        for child, each in self.trained.items():
 
-            def spread(name: str, child: str = child, mask: Tensor = mask) -> Tensor:
-                return torch.zeros_like(self._masters[child]).masked_scatter_(mask, state[f"{child}/{name}"])
+            def spread(name: str, child: str = child, like: Tensor = each.master) -> Tensor:
+                return torch.zeros_like(like).masked_scatter_(self.masks[child], state[f"{child}/{name}"])
 
-            master.copy_(spread("weight"))
-            self._write_(child)
+            each.master.copy_(spread("weight"))
+            each.write_()
             if self._adam is not None and f"{child}/step" in state:
-                self._adam.state[master] = {"step": state[f"{child}/step"], **{name: spread(name) for name in _MOMENTS}}
+                moments = {name: spread(name) for name in _MOMENTS}
+                self._adam.state[each.master] = {"step": state[f"{child}/step"], **moments}

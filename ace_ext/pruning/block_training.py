@@ -4,6 +4,7 @@ Masks stay fixed. Some samples are only measured, and the weights with the lowes
 """
 
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ace_ext.grids import Grid
 from ace_ext.models.blocks import Block
 from ace_ext.models.replay import run_block
+from ace_ext.pruning.trained_weight import TrainedWeight
 from ace_ext.records import Tuning
 
 SEED = 0
@@ -39,7 +42,7 @@ class Training:
     """Passes over the samples that are trained on."""
     learning_rate: float
     """Adam's, at the first step, as a share of the root mean square of each parameter's entries
-    (:func:`root_mean_square`). So a vector of zeros stays one."""
+    (:func:`ace_ext.pruning.trained_weight.root_mean_square`). So a vector of zeros stays one."""
     step_tokens: int
     """About as many tokens are in a gradient step; but at least one sample."""
     held_out: float
@@ -62,6 +65,7 @@ def train_block_(
     token_masks: Sequence[Tensor | None] | None = None,
     *,
     training: Training,
+    grid: Grid | None = None,
 ) -> Tuning:
     """Trains a pruned block in place on the calibration tokens with Adam.
 
@@ -69,8 +73,8 @@ def train_block_(
     what the dense block adds to its input. The weight ``w_c`` of a channel is the inverse of its share of a target's
     square (:func:`channel_weights`): later norms scale large channels down.
 
-    Weights are kept in float32 while they are trained and rounded to the model's dtype for each forward; pruned ones
-    stay +0.0. Learning rates fall linearly to zero.
+    Weights are kept in float32 while they are trained and rounded to the model's dtype, or to their grid, for each
+    forward; pruned ones stay +0.0. Learning rates fall linearly to zero.
 
     The loss on the samples that are held out is measured at the start and after each epoch. If it did not fall, the
     best weights so far are put back, and training goes on with ``BACK_OFF`` of the rate. So the weights of the result
@@ -85,36 +89,16 @@ def train_block_(
         masks: for each of ``block.linears`` ``[rows, cols]`` bool, True where a weight is kept.
         token_masks: for each batch ``[batch * seqlen]`` bool, True where a token counts, or None where all do.
         training: how.
+        grid: Linears whose weights are on this grid stay on it, and all their zeros stay zeros; None: there is none.
 
     Returns:
         The mean loss of a token that is held out, before and after, and the epoch with the best weights.
     """
     token_masks = token_masks or [None] * len(inputs)
     steps, held = _divided(inputs, targets, token_masks, channel_weights(targets, token_masks), training)
-    parameters = _trained_parameters(block, masks)
-    with torch.enable_grad(), _only_gradients_of(block.module, [parameter for parameter, _ in parameters]):
-        return _Trainer(block, steps, held or steps, parameters).train_(training)
-
-
-def root_mean_square(weight: Tensor, mask: Tensor | None = None) -> float:
-    """The root mean square of the entries that the mask keeps, or of all. The other entries must be 0.
-
-    Adam changes each weight by about the learning rate, whatever its gradient. To suit more than one model, a learning
-    rate must be a share of this size: 0.19 in SmolLM2-135M, 0.04 in gemma-3-270m, 0.015 in Qwen2.5-Coder-0.5B.
-    """
-    kept = torch.tensor(weight.numel()) if mask is None else mask.count_nonzero()
-    return float(torch.linalg.vector_norm(weight) / kept.clamp_min(1).float().sqrt())
-
-
-def kept_gradient(gradient: Tensor, mask: Tensor | None) -> Tensor:
-    """The gradient in float32 and contiguous, +0 where the mask is False, also where it is not finite there. Changes
-    ``gradient``.
-
-    The bits are multiplied by 0 or 1 as integers, in place: ``masked_fill`` takes six times as long with 16 bits.
-    """
-    if mask is not None:
-        gradient.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[gradient.itemsize]).mul_(mask)
-    return gradient.float().contiguous()
+    trained = _trained_weights(block, masks, grid)
+    with torch.enable_grad(), _only_gradients_of(block.module, [each.weight for each in trained]):
+        return _Trainer(block, steps, held or steps, trained).train_(training)
 
 
 def channel_weights(targets: Sequence[Tensor], token_masks: Sequence[Tensor | None]) -> Tensor:
@@ -202,16 +186,17 @@ def _cut(value: Any, batch: int, part: slice) -> Any:
     return value
 
 
-def _trained_parameters(block: Block, masks: dict[str, Tensor]) -> list[tuple[Tensor, Tensor | None]]:
-    """Each trained parameter with its mask; None for biases and norms."""
-    chosen: list[tuple[Tensor, Tensor | None]] = []
+def _trained_weights(block: Block, masks: dict[str, Tensor], grid: Grid | None) -> list[TrainedWeight]:
+    """Everything that is trained: matrices with their masks, biases and norms."""
+    chosen: list[TrainedWeight] = []
     for child, linear in block.linears.items():
-        chosen.append((linear.weight, masks[child]))
+        seed = zlib.crc32(block.full_name(child).encode())
+        chosen.append(TrainedWeight(linear.weight, masks[child], grid, seed))
         if linear.bias is not None:
-            chosen.append((linear.bias, None))
+            chosen.append(TrainedWeight(linear.bias))
     for module in block.module.modules():
         if not isinstance(module, nn.Linear):
-            chosen.extend((p, None) for p in module.parameters(recurse=False) if p.dim() == 1)
+            chosen.extend(TrainedWeight(p) for p in module.parameters(recurse=False) if p.dim() == 1)
     return chosen
 
 
@@ -236,28 +221,23 @@ def _mean_loss(block: Block, steps: list[_Step]) -> float:
 
 
 class _Trainer:
-    """The training of one block's parameters.
+    """The training of one block.
 
     Args:
-        block: whose parameters they are.
+        block: the block.
         steps: to train on.
         held: to measure.
-        parameters: each with its mask (None: all entries are kept); they require gradients.
+        trained: what is trained; its parameters require gradients.
     """
 
-    def __init__(
-        self, block: Block, steps: list[_Step], held: list[_Step], parameters: list[tuple[Tensor, Tensor | None]]
-    ) -> None:
-        self._block, self._steps, self._held, self._parameters = block, steps, held, parameters
-        # contiguous, as their gradients: the fused Adam ignores strides, and a fused matrix may be stored transposed
-        self._masters = [_contiguous_float32(parameter.detach()) for parameter, _ in parameters]
-        self._best = [parameter.detach().clone() for parameter, _ in parameters]
+    def __init__(self, block: Block, steps: list[_Step], held: list[_Step], trained: list[TrainedWeight]) -> None:
+        self._block, self._steps, self._held, self._trained = block, steps, held, trained
+        self._best = [each.weight.detach().clone() for each in trained]
 
     def train_(self, training: Training) -> Tuning:
         """Trains, and leaves the best weights in the block."""
-        sizes = [root_mean_square(m, mask) for m, (_, mask) in zip(self._masters, self._parameters, strict=True)]
-        rates = [training.learning_rate * size for size in sizes]
-        groups = [{"params": [master], "lr": rate} for master, rate in zip(self._masters, rates, strict=True)]
+        rates = [training.learning_rate * each.size for each in self._trained]
+        groups = [{"params": [each.master], "lr": rate} for each, rate in zip(self._trained, rates, strict=True)]
         adam = torch.optim.Adam(groups, fused=True)  # one pass over memory, without temporary copies
         share, total = 1.0, training.epochs * len(self._steps)
         order = torch.Generator().manual_seed(SEED)
@@ -272,30 +252,27 @@ class _Trainer:
             loss = _mean_loss(self._block, self._held)
             if loss < best:  # False for NaN
                 best, kept = loss, epoch + 1
-                _write_(self._best, [parameter for parameter, _ in self._parameters])
+                _write_(self._best, [each.weight for each in self._trained])
             else:
                 share *= BACK_OFF
-                _write_(self._masters, self._best)
+                for each, values in zip(self._trained, self._best, strict=True):
+                    each.restart_(values)
                 adam.state.clear()  # its moments may hold NaN
-        _write_([parameter for parameter, _ in self._parameters], self._best)
+        _write_([each.weight for each in self._trained], self._best)
         return Tuning(before, best, kept)
 
     def _step_(self, adam: torch.optim.Adam, step: _Step) -> None:
-        trained = [parameter for parameter, _ in self._parameters]
-        gradients = list(torch.autograd.grad(step.loss(self._block), trained, allow_unused=True))
-        for master, (_, mask) in zip(self._masters, self._parameters, strict=True):
-            gradient = gradients.pop(0)  # freed one by one, so float32 copies of all never exist at once
-            master.grad = None if gradient is None else kept_gradient(gradient, mask)
+        weights = [each.weight for each in self._trained]
+        gradients = list(torch.autograd.grad(step.loss(self._block), weights, allow_unused=True))
+        for each in self._trained:
+            each.take(gradients.pop(0))  # freed one by one, so float32 copies of all never exist at once
         adam.step()
         adam.zero_grad()
-        _write_(trained, self._masters)
-
-
-def _contiguous_float32(value: Tensor) -> Tensor:
-    return torch.empty(value.shape, dtype=torch.float32, device=value.device).copy_(value)
+        for each in self._trained:
+            each.write_()
 
 
 @torch.no_grad()
-def _write_(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)
+def _write_(weights: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for weight, value in zip(weights, values, strict=True):
+        weight.copy_(value)

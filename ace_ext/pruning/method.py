@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 from ace_ext.errors import InputError, suggestion
+from ace_ext.grids import Grid
 from ace_ext.pruning.kinds import INPUT, MOMENT, WEIGHTED
 from ace_ext.pruning.metrics import DEFAULT_METRIC, METRICS
 from ace_ext.pruning.settings import Setting, option_texts
@@ -74,10 +75,6 @@ class Method:
     label: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        if self.quantize is not None and self.train is not None:  # in whatever order
-            raise InputError(
-                f"{self.train.label} moves weights off the grid of {self.quantize.label}; leave out one of them"
-            )
         places = [_place(stage) for stage in self.stages]
         for (first, second), (place, later) in zip(pairwise(self.stages), pairwise(places), strict=True):
             if place == later:
@@ -140,6 +137,11 @@ class Method:
     def quantize(self) -> Round | None:
         """The stage that rounds kept weights to a grid."""
         return self._of(Round)
+
+    @property
+    def grid(self) -> Grid | None:
+        """The grid of all pruned matrices; None if no stage rounds to one."""
+        return None if self.quantize is None else self.quantize.grid
 
     @property
     def prunes(self) -> bool:

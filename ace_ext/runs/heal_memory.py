@@ -11,9 +11,9 @@ from ace_ext.errors import InputError
 from ace_ext.grids import Grid
 from ace_ext.healing.context import windows_of
 from ace_ext.healing.loss import LOGIT_BYTES, tokens_at_once
-from ace_ext.healing.on_grid import scale_bytes, working_bytes
 from ace_ext.healing.trainer import STATE_BYTES
 from ace_ext.models.blocks import Block
+from ace_ext.pruning.on_grid import scale_bytes, working_bytes
 from ace_ext.runs.memory_model import Estimate
 
 

@@ -237,12 +237,11 @@ class _Run:
 
     def training(self) -> list[Estimate]:
         """Training a block, with its inputs and targets."""
-        stage = self.config.method.train
-        if stage is None:
+        if self.config.method.train is None:
             return []
         from ace_ext.engine.block_training import training_bytes  # imported here: most methods do not train
 
-        return [Estimate(hidden=self.hidden, training=training_bytes(stage, self.sizes), phase="train")]
+        return [Estimate(hidden=self.hidden, training=training_bytes(self.config.method, self.sizes), phase="train")]
 
     def allocating(self) -> list[Estimate]:
         """The extra pass that measures each block for sparsity allocation, with its own hidden states."""

@@ -32,7 +32,7 @@ def output_bytes(source: Source, matrices: list[PlannedMatrix], format_name: str
         return bytes_of_all(source)
     dtype = next(source.model.parameters()).dtype
     pattern = None if config.pattern is None else (config.pattern.keep_n, config.pattern.group_m)
-    grid = None if config.method.quantize is None else config.method.quantize.grid
+    grid = config.method.grid
     others, found = bytes_of_all(source), 0
     for matrix in matrices:
         (rows, cols), dense = matrix.shape, math.prod(matrix.shape) * dtype.itemsize

@@ -86,9 +86,7 @@ def needed_memory(request: RunRequest, source: Source) -> Estimate:
         InputError: it is more than the run may use.
     """
     tokens, config = planned_batches(request)[1].tokens, request.config
-    quantize = config.method.quantize
-    grid = None if quantize is None else quantize.grid
-    demand = HealDemand.of(source.model, source.blocks, tokens, whole_bytes(source), grid)
+    demand = HealDemand.of(source.model, source.blocks, tokens, whole_bytes(source), config.method.grid)
     return demand.divide(budget_of(request), process_bytes(0, False, request.device))[1]
 
 

@@ -385,6 +385,28 @@ def test_masks_that_do_not_fit_are_refused(change):
     assert all(torch.equal(value, before[name]) for name, value in state(model).items())
 
 
+def test_a_matrix_that_is_stored_transposed_is_trained_as_any_other():
+    """As those of GPT-2 and the experts of GPT-OSS are. Each gradient changes its own weight and no other."""
+
+    def trained(store):
+        block = find_blocks(pruned_model())[0]
+        linear = block.linears["mlp.down_proj"]
+        linear.weight = torch.nn.Parameter(store(linear.weight.detach()))
+        trainer = BlockTrainer(block)
+        for seed in range(2):
+            draw = torch.Generator().manual_seed(seed)
+            trainer.take(
+                {child: torch.randn(weight.shape, generator=draw) for child, weight in trainer.weights.items()}
+            )
+            trainer.step_(0.01)
+            trainer.restore_(copy.deepcopy(trainer.state()))
+        return linear.weight
+
+    plain, transposed = trained(torch.clone), trained(lambda weight: weight.T.contiguous().T)
+    assert not transposed.is_contiguous()
+    assert torch.equal(transposed, plain)
+
+
 def test_a_kept_weight_that_rounds_to_zero_stays_kept():
     block = find_blocks(pruned_model("llama", torch.float16))[0]
     trainer = BlockTrainer(block)

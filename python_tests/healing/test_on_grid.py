@@ -10,11 +10,12 @@ from tiny_models import MIXTURES, make_model, make_tokens
 
 from ace_ext import PruneConfig, prune_model
 from ace_ext.grids import WIDTHS, Grid
-from ace_ext.healing import HealSettings, distill_, on_grid
+from ace_ext.healing import HealSettings, distill_
 from ace_ext.healing.context import HealContext
-from ace_ext.healing.on_grid import GridWeight
 from ace_ext.healing.trainer import BlockTrainer
 from ace_ext.models.blocks import find_blocks
+from ace_ext.pruning import on_grid
+from ace_ext.pruning.on_grid import GridWeight
 
 QUICK = HealSettings(learning_rate=0.01, step_tokens=64, held_out=4, passes=4)
 TEXT = make_tokens(28, 16, 3)  # 24 windows to train on in 6 steps, 4 held out
@@ -187,19 +188,19 @@ def test_the_state_is_complete():
 
     def step_(trainer, seed):
         draw = torch.Generator().manual_seed(seed)
-        for child, master in trainer._masters.items():
-            master.grad = torch.randn(master.shape, generator=draw) * trainer.masks[child]
+        for each in trainer.trained.values():
+            each.take(torch.randn(each.master.shape, generator=draw))
         trainer.step_(0.02)
 
     first, second = (BlockTrainer(find_blocks(quantized_model())[0], grid=GRID) for _ in range(2))
     step_(first, 0)
     second.restore_(copy.deepcopy(first.state()))
     for trainer in (first, second):
-        assert all(trainer.grids.values())
+        assert all(each.on_grid for each in trainer.trained.values())
         step_(trainer, 1)
     for child, weight in first.weights.items():
         assert torch.equal(weight, second.weights[child])
-        assert torch.equal(first._masters[child], second._masters[child])
+        assert torch.equal(first.trained[child].master, second.trained[child].master)
 
 
 def test_a_zero_that_a_mask_keeps_stays_zero():
@@ -249,19 +250,18 @@ def test_a_coarse_grid_is_trained_more_slowly(bits, slower):
     """The larger half of normally distributed weights has a root mean square of 60 steps with 8 bits and the largest
     at the end of the grid, and of fewer than 4 with 4 bits."""
     trainer = BlockTrainer(find_blocks(quantized_model(grid=Grid(bits, 64)))[0], grid=Grid(bits, 64))
-    for child, size in zip(trainer.weights, trainer._sizes, strict=True):
-        weight = trainer.weights[child]
-        rms = weight[weight != 0].float().square().mean().sqrt().item()
-        steps = rms / trainer.grids[child].scales.float().mean().item()
+    for each in trainer.trained.values():
+        rms = each.weight[each.weight != 0].float().square().mean().sqrt().item()
+        steps = rms / each.on_grid.scales.float().mean().item()
         assert (0.08 * steps < 1) is slower
-        assert size == pytest.approx(rms * min(1, 0.08 * steps), rel=1e-5)
+        assert each.size == pytest.approx(rms * min(1, 0.08 * steps), rel=1e-5)
 
 
 def test_training_that_starts_over_begins_at_the_same_places():
     trainer = BlockTrainer(find_blocks(quantized_model())[0], grid=GRID)
-    begun = {child: master.clone() for child, master in trainer._masters.items()}
+    begun = {child: each.master.clone() for child, each in trainer.trained.items()}
     best = trainer.snapshot()
-    for master in trainer._masters.values():
-        master.add_(1.0)
+    for each in trainer.trained.values():
+        each.master.add_(1.0)
     trainer.restart_(best)
-    assert all(torch.equal(master, begun[child]) for child, master in trainer._masters.items())
+    assert all(torch.equal(each.master, begun[child]) for child, each in trainer.trained.items())

@@ -8,11 +8,14 @@ import torch
 from tiny_models import FAMILIES, make_model, make_tokens
 
 from ace_ext import InputError, PruneConfig, prune_model
+from ace_ext.grids import Grid
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.replay import capture_calls, run_block
 from ace_ext.pruning import block_training
-from ace_ext.pruning.block_training import Training, kept_gradient, train_block_
+from ace_ext.pruning.block_training import Training, train_block_
 from ace_ext.pruning.masks import keep_of_group, scored_weight
+from ace_ext.pruning.stages.quantize import Quantize
+from ace_ext.pruning.trained_weight import kept_gradient
 from ace_ext.records import Tuning
 
 CONFIG = PruneConfig("magnitude")
@@ -161,6 +164,25 @@ def test_the_mask_of_a_matrix_that_is_stored_transposed_stays():
     assert plain.loss_after < 0.8 * plain.loss_before
 
 
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 4), (torch.float32, 3), (torch.float16, 8)])
+def test_matrices_on_a_grid_stay_on_it(dtype, bits):
+    """Also when the best weights are put back, and all their zeros stay."""
+    grid = Grid(bits, 64)
+    block, inputs, targets, masks, _ = make_case(dtype=dtype)
+    with torch.no_grad():
+        for linear in block.linears.values():
+            linear.weight.copy_(Quantize(bits, 64).round_plainly(linear.weight))
+    masks = {child: linear.weight != 0 for child, linear in block.linears.items()}
+    before = state(block)
+    training = replace(SMALL_STEPS, held_out=0.25, learning_rate=0.1)
+    trained = train_block_(block, inputs, targets, masks, training=training, grid=grid)
+    assert trained.loss_after < trained.loss_before
+    for child, linear in block.linears.items():
+        assert torch.equal(linear.weight != 0, masks[child])
+        assert grid.recover(linear.weight) is not None
+        assert not torch.equal(linear.weight, before[f"{child}.weight"])
+
+
 def test_the_last_samples_are_only_measured():
     _, inputs, targets, _, token_masks = make_case(padded=True)
     held = replace(SMALL_STEPS, held_out=0.25)  # 8 samples in batches of 6 and 2: both of the second batch
@@ -208,7 +230,7 @@ def test_outputs_after_training_must_be_finite(monkeypatch):
     """Like the outputs of a block without training: all later ones would be NaN."""
 
     def step_(trainer, *_):
-        trainer._parameters[0][0].data[0, 0] = float("inf")
+        trainer._trained[0].weight.data[0, 0] = float("inf")
 
     losses = iter((2.0, 1.0))
     monkeypatch.setattr(block_training._Trainer, "_step_", step_)

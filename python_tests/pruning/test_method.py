@@ -116,7 +116,6 @@ def texts(draw):
     more = draw(st.sampled_from(["", "+ distill", f"+{draw(spaces)}train(epochs=2, held_out=0){draw(spaces)}"]))
     text = f"{written(name, known)}{more}"
     assume(not (more and name in {"distill", "train", "better", "best"}))
-    assume(not (name == "quantize" and "train" in more))
     return text
 
 
@@ -477,7 +476,6 @@ ADMM_OPTIONS = "its options are damping, floor, iterations, relaxation, saliency
             "balanced(gram=plain) + quantize",
             "gram must be the same for all stages of the method (got plain for admm and cosine for quantize)",
         ),
-        ("quantize + train", "train moves weights off the grid of quantize; leave out one of them"),
         (
             "better + quantize",
             "method admm + distill(tokens=20480) + quantize must have its stages in the order in which they run; write "

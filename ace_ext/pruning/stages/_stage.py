@@ -286,6 +286,7 @@ class TrainBlock(Stage):
         targets: Sequence[Tensor],
         masks: dict[str, Tensor],
         token_masks: Sequence[Tensor | None],
+        grid: Grid | None = None,
     ) -> Tuning:
         """Trains in place; arguments as :func:`ace_ext.pruning.block_training.train_block_`."""
         raise NotImplementedError

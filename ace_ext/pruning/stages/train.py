@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ace_ext.grids import Grid
 from ace_ext.models.blocks import Block
 from ace_ext.pruning.block_training import Others, Training, train_block_
 from ace_ext.pruning.settings import Limits, option
@@ -42,9 +43,10 @@ class Train(TrainBlock):
         targets: Sequence[Tensor],
         masks: dict[str, Tensor],
         token_masks: Sequence[Tensor | None],
+        grid: Grid | None = None,
     ) -> Tuning:
         """:func:`ace_ext.pruning.block_training.train_block_` with these options."""
-        return train_block_(block, inputs, targets, masks, token_masks, training=self._training)
+        return train_block_(block, inputs, targets, masks, token_masks, training=self._training, grid=grid)
 
     def step_samples(self, seqlen: int) -> int:
         """:meth:`ace_ext.pruning.block_training.Training.step_samples` with these options."""
