@@ -130,14 +130,25 @@ def without_blocks(
     gone = least_influence(model, blocks, batches, count, advanced, once)
     places = {place for place, _ in gone}
     kept = [index for index in range(len(blocks)) if index not in places]
+    smaller = with_blocks(model, blocks, kept, field, few_tokens(batches[0]))
+    return smaller, [DroppedBlock(blocks[place].name, influence) for place, influence in gone]
+
+
+def with_blocks(model: nn.Module, blocks: list[Block], kept: list[int], field: str, tokens: Tensor) -> nn.Module:
+    """A model with the blocks ``kept``, which shares their weights. ``model`` does not change. ``tokens [1, seqlen]``:
+    to try it.
+
+    Raises:
+        InputError: the class does not have these blocks, or does not compute the same with them as without the others.
+    """
     smaller, names = lay_out_without(model, blocks, kept, field)
     fill_(smaller, {new: tensor for name, tensor in model.state_dict().items() if (new := names(name))}, model)
     with ExitStack() as stack:
-        for place in places:
+        for place in set(range(len(blocks))) - set(kept):
             module = blocks[place].module
             stack.enter_context(replaced_forward(module, _bypass(module.forward)))
-        check_same("blocks", model, smaller, few_tokens(batches[0]))
-    return smaller, [DroppedBlock(blocks[place].name, influence) for place, influence in gone]
+        check_same("blocks", model, smaller, tokens)
+    return smaller
 
 
 def _bypass(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from ace_ext.models.blocks import Block, find_blocks
 from ace_ext.models.run_mode import run_mode
 from ace_ext.models.whole_forward import takes_tokens
 from ace_ext.pruning import removal
-from ace_ext.structures.blocks import find_depth, lay_out_without
+from ace_ext.structures.blocks import find_depth, lay_out_without, with_blocks
 from ace_ext.structures.remove import check_walk, try_parts
 from ace_ext.structures.smaller import laid_out, output_of
 
@@ -56,13 +56,24 @@ class Rehearsal:
             check_walk(twin, blocks, {"input_ids": tokens})
             if not bool(torch.isfinite(output).all()):
                 return False
+            if wanted.blocks is not None:
+                _try_blocks(twin, blocks, min(wanted.blocks.removed(len(self._of[1])), len(blocks) - 1), tokens)
             try_parts(twin, blocks, {"input_ids": tokens}, wanted)
         return True
 
 
+def _try_blocks(model: nn.Module, blocks: list[Block], count: int, tokens: Tensor) -> None:
+    """Removes ``count`` blocks, not those that a run would: it chooses by influence, and its class may refuse these."""
+    try:
+        depth, kept = find_depth(model, blocks, count)
+    except InputError:  # the plan asks the whole model
+        return
+    with_blocks(model, blocks, kept, depth, tokens)
+
+
 def _few_blocks(model: nn.Module, blocks: list[Block]) -> nn.Module | None:
-    """The class with the first blocks, as many as there are until each kind was there, laid out in float32; with all
-    blocks if it cannot have fewer. None: even that is too large."""
+    """The class with the first blocks, laid out in float32: as many as there are until each kind was there, and one
+    more if that is not too large; with all blocks if it cannot have fewer. None: even that is too large."""
     twin = laid_out(model, {}).float()
     kinds = [tuple((name, p.shape) for name, p in block.module.named_parameters()) for block in blocks]
     count = 1 + max(kinds.index(kind) for kind in kinds)
@@ -71,14 +82,21 @@ def _few_blocks(model: nn.Module, blocks: list[Block]) -> nn.Module | None:
             whole = laid_out(twin, changes)
             if _size(whole) <= MOST:
                 return whole
-            few = find_blocks(whole, check=False)
-            depth, _ = find_depth(whole, few, len(few) - count)
-            shorter = lay_out_without(whole, few, [*range(count)], depth)[0]
+            for number in (count + 1, count):  # of two blocks one can be removed
+                shorter = _first_blocks(whole, number)
+                if _size(shorter) <= MOST:
+                    return shorter
         except InputError:  # not with fewer blocks, or not with fewer tokens
             continue
-        if _size(shorter) <= MOST:
-            return shorter
     return None
+
+
+def _first_blocks(model: nn.Module, count: int) -> nn.Module:
+    blocks = find_blocks(model, check=False)
+    if count >= len(blocks):
+        return model
+    depth, _ = find_depth(model, blocks, len(blocks) - count)
+    return lay_out_without(model, blocks, [*range(count)], depth)[0]
 
 
 def _size(model: nn.Module) -> int:
