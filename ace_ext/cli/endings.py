@@ -9,14 +9,22 @@ from ace_ext.errors import InputError, one_line
 BAD_INPUT, INTERNAL, INTERRUPTED = 2, 1, 130
 
 
-def ending(error: BaseException) -> int:
-    """Writes one line on stderr that says what ended the program, and returns the exit status.
+CONTINUES = {
+    "run": "; continue from here with --resume",
+    "heal": "; continue from here with --resume",
+    "compare": "; the same command continues from here",
+}
+"""What an interrupted verb can do later."""
+
+
+def ending(error: BaseException, verb: str = "") -> int:
+    """Writes one line on stderr that says what ended the program (``verb``: what it did), and returns the exit status.
 
     The status is 2 for errors that input can cause: an :class:`ace_ext.InputError`, a file that cannot be read or
     written, too little memory. Every other error is an internal one.
     """
     if isinstance(error, KeyboardInterrupt):
-        return _say("interrupted; run and heal continue from here with --resume", INTERRUPTED)
+        return _say(f"interrupted{CONTINUES.get(verb, '')}", INTERRUPTED)
     if isinstance(error, InputError):
         return _say(one_line(error, 2000), BAD_INPUT)
     if isinstance(error, BrokenPipeError):

@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
-        status = ending(error)
+        status = ending(error, next((word for word in argv if word in VERBS), ""))
     return status
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ace_ext.data.audio import read_audio
 from ace_ext.data.images import read_image
 from ace_ext.data.media_items import IMAGE, Item, Items, media_items
-from ace_ext.data.requests import check_int
+from ace_ext.data.requests import check_int, positions_in
 from ace_ext.errors import InputError
 from ace_ext.models.location import remote_code_allowed
 from ace_ext.models.token_masks import MASK
@@ -128,8 +128,8 @@ def _tensors(made: Mapping[str, Any], items: Sequence[Item]) -> dict[str, Tensor
 def _texts(items: Sequence[Item], tokenizer: Any, model: nn.Module) -> dict[str, Tensor]:
     """The inputs of a text tower: ``input_ids [batch, positions]`` and ``attention_mask``. A tower whose tokenizer
     gives no mask, as SigLIP's, reads padding too: it was trained on texts that fill all positions."""
-    positions = getattr(getattr(model.config, "text_config", model.config), "max_position_embeddings", None)
-    limit = {"truncation": True, "max_length": positions} if isinstance(positions, int) else {}
+    positions = positions_in(getattr(model.config, "text_config", model.config))
+    limit = {} if positions is None else {"truncation": True, "max_length": positions}
     padding = True if MASK in tokenizer.model_input_names or not limit else "max_length"
     return dict(tokenizer([item.text or "" for item in items], padding=padding, return_tensors="pt", **limit))
 

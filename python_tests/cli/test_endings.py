@@ -102,8 +102,20 @@ def test_an_interruption_while_it_starts():
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert error == "ace-prune: interrupted\n" or error.startswith("ace-prune: interrupted; ")
-    assert "Traceback" not in error
+    assert error == "ace-prune: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        ("run", "; continue from here with --resume"),
+        ("compare", "; the same command continues from here"),
+        ("eval", ""),
+    ],
+)
+def test_an_interruption_says_how_to_continue_where_that_is_possible(verb, words, capsys):
+    assert ending(KeyboardInterrupt(), verb) == 130
+    assert capsys.readouterr().err == f"ace-prune: interrupted{words}\n"
 
 
 def test_output_that_is_not_read(capsys):
