@@ -62,9 +62,12 @@ class Block:
 
     def is_transposed(self, linear: str) -> bool:
         """Whether the parameter with the Linear's own name is stored as ``[d_in, d_out]``."""
-        return any(
-            linear in fused.linears for fused in self.fused if fused.layout.transposed and not fused.layout.routed
-        )
+        return self.is_stored_transposed(linear) and not self.is_fused(linear)
+
+    def is_stored_transposed(self, linear: str) -> bool:
+        """Whether the tensor that holds the matrix, alone or with those of other experts, has it as ``[d_in, d_out]``.
+        Its rows are then columns of the tensor."""
+        return any(linear in fused.linears for fused in self.fused if fused.layout.transposed)
 
     def as_it_is(self) -> "Block":
         """A copy of the block that shares its present parameters, and keeps them when the module's are replaced or

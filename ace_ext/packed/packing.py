@@ -93,9 +93,17 @@ def pack(
         result = pack_into(source, target, chosen, pattern, grid)
         add_section(target, PackedShards(target, mapped=False))
         if not result.matrices:
-            raise InputError(f"no matrix of {str(folder)!r} has enough zeros for format {codec}; prune it first")
+            raise InputError(_nothing_packed(str(folder), codec, pattern))
     result.folder = str(output)
     return result
+
+
+def _nothing_packed(folder: str, codec: str, pattern: tuple[int, int] | None) -> str:
+    """The error where no matrix became smaller."""
+    if codec_named(codec).needs_pattern and pattern is not None:
+        found = f"{pattern[0]}:{pattern[1]} along the rows of its tensor"
+        return f"no matrix of {folder!r} has {found} (GPT-2's are stored transposed); use format bitmap"
+    return f"no matrix of {folder!r} has enough zeros for format {codec}; prune it first"
 
 
 def _is_pattern(value: object) -> bool:

@@ -1,7 +1,7 @@
 """How large the weights of a run's output will be, in each format."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ace_ext.formats import format_named
 from ace_ext.packed import Kept
@@ -34,11 +34,17 @@ def output_bytes(source: Source, matrices: list[PlannedMatrix], format_name: str
     pattern = None if config.pattern is None else (config.pattern.keep_n, config.pattern.group_m)
     grid = config.method.grid
     others, found = bytes_of_all(source), 0
+    transposed = {b.full_name(child) for b in source.blocks for child in b.linears if b.is_stored_transposed(child)}
     for matrix in matrices:
         (rows, cols), dense = matrix.shape, math.prod(matrix.shape) * dtype.itemsize
-        survivors = round(matrix.keep / matrix.group_size * rows * cols)
-        found += min(chosen.size(Kept(rows, cols, survivors, dtype, pattern, grid)), dense)
+        kept = Kept(rows, cols, round(matrix.keep / matrix.group_size * rows * cols), dtype, pattern, grid)
         others -= dense
+        if matrix.name in transposed:  # the rows of its tensor have neither the pattern nor the grid
+            if chosen.codec is None or chosen.codec.needs_pattern:
+                found += dense
+                continue
+            kept = replace(kept, rows=cols, cols=rows, pattern=None, grid=None)
+        found += min(chosen.size(kept), dense)
     if chosen.codec is not None and chosen.codec.compresses:
         count = others // dtype.itemsize
         others = chosen.codec.size(Kept(1, count, count, dtype, pattern))

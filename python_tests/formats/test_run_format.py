@@ -4,9 +4,11 @@ import os
 import shutil
 
 import pytest
-from folders import bad_input, prune, save_dense, tree
+from folders import TEXT, bad_input, prune, save_dense, tree
 from helpers import assert_same_bits
 from runs.test_plan import plan_of
+from tiny_models import VOCABULARY, make_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from ace_ext import InputError
 from ace_ext.cli.main import main
@@ -154,6 +156,35 @@ def test_the_plan_knows_the_size(dense, tmp_path):
     archive = plan_of(dense, {"format": "archive"})
     assert archive.output_bytes < weights / 2
     assert archive.write_bytes > plan_of(dense).write_bytes
+
+
+def test_a_pattern_in_columns_of_the_files_is_refused(tmp_path):
+    """GPT-2's matrices are stored as ``[d_in, d_out]``: no row of the files has the pattern."""
+    dense = save_gpt2(tmp_path / "dense")
+    with pytest.raises(InputError, match=r"format nm needs N:M along the rows .* are stored transposed; use format"):
+        prune(dense, tmp_path / "out", {"format": "nm"}, pattern="2:4")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "text.txt"]
+    _, plain = prune(dense, tmp_path / "plain", pattern="2:4")
+    with pytest.raises(InputError, match=r"2:4 along the rows of its tensor .* use format bitmap"):
+        pack(plain, tmp_path / "packed", "nm", (2, 4))
+
+
+def test_the_plan_knows_which_matrices_have_no_grid_in_the_files(tmp_path):
+    dense = save_gpt2(tmp_path / "dense", n_embd=128)
+    settings = {"method": "magnitude + quantize(bits=4)"}
+    planned = plan_of(dense, {"format": "bitmap"}, **settings)
+    _, path = prune(dense, tmp_path / "out", {"format": "bitmap"}, **settings)
+    stored = sum(file.stat().st_size for file in path.glob("*.safetensors")) - headers(path)
+    assert stored == pytest.approx(planned.output_bytes, rel=0.05)
+    assert plan_of(dense, {"format": "nm"}, pattern="2:4").output_bytes == plan_of(dense).output_bytes
+
+
+def save_gpt2(folder, n_embd=32):
+    config = GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=n_embd, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).bfloat16().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    (folder.parent / "text.txt").write_text(TEXT)
+    return folder
 
 
 def headers(folder) -> int:
