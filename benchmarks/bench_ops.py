@@ -350,13 +350,29 @@ def device_name(device: str) -> str:
     return f"{models[0] if models else platform.machine()} ({level}), {torch.get_num_threads()} threads"
 
 
+def shapes_of(text: str) -> list[tuple[int, int]]:
+    """The shapes of ``--shapes``."""
+    found = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part) for part in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"must be ROWSxCOLS, separated by commas (got {text!r})")
+    return [(int(match[1]), int(match[2])) for match in found if match]
+
+
+def file_to_write(text: str) -> Path:
+    """A file that is written at the end: found out before minutes of measurements whether that is possible."""
+    path = Path(text)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot be written (got {text!r}); give a file in a folder that exists")
+    return path
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shapes", help="ROWSxCOLS, separated by commas")
+    parser.add_argument("--shapes", type=shapes_of, help="ROWSxCOLS, separated by commas")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--budget", type=float, default=2.0, help="seconds for one measurement, about")
-    parser.add_argument("--json", help="also write the rows to this file")
+    parser.add_argument("--json", type=file_to_write, help="also write the rows to this file")
     return parser.parse_args(argv)
 
 
@@ -368,7 +384,7 @@ def main(argv: list[str] | None = None) -> int:
     note = "" if args.device == "cuda" else "  (CPU figures: not run on a GPU)"
     print(f"device: {name}; torch {torch.__version__}; {args.dtype}{note}")
     bench = Bench(args.device, getattr(torch, args.dtype), args.budget)
-    shapes = [tuple(map(int, shape.split("x"))) for shape in (args.shapes or DEFAULT_SHAPES[args.device]).split(",")]
+    shapes = args.shapes or shapes_of(DEFAULT_SHAPES[args.device])
     with torch.no_grad():
         for rows, cols in shapes:
             bench.run(prune_cases, rows, cols)
@@ -377,7 +393,7 @@ def main(argv: list[str] | None = None) -> int:
         for cols in sorted({cols for _, cols in shapes}):
             bench.run(moment_cases, TOKENS[args.device], cols)
     if args.json:
-        with open(args.json, "w") as file:
+        with args.json.open("w") as file:
             json.dump(
                 {"device": name, "torch": torch.__version__, "dtype": args.dtype, "rows": bench.rows}, file, indent=1
             )

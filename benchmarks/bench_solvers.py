@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from bench_ops import file_to_write, shapes_of
 from torch import Tensor
 
 from ace_ext import ops
@@ -185,9 +186,9 @@ def bench_inverse(cols: int, device: str, budget: float) -> dict:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shapes", help="ROWSxCOLS, separated by commas")
+    parser.add_argument("--shapes", type=shapes_of, help="ROWSxCOLS, separated by commas")
     parser.add_argument("--budget", type=float, default=1.0, help="seconds for one measurement, about")
-    parser.add_argument("--json", help="also write the rows to this file")
+    parser.add_argument("--json", type=file_to_write, help="also write the rows to this file")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("bench_solvers: --device cuda, but torch finds no CUDA device")
@@ -196,14 +197,14 @@ def main(argv: list[str] | None = None) -> int:
     note = "" if args.device == "cuda" else "  (CPU figures: not run on a GPU)"
     print(f"device: {name}; torch {torch.__version__}; float32{note}")
     torch.manual_seed(0)
-    shapes = [tuple(map(int, shape.split("x"))) for shape in (args.shapes or SHAPES[args.device]).split(",")]
+    shapes = args.shapes or shapes_of(SHAPES[args.device])
     with torch.no_grad():
         rows = [row for shape in shapes for row in bench(*shape, args.device, args.budget)]
         rows += [bench_factors(*batch, args.device, args.budget) for batch in BATCHES[args.device]]
         if args.device == "cpu":  # a GPU's inverse is LAPACK's counterpart
             rows += [bench_inverse(cols, args.device, args.budget) for cols in INVERSES]
     if args.json:
-        with open(args.json, "w") as file:
+        with args.json.open("w") as file:
             json.dump({"device": name, "torch": torch.__version__, "rows": rows}, file, indent=1)
     return 0
 

