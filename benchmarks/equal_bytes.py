@@ -31,6 +31,7 @@ from ace_ext.pruning.method import parse
 
 TEXTS = ("wiki-mini", "news-mini", "code-mini")
 BITS = (16, 8, 4, 3)
+ROWS = "rows.jsonl"
 NONE = "0"
 """The amount of rows that remove nothing."""
 
@@ -93,7 +94,7 @@ def measure(bench: Bench, zeros: str, bits: int, text: str, arguments: argparse.
 def run(arguments: argparse.Namespace) -> None:
     """Measures the rows that the journal does not have."""
     arguments.output.mkdir(parents=True, exist_ok=True)
-    journal = arguments.output / "rows.jsonl"
+    journal = arguments.output / ROWS
     done = {(row["zeros"], row["method"]) for row in read(arguments.output)}
     grid = Grid((parse("wanda"),), calibrations=(arguments.calibration,))
     evaluation = Evaluation(texts=TEXTS, windows=arguments.eval_windows)
@@ -116,7 +117,7 @@ def write(file: Any, row: dict[str, Any]) -> None:
 
 def read(folder: Path) -> list[dict[str, Any]]:
     """The rows that were measured."""
-    journal = folder / "rows.jsonl"
+    journal = folder / ROWS
     return [json.loads(text) for text in journal.read_text(encoding="utf-8").splitlines()] if journal.exists() else []
 
 
@@ -128,7 +129,7 @@ def line(row: dict[str, Any]) -> str:
     return f"| {zeros} | `{row['method']}` | {row['bits_a_weight']:.2f} | {figures} |"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a model folder or a GGUF file")
@@ -142,8 +143,11 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eval-windows", type=int, default=12)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.table:
+        missing = [str(folder) for folder in arguments.table if not (folder / ROWS).is_file()]
+        if missing:
+            parser.error(f"--table {missing[0]!r} has no {ROWS}; give a folder that --output wrote")
         for folder in arguments.table:
             print(f"\n{folder.name}\n\n| zeros | method | bits | {' | '.join(TEXTS)} | mean |")
             print("|---|---|--:|--:|--:|--:|--:|")

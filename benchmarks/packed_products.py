@@ -12,6 +12,7 @@ columns.
 """
 
 import argparse
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -68,15 +69,29 @@ def compare(matrices: list[Products], x: Tensor, kinds: list[str], rounds: int) 
     return times
 
 
-def main() -> None:
+def zeros_of(text: str) -> str:
+    """``--zeros`` as it was given, if :func:`make` can make them."""
+    pattern = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text)
+    if pattern is not None:
+        keep_n, group_m = int(pattern[1]), int(pattern[2])
+        if keep_n <= group_m and all(cols % group_m == 0 for _, cols in SHAPES):
+            return text
+    elif re.fullmatch(r"0?\.\d+|0", text):
+        return text
+    raise argparse.ArgumentTypeError(f"must be a share of at least 0 and less than 1, or N:M (got {text!r})")
+
+
+def main(argv: list[str] | None = None) -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description="times products with packed matrices against torch's dense ones")
-    parser.add_argument("--zeros", default="0.5", help="share of zeros, or N:M (default: %(default)s)")
+    parser.add_argument("--zeros", type=zeros_of, default="0.5", help="share of zeros, or N:M (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), help="what to time (default: all)")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if min(args.threads, *args.tokens) < 1:
+        parser.error("--threads and --tokens must be at least 1")
     kinds = [kind for kind in KINDS if kind in args.only]
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -188,6 +188,8 @@ def run(experiment: Experiment, args: argparse.Namespace) -> str:
 
 def tables(folder: Path) -> str:
     """The table of every experiment: published figures, and the results in ``folder/NAME``."""
+    if not folder.is_dir():
+        raise InputError(f"--table {str(folder)!r} is not a folder; give the one that holds the outputs of --run")
     found = {name: folder / name / RUNS_NAME for name in EXPERIMENTS}
     return "\n\n".join(table(name, read_results(path) if path.is_file() else None) for name, path in found.items())
 

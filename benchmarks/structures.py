@@ -23,6 +23,7 @@ from ace_ext.data.bos import choose_bos
 from ace_ext.data.evaluation import text_perplexity
 from ace_ext.data.windows import load_windows
 from ace_ext.engine.distillation import distill_draw
+from ace_ext.errors import InputError
 from ace_ext.models.loading import LoadedModel, load_model
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.structures.smaller import fill_, laid_out, stored_shapes, take_over_
@@ -50,7 +51,7 @@ def row(part: str, figures: list[float], share: float = 0.0, seconds: float = 0.
     return f"| `{part}` | {share:.1%} | {values} | {seconds:.0f} |"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Reads the command line and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", help="what to remove, one row each")
@@ -62,8 +63,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eval-windows", type=int, default=12)
     parser.add_argument("--setting", help="of the configuration, which gives biases of zero, such as mlp_bias")
-    arguments = parser.parse_args()
-    loaded = load_model(arguments.model, "bfloat16")
+    arguments = parser.parse_args(argv)
+    try:
+        for part in arguments.parts:  # all of them before the first is measured
+            PruneConfig(arguments.method, remove=part)
+        loaded = load_model(arguments.model, "bfloat16")
+    except InputError as error:
+        parser.error(str(error))
     if arguments.setting is not None:
         add_biases_(loaded.model, arguments.setting)
     bos = choose_bos("auto", loaded.tokenizer, loaded.model)

@@ -89,3 +89,8 @@ def test_an_experiment_runs_on_a_tiny_model(paper, tmp_path, capsys):
 def test_a_run_needs_a_model(paper, capsys):
     assert paper.main(["--run", "llama-7b-ctx2048"]) == 2
     assert "--run needs --model: a folder with huggyllama/llama-7b" in capsys.readouterr().err
+
+
+def test_tables_of_a_folder_that_is_not_there(paper, tmp_path, capsys):
+    assert paper.main(["--table", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere' is not a folder" in capsys.readouterr().err
