@@ -36,28 +36,28 @@ NONE = "0"
 """The amount of rows that remove nothing."""
 
 
-def method(zeros: str, bits: int, prune: str, distill: bool) -> str:
-    """The text of a row's method; empty for the dense model."""
+def method(zeros: str, bits: int, prune: str, then: str = "") -> str:
+    """The text of a row's method, with the stage ``then`` at its end; empty for the dense model."""
     stages = [] if zeros == NONE else [prune]
     stages += [] if bits == 16 else [f"quantize(bits={bits})"]
-    stages += ["distill"] if distill else []
+    stages += [then] if then else []
     return " + ".join(stages)
 
 
 def rows(arguments: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
     """Zeros, bits and method of each row. Survivors have 16, 8 or 4 bits; 3 bits are for rows without zeros."""
-    for distill in (False, True) if arguments.distill else (False,):
+    for then in ("", arguments.then) if arguments.then else ("",):
         for zeros in (NONE, *arguments.zeros):
             for bits in BITS:
-                text = method(zeros, bits, arguments.prune, distill)
-                if (bits == 3 and zeros != NONE) or text in ("", "distill"):
+                text = method(zeros, bits, arguments.prune, then)
+                if (bits == 3 and zeros != NONE) or text == then:  # the dense model
                     continue
                 yield zeros, bits, text
 
 
 def bits_a_weight(bench: Bench, config: PruneConfig, zeros: str, bits: int) -> float:
     """Bits of a weight in the written file."""
-    grid = None if config.method.quantize is None else config.method.quantize.grid
+    grid = config.method.grid
     with tempfile.TemporaryDirectory(prefix="equal-bytes-") as folder:
         dense = Path(folder, "dense")
         bench.model.save_pretrained(dense)
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--table", type=Path, nargs="+", help="print the tables of these folders and stop")
     parser.add_argument("--prune", default="balanced", help="the method before quantize")
     parser.add_argument("--zeros", nargs="+", default=["0.5", "2:4", "0.7"])
-    parser.add_argument("--distill", action="store_true", help="each row also with distillation")
+    parser.add_argument("--then", choices=("train", "distill"), help="each row also with this stage after rounding")
     parser.add_argument("--calibration", default="wiki-mini")
     parser.add_argument("--nsamples", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=128)
