@@ -93,14 +93,16 @@ def test_what_cannot_be_removed_is_refused_and_nothing_changes(family, words):
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
-def test_a_plan_refuses_the_heads_that_a_run_refuses():
-    """MiniMax-M2 has a norm over all heads, which shapes do not show."""
-    model = every_class.build("minimax_m2")
-    blocks, wanted = find_blocks(model), removal_of("heads=0.5")
+@pytest.mark.parametrize(("kind", "part"), [("minimax_m2", "heads=0.5"), ("minicpm3", "blocks=1")])
+def test_a_plan_refuses_what_a_run_refuses(kind, part):
+    """MiniMax-M2 has a norm over all heads, and MiniCPM3 scales what a block adds by the number of blocks: shapes do not
+    show it."""
+    model = every_class.build(kind)
+    blocks, wanted = find_blocks(model), removal_of(part)
     with pytest.raises(InputError, match="does not compute the same as with their weights zeroed"):
         planned_removal(model, blocks, wanted, Rehearsal(model, blocks))
     with pytest.raises(InputError, match="does not compute the same as with their weights zeroed"):
-        prune_model(model, make_tokens(8, 16), remove="heads=0.5")
+        prune_model(model, make_tokens(8, 16), remove=part)
 
 
 def test_a_rehearsal_takes_the_first_block_of_each_kind(monkeypatch):
