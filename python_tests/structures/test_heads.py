@@ -95,8 +95,8 @@ def test_what_cannot_be_removed_is_refused_and_nothing_changes(family, words):
 
 @pytest.mark.parametrize(("kind", "part"), [("minimax_m2", "heads=0.5"), ("minicpm3", "blocks=1")])
 def test_a_plan_refuses_what_a_run_refuses(kind, part):
-    """MiniMax-M2 has a norm over all heads, and MiniCPM3 scales what a block adds by the number of blocks: shapes do not
-    show it."""
+    """MiniMax-M2 has a norm over all heads, and MiniCPM3 scales what a block adds by the number of blocks. Shapes show
+    neither."""
     model = every_class.build(kind)
     blocks, wanted = find_blocks(model), removal_of(part)
     with pytest.raises(InputError, match="does not compute the same as with their weights zeroed"):
