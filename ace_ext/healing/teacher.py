@@ -6,9 +6,12 @@ from ace_ext.healing.batches import Placement, advance, enter
 from ace_ext.healing.protocols import Journal, Observer
 from ace_ext.models.block_store import BlockSource
 from ace_ext.models.hidden_states import HiddenStates, Layout
+from ace_ext.models.tail import Tail
 
 NAME = "teacher"
 """The name of the states' files, and the key of the number of finished blocks in the journal."""
+TRIED = 3
+"""The number of hidden states that :meth:`ace_ext.models.tail.Tail.check` tries."""
 
 
 def teacher_states(
@@ -30,9 +33,15 @@ def teacher_states(
         place: where the states are kept.
         journal: records finished blocks.
         observer: is told of them.
+
+    Raises:
+        InputError: the model cannot be distilled: what it predicts does not follow from these outputs alone.
     """
     count, done = len(store.blocks), journal.notes.get(NAME, 0)
     calls, states = enter(model, store, tokens, place, NAME, earlier_states(place, journal))
+    if not done:
+        with store.way_out(model):
+            Tail(model, store.blocks, calls[0].wrap).check(states[0].flatten(0, 1)[:TRIED])
     for index in range(done, count):
         advance(store, index, calls, states)
         if place.folder is not None:

@@ -4,8 +4,9 @@ import pytest
 import torch
 import transformers
 from folders import save_dense
-from tiny_models import _SMALL, FAMILIES, make_model, make_tokens
+from tiny_models import _SMALL, FAMILIES, VOCABULARY, make_model, make_tokens
 
+from ace_ext import InputError, prune_model
 from ace_ext.models.block_store import OffloadedBlocks
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.replay import capture_calls, run_block
@@ -22,6 +23,13 @@ SCALED = {
 }
 """Families whose forward does more with the logits than the LM head."""
 
+_GPT = {"vocab_size": VOCABULARY, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
+SHAPED = {
+    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**_GPT)),
+    "gpt-bigcode": lambda: transformers.GPTBigCodeForCausalLM(transformers.GPTBigCodeConfig(**_GPT)),
+}
+"""Families that give the last block's output the shape of the model's input."""
+
 
 def last_output(model, blocks, tokens):
     """The last block's output ``[batch, seqlen, d_model]``, and how a block's output is wrapped."""
@@ -32,15 +40,46 @@ def last_output(model, blocks, tokens):
     return hidden, call.wrap
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *SCALED])
+@pytest.mark.parametrize("family", [*FAMILIES, *SCALED, *SHAPED])
 @torch.no_grad()
 def test_logits_are_those_of_the_model(family, monkeypatch):
-    monkeypatch.setitem(FAMILIES, family, (FAMILIES | SCALED)[family])
+    monkeypatch.setitem(FAMILIES, family, (FAMILIES | SCALED | SHAPED)[family])
     model = make_model(family)
     blocks, tokens = find_blocks(model), make_tokens()
     hidden, wrap = last_output(model, blocks, tokens)
     found = Tail(model, blocks, wrap).logits(hidden.flatten(0, 1))
     assert torch.equal(found, model(tokens, use_cache=False).logits.flatten(0, 1))
+
+
+def reads_other_tokens(model):
+    model.model.norm.register_forward_pre_hook(lambda _, args: (args[0].cumsum(1),))
+
+
+def reads_the_embedding(model):
+    seen = []
+    model.model.embed_tokens.register_forward_hook(lambda *args: seen.append(args[-1]))
+    model.model.norm.register_forward_pre_hook(lambda _, args: (args[0] + seen[-1],))
+
+
+def loses_tokens(model):
+    model.model.norm.register_forward_pre_hook(lambda _, args: (args[0][:1],))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (reads_other_tokens, "they depend on more than"),
+        (reads_the_embedding, "they depend on more than"),
+        (loses_tokens, "3 tokens have the logits of 1"),
+    ],
+)
+def test_a_model_with_other_logits_is_refused_before_it_changes(change, message):
+    model = make_model("llama")
+    change(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(InputError, match=f"LlamaForCausalLM cannot be distilled: .*{message}"):
+        prune_model(model, make_tokens(), method="wanda + distill(tokens=32)")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_gradients_are_those_of_the_model(monkeypatch):
