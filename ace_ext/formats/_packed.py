@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ace_ext.errors import InputError
 from ace_ext.formats._converting import ConvertingWriter
-from ace_ext.formats._format import DenseModel, OutputFormat, grid_of, pattern_of
+from ace_ext.formats._format import OutputFormat, grid_of, pattern_of
+from ace_ext.models.blocks import Block
 from ace_ext.packed import Codec
 from ace_ext.packed.files import PackedShards, is_packed
 from ace_ext.packed.packing import check_hashes, pack_into
@@ -23,20 +24,6 @@ class PackedWriter(ConvertingWriter):
     def __init__(self, folder: Path, codec: Codec) -> None:
         super().__init__(folder)
         self._codec = codec
-
-    def check(self, dense: DenseModel) -> None:
-        """As for the dense format; also that a format for patterns can find them.
-
-        Raises:
-            InputError: every matrix to prune is stored transposed, so that no row of the files has the pattern.
-        """
-        super().check(dense)
-        columns = [block.is_stored_transposed(child) for block in dense.blocks for child in block.linears]
-        if self._codec.needs_pattern and columns and all(columns):
-            raise InputError(
-                f"format {self._codec.name} needs N:M along the rows of the files, and the matrices of "
-                f"{type(dense.model).__name__} are stored transposed; use format bitmap"
-            )
 
     @property
     def converted(self) -> bool:
@@ -59,5 +46,13 @@ def packed_format(codec: Codec) -> OutputFormat:
         if codec.needs_pattern and config.pattern is None:
             raise InputError(f"format {codec.name} is for N:M patterns; add --pattern 2:4, or choose another format")
 
+    def check_model(model: object, blocks: list[Block]) -> None:
+        columns = [block.is_stored_transposed(child) for block in blocks for child in block.linears]
+        if codec.needs_pattern and columns and all(columns):
+            raise InputError(
+                f"format {codec.name} needs N:M along the rows of the files, and the matrices of "
+                f"{type(model).__name__} are stored transposed; use format bitmap"
+            )
+
     opened = partial(PackedWriter, codec=codec)
-    return OutputFormat(codec.name, f"packed: {codec.summary}", opened, check, codec, codec.size)
+    return OutputFormat(codec.name, f"packed: {codec.summary}", opened, check, check_model, codec, codec.size)

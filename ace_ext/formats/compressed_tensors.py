@@ -5,9 +5,12 @@
 
 from pathlib import Path
 
+from torch import nn
+
 from ace_ext.errors import InputError
 from ace_ext.formats._converting import ConvertingWriter
 from ace_ext.formats._format import DenseModel, OutputFormat, grid_of
+from ace_ext.models.blocks import Block
 from ace_ext.packed.compressed_tensors import (
     NAME,
     SUMMARY,
@@ -37,8 +40,7 @@ class CompressedWriter(ConvertingWriter):
         """
         super().check(dense)
         if not self.converted:
-            names = [block.full_name(child) for block in dense.blocks for child in block.linears]
-            check_linears(dense.model, self.shards, names)
+            check_linears(dense.model, _names(dense.blocks), self.shards)
 
     def check_converted(self) -> None:
         """Checks that each matrix can be read."""
@@ -58,4 +60,12 @@ def _check(config: PruneConfig) -> None:
         raise InputError(f"format {NAME} is for quantized models; add the stage quantize, or choose another format")
 
 
-FORMAT = OutputFormat(name=NAME, summary=SUMMARY, open=CompressedWriter, check=_check, size=size)
+def _check_model(model: nn.Module, blocks: list[Block]) -> None:
+    check_linears(model, _names(blocks))
+
+
+def _names(blocks: list[Block]) -> list[str]:
+    return [block.full_name(child) for block in blocks for child in block.linears]
+
+
+FORMAT = OutputFormat(NAME, SUMMARY, CompressedWriter, _check, _check_model, size=size)

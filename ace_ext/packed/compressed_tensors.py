@@ -111,15 +111,16 @@ def size(kept: Kept) -> int:
     return codes + kept.rows * groups * kept.dtype.itemsize + 16
 
 
-def check_linears(model: nn.Module, shards: Shards, names: Iterable[str]) -> None:
-    """Checks that these matrices are Linears of a model, with a weight of their own in its files.
+def check_linears(model: nn.Module, names: Iterable[str], shards: Shards | None = None) -> None:
+    """Checks that these matrices are Linears of a model, with a weight of their own in its files if these are given.
 
     Raises:
         InputError: one is not, and this form cannot store it.
     """
+    modules = dict(model.named_modules())
     for name in names:
-        module = dict(model.named_modules()).get(name)
-        if not isinstance(module, nn.Linear) or f"{name}.weight" not in shards.entries:
+        in_files = shards is None or f"{name}.weight" in shards.entries
+        if not isinstance(modules.get(name), nn.Linear) or not in_files:
             raise InputError(
                 f"format {NAME} stores the weights of Linears, and {name} is not one in the files (fused experts, or a "
                 "transposed matrix); use format bitmap"
@@ -133,7 +134,7 @@ def form_of(model: nn.Module, shards: Shards, grid: Grid, names: Iterable[str]) 
         InputError: as :func:`check_linears`, or scales cannot be divided among the columns of a matrix.
     """
     modules = frozenset(names)
-    check_linears(model, shards, sorted(modules))
+    check_linears(model, sorted(modules), shards)
     group = math.gcd(grid.group, *(shards.entries[f"{name}.weight"].shape[1] for name in modules))
     if group < LEAST_GROUP:
         raise InputError(

@@ -415,8 +415,10 @@ def _write_again(workspace: Workspace, source: Source) -> None:
 def _open_writer(workspace: Workspace, source: Source, request: RunRequest) -> None:
     """Opens the writer of the output. Writes what does not depend on pruning, unless an earlier run did. Checks that
     the format can hold every pruned weight."""
+    chosen = format_named(request.options.format)
+    chosen.check_model(source.model, source.blocks)
     workspace.model.mkdir(parents=True, exist_ok=True)
-    workspace.writer = format_named(request.options.format).open(workspace.model)
+    workspace.writer = chosen.open(workspace.model)
     if not workspace.finished:
         workspace.writer.lay_out(source.dense)
     workspace.writer.check(source.dense)

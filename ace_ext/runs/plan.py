@@ -22,7 +22,7 @@ from ace_ext.data.generate import ROWS_TOGETHER
 from ace_ext.dense_weights import DenseWeight, describe_dense, kind_of
 from ace_ext.engine.api import check_pattern
 from ace_ext.engine.model_shape import ModelShape
-from ace_ext.formats import DEFAULT_FORMAT
+from ace_ext.formats import DEFAULT_FORMAT, format_named
 from ace_ext.healing.distill import steps_of
 from ace_ext.models._transformers import embedding_weight, main_input, predicts_tokens, text_config
 from ace_ext.models.blocks import Block, stay_dense
@@ -201,6 +201,7 @@ def make_plan(
     if smaller is None:
         check_pattern(source.blocks, config)
     check_serves(source, request)
+    format_named(options.format).check_model(source.model, source.blocks)
     measured = _draw(source, request)
     chain = calibration.reads_text and _is_chain_of_text(source, config)
     request = measured.request

@@ -8,7 +8,7 @@ from folders import TEXT, bad_input, prune, save_dense, tree
 from helpers import assert_same_bits
 from runs.test_plan import plan_of
 from tiny_models import VOCABULARY, make_tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, GptOssConfig, GptOssForCausalLM
 
 from ace_ext import InputError
 from ace_ext.cli.main import main
@@ -164,6 +164,10 @@ def test_a_pattern_in_columns_of_the_files_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"format nm needs N:M along the rows .* are stored transposed; use format"):
         prune(dense, tmp_path / "out", {"format": "nm"}, pattern="2:4")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "text.txt"]
+    with pytest.raises(InputError, match=r"format nm needs N:M along the rows"):
+        plan_of(dense, {"format": "nm"}, pattern="2:4")
+    with pytest.raises(InputError, match=r"format compressed-tensors stores the weights of Linears, and .*c_attn"):
+        plan_of(dense, {"format": "compressed-tensors"}, method="quantize")
     _, plain = prune(dense, tmp_path / "plain", pattern="2:4")
     with pytest.raises(InputError, match=r"2:4 along the rows of its tensor .* use format bitmap"):
         pack(plain, tmp_path / "packed", "nm", (2, 4))
@@ -176,7 +180,21 @@ def test_the_plan_knows_which_matrices_have_no_grid_in_the_files(tmp_path):
     _, path = prune(dense, tmp_path / "out", {"format": "bitmap"}, **settings)
     stored = sum(file.stat().st_size for file in path.glob("*.safetensors")) - headers(path)
     assert stored == pytest.approx(planned.output_bytes, rel=0.05)
-    assert plan_of(dense, {"format": "nm"}, pattern="2:4").output_bytes == plan_of(dense).output_bytes
+
+
+def test_the_plan_knows_which_experts_have_no_pattern_in_the_files(tmp_path):
+    """GPT-OSS stores its experts transposed, and the other matrices by rows."""
+    size = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts_per_tok": 2}
+    dense = tmp_path / "dense"
+    GptOssForCausalLM(GptOssConfig(**size, **heads, num_local_experts=2)).bfloat16().save_pretrained(dense)
+    make_tokenizer().save_pretrained(dense)
+    (tmp_path / "text.txt").write_text(TEXT)
+    planned = plan_of(dense, {"format": "nm"}, pattern="2:4")
+    _, path = prune(dense, tmp_path / "out", {"format": "nm"}, pattern="2:4")
+    stored = sum(file.stat().st_size for file in path.glob("*.safetensors")) - headers(path)
+    assert stored == pytest.approx(planned.output_bytes, rel=0.01)
+    assert planned.output_bytes < plan_of(dense).output_bytes
 
 
 def save_gpt2(folder, n_embd=32):
