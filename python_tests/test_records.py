@@ -75,6 +75,17 @@ def test_table_explains_a_sparsity_that_was_rounded(config, line):
     assert (line or "whole number") in report.table() if line else "whole number" not in report.table()
 
 
+def test_table_says_what_training_of_blocks_gained():
+    report = make_report()
+    assert "trained" not in report.table()
+    report.blocks = [
+        BlockReport("a", 1.0, tuning=Tuning(0.5, 0.25, 3)),
+        BlockReport("b", 1.0, tuning=Tuning(0.25, 0.25, 0)),
+    ]
+    line = "trained: mean loss of a block 0.3750 before, 0.2500 after; 1 of 2 blocks did not improve and stayed"
+    assert line in report.table()
+
+
 @pytest.mark.parametrize(
     ("method", "calibration", "expected"),
     [

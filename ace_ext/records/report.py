@@ -179,6 +179,7 @@ class PruneReport:
         if self.method:
             lines.append(f"method {self.method}")
         lines += self._rounded() or self._quantized()
+        lines += self._trained()
         lines += describe_dense(self.dense, sum(matrix.size for matrix in self.matrices))
         if self.healing is not None:
             lines.append(self.healing.summary())
@@ -214,6 +215,17 @@ class PruneReport:
             f"quantized: mean squared error of a matrix's output {before:.5f} before, {after:.5f} after; {zeros:,} "
             "kept weights are 0"
         ]
+
+    def _trained(self) -> list[str]:
+        """A line about the stage ``train``, if there was one. Figures of matrices are those before it."""
+        found = [block.tuning for block in self.blocks if block.tuning is not None]
+        if not found:
+            return []
+        before = sum(tuning.loss_before for tuning in found) / len(found)
+        after = sum(tuning.loss_after for tuning in found) / len(found)
+        same = sum(not tuning.loss_after < tuning.loss_before for tuning in found)
+        words = f"; {same} of {len(found)} blocks did not improve and stayed as they were" if same else ""
+        return [f"trained: mean loss of a block {before:.4f} before, {after:.4f} after{words}"]
 
     def _empty_rows(self) -> list[str]:
         """A line about rows that have no weight left, if there are any."""
