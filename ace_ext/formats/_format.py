@@ -84,9 +84,9 @@ class OutputFormat:
     """``open(folder)``: a writer for a folder that exists."""
     check: Callable[[PruneConfig], None] = lambda config: None
     """Raises :class:`ace_ext.InputError` for settings whose result this format cannot store."""
-    check_model: Callable[[Any, list[Block]], None] = lambda model, blocks: None
-    """Raises :class:`ace_ext.InputError` for a model whose blocks this format cannot store, as far as that shows
-    without the files."""
+    check_model: Callable[[Any, list[Block], Grid | None], None] = lambda model, blocks, grid: None
+    """Raises :class:`ace_ext.InputError` for a model whose blocks the format cannot store if they are on this grid, as
+    far as that shows without the files."""
     codec: "Codec | None" = None
     """The codec, if this is a packed format. Packing takes place at the end."""
     size: "Callable[[Kept], int] | None" = None

@@ -10,6 +10,7 @@ from pathlib import Path
 from ace_ext.errors import InputError
 from ace_ext.formats._converting import ConvertingWriter
 from ace_ext.formats._format import OutputFormat, grid_of, pattern_of
+from ace_ext.grids import Grid
 from ace_ext.models.blocks import Block
 from ace_ext.packed import Codec
 from ace_ext.packed.files import PackedShards, is_packed
@@ -46,7 +47,7 @@ def packed_format(codec: Codec) -> OutputFormat:
         if codec.needs_pattern and config.pattern is None:
             raise InputError(f"format {codec.name} is for N:M patterns; add --pattern 2:4, or choose another format")
 
-    def check_model(model: object, blocks: list[Block]) -> None:
+    def check_model(model: object, blocks: list[Block], grid: Grid | None) -> None:
         columns = [block.is_stored_transposed(child) for block in blocks for child in block.linears]
         if codec.needs_pattern and columns and all(columns):
             raise InputError(

@@ -10,12 +10,14 @@ from torch import nn
 from ace_ext.errors import InputError
 from ace_ext.formats._converting import ConvertingWriter
 from ace_ext.formats._format import DenseModel, OutputFormat, grid_of
+from ace_ext.grids import Grid
 from ace_ext.models.blocks import Block
 from ace_ext.packed.compressed_tensors import (
     NAME,
     SUMMARY,
     CompressedShards,
     check_linears,
+    common_group,
     compress_into,
     is_compressed,
     size,
@@ -60,8 +62,10 @@ def _check(config: PruneConfig) -> None:
         raise InputError(f"format {NAME} is for quantized models; add the stage quantize, or choose another format")
 
 
-def _check_model(model: nn.Module, blocks: list[Block]) -> None:
+def _check_model(model: nn.Module, blocks: list[Block], grid: Grid | None) -> None:
     check_linears(model, _names(blocks))
+    assert grid is not None  # checked with the settings
+    common_group(grid, (linear.weight.shape[1] for block in blocks for linear in block.linears.values()))
 
 
 def _names(blocks: list[Block]) -> list[str]:

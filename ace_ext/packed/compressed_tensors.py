@@ -127,6 +127,21 @@ def check_linears(model: nn.Module, names: Iterable[str], shards: Shards | None 
             )
 
 
+def common_group(grid: Grid, columns: Iterable[int]) -> int:
+    """The width of groups that divides the grid's groups and the columns of all matrices.
+
+    Raises:
+        InputError: it is too small.
+    """
+    group = math.gcd(grid.group, *columns)
+    if group < LEAST_GROUP:
+        raise InputError(
+            f"format {NAME} needs matrices whose columns are multiples of {LEAST_GROUP} (got groups of {group}); use "
+            "format bitmap"
+        )
+    return group
+
+
 def form_of(model: nn.Module, shards: Shards, grid: Grid, names: Iterable[str]) -> Form:
     """How a model is stored whose matrices of these names are on a grid.
 
@@ -135,12 +150,7 @@ def form_of(model: nn.Module, shards: Shards, grid: Grid, names: Iterable[str]) 
     """
     modules = frozenset(names)
     check_linears(model, sorted(modules), shards)
-    group = math.gcd(grid.group, *(shards.entries[f"{name}.weight"].shape[1] for name in modules))
-    if group < LEAST_GROUP:
-        raise InputError(
-            f"format {NAME} needs matrices whose columns are multiples of {LEAST_GROUP} (got groups of {group}); use "
-            "format bitmap"
-        )
+    group = common_group(grid, (shards.entries[f"{name}.weight"].shape[1] for name in modules))
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return Form(grid, group, modules, [name for name in linears if name not in modules])
 

@@ -416,7 +416,7 @@ def _open_writer(workspace: Workspace, source: Source, request: RunRequest) -> N
     """Opens the writer of the output. Writes what does not depend on pruning, unless an earlier run did. Checks that
     the format can hold every pruned weight."""
     chosen = format_named(request.options.format)
-    chosen.check_model(source.model, source.blocks)
+    chosen.check_model(source.model, source.blocks, request.config.method.grid)
     workspace.model.mkdir(parents=True, exist_ok=True)
     workspace.writer = chosen.open(workspace.model)
     if not workspace.finished:

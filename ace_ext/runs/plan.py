@@ -201,7 +201,7 @@ def make_plan(
     if smaller is None:
         check_pattern(source.blocks, config)
     check_serves(source, request)
-    format_named(options.format).check_model(source.model, source.blocks)
+    format_named(options.format).check_model(source.model, source.blocks, config.method.grid)
     measured = _draw(source, request)
     chain = calibration.reads_text and _is_chain_of_text(source, config)
     request = measured.request

@@ -238,6 +238,9 @@ def test_columns_that_no_group_divides_are_refused(tmp_path):
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(dense)).bfloat16().save_pretrained(dense)
     _, pruned = prune(dense, tmp_path / "pruned", method="magnitude")
     names = [matrix.name for matrix in read_report(pruned).matrices]
+    with pytest.raises(InputError, match="columns are multiples of 8"):  # before it prunes
+        prune(dense, tmp_path / "out", {"format": "compressed-tensors"}, method="quantize")
+    assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="columns are multiples of 8"):
         compress(quantize_folder(pruned, tmp_path / "q", GRIDS[0]), tmp_path / "new", GRIDS[0], names)
 
