@@ -79,6 +79,7 @@ def training_bytes(method: Method, sizes: RunSizes) -> int:
     entries = [[linear.weight.numel() for linear in block.linears.values()] for block in sizes.blocks]
     trained, largest = max(map(sum, entries)), max(map(max, filter(None, entries)))
     rounding = int(trained * scale_bytes(method.grid, itemsize)) + working_bytes(method.grid, largest)
+    rounding += 0 if method.grid is None else trained  # masks without the kept weights that were rounded to zero
     return rounding + stage.working_bytes(BlockSizes(trained, largest, itemsize, activations))
 
 

@@ -78,16 +78,13 @@ def _few_blocks(model: nn.Module, blocks: list[Block]) -> nn.Module | None:
     kinds = [tuple((name, p.shape) for name, p in block.module.named_parameters()) for block in blocks]
     count = 1 + max(kinds.index(kind) for kind in kinds)
     for changes in ({}, {"vocab_size": VOCABULARY}):
-        try:
-            whole = laid_out(twin, changes)
-            if _size(whole) <= MOST:
-                return whole
-            for number in (count + 1, count):  # of two blocks one can be removed
-                shorter = _first_blocks(whole, number)
-                if _size(shorter) <= MOST:
-                    return shorter
-        except InputError:  # not with fewer blocks, or not with fewer tokens
-            continue
+        for number in (len(blocks), count + 1, count):  # of two blocks one can be removed
+            try:
+                few = _first_blocks(laid_out(twin, changes), number)
+            except InputError:  # not with fewer blocks, or not with fewer tokens
+                continue
+            if _size(few) <= MOST:
+                return few
     return None
 
 
