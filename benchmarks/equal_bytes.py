@@ -145,6 +145,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--eval-windows", type=int, default=12)
     arguments = parser.parse_args(argv)
     if arguments.table:
+        ignored = [name for name, value in vars(arguments).items() if value != parser.get_default(name)]
+        ignored.remove("table")
+        if ignored:
+            parser.error(f"--table prints what was measured; leave out --{ignored[0].replace('_', '-')}")
         missing = [str(folder) for folder in arguments.table if not (folder / ROWS).is_file()]
         if missing:
             parser.error(f"--table {missing[0]!r} has no {ROWS}; give a folder that --output wrote")

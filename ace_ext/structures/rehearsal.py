@@ -2,6 +2,10 @@
 random weights. Shapes alone do not tell whether a class computes the same without structures: a norm may be over all
 heads, or a matrix may hold queries, keys and values."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 
@@ -78,22 +82,21 @@ def _few_blocks(model: nn.Module, blocks: list[Block]) -> nn.Module | None:
     kinds = [tuple((name, p.shape) for name, p in block.module.named_parameters()) for block in blocks]
     count = 1 + max(kinds.index(kind) for kind in kinds)
     for changes in ({}, {"vocab_size": VOCABULARY}):
-        for number in (len(blocks), count + 1, count):  # of two blocks one can be removed
-            try:
-                few = _first_blocks(laid_out(twin, changes), number)
-            except InputError:  # not with fewer blocks, or not with fewer tokens
-                continue
-            if _size(few) <= MOST:
-                return few
+        with suppress(InputError):  # not with fewer tokens
+            whole = laid_out(twin, changes)
+            for few in chain([whole], _shorter(whole, (count + 1, count))):  # of two blocks one can be removed
+                if _size(few) <= MOST:
+                    return few
     return None
 
 
-def _first_blocks(model: nn.Module, count: int) -> nn.Module:
+def _shorter(model: nn.Module, counts: Iterable[int]) -> Iterator[nn.Module]:
+    """The class with the first blocks, for each of the counts that are fewer and that it can have."""
     blocks = find_blocks(model, check=False)
-    if count >= len(blocks):
-        return model
-    depth, _ = find_depth(model, blocks, len(blocks) - count)
-    return lay_out_without(model, blocks, [*range(count)], depth)[0]
+    for count in (count for count in counts if count < len(blocks)):
+        with suppress(InputError):
+            depth, _ = find_depth(model, blocks, len(blocks) - count)
+            yield lay_out_without(model, blocks, [*range(count)], depth)[0]
 
 
 def _size(model: nn.Module) -> int:

@@ -29,6 +29,7 @@ SMALL = ("--hidden", "128", "--intermediate", "8")
         (OPS, ("--json", "nowhere/x.json"), "--json: cannot be written (got 'nowhere/x.json')"),
         (SOLVERS, ("--shapes", "8x8,0x8"), "--shapes: must be ROWSxCOLS, separated by commas (got '8x8,0x8')"),
         ("benchmarks/equal_bytes.py", ("--table", "full"), "--table 'full' has no rows.jsonl"),
+        ("benchmarks/equal_bytes.py", ("--table", "full", "--then", "train"), "--table prints what was measured"),
         ("benchmarks/packed_products.py", ("--zeros", "3"), "--zeros: must be a share of at least 0"),
         ("benchmarks/packed_products.py", ("--zeros", "4:2"), "--zeros: must be a share of at least 0"),
         ("benchmarks/packed_products.py", ("--tokens", "0"), "--threads and --tokens must be at least 1"),
