@@ -54,6 +54,9 @@ class Grid:
         if self.group < GROUP_STEP or self.group % GROUP_STEP:
             raise InputError(f"group must be a multiple of {GROUP_STEP} columns (got {self.group})")
 
+    def __str__(self) -> str:
+        return f"{self.bits} bits in groups of {self.group}"
+
     @property
     def lowest(self) -> int:
         """The lowest code."""

@@ -24,7 +24,8 @@ def check(args: argparse.Namespace) -> int:
     """Runs the verb; returns the exit status: 1 if the folder has a problem."""
     result = verify(args.folder)
     if args.json:
-        print(json.dumps({name: value for name, value in vars(result).items() if name != "removed" or value}))
+        told = {name: value for name, value in vars(result).items() if value or name not in ("removed", "grid")}
+        print(json.dumps(told))
     else:
         rows = f", {result.exact_rows} of {result.rows} groups with exactly k non-zeros" if result.rows else ""
         for line in result.removed:
@@ -32,5 +33,6 @@ def check(args: argparse.Namespace) -> int:
         if result.matrices or not result.removed:
             print(f"{result.matrices} matrices, sparsity {result.sparsity:.4f}{rows}")
         problems = "\n".join(f"problem: {problem}" for problem in result.problems)
-        print(problems or "OK: counts, zeros, finite values, loading")
+        grid = f"grid of {result.grid}, " if result.grid else ""
+        print(problems or f"OK: counts, zeros, finite values, {grid}loading")
     return 1 if result.problems else 0

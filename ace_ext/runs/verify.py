@@ -45,6 +45,8 @@ class VerifyResult:
     """Whether transformers loaded the folder and computed a finite output."""
     removed: list[str] = field(default_factory=list)
     """For each kind of structure that was removed, how many are left by ``config.json``."""
+    grid: str = ""
+    """The grid of the weights of a method with ``quantize``: bits and columns that share a scale."""
     problems: list[str] = field(default_factory=list)
     """One line each, with the name of the matrix; empty if the folder is valid."""
 
@@ -86,7 +88,7 @@ def verify_weights(folder: str | Path) -> VerifyResult:
     shards = written_shards(folder, mapped=False)
     if isinstance(shards, PackedShards):
         check_hashes(shards)
-    result = VerifyResult(str(folder))
+    result = VerifyResult(str(folder), grid=str(grid or ""))
     expected, transposed = _expected(Path(folder), shards, config, report, result)
     reported = {matrix.name: matrix for matrix in report.matrices}
     _check_removed(Path(folder), report, result)
@@ -108,7 +110,7 @@ def verify_weights(folder: str | Path) -> VerifyResult:
         total = int(weight.count_nonzero())
         _check_matrix(name, reported.get(name), weight, total, config, result)
         if grid is not None and grid.recover(weight) is None:
-            result.problems.append(f"{name}: not on the grid of {grid.bits} bits in groups of {grid.group}")
+            result.problems.append(f"{name}: not on the grid of {grid}")
         nonzero += total
         size += weight.numel()
     result.sparsity = 1 - nonzero / size if size else 0.0

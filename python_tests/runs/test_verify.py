@@ -8,6 +8,7 @@ import torch
 from folders import call, prune, save_dense
 from safetensors.torch import load_file, save_file
 
+from ace_ext.cli.main import main
 from ace_ext.runs.verify import verify
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -57,6 +58,16 @@ def test_kept_weights_that_are_rounded_to_zero_are_no_fault(tmp_path, config):
     assert sum(matrix.nonzero for matrix in report.matrices) < sum(matrix.keep for matrix in report.matrices)
     assert "kept weights are 0" in report.table()
     assert ("sparsity 0.0" in report.table()) == (config["method"] == "quantize(bits=8)")
+
+
+def test_the_grid_that_was_checked_is_named(tmp_path, capsys):
+    out = write(tmp_path / "out", method="wanda + quantize(bits=4, group=64)")
+    assert main(["verify", str(out)]) == 0
+    assert "OK: counts, zeros, finite values, grid of 4 bits in groups of 64, loading" in capsys.readouterr().out
+    assert main(["verify", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["grid"] == "4 bits in groups of 64"
+    assert main(["verify", str(write(tmp_path / "plain"))]) == 0
+    assert "grid" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("config", QUANTIZED, ids=str)
