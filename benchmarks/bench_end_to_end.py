@@ -11,8 +11,10 @@ all tokens go through a block at once, so that no method has an advantage from l
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,9 @@ from ace_ext.models.blocks import find_blocks
 from ace_ext.models.loading import load_model
 from ace_ext.models.replay import capture_calls, run_block
 from ace_ext.pruning.method import parse
+
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+from program import count, one_line_errors
 
 
 @torch.no_grad()
@@ -67,22 +72,28 @@ def wanda_order(model: nn.Module, tokens: Tensor, sparsity: float) -> None:
         hidden = run_block(block, hidden, call.others[index])
 
 
-def arguments() -> argparse.Namespace:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--calibration", default="wiki-mini")
-    parser.add_argument("--nsamples", type=int, default=64)
-    parser.add_argument("--seqlen", type=int, default=128)
+    parser.add_argument("--nsamples", type=count, default=64)
+    parser.add_argument("--seqlen", type=count, default=128)
     parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=count, default=3)
     parser.add_argument("--perplexity", action="store_true", help="also evaluate on 24 held-out windows of 512")
-    return parser.parse_args()
+    return parser
 
 
-def main() -> None:
-    args = arguments()
+def main(argv: list[str] | None = None) -> None:
+    parser = arguments()
+    args = parser.parse_args(argv)
+    with one_line_errors(parser):
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     loaded = load_model(args.model, args.dtype, device)
     model = loaded.model

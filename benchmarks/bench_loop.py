@@ -11,6 +11,7 @@ of one kind must have the same bytes.
 
 import argparse
 import hashlib
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -34,22 +35,26 @@ from ace_ext.runs.model_source import Demand, MemoryChoice
 from ace_ext.runs.options import Calibration, RunOptions
 from ace_ext.runs.pipeline import prune_folder
 
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+from program import count, existing_folder, one_line_errors
 
-def main() -> None:
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", type=existing_folder, required=True)
     parser.add_argument("--calibration", default="wiki-mini")
-    parser.add_argument("--nsamples", type=int, default=16)
-    parser.add_argument("--seqlen", type=int, default=128)
-    parser.add_argument("--batch-tokens", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--nsamples", type=count, default=16)
+    parser.add_argument("--seqlen", type=count, default=128)
+    parser.add_argument("--batch-tokens", type=count, default=256)
+    parser.add_argument("--repeats", type=count, default=3)
     parser.add_argument("--device", default="auto")
-    args = parser.parse_args()
-    device = pick_device(args.device)
-    config = PruneConfig(f"collect(batch_tokens={args.batch_tokens}) + wanda")
-    print(f"{args.model} on {device}, {torch.get_num_threads()} threads, {args.nsamples} x {args.seqlen} tokens")
-    several_batches(args, config, device)
-    from_the_disk(args, config, device)
+    args = parser.parse_args(argv)
+    with one_line_errors(parser):
+        device = pick_device(args.device)
+        config = PruneConfig(f"collect(batch_tokens={args.batch_tokens}) + wanda")
+        print(f"{args.model} on {device}, {torch.get_num_threads()} threads, {args.nsamples} x {args.seqlen} tokens")
+        several_batches(args, config, device)
+        from_the_disk(args, config, device)
 
 
 def several_batches(args: argparse.Namespace, config: PruneConfig, device: torch.device) -> None:
@@ -77,7 +82,7 @@ def from_the_disk(args: argparse.Namespace, config: PruneConfig, device: torch.d
         choice = MemoryChoice(overlap=overlap, forwards=True)
         with tempfile.TemporaryDirectory() as folder, patch.object(Demand, "decide", lambda _: choice):
             options = RunOptions(offload="disk")
-            _, output = prune_folder(args.model, Path(folder) / "out", config, calibration, options, device)
+            _, output = prune_folder(str(args.model), Path(folder) / "out", config, calibration, options, device)
             digest = hashlib.sha256()
             for file in sorted(output.glob("*.safetensors")):
                 digest.update(file.read_bytes())
@@ -122,10 +127,10 @@ def forward(model: nn.Module, tokens: torch.Tensor, config: PruneConfig, device:
             hidden = run_block(block, hidden, call.others[index])
 
 
-def read_and_write(model: str, device: torch.device) -> None:
+def read_and_write(model: Path, device: torch.device) -> None:
     """Reads every block, and writes as many bytes to a file."""
     shards = Shards(model)
-    blocks = find_blocks(skeleton(Path(model), shards, "auto"), check=False)
+    blocks = find_blocks(skeleton(model, shards, "auto"), check=False)
     store = OffloadedBlocks(blocks, shards, device)
     with tempfile.TemporaryDirectory() as folder:
         for index in range(len(blocks)):

@@ -8,8 +8,10 @@ products; the rest is the step less these: attention, norms, and Python. Prints 
 
 import argparse
 import statistics
+import sys
 import time
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,9 @@ from transformers import AutoModelForCausalLM
 import ace_ext
 from ace_ext.models._transformers import cache_arguments, output_head
 from ace_ext.runtime import PackedLinear
+
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+from program import count, existing_folder, one_line_errors
 
 BLOCKS, HEAD, REST = "Linears of the blocks", "LM head", "the rest"
 
@@ -56,13 +61,19 @@ def step_times(model: nn.Module, clocks: Clocks, tokens: Tensor) -> dict[str, fl
     return {part: 1e3 * seconds / (tokens.shape[1] - 1) for part, seconds in parts.items()}
 
 
-def main() -> None:
-    """Prints the table."""
+def main(argv: list[str] | None = None) -> None:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("dense")
-    parser.add_argument("packed")
-    parser.add_argument("--tokens", type=int, default=32)
-    args = parser.parse_args()
+    parser.add_argument("dense", type=existing_folder)
+    parser.add_argument("packed", type=existing_folder)
+    parser.add_argument("--tokens", type=count, default=32)
+    args = parser.parse_args(argv)
+    with one_line_errors(parser):
+        print_parts(args)
+
+
+def print_parts(args: argparse.Namespace) -> None:
+    """Measures both models, and prints a line for each."""
     models = {
         "dense": AutoModelForCausalLM.from_pretrained(args.dense, dtype="auto").eval(),
         "packed": ace_ext.load_packed(args.packed),

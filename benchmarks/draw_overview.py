@@ -10,6 +10,7 @@ where the commands are. With the same release of matplotlib a picture has the sa
 
 import argparse
 import json
+import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+from program import existing_folder, one_line_errors
 from study import ARTICLES, BUNDLED, DENSE, FILE, LENGTHS, MODELS, WANDA, Figures, Study, load
 
 FOLDER = FILE.parent
@@ -177,10 +181,13 @@ def draw_all(folder: Path) -> None:
     draw_study(rows, folder / "study.png")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the .png files go (default: %(default)s)")
-    draw_all(parser.parse_args().folder)
+    where = "where the .png files go (default: %(default)s)"
+    parser.add_argument("--folder", type=existing_folder, default=FOLDER, help=where)
+    folder = parser.parse_args(argv).folder
+    with one_line_errors(parser):
+        draw_all(folder)
 
 
 if __name__ == "__main__":

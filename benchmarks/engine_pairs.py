@@ -10,14 +10,19 @@ processes have real-time priority while they are measured, for :data:`LONGEST` s
 import argparse
 import os
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 
-from ace_ext.bench.candidates import LLAMA, Candidate
+from ace_ext.bench.candidates import LLAMA, VLLM, Candidate
 from ace_ext.bench.gguf_writer import write_gguf
 from ace_ext.bench.worker import Worker
 
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+from program import count, existing_folder, one_line_errors
+
+ENGINES = ("torch", LLAMA, VLLM)
 LONGEST = 52
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12]
 
@@ -67,17 +72,23 @@ def measure(engine: str, paths: list[Path], args: argparse.Namespace) -> None:
             worker.close()
 
 
-def main() -> None:
-    """Reads the command line and prints the table."""
+def main(argv: list[str] | None = None) -> None:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs=2, type=Path, metavar="folder", help="the dense and the smaller one")
-    parser.add_argument("--engines", nargs="+", default=["torch", LLAMA, "vllm"])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--tokens", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("folders", nargs=2, type=existing_folder, metavar="folder", help="the dense and a smaller one")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    parser.add_argument("--batches", type=count, nargs="+", default=[1, 4])
+    parser.add_argument("--tokens", type=count, default=6)
+    parser.add_argument("--rounds", type=count, default=5)
+    parser.add_argument("--threads", type=count, default=os.cpu_count())
     parser.add_argument("--realtime", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    with one_line_errors(parser):
+        print_table(args)
+
+
+def print_table(args: argparse.Namespace) -> None:
+    """Measures the engines one after the other."""
     print("| engine | batch | dense, tokens/s | smaller | ratio (all rounds) |\n|---|--:|--:|--:|--:|")
     with tempfile.TemporaryDirectory() as place:
         for engine in args.engines:

@@ -22,6 +22,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+from program import count, existing_file, existing_folder, one_line_errors
+
 PROMPTS = (
     "The capital of France is",
     "Once upon a time, a small dog",
@@ -41,6 +44,7 @@ ENGINES = (
     "vllm:float32",
     "vllm:bfloat16",
 )
+KNOWN = (*ENGINES, "transformers:float16", "transformers:float32", "vllm:float16")
 
 
 def transformers_tokens(folder: str, prompts: list[list[int]], count: int, kind: str) -> list[list[int]]:
@@ -182,27 +186,52 @@ def alike(found: list[int], expected: list[int]) -> int:
     return next(different, len(expected))
 
 
-def main() -> None:
-    """Reads the command line and prints the table."""
+def engine_of(text: str) -> str:
+    """An engine and its kind of weights, if they can be run."""
+    if text not in KNOWN:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(KNOWN)} (got {text!r})")
+    return text
+
+
+def python_of(text: str) -> tuple[str, str]:
+    """An engine of another environment, and the interpreter of that."""
+    name, _, path = text.partition("=")
+    if name not in APART or not path:
+        raise argparse.ArgumentTypeError(f"must be ENGINE=PATH, with an engine of {', '.join(APART)} (got {text!r})")
+    existing_file(path)
+    return name, path
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder")
-    parser.add_argument("--engines", nargs="+", default=ENGINES)
-    parser.add_argument("--python", action="append", default=[], metavar="ENGINE=PATH")
-    parser.add_argument("--tokens", type=int, default=24)
-    args = parser.parse_args()
+    parser.add_argument("folder", type=existing_folder)
+    parser.add_argument("--engines", nargs="+", type=engine_of, default=ENGINES)
+    parser.add_argument("--python", action="append", type=python_of, default=[], metavar="ENGINE=PATH")
+    parser.add_argument("--tokens", type=count, default=24)
+    args = parser.parse_args(argv)
+    unused = [name for name, _ in args.python if name not in {engine.partition(":")[0] for engine in args.engines}]
+    if unused:
+        parser.error(f"--python {unused[0]}: no engine of --engines runs in it; leave it out")
+    with one_line_errors(parser):
+        print_table(args)
+
+
+def print_table(args: argparse.Namespace) -> None:
+    """Runs the engines one after the other."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
     prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
-    pythons = dict(one.split("=", 1) for one in args.python)
-    reference = Reference(args.folder, prompts)
+    pythons, folder = dict(args.python), str(args.folder)
+    reference = Reference(folder, prompts)
     expected = reference.tokens(args.tokens)
     for text, ids in zip(PROMPTS, expected, strict=True):
         print(repr(text + tokenizer.decode(ids)))
     print(f"\n| engine | equal texts of {len(PROMPTS)} | tokens before the first that differs | nats below | at most |")
     print("|---|--:|--:|--:|--:|")
     for engine in args.engines:
-        found = tokens_of(engine, args.folder, prompts, args.tokens, pythons)
+        found = tokens_of(engine, folder, prompts, args.tokens, pythons)
         same = [alike(one, other) for one, other in zip(found, expected, strict=True)]
         below, equal = reference.below(found), sum(one == args.tokens for one in same)
         share = sum(same) / (args.tokens * len(same))

@@ -29,6 +29,9 @@ from ace_ext.packed.packing import pack
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.method import parse
 
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+from program import count, one_line_errors
+
 TEXTS = ("wiki-mini", "news-mini", "code-mini")
 BITS = (16, 8, 4, 3)
 ROWS = "rows.jsonl"
@@ -74,10 +77,10 @@ def bits_a_weight(bench: Bench, config: PruneConfig, zeros: str, bits: int) -> f
         return pack(dense, Path(folder, "packed"), "bitmap", pattern, grid).bits
 
 
-def measure(bench: Bench, zeros: str, bits: int, text: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    bench: Bench, config: PruneConfig, zeros: str, bits: int, text: str, arguments: argparse.Namespace
+) -> dict[str, Any]:
     """One row: prunes, quantizes, evaluates and packs."""
-    target = {} if zeros == NONE else {"pattern": zeros} if ":" in zeros else {"sparsity": float(zeros)}
-    config = PruneConfig(parse(text), **target)
     cell = Cell(text, zeros, arguments.calibration, arguments.nsamples, arguments.seqlen, arguments.seed)
     run = bench.run(cell, config, "auto", None)
     return {
@@ -93,20 +96,23 @@ def measure(bench: Bench, zeros: str, bits: int, text: str, arguments: argparse.
 
 def run(arguments: argparse.Namespace) -> None:
     """Measures the rows that the journal does not have."""
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    journal = arguments.output / ROWS
     done = {(row["zeros"], row["method"]) for row in read(arguments.output)}
     grid = Grid((parse("wanda"),), calibrations=(arguments.calibration,))
     evaluation = Evaluation(texts=TEXTS, windows=arguments.eval_windows)
     study = Study(arguments.model, grid, evaluation)
+    configs = {  # all of them before the first is measured
+        (zeros, bits, text): PruneConfig(text) if zeros == NONE else study.config(parse(text), zeros)
+        for zeros, bits, text in rows(arguments)
+    }
     bench = Bench(load_model(study.model, "bfloat16", pick_device("cpu")), evaluation, study.text_field)
-    with journal.open("a", encoding="utf-8") as file:
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with (arguments.output / ROWS).open("a", encoding="utf-8") as file:
         if not done:
             dense = {name: found.perplexity for name, found in bench.evaluate().items()}
             write(file, {"zeros": NONE, "bits": 16, "method": "dense", "bits_a_weight": 16.0, "perplexity": dense})
-        for zeros, bits, text in rows(arguments):
+        for (zeros, bits, text), config in configs.items():
             if (zeros, text) not in done:
-                write(file, measure(bench, zeros, bits, text, arguments))
+                write(file, measure(bench, config, zeros, bits, text, arguments))
 
 
 def write(file: Any, row: dict[str, Any]) -> None:
@@ -139,10 +145,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--zeros", nargs="+", default=["0.5", "2:4", "0.7"])
     parser.add_argument("--then", choices=("train", "distill"), help="each row also with this stage after rounding")
     parser.add_argument("--calibration", default="wiki-mini")
-    parser.add_argument("--nsamples", type=int, default=64)
-    parser.add_argument("--seqlen", type=int, default=128)
+    parser.add_argument("--nsamples", type=count, default=64)
+    parser.add_argument("--seqlen", type=count, default=128)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--eval-windows", type=int, default=12)
+    parser.add_argument("--eval-windows", type=count, default=12)
     arguments = parser.parse_args(argv)
     if arguments.table:
         ignored = [name for name, value in vars(arguments).items() if value != parser.get_default(name)]
@@ -157,7 +163,10 @@ def main(argv: list[str] | None = None) -> None:
             print("|---|---|--:|--:|--:|--:|--:|")
             print("\n".join(map(line, read(folder))))
     elif arguments.model and arguments.output:
-        run(arguments)
+        if arguments.output.exists() and not arguments.output.is_dir():
+            parser.error(f"--output {str(arguments.output)!r} is a file; give a folder")
+        with one_line_errors(parser):
+            run(arguments)
     else:
         parser.error("give --model and --output, or --table")
 

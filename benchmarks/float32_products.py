@@ -9,9 +9,11 @@ dtype, then shapes, medians in milliseconds and the median of the ratios of pair
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
@@ -19,6 +21,9 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from ace_ext.models.attention import attention
 from ace_ext.models.products import MIN_TOKENS, _Linear, float32_matmul, slow_dtypes
 from ace_ext.pruning.statistics import SKETCH_ROWS
+
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+from program import count
 
 SHAPES = ((1536, 576), (5632, 2048))
 TOKENS = (MIN_TOKENS, 32, 128, 1024)
@@ -47,10 +52,10 @@ def backward_seconds(attend, shape: tuple[int, ...], dtype: torch.dtype) -> floa
     return seconds(torch.autograd.grad, output, given, torch.randn(shape).to(dtype))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1)
-    torch.set_num_threads(parser.parse_args().threads)
+    parser.add_argument("--threads", type=count, default=1)
+    torch.set_num_threads(parser.parse_args(argv).threads)
     torch.manual_seed(0)
     print(f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads; torch, float32 in ms, ratio")
     for dtype in (torch.bfloat16, torch.float16):

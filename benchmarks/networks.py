@@ -41,9 +41,13 @@ from transformers import (
 )
 
 from ace_ext import prune_model
+from ace_ext.compare.grid import Grid, Study
 from ace_ext.data.agreement import agreement, answers, word_error_rate, words
 from ace_ext.data.corpora import CALIBRATION, HELD_OUT, load_text
-from ace_ext.pruning.method import parse
+from ace_ext.pruning.method import parse_list
+
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+from program import count, existing_folder, one_line_errors
 
 METHODS = "wanda; ace; fast; published-sparsegpt; balanced; best"
 AMOUNTS = "0.5; 2:4"
@@ -51,6 +55,9 @@ BATCH = 16
 VOICES = ("en-us", "en-gb", "en-us+f3", "en-gb+m3")
 CLIP_WORDS = 50
 """Words of a spoken clip: some 22 s, of the 30 s that Whisper hears."""
+
+IGNORED = {"encoder": ("clips", "epochs"), "speech": ("epochs",), "vision": ("model", "text", "clips")}
+"""Arguments that a kind does not use."""
 
 Batches = list[dict[str, Tensor]]
 
@@ -208,22 +215,19 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None
     model.eval()
 
 
-def print_table(subject: Subject, methods: Sequence[str], amounts: Sequence[str]) -> None:
+def print_table(subject: Subject, study: Study) -> None:
     """A row for the dense model, and for each method and amount; in brackets figures relative to the dense ones."""
     dense = subject.measure(subject.model)
     print(f"| method | amount | {' | '.join(dense)} | seconds |\n|---|---|{'--:|' * (len(dense) + 1)}")
     print(f"| (dense) | | {' | '.join(f'{value:.3f}' for value in dense.values())} | |", flush=True)
-    for amount in amounts:
-        for method in methods:
-            model = copy.deepcopy(subject.model)
-            settings = {"pattern": amount} if ":" in amount else {"sparsity": float(amount)}
-            start = time.perf_counter()
-            if parse(method).distill is not None:
-                settings["distill_text"] = subject.distillation
-            prune_model(model, subject.calibration, method=method, **settings)
-            seconds = time.perf_counter() - start
-            cells = [f"{value:.3f}{relative(value, dense[name])}" for name, value in subject.measure(model).items()]
-            print(f"| `{method}` | {amount} | {' | '.join(cells)} | {seconds:.0f} |", flush=True)
+    for amount, method in study.grid.targets():
+        model, config = copy.deepcopy(subject.model), study.config(method, amount)
+        distill_text = None if config.method.distill is None else subject.distillation
+        start = time.perf_counter()
+        prune_model(model, subject.calibration, config, distill_text=distill_text)
+        seconds = time.perf_counter() - start
+        cells = [f"{value:.3f}{relative(value, dense[name])}" for name, value in subject.measure(model).items()]
+        print(f"| `{method.label}` | {amount} | {' | '.join(cells)} | {seconds:.0f} |", flush=True)
 
 
 def relative(value: float, dense: float) -> str:
@@ -231,26 +235,28 @@ def relative(value: float, dense: float) -> str:
     return "" if dense in (0, 1) or abs(dense - 1) < 1e-6 else f" ({value / dense:.2f})"
 
 
-def split_list(text: str) -> list[str]:
-    return [part.strip() for part in text.split(";") if part.strip()]
-
-
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=("encoder", "speech", "vision"))
-    parser.add_argument("model", nargs="?", help="the model's folder; vision needs none")
+    parser.add_argument("model", nargs="?", type=existing_folder, help="the model's folder; vision needs none")
     parser.add_argument("--methods", default=METHODS, help="default: %(default)s")
     parser.add_argument("--amounts", default=AMOUNTS, help="sparsities and patterns (default: %(default)s)")
     parser.add_argument("--text", help="where sentences are from (default: wiki-mini, and news-mini for speech)")
-    parser.add_argument("--clips", type=int, default=24, help="speech: clips of each part (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=60, help="vision: passes over the digits (default: %(default)s)")
+    parser.add_argument("--clips", type=count, default=24, help="speech: clips of each part (default: %(default)s)")
+    parser.add_argument("--epochs", type=count, default=60, help="vision: passes over its digits (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="chooses sentences and digits (default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.model is None and args.kind != "vision":
         parser.error(f"{args.kind} needs a model's folder; tools/fetch_models.py makes one")
-    subject = {"encoder": encoder, "speech": speech, "vision": vision}[args.kind](args)
-    print(f"{args.kind}, seed {args.seed}, {torch.get_num_threads()} threads, {' '.join(sys.argv[1:])}\n")
-    print_table(subject, split_list(args.methods), split_list(args.amounts))
+    for name in IGNORED[args.kind]:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"{args.kind} does not use {'the folder' if name == 'model' else f'--{name}'}; leave it out")
+    amounts = tuple(amount.strip() for amount in args.amounts.split(";") if amount.strip())
+    with one_line_errors(parser):
+        study = Study(str(args.model), Grid(parse_list(args.methods), amounts))  # checks every row
+        subject = {"encoder": encoder, "speech": speech, "vision": vision}[args.kind](args)
+        print(f"{args.kind}, seed {args.seed}, {torch.get_num_threads()} threads, {' '.join(argv or sys.argv[1:])}\n")
+        print_table(subject, study)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ error of the logits of a sentence, read at once and token by token, relative to 
 """
 
 import argparse
+import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ace_ext
 from ace_ext.models._transformers import cache_arguments
+
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+from program import existing_folder, one_line_errors
 
 BEGINNINGS = (
     "The history of bridges begins with",
@@ -38,11 +43,16 @@ def token_by_token(model: nn.Module, ids: Tensor) -> Tensor:
     return torch.cat(logits, dim=1)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("dense")
-    parser.add_argument("packed")
-    args = parser.parse_args()
+    parser.add_argument("dense", type=existing_folder)
+    parser.add_argument("packed", type=existing_folder)
+    args = parser.parse_args(argv)
+    with one_line_errors(parser):
+        compare(args)
+
+
+def compare(args: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.dense)
     dense = AutoModelForCausalLM.from_pretrained(args.dense, dtype="auto").eval()
     packed = ace_ext.load_packed(args.packed)

@@ -26,6 +26,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+from program import existing_file, existing_folder, one_line_errors
+
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks/instructions.json"
 RESULTS = ROOT / "benchmarks/RESULTS.md"
@@ -155,19 +158,29 @@ def write_results(part: str, text: str) -> None:
     RESULTS.write_text(before + begin + text + "\n" + end + after)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="What the kernels' instruction counts allow.")
-    parser.add_argument("--build", type=Path, default=ROOT / "build/cpp", help="folder of the C++ build")
-    parser.add_argument("--ptx", type=Path, default=ROOT / "build/ptx/sm_80", help="folder of PTX files")
+    parser.add_argument("--build", type=existing_folder, default=ROOT / "build/cpp", help="folder of the C++ build")
+    parser.add_argument("--ptx", type=existing_folder, default=ROOT / "build/ptx/sm_80", help="folder of PTX files")
     parser.add_argument("--check", action="store_true", help="fail where a count is above the recorded one")
     parser.add_argument("--update", action="store_true", help="record the counts, write the table to RESULTS.md")
-    parser.add_argument("--measured", type=Path, help="the JSON of bench_ops.py: its table goes to RESULTS.md")
-    args = parser.parse_args()
+    parser.add_argument("--measured", type=existing_file, help="the JSON of bench_ops.py: its table goes to RESULTS.md")
+    args = parser.parse_args(argv)
     if args.measured:
-        text = measured(args.measured, json.loads(RECORD.read_text()))
+        if args.check or args.update:
+            parser.error("--measured counts nothing; leave out --check and --update")
+        try:
+            text = measured(args.measured, json.loads(RECORD.read_text()))
+        except (ValueError, LookupError, TypeError):
+            parser.error(f"--measured {str(args.measured)!r} is not what bench_ops.py --json writes")
         print(text)
         write_results(MEASURED, text)
         return 0
+    with one_line_errors(parser):
+        return count_and_check(args)
+
+
+def count_and_check(args: argparse.Namespace) -> int:
     found = counted(args.build, args.ptx)
     print("bfloat16; instructions and picoseconds an element, counted on PTX on the host, not run on a GPU\n")
     print(table(found))

@@ -11,12 +11,18 @@ file.
 import argparse
 import json
 import statistics
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ace_ext.compare.tables import Spread, amount_name
+from ace_ext.errors import InputError
 from ace_ext.whole_files import write_whole
+
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+from program import existing_folder, one_line_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "docs" / "figures" / "study.json"
@@ -88,7 +94,16 @@ def model_name(path: str) -> str:
 
 def recorded(folder: Path) -> Iterable[Figures]:
     """The rows of a folder that ``ace-prune compare`` wrote, one for each run."""
-    data = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    file = folder / "results.json"
+    try:
+        yield from figures_of(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, LookupError, TypeError) as error:
+        texts = ", ".join(TEXTS)
+        raise InputError(f"{str(file)!r} is not of ace-prune compare with the texts {texts} ({error!r})") from error
+
+
+def figures_of(data: dict[str, Any]) -> Iterator[Figures]:
+    """The rows of what a ``results.json`` holds."""
     model = model_name(data["settings"]["model"])
     dense = {text: round(data["dense"][text]["perplexity"], 3) for text in TEXTS}
     yield Figures(model, DENSE, "0", "", {"0": dense})
@@ -235,13 +250,18 @@ def tables(rows: Iterable[Figures]) -> dict[str, str]:
     return found
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("record", "tables"))
-    parser.add_argument("folders", nargs="*", type=Path, help="folders of ace-prune compare --output")
-    arguments = parser.parse_args()
+    parser.add_argument("folders", nargs="*", type=existing_folder, help="folders of ace-prune compare --output")
+    arguments = parser.parse_args(argv)
     if arguments.action == "record":
-        record(arguments.folders)
+        if not arguments.folders:
+            parser.error("record needs folders of ace-prune compare --output")
+        with one_line_errors(parser):
+            record(arguments.folders)
+    elif arguments.folders:
+        parser.error("tables prints what was recorded; leave out the folders, or record them first")
     else:
         print("\n\n".join(f"{title}\n\n{text}" for title, text in tables(load()).items()))
 

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from make_synthetic_llama import make
+from program import existing_folder, one_line_errors
 
 GB = 10**9
 
@@ -77,11 +78,17 @@ def large(place: Path, layers: int = 11, budget: int = 2 * GB) -> dict:
     return {"bytes": size, "budget": budget, "disk": disk}
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="only the small model")
-    parser.add_argument("--place", type=Path, help="a folder with 10 GB of free space (default: the temporary folder)")
-    args = parser.parse_args()
+    parser.add_argument("--place", type=existing_folder, help="a folder with 10 GB free (default: the temporary one)")
+    args = parser.parse_args(argv)
+    with one_line_errors(parser):
+        return check(args)
+
+
+def check(args: argparse.Namespace) -> int:
+    """Runs the checks in a temporary folder; returns the exit status."""
     place = Path(tempfile.mkdtemp(prefix="ace-memory-", dir=args.place))
     try:
         found = {"small": both_ways(place, layers=7, hidden=1536, intermediate=4096)}

@@ -25,6 +25,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from program import count, existing_folder, one_line_errors
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # File of PTX -> its test and the filter that runs its kernels for bfloat16.
@@ -119,19 +121,25 @@ def try_family(family: str, builds: list[Path], ptx: Path, limit: int) -> tuple[
     return len(everything), unnoticed
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Leaves out each barrier and each atomic of the kernels' PTX in turn.")
-    parser.add_argument("--build", type=Path, default=ROOT / "build/cpp", help="folder of the C++ build")
-    parser.add_argument("--then", type=Path, help="another one, for what the first does not notice")
-    parser.add_argument("--ptx", type=Path, default=ROOT / "build/ptx", help="folder of tools/make_ptx.sh")
+    parser.add_argument("--build", type=existing_folder, default=ROOT / "build/cpp", help="folder of the C++ build")
+    parser.add_argument("--then", type=existing_folder, help="another one, for what the first does not notice")
+    parser.add_argument("--ptx", type=existing_folder, default=ROOT / "build/ptx", help="folder of tools/make_ptx.sh")
     parser.add_argument("--arch", default="80", help="architecture of the PTX (default: %(default)s)")
     parser.add_argument("--family", choices=FAMILIES, action="append", help="only this file; may be repeated")
-    parser.add_argument("--limit", type=int, default=300, help="seconds of CPU for a run (default: %(default)s)")
-    args = parser.parse_args()
+    parser.add_argument("--limit", type=count, default=300, help="seconds of CPU for a run (default: %(default)s)")
+    args = parser.parse_args(argv)
     builds = [build for build in (args.build, args.then) if build]
-    for family in args.family or FAMILIES:
-        count, unnoticed = try_family(family, builds, args.ptx / f"sm_{args.arch}", args.limit)
-        print(f"{family}: {count - len(unnoticed)} of {count} removals noticed", flush=True)
+    ptx, families = args.ptx / f"sm_{args.arch}", args.family or list(FAMILIES)
+    needed = [ptx / f"{family}.ptx" for family in families]
+    needed += [build / FAMILIES[family][0] for build in builds for family in families]
+    if missing := [path for path in needed if not path.is_file()]:  # before minutes of tests
+        parser.error(f"no {missing[0]}; run tools/test_cpp.sh and tools/make_ptx.sh first (with nvcc)")
+    with one_line_errors(parser):
+        for family in families:
+            tried, unnoticed = try_family(family, builds, ptx, args.limit)
+            print(f"{family}: {tried - len(unnoticed)} of {tried} removals noticed", flush=True)
     return 0
 
 

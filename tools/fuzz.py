@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT / "python_tests"))
 
 from bad_inputs import arguments  # noqa: E402
 from folders import prune, save_dense  # noqa: E402
+from program import positive  # noqa: E402
 
 from ace_ext.cli import main as cli  # noqa: E402
 from ace_ext.packed.packing import pack  # noqa: E402
@@ -185,12 +186,12 @@ def run(place: Path, verb: str, options: dict[str, object]) -> str | None:
     return f"status {status}: {error[-600:]}"
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Runs for some seconds; returns the exit status."""
     parser = argparse.ArgumentParser(description="mutate a model's files and run the command line on them")
-    parser.add_argument("--seconds", type=float, default=30)
+    parser.add_argument("--seconds", type=positive, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     os.environ["HF_HUB_OFFLINE"] = "1"
     rng = random.Random(args.seed)
     found = done = 0

@@ -25,6 +25,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import zstandard
+from program import one_line_errors
 
 TEXTS = Path(__file__).parents[1] / "ace_ext" / "data" / "texts"
 SPLITS = ("calibration", "held-out")
@@ -351,12 +352,18 @@ def licences(folder: Path) -> str:
     return "\n\n".join(parts)
 
 
-def main() -> None:
-    """Makes the files, or compares the text."""
+def main(argv: list[str] | None = None) -> None:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="keeps the packages")
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    with one_line_errors(parser):
+        make(args)
+
+
+def make(args: argparse.Namespace) -> None:
+    """Makes the files, or compares the text."""
     args.folder.mkdir(parents=True, exist_ok=True)
     found, credits = documents(args.folder)
     parts = {kind: split(found[kind], sizes) for kind, sizes in SIZES.items()}

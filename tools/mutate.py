@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from program import count, one_line_errors, positive
+
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "mutation"
 SECONDS = 60
@@ -199,16 +201,32 @@ class Notices:
         return "missed"
 
 
-def main() -> int:
+def header_of(name: str) -> Path:
+    """A header of ``csrc/core`` by its name."""
+    found = {path.stem: path for path in sorted(ROOT.glob("csrc/core/*.h"))}
+    if name not in found:
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(found)} (got {name!r})")
+    return found[name]
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("headers", nargs="*", help="names of csrc/core without .h; all by default")
-    parser.add_argument("--sample", type=int, help="how many changes, drawn at random; all by default")
-    parser.add_argument("--seconds", type=float, help="begin no change after so many; they are then drawn at random")
+    parser.add_argument("headers", nargs="*", type=header_of, help="names of csrc/core without .h; all by default")
+    parser.add_argument("--sample", type=count, help="how many changes, drawn at random; all by default")
+    parser.add_argument("--seconds", type=positive, help="begin no change after so many; they are then drawn at random")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--least", type=float, default=0.9, help="the share that must be noticed")
-    parser.add_argument("--jobs", type=int, default=2)
-    args = parser.parse_args()
-    headers = [ROOT / "csrc" / "core" / f"{name}.h" for name in args.headers] or sorted(ROOT.glob("csrc/core/*.h"))
+    parser.add_argument("--jobs", type=count, default=2)
+    args = parser.parse_args(argv)
+    if not 0 <= args.least <= 1:
+        parser.error(f"--least must be a share from 0 to 1 (got {args.least:g})")
+    with one_line_errors(parser):
+        return try_all(args)
+
+
+def try_all(args: argparse.Namespace) -> int:
+    """Tries the changes and prints what the tests miss; returns the exit status."""
+    headers = args.headers or sorted(ROOT.glob("csrc/core/*.h"))
     tests = {header: tests_of(header) for header in headers}
     mutants = [mutant for header in headers for mutant in mutants_of(header)]
     if args.sample is not None or args.seconds is not None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from program import existing_file, one_line_errors
 from transformers import (
     GenerationConfig,
     WhisperConfig,
@@ -159,29 +160,38 @@ def generation_config(settings: dict[str, list], tokenizer: WhisperTokenizer, po
 def make_folder(binary: Path, settings: Path, tokenizer_json: Path, folder: Path) -> None:
     """Writes ``WhisperForConditionalGeneration`` with its processor into ``folder``; every weight must be there."""
     variables = read_variables(binary)
-    tokenizer = WhisperTokenizer(tokenizer_file=str(tokenizer_json))
+    try:
+        tokenizer = WhisperTokenizer(tokenizer_file=str(tokenizer_json))
+    except Exception as error:  # the library tokenizers has no class of its own
+        raise SystemExit(f"{tokenizer_json} is not a tokenizer of transformers ({error})") from None
     try:
         weights, config = state_dict(variables), whisper_config(variables, tokenizer)
     except KeyError as error:
         raise SystemExit(f"{binary} lacks {error.args[0]}") from None
+    try:
+        generation = generation_config(json.loads(settings.read_text()), tokenizer, config.max_target_positions)
+    except (ValueError, LookupError, TypeError) as error:
+        raise SystemExit(f"{settings} is not the config.json of CTranslate2's Whisper ({error!r})") from None
     model = WhisperForConditionalGeneration(config).to(weights["model.decoder.embed_tokens.weight"].dtype)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     if unexpected or set(missing) - {"proj_out.weight"}:  # tied to the embeddings
         raise SystemExit(f"{binary} lacks {missing} or has too many: {unexpected}")
-    model.generation_config = generation_config(
-        json.loads(settings.read_text()), tokenizer, config.max_target_positions
-    )
+    model.generation_config = generation
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     WhisperProcessor(WhisperFeatureExtractor(feature_size=config.num_mel_bins), tokenizer).save_pretrained(folder)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name in ("model_bin", "config_json", "tokenizer_json", "folder"):
-        parser.add_argument(name, type=Path)
-    args = parser.parse_args()
-    make_folder(args.model_bin, args.config_json, args.tokenizer_json, args.folder)
+    for name in ("model_bin", "config_json", "tokenizer_json"):
+        parser.add_argument(name, type=existing_file)
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args(argv)
+    if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
+        parser.error(f"folder {str(args.folder)!r} exists and is not empty; give another name")
+    with one_line_errors(parser):
+        make_folder(args.model_bin, args.config_json, args.tokenizer_json, args.folder)
 
 
 if __name__ == "__main__":

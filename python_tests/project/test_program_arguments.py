@@ -8,6 +8,8 @@ from tiny_models import make_model
 
 LLAMA, MIXTURE, FETCH = "tools/make_synthetic_llama.py", "tools/make_mixture.py", "tools/fetch_models.py"
 OPS, SOLVERS = "benchmarks/bench_ops.py", "benchmarks/bench_solvers.py"
+END_TO_END, TEXTS, NETWORKS = (f"benchmarks/{name}.py" for name in ("bench_end_to_end", "engine_texts", "networks"))
+COUNT, FOLDER = "must be a whole number of at least 1", "must be a folder"
 SMALL = ("--hidden", "128", "--intermediate", "8")
 
 
@@ -35,6 +37,50 @@ SMALL = ("--hidden", "128", "--intermediate", "8")
         ("benchmarks/packed_products.py", ("--tokens", "0"), "--threads and --tokens must be at least 1"),
         ("benchmarks/structures.py", ("neurons=2", "--model", "opt"), "remove: neurons must be a share"),
         (SOLVERS, ("--json", "full"), "--json: cannot be written (got 'full')"),
+        (END_TO_END, ("--model", "nowhere"), "model 'nowhere' is not a folder"),
+        (END_TO_END, ("--model", "opt", "--repeats", "0"), f"--repeats: {COUNT} (got '0')"),
+        ("benchmarks/bench_loop.py", ("--model", "opt", "--repeats", "0"), f"--repeats: {COUNT} (got '0')"),
+        ("benchmarks/bench_loop.py", ("--model", "file"), f"--model: {FOLDER} (got 'file')"),
+        ("benchmarks/decode_step.py", ("opt", "nowhere"), f"packed: {FOLDER} (got 'nowhere')"),
+        ("benchmarks/decode_step.py", ("opt", "opt", "--tokens", "-1"), f"--tokens: {COUNT} (got '-1')"),
+        ("benchmarks/decode_step.py", ("opt", "opt"), "'opt' holds no packed.safetensors files"),
+        ("benchmarks/draw_overview.py", ("--folder", "file"), f"--folder: {FOLDER} (got 'file')"),
+        ("benchmarks/engine_pairs.py", ("opt", "nowhere"), f"folder: {FOLDER} (got 'nowhere')"),
+        ("benchmarks/engine_pairs.py", ("opt", "opt", "--engines", "llama"), "--engines: invalid choice: 'llama'"),
+        (TEXTS, ("nowhere",), f"folder: {FOLDER} (got 'nowhere')"),
+        (TEXTS, ("opt", "--engines", "vllm:int4"), "--engines: must be one of transformers:bfloat16"),
+        (TEXTS, ("opt", "--python", "vllm"), "--python: must be ENGINE=PATH"),
+        (TEXTS, ("opt", "--engines", "onnxruntime", "--python", "vllm=file"), "--python vllm: no engine of --engines"),
+        ("benchmarks/equal_bytes.py", ("--model", "opt", "--output", "file"), "--output 'file' is a file"),
+        ("benchmarks/equal_bytes.py", ("--model", "nowhere", "--output", "new"), "model 'nowhere' is not a folder"),
+        (
+            "benchmarks/equal_bytes.py",
+            ("--model", "opt", "--output", "new", "--zeros", "half"),
+            "method 'balanced': sparsities must be numbers from 0 to 1 (got 'half')",
+        ),
+        ("benchmarks/float32_products.py", ("--threads", "0"), f"--threads: {COUNT} (got '0')"),
+        ("benchmarks/gguf_reader.py", ("nowhere",), "MODEL.gguf: must be a file (got 'nowhere')"),
+        ("benchmarks/gguf_reader.py", ("file",), "model 'file' is not a complete GGUF file"),
+        (NETWORKS, ("encoder", "nowhere"), f"model: {FOLDER} (got 'nowhere')"),
+        (NETWORKS, ("vision", "opt"), "vision does not use the folder"),
+        (NETWORKS, ("encoder", "opt", "--clips", "3"), "encoder does not use --clips"),
+        (NETWORKS, ("vision", "--amounts", "1.5"), "method 'wanda': sparsity must be"),
+        ("benchmarks/packed_text.py", ("nowhere", "opt"), f"dense: {FOLDER} (got 'nowhere')"),
+        ("benchmarks/predict.py", ("--measured", "nowhere"), "--measured: must be a file (got 'nowhere')"),
+        ("benchmarks/predict.py", ("--measured", "file"), "--measured 'file' is not what bench_ops.py --json writes"),
+        ("benchmarks/predict.py", ("--measured", "file", "--check"), "--measured counts nothing"),
+        ("benchmarks/study.py", ("record",), "record needs folders"),
+        ("benchmarks/study.py", ("record", "full"), "'full/results.json': No such file or directory"),
+        ("benchmarks/study.py", ("tables", "full"), "tables prints what was recorded"),
+        ("tools/check_memory.py", ("--place", "nowhere"), f"--place: {FOLDER} (got 'nowhere')"),
+        ("tools/drop_ptx.py", ("--ptx", "full", "--build", "full"), "no full/sm_80/moments.ptx"),
+        ("tools/drop_ptx.py", ("--then", "nowhere"), f"--then: {FOLDER} (got 'nowhere')"),
+        ("tools/fuzz.py", ("--seconds", "-1"), "--seconds: must be a number above 0 (got '-1')"),
+        ("tools/make_bundled.py", ("file",), "'file': File exists"),
+        ("tools/mutate.py", ("nothing",), "headers: must be of "),
+        ("tools/mutate.py", ("--sample", "0"), f"--sample: {COUNT} (got '0')"),
+        ("tools/whisper_folder.py", ("nowhere", "file", "file", "new"), "model_bin: must be a file (got 'nowhere')"),
+        ("tools/whisper_folder.py", ("file", "file", "file", "full"), "folder 'full' exists and is not empty"),
     ],
 )
 def test_wrong_arguments(program, arguments, message, tmp_path, monkeypatch, capsys):
