@@ -26,6 +26,7 @@ from ace_ext.models.left_dense import check_share
 from ace_ext.models.parts import check_removable
 from ace_ext.models.replay import BlockCall, capture_calls
 from ace_ext.models.run_mode import inner_model, modes_by_name, run_mode
+from ace_ext.models.samples import note_sample_shapes, one_sample
 from ace_ext.models.trial import Findings, try_walk
 from ace_ext.models.versions import versions
 from ace_ext.process_memory import peak_memory_bytes
@@ -226,6 +227,7 @@ def _enter(
     batches: list[dict[str, Tensor]],
     context: RunContext,
     device: torch.device,
+    trains: bool,
 ) -> BatchStates:
     """The arguments with which each batch enters the blocks, and the hidden states before the first unfinished one."""
     if context.source is not None:
@@ -246,6 +248,8 @@ def _enter(
             hidden = context.journal.open_hidden(first_states(), device)
             for _ in first_states() if not calls else ():  # a resumed run did not read these, but needs the calls
                 pass
+        if trains and calls:
+            note_sample_shapes(calls, hidden[0].shape, capture_calls(model, store.blocks, [one_sample(batches[0])]))
     if not calls:
         raise InputError("calibration must have at least one token whose attention_mask is not 0 (got none)")
     return BatchStates(calls, hidden, device)
@@ -265,7 +269,7 @@ def _begin(
     if found is not None and found.reason is not None:
         return BatchStates([], None, context.device), None
     if found is None or not found.parts:
-        return _enter(model, store, batches, context, context.device), None
+        return _enter(model, store, batches, context, context.device, config.method.train is not None), None
     dense = config.method.train is not None or context.sink is not None
     entrances = Entrances(model, store, found.parts, batches, context, context.device, dense)
     states = BatchStates([], None, context.device)

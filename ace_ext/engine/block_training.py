@@ -64,7 +64,9 @@ class BlockTraining:
         others = [call.others[index] for call in calls]
         given = list(zip(inputs, others, strict=True))
         token_masks = [call.token_mask for call in calls]
-        trained = _stage(self._method).train_(block, given, targets, masks, token_masks, self._method.grid)
+        shapes = calls[0].sample_shapes
+        sample = None if shapes is None else shapes[index]
+        trained = _stage(self._method).train_(block, given, targets, masks, token_masks, self._method.grid, sample)
         for i, hidden in enumerate(inputs):
             states.put(block, index, i, run_block(block, hidden, others[i]), given=hidden)
         states.check_outputs(block)

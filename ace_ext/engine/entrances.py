@@ -13,6 +13,7 @@ from ace_ext.models.block_store import BlockSource
 from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.parts import entered
 from ace_ext.models.replay import BlockCall
+from ace_ext.models.samples import note_sample_shapes, one_sample
 
 Entered = tuple[list[BlockCall], HiddenStates]
 """The batches' calls of a part's blocks, and the hidden states before the first of them."""
@@ -45,6 +46,7 @@ class Entrances:
         self._model, self._store, self._parts, self._batches = model, store, parts, batches
         self._journal, self._device = context.journal, device
         self._only_dense = context.sink is not None  # saved statistics do not depend on pruned blocks
+        self._trains = dense and not self._only_dense
         self._at = -1
         self._dense: dict[int, Entered] = {}
         for part in parts if dense else ():
@@ -112,4 +114,7 @@ class Entrances:
             hidden = HiddenStates(first_states(), device=self._device)
         if not calls:
             raise InputError("calibration must have at least one token whose attention_mask is not 0 (got none)")
+        if self._trains:
+            single = entered(self._model, self._store, part, [one_sample(self._batches[0])])
+            note_sample_shapes(calls, hidden[0].shape, single)
         return calls, hidden

@@ -35,6 +35,7 @@ class BlockCall:
     tokens: int = 0  # in the batch, without padding
     wrap: Callable[[Tensor], object] = lambda hidden: hidden  # gives hidden states the form of a block's output
     states: Sequence[tuple[Tensor, Tensor | None]] = ()  # an encoder's output, and its mask as token_mask
+    sample_shapes: Sequence[Any] | None = None  # of others with one sample (models/samples.py); None: not known
 
 
 class _Captured(Exception):

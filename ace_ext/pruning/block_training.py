@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from ace_ext.grids import Grid
 from ace_ext.models.blocks import Block
+from ace_ext.models.fused_weights import fused_parameters
 from ace_ext.models.replay import run_block
+from ace_ext.models.samples import of_samples
 from ace_ext.pruning.trained_weight import TrainedWeight
 from ace_ext.records import Tuning
 
@@ -66,6 +68,7 @@ def train_block_(
     *,
     training: Training,
     grid: Grid | None = None,
+    sample_shapes: Any = None,
 ) -> Tuning:
     """Trains a pruned block in place on the calibration tokens with Adam.
 
@@ -90,12 +93,13 @@ def train_block_(
         token_masks: for each batch ``[batch * seqlen]`` bool, True where a token counts, or None where all do.
         training: how.
         grid: Linears whose weights are on this grid stay on it, and all their zeros stay zeros; None: there is none.
+        sample_shapes: of the block's other arguments with one sample (:mod:`ace_ext.models.samples`).
 
     Returns:
         The mean loss of a token that is held out, before and after, and the epoch with the best weights.
     """
     token_masks = token_masks or [None] * len(inputs)
-    steps, held = _divided(inputs, targets, token_masks, channel_weights(targets, token_masks), training)
+    steps, held = _divided(inputs, targets, token_masks, channel_weights(targets, token_masks), training, sample_shapes)
     trained = _trained_weights(block, masks, grid)
     with torch.enable_grad(), _only_gradients_of(block.module, [each.weight for each in trained]):
         return _Trainer(block, steps, held or steps, trained).train_(training)
@@ -149,6 +153,7 @@ def _divided(
     token_masks: Sequence[Tensor | None],
     channels: Tensor,
     training: Training,
+    sample_shapes: Any = None,
 ) -> tuple[list[_Step], list[_Step]]:
     """The steps to train on, and those that are held out."""
     samples = sum(len(hidden) for hidden, _ in inputs)
@@ -163,27 +168,13 @@ def _divided(
         for steps, start, end in ((trained, 0, edge), (held, edge, batch)):
             for part in _slices(start, end, training.step_samples(seqlen)):
                 part_mask = None if mask is None else mask[part]
-                steps.append(_Step(hidden[part], _cut(others, batch, part), target[part], part_mask, channels))
+                given = of_samples(others, batch, part, sample_shapes)
+                steps.append(_Step(hidden[part], given, target[part], part_mask, channels))
     return trained, held
 
 
 def _slices(start: int, end: int, step: int) -> Iterator[slice]:
     return (slice(at, min(at + step, end)) for at in range(start, end, step))
-
-
-def _cut(value: Any, batch: int, part: slice) -> Any:
-    """A batch's arguments for some of its samples: tensors whose first dimension is the batch are sliced, also inside
-    tuples, lists and dicts.
-
-    One-dimensional tensors hold positions, not samples, even where their length equals the batch size.
-    """
-    if isinstance(value, Tensor):
-        return value[part] if value.dim() > 1 and value.shape[0] == batch else value
-    if isinstance(value, tuple | list):
-        return type(value)(_cut(item, batch, part) for item in value)
-    if isinstance(value, dict):
-        return {key: _cut(item, batch, part) for key, item in value.items()}
-    return value
 
 
 def _trained_weights(block: Block, masks: dict[str, Tensor], grid: Grid | None) -> list[TrainedWeight]:
@@ -194,8 +185,10 @@ def _trained_weights(block: Block, masks: dict[str, Tensor], grid: Grid | None) 
         chosen.append(TrainedWeight(linear.weight, masks[child], grid, seed))
         if linear.bias is not None:
             chosen.append(TrainedWeight(linear.bias))
+    transposed = ((path, owner) for owner, path, _, layout in fused_parameters(block.module) if not layout.routed)
+    skipped = {owner for path, owner in transposed if path not in block.linears}
     for module in block.module.modules():
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Linear) and module not in skipped:
             chosen.extend(TrainedWeight(p) for p in module.parameters(recurse=False) if p.dim() == 1)
     return chosen
 

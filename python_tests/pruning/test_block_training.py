@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 
+import every_class
 import pytest
 import torch
 from tiny_models import FAMILIES, make_model, make_tokens
@@ -123,6 +124,17 @@ def test_skipped_linears_stay():
     assert "self_attn.v_proj" not in block.linears
     assert torch.equal(block.module.self_attn.v_proj.weight, before["self_attn.v_proj.weight"])
     assert not torch.equal(block.module.self_attn.q_proj.weight, before["self_attn.q_proj.weight"])
+
+
+def test_biases_of_skipped_matrices_that_are_stored_transposed_stay():
+    model = every_class.build("gpt2").eval()
+    mlp = model.transformer.h[1].mlp
+    torch.nn.init.normal_(mlp.c_proj.bias)
+    torch.nn.init.normal_(mlp.c_fc.bias)
+    kept, trained = mlp.c_proj.bias.clone(), mlp.c_fc.bias.clone()
+    prune_model(model, make_tokens(), PruneConfig("wanda + train(epochs=2)", skip=(r"\.mlp\.c_proj$",)))
+    assert torch.equal(mlp.c_proj.bias, kept)
+    assert not torch.equal(mlp.c_fc.bias, trained)
 
 
 def test_gradients_are_left_as_they_were():

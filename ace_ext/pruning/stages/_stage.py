@@ -287,6 +287,7 @@ class TrainBlock(Stage):
         masks: dict[str, Tensor],
         token_masks: Sequence[Tensor | None],
         grid: Grid | None = None,
+        sample_shapes: Any = None,
     ) -> Tuning:
         """Trains in place; arguments as :func:`ace_ext.pruning.block_training.train_block_`."""
         raise NotImplementedError

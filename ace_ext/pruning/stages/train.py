@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -44,9 +45,11 @@ class Train(TrainBlock):
         masks: dict[str, Tensor],
         token_masks: Sequence[Tensor | None],
         grid: Grid | None = None,
+        sample_shapes: Any = None,
     ) -> Tuning:
         """:func:`ace_ext.pruning.block_training.train_block_` with these options."""
-        return train_block_(block, inputs, targets, masks, token_masks, training=self._training, grid=grid)
+        more = {"training": self._training, "grid": grid, "sample_shapes": sample_shapes}
+        return train_block_(block, inputs, targets, masks, token_masks, **more)
 
     def step_samples(self, seqlen: int) -> int:
         """:meth:`ace_ext.pruning.block_training.Training.step_samples` with these options."""
