@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ace_ext.errors import InputError
 from ace_ext.grids import Grid
-from ace_ext.models._transformers import COMPRESSED_METHOD
+from ace_ext.models._transformers import COMPRESSED_METHOD, predicts_tokens
 from ace_ext.models.safetensors_files import INDEX, Shards, copy_model, flush, read_entry
 from ace_ext.models.safetensors_header import Entry, read_header
 from ace_ext.models.skeleton import skeleton
@@ -115,8 +115,13 @@ def check_linears(model: nn.Module, names: Iterable[str], shards: Shards | None 
     """Checks that these matrices are Linears of a model, with a weight of their own in its files if these are given.
 
     Raises:
-        InputError: one is not, and this form cannot store it.
+        InputError: one is not, and this form cannot store it; or the model is no causal language model: transformers
+            loads some others from this form (BERT, Whisper) and some not (T5, ModernBERT, SigLIP).
     """
+    if not predicts_tokens(model):
+        raise InputError(
+            f"format {NAME} is for causal language models (got {type(model).__name__}); use format bitmap or archive"
+        )
     modules = dict(model.named_modules())
     for name in names:
         in_files = shards is None or f"{name}.weight" in shards.entries
@@ -169,7 +174,7 @@ def compress_into(folder: Path, target: Path, grid: Grid, names: Iterable[str]) 
         InputError: as :func:`form_of`, or a matrix is not on the grid.
     """
     shards = Shards(folder)
-    form = form_of(skeleton(folder, shards), shards, grid, names)
+    form = form_of(skeleton(folder, shards, causal=False), shards, grid, names)
     result = PackResult(str(target), NAME)
     copy_model(folder, target, weights=False)
     _configure(target / CONFIG, form)
