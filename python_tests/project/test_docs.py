@@ -15,7 +15,20 @@ from ace_ext.cli.main import build_parser
 from ace_ext.compare.journal import BlockFigures, Cell, Run
 from ace_ext.data.perplexity import Perplexity
 from ace_ext.pruning import kinds
-from ace_ext.records import BlockReport, Healing, HeldOutPerplexity, MatrixReport, PruneReport, Solution, Tuning
+from ace_ext.records import (
+    BlockReport,
+    CutBlock,
+    DroppedBlock,
+    GoneExperts,
+    Healing,
+    HeldOutPerplexity,
+    MatrixReport,
+    PruneReport,
+    Removed,
+    Solution,
+    TriedRemoval,
+    Tuning,
+)
 from ace_ext.runs.verify import verify
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +87,29 @@ def parse(arguments: list[str]) -> object:
 def test_parser_accepts_every_command(path, capsys):
     for arguments in commands(path.read_text()):
         assert parse(arguments) == 0, f"ace-prune {shlex.join(arguments)}: {capsys.readouterr().err}"
+
+
+def comparisons(text: str) -> dict[str, list[dict]]:
+    """The options of the comparisons of each code block, by their folder."""
+    found: dict[str, list[dict]] = {}
+    for number, block in enumerate(code_blocks(text)):
+        for arguments in commands(f"```\n{block}\n```\n"):
+            if arguments[0] == "compare" and "--output" in arguments:
+                options = vars(build_parser().parse_args(arguments))
+                found.setdefault(f"{options['output']} of block {number}", []).append(options)
+    return found
+
+
+@page
+def test_comparisons_of_a_block_do_not_share_a_folder(path):
+    """``compare`` refuses a folder of a comparison with other texts or tasks, so the second command would fail."""
+    for place, settings in comparisons(path.read_text()).items():
+        shared = [{name: options[name] for name in ("model", "texts", "tasks", "task_limit")} for options in settings]
+        assert all(one == shared[0] for one in shared), place
+
+
+def test_comparisons_are_found():
+    assert comparisons((ROOT / "docs/getting-started.md").read_text())
 
 
 OF_OTHERS = {"--no-build-isolation", "--nproc-per-node"} | {
@@ -167,6 +203,11 @@ def test_named_files_exist(path):
         MatrixReport,
         Solution,
         Tuning,
+        Removed,
+        CutBlock,
+        DroppedBlock,
+        GoneExperts,
+        TriedRemoval,
         Healing,
         HeldOutPerplexity,
         Run,
