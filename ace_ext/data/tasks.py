@@ -9,6 +9,7 @@ import copy
 import hashlib
 import io
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,9 +172,22 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
+def _silent_children() -> Iterator[None]:
+    """Gives child processes no stderr: they inherit the file descriptor, not ``sys.stderr``."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences lm-eval's notes and bars on stderr. It also stops the message to the hub with which datasets counts its
-    uses, even of local files."""
+    """Silences lm-eval's notes and bars on stderr, also those of the ``git`` that it calls: outside a repository git
+    prints ``fatal``. It also stops the message to the hub with which datasets counts its uses, even of local files."""
     from datasets import config
     from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
@@ -183,7 +197,7 @@ def _quiet() -> Iterator[None]:
     config.HF_UPDATE_DOWNLOAD_COUNTS = False
     disable_progress_bar()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()), _silent_children():
             yield
     finally:
         config.HF_UPDATE_DOWNLOAD_COUNTS = counts

@@ -177,6 +177,16 @@ def test_a_change_of_a_task_is_another_setting(place, monkeypatch):
     assert tasks.settings() == before
 
 
+def test_child_processes_of_lm_eval_are_silent(capfd):
+    """lm-eval calls git, which prints ``fatal: not a git repository`` outside of one."""
+    child = [sys.executable, "-c", "import os; os.write(2, b'fatal')"]
+    with tasks_module._quiet():
+        subprocess.run(child, check=True)
+    assert capfd.readouterr().err == ""
+    subprocess.run(child, check=True)
+    assert capfd.readouterr().err == "fatal"
+
+
 def test_help_names_the_tasks(capsys):
     with pytest.raises(SystemExit):
         build_parser().parse_args(["compare", "--help"])
