@@ -39,10 +39,11 @@ NONE = "0"
 """The amount of rows that remove nothing."""
 
 
-def method(zeros: str, bits: int, prune: str, then: str = "") -> str:
+def method(zeros: str, bits: int, arguments: argparse.Namespace, then: str = "") -> str:
     """The text of a row's method, with the stage ``then`` at its end; empty for the dense model."""
-    stages = [] if zeros == NONE else [prune]
-    stages += [] if bits == 16 else [f"quantize(bits={bits})"]
+    stages = [] if zeros == NONE else [arguments.prune]
+    group = "" if arguments.group is None else f", group={arguments.group}"
+    stages += [] if bits == 16 else [f"quantize(bits={bits}{group})"]
     stages += [then] if then else []
     return " + ".join(stages)
 
@@ -52,7 +53,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
     for then in ("", arguments.then) if arguments.then else ("",):
         for zeros in (NONE, *arguments.zeros):
             for bits in BITS:
-                text = method(zeros, bits, arguments.prune, then)
+                text = method(zeros, bits, arguments, then)
                 if (bits == 3 and zeros != NONE) or text == then:  # the dense model
                     continue
                 yield zeros, bits, text
@@ -143,6 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--table", type=Path, nargs="+", help="print the tables of these folders and stop")
     parser.add_argument("--prune", default="balanced", help="the method before quantize")
     parser.add_argument("--zeros", nargs="+", default=["0.5", "2:4", "0.7"])
+    parser.add_argument("--group", type=int, help="columns that share a scale (default: that of quantize)")
     parser.add_argument("--then", choices=("train", "distill"), help="each row also with this stage after rounding")
     parser.add_argument("--calibration", default="wiki-mini")
     parser.add_argument("--nsamples", type=count, default=64)
