@@ -38,7 +38,8 @@ class Quantized(NamedTuple):
 
 @dataclass(frozen=True)
 class Grid:
-    """A symmetric grid: the codes ``-2^(bits-1) .. 2^(bits-1) - 1`` times the scale of a row's group of columns.
+    """A grid around 0: the codes ``-2^(bits-1) .. 2^(bits-1) - 1`` times the scale of a row's group of columns. A
+    negative scale puts the lowest code, which has no counterpart, on the positive side.
 
     Raises:
         InputError: ``bits`` or ``group`` is not supported.
@@ -97,7 +98,8 @@ class Grid:
         """Codes and scales of a matrix whose values are on a grid.
 
         The pair need not be the one that made the values, but it gives the same bits. A largest magnitude ``m`` of a
-        group fixes the scale up to rounding once its code is known, so each code is tried, the largest first.
+        group fixes the scale up to rounding once its code is known, so each code is tried, the largest first. The scale
+        is negative only if ``m`` is a positive weight and has the lowest code.
 
         Args:
             weight: ``[rows, cols]`` float32, float16 or bfloat16; -0.0 counts as 0.
@@ -140,12 +142,15 @@ class Grid:
         for candidates in _scales(most[left], code):
             open_groups = scales[left] == 0
             fits = open_groups & (candidates > 0) & (_product(candidates, code) == most[left])
-            tried, scale = left[fits], candidates[fits].float()[:, None]
+            tried, found = left[fits], candidates[fits]
             values = padded[tried]
+            if code == -self.lowest:
+                found = torch.where((values == most[tried, None]).any(dim=1), -found, found)
+            scale = found.float()[:, None]
             rounded = (values.float() / scale).round_().clamp_(self.lowest, self.highest)
             same = (_product(rounded, scale).to(values.dtype) == values).all(dim=1)
             codes[tried[same]] = rounded[same].to(torch.int8)
-            scales[tried[same]] = candidates[fits][same]
+            scales[tried[same]] = found[same]
         return left[scales[left] == 0]
 
 
@@ -157,6 +162,6 @@ def _scales(most: Tensor, code: int) -> list[Tensor]:
 
 
 def _product(scales: Tensor, codes: Tensor | int) -> Tensor:
-    """Multiplied in float32 and rounded once to the dtype of ``scales``."""
+    """Multiplied in float32 and rounded once to the dtype of ``scales``; +0 for code 0, also with a negative scale."""
     factors = codes.float() if isinstance(codes, Tensor) else codes  # a product of two dtypes is 100 times slower
-    return (scales.float() * factors).to(scales.dtype)
+    return (scales.float() * factors).add_(0.0).to(scales.dtype)

@@ -14,12 +14,13 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def sample(grid: Grid, dtype: torch.dtype, rows: int, cols: int, seed: int) -> Tensor:
-    """A matrix on the grid, half of it zeros, with scales of many magnitudes; row 0 is all zero."""
+    """A matrix on the grid, half of it zeros, with scales of many magnitudes and both signs; row 0 is all zero."""
     draw = torch.Generator().manual_seed(seed)
     codes = torch.randint(grid.lowest, grid.highest + 1, (rows, cols), generator=draw, dtype=torch.int8)
     codes *= torch.randint(0, 2, (rows, cols), generator=draw, dtype=torch.int8)
     codes[:1] = 0
     scales = torch.randn(rows, grid.groups(cols), generator=draw).exp().mul(0.01).to(dtype)
+    scales *= 1 - 2 * torch.randint(0, 2, scales.shape, generator=draw)
     return grid.dequantize(codes, scales)
 
 
@@ -42,6 +43,7 @@ def test_recovers_every_matrix_on_a_grid(
     assert found.scales.dtype == dtype
     assert tuple(found.scales.shape) == (shape[0], grid.groups(shape[1]))
     assert torch.equal(grid.dequantize(*found), weight)
+    assert not torch.signbit(grid.dequantize(*found)[weight == 0]).any()
 
 
 @settings(deadline=None)
@@ -57,6 +59,7 @@ def test_nearest_code_against_trying_all(bits: int, dtype: torch.dtype, shape: t
     grid = Grid(bits, 64)
     draw = torch.Generator().manual_seed(seed)
     scales = torch.randn(shape[0], grid.groups(shape[1]), generator=draw).exp().to(dtype)
+    scales *= 1 - 2 * torch.randint(0, 2, scales.shape, generator=draw)
     scales[:1, :1] = 0
     weight = torch.randn(shape, generator=draw) * 2**bits
     codes = grid.nearest(weight, scales)
@@ -92,6 +95,18 @@ def test_a_matrix_off_the_grid_is_not_recovered(bits: int, dtype: torch.dtype) -
 def test_values_that_are_not_finite_are_on_no_grid(value: float) -> None:
     weight = sample(Grid(4, 64), torch.bfloat16, 4, 64, seed=1)
     weight[1, 5] = value
+    assert Grid(4, 64).recover(weight) is None
+
+
+def test_a_group_with_the_lowest_code_on_both_sides_is_on_no_grid() -> None:
+    weight = torch.zeros(3, 64)
+    weight[0, :2] = torch.tensor([-8.0, 7.0])
+    weight[1, :2] = torch.tensor([8.0, -7.0])
+    found = Grid(4, 64).recover(weight)
+    assert found is not None
+    assert found.codes[:2, :2].tolist() == [[-8, 7], [-8, 7]]
+    assert found.scales[:, 0].tolist() == [1.0, -1.0, 0.0]
+    weight[2, :3] = torch.tensor([8.0, -8.0, 1.0])
     assert Grid(4, 64).recover(weight) is None
 
 

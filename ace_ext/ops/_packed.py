@@ -75,7 +75,7 @@ def unpack_quantized(
 ) -> Tensor:
     """The dense matrix ``[rows, cols]`` of :func:`quantized_linear`'s tensors, in the dtype of ``scales``.
 
-    Weights are ``float32(q) * float32(scale)``, rounded to that dtype, and +0.0 where none is stored.
+    Weights are ``float32(q) * float32(scale)``, rounded to that dtype, and +0.0 where none is stored or ``q`` is 0.
     """
     weight: Tensor = registered().unpack_quantized(bitmap, codes, scales, bits, group, row_start, cols)
     return weight

@@ -30,7 +30,8 @@ def unpack_quantized(
 ) -> Tensor:
     """``[rows, cols]`` in the dtype of ``scales``; the arguments are those of the op."""
     code = _dense_codes(bitmap, codes, bits, row_start, cols)
-    return (code.float() * _scale_of_each(scales.float(), group, cols)).to(scales.dtype)
+    product = code.float() * _scale_of_each(scales.float(), group, cols)
+    return (product + 0.0).to(scales.dtype)  # which makes -0 of a code 0 and a negative scale +0
 
 
 def quantized_linear(

@@ -294,7 +294,8 @@ class CompressedShards(Shards):
             raw = torch.stack((raw & 15, raw >> 4), dim=2).view(rows, cols)
         codes = (raw.to(torch.int16) - (1 << (bits - 1))).to(torch.float32)
         scales = read_entry(scale, name)
-        return (codes * scales.float().repeat_interleave(group, dim=1)).to(scales.dtype)
+        values = codes * scales.float().repeat_interleave(group, dim=1)
+        return values.add_(0.0).to(scales.dtype)  # +0 for a code 0 with a negative scale, as in the dense folder
 
     def write(self, tensors: dict[str, Tensor]) -> None:
         """Refuses: such a folder is not changed in place."""

@@ -57,7 +57,7 @@ class GridWeight:
     def slower(self, size: float) -> float:
         """The factor of the learning rate; ``size``: the root mean square of the kept weights. See :data:`SLOWER`."""
         found = self.scales[self.scales != 0]
-        return min(1.0, SLOWER * size / float(found.float().mean())) if len(found) else 1.0
+        return min(1.0, SLOWER * size / float(found.float().abs().mean())) if len(found) else 1.0
 
     @torch.no_grad()
     def spread_(self, master: Tensor, mask: Tensor, seed: int) -> None:
@@ -85,7 +85,7 @@ class GridWeight:
         """
         for rows in _parts(weight):
             codes, scales = self.grid.nearest(master[rows], self.scales[rows]), self.scales[rows]
-            away = 1 - 2 * (master[rows] < 0).to(codes.dtype)
+            away = 1 - 2 * (self.grid.widened(scales, weight.shape[1]) * master[rows] < 0).to(codes.dtype)
             codes = torch.where((codes == 0).logical_and_(mask[rows]), away, codes)
             weight[rows] = self.grid.dequantize(codes, scales)
 

@@ -61,7 +61,7 @@ struct Quantized : Avx2<float> {
   }
   static ACE_HD void store_scaled(float* out, float scale, Weights weights) {
     const __m256 codes = _mm256_mul_ps(_mm256_set1_ps(1.0f / kUnit), weights);
-    _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_set1_ps(scale), codes));
+    _mm256_storeu_ps(out, _mm256_fmadd_ps(_mm256_set1_ps(scale), codes, _mm256_setzero_ps()));
   }
 };
 

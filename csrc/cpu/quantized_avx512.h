@@ -64,7 +64,7 @@ struct Quantized : Avx512<float> {
     return _mm512_fmadd_ps(_mm512_set1_ps(scale), part, sums);
   }
   static ACE_HD void store_scaled(float* out, float scale, Weights weights) {
-    _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_set1_ps(scale), weights));
+    _mm512_storeu_ps(out, _mm512_fmadd_ps(_mm512_set1_ps(scale), weights, _mm512_setzero_ps()));
   }
 };
 

@@ -49,8 +49,9 @@ struct Quantized : Neon<float> {
     return {vfmaq_n_f32(sums.low, part.low, scale), vfmaq_n_f32(sums.high, part.high, scale)};
   }
   static ACE_HD void store_scaled(float* out, float scale, const Weights& weights) {
-    vst1q_f32(out, vmulq_n_f32(weights.low, scale));
-    vst1q_f32(out + 4, vmulq_n_f32(weights.high, scale));
+    const float32x4_t zero = vdupq_n_f32(0.0f);
+    vst1q_f32(out, vfmaq_n_f32(zero, weights.low, scale));
+    vst1q_f32(out + 4, vfmaq_n_f32(zero, weights.high, scale));
   }
 
  private:

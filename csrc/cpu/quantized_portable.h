@@ -54,7 +54,7 @@ struct Quantized {
     return sum;
   }
   static ACE_HD void store_scaled(float* out, float scale, const Weights& weights) {
-    for (int c = 0; c < kWidth; ++c) out[c] = scale * weights.lane[c];
+    for (int c = 0; c < kWidth; ++c) out[c] = scale * weights.lane[c] + 0.0f;
   }
 };
 

@@ -157,7 +157,7 @@ ACE_DEVICE void for_each_eight(const QuantizedRows<T>& of, int64_t row, CodeStag
   });
 }
 
-// Codes times the scale, rounded to T; +0 where none is stored.
+// Codes times the scale, rounded to T; +0 where none is stored, and for a code of 0.
 template <class T>
 ACE_DEVICE Words<T> rounded_words(const EightColumns& eight) {
   Words<T> words{};
@@ -165,7 +165,7 @@ ACE_DEVICE Words<T> rounded_words(const EightColumns& eight) {
   ACE_UNROLL
   for (int e = 0; e < kPack; ++e) {
     T value;
-    round_to(eight.code[e] * eight.scale, &value);
+    round_to(eight.code[e] * eight.scale + 0.0f, &value);
     uint32_t bits = 0;
     std::memcpy(&bits, &value, sizeof value);
     words.word[e / Words<T>::kInWord] |= bits << (e % Words<T>::kInWord * 16);

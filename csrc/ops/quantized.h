@@ -6,7 +6,7 @@
 //       rounded to the dtype of scales, in contrast to unpack_quantized.
 //   unpack_quantized(bitmap, codes, scales, bits, group, row_start, cols) -> weight
 //       weight [rows, cols] contiguous, in the dtype of scales: float32(q) * float32(scale), rounded to that dtype, for
-//       survivors; +0.0 elsewhere.
+//       survivors; +0.0 elsewhere, and where q is 0.
 //
 //   x          [tokens, cols] float32, float16 or bfloat16; contiguous columns, any row stride >= cols.
 //   bitmap     [rows, 8 ceil(cols / 64)] uint8, contiguous, as in ops/packed.h.

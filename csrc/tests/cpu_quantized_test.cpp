@@ -184,10 +184,12 @@ TYPED_TEST(QuantizedLoops, UnpackingGivesCodesTimesScales) {
         std::vector<float> out(static_cast<size_t>(2 * cols));
         unpack(sample.matrix(), 1, 3, cols, out.data(), space.get());
         for (int64_t i = 0; i < 2; ++i)
-          for (int64_t j = 0; j < cols; ++j)
-            ASSERT_EQ(out[static_cast<size_t>(i * cols + j)],
-                      static_cast<float>(sample.code(1 + i, j)) * sample.scale(1 + i, j))
+          for (int64_t j = 0; j < cols; ++j) {
+            const float weight = out[static_cast<size_t>(i * cols + j)];
+            ASSERT_EQ(weight, static_cast<float>(sample.code(1 + i, j)) * sample.scale(1 + i, j))
                 << "level " << static_cast<int>(level);
+            ASSERT_FALSE(weight == 0.0f && std::signbit(weight)) << "level " << static_cast<int>(level);
+          }
       });
     }
   }

@@ -106,7 +106,7 @@ struct QuantizedCase {
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < cols; ++j) {
         const auto n = static_cast<size_t>(i * cols + j);
-        const T value = kept[n] ? rounded<T>(static_cast<float>(dense[n]) * to_float(scale(i, j))) : T{};
+        const T value = kept[n] ? rounded<T>(static_cast<float>(dense[n]) * to_float(scale(i, j)) + 0.0f) : T{};
         ASSERT_EQ(bits_of(out[n]), bits_of(value)) << "row " << i << " column " << j << " bits " << options.bits;
       }
     }
@@ -190,8 +190,8 @@ TYPED_TEST(CudaQuantized, MoreRowsThanWarpsOfTheGrid) {
   }
 }
 
-// Scales with all digits: the product is rounded once, to nearest. A code of 0 and a negative scale give -0; a column
-// that is not stored is +0, also where the scale is not finite.
+// Scales with all digits: the product is rounded once, to nearest. A code of 0 gives +0, also with a negative scale, and so
+// does a column that is not stored, also where the scale is not finite.
 TYPED_TEST(CudaQuantized, UnpackedWeightsAreRoundedOnce) {
   for (const int bits : {8, 4}) {
     QuantizedCase<TypeParam> one(4, 300, {bits, 64, 70, true, 5});

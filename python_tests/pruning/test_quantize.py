@@ -162,6 +162,21 @@ def test_searched_scales_are_no_worse_than_those_of_the_maximum(bits):
     assert bits == 8 or (searched < 0.9 * largest).any()
 
 
+@pytest.mark.parametrize("bits", [4, 3])
+def test_the_largest_weight_of_a_group_has_a_negative_code(bits):
+    """There is one more of these, so the steps can be smaller."""
+    weight, _, _ = make_case(rows=200)
+    stage, problem = Quantize(bits=bits), Problem.without_statistics(weight)
+    scale = best_scales(weight, torch.ones(COLS), stage.grid, problem)
+    largest = weight.gather(1, weight.abs().argmax(1, keepdim=True))[:, 0]
+    assert ((scale < 0) == (largest > 0)).all()
+
+    def loss(scale):
+        return (nearest_codes(weight, scale[:, None], stage.grid) * scale[:, None] - weight).square().sum()
+
+    assert loss(scale) < 0.95 * loss(-scale)
+
+
 def test_plain_rounding_is_on_the_grid(dtype):
     weight, _, _ = make_case(dtype)
     weight[:, ::2] = 0.0

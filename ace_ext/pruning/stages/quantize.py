@@ -149,8 +149,12 @@ class _Rows:
         """Rounds ``block [rows, width]`` of group ``at`` in place; returns the errors as ``ops.quantize_block_``."""
         error = torch.empty_like(block)
         scale = self.scales[:, at].to(self.problem.units.dtype).contiguous()
-        ops.quantize_block_(block, error, self.mask[:, columns], scale, factor, self.grid.bits, current)
-        return error
+        sign = torch.where(scale < 0, -1.0, 1.0)[:, None]  # the op takes no negative scale: such a row is negated
+        current = None if current is None else current.mul_(sign)
+        block.mul_(sign)
+        ops.quantize_block_(block, error, self.mask[:, columns], scale.abs(), factor, self.grid.bits, current)
+        block.mul_(sign)
+        return error.mul_(sign)
 
     def _fit_scales_(self, at: int, group: slice, descent: "_Descent") -> None:
         """Moves the scales of a group to their least-squares values given the codes, where this lowers the loss."""
@@ -161,7 +165,7 @@ class _Rows:
         fitted = self.problem.units.rounded(torch.where(curve > 0, scale - step, scale))
         change = self.problem.units.rounded(codes * fitted) - values
         gain = 2 * (descent.slope[:, group] * change).sum(1, keepdim=True) + descent.energy(group, change)
-        better = (gain < 0) & (fitted > 0)
+        better = (gain < 0) & (fitted * scale > 0)
         self.scales[:, at] = torch.where(better, fitted, scale)[:, 0]
         change.masked_fill_(~better, 0.0)
         values.copy_(self.problem.units.rounded(codes * self.scales[:, at, None]))
@@ -208,9 +212,11 @@ def best_scales(weight: Tensor, importance: Tensor, grid: Grid, problem: Problem
         problem: its dtype rounds scales and values.
 
     Returns:
-        0 for a row of zeros.
+        0 for a row of zeros. Else its sign is the opposite of that of the largest weight, which so gets a negative
+        code: there is one more of these.
     """
-    most = weight.abs().amax(dim=1)
+    most, at = weight.abs().max(dim=1)
+    sign = torch.where(weight.gather(1, at[:, None])[:, 0] > 0, -1.0, 1.0)
     smallest = (
         torch.finfo(problem.units.dtype).smallest_normal
         * torch.finfo(problem.units.dtype).eps
@@ -218,7 +224,7 @@ def best_scales(weight: Tensor, importance: Tensor, grid: Grid, problem: Problem
     )
     best, least = torch.zeros_like(most), torch.full_like(most, torch.inf)
     for share in SHARES:
-        scale = problem.units.rounded((most * (share / grid.highest)).clamp_min_(smallest))
+        scale = problem.units.rounded((most * (share / grid.highest)).clamp_min_(smallest)).mul_(sign)
         values = problem.units.rounded(nearest_codes(weight, scale[:, None], grid).mul_(scale[:, None]))
         loss = values.sub_(weight).square_() @ importance
         better = loss < least
@@ -229,7 +235,7 @@ def best_scales(weight: Tensor, importance: Tensor, grid: Grid, problem: Problem
 
 def nearest_codes(weight: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     """The codes, as float32, of the grid's points nearest to a weight; 0 where ``scale`` is 0."""
-    codes = torch.where(scale > 0, weight / scale, 0.0)
+    codes = torch.where(scale != 0, weight / scale, 0.0)
     return codes.round_().clamp_(grid.lowest, grid.highest)
 
 
