@@ -2,11 +2,14 @@
 // float16 tokens. Codes are expanded as bytes, and VNNI multiplies them with the two bytes of each number of a token
 // (quantized_fixed.h). A lane's sum over a span is exact, below 2^26; then it is multiplied with scale and unit.
 //
-// The limit (AMD Zen 4): multiplications, expansions, moves to masks and the last additions all need the two lower
-// vector units, 4.8 cycles for 64 columns; measured are 6.4 (8 bits) and 7.3 (4 bits), rows in the second-level cache.
-// So copies of registers and repeated loads are kept out of the loop. Four rows at a time share the loads of x; with
-// one row at a time the loads would be the limit.
+// The limit (AMD Zen 4, codes of 8 bits): multiplications, expansions, moves to masks and the last additions all need
+// the two lower vector units, 4.8 cycles for 64 columns; measured are 6.4, rows in the second-level cache. So copies of
+// registers and repeated loads are kept out of the loop. Four rows at a time share the loads of x; with one row at a
+// time the loads would be the limit. On Zen 5 it is 4.0 cycles, and 4.6 to 5.1 with 4 bits: the units would allow 2.7,
+// but loads that cross lines, and those of rows that are a power of two apart, wait for each other.
 #pragma once
+
+#include <array>
 
 #include "cpu/quantized_avx512.h"
 #include "cpu/quantized_fixed.h"
@@ -50,103 +53,65 @@ ACE_HD __m512i load_once(const uint8_t* bytes) {
   return wide;
 }
 
-// Weights of a word plus kOffset, from codes that are a byte each.
+// Codes of 8 bits. A place is the address of a code; weights are codes plus kOffset.
 struct Codes8 {
   static constexpr int kBits = 8, kOffset = 128;
-  static constexpr bool kDecoded = false;
 
-  static ACE_HD __m512i expand(const uint8_t* codes, uint64_t bits) {
-    const __m512i found = _mm512_mask_expand_epi8(fresh_zero(), _cvtu64_mask64(bits), avx512::in_register(codes));
+  // The weights of a word whose codes begin at a place.
+  static ACE_HD __m512i expand(uintptr_t place, uint64_t bits) {
+    const __m512i codes = avx512::in_register(reinterpret_cast<const uint8_t*>(place));
+    const __m512i found = _mm512_mask_expand_epi8(fresh_zero(), _cvtu64_mask64(bits), codes);
     return _mm512_xor_si512(found, _mm512_set1_epi8(-128));
   }
-  // A row's codes, from which 64 words and 64 can be read; in the buffer if the matrix ends too early.
-  template <class S>
-  static ACE_HD const uint8_t* row(const QuantizedMatrix<S>& matrix, int64_t row, int64_t, uint8_t* buffer) {
-    const int64_t start = matrix.start(row), readable = (matrix.words + 1) * kBitmapColumns;
-    if (__builtin_expect(matrix.whole(start, readable), 1)) return matrix.codes + start;
-    matrix.copy(start, readable, buffer);
-    return buffer;
-  }
 };
 
-// As above from codes of 4 bits, of which each first becomes the lower half of a byte; the upper half is arbitrary.
+// For an even and for an odd place: of each byte of 64 bits the lowest bit in the codes that begin there.
+constexpr std::array<uint8_t, 128> make_code_shifts() {
+  std::array<uint8_t, 128> shifts{};
+  for (size_t i = 0; i < 128; ++i) shifts[i] = static_cast<uint8_t>(4 * (i % 8 + i / 64));
+  return shifts;
+}
+alignas(64) inline constexpr auto kCodeShifts = make_code_shifts();
+
+// Codes of 4 bits. A place is twice the address, plus 1 for the upper half of the byte.
 struct Codes4 {
   static constexpr int kBits = 4, kOffset = 8;
-  static constexpr bool kDecoded = true;
-  static constexpr int64_t kBytes = 64;  // of codes that are decoded at a time
 
-  static ACE_HD __m512i expand(const uint8_t* codes, uint64_t bits) {
-    const __m512i found = _mm512_mask_expand_epi8(fresh_zero(), _cvtu64_mask64(bits), avx512::in_register(codes));
+  // Each part of 64 bits gets the four bytes of its eight codes and the next four; then shifts give each code a byte,
+  // whose upper half is arbitrary. Codes that are decoded before, into a buffer in the first-level cache, take longer
+  // there, most with many columns (Zen 5).
+  static ACE_HD __m512i expand(uintptr_t place, uint64_t bits) {
+    const __m512i parts = _mm512_setr_epi32(0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8);
+    const __m512i wide =
+        _mm512_permutexvar_epi32(parts, avx512::in_register(reinterpret_cast<const uint8_t*>(place >> 1)));
+    const __m512i codes = _mm512_multishift_epi64_epi8(_mm512_load_si512(kCodeShifts.data() + 64 * (place & 1)), wide);
+    const __m512i found = _mm512_mask_expand_epi8(fresh_zero(), _cvtu64_mask64(bits), codes);
     return _mm512_ternarylogic_epi32(found, _mm512_set1_epi8(15), _mm512_set1_epi8(8), (0xf0 & 0xcc) ^ 0xaa);
   }
-  // The 2 kBytes codes of kBytes bytes.
-  static ACE_HD void decode(const uint8_t* codes, uint8_t* out) {
-    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-    const __m512i low = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(codes)), high = _mm512_srli_epi16(low, 4);
-    _mm512_storeu_si512(out, _mm512_unpacklo_epi8(low, high));
-    _mm512_storeu_si512(out + 64, _mm512_unpackhi_epi8(low, high));
-  }
-  // Bytes of a row's codes.
-  template <class S>
-  static ACE_HD int64_t size(const QuantizedMatrix<S>& matrix, int64_t row) {
-    return std::min(matrix.size(row), matrix.words * kBitmapColumns / 2);
-  }
-  // The row's codes in the buffer, which has those of the first `done` bytes.
-  template <class S>
-  static ACE_HD const uint8_t* row(const QuantizedMatrix<S>& matrix, int64_t row, int64_t done, uint8_t* buffer) {
-    const int64_t start = matrix.start(row), size = Codes4::size(matrix, row);
-    for (; done < size && matrix.whole(start + done, kBytes); done += kBytes) {
-      decode(matrix.codes + start + done, buffer + 2 * done);
-    }
-    if (done < size) {
-      uint8_t last[kBytes];
-      matrix.copy(start + done, kBytes, last);
-      decode(last, buffer + 2 * done);
-    }
-    return buffer;
-  }
 };
 
-// The next rows, whose codes are decoded while others are multiplied: that leaves units of the processor unused.
-template <class Codes, int kRows>
-struct NextRows {
-  const uint8_t* codes[kRows]{};
-  uint8_t* buffers[kRows]{};
-  int64_t whole = 0, done = 0;  // bytes of each row: what is decoded here, so far; the rest is left to Codes::row
+// The first byte of a row's codes, from which those of all columns and 64 bytes more can be read; in the buffer if the
+// matrix ends too early.
+template <class Codes, class S>
+ACE_HD const uint8_t* readable_codes(const QuantizedMatrix<S>& matrix, int64_t row, uint8_t* buffer) {
+  const int64_t start = matrix.start(row), readable = matrix.words * kBitmapColumns * Codes::kBits / 8 + 64;
+  if (__builtin_expect(matrix.whole(start, readable), 1)) return matrix.codes + start;
+  matrix.copy(start, readable, buffer);
+  return buffer;
+}
 
-  NextRows() = default;
-  template <class S>
-  ACE_HD NextRows(const QuantizedMatrix<S>& matrix, int64_t row, uint8_t* memory) {
-    if constexpr (Codes::kDecoded) {
-      whole = matrix.bytes;
-      for (int r = 0; r < kRows; ++r) {
-        const int64_t start = matrix.start(row + r);
-        codes[r] = matrix.codes + start;
-        buffers[r] = memory + r * (matrix.words + 1) * kBitmapColumns;
-        whole = std::min({whole, Codes::size(matrix, row + r), matrix.bytes - start - Codes::kBytes + 1});
-      }
-    }
-  }
-  ACE_HD void decode_some() {
-    if constexpr (Codes::kDecoded) {
-      if (done >= whole) return;
-      for (int r = 0; r < kRows; ++r) Codes::decode(codes[r] + done, buffers[r] + 2 * done);
-      done += Codes::kBytes;
-    }
-  }
-};
-
-// One row: its bits and codes, a byte each, both advanced by what is read.
+// One row: its bits, and the place of its codes, both advanced by what is read.
 template <class Codes>
 struct CodedRow {
-  const uint8_t *bits, *codes;
+  const uint8_t* bits;
+  uintptr_t place;
 
   ACE_HD __m512i next() {
     uint64_t word;
     std::memcpy(&word, bits, sizeof word);
     bits += sizeof word;
-    const __m512i found = Codes::expand(codes, word);
-    codes += __builtin_popcountll(word);
+    const __m512i found = Codes::expand(place, word);
+    place += static_cast<uintptr_t>(__builtin_popcountll(word));
     return found;
   }
 };
@@ -184,11 +149,9 @@ ACE_HD void add_span(CodedRow<Codes>* rows, const uint8_t* x, int64_t stride, co
 }
 
 // The sums of kRows rows with these tokens; out [kTokens, kRows].
-template <class Codes, int kRows, int kTokens, int kSpan, int kNext>
+template <class Codes, int kRows, int kTokens, int kSpan>
 ACE_HD void multiply_block(const CodedRow<Codes>* given, const float* factors, int64_t words, const uint8_t* x,
-                           int64_t stride, float* out, int64_t out_stride, CodesAhead& ahead,
-                           NextRows<Codes, kNext>& next) {
-  constexpr int64_t kDecodeSpans = 4 / kSpan;  // decode_some decodes the codes of so many, if half is stored
+                           int64_t stride, float* out, int64_t out_stride, CodesAhead& ahead) {
   const int64_t spans = FixedToken<kSpan>::spans(words);
   CodedRow<Codes> rows[kRows];
   __m512 sums[kRows][kTokens];
@@ -198,7 +161,6 @@ ACE_HD void multiply_block(const CodedRow<Codes>* given, const float* factors, i
   }
   for (int64_t i = 0; i < words / kSpan; ++i, x += FixedToken<kSpan>::kBytes, ++factors) {
     ahead.next();
-    if (i % kDecodeSpans == 0) next.decode_some();
     add_span<Codes, kRows, kTokens, kSpan>(rows, x, stride, factors, spans, sums);
   }
   if (kSpan > 1 && words % kSpan != 0) add_span<Codes, kRows, kTokens, 1>(rows, x, stride, factors, spans, sums);
@@ -219,18 +181,17 @@ ACE_HD void multiply_scales(const float* scales, const uint8_t* x, int64_t strid
   }
 }
 
-// All tokens of kRows rows from `row` on, of whose codes the first `decoded` bytes are decoded in `buffer`. Up to four
-// tokens share an expanded weight, and up to four rows x.
+// All tokens of kRows rows from `row` on. Up to four tokens share an expanded weight, and up to four rows x.
 template <class Codes, int kRows, int kSpan, class S>
-ACE_HD void multiply_rows(const QuantizedProduct<S, uint8_t>& product, int64_t tokens, int64_t row, int64_t decoded,
-                          uint8_t* buffer, float* scales, NextRows<Codes, kRows>& next) {
+ACE_HD void multiply_rows(const QuantizedProduct<S, uint8_t>& product, int64_t tokens, int64_t row, uint8_t* buffer,
+                          float* scales) {
   const QuantizedMatrix<S>& matrix = product.matrix;
   const Spans<kSpan> spans(matrix);
   float* factors = scales + kRows * spans.count;
   CodedRow<Codes> coded[kRows];
   for (int r = 0; r < kRows; ++r) {
-    uint8_t* own = buffer + r * (matrix.words + 1) * kBitmapColumns;
-    coded[r] = {matrix.bits(row + r), Codes::row(matrix, row + r, decoded, own)};
+    const uint8_t* codes = readable_codes<Codes>(matrix, row + r, buffer + r * (matrix.words + 1) * kBitmapColumns);
+    coded[r] = {matrix.bits(row + r), reinterpret_cast<uintptr_t>(codes) * (8 / Codes::kBits)};
     for (int64_t i = 0; i < 8 * matrix.words; i += kLine) prefetch_ahead(coded[r].bits, i + kBitsAhead);
     spans.scales(matrix, row + r, scales + r * spans.count);
   }
@@ -248,7 +209,7 @@ ACE_HD void multiply_rows(const QuantizedProduct<S, uint8_t>& product, int64_t t
     for (int r = 0; r < kRows; r += kTogether) {
       multiply_block<Codes, kTogether, kTokens, kSpan>(coded + r, factors + r * kTokens * spans.count, matrix.words, x,
                                                        product.stride, product.out + t * product.rows + row + r,
-                                                       product.rows, ahead, next);
+                                                       product.rows, ahead);
       ahead.each = 0;  // once for all tokens
     }
   };
@@ -263,21 +224,12 @@ template <class Codes, int kSpan, class S>
 void multiply_all(const QuantizedProduct<S, uint8_t>& product, int64_t tokens, int64_t begin, int64_t end,
                   void* memory) {
   constexpr int kRows = 4;
-  const QuantizedMatrix<S>& matrix = product.matrix;
-  const QuantizedSpace space(matrix.words);
+  const QuantizedSpace space(product.matrix.words);
   float* scales = space.scales(memory);
-  uint8_t* buffer = space.codes<uint8_t>(memory);
-  uint8_t* other = buffer + kRows * (matrix.words + 1) * kBitmapColumns;
-  int64_t row = begin, decoded = 0;
-  for (; row + kRows <= end; row += kRows) {
-    NextRows<Codes, kRows> next;
-    if (row + 2 * kRows <= end) next = NextRows<Codes, kRows>(matrix, row + kRows, other);
-    multiply_rows<Codes, kRows, kSpan>(product, tokens, row, decoded, buffer, scales, next);
-    decoded = next.done;
-    std::swap(buffer, other);
-  }
-  NextRows<Codes, 1> none;
-  for (; row < end; ++row) multiply_rows<Codes, 1, kSpan>(product, tokens, row, 0, buffer, scales, none);
+  auto* buffer = space.codes<uint8_t>(memory);
+  int64_t row = begin;
+  for (; row + kRows <= end; row += kRows) multiply_rows<Codes, kRows, kSpan>(product, tokens, row, buffer, scales);
+  for (; row < end; ++row) multiply_rows<Codes, 1, kSpan>(product, tokens, row, buffer, scales);
 }
 
 // x: FixedInput<Codes::kOffset>, `stride` bytes apart.
