@@ -190,8 +190,8 @@ TYPED_TEST(CudaQuantized, MoreRowsThanWarpsOfTheGrid) {
   }
 }
 
-// Scales with all digits: the product is rounded once, to nearest. A code of 0 gives +0, also with a negative scale, and so
-// does a column that is not stored, also where the scale is not finite.
+// Scales with all digits: the product is rounded once, to nearest. A code of 0 gives +0, also with a negative scale,
+// and so does a column that is not stored, also where the scale is not finite.
 TYPED_TEST(CudaQuantized, UnpackedWeightsAreRoundedOnce) {
   for (const int bits : {8, 4}) {
     QuantizedCase<TypeParam> one(4, 300, {bits, 64, 70, true, 5});
