@@ -78,7 +78,7 @@ class Grid:
 
     def dequantize(self, codes: Tensor, scales: Tensor) -> Tensor:
         """``[rows, cols]``: codes times scales, multiplied in float32 and rounded once to the dtype of ``scales``."""
-        return _product(self.widened(scales, codes.shape[1]), codes)
+        return product(self.widened(scales, codes.shape[1]), codes)
 
     def nearest(self, weight: Tensor, scales: Tensor) -> Tensor:
         """The code of the grid's point that is nearest to each weight; of two that are as near, the even one.
@@ -141,14 +141,14 @@ class Grid:
         """Writes the groups of ``left`` whose largest magnitude has this code; returns the other groups."""
         for candidates in _scales(most[left], code):
             open_groups = scales[left] == 0
-            fits = open_groups & (candidates > 0) & (_product(candidates, code) == most[left])
+            fits = open_groups & (candidates > 0) & (product(candidates, code) == most[left])
             tried, found = left[fits], candidates[fits]
             values = padded[tried]
             if code == -self.lowest:
                 found = torch.where((values == most[tried, None]).any(dim=1), -found, found)
             scale = found.float()[:, None]
             rounded = (values.float() / scale).round_().clamp_(self.lowest, self.highest)
-            same = (_product(rounded, scale).to(values.dtype) == values).all(dim=1)
+            same = (product(rounded, scale).to(values.dtype) == values).all(dim=1)
             codes[tried[same]] = rounded[same].to(torch.int8)
             scales[tried[same]] = found[same]
         return left[scales[left] == 0]
@@ -161,7 +161,7 @@ def _scales(most: Tensor, code: int) -> list[Tensor]:
     return [near, (bits + 1).view(near.dtype), (bits - 1).view(near.dtype)]
 
 
-def _product(scales: Tensor, codes: Tensor | int) -> Tensor:
+def product(scales: Tensor, codes: Tensor | int) -> Tensor:
     """Multiplied in float32 and rounded once to the dtype of ``scales``; +0 for code 0, also with a negative scale."""
     factors = codes.float() if isinstance(codes, Tensor) else codes  # a product of two dtypes is 100 times slower
     return (scales.float() * factors).add_(0.0).to(scales.dtype)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ace_ext.errors import InputError
-from ace_ext.grids import Grid
+from ace_ext.grids import Grid, product
 from ace_ext.models._transformers import COMPRESSED_METHOD, predicts_tokens
 from ace_ext.models.safetensors_files import INDEX, Shards, copy_model, flush, read_entry
 from ace_ext.models.safetensors_header import Entry, read_header
@@ -292,10 +292,8 @@ class CompressedShards(Shards):
         raw = read_entry(packed, name).view(torch.uint8)
         if bits == 4:
             raw = torch.stack((raw & 15, raw >> 4), dim=2).view(rows, cols)
-        codes = (raw.to(torch.int16) - (1 << (bits - 1))).to(torch.float32)
-        scales = read_entry(scale, name)
-        values = codes * scales.float().repeat_interleave(group, dim=1)
-        return values.add_(0.0).to(scales.dtype)  # +0 for a code 0 with a negative scale, as in the dense folder
+        codes = raw.to(torch.int16) - (1 << (bits - 1))
+        return product(read_entry(scale, name).repeat_interleave(group, dim=1), codes)
 
     def write(self, tensors: dict[str, Tensor]) -> None:
         """Refuses: such a folder is not changed in place."""
