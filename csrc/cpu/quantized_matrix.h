@@ -72,10 +72,10 @@ class QuantizedSpace {
  public:
   explicit QuantizedSpace(int64_t words) : scales_(kAlign * ((words * kScales * 4 + kAlign - 1) / kAlign)) {}
   // Bytes for rows of `words` words.
-  static int64_t size(int64_t words) { return QuantizedSpace(words).scales_ + (words + 1) * kBitmapColumns * 8; }
+  static int64_t size(int64_t words) { return QuantizedSpace(words).scales_ + (words + 1) * kBitmapColumns * 4; }
   // Room for kScales numbers of each word.
   float* scales(void* memory) const { return static_cast<float*>(memory); }
-  // Room for 64 words codes of up to 8 bytes, and 512 bytes more.
+  // Room for 64 words codes of up to 4 bytes, and 256 bytes more; or for as many bytes of each of four rows.
   template <class T>
   T* codes(void* memory) const {
     return reinterpret_cast<T*>(static_cast<char*>(memory) + scales_);
