@@ -48,8 +48,8 @@ class Train(TrainBlock):
         sample_shapes: Any = None,
     ) -> Tuning:
         """:func:`ace_ext.pruning.block_training.train_block_` with these options."""
-        more = {"training": self._training, "grid": grid, "sample_shapes": sample_shapes}
-        return train_block_(block, inputs, targets, masks, token_masks, **more)
+        given = block, inputs, targets, masks, token_masks
+        return train_block_(*given, training=self._training, grid=grid, sample_shapes=sample_shapes)
 
     def step_samples(self, seqlen: int) -> int:
         """:meth:`ace_ext.pruning.block_training.Training.step_samples` with these options."""
