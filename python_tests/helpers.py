@@ -243,9 +243,9 @@ def obs_bounds(weight: Tensor, mask: Tensor, factor: Tensor, error: Tensor) -> t
 def input_rounding(x: Tensor, group: int) -> Tensor:
     """At most this far ``quantized_linear`` rounds each x: 1/32639 of the largest of its 64 or 128 columns.
 
-    0 for float32, for more than 16 tokens, and for processors without AVX-512.
+    0 for float32, for more than 16 tokens, and for processors without AVX2.
     """
-    shorter = torch.backends.cpu.get_cpu_capability() == "AVX512" and x.dtype != torch.float32
+    shorter = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and x.dtype != torch.float32
     if not shorter or len(x) > 16 or not x.numel():
         return torch.zeros(x.shape, dtype=torch.float64)
     span = 64 if group % 128 else 128

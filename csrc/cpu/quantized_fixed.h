@@ -1,10 +1,8 @@
-// A token of bfloat16 or float16 numbers as integers of 16 bits, two bytes each, for VNNI's products of bytes
-// (quantized_vnni.h).
+// A token of bfloat16 or float16 numbers as integers of 16 bits, for the loops that multiply codes with integers
+// (quantized_madd.h, quantized_vnni.h).
 //
 // A token is cut into spans of one or two words. In a span, x_j is 2^e n_j with n_j rounded to an integer from -32639
-// to 32639, and e the least exponent from -126 on with which all fit. n_j = 256 h_j + l_j with h_j and l_j from -128 to
-// 127. VNNI multiplies bytes without a sign with bytes that have one, so weights are codes plus kOffset, and the sums
-// begin with -kOffset times the sum of n_j.
+// to 32639, and e the least exponent from -126 on with which all fit.
 #pragma once
 
 #include "cpu/quantized_matrix.h"
@@ -14,10 +12,34 @@
 
 #include <type_traits>
 
+namespace ace::cpu {
+
+// 2^e of a span.
+class FixedUnit {
+ public:
+  // From the bits of its largest |x|.
+  explicit ACE_HD FixedUnit(uint32_t largest)
+      : finite_(largest < 0x7f800000u),
+        // e + 127 for a largest x below 2^(e + 15), one more if that is above 32639 2^e.
+        exponent_(std::max((largest >> 23) + ((largest & kMantissa) > kFits), 15u) - 14) {}
+  ACE_HD float inverse() const { return bits_float((254 - exponent_) << 23); }
+  // NaN if an x is not finite.
+  ACE_HD float value() const { return bits_float(finite_ ? exponent_ << 23 : 0x7fc00000); }
+
+ private:
+  static constexpr uint32_t kMantissa = 0x7fffff, kFits = 32639u << 9 & kMantissa;
+  bool finite_;
+  uint32_t exponent_;
+};
+
+}  // namespace ace::cpu
+
 namespace ace::cpu::avx512vnni {
 
-// A token in bytes: for each span of kSpan words the first sums of 16 lanes, then the bytes h and l of each word; after
-// the spans, for each the float 2^e.
+// A token in bytes, n_j = 256 h_j + l_j with h_j and l_j from -128 to 127: for each span of kSpan words the first sums
+// of 16 lanes, then the bytes h and l of each word; after the spans, for each the float 2^e. VNNI multiplies bytes
+// without a sign with bytes that have one, so weights are codes plus kOffset, and the sums begin with -kOffset times
+// the sum of n_j.
 template <int kSpan>
 struct FixedToken {
   static constexpr int64_t kSums = 64, kWord = 128, kBytes = kSums + kSpan * kWord;
@@ -41,19 +63,15 @@ ACE_HD __m512 load_wide(const S* x, int64_t left) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
-// Writes one span of `words` words of a token, from x [cols], zero beyond, and returns 2^e: NaN if an x is not finite.
+// Writes one span of `words` words of a token, from x [cols], zero beyond, and returns 2^e.
 template <int kOffset, class S>
 float fix_span(const S* x, int64_t cols, int64_t words, uint8_t* out) {
   const __m512i absolute = _mm512_set1_epi32(0x7fffffff);
   __m512i most = _mm512_setzero_si512();
   for (int64_t i = 0; i < words * kBitmapColumns; i += 16)
     most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(load_wide(x + i, cols - i)), absolute));
-  const uint32_t largest = _mm512_reduce_max_epu32(most);
-  // e + 127 for a largest x below 2^(e + 15), one more if that is above 32639 2^e.
-  constexpr uint32_t kMantissa = 0x7fffff, kFits = 32639u << 9 & kMantissa;
-  const uint32_t exponent = std::max((largest >> 23) + ((largest & kMantissa) > kFits), 15u) - 14;
-  const __m512 inverse = _mm512_set1_ps(bits_float((254 - exponent) << 23));
-  const bool finite = largest < 0x7f800000u;
+  const FixedUnit unit(_mm512_reduce_max_epu32(most));
+  const __m512 inverse = _mm512_set1_ps(unit.inverse());
   const __m512i ones = _mm512_set1_epi8(1);
   __m512i upper = _mm512_setzero_si512(), lower = upper;
   uint8_t* bytes = out + 64;
@@ -69,7 +87,7 @@ float fix_span(const S* x, int64_t cols, int64_t words, uint8_t* out) {
   }
   const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(upper, 8), lower);
   _mm512_storeu_si512(out, _mm512_mullo_epi32(sum, _mm512_set1_epi32(-kOffset)));
-  return finite ? bits_float(exponent << 23) : bits_float(0x7fc00000);
+  return unit.value();
 }
 
 // x [cols] as a FixedToken, out [size(words)].

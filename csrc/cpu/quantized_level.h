@@ -4,6 +4,7 @@
 #include "cpu/packed_level.h"
 #include "cpu/quantized_avx2.h"
 #include "cpu/quantized_avx512.h"
+#include "cpu/quantized_madd.h"
 #include "cpu/quantized_neon.h"
 #include "cpu/quantized_portable.h"
 #include "cpu/quantized_vnni.h"
@@ -43,6 +44,7 @@ void with_quantized_product(PackedLevel level, Action&& action) {
     using Codes = std::conditional_t<kBits == 8, avx512vnni::Codes8, avx512vnni::Codes4>;
     if (level >= PackedLevel::avx512_vnni)
       return action(&avx512vnni::quantized_product<Codes, S>, avx512vnni::FixedInput<Codes::kOffset>{});
+    if (level == PackedLevel::avx2) return action(&avx2::fixed_product<kBits, S>, avx2::FixedHalves{});
   }
 #endif
   with_quantized_loops<kBits, S>(level, [&](auto* product, auto*) { action(product, WideInput{}); });

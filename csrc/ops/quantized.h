@@ -24,9 +24,10 @@
 //              G = ceil(cols / group) and W as above,
 //                |out - exact| <= u |exact| + (cols + G + 8) 2^-24 (sum_j |x_j W_ij| + |bias|) + sum_j d_j |W_ij|
 //              with u the rounding unit of the dtype of x (2^-24, 2^-11, 2^-8) and d_j the rounding of x_j, which is 0
-//              with one exception: up to 16 tokens of float16 or bfloat16 on a processor with AVX-512's VBMI2 and VNNI.
-//              These are cut into spans of 128 columns, or of 64 if group is not a multiple of 128. In a span, x_j is
-//              rounded to a multiple of 2^e, with e the least from -126 on for which max |x| <= 32639 2^e; then
+//              with one exception: up to 16 tokens of float16 or bfloat16 on a processor with AVX2 and without AVX-512,
+//              or with AVX-512's VBMI2 and VNNI. These are cut into spans of 128 columns, or of 64 if group is not a
+//              multiple of 128. In a span, x_j is rounded to a multiple of 2^e, with e the least from -126 on for which
+//              max |x| <= 32639 2^e; then
 //                d_j <= 2^(e - 1) <= max(max |x| / 32639, 2^-127)
 //              and bfloat16 numbers of at least 1/64 of the largest are exact.
 //              The bound holds as long as nothing over- or underflows:

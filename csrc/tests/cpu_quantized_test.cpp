@@ -280,6 +280,17 @@ TYPED_TEST(QuantizedLoops, DamagedInputsReadNothingOutside) {
 }
 
 #if ACE_PACKED_X86
+// Levels whose loops for S multiply integers (quantized_fixed.h).
+template <class S>
+std::vector<PackedLevel> fixed_levels() {
+  std::vector<PackedLevel> found;
+  for (const PackedLevel level : levels())
+    with_quantized_product<8, S>(level, [&](auto*, auto input) {
+      if (!std::is_same_v<decltype(input), WideInput>) found.push_back(level);
+    });
+  return found;
+}
+
 // Magnitudes over the whole range of the type, and zeros: a span's largest is 2^most, others are smaller.
 std::vector<float> magnitudes(int64_t count, int most, std::mt19937& random) {
   std::vector<float> x;
@@ -294,7 +305,7 @@ std::vector<float> magnitudes(int64_t count, int most, std::mt19937& random) {
 // Each x is a whole number of units, and no farther from the given one than the contract allows. A matrix with one
 // survivor of code 1 in each row reads them.
 template <class S, int kBits>
-void check_fixed(int64_t words, int64_t group_words, int most, std::mt19937& random) {
+void check_fixed(PackedLevel level, int64_t words, int64_t group_words, int most, std::mt19937& random) {
   const int64_t cols = words * 64, span = group_words % 2 == 0 ? 128 : 64;
   Quantized<S, kBits> unit(cols, cols, group_words, 0, random);
   unit.codes.assign(static_cast<size_t>(cols), 1);
@@ -306,7 +317,7 @@ void check_fixed(int64_t words, int64_t group_words, int most, std::mt19937& ran
   std::vector<float> x = magnitudes(cols, most, random);
   for (float& value : x) value = to_float(exactly<S>(value));
   const auto space = space_for(words);
-  with_quantized_product<kBits, S>(PackedLevel::avx512_vnni, [&](auto* loop, auto input) {
+  with_quantized_product<kBits, S>(level, [&](auto* loop, auto input) {
     const Given<decltype(input), S> given(x, 1, cols, words, group_words);
     std::vector<float> out(static_cast<size_t>(cols));
     loop({unit.matrix(), given.data.data(), given.stride, out.data(), cols}, 1, 0, cols, space.get());
@@ -325,33 +336,63 @@ void check_fixed(int64_t words, int64_t group_words, int most, std::mt19937& ran
 }
 
 TEST(QuantizedFixed, InputsAreRoundedAsInTheContract) {
-  if (highest_packed_level() < PackedLevel::avx512_vnni) GTEST_SKIP() << "needs AVX-512's VBMI2 and VNNI instructions";
+  if (fixed_levels<BFloat16>().empty()) GTEST_SKIP() << "needs AVX2";
   std::mt19937 random(6);
-  for (const int most : {127, 120, 30, 0, -20, -100, -112, -120, -126})
-    for (const int64_t words : {1, 2, 5}) {
-      check_fixed<BFloat16, 8>(words, 1, most, random);
-      check_fixed<BFloat16, 4>(words, 2, most, random);
+  for (const PackedLevel level : fixed_levels<BFloat16>()) {
+    for (const int most : {127, 120, 30, 0, -20, -100, -112, -120, -126})
+      for (const int64_t words : {1, 2, 5}) {
+        check_fixed<BFloat16, 8>(level, words, 1, most, random);
+        check_fixed<BFloat16, 4>(level, words, 2, most, random);
+      }
+    for (const int most : {15, 0, -8}) {
+      check_fixed<Half, 8>(level, 3, 2, most, random);
+      check_fixed<Half, 4>(level, 3, 1, most, random);
     }
-  for (const int most : {15, 0, -8}) {
-    check_fixed<Half, 8>(3, 2, most, random);
-    check_fixed<Half, 4>(3, 1, most, random);
   }
 }
 
 TEST(QuantizedFixed, InputsThatAreNotFiniteGiveNaN) {
-  if (highest_packed_level() < PackedLevel::avx512_vnni) GTEST_SKIP() << "needs AVX-512's VBMI2 and VNNI instructions";
+  if (fixed_levels<BFloat16>().empty()) GTEST_SKIP() << "needs AVX2";
   std::mt19937 random(7);
   const Quantized<BFloat16, 8> sample(9, 320, 2, 50, random);
   const auto space = space_for(sample.words);
-  for (const float wrong : {bits_float(0x7f800000), bits_float(0xff800000), bits_float(0x7fc00000)}) {
-    std::vector<float> x = inputs(1, 320, random);
-    x[random() % 320] = wrong;
-    with_quantized_product<8, BFloat16>(PackedLevel::avx512_vnni, [&](auto* loop, auto input) {
-      const Given<decltype(input), BFloat16> given(x, 1, 320, sample.words, 2);
-      std::vector<float> out(9);
-      loop({sample.matrix(), given.data.data(), given.stride, out.data(), 9}, 1, 0, 9, space.get());
-      for (const float value : out) ASSERT_TRUE(std::isnan(value));
-    });
+  for (const PackedLevel level : fixed_levels<BFloat16>())
+    for (const float wrong : {bits_float(0x7f800000), bits_float(0xff800000), bits_float(0x7fc00000)}) {
+      std::vector<float> x = inputs(1, 320, random);
+      x[random() % 320] = wrong;
+      with_quantized_product<8, BFloat16>(level, [&](auto* loop, auto input) {
+        const Given<decltype(input), BFloat16> given(x, 1, 320, sample.words, 2);
+        std::vector<float> out(9);
+        loop({sample.matrix(), given.data.data(), given.stride, out.data(), 9}, 1, 0, 9, space.get());
+        for (const float value : out) ASSERT_TRUE(std::isnan(value));
+      });
+    }
+}
+
+// Codes of -128 and -8 and the largest inputs give the largest sums that a lane of integers must hold.
+TYPED_TEST(QuantizedLoops, TheLargestSumsFit) {
+  using S = typename TypeParam::Scale;
+  constexpr int kBits = TypeParam::bits, kLeast = -(1 << (kBits - 1));
+  std::mt19937 random(9);
+  Quantized<S, kBits> sample(3, 256, 2, 100, random);
+  std::fill(sample.codes.begin(), sample.codes.end(), kBits == 8 ? 0x80 : 0x88);
+  std::fill(sample.dense.begin(), sample.dense.end(), kLeast);
+  S one{};
+  if constexpr (std::is_same_v<S, float>)
+    one = 1.0f;
+  else
+    one = exactly<S>(1.0f);
+  std::fill(sample.scales.begin(), sample.scales.end(), one);
+  const auto space = space_for(sample.words);
+  for (const float size : {32512.0f, -32512.0f, 32640.0f, -32640.0f}) {  // bfloat16's neighbours of 32639
+    const std::vector<float> given(256, size);
+    for (const PackedLevel level : levels())
+      with_quantized_product<kBits, S>(level, [&](auto* loop, auto input) {
+        const Given<decltype(input), S> x(given, 1, 256, sample.words, 2);
+        std::vector<float> out(3);
+        loop({sample.matrix(), x.data.data(), x.stride, out.data(), 3}, 1, 0, 3, space.get());
+        for (const float value : out) ASSERT_EQ(value, 256.0f * kLeast * size) << "level " << static_cast<int>(level);
+      });
   }
 }
 
