@@ -1,5 +1,6 @@
-// The product with a packed matrix of quantized survivors for AVX2 and FMA. A table of 256 byte shuffles moves eight
-// codes to the highest bytes of the integers of their columns, so that they need no sign extension.
+// The product with a packed matrix of quantized survivors for AVX2 and FMA, of float32 tokens (quantized_madd.h has
+// that of 16-bit ones), and unpacking. A table of 256 byte shuffles moves eight codes to the highest bytes of the
+// integers of their columns, so that they need no sign extension.
 //
 // What was measured (AMD Zen 4, rows in the second-level cache): 16 to 17 cycles for 64 columns of a row; as many with
 // `pdep` in place of the table (which AMD's Zen 1 and 2 execute in a loop), with several rows at a time, and with table
