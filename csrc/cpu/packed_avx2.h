@@ -58,7 +58,8 @@ struct Avx2 {
   using T = Value;
   using X = float;
   static constexpr int kWidth = 8;
-  static constexpr int kFarRows = 4;
+  // With 4 tokens, 12 sums, 3 rows' weights and an input fill the registers.
+  static constexpr int far_rows(int tokens) { return tokens == 1 ? 4 : tokens == 2 ? 2 : 3; }
   using Weights = __m256;
   using Sums = __m256;
 

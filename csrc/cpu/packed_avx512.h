@@ -32,7 +32,7 @@ struct Avx512 {
   using T = Value;
   using X = float;
   static constexpr int kWidth = 16;
-  static constexpr int kFarRows = 1;
+  static constexpr int far_rows(int) { return 1; }
   using Weights = __m512;
   using Sums = __m512;
 
@@ -79,7 +79,7 @@ struct Avx512Bf16 {
   using T = BFloat16;
   using X = BFloat16;
   static constexpr int kWidth = 32;
-  static constexpr int kFarRows = 1;
+  static constexpr int far_rows(int) { return 1; }
   using Weights = __m512i;
   using Sums = __m512;
 

@@ -37,7 +37,7 @@ struct Neon {
   using T = Value;
   using X = float;
   static constexpr int kWidth = 8;
-  static constexpr int kFarRows = 1;
+  static constexpr int far_rows(int) { return 1; }
   struct Lanes {
     float32x4_t low, high;
   };

@@ -10,7 +10,7 @@ struct Plain {
   using T = Value;
   using X = float;
   static constexpr int kWidth = 8;
-  static constexpr int kFarRows = 1;
+  static constexpr int far_rows(int) { return 1; }
   struct Lanes {
     float lane[kWidth];
   };

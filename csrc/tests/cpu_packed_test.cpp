@@ -61,6 +61,34 @@ TYPED_TEST(Packed, ProductsAreThoseOfTheDenseMatrix) {
   }
 }
 
+// Threads divide the rows as they come, so a sum must not depend on the rows that it is computed with.
+TYPED_TEST(Packed, ARowHasTheSameBitsInAnyRange) {
+  std::mt19937 random(6);
+  const Sample<TypeParam> sample(23, 449, 50, random);
+  for (const PackedLevel level : levels()) {
+    with_packed_loops<TypeParam>(level, [&](auto* loop, auto*, auto input) {
+      using X = decltype(input);
+      const int64_t tokens = 15, stride = sample.words * 64;
+      std::vector<X> x(static_cast<size_t>(tokens * stride));
+      for (X& value : x) {
+        const float wide = std::uniform_real_distribution<float>(-1.0f, 1.0f)(random);
+        if constexpr (std::is_same_v<X, float>)
+          value = wide;
+        else
+          value = to_bfloat16(wide);
+      }
+      std::vector<float> whole(static_cast<size_t>(tokens * sample.rows)), parts(whole.size());
+      const auto multiply = [&](std::vector<float>& out, int64_t begin, int64_t end) {
+        loop(PackedProduct<TypeParam, X>{sample.matrix(), x.data(), stride, out.data(), sample.rows}, tokens, begin,
+             end);
+      };
+      multiply(whole, 0, sample.rows);
+      for (int64_t begin = 0; begin < sample.rows; begin += 4) multiply(parts, begin, std::min(begin + 4, sample.rows));
+      ASSERT_EQ(whole, parts) << "level " << static_cast<int>(level);
+    });
+  }
+}
+
 TYPED_TEST(Packed, UnpackingGivesTheDenseMatrix) {
   std::mt19937 random(4);
   for (const int64_t cols : {1, 7, 64, 100, 1134}) {

@@ -173,6 +173,29 @@ TYPED_TEST(QuantizedLoops, ProductsAreThoseOfTheDenseMatrix) {
   }
 }
 
+// As in cpu_packed_test.cpp.
+TYPED_TEST(QuantizedLoops, ARowHasTheSameBitsInAnyRange) {
+  using S = typename TypeParam::Scale;
+  std::mt19937 random(10);
+  const int64_t rows = 23, cols = 449, tokens = 15;
+  const Quantized<S, TypeParam::bits> sample(rows, cols, 2, 50, random);
+  const auto space = space_for(sample.words);
+  std::vector<float> given;
+  for (int64_t i = 0; i < tokens * cols; ++i) given.push_back(static_cast<float>(random() % 1000) / 999.0f);
+  for (const PackedLevel level : levels()) {
+    with_quantized_product<TypeParam::bits, S>(level, [&](auto* loop, auto input) {
+      const Given<decltype(input), S> x(given, tokens, cols, sample.words, 2);
+      std::vector<float> whole(static_cast<size_t>(tokens * rows)), parts(whole.size());
+      const auto multiply = [&](std::vector<float>& out, int64_t begin, int64_t end) {
+        loop({sample.matrix(), x.data.data(), x.stride, out.data(), rows}, tokens, begin, end, space.get());
+      };
+      multiply(whole, 0, rows);
+      for (int64_t begin = 0; begin < rows; begin += 3) multiply(parts, begin, std::min(begin + 3, rows));
+      ASSERT_EQ(whole, parts) << "level " << static_cast<int>(level);
+    });
+  }
+}
+
 TYPED_TEST(QuantizedLoops, UnpackingGivesCodesTimesScales) {
   using S = typename TypeParam::Scale;
   std::mt19937 random(4);
