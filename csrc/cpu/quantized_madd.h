@@ -54,8 +54,9 @@ ACE_HD __m256 load_wide(const S* x, int64_t left) {
 struct FixedHalves {
   static constexpr int64_t kWord = 2 * kBitmapColumns;
 
+  static int64_t span_words(int64_t group_words) { return group_words % 2 == 0 ? 2 : 1; }
   static int64_t size(int64_t words, int64_t group_words) {
-    const int64_t span = group_words % 2 == 0 ? 2 : 1;
+    const int64_t span = span_words(group_words);
     return words * kWord + (words + span - 1) / span * 4;
   }
   // Writes one span of `words` words, from x [cols], zero beyond, and returns 2^e.
@@ -81,7 +82,7 @@ struct FixedHalves {
   // What with_quantized_product (quantized_level.h) asks of an input.
   template <class S>
   static void write(const S* x, int64_t cols, int64_t words, int64_t group_words, uint8_t* out) {
-    const int64_t span = group_words % 2 == 0 ? 2 : 1;
+    const int64_t span = span_words(group_words);
     uint8_t* units = out + words * kWord;
     for (int64_t word = 0; word < words; word += span, units += 4) {
       const int64_t first = word * kBitmapColumns;

@@ -101,10 +101,12 @@ double exact(const Sample& sample, const float* x, int64_t row) {
   return sum;
 }
 
-// A float in a type of 16 bits that has this number, or nearly.
+// A float in a type that has this number, or nearly.
 template <class S>
 S exactly(float value) {
-  if constexpr (std::is_same_v<S, BFloat16>) {
+  if constexpr (std::is_same_v<S, float>) {
+    return value;
+  } else if constexpr (std::is_same_v<S, BFloat16>) {
     return to_bfloat16(value);
   } else {
     const uint32_t sign = float_bits(value) >> 16 & 0x8000u, size = float_bits(value) & 0x7fffffffu;
@@ -193,6 +195,28 @@ TYPED_TEST(QuantizedLoops, ARowHasTheSameBitsInAnyRange) {
       for (int64_t begin = 0; begin < rows; begin += 3) multiply(parts, begin, std::min(begin + 3, rows));
       ASSERT_EQ(whole, parts) << "level " << static_cast<int>(level);
     });
+  }
+}
+
+// Codes of -128 and -8 and the largest inputs give the largest sums that a lane of integers must hold.
+TYPED_TEST(QuantizedLoops, TheLargestSumsFit) {
+  using S = typename TypeParam::Scale;
+  constexpr int kBits = TypeParam::bits, kLeast = -(1 << (kBits - 1));
+  std::mt19937 random(9);
+  Quantized<S, kBits> sample(3, 256, 2, 100, random);
+  std::fill(sample.codes.begin(), sample.codes.end(), kBits == 8 ? 0x80 : 0x88);
+  std::fill(sample.dense.begin(), sample.dense.end(), kLeast);
+  std::fill(sample.scales.begin(), sample.scales.end(), exactly<S>(1.0f));
+  const auto space = space_for(sample.words);
+  for (const float size : {32512.0f, -32512.0f, 32640.0f, -32640.0f}) {  // bfloat16's neighbours of 32639
+    const std::vector<float> given(256, size);
+    for (const PackedLevel level : levels())
+      with_quantized_product<kBits, S>(level, [&](auto* loop, auto input) {
+        const Given<decltype(input), S> x(given, 1, 256, sample.words, 2);
+        std::vector<float> out(3);
+        loop({sample.matrix(), x.data.data(), x.stride, out.data(), 3}, 1, 0, 3, space.get());
+        for (const float value : out) ASSERT_EQ(value, 256.0f * kLeast * size) << "level " << static_cast<int>(level);
+      });
   }
 }
 
@@ -334,9 +358,7 @@ void check_fixed(PackedLevel level, int64_t words, int64_t group_words, int most
   unit.codes.assign(static_cast<size_t>(cols), 1);
   for (int64_t i = 0; i < cols; ++i) unit.bitmap[static_cast<size_t>(8 * i * words + i / 8)] |= uint8_t(1u << (i % 8));
   std::iota(unit.row_start.begin(), unit.row_start.end(), int64_t{0});
-  S one{};
-  one.bits = std::is_same_v<S, Half> ? 0x3c00 : 0x3f80;
-  std::fill(unit.scales.begin(), unit.scales.end(), one);
+  std::fill(unit.scales.begin(), unit.scales.end(), exactly<S>(1.0f));
   std::vector<float> x = magnitudes(cols, most, random);
   for (float& value : x) value = to_float(exactly<S>(value));
   const auto space = space_for(words);
@@ -390,33 +412,6 @@ TEST(QuantizedFixed, InputsThatAreNotFiniteGiveNaN) {
         for (const float value : out) ASSERT_TRUE(std::isnan(value));
       });
     }
-}
-
-// Codes of -128 and -8 and the largest inputs give the largest sums that a lane of integers must hold.
-TYPED_TEST(QuantizedLoops, TheLargestSumsFit) {
-  using S = typename TypeParam::Scale;
-  constexpr int kBits = TypeParam::bits, kLeast = -(1 << (kBits - 1));
-  std::mt19937 random(9);
-  Quantized<S, kBits> sample(3, 256, 2, 100, random);
-  std::fill(sample.codes.begin(), sample.codes.end(), kBits == 8 ? 0x80 : 0x88);
-  std::fill(sample.dense.begin(), sample.dense.end(), kLeast);
-  S one{};
-  if constexpr (std::is_same_v<S, float>)
-    one = 1.0f;
-  else
-    one = exactly<S>(1.0f);
-  std::fill(sample.scales.begin(), sample.scales.end(), one);
-  const auto space = space_for(sample.words);
-  for (const float size : {32512.0f, -32512.0f, 32640.0f, -32640.0f}) {  // bfloat16's neighbours of 32639
-    const std::vector<float> given(256, size);
-    for (const PackedLevel level : levels())
-      with_quantized_product<kBits, S>(level, [&](auto* loop, auto input) {
-        const Given<decltype(input), S> x(given, 1, 256, sample.words, 2);
-        std::vector<float> out(3);
-        loop({sample.matrix(), x.data.data(), x.stride, out.data(), 3}, 1, 0, 3, space.get());
-        for (const float value : out) ASSERT_EQ(value, 256.0f * kLeast * size) << "level " << static_cast<int>(level);
-      });
-  }
 }
 
 // Panels of one and of several parts, with rows that end inside a byte, and runs that end with a scale.
