@@ -132,6 +132,7 @@ def test_two_prune_an_encoder_and_a_decoder(tmp_path):
     assert differing <= 1e-3 * sum(weights[0][n].numel() for n in blocks)
 
 
+@pytest.mark.nightly
 def test_torchrun_writes_what_two_processes_write(tmp_path):
     """The other tests start the processes themselves, which is quicker."""
     dense = save_dense(tmp_path / "dense")
@@ -198,6 +199,7 @@ sys.exit(status or (f"left: {left}" if left else 0))
 """
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="this system does not list a process's threads")
 def test_no_thread_is_left_to_the_end_of_the_interpreter(tmp_path):
     """Such a thread may abort the process at exit, after everything is written."""

@@ -341,6 +341,7 @@ def larger(tmp_path_factory):
     return folder
 
 
+@pytest.mark.nightly
 def test_a_limit_decides_how_many_blocks_are_trained_together(larger, tmp_path, monkeypatch):
     free = Free(monkeypatch)
     monkeypatch.setattr(model_shape, "slow_dtypes", frozenset)  # what is converted would hide how large the states are

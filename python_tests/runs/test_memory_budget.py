@@ -10,7 +10,7 @@ import pytest
 CHECK = Path(__file__).parents[2] / "tools" / "check_memory.py"
 
 
-@pytest.mark.nightly  # the peak of a run from the disk is also measured by test_real_model.py, on a smaller model
+@pytest.mark.nightly
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell a process's peak")
 def test_a_run_from_the_disk_holds_no_more_than_some_blocks():
     """A scaled-down ``make check-memory``: 0.4 GB of weights in 7 blocks, pruned from the disk and in memory."""

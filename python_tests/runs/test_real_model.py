@@ -85,9 +85,8 @@ def peak_memory(command: str, model: Path, *options: str) -> int:
     return json.loads(done.stdout)["peak_memory_bytes"]
 
 
-@pytest.mark.parametrize(
-    "kind", [*(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("gguf", "memory")), "disk"]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", ["gguf", "memory", "disk"])
 def test_planned_peak_is_the_runs(kind, gguf, folder, tmp_path):
     """Within 15 %: what benchmarks/plan_accuracy.py shows for more settings."""
     model = gguf if kind == "gguf" else folder
