@@ -1,4 +1,5 @@
-"""The exception for errors that the caller can correct. Any other exception is an internal error."""
+"""The exception for errors that the caller can correct, and words for messages. Any other exception is an internal
+error."""
 
 import difflib
 import os
@@ -49,3 +50,9 @@ def one_line(error: BaseException, longest: int = 400) -> str:
     """The message of an exception without line breaks, cut to ``longest`` characters; its type if it has no message."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 block``, ``2 blocks``, ``1,000 matrices``."""
+    plural = f"{noun[:-2]}ices" if noun.endswith("ix") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"

@@ -135,7 +135,7 @@ def test_rows_without_a_weight_are_told():
     assert "no weight is left" not in report.table()
     report.matrices[1].empty_rows = 3
     assert (
-        "no weight is left in 3 rows of 1 matrices, 3 of 4 in layers.1.up: these outputs are constant" in report.table()
+        "no weight is left in 3 rows of 1 matrix, 3 of 4 in layers.1.up: these outputs are constant" in report.table()
     )
 
 

@@ -30,7 +30,7 @@ from ace_ext.bench.pair import BenchResult, Difference, Pair, bench, pair_steps
 from ace_ext.bench.settings import BenchProgress, BenchSettings
 from ace_ext.cli import args as shared
 from ace_ext.cli.parser import VERBS
-from ace_ext.errors import InputError, existing_folder
+from ace_ext.errors import InputError, counted, existing_folder
 from ace_ext.packed.files import is_packed
 from ace_ext.packed.packing import unpack
 from ace_ext.reporting.bench_plot import check_plot, contest_plot, pair_plot, write_plot
@@ -185,7 +185,7 @@ def table(result: BenchResult) -> str:
     lines = [text, f"packed and dense hold the same weights; their logits differ by {_difference(result.logits)}"]
     if result.rounding is not None:
         lines.append(f"for scale: dense in {result.dtype} and in float32 differ by {_difference(result.rounding)}")
-    lines.append(f"{result.dtype}, {result.threads} threads, {result.capability}; {_runs(result.rounds)}")
+    lines.append(f"{result.dtype}, {counted(result.threads, 'thread')}, {result.capability}; {_runs(result.rounds)}")
     return "\n".join(lines)
 
 
@@ -203,7 +203,7 @@ def contest_table(result: ContestResult) -> str:
         engines.setdefault(figures.engine, []).append(figures.name)
     lines += [f"{engine}: {', '.join(names)}" for engine, names in engines.items()]
     lines += [_beside(figures) for figures in result.figures if figures.beside]
-    lines.append(f"dense is {result.dtype}; {result.threads} threads; {_runs(result.rounds)}")
+    lines.append(f"dense is {result.dtype}; {counted(result.threads, 'thread')}; {_runs(result.rounds)}")
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ from ace_ext.data.corpora import SOURCES
 from ace_ext.data.evaluation import text_perplexity
 from ace_ext.data.perplexity import SEQLEN
 from ace_ext.engine.devices import pick_device
+from ace_ext.errors import counted
 from ace_ext.runs.bos_choice import recorded_in_report
 from ace_ext.runtime import open_model
 
@@ -53,5 +54,6 @@ def evaluate(args: argparse.Namespace) -> int:
         figures = {"model": args.model, "text": args.text, **result.to_dict()}
         print(json.dumps(figures | {"bos_choice": choice.to_dict()}))
     else:
-        print(f"perplexity {result.perplexity:.3f} on {args.text}: {result.windows} windows of {result.seqlen} tokens")
+        windows = counted(result.windows, "window")
+        print(f"perplexity {result.perplexity:.3f} on {args.text}: {windows} of {result.seqlen} tokens")
     return 0

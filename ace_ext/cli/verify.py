@@ -5,6 +5,7 @@ import json
 
 from ace_ext.cli import args as shared
 from ace_ext.cli.parser import VERBS
+from ace_ext.errors import counted
 from ace_ext.runs.verify import verify
 
 EXAMPLES = ("verify pruned",)
@@ -31,7 +32,7 @@ def check(args: argparse.Namespace) -> int:
         for line in result.removed:
             print(f"{line} are left")
         if result.matrices or not result.removed:
-            print(f"{result.matrices} matrices, sparsity {result.sparsity:.4f}{rows}")
+            print(f"{counted(result.matrices, 'matrix')}, sparsity {result.sparsity:.4f}{rows}")
         problems = "\n".join(f"problem: {problem}" for problem in result.problems)
         grid = f"grid of {result.grid}, " if result.grid else ""
         print(problems or f"OK: counts, zeros, finite values, {grid}loading")

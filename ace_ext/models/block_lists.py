@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
-from ace_ext.errors import InputError
+from ace_ext.errors import InputError, counted
 from ace_ext.models._transformers import hears_or_sees, predicts_tokens, text_part, token_embedding
 from ace_ext.models.fused_weights import find_fused
 from ace_ext.models.left_dense import expert_lists
@@ -41,8 +41,8 @@ def block_lists(
             continue
         if not all(map(skipped, alike)):
             raise InputError(
-                f"model has a second list of blocks, {name} ({len(alike)} blocks), which would stay dense: only "
-                f"{', '.join(taken)} is pruned; to leave it dense on purpose, pass skip={re.escape(name)!r}"
+                f"model has a second list of blocks, {name} ({counted(len(alike), 'block')}), which would stay dense: "
+                f"only {', '.join(taken)} is pruned; to leave it dense on purpose, pass skip={re.escape(name)!r}"
             )
         left += alike
     return {block: module for name, m in taken.items() for block, module in _blocks_of(name, m).items()}, left

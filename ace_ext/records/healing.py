@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ace_ext.errors import counted
+
 KL = "KL"
 """The loss of a model with a vocabulary: ``KL(dense ‖ pruned)``, the Kullback-Leibler divergence of the distributions
 of the next token, in nats."""
@@ -92,7 +94,7 @@ class HeldOutPerplexity:
         figures = [f"{figure_text(self.dense)} dense", f"{figure_text(self.pruned)} pruned"]
         if self.healed is not None:
             figures.append(f"{figure_text(self.healed)} distilled")
-        place = f"{self.windows} windows of {self.seqlen} tokens of {self.text}"
+        place = f"{counted(self.windows, 'window')} of {self.seqlen} tokens of {self.text}"
         return f"perplexity {', '.join(figures)} ({place})"
 
 

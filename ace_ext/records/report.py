@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ace_ext.dense_weights import DenseWeight, describe_dense, kind_of
-from ace_ext.errors import existing_folder
+from ace_ext.errors import counted, existing_folder
 from ace_ext.records.agreement import Agreement
 from ace_ext.records.healing import Healing, HeldOutPerplexity
 from ace_ext.records.matrices import BlockReport, MatrixReport
@@ -173,8 +173,9 @@ class PruneReport:
             lines.append(f"{unseen} experts' matrices saw no calibration token and were pruned by magnitude")
         lines += self._empty_rows()
         lines.append(
-            f"{len(self.blocks)} blocks, {len(self.matrices)} matrices, sparsity {self.sparsity:.4f}, "
-            f"{self.seconds:.1f} s, peak memory {self.peak_memory_bytes / 2**30:.2f} GiB on {self.device}"
+            f"{counted(len(self.blocks), 'block')}, {counted(len(self.matrices), 'matrix')}, "
+            f"sparsity {self.sparsity:.4f}, {self.seconds:.1f} s, peak memory {self.peak_memory_bytes / 2**30:.2f} GiB "
+            f"on {self.device}"
         )
         if self.method:
             lines.append(f"method {self.method}")
@@ -232,9 +233,9 @@ class PruneReport:
         found = [matrix for matrix in self.matrices if matrix.empty_rows]
         if not found:
             return []
-        worst = max(found, key=lambda matrix: matrix.empty_rows)
+        worst, rows = max(found, key=lambda matrix: matrix.empty_rows), sum(matrix.empty_rows for matrix in found)
         return [
-            f"no weight is left in {sum(matrix.empty_rows for matrix in found):,} rows of {len(found)} matrices, "
+            f"no weight is left in {counted(rows, 'row')} of {counted(len(found), 'matrix')}, "
             f"{worst.empty_rows:,} of {worst.shape[0]:,} in {worst.name}: these outputs are constant now"
         ]
 

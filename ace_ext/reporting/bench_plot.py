@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ace_ext.bench.contest import ContestResult
 from ace_ext.bench.pair import BenchResult, Pair
+from ace_ext.errors import counted
 from ace_ext.reporting.plots import DPI, FONT, WIDTH, log_axis, require_matplotlib
 from ace_ext.runs.own_files import check_replaceable
 from ace_ext.whole_files import written_whole
@@ -46,7 +47,7 @@ def pair_plot(result: BenchResult) -> bytes:
     axes = figure.subplots()
     _bars(axes, {name: pair.ratio for name, pair in pairs.items()})
     axes.set_xlabel("packed is better by", fontsize=FONT)
-    axes.set_title(f"{result.dtype}, {_threads(result.threads)}, {result.capability}", fontsize=FONT)
+    axes.set_title(f"{result.dtype}, {counted(result.threads, 'thread')}, {result.capability}", fontsize=FONT)
     return _png(figure)
 
 
@@ -61,7 +62,7 @@ def contest_plot(result: ContestResult) -> bytes:
         _bars(axes, ratios)
         axes.set_title(name, fontsize=FONT, loc="left")
     axes.set_xlabel("better than dense in torch by", fontsize=FONT)
-    figure.suptitle(f"dense {result.dtype}, {_threads(result.threads)}", fontsize=FONT)
+    figure.suptitle(f"dense {result.dtype}, {counted(result.threads, 'thread')}", fontsize=FONT)
     return _png(figure)
 
 
@@ -76,10 +77,6 @@ def _bars(axes: Axes, ratios: dict[str, float]) -> None:
     axes.margins(x=0.45)  # for the labels beside the bars
     axes.grid(axis="x", alpha=0.3)
     axes.tick_params(labelsize=FONT)
-
-
-def _threads(number: int) -> str:
-    return "1 thread" if number == 1 else f"{number} threads"
 
 
 def _png(figure: Figure) -> bytes:

@@ -22,6 +22,7 @@ from ace_ext.data.generate import ROWS_TOGETHER
 from ace_ext.dense_weights import DenseWeight, describe_dense, kind_of
 from ace_ext.engine.api import check_pattern
 from ace_ext.engine.model_shape import ModelShape
+from ace_ext.errors import counted
 from ace_ext.formats import DEFAULT_FORMAT, format_named
 from ace_ext.healing.distill import steps_of
 from ace_ext.models._transformers import embedding_weight, main_input, predicts_tokens, text_config
@@ -106,7 +107,10 @@ class Plan:
         weights = "one block at a time from the files" if self.offload else "all in memory"
         states = "in memory" if self.resident_hidden else "on the disk"
         lines += describe_dense(self.dense, sum(math.prod(matrix.shape) for matrix in self.matrices))
-        lines.append(f"{self.blocks} blocks, {len(self.matrices)} matrices; weights {weights}, hidden states {states}")
+        lines.append(
+            f"{counted(self.blocks, 'block')}, {counted(len(self.matrices), 'matrix')}; weights {weights}, "
+            f"hidden states {states}"
+        )
         for phase in sorted(self.phases, key=lambda phase: -phase.total):
             rank = "peak" if phase is self.peak else "then"
             lines.append(f"{rank} {phase.total / 1e9:.2f} GB in {phase.phase}: {phase.describe()}")

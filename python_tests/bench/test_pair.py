@@ -55,7 +55,7 @@ def test_bench_measures_both(llama, tmp_path, capsys):
     assert matplotlib.image.imread(tmp_path / "plot.png").shape[1] == round(WIDTH * DPI)
     shown = table(BenchResult(str(pruned), str(packed), "float32", 1, "AVX2", 1, {16: Pair(10.0, 15.0, 1.5)}))
     assert shown.splitlines()[2].split() == ["decode,", "batch", "16:", "tokens/s", "10", "15", "1.50", "x"]
-    assert shown.endswith("1 threads, AVX2; 1 run each, alternating")
+    assert shown.endswith("1 thread, AVX2; 1 run each, alternating")
 
 
 def test_more_tokens_than_a_model_has_positions():

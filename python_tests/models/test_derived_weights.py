@@ -136,7 +136,7 @@ def test_a_second_list_of_blocks_beside_the_text(model):
     """Its name says that text does not go through it."""
     model.model.vision_layers = nn.ModuleList([model.model.layers.pop(-1)])
     refused(
-        model, r"second list of blocks, model\.vision_layers \(1 blocks\), which would stay dense", method="magnitude"
+        model, r"second list of blocks, model\.vision_layers \(1 block\), which would stay dense", method="magnitude"
     )
 
 
