@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import plain_call
 from ace_ext.models.blocks import Block
-from ace_ext.models.token_masks import TokenMasks
+from ace_ext.models.token_masks import TokenMasks, first_tokens
 
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """A block's positional and keyword arguments besides its hidden states."""
@@ -36,6 +36,7 @@ class BlockCall:
     wrap: Callable[[Tensor], object] = lambda hidden: hidden  # gives hidden states the form of a block's output
     states: Sequence[tuple[Tensor, Tensor | None]] = ()  # an encoder's output, and its mask as token_mask
     sample_shapes: Sequence[Any] | None = None  # of others with one sample (models/samples.py); None: not known
+    starts: Tensor | None = None  # [batch * seqlen] bool: a causal language model's first token of each sample
 
 
 class _Captured(Exception):
@@ -225,7 +226,8 @@ def _call_of(recorder: _Recorder, masks: TokenMasks, batch: dict[str, Tensor], p
     tokens = token_count(first.module, hidden) if mask is None else int(mask.sum())
     states = masks.of_states(first.name, batch, recorder.others)
     others = [*([NOT_ENTERED] * part.start), *recorder.others]
-    return BlockCall(hidden, others, mask, tokens, recorder.wrap, states)
+    starts = first_tokens(hidden.shape[:2], mask, hidden.device) if masks.plain and hidden.dim() == 3 else None
+    return BlockCall(hidden, others, mask, tokens, recorder.wrap, states, starts=starts)
 
 
 def token_count(block: nn.Module, hidden: Tensor) -> int:

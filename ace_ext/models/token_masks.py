@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ace_ext.errors import InputError
@@ -107,3 +108,15 @@ class TokenMasks:
 
 def _are_states(value: object) -> bool:
     return isinstance(value, Tensor) and value.dim() == 3 and value.is_floating_point()
+
+
+def first_tokens(shape: tuple[int, ...], mask: Tensor | None, device: torch.device) -> Tensor:
+    """``[batch * seqlen]`` bool: the first token of each sample that is no padding.
+
+    Args:
+        shape: ``(batch, seqlen)``.
+        mask: ``[batch * seqlen]`` bool, or None if no token is padding.
+        device: of the result.
+    """
+    used = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask.view(shape).to(device)
+    return (used & (used.cumsum(dim=1) == 1)).flatten()

@@ -175,9 +175,10 @@ class StatisticsCollector:
     If a Linear is called only once, its entry may be removed right after the call to free memory. A Linear that is
     called more often must be in :attr:`alone`; its statistics are those of all calls.
 
-    ``token_mask`` excludes padded tokens: ``[T]`` bool, or None for all; ``states`` are tensors of other states that
-    Linears may read, such as an encoder's output, each with its own mask. Set both before each forward. Call
-    :meth:`observe` from a hook, or use the collector as a context manager that hooks all its Linears.
+    ``token_mask`` excludes padded tokens: ``[T]`` bool, or None for all; ``starts [T]`` bool marks the first token of
+    each sample, or None; ``states`` are tensors of other states that Linears may read, such as an encoder's output,
+    each with its own mask. Set them before each forward. Call :meth:`observe` from a hook, or use the collector as a
+    context manager that hooks all its Linears.
     """
 
     SAMPLE_ROWS = 128
@@ -192,6 +193,7 @@ class StatisticsCollector:
         self._sketched = token_norm == "sketch"
         self.stats: dict[str, LinearStatistics] = {}
         self.token_mask: Tensor | None = None
+        self.starts: Tensor | None = None
         self.states: Sequence[tuple[Tensor, Tensor | None]] = ()
         self._sample_rows = max(1, self.SAMPLE_ROWS // batches)
         self._leader: dict[str, str] = {}  # the Linear whose input statistics a Linear shares
@@ -237,7 +239,7 @@ class StatisticsCollector:
                 _collected(stats.input).update(rows)
         sketched = cache(partial(self._sketched_output, name, rows))
         if stats.gram is not None and (leader == name or COSINE_GRAM in self.needs):
-            stats.gram.update(rows, None if GRAM in self.needs else token_scales(sketched()))
+            stats.gram.update(rows, None if GRAM in self.needs else self._scales(sketched(), x, mask))
         if self.wants_output:
             bias: Tensor | None = self.linears[name].bias
             dense = _tokens(_collected(output) if bias is None else _collected(output) - bias, mask)
@@ -249,6 +251,15 @@ class StatisticsCollector:
             _collected(stats.weighted).update(rows, token_weights(name, dense))
         elif MOMENT in self.needs and dense.is_cpu:
             token_weights(name, dense)  # checks them: the op computes its own
+
+    def _scales(self, dense: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The factors ``[T]`` of tokens in a Gram matrix. ``dense``: their outputs; ``x``, ``mask``: as the input of
+        :meth:`observe` and the mask of its tokens."""
+        scale = token_scales(dense)
+        if COSINE_GRAM in self.needs and self.starts is not None and len(self.starts) == x.shape[:-1].numel():
+            first = self.starts if mask is None else self.starts[mask]
+            scale[first] = (FIRST_TOKEN * scale[first]).clamp_max(LARGEST_SCALE)
+        return scale
 
     def _sketched_output(self, name: str, rows: Tensor) -> Tensor:
         linear = self.linears[name]
@@ -305,6 +316,14 @@ def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
 
 
+LARGEST_SCALE = 2.0**126
+"""Of a token in a Gram matrix, so that it is finite."""
+
+FIRST_TOKEN = 4.0
+"""The factor of the first token of a sample in the Gram matrix of ``gram=cosine``, so 16 in the squared error. Most
+heads of a causal language model attend to it, so an error of its key and its value reaches all tokens, and it is one of
+many in a sum."""
+
 LARGEST_NORM = 1e16
 """Of an output that weights its token. Products of its weight with squares of inputs and outputs would otherwise come
 near the smallest float32, and lose digits."""
@@ -335,7 +354,7 @@ def token_scales(dense: Tensor) -> Tensor:
     """``s_t = 2^-round(log₂ ‖A_t‖)`` of the outputs ``A [T, d_out]`` of a Linear: ``[T]`` float32, 0 for an output of
     zero, NaN for one that is not finite. A product with a power of two rounds no bfloat16."""
     norm = torch.linalg.vector_norm(dense.double(), dim=1)
-    scale = torch.exp2(-norm.log2().round().clamp(-126, 126)).float()
+    scale = torch.exp2(-norm.log2().round().clamp(-126, 126)).float()  # to LARGEST_SCALE
     return scale.masked_fill(norm == 0, 0.0).masked_fill(~torch.isfinite(norm), torch.nan)
 
 

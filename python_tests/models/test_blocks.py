@@ -52,6 +52,20 @@ def test_replayed_blocks_compute_what_the_model_does(family, padded):
     assert (call.token_mask is not None) == padded
 
 
+def test_first_tokens_of_samples():
+    """The second sample is padded on the left, and the third is padding throughout."""
+    model, tokens = make_model("llama"), make_tokens()[:3]
+    mask, blocks = torch.ones_like(tokens), find_blocks(model)
+    mask[1, :3] = mask[2] = 0
+    batch = {"input_ids": tokens, "attention_mask": mask}
+    (call,) = capture_calls(model, blocks, [batch])
+    assert call.starts.view(tokens.shape).nonzero().tolist() == [[0, 0], [1, 3]]
+    (call,) = capture_calls(model, blocks, [{"input_ids": tokens}])
+    assert call.starts.view(tokens.shape).nonzero().tolist() == [[0, 0], [1, 0], [2, 0]]
+    (call,) = capture_calls(model, blocks, [batch], range(len(blocks)))  # as of a network that is no language model
+    assert call.starts is None
+
+
 def test_capture_leaves_the_model_as_it_was():
     model = make_model("llama")
     own = model.model.layers[1].forward

@@ -11,6 +11,7 @@ from ace_ext.dense_weights import NOT_CALLED
 from ace_ext.models.block_store import ResidentBlocks
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.trial import try_walk
+from ace_ext.pruning.statistics import StatisticsCollector
 from ace_ext.runs.verify import verify
 
 SHARING, TWO_LISTS, TWICE, UNUSED = "gemma3n_text", "xlm", "prophetnet", "bart"
@@ -50,6 +51,29 @@ def test_blocks_that_hand_on_more_than_their_output_are_no_chain():
     first.register_forward_hook(lambda m, args, out: setattr(m, "kept", out))
     second.register_forward_pre_hook(lambda m, args: (args[0] + first.__dict__.pop("kept"),))
     assert tried(model).reason == "its blocks need more than the output of the one before (KeyError)"
+
+
+@pytest.mark.parametrize(
+    ("kind", "collect"),
+    [
+        ("llama", "order=block, batch_tokens=16"),
+        ("llama", "order=sequential, batch_tokens=16"),
+        ("llama", "order=sequential, batch_tokens=10000"),
+        (LOOPED, "batch_tokens=16"),
+    ],
+)
+def test_statistics_know_the_first_token_of_each_sample(kind, collect, monkeypatch):
+    model = make_model(kind) if kind == "llama" else every_class.build(kind)
+    observe, seen = StatisticsCollector.observe, []
+
+    def told(collector, name, x, output):
+        seen.append(torch.equal(collector.starts.view(x.shape[:2]).sum(1), torch.ones(len(x), dtype=torch.int64)))
+        observe(collector, name, x, output)
+
+    monkeypatch.setattr(StatisticsCollector, "observe", told)
+    prune_model(model, make_tokens(), PruneConfig(f"collect({collect}) + quantize(bits=8)", max_dense=0.5))
+    assert seen
+    assert all(seen)
 
 
 def inputs_of(model, linear, tokens):

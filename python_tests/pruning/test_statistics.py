@@ -30,10 +30,10 @@ def block():
     return Pair().requires_grad_(False)
 
 
-def collect(block, batches, needs=ALL, mask=None):
+def collect(block, batches, needs=ALL, mask=None, starts=None):
     linears = {name: module for name, module in block.named_children() if isinstance(module, nn.Linear)}
     with StatisticsCollector(linears, needs, len(batches)) as collector:
-        collector.token_mask = mask
+        collector.token_mask, collector.starts = mask, starts
         for x in batches:
             block(x)
     return collector
@@ -86,6 +86,31 @@ def test_tokens_of_a_gram_matrix_are_weighted_by_the_output_without_bias(block, 
         read = block.q if kind == SHARED_GRAM else getattr(block, name)
         scaled = rows * token_scales(rows @ read.weight.T)[:, None]
         torch.testing.assert_close(stats[name].gram.matrix, scaled.T @ scaled)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", [COSINE_GRAM, SHARED_GRAM, GRAM])
+def test_first_tokens_count_sixteen_times_with_gram_cosine(block, kind, padded):
+    x = torch.randn(2, 5, 6)
+    starts = torch.tensor([False, True, False, False, False, True, False, False, False, False])
+    mask = torch.tensor([False, True, True, True, True] + 5 * [True]) if padded else None
+    found = collect(block, [x], frozenset({INPUT, kind}), mask, starts).stats["k"].gram
+    used = torch.ones(10, dtype=torch.bool) if mask is None else mask
+    rows, first = x.flatten(0, 1)[used], starts[used]
+    read = block.k if kind == COSINE_GRAM else block.q
+    scale = torch.ones(len(rows)) if kind == GRAM else token_scales(rows @ read.weight.T)
+    square = rows[:, :, None] * rows[:, None, :] * scale[:, None, None] ** 2
+    expected = square.sum(0) + (15 * square[first].sum(0) if kind == COSINE_GRAM else 0)
+    torch.testing.assert_close(found.matrix, expected)
+
+
+def test_no_factor_of_a_first_token_is_infinite(block):
+    block.q.weight.fill_(2.0**-126)
+    block.q.bias.zero_()
+    x, needs = torch.full((1, 2, 6), 2.0**-20), frozenset({INPUT, COSINE_GRAM})
+    plain, other = (collect(block, [x], needs, starts=s).stats["q"].gram for s in (None, torch.tensor([True, False])))
+    assert float(plain.matrix[0, 0]) > 0
+    assert torch.equal(other.matrix, plain.matrix)  # each token has the largest factor already
 
 
 def test_token_scales_are_powers_of_two_near_the_inverse_norms(random):

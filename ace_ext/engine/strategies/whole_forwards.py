@@ -14,7 +14,7 @@ from ace_ext.models._transformers import plain_call
 from ace_ext.models.block_lists import goes_beyond_text
 from ace_ext.models.blocks import Block
 from ace_ext.models.replay import replaced_forward, take_hidden, with_products
-from ace_ext.models.token_masks import TokenMasks
+from ace_ext.models.token_masks import TokenMasks, first_tokens
 from ace_ext.pruning.statistics import LinearStatistics, StatisticsCollector
 
 MakeCollector = Callable[[Mapping[str, nn.Linear]], StatisticsCollector]
@@ -70,6 +70,9 @@ class WholeForwards:
             for batch in self._batches:
                 found = batch.get("attention_mask") if masks.plain else None
                 collector.token_mask = None if found is None or bool(found.all()) else found.flatten().bool()
+                if masks.plain:
+                    ids = batch["input_ids"]
+                    collector.starts = first_tokens(ids.shape, collector.token_mask, ids.device)
                 self._model(**batch, **options)
         return {child: collector.stats.get(child) or collector.empty(child) for child in block.linears}
 
