@@ -13,10 +13,15 @@ GRAM = "gram"
 """``Σ_t X_t X_tᵀ``, the Gram matrix."""
 COSINE_GRAM = "cosine-gram"
 """``Σ_t s_t² X_t X_tᵀ``, the Gram matrix with weighted tokens: ``s_t`` is the power of two nearest to ``1 / ‖A_t‖``."""
+ROUNDING_GRAM = "rounding-gram"
+"""The same with :data:`ace_ext.pruning.statistics.FIRST_TOKEN` times ``s_t`` for the first token of each sample of a
+causal language model."""
 SHARED_GRAM = "shared-gram"
-"""The same with ``A`` of the first Linear that reads the input; Linears with the same input share it."""
+"""``COSINE_GRAM`` with ``A`` of the first Linear that reads the input; Linears with the same input share it."""
 SKETCH = "sketch"
 """``SHARED_GRAM`` approximated by a diagonal and a few directions (:mod:`ace_ext.pruning.sketch`)."""
 
-GRAMS = frozenset({GRAM, COSINE_GRAM, SHARED_GRAM})
+OWN_GRAMS = frozenset({COSINE_GRAM, ROUNDING_GRAM})
+"""Those of which each Linear has its own."""
+GRAMS = OWN_GRAMS | {GRAM, SHARED_GRAM}
 """The kinds that are ``[d_in, d_in]``."""

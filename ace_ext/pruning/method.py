@@ -263,12 +263,14 @@ class Needs:
     def of(cls, method: Method) -> "Needs":
         """The kinds that the stages of a method read."""
         scored = method.scored_by.needs if method.prunes else frozenset()
-        solved = frozenset(kind for stage in method.matrix_stages for kind in stage.needs)
+        quantize = method.quantize
+        solved = frozenset(kind for stage in method.matrix_stages if stage != quantize for kind in stage.needs)
         measure: frozenset[str] = frozenset()
         if method.allocate is not None:
             measure = scored
-        if method.quantize is not None:
-            solved = solved - {*GRAM_KINDS.values()} | method.quantize.needs
+        if quantize is not None:
+            others = solved - {*GRAM_KINDS.values()}
+            solved = others | (quantize.needs if others == solved else {GRAM_KINDS[quantize.gram]})
         return cls(scored | solved, measure)
 
     @property

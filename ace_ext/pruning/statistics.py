@@ -19,7 +19,7 @@ from ace_ext.errors import InputError
 from ace_ext.models.fused_weights import ExpertLinear, filled_linear
 from ace_ext.models.products import float32_products, matmul
 from ace_ext.pruning.gram import GramState
-from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, MOMENT, SHARED_GRAM, SKETCH, WEIGHTED
+from ace_ext.pruning.kinds import GRAM, INPUT, MOMENT, OWN_GRAMS, ROUNDING_GRAM, SHARED_GRAM, SKETCH, WEIGHTED
 from ace_ext.pruning.scaling import InputScale, exponent_on_device, reads_at_once
 from ace_ext.pruning.sketch import SketchState
 
@@ -238,7 +238,7 @@ class StatisticsCollector:
             if INPUT in self.needs:
                 _collected(stats.input).update(rows)
         sketched = cache(partial(self._sketched_output, name, rows))
-        if stats.gram is not None and (leader == name or COSINE_GRAM in self.needs):
+        if stats.gram is not None and (leader == name or self.needs & OWN_GRAMS):
             stats.gram.update(rows, None if GRAM in self.needs else self._scales(sketched(), x, mask))
         if self.wants_output:
             bias: Tensor | None = self.linears[name].bias
@@ -256,7 +256,7 @@ class StatisticsCollector:
         """The factors ``[T]`` of tokens in a Gram matrix. ``dense``: their outputs; ``x``, ``mask``: as the input of
         :meth:`observe` and the mask of its tokens."""
         scale = token_scales(dense)
-        if COSINE_GRAM in self.needs and self.starts is not None and len(self.starts) == x.shape[:-1].numel():
+        if ROUNDING_GRAM in self.needs and self.starts is not None and len(self.starts) == x.shape[:-1].numel():
             first = self.starts if mask is None else self.starts[mask]
             scale[first] = (FIRST_TOKEN * scale[first]).clamp_max(LARGEST_SCALE)
         return scale
@@ -296,7 +296,7 @@ class StatisticsCollector:
             shared.input,
             MomentState(columns, device) if WEIGHTED in self.needs else None,
             torch.zeros(rows, columns, dtype=torch.float32, device=device) if MOMENT in self.needs else None,
-            GramState(columns, device) if COSINE_GRAM in self.needs else shared.gram,
+            GramState(columns, device) if self.needs & OWN_GRAMS else shared.gram,
             sampled=shared.sampled,
         )
 
@@ -320,9 +320,8 @@ LARGEST_SCALE = 2.0**126
 """Of a token in a Gram matrix, so that it is finite."""
 
 FIRST_TOKEN = 4.0
-"""The factor of the first token of a sample in the Gram matrix of ``gram=cosine``, so 16 in the squared error. Most
-heads of a causal language model attend to it, so an error of its key and its value reaches all tokens, and it is one of
-many in a sum."""
+"""The factor of the first token of a sample in ``ROUNDING_GRAM``, so 16 in the squared error. Most heads of a causal
+language model attend to it, so an error of its key and its value reaches all tokens, and it is one of many in a sum."""
 
 LARGEST_NORM = 1e16
 """Of an output that weights its token. Products of its weight with squares of inputs and outputs would otherwise come

@@ -49,6 +49,7 @@ RECORDS = {
     "Figures": "a row of what ace-prune bench prints",
     "PackResult": "what ace-prune pack prints",
     "Agreement": "a part of the report",
+    "BlockCall": "how a batch enters the blocks",
 }
 """Dataclasses that hold data and do nothing with it; they may have more fields."""
 

@@ -7,7 +7,7 @@ import pytest
 
 from ace_ext import InputError, PruneConfig, SparsityPattern
 from ace_ext.pruning.groups import keep_count
-from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, SHARED_GRAM, SKETCH, WEIGHTED
+from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, ROUNDING_GRAM, SHARED_GRAM, SKETCH, WEIGHTED
 from ace_ext.pruning.stages import Admm, Collect, Distill, Score
 
 
@@ -190,9 +190,9 @@ def test_arguments_that_do_not_exist():
         ("admm(gram=sketch)", {INPUT, SKETCH}),
         ("cosvar + swaps(gram=cosine)", {WEIGHTED, COSINE_GRAM}),
         ("wanda + train", {INPUT}),
-        ("quantize", {COSINE_GRAM}),
+        ("quantize", {ROUNDING_GRAM}),
         ("quantize(gram=plain)", {GRAM}),
-        ("magnitude + quantize", {COSINE_GRAM}),
+        ("magnitude + quantize", {ROUNDING_GRAM}),
         ("balanced + quantize", {INPUT, COSINE_GRAM}),  # all stages read the Gram matrix of quantize
         ("fast + quantize", {INPUT, COSINE_GRAM}),
         ("fast + quantize(gram=plain)", {INPUT, GRAM}),

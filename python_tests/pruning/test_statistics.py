@@ -6,7 +6,7 @@ from torch import nn
 
 from ace_ext import InputError
 from ace_ext.ops import reference
-from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, MOMENT, SHARED_GRAM, WEIGHTED
+from ace_ext.pruning.kinds import COSINE_GRAM, GRAM, INPUT, MOMENT, OWN_GRAMS, ROUNDING_GRAM, SHARED_GRAM, WEIGHTED
 from ace_ext.pruning.metrics import METRICS, column_factor
 from ace_ext.pruning.statistics import MomentState, StatisticsCollector, token_scales
 
@@ -89,25 +89,25 @@ def test_tokens_of_a_gram_matrix_are_weighted_by_the_output_without_bias(block, 
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("kind", [COSINE_GRAM, SHARED_GRAM, GRAM])
-def test_first_tokens_count_sixteen_times_with_gram_cosine(block, kind, padded):
+@pytest.mark.parametrize("kind", [ROUNDING_GRAM, COSINE_GRAM, SHARED_GRAM, GRAM])
+def test_first_tokens_count_sixteen_times_for_rounding(block, kind, padded):
     x = torch.randn(2, 5, 6)
     starts = torch.tensor([False, True, False, False, False, True, False, False, False, False])
     mask = torch.tensor([False, True, True, True, True] + 5 * [True]) if padded else None
     found = collect(block, [x], frozenset({INPUT, kind}), mask, starts).stats["k"].gram
     used = torch.ones(10, dtype=torch.bool) if mask is None else mask
     rows, first = x.flatten(0, 1)[used], starts[used]
-    read = block.k if kind == COSINE_GRAM else block.q
+    read = block.k if kind in OWN_GRAMS else block.q
     scale = torch.ones(len(rows)) if kind == GRAM else token_scales(rows @ read.weight.T)
     square = rows[:, :, None] * rows[:, None, :] * scale[:, None, None] ** 2
-    expected = square.sum(0) + (15 * square[first].sum(0) if kind == COSINE_GRAM else 0)
+    expected = square.sum(0) + (15 * square[first].sum(0) if kind == ROUNDING_GRAM else 0)
     torch.testing.assert_close(found.matrix, expected)
 
 
 def test_no_factor_of_a_first_token_is_infinite(block):
     block.q.weight.fill_(2.0**-126)
     block.q.bias.zero_()
-    x, needs = torch.full((1, 2, 6), 2.0**-20), frozenset({INPUT, COSINE_GRAM})
+    x, needs = torch.full((1, 2, 6), 2.0**-20), frozenset({INPUT, ROUNDING_GRAM})
     plain, other = (collect(block, [x], needs, starts=s).stats["q"].gram for s in (None, torch.tensor([True, False])))
     assert float(plain.matrix[0, 0]) > 0
     assert torch.equal(other.matrix, plain.matrix)  # each token has the largest factor already

@@ -15,6 +15,7 @@ from torch import Tensor
 from ace_ext import ops
 from ace_ext.grids import GROUP_STEP, WIDTHS, Grid
 from ace_ext.pruning.gram import ObsFactor
+from ace_ext.pruning.kinds import ROUNDING_GRAM
 from ace_ext.pruning.settings import Limits, option
 from ace_ext.pruning.stages._stage import (
     COSINE,
@@ -53,6 +54,12 @@ class Quantize(Round):
     damping: float = damping_option(0.2)
     sweeps: int = option(2, "sweeps of coordinate descent over codes and scales after GPTQ", Limits(at_least=0))
     gram: str = gram_option(COSINE, PLAIN)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """If no other stage reads a Gram matrix, that of ``gram=cosine`` counts the first token of a sample more often.
+        Masks do not gain by that."""
+        return frozenset({ROUNDING_GRAM}) if self.gram == COSINE else super().needs
 
     def quantize(self, problem: Problem, weight: Tensor) -> Rounded:
         """Rounds ``weight [rows, cols]`` float32, the result of the stages before. Its zeros stay zeros.
