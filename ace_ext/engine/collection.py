@@ -67,7 +67,7 @@ class Collection:
         again = collector.alone.intersection(children)  # their first call is not the last
         with collector:
             for i, call in enumerate(states.calls):
-                collector.token_mask, collector.starts, collector.states = call.token_mask, call.starts, call.states
+                collector.enter(call)
                 with states.naming(block, index, i, hidden):
                     if advance or again:
                         output = run_block(block, hidden[i], call.others[index])

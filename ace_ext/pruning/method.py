@@ -269,8 +269,8 @@ class Needs:
         if method.allocate is not None:
             measure = scored
         if quantize is not None:
-            others = solved - {*GRAM_KINDS.values()}
-            solved = others | (quantize.needs if others == solved else {GRAM_KINDS[quantize.gram]})
+            grams = frozenset(GRAM_KINDS.values())
+            solved = solved - grams | ({GRAM_KINDS[quantize.gram]} if solved & grams else quantize.needs)
         return cls(scored | solved, measure)
 
     @property

@@ -18,6 +18,7 @@ from ace_ext import ops
 from ace_ext.errors import InputError
 from ace_ext.models.fused_weights import ExpertLinear, filled_linear
 from ace_ext.models.products import float32_products, matmul
+from ace_ext.models.replay import BlockCall
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.kinds import GRAM, INPUT, MOMENT, OWN_GRAMS, ROUNDING_GRAM, SHARED_GRAM, SKETCH, WEIGHTED
 from ace_ext.pruning.scaling import InputScale, exponent_on_device, reads_at_once
@@ -177,8 +178,8 @@ class StatisticsCollector:
 
     ``token_mask`` excludes padded tokens: ``[T]`` bool, or None for all; ``starts [T]`` bool marks the first token of
     each sample, or None; ``states`` are tensors of other states that Linears may read, such as an encoder's output,
-    each with its own mask. Set them before each forward. Call :meth:`observe` from a hook, or use the collector as a
-    context manager that hooks all its Linears.
+    each with its own mask. Set them before each forward, as :meth:`enter` does. Call :meth:`observe` from a hook, or
+    use the collector as a context manager that hooks all its Linears.
     """
 
     SAMPLE_ROWS = 128
@@ -214,6 +215,10 @@ class StatisticsCollector:
             handle.remove()
         self._handles.clear()
         self._last = None
+
+    def enter(self, call: BlockCall) -> None:
+        """To be called before a block runs on a batch: its padding, first tokens and other states."""
+        self.token_mask, self.starts, self.states = call.token_mask, call.starts, call.states
 
     @property
     def wants_output(self) -> bool:

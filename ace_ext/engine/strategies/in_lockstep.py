@@ -103,7 +103,7 @@ class InLockstep(WalkStrategy):
 
 def observe(collector: StatisticsCollector, step: list[str], x: Tensor, call: BlockCall) -> None:
     """Adds one input of the Linears of a step, which have not run yet; ``call``: of its batch."""
-    collector.token_mask, collector.starts, collector.states = call.token_mask, call.starts, call.states
+    collector.enter(call)
     for child in step:
         output = output_of_linear(collector.linears[child], x) if collector.wants_output else None
         collector.observe(child, x, output)

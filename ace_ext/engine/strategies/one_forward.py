@@ -28,7 +28,7 @@ class OneForward(WalkStrategy):
             return InLockstep(self._states, self._collection, self._pruner, self._context).prune(block, index)
         states, call = self._states, self._states.calls[0]
         collector = self._collection.collector(block.linears)
-        collector.token_mask, collector.starts, collector.states = call.token_mask, call.starts, call.states
+        collector.enter(call)
         done: Reports = {}
 
         def prune(child: str, linear: nn.Linear, args: tuple[Tensor], output: Tensor | None = None) -> Tensor | None:
