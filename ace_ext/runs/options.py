@@ -242,6 +242,11 @@ def check_request(request: RunRequest) -> None:
             _check_training(stage.name, options)
     if config.remove is not None:
         _check_removal(options)
+        if config.remove.compares and request.calibration.nsamples < 2:
+            raise InputError(
+                "remove: params and score=auto compare candidates on samples that calibrate none of them; give nsamples "
+                f"of at least 2 (got {request.calibration.nsamples})"
+            )
     if config.only_removes and options.format != DEFAULT_FORMAT:
         raise InputError(
             f"format {options.format} stores zeros, and remove alone writes none; leave out format, or give sparsity "

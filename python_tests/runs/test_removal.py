@@ -220,6 +220,13 @@ def test_options_that_remove_does_not_go_with(dense, tmp_path, options, words):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("remove", ["params=0.2", "neurons=0.25(score=auto)"])
+def test_one_sample_cannot_compare_candidates(tmp_path, remove):
+    """It is refused before the model is opened: there is none."""
+    with pytest.raises(InputError, match="give nsamples of at least 2"):
+        prune(tmp_path / "no-model", tmp_path / "out", {}, TEXT | {"nsamples": 1}, method=None, remove=remove)
+
+
 def test_a_pattern_must_fit_the_smaller_model(dense, tmp_path):
     with pytest.raises(InputError, match="pattern 8:16 needs columns in whole groups of 16"):
         prune(dense, tmp_path / "out", calibration=TEXT, remove="neurons=0.25", pattern="8:16")
