@@ -244,8 +244,8 @@ def check_request(request: RunRequest) -> None:
         _check_removal(options)
         if config.remove.compares and request.calibration.nsamples < 2:
             raise InputError(
-                "remove: params and score=auto compare candidates on samples that calibrate none of them; give nsamples "
-                f"of at least 2 (got {request.calibration.nsamples})"
+                "remove: params and score=auto compare candidates on samples that calibrate none of them; give "
+                f"nsamples of at least 2 (got {request.calibration.nsamples})"
             )
     if config.only_removes and options.format != DEFAULT_FORMAT:
         raise InputError(

@@ -145,12 +145,14 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def _load_rest(model: nn.Module, shards: Shards) -> None:
     """Loads the parameters that are still on the meta device, and the buffers that the files have."""
     names = all_names(model)
-    for name, parameter in list(model.named_parameters()):
+    loaded: dict[int, nn.Parameter] = {}  # by the id on the meta device: modules may share one
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if parameter.is_meta:
-            stored = shards.stored_name(names[id(parameter)]) or name
             owner, _, leaf = name.rpartition(".")
-            value = nn.Parameter(_read(stored, parameter, shards), requires_grad=False)
-            model.get_submodule(owner)._parameters[leaf] = value
+            if id(parameter) not in loaded:
+                stored = shards.stored_name(names[id(parameter)]) or name
+                loaded[id(parameter)] = nn.Parameter(_read(stored, parameter, shards), requires_grad=False)
+            model.get_submodule(owner)._parameters[leaf] = loaded[id(parameter)]
     tie_weights_(model)
     for name, buffer in list(model.named_buffers()):
         if name in shards:

@@ -35,8 +35,8 @@ def gram_option(*choices: str) -> Any:
         AUTO: "auto: what quantize reads, shared without it",
         PLAIN: "plain: all tokens count the same",
         SHARED: "shared: token t is weighted by about 1 / ‖A_t‖², A being the output of the first Linear that reads t",
-        COSINE: "cosine: token t is weighted by about 1 / ‖A_t‖², A being the Linear's own output, so each Linear has its "
-        "own matrix",
+        COSINE: "cosine: token t is weighted by about 1 / ‖A_t‖², A being the Linear's own output, so each Linear has "
+        "its own matrix",
         SKETCHED: "sketch: shared, approximated by its diagonal and a few directions",
     }
     text = "; ".join(helps[choice] for choice in choices)
