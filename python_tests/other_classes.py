@@ -166,6 +166,23 @@ def inputs_of(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def outputs_of(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """All tensors of floating point that a forward returns, in their order."""
+
+    def tensors(value):
+        if isinstance(value, Tensor):
+            return [value] if value.is_floating_point() else []
+        if isinstance(value, dict):
+            value = value.values()
+        elif not isinstance(value, list | tuple):
+            return []
+        return [tensor for part in value for tensor in tensors(part)]
+
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)  # some models mask or drop at random
+        return tensors(model(**inputs))
+
+
 def _sound(config: Any) -> tuple[int, ...]:
     """The shape of sound: of a spectrogram, or of a waveform."""
     if _setting(config, "max_length") and _setting(config, "num_mel_bins"):

@@ -269,6 +269,16 @@ def is_left_out(model: nn.Module, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
+def is_computed(model: nn.Module, name: str) -> bool:
+    """Whether the model's class computes a parameter, and never saves it, such as Marian's sinusoids."""
+    return any(re.search(pattern, name) for pattern in getattr(model, "_keys_to_ignore_on_save", None) or ())
+
+
+def initialise_(model: nn.Module, module: nn.Module) -> None:
+    """Gives the parameters of one module of a model the values that a new model has."""
+    model._init_weights(module)  # type: ignore[operator]
+
+
 def _method(owner: object, name: str) -> Callable[[], Any]:
     """A method that transformers' models and configurations have, and ``nn.Module`` does not."""
     method: Callable[[], Any] = getattr(owner, name)

@@ -289,7 +289,7 @@ class PackedShards(Shards):
         rows = []
         for piece in stored.pieces:
             tensor = self._owner[piece.name].tensor(piece.name)
-            matrix = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor
+            matrix = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.flatten()
             rows.append(matrix[piece.start : piece.start + piece.rows].flatten())
         found = torch.cat(rows)
         return found.view(stored.shape[::-1]).T if stored.transposed else found.view(stored.shape)

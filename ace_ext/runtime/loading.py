@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ace_ext.errors import InputError
-from ace_ext.models._transformers import forget_quantization_, take_generation_config_, tie_weights_
+from ace_ext.models._transformers import (
+    forget_quantization_,
+    initialise_,
+    is_computed,
+    take_generation_config_,
+    tie_weights_,
+)
 from ace_ext.models.loading import LoadedModel, check_causal, load_model, load_tokenizer
 from ace_ext.models.safetensors_files import Shards, all_names
 from ace_ext.models.skeleton import check_all_read, skeleton
@@ -143,16 +149,23 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _load_rest(model: nn.Module, shards: Shards) -> None:
-    """Loads the parameters that are still on the meta device, and the buffers that the files have."""
+    """Loads the parameters that are still on the meta device, and the buffers that the files have. Parameters that the
+    model's class computes are not in the files."""
     names = all_names(model)
     loaded: dict[int, nn.Parameter] = {}  # by the id on the meta device: modules may share one
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if parameter.is_meta:
             owner, _, leaf = name.rpartition(".")
+            module = model.get_submodule(owner)
+            stored = shards.stored_name(names[id(parameter)])
+            if stored is None and is_computed(model, name):
+                module._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False)
+                initialise_(model, module)
+                continue
             if id(parameter) not in loaded:
-                stored = shards.stored_name(names[id(parameter)]) or name
-                loaded[id(parameter)] = nn.Parameter(_read(stored, parameter, shards), requires_grad=False)
-            model.get_submodule(owner)._parameters[leaf] = loaded[id(parameter)]
+                value = _read(stored or name, parameter, shards)
+                loaded[id(parameter)] = nn.Parameter(value, requires_grad=False)
+            module._parameters[leaf] = loaded[id(parameter)]
     tie_weights_(model)
     for name, buffer in list(model.named_buffers()):
         if name in shards:

@@ -43,23 +43,6 @@ def limited():
         signal.signal(signal.SIGALRM, before)
 
 
-def outputs_of(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """All tensors of floating point that a forward returns, in their order."""
-
-    def tensors(value):
-        if isinstance(value, Tensor):
-            return [value] if value.is_floating_point() else []
-        if isinstance(value, dict):
-            value = value.values()
-        elif not isinstance(value, list | tuple):
-            return []
-        return [tensor for part in value for tensor in tensors(part)]
-
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)  # some models mask or drop at random
-        return tensors(model(**inputs))
-
-
 def same(first: list[Tensor], second: list[Tensor]) -> bool:
     return len(first) == len(second) and all(
         torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(first, second, strict=True)
@@ -73,7 +56,7 @@ def row_of(model_type: str) -> Row:
     try:
         model = other_classes.build(model_type)
         inputs = other_classes.inputs_of(model)
-        dense = outputs_of(model, inputs)
+        dense = other_classes.outputs_of(model, inputs)
     except TimeoutError:
         raise
     except Exception as error:  # a class may need more than a small configuration
@@ -92,7 +75,7 @@ def row_of(model_type: str) -> Row:
             words, more = words or str(error), more | wanted
     else:
         return Row(REFUSED, words)
-    assert same(outputs_of(model, inputs), dense), "sparsity 0 changes the outputs"
+    assert same(other_classes.outputs_of(model, inputs), dense), "sparsity 0 changes the outputs"
     report = prune_model(model, inputs, PruneConfig("wanda", **more))
     check_weights(model, before, report)
     check_saved(model, inputs)
@@ -119,7 +102,9 @@ def check_saved(model: nn.Module, inputs: dict[str, Tensor]) -> None:
         assert torch.equal(loaded[name], value), f"{name}: is loaded with other values"
     for tensor in (*again.parameters(), *again.buffers()):
         tensor.data = tensor.data.clone()  # in the file they begin at odd addresses, where products round otherwise
-    assert same(outputs_of(again, inputs), outputs_of(model, inputs)), "the loaded model has other outputs"
+    assert same(other_classes.outputs_of(again, inputs), other_classes.outputs_of(model, inputs)), (
+        "the loaded model has other outputs"
+    )
 
 
 @pytest.mark.nightly
