@@ -41,14 +41,14 @@ class ModelShape:
             head_bytes = sum(p.nbytes for p in head.parameters())
         linears = [linear for block in blocks for linear in block.linears.values()]
         firsts = [next(iter(block.linears.values())) for block in blocks if block.linears]
-        text = text_config(model)
+        text, inputs = text_config(model), max(linear.in_features for linear in firsts)
         experts = max((len(fused.linears) for block in blocks for fused in block.experts), default=0)
         return cls(
             blocks=sizes,
             embedding=sum(p.nbytes for p in model.parameters()) - sum(sizes) - head_bytes,
             head=head_bytes,
             vocabulary=vocabulary_of(model) or 0,
-            hidden=text.hidden_size if predicts_tokens(model) else max(linear.in_features for linear in firsts),
+            hidden=getattr(text, "hidden_size", inputs) if predicts_tokens(model) else inputs,
             widest=max(max(linear.weight.shape) for linear in linears),
             heads=getattr(text, "num_attention_heads", 0) if attends_eagerly(model) else 0,
             itemsize=linears[0].weight.dtype.itemsize,

@@ -274,9 +274,14 @@ def is_computed(model: nn.Module, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in getattr(model, "_keys_to_ignore_on_save", None) or ())
 
 
-def initialise_(model: nn.Module, module: nn.Module) -> None:
-    """Gives the parameters of one module of a model the values that a new model has."""
-    model._init_weights(module)  # type: ignore[operator]
+def initialise_(model: nn.Module, name: str) -> None:
+    """Gives the parameters and buffers of the module with this name, without its children, the values that a new model
+    has. As in transformers, the innermost model that the module is a part of knows them."""
+    module = model.get_submodule(name)
+    path = name.split(".") if name else []
+    owners = (model.get_submodule(".".join(path[:length])) for length in range(len(path), -1, -1))
+    owner = next(owner for owner in owners if hasattr(owner, "_init_weights"))
+    owner._init_weights(module)  # type: ignore[operator]
 
 
 def _method(owner: object, name: str) -> Callable[[], Any]:

@@ -13,6 +13,7 @@ from ace_ext.errors import InputError
 from ace_ext.models._transformers import (
     OWN_METHOD,
     check_version,
+    initialise_,
     is_left_out,
     model_of,
     no_init_weights,
@@ -98,6 +99,9 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
 
     with init_empty_weights(include_buffers=False), no_init_weights():
         model = model_of(config, dtype, remote_code_allowed())
+    for name, module in model.named_modules():
+        if module._non_persistent_buffers_set:  # GPT-J's constructor computes its sinusoids in ``dtype``
+            initialise_(model, name)
     tie_weights_(model)
     laid_out: nn.Module = model.eval()
     return laid_out

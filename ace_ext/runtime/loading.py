@@ -160,7 +160,7 @@ def _load_rest(model: nn.Module, shards: Shards) -> None:
             stored = shards.stored_name(names[id(parameter)])
             if stored is None and is_computed(model, name):
                 module._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False)
-                initialise_(model, module)
+                initialise_(model, owner)
                 continue
             if id(parameter) not in loaded:
                 value = _read(stored or name, parameter, shards)
