@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,16 +96,21 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
 
     Raises what transformers raises for a configuration that it cannot build.
     """
+    return without_weights(lambda: model_of(config, dtype, remote_code_allowed())).eval()
+
+
+def without_weights(make: Callable[[], nn.Module]) -> nn.Module:
+    """The model that ``make`` builds, with every parameter on the meta device, tied ones tied. Buffers have the data
+    that they have in a loaded model."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False), no_init_weights():
-        model = model_of(config, dtype, remote_code_allowed())
+        model = make()
     for name, module in model.named_modules():
-        if module._non_persistent_buffers_set:  # GPT-J's constructor computes its sinusoids in ``dtype``
+        if module._non_persistent_buffers_set:  # GPT-J's constructor computes its sinusoids in the weights' dtype
             initialise_(model, name)
     tie_weights_(model)
-    laid_out: nn.Module = model.eval()
-    return laid_out
+    return model
 
 
 def dtype_of(config: PreTrainedConfig, shards: Shards | None, dtype: str) -> torch.dtype:

@@ -122,7 +122,7 @@ def _check_loaded(model: nn.Module, shards: Shards) -> None:
     """Raises :class:`InputError` if the files have no tensor for a parameter, under any of its names."""
     stored = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in shards}
     for name, parameter in model.named_parameters():
-        if id(parameter) not in stored:
+        if id(parameter) not in stored and not is_computed(model, name):
             raise InputError(
                 f"{str(shards.folder)!r} does not hold {name} of {type(model).__name__}; load a packed folder with "
                 "AutoModelForCausalLM"

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -19,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ace_ext.errors import InputError
-from ace_ext.models._transformers import OWN_METHOD, no_init_weights, tie_weights_
+from ace_ext.models._transformers import OWN_METHOD
 
 _UNEXPECTED = "_keys_to_ignore_on_load_unexpected"
 _TIED = "all_tied_weights_keys"
@@ -82,6 +81,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        from ace_ext.models.skeleton import without_weights
         from ace_ext.runtime.loading import build_packed
 
         assert self._folder is not None  # set by the step before
@@ -89,11 +89,13 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         for name in (_UNEXPECTED, _TIED, _INITIALIZED):
             delattr(model, name)
         model.config.__dict__.pop(_WEIGHTS, None)
-        found: Any = build_packed(self._folder, lambda: _empty(model))
+        found: Any = build_packed(self._folder, lambda: without_weights(lambda: type(model)._from_config(model.config)))
         for module in found.modules():  # some families compute otherwise if their configuration has this mark
             getattr(module, "config", model.config).__dict__.pop(_MARK, None)
-        for name, part in found.to(self._device).named_children():
-            setattr(model, name, part)
+        found.to(self._device)
+        model._parameters.update(found._parameters)
+        model._buffers.update(found._buffers)
+        model._modules.update(found._modules)
         model.config = found.config
         model.__dict__.update({_TIED: getattr(found, _TIED)} if hasattr(found, _TIED) else {})
         return model
@@ -130,14 +132,3 @@ def _name_weights(config: Any) -> Any:
     names = sorted(path.name for path in folder.glob(f"*{SUFFIX}")) if folder.is_dir() else []
     setattr(config, _WEIGHTS, names[0] if names else f"model{SUFFIX}")
     return config
-
-
-def _empty(model: Any) -> nn.Module:
-    """Another model of the same class and configuration, in the requested dtype, with parameters on the meta device and
-    real buffers."""
-    from accelerate import init_empty_weights
-
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        found: nn.Module = type(model)._from_config(model.config)
-    tie_weights_(found)
-    return found
