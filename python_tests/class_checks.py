@@ -1,8 +1,11 @@
 """What became of a class that was built small and pruned, and the checks of its weights."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
+import pytest
 import torch
 from torch import nn
 
@@ -22,6 +25,20 @@ class Row:
     dense: float = 0.0
     """The share of the weights that stay dense, of those that are matrices and neither embedding nor head."""
     report: PruneReport | None = None
+
+
+Made = TypeVar("Made")
+
+
+def built(make: Callable[[], Made], must: bool) -> Made:
+    """What ``make`` builds for a class. A class may need more than a small configuration: its test is then skipped,
+    unless it ``must`` be built."""
+    try:
+        return make()
+    except Exception as error:
+        if must:
+            raise
+        pytest.skip(f"not built: {error!r}")
 
 
 def check_weights(model: nn.Module, before: dict[str, torch.Tensor], report: PruneReport) -> None:

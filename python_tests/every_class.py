@@ -106,6 +106,9 @@ BESIDE: dict[str, dict[str, Any]] = {
 }
 """What else a class needs, by its configuration's ``model_type``."""
 
+NOT_SMALL = {"cpmant", "ctrl"}
+"""Types whose small configuration is not small: sizes in names that no other class has."""
+
 
 def model_types() -> list[str]:
     """One ``model_type`` of each class of the mapping, in its order."""

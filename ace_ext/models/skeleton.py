@@ -15,6 +15,7 @@ from ace_ext.models._transformers import (
     OWN_METHOD,
     check_version,
     initialise_,
+    is_computed,
     is_left_out,
     model_of,
     no_init_weights,
@@ -78,8 +79,7 @@ def check_all_read(model: nn.Module, shards: Shards, source: str, *, strict: boo
         InputError: a parameter has no tensor, or no parameter or buffer is read from some tensor.
     """
     unread = [name for name in shards.unread(model) if not is_left_out(model, name)]
-    stored = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in shards}
-    missing = [name for name, p in model.named_parameters() if id(p) not in stored]  # a tied one has several names
+    missing = not_stored(model, shards)
     if strict or not (missing and unread):
         check_fit(source, missing, unread)
     for name, parameter in model.named_parameters():
@@ -89,6 +89,12 @@ def check_all_read(model: nn.Module, shards: Shards, source: str, *, strict: boo
                 f"model {source!r}: its weights do not match its configuration ({name} is {list(found)} in the files, "
                 f"and {list(parameter.shape)} by config.json); correct config.json, or fetch the files again"
             )
+
+
+def not_stored(model: nn.Module, shards: Shards) -> list[str]:
+    """The parameters of a skeleton for which the shards have no tensor under any of their names, and should."""
+    stored = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in shards}
+    return [name for name, p in model.named_parameters() if id(p) not in stored and not is_computed(model, name)]
 
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:

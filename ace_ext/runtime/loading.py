@@ -18,7 +18,7 @@ from ace_ext.models._transformers import (
 )
 from ace_ext.models.loading import LoadedModel, check_causal, load_model, load_tokenizer
 from ace_ext.models.safetensors_files import Shards, all_names
-from ace_ext.models.skeleton import check_all_read, skeleton
+from ace_ext.models.skeleton import check_all_read, not_stored, skeleton
 from ace_ext.packed.compressed_tensors import CompressedShards, is_compressed
 from ace_ext.packed.files import PackedShards, is_packed
 from ace_ext.packed.matrix import PackedMatrix
@@ -120,13 +120,11 @@ def _load_compressed(folder: Path, dtype: str) -> nn.Module:
 
 def _check_loaded(model: nn.Module, shards: Shards) -> None:
     """Raises :class:`InputError` if the files have no tensor for a parameter, under any of its names."""
-    stored = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in shards}
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in stored and not is_computed(model, name):
-            raise InputError(
-                f"{str(shards.folder)!r} does not hold {name} of {type(model).__name__}; load a packed folder with "
-                "AutoModelForCausalLM"
-            )
+    for name in not_stored(model, shards):
+        raise InputError(
+            f"{str(shards.folder)!r} does not hold {name} of {type(model).__name__}; load a packed folder with "
+            "AutoModelForCausalLM"
+        )
 
 
 def _matrices(model: nn.Module, shards: PackedShards) -> dict[int, PackedMatrix | QuantizedMatrix]:
@@ -152,20 +150,21 @@ def _load_rest(model: nn.Module, shards: Shards) -> None:
     """Loads the parameters that are still on the meta device, and the buffers that the files have. Parameters that the
     model's class computes are not in the files."""
     names = all_names(model)
-    loaded: dict[int, nn.Parameter] = {}  # by the id on the meta device: modules may share one
+    made: dict[int, nn.Parameter] = {}  # by the id on the meta device: modules may share one
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if parameter.is_meta:
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
             stored = shards.stored_name(names[id(parameter)])
-            if stored is None and is_computed(model, name):
-                module._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False)
+            computed = stored is None and is_computed(model, name)
+            if id(parameter) not in made:
+                value = (
+                    torch.empty_like(parameter, device="cpu") if computed else _read(stored or name, parameter, shards)
+                )
+                made[id(parameter)] = nn.Parameter(value, requires_grad=False)
+            module._parameters[leaf] = made[id(parameter)]
+            if computed:
                 initialise_(model, owner)
-                continue
-            if id(parameter) not in loaded:
-                value = _read(stored or name, parameter, shards)
-                loaded[id(parameter)] = nn.Parameter(value, requires_grad=False)
-            module._parameters[leaf] = loaded[id(parameter)]
     tie_weights_(model)
     for name, buffer in list(model.named_buffers()):
         if name in shards:

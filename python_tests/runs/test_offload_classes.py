@@ -6,6 +6,7 @@ pytest -s -m nightly python_tests/runs/test_offload_classes.py
 import every_class
 import pytest
 import torch
+from class_checks import built
 from folders import prune, weights_bytes
 
 from ace_ext import InputError
@@ -14,8 +15,8 @@ from ace_ext.models.skeleton import skeleton
 
 ALWAYS = {"codegen", "gptj", "mistral", "gemma3_text"}
 """Classes that must not be refused. The constructors of the first two compute sinusoids in the dtype of the weights."""
-NOT_TRIED = {"cpmant", "ctrl", "xlstm"}
-"""Classes whose small configuration is not small, and one whose small model does not run in bfloat16."""
+NOT_TRIED = {"xlstm", *every_class.NOT_SMALL}
+"""xLSTM's small model does not run in bfloat16."""
 KINDS = [
     pytest.param(kind, marks=[] if kind in ALWAYS else [pytest.mark.nightly])
     for kind in every_class.model_types()
@@ -25,10 +26,7 @@ KINDS = [
 
 def saved(kind, folder):
     """The class and a folder with its small model in bfloat16."""
-    try:
-        model = every_class.build(kind, torch.bfloat16)
-    except Exception as error:  # a class may need more than a small configuration
-        pytest.skip(f"not built: {error!r}")
+    model = built(lambda: every_class.build(kind, torch.bfloat16), kind in ALWAYS)
     model.save_pretrained(folder)
     return type(model)
 
