@@ -72,6 +72,11 @@ _UNSET = {
 }
 """Settings that a default configuration may leave open, but the model asks for."""
 
+_SHARED_KV = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+}
 BESIDE: dict[str, dict[str, Any]] = {
     "dbrx": {
         "n_heads": 4,
@@ -80,13 +85,13 @@ BESIDE: dict[str, dict[str, Any]] = {
     },
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
     "gemma3n_text": {
-        "num_hidden_layers": 4,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "num_kv_shared_layers": 2,
+        **_SHARED_KV,
         "hidden_size_per_layer_input": 8,
         "intermediate_size": [48] * 4,
         "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
     },
+    "gemma4_text": _SHARED_KV,
+    "gemma4_unified_text": _SHARED_KV,
     "deepseek_v4": {"hc_mult": 2},
     "hy_v4": {"hc_mult": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},

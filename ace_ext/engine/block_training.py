@@ -9,6 +9,7 @@ from ace_ext.engine.context import RunContext
 from ace_ext.engine.entrances import Entrances
 from ace_ext.engine.strategies import RunSizes
 from ace_ext.models.blocks import Block
+from ace_ext.models.handed_on import with_own_dicts
 from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.replay import BlockCall, run_block
 from ace_ext.pruning.method import Method
@@ -31,7 +32,7 @@ class BlockTraining:
         self, method: Method, states: BatchStates, context: RunContext, entrances: Entrances | None = None
     ) -> None:
         self._method, self._states, self._entrances = method, states, entrances
-        self._calls: Sequence[BlockCall] = states.calls
+        self._calls: Sequence[BlockCall] = list(map(with_own_dicts, states.calls))
         """The dense model's calls."""
         self._name = f"dense-{context.peers.rank}"
         done = 0 if context.journal is None else context.journal.finished

@@ -1,7 +1,7 @@
 """Training of one block's remaining weights: float32 copies, Adam, and the mask."""
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -76,19 +76,17 @@ class BlockTrainer:
             for weight in self.weights.values():
                 weight.requires_grad_(False)
 
-    def backward(self, x: Tensor, output: Tensor, gradient: Tensor) -> Tensor | None:
+    def backward(self, x: Tensor, gradients: Callable[[Sequence[Tensor]], list[Tensor | None]]) -> Tensor | None:
         """Backpropagates through the block and keeps its weights' gradients for :meth:`step_`.
 
         Args:
             x: the block's input, a leaf.
-            output: the block's output, computed from ``x`` with gradients.
-            gradient: of the loss with respect to ``output``.
+            gradients: gives the gradients of the loss with respect to tensors that the block's output depends on.
 
         Returns:
             The gradient with respect to ``x``; None if ``x`` does not require one.
         """
-        wanted = [*self.weights.values(), *([x] if x.requires_grad else [])]
-        found = list(torch.autograd.grad(output, wanted, gradient, allow_unused=True))
+        found = gradients([*self.weights.values(), *([x] if x.requires_grad else [])])
         below = found.pop() if x.requires_grad else None
         for each in self.trained.values():
             each.take(found.pop(0))  # freed one by one: they and their float32 copies never exist together

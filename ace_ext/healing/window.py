@@ -2,6 +2,7 @@
 blocks after it."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from ace_ext.healing.batches import Batches
 from ace_ext.healing.loss import divergence, divergence_and_gradient
 from ace_ext.healing.pinned import PinnedBlocks
+from ace_ext.healing.shared_states import SharedStates
 from ace_ext.healing.trainer import BlockTrainer
 from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.replay import BlockCall, run_block
@@ -62,10 +64,11 @@ class Window:
         """One step of training; arguments as :meth:`loss`. Returns the divergence before the step."""
         inputs: dict[int, Tensor] = {}
         outputs: dict[int, Tensor] = {}
+        shared = SharedStates(self._calls[batch])
         for index in self._indices:
             inputs[index] = hidden.detach().requires_grad_(index != self._indices[0])
-            with torch.set_grad_enabled(index in self._stored):
-                output = self._run(index, batch, inputs[index])
+            with torch.set_grad_enabled(index in self._stored), self._store.loaded(index) as block:
+                output = shared.run(block, index, inputs[index])
             if index in self._stored:
                 outputs[index] = output
             hidden = output.detach()
@@ -73,27 +76,30 @@ class Window:
         below: Tensor | None = gradient
         for index in reversed(self._indices):
             assert below is not None  # only the first block's input requires no gradient
-            below = self._back(index, batch, inputs.pop(index), outputs.pop(index, None), below, learning_rate)
+            below = self._back(index, inputs.pop(index), outputs.pop(index, None), below, learning_rate, shared)
+        shared.close()
         return loss
 
-    def _run(self, index: int, batch: int, hidden: Tensor) -> Tensor:
-        with self._store.loaded(index) as block:
-            return run_block(block, hidden, self._calls[batch].others[index])
-
     def _back(
-        self, index: int, batch: int, x: Tensor, output: Tensor | None, gradient: Tensor, learning_rate: float
+        self,
+        index: int,
+        x: Tensor,
+        output: Tensor | None,
+        gradient: Tensor,
+        learning_rate: float,
+        shared: SharedStates,
     ) -> Tensor | None:
         """Backpropagates through a block, and updates its weights if they are trained."""
         with self._store.loaded(index) as block:
             if output is None:
                 with torch.enable_grad():
-                    output = run_block(block, x, self._calls[batch].others[index])
+                    output = shared.run(block, index, x)
             if not output.requires_grad:  # the first block, if it has no weight to train
                 return None
-            trainer = self.trainers.get(index)
+            trainer, gradients = self.trainers.get(index), partial(shared.gradients, index, output, gradient)
             if trainer is None:
-                return torch.autograd.grad(output, x, gradient)[0]
-            below = trainer.backward(x, output, gradient)
+                return gradients([x])[0]
+            below = trainer.backward(x, gradients)
             trainer.step_(learning_rate)
             return below
 

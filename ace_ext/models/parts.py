@@ -19,7 +19,10 @@ from ace_ext.errors import InputError
 from ace_ext.models._transformers import main_input, plain_call, predicts_tokens
 from ace_ext.models.block_store import BlockSource
 from ace_ext.models.blocks import Block
+from ace_ext.models.handed_on import Equality, compare_arguments, differ, passed_on
 from ace_ext.models.replay import (
+    NOT_ENTERED,
+    Arguments,
     BlockCall,
     capture_calls,
     first_of,
@@ -92,6 +95,7 @@ class Called:
 
     block: str
     given: Tensor | None  # the hidden states; None if it is not called with any
+    others: Arguments
     output: Tensor
 
 
@@ -127,12 +131,12 @@ class Recording:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             try:
-                given = take_hidden(args, kwargs)[0]
+                given, others = take_hidden(args, kwargs)
             except InputError:
-                given = None
+                given, others = None, NOT_ENTERED
             self.named += kwargs.values()
             output = original(*args, **kwargs)
-            self.calls.append(Called(block.name, given, first_of(output)))
+            self.calls.append(Called(block.name, given, others, first_of(output)))
             return output
 
         return forward
@@ -185,24 +189,24 @@ def tried_parts(
     batch: dict[str, Tensor],
     recording: Recording,
     parts: list[range],
-    tolerance: float,
 ) -> str | None:
     """Walks each part, and compares the result with a forward's. Returns why it cannot be walked, in words."""
     for part in parts:
         name = store.blocks[part.start].name
+        more = f"its blocks from {name} on read more than the output of the one before"
         try:
             (call,) = entered(model, store, part, [batch])
             hidden = call.hidden
             assert hidden is not None  # just captured
             for index in part:
+                if compare_arguments(call.others[index], recording.calls[index].others) is not Equality.YES:
+                    return more
                 with store.loaded(index) as block:
+                    if index == part.start and passed_on(block, call, hidden, index) is not Equality.YES:
+                        return more
                     hidden = run_block(block, hidden, call.others[index])
         except Exception as error:  # a block that lacks an input can raise anything
             return f"its blocks from {name} on need more than the output of the one before ({type(error).__name__})"
-        expected = recording.calls[part.stop - 1].output.float()
-        if hidden.shape != expected.shape:
-            return f"its blocks from {name} on give other states than in its forward"
-        difference = (hidden.float() - expected).norm() / expected.norm().clamp_min(1e-30)
-        if difference > tolerance:
-            return f"its blocks from {name} on read more than the output of the one before"
+        if differ(hidden, recording.calls[part.stop - 1].output):
+            return more
     return None

@@ -5,7 +5,7 @@ A shape does not say what belongs to a sample: ``[8, 1, seqlen]`` may be 8 sampl
 divided.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -56,7 +56,7 @@ def shapes_of(value: Any) -> Any:
         return value.shape
     if isinstance(value, tuple | list):
         return [shapes_of(item) for item in value]
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: shapes_of(item) for key, item in value.items()}
     return None
 
@@ -79,7 +79,7 @@ def of_samples(value: Any, batch: int, part: slice, alone: Any = None) -> Any:
     if isinstance(value, tuple | list):
         known = alone if isinstance(alone, list) and len(alone) == len(value) else [None] * len(value)
         return type(value)(of_samples(item, batch, part, one) for item, one in zip(value, known, strict=True))
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         named = alone if isinstance(alone, dict) else {}
         return {key: of_samples(item, batch, part, named.get(key)) for key, item in value.items()}
     return value

@@ -3,7 +3,7 @@ only the output of the one before. The trial uses a few tokens, or one batch wit
 changed."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,17 +16,22 @@ from ace_ext.models._transformers import decoder_of, output_head
 from ace_ext.models.block_lists import goes_beyond_text
 from ace_ext.models.block_store import BlockSource
 from ace_ext.models.blocks import Block
+from ace_ext.models.handed_on import Equality, compare_arguments, differ, passed_on, shared_dicts
 from ace_ext.models.parts import Recording, parts_of, tried_parts
-from ace_ext.models.replay import Arguments, BlockCall, capture_calls, first_of, replaced_forward, run_block
+from ace_ext.models.replay import (
+    Arguments,
+    BlockCall,
+    capture_calls,
+    first_of,
+    replaced_forward,
+    run_block,
+    take_hidden,
+)
 from ace_ext.models.token_masks import TokenMasks
 
 TOKENS = 8
 """The number of tokens of the first sample that the trial uses."""
-TOLERANCE = 0.05
-"""The largest relative difference between the last block's outputs in the model and block by block. A block that lacks
-an input from another block gives a different output. Rounding gives about 0.01 in bfloat16."""
-
-
+_READ_MORE = "its blocks read more than the output of the one before"
 _DECODED = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 """Inputs of a decoder. Many models make the first of them from the last."""
 
@@ -37,7 +42,8 @@ class _Done(Exception):
 
 @torch.no_grad()
 def try_walk(model: nn.Module, store: BlockSource, batch: dict[str, Tensor]) -> "Findings":
-    """Tries a forward pass and a walk on a part of a batch. Reads each block once.
+    """Tries a forward pass and a walk on a part of a batch. Reads each block once, and brings the blocks of ``store``
+    into the order of their calls.
 
     Args:
         model: in evaluation mode.
@@ -52,6 +58,16 @@ def try_walk(model: nn.Module, store: BlockSource, batch: dict[str, Tensor]) -> 
     if goes_beyond_text(model, [block.name for block in store.blocks]):
         with explained(model, batch):
             return _try_parts(model, store, few)
+    trial = _tried(model, store, few)
+    if trial.reordered:  # the tokens that attention reads differ between blocks only if they are fewer than all
+        trial = _tried(model, store, {name: value[:1] for name, value in batch.items()})
+    reason = trial.verdict()
+    trial.sort_blocks()
+    return Findings(reason, trial.uses, trial.shares)
+
+
+def _tried(model: nn.Module, store: BlockSource, few: dict[str, Tensor]) -> "_Trial":
+    """A trial with a batch, after its forward."""
     with store.entrance(model):
         call = _captured(model, store, few)
     trial = _Trial(store, call)
@@ -61,7 +77,7 @@ def try_walk(model: nn.Module, store: BlockSource, batch: dict[str, Tensor]) -> 
         stack.enter_context(store.outside_loaded(model))  # on use: only one block is in memory at a time
         stack.enter_context(explained(model, few))
         _pass_through(model, few)
-    return Findings(trial.verdict(), trial.uses, trial.shares)
+    return trial
 
 
 def _part(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -100,8 +116,8 @@ def _try_parts(model: nn.Module, store: BlockSource, batch: dict[str, Tensor]) -
     parts, reason = parts_of(recording, store)
     if reason is None:
         TokenMasks(model, plain=False).check_used([store.blocks[part.start].name for part in parts], batch)
-        reason = tried_parts(model, store, batch, recording, parts, TOLERANCE)
-    shares = any(isinstance(value, dict) and bool(value) for value in recording.named)
+        reason = tried_parts(model, store, batch, recording, parts)
+    shares = any(isinstance(value, MutableMapping) and bool(value) for value in recording.named)
     return Findings(reason, recording.uses, shares, parts)
 
 
@@ -140,11 +156,15 @@ class _Trial:
         self._calls: list[str] = []
         self._output: Tensor | None = None
         self._error: Exception | None = None
+        self._differs = False
+        self.reordered = False
+        """Whether blocks were called with the integers that a walk knows, in another order."""
 
     def forward_of(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
         """The forward that replaces ``original``, that of block ``index``."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            self._compare(index, args, kwargs)
             with self._store.loaded(index) as block:
                 with block.products(), _counted(block, self.uses.setdefault(block.name, Counter())):
                     output = original(*args, **kwargs)
@@ -157,19 +177,36 @@ class _Trial:
 
         return forward
 
+    def _compare(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Compares a call's arguments with those of a walk, which are known before the blocks before it have run."""
+        if self._call is not None and len(self._calls) == index:
+            self._note(compare_arguments(take_hidden(args, kwargs)[1], self._call.others[index]))
+
+    def _note(self, found: Equality) -> None:
+        self._differs |= found is Equality.NO
+        self.reordered |= found is Equality.REORDERED
+
     def _walk(self, index: int) -> None:
         assert self._call is not None
         assert self._hidden is not None
+        block = self._store.blocks[index]
         try:
-            self._hidden = run_block(self._store.blocks[index], self._hidden, self._call.others[index])
+            if not index:
+                self._note(passed_on(block, self._call, self._hidden, index))
+            self._hidden = run_block(block, self._hidden, self._call.others[index])
         except Exception as error:  # a block that lacks an input can raise anything
             self._error, self._hidden = error, None
 
     @property
     def shares(self) -> bool:
         """As :attr:`Findings.shares`: such a dict is empty before the walk."""
-        calls = [] if self._call is None else self._call.others
-        return any(isinstance(value, dict) and bool(value) for _, named in calls for value in named.values())
+        return self._call is not None and any(map(bool, shared_dicts(self._call)))
+
+    def sort_blocks(self) -> None:
+        """Brings the blocks of the store into the order of their first calls, in which they are then pruned."""
+        order = {name: place for place, name in reversed(list(enumerate(self._calls)))}
+        if all(block.name in order for block in self._store.blocks):
+            self._store.blocks.sort(key=lambda block: order[block.name])
 
     def verdict(self) -> str | None:
         """As :attr:`Findings.reason`."""
@@ -180,9 +217,7 @@ class _Trial:
             return f"its blocks need more than the output of the one before ({type(self._error).__name__})"
         if self._hidden is None or self._output is None:
             return "it cannot run with its blocks left out"
-        expected = self._output.float()
-        difference = (self._hidden.float() - expected).norm() / expected.norm().clamp_min(1e-30)
-        return "its blocks read more than the output of the one before" if difference > TOLERANCE else None
+        return _READ_MORE if self._differs or differ(self._hidden, self._output) else None
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from ace_ext.healing.batches import Placement, enter
 from ace_ext.healing.loss import divergence_and_gradient
 from ace_ext.healing.part import CHECKS
 from ace_ext.healing.settings import HealSettings
+from ace_ext.healing.shared_states import SharedStates
 from ace_ext.healing.trainer import BlockTrainer
 from ace_ext.models._transformers import embedding_weight
 from ace_ext.models.block_store import OffloadedBlocks
@@ -77,7 +79,7 @@ def _block_seconds(store: OffloadedBlocks, index: int, call: BlockCall, hidden: 
                 x = hidden.detach().requires_grad_(True)
                 with torch.enable_grad():
                     output = run_block(block, x, call.others[index])
-                trainer.backward(x, output, torch.ones_like(output))
+                trainer.backward(x, partial(SharedStates(call).gradients, index, output, torch.ones_like(output)))
                 trainer.step_(0.0)
                 step = time.perf_counter() - start - forward
     return forward, step

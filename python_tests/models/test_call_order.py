@@ -1,6 +1,11 @@
 """Models that are not a simple chain of blocks: looped ones, Linears called twice, blocks that share states."""
 
+import copy
+import re
+from collections import UserDict
+
 import every_class
+import other_classes
 import pytest
 import torch
 from folders import TEXT, prune
@@ -8,12 +13,19 @@ from tiny_models import make_model, make_tokenizer, make_tokens
 
 from ace_ext import InputError, PruneConfig, prune_model
 from ace_ext.dense_weights import NOT_CALLED
+from ace_ext.engine.recorder import Recorder
 from ace_ext.models.block_store import ResidentBlocks
 from ace_ext.models.blocks import find_blocks
+from ace_ext.models.handed_on import Equality, compare_arguments
+from ace_ext.models.replay import first_of
 from ace_ext.models.trial import try_walk
+from ace_ext.pruning import block_training
+from ace_ext.pruning.stages import train as train_stage
 from ace_ext.pruning.statistics import StatisticsCollector
 from ace_ext.runs.verify import verify
 
+READ_MORE = "its blocks read more than the output of the one before"
+SHARED_KV = "gemma4_text"
 SHARING, TWO_LISTS, TWICE, UNUSED = "gemma3n_text", "xlm", "prophetnet", "bart"
 LOOPED = next(kind for kind in ("dory", "hrm_text") if kind in every_class.model_types())
 """The oldest transformers has only the second."""
@@ -42,6 +54,61 @@ def test_what_is_no_chain_is_seen_before_anything_changes(kind, reason):
         with pytest.raises(InputError, match=f"block by block: .*{reason}.*; leave out {named}$"):
             prune_model(model, make_tokens(), PruneConfig(f"wanda + {stages}", max_dense=0.5))
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def build_handing_on(kind, monkeypatch, **beside):
+    """A class whose blocks hand on more than their output; the oldest transformers lacks some."""
+    if kind not in every_class.model_types():
+        pytest.skip(f"this transformers has no {kind}")
+    monkeypatch.setitem(every_class.BESIDE, kind, every_class.BESIDE.get(kind, {}) | beside)
+    return every_class.build(kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "beside", "reason"),
+    [
+        ("zaya", {}, READ_MORE),  # the state of a router
+        ("zaya", {"num_hidden_layers": 3, "layer_types": ["hybrid"] * 3}, READ_MORE),
+        ("glm_moe_dsa", {"index_topk": 8}, READ_MORE),  # the tokens that attention reads, fewer than the sample has
+        ("glm_moe_dsa", {"index_topk": 16}, None),  # all of the sample's
+    ],
+)
+def test_what_blocks_hand_on_depends_on_the_blocks(kind, beside, reason, monkeypatch):
+    assert tried(build_handing_on(kind, monkeypatch, **beside)).reason == reason
+
+
+@pytest.mark.parametrize("kind", ["conditional_detr", "dab-detr", "pegasus_x", "yolos"])
+def test_states_and_arguments_that_change_between_blocks_are_seen(kind):
+    """Positions that are added to the states, and arguments that are computed from them."""
+    model = other_classes.build(kind)
+    found = try_walk(model, ResidentBlocks(find_blocks(model)), other_classes.inputs_of(model))
+    assert re.fullmatch(r"its blocks from \S+ on read more than the output of the one before", found.reason)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ((torch.ones(2), {"a": [torch.ones(3), 1]}), (torch.ones(2), {"a": [torch.ones(3), 2]}), Equality.YES),
+        ({"a": torch.ones(2)}, {"a": torch.zeros(2)}, Equality.NO),
+        ({"a": torch.ones(2)}, {"a": None}, Equality.NO),
+        ({"a": torch.ones(2)}, {}, Equality.YES),  # a dict that blocks put values into
+        (torch.tensor([[2, 1, 0]]), torch.tensor([[0, 2, 1]]), Equality.REORDERED),
+        (torch.tensor([[2, 1, 0]]), torch.tensor([[0, 3, 1]]), Equality.NO),
+        (torch.tensor([True, False]), torch.tensor([False, True]), Equality.NO),
+        ((torch.tensor([0, 1]), torch.ones(1)), (torch.tensor([1, 0]), torch.zeros(1)), Equality.NO),
+        (UserDict(a=torch.ones(2)), UserDict(a=torch.zeros(2)), Equality.NO),
+    ],
+)
+def test_arguments_are_compared(one, other, expected):
+    assert compare_arguments(one, other) == expected
+
+
+def test_blocks_are_pruned_in_the_order_of_their_calls():
+    model = every_class.build(TWO_LISTS)
+    store = ResidentBlocks(find_blocks(model))
+    assert [block.name.split(".")[1] for block in store.blocks] == ["attentions", "attentions", "ffns", "ffns"]
+    try_walk(model, store, {"input_ids": make_tokens()})
+    assert [block.name.split(".")[1] for block in store.blocks] == ["attentions", "ffns", "attentions", "ffns"]
 
 
 def test_blocks_that_hand_on_more_than_their_output_are_no_chain():
@@ -138,3 +205,49 @@ def test_a_linear_that_text_does_not_use_stays_dense_and_is_listed(tmp_path):
     for config in ({"method": "wanda", "group": "model"}, {"method": "allocate + wanda"}):
         with pytest.raises(InputError, match=r"is not used by a text call.*--skip 'encoder_attn"):
             prune_model(every_class.build(UNUSED), make_tokens(), PruneConfig(**config, max_dense=0.4))
+
+
+# Blocks that put keys and values into a dict for later blocks
+
+
+def test_the_targets_of_training_are_those_of_the_dense_model(monkeypatch):
+    """Also of blocks that read keys and values of another one, which the pruned model has too."""
+    model, tokens, found = every_class.build(SHARED_KV), make_tokens(4), []
+    dense = copy.deepcopy(model)
+    train = block_training.train_block_
+
+    def noted(block, inputs, targets, *rest, **named):
+        found.append(torch.cat(list(targets)))
+        return train(block, inputs, targets, *rest, **named)
+
+    monkeypatch.setattr(train_stage, "train_block_", noted)
+    prune_model(model, tokens, PruneConfig("collect(batch_tokens=32) + wanda + train(epochs=1, step_tokens=16)"))
+    outputs = []
+    for block in find_blocks(dense):
+        block.module.register_forward_hook(lambda _, args, output: outputs.append(first_of(output)))
+    with torch.no_grad():
+        dense(tokens, use_cache=False)
+    for target, output in zip(found, outputs, strict=True):
+        torch.testing.assert_close(target, output)
+
+
+def test_shared_states_are_not_on_the_disk(tmp_path, monkeypatch):
+    model = every_class.build(SHARED_KV, torch.bfloat16)
+    model.save_pretrained(tmp_path / "dense")
+    make_tokenizer().save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(TEXT)
+    finish, done = Recorder.finish, []
+
+    def stop(*args, **named):
+        finish(*args, **named)
+        done.append(args)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Recorder, "finish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prune(tmp_path / "dense", tmp_path / "out", calibration={"source": "tokens"})
+    with pytest.raises(InputError, match="share states, which no file holds; start over without --resume"):
+        prune(tmp_path / "dense", tmp_path / "out", {"resume": True}, {"source": "tokens"})
+    prune(tmp_path / "dense", tmp_path / "out", calibration={"source": "tokens"})
+    assert not verify(tmp_path / "out").problems
