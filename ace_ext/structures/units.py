@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import tie_weights_
 from ace_ext.models.blocks import Block, find_blocks, products_of
+from ace_ext.models.handed_on import shared_dicts
 from ace_ext.models.replay import BlockCall, capture_calls, run_block
 from ace_ext.pruning import removal
 from ace_ext.records import CutBlock
@@ -46,6 +47,11 @@ def find_and_try(model: nn.Module, blocks: list[Block], part: Wanted, batch: Map
     if found.count < 2:
         raise InputError(f"remove: a block has one of the {part.name}; leave out {part.name}")
     tokens = few_tokens(batch)
+    if shared_dicts(next(capture_calls(model, blocks, [{"input_ids": tokens}]))) and _unlike(blocks, found):
+        raise InputError(
+            f"remove: some blocks of this model read keys and values of others, so each block cannot choose its own "
+            f"{part.name}; leave out {part.name}"
+        )
     with ExitStack() as stack:
         stack.enter_context(products_of([block for block, units in zip(blocks, found.parts, strict=True) if units]))
         for block, units in zip(blocks, found.parts, strict=True):
@@ -66,6 +72,12 @@ def find_and_try(model: nn.Module, blocks: list[Block], part: Wanted, batch: Map
             except InputError as error:
                 refused.append(error)
     raise refused[0]
+
+
+def _unlike(blocks: list[Block], found: Found) -> bool:
+    """Whether the units of some blocks have rows in other matrices than those of other blocks."""
+    present = [(block, own) for block, part in zip(blocks, found.parts, strict=True) for own in part]
+    return len({frozenset(_inside(block, row.name) for row in own.rows) for block, own in present}) > 1
 
 
 def _with(found: Found, tensors: dict[str, Tensor], kept: Tensor) -> dict[str, Tensor]:

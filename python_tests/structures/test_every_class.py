@@ -16,7 +16,7 @@ REMOVED = {
         *("gemma3_text", "gpt-sw3", "opt", "phi3", "qwen2", "gpt_neo", "gpt_neox", "big_bird", "exaone"),
         *("deepseek_v3", "gpt_oss", "jamba", "llama4", "qwen3_moe"),
     },
-    "heads=0.5": {"gemma4_text", "gpt_oss", "qwen3", "mixtral"},
+    "heads=0.5": {"gemma4", "gpt_oss", "qwen3", "mixtral"},
     "experts=0.5": {"deepseek_v3", "gpt_oss", "qwen3_moe", "jamba"},
 }
 """Classes that must not be refused: gated and plain, fused and transposed matrices, with and without biases; attention

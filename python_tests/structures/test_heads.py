@@ -160,3 +160,12 @@ def test_turning_of_a_group_is_the_change_of_direction():
         without = output - h[:, columns] @ weight[:, columns].T
         expected.append(float(2 * (1 - torch.cosine_similarity(without.double(), output.double())).sum()))
     torch.testing.assert_close(turning(h, output, weight, 3), torch.tensor(expected), rtol=1e-4, atol=0)
+
+
+def test_blocks_that_read_the_keys_of_others_keep_their_heads():
+    """Each block chooses its heads, so the keys that one reads would be those of other heads."""
+    model = every_class.build("gemma4_text")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(InputError, match=r"read keys and values of others.*; leave out heads"):
+        prune_model(model, make_tokens(), remove="heads=0.5")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
