@@ -1,10 +1,13 @@
 """What became of a class that was built small and pruned, and the checks of its weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from types import ModuleType
+from typing import Any, TypeVar
 
+import every_class
+import other_classes
 import pytest
 import torch
 from torch import nn
@@ -39,6 +42,29 @@ def built(make: Callable[[], Made], must: bool) -> Made:
         if must:
             raise
         pytest.skip(f"not built: {error!r}")
+
+
+def cases_of(always: Collection[str]) -> list[Any]:
+    """Every causal-LM class and every other one, as ``(kind, module that builds it)``; at night but for ``always``."""
+    causal = [kind for kind in every_class.model_types() if kind not in every_class.NOT_SMALL]
+    return [
+        pytest.param(kind, classes, id=f"{kind}-{name}", marks=[] if kind in always else [pytest.mark.nightly])
+        for name, classes, kinds in (("causal", every_class, causal), ("other", other_classes, other_classes.classes()))
+        for kind in kinds
+    ]
+
+
+def inputs_of(model: nn.Module, classes: ModuleType) -> dict[str, torch.Tensor]:
+    """A batch for a model of :func:`cases_of`."""
+    if classes is other_classes:
+        return other_classes.inputs_of(model)
+    random = torch.Generator().manual_seed(0)
+    return {"input_ids": torch.randint(8, every_class.VOCABULARY - 4, (6, 16), generator=random)}
+
+
+def calibration_of(inputs: dict[str, torch.Tensor], classes: ModuleType) -> Any:
+    """The same as ``prune_model`` takes it."""
+    return inputs["input_ids"] if classes is every_class else [inputs]
 
 
 def check_weights(model: nn.Module, before: dict[str, torch.Tensor], report: PruneReport) -> None:

@@ -231,9 +231,19 @@ def _call_of(recorder: _Recorder, masks: TokenMasks, batch: dict[str, Tensor], p
 
 
 def token_count(block: nn.Module, hidden: Tensor) -> int:
-    """The number of tokens in hidden states. Their width is the last dimension, or that with the size of a block's
-    first vector of weights, as in ``[batch, channels, height, width]``."""
+    """The number of tokens in hidden states."""
+    return hidden.numel() // hidden.shape[channel_dim(block, hidden)]
+
+
+def channel_dim(block: nn.Module, hidden: Tensor) -> int:
+    """Which dimension of hidden states has their channels: the last, or that with the size of a block's first vector of
+    weights, as in ``[batch, channels, height, width]``."""
     width = next((len(p) for p in block.parameters() if p.dim() == 1), hidden.shape[-1])
     if hidden.dim() == 3 or hidden.shape[-1] == width or width not in hidden.shape[1:]:
-        return hidden.shape[:-1].numel()
-    return hidden.numel() // width
+        return hidden.dim() - 1
+    return list(hidden.shape).index(width, 1)
+
+
+def token_rows(block: nn.Module, hidden: Tensor) -> Tensor:
+    """Hidden states as ``[batch, tokens, channels]``."""
+    return hidden if hidden.dim() == 3 else hidden.movedim(channel_dim(block, hidden), -1).flatten(1, -2)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ace_ext.grids import Grid
 from ace_ext.models.blocks import Block
 from ace_ext.models.fused_weights import fused_parameters
-from ace_ext.models.replay import run_block
+from ace_ext.models.replay import run_block, token_rows
 from ace_ext.models.samples import of_samples
 from ace_ext.pruning.trained_weight import TrainedWeight
 from ace_ext.records import Tuning
@@ -87,8 +87,9 @@ def train_block_(
         block: a pruned block. Trained are the weights and biases of ``block.linears`` and all one-dimensional
             parameters of other modules (the norms). A Linear that ``skip`` leaves out is not trained.
         inputs: for each calibration batch the block's hidden states ``[batch, seqlen, d]`` and its other arguments, as
-            in :class:`ace_ext.models.replay.BlockCall`. Batches are split along ``batch`` into steps.
-        targets: for each batch the dense block's output ``[batch, seqlen, d]``.
+            in :class:`ace_ext.models.replay.BlockCall`. Batches are split along ``batch`` into steps. States of images
+            may have more dimensions, and fewer tokens and other channels after the block.
+        targets: for each batch the dense block's output, likewise.
         masks: for each of ``block.linears`` ``[rows, cols]`` bool, True where a weight is kept.
         token_masks: for each batch ``[batch * seqlen]`` bool, True where a token counts, or None where all do.
         training: how.
@@ -99,7 +100,9 @@ def train_block_(
         The mean loss of a token that is held out, before and after, and the epoch with the best weights.
     """
     token_masks = token_masks or [None] * len(inputs)
-    steps, held = _divided(inputs, targets, token_masks, channel_weights(targets, token_masks), training, sample_shapes)
+    targets = [token_rows(block.module, target) for target in targets]
+    channels = channel_weights(targets, token_masks)
+    steps, held = _divided(block, inputs, targets, token_masks, channels, training, sample_shapes)
     trained = _trained_weights(block, masks, grid)
     with torch.enable_grad(), _only_gradients_of(block.module, [each.weight for each in trained]):
         return _Trainer(block, steps, held or steps, trained).train_(training)
@@ -110,8 +113,8 @@ def channel_weights(targets: Sequence[Tensor], token_masks: Sequence[Tensor | No
     where all channels are the same size.
 
     Some models have a few channels that are much larger than all others. Unweighted, the loss would be the error of
-    these. Each token counts the same, also the first one, which may be much larger than all others. ``targets`` and
-    ``token_masks`` as for :func:`train_block_`.
+    these. Each token counts the same, also the first one, which may be much larger than all others. ``targets`` are
+    ``[batch, seqlen, d]``, ``token_masks`` as for :func:`train_block_`.
     """
     width = targets[0].shape[-1]
     total = torch.zeros(width, dtype=torch.float32, device=targets[0].device)
@@ -131,10 +134,13 @@ class _Step:
     """One gradient step: some samples of a batch."""
 
     def __init__(
-        self, hidden: Tensor, others: Others, target: Tensor, token_mask: Tensor | None, channels: Tensor
+        self, block: Block, hidden: Tensor, others: Others, target: Tensor, token_mask: Tensor | None, channels: Tensor
     ) -> None:
         self.hidden, self.others, self.target, self._channels = hidden, others, target, channels
-        share = ((target.float() - hidden.float()).square() * channels).sum(-1)  # [batch, seqlen]
+        given, added = token_rows(block.module, hidden), target.float()
+        if given.shape == target.shape:  # else the block has another number of tokens or channels
+            added = added - given.float()
+        share = (added.square() * channels).sum(-1)  # [batch, seqlen]
         self.token_weight = 1 / share.clamp_min(TINY)
         if token_mask is not None:
             self.token_weight = self.token_weight.masked_fill(~token_mask.view_as(share), 0.0)
@@ -143,11 +149,13 @@ class _Step:
     def loss(self, block: Block) -> Tensor:
         """The loss summed over tokens, not averaged: Adam does not depend on the scale, and a sum keeps float16
         gradients from underflowing."""
-        error = run_block(block, self.hidden, self.others).float() - self.target.float()
+        output = run_block(block, self.hidden, self.others)
+        error = token_rows(block.module, output).float() - self.target.float()
         return ((error.square() * self._channels).sum(-1) * self.token_weight).sum()
 
 
 def _divided(
+    block: Block,
     inputs: Sequence[tuple[Tensor, Others]],
     targets: Sequence[Tensor],
     token_masks: Sequence[Tensor | None],
@@ -161,7 +169,7 @@ def _divided(
     trained: list[_Step] = []
     held: list[_Step] = []
     for (hidden, others), target, token_mask in zip(inputs, targets, token_masks, strict=True):
-        batch, seqlen = hidden.shape[:2]
+        batch, seqlen = target.shape[:2]
         mask = None if token_mask is None else token_mask.view(batch, seqlen)
         edge = min(left, batch)
         left -= edge
@@ -169,7 +177,7 @@ def _divided(
             for part in _slices(start, end, training.step_samples(seqlen)):
                 part_mask = None if mask is None else mask[part]
                 given = of_samples(others, batch, part, sample_shapes)
-                steps.append(_Step(hidden[part], given, target[part], part_mask, channels))
+                steps.append(_Step(block, hidden[part], given, target[part], part_mask, channels))
     return trained, held
 
 

@@ -8,11 +8,9 @@ blocks gave before they were pruned.
 
 import copy
 
-import every_class
-import other_classes
 import pytest
 import torch
-from class_checks import built
+from class_checks import built, calibration_of, cases_of, inputs_of
 
 from ace_ext import InputError, PruneConfig, prune_model
 from ace_ext.models._transformers import plain_call
@@ -20,20 +18,9 @@ from ace_ext.models.blocks import find_blocks
 
 ALWAYS = {"glm_moe_dsa", "xlm", "zaya", "conditional_detr", "flaubert", "pegasus_x"}
 """Classes whose blocks are called in another order than they have in the model, or hand on more than hidden states."""
-CAUSAL = [kind for kind in every_class.model_types() if kind not in every_class.NOT_SMALL]
-CASES = [
-    pytest.param(kind, classes, id=f"{kind}-{name}", marks=[] if kind in ALWAYS else [pytest.mark.nightly])
-    for name, classes, kinds in (("causal", every_class, CAUSAL), ("other", other_classes, other_classes.classes()))
-    for kind in kinds
-]
+CONFIG = PruneConfig("collect(order=block) + wanda", max_dense=0.9)
 ROUNDING = 5e-3
 """The largest relative distance to its row's last kept score at which a weight may be kept or not."""
-
-
-def inputs_of(model, classes):
-    if classes is other_classes:
-        return other_classes.inputs_of(model)
-    return {"input_ids": torch.randint(8, every_class.VOCABULARY - 4, (4, 24), generator=torch.manual_seed(0))}
 
 
 def forward(model, inputs, hooks=()):
@@ -73,14 +60,15 @@ def off_by(weight, pruned, x):
     return float(distance[kept != (pruned != 0)].amax()) if not torch.equal(kept, pruned != 0) else 0.0
 
 
-@pytest.mark.parametrize(("kind", "classes"), CASES)
+@pytest.mark.parametrize(("kind", "classes"), cases_of(ALWAYS))
 def test_masks_are_those_of_the_model_so_far(kind, classes):
     so_far = built(lambda: classes.build(kind), kind in ALWAYS).eval()  # first dense, then pruned block by block
     model = copy.deepcopy(so_far)
     inputs = built(lambda: inputs_of(model, classes), kind in ALWAYS)
-    text = inputs["input_ids"] if classes is every_class else [inputs]
     try:
-        report = prune_model(model, text, PruneConfig("collect(order=block) + wanda", max_dense=0.9))
+        report = prune_model(
+            model, calibration_of(inputs, classes), PruneConfig("collect(order=block) + wanda", max_dense=0.9)
+        )
     except InputError as error:
         assert kind not in ALWAYS
         pytest.skip(f"refused: {error}")

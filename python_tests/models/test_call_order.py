@@ -1,6 +1,5 @@
 """Models that are not a simple chain of blocks: looped ones, Linears called twice, blocks that share states."""
 
-import copy
 import re
 from collections import UserDict
 
@@ -17,10 +16,7 @@ from ace_ext.engine.recorder import Recorder
 from ace_ext.models.block_store import ResidentBlocks
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.handed_on import Equality, compare_arguments
-from ace_ext.models.replay import first_of
 from ace_ext.models.trial import try_walk
-from ace_ext.pruning import block_training
-from ace_ext.pruning.stages import train as train_stage
 from ace_ext.pruning.statistics import StatisticsCollector
 from ace_ext.runs.verify import verify
 
@@ -205,30 +201,6 @@ def test_a_linear_that_text_does_not_use_stays_dense_and_is_listed(tmp_path):
     for config in ({"method": "wanda", "group": "model"}, {"method": "allocate + wanda"}):
         with pytest.raises(InputError, match=r"is not used by a text call.*--skip 'encoder_attn"):
             prune_model(every_class.build(UNUSED), make_tokens(), PruneConfig(**config, max_dense=0.4))
-
-
-# Blocks that put keys and values into a dict for later blocks
-
-
-def test_the_targets_of_training_are_those_of_the_dense_model(monkeypatch):
-    """Also of blocks that read keys and values of another one, which the pruned model has too."""
-    model, tokens, found = every_class.build(SHARED_KV), make_tokens(4), []
-    dense = copy.deepcopy(model)
-    train = block_training.train_block_
-
-    def noted(block, inputs, targets, *rest, **named):
-        found.append(torch.cat(list(targets)))
-        return train(block, inputs, targets, *rest, **named)
-
-    monkeypatch.setattr(train_stage, "train_block_", noted)
-    prune_model(model, tokens, PruneConfig("collect(batch_tokens=32) + wanda + train(epochs=1, step_tokens=16)"))
-    outputs = []
-    for block in find_blocks(dense):
-        block.module.register_forward_hook(lambda _, args, output: outputs.append(first_of(output)))
-    with torch.no_grad():
-        dense(tokens, use_cache=False)
-    for target, output in zip(found, outputs, strict=True):
-        torch.testing.assert_close(target, output)
 
 
 def test_shared_states_are_not_on_the_disk(tmp_path, monkeypatch):

@@ -44,8 +44,8 @@ def make_case(family="llama", dtype=torch.float32, skip=(), padded=False):
     return block, inputs, targets, masks, [call.token_mask for call in calls]
 
 
-def divided(inputs, targets, token_masks, training):
-    return block_training._divided(inputs, targets, token_masks, torch.ones(targets[0].shape[-1]), training)
+def divided(block, inputs, targets, token_masks, training):
+    return block_training._divided(block, inputs, targets, token_masks, torch.ones(targets[0].shape[-1]), training)
 
 
 def state(block):
@@ -149,7 +149,7 @@ def test_gradients_are_left_as_they_were():
 @pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
 def test_steps_give_what_the_batch_gives(family):
     block, inputs, targets, _, token_masks = make_case(family, padded=True)
-    steps, held = divided(inputs, targets, token_masks, SMALL_STEPS)  # two samples of six at a time
+    steps, held = divided(block, inputs, targets, token_masks, SMALL_STEPS)  # two samples of six at a time
     assert len(steps) == 4
     assert not held
     with torch.no_grad():
@@ -196,13 +196,13 @@ def test_matrices_on_a_grid_stay_on_it(dtype, bits):
 
 
 def test_the_last_samples_are_only_measured():
-    _, inputs, targets, _, token_masks = make_case(padded=True)
+    block, inputs, targets, _, token_masks = make_case(padded=True)
     held = replace(SMALL_STEPS, held_out=0.25)  # 8 samples in batches of 6 and 2: both of the second batch
-    steps, measured = divided(inputs, targets, token_masks, held)
+    steps, measured = divided(block, inputs, targets, token_masks, held)
     assert [len(step.hidden) for step in steps] == [2, 2, 2]
     assert torch.equal(torch.cat([step.target for step in measured]), targets[1])
     over = replace(SMALL_STEPS, held_out=0.3)  # and one of the first batch
-    steps, measured = divided(inputs, targets, token_masks, over)
+    steps, measured = divided(block, inputs, targets, token_masks, over)
     assert [len(step.hidden) for step in steps] == [2, 2, 1]
     assert torch.equal(torch.cat([step.target for step in measured]), torch.cat([targets[0][5:], targets[1]]))
 
