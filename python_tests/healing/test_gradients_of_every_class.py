@@ -28,6 +28,8 @@ CASES = [
     for kind in every_class.model_types()
     if kind not in every_class.NOT_SMALL
 ]
+ROUNDING = 5e-6
+"""Of a gradient's norm: the gradient of each of 4,096 logits is a difference of probabilities in float32."""
 SETTINGS = HealSettings(learning_rate=0.01, step_tokens=64, held_out=4)
 TEXT = torch.randint(8, every_class.VOCABULARY - 4, (12, 16), generator=torch.Generator().manual_seed(1))
 
@@ -79,4 +81,4 @@ def test_losses_and_gradients(kind, stored, monkeypatch):
     for (index, child, _), gradient in zip(named, expected, strict=True):
         own = seen[len(blocks) - 1 - index][child]  # None: the loss does not depend on it
         error = (gradient if own is None else own - gradient).norm()
-        assert error <= 1e-3 * gradient.norm() + 1e-7, blocks[index].full_name(child)
+        assert error <= 1e-3 * gradient.norm() + ROUNDING, blocks[index].full_name(child)
