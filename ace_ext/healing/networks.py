@@ -23,7 +23,7 @@ from ace_ext.healing.settings import HealSettings
 from ace_ext.healing.trainer import BlockTrainer
 from ace_ext.models._transformers import decoder_of, output_head, plain_call
 from ace_ext.models.blocks import Block
-from ace_ext.models.replay import first_of, replaced_forward, token_count, with_products
+from ace_ext.models.replay import first_of, replaced_forward, token_count, token_rows, with_products
 from ace_ext.models.run_mode import frozen, run_mode
 from ace_ext.models.token_masks import TokenMasks
 from ace_ext.pruning.stages.distill import NETWORK_RATE
@@ -122,13 +122,15 @@ class Loss:
         """The hidden states after the last blocks, by the blocks' names, and logits of a vocabulary."""
         found: dict[str, Tensor] = {}
 
-        def keep(name: str, output: Any) -> None:
-            found[name] = first_of(output)
+        def keep(name: str, module: nn.Module, output: Any) -> None:
+            found[name] = token_rows(module, first_of(output))
 
         with ExitStack() as hooks:
             for name in self._last:
                 module = model.get_submodule(name)
-                hooks.callback(module.register_forward_hook(lambda *a, name=name: keep(name, a[-1])).remove)
+                hooks.callback(
+                    module.register_forward_hook(lambda module, _, output, name=name: keep(name, module, output)).remove
+                )
             logits = getattr(model(**batch, **self._options), "logits", None)
         if not self._speaks or not isinstance(logits, Tensor) or logits.shape[:-1] != found[self._last[-1]].shape[:-1]:
             return found, None

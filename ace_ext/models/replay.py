@@ -245,5 +245,5 @@ def channel_dim(block: nn.Module, hidden: Tensor) -> int:
 
 
 def token_rows(block: nn.Module, hidden: Tensor) -> Tensor:
-    """Hidden states as ``[batch, tokens, channels]``."""
-    return hidden if hidden.dim() == 3 else hidden.movedim(channel_dim(block, hidden), -1).flatten(1, -2)
+    """Hidden states as ``[batch, tokens, channels]``; those of fewer dimensions as they are."""
+    return hidden if hidden.dim() <= 3 else hidden.movedim(channel_dim(block, hidden), -1).flatten(1, -2)

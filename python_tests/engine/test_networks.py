@@ -1,9 +1,13 @@
 """Networks that are no causal language models: inputs of any name, and several lists of blocks."""
 
+import copy
+
+import other_classes
 import pytest
 import torch
 from engine.test_image_inputs import CASES as CASES_OF_IMAGES
 from tiny_networks import NETWORKS, ids, make_inputs, make_network, values
+from torch.nn.functional import layer_norm
 
 from ace_ext import InputError, PruneConfig, prune_model
 from ace_ext.engine import api
@@ -161,6 +165,23 @@ def test_distillation_follows_the_outputs_of_the_dense_model(name):
     prune_model(plain, inputs, method="wanda", sparsity=0.5)
     errors = [(outputs_of(each, inputs[0])[0] - dense).norm() for each in (model, plain)]
     assert errors[0] < errors[1]
+
+
+def test_the_loss_of_images_is_of_the_channels_of_each_token():
+    """States ``[batch, channels, height, width]`` of ConvNeXt."""
+    dense = other_classes.build("convnextv2")
+    inputs = [other_classes.inputs_of(dense)] * 3
+    model, states = copy.deepcopy(dense), []
+    report = prune_model(model, inputs, method="wanda + distill(tokens=600)", sparsity=0.5)
+    for each in (dense, model):
+        last = find_blocks(each, max_dense=1.0)[-1].module
+        last.register_forward_hook(lambda _, args, output: states.append(output.movedim(1, -1)))
+        outputs_of(each, inputs[0])
+    teaching, saying = (layer_norm(each, each.shape[-1:]) for each in states)
+    assert teaching.shape[1:3] != teaching.shape[2:]
+    loss = float((teaching - saying).square().mean())
+    assert report.healing.loss_after == pytest.approx(loss, rel=1e-4)
+    assert loss < report.healing.loss_before
 
 
 def test_a_model_that_is_distilled_needs_two_samples():
