@@ -130,6 +130,7 @@ def prune_model(
             walk = Walk(store, states, config, report, context, callback, entrances)
             if found is not None and found.reason is not None:
                 walk.read_whole_forwards(model, ready)
+                report.whole_forwards = found.reason
             walk.run()
             report.dense = _left_dense(model, store.blocks, report)
             if distillation is not None:

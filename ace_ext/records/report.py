@@ -46,6 +46,9 @@ class PruneReport:
     agreement: Agreement | None = None
     """With the dense model, if the run measured it: of a network that is no causal language model. ``to_json`` leaves
     None out."""
+    whole_forwards: str | None = None
+    """Why the statistics are of forwards of the whole model; those of each block were then read while it was dense
+    (``order=block``). None, if the model was walked block by block; ``to_json`` leaves None out."""
 
     @property
     def matrices(self) -> list[MatrixReport]:
@@ -111,6 +114,8 @@ class PruneReport:
         data = asdict(self)
         if not self.removed:
             del data["removed"]
+        if self.whole_forwards is None:
+            del data["whole_forwards"]
         del data["agreement"]
         if self.agreement is not None:
             data["agreement"] = self.agreement.to_dict()
@@ -179,6 +184,8 @@ class PruneReport:
         )
         if self.method:
             lines.append(f"method {self.method}")
+        if self.whole_forwards is not None:
+            lines.append(f"not walked block by block ({self.whole_forwards}): collect(order=block)")
         lines += self._rounded() or self._quantized()
         lines += self._trained()
         lines += describe_dense(self.dense, sum(matrix.size for matrix in self.matrices))

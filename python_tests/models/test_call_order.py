@@ -18,6 +18,7 @@ from ace_ext.models.blocks import find_blocks
 from ace_ext.models.handed_on import Equality, compare_arguments
 from ace_ext.models.trial import try_walk
 from ace_ext.pruning.statistics import StatisticsCollector
+from ace_ext.records import PruneReport
 from ace_ext.runs.verify import verify
 
 READ_MORE = "its blocks read more than the output of the one before"
@@ -160,7 +161,11 @@ def test_masks_are_those_of_all_calls(kind, batch_tokens):
     uses = tried(model).uses[block.name]
     used = {child: linear for child, linear in block.linears.items() if uses[child]}
     dense = {child: (linear.weight.clone(), inputs_of(model, linear, tokens)) for child, linear in used.items()}
+    reason = tried(model).reason
     report = prune_model(model, tokens, config)
+    assert report.whole_forwards == reason
+    assert PruneReport.from_json(report.to_json()) == report
+    assert ("not walked block by block" in report.table()) is (reason is not None)
     seen = {matrix.name: matrix.tokens for matrix in report.matrices}
     for child, (weight, x) in dense.items():
         assert seen[block.full_name(child)] == len(x)
