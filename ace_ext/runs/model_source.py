@@ -16,7 +16,7 @@ from ace_ext.engine.model_shape import ModelShape
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import fingerprint_of_files, fingerprint_of_model, weight_files
 from ace_ext.formats import DenseModel, format_named
-from ace_ext.models._transformers import decoder_of, main_input, output_head, predicts_tokens, token_embedding
+from ace_ext.models._transformers import decoder_of, main_input, predicts_tokens, token_embedding
 from ace_ext.models.blocks import Block, find_blocks
 from ace_ext.models.loading import WEIGHT_DTYPES, load_model, load_tokenizer, local_folder
 from ace_ext.models.parts import check_removable, most_tokens
@@ -181,24 +181,24 @@ def _files_do_not_serve(model: str, dtype: str) -> InputError:
 
 def _stored_as_loaded(laid_out: nn.Module, shards: Shards, dtype: str) -> bool:
     """Whether the files hold every parameter as it is: contiguous, in its shape and in the requested dtype."""
-    head = output_head(laid_out)
-    tied = {f"{n}.weight" for n, m in laid_out.named_modules() if m is head} if _is_tied(laid_out) else set()
     wanted = dtype_of(laid_out.config, shards, dtype)
+    embedding = _embedding_name(laid_out) if predicts_tokens(laid_out) else None  # is read by its own name
     stored = {id(p) for name, p in laid_out.named_parameters(remove_duplicate=False) if name in shards}
     for name, parameter in laid_out.named_parameters(remove_duplicate=False):
-        if name in tied or (name not in shards and id(parameter) in stored and not predicts_tokens(laid_out)):
-            continue
         if name not in shards:
-            return False
+            if name == embedding or id(parameter) not in stored:
+                return False
+            continue  # tied to one that is there
         found, shape = shards.describe(name)
         if found not in (parameter.dtype, wanted) or shape != tuple(parameter.shape):  # some always load as float32
             return False
     return getattr(laid_out.config, "quantization_config", None) is None
 
 
-def _is_tied(model: nn.Module) -> bool:
-    head, embedding = output_head(model), token_embedding(model)
-    return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", 0)
+def _embedding_name(model: nn.Module) -> str | None:
+    """The name of the weight of the input embedding; None if there is none."""
+    embedding = token_embedding(model)
+    return next((f"{name}.weight" for name, module in model.named_modules() if module is embedding), None)
 
 
 def wants_offload(laid_out: nn.Module, blocks: list[Block], shards: Shards | None, request: RunRequest) -> bool:
