@@ -14,7 +14,7 @@ from ace_ext.models.safetensors_files import Shards
 from ace_ext.models.skeleton import skeleton
 
 ALWAYS = {"big_bird", "codegen", "gptj", "mistral", "gemma3_text", "gemma4_text"}
-"""Classes that must not be refused. The constructors of GPT-J and CodeGen compute sinusoids in the dtype of the weights,
+"""Classes that must not be refused. The constructors of GPT-J and CodeGen compute sinusoids in the weights' dtype,
 the head of BigBird has a tied bias, and blocks of Gemma 4 share keys and values."""
 NOT_TRIED = {"xlstm", *every_class.NOT_SMALL}
 """xLSTM's small model does not run in bfloat16."""
