@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from ace_ext.healing.batches import Placement, advance, enter
 from ace_ext.healing.protocols import Journal, Observer
 from ace_ext.models.block_store import BlockSource
+from ace_ext.models.handed_on import shared_dicts
 from ace_ext.models.hidden_states import HiddenStates, Layout
 from ace_ext.models.tail import Tail
 
@@ -24,7 +25,8 @@ def teacher_states(
 ) -> HiddenStates:
     """The dense model's last block's outputs, ``[rows, seqlen, d_model]`` for each batch.
 
-    Each block is loaded once. With files, each finished block is recorded, and a resumed run continues with the next.
+    Each block is loaded once. With files, each finished block is recorded, and a resumed run continues with the next, or
+    with the first if blocks read more than the output of the one before.
 
     Args:
         model: the dense model, or its skeleton.
@@ -39,6 +41,9 @@ def teacher_states(
     """
     count, done = len(store.blocks), journal.notes.get(NAME, 0)
     calls, states = enter(model, store, tokens, place, NAME, earlier_states(place, journal))
+    if done and shared_dicts(calls[0]):  # no file has what the finished blocks handed on
+        done = 0
+        calls, states = enter(model, store, tokens, place, NAME)
     if not done:
         with store.way_out(model):
             Tail(model, store.blocks, calls[0].wrap).check(states[0].flatten(0, 1)[:TRIED])

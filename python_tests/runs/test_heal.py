@@ -9,13 +9,14 @@ import signal
 import time
 from dataclasses import replace
 
+import every_class
 import pytest
 import torch
 from children import heal_saving_often
 from folders import fork, prune, save_dense, weights_bytes
 from helpers import rest_nightly
 from safetensors.torch import load_file, save_file
-from tiny_models import make_model
+from tiny_models import make_model, make_tokenizer
 
 from ace_ext import InputError
 from ace_ext.cli.main import main
@@ -536,6 +537,32 @@ def test_resume_refuses_another_tokenizer(tmp_path, monkeypatch):
     monkeypatch.setattr(heal_run, "check_unchanged", lambda folder: None)
     with pytest.raises(InputError, match="resume: the text has changed"):
         heal_folder(request(tmp_path / "pruned", tmp_path / "out", resume=True))
+
+
+@pytest.mark.parametrize("when", [3, 9], ids=["teacher", "steps"])
+def test_blocks_that_share_states_are_run_again(when, tmp_path, monkeypatch):
+    """What blocks of Gemma 4 hand on is in no file. Stopped at a save after three of its four blocks, or at a step."""
+    dense = tmp_path / "dense"
+    every_class.build("gemma4_text", torch.bfloat16).save_pretrained(dense)
+    make_tokenizer().save_pretrained(dense)
+    write_text(tmp_path / "text.txt")
+    prune(dense, tmp_path / "pruned")
+    save, saves = heal_journal.HealJournal.save, []
+
+    def stopping(journal, *tensors):
+        save(journal, *tensors)
+        saves.append(journal)
+        if len(saves) == when:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(heal_journal.HealJournal, "due", lambda _: True)
+    _, whole = heal_folder(request(tmp_path / "pruned", tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(heal_journal.HealJournal, "save", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            heal_folder(request(tmp_path / "pruned", tmp_path / "out"))
+    _, resumed = heal_folder(request(tmp_path / "pruned", tmp_path / "out", resume=True))
+    assert weights_bytes(resumed) == weights_bytes(whole)
 
 
 def test_without_resume_a_run_starts_over(place, tmp_path, monkeypatch):
