@@ -25,8 +25,8 @@ def teacher_states(
 ) -> HiddenStates:
     """The dense model's last block's outputs, ``[rows, seqlen, d_model]`` for each batch.
 
-    Each block is loaded once. With files, each finished block is recorded, and a resumed run continues with the next, or
-    with the first if blocks read more than the output of the one before.
+    Each block is loaded once. With files, each finished block is recorded, and a resumed run continues with the next;
+    with the first one if blocks share states.
 
     Args:
         model: the dense model, or its skeleton.
