@@ -47,6 +47,7 @@ def built(make: Callable[[], Made], must: bool) -> Made:
 def cases_of(always: Collection[str]) -> list[Any]:
     """Every causal-LM class and every other one, as ``(kind, module that builds it)``; at night but for ``always``."""
     causal = [kind for kind in every_class.model_types() if kind not in every_class.NOT_SMALL]
+    assert {*causal, *other_classes.classes()} >= set(always)
     return [
         pytest.param(kind, classes, id=f"{kind}-{name}", marks=[] if kind in always else [pytest.mark.nightly])
         for name, classes, kinds in (("causal", every_class, causal), ("other", other_classes, other_classes.classes()))

@@ -17,7 +17,7 @@ TOLERANCE, TOLERANCE_HALF = 1e-3, 2e-2
 """The largest relative difference between the last block's outputs in the model and block by block, in float32 and in
 dtypes of 16 bits. A block that lacks an input from another block gives a different output: 0.04 without the positions
 that YOLOS adds between its blocks. On a CPU the classes that can be walked give equal bits; on other devices sums may
-have another order."""
+have another order (not run on a GPU)."""
 
 
 class Equality(Enum):

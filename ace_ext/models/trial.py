@@ -204,9 +204,9 @@ class _Trial:
 
     def sort_blocks(self) -> None:
         """Brings the blocks of the store into the order of their first calls, in which they are then pruned."""
-        order = {name: place for place, name in reversed(list(enumerate(self._calls)))}
-        if all(block.name in order for block in self._store.blocks):
-            self._store.blocks.sort(key=lambda block: order[block.name])
+        order = list(dict.fromkeys(self._calls))
+        if len(order) == len(self._store.blocks):
+            self._store.blocks.sort(key=lambda block: order.index(block.name))
 
     def verdict(self) -> str | None:
         """As :attr:`Findings.reason`."""

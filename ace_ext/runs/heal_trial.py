@@ -76,10 +76,10 @@ def _block_seconds(store: OffloadedBlocks, index: int, call: BlockCall, hidden: 
                 start = time.perf_counter()
                 run_block(block, hidden, call.others[index])
                 forward = time.perf_counter() - start
-                x = hidden.detach().requires_grad_(True)
+                x, shared = hidden.detach().requires_grad_(True), SharedStates(call)
                 with torch.enable_grad():
-                    output = run_block(block, x, call.others[index])
-                trainer.backward(x, partial(SharedStates(call).gradients, index, output, torch.ones_like(output)))
+                    output = shared.run(block, index, x)
+                trainer.backward(x, partial(shared.gradients, index, output, torch.ones_like(output)))
                 trainer.step_(0.0)
                 step = time.perf_counter() - start - forward
     return forward, step

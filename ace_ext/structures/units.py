@@ -47,11 +47,13 @@ def find_and_try(model: nn.Module, blocks: list[Block], part: Wanted, batch: Map
     if found.count < 2:
         raise InputError(f"remove: a block has one of the {part.name}; leave out {part.name}")
     tokens = few_tokens(batch)
-    if shared_dicts(next(capture_calls(model, blocks, [{"input_ids": tokens}]))) and _unlike(blocks, found):
-        raise InputError(
-            f"remove: some blocks of this model read keys and values of others, so each block cannot choose its own "
-            f"{part.name}; leave out {part.name}"
-        )
+    if isinstance(part, removal.Heads) and _unlike(blocks, found):
+        (call,) = capture_calls(model, blocks, [{"input_ids": tokens}])
+        if shared_dicts(call):
+            raise InputError(
+                "remove: some blocks of this model read keys and values of others, so each block cannot choose its own "
+                "heads; leave out heads"
+            )
     with ExitStack() as stack:
         stack.enter_context(products_of([block for block, units in zip(blocks, found.parts, strict=True) if units]))
         for block, units in zip(blocks, found.parts, strict=True):

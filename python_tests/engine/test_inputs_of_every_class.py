@@ -19,7 +19,7 @@ from ace_ext.models.blocks import find_blocks
 ALWAYS = {"glm_moe_dsa", "xlm", "zaya", "conditional_detr", "flaubert", "pegasus_x"}
 """Classes whose blocks are called in another order than they have in the model, or hand on more than hidden states."""
 CONFIG = PruneConfig("collect(order=block) + wanda", max_dense=0.9)
-ROUNDING = 5e-3
+ROUNDING = 1e-4
 """The largest relative distance to its row's last kept score at which a weight may be kept or not."""
 
 

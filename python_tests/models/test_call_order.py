@@ -53,14 +53,6 @@ def test_what_is_no_chain_is_seen_before_anything_changes(kind, reason):
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
-def build_handing_on(kind, monkeypatch, **beside):
-    """A class whose blocks hand on more than their output; the oldest transformers lacks some."""
-    if kind not in every_class.model_types():
-        pytest.skip(f"this transformers has no {kind}")
-    monkeypatch.setitem(every_class.BESIDE, kind, every_class.BESIDE.get(kind, {}) | beside)
-    return every_class.build(kind)
-
-
 @pytest.mark.parametrize(
     ("kind", "beside", "reason"),
     [
@@ -71,7 +63,8 @@ def build_handing_on(kind, monkeypatch, **beside):
     ],
 )
 def test_what_blocks_hand_on_depends_on_the_blocks(kind, beside, reason, monkeypatch):
-    assert tried(build_handing_on(kind, monkeypatch, **beside)).reason == reason
+    monkeypatch.setitem(every_class.BESIDE, kind, beside)
+    assert tried(every_class.build(kind)).reason == reason
 
 
 @pytest.mark.parametrize("kind", ["conditional_detr", "dab-detr", "pegasus_x", "yolos"])
