@@ -24,7 +24,10 @@ float16 and bfloat16, the second to float16 only."""
 
 _ATTENTION = "_attn_implementation"
 """Attribute of a configuration: the code that computes attention. ``"eager"`` allocates the attention weights of all
-tokens."""
+tokens, and needs a mask where other code needs none."""
+
+EXPERTS = "_experts_implementation"
+"""Attribute of a configuration: the code that computes fused experts. ``"eager"`` is a loop over experts."""
 
 _LEFT_OUT = "_keys_to_ignore_on_load_unexpected"
 """Attribute of a model: patterns of stored tensors that a model of its class does not read."""
@@ -89,9 +92,20 @@ def model_of(config: Any, dtype: torch.dtype, remote_code: bool) -> nn.Module:
     return model
 
 
+def _implementations(config: Any, attribute: str) -> dict[str, Any]:
+    """``attribute`` of a configuration under ``""`` and of each of its parts under their names, which may differ: a
+    language part can have code that its vision part lacks."""
+    names = getattr(config, "sub_configs", None) or {}
+    parts = {name: part for name in names if (part := getattr(config, name, None)) is not None}
+    return {"": getattr(config, attribute, None)} | {
+        name: _implementations(part, attribute) for name, part in parts.items()
+    }
+
+
 def empty_twin(model: nn.Module, config: Any) -> nn.Module:
     """A model of the class of ``model`` with another configuration, in evaluation mode. Parameters are on the meta
-    device, tied ones tied; buffers that are computed have data. Attention is computed by the same code.
+    device, tied ones tied; buffers that are computed have data. Attention and experts are computed by the same code in
+    each part of the model.
 
     Raises what transformers raises for a configuration that it cannot build.
     """
@@ -99,9 +113,11 @@ def empty_twin(model: nn.Module, config: Any) -> nn.Module:
 
     kind: Any = type(model)
     dtype = next(model.parameters()).dtype
-    implementation = getattr(model.config, _ATTENTION, None)
+    attention, experts = (_implementations(model.config, attribute) for attribute in (_ATTENTION, EXPERTS))
     with init_empty_weights(include_buffers=False), no_init_weights():
-        twin: nn.Module = kind._from_config(config, dtype=dtype, attn_implementation=implementation)
+        twin: nn.Module = kind._from_config(
+            config, dtype=dtype, attn_implementation=attention, experts_implementation=experts
+        )
     tie_weights_(twin)
     return twin.eval()
 

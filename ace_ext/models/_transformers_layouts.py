@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-_IMPLEMENTATION = "_experts_implementation"
-"""Attribute of a configuration, from version 5 on: the code that computes fused experts. ``"eager"`` is a loop over
-experts."""
+from ace_ext.models._transformers import EXPERTS
 
 _TRANSPOSED = "is_transposed"
 """Attribute of a module with fused experts ``[experts, …]``, from version 5 on: whether they are stored as
@@ -85,6 +83,6 @@ def eager_experts(modules: Iterable[nn.Module]) -> Iterator[None]:
     configs = {id(module.config): module.config for module in modules}
     with contextlib.ExitStack() as stack:
         for config in configs.values():
-            stack.callback(setattr, config, _IMPLEMENTATION, getattr(config, _IMPLEMENTATION))
-            setattr(config, _IMPLEMENTATION, "eager")
+            stack.callback(setattr, config, EXPERTS, getattr(config, EXPERTS))
+            setattr(config, EXPERTS, "eager")
         yield
