@@ -47,8 +47,9 @@ def suggestion(value: object, choices: Iterable[object], cutoff: float = 0.6) ->
 
 
 def one_line(error: BaseException, longest: int = 400) -> str:
-    """The message of an exception without line breaks, cut to ``longest`` characters; its type if it has no message."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """The message of an exception without line breaks and without a full stop at its end, cut to ``longest``
+    characters; its type if it has no message."""
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 

@@ -250,6 +250,22 @@ def plain_call(model: nn.Module) -> dict[str, Any]:
     return {"use_cache": False} if takes_argument(model, "use_cache") else {}
 
 
+def generation_error(model: nn.Module, tokens: Tensor) -> Exception | None:
+    """What a model raises when it writes two tokens after ``tokens [1, seqlen]``, the second with its cache; None if it
+    writes them, or is no model that writes text."""
+    from transformers import GenerationConfig
+
+    writer: Any = model
+    if not hasattr(model, "can_generate") or not writer.can_generate():
+        return None
+    two = GenerationConfig(max_new_tokens=2, min_new_tokens=2, do_sample=False, pad_token_id=0)
+    try:
+        writer.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=two)
+    except Exception as error:  # a class's code can raise anything
+        return error
+    return None
+
+
 _FRAME_MASK, _FRAMES = "_get_feature_vector_attention_mask", "_get_feat_extract_output_lengths"
 """Methods of speech models: the mask of the frames that the blocks see, given that of samples; and the number of frames
 that a number of samples gives."""

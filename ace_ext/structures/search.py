@@ -19,8 +19,9 @@ from ace_ext.models.fused_weights import FusedWeight
 from ace_ext.pruning import removal
 from ace_ext.structures.smaller import laid_out, numbers_of, shapes_of, standard_names
 
-_UNSET = re.compile(r"inner|ffn|feed_?forward|intermediate|mlp")
-"""Names of numbers that may be None in a configuration: the class then computes them from the hidden size."""
+_FEED_FORWARD = re.compile(r"inner|ffn|feed_?forward|intermediate|mlp")
+"""Names of numbers that are tried first. They may be None in a configuration: the class then computes them from the
+hidden size."""
 
 
 @dataclass(frozen=True)
@@ -227,13 +228,13 @@ def find_neurons(model: nn.Module, blocks: list[Block]) -> Found:
 
 def _candidates(settings: Mapping[str, Any], widths: set[int]) -> Iterator[tuple[str, Any, int]]:
     """Settings that may be the number of neurons: name, value, and the number."""
-    for name, value in settings.items():
+    for name, value in sorted(settings.items(), key=lambda item: _FEED_FORWARD.search(item[0]) is None):
         if isinstance(value, int) and not isinstance(value, bool) and value in widths:
             yield name, value, value
         elif isinstance(value, list | tuple) and any(list(value) == [width] * len(value) for width in widths) and value:
             yield name, list(value), value[0]
     for name, value in settings.items():
-        if value is None and _UNSET.search(name):
+        if value is None and _FEED_FORWARD.search(name):
             for width in sorted(widths, reverse=True):
                 yield name, None, width
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ace_ext.errors import InputError, one_line
-from ace_ext.models._transformers import empty_twin, text_config, tie_weights_
+from ace_ext.models._transformers import empty_twin, generation_error, text_config, tie_weights_
 
 CLOSE, CLOSE_IN_FLOAT32 = 0.05, 1e-3
 """Outputs that differ by no more than this share of their norm differ by rounding only."""
@@ -122,7 +122,8 @@ def check_same(
     tokens: Tensor,
     words: str = "without them it does not compute the same as with their weights zeroed",
 ) -> None:
-    """Checks that the outputs of two models (:func:`output_of`) differ by rounding only.
+    """Checks that the outputs of two models (:func:`output_of`) differ by rounding only, and that the smaller one
+    writes text if the model does.
 
     How much that is depends on the model and on the order in which a processor adds. So if the outputs differ by more
     than :data:`CLOSE`, the model runs once more, with embeddings that differ by one rounding.
@@ -135,16 +136,21 @@ def check_same(
         words: why it cannot be removed.
 
     Raises:
-        InputError: they differ by more, or the smaller model does not run.
+        InputError: they differ by more, or the smaller model does not run, or does not write text.
     """
     expected = output_of(model, tokens)
+    mend = f"leave out {name}, or remove another number of them"
     try:
         found = output_of(smaller, tokens)
     except Exception as error:  # a class's code and the kernels of torch can raise anything
         raise InputError(
-            f"remove: {type(model).__name__} does not run without these {name}: {one_line(error)}; leave out {name}, "
-            "or remove another number of them"
+            f"remove: {type(model).__name__} does not run without these {name}: {one_line(error)}; {mend}"
         ) from error
+    refused = generation_error(smaller, tokens)
+    if refused is not None and generation_error(model, tokens) is None:
+        raise InputError(
+            f"remove: {type(model).__name__} does not write text without these {name}: {one_line(refused)}; {mend}"
+        ) from refused
     difference = _distance(found, expected)
     if difference <= (CLOSE_IN_FLOAT32 if next(model.parameters()).dtype == torch.float32 else CLOSE):
         return

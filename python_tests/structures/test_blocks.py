@@ -1,5 +1,7 @@
 """Removed blocks: one that does nothing goes first, and the configuration fits what stays."""
 
+import copy
+
 import every_class
 import pytest
 import torch
@@ -68,26 +70,24 @@ def test_settings_of_blocks_by_number_follow(tmp_path, kind, setting, value, wit
     torch.testing.assert_close(logits(again, tokens), expected)  # kernels may round differently at other addresses
 
 
-@pytest.mark.parametrize("place", [1, 2])
-def test_a_list_with_an_entry_for_each_block_is_the_depth_where_no_number_is(tmp_path, place):
-    """The class has as many heads as blocks. Without the block with attention another number of heads would fit too."""
+def test_a_list_with_an_entry_for_each_block_is_the_depth_where_no_number_is(tmp_path):
+    """The class has as many heads as blocks."""
     kinds = ["linear_attention", "mlp", "full_attention", "linear_attention"]
     given = every_class.shrunk(transformers.NemotronHConfig(), {"layers_block_type": kinds})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**given)).eval()
     tokens = make_tokens(4, 16)
-    for parameter in model.model.layers[place].mixer.parameters():
+    for parameter in model.model.layers[1].mixer.parameters():
         parameter.data.zero_()
     report = prune_model(model, tokens, remove="blocks=1(score=published-shortgpt)")
     assert (report.removed[0].setting, report.removed[0].before) == ("layers_block_type", 4)
     model.save_pretrained(tmp_path)
     report.save(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert again.config.layers_block_type == [*kinds[:place], *kinds[place + 1 :]]
+    assert again.config.layers_block_type == ["linear_attention", "full_attention", "linear_attention"]
     assert again.config.num_attention_heads == 4
-    found, expected = (logits(each, tokens, use_cache=False) for each in (again, model))  # a cache needs attention
-    assert torch.equal(found, expected)
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
     assert verify(tmp_path, load=False).problems == []
 
 
@@ -117,6 +117,15 @@ def test_the_smaller_model_generates_with_a_cache():
     step = model.generate(tokens[:2], max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
     for length in range(16, 20):
         assert torch.equal(logits(model, step[:, :length])[:, -1].argmax(-1), step[:, length])
+
+
+def test_a_model_that_would_write_no_more_text_is_refused():
+    """Its class finds the length of a text in the cache of a block with attention, and has one such block here."""
+    model, tokens = every_class.build("qwen3_next"), make_tokens(8, 16)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match=r"does not write text without these blocks: .*; leave out blocks, or remove"):
+        prune_model(model, tokens, remove="blocks=1")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_shortgpt_measures_once_in_the_dense_model():
