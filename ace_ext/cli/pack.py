@@ -69,4 +69,10 @@ def run(args: argparse.Namespace) -> int:
         f"{result.matrices} matrices{codes}, {result.packed_bytes / 1e6:.1f} MB: {share:.3f} of the dense files, "
         f"{matrices:.3f} of the matrices alone; {same}\nwritten to {result.folder}"
     )
+    pruned = 0 if report is None else sum(matrix.size for matrix in report.matrices)
+    if result.matrix_weights < pruned:
+        print(
+            f"{1 - result.matrix_weights / pruned:.0%} of the pruned weights are stored dense: their tensors have no "
+            f"N:M along their rows, or too few zeros for format {args.format}"
+        )
     return 0

@@ -4,6 +4,7 @@ import json
 import random as plain_random
 import shutil
 
+import every_class
 import pytest
 import torch
 from folders import prune, save_dense, tree
@@ -192,6 +193,19 @@ def test_a_pattern_is_packed_by_its_indices(tmp_path, capsys):
     assert result["matrix_packed_bytes"] / result["matrix_dense_bytes"] == 9 / 16
     assert main(["unpack", str(tmp_path / "packed"), "--output", str(tmp_path / "again")]) == 0
     assert files_of(tmp_path / "again") == files_of(tmp_path / "pruned")
+
+
+def test_it_says_what_stays_dense(tmp_path, capsys):
+    """The experts of GPT-OSS are stored transposed, so N:M is not along the rows of their tensors."""
+    every_class.build("gpt_oss").save_pretrained(tmp_path / "dense")
+    options = {"method": "magnitude", "pattern": "2:4", "calibration": {"source": "tokens"}}
+    report, _ = prune(tmp_path / "dense", tmp_path / "pruned", **options)
+    experts = sum(matrix.size for matrix in report.matrices if ".experts." in matrix.name)
+    share = experts / sum(matrix.size for matrix in report.matrices)
+    for name, expected in (("nm", [f"{share:.0%} of the pruned weights are stored dense"]), ("bitmap", [])):
+        assert main(["pack", str(tmp_path / "pruned"), "--output", str(tmp_path / name), "--format", name]) == 0
+        noted = [line for line in capsys.readouterr().out.splitlines() if "stored dense" in line]
+        assert [line.partition(":")[0] for line in noted] == expected
 
 
 def test_only_matrices_with_zeros_are_packed(pruned, tmp_path):
