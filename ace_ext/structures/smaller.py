@@ -94,10 +94,13 @@ def fill_(smaller: nn.Module, tensors: Mapping[str, Tensor], like: nn.Module) ->
 
 
 def take_over_(model: nn.Module, smaller: nn.Module) -> None:
-    """Makes ``model`` the smaller one: its modules, weights and configuration. The object stays the same."""
+    """Makes ``model`` the smaller one: its modules, weights, configuration, and what its class keeps of that, such as
+    the number of experts. The object stays the same, with its hooks and its settings of generation."""
     smaller.train(model.training)
     model._modules, model._parameters, model._buffers = smaller._modules, smaller._parameters, smaller._buffers
-    model.config = smaller.config
+    kept = {*vars(nn.Module()), "generation_config"}
+    for name in vars(smaller).keys() - kept:
+        setattr(model, name, getattr(smaller, name))
 
 
 def few_tokens(batch: Mapping[str, Tensor], count: int = 16) -> Tensor:

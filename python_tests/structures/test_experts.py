@@ -48,6 +48,17 @@ def test_the_router_chooses_among_those_that_are_left(tmp_path):
     assert torch.equal(logits(again, tokens), logits(model, tokens))
 
 
+def test_the_loss_of_the_router_counts_the_experts_that_are_left(tmp_path):
+    model, tokens = make_model("mixtral"), make_tokens(4, 16)
+    prune_model(model, tokens, remove="experts=0.5")
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    found, expected = (
+        each(input_ids=tokens, labels=tokens, output_router_logits=True).aux_loss for each in (model, again)
+    )
+    torch.testing.assert_close(found, expected)
+
+
 def test_scores_are_the_routers_weights_times_the_outputs_norms():
     model, tokens = make_model("mixtral"), make_tokens(6, 10)
     mask = torch.ones_like(tokens)
