@@ -11,13 +11,14 @@ Written for vLLM 0.32. Run on CPUs; not run on a GPU.
 import multiprocessing
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from vllm.model_executor.layers.activation import SwigluOAIAndMul
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import ApplyMoEActivationConfig, apply_moe_activation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
@@ -106,7 +107,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         """Builds the experts' weights from their pieces."""
         settings = ApplyMoEActivationConfig.from_configs(self.moe, self.get_fused_moe_quant_config(layer))
         options = ExpertOptions(
-            partial(_activate, layer.activation, settings),
+            _activation(layer.activation, settings, layer.w13_weight.device),
             layer.apply_router_weight_on_input,
             getattr(layer, "w13_bias", None),
             getattr(layer, "w2_bias", None) if self.moe.tp_rank == 0 else None,  # ranks add their outputs
@@ -238,6 +239,14 @@ def _matrices(slot: Slot, name: str) -> list[Any]:
         return slot.matrices(name)
     except InputError as error:
         _stop(error)
+
+
+def _activation(activation: Any, settings: Any, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The activation of experts. vLLM has no kernel of GPT-OSS's for CPUs, but its formula."""
+    if activation.value == "swigluoai" and device.type == "cpu":
+        formula: Callable[[Tensor], Tensor] = SwigluOAIAndMul().forward_native
+        return formula
+    return partial(_activate, activation, settings)
 
 
 def _activate(activation: Any, settings: Any, x: Tensor) -> Tensor:

@@ -70,7 +70,15 @@ def set_attributes(weight, attributes):
 
 
 def activate(activation, out, x, activation_config):
+    assert activation.value == "silu"  # vLLM has no kernel of other ones for CPUs
     return out.copy_(silu_and_up(x))
+
+
+class Formula:
+    """An activation of vLLM that has a formula, and no kernel for CPUs."""
+
+    def forward_native(self, x):
+        return x[:, ::2] * x[:, 1::2]
 
 
 @pytest.fixture
@@ -79,6 +87,7 @@ def plugin(monkeypatch):
     registered = {}
     names = {
         f"{LAYERS}.fused_moe": {"FusedMoEMethodBase": Base, "RoutedExperts": type("RoutedExperts", (Layer,), {})},
+        f"{LAYERS}.activation": {"SwigluOAIAndMul": Formula},
         f"{LAYERS}.fused_moe.activation": {
             "ApplyMoEActivationConfig": SimpleNamespace(from_configs=lambda moe, quant: None),
             "apply_moe_activation": activate,
@@ -195,7 +204,8 @@ def test_a_head_that_is_tied_to_the_embedding(plugin, random):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_experts(plugin, rank, random):
+@pytest.mark.parametrize(("activation", "formula"), [("silu", silu_and_up), ("swigluoai", Formula().forward_native)])
+def test_experts(plugin, rank, activation, formula, random):
     up, down = make("even", shape=(80, 64)).view(2, 40, 64), make("even", shape=(128, 20)).view(2, 64, 20)
     method = plugin.PackedExpertsMethod(SimpleNamespace(is_act_and_mul=True, has_bias=True, tp_rank=rank))
     layer = Layer()
@@ -204,7 +214,8 @@ def test_experts(plugin, rank, random):
     layer.w2_weight.data.copy_(stored(down))
     layer.w13_bias.data.copy_(torch.randn(2, 40, generator=random))
     layer.w2_bias.data.copy_(torch.randn(2, 64, generator=random))
-    layer.activation, layer.apply_router_weight_on_input, layer.expert_map = SimpleNamespace(is_gated=True), False, None
+    layer.activation = SimpleNamespace(is_gated=True, value=activation)
+    layer.apply_router_weight_on_input, layer.expert_map = False, None
     layer.swiglu_alpha = layer.swiglu_beta = layer.swiglu_limit = None
     layer.layer_name = "layers.0.experts"
     method.process_weights_after_loading(layer)
@@ -212,7 +223,7 @@ def test_experts(plugin, rank, random):
     x, share = torch.randn(5, 64, generator=random), torch.rand(5, 1, generator=random)
     found = method.apply(layer, x, share, torch.ones(5, 1, dtype=torch.int32), None, None)
     shift = layer.w2_bias[1] if rank == 0 else None
-    inner = silu_and_up(functional.linear(x, up[1], layer.w13_bias[1]))
+    inner = formula(functional.linear(x, up[1], layer.w13_bias[1]))
     torch.testing.assert_close(found, share * functional.linear(inner, down[1], shift), rtol=1e-4, atol=1e-4)
 
 
