@@ -1,7 +1,7 @@
 """``prune_model``: prunes a model in memory by a walk over its blocks."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -299,20 +299,34 @@ def _tried(
         raise InputError("the blocks of this model share states, which no file holds; start over without --resume")
     if found.reason is None:
         return found
-    trains = [stage.label for stage in (config.method.train, config.method.distill) if stage is not None]
-    if not predicts_tokens(model):  # it is distilled by forwards of the whole model
-        trains = [stage.label for stage in (config.method.train,) if stage is not None]
     hindered = {
         "leave out --offload disk": not isinstance(store, ResidentBlocks),
-        f"leave out {' and '.join(trains)}": bool(trains),
         "leave out --save-stats": context.sink is not None,
         "start over without --resume": context.journal is not None and context.journal.finished > 0,
         "run it in one process": context.peers.size > 1,
     }
-    for mend, asked in hindered.items():
-        if asked:
-            raise InputError(f"this model cannot be walked block by block: {found.reason}; {mend}")
+    check_whole_forwards(model, config, found.reason, hindered)
     return found
+
+
+def check_whole_forwards(model: nn.Module, config: PruneConfig, reason: str, hindered: Mapping[str, bool]) -> None:
+    """Checks that a model can be pruned by forwards of the whole model.
+
+    Args:
+        model: the model.
+        config: the method.
+        reason: why it cannot be walked block by block.
+        hindered: what to do about something that needs a walk, and whether that was asked for.
+
+    Raises:
+        InputError: something that needs a walk was asked for.
+    """
+    trains = [stage.label for stage in (config.method.train, config.method.distill) if stage is not None]
+    if not predicts_tokens(model):  # it is distilled by forwards of the whole model
+        trains = [stage.label for stage in (config.method.train,) if stage is not None]
+    for mend, asked in {**hindered, f"leave out {' and '.join(trains)}": bool(trains)}.items():
+        if asked:
+            raise InputError(f"this model cannot be walked block by block: {reason}; {mend}")
 
 
 def _distillation(

@@ -18,7 +18,7 @@ from ace_ext.engine.walk import Walk
 from ace_ext.models.block_store import OffloadedBlocks, ResidentBlocks
 from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.replay import BlockCall, capture_calls, run_block
-from ace_ext.models.trial import calls_in
+from ace_ext.models.trial import calls_in, try_walk
 from ace_ext.models.whole_forward import takes_tokens
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.records import PruneReport
@@ -68,8 +68,7 @@ def try_block(
         device: as for the run.
         keeps_forwards: as for the run: whether several batches are pruned in lockstep.
     """
-    model, blocks, shards = source.model, source.blocks, source.files.shards
-    files: Any = RandomWeights(model) if shards is None else shards  # blocks are only read from it
+    model, blocks, files = source.model, source.blocks, _files(source)
     index = next(i for i, block in enumerate(blocks) if block.linears)
     several = config.batch_samples(tokens.shape[1]) < len(tokens)  # several batches are pruned in steps
     large = tokens[: 8 if several else 4]
@@ -105,6 +104,20 @@ def try_block(
     token_seconds = max(0.0, (longer - shorter) / max(1, many - few))  # with only two tokens, many == few
     fixed = max(0.0, longer - token_seconds * many)
     return Trial(fixed, token_seconds, forward_seconds, round(count / len(calls)))
+
+
+@torch.no_grad()
+def not_walked(source: Source, tokens: Tensor, device: torch.device) -> str | None:
+    """Why a run would prune the model by forwards of the whole model; None if it walks it block by block. Reads each
+    block once. Arguments as of :func:`try_block`."""
+    store = OffloadedBlocks(source.blocks, _files(source), device)
+    return try_walk(source.model, store, {"input_ids": tokens[:1].to(device)}).reason
+
+
+def _files(source: Source) -> Any:
+    """What the blocks' weights are read from."""
+    shards = source.files.shards
+    return RandomWeights(source.model) if shards is None else shards
 
 
 class _Passes:

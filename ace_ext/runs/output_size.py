@@ -21,8 +21,9 @@ class PlannedMatrix:
 
 
 def bytes_of_all(source: Source) -> int:
-    """Bytes of all weights of a model, dense."""
-    return sum(p.nbytes for p in source.model.parameters())
+    """Bytes of all weights and stored buffers of a model, dense; tied ones once."""
+    stored = source.model.state_dict(keep_vars=True).values()
+    return sum({id(tensor): tensor.nbytes for tensor in stored}.values())
 
 
 def output_bytes(source: Source, matrices: list[PlannedMatrix], format_name: str, config: PruneConfig) -> int:

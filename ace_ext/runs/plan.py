@@ -20,7 +20,7 @@ from ace_ext.data.bos import WINDOW_TOKENS, WINDOWS, BosChoice, undecided_bos
 from ace_ext.data.corpora import SELF, SMALL_SOURCES
 from ace_ext.data.generate import ROWS_TOGETHER
 from ace_ext.dense_weights import DenseWeight, describe_dense, kind_of
-from ace_ext.engine.api import check_pattern
+from ace_ext.engine.api import check_pattern, check_whole_forwards
 from ace_ext.engine.model_shape import ModelShape
 from ace_ext.errors import counted
 from ace_ext.formats import DEFAULT_FORMAT, format_named
@@ -33,7 +33,7 @@ from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.groups import keep_count
 from ace_ext.records import Removed
 from ace_ext.runs import holdout
-from ace_ext.runs.dry_run import Trial, try_block
+from ace_ext.runs.dry_run import Trial, not_walked, try_block
 from ace_ext.runs.heal_trial import try_step
 from ace_ext.runs.memory_model import Estimate, copied_bytes
 from ace_ext.runs.model_source import Demand, MemoryChoice, Source, check_serves, sized
@@ -214,12 +214,17 @@ def make_plan(
     choice = demand.decide()
     need = _needed(source, request) if source.shapes_only else {}
     before = demand.peak(choice)  # of which the process's part is estimated
-    trial = None
+    trial, untried = None, _untried(chain)
     if chain and (not source.shapes_only or _can_try(source, request)):
         size = sum(parameter.numel() for parameter in source.blocks[0].module.parameters())
         if size >= LARGE_BLOCK:
             tell(f"pruning one block of {size / 1e6:,.0f} million weights with a few tokens, to estimate the time")
-        trial = try_block(source, measured.tokens, config, device, keeps_forwards=choice.forwards)
+        try:
+            trial = try_block(source, measured.tokens, config, device, keeps_forwards=choice.forwards)
+        except Exception:  # a class's code may not run with one block alone
+            untried = _not_walked(source, measured.tokens, request)
+            if not untried:
+                raise
     measurable = device.type != "cuda" and not source.shapes_only
     pruning = demand.peak(choice, resident_bytes()) if measurable else before
     phases = [pruning]
@@ -251,7 +256,7 @@ def make_plan(
         seconds={} if trial is None else _seconds(request, source, trial, measured, read + written),
         bos=measured.bos,
         trial="" if trial is None else _describe(source, device),
-        untried="" if trial is not None else _untried(chain),
+        untried="" if trial is not None else untried,
         need=need,
         removed=[] if smaller is None else smaller.removed,
         estimate="" if smaller is None else smaller.estimate,
@@ -272,6 +277,23 @@ def _untried(chain: bool) -> str:
     if not chain:
         return "for encoders with distill, models with several lists of blocks, and calibration that is no text"
     return "without the model's files; too little memory is free here to try a block of its size"
+
+
+def _not_walked(source: Source, tokens: Tensor, request: RunRequest) -> str:
+    """Why there is no trial of a model that a run would not walk block by block; empty if it would.
+
+    Raises:
+        InputError: the run would refuse it.
+    """
+    reason = not_walked(source, tokens, request.device)
+    if reason is None:
+        return ""
+    hindered = {
+        "leave out --offload disk": source.offloaded,
+        "leave out --save-stats": request.options.save_stats is not None,
+    }
+    check_whole_forwards(source.model, request.config, reason, hindered)
+    return f"for a model that cannot be walked block by block: {reason}"
 
 
 def _describe(source: Source, device: torch.device) -> str:

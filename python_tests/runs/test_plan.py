@@ -3,10 +3,11 @@
 import json
 import shutil
 
+import every_class
 import pytest
 import torch
-from folders import prune, save_dense
-from tiny_models import make_model
+from folders import Tokens, prune, save_dense
+from tiny_models import make_model, make_tokenizer
 
 from ace_ext import InputError, PruneConfig
 from ace_ext.cli.main import main
@@ -32,6 +33,20 @@ def plan_of(dense, options=None, source=None, dtype="auto", **config):
 
 def snapshot(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["gemma3n_text", "reformer", "xlm"])
+def test_a_model_that_is_not_walked_block_by_block(tmp_path, kind):
+    """Its blocks cannot be tried one by one. The time is then not known, and all else is."""
+    every_class.build(kind, torch.bfloat16).save_pretrained(tmp_path / "dense")
+    make_tokenizer().save_pretrained(tmp_path / "dense")
+    given, config = Tokens(source="tokens", nsamples=8, seqlen=16), PruneConfig("wanda")
+    plan = make_plan(str(tmp_path / "dense"), config, given, RunOptions(), torch.device("cpu"))
+    report, _ = prune(tmp_path / "dense", tmp_path / "out", {}, {"source": "tokens"})
+    assert plan.untried == f"for a model that cannot be walked block by block: {report.whole_forwards}"
+    assert {matrix.name for matrix in plan.matrices} == {matrix.name for matrix in report.matrices}
+    with pytest.raises(InputError, match=r"cannot be walked block by block: .*; leave out --offload disk$"):
+        make_plan(str(tmp_path / "dense"), config, given, RunOptions(offload="disk"), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
