@@ -75,7 +75,7 @@ check-pages: $(VENV)/installed
 check-vllm:
 	PYTHON=$(PYTHON) tools/vllm_env.sh .venv-vllm
 	mkdir -p build/vllm
-	ACE_VLLM_FOLDERS=build/vllm OMP_NUM_THREADS=1 .venv-vllm/bin/pytest -m vllm python_tests/serving/test_vllm.py
+	ACE_VLLM_FOLDERS=build/vllm OMP_NUM_THREADS=1 .venv-vllm/bin/pytest -m vllm python_tests/serving
 
 # Mutates a model's files and runs the command line on them, for FUZZ_SECONDS.
 FUZZ_SECONDS ?= 30

@@ -27,11 +27,13 @@ REMOVED = {
 }
 """Classes that must not be refused: gated and plain, fused and transposed matrices, with and without biases; attention
 with norms and sinks; routers of several kinds; a language part whose attention has other code than the vision part."""
+NEWER = {"exaone"}
+"""Classes that the oldest transformers of pyproject.toml does not have."""
 SLOW = [pytest.mark.nightly]
 
 
 def test_the_names_are_those_of_classes():
-    assert {*every_class.model_types()} >= set().union(*REMOVED.values())
+    assert {*every_class.model_types()} >= set().union(*REMOVED.values()) - NEWER
 
 
 def states_of_walk(monkeypatch):
