@@ -22,7 +22,7 @@ from ace_ext.data.generate import ROWS_TOGETHER
 from ace_ext.dense_weights import DenseWeight, describe_dense, kind_of
 from ace_ext.engine.api import check_pattern, check_whole_forwards
 from ace_ext.engine.model_shape import ModelShape
-from ace_ext.errors import counted
+from ace_ext.errors import InputError, counted
 from ace_ext.formats import DEFAULT_FORMAT, format_named
 from ace_ext.healing.distill import steps_of
 from ace_ext.models._transformers import embedding_weight, main_input, predicts_tokens, text_config
@@ -221,10 +221,8 @@ def make_plan(
             tell(f"pruning one block of {size / 1e6:,.0f} million weights with a few tokens, to estimate the time")
         try:
             trial = try_block(source, measured.tokens, config, device, keeps_forwards=choice.forwards)
-        except Exception:  # a class's code may not run with one block alone
-            untried = _not_walked(source, measured.tokens, request)
-            if not untried:
-                raise
+        except Exception as error:  # a class's code may not run with one block alone
+            untried = _not_walked(source, measured.tokens, request, error)
     measurable = device.type != "cuda" and not source.shapes_only
     pruning = demand.peak(choice, resident_bytes()) if measurable else before
     phases = [pruning]
@@ -279,15 +277,19 @@ def _untried(chain: bool) -> str:
     return "without the model's files; too little memory is free here to try a block of its size"
 
 
-def _not_walked(source: Source, tokens: Tensor, request: RunRequest) -> str:
-    """Why there is no trial of a model that a run would not walk block by block; empty if it would.
+def _not_walked(source: Source, tokens: Tensor, request: RunRequest, error: Exception) -> str:
+    """Why there is no trial of a model whose trial ended with an error, if a run would not walk it block by block.
 
     Raises:
         InputError: the run would refuse it.
+        Exception: ``error``, if the run would walk it.
     """
-    reason = not_walked(source, tokens, request.device)
+    try:
+        reason = not_walked(source, tokens, request.device)
+    except InputError as refused:
+        raise error if isinstance(error, InputError) else refused from None
     if reason is None:
-        return ""
+        raise error
     hindered = {
         "leave out --offload disk": source.offloaded,
         "leave out --save-stats": request.options.save_stats is not None,
