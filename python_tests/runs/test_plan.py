@@ -35,7 +35,9 @@ def snapshot(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("kind", ["gemma3n_text", "reformer", "xlm"])
+@pytest.mark.parametrize(
+    "kind", ["gemma3n_text", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("reformer", "xlm"))]
+)
 def test_a_model_that_is_not_walked_block_by_block(tmp_path, kind):
     """Its blocks cannot be tried one by one. The time is then not known, and all else is."""
     every_class.build(kind, torch.bfloat16).save_pretrained(tmp_path / "dense")
