@@ -31,13 +31,14 @@ CLASSES = {
     "gemma3_text": {**ROPE, "head_dim": 64, "layer_types": KINDS},
     "gemma4_text": {  # two blocks read keys and values of others
         **ROPE,
-        **{"head_dim": 64, "global_head_dim": 64, "num_global_key_value_heads": 2, "hidden_size_per_layer_input": 64},
-        **{
-            "num_hidden_layers": 4,
-            "layer_types": KINDS * 2,
-            "num_kv_shared_layers": 2,
-            "vocab_size_per_layer_input": 512,
-        },
+        "num_hidden_layers": 4,
+        "layer_types": KINDS * 2,
+        "num_kv_shared_layers": 2,
+        "head_dim": 64,
+        "global_head_dim": 64,
+        "num_global_key_value_heads": 2,
+        "hidden_size_per_layer_input": 64,
+        "vocab_size_per_layer_input": 512,
     },
     "qwen3_moe": {**ROPE, **MIXTURE, "num_experts": 4, "moe_intermediate_size": 256},
     "gpt_oss": {**ROPE, **MIXTURE, "num_local_experts": 4, "layer_types": KINDS},  # transposed experts with biases

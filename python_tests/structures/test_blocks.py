@@ -70,22 +70,29 @@ def test_settings_of_blocks_by_number_follow(tmp_path, kind, setting, value, wit
     torch.testing.assert_close(logits(again, tokens), expected)  # kernels may round differently at other addresses
 
 
-def test_a_list_with_an_entry_for_each_block_is_the_depth_where_no_number_is(tmp_path):
-    """The class has as many heads as blocks."""
+@pytest.mark.parametrize("place", [1, 2])
+def test_a_list_with_an_entry_for_each_block_is_the_depth_where_no_number_is(tmp_path, place):
+    """The class has as many heads as blocks. Without the block with attention another number of heads would fit too,
+    but then it writes no text."""
     kinds = ["linear_attention", "mlp", "full_attention", "linear_attention"]
     given = every_class.shrunk(transformers.NemotronHConfig(), {"layers_block_type": kinds})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**given)).eval()
     tokens = make_tokens(4, 16)
-    for parameter in model.model.layers[1].mixer.parameters():
+    for parameter in model.model.layers[place].mixer.parameters():
         parameter.data.zero_()
+    if kinds[place] == "full_attention":
+        with pytest.raises(InputError, match="does not write text without these blocks"):
+            prune_model(model, tokens, remove="blocks=1(score=published-shortgpt)")
+        assert (model.config.layers_block_type, model.config.num_attention_heads) == (kinds, 4)
+        return
     report = prune_model(model, tokens, remove="blocks=1(score=published-shortgpt)")
     assert (report.removed[0].setting, report.removed[0].before) == ("layers_block_type", 4)
     model.save_pretrained(tmp_path)
     report.save(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert again.config.layers_block_type == ["linear_attention", "full_attention", "linear_attention"]
+    assert again.config.layers_block_type == [*kinds[:place], *kinds[place + 1 :]]
     assert again.config.num_attention_heads == 4
     assert torch.equal(logits(again, tokens), logits(model, tokens))
     assert verify(tmp_path, load=False).problems == []
