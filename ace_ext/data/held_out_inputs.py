@@ -15,6 +15,7 @@ from ace_ext.data.requests import check_tokens, positions_of
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import decoder_of, main_input
 from ace_ext.models.run_mode import evaluating, in_dtype_of
+from ace_ext.models.token_masks import MASK
 from ace_ext.records import Agreement
 
 BATCH, MEASURED = 8, 2
@@ -128,10 +129,14 @@ def _transcripts(model: nn.Module, inputs: HeldOutInputs) -> tuple[str, ...]:
     most = (positions_of(decoder) or PROMPT_TOKENS + TRANSCRIPT_TOKENS) - PROMPT_TOKENS
     options: dict[str, Any] = {"max_new_tokens": max(1, min(TRANSCRIPT_TOKENS, most)), "do_sample": False}
     with evaluating(model):
-        for batch in inputs.batches[: TRANSCRIBED // MEASURED]:
+        for batch in inputs.batches:
+            if len(found) >= TRANSCRIBED:
+                break
             languages = list(inputs.languages[len(found) : len(found) + len(batch[main])])
             spoken = {"language": languages, "task": "transcribe"} if languages and all(languages) else {}
-            tokens = generate(batch[main].to(device), **options, **spoken)
+            taken = (main,) if "input_ids" in batch else (main, MASK)  # a mask beside them is of the text
+            heard = {name: batch[name].to(device) for name in taken if name in batch}
+            tokens = generate(**heard, **options, **spoken)
             found += tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return tuple(found)
 

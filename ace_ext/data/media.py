@@ -57,7 +57,7 @@ def media_batches(
         after: how many of the drawn samples are left out first; with those of a calibration, others follow.
 
     A model with a decoder reads the text of each sample as ``decoder_input_ids``; one with a text tower as
-    ``input_ids``.
+    ``input_ids``. Batches are of one sample where padding would be read as sound.
 
     Raises:
         InputError: a source, file or line as in the functions that read them; a model that does not take this kind of
@@ -73,11 +73,11 @@ def media_batches(
     side = _text_inputs(model, taken)
     _check_texts(source, found, side, tokenizer)
     parts = [found.items[start : start + batch] for start in range(0, len(found.items), batch)]
-    made = [_media(part, found.kind, processor, model) for part in parts]
+    made = [pair for part in parts for pair in _together(part, found.kind, processor, model, taken)]
     if side is not None:
         read = _texts if side == "input_ids" else _decoder_texts
-        made = [inputs | read(part, tokenizer, model) for inputs, part in zip(made, parts, strict=True)]
-    return [{name: value for name, value in inputs.items() if name in taken} for inputs in made]
+        made = [(part, inputs | read(part, tokenizer, model)) for part, inputs in made]
+    return [{name: value for name, value in inputs.items() if name in taken} for _, inputs in made]
 
 
 def _text_inputs(model: nn.Module, taken: Mapping[str, Any]) -> str | None:
@@ -98,6 +98,23 @@ def _check_texts(source: str, found: Items, side: str | None, tokenizer: Any) ->
         )
     if tokenizer is None:
         raise InputError(f"model: its processor has no tokenizer for the texts of {source}; add tokenizer.json")
+
+
+def _together(
+    items: Sequence[Item], kind: str, processor: Any, model: nn.Module, taken: Mapping[str, Any]
+) -> list[tuple[Sequence[Item], dict[str, Tensor]]]:
+    """One batch of the items, or one of each where the model would read padding: the first Wav2Vec2 was trained on
+    sounds without a mask, and a mask of pixels says nothing about the tokens that blocks read."""
+    alone = [_media([item], kind, processor, model) for item in items]
+    if all(_shapes(inputs) == _shapes(alone[0]) for inputs in alone):
+        return [(items, {name: torch.cat([inputs[name] for inputs in alone]) for name in alone[0]})]
+    if kind != IMAGE and MASK in alone[0] and MASK in taken:
+        return [(items, _media(items, kind, processor, model))]
+    return [([item], inputs) for item, inputs in zip(items, alone, strict=True)]
+
+
+def _shapes(inputs: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in inputs.items()}
 
 
 def _media(items: Sequence[Item], kind: str, processor: Any, model: nn.Module) -> dict[str, Tensor]:

@@ -109,6 +109,6 @@ class Collection:
         if self._compares:
             found = "saw no calibration token; give more or other calibration text, or skip it"
             if not block.is_expert(child):
-                found = f"is not used by a text call, so it has no scores; leave it dense: --skip {any_of([child])}"
+                found = f"is not called with these inputs and has no scores; leave it dense: --skip {any_of([child])}"
             raise InputError(f"{block.full_name(child)} {found} (skip= in Python)")
         collector.stats[child] = collector.empty(child)

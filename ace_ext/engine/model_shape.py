@@ -50,7 +50,7 @@ class ModelShape:
             vocabulary=vocabulary_of(model) or 0,
             hidden=getattr(text, "hidden_size", inputs) if predicts_tokens(model) else inputs,
             widest=max(max(linear.weight.shape) for linear in linears),
-            heads=getattr(text, "num_attention_heads", 0) if attends_eagerly(model) else 0,
+            heads=_largest(getattr(text, "num_attention_heads", 0)) if attends_eagerly(model) else 0,
             itemsize=linears[0].weight.dtype.itemsize,
             converts=linears[0].weight.dtype in slow_dtypes(),
             experts=experts,
@@ -117,6 +117,11 @@ class ModelShape:
         scores = 16 * self.heads * seqlen
         stored = tokens * (55 * self.hidden + 20 * self.widest + scores + 2 * self.routing)
         return stored + self.converted_bytes(tokens)
+
+
+def _largest(value: int | Sequence[int]) -> int:
+    """Models of several stages have a number for each."""
+    return value if isinstance(value, int) else max(value)
 
 
 def statistics_bytes(linear: nn.Linear, needs: frozenset[str], tokens: int) -> int:

@@ -82,7 +82,7 @@ def check_share(block: str, module: nn.Module, dense: Iterable[DenseWeight], lim
     if not unasked or share <= limit:
         return
     largest = max(unasked, key=lambda weight: weight.size)
-    why = "is in no layout that can be pruned" if largest.reason == NO_MATRIX else "is not used by a text call"
+    why = "is in no layout that can be pruned" if largest.reason == NO_MATRIX else "is not called with these inputs"
     names = dict.fromkeys(_in_block(weight.name, block) for weight in unasked)
     raise InputError(
         f"{largest.name} {list(largest.shape)} {why}: {share:.0%} of {block} would stay dense; to leave that dense on "

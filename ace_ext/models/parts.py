@@ -32,7 +32,7 @@ from ace_ext.models.replay import (
     token_count,
 )
 from ace_ext.models.run_mode import evaluating, in_dtype_of
-from ace_ext.models.whole_forward import blocks_held
+from ace_ext.models.whole_forward import blocks_held, explained
 
 MOST = 32
 """A model of more parts is not walked: each costs a forward up to it."""
@@ -57,7 +57,11 @@ def check_removable(model: nn.Module, blocks: list[Block]) -> None:
 def most_tokens(model: nn.Module, names: Iterable[str], batch: dict[str, Tensor]) -> int:
     """The most tokens of a sample that leave one of the blocks ``names``, by a call with the batch's first sample. With
     a skeleton shapes are followed and nothing is computed, up to the first operation that needs values: a decoder may
-    look at its mask, but the encoder before it has the longer samples. 0: no block was reached."""
+    look at its mask, but the encoder before it has the longer samples. 0: no block was reached.
+
+    Raises:
+        InputError: the model cannot be called with the batch.
+    """
     follows = all(parameter.is_meta for parameter in model.parameters())
     if follows:
         model = copy.deepcopy(model).to("meta")
@@ -69,6 +73,7 @@ def most_tokens(model: nn.Module, names: Iterable[str], batch: dict[str, Tensor]
             count = block.register_forward_hook(lambda m, _, output: found.append(token_count(m, first_of(output))))
             hooks.callback(count.remove)
         hooks.enter_context(evaluating(model))
+        hooks.enter_context(explained(model, batch))
         hooks.enter_context(suppress(RuntimeError) if follows else nullcontext())
         first = {name: value[:1].to(device) for name, value in in_dtype_of(model, batch).items()}
         model(**first, **plain_call(model))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ace_ext.errors import InputError
-from ace_ext.models._transformers import decoder_of, output_head
+from ace_ext.models._transformers import output_head
 from ace_ext.models.block_lists import goes_beyond_text
 from ace_ext.models.block_store import BlockSource
 from ace_ext.models.blocks import Block
@@ -28,12 +28,11 @@ from ace_ext.models.replay import (
     take_hidden,
 )
 from ace_ext.models.token_masks import TokenMasks
+from ace_ext.models.whole_forward import explained
 
 TOKENS = 8
 """The number of tokens of the first sample that the trial uses."""
 _READ_MORE = "its blocks read more than the output of the one before"
-_DECODED = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
-"""Inputs of a decoder. Many models make the first of them from the last."""
 
 
 class _Done(Exception):
@@ -119,24 +118,6 @@ def _try_parts(model: nn.Module, store: BlockSource, batch: dict[str, Tensor]) -
         reason = tried_parts(model, store, batch, recording, parts)
     shares = any(isinstance(value, MutableMapping) and bool(value) for value in recording.named)
     return Findings(reason, recording.uses, shares, parts)
-
-
-@contextmanager
-def explained(model: nn.Module, batch: dict[str, Tensor]) -> Iterator[None]:
-    """Within this context an error of a call of the model is an :class:`InputError` about its inputs."""
-    try:
-        yield
-    except (InputError, torch.OutOfMemoryError):
-        raise
-    except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
-        given = ", ".join(f"{name} {list(value.shape)}" for name, value in batch.items())
-        lacks = decoder_of(model) is not None and not any(name in batch for name in _DECODED)
-        mend = f"; a model with a decoder also needs {' or '.join(_DECODED)}" if lacks else ""
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"calibration inputs do not suit {type(model).__name__} (got {given}): {type(error).__name__}: "
-            f"{reason}{mend}"
-        ) from error
 
 
 def _captured(model: nn.Module, store: BlockSource, batch: dict[str, Tensor]) -> BlockCall | None:

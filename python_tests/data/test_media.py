@@ -30,7 +30,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from ace_ext.data.held_out_inputs import HeldOutInputs, measure
+from ace_ext.data.held_out_inputs import TRANSCRIBED, HeldOutInputs, measure
 from ace_ext.data.media import load_processor, media_batches
 from ace_ext.data.media_items import AUDIO, IMAGE, is_media, media_items
 from ace_ext.errors import InputError
@@ -167,6 +167,48 @@ def test_a_folder_of_sounds(sounds):
     assert batch["input_values"].shape == (2, 3200)
     assert sorted(batch["attention_mask"].sum(1).tolist()) == [1600, 3200]
     assert model(**batch).last_hidden_state.shape[0] == 2
+
+
+def test_padding_is_never_read_as_sound(sounds):
+    """The first Wav2Vec2 gets no mask, so sounds of other lengths go through it one by one; equal ones together."""
+    model = Wav2Vec2Model(Wav2Vec2Config(**TINY, conv_dim=(8,), conv_stride=(5,), conv_kernel=(10,)))
+    batches = media_batches(str(sounds), Wav2Vec2FeatureExtractor(), model, nsamples=2, batch=2)
+    assert sorted(batch["input_values"].shape for batch in batches) == [(1, 1600), (1, 3200)]
+    save_sound(sounds / "short.wav", 0.2)
+    batches = media_batches(str(sounds), Wav2Vec2FeatureExtractor(), model, nsamples=2, batch=2)
+    assert [batch["input_values"].shape for batch in batches] == [(2, 3200)]
+
+
+class Recorder(torch.nn.Module):
+    """A model of speech that writes token 2 for each batch that it hears, and keeps what it was given."""
+
+    main_input_name = "input_features"
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.config = whisper().config
+        self.heard = []
+
+    def get_decoder(self):
+        return self
+
+    def forward(self, input_features, attention_mask=None):
+        return {"logits": input_features * self.weight}
+
+    def generate(self, input_features, attention_mask=None, **_):
+        self.heard.append(None if attention_mask is None else attention_mask.tolist())
+        return torch.full((len(input_features), 1), 2)
+
+
+def test_transcripts_are_of_the_sound_without_padding(tokenizer):
+    """And of as many samples, whatever the size of a batch."""
+    masks = [[[1, 1, 0]], [[1, 1, 1]]] * 12
+    batches = [{"input_features": torch.ones(1, 3, 4), "attention_mask": torch.tensor(mask)} for mask in masks]
+    model = Recorder()
+    found = measure(model, HeldOutInputs("sounds", batches, ["cat"] * 24, Both(tokenizer)))
+    assert len(found.transcripts) == TRANSCRIBED
+    assert model.heard == masks[:TRANSCRIBED]
 
 
 def test_sounds_with_transcripts(sounds, tokenizer):

@@ -240,7 +240,7 @@ def test_a_large_linear_that_text_does_not_use_is_an_error():
         model = make_model("llama")
         before = {name: parameter.clone() for name, parameter in model.named_parameters()}
         model.model.layers[1].idle = torch.nn.Linear(32, 32)
-        with pytest.raises(InputError, match=r"model\.layers\.1\.idle.* is not used by a text call: 12% of"):
+        with pytest.raises(InputError, match=r"model\.layers\.1\.idle.* is not called with these inputs: 12% of"):
             prune_model(model, make_tokens(), PruneConfig(f"collect(order={order}) + wanda"))
         assert all(torch.equal(model.get_parameter(name), parameter) for name, parameter in before.items())
         report = prune_model(model, make_tokens(), PruneConfig(f"collect(order={order}) + wanda", max_dense=0.2))

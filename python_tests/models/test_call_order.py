@@ -187,7 +187,7 @@ def test_a_linear_that_text_does_not_use_stays_dense_and_is_listed(tmp_path):
     model.save_pretrained(tmp_path / "dense")
     make_tokenizer().save_pretrained(tmp_path / "dense")
     (tmp_path / "text.txt").write_text(TEXT)
-    with pytest.raises(InputError, match=r"encoder_attn\.k_proj.* is not used by a text call: 3\d% of"):
+    with pytest.raises(InputError, match=r"encoder_attn\.k_proj.* is not called with these inputs: 3\d% of"):
         prune(tmp_path / "dense", tmp_path / "out", calibration={"source": "tokens"})
     report, output = prune(tmp_path / "dense", tmp_path / "out", calibration={"source": "tokens"}, max_dense=0.4)
     unused = {weight.name for weight in report.dense if weight.reason == NOT_CALLED}
@@ -197,7 +197,7 @@ def test_a_linear_that_text_does_not_use_stays_dense_and_is_listed(tmp_path):
     assert "(not called)" in report.table()
     assert not verify(output).problems
     for config in ({"method": "wanda", "group": "model"}, {"method": "allocate + wanda"}):
-        with pytest.raises(InputError, match=r"is not used by a text call.*--skip 'encoder_attn"):
+        with pytest.raises(InputError, match=r"is not called with these inputs.*--skip 'encoder_attn"):
             prune_model(every_class.build(UNUSED), make_tokens(), PruneConfig(**config, max_dense=0.4))
 
 

@@ -125,7 +125,8 @@ def test_zeros_are_those_that_the_model_computes_with(model):
 
 def test_a_second_list_of_blocks(model):
     model.model.more_layers = nn.ModuleList([model.model.layers.pop(-1)])
-    refused(model, r"model\.more_layers\.0\..* is not used by a text call: .* would stay dense", method="magnitude")
+    message = r"model\.more_layers\.0\..* is not called with these inputs: .* would stay dense"
+    refused(model, message, method="magnitude")
     model.model.forward = type(model.model).forward.__get__(model.model)
     model.model.config.num_hidden_layers = 2
     report = prune_model(model, make_tokens(), PruneConfig("magnitude", skip=[r"model\.more_layers"]))

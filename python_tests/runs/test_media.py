@@ -9,9 +9,11 @@ import pytest
 import torch
 from folders import call, weights_bytes
 from PIL import Image
-from transformers import ViTConfig, ViTModel
+from transformers import Swinv2Config, Swinv2Model, ViTConfig, ViTModel
 
 from ace_ext import InputError, PruneConfig
+from ace_ext.engine.model_shape import ModelShape
+from ace_ext.models.blocks import find_blocks
 from ace_ext.records import REPORT_NAME, PruneReport
 from ace_ext.runs.holdout import measurement_for
 from ace_ext.runs.options import InputCalibration, RunOptions, RunRequest
@@ -52,6 +54,29 @@ def test_a_folder_of_images_calibrates_a_run(place, capsys):
     command = report.extra["command"].replace("OUTPUT", "again").split()
     assert call(capsys, *command[1:])[0] == 0
     assert weights_bytes(place / "again") == weights_bytes(place / "new")
+
+
+def test_a_processor_that_does_not_suit_the_model(place, capsys):
+    """By a model in memory and by one that is only planned."""
+    (place / "vit" / "preprocessor_config.json").write_text(
+        json.dumps({**PROCESSOR, "size": {"height": 4, "width": 4}})
+    )
+    for verb in (RUN, ["plan", "--model", "vit"]):
+        status, _, error = call(capsys, *verb, "--calibration", "images", "--nsamples", "2")
+        assert (status, error.count("\n")) == (2, 1), error
+        assert "calibration inputs do not suit ViTModel (got pixel_values [2, 3, 4, 4]): ValueError" in error
+    assert not (place / "new").exists()
+
+
+def test_a_model_with_other_numbers_of_heads_in_each_stage(place, capsys):
+    """The estimate of memory reads them."""
+    settings = {"image_size": 8, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]}
+    model = Swinv2Model(Swinv2Config(**settings, window_size=2))
+    assert ModelShape.of(model, find_blocks(model)).heads == 2
+    model.save_pretrained(place / "swin")
+    shutil.copy(place / "vit" / "preprocessor_config.json", place / "swin")
+    status, _, error = call(capsys, "run", "--model", "swin", *RUN[3:], "--calibration", "images")
+    assert status == 0, error
 
 
 def test_a_model_of_images_is_healed_on_its_calibration(place, capsys):
