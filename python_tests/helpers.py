@@ -39,9 +39,13 @@ def script(path: str) -> ModuleType:
         sys.path.remove(str(file.parent))
 
 
-def rest_nightly(kept: Collection[Any], values: Iterable[Any]) -> list[Any]:
-    """The values of a parameter, of which those of ``kept`` are tested with each change and the rest at night."""
-    return [value if value in kept else pytest.param(value, marks=pytest.mark.nightly) for value in values]
+def rest_nightly(kept: Collection[Any], values: Iterable[Any], several: bool = False) -> list[Any]:
+    """The values of a parameter, of which those of ``kept`` are tested with each change and the rest at night.
+    ``several``: each is a tuple with the values of several parameters."""
+    return [
+        value if value in kept else pytest.param(*(value if several else (value,)), marks=pytest.mark.nightly)
+        for value in values
+    ]
 
 
 # Cases

@@ -12,6 +12,7 @@ import pytest
 import torch
 from children import one_of_ranks
 from folders import TEXT, command, fork, fork_run, prune, save_dense, spawn, weights_bytes
+from helpers import rest_nightly
 from safetensors.torch import load_file
 from tiny_models import make_tokenizer
 from tiny_networks import make_network
@@ -76,17 +77,16 @@ def share_differing(one, other) -> float:
     return float((masks[0] != masks[1]).double().mean())
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--nsamples", 7),
-        ("--nsamples", 7, "--method", "fast"),
-        ("--nsamples", 8, "--method", "collect(order=block) + cosp"),
-        ("--nsamples", 7, "--group", "model", "--method", "collect(batch_tokens=32) + wanda"),
-        ("--nsamples", 7, "--offload", "disk", "--method", "collect(batch_tokens=32) + wanda + swaps"),
-    ],
-    ids=str,
-)
+DIVISIONS = [
+    ("--nsamples", 7, "--method", "fast"),
+    ("--nsamples", 7, "--offload", "disk", "--method", "collect(batch_tokens=32) + wanda + swaps"),
+    ("--nsamples", 7),
+    ("--nsamples", 8, "--method", "collect(order=block) + cosp"),
+    ("--nsamples", 7, "--group", "model", "--method", "collect(batch_tokens=32) + wanda"),
+]
+
+
+@pytest.mark.parametrize("options", rest_nightly(DIVISIONS[:2], DIVISIONS), ids=str)
 def test_two_derive_the_masks_of_one(options, tmp_path):
     """Also with uneven numbers of samples. Sums over tokens are rounded in another order, so near-ties may differ."""
     dense = save_dense(tmp_path / "dense", dtype=torch.float32)

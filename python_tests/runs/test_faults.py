@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from faults import KINDS, SIGNALS, run_with_fault
 from folders import fork, prune, save_dense, tree
+from helpers import rest_nightly
 from runs.test_heal import write_text
 
 from ace_ext import InputError
@@ -60,7 +61,7 @@ VERBS = ("run", "run from disk", "run over an older one", "run with statistics",
 VERBS += ("compare", "pack", "run and distill from disk", "run and pack", "unpack")
 RESUMES = ("run", "heal")
 SAMPLE = [(verb, KINDS[number % len(KINDS)]) for number, verb in enumerate(VERBS)]
-"""What each test run tries; the rest are made with the marker ``nightly``."""
+"""What is tried at one event. Each test run tries every second of them; all events of all are tried at night."""
 
 
 def call(given: list[str], work: Path, kind: str | None = None, at: int = 0) -> tuple[int, list[str]]:
@@ -144,7 +145,7 @@ def check_fault(verb: str, kind: str, at: int, inputs: Path, expected: dict[str,
     assert settled(work) == expected, f"{what}; then another result"
 
 
-@pytest.mark.parametrize(("verb", "kind"), SAMPLE)
+@pytest.mark.parametrize(("verb", "kind"), rest_nightly(SAMPLE[::2], SAMPLE, several=True))
 def test_some_faults(verb, kind, inputs, whole, tmp_path):
     before = tree(inputs)
     expected, count = whole[verb]

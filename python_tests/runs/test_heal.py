@@ -416,7 +416,13 @@ def progress(unfinished):
     return 0
 
 
-@pytest.mark.parametrize("division", [(1, True, True), (3, False, False)], ids=["together", "windows-from-files"])
+@pytest.mark.parametrize(
+    "division",
+    [
+        pytest.param((1, True, True), id="together", marks=pytest.mark.nightly),
+        pytest.param((3, False, False), id="windows-from-files"),
+    ],
+)
 def test_killed_and_resumed(division, larger, tmp_path):
     """Killed again and again, each time a little after more was done, until it is finished."""
     whole, out = tmp_path / "whole", tmp_path / "out"

@@ -35,6 +35,8 @@ MODES = {
     "allocated": ("--method", "allocate + wanda + swaps(gram=cosine)", "--offload", "disk"),
 }
 
+OFTEN = ("resident", "disk-stages", "trained", "quantized")
+
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory):
@@ -83,7 +85,7 @@ def finish(child) -> None:
         pytest.param(
             mode,
             in_files,
-            marks=[pytest.mark.nightly] if in_files == place % 2 else [],
+            marks=[pytest.mark.nightly] if (in_files == place % 2 or mode not in OFTEN) else [],
             id=f"{mode}-hidden-in-{'files' if in_files else 'memory'}",
         )
         for place, mode in enumerate(MODES)

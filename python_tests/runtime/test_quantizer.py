@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from folders import save_dense
-from helpers import assert_same_bits
+from helpers import assert_same_bits, rest_nightly
 from runtime.test_packed_models import FAMILIES, make_folders, packed_linears
 from tiny_models import make_tokens
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, pipeline
@@ -127,7 +127,7 @@ except OSError as error:
 ORDERS = [("ace_ext",), ("transformers.quantizers", "ace_ext"), ()]
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", rest_nightly(ORDERS[1:], ORDERS))
 def test_ace_ext_may_be_registered_before_and_after_transformers(order, llama, tmp_path):
     """Otherwise transformers stops and says why; it never runs a model of random weights."""
     _, packed = llama
