@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ace_ext.data.audio import read_audio
+from ace_ext.data.conversations import conversation, converses
 from ace_ext.data.images import read_image
-from ace_ext.data.media_items import IMAGE, Item, Items, media_items
+from ace_ext.data.media_items import IMAGE, Item, Items, media_items, text_of
 from ace_ext.data.requests import check_int, positions_in
 from ace_ext.errors import InputError
 from ace_ext.models.location import remote_code_allowed
@@ -33,7 +34,7 @@ def load_processor(folder: str) -> Any:
     for kind in (AutoProcessor, AutoImageProcessor, AutoFeatureExtractor):
         try:
             return kind.from_pretrained(folder, trust_remote_code=remote_code_allowed())
-        except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
             errors.append(error)
     reason = " ".join(str(errors[0]).split())[:200]
     raise InputError(
@@ -57,7 +58,8 @@ def media_batches(
         after: how many of the drawn samples are left out first; with those of a calibration, others follow.
 
     A model with a decoder reads the text of each sample as ``decoder_input_ids``; one with a text tower as
-    ``input_ids``. Batches are of one sample where padding would be read as sound.
+    ``input_ids``. Batches are of one sample where padding would be read as sound, and for a language model that
+    sees or hears (:mod:`ace_ext.data.conversations`).
 
     Raises:
         InputError: a source, file or line as in the functions that read them; a model that does not take this kind of
@@ -69,6 +71,8 @@ def media_batches(
     if not set(_INPUTS[found.kind]) & set(taken):
         main = getattr(model, "main_input_name", "input_ids")
         raise InputError(f"input: {source} has {found.kind} files, and {type(model).__name__} takes {main}; give such")
+    if converses(processor, found.kind, model):
+        return [conversation(item, found.kind, processor, model) for item in found.items]
     tokenizer = getattr(processor, "tokenizer", None)
     side = _text_inputs(model, taken)
     _check_texts(source, found, side, tokenizer)
@@ -88,14 +92,10 @@ def _text_inputs(model: nn.Module, taken: Mapping[str, Any]) -> str | None:
 
 
 def _check_texts(source: str, found: Items, side: str | None, tokenizer: Any) -> None:
-    without = next((item for item in found.items if item.text is None), None)
     if side is None:
         return
-    if without is not None:
-        raise InputError(
-            f"input: {without.where} has no text, and the model reads text with each {found.kind}; give a .jsonl file "
-            f'with lines like {{"{found.kind}": "FILE", "text": "…"}}'
-        )
+    for item in found.items:
+        text_of(item, found.kind)
     if tokenizer is None:
         raise InputError(f"model: its processor has no tokenizer for the texts of {source}; add tokenizer.json")
 

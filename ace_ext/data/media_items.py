@@ -79,6 +79,20 @@ def media_items(source: str, nsamples: int, seed: int, after: int = 0) -> Items:
     return Items(found.kind, tuple(found.items[place] for place in order.tolist()))
 
 
+def text_of(item: Item, kind: str) -> str:
+    """The text of a sample, for a model that reads one with each file.
+
+    Raises:
+        InputError: it has none.
+    """
+    if item.text is None:
+        raise InputError(
+            f"input: {item.where} has no text, and the model reads text with each {kind}; give a .jsonl file "
+            f'with lines like {{"{kind}": "FILE", "text": "…"}}'
+        )
+    return item.text
+
+
 def listing_sha256(source: str) -> str:
     """The SHA-256, in hex, of the names and sizes of a source's files, and of the samples' texts.
 

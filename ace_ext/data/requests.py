@@ -21,8 +21,9 @@ def seeded_generator(seed: int) -> torch.Generator:
 
 
 def sample_count(batches: Iterable[Mapping[str, torch.Tensor]]) -> int:
-    """The samples in batches of a model's inputs, which have them on the first axis."""
-    return sum(len(next(iter(batch.values()))) for batch in batches)
+    """The samples in batches of a model's inputs, which have them on the first axis. Images of a language model may
+    have their parts there."""
+    return sum(len(batch.get("input_ids", next(iter(batch.values())))) for batch in batches)
 
 
 def check_request(nsamples: int, seqlen: int, seed: int) -> None:

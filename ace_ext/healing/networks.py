@@ -25,6 +25,7 @@ from ace_ext.models._transformers import decoder_of, output_head, plain_call
 from ace_ext.models.blocks import Block
 from ace_ext.models.replay import first_of, replaced_forward, token_count, token_rows, with_products
 from ace_ext.models.run_mode import frozen, run_mode
+from ace_ext.models.samples import one_sample
 from ace_ext.models.token_masks import TokenMasks
 from ace_ext.pruning.stages.distill import NETWORK_RATE
 from ace_ext.records import KL, STATES, Healing
@@ -257,7 +258,7 @@ class _Student:
 @torch.no_grad()
 def _tokens_of(model: nn.Module, blocks: list[Block], batches: list[Inputs]) -> int:
     """How many tokens go through the last block of the first tower, padding included, by a call with one sample."""
-    first = {name: value[:1] for name, value in batches[0].items()}
+    first = one_sample(batches[0])
     seen: list[int] = []
     block = model.get_submodule(_last_blocks(model, [block.name for block in blocks])[0])
     handle = block.register_forward_hook(

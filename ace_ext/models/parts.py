@@ -32,6 +32,7 @@ from ace_ext.models.replay import (
     token_count,
 )
 from ace_ext.models.run_mode import evaluating, in_dtype_of
+from ace_ext.models.samples import one_sample
 from ace_ext.models.whole_forward import blocks_held, explained
 
 MOST = 32
@@ -75,7 +76,7 @@ def most_tokens(model: nn.Module, names: Iterable[str], batch: dict[str, Tensor]
         hooks.enter_context(evaluating(model))
         hooks.enter_context(explained(model, batch))
         hooks.enter_context(suppress(RuntimeError) if follows else nullcontext())
-        first = {name: value[:1].to(device) for name, value in in_dtype_of(model, batch).items()}
+        first = {name: value.to(device) for name, value in one_sample(in_dtype_of(model, batch)).items()}
         model(**first, **plain_call(model))
     return max(found, default=0)
 

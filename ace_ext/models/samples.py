@@ -17,7 +17,9 @@ from ace_ext.models.replay import BlockCall
 
 
 def one_sample(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The first sample of the arguments of a model's call."""
+    """The first sample of the arguments of a model's call. A single one is whole: its image may have many rows."""
+    if len(batch.get("input_ids", ())) == 1:
+        return batch
     return {name: value[:1] for name, value in batch.items()}
 
 

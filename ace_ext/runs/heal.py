@@ -90,7 +90,10 @@ class _CausalRun(HealRun):
     def __init__(self, request: HealRequest, report: PruneReport, dense: RunRequest, pruned: Source) -> None:
         super().__init__(request, report, dense, pruned)
         if not request.text.reads_text:
-            raise InputError(f"calibration {request.text.source} has images or sound, and this model reads text")
+            raise InputError(
+                f"calibration {request.text.source} has images or sound, and this model is healed on text: give "
+                "--calibration with one"
+            )
         check_predicts(pruned.model, "healing trains on its predictions: train it on its own task")
 
     def _began(self, journal: HealJournal) -> bool:

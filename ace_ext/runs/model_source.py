@@ -234,6 +234,8 @@ def check_serves(source: Source, request: RunRequest) -> None:
     """
     if request.options.stats is None and request.calibration.reads_text:
         _check_reads_text(source, request)
+    if request.options.stats is None and not request.calibration.reads_text and predicts_tokens(source.model):
+        _check_needs_no_text(request)
     if request.writes_own_text:
         check_predicts(source.model, "it cannot write calibration text: give another --calibration, such as a file")
     if request.config.remove is not None:
@@ -248,6 +250,18 @@ def check_serves(source: Source, request: RunRequest) -> None:
             check_predicts(source.model, "distill trains on its predictions: leave it out")
         elif source.offloaded:
             raise InputError("distill of this kind of model needs it in memory: leave out --offload disk")
+
+
+def _check_needs_no_text(request: RunRequest) -> None:
+    """Checks what images or sound with text cannot do for a language model."""
+    found = f"and calibration {request.calibration.source!r} has images or sound"
+    if request.config.remove is not None:
+        raise InputError(f"remove is calibrated on text, {found}: give a text")
+    if request.config.method.distill is not None:
+        raise InputError(
+            f"distill trains a language model on text, {found}: leave it out, and heal the output, ace-prune heal DIR "
+            "--calibration TEXT"
+        )
 
 
 def _check_reads_text(source: Source, request: RunRequest) -> None:

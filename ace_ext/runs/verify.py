@@ -13,7 +13,7 @@ from ace_ext.data.requests import vocabulary_of
 from ace_ext.dense_weights import NOT_CALLED
 from ace_ext.errors import InputError, existing_folder, one_line
 from ace_ext.formats import grid_of, written_shards
-from ace_ext.models._transformers import decoder_of, is_left_out
+from ace_ext.models._transformers import decoder_of, is_left_out, predicts_tokens
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.location import ModelLocation
 from ace_ext.models.safetensors_files import Shards, all_names, has_safetensors
@@ -315,9 +315,11 @@ def _check_loads(folder: str, result: VerifyResult, report: PruneReport) -> None
 
 
 def _some_inputs(model: nn.Module, report: PruneReport) -> dict[str, Tensor]:
-    """One sample of what a model reads: a few tokens, or in the shapes that calibration had."""
+    """One sample of what a model reads: a few tokens, or in the shapes that calibration had. A language model that sees
+    or hears reads tokens alone too, and a processor says which of them stand for an image."""
     known = vocabulary_of(model) or 8
-    described = (report.extra.get("calibration") or {}).get("inputs") or {}
+    calibration = {} if predicts_tokens(model) else report.extra.get("calibration") or {}
+    described = calibration.get("inputs") or {}
     inputs: dict[str, Tensor] = {}
     for name, each in described.items():
         dtype: torch.dtype = getattr(torch, each["dtype"])

@@ -1,0 +1,64 @@
+"""Images or sound with their texts, as a language model that sees or hears reads them: the processor puts the tokens of
+the file into the text."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ace_ext.data.audio import read_audio
+from ace_ext.data.images import read_image
+from ace_ext.data.media_items import IMAGE, Item, text_of
+from ace_ext.errors import InputError, one_line
+from ace_ext.models._transformers import predicts_tokens, takes_argument
+
+
+def converses(processor: Any, kind: str, model: nn.Module) -> bool:
+    """Whether a model is a language model that reads files of this kind in the place of tokens of a text."""
+    return predicts_tokens(model) and (_template(processor) is not None or _token(processor, kind) is not None)
+
+
+def conversation(item: Item, kind: str, processor: Any, model: nn.Module) -> dict[str, Tensor]:
+    """The inputs of one sample: the user shows the file, and the assistant answers with its text, in the words of the
+    model's chat template. Without a template: the file's token, and the text.
+
+    Raises:
+        InputError: the file or its text is missing or broken, or the processor refuses them.
+    """
+    text, content = text_of(item, kind), _read(item, kind, processor)
+    try:
+        made = _made(content, text, kind, processor)
+    except Exception as error:  # whatever a class of transformers raises
+        raise InputError(
+            f"input: {item.where}: {type(processor).__name__} makes no inputs of it: {type(error).__name__}: "
+            f"{one_line(error, 300)}"
+        ) from error
+    return {name: value for name, value in made.items() if isinstance(value, Tensor) and takes_argument(model, name)}
+
+
+def _template(processor: Any) -> Any:
+    return getattr(processor, "chat_template", None) if hasattr(processor, "tokenizer") else None
+
+
+def _token(processor: Any, kind: str) -> str | None:
+    token = getattr(processor, f"{kind}_token", None) if hasattr(processor, "tokenizer") else None
+    return token if isinstance(token, str) else None
+
+
+def _read(item: Item, kind: str, processor: Any) -> Any:
+    if kind == IMAGE:
+        return read_image(item.file)
+    return read_audio(item.file, int(processor.feature_extractor.sampling_rate)).numpy()
+
+
+def _made(content: Any, text: str, kind: str, processor: Any) -> Mapping[str, Any]:
+    if _template(processor) is None:
+        files = {"images" if kind == IMAGE else "audio": [content]}
+        found: Mapping[str, Any] = processor(text=[f"{_token(processor, kind)}{text}"], **files, return_tensors="pt")
+        return found
+    messages = [
+        {"role": "user", "content": [{"type": kind, kind: content}]},
+        {"role": "assistant", "content": [{"type": "text", "text": text}]},
+    ]
+    found = processor.apply_chat_template([messages], tokenize=True, return_dict=True, return_tensors="pt")
+    return found

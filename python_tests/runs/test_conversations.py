@@ -1,0 +1,156 @@
+"""Calibration of a language model that sees on images with their texts, from files: what its processor makes of them,
+whole runs, and what is refused."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from engine.test_image_inputs import CASES, IMAGE, PICTURE
+from folders import call
+from models.test_model_class import MODELS
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForImageTextToText, CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+
+from ace_ext import InputError, prune_model
+from ace_ext.data.media import load_processor, media_batches
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message.role }} : {% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %} {% endfor %}"
+)
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "user", "assistant", ":", "a", "cat", "sat"]
+TEXTS = ["a cat", "a cat sat", "sat", "cat a cat", "a"]
+USER, ASSISTANT, COLON = (WORDS.index(word) for word in ("user", "assistant", ":"))
+
+
+def make_processor(template):
+    known = {word: number for number, word in enumerate(WORDS)} | {"<image>": IMAGE}
+    made = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.add_special_tokens([AddedToken("<image>", special=True)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", unk_token="<unk>")
+    size = {"size": {"shortest_edge": PICTURE}, "crop_size": {"height": PICTURE, "width": PICTURE}}
+    parts = {"image_token": "<image>", "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
+    return LlavaProcessor(CLIPImageProcessorPil(**size), tokenizer, patch_size=8, chat_template=template, **parts)
+
+
+@pytest.fixture(params=[TEMPLATE, None], ids=["template", "plain"])
+def place(request, tmp_path, monkeypatch):
+    """A small LLaVA with its processor, and images of noise with their texts."""
+    torch.manual_seed(0)
+    CASES["llava"][0]().save_pretrained(tmp_path / "llava")
+    make_processor(request.param).save_pretrained(tmp_path / "llava")
+    (tmp_path / "images").mkdir()
+    for number in range(len(TEXTS)):
+        noise = torch.randint(256, (9, 12, 3), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(tmp_path / "images" / f"{number}.png")
+    lines = [json.dumps({"image": f"images/{number}.png", "text": text}) for number, text in enumerate(TEXTS)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def batches_of(model):
+    return media_batches("pairs.jsonl", load_processor("llava"), model, nsamples=4, batch=8)
+
+
+RUN = ["run", "--model", "llava", "--calibration", "pairs.jsonl", "--nsamples", "4", "--output"]
+
+
+def test_the_user_shows_the_image_and_the_assistant_says_the_text(place, request):
+    model = AutoModelForImageTextToText.from_pretrained("llava")
+    batches = batches_of(model)
+    assert len(batches) == 4
+    ids = {tuple(WORDS.index(word) for word in text.split()) for text in TEXTS}
+    for batch in batches:
+        assert set(batch) == {"input_ids", "attention_mask", "pixel_values"}
+        assert batch["pixel_values"].shape == (1, 3, PICTURE, PICTURE)
+        (row,) = batch["input_ids"].tolist()
+        before, after = [], []
+        if "template" in request.node.name:
+            before, after = [USER, COLON], [ASSISTANT, COLON]
+        start = len(before) + 16 + len(after)
+        assert row[:start] == [*before, *[IMAGE] * 16, *after]
+        assert tuple(row[start:]) in ids
+        with torch.no_grad():
+            assert torch.isfinite(model(**batch).logits).all()
+
+
+@pytest.mark.parametrize("towers", [None, "model.vision_tower.encoder.layers"], ids=["language", "tower"])
+def test_a_run_prunes_as_in_memory(towers, place, capsys):
+    options = ["--method", "balanced", *(["--towers", towers] if towers else [])]
+    status, _, error = call(capsys, *RUN, "new", *options)
+    assert status == 0, error
+    assert call(capsys, "verify", "new")[0] == 0
+    assert call(capsys, *RUN, "disk", *options, "--offload", "disk")[0] == 0
+    expected = AutoModelForImageTextToText.from_pretrained("llava").eval()
+    chosen = {"towers": [towers]} if towers else {}
+    report = prune_model(expected, batches_of(expected), method="balanced", sparsity=0.5, **chosen)
+    assert {("vision_tower" in matrix.name) for matrix in report.matrices} == {towers is not None}
+    for folder in ("new", "disk"):
+        found = AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+        assert all(torch.equal(found[name], value) for name, value in expected.state_dict().items())
+
+
+REFUSED = {
+    "remove": (["--remove", "neurons=0.25"], "remove is calibrated on text, and calibration 'pairs.jsonl' has images"),
+    "distill": (["--method", "better"], "distill trains a language model on text, and calibration 'pairs.jsonl' has"),
+    "texts": (["--calibration", "images"], ".png has no text, and the model reads text with each image"),
+    "evaluate": (["--evaluate", "wiki-mini"], "evaluate is for text with this model"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.parametrize("place", [TEMPLATE], indirect=True, ids=["template"])
+def test_what_needs_text_is_refused(what, place, capsys):
+    given, message = REFUSED[what]
+    status, _, error = call(capsys, *RUN, "new", *given)
+    assert (status, error.count("\n")) == (2, 1), error
+    assert message in error
+    assert not (place / "new").exists()
+
+
+@pytest.mark.parametrize("place", [TEMPLATE], indirect=True, ids=["template"])
+def test_healing_takes_a_text(place, capsys):
+    assert call(capsys, *RUN, "new", "--method", "wanda")[0] == 0
+    status, _, error = call(capsys, "heal", "new", "--output", "healed")
+    assert (status, error.count("\n")) == (2, 1), error
+    assert "this model is healed on text: give --calibration with one" in error
+
+
+def test_a_processor_that_refuses_a_sample_names_it(tmp_path):
+    """A template that knows no images: LLaVA's processor finds no place for the image's tokens."""
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    (tmp_path / "pairs.jsonl").write_text('{"image": "a.png", "text": "a cat"}')
+    processor = make_processor("{{ raise_exception('no images') }}")
+    with pytest.raises(InputError, match=r"pairs.jsonl, line 1: LlavaProcessor makes no inputs of it: .*no images"):
+        media_batches(str(tmp_path / "pairs.jsonl"), processor, MODELS["LlavaForConditionalGeneration"](), 1, 1)
+
+
+class Hearing:
+    """A processor of sound with a template, as Qwen2-Audio's."""
+
+    chat_template = "any"
+
+    def __init__(self):
+        self.tokenizer, self.seen = object(), []
+        self.feature_extractor = transformers.WhisperFeatureExtractor()
+
+    def apply_chat_template(self, conversations, **options):
+        self.seen.append((conversations, options))
+        return {"input_ids": torch.ones(1, 3, dtype=torch.long), "other": [1]}
+
+
+def test_sound_is_shown_in_the_same_way(tmp_path):
+    soundfile = pytest.importorskip("soundfile")
+    soundfile.write(tmp_path / "a.wav", torch.linspace(-0.5, 0.5, 1600).numpy(), 16000)
+    (tmp_path / "pairs.jsonl").write_text('{"audio": "a.wav", "text": "a cat"}')
+    processor, model = Hearing(), MODELS["LlavaForConditionalGeneration"]()
+    model.forward = lambda input_ids, input_features=None: None
+    (batch,) = media_batches(str(tmp_path / "pairs.jsonl"), processor, model, 1, 1)
+    assert list(batch) == ["input_ids"]
+    ((shown, said),) = processor.seen[0][0]
+    assert shown["content"][0]["audio"].shape == (1600,)
+    assert said == {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]}
