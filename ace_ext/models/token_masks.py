@@ -1,5 +1,6 @@
 """Which tokens of a batch are padding, where its hidden states enter a part of a model."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +11,10 @@ from ace_ext.errors import InputError
 from ace_ext.models._transformers import decoder_of, frame_mask, hears_or_sees, predicts_tokens
 
 MASK, DECODER_MASK = "attention_mask", "decoder_attention_mask"
-_OF_PIXELS = ("pixel_mask", "pixel_attention_mask", "padding_mask")
+_IN_TOWERS = ("feature_attention_mask", "input_features_mask", "pixel_attention_mask")
+"""Masks of what the towers of a language model read: of frames of sound, ``[batch, frames]``, or of pixels, ``[batch,
+images, height, width]``."""
+_OF_PIXELS = ("pixel_mask", "padding_mask")
 """Masks that no part of a model has in its hidden states' shape."""
 
 
@@ -19,7 +23,8 @@ class TokenMasks:
 
     ``attention_mask`` belongs to the tokens of ``input_ids``. In a model without these it belongs to what the first
     part reads, such as samples of sound, and the model's class says which frames come from them. In a model with an
-    encoder and a decoder it is the encoder's, and ``decoder_attention_mask`` the decoder's.
+    encoder and a decoder it is the encoder's, and ``decoder_attention_mask`` the decoder's. The tower of a language
+    model that sees or hears has a mask of its own, if any.
 
     Args:
         model: the model.
@@ -75,7 +80,7 @@ class TokenMasks:
         used = {self._name(block, batch) for block in blocks}
         if any(map(self._in_decoder, blocks)):
             used.add(MASK)
-        for name in (MASK, DECODER_MASK, *_OF_PIXELS):
+        for name in (MASK, DECODER_MASK, *_IN_TOWERS, *_OF_PIXELS):
             if name in batch and name not in used and not bool(batch[name].all()):
                 raise InputError(
                     f"{name} {list(batch[name].shape)} fits none of the pruned parts, so its padding would count; give "
@@ -87,7 +92,9 @@ class TokenMasks:
             return MASK
         if self._in_decoder(block):
             return DECODER_MASK
-        return None if "input_ids" in batch and hears_or_sees(block) else MASK
+        if "input_ids" in batch and hears_or_sees(block):
+            return next((name for name in _IN_TOWERS if name in batch), None)
+        return MASK
 
     def _in_decoder(self, block: str) -> bool:
         return self._decoder is not None and f"{block}.".startswith(f"{self._decoder}." if self._decoder else "")
@@ -98,12 +105,30 @@ class TokenMasks:
         if mask.shape != hidden.shape[:2] and mask.dim() == 2 and "input_ids" not in batch and hidden.dim() == 3:
             frames = frame_mask(self._model, mask, hidden.shape[1])
             mask = mask if frames is None else frames
+        if name in _IN_TOWERS and hidden.dim() == 3:
+            mask = _of_patches(mask, hidden.shape[1]) if mask.dim() == 4 else _of_frames(mask, hidden.shape[1])
         if mask.shape != hidden.shape[:2]:
             raise InputError(
                 f"{name} must have an entry for each token that the blocks see, {list(hidden.shape[:2])} "
                 f"(got {list(mask.shape)}); give batches without padding"
             )
         return mask.flatten().bool()
+
+
+def _of_frames(mask: Tensor, seqlen: int) -> Tensor:
+    """A mask of frames ``[batch, frames]`` for blocks that see every second of them, or so."""
+    step, left = divmod(mask.shape[1], seqlen)
+    return mask if left or not step else mask[:, ::step]
+
+
+def _of_patches(mask: Tensor, seqlen: int) -> Tensor:
+    """A mask of pixels ``[batch, images, height, width]`` for blocks that see square patches of each image: those with
+    a pixel count. Images without one are not there (Idefics 2 and 3)."""
+    images = mask.flatten(0, 1).bool()
+    images = images[images.flatten(1).any(1)]
+    side = math.isqrt(max(1, images[0].numel() // seqlen)) if len(images) else 1
+    patches = images.unfold(1, side, side).unfold(2, side, side).flatten(3).any(3)
+    return patches.flatten(1)
 
 
 def _are_states(value: object) -> bool:
