@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ace_ext.data.conversations import conversation, converses
 from ace_ext.data.images import read_image
 from ace_ext.data.media_items import IMAGE, Item, Items, media_items, text_of
 from ace_ext.data.requests import check_int, positions_in
-from ace_ext.errors import InputError
+from ace_ext.errors import InputError, one_line
 from ace_ext.models.location import remote_code_allowed
 from ace_ext.models.token_masks import MASK
 
@@ -25,7 +26,7 @@ def load_processor(folder: str) -> Any:
     Without a tokenizer, which a model that reads no text need not have, it is the image processor or feature extractor.
 
     Raises:
-        InputError: there is none, or it cannot be made.
+        InputError: there is none, or it cannot be made; or it has a tokenizer too, and a package is missing.
     """
     # imported here: it imports every modality
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
@@ -36,7 +37,14 @@ def load_processor(folder: str) -> Any:
             return kind.from_pretrained(folder, trust_remote_code=remote_code_allowed())
         except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
             errors.append(error)
-    reason = " ".join(str(errors[0]).split())[:200]
+            if isinstance(error, ImportError) and kind is AutoProcessor and (Path(folder) / "tokenizer.json").is_file():
+                break  # its image processor alone would read no text
+    reason = one_line(errors[0], 200)
+    if isinstance(errors[0], ImportError):
+        raise InputError(
+            f"model: the processor of {folder} needs a package that is not installed ({reason}); install it "
+            "('ace_ext[vision]' and 'ace_ext[audio]' have those that most need)"
+        ) from errors[0]
     raise InputError(
         f"model: {folder} has no processor that loads ({reason}); images and sound need the model's "
         "preprocessor_config.json or processor_config.json beside its weights"

@@ -12,6 +12,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoImageProcessor,
+    AutoProcessor,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
@@ -345,6 +346,24 @@ def test_a_missing_library(images, image_processor, monkeypatch, module, extra):
         processor = WhisperFeatureExtractor()
     with pytest.raises(InputError, match=rf"pip install 'ace_ext\[{extra}\]'"):
         media_batches(source, processor, model, nsamples=9, batch=2)
+
+
+@pytest.mark.parametrize("tokenized", [True, False])
+def test_a_processor_without_its_package(tokenized, tmp_path, monkeypatch):
+    """Its image processor alone loads, but would read no text."""
+    CLIPImageProcessorPil().save_pretrained(tmp_path)
+    if tokenized:
+        (tmp_path / "tokenizer.json").write_text("{}")
+
+    def missing(*_, **__):
+        raise ImportError("it requires the Torchvision library")
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", missing)
+    if not tokenized:
+        assert isinstance(load_processor(str(tmp_path)), CLIPImageProcessorPil)
+        return
+    with pytest.raises(InputError, match=r"not installed \(it requires the Torchvision library\); install it"):
+        load_processor(str(tmp_path))
 
 
 def test_which_sources_are_media(images):
