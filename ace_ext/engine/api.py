@@ -23,6 +23,7 @@ from ace_ext.models.block_store import BlockSource, ResidentBlocks
 from ace_ext.models.blocks import Block, find_blocks, stay_dense
 from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.left_dense import check_share
+from ace_ext.models.padded_experts import check_padding, try_padding
 from ace_ext.models.parts import check_removable
 from ace_ext.models.replay import BlockCall, capture_calls
 from ace_ext.models.run_mode import inner_model, modes_by_name, run_mode
@@ -253,6 +254,7 @@ def _enter(
             note_sample_shapes(calls, hidden[0].shape, capture_calls(model, store.blocks, [one_sample(batches[0])]))
     if not calls:
         raise InputError("calibration must have at least one token whose attention_mask is not 0 (got none)")
+    try_padding(store, calls, hidden)
     return BatchStates(calls, hidden, device)
 
 
@@ -267,6 +269,7 @@ def _begin(
     """The state of the walk before the first unfinished block, and the entrances to the parts of a model. These are
     None for a causal language model, and for one that is not walked block by block."""
     assert context.device is not None  # set by the caller
+    check_padding(store.blocks, batches)
     if found is not None and found.reason is not None:
         return BatchStates([], None, context.device), None
     if found is None or not found.parts:

@@ -11,7 +11,8 @@ from ace_ext.engine.finite import NOT_FINITE, is_finite, read_at_once, refusal
 from ace_ext.errors import InputError
 from ace_ext.models.blocks import Block
 from ace_ext.models.hidden_states import HiddenStates
-from ace_ext.models.replay import BlockCall, run_block
+from ace_ext.models.padded_experts import run_call, without_padding
+from ace_ext.models.replay import BlockCall
 
 
 class BatchStates:
@@ -52,10 +53,11 @@ class BatchStates:
 
     def advance(self, block: Block, index: int) -> None:
         """Runs every batch through the block with its present weights; the outputs become the next block's inputs."""
-        for i, call in enumerate(self.calls):
-            with self.naming(block, index, i):
-                output = run_block(block, self.hidden[i], call.others[index])
-            self.put(block, index, i, output)
+        with without_padding(block):
+            for i, call in enumerate(self.calls):
+                with self.naming(block, index, i):
+                    output = run_call(block, self.hidden[i], call, index)
+                self.put(block, index, i, output)
         self.check_outputs(block)
 
     def put(

@@ -10,7 +10,8 @@ from ace_ext.errors import InputError
 from ace_ext.models.blocks import Block
 from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.left_dense import any_of
-from ace_ext.models.replay import run_block, run_until_called
+from ace_ext.models.padded_experts import padding, run_call, without_padding
+from ace_ext.models.replay import run_until_called
 from ace_ext.models.trial import calls_in
 from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.statistics import LinearStatistics, StatisticsCollector
@@ -65,14 +66,15 @@ class Collection:
         collector = self.collector({child: block.linears[child] for child in children}, needs)
         collector.alone = self.repeated(block, index)
         again = collector.alone.intersection(children)  # their first call is not the last
-        with collector:
+        with collector, without_padding(block):
             for i, call in enumerate(states.calls):
                 collector.enter(call)
                 with states.naming(block, index, i, hidden):
                     if advance or again:
-                        output = run_block(block, hidden[i], call.others[index])
+                        output = run_call(block, hidden[i], call, index)
                     else:
-                        run_until_called(block, hidden[i], call.others[index], children)
+                        with padding(call.token_mask):
+                            run_until_called(block, hidden[i], call.others[index], children)
                 if advance:
                     states.put(block, index, i, output, hidden=hidden)
         states.check_outputs(block)

@@ -10,7 +10,8 @@ from ace_ext.engine.strategies.in_steps import InSteps, step_order
 from ace_ext.errors import InputError
 from ace_ext.models.blocks import Block
 from ace_ext.models.lockstep import PAUSED_BYTES, Lockstep, forwards_fit, keeps_no_state
-from ace_ext.models.replay import BlockCall, run_block
+from ace_ext.models.padded_experts import run_call, without_padding
+from ace_ext.models.replay import BlockCall
 from ace_ext.pruning.statistics import StatisticsCollector
 
 
@@ -47,10 +48,9 @@ class InLockstep(WalkStrategy):
         done: Reports = {}
         place = {child: number for number, step in enumerate(steps) for child in step}
         forwards = [
-            lambda i=i, call=call: run_block(block, states.hidden[i], call.others[index])
-            for i, call in enumerate(states.calls)
+            lambda i=i, call=call: run_call(block, states.hidden[i], call, index) for i, call in enumerate(states.calls)
         ]
-        with Lockstep(block, forwards, states.device) as lockstep:
+        with without_padding(block), Lockstep(block, forwards, states.device) as lockstep:
             ready = [*range(len(forwards))]
             while True:
                 for i in ready:

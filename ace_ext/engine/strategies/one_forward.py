@@ -9,7 +9,7 @@ from ace_ext.engine.matrix_pruner import Reports
 from ace_ext.engine.strategies._strategy import RunSizes, StrategyBytes, WalkStrategy, output_of_linear
 from ace_ext.errors import InputError
 from ace_ext.models.blocks import Block
-from ace_ext.models.replay import run_block
+from ace_ext.models.padded_experts import run_call, without_padding
 
 
 class OneForward(WalkStrategy):
@@ -43,11 +43,12 @@ class OneForward(WalkStrategy):
             return None if output is None else output_of_linear(linear, args[0])
 
         with ExitStack() as hooks:
+            hooks.enter_context(without_padding(block))
             for child, linear in block.linears.items():
                 register = linear.register_forward_hook if collector.wants_output else linear.register_forward_pre_hook
                 hooks.callback(register(partial(prune, child)).remove)
             with states.naming(block, index, 0):
-                output = run_block(block, states.hidden[0], call.others[index])
+                output = run_call(block, states.hidden[0], call, index)
         states.put(block, index, 0, output)
         states.check_outputs(block)
         for child in block.linears:

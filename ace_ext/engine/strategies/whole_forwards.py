@@ -13,6 +13,7 @@ from ace_ext.engine.strategies.dense_order import DenseOrder
 from ace_ext.models._transformers import plain_call
 from ace_ext.models.block_lists import goes_beyond_text
 from ace_ext.models.blocks import Block
+from ace_ext.models.padded_experts import padding, set_padding_, without_padding
 from ace_ext.models.replay import replaced_forward, take_hidden, with_products
 from ace_ext.models.token_masks import TokenMasks, first_tokens
 from ace_ext.pruning.statistics import LinearStatistics, StatisticsCollector
@@ -60,11 +61,13 @@ class WholeForwards:
             hidden, others = take_hidden(args, kwargs)
             collector.token_mask = masks.of(block.name, batch, hidden)
             collector.states = masks.of_states(block.name, batch, [others])
+            set_padding_(collector.token_mask)
 
         with ExitStack() as stack:
             for each in self._blocks:
                 stack.enter_context(replaced_forward(each.module, with_products(each)))
             stack.enter_context(collector)
+            stack.enter_context(without_padding(block))
             if not masks.plain:
                 stack.callback(block.module.register_forward_pre_hook(mask, with_kwargs=True).remove)
             for batch in self._batches:
@@ -73,7 +76,8 @@ class WholeForwards:
                 if masks.plain:
                     ids = batch["input_ids"]
                     collector.starts = first_tokens(ids.shape, collector.token_mask, ids.device)
-                self._model(**batch, **options)
+                with padding(collector.token_mask):
+                    self._model(**batch, **options)
         return {child: collector.stats.get(child) or collector.empty(child) for child in block.linears}
 
     @classmethod
