@@ -99,9 +99,7 @@ def flops(monkeypatch):
 
         return call
 
-    strategies = (f"strategies.{name}" for name in ("in_lockstep", "in_steps", "one_forward"))
-    engine = ("batch_states", "collection", *strategies)
-    for place in ("models.replay", "models.lockstep", *(f"engine.{name}" for name in engine)):
+    for place in ("models.replay", "models.lockstep", "models.padded_experts", "engine.strategies.in_steps"):
         monkeypatch.setattr(f"ace_ext.{place}.run_block", counting(run_block))
     monkeypatch.setattr(in_lockstep, "output_of_linear", counting(in_lockstep.output_of_linear))
     return counted

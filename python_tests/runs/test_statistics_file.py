@@ -115,8 +115,8 @@ def description(file) -> dict:
 
 def test_nothing_runs_forward(dense, monkeypatch):
     file, _ = keep(dense)
-    monkeypatch.setattr("ace_ext.engine.batch_states.run_block", None)
-    monkeypatch.setattr("ace_ext.engine.collection.run_block", None)
+    monkeypatch.setattr("ace_ext.engine.batch_states.run_call", None)
+    monkeypatch.setattr("ace_ext.engine.collection.run_call", None)
     monkeypatch.setattr("ace_ext.engine.api.capture_calls", None)
     (dense.parent / "text.txt").unlink()  # no text is read either
     from_file(dense, file)
