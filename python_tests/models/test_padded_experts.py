@@ -56,3 +56,11 @@ def test_experts_that_cannot_leave_padding_out(kind):
         prune_model(model, [padded(*LENGTHS)], method="wanda", sparsity=0.5)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     prune_model(model, alone(padded(*LENGTHS)), method="wanda", sparsity=0.5)
+
+
+def test_blocks_that_see_patches_of_tokens():
+    model = every_class.build("blt")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match=r"attention_mask must have an entry for each token .* without padding"):
+        prune_model(model, [padded(*LENGTHS)], method="wanda", sparsity=0.5)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

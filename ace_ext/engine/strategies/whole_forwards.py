@@ -3,6 +3,7 @@ called several times, or read more than the output of the one before."""
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from ace_ext.models.block_lists import goes_beyond_text
 from ace_ext.models.blocks import Block
 from ace_ext.models.padded_experts import padding, set_padding_, without_padding
 from ace_ext.models.replay import replaced_forward, take_hidden, with_products
-from ace_ext.models.token_masks import TokenMasks, first_tokens
+from ace_ext.models.token_masks import MASK, TokenMasks, first_tokens
 from ace_ext.pruning.statistics import LinearStatistics, StatisticsCollector
 
 MakeCollector = Callable[[Mapping[str, nn.Linear]], StatisticsCollector]
@@ -44,9 +45,17 @@ class WholeForwards:
         self._model, self._blocks, self._batches = model, blocks, batches
         self._collector, self._pruner = collector, pruner
         self._beyond = goes_beyond_text(model, [block.name for block in blocks])
+        self._checked = False
 
     def prune(self, block: Block, index: int) -> Reports:
-        """Prunes the block."""
+        """Prunes the block.
+
+        Raises:
+            InputError: before the first block, for padding of other tokens than those that a block sees.
+        """
+        if not self._checked:
+            self._check_padding()
+            self._checked = True
         stats = self.statistics(block, index)
         return {child: self._pruner.prune(block, child, stats.pop(child)) for child in block.linears}
 
@@ -79,6 +88,24 @@ class WholeForwards:
                 with padding(collector.token_mask):
                     self._model(**batch, **options)
         return {child: collector.stats.get(child) or collector.empty(child) for child in block.linears}
+
+    def _check_padding(self) -> None:
+        """Some blocks see patches of the tokens, as those of a Byte Latent Transformer."""
+        padded = (batch for batch in self._batches if MASK in batch and not bool(batch[MASK].all()))
+        batch, masks = next(padded, None), TokenMasks(self._model, not self._beyond)
+        if batch is None or not masks.plain:
+            return
+
+        def look(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = take_hidden(args, kwargs)[0]
+            if hidden.dim() == 3:
+                masks.of(name, batch, hidden)
+
+        with ExitStack() as hooks:
+            for block in self._blocks:
+                handle = block.module.register_forward_pre_hook(partial(look, block.name), with_kwargs=True)
+                hooks.callback(handle.remove)
+            self._model(**batch, **plain_call(self._model))
 
     @classmethod
     def memory(cls, sizes: RunSizes) -> StrategyBytes:
