@@ -37,6 +37,7 @@ class BlockCall:
     states: Sequence[tuple[Tensor, Tensor | None]] = ()  # an encoder's output, and its mask as token_mask
     sample_shapes: Sequence[Any] | None = None  # of others with one sample (models/samples.py); None: not known
     starts: Tensor | None = None  # [batch * seqlen] bool: a causal language model's first token of each sample
+    samples: int | None = None  # in the batch; None: not known
 
 
 class _Captured(Exception):
@@ -227,7 +228,7 @@ def _call_of(recorder: _Recorder, masks: TokenMasks, batch: dict[str, Tensor], p
     states = masks.of_states(first.name, batch, recorder.others)
     others = [*([NOT_ENTERED] * part.start), *recorder.others]
     starts = first_tokens(hidden.shape[:2], mask, hidden.device) if masks.plain and hidden.dim() == 3 else None
-    return BlockCall(hidden, others, mask, tokens, recorder.wrap, states, starts=starts)
+    return BlockCall(hidden, others, mask, tokens, recorder.wrap, states, starts=starts, samples=hidden.shape[0])
 
 
 def token_count(block: nn.Module, hidden: Tensor) -> int:

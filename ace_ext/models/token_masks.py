@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import decoder_of, frame_mask, hears_or_sees, predicts_tokens
@@ -100,6 +101,8 @@ class TokenMasks:
         return self._decoder is not None and f"{block}.".startswith(f"{self._decoder}." if self._decoder else "")
 
     def _fitted(self, name: str, mask: Tensor | None, batch: dict[str, Tensor], hidden: Tensor) -> Tensor | None:
+        if name == MASK:
+            mask = self._appended(mask, batch.get("input_ids"), hidden)
         if mask is None or bool(mask.all()):
             return None
         if mask.shape != hidden.shape[:2] and mask.dim() == 2 and "input_ids" not in batch and hidden.dim() == 3:
@@ -113,6 +116,18 @@ class TokenMasks:
                 f"(got {list(mask.shape)}); give batches without padding"
             )
         return mask.flatten().bool()
+
+    def _appended(self, mask: Tensor | None, ids: Tensor | None, hidden: Tensor) -> Tensor | None:
+        """The mask with the positions that the model itself appends to ``ids [batch, seqlen]``, up to a multiple of the
+        window in which its tokens attend (Longformer, LED)."""
+        if ids is None or ids.dim() != 2 or hidden.dim() != 3 or (mask is not None and mask.shape != ids.shape):
+            return mask
+        windows = getattr(getattr(self._model, "config", None), "attention_window", None)
+        sizes = [windows] if isinstance(windows, int) else windows or []
+        missing = hidden.shape[1] - ids.shape[1]
+        if missing <= 0 or missing not in {-ids.shape[1] % size for size in sizes}:
+            return mask
+        return functional.pad(torch.ones_like(ids) if mask is None else mask, (0, missing))
 
 
 def _of_frames(mask: Tensor, seqlen: int) -> Tensor:

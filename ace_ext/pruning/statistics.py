@@ -196,6 +196,7 @@ class StatisticsCollector:
         self.token_mask: Tensor | None = None
         self.starts: Tensor | None = None
         self.states: Sequence[tuple[Tensor, Tensor | None]] = ()
+        self._samples: int | None = None
         self._sample_rows = max(1, self.SAMPLE_ROWS // batches)
         self._leader: dict[str, str] = {}  # the Linear whose input statistics a Linear shares
         self._shared = _Shared()  # the statistics of the newest input
@@ -219,6 +220,7 @@ class StatisticsCollector:
     def enter(self, call: BlockCall) -> None:
         """To be called before a block runs on a batch: its padding, first tokens and other states."""
         self.token_mask, self.starts, self.states = call.token_mask, call.starts, call.states
+        self._samples = call.samples
 
     @property
     def wants_output(self) -> bool:
@@ -310,7 +312,12 @@ class StatisticsCollector:
         for states, mask in self.states:
             if x.data_ptr() == states.data_ptr() and x.shape == states.shape:
                 return mask
-        return self.token_mask
+        mask, samples = self.token_mask, self._samples
+        if mask is None or x.dim() != 3 or x.shape[:2].numel() != len(mask):
+            return mask
+        if x.shape[0] != samples and x.shape[1] == samples:  # Longformer's attention reads [seqlen, batch, d_in]
+            return mask.view(samples, -1).T.flatten()
+        return mask
 
 
 def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
