@@ -6,9 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ace_ext.data.audio import read_audio
-from ace_ext.data.images import read_image
-from ace_ext.data.media_items import IMAGE, Item, text_of
+from ace_ext.data.media_items import IMAGE, Item, read_item, text_of
 from ace_ext.errors import InputError, one_line
 from ace_ext.models._transformers import predicts_tokens, takes_argument
 
@@ -25,7 +23,7 @@ def conversation(item: Item, kind: str, processor: Any, model: nn.Module) -> dic
     Raises:
         InputError: the file or its text is missing or broken, or the processor refuses them.
     """
-    text, content = text_of(item, kind), _read(item, kind, processor)
+    text, content = text_of(item, kind), read_item(item, kind, processor)
     try:
         made = _made(content, text, kind, processor)
     except Exception as error:  # whatever a class of transformers raises
@@ -43,12 +41,6 @@ def _template(processor: Any) -> Any:
 def _token(processor: Any, kind: str) -> str | None:
     token = getattr(processor, f"{kind}_token", None) if hasattr(processor, "tokenizer") else None
     return token if isinstance(token, str) else None
-
-
-def _read(item: Item, kind: str, processor: Any) -> Any:
-    if kind == IMAGE:
-        return read_image(item.file)
-    return read_audio(item.file, int(processor.feature_extractor.sampling_rate)).numpy()
 
 
 def _made(content: Any, text: str, kind: str, processor: Any) -> Mapping[str, Any]:

@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ace_ext.data.audio import read_audio
 from ace_ext.data.conversations import conversation, converses
-from ace_ext.data.images import read_image
-from ace_ext.data.media_items import IMAGE, Item, Items, media_items, text_of
+from ace_ext.data.media_items import IMAGE, Item, Items, media_items, read_item, text_of
 from ace_ext.data.requests import check_int, positions_in
 from ace_ext.errors import InputError, one_line
 from ace_ext.models.location import remote_code_allowed
@@ -113,11 +111,15 @@ def _together(
 ) -> list[tuple[Sequence[Item], dict[str, Tensor]]]:
     """One batch of the items, or one of each where the model would read padding: the first Wav2Vec2 was trained on
     sounds without a mask, and a mask of pixels says nothing about the tokens that blocks read."""
-    alone = [_media([item], kind, processor, model) for item in items]
-    if all(_shapes(inputs) == _shapes(alone[0]) for inputs in alone):
-        return [(items, {name: torch.cat([inputs[name] for inputs in alone]) for name in alone[0]})]
-    if kind != IMAGE and MASK in alone[0] and MASK in taken:
-        return [(items, _media(items, kind, processor, model))]
+    channels = getattr(model.config, "num_channels", 3)
+    read = [read_item(item, kind, processor, channels) for item in items]
+    first = _media(read[:1], items[0].where, kind, processor)
+    if kind != IMAGE and MASK in first and MASK in taken:
+        return [(items, _media(read, items[0].where, kind, processor))]
+    others = zip(read[1:], items[1:], strict=True)
+    alone = [first, *(_media([content], item.where, kind, processor) for content, item in others)]
+    if all(_shapes(inputs) == _shapes(first) for inputs in alone):
+        return [(items, {name: torch.cat([inputs[name] for inputs in alone]) for name in first})]
     return [([item], inputs) for item, inputs in zip(items, alone, strict=True)]
 
 
@@ -125,28 +127,23 @@ def _shapes(inputs: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in inputs.items()}
 
 
-def _media(items: Sequence[Item], kind: str, processor: Any, model: nn.Module) -> dict[str, Tensor]:
-    """The inputs that a processor makes of files."""
+def _media(contents: Sequence[Any], where: str, kind: str, processor: Any) -> dict[str, Tensor]:
+    """The inputs that a processor makes of the contents of files; ``where``: the first of them."""
     if kind == IMAGE:
         reader = getattr(processor, "image_processor", processor)
-        channels = getattr(model.config, "num_channels", 3)
-        inputs = [read_image(item.file, channels) for item in items]
-        return _tensors(reader(images=inputs, return_tensors="pt"), items)
+        return _tensors(reader(images=contents, return_tensors="pt"), where)
     reader = getattr(processor, "feature_extractor", processor)
-    rate = int(reader.sampling_rate)
-    sounds = [read_audio(item.file, rate).numpy() for item in items]
     padding = "max_length" if hasattr(reader, "n_samples") else True  # Whisper hears windows of one length
-    return _tensors(reader(sounds, sampling_rate=rate, padding=padding, return_tensors="pt"), items)
+    made = reader(contents, sampling_rate=int(reader.sampling_rate), padding=padding, return_tensors="pt")
+    return _tensors(made, where)
 
 
-def _tensors(made: Mapping[str, Any], items: Sequence[Item]) -> dict[str, Tensor]:
+def _tensors(made: Mapping[str, Any], where: str) -> dict[str, Tensor]:
     """What a processor returned, if it is of tensors."""
     for name, value in made.items():
         if not isinstance(value, Tensor):
             sizes = "images of different sizes" if isinstance(value, list) else type(value).__name__
-            raise InputError(
-                f"input: {items[0].where} and others: {name} cannot be one tensor ({sizes}); use batches of 1"
-            )
+            raise InputError(f"input: {where} and others: {name} cannot be one tensor ({sizes}); use batches of 1")
     return dict(made)
 
 

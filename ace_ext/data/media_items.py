@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ace_ext.data.audio import read_audio
+from ace_ext.data.images import read_image
 from ace_ext.data.requests import check_int, seeded_generator
 from ace_ext.errors import InputError
 
@@ -91,6 +93,17 @@ def text_of(item: Item, kind: str) -> str:
             f'with lines like {{"{kind}": "FILE", "text": "…"}}'
         )
     return item.text
+
+
+def read_item(item: Item, kind: str, processor: Any, channels: int = 3) -> Any:
+    """What a processor takes: an image, of ``channels``, or the samples of sound at the rate that it asks for.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    if kind == IMAGE:
+        return read_image(item.file, channels)
+    return read_audio(item.file, int(getattr(processor, "feature_extractor", processor).sampling_rate)).numpy()
 
 
 def listing_sha256(source: str) -> str:

@@ -63,12 +63,17 @@ class Walk:
         self.strategy: Strategy = chosen(states, self.collection, self.pruner, context)
 
     def read_whole_forwards(self, model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
-        """From now on statistics come from forward passes of the whole model; ``batches``: arguments of its calls."""
+        """From now on statistics come from forward passes of the whole model; ``batches``: arguments of its calls.
+
+        Raises:
+            InputError: a block sees other tokens than those that are padding.
+        """
         from ace_ext.engine.strategies.whole_forwards import WholeForwards
 
         kinds, norm = self.config.needs.read, self.config.token_norm
         collector = partial(StatisticsCollector, needs=kinds, batches=len(batches), token_norm=norm)
-        self.strategy = WholeForwards(model, self.blocks.blocks, batches, collector, self.pruner)
+        self.strategy = strategy = WholeForwards(model, self.blocks.blocks, batches, collector, self.pruner)
+        strategy.check_padding()
         self._walks = False
 
     def run(self) -> None:

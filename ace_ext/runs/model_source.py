@@ -232,10 +232,11 @@ def check_serves(source: Source, request: RunRequest) -> None:
         InputError: it has too few positions for the samples, or no LM head although it is to write text or to be
             distilled; or a network that is no causal language model is to be distilled after a removal.
     """
-    if request.options.stats is None and request.calibration.reads_text:
-        _check_reads_text(source, request)
-    if request.options.stats is None and not request.calibration.reads_text and predicts_tokens(source.model):
-        _check_needs_no_text(request)
+    if request.options.stats is None:
+        if request.calibration.reads_text:
+            _check_reads_text(source, request)
+        elif predicts_tokens(source.model):
+            _check_needs_no_text(request)
     if request.writes_own_text:
         check_predicts(source.model, "it cannot write calibration text: give another --calibration, such as a file")
     if request.config.remove is not None:

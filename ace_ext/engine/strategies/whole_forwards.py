@@ -45,17 +45,9 @@ class WholeForwards:
         self._model, self._blocks, self._batches = model, blocks, batches
         self._collector, self._pruner = collector, pruner
         self._beyond = goes_beyond_text(model, [block.name for block in blocks])
-        self._checked = False
 
     def prune(self, block: Block, index: int) -> Reports:
-        """Prunes the block.
-
-        Raises:
-            InputError: before the first block, for padding of other tokens than those that a block sees.
-        """
-        if not self._checked:
-            self._check_padding()
-            self._checked = True
+        """Prunes the block."""
         stats = self.statistics(block, index)
         return {child: self._pruner.prune(block, child, stats.pop(child)) for child in block.linears}
 
@@ -89,8 +81,12 @@ class WholeForwards:
                     self._model(**batch, **options)
         return {child: collector.stats.get(child) or collector.empty(child) for child in block.linears}
 
-    def _check_padding(self) -> None:
-        """Some blocks see patches of the tokens, as those of a Byte Latent Transformer."""
+    def check_padding(self) -> None:
+        """To be called before the first block is pruned.
+
+        Raises:
+            InputError: a batch has padding, and a block sees patches of the tokens, as in a Byte Latent Transformer.
+        """
         padded = (batch for batch in self._batches if MASK in batch and not bool(batch[MASK].all()))
         batch, masks = next(padded, None), TokenMasks(self._model, not self._beyond)
         if batch is None or not masks.plain:
