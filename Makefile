@@ -101,8 +101,8 @@ test-oldest:
 # sm_80, which is the one that is run.
 nightly-cpp:
 	tools/system_packages.sh
-	ACE_CUDA_ARCHS="80 90" tools/test_cpp.sh build/cpp-asan "address,undefined"
-	ACE_CUDA_ARCHS="80" ACE_ALL_TYPES=1 tools/test_cpp.sh build/cpp-tsan "thread"
+	ACE_CUDA_ARCHS="80 90" ACE_ALL_TYPES=ON tools/test_cpp.sh build/cpp-asan "address,undefined"
+	ACE_CUDA_ARCHS="80" ACE_ALL_TYPES=ON tools/test_cpp.sh build/cpp-tsan "thread"
 
 nightly-fuzz:
 	$(MAKE) fuzz FUZZ_SECONDS=3600

@@ -28,6 +28,10 @@ target_compile_definitions(ace_host_kernels PUBLIC ACE_SIMT)
 # -ffp-contract=off: scores must have the same bits as the plain C++ functors, as on the device (--fmad=false).
 target_compile_options(ace_host_kernels PRIVATE -Wall -Wextra -Werror -ffp-contract=off)
 target_link_libraries(ace_host_kernels PUBLIC ace_simt)
+option(ACE_ALL_TYPES "With a sanitizer too, build and test the kernels for float16; without one they always are" OFF)
+if(ACE_SANITIZE AND NOT ACE_ALL_TYPES)
+  target_compile_definitions(ace_host_kernels PUBLIC ACE_WITHOUT_HALF)
+endif()
 if(ACE_SANITIZE MATCHES "address")  # hundreds of kernels: optimizing takes far longer than the tests save
   set_source_files_properties(
     "${CMAKE_CURRENT_BINARY_DIR}/host_kernels/prune_rows.cpp" "${CMAKE_CURRENT_BINARY_DIR}/host_kernels/prune_nm.cpp"

@@ -87,8 +87,7 @@ class CudaPacked : public ::testing::Test {
  protected:
   void TearDown() override { simt::settings = simt::Settings{}; }
 };
-using Types = ::testing::Types<float, Half, BFloat16>;
-TYPED_TEST_SUITE(CudaPacked, Types);
+TYPED_TEST_SUITE(CudaPacked, Dtypes);
 
 TYPED_TEST(CudaPacked, ProductsAreThoseOfTheDenseMatrix) {
   for (const unsigned order : orders()) {

@@ -127,8 +127,7 @@ class CudaQuantized : public ::testing::Test {
  protected:
   void TearDown() override { simt::settings = simt::Settings{}; }
 };
-using Types = ::testing::Types<float, Half, BFloat16>;
-TYPED_TEST_SUITE(CudaQuantized, Types);
+TYPED_TEST_SUITE(CudaQuantized, Dtypes);
 
 TYPED_TEST(CudaQuantized, ProductsAreThoseOfTheDenseMatrix) {
   for (const unsigned order : orders()) {
