@@ -29,18 +29,24 @@ _STAGES = {
     "patch_size": 4,
     "image_size": 32,
 }
+_CONVOLUTIONS = {"hidden_sizes": [64, 64, 64, 96], "depths": [1, 1, 2, 1]}
 _BACKBONE = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 8, 16], "depths": [1] * 4}
 _DETECTOR = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None} | {
     "backbone_config": _BACKBONE | {"out_features": ["stage2", "stage3", "stage4"]}
 }
 BESIDE: dict[str, dict[str, Any]] = every_class.BESIDE | {
     "conditional_detr": _DETECTOR,
+    "convnext": _CONVOLUTIONS,
+    "convnextv2": _CONVOLUTIONS,
+    "cvt": {"embed_dim": [16, 32, 32], "num_heads": [1, 2, 2], "depth": [1, 2, 4]},
     "dab-detr": _DETECTOR,
     "deformable_detr": _DETECTOR,
     "detr": _DETECTOR,
+    "dinov3_convnext": _CONVOLUTIONS,
     "donut-swin": _STAGES,
     "esm": {"vocab_size": every_class.VOCABULARY, "pad_token_id": 1, "mask_token_id": 4},
     "esmc": {"num_key_value_heads": 4},
+    "hiera": {"depths": [1, 1, 2, 1]},
     "perceiver": {"num_latents": 8, "d_latents": 32, "d_model": 32, "num_self_attends_per_block": 2},
     "reformer": {"is_decoder": False, "axial_pos_embds": False},
     "swin": _STAGES,

@@ -8,6 +8,7 @@ import zipfile
 import pytest
 import torch
 from folders import command, prune, save_dense, weights_bytes
+from helpers import rest_nightly
 from tiny_models import make_model
 
 from ace_ext import InputError, PruneConfig
@@ -37,7 +38,7 @@ def from_file(dense, file, name="from-file", run=None, **config):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("batch_tokens", [32, 16384])
+@pytest.mark.parametrize("batch_tokens", rest_nightly([32], [32, 16384]))
 def test_from_the_file_as_from_the_run(metric, batch_tokens, dense):
     file, out = keep(dense, method=f"collect(batch_tokens={batch_tokens}) + {metric}")
     again = from_file(dense, file, method=metric)
@@ -80,7 +81,7 @@ def test_statistics_of_a_run_that_only_quantizes(dense):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("kept", [{}, {"method": "wanda", "sparsity": 0.9}], ids=str)
+@pytest.mark.parametrize("kept", rest_nightly([{}], [{}, {"method": "wanda", "sparsity": 0.9}]), ids=str)
 def test_one_file_for_other_settings(kept, other, dense):
     """A file saved by a run with other settings gives the same bytes as a new run that saves its own."""
     file, _ = keep(dense, **kept)
