@@ -10,8 +10,15 @@ from engine.test_image_inputs import CASES, IMAGE, PICTURE
 from folders import call
 from models.test_model_class import MODELS
 from PIL import Image
+from tiny_models import _SMALL
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForImageTextToText, CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPImageProcessorPil,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessorPil,
+)
 
 from ace_ext import InputError, prune_model
 from ace_ext.data.media import load_processor, media_batches
@@ -26,29 +33,45 @@ TEXTS = ["a cat", "a cat sat", "sat", "cat a cat", "a"]
 USER, ASSISTANT, COLON = (WORDS.index(word) for word in ("user", "assistant", ":"))
 
 
-def make_processor(template):
-    known = {word: number for number, word in enumerate(WORDS)} | {"<image>": IMAGE}
+IMAGES = {"image_token": "<image>"}
+SIZE = {"size": {"shortest_edge": PICTURE}, "crop_size": {"height": PICTURE, "width": PICTURE}}
+SIGHT = {"image_size": PICTURE, "patch_size": 8}
+SIGHT |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def make_tokenizer(**more):
+    rest = [f"w{number}" for number in range(len(WORDS), IMAGE)]
+    known = {word: number for number, word in enumerate([*WORDS, *rest, "<image>"])}
     made = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     made.add_special_tokens([AddedToken("<image>", special=True)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", unk_token="<unk>")
-    size = {"size": {"shortest_edge": PICTURE}, "crop_size": {"height": PICTURE, "width": PICTURE}}
+    ends = {"pad_token": "<pad>", "bos_token": "<s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **ends, **more)
+
+
+def make_processor(template):
     parts = {"image_token": "<image>", "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
-    return LlavaProcessor(CLIPImageProcessorPil(**size), tokenizer, patch_size=8, chat_template=template, **parts)
+    image_processor = CLIPImageProcessorPil(**SIZE)
+    return LlavaProcessor(image_processor, make_tokenizer(), patch_size=8, chat_template=template, **parts)
+
+
+def write_pairs(folder):
+    """Images of noise and their texts, in ``pairs.jsonl``."""
+    (folder / "images").mkdir()
+    for number in range(len(TEXTS)):
+        noise = torch.randint(256, (9, 12, 3), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(folder / "images" / f"{number}.png")
+    lines = [json.dumps({"image": f"images/{number}.png", "text": text}) for number, text in enumerate(TEXTS)]
+    (folder / "pairs.jsonl").write_text("\n".join(lines))
 
 
 @pytest.fixture(params=[TEMPLATE, None], ids=["template", "plain"])
 def place(request, tmp_path, monkeypatch):
-    """A small LLaVA with its processor, and images of noise with their texts."""
+    """A small LLaVA with its processor, and images with their texts."""
     torch.manual_seed(0)
     CASES["llava"][0]().save_pretrained(tmp_path / "llava")
     make_processor(request.param).save_pretrained(tmp_path / "llava")
-    (tmp_path / "images").mkdir()
-    for number in range(len(TEXTS)):
-        noise = torch.randint(256, (9, 12, 3), dtype=torch.uint8)
-        Image.fromarray(noise.numpy()).save(tmp_path / "images" / f"{number}.png")
-    lines = [json.dumps({"image": f"images/{number}.png", "text": text}) for number, text in enumerate(TEXTS)]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    write_pairs(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -128,6 +151,44 @@ def test_a_processor_that_refuses_a_sample_names_it(tmp_path):
     processor = make_processor("{{ raise_exception('no images') }}")
     with pytest.raises(InputError, match=r"pairs.jsonl, line 1: LlavaProcessor makes no inputs of it: .*no images"):
         media_batches(str(tmp_path / "pairs.jsonl"), processor, MODELS["LlavaForConditionalGeneration"](), 1, 1)
+
+
+def git():
+    """The model puts the image's states before the text itself, and its text has no token for them."""
+    processor = transformers.GitProcessor(CLIPImageProcessorPil(**SIZE), make_tokenizer())
+    config = transformers.GitConfig(vision_config=SIGHT, vocab_size=64, **{**SIGHT, "image_size": None})
+    return transformers.GitForCausalLM(config), processor, 0
+
+
+def paligemma():
+    """Text also attends to later tokens, and the processor writes labels, which would only be a loss."""
+    image_processor = SiglipImageProcessorPil(size={"height": PICTURE, "width": PICTURE})
+    image_processor.image_seq_length = 16
+    processor = transformers.PaliGemmaProcessor(image_processor, make_tokenizer(extra_special_tokens=IMAGES))
+    parts = {"vision_config": {**SIGHT, "model_type": "siglip_vision_model"}}
+    parts["text_config"] = {**_SMALL, "model_type": "gemma", "head_dim": 8}
+    config = transformers.PaliGemmaConfig(**parts, image_token_id=IMAGE, projection_dim=32)
+    return transformers.PaliGemmaForConditionalGeneration(config), processor, 16 + 1  # and the first token of a text
+
+
+@pytest.mark.parametrize("make", [git, paligemma])
+def test_other_ways_to_put_an_image_into_a_text(make, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_pairs(tmp_path)
+    model, processor, before = make()
+    model.save_pretrained("model")
+    processor.save_pretrained("model")
+    batches = media_batches("pairs.jsonl", load_processor("model"), model, nsamples=4, batch=8)
+    lengths = {len(text.split()) + before for text in TEXTS}
+    assert {len(row) for batch in batches for row in batch["input_ids"]} <= lengths
+    assert {len(batch["input_ids"]) for batch in batches} == {1}
+    assert all("labels" not in batch for batch in batches)
+    run = ["run", "--model", "model", "--calibration", "pairs.jsonl", "--nsamples", "4", "--method", "balanced"]
+    status, _, error = call(capsys, *run, "--output", "new")
+    assert status == 0, error
+    prune_model(model.eval(), batches, method="balanced", sparsity=0.5)
+    found = type(model).from_pretrained("new").state_dict()
+    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
 
 
 class Hearing:
