@@ -1,6 +1,5 @@
 """Which tokens of a batch are padding, where its hidden states enter a part of a model."""
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,11 +9,9 @@ from torch.nn import functional
 
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import decoder_of, frame_mask, hears_or_sees, predicts_tokens
+from ace_ext.models.tower_masks import IN_TOWERS, all_used, name_in, tower_mask
 
 MASK, DECODER_MASK = "attention_mask", "decoder_attention_mask"
-_IN_TOWERS = ("feature_attention_mask", "input_features_mask", "pixel_attention_mask")
-"""Masks of what the towers of a language model read: of frames of sound, ``[batch, frames]``, or of pixels, ``[batch,
-images, height, width]``."""
 _OF_PIXELS = ("pixel_mask", "padding_mask")
 """Masks that no part of a model has in its hidden states' shape."""
 
@@ -81,8 +78,8 @@ class TokenMasks:
         used = {self._name(block, batch) for block in blocks}
         if any(map(self._in_decoder, blocks)):
             used.add(MASK)
-        for name in (MASK, DECODER_MASK, *_IN_TOWERS, *_OF_PIXELS):
-            if name in batch and name not in used and not bool(batch[name].all()):
+        for name in (MASK, DECODER_MASK, *IN_TOWERS, *_OF_PIXELS):
+            if name in batch and name not in used and not all_used(name, batch[name]):
                 raise InputError(
                     f"{name} {list(batch[name].shape)} fits none of the pruned parts, so its padding would count; give "
                     "batches without padding"
@@ -94,7 +91,7 @@ class TokenMasks:
         if self._in_decoder(block):
             return DECODER_MASK
         if "input_ids" in batch and hears_or_sees(block):
-            return next((name for name in _IN_TOWERS if name in batch), None)
+            return name_in(batch, block)
         return MASK
 
     def _in_decoder(self, block: str) -> bool:
@@ -103,13 +100,13 @@ class TokenMasks:
     def _fitted(self, name: str, mask: Tensor | None, batch: dict[str, Tensor], hidden: Tensor) -> Tensor | None:
         if name == MASK:
             mask = self._appended(mask, batch.get("input_ids"), hidden)
+        if mask is not None and name in IN_TOWERS:
+            mask = tower_mask(name, mask, hidden, getattr(self._model, "config", None))
         if mask is None or bool(mask.all()):
             return None
         if mask.shape != hidden.shape[:2] and mask.dim() == 2 and "input_ids" not in batch and hidden.dim() == 3:
             frames = frame_mask(self._model, mask, hidden.shape[1])
             mask = mask if frames is None else frames
-        if name in _IN_TOWERS and hidden.dim() == 3:
-            mask = _of_patches(mask, hidden.shape[1]) if mask.dim() == 4 else _of_frames(mask, hidden.shape[1])
         if mask.shape != hidden.shape[:2]:
             raise InputError(
                 f"{name} must have an entry for each token that the blocks see, {list(hidden.shape[:2])} "
@@ -128,22 +125,6 @@ class TokenMasks:
         if missing <= 0 or missing not in {-ids.shape[1] % size for size in sizes}:
             return mask
         return functional.pad(torch.ones_like(ids) if mask is None else mask, (0, missing))
-
-
-def _of_frames(mask: Tensor, seqlen: int) -> Tensor:
-    """A mask of frames ``[batch, frames]`` for blocks that see every second of them, or so."""
-    step, left = divmod(mask.shape[1], seqlen)
-    return mask if left or not step else mask[:, ::step]
-
-
-def _of_patches(mask: Tensor, seqlen: int) -> Tensor:
-    """A mask of pixels ``[batch, images, height, width]`` for blocks that see square patches of each image: those with
-    a pixel count. Images without one are not there (Idefics 2 and 3)."""
-    images = mask.flatten(0, 1).bool()
-    images = images[images.flatten(1).any(1)]
-    side = math.isqrt(max(1, images[0].numel() // seqlen)) if len(images) else 1
-    patches = images.unfold(1, side, side).unfold(2, side, side).flatten(3).any(3)
-    return patches.flatten(1)
 
 
 def _are_states(value: object) -> bool:

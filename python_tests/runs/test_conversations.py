@@ -22,7 +22,6 @@ from transformers import (
 
 from ace_ext import InputError, prune_model
 from ace_ext.data.media import load_processor, media_batches
-from ace_ext.models.token_masks import TokenMasks
 
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }} : {% for part in message.content %}"
@@ -216,29 +215,3 @@ def test_sound_is_shown_in_the_same_way(tmp_path):
     ((shown, said),) = processor.seen[0][0]
     assert shown["content"][0]["audio"].shape == (1600,)
     assert said == {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]}
-
-
-def masked(name, mask, hidden):
-    """What the first block of a tower of LLaVA leaves out, beside an image's or sound's mask."""
-    masks = TokenMasks(MODELS["LlavaForConditionalGeneration"](), plain=False)
-    block, batch = "model.vision_tower.encoder.layers.0", {"input_ids": torch.ones(1, 5), name: mask}
-    masks.check_used([block], batch)
-    return masks.of(block, batch, torch.zeros(hidden))
-
-
-def test_padding_of_sound_does_not_count_in_its_tower():
-    """Blocks see every second frame, from the first one on."""
-    mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0]])
-    assert masked("feature_attention_mask", mask, (1, 4, 6)).tolist() == [True, True, False, False]
-    assert masked("input_features_mask", mask[:, :4], (1, 4, 6)).tolist() == [True, True, True, False]
-    with pytest.raises(InputError, match=r"feature_attention_mask must have an entry for each token .* \[1, 3\]"):
-        masked("feature_attention_mask", mask, (1, 3, 6))
-
-
-def test_patches_without_a_pixel_do_not_count_in_their_tower():
-    """Of three images the first has a narrow strip of a second column of patches, and the last is none."""
-    mask = torch.zeros(1, 3, 4, 6, dtype=torch.long)
-    mask[0, 0, :2, :3] = mask[0, 1] = 1
-    found = masked("pixel_attention_mask", mask, (2, 6, 8))
-    assert found.tolist() == [True, True, False, False, False, False, *[True] * 6]
-    assert masked("pixel_attention_mask", mask[:, 1:2], (1, 6, 8)) is None
