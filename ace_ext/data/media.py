@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from ace_ext.data.conversations import conversation, converses
-from ace_ext.data.media_items import IMAGE, Item, Items, media_items, read_item, text_of
+from ace_ext.data.media_items import IMAGE, Item, Items, media_items, read_item, sound_part, text_of
 from ace_ext.data.requests import check_int, positions_in
 from ace_ext.errors import InputError, one_line
 from ace_ext.models.location import remote_code_allowed
 from ace_ext.models.token_masks import MASK
 
-_INPUTS = {"image": ("pixel_values",), "audio": ("input_features", "input_values")}
+_INPUTS = {
+    "image": ("pixel_values", "image_pixel_values"),
+    "audio": ("input_features", "input_values", "audio_input_features"),
+}
 """By kind of file, the arguments of a model's forward that take it."""
 
 
@@ -132,7 +135,7 @@ def _media(contents: Sequence[Any], where: str, kind: str, processor: Any) -> di
     if kind == IMAGE:
         reader = getattr(processor, "image_processor", processor)
         return _tensors(reader(images=contents, return_tensors="pt"), where)
-    reader = getattr(processor, "feature_extractor", processor)
+    reader = sound_part(processor)
     padding = "max_length" if hasattr(reader, "n_samples") else True  # Whisper hears windows of one length
     made = reader(contents, sampling_rate=int(reader.sampling_rate), padding=padding, return_tensors="pt")
     return _tensors(made, where)

@@ -20,6 +20,7 @@ SUFFIXES = {
     AUDIO: {".aif", ".aiff", ".flac", ".mp3", ".oga", ".ogg", ".wav"},
 }
 """By kind, the names' ends of the files that are read from a folder."""
+_SOUND_PARTS = ("feature_extractor", "audio_processor")
 _LINE = '{"image": "a.png", "text": "…"} or {"audio": "a.wav", "text": "…"}'
 
 
@@ -99,11 +100,19 @@ def read_item(item: Item, kind: str, processor: Any, channels: int = 3) -> Any:
     """What a processor takes: an image, of ``channels``, or the samples of sound at the rate that it asks for.
 
     Raises:
-        InputError: the file cannot be read.
+        InputError: the file cannot be read, or the processor has no rate of sound.
     """
     if kind == IMAGE:
         return read_image(item.file, channels)
-    return read_audio(item.file, int(getattr(processor, "feature_extractor", processor).sampling_rate)).numpy()
+    rate = getattr(sound_part(processor), "sampling_rate", None)
+    if rate is None:
+        raise InputError(f"model: its processor, {type(processor).__name__}, says no rate of sound (sampling_rate)")
+    return read_audio(item.file, int(rate)).numpy()
+
+
+def sound_part(processor: Any) -> Any:
+    """What reads the sound for a processor of several kinds of files."""
+    return next((getattr(processor, name) for name in _SOUND_PARTS if hasattr(processor, name)), processor)
 
 
 def listing_sha256(source: str) -> str:

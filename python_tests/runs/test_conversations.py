@@ -195,23 +195,41 @@ class Hearing:
 
     chat_template = "any"
 
-    def __init__(self):
+    def __init__(self, part):
         self.tokenizer, self.seen = object(), []
-        self.feature_extractor = transformers.WhisperFeatureExtractor()
+        if part is not None:
+            setattr(self, part, transformers.WhisperFeatureExtractor())
 
     def apply_chat_template(self, conversations, **options):
         self.seen.append((conversations, options))
         return {"input_ids": torch.ones(1, 3, dtype=torch.long), "other": [1]}
 
 
-def test_sound_is_shown_in_the_same_way(tmp_path):
+NAMES = [("feature_extractor", lambda input_ids, input_features=None: None)]
+NAMES += [("audio_processor", lambda input_ids, audio_input_features=None: None)]  # of Phi-4
+
+
+def heard(tmp_path, part, forward):
+    """What makes batches of one sound, but for the processor and the model."""
     soundfile = pytest.importorskip("soundfile")
     soundfile.write(tmp_path / "a.wav", torch.linspace(-0.5, 0.5, 1600).numpy(), 16000)
     (tmp_path / "pairs.jsonl").write_text('{"audio": "a.wav", "text": "a cat"}')
-    processor, model = Hearing(), MODELS["LlavaForConditionalGeneration"]()
-    model.forward = lambda input_ids, input_features=None: None
+    model = MODELS["LlavaForConditionalGeneration"]()
+    model.forward = forward
+    return Hearing(part), model
+
+
+@pytest.mark.parametrize(("part", "forward"), NAMES, ids=["usual", "phi-4"])
+def test_sound_is_shown_in_the_same_way(part, forward, tmp_path):
+    processor, model = heard(tmp_path, part, forward)
     (batch,) = media_batches(str(tmp_path / "pairs.jsonl"), processor, model, 1, 1)
     assert list(batch) == ["input_ids"]
     ((shown, said),) = processor.seen[0][0]
     assert shown["content"][0]["audio"].shape == (1600,)
     assert said == {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]}
+
+
+def test_a_processor_without_a_rate_of_sound_is_refused(tmp_path):
+    processor, model = heard(tmp_path, None, NAMES[0][1])
+    with pytest.raises(InputError, match="model: its processor, Hearing, says no rate of sound"):
+        media_batches(str(tmp_path / "pairs.jsonl"), processor, model, 1, 1)
