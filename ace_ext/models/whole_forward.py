@@ -53,6 +53,12 @@ def explained(model: nn.Module, batch: dict[str, Tensor]) -> Iterator[None]:
     except (InputError, torch.OutOfMemoryError):
         raise
     except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
+        if type(model).forward is nn.Module.forward:
+            parts = [f"model.{name}" for name, part in model.named_children() if hasattr(part, "config")]
+            raise InputError(
+                f"{type(model).__name__} cannot be called: it only joins models; prune one of them, "
+                f"{' or '.join(parts) or 'none was found'}"
+            ) from error
         given = ", ".join(f"{name} {list(value.shape)}" for name, value in batch.items())
         lacks = decoder_of(model) is not None and not any(name in batch for name in _DECODED)
         mend = f"; a model with a decoder also needs {' or '.join(_DECODED)}" if lacks else ""

@@ -171,3 +171,22 @@ def test_gemma3n_is_refused_before_a_block_changes():
     with pytest.raises(InputError, match=r"cannot be walked block by block: .*; leave out train$"):
         prune_model(model, make_tokens(), PruneConfig("wanda + train"))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+class Joined(transformers.PreTrainedModel):
+    """As Qwen2.5-Omni: what thinks and what talks, which its ``generate`` calls one after the other."""
+
+    config_class = transformers.LlamaConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.thinker, self.between = transformers.LlamaForCausalLM(config), torch.nn.Linear(2, 2)
+        self.talker = transformers.LlamaForCausalLM(config)
+        self.post_init()
+
+
+def test_a_class_that_only_joins_models_names_them():
+    model = Joined(transformers.LlamaConfig(**_SMALL))
+    with pytest.raises(InputError, match=r"^Joined cannot be called: .*, model.thinker or model.talker$"):
+        prune_model(model, make_tokens(2, 8), method="wanda", sparsity=0.5)
+    prune_model(model.thinker, make_tokens(2, 8), method="wanda", sparsity=0.5)
