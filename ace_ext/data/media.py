@@ -20,6 +20,8 @@ _INPUTS = {
     "audio": ("input_features", "input_values", "audio_input_features"),
 }
 """By kind of file, the arguments of a model's forward that take it."""
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
+"""One of these files is in a folder with a tokenizer."""
 
 
 def load_processor(folder: str) -> Any:
@@ -38,7 +40,8 @@ def load_processor(folder: str) -> Any:
             return kind.from_pretrained(folder, trust_remote_code=remote_code_allowed())
         except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
             errors.append(error)
-            if isinstance(error, ImportError) and kind is AutoProcessor and (Path(folder) / "tokenizer.json").is_file():
+            has_tokenizer = any((Path(folder) / name).is_file() for name in _TOKENIZERS)
+            if isinstance(error, ImportError) and kind is AutoProcessor and has_tokenizer:
                 break  # its image processor alone would read no text
     reason = one_line(errors[0], 200)
     if isinstance(errors[0], ImportError):

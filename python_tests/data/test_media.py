@@ -348,18 +348,18 @@ def test_a_missing_library(images, image_processor, monkeypatch, module, extra):
         media_batches(source, processor, model, nsamples=9, batch=2)
 
 
-@pytest.mark.parametrize("tokenized", [True, False])
-def test_a_processor_without_its_package(tokenized, tmp_path, monkeypatch):
+@pytest.mark.parametrize("tokenizer", ["tokenizer.json", "vocab.txt", None])
+def test_a_processor_without_its_package(tokenizer, tmp_path, monkeypatch):
     """Its image processor alone loads, but would read no text."""
     CLIPImageProcessorPil().save_pretrained(tmp_path)
-    if tokenized:
-        (tmp_path / "tokenizer.json").write_text("{}")
+    if tokenizer is not None:
+        (tmp_path / tokenizer).write_text("{}")
 
     def missing(*_, **__):
         raise ImportError("it requires the Torchvision library")
 
     monkeypatch.setattr(AutoProcessor, "from_pretrained", missing)
-    if not tokenized:
+    if tokenizer is None:
         assert isinstance(load_processor(str(tmp_path)), CLIPImageProcessorPil)
         return
     with pytest.raises(InputError, match=r"not installed \(it requires the Torchvision library\); install it"):
