@@ -73,7 +73,7 @@ def _labels(logits: Tensor, inputs: Inputs) -> Tensor:
 def _embeddings(outputs: Mapping[str, Any], inputs: Inputs) -> list[Tensor]:
     """The embeddings in a model's outputs, float ``[batch, width]`` each."""
     named = [outputs[name] for name in _EMBEDDINGS if isinstance(outputs.get(name), Tensor)]
-    if named:
+    if named and all(tensor.dim() == 2 for tensor in named):  # BLIP's captions have a vector for each patch there
         return named
     for name in ("last_hidden_state", "encoder_last_hidden_state", "logits"):
         states = outputs.get(name)

@@ -76,8 +76,8 @@ class TokenMasks:
         if self.plain:
             return
         used = {self._name(block, batch) for block in blocks}
-        if any(map(self._in_decoder, blocks)):
-            used.add(MASK)
+        if any(map(self._in_decoder, blocks)) or ("input_ids" in batch and all(map(hears_or_sees, blocks))):
+            used.add(MASK)  # by an encoder, or by parts that are not pruned: it is that of text
         for name in (MASK, DECODER_MASK, *IN_TOWERS, *_OF_PIXELS):
             if name in batch and name not in used and not all_used(name, batch[name]):
                 raise InputError(

@@ -145,6 +145,23 @@ def test_two_towers_have_two_embeddings():
     assert agreement(found, blind).cosine == pytest.approx(0, abs=1e-6)  # the mean of 1 and -1
 
 
+class Captions(nn.Module):
+    """As BLIP's: what is named as an embedding has a vector for each patch."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, states):
+        return {"logits": states[:, :1], "image_embeds": states, "last_hidden_state": states}
+
+
+def test_vectors_of_patches_are_averaged():
+    states = torch.arange(12.0).view(2, 3, 2)
+    (embedding,) = answers(Captions(), [{"states": states}]).embeddings
+    assert torch.equal(embedding, states.mean(1))
+
+
 def test_answers_that_cannot_be_compared():
     with pytest.raises(InputError, match="none found"):
         answers(bert(BertModel), [])

@@ -99,3 +99,13 @@ def test_tiles_that_an_image_does_not_fill_do_not_count():
     found = tower_mask("aspect_ratio_mask", tiles, torch.zeros(2, 16, 6), SimpleNamespace(vision_config=sight))
     used, none = [True] * 5 + [False] * 3, [False] * 8
     assert found.tolist() == [[*used, *none], [*used, *used]]
+
+
+def test_padding_of_texts_that_no_pruned_part_reads():
+    """CLIP's tower of images alone is pruned."""
+    masks = TokenMasks(MODELS["LlavaForConditionalGeneration"](), plain=False)
+    batch = {"input_ids": torch.ones(1, 3), "attention_mask": torch.tensor([[1, 1, 0]])}
+    masks.check_used(["vision_model.encoder.layers.0"], batch)
+    masks.check_used(["vision_model.encoder.layers.0", "text_model.encoder.layers.0"], batch)
+    assert masks.of("vision_model.encoder.layers.0", batch, torch.zeros(1, 5, 6)) is None
+    assert masks.of("text_model.encoder.layers.0", batch, torch.zeros(1, 3, 6)).tolist() == [True, True, False]
