@@ -16,6 +16,7 @@ from ace_ext.engine.entrances import Entrances
 from ace_ext.engine.finite import restored_if_float16
 from ace_ext.engine.inputs import Batches, model_inputs
 from ace_ext.engine.progress import Progress
+from ace_ext.engine.run_again import run_finished_again
 from ace_ext.engine.walk import Walk
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import check_version, predicts_tokens
@@ -273,7 +274,12 @@ def _begin(
     if found is not None and found.reason is not None:
         return BatchStates([], None, context.device), None
     if found is None or not found.parts:
-        return _enter(model, store, batches, context, context.device, config.method.train is not None), None
+        states = _enter(model, store, batches, context, context.device, config.method.train is not None)
+        done = 0 if context.journal is None else context.journal.finished
+        if found is not None and found.shares and 0 < done < len(store.blocks):
+            entered = capture_calls(model, store.blocks, batches)
+            run_finished_again(model, store, states, context, entered)
+        return states, None
     dense = config.method.train is not None or context.sink is not None
     entrances = Entrances(model, store, found.parts, batches, context, context.device, dense)
     states = BatchStates([], None, context.device)
@@ -298,7 +304,8 @@ def _tried(
     for block in store.blocks:
         left = [_not_called(block, child) for child in found.uncalled(block)]
         check_share(block.name, block.module, [*block.dense, *left], config.dense_limit)
-    if found.shares and context.journal is not None and context.journal.finished:
+    resumed = found.shares and context.journal is not None and context.journal.finished
+    if resumed and (found.parts or config.method.train is not None):  # there are two walks, or a part within the model
         raise InputError("the blocks of this model share states, which no file holds; start over without --resume")
     if found.reason is None:
         return found

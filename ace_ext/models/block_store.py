@@ -70,8 +70,14 @@ class OffloadedBlocks:
     def __init__(self, blocks: list[Block], shards: Shards, device: torch.device | str) -> None:
         self.blocks, self.shards, self.device = blocks, shards, device
         self._ahead: ReadAhead | None = None
-        self.pruned: Callable[[Block], Shards | None] = lambda block: None
-        """The files of a block that was pruned and written already; None for any other block."""
+        self._written: Callable[[Block], Shards | None] = lambda block: None
+
+    def read_pruned_from(self, files: Callable[[Block], Shards | None]) -> None:
+        """From now on blocks that were pruned and written already are read from there. ``files``: those of a block;
+        None for any other block."""
+        self._written = files
+        if self._ahead is not None:
+            self._ahead.forget()  # the next block may have been read from the dense model's files
 
     def read_ahead(self) -> None:
         """Turns on reading ahead: the next block is read while one is in use, so two are in memory."""
@@ -96,7 +102,7 @@ class OffloadedBlocks:
 
     def shards_of(self, block: Block) -> Shards:
         """The files from which the block's weights are read."""
-        return self.pruned(block) or self.shards
+        return self._written(block) or self.shards
 
     def way_out(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Loads the weights after the blocks."""
@@ -134,6 +140,10 @@ class ReadAhead:
         self._blocks, self._shards_of, self._pinned = blocks, shards_of, device.type == "cuda"
         self._thread = ThreadPoolExecutor(1, "read-ahead")
         self._next: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
+
+    def forget(self) -> None:
+        """Nothing that was read ahead is taken."""
+        self._next = None
 
     def take(self, index: int) -> Read:
         """Returns a function that reads the parameters of block ``index``, each once. They are in memory already if

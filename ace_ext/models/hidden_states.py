@@ -106,9 +106,10 @@ class HiddenStates:
         """A copy for an extra pass, kept in the same way under another name."""
         return self.beside(name, (self[i] for i in range(len(self))))
 
-    def beside(self, name: str, states: Iterable[Tensor]) -> "HiddenStates":
-        """Other states, kept in the same way under another name."""
-        return HiddenStates(states, self._folder, self._kept is not None, name, self._device)
+    def beside(self, name: str, states: Iterable[Tensor], resident: bool | None = None) -> "HiddenStates":
+        """Other states, kept in the same way (or, by ``resident``, in memory or files) under another name."""
+        resident = self._kept is not None if resident is None else resident
+        return HiddenStates(states, self._folder, resident, name, self._device)
 
     def sibling(self, name: str) -> "HiddenStates":
         """The states that an earlier run left under another name in the same folder, with the same layout and side."""

@@ -121,7 +121,7 @@ class Workspace(UnfinishedRun):
         finished. Blocks that are read from files are read from the output's from now on, once they are written."""
         done = {report.name for report in self.blocks}
         if isinstance(store, OffloadedBlocks):
-            store.pruned = lambda block: self._output(model) if self._is_done(block) else None
+            store.read_pruned_from(lambda block: self._output(model) if self._is_done(block) else None)
             return
         for block in store.blocks:
             for name, parameter in block.module.named_parameters() if block.name in done else ():

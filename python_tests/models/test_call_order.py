@@ -7,7 +7,7 @@ import every_class
 import other_classes
 import pytest
 import torch
-from folders import TEXT, prune
+from folders import TEXT, prune, weights_bytes
 from tiny_models import make_model, make_tokenizer, make_tokens
 
 from ace_ext import InputError, PruneConfig, prune_model
@@ -201,23 +201,54 @@ def test_a_linear_that_text_does_not_use_stays_dense_and_is_listed(tmp_path):
             prune_model(every_class.build(UNUSED), make_tokens(), PruneConfig(**config, max_dense=0.4))
 
 
-def test_shared_states_are_not_on_the_disk(tmp_path, monkeypatch):
-    model = every_class.build(SHARED_KV, torch.bfloat16)
-    model.save_pretrained(tmp_path / "dense")
-    make_tokenizer().save_pretrained(tmp_path / "dense")
-    (tmp_path / "text.txt").write_text(TEXT)
+SHARED = {
+    "memory": ("wanda", {}),
+    "batches": ("collect(batch_tokens=64) + admm", {}),
+    "dense order": ("collect(order=block) + wanda", {}),
+    "disk": ("balanced + quantize(bits=4)", {"offload": "disk"}),
+    "disk, one forward": ("wanda", {"offload": "disk"}),
+}
+
+
+def stopped_after(blocks, dense, output, monkeypatch, run, method):
+    """A run that was interrupted once so many blocks were finished."""
     finish, done = Recorder.finish, []
 
     def stop(*args, **named):
         finish(*args, **named)
         done.append(args)
-        if len(done) == 3:
+        if len(done) == blocks:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Recorder, "finish", stop)
-    with pytest.raises(KeyboardInterrupt):
-        prune(tmp_path / "dense", tmp_path / "out", calibration={"source": "tokens"})
-    with pytest.raises(InputError, match="share states, which no file holds; start over without --resume"):
-        prune(tmp_path / "dense", tmp_path / "out", {"resume": True}, {"source": "tokens"})
-    prune(tmp_path / "dense", tmp_path / "out", calibration={"source": "tokens"})
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prune(dense, output, run, {"source": "tokens"}, method=method)
+
+
+@pytest.fixture
+def shared_kv(tmp_path):
+    """A model whose last two of four blocks read keys and values of the first two."""
+    every_class.build(SHARED_KV, torch.bfloat16).save_pretrained(tmp_path / "dense")
+    make_tokenizer().save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path / "dense"
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize(("method", "run"), SHARED.values(), ids=SHARED)
+def test_a_resumed_run_computes_shared_states_again(method, run, blocks, shared_kv, tmp_path, monkeypatch):
+    """No file holds them."""
+    stopped_after(blocks, shared_kv, tmp_path / "out", monkeypatch, run, method)
+    prune(shared_kv, tmp_path / "out", {**run, "resume": True}, {"source": "tokens"}, method=method)
+    prune(shared_kv, tmp_path / "whole", run, {"source": "tokens"}, method=method)
+    assert weights_bytes(tmp_path / "out") == weights_bytes(tmp_path / "whole")
     assert not verify(tmp_path / "out").problems
+
+
+def test_training_with_shared_states_is_not_resumed(shared_kv, tmp_path, monkeypatch):
+    """The dense model's are needed, too."""
+    method = "wanda + train(epochs=1)"
+    stopped_after(2, shared_kv, tmp_path / "out", monkeypatch, {}, method)
+    with pytest.raises(InputError, match="share states, which no file holds; start over without --resume"):
+        prune(shared_kv, tmp_path / "out", {"resume": True}, {"source": "tokens"}, method=method)
