@@ -7,7 +7,8 @@
 
 namespace ace::cuda {
 
-// Calls action(T{}) with the core type. ACE_WITHOUT_HALF: for sanitizers, to which Half is BFloat16 again.
+// Calls action(T{}) with the core type. With ACE_WITHOUT_HALF, as in tests under sanitizers, there are no kernels for
+// Half: they read and write the same places as those for BFloat16.
 template <class Action>
 cudaError_t with_dtype(Dtype dtype, Action&& action) {
   switch (dtype) {

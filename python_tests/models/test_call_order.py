@@ -8,6 +8,7 @@ import other_classes
 import pytest
 import torch
 from folders import TEXT, prune, weights_bytes
+from helpers import rest_nightly
 from tiny_models import make_model, make_tokenizer, make_tokens
 
 from ace_ext import InputError, PruneConfig, prune_model
@@ -235,10 +236,11 @@ def shared_kv(tmp_path):
     return tmp_path / "dense"
 
 
-@pytest.mark.parametrize("blocks", [1, 3])
-@pytest.mark.parametrize(("method", "run"), SHARED.values(), ids=SHARED)
-def test_a_resumed_run_computes_shared_states_again(method, run, blocks, shared_kv, tmp_path, monkeypatch):
+@pytest.mark.parametrize("blocks", rest_nightly([3], [1, 3]))
+@pytest.mark.parametrize("way", rest_nightly(["memory", "disk"], SHARED))
+def test_a_resumed_run_computes_shared_states_again(way, blocks, shared_kv, tmp_path, monkeypatch):
     """No file holds them."""
+    method, run = SHARED[way]
     stopped_after(blocks, shared_kv, tmp_path / "out", monkeypatch, run, method)
     prune(shared_kv, tmp_path / "out", {**run, "resume": True}, {"source": "tokens"}, method=method)
     prune(shared_kv, tmp_path / "whole", run, {"source": "tokens"}, method=method)

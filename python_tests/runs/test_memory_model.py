@@ -335,7 +335,7 @@ def make_mixture():
 @pytest.mark.parametrize(
     "method",
     rest_nightly(
-        ["admm", "wanda + train(epochs=1)"],
+        ["wanda + train(epochs=1)"],
         ["wanda", "cosp", "admm", "collect(batch_tokens=256) + admm", "wanda + train(epochs=1)"],
     ),
 )

@@ -35,7 +35,7 @@ MODES = {
     "allocated": ("--method", "allocate + wanda + swaps(gram=cosine)", "--offload", "disk"),
 }
 
-OFTEN = ("resident", "disk-stages", "trained", "quantized")
+OFTEN = ("disk-stages", "trained", "quantized")
 
 
 @pytest.fixture(scope="module")
