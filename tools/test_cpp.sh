@@ -10,7 +10,11 @@
 # these tests take most of the time. Nor does the test of left-out barriers run there, which the other builds run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-folders="" archs=${ACE_CUDA_ARCHS-}
+folders="" archs=${ACE_CUDA_ARCHS-} all_types=${ACE_ALL_TYPES:-OFF}
+if [[ "$all_types" != ON && "$all_types" != OFF ]]; then
+  echo "test_cpp: ACE_ALL_TYPES must be ON or OFF (got $all_types)" >&2
+  exit 2
+fi
 [ -n "$2" ] || archs=${archs:-80}
 if [ -z "$archs" ]; then
   echo "test_cpp: with sanitizers the kernels are tested as source only; ACE_CUDA_ARCHS=80 runs their PTX too" >&2
@@ -27,10 +31,10 @@ else
   echo "test_cpp: no nvcc, so the kernels are tested as source only, NOT as PTX" >&2
 fi
 cmake -S . -B "$1" ${ACE_CMAKE_OPTIONS-} -DACE_SANITIZE="$2" -DACE_PTX_FOLDERS="${folders%;}" \
-  -DACE_KERNELS_ONLY="${ACE_KERNELS_ONLY:-OFF}" -DACE_ALL_TYPES="${ACE_ALL_TYPES:-OFF}" --log-level=WARNING >/dev/null
+  -DACE_KERNELS_ONLY="${ACE_KERNELS_ONLY:-OFF}" -DACE_ALL_TYPES="$all_types" --log-level=WARNING >/dev/null
 cmake --build "$1" --parallel "${JOBS:-2}"
 left_out=()
-if [ -n "$2" ] && [ -z "${ACE_ALL_TYPES-}" ]; then
+if [ -n "$2" ] && [ "$all_types" = OFF ]; then
   echo "test_cpp: with sanitizers the kernels for float16 are left out; ACE_ALL_TYPES=ON runs them too" >&2
   if [ "$2" = thread ]; then
     left_out=(--exclude-regex '<ace::BFloat16>|^Barriers\.')

@@ -1,7 +1,7 @@
 """``prune_model``: prunes a model in memory by a walk over its blocks."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.left_dense import check_share
 from ace_ext.models.padded_experts import check_padding, try_padding
 from ace_ext.models.parts import check_removable
-from ace_ext.models.replay import BlockCall, capture_calls
+from ace_ext.models.replay import BlockCall, capture_calls, first_states
 from ace_ext.models.run_mode import inner_model, modes_by_name, run_mode
 from ace_ext.models.samples import note_sample_shapes, one_sample
 from ace_ext.models.trial import Findings, try_walk
@@ -236,20 +236,13 @@ def _enter(
     if context.source is not None:
         return BatchStates([], None, device)
     calls: list[BlockCall] = []
-
-    def first_states() -> Iterator[Tensor]:
-        for call in capture_calls(model, store.blocks, batches):
-            hidden, call.hidden = call.hidden, None
-            assert hidden is not None  # just captured
-            calls.append(call)
-            yield hidden
-
     with store.entrance(model):
+        entering = first_states(capture_calls(model, store.blocks, batches), calls)
         if context.journal is None:
-            hidden = HiddenStates(first_states(), device=device)
+            hidden = HiddenStates(entering, device=device)
         else:
-            hidden = context.journal.open_hidden(first_states(), device)
-            for _ in first_states() if not calls else ():  # a resumed run did not read these, but needs the calls
+            hidden = context.journal.open_hidden(entering, device)
+            for _ in entering:  # a resumed run did not read these, but needs the calls
                 pass
         if trains and calls:
             note_sample_shapes(calls, hidden[0].shape, capture_calls(model, store.blocks, [one_sample(batches[0])]))

@@ -1,7 +1,7 @@
 """Enters the parts of a model during a walk: the calls of each part are recorded when the walk comes to it, so that a
 decoder sees the output of the pruned encoder."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from ace_ext.errors import InputError
 from ace_ext.models.block_store import BlockSource
 from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.parts import entered
-from ace_ext.models.replay import BlockCall
+from ace_ext.models.replay import BlockCall, first_states
 from ace_ext.models.samples import note_sample_shapes, one_sample
 
 Entered = tuple[list[BlockCall], HiddenStates]
@@ -98,20 +98,13 @@ class Entrances:
         """What enters a part. ``resumed``: the journal keeps it, and has it already if this is true; None: it is only
         in memory."""
         calls: list[BlockCall] = []
-
-        def first_states() -> Iterator[Tensor]:
-            for call in entered(self._model, self._store, part, self._batches):
-                hidden, call.hidden = call.hidden, None
-                assert hidden is not None  # just captured
-                calls.append(call)
-                yield hidden
-
+        entering = first_states(entered(self._model, self._store, part, self._batches), calls)
         if resumed is not None and self._journal is not None:
-            hidden = self._journal.open_part(first_states(), self._device, resumed)
-            for _ in first_states() if not calls else ():  # a resumed run did not read these, but needs the calls
+            hidden = self._journal.open_part(entering, self._device, resumed)
+            for _ in entering:  # a resumed run did not read these, but needs the calls
                 pass
         else:
-            hidden = HiddenStates(first_states(), device=self._device)
+            hidden = HiddenStates(entering, device=self._device)
         if not calls:
             raise InputError("calibration must have at least one token whose attention_mask is not 0 (got none)")
         if self._trains:

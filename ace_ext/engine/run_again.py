@@ -1,13 +1,13 @@
 """A resumed run of a model whose blocks share states: the finished blocks run once more."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
-from torch import Tensor, nn
+from torch import nn
 
 from ace_ext.engine.batch_states import BatchStates
 from ace_ext.engine.context import RunContext
 from ace_ext.models.block_store import BlockSource
-from ace_ext.models.replay import BlockCall
+from ace_ext.models.replay import BlockCall, first_states
 
 
 def run_finished_again(
@@ -26,18 +26,10 @@ def run_finished_again(
     journal = context.journal
     assert journal is not None  # nothing else resumes a run
     calls: list[BlockCall] = []
-
-    def first_states() -> Iterator[Tensor]:
-        for call in entered:
-            hidden, call.hidden = call.hidden, None
-            assert hidden is not None  # just captured
-            calls.append(call)
-            yield hidden
-
     journal.restore_(model, store)
     with store.entrance(model):
         name = f"again-{context.peers.rank}"
-        hidden = states.hidden.beside(name, first_states(), resident=False)  # no estimate counts them
+        hidden = states.hidden.beside(name, first_states(entered, calls), resident=False)  # no estimate counts them
     again = BatchStates(calls, hidden, states.device)
     for index in range(journal.finished):
         with store.loaded(index) as block:

@@ -15,7 +15,7 @@ from ace_ext.healing.pinned import PinnedBlocks
 from ace_ext.healing.settings import HealSettings
 from ace_ext.models.block_store import BlockSource
 from ace_ext.models.hidden_states import HiddenStates
-from ace_ext.models.replay import BlockCall, capture_calls, run_block
+from ace_ext.models.replay import BlockCall, capture_calls, first_states, run_block
 from ace_ext.models.trial import try_walk
 
 SHARED = 16
@@ -140,14 +140,11 @@ def enter(
     """
     calls: list[BlockCall] = []
 
-    def states() -> Iterator[Tensor]:
+    def captured() -> Iterator[BlockCall]:
         for call in capture_calls(model, store.blocks, ({"input_ids": batch.to(device)} for batch in tokens)):
-            hidden, call.hidden = call.hidden, None
-            assert hidden is not None  # just captured
             if calls:
                 call.others = _shared(call.others, calls[0].others)
-            calls.append(call)
-            yield hidden
+            yield call
 
     device = place.device or next(model.parameters()).device
     first = {"input_ids": tokens[0].to(device)}
@@ -155,9 +152,10 @@ def enter(
     if reason is not None:
         raise InputError(f"this model cannot be distilled, which goes block by block: {reason}")
     with store.entrance(model):
+        states = first_states(captured(), calls)
         if earlier is None:
-            return calls, HiddenStates(states(), place.folder, place.resident, name, device)
-        for _ in states():
+            return calls, HiddenStates(states, place.folder, place.resident, name, device)
+        for _ in states:
             pass
     return calls, earlier
 

@@ -218,6 +218,15 @@ def capture_calls(
                 raise InputError(f"the model did not call all its blocks from {recorder.blocks[0].name} to the last")
 
 
+def first_states(captured: Iterable[BlockCall], calls: list[BlockCall]) -> Iterator[Tensor]:
+    """The hidden states with which the batches enter, one after the other. ``calls`` gets the calls, without them."""
+    for call in captured:
+        hidden, call.hidden = call.hidden, None
+        assert hidden is not None  # just captured
+        calls.append(call)
+        yield hidden
+
+
 def _call_of(recorder: _Recorder, masks: TokenMasks, batch: dict[str, Tensor], part: range) -> BlockCall:
     """The call of a batch that reached the last block of the part."""
     first, hidden = recorder.blocks[0], recorder.hidden

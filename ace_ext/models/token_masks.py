@@ -60,8 +60,12 @@ class TokenMasks:
             return []
         given = (value for values, named in others for value in (*values, *named.values()))
         states = {value.data_ptr(): value for value in given if _are_states(value)}
-        inside = self._in_decoder(block)
-        return [(x, self._fitted(MASK, batch.get(MASK), batch, x) if inside else None) for x in states.values()]
+        inside, mask = self._in_decoder(block), batch.get(MASK)
+
+        def of_text(x: Tensor) -> bool:  # BridgeTower's blocks of images also read the text
+            return self._in_tower(block, batch) and mask is not None and x.shape[:2] == mask.shape
+
+        return [(x, self._fitted(MASK, mask, batch, x) if inside or of_text(x) else None) for x in states.values()]
 
     def check_used(self, blocks: list[str], batch: dict[str, Tensor]) -> None:
         """Checks that some part reads each mask of a batch.
@@ -76,8 +80,8 @@ class TokenMasks:
         if self.plain:
             return
         used = {self._name(block, batch) for block in blocks}
-        if any(map(self._in_decoder, blocks)) or ("input_ids" in batch and all(map(hears_or_sees, blocks))):
-            used.add(MASK)  # by an encoder, or by parts that are not pruned: it is that of text
+        if any(map(self._in_decoder, blocks)) or all(self._in_tower(block, batch) for block in blocks):
+            used.add(MASK)  # in the states that they read of another part, if at all
         for name in (MASK, DECODER_MASK, *IN_TOWERS, *_OF_PIXELS):
             if name in batch and name not in used and not all_used(name, batch[name]):
                 raise InputError(
@@ -90,9 +94,10 @@ class TokenMasks:
             return MASK
         if self._in_decoder(block):
             return DECODER_MASK
-        if "input_ids" in batch and hears_or_sees(block):
-            return name_in(batch, block)
-        return MASK
+        return name_in(batch, block) if self._in_tower(block, batch) else MASK
+
+    def _in_tower(self, block: str, batch: dict[str, Tensor]) -> bool:
+        return "input_ids" in batch and hears_or_sees(block)
 
     def _in_decoder(self, block: str) -> bool:
         return self._decoder is not None and f"{block}.".startswith(f"{self._decoder}." if self._decoder else "")

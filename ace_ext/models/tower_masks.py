@@ -56,8 +56,8 @@ def _of_frames(mask: Tensor, hidden: Tensor) -> Tensor:
         lengths = mask.sum(1)
         fits = any(int((-(-lengths // step)).sum()) == len(hidden) for step in (1, 2, 4, 8))
         return torch.ones(len(hidden), dtype=torch.bool) if fits else mask
-    step = max(1, -(-mask.shape[-1] // hidden.shape[1]))
-    return mask[..., ::step] if mask[..., ::step].shape[-1] == hidden.shape[1] else mask
+    seen = mask[..., :: max(1, -(-mask.shape[-1] // hidden.shape[1]))]
+    return seen if seen.shape[-1] == hidden.shape[1] else mask
 
 
 def _of_patches(mask: Tensor, seqlen: int) -> Tensor:

@@ -109,3 +109,24 @@ def test_padding_of_texts_that_no_pruned_part_reads():
     masks.check_used(["vision_model.encoder.layers.0", "text_model.encoder.layers.0"], batch)
     assert masks.of("vision_model.encoder.layers.0", batch, torch.zeros(1, 5, 6)) is None
     assert masks.of("text_model.encoder.layers.0", batch, torch.zeros(1, 3, 6)).tolist() == [True, True, False]
+
+
+def test_a_tower_that_also_reads_the_text_leaves_its_padding_out():
+    """Of BridgeTower: 12 places of text, of which 2 and 6 are padding in the samples, and 5 of each image."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
+    text = {**sizes, "intermediate_size": 48, "vocab_size": 64, "max_position_embeddings": 64, "pad_token_id": 1}
+    sight = {**sizes, "image_size": 16, "patch_size": 8}
+    config = transformers.BridgeTowerConfig(
+        text_config=text, vision_config=sight, **{**sizes, "num_hidden_layers": 2}, image_size=16
+    )
+    mask = (torch.arange(12) < torch.tensor([[10], [6]])).long()
+    batch = {
+        "input_ids": torch.randint(8, 60, (2, 12)),
+        "attention_mask": mask,
+        "pixel_values": torch.rand(2, 3, 16, 16),
+    }
+    model = transformers.BridgeTowerModel(config).eval()
+    report = prune_model(model, [batch], method="wanda", sparsity=0.5, towers=["cross_modal_image_layers"])
+    tokens = {matrix.name.partition(".0.")[2]: matrix.tokens for matrix in report.matrices}
+    assert tokens["crossattention.self.key"] == tokens["crossattention.self.value"] == 16
+    assert tokens["crossattention.self.query"] == tokens["attention.self.key"] == 10
