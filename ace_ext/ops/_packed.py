@@ -3,6 +3,7 @@
 Contracts: ``csrc/ops/packed.h`` and, for quantized survivors, ``csrc/ops/quantized.h``.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -31,10 +32,7 @@ def packed_linear(
     :meth:`ace_ext.packed.matrix.PackedMatrix.check`. Gradients flow to ``x`` and ``bias``. Under autocast dtypes stay
     as given. CPU, and CUDA if the extension was built for it (:func:`has_kernel`; not run on a GPU).
     """
-    if not torch.compiler.is_compiling():  # which cannot trace the loading
-        register_packed()
-    out: Tensor = torch.ops.ace_ext.packed_linear(x, bitmap, values, row_start, bias)
-    return out
+    return _product(torch.ops.ace_ext.packed_linear, bias, x, bitmap, values, row_start)
 
 
 @torch.no_grad()
@@ -63,10 +61,7 @@ def quantized_linear(
     128 columns: by at most ``max |x| / 32639``. In contrast to :func:`unpack_quantized`, ``W`` is not rounded to the
     dtype of ``scales``. Gradients flow to ``x`` and ``bias``, through the rounded ``W``.
     """
-    if not torch.compiler.is_compiling():
-        register_packed()
-    out: Tensor = torch.ops.ace_ext.quantized_linear(x, bitmap, codes, scales, bits, group, row_start, bias)
-    return out
+    return _product(torch.ops.ace_ext.quantized_linear, bias, x, bitmap, codes, scales, bits, group, row_start)
 
 
 @torch.no_grad()
@@ -79,6 +74,18 @@ def unpack_quantized(
     """
     weight: Tensor = registered().unpack_quantized(bitmap, codes, scales, bits, group, row_start, cols)
     return weight
+
+
+def _product(op: Callable[..., Tensor], bias: Tensor | None, x: Tensor, *matrix: Any) -> Tensor:
+    """``op``, past its gradients where nothing wants them: they are written in Python, and asking there takes as long
+    as the product with a small matrix."""
+    if torch.compiler.is_compiling():  # which cannot trace the loading
+        return op(x, *matrix, bias)
+    register_packed()
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return op(x, *matrix, bias)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(x, *matrix, bias)
 
 
 def has_kernel(device_type: str) -> bool:

@@ -155,6 +155,17 @@ def test_gradients_flow_to_input_and_bias(random):
         torch.testing.assert_close(bias.grad, factor.sum(0))
 
 
+def test_gradients_are_kept_for_what_wants_them_alone(random):
+    _, matrix = make(6, 70, torch.float32, random)
+    x, bias = torch.randn(3, 70, generator=random), torch.randn(6, generator=random)
+    for wanted in ((), (x,), (bias,), (x, bias)):
+        for tensor in (x, bias):
+            tensor.requires_grad_(any(tensor is one for one in wanted))
+        assert ops.packed_linear(x, *arguments(matrix), bias).requires_grad == bool(wanted)
+        with torch.no_grad():
+            assert not ops.packed_linear(x, *arguments(matrix), bias).requires_grad
+
+
 def test_torch_knows_the_ops(dtype, random):
     """``opcheck``: schema, Meta kernel, gradients and tracing, with and without row_start and bias."""
     _, even = make(6, 70, dtype, random)
