@@ -5,7 +5,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
@@ -17,7 +16,7 @@ namespace {
 // The most tokens that are multiplied in registers, or with AMX in tiles. Measured: docs/payoff.md.
 constexpr int64_t kFewTokens = 8, kFewTokensBf16 = 4;
 constexpr int64_t kFewTokensSlow = 16;  // for dtypes in which torch is slow: more tokens are multiplied in float32
-constexpr int64_t kLeastTileTokens = 3, kTileTokens = 64;
+constexpr int64_t kLeastTileTokens = 3, kMostTileTokens = 512;
 
 template <class T>
 PackedMatrix<T> matrix_of(const at::Tensor& bitmap, const at::Tensor& values, const OptionalTensor& row_start) {
@@ -28,24 +27,6 @@ PackedMatrix<T> matrix_of(const at::Tensor& bitmap, const at::Tensor& values, co
           row_start ? data<int64_t>(*row_start) : nullptr,
           values.size(-1)};
 }
-
-#if ACE_PACKED_X86
-// With AMX: x in pairs of columns, [blocks of 16 tokens, 32 words, 16, 2].
-void tile_tokens(const PackedMatrix<BFloat16>& matrix, const at::Tensor& x, const OptionalTensor& bias,
-                 at::Tensor& out) {
-  const int64_t blocks = (x.size(0) + 15) / 16;
-  const at::Tensor wide = at::zeros({16 * blocks, matrix.words * kBitmapColumns}, x.options());
-  wide.narrow(0, 0, x.size(0)).narrow(1, 0, x.size(1)).copy_(x);
-  const at::Tensor pairs =
-      wide.view(at::kInt).view({blocks, 16, matrix.words * kBitmapColumns / 2}).transpose(1, 2).contiguous();
-  const at::Tensor sums = at::empty(out.sizes(), x.options().dtype(at::kFloat));
-  const amx::Product product{matrix, data<BFloat16>(pairs), x.size(0), out.size(1), mutable_data<float>(sums)};
-  at::parallel_for(0, out.size(1), row_grain(x.size(1)), [&](int64_t begin, int64_t end) {
-    amx::packed_product(product, begin, end);
-    finish<BFloat16>(product.out, bias, begin, end, out);
-  });
-}
-#endif
 
 template <class T>
 void few_tokens(const PackedMatrix<T>& matrix, const at::Tensor& x, const OptionalTensor& bias, at::Tensor& out) {
@@ -111,11 +92,11 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& bitmap, const at
 #if ACE_PACKED_X86
     if constexpr (std::is_same_v<decltype(type), BFloat16>) {
       if (packed_level() == PackedLevel::avx512_bf16 && matrix.words > 0) {
+        const auto rows_of = [&](int64_t) { return avx512bf16::PackedRows{matrix}; };
         const bool tiles = amx::available();
-        if (tiles && x.size(0) >= kLeastTileTokens && x.size(0) <= kTileTokens)
-          return tile_tokens(matrix, x, bias, out);
-        if (!tiles && x.size(0) > kFewTokensBf16)
-          return panel_tokens(x, bias, out, [&](int64_t) { return avx512bf16::PackedRows{matrix}; });
+        if (tiles && x.size(0) >= kLeastTileTokens && x.size(0) <= kMostTileTokens)
+          return tile_tokens(x, bias, out, rows_of);
+        if (!tiles && x.size(0) > kFewTokensBf16) return panel_tokens(x, bias, out, rows_of);
       }
     }
 #endif

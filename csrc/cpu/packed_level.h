@@ -3,12 +3,12 @@
 
 #include <type_traits>
 
-#include "cpu/packed_amx.h"
 #include "cpu/packed_avx2.h"
 #include "cpu/packed_avx512.h"
 #include "cpu/packed_neon.h"
 #include "cpu/packed_panel.h"
 #include "cpu/packed_portable.h"
+#include "cpu/packed_tiles.h"
 
 namespace ace::cpu {
 

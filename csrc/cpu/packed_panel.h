@@ -26,8 +26,9 @@ inline int64_t run_columns(int64_t cols) { return cols > kLongRun ? kLongRun : k
 
 // A panel: kPanelRows rows and some columns, up to a megabyte of weights.
 struct PanelShape {
-  int64_t words;   // of the bitmap, in each row: whole runs, or all
-  int64_t stride;  // from row to row; the 32 avoids conflicts in the first-level cache
+  int64_t words;         // of the bitmap, in each row: whole runs, or all
+  int64_t stride;        // from row to row; the 32 avoids conflicts in the first-level cache
+  int64_t step = kStep;  // from kStep columns of a row to the next; more in tiles
 };
 
 // The shape for rows of `words` words. Parts are long, or whole rows, because values are read from memory.
@@ -151,24 +152,28 @@ struct PackedRows {
         const uint64_t word = matrix.word(first + r, first_word + w);
         const auto low = static_cast<uint32_t>(word), high = static_cast<uint32_t>(word >> 32);
         const BFloat16* values = matrix.values + place;
-        prefetch_values(values);
+        if (shape.step == kStep) prefetch_values(values);  // packed_tiles.h does it itself
         BFloat16 last[kBitmapColumns];
         if (__builtin_expect(!matrix.whole(place, kBitmapColumns), 0)) {
           matrix.copy(place, kBitmapColumns, last);
           values = last;
         }
-        BFloat16* target = panel + w * kBitmapColumns;
+        BFloat16* target = panel + 2 * w * shape.step;
         Avx512Bf16::store(target, Avx512Bf16::expand(values, low));
-        Avx512Bf16::store(target + kStep, Avx512Bf16::expand(values + __builtin_popcount(low), high));
+        Avx512Bf16::store(target + shape.step, Avx512Bf16::expand(values + __builtin_popcount(low), high));
         place += __builtin_popcountll(word);
       }
       places[r] = place;
     }
   }
+  // The address of a row's value at this place. kPanelLines cache lines from it on hold half of the next 512 weights.
+  static constexpr int kPanelLines = 8;
+  uintptr_t next(int64_t /*row*/, int64_t place) const {
+    return reinterpret_cast<uintptr_t>(matrix.values) + sizeof(BFloat16) * static_cast<uintptr_t>(place);
+  }
   // The address of what is read after a panel's part, advanced by as much as half of the weights of `columns` take.
-  uintptr_t ahead(int64_t /*row*/, int64_t place, int64_t columns) const {
-    return reinterpret_cast<uintptr_t>(matrix.values) +
-           sizeof(BFloat16) * static_cast<uintptr_t>(place + columns * kPanelRows / 2);
+  uintptr_t ahead(int64_t row, int64_t place, int64_t columns) const {
+    return next(row, place + columns * kPanelRows / 2);
   }
   // Columns that are added before they are added to the sums, from this column on.
   static int64_t run(int64_t /*column*/, int64_t cols) { return run_columns(cols); }

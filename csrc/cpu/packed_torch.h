@@ -7,6 +7,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
 
 #include <type_traits>
 
@@ -18,6 +19,7 @@ namespace ace::cpu {
 
 constexpr int64_t kPanelBytes = int64_t{1} << 20;
 constexpr int64_t kWideTokens = 1024;  // tokens of x converted to float32 at a time
+constexpr int64_t kTileTokens = 256;   // tokens multiplied with AMX's tiles at a time: they stay in the second cache
 
 // The processor's level, or a lower one if ATEN_CPU_CAPABILITY restricts torch to it.
 inline PackedLevel packed_level() {
@@ -118,6 +120,44 @@ void panel_tokens(const at::Tensor& x, const OptionalTensor& bias, at::Tensor& o
         product, begin, end, shape,
         {mutable_data<BFloat16>(panel), mutable_data<BFloat16>(pairs), mutable_data<float>(sums)});
   });
+}
+
+// x in pairs of columns, [blocks of 16 tokens, 32 words, 16, 2]: zero beyond the tokens and columns.
+inline at::Tensor pairs_of(const at::Tensor& x, int64_t words) {
+  const int64_t blocks = (x.size(0) + amx::kRows - 1) / amx::kRows, cols = words * kBitmapColumns;
+  const at::Tensor wide = at::zeros({blocks * amx::kRows, cols + amx::kColumns}, x.options());
+  wide.narrow(0, 0, x.size(0)).narrow(1, 0, x.size(1)).copy_(x);
+  const at::Tensor pairs = at::empty({blocks, amx::kRows * cols}, x.options());
+  const int64_t stride = wide.size(1);
+  const BFloat16* from = data<BFloat16>(wide);
+  BFloat16* to = mutable_data<BFloat16>(pairs);
+  at::parallel_for(0, blocks, row_grain(amx::kRows * cols), [&](int64_t first, int64_t last) {
+    for (; first < last; ++first)
+      amx::write_pairs(from + first * amx::kRows * stride, stride, words, to + first * amx::kRows * cols);
+  });
+  return pairs;
+}
+
+// Tokens of bfloat16 with AMX, so many at a time. rows_of(words) as above.
+template <class RowsOf>
+void tile_tokens(const at::Tensor& x, const OptionalTensor& bias, at::Tensor& out, RowsOf&& rows_of) {
+  const int64_t words = (x.size(1) + kBitmapColumns - 1) / kBitmapColumns, rows = out.size(1);
+  for (int64_t token = 0; token < x.size(0); token += kTileTokens) {
+    const int64_t tokens = std::min(kTileTokens, x.size(0) - token);
+    const at::Tensor pairs = pairs_of(x.narrow(0, token, tokens), words);
+    const BFloat16* input = data<BFloat16>(pairs);
+    const BFloat16* shift = bias ? data<BFloat16>(*bias) : nullptr;
+    BFloat16* result = mutable_data<BFloat16>(out) + token * rows;
+    at::parallel_for(0, rows, row_grain(tokens * x.size(1)), [&](int64_t begin, int64_t end) {
+      // Not cleared: tiles may have rows that do not exist, but their sums are not stored.
+      const int64_t height = amx::panel_rows(tokens);
+      const at::Tensor tiles = at::empty({height * amx::kPanelWords * kBitmapColumns}, x.options());
+      const at::Tensor sums = at::empty({height * pairs.size(0) * amx::kRows}, x.options().dtype(at::kFloat));
+      const amx::TileProduct<decltype(rows_of(words))> product{
+          rows_of(amx::kPanelWords), input, tokens, shift, result, rows};
+      amx::tile_product(product, begin, end, {height, mutable_data<BFloat16>(tiles), mutable_data<float>(sums)});
+    });
+  }
 }
 #endif
 

@@ -87,10 +87,12 @@ void many_tokens(const QuantizedMatrix<S>& matrix, const at::Tensor& x, const Op
 #if ACE_PACKED_X86
   if constexpr (std::is_same_v<S, BFloat16>) {
     using Rows = avx512bf16::QuantizedRows<kBits>;
-    if (packed_level() == PackedLevel::avx512_bf16 && matrix.words > 0)
-      return panel_tokens(x, bias, out, [&](int64_t words) {
+    if (packed_level() == PackedLevel::avx512_bf16 && matrix.words > 0) {
+      const auto rows_of = [&](int64_t words) {
         return Rows{matrix, std::shared_ptr<BFloat16[]>(new BFloat16[Rows::space_size(words)])};
-      });
+      };
+      return amx::available() ? tile_tokens(x, bias, out, rows_of) : panel_tokens(x, bias, out, rows_of);
+    }
   }
 #endif
   many_wide_tokens<S>(x, bias, out, [&](int64_t) {

@@ -56,15 +56,18 @@ struct QuantizedRows {
       const BFloat16* codes = decoded(first + r, places[r], survivors);
       for (int64_t half = 0; half < 2 * words; ++half) {
         const uint32_t stored = half_word(bits, half);
-        Avx512Bf16::store(panel + half * kStep, Avx512Bf16::expand(codes, stored));
+        Avx512Bf16::store(panel + half * shape.step, Avx512Bf16::expand(codes, stored));
         codes += __builtin_popcount(stored);
       }
       places[r] += survivors;
     }
   }
+  static constexpr int kPanelLines = kBits / 2;
+  uintptr_t next(int64_t row, int64_t place) const {
+    return reinterpret_cast<uintptr_t>(matrix.codes) + static_cast<uintptr_t>(matrix.start(row) + place * kBits / 8);
+  }
   uintptr_t ahead(int64_t row, int64_t place, int64_t columns) const {
-    return reinterpret_cast<uintptr_t>(matrix.codes) +
-           static_cast<uintptr_t>(matrix.start(row) + (place + columns * kPanelRows / 2) * kBits / 8);
+    return next(row, place + columns * kPanelRows / 2);
   }
   int64_t run(int64_t column, int64_t /*cols*/) const {
     const int64_t group = matrix.group_words * kBitmapColumns;

@@ -19,8 +19,9 @@
 //                |out - exact| <= u |exact| + (cols + 8) 2^-24 (sum_j |x_j W_ij| + |bias|)
 //              with u the rounding unit of the dtype of x (2^-24, 2^-11, 2^-8), as long as nothing over- or underflows:
 //              bfloat16 numbers below 2^-126 may count as 0. With many tokens (cpu/packed.cpp), except of bfloat16 with
-//              AVX-512's bf16 instructions, rows are unpacked a panel at a time and torch multiplies, in float32 where
-//              its products of half precision are slow: then its accuracy and its use of threads hold. Five and more
+//              AVX-512's bf16 instructions (with AMX up to 512 tokens), rows are unpacked a panel at a time and torch
+//              multiplies, in float32 where its products of half precision are slow: then its accuracy and its use of
+//              threads hold. Five and more
 //              bfloat16 tokens with these instructions and without AMX are summed in the order of oneDNN 3.12
 //              (cpu/packed_panel.h): finite results have the bits of torch's dense product.
 //   not finite Not checked. With an x that is not finite, a zero of W may give NaN or nothing.

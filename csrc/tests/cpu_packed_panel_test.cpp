@@ -12,34 +12,39 @@
 namespace ace::cpu {
 namespace {
 
+// out [tokens, rows] is the product of x [tokens, 64 words], rounded once: sums of these numbers are exact in any
+// order.
+void expect_products(const Sample<BFloat16>& sample, const std::vector<BFloat16>& x, int64_t tokens,
+                     const BFloat16* bias, const std::vector<BFloat16>& out) {
+  const int64_t cols = sample.cols, stride = sample.words * 64;
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t i = 0; i < sample.rows; ++i) {
+      float sum = bias ? to_float(bias[i]) : 0.0f;
+      for (int64_t j = 0; j < cols; ++j)
+        sum += to_float(sample.dense[static_cast<size_t>(i * cols + j)]) *
+               to_float(x[static_cast<size_t>(t * stride + j)]);
+      ASSERT_TRUE(same_bits(out[static_cast<size_t>(t * sample.rows + i)], to_bfloat16(sum)))
+          << sample.rows << " x " << cols << ", " << tokens << " tokens";
+    }
+  }
+}
+
+// Panels of one tile and of several, the last one with few rows, and up to four blocks of tokens.
 TEST(PackedTiles, ProductsAreThoseOfTheDenseMatrix) {
   if (!amx::available()) GTEST_SKIP() << "this processor has no AMX";
   std::mt19937 random(6);
-  for (const int64_t cols : {1, 64, 65, 600, 1134}) {
-    const Sample<BFloat16> sample(37, cols, 50, random);  // the last tile has few rows
+  for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{37, 1}, {150, 65}, {16, 600}, {37, 1134}}) {
+    const Sample<BFloat16> sample(rows, cols, 50, random);
+    const avx512bf16::PackedRows source{sample.matrix()};
+    std::vector<BFloat16> bias;
+    for (int64_t i = 0; i < rows; ++i) bias.push_back(draw<BFloat16>(random));
+    const int64_t stride = sample.words * 64;
     for (const int64_t tokens : {1, 16, 20, 47, 64, 70}) {
-      const int64_t blocks = (tokens + 15) / 16;
-      std::vector<BFloat16> x(static_cast<size_t>(tokens * cols)),
-          pairs(static_cast<size_t>(blocks * sample.words * 1024));
-      for (int64_t t = 0; t < tokens; ++t) {
-        for (int64_t j = 0; j < cols; ++j) {
-          const size_t place = static_cast<size_t>(((t / 16 * 32 * sample.words + j / 2) * 16 + t % 16) * 2 + j % 2);
-          x[static_cast<size_t>(t * cols + j)] = pairs[place] = draw<BFloat16>(random);
-        }
-      }
-      std::vector<float> out(static_cast<size_t>(tokens * sample.rows));
-      const amx::Product product{sample.matrix(), pairs.data(), tokens, sample.rows, out.data()};
-      amx::packed_product(product, 0, 20);
-      amx::packed_product(product, 20, sample.rows);
-      for (int64_t t = 0; t < tokens; ++t) {
-        for (int64_t i = 0; i < sample.rows; ++i) {
-          double sum = 0.0;
-          for (int64_t j = 0; j < cols; ++j)
-            sum += static_cast<double>(to_float(sample.dense[static_cast<size_t>(i * cols + j)])) *
-                   static_cast<double>(to_float(x[static_cast<size_t>(t * cols + j)]));
-          ASSERT_EQ(static_cast<double>(out[static_cast<size_t>(t * sample.rows + i)]), sum) << cols << " " << tokens;
-        }
-      }
+      std::vector<BFloat16> x(static_cast<size_t>(tokens * stride)), out(static_cast<size_t>(tokens * rows));
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t j = 0; j < cols; ++j) x[static_cast<size_t>(t * stride + j)] = draw<BFloat16>(random);
+      multiply_tiles(source, x.data(), tokens, tokens % 2 ? bias.data() : nullptr, rows, rows / 2, out.data());
+      expect_products(sample, x, tokens, tokens % 2 ? bias.data() : nullptr, out);
     }
   }
 }
@@ -50,9 +55,9 @@ TEST(PackedTiles, WrongCountsReadNothingOutside) {
   Sample<BFloat16> sample(4, 128, 10, random);
   std::fill(sample.bitmap.begin(), sample.bitmap.end(), uint8_t{255});
   sample.row_start[1] = int64_t{1} << 60;
-  const std::vector<BFloat16> pairs(2 * 1024);
-  std::vector<float> out(3 * 4);
-  amx::packed_product({sample.matrix(), pairs.data(), 3, 4, out.data()}, 0, 4);
+  const std::vector<BFloat16> x(3 * 128);
+  std::vector<BFloat16> out(3 * 4);
+  multiply_tiles(avx512bf16::PackedRows{sample.matrix()}, x.data(), 3, nullptr, 4, 2, out.data());
 }
 
 TEST(PackedPanels, ProductsAreThoseOfTheDenseMatrix) {
@@ -70,16 +75,7 @@ TEST(PackedPanels, ProductsAreThoseOfTheDenseMatrix) {
         for (int64_t j = 0; j < cols; ++j) x[static_cast<size_t>(t * stride + j)] = draw<BFloat16>(random);
       multiply_panels(sample.matrix(), x.data(), tokens, tokens % 2 ? bias.data() : nullptr, rows, cols, rows / 2,
                       out.data());
-      for (int64_t t = 0; t < tokens; ++t) {
-        for (int64_t i = 0; i < rows; ++i) {
-          float sum = tokens % 2 ? to_float(bias[static_cast<size_t>(i)]) : 0.0f;  // exact, as above, in any order
-          for (int64_t j = 0; j < cols; ++j)
-            sum += to_float(sample.dense[static_cast<size_t>(i * cols + j)]) *
-                   to_float(x[static_cast<size_t>(t * stride + j)]);
-          ASSERT_TRUE(same_bits(out[static_cast<size_t>(t * rows + i)], to_bfloat16(sum)))
-              << rows << " x " << cols << ", " << tokens << " tokens";
-        }
-      }
+      expect_products(sample, x, tokens, tokens % 2 ? bias.data() : nullptr, out);
     }
   }
 }

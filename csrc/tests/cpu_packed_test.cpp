@@ -175,16 +175,15 @@ TYPED_TEST(Packed, DamagedInputsReadNothingOutside) {
     }
 #if ACE_PACKED_X86
     if constexpr (std::is_same_v<TypeParam, BFloat16>) {
-      if (has_panels()) {
-        const std::vector<BFloat16> x(static_cast<size_t>(tokens * stride));
-        std::vector<BFloat16> out(static_cast<size_t>(tokens * sample.rows));
-        multiply_panels(damaged.matrix(), x.data(), tokens, nullptr, sample.rows, sample.cols, 0, out.data());
-        for (const BFloat16 value : out) ASSERT_EQ(to_float(value), 0.0f);
-      }
+      if (!has_panels()) continue;
+      const std::vector<BFloat16> x(static_cast<size_t>(tokens * stride));
+      std::vector<BFloat16> out(static_cast<size_t>(tokens * sample.rows));
+      multiply_panels(damaged.matrix(), x.data(), tokens, nullptr, sample.rows, sample.cols, 0, out.data());
+      for (const BFloat16 value : out) ASSERT_EQ(to_float(value), 0.0f);
       if (!amx::available()) continue;
-      const std::vector<BFloat16> pairs(static_cast<size_t>(sample.words * 1024));
-      std::vector<float> out(static_cast<size_t>(tokens * sample.rows));
-      amx::packed_product({damaged.matrix(), pairs.data(), tokens, sample.rows, out.data()}, 0, sample.rows);
+      const avx512bf16::PackedRows source{damaged.matrix()};
+      multiply_tiles(source, x.data(), tokens, nullptr, sample.rows, 0, out.data());
+      for (const BFloat16 value : out) ASSERT_EQ(to_float(value), 0.0f);
     }
 #endif
   }

@@ -290,6 +290,12 @@ void multiply_panels(const QuantizedMatrix<BFloat16>& matrix, const BFloat16* x,
   avx512bf16::panel_product(product, 0, cut, shape, space);
   avx512bf16::panel_product(product, cut, rows, shape, space);
 }
+
+template <int kBits>
+avx512bf16::QuantizedRows<kBits> rows_for_tiles(const QuantizedMatrix<BFloat16>& matrix) {
+  using Rows = avx512bf16::QuantizedRows<kBits>;
+  return {matrix, std::shared_ptr<BFloat16[]>(new BFloat16[Rows::space_size(amx::kPanelWords)]())};
+}
 #endif
 
 TYPED_TEST(QuantizedLoops, DamagedInputsReadNothingOutside) {
@@ -320,6 +326,10 @@ TYPED_TEST(QuantizedLoops, DamagedInputsReadNothingOutside) {
       std::vector<BFloat16> out(static_cast<size_t>(tokens * sample.rows));
       multiply_panels<TypeParam::bits>(damaged.matrix(), x.data(), tokens, nullptr, sample.rows, sample.cols, 0,
                                        out.data());
+      for (const BFloat16 value : out) ASSERT_EQ(to_float(value), 0.0f);
+      if (!amx::available()) continue;
+      multiply_tiles(rows_for_tiles<TypeParam::bits>(damaged.matrix()), x.data(), tokens, nullptr, sample.rows, 0,
+                     out.data());
       for (const BFloat16 value : out) ASSERT_EQ(to_float(value), 0.0f);
     }
 #endif
@@ -415,10 +425,12 @@ TEST(QuantizedFixed, InputsThatAreNotFiniteGiveNaN) {
 }
 
 // Panels of one and of several parts, with rows that end inside a byte, and runs that end with a scale.
-template <int kBits>
-void check_panels(int64_t rows, int64_t cols, int64_t group_words, std::mt19937& random) {
-  const Quantized<BFloat16, kBits> sample(rows, cols, group_words, 50, random);
-  const int64_t tokens = 7, stride = sample.words * 64;
+// multiply(sample, x, tokens, bias, cut, out) writes a product; x is [tokens, 64 words].
+template <int kBits, class Multiply>
+void check_panels(const Shape& shape, int64_t tokens, std::mt19937& random, Multiply&& multiply) {
+  const int64_t rows = shape.rows, cols = shape.cols;
+  const Quantized<BFloat16, kBits> sample(rows, cols, shape.group_words, 50, random);
+  const int64_t stride = sample.words * 64;
   const std::vector<float> given = inputs(tokens, cols, random);
   std::vector<BFloat16> x(static_cast<size_t>(tokens * stride));
   for (int64_t t = 0; t < tokens; ++t)
@@ -427,23 +439,36 @@ void check_panels(int64_t rows, int64_t cols, int64_t group_words, std::mt19937&
   std::vector<BFloat16> bias, out(static_cast<size_t>(tokens * rows));
   for (int64_t i = 0; i < rows; ++i) bias.push_back(draw<BFloat16>(random));
   for (const int64_t cut : {int64_t{0}, rows / 2}) {
-    multiply_panels<kBits>(sample.matrix(), x.data(), tokens, bias.data(), rows, cols, cut, out.data());
+    multiply(sample, x.data(), tokens, bias.data(), cut, out.data());
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t i = 0; i < rows; ++i) {
         const double sum =
             exact(sample, given.data() + t * cols, i) + static_cast<double>(to_float(bias[static_cast<size_t>(i)]));
         ASSERT_EQ(to_float(out[static_cast<size_t>(t * rows + i)]), to_float(to_bfloat16(static_cast<float>(sum))))
-            << "rows " << rows << " cols " << cols << " row " << i;
+            << "rows " << rows << " cols " << cols << " row " << i << " tokens " << tokens;
       }
   }
+}
+
+template <int kBits>
+void check_panels_and_tiles(const Shape& shape, std::mt19937& random) {
+  check_panels<kBits>(shape, 7, random, [](const auto& sample, auto* x, auto tokens, auto* bias, auto cut, auto* out) {
+    multiply_panels<kBits>(sample.matrix(), x, tokens, bias, sample.rows, sample.cols, cut, out);
+  });
+  if (!amx::available()) return;
+  for (const int64_t tokens : {7, 20, 47})
+    check_panels<kBits>(shape, tokens, random,
+                        [](const auto& sample, auto* x, auto count, auto* bias, auto cut, auto* out) {
+                          multiply_tiles(rows_for_tiles<kBits>(sample.matrix()), x, count, bias, sample.rows, cut, out);
+                        });
 }
 
 TEST(QuantizedPanels, ProductsAreThoseOfTheDenseMatrix) {
   if (!has_panels()) GTEST_SKIP() << "needs AVX-512's bf16 instructions";
   std::mt19937 random(5);
   for (const Shape& shape : {Shape{1, 1, 1}, {70, 64, 2}, {17, 449, 3}, {130, 1134, 2}, {5, 8300, 2}, {4, 8300, 48}}) {
-    check_panels<8>(shape.rows, shape.cols, shape.group_words, random);
-    check_panels<4>(shape.rows, shape.cols, shape.group_words, random);
+    check_panels_and_tiles<8>(shape, random);
+    check_panels_and_tiles<4>(shape, random);
   }
 }
 #endif

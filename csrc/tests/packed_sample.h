@@ -90,6 +90,23 @@ inline void multiply_panels(const PackedMatrix<BFloat16>& matrix, const BFloat16
   avx512bf16::panel_product(product, 0, cut, shape, space);
   avx512bf16::panel_product(product, cut, rows, shape, space);
 }
+
+// The same by tiles, which need AMX. `source` are the rows of a matrix for parts of amx::kPanelWords words.
+template <class Rows>
+void multiply_tiles(const Rows& source, const BFloat16* x, int64_t tokens, const BFloat16* bias, int64_t rows,
+                    int64_t cut, BFloat16* out) {
+  const int64_t blocks = (tokens + 15) / 16, stride = source.words() * 64, height = amx::panel_rows(tokens);
+  const auto wide = aligned<BFloat16>(16 * blocks * stride), pairs = aligned<BFloat16>(16 * blocks * stride);
+  std::copy_n(x, tokens * stride, wide.get());
+  for (int64_t block = 0; block < blocks; ++block)
+    amx::write_pairs(wide.get() + 16 * block * stride, stride, source.words(), pairs.get() + 16 * block * stride);
+  const auto tiles = aligned<BFloat16>(height * amx::kPanelWords * 64);
+  const auto sums = aligned<float>(height * blocks * 16);
+  const amx::TileSpace space{height, tiles.get(), sums.get()};
+  const amx::TileProduct<Rows> product{source, pairs.get(), tokens, bias, out, rows};
+  amx::tile_product(product, 0, cut, space);
+  amx::tile_product(product, cut, rows, space);
+}
 #endif
 
 }  // namespace ace::cpu

@@ -1,12 +1,8 @@
 """``packed_linear`` and ``unpack_bitmap`` against their reference, within the bound of csrc/ops/packed.h."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from helpers import OLDER_PROCESSORS, SHAPES, UNIT, assert_same_bits, make_weight
+from helpers import DTYPES, SHAPES, UNIT, assert_same_bits, make_weight, rest_nightly
 from torch.nn.functional import linear
 
 from ace_ext import ops
@@ -66,6 +62,12 @@ def test_products_are_within_the_bound(shape, ragged, dtype, random):
         x = torch.randn(tokens, shape[1], generator=random).to(dtype)
         bias = torch.randn(shape[0], generator=random).to(dtype) if tokens % 2 else None
         check(x, weight, matrix, bias)
+
+
+def test_more_tokens_than_are_multiplied_at_a_time(dtype, random):
+    weight, matrix = make(150, 1134, dtype, random, ragged=True)
+    for tokens in (257, 600):
+        check(torch.randn(tokens, 1134, generator=random).to(dtype), weight, matrix, torch.ones(150, dtype=dtype))
 
 
 def cancelling(tokens, rows, cols, random):
@@ -166,6 +168,7 @@ def test_gradients_are_kept_for_what_wants_them_alone(random):
             assert not ops.packed_linear(x, *arguments(matrix), bias).requires_grad
 
 
+@pytest.mark.parametrize("dtype", rest_nightly([torch.bfloat16], DTYPES))
 def test_torch_knows_the_ops(dtype, random):
     """``opcheck``: schema, Meta kernel, gradients and tracing, with and without row_start and bias."""
     _, even = make(6, 70, dtype, random)
@@ -215,14 +218,3 @@ def test_wrong_arguments_are_refused(changed, words):
     assert ops.packed_linear(**good).shape == (2, 2)
     with pytest.raises(ValueError, match=f"^packed_linear: {words}"):
         ops.packed_linear(**good | changed)
-
-
-@pytest.mark.parametrize("capability", OLDER_PROCESSORS)
-def test_slower_loops_on_request(capability, tmp_path):
-    """torch's environment variable also selects the loops of older processors; the same tests pass."""
-    env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    tests = ["-k", "within_the_bound or every_bit or nothing_outside", "-p", "no:cacheprovider", "-q", __file__]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *tests], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout

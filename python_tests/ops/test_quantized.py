@@ -1,12 +1,8 @@
 """``quantized_linear`` and ``unpack_quantized`` against their reference, within the bound of csrc/ops/quantized.h."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from helpers import OLDER_PROCESSORS, SHAPES, UNIT, assert_same_bits, input_rounding
+from helpers import DTYPES, SHAPES, UNIT, assert_same_bits, input_rounding, rest_nightly
 
 from ace_ext import ops
 from ace_ext.ops import packed_reference as reference
@@ -76,6 +72,12 @@ def test_products_are_within_the_bound(shape, ragged, dtype, bits, random):
         for tokens in TOKENS[number % 2 :: 2]:
             x = torch.randn(tokens, shape[1], generator=random).to(dtype)
             check(x, arguments, torch.randn(shape[0], generator=random).to(dtype) if tokens % 2 else None)
+
+
+def test_more_tokens_than_are_multiplied_at_a_time(dtype, bits, random):
+    arguments = make(150, 1134, dtype, bits, 128, random, ragged=True)
+    for tokens in (257, 600):
+        check(torch.randn(tokens, 1134, generator=random).to(dtype), arguments, torch.ones(150, dtype=dtype))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.98, 1.0])
@@ -205,6 +207,7 @@ def test_gradients_flow_to_input_and_bias(bits, random):
         torch.testing.assert_close(bias.grad, factor.sum(0))
 
 
+@pytest.mark.parametrize("dtype", rest_nightly([torch.bfloat16], DTYPES))
 def test_torch_knows_the_ops(dtype, bits, random):
     """``opcheck``: schema, Meta kernel, gradients and tracing, with and without row_start and bias."""
     x = torch.randn(3, 70, generator=random).to(dtype)
@@ -290,15 +293,3 @@ def test_one_graph_serves_any_number_of_tokens(bits, random):
         torch._dynamo.mark_dynamic(x, 0)
         assert torch.equal(compiled(x), ops.quantized_linear(x, *arguments))
     assert len(graphs) == 1
-
-
-@pytest.mark.parametrize("capability", OLDER_PROCESSORS)
-def test_slower_loops_on_request(capability, bits, tmp_path):
-    """torch's environment variable also selects the loops of older processors; the same tests pass."""
-    env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    chosen = f"{bits}- and (within_the_bound or every_bit or nothing_outside or every_code)"
-    tests = ["-k", chosen, "-p", "no:cacheprovider", "-q", __file__]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *tests], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout
