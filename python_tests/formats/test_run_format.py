@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from folders import TEXT, bad_input, prune, save_dense, tree
-from helpers import assert_same_bits
+from helpers import assert_same_bits, rest_nightly
 from runs.test_plan import plan_of
 from tiny_models import VOCABULARY, make_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, GptOssConfig, GptOssForCausalLM
@@ -51,7 +51,7 @@ def test_the_bytes_are_those_of_run_and_pack(name, offload, dense, tmp_path):
     assert result.exact_rows == result.rows > 0
 
 
-@pytest.mark.parametrize(("bits", "group"), [(8, 64), (4, 128), pytest.param(3, 64, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(("bits", "group"), rest_nightly([(4, 128)], [(8, 64), (4, 128), (3, 64)], several=True))
 @pytest.mark.parametrize("name", [*CODECS, "compressed-tensors"])
 def test_a_quantized_run_writes_codes(name, bits, group, dense, tmp_path):
     """The bytes of ``run`` and ``pack``; the report's method names the grid."""

@@ -237,7 +237,7 @@ def shared_kv(tmp_path):
 
 
 @pytest.mark.parametrize("blocks", rest_nightly([3], [1, 3]))
-@pytest.mark.parametrize("way", rest_nightly(["memory", "disk"], SHARED))
+@pytest.mark.parametrize("way", rest_nightly(["disk"], SHARED))
 def test_a_resumed_run_computes_shared_states_again(way, blocks, shared_kv, tmp_path, monkeypatch):
     """No file holds them."""
     method, run = SHARED[way]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from folders import prune, save_dense
-from helpers import assert_same_bits, rest_nightly
+from helpers import DTYPES, assert_same_bits, rest_nightly
 from packed.test_packing import refused
 from quantized_folders import on_grid, quantize_folder
 from safetensors import safe_open
@@ -55,6 +55,7 @@ def weight_by_the_layout(file, module: str, bits: int) -> torch.Tensor:
 
 
 @grids
+@pytest.mark.parametrize("dtype", rest_nightly([torch.bfloat16], DTYPES))
 def test_the_layout(grid, dtype, tmp_path):
     quantized, standard = make_folders(tmp_path, grid, dtype=dtype)
     dense, stored = Shards(quantized), 8 if grid.bits == 8 else 4
@@ -99,6 +100,7 @@ def test_it_is_read_like_the_dense_folder(grid, tmp_path):
 
 
 @grids
+@pytest.mark.parametrize("dtype", rest_nightly([torch.bfloat16], DTYPES))
 @pytest.mark.parametrize("family", rest_nightly(["llama", "opt"], ["llama", "qwen2", "gemma3", "opt"]))
 def test_transformers_loads_the_dense_values(grid, family, dtype, tmp_path):
     """Both ways: compressed until the first call, and dense from the start."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from folders import prune, save_dense
-from helpers import DTYPES, assert_same_bits, make_weight
+from helpers import DTYPES, assert_same_bits, make_weight, rest_nightly
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed.test_packing import files_of, half, refused
@@ -31,7 +31,15 @@ from ace_ext.records import REPORT_NAME
 SHAPES = ((1, 1), (2, 1), (1, 64), (3, 65), (31, 33), (5, 129), (2, 1134))
 GRIDS = (Grid(8, 64), Grid(4, 128), Grid(3, 64))
 
-grids = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"{grid.bits}bit")
+
+def bits_of(grid: Grid) -> str:
+    """The name of a grid in that of a test."""
+    return f"{grid.bits}bit"
+
+
+grids = pytest.mark.parametrize("grid", GRIDS, ids=bits_of)
+four_bits = pytest.mark.parametrize("quantized", rest_nightly([Grid(4, 128)], GRIDS), ids=bits_of, indirect=True)
+"""The other grids at night."""
 
 
 def unpacked(matrix: QuantizedMatrix) -> torch.Tensor:
@@ -285,7 +293,7 @@ def pruned(tmp_path_factory):
     return folder / "pruned"
 
 
-@pytest.fixture(scope="module", params=GRIDS, ids=lambda grid: f"{grid.bits}bit")
+@pytest.fixture(scope="module", params=GRIDS, ids=bits_of)
 def quantized(request, pruned, tmp_path_factory):
     folder = tmp_path_factory.mktemp("grid") / "quantized"
     return quantize_folder(pruned, folder, request.param), request.param
@@ -441,6 +449,7 @@ def _beside(header) -> dict:
     return {name: {"dtype": "BF16", "shape": [0], "data_offsets": [end, end]}}
 
 
+@four_bits
 @pytest.mark.parametrize("how", EDITS)
 def test_edited_headers_are_refused_in_one_line(how, quantized, tmp_path, capsys):
     dense, grid = quantized
@@ -452,6 +461,7 @@ def test_edited_headers_are_refused_in_one_line(how, quantized, tmp_path, capsys
     assert not (tmp_path / "again").exists()
 
 
+@four_bits
 @pytest.mark.parametrize("name", CODECS)
 def test_no_changed_byte_goes_unseen(name, quantized, tmp_path):
     """One bit of each part of each matrix, at its begin, middle and end."""

@@ -545,7 +545,7 @@ def test_resume_refuses_another_tokenizer(tmp_path, monkeypatch):
         heal_folder(request(tmp_path / "pruned", tmp_path / "out", resume=True))
 
 
-@pytest.mark.parametrize("when", [3, 9], ids=["teacher", "steps"])
+@pytest.mark.parametrize("when", rest_nightly([9], [3, 9]))
 def test_blocks_that_share_states_are_run_again(when, tmp_path, monkeypatch):
     """What blocks of Gemma 4 hand on is in no file. Stopped at a save after three of its four blocks, or at a step."""
     dense = tmp_path / "dense"

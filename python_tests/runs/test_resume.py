@@ -35,7 +35,7 @@ MODES = {
     "allocated": ("--method", "allocate + wanda + swaps(gram=cosine)", "--offload", "disk"),
 }
 
-OFTEN = ("disk-stages", "trained", "quantized")
+OFTEN = ("disk-stages", "trained")
 
 
 @pytest.fixture(scope="module")
