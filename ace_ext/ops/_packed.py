@@ -32,7 +32,7 @@ def packed_linear(
     :meth:`ace_ext.packed.matrix.PackedMatrix.check`. Gradients flow to ``x`` and ``bias``. Under autocast dtypes stay
     as given. CPU, and CUDA if the extension was built for it (:func:`has_kernel`; not run on a GPU).
     """
-    return _product(torch.ops.ace_ext.packed_linear, bias, x, bitmap, values, row_start)
+    return _product("packed_linear", bias, x, bitmap, values, row_start)
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def quantized_linear(
     128 columns: by at most ``max |x| / 32639``. In contrast to :func:`unpack_quantized`, ``W`` is not rounded to the
     dtype of ``scales``. Gradients flow to ``x`` and ``bias``, through the rounded ``W``.
     """
-    return _product(torch.ops.ace_ext.quantized_linear, bias, x, bitmap, codes, scales, bits, group, row_start)
+    return _product("quantized_linear", bias, x, bitmap, codes, scales, bits, group, row_start)
 
 
 @torch.no_grad()
@@ -76,13 +76,14 @@ def unpack_quantized(
     return weight
 
 
-def _product(op: Callable[..., Tensor], bias: Tensor | None, x: Tensor, *matrix: Any) -> Tensor:
-    """``op``, past its gradients where nothing wants them: they are written in Python, and asking there takes as long
-    as the product with a small matrix."""
-    if torch.compiler.is_compiling():  # which cannot trace the loading
-        return op(x, *matrix, bias)
-    register_packed()
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+def _product(name: str, bias: Tensor | None, x: Tensor, *matrix: Any) -> Tensor:
+    """The op of this name, past its gradients where nothing wants them: they are written in Python, and asking there
+    takes as long as the product with a small matrix."""
+    compiling = torch.compiler.is_compiling()
+    if not compiling:  # a compiler cannot trace the loading
+        register_packed()
+    op: Callable[..., Tensor] = getattr(torch.ops.ace_ext, name)
+    if compiling or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
         return op(x, *matrix, bias)
     with torch._C._AutoDispatchBelowAutograd():
         return op(x, *matrix, bias)
