@@ -21,9 +21,8 @@
 //              bfloat16 numbers below 2^-126 may count as 0. With many tokens (cpu/packed.cpp), except of bfloat16 with
 //              AVX-512's bf16 instructions (with AMX up to 512 tokens), rows are unpacked a panel at a time and torch
 //              multiplies, in float32 where its products of half precision are slow: then its accuracy and its use of
-//              threads hold. Five and more
-//              bfloat16 tokens with these instructions and without AMX are summed in the order of oneDNN 3.12
-//              (cpu/packed_panel.h): finite results have the bits of torch's dense product.
+//              threads hold. Five and more bfloat16 tokens with these instructions and without AMX are summed in the
+//              order of oneDNN 3.12 (cpu/packed_panel.h): finite results have the bits of torch's dense product.
 //   not finite Not checked. With an x that is not finite, a zero of W may give NaN or nothing.
 //   counts     Whether the bits agree with k or row_start is checked when a file is read (ace_ext.packed), not here,
 //              where it would cost a pass over the bitmap in each call. If they disagree, results are wrong, but
