@@ -91,9 +91,9 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& bitmap, const at
     const auto matrix = matrix_of<decltype(type)>(bitmap, values, row_start);
 #if ACE_PACKED_X86
     if constexpr (std::is_same_v<decltype(type), BFloat16>) {
-      if (packed_level() == PackedLevel::avx512_bf16 && matrix.words > 0) {
+      if (packed_level() >= PackedLevel::avx512_bf16 && matrix.words > 0) {
         const auto rows_of = [&](int64_t) { return avx512bf16::PackedRows{matrix}; };
-        const bool tiles = amx::available();
+        const bool tiles = packed_level() == PackedLevel::avx512_amx;
         if (tiles && x.size(0) >= kLeastTileTokens && x.size(0) <= kMostTileTokens)
           return tile_tokens(x, bias, out, rows_of);
         if (!tiles && x.size(0) > kFewTokensBf16) return panel_tokens(x, bias, out, rows_of);

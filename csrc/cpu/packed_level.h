@@ -13,7 +13,7 @@
 namespace ace::cpu {
 
 // All of x86, except the last, ARM's only one.
-enum class PackedLevel { portable, avx2, avx512, avx512_vnni, avx512_bf16, neon };
+enum class PackedLevel { portable, avx2, avx512, avx512_vnni, avx512_bf16, avx512_amx, neon };
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define ACE_PACKED_X86 1
@@ -35,7 +35,8 @@ inline PackedLevel highest_packed_level() {
   if (!has_all(ACE_HAS("avx512f"), ACE_HAS("avx512bw"), ACE_HAS("avx512vl"), ACE_HAS("avx512dq")))
     return PackedLevel::avx2;
   if (!has_all(ACE_HAS("avx512vbmi"), ACE_HAS("avx512vbmi2"), ACE_HAS("avx512vnni"))) return PackedLevel::avx512;
-  return ACE_HAS("avx512bf16") ? PackedLevel::avx512_bf16 : PackedLevel::avx512_vnni;
+  if (!ACE_HAS("avx512bf16")) return PackedLevel::avx512_vnni;
+  return amx::available() ? PackedLevel::avx512_amx : PackedLevel::avx512_bf16;
 #undef ACE_HAS
 #elif ACE_PACKED_ARM
   return PackedLevel::neon;
@@ -61,7 +62,7 @@ template <class T, class Action>
 void with_packed_loops(PackedLevel level, Action&& action) {
 #if ACE_PACKED_X86
   if constexpr (std::is_same_v<T, BFloat16>) {
-    if (level == PackedLevel::avx512_bf16)
+    if (level >= PackedLevel::avx512_bf16)
       return action(&avx512bf16::packed_product<avx512bf16::Avx512Bf16>,
                     &avx512bf16::packed_unpack<avx512bf16::Avx512Bf16>, BFloat16{});
   }

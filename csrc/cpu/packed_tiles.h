@@ -28,7 +28,7 @@ inline bool available() {
   static const bool granted = [] {
     constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl, from the kernel's documentation
     return __builtin_cpu_supports("amx-tile") != 0 && __builtin_cpu_supports("amx-bf16") != 0 &&
-           __builtin_cpu_supports("avx512vbmi2") != 0 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+           __builtin_cpu_supports("amx-int8") != 0 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   }();
   return granted;
 }
@@ -39,12 +39,11 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// During its lifetime this thread's tiles all have 16 rows of 64 bytes; afterwards the configuration is restored for
-// torch's own kernels.
+// During its lifetime this thread's tiles have 16 rows of these numbers of bytes; afterwards the configuration is
+// restored for torch's own kernels.
 class Tiles {
  public:
-  Tiles() {
-    const TileConfig wanted;
+  explicit Tiles(const TileConfig& wanted = {}) {
     _tile_storeconfig(&before_);
     barrier();
     _tile_loadconfig(&wanted);

@@ -16,8 +16,15 @@
 namespace ace::cpu {
 namespace {
 
-// The most tokens that are multiplied in registers.
-constexpr int64_t kFewTokens = 16, kFewTokensBf16 = 4;
+// The most tokens for the loops of with_quantized_product; panels or tiles of bfloat16 are faster for more.
+template <class S>
+int64_t most_few_tokens([[maybe_unused]] PackedLevel level) {
+#if ACE_PACKED_X86
+  if (std::is_same_v<S, BFloat16> && level == PackedLevel::avx512_amx) return amx::TiledInput::kTogether;
+  if (std::is_same_v<S, BFloat16> && level == PackedLevel::avx512_bf16) return 4;
+#endif
+  return 16;
+}
 
 template <class S>
 QuantizedMatrix<S> matrix_of(const at::Tensor& bitmap, const at::Tensor& codes, const at::Tensor& scales, int64_t group,
@@ -44,11 +51,8 @@ at::Tensor input_of(const at::Tensor& x, int64_t words, int64_t group_words) {
   if constexpr (std::is_same_v<Input, WideInput>) {
     return padded<float>(x, words);
   } else {
-    const int64_t size = Input::size(words, group_words);
-    at::Tensor found = at::empty({x.size(0), size}, x.options().dtype(at::kByte));
-    for (int64_t t = 0; t < x.size(0); ++t)
-      Input::write(data<S>(x) + t * x.stride(0), x.size(1), words, group_words,
-                   mutable_data<uint8_t>(found) + t * size);
+    at::Tensor found = at::empty({Input::size(x.size(0), words, group_words)}, x.options().dtype(at::kByte));
+    Input::write(data<S>(x), x.stride(0), x.size(0), x.size(1), words, group_words, mutable_data<uint8_t>(found));
     return found;
   }
 }
@@ -57,11 +61,12 @@ template <int kBits, class S>
 void few_tokens(const QuantizedMatrix<S>& matrix, const at::Tensor& x, const OptionalTensor& bias, at::Tensor& out) {
   const int64_t tokens = x.size(0), rows = out.size(1);
   const at::Tensor sums = at::empty({tokens, rows}, x.options().dtype(at::kFloat));
-  with_quantized_product<kBits, S>(packed_level(), [&](auto* loop, auto input) {
+  with_quantized_product<kBits, S>(packed_level(), tokens, [&](auto* loop, auto input) {
     using Input = decltype(input);
     using X = std::conditional_t<std::is_same_v<Input, WideInput>, float, uint8_t>;
     const at::Tensor given = input_of<Input, S>(x, matrix.words, matrix.group_words);
-    const QuantizedProduct<S, X> product{matrix, data<X>(given), given.size(1), mutable_data<float>(sums), rows};
+    const QuantizedProduct<S, X> product{matrix, data<X>(given), given.numel() / tokens, mutable_data<float>(sums),
+                                         rows};
     const int64_t threads = at::get_num_threads(), grain = row_grain(tokens * x.size(1));
     RowShares shares(rows, std::clamp<int64_t>(rows / grain, 1, threads));
     at::parallel_for(0, shares.count(), 1, [&](int64_t first, int64_t last) {
@@ -87,11 +92,12 @@ void many_tokens(const QuantizedMatrix<S>& matrix, const at::Tensor& x, const Op
 #if ACE_PACKED_X86
   if constexpr (std::is_same_v<S, BFloat16>) {
     using Rows = avx512bf16::QuantizedRows<kBits>;
-    if (packed_level() == PackedLevel::avx512_bf16 && matrix.words > 0) {
+    if (packed_level() >= PackedLevel::avx512_bf16 && matrix.words > 0) {
       const auto rows_of = [&](int64_t words) {
         return Rows{matrix, std::shared_ptr<BFloat16[]>(new BFloat16[Rows::space_size(words)])};
       };
-      return amx::available() ? tile_tokens(x, bias, out, rows_of) : panel_tokens(x, bias, out, rows_of);
+      return packed_level() == PackedLevel::avx512_amx ? tile_tokens(x, bias, out, rows_of)
+                                                       : panel_tokens(x, bias, out, rows_of);
     }
   }
 #endif
@@ -127,8 +133,7 @@ at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& bitmap, const
   with_scalar(x.scalar_type(), [&](auto type) {
     using S = decltype(type);
     const auto matrix = matrix_of<S>(bitmap, codes, scales, group, row_start);
-    const bool short_panels = std::is_same_v<S, BFloat16> && packed_level() == PackedLevel::avx512_bf16;
-    const bool few = x.size(0) <= (short_panels ? kFewTokensBf16 : kFewTokens);
+    const bool few = x.size(0) <= most_few_tokens<S>(packed_level());
     auto* multiply =
         bits == 8 ? (few ? &few_tokens<8, S> : &many_tokens<8, S>) : (few ? &few_tokens<4, S> : &many_tokens<4, S>);
     multiply(matrix, x, bias, out);

@@ -101,7 +101,7 @@ void fix_token(const S* x, int64_t cols, int64_t words, uint8_t* out) {
   }
 }
 
-// What with_quantized_product (quantized_level.h) asks of an input.
+// A Token of EachToken (quantized_level.h).
 template <int kOffset>
 struct FixedInput {
   static int64_t size(int64_t words, int64_t group_words) {

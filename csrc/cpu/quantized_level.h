@@ -7,6 +7,7 @@
 #include "cpu/quantized_madd.h"
 #include "cpu/quantized_neon.h"
 #include "cpu/quantized_portable.h"
+#include "cpu/quantized_tiles.h"
 #include "cpu/quantized_vnni.h"
 
 namespace ace::cpu {
@@ -34,17 +35,34 @@ void with_quantized_loops(PackedLevel level, Action&& action) {
 // x [tokens, 64 words] in float32, as most loops want it.
 struct WideInput {};
 
-// Calls action(product, Input{}) with the loop for a few tokens and the kind of x that it wants: WideInput, or one with
-// size(words, group_words), the bytes of a token, and write(x, cols, words, group_words, out), which makes it of x
-// [cols].
+// Tokens one after the other, each a Token, which has size(words, group_words) and write(x, cols, words, group_words,
+// out).
+template <class Token>
+struct EachToken {
+  static int64_t size(int64_t tokens, int64_t words, int64_t group_words) {
+    return tokens * Token::size(words, group_words);
+  }
+  template <class S>
+  static void write(const S* x, int64_t stride, int64_t tokens, int64_t cols, int64_t words, int64_t group_words,
+                    uint8_t* out) {
+    for (int64_t t = 0; t < tokens; ++t)
+      Token::write(x + t * stride, cols, words, group_words, out + t * Token::size(words, group_words));
+  }
+};
+
+// Calls action(product, Input{}) with the loop for so many tokens, a few, and the kind of x that it wants: WideInput,
+// or one with size(tokens, words, group_words), its bytes, and write(x, stride, tokens, cols, words, group_words, out),
+// which makes it of x [tokens, cols], `stride` apart.
 template <int kBits, class S, class Action>
-void with_quantized_product(PackedLevel level, Action&& action) {
+void with_quantized_product(PackedLevel level, [[maybe_unused]] int64_t tokens, Action&& action) {
 #if ACE_PACKED_X86
   if constexpr (!std::is_same_v<S, float>) {
     using Codes = std::conditional_t<kBits == 8, avx512vnni::Codes8, avx512vnni::Codes4>;
+    if (level >= PackedLevel::avx512_amx && tokens > 1)
+      return action(&amx::quantized_product<kBits, S>, amx::TiledInput{});
     if (level >= PackedLevel::avx512_vnni)
-      return action(&avx512vnni::quantized_product<Codes, S>, avx512vnni::FixedInput<Codes::kOffset>{});
-    if (level == PackedLevel::avx2) return action(&avx2::fixed_product<kBits, S>, avx2::FixedHalves{});
+      return action(&avx512vnni::quantized_product<Codes, S>, EachToken<avx512vnni::FixedInput<Codes::kOffset>>{});
+    if (level == PackedLevel::avx2) return action(&avx2::fixed_product<kBits, S>, EachToken<avx2::FixedHalves>{});
   }
 #endif
   with_quantized_loops<kBits, S>(level, [&](auto* product, auto*) { action(product, WideInput{}); });

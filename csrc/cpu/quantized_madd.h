@@ -50,7 +50,8 @@ ACE_HD __m256 load_wide(const S* x, int64_t left) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
 }
 
-// A token in bytes: n_j of all columns, 16 bits each; then for each span the float 2^e.
+// A token in bytes: n_j of all columns, 16 bits each; then for each span the float 2^e. A Token of EachToken
+// (quantized_level.h).
 struct FixedHalves {
   static constexpr int64_t kWord = 2 * kBitmapColumns;
 
@@ -79,7 +80,6 @@ struct FixedHalves {
     }
     return unit.value();
   }
-  // What with_quantized_product (quantized_level.h) asks of an input.
   template <class S>
   static void write(const S* x, int64_t cols, int64_t words, int64_t group_words, uint8_t* out) {
     const int64_t span = span_words(group_words);

@@ -65,26 +65,31 @@ struct Codes8 {
   }
 };
 
-// For an even and for an odd place: of each byte of 64 bits the lowest bit in the codes that begin there.
-constexpr std::array<uint8_t, 128> make_code_shifts() {
+// For an even and for an odd place: of each byte of 64 bits the lowest bit in the codes that begin there, so that a
+// code is in the lower or in the upper half of its byte.
+constexpr std::array<uint8_t, 128> make_code_shifts(bool upper) {
   std::array<uint8_t, 128> shifts{};
-  for (size_t i = 0; i < 128; ++i) shifts[i] = static_cast<uint8_t>(4 * (i % 8 + i / 64));
+  for (size_t i = 0; i < 128; ++i) shifts[i] = static_cast<uint8_t>(4 * (i % 8 + i / 64 + (upper ? 15 : 0)) % 64);
   return shifts;
 }
-alignas(64) inline constexpr auto kCodeShifts = make_code_shifts();
+alignas(64) inline constexpr auto kLowerShifts = make_code_shifts(false), kUpperShifts = make_code_shifts(true);
+
+// 64 codes of 4 bits as bytes, whose other half is arbitrary. Each part of 64 bits gets the four bytes of its eight
+// codes and the next four; then shifts give each code a byte.
+ACE_HD __m512i decode_halves(uintptr_t place, const std::array<uint8_t, 128>& shifts) {
+  const __m512i parts = _mm512_setr_epi32(0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8);
+  const __m512i wide =
+      _mm512_permutexvar_epi32(parts, avx512::in_register(reinterpret_cast<const uint8_t*>(place >> 1)));
+  return _mm512_multishift_epi64_epi8(_mm512_load_si512(shifts.data() + 64 * (place & 1)), wide);
+}
 
 // Codes of 4 bits. A place is twice the address, plus 1 for the upper half of the byte.
 struct Codes4 {
   static constexpr int kBits = 4, kOffset = 8;
 
-  // Each part of 64 bits gets the four bytes of its eight codes and the next four; then shifts give each code a byte,
-  // whose upper half is arbitrary. Codes that are decoded before, into a buffer in the first-level cache, take longer
-  // there, most with many columns (Zen 5).
+  // Codes that are decoded before, into a buffer in the first-level cache, take longer, most with many columns (Zen 5).
   static ACE_HD __m512i expand(uintptr_t place, uint64_t bits) {
-    const __m512i parts = _mm512_setr_epi32(0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8);
-    const __m512i wide =
-        _mm512_permutexvar_epi32(parts, avx512::in_register(reinterpret_cast<const uint8_t*>(place >> 1)));
-    const __m512i codes = _mm512_multishift_epi64_epi8(_mm512_load_si512(kCodeShifts.data() + 64 * (place & 1)), wide);
+    const __m512i codes = decode_halves(place, kLowerShifts);
     const __m512i found = _mm512_mask_expand_epi8(fresh_zero(), _cvtu64_mask64(bits), codes);
     return _mm512_ternarylogic_epi32(found, _mm512_set1_epi8(15), _mm512_set1_epi8(8), (0xf0 & 0xcc) ^ 0xaa);
   }

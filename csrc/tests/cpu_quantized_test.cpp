@@ -61,15 +61,6 @@ struct Quantized {
   std::vector<int64_t> row_start;
 };
 
-std::vector<PackedLevel> levels() {
-  const PackedLevel highest = highest_packed_level();
-  std::vector<PackedLevel> found{PackedLevel::portable};
-  for (const PackedLevel level :
-       {PackedLevel::avx2, PackedLevel::avx512, PackedLevel::avx512_vnni, PackedLevel::avx512_bf16, PackedLevel::neon})
-    if (level == highest || (level < highest && highest != PackedLevel::neon)) found.push_back(level);
-  return found;
-}
-
 std::unique_ptr<char[]> space_for(int64_t words) {
   return std::make_unique<char[]>(static_cast<size_t>(QuantizedSpace::size(words)));
 }
@@ -125,18 +116,16 @@ struct Given {
     if constexpr (std::is_same_v<Input, WideInput>)
       stride = words * 64;
     else
-      stride = Input::size(words, group_words);
-    data.resize(static_cast<size_t>(tokens * stride));
-    for (int64_t t = 0; t < tokens; ++t) {
-      const float* token = x.data() + t * cols;
-      if constexpr (std::is_same_v<Input, WideInput>) {
-        std::copy_n(token, cols, data.begin() + t * stride);
-      } else {
-        std::vector<S> exact;
-        for (int64_t j = 0; j < cols; ++j) exact.push_back(exactly<S>(token[j]));
-        exact.shrink_to_fit();
-        Input::write(exact.data(), cols, words, group_words, data.data() + t * stride);
-      }
+      stride = Input::size(tokens, words, group_words) / tokens;
+    if constexpr (std::is_same_v<Input, WideInput>) {
+      data.resize(static_cast<size_t>(tokens * stride));
+      for (int64_t t = 0; t < tokens; ++t) std::copy_n(x.data() + t * cols, cols, data.begin() + t * stride);
+    } else {
+      data.resize(static_cast<size_t>(Input::size(tokens, words, group_words)));
+      std::vector<S> exact;
+      for (int64_t i = 0; i < tokens * cols; ++i) exact.push_back(exactly<S>(x[static_cast<size_t>(i)]));
+      exact.shrink_to_fit();
+      Input::write(exact.data(), cols, tokens, cols, words, group_words, data.data());
     }
   }
   int64_t stride;
@@ -157,8 +146,8 @@ TYPED_TEST(QuantizedLoops, ProductsAreThoseOfTheDenseMatrix) {
       const Quantized<S, TypeParam::bits> sample(rows, cols, group_words, share, random);
       const auto space = space_for(sample.words);
       for (const PackedLevel level : levels()) {
-        with_quantized_product<TypeParam::bits, S>(level, [&](auto* loop, auto input) {
-          for (const int64_t tokens : {1, 2, 3, 4, 9}) {
+        for (const int64_t tokens : {1, 2, 3, 4, 9, 17}) {
+          with_quantized_product<TypeParam::bits, S>(level, tokens, [&](auto* loop, auto input) {
             const std::vector<float> given = inputs(tokens, cols, random);
             const Given<decltype(input), S> x(given, tokens, cols, sample.words, group_words);
             std::vector<float> out(static_cast<size_t>(tokens * rows));
@@ -168,8 +157,8 @@ TYPED_TEST(QuantizedLoops, ProductsAreThoseOfTheDenseMatrix) {
                 ASSERT_EQ(static_cast<double>(out[static_cast<size_t>(t * rows + i)]),
                           exact(sample, given.data() + t * cols, i))
                     << "level " << static_cast<int>(level) << " cols " << cols << " tokens " << tokens;
-          }
-        });
+          });
+        }
       }
     }
   }
@@ -185,7 +174,7 @@ TYPED_TEST(QuantizedLoops, ARowHasTheSameBitsInAnyRange) {
   std::vector<float> given;
   for (int64_t i = 0; i < tokens * cols; ++i) given.push_back(static_cast<float>(random() % 1000) / 999.0f);
   for (const PackedLevel level : levels()) {
-    with_quantized_product<TypeParam::bits, S>(level, [&](auto* loop, auto input) {
+    with_quantized_product<TypeParam::bits, S>(level, tokens, [&](auto* loop, auto input) {
       const Given<decltype(input), S> x(given, tokens, cols, sample.words, 2);
       std::vector<float> whole(static_cast<size_t>(tokens * rows)), parts(whole.size());
       const auto multiply = [&](std::vector<float>& out, int64_t begin, int64_t end) {
@@ -209,14 +198,15 @@ TYPED_TEST(QuantizedLoops, TheLargestSumsFit) {
   std::fill(sample.scales.begin(), sample.scales.end(), exactly<S>(1.0f));
   const auto space = space_for(sample.words);
   for (const float size : {32512.0f, -32512.0f, 32640.0f, -32640.0f}) {  // bfloat16's neighbours of 32639
-    const std::vector<float> given(256, size);
+    const std::vector<float> given(512, size);
     for (const PackedLevel level : levels())
-      with_quantized_product<kBits, S>(level, [&](auto* loop, auto input) {
-        const Given<decltype(input), S> x(given, 1, 256, sample.words, 2);
-        std::vector<float> out(3);
-        loop({sample.matrix(), x.data.data(), x.stride, out.data(), 3}, 1, 0, 3, space.get());
-        for (const float value : out) ASSERT_EQ(value, 256.0f * kLeast * size) << "level " << static_cast<int>(level);
-      });
+      for (const int64_t tokens : {1, 2})
+        with_quantized_product<kBits, S>(level, tokens, [&](auto* loop, auto input) {
+          const Given<decltype(input), S> x(given, tokens, 256, sample.words, 2);
+          std::vector<float> out(static_cast<size_t>(3 * tokens));
+          loop({sample.matrix(), x.data.data(), x.stride, out.data(), 3}, tokens, 0, 3, space.get());
+          for (const float value : out) ASSERT_EQ(value, 256.0f * kLeast * size) << "level " << static_cast<int>(level);
+        });
   }
 }
 
@@ -307,7 +297,7 @@ TYPED_TEST(QuantizedLoops, DamagedInputsReadNothingOutside) {
     const int64_t tokens = 1 + random() % 9;
     for (const PackedLevel level : levels()) {
       const auto space = space_for(sample.words);
-      with_quantized_product<TypeParam::bits, S>(level, [&](auto* loop, auto input) {
+      with_quantized_product<TypeParam::bits, S>(level, tokens, [&](auto* loop, auto input) {
         const std::vector<float> zeros(static_cast<size_t>(tokens * sample.cols));
         const Given<decltype(input), S> x(zeros, tokens, sample.cols, sample.words, sample.group_words);
         std::vector<float> out(static_cast<size_t>(tokens * sample.rows));
@@ -342,7 +332,7 @@ template <class S>
 std::vector<PackedLevel> fixed_levels() {
   std::vector<PackedLevel> found;
   for (const PackedLevel level : levels())
-    with_quantized_product<8, S>(level, [&](auto*, auto input) {
+    with_quantized_product<8, S>(level, 1, [&](auto*, auto input) {
       if (!std::is_same_v<decltype(input), WideInput>) found.push_back(level);
     });
   return found;
@@ -360,22 +350,24 @@ std::vector<float> magnitudes(int64_t count, int most, std::mt19937& random) {
 }
 
 // Each x is a whole number of units, and no farther from the given one than the contract allows. A matrix with one
-// survivor of code 1 in each row reads them.
+// survivor of code 1 in each row reads them. The last of `tokens` is checked.
 template <class S, int kBits>
-void check_fixed(PackedLevel level, int64_t words, int64_t group_words, int most, std::mt19937& random) {
+void check_fixed(PackedLevel level, int64_t tokens, int64_t words, int64_t group_words, int most,
+                 std::mt19937& random) {
   const int64_t cols = words * 64, span = group_words % 2 == 0 ? 128 : 64;
   Quantized<S, kBits> unit(cols, cols, group_words, 0, random);
   unit.codes.assign(static_cast<size_t>(cols), 1);
   for (int64_t i = 0; i < cols; ++i) unit.bitmap[static_cast<size_t>(8 * i * words + i / 8)] |= uint8_t(1u << (i % 8));
   std::iota(unit.row_start.begin(), unit.row_start.end(), int64_t{0});
   std::fill(unit.scales.begin(), unit.scales.end(), exactly<S>(1.0f));
-  std::vector<float> x = magnitudes(cols, most, random);
-  for (float& value : x) value = to_float(exactly<S>(value));
+  std::vector<float> all = magnitudes(tokens * cols, most, random);
+  for (float& value : all) value = to_float(exactly<S>(value));
   const auto space = space_for(words);
-  with_quantized_product<kBits, S>(level, [&](auto* loop, auto input) {
-    const Given<decltype(input), S> given(x, 1, cols, words, group_words);
-    std::vector<float> out(static_cast<size_t>(cols));
-    loop({unit.matrix(), given.data.data(), given.stride, out.data(), cols}, 1, 0, cols, space.get());
+  with_quantized_product<kBits, S>(level, tokens, [&](auto* loop, auto input) {
+    const Given<decltype(input), S> given(all, tokens, cols, words, group_words);
+    std::vector<float> results(static_cast<size_t>(tokens * cols));
+    loop({unit.matrix(), given.data.data(), given.stride, results.data(), cols}, tokens, 0, cols, space.get());
+    const std::vector<float> x(all.end() - cols, all.end()), out(results.end() - cols, results.end());
     for (int64_t j = 0; j < cols; ++j) {
       double largest = 0.0;
       for (int64_t i = j / span * span; i < std::min(cols, (j / span + 1) * span); ++i)
@@ -396,12 +388,13 @@ TEST(QuantizedFixed, InputsAreRoundedAsInTheContract) {
   for (const PackedLevel level : fixed_levels<BFloat16>()) {
     for (const int most : {127, 120, 30, 0, -20, -100, -112, -120, -126})
       for (const int64_t words : {1, 2, 5}) {
-        check_fixed<BFloat16, 8>(level, words, 1, most, random);
-        check_fixed<BFloat16, 4>(level, words, 2, most, random);
+        check_fixed<BFloat16, 8>(level, 1, words, 1, most, random);
+        check_fixed<BFloat16, 4>(level, 2, words, 2, most, random);
       }
     for (const int most : {15, 0, -8}) {
-      check_fixed<Half, 8>(level, 3, 2, most, random);
-      check_fixed<Half, 4>(level, 3, 1, most, random);
+      check_fixed<Half, 8>(level, 1, 3, 2, most, random);
+      check_fixed<Half, 4>(level, 2, 3, 1, most, random);
+      check_fixed<Half, 8>(level, 11, 3, 2, most, random);
     }
   }
 }
@@ -413,14 +406,15 @@ TEST(QuantizedFixed, InputsThatAreNotFiniteGiveNaN) {
   const auto space = space_for(sample.words);
   for (const PackedLevel level : fixed_levels<BFloat16>())
     for (const float wrong : {bits_float(0x7f800000), bits_float(0xff800000), bits_float(0x7fc00000)}) {
-      std::vector<float> x = inputs(1, 320, random);
+      std::vector<float> x = inputs(2, 320, random);
       x[random() % 320] = wrong;
-      with_quantized_product<8, BFloat16>(level, [&](auto* loop, auto input) {
-        const Given<decltype(input), BFloat16> given(x, 1, 320, sample.words, 2);
-        std::vector<float> out(9);
-        loop({sample.matrix(), given.data.data(), given.stride, out.data(), 9}, 1, 0, 9, space.get());
-        for (const float value : out) ASSERT_TRUE(std::isnan(value));
-      });
+      for (const int64_t tokens : {1, 2})
+        with_quantized_product<8, BFloat16>(level, tokens, [&](auto* loop, auto input) {
+          const Given<decltype(input), BFloat16> given(x, tokens, 320, sample.words, 2);
+          std::vector<float> out(static_cast<size_t>(9 * tokens));
+          loop({sample.matrix(), given.data.data(), given.stride, out.data(), 9}, tokens, 0, 9, space.get());
+          for (size_t i = 0; i < out.size(); ++i) ASSERT_EQ(std::isnan(out[i]), i < 9);
+        });
     }
 }
 

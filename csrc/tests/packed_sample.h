@@ -11,6 +11,17 @@
 
 namespace ace::cpu {
 
+// Those of this processor.
+inline std::vector<PackedLevel> levels() {
+  using Level = PackedLevel;
+  const Level highest = highest_packed_level();
+  std::vector<Level> found{Level::portable};
+  for (const Level level :
+       {Level::avx2, Level::avx512, Level::avx512_vnni, Level::avx512_bf16, Level::avx512_amx, Level::neon})
+    if (level == highest || (level < highest && highest != Level::neon)) found.push_back(level);
+  return found;
+}
+
 // A number of magnitude 1/2 to 4 with few digits, exact in every type.
 template <class T>
 T draw(std::mt19937& random) {
@@ -62,7 +73,7 @@ struct Sample {
 };
 
 #if ACE_PACKED_X86
-inline bool has_panels() { return highest_packed_level() == PackedLevel::avx512_bf16; }
+inline bool has_panels() { return highest_packed_level() >= PackedLevel::avx512_bf16; }
 
 struct FreeAligned {
   void operator()(void* memory) const { std::free(memory); }
