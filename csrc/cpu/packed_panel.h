@@ -166,8 +166,7 @@ struct PackedRows {
       places[r] = place;
     }
   }
-  // The address of a row's value at this place. kPanelLines cache lines from it on hold half of the next 512 weights.
-  static constexpr int kPanelLines = 8;
+  // The address of a row's value at this place.
   uintptr_t next(int64_t /*row*/, int64_t place) const {
     return reinterpret_cast<uintptr_t>(matrix.values) + sizeof(BFloat16) * static_cast<uintptr_t>(place);
   }

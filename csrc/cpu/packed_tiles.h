@@ -219,15 +219,30 @@ void multiply_panel(const TileProduct<Rows>& product, int64_t count, int64_t ste
   for (; block < product.blocks(); ++block) with_blocks(std::integral_constant<int, 1>{}, block);
 }
 
-// Prefetches what the next panel needs of a row: its values from this place on, or the first ones of the row that is
-// `further` below.
-template <class Rows>
-void prefetch_row(const Rows& matrix, int64_t row, int64_t further, int64_t place, int64_t end) {
-  if (row + further >= end) return;
-  const uintptr_t next = further ? matrix.next(row + further, matrix.begin(row + further)) : matrix.next(row, place);
-  for (int line = 0; line < Rows::kPanelLines; ++line)
-    _mm_prefetch(reinterpret_cast<const char*>(next) + 64 * line, _MM_HINT_T0);
-}
+// Prefetches what follows a group of rows, in the order of the rows: of both bits and values a part with each step.
+class RowsAhead {
+ public:
+  // A group whose values are at begin to before end, and are read in this number of steps. bits: those after it.
+  RowsAhead(const uint8_t* bits, uintptr_t begin, uintptr_t end, int64_t steps)
+      : bits_(reinterpret_cast<uintptr_t>(bits)),
+        values_(end),
+        each_(std::clamp<int64_t>((static_cast<int64_t>(end - begin) + steps - 1) / std::max<int64_t>(1, steps), 0,
+                                  kMost)) {}
+  // To the second-level cache. Beyond the end of the memory it has no effect.
+  ACE_HD void prefetch() {
+    _mm_prefetch(reinterpret_cast<const char*>(bits_), _MM_HINT_T1);
+    bits_ += kLine;
+    for (int64_t done = 0; done < each_; done += kLine)
+      _mm_prefetch(reinterpret_cast<const char*>(values_ + static_cast<uintptr_t>(done)), _MM_HINT_T1);
+    values_ += static_cast<uintptr_t>(each_);
+  }
+
+ private:
+  static constexpr int64_t kLine = 64, kMost = kPanelWords * kBitmapColumns * 2;  // bytes
+  static_assert(kPanelWords * 8 == kLine);                                        // of the bits of a step
+  uintptr_t bits_, values_;
+  int64_t each_;
+};
 
 // All tokens, rows begin to end. A row's sums do not depend on how rows are divided.
 template <class Rows>
@@ -241,13 +256,16 @@ void tile_product(const TileProduct<Rows>& product, int64_t begin, int64_t end, 
     int64_t places[kMostRows];
     for (int64_t r = 0; r < count; ++r) places[r] = matrix.begin(first + r);
     std::fill_n(space.sums, space.rows / kRows * product.blocks() * kSums, 0.0f);
+    const int64_t panels = (matrix.words() + kPanelWords - 1) / kPanelWords, after = first + count;
+    RowsAhead ahead(matrix.matrix.bitmap + 8 * after * matrix.words(), matrix.next(first, matrix.begin(first)),
+                    matrix.next(after, matrix.begin(after)), count * panels);
     for (int64_t word = 0; word < matrix.words(); word += kPanelWords) {
       const int64_t words = std::min(kPanelWords, matrix.words() - word), width = words * kBitmapColumns;
-      for (int64_t r = 0; r < count; r += kRows)
-        matrix.expand(first + r, std::min<int64_t>(kRows, count - r), word, words, places + r,
-                      {words, kColumns, kTileSize}, space.tiles + r / kRows * kTilesOfPanel * kTileSize);
-      const bool last = word + words == matrix.words();
-      for (int64_t r = 0; r < count; ++r) prefetch_row(matrix, first + r, last ? space.rows : 0, places[r], end);
+      for (int64_t r = 0; r < count; ++r) {
+        matrix.expand(first + r, 1, word, words, places + r, {words, kColumns, kTileSize},
+                      space.tiles + r / kRows * kTilesOfPanel * kTileSize + r % kRows * kColumns);
+        ahead.prefetch();
+      }
       for (int64_t column = 0, cols = 0; column < width; column += cols) {
         const int64_t from = word * kBitmapColumns + column;
         cols = std::min(matrix.run(from, width), width - column);

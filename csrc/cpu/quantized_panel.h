@@ -62,7 +62,6 @@ struct QuantizedRows {
       places[r] += survivors;
     }
   }
-  static constexpr int kPanelLines = kBits / 2;
   uintptr_t next(int64_t row, int64_t place) const {
     return reinterpret_cast<uintptr_t>(matrix.codes) + static_cast<uintptr_t>(matrix.start(row) + place * kBits / 8);
   }

@@ -79,29 +79,6 @@ class RowCodes {
   int64_t place_ = 0;                           // codes from the first one of the matrix
 };
 
-// Prefetches the bits and codes of the rows after these, which are two sequences of bytes, a part with each step.
-class RowsAhead {
- public:
-  template <class S>
-  RowsAhead(const QuantizedMatrix<S>& matrix, int64_t first, int64_t count) : bits_(matrix.bits(first + count)) {
-    const int64_t panels = (matrix.words + kPanelWords - 1) / kPanelWords, steps = std::max<int64_t>(1, count * panels);
-    const int64_t begin = matrix.start(first), end = matrix.start(first + count);
-    codes_ = {matrix.codes + end, std::clamp<int64_t>((end - begin + steps - 1) / steps, 0, kMost)};
-  }
-  ACE_HD void prefetch() {
-    avx512vnni::prefetch_ahead(bits_, 0);
-    bits_ += 8 * kPanelWords;
-    for (int64_t done = 0; done < codes_.each; done += avx512vnni::kLine)
-      avx512vnni::prefetch_ahead(codes_.place, done);
-    codes_.place += codes_.each;
-  }
-
- private:
-  static constexpr int64_t kMost = kPanelWords * kBitmapColumns;  // bytes of a step's codes
-  const uint8_t* bits_;
-  avx512vnni::CodesAhead codes_{};
-};
-
 // The scales of kGroupRows rows, for 32 groups at a time: pairs of groups for 16 rows.
 template <class S>
 class TileScales {
@@ -205,7 +182,8 @@ class TileGroup {
         first_(first),
         count_(count),
         sums_of_tile_(kRows * x.width()),
-        next_rows_(product.matrix, first, count) {
+        ahead_(product.matrix.bits(first + count), address(first), address(first + count),
+               count * ((product.matrix.words + kPanelWords - 1) / kPanelWords)) {
     for (int64_t r = 0; r < count; ++r) rows_[r] = {product.matrix, first + r};
     std::fill_n(sums_, kRowTiles * kBlocks * sums_of_tile_, 0.0f);
   }
@@ -218,7 +196,7 @@ class TileGroup {
       for (int64_t r = 0; r < count_; ++r) {
         rows_[r].expand(matrix, first_ + r, word, words,
                         tiles + r / kRows * kPanelWords * kTileBytes + r % kRows * kBitmapColumns);
-        next_rows_.prefetch();
+        ahead_.prefetch();
       }
       for (int64_t w = 0; w < words; w += kSpan)
         multiply_codes<kRowTiles, kBlocks>(tiles + w * kTileBytes, product_.x + x_.place(word + w, 0),
@@ -235,6 +213,9 @@ class TileGroup {
  private:
   static constexpr int64_t kSums = kRowTiles * kBlocks * TileLanes::kMost, kParts = 2 * kSums;
 
+  uintptr_t address(int64_t row) const {
+    return reinterpret_cast<uintptr_t>(product_.matrix.codes) + static_cast<uintptr_t>(product_.matrix.start(row));
+  }
   ACE_HD void add_span(int64_t word, const int32_t* parts) {
     float* sums = sums_;
     for (int64_t tile = 0; tile < kRowTiles; ++tile) {
@@ -250,7 +231,7 @@ class TileGroup {
   const FixedTiles<kSpan>& x_;
   const TileLanes& lanes_;
   int64_t first_, count_, sums_of_tile_;
-  RowsAhead next_rows_;
+  RowsAhead ahead_;
   RowCodes<kBits> rows_[kRowTiles * kRows];
   TileScales<S> scales_;
   alignas(64) float sums_[kSums];
