@@ -58,7 +58,7 @@ void with_quantized_product(PackedLevel level, [[maybe_unused]] int64_t tokens, 
 #if ACE_PACKED_X86
   if constexpr (!std::is_same_v<S, float>) {
     using Codes = std::conditional_t<kBits == 8, avx512vnni::Codes8, avx512vnni::Codes4>;
-    if (level >= PackedLevel::avx512_amx && tokens > 1)
+    if (level == PackedLevel::avx512_amx && tokens > 1)
       return action(&amx::quantized_product<kBits, S>, amx::TiledInput{});
     if (level >= PackedLevel::avx512_vnni)
       return action(&avx512vnni::quantized_product<Codes, S>, EachToken<avx512vnni::FixedInput<Codes::kOffset>>{});

@@ -14,8 +14,9 @@
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC push_options
-#pragma GCC target( \
-    "avx2,fma,f16c,popcnt,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,avx512bf16,amx-tile,amx-bf16,amx-int8")
+#pragma GCC target(                                                                                              \
+    "avx2,fma,f16c,popcnt,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,avx512bf16", \
+    "amx-tile,amx-bf16,amx-int8")
 namespace ace::cpu::amx {
 
 // Signed codes of 64 columns, and the total 256 high + low of sums with them.
