@@ -224,24 +224,17 @@ class RowsAhead {
  public:
   // A group whose values are at begin to before end, and are read in this number of steps. bits: those after it.
   RowsAhead(const uint8_t* bits, uintptr_t begin, uintptr_t end, int64_t steps)
-      : bits_(reinterpret_cast<uintptr_t>(bits)),
-        values_(end),
-        each_(std::clamp<int64_t>((static_cast<int64_t>(end - begin) + steps - 1) / std::max<int64_t>(1, steps), 0,
-                                  kMost)) {}
-  // To the second-level cache. Beyond the end of the memory it has no effect.
+      : bits_{reinterpret_cast<uintptr_t>(bits), kPanelWords * 8},
+        values_{end, std::clamp<int64_t>((static_cast<int64_t>(end - begin) + steps - 1) / std::max<int64_t>(1, steps),
+                                         0, kMost)} {}
   ACE_HD void prefetch() {
-    _mm_prefetch(reinterpret_cast<const char*>(bits_), _MM_HINT_T1);
-    bits_ += kLine;
-    for (int64_t done = 0; done < each_; done += kLine)
-      _mm_prefetch(reinterpret_cast<const char*>(values_ + static_cast<uintptr_t>(done)), _MM_HINT_T1);
-    values_ += static_cast<uintptr_t>(each_);
+    bits_.next();
+    values_.next();
   }
 
  private:
-  static constexpr int64_t kLine = 64, kMost = kPanelWords * kBitmapColumns * 2;  // bytes
-  static_assert(kPanelWords * 8 == kLine);                                        // of the bits of a step
-  uintptr_t bits_, values_;
-  int64_t each_;
+  static constexpr int64_t kMost = kPanelWords * kBitmapColumns * 2;  // bytes
+  BytesAhead bits_, values_;
 };
 
 // All tokens, rows begin to end. A row's sums do not depend on how rows are divided.

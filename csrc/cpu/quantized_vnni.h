@@ -26,25 +26,7 @@ ACE_HD __m512i fresh_zero() {
   return zero;
 }
 
-// To the second-level cache: four rows, whose codes and bits are read ahead, would displace x from the first. Beyond
-// the end of the memory it has no effect.
-ACE_HD void prefetch_ahead(const uint8_t* bytes, int64_t ahead) {
-  constexpr int kSecondLevel = 2;
-  const uintptr_t place = reinterpret_cast<uintptr_t>(bytes) + static_cast<uintptr_t>(ahead);
-  __builtin_prefetch(reinterpret_cast<const void*>(place), 0, kSecondLevel);
-}
-constexpr int64_t kBitsAhead = 4096, kCodesAhead = 16384, kLine = 64;  // bytes
-
-// Prefetches the codes of neighbouring rows, which are one sequence of bytes, a part with each span.
-struct CodesAhead {
-  const uint8_t* place;
-  int64_t each;  // bytes; 0: none
-
-  ACE_HD void next() {
-    for (int64_t done = 0; done < each; done += kLine) prefetch_ahead(place, kCodesAhead + done);
-    place += each;
-  }
-};
+constexpr int64_t kBitsAhead = 4096, kCodesAhead = 16384;  // bytes
 
 // Keeps the compiler from loading it again for each use.
 ACE_HD __m512i load_once(const uint8_t* bytes) {
@@ -156,7 +138,7 @@ ACE_HD void add_span(CodedRow<Codes>* rows, const uint8_t* x, int64_t stride, co
 // The sums of kRows rows with these tokens; out [kTokens, kRows].
 template <class Codes, int kRows, int kTokens, int kSpan>
 ACE_HD void multiply_block(const CodedRow<Codes>* given, const float* factors, int64_t words, const uint8_t* x,
-                           int64_t stride, float* out, int64_t out_stride, CodesAhead& ahead) {
+                           int64_t stride, float* out, int64_t out_stride, BytesAhead& ahead) {
   const int64_t spans = FixedToken<kSpan>::spans(words);
   CodedRow<Codes> rows[kRows];
   __m512 sums[kRows][kTokens];
@@ -197,13 +179,15 @@ ACE_HD void multiply_rows(const QuantizedProduct<S, uint8_t>& product, int64_t t
   for (int r = 0; r < kRows; ++r) {
     const uint8_t* codes = readable_codes<Codes>(matrix, row + r, buffer + r * (matrix.words + 1) * kBitmapColumns);
     coded[r] = {matrix.bits(row + r), reinterpret_cast<uintptr_t>(codes) * (8 / Codes::kBits)};
-    for (int64_t i = 0; i < 8 * matrix.words; i += kLine) prefetch_ahead(coded[r].bits, i + kBitsAhead);
+    BytesAhead{reinterpret_cast<uintptr_t>(coded[r].bits) + kBitsAhead, 8 * matrix.words}.next();
     spans.scales(matrix, row + r, scales + r * spans.count);
   }
   constexpr int64_t kMost = kRows * kSpan * kBitmapColumns * Codes::kBits / 8;  // bytes of a span's codes
   const int64_t first = matrix.start(row), size = matrix.start(row + kRows) - first;
   const int64_t each = (size + spans.count - 1) / std::max<int64_t>(1, spans.count);  // there may be no columns
-  CodesAhead ahead{matrix.codes + first, std::clamp<int64_t>(each, 0, kMost)};
+  // Codes of neighbouring rows are one sequence of bytes, of which each span takes a part.
+  BytesAhead ahead{reinterpret_cast<uintptr_t>(matrix.codes + first) + kCodesAhead,
+                   std::clamp<int64_t>(each, 0, kMost)};
   int64_t t = 0;
   const auto multiply = [&](auto count) ACE_FOLD {
     constexpr int kTokens = decltype(count)::value, kTogether = kTokens == 1 ? kRows : std::min(kRows, 2);
