@@ -263,7 +263,8 @@ def main(argv: list[str] | None = None) -> None:
     elif arguments.folders:
         parser.error("tables prints what was recorded; leave out the folders, or record them first")
     else:
-        print("\n\n".join(f"{title}\n\n{text}" for title, text in tables(load()).items()))
+        with one_line_errors(parser):
+            print("\n\n".join(f"{title}\n\n{text}" for title, text in tables(load()).items()))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Only the standard library is imported: some of them run where ace_ext is not ins
 """
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -47,9 +48,14 @@ def existing_file(text: str) -> Path:
 @contextmanager
 def one_line_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
     """Ends the program as the parser does, with one line and status 2, for what a user can mend: an
-    ``ace_ext.InputError``, a file that cannot be read or written, a module that is missing, a command that fails."""
+    ``ace_ext.InputError``, a file that cannot be read or written, a module that is missing, a command that fails,
+    output that its reader closed."""
     try:
         yield
+        print(end="", flush=True)  # what is buffered fails here, not when Python ends
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        parser.error("the reader of the output closed it early")
     except OSError as error:
         name = f"{str(error.filename)!r}: " if error.filename else ""
         parser.error(f"{name}{error.strerror or _line(error)}")

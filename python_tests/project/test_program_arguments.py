@@ -1,9 +1,12 @@
 """Wrong arguments of the programs in ``tools`` and ``benchmarks``: status 2 and a line that names the argument, before
 anything is written or measured."""
 
+import subprocess
+import sys
+
 import pytest
 from folders import tree
-from helpers import script
+from helpers import ROOT, script
 from tiny_models import make_model
 
 LLAMA, MIXTURE, FETCH = "tools/make_synthetic_llama.py", "tools/make_mixture.py", "tools/fetch_models.py"
@@ -103,3 +106,13 @@ def test_right_arguments_write_a_model(tmp_path, capsys):
     assert capsys.readouterr().out.endswith("GB in 2 shards\n")
     script(MIXTURE).main([str(tmp_path / "new"), str(tmp_path / "mixture"), "--experts", "2"])
     assert (tmp_path / "mixture/model.safetensors").is_file()
+
+
+def test_output_that_its_reader_closed():
+    writes = [sys.executable, ROOT / "benchmarks/study.py", "tables"]
+    with subprocess.Popen(writes, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+        program.stdout.close()
+        error = program.stderr.read()
+    assert program.returncode == 2
+    assert error.splitlines()[-1] == "study.py: error: the reader of the output closed it early"
+    assert "Traceback" not in error
