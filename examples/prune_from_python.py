@@ -42,7 +42,7 @@ def main() -> None:
     print(f"largest relative error: {worst.relative_error:.3f} in {worst.name}")
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
-    report.save(args.output)  # for ace-prune verify, heal and pack
+    report.save(args.output)  # for ace-prune verify and pack, and for heal with --dense
 
 
 if __name__ == "__main__":

@@ -71,8 +71,17 @@ def test_table_explains_a_sparsity_that_was_rounded(config, line):
     report = make_report()
     report.config = config
     for matrix in report.matrices:
-        matrix.shape, matrix.nonzero = ((4, 16), 20) if config["group"] == "row" else ((1, 16), 5)
+        matrix.shape, matrix.keep = ((4, 16), 20) if config["group"] == "row" else ((1, 16), 5)
     assert (line or "whole number") in report.table() if line else "whole number" not in report.table()
+
+
+def test_zeros_of_the_dense_weights_are_not_rounding():
+    report = make_report()
+    report.config = {"sparsity": 0.0, "group": "row"}
+    for matrix in report.matrices:
+        matrix.shape, matrix.keep, matrix.nonzero = (4, 16), 64, 63
+    assert report.sparsity == pytest.approx(1 / 64)
+    assert "whole number" not in report.table()
 
 
 def test_table_says_what_training_of_blocks_gained():

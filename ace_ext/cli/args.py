@@ -221,7 +221,7 @@ def text_field_of(args: argparse.Namespace, *texts: str | None) -> str:
     if args.text_field is None:
         return Calibration().text_field
     if not is_jsonl(texts):
-        found = ", ".join(text for text in texts if text) or BUNDLED
+        found = ", ".join(text for text in texts if text and text not in (EVALUATE_AUTO, EVALUATE_NEVER)) or BUNDLED
         raise InputError(f"text-field is for .jsonl files (got {found}); leave it out")
     return str(args.text_field)
 

@@ -22,6 +22,7 @@ import shtab
 
 from ace_ext.cli.endings import ending
 from ace_ext.cli.parser import VERBS, OneLineParser
+from ace_ext.errors import InputError
 from ace_ext.process_threads import allowed_cpus
 from ace_ext.version import __version__
 
@@ -87,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _replace_unprintable()
         args = _parse(argv)
+        _check_encoding(argv)
         _quiet_libraries()
         _limit_threads()
         from ace_ext.models.location import remote_code  # imported here: it loads torch
@@ -99,6 +101,19 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         status = ending(error, next((word for word in argv if word in VERBS), ""))
     return status
+
+
+def _check_encoding(argv: Sequence[str]) -> None:
+    """Raises :class:`InputError` for an argument that is no UTF-8, such as the name of an old file: reports and cards
+    name it, and are UTF-8."""
+    for word in argv:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            shown = os.fsencode(word).decode(errors="backslashreplace")
+            raise InputError(
+                f"arguments must be UTF-8 (got '{shown}'); rename the file, or use a UTF-8 locale"
+            ) from error
 
 
 def _limit_threads() -> None:

@@ -129,8 +129,12 @@ class PruneConfig:
     @property
     def dense_limit(self) -> float:
         """The share of a block's weights that may stay dense unasked: all, if no weight is set to zero or rounded."""
-        ends = self.remove is not None and self.without_distillation().only_removes
-        return 1.0 if ends else self.max_dense
+        return 1.0 if self.ends_smaller else self.max_dense
+
+    @property
+    def ends_smaller(self) -> bool:
+        """Whether structures go and no weight is set to zero or rounded, with a distillation or without."""
+        return self.remove is not None and self.without_distillation().only_removes
 
     @property
     def comparison(self) -> ComparisonGroup:
@@ -244,10 +248,11 @@ def _check_removal(method: Method, without_target: bool) -> None:
 
 def _check_only_removal(group: str | None, skip: tuple[str, ...], max_dense: float) -> None:
     """Raises :class:`InputError` for arguments that only zeros read."""
-    for name, given in {"group": group, "skip": skip, "max_dense": max_dense != MAX_DENSE}.items():
+    found = {"group": group, "skip (--exclude)": skip, "max_dense": max_dense != MAX_DENSE}
+    for shown, given in found.items():
         if given:
             raise InputError(
-                f"{name} is for zeros, and remove alone writes none; leave out {name}, or give sparsity or pattern"
+                f"{shown} is for zeros, and remove alone writes none; leave it out, or give sparsity or pattern"
             )
 
 

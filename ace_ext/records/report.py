@@ -205,9 +205,10 @@ class PruneReport:
         if self.config.get("pattern") or not isinstance(wanted, float) or group not in ("row", "matrix"):
             return []
         smallest = min((m.shape[1] if group == "row" else m.size for m in self.matrices), default=1)
-        if self.quantized or not 0.00005 <= abs(self.sparsity - wanted) <= 0.5 / smallest:
+        removed = 1 - sum(m.keep for m in self.matrices) / max(1, sum(m.size for m in self.matrices))
+        if self.quantized or not 0.00005 <= abs(removed - wanted) <= 0.5 / smallest:
             return []
-        return [f"sparsity is {self.sparsity:.4f}, not {wanted:g}: each {group} loses a whole number of weights"]
+        return [f"sparsity is {removed:.4f}, not {wanted:g}: each {group} loses a whole number of weights"]
 
     def _quantized(self) -> list[str]:
         """A line about the stage ``quantize``, if there was one."""

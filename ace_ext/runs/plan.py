@@ -220,7 +220,8 @@ def make_plan(
         if size >= LARGE_BLOCK:
             tell(f"pruning one block of {size / 1e6:,.0f} million weights with a few tokens, to estimate the time")
         try:
-            trial = try_block(source, measured.tokens, config, device, keeps_forwards=choice.forwards)
+            tried = config.without_distillation() if config.ends_smaller else config  # `distill` alone has no mask
+            trial = try_block(source, measured.tokens, tried, device, keeps_forwards=choice.forwards)
         except Exception as error:  # a class's code may not run with one block alone
             untried = _not_walked(source, measured.tokens, request, error)
     measurable = device.type != "cuda" and not source.shapes_only
@@ -233,7 +234,7 @@ def make_plan(
     read, written = _traffic(source, calibration, 0 if choice.hidden or trial is None else trial.passes)
     if source.offloaded:  # for each forward pass of the whole model
         read += (2 * request.evaluates + measured.measures_bos) * bytes_of_all(source)
-    matrices = [] if config.only_removes else planned_matrices(smaller.blocks if smaller else source.blocks, config)
+    matrices = [] if config.ends_smaller else planned_matrices(smaller.blocks if smaller else source.blocks, config)
     stays = source if smaller is None else replace(source, model=smaller.model, blocks=smaller.blocks)
     output = output_bytes(stays, matrices, options.format, config)
     if options.format != DEFAULT_FORMAT:  # the dense files are hashed and packed, and what they became is compared
@@ -244,7 +245,7 @@ def make_plan(
         dtype=str(next(iter(source.blocks[0].module.parameters())).dtype).removeprefix("torch."),
         matrices=matrices,
         blocks=len(stays.blocks),
-        dense=[] if config.only_removes else stay_dense(stays.model, stays.blocks),
+        dense=[] if config.ends_smaller else stay_dense(stays.model, stays.blocks),
         offload=source.offloaded,
         resident_hidden=choice.hidden,
         phases=phases,
@@ -440,7 +441,7 @@ def _seconds(request: RunRequest, source: Source, trial: Trial, measured: _Measu
     }
     if request.config.remove is not None:
         found["remove"] = removal_seconds(source, request.config.remove, tokens, trial.token_seconds)
-    if request.config.only_removes:
+    if request.config.ends_smaller:
         del found["blocks"]
     if not source.shapes_only:
         found["files"] = traffic / _bytes_per_second(source.files.paths[0])

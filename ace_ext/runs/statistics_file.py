@@ -7,6 +7,7 @@ file serves every sparsity and pattern, and every method whose statistics it hol
 
 import hashlib
 import json
+import shutil
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -84,11 +85,13 @@ class StatisticsWriter:
             written_whole(self.path) as part,
             zipfile.ZipFile(part, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
         ):
-            archive.writestr(DESCRIPTION, json.dumps(description, indent=1))
+            archive.writestr(zipfile.ZipInfo(DESCRIPTION), json.dumps(description, indent=1))  # without the time of day
             for blob in sorted(self.folder.iterdir()):
                 if blob.name not in self._own:
                     _check(blob)
-                archive.write(blob, blob.name)
+                entry = zipfile.ZipInfo(blob.name)
+                with blob.open("rb") as found, archive.open(entry, "w", force_zip64=True) as stored:
+                    shutil.copyfileobj(found, stored)
 
 
 def reusable(kinds: frozenset[str]) -> str:

@@ -65,8 +65,11 @@ def build_packed(folder: str | Path, empty: Callable[[], nn.Module] | None = Non
         InputError: as :func:`load_packed`.
     """
     shards = PackedShards(folder)
-    model = skeleton(shards.folder, shards, causal=False) if empty is None else empty()
-    if empty is not None:
+    if empty is None:
+        model = skeleton(shards.folder, shards, causal=False)
+        check_all_read(model, shards, str(folder))
+    else:
+        model = empty()
         _check_loaded(model, shards.adopt(model))
     names, matrices = all_names(model), _matrices(model, shards)
     made: dict[tuple[int, int], PackedLinear] = {}
@@ -81,7 +84,19 @@ def build_packed(folder: str | Path, empty: Callable[[], nn.Module] | None = Non
             _replace(model, name, made[key])
     _load_rest(model, shards)
     forget_quantization_(model)
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.register_forward_pre_hook(_of_plain_strides)
     return model.eval()
+
+
+def _of_plain_strides(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The input of a dense Linear as if it were not a slice, such as the last token's hidden state in a prefill.
+
+    By the strides of a slice torch chooses a batched product, for which it transposes and copies the weight, unless
+    that requires gradients. The head of Qwen2.5-Coder-0.5B then takes 550 ms in place of 15 (two threads).
+    """
+    return tuple(x.flatten(0, -2).contiguous().view(x.shape) if x.dim() > 2 else x for x in inputs)
 
 
 def open_model(

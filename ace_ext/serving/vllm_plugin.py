@@ -11,7 +11,7 @@ Written for vLLM 0.32. Run on CPUs; not run on a GPU.
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -182,24 +182,36 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]
 class PackedLoader(DefaultModelLoader):  # type: ignore[misc]
     """vLLM's loader, which also reads packed folders: their files' names differ from those that it knows."""
 
-    def get_all_weights(self, model_config: Any, model: nn.Module) -> Generator[tuple[str, Tensor], None, None]:
-        """All tensors by name."""
+    def get_all_weights(self, model_config: Any, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """All tensors by name.
+
+        Raises:
+            InputError: vLLM loads the weights of a running model again, which packed ones do not allow. It is raised
+                before the model is changed, which goes on as it was.
+        """
         if model_config.quantization != OWN_METHOD:
-            yield from super().get_all_weights(model_config, model)
-            return
+            found: Iterator[tuple[str, Tensor]] = super().get_all_weights(model_config, model)
+            return found
+        if any(hasattr(module, "product") or hasattr(module, "mixture") for module in model.modules()):
+            raise InputError("the weights of a packed model cannot be loaded again while it is served; start it anew")
         self.counter_before_loading_weights = time.perf_counter()  # for vLLM's log
-        yield from weights_of(model_config.model)
+        return weights_of(model_config.model)
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
         """Loads all tensors. Notes in a packed folder's configuration what its files hold.
 
         vLLM keeps a compiled model by a hash of the configuration. Which weights are packed, and how, is compiled too:
         without the note, another folder of the same name would get the first one's code.
+
+        A parameter that the files do not hold is an error, as in a dense model. vLLM itself leaves it as it was
+        allocated if there is a quantization.
         """
+        packed = model_config.quantization == OWN_METHOD
         try:
-            if model_config.quantization == OWN_METHOD:
+            if packed:
                 files = PackedShards(model_config.model).files
                 model_config.hf_config.ace_ext_files = fingerprint_of_files(files)
+                self.enable_weights_track: bool | None = self.enable_weights_track is not False
             elif is_packed(model_config.model):
                 raise InputError(
                     f"{model_config.model} is packed, but its quantization is {model_config.quantization!r} by its "
@@ -208,6 +220,10 @@ class PackedLoader(DefaultModelLoader):  # type: ignore[misc]
             super().load_weights(model, model_config)
         except InputError as error:
             _stop(error)
+        except ValueError as error:
+            if not packed:
+                raise
+            _stop(InputError(f"{model_config.model} does not fit its config.json; pack the model again ({error})"))
 
     def download_model(self, model_config: Any) -> None:
         """Nothing for a packed folder, which is on this machine."""

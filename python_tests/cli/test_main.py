@@ -301,6 +301,22 @@ def test_progress_goes_to_a_terminal_only(place):
     assert "pruning" not in done.stdout
 
 
+def test_a_name_that_is_no_utf8(place):
+    name = os.fsdecode(b"caf\xe9.txt")
+    done = ace_prune("run", "--model", place / "dense", "--output", place / "never", "--calibration", name)
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == "ace-prune: arguments must be UTF-8 (got 'caf\\xe9.txt'); rename the file, or use a UTF-8 locale\n"
+    )
+    assert not (place / "never").exists()
+
+
+def test_a_field_for_no_text(place, capsys):
+    given = ("--model", "dense", "--output", "never", "--text-field", "body", "--evaluate", "never")
+    assert "text-field is for .jsonl files (got bundled); leave it out" in call(capsys, "run", *given)[2]
+
+
 @pytest.mark.parametrize("verb", ["run", "plan", "eval", "compare"])
 def test_a_field_without_a_file_that_has_fields(verb, place, capsys):
     text = {"eval": ("--text", "text.txt"), "compare": ("--texts", "text.txt")}.get(verb, ())

@@ -266,10 +266,11 @@ def test_the_configuration_is_one_or_its_arguments():
     ("arguments", "message"),
     [
         ({"model": "a folder"}, r"model must be a model, as from_pretrained returns it \(got str\)"),
+        ({"model": torch.nn.Sequential(torch.nn.Linear(4, 4))}, r"transformers, with a config \(got Sequential\)"),
         ({"batches": None}, r"calibration must be tokens, or batches of a model's inputs \(got NoneType\)"),
         ({"callback": "print"}, r"callback must be a function \(got str\)"),
     ],
-    ids=["model", "batches", "callback"],
+    ids=["model", "wrapper", "batches", "callback"],
 )
 def test_arguments_of_other_types_change_nothing(arguments, message):
     model = make_model("llama")

@@ -284,6 +284,16 @@ def test_a_plan_has_the_sizes_of_the_run(smaller, dense):
     assert json.loads(plan.to_json())["removed"][2]["after"] == 36
 
 
+@pytest.mark.parametrize("remove", ["neurons=0.25", "blocks=1", "params=0.2"])
+def test_a_plan_with_a_distillation_after_the_removal(remove, dense):
+    text = Calibration(str(dense.parent / "text.txt"), **TEXT)
+    plan = make_plan(str(dense), PruneConfig("distill", remove=remove), text, RunOptions(), torch.device("cpu"))
+    assert plan.removed
+    assert plan.matrices == plan.dense == []
+    assert {"remove", "distill"} <= plan.seconds.keys()
+    assert "blocks" not in plan.seconds
+
+
 def saved(folder, kind):
     """A tiny model of a class, with a tokenizer, as text to calibrate on."""
     every_class.build(kind).save_pretrained(folder)

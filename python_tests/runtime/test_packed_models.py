@@ -8,6 +8,7 @@ from folders import prune, save_dense
 from helpers import assert_same_bits
 from tiny_models import RECURRENT, make_tokens
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, pipeline
 
 from ace_ext import InputError, load_packed, ops
@@ -58,6 +59,29 @@ def dense_model(folder):
 
 def packed_linears(model) -> list[PackedLinear]:
     return [module for module in model.modules() if isinstance(module, PackedLinear)]
+
+
+class Calls(TorchDispatchMode):
+    """Notes the names of torch's operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_head_is_not_copied_for_the_last_tokens_logits(rows, llama):
+    """By the strides of a slice torch would choose a product that copies the transposed head."""
+    model, tokens = load_packed(llama[1]), make_tokens(rows, 16)
+    with torch.no_grad(), Calls() as calls:
+        found = model(tokens, logits_to_keep=1).logits
+        expected = model(tokens).logits
+    assert "aten.bmm.default" not in calls.names
+    torch.testing.assert_close(found, expected[:, -1:], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -320,5 +344,11 @@ def test_what_cannot_be_loaded_is_refused(llama, tmp_path, capsys):
     for file in packed.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
-    with pytest.raises(InputError, match=r"must be \[40, 32\] by the configuration \(got \[48, 32\]\)"):
+    with pytest.raises(InputError, match=r"gate_proj.weight is \[48, 32\] in the files, and \[40, 32\] by config.json"):
+        load_packed(tmp_path)
+    layers = config["num_hidden_layers"] - 1
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+    with pytest.raises(
+        InputError, match=rf"do not match its configuration \(not in the model: model.layers.{layers}\."
+    ):
         load_packed(tmp_path)

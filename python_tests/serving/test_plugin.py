@@ -37,6 +37,8 @@ LAYERS = "vllm.model_executor.layers"
 class Base:
     """A base class that does nothing."""
 
+    enable_weights_track = None
+
     def __init__(self, *given):
         self.moe = given[0] if given else None
 
@@ -45,9 +47,19 @@ class Base:
 
     def load_weights(self, model, model_config):
         model.update(self.get_all_weights(model_config, model))
+        if self.enable_weights_track and "lacks" in model:
+            raise ValueError(f"not initialized from checkpoint: {model['lacks']}")
 
     def download_model(self, model_config):
         raise RuntimeError("fetched")
+
+
+class Model(dict):
+    """The tensors that a loader gives, and the modules of a model."""
+
+    def __init__(self, *modules, **tensors):
+        super().__init__(tensors)
+        self.modules = lambda: modules
 
 
 class Dense:
@@ -241,7 +253,7 @@ def test_which_layers_are_packed(plugin):
 
 def test_the_loader_reads_packed_folders_and_leaves_others_alone(plugin, packed):
     loader = plugin.PackedLoader()
-    found = dict(loader.get_all_weights(SimpleNamespace(quantization="ace_ext", model=str(packed)), None))
+    found = dict(loader.get_all_weights(SimpleNamespace(quantization="ace_ext", model=str(packed)), Model()))
     assert "model.layers.0.mlp.down_proj.weight" in found
     loader.download_model(SimpleNamespace(model=str(packed)))
     other = SimpleNamespace(quantization=None, model="other")
@@ -259,7 +271,7 @@ def test_other_files_are_another_model_to_vllms_compile_cache(plugin, packed, tm
             pack(quantize_folder(tmp_path / "pruned", tmp_path / f"{grid.bits}", grid), packed, "bitmap", grid=grid)
         configs = [SimpleNamespace(quantization="ace_ext", model=str(packed), hf_config=LlamaConfig()) for _ in "ab"]
         for config in configs:
-            model = {}
+            model = Model()
             plugin.PackedLoader().load_weights(model, config)
             assert "model.layers.0.mlp.down_proj.weight" in model
         assert configs[0].hf_config.to_json_string() == configs[1].hf_config.to_json_string()
@@ -273,7 +285,30 @@ def test_other_files_are_another_model_to_vllms_compile_cache(plugin, packed, tm
 def test_a_packed_folder_whose_configuration_does_not_say_so(plugin, packed):
     config = SimpleNamespace(quantization=None, model=str(packed), hf_config=LlamaConfig())
     with pytest.raises(InputError, match=r"packed is packed, but its quantization is None by .* must be .ace_ext."):
-        plugin.PackedLoader().load_weights({}, config)
+        plugin.PackedLoader().load_weights(Model(), config)
+
+
+def test_a_parameter_that_the_files_lack(plugin, packed, monkeypatch, capsys):
+    """vLLM looks for such parameters only if it is told to, where there is a quantization."""
+    config = SimpleNamespace(quantization="ace_ext", model=str(packed), hf_config=LlamaConfig())
+    with pytest.raises(
+        InputError, match=r"packed does not fit its config\.json; pack the model again \(not init.*: bias"
+    ):
+        plugin.PackedLoader().load_weights(Model(lacks="bias"), config)
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/vllm", "serve"])
+    with pytest.raises(SystemExit):
+        plugin.PackedLoader().load_weights(Model(lacks="bias"), config)
+    assert "does not fit its config.json" in capsys.readouterr().err
+    loader = plugin.PackedLoader()
+    loader.enable_weights_track = False  # as the user asked
+    loader.load_weights(Model(lacks="bias"), config)
+
+
+@pytest.mark.parametrize("held", ["product", "mixture"])
+def test_weights_are_not_loaded_again(plugin, packed, held):
+    config = SimpleNamespace(quantization="ace_ext", model=str(packed))
+    with pytest.raises(InputError, match="cannot be loaded again while it is served"):
+        plugin.PackedLoader().get_all_weights(config, Model(nn.Module(), SimpleNamespace(**{held: None})))
 
 
 def test_files_that_change_while_the_engine_starts_are_one_line(plugin, packed, monkeypatch, capsys):
@@ -281,10 +316,10 @@ def test_files_that_change_while_the_engine_starts_are_one_line(plugin, packed, 
     file.write_bytes(file.read_bytes()[:-9])
     config = SimpleNamespace(quantization="ace_ext", model=str(packed), hf_config=LlamaConfig())
     with pytest.raises(InputError, match="is not a complete safetensors file"):
-        plugin.PackedLoader().load_weights({}, config)
+        plugin.PackedLoader().load_weights(Model(), config)
     monkeypatch.setattr(sys, "argv", ["/usr/bin/vllm", "serve"])
     with pytest.raises(SystemExit):
-        plugin.PackedLoader().load_weights({}, config)
+        plugin.PackedLoader().load_weights(Model(), config)
     assert capsys.readouterr().err.startswith(f"ace_ext: {file} is not a complete")
 
 

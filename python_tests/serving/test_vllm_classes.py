@@ -54,6 +54,14 @@ settings = SamplingParams(max_tokens=int(sys.argv[3]), temperature=0, detokenize
 found = llm.generate([{"prompt_token_ids": one} for one in json.loads(sys.argv[2])], settings, use_tqdm=False)
 print("TOKENS", json.dumps([list(one.outputs[0].token_ids) for one in found]))
 """
+RELOAD = """
+try:
+    llm.collective_rpc("reload_weights")
+except Exception as error:
+    print("REFUSED", error)
+again = llm.generate([{"prompt_token_ids": one} for one in json.loads(sys.argv[2])], settings, use_tqdm=False)
+assert [list(one.outputs[0].token_ids) for one in again] == [list(one.outputs[0].token_ids) for one in found]
+"""
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -75,22 +83,32 @@ def small(kind):
     return model
 
 
+def run_vllm(folder: Path, program: str = WORKER) -> subprocess.CompletedProcess[str]:
+    call = [sys.executable, "-c", program, str(folder), json.dumps(PROMPTS), str(TOKENS)]
+    return subprocess.run(call, env=os.environ | SETTINGS, capture_output=True, text=True, cwd=tempfile.gettempdir())
+
+
 def written_by_vllm(folder: Path) -> list[list[int]]:
-    call = [sys.executable, "-c", WORKER, str(folder), json.dumps(PROMPTS), str(TOKENS)]
-    done = subprocess.run(call, env=os.environ | SETTINGS, capture_output=True, text=True, cwd=tempfile.gettempdir())
+    done = run_vllm(folder)
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
     return json.loads(line.removeprefix("TOKENS "))
 
 
-@pytest.mark.parametrize("method", ["wanda", "wanda + quantize(bits=4)"])
-@pytest.mark.parametrize("kind", CLASSES)
-def test_the_tokens_of_the_dense_model(kind, method, tmp_path):
+def packed(kind: str, method: str, folder: Path) -> transformers.PreTrainedModel:
+    """Writes the packed model to ``folder / "packed"`` and returns the dense one."""
     model = small(kind)
     tokens = torch.randint(3, 512, (8, 16), generator=torch.Generator().manual_seed(1))
     prune_model(model, tokens, method=parse(method), sparsity=0.5)
-    model.save_pretrained(tmp_path / "dense")
-    assert pack(tmp_path / "dense", tmp_path / "packed", "bitmap", grid=parse(method).grid).matrices
+    model.save_pretrained(folder / "dense")
+    assert pack(folder / "dense", folder / "packed", "bitmap", grid=parse(method).grid).matrices
+    return model
+
+
+@pytest.mark.parametrize("method", ["wanda", "wanda + quantize(bits=4)"])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_the_tokens_of_the_dense_model(kind, method, tmp_path):
+    model = packed(kind, method, tmp_path)
     expected = []
     for prompt in PROMPTS:
         given = torch.tensor([prompt])
@@ -99,3 +117,21 @@ def test_the_tokens_of_the_dense_model(kind, method, tmp_path):
         expected.append(text[0, len(prompt) :].tolist())
     assert len({token for text in expected for token in text}) > 2 * len(PROMPTS)  # they do not repeat one token
     assert written_by_vllm(tmp_path / "packed") == expected
+
+
+def test_a_parameter_that_the_files_lack_is_an_error(tmp_path):
+    packed("gemma3_text", "wanda", tmp_path)
+    file = tmp_path / "packed/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"attention_bias": True}))
+    done = run_vllm(tmp_path / "packed")
+    assert done.returncode == 1
+    message = done.stderr.splitlines()[-1]
+    assert f"InputError: {tmp_path / 'packed'} does not fit its config.json; pack the model again" in message
+    assert "model.layers.0.self_attn.qkv_proj.bias" in message
+
+
+def test_loading_again_is_refused_and_the_model_goes_on(tmp_path):
+    packed("phi3", "wanda", tmp_path)
+    done = run_vllm(tmp_path / "packed", WORKER + RELOAD)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "REFUSED the weights of a packed model cannot be loaded again while it is served" in done.stdout
