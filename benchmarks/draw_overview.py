@@ -1,18 +1,21 @@
-"""Draws the pictures of the README and of ``docs/results.md``.
+"""Draws the pictures of the README, of ``docs/results.md`` and of ``docs/payoff.md``.
 
     python benchmarks/draw_overview.py [--folder docs/figures]
 
 ``overview.png`` has perplexity against pruning time, and what packing gives; ``study.png`` has perplexity against the
 share of zeros and against the length of calibration samples. Perplexities are those of ``docs/figures/study.json``,
 which ``study.py`` records. What packing gives is in ``docs/figures/overview.json``, from tables of ``docs/payoff.md``,
-where the commands are. With the same release of matplotlib a picture has the same bytes.
+where the commands are. ``price.png`` has perplexity against speed for each way to make a model smaller, from the table
+in ``docs/payoff.md``. With the same release of matplotlib a picture has the same bytes.
 """
 
 import argparse
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -46,8 +49,30 @@ MEAN = "Geometric mean of held-out articles, news and code, 12 windows of 512 to
 NOTES = {
     "quality": f"{MEAN}; calibrated on 64 × 128 tokens of the bundled text. One thread of an Intel Xeon with AVX-512 "
     "and AMX. docs/results.md",
+    "price": f"{MEAN}; calibrated on 64 × 128 tokens of the bundled text, not distilled. Two threads of an Intel Xeon "
+    "with AVX-512 and AMX; llama.cpp's wheel uses AVX2 alone. docs/payoff.md",
     "study": f"{MEAN}; calibrated on 8,192 tokens of articles; 50 % zeros below. docs/results.md",
 }
+
+ENGINES = {"torch": OURS, "llama.cpp": PUBLISHED}
+MARKERS = {"all weights": "o", "neurons removed": "s", "50 % zeros, packed": "^"}
+
+
+@dataclass(frozen=True)
+class Price:
+    """A row of the table of ``docs/payoff.md``."""
+
+    engine: str
+    family: str
+    name: str
+    speed: float
+    mean: float
+
+
+def prices(page: str) -> list[Price]:
+    """The rows of the table on the page, whose columns are engine, model, its form, MB, speed and mean perplexity."""
+    rows = re.findall(r"^\| (torch|llama\.cpp) \| (.+?) \| (.+?) \| [\d,]+ \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
+    return [Price(engine, family, name, float(speed), float(mean)) for engine, family, name, speed, mean in rows]
 
 
 def colour(method: str) -> str:
@@ -167,6 +192,25 @@ def draw_study(rows: list[Figures], path: Path) -> None:
     save(figure, path)
 
 
+def draw_price(rows: list[Price], path: Path) -> None:
+    """Perplexity against speed. Rows of one family are joined by a line; the engine is the colour."""
+    figure, axes = plt.subplots(figsize=(9, 5.5))
+    for engine, family in dict.fromkeys((row.engine, row.family) for row in rows):
+        line = [(row.speed, row.mean) for row in rows if (row.engine, row.family) == (engine, family)]
+        look = {"marker": MARKERS[family], "color": ENGINES[engine], "linewidth": 1, "linestyle": ":"}
+        axes.plot(*zip(*line, strict=True), markersize=8, label=f"{engine}: {family}", **look)
+    for row in rows:
+        at = (row.speed, row.mean)
+        axes.annotate(row.name, at, (6, 6), textcoords="offset points", color=INK, fontsize=8.5)
+    axes.set(xlabel="tokens a second, one sequence", ylabel="perplexity (lower is better)")
+    axes.margins(0.12)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.legend(frameon=False, fontsize=9)
+    title_and_note(axes, "Qwen2.5-Coder-0.5B: what each way to a smaller model costs, and gives", NOTES["price"])
+    figure.tight_layout()
+    save(figure, path)
+
+
 def save(figure: plt.Figure, path: Path) -> None:
     """Writes a picture. No date or version is in it, so the same figures give the same file."""
     figure.savefig(path, dpi=120, metadata={"Software": None})
@@ -174,11 +218,12 @@ def save(figure: plt.Figure, path: Path) -> None:
 
 
 def draw_all(folder: Path) -> None:
-    """Writes both pictures to a folder."""
+    """Writes the pictures to a folder."""
     plt.rcParams.update({"font.family": "DejaVu Sans", "axes.spines.top": False, "axes.spines.right": False})
     rows, packing = load(), json.loads((FOLDER / "overview.json").read_text(encoding="utf-8"))
     draw_overview(rows, packing, folder / "overview.png")
     draw_study(rows, folder / "study.png")
+    draw_price(prices((FOLDER.parent / "payoff.md").read_text(encoding="utf-8")), folder / "price.png")
 
 
 def main(argv: list[str] | None = None) -> None:

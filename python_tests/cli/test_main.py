@@ -302,12 +302,11 @@ def test_progress_goes_to_a_terminal_only(place):
 
 
 def test_a_name_that_is_no_utf8(place):
-    name = os.fsdecode(b"caf\xe9.txt")
+    name = os.fsdecode(b"\xe9.txt")
     done = ace_prune("run", "--model", place / "dense", "--output", place / "never", "--calibration", name)
     assert done.returncode == 2
     assert (
-        done.stderr
-        == "ace-prune: arguments must be UTF-8 (got 'caf\\xe9.txt'); rename the file, or use a UTF-8 locale\n"
+        done.stderr == "ace-prune: arguments must be UTF-8 (got '\\xe9.txt'); rename the file, or use a UTF-8 locale\n"
     )
     assert not (place / "never").exists()
 

@@ -93,7 +93,7 @@ def test_the_same_figures_give_the_same_pictures(tmp_path):
     for folder in (tmp_path / "a", tmp_path / "b"):
         folder.mkdir()
         pictures.draw_all(folder)
-    for name in ("overview.png", "study.png"):
+    for name in ("overview.png", "study.png", "price.png"):
         picture = (tmp_path / "a" / name).read_bytes()
         assert picture.startswith(b"\x89PNG")
         assert picture == (tmp_path / "b" / name).read_bytes()
