@@ -53,7 +53,6 @@ NOTES = {
     "with AVX-512 and AMX; llama.cpp's wheel uses AVX2 alone. docs/payoff.md",
     "study": f"{MEAN}; calibrated on 8,192 tokens of articles; 50 % zeros below. docs/results.md",
 }
-
 ENGINES = {"torch": OURS, "llama.cpp": PUBLISHED}
 MARKERS = {"all weights": "o", "neurons removed": "s", "50 % zeros, packed": "^"}
 

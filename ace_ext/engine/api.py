@@ -86,13 +86,13 @@ def prune_model(
     check_version()
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a model, as from_pretrained returns it (got {type(model).__name__})")
-    if not hasattr(inner_model(model), "config"):
+    model = inner_model(model)
+    if not hasattr(model, "config"):
         raise InputError(
             f"model must be a model of transformers, with a config (got {type(model).__name__}); give the one inside it"
         )
     if callback is not None and not callable(callback):
         raise InputError(f"callback must be a function (got {type(callback).__name__})")
-    model = inner_model(model)
     if config is not None and settings:
         raise TypeError(f"give config, or {', '.join(settings)}, not both")
     if not isinstance(config, PruneConfig | None):
