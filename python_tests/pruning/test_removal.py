@@ -115,7 +115,7 @@ def test_bad_texts_are_refused(text, words):
         ({"method": "balanced"}, "give sparsity or pattern"),
         ({"method": "wanda + distill"}, "give sparsity or pattern"),
         ({"group": "matrix"}, "group is for zeros"),
-        ({"skip": "x"}, "skip is for zeros"),
+        ({"skip": "x"}, r"skip \(--exclude\) is for zeros"),
         ({"max_dense": 0.5}, "max_dense is for zeros"),
     ],
 )
