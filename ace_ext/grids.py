@@ -17,6 +17,9 @@ from ace_ext.errors import InputError
 WIDTHS = (8, 4, 3)
 """The numbers of bits that a code may have."""
 
+STORED_WIDTHS = (8, 4)
+"""The numbers of bits in which the packed formats store a code. A grid of 3 bits has codes of 4."""
+
 GROUP_STEP = 64
 """The number of columns in a group is a multiple of this, a word of the bitmap that kernels read."""
 

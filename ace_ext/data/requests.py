@@ -106,7 +106,7 @@ def vocabulary_of(model: nn.Module) -> int | None:
     embedding = token_embedding(model)
     if embedding is None or (not isinstance(embedding, nn.Embedding) and not predicts_tokens(model)):
         return None
-    return len(embedding.get_parameter("weight"))
+    return len(embedding.weight)  # type: ignore[arg-type]  # a tensor in every class of embedding
 
 
 def _short(value: object) -> str:

@@ -10,7 +10,7 @@ import io
 import re
 from collections.abc import Callable, Collection, Iterator
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -138,8 +138,8 @@ def token_embedding(model: nn.Module) -> nn.Module | None:
 
 def embedding_weight(model: nn.Module) -> Tensor:
     """The weight ``[vocabulary, d_model]`` of :func:`input_embedding`."""
-    weight: Tensor = input_embedding(model).get_parameter("weight")
-    return weight
+    weight: Any = input_embedding(model).weight  # a packed one is no parameter
+    return cast(Tensor, weight)
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

@@ -132,9 +132,9 @@ class Codec:
         scales = [f"{SCALES}{i}" for i in range(SCALE_PLANES)] if self.compresses else [SCALES]
         return frozenset([*kept, CODES, *scales])
 
-    def most_parts(self, grid: Grid | None) -> int:
-        """The most parts of one tensor in a file whose codes are on ``grid``."""
-        return len(self.parts) if grid is None else max(len(self.parts), len(self.quantized_parts))
+    def most_parts(self, codes: bool) -> int:
+        """The most parts of one tensor in a file with or without codes."""
+        return max(len(self.parts), len(self.quantized_parts)) if codes else len(self.parts)
 
     def removes_zeros(self, parts: Mapping[str, Tensor]) -> bool:
         """Whether these parts represent a matrix without its zeros."""

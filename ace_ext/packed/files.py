@@ -3,8 +3,8 @@
 import contextlib
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from ace_ext.packed.quantized_matrix import QuantizedMatrix
 SUFFIX = ".packed.safetensors"
 """The suffix of packed files, in place of ``.safetensors``, so that no program takes one for a dense file."""
 
-VERSION, CODES_VERSION = "1", "2"
-"""The versions of files without and with codes of a grid. Files without codes stay readable for older programs."""
+VERSION, CODES_VERSION, TABLES_VERSION = "1", "2", "3"
+"""The versions of files without codes, with codes, and with codes of a table outside the blocks. Older programs read
+files that need no newer version."""
 
 GROUP_END = 2**31
 """The group of a grid that a file names is smaller."""
@@ -51,23 +52,27 @@ class Origin:
     sha256: str
     """Of the whole dense file."""
     grid: Grid | None = None
-    """The grid of the file's codes; only in a file of version 2."""
+    """The grid of the codes of matrices in blocks; None if the file has none."""
+    tables: Mapping[str, Grid] = field(default_factory=dict)
+    """The grids of the token embedding and the LM head, by the tensor's name, if they are codes."""
 
-    @classmethod
-    def now(
-        cls, codec: str, pattern: tuple[int, int] | None, files: list[str], header: str, sha256: str, grid: Grid | None
-    ) -> "Origin":
-        """The origin of a file that this program writes; ``grid`` is None if the file has no codes."""
-        return cls(VERSION if grid is None else CODES_VERSION, codec, pattern, files, header, sha256, grid)
+    def with_grids(self, grid: Grid | None, tables: Mapping[str, Grid]) -> "Origin":
+        """The origin of the same file with codes on these grids, in the oldest version that can say so."""
+        version = TABLES_VERSION if tables else VERSION if grid is None else CODES_VERSION
+        return replace(self, version=version, grid=grid, tables=tables)
 
-    def without_grid(self) -> "Origin":
-        """The origin of the same file without codes."""
-        return replace(self, version=VERSION, grid=None)
+    def grid_of(self, name: str) -> Grid | None:
+        """The grid of a tensor's codes, if it has any."""
+        return self.tables.get(name, self.grid)
 
     def to_json(self) -> str:
         """The JSON text in the file's metadata."""
-        fields = {name: value for name, value in vars(self).items() if name != "grid"}
-        return json.dumps(fields if self.grid is None else fields | {"grid": vars(self.grid)})
+        fields = {name: value for name, value in vars(self).items() if name not in ("grid", "tables")}
+        if self.grid is not None:
+            fields["grid"] = vars(self.grid)
+        if self.tables:
+            fields["tables"] = {name: vars(grid) for name, grid in self.tables.items()}
+        return json.dumps(fields)
 
     @classmethod
     def of(cls, path: Path, metadata: dict[str, str]) -> "Origin":
@@ -80,10 +85,11 @@ class Origin:
             raise InputError(f"{path} was not written by ace-prune pack; pack the model again")
         try:
             fields = dict(json.loads(metadata[KEY]))
-            if fields["version"] not in (VERSION, CODES_VERSION) or fields["codec"] not in CODECS:
+            versions = (VERSION, CODES_VERSION, TABLES_VERSION)
+            if fields["version"] not in versions or fields["codec"] not in CODECS:
                 raise InputError(
                     f"{path} has version {fields['version']!r}, format {fields['codec']!r}; "
-                    f"this program reads versions {VERSION} and {CODES_VERSION}: {', '.join(CODECS)}"
+                    f"this program reads versions {VERSION} to {TABLES_VERSION}: {', '.join(CODECS)}"
                 )
             pattern = fields["pattern"]
             if pattern is not None:
@@ -93,8 +99,12 @@ class Origin:
             header, sha256 = fields["header"], fields["sha256"]
             if not all(isinstance(text, str) for text in (header, sha256, *fields["files"])):
                 raise ValueError("header, sha256 and files must be texts")
-            grid = _grid(fields["grid"]) if fields["version"] == CODES_VERSION else None
-            return cls(fields["version"], fields["codec"], pattern, list(fields["files"]), header, sha256, grid)
+            version, grid, tables = fields["version"], None, {}
+            if version == TABLES_VERSION:
+                tables = {str(name): _grid(each) for name, each in dict(fields["tables"]).items()}
+            if version == CODES_VERSION or (tables and "grid" in fields):
+                grid = _grid(fields["grid"])
+            return cls(version, fields["codec"], pattern, list(fields["files"]), header, sha256, grid, tables)
         except InputError:
             raise
         except (ValueError, KeyError, TypeError, IndexError) as error:
@@ -188,8 +198,8 @@ class PackedFile:
         found: dict[str, list[str]] = {}
         for name, dense in self.dense.entries.items():
             coded = f"{name}.{CODES}" in known
-            if coded and self.origin.grid is None:
-                raise ValueError(f"{name} has codes, but the file names no grid")
+            if coded and self.origin.grid_of(name) is None:
+                raise ValueError(f"{name} has codes, but the file names no grid for them")
             own = self.codec.quantized_parts if coded else self.codec.parts
             parts = [part for part in sorted(own) if f"{name}.{part}" in known]
             stored = header.entries.get(name)
@@ -204,11 +214,11 @@ class PackedFile:
         return found
 
     def coded(self) -> dict[str, int]:
-        """The tensors that are stored as codes, each with the bytes of its parts."""
+        """The matrices of blocks that are stored as codes, each with the bytes of its parts."""
         return {
             name: sum(self._entries[f"{name}.{part}"].nbytes for part in parts)
             for name, parts in self._parts.items()
-            if CODES in parts
+            if CODES in parts and name not in self.origin.tables
         }
 
     def load(self, name: str) -> PackedMatrix | QuantizedMatrix | Tensor:
@@ -221,8 +231,8 @@ class PackedFile:
             parts: Parts = {part: self._stored(f"{name}.{part}") for part in self._parts[name]}
             if not parts:
                 return self._stored(name)
-            entry = self.dense.entries[name]
-            return self.codec.decode(Packed(parts, entry.dtype, entry.shape, self.origin.pattern, self.origin.grid))
+            entry, origin = self.dense.entries[name], self.origin
+            return self.codec.decode(Packed(parts, entry.dtype, entry.shape, origin.pattern, origin.grid_of(name)))
 
     def _stored(self, name: str) -> Tensor:
         if self._file is None:

@@ -8,7 +8,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,17 @@ from ace_ext.packed import Codec, codec_named
 from ace_ext.packed._codec import CODES
 from ace_ext.packed._writer import StreamWriter, header_room
 from ace_ext.packed.card_section import CARD, add_section, without_section
-from ace_ext.packed.files import KEY, SUFFIX, Origin, PackedFile, PackedShards, is_packed, is_pattern, packed_name
+from ace_ext.packed.files import (
+    KEY,
+    SUFFIX,
+    VERSION,
+    Origin,
+    PackedFile,
+    PackedShards,
+    is_packed,
+    is_pattern,
+    packed_name,
+)
 from ace_ext.packed.marking import CONFIG, mark, unmarked
 from ace_ext.whole_files import sync_folder
 
@@ -45,6 +55,9 @@ class PackResult:
     matrix_packed_bytes: int = 0
     matrix_weights: int = 0
     """Weights of the packed matrices, zeros included."""
+    tables: int = 0
+    """The number of rounded tables outside the blocks that became codes: token embedding and LM head. The counts above
+    do not include them."""
 
     @property
     def bits(self) -> float:
@@ -67,6 +80,7 @@ def pack(
     codec: str,
     pattern: tuple[int, int] | None = None,
     grid: Grid | None = None,
+    tables: Mapping[str, Grid] | None = None,
 ) -> PackResult:
     """Writes a packed copy of a model folder, and checks that it restores every byte of the dense files.
 
@@ -76,13 +90,15 @@ def pack(
         codec: the name of a packed format, of :data:`ace_ext.packed.CODECS`.
         pattern: N and M, if the model was pruned to N:M.
         grid: the grid of the model's weights, if it was quantized. Matrices on it are stored as codes and scales.
+        tables: the grids of the token embedding and the LM head, by the names of their tensors, if they were rounded.
+            They are stored as codes too, except in the format ``nm``.
 
     Raises:
         InputError: the folder holds no safetensors or is packed already, the format needs a pattern, no matrix becomes
             smaller, or the output cannot be written.
     """
     chosen, source = codec_named(codec), existing_folder(folder)
-    _check_form(pattern, grid)
+    _check_form(pattern, grid, tables or {})
     if chosen.needs_pattern and pattern is None:
         raise InputError(
             f"format {codec} needs a model pruned with --pattern N:M, by its report; use bitmap or archive"
@@ -90,7 +106,7 @@ def pack(
     if is_packed(source):
         raise InputError(f"{str(folder)!r} is packed already; give the dense folder")
     with new_folder(output) as target:
-        result = pack_into(source, target, chosen, pattern, grid)
+        result = pack_into(source, target, chosen, pattern, grid, tables)
         add_section(target, PackedShards(target, mapped=False))
         if not result.matrices:
             raise InputError(_nothing_packed(str(folder), codec, pattern))
@@ -112,16 +128,22 @@ def _is_pattern(value: object) -> bool:
     return is_pattern(*value)
 
 
-def _check_form(pattern: object, grid: object) -> None:
-    """Raises :class:`InputError` unless these are a pattern and a grid, or None."""
+def _check_form(pattern: object, grid: object, tables: Mapping[str, object]) -> None:
+    """Raises :class:`InputError` unless these are a pattern and grids, or None."""
     if pattern is not None and not _is_pattern(pattern):
         raise InputError(f"pattern must be two whole numbers N and M, as (2, 4) (got {str(pattern)[:100]!r})")
-    if not isinstance(grid, Grid | None):
-        raise InputError(f"grid must be an ace_ext.grids.Grid (got {type(grid).__name__})")
+    for name, given in {"grid": grid, **{f"grid of {name}": table for name, table in tables.items()}}.items():
+        if not isinstance(given, Grid | None):
+            raise InputError(f"{name} must be an ace_ext.grids.Grid (got {type(given).__name__})")
 
 
 def pack_into(
-    folder: Path, target: Path, codec: Codec, pattern: tuple[int, int] | None, grid: Grid | None = None
+    folder: Path,
+    target: Path,
+    codec: Codec,
+    pattern: tuple[int, int] | None,
+    grid: Grid | None = None,
+    tables: Mapping[str, Grid] | None = None,
 ) -> PackResult:
     """Packs a model folder into an empty folder, as :func:`pack` does; all files are synced when this returns.
 
@@ -134,7 +156,8 @@ def pack_into(
     mark(target / CONFIG)
     for path in shards.files:
         names = [file.name for file in shards.files]
-        origin = Origin.now(codec.name, pattern, names, read_header(path).text, _file_sha256(path), grid)
+        origin = Origin(VERSION, codec.name, pattern, names, read_header(path).text, _file_sha256(path))
+        origin = origin.with_grids(grid, tables or {})
         _pack_file(shards, path, target / packed_name(path.name), origin, result)
     for file in target.iterdir():
         flush(file)
@@ -185,19 +208,22 @@ def check_hashes(packed: PackedShards) -> None:
 def _pack_file(shards: Shards, path: Path, target: Path, origin: Origin, result: PackResult) -> None:
     """Packs one dense file, and adds to the counts of ``result``."""
     header, codec = read_header(path), codec_named(origin.codec)
-    before = result.quantized
-    room = header_room(_metadata(origin), [*header.entries], codec.most_parts(origin.grid))
+    before, coded = result.quantized, dict[str, Grid]()
+    room = header_room(_metadata(origin), [*header.entries], codec.most_parts(origin.version != VERSION))
     with StreamWriter(target, room) as writer:
         for name in sorted(header.entries, key=lambda name: header.entries[name].offset):
             tensor = shards.read(name)
-            parts = codec.encode(tensor, origin.pattern, origin.grid)
+            parts = codec.encode(tensor, origin.pattern, origin.grid_of(name))
             for part, value in (parts or {}).items():
                 writer.add(f"{name}.{part}", value)
             if parts is None:
                 writer.add(name, tensor)
+            elif name in origin.tables and CODES in parts:
+                coded[name] = origin.tables[name]
             elif codec.removes_zeros(parts):
                 count_matrix(result, tensor, sum(value.nbytes for value in parts.values()), CODES in parts)
-        writer.finish(_metadata(origin if result.quantized > before else origin.without_grid()))
+        result.tables += len(coded)
+        writer.finish(_metadata(origin.with_grids(origin.grid if result.quantized > before else None, coded)))
 
 
 def _metadata(origin: Origin) -> dict[str, str]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from ace_ext.grids import AT_ONCE, Grid
+from ace_ext.grids import AT_ONCE, STORED_WIDTHS, Grid
 from ace_ext.packed.matrix import (
     BITS,
     check_row_start,
@@ -21,9 +21,6 @@ from ace_ext.packed.matrix import (
     pack_bits,
     unpack_bits,
 )
-
-WIDTHS = (8, 4)
-"""The numbers of bits in which a code is stored. A grid of 3 bits has codes of 4."""
 
 
 def code_width(grid: Grid) -> int:
@@ -116,7 +113,7 @@ class QuantizedMatrix:
                 of a byte is not 0, or a scale is not finite.
         """
         rows = len(self.bitmap)
-        if self.bits not in WIDTHS:
+        if self.bits not in STORED_WIDTHS:
             raise ValueError(f"codes must have 8 or 4 bits (got {self.bits})")
         grid = Grid(self.bits, self.group)
         if self.scales.dtype not in BITS or tuple(self.scales.shape) != (rows, grid.groups(self.cols)):

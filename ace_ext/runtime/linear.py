@@ -7,17 +7,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ace_ext import ops
-from ace_ext.grids import Grid
 from ace_ext.ops._packed import has_kernel, register_packed, with_whole_rows
-from ace_ext.packed.matrix import BITS, PackedMatrix
+from ace_ext.packed.matrix import PackedMatrix
 from ace_ext.packed.quantized_matrix import QuantizedMatrix
+from ace_ext.runtime.weight import PackedWeight
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(PackedWeight):
     """``x Wᵀ + bias`` of a packed ``W [out_features, in_features]``; on a CPU the weight is never dense in memory.
 
-    Its ``state_dict`` is that of a Linear: ``weight``, dense, unpacked on request, and ``bias``. So ``save_pretrained``
-    writes an ordinary checkpoint, and ``load_state_dict`` reads one. The packed weight is not trained, but gradients
+    Its ``state_dict`` is that of a Linear (:class:`PackedWeight`). The packed weight is not trained, but gradients
     flow through it. On a GPU up to 16 tokens are multiplied from the packed weight; for more it is unpacked (compiled
     for CUDA; not run on a GPU). Other devices have no kernel: each call unpacks the weight, without any gain.
 
@@ -26,8 +25,6 @@ class PackedLinear(nn.Module):
         bias: ``[out_features]`` in the dtype of the weight, or None.
     """
 
-    bitmap: Tensor
-    row_start: Tensor | None
     _numbers = "values"
     """The buffer with the weight's dtype."""
 
@@ -38,31 +35,15 @@ class PackedLinear(nn.Module):
         self._take(matrix)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
-    def _take(self, matrix: PackedMatrix | QuantizedMatrix) -> None:
-        for name, tensor in matrix.tensors.items():
-            self.register_buffer(name, tensor, persistent=False)
-
-    @property
-    def matrix(self) -> PackedMatrix | QuantizedMatrix:
-        """The packed weight."""
-        return PackedMatrix(self.bitmap, self.get_buffer("values"), self.row_start, self.in_features)
-
     @property
     def weight(self) -> Tensor:
         """The dense weight ``[out_features, in_features]``, unpacked at each access."""
-        return self._unpacked() if has_kernel(self.bitmap.device.type) else self.matrix.dense()
-
-    def _unpacked(self) -> Tensor:
-        return ops.unpack_bitmap(self.bitmap, self.get_buffer("values"), self.row_start, self.in_features)
+        return self.unpacked()
 
     def _product(self, x: Tensor, numbers: Tensor, bias: Tensor | None) -> Tensor:
         """``x [tokens, in_features]`` times the weight, whose ``numbers`` have the dtype of ``x``."""
         held: Any = self._buffers
         return ops.packed_linear(x, held["bitmap"], numbers, held["row_start"], bias)
-
-    def _packed(self, weight: Tensor) -> PackedMatrix | QuantizedMatrix | None:
-        """A dense weight in this layout; None if it cannot be."""
-        return PackedMatrix.of(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features]``, of any strides, to ``[..., out_features]``.
@@ -89,40 +70,13 @@ class PackedLinear(nn.Module):
             f"sparsity={sparsity:.3f}"
         )
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"] = self.weight
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        name = f"{prefix}weight"
-        _, strict, missing, unexpected, errors = rest
-        weight, device = state_dict.get(name), self.bitmap.device
-        if weight is None and strict:
-            missing.append(name)
-        elif weight is not None and tuple(weight.shape) != self.matrix.shape:
-            errors.append(f"{name} must be [{self.out_features}, {self.in_features}] (got {list(weight.shape)})")
-        elif weight is not None and weight.dtype not in BITS:
-            errors.append(
-                f"{name} must be float32, float16 or bfloat16 (got {str(weight.dtype).removeprefix('torch.')})"
-            )
-        elif weight is not None:
-            packed = self._packed(weight.detach().cpu().to(self.matrix.dtype).contiguous())
-            if packed is None:
-                errors.append(f"{name} must be on the grid of {self!r}; load it into a dense model")
-            else:
-                self._take(packed)
-                self.to(device)
-        found: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, rest[0], strict, missing, found, errors)
-        unexpected.extend(key for key in found if key != name)
-
 
 class QuantizedLinear(PackedLinear):
     """A :class:`PackedLinear` whose weight is codes times scales.
 
     Products take codes and scales as they are. :attr:`weight` is their product rounded to the dtype of the scales: the
     weight of the dense checkpoint. A conversion to another dtype converts the scales, so the weight then is the codes
-    times the converted scales. ``load_state_dict`` reads weights that are on the same grid.
+    times the converted scales.
 
     Args:
         matrix: the weight, checked (:meth:`ace_ext.packed.quantized_matrix.QuantizedMatrix.check`).
@@ -133,27 +87,11 @@ class QuantizedLinear(PackedLinear):
     scales: Tensor
     _numbers = "scales"
 
-    def __init__(self, matrix: QuantizedMatrix, bias: Tensor | None = None) -> None:
-        super().__init__(matrix, bias)
-        self.bits, self.group = matrix.bits, matrix.group
-
-    @property
-    def matrix(self) -> QuantizedMatrix:
-        """The packed weight."""
-        tensors = self.bitmap, self.codes, self.scales, self.row_start
-        return QuantizedMatrix(*tensors, self.bits, self.group, self.in_features)
-
-    def _unpacked(self) -> Tensor:
-        tensors = self.bitmap, self.codes, self.scales
-        return ops.unpack_quantized(*tensors, self.bits, self.group, self.row_start, self.in_features)
-
     def _product(self, x: Tensor, numbers: Tensor, bias: Tensor | None) -> Tensor:
         held: Any = self._buffers  # read once: an attribute of a module takes as long as four of these
         tensors = held["bitmap"], held["codes"], numbers
+        assert self.bits is not None  # it has codes
         return ops.quantized_linear(x, *tensors, self.bits, self.group, held["row_start"], bias)
-
-    def _packed(self, weight: Tensor) -> QuantizedMatrix | None:
-        return QuantizedMatrix.of(weight, Grid(self.bits, self.group))
 
     def extra_repr(self) -> str:
         """As of the base class, with the grid."""

@@ -24,6 +24,7 @@ from ace_ext.packed.files import PackedShards, is_packed
 from ace_ext.packed.matrix import PackedMatrix
 from ace_ext.packed.packing import check_hashes
 from ace_ext.packed.quantized_matrix import QuantizedMatrix
+from ace_ext.runtime.embedding import can_pack, pack_embedding_
 from ace_ext.runtime.linear import PackedLinear, linear_of
 
 
@@ -82,6 +83,8 @@ def build_packed(folder: str | Path, empty: Callable[[], nn.Module] | None = Non
                     bias = _read(shards.stored_name(names[id(bias)]) or f"{name}.bias", bias, shards)
                 made[key] = linear_of(matrices[id(module.weight)], bias)
             _replace(model, name, made[key])
+        elif can_pack(module) and id(module.weight) in matrices:
+            pack_embedding_(module, matrices[id(module.weight)])
     _load_rest(model, shards)
     forget_quantization_(model)
     for module in model.modules():
@@ -143,16 +146,22 @@ def _check_loaded(model: nn.Module, shards: Shards) -> None:
 
 
 def _matrices(model: nn.Module, shards: PackedShards) -> dict[int, PackedMatrix | QuantizedMatrix]:
-    """The packed weights of the model's Linears, by the parameter's id: Linears can share one."""
+    """The packed weights of the model's Linears and embeddings, by the parameter's id: modules can share one."""
     found: dict[int, PackedMatrix | QuantizedMatrix] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        weight = shards.whole_name(f"{name}.weight") if isinstance(module, nn.Linear) else None
-        if isinstance(module, nn.Linear) and weight is not None and id(module.weight) not in found:
-            stored, wanted = shards.load(weight), (module.out_features, module.in_features)
+        if not isinstance(module, nn.Linear) and not can_pack(module):
+            continue
+        weight = shards.whole_name(f"{name}.weight")
+        if weight is not None and id(module.weight) not in found:
+            stored, wanted = shards.load(weight), tuple(module.weight.shape)
             if tuple(stored.shape) != wanted:
                 raise InputError(f"{weight} must be {list(wanted)} by the configuration (got {list(stored.shape)})")
             if not isinstance(stored, Tensor):
                 found[id(module.weight)] = stored.to(module.weight.dtype)
+    for module in model.modules():  # whatever else reads a weight needs it dense
+        if not isinstance(module, nn.Linear) and not can_pack(module):
+            for parameter in module.parameters(recurse=False):
+                found.pop(id(parameter), None)
     return found
 
 

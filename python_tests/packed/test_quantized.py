@@ -404,7 +404,8 @@ def first(header, part: str) -> str:
 
 EDITS = {
     "version 1": (lambda _, origin: origin.update(version="1"), "the file names no grid"),
-    "version 3": (lambda _, origin: origin.update(version="3"), "reads versions 1 and 2"),
+    "version 3": (lambda _, origin: origin.update(version="3"), "damaged metadata"),
+    "version 4": (lambda _, origin: origin.update(version="4"), "reads versions 1 to 3"),
     "no grid": (lambda _, origin: origin.pop("grid"), "damaged metadata"),
     "grid 5": (lambda _, origin: origin.update(grid=5), "damaged metadata"),
     "grid null": (lambda _, origin: origin.update(grid=None), "damaged metadata"),

@@ -48,6 +48,7 @@ RECORDS = {
     "BenchResult": "what ace-prune bench prints",
     "Figures": "a row of what ace-prune bench prints",
     "PackResult": "what ace-prune pack prints",
+    "Origin": "the metadata of a packed file",
     "Agreement": "a part of the report",
     "BlockCall": "how a batch enters the blocks",
 }
