@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ace_ext.cli import args as shared
 from ace_ext.cli.parser import VERBS
-from ace_ext.formats import grid_of, pattern_of
+from ace_ext.formats import grid_of, pattern_of, table_grids_of
 from ace_ext.packed import CODECS, DEFAULT_CODEC
 from ace_ext.packed.compressed_tensors import NAME, SUMMARY, compress
 from ace_ext.packed.files import is_packed
@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
         names = [] if report is None else [matrix.name for matrix in report.matrices]
         result = compress(args.folder, args.output, grid, names)
     else:
-        result = pack(args.folder, args.output, args.format, None if report is None else pattern_of(report), grid)
+        pattern, tables = (None, {}) if report is None else (pattern_of(report), table_grids_of(report))
+        result = pack(args.folder, args.output, args.format, pattern, grid, tables)
     if args.json:
         print(json.dumps(vars(result)))
         return 0

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ace_ext.dense_weights import NOT_CALLED, DenseWeight
 from ace_ext.engine.batch_states import BatchStates
 from ace_ext.engine.context import RunContext
+from ace_ext.engine.embeddings import check_tables, round_tables_
 from ace_ext.engine.entrances import Entrances
 from ace_ext.engine.finite import restored_if_float16
 from ace_ext.engine.inputs import Batches, model_inputs
@@ -114,6 +115,7 @@ def prune_model(
         find_blocks(model, config.skip, max_dense=config.dense_limit, towers=config.towers)
     )
     check_pattern(store.blocks, config)
+    check_tables(model, config.method.quantize)
     device = context.device or next(model.parameters()).device
     context = replace(context, device=device)
     trainer = config.method.train or config.method.distill
@@ -139,6 +141,8 @@ def prune_model(
                 report.whole_forwards = found.reason
             walk.run()
             report.dense = _left_dense(model, store.blocks, report)
+            if config.method.quantize is not None and config.method.quantize.embeddings:
+                report.embeddings = round_tables_(model, config.method.quantize)
             if distillation is not None:
                 report.healing = distillation.train_()
     report.seconds = time.perf_counter() - start

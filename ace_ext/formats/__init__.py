@@ -12,7 +12,16 @@ from typing import Any
 
 from ace_ext._registry import Registry, files
 from ace_ext.errors import InputError
-from ace_ext.formats._format import DenseModel, OutputFormat, OutputWriter, complete, exchanging, grid_of, pattern_of
+from ace_ext.formats._format import (
+    DenseModel,
+    OutputFormat,
+    OutputWriter,
+    complete,
+    exchanging,
+    grid_of,
+    pattern_of,
+    table_grids_of,
+)
 from ace_ext.models.safetensors_files import Shards
 
 
@@ -88,5 +97,6 @@ __all__ = [
     "grid_of",
     "pattern_of",
     "register",
+    "table_grids_of",
     "written_shards",
 ]

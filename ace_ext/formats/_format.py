@@ -128,3 +128,8 @@ def grid_of(report: PruneReport) -> Grid | None:
     except InputError as error:
         raise InputError(f"{REPORT_NAME} names no grid that ace-prune knows: {error}; prune the model again") from error
     return None if stage is None else stage.grid
+
+
+def table_grids_of(report: PruneReport) -> dict[str, Grid]:
+    """The grids of the tables that a report names, by each name of their tensors."""
+    return {name: Grid(table.bits, table.group) for table in report.embeddings for name in table.names}

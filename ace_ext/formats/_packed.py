@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ace_ext.errors import InputError
 from ace_ext.formats._converting import ConvertingWriter
-from ace_ext.formats._format import OutputFormat, grid_of, pattern_of
+from ace_ext.formats._format import OutputFormat, grid_of, pattern_of, table_grids_of
 from ace_ext.grids import Grid
 from ace_ext.models.blocks import Block
 from ace_ext.packed import Codec
@@ -37,7 +37,7 @@ class PackedWriter(ConvertingWriter):
 
     def convert(self, target: Path, report: PruneReport) -> None:
         """Packs the model, and checks that every byte can be restored."""
-        pack_into(self.folder, target, self._codec, pattern_of(report), grid_of(report))
+        pack_into(self.folder, target, self._codec, pattern_of(report), grid_of(report), table_grids_of(report))
 
 
 def packed_format(codec: Codec) -> OutputFormat:

@@ -8,6 +8,7 @@ from ace_ext.records.healing import KL, STATES, Healing, HeldOutPerplexity, figu
 from ace_ext.records.matrices import BlockReport, MatrixReport, Solution, Tuning
 from ace_ext.records.removed import CutBlock, DroppedBlock, GoneExperts, Removed, TriedRemoval
 from ace_ext.records.report import FORMAT, REPORT_NAME, PruneReport
+from ace_ext.records.tables import RoundedTable
 
 __all__ = [
     "FORMAT",
@@ -25,6 +26,7 @@ __all__ = [
     "MatrixReport",
     "PruneReport",
     "Removed",
+    "RoundedTable",
     "Solution",
     "TriedRemoval",
     "Tuning",

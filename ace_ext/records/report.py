@@ -12,6 +12,7 @@ from ace_ext.records.agreement import Agreement
 from ace_ext.records.healing import Healing, HeldOutPerplexity
 from ace_ext.records.matrices import BlockReport, MatrixReport
 from ace_ext.records.removed import Removed
+from ace_ext.records.tables import RoundedTable
 
 REPORT_NAME = "ace_report.json"
 FORMAT = 1
@@ -36,7 +37,7 @@ class PruneReport:
     versions: dict[str, str] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     dense: list[DenseWeight] = field(default_factory=list)
-    """Matrices that stayed dense. Embeddings, the LM head, biases and norms always stay dense and are not listed."""
+    """Matrices that stayed dense. Embeddings, the LM head, biases and norms are never pruned and are not listed."""
     healing: Healing | None = None
     """The distillation that followed, if there was one. The errors of matrices and blocks were measured before it."""
     perplexity: HeldOutPerplexity | None = None
@@ -46,6 +47,8 @@ class PruneReport:
     agreement: Agreement | None = None
     """With the dense model, if the run measured it: of a network that is no causal language model. ``to_json`` leaves
     None out."""
+    embeddings: list[RoundedTable] = field(default_factory=list)
+    """The token embedding and the LM head, if they were rounded; ``to_json`` leaves an empty list out."""
     whole_forwards: str | None = None
     """Why the statistics are of forwards of the whole model; those of each block were then read while it was dense
     (``order=block``). None, if the model was walked block by block; ``to_json`` leaves None out."""
@@ -112,8 +115,9 @@ class PruneReport:
     def to_json(self) -> str:
         """The report as JSON, with the sparsity of each matrix and of the whole."""
         data = asdict(self)
-        if not self.removed:
-            del data["removed"]
+        for name in ("removed", "embeddings"):
+            if not data[name]:
+                del data[name]
         if self.whole_forwards is None:
             del data["whole_forwards"]
         del data["agreement"]
@@ -135,11 +139,13 @@ class PruneReport:
         dense = [DenseWeight.from_dict(weight) for weight in data.pop("dense", [])]  # absent too
         removed = [Removed.from_dict(record) for record in data.pop("removed", [])]
         agreement = data.pop("agreement", None)
+        tables = [RoundedTable(**table) for table in data.pop("embeddings", [])]
         return cls(
             **data,
             blocks=blocks,
             dense=dense,
             removed=removed,
+            embeddings=tables,
             healing=None if healing is None else Healing.from_dict(healing),
             perplexity=None if measured is None else HeldOutPerplexity(**measured),
             agreement=None if agreement is None else Agreement(**agreement),
@@ -187,6 +193,7 @@ class PruneReport:
         if self.whole_forwards is not None:
             lines.append(f"not walked block by block ({self.whole_forwards}): collect(order=block)")
         lines += self._rounded() or self._quantized()
+        lines += [table.summary() for table in self.embeddings]
         lines += self._trained()
         lines += describe_dense(self.dense, sum(matrix.size for matrix in self.matrices))
         if self.healing is not None:

@@ -155,7 +155,7 @@ class _CausalRun(HealRun):
         known = earlier_states(context.place, journal)
         if known is not None and journal.notes[NAME] == len(self._skeleton.blocks):
             return known
-        with running_dense(self._dense, self._pruned, bool(self._report.removed)) as (model, blocks):
+        with running_dense(self._dense, self._pruned, self._report) as (model, blocks):
             return teacher_states(model, blocks, batches.tokens, context.place, journal, context.observer)
 
     def _measure(self, journal: HealJournal, tell: Callable[[str], None] | None) -> None:

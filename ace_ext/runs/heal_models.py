@@ -1,12 +1,14 @@
 """The two models of a distillation: the pruned folder and its dense model."""
 
 import contextlib
+import math
 from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from ace_ext.engine.embeddings import relative_change
 from ace_ext.errors import InputError
 from ace_ext.fingerprint import tensor_sha256
 from ace_ext.models.block_store import BlockSource, OffloadedBlocks, ResidentBlocks
@@ -109,35 +111,34 @@ def whole_bytes(source: Source) -> int:
 
 
 @contextlib.contextmanager
-def running_dense(
-    request: RunRequest, pruned: Source, smaller: bool = False
-) -> Iterator[tuple[nn.Module, BlockSource]]:
-    """The dense model and its blocks: read from its files one at a time, or loaded if these do not allow it.
-    ``smaller``: structures were removed from the blocks of the pruned model.
+def running_dense(request: RunRequest, pruned: Source, report: PruneReport) -> Iterator[tuple[nn.Module, BlockSource]]:
+    """The dense model and its blocks: read from its files one at a time, or loaded if these do not allow it. ``report``
+    is that of the pruned model.
 
     Raises:
         InputError: it is not the model that was pruned.
     """
     source = open_source(request, weights=False)
-    _check_shapes(source, pruned, smaller)
+    _check_shapes(source, pruned, smaller=bool(report.removed))
     shards = source.files.shards
     if shards is not None:
-        _check_outside(source, pruned, shards.read)
+        _check_outside(source, pruned, report, shards.read)
         yield source.model, OffloadedBlocks(source.blocks, shards, request.device)
         return
     source = open_source(request)
-    _check_outside(source, pruned, lambda name: source.model.get_parameter(name))
+    _check_outside(source, pruned, report, lambda name: source.model.get_parameter(name))
     yield source.model, ResidentBlocks(source.blocks)
 
 
-def check_same_network(dense: Source, pruned: Source) -> None:
-    """Checks that a network in memory is the one that was pruned; ``pruned``: the skeleton of the pruned folder.
+def check_same_network(dense: Source, pruned: Source, report: PruneReport) -> None:
+    """Checks that a network in memory is the one that was pruned; ``pruned``: the skeleton of the pruned folder, with
+    its report.
 
     Raises:
         InputError: it is not.
     """
     _check_shapes(dense, pruned, smaller=False)
-    _check_outside(dense, pruned, dense.model.get_parameter)
+    _check_outside(dense, pruned, report, dense.model.get_parameter)
 
 
 def _shapes(source: Source, outside: bool) -> dict[str, tuple[int, ...]]:
@@ -158,16 +159,23 @@ def _check_shapes(dense: Source, pruned: Source, smaller: bool) -> None:
     )
 
 
-def _check_outside(dense: Source, pruned: Source, read: Callable[[str], Tensor]) -> None:
-    """Checks that all weights outside the blocks are the same, bit for bit: pruning does not change them. One tensor is
-    in memory at a time."""
-    assert pruned.files.shards is not None  # see open_pruned
+def _check_outside(dense: Source, pruned: Source, report: PruneReport, read: Callable[[str], Tensor]) -> None:
+    """Checks that all weights outside the blocks are the same, bit for bit: pruning does not change them. Rounded
+    embeddings must have changed as much as the report says. One parameter is in memory at a time."""
+    shards = pruned.files.shards
+    assert shards is not None  # see open_pruned
+    rounded = {name: table.relative_error for table in report.embeddings for name in table.names}
     inside = tuple(f"{block.name}." for block in pruned.blocks)
     for name, _ in pruned.model.named_parameters():
         if name.startswith(inside):
             continue
-        if tensor_sha256(pruned.files.shards.read(name)) != tensor_sha256(read(name)):
+        if name in rounded:
+            same = math.isclose(relative_change(read(name).detach(), shards.read(name)), rounded[name], rel_tol=1e-6)
+        else:
+            same = tensor_sha256(shards.read(name)) == tensor_sha256(read(name))
+        if not same:
+            how = " by more than its rounding" if name in rounded else ", and pruning does not change it"
             raise InputError(
                 f"dense must be the model that was pruned: {name} of {dense.files.name!r} differs from "
-                f"{pruned.files.name!r}, and pruning does not change it"
+                f"{pruned.files.name!r}{how}"
             )

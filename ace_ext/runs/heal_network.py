@@ -69,7 +69,7 @@ class NetworkRun(HealRun):
         request, settings = self._request, self._request.settings
         batches = self._inputs(journal, observer.shown, tell)
         pruned = open_source(replace(self._dense, model=request.folder))
-        check_same_network(self._whole, self._pruned)
+        check_same_network(self._whole, self._pruned, self._report)
         distillation = NetworkDistillation(
             pruned.model,
             pruned.blocks,

@@ -87,7 +87,7 @@ class HealText:
         return self.text.choose_bos(self.pruned.tokenizer, self.pruned.model, self._dense_logits)
 
     def _dense_logits(self, tokens: Tensor) -> Tensor:
-        with running_dense(self.dense, self.pruned) as (model, blocks):
+        with running_dense(self.dense, self.pruned, self.report) as (model, blocks):
             return whole_logits(model, blocks, tokens, self.dense.device)
 
     def _writer(self) -> nn.Module | None:

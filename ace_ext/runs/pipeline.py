@@ -3,7 +3,7 @@ interrupted run can be resumed."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from ace_ext.data.windows import CalibrationData
 from ace_ext.engine.api import check_pattern, prune_model, removal_report
 from ace_ext.engine.context import RunContext
 from ace_ext.engine.distributed import Alone, Ranks, launched, share_of, share_of_batches
+from ace_ext.engine.embeddings import check_tables, round_stored_tables
 from ace_ext.engine.inputs import Batches, text_inputs
 from ace_ext.engine.progress import Progress
 from ace_ext.engine.protocols import Peers, StatisticsSource
@@ -28,7 +29,7 @@ from ace_ext.models.location import hub_name
 from ace_ext.models.versions import versions
 from ace_ext.process_memory import return_freed_memory
 from ace_ext.pruning.config import PruneConfig
-from ace_ext.records import REPORT_NAME, PruneReport, Removed
+from ace_ext.records import REPORT_NAME, PruneReport, Removed, RoundedTable
 from ace_ext.runs.bos_choice import choose_for_run
 from ace_ext.runs.command import run_command
 from ace_ext.runs.holdout import Measurement, measurement_for
@@ -51,6 +52,9 @@ from ace_ext.runs.workspace import Workspace
 if TYPE_CHECKING:  # at run time few runs load these
     from ace_ext.runs.network_holdout import NetworkMeasurement
     from ace_ext.runs.statistics_file import StatisticsWriter
+
+TABLES = "embeddings"
+"""The note of a run with the records of rounded tables."""
 
 TEXT = "text.bin"
 """The file in the folder of an unfinished run with the text that the model wrote: int64, little-endian."""
@@ -187,6 +191,7 @@ def _prune(request: RunRequest, path: Path, progress: Progress) -> PruneReport:
                 if report.healing is not None:
                     _write_again(workspace, source)
                 report.config, report.removed = request.config.to_dict(), removed
+                report.embeddings = [RoundedTable(**table) for table in workspace.notes.get(TABLES, [])]
             if measured is not None:
                 measured.after(report, None if whole else workspace.model)
             report.extra = inputs.described()
@@ -248,6 +253,7 @@ def _open(request: RunRequest) -> Source:
         check_pattern(source.blocks, request.config)
     else:
         smaller_of(source, request.config)
+    check_tables(source.model, request.config.method.quantize)
     check_serves(source, request)
     if request.options.max_memory is not None:
         Demand(source, request).hidden_fits()
@@ -422,4 +428,8 @@ def _open_writer(workspace: Workspace, source: Source, request: RunRequest) -> N
     if not workspace.finished:
         workspace.writer.lay_out(source.dense)
     workspace.writer.check(source.dense)
+    stage = request.config.method.quantize
+    if stage is not None and stage.embeddings and not workspace.finished:
+        tables = round_stored_tables(source.model, workspace.writer.shards, stage)
+        workspace.notes[TABLES] = [asdict(table) for table in tables]
     workspace.check_output(source.blocks)

@@ -21,6 +21,7 @@ from ace_ext.data.corpora import SELF, SMALL_SOURCES
 from ace_ext.data.generate import ROWS_TOGETHER
 from ace_ext.dense_weights import DenseWeight, describe_dense, kind_of
 from ace_ext.engine.api import check_pattern, check_whole_forwards
+from ace_ext.engine.embeddings import check_tables
 from ace_ext.engine.model_shape import ModelShape
 from ace_ext.errors import InputError, counted
 from ace_ext.formats import DEFAULT_FORMAT, format_named
@@ -204,6 +205,7 @@ def make_plan(
     smaller = None if config.remove is None else smaller_of(source, config, rehearse=True)
     if smaller is None:
         check_pattern(source.blocks, config)
+    check_tables(source.model, config.method.quantize)
     check_serves(source, request)
     format_named(options.format).check_model(source.model, source.blocks, config.method.grid)
     measured = _draw(source, request)

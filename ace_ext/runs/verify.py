@@ -13,6 +13,7 @@ from ace_ext.data.requests import vocabulary_of
 from ace_ext.dense_weights import NOT_CALLED
 from ace_ext.errors import InputError, existing_folder, one_line
 from ace_ext.formats import grid_of, written_shards
+from ace_ext.grids import Grid
 from ace_ext.models._transformers import decoder_of, is_left_out, predicts_tokens
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.location import ModelLocation
@@ -73,8 +74,8 @@ def verify_weights(folder: str | Path) -> VerifyResult:
     The configuration and the run's ``skip`` give the parameters, their shapes, and the matrices that were pruned. The
     files must hold these parameters and nothing else, all finite. Every matrix must have the zeros that the settings
     ask for per row (or N:M group, matrix, model) or more, none of them -0.0, and as many as the report says. Weights of
-    a method with ``quantize`` must be on its grid, also after a distillation. If structures were removed, the
-    configuration must have as many as the report says.
+    a method with ``quantize`` must be on its grid, also after a distillation, and rounded embeddings on theirs. If
+    structures were removed, the configuration must have as many as the report says.
 
     Raises:
         InputError: the folder has no report that can be read, or no safetensors, or does not give back what was
@@ -113,6 +114,7 @@ def verify_weights(folder: str | Path) -> VerifyResult:
             result.problems.append(f"{name}: not on the grid of {grid}")
         nonzero += total
         size += weight.numel()
+    _check_tables(shards, report, result)
     result.sparsity = 1 - nonzero / size if size else 0.0
     if not result.matrices:
         result.problems.append("model: no pruned matrix was found")
@@ -202,6 +204,16 @@ def _check_removed(folder: Path, report: PruneReport, result: VerifyResult) -> N
         if not 0 < record.after < record.before:
             result.problems.append(f"the report says that {record.after} of {record.before} {record.kind} are left")
         result.removed.append(f"{record.after} of {record.before} {record.kind}")
+
+
+def _check_tables(shards: Shards, report: PruneReport, result: VerifyResult) -> None:
+    """Checks that the token embedding and the LM head are on their grids, if the run rounded them."""
+    for table in report.embeddings:
+        stored, grid = shards.stored_name(table.names), Grid(table.bits, table.group)
+        if stored is None:
+            result.problems.append(f"{table.names[0]}: missing")
+        elif grid.recover(shards.read(stored)) is None:
+            result.problems.append(f"{stored}: not on the grid of {grid}")
 
 
 def _check_parameter(name: str, shape: tuple[int, ...], shards: Shards, result: VerifyResult) -> None:

@@ -1,5 +1,6 @@
 """``ace-prune run --format``: the bytes of ``run`` and ``pack``, the memory limit, crashes, and the plan."""
 
+import itertools
 import os
 import shutil
 
@@ -147,10 +148,10 @@ def test_the_plan_knows_the_size(dense, tmp_path):
             stored = sum(t.nbytes for one in PackedShards(path).packed for t in parts(one))
             assert planned.output_bytes == stored < weights
         assert f"weights in the output: {planned.output_bytes / 1e9:.3f} GB" in planned.table()
-    for name in ("bitmap", "compressed-tensors"):
-        settings = {"method": "magnitude + quantize(bits=8, group=64)"}
+    for at, (name, tables) in enumerate(itertools.product(("bitmap", "compressed-tensors"), (0, 8))):
+        settings = {"method": f"magnitude + quantize(bits=8, group=64, embeddings={tables})"}
         planned = plan_of(dense, {"format": name}, **settings)
-        _, path = prune(dense, tmp_path / f"{name}-8", {"format": name}, **settings)
+        _, path = prune(dense, tmp_path / f"quantized{at}", {"format": name}, **settings)
         stored = sum(file.stat().st_size for file in path.glob("*.safetensors")) - headers(path)
         assert stored == pytest.approx(planned.output_bytes, rel=0.05)
     archive = plan_of(dense, {"format": "archive"})

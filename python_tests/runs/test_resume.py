@@ -30,7 +30,7 @@ MODES = {
     "disk-stages": ("--offload", "disk", "--method", "collect(batch_tokens=256) + wanda"),
     "block-order": ("--method", "collect(order=block) + wanda", "--offload", "disk"),
     "trained": ("--method", "admm + train(epochs=1)"),
-    "quantized": ("--method", "admm + quantize(bits=4)", "--offload", "disk"),
+    "quantized": ("--method", "admm + quantize(bits=4, embeddings=8)", "--offload", "disk"),
     "removed": ("--remove", "neurons=0.25", "--pattern", "2:4"),
     "allocated": ("--method", "allocate + wanda + swaps(gram=cosine)", "--offload", "disk"),
 }

@@ -51,6 +51,12 @@ class Quantize(Round):
     group: int = option(
         128, "columns that share a scale in a row", Limits(at_least=GROUP_STEP, multiple_of=GROUP_STEP, below=2**31)
     )
+    embeddings: int = option(
+        0,
+        "8: the token embedding and the LM head are rounded to the nearest point of a grid of 8 bits too; 0: they "
+        "are left as they are",
+        Limits(choices=(0, 8)),
+    )
     damping: float = damping_option(0.2)
     sweeps: int = option(2, "sweeps of coordinate descent over codes and scales after GPTQ", Limits(at_least=0))
     gram: str = gram_option(COSINE, PLAIN)
@@ -75,16 +81,17 @@ class Quantize(Round):
             _Rows(problem, factor, weight[part], self).round_into(rounded[part])
         return Rounded(rounded, factor.damping, factor.attempts)
 
-    def round_plainly(self, weight: Tensor) -> Tensor:
-        """``weight [rows, cols]`` of any dtype with each entry rounded to the nearest point of a grid whose scales are
-        searched: for a matrix without statistics."""
+    def round_plainly(self, weight: Tensor, grid: Grid | None = None) -> Tensor:
+        """``weight [rows, cols]`` of any dtype with each entry rounded to the nearest point of a grid, by default the
+        stage's, whose scales are searched: for a matrix without statistics."""
+        grid = grid or self.grid
         problem = Problem.without_statistics(weight)
-        scales = torch.empty(len(weight), self.grid.groups(weight.shape[1]), device=weight.device)
-        for at, group in enumerate(_slices(0, weight.shape[1], self.group)):
+        scales = torch.empty(len(weight), grid.groups(weight.shape[1]), device=weight.device)
+        for at, group in enumerate(_slices(0, weight.shape[1], grid.group)):
             part = problem.dense[:, group]
-            scales[:, at] = best_scales(part, torch.ones_like(part[0]), self.grid, problem)
+            scales[:, at] = best_scales(part, torch.ones_like(part[0]), grid, problem)
         rounded = torch.empty_like(weight)
-        _round_to_grid(problem.dense, scales, self.grid, problem, out=rounded)
+        _round_to_grid(problem.dense, scales, grid, problem, out=rounded)
         return rounded
 
     def working_bytes(self, rows: int, cols: int) -> int:
