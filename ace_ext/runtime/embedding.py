@@ -3,12 +3,13 @@
 from functools import cache
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from ace_ext.packed.matrix import PackedMatrix
 from ace_ext.packed.quantized_matrix import QuantizedMatrix
-from ace_ext.packed.rows import take_rows
-from ace_ext.runtime.weight import PackedWeight, Table, unpacked
+from ace_ext.runtime.rows import unpack_rows
+from ace_ext.runtime.weight import PackedWeight, Table
 
 
 class PackedEmbedding(PackedWeight, nn.Embedding):
@@ -16,7 +17,10 @@ class PackedEmbedding(PackedWeight, nn.Embedding):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # a parameter in nn.Embedding
-        """The table, which any operation on it unpacks as a whole. Shape, dtype and device are known without that."""
+        """The table, which any operation on it unpacks as a whole. Shape, dtype and device are known without that.
+        A compiler gets it dense, and removes it where nothing but these is used."""
+        if torch.compiler.is_compiling():
+            return unpack_rows(self.matrix, torch.arange(self.num_embeddings, device=self.bitmap.device))
         return Table(self)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -25,8 +29,7 @@ class PackedEmbedding(PackedWeight, nn.Embedding):
         Raises:
             IndexError: a token is outside the table.
         """
-        rows = unpacked(take_rows(self.matrix, input.flatten().long()))
-        return rows.view(*input.shape, self.embedding_dim)
+        return unpack_rows(self.matrix, input)
 
     def __reduce__(self) -> Any:
         """Classes that :func:`pack_embedding_` makes cannot be found by name."""

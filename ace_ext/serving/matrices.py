@@ -85,6 +85,15 @@ def packed(weight: Tensor) -> PackedMatrix:
     return PackedMatrix.of(weight)
 
 
+def empty(rows: int, like: Matrix) -> Matrix:
+    """Rows of zeros, in the form of another matrix with as many columns."""
+    bitmap, row_start = like.bitmap.new_zeros(rows, like.bitmap.shape[1]), torch.zeros(rows + 1, dtype=torch.int64)
+    if isinstance(like, PackedMatrix):
+        return replace(like, bitmap=bitmap, values=like.values.new_empty(0), row_start=row_start)
+    scales = like.scales.new_zeros(rows, like.scales.shape[1])
+    return replace(like, bitmap=bitmap, codes=like.codes.new_empty(0), scales=scales, row_start=row_start)
+
+
 def _of_counts(bitmap: Tensor, values: Tensor, cols: int) -> PackedMatrix:
     """The matrix of a bitmap and its survivors ``[survivors]``."""
     counts = row_counts(bitmap.numpy())

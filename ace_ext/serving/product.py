@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ace_ext.ops._packed import register_packed, with_whole_rows
+from ace_ext.packed.matrix import PackedMatrix
 from ace_ext.packed.quantized_matrix import QuantizedMatrix
+from ace_ext.runtime.rows import unpack_rows
 from ace_ext.serving.matrices import Matrix
 
 
@@ -35,6 +37,13 @@ class PackedProduct(nn.Module):
         """``x [..., cols]``, of any strides, to ``[..., rows]``, in the dtype of the weight, which ``x`` must have."""
         return self._product(with_whole_rows(x.reshape(-1, self.cols)), bias).view(*x.shape[:-1], self.rows)
 
+    def rows_of(self, tokens: Tensor) -> Tensor:
+        """Rows ``[..., cols]`` of the weight for integers ``[...]``, as an embedding's."""
+        return unpack_rows(self._matrix(), tokens)
+
+    def _matrix(self) -> Matrix:
+        return PackedMatrix(self.bitmap, self.get_buffer("values"), self.row_start, self.cols)
+
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         values = self.get_buffer("values")
         out: Tensor = torch.ops.ace_ext.packed_linear(x, self.bitmap, values, self.row_start, bias)
@@ -50,6 +59,9 @@ class QuantizedProduct(PackedProduct):
     def __init__(self, matrix: QuantizedMatrix, device: torch.device | str = "cpu") -> None:
         super().__init__(matrix, device)
         self.bits, self.group = matrix.bits, matrix.group
+
+    def _matrix(self) -> Matrix:
+        return QuantizedMatrix(self.bitmap, self.codes, self.scales, self.row_start, self.bits, self.group, self.cols)
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         grid = self.bits, self.group

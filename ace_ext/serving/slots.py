@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ace_ext.errors import InputError
 from ace_ext.packed.files import dense
-from ace_ext.serving.matrices import Matrix, packed, stack
+from ace_ext.serving.matrices import Matrix, empty, packed, stack
 from ace_ext.serving.stored import StoredWeight, bounds
 
 aten = torch.ops.aten
@@ -109,7 +109,7 @@ class Slot(torch.Tensor):
         ends = [0, *(one.row + one.shape[0] for one in in_order)]
         whole = ends[-1] == rows and all(one.shape[1] == cols for one in in_order)
         if whole and all(one.row == end for one, end in zip(in_order, ends, strict=False)):
-            return _joined([_filled(one, self.dtype) for one in in_order])
+            return _joined(in_order, self.dtype)
         return self._painted(name, pieces)
 
     def _painted(self, name: str, pieces: list[Piece]) -> Matrix | Tensor:
@@ -136,13 +136,17 @@ def _filled(piece: Piece, dtype: torch.dtype) -> Matrix | Tensor:
     return torch.zeros(piece.shape, dtype=dtype) if piece.matrix is None else piece.matrix.to(dtype)
 
 
-def _joined(parts: list[Matrix | Tensor]) -> Matrix | Tensor:
+def _joined(pieces: list[Piece], dtype: torch.dtype) -> Matrix | Tensor:
     """Matrices below each other, packed if one is and that is smaller."""
-    tensors = [one for one in parts if isinstance(one, Tensor)]
-    if len(tensors) == len(parts):
+    parts = [_filled(one, dtype) for one in pieces]
+    matrices = [one for one in parts if not isinstance(one, Tensor)]
+    if not matrices:
+        tensors = [one for one in parts if isinstance(one, Tensor)]
         return torch.cat(tensors) if len(parts) > 1 else tensors[0].contiguous()
-    found = stack([packed(one) if isinstance(one, Tensor) else one for one in parts])
-    return _smaller(found, None)
+    for at, one in enumerate(pieces):
+        if one.matrix is None:  # the rows that fill up a vocabulary
+            parts[at] = empty(one.shape[0], matrices[0])
+    return _smaller(stack([packed(one) if isinstance(one, Tensor) else one for one in parts]), None)
 
 
 def _smaller(matrix: Matrix, weight: Tensor | None) -> Matrix | Tensor:

@@ -25,7 +25,7 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER as LOADERS
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.utils import set_weight_attrs
@@ -41,7 +41,7 @@ from ace_ext.serving.stored import check, weights_of
 
 
 class PackedMethod(LinearMethodBase):  # type: ignore[misc]
-    """A Linear, or an output head that is not tied: packed if the files hold a packed weight for it, else dense."""
+    """A Linear, an embedding or a head: packed if the files hold a packed weight for it, else dense."""
 
     def __init__(self, dense: Any) -> None:
         self._dense = dense
@@ -61,10 +61,22 @@ class PackedMethod(LinearMethodBase):  # type: ignore[misc]
         slot = _slot((rows, cols), params_dtype, {"output_dim": 0, "input_dim": 1, **attributes})
         layer.register_parameter("weight", slot)
 
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
+        """A head with the weight of an embedding, which is built once."""
+        layer.weight, layer.tied_to = embed_tokens.weight, (embed_tokens,)  # in a tuple: it is no part of the head
+        return layer
+
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Builds the weight from its pieces."""
+        """Builds the weight from its pieces, or takes that of the embedding."""
+        if "product" in layer._modules:  # a tied head came first
+            return
         slot: Any = layer.weight
         product: nn.Module | None = None
+        for owner in getattr(layer, "tied_to", ()):
+            if isinstance(slot, Slot):
+                self.process_weights_after_loading(owner)
+            slot, product = owner.weight, owner._modules.get("product")
+            layer.weight = slot
         if isinstance(slot, Slot):
             (weight,) = _matrices(slot, f"{layer.prefix}.weight")
             product = None if isinstance(weight, Tensor) else product_of(weight, slot.device)
@@ -73,6 +85,12 @@ class PackedMethod(LinearMethodBase):  # type: ignore[misc]
         layer.register_module("product", product)
         if product is None:  # also a head that is tied to the embedding
             self._dense.process_weights_after_loading(layer)
+
+    def embedding(self, layer: nn.Module, tokens: Tensor) -> Tensor:
+        """The rows of tokens."""
+        product: Any = layer.product
+        found: Tensor = self._dense.embedding(layer, tokens) if product is None else product.rows_of(tokens)
+        return found
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x Wᵀ + bias``."""
@@ -169,10 +187,10 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]
             _stop(error)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
-        """Packed methods for Linears, heads and experts; embeddings are dense."""
+        """Packed methods for Linears, embeddings, heads and experts."""
         if isinstance(layer, LinearBase):
             return PackedMethod(UnquantizedLinearMethod())
-        if isinstance(layer, ParallelLMHead):
+        if isinstance(layer, VocabParallelEmbedding):  # heads too
             return PackedMethod(UnquantizedEmbeddingMethod())
         if isinstance(layer, RoutedExperts):
             return PackedExpertsMethod(layer.moe_config)

@@ -212,3 +212,20 @@ def test_a_compiled_model(family, tmp_path):
     with torch.no_grad():
         compiled = torch.compile(model, backend="eager")
         torch.testing.assert_close(compiled(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("kind", [PackedMatrix.of, lambda weight: QuantizedMatrix.of(weight, Grid(8, 64))])
+def test_a_lookup_is_one_graph_for_any_number_of_tokens(kind, random):
+    weight = on_grid(make_weight(11, 70, torch.bfloat16, random), Grid(8, 64))
+    embedding = nn.Embedding.from_pretrained(weight)
+    pack_embedding_(embedding, kind(weight))
+
+    def scaled(tokens):
+        return embedding(tokens) * torch.ones((), dtype=embedding.weight.dtype)
+
+    torch.compiler.reset()
+    compiled = torch.compile(scaled, backend="aot_eager", fullgraph=True, dynamic=True)
+    for count in (5, 3, 7):
+        tokens = torch.randint(0, 11, (2, count), generator=random)
+        with torch.compiler.set_stance("default" if count == 5 else "fail_on_recompile"):
+            assert_same_bits(compiled(tokens), weight[tokens])

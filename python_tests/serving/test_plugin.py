@@ -71,6 +71,9 @@ class Dense:
     def apply(self, layer, x, bias):
         return functional.linear(x, layer.weight, bias)
 
+    def embedding(self, layer, tokens):
+        return functional.embedding(tokens, layer.weight)
+
 
 class Layer(nn.Module):
     prefix = "layers.0.qkv_proj"
@@ -115,7 +118,7 @@ def plugin(monkeypatch):
         },
         f"{LAYERS}.quantization.base_config": {"QuantizationConfig": Base},
         f"{LAYERS}.vocab_parallel_embedding": {
-            "ParallelLMHead": type("ParallelLMHead", (Layer,), {}),
+            "VocabParallelEmbedding": type("VocabParallelEmbedding", (Layer,), {}),
             "UnquantizedEmbeddingMethod": Dense,
         },
         "vllm.model_executor.model_loader": {
@@ -207,12 +210,34 @@ def test_a_dense_layer_is_vllms(plugin, random):
     assert_same_bits(method.apply(layer, x), functional.linear(x, weight))
 
 
-def test_a_head_that_is_tied_to_the_embedding(plugin, random):
-    layer, method = linear(plugin)
-    layer.weight = nn.Parameter(torch.randn(80, 200, generator=random))  # what vLLM does in place of loading
-    method.process_weights_after_loading(layer)
-    assert layer.prepared
-    assert method.apply(layer, torch.randn(3, 200, generator=random)).shape == (3, 80)
+@pytest.mark.parametrize("head_first", [True, False])
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_a_head_that_is_tied_to_the_embedding(plugin, is_packed, head_first, random):
+    """vLLM ties the head before it loads the weight, and then prepares layers in the order of the model."""
+    (embedding, method), (head, other) = linear(plugin), linear(plugin)
+    assert other.tie_weights(head, embedding) is head
+    weight = make("even", shape=(80, 200)) if is_packed else torch.randn(80, 200, generator=random)
+    embedding.weight.data.copy_(stored(weight) if is_packed else weight)
+    steps = [(method, embedding), (other, head)]
+    for each, layer in reversed(steps) if head_first else steps:
+        each.process_weights_after_loading(layer)
+    assert isinstance(head.product, PackedProduct) == is_packed
+    assert head.product is embedding.product
+    assert head.weight is embedding.weight
+    assert getattr(head, "prepared", False) == (not is_packed)
+    assert "tied_to" not in dict(head.named_modules())
+    tokens, x = torch.tensor([79, 0, 3]), torch.randn(3, 200, generator=random)
+    assert_same_bits(method.embedding(embedding, tokens), weight[tokens])
+    torch.testing.assert_close(other.apply(head, x), functional.linear(x, weight))
+
+
+def test_a_head_that_is_tied_to_an_embedding_of_another_kind(plugin, random):
+    head, method = linear(plugin)
+    other = SimpleNamespace(weight=nn.Parameter(torch.randn(80, 200, generator=random)), _modules={})
+    method.process_weights_after_loading(method.tie_weights(head, other))
+    x = torch.randn(3, 200, generator=random)
+    assert head.prepared
+    assert_same_bits(method.apply(head, x), functional.linear(x, other.weight))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -246,7 +271,7 @@ def test_which_layers_are_packed(plugin):
     routed.moe_config = SimpleNamespace()
     found = [
         config.get_quant_method(layer, "")
-        for layer in (plugin.LinearBase(), plugin.ParallelLMHead(), routed, nn.Embedding(2, 2))
+        for layer in (plugin.LinearBase(), plugin.VocabParallelEmbedding(), routed, nn.Embedding(2, 2))
     ]
     assert [type(one).__name__ for one in found] == ["PackedMethod", "PackedMethod", "PackedExpertsMethod", "NoneType"]
 

@@ -129,3 +129,24 @@ def test_weights_of_a_folder(codec, tmp_path):
     assert any(isinstance(getattr(weight, "matrix", None), QuantizedMatrix) for weight in found.values())
     for name, weight in found.items():
         assert_same_bits(weight.unpacked() if isinstance(weight, StoredWeight) else weight, shards.read(name))
+
+
+@grids
+@kinds
+@pytest.mark.parametrize("padding", [0, 58])
+def test_a_vocabulary_that_is_filled_up_with_zeros_stays_codes(grid, kind, padding):
+    weight, matrix = quantized(grid, kind)
+    slot = parameter(6 + padding, 300)
+    slot[:6].data.copy_(StoredWeight(matrix))
+    slot[6:].data.fill_(0)
+    (found,) = slot.data.matrices("table")
+    assert isinstance(found, QuantizedMatrix)
+    assert_same_bits(dense(found.check()), torch.cat((weight, torch.zeros(padding, 300))))
+
+
+@kinds
+def test_rows_of_tokens(kind, dtype):
+    weight, matrix = quantized(Grid(8, 128), kind, dtype)
+    tokens = torch.tensor([[5, 0, 5], [2, 3, 1]])
+    for each in (matrix, PackedMatrix.of(weight)):
+        assert_same_bits(product_of(each).rows_of(tokens), weight[tokens])

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from ace_ext import prune_model
+from ace_ext.formats import table_grids_of
 from ace_ext.packed.packing import pack
 from ace_ext.pruning.method import parse
 
@@ -28,7 +29,7 @@ KINDS = ["sliding_attention", "full_attention"]
 CLASSES = {
     "gpt2": {"n_positions": 128},  # matrices that are stored transposed
     "phi3": {**ROPE, "pad_token_id": 0},  # q, k and v, and gate and up in one matrix
-    "gemma3_text": {**ROPE, "head_dim": 64, "layer_types": KINDS},
+    "gemma3_text": {**ROPE, "head_dim": 64, "layer_types": KINDS, "vocab_size": 500},  # vLLM adds 12 rows
     "gemma4_text": {  # two blocks read keys and values of others
         **ROPE,
         "num_hidden_layers": 4,
@@ -98,14 +99,17 @@ def written_by_vllm(folder: Path) -> list[list[int]]:
 def packed(kind: str, method: str, folder: Path) -> transformers.PreTrainedModel:
     """Writes the packed model to ``folder / "packed"`` and returns the dense one."""
     model = small(kind)
-    tokens = torch.randint(3, 512, (8, 16), generator=torch.Generator().manual_seed(1))
-    prune_model(model, tokens, method=parse(method), sparsity=0.5)
+    tokens = torch.randint(3, 500, (8, 16), generator=torch.Generator().manual_seed(1))
+    report = prune_model(model, tokens, method=parse(method), sparsity=0.5)
     model.save_pretrained(folder / "dense")
-    assert pack(folder / "dense", folder / "packed", "bitmap", grid=parse(method).grid).matrices
+    tables = table_grids_of(report)
+    result = pack(folder / "dense", folder / "packed", "bitmap", grid=parse(method).grid, tables=tables)
+    assert result.matrices
+    assert result.tables == len(report.embeddings)
     return model
 
 
-@pytest.mark.parametrize("method", ["wanda", "wanda + quantize(bits=4)"])
+@pytest.mark.parametrize("method", ["wanda", "wanda + quantize(bits=4, embeddings=8)"])
 @pytest.mark.parametrize("kind", CLASSES)
 def test_the_tokens_of_the_dense_model(kind, method, tmp_path):
     model = packed(kind, method, tmp_path)
