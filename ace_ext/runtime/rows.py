@@ -1,4 +1,10 @@
-"""Dense rows of packed matrices: the lookups of packed embeddings."""
+"""Dense rows of packed matrices: the lookups of packed embeddings.
+
+The two ops are for compilers, which cannot trace rows of different lengths. They are written in Python and check
+nothing, so they are not in the namespace of the compiled module's ops.
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,13 +32,13 @@ def unpack_rows(matrix: PackedMatrix | QuantizedMatrix, rows: Tensor) -> Tensor:
     return found.view(*rows.shape, matrix.cols)
 
 
-@torch.library.custom_op("ace_ext::packed_rows", mutates_args=())
+@torch.library.custom_op("ace_ext_runtime::packed_rows", mutates_args=())
 def packed_rows(rows: Tensor, bitmap: Tensor, values: Tensor, row_start: Tensor | None, cols: int) -> Tensor:
     """Rows ``[n, cols]`` of a :class:`PackedMatrix` as an op of torch."""
     return unpacked(take_rows(PackedMatrix(bitmap, values, row_start, cols), rows))
 
 
-@torch.library.custom_op("ace_ext::quantized_rows", mutates_args=())
+@torch.library.custom_op("ace_ext_runtime::quantized_rows", mutates_args=())
 def quantized_rows(
     rows: Tensor,
     bitmap: Tensor,
@@ -53,14 +59,5 @@ def _packed_shape(rows: Tensor, bitmap: Tensor, values: Tensor, row_start: Tenso
 
 
 @quantized_rows.register_fake
-def _quantized_shape(
-    rows: Tensor,
-    bitmap: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    bits: int,
-    group: int,
-    row_start: Tensor | None,
-    cols: int,
-) -> Tensor:
-    return scales.new_empty(rows.shape[0], cols)
+def _quantized_shape(rows: Tensor, bitmap: Tensor, codes: Tensor, scales: Tensor, *rest: Any) -> Tensor:
+    return scales.new_empty(rows.shape[0], rest[-1])

@@ -29,6 +29,7 @@ from ace_ext.packed.rows import take_rows
 from ace_ext.runs.verify import verify
 from ace_ext.runtime import PackedEmbedding, QuantizedLinear
 from ace_ext.runtime.embedding import pack_embedding_
+from ace_ext.runtime.rows import packed_rows, quantized_rows
 
 ace_ext.register()
 METHOD = "magnitude + quantize(bits=4, embeddings=8)"
@@ -229,3 +230,15 @@ def test_a_lookup_is_one_graph_for_any_number_of_tokens(kind, random):
         tokens = torch.randint(0, 11, (2, count), generator=random)
         with torch.compiler.set_stance("default" if count == 5 else "fail_on_recompile"):
             assert_same_bits(compiled(tokens), weight[tokens])
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_opcheck(ragged, random):
+    weight = on_grid(make_weight(11, 70, torch.float32, random), Grid(8, 64))
+    if ragged:
+        weight[:6] = 0
+    rows, values, codes = torch.tensor([3, 0, 10]), PackedMatrix.of(weight), QuantizedMatrix.of(weight, Grid(8, 64))
+    assert (values.row_start is not None) == (codes.row_start is not None) == ragged
+    torch.library.opcheck(packed_rows, (rows, values.bitmap, values.values, values.row_start, 70))
+    tensors = codes.bitmap, codes.codes, codes.scales
+    torch.library.opcheck(quantized_rows, (rows, *tensors, codes.bits, codes.group, codes.row_start, 70))
