@@ -13,7 +13,8 @@ from ace_ext.runtime.weight import PackedWeight, Table
 
 
 class PackedEmbedding(PackedWeight, nn.Embedding):
-    """``nn.Embedding`` with a packed table ``[num_embeddings, embedding_dim]``. :func:`pack_embedding_` makes one."""
+    """``nn.Embedding`` with a packed table ``[num_embeddings, embedding_dim]``. :func:`pack_embedding_` makes one. Not
+    run on a GPU."""
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # a parameter in nn.Embedding
@@ -21,7 +22,7 @@ class PackedEmbedding(PackedWeight, nn.Embedding):
         A compiler gets it dense, and removes it where nothing but these is used."""
         if torch.compiler.is_compiling():
             return unpack_rows(self.matrix, torch.arange(self.num_embeddings, device=self.bitmap.device))
-        return Table(self)
+        return Table(self.matrix)
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` integer ``[...]`` to ``[..., embedding_dim]``.

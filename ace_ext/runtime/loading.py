@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -149,7 +150,7 @@ def _matrices(model: nn.Module, shards: PackedShards) -> dict[int, PackedMatrix 
     """The packed weights of the model's Linears and embeddings, by the parameter's id: modules can share one."""
     found: dict[int, PackedMatrix | QuantizedMatrix] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, nn.Linear) and not can_pack(module):
+        if not _reads_packed(module):
             continue
         weight = shards.whole_name(f"{name}.weight")
         if weight is not None and id(module.weight) not in found:
@@ -159,10 +160,15 @@ def _matrices(model: nn.Module, shards: PackedShards) -> dict[int, PackedMatrix 
             if not isinstance(stored, Tensor):
                 found[id(module.weight)] = stored.to(module.weight.dtype)
     for module in model.modules():  # whatever else reads a weight needs it dense
-        if not isinstance(module, nn.Linear) and not can_pack(module):
+        if not _reads_packed(module):
             for parameter in module.parameters(recurse=False):
                 found.pop(id(parameter), None)
     return found
+
+
+def _reads_packed(module: nn.Module) -> TypeGuard[nn.Linear | nn.Embedding]:
+    """Whether a module of this kind can have a packed weight."""
+    return isinstance(module, nn.Linear) or can_pack(module)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

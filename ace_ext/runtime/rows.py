@@ -12,7 +12,7 @@ from torch import Tensor
 from ace_ext.packed.matrix import PackedMatrix
 from ace_ext.packed.quantized_matrix import QuantizedMatrix
 from ace_ext.packed.rows import take_rows
-from ace_ext.runtime.weight import unpacked
+from ace_ext.runtime.packed_tensor import unpacked
 
 
 def unpack_rows(matrix: PackedMatrix | QuantizedMatrix, rows: Tensor) -> Tensor:

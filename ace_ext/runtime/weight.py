@@ -3,19 +3,17 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils.weak import WeakIdKeyDictionary
 
+from ace_ext.errors import InputError
 from ace_ext.grids import Grid
-from ace_ext.ops._packed import has_kernel
-from ace_ext.packed.files import dense
 from ace_ext.packed.matrix import BITS, PackedMatrix
 from ace_ext.packed.quantized_matrix import QuantizedMatrix
+from ace_ext.runtime.packed_tensor import PackedTensor, unpacked
 
-_UNPACKED = "_ace_ext_unpacked"
-"""The attribute of a state dict with the names of unpacked weights, by the addresses of their bitmaps. With it, modules
-that share a packed weight share the dense one too, and ``save_pretrained`` writes it once."""
+_ORIGINS: Any = WeakIdKeyDictionary()
+"""The bitmap of each dense weight in a state dict, as long as that exists."""
 
 
 class PackedWeight(nn.Module):
@@ -48,10 +46,13 @@ class PackedWeight(nn.Module):
         return QuantizedMatrix(*tensors, self.bits, self.group, self.cols)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As of the base class. A model that ties its weights again gives this module the weight that it has: that is
-        ignored."""
+        """As of the base class, for a weight that stays packed: a model ties this module to an embedding."""
         if name != "weight" or not isinstance(param, Table):
             super().register_parameter(name, param)
+        elif type(param.matrix) is not type(self.matrix):
+            raise InputError(f"{self!r} cannot share the weight of a module of another form; unpack the model")
+        else:
+            self._take(param.matrix)
 
     def unpacked(self) -> Tensor:
         """The dense weight ``[rows, cols]``, made at each call."""
@@ -63,11 +64,10 @@ class PackedWeight(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        name, place = f"{prefix}weight", self.bitmap.data_ptr()
-        known: dict[int, str] = getattr(destination, "__dict__", {}).setdefault(_UNPACKED, {})
-        destination[name] = destination[known[place]] if place in known else self.unpacked()
-        if place:
-            known[place] = name
+        held = (value for value in destination.values() if isinstance(value, Tensor))
+        shared = next((value for value in held if _ORIGINS.get(value) is self.bitmap), None)
+        weight = destination[f"{prefix}weight"] = self.unpacked() if shared is None else shared
+        _ORIGINS[weight] = self.bitmap  # so ``save_pretrained`` writes a weight that modules share once
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         name = f"{prefix}weight"
@@ -93,42 +93,9 @@ class PackedWeight(nn.Module):
         unexpected.extend(key for key in found if key != name)
 
 
-class Table(torch.Tensor):
-    """A packed weight in the form of a dense parameter without storage. A model finds it where it looks for the weight
-    of its embedding: for its shape and dtype, or to tie a head to it. Any other operation unpacks the whole weight."""
+class Table(PackedTensor):
+    """A packed weight that counts as a parameter. A model finds it where it looks for the weight of its embedding: for
+    its shape and dtype, or to tie a head to it."""
 
-    owner: PackedWeight
-    _is_param: bool
+    _is_param = True
     """``isinstance(…, nn.Parameter)`` asks for it."""
-
-    @staticmethod
-    def __new__(cls, owner: PackedWeight) -> "Table":
-        """A tensor without storage."""
-        matrix = owner.matrix
-        found: Table = torch.Tensor._make_wrapper_subclass(
-            cls, matrix.shape, dtype=matrix.dtype, device=matrix.bitmap.device
-        )
-        found.owner, found._is_param = owner, True
-        return found
-
-    def __init__(self, owner: PackedWeight) -> None:
-        super().__init__()
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        return f"Table({list(self.shape)}, {self.dtype})"
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """Every operation gets the dense table."""
-
-        def dense(value: Any) -> Any:
-            return value.owner.unpacked() if isinstance(value, Table) else value
-
-        return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
-
-
-def unpacked(matrix: PackedMatrix | QuantizedMatrix) -> Tensor:
-    """The dense matrix ``[rows, cols]``, on its device."""
-    return dense(matrix) if has_kernel(matrix.bitmap.device.type) else matrix.dense()

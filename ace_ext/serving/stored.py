@@ -12,62 +12,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
-from ace_ext.packed.files import PackedShards, dense
-from ace_ext.serving.matrices import Matrix, cut_columns, cut_rows, stack
+from ace_ext.packed.files import PackedShards
+from ace_ext.runtime.packed_tensor import PackedTensor
+from ace_ext.serving.matrices import cut_columns, cut_rows, stack
 
 aten = torch.ops.aten
 
 
-class StoredWeight(torch.Tensor):
-    """A packed weight in the shape of its dense tensor, ``[..., rows, columns]``.
-
-    Args:
-        matrix: the weight; all dimensions but the last are its rows.
-        shape: of the dense tensor; by default that of the matrix.
-    """
-
-    matrix: Matrix
-
-    @staticmethod
-    def __new__(cls, matrix: Matrix, shape: Sequence[int] | None = None) -> "StoredWeight":
-        """A tensor without storage."""
-        found: StoredWeight = torch.Tensor._make_wrapper_subclass(
-            cls, tuple(shape or matrix.shape), dtype=matrix.dtype, device=torch.device("cpu")
-        )
-        found.matrix = matrix
-        return found
-
-    def __init__(self, matrix: Matrix, shape: Sequence[int] | None = None) -> None:
-        super().__init__()
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        return f"StoredWeight({list(self.shape)}, {self.dtype})"
-
-    def unpacked(self) -> Tensor:
-        """The dense tensor."""
-        return dense(self.matrix).view(self.shape)
+class StoredWeight(PackedTensor):
+    """A packed weight that a loader cuts and views; other operations unpack it."""
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Cuts and views of a weight stay packed; other operations get the dense tensor."""
-        kwargs = kwargs or {}
         if not all(issubclass(kind, StoredWeight) for kind in types):
             return NotImplemented  # the other type knows this one
         step = _STEPS.get(func)
         if step is not None and isinstance(args[0], StoredWeight):
-            found = step(*args, **kwargs)
+            found = step(*args, **(kwargs or {}))
             if found is not None:
                 return found
-        return func(*tree_map(unpacked, args), **tree_map(unpacked, kwargs))
-
-
-def unpacked(value: Any) -> Any:
-    """The dense tensor of a :class:`StoredWeight`; anything else as it is."""
-    return value.unpacked() if isinstance(value, StoredWeight) else value
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def weights_of(folder: str | Path) -> Iterator[tuple[str, Tensor]]:

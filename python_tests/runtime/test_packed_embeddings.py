@@ -206,6 +206,29 @@ def test_tying_again_changes_nothing(model):
     assert model.num_parameters() > 0
 
 
+def test_a_head_can_be_tied_to_another_embedding(tmp_path):
+    _, packed = make_folders(tmp_path, "llama")
+    model = load_packed(packed)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert head.bitmap is not embedding.bitmap
+    head.weight = embedding.weight
+    assert_same_bits(head.weight, embedding.weight.detach())
+    other = QuantizedLinear(QuantizedMatrix.of(torch.ones(2, 64), Grid(8, 64)))
+    embedding = nn.Embedding.from_pretrained(torch.ones(2, 64))
+    pack_embedding_(embedding, PackedMatrix.of(embedding.weight))
+    with pytest.raises(InputError, match="cannot share the weight of a module of another form"):
+        other.weight = embedding.weight
+
+
+def test_a_state_dict_holds_a_shared_weight_once_and_nothing_else(model):
+    for _ in range(2):
+        state = model.state_dict()
+        assert vars(state).keys() == {"_metadata"}  # torch.save writes these too
+        assert state["lm_head.weight"] is state["model.embed_tokens.weight"]
+        state["lm_head.weight"].zero_()
+    assert model.state_dict()["lm_head.weight"].any()
+
+
 @pytest.mark.parametrize("family", ["llama-tied", "gemma3"])
 def test_a_compiled_model(family, tmp_path):
     _, packed = make_folders(tmp_path, family)
