@@ -115,7 +115,7 @@ def prune_model(
         find_blocks(model, config.skip, max_dense=config.dense_limit, towers=config.towers)
     )
     check_pattern(store.blocks, config)
-    check_tables(model, config.method.quantize)
+    check_tables(model, config)
     device = context.device or next(model.parameters()).device
     context = replace(context, device=device)
     trainer = config.method.train or config.method.distill
@@ -141,8 +141,9 @@ def prune_model(
                 report.whole_forwards = found.reason
             walk.run()
             report.dense = _left_dense(model, store.blocks, report)
-            if config.method.quantize is not None and config.method.quantize.embeddings:
-                report.embeddings = round_tables_(model, config.method.quantize)
+            stage = config.method.embeddings
+            if stage is not None:
+                report.embeddings = round_tables_(model, stage) if context.tables is None else context.tables(model)
             if distillation is not None:
                 report.healing = distillation.train_()
     report.seconds = time.perf_counter() - start

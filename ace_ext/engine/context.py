@@ -1,15 +1,17 @@
 """The optional services of a run, which a walk over blocks may use in addition to the model and the tokens."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from ace_ext.engine.distributed import Alone
 from ace_ext.engine.progress import Progress
 from ace_ext.engine.protocols import Journal, Observer, Peers, StatisticsSink, StatisticsSource
 from ace_ext.models.block_store import BlockSource
+from ace_ext.records import RoundedTable
 
 
 @dataclass
@@ -31,6 +33,8 @@ class RunContext:
     sink: StatisticsSink | None = None
     """Stores the statistics of every block. They are the dense model's: each block then reads the output of the dense
     block before it."""
+    tables: Callable[[nn.Module], list[RoundedTable]] | None = None
+    """Gives the model the rounded embeddings that a run has computed already; None: they are rounded in memory."""
     source: StatisticsSource | None = None
     """Statistics of an earlier run; with them no forward pass is run."""
     keeps_forwards: bool | None = None

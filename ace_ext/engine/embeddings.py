@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ace_ext.errors import InputError
-from ace_ext.grids import Grid
 from ace_ext.models._transformers import output_head, token_embedding
 from ace_ext.models.safetensors_files import Shards, all_names
+from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.stages import Round
 from ace_ext.records import RoundedTable
 
@@ -34,74 +34,91 @@ def tables_of(model: nn.Module) -> dict[str, list[str]]:
     return found
 
 
-def check_tables(model: nn.Module, stage: Round | None) -> None:
-    """Checks that a model has what the option ``embeddings`` rounds.
+def check_tables(model: nn.Module, config: PruneConfig) -> None:
+    """Checks that a model has what the option ``embeddings`` rounds, if it is given.
 
     Raises:
         InputError: it has not.
     """
-    if stage is not None and stage.embeddings and not tables_of(model):
+    stage = config.method.embeddings
+    if stage is not None and not tables_of(model):
         raise InputError(
-            f"embeddings={stage.embeddings} rounds a token embedding and an LM head, and {type(model).__name__} has "
+            f"embeddings={stage.bits} rounds a token embedding and an LM head, and {type(model).__name__} has "
             "neither; leave it out"
         )
 
 
 def round_tables_(model: nn.Module, stage: Round) -> list[RoundedTable]:
-    """Rounds the tables of a model that are in memory, in place.
+    """Rounds the tables of a model that are in memory, in place. ``stage`` is :attr:`Method.embeddings`.
 
     Raises:
         InputError: a table is not finite, before or after. It is unchanged.
     """
-    assert stage.embedding_grid is not None  # checked by the caller
     records = []
     for name, names in tables_of(model).items():
         weight = model.get_parameter(name)
         if not weight.is_meta:
-            rounded, record = _rounded(weight.detach(), names, stage, stage.embedding_grid)
+            rounded = torch.empty_like(weight.detach())
+            records.append(_round(weight.detach(), rounded, names, stage))
             weight.data.copy_(rounded)
-            records.append(record)
     return records
 
 
 def round_stored_tables(model: nn.Module, shards: Shards, stage: Round) -> list[RoundedTable]:
-    """Rounds the tables of a model in its files. ``model`` may be a skeleton; ``shards`` know its names.
+    """Rounds the tables of a model in its files. ``model`` may be a skeleton; ``shards`` know its names. One table is
+    in memory at a time.
 
     Raises:
         InputError: as :func:`round_tables_`; or the files do not hold a table.
     """
-    assert stage.embedding_grid is not None  # checked by the caller
     records = []
     for names in tables_of(model).values():
         stored = shards.stored_name(names)
         if stored is None:
             raise InputError(f"{names[0]} is not in the files that save_pretrained writes; leave out embeddings")
         names = [stored, *(name for name in names if name != stored)]
-        rounded, record = _rounded(shards.read(stored), names, stage, stage.embedding_grid)
-        shards.write({stored: rounded})
-        records.append(record)
+        weight = shards.read(stored)
+        records.append(_round(weight, weight, names, stage))
+        shards.write({stored: weight})
+    return records
+
+
+def read_tables_(model: nn.Module, shards: Shards, records: list[RoundedTable]) -> list[RoundedTable]:
+    """What :func:`round_tables_` does and returns, if :func:`round_stored_tables` has rounded the files."""
+    for table in records:
+        weight = model.get_parameter(table.names[0])
+        if not weight.is_meta:
+            weight.data.copy_(shards.read(table.names[0]))
     return records
 
 
 def relative_change(before: Tensor, after: Tensor) -> float:
     """The mean squared change of the entries of a table, relative to their mean square; NaN if one is not finite."""
-    error = size = 0.0
-    for part in _parts(before):
-        old, new = before[part].double(), after[part].double()
-        error += float((new - old).square_().sum())
-        size += float(old.square_().sum())
-    return error / size if size else error
+    return _ratio(sum((_squares(before[part], after[part]) for part in _parts(before)), torch.zeros(2)))
 
 
-def _rounded(weight: Tensor, names: list[str], stage: Round, grid: Grid) -> tuple[Tensor, RoundedTable]:
-    """A table ``[rows, cols]`` on the grid, and its record."""
-    rounded = torch.empty_like(weight)
+def _round(weight: Tensor, out: Tensor, names: list[str], stage: Round) -> RoundedTable:
+    """Writes a table ``[rows, cols]`` on its grid to ``out``, which may be the same tensor; returns its record."""
+    sums = torch.zeros(2, dtype=torch.float64, device=weight.device)
     for part in _parts(weight):
-        rounded[part] = stage.round_plainly(weight[part], grid)
-    change = relative_change(weight, rounded)
+        rounded = stage.round_plainly(weight[part])
+        sums += _squares(weight[part], rounded)
+        out[part] = rounded
+    change = _ratio(sums)
     if not math.isfinite(change):
         raise InputError(f"{names[0]} holds NaN or infinity, or does when it is rounded; leave out embeddings")
-    return rounded, RoundedTable(names, list(weight.shape), grid.bits, grid.group, change)
+    return RoundedTable(names, list(weight.shape), stage.bits, stage.group, change)
+
+
+def _squares(before: Tensor, after: Tensor) -> Tensor:
+    """The sums of the squares ``[2]`` of changes and of entries."""
+    old = before.double()
+    return torch.stack(((after.double() - old).square_().sum(), old.square_().sum()))
+
+
+def _ratio(sums: Tensor) -> float:
+    change, size = map(float, sums)
+    return change / size if size else change
 
 
 def _parts(weight: Tensor) -> Iterator[slice]:

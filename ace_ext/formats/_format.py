@@ -1,7 +1,8 @@
 """The types of output formats: the declaration, the writer and the dense model. Also the folders that a packed format
 exchanges."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -123,13 +124,24 @@ def grid_of(report: PruneReport) -> Grid | None:
     Raises:
         InputError: its stage ``quantize`` names no grid.
     """
-    try:
+    with _known_grids():
         stage = quantize_of(str(report.config.get("method") or ""))
-    except InputError as error:
-        raise InputError(f"{REPORT_NAME} names no grid that ace-prune knows: {error}; prune the model again") from error
     return None if stage is None else stage.grid
 
 
 def table_grids_of(report: PruneReport) -> dict[str, Grid]:
-    """The grids of the tables that a report names, by each name of their tensors."""
-    return {name: Grid(table.bits, table.group) for table in report.embeddings for name in table.names}
+    """The grids of the tables that a report names, by each name of their tensors.
+
+    Raises:
+        InputError: one is no grid.
+    """
+    with _known_grids():
+        return {name: Grid(table.bits, table.group) for table in report.embeddings for name in table.names}
+
+
+@contextmanager
+def _known_grids() -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{REPORT_NAME} names no grid that ace-prune knows: {error}; prune the model again") from error

@@ -144,6 +144,12 @@ class Method:
         return None if self.quantize is None else self.quantize.grid
 
     @property
+    def embeddings(self) -> Round | None:
+        """The stage that rounds the token embedding and the LM head; None if they are left as they are."""
+        stage: Any = self.quantize
+        return None if stage is None or not stage.embeddings else replace(stage, bits=stage.embeddings)
+
+    @property
     def prunes(self) -> bool:
         """Whether a stage chooses a mask. A method that only quantizes removes no weight."""
         return self.score is not None or self.solve is not None

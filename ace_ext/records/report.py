@@ -130,7 +130,7 @@ class PruneReport:
 
     @classmethod
     def from_json(cls, text: str) -> "PruneReport":
-        """The reverse of :meth:`to_json`. Raises KeyError or TypeError for JSON of another form."""
+        """The reverse of :meth:`to_json`. Raises KeyError, TypeError or ValueError for JSON of another form."""
         data = json.loads(text)
         del data["format"], data["sparsity"]
         blocks = [BlockReport.from_dict(block) for block in data.pop("blocks")]

@@ -170,7 +170,7 @@ def _check_outside(dense: Source, pruned: Source, report: PruneReport, read: Cal
         if name.startswith(inside):
             continue
         if name in rounded:
-            same = math.isclose(relative_change(read(name).detach(), shards.read(name)), rounded[name], rel_tol=1e-6)
+            same = math.isclose(relative_change(read(name).detach(), shards.read(name)), rounded[name], rel_tol=1e-9)
         else:
             same = tensor_sha256(shards.read(name)) == tensor_sha256(read(name))
         if not same:

@@ -36,12 +36,12 @@ def output_bytes(source: Source, matrices: list[PlannedMatrix], format_name: str
     pattern = None if config.pattern is None else (config.pattern.keep_n, config.pattern.group_m)
     grid = config.method.grid
     others, found = bytes_of_all(source), 0
-    embedding_grid = None if config.method.quantize is None else config.method.quantize.embedding_grid
-    if embedding_grid is not None and chosen.codec is not None and not chosen.codec.needs_pattern:
+    rounding = config.method.embeddings
+    if rounding is not None and chosen.codec is not None and not chosen.codec.needs_pattern:
         for name in tables_of(source.model):
             rows, cols = source.model.get_parameter(name).shape
             others -= rows * cols * dtype.itemsize
-            found += chosen.size(Kept(rows, cols, rows * cols, dtype, None, embedding_grid))
+            found += chosen.size(Kept(rows, cols, rows * cols, dtype, None, rounding.grid))
     transposed = {b.full_name(child) for b in source.blocks for child in b.linears if b.is_stored_transposed(child)}
     for matrix in matrices:
         (rows, cols), dense = matrix.shape, math.prod(matrix.shape) * dtype.itemsize

@@ -4,19 +4,20 @@ interrupted run can be resumed."""
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ace_ext.data.bos import BosChoice
 from ace_ext.data.windows import CalibrationData
 from ace_ext.engine.api import check_pattern, prune_model, removal_report
 from ace_ext.engine.context import RunContext
 from ace_ext.engine.distributed import Alone, Ranks, launched, share_of, share_of_batches
-from ace_ext.engine.embeddings import check_tables, round_stored_tables
+from ace_ext.engine.embeddings import check_tables, read_tables_, round_stored_tables
 from ace_ext.engine.inputs import Batches, text_inputs
 from ace_ext.engine.progress import Progress
 from ace_ext.engine.protocols import Peers, StatisticsSource
@@ -169,6 +170,7 @@ def _prune(request: RunRequest, path: Path, progress: Progress) -> PruneReport:
                 blocks=blocks,
                 observer=progress if first else Progress(),
                 journal=workspace,
+                tables=partial(_read_tables_, workspace) if first else None,
                 peers=peers,
                 sink=sink,
                 source=inputs.known,
@@ -191,7 +193,6 @@ def _prune(request: RunRequest, path: Path, progress: Progress) -> PruneReport:
                 if report.healing is not None:
                     _write_again(workspace, source)
                 report.config, report.removed = request.config.to_dict(), removed
-                report.embeddings = [RoundedTable(**table) for table in workspace.notes.get(TABLES, [])]
             if measured is not None:
                 measured.after(report, None if whole else workspace.model)
             report.extra = inputs.described()
@@ -253,7 +254,7 @@ def _open(request: RunRequest) -> Source:
         check_pattern(source.blocks, request.config)
     else:
         smaller_of(source, request.config)
-    check_tables(source.model, request.config.method.quantize)
+    check_tables(source.model, request.config)
     check_serves(source, request)
     if request.options.max_memory is not None:
         Demand(source, request).hidden_fits()
@@ -428,8 +429,15 @@ def _open_writer(workspace: Workspace, source: Source, request: RunRequest) -> N
     if not workspace.finished:
         workspace.writer.lay_out(source.dense)
     workspace.writer.check(source.dense)
-    stage = request.config.method.quantize
-    if stage is not None and stage.embeddings and not workspace.finished:
+    stage = request.config.method.embeddings
+    if stage is not None and not workspace.finished:
         tables = round_stored_tables(source.model, workspace.writer.shards, stage)
         workspace.notes[TABLES] = [asdict(table) for table in tables]
     workspace.check_output(source.blocks)
+
+
+def _read_tables_(workspace: Workspace, model: nn.Module) -> list[RoundedTable]:
+    """Gives a model in memory the embeddings that :func:`_open_writer` rounded, in this run or in an earlier one."""
+    assert workspace.writer is not None  # set before the walk starts
+    records = [RoundedTable(**table) for table in workspace.notes[TABLES]]
+    return read_tables_(model, workspace.writer.shards, records)

@@ -205,7 +205,7 @@ def make_plan(
     smaller = None if config.remove is None else smaller_of(source, config, rehearse=True)
     if smaller is None:
         check_pattern(source.blocks, config)
-    check_tables(source.model, config.method.quantize)
+    check_tables(source.model, config)
     check_serves(source, request)
     format_named(options.format).check_model(source.model, source.blocks, config.method.grid)
     measured = _draw(source, request)

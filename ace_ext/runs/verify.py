@@ -12,8 +12,7 @@ from ace_ext.cards import CARD, card_says
 from ace_ext.data.requests import vocabulary_of
 from ace_ext.dense_weights import NOT_CALLED
 from ace_ext.errors import InputError, existing_folder, one_line
-from ace_ext.formats import grid_of, written_shards
-from ace_ext.grids import Grid
+from ace_ext.formats import grid_of, table_grids_of, written_shards
 from ace_ext.models._transformers import decoder_of, is_left_out, predicts_tokens
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.location import ModelLocation
@@ -208,12 +207,13 @@ def _check_removed(folder: Path, report: PruneReport, result: VerifyResult) -> N
 
 def _check_tables(shards: Shards, report: PruneReport, result: VerifyResult) -> None:
     """Checks that the token embedding and the LM head are on their grids, if the run rounded them."""
+    grids = table_grids_of(report)
     for table in report.embeddings:
-        stored, grid = shards.stored_name(table.names), Grid(table.bits, table.group)
+        stored = shards.stored_name(table.names)
         if stored is None:
             result.problems.append(f"{table.names[0]}: missing")
-        elif grid.recover(shards.read(stored)) is None:
-            result.problems.append(f"{stored}: not on the grid of {grid}")
+        elif grids[stored].recover(shards.read(stored)) is None:
+            result.problems.append(f"{stored}: not on the grid of {grids[stored]}")
 
 
 def _check_parameter(name: str, shape: tuple[int, ...], shards: Shards, result: VerifyResult) -> None:

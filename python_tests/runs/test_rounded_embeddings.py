@@ -3,6 +3,7 @@ memory are on the grid, reports and cards say so, and damage is found."""
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tiny_networks import make_inputs, make_network
 import ace_ext
 from ace_ext import InputError, PruneReport, prune_model
 from ace_ext.cli.main import main
+from ace_ext.engine import embeddings
 from ace_ext.grids import Grid
 from ace_ext.models.loading import load_model
 from ace_ext.models.safetensors_files import Shards
@@ -181,3 +183,30 @@ def test_a_network_without_tables_is_refused():
 def test_an_encoder_has_one():
     report = prune_model(make_network("bert"), make_inputs("bert"), method=METHOD)
     assert [table.names for table in report.embeddings] == [["bert.embeddings.word_embeddings.weight"]]
+
+
+def test_a_run_on_files_rounds_each_table_once(place, tmp_path, monkeypatch):
+    rounded, real = [], embeddings._round
+    monkeypatch.setattr(embeddings, "_round", lambda *given: rounded.append(given[2][0]) or real(*given))
+    prune(place / "dense", tmp_path / "out", method=METHOD)
+    assert rounded == ["model.embed_tokens.weight", "lm_head.weight"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"bits": 99}, r"ace_report\.json names no grid .*: bits must be one of 8, 4, 3 \(got 99\)"),
+        ({"group": 7}, r"ace_report\.json names no grid .*: group must be a multiple of 64 columns \(got 7\)"),
+        ({"names": 5}, r"ace_report\.json is not a report .*: names must be a list of names \(got 5\)"),
+        ({"names": []}, r"ace_report\.json is not a report .*: names must be a list of names \(got \[\]\)"),
+        ({"relative_error": "x"}, r"ace_report\.json is not a report .*: relative_error must be a number \(got 'x'\)"),
+        ({"other": 1}, r"ace_report\.json is not a report .*'other'"),
+    ],
+)
+def test_a_damaged_record_is_named(place, edit, message, tmp_path):
+    shutil.copytree(place / "out", tmp_path / "out")
+    report = json.loads((tmp_path / "out" / REPORT_NAME).read_text())
+    report["embeddings"][0].update(edit)
+    (tmp_path / "out" / REPORT_NAME).write_text(json.dumps(report))
+    with pytest.raises(InputError, match=message):
+        verify(tmp_path / "out")

@@ -269,18 +269,13 @@ class Round(MatrixStage):
         """The grid of every matrix."""
         return Grid(self.bits, self.group)
 
-    @property
-    def embedding_grid(self) -> Grid | None:
-        """The grid of the token embedding and the LM head; None if they are left as they are."""
-        return Grid(self.embeddings, self.group) if self.embeddings else None
-
     def quantize(self, problem: Problem, weight: Tensor) -> Rounded:
         """``weight [rows, cols]`` float32, the result of the stages before, on the grid. Zeros stay zeros."""
         raise NotImplementedError
 
-    def round_plainly(self, weight: Tensor, grid: Grid | None = None) -> Tensor:
-        """``weight [rows, cols]`` of any dtype with each entry rounded to the nearest point of a grid, by default the
-        stage's: for a matrix without statistics."""
+    def round_plainly(self, weight: Tensor) -> Tensor:
+        """``weight [rows, cols]`` of any dtype with each entry rounded to the nearest point of the grid: for a matrix
+        without statistics."""
         raise NotImplementedError
 
 

@@ -81,17 +81,16 @@ class Quantize(Round):
             _Rows(problem, factor, weight[part], self).round_into(rounded[part])
         return Rounded(rounded, factor.damping, factor.attempts)
 
-    def round_plainly(self, weight: Tensor, grid: Grid | None = None) -> Tensor:
-        """``weight [rows, cols]`` of any dtype with each entry rounded to the nearest point of a grid, by default the
-        stage's, whose scales are searched: for a matrix without statistics."""
-        grid = grid or self.grid
+    def round_plainly(self, weight: Tensor) -> Tensor:
+        """``weight [rows, cols]`` of any dtype with each entry rounded to the nearest point of a grid whose scales are
+        searched: for a matrix without statistics."""
         problem = Problem.without_statistics(weight)
-        scales = torch.empty(len(weight), grid.groups(weight.shape[1]), device=weight.device)
-        for at, group in enumerate(_slices(0, weight.shape[1], grid.group)):
+        scales = torch.empty(len(weight), self.grid.groups(weight.shape[1]), device=weight.device)
+        for at, group in enumerate(_slices(0, weight.shape[1], self.group)):
             part = problem.dense[:, group]
-            scales[:, at] = best_scales(part, torch.ones_like(part[0]), grid, problem)
+            scales[:, at] = best_scales(part, torch.ones_like(part[0]), self.grid, problem)
         rounded = torch.empty_like(weight)
-        _round_to_grid(problem.dense, scales, grid, problem, out=rounded)
+        _round_to_grid(problem.dense, scales, self.grid, problem, out=rounded)
         return rounded
 
     def working_bytes(self, rows: int, cols: int) -> int:
