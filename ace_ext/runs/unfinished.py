@@ -115,9 +115,7 @@ class UnfinishedRun:
         raise NotImplementedError
 
     def _clear(self) -> None:
-        for path in self.folder.iterdir():
-            if path.name == "lock":
-                continue
+        for path in _all_but_the_lock(self.folder):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _write_state(self, values: dict[str, Any]) -> None:
@@ -155,7 +153,7 @@ class UnfinishedRun:
 
     def remove(self) -> None:
         """Removes the folder, and the parent folders that were made for it if they are empty."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        _remove(self.folder)
         self.close()  # last: after an earlier close another run could take the lock, and then lose its folder
         for parent in self._made:
             if parent.exists() and not any(parent.iterdir()):
@@ -184,6 +182,19 @@ def _discard_first_part(output: Path) -> None:
     if "files" in _recorded(first_part(output)):
         with contextlib.suppress(InputError):  # it is locked: this run is its second part, and the whole run removes it
             discard(first_part(output))
+
+
+def _all_but_the_lock(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name != "lock"]
+
+
+def _remove(folder: Path) -> None:
+    """Removes the folder of a run that holds its lock. The lock is the last file: as soon as it is gone another run can
+    lock the folder, and what was still removed then could be that run's."""
+    with contextlib.suppress(OSError):
+        for path in _all_but_the_lock(folder):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sha256(state: dict[str, Any]) -> str:
@@ -238,15 +249,18 @@ def recover(output: Path) -> None:
     folder = folder_of(output)
     check_own(folder)
     if exchanging(folder):
-        with _locked(folder, output) or contextlib.nullcontext():
-            complete(folder)
+        with _while_locked(folder, output) as there:
+            if there:
+                complete(folder)
     old, model = folder / "old", folder / "model"
     in_place = folder.is_dir() and output.is_dir() and not model.is_dir()
     if not old.is_dir() and not in_place:
         return
-    with _locked(folder, output) or contextlib.nullcontext():
+    with _while_locked(folder, output) as there:
+        if not there:
+            return
         if not model.is_dir() and output.is_dir():
-            shutil.rmtree(folder, ignore_errors=True)  # the model was moved; only this folder was left
+            _remove(folder)  # the model was moved; only this folder was left
         elif old.is_dir() and not output.exists():
             os.replace(old, output)
         elif old.is_dir():
@@ -262,8 +276,9 @@ def discard(output: Path) -> None:
     folder = folder_of(output)
     check_own(folder)
     if folder.is_dir():
-        with _locked(folder, output) or contextlib.nullcontext():
-            shutil.rmtree(folder, ignore_errors=True)
+        with _while_locked(folder, output) as there:
+            if there:
+                _remove(folder)
 
 
 def check_written(model: Path, writer: OutputWriter, blocks: list[Block], sums: Mapping[str, Any]) -> None:
@@ -316,6 +331,17 @@ def _locked(folder: Path, output: Path) -> TextIO | None:
         raise InputError(f"output {str(output)!r} is being written by another run; wait for it") from error
     lock.close()
     return None
+
+
+@contextlib.contextmanager
+def _while_locked(folder: Path, output: Path) -> Iterator[bool]:
+    """Locks a folder, as :func:`_locked`. False if a run that ended meanwhile removed it."""
+    lock = _locked(folder, output)
+    try:
+        yield lock is not None
+    finally:
+        if lock is not None:
+            lock.close()
 
 
 def _open_lock(path: Path) -> int:

@@ -355,6 +355,32 @@ def crash_in_finish(monkeypatch, renames: int):
         monkeypatch.setattr(Workspace, "remove", lambda self: (_ for _ in ()).throw(Crash()))
 
 
+def test_the_lock_is_the_last_file_that_is_removed(tmp_path, monkeypatch):
+    """Once it is gone another run can lock the folder, and removing by name could then remove that run's files."""
+    dense, left, real = save_dense(tmp_path / "dense"), [], shutil.rmtree
+
+    def rmtree(path, **options):
+        if path == tmp_path / ".out.unfinished":
+            left.append([file.name for file in path.iterdir()])
+        real(path, **options)
+
+    monkeypatch.setattr("ace_ext.runs.unfinished.shutil.rmtree", rmtree)
+    prune(dense, tmp_path / "out", {"offload": "disk"})
+    assert left == [["lock"]]
+    assert not (tmp_path / ".out.unfinished").exists()
+
+
+def test_a_folder_that_another_run_made_meanwhile_is_not_removed(tmp_path, monkeypatch):
+    folder = tmp_path / ".out.unfinished"
+    folder.mkdir()
+    (folder / "state.json").write_text("{}")
+    monkeypatch.setattr("ace_ext.runs.unfinished._locked", lambda *_: None)  # the one that was there is gone
+    unfinished.discard(tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    recover(tmp_path / "out")
+    assert (folder / "state.json").exists()
+
+
 @pytest.mark.parametrize("renames", [0, 1, 2])
 @pytest.mark.parametrize("then", ["resume", "over", "refused"])
 def test_a_crash_around_the_renames(renames, then, replacing, tmp_path, monkeypatch):
