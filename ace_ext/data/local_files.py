@@ -38,6 +38,11 @@ def read_file(source: str, text_field: str, names: Sequence[str]) -> list[str]:
         raise InputError(f"text: {source} cannot be read ({error.strerror}); check its permissions") from error
 
 
+def same_file(one: str, other: str) -> bool:
+    """Whether two sources name the same file or folder."""
+    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
+
+
 def _read_txt(file: Path, text_field: str) -> list[str]:
     return [file.read_text(encoding="utf-8-sig")]  # -sig drops a byte order mark
 

@@ -94,7 +94,7 @@ class Method:
                     raise InputError(
                         f"{name} says how {self.solve.label} chooses the mask, but {chosen} does; leave out one of them"
                     )
-        read = SHARED if self.quantize is None else self.quantize.gram
+        read = SHARED if self.quantize is None else self.quantize.gram_read
         asked = {stage.label: stage.gram for stage in self.matrix_stages if hasattr(stage, "gram")}
         grams = {label: read if gram == AUTO else gram for label, gram in asked.items()}
         if len(set(grams.values())) > 1:
@@ -233,7 +233,8 @@ def method_of(given: "str | Stage | Sequence[Stage] | Method") -> Method:
         return parse(given)
     stages = (given,) if isinstance(given, Stage) else given
     if not isinstance(stages, Sequence) or not stages or not all(isinstance(stage, Stage) for stage in stages):
-        raise InputError(f'method must be a text like "balanced", or a list of stages (got {str(given)[:100]})')
+        hint = "; a score of your own is the stage Score(function)" if callable(given) else ""
+        raise InputError(f'method must be a text like "balanced", or a list of stages (got {str(given)[:100]}){hint}')
     return _complete(list(stages))
 
 
@@ -276,7 +277,7 @@ class Needs:
             measure = scored
         if quantize is not None:
             grams = frozenset(GRAM_KINDS.values())
-            solved = solved - grams | ({GRAM_KINDS[quantize.gram]} if solved & grams else quantize.needs)
+            solved = solved - grams | ({GRAM_KINDS[quantize.gram_read]} if solved & grams else quantize.needs)
         return cls(scored | solved, measure)
 
     @property

@@ -102,10 +102,16 @@ def custom_score(metric: CustomMetric, weight: Tensor, stats: LinearStatistics |
     """The scores ``[rows, cols]`` float32 that a user's own metric gives a weight.
 
     Raises:
-        InputError: the metric returned something other than a float tensor of the weight's shape.
+        InputError: the metric returned something other than finite floats in the weight's shape.
     """
     score: object = metric(weight.detach(), cast(LinearStatistics, stats))  # None only if the caller passed None
     if not isinstance(score, Tensor) or score.shape != weight.shape or not score.is_floating_point():
         found = f"{score.dtype} {list(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
         raise InputError(f"metric must return a float tensor of the weight's shape {list(weight.shape)} (got {found})")
-    return score.to(weight.device, torch.float32).contiguous()
+    score = score.to(weight.device, torch.float32).contiguous()
+    if not torch.isfinite(score.sum()):  # the sum of finite scores may overflow, so they are looked at one by one
+        for place in (~torch.isfinite(score)).nonzero():
+            raise InputError(
+                f"metric must return finite scores (got {score[tuple(place)]:g} at {place.tolist()}, in float32)"
+            )
+    return score

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ace_ext.data.bos import BosChoice, begin_with, knows_english, perplexity_of, short_text_ids
 from ace_ext.data.corpora import HELD_OUT, SELF, SMALL_SOURCES, SOURCES, load_text, texts_of
+from ace_ext.data.local_files import same_file
 from ace_ext.data.mixture import samples_of
 from ace_ext.data.requests import check_tokens, positions_of
 from ace_ext.data.windows import evaluation_tokens, tokens_between_samples
@@ -124,11 +125,22 @@ def measurement_for(
 
 
 def measured_text(request: RunRequest, tokenizer: Tokenizer, bos: BosChoice) -> tuple[str, Tensor]:
-    """The name and the ids ``[n]`` of the text."""
+    """The name and the ids ``[n]`` of the text. Of a file that also calibrates it is the part that no sample reads.
+
+    Raises:
+        InputError: the text cannot be read, or calibration reads all of it.
+    """
     calibration = request.calibration
     wanted = calibration.evaluate
     if wanted != EVALUATE_AUTO:
-        return wanted, evaluation_tokens(wanted, tokenizer, text_field=calibration.text_field)
+        if not any(same_file(wanted, part.source) for part in texts_of(calibration.source)):
+            return wanted, evaluation_tokens(wanted, tokenizer, text_field=calibration.text_field)
+        for found in _unread(request, tokenizer, bos, wanted):
+            return found
+        raise InputError(
+            f"evaluate must be text that calibration does not read (the samples read all of {wanted!r}); give another "
+            "text, or fewer samples"
+        )
     found = _unread(request, tokenizer, bos)
     if found:
         most = WINDOWS * WINDOW_TOKENS // len(found) if len(found) > 1 else None  # of a mixture: as much of each text
@@ -138,15 +150,19 @@ def measured_text(request: RunRequest, tokenizer: Tokenizer, bos: BosChoice) -> 
     return "a short English text", torch.tensor(short_text_ids(tokenizer))
 
 
-def _unread(request: RunRequest, tokenizer: Tokenizer, bos: BosChoice) -> list[tuple[str, Tensor]]:
-    """Of each calibration text the name and the ids ``[n]`` of a part that the run does not read. A text without such a
-    part is left out."""
+def _unread(
+    request: RunRequest, tokenizer: Tokenizer, bos: BosChoice, wanted: str | None = None
+) -> list[tuple[str, Tensor]]:
+    """Of each calibration text, or of the ``wanted`` one, the name and the ids ``[n]`` of a part that the run does not
+    read. A text without such a part is left out."""
     calibration = request.calibration
     texts = texts_of(calibration.source)
     read = [calibration, *([request.later] if request.later else [])]
     draws = [[(count, text.seed) for count in samples_of(texts, text.nsamples)] for text in read]
     found = []
     for source, *own_draws in zip((part.source for part in texts), *draws, strict=True):
+        if wanted is not None and not same_file(wanted, source):
+            continue
         if source in SMALL_SOURCES:
             found.append((f"{source}, held-out part", evaluation_tokens(source, tokenizer)))
         elif source not in (SELF, *SOURCES):

@@ -17,6 +17,7 @@ from ace_ext.data.held_out_inputs import (
     text_samples,
     text_windows,
 )
+from ace_ext.data.local_files import same_file
 from ace_ext.data.media_items import is_media
 from ace_ext.data.requests import sample_count
 from ace_ext.errors import InputError
@@ -93,7 +94,8 @@ def held_out_inputs(request: RunRequest, source: Source, bos: BosChoice | None) 
     """
     text = request.calibration
     if bos is None:
-        wanted, after = (text.source, text.nsamples) if text.evaluate == EVALUATE_AUTO else (text.evaluate, 0)
+        wanted = text.source if text.evaluate == EVALUATE_AUTO else text.evaluate
+        after = text.nsamples if same_file(wanted, text.source) else 0
         assert source.files.folder is not None  # its processor was read from there
         if not is_media(wanted):
             raise InputError(f"evaluate must be images or sound, as the calibration is (got {wanted!r}); give such")

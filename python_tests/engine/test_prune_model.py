@@ -154,6 +154,23 @@ def test_callable_metric_can_ask_for_the_moment():
     prune_model(make_model("llama"), make_tokens(), PruneConfig(Score(my_cosp)))
 
 
+@pytest.mark.parametrize(
+    "score, found",
+    [
+        (lambda weight: weight.where(weight < weight.max(), torch.nan), "finite scores (got nan at "),
+        (lambda weight: weight.float() / 0.0, "finite scores (got "),
+        (lambda weight: torch.full_like(weight, 1e300, dtype=torch.float64), "finite scores (got inf at [0, 0]"),
+        (lambda weight: weight[:1], "a float tensor of the weight's shape [32, 32] (got torch.float32 [1, 32])"),
+        (lambda weight: weight != 0, "a float tensor of the weight's shape [32, 32] (got torch.bool [32, 32])"),
+    ],
+    ids=["nan", "inf", "too-large-for-float32", "shape", "bool"],
+)
+def test_what_a_callable_metric_must_return(score, found):
+    with pytest.raises(InputError) as caught:
+        prune_model(make_model("llama"), make_tokens(), method=Score(lambda weight, _: score(weight)))
+    assert f"q_proj: metric must return {found}" in str(caught.value)
+
+
 def test_padding_does_not_count():
     padded, plain = make_model("llama"), make_model("llama")
     tokens = make_tokens(2, 12)

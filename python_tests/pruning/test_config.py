@@ -195,6 +195,11 @@ def test_arguments_that_do_not_exist():
         ("magnitude + quantize", {ROUNDING_GRAM}),
         ("balanced + quantize", {INPUT, COSINE_GRAM}),  # all stages read the Gram matrix of quantize
         ("fast + quantize", {INPUT, COSINE_GRAM}),
+        ("quantize(bits=8)", {SHARED_GRAM}),
+        ("quantize(bits=8, gram=cosine)", {ROUNDING_GRAM}),
+        ("balanced + quantize(bits=8)", {INPUT, SHARED_GRAM}),  # as without quantize
+        ("balanced + quantize(bits=8, gram=cosine)", {INPUT, COSINE_GRAM}),
+        ("fast + quantize(bits=8)", {INPUT, SHARED_GRAM}),
         ("fast + quantize(gram=plain)", {INPUT, GRAM}),
     ],
 )

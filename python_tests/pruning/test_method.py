@@ -466,7 +466,7 @@ ADMM_OPTIONS = "its options are damping, floor, iterations, relaxation, saliency
         ("quantize(bits=4.0)", "bits must be a whole number (got '4.0')"),
         ("quantize(group=100)", "group must be a multiple of 64 (got 100)"),
         ("quantize(group=0)", "group must be a multiple of 64 (got 0)"),
-        ("quantize(gram=sketch)", "gram must be one of cosine, plain (got 'sketch')"),
+        ("quantize(gram=sketch)", "gram must be one of auto, plain, shared, cosine (got 'sketch')"),
         ("quantize(damping=-1)", "damping must be a share of the mean diagonal, 0 or more (got -1.0)"),
         (
             "admm(gram=cosine) + quantize(gram=plain)",
@@ -475,6 +475,10 @@ ADMM_OPTIONS = "its options are damping, floor, iterations, relaxation, saliency
         (
             "balanced(gram=plain) + quantize",
             "gram must be the same for all stages of the method (got plain for admm and cosine for quantize)",
+        ),
+        (
+            "balanced(gram=cosine) + quantize(bits=8)",
+            "gram must be the same for all stages of the method (got cosine for admm and shared for quantize)",
         ),
         (
             "better + quantize",
@@ -616,6 +620,11 @@ def test_what_is_no_method(given, found):
         (
             lambda: method_of([Distill(), Admm()]),
             "method distill + admm must have its stages in the order in which they run; write admm + distill",
+        ),
+        (
+            lambda: method_of(len),
+            f'method must be a text like "balanced", or a list of stages (got {len}); a score of '
+            "your own is the stage Score(function)",
         ),
         (lambda: method_of([]), 'method must be a text like "balanced", or a list of stages (got [])'),
         (lambda: Method((Collect(), Collect(), Admm())), f"{ONE_OF_A_KIND} (got collect and collect); leave out one"),

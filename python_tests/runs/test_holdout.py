@@ -123,6 +123,18 @@ def test_a_distillation_does_not_read_what_is_measured_on(tmp_path, capsys):
     assert found["healed"] == pytest.approx(by_hand(tmp_path / "out", windows), rel=1e-5)
 
 
+def test_of_a_file_that_calibrates_too_only_what_no_sample_reads(dense, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT * 4)
+    (tmp_path / "link.txt").symlink_to("text.txt")
+    assert call(capsys, *arguments(dense, tmp_path / "auto"))[0] == 0
+    assert call(capsys, *arguments(dense, tmp_path / "named", "--evaluate", tmp_path / "link.txt"))[0] == 0
+    assert figures(tmp_path / "named") == figures(tmp_path / "auto")
+    (tmp_path / "text.txt").write_text(" ".join(TEXT.split()[:40]))  # each token is in a sample
+    message = bad_input(capsys, "run", dense, "--seqlen", 40, "--evaluate", tmp_path / "text.txt")
+    assert "evaluate must be text that calibration does not read" in message
+    assert "give another text, or fewer samples" in message
+
+
 def test_not_measured(dense, tmp_path, capsys):
     assert call(capsys, *arguments(dense, tmp_path / "never", "--evaluate", "never"))[0] == 0
     assert figures(tmp_path / "never") is None

@@ -29,10 +29,11 @@ GRAM_KINDS = {AUTO: SHARED_GRAM, PLAIN: GRAM, SHARED: SHARED_GRAM, COSINE: COSIN
 that of ``auto`` and of ``sketch`` before ``quantize``."""
 
 
-def gram_option(*choices: str) -> Any:
-    """The option ``gram`` of a stage that reads a Gram matrix; the first choice is the default."""
+def gram_option(*choices: str, auto: str = "what quantize reads, shared without it") -> Any:
+    """The option ``gram`` of a stage that reads a Gram matrix; the first choice is the default. ``auto``: what that
+    choice means."""
     helps = {
-        AUTO: "auto: what quantize reads, shared without it",
+        AUTO: f"auto: {auto}",
         PLAIN: "plain: all tokens count the same",
         SHARED: "shared: token t is weighted by about 1 / ‖A_t‖², A being the output of the first Linear that reads t",
         COSINE: "cosine: token t is weighted by about 1 / ‖A_t‖², A being the Linear's own output, so each Linear has "
@@ -262,7 +263,12 @@ class Round(MatrixStage):
     embeddings: int
     """Bits of the token embedding and the LM head, which are rounded too; 0: they are left as they are."""
     gram: str
-    """The Gram matrix that it reads. The stages before it read the same one."""
+    """The Gram matrix that it reads, or ``auto``."""
+
+    @property
+    def gram_read(self) -> str:
+        """The Gram matrix that it reads. The stages before it read the same one."""
+        raise NotImplementedError
 
     @property
     def grid(self) -> Grid:

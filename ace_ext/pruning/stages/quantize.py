@@ -18,8 +18,11 @@ from ace_ext.pruning.gram import ObsFactor
 from ace_ext.pruning.kinds import ROUNDING_GRAM
 from ace_ext.pruning.settings import Limits, option
 from ace_ext.pruning.stages._stage import (
+    AUTO,
     COSINE,
+    GRAM_KINDS,
     PLAIN,
+    SHARED,
     Problem,
     Round,
     Rounded,
@@ -59,13 +62,21 @@ class Quantize(Round):
     )
     damping: float = damping_option(0.2)
     sweeps: int = option(2, "sweeps of coordinate descent over codes and scales after GPTQ", Limits(at_least=0))
-    gram: str = gram_option(COSINE, PLAIN)
+    gram: str = gram_option(AUTO, PLAIN, SHARED, COSINE, auto="shared with 8 bits, cosine with fewer")
+
+    @property
+    def gram_read(self) -> str:
+        """For ``auto``, with 8 bits, whose rounding costs nearly nothing, the one that masks are best with; with fewer
+        bits the one that rounding is best with."""
+        if self.gram != AUTO:
+            return self.gram
+        return SHARED if self.bits == 8 else COSINE
 
     @property
     def needs(self) -> frozenset[str]:
         """If no other stage reads a Gram matrix, that of ``gram=cosine`` counts the first token of a sample more often.
         Masks do not gain by that."""
-        return frozenset({ROUNDING_GRAM}) if self.gram == COSINE else super().needs
+        return frozenset({ROUNDING_GRAM if self.gram_read == COSINE else GRAM_KINDS[self.gram_read]})
 
     def quantize(self, problem: Problem, weight: Tensor) -> Rounded:
         """Rounds ``weight [rows, cols]`` float32, the result of the stages before. Its zeros stay zeros.
