@@ -15,7 +15,7 @@ from ace_ext import ops
 from ace_ext.errors import InputError
 from ace_ext.pruning.damping import floor_energy, penalty
 from ace_ext.pruning.scaling import InputScale, times_power, times_power_
-from ace_ext.pruning.symmetric import LowRank, energy, invert_damped_, power_diagonals
+from ace_ext.pruning.symmetric import LowRank, energy, inverse_factor_, invert_damped_, power_diagonals
 
 MAX_ATTEMPTS = 8
 """How many factorisations are tried. Each has ten times the damping of the one before."""
@@ -325,26 +325,9 @@ class RelativeLoss:
         return self._add_up(total)
 
 
-def _cholesky_reversed(make: Callable[[], Tensor], damping: float) -> tuple[Tensor, bool, float]:
-    """Returns ``R [d, d]`` upper triangular with ``matrix + damping · mean diagonal · I = R Rᵀ``, whether the
-    factorisation failed, and the mean diagonal."""
-    matrix = make()
-    mean = matrix.diagonal().mean()
-    backwards = matrix.flip(0, 1)
-    del matrix
-    backwards.diagonal().add_(damping * mean)
-    lower, failed = torch.linalg.cholesky_ex(backwards)
-    del backwards  # freed now: two matrices are the peak
-    return lower.flip(0, 1), bool(failed), float(mean)
-
-
 def _inverse_factor(make: Callable[[], Tensor], damping: float) -> tuple[Tensor, float, int]:
     """Returns ``upper [d, d]`` with ``(matrix + damping · mean diagonal)⁻¹ = upperᵀ upper``, the damping and the number
     of attempts.
-
-    The matrix is factorised with its rows and columns in reverse order. Reversed back, the factor is upper triangular:
-    ``matrix = R Rᵀ``, and ``upper = R⁻¹``. This takes one factorisation. With an explicit inverse it would take three
-    steps, and the last may fail.
 
     Args:
         make: makes the matrix ``[d, d]`` float64, symmetric, with a positive diagonal. It is called for each attempt:
@@ -359,13 +342,12 @@ def _inverse_factor(make: Callable[[], Tensor], damping: float) -> tuple[Tensor,
 
     def attempt(by: float) -> Tensor | None:
         nonlocal mean
-        factor, failed, mean = _cholesky_reversed(make, by)
-        if failed or not math.isfinite(mean):
+        made = make()
+        mean = float(made.diagonal().mean())
+        made.diagonal().add_(by * mean)
+        if not math.isfinite(mean) or not inverse_factor_(made):
             return None
-        # Column-major, so that it is solved in place.
-        upper = torch.eye(len(factor), dtype=factor.dtype, device=factor.device).mT
-        torch.linalg.solve_triangular(factor, upper, upper=True, out=upper)
-        return upper if torch.isfinite(upper.sum()) else None
+        return made if torch.isfinite(made.sum()) else None
 
     return _damped_until(attempt, damping, lambda: mean)
 

@@ -16,7 +16,7 @@ BLOCKS = 8
 LEAST_BLOCK = 96
 """Columns of a block, except the last: with fewer, products of blocks are slow."""
 LEAST_DIVIDED = 640
-"""Columns of the smallest matrix that :func:`invert_damped_` divides."""
+"""Columns of the smallest matrix that :func:`inverse_factor_` and :func:`invert_damped_` divide."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,49 @@ def inverse(matrix: Tensor) -> Tensor | None:
         return None
     torch.cholesky_inverse(lower, out=matrix.mT)  # LAPACK is column-major: .mT avoids a copy
     return matrix if bool(torch.isfinite(matrix.sum())) else None
+
+
+def inverse_factor_(matrix: Tensor) -> bool:
+    """Replaces a symmetric positive definite ``matrix [d, d]`` by the upper triangular ``U`` with ``matrix⁻¹ = Uᵀ U``;
+    False, with other contents, if it is not positive definite.
+
+    With ``matrix = R Rᵀ``, ``R`` upper triangular, ``U = R⁻¹``. A large matrix on a CPU is divided into four: the
+    factors of the last quarter and of the Schur complement give its own by products of triangles, half of which are
+    zeros. Two matrices are the peak of the memory.
+    """
+    half = len(matrix) // 2
+    if len(matrix) < LEAST_DIVIDED or not matrix.is_cpu:
+        return _inverse_factor_at_once_(matrix)
+    first, cross, second = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
+    if not inverse_factor_(second):
+        return False
+    product = torch.empty_like(cross)  # R₁₂, the upper right quarter of R
+    for start, end in _blocks(len(second)):
+        product[:, start:end] = cross[:, start:] @ second[start:end, start:].T
+    _subtract_symmetric_(first, product, product.T)
+    if not inverse_factor_(first):
+        return False
+    for start, end in _blocks(len(second)):
+        cross[:, start:end] = product[:, :end] @ second[:end, start:end]
+    for start, end in _blocks(half):
+        torch.mm(first[start:end, start:], cross[start:], out=product[start:end])
+    torch.neg(product, out=cross)
+    matrix[half:, :half] = 0
+    return True
+
+
+def _inverse_factor_at_once_(matrix: Tensor) -> bool:
+    """:func:`inverse_factor_` by LAPACK. With rows and columns in reverse order its lower factor is ``R``, reversed."""
+    backwards = matrix.flip(0, 1)
+    lower, failed = matrix.mT, torch.zeros((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(backwards, out=(lower, failed))  # LAPACK is column-major: .mT avoids a copy
+    if bool(failed):
+        return False
+    del backwards
+    factor = lower.flip(0, 1)
+    matrix.zero_().diagonal().fill_(1.0)
+    torch.linalg.solve_triangular(factor.mT, matrix.mT, upper=False, out=matrix.mT)
+    return True
 
 
 def invert_damped_(matrix: Tensor, rounded: torch.dtype = torch.float32) -> bool:

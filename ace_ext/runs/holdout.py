@@ -135,8 +135,9 @@ def measured_text(request: RunRequest, tokenizer: Tokenizer, bos: BosChoice) -> 
     if wanted != EVALUATE_AUTO:
         if not any(same_file(wanted, part.source) for part in texts_of(calibration.source)):
             return wanted, evaluation_tokens(wanted, tokenizer, text_field=calibration.text_field)
-        for found in _unread(request, tokenizer, bos, wanted):
-            return found
+        unread = _unread(request, tokenizer, bos, wanted)
+        if unread:
+            return unread[0]
         raise InputError(
             f"evaluate must be text that calibration does not read (the samples read all of {wanted!r}); give another "
             "text, or fewer samples"

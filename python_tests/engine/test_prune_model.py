@@ -155,7 +155,7 @@ def test_callable_metric_can_ask_for_the_moment():
 
 
 @pytest.mark.parametrize(
-    "score, found",
+    ("score", "found"),
     [
         (lambda weight: weight.where(weight < weight.max(), torch.nan), "finite scores (got nan at "),
         (lambda weight: weight.float() / 0.0, "finite scores (got "),

@@ -108,7 +108,7 @@ class Quantize(Round):
         """The larger of two phases. While the Gram matrix is factorised: two copies of it in float64. Then: the factor
         in float32, the final weight, the buffers of one part and, while a group is rounded, those of its columns."""
         height, group = min(rows, _part_rows(cols)), min(self.group, cols)
-        part = max(13 * cols, 9 * cols + 24 * group) if self.sweeps else 5 * cols + 21 * group
+        part = max(13 * cols, 9 * cols + 32 * group) if self.sweeps else 5 * cols + 21 * group
         return max(17 * cols * cols, 4 * cols * cols + 4 * rows * cols + height * part)
 
     def shared_bytes(self, cols: int) -> int:
@@ -156,16 +156,20 @@ class _Rows:
                 self.values[:, columns.stop :].addmm_(error, upper[columns, columns.stop :], alpha=-1)
 
     def _descend_(self) -> None:
-        """Coordinate descent. Each sweep goes group by group: first the scales, then the codes."""
+        """Coordinate descent. Each sweep goes group by group: first the scales, then the codes. Meanwhile ``slope`` is
+        that of the group alone; the other groups learn of all its changes at once."""
         descent = _Descent(self.problem, self.factor, self.values - self.target)
         for at, group in (each for _ in range(self.stage.sweeps) for each in self._groups()):
-            self._fit_scales_(at, group, descent)
+            before, slope = self.values[:, group].clone(), descent.slope[:, group].clone()
+            self._fit_scales_(at, group, descent, slope)
             for columns in _slices(group.start, group.stop, BLOCK):
                 current, factor = self.values[:, columns].clone(), descent.step_factor(columns)
-                wanted = self.values[:, columns]
-                wanted -= descent.slope[:, columns] / descent.curvature[columns]
+                wanted, own = self.values[:, columns], slice(columns.start - group.start, columns.stop - group.start)
+                wanted -= slope[:, own] / descent.curvature[columns]
                 change = self._round_block_(at, columns, wanted, factor, current)
-                descent.move_(columns, change)
+                if columns.stop < group.stop:
+                    descent.add_(slope, group, columns, change)
+            descent.move_(group, self.values[:, group] - before)
 
     def _round_block_(
         self, at: int, columns: slice, block: Tensor, factor: Tensor, current: Tensor | None = None
@@ -180,20 +184,21 @@ class _Rows:
         block.mul_(sign)
         return error.mul_(sign)
 
-    def _fit_scales_(self, at: int, group: slice, descent: "_Descent") -> None:
-        """Moves the scales of a group to their least-squares values given the codes, where this lowers the loss."""
+    def _fit_scales_(self, at: int, group: slice, descent: "_Descent", slope: Tensor) -> None:
+        """Moves the scales of a group to their least-squares values given the codes, where this lowers the loss, and
+        updates the group's ``slope``."""
         scale, values = self.scales[:, at, None], self.values[:, group]
         codes = nearest_codes(values, scale, self.grid)
         curve = descent.energy(group, codes)
-        step = (descent.slope[:, group] * codes).sum(1, keepdim=True) / curve
+        step = (slope * codes).sum(1, keepdim=True) / curve
         fitted = self.problem.units.rounded(torch.where(curve > 0, scale - step, scale))
         change = self.problem.units.rounded(codes * fitted) - values
-        gain = 2 * (descent.slope[:, group] * change).sum(1, keepdim=True) + descent.energy(group, change)
+        gain = 2 * (slope * change).sum(1, keepdim=True) + descent.energy(group, change)
         better = (gain < 0) & (fitted * scale > 0)
         self.scales[:, at] = torch.where(better, fitted, scale)[:, 0]
         change.masked_fill_(~better, 0.0)
         values.copy_(self.problem.units.rounded(codes * self.scales[:, at, None]))
-        descent.move_(group, change)
+        descent.add_(slope, group, group, change)
 
 
 class _Descent:
@@ -218,6 +223,12 @@ class _Descent:
         factor = self.gram[columns, columns] / self.curvature[columns]
         factor.diagonal().fill_(1.0)
         return factor
+
+    def add_(self, slope: Tensor, group: slice, columns: slice, change: Tensor) -> None:
+        """Adds to a group's ``slope [rows, group]`` what ``change [rows, width]`` of these of its columns makes."""
+        slope.addmm_(change, self.gram[columns, group])
+        own = slice(columns.start - group.start, columns.stop - group.start)
+        slope[:, own].addcmul_(change, self.added[columns])
 
     def move_(self, columns: slice, change: Tensor) -> None:
         """Updates the slope for ``change [rows, width]`` of these columns."""
