@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ace_ext import PruneConfig
+from ace_ext.grids import Grid
 from ace_ext.pruning.gram import GramState
 from ace_ext.pruning.groups import GROUPS
 from ace_ext.pruning.masks import keep_budget
@@ -126,6 +127,25 @@ def test_descent_ends_where_no_code_has_a_better_value():
             code = (found.codes[:, column] + step).clamp(stage.grid.lowest, stage.grid.highest)
             moved[:, column] = code * scales[:, column]
             assert (loss(moved) >= least * (1 - 1e-5)).all()
+
+
+@pytest.mark.parametrize(("bits", "sweeps"), [(8, 0), (4, 2), (3, 2)])
+def test_sweeps_where_they_gain(bits, sweeps):
+    by_default, named = (make_case() for _ in range(2))
+    for (weight, _, stats), method in (
+        (by_default, f"quantize(bits={bits})"),
+        (named, f"quantize(bits={bits}, sweeps={sweeps})"),
+    ):
+        prune_linear_(weight, stats, PruneConfig(method))
+    assert torch.equal(by_default[0], named[0])
+
+
+def test_8_bits_lose_nothing_by_the_full_scale(random, monkeypatch):
+    weight = torch.randn(64, 128, generator=random) / torch.rand(64, 1, generator=random)  # of Gaussian rows
+    problem, importance = Problem.without_statistics(weight), torch.ones(128)
+    full = best_scales(weight, importance, Grid(8, 128), problem)
+    monkeypatch.setattr(quantize, "NEARLY_EXACT", 0)  # all scales are tried
+    assert torch.equal(best_scales(weight, importance, Grid(8, 128), problem), full)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3])
