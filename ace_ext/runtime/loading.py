@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeGuard
@@ -14,10 +15,11 @@ from ace_ext.models._transformers import (
     forget_quantization_,
     initialise_,
     is_computed,
+    is_left_out,
     take_generation_config_,
     tie_weights_,
 )
-from ace_ext.models.loading import LoadedModel, check_causal, load_model, load_tokenizer
+from ace_ext.models.loading import LoadedModel, check_causal, check_fit, load_model, load_tokenizer
 from ace_ext.models.safetensors_files import Shards, all_names
 from ace_ext.models.skeleton import check_all_read, not_stored, skeleton
 from ace_ext.packed.compressed_tensors import CompressedShards, is_compressed
@@ -138,12 +140,23 @@ def _load_compressed(folder: Path, dtype: str) -> nn.Module:
 
 
 def _check_loaded(model: nn.Module, shards: Shards) -> None:
-    """Raises :class:`InputError` if the files have no tensor for a parameter, under any of its names."""
+    """Raises :class:`InputError` if the files have no tensor for a parameter, under any of its names, or have more
+    blocks than the model. The model may lack whole parts, such as a vision tower."""
     for name in not_stored(model, shards):
         raise InputError(
             f"{str(shards.folder)!r} does not hold {name} of {type(model).__name__}; load a packed folder with "
             "AutoModelForCausalLM"
         )
+    unread = set(shards.unread(model))
+    lists = {_list_of(name) for name in shards.entries.keys() - unread} - {None}
+    left = [name for name in unread if _list_of(name) in lists and not is_left_out(model, name)]
+    check_fit(str(shards.folder), [], left)
+
+
+def _list_of(name: str) -> str | None:
+    """``model.layers`` of the tensor ``model.layers.2.mlp.up_proj.weight``; None if it is in no numbered module."""
+    found = re.match(r"(.+?)\.\d+\.", name)
+    return found[1] if found else None
 
 
 def _matrices(model: nn.Module, shards: PackedShards) -> dict[int, PackedMatrix | QuantizedMatrix]:

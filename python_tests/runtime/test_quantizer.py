@@ -1,6 +1,7 @@
 """Packed folders through ``AutoModelForCausalLM.from_pretrained``: the same model as ``load_packed`` gives."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -46,6 +47,16 @@ def test_from_pretrained_gives_the_model_of_load_packed(family, tmp_path):
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return make_folders(tmp_path_factory.mktemp("llama"), "llama-tied", torch.bfloat16)
+
+
+@from_5_on
+def test_a_configuration_with_fewer_blocks_is_refused(llama, tmp_path):
+    shutil.copytree(llama[1], tmp_path / "edited")
+    file = tmp_path / "edited" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] - 1}))
+    with pytest.raises(ace_ext.InputError, match=r"not in the model: model.layers.\d+.input_layernorm.weight, "):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "edited")
 
 
 @from_5_on
