@@ -110,8 +110,8 @@ def custom_score(metric: CustomMetric, weight: Tensor, stats: LinearStatistics |
         raise InputError(f"metric must return a float tensor of the weight's shape {list(weight.shape)} (got {found})")
     score = score.to(weight.device, torch.float32).contiguous()
     if not torch.isfinite(score.sum()):  # the sum of finite scores may overflow, so they are looked at one by one
-        for place in (~torch.isfinite(score)).nonzero():
-            raise InputError(
-                f"metric must return finite scores (got {score[tuple(place)]:g} at {place.tolist()}, in float32)"
-            )
+        places = (~torch.isfinite(score)).nonzero().tolist()
+        if places:
+            at = tuple(places[0])
+            raise InputError(f"metric must return finite scores (got {score[at]:g} at {places[0]}, in float32)")
     return score

@@ -42,7 +42,6 @@ SHARES = tuple(1.0 - 0.04 * step for step in range(16))
 """The scales that are tried for a group: each represents this share of the group's largest magnitude. With 8 bits it is
 the first alone: in groups of 128 real weights no other one ever had the least error."""
 
-
 NEARLY_EXACT = 8
 """Bits of codes that cost next to nothing however they are chosen."""
 
