@@ -55,16 +55,23 @@ def test_statistics_serve_a_method_that_quantizes(dense):
     """Also the whole Gram matrix that a stage with gram=sketch then reads."""
     file, out = keep(dense, method="fast + quantize")
     assert weights_bytes(from_file(dense, file, method="fast + quantize")) == weights_bytes(out)
-    again = from_file(dense, file, "again", method="fast + quantize(bits=8)")
+    again = from_file(dense, file, "again", method="fast + quantize(bits=8, gram=cosine)")
     assert weights_bytes(out) != weights_bytes(again) != weights_bytes(dense)
     with pytest.raises(InputError, match="holds cosine-gram, input, weighted of statistics, not rounding-gram"):
-        from_file(dense, file, "alone", method="quantize(bits=8)")
+        from_file(dense, file, "alone", method="quantize(bits=8, gram=cosine)")
+    with pytest.raises(InputError, match="holds cosine-gram, input, weighted of statistics, not shared-gram"):
+        from_file(dense, file, "shared", method="fast + quantize(bits=8)")
+
+
+def test_statistics_of_a_run_with_8_bits_serve_one_without(dense):
+    file, _ = keep(dense, method="balanced + quantize(bits=8)")
+    from_file(dense, file, method="balanced")
 
 
 def test_statistics_of_a_run_that_only_quantizes(dense):
     file, out = keep(dense, method="quantize")
     assert weights_bytes(from_file(dense, file, method="quantize")) == weights_bytes(out)
-    again = from_file(dense, file, "again", method="magnitude + quantize(bits=8)")
+    again = from_file(dense, file, "again", method="magnitude + quantize(bits=8, gram=cosine)")
     assert weights_bytes(out) != weights_bytes(again) != weights_bytes(dense)
 
 
