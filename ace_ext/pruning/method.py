@@ -233,7 +233,8 @@ def method_of(given: "str | Stage | Sequence[Stage] | Method") -> Method:
         return parse(given)
     stages = (given,) if isinstance(given, Stage) else given
     if not isinstance(stages, Sequence) or not stages or not all(isinstance(stage, Stage) for stage in stages):
-        hint = "; a score of your own is the stage Score(function)" if callable(given) else ""
+        function = callable(given) and not isinstance(given, type)
+        hint = "; a score of your own is the stage Score(function)" if function else ""
         raise InputError(f'method must be a text like "balanced", or a list of stages (got {str(given)[:100]}){hint}')
     return _complete(list(stages))
 

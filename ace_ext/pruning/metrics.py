@@ -109,9 +109,8 @@ def custom_score(metric: CustomMetric, weight: Tensor, stats: LinearStatistics |
         found = f"{score.dtype} {list(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
         raise InputError(f"metric must return a float tensor of the weight's shape {list(weight.shape)} (got {found})")
     score = score.to(weight.device, torch.float32).contiguous()
-    if not torch.isfinite(score.sum()):  # the sum of finite scores may overflow, so they are looked at one by one
-        places = (~torch.isfinite(score)).nonzero().tolist()
-        if places:
-            at = tuple(places[0])
-            raise InputError(f"metric must return finite scores (got {score[at]:g} at {places[0]}, in float32)")
+    finite = torch.isfinite(score)
+    if not bool(finite.all()):
+        place = divmod(int(finite.flatten().byte().argmin()), score.shape[1])
+        raise InputError(f"metric must return finite scores (got {score[place]:g} at {list(place)}, in float32)")
     return score

@@ -626,6 +626,7 @@ def test_what_is_no_method(given, found):
             f'method must be a text like "balanced", or a list of stages (got {len}); a score of '
             "your own is the stage Score(function)",
         ),
+        (lambda: method_of(Admm), f'method must be a text like "balanced", or a list of stages (got {Admm})'),
         (lambda: method_of([]), 'method must be a text like "balanced", or a list of stages (got [])'),
         (lambda: Method((Collect(), Collect(), Admm())), f"{ONE_OF_A_KIND} (got collect and collect); leave out one"),
     ],

@@ -140,7 +140,7 @@ def test_sweeps_where_they_gain(bits, sweeps):
     assert torch.equal(by_default[0], named[0])
 
 
-def test_8_bits_lose_nothing_by_the_full_scale(random, monkeypatch):
+def test_8_bits_lose_nothing_by_the_full_scale_where_columns_count_the_same(random, monkeypatch):
     weight = torch.randn(64, 128, generator=random) / torch.rand(64, 1, generator=random)  # of Gaussian rows
     problem, importance = Problem.without_statistics(weight), torch.ones(128)
     full = best_scales(weight, importance, Grid(8, 128), problem)

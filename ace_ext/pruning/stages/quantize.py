@@ -40,7 +40,8 @@ buffers."""
 
 SHARES = tuple(1.0 - 0.04 * step for step in range(16))
 """The scales that are tried for a group: each represents this share of the group's largest magnitude. With 8 bits it is
-the first alone: in groups of 128 real weights no other one ever had the least error."""
+the first alone. In the first three blocks of three models another one is better for 0 to 1 % of the groups. It would
+lower the error by 0 to 5 %, which perplexity does not show."""
 
 NEARLY_EXACT = 8
 """Bits of codes that cost next to nothing however they are chosen."""
@@ -179,8 +180,8 @@ class _Rows:
             self._fit_scales_(at, group, descent, slope)
             for columns in _slices(group.start, group.stop, BLOCK):
                 current, factor = self.values[:, columns].clone(), descent.step_factor(columns)
-                wanted, own = self.values[:, columns], slice(columns.start - group.start, columns.stop - group.start)
-                wanted -= slope[:, own] / descent.curvature[columns]
+                wanted = self.values[:, columns]
+                wanted -= slope[:, _within(group, columns)] / descent.curvature[columns]
                 change = self._round_block_(at, columns, wanted, factor, current)
                 if columns.stop < group.stop:
                     descent.add_(slope, group, columns, change)
@@ -242,8 +243,7 @@ class _Descent:
     def add_(self, slope: Tensor, group: slice, columns: slice, change: Tensor) -> None:
         """Adds to a group's ``slope [rows, group]`` what ``change [rows, width]`` of these of its columns makes."""
         slope.addmm_(change, self.gram[columns, group])
-        own = slice(columns.start - group.start, columns.stop - group.start)
-        slope[:, own].addcmul_(change, self.added[columns])
+        slope[:, _within(group, columns)].addcmul_(change, self.added[columns])
 
     def move_(self, columns: slice, change: Tensor) -> None:
         """Updates the slope for ``change [rows, width]`` of these columns."""
@@ -303,6 +303,11 @@ def _round_to_grid(values: Tensor, scales: Tensor, grid: Grid, problem: Problem,
 def _part_rows(cols: int) -> int:
     """How many rows are rounded at a time."""
     return max(1, PART_ENTRIES // max(1, cols))
+
+
+def _within(group: slice, columns: slice) -> slice:
+    """Columns of a group, counted from its first one."""
+    return slice(columns.start - group.start, columns.stop - group.start)
 
 
 def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
