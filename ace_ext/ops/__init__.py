@@ -90,12 +90,17 @@ def update_cosine_moment_(moment: Tensor, x: Tensor, a: Tensor) -> None:
 
 
 @torch.no_grad()
-def update_gram_(gram: Tensor, x: Tensor) -> None:
+def update_gram_(gram: Tensor, x: Tensor, mirror: bool = True) -> None:
     """``gram [d, d] += xᵀ x`` for ``x [T, d]``, on the CPU; ``gram`` is float32, contiguous and symmetric.
 
     Products of bfloat16 are exact and summed in float32. Half of the products are computed.
+
+    Args:
+        gram: the matrix.
+        x: the tokens.
+        mirror: False: the upper half of ``gram`` is undefined until a call with True, for which ``x`` may be empty.
     """
-    registered().update_gram_(gram, x)
+    registered().update_gram_(gram, x, mirror)
 
 
 # Scores, masks and pruning

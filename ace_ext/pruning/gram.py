@@ -91,11 +91,24 @@ class GramState:
     """
 
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
-        self.matrix = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self._matrix = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self._mirrored = True  # else the upper half of _matrix is out of date
         self.scale = InputScale()
         self.tokens = 0
         self._obs: dict[float, ObsFactor] = {}  # by damping
         self._admm: dict[tuple[float, float, float, torch.dtype, bool], AdmmFactor] = {}  # by what admm_factor takes
+
+    @property
+    def matrix(self) -> Tensor:
+        """``[d, d]`` float32, symmetric. Read it again after an update."""
+        if not self._mirrored:
+            ops.update_gram_(self._matrix, self._matrix.new_empty(0, len(self._matrix)))
+            self._mirrored = True
+        return self._matrix
+
+    @matrix.setter
+    def matrix(self, matrix: Tensor) -> None:
+        self._matrix, self._mirrored = matrix, True
 
     def update(self, x: Tensor, token_scale: Tensor | None = None) -> None:
         """Adds tokens ``x [T, d]``, each multiplied by its ``token_scale [T]`` float32: powers of two or 0; None: 1."""
@@ -103,7 +116,8 @@ class GramState:
         for part in scaled_rows(x, token_scale, x.dtype if exact else torch.float32):
             rows = self._scaled(part)
             if rows.is_cpu:
-                ops.update_gram_(self.matrix, rows.contiguous())
+                ops.update_gram_(self._matrix, rows.contiguous(), mirror=False)
+                self._mirrored = False
             elif exact:
                 torch.addmm(self.matrix, rows.T, rows, out_dtype=torch.float32, out=self.matrix)
             else:
@@ -113,12 +127,12 @@ class GramState:
 
     def _scaled(self, rows: Tensor) -> Tensor:
         """``rows [T, d]`` divided by ``2^scale.power``. The power is raised first if these rows need it."""
-        times_power_(self.matrix, -2 * self.scale.admit(rows))
+        times_power_(self._matrix, -2 * self.scale.admit(rows))
         return times_power(rows, -self.scale.power)
 
     def raise_scale_(self, exponent: int) -> None:
         """Raises ``scale.exponent`` to at least ``exponent``, so that states of several processes can be added."""
-        times_power_(self.matrix, -2 * self.scale.raise_to(exponent))
+        times_power_(self._matrix, -2 * self.scale.raise_to(exponent))
 
     def merge_(self, other: "GramState") -> None:
         """Adds the tokens of another state, such as that of another data-parallel rank."""

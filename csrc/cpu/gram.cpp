@@ -20,11 +20,15 @@ namespace {
 constexpr int64_t kWideBlocks = 8;    // of these a share of 9/16 of all multiplications is left
 constexpr int64_t kWideColumns = 96;  // the least width of a block: with fewer columns products are slow
 
-// The upper half of a symmetric matrix from its lower half.
-void mirror(const at::Tensor& gram, int64_t width) {
-  for (int64_t i = width; i < gram.size(0); i += width) {
-    const int64_t count = std::min(width, gram.size(0) - i);
-    gram.narrow(0, 0, i).narrow(1, i, count).copy_(gram.narrow(0, i, count).narrow(1, 0, i).t());
+constexpr int64_t kMirrored = 64;  // columns that are copied at a time
+
+// The upper half of a symmetric matrix from its lower half, diagonal blocks included: those of two calls can differ.
+void mirror_lower(const at::Tensor& gram) {
+  for (int64_t i = 0; i < gram.size(0); i += kMirrored) {
+    const int64_t count = std::min(kMirrored, gram.size(0) - i);
+    const at::Tensor rows = gram.narrow(0, i, count), diagonal = rows.narrow(1, i, count);
+    gram.narrow(0, 0, i).narrow(1, i, count).copy_(rows.narrow(1, 0, i).t());
+    diagonal.copy_(diagonal.tril().add_(diagonal.tril(-1).t()));
   }
 }
 
@@ -35,7 +39,6 @@ void add_wide(const at::Tensor& gram, const at::Tensor& x) {
     const int64_t count = std::min(width, d - i);
     gram.narrow(0, i, count).narrow(1, 0, i + count).addmm_(rows.narrow(1, i, count).t(), rows.narrow(1, 0, i + count));
   }
-  mirror(gram, width);
 }
 
 #if defined(CPUBLAS_BRGEMM_BF16BF16F32)
@@ -78,17 +81,21 @@ void add_bfloat16(const at::Tensor& gram, const at::Tensor& x) {
       blas::brgemm_release();
     });
   }
-  mirror(gram, kColumns);
 }
 #endif
 
-void update_gram(at::Tensor gram, const at::Tensor& x) {
-  check_update_gram(gram, x);
-  if (gram.numel() == 0 || x.size(0) == 0) return;
+void add_lower(const at::Tensor& gram, const at::Tensor& x) {
 #if defined(CPUBLAS_BRGEMM_BF16BF16F32)
   if (x.scalar_type() == at::kBFloat16 && multiplies_bfloat16()) return add_bfloat16(gram, x);
 #endif
   add_wide(gram, x);
+}
+
+void update_gram(at::Tensor gram, const at::Tensor& x, bool mirror) {
+  check_update_gram(gram, x);
+  if (gram.numel() == 0) return;
+  if (x.size(0) != 0) add_lower(gram, x);
+  if (mirror) mirror_lower(gram);
 }
 
 }  // namespace

@@ -16,11 +16,11 @@ void check_update_gram(const at::Tensor& gram, const at::Tensor& x) {
 
 namespace {
 
-void update_gram_meta(at::Tensor gram, const at::Tensor& x) { check_update_gram(gram, x); }
+void update_gram_meta(at::Tensor gram, const at::Tensor& x, bool) { check_update_gram(gram, x); }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(ace_ext, m) { m.def("update_gram_(Tensor(a!) gram, Tensor x) -> ()"); }
+TORCH_LIBRARY_FRAGMENT(ace_ext, m) { m.def("update_gram_(Tensor(a!) gram, Tensor x, bool mirror=True) -> ()"); }
 
 TORCH_LIBRARY_IMPL(ace_ext, Meta, m) { m.impl("update_gram_", &update_gram_meta); }
 

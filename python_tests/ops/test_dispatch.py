@@ -23,7 +23,7 @@ def samples():
     yield "inverse_square_norm", (a.half(),)
     yield "update_cosine_moment_", (torch.zeros(6, 8), x, a)
     yield "update_gram_", (torch.zeros(8, 8), x)
-    yield "update_gram_", (torch.zeros(8, 8), x.bfloat16())
+    yield "update_gram_", (torch.zeros(8, 8), x.bfloat16(), False)
     score = torch.randn(6, 8, generator=random)
     for formula in (*FORMULAS, "score"):
         weight = make_weight(6, 8, torch.float32, random)

@@ -37,6 +37,18 @@ def test_gram_may_be_split_anywhere(dtype, random):
     assert_gram(gram, x)
 
 
+def test_gram_is_mirrored_when_asked(dtype, random):
+    x = torch.randn(900, 300, generator=random)
+    gram = torch.zeros(300, 300)
+    for part in (x[:300].to(dtype), x[300:600], x[600:].bfloat16()):  # in blocks of several widths
+        ops.update_gram_(gram, part, mirror=False)
+    lower = gram.tril()
+    gram += torch.ones_like(gram).triu(1)  # the upper half is undefined
+    ops.update_gram_(gram, x[:0])
+    assert_same_bits(gram.tril(), lower)
+    assert_gram(gram, torch.cat((x[:300].to(dtype).float(), x[300:600], x[600:].bfloat16().float())))
+
+
 def test_gram_reads_a_column_slice(dtype, random):
     x = torch.randn(33, 31, generator=random).to(dtype)
     gram = torch.zeros(31, 31)
