@@ -177,8 +177,8 @@ class Method:
 
     @property
     def scored_by(self) -> Score:
-        """The scores that a run computes: those of the method, or Wanda's if the solve stage chooses the mask. The
-        report then compares with Wanda's mask, and :class:`Divide` divides the sparsity by Wanda's scores."""
+        """The scores of the method, or Wanda's if the solve stage chooses the mask: :class:`Divide` then divides the
+        sparsity by these."""
         return self.score or Score(DEFAULT_METRIC)
 
     @property

@@ -93,25 +93,26 @@ def _run_stages_(
     keep_row: int | None,
     shares: RowShares | None,
 ) -> Solution | None:
-    """Runs the stages that follow the scores, and compares the error with that of the scores alone."""
+    """Runs the stages that follow the scores, and measures the error after each."""
     method, quantize = config.method, config.method.quantize
     prunes = keep_budget(weight, config, keep_row) < weight.numel()
     if not prunes and quantize is None:
-        return Solution(method.name, 0.0, 0, 0.0, 0.0)
+        return Solution(method.name, 0.0, 0, None, 0.0)
     by_rows = config.comparison.name != "matrix" and all(stage.shares_rows for stage in method.matrix_stages)
     shares = shares if shares is not None and by_rows else AllRows()
     rows = shares.rows(len(weight))
     power = exponent_of(weight) or 0  # stages multiply weights by weights
     dense = times_power_(weight.detach().to(torch.float32, copy=True), -power)
     keep = keep_of_group(weight, config, keep_row)
-    mask = config.comparison.mask(scored_weight(weight, stats, config), keep) if prunes else None
+    scored = prunes and method.score is not None
+    mask = config.comparison.mask(scored_weight(weight, stats, config), keep) if scored else None
     vectors = None if stats.input is None else MomentGram.of(stats.input)
     whole = Problem(dense, stats.gram, config.comparison, keep, mask, vectors, Units(weight.dtype, power))
     problem = whole.of_rows(rows)
     loss = RelativeLoss(problem.measure.energy, problem.dense, shares.add_up)
     alone = None if mask is None else masked(problem.dense, mask[rows], out=torch.empty_like(problem.dense))
-    loss_before = 0.0 if alone is None else loss(alone)
-    del mask, whole, alone  # a stage that chooses its own needs the memory
+    loss_before = None if alone is None else loss(alone)
+    del mask, whole, alone  # the stages need the memory
     solved = _solve(problem, config) if prunes else Solved(problem.dense)
     damping, attempts, loss_unquantized = solved.damping, solved.attempts, None
     if quantize is not None:
@@ -134,8 +135,6 @@ def _run_stages_(
 def _solve(problem: Problem, config: PruneConfig) -> Solved:
     """Refines the mask, then updates the weights; each only if the method has such a stage."""
     method = config.method
-    if method.score is None:
-        problem.mask = None
     if method.refine is not None:
         method.refine.refine_(problem)
     if method.solve is not None:

@@ -20,8 +20,9 @@ class Solution:
     """Damping of the factorisation that succeeded, relative to the mean diagonal of ``G``; 0 if there was none."""
     attempts: int
     """Factorisations tried, each with ten times the damping of the one before; 0 if none was needed."""
-    loss_before: float
-    """With the metric's mask and unchanged remaining weights; 0 if nothing is pruned."""
+    loss_before: float | None
+    """With the mask of the scores and unchanged remaining weights; None if no scores choose a mask, or nothing is
+    pruned."""
     loss_after: float
     """With the mask and weights after the last stage."""
     loss_unquantized: float | None = None
