@@ -1,4 +1,4 @@
-"""ace_ext: one-shot pruning of Hugging Face causal language models.
+"""ace_ext: one-shot pruning of Hugging Face models.
 
 >>> from ace_ext import prune_model
 >>> report = prune_model(model, tokens, method="balanced", sparsity=0.5)

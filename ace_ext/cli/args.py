@@ -79,7 +79,7 @@ def add_pruning(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--remove",
         metavar="WHAT",
-        help="remove whole structures: neurons, heads, experts=SHARE, blocks=SHARE or COUNT, joined by +, or "
+        help="remove neurons=SHARE, heads=SHARE, experts=SHARE, blocks=SHARE or COUNT, joined by +, or "
         "params=SHARE; zeros follow if --sparsity or --pattern is given",
     )
     group.add_argument(
@@ -136,7 +136,7 @@ def preset_table() -> str:
 
 def stage_tables() -> str:
     """Every metric and stage with its description and options."""
-    lines = ["stages, joined by + in this order; name(option=value, …) changes an option (figures: docs/methods.md):"]
+    lines = ["stages, joined by + in this order; name(option=value, …) changes an option (figures: docs/trials.md):"]
     for kind in KINDS:
         if kind is Score:
             for name, metric in METRICS.items():

@@ -50,7 +50,7 @@ def build_parser(argv: Sequence[str] = ()) -> OneLineParser:
 
 def _overview() -> tuple[OneLineParser, Any]:
     """The parser without its verbs, and what they are added to."""
-    parser = OneLineParser(prog="ace-prune", description="One-shot pruning of Hugging Face causal language models.")
+    parser = OneLineParser(prog="ace-prune", description="One-shot pruning of Hugging Face models.")
     parser.add_argument("--version", action="version", version=f"ace-prune {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error; also after the verb")
     shtab.add_argument_to(parser, "--print-completion", help="print a completion script for this shell")

@@ -13,7 +13,7 @@ VERBS = {
     "plan": "what a run would prune, and the memory and time it would take",
     "compare": "compare methods, sparsities and calibration on one model",
     "eval": "perplexity of a model on held-out text",
-    "verify": "check a written folder against its report",
+    "verify": "check a folder: weights, zeros, loading",
     "pack": "write a smaller copy of a pruned folder, without its zeros",
     "unpack": "restore the dense folder of a packed one, byte for byte",
     "bench": "compare packed or smaller folders with the dense one, on the CPU: speed, memory, size",

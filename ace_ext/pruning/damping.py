@@ -6,7 +6,7 @@ ADMM_DAMPING = 0.1
 """The default damping of ADMM. With it the penalty parameter is 1, as in arXiv 2401.02938."""
 
 ADMM_FLOOR = 0.1
-"""The default of ADMM's option ``floor``, from measurements on three models (``docs/results.md``)."""
+"""The default of ADMM's option ``floor``, from measurements on three models (``docs/trials.md``)."""
 
 
 def penalty(damping: float) -> float:

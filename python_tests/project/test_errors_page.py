@@ -14,10 +14,10 @@ BY_OTHERS = {"Bad CRC-32", "cannot be written: No space left on device"}
 
 
 def quoted() -> list[str]:
-    """The second column of the table of messages."""
+    """The first column of the tables of messages."""
     page = (ROOT / "docs/errors.md").read_text(encoding="utf-8")
-    table = page.partition("| what | message | what to do |")[2].partition("\n\n")[0]
-    cells = [row.strip("|").split(" | ")[1] for row in table.splitlines()[2:]]
+    tables = [rest.partition("\n\n")[0] for rest in page.split("| message | when | what to do |")[1:]]
+    cells = [row.removeprefix("| ").split(" | ")[0] for table in tables for row in table.splitlines()[2:]]
     return [message for cell in cells for message in re.findall(r"`([^`]+)`", cell)]
 
 

@@ -35,7 +35,7 @@ def gram_option(*choices: str, auto: str = "what quantize reads, shared without 
     helps = {
         AUTO: f"auto: {auto}",
         PLAIN: "plain: all tokens count the same",
-        SHARED: "shared: token t is weighted by about 1 / ‖A_t‖², A being the output of the first Linear that reads t",
+        SHARED: "shared: token t is weighted by about 1 / ‖A_t‖², A being the output of the input's first Linear",
         COSINE: "cosine: token t is weighted by about 1 / ‖A_t‖², A being the Linear's own output, so each Linear has "
         "its own matrix",
         SKETCHED: "sketch: shared, approximated by its diagonal and a few directions",

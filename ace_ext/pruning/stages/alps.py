@@ -49,7 +49,7 @@ class Alps(Solve):
 
     damping: float = damping_option(0.01)
     iterations: int = option(
-        300, "iterations of ADMM at most; it ends when the mask no longer changes", Limits(at_least=1)
+        300, "iterations of ADMM at most; it ends when the mask hardly changes", Limits(at_least=1)
     )
     steps: int = option(10, "steps of conjugate gradients with the mask fixed", Limits(at_least=0, words="0 or more"))
     gram: str = gram_option(AUTO, PLAIN, SHARED, COSINE)

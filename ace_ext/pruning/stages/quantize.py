@@ -57,7 +57,9 @@ class Quantize(Round):
 
     bits: int = option(4, "bits of a code: 8, 4 or 3", Limits(choices=WIDTHS))
     group: int = option(
-        128, "columns that share a scale in a row", Limits(at_least=GROUP_STEP, multiple_of=GROUP_STEP, below=2**31)
+        128,
+        "columns that share a scale in a row, a multiple of 64",
+        Limits(at_least=GROUP_STEP, multiple_of=GROUP_STEP, below=2**31),
     )
     embeddings: int = option(
         0,
