@@ -16,6 +16,7 @@ from ace_ext.engine.context import RunContext
 from ace_ext.engine.strategies.in_lockstep import InLockstep
 from ace_ext.engine.walk import Walk
 from ace_ext.models.block_store import OffloadedBlocks, ResidentBlocks
+from ace_ext.models.blocks import Block
 from ace_ext.models.hidden_states import HiddenStates
 from ace_ext.models.replay import BlockCall, capture_calls, run_block
 from ace_ext.models.trial import calls_in, try_walk
@@ -31,7 +32,8 @@ class Trial:
 
     fixed_seconds: float  # per block, independent of the tokens: pruning and its checks, without reading files
     token_seconds: float  # per calibration token and block
-    forward_seconds: float  # forward of a few tokens through one block; dominated by reading its weights from memory
+    step_seconds: float  # forward of a few tokens through one block; dominated by reading its weights from memory
+    forward_seconds: float  # per token and block, of a forward of more tokens
     passes: int  # how often each batch goes through a block
 
 
@@ -55,11 +57,26 @@ class RandomWeights:
         return torch.randn(parameter.shape, generator=random).mul_(0.02).to(parameter.dtype)
 
 
+LARGE_BLOCK = 2**24
+"""Weights of a block from which on its trial takes long. A smaller one is pruned once more before, so that what
+libraries do at their first call is not measured."""
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """What one pruning of the block took."""
+
+    tokens: int
+    seconds: float
+    forward_tokens: int
+    forward_seconds: float  # of a forward after it
+
+
 @torch.no_grad()
 def try_block(
     source: Source, tokens: Tensor, config: PruneConfig, device: torch.device, *, keeps_forwards: bool
 ) -> Trial:
-    """Prunes the first block that has Linears twice: with a few of the tokens, and with fewer.
+    """Prunes the first block that has Linears with a few of the tokens, and with fewer.
 
     Args:
         source: a skeleton; its block has weights only during the trial.
@@ -74,12 +91,11 @@ def try_block(
     large = tokens[: 8 if several else 4]
     parts = min(4 if several else 1, len(large))
     small = large[: 2 if several else 1, : max(2, tokens.shape[1] // 4)]
+    trials = [large, small] if size_of(blocks[index]) >= LARGE_BLOCK else [small, large, small]
     offloaded = OffloadedBlocks([blocks[index]], files, device)
     first = OffloadedBlocks(blocks, files, device)
     context = RunContext(device=device, keeps_forwards=keeps_forwards)
-    found = []
-    # The larger part comes first: it includes what libraries load at their first call.
-    trials = (large, small)
+    found: list[_Timed] = []
     with first.entrance(model), takes_tokens(model):
         batches = [[{"input_ids": batch.to(device)} for batch in part.chunk(parts)] for part in trials]
         captured = [list(capture_calls(model, blocks, inputs)) for inputs in batches]
@@ -96,14 +112,21 @@ def try_block(
             passes.count = 0
             start = time.perf_counter()
             walk.run()
-            found.append((part.numel(), time.perf_counter() - start))
-            count, start = passes.count, time.perf_counter()
+            end, count = time.perf_counter(), passes.count
             run_block(block, hidden[0], calls[0].others[0])
-            forward_seconds = time.perf_counter() - start
-    (many, longer), (few, shorter) = found
-    token_seconds = max(0.0, (longer - shorter) / max(1, many - few))  # with only two tokens, many == few
-    fixed = max(0.0, longer - token_seconds * many)
-    return Trial(fixed, token_seconds, forward_seconds, round(count / len(calls)))
+            forward = time.perf_counter() - end
+            found.append(_Timed(part.numel(), end - start, hidden[0].shape[:2].numel(), forward))
+    many, few = found[-2:]
+    difference = max(1, many.tokens - few.tokens)  # with only two tokens there is none
+    token_seconds = max(0.0, (many.seconds - few.seconds) / difference)
+    fixed = max(0.0, many.seconds - token_seconds * many.tokens)
+    per_token = many.forward_seconds / many.forward_tokens
+    return Trial(fixed, token_seconds, few.forward_seconds, per_token, round(count / len(calls)))
+
+
+def size_of(block: Block) -> int:
+    """The number of its weights."""
+    return sum(parameter.numel() for parameter in block.module.parameters())
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ from ace_ext.pruning.config import PruneConfig
 from ace_ext.pruning.groups import keep_count
 from ace_ext.records import Removed
 from ace_ext.runs import holdout
-from ace_ext.runs.dry_run import Trial, not_walked, try_block
+from ace_ext.runs.dry_run import LARGE_BLOCK, Trial, not_walked, size_of, try_block
 from ace_ext.runs.heal_trial import try_step
 from ace_ext.runs.memory_model import Estimate, copied_bytes
 from ace_ext.runs.model_source import Demand, MemoryChoice, Source, check_serves, sized
@@ -46,10 +46,6 @@ from ace_ext.runs.shapes_only import open_for_plan
 
 CARD = 24 * 10**9
 """Bytes of a common GPU's memory. The plan of a model without files compares its need with them."""
-
-
-LARGE_BLOCK = 2**24
-"""Weights of a block from which on its trial takes so long that the plan says what it waits for."""
 
 
 @dataclass(frozen=True)
@@ -218,8 +214,7 @@ def make_plan(
     before = demand.peak(choice)  # of which the process's part is estimated
     trial, untried = None, _untried(chain)
     if chain and (not source.shapes_only or _can_try(source, request)):
-        size = sum(parameter.numel() for parameter in source.blocks[0].module.parameters())
-        if size >= LARGE_BLOCK:
+        if (size := size_of(source.blocks[0])) >= LARGE_BLOCK:
             tell(f"pruning one block of {size / 1e6:,.0f} million weights with a few tokens, to estimate the time")
         try:
             tried = config.without_distillation() if config.ends_smaller else config  # `distill` alone has no mask
@@ -426,16 +421,16 @@ def _traffic(source: Source, calibration: Calibration, hidden_reads: int) -> tup
 def _seconds(request: RunRequest, source: Source, trial: Trial, measured: _Measured, traffic: int) -> dict[str, float]:
     blocks, calibration = len(source.blocks), request.calibration
     tokens = calibration.nsamples * calibration.seqlen
-    text = measured.text_seconds
+    text, forward = measured.text_seconds, _forward_seconds(source, trial)
     distilled = None if request.config.method.distill is None else text_of(request)
     if calibration.source == SELF:
         samples = [calibration.nsamples, *([distilled.nsamples] if distilled else [])]
         steps = sum(math.ceil(count / ROWS_TOGETHER) for count in samples) * calibration.seqlen
-        text = steps * blocks * trial.forward_seconds
-    if measured.measures_bos:  # at most: pruning a token takes longer than its forward pass
-        text += blocks * 2 * WINDOWS * WINDOW_TOKENS * trial.token_seconds
+        text = steps * blocks * trial.step_seconds
+    if measured.measures_bos:
+        text += 2 * WINDOWS * WINDOW_TOKENS * forward
     if request.evaluates:  # before and after
-        text += 2 * blocks * holdout.WINDOWS * holdout.WINDOW_TOKENS * trial.token_seconds
+        text += 2 * holdout.WINDOWS * holdout.WINDOW_TOKENS * forward
     found = {
         "load": source.unpacking.seconds if source.unpacking else 0.0,
         "text": text,
@@ -452,6 +447,12 @@ def _seconds(request: RunRequest, source: Source, trial: Trial, measured: _Measu
         step = try_step(source, settings, calibration.seqlen, request.device)
         found["distill"] = step.seconds(steps_of(batches, settings))
     return found
+
+
+def _forward_seconds(source: Source, trial: Trial) -> float:
+    """Of a token through the whole model. The head takes as long as so many weights of a block."""
+    head = embedding_weight(source.model).numel() if predicts_tokens(source.model) else 0
+    return trial.forward_seconds * (len(source.blocks) + head / size_of(source.blocks[0]))
 
 
 def _bytes_per_second(file: Path) -> float:
