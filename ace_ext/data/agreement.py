@@ -86,14 +86,16 @@ def _embeddings(outputs: Mapping[str, Any], inputs: Inputs) -> list[Tensor]:
 
 
 def _mean_of_positions(states: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean of ``states [batch, positions, width]`` (or ``[batch, channels, rows, columns]``) over positions.
-    ``mask [batch, positions]`` is 0 for padding; a mask of other positions, as that of a waveform, is not used."""
+    """The mean, in float32, of ``states [batch, positions, width]`` (or ``[batch, channels, rows, columns]``) over
+    positions. ``mask [batch, positions]`` is 0 for padding; a mask of other positions, as that of a waveform, is not
+    used."""
+    states = states.float()
     if states.dim() == 4:
         return states.flatten(2).mean(2)
     if mask is None or mask.shape != states.shape[:2]:
         return states.mean(1)
-    weights = mask.to(states.dtype)[..., None]
-    mean: Tensor = (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+    real = mask.bool()[..., None]
+    mean: Tensor = states.masked_fill(~real, 0.0).sum(1) / real.sum(1).clamp(min=1)
     return mean
 
 

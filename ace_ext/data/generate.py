@@ -15,6 +15,7 @@ from ace_ext.data.requests import check_int, check_positions, check_predicts, ch
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import cache_arguments, embedding_weight
 from ace_ext.models.products import float32_products
+from ace_ext.models.run_mode import evaluating
 from ace_ext.models.tokenizer import Tokenizer
 
 ROWS_TOGETHER = 16
@@ -48,40 +49,40 @@ def self_generated(
     check_int("batch_size", batch_size, 1)
     if not (isinstance(temperature, Real) and math.isfinite(temperature) and temperature > 0):
         raise InputError(f"temperature: {temperature!r} found; use a finite number above 0 (1 is the model's own)")
-    check_positions(model, seqlen)
-    check_predicts(model, "it cannot write its own text: give another --calibration, such as a file")
+    _check_writes(model, seqlen)
     generator = seeded_generator(seed)
     starts = (tokenizer.bos_token_id if bos else None, tokenizer.eos_token_id)
     first = _first_tokens(model, starts, len(tokenizer), nsamples, generator)
     draws = torch.rand(nsamples, seqlen - 1, dtype=torch.float64, generator=generator)
-    training = [module for module in model.modules() if module.training]
-    model.eval()  # dropout would change the text and draw from the global random state
     bar = tqdm(total=draws.numel(), desc="writing text", unit="token", disable=not progress, file=sys.stderr)
-    try:
-        with bar:
-            rows = [
-                _write(model, first[i : i + batch_size], draws[i : i + batch_size], temperature, bar.update)
-                for i in range(0, nsamples, batch_size)
-            ]
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model), bar:  # dropout would change the text and draw from the global random state
+        rows = [
+            _write(model, first[i : i + batch_size], draws[i : i + batch_size], temperature, bar.update)
+            for i in range(0, nsamples, batch_size)
+        ]
     return torch.cat(rows)
+
+
+def _check_writes(model: nn.Module, seqlen: int) -> None:
+    check_positions(model, seqlen)
+    check_predicts(model, "it cannot write its own text: give another --calibration, such as a file")
 
 
 def writing_note(model: nn.Module, nsamples: int, seqlen: int) -> str:
     """A line about :func:`self_generated` with the same numbers: how much text ``model`` will write, and about how long
-    this will take. A trial of two tokens measures the time."""
+    this will take. A trial of two tokens measures the time.
+
+    Raises:
+        InputError: as :func:`self_generated` would, of the model.
+    """
+    _check_writes(model, seqlen)
     rows = min(nsamples, ROWS_TOGETHER)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     start = time.perf_counter()
-    for _ in range(2):  # the first try includes loading of libraries
-        start = time.perf_counter()
-        _write(model, torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, 2, dtype=torch.float64), 1.0)
+    with evaluating(model):
+        for _ in range(2):  # the first try includes loading of libraries
+            start = time.perf_counter()
+            _write(model, torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, 2, dtype=torch.float64), 1.0)
     step = (time.perf_counter() - start) / 2
-    for module in training:
-        module.training = True
     seconds = step * math.ceil(nsamples / ROWS_TOGETHER) * (seqlen - 1)
     return (
         f"the model writes {nsamples * seqlen:,} tokens of calibration text (about {seconds:,.0f} s); pass "

@@ -82,7 +82,7 @@ def perplexity(
         raise InputError(f"the text must hold one window of {seqlen} tokens (got {usable}); lower seqlen")
     device = next(model.parameters()).device
     total = 0.0
-    whole = begin_with(bos, tokens[: windows * width].view(windows, width))
+    whole = begin_with(bos, tokens[: windows * width].long().view(windows, width))
     batches = torch.split(whole, max(1, BATCH_TOKENS // seqlen))
     with evaluating(model):
         for batch in tqdm(batches, desc="perplexity", unit="batch", disable=not progress, file=sys.stderr):

@@ -109,8 +109,23 @@ class Collection:
         if child in collector.stats and collector.stats[child].tokens:
             return
         if self._compares:
-            found = "saw no calibration token; give more or other calibration text, or skip it"
-            if not block.is_expert(child):
-                found = f"is not called with these inputs and has no scores; leave it dense: --skip {any_of([child])}"
-            raise InputError(f"{block.full_name(child)} {found} (skip= in Python)")
+            raise _not_seen(block, child)
         collector.stats[child] = collector.empty(child)
+
+
+def check_all_seen(block: Block, stats: Mapping[str, LinearStatistics]) -> None:
+    """To be called before scores of different matrices are compared: a matrix that saw no token has none.
+
+    Raises:
+        InputError: a Linear of the block saw no token.
+    """
+    for child in block.linears:
+        if not stats[child].tokens:
+            raise _not_seen(block, child)
+
+
+def _not_seen(block: Block, child: str) -> InputError:
+    found = "saw no calibration token; give more or other calibration text, or skip it"
+    if not block.is_expert(child):
+        found = f"is not called with these inputs and has no scores; leave it dense: --skip {any_of([child])}"
+    return InputError(f"{block.full_name(child)} {found} (skip= in Python)")

@@ -80,13 +80,14 @@ def _without_hooks(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def restored_if_float16(store: BlockSource) -> Iterator[None]:
-    """Puts float16 weights back as they were if what happens within fails: activations that overflow are met only when
-    blocks before them are pruned already. The copies are on the CPU. Other dtypes have the range of float32."""
-    weights = [linear.weight for block in store.blocks for linear in block.linears.values()]
+    """Puts the float16 parameters of blocks back as they were if what happens within fails: activations that overflow
+    are met only when blocks before them are pruned already, and ``train`` changes norms and biases too. The copies are
+    on the CPU. Other dtypes have the range of float32."""
+    weights = [parameter for block in store.blocks for parameter in block.module.parameters()]
     kept = [(weight, weight.detach().to("cpu", copy=True)) for weight in weights if weight.dtype == torch.float16]
     try:
         yield
     except BaseException:
         for weight, before in kept:
-            weight.copy_(before)
+            weight.detach().copy_(before)
         raise

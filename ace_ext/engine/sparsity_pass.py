@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from ace_ext.engine.batch_states import BatchStates
-from ace_ext.engine.collection import Collection
+from ace_ext.engine.collection import Collection, check_all_seen
 from ace_ext.engine.entrances import Entrances
 from ace_ext.engine.strategies import RunSizes
 from ace_ext.models.block_store import BlockSource
@@ -35,7 +35,9 @@ def allocate_sparsity(
         enter(index)
         with blocks.loaded(index) as block:
             shapes.append({child: (linear.out_features, linear.in_features) for child, linear in block.linears.items()})
-            measures.append(outlier_share(block.linears, statistics(block, index), config))
+            stats = statistics(block, index)
+            check_all_seen(block, stats)
+            measures.append(outlier_share(block.linears, stats, config))
     return allocate(measures, config, shapes)
 
 

@@ -91,7 +91,7 @@ def _of_real_tokens(block: str, forward: Callable[..., Tensor], hidden: Tensor, 
     mask = _MASK.get()
     if mask is None:
         return forward(hidden, *args, **kwargs)
-    shape = hidden.shape
+    mask, shape = mask.to(hidden.device), hidden.shape  # a block may be on another GPU than the first
     if len(mask) != shape[:-1].numel():
         raise _refusal(block)
 

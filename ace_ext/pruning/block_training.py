@@ -124,7 +124,7 @@ def channel_weights(targets: Sequence[Tensor], token_masks: Sequence[Tensor | No
         for part in _slices(0, len(rows), CHUNK_TOKENS):
             square = rows[part].float().square()
             if token_mask is not None:
-                square *= token_mask[part].unsqueeze(1)
+                square *= token_mask[part].unsqueeze(1).to(square.device)
             total += (square / square.sum(1, keepdim=True).clamp_min(TINY)).sum(0)
             tokens += len(square) if token_mask is None else int(token_mask[part].count_nonzero())
     return 1 / (width * total / max(1, tokens)).clamp_min(LEAST_SHARE)
@@ -143,7 +143,7 @@ class _Step:
         share = (added.square() * channels).sum(-1)  # [batch, seqlen]
         self.token_weight = 1 / share.clamp_min(TINY)
         if token_mask is not None:
-            self.token_weight = self.token_weight.masked_fill(~token_mask.view_as(share), 0.0)
+            self.token_weight = self.token_weight.masked_fill(~token_mask.to(share.device).view_as(share), 0.0)
         self.tokens = int(self.token_weight.count_nonzero())
 
     def loss(self, block: Block) -> Tensor:

@@ -284,7 +284,7 @@ def masked(weight: Tensor, mask: Tensor, out: Tensor) -> Tensor:
     On a CPU this is over four times as fast as ``masked_fill``, which has a branch for each entry. The mask is
     converted to float32 a few rows at a time.
     """
-    step = max(1, MASKED_AT_ONCE // weight.shape[1]) if weight.is_cpu else len(weight)
+    step = max(1, MASKED_AT_ONCE // weight.shape[1]) if weight.is_cpu else max(1, len(weight))
     for start in range(0, len(weight), step):
         part = slice(start, start + step)
         torch.mul(weight[part], mask[part], out=out[part])

@@ -232,6 +232,7 @@ class StatisticsCollector:
         :attr:`wants_output` is false."""
         leader = self._share(name, x)
         mask = self._mask_of(x)
+        mask = None if mask is None else mask.to(x.device)  # a block may be on another GPU than the first
         rows = _tokens(x, mask)
         stats = self.stats.get(name)
         if stats is None:
@@ -264,7 +265,8 @@ class StatisticsCollector:
         :meth:`observe` and the mask of its tokens."""
         scale = token_scales(dense)
         if ROUNDING_GRAM in self.needs and self.starts is not None and len(self.starts) == x.shape[:-1].numel():
-            first = self.starts if mask is None else self.starts[mask]
+            starts = self.starts.to(x.device)
+            first = starts if mask is None else starts[mask]
             scale[first] = (FIRST_TOKEN * scale[first]).clamp_max(LARGEST_SCALE)
         return scale
 

@@ -125,7 +125,8 @@ def divergence(dense: nn.Module, smaller: nn.Module, batches: Sequence[dict[str,
                 "leave them out"
             )
         log_dense, log_smaller = (output.logits.float().log_softmax(dim=-1) for output in logits)
-        found = (log_dense.exp() * (log_dense - log_smaller)).sum(dim=-1)
+        differs = (log_dense - log_smaller).masked_fill(log_dense == -torch.inf, 0.0)  # 0 * inf is NaN
+        found = (log_dense.exp() * differs).sum(dim=-1)
         mask = batch.get("attention_mask")
         kept = found.flatten() if mask is None else found[mask.bool()]
         total, tokens = total + float(kept.double().sum()), tokens + len(kept)
@@ -172,11 +173,7 @@ def _planned(parts: list[removal.Part], plan: Plan) -> TriedRemoval:
 
 def _split(batches: Sequence[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     """The samples that calibrate the candidates, and those that compare them, one a batch."""
-    samples = [
-        {name: value[row : row + 1] for name, value in batch.items()}
-        for batch in batches
-        for row in range(len(batch["input_ids"]))
-    ]
+    samples = [_rows_of(batch, slice(row, row + 1)) for batch in batches for row in range(len(batch["input_ids"]))]
     if len(samples) < 2:
         raise InputError("remove: params and score=auto need at least two calibration samples (got 1)")
     every = min(HELD_OUT, len(samples))
@@ -186,5 +183,11 @@ def _split(batches: Sequence[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]
         own = [place for place in range(len(batch["input_ids"])) if (row + place) % every != every - 1]
         row += len(batch["input_ids"])
         if own:
-            used.append({name: value[torch.tensor(own, device=value.device)] for name, value in batch.items()})
+            used.append(_rows_of(batch, own))
     return used, held
+
+
+def _rows_of(batch: dict[str, Tensor], rows: slice | list[int]) -> dict[str, Tensor]:
+    """These samples of a batch. What it holds once for all samples stays, such as ``position_ids [1, seqlen]``."""
+    samples = len(batch["input_ids"])
+    return {name: value[rows] if len(value) == samples else value for name, value in batch.items()}

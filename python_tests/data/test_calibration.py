@@ -196,11 +196,11 @@ def test_the_note_about_writing_changes_nothing(model, tokenizer):
 
 
 def test_the_note_extrapolates_a_step(model, monkeypatch):
-    """128 rows of 101 tokens: 8 times 100 steps, here of 3 s."""
+    """128 rows of 51 tokens: 8 times 50 steps, here of 3 s."""
     clock = iter(range(0, 1000, 3))
     monkeypatch.setattr(generate, "_write", lambda *_: None)
     monkeypatch.setattr(generate.time, "perf_counter", lambda: 2 * next(clock))
-    assert "(about 2,400 s)" in writing_note(model, 128, 101)
+    assert "(about 1,200 s)" in writing_note(model, 128, 51)
 
 
 def greedy_from_whole_rows(model, tokens):

@@ -62,3 +62,8 @@ def test_a_perplexity_beyond_a_float_is_null_in_json():
     written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert written["perplexity"] is None
     assert written["nll"] > 700
+
+
+def test_tokens_may_be_int32():
+    model, tokens = make_model("llama"), make_tokens(1, 100)[0]
+    assert perplexity(model, tokens.int(), seqlen=16) == perplexity(model, tokens, seqlen=16)

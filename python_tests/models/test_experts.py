@@ -1,5 +1,6 @@
 """Fused experts: each matrix is pruned on the tokens that are routed to its expert, and written to its own tensor."""
 
+import copy
 import json
 
 import every_class
@@ -266,6 +267,48 @@ def test_experts_that_no_token_reaches_are_cut_by_magnitude():
     for config in ({"method": "wanda", "group": "model"}, {"method": "allocate + wanda"}):
         with pytest.raises(InputError, match=r"experts\.\d.* saw no calibration token"):
             prune_model(model, tokens, PruneConfig(**config))
+
+
+class Stored:
+    """Statistics of a run, as a file holds them."""
+
+    def __init__(self):
+        self.blocks = {}
+
+    def block(self, name, *found):
+        if len(found) == 1:  # a run gives them
+            self.blocks[name] = copy.deepcopy(found[0])
+        return copy.deepcopy(self.blocks[name])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"method": "collect(order=block) + wanda", "group": "model"},
+        {"method": "collect(order=block) + allocate + wanda"},
+    ],
+    ids=str,
+)
+def test_experts_that_no_token_reached_are_not_compared_by_statistics_of_a_file(config):
+    model, stored = make_model("qwen3-moe"), Stored()
+    with torch.no_grad():
+        for block in find_blocks(model):
+            gate = block.module.mlp.gate
+            gate.weight[:] = gate.weight[0] * torch.tensor([[4.0], [3.0], [-3.0], [-4.0]])
+    method, few = "collect(order=block) + wanda", make_tokens()[:1, :2]
+    report = prune_model(copy.deepcopy(model), few, method=method, context=RunContext(sink=stored))
+    assert not all(matrix.tokens for matrix in report.matrices)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    with pytest.raises(InputError, match=r"experts\.\d.* saw no calibration token"):
+        prune_model(model, few, PruneConfig(**config), context=RunContext(source=stored))
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+
+
+def test_experts_of_a_model_that_is_not_walked_are_not_compared_unseen():
+    torch.manual_seed(0)
+    model, tokens = every_class.build("zaya"), torch.randint(3, 30, (2, 2))
+    with pytest.raises(InputError, match=r"experts\.\d.* saw no calibration token"):
+        prune_model(model, tokens, method="wanda", group="model")
 
 
 @pytest.mark.parametrize("method", ["wanda + quantize(bits=4)", "quantize(bits=4)"])

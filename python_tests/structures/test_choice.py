@@ -114,6 +114,13 @@ def test_a_candidate_that_the_class_does_not_compute_is_left_out():
     assert [one.part for one in report.removed[0].tried] == [one.part for one in planned]
 
 
+def test_what_a_batch_holds_once_for_all_samples_is_not_split():
+    place = torch.arange(12)[None]
+    used, held = _split([{"input_ids": torch.arange(48).view(4, 12), "position_ids": place}])
+    assert all(torch.equal(batch["position_ids"], place) for batch in (*used, *held))
+    assert sum(len(batch["input_ids"]) for batch in (*used, *held)) == 4
+
+
 def test_divergence_is_that_of_the_next_token_without_padding():
     dense, other, tokens = make_model("llama"), make_model("llama", seed=1), make_tokens(2, 10)
     mask = torch.ones_like(tokens)

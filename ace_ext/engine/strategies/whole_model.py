@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
+from ace_ext.engine.collection import check_all_seen
 from ace_ext.engine.matrix_pruner import MatrixPruner
 from ace_ext.engine.matrix_report import output_of
 from ace_ext.engine.strategies._strategy import RunSizes, StrategyBytes
@@ -32,6 +33,7 @@ class WholeModel:
         for index, block in enumerate(blocks):
             start = time.perf_counter()
             stats = self._statistics(block, index)
+            check_all_seen(block, stats)
             for child, linear in block.linears.items():
                 rows = written_back.enter_context(as_rows(linear.weight))
                 pending.append((block, child, stats[child], scored_weight(rows, stats[child], pruner.config)))
