@@ -450,9 +450,9 @@ def _seconds(request: RunRequest, source: Source, trial: Trial, measured: _Measu
 
 
 def _forward_seconds(source: Source, trial: Trial) -> float:
-    """Of a token through the whole model. The head takes as long as so many weights of a block."""
+    """Of a token through the whole model. The head takes as long as so many weights of the blocks."""
     head = embedding_weight(source.model).numel() if predicts_tokens(source.model) else 0
-    return trial.forward_seconds * (len(source.blocks) + head / size_of(source.blocks[0]))
+    return trial.forward_seconds * len(source.blocks) * (1 + head / sum(map(size_of, source.blocks)))
 
 
 def _bytes_per_second(file: Path) -> float:

@@ -152,7 +152,7 @@ class Captions(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1))
 
-    def forward(self, states):
+    def forward(self, states, attention_mask=None):
         return {"logits": states[:, :1], "image_embeds": states, "last_hidden_state": states}
 
 
@@ -160,6 +160,13 @@ def test_vectors_of_patches_are_averaged():
     states = torch.arange(12.0).view(2, 3, 2)
     (embedding,) = answers(Captions(), [{"states": states}]).embeddings
     assert torch.equal(embedding, states.mean(1))
+
+
+def test_the_mean_of_positions_is_in_float32_and_without_padding():
+    states, mask = torch.full((1, 512, 2), 200.0, dtype=torch.float16), torch.ones(1, 512)
+    states[0, 400:], mask[0, 400:] = torch.nan, 0
+    (embedding,) = answers(Captions(), [{"states": states, "attention_mask": mask}]).embeddings
+    assert torch.equal(embedding, torch.full((1, 2), 200.0))
 
 
 def test_answers_that_cannot_be_compared():

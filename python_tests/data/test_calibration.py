@@ -195,6 +195,17 @@ def test_the_note_about_writing_changes_nothing(model, tokenizer):
     assert torch.equal(self_generated(model, tokenizer, 2, 12, seed=0), expected)
 
 
+def test_a_note_that_fails_leaves_the_mode(model):
+    model.train()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(InputError, match="NaN or infinity"):
+        writing_note(model, 2, 8)
+    assert all(module.training for module in model.modules())
+    with pytest.raises(InputError, match="has no LM head"):
+        writing_note(model.model, 2, 8)
+
+
 def test_the_note_extrapolates_a_step(model, monkeypatch):
     """128 rows of 51 tokens: 8 times 50 steps, here of 3 s."""
     clock = iter(range(0, 1000, 3))

@@ -189,6 +189,19 @@ def test_same_seed_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
+def test_a_float16_model_is_put_back_whole_after_an_error():
+    model = make_model("llama", torch.float16)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    def stop(_):
+        raise RuntimeError("stopped")
+
+    method = "wanda + train(epochs=2, learning_rate=0.05, held_out=0)"
+    with pytest.raises(RuntimeError, match="stopped"):
+        prune_model(model, make_tokens(), method=method, callback=stop)
+    assert [name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])] == []
+
+
 def test_callback_and_training_mode():
     model = make_model("llama").train()
     seen = []

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import every_class
 import pytest
@@ -269,18 +270,6 @@ def test_experts_that_no_token_reaches_are_cut_by_magnitude():
             prune_model(model, tokens, PruneConfig(**config))
 
 
-class Stored:
-    """Statistics of a run, as a file holds them."""
-
-    def __init__(self):
-        self.blocks = {}
-
-    def block(self, name, *found):
-        if len(found) == 1:  # a run gives them
-            self.blocks[name] = copy.deepcopy(found[0])
-        return copy.deepcopy(self.blocks[name])
-
-
 @pytest.mark.parametrize(
     "config",
     [
@@ -290,17 +279,19 @@ class Stored:
     ids=str,
 )
 def test_experts_that_no_token_reached_are_not_compared_by_statistics_of_a_file(config):
-    model, stored = make_model("qwen3-moe"), Stored()
+    model, stored = make_model("qwen3-moe"), {}
+    sink = SimpleNamespace(block=lambda name, stats: stored.update({name: copy.deepcopy(stats)}))
+    source = SimpleNamespace(block=lambda name, children, device: stored[name])
     with torch.no_grad():
         for block in find_blocks(model):
             gate = block.module.mlp.gate
             gate.weight[:] = gate.weight[0] * torch.tensor([[4.0], [3.0], [-3.0], [-4.0]])
     method, few = "collect(order=block) + wanda", make_tokens()[:1, :2]
-    report = prune_model(copy.deepcopy(model), few, method=method, context=RunContext(sink=stored))
+    report = prune_model(copy.deepcopy(model), few, method=method, context=RunContext(sink=sink))
     assert not all(matrix.tokens for matrix in report.matrices)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     with pytest.raises(InputError, match=r"experts\.\d.* saw no calibration token"):
-        prune_model(model, few, PruneConfig(**config), context=RunContext(source=stored))
+        prune_model(model, few, PruneConfig(**config), context=RunContext(source=source))
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
 
 

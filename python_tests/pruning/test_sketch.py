@@ -107,7 +107,7 @@ def test_survives_a_file():
 
 def statistics(x: torch.Tensor, gram: str) -> LinearStatistics:
     sketch, whole = states(x)
-    moments = MomentState(x.shape[1])  # of Wanda's mask, which the report compares with
+    moments = MomentState(x.shape[1])  # of Wanda's mask
     moments.update(x)
     return LinearStatistics(moments, None, None, sketch if gram == "sketch" else whole, TOKENS)
 
@@ -116,14 +116,16 @@ def statistics(x: torch.Tensor, gram: str) -> LinearStatistics:
 def test_admm_on_a_sketch_comes_near_admm_on_the_matrix(what, random):
     x, dense = correlated(), torch.randn(40, WIDE, generator=random)
     _, truth = states(x)
-    losses = {}
+    losses, alone = {}, dense.clone()
+    prune_linear_(alone, statistics(x, "plain"), PruneConfig("wanda", **what))
     for gram in ("plain", "sketch"):
-        weight = dense.clone()
-        solution = prune_linear_(weight, statistics(x, gram), PruneConfig(Admm(gram=gram), **what))
+        weight, stats = dense.clone(), statistics(x, gram)
+        solution = prune_linear_(weight, stats, PruneConfig(Admm(gram=gram), **what))
         losses[gram] = RelativeLoss(truth.energy, dense)(weight)
         keep = round(WIDE * (1 - PruneConfig("magnitude", **what).sparsity))
         assert (weight != 0).sum(1).tolist() == [keep] * 40
         assert solution.loss_before is None
+        assert solution.loss_after < RelativeLoss(stats.gram.energy, dense)(alone)
     plain = dense.clone()
     prune_linear_(plain, statistics(x, "plain"), PruneConfig("magnitude", **what))
     assert losses["sketch"] < 1.1 * losses["plain"] < 0.5 * RelativeLoss(truth.energy, dense)(plain)

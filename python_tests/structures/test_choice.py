@@ -1,5 +1,8 @@
 """A share of the parameters: candidates of about that size, and the one whose predictions are nearest."""
 
+import math
+from types import SimpleNamespace
+
 import every_class
 import pytest
 import torch
@@ -119,6 +122,20 @@ def test_what_a_batch_holds_once_for_all_samples_is_not_split():
     used, held = _split([{"input_ids": torch.arange(48).view(4, 12), "position_ids": place}])
     assert all(torch.equal(batch["position_ids"], place) for batch in (*used, *held))
     assert sum(len(batch["input_ids"]) for batch in (*used, *held)) == 4
+
+
+def test_divergence_of_tokens_that_are_excluded():
+    class Head(torch.nn.Module):
+        def __init__(self, logits):
+            super().__init__()
+            self.logits = torch.tensor([[logits]])
+
+        def forward(self, input_ids, use_cache):
+            return SimpleNamespace(logits=self.logits)
+
+    dense, other = Head([0.0, 0.0, -torch.inf]), Head([0.0, torch.tensor(3.0).log(), -torch.inf])
+    expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    assert divergence(dense, other, [{"input_ids": torch.zeros(1, 1)}]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_divergence_is_that_of_the_next_token_without_padding():
