@@ -5,8 +5,8 @@
 // The limit (AMD Zen 4, codes of 8 bits): multiplications, expansions, moves to masks and the last additions all need
 // the two lower vector units, 4.8 cycles for 64 columns; measured are 6.4, rows in the second-level cache. So copies of
 // registers and repeated loads are kept out of the loop. Four rows at a time share the loads of x; with one row at a
-// time the loads would be the limit. On Zen 5 it is 4.0 cycles, and 4.6 to 5.1 with 4 bits: the units would allow 2.7,
-// but loads that cross lines, and those of rows that are a power of two apart, wait for each other.
+// time the loads would be the limit. On Zen 5 it is 3.6 to 4.0 cycles, and 4.1 to 4.6 with 4 bits: the units would
+// allow 2.7 and 2.9, but loads that cross lines, and those of rows that are a power of two apart, wait for each other.
 #pragma once
 
 #include <array>
@@ -19,11 +19,12 @@
 #pragma GCC target("avx2,fma,f16c,popcnt,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni")
 namespace ace::cpu::avx512vnni {
 
-// A zero that the compiler does not keep in a register: a copy would need one of the execution units, this does not.
-ACE_HD __m512i fresh_zero() {
-  __m512i zero;
-  __asm__ volatile("vpxor %x0, %x0, %x0" : "=x"(zero));
-  return zero;
+// The bytes where bits are set, else 0. As one piece of assembly, so that the compiler does not copy the zero from a
+// register, which takes longer than to make one.
+ACE_HD __m512i expand_bytes(__m512i codes, uint64_t bits) {
+  __m512i found;
+  __asm__("vpxor %x0, %x0, %x0\n\tvpexpandb %1, %0%{%2%}" : "=&x"(found) : "v"(codes), "Yk"(_cvtu64_mask64(bits)));
+  return found;
 }
 
 constexpr int64_t kBitsAhead = 4096, kCodesAhead = 16384;  // bytes
@@ -42,27 +43,27 @@ struct Codes8 {
   // The weights of a word whose codes begin at a place.
   static ACE_HD __m512i expand(uintptr_t place, uint64_t bits) {
     const __m512i codes = avx512::in_register(reinterpret_cast<const uint8_t*>(place));
-    const __m512i found = _mm512_mask_expand_epi8(fresh_zero(), _cvtu64_mask64(bits), codes);
+    const __m512i found = expand_bytes(codes, bits);
     return _mm512_xor_si512(found, _mm512_set1_epi8(-128));
   }
 };
 
 // For an even and for an odd place: of each byte of 64 bits the lowest bit in the codes that begin there, so that a
 // code is in the lower or in the upper half of its byte.
-constexpr std::array<uint8_t, 128> make_code_shifts(bool upper) {
-  std::array<uint8_t, 128> shifts{};
-  for (size_t i = 0; i < 128; ++i) shifts[i] = static_cast<uint8_t>(4 * (i % 8 + i / 64 + (upper ? 15 : 0)) % 64);
+constexpr std::array<uint64_t, 2> make_code_shifts(bool upper) {
+  std::array<uint64_t, 2> shifts{};
+  for (uint64_t odd = 0; odd < 2; ++odd)
+    for (uint64_t i = 0; i < 8; ++i) shifts[odd] |= 4 * (i + odd + (upper ? 15 : 0)) % 64 << 8 * i;
   return shifts;
 }
-alignas(64) inline constexpr auto kLowerShifts = make_code_shifts(false), kUpperShifts = make_code_shifts(true);
+inline constexpr auto kLowerShifts = make_code_shifts(false), kUpperShifts = make_code_shifts(true);
 
 // 64 codes of 4 bits as bytes, whose other half is arbitrary. Each part of 64 bits gets the four bytes of its eight
 // codes and the next four; then shifts give each code a byte.
-ACE_HD __m512i decode_halves(uintptr_t place, const std::array<uint8_t, 128>& shifts) {
+ACE_HD __m512i decode_halves(uintptr_t place, const std::array<uint64_t, 2>& shifts) {
   const __m512i parts = _mm512_setr_epi32(0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8);
-  const __m512i wide =
-      _mm512_permutexvar_epi32(parts, avx512::in_register(reinterpret_cast<const uint8_t*>(place >> 1)));
-  return _mm512_multishift_epi64_epi8(_mm512_load_si512(shifts.data() + 64 * (place & 1)), wide);
+  const __m512i wide = _mm512_permutexvar_epi32(parts, _mm512_loadu_si512(reinterpret_cast<const void*>(place >> 1)));
+  return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(static_cast<int64_t>(shifts[place & 1])), wide);
 }
 
 // Codes of 4 bits. A place is twice the address, plus 1 for the upper half of the byte.
@@ -72,7 +73,7 @@ struct Codes4 {
   // Codes that are decoded before, into a buffer in the first-level cache, take longer, most with many columns (Zen 5).
   static ACE_HD __m512i expand(uintptr_t place, uint64_t bits) {
     const __m512i codes = decode_halves(place, kLowerShifts);
-    const __m512i found = _mm512_mask_expand_epi8(fresh_zero(), _cvtu64_mask64(bits), codes);
+    const __m512i found = expand_bytes(codes, bits);
     return _mm512_ternarylogic_epi32(found, _mm512_set1_epi8(15), _mm512_set1_epi8(8), (0xf0 & 0xcc) ^ 0xaa);
   }
 };
