@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ace_ext.dense_weights import NOT_CALLED, DenseWeight
 from ace_ext.engine.batch_states import BatchStates
 from ace_ext.engine.context import RunContext
-from ace_ext.engine.embeddings import check_tables, round_tables_
+from ace_ext.engine.embeddings import check_tables, round_tables_, tables_of
 from ace_ext.engine.entrances import Entrances
 from ace_ext.engine.finite import restored_if_float16
 from ace_ext.engine.inputs import Batches, model_inputs
@@ -134,14 +134,15 @@ def prune_model(
             distillation = _distillation(model, store, text, config, context)
         weight = next(linear.weight for block in store.blocks for linear in block.linears.values())
         report = PruneReport(config.to_dict(), str(device), str(weight.dtype).removeprefix("torch."))
-        with restored_if_float16(store) if context.journal is None else nullcontext():
+        stage = config.method.embeddings
+        tables = [] if stage is None else [model.get_parameter(name) for name in tables_of(model)]
+        with restored_if_float16(store, tables) if context.journal is None else nullcontext():
             walk = Walk(store, states, config, report, context, callback, entrances)
             if found is not None and found.reason is not None:
                 walk.read_whole_forwards(model, ready)
                 report.whole_forwards = found.reason
             walk.run()
             report.dense = _left_dense(model, store.blocks, report)
-            stage = config.method.embeddings
             if stage is not None:
                 report.embeddings = round_tables_(model, stage) if context.tables is None else context.tables(model)
             if distillation is not None:

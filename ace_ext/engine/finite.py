@@ -1,7 +1,7 @@
 """Numbers that are not finite: where they arise, and the weights of a float16 model as they were before."""
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -79,12 +79,13 @@ def _without_hooks(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def restored_if_float16(store: BlockSource) -> Iterator[None]:
-    """Puts the float16 parameters of blocks back as they were if what happens within fails: activations that overflow
-    are met only when blocks before them are pruned already, and ``train`` changes norms and biases too. The copies are
-    on the CPU. Other dtypes have the range of float32."""
-    weights = [parameter for block in store.blocks for parameter in block.module.parameters()]
-    kept = [(weight, weight.detach().to("cpu", copy=True)) for weight in weights if weight.dtype == torch.float16]
+def restored_if_float16(store: BlockSource, tables: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+    """Puts the float16 parameters of blocks, and ``tables``, back as they were if what happens within fails:
+    activations that overflow are met only when blocks before them are pruned already, and ``train`` changes norms and
+    biases too. The copies are on the CPU. Other dtypes have the range of float32."""
+    weights = [*tables, *(parameter for block in store.blocks for parameter in block.module.parameters())]
+    half = [weight for weight in weights if weight.dtype == torch.float16 and not weight.is_meta]
+    kept = [(weight, weight.detach().to("cpu", copy=True)) for weight in half]
     try:
         yield
     except BaseException:

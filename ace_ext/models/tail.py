@@ -45,7 +45,8 @@ class Tail:
         """Checks with any hidden states ``[tokens, d_model]`` that logits of a token depend on its own state alone.
 
         Raises:
-            InputError: they depend on other tokens, on the embedding or on other blocks' outputs; or there are none.
+            InputError: they depend on other tokens, on the embedding or on other blocks' outputs; or there are none, or
+                they are not finite.
         """
         try:
             alone = self.logits(hidden)
@@ -54,6 +55,11 @@ class Tail:
             raise _not_a_tail(self._model, f"its forward fails for one token: {error}") from error
         if len(alone) != len(hidden):
             raise _not_a_tail(self._model, f"{len(hidden)} tokens have the logits of {len(alone)}")
+        if not torch.isfinite(alone).all():
+            raise InputError(
+                f"{type(self._model).__name__}: its logits hold NaN or infinity; a weight of the final norm or of the "
+                f"LM head is damaged, or numbers are too large for {str(hidden.dtype).removeprefix('torch.')} (--dtype)"
+            )
         for found in others:
             if found.shape != alone.shape or not torch.allclose(found, alone, atol=CLOSE * float(alone.abs().max())):
                 raise _not_a_tail(self._model, "they depend on more than the last block's output for a token")

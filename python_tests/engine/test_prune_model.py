@@ -6,6 +6,7 @@ from tiny_models import DENSE_FAMILIES, make_model, make_tokens
 from torch.nn import functional
 
 from ace_ext import InputError, PruneConfig, prune_model
+from ace_ext.engine.distillation import Distillation
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.replay import capture_calls, run_block
 from ace_ext.ops import reference
@@ -200,6 +201,31 @@ def test_a_float16_model_is_put_back_whole_after_an_error():
     with pytest.raises(RuntimeError, match="stopped"):
         prune_model(model, make_tokens(), method=method, callback=stop)
     assert [name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])] == []
+
+
+def test_tables_of_a_float16_model_are_put_back_too(monkeypatch):
+    model = make_model("llama", torch.float16)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    def stop(_):
+        assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(Distillation, "train_", stop)
+    with pytest.raises(RuntimeError, match="stopped"):
+        prune_model(model, make_tokens(), method="wanda + quantize(bits=8, embeddings=8) + distill(tokens=64)")
+    assert [name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])] == []
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight"])
+def test_what_follows_the_blocks_must_be_finite(name):
+    model = make_model("llama")
+    with torch.no_grad():
+        model.get_parameter(name)[0] = torch.nan
+    before = model.model.layers[0].mlp.up_proj.weight.clone()
+    with pytest.raises(InputError, match="LlamaForCausalLM: its logits hold NaN or infinity"):
+        prune_model(model, make_tokens(), method="wanda + distill(tokens=64)")
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
 
 
 def test_callback_and_training_mode():
