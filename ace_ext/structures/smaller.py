@@ -118,6 +118,24 @@ def output_of(model: nn.Module, tokens: Tensor) -> Tensor:
     return output
 
 
+_MEND = "leave out {0}, or remove another number of them"
+
+
+def output_without(name: str, smaller: nn.Module, tokens: Tensor) -> Tensor:
+    """:func:`output_of` a model without some structures, which are called ``name``.
+
+    Raises:
+        InputError: it does not run.
+    """
+    try:
+        return output_of(smaller, tokens)
+    except Exception as error:  # a class's code and the kernels of torch can raise anything
+        raise InputError(
+            f"remove: {type(smaller).__name__} does not run without these {name}: {one_line(error)}; "
+            + _MEND.format(name)
+        ) from error
+
+
 def check_same(
     name: str,
     model: nn.Module,
@@ -142,17 +160,12 @@ def check_same(
         InputError: they differ by more, or the smaller model does not run, or does not write text.
     """
     expected = output_of(model, tokens)
-    mend = f"leave out {name}, or remove another number of them"
-    try:
-        found = output_of(smaller, tokens)
-    except Exception as error:  # a class's code and the kernels of torch can raise anything
-        raise InputError(
-            f"remove: {type(model).__name__} does not run without these {name}: {one_line(error)}; {mend}"
-        ) from error
+    found = output_without(name, smaller, tokens)
     refused = generation_error(smaller, tokens)
     if refused is not None and generation_error(model, tokens) is None:
         raise InputError(
-            f"remove: {type(model).__name__} does not write text without these {name}: {one_line(refused)}; {mend}"
+            f"remove: {type(model).__name__} does not write text without these {name}: {one_line(refused)}; "
+            + _MEND.format(name)
         ) from refused
     difference = _distance(found, expected)
     if difference <= (CLOSE_IN_FLOAT32 if next(model.parameters()).dtype == torch.float32 else CLOSE):

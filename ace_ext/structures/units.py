@@ -22,7 +22,7 @@ from ace_ext.structures.moments import Fit, Moments, fitted, updated
 from ace_ext.structures.scores import DAMPING, kept_units, turning
 from ace_ext.structures.search import Found, UnitsOfBlock, entries, find_units
 from ace_ext.structures.sites import HELD_OUT, UnitRun, seen
-from ace_ext.structures.smaller import check_same, few_tokens, fill_, laid_out, output_of
+from ace_ext.structures.smaller import check_same, few_tokens, fill_, laid_out, output_without
 
 SMALLEST = 1e-10
 """The norm of a token's output counts as at least this."""
@@ -106,13 +106,13 @@ def without_units(
         advanced: is called after each block with the number of finished blocks and of all.
 
     Raises:
-        InputError: a block gives numbers that are not finite.
+        InputError: the class does not run with so few, or a block gives numbers that are not finite.
     """
     kept = part.kept(found.count)
     smaller = laid_out(model, found.changes(kept))
     # Tensors of the right shape; the walk replaces them.
     fill_(smaller, _with(found, dict(model.state_dict()), torch.arange(kept)), model)
-    output_of(smaller, batches[0]["input_ids"][:1])  # some classes choose code by the length of an input
+    output_without(part.name, smaller, batches[0]["input_ids"][:1])  # some choose code by the length of an input
     walk = _Walk(model, blocks, find_blocks(smaller, check=False), part, batches)
     report = []
     for index, units in enumerate(found.parts):
