@@ -147,12 +147,24 @@ def test_the_default_rate_is_that_of_the_start_in_all_windows(parts):
     assert all(torch.equal(value, state(named)[name]) for name, value in state(default).items())
 
 
-def test_outputs_that_are_not_finite_are_refused():
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("lm_head", torch.inf, "its logits hold NaN or infinity; a weight of the final norm or of the LM head"),
+        (
+            "model.layers.2.mlp.down_proj",
+            3e38,
+            r"the loss of the pruned model .* must be finite to train it \(got nan\)",
+        ),
+    ],
+    ids=["head", "block"],
+)
+def test_outputs_that_are_not_finite_are_refused(name, value, words):
     dense, model = make_model("llama"), pruned_model()
     for each in (dense, model):
-        each.lm_head.weight.data[0, 0] = torch.inf
+        each.get_submodule(name).weight.data[0] = value
     before = state(model)
-    with pytest.raises(InputError, match=r"the loss of the pruned model .* must be finite to train it \(got nan\)"):
+    with pytest.raises(InputError, match=words):
         distill_(model, dense, TEXT, HealSettings(**QUICK))
     assert all(torch.equal(value, before[name]) for name, value in state(model).items())
 
