@@ -24,16 +24,21 @@ VERBS = {
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser that reports an error in one line, like every other error of this program.
 
-    If ``common`` is not empty, ``--help`` shows only these options. ``--help-all`` shows all options and ``tables``.
+    If ``common`` is not empty, ``--help`` shows only these options. ``--help-all`` shows all options and ``tables``. If
+    ``common`` is empty, it prints the same as ``--help``.
     """
 
     common: frozenset[str] = frozenset()
     tables: Callable[[], str] | None = None
 
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._help_all = self.add_argument("--help-all", action=_HelpAll, nargs=0, help=argparse.SUPPRESS)
+
     def show_common(self, *names: str, tables: Callable[[], str]) -> None:
         """Makes ``--help`` show only these options, and ``--help-all`` all options with ``tables()`` at the end."""
         self.common, self.tables = frozenset(names), tables
-        self.add_argument("--help-all", action=_HelpAll, nargs=0, help="show all options, and all stages of methods")
+        self._help_all.help = "show all options, and all stages of methods"
 
     def format_help(self) -> str:
         """The help with only the common options, if there are any."""
