@@ -27,8 +27,16 @@ def bytes_of_all(source: Source) -> int:
     return sum({id(tensor): tensor.nbytes for tensor in stored}.values())
 
 
+def is_estimate(format_name: str, config: PruneConfig) -> bool:
+    """Whether :func:`output_bytes` depends on the weights, which shapes do not tell: they are compressed, or
+    quantization rounds more of them to zero."""
+    chosen = format_named(format_name)
+    compresses = chosen.codec is not None and chosen.codec.compresses
+    return chosen.size is not None and (compresses or config.method.grid is not None)
+
+
 def output_bytes(source: Source, matrices: list[PlannedMatrix], format_name: str, config: PruneConfig) -> int:
-    """Bytes of the weights in the output, from shapes alone; approximate if they are compressed."""
+    """Bytes of the weights in the output, from shapes alone; see :func:`is_estimate`."""
     chosen = format_named(format_name)
     if chosen.size is None:
         return bytes_of_all(source)

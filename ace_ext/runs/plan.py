@@ -39,7 +39,7 @@ from ace_ext.runs.heal_trial import try_step
 from ace_ext.runs.memory_model import Estimate, copied_bytes
 from ace_ext.runs.model_source import Demand, MemoryChoice, Source, check_serves, sized
 from ace_ext.runs.options import Calibration, InputCalibration, RunOptions, RunRequest, check_request
-from ace_ext.runs.output_size import PlannedMatrix, bytes_of_all, output_bytes
+from ace_ext.runs.output_size import PlannedMatrix, bytes_of_all, is_estimate, output_bytes
 from ace_ext.runs.prune_and_heal import needed_memory, planned_batches, text_of
 from ace_ext.runs.removal import removal_seconds, smaller_of
 from ace_ext.runs.shapes_only import open_for_plan
@@ -63,7 +63,9 @@ class Plan:
     read_bytes: int
     write_bytes: int
     output_bytes: int
-    """Of the weights in the output; about, if they are compressed."""
+    """Of the weights in the output."""
+    output_estimate: bool
+    """Whether ``output_bytes`` is an estimate, because it depends on the weights."""
     seconds: dict[str, float]
     dense: list[DenseWeight]
     """The matrices that stay dense, and why. Only the run finds out whether a Linear is called."""
@@ -113,7 +115,8 @@ class Plan:
             lines.append(f"{rank} {phase.total / 1e9:.2f} GB in {phase.phase}: {phase.describe()}")
         lines += self._needs()
         lines.append(f"reads {self.read_bytes / 1e9:.2f} GB, writes {self.write_bytes / 1e9:.2f} GB")
-        lines.append(f"weights in the output: {self.output_bytes / 1e9:.3f} GB")
+        about = "about " if self.output_estimate else ""
+        lines.append(f"weights in the output: {about}{self.output_bytes / 1e9:.3f} GB")
         lines.append(self._time())
         lines += [] if self.bos is None else [str(self.bos)]
         return "\n".join(lines)
@@ -249,6 +252,7 @@ def make_plan(
         read_bytes=read,
         write_bytes=written,
         output_bytes=output,
+        output_estimate=is_estimate(options.format, config),
         seconds={} if trial is None else _seconds(request, source, trial, measured, read + written),
         bos=measured.bos,
         trial="" if trial is None else _describe(source, device),

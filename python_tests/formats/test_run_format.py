@@ -154,8 +154,10 @@ def test_the_plan_knows_the_size(dense, tmp_path):
         _, path = prune(dense, tmp_path / f"quantized{at}", {"format": name}, **settings)
         stored = sum(file.stat().st_size for file in path.glob("*.safetensors")) - headers(path)
         assert stored == pytest.approx(planned.output_bytes, rel=0.05)
+        assert f"weights in the output: about {planned.output_bytes / 1e9:.3f} GB" in planned.table()
     archive = plan_of(dense, {"format": "archive"})
     assert archive.output_bytes < weights / 2
+    assert "weights in the output: about " in archive.table()
     assert archive.write_bytes > plan_of(dense).write_bytes
 
 
