@@ -40,7 +40,7 @@ from ace_ext.runs.memory_model import Estimate, copied_bytes
 from ace_ext.runs.model_source import Demand, MemoryChoice, Source, check_serves, sized
 from ace_ext.runs.options import Calibration, InputCalibration, RunOptions, RunRequest, check_request
 from ace_ext.runs.output_size import PlannedMatrix, bytes_of_all, is_estimate, output_bytes
-from ace_ext.runs.prune_and_heal import needed_memory, planned_batches, text_of
+from ace_ext.runs.prune_and_heal import check_text, needed_memory, planned_batches, text_of
 from ace_ext.runs.removal import removal_seconds, smaller_of
 from ace_ext.runs.shapes_only import open_for_plan
 
@@ -208,6 +208,9 @@ def make_plan(
     check_serves(source, request)
     format_named(options.format).check_model(source.model, source.blocks, config.method.grid)
     measured = _draw(source, request)
+    distills = config.method.distill is not None and predicts_tokens(source.model)
+    if distills and not source.shapes_only and calibration.reads_text:
+        check_text(request, source)
     chain = calibration.reads_text and _is_chain_of_text(source, config)
     request = measured.request
     calibration = request.calibration
@@ -229,7 +232,7 @@ def make_plan(
     phases = [pruning]
     if device.type == "cpu":
         phases += _earlier_phases(source, pruning, calibration, measured)
-    if config.method.distill is not None and predicts_tokens(source.model):
+    if distills:
         phases.append(replace(needed_memory(request, source), phase="distill"))
     read, written = _traffic(source, calibration, 0 if choice.hidden or trial is None else trial.passes)
     if source.offloaded:  # for each forward pass of the whole model

@@ -64,7 +64,7 @@ def prune_and_heal(request: RunRequest, path: Path, progress: Progress, prune: P
         if not runs.model.is_dir():
             config, options = request.config.without_distillation(), replace(given, overwrite=False)
             first = replace(request, config=config, options=options)
-            _check_text(request, source)
+            check_text(request, source)
             prune(first, runs.model, progress)
         if not runs.files:
             _record_config(runs.model, request)
@@ -98,7 +98,7 @@ def text_of(request: RunRequest, causal: bool = True) -> Calibration:
     return replace(given, nsamples=nsamples, seed=seed)
 
 
-def _check_text(request: RunRequest, source: Source) -> None:
+def check_text(request: RunRequest, source: Source) -> None:
     """Draws the text of the second part once before the first, if this does not take the model.
 
     Raises:

@@ -284,3 +284,15 @@ def test_a_name_that_is_no_size(capsys):
     error = capsys.readouterr().err
     assert "plan also takes the name of a size: smollm2-135m" in error
     assert error.count("\n") == 1
+
+
+def test_a_text_that_the_distillation_would_refuse(dense, tmp_path):
+    """Its windows are drawn as a run draws them: of this text all are like those that are held out."""
+    text = tmp_path / "text.txt"
+    text.write_text("fox " * 400)
+    method = "wanda + distill(tokens=64)"
+    words = r"^tokens: each of the \d+ windows shares text with .* that are held out"
+    with pytest.raises(InputError, match=words):
+        prune(dense, tmp_path / "out", {}, {"source": str(text)}, method=method)
+    with pytest.raises(InputError, match=words):
+        plan_of(dense, source=str(text), method=method)
