@@ -253,7 +253,10 @@ def check_request(request: RunRequest) -> None:
             "or pattern"
         )
     if config.method.distill is not None and options.format != DEFAULT_FORMAT:
-        raise InputError(f"distill writes format {DEFAULT_FORMAT} (got {options.format}); leave out one of them")
+        raise InputError(
+            f"distill writes format {DEFAULT_FORMAT} (got {options.format}); leave out format, then convert the output: "
+            f"ace-prune pack OUTPUT --output PACKED --format {options.format}"
+        )
     if options.save_stats and options.stats:
         raise InputError("give save-stats or stats, not both")
     if options.save_stats:

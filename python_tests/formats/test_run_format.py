@@ -223,6 +223,7 @@ def test_bad_formats_are_refused_before_anything_is_written(dense, capsys):
         capsys, "run", dense, "--format", "compressed-tensors"
     )
     error = bad_input(capsys, "run", dense, "--format", "bitmap", "--method", "distill")
-    assert "writes format dense" in error
+    assert "distill writes format dense (got bitmap)" in error
+    assert "leave out format, then convert the output: ace-prune pack OUTPUT --output PACKED --format bitmap" in error
     error = bad_input(capsys, "run", dense, "--format", "archive", "--max-memory", "10MB")
     assert "max-memory must be at least" in error
