@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import os
-import re
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,7 @@ from ace_ext.data.mixture import is_jsonl
 from ace_ext.engine.devices import pick_device
 from ace_ext.errors import InputError
 from ace_ext.models.loading import WEIGHT_DTYPES
+from ace_ext.models.patterns import all_but, glob_pattern
 from ace_ext.process_memory import parse_bytes
 from ace_ext.pruning.config import MAX_DENSE, SPARSITY, PruneConfig
 from ace_ext.pruning.groups import GROUPS
@@ -117,16 +117,7 @@ def add_selection(group: Any, help: str) -> None:
 def skip_from(args: argparse.Namespace) -> tuple[str, ...]:
     """The regular expressions that the options of :func:`add_selection` stand for."""
     skip = [*args.skip, *(f"^{glob_pattern(glob)}$" for glob in args.exclude or ())]
-    return (*skip, _all_but(args.include)) if args.include else tuple(skip)
-
-
-def _all_but(globs: Iterable[str]) -> str:
-    return f"^(?!({'|'.join(map(glob_pattern, globs))})$)"
-
-
-def glob_pattern(glob: str) -> str:
-    """The regular expression of a pattern in which ``*`` stands for any characters and ``?`` for one."""
-    return re.escape(glob).replace(r"\*", ".*").replace(r"\?", ".")
+    return (*skip, all_but(args.include)) if args.include else tuple(skip)
 
 
 def preset_table() -> str:
@@ -207,9 +198,10 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, help=f"seed of the sampling (default: {default.seed})")
 
 
-def add_text_field(group: Any) -> None:
-    """Adds the field of a ``.jsonl`` line that holds the text. The value is None if the flag is not given."""
-    group.add_argument("--text-field", help=f"the field of a .jsonl line (default: {Calibration().text_field})")
+def add_text_field(group: Any, default: str = Calibration().text_field) -> None:
+    """Adds the field of a ``.jsonl`` line that holds the text. The value is None if the flag is not given; ``default``
+    says what that means."""
+    group.add_argument("--text-field", help=f"the field of a .jsonl line (default: {default})")
 
 
 def text_field_of(args: argparse.Namespace, *texts: str | None) -> str:

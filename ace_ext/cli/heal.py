@@ -14,6 +14,7 @@ from ace_ext.reporting.run_page import write_run_report
 from ace_ext.runs.heal import heal_folder
 from ace_ext.runs.heal_request import TOKENS, HealOptions, HealRequest
 from ace_ext.runs.heal_text import calibration_of, recorded_fields
+from ace_ext.runs.options import Calibration
 from ace_ext.runs.output import read_report
 
 EXAMPLES = (
@@ -77,7 +78,8 @@ def _add_text(group: argparse._ArgumentGroup) -> None:
     shared.add_bos(group, "window", "as in the calibration of FOLDER")
     group.add_argument("--seqlen", type=int, help="tokens of a window")
     group.add_argument("--seed", type=int, help="seed of the choice of windows, and of the order of the steps")
-    shared.add_text_field(group)
+    default = Calibration().text_field
+    shared.add_text_field(group, f"as in the calibration of FOLDER; with --calibration {default}")
 
 
 def request_from(args: argparse.Namespace) -> HealRequest:
@@ -85,7 +87,10 @@ def request_from(args: argparse.Namespace) -> HealRequest:
     report = read_report(args.folder)
     names = {"source": "calibration", "seqlen": "seqlen", "seed": "seed", "text_field": "text_field", "bos": "bos"}
     given = {name: getattr(args, flag) for name, flag in names.items() if getattr(args, flag) is not None}
-    text = calibration_of(recorded_fields(report) | given)
+    recorded = recorded_fields(report)
+    if "source" in given:
+        recorded.pop("text_field", None)  # it is that of the recorded text
+    text = calibration_of(recorded | given)
     if not text.reads_text:
         shared.check_only_media(text.source, given)
     if args.text_field is not None:

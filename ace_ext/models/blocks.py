@@ -20,7 +20,7 @@ from ace_ext.models.block_lists import block_lists, included
 from ace_ext.models.derived_weights import DTYPES, refuse_derived
 from ace_ext.models.fused_weights import FusedWeight, find_fused, through_linears
 from ace_ext.models.left_dense import check_share, expert_lists, other_weights, outside, routers
-from ace_ext.models.patterns import search_within
+from ace_ext.models.patterns import globs_of, search_within
 from ace_ext.models.products import float32_products
 
 CHECKED_AT_ONCE = 2**22
@@ -164,11 +164,10 @@ def find_blocks(
         blocks.append(_block(full, module, fused, patterns))
         refuse_derived(full, module, blocks[-1].linears)
         check_share(full, module, blocks[-1].dense, max_dense)
-    unused = [pattern.pattern for pattern in patterns if not any(_matches(name, [pattern]) for name in names)]
-    if unused:
-        raise InputError(
-            f"skip {unused[0][:100]!r} matches no weight of the blocks; ace-prune plan --list shows their names"
-        )
+    for pattern in patterns:
+        _check_used("skip", pattern.pattern, pattern, names)
+        for glob, one in globs_of(pattern.pattern).items():
+            _check_used("include", glob, _compile(one), names)
     if not any(block.linears for block in blocks):
         raise InputError(
             f"no Linear is left to prune in {blocks[0].name} or any later block; choose other weights "
@@ -238,6 +237,13 @@ def _compile(pattern: str, option: str = "skip") -> re.Pattern[str]:
         return re.compile(pattern)
     except (re.error, OverflowError, RecursionError, TypeError) as error:
         raise InputError(f"{option} must be regular expressions (got {str(pattern)[:100]!r}: {error})") from error
+
+
+def _check_used(option: str, text: str, pattern: re.Pattern[str], names: list[str]) -> None:
+    if not any(_matches(name, [pattern]) for name in names):
+        raise InputError(
+            f"{option} {text[:100]!r} matches no weight of the blocks; ace-prune plan --list shows their names"
+        )
 
 
 def _matches(name: str, patterns: list[re.Pattern[str]]) -> bool:

@@ -1,13 +1,36 @@
-"""Matches a user's regular expressions within a time limit: some would take years on a short name."""
+"""A user's patterns of names. Regular expressions are matched within a time limit: some would take years on a short
+name."""
 
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from ace_ext.errors import InputError
+
+
+def glob_pattern(glob: str) -> str:
+    """The regular expression of a pattern in which ``*`` stands for any characters and ``?`` for one."""
+    return re.escape(glob).replace(r"\*", ".*").replace(r"\?", ".")
+
+
+def all_but(globs: Iterable[str]) -> str:
+    """A regular expression that finds every name which none of the globs match as a whole."""
+    return f"^(?!({'|'.join(map(glob_pattern, globs))})$)"
+
+
+def globs_of(pattern: str) -> dict[str, str]:
+    """The globs of a regular expression that :func:`all_but` made, and the regular expression of each; none of another
+    one."""
+    found = re.fullmatch(r"\^\(\?!\((.*)\)\$\)", pattern, re.DOTALL)
+    parts = re.split(r"(?<!\\)\|", found[1]) if found else []
+    return {re.sub(r"\\(.)|\.\*|\.", _glob_part, part, flags=re.DOTALL): f"^({part})$" for part in parts}
+
+
+def _glob_part(found: re.Match[str]) -> str:
+    return found[1] or ("*" if found[0] == ".*" else "?")
 
 
 def search_within(seconds: float, pattern: re.Pattern[str], name: str) -> bool:

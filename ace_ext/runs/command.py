@@ -1,5 +1,5 @@
-"""The command that repeats a run, for its report and its model card. It leaves out the paths of folders, and options
-that do not change the output."""
+"""The command that repeats a run, for its report and its model card. It leaves out the paths of folders, options that
+do not change the output, and ``--format``: a packed folder has the report of its dense form."""
 
 import shlex
 from pathlib import Path

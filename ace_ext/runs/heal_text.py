@@ -33,7 +33,8 @@ def recorded_text(report: PruneReport) -> Calibration:
 def recorded_fields(report: PruneReport) -> dict[str, Any]:
     """The fields of :class:`Calibration` that a report names."""
     recorded = report.extra.get("calibration", {})
-    found = {name: recorded[name] for name in ("source", "nsamples", "seqlen", "seed") if name in recorded}
+    names = ("source", "nsamples", "seqlen", "seed", "text_field")
+    found = {name: recorded[name] for name in names if name in recorded}
     bos = recorded.get("bos")
     return {**found, **({"bos": bos["mode"]} if isinstance(bos, dict) else {})}
 

@@ -110,7 +110,9 @@ class Calibration:
         )
 
     def describe(self, data: CalibrationData) -> dict[str, Any]:
-        """The description of the samples in a report and a fingerprint."""
+        """The description of the samples in a report and a fingerprint. It names the text's field if that is not the
+        default."""
+        field_of_text = {} if self.text_field == Calibration().text_field else {"text_field": self.text_field}
         return {
             "source": data.source,
             "nsamples": self.nsamples,
@@ -118,6 +120,7 @@ class Calibration:
             "seed": data.seed,
             "sha256": data.sha256,
             "bos": data.bos.to_dict(),
+            **field_of_text,
         }
 
 
@@ -254,8 +257,8 @@ def check_request(request: RunRequest) -> None:
         )
     if config.method.distill is not None and options.format != DEFAULT_FORMAT:
         raise InputError(
-            f"distill writes format {DEFAULT_FORMAT} (got {options.format}); leave out format, then convert the output: "
-            f"ace-prune pack OUTPUT --output PACKED --format {options.format}"
+            f"distill writes format {DEFAULT_FORMAT} (got {options.format}); leave out format, then convert the output "
+            f"by ace-prune pack OUTPUT --output PACKED --format {options.format}"
         )
     if options.save_stats and options.stats:
         raise InputError("give save-stats or stats, not both")

@@ -8,9 +8,11 @@ import pytest
 from folders import save_dense
 from tiny_models import make_model
 
+from ace_ext import InputError
 from ace_ext.cli import main as cli
-from ace_ext.cli.args import add_selection, glob_pattern, skip_from
+from ace_ext.cli.args import add_selection, skip_from
 from ace_ext.models.blocks import find_blocks
+from ace_ext.models.patterns import all_but, glob_pattern, globs_of
 
 
 def skip_of(*arguments):
@@ -33,6 +35,21 @@ def test_globs_choose_by_the_whole_name():
         name for name in every if ".mlp." in name and "up_proj" not in name
     }
     assert skip_of() == ()
+
+
+@pytest.mark.parametrize("globs", [["*.typo"], ["*.mlp.*", "*.typo"], ["*.typo", "*.self_attn.*", "*.mlp.*"]], ids=str)
+def test_each_glob_chooses_something(globs):
+    with pytest.raises(InputError, match=r"^include '\*\.typo' matches no weight of the blocks; ace-prune plan --list"):
+        pruned(skip_of(*(word for glob in globs for word in ("--include", glob))))
+
+
+def test_globs_of_their_regular_expression():
+    globs = ["*.mlp.*", "a|b", "layers.?", "c(d)", "[e]+$"]
+    found = globs_of(all_but(globs))
+    assert list(found) == globs
+    assert all(re.search(found[name], name) for name in ("a|b", "layers.?", "c(d)"))
+    assert not re.search(found["a|b"], "a")
+    assert globs_of(r"k_proj$|v_proj$") == {}
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,6 @@ def test_bad_formats_are_refused_before_anything_is_written(dense, capsys):
     )
     error = bad_input(capsys, "run", dense, "--format", "bitmap", "--method", "distill")
     assert "distill writes format dense (got bitmap)" in error
-    assert "leave out format, then convert the output: ace-prune pack OUTPUT --output PACKED --format bitmap" in error
+    assert "leave out format, then convert the output by ace-prune pack OUTPUT --output PACKED --format bitmap" in error
     error = bad_input(capsys, "run", dense, "--format", "archive", "--max-memory", "10MB")
     assert "max-memory must be at least" in error

@@ -101,6 +101,36 @@ def test_output(family, config, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_the_field_of_the_text_is_that_of_the_run(place, tmp_path):
+    """Another field may hold text too, so a default would be trained on in silence. Another file has its own."""
+    words = (place / "text.txt").read_text().split()
+    lines = [
+        json.dumps({"text": " ".join(reversed(part)), "content": " ".join(part)})
+        for part in (words[start : start + 40] for start in range(0, len(words), 40))
+    ]
+    for name in ("lines.jsonl", "other.jsonl"):
+        (tmp_path / name).write_text("\n".join(lines))
+    found = str(tmp_path / "lines.jsonl")
+    prune(place / "dense", tmp_path / "pruned", calibration={"source": found, "text_field": "content"})
+
+    def healed(output, *more):
+        arguments = ["heal", tmp_path / "pruned", "--output", tmp_path / output, "--tokens", 256, "--step-tokens", 64]
+        assert main([*map(str, arguments), *more]) == 0
+        return read_report(tmp_path / output).extra["healing"]
+
+    same, named = healed("same"), healed("named", "--text-field", "content")
+    assert same == named | {"peak_memory_bytes": same["peak_memory_bytes"]}
+    assert same["calibration"]["text_field"] == "content"
+    for output, more, command in (
+        ("field", ["--text-field", "text"], "--text-field text"),
+        ("file", ["--calibration", str(tmp_path / "other.jsonl")], "--calibration other.jsonl --text-field text"),
+    ):
+        other = healed(output, *more)
+        assert "text_field" not in other["calibration"]
+        assert other["calibration"]["sha256"] != same["calibration"]["sha256"]
+        assert other["command"].endswith(command)
+
+
 def test_a_healed_folder_can_be_healed_again(place, tmp_path):
     first, path = heal_folder(request(place / "pruned", tmp_path / "once"))
     second, _ = heal_folder(request(path, tmp_path / "twice"))
