@@ -56,7 +56,10 @@ def add(commands: shared.Subparsers) -> None:
 def _add_training(group: argparse._ArgumentGroup) -> None:
     budget = group.add_mutually_exclusive_group()
     budget.add_argument(
-        "--tokens", type=int, help=f"tokens to train on; each pass over a window counts (default: {TOKENS})"
+        "--tokens",
+        type=int,
+        help="tokens to train on; each pass over a window counts, and is rounded up to whole steps (default: "
+        f"{TOKENS})",
     )
     budget.add_argument(
         "--minutes",

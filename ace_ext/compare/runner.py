@@ -4,17 +4,23 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from ace_ext.compare.bench import Bench, weights_sha256
 from ace_ext.compare.grid import Study
-from ace_ext.compare.journal import Journal, Results
+from ace_ext.compare.journal import Cell, Journal, Results
 from ace_ext.compare.networks import NetworkBench
 from ace_ext.data.bos import BosChoice
 from ace_ext.data.corpora import CALIBRATION, source_sha256
+from ace_ext.data.media_items import is_media
+from ace_ext.data.requests import check_positions
+from ace_ext.engine.api import check_pattern
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import predicts_tokens
+from ace_ext.models.blocks import find_blocks
 from ace_ext.models.loading import load_model
+from ace_ext.pruning.method import Method
 
 
 def run_study(study: Study, device: torch.device, output: Path | None = None, progress: bool = False) -> Results:
@@ -50,6 +56,7 @@ def _run_missing(
     missing = [(cell, method) for cell, method in study.grid.cells() if journal.results.find(cell) is None]
     if missing or not journal.results.dense:
         bench = _bench(study, device, journal.results.choices)
+        _check_cells(study, bench.model, missing)
         weights = weights_sha256(bench.model)
         if not journal.results.dense:
             journal.add_dense(bench.evaluate(), weights, bench.bos, bench.scores())
@@ -64,6 +71,19 @@ def _run_missing(
                 config = study.config(method, cell.amount)
                 journal.add(bench.run(cell, config, mode, sources[cell.calibration]))
                 bar.update()
+
+
+def _check_cells(study: Study, model: nn.Module, cells: list[tuple[Cell, Method]]) -> None:
+    """Checks that the model has columns for each pattern and positions for each length, before the first run.
+
+    Raises:
+        InputError: it does not.
+    """
+    blocks = find_blocks(model, study.skip)
+    for cell, method in cells:
+        check_pattern(blocks, study.config(method, cell.amount))
+        if not is_media(cell.calibration):
+            check_positions(model, cell.seqlen)
 
 
 def _bench(study: Study, device: torch.device, recorded: list[BosChoice]) -> Bench:

@@ -5,8 +5,10 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
+from ace_ext.data.local_files import same_file
 from ace_ext.errors import InputError
 
 _PLUS = re.compile(r"\s+\+\s+")  # with spaces around it: c++.txt and a+b.txt are names of files
@@ -39,7 +41,7 @@ def parts_of(source: str, unmixed: str) -> tuple[Part, ...]:
         return (Part(source),)
     parts = tuple(_part(text.strip(), source) for text in texts)
     names = [part.source for part in parts]
-    if len(set(names)) < len(names):
+    if any(one == other or same_file(one, other) for one, other in combinations(names, 2)):
         raise InputError(f"text: {source!r} names a text twice; give it once, with a weight such as 2 * {names[0]}")
     if unmixed in names:
         raise InputError(f"text: {unmixed!r} cannot be mixed with other texts; use it alone, or leave it out")
@@ -82,16 +84,25 @@ def samples_of(parts: tuple[Part, ...], nsamples: int) -> list[int]:
 
 
 def without_folders(source: str) -> str:
-    """A text's name with each path replaced by its last part."""
+    """A text's name with each path replaced by its last part; in a mixture by as many parts as its texts differ in."""
     texts = _PLUS.split(source)
     if len(texts) == 1:
         return Path(source).name
-    return " + ".join(_last_part(text) for text in texts)
+    weighted = [_WEIGHTED.fullmatch(text) for text in texts]
+    names = _short([found["source"] if found else text for found, text in zip(weighted, texts, strict=True)])
+    return " + ".join(
+        f"{found['weight']} * {name}" if found else name for found, name in zip(weighted, names, strict=True)
+    )
 
 
-def _last_part(text: str) -> str:
-    found = _WEIGHTED.fullmatch(text)
-    return Path(text).name if found is None else f"{found['weight']} * {Path(found['source']).name}"
+def _short(paths: list[str]) -> list[str]:
+    """The last part of each path; as many parts as it takes if two would have the same name."""
+    parts = [Path(path).parts for path in paths]
+    for count in range(1, max(map(len, parts))):
+        names = [str(Path(*each[-count:])) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    return paths
 
 
 def is_jsonl(sources: Iterable[str | None]) -> bool:

@@ -124,8 +124,16 @@ def check_all_seen(block: Block, stats: Mapping[str, LinearStatistics]) -> None:
             raise _not_seen(block, child)
 
 
+class UnseenExpertError(InputError):
+    """An expert that no token reached is to be compared with other matrices. More tokens may reach it."""
+
+
 def _not_seen(block: Block, child: str) -> InputError:
-    found = "saw no calibration token; give more or other calibration text, or skip it"
-    if not block.is_expert(child):
-        found = f"is not called with these inputs and has no scores; leave it dense: --skip {any_of([child])}"
-    return InputError(f"{block.full_name(child)} {found} (skip= in Python)")
+    name, end = block.full_name(child), "(skip= in Python)"
+    if block.is_expert(child):
+        return UnseenExpertError(
+            f"{name} saw no calibration token; give more or other calibration text, or skip it {end}"
+        )
+    return InputError(
+        f"{name} is not called with these inputs and has no scores; leave it dense: --skip {any_of([child])} {end}"
+    )

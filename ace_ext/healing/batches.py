@@ -30,6 +30,20 @@ def windows_needed(tokens: int, seqlen: int, settings: HealSettings) -> int:
     return trained + min(settings.held_out, max(1, trained // 3))
 
 
+def check_passes(tokens: int, seqlen: int, settings: HealSettings) -> None:
+    """Checks that all passes, of at least one step each, fit in a budget of ``tokens``. One pass always does.
+
+    Raises:
+        InputError: they do not.
+    """
+    step = max(1, settings.step_tokens // seqlen) * seqlen
+    if settings.passes > 1 and settings.passes * step > tokens:
+        raise InputError(
+            f"passes must be at most {max(1, tokens // step)} for {tokens:,} tokens: each takes at least one step of "
+            f"{step:,} tokens (got {settings.passes}); give more tokens or minutes, or a smaller step-tokens"
+        )
+
+
 def held_windows(windows: int, settings: HealSettings) -> int:
     """How many of all windows are held out."""
     return min(settings.held_out, max(1, windows // 4))

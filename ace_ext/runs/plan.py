@@ -21,6 +21,7 @@ from ace_ext.data.corpora import SELF, SMALL_SOURCES
 from ace_ext.data.generate import ROWS_TOGETHER
 from ace_ext.dense_weights import DenseWeight, describe_dense, kind_of
 from ace_ext.engine.api import check_pattern, check_whole_forwards
+from ace_ext.engine.collection import UnseenExpertError
 from ace_ext.engine.embeddings import check_tables
 from ace_ext.engine.model_shape import ModelShape
 from ace_ext.errors import InputError, counted
@@ -225,6 +226,8 @@ def make_plan(
         try:
             tried = config.without_distillation() if config.ends_smaller else config  # `distill` alone has no mask
             trial = try_block(source, measured.tokens, tried, device, keeps_forwards=choice.forwards)
+        except UnseenExpertError:
+            untried = "for a mixture whose matrices are compared with each other: a few tokens do not reach all experts"
         except Exception as error:  # a class's code may not run with one block alone
             untried = _not_walked(source, measured.tokens, request, error)
     measurable = device.type != "cuda" and not source.shapes_only

@@ -127,7 +127,7 @@ def removal_seconds(source: Source, wanted: Removal, tokens: int, token_seconds:
     for wanted_units in wanted.units:
         from ace_ext.structures.search import find_units  # imported here: most runs remove no structure
 
-        found = find_units(source.model, source.blocks, wanted_units)
+        found = find_units(source.model, find_blocks(source.model, check=False), wanted_units)  # without skip
         part, each = found.present[0], max(len(units) for units in found.parts)
         shape = source.model.get_parameter(part.columns.name).shape
         outputs = shape[-1] if part.columns.dim == len(shape) - 2 else shape[-2]

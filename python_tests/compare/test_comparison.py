@@ -401,6 +401,22 @@ def test_bad_input_is_refused_before_the_model_is_loaded(place, tmp_path, change
     assert not folder.exists()
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"patterns": "2:4,5:11"}, "pattern 5:11 needs columns in whole groups of 11"),
+        ({"lengths": "4x16,4x129"}, "seqlen: 129 found, but the model has 128 positions"),
+        ({"skip": "no-such"}, "skip 'no-such' matches no weight"),
+    ],
+    ids=str,
+)
+def test_what_the_model_refuses_is_found_before_the_first_run(place, tmp_path, changed, message):
+    folder = tmp_path / "out"
+    with pytest.raises(InputError, match=message):
+        compare(place, output=folder, **changed)
+    assert len(lines(folder)) == 1  # the settings alone
+
+
 def test_json_and_markdown_exclude_each_other(place):
     with pytest.raises(InputError, match="exclude each other"):
         compare(place, "--json", "--markdown")

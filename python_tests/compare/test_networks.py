@@ -109,7 +109,10 @@ REFUSED = {
     "tasks": (["--model", "bert", *TEXT, "--tasks", "local"], "tasks (are for models that predict|need lm-eval)"),
     "text for images": (["--model", "vit", *TEXT], "text.txt is text, and 'vit' reads pixel_values|other.txt is text"),
     "images for text": (["--model", "llama", *IMAGES], "'llama' reads text, and photos has images or sound"),
-    "own text": (["--model", "bert", "--texts", "text.txt", "--calibration", "self"], "self needs a model that writes"),
+    "own text": (
+        ["--model", "bert", "--texts", "text.txt", "--calibration", "self", "--lengths", "4x8"],
+        "self needs a model that writes",
+    ),
     "no sample": (
         ["--model", "vit", "--calibration", "photos", "--texts", "held", "--nsamples", "0"],
         "nsamples: 0 found",

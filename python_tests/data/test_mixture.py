@@ -46,6 +46,15 @@ def test_bad_name_is_refused(source, message):
     assert message in str(refused.value)
 
 
+def test_a_file_by_two_names_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("fox")
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    for other in ("./a.txt", "link.txt", tmp_path / "a.txt"):
+        with pytest.raises(InputError, match="names a text twice; give it once"):
+            texts_of(f"bundled + 2 * a.txt + {other}")
+
+
 @pytest.mark.parametrize(
     ("weights", "nsamples", "counts"),
     [
@@ -69,6 +78,8 @@ def test_a_text_without_samples_is_refused():
 def test_names_without_folders():
     assert without_folders("/some/where/a.txt") == "a.txt"
     assert without_folders("2*/some/where/a.txt + bundled + ../b.jsonl") == "2 * a.txt + bundled + b.jsonl"
+    assert without_folders("/x/a/train.txt + 3 * /x/b/train.txt") == "a/train.txt + 3 * b/train.txt"
+    assert without_folders("/a/x.txt + x.txt + c4") == "a/x.txt + x.txt + c4"
     assert is_jsonl(["a.jsonl + b.txt"])
     assert not is_jsonl(["a.txt + b.txt", None])
 

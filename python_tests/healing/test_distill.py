@@ -11,7 +11,7 @@ from tiny_models import FAMILIES, OFTEN, make_model, make_tokens
 
 from ace_ext import InputError, PruneConfig, prune_model
 from ace_ext.healing import HealSettings, distill_, loss, window
-from ace_ext.healing.batches import Batches, windows_needed
+from ace_ext.healing.batches import Batches, check_passes, windows_needed
 from ace_ext.healing.context import HealContext, windows_of
 from ace_ext.healing.part import BACK_OFF, checks_of, rate_of, schedule
 from ace_ext.healing.settings import BETAS
@@ -502,6 +502,14 @@ def test_windows_needed_for_a_budget(tokens, passes):
     trained = passes * sum(batches.tokens[i].numel() for i in batches.trained)
     assert tokens <= trained < tokens + passes * 64
     assert sum(len(batches.tokens[i]) for i in batches.measured) <= 8
+
+
+def test_passes_that_a_budget_has_no_steps_for():
+    settings = HealSettings(step_tokens=64, passes=3)
+    check_passes(192, 16, settings)
+    check_passes(1, 16, HealSettings(step_tokens=64))
+    with pytest.raises(InputError, match=r"^passes must be at most 2 for 191 tokens: .* 64 tokens \(got 3\)"):
+        check_passes(191, 16, settings)
 
 
 def test_each_pass_has_each_batch_once_in_another_order():

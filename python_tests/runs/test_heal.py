@@ -326,6 +326,14 @@ def test_a_pruned_folder_whose_weights_were_changed(value, message, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+def test_more_passes_than_the_budget_has_steps(place, tmp_path):
+    """The run would train on more tokens than were asked for."""
+    many = replace(SETTINGS, passes=17)
+    with pytest.raises(InputError, match=r"passes must be at most 16 for 1,024 tokens"):
+        heal_folder(request(place / "pruned", tmp_path / "out", many))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_card_that_was_edited_is_no_reason_to_refuse(tmp_path):
     pruned = make_pruned(tmp_path)
     (pruned / "README.md").unlink()

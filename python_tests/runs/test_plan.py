@@ -296,3 +296,20 @@ def test_a_text_that_the_distillation_would_refuse(dense, tmp_path):
         prune(dense, tmp_path / "out", {}, {"source": str(text)}, method=method)
     with pytest.raises(InputError, match=words):
         plan_of(dense, source=str(text), method=method)
+
+
+def test_experts_that_few_tokens_do_not_reach(tmp_path):
+    """A run compares matrices and reads all tokens; the trial's few are no reason to refuse it."""
+    dense = save_dense(tmp_path / "dense", "olmoe")
+    settings, amount = {"method": "allocate + wanda", "sparsity": 0.3}, {"nsamples": 64, "seqlen": 8}
+    assert prune(dense, tmp_path / "out", {}, amount, **settings)[0].blocks
+    text = Calibration(str(tmp_path / "text.txt"), **amount)
+    plan = make_plan(str(dense), PruneConfig(**settings), text, RunOptions(), torch.device("cpu"))
+    assert not plan.seconds
+    assert "time: not known for a mixture whose matrices are compared with each other" in plan.table()
+
+
+def test_skipped_matrices_of_neurons_that_are_removed(dense):
+    plan = plan_of(dense, remove="neurons=0.34(multiple=8)", sparsity=0.5, skip=(r"down_proj$",))
+    assert plan.removed[0].kind == "neurons"
+    assert not any(matrix.name.endswith("down_proj") for matrix in plan.matrices)
