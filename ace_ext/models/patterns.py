@@ -26,7 +26,8 @@ def globs_of(pattern: str) -> dict[str, str]:
     one."""
     found = re.fullmatch(r"\^\(\?!\((.*)\)\$\)", pattern, re.DOTALL)
     parts = re.split(r"(?<!\\)\|", found[1]) if found else []
-    return {re.sub(r"\\(.)|\.\*|\.", _glob_part, part, flags=re.DOTALL): f"^({part})$" for part in parts}
+    globs = [re.sub(r"\\(.)|\.\*|\.", _glob_part, part, flags=re.DOTALL) for part in parts]
+    return {glob: f"^{glob_pattern(glob)}$" for glob in globs} if pattern == all_but(globs) else {}
 
 
 def _glob_part(found: re.Match[str]) -> str:

@@ -50,6 +50,9 @@ def test_globs_of_their_regular_expression():
     assert all(re.search(found[name], name) for name in ("a|b", "layers.?", "c(d)"))
     assert not re.search(found["a|b"], "a")
     assert globs_of(r"k_proj$|v_proj$") == {}
+    own = r"^(?!(.*\.(q|k)_proj)$)"  # a user's --skip of the same form
+    assert globs_of(own) == {}
+    assert {name.rpartition(".")[2] for name in pruned((own,))} == {"q_proj", "k_proj"}
 
 
 @pytest.mark.parametrize(
