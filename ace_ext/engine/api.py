@@ -1,5 +1,6 @@
 """``prune_model``: prunes a model in memory by a walk over its blocks."""
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -101,6 +102,7 @@ def prune_model(
             f"config must be a PruneConfig (got {str(config)[:100]!r}); a method is given by name, as method=…"
         )
     config = config or PruneConfig.of(settings)
+    _refuse_packed(model)
     trained = config.method.distill is not None
     if distill_text is not None and not trained:
         raise InputError("distill_text is given, but nothing trains on it; leave it out, or use a method with distill")
@@ -154,6 +156,15 @@ def prune_model(
     return report
 
 
+def _refuse_packed(model: nn.Module) -> None:
+    runtime = sys.modules.get("ace_ext.runtime.weight")
+    if runtime is None:  # nothing is packed without it, and most runs do not need it
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, runtime.PackedWeight):
+            raise InputError(f"{name} is packed; give the dense model (ace-prune unpack writes its folder)")
+
+
 def _smaller(
     model: nn.Module,
     batches: Batches,
@@ -168,6 +179,8 @@ def _smaller(
     device = next(model.parameters()).device
     if not predicts_tokens(model):
         check_removable(model, find_blocks(model, config.skip, max_dense=config.dense_limit))
+    if not config.only_removes:
+        _check_after_removal(model, config)
     with run_mode(model):
         ready = list(model_inputs(model, batches, config, device))
         distillation = None
@@ -188,6 +201,19 @@ def _smaller(
     if first.only_removes:
         context.observer.end(report)
     return report
+
+
+def _check_after_removal(model: nn.Module, config: PruneConfig) -> None:
+    """Checks from shapes alone that the smaller model can be pruned as asked.
+
+    Raises:
+        InputError: it cannot, or the structures cannot be removed.
+    """
+    from ace_ext.structures.remove import planned_removal  # imported here: most runs remove no structure
+
+    assert config.remove is not None  # checked by the caller
+    smaller, _ = planned_removal(model, find_blocks(model, check=False), config.remove)
+    check_pattern(find_blocks(smaller, config.skip, check=False, max_dense=config.dense_limit), config)
 
 
 def remove_structures(
@@ -247,7 +273,7 @@ def _enter(
         return BatchStates([], None, device)
     calls: list[BlockCall] = []
     with store.entrance(model):
-        entering = first_states(capture_calls(model, store.blocks, batches), calls)
+        entering = first_states(capture_calls(model, store.blocks, batches, given=True), calls)
         if context.journal is None:
             hidden = HiddenStates(entering, device=device)
         else:
@@ -280,7 +306,7 @@ def _begin(
         states = _enter(model, store, batches, context, context.device, config.method.train is not None)
         done = 0 if context.journal is None else context.journal.finished
         if found is not None and found.shares and 0 < done < len(store.blocks):
-            entered = capture_calls(model, store.blocks, batches)
+            entered = capture_calls(model, store.blocks, batches, given=True)
             run_finished_again(model, store, states, context, entered)
         return states, None
     dense = config.method.train is not None or context.sink is not None

@@ -187,8 +187,8 @@ def attends_eagerly(model: nn.Module) -> bool:
     return bool(getattr(model.config, _ATTENTION) == "eager")
 
 
-def main_input(model: nn.Module) -> str:
-    """The name of the main argument of a model's forward: ``input_ids`` for text."""
+def main_input(model: nn.Module | type[nn.Module]) -> str:
+    """The name of the main argument of the forward of a model, or of a class: ``input_ids`` for text."""
     return str(getattr(model, "main_input_name", "input_ids"))
 
 

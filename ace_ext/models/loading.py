@@ -96,6 +96,8 @@ def load_model(
         if not unpacks:
             check_plain(source, config)
         kind = model_class(config)
+        if causal:
+            _check_reads_text(source, kind.__name__, main_input(kind))  # before it asks for a tokenizer
         tokenized = causal or unpacks or _has_tokenizer(location.name)  # a GGUF file has its tokenizer in it
         tokenizer = location.tokenizer() if tokenized else no_tokenizer(source)
         model: nn.Module
@@ -166,8 +168,7 @@ def _some(names: list[str]) -> str:
 def check_causal(source: str, model: nn.Module) -> None:
     """Raises :class:`InputError` for a model that does not read text, or does not read it from left to right: it
     predicts no next token, so its perplexity means nothing."""
-    if main_input(model) != "input_ids":
-        raise InputError(f"model {source!r} is not a language model: {type(model).__name__} reads {main_input(model)}")
+    _check_reads_text(source, type(model).__name__, main_input(model))
     if has_encoder(model):
         raise InputError(
             f"model {source!r} has an encoder and a decoder ({type(model).__name__}); this takes decoder-only models"
@@ -177,6 +178,11 @@ def check_causal(source: str, model: nn.Module) -> None:
             f"model {source!r} is an encoder: each token sees those after it, so it does not predict the next one, as "
             'this needs; if it was trained to, set "is_decoder": true in config.json'
         )
+
+
+def _check_reads_text(source: str, kind: str, reads: str) -> None:
+    if reads != "input_ids":
+        raise InputError(f"model {source!r} is not a language model: {kind} reads {reads}")
 
 
 def check_dtype(dtype: str) -> None:

@@ -19,6 +19,7 @@ from ace_ext.errors import InputError
 from ace_ext.models._transformers import main_input, plain_call, predicts_tokens
 from ace_ext.models.block_store import BlockSource
 from ace_ext.models.blocks import Block
+from ace_ext.models.call_errors import explained
 from ace_ext.models.handed_on import Equality, compare_arguments, differ, passed_on
 from ace_ext.models.replay import (
     NOT_ENTERED,
@@ -33,7 +34,7 @@ from ace_ext.models.replay import (
 )
 from ace_ext.models.run_mode import evaluating, in_dtype_of
 from ace_ext.models.samples import one_sample
-from ace_ext.models.whole_forward import blocks_held, explained
+from ace_ext.models.whole_forward import blocks_held
 
 MOST = 32
 """A model of more parts is not walked: each costs a forward up to it."""
@@ -92,7 +93,7 @@ def entered(
         InputError: as :func:`ace_ext.models.replay.capture_calls`.
     """
     with store.outside_held(model), blocks_held(store, part), store.loaded(part.start):
-        yield from capture_calls(model, store.blocks, batches, part)
+        yield from capture_calls(model, store.blocks, batches, part, given=True)
 
 
 @dataclass(frozen=True)

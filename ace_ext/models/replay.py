@@ -4,7 +4,7 @@ All arguments (masks, rotary embeddings and others) are kept unchanged, so the m
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ace_ext.errors import InputError
 from ace_ext.models._transformers import plain_call
 from ace_ext.models.blocks import Block
+from ace_ext.models.call_errors import explained
 from ace_ext.models.token_masks import TokenMasks, first_tokens
 
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
@@ -180,7 +181,12 @@ def run_until_called(block: Block, hidden: Tensor, others: Arguments, children: 
 
 @torch.no_grad()
 def capture_calls(
-    model: nn.Module, blocks: list[Block], batches: Iterable[dict[str, Tensor]], part: range | None = None
+    model: nn.Module,
+    blocks: list[Block],
+    batches: Iterable[dict[str, Tensor]],
+    part: range | None = None,
+    *,
+    given: bool = False,
 ) -> Iterator[BlockCall]:
     """Yields for each batch the arguments of each block's call, and the hidden states that enter the first block.
 
@@ -193,10 +199,11 @@ def capture_calls(
         blocks: its blocks.
         batches: arguments of its calls.
         part: only these blocks are entered; earlier ones of other parts run as they are. None: all blocks.
+        given: the batches are a caller's; what the model raises for one is then an error about it.
 
     Raises:
         InputError: the model does not call each of the blocks once, in order, or calls them with hidden states of
-            fewer dimensions than ``[batch, seqlen, d_model]``.
+            fewer dimensions than ``[batch, seqlen, d_model]``; or a given batch does not suit it.
     """
     masks = TokenMasks(model, None if part is None else False)
     part = part or range(len(blocks))
@@ -207,7 +214,8 @@ def capture_calls(
         for batch in batches:
             recorder.begin()
             try:
-                model(**batch, **options)
+                with explained(model, batch) if given else nullcontext():
+                    model(**batch, **options)
             except _Captured:
                 if len(recorder.others) != len(part):
                     raise InputError(

@@ -16,6 +16,7 @@ from ace_ext.models._transformers import output_head
 from ace_ext.models.block_lists import goes_beyond_text
 from ace_ext.models.block_store import BlockSource
 from ace_ext.models.blocks import Block
+from ace_ext.models.call_errors import explained
 from ace_ext.models.handed_on import Equality, compare_arguments, differ, passed_on, shared_dicts
 from ace_ext.models.parts import Recording, parts_of, tried_parts
 from ace_ext.models.replay import (
@@ -28,7 +29,6 @@ from ace_ext.models.replay import (
     take_hidden,
 )
 from ace_ext.models.token_masks import TokenMasks
-from ace_ext.models.whole_forward import explained
 
 TOKENS = 8
 """The number of tokens of the first sample that the trial uses."""

@@ -104,9 +104,12 @@ def custom_score(metric: CustomMetric, weight: Tensor, stats: LinearStatistics |
     Raises:
         InputError: the metric returned something other than finite floats in the weight's shape.
     """
-    score: object = metric(weight.detach(), cast(LinearStatistics, stats))  # None only if the caller passed None
-    if not isinstance(score, Tensor) or score.shape != weight.shape or not score.is_floating_point():
-        found = f"{score.dtype} {list(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
+    given = weight.detach().clone()  # it may compute in place
+    score: object = metric(given, cast(LinearStatistics, stats))  # None only if the caller passed None
+    plain = isinstance(score, Tensor) and score.layout == torch.strided and not score.is_meta
+    if not isinstance(score, Tensor) or not plain or score.shape != weight.shape or not score.is_floating_point():
+        kind = "" if plain else "meta " if isinstance(score, Tensor) and score.is_meta else "sparse "
+        found = f"{kind}{score.dtype} {list(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
         raise InputError(f"metric must return a float tensor of the weight's shape {list(weight.shape)} (got {found})")
     score = score.to(weight.device, torch.float32).contiguous()
     finite = torch.isfinite(score)

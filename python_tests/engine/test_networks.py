@@ -46,6 +46,26 @@ def test_each_matrix_keeps_its_exact_half(name, method):
         assert bool(torch.isfinite(output).all())
 
 
+def without_decoder(batch):
+    return {"input_ids": batch["input_ids"]}
+
+
+LATER = {
+    "t5": (without_decoder, r"needs decoder_input_ids"),
+    "clip": (lambda batch: batch | {"input_ids": batch["input_ids"] + 1000}, "calibration inputs do not suit CLIP"),
+    "vit": (lambda batch: {"pixel_values": torch.zeros(2, 3, 24, 24)}, "calibration inputs do not suit ViT"),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_a_later_batch_that_does_not_suit_the_model(name):
+    """The first one is tried before the run, the others are not."""
+    change, message = LATER[name]
+    first, second, *_ = make_inputs(name)
+    with pytest.raises(InputError, match=message):
+        prune_model(make_network(name), [first, change(second)], method="wanda")
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_model_is_walked_in_the_parts_that_its_forward_calls(name):
     model = make_network(name)

@@ -141,6 +141,9 @@ def test_what_reads_no_text_from_left_to_right(tmp_path, capsys):
         load_model(str(folder))
     for verb in ("plan", "run"):
         assert "reads pixel_values (ViTForImageClassification), so text does not" in bad_input(capsys, verb, folder)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    assert "not a language model: ViTForImageClassification reads" in bad_input(capsys, "eval", folder)
 
 
 def test_a_class_of_another_configuration_is_not_taken(tmp_path):

@@ -83,10 +83,20 @@ def test_callable_metric():
     assert weight.tolist() == [[1.0, -2.0, 0.0, 0.0]]
 
 
+def test_a_callable_metric_that_computes_in_place():
+    weight = torch.tensor([[1.0, -2.0, 3.0, -4.0]])
+    config = PruneConfig(Score(lambda weight, stats: weight.abs_()), 0.5)
+    prune_(scored_weight(weight, None, config), config)
+    assert weight.tolist() == [[0.0, 0.0, 3.0, -4.0]]
+
+
 @pytest.mark.parametrize(
     "answer",
-    [None, torch.ones(2, 2), torch.ones(1, 4, dtype=torch.int64)],
-    ids=["nothing", "another-shape", "another-dtype"],
+    [
+        *(None, torch.ones(2, 2), torch.ones(1, 4, dtype=torch.int64)),
+        *(torch.ones(1, 4).to_sparse(), torch.ones(1, 4, device="meta")),
+    ],
+    ids=["nothing", "another-shape", "another-dtype", "sparse", "meta"],
 )
 def test_callable_metric_must_return_scores(answer):
     with pytest.raises(InputError, match=r"metric must return a float tensor of the weight's shape \[1, 4\] \(got"):

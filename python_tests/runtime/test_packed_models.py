@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, pipeline
 
-from ace_ext import InputError, load_packed, ops
+from ace_ext import InputError, load_packed, ops, prune_model
 from ace_ext.cli.main import main
 from ace_ext.packed.files import SUFFIX
 from ace_ext.packed.matrix import PackedMatrix
@@ -51,6 +51,15 @@ def test_linears_that_share_a_weight_share_the_packed_one(tmp_path):
     first, second = (layers[i].shared_transf.self_attn.q_proj for i in (1, 3))
     assert isinstance(first, PackedLinear)
     assert first is second
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("settings", [{"sparsity": 0.7}, {"remove": "neurons=0.5"}], ids=str)
+def test_a_packed_model_is_not_pruned(family, settings, tmp_path):
+    """Of a mixture only the experts are ordinary weights in memory."""
+    model = load_packed(make_folders(tmp_path, family)[1])
+    with pytest.raises(InputError, match=r"^model\.layers\.0\.\S+ is packed; give the dense model \(ace-prune unpack"):
+        prune_model(model, make_tokens(), **settings)
 
 
 def dense_model(folder):

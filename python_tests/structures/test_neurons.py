@@ -33,6 +33,24 @@ def parts(family: str):
     return model, found
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"remove": "neurons=0.2", "sparsity": 0.5, "skip": "no_such"}, "skip 'no_such' matches no weight"),
+        ({"remove": "neurons=0.2", "pattern": "2:4"}, r"needs columns in whole groups of 4 \(got 38"),
+        ({"remove": "blocks=1", "sparsity": 0.5, "skip": [r"layers\.2\.mlp"]}, "matches no weight of the blocks"),
+    ],
+    ids=str,
+)
+def test_zeros_that_cannot_follow_are_refused_before_the_removal(settings, message):
+    model = make_model("llama")
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    with pytest.raises(InputError, match=message):
+        prune_model(model, make_tokens(), method="wanda", **settings)
+    assert all(torch.equal(weight, before.pop(name)) for name, weight in model.named_parameters())
+    assert not before
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("score", ["obs", "variance", "cosine"])
 def test_neurons_that_are_always_zero_are_the_ones_that_go(family, score):
