@@ -83,7 +83,7 @@ def prune_model(
     Raises:
         InputError: for a model, tokens or weights that cannot be pruned. Whatever can be checked in advance is checked
             before any weight changes. Of a float16 model, whose activations may overflow in any block, a copy of the
-            weights is kept in memory, and put back after an error.
+            weights is kept in memory, and put back after an error; with ``remove``, of the smaller model.
     """
     check_version()
     if not isinstance(model, nn.Module):
