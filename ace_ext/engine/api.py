@@ -35,6 +35,7 @@ from ace_ext.models.trial import Findings, try_walk
 from ace_ext.models.versions import versions
 from ace_ext.process_memory import peak_memory_bytes
 from ace_ext.pruning.config import PruneConfig
+from ace_ext.pruning.removal import Removal
 from ace_ext.records import BlockReport, PruneReport, Removed
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ def _smaller(
     if not predicts_tokens(model):
         check_removable(model, find_blocks(model, config.skip, max_dense=config.dense_limit))
     if not config.only_removes:
-        _check_after_removal(model, config)
+        planned_smaller(model, find_blocks(model, check=False), config)  # before anything changes
     with run_mode(model):
         ready = list(model_inputs(model, batches, config, device))
         distillation = None
@@ -203,17 +204,32 @@ def _smaller(
     return report
 
 
-def _check_after_removal(model: nn.Module, config: PruneConfig) -> None:
-    """Checks from shapes alone that the smaller model can be pruned as asked.
+def planned_smaller(
+    model: nn.Module,
+    blocks: list[Block],
+    config: PruneConfig,
+    check: Callable[[Removal], object] = lambda wanted: None,
+) -> tuple[nn.Module, list[Block], list[Removed]]:
+    """The model that a removal leaves, from shapes alone, the blocks of it that are pruned, and a record of each kind
+    of structure that goes.
+
+    Args:
+        model: loaded, or a skeleton. It does not change.
+        blocks: all its blocks: ``skip`` is for zeros.
+        config: has ``remove``.
+        check: tries each removal that is planned.
 
     Raises:
-        InputError: it cannot, or the structures cannot be removed.
+        InputError: the structures cannot be removed, or the smaller model cannot be pruned as asked.
     """
     from ace_ext.structures.remove import planned_removal  # imported here: most runs remove no structure
 
     assert config.remove is not None  # checked by the caller
-    smaller, _ = planned_removal(model, find_blocks(model, check=False), config.remove)
-    check_pattern(find_blocks(smaller, config.skip, check=False, max_dense=config.dense_limit), config)
+    smaller, removed = planned_removal(model, blocks, config.remove, check)
+    left = find_blocks(smaller, config.skip, check=False, max_dense=config.dense_limit)
+    if not config.only_removes:
+        check_pattern(left, config)
+    return smaller, left, removed
 
 
 def remove_structures(

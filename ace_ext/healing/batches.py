@@ -44,6 +44,16 @@ def check_passes(tokens: int, seqlen: int, settings: HealSettings) -> None:
         )
 
 
+def windows_within(tokens: int, seqlen: int, settings: HealSettings) -> int:
+    """:func:`windows_needed` for a budget that a user gave.
+
+    Raises:
+        InputError: as :func:`check_passes`.
+    """
+    check_passes(tokens, seqlen, settings)
+    return windows_needed(tokens, seqlen, settings)
+
+
 def held_windows(windows: int, settings: HealSettings) -> int:
     """How many of all windows are held out."""
     return min(settings.held_out, max(1, windows // 4))

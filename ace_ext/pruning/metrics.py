@@ -106,14 +106,23 @@ def custom_score(metric: CustomMetric, weight: Tensor, stats: LinearStatistics |
     """
     given = weight.detach().clone()  # it may compute in place
     score: object = metric(given, cast(LinearStatistics, stats))  # None only if the caller passed None
-    plain = isinstance(score, Tensor) and score.layout == torch.strided and not score.is_meta
-    if not isinstance(score, Tensor) or not plain or score.shape != weight.shape or not score.is_floating_point():
-        kind = "" if plain else "meta " if isinstance(score, Tensor) and score.is_meta else "sparse "
-        found = f"{kind}{score.dtype} {list(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
-        raise InputError(f"metric must return a float tensor of the weight's shape {list(weight.shape)} (got {found})")
+    if not (isinstance(score, Tensor) and score.shape == weight.shape and score.is_floating_point() and _dense(score)):
+        shape = list(weight.shape)
+        raise InputError(f"metric must return a float tensor of the weight's shape {shape} (got {_words(score)})")
     score = score.to(weight.device, torch.float32).contiguous()
     finite = torch.isfinite(score)
     if not bool(finite.all()):
         place = divmod(int(finite.flatten().byte().argmin()), score.shape[1])
         raise InputError(f"metric must return finite scores (got {score[place]:g} at {list(place)}, in float32)")
     return score
+
+
+def _dense(score: Tensor) -> bool:
+    return score.layout == torch.strided and not score.is_meta
+
+
+def _words(answer: object) -> str:
+    if not isinstance(answer, Tensor):
+        return type(answer).__name__
+    kind = "" if _dense(answer) else "meta " if answer.is_meta else "sparse "
+    return f"{kind}{answer.dtype} {list(answer.shape)}"

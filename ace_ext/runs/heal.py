@@ -12,7 +12,7 @@ from ace_ext.data.windows import CalibrationData
 from ace_ext.errors import InputError
 from ace_ext.formats import grid_of
 from ace_ext.grids import Grid
-from ace_ext.healing.batches import Batches, Placement, check_passes, windows_needed
+from ace_ext.healing.batches import Batches, Placement, windows_within
 from ace_ext.healing.context import HealContext
 from ace_ext.healing.distill import distill_, steps_of
 from ace_ext.healing.protocols import Observer
@@ -130,9 +130,7 @@ class _CausalRun(HealRun):
         if "nsamples" not in notes:
             if options.minutes is not None:
                 tokens = tokens_within(60 * options.minutes, self._pruned, settings, seqlen, self._request.device)
-            if not options.windows:
-                check_passes(tokens, seqlen, settings)
-            notes["nsamples"] = options.windows or windows_needed(tokens, seqlen, settings)
+            notes["nsamples"] = options.windows or windows_within(tokens, seqlen, settings)
         text = replace(self._request.text, nsamples=notes["nsamples"])
         check_numbers(text.nsamples, text.seqlen, text.seed)
         check_positions(self._pruned.model, text.seqlen)

@@ -14,7 +14,7 @@ from ace_ext.data.requests import sample_count
 from ace_ext.engine.inputs import model_inputs, text_inputs
 from ace_ext.errors import InputError
 from ace_ext.formats import grid_of
-from ace_ext.healing.batches import check_passes, windows_needed
+from ace_ext.healing.batches import windows_within
 from ace_ext.healing.context import HealContext
 from ace_ext.healing.networks import NetworkDistillation
 from ace_ext.healing.protocols import Observer
@@ -100,9 +100,8 @@ class NetworkRun(HealRun):
             if journal.notes.setdefault(NOTE, found) != found:
                 raise InputError("resume: the samples have changed since the run began; start over without --resume")
             return list(model_inputs(pruned.model, read, config, request.device))
-        budget = request.options.tokens or TOKENS, request.text.seqlen, request.settings
-        check_passes(*budget)
-        text = replace(request.text, nsamples=windows_needed(*budget))
+        windows = windows_within(request.options.tokens or TOKENS, request.text.seqlen, request.settings)
+        text = replace(request.text, nsamples=windows)
         drawn = HealText(text, pruned, self._dense, self._report).draw(journal.notes, progress, tell)
         return list(model_inputs(pruned.model, text_inputs(pruned.model, drawn.tokens, config), config, request.device))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ace_ext.engine.api import check_pattern, remove_structures
+from ace_ext.engine.api import planned_smaller, remove_structures
 from ace_ext.engine.context import RunContext
 from ace_ext.engine.inputs import model_inputs
 from ace_ext.engine.progress import Progress
@@ -52,15 +52,10 @@ def smaller_of(source: Source, config: PruneConfig, rehearse: bool = False) -> S
         InputError: the structures cannot be removed, or the pattern does not fit the smaller model.
     """
     from ace_ext.structures.rehearsal import Rehearsal  # imported here: most runs remove no structure
-    from ace_ext.structures.remove import planned_removal
 
-    assert config.remove is not None  # checked by the caller
     found = find_blocks(source.model, check=False)  # without skip, which is for zeros
     check = Rehearsal(source.model, found) if rehearse else lambda wanted: None
-    model, removed = planned_removal(source.model, found, config.remove, check)
-    blocks = find_blocks(model, config.skip, check=False, max_dense=config.dense_limit)
-    if not config.only_removes:
-        check_pattern(blocks, config)
+    model, blocks, removed = planned_smaller(source.model, found, config, check)
     sizes = {sum(parameter.numel() for parameter in block.module.parameters()) for block in found}
     varies = len(sizes) > 1 and any(record.kind == "blocks" for record in removed)
     return Smaller(model, blocks, removed, _VARIES if varies else "")
