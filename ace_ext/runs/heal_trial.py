@@ -59,9 +59,9 @@ def try_step(source: Source, settings: HealSettings, seqlen: int, device: torch.
 
 
 def tokens_within(seconds: float, source: Source, settings: HealSettings, seqlen: int, device: torch.device) -> int:
-    """How many tokens can be trained on within about this time, at least those of one step for each pass."""
+    """How many tokens can be trained on within about this time, at least those of one step."""
     trial = try_step(source, settings, seqlen, device)
-    steps = max(settings.passes, int((seconds - trial.measuring) / trial.step))
+    steps = max(1, int((seconds - trial.measuring) / trial.step))
     return steps * max(1, settings.step_tokens // seqlen) * seqlen
 
 

@@ -327,10 +327,12 @@ def test_a_pruned_folder_whose_weights_were_changed(value, message, tmp_path):
 
 
 def test_more_passes_than_the_budget_has_steps(place, tmp_path):
-    """The run would train on more tokens than were asked for."""
+    """The run would train on more tokens than were asked for, or take longer."""
     many = replace(SETTINGS, passes=17)
     with pytest.raises(InputError, match=r"passes must be at most 16 for 1,024 tokens"):
         heal_folder(request(place / "pruned", tmp_path / "out", many))
+    with pytest.raises(InputError, match=r"passes must be at most 1 for 64 tokens: .* more tokens or minutes"):
+        heal_folder(request(place / "pruned", tmp_path / "out", many, minutes=1e-6))
     assert not list(tmp_path.iterdir())
 
 
