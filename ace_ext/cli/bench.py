@@ -84,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(
             f"{smaller[0]!r} is not packed; give a folder that ace-prune pack wrote, or the dense folder too (--dense)"
         )
+    if args.dense is not None:
+        existing_folder(args.dense)
     if args.plot is not None:
         check_plot(args.plot)
     settings = BenchSettings(tokens=args.tokens, rounds=args.rounds, prefill=args.prefill)

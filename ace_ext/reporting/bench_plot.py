@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ace_ext.bench.contest import ContestResult
 from ace_ext.bench.pair import BenchResult, Pair
-from ace_ext.errors import counted
+from ace_ext.errors import InputError, counted
 from ace_ext.reporting.plots import DPI, FONT, WIDTH, log_axis, require_matplotlib
 from ace_ext.runs.own_files import check_replaceable
 from ace_ext.whole_files import written_whole
@@ -26,8 +26,10 @@ def check_plot(path: Path) -> None:
 
     Raises:
         InputError: matplotlib is not installed, the folder of ``path`` does not exist, or ``path`` is a file of another
-            kind.
+            kind or does not end in ``.png``.
     """
+    if path.suffix.lower() != ".png":
+        raise InputError(f"plot must end in .png, the form in which it is written (got {str(path)!r})")
     require_matplotlib()
     check_replaceable("plot", path, "plot of ace-prune bench", _is_plot)
 

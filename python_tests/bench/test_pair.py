@@ -127,6 +127,10 @@ def test_bench_refuses_what_it_cannot_measure(llama, tmp_path, capsys):
     assert "tokens must be positive" in capsys.readouterr().err
     assert main(["bench", str(packed), "--dense", str(packed), "--quiet"]) == 2
     assert "dense must be the folder that was packed" in capsys.readouterr().err
+    assert main(["bench", str(packed), "--dense", str(tmp_path / "none")]) == 2
+    assert "none' is not a folder" in capsys.readouterr().err
+    assert main(["bench", str(packed), "--plot", str(tmp_path / "plot.txt")]) == 2
+    assert "plot must end in .png" in capsys.readouterr().err
     (tmp_path / "other.png").write_bytes(b"\x89PNG of someone else")
     assert main(["bench", str(packed), "--plot", str(tmp_path / "other.png")]) == 2
     assert "is not a plot of ace-prune bench" in capsys.readouterr().err
