@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ace_ext.errors import InputError
+from ace_ext.models.call_errors import explained
 from ace_ext.models.run_mode import evaluating
 from ace_ext.records import Agreement
 
@@ -44,7 +45,8 @@ def answers(model: nn.Module, batches: Iterable[Inputs]) -> Answers:
     model that gives only ``logits`` has these in place of hidden states.
 
     Raises:
-        InputError: there is no batch, or the model gives nothing of all this, or gives it without names.
+        InputError: there is no batch, or it does not suit the model, or the model gives nothing of all this, or gives
+            it without names.
     """
     device = next(model.parameters()).device
     found: list[tuple[Tensor, ...]] = []
@@ -52,7 +54,8 @@ def answers(model: nn.Module, batches: Iterable[Inputs]) -> Answers:
     with evaluating(model):
         for batch in batches:
             inputs = {name: value.to(device) for name, value in batch.items()}
-            outputs = model(**inputs)
+            with explained(model, inputs):
+                outputs = model(**inputs)
             if not isinstance(outputs, Mapping):
                 raise InputError(f"model: gives a {type(outputs).__name__}; set return_dict=True in its configuration")
             found.append(tuple(tensor.float().cpu() for tensor in _embeddings(outputs, inputs)))

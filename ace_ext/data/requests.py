@@ -73,10 +73,14 @@ def positions_in(settings: Any) -> int | None:
 
 
 def check_predicts(model: nn.Module, what: str) -> None:
-    """Raises :class:`InputError` for a model without an LM head, such as a classifier. ``what`` ends the message: what
-    needs the head, and what to do."""
+    """Raises :class:`InputError` for a model without an LM head, such as a classifier, and for one that consists of
+    encoders, or of an encoder and a decoder. ``what`` ends the message: what needs predictions, and what to do."""
     if output_head(model) is None:
         raise InputError(f"model: {type(model).__name__} has no LM head, so it predicts no token; {what}")
+    if not predicts_tokens(model):
+        raise InputError(
+            f"model: {type(model).__name__} is an encoder or has one, so it does not predict the next token; {what}"
+        )
 
 
 def check_tokens(model: nn.Module, tokens: torch.Tensor) -> None:
