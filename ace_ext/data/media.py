@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from ace_ext.data.conversations import conversation, converses
 from ace_ext.data.media_items import IMAGE, Item, Items, media_items, read_item, sound_part, text_of
@@ -26,7 +27,8 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.js
 
 def load_processor(folder: str) -> Any:
     """The processor of a model's folder or hub name: its image processor, feature extractor or both with a tokenizer.
-    Without a tokenizer, which a model that reads no text need not have, it is the image processor or feature extractor.
+    Without a tokenizer, which a model that reads no text need not have, it is the image processor or feature extractor,
+    also where the folder has a tokenizer that belongs to neither. A folder with a tokenizer alone gives that.
 
     Raises:
         InputError: there is none, or it cannot be made; or it has a tokenizer too, and a package is missing.
@@ -35,14 +37,20 @@ def load_processor(folder: str) -> Any:
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
 
     errors: list[Exception] = []
+    tokenizer = None
     for kind in (AutoProcessor, AutoImageProcessor, AutoFeatureExtractor):
         try:
-            return kind.from_pretrained(folder, trust_remote_code=remote_code_allowed())
+            found = kind.from_pretrained(folder, trust_remote_code=remote_code_allowed())
+            if not isinstance(found, PreTrainedTokenizerBase):
+                return found
+            tokenizer = found
         except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
             errors.append(error)
             has_tokenizer = any((Path(folder) / name).is_file() for name in _TOKENIZERS)
             if isinstance(error, ImportError) and kind is AutoProcessor and has_tokenizer:
                 break  # its image processor alone would read no text
+    if tokenizer is not None:
+        return tokenizer
     reason = one_line(errors[0], 200)
     if isinstance(errors[0], ImportError):
         raise InputError(
@@ -83,6 +91,11 @@ def media_batches(
     if not set(_INPUTS[found.kind]) & set(taken):
         main = getattr(model, "main_input_name", "input_ids")
         raise InputError(f"input: {source} has {found.kind} files, and {type(model).__name__} takes {main}; give such")
+    if isinstance(processor, PreTrainedTokenizerBase):
+        raise InputError(
+            "model: has a tokenizer and no processor for images or sound; add the model's preprocessor_config.json or "
+            "processor_config.json beside its weights"
+        )
     if converses(processor, found.kind, model):
         return [conversation(item, found.kind, processor, model) for item in found.items]
     tokenizer = getattr(processor, "tokenizer", None)

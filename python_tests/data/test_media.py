@@ -397,3 +397,18 @@ def test_a_folder_without_a_tokenizer(tmp_path, kind):
 def test_a_folder_without_a_processor(tmp_path):
     with pytest.raises(InputError, match="has no processor that loads"):
         load_processor(str(tmp_path))
+
+
+def test_a_tokenizer_beside_a_model_that_reads_no_text(images, image_processor, tokenizer, tmp_path):
+    """``AutoProcessor`` finds the tokenizer alone there."""
+    vit().config.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    alone = load_processor(str(tmp_path))
+    with pytest.raises(InputError, match="has a tokenizer and no processor for images or sound"):
+        media_batches(str(images), alone, vit(), nsamples=9, batch=2)
+    with pytest.raises(InputError, match="takes input_features"):
+        media_batches(str(images), alone, whisper(), nsamples=9, batch=2)
+    image_processor.save_pretrained(tmp_path)
+    found = load_processor(str(tmp_path))
+    assert type(found) is type(image_processor)
+    assert media_batches(str(images), found, vit(), nsamples=9, batch=2)
