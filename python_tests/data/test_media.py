@@ -50,6 +50,11 @@ class Both:
             setattr(self, name, part)
 
 
+def is_like(processor, kind):
+    """Whether it is of this class, or of its sibling that transformers takes where torchvision is installed."""
+    return type(processor).__name__.removesuffix("Pil") == kind.__name__.removesuffix("Pil")
+
+
 @pytest.fixture(scope="module")
 def image_processor(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processor")
@@ -360,7 +365,7 @@ def test_a_processor_without_its_package(tokenizer, tmp_path, monkeypatch):
 
     monkeypatch.setattr(AutoProcessor, "from_pretrained", missing)
     if tokenizer is None:
-        assert isinstance(load_processor(str(tmp_path)), CLIPImageProcessorPil)
+        assert is_like(load_processor(str(tmp_path)), CLIPImageProcessorPil)
         return
     with pytest.raises(InputError, match=r"not installed \(it requires the Torchvision library\); install it"):
         load_processor(str(tmp_path))
@@ -390,7 +395,7 @@ def test_a_folder_without_a_tokenizer(tmp_path, kind):
     whole = {"audio": "Wav2Vec2Processor", "image": "CLIPProcessor"}[kind]
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "processor_class": whole}))
     found = load_processor(str(tmp_path))
-    assert type(found) is type(part)
+    assert is_like(found, type(part))
     assert not hasattr(found, "tokenizer")
 
 
