@@ -103,7 +103,8 @@ def _mean_of_positions(states: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def agreement(dense: Answers, pruned: Answers) -> Agreement:
-    """How far two models' answers for the same inputs agree. Of several embeddings, figures are means.
+    """How far two models' answers for the same inputs agree. Of several embeddings, figures are means of those that are
+    defined.
 
     Raises:
         InputError: the answers are of different numbers of samples or of different models.
@@ -113,11 +114,13 @@ def agreement(dense: Answers, pruned: Answers) -> Agreement:
         raise InputError(f"pruned: must have answers of the shapes {shapes[0]} (got {shapes[1]}); give the same inputs")
     pairs = list(zip(dense.embeddings, pruned.embeddings, strict=True))
     samples = len(pairs[0][0])
+    correlations = [rank_correlation(*pair) for pair in pairs] if samples > 2 else []
+    known = [value for value in correlations if value is not None]
     same = None if dense.labels is None or pruned.labels is None else (dense.labels == pruned.labels).float().mean()
     return Agreement(
         samples,
         sum(mean_cosine(*pair) for pair in pairs) / len(pairs),
-        sum(rank_correlation(*pair) for pair in pairs) / len(pairs) if samples > 2 else None,
+        sum(known) / len(known) if known else None,
         None if same is None else float(same),
     )
 
@@ -127,24 +130,29 @@ def mean_cosine(dense: Tensor, pruned: Tensor) -> float:
     return float(functional.cosine_similarity(dense.double(), pruned.double(), dim=1).mean())
 
 
-def rank_correlation(dense: Tensor, pruned: Tensor) -> float:
+def rank_correlation(dense: Tensor, pruned: Tensor) -> float | None:
     """Spearman's correlation of the cosines of all pairs of rows of ``dense [n, width]`` with those of ``pruned``.
 
-    It is what search and clustering depend on: 1 if all pairs have the same order of similarity.
+    It is what search and clustering depend on: 1 if all pairs have the same order of similarity. None if all pairs are
+    equally similar in one of the models.
     """
     return spearman(_pair_cosines(dense), _pair_cosines(pruned))
 
 
 def _pair_cosines(rows: Tensor) -> Tensor:
-    """Float64 ``[n * (n - 1) / 2]``."""
+    """Float64 ``[n * (n - 1) / 2]``, without the digits that are rounding errors: equal pairs have equal cosines."""
     unit = functional.normalize(rows.double(), dim=1)
     first, second = torch.triu_indices(len(rows), len(rows), offset=1)
-    return (unit @ unit.T)[first, second]
+    return (unit @ unit.T)[first, second].round(decimals=12)
 
 
-def spearman(first: Tensor, second: Tensor) -> float:
-    """Spearman's rank correlation of two vectors ``[n]``; equal values share the mean of their ranks. NaN if one vector
-    has equal values only."""
+def spearman(first: Tensor, second: Tensor) -> float | None:
+    """Spearman's rank correlation of two vectors ``[n]``; equal values share the mean of their ranks. None if one
+    vector has equal values only, NaN if one has a NaN."""
+    if first.isnan().any() or second.isnan().any():
+        return float("nan")
+    if (first == first[0]).all() or (second == second[0]).all():
+        return None
     return float(torch.corrcoef(torch.stack([_ranks(first), _ranks(second)]))[0, 1])
 
 

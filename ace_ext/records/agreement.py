@@ -13,7 +13,8 @@ class Agreement:
     cosine: float | None = None
     """Mean cosine of the two models' embeddings of a sample."""
     rank_correlation: float | None = None
-    """Spearman's correlation of the cosines of all pairs of samples, in the two models."""
+    """Spearman's correlation of the cosines of all pairs of samples, in the two models. None: there are fewer than
+    three samples, or all pairs are equally similar in one of the models."""
     labels: float | None = None
     """Share of samples, or of positions, with the same most probable label."""
     changed_words: float | None = None

@@ -62,6 +62,16 @@ def test_rank_correlation_is_of_the_pairs():
     assert rank_correlation(dense, torch.stack([turned.cos(), turned.sin()], 1)) == pytest.approx(0.5)
 
 
+def test_equal_embeddings_have_no_rank_correlation():
+    assert spearman(torch.ones(3), torch.tensor([1.0, 2.0, 3.0])) is None
+    assert math.isnan(spearman(torch.tensor([1.0, math.nan, 3.0]), torch.tensor([1.0, 2.0, 3.0])))
+    scattered = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.5, 0.5]])
+    parallel = torch.tensor([[0.1], [0.3], [0.7]]) * torch.tensor([0.3, 0.7])  # cosines of 1, but for rounding
+    assert agreement(Answers((scattered,), None), Answers((parallel,), None)).rank_correlation is None
+    found = agreement(Answers((scattered, scattered), None), Answers((scattered, parallel), None))
+    assert found.rank_correlation == pytest.approx(1)  # of the embeddings that have one
+
+
 @pytest.mark.parametrize(
     ("first", "second", "expected"),
     [("", "", 0), ("abc", "", 3), ("kitten", "sitting", 3), ("flaw", "lawn", 2), ("same", "same", 0)],

@@ -196,6 +196,20 @@ def test_named_files_exist(path):
                 assert (ROOT / word).exists(), code
 
 
+@page
+def test_paragraphs_have_no_accidental_numbered_lines(path):
+    """A line of a paragraph that begins with "16." becomes an entry of a list. Lists begin with 1 and count up."""
+    prose = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S)
+    expected = 1
+    for line in prose.splitlines():
+        found = re.match(r" {0,3}(\d+)[.)] ", line)
+        if found:
+            assert int(found[1]) in (1, expected), line
+            expected = int(found[1]) + 1
+        elif line.startswith("#"):
+            expected = 1
+
+
 @pytest.mark.parametrize(
     "record",
     [
