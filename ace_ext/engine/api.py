@@ -31,7 +31,7 @@ from ace_ext.models.parts import check_removable
 from ace_ext.models.replay import BlockCall, capture_calls, first_states
 from ace_ext.models.run_mode import inner_model, modes_by_name, run_mode
 from ace_ext.models.samples import note_sample_shapes, one_sample
-from ace_ext.models.trial import Findings, try_walk
+from ace_ext.models.trial import Findings, try_later_batches, try_walk
 from ace_ext.models.versions import versions
 from ace_ext.process_memory import peak_memory_bytes
 from ace_ext.pruning.config import PruneConfig
@@ -353,6 +353,8 @@ def _tried(
     if resumed and (found.parts or config.method.train is not None):  # there are two walks, or a part within the model
         raise InputError("the blocks of this model share states, which no file holds; start over without --resume")
     if found.reason is None:
+        if len(found.parts) > 1:
+            try_later_batches(model, store, batches)
         return found
     hindered = {
         "leave out --offload disk": not isinstance(store, ResidentBlocks),

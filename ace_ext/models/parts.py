@@ -127,11 +127,9 @@ class Recording:
                 for child, linear in block.linears.items():
                     handle = linear.register_forward_pre_hook(lambda *_, uses=uses, child=child: uses.update([child]))
                     stack.callback(handle.remove)
-            stack.enter_context(blocks_held(store))
             for block in store.blocks:
                 stack.enter_context(replaced_forward(block.module, self._noting(block)))
-            stack.enter_context(store.outside_held(model))
-            model(**batch, **plain_call(model))
+            called_whole(model, store, batch)
 
     def _noting(self, block: Block) -> Callable[..., Any]:
         original = block.module.forward
@@ -147,6 +145,12 @@ class Recording:
             return output
 
         return forward
+
+
+def called_whole(model: nn.Module, store: BlockSource, batch: dict[str, Tensor]) -> None:
+    """Calls a model, whose weights may be on the disk."""
+    with blocks_held(store), store.outside_held(model):
+        model(**batch, **plain_call(model))
 
 
 def parts_of(recording: Recording, store: BlockSource) -> tuple[list[range], str | None]:

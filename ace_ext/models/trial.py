@@ -2,7 +2,7 @@
 only the output of the one before. The trial uses a few tokens, or one batch with images. It runs before anything is
 changed."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from ace_ext.models.block_store import BlockSource
 from ace_ext.models.blocks import Block
 from ace_ext.models.call_errors import explained
 from ace_ext.models.handed_on import Equality, compare_arguments, differ, passed_on, shared_dicts
-from ace_ext.models.parts import Recording, parts_of, tried_parts
+from ace_ext.models.parts import Recording, called_whole, parts_of, tried_parts
 from ace_ext.models.replay import (
     Arguments,
     BlockCall,
@@ -28,6 +28,7 @@ from ace_ext.models.replay import (
     run_block,
     take_hidden,
 )
+from ace_ext.models.samples import one_sample
 from ace_ext.models.token_masks import TokenMasks
 
 TOKENS = 8
@@ -63,6 +64,48 @@ def try_walk(model: nn.Module, store: BlockSource, batch: dict[str, Tensor]) -> 
     reason = trial.verdict()
     trial.sort_blocks()
     return Findings(reason, trial.uses, trial.shares)
+
+
+@torch.no_grad()
+def try_later_batches(model: nn.Module, store: BlockSource, batches: Sequence[dict[str, Tensor]]) -> None:
+    """Tries the batches of a model of several parts, whose later parts would else be called with them only after the
+    earlier parts are pruned. Of batches with inputs of the same shapes one is tried, with one sample, unless integers
+    go beyond those tried before.
+
+    Args:
+        model: in evaluation mode. :func:`try_walk` has tried the first batch.
+        store: its blocks.
+        batches: arguments of the calls.
+
+    Raises:
+        InputError: a batch does not suit the model.
+    """
+    shapes, limits = {_shapes(batches[0])}, _limits(batches[0])
+    for batch in batches[1:]:
+        beyond = _limits(batch)
+        known = all(limits[name][0] <= low and high <= limits[name][1] for name, (low, high) in beyond.items())
+        if known and _shapes(batch) in shapes:
+            continue
+        whole = not known or len({len(value) for value in batch.values()}) > 1
+        with explained(model, batch):
+            called_whole(model, store, batch if whole else one_sample(batch))
+        shapes.add(_shapes(batch))
+        if whole:
+            for name, (low, high) in beyond.items():
+                limits[name] = min(low, limits[name][0]), max(high, limits[name][1])
+
+
+def _shapes(batch: dict[str, Tensor]) -> frozenset[object]:
+    """The names, dtypes and shapes of a batch's inputs, of any number of samples."""
+    most = max(map(len, batch.values()))
+    return frozenset((name, value.dtype, value.shape[1:], len(value) / most) for name, value in batch.items())
+
+
+def _limits(batch: dict[str, Tensor]) -> MutableMapping[str, tuple[float, float]]:
+    """The least and the largest value of each input of integers, such as the ids of an embedding's rows."""
+    found = defaultdict[str, tuple[float, float]](lambda: (float("inf"), float("-inf")))
+    found |= {name: (int(v.min()), int(v.max())) for name, v in batch.items() if not v.is_floating_point()}
+    return found
 
 
 def _tried(model: nn.Module, store: BlockSource, few: dict[str, Tensor]) -> "_Trial":

@@ -12,6 +12,7 @@ from torch.nn.functional import layer_norm
 from ace_ext import InputError, PruneConfig, prune_model
 from ace_ext.engine import api
 from ace_ext.engine.distillation import distill_draw
+from ace_ext.models import trial
 from ace_ext.models.block_store import ResidentBlocks
 from ace_ext.models.blocks import find_blocks
 from ace_ext.models.trial import Findings, try_walk
@@ -50,20 +51,54 @@ def without_decoder(batch):
     return {"input_ids": batch["input_ids"]}
 
 
+def fewer_decoded(batch):
+    return batch | {"decoder_input_ids": batch["decoder_input_ids"][:-1]}
+
+
+def shorter_sound(batch):
+    return batch | {"input_features": batch["input_features"][..., :-2]}
+
+
 LATER = {
-    "t5": (without_decoder, r"needs decoder_input_ids"),
-    "clip": (lambda batch: batch | {"input_ids": batch["input_ids"] + 1000}, "calibration inputs do not suit CLIP"),
-    "vit": (lambda batch: {"pixel_values": torch.zeros(2, 3, 24, 24)}, "calibration inputs do not suit ViT"),
+    "nothing to decode": ("t5", without_decoder, r"needs decoder_input_ids"),
+    "samples without a text": ("t5", fewer_decoded, r"do not suit T5.*input_ids \[3, 12\], decoder_input_ids \[2, 9\]"),
+    "a short sound": ("whisper", shorter_sound, "calibration inputs do not suit Whisper"),
+    "unknown ids": ("clip", lambda batch: batch | {"input_ids": batch["input_ids"] + 1000}, "do not suit CLIP"),
+    "a large image": ("vit", lambda batch: {"pixel_values": torch.zeros(2, 3, 24, 24)}, "do not suit ViT"),
+    "four colours": ("swin", lambda batch: {"pixel_values": torch.zeros(2, 4, 16, 16)}, "do not suit Swin"),
 }
 
 
-@pytest.mark.parametrize("name", LATER)
-def test_a_later_batch_that_does_not_suit_the_model(name):
-    """The first one is tried before the run, the others are not."""
-    change, message = LATER[name]
+@pytest.mark.parametrize("case", LATER)
+def test_a_later_batch_that_does_not_suit_the_model(case):
+    """It is found before the earlier parts of the model are pruned."""
+    name, change, message = LATER[case]
     first, second, *_ = make_inputs(name)
+    model = make_network(name)
+    before = weights_of(model)
     with pytest.raises(InputError, match=message):
-        prune_model(make_network(name), [first, change(second)], method="wanda")
+        prune_model(model, [first, change(second)], method="wanda")
+    assert all(torch.equal(weight, before[own]) for own, weight in weights_of(model).items())
+
+
+def test_later_batches_are_tried_once_for_each_shape(monkeypatch):
+    """Batches of other shapes with one sample, batches with unknown ids or unequal numbers of samples whole."""
+    model = make_network("clip")
+    batch = make_inputs("clip")[0] | {"input_ids": torch.full((3, 12), 5)}
+    later = [
+        batch,
+        {name: value[:2] for name, value in batch.items()},
+        batch | {"input_ids": batch["input_ids"][:, :9]},
+        batch | {"input_ids": batch["input_ids"][:, :9].clone()},
+        batch | {"input_ids": batch["input_ids"] + 3},
+        batch | {"input_ids": batch["input_ids"] + 2},
+        batch | {"input_ids": batch["input_ids"][:2]},
+    ]
+    called = []
+    monkeypatch.setattr(trial, "called_whole", lambda model, store, found: called.append(found))
+    trial.try_later_batches(model, ResidentBlocks(find_blocks(model)), [batch, *later])
+    assert [list(found["input_ids"].shape) for found in called] == [[1, 9], [3, 12], [2, 12]]
+    assert [int(found["input_ids"].max()) for found in called] == [5, 8, 5]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
