@@ -178,6 +178,8 @@ def _prune(request: RunRequest, path: Path, progress: Progress) -> PruneReport:
             )
             if bos is not None and first:
                 progress.note(str(bos))
+            if first and inputs.fewer is not None:
+                progress.note(inputs.fewer)
             if measured is not None and not removed:
                 measured.before()
             if choice.overlap and isinstance(blocks, OffloadedBlocks):
@@ -379,6 +381,14 @@ class _Inputs:
         if self._batches is not None:
             return share_of_batches(self._batches, peers)
         return text_inputs(self._source.model, self.tokens(peers), self._request.config)
+
+    @property
+    def fewer(self) -> str | None:
+        """What is to be said if the calibration has fewer samples than were asked for."""
+        asked, found = self._request.calibration, self._calibration.get("nsamples")
+        if self._batches is None or found == asked.nsamples:
+            return None
+        return f"calibration {asked.source!r} has {found} samples, fewer than nsamples {asked.nsamples}"
 
     def sized(self) -> RunRequest:
         """The request by which memory is estimated: with the samples that were read, if they are no text, and the

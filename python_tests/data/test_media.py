@@ -280,10 +280,12 @@ def test_the_language_of_a_transcript(sounds, tokenizer):
     [
         (lambda folder: (folder / "b.JPG").write_bytes(b"no image"), "b.JPG is not an image that Pillow reads"),
         (lambda folder: (folder / "a.png").write_bytes((folder / "a.png").read_bytes()[:40]), "a.png is not an image"),
+        (lambda folder: Image.new("I;16", (6, 4)).save(folder / "a.png"), r"a.png has more than 8 bits in .*mode I;16"),
+        (lambda folder: Image.new("F", (6, 4)).save(folder / "a.tiff"), r"a.tiff has more than 8 bits in .*mode F"),
         (lambda folder: (folder / "d.wav").touch(), "has both images and audio files"),
         (lambda folder: [file.unlink() for file in folder.rglob("*.*g")] + [(folder / "b.JPG").unlink()], "no images"),
     ],
-    ids=["other", "cut", "both", "none"],
+    ids=["other", "cut", "16 bits", "float", "both", "none"],
 )
 def test_folders_that_are_refused(images, image_processor, change, message):
     change(images)
