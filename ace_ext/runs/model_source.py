@@ -114,7 +114,7 @@ def open_source(request: RunRequest, *, weights: bool = True) -> Source:
         if offload or not weights:
             return Source(
                 laid_out,
-                load_tokenizer(folder, needed=not weights and request.calibration.reads_text),
+                load_tokenizer(folder, needed=not weights and _draws_text(laid_out, request)),
                 blocks,
                 files,
                 offload,
@@ -157,13 +157,18 @@ def _planned(request: RunRequest, files: ModelFiles, laid_out: nn.Module | None 
         laid_out, tokenizer, unpacking = gguf_skeleton(files.paths[0], wanted)
     else:
         laid_out = laid_out or skeleton(files.folder, None, request.dtype, causal=False)
-        tokenizer = load_tokenizer(files.folder, needed=request.calibration.reads_text)
+        tokenizer = load_tokenizer(files.folder, needed=_draws_text(laid_out, request))
         # Tensors are converted one at a time while the files are mapped.
         unpacking = Unpacking(sum(file.stat().st_size for file in files.paths), 0.0)
     blocks = find_blocks(
         laid_out, request.config.skip, check=False, max_dense=request.config.dense_limit, towers=request.config.towers
     )
     return Source(laid_out, tokenizer, blocks, files, unpacking=unpacking)
+
+
+def _draws_text(model: nn.Module, request: RunRequest) -> bool:
+    """Whether a plan draws text. A model that reads none is refused for that, not for the tokenizer that it lacks."""
+    return request.calibration.reads_text and (predicts_tokens(model) or main_input(model) == "input_ids")
 
 
 def _no_safetensors(model: str) -> InputError:

@@ -165,6 +165,12 @@ def test_what_is_refused(place, capsys, options, damage, message):
     assert not (place / "new").exists()
 
 
+def test_a_plan_that_would_draw_text_for_a_model_of_images(place, capsys):
+    status, _, error = call(capsys, "plan", "--model", "vit", "--method", "wanda", "--calibration", "bundled")
+    assert (status, error.count("\n")) == (2, 1)
+    assert "so text does not calibrate it" in error  # and not the tokenizer that the model lacks
+
+
 def test_evaluate_is_refused_where_nothing_reads_it():
     """With a language model that images calibrate."""
     read = InputCalibration("photos", 4, evaluate="other", reader=lambda *_: [])
